@@ -1,0 +1,45 @@
+# Each target does its own set-up: a virtual environment in .venv, pinned by constraints.txt.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.ready
+
+.PHONY: demo test test-all lint protos bench up clean
+
+demo: $(STAMP)  ## the main job from nothing to runs/demo/report.json
+	$(BIN)/ethogram demo
+
+up: $(STAMP)  ## the whole platform on loopback, until Ctrl-C
+	$(BIN)/ethogram up
+
+test: $(STAMP)  ## the tests of every change
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(STAMP)  ## the slow ones too
+	$(BIN)/pytest
+
+lint: $(STAMP)  ## ruff, mypy, import arrows, protobuf style, freshness of the generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+	$(BIN)/python -m scripts.protos --check
+
+protos: $(STAMP)  ## regenerate ethogram/v1 from protos/
+	$(BIN)/python -m scripts.protos
+
+bench: $(STAMP)  ## make bench BENCH=name; the last line is one JSON object
+	@test -n "$(BENCH)" || { echo "usage: make bench BENCH=name; there are: $$(ls benchmarks | sed -n 's/^\([a-z_]*\)\.py$$/\1/p' | grep -v '^_' | tr '\n' ' ')"; exit 2; }
+	$(BIN)/python -m benchmarks.$(BENCH)
+
+clean:  ## remove what runs left; keeps the virtual environment
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Ethogram needs Python 3.11: install it, or name it with make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,dev]'
+	touch $(STAMP)

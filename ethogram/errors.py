@@ -1,0 +1,115 @@
+"""Every error that a user can meet, and its one mapping to HTTP and gRPC.
+
+Code anywhere in the platform raises one of these; the gateway turns it into ``application/problem+json``, a gRPC
+servicer into ``google.rpc.Status`` (see :mod:`ethogram.rpc`), and the client back into the same class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, NamedTuple
+
+from pydantic import ValidationError
+
+# A status detail larger than 16 KiB turns a gRPC answer into RESOURCE_EXHAUSTED, so long lists are cut.
+MAX_VIOLATIONS = 20
+MAX_DESCRIPTION = 300
+
+
+class Violation(NamedTuple):
+    """One field that is wrong: its dotted path, e.g. ``spec.training.steps``, and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+class EthogramError(Exception):
+    """Base of all errors with a meaning for the user. The message is one sentence that says what to do."""
+
+    reason: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+    grpc_code: ClassVar[str] = "INTERNAL"
+
+    def __init__(self, message: str, violations: Iterable[Violation] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.violations: tuple[Violation, ...] = tuple(violations)[:MAX_VIOLATIONS]
+
+
+class InvalidInput(EthogramError):
+    """The request is wrong and will be wrong tomorrow too."""
+
+    reason, http_status, grpc_code = "INVALID_INPUT", 422, "INVALID_ARGUMENT"
+
+    @classmethod
+    def field(cls, field: str, description: str) -> InvalidInput:
+        """One wrong field, named in the message and as a violation."""
+        return cls(f"{field}: {description}", [Violation(field, description)])
+
+    @classmethod
+    def from_pydantic(cls, error: ValidationError, prefix: str = "") -> InvalidInput:
+        """Pydantic's findings as violations; ``prefix`` is put before each path."""
+        return cls.from_details(error.errors(include_url=False, include_context=False, include_input=False), prefix)
+
+    @classmethod
+    def from_details(cls, details: Sequence[object], prefix: str = "") -> InvalidInput:
+        """The same from pydantic's list of error dictionaries."""
+        violations = []
+        for detail in details:
+            assert isinstance(detail, dict)
+            path = ".".join(str(part) for part in (*filter(None, [prefix]), *detail["loc"]))
+            violations.append(Violation(path or "(root)", printable(str(detail["msg"]))[:MAX_DESCRIPTION]))
+        first = violations[0]
+        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        return cls(f"{first.field}: {first.description}{more}", violations)
+
+
+class NotFound(EthogramError):
+    """A job, artifact, model or behaviour that does not exist."""
+
+    reason, http_status, grpc_code = "NOT_FOUND", 404, "NOT_FOUND"
+
+
+class Conflict(EthogramError):
+    """The same idempotency key with another body, a version that exists, a name that is taken."""
+
+    reason, http_status, grpc_code = "CONFLICT", 409, "ALREADY_EXISTS"
+
+
+class IllegalState(EthogramError):
+    """The thing exists but is in no state for this: retrying a running job, say."""
+
+    reason, http_status, grpc_code = "ILLEGAL_STATE", 409, "FAILED_PRECONDITION"
+
+
+class StaleAttempt(EthogramError):
+    """A writer whose attempt no longer owns the job. Nothing it sends is kept."""
+
+    reason, http_status, grpc_code = "STALE_ATTEMPT", 409, "ABORTED"
+
+
+class TooLarge(EthogramError):
+    """A body, message or queue over its limit."""
+
+    reason, http_status, grpc_code = "RESOURCE_EXHAUSTED", 413, "RESOURCE_EXHAUSTED"
+
+
+class Unavailable(EthogramError):
+    """A part of the platform cannot be reached or has no room now; try again."""
+
+    reason, http_status, grpc_code = "UNAVAILABLE", 503, "UNAVAILABLE"
+
+
+class Internal(EthogramError):
+    """A defect. The text never echoes an exception; the log has it, under the request's id."""
+
+
+ERRORS: dict[str, type[EthogramError]] = {
+    cls.reason: cls
+    for cls in (InvalidInput, NotFound, Conflict, IllegalState, StaleAttempt, TooLarge, Unavailable, Internal)
+}
+
+
+def printable(text: str) -> str:
+    """``text`` without lone surrogates, which no JSON or protobuf encoder accepts."""
+    return text.encode("utf-8", "replace").decode("utf-8")

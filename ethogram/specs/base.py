@@ -1,0 +1,36 @@
+"""What every spec shares. A spec is the one place for an option's name, default, bounds, unit and meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class Spec(BaseModel):
+    """Base of all specs: unknown fields, coercions (``"3"`` for 3) and non-finite numbers are errors.
+
+    Fields are scalars, literals of strings, nested specs, and lists or string-keyed maps of these, so that each has a
+    protobuf form. A list's or map's default is empty and an optional field's is ``None``: proto3 cannot tell an empty
+    list from an absent one.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class ArtifactRef(Spec):
+    """Names an artifact: another job's output (``job`` and ``artifact``), or any artifact by its id."""
+
+    job: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")
+    """Id of the job that makes it; in a pipeline, the job's name there. The job that refers to it waits for it."""
+    artifact: str = Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9_.-]+$")
+    """The artifact's name within that job, e.g. ``zoo``; without ``job``, its id (64 hexadecimal digits)."""

@@ -1,0 +1,57 @@
+"""NumPy arrays on the wire: dtype, shape and raw little-endian bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ethogram.errors import InvalidInput
+from ethogram.v1 import common_pb2 as pb
+
+_DTYPES: dict[int, np.dtype[Any]] = {
+    pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    pb.DATA_TYPE_FLOAT64: np.dtype("<f8"),
+    pb.DATA_TYPE_FLOAT16: np.dtype("<f2"),
+    pb.DATA_TYPE_INT64: np.dtype("<i8"),
+    pb.DATA_TYPE_INT32: np.dtype("<i4"),
+    pb.DATA_TYPE_UINT8: np.dtype("u1"),
+    pb.DATA_TYPE_BOOL: np.dtype("?"),
+}
+_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
+_MAX_AXES = 16
+
+
+def to_tensor(array: NDArray[Any]) -> pb.Tensor:
+    """``array`` as a message; raises ``TypeError`` for an element type that has none (complex, object, ...)."""
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    number = _NUMBERS.get(dtype)
+    if number is None:
+        raise TypeError(f"no wire form for dtype {array.dtype}")
+    data = np.ascontiguousarray(array, dtype=dtype).tobytes()
+    return pb.Tensor(dtype=number, shape=array.shape, data=data)  # type: ignore[arg-type]
+
+
+def from_tensor(tensor: pb.Tensor, field: str, *, finite: bool = True) -> NDArray[Any]:
+    """The array that ``tensor`` carries, a read-only view of its bytes.
+
+    The byte length is checked against ``shape`` x element size before anything is allocated.
+    Raises :class:`InvalidInput` naming ``field``, also for NaN and infinities unless ``finite`` is False.
+    """
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise InvalidInput.field(f"{field}.dtype", f"{tensor.dtype} is no element type; use one of {sorted(_DTYPES)}")
+    shape = tuple(tensor.shape)
+    if len(shape) > _MAX_AXES or any(length < 0 for length in shape):
+        raise InvalidInput.field(f"{field}.shape", f"needs at most {_MAX_AXES} axes, none negative")
+    expected = math.prod(shape) * dtype.itemsize
+    if expected != len(tensor.data):
+        raise InvalidInput.field(
+            f"{field}.data", f"{len(tensor.data)} bytes, but shape {list(shape)} of {dtype.name} needs {expected}"
+        )
+    array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    if finite and dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidInput.field(f"{field}.data", "holds NaN or infinity")
+    return array

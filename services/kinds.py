@@ -1,0 +1,85 @@
+"""The one table of job kinds. REST, the CLI, the supervisor, the child and the parity test derive from it.
+
+Importing this module loads no science: a servicer is named, and imported by the child that runs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from google.protobuf.message import Message
+
+from ethogram.specs.base import ArtifactRef, Spec
+from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.generation import GenerationSpec
+from ethogram.v1 import crossmodal_pb2, generation_pb2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of job."""
+
+    name: str
+    """As in ``POST /v1/jobs``."""
+    summary: str
+    """One line for people."""
+    spec: type[Spec]
+    """Its pydantic spec."""
+    request: type[Message]
+    """Its request message, with fields ``context`` and ``spec``."""
+    rpc: str
+    """Full name of its server-streaming RPC."""
+    servicer: str
+    """``module:function`` that adds its servicer to a gRPC server, given ``(server)``."""
+    queue: str = "cpu"
+    """Machine class that runs it unless the submission says otherwise."""
+
+    @property
+    def spec_message(self) -> type[Message]:
+        """Message class of the spec."""
+        message: type[Message] = type(self.request().spec)  # type: ignore[attr-defined]
+        return message
+
+    def load_servicer(self) -> Any:
+        """Import and return the function that ``servicer`` names."""
+        module, function = self.servicer.split(":")
+        return getattr(import_module(module), function)
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            name="generation",
+            summary="make a zoo of small classifiers with known behaviours",
+            spec=GenerationSpec,
+            request=generation_pb2.RunGenerationRequest,
+            rpc="/ethogram.v1.GenerationService/Run",
+            servicer="services.generation.service:add_to_server",
+        ),
+        Kind(
+            name="crossmodal",
+            summary="train and evaluate an encoder-decoder of networks and its steering directions on a zoo",
+            spec=CrossmodalSpec,
+            request=crossmodal_pb2.RunCrossmodalRequest,
+            rpc="/ethogram.v1.CrossmodalTrainingService/Run",
+            servicer="services.crossmodal.service:add_to_server",
+        ),
+    )
+}
+
+
+def input_refs(spec: Spec, path: str = "") -> dict[str, ArtifactRef]:
+    """Every artifact that ``spec`` names, by its dotted path."""
+    found: dict[str, ArtifactRef] = {}
+    for name in type(spec).model_fields:
+        value, here = getattr(spec, name), f"{path}.{name}" if path else name
+        items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+        for key, item in [(here, value), *((f"{here}.{key}", item) for key, item in items)]:
+            if isinstance(item, ArtifactRef):
+                found[key] = item
+            elif isinstance(item, Spec):
+                found |= input_refs(item, key)
+    return found

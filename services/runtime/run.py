@@ -1,0 +1,58 @@
+"""What a running job is given: where to compute, what to go on from, and whom to tell.
+
+The science takes a :class:`Run` as its last argument. The base class is silent and keeps nothing, so that the same
+functions work from a few lines of Python; a job's child process passes one that streams to the supervisor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+
+class Cancelled(Exception):
+    """The job was cancelled; raised out of :meth:`Run.advance`."""
+
+
+class Stopped(Exception):
+    """The process must leave and its last checkpoint is in the store; raised out of :meth:`Run.checkpoint`."""
+
+
+class Run:
+    """A run that reports to nobody."""
+
+    device: str = "cpu"
+    """Torch device to compute on."""
+    inputs: Mapping[str, Path] = MappingProxyType({})
+    """Input artifacts as local folders, by spec path."""
+    resume: Path | None = None
+    """Folder of the checkpoint to go on from, as :meth:`checkpoint` wrote it."""
+
+    def stage(self, name: str, total: int, unit: str = "steps") -> None:
+        """Begin a stage of ``total`` units."""
+
+    def advance(self, done: int) -> None:
+        """``done`` units of the stage are done, counted from its beginning. Cheap: call it every step.
+
+        Raises :class:`Cancelled` when the job was cancelled.
+        """
+
+    def metric(self, step: int, **values: float) -> None:
+        """Numbers at a step; they end in the job's ``metrics`` artifact."""
+
+    def log(self, message: str, level: str = "info") -> None:
+        """A line for people."""
+
+    def checkpoint_due(self) -> bool:
+        """Whether it is time to call :meth:`checkpoint`: enough time has passed, or the process is asked to leave."""
+        return False
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        """Keep a state to go on from: ``write`` fills an empty folder, the run puts it into the store.
+
+        Raises :class:`Stopped` when the process was asked to leave.
+        """
+
+    def artifact(self, name: str, type: str, folder: Path) -> None:
+        """Keep ``folder`` as the output ``name``."""
