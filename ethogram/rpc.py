@@ -21,6 +21,10 @@ from ethogram.errors import (
 
 DOMAIN = "ethogram"
 MAX_MESSAGE_BYTES = 64 * 2**20
+# gRPC drops metadata at random above 8 KiB and always above 16 KiB, and answers RESOURCE_EXHAUSTED instead. The message
+# travels twice (once percent-encoded) beside the details, which grow by a third in base64.
+MAX_DETAIL_BYTES = 3 * 2**10
+MAX_MESSAGE_TEXT = 600
 
 # Loopback and cluster traffic never goes through a proxy of the user's environment.
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -31,23 +35,21 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 
 def status_of(error: EthogramError) -> Status:
-    """``error`` as the status message that travels."""
+    """``error`` as the status message that travels; field violations beyond the room for details are left out."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+    bad = error_details_pb2.BadRequest()
+    for violation in error.violations:
+        field, description = (printable(text)[:MAX_DESCRIPTION] for text in violation)
+        if bad.ByteSize() + len(field.encode()) + len(description.encode()) > MAX_DETAIL_BYTES:
+            break
+        bad.field_violations.add(field=field, description=description)
     details = []
-    for detail in (
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN),
-        error_details_pb2.BadRequest(
-            field_violations=[
-                error_details_pb2.BadRequest.FieldViolation(
-                    field=printable(v.field)[:MAX_DESCRIPTION], description=printable(v.description)[:MAX_DESCRIPTION]
-                )
-                for v in error.violations
-            ]
-        ),
-    ):
+    for detail in (info, bad):
         packed = Any()
         packed.Pack(detail)
         details.append(packed)
-    return Status(code=code_pb2.Code.Value(error.grpc_code), message=printable(error.message)[:1000], details=details)
+    message = printable(error.message).encode()[:MAX_MESSAGE_TEXT].decode(errors="ignore")
+    return Status(code=code_pb2.Code.Value(error.grpc_code), message=message, details=details)
 
 
 def grpc_status_of(error: EthogramError) -> grpc.Status:
