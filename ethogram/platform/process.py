@@ -1,0 +1,115 @@
+"""One process of an embedded platform: started, watched, started again when it dies, ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_FIRST_DELAY, _LAST_DELAY = 0.5, 30.0
+# One that lived this long has recovered: its next death is the first again.
+_HEALTHY_SECONDS = 60.0
+_MAX_LOG_BYTES = 16 * 2**20
+
+
+class Child:
+    """A process with a log file and a pipe on its standard input.
+
+    The pipe's other end closes with this process, however it ends; each program takes that as the order to leave.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path, inherit: Sequence[int] = ()
+    ) -> None:
+        self.name, self.log = name, log
+        self._command, self._env, self._inherit = list(command), dict(env), tuple(inherit)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._delay = 0.0
+        self._again_at: float | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id while it runs."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended; None while it runs."""
+        return self._process.poll() if self._process is not None else None
+
+    def start(self) -> None:
+        """Start it."""
+        if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
+            self.log.replace(self.log.with_suffix(".log.1"))
+        with self.log.open("ab") as log:
+            # A session of its own: Ctrl-C in the terminal is for the parent, which then ends all in order.
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                pass_fds=self._inherit,
+                start_new_session=True,
+            )
+        self._started = time.monotonic()
+        self._again_at = None
+
+    def revive(self) -> str | None:
+        """Start it again if it died, after ever longer pauses; call it now and then. What happened, if anything."""
+        code = self.exit_code
+        if code is None:
+            return None
+        now = time.monotonic()
+        if self._again_at is None:
+            healthy = now - self._started > _HEALTHY_SECONDS
+            self._delay = _FIRST_DELAY if healthy or not self._delay else min(2 * self._delay, _LAST_DELAY)
+            self._again_at = now + self._delay
+            return f"{self.name} ended ({describe(code)}); starting it again in {self._delay:g} s; its log: {self.log}"
+        if now >= self._again_at:
+            self.start()
+            return f"{self.name} started again"
+        return None
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    def finish(self, deadline: float) -> bool:
+        """Wait until it has ended, at most until ``deadline`` (monotonic), then kill it. Whether it ended by itself."""
+        if self._process is None:
+            return True
+        orderly = True
+        try:
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            orderly = False
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        return orderly
+
+    def log_end(self, lines: int = 8) -> str:
+        """The last lines of its log."""
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, os.fstat(log.fileno()).st_size - 8192))
+                return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return ""
+
+
+def describe(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

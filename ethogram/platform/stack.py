@@ -1,0 +1,239 @@
+"""The whole platform as child processes on loopback: Redis, gateway, worker, reconciler and inference.
+
+Nothing of the server side is imported here; each process is started by name and told all it needs in its environment.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Self
+
+import grpc
+import httpx
+
+import ethogram
+from ethogram.errors import Conflict, Unavailable
+from ethogram.platform import guard, redis
+from ethogram.platform.process import Child, describe
+from ethogram.platform.state import StateDir
+
+HOST = "127.0.0.1"
+_START_SECONDS = 60.0
+# The worker has to bring its jobs to a checkpoint.
+_STOP_SECONDS = 30.0
+_CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 100),
+]
+
+
+class Platform:
+    """A platform of this process: :meth:`start` it, use ``url``, :meth:`stop` it; or a ``with`` block.
+
+    ``port`` is the gateway's; 0 takes a free one. ``say`` is told what a person should know, such as a process that
+    died and was started again.
+    """
+
+    def __init__(self, state: StateDir, *, port: int = 0, say: Callable[[str], None] = lambda _: None) -> None:
+        self.state = state
+        self.url = ""
+        self.inference = ""
+        self.seconds: dict[str, float] = {}
+        """Seconds from the start until each part answered, and ``platform`` for all."""
+        self.children: dict[str, Child] = {}
+        self._port = port
+        self._say = say
+        self._lock: IO[str] | None = None
+        self._stopping = threading.Event()
+        self._watcher: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start all and return when all answer.
+
+        Raises an :class:`~ethogram.errors.EthogramError` whose sentence says what to do; nothing is left running then.
+        """
+        if find_spec("gateway") is None:
+            raise Unavailable(
+                "the server side is not installed here (the package `ethogram` alone is the client); run `make up` in "
+                "a clone of the repository, or point ETHOGRAM_URL at a running platform"
+            )
+        began = time.monotonic()
+        self.state.make()
+        self._lock = self.state.lock()
+        try:
+            self._start(began)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self, hurry: bool = False) -> None:
+        """End all, Redis last; returns when no process is left. ``hurry`` gives them no time."""
+        self._stopping.set()
+        if self._watcher is not None:
+            self._watcher.join()
+        if self._lock is not None:
+            self.state.record.unlink(missing_ok=True)
+        deadline = time.monotonic() + (0.0 if hurry else _STOP_SECONDS)
+        redis_child = self.children.pop("redis", None)
+        for group in (list(self.children.values()), [redis_child] if redis_child else []):
+            for child in group:
+                child.terminate()
+            for child in group:
+                if not child.finish(deadline):
+                    self._say(f"{child.name} did not end in time and was killed; its log: {child.log}")
+            deadline = max(deadline, time.monotonic() + guard.GRACE_SECONDS)
+        self.children.clear()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _start(self, began: float) -> None:
+        deadline = began + _START_SECONDS
+        port = self._port or free_port()
+        _check_port(port)
+        self.url = f"http://{HOST}:{port}"
+        inference_port = free_port()
+        self.inference = f"{HOST}:{inference_port}"
+        env = self._environment(self._start_redis(deadline))
+
+        gateway = self._spawn("gateway", ["gateway"], env | {"ETHOGRAM_PORT": str(port)})
+        worker = self._spawn("worker", ["workers"], env)
+        reconciler = self._spawn("reconciler", ["workers.reconciler"], env)
+        inference = self._spawn("inference", ["services.inference"], env | {"ETHOGRAM_PORT": str(inference_port)})
+        with httpx.Client(base_url=self.url, trust_env=False, timeout=2.0) as http:
+            self._wait(gateway, lambda: _gateway_ready(http), deadline)
+        self.seconds["gateway"] = time.monotonic() - began
+        with grpc.insecure_channel(self.inference, options=_CHANNEL_OPTIONS) as channel:
+            self._wait(inference, lambda: _inference_ready(channel), deadline)
+        self.seconds["inference"] = time.monotonic() - began
+        for child in (worker, reconciler):
+            self._wait(child, lambda: True, deadline)
+        self.seconds["platform"] = time.monotonic() - began
+        self.state.write_record(self.url, self.inference)
+        self._watcher = threading.Thread(target=self._watch, name="platform-watch", daemon=True)
+        self._watcher.start()
+
+    def _start_redis(self, deadline: float) -> str:
+        """URL of Redis: the user's own, else one that this platform runs."""
+        url = os.environ.get("REDIS_URL", "")
+        if url:
+            redis.ping(url)
+            return url
+        settings, url = redis.write_settings(self.state.redis, free_port())
+        command = [sys.executable, "-I", "-S", guard.__file__, str(redis.find_server()), str(settings)]
+        child = self._add("redis", command, dict(os.environ))
+        self._wait(child, lambda: _redis_ready(url), deadline)
+        return url
+
+    def _environment(self, redis_url: str) -> dict[str, str]:
+        """What every process of the platform is told."""
+        roots = [str(Path(ethogram.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        return os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, roots)),
+            "PYTHONUNBUFFERED": "1",
+            "REDIS_URL": redis_url,
+            "ETHOGRAM_DATABASE_URL": self.state.database_url,
+            "ETHOGRAM_STORE": str(self.state.store),
+            "ETHOGRAM_STATE": str(self.state.root),
+            "ETHOGRAM_HOST": HOST,
+            "ETHOGRAM_INFERENCE": self.inference,
+        }
+
+    def _spawn(self, name: str, module: Sequence[str], env: dict[str, str]) -> Child:
+        return self._add(name, [sys.executable, "-m", *module, "--parent-pipe"], env)
+
+    def _add(self, name: str, command: list[str], env: dict[str, str]) -> Child:
+        assert self._lock is not None
+        # Each child holds the lock as well: the directory is free when the last of them has left, also after a kill.
+        child = Child(name, command, env, self.state.logs / f"{name}.log", inherit=[self._lock.fileno()])
+        child.start()
+        self.children[name] = child
+        return child
+
+    def _wait(self, child: Child, ready: Callable[[], bool], deadline: float) -> None:
+        while not ready():
+            if self._stopping.is_set():
+                raise Unavailable("the platform was stopped while it started")
+            self._check(child)
+            if time.monotonic() > deadline:
+                raise Unavailable(f"{child.name} did not answer within {_START_SECONDS:g} s\n{_log_of(child)}")
+            time.sleep(0.02)
+        self._check(child)
+
+    @staticmethod
+    def _check(child: Child) -> None:
+        code = child.exit_code
+        if code is not None:
+            raise Unavailable(f"{child.name} ended while the platform started ({describe(code)})\n{_log_of(child)}")
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(0.2):
+            for child in self.children.values():
+                with suppress(OSError):
+                    said = child.revive()
+                    if said:
+                        self._say(said)
+
+
+def free_port() -> int:
+    """A TCP port of loopback that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as listener:
+        # As servers do: a connection of the last owner that is not quite forgotten is no obstacle.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            raise Conflict(
+                f"port {port} cannot be had ({error.strerror}); name another with --port, or --port 0 for any free one"
+            ) from None
+
+
+def _log_of(child: Child) -> str:
+    return f"the end of its log, {child.log}:\n{child.log_end()}"
+
+
+def _redis_ready(url: str) -> bool:
+    try:
+        redis.ping(url)
+    except Unavailable:
+        return False
+    return True
+
+
+def _gateway_ready(http: httpx.Client) -> bool:
+    try:
+        return http.get("/readyz").status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def _inference_ready(channel: grpc.Channel) -> bool:
+    """Ask grpc.health.v1 in its raw form: an empty request, and field 1 of the answer is 1 (SERVING)."""
+    check: Callable[..., bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
+    try:
+        return check(b"", timeout=2.0) == b"\x08\x01"
+    except grpc.RpcError:
+        return False
