@@ -397,7 +397,7 @@ class SteerRequest(_message.Message):
     mode: Global___EditMode.ValueType
     """How."""
     strength: _builtins.float
-    """Strength; 1 is what the model was trained for."""
+    """Strength, -100 to 100; unset: 1, what the model was trained for."""
     @_builtins.property
     def model(self) -> Global___ModelRef:
         """By which model."""
@@ -408,7 +408,7 @@ class SteerRequest(_message.Message):
 
     @_builtins.property
     def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Edit]:
-        """Edits, all applied to every network."""
+        """Edits, all applied to every network; at least one, no behaviour twice."""
 
     def __init__(
         self,

@@ -253,8 +253,18 @@ class SteeringServiceStub:
                 request_serializer=ethogram_dot_v1_dot_inference__pb2.SteerRequest.SerializeToString,
                 response_deserializer=ethogram_dot_v1_dot_inference__pb2.SteerResponse.FromString,
                 _registered_method=True)
+        self.SteerStream = channel.stream_stream(
+                '/ethogram.v1.SteeringService/SteerStream',
+                request_serializer=ethogram_dot_v1_dot_inference__pb2.SteerRequest.SerializeToString,
+                response_deserializer=ethogram_dot_v1_dot_inference__pb2.SteerResponse.FromString,
+                _registered_method=True)
         self.Evaluate = channel.unary_unary(
                 '/ethogram.v1.SteeringService/Evaluate',
+                request_serializer=ethogram_dot_v1_dot_inference__pb2.EvaluateRequest.SerializeToString,
+                response_deserializer=ethogram_dot_v1_dot_inference__pb2.EvaluateResponse.FromString,
+                _registered_method=True)
+        self.EvaluateStream = channel.stream_stream(
+                '/ethogram.v1.SteeringService/EvaluateStream',
                 request_serializer=ethogram_dot_v1_dot_inference__pb2.EvaluateRequest.SerializeToString,
                 response_deserializer=ethogram_dot_v1_dot_inference__pb2.EvaluateResponse.FromString,
                 _registered_method=True)
@@ -278,8 +288,22 @@ class SteeringServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SteerStream(self, request_iterator, context):
+        """Steer for large sets: one response per request, in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Evaluate(self, request, context):
         """Runs networks on labelled sequences and measures their behaviours.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvaluateStream(self, request_iterator, context):
+        """Evaluate for large sets: one response per request, in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -298,8 +322,18 @@ def add_SteeringServiceServicer_to_server(servicer, server):
                     request_deserializer=ethogram_dot_v1_dot_inference__pb2.SteerRequest.FromString,
                     response_serializer=ethogram_dot_v1_dot_inference__pb2.SteerResponse.SerializeToString,
             ),
+            'SteerStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.SteerStream,
+                    request_deserializer=ethogram_dot_v1_dot_inference__pb2.SteerRequest.FromString,
+                    response_serializer=ethogram_dot_v1_dot_inference__pb2.SteerResponse.SerializeToString,
+            ),
             'Evaluate': grpc.unary_unary_rpc_method_handler(
                     servicer.Evaluate,
+                    request_deserializer=ethogram_dot_v1_dot_inference__pb2.EvaluateRequest.FromString,
+                    response_serializer=ethogram_dot_v1_dot_inference__pb2.EvaluateResponse.SerializeToString,
+            ),
+            'EvaluateStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EvaluateStream,
                     request_deserializer=ethogram_dot_v1_dot_inference__pb2.EvaluateRequest.FromString,
                     response_serializer=ethogram_dot_v1_dot_inference__pb2.EvaluateResponse.SerializeToString,
             ),
@@ -370,6 +404,33 @@ class SteeringService:
             _registered_method=True)
 
     @staticmethod
+    def SteerStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/ethogram.v1.SteeringService/SteerStream',
+            ethogram_dot_v1_dot_inference__pb2.SteerRequest.SerializeToString,
+            ethogram_dot_v1_dot_inference__pb2.SteerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Evaluate(request,
             target,
             options=(),
@@ -384,6 +445,33 @@ class SteeringService:
             request,
             target,
             '/ethogram.v1.SteeringService/Evaluate',
+            ethogram_dot_v1_dot_inference__pb2.EvaluateRequest.SerializeToString,
+            ethogram_dot_v1_dot_inference__pb2.EvaluateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvaluateStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/ethogram.v1.SteeringService/EvaluateStream',
             ethogram_dot_v1_dot_inference__pb2.EvaluateRequest.SerializeToString,
             ethogram_dot_v1_dot_inference__pb2.EvaluateResponse.FromString,
             options,

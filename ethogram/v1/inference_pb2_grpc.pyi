@@ -104,8 +104,12 @@ class SteeringServiceStub:
     """The behaviours that a model can steer."""
     Steer: _grpc.UnaryUnaryMultiCallable[_inference_pb2.SteerRequest, _inference_pb2.SteerResponse]
     """Edits networks."""
+    SteerStream: _grpc.StreamStreamMultiCallable[_inference_pb2.SteerRequest, _inference_pb2.SteerResponse]
+    """Steer for large sets: one response per request, in order."""
     Evaluate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EvaluateRequest, _inference_pb2.EvaluateResponse]
     """Runs networks on labelled sequences and measures their behaviours."""
+    EvaluateStream: _grpc.StreamStreamMultiCallable[_inference_pb2.EvaluateRequest, _inference_pb2.EvaluateResponse]
+    """Evaluate for large sets: one response per request, in order."""
 
 @_typing.type_check_only
 class SteeringServiceAsyncStub(SteeringServiceStub):
@@ -116,8 +120,12 @@ class SteeringServiceAsyncStub(SteeringServiceStub):
     """The behaviours that a model can steer."""
     Steer: _aio.UnaryUnaryMultiCallable[_inference_pb2.SteerRequest, _inference_pb2.SteerResponse]  # type: ignore[assignment]
     """Edits networks."""
+    SteerStream: _aio.StreamStreamMultiCallable[_inference_pb2.SteerRequest, _inference_pb2.SteerResponse]  # type: ignore[assignment]
+    """Steer for large sets: one response per request, in order."""
     Evaluate: _aio.UnaryUnaryMultiCallable[_inference_pb2.EvaluateRequest, _inference_pb2.EvaluateResponse]  # type: ignore[assignment]
     """Runs networks on labelled sequences and measures their behaviours."""
+    EvaluateStream: _aio.StreamStreamMultiCallable[_inference_pb2.EvaluateRequest, _inference_pb2.EvaluateResponse]  # type: ignore[assignment]
+    """Evaluate for large sets: one response per request, in order."""
 
 class SteeringServiceServicer(metaclass=_abc_1.ABCMeta):
     """Adds behaviours to networks and removes them."""
@@ -139,11 +147,27 @@ class SteeringServiceServicer(metaclass=_abc_1.ABCMeta):
         """Edits networks."""
 
     @_abc_1.abstractmethod
+    def SteerStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_inference_pb2.SteerRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.SteerResponse], _abc.AsyncIterator[_inference_pb2.SteerResponse]]:
+        """Steer for large sets: one response per request, in order."""
+
+    @_abc_1.abstractmethod
     def Evaluate(
         self,
         request: _inference_pb2.EvaluateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.EvaluateResponse, _abc.Awaitable[_inference_pb2.EvaluateResponse]]:
         """Runs networks on labelled sequences and measures their behaviours."""
+
+    @_abc_1.abstractmethod
+    def EvaluateStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_inference_pb2.EvaluateRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.EvaluateResponse], _abc.AsyncIterator[_inference_pb2.EvaluateResponse]]:
+        """Evaluate for large sets: one response per request, in order."""
 
 def add_SteeringServiceServicer_to_server(servicer: SteeringServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,230 @@
+"""Gathers compatible requests into batches and runs them on the device, one batch at a time.
+
+It knows neither gRPC nor torch: a request is a dictionary of arrays that share their first axis, and a function from
+such a dictionary to another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ethogram.errors import TooLarge, Violation
+
+Arrays = dict[str, NDArray[Any]]
+"""Arrays by name; the batch is the first axis of each."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Piece:
+    """At most a batch's worth of rows of one request."""
+
+    function: Callable[[Arrays], Arrays]
+    arrays: Arrays
+    rows: int
+    arrived: float
+    result: asyncio.Future[Arrays]
+
+
+@dataclass
+class _Group:
+    """Pieces that may share a batch, oldest first."""
+
+    pieces: deque[_Piece] = field(default_factory=deque)
+    rows: int = 0
+
+
+class Batcher:
+    """One device's queue, and the one thread that runs what is in it.
+
+    Requests with an equal key are compatible. A batch leaves when it has ``max_rows`` rows or its oldest request has
+    waited ``max_wait`` seconds; while the device is busy, batches grow by themselves. A request of more rows goes
+    piece by piece, each queued behind what others sent meanwhile.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_rows: int = 256,
+        max_wait: float = 0.002,
+        max_pending_rows: int = 16_384,
+        is_out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError),
+        release_memory: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._max_rows, self._max_wait, self._max_pending = max_rows, max_wait, max_pending_rows
+        self._is_out_of_memory, self._release_memory = is_out_of_memory, release_memory
+        self._groups: dict[Hashable, _Group] = {}
+        self._pending = 0
+        self._changed = asyncio.Event()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to run batches; call it on the event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._dispatch())
+
+    async def stop(self) -> None:
+        """Cancel all requests; returns when the device is idle."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for group in self._groups.values():
+            for piece in group.pieces:
+                piece.result.cancel()
+        self._executor.shutdown(wait=True)
+
+    async def run(
+        self, key: Hashable, function: Callable[[Arrays], Arrays], arrays: Arrays, *, name: str = "request"
+    ) -> Arrays:
+        """``function(arrays)``, computed together with other requests of an equal ``key``.
+
+        All arrays share their first axis, in and out, and a row's result must not depend on the other rows. ``name``
+        is the field to blame when there are too many rows. Cancelling takes this request's rows out of the queue, or
+        drops their result, and leaves the others alone.
+
+        Raises :class:`TooLarge` when the queue is full, or the device's memory cannot hold one row.
+        """
+        rows = len(next(iter(arrays.values())))
+        if rows > self._max_pending:
+            description = f"{rows} rows in one request, at most {self._max_pending}; send several, or use a stream"
+            raise TooLarge(f"{name}: {description}", [Violation(name, description)])
+        if self._pending + rows > self._max_pending:
+            raise TooLarge(f"the server is busy: {self._pending} rows are waiting already; try again shortly")
+        self._pending += rows
+        try:
+            results = []
+            for start in range(0, rows, self._max_rows):
+                results.append(await self._submit(key, function, _rows(arrays, start, start + self._max_rows)))
+            return _join(results)
+        finally:
+            self._pending -= rows
+
+    async def _submit(self, key: Hashable, function: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
+        loop = asyncio.get_running_loop()
+        piece = _Piece(function, arrays, len(next(iter(arrays.values()))), loop.time(), loop.create_future())
+        group = self._groups.setdefault(key, _Group())
+        group.pieces.append(piece)
+        group.rows += piece.rows
+        self._changed.set()
+        try:
+            return await piece.result
+        finally:
+            if piece in group.pieces:
+                group.pieces.remove(piece)
+                group.rows -= piece.rows
+                self._forget_if_empty(key, group)
+
+    async def _dispatch(self) -> None:
+        while True:
+            pieces, delay = self._take()
+            if pieces:
+                await self._run_batch(pieces)
+                continue
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(delay):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    def _take(self) -> tuple[list[_Piece], float | None]:
+        """The pieces of the next batch; or none, and the seconds until one is due, None for "when one arrives"."""
+        now = asyncio.get_running_loop().time()
+        ready, due = None, None
+        for key, group in self._groups.items():
+            arrived = group.pieces[0].arrived
+            if group.rows >= self._max_rows or now - arrived >= self._max_wait:
+                if ready is None or arrived < ready[0]:
+                    ready = (arrived, key, group)
+            elif due is None or arrived < due:
+                due = arrived
+        if ready is None:
+            return [], None if due is None else max(due + self._max_wait - now, 0)
+        _, key, group = ready
+        pieces, rows = [], 0
+        while group.pieces and rows + group.pieces[0].rows <= self._max_rows:
+            piece = group.pieces.popleft()
+            pieces.append(piece)
+            rows += piece.rows
+        group.rows -= rows
+        self._forget_if_empty(key, group)
+        return pieces, None
+
+    def _forget_if_empty(self, key: Hashable, group: _Group) -> None:
+        if not group.pieces and self._groups.get(key) is group:
+            del self._groups[key]
+
+    async def _run_batch(self, pieces: Sequence[_Piece]) -> None:
+        pieces = [piece for piece in pieces if not piece.result.done()]
+        if not pieces:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            results = await loop.run_in_executor(self._executor, self._compute_batch, pieces)
+        except asyncio.CancelledError:
+            for piece in pieces:
+                piece.result.cancel()
+            raise
+        except Exception as error:
+            if len(pieces) > 1:
+                # One request's fault must not become the others': find whose it is.
+                log.warning("a batch of %d requests failed (%s); running them one by one", len(pieces), error)
+                for piece in pieces:
+                    await self._run_batch([piece])
+            elif not pieces[0].result.done():
+                pieces[0].result.set_exception(error)
+            return
+        for piece, result in zip(pieces, results, strict=True):
+            if not piece.result.done():
+                piece.result.set_result(result)
+
+    def _compute_batch(self, pieces: Sequence[_Piece]) -> list[Arrays]:
+        rows = sum(piece.rows for piece in pieces)
+        result = self._compute(pieces[0].function, _join([piece.arrays for piece in pieces]), rows)
+        parts, start = [], 0
+        for piece in pieces:
+            parts.append(_rows(result, start, start + piece.rows))
+            start += piece.rows
+        return parts
+
+    def _compute(self, function: Callable[[Arrays], Arrays], arrays: Arrays, rows: int) -> Arrays:
+        try:
+            result = function(arrays)
+            if any(len(array) != rows for array in result.values()):
+                raise ValueError("a batch function must answer with as many rows as it is given")
+            return result
+        except Exception as error:
+            if not self._is_out_of_memory(error):
+                raise
+        # Past the handler, so that the traceback no longer keeps the device's tensors alive.
+        self._release_memory()
+        if rows == 1:
+            raise TooLarge("the device's memory cannot hold even one network now; try again, or use a smaller model")
+        log.warning("the device is out of memory for a batch of %d rows; halving it", rows)
+        half = rows // 2
+        return _join(
+            [
+                self._compute(function, _rows(arrays, 0, half), half),
+                self._compute(function, _rows(arrays, half, rows), rows - half),
+            ]
+        )
+
+
+def _rows(arrays: Arrays, start: int, stop: int) -> Arrays:
+    return {name: array[start:stop] for name, array in arrays.items()}
+
+
+def _join(parts: Sequence[Arrays]) -> Arrays:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
