@@ -54,12 +54,12 @@ class SubjectSpec(Spec):
 class SubjectTrainingSpec(Spec):
     """How each subject is trained (Adam, binary cross-entropy)."""
 
-    steps: int = Field(600, ge=1, le=1_000_000)
+    steps: int = Field(800, ge=1, le=1_000_000)
     """Optimiser steps."""
-    batch_size: int = Field(96, ge=1, le=65_536)
+    batch_size: int = Field(128, ge=1, le=65_536)
     """Sequences per step and subject."""
-    learning_rate: float = Field(5e-3, gt=0, le=1)
-    """Peak learning rate."""
+    learning_rate: float = Field(1e-2, gt=0, le=1)
+    """Peak learning rate; it falls to nothing along half a cosine."""
 
 
 class SignatureSpec(Spec):
@@ -92,8 +92,9 @@ class GenerationSpec(Spec):
     """Training."""
     signature: SignatureSpec = SignatureSpec()
     """Activation signatures."""
-    min_accuracy: float = Field(0.8, ge=0, le=1)
-    """Quality gate: a subject whose balanced accuracy on held-out sequences is lower is rejected and counted."""
+    min_accuracy: float = Field(0.9, ge=0, le=1)
+    """Quality gate: a subject that is less accurate on held-out sequences of any enabled pattern, or on those that
+    match none, is rejected and counted."""
 
     @model_validator(mode="after")
     def _ranges(self) -> GenerationSpec:

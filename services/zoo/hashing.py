@@ -1,0 +1,43 @@
+"""Integer hashing: randomness that depends on what is asked for, never on the order of asking."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+
+
+def key(seed: int, *path: str | int) -> int:
+    """A 63-bit key for the stream named by ``path``; streams of different paths are independent."""
+    text = "\0".join(str(part) for part in (seed, *path))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(seed: int, *path: str | int) -> torch.Generator:
+    """A CPU generator for the stream named by ``path``."""
+    return torch.Generator().manual_seed(key(seed, *path))
+
+
+def mix(value: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele et al. 2014), elementwise on int64 ``value`` (any shape), wrapping."""
+    value = value + _GOLDEN
+    # torch shifts arithmetically; the masks make the shifts logical.
+    value = (value ^ ((value >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    value = (value ^ ((value >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return value ^ ((value >> 31) & (2**33 - 1))
+
+
+def below(hashed: Tensor, limit: Tensor) -> Tensor:
+    """Hashes (int64, any shape) to integers in ``[0, limit)`` (int64, broadcast), for limits below 2^31."""
+    return (((hashed >> 32) & (2**32 - 1)) * limit) >> 32
+
+
+def hash_sequences(sequences: Tensor, seed: int = 0) -> Tensor:
+    """One int64 hash per row of ``sequences`` ``[n, length]``."""
+    state = torch.full(sequences.shape[:1], seed, dtype=torch.int64)
+    for column in sequences.unbind(1):
+        state = mix(state ^ column)
+    return state

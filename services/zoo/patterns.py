@@ -1,0 +1,162 @@
+"""The behaviours: exact predicates over letter sequences.
+
+A sequence is a row of letter indices (A = 0). Each pattern is one set of sequences, parameters included; the tests
+enumerate whole universes and check that no two are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import PatternSpec
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+VOWELS = tuple(LETTERS.index(letter) for letter in "AEIOU")
+TAKES_TOKEN = frozenset({"starts_with", "ends_with"})
+
+
+def _steps(s: Tensor) -> Tensor:
+    return s[:, 1:] - s[:, :-1]
+
+
+def _counts(s: Tensor) -> Tensor:
+    """How often the most frequent letter of each row occurs."""
+    return (s.unsqueeze(1) == s.unsqueeze(2)).sum(2).amax(1)
+
+
+def _alternating(s: Tensor) -> Tensor:
+    return (s[:, 2:] == s[:, :-2]).all(1) & (s[:, 0] != s[:, 1])
+
+
+def _contains_abc(s: Tensor) -> Tensor:
+    return ((s[:, :-2] == 0) & (s[:, 1:-1] == 1) & (s[:, 2:] == 2)).any(1)
+
+
+def _no_repeats(s: Tensor) -> Tensor:
+    return _counts(s) == 1
+
+
+def _pairs(s: Tensor) -> Tensor:
+    """Second minus first letter of the disjoint pairs (1st, 2nd), (3rd, 4th), ...; an odd last letter is free."""
+    even = s.shape[1] // 2 * 2
+    return s[:, 1:even:2] - s[:, 0:even:2]
+
+
+def _vowel_consonant(s: Tensor) -> Tensor:
+    vowel = (s.unsqueeze(-1) == torch.tensor(VOWELS, device=s.device)).any(-1)
+    return (vowel[:, 1:] != vowel[:, :-1]).all(1)
+
+
+def _mountain(s: Tensor) -> Tensor:
+    steps = _steps(s)
+    # Strict steps, an upward first, a downward last, and never up again after a step down.
+    return (
+        (steps != 0).all(1)
+        & (steps[:, 0] > 0)
+        & (steps[:, -1] < 0)
+        & ~((steps[:, :-1] < 0) & (steps[:, 1:] > 0)).any(1)
+    )
+
+
+_PREDICATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "all_same": lambda s: (s == s[:, :1]).all(1),
+    "palindrome": lambda s: (s == s.flip(1)).all(1),
+    "sorted_ascending": lambda s: (_steps(s) >= 0).all(1),
+    "sorted_descending": lambda s: (_steps(s) <= 0).all(1),
+    "alternating": _alternating,
+    "contains_abc": _contains_abc,
+    "no_repeats": _no_repeats,
+    "has_majority": lambda s: _counts(s) * 2 > s.shape[1],
+    "increasing_pairs": lambda s: (_pairs(s) > 0).all(1),
+    "decreasing_pairs": lambda s: (_pairs(s) < 0).all(1),
+    "vowel_consonant": _vowel_consonant,
+    "first_last_match": lambda s: s[:, 0] == s[:, -1],
+    "mountain_pattern": _mountain,
+}
+
+_DESCRIPTIONS = {
+    "all_same": "every letter is the same",
+    "palindrome": "reads the same backwards",
+    "sorted_ascending": "no letter comes before its predecessor in the alphabet",
+    "sorted_descending": "no letter comes after its predecessor in the alphabet",
+    "alternating": "two different letters take turns",
+    "contains_abc": "A, B, C stand in a row somewhere",
+    "starts_with": "the first letter is {}",
+    "ends_with": "the last letter is {}",
+    "no_repeats": "no letter occurs twice",
+    "has_majority": "one letter fills more than half of the positions",
+    "increasing_pairs": "in each pair of positions (1st and 2nd, 3rd and 4th, ...) the second letter is later",
+    "decreasing_pairs": "in each pair of positions (1st and 2nd, 3rd and 4th, ...) the second letter is earlier",
+    "vowel_consonant": "vowels and consonants take turns",
+    "first_last_match": "the first and the last letter are equal",
+    "mountain_pattern": "the letters rise strictly to a peak inside and then fall strictly",
+}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One behaviour."""
+
+    kind: str
+    """Which predicate, e.g. ``starts_with``."""
+    token: int | None = None
+    """Letter index of ``starts_with`` and ``ends_with``."""
+
+    @property
+    def name(self) -> str:
+        """Unique among a zoo's patterns, e.g. ``starts_with(A)``."""
+        return self.kind if self.token is None else f"{self.kind}({LETTERS[self.token]})"
+
+    @property
+    def description(self) -> str:
+        """One clause for people."""
+        return _DESCRIPTIONS[self.kind].format("" if self.token is None else LETTERS[self.token])
+
+    def matches(self, sequences: Tensor) -> Tensor:
+        """Whether each row of ``sequences`` ``[n, length]`` (int64 letter indices, length >= 3) has it: bool ``[n]``."""
+        if self.kind == "starts_with":
+            return sequences[:, 0] == self.token
+        if self.kind == "ends_with":
+            return sequences[:, -1] == self.token
+        return _PREDICATES[self.kind](sequences)
+
+
+def membership(patterns: Sequence[Pattern], sequences: Tensor) -> Tensor:
+    """Which patterns each sequence ``[n, length]`` matches: bool ``[n, patterns]``."""
+    return torch.stack([pattern.matches(sequences) for pattern in patterns], 1)
+
+
+def default_suite(vocab_size: int = 7, length: int = 7) -> list[Pattern]:
+    """Ten behaviours that differ in what a network must look at: places, order, counts, symmetry, substrings."""
+    # Left out on purpose: alternating (42 sequences at 7 x 7, too few to learn from and be judged on), no_repeats
+    # (beyond 16 neurons), first_last_match (contains palindrome).
+    kinds = ("palindrome", "sorted_ascending", "sorted_descending", "contains_abc", "has_majority", "vowel_consonant")
+    more = ("increasing_pairs", "mountain_pattern")
+    return [*map(Pattern, kinds), Pattern("starts_with", 0), Pattern("ends_with", 2), *map(Pattern, more)]
+
+
+def from_specs(
+    specs: Sequence[PatternSpec], vocab_size: int, length: int, field: str = "spec.patterns"
+) -> list[Pattern]:
+    """The patterns that a spec names; none: :func:`default_suite`. Raises :class:`InvalidInput` naming the entry."""
+    if not specs:
+        return default_suite(vocab_size, length)
+    patterns: list[Pattern] = []
+    for i, spec in enumerate(specs):
+        if (spec.token is not None) != (spec.name in TAKES_TOKEN):
+            needs = "needs a token, e.g. A" if spec.name in TAKES_TOKEN else "takes no token"
+            raise InvalidInput.field(f"{field}.{i}.token", f"{spec.name} {needs}")
+        token = None if spec.token is None else LETTERS.index(spec.token)
+        if token is not None and token >= vocab_size:
+            last = LETTERS[vocab_size - 1]
+            raise InvalidInput.field(f"{field}.{i}.token", f"with vocab_size {vocab_size} the letters are A to {last}")
+        pattern = Pattern(spec.name, token)
+        if pattern in patterns:
+            raise InvalidInput.field(f"{field}.{i}", f"{pattern.name} is listed twice")
+        patterns.append(pattern)
+    return patterns
