@@ -1,0 +1,35 @@
+"""Places in a list, as opaque text. A list is ordered by a number that never changes, so pages are stable."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from ethogram.errors import InvalidInput
+
+MAX_LIMIT = 1000
+
+
+def encode(kind: str, number: int) -> str:
+    """The cursor that goes on after ``number`` in the list ``kind``."""
+    return base64.urlsafe_b64encode(f"{kind}:{number}".encode()).decode().rstrip("=")
+
+
+def decode(kind: str, cursor: str) -> int:
+    """The number in a cursor of the list ``kind``. Raises :class:`InvalidInput`."""
+    try:
+        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+        found, _, number = text.partition(":")
+        # Only what `encode` makes: int() alone takes signs, spaces and digits of other scripts.
+        if found == kind and number.isascii() and number.isdecimal() and len(number) <= 18:
+            return int(number)
+    except (binascii.Error, ValueError):
+        pass
+    raise InvalidInput.field("cursor", "is not one that this list gave; leave it out to start from the beginning")
+
+
+def check_limit(limit: int) -> int:
+    """``limit`` if it is one. Raises :class:`InvalidInput`."""
+    if not 1 <= limit <= MAX_LIMIT:
+        raise InvalidInput.field("limit", f"must be from 1 to {MAX_LIMIT}")
+    return limit

@@ -1,0 +1,114 @@
+"""What the registry answers with, and the options of a submission. All times are UTC."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+
+from services.jobs.states import JobState
+
+EventType = Literal["state", "log", "checkpoint", "artifact"]
+LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,63}$")]
+LabelValue = Annotated[str, StringConstraints(max_length=255)]
+QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,63}$")]
+
+
+class Options(BaseModel):
+    """How a job is queued; the same for one job and for each job of a pipeline."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    queue: QueueName | None = None
+    """Machine class that runs it; ``None``: that of its kind."""
+    priority: int = Field(0, ge=-1000, le=1000)
+    """Higher goes first."""
+    not_before: AwareDatetime | None = None
+    """Earliest time to start, with its time zone."""
+    max_attempts: int = Field(3, ge=1, le=100)
+    """Attempts that may crash or be lost before the job fails."""
+    labels: dict[LabelKey, LabelValue] = Field({}, max_length=32)
+    """Free marks to find the job by."""
+
+
+class Job(BaseModel):
+    """One job as it is now."""
+
+    id: str
+    tenant: str
+    kind: str
+    spec: dict[str, Any]
+    state: JobState
+    queue: str
+    priority: int
+    labels: dict[str, str]
+    attempts: int
+    """Attempts that count against ``max_attempts``, since the submission or the last retry."""
+    max_attempts: int
+    not_before: datetime | None
+    inputs: dict[str, str]
+    """Spec path to artifact id, of the inputs that are there."""
+    waits_for: list[str]
+    """Ids of the jobs whose outputs are still to come."""
+    progress: dict[str, Any] | None
+    """``stage``, ``done``, ``total``, ``unit`` and ``metrics`` as last told."""
+    checkpoint: dict[str, Any] | None
+    """``artifact`` and ``step`` of the last committed checkpoint."""
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+    """``reason``, ``message`` and ``violations``."""
+    trace: str | None
+    """Trace context of the request that made it."""
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    cancel_requested: bool
+    seq: int
+    """Number of the last event."""
+
+
+class Event(BaseModel):
+    """One thing that happened to a job. ``seq`` counts from 1 without gaps."""
+
+    job: str
+    seq: int
+    attempt: str | None
+    type: EventType
+    data: dict[str, Any]
+    time: datetime
+
+
+class ArtifactRow(BaseModel):
+    """One artifact as the registry lists it; what is in it says its manifest in the store."""
+
+    id: str
+    name: str
+    type: str
+    tenant: str
+    job: str | None
+    attempt: str | None
+    size: int
+    """Bytes in all."""
+    created_at: datetime
+
+
+class Claim(BaseModel):
+    """A job that a worker has taken: ``attempt`` fences each of its writes."""
+
+    job: Job
+    attempt: str
+    number: int
+    """Attempts of this job so far, this one included."""
+    lease_seconds: float
+
+
+class RunningAttempt(BaseModel):
+    """An attempt that has not ended. It is alive as long as ``heartbeat`` moves within ``lease_seconds``."""
+
+    attempt: str
+    job: str
+    queue: str
+    worker: str
+    heartbeat: int
+    lease_seconds: float

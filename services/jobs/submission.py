@@ -1,0 +1,244 @@
+"""From a request to rows: checks, idempotency keys, inputs, and pipelines in the order of their needs.
+
+Functions here work inside a write transaction of the caller.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import hashlib
+import json
+import re
+import secrets
+from base64 import b32encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from sqlalchemy import insert, select
+from sqlalchemy.orm import Session
+
+from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound, Violation
+from ethogram.specs.base import ArtifactRef, Spec
+from services.jobs import tables, text, transitions
+from services.jobs.records import Options
+from services.jobs.states import JobState
+from services.kinds import KINDS, input_refs
+
+MAX_PIPELINE = 1000
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def new_id(prefix: str) -> str:
+    """A random id: ``prefix``, ``_`` and 20 base32 characters (100 bits)."""
+    return f"{prefix}_{b32encode(secrets.token_bytes(13)).decode().lower()[:20]}"
+
+
+@dataclass
+class Request:
+    """One job that is asked for. ``prefix`` stands before the paths of its fields in errors."""
+
+    kind: str
+    spec: Spec
+    options: Options
+    prefix: str = ""
+
+    @classmethod
+    def make(cls, kind: str, spec: Spec, options: Mapping[str, Any], prefix: str = "") -> Request:
+        """Checked, but for what it refers to. Raises :class:`InvalidInput`."""
+        if kind not in KINDS:
+            raise InvalidInput.field(f"{prefix}kind", f"is none of {', '.join(sorted(KINDS))}")
+        if not isinstance(spec, KINDS[kind].spec):
+            raise InvalidInput.field(f"{prefix}spec", f"is a {type(spec).__name__}, not the spec of a {kind} job")
+        try:
+            made = cls(kind, spec, Options.model_validate(dict(options)), prefix)
+        except ValidationError as error:
+            raise InvalidInput.from_pydantic(error, prefix.rstrip(".")) from None
+        text.check(made.body["spec"], f"{prefix}spec")
+        text.check(made.options.labels, f"{prefix}labels")
+        return made
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """All that was asked for, as JSON values."""
+        return {
+            "kind": self.kind,
+            "spec": self.spec.model_dump(mode="json"),
+            "options": self.options.model_dump(mode="json"),
+        }
+
+
+class ResolvedInput(NamedTuple):
+    """One input of a job: where its spec names it, and what is known of it."""
+
+    path: str
+    needs: str | None
+    name: str | None
+    artifact: str | None
+
+
+def check_tenant(tenant: str) -> None:
+    """Raises :class:`InvalidInput` for a tenant that is not a plain name."""
+    if not _NAME.fullmatch(tenant):
+        raise InvalidInput.field("tenant", "must be 1 to 64 letters, digits, '_' or '-'")
+
+
+def check_key(key: str | None) -> None:
+    """Raises :class:`InvalidInput` for an idempotency key that cannot be stored."""
+    if key is None:
+        return
+    if not 1 <= len(key) <= 255:
+        raise InvalidInput.field("idempotency_key", "must be 1 to 255 characters long")
+    text.check(key, "idempotency_key")
+
+
+def body_hash(body: Any) -> str:
+    """Sha256 of a request's JSON form, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def seen(session: Session, tenant: str, key: str, digest: str) -> dict[str, str] | None:
+    """The jobs (name to id) that this key made before. Raises :class:`Conflict` when it came with another body."""
+    row = session.get(tables.Submission, (tenant, key))
+    if row is None:
+        return None
+    if row.body_hash != digest:
+        raise Conflict(f"the idempotency key {key!r} was used with another request: send a new key for a new request")
+    return dict(row.jobs)
+
+
+def remember(session: Session, tenant: str, key: str, digest: str, jobs: Mapping[str, str]) -> None:
+    """Keep what this key made."""
+    session.execute(
+        insert(tables.Submission).values(
+            tenant=tenant, key=key, body_hash=digest, jobs=dict(jobs), created_at=transitions.now()
+        )
+    )
+
+
+def insert_job(
+    session: Session, request: Request, *, tenant: str, trace: str | None, names: Mapping[str, str] | None = None
+) -> str:
+    """Insert the row of one job with its inputs and its first event; the id. ``names``: other jobs of its pipeline.
+
+    Raises :class:`NotFound` for an input that does not exist, :class:`IllegalState` for one that will never be.
+    """
+    spec = request.spec.model_dump(mode="json")
+    inputs = []
+    for path, ref in input_refs(request.spec).items():
+        if ref.job is not None and names and ref.job in names:
+            ref = ref.model_copy(update={"job": names[ref.job]})
+            _set(spec, f"{path}.job", ref.job)
+        inputs.append(resolve(session, path, ref, tenant, request.prefix))
+    waiting = sum(found.artifact is None for found in inputs)
+    options, time, job = request.options, transitions.now(), new_id("job")
+    session.execute(
+        insert(tables.Job).values(
+            id=job,
+            tenant=tenant,
+            kind=request.kind,
+            queue=options.queue or KINDS[request.kind].queue,
+            spec=spec,
+            labels=options.labels,
+            priority=options.priority,
+            state=JobState.QUEUED,
+            ready=waiting == 0 and is_due(options.not_before, time),
+            waiting=waiting,
+            not_before=options.not_before,
+            max_attempts=options.max_attempts,
+            trace=trace,
+            seq=1,
+            created_at=time,
+        )
+    )
+    if inputs:
+        session.execute(insert(tables.Input), [{"job": job, **found._asdict()} for found in inputs])
+    transitions.add_events(session, job, None, 1, [("state", {"state": JobState.QUEUED})])
+    return job
+
+
+def insert_pipeline(
+    session: Session, requests: Mapping[str, Request], *, tenant: str, trace: str | None
+) -> dict[str, str]:
+    """Insert all jobs, each after those that it needs; name to id, in the order of ``requests``.
+
+    Raises :class:`InvalidInput` for a circle, and what :func:`insert_job` raises.
+    """
+    needs = {name: _needs(request) & requests.keys() for name, request in requests.items()}
+    try:
+        order = list(graphlib.TopologicalSorter(needs).static_order())
+    except graphlib.CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        raise InvalidInput.field("jobs", f"wait for each other in a circle: {circle}") from None
+    ids: dict[str, str] = {}
+    for name in order:
+        ids[name] = insert_job(session, requests[name], tenant=tenant, trace=trace, names=ids)
+    return {name: ids[name] for name in requests}
+
+
+def make_pipeline(jobs: Mapping[str, tuple[str, Spec, Mapping[str, Any]]]) -> dict[str, Request]:
+    """The checked requests of a pipeline, by name. Raises :class:`InvalidInput`."""
+    if not 1 <= len(jobs) <= MAX_PIPELINE:
+        raise InvalidInput.field("jobs", f"must hold 1 to {MAX_PIPELINE} jobs")
+    for name in jobs:
+        if not _NAME.fullmatch(name):
+            raise InvalidInput.field("jobs", f"the name {name[:80]!r} must be 1 to 64 letters, digits, '_' or '-'")
+    requests = {
+        name: Request.make(kind, spec, options, prefix=f"jobs.{name}.") for name, (kind, spec, options) in jobs.items()
+    }
+    for name, request in requests.items():
+        for path, ref in input_refs(request.spec).items():
+            if ref.job is not None and ref.job not in jobs and not ref.job.startswith("job_"):
+                known = ", ".join(sorted(set(jobs) - {name})) or "no others"
+                raise InvalidInput.field(
+                    f"jobs.{name}.spec.{path}.job", f"there is no job {ref.job!r} in this pipeline; there are: {known}"
+                )
+    return requests
+
+
+def resolve(session: Session, path: str, ref: ArtifactRef, tenant: str, prefix: str = "") -> ResolvedInput:
+    """What ``ref`` stands for now; ``artifact`` is ``None`` while its job has not finished."""
+    if ref.job is None:
+        query = select(tables.Artifact.id).where(tables.Artifact.id == ref.artifact, tables.Artifact.tenant == tenant)
+        if session.execute(query).scalar_one_or_none() is None:
+            raise _wrong(NotFound, f"{prefix}spec.{path}.artifact", f"there is no artifact {ref.artifact!r}")
+        return ResolvedInput(path, None, None, ref.artifact)
+    # The lock makes a finishing job wait for us, so that it finds this dependent (SQLite: there is one writer anyway).
+    row = session.execute(
+        select(tables.Job.state).where(tables.Job.id == ref.job, tables.Job.tenant == tenant).with_for_update(read=True)
+    ).scalar_one_or_none()
+    if row is None:
+        raise _wrong(NotFound, f"{prefix}spec.{path}.job", f"there is no job {ref.job!r}")
+    state = JobState(row)
+    if state in (JobState.FAILED, JobState.CANCELLED):
+        what = f"job {ref.job} has {'failed' if state is JobState.FAILED else 'been cancelled'}: retry it first"
+        raise _wrong(IllegalState, f"{prefix}spec.{path}.job", what)
+    if state is not JobState.SUCCEEDED:
+        return ResolvedInput(path, ref.job, ref.artifact, None)
+    made = transitions.outputs(session, ref.job)
+    if ref.artifact not in made:
+        what = f"job {ref.job} made no artifact named {ref.artifact!r}; it made: {', '.join(sorted(made)) or 'none'}"
+        raise _wrong(NotFound, f"{prefix}spec.{path}.artifact", what)
+    return ResolvedInput(path, ref.job, ref.artifact, made[ref.artifact])
+
+
+def is_due(not_before: datetime | None, time: datetime) -> bool:
+    """Whether a job may start at ``time``."""
+    return not_before is None or not_before <= time
+
+
+def _wrong(kind: type[NotFound] | type[IllegalState], field: str, description: str) -> NotFound | IllegalState:
+    return kind(f"{field}: {description}", [Violation(field, description)])
+
+
+def _needs(request: Request) -> set[str]:
+    return {ref.job for ref in input_refs(request.spec).values() if ref.job is not None}
+
+
+def _set(values: Any, path: str, value: str | None) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        values = values[int(key)] if isinstance(values, list) else values[key]
+    values[last] = value

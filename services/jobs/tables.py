@@ -1,0 +1,202 @@
+"""The tables. A change here needs a migration in ``migrations/versions`` and the new ``REVISION``."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    false,
+    true,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+REVISION = "0001"
+"""The migration that these tables correspond to."""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware UTC datetimes on every database; SQLite itself would drop the zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To the database."""
+        if value is None:
+            return None
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """From the database."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+# SQLite counts up by itself only in a column that is exactly INTEGER.
+Serial = BigInteger().with_variant(Integer, "sqlite")
+Json = JSON(none_as_null=True)
+
+
+class Base(DeclarativeBase):
+    """Base of the tables."""
+
+    # Constraints with names can be changed by later migrations.
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_name)s",
+        }
+    )
+    type_annotation_map = {str: Text(), int: BigInteger(), datetime: UtcDateTime(), dict[str, Any]: Json}
+
+
+class Job(Base):
+    """A job. ``number`` is its place in the order of submission, which no clock can disturb."""
+
+    __tablename__ = "jobs"
+    # A number is never given twice, even when rows are deleted: cursors rely on it.
+    __table_args__ = {"sqlite_autoincrement": True}
+
+    number: Mapped[int] = mapped_column(Serial, primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    tenant: Mapped[str]
+    kind: Mapped[str]
+    queue: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    labels: Mapped[dict[str, Any]]
+    priority: Mapped[int]
+    state: Mapped[str]
+    ready: Mapped[bool]
+    """A queued job that nothing holds back: its inputs are there and ``not_before`` has passed."""
+    waiting: Mapped[int]
+    """Inputs that are still to come."""
+    not_before: Mapped[datetime | None]
+    attempt: Mapped[str | None] = mapped_column(unique=True)
+    """The attempt that owns the job now."""
+    attempts: Mapped[int] = mapped_column(default=0)
+    """Attempts that count against ``max_attempts``."""
+    claims: Mapped[int] = mapped_column(default=0)
+    """Attempts of any sort, ever."""
+    max_attempts: Mapped[int]
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    progress: Mapped[dict[str, Any] | None]
+    checkpoint_artifact: Mapped[str | None]
+    checkpoint_step: Mapped[int | None]
+    result: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    trace: Mapped[str | None]
+    seq: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    inputs: Mapped[list[Input]] = relationship(lazy="raise", order_by="Input.path", foreign_keys="Input.job")
+
+
+# The first serves claims (equal, equal, equal, then in order) and everything that asks by state.
+Index("ix_jobs_claim", Job.state, Job.queue, Job.ready, Job.priority.desc(), Job.number)
+Index("ix_jobs_due", Job.state, Job.queue, Job.ready, Job.waiting, Job.not_before)
+Index("ix_jobs_tenant", Job.tenant, Job.number)
+Index("ix_jobs_tenant_kind", Job.tenant, Job.kind, Job.number)
+Index("ix_jobs_tenant_state", Job.tenant, Job.state, Job.number)
+
+
+class Input(Base):
+    """An artifact that a job needs: there already (``artifact``), or the output ``name`` of job ``needs``."""
+
+    __tablename__ = "inputs"
+
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    path: Mapped[str] = mapped_column(primary_key=True)
+    needs: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)
+    name: Mapped[str | None]
+    artifact: Mapped[str | None] = mapped_column(index=True)
+
+
+class Attempt(Base):
+    """One try to run a job, by one worker."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (UniqueConstraint("job", "number"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    number: Mapped[int]
+    worker: Mapped[str]
+    lease_seconds: Mapped[float]
+    heartbeat: Mapped[int] = mapped_column(default=0)
+    """Counts up; the reconciler watches it move on its own clock."""
+    started_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+    outcome: Mapped[str | None]
+    """``succeeded``, ``failed``, ``cancelled``, ``crashed``, ``lost`` or ``stopped``."""
+    message: Mapped[str | None]
+
+
+class Event(Base):
+    """One thing that happened to a job."""
+
+    __tablename__ = "events"
+
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[str | None]
+    type: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    time: Mapped[datetime]
+
+
+class Artifact(Base):
+    """An artifact in the store, made by a job or uploaded."""
+
+    __tablename__ = "artifacts"
+    __table_args__ = {"sqlite_autoincrement": True}
+
+    number: Mapped[int] = mapped_column(Serial, primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
+    type: Mapped[str]
+    tenant: Mapped[str]
+    job: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
+    attempt: Mapped[str | None]
+    size: Mapped[int]
+    superseded: Mapped[bool] = mapped_column(default=False)
+    """A later attempt of the same job made an output of the same name."""
+    created_at: Mapped[datetime]
+
+
+Index("ix_artifacts_job", Artifact.job, Artifact.name)
+Index("ix_artifacts_tenant", Artifact.tenant, Artifact.number)
+Index("ix_artifacts_tenant_type", Artifact.tenant, Artifact.type, Artifact.number)
+
+
+class Submission(Base):
+    """A submission that came with an idempotency key: what it asked for, and the jobs that it made."""
+
+    __tablename__ = "submissions"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    body_hash: Mapped[str]
+    jobs: Mapped[dict[str, Any]]
+    """Name to job id; the name of a single job is empty."""
+    created_at: Mapped[datetime]
+
+
+TRUE, FALSE = true(), false()

@@ -1,0 +1,146 @@
+"""How a job changes its state: each step is one UPDATE that names the states, and the attempt, it may start from.
+
+Functions here work inside a write transaction of the caller.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import and_, case, insert, or_, select, update
+from sqlalchemy.orm import Session
+
+from services.jobs import tables
+from services.jobs.records import Event
+from services.jobs.states import LEGAL, JobState
+
+
+def now() -> datetime:
+    """The time, UTC."""
+    return datetime.now(UTC)
+
+
+def move(
+    session: Session,
+    job: str,
+    to: JobState,
+    *,
+    source: Collection[JobState],
+    owner: str | None = None,
+    note: dict[str, Any] | None = None,
+    **values: Any,
+) -> bool:
+    """Take ``job`` from a state of ``source`` to ``to`` and record the event. False: it was in none of them.
+
+    With ``owner``, only if that attempt owns the job. ``values`` are set in the same UPDATE, ``note`` is added to the
+    event.
+    """
+    assert all(to in LEGAL[state] for state in source), f"no step from {source} to {to}"
+    values.setdefault("ready", False)
+    if to.terminal:
+        values |= {"finished_at": now(), "attempt": None}
+    statement = update(tables.Job).where(tables.Job.id == job, tables.Job.state.in_(source))
+    if owner is not None:
+        statement = statement.where(tables.Job.attempt == owner)
+    seq = session.execute(
+        statement.values(state=to, seq=tables.Job.seq + 1, **values).returning(tables.Job.seq),
+        execution_options={"synchronize_session": False},
+    ).scalar_one_or_none()
+    if seq is None:
+        return False
+    add_events(session, job, owner or values.get("attempt"), seq, [("state", {"state": to, **(note or {})})])
+    return True
+
+
+def add_events(
+    session: Session, job: str, attempt: str | None, last: int, events: Sequence[tuple[str, dict[str, Any]]]
+) -> list[Event]:
+    """Insert ``events``; ``last`` is the job's ``seq`` after they were counted on its row."""
+    time = now()
+    first = last - len(events) + 1
+    rows = [
+        {"job": job, "seq": first + index, "attempt": attempt, "type": type_, "data": data, "time": time}
+        for index, (type_, data) in enumerate(events)
+    ]
+    if rows:
+        session.execute(insert(tables.Event), rows)
+    return [Event.model_validate(row) for row in rows]
+
+
+def end_attempt(session: Session, attempt: str, outcome: str, message: str | None = None) -> None:
+    """Close the attempt's row."""
+    session.execute(
+        update(tables.Attempt)
+        .where(tables.Attempt.id == attempt, tables.Attempt.ended_at.is_(None))
+        .values(ended_at=now(), outcome=outcome, message=message),
+        execution_options={"synchronize_session": False},
+    )
+
+
+def outputs(session: Session, job: str) -> dict[str, str]:
+    """Name to id of the artifacts that ``job`` made."""
+    query = select(tables.Artifact.name, tables.Artifact.id)
+    rows = session.execute(query.where(tables.Artifact.job == job, tables.Artifact.superseded == tables.FALSE))
+    return {name: artifact for name, artifact in rows}
+
+
+def settle_dependents(session: Session, job: str, state: JobState, error: dict[str, Any] | None = None) -> None:
+    """Tell the jobs that wait for ``job``, which has just reached the terminal ``state``: they get their inputs, or
+    end like it, and those that wait for them as well."""
+    ended = [(job, state, error)]
+    while ended:
+        job, state, error = ended.pop()
+        made = outputs(session, job) if state is JobState.SUCCEEDED else {}
+        for dependent, inputs in _waiting_for(session, job).items():
+            missing = [(path, name) for path, name in inputs if name not in made]
+            if not missing:
+                _give(session, dependent, {path: made[name] for path, name in inputs})
+                continue
+            path, name = missing[0]
+            if state is JobState.SUCCEEDED:
+                end, cause = JobState.FAILED, f"input job {job} finished without an artifact named {name!r}"
+                cause += f"; it made: {', '.join(sorted(made)) or 'none'}"
+            elif state is JobState.CANCELLED:
+                end, cause = JobState.CANCELLED, f"input job {job} was cancelled; retry it, then this one"
+            else:
+                told = (error or {}).get("message", "no message")
+                end, cause = JobState.FAILED, f"input job {job} failed: {told} (retry it, then this one)"
+            violation = {"field": f"spec.{path}", "description": cause}
+            told_on = {"reason": "INPUT_FAILED", "message": cause, "violations": [violation]}
+            note = {"message": cause}
+            if move(session, dependent, end, source=[JobState.QUEUED], error=told_on, waiting=0, note=note):
+                # The first cause is told on, not a sentence that grows with the length of the chain.
+                ended.append((dependent, end, error if state is JobState.FAILED else told_on))
+
+
+def _waiting_for(session: Session, job: str) -> dict[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    query = (
+        select(tables.Input.job, tables.Input.path, tables.Input.name)
+        .join(tables.Job, tables.Job.id == tables.Input.job)
+        .where(tables.Input.needs == job, tables.Input.artifact.is_(None), tables.Job.state == JobState.QUEUED)
+        .order_by(tables.Input.job, tables.Input.path)
+    )
+    for dependent, path, name in session.execute(query):
+        found[dependent].append((path, name or ""))
+    return dict(found)
+
+
+def _give(session: Session, job: str, artifacts: dict[str, str]) -> None:
+    for path, artifact in artifacts.items():
+        session.execute(
+            update(tables.Input).where(tables.Input.job == job, tables.Input.path == path).values(artifact=artifact),
+            execution_options={"synchronize_session": False},
+        )
+    # Counted down rather than counted anew: two inputs may finish at the same time.
+    left = tables.Job.waiting - len(artifacts)
+    due = or_(tables.Job.not_before.is_(None), tables.Job.not_before <= now())
+    session.execute(
+        update(tables.Job)
+        .where(tables.Job.id == job, tables.Job.state == JobState.QUEUED)
+        .values(waiting=left, ready=case((and_(left == 0, due), tables.TRUE), else_=tables.FALSE)),
+        execution_options={"synchronize_session": False},
+    )
