@@ -1,0 +1,325 @@
+"""The artifact store: immutable folders under the digest of their manifest, and published models that point to them.
+
+    blobs/ab/abcd…                         bytes, by their sha256
+    manifests/ab/abcd….json                manifests, by theirs: the artifact's id
+    models/<tenant>/<name>/<version>.json  published models
+
+Blobs are written first and the manifest last, so an artifact is whole or not there. Equal files are kept once. Safe to
+use from several threads and processes at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import ValidationError
+
+from ethogram.errors import Conflict, EthogramError, IllegalState, InvalidInput, NotFound, Unavailable
+from services.artifacts.backends import Backend, LocalBackend, RemoteBackend, blob_path, remove_folder
+from services.artifacts.manifest import (
+    File,
+    Manifest,
+    ModelPointer,
+    canonical_json,
+    check_name,
+    check_path,
+    digest,
+)
+
+__all__ = ["ArtifactStore", "File", "Manifest", "ModelPointer"]
+
+PUBLISHABLE = frozenset({"codec"})
+"""Types of artifacts that the inference server can serve."""
+MAX_FILES = 100_000
+_ID = re.compile(r"[0-9a-f]{64}")
+
+
+class ArtifactStore:
+    """Artifacts and published models in a folder, or at any URL that fsspec knows (``s3://bucket/prefix``)."""
+
+    def __init__(self, url: str) -> None:
+        """Raises :class:`InvalidInput` for a URL of no known sort, :class:`Unavailable` when it cannot be reached."""
+        self.url = url
+        self._backend = self._connect(url)
+
+    def put(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        type: str,
+        tenant: str = "default",
+        job: str | None = None,
+        attempt: str | None = None,
+        spec: Mapping[str, Any] | None = None,
+        parents: Sequence[str] = (),
+        meta: Mapping[str, Any] | None = None,
+    ) -> tuple[str, Manifest]:
+        """Keep all files of ``folder``; the artifact's id and manifest. Empty folders inside are not kept.
+
+        Raises :class:`InvalidInput` for a folder without files, a link or a device in it, or a name that cannot be;
+        :class:`Unavailable` when there is no room.
+        """
+        for value, field in ((name, "name"), (type, "type"), (tenant, "tenant")):
+            check_name(value, field)
+        sources = _files(Path(folder))
+        with self._trouble():
+            files = {path: self._backend.add(source) for path, source in sources.items()}
+        try:
+            manifest = Manifest(
+                name=name,
+                type=type,
+                files=files,
+                tenant=tenant,
+                job=job,
+                attempt=attempt,
+                spec=dict(spec) if spec is not None else None,
+                parents=list(parents),
+                code_version=_code_version(),
+                created=_now().isoformat(),
+                meta=dict(meta or {}),
+            )
+            data = manifest.canonical()
+        except ValidationError as error:
+            raise InvalidInput.from_pydantic(error) from None
+        except ValueError as error:
+            raise InvalidInput.field("meta", f"cannot be kept as JSON: {error}") from None
+        id = digest(data)
+        with self._trouble():
+            self._backend.write(_manifest_path(id), data)
+        return id, manifest
+
+    def manifest(self, id: str) -> Manifest:
+        """What is in an artifact. Raises :class:`NotFound`."""
+        if not _ID.fullmatch(id):
+            raise NotFound(f"there is no artifact {id[:80]!r}: an id has 64 hexadecimal digits")
+        with self._trouble():
+            try:
+                data = self._backend.read(_manifest_path(id))
+            except FileNotFoundError:
+                raise NotFound(f"there is no artifact {id} in the store") from None
+        if digest(data) != id:
+            raise self._damaged(id, "its manifest")
+        return Manifest.model_validate_json(data)
+
+    def open(self, id: str, path: str) -> BinaryIO:
+        """One file of an artifact, to read and to close. Raises :class:`NotFound`, :class:`InvalidInput`."""
+        check_path(path)
+        file = self.manifest(id).files.get(path)
+        if file is None:
+            raise NotFound(f"artifact {id} has no file {path!r}")
+        with self._trouble():
+            try:
+                return self._backend.open(blob_path(file.sha256))
+            except FileNotFoundError:
+                raise self._damaged(id, path) from None
+
+    def fetch(self, id: str, destination: Path) -> Path:
+        """All files of an artifact as the folder ``destination``, which must not exist or be empty. Read only: from a
+        local store they are links to its own bytes.
+
+        Every byte is verified. Raises :class:`NotFound`, :class:`Conflict` when there is something at
+        ``destination``, :class:`IllegalState` when the store's copy is damaged.
+        """
+        manifest = self.manifest(id)
+        destination = Path(destination)
+        with self._trouble(at=destination):
+            if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+                raise Conflict(f"{destination} is not an empty folder: fetch to another place")
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            partial = destination.parent / f".{destination.name}.{secrets.token_hex(4)}"
+            try:
+                partial.mkdir()
+                for path, file in manifest.files.items():
+                    # Checked again: a manifest from a shared store is somebody else's text.
+                    target = partial / check_path(path)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    try:
+                        sha256 = self._backend.materialise(blob_path(file.sha256), target)
+                    except FileNotFoundError:
+                        raise self._damaged(id, path) from None
+                    if sha256 != file.sha256:
+                        raise self._damaged(id, path)
+                partial.replace(destination)
+            finally:
+                remove_folder(partial)
+        return destination
+
+    def publish(self, tenant: str, name: str, artifact_id: str, version: str | None = None) -> ModelPointer:
+        """Name an artifact for the inference server. Without ``version``: one more than the highest number.
+
+        Raises :class:`NotFound`, :class:`InvalidInput` for an artifact that cannot be served, :class:`Conflict` when
+        the version exists: a published version never changes.
+        """
+        check_name(tenant, "tenant")
+        check_name(name, "name")
+        if version is not None:
+            check_name(version, "version")
+        manifest = self.manifest(artifact_id)
+        if manifest.tenant != tenant:
+            raise NotFound(f"there is no artifact {artifact_id} in the store")
+        if manifest.type not in PUBLISHABLE:
+            kinds = ", ".join(sorted(PUBLISHABLE))
+            raise InvalidInput.field("artifact", f"is of type {manifest.type!r}, which cannot be served ({kinds} can)")
+        while True:
+            existing = self._versions(tenant, name)
+            # A clock that was set back must not make the new one look older.
+            created = max([_now(), *(_time(pointer) + timedelta(microseconds=1) for pointer in existing)])
+            pointer = ModelPointer(
+                tenant=tenant,
+                name=name,
+                version=version or str(max([0, *(_number(found) for found in existing)]) + 1),
+                artifact=artifact_id,
+                created=created.isoformat(),
+            )
+            with self._trouble():
+                try:
+                    self._backend.create(_pointer_path(pointer), canonical_json(pointer.model_dump()))
+                    return pointer
+                except FileExistsError:
+                    if version is not None:
+                        raise Conflict(
+                            f"model {name} has a version {version} already: leave the version out for the next one"
+                        ) from None
+
+    def model(self, tenant: str, name: str, version: str | None = None) -> ModelPointer:
+        """A published model; without ``version`` the one published last and not retired. Raises :class:`NotFound`."""
+        check_name(tenant, "tenant")
+        check_name(name, "name")
+        if version is not None:
+            check_name(version, "version")
+            found = self._pointer(tenant, name, version)
+            if found is None:
+                raise NotFound(f"there is no model {name} version {version}")
+            return found
+        current = [pointer for pointer in self._versions(tenant, name) if not pointer.retired]
+        if not current:
+            raise NotFound(f"there is no model {name}: publish one first")
+        return max(current, key=_age)
+
+    def models(self, tenant: str) -> list[ModelPointer]:
+        """All published models, by name, and by age within a name; the retired ones too."""
+        check_name(tenant, "tenant")
+        with self._trouble():
+            names = self._backend.names(f"models/{tenant}")
+        return [pointer for name in names for pointer in sorted(self._versions(tenant, name), key=_age)]
+
+    def retire(self, tenant: str, name: str, version: str) -> ModelPointer:
+        """Serve this version no more unless it is asked for by number. Raises :class:`NotFound`."""
+        retired = self.model(tenant, name, version).model_copy(update={"retired": True})
+        with self._trouble():
+            self._backend.write(_pointer_path(retired), canonical_json(retired.model_dump()))
+        return retired
+
+    def _versions(self, tenant: str, name: str) -> list[ModelPointer]:
+        with self._trouble():
+            found = self._backend.names(f"models/{tenant}/{name}")
+        pointers = [self._pointer(tenant, name, file.removesuffix(".json")) for file in found if file.endswith(".json")]
+        return [pointer for pointer in pointers if pointer is not None]
+
+    def _pointer(self, tenant: str, name: str, version: str) -> ModelPointer | None:
+        with self._trouble():
+            try:
+                data = self._backend.read(f"models/{tenant}/{name}/{version}.json")
+            except FileNotFoundError:
+                return None
+        try:
+            return ModelPointer.model_validate_json(data)
+        except ValidationError:
+            # On file systems without links a pointer exists for a moment before its text does.
+            return None
+
+    def _connect(self, url: str) -> Backend:
+        with self._trouble():
+            if "://" not in url:
+                return LocalBackend(Path(url).absolute())
+            if url.startswith("file://"):
+                return LocalBackend(Path(url.removeprefix("file://")))
+            # Only remote stores need it, and it is not quick to import.
+            from fsspec.core import url_to_fs
+
+            try:
+                fs, root = url_to_fs(url)
+            except (ValueError, ImportError) as error:
+                raise InvalidInput.field("store", f"cannot be used: {error}") from None
+            return RemoteBackend(fs, root)
+
+    def _damaged(self, id: str, what: str) -> IllegalState:
+        return IllegalState(
+            f"artifact {id} is damaged: {what} in the store at {self.url} does not match its digest or is missing; put "
+            "the same files again to repair it"
+        )
+
+    @contextmanager
+    def _trouble(self, at: Path | None = None) -> Iterator[None]:
+        """What goes wrong with the storage, as errors that say what to do; ``at``: files are written there."""
+        try:
+            yield
+        except (EthogramError, FileNotFoundError, FileExistsError):
+            raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                place = f"{at} has" if at is not None else f"the artifact store at {self.url} has"
+                raise Unavailable(f"{place} no space left; free some and retry the job") from error
+            cause = os.strerror(error.errno) if error.errno else str(error)
+            raise Unavailable(f"the artifact store at {self.url} cannot be used ({cause}): see that it can") from error
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Path inside to file, sorted. Raises :class:`InvalidInput`."""
+    if not folder.is_dir():
+        raise InvalidInput.field("folder", f"{folder} is not a folder")
+    found: dict[str, Path] = {}
+    for source in folder.rglob("*"):
+        path = source.relative_to(folder).as_posix()
+        if source.is_symlink() or not (source.is_dir() or source.is_file()):
+            # A link could smuggle in any file of this machine.
+            raise InvalidInput.field("folder", f"{path!a} is a link or a device: only plain files can be kept")
+        if source.is_file():
+            found[check_path(path, f"folder: {path!a}")] = source
+    if not 1 <= len(found) <= MAX_FILES:
+        raise InvalidInput.field("folder", f"{folder} must hold 1 to {MAX_FILES} files, it holds {len(found)}")
+    return dict(sorted(found.items()))
+
+
+def _manifest_path(id: str) -> str:
+    return f"manifests/{id[:2]}/{id}.json"
+
+
+def _pointer_path(pointer: ModelPointer) -> str:
+    return f"models/{pointer.tenant}/{pointer.name}/{pointer.version}.json"
+
+
+def _number(pointer: ModelPointer) -> int:
+    version = pointer.version
+    return int(version) if version.isascii() and version.isdecimal() else 0
+
+
+def _time(pointer: ModelPointer) -> datetime:
+    return datetime.fromisoformat(pointer.created)
+
+
+def _age(pointer: ModelPointer) -> tuple[datetime, int]:
+    return _time(pointer), _number(pointer)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@cache
+def _code_version() -> str:
+    try:
+        return metadata.version("ethogram")
+    except metadata.PackageNotFoundError:
+        return "unknown"
