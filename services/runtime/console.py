@@ -1,0 +1,76 @@
+"""A run for a terminal: progress bars, and artifacts as folders. For using a system as a library."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from services.runtime.run import Run
+
+
+class ConsoleRun(Run):
+    """Shows each stage as a bar; keeps artifacts below ``output/<name>/`` and metrics in ``output/metrics.jsonl``.
+
+    Use it as a context manager, so that the bars end with it. It takes no checkpoints.
+    """
+
+    def __init__(
+        self,
+        output: Path | None = None,
+        device: str = "cpu",
+        inputs: Mapping[str, Path] = MappingProxyType({}),
+        console: Console | None = None,
+    ) -> None:
+        self.device, self.inputs, self._output = device, inputs, output
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=console or Console(stderr=True),
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ConsoleRun:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str, total: int, unit: str = "steps") -> None:
+        self._task = self._progress.add_task(name, total=total, unit=unit, metrics="")
+
+    def advance(self, done: int) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=done)
+
+    def metric(self, step: int, **values: float) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        if self._task is not None:
+            self._progress.update(
+                self._task, metrics=" ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            )
+        if self._output is not None:
+            self._output.mkdir(parents=True, exist_ok=True)
+            line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in numbers.items()}}
+            with (self._output / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def log(self, message: str, level: str = "info") -> None:
+        self._progress.console.print(message, style="yellow" if level == "warning" else None, markup=False)
+
+    def artifact(self, name: str, type: str, folder: Path) -> None:
+        if self._output is not None and folder.resolve() != (self._output / name).resolve():
+            shutil.copytree(folder, self._output / name, dirs_exist_ok=True)

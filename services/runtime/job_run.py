@@ -1,0 +1,151 @@
+"""The run of a job's child process: everything becomes events for the supervisor and artifacts in the store."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ethogram.errors import printable
+from ethogram.v1 import jobs_pb2
+from services.artifacts.store import ArtifactStore
+from services.runtime.run import Cancelled, Run, Stopped
+
+PROGRESS_SECONDS = 0.25
+MAX_LOG = 4000
+# A checkpoint that takes a second is taken every half minute at the most, however often it was asked for.
+CHECKPOINT_SHARE = 1 / 30
+
+
+class JobRun(Run):
+    """Streams to ``send`` and writes to ``store``.
+
+    A checkpoint holds the job's own files under ``state/`` and the metrics so far, so that the metrics of a job that
+    was interrupted are those of one that was not.
+    """
+
+    def __init__(
+        self,
+        context: jobs_pb2.RunContext,
+        spec: dict[str, Any],
+        store: ArtifactStore,
+        *,
+        send: Callable[[jobs_pb2.JobEvent], None],
+        cancelled: threading.Event,
+        stopping: threading.Event,
+    ) -> None:
+        self.device = context.device or "cpu"
+        self._context, self._spec, self._store, self._send = context, spec, store, send
+        self._cancelled, self._stopping = cancelled, stopping
+        self._work = Path(context.work_dir)
+        self._stage, self._total, self._unit, self._done = "", 0, "", 0
+        self._step, self._values = 0, dict[str, float]()
+        self._unsent = False
+        self._next_report = self._next_checkpoint = 0.0
+        self._metrics = self._work / "metrics.jsonl"
+        self.inputs = {
+            path: store.fetch(artifact, self._work / "inputs" / path) for path, artifact in context.inputs.items()
+        }
+        if context.checkpoint:
+            folder = store.fetch(context.checkpoint, self._work / "resume")
+            self.resume = folder / "state"
+            if (folder / self._metrics.name).exists():
+                shutil.copyfile(folder / self._metrics.name, self._metrics)
+        self._metrics_file = self._metrics.open("a")
+        self._schedule_checkpoint(cost=0.0)
+
+    def stage(self, name: str, total: int, unit: str = "steps") -> None:
+        self._report()
+        self._stage, self._total, self._unit, self._done = name, total, unit, 0
+        self._unsent = True
+        self._report()
+
+    def advance(self, done: int) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled
+        self._done, self._unsent = done, True
+        if done >= self._total or time.monotonic() >= self._next_report:
+            self._report()
+
+    def metric(self, step: int, **values: float) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        # JSON has no NaN: what is not finite is null.
+        line = {"stage": self._stage, "step": step, **dict.fromkeys(numbers), **finite}
+        self._metrics_file.write(json.dumps(line) + "\n")
+        self._step, self._unsent = step, True
+        self._values.update(finite)
+        if time.monotonic() >= self._next_report:
+            self._report()
+
+    def log(self, message: str, level: str = "info") -> None:
+        self._send(jobs_pb2.JobEvent(log=jobs_pb2.Log(level=level, message=printable(message)[:MAX_LOG])))
+
+    def checkpoint_due(self) -> bool:
+        return self._stopping.is_set() or time.monotonic() >= self._next_checkpoint
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled
+        began = time.monotonic()
+        folder = self._work / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "state").mkdir(parents=True)
+        write(folder / "state")
+        self._metrics_file.flush()
+        shutil.copyfile(self._metrics, folder / self._metrics.name)
+        artifact, _ = self._put(folder, "checkpoint", "checkpoint")
+        shutil.rmtree(folder)
+        self._report()
+        self._send(jobs_pb2.JobEvent(checkpoint=jobs_pb2.Checkpoint(artifact=artifact, step=step)))
+        self._schedule_checkpoint(cost=time.monotonic() - began)
+        if self._stopping.is_set():
+            raise Stopped
+
+    def artifact(self, name: str, type: str, folder: Path) -> None:
+        artifact, size = self._put(folder, name, type)
+        self._send(jobs_pb2.JobEvent(artifact=jobs_pb2.Artifact(name=name, type=type, id=artifact, size=size)))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Send what is left, the metrics as an artifact, and the job's answer."""
+        self._report()
+        self._metrics_file.close()
+        if self._metrics.stat().st_size:
+            folder = self._work / "metrics"
+            folder.mkdir()
+            shutil.move(self._metrics, folder / self._metrics.name)
+            self.artifact("metrics", "metrics", folder)
+        answer = json.dumps(result, allow_nan=False)
+        self._send(jobs_pb2.JobEvent(result=jobs_pb2.Result(json=answer)))
+
+    def _report(self) -> None:
+        if not self._unsent:
+            return
+        self._unsent, self._next_report = False, time.monotonic() + PROGRESS_SECONDS
+        if self._values:
+            self._send(jobs_pb2.JobEvent(metric=jobs_pb2.Metric(step=self._step, values=self._values)))
+        if self._stage:
+            progress = jobs_pb2.Progress(stage=self._stage, done=self._done, total=self._total, unit=self._unit)
+            self._send(jobs_pb2.JobEvent(progress=progress))
+
+    def _schedule_checkpoint(self, cost: float) -> None:
+        wait = max(self._context.checkpoint_seconds, cost / CHECKPOINT_SHARE)
+        self._next_checkpoint = time.monotonic() + wait
+
+    def _put(self, folder: Path, name: str, type: str) -> tuple[str, int]:
+        artifact, manifest = self._store.put(
+            folder,
+            name=name,
+            type=type,
+            tenant=self._context.tenant,
+            job=self._context.job,
+            attempt=self._context.attempt,
+            spec=self._spec,
+            parents=sorted(set(self._context.inputs.values())),
+        )
+        return artifact, manifest.size

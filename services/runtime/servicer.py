@@ -1,0 +1,127 @@
+"""What every system's gRPC servicer does with a Run: it is here once, so a ``service.py`` is a few lines."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any, NoReturn, Protocol
+
+import grpc
+from google.protobuf.message import Message
+
+from ethogram.convert import from_proto
+from ethogram.errors import EthogramError, Internal
+from ethogram.rpc import grpc_status_of
+from ethogram.specs.base import Spec
+from ethogram.v1 import jobs_pb2
+from services.artifacts.store import ArtifactStore
+from services.runtime import lifetime
+from services.runtime.job_run import JobRun
+from services.runtime.run import Cancelled, Run, Stopped
+
+logger = logging.getLogger(__name__)
+
+JOB_THREAD = "job"
+STOPPED = grpc.StatusCode.ABORTED
+"""How a run ends that was asked to leave and has checkpointed."""
+# Events that may wait for a supervisor that is slow; past them the job waits too.
+MAX_WAITING = 1000
+
+
+class RunRequest(Protocol):
+    """A request message of any kind of job."""
+
+    @property
+    def context(self) -> jobs_pb2.RunContext:
+        """What the job is given."""
+
+    @property
+    def spec(self) -> Message:
+        """What it is to do."""
+
+
+def stream_job(
+    request: RunRequest, context: grpc.ServicerContext, spec_type: type[Spec], function: str
+) -> Iterator[jobs_pb2.JobEvent]:
+    """Run ``function`` (``module:name``, called as ``name(spec, run)``) and yield what it says.
+
+    The module is imported here, in the job's own thread, and not when the servicer is: the child answers before torch
+    is loaded. ``name`` returns the job's result, a small JSON object. Errors with a meaning for the user travel as
+    such; any other exception is told in the job's log and ends the call with INTERNAL.
+    """
+    try:
+        spec = from_proto(request.spec, spec_type)
+    except EthogramError as error:
+        _abort(context, error)
+    events: queue.Queue[jobs_pb2.JobEvent | None] = queue.Queue(MAX_WAITING)
+    ended: list[BaseException] = []
+    cancelled = threading.Event()
+
+    def send(event: jobs_pb2.JobEvent | None) -> None:
+        while not cancelled.is_set():
+            try:
+                return events.put(event, timeout=0.5)
+            except queue.Full:
+                continue
+        # Nobody listens any more, but the loop below may still wait for the end.
+        if event is None:
+            while not events.empty():
+                events.get_nowait()
+            events.put(None)
+
+    def work() -> None:
+        try:
+            _work(request.context, spec, function, send, cancelled)
+        except BaseException as error:
+            ended.append(error)
+            if not isinstance(error, Cancelled | Stopped | EthogramError):
+                logger.exception("the job raised", extra={"job": request.context.job})
+                text = f"{type(error).__name__}: {error}"[:1000]
+                send(jobs_pb2.JobEvent(log=jobs_pb2.Log(level="error", message=text)))
+        finally:
+            send(None)
+
+    if not context.add_callback(cancelled.set):
+        return
+    threading.Thread(target=work, name=JOB_THREAD, daemon=True).start()
+    while (event := events.get()) is not None:
+        yield event
+    match ended:
+        case []:
+            return
+        case [Cancelled()]:
+            context.abort(grpc.StatusCode.CANCELLED, "the job was cancelled")
+        case [Stopped()]:
+            context.abort(STOPPED, "the process was asked to leave; the job's last checkpoint is in the store")
+        case [EthogramError() as meant]:
+            _abort(context, meant)
+        case _:
+            _abort(context, Internal(f"the job's code raised {type(ended[0]).__name__}; its log says more"))
+
+
+def _work(
+    context: jobs_pb2.RunContext,
+    spec: Spec,
+    function: str,
+    send: Callable[[jobs_pb2.JobEvent], None],
+    cancelled: threading.Event,
+) -> None:
+    module, name = function.split(":")
+    run_job: Callable[[Any, Run], dict[str, Any]] = getattr(import_module(module), name)
+    torch = sys.modules.get("torch")
+    if torch is not None and context.threads:
+        torch.set_num_threads(context.threads)
+    store = ArtifactStore(context.store)
+    run = JobRun(
+        context, spec.model_dump(mode="json"), store, send=send, cancelled=cancelled, stopping=lifetime.stopping
+    )
+    run.finish(run_job(spec, run))
+
+
+def _abort(context: grpc.ServicerContext, error: EthogramError) -> NoReturn:
+    context.abort_with_status(grpc_status_of(error))
+    raise AssertionError("abort returned")

@@ -1,0 +1,5 @@
+"""``python -m workers``: one worker process."""
+
+from workers.app import main
+
+main()

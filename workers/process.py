@@ -1,0 +1,174 @@
+"""The supervisor's side of a job's process: start it, hear its last words, end it and all that it started."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from workers.slots import Slot
+
+READY_SECONDS = 60.0
+TAIL_BYTES = 8192
+# sun_path of a unix socket is 108 bytes with its NUL.
+MAX_SOCKET_PATH = 107
+
+# What a job may see of its worker's environment: where things are, the accelerator, and the credentials of stores and
+# hubs. Not the registry and not the broker.
+ENVIRONMENT = frozenset(
+    (
+        *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
+        *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
+        *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+    )
+)
+ENVIRONMENT_PREFIXES = (
+    "LC_",
+    "NVIDIA_",
+    "NCCL_",
+    "TORCH_",
+    "PYTORCH_",
+    "HF_",
+    "WANDB_",
+    "AWS_",
+    "FSSPEC_",
+    "GOOGLE_",
+    "AZURE_",
+)
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+class ChildFailed(Exception):
+    """The process ended, or did not answer, before it could be given work."""
+
+
+def child_environment(slot: Slot, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a job's process: what is allowed of ``environment``, and its slot's share of the machine."""
+    allowed = {
+        name: value
+        for name, value in environment.items()
+        if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
+    }
+    return {
+        **allowed,
+        **dict.fromkeys(THREAD_VARIABLES, str(slot.threads)),
+        "CUDA_VISIBLE_DEVICES": slot.gpus,
+        # The server side runs from its folder, and the job's current folder is another.
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
+
+
+class Child:
+    """A process that runs one job, in a session of its own."""
+
+    def __init__(self, servicer: str, slot: Slot, work_dir: Path) -> None:
+        # Short whatever the state folder is called, and closed to others.
+        base = "/tmp" if os.path.isdir("/tmp") else None  # noqa: PTH112
+        self._folder = Path(tempfile.mkdtemp(prefix="ethogram-", dir=base))
+        self.socket = self._folder / "s"
+        if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
+            raise ChildFailed(f"{self.socket} is too long for a unix socket; set TMPDIR to a shorter folder")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "workers.child", "--servicer", servicer, "--socket", str(self.socket)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=work_dir,
+            env=child_environment(slot, os.environ),
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        self._tail: deque[bytes] = deque(maxlen=TAIL_BYTES // 80)
+        self._drain = threading.Thread(target=self._read_stderr, name="child-stderr", daemon=True)
+        self._drain.start()
+
+    def wait_ready(self, stop: threading.Event) -> None:
+        """Return when the process answers on its socket. Raises :class:`ChildFailed`."""
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline and not stop.is_set():
+            if select.select([self._process.stdout], [], [], 0.1)[0]:
+                if self._process.stdout.readline() == b"ready\n":
+                    return
+                raise ChildFailed("the job's process ended before it could be given work")
+        raise ChildFailed(f"the job's process did not answer within {READY_SECONDS:.0f} s")
+
+    def ask_to_leave(self) -> None:
+        """SIGTERM: checkpoint at the next opportunity, then end the run."""
+        self._signal(signal.SIGTERM)
+
+    def hang_up(self) -> None:
+        """Close its standard input: the run is cancelled and the process leaves in a few seconds."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+
+    def kill(self) -> None:
+        """SIGKILL to it and everything that it started."""
+        # Only before it is reaped is the group's number surely ours.
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def died(self, timeout: float) -> int | None:
+        """How it ended (a negative number is a signal), or None if it still runs after ``timeout`` seconds.
+
+        It stays unreaped, so that its process group can still be named.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None:
+                return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.02)
+
+    def close(self, grace: float) -> None:
+        """End it, within ``grace`` seconds, and leave nothing behind."""
+        self.hang_up()
+        self.died(grace)
+        self.kill()
+        self._process.wait()
+        self._drain.join(1.0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def last_words(self) -> str:
+        """The end of what it wrote to standard error."""
+        self._drain.join(0.5)
+        return b"".join(list(self._tail)).decode("utf-8", "replace")[-TAIL_BYTES // 2 :].strip()
+
+    def _signal(self, number: int) -> None:
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def _read_stderr(self) -> None:
+        assert self._process.stderr is not None
+        with suppress(ValueError, OSError):
+            while chunk := self._process.stderr.readline(TAIL_BYTES):
+                self._tail.append(chunk)
+
+
+def describe_exit(status: int) -> str:
+    """How a process ended, for people."""
+    if status >= 0:
+        return f"the job's process ended with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
+    return f"the job's process was killed by {name}{hint}"
