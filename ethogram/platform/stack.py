@@ -22,10 +22,10 @@ import httpx
 import ethogram
 from ethogram.errors import Conflict, Unavailable
 from ethogram.platform import guard, redis
+from ethogram.platform.defaults import HOST
 from ethogram.platform.process import Child, describe
 from ethogram.platform.state import StateDir
 
-HOST = "127.0.0.1"
 _START_SECONDS = 60.0
 # The worker has to bring its jobs to a checkpoint.
 _STOP_SECONDS = 30.0
@@ -82,6 +82,10 @@ class Platform:
             self.stop()
             raise
 
+    def interrupt(self) -> None:
+        """Make a :meth:`start` that is under way give up; for a signal's handler."""
+        self._stopping.set()
+
     def stop(self, hurry: bool = False) -> None:
         """End all, Redis last; returns when no process is left. ``hurry`` gives them no time."""
         self._stopping.set()
@@ -90,14 +94,14 @@ class Platform:
         if self._lock is not None:
             self.state.record.unlink(missing_ok=True)
         deadline = time.monotonic() + (0.0 if hurry else _STOP_SECONDS)
-        redis_child = self.children.pop("redis", None)
-        for group in (list(self.children.values()), [redis_child] if redis_child else []):
+        for last in (False, True):
+            group = [child for name, child in self.children.items() if (name == "redis") is last]
             for child in group:
                 child.terminate()
             for child in group:
                 if not child.finish(deadline):
                     self._say(f"{child.name} did not end in time and was killed; its log: {child.log}")
-            deadline = max(deadline, time.monotonic() + guard.GRACE_SECONDS)
+            deadline = time.monotonic() + (0.0 if hurry else guard.GRACE_SECONDS)
         self.children.clear()
         if self._lock is not None:
             self._lock.close()

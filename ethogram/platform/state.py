@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ethogram.errors import Conflict, InvalidInput, Unavailable
+from ethogram.platform import defaults
 
-DEFAULT_STATE = "runs/state"
 _LEAVING_SECONDS = 20.0
 
 
@@ -26,7 +26,7 @@ class StateDir:
     @classmethod
     def find(cls, path: str | Path | None = None) -> StateDir:
         """``path``, else the one that ``ETHOGRAM_STATE`` names, else ``runs/state`` under the current folder."""
-        return cls(Path(path or os.environ.get("ETHOGRAM_STATE") or DEFAULT_STATE).expanduser().absolute())
+        return cls(Path(path or os.environ.get("ETHOGRAM_STATE") or defaults.STATE).expanduser().absolute())
 
     @property
     def database_url(self) -> str:

@@ -1,0 +1,82 @@
+"""Specs from YAML files and ``--set``. YAML is read as YAML 1.2: ``1e-3`` is a number and ``on`` a string."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ethogram.errors import InvalidInput
+from ethogram.plain import plain
+
+
+def read_mapping(path: Path | None, what: str) -> dict[str, Any]:
+    """The mapping in the YAML file ``path`` ("-": standard input); None: an empty one.
+
+    Raises :class:`InvalidInput` naming the file when it is anything else. A name that appears twice is an error.
+    """
+    if path is None:
+        return {}
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{path} is no UTF-8 text") from None
+    value = _load(text, str(path))
+    if not isinstance(value, dict):
+        found = "is empty" if value is None else f"holds a {_name(value)}"
+        raise InvalidInput(f"{path} {found}; a {what} is a mapping, lines of `name: value`")
+    checked: dict[str, Any] = plain(value, what)
+    return checked
+
+
+def set_values(target: dict[str, Any], assignments: Iterable[str], what: str) -> dict[str, Any]:
+    """``target`` with each ``path=value`` of ``assignments`` put in; a number in a path is a place in a list."""
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        names = path.strip().split(".")
+        if not equals or not all(names):
+            raise InvalidInput(f"--set {assignment}: write PATH=VALUE, e.g. training.steps=500")
+        value = plain(_load(text, f"--set {assignment}"), f"{what}.{path}")
+        place: Any = target
+        for depth, name in enumerate(names):
+            here = ".".join([what, *names[:depth]])
+            if isinstance(place, list):
+                if not name.isdecimal() or int(name) >= len(place):
+                    raise InvalidInput.field(
+                        f"{here}.{name}", f"{here} is a list of {len(place)}; use its places from 0"
+                    )
+                key: Any = int(name)
+            elif isinstance(place, dict):
+                key = name
+            else:
+                raise InvalidInput.field(here, f"is a {_name(place)}, so {name!r} cannot be set in it")
+            if depth == len(names) - 1:
+                place[key] = value
+            else:
+                if isinstance(place, dict) and place.get(key) is None:
+                    place[key] = {}
+                place = place[key]
+    return target
+
+
+def _load(text: str, source: str) -> Any:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}" if mark is not None else ""
+        raise InvalidInput(f"{source}{place}: {error.problem or error.context or 'this is no YAML'}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"{source}: this is no YAML ({str(error).splitlines()[0]})") from None
+
+
+def _name(value: object) -> str:
+    return {list: "list", dict: "mapping", str: "string", bool: "truth value", int: "number", float: "number"}.get(
+        type(value), type(value).__name__
+    )

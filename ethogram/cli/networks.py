@@ -1,0 +1,185 @@
+"""Commands about networks: encode, steer, decode, evaluate. Networks and latents are safetensors files.
+
+A file of networks holds one tensor per parameter. Where the first axis is not the batch, as in the state dict of one
+network, it is a batch of one, and what comes back has no batch axis either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ethogram.cli.options import Json, Output, Url, Version, examples
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ethogram.inference import Inference
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A published model.", show_default=False)]
+NetworksFile = Annotated[
+    Path, typer.Argument(metavar="NETWORKS", help="A safetensors file of networks.", show_default=False)
+]
+
+
+def encode(
+    model: ModelName,
+    networks: NetworksFile,
+    *,
+    output: Output = Path("latents.safetensors"),
+    version: Version = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Encode networks to latents."""
+    params, _ = _read_networks(networks)
+    with _inference(url) as inference:
+        answer = inference.encode(model, params, version=version)
+    _write(output, {"latents": answer.latents}, as_json, model=answer.model, version=answer.version)
+
+
+encode_examples = examples("ethogram encode my-codec networks.safetensors -o latents.safetensors")
+
+
+def decode(
+    model: ModelName,
+    latents: Annotated[
+        Path,
+        typer.Argument(metavar="LATENTS", help="A safetensors file with the tensor `latents`.", show_default=False),
+    ],
+    *,
+    output: Output = Path("networks.safetensors"),
+    version: Version = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Decode latents to networks."""
+    from ethogram.errors import InvalidInput
+
+    tensors = _read(latents)
+    if "latents" not in tensors:
+        raise InvalidInput(f"{latents} has no tensor `latents`; it has: {', '.join(sorted(tensors)) or 'none'}")
+    with _inference(url) as inference:
+        answer = inference.decode(model, tensors["latents"], version=version)
+    _write(output, answer.networks, as_json, model=answer.model, version=answer.version)
+
+
+decode_examples = examples("ethogram decode my-codec latents.safetensors -o networks.safetensors")
+
+
+def steer(
+    model: ModelName,
+    networks: NetworksFile,
+    *,
+    output: Output = Path("steered.safetensors"),
+    add: Annotated[
+        list[str] | None, typer.Option("--add", metavar="BEHAVIOR", help="A behaviour to gain. Repeatable.")
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="BEHAVIOR", help="A behaviour to lose. Repeatable.")
+    ] = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Take the decoded weights themselves, not their change.")
+    ] = False,
+    strength: Annotated[float, typer.Option("--strength", help="1 is what the model was trained for.")] = 1.0,
+    version: Version = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Change the behaviours of networks, and write the changed networks."""
+    from ethogram.errors import InvalidInput
+
+    edits = [("add", name) for name in add or ()] + [("remove", name) for name in remove or ()]
+    if not edits:
+        raise InvalidInput("name what to change with --add BEHAVIOR or --remove BEHAVIOR; `ethogram models get` lists")
+    params, single = _read_networks(networks)
+    with _inference(url) as inference:
+        mode = "direct" if direct else "residual"
+        answer = inference.steer(model, params, edits, mode=mode, strength=strength, version=version)
+    steered = {name: value[0] if single else value for name, value in answer.networks.items()}
+    _write(output, steered, as_json, model=answer.model, version=answer.version)
+
+
+steer_examples = examples(
+    "ethogram steer my-codec networks.safetensors --add palindrome -o steered.safetensors",
+    "ethogram steer my-codec networks.safetensors --remove 'starts_with(A)' --add all_same",
+)
+
+
+def evaluate(
+    model: ModelName, networks: NetworksFile, version: Version = None, url: Url = None, as_json: Json = False
+) -> None:
+    """Run networks on held-out sequences and print how much of each behaviour they show."""
+    from ethogram.cli.output import result, table
+
+    params, _ = _read_networks(networks)
+    with _inference(url) as inference:
+        answer = inference.evaluate(model, params, version=version)
+    value = {
+        "behaviors": list(answer.behaviors),
+        "recall": answer.recall.tolist(),
+        "false_positive_rate": answer.false_positive_rate.tolist(),
+    }
+    means = answer.recall.mean(axis=0)
+    rows = [
+        *zip(answer.behaviors, map(float, means), strict=True),
+        ("none of them", float(answer.false_positive_rate.mean())),
+    ]
+    columns = ["Sequences that show", f"Answered yes, mean of {len(answer.recall)}"]
+    result(value, as_json, lambda: table(columns, rows))
+
+
+evaluate_examples = examples(
+    "ethogram evaluate my-codec steered.safetensors", "ethogram evaluate my-codec n.safetensors --json"
+)
+
+
+@contextmanager
+def _inference(url: str | None) -> Iterator[Inference]:
+    from ethogram.client import Client
+
+    with Client(url) as client, client.inference() as inference:
+        yield inference
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    from ethogram.errors import InvalidInput
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, TypeError, ValueError, KeyError) as error:
+        raise InvalidInput(f"{path} is no safetensors file of numbers ({error})") from None
+
+
+def _read_networks(path: Path) -> tuple[dict[str, NDArray[Any]], bool]:
+    """The networks in ``path`` with a batch axis, and whether it had to be added."""
+    from ethogram.errors import InvalidInput
+
+    tensors = _read(path)
+    if not tensors:
+        raise InvalidInput(f"{path} holds no tensors")
+    # A bias of one network has one axis.
+    single = all(value.ndim == 1 for name, value in tensors.items() if name.endswith("bias"))
+    single = single and any(name.endswith("bias") for name in tensors)
+    return {name: value[None] if single else value for name, value in tensors.items()}, single
+
+
+def _write(path: Path, tensors: dict[str, NDArray[Any]], as_json: bool, **more: str) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from ethogram.cli.output import result, say
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+    value = {"file": str(path), "tensors": {name: list(value.shape) for name, value in tensors.items()}} | more
+    result(value, as_json, lambda: say(f"{path}: {', '.join(f'{n} {list(v.shape)}' for n, v in tensors.items())}"))

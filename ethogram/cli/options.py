@@ -1,0 +1,51 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help="The platform; else ETHOGRAM_URL, else the one that runs in ETHOGRAM_STATE.",
+        show_default=False,
+    ),
+]
+State = Annotated[
+    str | None,
+    typer.Option(
+        "--state",
+        metavar="DIR",
+        help="Folder of the platform's state; else ETHOGRAM_STATE, else runs/state.",
+        show_default=False,
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="Set one value, e.g. training.steps=500; read as YAML. Repeatable."
+    ),
+]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many, newest first.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Follow to the end; exit code 1 when a job fails.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")]
+Version = Annotated[
+    str | None, typer.Option("--version", metavar="VERSION", help="Version of the model; else its latest.")
+]
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help."""
+    return "Examples:\n\n" + "\n\n".join(f"  $ {line}" for line in lines)
+
+
+def show_help(context: typer.Context) -> None:
+    """Callback of a group: alone on the command line it prints its help."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

@@ -1,0 +1,113 @@
+"""What commands print: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from ethogram.errors import EthogramError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Wide enough for a row of ids when the output goes to a file or a pipe.
+_PIPE_WIDTH = 200
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that prints what it is given: no markup is read out of a job's texts."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PIPE_WIDTH
+    return Console(stderr=stderr, markup=False, highlight=False, width=width, soft_wrap=not stream.isatty())
+
+
+def dump(value: object) -> Any:
+    """``value`` with every resource in it as the plain data that it came as."""
+    from pydantic import BaseModel
+
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", by_alias=True)
+    if isinstance(value, Mapping):
+        return {key: dump(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [dump(item) for item in value]
+    return value
+
+
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    """``value`` as JSON on standard output."""
+    sys.stdout.write(json.dumps(dump(value), indent=indent, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def result(value: object, as_json: bool, show: Callable[[], None]) -> None:
+    """A command's answer: ``value`` as JSON, or what ``show`` prints for people."""
+    if as_json:
+        print_json(value)
+    else:
+        show()
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
+    """A table; numbers to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[_cell(value) for value in row] for row in rows]
+    numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for name, right in zip(columns, numeric, strict=True):
+        made.add_column(name, justify="right" if right else "left", no_wrap=name.lower() in ("id", "job", "artifact"))
+    for row in cells:
+        made.add_row(*(Text(cell) for cell in row))
+    console().print(made)
+
+
+def pairs(values: Mapping[str, object]) -> None:
+    """Names and values below each other; what is empty is left out."""
+    shown = {name: _cell(value) for name, value in values.items() if value not in (None, "", {}, [])}
+    width = max(map(len, shown), default=0)
+    out = console()
+    for name, value in shown.items():
+        out.print(f"{name:<{width}}  {value}")
+
+
+def say(text: str) -> None:
+    """A line for people, beside the result."""
+    console(stderr=True).print(text)
+
+
+def error(problem: EthogramError) -> None:
+    """One red sentence, and the fields that are wrong."""
+    out = console(stderr=True)
+    out.print(problem.message, style="bold red")
+    # One violation is the sentence itself.
+    if len(problem.violations) > 1 or any(v.field not in problem.message for v in problem.violations):
+        for violation in problem.violations:
+            out.print(f"  {violation.field}: {violation.description}")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, datetime):
+        return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(dump(value), ensure_ascii=False, default=str)
+    return str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or "0")
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,143 @@
+"""Commands about the platform itself: up, demo, doctor, kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ethogram.cli.options import Json, State, Url, examples
+from ethogram.platform import defaults
+
+
+def up(
+    state: State = None,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port of the gateway; 0: any free one.")
+    ] = defaults.PORT,
+    as_json: Json = False,
+) -> None:
+    """Run the whole platform on this machine until Ctrl-C."""
+    import signal
+    import threading
+
+    from ethogram.cli.output import pairs, print_json, say
+    from ethogram.errors import EthogramError
+    from ethogram.platform.stack import Platform
+    from ethogram.platform.state import StateDir
+
+    platform = Platform(StateDir.find(state), port=port, say=say)
+    leave = threading.Event()
+
+    def ask(*_: object) -> None:
+        if leave.is_set():
+            raise KeyboardInterrupt
+        leave.set()
+        platform.interrupt()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, ask)
+    try:
+        platform.start()
+    except EthogramError:
+        if leave.is_set():
+            return
+        raise
+    where: dict[str, Any] = {
+        "url": platform.url,
+        "docs": f"{platform.url}/docs",
+        "inference": platform.inference,
+        "state": str(platform.state.root),
+        "logs": {name: str(child.log) for name, child in platform.children.items()},
+        "seconds": round(platform.seconds["platform"], 2),
+    }
+    try:
+        if as_json:
+            print_json(where, indent=None)
+        else:
+            pairs(where | {"logs": "  ".join(where["logs"].values())})
+            say("Ctrl-C stops it.")
+        leave.wait()
+        say("stopping; a job that runs is brought to a checkpoint and goes on when the platform is up again")
+    finally:
+        try:
+            platform.stop()
+        except KeyboardInterrupt:
+            platform.stop(hurry=True)
+
+
+up_examples = examples("ethogram up", "ethogram up --state ~/zoos --port 9000", "ethogram up --port 0 --json")
+
+
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, about a minute.")] = False,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the report.")] = Path("runs/demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make everything anew.")] = False,
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """Make a zoo, train a codec, serve it, steer held-out networks, and show that their behaviour changed.
+
+    Uses the platform that runs in the state directory; starts one of its own, until the end, where none does.
+    """
+    from ethogram.cli.output import print_json
+    from ethogram.demo import run
+
+    report = run(output, quick=quick, fresh=fresh, state=state, quiet=as_json)
+    if as_json:
+        print_json(report)
+
+
+demo_examples = examples("ethogram demo --quick", "ethogram demo --output runs/demo --fresh")
+
+
+def doctor(state: State = None, as_json: Json = False) -> None:
+    """Say what is missing on this machine and what to do; exit code 1 when something is."""
+    from ethogram.cli.output import console, result
+    from ethogram.platform.doctor import examine
+    from ethogram.platform.state import StateDir
+
+    findings = examine(StateDir.find(state))
+
+    def show() -> None:
+        out = console()
+        for finding in findings:
+            mark, style = ("ok", "green") if finding.ok else ("no", "bold red")
+            out.print(f"{mark}  {finding.name:<8} {finding.found}", style=style if not finding.ok else "")
+            if not finding.ok:
+                out.print(f"             {finding.advice}")
+
+    result([finding._asdict() for finding in findings], as_json, show)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+doctor_examples = examples("ethogram doctor", "ethogram doctor --json")
+
+
+def kinds(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="Show the fields of this one's spec.")] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """List the kinds of jobs, or the fields of one kind's spec with their bounds, defaults and meaning."""
+    from ethogram.cli.output import result, table
+    from ethogram.client import Client
+    from ethogram.errors import NotFound
+    from ethogram.schema import fields
+
+    with Client(url) as client:
+        found = client.kinds()
+    if kind is None:
+        rows = [(item.name, item.queue, item.summary) for item in found]
+        result(found, as_json, lambda: table(["Kind", "Queue", "Summary"], rows))
+        return
+    chosen = next((item for item in found if item.name == kind), None)
+    if chosen is None:
+        raise NotFound(f"there is no kind {kind!r}; there are: {', '.join(item.name for item in found)}")
+    described = fields(chosen.spec_schema)
+    result(chosen, as_json, lambda: table(["Field", "Type", "Default", "Meaning"], described))
+
+
+kinds_examples = examples("ethogram kinds", "ethogram kinds generation", "ethogram kinds generation --json")

@@ -1,0 +1,71 @@
+"""A JSON Schema as a flat list of fields, for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+_BOUNDS = {
+    "minimum": ">=",
+    "maximum": "<=",
+    "exclusiveMinimum": ">",
+    "exclusiveMaximum": "<",
+    "minLength": "length >=",
+    "maxLength": "length <=",
+    "pattern": "matches",
+}
+
+
+class Field(NamedTuple):
+    """One field of a spec."""
+
+    path: str
+    type: str
+    default: str
+    meaning: str
+
+
+def fields(schema: dict[str, Any]) -> list[Field]:
+    """Every field of ``schema``, nested ones by their dotted path."""
+    return list(_fields(schema, schema.get("$defs", {}), ""))
+
+
+def _fields(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[Field]:
+    required = set(schema.get("required", ()))
+    for name, field in schema.get("properties", {}).items():
+        path = f"{prefix}{name}"
+        # A $ref's own description belongs to the field, the target's to its type.
+        target = _resolve(field, definitions)
+        if "properties" in target:
+            yield Field(path, "", "(required)" if name in required else "", field.get("description", ""))
+            yield from _fields(target, definitions, f"{path}.")
+            continue
+        default = "(required)" if name in required else json.dumps(field.get("default"))
+        yield Field(path, _type(field, definitions), default, field.get("description", ""))
+        items = _resolve(field.get("items", {}), definitions)
+        if "properties" in items:
+            yield from _fields(items, definitions, f"{path}.N.")
+
+
+def _resolve(field: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    reference = field.get("$ref")
+    if reference is None and len(field.get("allOf", ())) == 1:
+        reference = field["allOf"][0].get("$ref")
+    return definitions.get(str(reference).rpartition("/")[2], {}) if reference else field
+
+
+def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
+    field = _resolve(field, definitions)
+    if "anyOf" in field:
+        return " or ".join(_type(option, definitions) for option in field["anyOf"])
+    if "enum" in field:
+        return " | ".join(map(str, field["enum"]))
+    if "const" in field:
+        return str(field["const"])
+    if field.get("type") == "array":
+        return f"list of {_type(field.get('items', {}), definitions)}"
+    if "properties" in field:
+        return str(field.get("title", "mapping"))
+    bounds = [f"{sign} {field[key]}" for key, sign in _BOUNDS.items() if key in field]
+    return ", ".join([str(field.get("type", "any")), *bounds])

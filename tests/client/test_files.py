@@ -1,0 +1,97 @@
+"""Specs from YAML and --set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ethogram.cli.files import read_mapping, set_values
+from ethogram.errors import InvalidInput
+
+
+def read(folder: Path, text: str | bytes) -> dict[str, Any]:
+    file = folder / "spec.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_mapping(file, "spec")
+
+
+def test_yaml_is_read_as_yaml_1_2(tmp_path: Path) -> None:
+    assert read(tmp_path, "a: 1e-3\nb: on\nc: 012\nd: null\ne: [1, {f: 'x'}]\n") == {
+        "a": 0.001,
+        "b": "on",
+        "c": 12,
+        "d": None,
+        "e": [1, {"f": "x"}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty; a spec is a mapping"),
+        ("- 1\n", "holds a list; a spec is a mapping"),
+        ("just words\n", "holds a string"),
+        ("a: 1\na: 2\n", 'line 2: found duplicate key "a"'),
+        ("a: [1\n", "line 2"),
+        ("a: !!python/name:os.system x\n", "line 1: could not determine a constructor"),
+        ("a: 1\n---\nb: 2\n", "spec.yaml"),
+        (b"a: \xff\xfe\n", "no UTF-8"),
+        ("a: .nan\n", "spec.a: nan is no finite number"),
+        ("a: {b: [1, -.inf]}\n", "spec.a.b.1: -inf is no finite number"),
+        ("a: 2024-01-01\n", "spec.a: a date is no JSON value"),
+        ("1: a\n", "spec: the key 1 must be a string"),
+        ("a: &x [*x]\n", "spec.a"),
+        ("a: " + "[" * 2000 + "]" * 2000, "spec"),
+    ],
+)
+def test_what_is_no_mapping_of_plain_values_is_named(tmp_path: Path, text: str | bytes, says: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        read(tmp_path, text)
+    assert says in caught.value.message
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"nowhere.yaml cannot be read: No such file"):
+        read_mapping(tmp_path / "nowhere.yaml", "spec")
+
+
+def test_set_puts_values_into_mappings_and_lists() -> None:
+    spec: dict[str, Any] = {"patterns": [{"name": "a"}, {"name": "b"}], "training": None}
+    given = [
+        "training.steps=500",
+        "training.learning_rate=1e-3",
+        "patterns.1.name=c",
+        "x='7'",
+        "y=",
+        "z=[1, 2]",
+        "e=a=b",
+    ]
+    assert set_values(spec, given, "spec") == {
+        "patterns": [{"name": "a"}, {"name": "c"}],
+        "training": {"steps": 500, "learning_rate": 0.001},
+        "x": "7",
+        "y": None,
+        "z": [1, 2],
+        "e": "a=b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("steps", "write PATH=VALUE"),
+        ("=3", "write PATH=VALUE"),
+        ("a..b=3", "write PATH=VALUE"),
+        ("patterns.7.name=c", "spec.patterns is a list of 1"),
+        ("patterns.x=c", "use its places from 0"),
+        ("number.deeper=1", "spec.number: is a number, so 'deeper' cannot be set in it"),
+        ("a=[1", "--set a=[1"),
+        ("a=.inf", "spec.a: inf is no finite number"),
+    ],
+)
+def test_a_wrong_set_is_explained(assignment: str, says: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        set_values({"patterns": [{}], "number": 3}, [assignment], "spec")
+    assert says in caught.value.message

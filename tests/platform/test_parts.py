@@ -1,0 +1,156 @@
+"""The parts of the embedded platform: guard, lock, Redis, a child that is started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ethogram.errors import Conflict, InvalidInput, Unavailable
+from ethogram.platform import guard, redis
+from ethogram.platform.process import Child
+from ethogram.platform.stack import free_port
+from ethogram.platform.state import StateDir
+
+SLEEP = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"]
+
+
+def until(true: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def guarded() -> tuple[subprocess.Popen[bytes], int]:
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", guard.__file__, *SLEEP], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"here\n"
+    (child,) = psutil.Process(process.pid).children()
+    return process, child.pid
+
+
+@pytest.mark.parametrize("how", ["end of pipe", "SIGTERM", "SIGKILL"])
+def test_a_guarded_program_never_outlives_its_parent(how: str) -> None:
+    process, child = guarded()
+    assert process.stdin is not None
+    if how == "end of pipe":
+        process.stdin.close()
+    else:
+        process.send_signal(signal.Signals[how])
+    process.wait(10)
+    until(lambda: gone(child))
+
+
+def test_a_state_directory_has_one_platform(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    says = f"process {os.getpid()} already runs a platform in .*another folder"
+    with state.lock(), pytest.raises(Conflict, match=says):
+        state.lock()
+    state.lock().close()
+
+
+def test_the_lock_lasts_until_the_last_child_has_left(tmp_path: Path) -> None:
+    # A parent that takes the lock, leaves a child with it and is killed.
+    script = f"""
+import os, subprocess, sys
+from pathlib import Path
+from ethogram.platform.state import StateDir
+lock = StateDir(Path({str(tmp_path)!r})).lock()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"], pass_fds=[lock.fileno()])
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", script])
+    began = time.monotonic()
+    StateDir(tmp_path).lock().close()
+    assert time.monotonic() - began > 0.5
+
+
+def test_the_record_of_a_dead_platform_counts_for_nothing(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    assert state.read_record() is None
+    state.write_record("http://127.0.0.1:1", "127.0.0.1:2")
+    record = state.read_record()
+    assert record is not None
+    assert record["url"] == "http://127.0.0.1:1"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    state.record.write_text(state.record.read_text().replace(str(os.getpid()), str(dead.pid)))
+    assert state.read_record() is None
+    state.record.write_text("{")
+    assert state.read_record() is None
+
+
+def test_a_state_directory_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInput, match="--state"):
+        StateDir(tmp_path / "file" / "state").make()
+
+
+def test_redis_runs_with_our_settings_and_a_password(tmp_path: Path) -> None:
+    folder = tmp_path / 'with "quotes" and spaces'
+    folder.mkdir()
+    file, url = redis.write_settings(folder, free_port())
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    child = Child("redis", [str(redis.find_server()), str(file)], dict(os.environ), tmp_path / "redis.log")
+    child.start()
+    try:
+
+        def answers() -> bool:
+            try:
+                redis.ping(url)
+            except Unavailable:
+                return False
+            return True
+
+        until(answers)
+        assert (folder / "appendonly.aof").exists()
+        with pytest.raises(Unavailable, match="NOAUTH"):
+            redis.ping(url.replace(url[len("redis://") : url.index("@") + 1], ""))
+    finally:
+        child.terminate()
+        assert child.finish(time.monotonic() + 10)
+
+
+def test_a_redis_that_is_not_there_is_said() -> None:
+    with pytest.raises(Unavailable, match="REDIS_URL") as caught:
+        redis.ping(f"redis://:secret@127.0.0.1:{free_port()}/0")
+    assert "secret" not in caught.value.message
+    with pytest.raises(InvalidInput, match="redis://HOST:PORT/0"):
+        redis.ping("http://127.0.0.1")
+
+
+def test_a_child_that_dies_is_started_again_after_ever_longer_pauses(tmp_path: Path) -> None:
+    child = Child("worker", SLEEP, dict(os.environ), tmp_path / "worker.log")
+    child.start()
+    try:
+        first = child.pid
+        assert first is not None
+        assert child.revive() is None
+        os.kill(first, signal.SIGKILL)
+        until(lambda: child.exit_code is not None)
+        assert "worker ended (SIGKILL); starting it again in 0.5 s" in (child.revive() or "")
+        assert child.pid is None
+        until(lambda: child.revive() == "worker started again")
+        second = child.pid
+        assert second not in (None, first)
+        os.kill(second or 0, signal.SIGKILL)
+        until(lambda: child.exit_code is not None)
+        assert "in 1 s" in (child.revive() or "")
+    finally:
+        child.terminate()
+        child.finish(time.monotonic() + 10)
