@@ -16,6 +16,8 @@ class CodecSpec(Spec):
     """Width of the hidden layers."""
     depth: int = Field(2, ge=1, le=12)
     """Hidden layers of each side."""
+    signature_components: int = Field(512, ge=1, le=65_536)
+    """Principal components of the standardised signatures that enter the encoder; at most the training subjects."""
 
 
 class LossSpec(Spec):
@@ -28,7 +30,9 @@ class LossSpec(Spec):
     contrastive: float = Field(0.05, ge=0)
     """Graded supervised contrastive loss over shared behaviours."""
     steering: float = Field(1.0, ge=0)
-    """Error of the steered, decoded networks on what the edit asks for."""
+    """Error of residual edits (source weights plus the change of the decoded ones) on what the edit asks for."""
+    direct: float = Field(0.25, ge=0)
+    """The same for direct edits (the decoded weights themselves)."""
     temperature: float = Field(0.1, gt=0)
     """Temperature of the contrastive loss."""
 
@@ -43,7 +47,9 @@ class CodecTrainingSpec(Spec):
     learning_rate: float = Field(1e-3, gt=0, le=1)
     """Peak learning rate of AdamW."""
     queries: int = Field(256, ge=8, le=65_536)
-    """Fresh sequences per step on which decoded networks are run."""
+    """Fresh sequences per step and subject on which decoded networks are run."""
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    """Weight decay of AdamW; the directions have none."""
 
 
 class CrossmodalSpec(Spec):

@@ -26,7 +26,7 @@ from ethogram.v1 import common_pb2 as ethogram_dot_v1_dot_common__pb2
 from ethogram.v1 import jobs_pb2 as ethogram_dot_v1_dot_jobs__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65thogram/v1/crossmodal.proto\x12\x0b\x65thogram.v1\x1a\x18\x65thogram/v1/common.proto\x1a\x16\x65thogram/v1/jobs.proto\"k\n\x14RunCrossmodalRequest\x12(\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x17.ethogram.v1.RunContext\x12)\n\x04spec\x18\x02 \x01(\x0b\x32\x1b.ethogram.v1.CrossmodalSpec\"y\n\tCodecSpec\x12\x17\n\nlatent_dim\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nhidden_dim\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05\x64\x65pth\x18\x03 \x01(\x05H\x02\x88\x01\x01\x42\r\n\x0b_latent_dimB\r\n\x0b_hidden_dimB\x08\n\x06_depth\"\xd6\x01\n\x08LossSpec\x12\x1b\n\x0ereconstruction\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08\x62\x65havior\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x63ontrastive\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x15\n\x08steering\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x04\x88\x01\x01\x42\x11\n\x0f_reconstructionB\x0b\n\t_behaviorB\x0e\n\x0c_contrastiveB\x0b\n\t_steeringB\x0e\n\x0c_temperature\"\xa9\x01\n\x11\x43odecTrainingSpec\x12\x12\n\x05steps\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x07queries\x18\x04 \x01(\x05H\x03\x88\x01\x01\x42\x08\n\x06_stepsB\r\n\x0b_batch_sizeB\x10\n\x0e_learning_rateB\n\n\x08_queries\"\xf5\x01\n\x0e\x43rossmodalSpec\x12%\n\x03zoo\x18\x01 \x01(\x0b\x32\x18.ethogram.v1.ArtifactRef\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12%\n\x05\x63odec\x18\x03 \x01(\x0b\x32\x16.ethogram.v1.CodecSpec\x12#\n\x04loss\x18\x04 \x01(\x0b\x32\x15.ethogram.v1.LossSpec\x12\x30\n\x08training\x18\x05 \x01(\x0b\x32\x1e.ethogram.v1.CodecTrainingSpec\x12\x15\n\x08held_out\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_held_out2^\n\x19\x43rossmodalTrainingService\x12\x41\n\x03Run\x12!.ethogram.v1.RunCrossmodalRequest\x1a\x15.ethogram.v1.JobEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65thogram/v1/crossmodal.proto\x12\x0b\x65thogram.v1\x1a\x18\x65thogram/v1/common.proto\x1a\x16\x65thogram/v1/jobs.proto\"k\n\x14RunCrossmodalRequest\x12(\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x17.ethogram.v1.RunContext\x12)\n\x04spec\x18\x02 \x01(\x0b\x32\x1b.ethogram.v1.CrossmodalSpec\"\xb5\x01\n\tCodecSpec\x12\x17\n\nlatent_dim\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nhidden_dim\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05\x64\x65pth\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12!\n\x14signature_components\x18\x04 \x01(\x05H\x03\x88\x01\x01\x42\r\n\x0b_latent_dimB\r\n\x0b_hidden_dimB\x08\n\x06_depthB\x17\n\x15_signature_components\"\xf6\x01\n\x08LossSpec\x12\x1b\n\x0ereconstruction\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08\x62\x65havior\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x63ontrastive\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x15\n\x08steering\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x13\n\x06\x64irect\x18\x06 \x01(\x01H\x05\x88\x01\x01\x42\x11\n\x0f_reconstructionB\x0b\n\t_behaviorB\x0e\n\x0c_contrastiveB\x0b\n\t_steeringB\x0e\n\x0c_temperatureB\t\n\x07_direct\"\xd5\x01\n\x11\x43odecTrainingSpec\x12\x12\n\x05steps\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x07queries\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x05 \x01(\x01H\x04\x88\x01\x01\x42\x08\n\x06_stepsB\r\n\x0b_batch_sizeB\x10\n\x0e_learning_rateB\n\n\x08_queriesB\x0f\n\r_weight_decay\"\xf5\x01\n\x0e\x43rossmodalSpec\x12%\n\x03zoo\x18\x01 \x01(\x0b\x32\x18.ethogram.v1.ArtifactRef\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12%\n\x05\x63odec\x18\x03 \x01(\x0b\x32\x16.ethogram.v1.CodecSpec\x12#\n\x04loss\x18\x04 \x01(\x0b\x32\x15.ethogram.v1.LossSpec\x12\x30\n\x08training\x18\x05 \x01(\x0b\x32\x1e.ethogram.v1.CodecTrainingSpec\x12\x15\n\x08held_out\x18\x06 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_held_out2^\n\x19\x43rossmodalTrainingService\x12\x41\n\x03Run\x12!.ethogram.v1.RunCrossmodalRequest\x1a\x15.ethogram.v1.JobEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,14 +35,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RUNCROSSMODALREQUEST']._serialized_start=95
   _globals['_RUNCROSSMODALREQUEST']._serialized_end=202
-  _globals['_CODECSPEC']._serialized_start=204
-  _globals['_CODECSPEC']._serialized_end=325
-  _globals['_LOSSSPEC']._serialized_start=328
-  _globals['_LOSSSPEC']._serialized_end=542
-  _globals['_CODECTRAININGSPEC']._serialized_start=545
-  _globals['_CODECTRAININGSPEC']._serialized_end=714
-  _globals['_CROSSMODALSPEC']._serialized_start=717
-  _globals['_CROSSMODALSPEC']._serialized_end=962
-  _globals['_CROSSMODALTRAININGSERVICE']._serialized_start=964
-  _globals['_CROSSMODALTRAININGSERVICE']._serialized_end=1058
+  _globals['_CODECSPEC']._serialized_start=205
+  _globals['_CODECSPEC']._serialized_end=386
+  _globals['_LOSSSPEC']._serialized_start=389
+  _globals['_LOSSSPEC']._serialized_end=635
+  _globals['_CODECTRAININGSPEC']._serialized_start=638
+  _globals['_CODECTRAININGSPEC']._serialized_end=851
+  _globals['_CROSSMODALSPEC']._serialized_start=854
+  _globals['_CROSSMODALSPEC']._serialized_end=1099
+  _globals['_CROSSMODALTRAININGSERVICE']._serialized_start=1101
+  _globals['_CROSSMODALTRAININGSERVICE']._serialized_end=1195
 # @@protoc_insertion_point(module_scope)

@@ -57,22 +57,26 @@ class CodecSpec(_message.Message):
     LATENT_DIM_FIELD_NUMBER: _builtins.int
     HIDDEN_DIM_FIELD_NUMBER: _builtins.int
     DEPTH_FIELD_NUMBER: _builtins.int
+    SIGNATURE_COMPONENTS_FIELD_NUMBER: _builtins.int
     latent_dim: _builtins.int
     """Length of a latent vector."""
     hidden_dim: _builtins.int
     """Width of the hidden layers."""
     depth: _builtins.int
     """Hidden layers of each side."""
+    signature_components: _builtins.int
+    """Principal components of the signatures that enter the encoder."""
     def __init__(
         self,
         *,
         latent_dim: _builtins.int | None = ...,
         hidden_dim: _builtins.int | None = ...,
         depth: _builtins.int | None = ...,
+        signature_components: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_hidden_dim", b"_hidden_dim", "_latent_dim", b"_latent_dim", "depth", b"depth", "hidden_dim", b"hidden_dim", "latent_dim", b"latent_dim"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_hidden_dim", b"_hidden_dim", "_latent_dim", b"_latent_dim", "_signature_components", b"_signature_components", "depth", b"depth", "hidden_dim", b"hidden_dim", "latent_dim", b"latent_dim", "signature_components", b"signature_components"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_hidden_dim", b"_hidden_dim", "_latent_dim", b"_latent_dim", "depth", b"depth", "hidden_dim", b"hidden_dim", "latent_dim", b"latent_dim"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_hidden_dim", b"_hidden_dim", "_latent_dim", b"_latent_dim", "_signature_components", b"_signature_components", "depth", b"depth", "hidden_dim", b"hidden_dim", "latent_dim", b"latent_dim", "signature_components", b"signature_components"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__depth: _TypeAlias = _typing.Literal["depth"]  # noqa: Y015
     _WhichOneofArgType__depth: _TypeAlias = _typing.Literal["_depth", b"_depth"]  # noqa: Y015
@@ -80,12 +84,16 @@ class CodecSpec(_message.Message):
     _WhichOneofArgType__hidden_dim: _TypeAlias = _typing.Literal["_hidden_dim", b"_hidden_dim"]  # noqa: Y015
     _WhichOneofReturnType__latent_dim: _TypeAlias = _typing.Literal["latent_dim"]  # noqa: Y015
     _WhichOneofArgType__latent_dim: _TypeAlias = _typing.Literal["_latent_dim", b"_latent_dim"]  # noqa: Y015
+    _WhichOneofReturnType__signature_components: _TypeAlias = _typing.Literal["signature_components"]  # noqa: Y015
+    _WhichOneofArgType__signature_components: _TypeAlias = _typing.Literal["_signature_components", b"_signature_components"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__depth) -> _WhichOneofReturnType__depth | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_dim) -> _WhichOneofReturnType__hidden_dim | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__latent_dim) -> _WhichOneofReturnType__latent_dim | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__signature_components) -> _WhichOneofReturnType__signature_components | None: ...
 
 Global___CodecSpec: _TypeAlias = CodecSpec  # noqa: Y015
 
@@ -100,6 +108,7 @@ class LossSpec(_message.Message):
     CONTRASTIVE_FIELD_NUMBER: _builtins.int
     STEERING_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
     reconstruction: _builtins.float
     """Error of the weights."""
     behavior: _builtins.float
@@ -107,9 +116,11 @@ class LossSpec(_message.Message):
     contrastive: _builtins.float
     """Graded supervised contrastive loss."""
     steering: _builtins.float
-    """Error of steered networks."""
+    """Error of residual edits."""
     temperature: _builtins.float
     """Temperature of the contrastive loss."""
+    direct: _builtins.float
+    """Error of direct edits."""
     def __init__(
         self,
         *,
@@ -118,15 +129,18 @@ class LossSpec(_message.Message):
         contrastive: _builtins.float | None = ...,
         steering: _builtins.float | None = ...,
         temperature: _builtins.float | None = ...,
+        direct: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_reconstruction", b"_reconstruction", "_steering", b"_steering", "_temperature", b"_temperature", "behavior", b"behavior", "contrastive", b"contrastive", "reconstruction", b"reconstruction", "steering", b"steering", "temperature", b"temperature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_reconstruction", b"_reconstruction", "_steering", b"_steering", "_temperature", b"_temperature", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "reconstruction", b"reconstruction", "steering", b"steering", "temperature", b"temperature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_reconstruction", b"_reconstruction", "_steering", b"_steering", "_temperature", b"_temperature", "behavior", b"behavior", "contrastive", b"contrastive", "reconstruction", b"reconstruction", "steering", b"steering", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_reconstruction", b"_reconstruction", "_steering", b"_steering", "_temperature", b"_temperature", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "reconstruction", b"reconstruction", "steering", b"steering", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__behavior: _TypeAlias = _typing.Literal["behavior"]  # noqa: Y015
     _WhichOneofArgType__behavior: _TypeAlias = _typing.Literal["_behavior", b"_behavior"]  # noqa: Y015
     _WhichOneofReturnType__contrastive: _TypeAlias = _typing.Literal["contrastive"]  # noqa: Y015
     _WhichOneofArgType__contrastive: _TypeAlias = _typing.Literal["_contrastive", b"_contrastive"]  # noqa: Y015
+    _WhichOneofReturnType__direct: _TypeAlias = _typing.Literal["direct"]  # noqa: Y015
+    _WhichOneofArgType__direct: _TypeAlias = _typing.Literal["_direct", b"_direct"]  # noqa: Y015
     _WhichOneofReturnType__reconstruction: _TypeAlias = _typing.Literal["reconstruction"]  # noqa: Y015
     _WhichOneofArgType__reconstruction: _TypeAlias = _typing.Literal["_reconstruction", b"_reconstruction"]  # noqa: Y015
     _WhichOneofReturnType__steering: _TypeAlias = _typing.Literal["steering"]  # noqa: Y015
@@ -137,6 +151,8 @@ class LossSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__behavior) -> _WhichOneofReturnType__behavior | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__contrastive) -> _WhichOneofReturnType__contrastive | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__direct) -> _WhichOneofReturnType__direct | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction) -> _WhichOneofReturnType__reconstruction | None: ...
     @_typing.overload
@@ -156,6 +172,7 @@ class CodecTrainingSpec(_message.Message):
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     QUERIES_FIELD_NUMBER: _builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Optimiser steps."""
     batch_size: _builtins.int
@@ -163,7 +180,9 @@ class CodecTrainingSpec(_message.Message):
     learning_rate: _builtins.float
     """Peak learning rate."""
     queries: _builtins.int
-    """Fresh sequences per step."""
+    """Fresh sequences per step and subject."""
+    weight_decay: _builtins.float
+    """Weight decay of AdamW."""
     def __init__(
         self,
         *,
@@ -171,10 +190,11 @@ class CodecTrainingSpec(_message.Message):
         batch_size: _builtins.int | None = ...,
         learning_rate: _builtins.float | None = ...,
         queries: _builtins.int | None = ...,
+        weight_decay: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_queries", b"_queries", "_steps", b"_steps", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "queries", b"queries", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_queries", b"_queries", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "queries", b"queries", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_queries", b"_queries", "_steps", b"_steps", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "queries", b"queries", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_queries", b"_queries", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "queries", b"queries", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -184,6 +204,8 @@ class CodecTrainingSpec(_message.Message):
     _WhichOneofArgType__queries: _TypeAlias = _typing.Literal["_queries", b"_queries"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
+    _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
@@ -192,6 +214,8 @@ class CodecTrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__queries) -> _WhichOneofReturnType__queries | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
 Global___CodecTrainingSpec: _TypeAlias = CodecTrainingSpec  # noqa: Y015
 

@@ -1,0 +1,255 @@
+"""The trained codec as one thing that is saved, served and used: it needs no zoo and no training code."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.crossmodal import CrossmodalSpec
+from services.crossmodal.model import EncoderDecoder
+from services.crossmodal.steering import MODES, OPERATIONS, SIGNS, Edit, Mode, answers, edited
+from services.zoo.dataset import Zoo
+from services.zoo.patterns import Pattern, membership
+from services.zoo.pools import Evaluation
+from services.zoo.signatures import raw
+from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
+
+FORMAT = 1
+
+
+class Behavior(NamedTuple):
+    """One behaviour that a codec can steer."""
+
+    name: str
+    description: str
+    positives: int
+    """Training subjects that have it."""
+
+
+class Codec:
+    """Networks to latents and back, and edits of their behaviour.
+
+    Networks come as stacked parameters (see :mod:`services.zoo.subjects`), one batch axis first, of the architecture that
+    the codec was trained on. Every method takes any batch size from 1, computes on ``device`` without gradients, and
+    treats each row by itself. Wrong input raises :class:`InvalidInput` that names the field.
+    """
+
+    def __init__(
+        self,
+        spec: CrossmodalSpec,
+        architecture: Architecture,
+        patterns: Sequence[Pattern],
+        positives: Sequence[int],
+        probes: Tensor,
+        evaluation: Evaluation,
+        model: EncoderDecoder,
+        device: str = "cpu",
+    ) -> None:
+        self.spec, self.architecture, self.device = spec, architecture, device
+        self.patterns, self.positives = tuple(patterns), tuple(positives)
+        self.probes, self.evaluation = probes, evaluation
+        self.model = model.to(device).eval().requires_grad_(False)
+
+    @classmethod
+    def of(cls, spec: CrossmodalSpec, zoo: Zoo, model: EncoderDecoder, positives: Sequence[int]) -> Codec:
+        """The codec of a trained model, with what it must carry from its zoo."""
+        device = str(model.directions.device)
+        evaluation = Evaluation.build(zoo.universe)
+        return cls(spec, zoo.architecture, zoo.patterns, positives, zoo.probes, evaluation, model, device)
+
+    @property
+    def latent_dim(self) -> int:
+        """Length of a latent."""
+        return self.spec.codec.latent_dim
+
+    @property
+    def directions(self) -> Tensor:
+        """What is added to a latent to gain each behaviour, ``[behaviors, latent]``."""
+        return self.model.directions
+
+    @cached_property
+    def behaviors(self) -> list[Behavior]:
+        """What can be added and removed, in the order of ``directions``."""
+        return [Behavior(p.name, p.description, n) for p, n in zip(self.patterns, self.positives, strict=True)]
+
+    @torch.no_grad()
+    def encode(self, networks: Params) -> Tensor:
+        """Latents ``[batch, latent]`` of networks: their signatures are taken on the codec's own probes."""
+        params = self._networks(networks)
+        inputs = encode(self.architecture, self.probes.to(self.device))
+        return self._encode(raw(params, inputs, self.architecture.activation).flatten(1))
+
+    @torch.no_grad()
+    def encode_signatures(self, signatures: Tensor) -> Tensor:
+        """Latents of raw signatures ``[batch, probes, neurons]``, taken on the codec's probes."""
+        shape = (len(self.probes), self.architecture.neurons)
+        return self._encode(self._batch("signatures", signatures, shape).flatten(1))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Params:
+        """Networks of latents ``[batch, latent]``."""
+        return unflatten(self.model.decoder(self._batch("latents", latents, (self.latent_dim,))), self.architecture)
+
+    @torch.no_grad()
+    def steer(
+        self,
+        networks: Params,
+        edits: Sequence[Edit | tuple[str, str]],
+        mode: Mode = "residual",
+        strength: float = 1.0,
+    ) -> tuple[Params, Tensor]:
+        """Networks after ``edits``, all applied to each, and their latents ``[batch, latent]`` after the edit.
+
+        ``strength`` scales the direction; 1 is what it was trained for, 0 with ``residual`` returns the very same
+        weights.
+        """
+        if mode not in MODES:
+            raise InvalidInput.field("mode", f"must be one of {', '.join(MODES)}")
+        if not math.isfinite(strength):
+            raise InvalidInput.field("strength", "must be finite")
+        shift = strength * self.direction(edits)
+        latents, source = self.encode(networks), flatten(self._networks(networks))
+        steered = latents + shift
+        weights = edited(source, self.model.decoder(latents), self.model.decoder(steered), mode)
+        return unflatten(weights, self.architecture), steered
+
+    def direction(self, edits: Sequence[Edit | tuple[str, str]]) -> Tensor:
+        """The sum of the edits' directions, ``[latent]``."""
+        if not edits:
+            raise InvalidInput.field("edits", "needs at least one edit")
+        names = [behavior.name for behavior in self.behaviors]
+        total, seen = torch.zeros(self.latent_dim, device=self.device), set()
+        for i, (operation, name) in enumerate(edits):
+            if operation not in OPERATIONS:
+                raise InvalidInput.field(f"edits.{i}.operation", f"must be one of {', '.join(OPERATIONS)}")
+            if name not in names:
+                raise InvalidInput.field(f"edits.{i}.behavior", f"no behaviour {name!r}; there are {', '.join(names)}")
+            if name in seen:
+                raise InvalidInput.field(f"edits.{i}.behavior", f"{name} is edited twice")
+            seen.add(name)
+            total = total + SIGNS[operation] * self.directions[names.index(name)]
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, networks: Params) -> tuple[Tensor, Tensor]:
+        """How networks behave on held-out sequences, as two float32 tensors.
+
+        ``recall`` ``[batch, behaviors]``: share of the sequences with the behaviour that the network answers yes to;
+        ``false_positive_rate`` ``[batch]``: that share of the sequences without any behaviour.
+        """
+        weights = flatten(self._networks(networks)).unsqueeze(1)
+        inputs = encode(self.architecture, self.evaluation.sequences.to(self.device))
+        yes = answers(weights, inputs.T, self.architecture).squeeze(1) > 0
+        shares = self.evaluation.by_stratum(yes.cpu()).to(self.device)
+        return shares[:, :-1], shares[:, -1]
+
+    def _encode(self, signatures: Tensor) -> Tensor:
+        latents: Tensor = self.model.encoder(signatures)
+        return latents
+
+    def _networks(self, networks: Params) -> Params:
+        """``networks`` checked, as float32 on the device."""
+        field, shapes = "networks.parameters", self.architecture.shapes
+        if wrong := sorted(set(networks) ^ set(shapes)):
+            raise InvalidInput.field(
+                field, f"{wrong[0]} is {'missing' if wrong[0] in shapes else 'unknown'}; needs {', '.join(shapes)}"
+            )
+        params = {name: self._batch(f"{field}.{name}", networks[name], shape) for name, shape in shapes.items()}
+        if len({len(tensor) for tensor in params.values()}) > 1:
+            raise InvalidInput.field(field, "the parameters differ in their batch size")
+        return params
+
+    def _batch(self, field: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """``tensor`` checked to be a finite, non-empty batch of ``shape``, as float32 on the device."""
+        if tuple(tensor.shape[1:]) != shape or tensor.dim() == 0:
+            wanted = ", ".join(map(str, ("batch", *shape)))
+            raise InvalidInput.field(field, f"needs shape [{wanted}], got {list(tensor.shape)}")
+        if len(tensor) == 0:
+            raise InvalidInput.field(field, "the batch is empty")
+        if not tensor.is_floating_point():
+            raise InvalidInput.field(
+                field, f"needs floating-point numbers, got {str(tensor.dtype).removeprefix('torch.')}"
+            )
+        tensor = tensor.to(self.device, torch.float32)
+        if not bool(tensor.isfinite().all()):
+            raise InvalidInput.field(field, "holds NaN, infinity, or a number beyond float32")
+        return tensor
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and ``encoder``, ``decoder``, ``directions`` and ``sequences`` as safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("encoder", "decoder"):
+            state = getattr(self.model, name).state_dict()
+            save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
+        save_file({"learned": self.directions.contiguous()}, folder / "directions.safetensors")
+        sequences = {"probes": self.probes, "evaluation": self.evaluation.sequences, "stratum": self.evaluation.stratum}
+        save_file({key: value.contiguous() for key, value in sequences.items()}, folder / "sequences.safetensors")
+        config = {
+            "format": FORMAT,
+            "spec": self.spec.model_dump(mode="json"),
+            "architecture": self.architecture._asdict(),
+            "signature": "raw",
+            "behaviors": [
+                {"kind": p.kind, "token": p.token, **b._asdict()}
+                for p, b in zip(self.patterns, self.behaviors, strict=True)
+            ],
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> Codec:
+        """Read what :meth:`save` wrote. Raises :class:`InvalidInput` naming the file that is missing or wrong."""
+        config = _read_config(folder)
+        spec = CrossmodalSpec.model_validate(config["spec"])
+        shape = config["architecture"]
+        architecture = Architecture(**{**shape, "hidden": tuple(shape["hidden"])})
+        patterns = [Pattern(entry["kind"], entry["token"]) for entry in config["behaviors"]]
+        sequences, directions = (_read_tensors(folder, name) for name in ("sequences", "directions"))
+        encoder = _read_tensors(folder, "encoder")
+        if "components" not in encoder:
+            raise InvalidInput.field("encoder.safetensors", "is no encoder of this codec")
+        inputs, components = encoder["components"].shape
+        model = EncoderDecoder(inputs, components, architecture.size, len(patterns), spec.codec, torch.Generator())
+        states = {"encoder": encoder, "decoder": _read_tensors(folder, "decoder")}
+        for name, state in states.items():
+            try:
+                getattr(model, name).load_state_dict(state)
+            except RuntimeError as error:
+                raise InvalidInput.field(f"{name}.safetensors", f"does not fit config.json: {error}") from None
+        model.load_state_dict({"directions": directions["learned"]}, strict=False)
+        evaluation = Evaluation(
+            sequences["evaluation"], membership(patterns, sequences["evaluation"]), sequences["stratum"]
+        )
+        positives = [entry["positives"] for entry in config["behaviors"]]
+        return cls(spec, architecture, patterns, positives, sequences["probes"], evaluation, model, device)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InvalidInput.field("config.json", f"missing in {folder}; is this a codec?")
+    config: dict[str, Any] = json.loads(path.read_text())
+    if config.get("format") != FORMAT:
+        raise InvalidInput.field("config.json", f"has format {config.get('format')}; this version reads {FORMAT}")
+    return config
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise InvalidInput.field(path.name, f"missing in {folder}; is this a codec?")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise InvalidInput.field(path.name, f"cannot be read: {error}") from None
+    return tensors

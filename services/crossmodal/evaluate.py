@@ -1,0 +1,277 @@
+"""Judges a codec on held-out subjects and held-out sequences, beside its controls.
+
+*Agreement*: share of equal predicted classes of decoded and source network, a mean over the strata of the evaluation
+set (one for each pattern, one for none) with equal weight.
+
+*Edits*: every held-out subject with patterns S, for every pattern p: add where it lacks p; remove where it has p and
+another. y0 and y1 are the exact labels before and after, C the sequences where they differ. An edit with fewer than 16
+sequences in C is skipped, and so is a removal whose subject is right on less than .8 of C. *target* is the accuracy of
+y1 on C; *local* the accuracy of y1 outside C after the edit minus the accuracy of y0 there before; *target_gate*: target
+>= .85; *all_gate*: that and local >= -.02. Figures are macro means over the patterns that have edits.
+
+*Controls* of edits: ``null`` (no shift), ``random`` (a direction of the same norm, drawn for each edit), ``reverse`` (the
+direction the other way). Controls of decoding: the latent of another held-out subject with the same patterns, and the
+nearest training subject's own weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from services.crossmodal.bundle import Codec
+from services.crossmodal.data import Subjects, split_subjects
+from services.crossmodal.steering import MODES, OPERATIONS, SIGNS, Mode, Operation, answers, edited
+from services.runtime.run import Run
+from services.runtime.seeds import generator
+from services.zoo.dataset import Zoo
+from services.zoo.pools import Evaluation
+from services.zoo.subjects import encode
+
+MIN_DECIDED, MIN_OWN_ACCURACY = 16, 0.8
+TARGET_GATE, LOCAL_GATE = 0.85, -0.02
+CONTROLS = ("null", "random", "reverse")
+VARIANTS = ("edit", *CONTROLS)
+CHUNK = 64
+"""Edits that are run at once."""
+
+
+class Edits(NamedTuple):
+    """Edits of one pattern and operation; the first axis is the edits'."""
+
+    subject: Tensor
+    """Positions among the judged subjects: int64 ``[edits]``."""
+    before: Tensor
+    """Exact labels before: bool ``[edits, n]``."""
+    after: Tensor
+    """Exact labels after."""
+    skipped: int
+    """Edits left out: too few sequences that decide, or a subject too weak."""
+
+
+class Scores(NamedTuple):
+    """How edits went, ``[edits]`` each."""
+
+    target: Tensor
+    local: Tensor
+
+    @property
+    def target_gate(self) -> Tensor:
+        """Whether the behaviour changed."""
+        return self.target >= TARGET_GATE
+
+    @property
+    def all_gate(self) -> Tensor:
+        """Whether the behaviour changed and the rest did not get worse."""
+        return self.target_gate & (self.local >= LOCAL_GATE)
+
+
+def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
+    """Judge ``codec`` on the subjects of ``zoo`` that its spec held out. Returns JSON values:
+
+    - ``figures``: dotted name to number (``agreement``, ``add.all_gate``, ``direct.remove.target_mean``,
+      ``controls.max_all_gate``, ...); the short names ``add.*`` and ``remove.*`` are residual edits;
+    - ``steering``: a row for each pattern, operation, mode and variant (``edit`` or a control);
+    - ``subjects``: how many were trained on and judged.
+    """
+    run = run or Run()
+    split = split_subjects(len(zoo), codec.spec.held_out, codec.spec.seed)
+    subjects = Subjects.of(zoo, split.held_out, codec.device)
+    run.stage("evaluate", len(codec.patterns) + 1, "patterns")
+    figures, decoded = judge_decoding(codec, Subjects.of(zoo, split.train, codec.device), subjects)
+    run.advance(1)
+    rows: list[dict[str, Any]] = []
+    for pattern in range(len(codec.patterns)):
+        rows += judge_pattern(codec, subjects, decoded, pattern)
+        run.advance(pattern + 2)
+    figures |= summary(rows)
+    return {
+        "figures": figures,
+        "steering": rows,
+        "subjects": {"train": len(split.train), "held_out": len(split.held_out)},
+    }
+
+
+class Decoded(NamedTuple):
+    """Judged subjects after the codec: latents ``[subjects, latent]``, their decodings ``[subjects, size]``."""
+
+    latents: Tensor
+    weights: Tensor
+
+
+@torch.no_grad()
+def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[dict[str, float], Decoded]:
+    """How well decoded networks do what their sources do, and whether the latent is what tells them."""
+    model, evaluation = codec.model, codec.evaluation
+    inputs = evaluation_inputs(codec)
+    latents = model.encoder(subjects.signatures)
+    weights = model.decoder(latents)
+    source = _yes(subjects.weights, inputs, codec)
+    matched = _agreement(evaluation, _yes(weights, inputs, codec) == source)
+    constant = max(float(_agreement(evaluation, source == answer).mean()) for answer in (True, False))
+    figures = {
+        "agreement": float(matched.mean()),
+        "agreement_balanced": float(_balanced(_yes(weights, inputs, codec), source).mean()),
+        "agreement_constant": constant,
+        "spread": float(torch.pdist(weights).mean() / torch.pdist(subjects.weights).mean().clamp_min(1e-12)),
+    }
+    other = same_label_partner(subjects.labels)
+    if bool((other >= 0).any()):
+        have = other >= 0
+        swapped = _agreement(evaluation, _yes(weights[other[have]], inputs, codec) == source[have])
+        figures["same_label.agreement"] = float(swapped.mean())
+        figures["matched_beats_same_label"] = float((matched[have] > swapped).float().mean())
+    nearest = torch.cdist(latents, model.encoder(train.signatures)).argmin(1)
+    copied = _agreement(evaluation, _yes(train.weights[nearest], inputs, codec) == source)
+    figures["nearest_train.agreement"] = float(copied.mean())
+    figures["matched_beats_nearest_train"] = float((matched > copied).float().mean())
+    return figures, Decoded(latents, weights)
+
+
+def judge_pattern(codec: Codec, subjects: Subjects, decoded: Decoded, pattern: int) -> list[dict[str, Any]]:
+    """The rows of one pattern."""
+    inputs, rows = evaluation_inputs(codec), []
+    source = _yes(subjects.weights, inputs, codec)
+    for operation in OPERATIONS:
+        edits = possible_edits(codec.evaluation, subjects.labels, source, pattern, operation)
+        row = {
+            "pattern": codec.patterns[pattern].name,
+            "operation": operation,
+            "edits": len(edits.subject),
+            "skipped": edits.skipped,
+        }
+        if len(edits.subject) == 0:
+            rows.append(row)
+            continue
+        scores = _run_edits(codec, subjects, decoded, source, edits, pattern, operation)
+        rows += [{**row, "mode": mode, "variant": variant, **_means(score)} for (mode, variant), score in scores.items()]
+    return rows
+
+
+def possible_edits(
+    evaluation: Evaluation, labels: Tensor, source: Tensor, pattern: int, operation: Operation
+) -> Edits:
+    """The edits of one pattern that can be judged.
+
+    ``labels``: the subjects' patterns, bool ``[subjects, patterns]``; ``source``: their own answers, bool
+    ``[subjects, n]``.
+    """
+    has = labels[:, pattern]
+    subject = (~has if operation == "add" else has & (labels.sum(1) >= 2)).nonzero().squeeze(1)
+    selected = labels[subject].clone()
+    before = evaluation.labels(selected.cpu()).to(labels.device)
+    selected[:, pattern] = operation == "add"
+    after = evaluation.labels(selected.cpu()).to(labels.device)
+    decided = before != after
+    keep = decided.sum(1) >= MIN_DECIDED
+    if operation == "remove":
+        keep &= _share(source[subject] == before, decided) >= MIN_OWN_ACCURACY
+    return Edits(subject[keep], before[keep], after[keep], int((~keep).sum()))
+
+
+def score(answers: Tensor, source: Tensor, before: Tensor, after: Tensor) -> Scores:
+    """Target and local of edited networks' ``answers`` against those of their ``source``; all bool ``[edits, n]``."""
+    decided = before != after
+    return Scores(
+        _share(answers == after, decided), _share(answers == after, ~decided) - _share(source == before, ~decided)
+    )
+
+
+@torch.no_grad()
+def _run_edits(
+    codec: Codec,
+    subjects: Subjects,
+    decoded: Decoded,
+    source: Tensor,
+    edits: Edits,
+    pattern: int,
+    operation: Operation,
+) -> dict[tuple[Mode, str], Scores]:
+    """Apply the edits and their controls, in both modes, and score them."""
+    inputs, direction = evaluation_inputs(codec), SIGNS[operation] * codec.directions[pattern]
+    draws = generator(codec.spec.seed, "random direction", pattern, operation)
+    noise = torch.randn(len(edits.subject), len(direction), generator=draws).to(direction)
+    noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
+    shifts = {"edit": direction, "null": 0 * direction, "random": noise, "reverse": -direction}
+    results: dict[tuple[Mode, str], list[Scores]] = {(mode, name): [] for mode in MODES for name in VARIANTS}
+    for chunk in torch.arange(len(edits.subject), device=direction.device).split(CHUNK):
+        one = edits.subject[chunk]
+        for name, shift in shifts.items():
+            moved = codec.model.decoder(decoded.latents[one] + (shift[chunk] if shift.dim() == 2 else shift))
+            weights = torch.stack([edited(subjects.weights[one], decoded.weights[one], moved, mode) for mode in MODES], 1)
+            said = answers(weights, inputs, codec.architecture) > 0
+            for i, mode in enumerate(MODES):
+                results[mode, name].append(score(said[:, i], source[one], edits.before[chunk], edits.after[chunk]))
+    return {key: Scores(*(torch.cat(part) for part in zip(*parts, strict=True))) for key, parts in results.items()}
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Macro means over the patterns, and the highest all_gate of any control."""
+    rows = [row for row in rows if row["edits"]]
+    figures: dict[str, float] = {}
+    for mode in MODES:
+        for operation in OPERATIONS:
+            for variant in VARIANTS:
+                chosen = [
+                    r for r in rows if (r["mode"], r["operation"], r["variant"]) == (mode, operation, variant)
+                ]
+                if not chosen:
+                    continue
+                parts = [*(["direct"] if mode == "direct" else []), operation, *([variant] if variant != "edit" else [])]
+                for name in ("target_mean", "target_gate", "local_mean", "all_gate"):
+                    figures[".".join([*parts, name])] = sum(r[name] for r in chosen) / len(chosen)
+                if variant == "edit":
+                    figures[".".join([*parts, "min_pattern_all_gate"])] = min(r["all_gate"] for r in chosen)
+    controls = [value for name, value in figures.items() if name.endswith("all_gate") and name.split(".")[-2] in CONTROLS]
+    if controls:
+        figures["controls.max_all_gate"] = max(controls)
+    return figures
+
+
+def evaluation_inputs(codec: Codec) -> Tensor:
+    """The evaluation set as network inputs, examples as columns: ``[input_size, n]``."""
+    return encode(codec.architecture, codec.evaluation.sequences.to(codec.device)).T.contiguous()
+
+
+def same_label_partner(labels: Tensor) -> Tensor:
+    """For each subject another one with the very same patterns (the next in a cycle), or -1: int64 ``[subjects]``."""
+    partner = torch.full((len(labels),), -1, device=labels.device)
+    for group in labels.unique(dim=0):
+        members = (labels == group).all(1).nonzero().squeeze(1)
+        if len(members) > 1:
+            partner[members] = members.roll(1)
+    return partner
+
+
+def _yes(weights: Tensor, inputs: Tensor, codec: Codec) -> Tensor:
+    """Predicted classes of flat networks ``[subjects, size]``: bool ``[subjects, n]``."""
+    return answers(weights.unsqueeze(1), inputs, codec.architecture).squeeze(1) > 0
+
+
+def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:
+    """Mean over the strata that have sequences, ``[subjects]``."""
+    strata = evaluation.by_stratum(equal.cpu())
+    return strata[:, evaluation.stratum.unique()].mean(1)
+
+
+def _balanced(said: Tensor, source: Tensor) -> Tensor:
+    """Mean of the agreement where the source says yes and where it says no, ``[subjects]``."""
+    return (_share(said, source) + _share(~said, ~source)) / 2
+
+
+def _share(hit: Tensor, where: Tensor) -> Tensor:
+    """Share of ``where`` (bool ``[rows, n]``) that is hit; 1 for a row where it is empty."""
+    count = where.sum(1)
+    return torch.where(count > 0, (hit & where).sum(1) / count.clamp_min(1), torch.ones(()))
+
+
+def _means(scores: Scores) -> dict[str, float]:
+    return {
+        "target_mean": float(scores.target.mean()),
+        "target_gate": float(scores.target_gate.float().mean()),
+        "local_mean": float(scores.local.mean()),
+        "all_gate": float(scores.all_gate.float().mean()),
+    }
