@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 from services.jobs.states import JobState
+
+
+def _to_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is out of range") from None
+
 
 EventType = Literal["state", "log", "checkpoint", "artifact"]
 LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,63}$")]
 LabelValue = Annotated[str, StringConstraints(max_length=255)]
+# JSON has no dates: text in ISO 8601 is taken too.
+UtcTime = Annotated[AwareDatetime, Field(strict=False), AfterValidator(_to_utc)]
 QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,63}$")]
 
 
@@ -24,7 +34,7 @@ class Options(BaseModel):
     """Machine class that runs it; ``None``: that of its kind."""
     priority: int = Field(0, ge=-1000, le=1000)
     """Higher goes first."""
-    not_before: AwareDatetime | None = None
+    not_before: UtcTime | None = None
     """Earliest time to start, with its time zone."""
     max_attempts: int = Field(3, ge=1, le=100)
     """Attempts that may crash or be lost before the job fails."""

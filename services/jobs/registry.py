@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -34,6 +35,9 @@ __all__ = ["ArtifactRow", "Claim", "Event", "Job", "JobRegistry", "JobState", "O
 
 MAX_BACKOFF_SECONDS = 300.0
 MAX_RESULT_BYTES = 2**20
+_ARTIFACT_ID = re.compile(r"[0-9a-f]{64}")
+# What an ArtifactRef can name.
+_ARTIFACT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 ACTIVE = (JobState.RUNNING, JobState.CANCELLING)
 
 
@@ -149,6 +153,8 @@ class JobRegistry:
 
         Raises :class:`InvalidInput` for a state, limit or cursor that is none.
         """
+        submission.check_tenant(tenant)
+        text.check(kind, "kind")
         where: builtins.list[ColumnElement[bool]] = [tables.Job.tenant == tenant]
         if kind is not None:
             where.append(tables.Job.kind == kind)
@@ -170,6 +176,8 @@ class JobRegistry:
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> builtins.list[Event]:
         """Events of ``job`` with ``seq > after``, in order. Raises :class:`NotFound`."""
+        if not text.storable(job):
+            raise NotFound(f"there is no job {job!a}")
         query = select(tables.Event).where(tables.Event.job == job, tables.Event.seq > after)
         with self._database.read() as session:
             rows = session.scalars(query.order_by(tables.Event.seq).limit(cursors.check_limit(limit))).all()
@@ -186,6 +194,9 @@ class JobRegistry:
         cursor: str | None = None,
     ) -> tuple[builtins.list[ArtifactRow], str | None]:
         """Artifacts, newest first, and the cursor of the next page. Of outputs of one name in one job, the last."""
+        submission.check_tenant(tenant)
+        text.check(job, "job")
+        text.check(type, "type")
         table = tables.Artifact
         where: builtins.list[ColumnElement[bool]] = [table.tenant == tenant, table.superseded == tables.FALSE]
         if job is not None:
@@ -203,9 +214,9 @@ class JobRegistry:
     def artifact(self, id: str) -> ArtifactRow:
         """The row of an artifact. Raises :class:`NotFound`."""
         with self._database.read() as session:
-            row = session.scalar(select(tables.Artifact).where(tables.Artifact.id == id))
+            row = session.scalar(select(tables.Artifact).where(tables.Artifact.id == id)) if text.storable(id) else None
             if row is None:
-                raise NotFound(f"there is no artifact {id!r}")
+                raise NotFound(f"there is no artifact {id!a}")
             return _artifact(row)
 
     def running_attempts(self) -> builtins.list[RunningAttempt]:
@@ -232,6 +243,7 @@ class JobRegistry:
 
         Raises :class:`NotFound`, and :class:`IllegalState` for a job that has ended.
         """
+        self.get(id)
         with self._database.write() as session:
             if transitions.move(
                 session, id, JobState.CANCELLED, source=[JobState.QUEUED], cancel_requested=True, waiting=0
@@ -484,9 +496,9 @@ class JobRegistry:
 
     def _job(self, session: Session, id: str) -> Job:
         query = select(tables.Job).where(tables.Job.id == id).options(selectinload(tables.Job.inputs))
-        row = session.scalar(query.execution_options(populate_existing=True))
+        row = session.scalar(query.execution_options(populate_existing=True)) if text.storable(id) else None
         if row is None:
-            raise NotFound(f"there is no job {id!r}")
+            raise NotFound(f"there is no job {id!a}")
         return _job(row)
 
     def _wake(self, session: Session, queue: str) -> None:
@@ -521,7 +533,11 @@ class JobRegistry:
         job: str | None = None,
         attempt: str | None = None,
     ) -> tuple[ArtifactRow, bool]:
-        text.check([id, name, type], "artifact")
+        if not _ARTIFACT_ID.fullmatch(id):
+            raise InvalidInput.field("artifact", "is not an artifact id (64 hexadecimal digits)")
+        for value, field in ((name, "name"), (type, "type")):
+            if not _ARTIFACT_NAME.fullmatch(value):
+                raise InvalidInput.field(field, "must be 1 to 80 letters, digits, '_', '-' or '.'")
         table = tables.Artifact
         row = session.scalar(select(table).where(table.id == id))
         if row is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ethogram.errors import InvalidInput
+from ethogram.errors import InvalidInput, printable
 
 MAX_TEXT = 16_000
 """Longest text of an event, in characters: event rows stay small."""
@@ -16,10 +16,8 @@ def check(value: Any, path: str) -> None:
     if isinstance(value, str):
         if "\0" in value:
             raise InvalidInput.field(path, "contains a NUL character")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise InvalidInput.field(path, "contains a lone surrogate, which is not text") from None
+        if value != printable(value):
+            raise InvalidInput.field(path, "contains a lone surrogate, which is not text")
     elif isinstance(value, float) and not math.isfinite(value):
         raise InvalidInput.field(path, "is not a finite number")
     elif isinstance(value, dict):
@@ -31,10 +29,15 @@ def check(value: Any, path: str) -> None:
             check(item, f"{path}.{index}")
 
 
+def storable(value: str) -> bool:
+    """Whether a database takes ``value``; an id that it would not take is the id of nothing."""
+    return "\0" not in value and value == printable(value)
+
+
 def clean(value: Any, longest: int | None = None) -> Any:
     """What a running job said, made storable: a stray character in a log line must not fail the job."""
     if isinstance(value, str):
-        text = value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+        text = printable(value.replace("\0", "\ufffd"))
         return text if longest is None or len(text) <= longest else text[:longest] + " …"
     if isinstance(value, float) and not math.isfinite(value):
         return None
