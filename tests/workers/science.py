@@ -1,0 +1,82 @@
+"""Small jobs for the tests of the engine. ``GenerationSpec`` stands in for a spec of their own: ``training.steps`` steps
+that take ``training.learning_rate`` seconds each."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import GenerationSpec
+from services.runtime.run import Run
+
+
+def count(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+    """A sum of random numbers, each step's depending on all before it; resumes exactly."""
+    stream, total, first = random.Random(spec.seed), 0.0, 0
+    if run.resume is not None:
+        number, value, *state = (run.resume / "state.txt").read_text().split("\n")
+        first, total = int(number), float(value)
+        stream.setstate((3, tuple(int(word) for word in state), None))
+    run.log(f"begins at {first}")
+
+    def write(folder: Path) -> None:
+        words = stream.getstate()[1]
+        (folder / "state.txt").write_text("\n".join(str(item) for item in (step + 1, total, *words)))
+
+    run.stage("count", spec.training.steps)
+    for step in range(first, spec.training.steps):
+        time.sleep(spec.training.learning_rate)
+        total += stream.random()
+        run.metric(step, total=total)
+        run.advance(step + 1)
+        if run.checkpoint_due():
+            run.checkpoint(step + 1, write)
+    output = Path("answer")
+    output.mkdir()
+    (output / "total.txt").write_text(repr(total))
+    run.artifact("answer", "number", output)
+    return {"total": total, "steps": spec.training.steps, "threads": os.environ["OMP_NUM_THREADS"]}
+
+
+def refuse(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+    """Finds that its input is wrong."""
+    raise InvalidInput.field("spec.training.steps", "is not to my taste")
+
+
+def fail(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+    """Has a defect."""
+    raise RuntimeError("a defect")
+
+
+def die(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+    """Takes its whole process along."""
+    sys.stderr.write("famous last words\n")
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def hang(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+    """Hears nothing and has a process of its own."""
+    helper = subprocess.Popen(["sleep", "600"])
+    run.log(f"helper {helper.pid}")
+    while True:
+        time.sleep(0.1)
+
+
+def look_around(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+    """Tells what it was given."""
+    return {
+        "environment": sorted(os.environ),
+        "device": run.device,
+        "folder": str(Path.cwd()),
+        "session": os.getsid(0) == os.getpid(),
+        "torch": "torch" in sys.modules,
+    }

@@ -1,0 +1,146 @@
+"""Real workers and reconcilers, as processes, on a state folder and a queue of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+
+from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
+from services.artifacts.store import ArtifactStore
+from services.jobs.bell import Bell
+from services.jobs.registry import Job, JobRegistry
+
+LEASE = 1.5
+
+
+def wait_for(what: str, check: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """The first true answer of ``check``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = check()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    """Whether the process is no more."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Stack:
+    """What the tests of this folder run on."""
+
+    def __init__(self, folder: Path, redis_url: str) -> None:
+        self.state, self.redis_url = folder / "state", redis_url
+        self.queue = f"test-{uuid4().hex[:8]}"
+        self.registry = JobRegistry.open(f"sqlite:///{self.state / 'registry.db'}")
+        self.store = ArtifactStore(str(self.state / "store"))
+        self.bell = Bell(redis_url)
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.logs = folder / "logs"
+        self.logs.mkdir()
+
+    def start(self, *command: str, **settings: str) -> subprocess.Popen[bytes]:
+        """A process of the platform."""
+        environment = {
+            **os.environ,
+            "REDIS_URL": self.redis_url,
+            "ETHOGRAM_STATE": str(self.state),
+            "ETHOGRAM_QUEUES": self.queue,
+            "ETHOGRAM_LEASE_SECONDS": str(LEASE),
+            "ETHOGRAM_CHECKPOINT_SECONDS": "0.2",
+            "ETHOGRAM_GRACE_SECONDS": "3",
+            **{f"ETHOGRAM_{name.upper()}": value for name, value in settings.items()},
+        }
+        log = (self.logs / f"{len(self.processes)}-{command[0]}.log").open("wb")
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+        )
+        log.close()
+        self.processes.append(process)
+        return process
+
+    def worker(self, system: str = "count", **settings: str) -> subprocess.Popen[bytes]:
+        """A worker whose jobs are those of a test system."""
+        return self.start("tests.workers.worker", system, "--parent-pipe", **settings)
+
+    def reconciler(self) -> subprocess.Popen[bytes]:
+        """A reconciler."""
+        return self.start("workers.reconciler", "--parent-pipe")
+
+    def said(self) -> str:
+        """All that the processes logged."""
+        return "\n".join(path.read_text() for path in sorted(self.logs.iterdir()))
+
+    def submit(self, steps: int = 20, seconds: float = 0.05, seed: int = 0, **options: Any) -> Job:
+        """A job, and a ring."""
+        spec = GenerationSpec(seed=seed, training=SubjectTrainingSpec(steps=steps, learning_rate=seconds))
+        job, _ = self.registry.submit("generation", spec, queue=self.queue, **options)
+        self.bell.ring(self.queue)
+        return job
+
+    def wait(self, job: Job, *states: str, seconds: float = 30.0) -> Job:
+        """The job once it is in one of ``states``, by default the terminal ones."""
+
+        def check() -> Job | None:
+            now = self.registry.get(job.id)
+            return now if now.state in states or (not states and now.state.terminal) else None
+
+        found: Job = wait_for(f"{job.id} to be {states or 'terminal'}; {self.said()}", check, seconds)
+        return found
+
+    def wait_checkpoint(self, job: Job, beyond: int = 0) -> Job:
+        """The job once it has a checkpoint."""
+
+        def check() -> Job | None:
+            now = self.registry.get(job.id)
+            return now if now.checkpoint and now.checkpoint["step"] > beyond else None
+
+        found: Job = wait_for(f"a checkpoint of {job.id}; {self.said()}", check)
+        return found
+
+    def child(self, worker: subprocess.Popen[bytes]) -> int:
+        """Process id of the worker's one child."""
+        children = wait_for("a child", lambda: psutil.Process(worker.pid).children())
+        pid: int = children[0].pid
+        return pid
+
+    def history(self, job: Job) -> list[str]:
+        """The states that the job went through; for a release also why."""
+        events = [event.data for event in self.registry.events(job.id) if event.type == "state"]
+        return [f"{data['state']}" + (f" {data['reason']}" if "reason" in data else "") for data in events]
+
+    def log(self, job: Job) -> list[str]:
+        """The lines that the job logged."""
+        return [event.data["message"] for event in self.registry.events(job.id) if event.type == "log"]
+
+    def begins(self, job: Job) -> list[int]:
+        """The steps that its attempts began at."""
+        return [int(found[1]) for line in self.log(job) if (found := re.fullmatch(r"begins at (\d+)", line))]
+
+    def close(self) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+        self.bell.close(0.1)
+        self.registry.close()
