@@ -221,6 +221,14 @@ class ArtifactStore:
             self._backend.write(_pointer_path(retired), canonical_json(retired.model_dump()))
         return retired
 
+    def check_writable(self) -> None:
+        """Raises :class:`Unavailable` when nothing can be written now."""
+        with self._trouble():
+            try:
+                self._backend.write("probe", b"")
+            except FileNotFoundError:
+                raise Unavailable(f"the artifact store at {self.url} is not there any more: restore its folder") from None
+
     def _versions(self, tenant: str, name: str) -> list[ModelPointer]:
         with self._trouble():
             found = self._backend.names(f"models/{tenant}/{name}")
