@@ -1,0 +1,76 @@
+"""A codec as the server runs it: NumPy in, NumPy out, on the device's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from services.crossmodal.bundle import Behavior, Codec
+from services.crossmodal.steering import Mode
+from services.inference.batcher import Arrays
+
+LATENTS = "latents"
+
+
+class ServedCodec:
+    """A loaded codec. Every method takes and gives arrays whose first axis is the batch, and treats rows alone.
+
+    The methods are for the device's thread only; what is read in ``__init__`` is for everyone.
+    """
+
+    artifact_type = "codec"
+
+    def __init__(self, codec: Codec, device: str) -> None:
+        self._codec, self._device = codec, device
+        self.shapes: Mapping[str, tuple[int, ...]] = codec.architecture.shapes
+        """Shape of each parameter of one network."""
+        self.network_bytes: int = 4 * codec.architecture.size
+        """Bytes of one network as float32."""
+        self.signature_shape: tuple[int, int] = (len(codec.probes), codec.architecture.neurons)
+        """(probes, neurons) of one signature."""
+        self.latent_size: int = codec.latent_dim
+        """Length of a latent."""
+        self.behaviors: tuple[Behavior, ...] = tuple(codec.behaviors)
+        """What it can steer, in the model's order."""
+
+    @classmethod
+    def load(cls, folder: Path, device: str) -> ServedCodec:
+        """The codec of a bundle's folder."""
+        return cls(Codec.load(folder, device), device)
+
+    def encode(self, networks: Arrays) -> Arrays:
+        """Parameters to ``latents``."""
+        with torch.inference_mode():
+            return {LATENTS: self._codec.encode(self._tensors(networks)).cpu().numpy()}
+
+    def encode_signatures(self, arrays: Arrays) -> Arrays:
+        """``signatures`` to ``latents``."""
+        with torch.inference_mode():
+            return {LATENTS: self._codec.encode_signatures(self._tensors(arrays)["signatures"]).cpu().numpy()}
+
+    def decode(self, arrays: Arrays) -> Arrays:
+        """``latents`` to parameters."""
+        with torch.inference_mode():
+            return _arrays(self._codec.decode(self._tensors(arrays)[LATENTS]))
+
+    def steer(self, networks: Arrays, edits: tuple[tuple[str, str], ...], mode: Mode, strength: float) -> Arrays:
+        """Parameters to steered parameters, and ``latents``."""
+        with torch.inference_mode():
+            params, latents = self._codec.steer(self._tensors(networks), list(edits), mode, strength)
+            return _arrays(params) | {LATENTS: latents.cpu().numpy()}
+
+    def evaluate(self, networks: Arrays) -> Arrays:
+        """Parameters to ``recall`` and ``false_positive_rate``."""
+        with torch.inference_mode():
+            recall, rate = self._codec.evaluate(self._tensors(networks))
+            return _arrays({"recall": recall, "false_positive_rate": rate})
+
+    def _tensors(self, arrays: Arrays) -> dict[str, torch.Tensor]:
+        # A copy: what comes from the wire is a read-only view of a message.
+        return {name: torch.tensor(array, device=self._device) for name, array in arrays.items()}
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}

@@ -1,0 +1,143 @@
+"""What the server does, free of any transport: NumPy arrays in, checked, batched, computed, NumPy arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ethogram.errors import TooLarge, Violation
+from services.artifacts.store import ModelPointer
+from services.crossmodal.bundle import Behavior
+from services.inference import checks
+from services.inference.batcher import Arrays, Batcher
+from services.inference.codec import LATENTS, ServedCodec
+from services.inference.repository import ModelRepository, Reference, Served
+
+
+class Encoded(NamedTuple):
+    """``latents`` ``[batch, latent]``."""
+
+    latents: NDArray[np.float32]
+    model: ModelPointer
+
+
+class Decoded(NamedTuple):
+    """``networks``: parameters ``[batch, ...]`` by name."""
+
+    networks: Arrays
+    model: ModelPointer
+
+
+class Steered(NamedTuple):
+    """Steered ``networks`` and their ``latents`` ``[batch, latent]`` after the edit."""
+
+    networks: Arrays
+    latents: NDArray[np.float32]
+    model: ModelPointer
+
+
+class Evaluated(NamedTuple):
+    """``recall`` ``[batch, behaviours]`` and ``false_positive_rate`` ``[batch]``."""
+
+    behaviors: list[str]
+    recall: NDArray[np.float32]
+    false_positive_rate: NDArray[np.float32]
+    model: ModelPointer
+
+
+class Known(NamedTuple):
+    """The behaviours of a model."""
+
+    behaviors: Sequence[Behavior]
+    model: ModelPointer
+
+
+class Dataplane:
+    """The calls. Each raises :class:`InvalidInput` with the field that is wrong, :class:`NotFound` for an unknown
+    model, and :class:`TooLarge` for a full queue or an answer of more than ``max_answer_bytes``.
+    """
+
+    def __init__(
+        self, repository: ModelRepository[ServedCodec], batcher: Batcher, *, max_answer_bytes: int = 2**62
+    ) -> None:
+        self._repository, self._batcher, self._max_answer_bytes = repository, batcher, max_answer_bytes
+
+    async def encode(self, model: Reference, networks: Arrays) -> Encoded:
+        """Latents of networks; their signatures are taken on the model's own probes."""
+        served = await self._repository.get(model)
+        arrays = checks.networks(networks, served.model.shapes)
+        result = await self._run(served, "encode", served.model.encode, arrays, "networks")
+        return Encoded(result[LATENTS], served.pointer)
+
+    async def encode_signatures(self, model: Reference, signatures: NDArray[Any]) -> Encoded:
+        """Latents of signatures ``[batch, probes, neurons]`` that were taken on the model's probes."""
+        served = await self._repository.get(model)
+        arrays: Arrays = {"signatures": checks.rows(signatures, served.model.signature_shape, "signatures")}
+        function = served.model.encode_signatures
+        result = await self._run(served, "encode_signatures", function, arrays, "signatures")
+        return Encoded(result[LATENTS], served.pointer)
+
+    async def decode(self, model: Reference, latents: NDArray[Any]) -> Decoded:
+        """Networks of latents ``[batch, latent]``."""
+        served = await self._repository.get(model)
+        arrays: Arrays = {LATENTS: checks.rows(latents, (served.model.latent_size,), "latents")}
+        self._check_answer(len(latents) * served.model.network_bytes, "latents")
+        result = await self._run(served, "decode", served.model.decode, arrays, "latents")
+        return Decoded(result, served.pointer)
+
+    async def steer(
+        self,
+        model: Reference,
+        networks: Arrays,
+        edits: Sequence[tuple[str, str]],
+        mode: str = "residual",
+        strength: float = 1.0,
+    ) -> Steered:
+        """Networks that gain (``("add", behaviour)``) or lose (``("remove", behaviour)``) behaviours."""
+        checked_mode, strength = checks.mode(mode), checks.strength(strength)
+        served = await self._repository.get(model)
+        names = [behavior.name for behavior in served.model.behaviors]
+        asked = checks.edits(edits, names)
+        arrays = checks.networks(networks, served.model.shapes)
+        count = len(next(iter(arrays.values())))
+        self._check_answer(count * (served.model.network_bytes + 4 * served.model.latent_size), "networks")
+        function = partial(served.model.steer, edits=asked, mode=checked_mode, strength=strength)
+        result = await self._run(served, ("steer", asked, checked_mode, strength), function, arrays, "networks")
+        latents = result.pop(LATENTS)
+        return Steered(result, latents, served.pointer)
+
+    async def evaluate(self, model: Reference, networks: Arrays) -> Evaluated:
+        """How networks behave on labelled sequences that no network was trained on."""
+        served = await self._repository.get(model)
+        arrays = checks.networks(networks, served.model.shapes)
+        result = await self._run(served, "evaluate", served.model.evaluate, arrays, None)
+        names = [behavior.name for behavior in served.model.behaviors]
+        return Evaluated(names, result["recall"], result["false_positive_rate"], served.pointer)
+
+    async def behaviors(self, model: Reference) -> Known:
+        """The behaviours that a model can steer."""
+        served = await self._repository.get(model)
+        return Known(served.model.behaviors, served.pointer)
+
+    async def _run(
+        self,
+        served: Served[ServedCodec],
+        call: Hashable,
+        function: Callable[[Arrays], Arrays],
+        arrays: Arrays,
+        finite: str | None,
+    ) -> Arrays:
+        key = (served.pointer.artifact, call)
+        result = await self._batcher.run(key, function, arrays, name=finite or "networks")
+        return dict(checks.result(result, finite) if finite else result)
+
+    def _check_answer(self, size: int, field: str) -> None:
+        if size > self._max_answer_bytes:
+            description = (
+                f"the answer would take {size} bytes, at most {self._max_answer_bytes}; send fewer, or a stream"
+            )
+            raise TooLarge(f"{field}: {description}", [Violation(field, description)])

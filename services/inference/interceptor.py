@@ -1,0 +1,114 @@
+"""One wrapper around every method of ours: errors become statuses, and the server knows when it is idle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from grpc_status import rpc_status
+
+from ethogram.errors import EthogramError, Internal, InvalidInput
+from ethogram.rpc import status_of
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Maps what a servicer raises to ``google.rpc.Status``, refuses unknown fields, and counts calls under way."""
+
+    def __init__(self) -> None:
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no call of ours is under way."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler: Any = await continuation(handler_call_details)
+        # Health and reflection are the library's own; their watches last for ever.
+        if handler is None or not str(handler_call_details.method).startswith("/ethogram."):
+            return handler  # type: ignore[no-any-return]
+        coders = (handler.request_deserializer, handler.response_serializer)
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary), *coders)
+        return grpc.stream_stream_rpc_method_handler(self._stream(handler.stream_stream), *coders)
+
+    def _unary(self, method: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+        async def call(request: Message, context: Context) -> Any:
+            async with self._guarded(context):
+                check_known(request)
+                return await method(request, context)
+
+        return call
+
+    def _stream(self, method: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
+        async def call(requests: AsyncIterator[Message], context: Context) -> AsyncIterator[Any]:
+            async with self._guarded(context):
+                async for response in method(requests, context):
+                    yield response
+
+        return call
+
+    @asynccontextmanager
+    async def _guarded(self, context: Context) -> AsyncIterator[None]:
+        self._active += 1
+        self._idle.clear()
+        try:
+            yield
+        except EthogramError as error:
+            await _abort(context, error)
+        except (grpc.aio.BaseError, grpc.RpcError):
+            raise
+        except Exception:
+            number = uuid.uuid4().hex[:12]
+            log.exception("a call failed", extra={"request": number})
+            await _abort(context, Internal(f"internal error; the server's log has it under request {number}"))
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+
+
+async def _abort(context: Context, error: EthogramError) -> NoReturn:
+    status = rpc_status.to_status(status_of(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+    raise AssertionError("abort returned")
+
+
+def check_known(message: Message, path: str = "") -> None:
+    """Refuse fields that this version does not know, where protobuf itself would keep them in silence."""
+    if len(UnknownFieldSet(message)):
+        number = UnknownFieldSet(message)[0].field_number
+        raise InvalidInput.field(path or "(root)", f"unknown protobuf field number {number}; is the client newer?")
+    for name, child in _messages(message):
+        check_known(child, f"{path}.{name}" if path else name)
+
+
+def _messages(message: Message) -> Iterator[tuple[str, Message]]:
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        if field.message_type.GetOptions().map_entry:
+            for key, item in value.items():
+                if isinstance(item, Message):
+                    yield f"{field.name}.{key}", item
+        elif field.is_repeated:
+            for i, item in enumerate(value):
+                yield f"{field.name}.{i}", item
+        else:
+            yield field.name, value

@@ -1,0 +1,185 @@
+"""The models that this process serves: found in the store when first asked for, kept up to date, evicted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+from ethogram.errors import EthogramError, IllegalState, NotFound, TooLarge
+from services.artifacts.manifest import check_name
+from services.artifacts.store import ArtifactStore, ModelPointer
+
+M = TypeVar("M")
+
+log = logging.getLogger(__name__)
+
+
+class Reference(NamedTuple):
+    """A model as a request names it."""
+
+    tenant: str
+    name: str
+    version: str | None
+    """None: the latest."""
+
+
+@dataclass(frozen=True)
+class Served(Generic[M]):
+    """A loaded model and the version that it is."""
+
+    pointer: ModelPointer
+    model: M
+
+
+@dataclass(frozen=True)
+class _Loaded(Generic[M]):
+    model: M
+    size: int
+
+
+class ModelRepository(Generic[M]):
+    """Published models by name, loaded at most once each and off the event loop.
+
+    ``load`` makes a model of an artifact's folder, which is gone afterwards. ``loads`` is the type of artifact.
+    A new version is loaded before it takes over, so nobody waits for it.
+    """
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        load: Callable[[Path], M],
+        *,
+        loads: str,
+        scratch: Path,
+        max_models: int = 8,
+        max_bytes: int = 8 * 2**30,
+        is_out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError),
+        release_memory: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store, self._load, self._loads, self._scratch = store, load, loads, scratch
+        self._max_models, self._max_bytes = max_models, max_bytes
+        self._is_out_of_memory, self._release_memory = is_out_of_memory, release_memory
+        self._pointers: dict[Reference, ModelPointer] = {}
+        # By artifact id, least recently used first.
+        self._loaded: OrderedDict[str, _Loaded[M]] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[M]] = {}
+        # An artifact never changes, so one that cannot be loaded never can.
+        self._broken: dict[str, EthogramError] = {}
+
+    async def get(self, reference: Reference) -> Served[M]:
+        """The model that ``reference`` names.
+
+        Raises :class:`NotFound` for one that is not published, :class:`IllegalState` for one that
+        cannot be loaded, :class:`TooLarge` for one that has no room.
+        """
+        pointer = self._pointers.get(reference)
+        if pointer is None:
+            pointer = await self._resolve(reference)
+        model = await self._model(pointer)
+        self._pointers[reference] = pointer
+        return Served(pointer, model)
+
+    async def refresh(self) -> None:
+        """Look again at what each known reference names: later versions take over from older and retired ones."""
+        for reference in list(self._pointers):
+            try:
+                pointer = await self._resolve(reference)
+                if pointer != self._pointers.get(reference):
+                    await self._model(pointer)
+                    self._pointers[reference] = pointer
+                    log.info("model %s is now version %s", pointer.name, pointer.version)
+            except NotFound:
+                self._pointers.pop(reference, None)
+                log.info("model %s version %s is gone", reference.name, reference.version or "latest")
+            except Exception as error:
+                # What is in memory is still right; the store may be back in two seconds.
+                log.warning("model %s could not be looked up again: %s", reference.name, error)
+        used = {pointer.artifact for pointer in self._pointers.values()}
+        for artifact in [artifact for artifact in self._loaded if artifact not in used]:
+            del self._loaded[artifact]
+
+    async def keep_fresh(self, seconds: float) -> None:
+        """Refresh for ever."""
+        while True:
+            await asyncio.sleep(seconds)
+            await self.refresh()
+
+    async def _resolve(self, reference: Reference) -> ModelPointer:
+        check_name(reference.tenant, "model.tenant")
+        check_name(reference.name, "model.name")
+        if reference.version is not None:
+            check_name(reference.version, "model.version")
+        return await asyncio.to_thread(self._store.model, *reference)
+
+    async def _model(self, pointer: ModelPointer) -> M:
+        loaded = self._loaded.get(pointer.artifact)
+        if loaded is not None:
+            self._loaded.move_to_end(pointer.artifact)
+            return loaded.model
+        if pointer.artifact in self._broken:
+            raise self._broken[pointer.artifact]
+        task = self._loading.get(pointer.artifact)
+        if task is None:
+            task = asyncio.create_task(self._load_once(pointer))
+            self._loading[pointer.artifact] = task
+            # Whoever waits gets the exception; if all have left, nobody needs to.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # One caller's cancellation must not end what the others wait for.
+        return await asyncio.shield(task)
+
+    async def _load_once(self, pointer: ModelPointer) -> M:
+        artifact = pointer.artifact
+        try:
+            manifest = await asyncio.to_thread(self._store.manifest, artifact)
+            if manifest.type != self._loads:
+                raise self._refuse(pointer, f"its artifact is a {manifest.type}, not a {self._loads}")
+            if manifest.size > self._max_bytes:
+                raise TooLarge(
+                    f"model {pointer.name} version {pointer.version} takes {manifest.size} bytes; this server has room "
+                    f"for {self._max_bytes} (ETHOGRAM_MAX_MODEL_BYTES)"
+                )
+            model = await self._load_with_room(pointer)
+            self._loaded[artifact] = _Loaded(model, manifest.size)
+            self._evict()
+            log.info("loaded model %s version %s", pointer.name, pointer.version, extra={"bytes": manifest.size})
+            return model
+        finally:
+            del self._loading[artifact]
+
+    async def _load_with_room(self, pointer: ModelPointer) -> M:
+        for attempt in (1, 2):
+            with tempfile.TemporaryDirectory(dir=self._scratch, prefix="model-") as folder:
+                bundle = await asyncio.to_thread(self._store.fetch, pointer.artifact, Path(folder) / "bundle")
+                try:
+                    return await asyncio.to_thread(self._load, bundle)
+                except Exception as error:
+                    if not self._is_out_of_memory(error):
+                        log.exception("model %s version %s cannot be loaded", pointer.name, pointer.version)
+                        raise self._refuse(pointer, f"its artifact is no valid {self._loads}") from None
+            # Past the handler, so that the traceback no longer keeps the device's tensors alive.
+            if attempt == 1:
+                log.warning("no memory to load model %s; the others leave", pointer.name)
+                self._loaded.clear()
+                self._release_memory()
+        raise TooLarge(f"the device's memory cannot hold model {pointer.name} version {pointer.version}; try later")
+
+    def _refuse(self, pointer: ModelPointer, cause: str) -> EthogramError:
+        error = IllegalState(
+            f"model {pointer.name} version {pointer.version} cannot be served: {cause}; publish another version"
+        )
+        self._broken[pointer.artifact] = error
+        return error
+
+    def _evict(self) -> None:
+        while (
+            len(self._loaded) > self._max_models or sum(item.size for item in self._loaded.values()) > self._max_bytes
+        ):
+            artifact, _ = self._loaded.popitem(last=False)
+            self._pointers = {key: pointer for key, pointer in self._pointers.items() if pointer.artifact != artifact}
+            log.info("evicted a model", extra={"artifact": artifact})

@@ -1,0 +1,143 @@
+"""The inference server put together: repository, batcher, services, health and reflection on one port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ethogram.errors import Conflict, InvalidInput
+from ethogram.rpc import CHANNEL_OPTIONS
+from ethogram.v1 import inference_pb2, inference_pb2_grpc
+from services.artifacts.store import ArtifactStore
+from services.inference.batcher import Batcher
+from services.inference.codec import ServedCodec
+from services.inference.dataplane import Dataplane
+from services.inference.interceptor import Boundary
+from services.inference.repository import ModelRepository
+from services.inference.servicers import CodecServicer, SteeringServicer
+from services.inference.settings import InferenceSettings
+
+SERVICES = tuple(service.full_name for service in inference_pb2.DESCRIPTOR.services_by_name.values())
+# Beyond it gRPC itself refuses, before a message is read into memory.
+MAX_CALLS = 1024
+
+log = logging.getLogger(__name__)
+
+
+class InferenceServer:
+    """One device's server. Use :meth:`start` and :meth:`stop` on one event loop."""
+
+    def __init__(self, settings: InferenceSettings) -> None:
+        self._settings = settings
+        self._device = device_of(settings.device)
+        self._scratch = tempfile.TemporaryDirectory(prefix="ethogram-inference-")
+        self._batcher = Batcher(
+            max_rows=settings.max_batch,
+            max_wait=settings.max_wait_seconds,
+            max_pending_rows=settings.max_pending,
+            is_out_of_memory=is_out_of_memory,
+            release_memory=release_memory,
+        )
+        self._repository = ModelRepository(
+            ArtifactStore(settings.store_url),
+            partial(ServedCodec.load, device=self._device),
+            loads=ServedCodec.artifact_type,
+            scratch=Path(self._scratch.name),
+            max_models=settings.max_models,
+            max_bytes=settings.max_model_bytes,
+            is_out_of_memory=is_out_of_memory,
+            release_memory=release_memory,
+        )
+        self._boundary = Boundary()
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Serve. Returns the address, ``host:port``; raises :class:`Conflict` when the port is taken."""
+        if self._settings.threads:
+            torch.set_num_threads(self._settings.threads)
+        limit = self._settings.max_message_bytes
+        dataplane = Dataplane(self._repository, self._batcher, max_answer_bytes=limit - 64 * 1024)
+        options = {
+            **dict(CHANNEL_OPTIONS),
+            "grpc.max_receive_message_length": limit,
+            "grpc.max_send_message_length": limit,
+            # Without it a second server on the same port would take half of the calls in silence.
+            "grpc.so_reuseport": 0,
+        }
+        server = grpc.aio.server(
+            interceptors=[self._boundary], options=list(options.items()), maximum_concurrent_rpcs=MAX_CALLS
+        )
+        inference_pb2_grpc.add_CodecServiceServicer_to_server(CodecServicer(dataplane), server)
+        inference_pb2_grpc.add_SteeringServiceServicer_to_server(SteeringServicer(dataplane), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        try:
+            port = server.add_insecure_port(f"{host}:{self._settings.port}")
+        except RuntimeError:
+            raise Conflict(
+                f"cannot listen on {host}:{self._settings.port}: the port is taken, or the address is not of this "
+                "machine; set ETHOGRAM_PORT (0: any free port) or ETHOGRAM_HOST"
+            ) from None
+        self._batcher.start()
+        await server.start()
+        self._server = server
+        self._refreshing = asyncio.create_task(self._repository.keep_fresh(self._settings.refresh_seconds))
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving", extra={"address": f"{host}:{port}", "device": self._device})
+        return f"{host}:{port}"
+
+    async def stop(self) -> None:
+        """Tell the health service's watchers, let calls under way finish within the grace period, and end."""
+        assert self._server is not None
+        await self._health.enter_graceful_shutdown()
+        stopping = asyncio.create_task(self._server.stop(self._settings.grace_seconds))
+        # Watches of the health service never end by themselves; they must not use up the grace period.
+        idle = asyncio.create_task(self._boundary.idle())
+        await asyncio.wait([stopping, idle], return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        await self._server.stop(0)
+        await stopping
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._refreshing
+        await self._batcher.stop()
+        self._scratch.cleanup()
+        log.info("stopped")
+
+
+def device_of(asked: str) -> str:
+    """The torch device that ``asked`` means. Raises :class:`InvalidInput`."""
+    if asked == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InvalidInput.field(
+            "device", f"this machine has no {asked!r}; set ETHOGRAM_DEVICE to cpu or auto"
+        ) from None
+    return asked
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device, or this machine, has no memory for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def release_memory() -> None:
+    """Give cached blocks back to the device."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,170 @@
+"""The gRPC services: messages to arrays and back, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from ethogram.errors import EthogramError, InvalidInput, Violation
+from ethogram.tensors import from_tensor, to_tensor
+from ethogram.v1 import inference_pb2 as pb
+from ethogram.v1 import inference_pb2_grpc
+from services.artifacts.store import ModelPointer
+from services.inference.batcher import Arrays
+from services.inference.dataplane import Dataplane
+from services.inference.interceptor import check_known
+from services.inference.repository import Reference
+
+# Requests of one stream that are under way: the next is read and checked while the device computes.
+WINDOW = 4
+
+Q = TypeVar("Q", bound=Message)
+R = TypeVar("R")
+
+_OPERATIONS = {pb.EDIT_OPERATION_ADD: "add", pb.EDIT_OPERATION_REMOVE: "remove"}
+_MODES = {pb.EDIT_MODE_UNSPECIFIED: "residual", pb.EDIT_MODE_RESIDUAL: "residual", pb.EDIT_MODE_DIRECT: "direct"}
+
+
+class CodecServicer(inference_pb2_grpc.CodecServiceServicer):
+    """Encode and Decode."""
+
+    def __init__(self, dataplane: Dataplane) -> None:
+        self._dataplane = dataplane
+
+    async def Encode(self, request: pb.EncodeRequest, context: object) -> pb.EncodeResponse:
+        model = _reference(request.model)
+        match request.WhichOneof("input"):
+            case "networks":
+                result = await self._dataplane.encode(model, _networks(request.networks))
+            case "signatures":
+                signatures = from_tensor(request.signatures, "signatures")
+                result = await self._dataplane.encode_signatures(model, signatures)
+            case _:
+                raise InvalidInput.field("input", "missing; set networks or signatures")
+        return pb.EncodeResponse(latents=to_tensor(result.latents), model=_answered(result.model))
+
+    async def Decode(self, request: pb.DecodeRequest, context: object) -> pb.DecodeResponse:
+        model = _reference(request.model)
+        result = await self._dataplane.decode(model, from_tensor(_set(request, "latents"), "latents"))
+        return pb.DecodeResponse(networks=_to_networks(result.networks), model=_answered(result.model))
+
+    def EncodeStream(
+        self, request_iterator: AsyncIterator[pb.EncodeRequest], context: object
+    ) -> AsyncIterator[pb.EncodeResponse]:
+        return _in_order(request_iterator, lambda request: self.Encode(request, context))
+
+    def DecodeStream(
+        self, request_iterator: AsyncIterator[pb.DecodeRequest], context: object
+    ) -> AsyncIterator[pb.DecodeResponse]:
+        return _in_order(request_iterator, lambda request: self.Decode(request, context))
+
+
+class SteeringServicer(inference_pb2_grpc.SteeringServiceServicer):
+    """ListBehaviors, Steer and Evaluate."""
+
+    def __init__(self, dataplane: Dataplane) -> None:
+        self._dataplane = dataplane
+
+    async def ListBehaviors(self, request: pb.ListBehaviorsRequest, context: object) -> pb.ListBehaviorsResponse:
+        result = await self._dataplane.behaviors(_reference(request.model))
+        behaviors = [pb.Behavior(**behavior._asdict()) for behavior in result.behaviors]
+        return pb.ListBehaviorsResponse(behaviors=behaviors, model=_answered(result.model))
+
+    async def Steer(self, request: pb.SteerRequest, context: object) -> pb.SteerResponse:
+        result = await self._dataplane.steer(
+            _reference(request.model),
+            _networks(_set(request, "networks")),
+            [(_OPERATIONS.get(edit.operation, ""), edit.behavior) for edit in request.edits],
+            _MODES.get(request.mode, ""),
+            request.strength if request.HasField("strength") else 1.0,
+        )
+        return pb.SteerResponse(
+            networks=_to_networks(result.networks), latents=to_tensor(result.latents), model=_answered(result.model)
+        )
+
+    async def Evaluate(self, request: pb.EvaluateRequest, context: object) -> pb.EvaluateResponse:
+        result = await self._dataplane.evaluate(_reference(request.model), _networks(_set(request, "networks")))
+        return pb.EvaluateResponse(
+            behaviors=result.behaviors,
+            recall=to_tensor(result.recall),
+            false_positive_rate=to_tensor(result.false_positive_rate),
+            model=_answered(result.model),
+        )
+
+    def SteerStream(
+        self, request_iterator: AsyncIterator[pb.SteerRequest], context: object
+    ) -> AsyncIterator[pb.SteerResponse]:
+        return _in_order(request_iterator, lambda request: self.Steer(request, context))
+
+    def EvaluateStream(
+        self, request_iterator: AsyncIterator[pb.EvaluateRequest], context: object
+    ) -> AsyncIterator[pb.EvaluateResponse]:
+        return _in_order(request_iterator, lambda request: self.Evaluate(request, context))
+
+
+async def _in_order(requests: AsyncIterator[Q], answer: Callable[[Q], Awaitable[R]]) -> AsyncIterator[R]:
+    """One answer per request, in order; an error names the request that it belongs to."""
+
+    async def numbered(number: int, request: Q) -> R:
+        try:
+            check_known(request)
+            return await answer(request)
+        except EthogramError as error:
+            violations = [Violation(f"requests.{number}.{v.field}", v.description) for v in error.violations]
+            raise type(error)(f"request {number} of the stream: {error.message}", violations) from None
+
+    incoming = aiter(requests)
+
+    async def following() -> Q | None:
+        return await anext(incoming, None)
+
+    number = 0
+    under_way: deque[asyncio.Task[R]] = deque()
+    read: asyncio.Task[Q | None] | None = asyncio.create_task(following())
+    try:
+        while read is not None or under_way:
+            # A client may wait for an answer before it sends more: neither side is waited for alone.
+            reading = [read] if read is not None and len(under_way) < WINDOW else []
+            await asyncio.wait([*reading, *list(under_way)[:1]], return_when=asyncio.FIRST_COMPLETED)
+            if under_way and under_way[0].done():
+                yield under_way.popleft().result()
+            elif read is not None and read.done():
+                request = read.result()
+                read = None
+                if request is not None:
+                    under_way.append(asyncio.create_task(numbered(number, request)))
+                    number += 1
+                    read = asyncio.create_task(following())
+    finally:
+        left: list[asyncio.Task[Any]] = [*under_way, *([read] if read is not None else [])]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+
+def _reference(model: pb.ModelRef) -> Reference:
+    if not model.name:
+        raise InvalidInput.field("model.name", "missing; name a published model")
+    return Reference(model.tenant or "default", model.name, model.version or None)
+
+
+def _answered(pointer: ModelPointer) -> pb.ModelRef:
+    return pb.ModelRef(name=pointer.name, version=pointer.version, tenant=pointer.tenant)
+
+
+def _set(request: Message, field: str) -> Any:
+    if not request.HasField(field):
+        raise InvalidInput.field(field, "missing")
+    return getattr(request, field)
+
+
+def _networks(message: pb.Networks) -> Arrays:
+    return {name: from_tensor(tensor, f"networks.parameters.{name}") for name, tensor in message.parameters.items()}
+
+
+def _to_networks(networks: Arrays) -> pb.Networks:
+    return pb.Networks(parameters={name: to_tensor(array) for name, array in networks.items()})

@@ -1,0 +1,50 @@
+"""Settings of the inference server: ``ETHOGRAM_*`` in the environment, read once in the entry point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ethogram.rpc import MAX_MESSAGE_BYTES
+
+
+class InferenceSettings(BaseSettings):
+    """What the inference server is told. Time in seconds, memory in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="ETHOGRAM_", use_attribute_docstrings=True)
+
+    state: Path = Path("runs/state")
+    """State directory; ``inference.json`` there says where the server listens while it does."""
+    store: str = ""
+    """Artifact store, a folder or an fsspec URL; empty: ``store`` in the state directory."""
+    host: str = "127.0.0.1"
+    """Address to listen on; ``0.0.0.0`` for all."""
+    port: int = Field(0, ge=0, le=65_535)
+    """Port; 0: any free one."""
+    device: str = "auto"
+    """Torch device of this process: ``cpu``, ``cuda:0``, ...; ``auto``: the first GPU, if there is one."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of torch; 0: its own choice."""
+    max_batch: int = Field(256, ge=1)
+    """Most networks that are computed at a time."""
+    max_wait_seconds: float = Field(0.002, ge=0, le=1)
+    """How long a request waits for others to share a batch with."""
+    max_pending: int = Field(16_384, ge=1)
+    """Most networks that wait or are computed; requests past it are refused with RESOURCE_EXHAUSTED."""
+    max_models: int = Field(8, ge=1)
+    """Most models in memory; the least recently used leaves first."""
+    max_model_bytes: int = Field(8 * 2**30, ge=1)
+    """Most memory of all models together."""
+    max_message_bytes: int = Field(MAX_MESSAGE_BYTES, ge=1024)
+    """Largest message in either direction."""
+    refresh_seconds: float = Field(2.0, gt=0)
+    """How often newly published and retired versions are looked up."""
+    grace_seconds: float = Field(10.0, ge=0)
+    """How long requests under way may take to finish when the server is asked to leave."""
+
+    @property
+    def store_url(self) -> str:
+        """Where the artifacts are."""
+        return self.store or str(self.state.absolute() / "store")
