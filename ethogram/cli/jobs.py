@@ -94,8 +94,10 @@ pipeline_examples = examples("ethogram pipeline examples/main.yaml --set jobs.zo
 
 @app.command("list", epilog=examples("ethogram jobs list --kind generation --state FAILED"))
 def list_(
+    *,
     kind: Annotated[str | None, typer.Option("--kind", help="Only this kind.")] = None,
     state: Annotated[str | None, typer.Option("--state", help="Only in this state, e.g. RUNNING.")] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Only with it.")] = None,
     limit: Limit = 20,
     url: Url = None,
     as_json: Json = False,
@@ -105,7 +107,7 @@ def list_(
     from ethogram.client import Client
 
     with Client(url) as client:
-        jobs = client.jobs(kind=kind, state=state.upper() if state else None, limit=limit)
+        jobs = client.jobs(kind=kind, state=state.upper() if state else None, labels=_labels(label or ()), limit=limit)
     rows = [(j.id, j.kind, j.labels.get("name", ""), j.state, _share(j), j.created_at) for j in jobs]
     result(jobs, as_json, lambda: table(["Job", "Kind", "Name", "State", "Progress", "Created"], rows))
 

@@ -27,6 +27,7 @@ class Child:
         self.name, self.log = name, log
         self._command, self._env, self._inherit = list(command), dict(env), tuple(inherit)
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
         self._started = 0.0
         self._delay = 0.0
         self._again_at: float | None = None
@@ -46,6 +47,7 @@ class Child:
         if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
             self.log.replace(self.log.with_suffix(".log.1"))
         with self.log.open("ab") as log:
+            self._log_start = log.tell()
             # A session of its own: Ctrl-C in the terminal is for the parent, which then ends all in order.
             self._process = subprocess.Popen(
                 self._command,
@@ -94,6 +96,12 @@ class Child:
         if self._process.stdin is not None:
             self._process.stdin.close()
         return orderly
+
+    def logged(self, text: str) -> bool:
+        """Whether its log holds ``text`` since it was started."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return text.encode() in log.read()
 
     def log_end(self, lines: int = 8) -> str:
         """The last lines of its log."""

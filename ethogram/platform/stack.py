@@ -117,7 +117,9 @@ class Platform:
         env = self._environment(self._start_redis(deadline))
 
         gateway = self._spawn("gateway", ["gateway"], env | {"ETHOGRAM_PORT": str(port)})
-        worker = self._spawn("worker", ["workers"], env)
+        # Nothing can be asked of a worker; it says in its log when it listens.
+        level = "DEBUG" if env.get("ETHOGRAM_LOG_LEVEL") == "DEBUG" else "INFO"
+        worker = self._spawn("worker", ["workers"], env | {"ETHOGRAM_LOG_LEVEL": level})
         reconciler = self._spawn("reconciler", ["workers.reconciler"], env)
         inference = self._spawn("inference", ["services.inference"], env | {"ETHOGRAM_PORT": str(inference_port)})
         with httpx.Client(base_url=self.url, trust_env=False, timeout=2.0) as http:
@@ -126,8 +128,8 @@ class Platform:
         with grpc.insecure_channel(self.inference, options=_CHANNEL_OPTIONS) as channel:
             self._wait(inference, lambda: _inference_ready(channel), deadline)
         self.seconds["inference"] = time.monotonic() - began
-        for child in (worker, reconciler):
-            self._wait(child, lambda: True, deadline)
+        self._wait(worker, lambda: worker.logged("worker ready"), deadline)
+        self._check(reconciler)
         self.seconds["platform"] = time.monotonic() - began
         self.state.write_record(self.url, self.inference)
         self._watcher = threading.Thread(target=self._watch, name="platform-watch", daemon=True)

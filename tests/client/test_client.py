@@ -1,0 +1,247 @@
+"""The SDK against a real platform."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ethogram.client import Client
+from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound, Unavailable
+from ethogram.platform.stack import Platform, free_port
+from ethogram.resources import Event, Job
+from ethogram.specs.generation import GenerationSpec
+
+# No worker serves this queue, so that a job stays as it is.
+IDLE = "nobody"
+
+
+def test_a_job_is_submitted_found_and_cancelled(client: Client) -> None:
+    job = client.submit("generation", {"subjects": 3}, queue=IDLE, priority=2, labels={"name": "found"})
+    assert (job.state, job.queue, job.priority, job.labels) == ("QUEUED", IDLE, 2, {"name": "found"})
+    assert job.spec["subjects"] == 3
+    assert client.job(job.id) == job
+    assert job in client.jobs(kind="generation", state="QUEUED")
+    assert [found.id for found in client.jobs(labels={"name": "found"}, limit=None)] == [job.id]
+    assert client.cancel(job.id).state == "CANCELLED"
+    seen: list[Event] = []
+    done = client.wait(job.id, on_event=seen.append)
+    assert done.terminal
+    assert [event.type for event in seen][-1] == "state"
+    assert [event.seq for event in seen] == sorted({event.seq or 0 for event in seen})
+    with pytest.raises(IllegalState, match="CANCELLED"):
+        done.check()
+
+
+def test_a_spec_object_is_as_good_as_a_mapping(client: Client) -> None:
+    spec = GenerationSpec(subjects=5)
+    assert client.dry_run("generation", spec)["spec"] == client.dry_run("generation", {"subjects": 5})["spec"]
+
+
+def test_pages_are_followed_to_the_end(client: Client) -> None:
+    made = [client.submit("generation", {}, queue=IDLE, labels={"many": "yes"}).id for _ in range(7)]
+    assert [job.id for job in client.jobs(labels={"many": "yes"}, limit=3)] == made[::-1][:3]
+    assert [job.id for job in client.jobs(labels={"many": "yes"}, limit=None)] == made[::-1]
+    for id in made:
+        client.cancel(id)
+
+
+def test_the_same_key_returns_the_same_job_and_another_body_is_refused(client: Client) -> None:
+    first = client.submit("generation", {"seed": 1}, queue=IDLE, idempotency_key="once")
+    assert client.submit("generation", {"seed": 1}, queue=IDLE, idempotency_key="once").id == first.id
+    with pytest.raises(Conflict):
+        client.submit("generation", {"seed": 2}, queue=IDLE, idempotency_key="once")
+    client.cancel(first.id)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "field"),
+    [
+        ("nothing", {}, "kind"),
+        ("generation", {"unknown": 1}, "spec.unknown"),
+        ("generation", {"subjects": "3"}, "spec.subjects"),
+        ("generation", {"subjects": 0}, "spec.subjects"),
+        ("generation", {"training": {"learning_rate": float("nan")}}, "spec.training.learning_rate"),
+        ("generation", {"patterns": [{"name": "none"}]}, "spec.patterns.0.name"),
+        ("crossmodal", {}, "spec.zoo"),
+    ],
+)
+def test_a_wrong_submission_names_the_field(client: Client, kind: str, spec: dict[str, object], field: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        client.submit(kind, spec)
+    assert any(violation.field.startswith(field) for violation in caught.value.violations)
+
+
+def test_what_does_not_exist_is_not_found(client: Client, tmp_path: Path) -> None:
+    for ask in (
+        lambda: client.job("job_none"),
+        lambda: list(client.events("job_none")),
+        lambda: client.cancel("job_none"),
+        lambda: client.artifact("0" * 64),
+        lambda: client.get("0" * 64, tmp_path),
+        lambda: client.model("none"),
+        lambda: client.publish("none", "0" * 64),
+        lambda: client.submit("crossmodal", {"zoo": {"job": "job_none", "artifact": "zoo"}}),
+        lambda: client.output("job_none", "zoo"),
+    ):
+        with pytest.raises(NotFound):
+            ask()
+    with pytest.raises(InvalidInput):
+        client.job("..")
+
+
+def test_a_pipeline_is_queued_whole_or_not_at_all(client: Client) -> None:
+    plan = {
+        "zoo": {"kind": "generation", "spec": {}, "queue": IDLE, "labels": {"plan": "good"}},
+        "codec": {"kind": "crossmodal", "spec": {"zoo": {"job": "zoo", "artifact": "zoo"}}, "queue": IDLE},
+    }
+    made = client.pipeline(plan)
+    assert made["codec"].waits_for == [made["zoo"].id]
+    assert client.cancel(made["zoo"].id).terminal
+    assert client.wait(made["codec"].id).state == "CANCELLED"
+    plan["codec"]["spec"] = {"zoo": {"job": "elsewhere", "artifact": "zoo"}}
+    plan["zoo"]["labels"] = {"plan": "bad"}
+    with pytest.raises((InvalidInput, NotFound)):
+        client.pipeline(plan)
+    assert client.jobs(labels={"plan": "bad"}) == []
+
+
+def test_artifacts_go_up_and_come_down_unchanged(client: Client, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "a b.txt").write_text("one")
+    (source / "deep" / "ü.bin").write_bytes(os.urandom(300_000))
+    made = client.put(source, name="things", type="file")
+    assert client.put(source, name="things", type="file").manifest is not None
+    assert made.id in [artifact.id for artifact in client.artifacts(type="file", limit=None)]
+    came: list[int] = []
+    folder = client.get(made.id, tmp_path / "copy", on_bytes=came.append)
+    assert sum(came) == made.size == 300_003
+    for file in ("a b.txt", "deep/ü.bin"):
+        assert (folder / file).read_bytes() == (source / file).read_bytes()
+    # What is whole is kept, what is damaged is fetched again.
+    kept = (folder / "a b.txt").stat().st_mtime_ns
+    (folder / "deep" / "ü.bin").write_bytes(b"broken")
+    client.get(made.id, folder)
+    assert (folder / "a b.txt").stat().st_mtime_ns == kept
+    assert (folder / "deep" / "ü.bin").read_bytes() == (source / "deep" / "ü.bin").read_bytes()
+    assert not list(folder.rglob("*.part"))
+
+
+def test_a_single_file_is_an_artifact_too_and_nothing_is_none(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("n")
+    made = client.put(tmp_path / "notes.txt", name="notes", type="file")
+    assert made.manifest is not None
+    assert list(made.manifest.files) == ["notes.txt"]
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "nowhere"):
+        with pytest.raises(InvalidInput, match="path"):
+            client.put(path, name="x", type="file")
+
+
+def test_models_are_published_once_for_each_version(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    artifact = client.put(tmp_path, name="codec", type="codec").id
+    assert client.publish("sdk", artifact).version == "1"
+    assert client.publish("sdk", artifact, "best").version == "best"
+    with pytest.raises(Conflict):
+        client.publish("sdk", artifact, "best")
+    assert client.model("sdk", "1").artifact == artifact
+    assert {model.version for model in client.models() if model.name == "sdk"} == {"1", "best"}
+
+
+def test_kinds_and_info(client: Client, platform: Platform) -> None:
+    assert {kind.name for kind in client.kinds()} >= {"generation", "crossmodal"}
+    assert all("properties" in kind.spec_schema for kind in client.kinds())
+    assert client.info()["inference"] == platform.inference
+
+
+def test_a_client_finds_its_platform(platform: Platform, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("ETHOGRAM_URL", raising=False)
+    assert Client(state=platform.state.root).url == platform.url
+    monkeypatch.setenv("ETHOGRAM_STATE", str(platform.state.root))
+    assert Client().url == platform.url
+    monkeypatch.setenv("ETHOGRAM_URL", "http://127.0.0.1:1/")
+    assert Client().url == "http://127.0.0.1:1"
+    monkeypatch.delenv("ETHOGRAM_URL")
+    with pytest.raises(Unavailable, match="ethogram up"):
+        Client(state=tmp_path)
+    with pytest.raises(InvalidInput, match="http://HOST:PORT"):
+        Client("localhost:8000")
+
+
+def test_a_proxy_of_the_environment_is_no_way_to_loopback(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert Client(platform.url).info()
+
+
+def test_a_platform_that_does_not_answer_is_said() -> None:
+    with pytest.raises(Unavailable, match=r"does not answer .* is it running\?"):
+        Client(f"http://127.0.0.1:{free_port()}").jobs()
+
+
+def test_a_failed_job_raises_why() -> None:
+    error = {"reason": "INVALID_INPUT", "message": "no", "violations": [{"field": "zoo", "description": "no"}]}
+    job = Job(id="job_x", kind="generation", spec={}, state="FAILED", error=error)
+    with pytest.raises(InvalidInput, match="generation job job_x failed: no") as caught:
+        job.check()
+    assert caught.value.violations[0].field == "zoo"
+
+
+@contextmanager
+def relay(platform: Platform, cuts: int) -> Iterator[tuple[str, list[bytes]]]:
+    """A way to the platform that breaks the first ``cuts`` answers off after some bytes; the requests that came."""
+    host, port = platform.url.removeprefix("http://").split(":")
+    requests: list[bytes] = []
+    left = cuts
+
+    def serve(near: socket.socket) -> None:
+        nonlocal left
+        with near, socket.create_connection((host, int(port))) as far:
+            request = near.recv(65536)
+            requests.append(request)
+            far.sendall(request.replace(b"keep-alive", b"close"))
+            answer = b""
+            while chunk := far.recv(65536):
+                answer += chunk
+                if left and len(answer) > 700:
+                    left -= 1
+                    near.sendall(answer[:700])
+                    return
+                if not left:
+                    near.sendall(answer)
+                    answer = b""
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            while True:
+                try:
+                    near, _ = listener.accept()
+                except OSError:
+                    return
+                threading.Thread(target=serve, args=(near,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", requests
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_broken_event_stream_goes_on_where_it_was(client: Client, platform: Platform) -> None:
+    job = client.submit("generation", {"subjects": 4}, queue=IDLE)
+    for _ in range(3):
+        client.cancel(job.id)
+        client.retry(job.id)
+    client.cancel(job.id)
+    whole = [event.seq for event in client.events(job.id)]
+    assert len(whole) > 6
+    with relay(platform, cuts=2) as (url, requests), Client(url) as broken:
+        assert [event.seq for event in broken.events(job.id)] == whole
+    assert len(requests) == 3
+    assert b"last-event-id" in requests[-1].lower()
