@@ -56,9 +56,9 @@ class SubjectTrainingSpec(Spec):
 
     steps: int = Field(800, ge=1, le=1_000_000)
     """Optimiser steps."""
-    batch_size: int = Field(128, ge=1, le=65_536)
+    batch_size: int = Field(96, ge=1, le=65_536)
     """Sequences per step and subject."""
-    learning_rate: float = Field(1e-2, gt=0, le=1)
+    learning_rate: float = Field(2e-2, gt=0, le=1)
     """Peak learning rate; it falls to nothing along half a cosine."""
 
 

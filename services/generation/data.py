@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from services.zoo.hashing import below, key, mix
+from services.runtime.seeds import generator
+from services.zoo.hashing import below, mix
 from services.zoo.pools import Pools
 
 # Shares of the negative half of a batch: matches nothing, near misses of the selected patterns; the rest are members
@@ -18,7 +19,7 @@ NOTHING, NEAR = 0.25, 0.4
 
 def keys(seed: int, stream: str, indices: Tensor) -> Tensor:
     """One int64 key for each candidate in ``indices`` ``[n]``."""
-    return mix(mix(torch.full_like(indices, key(seed, stream))) ^ indices)
+    return mix(mix(torch.full_like(indices, generator(seed, stream).initial_seed())) ^ indices)
 
 
 def select_patterns(seed: int, indices: Tensor, patterns: int, fewest: int, most: int) -> Tensor:

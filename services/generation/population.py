@@ -12,17 +12,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from services.zoo.subjects import ACTIVATIONS, Architecture, Params
+from services.zoo.subjects import Architecture, Params
 
 _aten = torch.ops.aten
 
-# (gradient of the output, pre-activation, output) -> gradient of the pre-activation
-_DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "relu": lambda grad, _, out: _aten.threshold_backward(grad, out, 0),
-    "gelu": lambda grad, pre, _: _aten.gelu_backward(grad, pre),
-    "tanh": lambda grad, _, out: _aten.tanh_backward(grad, out),
-    "sigmoid": lambda grad, _, out: _aten.sigmoid_backward(grad, out),
-    "leaky_relu": lambda grad, pre, _: _aten.leaky_relu_backward(grad, pre, 0.01, False),
+# (gradient of the output, pre-activation, output, where to put it) -> gradient of the pre-activation
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, _, out, into: _aten.threshold_backward.grad_input(grad, out, 0, grad_input=into),
+    "gelu": lambda grad, pre, _, into: _aten.gelu_backward.grad_input(grad, pre, grad_input=into),
+    "tanh": lambda grad, _, out, into: _aten.tanh_backward.grad_input(grad, out, grad_input=into),
+    "sigmoid": lambda grad, _, out, into: _aten.sigmoid_backward.grad_input(grad, out, grad_input=into),
+    "leaky_relu": lambda grad, pre, _, into: _aten.leaky_relu_backward.grad_input(
+        grad, pre, 0.01, False, grad_input=into
+    ),
+}
+_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda pre, into: torch.clamp_min(pre, 0, out=into),
+    "gelu": lambda pre, into: _aten.gelu.out(pre, out=into),
+    "tanh": lambda pre, into: torch.tanh(pre, out=into),
+    "sigmoid": lambda pre, into: torch.sigmoid(pre, out=into),
+    "leaky_relu": lambda pre, into: _aten.leaky_relu.out(pre, out=into),
 }
 
 
@@ -34,11 +43,12 @@ class Population:
         first = params["layers.0.weight"]
         self.architecture, self.models = architecture, len(first)
         self._flat = torch.empty(self.models * architecture.size, dtype=first.dtype, device=first.device)
-        self._flat.grad = torch.empty_like(self._flat)
-        self._adam = torch.optim.Adam([self._flat], fused=True)
+        self._grad, self._mean, self._square = (torch.zeros_like(self._flat) for _ in range(3))
+        self._steps = torch.zeros((), device=first.device)
+        self._buffers: list[tuple[Tensor, Tensor, Tensor]] = []
         # Weights as [models, fan_in, fan_out], so that products need no transposition; biases [models, 1, fan_out].
         self._weights, self._biases = self._views(self._flat)
-        self._weight_grads, self._bias_grads = self._views(self._flat.grad)
+        self._weight_grads, self._bias_grads = self._views(self._grad)
         for i, (weight, bias) in enumerate(zip(self._weights, self._biases, strict=True)):
             weight.copy_(params[f"layers.{i}.weight"].transpose(1, 2))
             bias.copy_(params[f"layers.{i}.bias"].unsqueeze(1))
@@ -63,30 +73,58 @@ class Population:
 
     @torch.no_grad()
     def step(self, inputs: Tensor, targets: Tensor, learning_rate: float) -> Tensor:
-        """One step of every network on its own batch; returns the mean losses' gradient sign-free error ``[models, n]``.
+        """One step of every network, each on its own batch.
 
         ``inputs``: ``[models, n, input_size]``; ``targets``: ``[models, n]`` of 0 and 1, both in the parameters' type.
-        The value returned is ``probability - target``.
+        Returns ``probability - target``, ``[models, n]``, a buffer that the next step overwrites.
         """
-        function = ACTIVATIONS[self.architecture.activation]
+        models, n = targets.shape
+        if not self._buffers or self._buffers[0][0].shape[1] != n:
+            self._buffers = [
+                tuple(inputs.new_empty(models, n, fan_out) for _ in range(3))  # type: ignore[misc]
+                for _, fan_out in self.architecture.layers
+            ]
+        function = _FUNCTIONS[self.architecture.activation]
         derivative = _DERIVATIVES[self.architecture.activation]
-        outputs, pres = [inputs], []
         last = len(self._weights) - 1
-        for i in range(last + 1):
-            pres.append(torch.baddbmm(self._biases[i], outputs[i], self._weights[i]))
+        hidden = inputs
+        for i, (pre, out, _) in enumerate(self._buffers):
+            # Bias apart: baddbmm would first spread it over the output, which costs more than this.
+            torch.bmm(hidden, self._weights[i], out=pre).add_(self._biases[i])
             if i < last:
-                outputs.append(function(pres[i]))
-        error = pres[last].squeeze(2).sigmoid_().sub_(targets)
-        grad = (error / targets.shape[1]).unsqueeze(2)
+                hidden = function(pre, out)
+        pre, _, grad = self._buffers[last]
+        error = pre.squeeze(2).sigmoid_().sub_(targets)
+        torch.div(error.unsqueeze(2), n, out=grad)
         for i in range(last, -1, -1):
-            torch.bmm(outputs[i].transpose(1, 2), grad, out=self._weight_grads[i])
+            below = inputs if i == 0 else self._buffers[i - 1][1]
+            torch.bmm(below.transpose(1, 2), grad, out=self._weight_grads[i])
             torch.sum(grad, 1, keepdim=True, out=self._bias_grads[i])
             if i > 0:
-                back = torch.bmm(grad, self._weights[i].transpose(1, 2))
-                grad = derivative(back, pres[i - 1], outputs[i])
-        self._adam.param_groups[0]["lr"] = learning_rate
-        self._adam.step()
+                pre, out, back = self._buffers[i - 1]
+                torch.bmm(grad, self._weights[i].transpose(1, 2), out=back)
+                grad = derivative(back, pre, out, back)
+        self._adam(learning_rate)
         return error
+
+    def _adam(self, learning_rate: float) -> None:
+        """Adam (Kingma and Ba 2015) with its usual constants, in one pass."""
+        self._steps += 1
+        torch._fused_adam_(
+            [self._flat],
+            [self._grad],
+            [self._mean],
+            [self._square],
+            [],
+            [self._steps],
+            lr=learning_rate,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def cosine(step: int, steps: int, peak: float) -> float:

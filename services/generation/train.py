@@ -19,8 +19,8 @@ from ethogram.specs.generation import GenerationSpec
 from services.generation.data import Batches, select_patterns
 from services.generation.population import Population, cosine
 from services.runtime.run import Run
+from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
-from services.zoo.hashing import generator
 from services.zoo.patterns import from_specs
 from services.zoo.pools import Evaluation, Pools, probes
 from services.zoo.signatures import raw
@@ -105,7 +105,8 @@ class Factory:
         self.universe.check()
         self.pools = Pools.build(self.universe, seed=spec.seed)
         self.evaluation = Evaluation.build(self.universe, 256, 512, seed=spec.seed)
-        self.table = encode(self.architecture, self.pools.sequences)
+        # One byte per input: rows are picked at random, and four times as many bytes take four times as long.
+        self.table = encode(self.architecture, self.pools.sequences, torch.uint8)
         self.questions = encode(self.architecture, self.evaluation.sequences)
 
     def train_block(self, number: int) -> Block:
@@ -120,14 +121,17 @@ class Factory:
         population = Population(self.architecture, start)
         training = spec.training
         batches = Batches(spec.seed, indices, selected, training.batch_size, self.pools)
+        picked = torch.empty(BLOCK * training.batch_size, self.architecture.input_size, dtype=torch.uint8)
+        inputs = torch.empty(BLOCK, training.batch_size, self.architecture.input_size)
         for first in range(0, training.steps, _CHUNK):
             if self.stop.is_set():
                 raise RuntimeError("generation was stopped")
             count = min(_CHUNK, training.steps - first)
             rows, labels = batches.draw(first, count)
-            targets = labels.to(self.table.dtype)
+            targets = labels.to(inputs.dtype)
             for i in range(count):
-                inputs = self.table.index_select(0, rows[i].flatten()).view(BLOCK, training.batch_size, -1)
+                torch.index_select(self.table, 0, rows[i].flatten(), out=picked)
+                inputs.copy_(picked.view_as(inputs))
                 population.step(inputs, targets[i], cosine(first + i, training.steps, training.learning_rate))
         params = population.params
         answers = forward(params, self.questions, self.architecture.activation) > 0

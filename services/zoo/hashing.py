@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-
-
-def key(seed: int, *path: str | int) -> int:
-    """A 63-bit key for the stream named by ``path``; streams of different paths are independent."""
-    text = "\0".join(str(part) for part in (seed, *path))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-
-
-def generator(seed: int, *path: str | int) -> torch.Generator:
-    """A CPU generator for the stream named by ``path``."""
-    return torch.Generator().manual_seed(key(seed, *path))
 
 
 def mix(value: Tensor) -> Tensor:

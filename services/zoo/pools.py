@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from services.zoo.hashing import generator
+from services.runtime.seeds import generator
 from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION, Universe, code
 
 
@@ -55,9 +56,12 @@ class Pools:
         ``rows``: int64 ``[models, n]`` or ``[n]``; ``selected``: bool ``[models, patterns]``. Returns bool
         ``[models, n]``.
         """
-        weights = 1 << torch.arange(self.membership.shape[1])
-        bits = (self.membership * weights).sum(1)
-        return (bits[rows] & (selected * weights).sum(1, keepdim=True)) != 0
+        return (self.bits.take(rows) & bits(selected).unsqueeze(1)) != 0
+
+    @cached_property
+    def bits(self) -> Tensor:
+        """``membership`` as bit masks: int64 ``[rows]``."""
+        return bits(self.membership)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,11 @@ def probes(universe: Universe, count: int, seed: int = 0) -> Tensor:
     return chosen.repeat(-(-count // len(chosen)), 1)[:count]
 
 
+def bits(flags: Tensor) -> Tensor:
+    """Rows of at most 62 flags, bool ``[n, flags]``, as bit masks: int64 ``[n]``."""
+    return (flags * (1 << torch.arange(flags.shape[1]))).sum(1)
+
+
 def _take(rows: Tensor, limit: int, draws: torch.Generator) -> Tensor:
     """Up to ``limit`` of ``rows``, without replacement."""
     return rows[torch.randperm(len(rows), generator=draws)[:limit]]
@@ -120,7 +129,7 @@ def _take(rows: Tensor, limit: int, draws: torch.Generator) -> Tensor:
 
 def _mutate(sequences: Tensor, vocab_size: int) -> Tensor:
     """Every sequence that differs from one of ``sequences`` ``[n, length]`` in exactly one letter (with repeats)."""
-    n, length = sequences.shape
+    length = sequences.shape[1]
     shifts = torch.arange(1, vocab_size)
     mutants = sequences.repeat(length, len(shifts), 1, 1)
     for position in range(length):
