@@ -1,5 +1,5 @@
-"""Small jobs for the tests of the engine. ``GenerationSpec`` stands in for a spec of their own: ``training.steps`` steps
-that take ``training.learning_rate`` seconds each."""
+"""Small jobs for the tests of the engine. ``GenerationSpec`` stands in for a spec of their own: ``training.steps``
+steps that take ``training.learning_rate`` seconds each."""
 
 from __future__ import annotations
 
