@@ -69,7 +69,9 @@ class ConsoleRun(Run):
                 file.write(json.dumps(line) + "\n")
 
     def log(self, message: str, level: str = "info") -> None:
-        self._progress.console.print(message, style="yellow" if level == "warning" else None, markup=False)
+        self._progress.console.print(
+            message, style="yellow" if level == "warning" else None, markup=False, highlight=False
+        )
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
         if self._output is not None and folder.resolve() != (self._output / name).resolve():

@@ -6,6 +6,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import redis as redis_client
 
@@ -22,7 +23,9 @@ def expected(steps: int, seed: int = 0) -> float:
 
 
 def test_a_job_runs_and_all_it_said_is_there(stack: Stack) -> None:
-    listener = redis_client.Redis.from_url(stack.redis_url).pubsub()
+    # Untyped.
+    client: Any = redis_client.Redis.from_url(stack.redis_url)
+    listener = client.pubsub()
     listener.subscribe(CHANNEL)
     worker = stack.worker(threads="3")
     job = stack.wait(stack.submit(steps=30, seconds=0.02, seed=7))

@@ -1,0 +1,81 @@
+"""The smaller parts of what a run is given."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from services.runtime import logs
+from services.runtime.console import ConsoleRun
+from services.runtime.seeds import generator
+
+
+def test_generators_repeat_and_differ_by_purpose() -> None:
+    def draw(seed: int, *path: str | int) -> list[float]:
+        drawn: list[float] = torch.rand(3, generator=generator(seed, *path)).tolist()
+        return drawn
+
+    assert draw(0, "train", 1) == draw(0, "train", 1)
+    different = [draw(0), draw(1), draw(0, "train"), draw(0, "train", 1), draw(0, "train", "1"), draw(0, "train1")]
+    assert len({tuple(numbers) for numbers in different}) == len(different)
+    assert draw(2**63 - 1, "x")
+
+
+def test_console_run_shows_bars_and_keeps_outputs(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "a.txt").write_text("a")
+    with ConsoleRun(tmp_path / "out", console=Console(file=shown, force_terminal=True, width=120)) as run:
+        run.stage("train", 2)
+        run.metric(1, loss=0.25)
+        run.metric(2, loss=float("inf"))
+        run.advance(2)
+        run.log("all is [well]")
+        run.artifact("answer", "text", made)
+    assert "train" in shown.getvalue()
+    assert "2/2" in shown.getvalue()
+    assert "all is [well]" in shown.getvalue()
+    assert (tmp_path / "out" / "answer" / "a.txt").read_text() == "a"
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.25}, {"step": 2, "loss": None}]
+
+
+def test_logs_are_one_json_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:
+    before = logging.getLogger().handlers[:], logging.getLogger().level
+    try:
+        logs.configure("gateway")
+        try:
+            raise ValueError("two\nlines")
+        except ValueError:
+            logging.getLogger("a.b").exception("went %s", "wrong", extra={"job": "job_1"})
+        (line,) = capsys.readouterr().err.splitlines()
+    finally:
+        logging.getLogger().handlers[:], logging.getLogger().level = before
+        logging.captureWarnings(False)
+    told = json.loads(line)
+    assert told.keys() == {"time", "level", "process", "logger", "message", "job", "error"}
+    assert (told["level"], told["process"], told["message"]) == ("ERROR", "gateway", "went wrong")
+    assert "two\nlines" in told["error"]
+
+
+def test_a_process_hears_that_its_parent_is_gone() -> None:
+    code = (
+        "import os, threading; from services.runtime.lifetime import exit_on_eof; "
+        "exit_on_eof(lambda: os._exit(7)); print('up', flush=True); threading.Event().wait(30)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdin is not None
+    with process.stdout:
+        assert process.stdout.readline() == b"up\n"
+        process.stdin.close()
+        assert process.wait(10) == 7

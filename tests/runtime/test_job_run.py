@@ -1,0 +1,234 @@
+"""A run seen through its servicer, over a real channel."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from ethogram.convert import to_proto
+from ethogram.errors import InvalidInput, NotFound
+from ethogram.rpc import CHANNEL_OPTIONS, error_of
+from ethogram.specs.generation import GenerationSpec
+from ethogram.v1 import generation_pb2, generation_pb2_grpc, jobs_pb2
+from services.artifacts.store import ArtifactStore
+from services.runtime import lifetime
+from services.runtime.run import Run
+from services.runtime.servicer import STOPPED, stream_job
+
+Job = Callable[[GenerationSpec, Run], dict[str, Any]]
+Call = Callable[..., Any]
+
+
+def job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+    """What the servicer below runs; each test puts its own in its place."""
+    return CURRENT[0](spec, run)
+
+
+CURRENT: list[Job] = []
+
+
+class Servicer(generation_pb2_grpc.GenerationServiceServicer):
+    def Run(
+        self, request: generation_pb2.RunGenerationRequest, context: grpc.ServicerContext
+    ) -> Iterator[jobs_pb2.JobEvent]:
+        return stream_job(request, context, GenerationSpec, "tests.runtime.test_job_run:job")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Iterator[Call]:
+    """Calls Run with a job and yields its events."""
+    server = grpc.server(ThreadPoolExecutor(2), options=CHANNEL_OPTIONS)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(Servicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+        count = 0
+
+        def start(run_job: Job, **context: Any) -> Any:
+            nonlocal count
+            count += 1
+            work = tmp_path / f"work{count}"
+            work.mkdir()
+            CURRENT[:] = [run_job]
+            given = {"job": "job_1", "attempt": "att_1", "tenant": "default", "checkpoint_seconds": 600.0, **context}
+            request = generation_pb2.RunGenerationRequest(
+                context=jobs_pb2.RunContext(work_dir=str(work), store=str(tmp_path / "store"), **given),
+                spec=to_proto(GenerationSpec(seed=7), generation_pb2.GenerationSpec),
+            )
+            return generation_pb2_grpc.GenerationServiceStub(channel).Run(request)
+
+        yield start
+    lifetime.stopping.clear()
+    server.stop(None)
+
+
+def names(events: list[jobs_pb2.JobEvent]) -> list[str]:
+    return [event.WhichOneof("event") or "" for event in events]
+
+
+def test_progress_is_merged_and_its_ends_are_told(call: Call) -> None:
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        for stage in ("one", "two"):
+            run.stage(stage, 5000, unit="subjects")
+            for step in range(5000):
+                run.advance(step + 1)
+        return {"seed": spec.seed, "share": 0.5}
+
+    events = list(call(run_job))
+    told = [(e.progress.stage, e.progress.done) for e in events if e.WhichOneof("event") == "progress"]
+    assert told[0] == ("one", 0)
+    assert ("one", 5000) in told
+    assert told[-1] == ("two", 5000)
+    assert len(told) < 20
+    assert json.loads(events[-1].result.json) == {"seed": 7, "share": 0.5}
+
+
+def test_metrics_are_all_kept_and_what_is_not_finite_is_null(call: Call, store: ArtifactStore) -> None:
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        run.stage("train", 2)
+        run.metric(0, loss=0.5, accuracy=0.25)
+        run.metric(1, loss=float("nan"), accuracy=0.5)
+        return {}
+
+    events = list(call(run_job))
+    assert names(events)[-2:] == ["artifact", "result"]
+    made = events[-2].artifact
+    assert (made.name, made.type) == ("metrics", "metrics")
+    with store.open(made.id, "metrics.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    assert lines == [
+        {"stage": "train", "step": 0, "loss": 0.5, "accuracy": 0.25},
+        {"stage": "train", "step": 1, "loss": None, "accuracy": 0.5},
+    ]
+    (last,) = [e.metric for e in events if e.WhichOneof("event") == "metric"][-1:]
+    assert dict(last.values) == {"loss": 0.5, "accuracy": 0.5}
+
+
+def test_a_stop_checkpoints_and_the_next_run_goes_on_with_its_metrics(call: Call, store: ArtifactStore) -> None:
+    began = threading.Event()
+
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        first = int((run.resume / "step").read_text()) if run.resume else 0
+        run.stage("count", 200)
+        for step in range(first, 200):
+            run.metric(step, step_again=float(step))
+            run.advance(step + 1)
+            if step == 50 and not run.resume:
+                began.set()
+                lifetime.stopping.wait(5)
+            if run.checkpoint_due():
+                run.checkpoint(step + 1, lambda folder, n=step + 1: (folder / "step").write_text(str(n)))  # type: ignore[misc]
+        return {"from": first}
+
+    events, running = [], call(run_job)
+    with pytest.raises(grpc.RpcError) as stopped:
+        for event in running:
+            events.append(event)
+            if began.is_set():
+                lifetime.stopping.set()
+    assert stopped.value.code() == STOPPED
+    (checkpoint,) = [e.checkpoint for e in events if e.WhichOneof("event") == "checkpoint"]
+    assert checkpoint.step == 51
+
+    lifetime.stopping.clear()
+    events = list(call(run_job, checkpoint=checkpoint.artifact))
+    assert json.loads(events[-1].result.json) == {"from": 51}
+    with store.open(events[-2].artifact.id, "metrics.jsonl") as file:
+        assert [json.loads(line)["step"] for line in file] == list(range(200))
+
+
+def test_cancelling_the_call_ends_the_job_at_its_next_step(call: Call) -> None:
+    ended = threading.Event()
+
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        try:
+            run.stage("count", 10**9)
+            for step in range(10**9):
+                run.advance(step)
+                time.sleep(0.001)
+        finally:
+            ended.set()
+        return {}
+
+    running = call(run_job)
+    next(running)
+    running.cancel()
+    assert ended.wait(5)
+
+
+def test_a_job_far_ahead_of_its_listener_waits_for_it(call: Call) -> None:
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        for line in range(5000):
+            run.log(f"line {line}")
+        return {}
+
+    lines = [e.log.message for e in call(run_job) if e.WhichOneof("event") == "log"]
+    assert lines == [f"line {line}" for line in range(5000)]
+
+
+def test_inputs_come_as_folders_and_are_the_parents_of_outputs(
+    call: Call, store: ArtifactStore, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.txt").write_text("hello")
+    given, _ = store.put(source, name="zoo", type="zoo")
+
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        text = (run.inputs["zoo"] / "a.txt").read_text()
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "b.txt").write_text(text.upper())
+        run.artifact("loud", "text", out)
+        return {}
+
+    made = next(e.artifact for e in call(run_job, inputs={"zoo": given}) if e.WhichOneof("event") == "artifact")
+    manifest = store.manifest(made.id)
+    assert manifest.parents == [given]
+    assert (manifest.job, manifest.attempt) == ("job_1", "att_1")
+    assert manifest.spec is not None
+    assert manifest.spec["seed"] == 7
+    assert made.size == 5
+
+
+def test_errors_arrive_as_what_they_are(call: Call) -> None:
+    def refuse(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        raise InvalidInput.field("spec.patterns.0.token", "is missing")
+
+    def break_down(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        raise ZeroDivisionError("secret")
+
+    with pytest.raises(grpc.RpcError) as refused:
+        list(call(refuse))
+    error = error_of(refused.value)
+    assert isinstance(error, InvalidInput)
+    assert error.violations[0].field == "spec.patterns.0.token"
+
+    events = []
+    with pytest.raises(grpc.RpcError) as broken:
+        events.extend(call(break_down))
+    assert broken.value.code() == grpc.StatusCode.INTERNAL
+    assert "secret" not in (broken.value.details() or "")
+
+    with pytest.raises(grpc.RpcError) as missing:
+        list(call(break_down, inputs={"zoo": "0" * 64}))
+    assert isinstance(error_of(missing.value), NotFound)
+
+
+def test_a_result_that_is_no_json_is_a_defect(call: Call) -> None:
+    with pytest.raises(grpc.RpcError) as broken:
+        list(call(lambda spec, run: {"loss": float("nan")}))
+    assert broken.value.code() == grpc.StatusCode.INTERNAL

@@ -1,0 +1,196 @@
+"""The parts around a job: bell, notifications, reconciler, settings, process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import redis as redis_client
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import GenerationSpec
+from services.jobs.bell import Bell, celery_queue, checked_redis_url
+from services.jobs.notify import CHANNEL, Notifier
+from services.jobs.registry import JobRegistry, JobState
+from tests.conftest import free_port
+from workers import scratch, settings
+from workers.process import MAX_SOCKET_PATH, Child, child_environment, describe_exit
+from workers.reconciler import Reconciler
+from workers.settings import WorkerSettings
+from workers.slots import Slot, slots_of
+
+SLOT = Slot(0, "cpu", 2, "")
+
+
+def test_rings_are_merged_into_one_that_waits(redis_url: str) -> None:
+    queue, bell = f"test-{uuid4().hex[:8]}", Bell(redis_url)
+    client = redis_client.Redis.from_url(redis_url)
+    for _ in range(5):
+        bell.ring(queue)
+        assert bell.flush(5)
+    assert client.llen(celery_queue(queue)) == 1
+    client.delete(celery_queue(queue))
+    bell.ring(queue)
+    bell.close()
+    assert client.llen(celery_queue(queue)) == 1
+    client.delete(celery_queue(queue))
+
+
+def test_nobody_waits_for_a_redis_that_is_gone(caplog: pytest.LogCaptureFixture) -> None:
+    url = f"redis://127.0.0.1:{free_port()}/0"
+    bell, notifier = Bell(url), Notifier(url)
+    began = time.monotonic()
+    for index in range(100):
+        bell.ring(f"queue{index}")
+        notifier.notify(f"job{index}", index)
+    assert time.monotonic() - began < 0.1
+    bell.flush(10)
+    notifier.flush(10)
+    assert len([record for record in caplog.records if "Start Redis again" in record.message]) == 2
+    bell.close()
+    notifier.close()
+
+
+def test_a_gateway_hears_the_newest_event(redis_url: str) -> None:
+    # Untyped.
+    client: Any = redis_client.Redis.from_url(redis_url)
+    listener = client.pubsub(ignore_subscribe_messages=True)
+    listener.subscribe(CHANNEL)
+    listener.get_message(timeout=1)
+    notifier, job = Notifier(redis_url), f"job_{uuid4().hex}"
+    for seq in range(1, 50):
+        notifier.notify(job, seq)
+    notifier.close()
+    heard = []
+    while (message := listener.get_message(timeout=0.5)) is not None:
+        told = json.loads(message["data"])
+        if told["job"] == job:
+            heard.append(told["seq"])
+    assert heard == sorted(heard)
+    assert heard[-1] == 49
+
+
+@pytest.mark.parametrize("url", ["redis+cluster://h:1", "redis://a:1,b:2/0", "http://h", "localhost", ""])
+def test_redis_urls_that_celery_cannot_use(url: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        checked_redis_url(url)
+    assert refused.value.violations[0].field == "REDIS_URL"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_reconciler_believes_heartbeats_and_its_own_clock(tmp_path: Path, redis_url: str) -> None:
+    registry = JobRegistry.open(f"sqlite:///{tmp_path / 'registry.db'}")
+    bell, notifier, clock = Bell(redis_url), Notifier(redis_url), Clock()
+    queue = f"test-{uuid4().hex[:8]}"
+    job, _ = registry.submit("generation", GenerationSpec(), queue=queue)
+    reconciler = Reconciler(registry, bell, notifier, clock)
+    reconciler.look()
+    assert bell.flush(5)
+    client = redis_client.Redis.from_url(redis_url)
+    assert client.delete(celery_queue(queue)) == 1, "there was work, and nobody rang"
+
+    claim = registry.claim_next(queue, "w", lease_seconds=10)
+    assert claim is not None
+    for _ in range(30):
+        clock.now += 1
+        registry.heartbeat(claim.attempt)
+        reconciler.look()
+    assert registry.get(job.id).state is JobState.RUNNING
+    # The reconciler slept: what it did not see does not count.
+    clock.now += 3600
+    reconciler.look()
+    assert registry.get(job.id).state is JobState.RUNNING
+    for _ in range(11):
+        clock.now += 1
+        reconciler.look()
+    released = registry.get(job.id)
+    assert released.state is JobState.QUEUED
+    assert released.not_before is not None
+    bell.close()
+    notifier.close()
+    registry.close()
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ETHOGRAM_QUEUES", "cpu, gpu")
+    monkeypatch.setenv("REDIS_URL", "redis://h:1/2")
+    monkeypatch.setenv("ETHOGRAM_STORE", "here")
+    config = settings.load()
+    assert config.queues == ["cpu", "gpu"]
+    assert config.redis_url == "redis://h:1/2"
+    assert config.store_url == str(tmp_path / "here")
+    assert config.database == f"sqlite:///{tmp_path / 'runs/state/registry.db'}"
+    monkeypatch.setenv("ETHOGRAM_DEVICE", "abacus")
+    with pytest.raises(InvalidInput, match="ETHOGRAM_DEVICE"):
+        settings.load()
+
+
+def test_slots_own_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    slots = slots_of(WorkerSettings(device="cuda", slots=2, threads=3))
+    assert [(slot.device, slot.gpus, slot.threads) for slot in slots] == [("cuda:0", "4", 3), ("cuda:0", "6", 3)]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [slot.gpus for slot in slots_of(WorkerSettings(device="cuda", slots=2))] == ["0", "1"]
+    assert [(slot.device, slot.gpus) for slot in slots_of(WorkerSettings())] == [("cpu", "")]
+
+
+def test_the_environment_of_a_child() -> None:
+    given = {"PATH": "/bin", "LC_ALL": "C", "HF_TOKEN": "t", "REDIS_URL": "r", "ETHOGRAM_DATABASE_URL": "d", "X": "y"}
+    made = child_environment(SLOT, given)
+    assert {"PATH", "LC_ALL", "HF_TOKEN"} <= made.keys()
+    assert not {"REDIS_URL", "ETHOGRAM_DATABASE_URL", "X"} & made.keys()
+    assert made["OMP_NUM_THREADS"] == "2"
+    assert made["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_child_answers_before_torch_is_loaded_and_leaves_nothing(tmp_path: Path) -> None:
+    child = Child("tests.workers.systems:count", SLOT, tmp_path)
+    began = time.monotonic()
+    child.wait_ready(threading.Event())
+    assert time.monotonic() - began < 5
+    assert len(str(child.socket)) <= MAX_SOCKET_PATH
+    assert child.socket.parent.stat().st_mode & 0o777 == 0o700
+    assert "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text()
+    child.close(grace=3)
+    assert not child.socket.parent.exists()
+    assert not Path(f"/proc/{child.pid}").exists()
+
+
+def test_scratch_of_dead_workers_is_removed_and_of_living_ones_kept(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, sys; from workers import scratch\n"
+        "with scratch.folder(pathlib.Path(sys.argv[1])) as own: (own / 'att').mkdir(); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert len(list(tmp_path.iterdir())) == 1
+    with scratch.folder(tmp_path) as first:
+        assert list(tmp_path.iterdir()) == [first]
+        with scratch.folder(tmp_path) as second:
+            assert {first, second} == set(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+def test_exits_are_told_in_words() -> None:
+    assert "SIGKILL; the machine may be out of memory" in describe_exit(-9)
+    assert "SIGSEGV" in describe_exit(-11)
+    assert "status 3" in describe_exit(3)
+
+
+def test_the_worker_never_loads_torch() -> None:
+    code = "import sys, workers.app, workers.reconciler; print([m for m in ('torch', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
