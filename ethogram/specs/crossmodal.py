@@ -33,6 +33,8 @@ class LossSpec(Spec):
     """Error of residual edits (source weights plus the change of the decoded ones) on what the edit asks for."""
     direct: float = Field(0.25, ge=0)
     """The same for direct edits (the decoded weights themselves)."""
+    locality: float = Field(0.8, ge=0, le=1)
+    """Share of the two steering terms that asks for the source's own answers where the edit decides nothing."""
     temperature: float = Field(0.1, gt=0)
     """Temperature of the contrastive loss."""
 

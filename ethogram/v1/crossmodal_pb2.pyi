@@ -109,6 +109,7 @@ class LossSpec(_message.Message):
     STEERING_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     DIRECT_FIELD_NUMBER: _builtins.int
+    LOCALITY_FIELD_NUMBER: _builtins.int
     reconstruction: _builtins.float
     """Error of the weights."""
     behavior: _builtins.float
@@ -121,6 +122,8 @@ class LossSpec(_message.Message):
     """Temperature of the contrastive loss."""
     direct: _builtins.float
     """Error of direct edits."""
+    locality: _builtins.float
+    """Share of the steering terms outside of what an edit decides."""
     def __init__(
         self,
         *,
@@ -130,10 +133,11 @@ class LossSpec(_message.Message):
         steering: _builtins.float | None = ...,
         temperature: _builtins.float | None = ...,
         direct: _builtins.float | None = ...,
+        locality: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_reconstruction", b"_reconstruction", "_steering", b"_steering", "_temperature", b"_temperature", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "reconstruction", b"reconstruction", "steering", b"steering", "temperature", b"temperature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_locality", b"_locality", "_reconstruction", b"_reconstruction", "_steering", b"_steering", "_temperature", b"_temperature", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "locality", b"locality", "reconstruction", b"reconstruction", "steering", b"steering", "temperature", b"temperature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_reconstruction", b"_reconstruction", "_steering", b"_steering", "_temperature", b"_temperature", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "reconstruction", b"reconstruction", "steering", b"steering", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_locality", b"_locality", "_reconstruction", b"_reconstruction", "_steering", b"_steering", "_temperature", b"_temperature", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "locality", b"locality", "reconstruction", b"reconstruction", "steering", b"steering", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__behavior: _TypeAlias = _typing.Literal["behavior"]  # noqa: Y015
     _WhichOneofArgType__behavior: _TypeAlias = _typing.Literal["_behavior", b"_behavior"]  # noqa: Y015
@@ -141,6 +145,8 @@ class LossSpec(_message.Message):
     _WhichOneofArgType__contrastive: _TypeAlias = _typing.Literal["_contrastive", b"_contrastive"]  # noqa: Y015
     _WhichOneofReturnType__direct: _TypeAlias = _typing.Literal["direct"]  # noqa: Y015
     _WhichOneofArgType__direct: _TypeAlias = _typing.Literal["_direct", b"_direct"]  # noqa: Y015
+    _WhichOneofReturnType__locality: _TypeAlias = _typing.Literal["locality"]  # noqa: Y015
+    _WhichOneofArgType__locality: _TypeAlias = _typing.Literal["_locality", b"_locality"]  # noqa: Y015
     _WhichOneofReturnType__reconstruction: _TypeAlias = _typing.Literal["reconstruction"]  # noqa: Y015
     _WhichOneofArgType__reconstruction: _TypeAlias = _typing.Literal["_reconstruction", b"_reconstruction"]  # noqa: Y015
     _WhichOneofReturnType__steering: _TypeAlias = _typing.Literal["steering"]  # noqa: Y015
@@ -153,6 +159,8 @@ class LossSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__contrastive) -> _WhichOneofReturnType__contrastive | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__direct) -> _WhichOneofReturnType__direct | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__locality) -> _WhichOneofReturnType__locality | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction) -> _WhichOneofReturnType__reconstruction | None: ...
     @_typing.overload

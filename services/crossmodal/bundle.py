@@ -39,15 +39,16 @@ class Behavior(NamedTuple):
 class Codec:
     """Networks to latents and back, and edits of their behaviour.
 
-    Networks come as stacked parameters (see :mod:`services.zoo.subjects`), one batch axis first, of the architecture that
-    the codec was trained on. Every method takes any batch size from 1, computes on ``device`` without gradients, and
-    treats each row by itself. Wrong input raises :class:`InvalidInput` that names the field.
+    Networks come as stacked parameters (see :mod:`services.zoo.subjects`), one batch axis first, of the architecture
+    that the codec was trained on. Every method takes any batch size from 1, computes on ``device`` without gradients,
+    and treats each row by itself. Wrong input raises :class:`InvalidInput` that names the field.
     """
 
     def __init__(
         self,
         spec: CrossmodalSpec,
         architecture: Architecture,
+        *,
         patterns: Sequence[Pattern],
         positives: Sequence[int],
         probes: Tensor,
@@ -63,9 +64,16 @@ class Codec:
     @classmethod
     def of(cls, spec: CrossmodalSpec, zoo: Zoo, model: EncoderDecoder, positives: Sequence[int]) -> Codec:
         """The codec of a trained model, with what it must carry from its zoo."""
-        device = str(model.directions.device)
-        evaluation = Evaluation.build(zoo.universe)
-        return cls(spec, zoo.architecture, zoo.patterns, positives, zoo.probes, evaluation, model, device)
+        return cls(
+            spec,
+            zoo.architecture,
+            patterns=zoo.patterns,
+            positives=positives,
+            probes=zoo.probes,
+            evaluation=Evaluation.build(zoo.universe),
+            model=model,
+            device=str(model.directions.device),
+        )
 
     @property
     def latent_dim(self) -> int:
@@ -219,7 +227,14 @@ class Codec:
         if "components" not in encoder:
             raise InvalidInput.field("encoder.safetensors", "is no encoder of this codec")
         inputs, components = encoder["components"].shape
-        model = EncoderDecoder(inputs, components, architecture.size, len(patterns), spec.codec, torch.Generator())
+        model = EncoderDecoder(
+            spec.codec,
+            torch.Generator(),
+            inputs=inputs,
+            components=components,
+            outputs=architecture.size,
+            behaviors=len(patterns),
+        )
         states = {"encoder": encoder, "decoder": _read_tensors(folder, "decoder")}
         for name, state in states.items():
             try:
@@ -230,8 +245,16 @@ class Codec:
         evaluation = Evaluation(
             sequences["evaluation"], membership(patterns, sequences["evaluation"]), sequences["stratum"]
         )
-        positives = [entry["positives"] for entry in config["behaviors"]]
-        return cls(spec, architecture, patterns, positives, sequences["probes"], evaluation, model, device)
+        return cls(
+            spec,
+            architecture,
+            patterns=patterns,
+            positives=[entry["positives"] for entry in config["behaviors"]],
+            probes=sequences["probes"],
+            evaluation=evaluation,
+            model=model,
+            device=device,
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

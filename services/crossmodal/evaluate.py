@@ -6,12 +6,12 @@ set (one for each pattern, one for none) with equal weight.
 *Edits*: every held-out subject with patterns S, for every pattern p: add where it lacks p; remove where it has p and
 another. y0 and y1 are the exact labels before and after, C the sequences where they differ. An edit with fewer than 16
 sequences in C is skipped, and so is a removal whose subject is right on less than .8 of C. *target* is the accuracy of
-y1 on C; *local* the accuracy of y1 outside C after the edit minus the accuracy of y0 there before; *target_gate*: target
->= .85; *all_gate*: that and local >= -.02. Figures are macro means over the patterns that have edits.
+y1 on C; *local* the accuracy of y1 outside C after the edit minus the accuracy of y0 there before; *target_gate*:
+target >= .85; *all_gate*: that and local >= -.02. Figures are macro means over the patterns that have edits.
 
-*Controls* of edits: ``null`` (no shift), ``random`` (a direction of the same norm, drawn for each edit), ``reverse`` (the
-direction the other way). Controls of decoding: the latent of another held-out subject with the same patterns, and the
-nearest training subject's own weights.
+*Controls* of edits: ``null`` (no shift), ``random`` (a direction of the same norm, drawn for each edit), ``reverse``
+(the direction the other way). Controls of decoding: the latent of another held-out subject with the same patterns, and
+the nearest training subject's own weights.
 """
 
 from __future__ import annotations
@@ -146,14 +146,14 @@ def judge_pattern(codec: Codec, subjects: Subjects, decoded: Decoded, pattern: i
         if len(edits.subject) == 0:
             rows.append(row)
             continue
-        scores = _run_edits(codec, subjects, decoded, source, edits, pattern, operation)
-        rows += [{**row, "mode": mode, "variant": variant, **_means(score)} for (mode, variant), score in scores.items()]
+        scores = _run_edits(codec, subjects, decoded, source, edits, pattern=pattern, operation=operation)
+        rows += [
+            {**row, "mode": mode, "variant": variant, **_means(score)} for (mode, variant), score in scores.items()
+        ]
     return rows
 
 
-def possible_edits(
-    evaluation: Evaluation, labels: Tensor, source: Tensor, pattern: int, operation: Operation
-) -> Edits:
+def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, pattern: int, operation: Operation) -> Edits:
     """The edits of one pattern that can be judged.
 
     ``labels``: the subjects' patterns, bool ``[subjects, patterns]``; ``source``: their own answers, bool
@@ -187,6 +187,7 @@ def _run_edits(
     decoded: Decoded,
     source: Tensor,
     edits: Edits,
+    *,
     pattern: int,
     operation: Operation,
 ) -> dict[tuple[Mode, str], Scores]:
@@ -197,11 +198,13 @@ def _run_edits(
     noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
     shifts = {"edit": direction, "null": 0 * direction, "random": noise, "reverse": -direction}
     results: dict[tuple[Mode, str], list[Scores]] = {(mode, name): [] for mode in MODES for name in VARIANTS}
-    for chunk in torch.arange(len(edits.subject), device=direction.device).split(CHUNK):
+    for chunk in torch.split(torch.arange(len(edits.subject), device=direction.device), CHUNK):
         one = edits.subject[chunk]
         for name, shift in shifts.items():
             moved = codec.model.decoder(decoded.latents[one] + (shift[chunk] if shift.dim() == 2 else shift))
-            weights = torch.stack([edited(subjects.weights[one], decoded.weights[one], moved, mode) for mode in MODES], 1)
+            weights = torch.stack(
+                [edited(subjects.weights[one], decoded.weights[one], moved, mode) for mode in MODES], 1
+            )
             said = answers(weights, inputs, codec.architecture) > 0
             for i, mode in enumerate(MODES):
                 results[mode, name].append(score(said[:, i], source[one], edits.before[chunk], edits.after[chunk]))
@@ -215,17 +218,21 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     for mode in MODES:
         for operation in OPERATIONS:
             for variant in VARIANTS:
-                chosen = [
-                    r for r in rows if (r["mode"], r["operation"], r["variant"]) == (mode, operation, variant)
-                ]
+                chosen = [r for r in rows if (r["mode"], r["operation"], r["variant"]) == (mode, operation, variant)]
                 if not chosen:
                     continue
-                parts = [*(["direct"] if mode == "direct" else []), operation, *([variant] if variant != "edit" else [])]
+                parts = [
+                    *(["direct"] if mode == "direct" else []),
+                    operation,
+                    *([variant] if variant != "edit" else []),
+                ]
                 for name in ("target_mean", "target_gate", "local_mean", "all_gate"):
                     figures[".".join([*parts, name])] = sum(r[name] for r in chosen) / len(chosen)
                 if variant == "edit":
                     figures[".".join([*parts, "min_pattern_all_gate"])] = min(r["all_gate"] for r in chosen)
-    controls = [value for name, value in figures.items() if name.endswith("all_gate") and name.split(".")[-2] in CONTROLS]
+    controls = [
+        value for name, value in figures.items() if name.endswith("all_gate") and name.split(".")[-2] in CONTROLS
+    ]
     if controls:
         figures["controls.max_all_gate"] = max(controls)
     return figures
@@ -239,7 +246,7 @@ def evaluation_inputs(codec: Codec) -> Tensor:
 def same_label_partner(labels: Tensor) -> Tensor:
     """For each subject another one with the very same patterns (the next in a cycle), or -1: int64 ``[subjects]``."""
     partner = torch.full((len(labels),), -1, device=labels.device)
-    for group in labels.unique(dim=0):
+    for group in torch.unique(labels, dim=0):
         members = (labels == group).all(1).nonzero().squeeze(1)
         if len(members) > 1:
             partner[members] = members.roll(1)
@@ -254,7 +261,7 @@ def _yes(weights: Tensor, inputs: Tensor, codec: Codec) -> Tensor:
 def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:
     """Mean over the strata that have sequences, ``[subjects]``."""
     strata = evaluation.by_stratum(equal.cpu())
-    return strata[:, evaluation.stratum.unique()].mean(1)
+    return strata[:, torch.unique(evaluation.stratum)].mean(1)
 
 
 def _balanced(said: Tensor, source: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 def layer_weights(deviations: Tensor, layer: Tensor) -> Tensor:
     """Weight of each coordinate in :func:`reconstruction`, so that each layer counts alike: ``[size]``.
 
-    ``deviations``: training weights minus their mean ``[subjects, size]``; ``layer``: the layer of each coordinate, int64
-    ``[size]``. A decoder that always answers the mean has a loss of 1.
+    ``deviations``: training weights minus their mean ``[subjects, size]``; ``layer``: the layer of each coordinate,
+    int64 ``[size]``. A decoder that always answers the mean has a loss of 1.
     """
     total = torch.zeros(int(layer.max()) + 1, device=deviations.device).index_add_(
         0, layer, deviations.square().mean(0)
@@ -26,7 +26,7 @@ def reconstruction(decoded: Tensor, source: Tensor, weights: Tensor) -> Tensor:
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """KL divergence, elementwise, of the answer ``sigmoid(logits)`` from the probability ``target`` (both any shape)."""
+    """KL divergence, elementwise, of the answer ``sigmoid(logits)`` from the probability ``target``, of any shape."""
     entropy = -(torch.xlogy(target, target) + torch.xlogy(1 - target, 1 - target))
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none") - entropy
 
@@ -36,19 +36,19 @@ def behavior(logits: Tensor, source: Tensor) -> Tensor:
     return divergence(logits, torch.sigmoid(source)).mean()
 
 
-def steering(logits: Tensor, source: Tensor, before: Tensor, after: Tensor) -> Tensor:
+def steering(logits: Tensor, source: Tensor, before: Tensor, after: Tensor, locality: float) -> Tensor:
     """How far steered networks are from what the edit asks for; all ``[batch, n]``.
 
     Where the exact label differs ``before`` and ``after`` the edit (bool), the label after it is asked for; elsewhere
-    the source's own answer (``source``: its logits). The two sides weigh alike in each network, so that a behaviour with
-    few sequences is not drowned; a side without sequences has no weight.
+    the source's own answer (``source``: its logits). In each network the latter weigh ``locality`` together and the
+    former the rest, so that a behaviour with few sequences is not drowned; a side without sequences has no weight.
     """
     decided = before != after
     target = torch.where(decided, after.to(source.dtype), torch.sigmoid(source))
     inside, outside = decided.to(source.dtype), (~decided).to(source.dtype)
     shares = [side / side.sum(1, keepdim=True).clamp_min(1) for side in (inside, outside)]
-    weights = shares[0] + shares[1]
-    weights = weights / weights.sum(1, keepdim=True)
+    weights = (1 - locality) * shares[0] + locality * shares[1]
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
     return (divergence(logits, target) * weights).sum(1).mean()
 
 
@@ -56,9 +56,9 @@ def contrastive(latents: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Graded supervised contrastive loss.
 
     Supervised contrastive learning (Khosla et al. 2020, arXiv 2004.11362, L_out) whose positives weigh by the Jaccard
-    index of the two sets of behaviours: with several behaviours each, most pairs share one, so sharing alone says little.
-    ``latents`` ``[batch, latent]``, ``labels`` bool ``[batch, behaviors]``. A subject that shares nothing with any other
-    adds nothing.
+    index of the two sets of behaviours: with several behaviours each, most pairs share one, so sharing alone says
+    little. ``latents`` ``[batch, latent]``, ``labels`` bool ``[batch, behaviors]``. A subject that shares nothing with
+    any other adds nothing.
     """
     unit, member = F.normalize(latents, dim=1), labels.to(latents.dtype)
     shared = member @ member.T

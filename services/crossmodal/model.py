@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class EncoderDecoder(nn.Module):
     """Everything that is trained."""
 
     def __init__(
-        self, inputs: int, components: int, outputs: int, behaviors: int, spec: CodecSpec, draws: torch.Generator
+        self, spec: CodecSpec, draws: torch.Generator, *, inputs: int, components: int, outputs: int, behaviors: int
     ) -> None:
         super().__init__()
         self.encoder = Encoder(inputs, components, spec, draws)
@@ -91,8 +92,8 @@ class EncoderDecoder(nn.Module):
 def perceptron(widths: Sequence[int], draws: torch.Generator) -> nn.Sequential:
     """Linear layers with GELU between them, initialised as ``torch.nn.Linear`` does, from ``draws``."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
-        linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+    for fan_in, fan_out in pairwise(widths):
+        linear = nn.Linear(fan_in, fan_out)
         bound = 1 / math.sqrt(fan_in)
         nn.init.uniform_(linear.weight, -bound, bound, generator=draws)
         nn.init.uniform_(linear.bias, -bound, bound, generator=draws)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from services.zoo.subjects import ACTIVATIONS, Architecture, unflatten
+from services.zoo.subjects import ACTIVATIONS, Architecture
 
 Operation = Literal["add", "remove"]
 Mode = Literal["residual", "direct"]
@@ -37,10 +38,10 @@ def toggle(selected: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def edited(source: Tensor, decoded: Tensor, steered: Tensor, mode: Mode) -> Tensor:
-    """The edited weights, all ``[..., size]``: ``steered`` itself, or ``source + (steered - decoded)`` for residual edits.
+    """The edited weights, all ``[..., size]``: ``steered``, or ``source + (steered - decoded)`` for residual edits.
 
-    ``decoded`` and ``steered`` are decodings of a latent before and after the edit. The reconstruction's error cancels in
-    the residual form; a null edit returns the source exactly.
+    ``decoded`` and ``steered`` are decodings of a latent before and after the edit. The reconstruction's error cancels
+    in the residual form; a null edit returns the source exactly.
     """
     return steered if mode == "direct" else source + (steered - decoded)
 
@@ -52,11 +53,13 @@ def answers(weights: Tensor, inputs: Tensor, architecture: Architecture) -> Tens
     ``[subjects, input_size, n]``. Columns are examples, so that the variants' first layers are one matrix product.
     """
     subjects, variants, _ = weights.shape
-    params = unflatten(weights.flatten(0, 1), architecture)
+    # Split rather than sliced: the gradient is then put together once, not once for each parameter.
+    sizes = [math.prod(shape) for shape in architecture.shapes.values()]
+    parts = torch.split(weights.flatten(0, 1), sizes, 1)
     activation = ACTIVATIONS[architecture.activation]
     hidden = inputs
     for i, (fan_in, fan_out) in enumerate(architecture.layers):
-        weight, bias = params[f"layers.{i}.weight"], params[f"layers.{i}.bias"].unsqueeze(-1)
+        weight, bias = parts[2 * i].view(-1, fan_out, fan_in), parts[2 * i + 1].unsqueeze(-1)
         if i > 0:
             hidden = torch.baddbmm(bias, weight, activation(hidden))
         elif inputs.dim() == 2:

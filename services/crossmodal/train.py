@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,8 +31,8 @@ REPORT_EVERY = 20
 def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None) -> Codec:
     """Train a codec on the subjects of ``zoo`` that ``spec`` does not hold out.
 
-    Goes on from ``run.resume`` where there is one, with the same result, to the bit, as an uninterrupted run on the same
-    machine. Raises :class:`InvalidInput` for a zoo that cannot be learned from, and for a loss that becomes NaN.
+    Goes on from ``run.resume`` where there is one, with the same result, to the bit, as an uninterrupted run on the
+    same machine. Raises :class:`InvalidInput` for a zoo that cannot be learned from, and for a loss that becomes NaN.
     """
     run = run or Run()
     check(zoo, spec.held_out)
@@ -68,15 +69,18 @@ class Trainer:
         components = min(spec.codec.signature_components, subjects, inputs)
         outputs, behaviors = self.subjects.weights.shape[1], self.subjects.labels.shape[1]
         draws = generator(spec.seed, "init")
-        self.model = EncoderDecoder(inputs, components, outputs, behaviors, spec.codec, draws)
+        self.model = EncoderDecoder(
+            spec.codec, draws, inputs=inputs, components=components, outputs=outputs, behaviors=behaviors
+        )
         self.model.encoder.fit(self.subjects.signatures.cpu())
         self.model.decoder.fit(self.subjects.weights.cpu())
         self.model.to(device)
+        groups: list[dict[str, Any]] = [
+            {"params": [*self.model.encoder.parameters(), *self.model.decoder.parameters()]},
+            {"params": [self.model.directions], "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [*self.model.encoder.parameters(), *self.model.decoder.parameters()]},
-                {"params": [self.model.directions], "weight_decay": 0.0},
-            ],
+            groups,
             lr=spec.training.learning_rate,
             weight_decay=spec.training.weight_decay,
             fused=True,
@@ -114,15 +118,14 @@ class Trainer:
         return {name: value.detach() for name, value in terms.items()}
 
     def terms(self, batch: Tensor, draws: torch.Generator) -> dict[str, Tensor]:
-        """The loss and its terms on the subjects at ``batch`` (int64): each picks one behaviour and gains or loses it."""
+        """The loss and its terms on the subjects at ``batch`` (int64): each gains or loses one behaviour."""
         weight, model = self.spec.loss, self.model
         source, labels = self.subjects.weights[batch], self.subjects.labels[batch]
         pattern = torch.randint(labels.shape[1], (len(batch),), generator=draws)
         rows = self.queries.draw(pattern, self.spec.training.queries, draws)
         inputs = self.queries.network_inputs(rows).to(self.device)
         selected, sign = toggle(labels, pattern.to(self.device))
-        before = self.queries.pools.labels(rows, labels.cpu()).to(self.device)
-        after = self.queries.pools.labels(rows, selected.cpu()).to(self.device)
+        before, after = (self.queries.labels(rows, chosen.cpu()).to(self.device) for chosen in (labels, selected))
 
         latents = model.encoder.layers(self.features[batch])
         steered = latents + sign.unsqueeze(1) * model.directions[pattern.to(self.device)]
@@ -138,10 +141,10 @@ class Trainer:
             "reconstruction": losses.reconstruction(decoded, source, self.weighting),
             "behavior": losses.behavior(logits[0], own),
             "contrastive": losses.contrastive(latents, labels, weight.temperature),
-            "steering": losses.steering(logits[1], own, before, after),
+            "steering": losses.steering(logits[1], own, before, after, weight.locality),
         }
         if weight.direct:
-            terms["direct"] = losses.steering(logits[2], own, before, after)
+            terms["direct"] = losses.steering(logits[2], own, before, after, weight.locality)
         return {"loss": torch.stack([getattr(weight, name) * term for name, term in terms.items()]).sum(), **terms}
 
     def _batch(self) -> Tensor:

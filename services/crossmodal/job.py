@@ -1,0 +1,27 @@
+"""The crossmodal job: train on the zoo, evaluate, and keep the codec and its report."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ethogram.specs.crossmodal import CrossmodalSpec
+from services.crossmodal.evaluate import evaluate
+from services.crossmodal.report import write_report
+from services.crossmodal.train import train
+from services.runtime.run import Run
+from services.zoo.dataset import Zoo
+
+
+def run(spec: CrossmodalSpec, run: Run) -> dict[str, Any]:
+    """Artifacts: ``codec`` and ``report``. Returns what :func:`services.crossmodal.evaluate.evaluate` found."""
+    zoo = Zoo.load(run.inputs["zoo"])
+    codec = train(spec, zoo, run)
+    evaluation = evaluate(codec, zoo, run)
+    with tempfile.TemporaryDirectory() as scratch:
+        codec.save(Path(scratch, "codec"))
+        run.artifact("codec", "codec", Path(scratch, "codec"))
+        write_report(Path(scratch, "report"), codec, zoo, evaluation)
+        run.artifact("report", "report", Path(scratch, "report"))
+    return evaluation

@@ -1,0 +1,196 @@
+"""The report of a codec: figures as JSON, two pictures, and steered networks to try."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from torch import Tensor
+
+from services.crossmodal.bundle import Codec
+from services.crossmodal.data import Subjects, split_subjects
+from services.crossmodal.evaluate import CONTROLS, LOCAL_GATE, TARGET_GATE
+from services.crossmodal.steering import OPERATIONS, Edit
+from services.zoo.dataset import Zoo
+from services.zoo.subjects import Params, flatten, select, unflatten
+
+INK, SOFT, FAINT = "#1f2430", "#6b7280", "#d8dce3"
+BEFORE, AFTER, CONTROL = "#9aa3b2", "#0f766e", "#c2410c"
+DPI = 150
+
+
+def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any]) -> None:
+    """Write the report of ``codec`` on ``zoo`` into ``folder``; ``evaluation`` is what ``evaluate`` returned.
+
+    ``report.json``: the evaluation, and in ``examples`` the networks of ``steered.safetensors``; the latter holds
+    ``source.<parameter>`` and ``steered.<parameter>``, stacked in the order of the examples. ``latent_map.png`` shows
+    the latents of all subjects by behaviour, ``steering.png`` the behaviours before and after each edit.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    examples, tensors = steer_examples(codec, zoo)
+    save_file(tensors, folder / "steered.safetensors")
+    (folder / "report.json").write_text(json.dumps({**evaluation, "examples": examples}, indent=2, allow_nan=False))
+    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK}):
+        latent_map(codec, zoo).savefig(folder / "latent_map.png", dpi=DPI)
+        steering_plot(codec, evaluation).savefig(folder / "steering.png", dpi=DPI)
+
+
+def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """For each behaviour, the first held-out subject that can gain it and the first that can lose it, residual edits.
+
+    Returns a description of each example and the tensors of ``steered.safetensors``.
+    """
+    held_out = split_subjects(len(zoo), codec.spec.held_out, codec.spec.seed).held_out
+    names = [behavior.name for behavior in codec.behaviors]
+    chosen: list[tuple[int, Edit]] = []
+    for column, name in enumerate(names):
+        for operation in OPERATIONS:
+            labels = zoo.labels[held_out]
+            fits = ~labels[:, column] if operation == "add" else labels[:, column] & (labels.sum(1) >= 2)
+            chosen += [(int(held_out[i]), Edit(operation, name)) for i in fits.nonzero().flatten()[:1]]
+    if not chosen:
+        return [], {}
+    index = torch.tensor([subject for subject, _ in chosen])
+    source = {name: tensor.to(codec.device) for name, tensor in select(zoo.params, index).items()}
+    parts = [codec.steer(select(source, torch.tensor([i])), [edit])[0] for i, (_, edit) in enumerate(chosen)]
+    steered = unflatten(torch.cat([flatten(part) for part in parts]), codec.architecture)
+    recalls = [[dict(zip(names, row, strict=True)) for row in _recall(codec, nets)] for nets in (source, steered)]
+    examples = [
+        {
+            "subject": subject,
+            "patterns": [name for name, on in zip(names, zoo.labels[subject].tolist(), strict=True) if on],
+            "edit": edit._asdict(),
+            "recall_before": before,
+            "recall_after": after,
+        }
+        for (subject, edit), before, after in zip(chosen, *recalls, strict=True)
+    ]
+    tensors = {f"source.{name}": tensor.cpu().contiguous() for name, tensor in source.items()}
+    return examples, tensors | {f"steered.{name}": tensor.cpu().contiguous() for name, tensor in steered.items()}
+
+
+def latent_map(codec: Codec, zoo: Zoo) -> Figure:
+    """Latents of all subjects on their two first principal components: an overview and a panel for each behaviour."""
+    subjects = Subjects.of(zoo, torch.arange(len(zoo)), codec.device)
+    with torch.no_grad():
+        latents = codec.model.encoder(subjects.signatures)
+        centred = latents - latents.mean(0)
+        _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
+        places = (centred @ axes[:2].T).cpu()
+    shares = (sizes.square() / sizes.square().sum())[:2].tolist()
+    labels, names = zoo.labels, [pattern.name for pattern in codec.patterns]
+    colors = _palette(len(names))
+    columns = 4
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(13.5, max(5.6, 1.85 * rows + 1.2)), layout="constrained")
+    sides: Any = figure.subfigures(1, 2, width_ratios=(1, 1.25))
+    left, right = sides
+    figure.suptitle(
+        f"Latents of {len(zoo):,} networks, by behaviour (PCA: {shares[0]:.0%} and {shares[1]:.0%} of the variance)",
+        fontsize=12,
+        fontweight="bold",
+    )
+    overview = left.subplots()
+    single = labels.sum(1) == 1
+    overview.scatter(*places[~single].T, s=7, c=FAINT, linewidths=0, label="several behaviours")
+    for column, (name, color) in enumerate(zip(names, colors, strict=True)):
+        overview.scatter(*places[single & labels[:, column]].T, s=16, color=color, linewidths=0, label=name)
+    overview.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.02),
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        handletextpad=0.1,
+        markerscale=1.6,
+    )
+    overview.set_title("networks with one behaviour, coloured by it", fontsize=10, color=SOFT)
+    panels = right.subplots(rows, columns, squeeze=False).flat
+    for panel in panels:
+        panel.set_axis_off()
+    for column, (name, color, panel) in enumerate(zip(names, colors, right.axes, strict=False)):
+        has = labels[:, column]
+        panel.set_axis_on()
+        panel.scatter(*places[~has].T, s=3, c=FAINT, linewidths=0)
+        panel.scatter(*places[has].T, s=4, color=color, linewidths=0)
+        panel.set_title(f"{name}  ({int(has.sum())})", fontsize=8.5)
+    for panel in (overview, *right.axes):
+        _plain(panel)
+        panel.set_xticks([])
+        panel.set_yticks([])
+    return figure
+
+
+def steering_plot(codec: Codec, evaluation: dict[str, Any]) -> Figure:
+    """What residual edits do to held-out subjects: the behaviour before and after, the rest, and the strict gate."""
+    names = [pattern.name for pattern in codec.patterns]
+    rows = {
+        (r["operation"], r["pattern"], r["variant"]): r for r in evaluation["steering"] if r.get("mode") == "residual"
+    }
+    figure = Figure(figsize=(13.5, 2.4 + 0.5 * len(names)), layout="constrained")
+    figure.suptitle("Steering held-out networks: residual edits, held-out sequences", fontsize=12, fontweight="bold")
+    axes = figure.subplots(len(OPERATIONS), 3, sharey="row", width_ratios=(1.25, 1, 1))
+    verbs = {"add": "ADD", "remove": "REMOVE"}
+    for line, operation in zip(axes, OPERATIONS, strict=True):
+        known = [(y, name) for y, name in enumerate(reversed(names)) if (operation, name, "edit") in rows]
+        ys = [y for y, _ in known]
+        edits = [rows[operation, name, "edit"] for _, name in known]
+        before = [rows[operation, name, "null"]["target_mean"] for _, name in known]
+        after, local, passed = ([edit[key] for edit in edits] for key in ("target_mean", "local_mean", "all_gate"))
+        target, rest, gate = line
+        target.hlines(ys, before, after, color=FAINT, lw=3, zorder=1)
+        target.scatter(before, ys, s=34, color=BEFORE, zorder=2, label="before")
+        target.scatter(after, ys, s=34, color=AFTER, zorder=3, label="after")
+        target.axvline(TARGET_GATE, color=SOFT, lw=0.8, ls=":", label=f"gate {TARGET_GATE}")
+        target.set_xlim(-0.03, 1.03)
+        rest.hlines(ys, 0, local, color=AFTER, lw=3, alpha=0.35)
+        rest.scatter(local, ys, s=34, color=AFTER, label="change")
+        rest.axvline(0, color=SOFT, lw=0.8)
+        rest.axvline(LOCAL_GATE, color=SOFT, lw=0.8, ls=":", label=f"gate {LOCAL_GATE}")
+        reach = 1.15 * max(0.05, *(abs(value) for value in local)) if local else 0.05
+        rest.set_xlim(-reach, reach)
+        control = [max(rows[operation, name, variant]["all_gate"] for variant in CONTROLS) for _, name in known]
+        gate.barh(ys, passed, height=0.62, color=AFTER, label="edit")
+        gate.barh(ys, control, height=0.62, color=CONTROL, label="worst control")
+        for y, value in zip(ys, passed, strict=True):
+            gate.text(value + 0.015, y, f"{value:.2f}", va="center", fontsize=8, color=SOFT)
+        gate.set_xlim(0, 1.12)
+        for axis, title in zip(
+            line,
+            (
+                f"{verbs[operation]}: accuracy where the edit decides",
+                "accuracy everywhere else, after minus before",
+                "share of edits that pass both gates",
+            ),
+            strict=True,
+        ):
+            axis.set_title(title, fontsize=10, loc="left")
+            axis.set_yticks(range(len(names)), reversed(names))
+            axis.grid(axis="x", color=FAINT, lw=0.5)
+            axis.set_axisbelow(True)
+            axis.tick_params(length=0, labelsize=8.5)
+            axis.legend(loc="best", fontsize=7.5, frameon=True, framealpha=0.9, edgecolor="none")
+            _plain(axis)
+    return figure
+
+
+def _recall(codec: Codec, networks: Params) -> list[list[float]]:
+    recall: list[list[float]] = codec.evaluate(networks)[0].tolist()
+    return recall
+
+
+def _palette(count: int) -> list[Any]:
+    """Colours that stay apart."""
+    base = list(mpl.colormaps["tab10"].colors) if count <= 10 else list(mpl.colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    return [base[i % len(base)] for i in range(count)]
+
+
+def _plain(axis: Axes) -> None:
+    for spine in axis.spines.values():
+        spine.set_color(FAINT)
