@@ -122,6 +122,22 @@ def models_get(name: ModelName, version: Version = None, url: Url = None, as_jso
     result(model, as_json, lambda: _show(model))
 
 
+@models.command(epilog=examples("ethogram models behaviors my-codec"))
+def behaviors(name: ModelName, version: Version = None, url: Url = None, as_json: Json = False) -> None:
+    """List what a model can steer."""
+    from ethogram.cli.output import result, table
+    from ethogram.client import Client
+
+    with Client(url) as client, client.inference() as inference:
+        answer = inference.behaviors(name, version=version)
+    value = {
+        "model": answer.model,
+        "version": answer.version,
+        "behaviors": [behavior._asdict() for behavior in answer.behaviors],
+    }
+    result(value, as_json, lambda: table(["Behavior", "Meaning", "Positives"], answer.behaviors))
+
+
 def _show(model: Model) -> None:
     from ethogram.cli.output import pairs
 

@@ -1,12 +1,12 @@
 """Commands about networks: encode, steer, decode, evaluate. Networks and latents are safetensors files.
 
-A file of networks holds one tensor per parameter. Where the first axis is not the batch, as in the state dict of one
-network, it is a batch of one, and what comes back has no batch axis either.
+A file of networks holds one tensor per parameter: a batch, or the state dict of one network, see
+:class:`ethogram.inference.Inference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,7 @@ from ethogram.cli.options import Json, Output, Url, Version, examples
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ethogram.inference import Inference
+    from ethogram.inference import Inference, Mode, Operation
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A published model.", show_default=False)]
 NetworksFile = Annotated[
@@ -36,9 +36,8 @@ def encode(
     as_json: Json = False,
 ) -> None:
     """Encode networks to latents."""
-    params, _ = _read_networks(networks)
     with _inference(url) as inference:
-        answer = inference.encode(model, params, version=version)
+        answer = inference.encode(model, networks, version=version)
     _write(output, {"latents": answer.latents}, as_json, model=answer.model, version=answer.version)
 
 
@@ -59,8 +58,9 @@ def decode(
 ) -> None:
     """Decode latents to networks."""
     from ethogram.errors import InvalidInput
+    from ethogram.networks import load
 
-    tensors = _read(latents)
+    tensors = load(latents)
     if "latents" not in tensors:
         raise InvalidInput(f"{latents} has no tensor `latents`; it has: {', '.join(sorted(tensors)) or 'none'}")
     with _inference(url) as inference:
@@ -93,15 +93,16 @@ def steer(
     """Change the behaviours of networks, and write the changed networks."""
     from ethogram.errors import InvalidInput
 
-    edits = [("add", name) for name in add or ()] + [("remove", name) for name in remove or ()]
+    edits: list[tuple[Operation, str]] = [("add", name) for name in add or ()]
+    edits += [("remove", name) for name in remove or ()]
     if not edits:
-        raise InvalidInput("name what to change with --add BEHAVIOR or --remove BEHAVIOR; `ethogram models get` lists")
-    params, single = _read_networks(networks)
+        raise InvalidInput(
+            "name what to change with --add BEHAVIOR or --remove BEHAVIOR; `ethogram models behaviors` lists them"
+        )
     with _inference(url) as inference:
-        mode = "direct" if direct else "residual"
-        answer = inference.steer(model, params, edits, mode=mode, strength=strength, version=version)
-    steered = {name: value[0] if single else value for name, value in answer.networks.items()}
-    _write(output, steered, as_json, model=answer.model, version=answer.version)
+        mode: Mode = "direct" if direct else "residual"
+        answer = inference.steer(model, networks, edits, mode=mode, strength=strength, version=version)
+    _write(output, answer.networks, as_json, model=answer.model, version=answer.version)
 
 
 steer_examples = examples(
@@ -116,20 +117,20 @@ def evaluate(
     """Run networks on held-out sequences and print how much of each behaviour they show."""
     from ethogram.cli.output import result, table
 
-    params, _ = _read_networks(networks)
     with _inference(url) as inference:
-        answer = inference.evaluate(model, params, version=version)
+        answer = inference.evaluate(model, networks, version=version)
     value = {
-        "behaviors": list(answer.behaviors),
+        "behaviors": answer.behaviors,
         "recall": answer.recall.tolist(),
         "false_positive_rate": answer.false_positive_rate.tolist(),
+        "model": answer.model,
+        "version": answer.version,
     }
-    means = answer.recall.mean(axis=0)
-    rows = [
-        *zip(answer.behaviors, map(float, means), strict=True),
-        ("none of them", float(answer.false_positive_rate.mean())),
-    ]
-    columns = ["Sequences that show", f"Answered yes, mean of {len(answer.recall)}"]
+    # A batch is shown by its mean; a single network has no batch axis.
+    recall = answer.recall.reshape(-1, len(answer.behaviors))
+    rows = [(name, float(share)) for name, share in zip(answer.behaviors, recall.mean(axis=0), strict=True)]
+    rows.append(("none of them", float(answer.false_positive_rate.mean())))
+    columns = ["Sequences with", "Answered yes" if len(recall) == 1 else f"Answered yes, mean of {len(recall)}"]
     result(value, as_json, lambda: table(columns, rows))
 
 
@@ -146,40 +147,10 @@ def _inference(url: str | None) -> Iterator[Inference]:
         yield inference
 
 
-def _read(path: Path) -> dict[str, NDArray[Any]]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    from ethogram.errors import InvalidInput
-
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise InvalidInput(f"{path} cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, TypeError, ValueError, KeyError) as error:
-        raise InvalidInput(f"{path} is no safetensors file of numbers ({error})") from None
-
-
-def _read_networks(path: Path) -> tuple[dict[str, NDArray[Any]], bool]:
-    """The networks in ``path`` with a batch axis, and whether it had to be added."""
-    from ethogram.errors import InvalidInput
-
-    tensors = _read(path)
-    if not tensors:
-        raise InvalidInput(f"{path} holds no tensors")
-    # A bias of one network has one axis.
-    single = all(value.ndim == 1 for name, value in tensors.items() if name.endswith("bias"))
-    single = single and any(name.endswith("bias") for name in tensors)
-    return {name: value[None] if single else value for name, value in tensors.items()}, single
-
-
-def _write(path: Path, tensors: dict[str, NDArray[Any]], as_json: bool, **more: str) -> None:
-    import numpy as np
-    from safetensors.numpy import save_file
-
+def _write(path: Path, tensors: Mapping[str, NDArray[Any]], as_json: bool, **more: str) -> None:
     from ethogram.cli.output import result, say
+    from ethogram.networks import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+    save(path, tensors)
     value = {"file": str(path), "tensors": {name: list(value.shape) for name, value in tensors.items()}} | more
     result(value, as_json, lambda: say(f"{path}: {', '.join(f'{n} {list(v.shape)}' for n, v in tensors.items())}"))
