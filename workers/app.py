@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import redis
@@ -33,6 +34,7 @@ from workers.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 1
+TURN_SECONDS = 0.1
 
 
 class Ringer:
@@ -69,7 +71,9 @@ class Ringer:
                 if claim is None:
                     return
                 # Rings are merged: this one may have meant several jobs, and another slot may be idle.
-                self._bell.ring(queue_name)
+                with suppress(Unavailable):
+                    if queue_name in self._registry.queues_with_work():
+                        self._bell.ring(queue_name)
                 self._supervisor.run(claim, slot)
             # What is left is for another worker.
             self._bell.ring(queue_name)
@@ -106,12 +110,24 @@ class PatientConsumer(Consumer):  # type: ignore[misc]
         self.first_connection_attempt = False
         return conn
 
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Join the loop, and let it turn often.
+
+        A slot that becomes free does not wake the loop, which would else take the next ring up to a second later.
+        """
+        super().register_with_event_loop(hub)
+        hub.timer.call_repeatedly(TURN_SECONDS, _nothing)
+
 
 class PlainWorker(Worker):  # type: ignore[misc]
     """Celery's worker, but the signal handlers are ours."""
 
     def install_platform_tweaks(self, worker: Any) -> None:
         """Celery's own would restart the process on SIGHUP, and drop what runs on SIGINT."""
+
+
+def _nothing() -> None:
+    pass
 
 
 def _leave_if_asked() -> None:
