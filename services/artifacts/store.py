@@ -73,7 +73,7 @@ class ArtifactStore:
         for value, field in ((name, "name"), (type, "type"), (tenant, "tenant")):
             check_name(value, field)
         sources = _files(Path(folder))
-        with self._trouble():
+        with self._writing():
             files = {path: self._backend.add(source) for path, source in sources.items()}
         try:
             manifest = Manifest(
@@ -95,7 +95,7 @@ class ArtifactStore:
         except ValueError as error:
             raise InvalidInput.field("meta", f"cannot be kept as JSON: {error}") from None
         id = digest(data)
-        with self._trouble():
+        with self._writing():
             self._backend.write(_manifest_path(id), data)
         return id, manifest
 
@@ -182,7 +182,7 @@ class ArtifactStore:
                 artifact=artifact_id,
                 created=created.isoformat(),
             )
-            with self._trouble():
+            with self._writing():
                 try:
                     self._backend.create(_pointer_path(pointer), canonical_json(pointer.model_dump()))
                     return pointer
@@ -217,17 +217,14 @@ class ArtifactStore:
     def retire(self, tenant: str, name: str, version: str) -> ModelPointer:
         """Serve this version no more unless it is asked for by number. Raises :class:`NotFound`."""
         retired = self.model(tenant, name, version).model_copy(update={"retired": True})
-        with self._trouble():
+        with self._writing():
             self._backend.write(_pointer_path(retired), canonical_json(retired.model_dump()))
         return retired
 
     def check_writable(self) -> None:
         """Raises :class:`Unavailable` when nothing can be written now."""
-        with self._trouble():
-            try:
-                self._backend.write("probe", b"")
-            except FileNotFoundError:
-                raise Unavailable(f"the artifact store at {self.url} is not there any more: restore its folder") from None
+        with self._writing():
+            self._backend.write("probe", b"")
 
     def _versions(self, tenant: str, name: str) -> list[ModelPointer]:
         with self._trouble():
@@ -267,6 +264,16 @@ class ArtifactStore:
             f"artifact {id} is damaged: {what} in the store at {self.url} does not match its digest or is missing; put "
             "the same files again to repair it"
         )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._trouble():
+            try:
+                yield
+            except FileNotFoundError as error:
+                # The store's own folder, or a file that was to be kept, went away meanwhile.
+                gone = error.filename or self.url
+                raise Unavailable(f"cannot write to the artifact store at {self.url}: {gone} is gone") from error
 
     @contextmanager
     def _trouble(self, at: Path | None = None) -> Iterator[None]:

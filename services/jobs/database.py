@@ -7,9 +7,11 @@ started as a reader could not wait for its turn, only fail.
 from __future__ import annotations
 
 import logging
+import sqlite3
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class Database:
             ) from None
         self.name = self.url.render_as_string(hide_password=True)
         self.sqlite = self.url.get_backend_name() == "sqlite"
+        self._turn = threading.Lock()
         with self._clear_errors():
             self._engine = self._connect()
             self._writer = self._engine.execution_options(ethogram_write=True)
@@ -61,6 +64,8 @@ class Database:
     def write(self) -> Iterator[Session]:
         """A transaction that is committed, durably, when the block ends, and undone when it raises."""
         with (
+            # Threads of one process take turns here, in order; SQLite would have them sleep and try again.
+            self._turn if self.sqlite else nullcontext(),
             self._clear_errors(),
             Session(self._writer, autoflush=False, expire_on_commit=False) as session,
             session.begin(),
@@ -127,6 +132,9 @@ class Database:
             raise self._unavailable(str(error.orig)) from error
         except OSError as error:
             raise self._unavailable(str(error.strerror)) from error
+        except sqlite3.Error as error:
+            # A new connection's first words are not wrapped.
+            raise self._unavailable(str(error)) from error
         except DatabaseError as error:
             # SQLite tells of a file that is no database in the most general class.
             if type(error) is DatabaseError:

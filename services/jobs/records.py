@@ -18,7 +18,8 @@ def _to_utc(value: datetime) -> datetime:
 
 
 EventType = Literal["state", "log", "checkpoint", "artifact"]
-LabelKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,63}$")]
+LABEL_KEY = r"^[A-Za-z0-9_./-]{1,63}$"
+LabelKey = Annotated[str, StringConstraints(pattern=LABEL_KEY)]
 LabelValue = Annotated[str, StringConstraints(max_length=255)]
 # JSON has no dates: text in ISO 8601 is taken too.
 UtcTime = Annotated[AwareDatetime, Field(strict=False), AfterValidator(_to_utc)]

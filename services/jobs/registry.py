@@ -28,7 +28,7 @@ from ethogram.errors import (
 from ethogram.specs.base import ArtifactRef, Spec
 from services.jobs import cursors, submission, tables, text, transitions
 from services.jobs.database import Database
-from services.jobs.records import ArtifactRow, Claim, Event, Job, Options, RunningAttempt
+from services.jobs.records import LABEL_KEY, ArtifactRow, Claim, Event, Job, Options, RunningAttempt
 from services.jobs.states import JobState
 
 __all__ = ["ArtifactRow", "Claim", "Event", "Job", "JobRegistry", "JobState", "Options", "RunningAttempt"]
@@ -163,7 +163,9 @@ class JobRegistry:
                 raise InvalidInput.field("state", f"is none of {', '.join(JobState)}")
             where.append(tables.Job.state == str(state))
         for key, value in (labels or {}).items():
-            text.check([key, value], "labels")
+            if not re.fullmatch(LABEL_KEY, key):
+                raise InvalidInput.field("labels", f"{key!a} cannot be a label's name")
+            text.check(value, f"labels.{key}")
             where.append(tables.Job.labels[key].as_string() == value)
         if cursor is not None:
             where.append(tables.Job.number < cursors.decode("jobs", cursor))
