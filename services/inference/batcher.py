@@ -60,13 +60,14 @@ class Batcher:
         max_pending_rows: int = 16_384,
         is_out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError),
         release_memory: Callable[[], None] = lambda: None,
+        set_up_thread: Callable[[], object] = lambda: None,
     ) -> None:
         self._max_rows, self._max_wait, self._max_pending = max_rows, max_wait, max_pending_rows
         self._is_out_of_memory, self._release_memory = is_out_of_memory, release_memory
         self._groups: dict[Hashable, _Group] = {}
         self._pending = 0
         self._changed = asyncio.Event()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._executor = ThreadPoolExecutor(1, "device", initializer=set_up_thread)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -81,7 +82,7 @@ class Batcher:
         for group in self._groups.values():
             for piece in group.pieces:
                 piece.result.cancel()
-        self._executor.shutdown(wait=True)
+        await asyncio.to_thread(self._executor.shutdown)
 
     async def run(
         self, key: Hashable, function: Callable[[Arrays], Arrays], arrays: Arrays, *, name: str = "request"

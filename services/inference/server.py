@@ -46,6 +46,8 @@ class InferenceServer:
             max_pending_rows=settings.max_pending,
             is_out_of_memory=is_out_of_memory,
             release_memory=release_memory,
+            # Each thread of Python has a number of its own.
+            set_up_thread=partial(torch.set_num_threads, settings.threads),
         )
         self._repository = ModelRepository(
             ArtifactStore(settings.store_url),
@@ -64,8 +66,6 @@ class InferenceServer:
 
     async def start(self) -> str:
         """Serve. Returns the address, ``host:port``; raises :class:`Conflict` when the port is taken."""
-        if self._settings.threads:
-            torch.set_num_threads(self._settings.threads)
         limit = self._settings.max_message_bytes
         dataplane = Dataplane(self._repository, self._batcher, max_answer_bytes=limit - 64 * 1024)
         options = {

@@ -25,8 +25,8 @@ class InferenceSettings(BaseSettings):
     """Port; 0: any free one."""
     device: str = "auto"
     """Torch device of this process: ``cpu``, ``cuda:0``, ...; ``auto``: the first GPU, if there is one."""
-    threads: int = Field(0, ge=0)
-    """CPU threads of torch; 0: its own choice."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of torch. Those of a small model wait for each other longer than they work."""
     max_batch: int = Field(256, ge=1)
     """Most networks that are computed at a time."""
     max_wait_seconds: float = Field(0.002, ge=0, le=1)
