@@ -1,0 +1,112 @@
+"""``python -m gateway``: the HTTP server in one process, until SIGTERM, Ctrl-C or, with ``--parent-pipe``, the parent's
+end."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+import uvicorn
+
+from ethogram.errors import Conflict, EthogramError, InvalidInput
+from gateway.app import create_app
+from gateway.settings import GatewaySettings
+from services.runtime import logs
+from services.runtime.lifetime import exit_on_eof
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 10
+
+
+class Server(uvicorn.Server):
+    """Says where it listens once it does, and ends event streams before it waits for connections to end."""
+
+    def __init__(self, config: uvicorn.Config, close_streams: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._close_streams = close_streams
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        logger.info("ready", extra={"url": url})
+        # For people and for parents that asked for any free port.
+        sys.stdout.write(f"gateway ready at {url}\n")
+        sys.stdout.flush()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._close_streams()
+        await super().shutdown(sockets)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the gateway; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gateway", description="The HTTP gateway.")
+    parser.add_argument("--parent-pipe", action="store_true", help="leave when standard input reaches its end")
+    given = parser.parse_args(arguments)
+    try:
+        settings = GatewaySettings.read()
+        logs.configure("gateway", settings.log_level)
+        for chatty in ("uvicorn.error", "alembic"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        # The port first: where it is taken, another gateway may be at work on the same database.
+        listener = _listen(settings.host, settings.port)
+        app = create_app(settings)
+    except EthogramError as error:
+        sys.stderr.write(f"gateway: {error.message}\n")
+        return 1
+    _allow_many_connections()
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = Server(config, app.state.services.tails.close_streams)
+    # The server raises the signal that ended it again once it is done; leaving in order is no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    if given.parent_pipe:
+        exit_on_eof(lambda: setattr(server, "should_exit", True))
+    server.run(sockets=[listener])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise Conflict(
+                f"port {port} on {host} is taken; set ETHOGRAM_PORT to another, or to 0 for any free one"
+            ) from None
+        raise InvalidInput.field(
+            "host", f"cannot listen on {host}:{port} ({error.strerror}); set ETHOGRAM_HOST, ETHOGRAM_PORT"
+        ) from None
+    return listener
+
+
+def _allow_many_connections() -> None:
+    """Each stream is an open file, and the usual soft limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

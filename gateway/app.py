@@ -1,0 +1,75 @@
+"""The FastAPI application: settings in, routes and error handlers in place, parts opened with its lifespan."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio.to_thread
+from fastapi import Depends, FastAPI
+from fastapi.routing import APIRoute
+
+from gateway import problems
+from gateway.inputs import storable
+from gateway.middleware import BodyLimit, RequestContext
+from gateway.routes import artifacts, events, jobs, meta, models
+from gateway.services import Services
+from gateway.settings import GatewaySettings
+from gateway.tail import Tails
+from services.artifacts.store import ArtifactStore
+from services.jobs.bell import Bell
+from services.jobs.notify import Notifier
+from services.jobs.registry import JobRegistry
+
+_ERROR = {"model": problems.Problem, "content": {problems.MEDIA_TYPE: {}}}
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """The gateway, with its parts open and the database migrated; ``app.state.services`` holds them until the lifespan
+    ends.
+
+    Raises :class:`EthogramError` when the database or the store cannot be used, or Redis' URL is none.
+    """
+    registry = JobRegistry.open(settings.database_url)
+    services = Services(
+        settings=settings,
+        registry=registry,
+        store=ArtifactStore(settings.store),
+        bell=Bell(settings.redis_url),
+        notifier=Notifier(settings.redis_url),
+        tails=Tails(registry, settings.redis_url, settings.stream_limit),
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services.tails.start()
+        try:
+            yield
+        finally:
+            await services.tails.stop()
+            for part in (services.bell, services.notifier, registry):
+                await anyio.to_thread.run_sync(part.close)
+
+    app = FastAPI(
+        title="Ethogram",
+        summary="Record, encode, steer and explain the behaviour of neural networks",
+        lifespan=lifespan,
+        dependencies=[Depends(storable)],
+        generate_unique_id_function=_operation_id,
+        responses={
+            422: {**_ERROR, "description": "A field is wrong; which and how"},
+            "default": {**_ERROR, "description": "What went wrong"},
+        },
+    )
+    app.state.services = services
+    for module in (jobs, events, artifacts, models, meta):
+        app.include_router(module.router)
+    problems.install(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, limit=settings.body_limit, exceptions={"/v1/artifacts": settings.upload_limit})
+    app.add_middleware(RequestContext)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name

@@ -1,0 +1,137 @@
+"""Errors as ``application/problem+json`` (RFC 9457), in one place for all routes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from ethogram.errors import EthogramError, InvalidInput, NotFound, TooLarge, Unavailable, printable
+from services.kinds import KINDS
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class ViolationOut(BaseModel):
+    """One field that is wrong."""
+
+    field: str = Field(examples=["spec.training.steps"])
+    description: str
+
+
+class Problem(BaseModel):
+    """What every error answers."""
+
+    type: str = Field(examples=["about:blank"])
+    title: str = Field(examples=["Unprocessable Entity"])
+    status: int = Field(examples=[422])
+    detail: str = Field(examples=["spec.training.steps: Input should be greater than or equal to 1"])
+    reason: str = Field(examples=["INVALID_INPUT"])
+    violations: list[ViolationOut] = []
+    request_id: str
+
+
+def problem(error: EthogramError, request_id: str, *, status: int = 0, reason: str = "") -> Response:
+    """The answer that tells of ``error``."""
+    status = status or error.http_status
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": printable(error.message),
+        "reason": reason or error.reason,
+        "violations": [
+            {"field": printable(v.field), "description": printable(v.description)} for v in error.violations
+        ],
+        "request_id": request_id,
+    }
+    headers = {"Retry-After": "1"} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+    return Response(json.dumps(body), status, headers, MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of ``app`` with a problem. What is not expected is the request context's to answer."""
+
+    async def domain(request: Request, error: Exception) -> Response:
+        assert isinstance(error, EthogramError)
+        return problem(error, request_id_of(request))
+
+    async def validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return problem(invalid_request(error.errors(), error.body), request_id_of(request))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        answer = _http_problem(request, error)
+        answer.headers.update(error.headers or {})
+        return answer
+
+    app.add_exception_handler(EthogramError, domain)
+    app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(HTTPException, http)
+
+
+def request_id_of(request: Request) -> str:
+    """The id that the request context gave to ``request``."""
+    request_id: str = request.scope["state"]["request_id"]
+    return request_id
+
+
+def _http_problem(request: Request, error: HTTPException) -> Response:
+    request_id, status = request_id_of(request), error.status_code
+    if status == HTTPStatus.NOT_FOUND:
+        return problem(NotFound(f"there is nothing at {request.url.path}; /docs lists what there is"), request_id)
+    if status == HTTPStatus.BAD_REQUEST:
+        # How the framework calls a body that it cannot read: not UTF-8, nested too deeply, integers too long.
+        return problem(InvalidInput.field("(root)", "the body is not JSON that can be read"), request_id)
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return problem(TooLarge(str(error.detail)), request_id)
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return problem(Unavailable(str(error.detail)), request_id)
+    name = HTTPStatus(status).name
+    return problem(EthogramError(f"{request.method}: {error.detail}"), request_id, status=status, reason=name)
+
+
+def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:
+    """The framework's findings with paths as the user wrote them: ``spec.training.steps``.
+
+    The framework's begin with where the value was (``body``, ``query``, ...) and go through the union's tag.
+    """
+    found = []
+    for detail in details:
+        where, *path = detail["loc"]
+        message = str(detail["msg"])
+        if where == "body":
+            path = without_tags(path, body)
+        if detail["type"] == "json_invalid":
+            path, message = [], f"the body is not JSON: {detail['ctx']['error']} at character {detail['loc'][-1]}"
+        elif detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            given = "missing" if detail["type"] == "union_tag_not_found" else "unknown kind"
+            path, message = [*path, "kind"], f"{given}; there are: {', '.join(KINDS)}"
+        elif detail["type"] in ("model_attributes_type", "model_type") and not path:
+            message = "the body must be a JSON object, sent with Content-Type: application/json"
+        found.append({"loc": path, "msg": message})
+    return InvalidInput.from_details(found)
+
+
+def without_tags(path: Sequence[str | int], body: Any) -> list[str | int]:
+    """``path`` without the kinds that a union discriminated by ``kind`` puts after the object that names it."""
+    kept: list[str | int] = []
+    at, tagged = body, False
+    for part in path:
+        if not tagged and isinstance(at, Mapping) and part in KINDS and at.get("kind") == part:
+            tagged = True
+            continue
+        kept.append(part)
+        tagged = False
+        try:
+            at = at[part]
+        except (KeyError, IndexError, TypeError):
+            at = None
+    return kept

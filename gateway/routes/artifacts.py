@@ -1,0 +1,148 @@
+"""Artifacts: upload, list, look into, download."""
+
+from __future__ import annotations
+
+import mimetypes
+from collections.abc import AsyncIterator, Iterator
+from http import HTTPStatus
+from typing import Annotated, BinaryIO
+
+import anyio.to_thread
+from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+
+from ethogram.errors import NotFound
+from gateway.inputs import Cursor, Id, Limit, Page
+from gateway.services import TENANT, Services, With
+from gateway.uploads import Upload
+from services.artifacts.store import Manifest
+from services.jobs.records import ArtifactRow
+
+router = APIRouter(prefix="/v1", tags=["artifacts"])
+
+CHUNK_BYTES = 2**20
+# What a browser may show; everything else it only saves.
+_SHOWN = frozenset({"application/json", "image/png", "text/csv", "text/plain"})
+
+
+class Uploaded(BaseModel):
+    """A new artifact."""
+
+    id: str
+    manifest: Manifest
+
+
+class ArtifactDetail(ArtifactRow):
+    """One artifact and what it holds."""
+
+    manifest: Manifest
+
+
+_FORM = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["name", "type", "files"],
+                "properties": {
+                    "name": {"type": "string", "description": "Name of the artifact."},
+                    "type": {"type": "string", "description": "What it is: `zoo`, `codec`, ..."},
+                    "files": {
+                        "type": "array",
+                        "items": {"type": "string", "format": "binary"},
+                        "description": "Its files; the file name of a part is the path inside the artifact.",
+                    },
+                },
+            }
+        }
+    },
+}
+
+
+@router.post("/artifacts", status_code=201, openapi_extra={"requestBody": _FORM})
+async def upload(request: Request, services: With) -> Uploaded:
+    """Keep files of your own as an artifact, so that jobs can take it as input."""
+    folder = services.settings.state / "work"
+    receiver = await anyio.to_thread.run_sync(Upload, folder, request.headers.get("content-type", ""))
+    try:
+        async for chunk in _large(request.stream()):
+            await anyio.to_thread.run_sync(receiver.feed, chunk)
+        return await anyio.to_thread.run_sync(_keep, receiver, services)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(receiver.discard)
+
+
+@router.get("/artifacts")
+def list_artifacts(
+    services: With,
+    job: Annotated[str | None, Query(description="Outputs of this job only.")] = None,
+    type: Annotated[str | None, Query(description="Of this type only.")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> Page[ArtifactRow]:
+    """Artifacts, newest first."""
+    items, after = services.registry.artifacts(job=job, type=type, tenant=TENANT, limit=limit, cursor=cursor)
+    return Page(items=items, next_cursor=after)
+
+
+@router.get("/artifacts/{artifact_id}")
+def get_artifact(artifact_id: Id, services: With) -> ArtifactDetail:
+    """One artifact with its manifest: files, digests, lineage."""
+    row = services.registry.artifact(artifact_id)
+    return ArtifactDetail(**row.model_dump(), manifest=services.store.manifest(artifact_id))
+
+
+@router.get(
+    "/artifacts/{artifact_id}/files/{path:path}",
+    response_class=StreamingResponse,
+    responses={200: {"description": "The file", "content": {"application/octet-stream": {}}}, 304: {}},
+)
+def download(
+    artifact_id: Id, path: str, services: With, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
+    """One file of an artifact. Its ETag is its sha256."""
+    file = services.store.manifest(artifact_id).files.get(path)
+    if file is None:
+        # Opening tells a path that may never be from one that is not there.
+        services.store.open(artifact_id, path).close()
+        raise NotFound(f"artifact {artifact_id} has no file {path!r}")
+    kind = mimetypes.guess_type(path)[0]
+    headers = {
+        "ETag": f'"{file.sha256}"',
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if if_none_match is not None and file.sha256 in if_none_match:
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    return StreamingResponse(
+        _chunks(services.store.open(artifact_id, path)),
+        headers=headers | {"Content-Length": str(file.size)},
+        media_type=kind if kind in _SHOWN else "application/octet-stream",
+    )
+
+
+def _keep(receiver: Upload, services: Services) -> Uploaded:
+    form = receiver.finish()
+    id, manifest = services.store.put(form.folder, name=form.name, type=form.type, tenant=TENANT)
+    services.registry.add_artifact(id, form.name, form.type, manifest.size, tenant=TENANT)
+    return Uploaded(id=id, manifest=manifest)
+
+
+async def _large(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes in larger pieces: each costs a change of threads."""
+    gathered = bytearray()
+    async for piece in stream:
+        gathered += piece
+        if len(gathered) >= CHUNK_BYTES:
+            yield bytes(gathered)
+            gathered.clear()
+    yield bytes(gathered)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk

@@ -1,0 +1,155 @@
+"""Jobs: submit, list, look at, cancel, retry."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Query, Request, Response
+from pydantic import BaseModel, Field
+
+from ethogram.errors import IllegalState, InvalidInput, NotFound, Violation
+from gateway.inputs import Cursor, Id, IdempotencyKey, Limit, Page
+from gateway.problems import request_id_of
+from gateway.services import TENANT, Services, With
+from gateway.submissions import JOB_EXAMPLES, PIPELINE_EXAMPLES, Pipeline, Submission
+from services.jobs.records import Job
+from services.jobs.states import JobState
+from services.kinds import KINDS, input_refs
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+
+class PipelineJobs(BaseModel):
+    """The jobs of a pipeline, by their names there."""
+
+    jobs: dict[str, Job]
+
+
+class DryRun(BaseModel):
+    """A submission that would be accepted, with every default filled in."""
+
+    kind: str
+    spec: dict[str, Any]
+    queue: str
+    priority: int
+    not_before: str | None
+    max_attempts: int
+    labels: dict[str, str]
+    dry_run: bool = Field(True, description="Nothing was queued.")
+
+
+@router.post(
+    "/jobs",
+    status_code=201,
+    response_model=Job | DryRun,
+    responses={200: {"description": "The key was seen before, or dry run", "model": Job | DryRun}},
+)
+def submit(
+    submission: Annotated[Submission, Body(openapi_examples=JOB_EXAMPLES)],
+    services: With,
+    request: Request,
+    response: Response,
+    *,
+    idempotency_key: IdempotencyKey = None,
+    dry_run: Annotated[bool, Query(description="Check all, queue nothing.")] = False,
+) -> Job | DryRun:
+    """Queue a job. It runs when a worker is free and its inputs are there."""
+    if dry_run:
+        response.status_code = 200
+        return _checked(submission, services)
+    job, created = services.registry.submit(
+        submission.kind,
+        submission.spec,
+        tenant=TENANT,
+        idempotency_key=idempotency_key,
+        trace=request_id_of(request),
+        **submission.options,
+    )
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    if created:
+        services.announce(job)
+    else:
+        response.status_code = 200
+    return job
+
+
+@router.post("/pipelines", status_code=201)
+def submit_pipeline(
+    pipeline: Annotated[Pipeline, Body(openapi_examples=PIPELINE_EXAMPLES)],
+    services: With,
+    request: Request,
+    idempotency_key: IdempotencyKey = None,
+) -> PipelineJobs:
+    """Queue several jobs at once, all or none."""
+    jobs = services.registry.submit_pipeline(
+        {name: (job.kind, job.spec, job.options) for name, job in pipeline.jobs.items()},
+        tenant=TENANT,
+        idempotency_key=idempotency_key,
+        trace=request_id_of(request),
+    )
+    for job in jobs.values():
+        services.announce(job)
+    return PipelineJobs(jobs=jobs)
+
+
+@router.get("/jobs")
+def list_jobs(
+    services: With,
+    *,
+    kind: Annotated[str | None, Query(description=f"One of: {', '.join(KINDS)}.")] = None,
+    state: JobState | None = None,
+    label: Annotated[list[str] | None, Query(description="`key=value`; several: all must match.")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> Page[Job]:
+    """Jobs, newest first."""
+    if kind is not None and kind not in KINDS:
+        raise InvalidInput.field("kind", f"unknown kind; there are: {', '.join(KINDS)}")
+    labels = {}
+    for item in label or ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InvalidInput.field("label", f"{item!r} must be written key=value")
+        labels[key] = value
+    items, after = services.registry.list(
+        TENANT, kind=kind, state=state, labels=labels or None, limit=limit, cursor=cursor
+    )
+    return Page(items=items, next_cursor=after)
+
+
+@router.get("/jobs/{job_id}")
+def get_job(job_id: Id, services: With) -> Job:
+    """One job as it is now."""
+    return services.registry.get(job_id)
+
+
+@router.post("/jobs/{job_id}/cancel")
+def cancel(job_id: Id, services: With) -> Job:
+    """Cancel: a queued job at once, a running one as soon as its worker hears of it."""
+    job = services.registry.request_cancel(job_id)
+    services.announce(job)
+    return job
+
+
+@router.post("/jobs/{job_id}/retry")
+def retry(job_id: Id, services: With) -> Job:
+    """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
+    job = services.registry.retry(job_id)
+    services.announce(job)
+    return job
+
+
+def _checked(submission: Submission, services: Services) -> DryRun:
+    """``submission`` as it would be queued, once all that it refers to was found."""
+    for path, ref in input_refs(submission.spec).items():
+        field = f"spec.{path}.{'artifact' if ref.job is None else 'job'}"
+        try:
+            if ref.job is None:
+                services.registry.artifact(ref.artifact)
+            elif services.registry.get(ref.job).state in (JobState.FAILED, JobState.CANCELLED):
+                text = f"job {ref.job} did not succeed: retry it first"
+                raise IllegalState(f"{field}: {text}", [Violation(field, text)])
+        except NotFound as error:
+            raise NotFound(f"{field}: {error.message}", [Violation(field, error.message)]) from None
+    values = submission.model_dump(mode="json")
+    return DryRun.model_validate(values | {"queue": submission.queue or KINDS[submission.kind].queue})

@@ -1,0 +1,139 @@
+"""About the platform itself: is it well, what can it do, where is the rest of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import redis
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from ethogram.errors import EthogramError, Unavailable
+from gateway.services import Services, With
+from services.jobs.bell import without_password
+from services.kinds import KINDS
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter(tags=["platform"])
+
+CHECK_SECONDS = 3.0
+
+
+class Check(BaseModel):
+    """One part that the gateway needs."""
+
+    name: str
+    ok: bool
+    detail: str
+    """What is wrong and what to do; empty when all is well."""
+
+
+class Readiness(BaseModel):
+    """Whether requests can be served."""
+
+    status: Literal["ready", "not ready"]
+    checks: list[Check]
+
+
+class KindOut(BaseModel):
+    """One kind of job."""
+
+    name: str
+    summary: str
+    queue: str
+    """Machine class that runs it unless the submission says otherwise."""
+    spec_schema: dict[str, Any]
+
+
+class Info(BaseModel):
+    """What a client needs to know first."""
+
+    version: str
+    inference: str
+    """``host:port`` of the inference service (gRPC)."""
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process lives."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", responses={503: {"model": Readiness, "description": "Some part is missing"}})
+def readyz(services: With, response: Response) -> Readiness:
+    """Whether the database, the artifact store and Redis can be used; for each that cannot, what to do."""
+    checks = {"database": _database, "store": _store, "redis": _redis}
+    pool = ThreadPoolExecutor(len(checks), thread_name_prefix="readyz")
+    futures = {name: pool.submit(_check, name, check, services) for name, check in checks.items()}
+    wait(futures.values(), CHECK_SECONDS)
+    pool.shutdown(wait=False, cancel_futures=True)
+    late = f"did not answer within {CHECK_SECONDS:g} s: see that it runs and is not overloaded"
+    found = [f.result() if f.done() else Check(name=name, ok=False, detail=late) for name, f in futures.items()]
+    ready = all(check.ok for check in found)
+    response.status_code = 200 if ready else 503
+    return Readiness(status="ready" if ready else "not ready", checks=found)
+
+
+@router.get("/v1/kinds")
+def kinds() -> list[dict[str, Any]]:
+    """The kinds of jobs, with the JSON Schema of their specs."""
+    return _kinds()
+
+
+@router.get("/v1/info")
+def info(services: With) -> Info:
+    """The platform's version and where its inference service is."""
+    try:
+        number = version("ethogram")
+    except PackageNotFoundError:
+        number = "unknown"
+    return Info(version=number, inference=services.settings.inference)
+
+
+@lru_cache(maxsize=1)
+def _kinds() -> list[dict[str, Any]]:
+    return [
+        {"name": kind.name, "summary": kind.summary, "queue": kind.queue, "schema": kind.spec.model_json_schema()}
+        for kind in KINDS.values()
+    ]
+
+
+def _check(name: str, check: Callable[[Services], None], services: Services) -> Check:
+    try:
+        check(services)
+    except EthogramError as error:
+        return Check(name=name, ok=False, detail=error.message)
+    except Exception:
+        logger.exception("readiness check failed", extra={"check": name})
+        return Check(name=name, ok=False, detail="cannot be used; the gateway's log has the cause")
+    return Check(name=name, ok=True, detail="")
+
+
+def _database(services: Services) -> None:
+    services.registry.queues_with_work()
+
+
+def _store(services: Services) -> None:
+    services.store.check_writable()
+
+
+def _redis(services: Services) -> None:
+    url = services.settings.redis_url
+    try:
+        with redis.Redis.from_url(
+            url, socket_connect_timeout=1, socket_timeout=1, retry=Retry(NoBackoff(), 0)
+        ) as client:
+            client.ping()
+    except (redis.RedisError, OSError) as error:
+        raise Unavailable(
+            f"Redis at {without_password(url)} does not answer ({error}): start it, or set REDIS_URL; jobs are still "
+            "accepted, and begin when it is back"
+        ) from None

@@ -1,0 +1,44 @@
+"""Published models: names and versions that point to artifacts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway.inputs import Id, Name, Page
+from gateway.services import TENANT, With
+from services.artifacts.store import ModelPointer
+
+router = APIRouter(prefix="/v1", tags=["models"])
+
+
+class Publication(BaseModel):
+    """What to publish."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Name = Field(examples=["my-codec"])
+    artifact: str = Field(pattern=r"^[0-9a-f]{64}$", description="Id of an artifact.")
+    version: Name | None = Field(None, description="Left out: the next number.", examples=["1"])
+
+
+@router.post("/models", status_code=201)
+def publish(publication: Publication, services: With) -> ModelPointer:
+    """Publish an artifact as a model. A version is never replaced; inference serves it within seconds."""
+    return services.store.publish(TENANT, publication.name, publication.artifact, publication.version)
+
+
+@router.get("/models")
+def list_models(services: With) -> Page[ModelPointer]:
+    """All published models, all versions."""
+    return Page(items=services.store.models(TENANT))
+
+
+@router.get("/models/{name}")
+def get_model(
+    name: Id, services: With, version: Annotated[str | None, Query(description="Left out: the latest.")] = None
+) -> ModelPointer:
+    """One published model."""
+    return services.store.model(TENANT, name, version)

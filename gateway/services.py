@@ -1,0 +1,49 @@
+"""What the routes work with, made once per process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from gateway.settings import GatewaySettings
+from gateway.tail import Tails
+from services.artifacts.store import ArtifactStore
+from services.jobs.bell import Bell
+from services.jobs.notify import Notifier
+from services.jobs.records import Job
+from services.jobs.registry import JobRegistry
+
+TENANT = "default"
+"""Whose everything is, until there are several."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of the platform that the gateway speaks to."""
+
+    settings: GatewaySettings
+    registry: JobRegistry
+    store: ArtifactStore
+    bell: Bell
+    notifier: Notifier
+    tails: Tails
+
+    def announce(self, job: Job) -> None:
+        """Tell the world of a change that was committed: watchers here at once, other gateways, and idle workers.
+
+        Never waits, for Redis least of all.
+        """
+        self.tails.wake(job.id)
+        self.notifier.notify(job.id, job.seq)
+        if not job.state.terminal:
+            self.bell.ring(job.queue)
+
+
+def _of(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+With = Annotated[Services, Depends(_of)]

@@ -1,0 +1,105 @@
+"""The bodies of ``POST /v1/jobs`` and ``POST /v1/pipelines``: a union over all kinds, made from the table of kinds."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi.openapi.models import Example
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, create_model
+
+from ethogram.specs.base import Spec
+from services.jobs.records import Options
+from services.kinds import KINDS
+
+
+def _in_utc(time: datetime) -> datetime:
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie between the years 1 and 9999 in UTC") from None
+
+
+class SubmissionBase(Options):
+    """A job to be done: its kind, its spec and how it is queued."""
+
+    model_config = ConfigDict(title="Submission")
+
+    kind: str
+    spec: Spec
+    # JSON has no times, so this one comes as text (ISO 8601).
+    not_before: Annotated[AwareDatetime, AfterValidator(_in_utc)] | None = Field(None, strict=False)
+    """Earliest time to start, with its time zone, e.g. ``2030-01-01T00:00:00Z``."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the registry takes beside the kind and the spec."""
+        return {name: getattr(self, name) for name in Options.model_fields}
+
+
+if TYPE_CHECKING:
+    Submission = SubmissionBase
+else:
+    Submission = Annotated[
+        reduce(
+            or_,
+            (
+                create_model(
+                    f"{kind.name.title()}Submission",
+                    __base__=SubmissionBase,
+                    __doc__=f"A job to {kind.summary}.",
+                    kind=(Literal[kind.name], ...),
+                    spec=(kind.spec, ...),
+                )
+                for kind in KINDS.values()
+            ),
+        ),
+        Field(discriminator="kind"),
+    ]
+
+JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class Pipeline(BaseModel):
+    """Several jobs, all queued or none. An input ``{"job": NAME, "artifact": ...}`` names another of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    jobs: dict[JobName, Submission] = Field(min_length=1, max_length=1000)
+
+
+EXAMPLE_JOB = "job_aaaaaaaaaaaaaaaaaaaa"
+"""In examples, where the id of a job of one's own belongs."""
+
+EXAMPLE_SPECS: dict[str, dict[str, Any]] = {
+    "generation": {"seed": 1, "subjects": 256, "training": {"steps": 300}},
+    "crossmodal": {"zoo": {"job": EXAMPLE_JOB, "artifact": "zoo"}, "training": {"steps": 1000}},
+}
+"""A small spec of each kind."""
+
+JOB_EXAMPLES: dict[str, Example] = {
+    name: Example(
+        summary=KINDS[name].summary,
+        description=f"Put the id of your own job in place of {EXAMPLE_JOB}." if EXAMPLE_JOB in str(spec) else "",
+        value={"kind": name, "spec": spec},
+    )
+    for name, spec in EXAMPLE_SPECS.items()
+}
+
+PIPELINE_EXAMPLES: dict[str, Example] = {
+    "zoo and codec": Example(
+        summary="make a zoo, then train a codec on it",
+        value={
+            "jobs": {
+                "zoo": {"kind": "generation", "spec": EXAMPLE_SPECS["generation"]},
+                "codec": {
+                    "kind": "crossmodal",
+                    "spec": {**EXAMPLE_SPECS["crossmodal"], "zoo": {"job": "zoo", "artifact": "zoo"}},
+                    "labels": {"for": "the docs"},
+                },
+            }
+        },
+    )
+}

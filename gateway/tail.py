@@ -1,0 +1,274 @@
+"""Event streams: one tailer per watched job reads the registry once for all who watch.
+
+Redis only says that a job has something new, and a poll each second says the same when Redis cannot. What is new comes
+from the registry, so any number of gateways agree and nothing is lost or doubled. A watcher holds a cursor, no queue:
+it takes the newest chunks from the tailer's window, and what left the window from the registry. A slow watcher
+therefore costs no memory and slows nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple, TypeVar
+
+import anyio
+import anyio.to_thread
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from ethogram.errors import EthogramError, InvalidInput, NotFound, Unavailable
+from gateway.sse import KEEP_ALIVE, RETRY, frame
+from services.jobs.notify import CHANNEL
+from services.jobs.records import Job
+from services.jobs.registry import JobRegistry
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+POLL_SECONDS = 1.0
+PACE_SECONDS = 0.03
+KEEP_ALIVE_SECONDS = 15.0
+BATCH = 500
+WINDOW_BYTES = 2**20
+READERS = 8
+
+
+class Chunk(NamedTuple):
+    """The events after ``after`` up to and including ``last``, ready to send."""
+
+    after: int
+    last: int
+    data: bytes
+
+
+class _Tail:
+    """What the watchers of one job share. Touched by the event loop only."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.last = job.seq
+        """Events up to this one are in the window or older than it."""
+        self.window: OrderedDict[int, Chunk] = OrderedDict()
+        self.window_bytes = 0
+        self.gone: EthogramError | None = None
+        self.watchers = 0
+        self.wake = asyncio.Event()
+        self.changed = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    def push(self, chunk: Chunk) -> None:
+        """Take what comes after ``last``."""
+        self.window[chunk.after] = chunk
+        self.window_bytes += len(chunk.data)
+        self.last = chunk.last
+        while self.window_bytes > WINDOW_BYTES:
+            self.window_bytes -= len(self.window.popitem(last=False)[1].data)
+        self.tell()
+
+    def show(self, job: Job) -> None:
+        """Take the job's newest row."""
+        same = (job.seq, job.state, job.progress) == (self.job.seq, self.job.state, self.job.progress)
+        self.job = job
+        if not same:
+            self.tell()
+
+    def tell(self) -> None:
+        """Let all watchers look."""
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+
+class Tails:
+    """All tailers of this process. Start it in the event loop that serves; stop it there too."""
+
+    def __init__(self, registry: JobRegistry, redis_url: str, limit: int) -> None:
+        self._registry, self._redis_url, self._limit = registry, redis_url, limit
+        self._tails: dict[str, _Tail] = {}
+        self._closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._readers: anyio.CapacityLimiter | None = None
+        self._streams = 0
+
+    def start(self) -> None:
+        """Begin to listen to Redis."""
+        self._loop = asyncio.get_running_loop()
+        # Its own threads: watchers who catch up must not keep the other routes waiting.
+        self._readers = anyio.CapacityLimiter(READERS)
+        self._listener = asyncio.create_task(self._listen())
+
+    def close_streams(self) -> None:
+        """End all streams, so that the server can; their clients come back elsewhere and go on where they were."""
+        self._closing = True
+        for tail in self._tails.values():
+            tail.tell()
+
+    async def stop(self) -> None:
+        """End all streams and tasks."""
+        self.close_streams()
+        tasks = [task for task in (self._listener, *(t.task for t in self._tails.values())) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def wake(self, job: str) -> None:
+        """``job`` has something new. From any thread."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # The loop is closed: nobody watches any more.
+            self._loop.call_soon_threadsafe(self._wake, job)
+
+    async def open(self, job_id: str, after: int, follow: bool) -> AsyncGenerator[bytes, None]:
+        """The stream of a job's events after ``after``, as bytes to send.
+
+        Raises :class:`NotFound` for no such job, :class:`InvalidInput` when it has no event ``after``, and
+        :class:`Unavailable` when too many streams are open.
+        """
+        job = await self._read(lambda: self._registry.get(job_id))
+        if after > job.seq:
+            raise InvalidInput.field("after", f"the job's newest event is {job.seq}")
+        if self._streams >= self._limit:
+            raise Unavailable(f"this gateway serves {self._limit} event streams already; try another, or later")
+        return self._follow(job, after) if follow else self._replay(job, after)
+
+    async def _replay(self, job: Job, after: int) -> AsyncGenerator[bytes, None]:
+        while after < job.seq:
+            chunk = await self._chunk(job.id, after, job.seq)
+            yield chunk.data
+            after = chunk.last
+        if job.progress is not None:
+            yield _progress(job)
+        yield _end(job)
+
+    async def _follow(self, job: Job, cursor: int) -> AsyncGenerator[bytes, None]:
+        progress = None
+        async with self._tail(job) as tail:
+            yield RETRY
+            while not self._closing:
+                changed, job, last = tail.changed, tail.job, tail.last
+                while cursor < last and not self._closing:
+                    chunk = tail.window.get(cursor) or await self._chunk(job.id, cursor, last)
+                    yield chunk.data
+                    cursor = chunk.last
+                if job.progress is not None and job.progress != progress:
+                    progress = job.progress
+                    yield _progress(job)
+                if tail.gone is not None:
+                    return
+                if job.state.terminal and cursor >= job.seq:
+                    yield _end(job)
+                    return
+                while not changed.is_set():
+                    try:
+                        await asyncio.wait_for(changed.wait(), KEEP_ALIVE_SECONDS)
+                    except TimeoutError:
+                        yield KEEP_ALIVE
+
+    @asynccontextmanager
+    async def _tail(self, job: Job) -> AsyncIterator[_Tail]:
+        tail = self._tails.get(job.id)
+        if tail is None:
+            tail = self._tails[job.id] = _Tail(job)
+            tail.task = asyncio.create_task(self._run(tail))
+        elif job.seq > tail.job.seq:
+            # A row older than the watcher's own would tell of an end that a retry has undone.
+            tail.job = job
+            tail.wake.set()
+        tail.watchers += 1
+        self._streams += 1
+        try:
+            yield tail
+        finally:
+            self._streams -= 1
+            tail.watchers -= 1
+            if not tail.watchers:
+                del self._tails[job.id]
+                assert tail.task is not None
+                tail.task.cancel()
+
+    async def _run(self, tail: _Tail) -> None:
+        """Read what is new whenever woken, and each second."""
+        failing = False
+        while tail.gone is None:
+            try:
+                await self._advance(tail)
+                failing = False
+            except NotFound as error:
+                tail.gone = error
+                tail.tell()
+            except Exception:
+                if not failing:
+                    logger.exception("cannot read the events of a job; trying again", extra={"job": tail.job.id})
+                failing = True
+                await asyncio.sleep(POLL_SECONDS)
+            # Events that come in quick succession go out together: with many watchers that is what counts.
+            await asyncio.sleep(PACE_SECONDS)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(tail.wake.wait(), POLL_SECONDS)
+
+    async def _advance(self, tail: _Tail) -> None:
+        tail.wake.clear()
+        # The job before its events: all that it counts are then there to be read, its last one included.
+        job = await self._read(lambda: self._registry.get(tail.job.id))
+        while tail.last < job.seq:
+            tail.push(await self._chunk(job.id, tail.last, job.seq))
+        tail.show(job)
+
+    async def _chunk(self, job: str, after: int, last: int) -> Chunk:
+        """Events from the registry: some of those after ``after`` up to ``last``, at least one."""
+        limit = min(BATCH, last - after)
+
+        def read() -> Chunk:
+            events = self._registry.events(job, after, limit)
+            if not events:
+                raise NotFound(f"the events of job {job} after {after} are no longer kept")
+            return Chunk(after, events[-1].seq, b"".join(frame(e.type, e.model_dump_json(), id=e.seq) for e in events))
+
+        return await self._read(read)
+
+    async def _read(self, call: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(call, limiter=self._readers)
+
+    def _wake(self, job: str) -> None:
+        tail = self._tails.get(job)
+        if tail is not None:
+            tail.wake.set()
+
+    async def _listen(self) -> None:
+        """Hear from Redis which jobs have something new, for as long as the process lives."""
+        client = redis.asyncio.Redis.from_url(
+            self._redis_url, socket_connect_timeout=2, socket_timeout=None, socket_keepalive=True, retry=None
+        )
+        failing = False
+        while True:
+            try:
+                async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe(CHANNEL)
+                    if failing:
+                        logger.info("hear of new events from Redis again")
+                    failing = False
+                    # What was said while nobody listened.
+                    for tail in self._tails.values():
+                        tail.wake.set()
+                    async for message in pubsub.listen():
+                        with suppress(ValueError, KeyError, TypeError):
+                            self._wake(json.loads(message["data"])["job"])
+            except (RedisError, OSError) as error:
+                if not failing:
+                    text = "cannot hear from Redis; polling for events each second until it is back"
+                    logger.warning(text, extra={"cause": str(error)})
+                failing = True
+                await asyncio.sleep(POLL_SECONDS)
+
+
+def _progress(job: Job) -> bytes:
+    return frame("progress", json.dumps(job.progress))
+
+
+def _end(job: Job) -> bytes:
+    return frame("end", json.dumps({"job": job.id, "state": job.state, "seq": job.seq}))

@@ -1,0 +1,202 @@
+"""An artifact that comes as ``multipart/form-data``, written to disk as it comes."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from ethogram.errors import InvalidInput, TooLarge, Unavailable
+from gateway.inputs import Name
+from services.artifacts.manifest import check_path
+from services.artifacts.store import MAX_FILES
+
+MAX_FIELD_BYTES = 1024
+MAX_HEADER_BYTES = 16_384
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: Name
+    type: Name
+
+
+class Form(NamedTuple):
+    """What was uploaded."""
+
+    name: str
+    type: str
+    folder: Path
+    """Holds the files, and nothing else."""
+
+
+class Upload:
+    """Feed it the body, then ``finish`` it, and ``discard`` it in any case. Blocking: call it in a thread.
+
+    The parts are fields ``name`` and ``type`` and one or more ``files``, whose file names are paths in the artifact.
+    """
+
+    def __init__(self, work: Path, content_type: str) -> None:
+        """``work``: a new folder is made in it. Raises :class:`InvalidInput`."""
+        kind, options = parse_options_header(content_type)
+        if kind != b"multipart/form-data" or not options.get(b"boundary"):
+            raise InvalidInput.field("(root)", "send multipart/form-data with the fields name, type and files")
+        self._fields: dict[str, bytearray] = {}
+        self._paths: set[str] = set()
+        self._folders: set[str] = set()
+        self._header_name, self._header_value = bytearray(), bytearray()
+        self._headers: dict[bytes, bytes] = {}
+        self._field: bytearray | None = None
+        self._file: BinaryIO | None = None
+        self._ended = False
+        with _clear_errors():
+            work.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="upload-", dir=work))
+        try:
+            self._parser = MultipartParser(
+                options[b"boundary"],
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": self._on_header_field,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers,
+                    "on_part_data": self._on_data,
+                    "on_part_end": self._end,
+                    "on_end": self._on_end,
+                },
+            )
+        except FormParserError as error:
+            self.discard()
+            raise InvalidInput.field("(root)", f"is not multipart/form-data: {error}") from None
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes of the body. Raises :class:`InvalidInput`, :class:`TooLarge` or :class:`Unavailable`."""
+        with _clear_errors():
+            try:
+                self._parser.write(chunk)
+            except FormParserError as error:
+                raise InvalidInput.field("(root)", f"is not multipart/form-data: {error}") from None
+
+    def finish(self) -> Form:
+        """The whole upload. Raises :class:`InvalidInput` when something is missing."""
+        if not self._ended:
+            raise InvalidInput.field("(root)", "the body ends before the multipart data does")
+        try:
+            fields = _Fields.model_validate({name: bytes(value) for name, value in self._fields.items()})
+        except ValidationError as error:
+            raise InvalidInput.from_pydantic(error) from None
+        if not self._paths:
+            raise InvalidInput.field("files", "send one part `files`, with a file name, for each file")
+        return Form(fields.name, fields.type, self._folder)
+
+    def discard(self) -> None:
+        """Remove what is on disk."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # What the parser calls, in the order of a part: begin, headers, data, end.
+
+    def _begin(self) -> None:
+        self._headers = {}
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._grow(self._header_name, data[start:end], MAX_HEADER_BYTES)
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._grow(self._header_value, data[start:end], MAX_HEADER_BYTES)
+
+    def _on_header_end(self) -> None:
+        self._headers[bytes(self._header_name).lower()] = bytes(self._header_value)
+        self._header_name.clear()
+        self._header_value.clear()
+
+    def _on_headers(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        name = _text(options.get(b"name", b""), "(root)")
+        if b"filename" not in options:
+            if name in self._fields:
+                raise InvalidInput.field(name, "is there twice")
+            if name not in _Fields.model_fields:
+                raise InvalidInput.field(name or "(root)", "is no field of an upload; there are: name, type, files")
+            self._field = self._fields[name] = bytearray()
+            return
+        if name != "files":
+            raise InvalidInput.field(name or "(root)", "a part with a file name must be called `files`")
+        field = f"files.{len(self._paths)}"
+        path = check_path(_text(options[b"filename"], field), field)
+        self._claim(path, field)
+        target = self._folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._file = target.open("xb")
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise InvalidInput.field(field, "a part of the path is too long for a file name") from None
+
+    def _on_data(self, data: bytes, start: int, end: int) -> None:
+        if self._file is None:
+            assert self._field is not None
+            self._grow(self._field, data[start:end], MAX_FIELD_BYTES)
+            return
+        self._file.write(memoryview(data)[start:end])
+
+    def _end(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = self._field = None
+
+    def _on_end(self) -> None:
+        self._ended = True
+
+    @staticmethod
+    def _grow(target: bytearray, data: bytes, limit: int) -> None:
+        if len(target) + len(data) > limit:
+            raise InvalidInput.field("(root)", f"a field or header is longer than {limit} bytes")
+        target += data
+
+    def _claim(self, path: str, field: str) -> None:
+        """Refuse a path that is there already, as a file or as a folder."""
+        parents = _parents(path)
+        if path in self._paths or path in self._folders or not self._paths.isdisjoint(parents):
+            raise InvalidInput.field(field, f"the path {path!r} is there twice")
+        if len(self._paths) >= MAX_FILES:
+            raise TooLarge(f"an artifact holds at most {MAX_FILES} files; put them into fewer, larger ones")
+        self._paths.add(path)
+        self._folders.update(parents)
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
+
+
+def _text(value: bytes, field: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise InvalidInput.field(field, "is not UTF-8") from None
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Unavailable(
+                "the gateway's disk has no space left for the upload; free some and send it again"
+            ) from None
+        raise
