@@ -1,0 +1,269 @@
+"""What a worker does: claim a job, report on it, end the attempt.
+
+Each write names the attempt; that of an attempt that no longer owns its job raises :class:`StaleAttempt` and changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.orm import Session
+
+from ethogram.errors import IllegalState, InvalidInput, StaleAttempt, TooLarge
+from services.jobs import artifacts, submission, tables, text, transitions
+from services.jobs.reading import ACTIVE, Reading, due, ready
+from services.jobs.records import ArtifactRow, Claim, Event, Job
+from services.jobs.states import JobState
+
+MAX_BACKOFF_SECONDS = 300.0
+MAX_RESULT_BYTES = 2**20
+
+
+class Attempts(Reading):
+    """The worker's side of the registry."""
+
+    def claim_next(self, queue: str, worker: str, lease_seconds: float) -> Claim | None:
+        """Take the next job of ``queue``: highest priority first, then oldest. ``None`` when there is none.
+
+        The caller owns the job until it ends the attempt, or until the reconciler finds that its heartbeat has
+        stood still for ``lease_seconds``.
+        """
+        with self._database.read() as session:
+            # An idle worker's look costs no writer's turn.
+            looks = [select(tables.Job.number).where(where).limit(1) for where in (ready(queue), due(queue))]
+            if all(session.scalar(look) is None for look in looks):
+                return None
+        with self._database.write() as session:
+            self._wake(session, queue)
+            order = (tables.Job.priority.desc(), tables.Job.number)
+            pick = select(tables.Job.id).where(ready(queue)).order_by(*order).limit(1)
+            pick = pick.with_for_update(skip_locked=True)
+            attempt = submission.new_id("att")
+            while (id := session.scalar(pick)) is not None:
+                time = transitions.now()
+                if not transitions.move(
+                    session,
+                    id,
+                    JobState.RUNNING,
+                    source=[JobState.QUEUED],
+                    note={"worker": worker},
+                    attempt=attempt,
+                    attempts=tables.Job.attempts + 1,
+                    claims=tables.Job.claims + 1,
+                    started_at=func.coalesce(tables.Job.started_at, time),
+                ):
+                    continue
+                number = session.scalars(select(tables.Job.claims).where(tables.Job.id == id)).one()
+                session.execute(
+                    insert(tables.Attempt).values(
+                        id=attempt,
+                        job=id,
+                        number=number,
+                        worker=worker,
+                        lease_seconds=lease_seconds,
+                        heartbeat=0,
+                        started_at=time,
+                    )
+                )
+                job = self._job(session, id)
+                return Claim(job=job, attempt=attempt, number=number, lease_seconds=lease_seconds)
+            return None
+
+    def heartbeat(self, attempt: str) -> bool:
+        """Renew the lease; whether the job is to be cancelled. Raises :class:`StaleAttempt`."""
+        with self._database.write() as session:
+            job = session.execute(
+                update(tables.Attempt)
+                .where(tables.Attempt.id == attempt, tables.Attempt.ended_at.is_(None))
+                .values(heartbeat=tables.Attempt.heartbeat + 1)
+                .returning(tables.Attempt.job),
+                execution_options={"synchronize_session": False},
+            ).scalar_one_or_none()
+            query = select(tables.Job.cancel_requested).where(tables.Job.id == job, tables.Job.attempt == attempt)
+            cancel = session.scalar(query)
+            if cancel is None:
+                raise _stale(attempt)
+            return cancel
+
+    def append_events(self, attempt: str, events: Sequence[tuple[str, dict[str, Any]]]) -> builtins.list[Event]:
+        """Record what a job said: ``(type, data)`` with type ``log``. Raises :class:`StaleAttempt`."""
+        for type_, _ in events:
+            if type_ != "log":
+                raise InvalidInput.field("type", f"{type_!r} events are recorded with what they tell of, not by hand")
+        with self._database.write() as session:
+            cleaned = [(type_, text.clean(data, text.MAX_TEXT)) for type_, data in events]
+            job, last = self._touch(session, attempt, count=len(events))
+            return transitions.add_events(session, job, attempt, last, cleaned)
+
+    def set_progress(self, attempt: str, progress: dict[str, Any]) -> None:
+        """Overwrite how far the job is; no event. Raises :class:`StaleAttempt`."""
+        with self._database.write() as session:
+            self._touch(session, attempt, count=0, progress=text.clean(progress, text.MAX_TEXT))
+
+    def commit_checkpoint(self, attempt: str, artifact_id: str, step: int) -> Event:
+        """The next attempt goes on from this artifact, which is in the store. Raises :class:`StaleAttempt`."""
+        with self._database.write() as session:
+            values = {"checkpoint_artifact": artifact_id, "checkpoint_step": step}
+            job, last = self._touch(session, attempt, count=1, **values)
+            data = {"artifact": artifact_id, "step": step}
+            return transitions.add_events(session, job, attempt, last, [("checkpoint", data)])[0]
+
+    def commit_artifact(self, attempt: str, name: str, type: str, artifact_id: str, size: int) -> ArtifactRow:
+        """An output of the job, already in the store. Raises :class:`StaleAttempt`."""
+        with self._database.write() as session:
+            job, _ = self._touch(session, attempt, count=0)
+            tenant = session.scalars(select(tables.Job.tenant).where(tables.Job.id == job)).one()
+            row, new = artifacts.add(
+                session, id=artifact_id, name=name, type=type, size=size, tenant=tenant, job=job, attempt=attempt
+            )
+            if new:
+                _, last = self._touch(session, attempt, count=1)
+                data = {"name": name, "type": type, "id": artifact_id, "size": size}
+                transitions.add_events(session, job, attempt, last, [("artifact", data)])
+            return row
+
+    def succeed(self, attempt: str, result: dict[str, Any]) -> Job:
+        """The job is done. Raises :class:`StaleAttempt`, and :class:`TooLarge` for a result over 1 MiB."""
+        result = text.clean(result)
+        if len(json.dumps(result)) > MAX_RESULT_BYTES:
+            raise TooLarge("the result is larger than 1 MiB: put it into an artifact and name that")
+        return self._end(attempt, JobState.SUCCEEDED, ACTIVE, "succeeded", result=result)
+
+    def fail(self, attempt: str, error: dict[str, Any]) -> Job:
+        """The job has failed for a reason that another attempt would meet again. Raises :class:`StaleAttempt`.
+
+        ``error``: ``reason``, ``message``, ``violations``.
+        """
+        told = {"reason": "INTERNAL", "message": "", "violations": [], **text.clean(error, text.MAX_TEXT)}
+        return self._end(attempt, JobState.FAILED, ACTIVE, "failed", error=told)
+
+    def cancelled(self, attempt: str) -> Job:
+        """The job has stopped because it was cancelled. Raises :class:`StaleAttempt`; :class:`IllegalState` when
+        nobody asked for it."""
+        return self._end(attempt, JobState.CANCELLED, [JobState.CANCELLING], "cancelled")
+
+    def release(self, attempt: str, reason: Literal["crashed", "lost", "stopped"], message: str = "") -> Job:
+        """End the attempt, not the job. Raises :class:`StaleAttempt`.
+
+        ``stopped`` (the worker leaves in order): queued again at once, and not counted. ``crashed``, ``lost``: queued
+        again after 1, 2, 4, ... seconds (300 at most), or failed when that was its last attempt. A job that was to be
+        cancelled is cancelled.
+        """
+        if reason not in ("crashed", "lost", "stopped"):
+            raise InvalidInput.field("reason", "is none of crashed, lost, stopped")
+        message = text.clean(message, text.MAX_TEXT)
+        with self._database.write() as session:
+            row = session.execute(
+                select(tables.Job.id, tables.Job.state, tables.Job.attempts, tables.Job.max_attempts)
+                .where(tables.Job.attempt == attempt)
+                .with_for_update()
+            ).one_or_none()
+            if row is None:
+                raise _stale(attempt)
+            job, state, attempts, most = row
+            note: dict[str, Any] = {"reason": reason, "message": message}
+            if state == JobState.CANCELLING:
+                return self._end_in(
+                    session,
+                    job,
+                    attempt,
+                    JobState.CANCELLED,
+                    source=[JobState.CANCELLING],
+                    outcome=reason,
+                    message=message,
+                    note=note,
+                )
+            if reason != "stopped" and attempts >= most:
+                tries = "its only attempt" if attempts == 1 else f"all its {attempts} attempts"
+                error = {
+                    "reason": reason.upper(),
+                    "message": f"{tries} ended before the job was done; the last one {reason}"
+                    f"{': ' + message if message else ''}. Retry the job to go on from its last checkpoint",
+                    "violations": [],
+                }
+                return self._end_in(
+                    session,
+                    job,
+                    attempt,
+                    JobState.FAILED,
+                    source=[JobState.RUNNING],
+                    outcome=reason,
+                    message=message,
+                    note=note,
+                    error=error,
+                )
+            values: dict[str, Any] = {"attempt": None, "ready": True, "not_before": None}
+            if reason == "stopped":
+                values["attempts"] = attempts - 1
+            else:
+                delay = min(2.0 ** (attempts - 1), MAX_BACKOFF_SECONDS)
+                note["retry_in_seconds"] = delay
+                values |= {"ready": False, "not_before": transitions.now() + timedelta(seconds=delay)}
+            moved = transitions.move(
+                session, job, JobState.QUEUED, source=[JobState.RUNNING], owner=attempt, note=note, **values
+            )
+            if not moved:
+                raise _stale(attempt)
+            transitions.end_attempt(session, attempt, reason, message)
+            return self._job(session, job)
+
+    def _wake(self, session: Session, queue: str) -> None:
+        """Jobs whose time has come are ready. Kept apart from the claim, which stays one look into one index."""
+        session.execute(
+            update(tables.Job).where(due(queue)).values(ready=True),
+            execution_options={"synchronize_session": False},
+        )
+
+    def _touch(self, session: Session, attempt: str, count: int, **values: Any) -> tuple[str, int]:
+        """Write to the job that ``attempt`` owns and count ``count`` events; its id and the last ``seq``."""
+        row = session.execute(
+            update(tables.Job)
+            .where(tables.Job.attempt == attempt, tables.Job.state.in_(ACTIVE))
+            .values(seq=tables.Job.seq + count, **values)
+            .returning(tables.Job.id, tables.Job.seq),
+            execution_options={"synchronize_session": False},
+        ).one_or_none()
+        if row is None:
+            raise _stale(attempt)
+        return row[0], row[1]
+
+    def _end(self, attempt: str, to: JobState, source: Sequence[JobState], outcome: str, **values: Any) -> Job:
+        with self._database.write() as session:
+            query = select(tables.Job.id).where(tables.Job.attempt == attempt)
+            job = session.scalar(query)
+            if job is None:
+                raise _stale(attempt)
+            return self._end_in(session, job, attempt, to, source=source, outcome=outcome, **values)
+
+    def _end_in(
+        self,
+        session: Session,
+        job: str,
+        attempt: str,
+        to: JobState,
+        *,
+        source: Sequence[JobState],
+        outcome: str,
+        message: str | None = None,
+        note: dict[str, Any] | None = None,
+        **values: Any,
+    ) -> Job:
+        error = values.get("error")
+        if error is not None:
+            note = {**(note or {}), "message": error["message"]}
+        if not transitions.move(session, job, to, source=source, owner=attempt, note=note, **values):
+            found = self._job(session, job)
+            raise IllegalState(f"job {job} is {found.state}: it cannot become {to} now")
+        transitions.end_attempt(session, attempt, outcome, message)
+        transitions.settle_dependents(session, job, to, error)
+        return self._job(session, job)
+
+
+def _stale(attempt: str) -> StaleAttempt:
+    return StaleAttempt(f"attempt {attempt} does not own its job any more; nothing it sends is kept")

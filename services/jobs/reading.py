@@ -1,0 +1,191 @@
+"""What the registry can be asked. Nothing here changes anything."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Mapping
+
+from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy.orm import Session, selectinload
+
+from ethogram.errors import InvalidInput, NotFound
+from services.jobs import cursors, submission, tables, text, transitions
+from services.jobs.database import Database
+from services.jobs.records import LABEL_KEY, ArtifactRow, Event, Job, RunningAttempt
+from services.jobs.states import JobState
+
+ACTIVE = (JobState.RUNNING, JobState.CANCELLING)
+
+
+class Reading:
+    """The questions."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def get(self, id: str) -> Job:
+        """The job. Raises :class:`NotFound`."""
+        with self._database.read() as session:
+            return self._job(session, id)
+
+    def list(
+        self,
+        tenant: str = "default",
+        *,
+        kind: str | None = None,
+        state: JobState | str | None = None,
+        labels: Mapping[str, str] | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> tuple[builtins.list[Job], str | None]:
+        """Jobs, newest first, and the cursor of the next page; ``None`` at the end. ``labels``: all must match.
+
+        Raises :class:`InvalidInput` for a state, limit or cursor that is none.
+        """
+        submission.check_tenant(tenant)
+        text.check(kind, "kind")
+        where: builtins.list[ColumnElement[bool]] = [tables.Job.tenant == tenant]
+        if kind is not None:
+            where.append(tables.Job.kind == kind)
+        if state is not None:
+            if state not in builtins.list(JobState):
+                raise InvalidInput.field("state", f"is none of {', '.join(JobState)}")
+            where.append(tables.Job.state == str(state))
+        for key, value in (labels or {}).items():
+            if not re.fullmatch(LABEL_KEY, key):
+                raise InvalidInput.field("labels", f"{key!a} cannot be a label's name")
+            text.check(value, f"labels.{key}")
+            where.append(tables.Job.labels[key].as_string() == value)
+        if cursor is not None:
+            where.append(tables.Job.number < cursors.decode("jobs", cursor))
+        query = select(tables.Job).where(*where).order_by(tables.Job.number.desc())
+        query = query.limit(cursors.check_limit(limit) + 1).options(selectinload(tables.Job.inputs))
+        with self._database.read() as session:
+            rows = session.scalars(query).all()
+            more = cursors.encode("jobs", rows[limit - 1].number) if len(rows) > limit else None
+            return [job_of(row) for row in rows[:limit]], more
+
+    def events(self, job: str, after: int = 0, limit: int = 1000) -> builtins.list[Event]:
+        """Events of ``job`` with ``seq > after``, in order. Raises :class:`NotFound`."""
+        if not text.storable(job):
+            raise NotFound(f"there is no job {job!a}")
+        query = select(tables.Event).where(tables.Event.job == job, tables.Event.seq > after)
+        with self._database.read() as session:
+            rows = session.scalars(query.order_by(tables.Event.seq).limit(cursors.check_limit(limit))).all()
+            if not rows and session.scalar(select(tables.Job.number).where(tables.Job.id == job)) is None:
+                raise NotFound(f"there is no job {job!r}")
+            return [Event.model_validate(row, from_attributes=True) for row in rows]
+
+    def artifacts(
+        self,
+        job: str | None = None,
+        type: str | None = None,
+        tenant: str = "default",
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> tuple[builtins.list[ArtifactRow], str | None]:
+        """Artifacts, newest first, and the cursor of the next page. Of outputs of one name in one job, the last."""
+        submission.check_tenant(tenant)
+        text.check(job, "job")
+        text.check(type, "type")
+        table = tables.Artifact
+        where: builtins.list[ColumnElement[bool]] = [table.tenant == tenant, table.superseded == tables.FALSE]
+        if job is not None:
+            where.append(table.job == job)
+        if type is not None:
+            where.append(table.type == type)
+        if cursor is not None:
+            where.append(table.number < cursors.decode("artifacts", cursor))
+        query = select(table).where(*where).order_by(table.number.desc()).limit(cursors.check_limit(limit) + 1)
+        with self._database.read() as session:
+            rows = session.scalars(query).all()
+            more = cursors.encode("artifacts", rows[limit - 1].number) if len(rows) > limit else None
+            return [artifact_of(row) for row in rows[:limit]], more
+
+    def artifact(self, id: str) -> ArtifactRow:
+        """The row of an artifact. Raises :class:`NotFound`."""
+        with self._database.read() as session:
+            row = session.scalar(select(tables.Artifact).where(tables.Artifact.id == id)) if text.storable(id) else None
+            if row is None:
+                raise NotFound(f"there is no artifact {id!a}")
+            return artifact_of(row)
+
+    def running_attempts(self) -> builtins.list[RunningAttempt]:
+        """All attempts that have not ended, for the reconciler to watch."""
+        job, attempt = tables.Job, tables.Attempt
+        query = select(attempt.id, job.id, job.queue, attempt.worker, attempt.heartbeat, attempt.lease_seconds)
+        query = query.join(attempt, attempt.id == job.attempt).where(job.state.in_(ACTIVE)).order_by(job.number)
+        with self._database.read() as session:
+            return [
+                RunningAttempt(attempt=a, job=j, queue=q, worker=w, heartbeat=beat, lease_seconds=lease)
+                for a, j, q, w, beat, lease in session.execute(query)
+            ]
+
+    def queues_with_work(self) -> builtins.list[str]:
+        """Queues in which a job could be claimed now."""
+        query = select(tables.Job.queue).where(or_(ready(), due())).distinct().order_by(tables.Job.queue)
+        with self._database.read() as session:
+            return builtins.list(session.scalars(query))
+
+    def _job(self, session: Session, id: str) -> Job:
+        query = select(tables.Job).where(tables.Job.id == id).options(selectinload(tables.Job.inputs))
+        row = session.scalar(query.execution_options(populate_existing=True)) if text.storable(id) else None
+        if row is None:
+            raise NotFound(f"there is no job {id!a}")
+        return job_of(row)
+
+
+def due(queue: str | None = None) -> ColumnElement[bool]:
+    """Queued jobs that only their ``not_before`` held back, and which has passed."""
+    job = tables.Job
+    where = [job.state == JobState.QUEUED, job.ready == tables.FALSE, job.waiting == 0]
+    if queue is not None:
+        where.append(job.queue == queue)
+    return and_(*where, job.not_before <= transitions.now())
+
+
+def ready(queue: str | None = None) -> ColumnElement[bool]:
+    """Queued jobs that nothing holds back; with ``priority`` and ``number`` this is the order of an index."""
+    job = tables.Job
+    where = [job.state == JobState.QUEUED, job.ready == tables.TRUE]
+    if queue is not None:
+        where.append(job.queue == queue)
+    return and_(*where)
+
+
+def artifact_of(row: tables.Artifact) -> ArtifactRow:
+    return ArtifactRow.model_validate(row, from_attributes=True)
+
+
+def job_of(row: tables.Job) -> Job:
+    state = JobState(row.state)
+    checkpoint = None
+    if row.checkpoint_artifact is not None:
+        checkpoint = {"artifact": row.checkpoint_artifact, "step": row.checkpoint_step}
+    waits_for = {found.needs for found in row.inputs if found.artifact is None and found.needs is not None}
+    return Job(
+        id=row.id,
+        tenant=row.tenant,
+        kind=row.kind,
+        spec=row.spec,
+        state=state,
+        queue=row.queue,
+        priority=row.priority,
+        labels=row.labels,
+        attempts=row.attempts,
+        max_attempts=row.max_attempts,
+        not_before=row.not_before,
+        inputs={found.path: found.artifact for found in row.inputs if found.artifact is not None},
+        waits_for=[] if state.terminal else sorted(waits_for),
+        progress=row.progress,
+        checkpoint=checkpoint,
+        result=row.result,
+        error=row.error,
+        trace=row.trace,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        cancel_requested=row.cancel_requested,
+        seq=row.seq,
+    )
