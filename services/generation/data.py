@@ -34,7 +34,8 @@ def slots(selected: Tensor, batch_size: int, pools: Pools) -> Tensor:
     """Which group of ``pools`` fills each place of a subject's batches: int64 ``[models, batch_size]``.
 
     Half are positives with the same share for each selected pattern; see the constants above for the negatives.
-    Groups that are empty (a pattern with no near misses, say) are replaced by sequences that match nothing.
+    Groups that are empty (a pattern with no near misses, say) are replaced by sequences that match nothing, or by the
+    largest group.
     """
     patterns = selected.shape[1]
     rows = []
@@ -53,7 +54,8 @@ def slots(selected: Tensor, batch_size: int, pools: Pools) -> Tensor:
         ]
         rows.append(torch.cat(parts))
     groups = torch.stack(rows)
-    return torch.where(pools.count[groups] > 0, groups, patterns)
+    instead = patterns if pools.count[patterns] else int(pools.count.argmax())
+    return torch.where(pools.count[groups] > 0, groups, instead)
 
 
 class Batches:

@@ -54,7 +54,9 @@ class Population:
             bias.copy_(params[f"layers.{i}.bias"].unsqueeze(1))
 
     def _views(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        weights, biases, start = [], [], 0
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        start = 0
         for fan_in, fan_out in self.architecture.layers:
             for rows, into in ((fan_in, weights), (1, biases)):
                 stop = start + self.models * rows * fan_out

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,10 +29,12 @@ from services.zoo.signatures import raw
 from services.zoo.subjects import Architecture, Params, encode, forward, init
 from services.zoo.universe import Universe
 
-# Candidates that train together. Rounding depends on the grouping, so this is part of what a seed means.
+# Candidates that train together, few enough for their activations to stay in a core's cache. Rounding depends on the
+# grouping, so this is part of what a seed means.
 BLOCK = 32
 # Candidates after which a hopeless spec is given up.
 PATIENCE = 512
+# Steps whose batches are drawn at once.
 _CHUNK = 16
 
 
@@ -96,18 +100,26 @@ class Progress:
 class Factory:
     """Everything that the candidates of one spec share."""
 
-    def __init__(self, spec: GenerationSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: GenerationSpec, device: str = "cpu") -> None:
+        """Raises :class:`InvalidInput` for a spec that cannot be met."""
+        self.spec, self.device = spec, torch.device(device)
         self.stop = threading.Event()
         self.patterns = from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
+        for name in ("min_patterns_per_batch", "max_patterns_per_batch"):
+            if getattr(spec, name) > len(self.patterns):
+                raise InvalidInput.field(f"spec.{name}", f"only {len(self.patterns)} patterns are enabled")
         self.architecture = Architecture.of(spec)
         self.universe = Universe(spec.vocab_size, spec.sequence_length, self.patterns)
         self.universe.check()
         self.pools = Pools.build(self.universe, seed=spec.seed)
         self.evaluation = Evaluation.build(self.universe, 256, 512, seed=spec.seed)
+        for i, pattern in enumerate(self.patterns):
+            if self.pools.count[i] == 0 or not (self.evaluation.stratum == i).any():
+                few = f"{pattern.name} has {self.universe.counts[i]} sequences, too few to train and judge on"
+                raise InvalidInput.field(f"spec.patterns.{i}", f"{few}; leave it out")
         # One byte per input: rows are picked at random, and four times as many bytes take four times as long.
-        self.table = encode(self.architecture, self.pools.sequences, torch.uint8)
-        self.questions = encode(self.architecture, self.evaluation.sequences)
+        self.table = encode(self.architecture, self.pools.sequences, torch.uint8).to(self.device)
+        self.questions = encode(self.architecture, self.evaluation.sequences).to(self.device)
 
     def train_block(self, number: int) -> Block:
         """Train candidates ``number * BLOCK ..``."""
@@ -118,25 +130,27 @@ class Factory:
         )
         names: list[tuple[int, ...]] = [()] if spec.subject.init == "shared" else [(int(i),) for i in indices]
         start = init(self.architecture, BLOCK, [generator(spec.seed, "init", *name) for name in names])
-        population = Population(self.architecture, start)
-        training = spec.training
-        batches = Batches(spec.seed, indices, selected, training.batch_size, self.pools)
-        picked = torch.empty(BLOCK * training.batch_size, self.architecture.input_size, dtype=torch.uint8)
-        inputs = torch.empty(BLOCK, training.batch_size, self.architecture.input_size)
+        population = Population(self.architecture, {name: tensor.to(self.device) for name, tensor in start.items()})
+        self._train(population, Batches(spec.seed, indices, selected, spec.training.batch_size, self.pools))
+        params = population.params
+        answers = forward(params, self.questions, self.architecture.activation).cpu() > 0
+        accuracy = self.evaluation.by_stratum(answers == self.evaluation.labels(selected))
+        return Block(indices, {name: tensor.cpu() for name, tensor in params.items()}, selected, accuracy)
+
+    def _train(self, population: Population, batches: Batches) -> None:
+        training, width = self.spec.training, self.architecture.input_size
+        picked = torch.empty(BLOCK * training.batch_size, width, dtype=torch.uint8, device=self.device)
+        inputs = torch.empty(BLOCK, training.batch_size, width, device=self.device)
         for first in range(0, training.steps, _CHUNK):
             if self.stop.is_set():
-                raise RuntimeError("generation was stopped")
+                raise CancelledError
             count = min(_CHUNK, training.steps - first)
-            rows, labels = batches.draw(first, count)
+            rows, labels = (tensor.to(self.device) for tensor in batches.draw(first, count))
             targets = labels.to(inputs.dtype)
             for i in range(count):
                 torch.index_select(self.table, 0, rows[i].flatten(), out=picked)
                 inputs.copy_(picked.view_as(inputs))
                 population.step(inputs, targets[i], cosine(first + i, training.steps, training.learning_rate))
-        params = population.params
-        answers = forward(params, self.questions, self.architecture.activation) > 0
-        accuracy = self.evaluation.by_stratum(answers == self.evaluation.labels(selected))
-        return Block(indices, params, selected, accuracy)
 
     def judge(self, block: Block) -> list[str | None]:
         """Why each candidate is rejected, or None: the stratum on which it does worst, below ``min_accuracy``."""
@@ -167,19 +181,20 @@ def generate(spec: GenerationSpec, run: Run | None = None) -> Zoo:
 
 def produce(spec: GenerationSpec, run: Run) -> tuple[Zoo, Counter[str]]:
     """:func:`generate`, with the number of rejected candidates by cause beside the zoo."""
-    factory = Factory(spec)
+    factory = Factory(spec, run.device)
     progress = Progress.load(run.resume) if run.resume else Progress()
     run.stage("generate", spec.subjects, "subjects")
     run.advance(min(progress.accepted, spec.subjects))
-    for block in _blocks(factory, progress.next_block, lambda: progress.accepted >= spec.subjects):
-        causes = factory.judge(block)
-        progress.add(block, causes)
-        run.advance(min(progress.accepted, spec.subjects))
-        run.metric(progress.next_block * BLOCK, accepted_share=progress.accepted / (progress.next_block * BLOCK))
-        if progress.accepted < spec.subjects:
-            progress.give_up_if_hopeless(spec)
-            if run.checkpoint_due():
-                run.checkpoint(progress.next_block, progress.save)
+    with closing(_blocks(factory, progress)) as blocks:
+        for block in blocks:
+            progress.add(block, factory.judge(block))
+            candidates = progress.next_block * BLOCK
+            run.advance(min(progress.accepted, spec.subjects))
+            run.metric(candidates, accepted_share=progress.accepted / candidates)
+            if progress.accepted < spec.subjects:
+                progress.give_up_if_hopeless(spec)
+                if run.checkpoint_due():
+                    run.checkpoint(progress.next_block, progress.save)
     run.log(f"{progress.accepted} of {progress.next_block * BLOCK} candidates accepted; rejected: {progress.rejected}")
     kept = progress.gathered()
     count = spec.subjects
@@ -191,16 +206,18 @@ def produce(spec: GenerationSpec, run: Run) -> tuple[Zoo, Counter[str]]:
     return zoo, progress.rejected
 
 
-def _blocks(factory: Factory, first: int, enough: Callable[[], bool]) -> Iterator[Block]:
-    """Trained blocks in order from ``first``, until ``enough``; a few are always in training ahead."""
-    workers = torch.get_num_threads()
+def _blocks(factory: Factory, progress: Progress) -> Generator[Block, None, None]:
+    """Trained blocks in order from where ``progress`` is, until it has enough; a few are in training ahead."""
+    workers = torch.get_num_threads() if factory.device.type == "cpu" else 1
     # One torch thread for each block: products this small lose more in synchronisation than they gain.
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     pending: deque[Future[Block]] = deque()
     try:
-        number = first
-        while not enough():
-            while len(pending) < 2 * workers:
+        number = progress.next_block
+        while progress.accepted < factory.spec.subjects:
+            share = progress.accepted / max(progress.next_block * BLOCK, 1) or 1.0
+            needed = math.ceil((factory.spec.subjects - progress.accepted) / (BLOCK * share))
+            while len(pending) < min(2 * workers, needed):
                 pending.append(pool.submit(factory.train_block, number))
                 number += 1
             yield pending.popleft().result()

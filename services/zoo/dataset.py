@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import pyarrow
 import torch
+from pyarrow import parquet
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +23,7 @@ from services.zoo.subjects import Architecture, Params, encode
 from services.zoo.universe import Universe
 
 FORMAT = 1
+ABOUT, RECORDS, WEIGHTS, SIGNATURES = "zoo.json", "records.parquet", "weights.safetensors", "signatures.safetensors"
 
 
 @dataclass
@@ -66,22 +72,21 @@ class Zoo:
     def save(self, folder: Path) -> None:
         """Write ``zoo.json``, ``weights.safetensors``, ``signatures.safetensors`` and ``records.parquet``.
 
-        The parquet table has one row per subject (index, patterns, accuracy); ``datasets.load_dataset("parquet", ...)``
-        reads it.
+        The table has one row per subject (candidate index, pattern names, accuracies);
+        ``datasets.load_dataset("parquet", data_files=...)`` reads it.
         """
-        from datasets import Dataset
-
         folder.mkdir(parents=True, exist_ok=True)
         names = [pattern.name for pattern in self.patterns]
-        save_file({name: tensor.contiguous() for name, tensor in self.params.items()}, folder / "weights.safetensors")
-        save_file({"probes": self.probes, "raw": self.signatures.contiguous()}, folder / "signatures.safetensors")
-        rows = {
-            "index": self.index.tolist(),
+        save_file({name: tensor.contiguous() for name, tensor in self.params.items()}, folder / WEIGHTS)
+        save_file({"probes": self.probes, "raw": self.signatures.contiguous()}, folder / SIGNATURES)
+        records = {
+            "index": self.index.numpy(),
             "patterns": [[n for n, on in zip(names, row, strict=True) if on] for row in self.labels.tolist()],
-            "accuracy": self.accuracy.tolist(),
-            "worst_accuracy": self.accuracy.amin(1).tolist(),
+            "accuracy": list(self.accuracy.numpy()),
+            "worst_accuracy": self.accuracy.amin(1).numpy(),
         }
-        Dataset.from_dict(rows).to_parquet(str(folder / "records.parquet"))
+        # Written by Arrow itself: importing datasets takes seconds and adds nothing to a table of plain types.
+        parquet.write_table(pyarrow.table(records), folder / RECORDS)
         about = {
             "format": FORMAT,
             "spec": self.spec.model_dump(mode="json"),
@@ -89,31 +94,48 @@ class Zoo:
             "patterns": [{"name": pattern.name, "description": pattern.description} for pattern in self.patterns],
             "strata": [*names, "none"],
         }
-        (folder / "zoo.json").write_text(json.dumps(about, indent=2))
+        (folder / ABOUT).write_text(json.dumps(about, indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> Zoo:
         """Read what :meth:`save` wrote. Raises :class:`InvalidInput` naming the file that is missing or wrong."""
-        from datasets import Dataset
+        with _blame(folder, ABOUT) as path:
+            about = json.loads(path.read_text())
+            if about["format"] != FORMAT:
+                raise InvalidInput.field(ABOUT, f"has format {about['format']}; this version reads {FORMAT}")
+            spec = GenerationSpec.model_validate(about["spec"])
+            names = [str(entry["name"]) for entry in about["patterns"]]
+        with _blame(folder, RECORDS) as path:
+            records = parquet.read_table(path).to_pydict()
+            labels = torch.tensor([[name in row for name in names] for row in records["patterns"]])
+            index, accuracy = torch.tensor(records["index"]), torch.tensor(records["accuracy"])
+        models, architecture = len(index), Architecture.of(spec)
+        with _blame(folder, WEIGHTS) as path:
+            weights = load_file(path)
+            params = {name: weights[name] for name in architecture.shapes}
+            for name, shape in architecture.shapes.items():
+                _expect(WEIGHTS, name, params[name], (models, *shape))
+        with _blame(folder, SIGNATURES) as path:
+            stored = load_file(path)
+            probes, signatures = stored["probes"], stored["raw"]
+            _expect(SIGNATURES, "probes", probes, (spec.signature.probes, spec.sequence_length))
+            _expect(SIGNATURES, "raw", signatures, (models, len(probes), architecture.neurons))
+        return cls(spec, index, params, labels, accuracy, probes, signatures)
 
-        for name in ("zoo.json", "weights.safetensors", "signatures.safetensors", "records.parquet"):
-            if not (folder / name).is_file():
-                raise InvalidInput.field(name, f"missing in {folder}; is this a zoo?")
-        about = json.loads((folder / "zoo.json").read_text())
-        if about.get("format") != FORMAT:
-            raise InvalidInput.field("zoo.json", f"has format {about.get('format')}; this version reads {FORMAT}")
-        spec = GenerationSpec.model_validate(about["spec"])
-        stored = load_file(folder / "signatures.safetensors")
-        weights = load_file(folder / "weights.safetensors")
-        records = Dataset.from_parquet(str(folder / "records.parquet"), keep_in_memory=True)
-        names = [entry["name"] for entry in about["patterns"]]
-        labels = torch.tensor([[name in row for name in names] for row in records["patterns"]])
-        return cls(
-            spec,
-            torch.tensor(records["index"]),
-            {name: weights[name] for name in Architecture.of(spec).shapes},
-            labels,
-            torch.tensor(records["accuracy"]),
-            stored["probes"],
-            stored["raw"],
-        )
+
+@contextmanager
+def _blame(folder: Path, name: str) -> Iterator[Path]:
+    """Turn what reading ``name`` can raise into :class:`InvalidInput`."""
+    if not (folder / name).is_file():
+        raise InvalidInput.field(name, "is missing; is this folder a zoo?")
+    try:
+        yield folder / name
+    except KeyError as error:
+        raise InvalidInput.field(name, f"has no {error.args[0]}") from None
+    except (ValueError, TypeError, SafetensorError, pyarrow.ArrowException) as error:
+        raise InvalidInput.field(name, f"cannot be read ({type(error).__name__}); make the zoo again") from None
+
+
+def _expect(file: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise InvalidInput.field(f"{file}.{name}", f"has shape {list(tensor.shape)}, not {list(shape)}")

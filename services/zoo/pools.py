@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +10,11 @@ import torch
 from torch import Tensor
 
 from services.runtime.seeds import generator
-from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION, Universe, code
+from services.zoo.hashing import hash_sequences
+from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION, Universe, distinct
+
+# A pattern with at most this many times the wanted number is listed in full, so that none of it is missed.
+_ALL_IF_BELOW = 4
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,30 @@ class Pools:
 
     @classmethod
     def build(cls, universe: Universe, split: int = TRAIN, limit: int = 8192, seed: int = 0) -> Pools:
-        """Draw up to ``limit`` rows for each group from one split (4 x ``limit`` for the group that matches nothing)."""
-        draws, patterns = generator(seed, "pools", split), len(universe.patterns)
-        inside = universe.split == split
-        groups = []
-        for p in range(patterns):
-            groups.append(_take((universe.membership[:, p] & inside).nonzero().squeeze(1), limit, draws))
-        groups.append(_take((~universe.membership.any(1) & inside).nonzero().squeeze(1), 4 * limit, draws))
-        for p in range(patterns):
-            near = code(_mutate(universe.sequences[groups[p]], universe.vocab_size), universe.vocab_size).unique()
-            near = near[~universe.membership[near, p] & inside[near]]
-            groups.append(_take(near, limit, draws))
-        rows = torch.cat(groups)
-        count = torch.tensor([len(group) for group in groups])
-        return cls(universe.sequences[rows], universe.membership[rows], count.cumsum(0) - count, count)
+        """Draw up to ``limit`` rows for each group (4 x ``limit`` that match nothing) from one split."""
+        draws, patterns = generator(seed, "pools", split), range(len(universe.patterns))
+
+        def inside(sequences: Tensor) -> Tensor:
+            return sequences[universe.split_of(sequences) == split]
+
+        def members(p: int) -> Tensor:
+            if universe.counts[p] <= _ALL_IF_BELOW * limit:
+                return _take(inside(universe.all_members(p)), limit, draws)
+            return _gather(lambda n: inside(universe.members(p, n, draws)), limit, draws)
+
+        def nothing(n: int) -> Tensor:
+            sequences = inside(universe.uniform(n, draws))
+            return sequences[~universe.matches(sequences).any(1)]
+
+        def near(p: int, found: Tensor) -> Tensor:
+            close = distinct(inside(_mutate(found, universe.vocab_size, 8 * limit, draws)))
+            return _take(close[~universe.patterns[p].matches(close)], limit, draws)
+
+        groups = [members(p) for p in patterns]
+        groups.append(_gather(nothing, 4 * limit, draws))
+        groups += [near(p, groups[p]) for p in patterns]
+        sequences, count = torch.cat(groups), torch.tensor([len(group) for group in groups])
+        return cls(sequences, universe.matches(sequences), count.cumsum(0) - count, count)
 
     def labels(self, rows: Tensor, selected: Tensor) -> Tensor:
         """Exact labels: whether any selected pattern matches.
@@ -92,9 +107,11 @@ class Evaluation:
         return (self.membership.float() @ selected.float().T > 0).T
 
     def by_stratum(self, correct: Tensor) -> Tensor:
-        """Means of ``correct`` ``[models, n]`` over each stratum: float32 ``[models, patterns + 1]``."""
-        strata = torch.nn.functional.one_hot(self.stratum, self.membership.shape[1] + 1).float()
-        return correct.float() @ (strata / strata.sum(0).clamp(min=1))
+        """Means of ``correct`` ``[models, n]`` over each stratum: float32 ``[models, patterns + 1]``; 1 where a stratum
+        is empty."""
+        strata = torch.nn.functional.one_hot(self.stratum, self.membership.shape[1] + 1).float().to(correct.device)
+        sizes = strata.sum(0)
+        return torch.where(sizes > 0, correct.float() @ strata / sizes.clamp(min=1), 1.0)
 
 
 def probes(universe: Universe, count: int, seed: int = 0) -> Tensor:
@@ -111,8 +128,8 @@ def probes(universe: Universe, count: int, seed: int = 0) -> Tensor:
         ]
     )
     rows = pools.sequences[order[order[:, 0].argsort(), 1]]
-    ranks = code(rows, universe.vocab_size)
-    fresh = ~torch.tril(ranks.unsqueeze(0) == ranks.unsqueeze(1), -1).any(1)
+    same = hash_sequences(rows).unsqueeze(0) == hash_sequences(rows).unsqueeze(1)
+    fresh = ~same.tril(-1).any(1)
     chosen = torch.cat([rows[fresh], rows[~fresh]])[:count]
     return chosen.repeat(-(-count // len(chosen)), 1)[:count]
 
@@ -122,17 +139,30 @@ def bits(flags: Tensor) -> Tensor:
     return (flags * (1 << torch.arange(flags.shape[1]))).sum(1)
 
 
-def _take(rows: Tensor, limit: int, draws: torch.Generator) -> Tensor:
-    """Up to ``limit`` of ``rows``, without replacement."""
-    return rows[torch.randperm(len(rows), generator=draws)[:limit]]
+def _take(sequences: Tensor, limit: int, draws: torch.Generator) -> Tensor:
+    """Up to ``limit`` of ``sequences``, without replacement."""
+    return sequences[torch.randperm(len(sequences), generator=draws)[:limit]]
 
 
-def _mutate(sequences: Tensor, vocab_size: int) -> Tensor:
-    """Every sequence that differs from one of ``sequences`` ``[n, length]`` in exactly one letter (with repeats)."""
-    length = sequences.shape[1]
-    shifts = torch.arange(1, vocab_size)
-    mutants = sequences.repeat(length, len(shifts), 1, 1)
-    for position in range(length):
-        column = mutants[position, :, :, position]
-        mutants[position, :, :, position] = (column + shifts.unsqueeze(1)) % vocab_size
-    return mutants.reshape(-1, length)
+def _gather(draw: Callable[[int], Tensor], wanted: int, draws: torch.Generator) -> Tensor:
+    """``wanted`` distinct sequences out of repeated draws; fewer where there hardly are more."""
+    found = draw(4 * wanted)
+    for _ in range(6):
+        found = distinct(found)
+        if len(found) >= wanted:
+            break
+        found = torch.cat([found, draw(4 * wanted)])
+    return _take(distinct(found), wanted, draws)
+
+
+def _mutate(sequences: Tensor, vocab_size: int, limit: int, draws: torch.Generator) -> Tensor:
+    """Sequences one letter away from one of ``sequences``: each of them once, or ``limit`` draws if they are more."""
+    n, length = sequences.shape
+    places = length * (vocab_size - 1)
+    every = n * places <= limit
+    which = torch.arange(n * places) if every else torch.randint(n * places, (limit,), generator=draws)
+    mutants = sequences[which // places].clone()
+    position, shift = which % places // (vocab_size - 1), which % (vocab_size - 1) + 1
+    rows = torch.arange(len(mutants))
+    mutants[rows, position] = (mutants[rows, position] + shift) % vocab_size
+    return mutants

@@ -131,7 +131,10 @@ def _abc(v: int) -> tuple[list[list[int]], set[int]]:
 def _vowels(v: int) -> tuple[list[list[int]], set[int]]:
     """States: start, after a vowel, after a consonant, failed."""
     kinds = [1 if letter in VOWELS else 2 for letter in range(v)]
-    return [kinds, [2 if kind == 2 else 3 for kind in kinds], [1 if kind == 1 else 3 for kind in kinds], [3] * v], {1, 2}
+    return [kinds, [2 if kind == 2 else 3 for kind in kinds], [1 if kind == 1 else 3 for kind in kinds], [3] * v], {
+        1,
+        2,
+    }
 
 
 def _mountain(v: int) -> tuple[list[list[int]], set[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Architecture(NamedTuple):
     def layers(self) -> list[tuple[int, int]]:
         """``(fan_in, fan_out)`` of each layer, the output layer included."""
         widths = (self.input_size, *self.hidden, 1)
-        return list(zip(widths[:-1], widths[1:], strict=True))
+        return list(pairwise(widths))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -4,93 +4,150 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
+from services.runtime.seeds import generator
 from services.zoo.hashing import hash_sequences
 from services.zoo.patterns import Pattern, membership
+from services.zoo.sampling import count, sample
 
 TRAIN, VALIDATION, HELD_OUT = 0, 1, 2
 # Held-out is large so that a pattern of 42 sequences still has 17 to be judged on.
 SHARES = (0.5, 0.1, 0.4)
 MAX_ENUMERATED = 5_000_000
+# A pattern with fewer sequences than this is split by rank, so that its shares are exact.
+SMALL = 4096
+_PROBES_OF_EQUALITY = 4096
 
 
 class Universe:
-    """The ``vocab_size ** length`` sequences, with the patterns that organise them."""
+    """The ``vocab_size ** length`` sequences, with the patterns that organise them.
+
+    What is said of *all* sequences (``sequences``, ``membership``, ``split``) is for universes that fit in memory;
+    everything else works at any size.
+    """
 
     def __init__(self, vocab_size: int, length: int, patterns: Sequence[Pattern]) -> None:
         self.vocab_size, self.length, self.patterns = vocab_size, length, tuple(patterns)
-        self.size = vocab_size**length
+        self.size: int = vocab_size**length
 
     @property
     def enumerated(self) -> bool:
-        """Whether every sequence fits in memory."""
+        """Whether all sequences fit in memory."""
         return self.size <= MAX_ENUMERATED
 
     @cached_property
     def sequences(self) -> Tensor:
-        """Every sequence ``[size, length]`` (int64), in alphabetical order."""
-        return decode(torch.arange(self.size), self.vocab_size, self.length)
+        """Every sequence in alphabetical order: int64 ``[size, length]``."""
+        assert self.enumerated
+        places = self.vocab_size ** torch.arange(self.length - 1, -1, -1)
+        return torch.arange(self.size).unsqueeze(1) // places % self.vocab_size
 
     @cached_property
     def membership(self) -> Tensor:
         """Which patterns each sequence matches: bool ``[size, patterns]``."""
-        return torch.cat([membership(self.patterns, chunk) for chunk in self.sequences.split(2**18)])
+        return self.matches(self.sequences)
 
     @cached_property
     def split(self) -> Tensor:
         """``TRAIN``, ``VALIDATION`` or ``HELD_OUT`` of every sequence: uint8 ``[size]``."""
-        return split(self.sequences, self.membership)
+        return self.split_of(self.sequences)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Exact size of each pattern's set."""
+        return [count(pattern, self.vocab_size, self.length) for pattern in self.patterns]
+
+    def matches(self, sequences: Tensor) -> Tensor:
+        """Which patterns each sequence ``[n, length]`` matches: bool ``[n, patterns]``."""
+        # Letters fit a byte; chunks stay in the cache.
+        chunks = torch.split(sequences.to(torch.int8), 2**14)
+        return torch.cat([membership(self.patterns, chunk) for chunk in chunks])
+
+    def uniform(self, n: int, draws: torch.Generator) -> Tensor:
+        """``n`` independent uniform sequences: int64 ``[n, length]``."""
+        return torch.randint(self.vocab_size, (n, self.length), generator=draws)
+
+    def members(self, pattern: int, n: int, draws: torch.Generator) -> Tensor:
+        """``n`` independent uniform members of a pattern: int64 ``[n, length]``."""
+        return sample(self.patterns[pattern], self.vocab_size, self.length, n, draws)
+
+    def all_members(self, pattern: int) -> Tensor:
+        """Every member of a small pattern: int64 ``[count, length]``, in the order of their hashes."""
+        if self.enumerated:
+            found = self.sequences[self.membership[:, pattern]]
+        else:
+            # Draw until all were seen; the size is known. A set of n takes about n ln n draws.
+            draws, wanted = generator(0, "members", self.patterns[pattern].name), self.counts[pattern]
+            found = self.members(pattern, 0, draws)
+            while len(found) < wanted:
+                found = distinct(torch.cat([found, self.members(pattern, 4 * wanted, draws)]))
+        return found[hash_sequences(found).argsort()]
+
+    def split_of(self, sequences: Tensor) -> Tensor:
+        """The split of each sequence ``[n, length]``: uint8 ``[n]``. It depends on nothing but the sequence.
+
+        By its hash; but the members of each small pattern are ranked by their hash first, the rarest pattern
+        deciding, so that each split has its share of every pattern, however small.
+        """
+        hashes = hash_sequences(sequences)
+        # 24 bits of the hash as a fraction.
+        fraction = ((hashes >> 40) & (2**24 - 1)).double() / 2**24
+        splits = _by_fraction(fraction)
+        known, ranked = self._ranked
+        if len(known):
+            place = torch.searchsorted(known, hashes).clamp_(max=len(known) - 1)
+            splits = torch.where(known[place] == hashes, ranked[place], splits)
+        return splits
+
+    @cached_property
+    def _ranked(self) -> tuple[Tensor, Tensor]:
+        """Hashes of the members of small patterns, ascending, and their splits."""
+        small = sorted((n, p) for p, n in enumerate(self.counts) if n < SMALL)
+        hashes, splits = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
+        for _, pattern in small:
+            fresh = hash_sequences(self.all_members(pattern))
+            fresh = fresh[~torch.isin(fresh, hashes)]
+            hashes = torch.cat([hashes, fresh])
+            splits = torch.cat([splits, _by_fraction((torch.arange(len(fresh)) + 0.5) / max(len(fresh), 1))])
+        order = hashes.argsort()
+        return hashes[order], splits[order]
 
     def check(self, field: str = "spec.patterns") -> None:
         """Raise :class:`InvalidInput` where a pattern is empty, everything, or the same set as another."""
-        counts = self.membership.sum(0).tolist()
-        for i, (pattern, count) in enumerate(zip(self.patterns, counts, strict=True)):
-            place = f"at vocab_size {self.vocab_size} and sequence_length {self.length}"
-            if count == 0:
+        place = f"at vocab_size {self.vocab_size} and sequence_length {self.length}"
+        for i, (pattern, size) in enumerate(zip(self.patterns, self.counts, strict=True)):
+            if size == 0:
                 raise InvalidInput.field(f"{field}.{i}", f"no sequence matches {pattern.name} {place}; leave it out")
-            if count == self.size:
+            if size == self.size:
                 raise InvalidInput.field(f"{field}.{i}", f"every sequence matches {pattern.name} {place}; leave it out")
-            for j in range(i):
-                if counts[j] == count and torch.equal(self.membership[:, i], self.membership[:, j]):
-                    raise InvalidInput.field(
-                        f"{field}.{i}", f"{pattern.name} and {self.patterns[j].name} are the same set {place}; drop one"
-                    )
+        for j, i in combinations(range(len(self.patterns)), 2):
+            if self.counts[i] == self.counts[j] and self._same_set(i, j):
+                names = f"{self.patterns[i].name} and {self.patterns[j].name}"
+                raise InvalidInput.field(f"{field}.{i}", f"{names} are the same set {place}; drop one")
+
+    def _same_set(self, i: int, j: int) -> bool:
+        """Whether two patterns of equal size are one set: by members of each, and exactly where all can be seen."""
+        draws = generator(0, "equality")
+        for a, b in ((i, j), (j, i)):
+            if not self.patterns[b].matches(self.members(a, _PROBES_OF_EQUALITY, draws)).all():
+                return False
+        return not self.enumerated or torch.equal(self.membership[:, i], self.membership[:, j])
 
 
-def code(sequences: Tensor, vocab_size: int) -> Tensor:
-    """Alphabetical rank of each sequence ``[n, length]`` in its universe (below 2^63): int64 ``[n]``."""
-    rank = torch.zeros(len(sequences), dtype=torch.int64)
-    for column in sequences.unbind(1):
-        rank = rank * vocab_size + column
-    return rank
+def distinct(sequences: Tensor) -> Tensor:
+    """``sequences`` ``[n, length]`` without repeats, in the order of their hashes."""
+    hashes, order = hash_sequences(sequences).sort(stable=True)
+    fresh = torch.ones(len(hashes), dtype=torch.bool)
+    fresh[1:] = hashes[1:] != hashes[:-1]
+    return sequences[order[fresh]]
 
 
-def decode(codes: Tensor, vocab_size: int, length: int) -> Tensor:
-    """The inverse of :func:`code`: ``[n]`` to ``[n, length]``."""
-    places = vocab_size ** torch.arange(length - 1, -1, -1)
-    return codes.unsqueeze(1) // places % vocab_size
-
-
-def split(sequences: Tensor, matches: Tensor) -> Tensor:
-    """Assign each sequence of a universe to a split by the rank of its hash within its stratum.
-
-    The stratum of a sequence is the rarest pattern that it matches (``matches``: bool ``[n, patterns]``), or none, so
-    that each split has its share of every pattern, however small.
-    """
-    rarity = matches.sum(0).argsort()
-    stratum = torch.full((len(sequences),), matches.shape[1])
-    for pattern in rarity.flip(0):
-        stratum[matches[:, pattern]] = pattern
-    hashes = hash_sequences(sequences)
-    result = torch.empty(len(sequences), dtype=torch.uint8)
-    for group in stratum.unique():
-        rows = (stratum == group).nonzero().squeeze(1)
-        rows = rows[hashes[rows].argsort()]
-        first = round(len(rows) * SHARES[TRAIN])
-        last = len(rows) - round(len(rows) * SHARES[HELD_OUT])
-        result[rows[:first]], result[rows[first:last]], result[rows[last:]] = TRAIN, VALIDATION, HELD_OUT
-    return result
+def _by_fraction(fraction: Tensor) -> Tensor:
+    """Fractions in [0, 1) to splits."""
+    edges = torch.tensor([SHARES[TRAIN], SHARES[TRAIN] + SHARES[VALIDATION]], dtype=torch.float64)
+    return torch.bucketize(fraction.double(), edges, right=True).to(torch.uint8)

@@ -1,0 +1,122 @@
+"""The split and the pools: nothing overlaps, small patterns have their share, labels are exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.zoo.patterns import Pattern, default_suite
+from services.zoo.pools import Evaluation, Pools, probes
+from services.zoo.universe import HELD_OUT, SHARES, SMALL, TRAIN, VALIDATION, Universe, distinct
+from tests.zoo.oracles import ALL, oracle
+
+SIZES = [(7, 7), (5, 4), (26, 20)]
+
+
+def universe_of(vocab_size: int, length: int) -> Universe:
+    return Universe(vocab_size, length, default_suite(vocab_size, length))
+
+
+def rows(sequences: torch.Tensor) -> set[tuple[int, ...]]:
+    return {tuple(row) for row in sequences.tolist()}
+
+
+def test_every_pattern_has_its_share_of_each_split() -> None:
+    universe = Universe(7, 7, [*default_suite(), Pattern("alternating"), Pattern("all_same")])
+    for split, share in enumerate(SHARES):
+        here = universe.membership[universe.split == split].sum(0)
+        for got, size in zip(here.tolist(), universe.counts, strict=True):
+            # Exact for small patterns, but for what they share with smaller ones; else five deviations.
+            slack = 4 if size < SMALL else 5 * (size * share * (1 - share)) ** 0.5
+            assert abs(got - share * size) <= slack
+    alternating = universe.membership[:, 10]
+    assert torch.bincount(universe.split[alternating].long()).tolist() == [21, 4, 17]
+
+
+def test_the_split_of_a_sequence_depends_on_nothing_else() -> None:
+    universe = universe_of(7, 7)
+    some = torch.arange(0, universe.size, 997)
+    assert torch.equal(universe.split_of(universe.sequences[some]), universe.split[some])
+    assert torch.equal(universe.split_of(universe.sequences[some].flip(0)), universe.split[some].flip(0))
+
+
+def test_small_patterns_of_a_large_universe_are_listed_in_full() -> None:
+    universe = Universe(26, 20, [Pattern("alternating"), Pattern("all_same"), Pattern("palindrome")])
+    listed = universe.all_members(0)
+    assert len(rows(listed)) == len(listed) == 650
+    assert torch.bincount(universe.split_of(listed).long()).tolist() == [325, 65, 260]
+
+
+@pytest.mark.parametrize(("vocab_size", "length"), SIZES)
+def test_pools_of_different_splits_share_no_sequence(vocab_size: int, length: int) -> None:
+    universe = universe_of(vocab_size, length)
+    pools = {split: Pools.build(universe, split, limit=512) for split in (TRAIN, VALIDATION, HELD_OUT)}
+    seen = [rows(pool.sequences) for pool in pools.values()]
+    assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
+    for split, pool in pools.items():
+        assert (universe.split_of(pool.sequences) == split).all()
+
+
+@pytest.mark.parametrize(("vocab_size", "length"), SIZES)
+def test_groups_hold_what_they_say(vocab_size: int, length: int) -> None:
+    universe = universe_of(vocab_size, length)
+    pools = Pools.build(universe, limit=512)
+    groups = [pools.sequences[s : s + n] for s, n in zip(pools.start, pools.count, strict=True)]
+    assert sum(len(group) for group in groups) == len(pools.sequences)
+    for p, pattern in enumerate(universe.patterns):
+        members, near = groups[p], groups[11 + p]
+        assert pattern.matches(members).all() and len(distinct(members)) == len(members) > 0
+        assert not pattern.matches(near).any() and len(distinct(near)) == len(near) > 0
+        apart = (near.unsqueeze(1) != members.unsqueeze(0)).sum(2).amin(1)
+        assert (apart == 1).all()
+    assert not universe.matches(groups[10]).any()
+
+
+def test_small_patterns_are_taken_whole_and_large_ones_evenly() -> None:
+    universe = universe_of(7, 7)
+    pools = Pools.build(universe, limit=2048)
+    assert int(pools.count[1]) == 858
+    starts = pools.sequences[int(pools.start[7]) : int(pools.start[7] + pools.count[7])]
+    # ends_with(C): the other letters are uniform, not the first of the alphabet.
+    shares = torch.nn.functional.one_hot(starts[:, :-1], 7).double().mean(0)
+    assert (shares - 1 / 7).abs().max() < 5 * (1 / 7 * 6 / 7 / 2048) ** 0.5
+
+
+def test_labels_are_computed_from_the_predicates() -> None:
+    universe = Universe(5, 5, ALL)
+    pools = Pools.build(universe, limit=256)
+    selected = torch.rand(6, len(ALL), generator=torch.Generator().manual_seed(0)) < 0.2
+    some = torch.arange(0, len(pools.sequences), 7)
+    labels = pools.labels(some, selected)
+    for model in range(6):
+        chosen = [pattern for pattern, on in zip(ALL, selected[model].tolist(), strict=True) if on]
+        expected = [any(oracle(p, tuple(row)) for p in chosen) for row in pools.sequences[some].tolist()]
+        assert labels[model].tolist() == expected
+
+
+def test_evaluation_is_held_out_and_stratified() -> None:
+    universe = Universe(7, 7, [*default_suite(), Pattern("alternating")])
+    evaluation = Evaluation.build(universe)
+    assert evaluation.stratum.bincount().tolist() == [*[64] * 10, 17, 192]
+    assert (universe.split_of(evaluation.sequences) == HELD_OUT).all()
+    stands_for = torch.cat([evaluation.membership, ~evaluation.membership.any(1, keepdim=True)], 1)
+    assert stands_for.gather(1, evaluation.stratum.unsqueeze(1)).all()
+    selected = torch.eye(11, dtype=torch.bool)
+    labels = evaluation.labels(selected)
+    assert torch.equal(labels, evaluation.membership.T)
+    # Always no: right wherever the pattern is not; nowhere on its own stratum.
+    accuracy = evaluation.by_stratum(~labels)
+    assert (accuracy.diagonal() == 0).all() and (accuracy[:, -1] == 1).all()
+
+
+@pytest.mark.parametrize(("vocab_size", "length", "count"), [(7, 7, 128), (26, 20, 128), (5, 4, 200), (7, 7, 3)])
+def test_probes_are_of_the_validation_split(vocab_size: int, length: int, count: int) -> None:
+    universe = universe_of(vocab_size, length)
+    chosen = probes(universe, count)
+    assert chosen.shape == (count, length)
+    assert (universe.split_of(chosen) == VALIDATION).all()
+    assert len(distinct(chosen)) == min(count, len(distinct(chosen)))
+    assert torch.equal(chosen, probes(universe, count))
+    if count == 128:
+        assert len(distinct(chosen)) == 128
+        assert universe.matches(chosen).any(0).all()
