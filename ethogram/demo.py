@@ -1,0 +1,367 @@
+"""The main job from nothing to a report: make a zoo, train a codec, serve it, steer held-out networks.
+
+Everything goes through a platform and its public interfaces, the same ones that any user has. What an earlier run made
+of the same specs with the same code is found again by its idempotency key and reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ethogram.bench import Figure, PeakMemory, form, versions
+from ethogram.cli.output import say, table
+from ethogram.cli.watch import watch
+from ethogram.client import Client
+from ethogram.errors import NotFound, Unavailable
+from ethogram.platform.stack import Platform
+from ethogram.platform.state import StateDir
+from ethogram.resources import TERMINAL, Artifact, Event, Job, Model
+from ethogram.specs.base import ArtifactRef, Spec
+from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
+from ethogram.specs.generation import GenerationSpec, PatternSpec, SubjectTrainingSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ethogram.inference import Inference, Operation
+
+# What a job's outcome depends on, beside its spec and the libraries.
+_SOURCES = {
+    "generation": ("ethogram/specs", "services/zoo", "services/generation", "services/runtime"),
+    "crossmodal": ("ethogram/specs", "services/zoo", "services/crossmodal", "services/runtime"),
+}
+_SERVED_SECONDS = 30.0
+# Measured only by a run that does the work; a later one repeats what was measured then.
+_COSTS = ("seconds", "peak_rss_mib", "first_event_s")
+
+
+class Sizes(NamedTuple):
+    """One size of the demo."""
+
+    name: str
+    zoo: GenerationSpec
+    codec: CrossmodalSpec
+
+
+_ANY_ZOO = ArtifactRef(artifact="zoo")
+FULL = Sizes("demo", GenerationSpec(), CrossmodalSpec(zoo=_ANY_ZOO))
+QUICK = Sizes(
+    "demo-quick",
+    GenerationSpec(
+        subjects=192,
+        patterns=[
+            PatternSpec(name="starts_with", token="A"),
+            PatternSpec(name="ends_with", token="B"),
+            PatternSpec(name="palindrome"),
+            PatternSpec(name="no_repeats"),
+        ],
+        max_patterns_per_batch=3,
+        training=SubjectTrainingSpec(steps=300),
+    ),
+    CrossmodalSpec(
+        zoo=_ANY_ZOO,
+        codec=CodecSpec(latent_dim=64, hidden_dim=256),
+        training=CodecTrainingSpec(steps=400, batch_size=64, queries=128),
+    ),
+)
+
+
+class Served(NamedTuple):
+    """What the inference service did with the held-out networks: mean recall of the behaviour, before and after."""
+
+    networks: int
+    before: float
+    after: float
+
+
+@dataclass
+class _Run:
+    """One run of the demo and what it has found so far."""
+
+    client: Client
+    sizes: Sizes
+    fresh: bool
+    reused: list[str] = field(default_factory=list)
+    first_event_s: float | None = None
+
+
+def run(
+    output: Path, *, quick: bool = False, fresh: bool = False, state: str | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Do it all and return the report that lies in ``output``. ``quiet``: print nothing on standard output.
+
+    Raises an :class:`~ethogram.errors.EthogramError` when a part of it fails.
+    """
+    began = time.monotonic()
+    sizes = QUICK if quick else FULL
+    output.mkdir(parents=True, exist_ok=True)
+    with _platform(StateDir.find(state)) as (client, up_s, pid), PeakMemory(os.getpid(), pid) as memory:
+        this = _Run(client, sizes, fresh)
+        zoo = _job(this, "zoo", "generation", sizes.zoo)
+        codec = _job(
+            this, "codec", "crossmodal", sizes.codec.model_copy(update={"zoo": ArtifactRef(job=zoo.id, artifact="zoo")})
+        )
+        model = _publish(this, codec)
+        evaluation = _fetch_report(client, codec, output)
+        with client.inference() as inference:
+            _until_served(inference, model)
+            served = _steer_served(inference, model, output)
+    figures = _figures(evaluation["figures"], bars=not quick)
+    figures |= {
+        "seconds": Figure(time.monotonic() - began, "<=", 600.0),
+        "peak_rss_mib": Figure(memory.mib, "<=", 4096.0),
+        "first_event_s": Figure(this.first_event_s, "<=", 4.0),
+        "up_s": Figure(up_s, "<=", 8.0) if up_s is not None else Figure(None),
+    }
+    jobs = {"zoo": zoo.id, "codec": codec.id}
+    figures |= _earlier_costs(output, jobs) if this.reused else {}
+    report = form("demo", figures) | {
+        "size": sizes.name,
+        "jobs": jobs,
+        "reused": this.reused,
+        "model": {"name": model.name, "version": model.version, "artifact": model.artifact},
+        "subjects": evaluation["subjects"],
+        "steering": evaluation["steering"],
+        "served": {f"{operation} {name}": value._asdict() for (operation, name), value in served.items()},
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    if not quiet:
+        _show(report, served, output)
+    return report
+
+
+@contextmanager
+def _platform(state: StateDir) -> Iterator[tuple[Client, float | None, int]]:
+    """A client of the platform that runs in ``state``, else of one started for this block.
+
+    Beside it the seconds until that one was up (None for one that ran already) and the platform's process.
+    """
+    with ExitStack() as stack:
+        record = state.read_record()
+        if os.environ.get("ETHOGRAM_URL") or record is not None:
+            client = stack.enter_context(Client(state=state.root))
+            say(f"using the platform at {client.url}")
+            yield client, None, int(record["pid"]) if record else os.getpid()
+            return
+        say("starting a platform")
+        platform = stack.enter_context(Platform(state, say=say))
+        seconds = platform.seconds["platform"]
+        say(f"platform up in {seconds:.1f} s: {platform.url}")
+        yield stack.enter_context(Client(platform.url)), seconds, os.getpid()
+        say("stopping the platform")
+
+
+def _job(this: _Run, name: str, kind: str, spec: Spec) -> Job:
+    """The finished job of ``spec``: an earlier one whose output is still there, else a new one, followed to its end."""
+    key = f"{this.sizes.name}-{name}-{_digest(spec, kind)}"
+    labels = {"name": name, "demo": this.sizes.name}
+    asked = time.monotonic()
+    job = this.client.submit(
+        kind, spec, labels=labels, idempotency_key=f"{key}-{uuid.uuid4().hex}" if this.fresh else key
+    )
+    if job.state in TERMINAL and not _valid(this.client, job, name):
+        # What was made for this key is of no use any more, so the key is not either.
+        asked = time.monotonic()
+        job = this.client.submit(kind, spec, labels=labels, idempotency_key=f"{key}-{uuid.uuid4().hex}")
+    if job.terminal:
+        this.reused.append(name)
+        say(f"{name}: reusing what {job.id} made; --fresh makes it anew")
+        return job
+    say(f"{name}: {'going on with' if job.attempts else 'started'} {job.id}")
+
+    with watch(name) as shown:
+
+        def see(event: Event) -> None:
+            # The supervisor's own events come first; this is the first of the job's process.
+            if this.first_event_s is None and event.type in ("progress", "log"):
+                this.first_event_s = time.monotonic() - asked
+            shown.event(event)
+
+        return this.client.wait(job.id, on_event=see).check()
+
+
+def _valid(client: Client, job: Job, output: str) -> bool:
+    if job.state != "SUCCEEDED":
+        return False
+    try:
+        client.artifact(client.output(job.id, output).id)
+    except NotFound:
+        return False
+    return True
+
+
+def _digest(spec: Spec, kind: str) -> str:
+    """What the outcome depends on: the spec, the code that runs, and the libraries that it computes with."""
+    digest = hashlib.sha256(json.dumps([spec.model_dump(mode="json"), versions()], sort_keys=True).encode())
+    services = find_spec("services")
+    root = Path((services.submodule_search_locations or ["."])[0]).parent if services else Path()
+    for folder in _SOURCES[kind] if services else ():
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _publish(this: _Run, job: Job) -> Model:
+    artifact = this.client.output(job.id, "codec").id
+    for model in this.client.models():
+        if model.name == this.sizes.name and model.artifact == artifact and not model.retired:
+            say(f"model: {model.name} version {model.version} is published")
+            return model
+    model = this.client.publish(this.sizes.name, artifact)
+    say(f"model: published {model.name} version {model.version}")
+    return model
+
+
+def _fetch_report(client: Client, job: Job, output: Path) -> dict[str, Any]:
+    """Download the job's report into ``output``; its figures."""
+    folder = output / "evaluation"
+    artifact: Artifact = client.output(job.id, "report")
+    shutil.rmtree(folder, ignore_errors=True)
+    client.get(artifact.id, folder)
+    for file in ("latent_map.png", "steering.png", "steered.safetensors"):
+        (folder / file).replace(output / file)
+    evaluation: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return evaluation
+
+
+def _until_served(inference: Inference, model: Model) -> None:
+    """Return when the inference service answers for ``model``."""
+    deadline = time.monotonic() + _SERVED_SECONDS
+    while True:
+        try:
+            inference.behaviors(model.name, version=model.version)
+            return
+        except (NotFound, Unavailable):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _steer_served(inference: Inference, model: Model, output: Path) -> dict[tuple[Operation, str], Served]:
+    """Steer every held-out network that can gain or lose a behaviour, by the service, and run the results there."""
+    from ethogram import networks as files
+
+    tensors = files.load(output / "evaluation" / "held_out.safetensors")
+    labels = tensors.pop("labels").astype(bool)
+    names = [behavior.name for behavior in inference.behaviors(model.name, version=model.version).behaviors]
+    latents = inference.encode(model.name, tensors, version=model.version).latents
+    decoded = inference.decode(model.name, latents, version=model.version).networks
+    source = inference.evaluate(model.name, tensors, version=model.version).recall
+    again = inference.evaluate(model.name, decoded, version=model.version).recall
+    say(
+        f"served: {len(labels)} held-out networks encoded and decoded; recall of their own behaviours "
+        f"{source[labels].mean():.2f} before, {again[labels].mean():.2f} after"
+    )
+    operations: tuple[Operation, ...] = ("add", "remove")
+    found: dict[tuple[Operation, str], Served] = {}
+    for column, name in enumerate(names):
+        for operation in operations:
+            who = _can(labels, column, operation)
+            if not who.any():
+                continue
+            chosen = {parameter: value[who] for parameter, value in tensors.items()}
+            steered = inference.steer(model.name, chosen, [(operation, name)], version=model.version).networks
+            recall = inference.evaluate(model.name, steered, version=model.version).recall[:, column]
+            found[operation, name] = Served(int(who.sum()), float(source[who, column].mean()), float(recall.mean()))
+    return found
+
+
+def _can(labels: NDArray[Any], column: int, operation: Operation) -> NDArray[Any]:
+    """The networks that can gain the behaviour, or lose it and keep another."""
+    has = labels[:, column]
+    return ~has if operation == "add" else has & (labels.sum(axis=1) >= 2)
+
+
+def _figures(found: Mapping[str, float], bars: bool) -> dict[str, Figure]:
+    """The science's figures with the bars of the full size; small sizes have none."""
+    wanted: dict[str, tuple[str, float]] = {
+        "agreement": (">=", 0.85),
+        "add.target_mean": (">=", 0.88),
+        "add.all_gate": (">=", 0.50),
+        "remove.target_mean": (">=", 0.85),
+        "remove.all_gate": (">=", 0.60),
+        "controls.max_all_gate": ("<=", 0.05),
+    }
+    return {
+        name: Figure(found.get(name), op, bar) if bars else Figure(found.get(name))
+        for name, (op, bar) in wanted.items()
+    }
+
+
+def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
+    """What the run that did the work measured, if its report is still here; nothing measured otherwise."""
+    try:
+        earlier = json.loads((output / "report.json").read_text())
+        same = earlier["jobs"] == dict(jobs)
+        return {
+            name: Figure(*(earlier["figures"][name][key] for key in ("value", "op", "bar"))) if same else Figure(None)
+            for name in _COSTS
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {name: Figure(None) for name in _COSTS}
+
+
+def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Served], output: Path) -> None:
+    """The table for people."""
+    rows = [row for row in report["steering"] if row["edits"] and row["mode"] == "residual"]
+    for operation in ("add", "remove"):
+        edits = [row for row in rows if row["operation"] == operation and row["variant"] == "edit"]
+        table(
+            ["Pattern", "Edits", "Target", "Local", "All-gate", "Null", "Random", "Reverse", "Recall", "Steered"],
+            [
+                (
+                    edit["pattern"],
+                    edit["edits"],
+                    edit["target_mean"],
+                    edit["local_mean"],
+                    edit["all_gate"],
+                    *_controls(rows, edit),
+                    *_recalls(served, edit),
+                )
+                for edit in edits
+            ],
+            title=f"{operation.upper()} a behaviour: held-out networks, residual edits",
+        )
+    say(
+        "Target: accuracy where the edit decides. Local: change of accuracy elsewhere. All-gate: share of edits with\n"
+        "target >= 0.85 and local >= -0.02; beside it that of the controls. Recall, Steered: what the inference\n"
+        "service measured before and after it steered them."
+    )
+    table(
+        ["Figure", "Value", "Bar", ""],
+        [
+            (name, one["value"], f"{one['op']} {one['bar']:g}" if one["op"] else "", "" if one["ok"] else "missed")
+            for name, one in report["figures"].items()
+        ],
+    )
+    if report["reused"]:
+        say(f"Reused from an earlier run: {', '.join(report['reused'])}; seconds and memory are of that run.")
+    say(
+        f"In {output}/: report.json, latent_map.png, steering.png, steered.safetensors, and evaluation/ with the rest"
+    )
+
+
+def _controls(rows: Iterable[Mapping[str, Any]], edit: Mapping[str, Any]) -> list[float | None]:
+    """``all_gate`` of each control of the same pattern and operation."""
+    same = {
+        row["variant"]: row["all_gate"]
+        for row in rows
+        if (row["pattern"], row["operation"]) == (edit["pattern"], edit["operation"])
+    }
+    return [same.get(name) for name in ("null", "random", "reverse")]
+
+
+def _recalls(served: Mapping[tuple[Operation, str], Served], edit: Mapping[str, Any]) -> tuple[object, object]:
+    found = served.get((edit["operation"], edit["pattern"]))
+    return (found.before, found.after) if found else ("", "")
