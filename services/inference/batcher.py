@@ -66,7 +66,7 @@ class Batcher:
         self._is_out_of_memory, self._release_memory = is_out_of_memory, release_memory
         self._groups: dict[Hashable, _Group] = {}
         self._pending = 0
-        self._changed = asyncio.Event()
+        self._changed, self._room = asyncio.Event(), asyncio.Event()
         self._executor = ThreadPoolExecutor(1, "device", initializer=set_up_thread)
         self._task: asyncio.Task[None] | None = None
 
@@ -85,13 +85,20 @@ class Batcher:
         await asyncio.to_thread(self._executor.shutdown)
 
     async def run(
-        self, key: Hashable, function: Callable[[Arrays], Arrays], arrays: Arrays, *, name: str = "request"
+        self,
+        key: Hashable,
+        function: Callable[[Arrays], Arrays],
+        arrays: Arrays,
+        *,
+        name: str = "request",
+        patient: bool = False,
     ) -> Arrays:
         """``function(arrays)``, computed together with other requests of an equal ``key``.
 
         All arrays share their first axis, in and out, and a row's result must not depend on the other rows. ``name``
-        is the field to blame when there are too many rows. Cancelling takes this request's rows out of the queue, or
-        drops their result, and leaves the others alone.
+        is the field to blame when there are too many rows. A ``patient`` request waits while the queue is full: one of
+        a stream, whose sender is held back meanwhile. Cancelling takes this request's rows out of the queue, or drops
+        their result, and leaves the others alone.
 
         Raises :class:`TooLarge` when the queue is full, or the device's memory cannot hold one row.
         """
@@ -99,7 +106,11 @@ class Batcher:
         if rows > self._max_pending:
             description = f"{rows} rows in one request, at most {self._max_pending}; send several, or use a stream"
             raise TooLarge(f"{name}: {description}", [Violation(name, description)])
-        if self._pending + rows > self._max_pending:
+        while self._pending + rows > self._max_pending:
+            if patient:
+                self._room.clear()
+                await self._room.wait()
+                continue
             raise TooLarge(f"the server is busy: {self._pending} rows are waiting already; try again shortly")
         self._pending += rows
         try:
@@ -109,6 +120,7 @@ class Batcher:
             return _join(results)
         finally:
             self._pending -= rows
+            self._room.set()
 
     async def _submit(self, key: Hashable, function: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
         loop = asyncio.get_running_loop()

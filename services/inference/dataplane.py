@@ -58,13 +58,19 @@ class Known(NamedTuple):
 
 class Dataplane:
     """The calls. Each raises :class:`InvalidInput` with the field that is wrong, :class:`NotFound` for an unknown
-    model, and :class:`TooLarge` for a full queue or an answer of more than ``max_answer_bytes``.
+    model, and :class:`TooLarge` for a full queue (unless ``patient``) or an answer of more than ``max_answer_bytes``.
     """
 
     def __init__(
-        self, repository: ModelRepository[ServedCodec], batcher: Batcher, *, max_answer_bytes: int = 2**62
+        self,
+        repository: ModelRepository[ServedCodec],
+        batcher: Batcher,
+        *,
+        max_answer_bytes: int = 2**62,
+        patient: bool = False,
     ) -> None:
-        self._repository, self._batcher, self._max_answer_bytes = repository, batcher, max_answer_bytes
+        self._repository, self._batcher = repository, batcher
+        self._max_answer_bytes, self._patient = max_answer_bytes, patient
 
     async def encode(self, model: Reference, networks: Arrays) -> Encoded:
         """Latents of networks; their signatures are taken on the model's own probes."""
@@ -132,7 +138,7 @@ class Dataplane:
         finite: str | None,
     ) -> Arrays:
         key = (served.pointer.artifact, call)
-        result = await self._batcher.run(key, function, arrays, name=finite or "networks")
+        result = await self._batcher.run(key, function, arrays, name=finite or "networks", patient=self._patient)
         return dict(checks.result(result, finite) if finite else result)
 
     def _check_answer(self, size: int, field: str) -> None:

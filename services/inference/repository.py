@@ -95,8 +95,7 @@ class ModelRepository(Generic[M]):
                     self._pointers[reference] = pointer
                     log.info("model %s is now version %s", pointer.name, pointer.version)
             except NotFound:
-                self._pointers.pop(reference, None)
-                log.info("model %s version %s is gone", reference.name, reference.version or "latest")
+                await self._leave_if_retired(reference)
             except Exception as error:
                 # What is in memory is still right; the store may be back in two seconds.
                 log.warning("model %s could not be looked up again: %s", reference.name, error)
@@ -109,6 +108,18 @@ class ModelRepository(Generic[M]):
         while True:
             await asyncio.sleep(seconds)
             await self.refresh()
+
+    async def _leave_if_retired(self, reference: Reference) -> None:
+        pointer = self._pointers.get(reference)
+        try:
+            if pointer is None or not (await self._resolve(reference._replace(version=pointer.version))).retired:
+                return
+        except EthogramError:
+            # Nothing in a store is ever deleted: this is a folder that is not mounted now.
+            log.warning("model %s is missing in the store; it is served from memory", reference.name)
+            return
+        self._pointers.pop(reference, None)
+        log.info("model %s is retired", reference.name)
 
     async def _resolve(self, reference: Reference) -> ModelPointer:
         check_name(reference.tenant, "model.tenant")

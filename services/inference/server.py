@@ -67,7 +67,10 @@ class InferenceServer:
     async def start(self) -> str:
         """Serve. Returns the address, ``host:port``; raises :class:`Conflict` when the port is taken."""
         limit = self._settings.max_message_bytes
-        dataplane = Dataplane(self._repository, self._batcher, max_answer_bytes=limit - 64 * 1024)
+        planes = [
+            Dataplane(self._repository, self._batcher, max_answer_bytes=limit - 64 * 1024, patient=patient)
+            for patient in (False, True)
+        ]
         options = {
             **dict(CHANNEL_OPTIONS),
             "grpc.max_receive_message_length": limit,
@@ -78,8 +81,8 @@ class InferenceServer:
         server = grpc.aio.server(
             interceptors=[self._boundary], options=list(options.items()), maximum_concurrent_rpcs=MAX_CALLS
         )
-        inference_pb2_grpc.add_CodecServiceServicer_to_server(CodecServicer(dataplane), server)
-        inference_pb2_grpc.add_SteeringServiceServicer_to_server(SteeringServicer(dataplane), server)
+        inference_pb2_grpc.add_CodecServiceServicer_to_server(CodecServicer(*planes), server)
+        inference_pb2_grpc.add_SteeringServiceServicer_to_server(SteeringServicer(*planes), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -32,42 +33,33 @@ _MODES = {pb.EDIT_MODE_UNSPECIFIED: "residual", pb.EDIT_MODE_RESIDUAL: "residual
 class CodecServicer(inference_pb2_grpc.CodecServiceServicer):
     """Encode and Decode."""
 
-    def __init__(self, dataplane: Dataplane) -> None:
-        self._dataplane = dataplane
+    def __init__(self, dataplane: Dataplane, patient: Dataplane) -> None:
+        """``patient`` is for streams: it waits where ``dataplane`` refuses."""
+        self._dataplane, self._patient = dataplane, patient
 
     async def Encode(self, request: pb.EncodeRequest, context: object) -> pb.EncodeResponse:
-        model = _reference(request.model)
-        match request.WhichOneof("input"):
-            case "networks":
-                result = await self._dataplane.encode(model, _networks(request.networks))
-            case "signatures":
-                signatures = from_tensor(request.signatures, "signatures")
-                result = await self._dataplane.encode_signatures(model, signatures)
-            case _:
-                raise InvalidInput.field("input", "missing; set networks or signatures")
-        return pb.EncodeResponse(latents=to_tensor(result.latents), model=_answered(result.model))
+        return await _encode(self._dataplane, request)
 
     async def Decode(self, request: pb.DecodeRequest, context: object) -> pb.DecodeResponse:
-        model = _reference(request.model)
-        result = await self._dataplane.decode(model, from_tensor(_set(request, "latents"), "latents"))
-        return pb.DecodeResponse(networks=_to_networks(result.networks), model=_answered(result.model))
+        return await _decode(self._dataplane, request)
 
     def EncodeStream(
         self, request_iterator: AsyncIterator[pb.EncodeRequest], context: object
     ) -> AsyncIterator[pb.EncodeResponse]:
-        return _in_order(request_iterator, lambda request: self.Encode(request, context))
+        return _in_order(request_iterator, partial(_encode, self._patient))
 
     def DecodeStream(
         self, request_iterator: AsyncIterator[pb.DecodeRequest], context: object
     ) -> AsyncIterator[pb.DecodeResponse]:
-        return _in_order(request_iterator, lambda request: self.Decode(request, context))
+        return _in_order(request_iterator, partial(_decode, self._patient))
 
 
 class SteeringServicer(inference_pb2_grpc.SteeringServiceServicer):
     """ListBehaviors, Steer and Evaluate."""
 
-    def __init__(self, dataplane: Dataplane) -> None:
-        self._dataplane = dataplane
+    def __init__(self, dataplane: Dataplane, patient: Dataplane) -> None:
+        """``patient`` is for streams: it waits where ``dataplane`` refuses."""
+        self._dataplane, self._patient = dataplane, patient
 
     async def ListBehaviors(self, request: pb.ListBehaviorsRequest, context: object) -> pb.ListBehaviorsResponse:
         result = await self._dataplane.behaviors(_reference(request.model))
@@ -75,35 +67,61 @@ class SteeringServicer(inference_pb2_grpc.SteeringServiceServicer):
         return pb.ListBehaviorsResponse(behaviors=behaviors, model=_answered(result.model))
 
     async def Steer(self, request: pb.SteerRequest, context: object) -> pb.SteerResponse:
-        result = await self._dataplane.steer(
-            _reference(request.model),
-            _networks(_set(request, "networks")),
-            [(_OPERATIONS.get(edit.operation, ""), edit.behavior) for edit in request.edits],
-            _MODES.get(request.mode, ""),
-            request.strength if request.HasField("strength") else 1.0,
-        )
-        return pb.SteerResponse(
-            networks=_to_networks(result.networks), latents=to_tensor(result.latents), model=_answered(result.model)
-        )
+        return await _steer(self._dataplane, request)
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: object) -> pb.EvaluateResponse:
-        result = await self._dataplane.evaluate(_reference(request.model), _networks(_set(request, "networks")))
-        return pb.EvaluateResponse(
-            behaviors=result.behaviors,
-            recall=to_tensor(result.recall),
-            false_positive_rate=to_tensor(result.false_positive_rate),
-            model=_answered(result.model),
-        )
+        return await _evaluate(self._dataplane, request)
 
     def SteerStream(
         self, request_iterator: AsyncIterator[pb.SteerRequest], context: object
     ) -> AsyncIterator[pb.SteerResponse]:
-        return _in_order(request_iterator, lambda request: self.Steer(request, context))
+        return _in_order(request_iterator, partial(_steer, self._patient))
 
     def EvaluateStream(
         self, request_iterator: AsyncIterator[pb.EvaluateRequest], context: object
     ) -> AsyncIterator[pb.EvaluateResponse]:
-        return _in_order(request_iterator, lambda request: self.Evaluate(request, context))
+        return _in_order(request_iterator, partial(_evaluate, self._patient))
+
+
+async def _encode(dataplane: Dataplane, request: pb.EncodeRequest) -> pb.EncodeResponse:
+    model = _reference(request.model)
+    match request.WhichOneof("input"):
+        case "networks":
+            result = await dataplane.encode(model, _networks(request.networks))
+        case "signatures":
+            result = await dataplane.encode_signatures(model, from_tensor(request.signatures, "signatures"))
+        case _:
+            raise InvalidInput.field("input", "missing; set networks or signatures")
+    return pb.EncodeResponse(latents=to_tensor(result.latents), model=_answered(result.model))
+
+
+async def _decode(dataplane: Dataplane, request: pb.DecodeRequest) -> pb.DecodeResponse:
+    model = _reference(request.model)
+    result = await dataplane.decode(model, from_tensor(_set(request, "latents"), "latents"))
+    return pb.DecodeResponse(networks=_to_networks(result.networks), model=_answered(result.model))
+
+
+async def _steer(dataplane: Dataplane, request: pb.SteerRequest) -> pb.SteerResponse:
+    result = await dataplane.steer(
+        _reference(request.model),
+        _networks(_set(request, "networks")),
+        [(_OPERATIONS.get(edit.operation, ""), edit.behavior) for edit in request.edits],
+        _MODES.get(request.mode, ""),
+        request.strength if request.HasField("strength") else 1.0,
+    )
+    return pb.SteerResponse(
+        networks=_to_networks(result.networks), latents=to_tensor(result.latents), model=_answered(result.model)
+    )
+
+
+async def _evaluate(dataplane: Dataplane, request: pb.EvaluateRequest) -> pb.EvaluateResponse:
+    result = await dataplane.evaluate(_reference(request.model), _networks(_set(request, "networks")))
+    return pb.EvaluateResponse(
+        behaviors=result.behaviors,
+        recall=to_tensor(result.recall),
+        false_positive_rate=to_tensor(result.false_positive_rate),
+        model=_answered(result.model),
+    )
 
 
 async def _in_order(requests: AsyncIterator[Q], answer: Callable[[Q], Awaitable[R]]) -> AsyncIterator[R]:

@@ -161,6 +161,22 @@ async def test_the_queue_is_bounded_and_room_comes_back() -> None:
         await batches.run("a", double, rows(1, 2, 3, 4))
 
 
+async def test_a_patient_request_waits_for_room() -> None:
+    double = Doubler()
+    double.gate.clear()
+    async with batcher(max_wait=0, max_pending_rows=4) as batches:
+        first = asyncio.create_task(batches.run("a", double, rows(1, 2, 3)))
+        await entered(double)
+        patient = [asyncio.create_task(batches.run("a", double, rows(i, i), patient=True)) for i in (4, 5, 6)]
+        await asyncio.sleep(0.01)
+        patient[1].cancel()
+        double.gate.set()
+        await first
+        answers = await asyncio.gather(*patient, return_exceptions=True)
+    assert isinstance(answers[1], asyncio.CancelledError)
+    assert [answer["y"].tolist() for answer in answers if isinstance(answer, dict)] == [[8, 8], [12, 12]]
+
+
 async def test_a_wrong_number_of_rows_is_a_defect_not_a_wrong_answer() -> None:
     async with batcher() as batches:
         with pytest.raises(ValueError, match="as many rows"):
