@@ -338,7 +338,7 @@ class Attempt:
         if ended.error is None:
             if self._result is not None:
                 return Outcome("succeeded", result=self._result)
-            return self._crashed(child, "the job ended without a result")
+            return Outcome("crashed", "the job ended without a result")
         if self._pulse.cancel.is_set():
             return Outcome("cancelled")
         code = ended.error.code()
@@ -349,7 +349,7 @@ class Attempt:
             return self._crashed(child, describe_exit(status))
         error = error_of(ended.error)
         if isinstance(error, Internal | Unavailable):
-            return self._crashed(child, error.message)
+            return Outcome("crashed", error.message)
         return Outcome("failed", error.message, error=error)
 
     def _crashed(self, child: Child, message: str) -> Outcome:

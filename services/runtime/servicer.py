@@ -6,6 +6,7 @@ import logging
 import queue
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any, NoReturn, Protocol
@@ -14,13 +15,13 @@ import grpc
 from google.protobuf.message import Message
 
 from ethogram.convert import from_proto
-from ethogram.errors import EthogramError, Internal
+from ethogram.errors import EthogramError, Internal, printable
 from ethogram.rpc import grpc_status_of
 from ethogram.specs.base import Spec
 from ethogram.v1 import jobs_pb2
 from services.artifacts.store import ArtifactStore
 from services.runtime import lifetime
-from services.runtime.job_run import JobRun
+from services.runtime.job_run import MAX_LOG, JobRun
 from services.runtime.run import Cancelled, Run, Stopped
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def stream_job(
 
     The module is imported here, in the job's own thread, and not when the servicer is: the child answers before torch
     is loaded. ``name`` returns the job's result, a small JSON object. Errors with a meaning for the user travel as
-    such; any other exception is told in the job's log and ends the call with INTERNAL.
+    such; the traceback of any other exception goes to the job's log, and the call ends with INTERNAL.
     """
     try:
         spec = from_proto(request.spec, spec_type)
@@ -80,7 +81,7 @@ def stream_job(
             ended.append(error)
             if not isinstance(error, Cancelled | Stopped | EthogramError):
                 logger.exception("the job raised", extra={"job": request.context.job})
-                text = f"{type(error).__name__}: {error}"[:1000]
+                text = printable("".join(traceback.format_exception(error)))[-MAX_LOG:]
                 send(jobs_pb2.JobEvent(log=jobs_pb2.Log(level="error", message=text)))
         finally:
             send(None)
@@ -119,6 +120,7 @@ def _work(
     run = JobRun(
         context, spec.model_dump(mode="json"), store, send=send, cancelled=cancelled, stopping=lifetime.stopping
     )
+    run.log(f"computes on {run.device}" + (", from the last checkpoint" if run.resume else ""))
     run.finish(run_job(spec, run))
 
 

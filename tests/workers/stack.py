@@ -136,12 +136,12 @@ class Stack:
         found: Job = wait_for(f"{job.id} to be {states or 'terminal'}; {self.said()}", check, seconds)
         return found
 
-    def wait_checkpoint(self, job: Job, beyond: int = 0) -> Job:
+    def wait_checkpoint(self, job: Job) -> Job:
         """The job once it has a checkpoint."""
 
         def check() -> Job | None:
             now = self.registry.get(job.id)
-            return now if now.checkpoint and now.checkpoint["step"] > beyond else None
+            return now if now.checkpoint else None
 
         found: Job = wait_for(f"a checkpoint of {job.id}; {self.said()}", check)
         return found
@@ -164,6 +164,11 @@ class Stack:
     def begins(self, job: Job) -> list[int]:
         """The steps that its attempts began at."""
         return [int(found[1]) for line in self.log(job) if (found := re.fullmatch(r"begins at (\d+)", line))]
+
+    def helper(self, job: Job) -> int:
+        """Process id of the process that the job ``hang`` starts."""
+        lines = wait_for("the helper", lambda: [line for line in self.log(job) if line.startswith("helper ")])
+        return int(lines[0].split()[1])
 
     def close(self) -> None:
         """End what still runs."""

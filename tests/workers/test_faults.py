@@ -19,14 +19,14 @@ from tests.conftest import free_port
 from tests.workers.stack import LEASE, Stack, gone, start_redis, wait_for
 from tests.workers.test_jobs import expected
 
-STEPS, SECONDS = 40, 0.05
+STEPS, SECONDS = 40, 0.1
 
 
 def test_a_killed_child_goes_on_from_its_last_checkpoint(stack: Stack) -> None:
     worker = stack.worker()
     stack.reconciler()
     job = stack.submit(STEPS, SECONDS, seed=3)
-    stack.wait_checkpoint(job, beyond=10)
+    stack.wait_checkpoint(job)
     os.kill(stack.child(worker), signal.SIGKILL)
     done = stack.wait(job)
     assert done.state is JobState.SUCCEEDED
@@ -34,7 +34,7 @@ def test_a_killed_child_goes_on_from_its_last_checkpoint(stack: Stack) -> None:
     assert done.result["total"] == expected(STEPS, 3)
     assert stack.history(job) == ["QUEUED", "RUNNING", "QUEUED crashed", "RUNNING", "SUCCEEDED"]
     assert stack.begins(job)[0] == 0
-    assert stack.begins(job)[1] > 10
+    assert stack.begins(job)[1] > 0
     # The metrics are those of a run that was not interrupted: each step once.
     (row,) = (row for row in stack.registry.artifacts(job=job.id)[0] if row.name == "metrics")
     with stack.store.open(row.id, "metrics.jsonl") as file:
@@ -56,19 +56,19 @@ def test_cancel_while_running(stack: Stack) -> None:
 def test_cancel_of_a_job_that_does_not_listen(stack: Stack) -> None:
     worker = stack.worker("hang", grace_seconds="0.5")
     job = stack.submit()
-    (line,) = wait_for("the helper", lambda: stack.log(job))
+    helper = stack.helper(job)
     child = stack.child(worker)
     stack.registry.request_cancel(job.id)
     assert stack.wait(job, seconds=8).state is JobState.CANCELLED
     assert gone(child)
-    assert gone(int(line.split()[1])), "what the job had started outlived it"
+    assert gone(helper), "what the job had started outlived it"
 
 
 def test_a_worker_told_to_leave_checkpoints_and_another_goes_on(stack: Stack) -> None:
     worker = stack.worker(checkpoint_seconds="600")
     job = stack.submit(STEPS, SECONDS, seed=5)
-    wait_for("the job to be under way", lambda: stack.log(job))
-    time.sleep(10 * SECONDS)
+    wait_for("the job to be under way", lambda: stack.begins(job))
+    time.sleep(5 * SECONDS)
     began = time.monotonic()
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(10) == 0
@@ -119,10 +119,10 @@ def test_a_killed_worker_leaves_no_orphan_and_its_job_goes_on(stack: Stack) -> N
 def test_a_hung_childs_helpers_die_with_the_worker(stack: Stack) -> None:
     worker = stack.worker("hang")
     job = stack.submit()
-    (line,) = wait_for("the helper", lambda: stack.log(job))
+    helper = stack.helper(job)
     child = stack.child(worker)
     worker.kill()
-    wait_for("child and helper to end", lambda: gone(child) and gone(int(line.split()[1])), 8)
+    wait_for("child and helper to end", lambda: gone(child) and gone(helper), 8)
 
 
 def test_a_paused_worker_finds_itself_replaced_and_writes_nothing(stack: Stack) -> None:
