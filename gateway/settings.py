@@ -14,7 +14,9 @@ from ethogram.errors import InvalidInput
 class GatewaySettings(BaseSettings):
     """Each is ``ETHOGRAM_`` and its name in capitals, but ``REDIS_URL``, which has no prefix."""
 
-    model_config = SettingsConfigDict(env_prefix="ETHOGRAM_", frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        env_prefix="ETHOGRAM_", frozen=True, populate_by_name=True, use_attribute_docstrings=True
+    )
 
     state: Path = Path("runs/state")
     """State directory; scratch space of uploads lies in its ``work``."""

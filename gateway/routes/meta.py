@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import redis
 from fastapi import APIRouter, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -50,7 +50,8 @@ class KindOut(BaseModel):
     summary: str
     queue: str
     """Machine class that runs it unless the submission says otherwise."""
-    spec_schema: dict[str, Any]
+    spec_schema: dict[str, Any] = Field(serialization_alias="schema")
+    """JSON Schema of its spec."""
 
 
 class Info(BaseModel):
@@ -83,7 +84,7 @@ def readyz(services: With, response: Response) -> Readiness:
 
 
 @router.get("/v1/kinds")
-def kinds() -> list[dict[str, Any]]:
+def kinds() -> list[KindOut]:
     """The kinds of jobs, with the JSON Schema of their specs."""
     return _kinds()
 
@@ -99,9 +100,9 @@ def info(services: With) -> Info:
 
 
 @lru_cache(maxsize=1)
-def _kinds() -> list[dict[str, Any]]:
+def _kinds() -> list[KindOut]:
     return [
-        {"name": kind.name, "summary": kind.summary, "queue": kind.queue, "schema": kind.spec.model_json_schema()}
+        KindOut(name=kind.name, summary=kind.summary, queue=kind.queue, spec_schema=kind.spec.model_json_schema())
         for kind in KINDS.values()
     ]
 

@@ -37,7 +37,7 @@ def running(state: Path, redis_url: str, **settings: Any) -> Iterator[Gateway]:
         state=state,
         database_url=f"sqlite:///{state / 'registry.db'}",
         store=str(state / "store"),
-        REDIS_URL=redis_url,
+        redis_url=redis_url,
         **settings,
     )
     app = create_app(given)
