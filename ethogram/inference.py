@@ -312,11 +312,14 @@ def _answer(call: Callable[[], R]) -> R:
         raise error_of(error) from None
 
 
-def _answers(call: Iterator[R]) -> Iterator[R]:
+def _answers(call: Any) -> Iterator[Any]:
     try:
         yield from call
     except grpc.RpcError as error:
         raise error_of(error) from None
+    finally:
+        # Nothing happens to a call that has ended; one that is left in the middle, by Ctrl-C say, ends too.
+        call.cancel()
 
 
 def _smaller(size: int, error: TooLarge) -> int:

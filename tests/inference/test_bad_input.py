@@ -71,6 +71,11 @@ def huge_shape(networks: pb.Networks) -> None:
     networks.parameters[WEIGHT].shape[:] = [2**40, 2**20, 2**3]
 
 
+def huge_and_empty(networks: pb.Networks) -> None:
+    networks.parameters[WEIGHT].shape[:] = [0, 2**62]
+    networks.parameters[WEIGHT].data = b""
+
+
 def negative(networks: pb.Networks) -> None:
     networks.parameters[WEIGHT].shape[0] = -2
 
@@ -130,7 +135,8 @@ def nothing(networks: pb.Networks) -> None:
 
 SPOILED: list[tuple[Callable[[pb.Networks], None], str, str]] = [
     (short, f"{WEIGHT}.data", "bytes"),
-    (huge_shape, f"{WEIGHT}.data", "bytes"),
+    (huge_shape, f"{WEIGHT}.shape", "larger than any array"),
+    (huge_and_empty, f"{WEIGHT}.shape", "larger than any array"),
     (negative, f"{WEIGHT}.shape", "negative"),
     (no_dtype, f"{WEIGHT}.dtype", "element type"),
     (nan, f"{BIAS}.data", "NaN"),

@@ -33,7 +33,7 @@ def arrays(params: Params) -> dict[str, NDArray[Any]]:
 
 def assert_close(found: NDArray[Any], expected: NDArray[Any]) -> None:
     # A row's float32 result depends on its batch only through the order of sums in a matrix product.
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
 
 
 def assert_networks(found: Any, expected: Params) -> None:
