@@ -1,0 +1,253 @@
+"""The command line against a real platform: results, bad input, exit codes, and --json."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ethogram.cli.main import run
+from ethogram.client import Client
+from ethogram.platform.stack import Platform, free_port
+
+IDLE = ("--queue", "nobody")
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Cli = Callable[..., Answer]
+
+
+@pytest.fixture
+def cli(platform: Platform, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    monkeypatch.setenv("ETHOGRAM_URL", platform.url)
+
+    def call(*arguments: str) -> Answer:
+        with pytest.raises(SystemExit) as left:
+            run(list(arguments))
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return Answer(left.value.code if isinstance(left.value.code, int) else 1, out, err)
+
+    return call
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "spec.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_a_job_goes_in_from_a_file_with_set_and_labels(cli: Cli, tmp_path: Path) -> None:
+    file = write(tmp_path, "subjects: 7\ntraining:\n  learning_rate: 1e-3\n")
+    made = cli(
+        "submit",
+        "generation",
+        "-f",
+        file,
+        "--set",
+        "training.steps=5",
+        "--name",
+        "n",
+        "--label",
+        "a=b",
+        *IDLE,
+        "--json",
+    )
+    assert made.code == 0
+    job = made.json
+    assert job["labels"] == {"name": "n", "a": "b"}
+    spec = job["spec"]
+    assert (spec["subjects"], spec["training"]["learning_rate"], spec["training"]["steps"]) == (7, 0.001, 5)
+    assert cli("jobs", "get", job["id"], "--json").json["id"] == job["id"]
+    assert job["id"] in cli("jobs", "get", job["id"]).out
+    assert [item["id"] for item in cli("jobs", "list", "--label", "name=n", "--json").json] == [job["id"]]
+    assert job["id"] in cli("jobs", "list", "--state", "queued").out
+    assert cli("jobs", "cancel", job["id"], "--json").json["state"] == "CANCELLED"
+    watched = cli("jobs", "watch", job["id"], "--json")
+    assert watched.code == 1
+    assert [json.loads(line)["type"] for line in watched.out.splitlines()][-1] == "state"
+    assert cli("jobs", "watch", job["id"]).code == 1
+    assert cli("jobs", "logs", job["id"]).code == 0
+    assert cli("jobs", "retry", job["id"], "--json").json["state"] == "QUEUED"
+    cli("jobs", "cancel", job["id"])
+
+
+def test_a_dry_run_shows_every_default_and_queues_nothing(cli: Cli, client: Client) -> None:
+    before = len(client.jobs(limit=None))
+    answer = cli("submit", "generation", "--set", "subjects=9", "--dry-run")
+    assert answer.code == 0
+    assert answer.json["spec"]["subjects"] == 9
+    assert answer.json["spec"]["vocab_size"] == 7
+    assert len(client.jobs(limit=None)) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "yaml", "says"),
+    [
+        (["submit", "nothing"], None, "kind"),
+        (["submit", "generation"], "unknown: 1\n", "spec.unknown"),
+        (["submit", "generation"], "subjects: '3'\n", "spec.subjects"),
+        (["submit", "generation"], "subjects: -1\n", "spec.subjects"),
+        (["submit", "generation"], "training: {learning_rate: .inf}\n", "spec.training.learning_rate"),
+        (["submit", "generation"], "training: {learning_rate: 1e400}\n", "spec.training.learning_rate"),
+        (["submit", "generation"], "training: {steps: 3}\ntraining: {steps: 4}\n", "duplicate key"),
+        (["submit", "generation"], "- a\n", "holds a list; a spec is a mapping"),
+        (["submit", "generation"], "", "is empty; a spec is a mapping"),
+        (["submit", "generation"], "a: [\n", "line 2"),
+        (["submit", "generation", "--set", "training.steps=many"], None, "spec.training.steps"),
+        (["submit", "generation", "--set", "training.steps"], None, "write PATH=VALUE"),
+        (["submit", "generation", "--label", "x"], None, "write KEY=VALUE"),
+        (["submit", "generation", "--priority", "high"], None, "--priority"),
+        (["submit", "generation", "--nothing"], None, "--nothing"),
+        (["submit", "generation", "-f", "nowhere.yaml"], None, "nowhere.yaml cannot be read"),
+        (["submit"], None, "KIND"),
+        (["pipeline"], "kind: generation\n", "must hold `jobs:`"),
+        (["pipeline"], "jobs: {a: {kind: generation, spec: {x: 1}}}\n", "jobs.a"),
+        (["jobs", "list", "--state", "lost"], None, "state"),
+        (["jobs", "list", "--limit", "0"], None, "--limit"),
+        (["nothing"], None, "nothing"),
+        (["steer", "codec", "x.safetensors"], None, "--add BEHAVIOR"),
+        (["encode", "codec", "nowhere.safetensors"], None, "nowhere.safetensors cannot be read"),
+        (["artifacts", "put", "nowhere"], None, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    cli: Cli, tmp_path: Path, arguments: list[str], yaml: str | None, says: str
+) -> None:
+    given = list(arguments)
+    if yaml is not None:
+        given += [write(tmp_path, yaml)] if arguments == ["pipeline"] else ["-f", write(tmp_path, yaml)]
+    plain = cli(*given)
+    assert plain.code == 2
+    assert says in plain.err
+    assert plain.out == ""
+    answer = cli(*given, "--json")
+    assert answer.code == 2
+    assert answer.json["error"]["reason"] == "INVALID_INPUT"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["jobs", "get", "job_none"],
+        ["jobs", "watch", "job_none"],
+        ["artifacts", "get", "0" * 64],
+        ["artifacts", "get", "job_none/zoo"],
+        ["models", "get", "none"],
+        ["models", "behaviors", "none"],
+        ["models", "publish", "x", "0" * 64],
+        ["kinds", "none"],
+    ],
+)
+def test_what_does_not_exist_is_exit_code_1(cli: Cli, arguments: list[str]) -> None:
+    assert cli(*arguments).code == 1
+    assert cli(*arguments, "--json").json["error"]["reason"] == "NOT_FOUND"
+
+
+def test_several_wrong_fields_are_all_listed(cli: Cli, tmp_path: Path) -> None:
+    answer = cli("submit", "generation", "-f", write(tmp_path, "subjects: 0\nseed: -1\nnothing: 1\n"))
+    assert all(f"spec.{name}: " in answer.err for name in ("subjects", "seed", "nothing"))
+
+
+def test_artifacts_and_models_go_round(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text("{}")
+    made = cli("artifacts", "put", str(tmp_path / "in"), "--name", "c", "--type", "codec", "--json").json
+    assert made["id"] in cli("artifacts", "ls", "--type", "codec").out
+    got = cli("artifacts", "get", made["id"], "-o", str(tmp_path / "out"), "--json").json
+    assert got["files"] == ["config.json"]
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+    assert cli("models", "publish", "cli", made["id"], "--json").json["version"] == "1"
+    assert made["id"] in cli("models", "get", "cli").out
+    assert "cli" in cli("models", "ls").out
+    assert cli("models", "publish", "cli", made["id"], "--version", "1").code == 1
+
+
+def test_networks_without_a_model_are_refused(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "n.safetensors"
+    save_file({"layers.0.weight": np.zeros((2, 1, 3), np.float32), "layers.0.bias": np.zeros((2, 1), np.float32)}, file)
+    for command in (["encode"], ["evaluate"], ["steer", "--add", "palindrome"]):
+        answer = cli(*command[:1], "none", str(file), *command[1:])
+        assert answer.code == 1
+        assert "none" in answer.err
+    # Networks are no latents.
+    assert cli("decode", "none", str(file)).code == 2
+
+
+def test_the_kinds_and_their_fields(cli: Cli) -> None:
+    assert "crossmodal" in cli("kinds").out
+    shown = cli("kinds", "generation").out
+    assert "training.learning_rate" in shown
+    assert "patterns.N.name" in shown
+    assert cli("kinds", "generation", "--json").json["schema"]["properties"]["subjects"]["default"] == 2048
+
+
+def test_no_platform_is_exit_code_1_and_says_what_to_do(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answer = cli("jobs", "list", "--url", f"http://127.0.0.1:{free_port()}")
+    assert (answer.code, "is it running?" in answer.err) == (1, True)
+    monkeypatch.delenv("ETHOGRAM_URL")
+    monkeypatch.setenv("ETHOGRAM_STATE", str(tmp_path))
+    answer = cli("jobs", "list")
+    assert (answer.code, "ethogram up" in answer.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("up", "demo", "doctor", "submit", "pipeline", "kinds", "encode", "steer", "decode", "evaluate"),
+        *(f"jobs {name}" for name in ("list", "get", "watch", "logs", "cancel", "retry")),
+        *(f"artifacts {name}" for name in ("put", "ls", "get")),
+        *(f"models {name}" for name in ("publish", "ls", "get", "behaviors")),
+    ],
+)
+def test_every_command_has_help_with_examples_and_json(cli: Cli, command: str) -> None:
+    answer = cli(*command.split(), "--help")
+    assert answer.code == 0
+    assert f"$ ethogram {command}" in answer.out
+    assert "--json" in answer.out
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    script = """
+import sys
+from ethogram.cli.main import run
+try:
+    run(["--help"])
+except SystemExit:
+    pass
+print(sorted({"httpx", "grpc", "numpy", "ruamel.yaml", "torch"} & set(sys.modules)), file=sys.stderr)
+"""
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - began)
+    assert done.stderr.strip() == "[]"
+    assert best < 0.5
+
+
+def test_a_reader_that_leaves_is_no_failure_to_shout_about(platform: Platform) -> None:
+    ethogram = f"{sys.executable} -c 'from ethogram.cli.main import run; run()'"
+    command = f"{ethogram} kinds generation --json --url {platform.url} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
