@@ -36,6 +36,7 @@ PACE_SECONDS = 0.03
 KEEP_ALIVE_SECONDS = 15.0
 BATCH = 500
 WINDOW_BYTES = 2**20
+WRITE_BYTES = 2**16
 READERS = 8
 
 
@@ -70,6 +71,14 @@ class _Tail:
         while self.window_bytes > WINDOW_BYTES:
             self.window_bytes -= len(self.window.popitem(last=False)[1].data)
         self.tell()
+
+    def ahead(self, cursor: int) -> Chunk | None:
+        """What follows ``cursor``, as far as it is in the window and fits one write; None if it has left the window."""
+        parts, last, size = [], cursor, 0
+        while size < WRITE_BYTES and (chunk := self.window.get(last)) is not None:
+            parts.append(chunk.data)
+            last, size = chunk.last, size + len(chunk.data)
+        return Chunk(cursor, last, b"".join(parts)) if parts else None
 
     def show(self, job: Job) -> None:
         """Take the job's newest row."""
@@ -152,7 +161,7 @@ class Tails:
             while not self._closing:
                 changed, job, last = tail.changed, tail.job, tail.last
                 while cursor < last and not self._closing:
-                    chunk = tail.window.get(cursor) or await self._chunk(job.id, cursor, last)
+                    chunk = tail.ahead(cursor) or await self._chunk(job.id, cursor, last)
                     yield chunk.data
                     cursor = chunk.last
                 if job.progress is not None and job.progress != progress:
