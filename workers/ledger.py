@@ -1,0 +1,146 @@
+"""What an attempt writes into the registry: all that its job says, in order, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from ethogram.errors import EthogramError, TooLarge, Unavailable
+from ethogram.v1 import jobs_pb2
+from services.jobs.notify import Notifier
+from services.jobs.registry import Claim, Job, JobRegistry
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ends."""
+
+    kind: Literal["succeeded", "failed", "cancelled", "stopped", "crashed"]
+    """``stopped`` and ``crashed`` end the attempt; the job goes on in another one."""
+    message: str = ""
+    result: dict[str, Any] = field(default_factory=dict)
+    error: EthogramError | None = None
+    """Why it failed."""
+
+
+class Ledger:
+    """Writes in the name of one attempt. Every method raises :class:`StaleAttempt` once it owns the job no more."""
+
+    def __init__(
+        self, registry: JobRegistry, notifier: Notifier, claim: Claim, *, stopping: threading.Event, grace: float
+    ) -> None:
+        self._registry, self._notifier = registry, notifier
+        self._attempt, self._job = claim.attempt, claim.job.id
+        self._stopping, self._grace = stopping, grace
+        self._metrics: dict[str, float] = {}
+        self.result: dict[str, Any] | None = None
+        """The job's answer, once it gave one."""
+        notifier.notify(self._job, claim.job.seq)
+
+    def write(self, events: Sequence[jobs_pb2.JobEvent]) -> None:
+        """Write a batch down; of its progress only the last."""
+        progress: jobs_pb2.Progress | None = None
+        lines: list[tuple[str, dict[str, Any]]] = []
+        for event in events:
+            match event.WhichOneof("event"):
+                case "progress":
+                    progress = event.progress
+                case "metric":
+                    self._metrics.update(event.metric.values)
+                case "log":
+                    lines.append(("log", {"level": event.log.level, "message": event.log.message}))
+                case "checkpoint":
+                    self._append(lines)
+                    self._checkpoint(event.checkpoint)
+                case "artifact":
+                    self._append(lines)
+                    self._artifact(event.artifact)
+                case "result":
+                    self.result = json.loads(event.result.json)
+        self._append(lines)
+        if progress is not None:
+            self._progress(progress)
+
+    def log(self, message: str, level: str = "error") -> None:
+        """A line of the worker's own in the job's log."""
+        self._append([("log", {"level": level, "message": message})])
+
+    def settle(self, outcome: Outcome) -> None:
+        """End the attempt."""
+        self._notifier.notify(self._job, self._persist(partial(self._settle, outcome)).seq)
+
+    def _append(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
+        if lines:
+            written = self._persist(partial(self._registry.append_events, self._attempt, lines))
+            lines.clear()
+            self._notifier.notify(self._job, written[-1].seq)
+
+    def _checkpoint(self, point: jobs_pb2.Checkpoint) -> None:
+        commit = partial(self._registry.commit_checkpoint, self._attempt, point.artifact, point.step)
+        self._notifier.notify(self._job, self._persist(commit).seq)
+
+    def _artifact(self, made: jobs_pb2.Artifact) -> None:
+        commit = self._registry.commit_artifact
+        self._persist(partial(commit, self._attempt, made.name, made.type, made.id, made.size))
+        self._notifier.notify(self._job, self._persist(partial(self._registry.get, self._job)).seq)
+
+    def _progress(self, progress: jobs_pb2.Progress) -> None:
+        state = {
+            "stage": progress.stage,
+            "done": progress.done,
+            "total": progress.total,
+            "unit": progress.unit,
+            "metrics": dict(self._metrics),
+        }
+        self._persist(partial(self._registry.set_progress, self._attempt, state))
+        # Progress is no event: 0 is never the newest.
+        self._notifier.notify(self._job, 0)
+
+    def _settle(self, outcome: Outcome) -> Job:
+        registry, attempt = self._registry, self._attempt
+        match outcome:
+            case Outcome("succeeded"):
+                try:
+                    return registry.succeed(attempt, outcome.result)
+                except TooLarge as error:
+                    return self._fail(error)
+            case Outcome("failed", error=EthogramError() as error):
+                return self._fail(error)
+            case Outcome("cancelled"):
+                return registry.cancelled(attempt)
+            case Outcome("stopped"):
+                return registry.release(attempt, "stopped", outcome.message)
+            case _:
+                return registry.release(attempt, "crashed", outcome.message)
+
+    def _fail(self, error: EthogramError) -> Job:
+        violations = [violation._asdict() for violation in error.violations]
+        told = {"reason": error.reason, "message": error.message, "violations": violations}
+        return self._registry.fail(self._attempt, told)
+
+    def _persist(self, write: Callable[[], R]) -> R:
+        """``write``, and again while the registry does not answer; who must leave tries no longer than the grace."""
+        tries, deadline = 0, 0.0
+        while True:
+            try:
+                return write()
+            except Unavailable as error:
+                if self._stopping.is_set():
+                    deadline = deadline or time.monotonic() + self._grace
+                    if time.monotonic() > deadline:
+                        raise
+                logger.warning("the registry does not answer; trying again", extra={"error": str(error)[:300]})
+                time.sleep(RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)])
+                tries += 1

@@ -1,0 +1,50 @@
+"""The lease of an attempt."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from types import TracebackType
+
+from ethogram.errors import StaleAttempt
+from services.jobs.registry import Claim, JobRegistry
+
+logger = logging.getLogger(__name__)
+
+BEATS_PER_LEASE = 3
+
+
+class Pulse:
+    """Renews the lease, on a timer of its own, and hears whether the job is to be cancelled.
+
+    Not by events: a job that compiles for minutes says nothing, and lives.
+    """
+
+    def __init__(self, registry: JobRegistry, claim: Claim) -> None:
+        self.cancel, self.stale = threading.Event(), threading.Event()
+        self._registry, self._attempt = registry, claim.attempt
+        self._interval = claim.lease_seconds / BEATS_PER_LEASE
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._done.wait(self._interval):
+            try:
+                if self._registry.heartbeat(self._attempt):
+                    self.cancel.set()
+            except StaleAttempt:
+                self.stale.set()
+                return
+            except Exception:
+                # The registry may be back at the next beat; if not in time, the fence keeps the job whole.
+                logger.warning("no heartbeat", extra={"attempt": self._attempt}, exc_info=True)
