@@ -78,8 +78,6 @@ class Queries:
     pools: Pools
     inputs: Tensor
     """The rows of ``pools`` as network inputs ``[rows, input_size]``."""
-    codes: Tensor
-    """The patterns that each row matches, one bit each: int64 ``[rows]``."""
     near: Tensor
     """Groups of near misses that are not empty: int64."""
 
@@ -92,11 +90,7 @@ class Queries:
             name = universe.patterns[p].name
             raise InvalidInput.field("zoo.patterns", f"no training sequence matches {name}; leave it out of the zoo")
         near = (pools.count[patterns + 1 :] > 0).nonzero().flatten() + patterns + 1
-        return cls(pools, encode(architecture, pools.sequences), _bits(pools.membership), near)
-
-    def labels(self, rows: Tensor, selected: Tensor) -> Tensor:
-        """Exact labels of ``rows`` ``[subjects, n]`` under ``selected`` ``[subjects, patterns]``, as bool."""
-        return (self.codes[rows] & _bits(selected).unsqueeze(1)) != 0
+        return cls(pools, encode(architecture, pools.sequences), near)
 
     def draw(self, pattern: Tensor, count: int, draws: torch.Generator) -> Tensor:
         """Rows ``[subjects, count]`` for edits of one pattern each (``pattern``: int64 ``[subjects]``).
@@ -125,8 +119,3 @@ class Queries:
         """Inputs ``[subjects, input_size, n]`` of rows ``[subjects, n]``, examples as columns."""
         taken = self.inputs.index_select(0, rows.flatten())
         return taken.view(*rows.shape, -1).transpose(1, 2)
-
-
-def _bits(membership: Tensor) -> Tensor:
-    """Rows of bool ``[rows, patterns]`` (at most 63) as int64, one bit for each pattern."""
-    return (membership * (1 << torch.arange(membership.shape[1]))).sum(1)

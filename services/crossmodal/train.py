@@ -108,7 +108,7 @@ class Trainer:
         if not bool(torch.isfinite(loss + norm)):
             raise InvalidInput.field(
                 "spec.training.learning_rate",
-                f"the loss became {float(loss):g} at step {self.step + 1}; lower the learning rate. "
+                f"the loss became {float(loss.detach()):g} at step {self.step + 1}; lower the learning rate. "
                 f"The last good checkpoint is of step {last_checkpoint}",
             )
         for group in self.optimizer.param_groups:
@@ -125,7 +125,7 @@ class Trainer:
         rows = self.queries.draw(pattern, self.spec.training.queries, draws)
         inputs = self.queries.network_inputs(rows).to(self.device)
         selected, sign = toggle(labels, pattern.to(self.device))
-        before, after = (self.queries.labels(rows, chosen.cpu()).to(self.device) for chosen in (labels, selected))
+        before, after = (self.queries.pools.labels(rows, chosen.cpu()).to(self.device) for chosen in (labels, selected))
 
         latents = model.encoder.layers(self.features[batch])
         steered = latents + sign.unsqueeze(1) * model.directions[pattern.to(self.device)]

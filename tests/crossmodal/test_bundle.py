@@ -1,0 +1,169 @@
+"""The codec as a bundle: save and load, any batch, and wrong input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ethogram.errors import InvalidInput
+from services.crossmodal.bundle import Codec
+from services.zoo.dataset import Zoo
+from services.zoo.subjects import Params, flatten, init, select
+
+
+@pytest.fixture
+def networks(zoo: Zoo) -> Params:
+    return select(zoo.params, torch.arange(7))
+
+
+def test_round_trip_needs_nothing_else(zoo: Zoo, untrained: Codec, networks: Params, tmp_path: Path) -> None:
+    untrained.save(tmp_path)
+    loaded = Codec.load(tmp_path)
+    assert loaded.behaviors == untrained.behaviors
+    assert loaded.architecture == untrained.architecture
+    assert loaded.spec == untrained.spec
+    assert torch.equal(loaded.encode(networks), untrained.encode(networks))
+    edits = [("add", "starts_with(A)")]
+    for mode in ("residual", "direct"):
+        (one, z), (two, y) = (codec.steer(networks, edits, mode) for codec in (loaded, untrained))
+        assert torch.equal(flatten(one), flatten(two))
+        assert torch.equal(z, y)
+    for mine, theirs in zip(loaded.evaluate(networks), untrained.evaluate(networks), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_behaviors_say_what_they_are(untrained: Codec) -> None:
+    assert [behavior.name for behavior in untrained.behaviors] == [
+        "starts_with(A)",
+        "ends_with(B)",
+        "sorted_ascending",
+        "has_majority",
+    ]
+    assert all(behavior.description and behavior.positives > 0 for behavior in untrained.behaviors)
+
+
+def test_networks_and_their_signatures_encode_alike(zoo: Zoo, untrained: Codec, networks: Params) -> None:
+    torch.testing.assert_close(untrained.encode(networks), untrained.encode_signatures(zoo.signatures[:7]))
+
+
+def test_a_batch_equals_its_rows_one_by_one(untrained: Codec, networks: Params) -> None:
+    edits = [("add", "ends_with(B)"), ("remove", "has_majority")]
+    together, latents = untrained.steer(networks, edits)
+    recall, wrong = untrained.evaluate(networks)
+    for i in range(7):
+        alone = select(networks, torch.tensor([i]))
+        steered, latent = untrained.steer(alone, edits)
+        torch.testing.assert_close(flatten(steered), flatten(select(together, torch.tensor([i]))), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(latent, latents[i : i + 1], rtol=1e-4, atol=1e-5)
+        one_recall, one_wrong = untrained.evaluate(alone)
+        torch.testing.assert_close(one_recall[0], recall[i])
+        torch.testing.assert_close(one_wrong[0], wrong[i])
+
+
+def test_a_network_from_outside_the_zoo_encodes(zoo: Zoo, untrained: Codec) -> None:
+    mine = init(zoo.architecture, 1, [torch.Generator().manual_seed(1)])
+    latents = untrained.encode({name: tensor.double() for name, tensor in mine.items()})
+    assert latents.shape == (1, untrained.latent_dim)
+    assert latents.dtype == torch.float32
+    decoded = untrained.decode(latents)
+    assert {name: tuple(t.shape[1:]) for name, t in decoded.items()} == zoo.architecture.shapes
+
+
+def test_evaluate_measures_recall_and_false_positives(zoo: Zoo, untrained: Codec) -> None:
+    says_yes = {name: torch.zeros_like(tensor[:1]) for name, tensor in zoo.params.items()}
+    says_yes["layers.2.bias"] += 1
+    recall, wrong = untrained.evaluate(says_yes)
+    assert recall.tolist() == [[1.0] * 4]
+    assert wrong.tolist() == [1.0]
+    recall, wrong = untrained.evaluate(zoo.params)
+    for pattern in range(4):
+        has = zoo.labels[:, pattern]
+        assert float(recall[has, pattern].mean()) > 0.7
+        assert float(recall[has, pattern].mean()) > float(recall[~has, pattern].mean()) + 0.2
+    assert float(wrong.mean()) < 0.1
+
+
+P = "networks.parameters"
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "text"),
+    [
+        (lambda p: p.pop("layers.1.bias"), P, "layers.1.bias is missing"),
+        (lambda p: p.update({"layers.9.bias": p["layers.1.bias"]}), P, "layers.9.bias is unknown"),
+        (lambda p: p.update({"layers.1.bias": p["layers.1.bias"][:3]}), P, "batch size"),
+        (
+            lambda p: p.update({"layers.0.weight": p["layers.0.weight"][:, :5]}),
+            f"{P}.layers.0.weight",
+            r"12, 25\], got",
+        ),
+        (lambda p: p.update({"layers.0.bias": p["layers.0.bias"].sum()}), f"{P}.layers.0.bias", r"got \[\]"),
+        (lambda p: p.update({k: v[:0] for k, v in p.items()}), f"{P}.layers.0.weight", "empty"),
+        (lambda p: p.update({"layers.0.bias": p["layers.0.bias"].long()}), f"{P}.layers.0.bias", "floating-point"),
+        (lambda p: p["layers.2.bias"].fill_(float("nan")), f"{P}.layers.2.bias", "NaN"),
+        (lambda p: p.update({"layers.2.bias": p["layers.2.bias"].double() + 1e300}), f"{P}.layers.2.bias", "infinity"),
+    ],
+)
+def test_wrong_networks(
+    untrained: Codec, networks: Params, change: Callable[[Params], object], field: str, text: str
+) -> None:
+    wrong = {name: tensor.clone() for name, tensor in networks.items()}
+    change(wrong)
+    for call in (untrained.encode, untrained.evaluate, lambda p: untrained.steer(p, [("add", "has_majority")])):
+        with pytest.raises(InvalidInput, match=text) as caught:
+            call(wrong)
+        assert caught.value.violations[0].field == field
+
+
+@pytest.mark.parametrize(
+    ("edits", "options", "field"),
+    [
+        ([], {}, "edits"),
+        ([("add", "palindrome")], {}, "edits.0.behavior"),
+        ([("add", "has_majority"), ("turn", "has_majority")], {}, "edits.1.operation"),
+        ([("add", "has_majority"), ("remove", "has_majority")], {}, "edits.1.behavior"),
+        ([("add", "has_majority")], {"mode": "sideways"}, "mode"),
+        ([("add", "has_majority")], {"strength": float("inf")}, "strength"),
+    ],
+)
+def test_wrong_edits(
+    untrained: Codec, networks: Params, edits: list[tuple[str, str]], options: dict[str, object], field: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        untrained.steer(networks, edits, **options)  # type: ignore[arg-type]
+    assert caught.value.violations[0].field == field
+
+
+def test_wrong_latents_and_signatures(zoo: Zoo, untrained: Codec) -> None:
+    wrong = (torch.zeros(2, 23), torch.zeros(0, 24), torch.full((1, 24), float("nan")), torch.zeros(24))
+    for latents in wrong:
+        with pytest.raises(InvalidInput, match="latents"):
+            untrained.decode(latents)
+    for signatures in (zoo.signatures[:2, :, :5], zoo.signatures[:2, :5], zoo.signatures[:0], zoo.signatures[0]):
+        with pytest.raises(InvalidInput, match="signatures"):
+            untrained.encode_signatures(signatures)
+
+
+def test_broken_bundles(untrained: Codec, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"config\.json"):
+        Codec.load(tmp_path)
+    untrained.save(tmp_path)
+    (tmp_path / "decoder.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InvalidInput, match=r"decoder\.safetensors"):
+        Codec.load(tmp_path)
+    (tmp_path / "decoder.safetensors").unlink()
+    with pytest.raises(InvalidInput, match="missing"):
+        Codec.load(tmp_path)
+    untrained.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["spec"]["codec"]["hidden_dim"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidInput, match="does not fit"):
+        Codec.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "format": 99}))
+    with pytest.raises(InvalidInput, match="format 99"):
+        Codec.load(tmp_path)

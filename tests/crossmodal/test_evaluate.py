@@ -1,0 +1,118 @@
+"""The gates' arithmetic, on answers and networks made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from services.crossmodal.bundle import Codec
+from services.crossmodal.evaluate import evaluate, possible_edits, same_label_partner, score, summary
+from services.zoo.dataset import Zoo
+from services.zoo.pools import Evaluation
+
+
+def test_score_counts_inside_and_outside_of_what_the_edit_decides() -> None:
+    before = torch.tensor([[False] * 20 + [True] * 50 + [False] * 50])
+    after = torch.tensor([[True] * 20 + [True] * 50 + [False] * 50])
+    source = before.clone()
+    source[0, 20:25] = False  # wrong on 5 of the 100 outside
+    said = after.clone()
+    said[0, :3] = False  # wrong on 3 of the 20 inside
+    said[0, 20:27] = False  # wrong on 7 of the 100 outside
+    found = score(said, source, before, after)
+    assert float(found.target) == pytest.approx(17 / 20)
+    assert float(found.local) == pytest.approx(-0.02)
+    assert found.target_gate.tolist() == [True]
+    assert (found.local + 1e-6 >= -0.02).tolist() == [True]
+    said[0, 27] = False
+    worse = score(said, source, before, after)
+    assert worse.target_gate.tolist() == [True]
+    assert worse.all_gate.tolist() == [False]
+
+
+def test_a_perfect_edit_passes_and_a_null_edit_does_not() -> None:
+    before = torch.tensor([[False] * 16 + [True] * 30 + [False] * 30])
+    after = before.clone()
+    after[0, :16] = True
+    assert score(after, before, before, after).all_gate.tolist() == [True]
+    null = score(before, before, before, after)
+    assert (float(null.target), float(null.local), null.all_gate.tolist()) == (0, 0, [False])
+
+
+def made_by_hand(counts: dict[tuple[int, ...], int], patterns: int) -> Evaluation:
+    """An evaluation set with ``counts`` sequences of each set of patterns."""
+    membership = torch.zeros(sum(counts.values()), patterns, dtype=torch.bool)
+    row = 0
+    for chosen, count in counts.items():
+        for pattern in chosen:
+            membership[row : row + count, pattern] = True
+        row += count
+    stratum = torch.where(membership.any(1), membership.int().argmax(1), torch.tensor(patterns))
+    return Evaluation(torch.zeros(len(membership), 5, dtype=torch.int64), membership, stratum)
+
+
+def test_edits_that_decide_too_little_are_skipped_and_counted() -> None:
+    # 20 sequences match 0 alone, 10 match 0 and 1, 12 match 1 alone.
+    evaluation = made_by_hand({(0,): 20, (0, 1): 10, (1,): 12, (): 30}, patterns=2)
+    labels = torch.tensor([[True, False], [False, True], [True, True]])
+    source = torch.stack([evaluation.membership[:, 0], evaluation.membership[:, 1], evaluation.membership.any(1)])
+    adding = possible_edits(evaluation, labels, source, 0, "add")
+    assert (adding.subject.tolist(), adding.skipped) == ([1], 0)
+    assert int((adding.before != adding.after).sum()) == 20
+    overlapping = possible_edits(evaluation, labels, source, 1, "add")
+    assert (overlapping.subject.tolist(), overlapping.skipped) == ([], 1)
+    # Only subjects with another pattern can lose one.
+    removing = possible_edits(evaluation, labels, source, 0, "remove")
+    assert (removing.subject.tolist(), removing.skipped) == ([2], 0)
+    assert int((removing.before & ~removing.after).sum()) == 20
+
+
+def test_a_subject_that_never_had_the_behaviour_cannot_lose_it() -> None:
+    evaluation = made_by_hand({(0,): 20, (1,): 20, (): 30}, patterns=2)
+    labels = torch.tensor([[True, True]])
+    source = evaluation.labels(labels)
+    source[0, :5] = False  # right on 15 of 20
+    assert possible_edits(evaluation, labels, source, 0, "remove").skipped == 1
+    source[0, 0] = True
+    assert possible_edits(evaluation, labels, source, 0, "remove").subject.tolist() == [0]
+
+
+def test_summary_is_a_macro_mean_over_patterns_and_finds_the_worst_control() -> None:
+    def row(pattern: str, variant: str, value: float, edits: int = 7) -> dict[str, Any]:
+        same = dict.fromkeys(("target_mean", "target_gate", "local_mean", "all_gate"), value)
+        return {"pattern": pattern, "operation": "add", "mode": "residual", "variant": variant, "edits": edits, **same}
+
+    rows = [
+        row("a", "edit", 1.0, edits=100),
+        row("b", "edit", 0.5, edits=1),
+        row("a", "null", 0.0),
+        row("b", "null", 0.2),
+        {"pattern": "c", "operation": "add", "edits": 0, "skipped": 9},
+    ]
+    figures = summary(rows)
+    assert figures["add.all_gate"] == 0.75
+    assert figures["add.min_pattern_all_gate"] == 0.5
+    assert figures["add.null.all_gate"] == figures["controls.max_all_gate"] == pytest.approx(0.1)
+
+
+def test_partners_have_the_same_patterns_and_are_someone_else() -> None:
+    labels = torch.tensor([[1, 0], [0, 1], [1, 0], [1, 1], [1, 0]]).bool()
+    partner = same_label_partner(labels)
+    assert partner[[1, 3]].tolist() == [-1, -1]
+    assert sorted(partner[[0, 2, 4]].tolist()) == [0, 2, 4]
+    assert all(int(partner[i]) != i for i in range(5))
+
+
+def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
+    result = evaluate(untrained, zoo)
+    figures = result["figures"]
+    assert result["subjects"] == {"train": 128, "held_out": 32}
+    assert figures["add.null.target_mean"] < 0.4
+    assert figures["add.null.local_mean"] == 0
+    assert figures["controls.max_all_gate"] <= 0.05
+    edits = [row for row in result["steering"] if row.get("variant") == "edit"]
+    assert {(row["operation"], row["mode"]) for row in edits} >= {("add", "residual"), ("add", "direct")}
+    assert all(0 <= row["all_gate"] <= row["target_gate"] <= 1 for row in edits)
+    assert evaluate(untrained, zoo) == result

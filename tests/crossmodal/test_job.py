@@ -1,0 +1,66 @@
+"""The job: what it keeps and what it answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from services.crossmodal.bundle import Codec
+from services.crossmodal.job import run as run_job
+from services.runtime.run import Run
+from services.zoo.dataset import Zoo
+from services.zoo.subjects import flatten
+from tests.crossmodal.conftest import tiny_spec
+
+
+class Keeper(Run):
+    """Keeps artifacts and the names of stages."""
+
+    def __init__(self, zoo: Path, output: Path) -> None:
+        self.inputs, self.output = {"zoo": zoo}, output
+        self.stages: list[str] = []
+        self.metrics: dict[int, dict[str, float]] = {}
+
+    def stage(self, name: str, total: int, unit: str = "steps") -> None:
+        self.stages.append(name)
+
+    def metric(self, step: int, **values: float) -> None:
+        self.metrics[step] = values
+
+    def artifact(self, name: str, type: str, folder: Path) -> None:
+        assert name == type
+        shutil.copytree(folder, self.output / name)
+
+
+def test_job_keeps_a_codec_and_a_report(zoo: Zoo, tmp_path: Path) -> None:
+    zoo.save(tmp_path / "zoo")
+    keeper = Keeper(tmp_path / "zoo", tmp_path)
+    result = run_job(tiny_spec(), keeper)
+    assert keeper.stages == ["train", "evaluate"]
+    assert set(keeper.metrics[6]) == {"loss", "reconstruction", "behavior", "contrastive", "steering", "direct"}
+    json.dumps(result, allow_nan=False)
+
+    codec, report = Codec.load(tmp_path / "codec"), tmp_path / "report"
+    for picture in ("latent_map.png", "steering.png"):
+        assert (report / picture).read_bytes().startswith(b"\x89PNG")
+    written = json.loads((report / "report.json").read_text())
+    assert written["figures"] == result["figures"]
+
+    # The steered weights are what the codec makes of the sources, in the order of the examples.
+    tensors = load_file(report / "steered.safetensors")
+    examples = written["examples"]
+    assert len(examples) == len(tensors["source.layers.0.weight"]) > 4
+    i = len(examples) - 1
+    source, steered = (
+        {k.removeprefix(side): v[i : i + 1] for k, v in tensors.items() if k.startswith(side)}
+        for side in ("source.", "steered.")
+    )
+    position = zoo.index.tolist().index(int(zoo.index[examples[i]["subject"]]))
+    assert torch.equal(source["layers.0.weight"][0], zoo.params["layers.0.weight"][position])
+    edit = examples[i]["edit"]
+    again, _ = codec.steer(source, [(edit["operation"], edit["behavior"])])
+    torch.testing.assert_close(flatten(again), flatten(steered))

@@ -1,0 +1,74 @@
+"""What an edit asks for, and how edited networks are run."""
+
+from __future__ import annotations
+
+import torch
+
+from services.crossmodal.bundle import Codec
+from services.crossmodal.data import Queries
+from services.crossmodal.steering import answers, edited, toggle
+from services.zoo.dataset import Zoo
+from services.zoo.subjects import encode, flatten, forward, select
+from services.zoo.universe import TRAIN
+
+
+def test_toggle_adds_what_is_missing_and_removes_what_is_there() -> None:
+    selected = torch.tensor([[True, False, True], [False, False, True]])
+    after, sign = toggle(selected, torch.tensor([0, 1]))
+    assert after.tolist() == [[False, False, True], [False, True, True]]
+    assert sign.tolist() == [-1, 1]
+    assert selected.tolist() == [[True, False, True], [False, False, True]]
+
+
+def test_labels_after_an_edit_are_those_of_the_exact_union(zoo: Zoo) -> None:
+    """Over every pattern, subject and drawn sequence; predicates overlap (sorted sequences may start with A)."""
+    queries = Queries.build(zoo.universe, zoo.architecture, seed=0)
+    labels = zoo.labels[:24]
+    for column, _ in enumerate(zoo.patterns):
+        pattern = torch.full((24,), column)
+        rows = queries.draw(pattern, 40, torch.Generator().manual_seed(column))
+        after, _ = toggle(labels, pattern)
+        got = queries.pools.labels(rows, after)
+        for subject in range(24):
+            sequences = queries.pools.sequences[rows[subject]]
+            chosen = [zoo.patterns[k] for k in after[subject].nonzero().flatten().tolist()]
+            expected = torch.zeros(40, dtype=torch.bool)
+            for one in chosen:
+                expected |= one.matches(sequences)
+            assert got[subject].tolist() == expected.tolist()
+
+
+def test_queries_come_from_the_training_split_with_a_quarter_of_the_edited_pattern(zoo: Zoo) -> None:
+    queries = Queries.build(zoo.universe, zoo.architecture, seed=0)
+    pattern = torch.arange(len(zoo.patterns))
+    rows = queries.draw(pattern, 64, torch.Generator().manual_seed(0))
+    assert rows.shape == (len(zoo.patterns), 64)
+    assert (zoo.universe.split_of(queries.pools.sequences[rows.flatten()]) == TRAIN).all()
+    own = queries.pools.membership[rows[:, :16]]
+    assert all(own[p, :, p].all() for p in pattern.tolist())
+    inputs = queries.network_inputs(rows)
+    wanted = encode(zoo.architecture, queries.pools.sequences[rows[1]])
+    assert torch.equal(inputs[1].T, wanted)
+
+
+def test_answers_equal_the_plain_forward_pass(zoo: Zoo) -> None:
+    weights = flatten(select(zoo.params, torch.arange(6)))
+    inputs = zoo.probe_inputs
+    plain = forward(select(zoo.params, torch.arange(6)), inputs)
+    shared = answers(weights.view(3, 2, -1), inputs.T, zoo.architecture)
+    torch.testing.assert_close(shared.reshape(6, -1), plain, rtol=1e-4, atol=1e-4)
+    own = answers(weights.view(3, 2, -1), inputs.T.expand(3, -1, -1), zoo.architecture)
+    torch.testing.assert_close(own.reshape(6, -1), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_residual_null_edit_returns_the_source_exactly(zoo: Zoo, untrained: Codec) -> None:
+    networks = select(zoo.params, torch.arange(5))
+    edits = [("add", untrained.behaviors[0].name), ("remove", untrained.behaviors[2].name)]
+    steered, _ = untrained.steer(networks, edits, strength=0.0)
+    assert all(torch.equal(steered[name], networks[name]) for name in networks)
+
+
+def test_edited_forms() -> None:
+    source, decoded, steered = torch.randn(3, 4, 9).unbind(0)
+    assert torch.equal(edited(source, decoded, steered, "direct"), steered)
+    assert torch.equal(edited(source, decoded, steered, "residual"), source + (steered - decoded))

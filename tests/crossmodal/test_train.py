@@ -1,0 +1,158 @@
+"""Training: resume to the bit, NaN, wrong zoos, and that it learns to steer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import PatternSpec
+from services.crossmodal.data import split_subjects
+from services.crossmodal.evaluate import evaluate
+from services.crossmodal.train import Trainer, schedule, train
+from services.runtime.run import Run
+from services.zoo.dataset import Zoo
+from tests.crossmodal.conftest import tiny_spec
+
+
+class Interrupted(Exception):
+    """The process is gone."""
+
+
+class Recorder(Run):
+    """Keeps a checkpoint at one step and may fall over at another."""
+
+    def __init__(self, folder: Path, keep: int = -1, fall: int = -1, resume: Path | None = None) -> None:
+        self.folder, self.keep, self.fall, self.resume = folder, keep, fall, resume
+        self.done: list[int] = []
+
+    def advance(self, done: int) -> None:
+        self.done.append(done)
+        if done == self.fall:
+            raise Interrupted
+
+    def checkpoint_due(self) -> bool:
+        return self.done[-1] == self.keep
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        assert step == self.keep
+        self.folder.mkdir()
+        write(self.folder)
+
+
+def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(zoo: Zoo, tmp_path: Path) -> None:
+    # Nine steps of 32 among 128 subjects: the interruption is in the middle of an epoch.
+    spec = tiny_spec(training={"steps": 9})
+    whole = train(spec, zoo)
+    with pytest.raises(Interrupted):
+        train(spec, zoo, Recorder(tmp_path / "state", keep=5, fall=7))
+    resumed = Recorder(tmp_path / "unused", resume=tmp_path / "state")
+    again = train(spec, zoo, resumed)
+    assert resumed.done == [5, 6, 7, 8, 9]
+    for (name, one), two in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_the_seed_decides_everything(zoo: Zoo) -> None:
+    first, second = (train(tiny_spec(training={"steps": 2}), zoo) for _ in range(2))
+    assert torch.equal(first.directions, second.directions)
+    other = train(tiny_spec(training={"steps": 2}, seed=1), zoo)
+    assert not torch.equal(first.directions, other.directions)
+
+
+def test_checkpoint_of_another_spec_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    Trainer(tiny_spec(), zoo).save(tmp_path)
+    with pytest.raises(InvalidInput, match="another spec"):
+        train(tiny_spec(seed=5), zoo, Recorder(tmp_path / "x", resume=tmp_path))
+
+
+def test_nan_stops_at_once_and_changes_nothing(zoo: Zoo) -> None:
+    trainer = Trainer(tiny_spec(), zoo)
+    trainer.advance()
+    trainer.subjects.weights[:] = float("nan")
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(InvalidInput, match=r"nan at step 2.*last good checkpoint is of step 1") as caught:
+        trainer.advance(last_checkpoint=1)
+    assert caught.value.violations[0].field == "spec.training.learning_rate"
+    assert all(torch.equal(one, two) for one, two in zip(before, trainer.model.parameters(), strict=True))
+    assert trainer.step == 1
+
+
+def test_terms_can_be_switched_off(zoo: Zoo) -> None:
+    off = dict.fromkeys(("reconstruction", "behavior", "contrastive", "steering", "direct"), 0.0)
+    terms = Trainer(tiny_spec(loss=off), zoo).advance()
+    assert float(terms["loss"]) == 0
+    assert "direct" not in terms
+    only = Trainer(tiny_spec(loss={**off, "steering": 2.0}), zoo).advance()
+    assert float(only["loss"]) == pytest.approx(2 * float(only["steering"]))
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    shares = [schedule(step, 1000) for step in range(1000)]
+    assert shares[0] < 0.02
+    assert max(shares) > 0.95
+    assert shares[-1] < 0.011
+
+
+def test_held_out_subjects_are_apart_and_depend_on_the_seed() -> None:
+    split = split_subjects(100, 0.125, seed=3)
+    assert sorted([*split.train.tolist(), *split.held_out.tolist()]) == list(range(100))
+    assert len(split.held_out) == 12
+    assert split.held_out.tolist() != split_subjects(100, 0.125, seed=4).held_out.tolist()
+
+
+def test_zoos_that_cannot_be_learned_from(zoo: Zoo) -> None:
+    def refused(wrong: Zoo, field: str, text: str) -> None:
+        with pytest.raises(InvalidInput, match=text) as caught:
+            train(tiny_spec(), wrong)
+        assert caught.value.violations[0].field == field
+
+    refused(replace(zoo, labels=torch.zeros_like(zoo.labels)), "zoo.labels", "no behaviour labels")
+    refused(replace(zoo, labels=zoo.labels[:, :0]), "zoo.labels", "no behaviour labels")
+    one = zoo.spec.model_copy(update={"patterns": [PatternSpec(name="palindrome")]})
+    refused(replace(zoo, spec=one, labels=zoo.labels[:, :1]), "zoo.patterns", "at least two behaviours")
+    lonely = zoo.labels.clone()
+    lonely[:, 2] = False
+    refused(replace(zoo, labels=lonely), "zoo.labels", "no subject has sorted_ascending")
+    broken = zoo.signatures.clone()
+    broken[3, 4, 5] = float("nan")
+    refused(replace(zoo, signatures=broken), "zoo.signatures", "NaN")
+    refused(
+        replace(zoo, params={name: tensor * float("inf") for name, tensor in zoo.params.items()}), "zoo.params", "NaN"
+    )
+    few = Zoo(
+        zoo.spec,
+        zoo.index[:2],
+        {name: tensor[:2] for name, tensor in zoo.params.items()},
+        torch.ones(2, 4, dtype=torch.bool),
+        zoo.accuracy[:2],
+        zoo.probes,
+        zoo.signatures[:2],
+    )
+    refused(few, "spec.held_out", "needs 2")
+
+
+def test_it_learns_to_steer_held_out_networks(zoo: Zoo) -> None:
+    """Places are easy to steer for a codec this small; orders and counts need more than seconds."""
+    spec = tiny_spec(
+        codec={"latent_dim": 32, "hidden_dim": 128, "signature_components": 96},
+        training={"steps": 300, "batch_size": 64, "queries": 64},
+    )
+    result = evaluate(train(spec, zoo), zoo)
+    figures = result["figures"]
+    assert figures["agreement"] > 0.9
+    assert figures["controls.max_all_gate"] <= 0.05
+    for operation in ("add", "remove"):
+        reached, null = (figures[f"{operation}{variant}.target_mean"] for variant in ("", ".null"))
+        assert reached > null + 0.4
+    easy = [
+        row
+        for row in result["steering"]
+        if row["pattern"] in {"starts_with(A)", "ends_with(B)"}
+        and (row["operation"], row["mode"], row["variant"]) == ("add", "residual", "edit")
+    ]
+    assert all(row["target_mean"] > 0.75 and row["all_gate"] > 0.1 for row in easy)
