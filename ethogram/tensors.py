@@ -46,14 +46,14 @@ def from_tensor(tensor: pb.Tensor, field: str, *, finite: bool = True) -> NDArra
     shape = tuple(tensor.shape)
     if len(shape) > _MAX_AXES or any(length < 0 for length in shape):
         raise InvalidInput.field(f"{field}.shape", f"needs at most {_MAX_AXES} axes, none negative")
-    # NumPy bounds the other axes even where one is empty.
-    if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 2**63:
-        raise InvalidInput.field(f"{field}.shape", "is larger than any array can be")
     expected = math.prod(shape) * dtype.itemsize
     if expected != len(tensor.data):
         raise InvalidInput.field(
             f"{field}.data", f"{len(tensor.data)} bytes, but shape {list(shape)} of {dtype.name} needs {expected}"
         )
+    # NumPy bounds the other axes even where one is empty.
+    if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 2**63:
+        raise InvalidInput.field(f"{field}.shape", "is larger than any array can be")
     array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
     if finite and dtype.kind == "f" and not np.isfinite(array).all():
         raise InvalidInput.field(f"{field}.data", "holds NaN or infinity")
