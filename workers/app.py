@@ -185,6 +185,7 @@ def _listen(app: Any, config: WorkerSettings, ringer: Ringer, bell: Bell) -> Non
         ringer.serve(queue_name)
 
     def ready(**_: Any) -> None:
+        # ``ethogram up`` waits for this line.
         logger.info("worker ready", extra={"queues": config.queues, "slots": config.slots, "device": config.device})
         # Rings may have been lost while nobody listened.
         for name in config.queues:

@@ -47,7 +47,8 @@ class Ledger:
         self._metrics: dict[str, float] = {}
         self.result: dict[str, Any] | None = None
         """The job's answer, once it gave one."""
-        notifier.notify(self._job, claim.job.seq)
+        self._seq = 0
+        self._notify(claim.job.seq)
 
     def write(self, events: Sequence[jobs_pb2.JobEvent]) -> None:
         """Write a batch down; of its progress only the last."""
@@ -79,22 +80,26 @@ class Ledger:
 
     def settle(self, outcome: Outcome) -> None:
         """End the attempt."""
-        self._notifier.notify(self._job, self._persist(partial(self._settle, outcome)).seq)
+        self._notify(self._persist(partial(self._settle, outcome)).seq)
+
+    def _notify(self, seq: int) -> None:
+        self._seq = seq
+        self._notifier.notify(self._job, seq)
 
     def _append(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
         if lines:
             written = self._persist(partial(self._registry.append_events, self._attempt, lines))
             lines.clear()
-            self._notifier.notify(self._job, written[-1].seq)
+            self._notify(written[-1].seq)
 
     def _checkpoint(self, point: jobs_pb2.Checkpoint) -> None:
         commit = partial(self._registry.commit_checkpoint, self._attempt, point.artifact, point.step)
-        self._notifier.notify(self._job, self._persist(commit).seq)
+        self._notify(self._persist(commit).seq)
 
     def _artifact(self, made: jobs_pb2.Artifact) -> None:
         commit = self._registry.commit_artifact
         self._persist(partial(commit, self._attempt, made.name, made.type, made.id, made.size))
-        self._notifier.notify(self._job, self._persist(partial(self._registry.get, self._job)).seq)
+        self._notify(self._persist(partial(self._registry.get, self._job)).seq)
 
     def _progress(self, progress: jobs_pb2.Progress) -> None:
         state = {
@@ -105,8 +110,8 @@ class Ledger:
             "metrics": dict(self._metrics),
         }
         self._persist(partial(self._registry.set_progress, self._attempt, state))
-        # Progress is no event: 0 is never the newest.
-        self._notifier.notify(self._job, 0)
+        # No event, but something to look at.
+        self._notify(self._seq)
 
     def _settle(self, outcome: Outcome) -> Job:
         registry, attempt = self._registry, self._attempt
