@@ -31,7 +31,8 @@ def canonical(params: Params, architecture: Architecture) -> Params:
     mean 0, and the first bias holds what they lost."""
     if architecture.input_encoding != "one_hot":
         return params
-    weight = params["layers.0.weight"].unflatten(2, (architecture.length, architecture.vocab_size))
+    first = params["layers.0.weight"]
+    weight = first.reshape(*first.shape[:2], architecture.length, architecture.vocab_size)
     mean = weight.mean(3, keepdim=True)
     return {
         **params,

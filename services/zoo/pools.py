@@ -146,13 +146,12 @@ def _take(sequences: Tensor, limit: int, draws: torch.Generator) -> Tensor:
 
 def _gather(draw: Callable[[int], Tensor], wanted: int, draws: torch.Generator) -> Tensor:
     """``wanted`` distinct sequences out of repeated draws; fewer where there hardly are more."""
-    found = draw(4 * wanted)
+    found = distinct(draw(3 * wanted))
     for _ in range(6):
-        found = distinct(found)
         if len(found) >= wanted:
             break
-        found = torch.cat([found, draw(4 * wanted)])
-    return _take(distinct(found), wanted, draws)
+        found = distinct(torch.cat([found, draw(3 * wanted)]))
+    return _take(found, wanted, draws)
 
 
 def _mutate(sequences: Tensor, vocab_size: int, limit: int, draws: torch.Generator) -> Tensor:

@@ -19,6 +19,7 @@ TRAIN, VALIDATION, HELD_OUT = 0, 1, 2
 # Held-out is large so that a pattern of 42 sequences still has 17 to be judged on.
 SHARES = (0.5, 0.1, 0.4)
 MAX_ENUMERATED = 5_000_000
+_QUICKLY_ENUMERATED = 1_000_000
 # A pattern with fewer sequences than this is split by rank, so that its shares are exact.
 SMALL = 4096
 _PROBES_OF_EQUALITY = 4096
@@ -78,7 +79,7 @@ class Universe:
 
     def all_members(self, pattern: int) -> Tensor:
         """Every member of a small pattern: int64 ``[count, length]``, in the order of their hashes."""
-        if self.enumerated:
+        if self.size <= _QUICKLY_ENUMERATED:
             found = self.sequences[self.membership[:, pattern]]
         else:
             # Draw until all were seen; the size is known. A set of n takes about n ln n draws.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ Row = tuple[int, ...]
 
 def _vowel_consonant(row: Row) -> bool:
     kinds = ["ABCDEFGHIJKLMNOPQRSTUVWXYZ"[x] in "AEIOU" for x in row]
-    return all(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+    return all(a != b for a, b in itertools.pairwise(kinds))
 
 
 def _mountain(row: Row) -> bool:
@@ -20,8 +21,8 @@ def _mountain(row: Row) -> bool:
     up, down = row[: peak + 1], row[peak:]
     return (
         0 < peak < len(row) - 1
-        and all(a < b for a, b in zip(up, up[1:], strict=False))
-        and all(a > b for a, b in zip(down, down[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(up))
+        and all(a > b for a, b in itertools.pairwise(down))
     )
 
 

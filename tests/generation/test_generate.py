@@ -1,0 +1,183 @@
+"""Zoos: the same whatever the scheduling or interruption, subjects that do what their labels say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import GenerationSpec, PatternSpec, SubjectSpec, SubjectTrainingSpec
+from services.generation import job, train
+from services.generation.train import BLOCK, generate, produce
+from services.runtime.run import Cancelled, Run, Stopped
+from services.zoo.dataset import Zoo
+from services.zoo.signatures import raw
+from services.zoo.subjects import encode, flatten, forward
+from services.zoo.universe import HELD_OUT
+from tests.generation.conftest import PATTERNS, Recorder, small_spec
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Zoo:
+    return generate(small_spec())
+
+
+def same(left: Zoo, right: Zoo, count: int | None = None) -> bool:
+    return all(
+        torch.equal(getattr(left, name)[:count], getattr(right, name)[:count])
+        for name in ("index", "labels", "accuracy", "signatures")
+    ) and torch.equal(flatten(left.params)[:count], flatten(right.params)[:count])
+
+
+def test_a_zoo_is_what_was_asked_for(zoo: Zoo) -> None:
+    spec = zoo.spec
+    assert len(zoo) == 40 and zoo.signatures.shape == (40, 16, 9) and zoo.accuracy.shape == (40, 5)
+    assert (zoo.index.diff() > 0).all()
+    sizes = zoo.labels.sum(1)
+    assert int(sizes.min()) >= 1 and int(sizes.max()) <= 3
+    assert float(zoo.accuracy.min()) >= spec.min_accuracy
+    assert torch.equal(raw(zoo.params, zoo.probe_inputs), zoo.signatures)
+
+
+def test_subjects_behave_as_labelled_on_held_out_sequences(zoo: Zoo) -> None:
+    universe = zoo.universe
+    held_out = universe.split == HELD_OUT
+    sequences, matches = universe.sequences[held_out], universe.membership[held_out]
+    answers = forward(zoo.params, encode(zoo.architecture, sequences)) > 0
+    expected = (matches.unsqueeze(0) & zoo.labels.unsqueeze(1)).any(2)
+    right = (answers == expected).double()
+    assert float(right.mean()) > 0.93
+    # The recorded accuracy on members of a pattern is the share of right answers there.
+    for p in range(4):
+        torch.testing.assert_close(right[:, matches[:, p]].mean(1).float(), zoo.accuracy[:, p], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_same_zoo_whatever_the_scheduling(zoo: Zoo, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert same(generate(zoo.spec), zoo)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_smaller_zoo_is_the_beginning_of_a_larger_one(zoo: Zoo) -> None:
+    assert same(generate(small_spec(subjects=9)), zoo, 9)
+
+
+def test_another_seed_is_another_zoo(zoo: Zoo) -> None:
+    other = generate(small_spec(seed=4, subjects=9))
+    assert not torch.equal(other.labels, zoo.labels[:9]) and not torch.equal(other.probes, zoo.probes)
+
+
+def test_independent_init_starts_apart() -> None:
+    spec = small_spec(subjects=8, training=SubjectTrainingSpec(steps=1, learning_rate=1e-9), min_accuracy=0.0)
+    apart = spec.model_copy(update={"subject": SubjectSpec(layers=1, neurons=8, init="independent")})
+    shared = flatten(generate(spec).params)
+    own = flatten(generate(apart).params)
+    assert float((shared - shared[0]).abs().max()) < 1e-6
+    assert float(torch.pdist(own).min()) > 0.5
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_resumed_equals_uninterrupted(zoo: Zoo, tmp_path: Path, stop_after: int) -> None:
+    spec = small_spec(subjects=100)
+    whole, rejected = produce(spec, Run())
+    stopped = Recorder(tmp_path / "first", stop_after)
+    with pytest.raises(Stopped):
+        produce(spec, stopped)
+    resumed, rejected_again = produce(spec, Recorder(resume=stopped.checkpoints[-1]))
+    assert same(resumed, whole) and rejected_again == rejected
+    assert same(zoo, whole, 40)
+
+
+def test_progress_counts_accepted_subjects() -> None:
+    recorder = Recorder()
+    generate(small_spec(), recorder)
+    assert recorder.stages[0] == ("generate", 40, "subjects")
+    assert recorder.done == sorted(recorder.done) and recorder.done[-1] == 40
+
+
+def test_cancelling_ends_the_training() -> None:
+    class Cancelling(Run):
+        def advance(self, done: int) -> None:
+            if done:
+                raise Cancelled
+
+    with pytest.raises(Cancelled):
+        generate(small_spec(subjects=100_000), Cancelling())
+
+
+def test_the_gate_counts_rejections_by_cause() -> None:
+    zoo, rejected = produce(small_spec(min_accuracy=0.97), Run())
+    assert float(zoo.accuracy.min()) >= 0.97
+    assert rejected and all(cause.startswith(("misses ", "false alarms on ")) for cause in rejected)
+    # Every candidate up to the last that was needed was accepted or counted, and hardly any beyond.
+    assert 0 <= len(zoo) + sum(rejected.values()) - (int(zoo.index[-1]) + 1) < BLOCK
+
+
+def test_a_hopeless_gate_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "PATIENCE", BLOCK)
+    with pytest.raises(InvalidInput, match="candidates reach") as caught:
+        generate(small_spec(min_accuracy=1.0, training=SubjectTrainingSpec(steps=1)))
+    assert caught.value.violations[0].field == "spec.min_accuracy"
+
+
+def test_divergence_is_a_cause() -> None:
+    spec = small_spec(min_accuracy=0.0, subjects=4)
+    factory = train.Factory(spec)
+    block = factory.train_block(0)
+    block.params["layers.0.weight"][2, 0, 0] = float("nan")
+    assert [cause for cause in factory.judge(block) if cause] == ["diverged"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"patterns": PATTERNS[:2], "min_patterns_per_batch": 3}, "spec.min_patterns_per_batch"),
+        ({"patterns": PATTERNS[:2]}, "spec.max_patterns_per_batch"),
+        ({"patterns": [*PATTERNS, PatternSpec(name="no_repeats")], "sequence_length": 6}, "spec.patterns.4"),
+        ({"patterns": [*PATTERNS, PatternSpec(name="starts_with", token="A")]}, "spec.patterns.4"),
+        ({"patterns": [*PATTERNS, PatternSpec(name="starts_with", token="Z")]}, "spec.patterns.4.token"),
+        ({"patterns": [*PATTERNS, PatternSpec(name="mountain_pattern")], "sequence_length": 9}, "spec.patterns.4"),
+    ],
+)
+def test_impossible_specs_fail_before_training(
+    changes: dict[str, object], field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.Factory, "train_block", lambda *_: pytest.fail("trained"))
+    with pytest.raises(InvalidInput) as caught:
+        generate(small_spec(**changes))
+    assert caught.value.violations[0].field == field
+
+
+def test_any_vocabulary_and_length() -> None:
+    spec = GenerationSpec(
+        subjects=4,
+        vocab_size=12,
+        sequence_length=9,
+        min_accuracy=0.0,
+        subject=SubjectSpec(layers=3, neurons=6, activation="gelu", input_encoding="index", init="independent"),
+        training=SubjectTrainingSpec(steps=5, batch_size=16),
+    )
+    zoo = generate(spec)
+    assert zoo.signatures.shape == (4, 128, 19) and bool(zoo.signatures.isfinite().all())
+
+
+def test_the_job_keeps_the_zoo_and_reports_figures(zoo: Zoo) -> None:
+    kept: list[Zoo] = []
+
+    class Keeper(Recorder):
+        def artifact(self, name: str, type: str, folder: Path) -> None:
+            super().artifact(name, type, folder)
+            kept.append(Zoo.load(folder))
+
+    recorder = Keeper()
+    result = job.run(zoo.spec, recorder)
+    assert recorder.artifacts == [("zoo", "zoo")] and same(kept[0], zoo)
+    assert result["subjects"] == 40 and result["candidates"] == 40 + sum(result["rejected"].values())
+    assert result["accuracy"] == pytest.approx(float(zoo.accuracy.mean()), abs=1e-4)
+    assert result["subjects_by_pattern"]["sorted_descending"] == int(zoo.labels[:, 2].sum())

@@ -1,0 +1,91 @@
+"""A zoo on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectSpec
+from services.zoo.dataset import Zoo
+from services.zoo.patterns import from_specs
+from services.zoo.pools import probes
+from services.zoo.signatures import raw
+from services.zoo.subjects import Architecture, encode, init
+from services.zoo.universe import Universe
+
+SPEC = GenerationSpec(
+    vocab_size=5,
+    sequence_length=4,
+    patterns=[PatternSpec(name="palindrome"), PatternSpec(name="starts_with", token="B")],
+    subject=SubjectSpec(layers=1, neurons=3),
+    signature=SignatureSpec(probes=6),
+)
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Zoo:
+    architecture = Architecture.of(SPEC)
+    universe = Universe(5, 4, from_specs(SPEC.patterns, 5, 4))
+    params = init(architecture, 4, [torch.Generator().manual_seed(i) for i in range(4)])
+    chosen = probes(universe, 6)
+    signatures = raw(params, encode(architecture, chosen))
+    labels = torch.tensor([[True, False], [False, True], [True, True], [False, False]])
+    accuracy = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    return Zoo(SPEC, torch.tensor([0, 2, 5, 9]), params, labels, accuracy, chosen, signatures)
+
+
+def test_round_trip(zoo: Zoo, tmp_path: Path) -> None:
+    zoo.save(tmp_path)
+    back = Zoo.load(tmp_path)
+    assert len(back) == 4 and back.spec == zoo.spec and back.patterns == zoo.patterns
+    assert list(back.params) == list(zoo.params)
+    for name in ("index", "labels", "accuracy", "probes", "signatures"):
+        assert torch.equal(getattr(back, name), getattr(zoo, name)), name
+    assert all(torch.equal(back.params[name], zoo.params[name]) for name in zoo.params)
+    assert torch.equal(raw(back.params, back.probe_inputs), back.signatures)
+
+
+def test_an_empty_selection_keeps_its_shape(zoo: Zoo, tmp_path: Path) -> None:
+    none = replace(zoo, labels=torch.zeros(4, 2, dtype=torch.bool))
+    none.save(tmp_path)
+    assert Zoo.load(tmp_path).labels.tolist() == [[False, False]] * 4
+
+
+def test_records_load_through_datasets(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import load_dataset
+
+    zoo.save(tmp_path)
+    files = str(tmp_path / "records.parquet")
+    table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert table["patterns"][2] == ["palindrome", "starts_with(B)"]
+    assert table["accuracy"][0] == pytest.approx(zoo.accuracy[0].tolist())
+
+
+def test_wrong_folders_name_the_file(zoo: Zoo, tmp_path: Path) -> None:
+    def refused(field: str) -> None:
+        with pytest.raises(InvalidInput) as caught:
+            Zoo.load(tmp_path)
+        assert caught.value.violations[0].field == field
+
+    refused("zoo.json")
+    zoo.save(tmp_path)
+    (tmp_path / "records.parquet").write_bytes(b"PAR1")
+    refused("records.parquet")
+    zoo.save(tmp_path)
+    weights = (tmp_path / "weights.safetensors").read_bytes()
+    (tmp_path / "weights.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused("weights.safetensors")
+    zoo.save(tmp_path)
+    about = json.loads((tmp_path / "zoo.json").read_text())
+    (tmp_path / "zoo.json").write_text(json.dumps({**about, "format": 99}))
+    refused("zoo.json")
+    about["spec"]["subject"]["neurons"] = 4
+    (tmp_path / "zoo.json").write_text(json.dumps(about))
+    refused("weights.safetensors.layers.0.weight")
+    (tmp_path / "zoo.json").write_text("[]")
+    refused("zoo.json")
