@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,13 +236,15 @@ except SystemExit:
     pass
 print(sorted({"httpx", "grpc", "numpy", "ruamel.yaml", "torch"} & set(sys.modules)), file=sys.stderr)
 """
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
+    costs = []
+    for _ in range(3):
+        # Processor time: the machine may be busy with other tests.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        best = min(best, time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert done.stderr.strip() == "[]"
-    assert best < 0.5
+    assert min(costs) < 0.5
 
 
 def test_a_reader_that_leaves_is_no_failure_to_shout_about(platform: Platform) -> None:
