@@ -1,0 +1,54 @@
+"""The science without the platform: a zoo, a codec, and a network that gains a behaviour.
+
+.venv/bin/python examples/library.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ethogram.specs.base import ArtifactRef
+from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
+from ethogram.specs.generation import GenerationSpec, PatternSpec, SubjectTrainingSpec
+from services.crossmodal.train import train
+from services.generation.train import generate
+from services.runtime.console import ConsoleRun
+from services.zoo.subjects import select
+
+
+def main() -> None:
+    run = ConsoleRun()  # progress bars; leave it out for silence
+    zoo = generate(
+        GenerationSpec(
+            subjects=192,
+            patterns=[
+                PatternSpec(name="starts_with", token="A"),
+                PatternSpec(name="ends_with", token="B"),
+                PatternSpec(name="palindrome"),
+                PatternSpec(name="no_repeats"),
+            ],
+            max_patterns_per_batch=3,
+            training=SubjectTrainingSpec(steps=300),
+        ),
+        run,
+    )
+    codec = train(
+        CrossmodalSpec(
+            zoo=ArtifactRef(artifact="in-memory"),
+            codec=CodecSpec(latent_dim=64, hidden_dim=256),
+            training=CodecTrainingSpec(steps=400, batch_size=64, queries=128),
+        ),
+        zoo,
+        run,
+    )
+    without = (~zoo.labels[:, 0]).nonzero().squeeze(1)[:8]
+    networks = select(zoo.params, without)
+    steered, _ = codec.steer(networks, [("add", zoo.patterns[0].name)])
+    before, after = (codec.evaluate(params)[0][:, 0] for params in (networks, steered))
+    torch.set_printoptions(precision=2, sci_mode=False)
+    print(f"recall of {zoo.patterns[0].name} before: {before}")
+    print(f"recall of {zoo.patterns[0].name} after:  {after}")
+
+
+if __name__ == "__main__":
+    main()
