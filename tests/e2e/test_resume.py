@@ -26,7 +26,7 @@ ZOO = {
 }
 CODEC = {
     "codec": {"latent_dim": 16, "hidden_dim": 32, "depth": 1},
-    "training": {"steps": 400, "batch_size": 16, "queries": 32},
+    "training": {"steps": 300, "batch_size": 16, "queries": 32},
 }
 
 
@@ -51,6 +51,7 @@ def test_a_job_killed_in_mid_training_ends_with_the_same_codec(
     state: Path = tmp_path_factory.mktemp("resume")
     monkeypatch.delenv("REDIS_URL", raising=False)
     monkeypatch.setenv("ETHOGRAM_CHECKPOINT_SECONDS", "0.5")
+    monkeypatch.setenv("ETHOGRAM_THREADS", "1")
     with Platform(StateDir(state)) as platform, Client(platform.url) as client:
         zoo = client.wait(client.submit("generation", ZOO).id).check()
         spec: dict[str, Any] = {**CODEC, "zoo": {"job": zoo.id, "artifact": "zoo"}}
@@ -58,7 +59,7 @@ def test_a_job_killed_in_mid_training_ends_with_the_same_codec(
         job = client.submit("crossmodal", spec)
         killed_at = None
         for event in client.events(job.id):
-            if killed_at is None and event.type == "checkpoint" and 0 < event.data["step"] < 350:
+            if killed_at is None and event.type == "checkpoint" and 0 < event.data["step"] < 280:
                 kill_child(platform)
                 killed_at = event.data["step"]
         resumed = client.job(job.id).check()
@@ -75,6 +76,7 @@ def test_a_platform_that_stops_takes_its_job_up_again(
     state: Path = tmp_path_factory.mktemp("restart")
     monkeypatch.delenv("REDIS_URL", raising=False)
     monkeypatch.setenv("ETHOGRAM_CHECKPOINT_SECONDS", "0.5")
+    monkeypatch.setenv("ETHOGRAM_THREADS", "1")
     long = {**ZOO, "subjects": 100_000, "min_accuracy": 0.0}
     with Platform(StateDir(state)) as platform, Client(platform.url) as client:
         job = client.submit("generation", long)
