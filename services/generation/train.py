@@ -181,9 +181,9 @@ def generate(spec: GenerationSpec, run: Run | None = None) -> Zoo:
 
 def produce(spec: GenerationSpec, run: Run) -> tuple[Zoo, Counter[str]]:
     """:func:`generate`, with the number of rejected candidates by cause beside the zoo."""
+    run.stage("generate", spec.subjects, "subjects")
     factory = Factory(spec, run.device)
     progress = Progress.load(run.resume) if run.resume else Progress()
-    run.stage("generate", spec.subjects, "subjects")
     run.advance(min(progress.accepted, spec.subjects))
     with closing(_blocks(factory, progress)) as blocks:
         for block in blocks:
@@ -195,7 +195,8 @@ def produce(spec: GenerationSpec, run: Run) -> tuple[Zoo, Counter[str]]:
                 progress.give_up_if_hopeless(spec)
                 if run.checkpoint_due():
                     run.checkpoint(progress.next_block, progress.save)
-    run.log(f"{progress.accepted} of {progress.next_block * BLOCK} candidates accepted; rejected: {progress.rejected}")
+    causes = ", ".join(f"{count} {cause}" for cause, count in progress.rejected.most_common()) or "none"
+    run.log(f"{progress.accepted} of {progress.next_block * BLOCK} candidates accepted; rejected: {causes}")
     kept = progress.gathered()
     count = spec.subjects
     params = {name: kept[name][:count] for name in factory.architecture.shapes}
