@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ethogram.specs.crossmodal import CodecSpec
 
-# A signature is described by its components in the training subjects' span, so more of them say nothing.
-MAX_FITTED = 4096
+MAX_FITTED = 2048
+"""Most subjects from which the standardisation and the components are taken; the cost grows with their cube."""
 
 
 class Encoder(nn.Module):
@@ -36,11 +36,14 @@ class Encoder(nn.Module):
         self.mean.copy_(signatures.mean(0))
         # A neuron that is constant over the training subjects must not blow up for one that differs.
         self.scale.copy_(deviation.clamp_min(1e-3 * float(deviation.mean()) + 1e-12))
-        _, sizes, axes = torch.linalg.svd((signatures - self.mean) / self.scale, full_matrices=False)
-        count = self.components.shape[1]
-        typical = sizes[:count].square().mean().sqrt() / math.sqrt(len(signatures))
+        rows = ((signatures - self.mean) / self.scale).double()
+        # Of the Gram matrix: there are more numbers in a signature than subjects.
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        kept = (values > 1e-9 * values[-1]).nonzero().squeeze(1).flip(0)[: self.components.shape[1]]
+        axes = rows.T @ vectors[:, kept] / values[kept].sqrt()
+        typical = (values[kept].mean() / len(rows)).sqrt()
         self.components.zero_()
-        self.components[:, : len(axes[:count])] = axes[:count].T / typical
+        self.components[:, : len(kept)] = (axes / typical).float()
 
     def features(self, signatures: Tensor) -> Tensor:
         """What enters the layers, ``[batch, components]``, from signatures ``[batch, inputs]``; nothing learned."""
