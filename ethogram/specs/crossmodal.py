@@ -23,15 +23,15 @@ class CodecSpec(Spec):
 class LossSpec(Spec):
     """Weights of the loss terms; 0 switches a term off."""
 
-    reconstruction: float = Field(1.0, ge=0)
+    reconstruction: float = Field(0.05, ge=0)
     """Mean squared error of the weights, normalised per layer."""
     behavior: float = Field(1.0, ge=0)
     """Disagreement of decoded and source networks on fresh sequences."""
     contrastive: float = Field(0.05, ge=0)
     """Graded supervised contrastive loss over shared behaviours."""
-    steering: float = Field(1.0, ge=0)
+    steering: float = Field(3.0, ge=0)
     """Error of residual edits (source weights plus the change of the decoded ones) on what the edit asks for."""
-    direct: float = Field(0.25, ge=0)
+    direct: float = Field(0.75, ge=0)
     """The same for direct edits (the decoded weights themselves)."""
     locality: float = Field(0.8, ge=0, le=1)
     """Share of the two steering terms that asks for the source's own answers where the edit decides nothing."""
@@ -42,13 +42,13 @@ class LossSpec(Spec):
 class CodecTrainingSpec(Spec):
     """How the codec is trained."""
 
-    steps: int = Field(3000, ge=1, le=10_000_000)
+    steps: int = Field(5000, ge=1, le=10_000_000)
     """Optimiser steps."""
-    batch_size: int = Field(128, ge=2, le=65_536)
+    batch_size: int = Field(64, ge=2, le=65_536)
     """Subjects per step."""
-    learning_rate: float = Field(1e-3, gt=0, le=1)
+    learning_rate: float = Field(2e-3, gt=0, le=1)
     """Peak learning rate of AdamW."""
-    queries: int = Field(256, ge=8, le=65_536)
+    queries: int = Field(128, ge=8, le=65_536)
     """Fresh sequences per step and subject on which decoded networks are run."""
     weight_decay: float = Field(0.01, ge=0, le=1)
     """Weight decay of AdamW; the directions have none."""

@@ -14,6 +14,8 @@ Operation = Literal["add", "remove"]
 Mode = Literal["residual", "direct"]
 OPERATIONS: tuple[Operation, ...] = ("add", "remove")
 MODES: tuple[Mode, ...] = ("residual", "direct")
+REMOVALS = 0.4
+"""Share of removals among the edits of training."""
 SIGNS: dict[Operation, float] = {"add": 1.0, "remove": -1.0}
 
 
@@ -23,6 +25,18 @@ class Edit(NamedTuple):
     operation: Operation
     behavior: str
     """Name of the behaviour, e.g. ``starts_with(A)``."""
+
+
+def choose(selected: Tensor, draws: torch.Generator) -> Tensor:
+    """A pattern for each subject to gain or lose, int64 ``[subjects]``; ``selected``: bool ``[subjects, patterns]``.
+
+    Drawn evenly, subjects with few patterns would hardly ever lose one: it is one of their own in ``REMOVALS`` of the
+    cases.
+    """
+    own = selected.sum(1, keepdim=True)
+    other = selected.shape[1] - own
+    odds = torch.where(selected, REMOVALS / own.clamp_min(1), (1 - REMOVALS) / other.clamp_min(1))
+    return torch.multinomial(odds, 1, generator=draws).squeeze(1)
 
 
 def toggle(selected: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:

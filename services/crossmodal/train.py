@@ -17,7 +17,7 @@ from services.crossmodal import losses
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import Queries, Subjects, check, split_subjects
 from services.crossmodal.model import EncoderDecoder
-from services.crossmodal.steering import answers, edited, toggle
+from services.crossmodal.steering import answers, choose, edited, toggle
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
@@ -121,7 +121,7 @@ class Trainer:
         """The loss and its terms on the subjects at ``batch`` (int64): each gains or loses one behaviour."""
         weight, model = self.spec.loss, self.model
         source, labels = self.subjects.weights[batch], self.subjects.labels[batch]
-        pattern = torch.randint(labels.shape[1], (len(batch),), generator=draws)
+        pattern = choose(labels.cpu(), draws)
         rows = self.queries.draw(pattern, self.spec.training.queries, draws)
         inputs = self.queries.network_inputs(rows).to(self.device)
         selected, sign = toggle(labels, pattern.to(self.device))

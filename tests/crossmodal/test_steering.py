@@ -6,7 +6,7 @@ import torch
 
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import Queries
-from services.crossmodal.steering import answers, edited, toggle
+from services.crossmodal.steering import REMOVALS, answers, choose, edited, toggle
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import encode, flatten, forward, select
 from services.zoo.universe import TRAIN
@@ -18,6 +18,19 @@ def test_toggle_adds_what_is_missing_and_removes_what_is_there() -> None:
     assert after.tolist() == [[False, False, True], [False, True, True]]
     assert sign.tolist() == [-1, 1]
     assert selected.tolist() == [[True, False, True], [False, False, True]]
+
+
+def test_removals_have_their_share_whatever_the_number_of_patterns() -> None:
+    selected = torch.zeros(4000, 10, dtype=torch.bool)
+    selected[:2000, 3] = True
+    selected[2000:, 1:5] = True
+    pattern = choose(selected, torch.Generator().manual_seed(0))
+    removed = selected.gather(1, pattern.unsqueeze(1)).squeeze(1).float()
+    assert abs(float(removed[:2000].mean()) - REMOVALS) < 0.04
+    assert abs(float(removed[2000:].mean()) - REMOVALS) < 0.04
+    assert set(pattern[2000:].tolist()) == set(range(10))
+    extremes = torch.tensor([[True] * 3, [False] * 3])
+    assert choose(extremes, torch.Generator().manual_seed(0)).shape == (2,)
 
 
 def test_labels_after_an_edit_are_those_of_the_exact_union(zoo: Zoo) -> None:
