@@ -1,0 +1,31 @@
+"""A crossmodal job's function called by a script, with no platform: ``python -m benchmarks._direct ZOO SPEC OUT``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from ethogram.specs.crossmodal import CrossmodalSpec
+from services.crossmodal.job import run as job
+from services.runtime.run import Run
+
+
+class Direct(Run):
+    """Keeps what the job makes below ``output``."""
+
+    def __init__(self, zoo: Path, output: Path) -> None:
+        self.inputs = {"zoo": zoo}
+        self._output = output
+
+    def artifact(self, name: str, type: str, folder: Path) -> None:
+        shutil.copytree(folder, self._output / name)
+
+
+if __name__ == "__main__":
+    zoo, spec, output = map(Path, sys.argv[1:])
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    job(CrossmodalSpec.model_validate_json(spec.read_text()), Direct(zoo, output))

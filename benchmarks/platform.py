@@ -1,0 +1,104 @@
+"""What the platform costs: how soon it is up, how soon a job speaks, and its price over a plain script.
+
+``overhead``: a crossmodal job's time from submission to its end, over the time of the same function called by a script
+in a fresh process with as many threads, minus 1; and whether both made the same bytes. The best of two runs of each,
+one after the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ethogram.bench import Figure, form
+from ethogram.client import Client
+from ethogram.errors import NotFound
+from ethogram.platform.stack import Platform
+from ethogram.platform.state import StateDir
+from ethogram.specs.base import ArtifactRef
+from ethogram.specs.crossmodal import CodecTrainingSpec, CrossmodalSpec
+from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
+
+ZOO = GenerationSpec(subjects=256, training=SubjectTrainingSpec(steps=300), min_accuracy=0.0)
+# Sized so that a run takes a bit more than a minute on two cores.
+TRAINING = CodecTrainingSpec(steps=900)
+ROUNDS = 2
+
+
+def main() -> None:
+    """Measure; the last line is the result."""
+    os.environ["ETHOGRAM_THREADS"] = str(len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with Platform(StateDir(folder / "state"), say=print) as platform, Client(platform.url) as client:
+            print(f"up: {platform.seconds}")
+            first = min(first_event(client) for _ in range(3))
+            print(f"first event after {first:.2f} s")
+            figures = {
+                "up_s": Figure(platform.seconds["platform"], "<=", 8.0),
+                "gateway_s": Figure(platform.seconds["gateway"], "<=", 2.0),
+                "first_event_s": Figure(first, "<=", 4.0),
+            }
+            figures |= overhead(client, folder)
+    print(json.dumps(form("platform", figures)))
+
+
+def first_event(client: Client) -> float:
+    """Seconds from the submission of a job to the first thing that its process says."""
+    began = time.monotonic()
+    job = client.submit("generation", GenerationSpec(subjects=8, training=SubjectTrainingSpec(steps=5), min_accuracy=0))
+    seconds = next(time.monotonic() - began for event in client.events(job.id) if event.type in ("log", "progress"))
+    client.wait(job.id).check()
+    return seconds
+
+
+def overhead(client: Client, folder: Path) -> dict[str, Figure]:
+    """The same training on the platform and by a script."""
+    zoo = client.wait(client.submit("generation", ZOO).id).check()
+    client.get(client.output(zoo.id, "zoo").id, folder / "zoo")
+    spec = CrossmodalSpec(zoo=ArtifactRef(job=zoo.id, artifact="zoo"), training=TRAINING)
+    (folder / "spec.json").write_text(spec.model_dump_json())
+    jobs, scripts, identical = [], [], True
+    for number in range(ROUNDS):
+        began = time.monotonic()
+        job = client.wait(client.submit("crossmodal", spec).id).check()
+        jobs.append(time.monotonic() - began)
+        manifest = client.artifact(client.output(job.id, "codec").id).manifest
+        if manifest is None:
+            raise NotFound("the codec has no manifest")
+
+        output = folder / f"direct-{number}"
+        began = time.monotonic()
+        run_script(folder / "zoo", folder / "spec.json", output)
+        scripts.append(time.monotonic() - began)
+        identical &= {name: file.sha256 for name, file in manifest.files.items()} == digests(output / "codec")
+        print(f"platform {jobs[-1]:.1f} s, script {scripts[-1]:.1f} s, {'same' if identical else 'other'} bytes")
+    return {
+        "overhead": Figure(min(jobs) / min(scripts) - 1, "<=", 0.03),
+        "job_s": Figure(min(jobs), ">=", 60.0, peer=min(scripts)),
+        "identical": Figure(float(identical), "==", 1.0),
+    }
+
+
+def run_script(zoo: Path, spec: Path, output: Path) -> None:
+    """One run of :mod:`benchmarks._direct`."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), os.environ["ETHOGRAM_THREADS"])
+    command: list[Any] = [sys.executable, "-m", "benchmarks._direct", zoo, spec, output]
+    subprocess.run(command, check=True, env=os.environ | threads)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Path below ``folder`` to sha256."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+if __name__ == "__main__":
+    main()
