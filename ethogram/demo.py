@@ -29,7 +29,7 @@ from ethogram.platform.state import StateDir
 from ethogram.resources import TERMINAL, Artifact, Event, Job, Model
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
-from ethogram.specs.generation import GenerationSpec, PatternSpec, SubjectTrainingSpec
+from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectTrainingSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,20 +59,23 @@ FULL = Sizes("demo", GenerationSpec(), CrossmodalSpec(zoo=_ANY_ZOO))
 QUICK = Sizes(
     "demo-quick",
     GenerationSpec(
-        subjects=192,
+        subjects=160,
+        vocab_size=5,
+        sequence_length=5,
         patterns=[
             PatternSpec(name="starts_with", token="A"),
             PatternSpec(name="ends_with", token="B"),
-            PatternSpec(name="palindrome"),
+            PatternSpec(name="first_last_match"),
             PatternSpec(name="no_repeats"),
         ],
         max_patterns_per_batch=3,
         training=SubjectTrainingSpec(steps=300),
+        signature=SignatureSpec(probes=64),
     ),
     CrossmodalSpec(
         zoo=_ANY_ZOO,
-        codec=CodecSpec(latent_dim=64, hidden_dim=256),
-        training=CodecTrainingSpec(steps=400, batch_size=64, queries=128),
+        codec=CodecSpec(latent_dim=32, hidden_dim=128),
+        training=CodecTrainingSpec(steps=400, batch_size=32, queries=96),
     ),
 )
 
@@ -347,9 +350,7 @@ def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Serv
     )
     if report["reused"]:
         say(f"Reused from an earlier run: {', '.join(report['reused'])}; seconds and memory are of that run.")
-    say(
-        f"In {output}/: report.json, latent_map.png, steering.png, steered.safetensors, and evaluation/ with the rest"
-    )
+    say(f"In {output}/: report.json, latent_map.png, steering.png, steered.safetensors, and evaluation/ with the rest")
 
 
 def _controls(rows: Iterable[Mapping[str, Any]], edit: Mapping[str, Any]) -> list[float | None]:

@@ -24,7 +24,8 @@ def demo(state: Path, output: Path, *more: str) -> subprocess.CompletedProcess[s
         command("demo", "--quick", "--state", str(state), "--output", str(output), *more),
         capture_output=True,
         text=True,
-        env=environment(),
+        # One thread: with more, two jobs on a busy machine wait for each other.
+        env=environment(ETHOGRAM_THREADS="1"),
         timeout=800,
         check=False,
     )
