@@ -15,8 +15,8 @@ from services.zoo.dataset import Zoo
 
 
 def run(spec: CrossmodalSpec, run: Run) -> dict[str, Any]:
-    """Artifacts: ``codec`` and ``report``. Returns the ``figures`` and the numbers of ``subjects``; the rows behind them
-    are in the report (see :func:`services.crossmodal.evaluate.evaluate`)."""
+    """Artifacts: ``codec`` and ``report``. Returns the ``figures`` and the numbers of ``subjects``; the rows behind
+    them are in the report (see :func:`services.crossmodal.evaluate.evaluate`)."""
     zoo = Zoo.load(run.inputs["zoo"])
     codec = train(spec, zoo, run)
     evaluation = evaluate(codec, zoo, run)
