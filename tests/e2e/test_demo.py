@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from tests.platform.test_up import command, environment, leftovers
+from tests.platform.test_up import command, environment, leftovers, up
 
 FIGURES = {
     *("agreement", "add.target_mean", "add.all_gate", "remove.target_mean", "remove.all_gate"),
@@ -66,8 +66,50 @@ def test_from_nothing_to_a_report_and_again(tmp_path: Path) -> None:
     assert again["figures"]["agreement"] == report["figures"]["agreement"]
     assert again["figures"]["seconds"] == report["figures"]["seconds"]
     assert "reusing" in second.stderr
+
+    with up(state) as (_, said):
+        use_the_published_model(said["url"], tmp_path, output / "evaluation" / "held_out.safetensors")
     assert leftovers(state) == []
 
 
 def names(tensors: dict[str, Any]) -> list[str]:
     return [name.removeprefix("source.") for name in tensors if name.startswith("source.")]
+
+
+def cli(*arguments: str, **env: str) -> Any:
+    done = subprocess.run(
+        command(*arguments, "--json"), capture_output=True, text=True, env=environment(**env), timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def use_the_published_model(url: str, folder: Path, held_out: Path) -> None:
+    """Encode, decode, steer and evaluate files with the demo's model, as a user does."""
+    networks = {name: value for name, value in load_file(held_out).items() if name != "labels"}
+    save_file(networks, folder / "many.safetensors")
+    save_file({name: value[0] for name, value in networks.items()}, folder / "one.safetensors")
+    model, count = "demo-quick", len(networks["layers.0.bias"])
+    names = [item["name"] for item in cli("models", "behaviors", model, ETHOGRAM_URL=url)["behaviors"]]
+    assert "starts_with(A)" in names
+    for file, batch in (("many", [count]), ("one", [])):
+        given, latents, decoded, steered = (
+            str(folder / f"{name}.safetensors") for name in (file, "latents", "decoded", "steered")
+        )
+        answer = cli("encode", model, given, "-o", latents, ETHOGRAM_URL=url)
+        assert answer["tensors"]["latents"] == [*batch, 32]
+        answer = cli("decode", model, latents, "-o", decoded, ETHOGRAM_URL=url)
+        assert answer["tensors"] == {name: [*batch, *value.shape[1:]] for name, value in networks.items()}
+        cli("steer", model, given, "--remove", "starts_with(A)", "-o", steered, ETHOGRAM_URL=url)
+        before, after = (cli("evaluate", model, path, ETHOGRAM_URL=url) for path in (given, steered))
+        column = names.index("starts_with(A)")
+        assert np.mean(np.asarray(after["recall"])[..., column]) < np.mean(np.asarray(before["recall"])[..., column])
+    wrong = subprocess.run(
+        command("steer", model, str(folder / "one.safetensors"), "--add", "nothing"),
+        capture_output=True,
+        text=True,
+        env=environment(ETHOGRAM_URL=url),
+        check=False,
+    )
+    assert wrong.returncode == 2
+    assert "edits.0.behavior" in wrong.stderr
