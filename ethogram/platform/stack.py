@@ -116,15 +116,16 @@ class Platform:
         self.inference = f"{HOST}:{inference_port}"
         env = self._environment(self._start_redis(deadline))
 
+        # The gateway first and alone: it is what people wait for, and the others' imports would slow it.
         gateway = self._spawn("gateway", ["gateway"], env | {"ETHOGRAM_PORT": str(port)})
+        with httpx.Client(base_url=self.url, trust_env=False, timeout=2.0) as http:
+            self._wait(gateway, lambda: _gateway_ready(http), deadline)
+        self.seconds["gateway"] = time.monotonic() - began
+        inference = self._spawn("inference", ["services.inference"], env | {"ETHOGRAM_PORT": str(inference_port)})
         # Nothing can be asked of a worker; it says in its log when it listens.
         level = "DEBUG" if env.get("ETHOGRAM_LOG_LEVEL") == "DEBUG" else "INFO"
         worker = self._spawn("worker", ["workers"], env | {"ETHOGRAM_LOG_LEVEL": level})
         reconciler = self._spawn("reconciler", ["workers.reconciler"], env)
-        inference = self._spawn("inference", ["services.inference"], env | {"ETHOGRAM_PORT": str(inference_port)})
-        with httpx.Client(base_url=self.url, trust_env=False, timeout=2.0) as http:
-            self._wait(gateway, lambda: _gateway_ready(http), deadline)
-        self.seconds["gateway"] = time.monotonic() - began
         with grpc.insecure_channel(self.inference, options=_CHANNEL_OPTIONS) as channel:
             self._wait(inference, lambda: _inference_ready(channel), deadline)
         self.seconds["inference"] = time.monotonic() - began
