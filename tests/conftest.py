@@ -18,6 +18,9 @@ from ethogram.client import Client
 from ethogram.platform.stack import Platform
 from ethogram.platform.state import StateDir
 
+# Before torch is loaded: tests share the machine with the servers they start; see workers.process.SPIN_COUNT.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 
 def free_port() -> int:
     """A TCP port that was free a moment ago."""
