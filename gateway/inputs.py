@@ -49,12 +49,17 @@ async def storable(request: Request) -> None:
     """Refuse NUL and lone surrogates: they pass validation, and databases cannot store them."""
     for name, value in [*request.path_params.items(), *request.query_params.multi_items()]:
         text.check(value, name)
-    # The framework has parsed the body already, and keeps it.
-    if "json" in request.headers.get("content-type", "") and await request.body():
+    if request.scope["route"].body_field is None:
+        # An upload is read by its route, piece by piece.
+        return
+    try:
+        # The framework has read the body already, and keeps it.
         body = await request.json()
-        try:
-            for key, value in body.items() if isinstance(body, dict) else [("(root)", body)]:
-                text.check(key, "(root)")
-                text.check(value, key)
-        except RecursionError:
-            raise InvalidInput.field("(root)", "the body is nested too deeply") from None
+        for key, value in body.items() if isinstance(body, dict) else [("(root)", body)]:
+            text.check(key, "(root)")
+            text.check(value, key)
+    except ValueError:
+        # No JSON: the framework says so.
+        return
+    except RecursionError:
+        raise InvalidInput.field("(root)", "the body is nested too deeply") from None

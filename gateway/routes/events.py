@@ -41,7 +41,7 @@ async def events(
     """Every event of a job once and in order, those of the past first. A broken stream is resumed with the id that came
     last."""
     if last_event_id:
-        if not (last_event_id.isascii() and last_event_id.isdecimal()) or int(last_event_id[:17]) > MAX_SEQ:
+        if not (last_event_id.isascii() and last_event_id.isdecimal() and len(last_event_id) <= len(str(MAX_SEQ))):
             raise InvalidInput.field("Last-Event-ID", "must be the id of an event of this stream, a whole number")
         after = int(last_event_id)
     return EventStream(await services.tails.open(job_id, after, follow))

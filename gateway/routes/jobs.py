@@ -7,14 +7,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from ethogram.errors import IllegalState, InvalidInput, NotFound, Violation
+from ethogram.errors import InvalidInput
 from gateway.inputs import Cursor, Id, IdempotencyKey, Limit, Page
 from gateway.problems import request_id_of
-from gateway.services import TENANT, Services, With
+from gateway.services import TENANT, With
 from gateway.submissions import JOB_EXAMPLES, PIPELINE_EXAMPLES, Pipeline, Submission
 from services.jobs.records import Job
 from services.jobs.states import JobState
-from services.kinds import KINDS, input_refs
+from services.kinds import KINDS
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -56,7 +56,9 @@ def submit(
     """Queue a job. It runs when a worker is free and its inputs are there."""
     if dry_run:
         response.status_code = 200
-        return _checked(submission, services)
+        services.registry.check(submission.kind, submission.spec, tenant=TENANT, **submission.options)
+        values = submission.model_dump(mode="json")
+        return DryRun.model_validate(values | {"queue": submission.queue or KINDS[submission.kind].queue})
     job, created = services.registry.submit(
         submission.kind,
         submission.spec,
@@ -137,19 +139,3 @@ def retry(job_id: Id, services: With) -> Job:
     job = services.registry.retry(job_id)
     services.announce(job)
     return job
-
-
-def _checked(submission: Submission, services: Services) -> DryRun:
-    """``submission`` as it would be queued, once all that it refers to was found."""
-    for path, ref in input_refs(submission.spec).items():
-        field = f"spec.{path}.{'artifact' if ref.job is None else 'job'}"
-        try:
-            if ref.job is None:
-                services.registry.artifact(ref.artifact)
-            elif services.registry.get(ref.job).state in (JobState.FAILED, JobState.CANCELLED):
-                text = f"job {ref.job} did not succeed: retry it first"
-                raise IllegalState(f"{field}: {text}", [Violation(field, text)])
-        except NotFound as error:
-            raise NotFound(f"{field}: {error.message}", [Violation(field, error.message)]) from None
-    values = submission.model_dump(mode="json")
-    return DryRun.model_validate(values | {"queue": submission.queue or KINDS[submission.kind].queue})

@@ -74,6 +74,13 @@ class JobRegistry(Attempts):
         jobs, created = self._submit({"": request}, request.body, tenant, idempotency_key, trace)
         return jobs[""], created
 
+    def check(self, kind: str, spec: Spec, *, tenant: str = "default", **options: Any) -> None:
+        """Raise what :meth:`submit` would now raise for this job; queue nothing."""
+        submission.check_tenant(tenant)
+        request = submission.Request.make(kind, spec, options)
+        with self._database.read() as session:
+            submission.resolve_inputs(session, request, tenant=tenant)
+
     def submit_pipeline(
         self,
         jobs: Mapping[str, tuple[str, Spec, Mapping[str, Any]]],

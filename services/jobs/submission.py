@@ -118,20 +118,28 @@ def remember(session: Session, tenant: str, key: str, digest: str, jobs: Mapping
     )
 
 
-def insert_job(
-    session: Session, request: Request, *, tenant: str, trace: str | None, names: Mapping[str, str] | None = None
-) -> str:
-    """Insert the row of one job with its inputs and its first event; the id. ``names``: other jobs of its pipeline.
+def resolve_inputs(
+    session: Session, request: Request, *, tenant: str, names: Mapping[str, str] | None = None
+) -> list[ResolvedInput]:
+    """What each input of ``request`` stands for now; ``names``: name to id of other jobs of its pipeline.
 
     Raises :class:`NotFound` for an input that does not exist, :class:`IllegalState` for one that will never be.
     """
+    return [
+        resolve(session, path, _by_id(ref, names or {}), tenant, request.prefix)
+        for path, ref in input_refs(request.spec).items()
+    ]
+
+
+def insert_job(
+    session: Session, request: Request, *, tenant: str, trace: str | None, names: Mapping[str, str] | None = None
+) -> str:
+    """Insert the row of one job with its inputs and its first event; the id. Raises as :func:`resolve_inputs` does."""
     spec = request.spec.model_dump(mode="json")
-    inputs = []
-    for path, ref in input_refs(request.spec).items():
-        if ref.job is not None and names and ref.job in names:
-            ref = ref.model_copy(update={"job": names[ref.job]})
-            _set(spec, f"{path}.job", ref.job)
-        inputs.append(resolve(session, path, ref, tenant, request.prefix))
+    inputs = resolve_inputs(session, request, tenant=tenant, names=names)
+    for found in inputs:
+        if found.needs is not None:
+            _set(spec, f"{found.path}.job", found.needs)
     waiting = sum(found.artifact is None for found in inputs)
     options, time, job = request.options, transitions.now(), new_id("job")
     session.execute(
@@ -235,6 +243,10 @@ def _wrong(kind: type[NotFound] | type[IllegalState], field: str, description: s
 
 def _needs(request: Request) -> set[str]:
     return {ref.job for ref in input_refs(request.spec).values() if ref.job is not None}
+
+
+def _by_id(ref: ArtifactRef, names: Mapping[str, str]) -> ArtifactRef:
+    return ref if ref.job is None or ref.job not in names else ref.model_copy(update={"job": names[ref.job]})
 
 
 def _set(values: Any, path: str, value: str | None) -> None:

@@ -106,6 +106,7 @@ def test_wrong_forms(gateway: Gateway) -> None:
     assert raw(b"nonsense") == ["(root)"]
     assert raw(b"{}", "application/json") == ["(root)"]
     assert raw(b"", "multipart/form-data") == ["(root)"]
+    assert raw(b"--json\r\n", "multipart/form-data; boundary=json") == ["(root)"]
     assert fields(put(gateway, {"a": b""}, name="../x")) == ["name"]
     assert fields(put(gateway, {"a": b""}, name="n" * 5000)) == ["(root)"]
     assert fields(put(gateway, {"a": b""}, type="a b")) == ["type"]

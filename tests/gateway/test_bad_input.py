@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.running import GENERATION, Gateway, fields
+from tests.gateway.running import GENERATION, Gateway, fields, submit
 
 JSON = {"Content-Type": "application/json"}
 
@@ -79,6 +79,12 @@ def test_another_content_type(gateway: Gateway) -> None:
     assert "application/json" in answer.json()["detail"]
 
 
+def test_json_that_is_called_otherwise(gateway: Gateway) -> None:
+    for body in ("{", json.dumps(GENERATION)):
+        answer = gateway.http.post("/v1/jobs", content=body, headers={"Content-Type": "text/json"})
+        assert fields(answer) == ["(root)"]
+
+
 def test_every_wrong_field_at_once_but_not_without_end(gateway: Gateway) -> None:
     answer = gateway.http.post("/v1/jobs", json={"kind": "generation", "spec": {"seed": -1, "subjects": 0}})
     assert fields(answer) == ["spec.seed", "spec.subjects"]
@@ -145,6 +151,16 @@ def test_unknown_inputs_are_named(gateway: Gateway) -> None:
         for params in ({}, {"dry_run": "true"}):
             body = {"kind": "crossmodal", "spec": {"zoo": ref}}
             assert fields(gateway.http.post("/v1/jobs", json=body, params=params), 404) == [field]
+
+
+def test_a_dry_run_refuses_what_a_submission_would(gateway: Gateway) -> None:
+    job = submit(gateway, queue="done")
+    claim = gateway.services.registry.claim_next("done", "worker", 30)
+    assert claim is not None
+    gateway.services.registry.succeed(claim.attempt, {})
+    body = {"kind": "crossmodal", "spec": {"zoo": {"job": job, "artifact": "zoo"}}}
+    answers = [gateway.http.post("/v1/jobs", json=body, params=params) for params in ({}, {"dry_run": "true"})]
+    assert [fields(answer, 404) for answer in answers] == [["spec.zoo.artifact"]] * 2
 
 
 def test_method_not_allowed(gateway: Gateway) -> None:
