@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from services.crossmodal.steering import MODES, OPERATIONS, SIGNS, Edit, Mode, a
 from services.zoo.dataset import Zoo
 from services.zoo.patterns import Pattern, membership
 from services.zoo.pools import Evaluation
+from services.zoo.reading import reading
 from services.zoo.signatures import raw
 from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
 
@@ -217,62 +217,45 @@ class Codec:
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> Codec:
         """Read what :meth:`save` wrote. Raises :class:`InvalidInput` naming the file that is missing or wrong."""
-        config = _read_config(folder)
-        spec = CrossmodalSpec.model_validate(config["spec"])
-        shape = config["architecture"]
-        architecture = Architecture(**{**shape, "hidden": tuple(shape["hidden"])})
-        patterns = [Pattern(entry["kind"], entry["token"]) for entry in config["behaviors"]]
-        sequences, directions = (_read_tensors(folder, name) for name in ("sequences", "directions"))
-        encoder = _read_tensors(folder, "encoder")
-        if "components" not in encoder:
-            raise InvalidInput.field("encoder.safetensors", "is no encoder of this codec")
-        inputs, components = encoder["components"].shape
-        model = EncoderDecoder(
-            spec.codec,
-            torch.Generator(),
-            inputs=inputs,
-            components=components,
-            outputs=architecture.size,
-            behaviors=len(patterns),
-        )
-        states = {"encoder": encoder, "decoder": _read_tensors(folder, "decoder")}
-        for name, state in states.items():
-            try:
-                getattr(model, name).load_state_dict(state)
-            except RuntimeError as error:
-                raise InvalidInput.field(f"{name}.safetensors", f"does not fit config.json: {error}") from None
-        model.load_state_dict({"directions": directions["learned"]}, strict=False)
-        evaluation = Evaluation(
-            sequences["evaluation"], membership(patterns, sequences["evaluation"]), sequences["stratum"]
-        )
+        with _reading(folder, "config.json") as path:
+            config = json.loads(path.read_text())
+            if config["format"] != FORMAT:
+                raise InvalidInput.field(path.name, f"has format {config['format']}; this version reads {FORMAT}")
+            spec = CrossmodalSpec.model_validate(config["spec"])
+            shape = config["architecture"]
+            architecture = Architecture(**{**shape, "hidden": tuple(shape["hidden"])})
+            patterns = [Pattern(entry["kind"], entry["token"]) for entry in config["behaviors"]]
+            positives = [int(entry["positives"]) for entry in config["behaviors"]]
+        with _reading(folder, "encoder.safetensors") as path:
+            encoder = load_file(path)
+            inputs, components = encoder["components"].shape
+            model = EncoderDecoder(
+                spec.codec,
+                torch.Generator(),
+                inputs=inputs,
+                components=components,
+                outputs=architecture.size,
+                behaviors=len(patterns),
+            )
+            model.encoder.load_state_dict(encoder)
+        with _reading(folder, "decoder.safetensors") as path:
+            model.decoder.load_state_dict(load_file(path))
+        with _reading(folder, "directions.safetensors") as path:
+            model.load_state_dict({"directions": load_file(path)["learned"]}, strict=False)
+        with _reading(folder, "sequences.safetensors") as path:
+            sequences = load_file(path)
+            probes, asked = sequences["probes"], sequences["evaluation"]
+            evaluation = Evaluation(asked, membership(patterns, asked), sequences["stratum"])
         return cls(
             spec,
             architecture,
             patterns=patterns,
-            positives=[entry["positives"] for entry in config["behaviors"]],
-            probes=sequences["probes"],
+            positives=positives,
+            probes=probes,
             evaluation=evaluation,
             model=model,
             device=device,
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InvalidInput.field("config.json", f"missing in {folder}; is this a codec?")
-    config: dict[str, Any] = json.loads(path.read_text())
-    if config.get("format") != FORMAT:
-        raise InvalidInput.field("config.json", f"has format {config.get('format')}; this version reads {FORMAT}")
-    return config
-
-
-def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        raise InvalidInput.field(path.name, f"missing in {folder}; is this a codec?")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise InvalidInput.field(path.name, f"cannot be read: {error}") from None
-    return tensors
+_reading = partial(reading, what="codec")

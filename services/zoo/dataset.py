@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +10,13 @@ from pathlib import Path
 import pyarrow
 import torch
 from pyarrow import parquet
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
 from services.zoo.patterns import Pattern, from_specs
+from services.zoo.reading import reading
 from services.zoo.subjects import Architecture, Params, encode
 from services.zoo.universe import Universe
 
@@ -99,41 +97,28 @@ class Zoo:
     @classmethod
     def load(cls, folder: Path) -> Zoo:
         """Read what :meth:`save` wrote. Raises :class:`InvalidInput` naming the file that is missing or wrong."""
-        with _blame(folder, ABOUT) as path:
+        with reading(folder, ABOUT, "zoo") as path:
             about = json.loads(path.read_text())
             if about["format"] != FORMAT:
                 raise InvalidInput.field(ABOUT, f"has format {about['format']}; this version reads {FORMAT}")
             spec = GenerationSpec.model_validate(about["spec"])
             names = [str(entry["name"]) for entry in about["patterns"]]
-        with _blame(folder, RECORDS) as path:
+        with reading(folder, RECORDS, "zoo") as path:
             records = parquet.read_table(path).to_pydict()
             labels = torch.tensor([[name in row for name in names] for row in records["patterns"]])
             index, accuracy = torch.tensor(records["index"]), torch.tensor(records["accuracy"])
         models, architecture = len(index), Architecture.of(spec)
-        with _blame(folder, WEIGHTS) as path:
+        with reading(folder, WEIGHTS, "zoo") as path:
             weights = load_file(path)
             params = {name: weights[name] for name in architecture.shapes}
             for name, shape in architecture.shapes.items():
                 _expect(WEIGHTS, name, params[name], (models, *shape))
-        with _blame(folder, SIGNATURES) as path:
+        with reading(folder, SIGNATURES, "zoo") as path:
             stored = load_file(path)
             probes, signatures = stored["probes"], stored["raw"]
             _expect(SIGNATURES, "probes", probes, (spec.signature.probes, spec.sequence_length))
             _expect(SIGNATURES, "raw", signatures, (models, len(probes), architecture.neurons))
         return cls(spec, index, params, labels, accuracy, probes, signatures)
-
-
-@contextmanager
-def _blame(folder: Path, name: str) -> Iterator[Path]:
-    """Turn what reading ``name`` can raise into :class:`InvalidInput`."""
-    if not (folder / name).is_file():
-        raise InvalidInput.field(name, "is missing; is this folder a zoo?")
-    try:
-        yield folder / name
-    except KeyError as error:
-        raise InvalidInput.field(name, f"has no {error.args[0]}") from None
-    except (ValueError, TypeError, SafetensorError, pyarrow.ArrowException) as error:
-        raise InvalidInput.field(name, f"cannot be read ({type(error).__name__}); make the zoo again") from None
 
 
 def _expect(file: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -128,8 +128,9 @@ def probes(universe: Universe, count: int, seed: int = 0) -> Tensor:
         ]
     )
     rows = pools.sequences[order[order[:, 0].argsort(), 1]]
-    same = hash_sequences(rows).unsqueeze(0) == hash_sequences(rows).unsqueeze(1)
-    fresh = ~same.tril(-1).any(1)
+    hashes, place = hash_sequences(rows).sort(stable=True)
+    fresh = torch.ones(len(rows), dtype=torch.bool)
+    fresh[place[1:]] = hashes[1:] != hashes[:-1]
     chosen = torch.cat([rows[fresh], rows[~fresh]])[:count]
     return chosen.repeat(-(-count // len(chosen)), 1)[:count]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ethogram.errors import InvalidInput
 from services.crossmodal.bundle import Codec
@@ -167,3 +168,15 @@ def test_broken_bundles(untrained: Codec, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "format": 99}))
     with pytest.raises(InvalidInput, match="format 99"):
         Codec.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InvalidInput, match=r"config\.json"):
+        Codec.load(tmp_path)
+    for wrong in ({"architecture": {}}, {"spec": {"seed": -1}}, {"behaviors": 7}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(InvalidInput, match=r"config\.json"):
+            Codec.load(tmp_path)
+    for name, tensors in (("directions", {"other": torch.zeros(4)}), ("directions", {"learned": torch.zeros(3, 24)})):
+        untrained.save(tmp_path)
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(InvalidInput, match=rf"{name}\.safetensors"):
+            Codec.load(tmp_path)
