@@ -16,6 +16,7 @@ from services.crossmodal.evaluate import evaluate
 from services.crossmodal.train import Trainer, schedule, train
 from services.runtime.run import Run
 from services.zoo.dataset import Zoo
+from services.zoo.hashing import hash_sequences
 from tests.crossmodal.conftest import tiny_spec
 
 
@@ -103,6 +104,24 @@ def test_held_out_subjects_are_apart_and_depend_on_the_seed() -> None:
     assert sorted([*split.train.tolist(), *split.held_out.tolist()]) == list(range(100))
     assert len(split.held_out) == 12
     assert split.held_out.tolist() != split_subjects(100, 0.125, seed=4).held_out.tolist()
+
+
+def test_what_is_held_out_has_no_say(zoo: Zoo) -> None:
+    """Training is the same to the bit whatever the held-out subjects are, and asks no sequence that evaluation asks."""
+    spec = tiny_spec(training={"steps": 3})
+    aside = split_subjects(len(zoo), spec.held_out, spec.seed).held_out
+    labels, signatures = zoo.labels.clone(), zoo.signatures.clone()
+    params = {name: tensor.clone() for name, tensor in zoo.params.items()}
+    labels[aside] = ~labels[aside]
+    for tensor in (signatures, *params.values()):
+        tensor[aside] = 9.0
+    one, two = train(spec, zoo), train(spec, replace(zoo, labels=labels, signatures=signatures, params=params))
+    assert one.positives == two.positives
+    for (name, mine), theirs in zip(one.model.state_dict().items(), two.model.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+    asked = hash_sequences(Trainer(spec, zoo).queries.pools.sequences)
+    assert not torch.isin(hash_sequences(one.evaluation.sequences), asked).any()
+    assert not torch.isin(hash_sequences(one.evaluation.sequences), hash_sequences(zoo.probes)).any()
 
 
 def test_zoos_that_cannot_be_learned_from(zoo: Zoo) -> None:
