@@ -70,8 +70,11 @@ def ping(url: str, timeout: float = 2.0) -> None:
 
     Raises :class:`Unavailable` when it does not, :class:`InvalidInput` when ``url`` is no Redis URL.
     """
-    parts = urlsplit(url)
-    shown = f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    try:
+        parts = urlsplit(url)
+        shown = f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    except ValueError as error:
+        raise InvalidInput.field("REDIS_URL", f"{error}; write redis://HOST:PORT/0") from None
     if parts.scheme not in ("redis", "rediss"):
         raise InvalidInput.field("REDIS_URL", f"{shown} is no Redis URL; write redis://HOST:PORT/0")
     try:

@@ -4,7 +4,7 @@ registry. A bell lost or rung twice does no harm, and the reconciler rings again
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from ethogram.errors import InvalidInput
 from services.jobs.background import Outbox
@@ -23,15 +23,25 @@ def celery_queue(queue: str) -> str:
 
 def checked_redis_url(url: str) -> str:
     """``url`` if Celery can use it. Raises :class:`InvalidInput` otherwise."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InvalidInput.field("REDIS_URL", str(error)) from None
     if "cluster" in parts.scheme or "," in parts.netloc or ";" in url:
         raise InvalidInput.field(
             "REDIS_URL",
             "Redis Cluster cannot carry Celery's queues; give the URL of one Redis server (redis://host:6379/0)",
         )
-    if parts.scheme not in ("redis", "rediss") or not parts.hostname:
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname or not _has_port(parts):
         raise InvalidInput.field("REDIS_URL", "must look like redis://host:6379/0, or rediss:// for TLS")
     return url
+
+
+def _has_port(parts: SplitResult) -> bool:
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 def without_password(url: str) -> str:

@@ -130,8 +130,9 @@ def test_a_redis_that_is_not_there_is_said() -> None:
     with pytest.raises(Unavailable, match="REDIS_URL") as caught:
         redis.ping(f"redis://:secret@127.0.0.1:{free_port()}/0")
     assert "secret" not in caught.value.message
-    with pytest.raises(InvalidInput, match="redis://HOST:PORT/0"):
-        redis.ping("http://127.0.0.1")
+    for url in ("http://127.0.0.1", "redis://127.0.0.1:99999", "redis://[::1"):
+        with pytest.raises(InvalidInput, match="redis://HOST:PORT/0"):
+            redis.ping(url)
 
 
 def test_a_child_that_dies_is_started_again_after_ever_longer_pauses(tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def test_a_gateway_hears_the_newest_event(redis_url: str) -> None:
     assert heard[-1] == 49
 
 
-@pytest.mark.parametrize("url", ["redis+cluster://h:1", "redis://a:1,b:2/0", "http://h", "localhost", ""])
+@pytest.mark.parametrize(
+    "url", ["redis+cluster://h:1", "redis://a:1,b:2/0", "http://h", "localhost", "", "redis://h:99999", "redis://[h"]
+)
 def test_redis_urls_that_celery_cannot_use(url: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         checked_redis_url(url)
