@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, Protocol, cast
 from services.artifacts.manifest import File
 
 CHUNK = 2**20
+FORGET_SECONDS = 24 * 3600.0
 # What link() answers on file systems that cannot: other device, not supported, too many links.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES}
 
@@ -59,6 +61,7 @@ class LocalBackend:
     def __init__(self, root: Path) -> None:
         self.root = root
         (root / "tmp").mkdir(parents=True, exist_ok=True)
+        self._forget_writers()
 
     def add(self, source: Path) -> File:
         """Keep the bytes of ``source``. A copy: whoever owns ``source`` may go on writing to it."""
@@ -121,6 +124,14 @@ class LocalBackend:
             with source.open("rb") as reader, destination.open("xb") as writer:
                 return _copy(reader, writer)[0]
         return _digest(destination)
+
+    def _forget_writers(self) -> None:
+        """Remove what writers that were killed left behind. No write pauses for as long as a living one is given."""
+        oldest = time.time() - FORGET_SECONDS
+        for path in (self.root / "tmp").iterdir():
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
     @contextlib.contextmanager
     def _temporary(self, data: bytes | None = None) -> Iterator[Path]:

@@ -178,7 +178,7 @@ class ArtifactStore:
             pointer = ModelPointer(
                 tenant=tenant,
                 name=name,
-                version=version or str(max([0, *(_number(found) for found in existing)]) + 1),
+                version=version or str(max([0, *map(_number, self._version_names(tenant, name))]) + 1),
                 artifact=artifact_id,
                 created=created.isoformat(),
             )
@@ -226,10 +226,14 @@ class ArtifactStore:
         with self._writing():
             self._backend.write("probe", b"")
 
-    def _versions(self, tenant: str, name: str) -> list[ModelPointer]:
+    def _version_names(self, tenant: str, name: str) -> list[str]:
+        """Versions that are taken, those that cannot be read too."""
         with self._trouble():
             found = self._backend.names(f"models/{tenant}/{name}")
-        pointers = [self._pointer(tenant, name, file.removesuffix(".json")) for file in found if file.endswith(".json")]
+        return [file.removesuffix(".json") for file in found if file.endswith(".json")]
+
+    def _versions(self, tenant: str, name: str) -> list[ModelPointer]:
+        pointers = [self._pointer(tenant, name, version) for version in self._version_names(tenant, name)]
         return [pointer for pointer in pointers if pointer is not None]
 
     def _pointer(self, tenant: str, name: str, version: str) -> ModelPointer | None:
@@ -241,7 +245,7 @@ class ArtifactStore:
         try:
             return ModelPointer.model_validate_json(data)
         except ValidationError:
-            # On file systems without links a pointer exists for a moment before its text does.
+            # On file systems without links a pointer exists for a moment before its text does; after a crash, for good.
             return None
 
     def _connect(self, url: str) -> Backend:
@@ -315,8 +319,7 @@ def _pointer_path(pointer: ModelPointer) -> str:
     return f"models/{pointer.tenant}/{pointer.name}/{pointer.version}.json"
 
 
-def _number(pointer: ModelPointer) -> int:
-    version = pointer.version
+def _number(version: str) -> int:
     return int(version) if version.isascii() and version.isdecimal() else 0
 
 
@@ -325,7 +328,7 @@ def _time(pointer: ModelPointer) -> datetime:
 
 
 def _age(pointer: ModelPointer) -> tuple[datetime, int]:
-    return _time(pointer), _number(pointer)
+    return _time(pointer), _number(pointer.version)
 
 
 def _now() -> datetime:

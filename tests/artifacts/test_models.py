@@ -43,6 +43,16 @@ def test_versions_and_latest(store: ArtifactStore, tmp_path: Path) -> None:
     assert store.model("default", "m", "2").artifact == second
 
 
+def test_a_version_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path / "store"))
+    id = codec(store, tmp_path / "a")
+    store.publish("default", "m", id)
+    # What a crash can leave on a file system without links.
+    (tmp_path / "store/models/default/m/2.json").touch()
+    assert store.publish("default", "m", id).version == "3"
+    assert [model.version for model in store.models("default")] == ["1", "3"]
+
+
 def test_retire(store: ArtifactStore, tmp_path: Path) -> None:
     id = codec(store, tmp_path / "a")
     for _ in range(2):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,15 @@ def test_equal_files_are_kept_once(local: ArtifactStore, source: Path) -> None:
     local.put(source, name="zoo", type="zoo")
     assert blobs(local) == before
     assert list((Path(local.url) / "tmp").iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_removed_a_day_later(local: ArtifactStore) -> None:
+    left, under_way = (Path(local.url) / "tmp" / name for name in ("left", "under_way"))
+    for path in (left, under_way):
+        path.touch()
+    os.utime(left, (time.time() - 25 * 3600,) * 2)
+    ArtifactStore(local.url)
+    assert not left.exists() and under_way.exists()
 
 
 def test_what_is_written_later_does_not_reach_the_store(local: ArtifactStore, source: Path) -> None:
