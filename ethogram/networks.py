@@ -31,9 +31,13 @@ def load(path: str | Path) -> dict[str, NDArray[Any]]:
 
 
 def save(path: str | Path, networks: Networks) -> None:
-    """Write ``networks`` as a safetensors file; folders on the way are made."""
+    """Write ``networks`` as a safetensors file; folders on the way are made. Raises ``OSError`` naming the file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in networks.items()}, path)
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in networks.items()}, path)
+    except SafetensorError as error:
+        # The library's own class for a full disk, a folder of that name, ...
+        raise OSError(None, str(error), str(path)) from None
 
 
 def is_single(networks: Networks) -> bool:
