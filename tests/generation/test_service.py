@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,3 +68,33 @@ def test_a_wrong_spec_names_its_field(stub: generation_pb2_grpc.GenerationServic
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     error = error_of(caught.value)
     assert isinstance(error, InvalidInput) and error.violations[0].field == "spec.patterns.4"
+
+
+def unknown_field(spec: generation_pb2.GenerationSpec) -> None:
+    spec.subject.MergeFromString(b"\xf8\x3e\x01")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "field"),
+    [
+        (lambda spec: setattr(spec, "subjects", 0), "spec.subjects"),
+        (lambda spec: setattr(spec.training, "learning_rate", float("nan")), "spec.training.learning_rate"),
+        (lambda spec: setattr(spec.training, "learning_rate", float("inf")), "spec.training.learning_rate"),
+        (lambda spec: setattr(spec.subject, "activation", 77), "spec.subject.activation"),
+        (lambda spec: spec.patterns.add(name=0), "spec.patterns.4.name"),
+        (unknown_field, "spec.subject"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_done(
+    stub: generation_pb2_grpc.GenerationServiceStub,
+    tmp_path: Path,
+    spoil: Callable[[generation_pb2.GenerationSpec], None],
+    field: str,
+) -> None:
+    wrong = request(small_spec(), tmp_path)
+    spoil(wrong.spec)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Run(wrong, timeout=60))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in error_of(caught.value).violations] == [field]
+    assert not (tmp_path / "store").exists()
