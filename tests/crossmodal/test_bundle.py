@@ -171,8 +171,8 @@ def test_broken_bundles(untrained: Codec, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InvalidInput, match=r"config\.json"):
         Codec.load(tmp_path)
-    for wrong in ({"architecture": {}}, {"spec": {"seed": -1}}, {"behaviors": 7}):
-        (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
+    for entry, wrong in (("architecture", {}), ("spec", {"seed": -1}), ("behaviors", 7)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, entry: wrong}))
         with pytest.raises(InvalidInput, match=r"config\.json"):
             Codec.load(tmp_path)
     for name, tensors in (("directions", {"other": torch.zeros(4)}), ("directions", {"learned": torch.zeros(3, 24)})):
