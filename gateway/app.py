@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import anyio.to_thread
 from fastapi import Depends, FastAPI
@@ -20,6 +20,7 @@ from services.artifacts.store import ArtifactStore
 from services.jobs.bell import Bell
 from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
+from services.runtime import scratch
 
 _ERROR = {"model": problems.Problem, "content": {problems.MEDIA_TYPE: {}}}
 
@@ -30,6 +31,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 
     Raises :class:`EthogramError` when the database or the store cannot be used, or Redis' URL is none.
     """
+    held = ExitStack()
     registry = JobRegistry.open(settings.database_url)
     services = Services(
         settings=settings,
@@ -38,6 +40,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         bell=Bell(settings.redis_url),
         notifier=Notifier(settings.redis_url),
         tails=Tails(registry, settings.redis_url, settings.stream_limit),
+        work=held.enter_context(scratch.folder(settings.state / "work", "gateway")),
     )
 
     @asynccontextmanager
@@ -49,6 +52,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             await services.tails.stop()
             for part in (services.bell, services.notifier, registry):
                 await anyio.to_thread.run_sync(part.close)
+            held.close()
 
     app = FastAPI(
         title="Ethogram",

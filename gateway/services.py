@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -29,6 +30,8 @@ class Services:
     bell: Bell
     notifier: Notifier
     tails: Tails
+    work: Path
+    """Scratch folder of uploads."""
 
     def announce(self, job: Job) -> None:
         """Tell the world of a change that was committed: watchers here at once, other gateways, and idle workers.

@@ -59,7 +59,6 @@ class Upload:
         self._file: BinaryIO | None = None
         self._ended = False
         with _clear_errors():
-            work.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix="upload-", dir=work))
         try:
             self._parser = MultipartParser(

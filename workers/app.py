@@ -25,8 +25,8 @@ from services.jobs.bell import RING, Bell, celery_app, celery_queue, redis_clien
 from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.kinds import KINDS, Kind
-from services.runtime import lifetime, logs
-from workers import scratch, settings
+from services.runtime import lifetime, logs, scratch
+from workers import settings
 from workers.settings import WorkerSettings
 from workers.slots import Slot, slots_of
 from workers.supervisor import Supervisor
@@ -148,7 +148,7 @@ def serve(config: WorkerSettings, kinds: Mapping[str, Kind]) -> None:
     refuse_cluster(config.redis_url)
     registry = JobRegistry.open(config.database)
     bell, notifier = Bell(config.redis_url), Notifier(config.redis_url)
-    with scratch.folder(config.work) as work:
+    with scratch.folder(config.work, "worker") as work:
         supervisor = Supervisor(
             registry,
             notifier,

@@ -64,8 +64,7 @@ _FORM = {
 @router.post("/artifacts", status_code=201, openapi_extra={"requestBody": _FORM})
 async def upload(request: Request, services: With) -> Uploaded:
     """Keep files of your own as an artifact, so that jobs can take it as input."""
-    folder = services.settings.state / "work"
-    receiver = await anyio.to_thread.run_sync(Upload, folder, request.headers.get("content-type", ""))
+    receiver = await anyio.to_thread.run_sync(Upload, services.work, request.headers.get("content-type", ""))
     try:
         async for chunk in _large(request.stream()):
             await anyio.to_thread.run_sync(receiver.feed, chunk)

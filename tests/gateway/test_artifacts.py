@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from services.artifacts.store import ArtifactStore
+from services.runtime import scratch
 from tests.gateway.running import Gateway, fields, running, submit
 
 FILES = {"weights.safetensors": os.urandom(300_000), "tables/a b/ö.json": b"{}", "empty": b""}
@@ -28,7 +29,7 @@ def put(
 def work_is_empty(gateway: Gateway) -> bool:
     """Whether no upload has left anything, or soon has not."""
     for _ in range(100):
-        if not list((gateway.services.settings.state / "work").iterdir()):
+        if {path.name for path in gateway.services.work.iterdir()} == {scratch.LOCK}:
             return True
         time.sleep(0.02)
     return False

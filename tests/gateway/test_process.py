@@ -88,6 +88,21 @@ def test_a_database_of_an_earlier_run_and_time_to_start(tmp_path: Path, redis_ur
     assert min(times) < 5, times
 
 
+def test_what_a_killed_gateway_held_of_an_upload_is_removed(tmp_path: Path, redis_url: str) -> None:
+    with process(tmp_path, redis_url) as child:
+        url_of(child)
+        (held,) = (tmp_path / "work").iterdir()
+        (held / "upload-1").mkdir()
+        with process(tmp_path, redis_url) as other:
+            url_of(other)
+            assert (held / "upload-1").exists(), "its owner lives"
+            child.kill()
+            child.wait()
+    with process(tmp_path, redis_url) as child:
+        url_of(child)
+        assert not held.exists()
+
+
 def test_port_taken(tmp_path: Path, redis_url: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

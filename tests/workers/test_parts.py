@@ -19,8 +19,9 @@ from ethogram.specs.generation import GenerationSpec
 from services.jobs.bell import Bell, celery_queue, checked_redis_url
 from services.jobs.notify import CHANNEL, Notifier
 from services.jobs.registry import JobRegistry, JobState
+from services.runtime import scratch
 from tests.conftest import free_port
-from workers import scratch, settings
+from workers import settings
 from workers.process import MAX_SOCKET_PATH, Child, child_environment, describe_exit
 from workers.reconciler import Reconciler
 from workers.settings import WorkerSettings
@@ -175,14 +176,14 @@ def test_a_child_answers_before_torch_is_loaded_and_leaves_nothing(tmp_path: Pat
 
 def test_scratch_of_dead_workers_is_removed_and_of_living_ones_kept(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, sys; from workers import scratch\n"
-        "with scratch.folder(pathlib.Path(sys.argv[1])) as own: (own / 'att').mkdir(); os._exit(0)"
+        "import os, pathlib, sys; from services.runtime import scratch\n"
+        "with scratch.folder(pathlib.Path(sys.argv[1]), 'dead') as own: (own / 'att').mkdir(); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert len(list(tmp_path.iterdir())) == 1
-    with scratch.folder(tmp_path) as first:
+    with scratch.folder(tmp_path, "first") as first:
         assert list(tmp_path.iterdir()) == [first]
-        with scratch.folder(tmp_path) as second:
+        with scratch.folder(tmp_path, "second") as second:
             assert {first, second} == set(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
 

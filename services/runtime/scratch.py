@@ -1,0 +1,58 @@
+"""Scratch folders: one per process, and what dead processes left is removed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from ethogram.errors import Unavailable
+
+LOCK = "lock"
+
+
+@contextmanager
+def folder(base: Path, process: str) -> Iterator[Path]:
+    """A folder of this process below ``base``, removed at the end; ``process`` is what its name begins with.
+
+    Its owner holds a lock on it for as long as it lives, so that the next process can tell an orphan. Raises
+    :class:`Unavailable` when it cannot be made.
+    """
+    try:
+        own, lock = _make(base, process)
+    except OSError as error:
+        raise Unavailable(
+            f"{base} cannot be written ({error.strerror}): free some space, or name another folder in ETHOGRAM_STATE"
+        ) from None
+    with lock:
+        try:
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def _make(base: Path, process: str) -> tuple[Path, IO[str]]:
+    base.mkdir(parents=True, exist_ok=True)
+    turn = os.open(base, os.O_RDONLY)
+    try:
+        # One at a time: nobody takes a folder for an orphan before its owner has locked it.
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        for sibling in base.iterdir():
+            _remove_orphan(sibling)
+        own = Path(tempfile.mkdtemp(prefix=f"{process}-", dir=base))
+        lock = (own / LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return own, lock
+    finally:
+        os.close(turn)
+
+
+def _remove_orphan(sibling: Path) -> None:
+    with suppress(OSError), (sibling / LOCK).open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(sibling, ignore_errors=True)
