@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
+from services.crossmodal import checks
 from services.crossmodal.model import EncoderDecoder
-from services.crossmodal.steering import MODES, OPERATIONS, SIGNS, Edit, Mode, answers, edited
+from services.crossmodal.steering import SIGNS, Edit, Mode, answers, edited
 from services.zoo.dataset import Zoo
 from services.zoo.patterns import Pattern, membership
 from services.zoo.pools import Evaluation
@@ -93,20 +93,20 @@ class Codec:
     @torch.no_grad()
     def encode(self, networks: Params) -> Tensor:
         """Latents ``[batch, latent]`` of networks: their signatures are taken on the codec's own probes."""
-        params = self._networks(networks)
-        inputs = encode(self.architecture, self.probes.to(self.device))
-        return self._encode(raw(params, inputs, self.architecture.activation).flatten(1))
+        return self._latents(self._networks(networks))
 
     @torch.no_grad()
     def encode_signatures(self, signatures: Tensor) -> Tensor:
         """Latents of raw signatures ``[batch, probes, neurons]``, taken on the codec's probes."""
         shape = (len(self.probes), self.architecture.neurons)
-        return self._encode(self._batch("signatures", signatures, shape).flatten(1))
+        latents: Tensor = self.model.encoder(checks.batch(signatures, shape, "signatures").to(self.device).flatten(1))
+        return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Params:
         """Networks of latents ``[batch, latent]``."""
-        return unflatten(self.model.decoder(self._batch("latents", latents, (self.latent_dim,))), self.architecture)
+        checked = checks.batch(latents, (self.latent_dim,), "latents").to(self.device)
+        return unflatten(self.model.decoder(checked), self.architecture)
 
     @torch.no_grad()
     def steer(
@@ -121,32 +121,21 @@ class Codec:
         ``strength`` scales the direction; 1 is what it was trained for, 0 with ``residual`` returns the very same
         weights.
         """
-        if mode not in MODES:
-            raise InvalidInput.field("mode", f"must be one of {', '.join(MODES)}")
-        if not math.isfinite(strength):
-            raise InvalidInput.field("strength", "must be finite")
-        shift = strength * self.direction(edits)
-        latents, source = self.encode(networks), flatten(self._networks(networks))
+        mode, shift = checks.mode(mode), checks.strength(strength) * self.direction(edits)
+        params = self._networks(networks)
+        latents = self._latents(params)
         steered = latents + shift
-        weights = edited(source, self.model.decoder(latents), self.model.decoder(steered), mode)
+        weights = edited(flatten(params), self.model.decoder(latents), self.model.decoder(steered), mode)
         return unflatten(weights, self.architecture), steered
 
     def direction(self, edits: Sequence[Edit | tuple[str, str]]) -> Tensor:
         """The sum of the edits' directions, ``[latent]``."""
-        if not edits:
-            raise InvalidInput.field("edits", "needs at least one edit")
         names = [behavior.name for behavior in self.behaviors]
-        total, seen = torch.zeros(self.latent_dim, device=self.device), set()
-        for i, (operation, name) in enumerate(edits):
-            if operation not in OPERATIONS:
-                raise InvalidInput.field(f"edits.{i}.operation", f"must be one of {', '.join(OPERATIONS)}")
-            if name not in names:
-                raise InvalidInput.field(f"edits.{i}.behavior", f"no behaviour {name!r}; there are {', '.join(names)}")
-            if name in seen:
-                raise InvalidInput.field(f"edits.{i}.behavior", f"{name} is edited twice")
-            seen.add(name)
-            total = total + SIGNS[operation] * self.directions[names.index(name)]
-        return total
+        signs, columns = [], []
+        for operation, name in checks.edits(edits, names):
+            signs.append(SIGNS[operation])
+            columns.append(names.index(name))
+        return torch.tensor(signs, device=self.device) @ self.directions[columns]
 
     @torch.no_grad()
     def evaluate(self, networks: Params) -> tuple[Tensor, Tensor]:
@@ -161,37 +150,15 @@ class Codec:
         shares = self.evaluation.by_stratum(yes.cpu()).to(self.device)
         return shares[:, :-1], shares[:, -1]
 
-    def _encode(self, signatures: Tensor) -> Tensor:
-        latents: Tensor = self.model.encoder(signatures)
+    def _latents(self, params: Params) -> Tensor:
+        inputs = encode(self.architecture, self.probes.to(self.device))
+        latents: Tensor = self.model.encoder(raw(params, inputs, self.architecture.activation).flatten(1))
         return latents
 
     def _networks(self, networks: Params) -> Params:
         """``networks`` checked, as float32 on the device."""
-        field, shapes = "networks.parameters", self.architecture.shapes
-        if wrong := sorted(set(networks) ^ set(shapes)):
-            raise InvalidInput.field(
-                field, f"{wrong[0]} is {'missing' if wrong[0] in shapes else 'unknown'}; needs {', '.join(shapes)}"
-            )
-        params = {name: self._batch(f"{field}.{name}", networks[name], shape) for name, shape in shapes.items()}
-        if len({len(tensor) for tensor in params.values()}) > 1:
-            raise InvalidInput.field(field, "the parameters differ in their batch size")
-        return params
-
-    def _batch(self, field: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """``tensor`` checked to be a finite, non-empty batch of ``shape``, as float32 on the device."""
-        if tuple(tensor.shape[1:]) != shape or tensor.dim() == 0:
-            wanted = ", ".join(map(str, ("batch", *shape)))
-            raise InvalidInput.field(field, f"needs shape [{wanted}], got {list(tensor.shape)}")
-        if len(tensor) == 0:
-            raise InvalidInput.field(field, "the batch is empty")
-        if not tensor.is_floating_point():
-            raise InvalidInput.field(
-                field, f"needs floating-point numbers, got {str(tensor.dtype).removeprefix('torch.')}"
-            )
-        tensor = tensor.to(self.device, torch.float32)
-        if not bool(tensor.isfinite().all()):
-            raise InvalidInput.field(field, "holds NaN, infinity, or a number beyond float32")
-        return tensor
+        checked = checks.networks(networks, self.architecture.shapes)
+        return {name: tensor.to(self.device) for name, tensor in checked.items()}
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``encoder``, ``decoder``, ``directions`` and ``sequences`` as safetensors."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from services.crossmodal import checks
 from services.crossmodal.bundle import Behavior, Codec
 from services.crossmodal.steering import Mode
 from services.inference.batcher import Arrays
@@ -17,13 +21,13 @@ LATENTS = "latents"
 class ServedCodec:
     """A loaded codec. Every method takes and gives arrays whose first axis is the batch, and treats rows alone.
 
-    The methods are for the device's thread only; what is read in ``__init__`` is for everyone.
+    Checks, and what is read in ``__init__``, are for any thread; the other methods are for the device's alone.
     """
 
     artifact_type = "codec"
 
-    def __init__(self, codec: Codec, device: str) -> None:
-        self._codec, self._device = codec, device
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
         self.shapes: Mapping[str, tuple[int, ...]] = codec.architecture.shapes
         """Shape of each parameter of one network."""
         self.network_bytes: int = 4 * codec.architecture.size
@@ -38,38 +42,47 @@ class ServedCodec:
     @classmethod
     def load(cls, folder: Path, device: str) -> ServedCodec:
         """The codec of a bundle's folder."""
-        return cls(Codec.load(folder, device), device)
+        return cls(Codec.load(folder, device))
+
+    def check_networks(self, networks: Arrays) -> Arrays:
+        """The networks as float32 in the model's order of parameters, or :class:`InvalidInput`."""
+        return _arrays(checks.networks(_tensors(networks), self.shapes))
+
+    def check_rows(self, array: NDArray[Any], shape: tuple[int, ...], field: str) -> NDArray[np.float32]:
+        """A batch of ``shape`` as float32, or :class:`InvalidInput`."""
+        return _arrays({field: checks.batch(torch.tensor(array), shape, field)})[field]
 
     def encode(self, networks: Arrays) -> Arrays:
         """Parameters to ``latents``."""
         with torch.inference_mode():
-            return {LATENTS: self._codec.encode(self._tensors(networks)).cpu().numpy()}
+            return {LATENTS: self._codec.encode(_tensors(networks)).cpu().numpy()}
 
     def encode_signatures(self, arrays: Arrays) -> Arrays:
         """``signatures`` to ``latents``."""
         with torch.inference_mode():
-            return {LATENTS: self._codec.encode_signatures(self._tensors(arrays)["signatures"]).cpu().numpy()}
+            return {LATENTS: self._codec.encode_signatures(_tensors(arrays)["signatures"]).cpu().numpy()}
 
     def decode(self, arrays: Arrays) -> Arrays:
         """``latents`` to parameters."""
         with torch.inference_mode():
-            return _arrays(self._codec.decode(self._tensors(arrays)[LATENTS]))
+            return _arrays(self._codec.decode(_tensors(arrays)[LATENTS]))
 
     def steer(self, networks: Arrays, edits: tuple[tuple[str, str], ...], mode: Mode, strength: float) -> Arrays:
         """Parameters to steered parameters, and ``latents``."""
         with torch.inference_mode():
-            params, latents = self._codec.steer(self._tensors(networks), list(edits), mode, strength)
+            params, latents = self._codec.steer(_tensors(networks), list(edits), mode, strength)
             return _arrays(params) | {LATENTS: latents.cpu().numpy()}
 
     def evaluate(self, networks: Arrays) -> Arrays:
         """Parameters to ``recall`` and ``false_positive_rate``."""
         with torch.inference_mode():
-            recall, rate = self._codec.evaluate(self._tensors(networks))
+            recall, rate = self._codec.evaluate(_tensors(networks))
             return _arrays({"recall": recall, "false_positive_rate": rate})
 
-    def _tensors(self, arrays: Arrays) -> dict[str, torch.Tensor]:
-        # A copy: what comes from the wire is a read-only view of a message.
-        return {name: torch.tensor(array, device=self._device) for name, array in arrays.items()}
+
+def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
+    # A copy: what comes from the wire is a read-only view of a message.
+    return {name: torch.tensor(array) for name, array in arrays.items()}
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:

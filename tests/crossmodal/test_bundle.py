@@ -94,17 +94,17 @@ P = "networks.parameters"
 @pytest.mark.parametrize(
     ("change", "field", "text"),
     [
-        (lambda p: p.pop("layers.1.bias"), P, "layers.1.bias is missing"),
-        (lambda p: p.update({"layers.9.bias": p["layers.1.bias"]}), P, "layers.9.bias is unknown"),
-        (lambda p: p.update({"layers.1.bias": p["layers.1.bias"][:3]}), P, "batch size"),
+        (lambda p: p.pop("layers.1.bias"), f"{P}.layers.1.bias", "missing; a network of this model has"),
+        (lambda p: p.update({"layers.9.bias": p["layers.1.bias"]}), f"{P}.layers.9.bias", "no such parameter"),
+        (lambda p: p.update({"layers.1.bias": p["layers.1.bias"][:3]}), f"{P}.layers.1.bias", "a batch of 3"),
         (
             lambda p: p.update({"layers.0.weight": p["layers.0.weight"][:, :5]}),
             f"{P}.layers.0.weight",
-            r"12, 25\], got",
+            r"takes \[batch, 12, 25\]",
         ),
-        (lambda p: p.update({"layers.0.bias": p["layers.0.bias"].sum()}), f"{P}.layers.0.bias", r"got \[\]"),
+        (lambda p: p.update({"layers.0.bias": p["layers.0.bias"].sum()}), f"{P}.layers.0.bias", r"shape \[\]"),
         (lambda p: p.update({k: v[:0] for k, v in p.items()}), f"{P}.layers.0.weight", "empty"),
-        (lambda p: p.update({"layers.0.bias": p["layers.0.bias"].long()}), f"{P}.layers.0.bias", "floating-point"),
+        (lambda p: p.update({"layers.0.bias": p["layers.0.bias"].long()}), f"{P}.layers.0.bias", "int64"),
         (lambda p: p["layers.2.bias"].fill_(float("nan")), f"{P}.layers.2.bias", "NaN"),
         (lambda p: p.update({"layers.2.bias": p["layers.2.bias"].double() + 1e300}), f"{P}.layers.2.bias", "infinity"),
     ],

@@ -1,0 +1,81 @@
+"""Checks of what is given to a codec; each error names its field as a request does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from ethogram.errors import InvalidInput, Violation
+from services.crossmodal.steering import MODES, OPERATIONS, Edit, Mode
+from services.zoo.subjects import Params
+
+MAX_STRENGTH = 100.0
+"""Far beyond what a model was trained for, and far below what overflows."""
+
+
+def networks(params: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Params:
+    """Stacked networks as float32 with the parameters in the order of ``shapes``, or :class:`InvalidInput`."""
+    path = "networks.parameters"
+    violations = [Violation(f"{path}.{name}", "missing") for name in shapes if name not in params]
+    violations += [
+        Violation(f"{path}.{name}", "the model has no such parameter") for name in params if name not in shapes
+    ]
+    if violations:
+        known = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        first = violations[0]
+        raise InvalidInput(f"{first.field}: {first.description}; a network of this model has {known}", violations)
+    checked = {name: batch(params[name], shape, f"{path}.{name}") for name, shape in shapes.items()}
+    first_name, count = next((name, len(tensor)) for name, tensor in checked.items())
+    for name, tensor in checked.items():
+        if len(tensor) != count:
+            raise InvalidInput.field(f"{path}.{name}", f"a batch of {len(tensor)}, but {first_name} has {count}")
+    return checked
+
+
+def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:
+    """A finite, non-empty batch of ``shape`` as float32, or :class:`InvalidInput`."""
+    if not tensor.is_floating_point():
+        name = str(tensor.dtype).removeprefix("torch.")
+        raise InvalidInput.field(field, f"{name} elements; send float32, float64 or float16")
+    if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != shape:
+        expected = ", ".join(["batch", *map(str, shape)])
+        raise InvalidInput.field(field, f"shape {list(tensor.shape)}, but this model takes [{expected}]")
+    if len(tensor) == 0:
+        raise InvalidInput.field(field, "an empty batch; send at least one")
+    single = tensor.float()
+    if not bool(single.isfinite().all()):
+        raise InvalidInput.field(field, "holds NaN, infinity or a number that float32 cannot hold")
+    return single
+
+
+def edits(asked: Sequence[Edit | tuple[str, str]], behaviors: Sequence[str]) -> tuple[Edit, ...]:
+    """The edits (operation, behaviour), each of another one of ``behaviors``, or :class:`InvalidInput`."""
+    if not asked:
+        raise InvalidInput.field("edits", "empty; give at least one")
+    checked: dict[str, Edit] = {}
+    for i, (operation, behavior) in enumerate(asked):
+        if operation not in OPERATIONS:
+            raise InvalidInput.field(f"edits.{i}.operation", f"must be {' or '.join(OPERATIONS)}")
+        if behavior not in behaviors:
+            raise InvalidInput.field(f"edits.{i}.behavior", f"unknown; this model has {', '.join(behaviors)}")
+        if behavior in checked:
+            place = list(checked).index(behavior)
+            raise InvalidInput.field(f"edits.{i}.behavior", f"{behavior} is in edits.{place} already")
+        checked[behavior] = Edit(operation, behavior)
+    return tuple(checked.values())
+
+
+def mode(asked: str) -> Mode:
+    """The steering mode, or :class:`InvalidInput`."""
+    if asked not in MODES:
+        raise InvalidInput.field("mode", f"must be one of {', '.join(MODES)}")
+    return asked
+
+
+def strength(asked: float) -> float:
+    """The steering strength, or :class:`InvalidInput`."""
+    if not math.isfinite(asked) or abs(asked) > MAX_STRENGTH:
+        raise InvalidInput.field("strength", f"must be a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
+    return asked
