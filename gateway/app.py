@@ -32,15 +32,15 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     Raises :class:`EthogramError` when the database or the store cannot be used, or Redis' URL is none.
     """
     held = ExitStack()
-    registry = JobRegistry.open(settings.database_url)
+    registry = JobRegistry.open(settings.database)
     services = Services(
         settings=settings,
         registry=registry,
-        store=ArtifactStore(settings.store),
+        store=ArtifactStore(settings.store_url),
         bell=Bell(settings.redis_url),
         notifier=Notifier(settings.redis_url),
         tails=Tails(registry, settings.redis_url, settings.stream_limit),
-        work=held.enter_context(scratch.folder(settings.state / "work", "gateway")),
+        work=held.enter_context(scratch.folder(settings.work, "gateway")),
     )
 
     @asynccontextmanager

@@ -1,31 +1,15 @@
-"""The gateway's settings, read from the environment once, in its entry point."""
+"""The gateway's settings."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from pydantic import Field
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
-
-from ethogram.errors import InvalidInput
+from services.runtime.settings import ProcessSettings
 
 
-class GatewaySettings(BaseSettings):
-    """Each is ``ETHOGRAM_`` and its name in capitals, but ``REDIS_URL``, which has no prefix."""
+class GatewaySettings(ProcessSettings):
+    """Where to listen, and how much to take."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="ETHOGRAM_", frozen=True, populate_by_name=True, use_attribute_docstrings=True
-    )
-
-    state: Path = Path("runs/state")
-    """State directory; scratch space of uploads lies in its ``work``."""
-    database_url: str = ""
-    """The registry's database; empty: ``registry.db`` in the state directory."""
-    store: str = ""
-    """Folder or URL of the artifact store; empty: ``store`` in the state directory."""
-    redis_url: Annotated[str, Field(validation_alias="REDIS_URL")] = "redis://127.0.0.1:6379/0"
-    """Redis, for the doorbell and for hints of new events."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(8321, ge=0, le=65_535)
@@ -38,21 +22,3 @@ class GatewaySettings(BaseSettings):
     """Most bytes of an uploaded artifact."""
     stream_limit: int = Field(8192, ge=1)
     """Most event streams open at once."""
-    log_level: str = "INFO"
-    """Least level of the log."""
-
-    @classmethod
-    def read(cls) -> GatewaySettings:
-        """The settings in the environment, with absolute paths. Raises :class:`InvalidInput` naming the variable."""
-        try:
-            given = cls()
-        except ValidationError as error:
-            raise InvalidInput.from_pydantic(error, "settings") from None
-        state = given.state.expanduser().absolute()
-        return given.model_copy(
-            update={
-                "state": state,
-                "database_url": given.database_url or f"sqlite:///{state / 'registry.db'}",
-                "store": given.store or str(state / "store"),
-            }
-        )

@@ -26,7 +26,6 @@ from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.kinds import KINDS, Kind
 from services.runtime import lifetime, logs, scratch
-from workers import settings
 from workers.settings import WorkerSettings
 from workers.slots import Slot, slots_of
 from workers.supervisor import Supervisor
@@ -244,7 +243,7 @@ def main(kinds: Mapping[str, Kind] = KINDS) -> None:
     arguments = parser.parse_args()
     logs.configure("worker")
     try:
-        config = settings.load()
+        config = WorkerSettings.read()
         logs.configure("worker", config.log_level)
         if arguments.parent_pipe:
             lifetime.exit_on_eof(lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -21,7 +21,7 @@ from services.jobs.bell import Bell
 from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.runtime import lifetime, logs
-from workers import settings
+from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, leave)
     try:
-        config = settings.load()
+        config = WorkerSettings.read()
         logs.configure("reconciler", config.log_level)
         if arguments.parent_pipe:
             lifetime.exit_on_eof(lambda: os.kill(os.getpid(), signal.SIGTERM))

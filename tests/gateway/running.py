@@ -33,14 +33,7 @@ class Gateway(NamedTuple):
 @contextmanager
 def running(state: Path, redis_url: str, **settings: Any) -> Iterator[Gateway]:
     """A gateway on the state directory ``state``, for the length of the block."""
-    given = GatewaySettings(
-        state=state,
-        database_url=f"sqlite:///{state / 'registry.db'}",
-        store=str(state / "store"),
-        redis_url=redis_url,
-        **settings,
-    )
-    app = create_app(given)
+    app = create_app(GatewaySettings(state=state, redis_url=redis_url, **settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run)
     thread.start()

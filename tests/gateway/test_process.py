@@ -119,7 +119,9 @@ def test_port_taken(tmp_path: Path, redis_url: str) -> None:
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ({"ETHOGRAM_PORT": "x"}, "port"),
+        ({"ETHOGRAM_PORT": "x"}, "ETHOGRAM_PORT"),
+        ({"ETHOGRAM_LOG_LEVEL": "loud"}, "ETHOGRAM_LOG_LEVEL"),
+        ({"REDIS_URL": "redis://h:99999"}, "REDIS_URL"),
         ({"REDIS_URL": "redis+cluster://h:1"}, "REDIS_URL"),
         ({"ETHOGRAM_HOST": "203.0.113.9"}, "ETHOGRAM_HOST"),
     ],

@@ -21,7 +21,6 @@ from services.jobs.notify import CHANNEL, Notifier
 from services.jobs.registry import JobRegistry, JobState
 from services.runtime import scratch
 from tests.conftest import free_port
-from workers import settings
 from workers.process import MAX_SOCKET_PATH, Child, child_environment, describe_exit
 from workers.reconciler import Reconciler
 from workers.settings import WorkerSettings
@@ -133,14 +132,14 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("ETHOGRAM_QUEUES", "cpu, gpu")
     monkeypatch.setenv("REDIS_URL", "redis://h:1/2")
     monkeypatch.setenv("ETHOGRAM_STORE", "here")
-    config = settings.load()
+    config = WorkerSettings.read()
     assert config.queues == ["cpu", "gpu"]
     assert config.redis_url == "redis://h:1/2"
     assert config.store_url == str(tmp_path / "here")
     assert config.database == f"sqlite:///{tmp_path / 'runs/state/registry.db'}"
     monkeypatch.setenv("ETHOGRAM_DEVICE", "abacus")
     with pytest.raises(InvalidInput, match="ETHOGRAM_DEVICE"):
-        settings.load()
+        WorkerSettings.read()
 
 
 def test_slots_own_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
