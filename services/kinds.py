@@ -6,8 +6,6 @@ Importing this module loads no science: a servicer is named, and imported by the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
 from google.protobuf.message import Message
 
@@ -41,11 +39,6 @@ class Kind:
         """Message class of the spec."""
         message: type[Message] = type(self.request().spec)  # type: ignore[attr-defined]
         return message
-
-    def load_servicer(self) -> Any:
-        """Import and return the function that ``servicer`` names."""
-        module, function = self.servicer.split(":")
-        return getattr(import_module(module), function)
 
 
 KINDS: dict[str, Kind] = {

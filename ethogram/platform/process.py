@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 _FIRST_DELAY, _LAST_DELAY = 0.5, 30.0
 # One that lived this long has recovered: its next death is the first again.
 _HEALTHY_SECONDS = 60.0
-_MAX_LOG_BYTES = 16 * 2**20
+MAX_LOG_BYTES = 16 * 2**20
 
 
 class Child:
@@ -44,8 +45,7 @@ class Child:
 
     def start(self) -> None:
         """Start it."""
-        if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
-            self.log.replace(self.log.with_suffix(".log.1"))
+        self.trim()
         with self.log.open("ab") as log:
             self._log_start = log.tell()
             # A session of its own: Ctrl-C in the terminal is for the parent, which then ends all in order.
@@ -76,6 +76,13 @@ class Child:
             self.start()
             return f"{self.name} started again"
         return None
+
+    def trim(self) -> None:
+        """Set its log aside once it is long; call it now and then. The process writes on, at its new beginning."""
+        if self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES:
+            shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+            os.truncate(self.log, 0)
+            self._log_start = 0
 
     def terminate(self) -> None:
         """Ask it to end."""

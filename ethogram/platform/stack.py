@@ -193,6 +193,7 @@ class Platform:
         while not self._stopping.wait(0.2):
             for child in self.children.values():
                 with suppress(OSError):
+                    child.trim()
                     said = child.revive()
                     if said:
                         self._say(said)

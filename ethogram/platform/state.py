@@ -53,6 +53,10 @@ class StateDir:
         """``platform.json``: the running platform."""
         return self.root / "platform.json"
 
+    @property
+    def _lock_file(self) -> Path:
+        return self.root / "lock"
+
     def make(self) -> None:
         """Create the folders. Raises :class:`InvalidInput` when that cannot be done."""
         try:
@@ -74,10 +78,19 @@ class StateDir:
         """The running platform, or None. A record whose process is gone is not a platform."""
         try:
             record = json.loads(self.record.read_text())
-            alive = _alive(int(record["pid"]))
+            # After a restart of the machine the number may be another process's; the lock is nobody's then.
+            alive = _alive(int(record["pid"])) and self._held()
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record if alive and isinstance(record, dict) else None
+
+    def _held(self) -> bool:
+        with self._lock_file.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def lock(self) -> IO[str]:
         """Hold this directory until the returned file, and every copy that a child inherited, is closed.
@@ -85,7 +98,7 @@ class StateDir:
         Raises :class:`Conflict` when a platform has it. One whose parent was killed is given time to leave.
         """
         # Opened for appending: the holder's number must survive a visitor.
-        file = (self.root / "lock").open("a+")
+        file = self._lock_file.open("a+")
         deadline = time.monotonic() + _LEAVING_SECONDS
         while True:
             try:

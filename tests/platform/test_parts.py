@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ethogram.errors import Conflict, InvalidInput, Unavailable
-from ethogram.platform import guard, redis
+from ethogram.platform import guard, process, redis
 from ethogram.platform.process import Child
 from ethogram.platform.stack import free_port
 from ethogram.platform.state import StateDir
@@ -84,14 +84,19 @@ def test_the_record_of_a_dead_platform_counts_for_nothing(tmp_path: Path) -> Non
     state = StateDir(tmp_path)
     assert state.read_record() is None
     state.write_record("http://127.0.0.1:1", "127.0.0.1:2")
-    record = state.read_record()
-    assert record is not None
-    assert record["url"] == "http://127.0.0.1:1"
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    state.record.write_text(state.record.read_text().replace(str(os.getpid()), str(dead.pid)))
     assert state.read_record() is None
-    state.record.write_text("{")
+    with state.lock():
+        record = state.read_record()
+        assert record is not None
+        assert record["url"] == "http://127.0.0.1:1"
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        state.record.write_text(state.record.read_text().replace(str(os.getpid()), str(dead.pid)))
+        assert state.read_record() is None
+        state.record.write_text("{")
+        assert state.read_record() is None
+    # Its process's number may be another's by now.
+    state.write_record("http://127.0.0.1:1", "127.0.0.1:2")
     assert state.read_record() is None
 
 
@@ -155,3 +160,17 @@ def test_a_child_that_dies_is_started_again_after_ever_longer_pauses(tmp_path: P
     finally:
         child.terminate()
         child.finish(time.monotonic() + 10)
+
+
+def test_a_long_log_is_set_aside_while_its_process_writes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "MAX_LOG_BYTES", 1000)
+    code = "import sys, time\nprint('x' * 1000, flush=True)\ntime.sleep(0.5)\nprint('later')"
+    log = tmp_path / "worker.log"
+    child = Child("worker", [sys.executable, "-c", code], dict(os.environ), log)
+    child.start()
+    until(lambda: log.stat().st_size > 1000)
+    child.trim()
+    assert child.finish(time.monotonic() + 10)
+    assert log.read_text() == "later\n"
+    assert child.logged("later")
+    assert log.with_suffix(".log.1").stat().st_size == 1001
