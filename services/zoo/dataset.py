@@ -102,21 +102,26 @@ class Zoo:
             if about["format"] != FORMAT:
                 raise InvalidInput.field(ABOUT, f"has format {about['format']}; this version reads {FORMAT}")
             spec = GenerationSpec.model_validate(about["spec"])
-            names = [str(entry["name"]) for entry in about["patterns"]]
+            names = [pattern.name for pattern in from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)]
         with reading(folder, RECORDS, "zoo") as path:
             records = parquet.read_table(path).to_pydict()
             labels = torch.tensor([[name in row for name in names] for row in records["patterns"]])
+            if unknown := {name for row in records["patterns"] for name in row} - set(names):
+                raise InvalidInput.field(f"{RECORDS}.patterns", f"{min(unknown)} is no pattern of {ABOUT}'s spec")
             index, accuracy = torch.tensor(records["index"]), torch.tensor(records["accuracy"])
-        models, architecture = len(index), Architecture.of(spec)
+            models, architecture = len(index), Architecture.of(spec)
+            _expect(RECORDS, "accuracy", accuracy, (models, len(names) + 1))
         with reading(folder, WEIGHTS, "zoo") as path:
             weights = load_file(path)
-            params = {name: weights[name] for name in architecture.shapes}
+            params = {name: weights[name].float() for name in architecture.shapes}
             for name, shape in architecture.shapes.items():
                 _expect(WEIGHTS, name, params[name], (models, *shape))
         with reading(folder, SIGNATURES, "zoo") as path:
             stored = load_file(path)
-            probes, signatures = stored["probes"], stored["raw"]
+            probes, signatures = stored["probes"].long(), stored["raw"].float()
             _expect(SIGNATURES, "probes", probes, (spec.signature.probes, spec.sequence_length))
+            if not bool(((probes >= 0) & (probes < spec.vocab_size)).all()):
+                raise InvalidInput.field(f"{SIGNATURES}.probes", f"holds letters outside of 0 to {spec.vocab_size - 1}")
             _expect(SIGNATURES, "raw", signatures, (models, len(probes), architecture.neurons))
         return cls(spec, index, params, labels, accuracy, probes, signatures)
 

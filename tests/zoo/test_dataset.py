@@ -89,3 +89,27 @@ def test_wrong_folders_name_the_file(zoo: Zoo, tmp_path: Path) -> None:
     refused("weights.safetensors.layers.0.weight")
     (tmp_path / "zoo.json").write_text("[]")
     refused("zoo.json")
+
+
+def test_a_zoo_from_elsewhere_is_checked_and_made_ours(zoo: Zoo, tmp_path: Path) -> None:
+    double = {name: tensor.double() for name, tensor in zoo.params.items()}
+    replace(zoo, params=double, signatures=zoo.signatures.double(), probes=zoo.probes.int()).save(tmp_path)
+    back = Zoo.load(tmp_path)
+    assert {tensor.dtype for tensor in (*back.params.values(), back.signatures)} == {torch.float32}
+    assert torch.equal(back.probes, zoo.probes)
+
+    def refused(wrong: Zoo, field: str) -> None:
+        wrong.save(tmp_path)
+        with pytest.raises(InvalidInput) as caught:
+            Zoo.load(tmp_path)
+        assert caught.value.violations[0].field == field
+
+    refused(replace(zoo, probes=zoo.probes + 3), "signatures.safetensors.probes")
+    refused(replace(zoo, probes=zoo.probes - 3), "signatures.safetensors.probes")
+    refused(replace(zoo, accuracy=zoo.accuracy[:, :2]), "records.parquet.accuracy")
+    zoo.save(tmp_path)
+    about = json.loads((tmp_path / "zoo.json").read_text())
+    about["spec"]["patterns"] = [{"name": "palindrome"}, {"name": "all_same"}]
+    (tmp_path / "zoo.json").write_text(json.dumps(about))
+    with pytest.raises(InvalidInput, match=r"starts_with\(B\) is no pattern"):
+        Zoo.load(tmp_path)
