@@ -14,10 +14,9 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypedDict, Unpack
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -193,18 +192,9 @@ class Client:
         files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
         if not files:
             raise InvalidInput.field("path", f"{root} is no file and no folder with files")
-        with ExitStack() as stack:
-            parts = [
-                (
-                    "files",
-                    (
-                        file.name if root.is_file() else file.relative_to(root).as_posix(),
-                        stack.enter_context(file.open("rb")),
-                    ),
-                )
-                for file in files
-            ]
-            answer = self._json("POST", "/v1/artifacts", data={"name": name, "type": type}, files=parts)
+        names = [file.name if root.is_file() else file.relative_to(root).as_posix() for file in files]
+        parts = [("files", (path, _Upload(file))) for path, file in zip(names, files, strict=True)]
+        answer = self._json("POST", "/v1/artifacts", data={"name": name, "type": type}, files=parts)
         manifest = Manifest.model_validate(answer["manifest"])
         return Artifact(id=answer["id"], name=name, type=type, size=manifest.size, manifest=manifest)
 
@@ -325,6 +315,38 @@ class Client:
             raise _lost(self.url, error) from None
         finally:
             partial.unlink(missing_ok=True)
+
+
+class _Upload:
+    """A file that is open only while it is read: a folder may hold more than a process may have open."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._size, self._place = path, path.stat().st_size, 0
+        self._file: BinaryIO | None = None
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """To the start or the end, which is how its length is asked for."""
+        self._place = offset + (self._size if whence == os.SEEK_END else 0)
+        self._close()
+        return self._place
+
+    def read(self, size: int) -> bytes:
+        if self._file is None:
+            self._file = self._path.open("rb")
+            self._file.seek(self._place)
+        data = self._file.read(size)
+        self._place += len(data)
+        if len(data) < size:
+            self._close()
+        return data
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def error_of(response: httpx.Response) -> EthogramError:

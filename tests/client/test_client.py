@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ethogram.client import Client
@@ -142,6 +145,20 @@ def test_a_single_file_is_an_artifact_too_and_nothing_is_none(client: Client, tm
     for path in (tmp_path / "empty", tmp_path / "nowhere"):
         with pytest.raises(InvalidInput, match="path"):
             client.put(path, name="x", type="file")
+
+
+def test_a_folder_may_hold_more_files_than_may_be_open(client: Client, tmp_path: Path) -> None:
+    for i in range(100):
+        (tmp_path / f"{i:03}").write_bytes(b"%d" % i * (i + 1) * (70 if i % 50 == 0 else 1))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 25, limits[1]))
+    try:
+        made = client.put(tmp_path, name="many", type="folder")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert made.manifest is not None
+    wanted = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.iterdir()}
+    assert {name: file.sha256 for name, file in made.manifest.files.items()} == wanted
 
 
 def test_models_are_published_once_for_each_version(client: Client, tmp_path: Path) -> None:
