@@ -116,8 +116,10 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
         "agreement": float(matched.mean()),
         "agreement_balanced": float(_balanced(_yes(weights, inputs, codec), source).mean()),
         "agreement_constant": constant,
-        "spread": float(torch.pdist(weights).mean() / torch.pdist(subjects.weights).mean().clamp_min(1e-12)),
     }
+    if len(weights) > 1:
+        spread = torch.pdist(weights).mean() / torch.pdist(subjects.weights).mean().clamp_min(1e-12)
+        figures["spread"] = float(spread)
     other = same_label_partner(subjects.labels)
     # On the CPU, where the agreement is.
     have = (other >= 0).cpu()

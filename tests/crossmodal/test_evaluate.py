@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from copy import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from services.crossmodal.bundle import Codec
-from services.crossmodal.evaluate import evaluate, possible_edits, same_label_partner, score, summary
+from services.crossmodal.data import Subjects, split_subjects
+from services.crossmodal.evaluate import evaluate, judge_decoding, possible_edits, same_label_partner, score, summary
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
+from services.zoo.subjects import encode, forward, select
 
 
 def test_score_counts_inside_and_outside_of_what_the_edit_decides() -> None:
@@ -132,3 +136,29 @@ def test_a_loss_of_exactly_two_percent_passes_the_gate(count: int) -> None:
     assert score(said, source, before, after).all_gate.all()
     said[:, -lost - 1] = True
     assert not score(said, source, before, after).all_gate[:-1].any()
+
+
+def test_figures_of_decoding_of_a_perfect_and_of_a_constant_decoder(zoo: Zoo, untrained: Codec) -> None:
+    split = split_subjects(len(zoo), untrained.spec.held_out, untrained.spec.seed)
+    train, judged = (Subjects.of(zoo, index) for index in split)
+
+    def figures(weights: torch.Tensor) -> dict[str, float]:
+        codec = copy(untrained)
+        codec.model = SimpleNamespace(encoder=lambda signatures: signatures, decoder=lambda _: weights)  # type: ignore[assignment]
+        return judge_decoding(codec, train, judged)[0]
+
+    perfect = figures(judged.weights)
+    assert perfect["agreement"] == perfect["agreement_balanced"] == pytest.approx(1)
+    assert perfect["spread"] == pytest.approx(1)
+    # Subjects of the same patterns may give the very same answers: a tie is no win.
+    assert 0 < perfect["matched_beats_same_label"] < 1 and perfect["same_label.agreement"] < 1
+    # Says no to everything: right where the source says no, in each stratum.
+    silent = torch.zeros_like(judged.weights)
+    silent[:, -1] = -1
+    constant = figures(silent)
+    assert constant["agreement"] == pytest.approx(constant["agreement_constant"])
+    assert constant["agreement_balanced"] == pytest.approx(0.5)
+    assert constant["spread"] == constant["matched_beats_same_label"] == 0
+    answers = forward(select(zoo.params, split.held_out), encode(zoo.architecture, untrained.evaluation.sequences)) > 0
+    strata = [(~answers)[:, untrained.evaluation.stratum == s].float().mean(1) for s in range(5)]
+    assert constant["agreement"] == pytest.approx(float(torch.stack(strata).mean()), abs=1e-5)
