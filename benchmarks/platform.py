@@ -24,13 +24,14 @@ from ethogram.errors import NotFound
 from ethogram.platform.stack import Platform
 from ethogram.platform.state import StateDir
 from ethogram.specs.base import ArtifactRef
-from ethogram.specs.crossmodal import CodecTrainingSpec, CrossmodalSpec
+from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
 from workers.process import SPIN_COUNT, THREAD_VARIABLES
 
 ZOO = GenerationSpec(subjects=256, training=SubjectTrainingSpec(steps=300), min_accuracy=0.0)
 # Sized so that a run takes a bit more than a minute on two cores.
-TRAINING = CodecTrainingSpec(steps=900)
+TRAINING = CodecTrainingSpec(steps=2400, batch_size=64, queries=128)
+CODEC = CodecSpec(latent_dim=128, hidden_dim=1024)
 ROUNDS = 2
 
 
@@ -64,7 +65,7 @@ def overhead(client: Client, folder: Path) -> dict[str, Figure]:
     """The same training on the platform and by a script."""
     zoo = client.wait(client.submit("generation", ZOO).id).check()
     client.get(client.output(zoo.id, "zoo").id, folder / "zoo")
-    spec = CrossmodalSpec(zoo=ArtifactRef(job=zoo.id, artifact="zoo"), training=TRAINING)
+    spec = CrossmodalSpec(zoo=ArtifactRef(job=zoo.id, artifact="zoo"), codec=CODEC, training=TRAINING)
     (folder / "spec.json").write_text(spec.model_dump_json())
     jobs, scripts, identical = [], [], True
     for number in range(ROUNDS):

@@ -69,7 +69,7 @@ QUICK = Sizes(
             PatternSpec(name="no_repeats"),
         ],
         max_patterns_per_batch=3,
-        training=SubjectTrainingSpec(steps=300),
+        training=SubjectTrainingSpec(steps=300, learning_rate=2e-2),
         signature=SignatureSpec(probes=64),
     ),
     CrossmodalSpec(

@@ -20,22 +20,24 @@ def main() -> None:
     run = ConsoleRun()  # progress bars; leave it out for silence
     zoo = generate(
         GenerationSpec(
-            subjects=192,
+            subjects=160,
+            vocab_size=5,
+            sequence_length=5,
             patterns=[
                 PatternSpec(name="starts_with", token="A"),
                 PatternSpec(name="ends_with", token="B"),
-                PatternSpec(name="palindrome"),
+                PatternSpec(name="first_last_match"),
                 PatternSpec(name="no_repeats"),
             ],
             max_patterns_per_batch=3,
-            training=SubjectTrainingSpec(steps=300),
+            training=SubjectTrainingSpec(steps=300, learning_rate=2e-2),
         ),
         run,
     )
     codec = train(
         CrossmodalSpec(
             zoo=ArtifactRef(artifact="in-memory"),
-            codec=CodecSpec(latent_dim=64, hidden_dim=256),
+            codec=CodecSpec(latent_dim=32, hidden_dim=128),
             training=CodecTrainingSpec(steps=400, batch_size=64, queries=128),
         ),
         zoo,

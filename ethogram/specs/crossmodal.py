@@ -12,7 +12,7 @@ class CodecSpec(Spec):
 
     latent_dim: int = Field(128, ge=1, le=65_536)
     """Length of a latent vector."""
-    hidden_dim: int = Field(512, ge=1, le=65_536)
+    hidden_dim: int = Field(1024, ge=1, le=65_536)
     """Width of the hidden layers."""
     depth: int = Field(2, ge=1, le=12)
     """Hidden layers of each side."""
