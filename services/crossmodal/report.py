@@ -165,7 +165,9 @@ def steering_plot(codec: Codec, evaluation: dict[str, Any]) -> Figure:
         gate.barh(ys, control, height=0.62, color=CONTROL, label="worst control")
         for y, value in zip(ys, passed, strict=True):
             gate.text(value + 0.015, y, f"{value:.2f}", va="center", fontsize=8, color=SOFT)
-        gate.set_xlim(0, 1.12)
+        # Room for the legend beside the longest bar.
+        gate.set_xlim(0, 1.5)
+        gate.set_xticks([0, 0.25, 0.5, 0.75, 1])
         for axis, title in zip(
             line,
             (
@@ -180,7 +182,13 @@ def steering_plot(codec: Codec, evaluation: dict[str, Any]) -> Figure:
             axis.grid(axis="x", color=FAINT, lw=0.5)
             axis.set_axisbelow(True)
             axis.tick_params(length=0, labelsize=8.5)
-            axis.legend(loc="best", fontsize=7.5, frameon=True, framealpha=0.9, edgecolor="none")
+            axis.legend(
+                loc="center right" if axis is gate else "best",
+                fontsize=7.5,
+                frameon=True,
+                framealpha=0.9,
+                edgecolor="none",
+            )
             _plain(axis)
     return figure
 

@@ -16,10 +16,10 @@ from ethogram.v1 import jobs_pb2
 from services.artifacts.store import ArtifactStore
 from services.runtime.run import Cancelled, Run, Stopped
 
-PROGRESS_SECONDS = 0.25
+PROGRESS_SECONDS = 1.0
 MAX_LOG = 4000
-# A checkpoint that takes a second is taken every half minute at the most, however often it was asked for.
-CHECKPOINT_SHARE = 1 / 30
+# A checkpoint that takes a second is taken every hundred seconds at the most, however often it was asked for.
+CHECKPOINT_SHARE = 1 / 100
 
 
 class JobRun(Run):
