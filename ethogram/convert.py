@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from pydantic import BaseModel, ValidationError
 
 from ethogram.errors import InvalidInput
 
+# A descriptor has another class in each of protobuf's implementations, so it has no type of its own here.
+Field = Any
+Enum = Any
 M = TypeVar("M", bound=Message)
 S = TypeVar("S", bound=BaseModel)
 
@@ -47,7 +49,7 @@ def _fill(message: Message, values: Mapping[str, Any]) -> None:
             continue
         target = getattr(message, field.name)
         if _is_map(field):
-            value_field = field.message_type.fields_by_name["value"]
+            value_field = _value_field(field)
             for key, item in value.items():
                 if value_field.message_type is not None:
                     _fill(target[key], item)
@@ -71,8 +73,9 @@ def _fill(message: Message, values: Mapping[str, Any]) -> None:
 
 
 def _read(message: Message, path: str) -> dict[str, Any]:
-    if len(UnknownFieldSet(message)):
-        numbers = sorted({unknown.field_number for unknown in UnknownFieldSet(message)})
+    unknown: Any = UnknownFieldSet(message)
+    if len(unknown):
+        numbers = sorted({field.field_number for field in unknown})
         raise InvalidInput.field(
             path, f"unknown protobuf field number {numbers[0]}; is the client newer than the server?"
         )
@@ -80,7 +83,7 @@ def _read(message: Message, path: str) -> dict[str, Any]:
     for field in message.DESCRIPTOR.fields:
         here = f"{path}.{field.name}"
         if _is_map(field):
-            value_field = field.message_type.fields_by_name["value"]
+            value_field = _value_field(field)
             values[field.name] = {
                 key: _item(value_field, item, f"{here}.{key}") for key, item in getattr(message, field.name).items()
             }
@@ -92,7 +95,7 @@ def _read(message: Message, path: str) -> dict[str, Any]:
     return values
 
 
-def _item(field: FieldDescriptor, value: Any, path: str) -> Any:
+def _item(field: Field, value: Any, path: str) -> Any:
     if field.message_type is not None:
         return _read(value, path)
     if field.enum_type is not None:
@@ -100,21 +103,26 @@ def _item(field: FieldDescriptor, value: Any, path: str) -> Any:
     return value
 
 
-def _scalar(field: FieldDescriptor, value: Any) -> Any:
+def _scalar(field: Field, value: Any) -> Any:
     return field.enum_type.values_by_name[_prefix(field.enum_type) + value.upper()].number if field.enum_type else value
 
 
-def _member_to_name(enum: EnumDescriptor, number: int, path: str) -> str:
+def _member_to_name(enum: Enum, number: int, path: str) -> str:
     member = enum.values_by_number.get(number)
     if member is None or number == 0:
         raise InvalidInput.field(path, f"{number} is no {enum.name} that can be set")
-    return member.name.removeprefix(_prefix(enum)).lower()
+    return str(member.name).removeprefix(_prefix(enum)).lower()
 
 
-def _prefix(enum: EnumDescriptor) -> str:
+def _prefix(enum: Enum) -> str:
     words = "".join(f"_{letter}" if letter.isupper() else letter for letter in enum.name)
     return words.lstrip("_").upper() + "_"
 
 
-def _is_map(field: FieldDescriptor) -> bool:
+def _value_field(field: Field) -> Field:
+    """The field of a map's values."""
+    return field.message_type.fields_by_name["value"]
+
+
+def _is_map(field: Field) -> bool:
     return field.message_type is not None and field.message_type.GetOptions().map_entry

@@ -70,7 +70,7 @@ def error_of(call: grpc.RpcError) -> EthogramError:
                 violations = [Violation(v.field, v.description) for v in bad.field_violations]
         if reason in ERRORS:
             return ERRORS[reason](status.message, violations)
-    code, text = call.code(), call.details() or ""  # type: ignore[attr-defined]
+    code, text = call.code(), call.details() or ""
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return TooLarge(f"{text}; send less in one message, or use the streaming call")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):

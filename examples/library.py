@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SubjectTrainingSpec
@@ -47,9 +45,8 @@ def main() -> None:
     networks = select(zoo.params, without)
     steered, _ = codec.steer(networks, [("add", zoo.patterns[0].name)])
     before, after = (codec.evaluate(params)[0][:, 0] for params in (networks, steered))
-    torch.set_printoptions(precision=2, sci_mode=False)
-    print(f"recall of {zoo.patterns[0].name} before: {before}")
-    print(f"recall of {zoo.patterns[0].name} after:  {after}")
+    print(f"recall of {zoo.patterns[0].name} before: {[round(x, 2) for x in before.tolist()]}")
+    print(f"recall of {zoo.patterns[0].name} after:  {[round(x, 2) for x in after.tolist()]}")
 
 
 if __name__ == "__main__":
