@@ -30,7 +30,7 @@ from workers.process import SPIN_COUNT, THREAD_VARIABLES
 
 ZOO = GenerationSpec(subjects=256, training=SubjectTrainingSpec(steps=300), min_accuracy=0.0)
 # Sized so that a run takes a bit more than a minute on two cores.
-TRAINING = CodecTrainingSpec(steps=2400, batch_size=64, queries=128)
+TRAINING = CodecTrainingSpec(steps=1600, batch_size=64, queries=128)
 CODEC = CodecSpec(latent_dim=128, hidden_dim=1024)
 ROUNDS = 2
 
