@@ -1,8 +1,8 @@
 """What the platform costs: how soon it is up, how soon a job speaks, and its price over a plain script.
 
 ``overhead``: a crossmodal job's time from submission to its end, over the time of the same function called by a script
-in a fresh process with as many threads, minus 1; and whether both made the same bytes. The median of three rounds, in
-turn.
+in a fresh process with as many threads, minus 1; and whether both made the same bytes. The median of three rounds,
+which take turns at what comes first.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def overhead(client: Client, folder: Path) -> dict[str, Figure]:
     (folder / "spec.json").write_text(spec.model_dump_json())
     jobs, scripts, identical = [], [], True
     for number in range(ROUNDS):
-        # The machine's speed drifts: each round compares its own two, and goes first with the other one.
+        # The machine's speed drifts, so a round compares its own two, and rounds take turns at which is first.
         for platform_now in (True, False) if number % 2 else (False, True):
             began = time.monotonic()
             if platform_now:
