@@ -58,7 +58,8 @@ class InvalidInput(EthogramError):
         for detail in details:
             assert isinstance(detail, dict)
             path = ".".join(str(part) for part in (*filter(None, [prefix]), *detail["loc"]))
-            violations.append(Violation(path or "(root)", printable(str(detail["msg"]))[:MAX_DESCRIPTION]))
+            text = "there is no such field" if detail["type"] == "extra_forbidden" else printable(str(detail["msg"]))
+            violations.append(Violation(path or "(root)", text[:MAX_DESCRIPTION]))
         first = violations[0]
         more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
         return cls(f"{first.field}: {first.description}{more}", violations)
