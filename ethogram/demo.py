@@ -256,7 +256,7 @@ def _steer_served(inference: Inference, model: Model, output: Path) -> dict[tupl
     from ethogram import networks as files
 
     tensors = files.load(output / "evaluation" / "held_out.safetensors")
-    labels = tensors.pop("labels").astype(bool)
+    labels = files.load(output / "evaluation" / "held_out_labels.safetensors")["labels"].astype(bool)
     names = [behavior.name for behavior in inference.behaviors(model.name, version=model.version).behaviors]
     latents = inference.encode(model.name, tensors, version=model.version).latents
     decoded = inference.decode(model.name, latents, version=model.version).networks

@@ -30,7 +30,8 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
 
     ``report.json``: the evaluation, and in ``examples`` the networks of ``steered.safetensors``; the latter holds
     ``source.<parameter>`` and ``steered.<parameter>``, stacked in the order of the examples. ``held_out.safetensors``
-    has all held-out subjects: their parameters, stacked, and ``labels``, bool ``[subjects, behaviors]``.
+    has the parameters of all held-out subjects, stacked; ``held_out_labels.safetensors`` their ``labels``, bool
+    ``[subjects, behaviors]``.
     ``latent_map.png`` shows the latents of all subjects by behaviour, ``steering.png`` the behaviours before and after
     each edit.
     """
@@ -38,8 +39,9 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     examples, tensors = steer_examples(codec, zoo)
     save_file(tensors, folder / "steered.safetensors")
     held_out = split_subjects(len(zoo), codec.spec.held_out, codec.spec.seed).held_out
-    aside = select(zoo.params, held_out) | {"labels": zoo.labels[held_out]}
-    save_file({name: tensor.contiguous() for name, tensor in aside.items()}, folder / "held_out.safetensors")
+    aside = {name: tensor.contiguous() for name, tensor in select(zoo.params, held_out).items()}
+    save_file(aside, folder / "held_out.safetensors")
+    save_file({"labels": zoo.labels[held_out]}, folder / "held_out_labels.safetensors")
     (folder / "report.json").write_text(json.dumps({**evaluation, "examples": examples}, indent=2, allow_nan=False))
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK}):
         latent_map(codec, zoo).savefig(folder / "latent_map.png", dpi=DPI)

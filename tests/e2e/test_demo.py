@@ -86,7 +86,7 @@ def cli(*arguments: str, **env: str) -> Any:
 
 def use_the_published_model(url: str, folder: Path, held_out: Path) -> None:
     """Encode, decode, steer and evaluate files with the demo's model, as a user does."""
-    networks = {name: value for name, value in load_file(held_out).items() if name != "labels"}
+    networks = {name: value for name, value in load_file(held_out).items()}
     save_file(networks, folder / "many.safetensors")
     save_file({name: value[0] for name, value in networks.items()}, folder / "one.safetensors")
     model, count = "demo-quick", len(networks["layers.0.bias"])
