@@ -116,7 +116,7 @@ def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:
             path, message = [*path, "kind"], f"{given}; there are: {', '.join(KINDS)}"
         elif detail["type"] in ("model_attributes_type", "model_type") and not path:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
-        found.append({"loc": path, "msg": message})
+        found.append({"type": detail["type"], "loc": path, "msg": message})
     return InvalidInput.from_details(found)
 
 

@@ -10,9 +10,7 @@ import signal
 import sys
 from contextlib import suppress
 
-from pydantic import ValidationError
-
-from ethogram.errors import EthogramError, InvalidInput
+from ethogram.errors import EthogramError
 from services.inference.settings import InferenceSettings
 from services.runtime.lifetime import exit_on_eof
 from services.runtime.logs import configure
@@ -54,10 +52,8 @@ def main() -> int:
     arguments = parser.parse_args()
     configure("inference")
     try:
-        try:
-            settings = InferenceSettings()
-        except ValidationError as error:
-            raise InvalidInput.from_pydantic(error, "settings") from None
+        settings = InferenceSettings.read()
+        configure("inference", settings.log_level)
         asyncio.run(serve(settings, arguments.parent_pipe))
     except EthogramError as error:
         sys.stderr.write(f"inference: {error.message}\n")

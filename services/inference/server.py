@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
-from pathlib import Path
 
 import grpc
 import torch
@@ -25,6 +23,7 @@ from services.inference.interceptor import Boundary
 from services.inference.repository import ModelRepository
 from services.inference.servicers import CodecServicer, SteeringServicer
 from services.inference.settings import InferenceSettings
+from services.runtime import scratch
 
 SERVICES = tuple(service.full_name for service in inference_pb2.DESCRIPTOR.services_by_name.values())
 # Beyond it gRPC itself refuses, before a message is read into memory.
@@ -39,7 +38,7 @@ class InferenceServer:
     def __init__(self, settings: InferenceSettings) -> None:
         self._settings = settings
         self._device = device_of(settings.device)
-        self._scratch = tempfile.TemporaryDirectory(prefix="ethogram-inference-")
+        self._scratch = ExitStack()
         self._batcher = Batcher(
             max_rows=settings.max_batch,
             max_wait=settings.max_wait_seconds,
@@ -53,7 +52,7 @@ class InferenceServer:
             ArtifactStore(settings.store_url),
             partial(ServedCodec.load, device=self._device),
             loads=ServedCodec.artifact_type,
-            scratch=Path(self._scratch.name),
+            scratch=self._scratch.enter_context(scratch.folder(settings.work, "inference")),
             max_models=settings.max_models,
             max_bytes=settings.max_model_bytes,
             is_out_of_memory=is_out_of_memory,
@@ -89,6 +88,7 @@ class InferenceServer:
         try:
             port = server.add_insecure_port(f"{host}:{self._settings.port}")
         except RuntimeError:
+            self._scratch.close()
             raise Conflict(
                 f"cannot listen on {host}:{self._settings.port}: the port is taken, or the address is not of this "
                 "machine; set ETHOGRAM_PORT (0: any free port) or ETHOGRAM_HOST"
@@ -118,7 +118,7 @@ class InferenceServer:
             with suppress(asyncio.CancelledError):
                 await self._refreshing
         await self._batcher.stop()
-        self._scratch.cleanup()
+        self._scratch.close()
         log.info("stopped")
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ethogram.rpc import MAX_MESSAGE_BYTES
+from services.runtime.settings import ProcessSettings
 
 
-class InferenceSettings(BaseSettings):
-    """What the inference server is told. Time in seconds, memory in bytes."""
+class InferenceSettings(ProcessSettings):
+    """What the inference server is told. Time in seconds, memory in bytes.
 
-    model_config = SettingsConfigDict(env_prefix="ETHOGRAM_", use_attribute_docstrings=True)
+    ``inference.json`` in the state folder says where the server listens while it does.
+    """
 
-    state: Path = Path("runs/state")
-    """State directory; ``inference.json`` there says where the server listens while it does."""
-    store: str = ""
-    """Artifact store, a folder or an fsspec URL; empty: ``store`` in the state directory."""
     host: str = "127.0.0.1"
     """Address to listen on; ``0.0.0.0`` for all."""
     port: int = Field(0, ge=0, le=65_535)
@@ -43,8 +38,3 @@ class InferenceSettings(BaseSettings):
     """How often newly published and retired versions are looked up."""
     grace_seconds: float = Field(10.0, ge=0)
     """How long requests under way may take to finish when the server is asked to leave."""
-
-    @property
-    def store_url(self) -> str:
-        """Where the artifacts are."""
-        return self.store or str(self.state.absolute() / "store")

@@ -262,7 +262,7 @@ def test_wrong_settings_are_a_sentence(tmp_path: Path, name: str, value: str) ->
     code, said = Process(tmp_path / "state", **{name: value}).end()
     assert code == 1
     assert said.startswith("inference: ")
-    assert name.removeprefix("ETHOGRAM_").lower() in said
+    assert name in said
     assert "Traceback" not in said
 
 
