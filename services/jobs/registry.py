@@ -16,15 +16,15 @@ from sqlalchemy.exc import IntegrityError
 from ethogram.errors import IllegalState
 from ethogram.specs.base import ArtifactRef, Spec
 from services.jobs import artifacts, submission, tables, transitions
-from services.jobs.attempts import Attempts
 from services.jobs.database import Database
 from services.jobs.records import ArtifactRow, Claim, Event, Job, Options, RunningAttempt
+from services.jobs.retention import Retention
 from services.jobs.states import JobState
 
 __all__ = ["ArtifactRow", "Claim", "Event", "Job", "JobRegistry", "JobState", "Options", "RunningAttempt"]
 
 
-class JobRegistry(Attempts):
+class JobRegistry(Retention):
     """All operations on jobs, attempts, events and artifact rows; here those of the users of jobs.
 
     Each operation is one transaction.
