@@ -45,7 +45,7 @@ def test_a_job_outside_may_be_named_by_its_id(registry: JobRegistry) -> None:
         ({}, "jobs", "1 to 1000"),
         ({"a b": ("generation", zoo(), {})}, "jobs", "letters"),
         ({"a": ("cooking", zoo(), {})}, "jobs.a.kind", "is none of"),
-        ({"a": ("generation", zoo(), {"size": 3})}, "jobs.a.size", "xtra"),
+        ({"a": ("generation", zoo(), {"size": 3})}, "jobs.a.size", "there is no such field"),
         ({"a": ("generation", zoo(), {"priority": 9999})}, "jobs.a.priority", "1000"),
         ({"a": ("crossmodal", codec("b"), {})}, "jobs.a.spec.zoo.job", "no job 'b' in this pipeline"),
         ({"a": ("crossmodal", codec("a"), {})}, "jobs", "circle: a -> a"),
