@@ -89,6 +89,12 @@ class StaleAttempt(EthogramError):
     reason, http_status, grpc_code = "STALE_ATTEMPT", 409, "ABORTED"
 
 
+class TimeLimit(EthogramError):
+    """A job ran for longer than it was given."""
+
+    reason, http_status, grpc_code = "TIME_LIMIT", 504, "DEADLINE_EXCEEDED"
+
+
 class TooLarge(EthogramError):
     """A body, message or queue over its limit."""
 
@@ -107,7 +113,17 @@ class Internal(EthogramError):
 
 ERRORS: dict[str, type[EthogramError]] = {
     cls.reason: cls
-    for cls in (InvalidInput, NotFound, Conflict, IllegalState, StaleAttempt, TooLarge, Unavailable, Internal)
+    for cls in (
+        InvalidInput,
+        NotFound,
+        Conflict,
+        IllegalState,
+        StaleAttempt,
+        TimeLimit,
+        TooLarge,
+        Unavailable,
+        Internal,
+    )
 }
 
 

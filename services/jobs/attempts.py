@@ -10,26 +10,31 @@ import builtins
 import json
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.orm import Session
 
-from ethogram.errors import IllegalState, InvalidInput, StaleAttempt, TooLarge
-from services.jobs import artifacts, submission, tables, text, transitions
+from ethogram.errors import IllegalState, InvalidInput, StaleAttempt, TimeLimit, TooLarge
+from ethogram.specs.base import Spec
+from services.jobs import artifacts, shares, submission, tables, text, transitions
 from services.jobs.reading import ACTIVE, Reading, due, ready
-from services.jobs.records import ArtifactRow, Claim, Event, Job
+from services.jobs.records import ArtifactRow, Claim, Event, Job, Options
 from services.jobs.states import JobState
 
 MAX_BACKOFF_SECONDS = 300.0
 MAX_RESULT_BYTES = 2**20
+
+Reason = Literal["crashed", "stalled", "lost", "stopped", "waiting"]
+"""How an attempt ends that does not end its job."""
 
 
 class Attempts(Reading):
     """The worker's side of the registry."""
 
     def claim_next(self, queue: str, worker: str, lease_seconds: float) -> Claim | None:
-        """Take the next job of ``queue``: highest priority first, then oldest. ``None`` when there is none.
+        """Take the next job of ``queue``, in the order of :mod:`services.jobs.shares`. ``None`` when there is none.
 
         The caller owns the job until it ends the attempt, or until the reconciler finds that its heartbeat has
         stood still for ``lease_seconds``.
@@ -41,11 +46,8 @@ class Attempts(Reading):
                 return None
         with self._database.write() as session:
             self._wake(session, queue)
-            order = (tables.Job.priority.desc(), tables.Job.number)
-            pick = select(tables.Job.id).where(ready(queue)).order_by(*order).limit(1)
-            pick = pick.with_for_update(skip_locked=True)
             attempt = submission.new_id("att")
-            while (id := session.scalar(pick)) is not None:
+            for id, tenant in shares.candidates(session, queue):
                 time = transitions.now()
                 if not transitions.move(
                     session,
@@ -59,6 +61,7 @@ class Attempts(Reading):
                     started_at=func.coalesce(tables.Job.started_at, time),
                 ):
                     continue
+                shares.served(session, queue, tenant)
                 number = session.scalars(select(tables.Job.claims).where(tables.Job.id == id)).one()
                 session.execute(
                     insert(tables.Attempt).values(
@@ -71,17 +74,23 @@ class Attempts(Reading):
                         started_at=time,
                     )
                 )
-                job = self._job(session, id)
-                return Claim(job=job, attempt=attempt, number=number, lease_seconds=lease_seconds)
+                return Claim(
+                    job=self._job(session, id),
+                    attempt=attempt,
+                    number=number,
+                    lease_seconds=lease_seconds,
+                    children=transitions.children(session, id),
+                )
             return None
 
-    def heartbeat(self, attempt: str) -> bool:
-        """Renew the lease; whether the job is to be cancelled. Raises :class:`StaleAttempt`."""
+    def heartbeat(self, attempt: str, seconds: float = 0.0) -> bool:
+        """Renew the lease; whether the job is to be cancelled. ``seconds``: how long the attempt has run, by the
+        worker's monotonic clock. Raises :class:`StaleAttempt`."""
         with self._database.write() as session:
             job = session.execute(
                 update(tables.Attempt)
                 .where(tables.Attempt.id == attempt, tables.Attempt.ended_at.is_(None))
-                .values(heartbeat=tables.Attempt.heartbeat + 1)
+                .values(heartbeat=tables.Attempt.heartbeat + 1, seconds=seconds)
                 .returning(tables.Attempt.job),
                 execution_options={"synchronize_session": False},
             ).scalar_one_or_none()
@@ -91,13 +100,22 @@ class Attempts(Reading):
                 raise _stale(attempt)
             return cancel
 
-    def append_events(self, attempt: str, events: Sequence[tuple[str, dict[str, Any]]]) -> builtins.list[Event]:
-        """Record what a job said: ``(type, data)`` with type ``log``. Raises :class:`StaleAttempt`."""
+    def append_events(
+        self, attempt: str, events: Sequence[tuple[str, dict[str, Any]]], batch: int | None = None
+    ) -> builtins.list[Event]:
+        """Record what a job said: ``(type, data)`` with type ``log``. Raises :class:`StaleAttempt`.
+
+        ``batch`` counts up: one that was recorded before is not recorded again, so that a writer who did not hear the
+        answer may repeat it.
+        """
         for type_, _ in events:
             if type_ != "log":
                 raise InvalidInput.field("type", f"{type_!r} events are recorded with what they tell of, not by hand")
         with self._database.write() as session:
             cleaned = [(type_, text.clean(data, text.MAX_TEXT)) for type_, data in events]
+            if batch is not None and not self._is_new(session, attempt, batch):
+                self._touch(session, attempt, count=0)
+                return []
             job, last = self._touch(session, attempt, count=len(events))
             return transitions.add_events(session, job, attempt, last, cleaned)
 
@@ -107,10 +125,17 @@ class Attempts(Reading):
             self._touch(session, attempt, count=0, progress=text.clean(progress, text.MAX_TEXT))
 
     def commit_checkpoint(self, attempt: str, artifact_id: str, step: int) -> Event:
-        """The next attempt goes on from this artifact, which is in the store. Raises :class:`StaleAttempt`."""
+        """The next attempt goes on from this artifact, which is in the store. The same again changes nothing.
+
+        Raises :class:`StaleAttempt`.
+        """
         with self._database.write() as session:
-            values = {"checkpoint_artifact": artifact_id, "checkpoint_step": step}
-            job, last = self._touch(session, attempt, count=1, **values)
+            job, last = self._touch(session, attempt, count=0)
+            table = tables.Event
+            if session.scalars(select(tables.Job.checkpoint_artifact).where(tables.Job.id == job)).one() == artifact_id:
+                query = select(table).where(table.job == job, table.type == "checkpoint").order_by(table.seq.desc())
+                return Event.model_validate(session.scalars(query.limit(1)).one(), from_attributes=True)
+            _, last = self._touch(session, attempt, 1, checkpoint_artifact=artifact_id, checkpoint_step=step)
             data = {"artifact": artifact_id, "step": step}
             return transitions.add_events(session, job, attempt, last, [("checkpoint", data)])[0]
 
@@ -128,58 +153,77 @@ class Attempts(Reading):
                 transitions.add_events(session, job, attempt, last, [("artifact", data)])
             return row
 
-    def succeed(self, attempt: str, result: dict[str, Any]) -> Job:
-        """The job is done. Raises :class:`StaleAttempt`, and :class:`TooLarge` for a result over 1 MiB."""
+    def spawn(self, attempt: str, name: str, kind: str, spec: Spec) -> Job:
+        """A child job that does a part of the work: queued like its parent, with its labels and limits. The same name
+        again is the same child. Raises :class:`StaleAttempt`, and what :meth:`JobRegistry.submit` raises."""
+        submission.check_name(name, "children")
+        with self._database.write() as session:
+            id, _ = self._touch(session, attempt, count=0)
+            known = session.scalar(select(tables.Job.id).where(tables.Job.parent == id, tables.Job.name == name))
+            if known is not None:
+                return self._job(session, known)
+            parent = self._job(session, id)
+            options = {key: getattr(parent, key) for key in Options.model_fields if key != "not_before"}
+            request = submission.Request.make(kind, spec, options, prefix=f"children.{name}.")
+            request.parent, request.name = id, name
+            child = submission.insert_job(session, request, tenant=parent.tenant, trace=parent.trace)
+            if parent.state is JobState.CANCELLING:
+                transitions.cancel(session, child)
+            return self._job(session, child)
+
+    def succeed(self, attempt: str, result: dict[str, Any], *, seconds: float | None = None) -> Job:
+        """The job is done. ``seconds``: running time of the attempt, as in :meth:`heartbeat`.
+
+        Raises :class:`StaleAttempt`, and :class:`TooLarge` for a result over 1 MiB.
+        """
         result = text.clean(result)
         if len(json.dumps(result)) > MAX_RESULT_BYTES:
             raise TooLarge("the result is larger than 1 MiB: put it into an artifact and name that")
-        return self._end(attempt, JobState.SUCCEEDED, ACTIVE, "succeeded", result=result)
+        return self._end(attempt, JobState.SUCCEEDED, ACTIVE, "succeeded", seconds, result=result)
 
-    def fail(self, attempt: str, error: dict[str, Any]) -> Job:
+    def fail(self, attempt: str, error: dict[str, Any], *, seconds: float | None = None) -> Job:
         """The job has failed for a reason that another attempt would meet again. Raises :class:`StaleAttempt`.
 
         ``error``: ``reason``, ``message``, ``violations``.
         """
         told = {"reason": "INTERNAL", "message": "", "violations": [], **text.clean(error, text.MAX_TEXT)}
-        return self._end(attempt, JobState.FAILED, ACTIVE, "failed", error=told)
+        outcome = "timed out" if told["reason"] == TimeLimit.reason else "failed"
+        return self._end(attempt, JobState.FAILED, ACTIVE, outcome, seconds, error=told)
 
-    def cancelled(self, attempt: str) -> Job:
+    def cancelled(self, attempt: str, *, seconds: float | None = None) -> Job:
         """The job has stopped because it was cancelled. Raises :class:`StaleAttempt`; :class:`IllegalState` when
         nobody asked for it."""
-        return self._end(attempt, JobState.CANCELLED, [JobState.CANCELLING], "cancelled")
+        return self._end(attempt, JobState.CANCELLED, [JobState.CANCELLING], "cancelled", seconds)
 
-    def release(self, attempt: str, reason: Literal["crashed", "lost", "stopped"], message: str = "") -> Job:
+    def release(self, attempt: str, reason: Reason, message: str = "", *, seconds: float | None = None) -> Job:
         """End the attempt, not the job. Raises :class:`StaleAttempt`.
 
-        ``stopped`` (the worker leaves in order): queued again at once, and not counted. ``crashed``, ``lost``: queued
-        again after 1, 2, 4, ... seconds (300 at most), or failed when that was its last attempt. A job that was to be
-        cancelled is cancelled.
+        ``stopped`` (the worker leaves in order): queued again at once, and not counted. ``waiting``: the same, once all
+        children have ended. ``crashed``, ``stalled``, ``lost``: queued again after 1, 2, 4, ... seconds (300 at most),
+        or failed when that was its last attempt. A job that was to be cancelled is cancelled.
         """
-        if reason not in ("crashed", "lost", "stopped"):
-            raise InvalidInput.field("reason", "is none of crashed, lost, stopped")
+        if reason not in get_args(Reason):
+            raise InvalidInput.field("reason", f"is none of {', '.join(get_args(Reason))}")
         message = text.clean(message, text.MAX_TEXT)
         with self._database.write() as session:
+            job = session.scalar(select(tables.Job.id).where(tables.Job.attempt == attempt))
+            if job is None:
+                raise _stale(attempt)
+            transitions.lock_parent(session, job)
             row = session.execute(
-                select(tables.Job.id, tables.Job.state, tables.Job.attempts, tables.Job.max_attempts)
+                select(tables.Job.state, tables.Job.attempts, tables.Job.max_attempts)
                 .where(tables.Job.attempt == attempt)
                 .with_for_update()
             ).one_or_none()
             if row is None:
                 raise _stale(attempt)
-            job, state, attempts, most = row
+            state, attempts, most = row
             note: dict[str, Any] = {"reason": reason, "message": message}
+            end = partial(self._end_in, session, job, attempt, outcome=reason, message=message, seconds=seconds)
             if state == JobState.CANCELLING:
-                return self._end_in(
-                    session,
-                    job,
-                    attempt,
-                    JobState.CANCELLED,
-                    source=[JobState.CANCELLING],
-                    outcome=reason,
-                    message=message,
-                    note=note,
-                )
-            if reason != "stopped" and attempts >= most:
+                return end(JobState.CANCELLED, source=[JobState.CANCELLING], note=note)
+            counts = reason not in ("stopped", "waiting")
+            if counts and attempts >= most:
                 tries = "its only attempt" if attempts == 1 else f"all its {attempts} attempts"
                 error = {
                     "reason": reason.upper(),
@@ -187,31 +231,41 @@ class Attempts(Reading):
                     f"{': ' + message if message else ''}. Retry the job to go on from its last checkpoint",
                     "violations": [],
                 }
-                return self._end_in(
-                    session,
-                    job,
-                    attempt,
-                    JobState.FAILED,
-                    source=[JobState.RUNNING],
-                    outcome=reason,
-                    message=message,
-                    note=note,
-                    error=error,
-                )
+                return end(JobState.FAILED, source=[JobState.RUNNING], note=note, error=error)
             values: dict[str, Any] = {"attempt": None, "ready": True, "not_before": None}
-            if reason == "stopped":
-                values["attempts"] = attempts - 1
-            else:
+            if counts:
                 delay = min(2.0 ** (attempts - 1), MAX_BACKOFF_SECONDS)
                 note["retry_in_seconds"] = delay
-                values |= {"ready": False, "not_before": transitions.now() + timedelta(seconds=delay)}
+                later = transitions.now() + timedelta(seconds=delay)
+                values |= {"ready": False, "not_before": later, "backoff_seconds": delay}
+            else:
+                values["attempts"] = attempts - 1
+            if reason == "waiting":
+                # The lock on the row is held: a child that ends now counts afterwards.
+                left = transitions.unfinished_children(session, job)
+                values |= {"waiting": left, "ready": left == 0}
             moved = transitions.move(
                 session, job, JobState.QUEUED, source=[JobState.RUNNING], owner=attempt, note=note, **values
             )
             if not moved:
                 raise _stale(attempt)
-            transitions.end_attempt(session, attempt, reason, message)
+            transitions.end_attempt(session, attempt, reason, message, seconds)
             return self._job(session, job)
+
+    def wake(self, job: str, claims: int) -> Job | None:
+        """End the back-off of a job now; ``None`` when it is in none, or no longer in the one after its claim number
+        ``claims``. For a caller who has seen the back-off stand for its time, whatever the wall clocks say."""
+        table = tables.Job
+        with self._database.write() as session:
+            woken = session.execute(
+                update(table)
+                .where(table.id == job, table.state == JobState.QUEUED, table.claims == claims)
+                .where(table.backoff_seconds.is_not(None), table.waiting == 0)
+                .values(ready=True, backoff_seconds=None, not_before=None)
+                .returning(table.id),
+                execution_options={"synchronize_session": False},
+            ).one_or_none()
+            return None if woken is None else self._job(session, job)
 
     def _wake(self, session: Session, queue: str) -> None:
         """Jobs whose time has come are ready. Kept apart from the claim, which stays one look into one index."""
@@ -219,6 +273,14 @@ class Attempts(Reading):
             update(tables.Job).where(due(queue)).values(ready=True),
             execution_options={"synchronize_session": False},
         )
+
+    def _is_new(self, session: Session, attempt: str, batch: int) -> bool:
+        table = tables.Attempt
+        marked = session.execute(
+            update(table).where(table.id == attempt, table.batch < batch).values(batch=batch).returning(table.id),
+            execution_options={"synchronize_session": False},
+        )
+        return marked.one_or_none() is not None
 
     def _touch(self, session: Session, attempt: str, count: int, **values: Any) -> tuple[str, int]:
         """Write to the job that ``attempt`` owns and count ``count`` events; its id and the last ``seq``."""
@@ -233,13 +295,21 @@ class Attempts(Reading):
             raise _stale(attempt)
         return row[0], row[1]
 
-    def _end(self, attempt: str, to: JobState, source: Sequence[JobState], outcome: str, **values: Any) -> Job:
+    def _end(
+        self,
+        attempt: str,
+        to: JobState,
+        source: Sequence[JobState],
+        outcome: str,
+        seconds: float | None,
+        **values: Any,
+    ) -> Job:
         with self._database.write() as session:
-            query = select(tables.Job.id).where(tables.Job.attempt == attempt)
-            job = session.scalar(query)
+            job = session.scalar(select(tables.Job.id).where(tables.Job.attempt == attempt))
             if job is None:
                 raise _stale(attempt)
-            return self._end_in(session, job, attempt, to, source=source, outcome=outcome, **values)
+            transitions.lock_parent(session, job)
+            return self._end_in(session, job, attempt, to, source=source, outcome=outcome, seconds=seconds, **values)
 
     def _end_in(
         self,
@@ -250,6 +320,7 @@ class Attempts(Reading):
         *,
         source: Sequence[JobState],
         outcome: str,
+        seconds: float | None,
         message: str | None = None,
         note: dict[str, Any] | None = None,
         **values: Any,
@@ -260,8 +331,8 @@ class Attempts(Reading):
         if not transitions.move(session, job, to, source=source, owner=attempt, note=note, **values):
             found = self._job(session, job)
             raise IllegalState(f"job {job} is {found.state}: it cannot become {to} now")
-        transitions.end_attempt(session, attempt, outcome, message)
-        transitions.settle_dependents(session, job, to, error)
+        transitions.end_attempt(session, attempt, outcome, message, seconds)
+        transitions.settle(session, job, to, error)
         return self._job(session, job)
 
 

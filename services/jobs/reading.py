@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session, selectinload
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, selectinload
 from ethogram.errors import InvalidInput, NotFound
 from services.jobs import cursors, submission, tables, text, transitions
 from services.jobs.database import Database
-from services.jobs.records import LABEL_KEY, ArtifactRow, Event, Job, RunningAttempt
+from services.jobs.records import LABEL_KEY, ArtifactRow, BackingOff, Event, Job, RunningAttempt
 from services.jobs.states import JobState
 
 ACTIVE = (JobState.RUNNING, JobState.CANCELLING)
@@ -36,10 +36,12 @@ class Reading:
         kind: str | None = None,
         state: JobState | str | None = None,
         labels: Mapping[str, str] | None = None,
+        parent: str | None = None,
         limit: int = 50,
         cursor: str | None = None,
     ) -> tuple[builtins.list[Job], str | None]:
-        """Jobs, newest first, and the cursor of the next page; ``None`` at the end. ``labels``: all must match.
+        """Jobs, newest first, and the cursor of the next page; ``None`` at the end. ``labels``: all must match;
+        ``parent``: only the children of this job.
 
         Raises :class:`InvalidInput` for a state, limit or cursor that is none.
         """
@@ -52,6 +54,9 @@ class Reading:
             if state not in builtins.list(JobState):
                 raise InvalidInput.field("state", f"is none of {', '.join(JobState)}")
             where.append(tables.Job.state == str(state))
+        if parent is not None:
+            text.check(parent, "parent")
+            where.append(tables.Job.parent == parent)
         for key, value in (labels or {}).items():
             if not re.fullmatch(LABEL_KEY, key):
                 raise InvalidInput.field("labels", f"{key!a} cannot be a label's name")
@@ -64,7 +69,8 @@ class Reading:
         with self._database.read() as session:
             rows = session.scalars(query).all()
             more = cursors.encode("jobs", rows[limit - 1].number) if len(rows) > limit else None
-            return [job_of(row) for row in rows[:limit]], more
+            children = _unfinished_children(session, rows)
+            return [job_of(row, children.get(row.id, [])) for row in rows[:limit]], more
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> builtins.list[Event]:
         """Events of ``job`` with ``seq > after``, in order. Raises :class:`NotFound`."""
@@ -111,6 +117,18 @@ class Reading:
                 raise NotFound(f"there is no artifact {id!a}")
             return artifact_of(row)
 
+    def backing_off(self) -> builtins.list[BackingOff]:
+        """Jobs that wait after a crash, for the reconciler to end the wait; see :meth:`Attempts.wake`."""
+        job = tables.Job
+        query = select(job.id, job.queue, job.claims, job.backoff_seconds).where(
+            job.state == JobState.QUEUED, job.ready == tables.FALSE, job.backoff_seconds.is_not(None)
+        )
+        with self._database.read() as session:
+            return [
+                BackingOff(job=id, queue=queue, claims=claims, seconds=seconds)
+                for id, queue, claims, seconds in session.execute(query)
+            ]
+
     def running_attempts(self) -> builtins.list[RunningAttempt]:
         """All attempts that have not ended, for the reconciler to watch."""
         job, attempt = tables.Job, tables.Attempt
@@ -133,7 +151,7 @@ class Reading:
         row = session.scalar(query.execution_options(populate_existing=True)) if text.storable(id) else None
         if row is None:
             raise NotFound(f"there is no job {id!a}")
-        return job_of(row)
+        return job_of(row, _unfinished_children(session, [row]).get(id, []))
 
 
 def due(queue: str | None = None) -> ColumnElement[bool]:
@@ -158,7 +176,21 @@ def artifact_of(row: tables.Artifact) -> ArtifactRow:
     return ArtifactRow.model_validate(row, from_attributes=True)
 
 
-def job_of(row: tables.Job) -> Job:
+def _unfinished_children(session: Session, rows: Sequence[tables.Job]) -> dict[str, builtins.list[str]]:
+    """Parent to children that have not ended, for those of ``rows`` that may wait for some."""
+    found: dict[str, builtins.list[str]] = {}
+    parents = [row.id for row in rows if row.waiting]
+    if parents:
+        table = tables.Job
+        unfinished = [state for state in JobState if not state.terminal]
+        query = select(table.parent, table.id).where(table.parent.in_(parents), table.state.in_(unfinished))
+        for parent, child in session.execute(query.order_by(table.number)):
+            found.setdefault(str(parent), []).append(child)
+    return found
+
+
+def job_of(row: tables.Job, children: Sequence[str] = ()) -> Job:
+    """The record of a row; ``children``: those it waits for."""
     state = JobState(row.state)
     checkpoint = None
     if row.checkpoint_artifact is not None:
@@ -172,12 +204,17 @@ def job_of(row: tables.Job) -> Job:
         state=state,
         queue=row.queue,
         priority=row.priority,
+        parent=row.parent,
+        name=row.name,
+        time_limit_seconds=row.time_limit_seconds,
+        stall_limit_seconds=row.stall_limit_seconds,
+        ran_seconds=row.ran_seconds,
         labels=row.labels,
         attempts=row.attempts,
         max_attempts=row.max_attempts,
         not_before=row.not_before,
         inputs={found.path: found.artifact for found in row.inputs if found.artifact is not None},
-        waits_for=[] if state.terminal else sorted(waits_for),
+        waits_for=[] if state.terminal else [*sorted(waits_for), *children],
         progress=row.progress,
         checkpoint=checkpoint,
         result=row.result,

@@ -39,6 +39,11 @@ class Options(BaseModel):
     """Earliest time to start, with its time zone."""
     max_attempts: int = Field(3, ge=1, le=100)
     """Attempts that may crash or be lost before the job fails."""
+    time_limit_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Running time, over all attempts since the submission or the last retry, after which the job fails."""
+    stall_limit_seconds: float | None = Field(1800.0, gt=0, allow_inf_nan=False)
+    """An attempt from which nothing is heard for so long (no progress, no line, no checkpoint) is ended, and counts
+    like a crash; ``None``: never."""
     labels: dict[LabelKey, LabelValue] = Field({}, max_length=32)
     """Free marks to find the job by."""
 
@@ -57,11 +62,19 @@ class Job(BaseModel):
     attempts: int
     """Attempts that count against ``max_attempts``, since the submission or the last retry."""
     max_attempts: int
+    parent: str | None
+    """Id of the job that made this one to do a part of its work."""
+    name: str | None
+    """What the parent calls it."""
+    time_limit_seconds: float | None
+    stall_limit_seconds: float | None
+    ran_seconds: float
+    """Running time of the attempts that have ended, since the submission or the last retry."""
     not_before: datetime | None
     inputs: dict[str, str]
     """Spec path to artifact id, of the inputs that are there."""
     waits_for: list[str]
-    """Ids of the jobs whose outputs are still to come."""
+    """Ids of the jobs whose outputs are still to come; of a parent: its children that have not ended."""
     progress: dict[str, Any] | None
     """``stage``, ``done``, ``total``, ``unit`` and ``metrics`` as last told."""
     checkpoint: dict[str, Any] | None
@@ -112,6 +125,29 @@ class Claim(BaseModel):
     number: int
     """Attempts of this job so far, this one included."""
     lease_seconds: float
+    children: list[Child] = []
+    """Child jobs that earlier attempts made."""
+
+
+class BackingOff(BaseModel):
+    """A queued job that waits after a crash. ``claims`` tells one such wait from the next."""
+
+    job: str
+    queue: str
+    claims: int
+    seconds: float
+
+
+class Child(BaseModel):
+    """What became of a child job, for its parent to gather."""
+
+    name: str
+    job: str
+    state: JobState
+    outputs: dict[str, str]
+    """Name to artifact id."""
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
 
 
 class RunningAttempt(BaseModel):

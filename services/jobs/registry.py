@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from ethogram.errors import IllegalState
 from ethogram.specs.base import ArtifactRef, Spec
@@ -53,6 +54,8 @@ class JobRegistry(Retention):
         priority: int = 0,
         not_before: datetime | None = None,
         max_attempts: int = 3,
+        time_limit_seconds: float | None = None,
+        stall_limit_seconds: float | None = 1800.0,
         labels: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         trace: str | None = None,
@@ -68,6 +71,8 @@ class JobRegistry(Retention):
             "priority": priority,
             "not_before": not_before,
             "max_attempts": max_attempts,
+            "time_limit_seconds": time_limit_seconds,
+            "stall_limit_seconds": stall_limit_seconds,
             "labels": dict(labels or {}),
         }
         request = submission.Request.make(kind, spec, options)
@@ -121,26 +126,20 @@ class JobRegistry(Retention):
         raise AssertionError
 
     def request_cancel(self, id: str) -> Job:
-        """Cancel: a queued job at once, a running one as soon as its worker hears of it.
+        """Cancel the job and its children: what is queued at once, what runs as soon as its worker hears of it.
 
         Raises :class:`NotFound`, and :class:`IllegalState` for a job that has ended.
         """
         self.get(id)
         with self._database.write() as session:
-            if transitions.move(
-                session, id, JobState.CANCELLED, source=[JobState.QUEUED], cancel_requested=True, waiting=0
-            ):
-                transitions.settle_dependents(session, id, JobState.CANCELLED)
-            elif not transitions.move(
-                session, id, JobState.CANCELLING, source=[JobState.RUNNING], cancel_requested=True
-            ):
-                job = self._job(session, id)
-                if job.state is not JobState.CANCELLING:
-                    raise IllegalState(f"job {id} has already ended ({job.state}): there is nothing to cancel")
+            transitions.lock_parent(session, id)
+            if not transitions.cancel(session, id):
+                raise IllegalState(f"job {id} has already ended ({self._job(session, id).state}): nothing to cancel")
             return self._job(session, id)
 
     def retry(self, id: str) -> Job:
-        """Queue a failed or cancelled job again, with all its attempts; it goes on from its last checkpoint.
+        """Queue a failed or cancelled job again, with all its attempts; it goes on from its last checkpoint. Its
+        children that did not succeed are queued again as well.
 
         Raises :class:`NotFound`, and :class:`IllegalState` for a job in another state or whose input job failed.
         """
@@ -148,36 +147,46 @@ class JobRegistry(Retention):
             job = self._job(session, id)
             if job.state not in (JobState.FAILED, JobState.CANCELLED):
                 raise IllegalState(f"job {id} is {job.state}: only a failed or cancelled job can be retried")
-            waiting = 0
-            table = tables.Input
-            for path, needs, name in session.execute(
-                select(table.path, table.needs, table.name).where(table.job == id, table.artifact.is_(None))
-            ).all():
-                found = submission.resolve(session, path, ArtifactRef(job=needs, artifact=name or ""), job.tenant)
-                waiting += found.artifact is None
-                session.execute(
-                    update(table).where(table.job == id, table.path == path).values(artifact=found.artifact),
-                    execution_options={"synchronize_session": False},
-                )
-            moved = transitions.move(
-                session,
-                id,
-                JobState.QUEUED,
-                source=[JobState.FAILED, JobState.CANCELLED],
-                ready=waiting == 0,
-                waiting=waiting,
-                attempts=0,
-                cancel_requested=False,
-                not_before=None,
-                progress=None,
-                result=None,
-                error=None,
-                finished_at=None,
-                note={"reason": "retried"},
-            )
-            if not moved:
-                raise IllegalState(f"job {id} was just retried by somebody else")
+            transitions.lock_parent(session, id)
+            self._retry(session, job)
             return self._job(session, id)
+
+    def _retry(self, session: Session, job: Job) -> None:
+        waiting = 0
+        table = tables.Input
+        for path, needs, name in session.execute(
+            select(table.path, table.needs, table.name).where(table.job == job.id, table.artifact.is_(None))
+        ).all():
+            found = submission.resolve(session, path, ArtifactRef(job=needs, artifact=name or ""), job.tenant)
+            waiting += found.artifact is None
+            session.execute(
+                update(table).where(table.job == job.id, table.path == path).values(artifact=found.artifact),
+                execution_options={"synchronize_session": False},
+            )
+        moved = transitions.move(
+            session,
+            job.id,
+            JobState.QUEUED,
+            source=[JobState.FAILED, JobState.CANCELLED],
+            ready=waiting == 0,
+            waiting=waiting,
+            attempts=0,
+            ran_seconds=0.0,
+            cancel_requested=False,
+            not_before=None,
+            progress=None,
+            result=None,
+            error=None,
+            finished_at=None,
+            note={"reason": "retried"},
+        )
+        if not moved:
+            raise IllegalState(f"job {job.id} was just retried by somebody else")
+        if job.parent is not None:
+            transitions.count_children(session, job.parent)
+        for child in transitions.children(session, job.id):
+            if child.state in (JobState.FAILED, JobState.CANCELLED):
+                self._retry(session, self._job(session, child.job))
 
     def add_artifact(
         self, artifact_id: str, name: str, type: str, size: int, *, tenant: str = "default"

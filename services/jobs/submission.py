@@ -44,6 +44,9 @@ class Request:
     spec: Spec
     options: Options
     prefix: str = ""
+    parent: str | None = None
+    name: str | None = None
+    """The parent's name for it."""
 
     @classmethod
     def make(cls, kind: str, spec: Spec, options: Mapping[str, Any], prefix: str = "") -> Request:
@@ -56,17 +59,17 @@ class Request:
             made = cls(kind, spec, Options.model_validate(dict(options)), prefix)
         except ValidationError as error:
             raise InvalidInput.from_pydantic(error, prefix.rstrip(".")) from None
-        text.check(made.body["spec"], f"{prefix}spec")
+        text.check(spec.model_dump(mode="json"), f"{prefix}spec")
         text.check(made.options.labels, f"{prefix}labels")
         return made
 
     @property
     def body(self) -> dict[str, Any]:
-        """All that was asked for, as JSON values."""
+        """All that was asked for, as JSON values. Without defaults: what a newer version adds changes no digest."""
         return {
             "kind": self.kind,
-            "spec": self.spec.model_dump(mode="json"),
-            "options": self.options.model_dump(mode="json"),
+            "spec": self.spec.model_dump(mode="json", exclude_defaults=True),
+            "options": self.options.model_dump(mode="json", exclude_defaults=True),
         }
 
 
@@ -83,6 +86,12 @@ def check_tenant(tenant: str) -> None:
     """Raises :class:`InvalidInput` for a tenant that is not a plain name."""
     if not _NAME.fullmatch(tenant):
         raise InvalidInput.field("tenant", "must be 1 to 64 letters, digits, '_' or '-'")
+
+
+def check_name(name: str, field: str) -> None:
+    """Raises :class:`InvalidInput` for a name of a job that is not plain."""
+    if not _NAME.fullmatch(name):
+        raise InvalidInput.field(field, f"the name {name[:80]!r} must be 1 to 64 letters, digits, '_' or '-'")
 
 
 def check_key(key: str | None) -> None:
@@ -156,6 +165,10 @@ def insert_job(
             waiting=waiting,
             not_before=options.not_before,
             max_attempts=options.max_attempts,
+            time_limit_seconds=options.time_limit_seconds,
+            stall_limit_seconds=options.stall_limit_seconds,
+            parent=request.parent,
+            name=request.name,
             trace=trace,
             seq=1,
             created_at=time,
@@ -191,8 +204,7 @@ def make_pipeline(jobs: Mapping[str, tuple[str, Spec, Mapping[str, Any]]]) -> di
     if not 1 <= len(jobs) <= MAX_PIPELINE:
         raise InvalidInput.field("jobs", f"must hold 1 to {MAX_PIPELINE} jobs")
     for name in jobs:
-        if not _NAME.fullmatch(name):
-            raise InvalidInput.field("jobs", f"the name {name[:80]!r} must be 1 to 64 letters, digits, '_' or '-'")
+        check_name(name, "jobs")
     requests = {
         name: Request.make(kind, spec, options, prefix=f"jobs.{name}.") for name, (kind, spec, options) in jobs.items()
     }

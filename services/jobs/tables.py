@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     DateTime,
     Dialect,
+    Double,
     ForeignKey,
     Index,
     Integer,
@@ -18,11 +19,12 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
     false,
+    text,
     true,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-REVISION = "0001"
+REVISION = "0002"
 """The migration that these tables correspond to."""
 
 
@@ -63,7 +65,13 @@ class Base(DeclarativeBase):
             "ix": "ix_%(table_name)s_%(column_0_name)s",
         }
     )
-    type_annotation_map = {str: Text(), int: BigInteger(), datetime: UtcDateTime(), dict[str, Any]: Json}
+    type_annotation_map = {
+        str: Text(),
+        int: BigInteger(),
+        float: Double(),
+        datetime: UtcDateTime(),
+        dict[str, Any]: Json,
+    }
 
 
 class Job(Base):
@@ -94,6 +102,15 @@ class Job(Base):
     claims: Mapped[int] = mapped_column(default=0)
     """Attempts of any sort, ever."""
     max_attempts: Mapped[int]
+    parent: Mapped[str | None]
+    """The job that made this one, as its child ``name``. No foreign key: SQLite could not drop the column again."""
+    name: Mapped[str | None]
+    time_limit_seconds: Mapped[float | None]
+    stall_limit_seconds: Mapped[float | None]
+    ran_seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
+    """Running time of the attempts that have ended, since the submission or the last retry."""
+    backoff_seconds: Mapped[float | None]
+    """A queued job that waits so long after a crash; ``not_before`` says the same on the wall clock."""
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     progress: Mapped[dict[str, Any] | None]
     checkpoint_artifact: Mapped[str | None]
@@ -109,8 +126,9 @@ class Job(Base):
     inputs: Mapped[list[Input]] = relationship(lazy="raise", order_by="Input.path", foreign_keys="Input.job")
 
 
-# The first serves claims (equal, equal, equal, then in order) and everything that asks by state.
-Index("ix_jobs_claim", Job.state, Job.queue, Job.ready, Job.priority.desc(), Job.number)
+# The first serves claims (see services.jobs.shares) and everything that asks by state.
+Index("ix_jobs_claim", Job.state, Job.queue, Job.ready, Job.priority.desc(), Job.tenant, Job.number)
+Index("ix_jobs_parent", Job.parent, Job.name, unique=True)
 Index("ix_jobs_due", Job.state, Job.queue, Job.ready, Job.waiting, Job.not_before)
 Index("ix_jobs_tenant", Job.tenant, Job.number)
 Index("ix_jobs_tenant_kind", Job.tenant, Job.kind, Job.number)
@@ -142,10 +160,15 @@ class Attempt(Base):
     lease_seconds: Mapped[float]
     heartbeat: Mapped[int] = mapped_column(default=0)
     """Counts up; the reconciler watches it move on its own clock."""
+    seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
+    """Running time by the worker's monotonic clock, as of the last heartbeat."""
+    batch: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """Number of the last batch of events that was recorded."""
     started_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str | None]
-    """``succeeded``, ``failed``, ``cancelled``, ``crashed``, ``lost`` or ``stopped``."""
+    """``succeeded``, ``failed``, ``timed out``, ``cancelled``, ``crashed``, ``stalled``, ``lost``, ``stopped`` or
+    ``waiting``."""
     message: Mapped[str | None]
 
 
@@ -197,6 +220,16 @@ class Submission(Base):
     jobs: Mapped[dict[str, Any]]
     """Name to job id; the name of a single job is empty."""
     created_at: Mapped[datetime]
+
+
+class Turn(Base):
+    """When a tenant was last served in a queue: ``turn`` counts the claims of the queue."""
+
+    __tablename__ = "turns"
+
+    queue: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    turn: Mapped[int]
 
 
 TRUE, FALSE = true(), false()

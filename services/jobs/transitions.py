@@ -10,11 +10,11 @@ from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, case, insert, or_, select, update
+from sqlalchemy import and_, case, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from services.jobs import tables
-from services.jobs.records import Event
+from services.jobs.records import Child, Event
 from services.jobs.states import LEGAL, JobState
 
 
@@ -39,7 +39,7 @@ def move(
     event.
     """
     assert all(to in LEGAL[state] for state in source), f"no step from {source} to {to}"
-    values.setdefault("ready", False)
+    values = {"ready": False, "backoff_seconds": None, **values}
     if to.terminal:
         values |= {"finished_at": now(), "attempt": None}
     statement = update(tables.Job).where(tables.Job.id == job, tables.Job.state.in_(source))
@@ -70,14 +70,93 @@ def add_events(
     return [Event.model_validate(row) for row in rows]
 
 
-def end_attempt(session: Session, attempt: str, outcome: str, message: str | None = None) -> None:
-    """Close the attempt's row."""
+def end_attempt(session: Session, attempt: str, outcome: str, message: str | None, seconds: float | None) -> None:
+    """Close the attempt's row, and count its running time (``None``: as of its last heartbeat) to the job's."""
+    table = tables.Attempt
+    ended = session.execute(
+        update(table)
+        .where(table.id == attempt, table.ended_at.is_(None))
+        .values(ended_at=now(), outcome=outcome, message=message, seconds=table.seconds if seconds is None else seconds)
+        .returning(table.job, table.seconds),
+        execution_options={"synchronize_session": False},
+    ).one_or_none()
+    if ended is not None:
+        session.execute(
+            update(tables.Job)
+            .where(tables.Job.id == ended.job)
+            .values(ran_seconds=tables.Job.ran_seconds + ended.seconds),
+            execution_options={"synchronize_session": False},
+        )
+
+
+def lock_parent(session: Session, job: str) -> None:
+    """Take the lock on the parent of ``job``, if it has one, before any on the job itself: who ends a child and who
+    counts or cancels the children of a parent take their turns, and none waits for the other in a circle."""
+    parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == job))
+    if parent is not None:
+        session.scalar(select(tables.Job.number).where(tables.Job.id == parent).with_for_update())
+
+
+def children(session: Session, parent: str) -> list[Child]:
+    """The child jobs of ``parent``, by name."""
+    table = tables.Job
+    query = select(table.name, table.id, table.state, table.result, table.error).where(table.parent == parent)
+    return [
+        Child(
+            name=name or "",
+            job=job,
+            state=JobState(state),
+            outputs=outputs(session, job) if state == JobState.SUCCEEDED else {},
+            result=result,
+            error=error,
+        )
+        for name, job, state, result, error in session.execute(query.order_by(table.name)).all()
+    ]
+
+
+def unfinished_children(session: Session, parent: str) -> int:
+    """How many children of ``parent`` have not ended."""
+    unfinished = [state for state in JobState if not state.terminal]
+    query = select(func.count()).where(tables.Job.parent == parent, tables.Job.state.in_(unfinished))
+    return session.scalars(query).one()
+
+
+def count_children(session: Session, parent: str) -> None:
+    """Let ``parent`` go on if it waits for its children and all have ended. The caller holds the lock on it.
+
+    A parent has run, so its inputs are there, and whatever it waits for is a child.
+    """
+    left = unfinished_children(session, parent)
     session.execute(
-        update(tables.Attempt)
-        .where(tables.Attempt.id == attempt, tables.Attempt.ended_at.is_(None))
-        .values(ended_at=now(), outcome=outcome, message=message),
+        update(tables.Job)
+        .where(tables.Job.id == parent, tables.Job.state == JobState.QUEUED, tables.Job.waiting > 0)
+        .values(waiting=left, ready=left == 0),
         execution_options={"synchronize_session": False},
     )
+
+
+def cancel(session: Session, job: str) -> bool:
+    """Cancel ``job`` and its children; False if it has ended."""
+    if move(session, job, JobState.CANCELLED, source=[JobState.QUEUED], cancel_requested=True, waiting=0):
+        settle(session, job, JobState.CANCELLED)
+        return True
+    if move(session, job, JobState.CANCELLING, source=[JobState.RUNNING], cancel_requested=True):
+        for child in children(session, job):
+            cancel(session, child.job)
+        return True
+    return session.scalar(select(tables.Job.state).where(tables.Job.id == job)) == JobState.CANCELLING
+
+
+def settle(session: Session, job: str, state: JobState, error: dict[str, Any] | None = None) -> None:
+    """Tell of ``job``, which has just reached the terminal ``state``: its children, which nobody gathers any more, its
+    parent, and those that wait for it."""
+    for child in children(session, job):
+        if not child.state.terminal:
+            cancel(session, child.job)
+    parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == job))
+    if parent is not None:
+        count_children(session, parent)
+    settle_dependents(session, job, state, error)
 
 
 def outputs(session: Session, job: str) -> dict[str, str]:
@@ -112,6 +191,9 @@ def settle_dependents(session: Session, job: str, state: JobState, error: dict[s
             told_on = {"reason": "INPUT_FAILED", "message": cause, "violations": [violation]}
             note = {"message": cause}
             if move(session, dependent, end, source=[JobState.QUEUED], error=told_on, waiting=0, note=note):
+                parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == dependent))
+                if parent is not None:
+                    count_children(session, parent)
                 # The first cause is told on, not a sentence that grows with the length of the chain.
                 ended.append((dependent, end, error if state is JobState.FAILED else told_on))
 

@@ -1,0 +1,64 @@
+"""Whose job is next: the highest priority first; among equals the tenant with the fewest running jobs in the queue,
+then the one that was served longest ago; of a tenant the oldest job.
+
+Each step is a look into the index ``ix_jobs_claim``, so a claim costs the same whatever waits; it grows with the number
+of tenants that have work at the highest priority. Functions here work inside a write transaction of the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from services.jobs import tables
+from services.jobs.reading import ACTIVE, ready
+
+job, turn = tables.Job, tables.Turn
+
+
+def candidates(session: Session, queue: str) -> Iterator[tuple[str, str]]:
+    """``(job, tenant)`` of the jobs of ``queue`` that may be claimed now, best first; locked, and without those that
+    other claims hold."""
+    lower: list[ColumnElement[bool]] = []
+    top = select(job.priority).where(ready(queue)).order_by(job.priority.desc()).limit(1)
+    while (priority := session.scalar(top.where(*lower))) is not None:
+        equal = (ready(queue), job.priority == priority)
+        for tenant in _in_turn(session, queue, _tenants(session, equal)):
+            oldest = select(job.id).where(*equal, job.tenant == tenant).order_by(job.number).limit(1)
+            found = session.scalar(oldest.with_for_update(skip_locked=True))
+            if found is not None:
+                yield found, tenant
+        lower = [job.priority < priority]
+
+
+def served(session: Session, queue: str, tenant: str) -> None:
+    """``tenant`` has had its turn."""
+    last = select(func.coalesce(func.max(turn.turn), 0) + 1).where(turn.queue == queue).scalar_subquery()
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    values = dialect.insert(turn).values(queue=queue, tenant=tenant, turn=last)
+    session.execute(
+        values.on_conflict_do_update(index_elements=["queue", "tenant"], set_={"turn": values.excluded.turn})
+    )
+
+
+def _tenants(session: Session, equal: Sequence[ColumnElement[bool]]) -> list[str]:
+    """The distinct tenants among the jobs ``equal``: one look into the index for each, not one for each job."""
+    first = select(func.min(job.tenant)).where(*equal).scalar_subquery()
+    found = select(first.label("tenant")).cte("tenants", recursive=True)
+    after = select(func.min(job.tenant)).where(*equal, job.tenant > found.c.tenant).correlate(found).scalar_subquery()
+    found = found.union_all(select(after).where(found.c.tenant.is_not(None)))
+    return list(session.scalars(select(found.c.tenant).where(found.c.tenant.is_not(None))))
+
+
+def _in_turn(session: Session, queue: str, tenants: list[str]) -> list[str]:
+    if len(tenants) < 2:
+        return tenants
+    count = select(job.tenant, func.count()).where(job.state.in_(ACTIVE), job.queue == queue).group_by(job.tenant)
+    running = {tenant: number for tenant, number in session.execute(count)}
+    turns = {
+        tenant: last for tenant, last in session.execute(select(turn.tenant, turn.turn).where(turn.queue == queue))
+    }
+    return sorted(tenants, key=lambda tenant: (running.get(tenant, 0), turns.get(tenant, 0), tenant))
