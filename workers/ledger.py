@@ -6,15 +6,18 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from ethogram.errors import EthogramError, TooLarge, Unavailable
+from pydantic import ValidationError
+
+from ethogram.errors import EthogramError, InvalidInput, TooLarge, Unavailable
 from ethogram.v1 import jobs_pb2
 from services.jobs.notify import Notifier
 from services.jobs.registry import Claim, Job, JobRegistry
+from services.kinds import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +30,8 @@ R = TypeVar("R")
 class Outcome:
     """How an attempt ends."""
 
-    kind: Literal["succeeded", "failed", "cancelled", "stopped", "crashed"]
-    """``stopped`` and ``crashed`` end the attempt; the job goes on in another one."""
+    kind: Literal["succeeded", "failed", "cancelled", "stopped", "waiting", "crashed", "stalled"]
+    """The last four end the attempt; the job goes on in another one."""
     message: str = ""
     result: dict[str, Any] = field(default_factory=dict)
     error: EthogramError | None = None
@@ -39,15 +42,24 @@ class Ledger:
     """Writes in the name of one attempt. Every method raises :class:`StaleAttempt` once it owns the job no more."""
 
     def __init__(
-        self, registry: JobRegistry, notifier: Notifier, claim: Claim, *, stopping: threading.Event, grace: float
+        self,
+        registry: JobRegistry,
+        notifier: Notifier,
+        claim: Claim,
+        kinds: Mapping[str, Kind],
+        *,
+        stopping: threading.Event,
+        grace: float,
     ) -> None:
-        self._registry, self._notifier = registry, notifier
+        self._registry, self._notifier, self._kinds = registry, notifier, kinds
         self._attempt, self._job = claim.attempt, claim.job.id
         self._stopping, self._grace = stopping, grace
         self._metrics: dict[str, float] = {}
         self.result: dict[str, Any] | None = None
         """The job's answer, once it gave one."""
-        self._seq = 0
+        self.waits = False
+        """It ended the attempt because its children have not ended."""
+        self._seq = self._batch = 0
         self._notify(claim.job.seq)
 
     def write(self, events: Sequence[jobs_pb2.JobEvent]) -> None:
@@ -68,6 +80,11 @@ class Ledger:
                 case "artifact":
                     self._append(lines)
                     self._artifact(event.artifact)
+                case "spawn":
+                    self._append(lines)
+                    self._spawn(event.spawn)
+                case "wait":
+                    self.waits = True
                 case "result":
                     self.result = json.loads(event.result.json)
         self._append(lines)
@@ -78,9 +95,9 @@ class Ledger:
         """A line of the worker's own in the job's log."""
         self._append([("log", {"level": level, "message": message})])
 
-    def settle(self, outcome: Outcome) -> None:
-        """End the attempt."""
-        self._notify(self._persist(partial(self._settle, outcome)).seq)
+    def settle(self, outcome: Outcome, seconds: float) -> None:
+        """End the attempt, which ran for ``seconds``."""
+        self._notify(self._persist(partial(self._settle, outcome, seconds)).seq)
 
     def _notify(self, seq: int) -> None:
         self._seq = seq
@@ -88,9 +105,10 @@ class Ledger:
 
     def _append(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
         if lines:
-            written = self._persist(partial(self._registry.append_events, self._attempt, lines))
+            self._batch += 1
+            written = self._persist(partial(self._registry.append_events, self._attempt, lines, self._batch))
             lines.clear()
-            self._notify(written[-1].seq)
+            self._notify(written[-1].seq if written else self._seq)
 
     def _checkpoint(self, point: jobs_pb2.Checkpoint) -> None:
         commit = partial(self._registry.commit_checkpoint, self._attempt, point.artifact, point.step)
@@ -100,6 +118,18 @@ class Ledger:
         commit = self._registry.commit_artifact
         self._persist(partial(commit, self._attempt, made.name, made.type, made.id, made.size))
         self._notify(self._persist(partial(self._registry.get, self._job)).seq)
+
+    def _spawn(self, part: jobs_pb2.Spawn) -> None:
+        field = f"children.{part.name}"
+        kind = self._kinds.get(part.kind)
+        if kind is None:
+            raise InvalidInput.field(f"{field}.kind", f"is none of {', '.join(sorted(self._kinds))}")
+        try:
+            spec = kind.spec.model_validate_json(part.spec_json)
+        except ValidationError as error:
+            raise InvalidInput.from_pydantic(error, f"{field}.spec") from None
+        child = self._persist(partial(self._registry.spawn, self._attempt, part.name, part.kind, spec))
+        self._notifier.notify(child.id, child.seq)
 
     def _progress(self, progress: jobs_pb2.Progress) -> None:
         state = {
@@ -113,27 +143,27 @@ class Ledger:
         # No event, but something to look at.
         self._notify(self._seq)
 
-    def _settle(self, outcome: Outcome) -> Job:
+    def _settle(self, outcome: Outcome, seconds: float) -> Job:
         registry, attempt = self._registry, self._attempt
         match outcome:
             case Outcome("succeeded"):
                 try:
-                    return registry.succeed(attempt, outcome.result)
+                    return registry.succeed(attempt, outcome.result, seconds=seconds)
                 except TooLarge as error:
-                    return self._fail(error)
+                    return self._fail(error, seconds)
             case Outcome("failed", error=EthogramError() as error):
-                return self._fail(error)
+                return self._fail(error, seconds)
             case Outcome("cancelled"):
-                return registry.cancelled(attempt)
-            case Outcome("stopped"):
-                return registry.release(attempt, "stopped", outcome.message)
+                return registry.cancelled(attempt, seconds=seconds)
+            case Outcome("stopped" | "waiting" | "stalled" as reason):
+                return registry.release(attempt, reason, outcome.message, seconds=seconds)
             case _:
-                return registry.release(attempt, "crashed", outcome.message)
+                return registry.release(attempt, "crashed", outcome.message, seconds=seconds)
 
-    def _fail(self, error: EthogramError) -> Job:
+    def _fail(self, error: EthogramError, seconds: float) -> Job:
         violations = [violation._asdict() for violation in error.violations]
         told = {"reason": error.reason, "message": error.message, "violations": violations}
-        return self._registry.fail(self._attempt, told)
+        return self._registry.fail(self._attempt, told, seconds=seconds)
 
     def _persist(self, write: Callable[[], R]) -> R:
         """``write``, and again while the registry does not answer; who must leave tries no longer than the grace."""

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -98,11 +98,11 @@ class Child:
         self._drain = threading.Thread(target=self._read_stderr, name="child-stderr", daemon=True)
         self._drain.start()
 
-    def wait_ready(self, stop: threading.Event) -> None:
-        """Return when the process answers on its socket. Raises :class:`ChildFailed`."""
+    def wait_ready(self, give_up: Callable[[], bool]) -> None:
+        """Return when the process answers on its socket. Raises :class:`ChildFailed`, also when ``give_up`` says so."""
         assert self._process.stdout is not None
         deadline = time.monotonic() + READY_SECONDS
-        while time.monotonic() < deadline and not stop.is_set():
+        while time.monotonic() < deadline and not give_up():
             if select.select([self._process.stdout], [], [], 0.1)[0]:
                 if self._process.stdout.readline() == b"ready\n":
                     return
@@ -112,6 +112,11 @@ class Child:
     def ask_to_leave(self) -> None:
         """SIGTERM: checkpoint at the next opportunity, then end the run."""
         self._signal(signal.SIGTERM)
+
+    def ask_where_it_is(self, patience: float = 2.0) -> None:
+        """SIGABRT: it ends, and the stacks of its threads are its last words. ``patience`` in seconds."""
+        self._signal(signal.SIGABRT)
+        self.died(patience)
 
     def hang_up(self) -> None:
         """Close its standard input: the run is cancelled and the process leaves in a few seconds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from types import TracebackType
 
 from ethogram.errors import StaleAttempt
@@ -25,6 +26,7 @@ class Pulse:
         self._registry, self._attempt = registry, claim.attempt
         self._interval = claim.lease_seconds / BEATS_PER_LEASE
         self._done = threading.Event()
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
     def __enter__(self) -> Pulse:
@@ -37,10 +39,15 @@ class Pulse:
         self._done.set()
         self._thread.join()
 
+    @property
+    def seconds(self) -> float:
+        """How long the attempt has run."""
+        return time.monotonic() - self._began
+
     def _beat(self) -> None:
         while not self._done.wait(self._interval):
             try:
-                if self._registry.heartbeat(self._attempt):
+                if self._registry.heartbeat(self._attempt, self.seconds):
                     self.cancel.set()
             except StaleAttempt:
                 self.stale.set()

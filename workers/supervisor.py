@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import queue
 import shutil
 import threading
@@ -10,18 +12,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 from google.protobuf.message import Message
 from pydantic import ValidationError
 
 from ethogram.convert import to_proto
-from ethogram.errors import EthogramError, Internal, InvalidInput, StaleAttempt, Unavailable
+from ethogram.errors import EthogramError, Internal, InvalidInput, StaleAttempt, TimeLimit, Unavailable
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
 from ethogram.v1 import jobs_pb2
 from services.jobs.notify import Notifier
-from services.jobs.registry import Claim, JobRegistry
+from services.jobs.registry import Claim, Job, JobRegistry
 from services.kinds import Kind
 from workers.ledger import Ledger, Outcome
 from workers.process import Child, ChildFailed, describe_exit
@@ -59,12 +61,14 @@ class Supervisor:
         """Carry the attempt to its end. Returns when its process is gone; never raises."""
         told = {"job": claim.job.id, "attempt": claim.attempt, "kind": claim.job.kind, "slot": slot.index}
         logger.info("attempt begins", extra=told)
-        ledger = Ledger(self.registry, self.notifier, claim, stopping=self.stopping, grace=self.grace_seconds)
+        ledger = Ledger(
+            self.registry, self.notifier, claim, self.kinds, stopping=self.stopping, grace=self.grace_seconds
+        )
         work_dir = self.work / claim.attempt
         try:
             with Pulse(self.registry, claim) as pulse:
                 outcome = self._attempt(claim, slot, work_dir, ledger, pulse)
-                ledger.settle(outcome)
+                ledger.settle(outcome, pulse.seconds)
             logger.info("attempt ends", extra={**told, "outcome": outcome.kind, "detail": outcome.message})
         except StaleAttempt:
             logger.warning("the attempt is no longer ours; nothing more is written in its name", extra=told)
@@ -79,7 +83,9 @@ class Supervisor:
             work_dir.mkdir(parents=True, exist_ok=True)
             child = Child(kind.servicer, slot, work_dir)
             try:
-                return Attempt(child, ledger, pulse, self.stopping, self.grace_seconds).run(kind, request)
+                limits = Limits.of(claim.job)
+                attempt = Attempt(child, ledger, pulse, limits, stopping=self.stopping, grace=self.grace_seconds)
+                return attempt.run(kind, request)
             finally:
                 child.close(0.0 if pulse.stale.is_set() else self.grace_seconds)
         except (StaleAttempt, Unavailable):
@@ -113,9 +119,37 @@ class Supervisor:
             inputs=job.inputs,
             checkpoint=job.checkpoint["artifact"] if job.checkpoint else "",
             checkpoint_seconds=self.checkpoint_seconds,
+            children=[
+                jobs_pb2.ChildJob(
+                    name=child.name,
+                    job=child.job,
+                    state=child.state,
+                    outputs=child.outputs,
+                    error=str((child.error or {}).get("message", "")),
+                    result_json=json.dumps(child.result) if child.result is not None else "",
+                )
+                for child in claim.children
+            ],
         )
         make: Any = kind.request
         return kind, make(context=context, spec=to_proto(spec, kind.spec_message))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long an attempt may run, and be silent; in seconds."""
+
+    time: float
+    time_in_all: float
+    """As the user gave it: for the job, not for this attempt."""
+    stall: float
+
+    @classmethod
+    def of(cls, job: Job) -> Limits:
+        """What is left to ``job``."""
+        time = math.inf if job.time_limit_seconds is None else job.time_limit_seconds
+        stall = math.inf if job.stall_limit_seconds is None else job.stall_limit_seconds
+        return cls(time - job.ran_seconds, time, stall)
 
 
 @dataclass(frozen=True)
@@ -128,17 +162,25 @@ class Ended:
 class Attempt:
     """One attempt while its child runs."""
 
-    def __init__(self, child: Child, ledger: Ledger, pulse: Pulse, stopping: threading.Event, grace: float) -> None:
-        self._child, self._ledger, self._pulse = child, ledger, pulse
+    def __init__(
+        self, child: Child, ledger: Ledger, pulse: Pulse, limits: Limits, *, stopping: threading.Event, grace: float
+    ) -> None:
+        self._child, self._ledger, self._pulse, self._limits = child, ledger, pulse, limits
         self._stopping, self._grace = stopping, grace
+        self._why: Literal["", "cancel", "stop", "time", "stall"] = ""
+        """Why the child was asked to leave, or killed."""
         self._queue: queue.Queue[jobs_pb2.JobEvent | Ended] = queue.Queue(1000)
         self._over = threading.Event()
 
     def run(self, kind: Kind, request: Message) -> Outcome:
         """Follow the child from its first sign of life to the end of its call."""
         try:
-            self._child.wait_ready(self._stopping)
+            self._child.wait_ready(self._unwanted)
         except ChildFailed as failure:
+            if self._pulse.stale.is_set():
+                raise StaleAttempt("the attempt was taken from this worker") from None
+            if self._pulse.cancel.is_set():
+                return Outcome("cancelled")
             return Outcome("stopped", "the worker was stopped") if self._stopping.is_set() else self._died(str(failure))
         with grpc.insecure_channel(f"unix:{self._child.socket}", options=CHANNEL_OPTIONS) as channel:
             rpc = channel.unary_stream(
@@ -154,6 +196,9 @@ class Attempt:
                 self._over.set()
                 call.cancel()
         return self._outcome(ended)
+
+    def _unwanted(self) -> bool:
+        return self._stopping.is_set() or self._pulse.cancel.is_set() or self._pulse.stale.is_set()
 
     def _read(self, call: Any) -> None:
         """Move events from the call to the queue; a full queue holds the child back."""
@@ -173,7 +218,7 @@ class Attempt:
                 continue
 
     def _follow(self, call: Any) -> Ended:
-        leaving, deadline = "", float("inf")
+        deadline, heard = math.inf, time.monotonic()
         while True:
             batch, ended = self._batch()
             self._ledger.write(batch)
@@ -182,16 +227,21 @@ class Attempt:
             if self._pulse.stale.is_set():
                 raise StaleAttempt("the attempt was taken from this worker")
             now = time.monotonic()
-            if self._pulse.cancel.is_set() and leaving != "cancel":
-                leaving, deadline = "cancel", now + self._grace
+            heard = now if batch else heard
+            if self._pulse.cancel.is_set() and self._why != "cancel":
+                self._why, deadline = "cancel", now + self._grace
                 call.cancel()
                 self._child.ask_to_leave()
                 self._child.hang_up()
-            elif self._stopping.is_set() and not leaving:
-                leaving, deadline = "stop", now + self._grace
+            elif self._why:
+                if now > deadline:
+                    self._child.kill()
+            elif self._stopping.is_set() or self._pulse.seconds > self._limits.time:
+                self._why, deadline = "stop" if self._stopping.is_set() else "time", now + self._grace
                 self._child.ask_to_leave()
-            elif now > deadline:
-                self._child.kill()
+            elif now - heard > self._limits.stall:
+                self._why, deadline = "stall", now
+                self._child.ask_where_it_is()
 
     def _batch(self) -> tuple[list[jobs_pb2.JobEvent], Ended | None]:
         """What the child said lately, and whether that was the last."""
@@ -211,11 +261,18 @@ class Attempt:
 
     def _outcome(self, ended: Ended) -> Outcome:
         if ended.error is None:
+            if self._ledger.waits:
+                return Outcome("waiting", "for its children to end")
             if self._ledger.result is None:
                 return Outcome("crashed", "the job ended without a result")
             return Outcome("succeeded", result=self._ledger.result)
         if self._pulse.cancel.is_set():
             return Outcome("cancelled")
+        if self._why == "time":
+            limit = f"the job ran for {self._limits.time_in_all:g} s, its time limit"
+            return Outcome("failed", limit, error=TimeLimit(f"{limit}; retry it to go on from its last checkpoint"))
+        if self._why == "stall":
+            return self._died(f"nothing was heard from the job for {self._limits.stall:g} s", "stalled")
         code = ended.error.code()
         if self._stopping.is_set() or code == STOPPED:
             return Outcome("stopped", "the worker was stopped")
@@ -227,7 +284,7 @@ class Attempt:
             return Outcome("crashed", error.message)
         return Outcome("failed", error.message, error=error)
 
-    def _died(self, message: str) -> Outcome:
+    def _died(self, message: str, how: Literal["crashed", "stalled"] = "crashed") -> Outcome:
         if words := self._child.last_words():
             self._ledger.log(words)
-        return Outcome("crashed", message)
+        return Outcome(how, message)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65thogram/v1/jobs.proto\x12\x0b\x65thogram.v1\"\x90\x02\n\nRunContext\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07threads\x18\x05 \x01(\x05\x12\x10\n\x08work_dir\x18\x06 \x01(\t\x12\r\n\x05store\x18\x07 \x01(\t\x12\x33\n\x06inputs\x18\x08 \x03(\x0b\x32#.ethogram.v1.RunContext.InputsEntry\x12\x12\n\ncheckpoint\x18\t \x01(\t\x12\x1a\n\x12\x63heckpoint_seconds\x18\n \x01(\x01\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x87\x02\n\x08JobEvent\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.ethogram.v1.ProgressH\x00\x12%\n\x06metric\x18\x02 \x01(\x0b\x32\x13.ethogram.v1.MetricH\x00\x12\x1f\n\x03log\x18\x03 \x01(\x0b\x32\x10.ethogram.v1.LogH\x00\x12-\n\ncheckpoint\x18\x04 \x01(\x0b\x32\x17.ethogram.v1.CheckpointH\x00\x12)\n\x08\x61rtifact\x18\x05 \x01(\x0b\x32\x15.ethogram.v1.ArtifactH\x00\x12%\n\x06result\x18\x06 \x01(\x0b\x32\x13.ethogram.v1.ResultH\x00\x42\x07\n\x05\x65vent\"D\n\x08Progress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x03\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x0c\n\x04unit\x18\x04 \x01(\t\"v\n\x06Metric\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12/\n\x06values\x18\x02 \x03(\x0b\x32\x1f.ethogram.v1.Metric.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"%\n\x03Log\x12\r\n\x05level\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\",\n\nCheckpoint\x12\x10\n\x08\x61rtifact\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"@\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0c\n\x04size\x18\x04 \x01(\x03\"\x16\n\x06Result\x12\x0c\n\x04json\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65thogram/v1/jobs.proto\x12\x0b\x65thogram.v1\"\xb9\x02\n\nRunContext\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07threads\x18\x05 \x01(\x05\x12\x10\n\x08work_dir\x18\x06 \x01(\t\x12\r\n\x05store\x18\x07 \x01(\t\x12\x33\n\x06inputs\x18\x08 \x03(\x0b\x32#.ethogram.v1.RunContext.InputsEntry\x12\x12\n\ncheckpoint\x18\t \x01(\t\x12\x1a\n\x12\x63heckpoint_seconds\x18\n \x01(\x01\x12\'\n\x08\x63hildren\x18\x0b \x03(\x0b\x32\x15.ethogram.v1.ChildJob\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xbd\x01\n\x08\x43hildJob\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x33\n\x07outputs\x18\x04 \x03(\x0b\x32\".ethogram.v1.ChildJob.OutputsEntry\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x13\n\x0bresult_json\x18\x06 \x01(\t\x1a.\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xcf\x02\n\x08JobEvent\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.ethogram.v1.ProgressH\x00\x12%\n\x06metric\x18\x02 \x01(\x0b\x32\x13.ethogram.v1.MetricH\x00\x12\x1f\n\x03log\x18\x03 \x01(\x0b\x32\x10.ethogram.v1.LogH\x00\x12-\n\ncheckpoint\x18\x04 \x01(\x0b\x32\x17.ethogram.v1.CheckpointH\x00\x12)\n\x08\x61rtifact\x18\x05 \x01(\x0b\x32\x15.ethogram.v1.ArtifactH\x00\x12%\n\x06result\x18\x06 \x01(\x0b\x32\x13.ethogram.v1.ResultH\x00\x12#\n\x05spawn\x18\x07 \x01(\x0b\x32\x12.ethogram.v1.SpawnH\x00\x12!\n\x04wait\x18\x08 \x01(\x0b\x32\x11.ethogram.v1.WaitH\x00\x42\x07\n\x05\x65vent\"6\n\x05Spawn\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x11\n\tspec_json\x18\x03 \x01(\t\"\x06\n\x04Wait\"D\n\x08Progress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x03\x12\r\n\x05total\x18\x03 \x01(\x03\x12\x0c\n\x04unit\x18\x04 \x01(\t\"v\n\x06Metric\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12/\n\x06values\x18\x02 \x03(\x0b\x32\x1f.ethogram.v1.Metric.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"%\n\x03Log\x12\r\n\x05level\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\",\n\nCheckpoint\x12\x10\n\x08\x61rtifact\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"@\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0c\n\x04size\x18\x04 \x01(\x03\"\x16\n\x06Result\x12\x0c\n\x04json\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,26 +33,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RUNCONTEXT_INPUTSENTRY']._loaded_options = None
   _globals['_RUNCONTEXT_INPUTSENTRY']._serialized_options = b'8\001'
+  _globals['_CHILDJOB_OUTPUTSENTRY']._loaded_options = None
+  _globals['_CHILDJOB_OUTPUTSENTRY']._serialized_options = b'8\001'
   _globals['_METRIC_VALUESENTRY']._loaded_options = None
   _globals['_METRIC_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_RUNCONTEXT']._serialized_start=40
-  _globals['_RUNCONTEXT']._serialized_end=312
-  _globals['_RUNCONTEXT_INPUTSENTRY']._serialized_start=267
-  _globals['_RUNCONTEXT_INPUTSENTRY']._serialized_end=312
-  _globals['_JOBEVENT']._serialized_start=315
-  _globals['_JOBEVENT']._serialized_end=578
-  _globals['_PROGRESS']._serialized_start=580
-  _globals['_PROGRESS']._serialized_end=648
-  _globals['_METRIC']._serialized_start=650
-  _globals['_METRIC']._serialized_end=768
-  _globals['_METRIC_VALUESENTRY']._serialized_start=723
-  _globals['_METRIC_VALUESENTRY']._serialized_end=768
-  _globals['_LOG']._serialized_start=770
-  _globals['_LOG']._serialized_end=807
-  _globals['_CHECKPOINT']._serialized_start=809
-  _globals['_CHECKPOINT']._serialized_end=853
-  _globals['_ARTIFACT']._serialized_start=855
-  _globals['_ARTIFACT']._serialized_end=919
-  _globals['_RESULT']._serialized_start=921
-  _globals['_RESULT']._serialized_end=943
+  _globals['_RUNCONTEXT']._serialized_end=353
+  _globals['_RUNCONTEXT_INPUTSENTRY']._serialized_start=308
+  _globals['_RUNCONTEXT_INPUTSENTRY']._serialized_end=353
+  _globals['_CHILDJOB']._serialized_start=356
+  _globals['_CHILDJOB']._serialized_end=545
+  _globals['_CHILDJOB_OUTPUTSENTRY']._serialized_start=499
+  _globals['_CHILDJOB_OUTPUTSENTRY']._serialized_end=545
+  _globals['_JOBEVENT']._serialized_start=548
+  _globals['_JOBEVENT']._serialized_end=883
+  _globals['_SPAWN']._serialized_start=885
+  _globals['_SPAWN']._serialized_end=939
+  _globals['_WAIT']._serialized_start=941
+  _globals['_WAIT']._serialized_end=947
+  _globals['_PROGRESS']._serialized_start=949
+  _globals['_PROGRESS']._serialized_end=1017
+  _globals['_METRIC']._serialized_start=1019
+  _globals['_METRIC']._serialized_end=1137
+  _globals['_METRIC_VALUESENTRY']._serialized_start=1092
+  _globals['_METRIC_VALUESENTRY']._serialized_end=1137
+  _globals['_LOG']._serialized_start=1139
+  _globals['_LOG']._serialized_end=1176
+  _globals['_CHECKPOINT']._serialized_start=1178
+  _globals['_CHECKPOINT']._serialized_end=1222
+  _globals['_ARTIFACT']._serialized_start=1224
+  _globals['_ARTIFACT']._serialized_end=1288
+  _globals['_RESULT']._serialized_start=1290
+  _globals['_RESULT']._serialized_end=1312
 # @@protoc_insertion_point(module_scope)

@@ -56,6 +56,7 @@ class RunContext(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     CHECKPOINT_SECONDS_FIELD_NUMBER: _builtins.int
+    CHILDREN_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job's id."""
     attempt: _builtins.str
@@ -78,6 +79,10 @@ class RunContext(_message.Message):
     def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Input artifacts: spec path (e.g. "zoo") to artifact id."""
 
+    @_builtins.property
+    def children(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChildJob]:
+        """Child jobs that earlier attempts made."""
+
     def __init__(
         self,
         *,
@@ -91,14 +96,79 @@ class RunContext(_message.Message):
         inputs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         checkpoint: _builtins.str = ...,
         checkpoint_seconds: _builtins.float = ...,
+        children: _abc.Iterable[Global___ChildJob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "checkpoint_seconds", b"checkpoint_seconds", "device", b"device", "inputs", b"inputs", "job", b"job", "store", b"store", "tenant", b"tenant", "threads", b"threads", "work_dir", b"work_dir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "checkpoint_seconds", b"checkpoint_seconds", "children", b"children", "device", b"device", "inputs", b"inputs", "job", b"job", "store", b"store", "tenant", b"tenant", "threads", b"threads", "work_dir", b"work_dir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunContext: _TypeAlias = RunContext  # noqa: Y015
+
+@_typing.final
+class ChildJob(_message.Message):
+    """A child job as it was when the attempt began."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class OutputsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    RESULT_JSON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The parent's name for it."""
+    job: _builtins.str
+    """Its id."""
+    state: _builtins.str
+    """"SUCCEEDED", "FAILED", "CANCELLED", or a state in which it has not ended."""
+    error: _builtins.str
+    """Why it failed; empty if it did not."""
+    result_json: _builtins.str
+    """Its answer, a JSON object; empty if it has none."""
+    @_builtins.property
+    def outputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Outputs: name to artifact id."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        job: _builtins.str = ...,
+        state: _builtins.str = ...,
+        outputs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        error: _builtins.str = ...,
+        result_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "job", b"job", "name", b"name", "outputs", b"outputs", "result_json", b"result_json", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChildJob: _TypeAlias = ChildJob  # noqa: Y015
 
 @_typing.final
 class JobEvent(_message.Message):
@@ -112,6 +182,8 @@ class JobEvent(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     ARTIFACT_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    SPAWN_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___Progress:
         """How far a stage is."""
@@ -136,6 +208,14 @@ class JobEvent(_message.Message):
     def result(self) -> Global___Result:
         """The job's answer; the last event of a job that succeeds."""
 
+    @_builtins.property
+    def spawn(self) -> Global___Spawn:
+        """A child job that is to do a part of the work."""
+
+    @_builtins.property
+    def wait(self) -> Global___Wait:
+        """The attempt ends here, and the next begins when all children have ended; the last event of an attempt."""
+
     def __init__(
         self,
         *,
@@ -145,16 +225,65 @@ class JobEvent(_message.Message):
         checkpoint: Global___Checkpoint | None = ...,
         artifact: Global___Artifact | None = ...,
         result: Global___Result | None = ...,
+        spawn: Global___Spawn | None = ...,
+        wait: Global___Wait | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "checkpoint", b"checkpoint", "event", b"event", "log", b"log", "metric", b"metric", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "checkpoint", b"checkpoint", "event", b"event", "log", b"log", "metric", b"metric", "progress", b"progress", "result", b"result", "spawn", b"spawn", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "checkpoint", b"checkpoint", "event", b"event", "log", b"log", "metric", b"metric", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "checkpoint", b"checkpoint", "event", b"event", "log", b"log", "metric", b"metric", "progress", b"progress", "result", b"result", "spawn", b"spawn", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "metric", "log", "checkpoint", "artifact", "result"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "metric", "log", "checkpoint", "artifact", "result", "spawn", "wait"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___JobEvent: _TypeAlias = JobEvent  # noqa: Y015
+
+@_typing.final
+class Spawn(_message.Message):
+    """A child job that is to do a part of the work. The same name again is the same child."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    SPEC_JSON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The parent's name for it: 1 to 64 letters, digits, '_' or '-'."""
+    kind: _builtins.str
+    """Its kind, e.g. "generation"."""
+    spec_json: _builtins.str
+    """Its spec, a JSON object as in POST /v1/jobs."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        spec_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "name", b"name", "spec_json", b"spec_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Spawn: _TypeAlias = Spawn  # noqa: Y015
+
+@_typing.final
+class Wait(_message.Message):
+    """The attempt has nothing to do until its children have ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wait: _TypeAlias = Wait  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):

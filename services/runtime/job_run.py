@@ -7,14 +7,16 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ethogram.errors import printable
+from ethogram.errors import NotFound, printable
+from ethogram.resources import TERMINAL
+from ethogram.specs.base import Spec
 from ethogram.v1 import jobs_pb2
 from services.artifacts.store import ArtifactStore
-from services.runtime.run import Cancelled, Run, Stopped
+from services.runtime.run import Cancelled, ChildJob, Run, Stopped, Waiting
 
 PROGRESS_SECONDS = 1.0
 MAX_LOG = 4000
@@ -107,9 +109,45 @@ class JobRun(Run):
         if self._stopping.is_set():
             raise Stopped
 
+    def children(self, parts: Mapping[str, tuple[str, Spec]]) -> Mapping[str, ChildJob]:
+        known = {child.name: child for child in self._context.children}
+        missing = [name for name in parts if name not in known]
+        for name in missing:
+            kind, spec = parts[name]
+            text = json.dumps(spec.model_dump(mode="json"), allow_nan=False)
+            self._send(jobs_pb2.JobEvent(spawn=jobs_pb2.Spawn(name=name, kind=kind, spec_json=text)))
+        if missing or any(known[name].state not in TERMINAL for name in parts):
+            raise Waiting
+        return {
+            name: ChildJob(
+                name=name,
+                job=child.job,
+                state=child.state,
+                outputs=dict(child.outputs),
+                result=json.loads(child.result_json or "{}"),
+                error=child.error,
+            )
+            for name, child in known.items()
+            if name in parts
+        }
+
+    def output(self, child: ChildJob, name: str) -> Path:
+        artifact = child.outputs.get(name)
+        if artifact is None:
+            made = ", ".join(sorted(child.outputs)) or "none"
+            raise NotFound(f"child job {child.name} ({child.job}) has no output {name!r}; it has: {made}")
+        folder = self._work / "children" / child.name / name
+        return folder if folder.exists() else self._store.fetch(artifact, folder)
+
     def artifact(self, name: str, type: str, folder: Path) -> None:
         artifact, size = self._put(folder, name, type)
         self._send(jobs_pb2.JobEvent(artifact=jobs_pb2.Artifact(name=name, type=type, id=artifact, size=size)))
+
+    def wait(self) -> None:
+        """Send what is left, and that the attempt ends until the children have ended."""
+        self._report()
+        self._metrics_file.close()
+        self._send(jobs_pb2.JobEvent(wait=jobs_pb2.Wait()))
 
     def finish(self, result: dict[str, Any]) -> None:
         """Send what is left, the metrics as an artifact, and the job's answer."""
@@ -137,6 +175,10 @@ class JobRun(Run):
         wait = max(self._context.checkpoint_seconds, cost / CHECKPOINT_SHARE)
         self._next_checkpoint = time.monotonic() + wait
 
+    def _gathered(self) -> set[str]:
+        """What the children made: it is part of what this job makes."""
+        return {artifact for child in self._context.children for artifact in child.outputs.values()}
+
     def _put(self, folder: Path, name: str, type: str) -> tuple[str, int]:
         artifact, manifest = self._store.put(
             folder,
@@ -146,6 +188,6 @@ class JobRun(Run):
             job=self._context.job,
             attempt=self._context.attempt,
             spec=self._spec,
-            parents=sorted(set(self._context.inputs.values())),
+            parents=sorted({*self._context.inputs.values(), *self._gathered()}),
         )
         return artifact, manifest.size

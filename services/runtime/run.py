@@ -7,8 +7,13 @@ functions work from a few lines of Python; a job's child process passes one that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
+
+from ethogram.errors import NotFound
+from ethogram.specs.base import Spec
 
 
 class Cancelled(Exception):
@@ -17,6 +22,26 @@ class Cancelled(Exception):
 
 class Stopped(Exception):
     """The process must leave and its last checkpoint is in the store; raised out of :meth:`Run.checkpoint`."""
+
+
+class Waiting(Exception):
+    """The attempt ends here and the job goes on when its children have ended; raised out of :meth:`Run.children`."""
+
+
+@dataclass(frozen=True)
+class ChildJob:
+    """A part of the work that another job did, or could not do."""
+
+    name: str
+    job: str
+    """Its id."""
+    state: str
+    """``SUCCEEDED``, ``FAILED`` or ``CANCELLED``."""
+    outputs: Mapping[str, str]
+    """Name to artifact id; see :meth:`Run.output`."""
+    result: Mapping[str, Any]
+    error: str
+    """Why it failed; empty if it did not."""
 
 
 class Run:
@@ -53,6 +78,20 @@ class Run:
 
         Raises :class:`Stopped` when the process was asked to leave.
         """
+
+    def children(self, parts: Mapping[str, tuple[str, Spec]]) -> Mapping[str, ChildJob] | None:
+        """Have ``parts`` (name to kind and spec) done by jobs of their own, on whatever workers are free; what became
+        of each, by name. ``None`` where there is no platform: the caller does the work itself.
+
+        The attempt ends while they run and its slot is free: the job's function is called again, from its last
+        checkpoint, when all have ended. So call it with the same names each time, and before anything that is not kept.
+        A part that failed is the caller's to judge. Raises :class:`Waiting`.
+        """
+        return None
+
+    def output(self, child: ChildJob, name: str) -> Path:
+        """Output ``name`` of a child as a local folder. Raises :class:`NotFound`."""
+        raise NotFound(f"there is no output {name!r}: no child jobs ran")
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
         """Keep ``folder`` as the output ``name``."""

@@ -22,7 +22,7 @@ from ethogram.v1 import jobs_pb2
 from services.artifacts.store import ArtifactStore
 from services.runtime import lifetime
 from services.runtime.job_run import MAX_LOG, JobRun
-from services.runtime.run import Cancelled, Run, Stopped
+from services.runtime.run import Cancelled, Run, Stopped, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,12 @@ def _work(
         context, spec.model_dump(mode="json"), store, send=send, cancelled=cancelled, stopping=lifetime.stopping
     )
     run.log(f"computes on {run.device}" + (", from the last checkpoint" if run.resume else ""))
-    run.finish(run_job(spec, run))
+    try:
+        result = run_job(spec, run)
+    except Waiting:
+        run.wait()
+    else:
+        run.finish(result)
 
 
 def _abort(context: grpc.ServicerContext, error: EthogramError) -> NoReturn:

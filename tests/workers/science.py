@@ -14,7 +14,7 @@ from typing import Any
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
-from services.runtime.run import Run
+from services.runtime.run import ChildJob, Run
 
 
 def count(spec: GenerationSpec, run: Run) -> dict[str, Any]:
@@ -80,3 +80,34 @@ def look_around(spec: GenerationSpec, run: Run) -> dict[str, Any]:
         "session": os.getsid(0) == os.getpid(),
         "torch": "torch" in sys.modules,
     }
+
+
+def silent(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+    """Says one thing, then nothing, for ``training.steps`` times ``training.learning_rate`` seconds."""
+    run.log("begins")
+    time.sleep(spec.training.steps * spec.training.learning_rate)
+    return {}
+
+
+def gather(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+    """Has ``subjects`` parts done by other jobs and adds up what they made. A part whose seed is 13 is refused."""
+    if spec.subjects == 1:
+        if spec.seed == 13:
+            raise InvalidInput.field("spec.seed", "brings bad luck")
+        return count(spec, run)
+    parts = {
+        f"part-{index}": ("generation", spec.model_copy(update={"subjects": 1, "seed": spec.seed + index}))
+        for index in range(spec.subjects)
+    }
+    done = run.children(parts)
+    assert done is not None
+    run.log("gathers")
+    good = [child for child in done.values() if child.state == "SUCCEEDED"]
+
+    def total(child: ChildJob) -> float:
+        return float((run.output(child, "answer") / "total.txt").read_text())
+
+    bad = {child.name: child.error for child in done.values() if child.state != "SUCCEEDED"}
+    if spec.patterns and bad:
+        raise InvalidInput.field("spec", f"parts failed: {', '.join(bad)}")
+    return {"total": sum(map(total, good)), "failed": bad, "results": sum(child.result["total"] for child in good)}

@@ -30,6 +30,8 @@ fail = _adds("fail")
 die = _adds("die")
 hang = _adds("hang")
 look_around = _adds("look_around")
+silent = _adds("silent")
+gather = _adds("gather")
 
 
 def broken(server: grpc.Server) -> None:
