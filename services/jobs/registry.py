@@ -137,9 +137,9 @@ class JobRegistry(Retention):
                 raise IllegalState(f"job {id} has already ended ({self._job(session, id).state}): nothing to cancel")
             return self._job(session, id)
 
-    def retry(self, id: str) -> Job:
-        """Queue a failed or cancelled job again, with all its attempts; it goes on from its last checkpoint. Its
-        children that did not succeed are queued again as well.
+    def retry(self, id: str, *, from_start: bool = False) -> Job:
+        """Queue a failed or cancelled job again, with all its attempts; it goes on from its last checkpoint, or begins
+        anew with ``from_start``. Its children that did not succeed are queued again as well.
 
         Raises :class:`NotFound`, and :class:`IllegalState` for a job in another state or whose input job failed.
         """
@@ -148,10 +148,10 @@ class JobRegistry(Retention):
             if job.state not in (JobState.FAILED, JobState.CANCELLED):
                 raise IllegalState(f"job {id} is {job.state}: only a failed or cancelled job can be retried")
             transitions.lock_parent(session, id)
-            self._retry(session, job)
+            self._retry(session, job, from_start)
             return self._job(session, id)
 
-    def _retry(self, session: Session, job: Job) -> None:
+    def _retry(self, session: Session, job: Job, from_start: bool) -> None:
         waiting = 0
         table = tables.Input
         for path, needs, name in session.execute(
@@ -163,6 +163,7 @@ class JobRegistry(Retention):
                 update(table).where(table.job == job.id, table.path == path).values(artifact=found.artifact),
                 execution_options={"synchronize_session": False},
             )
+        forget = {"checkpoint_artifact": None, "checkpoint_step": None} if from_start else {}
         moved = transitions.move(
             session,
             job.id,
@@ -179,6 +180,7 @@ class JobRegistry(Retention):
             error=None,
             finished_at=None,
             note={"reason": "retried"},
+            **forget,
         )
         if not moved:
             raise IllegalState(f"job {job.id} was just retried by somebody else")
@@ -186,7 +188,7 @@ class JobRegistry(Retention):
             transitions.count_children(session, job.parent)
         for child in transitions.children(session, job.id):
             if child.state in (JobState.FAILED, JobState.CANCELLED):
-                self._retry(session, self._job(session, child.job))
+                self._retry(session, self._job(session, child.job), from_start)
 
     def add_artifact(
         self, artifact_id: str, name: str, type: str, size: int, *, tenant: str = "default"

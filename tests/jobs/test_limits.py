@@ -94,3 +94,13 @@ def test_an_attempt_that_stalls_is_tried_again_until_the_last(registry: JobRegis
     assert ended.state is JobState.FAILED
     assert ended.error is not None
     assert ended.error["reason"] == "STALLED"
+
+
+def test_a_retry_goes_on_or_begins_anew(registry: JobRegistry) -> None:
+    job = submit(registry)
+    attempt = claim(registry).attempt
+    registry.commit_checkpoint(attempt, artifact_id(1), 10)
+    registry.fail(attempt, {"reason": "INTERNAL", "message": "a defect"})
+    assert registry.retry(job.id).checkpoint == {"artifact": artifact_id(1), "step": 10}
+    registry.request_cancel(job.id)
+    assert registry.retry(job.id, from_start=True).checkpoint is None
