@@ -1,4 +1,4 @@
-"""Where the store keeps its bytes: a local folder, or anything fsspec can reach.
+"""Where the store keeps its bytes: a local folder here, anything else in :mod:`services.artifacts.remote`.
 
 Both know nothing of artifacts: they keep blobs under their sha256, and small files under paths. A reader sees a whole
 file or none.
@@ -12,15 +12,17 @@ import hashlib
 import os
 import secrets
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol
 
+from services.artifacts import locks
 from services.artifacts.manifest import File
 
 CHUNK = 2**20
-FORGET_SECONDS = 24 * 3600.0
+# How long a collector looks for a moment in which nobody writes.
+ALONE_SECONDS = 30.0
 # What link() answers on file systems that cannot: other device, not supported, too many links.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES}
 
@@ -49,6 +51,22 @@ class Backend(Protocol):
     def materialise(self, path: str, destination: Path) -> str:
         """Make ``destination`` a file with these bytes; their sha256."""
 
+    def delete(self, path: str) -> int:
+        """Remove a file, if it is there; the bytes that it had."""
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Hold this from the first thing that is written to the last that names it."""
+
+    def missing(self, paths: Collection[str]) -> list[str]:
+        """Those of ``paths`` that collectors took, or that one which decided before this call can still take: write
+        them again. Call it when what names them is written, and before :meth:`writing` ends."""
+
+    def collecting(self, paths: Collection[str]) -> AbstractContextManager[Callable[[], bool]]:
+        """Hold this to decide about ``paths`` and to delete them; ask the answer before each deletion.
+
+        What is named when the decision begins is seen by it; what is named later is told of by :meth:`missing`.
+        """
+
 
 def blob_path(sha256: str) -> str:
     """Where a blob lies."""
@@ -61,13 +79,12 @@ class LocalBackend:
     def __init__(self, root: Path) -> None:
         self.root = root
         (root / "tmp").mkdir(parents=True, exist_ok=True)
-        self._forget_writers()
 
     def add(self, source: Path) -> File:
         """Keep the bytes of ``source``. A copy: whoever owns ``source`` may go on writing to it."""
         with self._temporary() as temporary:
             with source.open("rb") as reader, temporary.open("xb") as writer:
-                sha256, size = _copy(reader, writer)
+                sha256, size = copy(reader, writer)
                 _sync(writer)
             temporary.chmod(0o444)
             target = self.root / blob_path(sha256)
@@ -122,16 +139,32 @@ class LocalBackend:
             if error.errno not in _NO_LINK:
                 raise
             with source.open("rb") as reader, destination.open("xb") as writer:
-                return _copy(reader, writer)[0]
+                return copy(reader, writer)[0]
         return _digest(destination)
 
-    def _forget_writers(self) -> None:
-        """Remove what writers that were killed left behind. No write pauses for as long as a living one is given."""
-        oldest = time.time() - FORGET_SECONDS
-        for path in (self.root / "tmp").iterdir():
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < oldest:
-                    path.unlink()
+    def delete(self, path: str) -> int:
+        """Remove a file."""
+        target = self.root / path
+        try:
+            size = target.stat().st_size
+            target.unlink()
+        except FileNotFoundError:
+            return 0
+        return size
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Keep collectors away."""
+        return locks.shared(self.root / "lock")
+
+    def missing(self, paths: Collection[str]) -> list[str]:
+        """Nothing: collectors are kept away."""
+        return []
+
+    @contextlib.contextmanager
+    def collecting(self, paths: Collection[str]) -> Iterator[Callable[[], bool]]:
+        """Keep writers away; the answer is False when they leave no gap."""
+        with locks.alone(self.root / "lock", ALONE_SECONDS) as held:
+            yield lambda: held
 
     @contextlib.contextmanager
     def _temporary(self, data: bytes | None = None) -> Iterator[Path]:
@@ -156,71 +189,7 @@ class LocalBackend:
             _sync_folder(folder.parent)
 
 
-class RemoteBackend:
-    """Any fsspec file system. Object stores show a file only when it is complete."""
-
-    def __init__(self, fs: Any, root: str) -> None:
-        self._fs = fs
-        self._root = root.rstrip("/")
-
-    def add(self, source: Path) -> File:
-        """Keep the bytes of ``source``."""
-        with source.open("rb") as reader:
-            sha256, size = _copy(reader, None)
-        target = self._path(blob_path(sha256))
-        # Listings are cached, and another process may have written since.
-        self._fs.invalidate_cache()
-        if not self._fs.exists(target) or self._fs.size(target) != size:
-            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._fs.put_file(str(source), target)
-        return File(sha256=sha256, size=size)
-
-    def open(self, path: str) -> BinaryIO:
-        """Read."""
-        return cast(BinaryIO, self._fs.open(self._path(path), "rb"))
-
-    def read(self, path: str) -> bytes:
-        """All of a small file."""
-        self._fs.invalidate_cache()
-        return cast(bytes, self._fs.cat_file(self._path(path)))
-
-    def write(self, path: str, data: bytes) -> None:
-        """Create or replace a small file."""
-        target = self._path(path)
-        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        self._fs.pipe_file(target, data)
-
-    def create(self, path: str, data: bytes) -> None:
-        """Create a small file, exclusively where the file system can; else after a look."""
-        target = self._path(path)
-        self._fs.invalidate_cache()
-        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        if self._fs.exists(target):
-            raise FileExistsError(target)
-        try:
-            self._fs.pipe_file(target, data, mode="create")
-        except (NotImplementedError, ValueError, TypeError):
-            self._fs.pipe_file(target, data)
-
-    def names(self, path: str) -> list[str]:
-        """What a folder holds."""
-        self._fs.invalidate_cache()
-        try:
-            found = self._fs.ls(self._path(path), detail=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
-
-    def materialise(self, path: str, destination: Path) -> str:
-        """Download."""
-        with self.open(path) as reader, destination.open("xb") as writer:
-            return _copy(reader, writer)[0]
-
-    def _path(self, path: str) -> str:
-        return f"{self._root}/{path}"
-
-
-def _copy(reader: BinaryIO, writer: BinaryIO | None) -> tuple[str, int]:
+def copy(reader: BinaryIO, writer: BinaryIO | None) -> tuple[str, int]:
     """Copy by chunks, or only read; sha256 and number of bytes."""
     sha256, size = hashlib.sha256(), 0
     while chunk := reader.read(CHUNK):
@@ -233,7 +202,7 @@ def _copy(reader: BinaryIO, writer: BinaryIO | None) -> tuple[str, int]:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as reader:
-        return _copy(reader, None)[0]
+        return copy(reader, None)[0]
 
 
 def _sync(writer: BinaryIO) -> None:

@@ -68,6 +68,9 @@ class ModelPointer(BaseModel):
     created: str
     """UTC, ISO 8601; the later of two is the newer model."""
     retired: bool = False
+    """Served only to those who ask for this version."""
+    deleted: bool = False
+    """Its artifact was deleted. The version stays taken: what was published under it never changes."""
 
 
 def canonical_json(value: Any) -> bytes:

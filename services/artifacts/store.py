@@ -3,9 +3,10 @@
     blobs/ab/abcd…                         bytes, by their sha256
     manifests/ab/abcd….json                manifests, by theirs: the artifact's id
     models/<tenant>/<name>/<version>.json  published models
+    owner.json                             the registry whose collector may delete here
 
 Blobs are written first and the manifest last, so an artifact is whole or not there. Equal files are kept once. Safe to
-use from several threads and processes at once.
+use from several threads and processes at once, also while :mod:`services.artifacts.collect` deletes what nothing needs.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib import metadata
@@ -25,7 +26,7 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from ethogram.errors import Conflict, EthogramError, IllegalState, InvalidInput, NotFound, Unavailable
-from services.artifacts.backends import Backend, LocalBackend, RemoteBackend, blob_path, remove_folder
+from services.artifacts.backends import Backend, LocalBackend, blob_path, remove_folder
 from services.artifacts.manifest import (
     File,
     Manifest,
@@ -41,6 +42,7 @@ __all__ = ["ArtifactStore", "File", "Manifest", "ModelPointer"]
 PUBLISHABLE = frozenset({"codec"})
 """Types of artifacts that the inference server can serve."""
 MAX_FILES = 100_000
+OWNER = "owner.json"
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -50,7 +52,7 @@ class ArtifactStore:
     def __init__(self, url: str) -> None:
         """Raises :class:`InvalidInput` for a URL of no known sort, :class:`Unavailable` when it cannot be reached."""
         self.url = url
-        self._backend = self._connect(url)
+        self.backend = self._connect(url)
 
     def put(
         self,
@@ -64,8 +66,12 @@ class ArtifactStore:
         spec: Mapping[str, Any] | None = None,
         parents: Sequence[str] = (),
         meta: Mapping[str, Any] | None = None,
+        record: Callable[[str, Manifest], object] | None = None,
     ) -> tuple[str, Manifest]:
         """Keep all files of ``folder``; the artifact's id and manifest. Empty folders inside are not kept.
+
+        ``record`` is called when all is there, and makes known that the artifact is needed: until it returns nothing
+        is collected. Who has another claim on the artifact, as a job's attempt has, needs none.
 
         Raises :class:`InvalidInput` for a folder without files, a link or a device in it, or a name that cannot be;
         :class:`Unavailable` when there is no room.
@@ -74,38 +80,50 @@ class ArtifactStore:
             check_name(value, field)
         sources = _files(Path(folder))
         with self._writing():
-            files = {path: self._backend.add(source) for path, source in sources.items()}
-        try:
-            manifest = Manifest(
-                name=name,
-                type=type,
-                files=files,
-                tenant=tenant,
-                job=job,
-                attempt=attempt,
-                spec=dict(spec) if spec is not None else None,
-                parents=list(parents),
-                code_version=_code_version(),
-                created=_now().isoformat(),
-                meta=dict(meta or {}),
-            )
-            data = manifest.canonical()
-        except ValidationError as error:
-            raise InvalidInput.from_pydantic(error) from None
-        except ValueError as error:
-            raise InvalidInput.field("meta", f"cannot be kept as JSON: {error}") from None
-        id = digest(data)
-        with self._writing():
-            self._backend.write(_manifest_path(id), data)
+            files = {path: self.backend.add(source) for path, source in sources.items()}
+            try:
+                manifest = Manifest(
+                    name=name,
+                    type=type,
+                    files=files,
+                    tenant=tenant,
+                    job=job,
+                    attempt=attempt,
+                    spec=dict(spec) if spec is not None else None,
+                    parents=list(parents),
+                    code_version=_code_version(),
+                    created=_now().isoformat(),
+                    meta=dict(meta or {}),
+                )
+                data = manifest.canonical()
+            except ValidationError as error:
+                raise InvalidInput.from_pydantic(error) from None
+            except ValueError as error:
+                raise InvalidInput.field("meta", f"cannot be kept as JSON: {error}") from None
+            id = digest(data)
+            self.backend.write(manifest_path(id), data)
+            if record is not None:
+                record(id, manifest)
+            self._write_again(id, manifest, sources)
         return id, manifest
+
+    def _write_again(self, id: str, manifest: Manifest, sources: Mapping[str, Path]) -> None:
+        """What a collector took that did not know yet of the artifact ``id``."""
+        by_blob = {blob_path(file.sha256): path for path, file in manifest.files.items()}
+        missing = self.backend.missing([*by_blob, manifest_path(id)])
+        for path in (by_blob[blob] for blob in missing if blob in by_blob):
+            if self.backend.add(sources[path]) != manifest.files[path]:
+                raise Unavailable(f"{sources[path]} changed while it was put into the store; try again")
+        if manifest_path(id) in missing:
+            self.backend.write(manifest_path(id), manifest.canonical())
 
     def manifest(self, id: str) -> Manifest:
         """What is in an artifact. Raises :class:`NotFound`."""
         if not _ID.fullmatch(id):
             raise NotFound(f"there is no artifact {id[:80]!r}: an id has 64 hexadecimal digits")
-        with self._trouble():
+        with self.trouble():
             try:
-                data = self._backend.read(_manifest_path(id))
+                data = self.backend.read(manifest_path(id))
             except FileNotFoundError:
                 raise NotFound(f"there is no artifact {id} in the store") from None
         if digest(data) != id:
@@ -118,9 +136,9 @@ class ArtifactStore:
         file = self.manifest(id).files.get(path)
         if file is None:
             raise NotFound(f"artifact {id} has no file {path!r}")
-        with self._trouble():
+        with self.trouble():
             try:
-                return self._backend.open(blob_path(file.sha256))
+                return self.backend.open(blob_path(file.sha256))
             except FileNotFoundError:
                 raise self._damaged(id, path) from None
 
@@ -133,7 +151,7 @@ class ArtifactStore:
         """
         manifest = self.manifest(id)
         destination = Path(destination)
-        with self._trouble(at=destination):
+        with self.trouble(at=destination):
             if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
                 raise Conflict(f"{destination} is not an empty folder: fetch to another place")
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +163,7 @@ class ArtifactStore:
                     target = partial / check_path(path)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     try:
-                        sha256 = self._backend.materialise(blob_path(file.sha256), target)
+                        sha256 = self.backend.materialise(blob_path(file.sha256), target)
                     except FileNotFoundError:
                         raise self._damaged(id, path) from None
                     if sha256 != file.sha256:
@@ -165,6 +183,10 @@ class ArtifactStore:
         check_name(name, "name")
         if version is not None:
             check_name(version, "version")
+        with self._writing():
+            return self._publish(tenant, name, artifact_id, version)
+
+    def _publish(self, tenant: str, name: str, artifact_id: str, version: str | None) -> ModelPointer:
         manifest = self.manifest(artifact_id)
         if manifest.tenant != tenant:
             raise NotFound(f"there is no artifact {artifact_id} in the store")
@@ -182,15 +204,18 @@ class ArtifactStore:
                 artifact=artifact_id,
                 created=created.isoformat(),
             )
-            with self._writing():
-                try:
-                    self._backend.create(_pointer_path(pointer), canonical_json(pointer.model_dump()))
-                    return pointer
-                except FileExistsError:
-                    if version is not None:
-                        raise Conflict(
-                            f"model {name} has a version {version} already: leave the version out for the next one"
-                        ) from None
+            try:
+                self.backend.create(_pointer_path(pointer), canonical_json(pointer.model_dump()))
+            except FileExistsError:
+                if version is None:
+                    continue
+                raise Conflict(
+                    f"model {name} has a version {version} already: leave the version out for the next one"
+                ) from None
+            if self.backend.missing([manifest_path(artifact_id)]):
+                self._rewrite(pointer.model_copy(update={"retired": True, "deleted": True}))
+                raise NotFound(f"artifact {artifact_id} was deleted at this moment")
+            return pointer
 
     def model(self, tenant: str, name: str, version: str | None = None) -> ModelPointer:
         """A published model; without ``version`` the one published last and not retired. Raises :class:`NotFound`."""
@@ -201,6 +226,8 @@ class ArtifactStore:
             found = self._pointer(tenant, name, version)
             if found is None:
                 raise NotFound(f"there is no model {name} version {version}")
+            if found.deleted:
+                raise NotFound(f"model {name} version {version} was deleted")
             return found
         current = [pointer for pointer in self._versions(tenant, name) if not pointer.retired]
         if not current:
@@ -210,26 +237,84 @@ class ArtifactStore:
     def models(self, tenant: str) -> list[ModelPointer]:
         """All published models, by name, and by age within a name; the retired ones too."""
         check_name(tenant, "tenant")
-        with self._trouble():
-            names = self._backend.names(f"models/{tenant}")
-        return [pointer for name in names for pointer in sorted(self._versions(tenant, name), key=_age)]
+        with self.trouble():
+            names = self.backend.names(f"models/{tenant}")
+        versions = [pointer for name in names for pointer in sorted(self._versions(tenant, name), key=_age)]
+        return [pointer for pointer in versions if not pointer.deleted]
 
     def retire(self, tenant: str, name: str, version: str) -> ModelPointer:
         """Serve this version no more unless it is asked for by number. Raises :class:`NotFound`."""
-        retired = self.model(tenant, name, version).model_copy(update={"retired": True})
         with self._writing():
-            self._backend.write(_pointer_path(retired), canonical_json(retired.model_dump()))
-        return retired
+            return self._rewrite(self.model(tenant, name, version).model_copy(update={"retired": True}))
+
+    def withdraw(self, artifact_id: str) -> None:
+        """Serve an artifact no more that is to be deleted. Raises :class:`IllegalState` while a model that was made of
+        it is not retired."""
+        with self._writing():
+            pointers = [pointer for pointer in self._published() if pointer.artifact == artifact_id]
+            for pointer in pointers:
+                if not pointer.retired:
+                    raise IllegalState(
+                        f"artifact {artifact_id} is published as model {pointer.name} version {pointer.version}: "
+                        "retire that first"
+                    )
+            for pointer in pointers:
+                self._rewrite(pointer.model_copy(update={"deleted": True}))
+
+    def published(self) -> set[str]:
+        """Ids of all artifacts that models of any tenant are made of, the retired ones too.
+
+        Raises :class:`IllegalState` when a pointer cannot be read, for then nobody knows.
+        """
+        return {pointer.artifact for pointer in self._published()}
+
+    def claim(self, registry: str) -> None:
+        """Let the collector of this registry, and no other, delete here. Raises :class:`IllegalState` when it is
+        another's: what one registry does not know of may be all that the other has."""
+        with self._writing():
+            with suppress(FileExistsError):
+                self.backend.create(OWNER, canonical_json({"registry": registry}))
+            found = self.backend.read(OWNER)
+        if found != canonical_json({"registry": registry}):
+            raise IllegalState(
+                f"the artifact store at {self.url} belongs to another registry, so nothing is deleted in it; give each "
+                f"registry a store of its own, or, if the other one is gone, remove {OWNER} there"
+            )
 
     def check_writable(self) -> None:
         """Raises :class:`Unavailable` when nothing can be written now."""
         with self._writing():
-            self._backend.write("probe", b"")
+            self.backend.write("probe", b"")
+
+    def _published(self) -> list[ModelPointer]:
+        """All pointers that count. Raises :class:`IllegalState` for one that cannot be read."""
+        with self.trouble():
+            places = [
+                (tenant, name)
+                for tenant in self.backend.names("models")
+                for name in self.backend.names(f"models/{tenant}")
+            ]
+        found = []
+        for tenant, name in places:
+            for version in self._version_names(tenant, name):
+                pointer = self._pointer(tenant, name, version)
+                if pointer is None:
+                    raise IllegalState(
+                        f"models/{tenant}/{name}/{version}.json in the artifact store at {self.url} cannot be read, so "
+                        "nothing can be deleted; restore it, or remove it if nobody uses that model"
+                    )
+                if not pointer.deleted:
+                    found.append(pointer)
+        return found
+
+    def _rewrite(self, pointer: ModelPointer) -> ModelPointer:
+        self.backend.write(_pointer_path(pointer), canonical_json(pointer.model_dump()))
+        return pointer
 
     def _version_names(self, tenant: str, name: str) -> list[str]:
         """Versions that are taken, those that cannot be read too."""
-        with self._trouble():
-            found = self._backend.names(f"models/{tenant}/{name}")
+        with self.trouble():
+            found = self.backend.names(f"models/{tenant}/{name}")
         return [file.removesuffix(".json") for file in found if file.endswith(".json")]
 
     def _versions(self, tenant: str, name: str) -> list[ModelPointer]:
@@ -237,9 +322,9 @@ class ArtifactStore:
         return [pointer for pointer in pointers if pointer is not None]
 
     def _pointer(self, tenant: str, name: str, version: str) -> ModelPointer | None:
-        with self._trouble():
+        with self.trouble():
             try:
-                data = self._backend.read(f"models/{tenant}/{name}/{version}.json")
+                data = self.backend.read(f"models/{tenant}/{name}/{version}.json")
             except FileNotFoundError:
                 return None
         try:
@@ -249,13 +334,15 @@ class ArtifactStore:
             return None
 
     def _connect(self, url: str) -> Backend:
-        with self._trouble():
+        with self.trouble():
             if "://" not in url:
                 return LocalBackend(Path(url).absolute())
             if url.startswith("file://"):
                 return LocalBackend(Path(url.removeprefix("file://")))
             # Only remote stores need it, and it is not quick to import.
             from fsspec.core import url_to_fs
+
+            from services.artifacts.remote import RemoteBackend
 
             try:
                 fs, root = url_to_fs(url)
@@ -271,16 +358,18 @@ class ArtifactStore:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with self._trouble():
+        """No collector deletes meanwhile; for a store without locks see :mod:`services.artifacts.remote`."""
+        with self.trouble():
             try:
-                yield
+                with self.backend.writing():
+                    yield
             except FileNotFoundError as error:
                 # The store's own folder, or a file that was to be kept, went away meanwhile.
                 gone = error.filename or self.url
                 raise Unavailable(f"cannot write to the artifact store at {self.url}: {gone} is gone") from error
 
     @contextmanager
-    def _trouble(self, at: Path | None = None) -> Iterator[None]:
+    def trouble(self, at: Path | None = None) -> Iterator[None]:
         """What goes wrong with the storage, as errors that say what to do; ``at``: files are written there."""
         try:
             yield
@@ -311,7 +400,7 @@ def _files(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _manifest_path(id: str) -> str:
+def manifest_path(id: str) -> str:
     return f"manifests/{id[:2]}/{id}.json"
 
 

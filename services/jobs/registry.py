@@ -157,6 +157,8 @@ class JobRegistry(Retention):
         for path, needs, name in session.execute(
             select(table.path, table.needs, table.name).where(table.job == job.id, table.artifact.is_(None))
         ).all():
+            if needs is None:
+                raise IllegalState(f"job {job.id} waits for {name!r} of a job that was deleted: submit it anew")
             found = submission.resolve(session, path, ArtifactRef(job=needs, artifact=name or ""), job.tenant)
             waiting += found.artifact is None
             session.execute(

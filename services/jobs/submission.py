@@ -222,7 +222,8 @@ def resolve(session: Session, path: str, ref: ArtifactRef, tenant: str, prefix: 
     """What ``ref`` stands for now; ``artifact`` is ``None`` while its job has not finished."""
     if ref.job is None:
         query = select(tables.Artifact.id).where(tables.Artifact.id == ref.artifact, tables.Artifact.tenant == tenant)
-        if session.execute(query).scalar_one_or_none() is None:
+        # The lock makes who deletes it wait for us, so that it finds this job.
+        if session.execute(query.with_for_update(read=True)).scalar_one_or_none() is None:
             raise _wrong(NotFound, f"{prefix}spec.{path}.artifact", f"there is no artifact {ref.artifact!r}")
         return ResolvedInput(path, None, None, ref.artifact)
     # The lock makes a finishing job wait for us, so that it finds this dependent (SQLite: there is one writer anyway).

@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-REVISION = "0002"
+REVISION = "0003"
 """The migration that these tables correspond to."""
 
 
@@ -230,6 +230,14 @@ class Turn(Base):
     queue: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str] = mapped_column(primary_key=True)
     turn: Mapped[int]
+
+
+class Identity(Base):
+    """The one row that says which registry this is."""
+
+    __tablename__ = "identity"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
 
 
 TRUE, FALSE = true(), false()

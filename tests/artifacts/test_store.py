@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,15 +100,6 @@ def test_equal_files_are_kept_once(local: ArtifactStore, source: Path) -> None:
     assert list((Path(local.url) / "tmp").iterdir()) == []
 
 
-def test_what_a_killed_writer_left_is_removed_a_day_later(local: ArtifactStore) -> None:
-    left, under_way = (Path(local.url) / "tmp" / name for name in ("left", "under_way"))
-    for path in (left, under_way):
-        path.touch()
-    os.utime(left, (time.time() - 25 * 3600,) * 2)
-    ArtifactStore(local.url)
-    assert not left.exists() and under_way.exists()
-
-
 def test_what_is_written_later_does_not_reach_the_store(local: ArtifactStore, source: Path) -> None:
     id, _ = local.put(source, name="zoo", type="zoo")
     with (source / "config.json").open("r+b") as file:
@@ -168,13 +158,13 @@ def test_what_is_not_there(store: ArtifactStore, source: Path, tmp_path: Path) -
 def test_damage_is_seen_and_repaired(store: ArtifactStore, source: Path, tmp_path: Path) -> None:
     id, manifest = store.put(source, name="zoo", type="zoo")
     blob = backends.blob_path(manifest.files["config.json"].sha256)
-    store._backend.write(blob, b"{")
+    store.backend.write(blob, b"{")
     with pytest.raises(IllegalState, match=r"damaged: config\.json"):
         store.fetch(id, tmp_path / "x")
     assert not (tmp_path / "x").exists()
     store.put(source, name="zoo", type="zoo")
     assert read(store.fetch(id, tmp_path / "x")) == read(source)
-    store._backend.write(f"manifests/{id[:2]}/{id}.json", b"{}")
+    store.backend.write(f"manifests/{id[:2]}/{id}.json", b"{}")
     with pytest.raises(IllegalState, match="damaged: its manifest"):
         store.manifest(id)
 

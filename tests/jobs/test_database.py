@@ -96,7 +96,7 @@ def test_a_newer_version_is_refused(tmp_path: Path) -> None:
         connection.execute("UPDATE alembic_version SET version_num = '0999'")
     connection.close()
     with pytest.raises(
-        IllegalState, match=r"newer version of Ethogram \(its schema is 0999, this version knows 0001\)"
+        IllegalState, match=rf"newer version of Ethogram \(its schema is 0999, this version knows {tables.REVISION}\)"
     ):
         JobRegistry.open(f"sqlite:///{path}")
 

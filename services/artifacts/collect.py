@@ -1,0 +1,179 @@
+"""Garbage collection: the store keeps what somebody needs, and gives back the room of all else.
+
+Garbage is an artifact that the registry does not name, that no running attempt can still commit, and of which no model
+is published; and a file that no manifest names. It is deleted when it has been garbage in every look for a time on the
+collector's own clock, which is never set; a collector that starts anew begins to watch anew. The manifest goes first,
+and the files that only it named follow when they have been watched as long.
+
+What is deleted is decided once more at that moment, with writers kept out (see :meth:`Backend.collecting`), so it
+is right whatever happened since the look: no time to wait is too short to be safe for what is committed. Only an upload
+whose writer has left no trace of itself yet, which needs a store without locks, relies on the time.
+
+A pass that cannot see everything (a manifest or a model's pointer that cannot be read, a folder that cannot be listed)
+raises and deletes nothing. Any number of collectors may run; each may be killed at any point.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ethogram.errors import EthogramError, IllegalState, NotFound
+from services.artifacts.backends import blob_path
+from services.artifacts.remote import DEAD_SECONDS, MARKS
+from services.artifacts.store import ArtifactStore, manifest_path
+
+BATCH = 200
+"""So many are deleted at a time; between batches writers have their turn."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the registry says of artifacts, by id."""
+
+    live: AbstractSet[str]
+    """Named by it: these stay."""
+    attempts: AbstractSet[str]
+    """Attempts that run: what they wrote may be committed yet, ..."""
+    spent: AbstractSet[str]
+    """... but for these, which were committed and have since been replaced."""
+
+
+@dataclass
+class Collected:
+    """What one pass deleted."""
+
+    artifacts: int = 0
+    files: int = 0
+    bytes: int = 0
+    """Of files and manifests."""
+
+
+class Watch:
+    """Since when each thing has been there in every look."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self._seconds, self._clock = seconds, clock
+        self._since: dict[str, float] = {}
+
+    def look(self, seen: Collection[str]) -> list[str]:
+        """Those of ``seen`` that have been there for the time."""
+        now = self._clock()
+        self._since = {key: self._since.get(key, now) for key in seen}
+        return [key for key, since in self._since.items() if now - since >= self._seconds]
+
+
+class Known(NamedTuple):
+    """What matters here of a manifest, which never changes."""
+
+    attempt: str | None
+    blobs: frozenset[str]
+    """Paths."""
+
+
+class Collector:
+    """Deletes what is garbage in ``store``. Not for several threads at once."""
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        needs: Callable[[], Needs],
+        forget: Callable[[AbstractSet[str]], AbstractSet[str]],
+        *,
+        grace_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``forget``: takes the rows of those artifacts that the registry still does not need, and says which; from
+        then on nobody can come to need them."""
+        self._store, self._needs, self._forget = store, needs, forget
+        self._artifacts = Watch(grace_seconds, clock)
+        self._files = Watch(grace_seconds, clock)
+        self._marks = Watch(DEAD_SECONDS, clock)
+        self._known: dict[str, Known] = {}
+
+    def collect(self) -> Collected:
+        """One pass. Raises :class:`Unavailable`, and :class:`IllegalState` for a store that cannot be understood."""
+        done = Collected()
+        with self._store.trouble():
+            self._remove_dead_marks()
+            self._collect_artifacts(done)
+            self._collect_files(done)
+        return done
+
+    def _collect_artifacts(self, done: Collected) -> None:
+        # Listed before the registry is asked: an attempt that wrote one of these has ended, or runs when asked.
+        manifests = self._manifests()
+        needs, published = self._needs(), self._store.published()
+
+        def may_be_needed(id: str, attempt: str | None) -> bool:
+            return id in needs.live or id in published or (attempt in needs.attempts and id not in needs.spent)
+
+        due = self._artifacts.look([id for id, known in manifests.items() if not may_be_needed(id, known.attempt)])
+        for batch in _batches(due):
+            with self._store.backend.collecting([manifest_path(id) for id in batch]) as may_delete:
+                if not may_delete():
+                    return
+                for id in self._forget(set(batch) - self._store.published()):
+                    if not may_delete():
+                        return
+                    done.bytes += self._store.backend.delete(manifest_path(id))
+                    done.artifacts += 1
+
+    def _collect_files(self, done: Collected) -> None:
+        # Listed before the manifests are: one that is written now names files that are not listed, or is itself read.
+        files = {*self._all("blobs"), *(f"tmp/{name}" for name in self._store.backend.names("tmp"))}
+        due = self._files.look(self._unnamed(files))
+        for batch in _batches(due):
+            with self._store.backend.collecting(batch) as may_delete:
+                if not may_delete():
+                    return
+                for path in self._unnamed(batch):
+                    if not may_delete():
+                        return
+                    done.bytes += self._store.backend.delete(path)
+                    done.files += 1
+
+    def _unnamed(self, paths: Collection[str]) -> set[str]:
+        """Those of ``paths`` that no manifest names which is there now."""
+        return set(paths).difference(*(known.blobs for known in self._manifests().values()))
+
+    def _manifests(self) -> dict[str, Known]:
+        """All that are there. Raises :class:`IllegalState` when one of them cannot be read."""
+        listed = {path.rpartition("/")[2].removesuffix(".json") for path in self._all("manifests", ".json")}
+        known = {id: found for id in listed if (found := self._known.get(id) or self._read(id)) is not None}
+        self._known = known
+        return known
+
+    def _read(self, id: str) -> Known | None:
+        try:
+            manifest = self._store.manifest(id)
+        except NotFound:
+            # Another collector was here.
+            return None
+        except (EthogramError, ValueError) as error:
+            if isinstance(error, EthogramError) and not isinstance(error, IllegalState):
+                raise
+            raise IllegalState(
+                f"{manifest_path(id)} in the artifact store at {self._store.url} cannot be read, so nothing is deleted "
+                "there; restore it, or remove it if nobody needs that artifact"
+            ) from error
+        return Known(manifest.attempt, frozenset(blob_path(file.sha256) for file in manifest.files.values()))
+
+    def _all(self, folder: str, suffix: str = "") -> Iterator[str]:
+        """Paths of what ``folder`` holds by digest."""
+        for part in self._store.backend.names(folder):
+            for name in self._store.backend.names(f"{folder}/{part}"):
+                if name.startswith(part) and name.endswith(suffix) and len(name) == 64 + len(suffix):
+                    yield f"{folder}/{part}/{name}"
+
+    def _remove_dead_marks(self) -> None:
+        for mark in self._marks.look(self._store.backend.names(MARKS)):
+            self._store.backend.delete(f"{MARKS}/{mark}")
+
+
+def _batches(items: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]

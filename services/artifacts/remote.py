@@ -1,0 +1,153 @@
+"""A store anywhere that fsspec can reach.
+
+Object stores have no locks, so writers and collectors find each other by what they write, in an order in which one of
+the two always sees the other:
+
+- A collector writes a *mark* that names what it may delete, then decides (it reads what is named by now), deletes, and
+  removes the mark.
+- A writer writes what it needs, then what names it (the manifest, the row, the pointer), then looks for marks. It waits
+  until none names anything of its own, and then writes again what is gone.
+
+Whatever was named before the decision is seen by it; whatever is named after it is named under the mark, so the writer
+waits and looks. This needs a file system that shows what was written to whoever reads or lists after it (S3, GCS and
+Azure do), and files that are seen whole or not at all.
+
+A collector that was killed leaves its mark. It deletes nothing later than ``MARK_SECONDS`` after it began; a writer
+waits ``DEAD_SECONDS`` for a mark at the most, and the next collector removes those that stand so long. Each measures by
+its own clock that is never set. What remains is a single request to delete that reaches the object store more than the
+difference, ten minutes, after its collector last looked at that clock.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from services.artifacts.backends import blob_path, copy
+from services.artifacts.manifest import File
+
+MARKS = "collecting"
+MARK_SECONDS = 300.0
+DEAD_SECONDS = 900.0
+LOOK_SECONDS = 0.25
+
+
+class RemoteBackend:
+    """Any fsspec file system."""
+
+    def __init__(self, fs: Any, root: str) -> None:
+        self._fs = fs
+        self._root = root.rstrip("/")
+
+    def add(self, source: Path) -> File:
+        """Keep the bytes of ``source``."""
+        with source.open("rb") as reader:
+            sha256, size = copy(reader, None)
+        target = self._path(blob_path(sha256))
+        # Listings are cached, and another process may have written since.
+        self._fs.invalidate_cache()
+        if not self._fs.exists(target) or self._fs.size(target) != size:
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(source), target)
+        return File(sha256=sha256, size=size)
+
+    def open(self, path: str) -> BinaryIO:
+        """Read."""
+        return cast(BinaryIO, self._fs.open(self._path(path), "rb"))
+
+    def read(self, path: str) -> bytes:
+        """All of a small file."""
+        self._fs.invalidate_cache()
+        return cast(bytes, self._fs.cat_file(self._path(path)))
+
+    def write(self, path: str, data: bytes) -> None:
+        """Create or replace a small file."""
+        target = self._path(path)
+        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        self._fs.pipe_file(target, data)
+
+    def create(self, path: str, data: bytes) -> None:
+        """Create a small file, exclusively where the file system can; else after a look."""
+        target = self._path(path)
+        self._fs.invalidate_cache()
+        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if self._fs.exists(target):
+            raise FileExistsError(target)
+        try:
+            self._fs.pipe_file(target, data, mode="create")
+        except (NotImplementedError, ValueError, TypeError):
+            self._fs.pipe_file(target, data)
+
+    def names(self, path: str) -> list[str]:
+        """What a folder holds."""
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(self._path(path), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
+
+    def materialise(self, path: str, destination: Path) -> str:
+        """Download."""
+        with self.open(path) as reader, destination.open("xb") as writer:
+            return copy(reader, writer)[0]
+
+    def delete(self, path: str) -> int:
+        """Remove a file."""
+        target = self._path(path)
+        self._fs.invalidate_cache()
+        try:
+            size = int(self._fs.size(target) or 0)
+            self._fs.rm_file(target)
+        except FileNotFoundError:
+            return 0
+        return size
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Nothing can be held here; see :meth:`missing`."""
+        return nullcontext()
+
+    def missing(self, paths: Collection[str]) -> list[str]:
+        """Wait for the collectors whose mark names one of ``paths``, then look."""
+        first_seen: dict[str, float] = {}
+        while True:
+            began = time.monotonic()
+            marks = [mark for mark in self.names(MARKS) if self._names(mark, paths)]
+            if all(began - first_seen.setdefault(mark, began) > DEAD_SECONDS for mark in marks):
+                break
+            time.sleep(LOOK_SECONDS)
+        self._fs.invalidate_cache()
+        return [path for path in paths if not self._fs.exists(self._path(path))]
+
+    @contextmanager
+    def collecting(self, paths: Collection[str]) -> Iterator[Callable[[], bool]]:
+        """Mark ``paths``; the answer is False when that was too long ago."""
+        began = _awake()
+        mark = f"{MARKS}/{secrets.token_hex(12)}.json"
+        self.write(mark, json.dumps(sorted(paths)).encode())
+        try:
+            yield lambda: _awake() - began < MARK_SECONDS
+        finally:
+            self.delete(mark)
+
+    def _names(self, mark: str, paths: Collection[str]) -> bool:
+        try:
+            return not set(json.loads(self.read(f"{MARKS}/{mark}"))).isdisjoint(paths)
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            # Half written: it may name anything.
+            return True
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}"
+
+
+def _awake() -> float:
+    """Seconds, those included in which the machine slept: others did not wait for it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
