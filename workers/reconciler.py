@@ -1,7 +1,9 @@
-"""Puts right what a crash left: attempts whose worker is gone, and queues whose bell was lost.
+"""Puts right what a crash left: attempts whose worker is gone, jobs that wait to be tried again, and queues whose bell
+was lost; :mod:`workers.collector` beside it puts the artifact store right.
 
-An attempt lives as long as its heartbeat counter moves. How long it has stood still is measured on this process's own
-monotonic clock, so no clock that is set, here or there, ends an attempt. Any number of reconcilers may run.
+An attempt lives as long as its heartbeat counter moves. How long it has stood still, and how long a job has waited, is
+measured on this process's own monotonic clock, so no clock that is set, here or there, ends an attempt or holds a job.
+Any number of reconcilers may run.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from services.jobs.bell import Bell
 from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.runtime import lifetime, logs
+from workers import collector
 from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 PERIOD_SECONDS = 1.0
 # Leases are short in tests; a look per quarter of one finds a lost attempt within two.
 LOOKS_PER_LEASE = 4
+LEAVE_SECONDS = 2.0
 
 
 @dataclass
@@ -47,11 +51,12 @@ class Reconciler:
     ) -> None:
         self._registry, self._bell, self._notifier, self._clock = registry, bell, notifier, clock
         self._watched: dict[str, Watched] = {}
+        self._waited: dict[tuple[str, int], float] = {}
         self._looked = clock()
         self.period = PERIOD_SECONDS
 
     def look(self) -> None:
-        """Release what is lost and ring where there is work. Raises :class:`Unavailable`."""
+        """Release what is lost, wake what has waited, and ring where there is work. Raises :class:`Unavailable`."""
         now = self._clock()
         # A process that slept itself has seen nobody stand still meanwhile.
         passed, self._looked = min(now - self._looked, 2 * self.period), now
@@ -65,9 +70,22 @@ class Reconciler:
             if still > attempt.lease_seconds:
                 self._release(attempt.attempt, attempt.worker, still)
         self._watched = seen
+        self._wake(passed)
         self.period = min([PERIOD_SECONDS, *(attempt.lease_seconds / LOOKS_PER_LEASE for attempt in running)])
         for queue in self._registry.queues_with_work():
             self._bell.ring(queue)
+
+    def _wake(self, passed: float) -> None:
+        """End the back-offs that have stood for their seconds; the registry itself ends them by the wall clock."""
+        waited: dict[tuple[str, int], float] = {}
+        for back in self._registry.backing_off():
+            before = self._waited.get((back.job, back.claims))
+            seconds = waited[back.job, back.claims] = 0.0 if before is None else before + passed
+            if seconds >= back.seconds:
+                job = self._registry.wake(back.job, back.claims)
+                if job is not None:
+                    self._notifier.notify(job.id, job.seq)
+        self._waited = waited
 
     def _release(self, attempt: str, worker: str, still: float) -> None:
         try:
@@ -113,8 +131,14 @@ def main() -> None:
             lifetime.exit_on_eof(lambda: os.kill(os.getpid(), signal.SIGTERM))
         registry = JobRegistry.open(config.database)
         bell, notifier = Bell(config.redis_url), Notifier(config.redis_url)
+        housekeeping = threading.Thread(
+            target=collector.run, args=[registry, config, stopping], name="collector", daemon=True
+        )
+        housekeeping.start()
         logger.info("reconciler ready")
         run(Reconciler(registry, bell, notifier), stopping)
+        # What it is at may take long; it can be left at any point.
+        housekeeping.join(LEAVE_SECONDS)
         bell.close()
         notifier.close()
         registry.close()

@@ -28,6 +28,12 @@ class WorkerSettings(ProcessSettings):
     """Time between the checkpoints of a job."""
     grace_seconds: float = Field(20.0, ge=0)
     """Time that a job has to checkpoint or clean up before its process is killed."""
+    gc_grace_seconds: float = Field(3600.0, ge=0)
+    """What nothing needs is deleted from the artifact store when it has been so for this long."""
+    gc_period_seconds: float = Field(600.0, ge=0)
+    """Time between two looks for what nothing needs; 0: nothing is ever deleted."""
+    retention_days: float = Field(0.0, ge=0, le=100_000)
+    """Jobs that ended longer ago are deleted with all that only they need; 0: never."""
 
     @field_validator("queues", mode="before")
     @classmethod

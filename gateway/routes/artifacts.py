@@ -1,4 +1,4 @@
-"""Artifacts: upload, list, look into, download."""
+"""Artifacts: upload, list, look into, download, delete."""
 
 from __future__ import annotations
 
@@ -94,6 +94,15 @@ def get_artifact(artifact_id: Id, services: With) -> ArtifactDetail:
     return ArtifactDetail(**row.model_dump(), manifest=services.store.manifest(artifact_id))
 
 
+@router.delete("/artifacts/{artifact_id}")
+def delete_artifact(artifact_id: Id, services: With) -> ArtifactRow:
+    """Delete an artifact that no job needs any more; retired models that are made of it go along. Its room is free
+    some hours later, or once the jobs that used it are deleted too."""
+    services.registry.deletable_artifact(artifact_id)
+    services.store.withdraw(artifact_id)
+    return services.registry.delete_artifact(artifact_id)
+
+
 @router.get(
     "/artifacts/{artifact_id}/files/{path:path}",
     response_class=StreamingResponse,
@@ -125,8 +134,11 @@ def download(
 
 def _keep(receiver: Upload, services: Services) -> Uploaded:
     form = receiver.finish()
-    id, manifest = services.store.put(form.folder, name=form.name, type=form.type, tenant=TENANT)
-    services.registry.add_artifact(id, form.name, form.type, manifest.size, tenant=TENANT)
+
+    def record(id: str, manifest: Manifest) -> None:
+        services.registry.add_artifact(id, form.name, form.type, manifest.size, tenant=TENANT)
+
+    id, manifest = services.store.put(form.folder, name=form.name, type=form.type, tenant=TENANT, record=record)
     return Uploaded(id=id, manifest=manifest)
 
 

@@ -139,3 +139,9 @@ def retry(job_id: Id, services: With) -> Job:
     job = services.registry.retry(job_id)
     services.announce(job)
     return job
+
+
+@router.delete("/jobs/{job_id}")
+def delete(job_id: Id, services: With) -> Job:
+    """Delete a job that has ended, with its events, outputs and children. What is published of it stays."""
+    return services.registry.delete_job(job_id, services.store.published())

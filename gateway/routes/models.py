@@ -42,3 +42,9 @@ def get_model(
 ) -> ModelPointer:
     """One published model."""
     return services.store.model(TENANT, name, version)
+
+
+@router.post("/models/{name}/{version}/retire")
+def retire(name: Id, version: Id, services: With) -> ModelPointer:
+    """Serve a version no more, but to those who ask for it by number. Twice does no harm."""
+    return services.store.retire(TENANT, name, version)

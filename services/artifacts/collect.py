@@ -5,9 +5,9 @@ is published; and a file that no manifest names. It is deleted when it has been 
 collector's own clock, which is never set; a collector that starts anew begins to watch anew. The manifest goes first,
 and the files that only it named follow when they have been watched as long.
 
-What is deleted is decided once more at that moment, with writers kept out (see :meth:`Backend.collecting`), so it
-is right whatever happened since the look: no time to wait is too short to be safe for what is committed. Only an upload
-whose writer has left no trace of itself yet, which needs a store without locks, relies on the time.
+What is deleted is decided once more at that moment, in a way that no writer can slip by (see
+:meth:`Backend.collecting`), so it is right whatever happened since the look: no time to wait is too short for what is
+committed in the end. The time is for people, and for defects.
 
 A pass that cannot see everything (a manifest or a model's pointer that cannot be read, a folder that cannot be listed)
 raises and deletes nothing. Any number of collectors may run; each may be killed at any point.
@@ -15,7 +15,6 @@ raises and deletes nothing. Any number of collectors may run; each may be killed
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 from ethogram.errors import EthogramError, IllegalState, NotFound
 from services.artifacts.backends import blob_path
-from services.artifacts.remote import DEAD_SECONDS, MARKS
+from services.artifacts.remote import DEAD_SECONDS, MARKS, awake
 from services.artifacts.store import ArtifactStore, manifest_path
 
 BATCH = 200
@@ -84,7 +83,7 @@ class Collector:
         forget: Callable[[AbstractSet[str]], AbstractSet[str]],
         *,
         grace_seconds: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = awake,
     ) -> None:
         """``forget``: takes the rows of those artifacts that the registry still does not need, and says which; from
         then on nobody can come to need them."""

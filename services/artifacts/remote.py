@@ -127,11 +127,11 @@ class RemoteBackend:
     @contextmanager
     def collecting(self, paths: Collection[str]) -> Iterator[Callable[[], bool]]:
         """Mark ``paths``; the answer is False when that was too long ago."""
-        began = _awake()
+        began = awake()
         mark = f"{MARKS}/{secrets.token_hex(12)}.json"
         self.write(mark, json.dumps(sorted(paths)).encode())
         try:
-            yield lambda: _awake() - began < MARK_SECONDS
+            yield lambda: awake() - began < MARK_SECONDS
         finally:
             self.delete(mark)
 
@@ -148,6 +148,6 @@ class RemoteBackend:
         return f"{self._root}/{path}"
 
 
-def _awake() -> float:
+def awake() -> float:
     """Seconds, those included in which the machine slept: others did not wait for it."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

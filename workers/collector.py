@@ -1,0 +1,108 @@
+"""The reconciler's housekeeping, in a thread of its own: old jobs go, and then what nothing in the store is needed for.
+
+A long collection holds nobody up, and one that is interrupted goes on in the next process.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+
+from ethogram.errors import EthogramError, IllegalState, NotFound
+from services.artifacts.collect import Collector, Needs
+from services.artifacts.remote import awake
+from services.artifacts.store import ArtifactStore
+from services.jobs.registry import JobRegistry
+from workers.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+# Where nothing is collected, the store is claimed all the same, lest another registry's collector has it.
+IDLE_SECONDS = 600.0
+# A wall clock that was moved by more says nothing of how old a job is.
+CLOCK_STEP_SECONDS = 60.0
+
+
+class Housekeeper:
+    """Looks now and then for what may go."""
+
+    def __init__(
+        self,
+        registry: JobRegistry,
+        store: ArtifactStore,
+        config: WorkerSettings,
+        *,
+        clock: Callable[[], float] = awake,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._registry, self._store, self._config = registry, store, config
+        self._clock, self._wall = clock, wall
+        self._offset = wall() - clock()
+        self._warned = False
+        self._collector = Collector(
+            store, self._needs, registry.forget, grace_seconds=config.gc_grace_seconds, clock=clock
+        )
+
+    def look(self) -> None:
+        """Delete what may go now. Raises what :meth:`Collector.collect` raises; :class:`IllegalState` when the store is
+        another registry's."""
+        self._store.claim(self._registry.identity())
+        if not self._config.gc_period_seconds:
+            return
+        if self._config.retention_days:
+            self._delete_old_jobs()
+        done = self._collector.collect()
+        if done.files or done.artifacts:
+            logger.info("deleted what nothing needs", extra=asdict(done))
+
+    def _delete_old_jobs(self) -> None:
+        if abs(self._wall() - self._clock() - self._offset) > CLOCK_STEP_SECONDS:
+            if not self._warned:
+                logger.warning(
+                    "the clock of this machine was set: jobs are not deleted for their age until the reconciler is "
+                    "started again"
+                )
+            self._warned = True
+            return
+        oldest = datetime.fromtimestamp(self._wall(), UTC) - timedelta(days=self._config.retention_days)
+        published = self._store.published()
+        deleted = 0
+        for job in self._registry.jobs_ended_before(oldest):
+            try:
+                self._registry.delete_job(job, published)
+            except (IllegalState, NotFound):
+                # Another job still uses it, or somebody else was quicker.
+                continue
+            deleted += 1
+        if deleted:
+            logger.info("deleted old jobs", extra={"jobs": deleted})
+
+    def _needs(self) -> Needs:
+        # In this order: whoever ends after the first question has committed what the third one asks for.
+        attempts = {attempt.attempt for attempt in self._registry.running_attempts()}
+        spent = self._registry.spent_artifacts()
+        return Needs(live=self._registry.live_artifacts(), attempts=attempts, spent=spent)
+
+
+def run(registry: JobRegistry, config: WorkerSettings, stopping: threading.Event) -> None:
+    """Look until ``stopping``, whatever fails."""
+    keeper: Housekeeper | None = None
+    failed = ""
+    while True:
+        try:
+            keeper = keeper or Housekeeper(registry, ArtifactStore(config.store_url), config)
+            keeper.look()
+            failed = ""
+        except EthogramError as error:
+            # Said once, not every ten minutes.
+            if error.message != failed:
+                logger.error(error.message)
+            failed = error.message
+        except Exception:
+            logger.exception("the collection failed; it begins anew")
+        if stopping.wait(config.gc_period_seconds or IDLE_SECONDS):
+            return
