@@ -37,13 +37,17 @@ from services.artifacts.manifest import (
     digest,
 )
 
-__all__ = ["ArtifactStore", "File", "Manifest", "ModelPointer"]
+__all__ = ["ArtifactStore", "Deleted", "File", "Manifest", "ModelPointer"]
 
 PUBLISHABLE = frozenset({"codec"})
 """Types of artifacts that the inference server can serve."""
 MAX_FILES = 100_000
 OWNER = "owner.json"
 _ID = re.compile(r"[0-9a-f]{64}")
+
+
+class Deleted(NotFound):
+    """A published version that somebody deleted, as opposed to one that a folder which is not mounted may have."""
 
 
 class ArtifactStore:
@@ -227,7 +231,7 @@ class ArtifactStore:
             if found is None:
                 raise NotFound(f"there is no model {name} version {version}")
             if found.deleted:
-                raise NotFound(f"model {name} version {version} was deleted")
+                raise Deleted(f"model {name} version {version} was deleted")
             return found
         current = [pointer for pointer in self._versions(tenant, name) if not pointer.retired]
         if not current:

@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from ethogram.errors import EthogramError, IllegalState, NotFound, TooLarge
 from services.artifacts.manifest import check_name
-from services.artifacts.store import ArtifactStore, ModelPointer
+from services.artifacts.store import ArtifactStore, Deleted, ModelPointer
 
 M = TypeVar("M")
 
@@ -114,12 +114,14 @@ class ModelRepository(Generic[M]):
         try:
             if pointer is None or not (await self._resolve(reference._replace(version=pointer.version))).retired:
                 return
+        except Deleted:
+            pass
         except EthogramError:
-            # Nothing in a store is ever deleted: this is a folder that is not mounted now.
+            # Nobody deleted it: this is a folder that is not mounted now.
             log.warning("model %s is missing in the store; it is served from memory", reference.name)
             return
         self._pointers.pop(reference, None)
-        log.info("model %s is retired", reference.name)
+        log.info("model %s is retired or deleted", reference.name)
 
     async def _resolve(self, reference: Reference) -> ModelPointer:
         check_name(reference.tenant, "model.tenant")

@@ -100,6 +100,17 @@ async def test_a_retired_version_gives_way_to_the_one_before_it(tmp_path: Path) 
         await shelf.get()
 
 
+async def test_a_deleted_version_is_served_no_more(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.publish("one")
+    shelf.store.retire("default", "m", "1")
+    assert await shelf.get(version="1") == "one"
+    shelf.store.withdraw(shelf.store.model("default", "m", "1").artifact)
+    await shelf.repository.refresh()
+    with pytest.raises(NotFound, match="was deleted"):
+        await shelf.get(version="1")
+
+
 async def test_a_broken_later_version_leaves_the_old_one(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     shelf.publish("one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -151,3 +152,31 @@ def test_jobs_by_their_end(registry: JobRegistry, clock: Callable[[float], None]
     now = datetime.now(UTC)
     assert registry.jobs_ended_before(now + timedelta(minutes=30)) == [old.id]
     assert registry.jobs_ended_before(now + timedelta(minutes=90)) == [old.id, new.id]
+
+
+def test_who_names_an_artifact_while_it_is_forgotten(registry: JobRegistry) -> None:
+    """Either the job has its input, or there is none: never a job whose input is deleted."""
+    ids = [artifact_id(number) for number in range(1, 41)]
+    submit(registry, queue="old")
+    attempt = claim(registry, "old").attempt
+    for id in [*ids, artifact_id(99)]:
+        registry.commit_artifact(attempt, "zoo", "zoo", id, 1)
+    registry.succeed(attempt, {})
+    named, dead, barrier = set[str](), set[str](), threading.Barrier(2)
+
+    def name() -> None:
+        for id in ids:
+            barrier.wait()
+            try:
+                registry.submit("crossmodal", codec(None, id))
+            except NotFound:
+                continue
+            named.add(id)
+
+    namer = threading.Thread(target=name)
+    namer.start()
+    for id in ids:
+        barrier.wait()
+        dead |= registry.forget({id})
+    namer.join()
+    assert named | dead == set(ids) and not named & dead
