@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from sqlalchemy import create_engine, event, text
 
 from services.jobs.registry import JobRegistry, JobState
@@ -95,6 +96,7 @@ def test_of_many_cancellations_and_endings_one_wins(registry: JobRegistry) -> No
         assert registry.get(job.id).result == {"by": int(outcomes[0])}
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_claim_costs_the_same_in_a_long_queue(registry: JobRegistry, database_url: str) -> None:
     """Each look is a search in an index, without a sort: no step reads the queue."""
     for _ in range(3):
@@ -121,6 +123,7 @@ def test_a_claim_costs_the_same_in_a_long_queue(registry: JobRegistry, database_
     assert not [plan for plan in plans if plan.startswith("SCAN") or "TEMP B-TREE" in plan], plans
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_jobs_that_cannot_start_do_not_slow_down_those_that_can(registry: JobRegistry) -> None:
     """What the query plan promises, counted: steps of SQLite's machine per claim, beside 20 and beside 4,000 jobs."""
 

@@ -80,6 +80,7 @@ def test_folders_are_made_and_jobs_outlive_the_process(tmp_path: Path) -> None:
     second.close()
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_settings_of_sqlite(registry: JobRegistry) -> None:
     with registry._database.read() as session:
         settings = {
@@ -139,6 +140,7 @@ def test_what_is_no_database(tmp_path: Path) -> None:
         JobRegistry.open("registry.db")
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_full_disk(registry: JobRegistry) -> None:
     with registry._database.write() as session:
         session.connection().exec_driver_sql("PRAGMA max_page_count = 44")
