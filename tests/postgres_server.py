@@ -110,18 +110,17 @@ class PostgresServer:
         self._process.wait(_SECONDS)
         self._process = None
 
-    def create_database(self, template: str = "template1") -> str:
-        """URL of a new database: empty, or a copy of the one whose URL ``template`` is, to which nobody may be
-        connected."""
+    def create_database(self) -> str:
+        """URL of a new, empty database."""
         name = f"test_{secrets.token_hex(6)}"
         with self._admin() as connection:
-            connection.execute(f'CREATE DATABASE {name} TEMPLATE "{_name(template)}"')
+            connection.execute(f"CREATE DATABASE {name}")
         return f"postgresql+psycopg://postgres:{_PASSWORD}@127.0.0.1:{self._port}/{name}"
 
     def drop_database(self, url: str) -> None:
         """Delete the database at ``url``; those that are connected to it are cut off."""
         with self._admin() as connection:
-            connection.execute(f'DROP DATABASE IF EXISTS "{_name(url)}" WITH (FORCE)')
+            connection.execute(f"DROP DATABASE IF EXISTS {url.rsplit('/', 1)[-1]} WITH (FORCE)")
 
     def close(self) -> None:
         """Stop and delete everything."""
@@ -204,10 +203,6 @@ def _lives(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _name(url: str) -> str:
-    return url.rsplit("/", 1)[-1]
 
 
 def _free_port() -> int:

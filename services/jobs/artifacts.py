@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from ethogram.errors import Conflict, InvalidInput
@@ -38,16 +39,20 @@ def add(
         if not _ARTIFACT_NAME.fullmatch(value):
             raise InvalidInput.field(field, "must be 1 to 80 letters, digits, '_', '-' or '.'")
     table = tables.Artifact
-    row = session.scalar(select(table).where(table.id == id))
-    if row is not None:
+    values = {"id": id, "name": name, "type": type, "tenant": tenant, "job": job, "attempt": attempt, "size": size}
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    insert = dialect.insert(table).values(**values, superseded=False, created_at=transitions.now())
+    new = False
+    # Locked, or it might be deleted now; and the same may be uploaded twice at the same time.
+    while (row := session.scalar(select(table).where(table.id == id).with_for_update(read=True))) is None:
+        inserted = session.execute(insert.on_conflict_do_nothing().returning(table.number)).one_or_none()
+        new = inserted is not None
+    if not new:
         if (row.tenant, row.job, row.name) != (tenant, job, name):
             raise Conflict(f"artifact {id} is already there as {row.name!r} of {row.job or 'an upload'}")
-        return artifact_of(row), False
-    if job is not None:
+    elif job is not None:
         session.execute(
-            update(table).where(table.job == job, table.name == name).values(superseded=True),
+            update(table).where(table.job == job, table.name == name, table.id != id).values(superseded=True),
             execution_options={"synchronize_session": False},
         )
-    values = {"id": id, "name": name, "type": type, "tenant": tenant, "job": job, "attempt": attempt, "size": size}
-    session.execute(insert(table).values(**values, superseded=False, created_at=transitions.now()))
-    return artifact_of(session.scalars(select(table).where(table.id == id)).one()), True
+    return artifact_of(row), new

@@ -113,9 +113,11 @@ class Attempts(Reading):
                 raise InvalidInput.field("type", f"{type_!r} events are recorded with what they tell of, not by hand")
         with self._database.write() as session:
             cleaned = [(type_, text.clean(data, text.MAX_TEXT)) for type_, data in events]
-            if batch is not None and not self._is_new(session, attempt, batch):
+            if batch is not None:
+                # The job is locked before the attempt, as when an attempt ends.
                 self._touch(session, attempt, count=0)
-                return []
+                if not self._is_new(session, attempt, batch):
+                    return []
             job, last = self._touch(session, attempt, count=len(events))
             return transitions.add_events(session, job, attempt, last, cleaned)
 
@@ -269,8 +271,10 @@ class Attempts(Reading):
 
     def _wake(self, session: Session, queue: str) -> None:
         """Jobs whose time has come are ready. Kept apart from the claim, which stays one look into one index."""
+        # Those that somebody holds are woken at the next look: two claims never wait for each other's.
+        free = select(tables.Job.number).where(due(queue)).with_for_update(skip_locked=True)
         session.execute(
-            update(tables.Job).where(due(queue)).values(ready=True),
+            update(tables.Job).where(tables.Job.number.in_(free)).values(ready=True),
             execution_options={"synchronize_session": False},
         )
 
@@ -329,6 +333,9 @@ class Attempts(Reading):
         if error is not None:
             note = {**(note or {}), "message": error["message"]}
         if not transitions.move(session, job, to, source=source, owner=attempt, note=note, **values):
+            if session.scalar(select(tables.Job.number).where(tables.Job.attempt == attempt)) is None:
+                # Ended by another since the caller looked.
+                raise _stale(attempt)
             found = self._job(session, job)
             raise IllegalState(f"job {job} is {found.state}: it cannot become {to} now")
         transitions.end_attempt(session, attempt, outcome, message, seconds)

@@ -2,6 +2,10 @@
 
 SQLite allows one writer at a time. Each write transaction says so from its beginning (``BEGIN IMMEDIATE``): one that
 started as a reader could not wait for its turn, only fail.
+
+PostgreSQL writes at the level READ COMMITTED, in which a statement sees what others have committed before it: code that
+decides by what it has read locks the row first (``FOR UPDATE``; a parent before its children, an input before those
+that wait for it), or decides within the UPDATE. Reads are at REPEATABLE READ: all statements of one see the same state.
 """
 
 from __future__ import annotations
@@ -11,53 +15,79 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, OperationalError
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from ethogram.errors import IllegalState, InvalidInput, Unavailable
+from services.jobs import migrate
 from services.jobs.tables import REVISION
 
 log = logging.getLogger(__name__)
 
 BUSY_SECONDS = 30.0
-MIGRATIONS = Path(__file__).parent / "migrations"
-# Any constant that no other program uses for its advisory locks.
-MIGRATION_LOCK = 0x6574686F6772616D
+# Of a PostgreSQL connection. A query of the URL (``?connect_timeout=30``) goes before them. A server that a broken
+# network hides is given up after 15 s (milliseconds in the last).
+_CONNECTION = {
+    "application_name": "ethogram",
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 15_000,
+}
+# Of its sessions, in milliseconds. Transactions are short. A process that was stopped in the middle of one must not
+# keep its locks: the session is ended, and the transaction undone. UTC: other zones do not hold the year 9999 in full.
+_SESSION = {
+    "timezone": "UTC",
+    "lock_timeout": 15_000,
+    "statement_timeout": 60_000,
+    "idle_in_transaction_session_timeout": 15_000,
+}
+# SQLSTATEs, or classes of them, after which the same may well work later: connection lost, read-only (a standby that
+# has not taken over yet), transaction rolled back, no resources, not in this state, ended by an operator, input/output,
+# damaged files.
+_FOR_NOW = ("08", "25006", "40", "53", "55", "57", "58", "XX001", "XX002")
+# No permission, which is the operator's to give.
+_NOT_ALLOWED = "42501"
 
 
 class Database:
     """An open database whose tables are those of this version. Safe to use from several threads."""
 
-    def __init__(self, url: str) -> None:
-        """Connect and migrate.
+    def __init__(self, url: str, *, upgrade: bool = True) -> None:
+        """Connect and, unless told not to, upgrade the tables.
 
         Raises :class:`InvalidInput` for a URL that is none, :class:`Unavailable` when the database cannot be used and
         :class:`IllegalState` when a newer version wrote it.
         """
-        try:
-            self.url = make_url(url)
-        except ArgumentError:
-            raise InvalidInput.field(
-                "database_url", "is not a database URL; write sqlite:////absolute/path/registry.db"
-            ) from None
+        self.url = _parse(url)
         self.name = self.url.render_as_string(hide_password=True)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         self._turn = threading.Lock()
         with self._clear_errors():
             self._engine = self._connect()
+            self._reader = self._engine
+            if not self.sqlite:
+                self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ")
             self._writer = self._engine.execution_options(ethogram_write=True)
-            self._migrate()
+        try:
+            revision = self.revision()
+        except ProgrammingError as error:
+            raise InvalidInput.field("database_url", f"is refused by the driver: {error.orig}") from None
+        if upgrade and revision != REVISION:
+            self.upgrade()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A transaction that sees one state of the database and changes nothing."""
-        with self._clear_errors(), Session(self._engine, autoflush=False, expire_on_commit=False) as session:
+        with self._clear_errors(), Session(self._reader, autoflush=False, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
@@ -76,11 +106,51 @@ class Database:
         """Close all connections."""
         self._engine.dispose()
 
+    def revision(self) -> str | None:
+        """The revision of the tables; ``None`` for an empty database."""
+        with self.read() as session:
+            return migrate.revision(session.connection())
+
+    def upgrade(self) -> None:
+        """To the tables of this version. Raises :class:`IllegalState` when a newer version wrote the database."""
+        with self._migration() as connection:
+            # Another process may have done it while this one waited for its turn.
+            revision = migrate.revision(connection)
+            if revision != REVISION:
+                migrate.upgrade(connection)
+                log.info("migrated the database %s from %s to %s", self.name, revision or "empty", REVISION)
+
+    def downgrade(self, to: str, *, commit: bool = True) -> list[migrate.Loss]:
+        """Back to the tables of an earlier revision, or ``base``; what that takes away. Without ``commit`` it is undone
+        again. Raises what :meth:`upgrade` raises, and :class:`InvalidInput` for a revision that is not earlier."""
+        lost: list[migrate.Loss] = []
+        with suppress(_Undo), self._migration() as connection:
+            lost = migrate.downgrade(connection, to)
+            if not commit:
+                raise _Undo
+        return lost
+
+    @contextmanager
+    def _migration(self) -> Iterator[Connection]:
+        with self.write() as session:
+            connection = session.connection()
+            migrate.take_turn(connection)
+            revision = migrate.revision(connection)
+            if revision is not None and revision not in migrate.revisions():
+                raise IllegalState(
+                    f"the database {self.name} was written by a newer version of Ethogram (its schema is {revision}, "
+                    f"this version knows {REVISION}): use that version, or another state directory"
+                )
+            yield connection
+
     def _connect(self) -> Engine:
         if not self.sqlite:
-            return create_engine(self.url, pool_size=8, max_overflow=32, pool_pre_ping=True)
-        if not self.url.database or self.url.database == ":memory:":
-            raise InvalidInput.field("database_url", "must name a file: the processes of the platform share it")
+            given = self.url.query
+            session = " ".join(f"-c {name}={value}" for name, value in _SESSION.items())
+            options = {name: value for name, value in _CONNECTION.items() if name not in given}
+            options["options"] = f"{session} {given.get('options', '')}"
+            return create_engine(self.url, pool_size=8, max_overflow=32, pool_pre_ping=True, connect_args=options)
+        assert self.url.database is not None
         Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(self.url, pool_size=8, max_overflow=56, connect_args={"timeout": BUSY_SECONDS})
         event.listen(engine, "connect", _configure_sqlite)
@@ -88,62 +158,66 @@ class Database:
         _use_wal(engine)
         return engine
 
-    def _migrate(self) -> None:
-        with self._engine.connect() as connection:
-            if self._revision(connection) == REVISION:
-                return
-        with self._writer.begin() as connection:
-            if not self.sqlite:
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-            # Another process may have done it while this one waited for the lock.
-            revision = self._revision(connection)
-            if revision != REVISION:
-                self._upgrade(connection, revision)
-
-    def _revision(self, connection: Connection) -> str | None:
-        if not connection.dialect.has_table(connection, "alembic_version"):
-            return None
-        revision: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-        return revision
-
-    def _upgrade(self, connection: Connection, revision: str | None) -> None:
-        # Slow to import, and only the first start needs it.
-        from alembic import command
-        from alembic.config import Config
-        from alembic.script import ScriptDirectory
-
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-        config.attributes["connection"] = connection
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-        if revision is not None and revision not in known:
-            raise IllegalState(
-                f"the database {self.name} was written by a newer version of Ethogram (its schema is {revision}, this "
-                f"version knows {REVISION}): use that version, or another state directory"
-            )
-        command.upgrade(config, "head")
-        log.info("migrated the database %s from %s to %s", self.name, revision or "empty", REVISION)
-
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
         try:
             yield
-        except (OperationalError, InterfaceError) as error:
-            raise self._unavailable(str(error.orig)) from error
+        except PoolTimeout as error:
+            raise self._unavailable("all its connections are in use") from error
+        except DBAPIError as error:
+            if self._is_outage(error):
+                raise self._unavailable(str(error.orig)) from error
+            raise
         except OSError as error:
             raise self._unavailable(str(error.strerror)) from error
         except sqlite3.Error as error:
             # A new connection's first words are not wrapped.
             raise self._unavailable(str(error)) from error
-        except DatabaseError as error:
-            # SQLite tells of a file that is no database in the most general class.
-            if type(error) is DatabaseError:
-                raise self._unavailable(str(error.orig)) from error
-            raise
+
+    def _is_outage(self, error: DBAPIError) -> bool:
+        if isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated:
+            return True
+        if self.sqlite:
+            # It tells of a file that is no database in the most general class.
+            return type(error) is DatabaseError
+        code = getattr(error.orig, "sqlstate", None) or ""
+        return code.startswith(_FOR_NOW) or code == _NOT_ALLOWED
 
     def _unavailable(self, cause: str) -> Unavailable:
-        hint = "free some space" if "full" in cause or "space" in cause else "see that it runs and can be written"
-        return Unavailable(f"the database {self.name} cannot be used ({cause.strip()}): {hint}, then try again")
+        cause = " ".join(cause.split())
+        hint = "see that it runs and can be written"
+        if "full" in cause or "space" in cause:
+            hint = "free some space"
+        elif "permission denied" in cause:
+            hint = "let this user make tables there (GRANT CREATE, USAGE ON SCHEMA public)"
+        elif "too many clients" in cause or "connection slots" in cause:
+            hint = "raise its max_connections (a process of the platform takes up to 40)"
+        elif "deadlock" in cause or "timeout" in cause:
+            hint = "others were in the way"
+        return Unavailable(f"the database {self.name} cannot be used ({cause}): {hint}, then try again")
+
+
+class _Undo(Exception):
+    """Ends a transaction without a trace."""
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise InvalidInput.field(
+            "database_url",
+            "is not a database URL; write sqlite:////absolute/path/registry.db or postgresql://user@host:5432/name",
+        ) from None
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise InvalidInput.field("database_url", "must name a file: the processes of the platform share it")
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise InvalidInput.field(
+            "database_url", f"{parsed.drivername}:// is not served; the registry is in sqlite:/// or postgresql://"
+        )
+    return parsed
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

@@ -83,7 +83,8 @@ class JobRegistry(Retention):
         """Raise what :meth:`submit` would now raise for this job; queue nothing."""
         submission.check_tenant(tenant)
         request = submission.Request.make(kind, spec, options)
-        with self._database.read() as session:
+        # It looks as a submission does, with its locks.
+        with self._database.write() as session:
             submission.resolve_inputs(session, request, tenant=tenant)
 
     def submit_pipeline(

@@ -89,12 +89,17 @@ def end_attempt(session: Session, attempt: str, outcome: str, message: str | Non
         )
 
 
+def lock(session: Session, job: str) -> None:
+    """Hold the row of ``job`` as it is now until the transaction ends."""
+    session.scalar(select(tables.Job.number).where(tables.Job.id == job).with_for_update())
+
+
 def lock_parent(session: Session, job: str) -> None:
     """Take the lock on the parent of ``job``, if it has one, before any on the job itself: who ends a child and who
     counts or cancels the children of a parent take their turns, and none waits for the other in a circle."""
     parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == job))
     if parent is not None:
-        session.scalar(select(tables.Job.number).where(tables.Job.id == parent).with_for_update())
+        lock(session, parent)
 
 
 def children(session: Session, parent: str) -> list[Child]:
@@ -122,10 +127,12 @@ def unfinished_children(session: Session, parent: str) -> int:
 
 
 def count_children(session: Session, parent: str) -> None:
-    """Let ``parent`` go on if it waits for its children and all have ended. The caller holds the lock on it.
+    """Let ``parent`` go on if it waits for its children and all have ended.
 
     A parent has run, so its inputs are there, and whatever it waits for is a child.
     """
+    # Of two children that end at the same time the second must count the first.
+    lock(session, parent)
     left = unfinished_children(session, parent)
     session.execute(
         update(tables.Job)
@@ -137,6 +144,8 @@ def count_children(session: Session, parent: str) -> None:
 
 def cancel(session: Session, job: str) -> bool:
     """Cancel ``job`` and its children; False if it has ended."""
+    # Or it might be released between the two steps, and be in neither state when asked.
+    lock(session, job)
     if move(session, job, JobState.CANCELLED, source=[JobState.QUEUED], cancel_requested=True, waiting=0):
         settle(session, job, JobState.CANCELLED)
         return True
@@ -187,6 +196,7 @@ def settle_dependents(session: Session, job: str, state: JobState, error: dict[s
             else:
                 told = (error or {}).get("message", "no message")
                 end, cause = JobState.FAILED, f"input job {job} failed: {told} (retry it, then this one)"
+            lock_parent(session, dependent)
             violation = {"field": f"spec.{path}", "description": cause}
             told_on = {"reason": "INPUT_FAILED", "message": cause, "violations": [violation]}
             note = {"message": cause}
