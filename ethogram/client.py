@@ -130,6 +130,11 @@ class Client:
         """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
         return Job.model_validate(self._json("POST", f"/v1/jobs/{_part(id)}/retry"))
 
+    def delete_job(self, id: str) -> Job:
+        """Delete a job that has ended, with its events, outputs and children; the job as it was. Published outputs
+        stay."""
+        return Job.model_validate(self._json("DELETE", f"/v1/jobs/{_part(id)}"))
+
     def events(self, id: str, *, after: int = 0, follow: bool = True) -> Iterator[Event]:
         """What happens to a job, from event ``after`` + 1 on, until it ends; ``follow`` False: what there is by now.
 
@@ -219,6 +224,10 @@ class Client:
                 on_bytes(file.size)
         return root
 
+    def delete_artifact(self, id: str) -> Artifact:
+        """Delete an artifact that no job needs any more, with the retired models made of it."""
+        return Artifact.model_validate(self._json("DELETE", f"/v1/artifacts/{_part(id)}"))
+
     def publish(self, name: str, artifact: str, version: str | None = None) -> Model:
         """Publish an artifact as the model ``name``; without ``version``, the next number."""
         body = {"name": name, "artifact": artifact} | ({"version": version} if version is not None else {})
@@ -231,6 +240,10 @@ class Client:
     def model(self, name: str, version: str | None = None) -> Model:
         """A published model; without ``version``, its latest."""
         return Model.model_validate(self._json("GET", f"/v1/models/{_part(name)}", params=_given(version=version)))
+
+    def retire(self, name: str, version: str) -> Model:
+        """Serve a version no more, but to those who ask for it by number."""
+        return Model.model_validate(self._json("POST", f"/v1/models/{_part(name)}/{_part(version)}/retire"))
 
     # The platform itself
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ethogram.client import Client
     from ethogram.resources import Model
 
-app = typer.Typer(help="Upload, list and download artifacts.", invoke_without_command=True, callback=show_help)
+app = typer.Typer(help="Upload, list, download and delete artifacts.", invoke_without_command=True, callback=show_help)
 models = typer.Typer(
     help="Publish models to the inference service, and look at them.", invoke_without_command=True, callback=show_help
 )
@@ -82,6 +82,17 @@ def get(
     result(answer, as_json, lambda: say(f"{len(files)} files in {folder}"))
 
 
+@app.command(epilog=examples("ethogram artifacts rm 3f9c...", "ethogram artifacts rm job_abc/zoo"))
+def rm(source: Source, url: Url = None, as_json: Json = False) -> None:
+    """Delete an artifact that no job needs any more, and retired models made of it."""
+    from ethogram.cli.output import pairs, result
+    from ethogram.client import Client
+
+    with Client(url) as client:
+        gone = client.delete_artifact(_resolve(client, source))
+    result(gone, as_json, lambda: pairs({"deleted": gone.id, "name": gone.name, "bytes": gone.size}))
+
+
 @models.command(epilog=examples("ethogram models publish my-codec job_abc/codec"))
 def publish(
     name: ModelName,
@@ -96,6 +107,22 @@ def publish(
 
     with Client(url) as client:
         model = client.publish(name, _resolve(client, source), version)
+    result(model, as_json, lambda: _show(model))
+
+
+@models.command(epilog=examples("ethogram models retire my-codec 1"))
+def retire(
+    name: ModelName,
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Its version.", show_default=False)],
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a version no more, but to those who ask for it by number."""
+    from ethogram.cli.output import result
+    from ethogram.client import Client
+
+    with Client(url) as client:
+        model = client.retire(name, version)
     result(model, as_json, lambda: _show(model))
 
 

@@ -245,3 +245,14 @@ def _labels(given: list[str] | tuple[()]) -> dict[str, str]:
             raise InvalidInput(f"--label {item}: write KEY=VALUE, e.g. owner=me")
         labels[key] = value
     return labels
+
+
+@app.command(epilog=examples("ethogram jobs rm job_abc"))
+def rm(id: JobId, url: Url = None, as_json: Json = False) -> None:
+    """Delete a job that has ended, with its events, outputs and children; what is published stays."""
+    from ethogram.cli.output import pairs, result
+    from ethogram.client import Client
+
+    with Client(url) as client:
+        job = client.delete_job(id)
+    result(job, as_json, lambda: pairs({"deleted": job.id, "kind": job.kind, "state": job.state}))
