@@ -29,9 +29,9 @@ lint: $(STAMP)  ## ruff, mypy, import arrows, protobuf style, freshness of the g
 protos: $(STAMP)  ## regenerate ethogram/v1 from protos/
 	$(BIN)/python -m scripts.protos
 
-bench: $(STAMP)  ## make bench BENCH=name; the last line is one JSON object
+bench: $(STAMP)  ## make bench BENCH=name [ARGS="..."]; the last line is one JSON object
 	@test -n "$(BENCH)" || { echo "usage: make bench BENCH=name; there are: $$(ls benchmarks | sed -n 's/^\([a-z_]*\)\.py$$/\1/p' | grep -v '^_' | tr '\n' ' ')"; exit 2; }
-	$(BIN)/python -m benchmarks.$(BENCH)
+	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 clean:  ## remove what runs left; keeps the virtual environment
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

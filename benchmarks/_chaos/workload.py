@@ -1,0 +1,233 @@
+"""What users do meanwhile: submit, watch, cancel and retry, through gateways that come and go."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from benchmarks._chaos.arena import Arena
+from benchmarks._chaos.checks import Evidence
+from benchmarks._chaos.science import FILE, OUTPUT, consumed, total
+from ethogram.client import Client
+from ethogram.errors import EthogramError, IllegalState, Unavailable
+from ethogram.specs.base import ArtifactRef
+from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
+from services.jobs.records import ArtifactRow, Event, Job
+from services.jobs.states import JobState
+
+# So many are under way at once.
+_OPEN = 8
+_STEPS, _SECONDS = 30, 0.1
+_OPTIONS = {"max_attempts": 100, "stall_limit_seconds": 4.0}
+
+R = TypeVar("R")
+
+
+@dataclass
+class Asked:
+    """A job that was submitted."""
+
+    key: str
+    expected: float
+    steps: int
+    """Steps that its metrics must have; 0: none."""
+    ids: list[str] = field(default_factory=list)
+    """What each submission with the key was answered with."""
+    cancelled: bool = False
+    watched: list[list[int]] = field(default_factory=list)
+
+
+class Workload:
+    """Jobs of one seed, submitted as others end."""
+
+    def __init__(self, arena: Arena, seed: int, say: Callable[[str], None]) -> None:
+        self._arena, self._chance, self._say = arena, random.Random(f"workload {seed}"), say
+        self.asked: list[Asked] = []
+        self.wrong: list[str] = []
+        self._unfinished: set[str] = set()
+        self._threads: list[threading.Thread] = []
+        self.enough = threading.Event()
+
+    def run(self, at_least: int) -> None:
+        """Submit until ``enough`` is set and ``at_least`` jobs were."""
+        while not (self.enough.is_set() and len(self.asked) >= at_least):
+            self._unfinished = {job for job in self._unfinished if not self._state(job).terminal}
+            if len(self._unfinished) >= _OPEN:
+                time.sleep(0.1)
+                continue
+            match self._chance.choices(["plain", "pair", "parent", "meddled"], [6, 1, 1, 2])[0]:
+                case "pair":
+                    first = self._count()
+                    ref = ArtifactRef(job=first.ids[0], artifact=OUTPUT)
+                    self._submit("crossmodal", CrossmodalSpec(zoo=ref), consumed(first.expected), 0)
+                case "parent":
+                    spec = self._spec(subjects=self._chance.randint(2, 3), steps=8)
+                    self._submit("generation", spec, total(spec), 0)
+                case "meddled":
+                    self._spawn(
+                        self._meddle, self._count(), self._chance.uniform(0.0, 6.0), self._chance.random() < 0.6
+                    )
+                case _:
+                    asked = self._count()
+                    if len(self.asked) % 4 == 0:
+                        self._spawn(self._watch, asked, self._chance.randrange(len(self._arena.clients)))
+
+    def drain(self, seconds: float) -> None:
+        """Wait until all have ended, or time is over."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.1, deadline - time.monotonic()))
+        while time.monotonic() < deadline:
+            self._unfinished = {job for job in self._unfinished if not self._state(job).terminal}
+            if not self._unfinished:
+                break
+            time.sleep(0.2)
+        for thread in self._threads:
+            thread.join(5)
+            if thread.is_alive():
+                self.wrong.append("a watcher or a canceller did not come to its end")
+
+    def evidence(self, scratch: Path) -> list[Evidence]:
+        """What became of each job."""
+        return [self._evidence(asked, scratch) for asked in self.asked]
+
+    def roots(self) -> list[str]:
+        """All jobs in the registry that are no children."""
+        found, cursor = list[str](), None
+        while True:
+            page, cursor = self._arena.registry.list(limit=500, cursor=cursor)
+            found += [job.id for job in page if job.parent is None]
+            if cursor is None:
+                return found
+
+    def _evidence(self, asked: Asked, scratch: Path) -> Evidence:
+        registry, store = self._arena.registry, self._arena.store
+        job = registry.get(asked.ids[0])
+        rows = registry.artifacts(job=job.id, limit=100)[0]
+        output: float | str = "there is none"
+        steps: list[int] = []
+        for row in rows:
+            try:
+                folder = store.fetch(row.id, scratch / row.id)
+            except EthogramError as error:
+                output = f"{row.name}: {error.message}"
+                break
+            if row.name == OUTPUT:
+                output = float((folder / FILE).read_text())
+            elif row.name == "metrics":
+                steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        count = asked.steps if job.state is JobState.SUCCEEDED else 0
+        return Evidence(
+            job,
+            self._events(job),
+            self._live(rows),
+            asked.expected,
+            output,
+            steps,
+            count,
+            asked.cancelled,
+            asked.watched,
+        )
+
+    def _events(self, job: Job) -> list[Event]:
+        found: list[Event] = []
+        while page := self._arena.registry.events(job.id, after=found[-1].seq if found else 0):
+            found += page
+        return found
+
+    @staticmethod
+    def _live(rows: list[ArtifactRow]) -> list[ArtifactRow]:
+        return rows
+
+    def _count(self) -> Asked:
+        spec = self._spec()
+        return self._submit("generation", spec, total(spec), spec.training.steps)
+
+    def _spec(self, subjects: int = 1, steps: int = _STEPS) -> GenerationSpec:
+        training = SubjectTrainingSpec(steps=steps, learning_rate=_SECONDS)
+        return GenerationSpec(seed=self._chance.randrange(2**31), subjects=subjects, training=training)
+
+    def _submit(
+        self,
+        kind: Literal["generation", "crossmodal"],
+        spec: GenerationSpec | CrossmodalSpec,
+        expected: float,
+        steps: int,
+    ) -> Asked:
+        asked = Asked(f"key-{len(self.asked)}", expected, steps)
+        body: dict[str, Any] = spec.model_dump(mode="json", exclude_defaults=True)
+
+        def send(client: Client) -> str:
+            return client.submit(kind, body, idempotency_key=asked.key, **_OPTIONS).id  # type: ignore[arg-type]
+
+        asked.ids.append(self._patiently(send))
+        if self._chance.random() < 0.3:
+            asked.ids.append(self._patiently(send))
+        self.asked.append(asked)
+        self._unfinished.add(asked.ids[0])
+        return asked
+
+    def _patiently(self, call: Callable[[Client], R]) -> R:
+        """``call`` on one gateway or another until one answers."""
+        deadline = time.monotonic() + 120
+        while True:
+            client = self._arena.clients[random.randrange(len(self._arena.clients))]
+            try:
+                return call(client)
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _state(self, job: str) -> JobState:
+        try:
+            return self._arena.registry.get(job).state
+        except Unavailable:
+            return JobState.RUNNING
+
+    def _meddle(self, asked: Asked, seconds: float, retry: bool) -> None:
+        """Cancel at some moment, and perhaps think better of it."""
+        time.sleep(seconds)
+        job = asked.ids[0]
+        asked.cancelled = True
+        # It had ended, or the first answer was lost.
+        with suppress(IllegalState):
+            self._patiently(lambda client: client.cancel(job))
+        if not retry:
+            return
+        while not self._state(job).terminal:
+            time.sleep(0.1)
+        if self._state(job) is JobState.CANCELLED:
+            self._unfinished.add(job)
+            # The first answer was lost.
+            with suppress(IllegalState):
+                self._patiently(lambda client: client.retry(job))
+            asked.cancelled = False
+
+    def _watch(self, asked: Asked, gateway: int) -> None:
+        seen: list[int] = []
+        asked.watched.append(seen)
+        after = 0
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            try:
+                for event in self._arena.clients[gateway].events(asked.ids[0], after=after):
+                    if event.seq is not None:
+                        seen.append(event.seq)
+                        after = event.seq
+                return
+            except Unavailable:
+                time.sleep(0.2)
+
+    def _spawn(self, function: Callable[..., None], *words: Any) -> None:
+        thread = threading.Thread(target=function, args=words, daemon=True)
+        thread.start()
+        self._threads.append(thread)

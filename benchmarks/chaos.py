@@ -1,0 +1,177 @@
+"""``make bench BENCH=chaos``: the promises of the job engine while processes die and stall, disks fill, clocks step.
+
+    make bench BENCH=chaos                              # at least 200 faults, half on SQLite, half on PostgreSQL
+    make bench BENCH=chaos ARGS="--faults 40 --seed 7"  # another draw, smaller
+    make bench BENCH=chaos ARGS="--part claims"         # only how long a claim takes in a long queue
+
+The last line is one JSON object. What went wrong is told on standard error, with the folder of the logs, which is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks._chaos import checks
+from benchmarks._chaos.arena import Arena
+from benchmarks._chaos.faults import Faults
+from benchmarks._chaos.workload import Workload
+from benchmarks._claims import claim_flat_ratio
+from benchmarks._watchers import watcher_events_lost
+from ethogram.bench import Figure, form
+from tests.conftest import free_port
+from tests.postgres_server import start_postgres
+from tests.redis_server import start_redis
+
+_DRAIN_SECONDS = 300.0
+_BEGAN = time.monotonic()
+
+
+@dataclass
+class Outcome:
+    """What one arena showed."""
+
+    faults: int
+    jobs: int
+    lost: list[str]
+    duplicated: list[str]
+    unequal: list[str]
+    stale_tried: int
+    stale_accepted: list[str]
+    detection: list[float]
+    orphans: list[str]
+
+
+def say(text: str) -> None:
+    """Progress, for people."""
+    sys.stderr.write(f"{time.monotonic() - _BEGAN:6.0f} s  {text}\n")
+    sys.stderr.flush()
+
+
+def suffer(folder: Path, database: str, *, faults: int, jobs: int, seed: int) -> Outcome:
+    """``faults`` faults on one platform that works on at least ``jobs`` jobs meanwhile."""
+    arena = Arena(folder, database)
+    left: int | None = None
+    try:
+        say(f"{database}: the platform is up")
+        chance = random.Random(f"faults {seed} {database}")
+        workload, doer = Workload(arena, seed, say), Faults(arena, chance, say)
+        submitting = threading.Thread(target=workload.run, args=(jobs,), daemon=True)
+        submitting.start()
+        try:
+            told = 0
+            while (done := sum(doer.found.done.values())) < faults:
+                time.sleep(chance.uniform(0.0, 0.6))
+                doer.one()
+                if done // 10 > told:
+                    told = done // 10
+                    say(f"{database}: {done} of {faults} faults, {len(workload.asked)} jobs")
+        finally:
+            workload.enough.set()
+            doer.close()
+        submitting.join(120)
+        if submitting.is_alive():
+            workload.wrong.append("submissions are not answered")
+        say(f"{database}: {faults} faults done, {len(workload.asked)} jobs; waiting for their ends")
+        workload.drain(_DRAIN_SECONDS)
+        scratch = folder / "fetched"
+        scratch.mkdir()
+        found = workload.evidence(scratch)
+        keys = {asked.key: asked.ids for asked in workload.asked}
+        outcome = Outcome(
+            faults=sum(doer.found.done.values()),
+            jobs=len(found),
+            lost=[*checks.lost(found), *workload.wrong],
+            duplicated=checks.duplicated(found, keys, workload.roots()),
+            unequal=checks.unequal(found),
+            stale_tried=doer.found.stale_tried,
+            stale_accepted=[*doer.found.stale_accepted, *checks.stale(found)],
+            detection=doer.found.detection,
+            orphans=[*doer.found.orphans, *(str(process.pid) for process in arena.orphans())],
+        )
+        for name, times in sorted(doer.found.done.items()):
+            say(f"    {times:3} x {name}")
+    finally:
+        left = arena.close()
+    outcome.orphans += ["a job's process outlived its platform"] * left
+    for what in ("lost", "duplicated", "unequal", "stale_accepted", "orphans"):
+        for sentence in getattr(outcome, what):
+            say(f"WRONG, {what}: {sentence}")
+    return outcome
+
+
+def main() -> None:
+    """The benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser.add_argument("--faults", type=int, default=200, help="faults in all (200)")
+    parser.add_argument("--jobs", type=int, default=50, help="jobs at least, in all (50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws of faults and jobs (0)")
+    parser.add_argument("--database", choices=["both", "sqlite", "postgresql"], default="both")
+    parser.add_argument("--part", choices=["all", "faults", "claims", "watchers"], default="all")
+    given = parser.parse_args()
+    databases = ["sqlite", "postgresql"] if given.database == "both" else [given.database]
+    figures: dict[str, Figure] = {}
+    folder = Path(tempfile.mkdtemp(prefix="ethogram-chaos-"))
+    if given.part in ("all", "claims"):
+        figures["claim_flat_ratio"] = Figure(_claims(folder, databases), "<=", 1.5)
+    if given.part in ("all", "watchers"):
+        figures["watcher_events_lost"] = Figure(_watchers(folder), "==", 0)
+    if given.part in ("all", "faults"):
+        share = -(-given.faults // len(databases)), -(-given.jobs // len(databases))
+        found = [
+            suffer(folder / database, database, faults=share[0], jobs=share[1], seed=given.seed)
+            for database in databases
+        ]
+        refused = sum(one.stale_tried for one in found)
+        accepted = sum(len(one.stale_accepted) for one in found)
+        detection = [seconds for one in found for seconds in one.detection]
+        say(f"{len(detection)} losses of attempts were timed; {refused} stale writes were refused, {accepted} accepted")
+        figures |= {
+            "faults": Figure(sum(one.faults for one in found), ">=", given.faults),
+            "jobs": Figure(sum(one.jobs for one in found), ">=", given.jobs),
+            "lost": Figure(sum(len(one.lost) for one in found), "==", 0),
+            "duplicated": Figure(sum(len(one.duplicated) for one in found), "==", 0),
+            "unequal": Figure(sum(len(one.unequal) for one in found), "==", 0),
+            "stale_refused": Figure(refused / (refused + accepted) if refused else None, "==", 1.0),
+            "detection_leases": Figure(max(detection, default=None), "<=", 2.0),
+            "orphans": Figure(sum(len(one.orphans) for one in found), "==", 0),
+        }
+    whole = form("chaos", figures)
+    if whole["ok"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        say(f"not all is well; logs and databases are in {folder}")
+    print(json.dumps(whole))
+    sys.exit(0 if whole["ok"] else 1)
+
+
+def _claims(folder: Path, databases: list[str]) -> float:
+    server = start_postgres(folder) if "postgresql" in databases else None
+    try:
+        urls = {"sqlite": f"sqlite:///{folder / 'claims.db'}", "postgresql": server.url if server else ""}
+        return claim_flat_ratio([urls[database] for database in databases], say)
+    finally:
+        if server is not None:
+            server.close()
+
+
+def _watchers(folder: Path) -> int:
+    port = free_port()
+    server = start_redis(port, folder)
+    try:
+        return watcher_events_lost(folder, f"redis://127.0.0.1:{port}/0", say)
+    finally:
+        server.kill()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main()
