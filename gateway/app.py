@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 
 import anyio.to_thread
@@ -11,6 +12,7 @@ from fastapi.routing import APIRoute
 
 from gateway import problems
 from gateway.inputs import storable
+from gateway.metrics import GatewayMetrics
 from gateway.middleware import BodyLimit, RequestContext
 from gateway.routes import artifacts, events, jobs, meta, models
 from gateway.services import Services
@@ -22,6 +24,8 @@ from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.runtime import scratch
 
+# Three parts are asked at once, and two probes may come together.
+CHECKERS = 6
 _ERROR = {"model": problems.Problem, "content": {problems.MEDIA_TYPE: {}}}
 
 
@@ -33,13 +37,18 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     """
     held = ExitStack()
     registry = JobRegistry.open(settings.database)
+    tails = Tails(registry, settings.redis_url, settings.stream_limit)
+    metrics = GatewayMetrics(registry, lambda: tails.streams)
+    checks = held.enter_context(ThreadPoolExecutor(CHECKERS, thread_name_prefix="readyz"))
     services = Services(
         settings=settings,
         registry=registry,
         store=ArtifactStore(settings.store_url),
         bell=Bell(settings.redis_url),
         notifier=Notifier(settings.redis_url),
-        tails=Tails(registry, settings.redis_url, settings.stream_limit),
+        tails=tails,
+        metrics=metrics,
+        checks=checks,
         work=held.enter_context(scratch.folder(settings.work, "gateway")),
     )
 
@@ -71,7 +80,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     problems.install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=settings.body_limit, exceptions={"/v1/artifacts": settings.upload_limit})
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, metrics=metrics)
     return app
 
 

@@ -14,21 +14,24 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ethogram.errors import Internal
+from gateway.metrics import UNKNOWN, GatewayMetrics
 from gateway.problems import problem
+from gateway.sse import EVENT_STREAM
 
 logger = logging.getLogger(__name__)
 
 HEADER = b"x-request-id"
 _WELL_FORMED = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_PROBES = frozenset({"/healthz", "/readyz"})
+_PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class RequestContext:
-    """Gives each request an id (the client's own ``X-Request-ID`` if it is well formed), logs one line per request, and
-    answers exceptions that nobody expected with that id alone."""
+    """Counts requests, gives each an id (the client's own ``X-Request-ID`` if it is well formed), logs one line for
+    each, and answers exceptions that nobody expected with that id alone."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,13 +40,16 @@ class RequestContext:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _WELL_FORMED.fullmatch(given) else secrets.token_hex(8)
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
-        began, status = time.perf_counter(), 0
+        began, status, streams = time.perf_counter(), 0, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streams
             if message["type"] == "http.response.start":
                 status = message["status"]
+                streams = Headers(raw=message.get("headers", [])).get("content-type", "").startswith(EVENT_STREAM)
                 message["headers"] = [*message.get("headers", ()), (HEADER, request_id.encode())]
+            elif streams:
+                self.metrics.sent.inc(len(message.get("body", b"")))
             await send(message)
 
         # As it came, percent-encoded: a path cannot forge a line of the log.
@@ -60,6 +66,9 @@ class RequestContext:
         finally:
             quiet = scope["path"] in _PROBES and status < 400
             seconds = round(time.perf_counter() - began, 4)
+            route = getattr(scope.get("route"), "path", UNKNOWN)
+            method = scope["method"] if scope["method"] in _METHODS else UNKNOWN
+            self.metrics.answered(method, route, status, seconds, streams)
             logger.log(
                 logging.DEBUG if quiet else logging.INFO, "request", extra=line | {"status": status, "seconds": seconds}
             )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from gateway.metrics import GatewayMetrics
 from gateway.settings import GatewaySettings
 from gateway.tail import Tails
 from services.artifacts.store import ArtifactStore
@@ -30,6 +32,9 @@ class Services:
     bell: Bell
     notifier: Notifier
     tails: Tails
+    metrics: GatewayMetrics
+    checks: ThreadPoolExecutor
+    """Threads for what may not answer, so that a probe does."""
     work: Path
     """Scratch folder of uploads."""
 

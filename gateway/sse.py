@@ -9,6 +9,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Send
 
 KEEP_ALIVE = b":\n\n"
+EVENT_STREAM = "text/event-stream"
 RETRY = b"retry: 1000\n\n"
 
 
@@ -21,7 +22,7 @@ def frame(event: str, data: str, id: int | None = None) -> bytes:
 class EventStream(StreamingResponse):
     """An answer that goes on as long as its async generator, which is closed at once when the client leaves."""
 
-    media_type = "text/event-stream"
+    media_type = EVENT_STREAM
 
     def __init__(self, content: AsyncGenerator[bytes, None]) -> None:
         self._content = content

@@ -112,6 +112,11 @@ class Tails:
         self._readers = anyio.CapacityLimiter(READERS)
         self._listener = asyncio.create_task(self._listen())
 
+    @property
+    def streams(self) -> int:
+        """How many are open."""
+        return self._streams
+
     def close_streams(self) -> None:
         """End all streams, so that the server can; their clients come back elsewhere and go on where they were."""
         self._closing = True

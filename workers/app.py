@@ -26,6 +26,7 @@ from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.kinds import KINDS, Kind
 from services.runtime import lifetime, logs, scratch
+from workers.metrics import WorkerMetrics, served
 from workers.settings import WorkerSettings
 from workers.slots import Slot, slots_of
 from workers.supervisor import Supervisor
@@ -48,7 +49,9 @@ class Ringer:
         slots: list[Slot],
         stopping: threading.Event,
         lease_seconds: float,
+        metrics: WorkerMetrics,
     ) -> None:
+        self._metrics = metrics
         self._registry, self._supervisor, self._bell = registry, supervisor, bell
         self._stopping, self._lease_seconds = stopping, lease_seconds
         self._name = f"{socket.gethostname()}:{os.getpid()}"
@@ -60,6 +63,7 @@ class Ringer:
     def serve(self, queue_name: str) -> None:
         """Run the jobs of ``queue_name``, one after the other, in one slot."""
         slot = self._free.get()
+        self._metrics.rings.inc()
         try:
             while not self._stopping.is_set():
                 try:
@@ -69,6 +73,7 @@ class Ringer:
                     return
                 if claim is None:
                     return
+                self._metrics.claims.labels(queue_name).inc()
                 # Rings are merged: this one may have meant several jobs, and another slot may be idle.
                 with suppress(Unavailable):
                     if queue_name in self._registry.queues_with_work():
@@ -147,11 +152,13 @@ def serve(config: WorkerSettings, kinds: Mapping[str, Kind]) -> None:
     refuse_cluster(config.redis_url)
     registry = JobRegistry.open(config.database)
     bell, notifier = Bell(config.redis_url), Notifier(config.redis_url)
-    with scratch.folder(config.work, "worker") as work:
+    metrics = WorkerMetrics(config.slots)
+    with served(metrics, config), scratch.folder(config.work, "worker") as work:
         supervisor = Supervisor(
             registry,
             notifier,
             kinds,
+            metrics,
             store=config.store_url,
             work=work,
             stopping=stopping,
@@ -168,6 +175,7 @@ def serve(config: WorkerSettings, kinds: Mapping[str, Kind]) -> None:
                 slots=slots_of(config),
                 stopping=stopping,
                 lease_seconds=config.lease_seconds,
+                metrics=metrics,
             ),
             bell,
         )

@@ -17,6 +17,7 @@ from services.artifacts.collect import Collector, Needs
 from services.artifacts.remote import awake
 from services.artifacts.store import ArtifactStore
 from services.jobs.registry import JobRegistry
+from workers.metrics import ReconcilerMetrics
 from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,12 @@ class Housekeeper:
         registry: JobRegistry,
         store: ArtifactStore,
         config: WorkerSettings,
+        metrics: ReconcilerMetrics,
         *,
         clock: Callable[[], float] = awake,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._registry, self._store, self._config = registry, store, config
+        self._registry, self._store, self._config, self._metrics = registry, store, config, metrics
         self._clock, self._wall = clock, wall
         self._offset = wall() - clock()
         self._warned = False
@@ -57,6 +59,8 @@ class Housekeeper:
             self._delete_old_jobs()
         done = self._collector.collect()
         if done.files or done.artifacts:
+            self._metrics.collected.inc(done.artifacts)
+            self._metrics.freed.inc(done.bytes)
             logger.info("deleted what nothing needs", extra=asdict(done))
 
     def _delete_old_jobs(self) -> None:
@@ -88,13 +92,13 @@ class Housekeeper:
         return Needs(live=self._registry.live_artifacts(), attempts=attempts, spent=spent)
 
 
-def run(registry: JobRegistry, config: WorkerSettings, stopping: threading.Event) -> None:
+def run(registry: JobRegistry, config: WorkerSettings, metrics: ReconcilerMetrics, stopping: threading.Event) -> None:
     """Look until ``stopping``, whatever fails."""
     keeper: Housekeeper | None = None
     failed = ""
     while True:
         try:
-            keeper = keeper or Housekeeper(registry, ArtifactStore(config.store_url), config)
+            keeper = keeper or Housekeeper(registry, ArtifactStore(config.store_url), config, metrics)
             keeper.look()
             failed = ""
         except EthogramError as error:

@@ -18,6 +18,7 @@ from ethogram.v1 import jobs_pb2
 from services.jobs.notify import Notifier
 from services.jobs.registry import Claim, Job, JobRegistry
 from services.kinds import Kind
+from workers.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +48,15 @@ class Ledger:
         notifier: Notifier,
         claim: Claim,
         kinds: Mapping[str, Kind],
+        metrics: WorkerMetrics,
         *,
         stopping: threading.Event,
         grace: float,
     ) -> None:
-        self._registry, self._notifier, self._kinds = registry, notifier, kinds
+        self._registry, self._notifier, self._kinds, self._metrics = registry, notifier, kinds, metrics
         self._attempt, self._job = claim.attempt, claim.job.id
         self._stopping, self._grace = stopping, grace
-        self._metrics: dict[str, float] = {}
+        self._values: dict[str, float] = {}
         self.result: dict[str, Any] | None = None
         """The job's answer, once it gave one."""
         self.waits = False
@@ -71,7 +73,7 @@ class Ledger:
                 case "progress":
                     progress = event.progress
                 case "metric":
-                    self._metrics.update(event.metric.values)
+                    self._values.update(event.metric.values)
                 case "log":
                     lines.append(("log", {"level": event.log.level, "message": event.log.message}))
                 case "checkpoint":
@@ -106,6 +108,7 @@ class Ledger:
     def _append(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
         if lines:
             self._batch += 1
+            self._metrics.events.inc(len(lines))
             written = self._persist(partial(self._registry.append_events, self._attempt, lines, self._batch))
             lines.clear()
             self._notify(written[-1].seq if written else self._seq)
@@ -113,6 +116,7 @@ class Ledger:
     def _checkpoint(self, point: jobs_pb2.Checkpoint) -> None:
         commit = partial(self._registry.commit_checkpoint, self._attempt, point.artifact, point.step)
         self._notify(self._persist(commit).seq)
+        self._metrics.checkpoints.inc()
 
     def _artifact(self, made: jobs_pb2.Artifact) -> None:
         commit = self._registry.commit_artifact
@@ -137,7 +141,7 @@ class Ledger:
             "done": progress.done,
             "total": progress.total,
             "unit": progress.unit,
-            "metrics": dict(self._metrics),
+            "metrics": dict(self._values),
         }
         self._persist(partial(self._registry.set_progress, self._attempt, state))
         # No event, but something to look at.
@@ -176,6 +180,7 @@ class Ledger:
                     deadline = deadline or time.monotonic() + self._grace
                     if time.monotonic() > deadline:
                         raise
+                self._metrics.retries.inc()
                 logger.warning("the registry does not answer; trying again", extra={"error": str(error)[:300]})
                 time.sleep(RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)])
                 tries += 1

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from ethogram.errors import StaleAttempt
 from services.jobs.registry import Claim, JobRegistry
+from workers.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +22,9 @@ class Pulse:
     Not by events: a job that compiles for minutes says nothing, and lives.
     """
 
-    def __init__(self, registry: JobRegistry, claim: Claim) -> None:
+    def __init__(self, registry: JobRegistry, claim: Claim, metrics: WorkerMetrics) -> None:
         self.cancel, self.stale = threading.Event(), threading.Event()
-        self._registry, self._attempt = registry, claim.attempt
+        self._registry, self._attempt, self._metrics = registry, claim.attempt, metrics
         self._interval = claim.lease_seconds / BEATS_PER_LEASE
         self._done = threading.Event()
         self._began = time.monotonic()
@@ -54,4 +55,5 @@ class Pulse:
                 return
             except Exception:
                 # The registry may be back at the next beat; if not in time, the fence keeps the job whole.
+                self._metrics.missed.inc()
                 logger.warning("no heartbeat", extra={"attempt": self._attempt}, exc_info=True)

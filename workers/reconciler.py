@@ -24,6 +24,7 @@ from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.runtime import lifetime, logs
 from workers import collector
+from workers.metrics import ReconcilerMetrics, served
 from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,14 @@ class Reconciler:
     """Looks at the registry now and then."""
 
     def __init__(
-        self, registry: JobRegistry, bell: Bell, notifier: Notifier, clock: Callable[[], float] = time.monotonic
+        self,
+        registry: JobRegistry,
+        bell: Bell,
+        notifier: Notifier,
+        metrics: ReconcilerMetrics,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._metrics = metrics
         self._registry, self._bell, self._notifier, self._clock = registry, bell, notifier, clock
         self._watched: dict[str, Watched] = {}
         self._waited: dict[tuple[str, int], float] = {}
@@ -74,6 +81,8 @@ class Reconciler:
         self.period = min([PERIOD_SECONDS, *(attempt.lease_seconds / LOOKS_PER_LEASE for attempt in running)])
         for queue in self._registry.queues_with_work():
             self._bell.ring(queue)
+            self._metrics.rings.inc()
+        self._metrics.looks.inc()
 
     def _wake(self, passed: float) -> None:
         """End the back-offs that have stood for their seconds; the registry itself ends them by the wall clock."""
@@ -84,6 +93,7 @@ class Reconciler:
             if seconds >= back.seconds:
                 job = self._registry.wake(back.job, back.claims)
                 if job is not None:
+                    self._metrics.woken.inc()
                     self._notifier.notify(job.id, job.seq)
         self._waited = waited
 
@@ -92,11 +102,12 @@ class Reconciler:
             job = self._registry.release(attempt, "lost", f"its worker {worker} has not been heard for {still:.0f} s")
         except StaleAttempt:
             return  # Ended at this very moment.
+        self._metrics.lost.inc()
         logger.warning("attempt lost", extra={"job": job.id, "attempt": attempt, "worker": worker})
         self._notifier.notify(job.id, job.seq)
 
 
-def run(reconciler: Reconciler, stopping: threading.Event) -> None:
+def run(reconciler: Reconciler, metrics: ReconcilerMetrics, stopping: threading.Event) -> None:
     """Look until ``stopping``."""
     broken = False
     while not stopping.wait(reconciler.period):
@@ -106,6 +117,7 @@ def run(reconciler: Reconciler, stopping: threading.Event) -> None:
                 logger.info("the registry answers again")
             broken = False
         except Unavailable as error:
+            metrics.failures.inc()
             if not broken:
                 logger.error(error.message)
             broken = True
@@ -131,14 +143,16 @@ def main() -> None:
             lifetime.exit_on_eof(lambda: os.kill(os.getpid(), signal.SIGTERM))
         registry = JobRegistry.open(config.database)
         bell, notifier = Bell(config.redis_url), Notifier(config.redis_url)
-        housekeeping = threading.Thread(
-            target=collector.run, args=[registry, config, stopping], name="collector", daemon=True
-        )
-        housekeeping.start()
-        logger.info("reconciler ready")
-        run(Reconciler(registry, bell, notifier), stopping)
-        # What it is at may take long; it can be left at any point.
-        housekeeping.join(LEAVE_SECONDS)
+        metrics = ReconcilerMetrics()
+        with served(metrics, config):
+            housekeeping = threading.Thread(
+                target=collector.run, args=[registry, config, metrics, stopping], name="collector", daemon=True
+            )
+            housekeeping.start()
+            logger.info("reconciler ready")
+            run(Reconciler(registry, bell, notifier, metrics), metrics, stopping)
+            # What it is at may take long; it can be left at any point.
+            housekeeping.join(LEAVE_SECONDS)
         bell.close()
         notifier.close()
         registry.close()

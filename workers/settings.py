@@ -35,6 +35,11 @@ class WorkerSettings(ProcessSettings):
     retention_days: float = Field(0.0, ge=0, le=100_000)
     """Jobs that ended longer ago are deleted with all that only they need; 0: never."""
 
+    metrics_port: int = Field(0, ge=0, le=65_535)
+    """TCP port on which Prometheus is told of this process; 0: none."""
+    metrics_host: str = "127.0.0.1"
+    """Address of that port; ``0.0.0.0`` for all."""
+
     @field_validator("queues", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:

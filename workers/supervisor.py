@@ -26,6 +26,7 @@ from services.jobs.notify import Notifier
 from services.jobs.registry import Claim, Job, JobRegistry
 from services.kinds import Kind
 from workers.ledger import Ledger, Outcome
+from workers.metrics import WorkerMetrics
 from workers.process import Child, ChildFailed, describe_exit
 from workers.pulse import Pulse
 from workers.slots import Slot
@@ -48,6 +49,7 @@ class Supervisor:
     registry: JobRegistry
     notifier: Notifier
     kinds: Mapping[str, Kind]
+    metrics: WorkerMetrics
     store: str
     """URL of the artifact store."""
     work: Path
@@ -62,19 +64,29 @@ class Supervisor:
         told = {"job": claim.job.id, "attempt": claim.attempt, "kind": claim.job.kind, "slot": slot.index}
         logger.info("attempt begins", extra=told)
         ledger = Ledger(
-            self.registry, self.notifier, claim, self.kinds, stopping=self.stopping, grace=self.grace_seconds
+            self.registry,
+            self.notifier,
+            claim,
+            self.kinds,
+            self.metrics,
+            stopping=self.stopping,
+            grace=self.grace_seconds,
         )
         work_dir = self.work / claim.attempt
+        how = "taken"
         try:
-            with Pulse(self.registry, claim) as pulse:
+            with self.metrics.busy.track_inprogress(), Pulse(self.registry, claim, self.metrics) as pulse:
                 outcome = self._attempt(claim, slot, work_dir, ledger, pulse)
                 ledger.settle(outcome, pulse.seconds)
+                self.metrics.seconds.labels(claim.job.kind).observe(pulse.seconds)
+                how = outcome.kind
             logger.info("attempt ends", extra={**told, "outcome": outcome.kind, "detail": outcome.message})
         except StaleAttempt:
             logger.warning("the attempt is no longer ours; nothing more is written in its name", extra=told)
         except Exception:
             logger.exception("the attempt's end could not be written down; the reconciler will", extra=told)
         finally:
+            self.metrics.attempts.labels(claim.job.kind, how).inc()
             shutil.rmtree(work_dir, ignore_errors=True)
 
     def _attempt(self, claim: Claim, slot: Slot, work_dir: Path, ledger: Ledger, pulse: Pulse) -> Outcome:

@@ -80,17 +80,21 @@ def submit_pipeline(
     pipeline: Annotated[Pipeline, Body(openapi_examples=PIPELINE_EXAMPLES)],
     services: With,
     request: Request,
+    response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> PipelineJobs:
-    """Queue several jobs at once, all or none."""
-    jobs = services.registry.submit_pipeline(
+    """Queue several jobs at once, all or none. 200 instead of 201 for a repeated `Idempotency-Key`."""
+    jobs, created = services.registry.submit_pipeline(
         {name: (job.kind, job.spec, job.options) for name, job in pipeline.jobs.items()},
         tenant=TENANT,
         idempotency_key=idempotency_key,
         trace=request_id_of(request),
     )
-    for job in jobs.values():
-        services.announce(job)
+    if created:
+        for job in jobs.values():
+            services.announce(job)
+    else:
+        response.status_code = 200
     return PipelineJobs(jobs=jobs)
 
 
@@ -100,6 +104,7 @@ def list_jobs(
     *,
     kind: Annotated[str | None, Query(description=f"One of: {', '.join(KINDS)}.")] = None,
     state: JobState | None = None,
+    parent: Annotated[str | None, Query(description="Id of a job: only its children.")] = None,
     label: Annotated[list[str] | None, Query(description="`key=value`; several: all must match.")] = None,
     limit: Limit = 50,
     cursor: Cursor = None,
@@ -114,7 +119,7 @@ def list_jobs(
             raise InvalidInput.field("label", f"{item!r} must be written key=value")
         labels[key] = value
     items, after = services.registry.list(
-        TENANT, kind=kind, state=state, labels=labels or None, limit=limit, cursor=cursor
+        TENANT, kind=kind, state=state, labels=labels or None, parent=parent, limit=limit, cursor=cursor
     )
     return Page(items=items, next_cursor=after)
 
@@ -134,9 +139,13 @@ def cancel(job_id: Id, services: With) -> Job:
 
 
 @router.post("/jobs/{job_id}/retry")
-def retry(job_id: Id, services: With) -> Job:
+def retry(
+    job_id: Id,
+    services: With,
+    from_start: Annotated[bool, Query(description="Forget its last checkpoint.")] = False,
+) -> Job:
     """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
-    job = services.registry.retry(job_id)
+    job = services.registry.retry(job_id, from_start=from_start)
     services.announce(job)
     return job
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ethogram.errors import EthogramError, Unavailable
+from gateway.metrics import MEDIA_TYPE
 from gateway.services import Services, With
 from services.jobs.bell import without_password
 from services.kinds import KINDS
@@ -72,15 +73,19 @@ async def healthz() -> dict[str, str]:
 def readyz(services: With, response: Response) -> Readiness:
     """Whether the database, the artifact store and Redis can be used; for each that cannot, what to do."""
     checks = {"database": _database, "store": _store, "redis": _redis}
-    pool = ThreadPoolExecutor(len(checks), thread_name_prefix="readyz")
-    futures = {name: pool.submit(_check, name, check, services) for name, check in checks.items()}
+    futures = {name: services.checks.submit(_check, name, check, services) for name, check in checks.items()}
     wait(futures.values(), CHECK_SECONDS)
-    pool.shutdown(wait=False, cancel_futures=True)
     late = f"did not answer within {CHECK_SECONDS:g} s: see that it runs and is not overloaded"
     found = [f.result() if f.done() else Check(name=name, ok=False, detail=late) for name, f in futures.items()]
     ready = all(check.ok for check in found)
     response.status_code = 200 if ready else 503
     return Readiness(status="ready" if ready else "not ready", checks=found)
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {MEDIA_TYPE: {}}}})
+def metrics(services: With) -> Response:
+    """Of this gateway and of the queues, for Prometheus."""
+    return Response(services.metrics.exposition(), media_type=MEDIA_TYPE)
 
 
 @router.get("/v1/kinds")

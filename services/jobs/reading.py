@@ -6,13 +6,13 @@ import builtins
 import re
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session, selectinload
 
 from ethogram.errors import InvalidInput, NotFound
 from services.jobs import cursors, submission, tables, text, transitions
 from services.jobs.database import Database
-from services.jobs.records import LABEL_KEY, ArtifactRow, BackingOff, Event, Job, RunningAttempt
+from services.jobs.records import LABEL_KEY, ArtifactRow, BackingOff, Depth, Event, Job, RunningAttempt
 from services.jobs.states import JobState
 
 ACTIVE = (JobState.RUNNING, JobState.CANCELLING)
@@ -116,6 +116,28 @@ class Reading:
             if row is None:
                 raise NotFound(f"there is no artifact {id!a}")
             return artifact_of(row)
+
+    def depths(self) -> builtins.list[Depth]:
+        """What is in each queue that has jobs which have not ended; it costs as much as there are such jobs."""
+        job = tables.Job
+        unfinished = [state for state in JobState if not state.terminal]
+        # Jobs are numbered as they come, so the oldest is the one with the least number.
+        query = select(job.queue, job.state, job.ready, func.count(), func.min(job.number))
+        query = query.where(job.state.in_(unfinished)).group_by(job.queue, job.state, job.ready)
+        found: dict[str, Depth] = {}
+        with self._database.read() as session:
+            for queue, state, ready, count, oldest in session.execute(query).all():
+                depth = found.setdefault(queue, Depth(queue=queue))
+                if state != JobState.QUEUED:
+                    field = "running" if state == JobState.RUNNING else "cancelling"
+                    setattr(depth, field, getattr(depth, field) + count)
+                elif not ready:
+                    depth.held += count
+                else:
+                    depth.ready += count
+                    since = session.scalars(select(job.created_at).where(job.number == oldest)).one()
+                    depth.oldest_ready_seconds = max(0.0, (transitions.now() - since).total_seconds())
+        return sorted(found.values(), key=lambda depth: depth.queue)
 
     def backing_off(self) -> builtins.list[BackingOff]:
         """Jobs that wait after a crash, for the reconciler to end the wait; see :meth:`Attempts.wake`."""

@@ -129,6 +129,20 @@ class Claim(BaseModel):
     """Child jobs that earlier attempts made."""
 
 
+class Depth(BaseModel):
+    """What is in one queue."""
+
+    queue: str
+    ready: int = 0
+    """Jobs that could be claimed now."""
+    held: int = 0
+    """Jobs that wait for inputs, children, the end of a back-off or their time to start."""
+    running: int = 0
+    cancelling: int = 0
+    oldest_ready_seconds: float = 0.0
+    """Age of the oldest job that could be claimed."""
+
+
 class BackingOff(BaseModel):
     """A queued job that waits after a crash. ``claims`` tells one such wait from the next."""
 

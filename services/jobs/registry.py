@@ -18,11 +18,11 @@ from ethogram.errors import IllegalState
 from ethogram.specs.base import ArtifactRef, Spec
 from services.jobs import artifacts, submission, tables, transitions
 from services.jobs.database import Database
-from services.jobs.records import ArtifactRow, Claim, Event, Job, Options, RunningAttempt
+from services.jobs.records import ArtifactRow, Claim, Depth, Event, Job, Options, RunningAttempt
 from services.jobs.retention import Retention
 from services.jobs.states import JobState
 
-__all__ = ["ArtifactRow", "Claim", "Event", "Job", "JobRegistry", "JobState", "Options", "RunningAttempt"]
+__all__ = ["ArtifactRow", "Claim", "Depth", "Event", "Job", "JobRegistry", "JobState", "Options", "RunningAttempt"]
 
 
 class JobRegistry(Retention):
@@ -94,15 +94,16 @@ class JobRegistry(Retention):
         tenant: str = "default",
         idempotency_key: str | None = None,
         trace: str | None = None,
-    ) -> dict[str, Job]:
-        """Several jobs at once, all or none: name to ``(kind, spec, options)``, options as in :meth:`submit`.
+    ) -> tuple[dict[str, Job], bool]:
+        """Several jobs at once, all or none: name to ``(kind, spec, options)``, options as in :meth:`submit`. The jobs
+        by name, and whether they are new.
 
         An :class:`ArtifactRef` may name a job of the same pipeline. Raises :class:`InvalidInput` for an unknown name
         or a circle, and what :meth:`submit` raises; fields are named ``jobs.<name>.…``.
         """
         requests = submission.make_pipeline(jobs)
         body = {"pipeline": {name: request.body for name, request in requests.items()}}
-        return self._submit(requests, body, tenant, idempotency_key, trace)[0]
+        return self._submit(requests, body, tenant, idempotency_key, trace)
 
     def _submit(
         self, requests: Mapping[str, submission.Request], body: Any, tenant: str, key: str | None, trace: str | None

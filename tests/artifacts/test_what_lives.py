@@ -19,6 +19,7 @@ from services.artifacts.store import ArtifactStore
 from services.jobs.registry import Claim, JobRegistry, JobState
 from services.jobs.tables import Artifact
 from workers.collector import Housekeeper
+from workers.metrics import ReconcilerMetrics
 from workers.settings import WorkerSettings
 
 
@@ -27,6 +28,7 @@ class Account:
     """What a job has, as the test keeps it."""
 
     outputs: dict[str, str] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
     inputs: set[str] = field(default_factory=set)
     checkpoint: str | None = None
     succeeded: bool = False
@@ -40,7 +42,7 @@ class World:
         self.registry = JobRegistry.open(f"sqlite:///{folder / 'registry.db'}")
         self.store = ArtifactStore(url)
         self.config = WorkerSettings(gc_grace_seconds=0.0)
-        self.keeper = Housekeeper(self.registry, self.store, self.config)
+        self.keeper = Housekeeper(self.registry, self.store, self.config, ReconcilerMetrics())
         self.jobs: dict[str, Account] = {}
         self.uploads, self.published = set[str](), set[str]()
         self.running: dict[str, Claim] = {}
@@ -96,6 +98,7 @@ class World:
         self.registry.commit_artifact(claim.attempt, "zoo", "codec", id, 1)
         self.uncommitted[claim.attempt].discard(id)
         self.jobs[claim.job.id].outputs["zoo"] = id
+        self.jobs[claim.job.id].made.add(id)
 
     def checkpoint(self) -> None:
         claim = self.any_running()
@@ -171,13 +174,14 @@ class World:
             self.registry.delete_job(job, self.store.published())
         except IllegalState:
             return
-        self.uploads |= set(self.jobs.pop(job).outputs.values()) & self.published
+        # Those that a later output had replaced, too.
+        self.uploads |= self.jobs.pop(job).made & self.published
 
     def any_job(self) -> str | None:
         return self.chance.choice(sorted(self.jobs)) if self.jobs else None
 
     def restart(self) -> None:
-        self.keeper = Housekeeper(self.registry, self.store, self.config)
+        self.keeper = Housekeeper(self.registry, self.store, self.config, ReconcilerMetrics())
 
     def must_live(self) -> set[str]:
         alive = {*self.rows(), *self.published}

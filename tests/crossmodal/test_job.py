@@ -21,7 +21,7 @@ class Keeper(Run):
     """Keeps artifacts and the names of stages."""
 
     def __init__(self, zoo: Path, output: Path) -> None:
-        self.inputs, self.output = {"zoo": zoo}, output
+        self.inputs, self.kept = {"zoo": zoo}, output
         self.stages: list[str] = []
         self.metrics: dict[int, dict[str, float]] = {}
 
@@ -33,7 +33,7 @@ class Keeper(Run):
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
         assert name == type
-        shutil.copytree(folder, self.output / name)
+        shutil.copytree(folder, self.kept / name)
 
 
 def test_job_keeps_a_codec_and_a_report(zoo: Zoo, tmp_path: Path) -> None:

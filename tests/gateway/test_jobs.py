@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+from ethogram.specs.generation import GenerationSpec
 from gateway.submissions import EXAMPLE_JOB, EXAMPLE_SPECS
 from services.kinds import KINDS
 from tests.gateway.running import GENERATION, TINY, Gateway, fields, submit
@@ -114,6 +115,7 @@ def test_pipeline(gateway: Gateway) -> None:
     assert jobs["codec"]["waits_for"] == [jobs["zoo"]["id"]]
     assert jobs["codec"]["spec"]["zoo"]["job"] == jobs["zoo"]["id"]
     again = gateway.http.post("/v1/pipelines", json=body, headers={"Idempotency-Key": "pipeline"})
+    assert (answer.status_code, again.status_code) == (201, 200)
     assert again.json() == answer.json()
 
 
@@ -152,3 +154,36 @@ def test_kinds_and_info(gateway: Gateway) -> None:
     assert kinds[0]["schema"]["properties"]["subjects"]["default"] == 2048
     info = gateway.http.get("/v1/info").json()
     assert set(info) == {"version", "inference"} and ":" in info["inference"]
+
+
+def test_children_of_a_job(gateway: Gateway) -> None:
+    registry, queue = gateway.services.registry, "parents"
+    parent = submit(gateway, queue=queue)
+    claim = registry.claim_next(queue, "w", 10)
+    assert claim is not None
+    child = registry.spawn(claim.attempt, "part", "generation", GenerationSpec())
+    found = gateway.http.get("/v1/jobs", params={"parent": parent}).json()["items"]
+    assert [(job["id"], job["parent"], job["name"]) for job in found] == [(child.id, parent, "part")]
+    assert gateway.http.get("/v1/jobs", params={"parent": child.id}).json()["items"] == []
+
+
+def test_retry_from_the_start(gateway: Gateway) -> None:
+    registry, queue = gateway.services.registry, "retries"
+    job = submit(gateway, queue=queue)
+    for from_start in (False, True):
+        claim = registry.claim_next(queue, "w", 10)
+        assert claim is not None
+        registry.commit_checkpoint(claim.attempt, "a" * 64, 3)
+        registry.fail(claim.attempt, {"reason": "INTERNAL", "message": "a defect"})
+        answer = gateway.http.post(f"/v1/jobs/{job}/retry", params={"from_start": str(from_start).lower()})
+        assert answer.status_code == 200
+        assert (answer.json()["checkpoint"] is None) is from_start
+
+
+def test_limits_of_a_job(gateway: Gateway) -> None:
+    body = GENERATION | {"time_limit_seconds": 60, "stall_limit_seconds": None}
+    job = gateway.http.post("/v1/jobs", json=body).json()
+    assert (job["time_limit_seconds"], job["stall_limit_seconds"], job["ran_seconds"]) == (60, None, 0)
+    wrong = gateway.http.post("/v1/jobs", json=GENERATION | {"time_limit_seconds": 0})
+    assert wrong.status_code == 422
+    assert wrong.json()["violations"][0]["field"] == "time_limit_seconds"

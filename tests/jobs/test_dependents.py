@@ -20,7 +20,7 @@ def chain(registry: JobRegistry) -> dict[str, Job]:
             "c": ("crossmodal", codec("b"), {}),
             "d": ("crossmodal", codec("a"), {}),
         }
-    )
+    )[0]
 
 
 def states(registry: JobRegistry, jobs: dict[str, Job]) -> list[str]:

@@ -20,7 +20,7 @@ MAIN: Pipeline = {
 
 
 def test_names_become_ids_and_jobs_wait(registry: JobRegistry) -> None:
-    jobs = registry.submit_pipeline(MAIN)
+    jobs, _ = registry.submit_pipeline(MAIN)
     assert list(jobs) == ["codec", "zoo"]
     assert jobs["codec"].spec["zoo"] == {"job": jobs["zoo"].id, "artifact": "zoo"}
     assert jobs["codec"].waits_for == [jobs["zoo"].id]
@@ -35,7 +35,7 @@ def test_names_become_ids_and_jobs_wait(registry: JobRegistry) -> None:
 
 def test_a_job_outside_may_be_named_by_its_id(registry: JobRegistry) -> None:
     outside = submit(registry)
-    jobs = registry.submit_pipeline({"codec": ("crossmodal", codec(outside.id), {})})
+    jobs, _ = registry.submit_pipeline({"codec": ("crossmodal", codec(outside.id), {})})
     assert jobs["codec"].waits_for == [outside.id]
 
 
@@ -67,8 +67,9 @@ def test_all_or_none(registry: JobRegistry) -> None:
 
 
 def test_idempotency(registry: JobRegistry) -> None:
-    first = registry.submit_pipeline(MAIN, idempotency_key="k")
-    assert registry.submit_pipeline(MAIN, idempotency_key="k") == first
+    first, created = registry.submit_pipeline(MAIN, idempotency_key="k")
+    assert created
+    assert registry.submit_pipeline(MAIN, idempotency_key="k") == (first, False)
     with pytest.raises(Conflict):
         registry.submit_pipeline({"zoo": MAIN["zoo"]}, idempotency_key="k")
     with pytest.raises(Conflict):

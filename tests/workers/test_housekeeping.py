@@ -20,6 +20,7 @@ from services.jobs.notify import Notifier
 from services.jobs.registry import Job, JobRegistry, JobState
 from tests.workers.stack import Stack, wait_for
 from workers.collector import Housekeeper
+from workers.metrics import ReconcilerMetrics
 from workers.reconciler import Reconciler
 from workers.settings import WorkerSettings
 
@@ -58,7 +59,7 @@ def test_a_wall_clock_that_is_set_back_holds_no_job(
         registry.release(claim.attempt, "crashed")
     (back,) = registry.backing_off()
     assert back.seconds == 1.0
-    reconciler = Reconciler(registry, bell, notifier, clock)
+    reconciler = Reconciler(registry, bell, notifier, ReconcilerMetrics(), clock)
     # What happened before the first look, or while this process slept, was seen by nobody.
     clock.now += 1000
     reconciler.look()
@@ -101,7 +102,7 @@ def test_old_jobs_go_but_not_by_a_clock_that_was_set(
     store.publish("default", "m", model)
     clock, wall = Clock(10.0), Clock(datetime.now(UTC).timestamp())
     config = WorkerSettings(retention_days=2.0, gc_grace_seconds=0.0)
-    keeper = Housekeeper(registry, store, config, clock=clock, wall=wall)
+    keeper = Housekeeper(registry, store, config, ReconcilerMetrics(), clock=clock, wall=wall)
 
     wall.now += 400 * DAY
     for _ in range(3):
@@ -129,9 +130,9 @@ def test_a_store_is_collected_by_its_own_registry_only(registry: JobRegistry, tm
     store = ArtifactStore(str(tmp_path / "store"))
     other = JobRegistry.open(f"sqlite:///{tmp_path / 'other.db'}")
     _, id = finished(other, store, tmp_path / "made")
-    Housekeeper(other, store, WorkerSettings(gc_period_seconds=0.0)).look()
+    Housekeeper(other, store, WorkerSettings(gc_period_seconds=0.0), ReconcilerMetrics()).look()
     with pytest.raises(IllegalState, match="belongs to another registry"):
-        Housekeeper(registry, store, WorkerSettings(gc_grace_seconds=0.0)).look()
+        Housekeeper(registry, store, WorkerSettings(gc_grace_seconds=0.0), ReconcilerMetrics()).look()
     store.fetch(id, tmp_path / "fetched")
     other.close()
 

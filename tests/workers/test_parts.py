@@ -20,6 +20,7 @@ from services.jobs.notify import CHANNEL, Notifier
 from services.jobs.registry import JobRegistry, JobState
 from services.runtime import scratch
 from tests.conftest import free_port
+from workers.metrics import ReconcilerMetrics
 from workers.process import MAX_SOCKET_PATH, Child, child_environment, describe_exit
 from workers.reconciler import Reconciler
 from workers.settings import WorkerSettings
@@ -98,7 +99,7 @@ def test_the_reconciler_believes_heartbeats_and_its_own_clock(tmp_path: Path, re
     bell, notifier, clock = Bell(redis_url), Notifier(redis_url), Clock()
     queue = f"test-{uuid4().hex[:8]}"
     job, _ = registry.submit("generation", GenerationSpec(), queue=queue)
-    reconciler = Reconciler(registry, bell, notifier, clock)
+    reconciler = Reconciler(registry, bell, notifier, ReconcilerMetrics(), clock)
     reconciler.look()
     assert bell.flush(5)
     client = redis_client.Redis.from_url(redis_url)

@@ -1,0 +1,100 @@
+"""What the gateway tells Prometheus: of itself, and of the queues as the registry has them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from ethogram.errors import Unavailable
+from services.jobs.registry import Depth, JobRegistry
+
+MEDIA_TYPE = CONTENT_TYPE_LATEST
+UNKNOWN = "unknown"
+"""Route of requests that no route takes: whatever clients think of must not become labels."""
+_KEEP_SECONDS = 1.0
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+
+
+class GatewayMetrics:
+    """Counters of one application, which may not be the only one in its process."""
+
+    def __init__(self, registry: JobRegistry, streams: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "ethogram_http_requests",
+            "Requests that were answered, by route template.",
+            ["method", "route", "status"],
+            registry=self.registry,
+        )
+        self.seconds = Histogram(
+            "ethogram_http_request_seconds",
+            "Time from a request to the end of its answer; event streams are left out.",
+            ["method", "route"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.sent = Counter("ethogram_stream_bytes", "Bytes of events sent to watchers.", registry=self.registry)
+        open_streams = Gauge("ethogram_streams", "Event streams that are open.", registry=self.registry)
+        open_streams.set_function(streams)
+        self.registry.register(QueueCollector(registry))
+
+    def answered(self, method: str, route: str, status: int, seconds: float, streamed: bool) -> None:
+        """Count one request."""
+        self.requests.labels(method, route, str(status)).inc()
+        if not streamed:
+            self.seconds.labels(method, route).observe(seconds)
+
+    def exposition(self) -> bytes:
+        """All of it, as text."""
+        return generate_latest(self.registry)
+
+
+class QueueCollector(Collector):
+    """Asks the registry when Prometheus asks, once a second at the most. Every gateway tells the same."""
+
+    def __init__(self, registry: JobRegistry) -> None:
+        self._registry, self._lock = registry, threading.Lock()
+        self._found: list[Depth] | None = []
+        self._until = 0.0
+
+    def describe(self) -> Iterator[Metric]:
+        """Names alone: there is nothing to ask before there are tables."""
+        return iter(self._families([], up=True))
+
+    def collect(self) -> Iterator[Metric]:
+        """The queues now; without a database only that there is none."""
+        with self._lock:
+            if time.monotonic() >= self._until:
+                try:
+                    self._found = self._registry.depths()
+                except Unavailable:
+                    self._found = None
+                self._until = time.monotonic() + _KEEP_SECONDS
+            found = self._found
+        return iter(self._families(found or [], up=found is not None))
+
+    @staticmethod
+    def _families(depths: list[Depth], up: bool) -> list[Metric]:
+        jobs = GaugeMetricFamily(
+            "ethogram_jobs",
+            "Jobs that have not ended: ready to be claimed, held back (by inputs, children, a back-off or their time "
+            "to start), running, or being cancelled.",
+            labels=["queue", "state"],
+        )
+        oldest = GaugeMetricFamily(
+            "ethogram_queue_oldest_ready_seconds",
+            "Age of the oldest job that could be claimed; 0 when there is none.",
+            labels=["queue"],
+        )
+        database = GaugeMetricFamily("ethogram_registry_up", "1 if the database answers, else 0.", value=float(up))
+        for depth in depths:
+            for state in ("ready", "held", "running", "cancelling"):
+                jobs.add_metric([depth.queue, state], getattr(depth, state))
+            oldest.add_metric([depth.queue], depth.oldest_ready_seconds)
+        return [jobs, oldest, database]
