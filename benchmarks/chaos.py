@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks._chaos import checks
-from benchmarks._chaos.arena import Arena
+from benchmarks._chaos.arena import Arena, spawn
 from benchmarks._chaos.faults import Faults
 from benchmarks._chaos.workload import Workload
 from benchmarks._claims import claim_flat_ratio
@@ -33,6 +33,7 @@ from tests.redis_server import start_redis
 
 _DRAIN_SECONDS = 300.0
 _BEGAN = time.monotonic()
+_JOB = re.compile(r"job_[a-z0-9]{20}")
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Outcome:
     stale_accepted: list[str]
     detection: list[float]
     orphans: list[str]
+    histories: dict[str, list[str]]
+    """Job to its events, as lines."""
 
 
 def say(text: str) -> None:
@@ -64,8 +67,7 @@ def suffer(folder: Path, database: str, *, faults: int, jobs: int, seed: int) ->
         say(f"{database}: the platform is up")
         chance = random.Random(f"faults {seed} {database}")
         workload, doer = Workload(arena, seed, say), Faults(arena, chance, say)
-        submitting = threading.Thread(target=workload.run, args=(jobs,), daemon=True)
-        submitting.start()
+        submitting = spawn(workload.wrong, workload.run, jobs)
         try:
             told = 0
             while (done := sum(doer.found.done.values())) < faults:
@@ -85,26 +87,32 @@ def suffer(folder: Path, database: str, *, faults: int, jobs: int, seed: int) ->
         scratch = folder / "fetched"
         scratch.mkdir()
         found = workload.evidence(scratch)
+        for attempt in {event.attempt for one in found for event in one.events if event.attempt is not None}:
+            doer.write_stale(attempt)
         keys = {asked.key: asked.ids for asked in workload.asked}
+        uploads = checks.uploads(workload.uploads, workload.fetched(scratch))
         outcome = Outcome(
             faults=sum(doer.found.done.values()),
             jobs=len(found),
-            lost=[*checks.lost(found), *workload.wrong],
+            lost=[*checks.lost(found), *uploads, *workload.wrong, *doer.found.wrong],
             duplicated=checks.duplicated(found, keys, workload.roots()),
             unequal=checks.unequal(found),
             stale_tried=doer.found.stale_tried,
             stale_accepted=[*doer.found.stale_accepted, *checks.stale(found)],
             detection=doer.found.detection,
-            orphans=[*doer.found.orphans, *(str(process.pid) for process in arena.orphans())],
+            orphans=[],
+            histories={one.job.id: checks.history(one) for one in found},
         )
         for name, times in sorted(doer.found.done.items()):
             say(f"    {times:3} x {name}")
     finally:
         left = arena.close()
-    outcome.orphans += ["a job's process outlived its platform"] * left
+    outcome.orphans += [*arena.orphans.found.values(), *["a job's process outlived its platform"] * left]
     for what in ("lost", "duplicated", "unequal", "stale_accepted", "orphans"):
         for sentence in getattr(outcome, what):
             say(f"WRONG, {what}: {sentence}")
+            for job in set(_JOB.findall(sentence)) & outcome.histories.keys():
+                say("\n".join(outcome.histories.pop(job)))
     return outcome
 
 

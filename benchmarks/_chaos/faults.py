@@ -12,16 +12,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import psutil
+from sqlalchemy import text
 
 from benchmarks._chaos import points
-from benchmarks._chaos.arena import LEASE, Arena, pick
+from benchmarks._chaos.arena import LEASE, Arena, spawn
 from ethogram.errors import EthogramError, StaleAttempt, Unavailable
-from services.jobs.registry import Event, JobRegistry
+from ethogram.specs.generation import GenerationSpec
+from services.jobs.registry import JobRegistry
 
 # A point that nobody passes for so long is disarmed and not counted.
 _PATIENCE = 6.0
-# After this a job's process that lost its worker must be gone: it may clean up for three seconds.
-_ORPHAN_SECONDS = 8.0
+_WORKERS = ("worker-0", "worker-1")
 
 
 @dataclass
@@ -34,7 +35,8 @@ class Findings:
     """Lease periods between a worker's death and the loss of each of its attempts."""
     stale_tried: int = 0
     stale_accepted: list[str] = field(default_factory=list)
-    orphans: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    """What the benchmark itself could not do."""
 
 
 class Faults:
@@ -45,26 +47,31 @@ class Faults:
         self.found = Findings()
         self._watches: list[threading.Thread] = []
         self._database_down = 0.0
+        self._deck: list[str] = []
         kinds: dict[str, tuple[Callable[[], bool], int]] = {
             "kill a worker": (self._kill_worker, 3),
             "kill a job's process": (self._kill_child, 3),
-            "kill a gateway": (lambda: self._kill(["gateway-0", "gateway-1"]), 2),
-            "kill the reconciler": (lambda: self._kill(["reconciler"]), 2),
-            "kill Redis": (self._kill_redis, 1),
+            "kill a gateway": (lambda: self._kill("gateway-0", "gateway-1"), 2),
+            "kill the reconciler": (lambda: self._kill("reconciler"), 2),
+            "kill Redis": (lambda: self._kill_redis(empty=False), 1),
+            "kill Redis, and its data": (lambda: self._kill_redis(empty=True), 1),
             "empty Redis": (self._empty_redis, 2),
             "pause a worker beyond its lease": (self._pause_worker, 2),
             "pause a job's process": (self._pause_child, 1),
             "restart the database": (self._restart_database, 1),
             "step a clock": (self._step_clock, 2),
         }
-        for point in (*points.WORKER_POINTS, *points.CHILD_POINTS, *points.GATEWAY_POINTS):
+        for point in points.POINTS:
             kinds[point] = (lambda point=point: self._arm(point), 2)  # type: ignore[misc]
         self._kinds = kinds
 
     def one(self) -> None:
         """One more; counted if it happened."""
-        names = [name for name, (_, weight) in self._kinds.items() for _ in range(weight)]
-        name = pick(self._chance, names)
+        if not self._deck:
+            # Not drawn one by one: each must have its turn.
+            self._deck = [name for name, (_, weight) in self._kinds.items() for _ in range(weight)]
+            self._chance.shuffle(self._deck)
+        name = self._deck.pop()
         if self._kinds[name][0]():
             self.found.done[name] = self.found.done.get(name, 0) + 1
 
@@ -75,20 +82,18 @@ class Faults:
         for watch in self._watches:
             watch.join()
 
-    def _kill(self, names: list[str]) -> bool:
-        self._arena.kill(pick(self._chance, names))
+    def _kill(self, *names: str) -> bool:
+        self._arena.kill(self._chance.choice(names))
         return True
 
     def _kill_worker(self) -> bool:
-        name = pick(self._chance, ["worker-0", "worker-1"])
-        children = self._arena.children(name)
+        name = self._chance.choice(_WORKERS)
         self._watch_loss(name)
         self._arena.kill(name)
-        self._watch_orphans(children)
         return True
 
     def _kill_child(self) -> bool:
-        children = [child for name in ("worker-0", "worker-1") for child in self._arena.children(name)]
+        children = [child for name in _WORKERS for child in self._arena.children(name)]
         if not children:
             return False
         with suppress(psutil.NoSuchProcess):
@@ -96,8 +101,8 @@ class Faults:
             return True
         return False
 
-    def _kill_redis(self) -> bool:
-        self._arena.restart_redis(self._chance.choice([0.0, 1.0, 3.0]))
+    def _kill_redis(self, *, empty: bool) -> bool:
+        self._arena.restart_redis(self._chance.choice([0.0, 1.0, 3.0]), empty=empty)
         return True
 
     def _empty_redis(self) -> bool:
@@ -106,17 +111,38 @@ class Faults:
 
     def _pause_worker(self) -> bool:
         """Its attempts are lost; what it sends when it wakes is refused, and its jobs' processes end."""
-        name = pick(self._chance, ["worker-0", "worker-1"])
-        children, process = self._arena.children(name), self._arena.processes[name]
+        name = self._chance.choice(_WORKERS)
+        process = self._arena.processes[name]
         self._watch_loss(name)
         process.send_signal(signal.SIGSTOP)
-        time.sleep(LEASE * self._chance.uniform(1.7, 2.5))
+        if self._holds_the_database():
+            # Paused in the middle of a write, it keeps all others from writing: no loss can be recorded.
+            self._database_down = time.monotonic()
+        time.sleep(LEASE * self._chance.uniform(2.2, 2.8))
         process.send_signal(signal.SIGCONT)
-        self._watch_orphans(children)
         return True
 
+    def _holds_the_database(self) -> bool:
+        time.sleep(0.3)
+        if self._arena.postgres is not None:
+            idle = "state like 'idle in transaction%' and now() - state_change > interval '0.2 s'"
+            try:
+                with self._arena.registry._database.read() as session:
+                    return bool(session.scalar(text(f"select count(*) from pg_stat_activity where {idle}")))
+            except Unavailable:
+                return True
+        other = sqlite3.connect(self._arena.file, isolation_level=None, timeout=0.5)
+        try:
+            other.execute("BEGIN IMMEDIATE")
+            other.execute("ROLLBACK")
+            return False
+        except sqlite3.OperationalError:
+            return True
+        finally:
+            other.close()
+
     def _pause_child(self) -> bool:
-        children = [child for name in ("worker-0", "worker-1") for child in self._arena.children(name)]
+        children = [child for name in _WORKERS for child in self._arena.children(name)]
         if not children:
             return False
         child = self._chance.choice(children)
@@ -131,7 +157,7 @@ class Faults:
         self._database_down = time.monotonic()
         if self._arena.postgres is None:
             # There is no server to restart; a writer that does not let go is what a file can suffer.
-            locked = sqlite3.connect(self._arena.database.removeprefix("sqlite:///"), isolation_level=None, timeout=30)
+            locked = sqlite3.connect(self._arena.file, isolation_level=None, timeout=30)
             locked.execute("BEGIN IMMEDIATE")
             time.sleep(self._chance.uniform(1.0, 3.0))
             locked.execute("ROLLBACK")
@@ -146,14 +172,13 @@ class Faults:
         return True
 
     def _step_clock(self) -> bool:
-        name = pick(self._chance, self._arena.names)
+        name = self._chance.choice(self._arena.names)
         path = self._arena.faults / f"clock of {name}"
         path.write_text(str(self._chance.choice([-7200, -600, 600, 7200])))
         return True
 
     def _arm(self, point: str) -> bool:
         path = self._arena.faults / point
-        # A worker that dies at a point shows in its attempts' loss as one that is killed.
         path.write_text("")
         deadline = time.monotonic() + _PATIENCE
         while path.exists():
@@ -171,10 +196,8 @@ class Faults:
         except Unavailable:
             return
         began = time.monotonic()
-        if mine and began - self._arena.started["reconciler"] > 3.0:
-            watch = threading.Thread(target=self._see_loss, args=(began, {a.attempt: a.job for a in mine}), daemon=True)
-            watch.start()
-            self._watches.append(watch)
+        if mine and self._arena.ready("reconciler"):
+            self._watches.append(spawn(self.found.wrong, self._see_loss, began, {a.attempt: a.job for a in mine}))
 
     def _see_loss(self, began: float, attempts: Mapping[str, str]) -> None:
         registry, waiting, seconds = self._arena.registry, dict(attempts), dict[str, float]()
@@ -186,13 +209,10 @@ class Faults:
             now = time.monotonic()
             for attempt in [attempt for attempt in waiting if attempt not in running]:
                 job = waiting.pop(attempt)
-                # It may have ended, or been released, just before.
-                lost = any(
-                    event.data.get("reason") == "lost" and event.attempt == attempt for event in _events(registry, job)
-                )
-                if lost:
+                # It may have ended, or been released, just before; but later it should have been lost.
+                if now - began > 2 * LEASE or self._was_lost(job, attempt):
                     seconds[attempt] = now - began
-                self._try_to_write(attempt)
+                self.write_stale(attempt)
             time.sleep(0.05)
         for attempt in waiting:
             seconds[attempt] = time.monotonic() - began
@@ -200,48 +220,43 @@ class Faults:
         if quiet:
             self.found.detection += [found / LEASE for found in seconds.values()]
 
-    def _try_to_write(self, attempt: str) -> None:
+    def _was_lost(self, job: str, attempt: str) -> bool:
+        with suppress(Unavailable):
+            events = self._arena.registry.events(job)
+            return any(event.attempt == attempt and event.data.get("reason") == "lost" for event in events)
+        return False
+
+    def write_stale(self, attempt: str) -> None:
         """Every write in the name of an attempt that owns its job no more."""
-        registry, artifact = self._arena.registry, "0" * 64
-        writes: dict[str, Callable[[], object]] = {
-            "heartbeat": lambda: registry.heartbeat(attempt),
-            "append_events": lambda: registry.append_events(attempt, [("log", {"message": "stale"})], 10**6),
-            "set_progress": lambda: registry.set_progress(attempt, {"stage": "stale"}),
-            "commit_checkpoint": lambda: registry.commit_checkpoint(attempt, artifact, 1),
-            "commit_artifact": lambda: registry.commit_artifact(attempt, "stale", "stale", artifact, 1),
-            "succeed": lambda: registry.succeed(attempt, {"stale": True}),
-            "fail": lambda: registry.fail(attempt, {"reason": "STALE", "message": "stale"}),
-            "cancelled": lambda: registry.cancelled(attempt),
-            "release": lambda: registry.release(attempt, "crashed"),
-        }
-        for name, write in writes.items():
-            try:
-                write()
-            except StaleAttempt:
-                self.found.stale_tried += 1
-            except EthogramError as error:
-                if not isinstance(error, Unavailable):
-                    self.found.stale_accepted.append(f"{attempt}: {name} raised {error!r}")
-            else:
-                self.found.stale_accepted.append(f"{attempt}: {name}")
-
-    def _watch_orphans(self, children: list[psutil.Process]) -> None:
-        def see() -> None:
-            _, alive = psutil.wait_procs(children, timeout=_ORPHAN_SECONDS)
-            for child in alive:
-                with suppress(psutil.Error):
-                    if child.status() != psutil.STATUS_ZOMBIE:
-                        self.found.orphans.append(" ".join(child.cmdline()))
-
-        watch = threading.Thread(target=see, daemon=True)
-        watch.start()
-        self._watches.append(watch)
+        refused, accepted = write(self._arena.registry, attempt)
+        self.found.stale_tried += refused
+        self.found.stale_accepted += accepted
 
 
-def _events(registry: JobRegistry, job: str) -> list[Event]:
-    found: list[Event] = []
-    after = 0
-    while page := registry.events(job, after=after):
-        found += page
-        after = page[-1].seq
-    return found
+def write(registry: JobRegistry, attempt: str) -> tuple[int, list[str]]:
+    """Try every write in the name of ``attempt``: how many were refused as stale, and what became of the others."""
+    refused, accepted, artifact = 0, list[str](), "0" * 64
+    writes: dict[str, Callable[[], object]] = {
+        "heartbeat": lambda: registry.heartbeat(attempt),
+        "append_events": lambda: registry.append_events(attempt, [("log", {"message": "stale"})], 10**6),
+        "set_progress": lambda: registry.set_progress(attempt, {"stage": "stale"}),
+        "commit_checkpoint": lambda: registry.commit_checkpoint(attempt, artifact, 1),
+        "commit_artifact": lambda: registry.commit_artifact(attempt, "stale", "stale", artifact, 1),
+        "spawn": lambda: registry.spawn(attempt, "stale", "generation", GenerationSpec()),
+        "succeed": lambda: registry.succeed(attempt, {"stale": True}),
+        "fail": lambda: registry.fail(attempt, {"reason": "STALE", "message": "stale"}),
+        "cancelled": lambda: registry.cancelled(attempt),
+        "release": lambda: registry.release(attempt, "crashed"),
+    }
+    for name, call in writes.items():
+        try:
+            call()
+        except StaleAttempt:
+            refused += 1
+        except Unavailable:
+            continue
+        except EthogramError as error:
+            accepted.append(f"{attempt}: {name} raised {error!r}")
+        else:
+            accepted.append(f"{attempt}: {name} was accepted")
+    return refused, accepted

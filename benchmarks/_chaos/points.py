@@ -18,26 +18,28 @@ from typing import Any, TypeVar
 
 VARIABLE = "CHAOS_FAULTS"
 
-WORKER_POINTS = {
-    "bell popped, not recorded": "die",
-    "claimed": "die",
-    "checkpoint uploaded, not committed": "die",
-    "before the terminal commit": "die",
-    "after the terminal commit": "die",
-    "worker: database full": "fail",
-    "worker: answer of a commit lost": "fail",
-}
-GATEWAY_POINTS = {
-    "submission committed, bell not rung": "die",
-    "gateway: database full": "fail",
-    "gateway: answer of a commit lost": "fail",
-    "gateway: store full": "fail",
-}
-CHILD_POINTS = {
-    "in the middle of an upload": "die",
-    "child: store full": "fail",
-    "child hangs": "fail",
-}
+POINTS = (
+    # A worker dies.
+    "bell popped, not recorded",
+    "claimed",
+    "checkpoint uploaded, not committed",
+    "before the terminal commit",
+    "after the terminal commit",
+    # A gateway, the reconciler, a job's process.
+    "submission committed, bell not rung",
+    "loss recorded, not told",
+    "in the middle of an upload",
+    # They live, and something fails.
+    "worker: database full",
+    "worker: answer of a commit lost",
+    "gateway: database full",
+    "gateway: answer of a commit lost",
+    "gateway: store full",
+    "reconciler: database full",
+    "reconciler: answer of a commit lost",
+    "child: store full",
+    "child hangs",
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -1,12 +1,17 @@
-"""``python -m workers.reconciler`` with a clock that can be set. Its first argument is its name in the arena."""
+"""``python -m workers.reconciler``, with the arena's points. Its first argument is its name in the arena."""
 
 from __future__ import annotations
 
 import sys
 
 from benchmarks._chaos import points
+from services.jobs.registry import JobRegistry
 from workers.reconciler import main
 
 if __name__ == "__main__":
-    points.stepped_clock(points.folder_of_faults(), sys.argv.pop(1))
+    folder = points.folder_of_faults()
+    points.stepped_clock(folder, sys.argv.pop(1))
+    points.failing_database(folder, "reconciler")
+    Registry = JobRegistry
+    Registry.release = points.after(folder, "loss recorded, not told", Registry.release)  # type: ignore[method-assign]
     main()

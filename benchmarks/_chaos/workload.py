@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -12,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from benchmarks._chaos.arena import Arena
+from benchmarks._chaos.arena import Arena, spawn
 from benchmarks._chaos.checks import Evidence
-from benchmarks._chaos.science import FILE, OUTPUT, consumed, total
+from benchmarks._chaos.science import FILE, OUTPUT, consumed, parts, total
 from ethogram.client import Client
 from ethogram.errors import EthogramError, IllegalState, Unavailable
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
-from services.jobs.records import ArtifactRow, Event, Job
+from services.jobs.records import Event, Job
 from services.jobs.states import JobState
 
 # So many are under way at once.
@@ -37,8 +38,10 @@ class Asked:
 
     key: str
     expected: float
-    steps: int
+    steps: int = 0
     """Steps that its metrics must have; 0: none."""
+    parts: dict[str, GenerationSpec] = field(default_factory=dict)
+    """What its children do."""
     ids: list[str] = field(default_factory=list)
     """What each submission with the key was answered with."""
     cancelled: bool = False
@@ -51,43 +54,52 @@ class Workload:
     def __init__(self, arena: Arena, seed: int, say: Callable[[str], None]) -> None:
         self._arena, self._chance, self._say = arena, random.Random(f"workload {seed}"), say
         self.asked: list[Asked] = []
+        self.uploads: dict[str, float] = {}
+        """Artifacts that were taken from a user, and the number in each."""
         self.wrong: list[str] = []
-        self._unfinished: set[str] = set()
         self._threads: list[threading.Thread] = []
         self.enough = threading.Event()
 
     def run(self, at_least: int) -> None:
         """Submit until ``enough`` is set and ``at_least`` jobs were."""
+        self._spawn(self._upload)
+        under_way: list[Asked] = []
         while not (self.enough.is_set() and len(self.asked) >= at_least):
-            self._unfinished = {job for job in self._unfinished if not self._state(job).terminal}
-            if len(self._unfinished) >= _OPEN:
+            under_way = [asked for asked in under_way if not self._state(asked.ids[0]).terminal]
+            if len(under_way) >= _OPEN:
                 time.sleep(0.1)
                 continue
-            match self._chance.choices(["plain", "pair", "parent", "meddled"], [6, 1, 1, 2])[0]:
+            kind = self._chance.choices(["plain", "pair", "uploaded", "parent"], [6, 1, 1, 2])[0]
+            match kind:
                 case "pair":
                     first = self._count()
                     ref = ArtifactRef(job=first.ids[0], artifact=OUTPUT)
-                    self._submit("crossmodal", CrossmodalSpec(zoo=ref), consumed(first.expected), 0)
+                    asked = self._submit("crossmodal", CrossmodalSpec(zoo=ref), consumed(first.expected))
+                case "uploaded" if self.uploads:
+                    ref, number = ArtifactRef(artifact=list(self.uploads)[-1]), list(self.uploads.values())[-1]
+                    asked = self._submit("crossmodal", CrossmodalSpec(zoo=ref), consumed(number))
                 case "parent":
                     spec = self._spec(subjects=self._chance.randint(2, 3), steps=8)
-                    self._submit("generation", spec, total(spec), 0)
-                case "meddled":
-                    self._spawn(
-                        self._meddle, self._count(), self._chance.uniform(0.0, 6.0), self._chance.random() < 0.6
-                    )
+                    asked = self._submit("generation", spec, total(spec), parts=parts(spec))
                 case _:
                     asked = self._count()
-                    if len(self.asked) % 4 == 0:
-                        self._spawn(self._watch, asked, self._chance.randrange(len(self._arena.clients)))
+            under_way.append(asked)
+            match self._chance.choices(["", "meddle", "watch"], [5, 2, 2])[0]:
+                case "meddle":
+                    self._spawn(self._meddle, asked, self._chance.uniform(0.0, 6.0), self._chance.random() < 0.6)
+                case "watch":
+                    for client in self._arena.clients:
+                        self._spawn(self._watch, asked, client)
 
     def drain(self, seconds: float) -> None:
         """Wait until all have ended, or time is over."""
         deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.1, deadline - time.monotonic()))
+        unfinished = [asked.ids[0] for asked in self.asked]
         while time.monotonic() < deadline:
-            self._unfinished = {job for job in self._unfinished if not self._state(job).terminal}
-            if not self._unfinished:
+            unfinished = [job for job in unfinished if not self._state(job).terminal]
+            if not unfinished:
                 break
             time.sleep(0.2)
         for thread in self._threads:
@@ -96,15 +108,41 @@ class Workload:
                 self.wrong.append("a watcher or a canceller did not come to its end")
 
     def evidence(self, scratch: Path) -> list[Evidence]:
-        """What became of each job."""
-        return [self._evidence(asked, scratch) for asked in self.asked]
+        """What became of each job, and of its children."""
+        found = []
+        for asked in self.asked:
+            children = self._arena.registry.list(parent=asked.ids[0], limit=500)[0]
+            mine = self._evidence(asked, scratch)
+            mine.parts, mine.children = list(asked.parts), [child.name for child in children]
+            found.append(mine)
+            for child in children:
+                if spec := asked.parts.get(str(child.name)):
+                    part = Asked("", total(spec), spec.training.steps, ids=[child.id], cancelled=asked.cancelled)
+                    found.append(self._evidence(part, scratch))
+        return found
+
+    def fetched(self, scratch: Path) -> dict[str, float | str]:
+        """What the uploads hold now; a sentence where one cannot be fetched and verified."""
+        found: dict[str, float | str] = {}
+        rows = {row.id for row in self._pages(self._arena.registry.artifacts)}
+        for id in self.uploads:
+            try:
+                held = float((self._arena.store.fetch(id, scratch / f"upload-{id}") / FILE).read_text())
+                found[id] = held if id in rows else "the registry does not know it"
+            except EthogramError as error:
+                found[id] = error.message
+        return found
 
     def roots(self) -> list[str]:
         """All jobs in the registry that are no children."""
-        found, cursor = list[str](), None
+        return [job.id for job in self._pages(self._arena.registry.list) if job.parent is None]
+
+    @staticmethod
+    def _pages(read: Callable[..., tuple[list[R], str | None]]) -> list[R]:
+        found, cursor = list[R](), None
         while True:
-            page, cursor = self._arena.registry.list(limit=500, cursor=cursor)
-            found += [job.id for job in page if job.parent is None]
+            page, cursor = read(limit=500, cursor=cursor)
+            found += page
             if cursor is None:
                 return found
 
@@ -126,15 +164,15 @@ class Workload:
                 steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         count = asked.steps if job.state is JobState.SUCCEEDED else 0
         return Evidence(
-            job,
-            self._events(job),
-            self._live(rows),
-            asked.expected,
-            output,
-            steps,
-            count,
-            asked.cancelled,
-            asked.watched,
+            job=job,
+            events=self._events(job),
+            artifacts=rows,
+            expected=asked.expected,
+            output=output,
+            steps=steps,
+            count=count,
+            cancelled=asked.cancelled,
+            watched=asked.watched,
         )
 
     def _events(self, job: Job) -> list[Event]:
@@ -142,10 +180,6 @@ class Workload:
         while page := self._arena.registry.events(job.id, after=found[-1].seq if found else 0):
             found += page
         return found
-
-    @staticmethod
-    def _live(rows: list[ArtifactRow]) -> list[ArtifactRow]:
-        return rows
 
     def _count(self) -> Asked:
         spec = self._spec()
@@ -160,9 +194,10 @@ class Workload:
         kind: Literal["generation", "crossmodal"],
         spec: GenerationSpec | CrossmodalSpec,
         expected: float,
-        steps: int,
+        steps: int = 0,
+        parts: dict[str, GenerationSpec] | None = None,
     ) -> Asked:
-        asked = Asked(f"key-{len(self.asked)}", expected, steps)
+        asked = Asked(f"key-{len(self.asked)}", expected, steps, parts or {})
         body: dict[str, Any] = spec.model_dump(mode="json", exclude_defaults=True)
 
         def send(client: Client) -> str:
@@ -172,7 +207,6 @@ class Workload:
         if self._chance.random() < 0.3:
             asked.ids.append(self._patiently(send))
         self.asked.append(asked)
-        self._unfinished.add(asked.ids[0])
         return asked
 
     def _patiently(self, call: Callable[[Client], R]) -> R:
@@ -206,20 +240,28 @@ class Workload:
         while not self._state(job).terminal:
             time.sleep(0.1)
         if self._state(job) is JobState.CANCELLED:
-            self._unfinished.add(job)
             # The first answer was lost.
             with suppress(IllegalState):
                 self._patiently(lambda client: client.retry(job))
             asked.cancelled = False
 
-    def _watch(self, asked: Asked, gateway: int) -> None:
+    def _upload(self) -> None:
+        """Upload now and then what jobs take as input."""
+        with tempfile.TemporaryDirectory() as folder:
+            while not self.enough.wait(1.0):
+                number = random.random()
+                (Path(folder) / FILE).write_text(repr(number))
+                made = self._patiently(lambda client: client.put(Path(folder), name=OUTPUT, type="number"))
+                self.uploads[made.id] = number
+
+    def _watch(self, asked: Asked, client: Client) -> None:
         seen: list[int] = []
         asked.watched.append(seen)
         after = 0
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             try:
-                for event in self._arena.clients[gateway].events(asked.ids[0], after=after):
+                for event in client.events(asked.ids[0], after=after):
                     if event.seq is not None:
                         seen.append(event.seq)
                         after = event.seq
@@ -228,6 +270,4 @@ class Workload:
                 time.sleep(0.2)
 
     def _spawn(self, function: Callable[..., None], *words: Any) -> None:
-        thread = threading.Thread(target=function, args=words, daemon=True)
-        thread.start()
-        self._threads.append(thread)
+        self._threads.append(spawn(self.wrong, function, *words))

@@ -1,0 +1,45 @@
+"""Processes that outlive what started them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+
+class Orphans:
+    """Watches the processes that work in a folder, wherever they hang in the tree of processes."""
+
+    def __init__(self, folder: Path, patience: float) -> None:
+        """``patience``: seconds in which who lost its parent may clean up."""
+        self._folder, self._patience = folder.resolve(), patience
+        self._since: dict[int, float] = {}
+        self.found: dict[int, str] = {}
+        """Those that stayed longer, by process id."""
+
+    def living(self) -> list[psutil.Process]:
+        """All processes that work in the folder."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if Path(process.cwd()).is_relative_to(self._folder) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def look(self, parents: Container[int]) -> None:
+        """``parents``: process ids of those whose children are none."""
+        living = self.living()
+        children = {process.pid for process in living}
+        now, since = time.monotonic(), dict[int, float]()
+        for process in living:
+            with suppress(psutil.Error):
+                # What a job's process has started is its own to end, as long as it lives.
+                if process.ppid() in parents or process.ppid() in children:
+                    continue
+                since[process.pid] = self._since.get(process.pid, now)
+                if now - since[process.pid] > self._patience:
+                    self.found[process.pid] = " ".join(process.cmdline())
+        self._since = since
