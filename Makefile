@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: demo test test-all lint protos bench up clean
+.PHONY: demo test test-all lint protos client bench up clean
 
 demo: $(STAMP)  ## the main job from nothing to runs/demo/report.json
 	$(BIN)/ethogram demo
@@ -25,9 +25,13 @@ lint: $(STAMP)  ## ruff, mypy, import arrows, protobuf style, freshness of the g
 	$(BIN)/lint-imports
 	cd protos && ../$(BIN)/buf lint
 	$(BIN)/python -m scripts.protos --check
+	$(BIN)/python -m scripts.sync_client --check
 
 protos: $(STAMP)  ## regenerate ethogram/v1 from protos/
 	$(BIN)/python -m scripts.protos
+
+client: $(STAMP)  ## regenerate ethogram/client.py from ethogram/aio.py
+	$(BIN)/python -m scripts.sync_client
 
 bench: $(STAMP)  ## make bench BENCH=name [ARGS="..."]; the last line is one JSON object
 	@test -n "$(BENCH)" || { echo "usage: make bench BENCH=name; there are: $$(ls benchmarks | sed -n 's/^\([a-z_]*\)\.py$$/\1/p' | grep -v '^_' | tr '\n' ' ')"; exit 2; }

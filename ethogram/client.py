@@ -7,64 +7,69 @@
 Every method raises the classes of :mod:`ethogram.errors` that the server raised, with the same violations.
 """
 
+# Generated from aio.py by scripts.sync_client.
+
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypedDict, Unpack
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Any, Self, Unpack
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel
 
 from ethogram import sse
-from ethogram.errors import ERRORS, EthogramError, Internal, InvalidInput, NotFound, Unavailable, Violation
+from ethogram.errors import EthogramError, Internal, InvalidInput, NotFound, Unavailable
 from ethogram.plain import plain
 from ethogram.resources import Artifact, Event, Job, Kind, Manifest, Model
+from ethogram.transport import (
+    FOLLOW_SECONDS,
+    PAGE,
+    RETRY_SECONDS,
+    SubmitOptions,
+    Tries,
+    address,
+    body_of,
+    error_of,
+    files_in,
+    given,
+    header,
+    lost,
+    part,
+    sha256_of,
+    submission,
+)
 
 if TYPE_CHECKING:
     from ethogram.inference import Inference
-
-_RETRY_PAUSES = (0.1, 0.4)
-_LOST_SECONDS = 60.0
-_PAGE = 200
-
-
-class SubmitOptions(TypedDict, total=False):
-    """What a submission may say beside its kind and spec."""
-
-    queue: str | None
-    """Machine class; None: the kind's own."""
-    priority: int
-    """Higher runs first."""
-    not_before: datetime | None
-    """Not started earlier."""
-    max_attempts: int | None
-    """Attempts before it fails for good."""
-    labels: Mapping[str, str] | None
-    """For finding it again."""
 
 
 class Client:
     """A connection to the platform at ``url``; safe to share between threads.
 
     Without ``url``: what ``ETHOGRAM_URL`` names, else the platform that runs in the state directory ``state``
-    (``ETHOGRAM_STATE``, ``runs/state``). ``timeout`` is in seconds and for one answer, not for a job.
+    (``ETHOGRAM_STATE``, ``runs/state``). ``timeout`` is in seconds and for one answer, not for a job. For
+    ``retry_seconds`` a request whose repetition does no harm is sent again, with growing pauses, while the platform is
+    away or has no room; 0: never. Uploads, retries of a job and models without a version are sent again only if they
+    did not reach it.
     """
 
-    def __init__(self, url: str | None = None, *, state: str | Path | None = None, timeout: float = 60.0) -> None:
-        self.url = (url or os.environ.get("ETHOGRAM_URL") or _running(state)).rstrip("/")
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidInput.field("url", f"{self.url!r} is no URL of a platform; write http://HOST:PORT")
-        # A proxy of the user's environment has no way to this machine's own loopback.
-        loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=not loopback)
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        state: str | Path | None = None,
+        timeout: float = 60.0,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> None:
+        self.url, proxies = address(url, state)
+        self._retry_seconds = retry_seconds
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=proxies)
 
     def __enter__(self) -> Self:
         return self
@@ -87,14 +92,14 @@ class Client:
         **options: Unpack[SubmitOptions],
     ) -> Job:
         """Queue a job and return it. The same ``idempotency_key`` with the same request returns the job made first."""
-        return Job.model_validate(self._post_once("/v1/jobs", _submission(kind, spec, options), idempotency_key))
+        return Job.model_validate(self._post_once("/v1/jobs", submission(kind, spec, options), idempotency_key))
 
     def dry_run(
         self, kind: str, spec: BaseModel | Mapping[str, Any], **options: Unpack[SubmitOptions]
     ) -> dict[str, Any]:
         """Check a submission as the server would, queue nothing, and return it with every default filled in."""
-        body = _submission(kind, spec, options)
-        checked: dict[str, Any] = self._json("POST", "/v1/jobs", params={"dry_run": "true"}, json=body, safe=True)
+        body = submission(kind, spec, options)
+        checked: dict[str, Any] = self._json("POST", "/v1/jobs?dry_run=true", repeatable=True, json=body)
         return checked
 
     def pipeline(self, jobs: Mapping[str, Mapping[str, Any]], *, idempotency_key: str | None = None) -> dict[str, Job]:
@@ -107,7 +112,7 @@ class Client:
 
     def job(self, id: str) -> Job:
         """One job as it is now."""
-        return Job.model_validate(self._json("GET", f"/v1/jobs/{_part(id)}"))
+        return Job.model_validate(self._json("GET", f"/v1/jobs/{part(id)}"))
 
     def jobs(
         self,
@@ -115,38 +120,46 @@ class Client:
         kind: str | None = None,
         state: str | None = None,
         labels: Mapping[str, str] | None = None,
+        parent: str | None = None,
         limit: int | None = 50,
     ) -> list[Job]:
-        """Jobs, newest first, that have all of ``labels``; ``limit`` None: all."""
+        """Jobs, newest first, that have all of ``labels``; ``parent``: only the children of this job; ``limit`` None:
+        all."""
         label = [f"{key}={value}" for key, value in (labels or {}).items()] or None
-        found = self._pages("/v1/jobs", limit, kind=kind, state=state, label=label)
+        found = self._pages("/v1/jobs", limit, kind=kind, state=state, label=label, parent=parent)
         return [Job.model_validate(item) for item in found]
 
     def cancel(self, id: str) -> Job:
         """Ask a job to end; a running one is ``CANCELLING`` until it has."""
-        return Job.model_validate(self._json("POST", f"/v1/jobs/{_part(id)}/cancel"))
+        tries = self._tries(repeatable=True)
+        response = self._send(tries, "POST", f"/v1/jobs/{part(id)}/cancel")
+        if tries.unsure and response.status_code == HTTPStatus.CONFLICT:
+            # The try whose answer was lost may have done it.
+            job = self.job(id)
+            if job.state in ("CANCELLING", "CANCELLED"):
+                return job
+        return Job.model_validate(body_of(response, self.url))
 
-    def retry(self, id: str) -> Job:
-        """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
-        return Job.model_validate(self._json("POST", f"/v1/jobs/{_part(id)}/retry"))
+    def retry(self, id: str, *, from_start: bool = False) -> Job:
+        """Queue a failed or cancelled job again; it goes on from its last checkpoint, unless ``from_start``."""
+        params = {"from_start": "true"} if from_start else None
+        return Job.model_validate(self._json("POST", f"/v1/jobs/{part(id)}/retry", params=params))
 
-    def delete_job(self, id: str) -> Job:
-        """Delete a job that has ended, with its events, outputs and children; the job as it was. Published outputs
-        stay."""
-        return Job.model_validate(self._json("DELETE", f"/v1/jobs/{_part(id)}"))
+    def delete_job(self, id: str) -> None:
+        """Delete a job that has ended, with its events, outputs and children. Published outputs stay."""
+        self._delete(f"/v1/jobs/{part(id)}")
 
     def events(self, id: str, *, after: int = 0, follow: bool = True) -> Iterator[Event]:
         """What happens to a job, from event ``after`` + 1 on, until it ends; ``follow`` False: what there is by now.
 
-        Goes on where it was when the connection breaks; raises :class:`Unavailable` when the platform stays away for
-        a minute.
+        Goes on where it was when the connection breaks: every event once, in order. Raises :class:`Unavailable` when
+        the platform stays away for a minute.
         """
-        last, heard = after, time.monotonic()
-        pause = 0.1
+        last, tries = after, self._tries(repeatable=True)
         while True:
             try:
                 for frame in self._event_frames(id, last, follow):
-                    heard, pause = time.monotonic(), 0.1
+                    tries = Tries(self.url, max(FOLLOW_SECONDS, self._retry_seconds), repeatable=True)
                     if frame.event == "end":
                         return
                     if frame.event == "progress":
@@ -159,11 +172,16 @@ class Client:
                     yield event
                 if not follow:
                     return
-            except (httpx.TransportError, Unavailable) as error:
-                if time.monotonic() - heard > _LOST_SECONDS:
-                    raise _lost(self.url, error) from None
+                # A gateway that shuts down ends its streams; another one, or the next, has the rest.
+                outcome: httpx.TransportError | httpx.Response = httpx.RemoteProtocolError("the stream ended")
+            except httpx.TransportError as error:
+                outcome = error
+            except httpx.HTTPStatusError as error:
+                outcome = error.response
+            pause = tries.pause(outcome)
+            if pause is None:
+                raise self._gave_up(outcome)
             time.sleep(pause)
-            pause = min(2 * pause, 2.0)
 
     def wait(self, id: str, on_event: Callable[[Event], None] | None = None) -> Job:
         """Follow a job to its end and return it, whatever the end is (see :meth:`Job.check`)."""
@@ -176,11 +194,12 @@ class Client:
 
     def artifacts(self, *, job: str | None = None, type: str | None = None, limit: int | None = 50) -> list[Artifact]:
         """Artifacts, newest first; ``limit`` None: all."""
-        return [Artifact.model_validate(item) for item in self._pages("/v1/artifacts", limit, job=job, type=type)]
+        found = self._pages("/v1/artifacts", limit, job=job, type=type)
+        return [Artifact.model_validate(item) for item in found]
 
     def artifact(self, id: str) -> Artifact:
         """One artifact with its manifest."""
-        return Artifact.model_validate(self._json("GET", f"/v1/artifacts/{_part(id)}"))
+        return Artifact.model_validate(self._json("GET", f"/v1/artifacts/{part(id)}"))
 
     def output(self, job: str, name: str) -> Artifact:
         """The output ``name`` of a job. Raises :class:`NotFound` naming what it has."""
@@ -193,20 +212,15 @@ class Client:
 
     def put(self, path: str | Path, *, name: str, type: str) -> Artifact:
         """Upload a file, or all files of a folder, as one artifact."""
-        root = Path(path)
-        files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
-        if not files:
-            raise InvalidInput.field("path", f"{root} is no file and no folder with files")
-        names = [file.name if root.is_file() else file.relative_to(root).as_posix() for file in files]
-        parts = [("files", (path, _Upload(file))) for path, file in zip(names, files, strict=True)]
-        answer = self._json("POST", "/v1/artifacts", data={"name": name, "type": type}, files=parts)
+        answer = self._json("POST", "/v1/artifacts", data={"name": name, "type": type}, files=files_in(path))
         manifest = Manifest.model_validate(answer["manifest"])
         return Artifact(id=answer["id"], name=name, type=type, size=manifest.size, manifest=manifest)
 
     def get(self, id: str, destination: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> Path:
         """Download an artifact into the folder ``destination``; files that are there already are kept.
 
-        Every file is checked against its digest. ``on_bytes`` is told how many bytes came.
+        Every file is checked against its digest. ``on_bytes`` is told how many bytes came; a negative number takes
+        back those of a try that broke.
         """
         manifest = self.artifact(id).manifest
         if manifest is None:
@@ -218,20 +232,28 @@ class Client:
                 raise InvalidInput.field(f"files.{name}", "an artifact's path must stay inside its folder")
             target = root / parts
             target.parent.mkdir(parents=True, exist_ok=True)
-            if not (target.is_file() and target.stat().st_size == file.size and _digest(target) == file.sha256):
-                self._download(f"/v1/artifacts/{_part(id)}/files/{quote(name)}", target, file.sha256, on_bytes)
+            there = target.is_file() and target.stat().st_size == file.size
+            if not there or sha256_of(target) != file.sha256:
+                self._download(f"/v1/artifacts/{part(id)}/files/{quote(name)}", target, file.sha256, on_bytes)
             elif on_bytes is not None:
                 on_bytes(file.size)
         return root
 
-    def delete_artifact(self, id: str) -> Artifact:
+    def delete_artifact(self, id: str) -> None:
         """Delete an artifact that no job needs any more, with the retired models made of it."""
-        return Artifact.model_validate(self._json("DELETE", f"/v1/artifacts/{_part(id)}"))
+        self._delete(f"/v1/artifacts/{part(id)}")
 
     def publish(self, name: str, artifact: str, version: str | None = None) -> Model:
         """Publish an artifact as the model ``name``; without ``version``, the next number."""
-        body = {"name": name, "artifact": artifact} | ({"version": version} if version is not None else {})
-        return Model.model_validate(self._json("POST", "/v1/models", json=body))
+        # A second time, a model without a version would get another number.
+        tries = self._tries(repeatable=version is not None)
+        body = given(name=name, artifact=artifact, version=version)
+        response = self._send(tries, "POST", "/v1/models", json=body)
+        if tries.unsure and response.status_code == HTTPStatus.CONFLICT:
+            model = self.model(name, version)
+            if model.artifact == artifact:
+                return model
+        return Model.model_validate(body_of(response, self.url))
 
     def models(self) -> list[Model]:
         """All published models."""
@@ -239,11 +261,12 @@ class Client:
 
     def model(self, name: str, version: str | None = None) -> Model:
         """A published model; without ``version``, its latest."""
-        return Model.model_validate(self._json("GET", f"/v1/models/{_part(name)}", params=_given(version=version)))
+        return Model.model_validate(self._json("GET", f"/v1/models/{part(name)}", params=given(version=version)))
 
     def retire(self, name: str, version: str) -> Model:
         """Serve a version no more, but to those who ask for it by number."""
-        return Model.model_validate(self._json("POST", f"/v1/models/{_part(name)}/{_part(version)}/retire"))
+        path = f"/v1/models/{part(name)}/{part(version)}/retire"
+        return Model.model_validate(self._json("POST", path, repeatable=True))
 
     # The platform itself
 
@@ -264,34 +287,47 @@ class Client:
 
     # Transport
 
-    def _post_once(self, path: str, body: dict[str, Any], key: str | None) -> Any:
-        # With a key a second try can do no harm, so a broken connection is no reason to bother the user.
-        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
-        return self._json("POST", path, json=body, headers=headers, safe=True)
+    def _tries(self, *, repeatable: bool) -> Tries:
+        return Tries(self.url, self._retry_seconds, repeatable=repeatable)
 
-    def _json(self, method: str, path: str, *, safe: bool | None = None, **request: Any) -> Any:
-        """The body of the answer. ``safe``: may be sent twice; without it, only when nothing was sent at all."""
-        again = httpx.TransportError if (method == "GET" if safe is None else safe) else httpx.ConnectError
-        for pause in (*_RETRY_PAUSES, None):
+    def _send(self, tries: Tries, method: str, path: str, **request: Any) -> httpx.Response:
+        """The answer, which may be an error. Raises :class:`Unavailable` when there is none."""
+        while True:
+            outcome: httpx.TransportError | httpx.Response
             try:
-                response = self._http.request(method, path, **request)
-                break
+                outcome = self._http.request(method, path, **request)
             except httpx.TransportError as error:
-                if pause is None or not isinstance(error, again):
-                    raise _lost(self.url, error) from None
-                time.sleep(pause)
-        if response.is_error:
-            raise error_of(response)
-        try:
-            return response.json()
-        except ValueError:
-            raise Unavailable(f"{self.url} answers, but not as an Ethogram platform does; is the URL right?") from None
+                outcome = error
+            pause = tries.pause(outcome)
+            if pause is None:
+                break
+            time.sleep(pause)
+        if isinstance(outcome, httpx.Response):
+            return outcome
+        raise self._gave_up(outcome)
+
+    def _json(self, method: str, path: str, *, repeatable: bool | None = None, **request: Any) -> Any:
+        """The body of the answer."""
+        tries = self._tries(repeatable=method == "GET" if repeatable is None else repeatable)
+        return body_of(self._send(tries, method, path, **request), self.url)
+
+    def _post_once(self, path: str, body: dict[str, Any], key: str | None) -> Any:
+        # With a key a second try can do no harm.
+        headers = {"Idempotency-Key": uuid.uuid4().hex if key is None else header(key, "idempotency_key")}
+        return self._json("POST", path, repeatable=True, json=body, headers=headers)
+
+    def _delete(self, path: str) -> None:
+        tries = self._tries(repeatable=True)
+        response = self._send(tries, "DELETE", path)
+        # Gone by the try whose answer was lost.
+        if not (tries.unsure and response.status_code == HTTPStatus.NOT_FOUND):
+            body_of(response, self.url)
 
     def _pages(self, path: str, limit: int | None, **filters: str | list[str] | None) -> Iterator[Any]:
         left, cursor = limit, None
         while left is None or left > 0:
-            size = _PAGE if left is None else min(left, _PAGE)
-            page = self._json("GET", path, params=_given(**filters, limit=str(size), cursor=cursor))
+            size = PAGE if left is None else min(left, PAGE)
+            page = self._json("GET", path, params=given(**filters, limit=str(size), cursor=cursor))
             yield from page["items"]
             cursor = page.get("next_cursor")
             if cursor is None:
@@ -299,131 +335,54 @@ class Client:
             left = None if left is None else left - len(page["items"])
 
     def _event_frames(self, id: str, last: int, follow: bool) -> Iterator[sse.Frame]:
-        params = _given(follow=None if follow else "false", after=str(last) if last else None)
+        params = given(follow=None if follow else "false", after=str(last) if last else None)
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(last)} if last else {})
-        with self._http.stream("GET", f"/v1/jobs/{_part(id)}/events", params=params, headers=headers) as response:
+        parser = sse.Parser()
+        with self._http.stream("GET", f"/v1/jobs/{part(id)}/events", params=params, headers=headers) as response:
             if response.is_error:
                 response.read()
-                raise error_of(response)
-            yield from sse.frames(response.iter_bytes())
+                response.raise_for_status()
+            for chunk in response.iter_bytes():
+                yield from parser.feed(chunk)
 
     def _download(self, path: str, target: Path, sha256: str, on_bytes: Callable[[int], None] | None) -> None:
         partial = target.with_name(f"{target.name}.part")
-        digest = hashlib.sha256()
+        tries, furthest = self._tries(repeatable=True), 0
         try:
-            with self._http.stream("GET", path) as response:
-                if response.is_error:
-                    response.read()
-                    raise error_of(response)
-                with partial.open("wb") as file:
-                    for chunk in response.iter_bytes():
-                        digest.update(chunk)
-                        file.write(chunk)
-                        if on_bytes is not None:
-                            on_bytes(len(chunk))
+            while True:
+                digest, came = hashlib.sha256(), 0
+                outcome: httpx.TransportError | httpx.Response
+                try:
+                    with self._http.stream("GET", path) as response:
+                        outcome = response
+                        if response.is_error:
+                            response.read()
+                        else:
+                            with partial.open("wb") as file:
+                                for chunk in response.iter_bytes():
+                                    digest.update(chunk)
+                                    file.write(chunk)
+                                    came += len(chunk)
+                                    if on_bytes is not None:
+                                        on_bytes(len(chunk))
+                except httpx.TransportError as error:
+                    outcome = error
+                    if came > furthest:
+                        furthest = came
+                        tries.heard()
+                pause = tries.pause(outcome)
+                if pause is None:
+                    break
+                if on_bytes is not None:
+                    on_bytes(-came)
+                time.sleep(pause)
+            if not isinstance(outcome, httpx.Response) or outcome.is_error:
+                raise self._gave_up(outcome)
             if digest.hexdigest() != sha256:
                 raise Unavailable(f"{path} did not arrive whole; try again")
             partial.replace(target)
-        except httpx.TransportError as error:
-            raise _lost(self.url, error) from None
         finally:
             partial.unlink(missing_ok=True)
 
-
-class _Upload:
-    """A file that is open only while it is read: a folder may hold more than a process may have open."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._size, self._place = path, path.stat().st_size, 0
-        self._file: BinaryIO | None = None
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """To the start or the end, which is how its length is asked for."""
-        self._place = offset + (self._size if whence == os.SEEK_END else 0)
-        self._close()
-        return self._place
-
-    def read(self, size: int) -> bytes:
-        if self._file is None:
-            self._file = self._path.open("rb")
-            self._file.seek(self._place)
-        data = self._file.read(size)
-        self._place += len(data)
-        if len(data) < size:
-            self._close()
-        return data
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def error_of(response: httpx.Response) -> EthogramError:
-    """The error that an answer carries, in the class it was raised as."""
-    try:
-        problem = response.json()
-    except ValueError:
-        problem = None
-    if not isinstance(problem, dict):
-        problem = {}
-    text = str(problem.get("detail") or problem.get("title") or f"the server answered {response.status_code}")
-    given = problem.get("violations")
-    violations = [
-        Violation(str(item.get("field")), str(item.get("description")))
-        for item in (given if isinstance(given, list) else [])
-        if isinstance(item, dict)
-    ]
-    cls = ERRORS.get(str(problem.get("reason")))
-    if cls is None:
-        # Not our gateway's own answer: a proxy's, or a path that this server does not have.
-        by_status = {c.http_status: c for c in (InvalidInput, NotFound, Unavailable)}
-        cls = by_status.get(response.status_code, Internal)
-    if cls is Internal and problem.get("request_id"):
-        text += f" (request {problem['request_id']}; the gateway's log has it)"
-    return cls(text, violations)
-
-
-def _running(state: str | Path | None) -> str:
-    from ethogram.platform.state import StateDir
-
-    folder = StateDir.find(state)
-    record = folder.read_record()
-    if record is None:
-        raise Unavailable(
-            f"no platform runs in {folder.root}: start one with `ethogram up`, or name one with --url or ETHOGRAM_URL"
-        )
-    return str(record["url"])
-
-
-def _lost(url: str, error: Exception) -> Unavailable:
-    return Unavailable(f"the platform at {url} does not answer ({str(error) or type(error).__name__}); is it running?")
-
-
-def _submission(kind: str, spec: BaseModel | Mapping[str, Any], options: SubmitOptions) -> dict[str, Any]:
-    values = spec.model_dump(mode="json") if isinstance(spec, BaseModel) else spec
-    rest: dict[str, Any] = dict(options)
-    if options.get("not_before") is not None:
-        rest["not_before"] = rest["not_before"].isoformat()
-    if options.get("labels") is not None:
-        rest["labels"] = plain(rest["labels"], "labels")
-    return {"kind": kind, "spec": plain(values, "spec")} | _given(**rest)
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _part(value: str) -> str:
-    """``value`` as one part of a path, whatever it holds."""
-    if value in ("", ".", ".."):
-        raise InvalidInput.field("id", f"{value!r} names nothing")
-    return quote(value, safe="")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    def _gave_up(self, outcome: httpx.TransportError | httpx.Response) -> EthogramError:
+        return error_of(outcome) if isinstance(outcome, httpx.Response) else lost(self.url, outcome)

@@ -33,6 +33,13 @@ class Job(Resource):
     labels: dict[str, str] = {}
     attempts: int = 0
     max_attempts: int = 0
+    parent: str | None = None
+    """Id of the job that made this one to do a part of its work, which calls it ``name``."""
+    name: str | None = None
+    time_limit_seconds: float | None = None
+    stall_limit_seconds: float | None = None
+    ran_seconds: float = 0.0
+    """Running time of the attempts that have ended, since the submission or the last retry."""
     inputs: dict[str, str] = {}
     waits_for: list[str] = []
     progress: dict[str, Any] | None = None

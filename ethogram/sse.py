@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ethogram.errors import Internal
@@ -24,30 +23,32 @@ class Frame(NamedTuple):
             raise Internal("the event stream carries something that is not JSON") from None
 
 
-def frames(chunks: Iterable[bytes]) -> Iterator[Frame]:
-    """The complete events in ``chunks``; one that a broken connection cut is dropped."""
-    event, id = "message", ""
-    data: list[str] = []
-    for line in _lines(chunks):
-        if not line:
-            if data:
-                yield Frame(event, "\n".join(data), id)
-            event, data = "message", []
-            continue
-        name, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if name == "event":
-            event = value
-        elif name == "data":
-            data.append(value)
-        elif name == "id":
-            id = value
+class Parser:
+    """Is fed bytes as they come; one that a broken connection cut is dropped with the parser."""
 
+    def __init__(self) -> None:
+        self._rest = b""
+        self._event, self._id = "message", ""
+        self._data: list[str] = []
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    # Not str.splitlines: it also splits at U+2028 and others, which a line of JSON may hold.
-    rest = b""
-    for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
-            yield line.removesuffix(b"\r").decode("utf-8", "replace")
+    def feed(self, chunk: bytes) -> list[Frame]:
+        """The events that ``chunk`` completes."""
+        # Not str.splitlines: it also splits at U+2028 and others, which a line of JSON may hold.
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        found = []
+        for line in lines:
+            text = line.removesuffix(b"\r").decode("utf-8", "replace")
+            if not text:
+                if self._data:
+                    found.append(Frame(self._event, "\n".join(self._data), self._id))
+                self._event, self._data = "message", []
+                continue
+            name, _, value = text.partition(":")
+            value = value.removeprefix(" ")
+            if name == "event":
+                self._event = value
+            elif name == "data":
+                self._data.append(value)
+            elif name == "id":
+                self._id = value
+        return found

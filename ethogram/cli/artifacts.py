@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ethogram.cli.options import Json, Limit, Url, Version, examples, show_help
+from ethogram.cli.options import Json, Limit, Url, Version, connect, examples, show_help
 
 if TYPE_CHECKING:
     from ethogram.client import Client
@@ -34,9 +34,8 @@ def put(
 ) -> None:
     """Upload a file or a folder."""
     from ethogram.cli.output import pairs, result
-    from ethogram.client import Client
 
-    with Client(url) as client:
+    with connect(url) as client:
         made = client.put(path, name=name or path.resolve().stem, type=type)
     shown = {"artifact": made.id, "name": made.name, "type": made.type, "bytes": made.size}
     result(made, as_json, lambda: pairs(shown))
@@ -52,9 +51,8 @@ def ls(
 ) -> None:
     """List artifacts, newest first."""
     from ethogram.cli.output import result, table
-    from ethogram.client import Client
 
-    with Client(url) as client:
+    with connect(url) as client:
         found = client.artifacts(job=job, type=type, limit=limit)
     rows = [(a.id, a.name, a.type, a.size, a.job, a.created_at) for a in found]
     result(found, as_json, lambda: table(["Artifact", "Name", "Type", "Bytes", "Job", "Created"], rows))
@@ -71,9 +69,8 @@ def get(
 ) -> None:
     """Download an artifact; every file is checked against its digest."""
     from ethogram.cli.output import result, say
-    from ethogram.client import Client
 
-    with Client(url) as client:
+    with connect(url) as client:
         artifact = client.artifact(_resolve(client, source))
         name = artifact.manifest.name if artifact.manifest else artifact.name
         folder = client.get(artifact.id, output or Path(Path(name).name or artifact.id))
@@ -86,11 +83,11 @@ def get(
 def rm(source: Source, url: Url = None, as_json: Json = False) -> None:
     """Delete an artifact that no job needs any more, and retired models made of it."""
     from ethogram.cli.output import pairs, result
-    from ethogram.client import Client
 
-    with Client(url) as client:
-        gone = client.delete_artifact(_resolve(client, source))
-    result(gone, as_json, lambda: pairs({"deleted": gone.id, "name": gone.name, "bytes": gone.size}))
+    with connect(url) as client:
+        id = _resolve(client, source)
+        client.delete_artifact(id)
+    result({"deleted": id}, as_json, lambda: pairs({"deleted": id}))
 
 
 @models.command(epilog=examples("ethogram models publish my-codec job_abc/codec"))
@@ -103,9 +100,8 @@ def publish(
 ) -> None:
     """Publish an artifact as a model; the inference service has it within seconds."""
     from ethogram.cli.output import result
-    from ethogram.client import Client
 
-    with Client(url) as client:
+    with connect(url) as client:
         model = client.publish(name, _resolve(client, source), version)
     result(model, as_json, lambda: _show(model))
 
@@ -119,9 +115,8 @@ def retire(
 ) -> None:
     """Serve a version no more, but to those who ask for it by number."""
     from ethogram.cli.output import result
-    from ethogram.client import Client
 
-    with Client(url) as client:
+    with connect(url) as client:
         model = client.retire(name, version)
     result(model, as_json, lambda: _show(model))
 
@@ -130,9 +125,8 @@ def retire(
 def models_ls(url: Url = None, as_json: Json = False) -> None:
     """List published models."""
     from ethogram.cli.output import result, table
-    from ethogram.client import Client
 
-    with Client(url) as client:
+    with connect(url) as client:
         found = client.models()
     rows = [(m.name, m.version, m.artifact, m.created, "retired" if m.retired else "") for m in found]
     result(found, as_json, lambda: table(["Name", "Version", "Artifact", "Created", ""], rows))
@@ -142,9 +136,8 @@ def models_ls(url: Url = None, as_json: Json = False) -> None:
 def models_get(name: ModelName, version: Version = None, url: Url = None, as_json: Json = False) -> None:
     """Show a published model."""
     from ethogram.cli.output import result
-    from ethogram.client import Client
 
-    with Client(url) as client:
+    with connect(url) as client:
         model = client.model(name, version)
     result(model, as_json, lambda: _show(model))
 
@@ -153,9 +146,8 @@ def models_get(name: ModelName, version: Version = None, url: Url = None, as_jso
 def behaviors(name: ModelName, version: Version = None, url: Url = None, as_json: Json = False) -> None:
     """List what a model can steer."""
     from ethogram.cli.output import result, table
-    from ethogram.client import Client
 
-    with Client(url) as client, client.inference() as inference:
+    with connect(url) as client, client.inference() as inference:
         answer = inference.behaviors(name, version=version)
     value = {
         "model": answer.model,

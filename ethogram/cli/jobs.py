@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ethogram.cli.options import Json, Limit, Set, Url, Wait, examples, show_help
+from ethogram.cli.options import Json, Limit, Set, Url, Wait, connect, examples, seconds, show_help
 
 if TYPE_CHECKING:
     from ethogram.client import Client
-    from ethogram.resources import Job
+    from ethogram.resources import Event, Job
 
 app = typer.Typer(help="Look at jobs, follow, cancel and retry them.", invoke_without_command=True, callback=show_help)
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.", show_default=False)]
@@ -28,6 +30,26 @@ def submit(
     label: Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Repeatable.")] = None,
     priority: Annotated[int, typer.Option("--priority", help="Higher runs first.")] = 0,
     queue: Annotated[str | None, typer.Option("--queue", help="Machine class; else the kind's own.")] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            metavar="TIME",
+            parser=seconds,
+            help="Running time, over all attempts, after which it fails: 90, 90s, 30m, 2h, 1d.",
+            show_default=False,
+        ),
+    ] = None,
+    stall_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--stall-limit",
+            metavar="TIME",
+            parser=seconds,
+            help="An attempt that says nothing for so long is ended and tried again; none: never.",
+            show_default="30m",
+        ),
+    ] = None,
     wait: Wait = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check it and show it with every default; queue nothing.")
@@ -38,12 +60,16 @@ def submit(
     """Queue one job. What the file and --set leave out has its default."""
     from ethogram.cli.files import read_mapping, set_values
     from ethogram.cli.output import pairs, print_json, result
-    from ethogram.client import Client, SubmitOptions
+    from ethogram.transport import SubmitOptions
 
     spec = set_values(read_mapping(file, "spec"), values or (), "spec")
     labels = _labels(label or ()) | ({"name": name} if name is not None else {})
     options: SubmitOptions = {"priority": priority, "queue": queue, "labels": labels or None}
-    with Client(url) as client:
+    if time_limit is not None:
+        options["time_limit_seconds"] = _finite(time_limit)
+    if stall_limit is not None:
+        options["stall_limit_seconds"] = _finite(stall_limit)
+    with connect(url) as client:
         if dry_run:
             print_json(client.dry_run(kind, spec, **options))
             return
@@ -72,14 +98,13 @@ def pipeline(
     """Queue several jobs that use each other's outputs: all of them, or none when one is wrong."""
     from ethogram.cli.files import read_mapping, set_values
     from ethogram.cli.output import result, table
-    from ethogram.client import Client
     from ethogram.errors import InvalidInput
 
     plan = set_values(read_mapping(file, "pipeline"), values or (), "pipeline")
     jobs = plan.get("jobs")
     if not isinstance(jobs, dict) or set(plan) != {"jobs"}:
         raise InvalidInput(f"{file} must hold `jobs:`, a mapping of names to jobs, and nothing else")
-    with Client(url) as client:
+    with connect(url) as client:
         made = client.pipeline(jobs)
         if wait:
             made = {name: _follow(client, job, name) for name, job in made.items()}
@@ -98,17 +123,20 @@ def list_(
     kind: Annotated[str | None, typer.Option("--kind", help="Only this kind.")] = None,
     state: Annotated[str | None, typer.Option("--state", help="Only in this state, e.g. RUNNING.")] = None,
     label: Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Only with it.")] = None,
+    parent: Annotated[
+        str | None, typer.Option("--parent", metavar="JOB", help="Only the children of this job.")
+    ] = None,
     limit: Limit = 20,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """List jobs, newest first."""
     from ethogram.cli.output import result, table
-    from ethogram.client import Client
 
-    with Client(url) as client:
-        jobs = client.jobs(kind=kind, state=state.upper() if state else None, labels=_labels(label or ()), limit=limit)
-    rows = [(j.id, j.kind, j.labels.get("name", ""), j.state, _share(j), j.created_at) for j in jobs]
+    with connect(url) as client:
+        state = state.upper() if state else None
+        jobs = client.jobs(kind=kind, state=state, labels=_labels(label or ()), parent=parent, limit=limit)
+    rows = [(j.id, j.kind, j.name or j.labels.get("name", ""), j.state, _share(j), j.created_at) for j in jobs]
     result(jobs, as_json, lambda: table(["Job", "Kind", "Name", "State", "Progress", "Created"], rows))
 
 
@@ -116,9 +144,8 @@ def list_(
 def get(id: JobId, url: Url = None, as_json: Json = False) -> None:
     """Show one job."""
     from ethogram.cli.output import result
-    from ethogram.client import Client
 
-    with Client(url) as client:
+    with connect(url) as client:
         job = client.job(id)
     result(job, as_json, lambda: _show(job))
 
@@ -127,9 +154,8 @@ def get(id: JobId, url: Url = None, as_json: Json = False) -> None:
 def watch(id: JobId, url: Url = None, as_json: Json = False) -> None:
     """Follow a job to its end; exit code 1 unless it succeeds. With --json, one event a line."""
     from ethogram.cli.output import print_json
-    from ethogram.client import Client
 
-    with Client(url) as client:
+    with connect(url) as client:
         if as_json:
             job = client.wait(id, on_event=lambda event: print_json(event, indent=None))
         else:
@@ -139,53 +165,76 @@ def watch(id: JobId, url: Url = None, as_json: Json = False) -> None:
     _exit_unless_succeeded([job])
 
 
-@app.command(epilog=examples("ethogram jobs logs job_abc", "ethogram jobs logs job_abc --follow"))
+@app.command(epilog=examples("ethogram jobs logs job_abc", "ethogram jobs logs job_abc --follow --tail 20"))
 def logs(
     id: JobId,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    tail: Annotated[
+        int | None, typer.Option("--tail", "-n", min=0, metavar="N", help="Only the last N lines, and what follows.")
+    ] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Print what a job said."""
     from ethogram.cli.output import console, print_json
-    from ethogram.client import Client
 
     out = console()
-    with Client(url) as client:
-        for event in client.events(id, follow=follow):
-            if event.type != "log":
-                continue
-            if as_json:
-                print_json(event, indent=None)
-            else:
-                time = event.time.astimezone().strftime("%H:%M:%S") if event.time else ""
-                out.print(f"{time} {event.data.get('level', 'info'):<7} {event.data.get('message', '')}")
+
+    def show(event: Event) -> None:
+        if as_json:
+            print_json(event, indent=None)
+        else:
+            time = event.time.astimezone().strftime("%H:%M:%S") if event.time else ""
+            out.print(f"{time} {event.data.get('level', 'info'):<7} {event.data.get('message', '')}")
+
+    with connect(url) as client:
+        after = 0
+        if tail is not None:
+            last: deque[Event] = deque(maxlen=tail)
+            for event in client.events(id, follow=False):
+                after = event.seq or after
+                if event.type == "log":
+                    last.append(event)
+            for event in last:
+                show(event)
+        if follow or tail is None:
+            for event in client.events(id, after=after, follow=follow):
+                if event.type == "log":
+                    show(event)
 
 
 @app.command(epilog=examples("ethogram jobs cancel job_abc"))
 def cancel(id: JobId, url: Url = None, as_json: Json = False) -> None:
     """Ask a job to end."""
     from ethogram.cli.output import pairs, result
-    from ethogram.client import Client
 
-    with Client(url) as client:
+    with connect(url) as client:
         job = client.cancel(id)
     result(job, as_json, lambda: pairs({"job": job.id, "state": job.state}))
 
 
-@app.command(epilog=examples("ethogram jobs retry job_abc --wait"))
-def retry(id: JobId, wait: Wait = False, url: Url = None, as_json: Json = False) -> None:
+@app.command(epilog=examples("ethogram jobs retry job_abc --wait", "ethogram jobs retry job_abc --from-start"))
+def retry(
+    id: JobId,
+    from_start: Annotated[bool, typer.Option("--from-start", help="Forget its last checkpoint.")] = False,
+    wait: Wait = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
     """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
     from ethogram.cli.output import pairs, result
-    from ethogram.client import Client
 
-    with Client(url) as client:
-        job = client.retry(id)
+    with connect(url) as client:
+        job = client.retry(id, from_start=from_start)
         if wait:
             job = _follow(client, job, job.labels.get("name") or job.kind)
     result(job, as_json, lambda: _show(job) if wait else pairs({"job": job.id, "state": job.state}))
     if wait:
         _exit_unless_succeeded([job])
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None
 
 
 def _follow(client: Client, job: Job, name: str) -> Job:
@@ -214,9 +263,12 @@ def _show(job: Job) -> None:
             "state": job.state,
             "labels": " ".join(f"{key}={value}" for key, value in job.labels.items()),
             "queue": job.queue,
+            "part of": f"{job.parent} ({job.name})" if job.parent else "",
             "waits for": " ".join(job.waits_for),
             "progress": _share(job),
             "attempts": f"{job.attempts} of {job.max_attempts}" if job.attempts else "",
+            "time limit": f"{job.time_limit_seconds:g} s" if job.time_limit_seconds else "",
+            "ran": f"{job.ran_seconds:.1f} s" if job.ran_seconds else "",
             "created": job.created_at,
             "started": job.started_at,
             "finished": job.finished_at,
@@ -251,8 +303,7 @@ def _labels(given: list[str] | tuple[()]) -> dict[str, str]:
 def rm(id: JobId, url: Url = None, as_json: Json = False) -> None:
     """Delete a job that has ended, with its events, outputs and children; what is published stays."""
     from ethogram.cli.output import pairs, result
-    from ethogram.client import Client
 
-    with Client(url) as client:
-        job = client.delete_job(id)
-    result(job, as_json, lambda: pairs({"deleted": job.id, "kind": job.kind, "state": job.state}))
+    with connect(url) as client:
+        client.delete_job(id)
+    result({"deleted": id}, as_json, lambda: pairs({"deleted": id}))

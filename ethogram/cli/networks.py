@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ethogram.cli.options import Json, Output, Url, Version, examples
+from ethogram.cli.options import Json, Output, Url, Version, connect, examples
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -141,9 +141,8 @@ evaluate_examples = examples(
 
 @contextmanager
 def _inference(url: str | None) -> Iterator[Inference]:
-    from ethogram.client import Client
 
-    with Client(url) as client, client.inference() as inference:
+    with connect(url) as client, client.inference() as inference:
         yield inference
 
 

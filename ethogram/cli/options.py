@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ethogram.client import Client
+
+# Someone waits at the terminal.
+_RETRY_SECONDS = 5.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
 Url = Annotated[
@@ -38,6 +46,26 @@ Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Th
 Version = Annotated[
     str | None, typer.Option("--version", metavar="VERSION", help="Version of the model; else its latest.")
 ]
+
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(text: str) -> float:
+    """A limit of time as people write it; infinity: none."""
+    if text == "none":
+        return math.inf
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if found is None or float(found[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is no time; write 90, 90s, 30m, 2h, 1d or none")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def connect(url: str | None) -> Client:
+    """The platform that the user means."""
+    from ethogram.client import Client
+
+    return Client(url, retry_seconds=_RETRY_SECONDS)
 
 
 def examples(*lines: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ethogram.cli.options import Json, State, Url, examples
+from ethogram.cli.options import Json, State, Url, connect, examples
 from ethogram.platform import defaults
 
 
@@ -123,11 +123,10 @@ def kinds(
 ) -> None:
     """List the kinds of jobs, or the fields of one kind's spec with their bounds, defaults and meaning."""
     from ethogram.cli.output import result, table
-    from ethogram.client import Client
     from ethogram.errors import NotFound
     from ethogram.schema import fields
 
-    with Client(url) as client:
+    with connect(url) as client:
         found = client.kinds()
     if kind is None:
         rows = [(item.name, item.queue, item.summary) for item in found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -253,3 +254,46 @@ def test_a_reader_that_leaves_is_no_failure_to_shout_about(platform: Platform) -
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+def test_limits_and_children_are_shown(cli: Cli, client: Client) -> None:
+    limits = ("--time-limit", "1.5h", "--stall-limit", "none")
+    job = client.job(cli("submit", "generation", *IDLE, *limits, "--json").json["id"])
+    assert (job.time_limit_seconds, job.stall_limit_seconds) == (5400.0, None)
+    assert "time limit  5400 s" in cli("jobs", "get", job.id).out
+    assert cli("jobs", "list", "--parent", job.id, "--json").json == []
+    assert client.dry_run("generation", {})["kind"] == "generation"
+    cli("jobs", "cancel", job.id)
+    assert cli("jobs", "retry", job.id, "--from-start", "--json").json["state"] == "QUEUED"
+    cli("jobs", "cancel", job.id)
+
+
+@pytest.mark.parametrize("given", ["0", "-3", "3x", "", "1e3", "inf"])
+def test_a_limit_that_is_no_time(cli: Cli, given: str) -> None:
+    answer = cli("submit", "generation", *IDLE, f"--time-limit={given}")
+    assert answer.code == 2
+    assert "30m" in answer.err
+
+
+def test_logs_are_followed_from_their_tail(platform: Platform, client: Client, cli: Cli) -> None:
+    job = client.submit("generation", {"subjects": 8, "min_accuracy": 0.3, "training": {"steps": 20}})
+    client.wait(job.id).check()
+    whole = cli("jobs", "logs", job.id).out.splitlines()
+    assert len(whole) > 1
+    assert cli("jobs", "logs", job.id, "--tail", "1").out.splitlines() == whole[-1:]
+    assert cli("jobs", "logs", job.id, "-f", "--tail", "1").out.splitlines() == whole[-1:]
+    assert cli("jobs", "logs", job.id, "-n", "0").out == ""
+    assert cli("jobs", "logs", job.id, "-f", "--tail", "999").out.splitlines() == whole
+
+
+def test_control_c_leaves_quietly(platform: Platform, client: Client) -> None:
+    job = client.submit("generation", {}, queue="nobody")
+    program = [sys.executable, "-c", "from ethogram.cli.main import run; run()"]
+    command = [*program, "jobs", "watch", job.id, "--json", "--url", platform.url]
+    following = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert following.stdout is not None
+    assert json.loads(following.stdout.readline())["type"] == "state"
+    following.send_signal(signal.SIGINT)
+    assert following.communicate(timeout=10) == (b"", b"")
+    assert following.returncode == 130
+    client.cancel(job.id)

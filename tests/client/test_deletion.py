@@ -35,7 +35,7 @@ def test_a_model_and_its_artifact(cli: Cli, tmp_path: Path) -> None:
     code, answer = cli("artifacts", "rm", artifact)
     assert code == 1 and "retire that first" in answer["error"]["message"]
     assert cli("models", "retire", "to-delete", "1")[1]["retired"] is True
-    assert cli("artifacts", "rm", artifact)[1]["id"] == artifact
+    assert cli("artifacts", "rm", artifact)[1] == {"deleted": artifact}
     code, answer = cli("artifacts", "rm", artifact)
     assert (code, answer["error"]["reason"]) == (1, "NOT_FOUND")
     assert "to-delete" not in {model["name"] for model in cli("models", "ls")[1]}
@@ -46,5 +46,5 @@ def test_a_job(cli: Cli) -> None:
     code, answer = cli("jobs", "rm", job)
     assert code == 1 and "cancel it first" in answer["error"]["message"]
     cli("jobs", "cancel", job)
-    assert cli("jobs", "rm", job)[1]["id"] == job
+    assert cli("jobs", "rm", job)[1] == {"deleted": job}
     assert cli("jobs", "get", job)[1]["error"]["reason"] == "NOT_FOUND"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,11 +66,18 @@ def stream(gateway: Gateway, job: str, *, last: int = 0, stop_after: int | None 
     with gateway.http.stream("GET", f"/v1/jobs/{job}/events", headers=headers, params=params) as response:
         assert response.status_code == 200, response.read()
         assert response.headers["content-type"].startswith("text/event-stream")
-        for frame in sse.frames(response.iter_raw()):
+        for frame in frames_of(response.iter_raw()):
             frames.append((frame.event, frame.id, json.loads(frame.data)))
             if len(frames) == stop_after:
                 break
     return frames
+
+
+def frames_of(chunks: Iterable[bytes]) -> Iterator[sse.Frame]:
+    """The events in ``chunks``."""
+    parser = sse.Parser()
+    for chunk in chunks:
+        yield from parser.feed(chunk)
 
 
 def seqs(frames: list[Any]) -> list[int]:

@@ -13,11 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ethogram import sse
 from gateway import tail
 from services.jobs.notify import Notifier
 from tests.conftest import free_port
-from tests.gateway.running import Gateway, fields, running, seqs, stream, submit
+from tests.gateway.running import Gateway, fields, frames_of, running, seqs, stream, submit
 
 
 def start(gateway: Gateway, name: str) -> tuple[str, str]:
@@ -148,7 +147,7 @@ def test_redis_makes_it_quick(gateway: Gateway, redis_url: str) -> None:
 
     def watch() -> None:
         with gateway.http.stream("GET", f"/v1/jobs/{job}/events") as response:
-            for frame in sse.frames(response.iter_raw()):
+            for frame in frames_of(response.iter_raw()):
                 if frame.id:
                     arrived[int(frame.id)] = time.monotonic()
 
@@ -205,7 +204,7 @@ def test_slow_watcher_costs_nothing_and_loses_nothing(gateway: Gateway, monkeypa
         shared = gateway.services.tails._tails[job]
         assert shared.window_bytes <= 2**18 + 200 * 8000
         gateway.services.registry.succeed(attempt, {})
-        frames = list(sse.frames(part for whole in ([first], chunks) for part in whole))
+        frames = list(frames_of(part for whole in ([first], chunks) for part in whole))
     assert [int(frame.id) for frame in frames if frame.event in ("log", "state")] == list(range(1, last + 2))
     assert frames[-1].event == "end"
 

@@ -1,0 +1,392 @@
+"""The Python client of a platform, for ``asyncio``: jobs, their events, artifacts and models.
+
+    async with AsyncClient() as client:                 # ETHOGRAM_URL, or the platform of runs/state
+        job = await client.submit("generation", {"subjects": 512})
+        (await client.wait(job.id, on_event=print)).check()
+
+Every method raises the classes of :mod:`ethogram.errors` that the server raised, with the same violations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from http import HTTPStatus
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Self, Unpack
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel
+
+from ethogram import sse
+from ethogram.errors import EthogramError, Internal, InvalidInput, NotFound, Unavailable
+from ethogram.plain import plain
+from ethogram.resources import Artifact, Event, Job, Kind, Manifest, Model
+from ethogram.transport import (
+    FOLLOW_SECONDS,
+    PAGE,
+    RETRY_SECONDS,
+    SubmitOptions,
+    Tries,
+    address,
+    body_of,
+    error_of,
+    files_in,
+    given,
+    header,
+    lost,
+    part,
+    sha256_of,
+    submission,
+)
+
+if TYPE_CHECKING:
+    from ethogram.inference import Inference
+
+
+class AsyncClient:
+    """A connection to the platform at ``url``; safe to share between tasks of one event loop.
+
+    Without ``url``: what ``ETHOGRAM_URL`` names, else the platform that runs in the state directory ``state``
+    (``ETHOGRAM_STATE``, ``runs/state``). ``timeout`` is in seconds and for one answer, not for a job. For
+    ``retry_seconds`` a request whose repetition does no harm is sent again, with growing pauses, while the platform is
+    away or has no room; 0: never. Uploads, retries of a job and models without a version are sent again only if they
+    did not reach it.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        state: str | Path | None = None,
+        timeout: float = 60.0,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> None:
+        self.url, proxies = address(url, state)
+        self._retry_seconds = retry_seconds
+        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout, trust_env=proxies)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    # Jobs
+
+    async def submit(
+        self,
+        kind: str,
+        spec: BaseModel | Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> Job:
+        """Queue a job and return it. The same ``idempotency_key`` with the same request returns the job made first."""
+        return Job.model_validate(await self._post_once("/v1/jobs", submission(kind, spec, options), idempotency_key))
+
+    async def dry_run(
+        self, kind: str, spec: BaseModel | Mapping[str, Any], **options: Unpack[SubmitOptions]
+    ) -> dict[str, Any]:
+        """Check a submission as the server would, queue nothing, and return it with every default filled in."""
+        body = submission(kind, spec, options)
+        checked: dict[str, Any] = await self._json("POST", "/v1/jobs?dry_run=true", repeatable=True, json=body)
+        return checked
+
+    async def pipeline(
+        self, jobs: Mapping[str, Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> dict[str, Job]:
+        """Queue several jobs at once: name to ``{"kind": ..., "spec": ..., ...}``; an input ``{"job": NAME, "artifact":
+        ...}`` names another of them. All are queued or none.
+        """
+        body = {"jobs": {name: plain(job, f"jobs.{name}") for name, job in jobs.items()}}
+        answer = await self._post_once("/v1/pipelines", body, idempotency_key)
+        return {name: Job.model_validate(job) for name, job in answer["jobs"].items()}
+
+    async def job(self, id: str) -> Job:
+        """One job as it is now."""
+        return Job.model_validate(await self._json("GET", f"/v1/jobs/{part(id)}"))
+
+    async def jobs(
+        self,
+        *,
+        kind: str | None = None,
+        state: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        parent: str | None = None,
+        limit: int | None = 50,
+    ) -> list[Job]:
+        """Jobs, newest first, that have all of ``labels``; ``parent``: only the children of this job; ``limit`` None:
+        all."""
+        label = [f"{key}={value}" for key, value in (labels or {}).items()] or None
+        found = self._pages("/v1/jobs", limit, kind=kind, state=state, label=label, parent=parent)
+        return [Job.model_validate(item) async for item in found]
+
+    async def cancel(self, id: str) -> Job:
+        """Ask a job to end; a running one is ``CANCELLING`` until it has."""
+        tries = self._tries(repeatable=True)
+        response = await self._send(tries, "POST", f"/v1/jobs/{part(id)}/cancel")
+        if tries.unsure and response.status_code == HTTPStatus.CONFLICT:
+            # The try whose answer was lost may have done it.
+            job = await self.job(id)
+            if job.state in ("CANCELLING", "CANCELLED"):
+                return job
+        return Job.model_validate(body_of(response, self.url))
+
+    async def retry(self, id: str, *, from_start: bool = False) -> Job:
+        """Queue a failed or cancelled job again; it goes on from its last checkpoint, unless ``from_start``."""
+        params = {"from_start": "true"} if from_start else None
+        return Job.model_validate(await self._json("POST", f"/v1/jobs/{part(id)}/retry", params=params))
+
+    async def delete_job(self, id: str) -> None:
+        """Delete a job that has ended, with its events, outputs and children. Published outputs stay."""
+        await self._delete(f"/v1/jobs/{part(id)}")
+
+    async def events(self, id: str, *, after: int = 0, follow: bool = True) -> AsyncIterator[Event]:
+        """What happens to a job, from event ``after`` + 1 on, until it ends; ``follow`` False: what there is by now.
+
+        Goes on where it was when the connection breaks: every event once, in order. Raises :class:`Unavailable` when
+        the platform stays away for a minute.
+        """
+        last, tries = after, self._tries(repeatable=True)
+        while True:
+            try:
+                async for frame in self._event_frames(id, last, follow):
+                    tries = Tries(self.url, max(FOLLOW_SECONDS, self._retry_seconds), repeatable=True)
+                    if frame.event == "end":
+                        return
+                    if frame.event == "progress":
+                        yield Event(type="progress", data=frame.json(), job=id)
+                        continue
+                    event = Event.model_validate(frame.json())
+                    if event.seq is not None and event.seq <= last:
+                        continue
+                    last = event.seq if event.seq is not None else last
+                    yield event
+                if not follow:
+                    return
+                # A gateway that shuts down ends its streams; another one, or the next, has the rest.
+                outcome: httpx.TransportError | httpx.Response = httpx.RemoteProtocolError("the stream ended")
+            except httpx.TransportError as error:
+                outcome = error
+            except httpx.HTTPStatusError as error:
+                outcome = error.response
+            pause = tries.pause(outcome)
+            if pause is None:
+                raise self._gave_up(outcome)
+            await asyncio.sleep(pause)
+
+    async def wait(self, id: str, on_event: Callable[[Event], None] | None = None) -> Job:
+        """Follow a job to its end and return it, whatever the end is (see :meth:`Job.check`)."""
+        async for event in self.events(id):
+            if on_event is not None:
+                on_event(event)
+        return await self.job(id)
+
+    # Artifacts and models
+
+    async def artifacts(
+        self, *, job: str | None = None, type: str | None = None, limit: int | None = 50
+    ) -> list[Artifact]:
+        """Artifacts, newest first; ``limit`` None: all."""
+        found = self._pages("/v1/artifacts", limit, job=job, type=type)
+        return [Artifact.model_validate(item) async for item in found]
+
+    async def artifact(self, id: str) -> Artifact:
+        """One artifact with its manifest."""
+        return Artifact.model_validate(await self._json("GET", f"/v1/artifacts/{part(id)}"))
+
+    async def output(self, job: str, name: str) -> Artifact:
+        """The output ``name`` of a job. Raises :class:`NotFound` naming what it has."""
+        found = await self.artifacts(job=job, limit=None)
+        for artifact in found:
+            if artifact.name == name:
+                return artifact
+        has = ", ".join(sorted({a.name for a in found})) or "none yet"
+        raise NotFound(f"job {job} has no artifact {name!r}; it has: {has}")
+
+    async def put(self, path: str | Path, *, name: str, type: str) -> Artifact:
+        """Upload a file, or all files of a folder, as one artifact."""
+        answer = await self._json("POST", "/v1/artifacts", data={"name": name, "type": type}, files=files_in(path))
+        manifest = Manifest.model_validate(answer["manifest"])
+        return Artifact(id=answer["id"], name=name, type=type, size=manifest.size, manifest=manifest)
+
+    async def get(self, id: str, destination: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> Path:
+        """Download an artifact into the folder ``destination``; files that are there already are kept.
+
+        Every file is checked against its digest. ``on_bytes`` is told how many bytes came; a negative number takes
+        back those of a try that broke.
+        """
+        manifest = (await self.artifact(id)).manifest
+        if manifest is None:
+            raise Internal(f"the server sent no manifest of artifact {id}")
+        root = Path(destination)
+        for name, file in manifest.files.items():
+            parts = PurePosixPath(name)
+            if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+                raise InvalidInput.field(f"files.{name}", "an artifact's path must stay inside its folder")
+            target = root / parts
+            target.parent.mkdir(parents=True, exist_ok=True)
+            there = target.is_file() and target.stat().st_size == file.size
+            if not there or await asyncio.to_thread(sha256_of, target) != file.sha256:
+                await self._download(f"/v1/artifacts/{part(id)}/files/{quote(name)}", target, file.sha256, on_bytes)
+            elif on_bytes is not None:
+                on_bytes(file.size)
+        return root
+
+    async def delete_artifact(self, id: str) -> None:
+        """Delete an artifact that no job needs any more, with the retired models made of it."""
+        await self._delete(f"/v1/artifacts/{part(id)}")
+
+    async def publish(self, name: str, artifact: str, version: str | None = None) -> Model:
+        """Publish an artifact as the model ``name``; without ``version``, the next number."""
+        # A second time, a model without a version would get another number.
+        tries = self._tries(repeatable=version is not None)
+        body = given(name=name, artifact=artifact, version=version)
+        response = await self._send(tries, "POST", "/v1/models", json=body)
+        if tries.unsure and response.status_code == HTTPStatus.CONFLICT:
+            model = await self.model(name, version)
+            if model.artifact == artifact:
+                return model
+        return Model.model_validate(body_of(response, self.url))
+
+    async def models(self) -> list[Model]:
+        """All published models."""
+        return [Model.model_validate(item) for item in (await self._json("GET", "/v1/models"))["items"]]
+
+    async def model(self, name: str, version: str | None = None) -> Model:
+        """A published model; without ``version``, its latest."""
+        return Model.model_validate(await self._json("GET", f"/v1/models/{part(name)}", params=given(version=version)))
+
+    async def retire(self, name: str, version: str) -> Model:
+        """Serve a version no more, but to those who ask for it by number."""
+        path = f"/v1/models/{part(name)}/{part(version)}/retire"
+        return Model.model_validate(await self._json("POST", path, repeatable=True))
+
+    # The platform itself
+
+    async def kinds(self) -> list[Kind]:
+        """The kinds of jobs that the platform runs."""
+        return [Kind.model_validate(item) for item in await self._json("GET", "/v1/kinds")]
+
+    async def info(self) -> dict[str, Any]:
+        """The platform's version and where its inference service is."""
+        answer: dict[str, Any] = await self._json("GET", "/v1/info")
+        return answer
+
+    async def inference(self) -> Inference:
+        """A client of the platform's inference service. Its calls block."""
+        from ethogram.inference import Inference
+
+        return Inference(str((await self.info())["inference"]))
+
+    # Transport
+
+    def _tries(self, *, repeatable: bool) -> Tries:
+        return Tries(self.url, self._retry_seconds, repeatable=repeatable)
+
+    async def _send(self, tries: Tries, method: str, path: str, **request: Any) -> httpx.Response:
+        """The answer, which may be an error. Raises :class:`Unavailable` when there is none."""
+        while True:
+            outcome: httpx.TransportError | httpx.Response
+            try:
+                outcome = await self._http.request(method, path, **request)
+            except httpx.TransportError as error:
+                outcome = error
+            pause = tries.pause(outcome)
+            if pause is None:
+                break
+            await asyncio.sleep(pause)
+        if isinstance(outcome, httpx.Response):
+            return outcome
+        raise self._gave_up(outcome)
+
+    async def _json(self, method: str, path: str, *, repeatable: bool | None = None, **request: Any) -> Any:
+        """The body of the answer."""
+        tries = self._tries(repeatable=method == "GET" if repeatable is None else repeatable)
+        return body_of(await self._send(tries, method, path, **request), self.url)
+
+    async def _post_once(self, path: str, body: dict[str, Any], key: str | None) -> Any:
+        # With a key a second try can do no harm.
+        headers = {"Idempotency-Key": uuid.uuid4().hex if key is None else header(key, "idempotency_key")}
+        return await self._json("POST", path, repeatable=True, json=body, headers=headers)
+
+    async def _delete(self, path: str) -> None:
+        tries = self._tries(repeatable=True)
+        response = await self._send(tries, "DELETE", path)
+        # Gone by the try whose answer was lost.
+        if not (tries.unsure and response.status_code == HTTPStatus.NOT_FOUND):
+            body_of(response, self.url)
+
+    async def _pages(self, path: str, limit: int | None, **filters: str | list[str] | None) -> AsyncIterator[Any]:
+        left, cursor = limit, None
+        while left is None or left > 0:
+            size = PAGE if left is None else min(left, PAGE)
+            page = await self._json("GET", path, params=given(**filters, limit=str(size), cursor=cursor))
+            for item in page["items"]:
+                yield item
+            cursor = page.get("next_cursor")
+            if cursor is None:
+                return
+            left = None if left is None else left - len(page["items"])
+
+    async def _event_frames(self, id: str, last: int, follow: bool) -> AsyncIterator[sse.Frame]:
+        params = given(follow=None if follow else "false", after=str(last) if last else None)
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(last)} if last else {})
+        parser = sse.Parser()
+        async with self._http.stream("GET", f"/v1/jobs/{part(id)}/events", params=params, headers=headers) as response:
+            if response.is_error:
+                await response.aread()
+                response.raise_for_status()
+            async for chunk in response.aiter_bytes():
+                for frame in parser.feed(chunk):
+                    yield frame
+
+    async def _download(self, path: str, target: Path, sha256: str, on_bytes: Callable[[int], None] | None) -> None:
+        partial = target.with_name(f"{target.name}.part")
+        tries, furthest = self._tries(repeatable=True), 0
+        try:
+            while True:
+                digest, came = hashlib.sha256(), 0
+                outcome: httpx.TransportError | httpx.Response
+                try:
+                    async with self._http.stream("GET", path) as response:
+                        outcome = response
+                        if response.is_error:
+                            await response.aread()
+                        else:
+                            with partial.open("wb") as file:
+                                async for chunk in response.aiter_bytes():
+                                    digest.update(chunk)
+                                    file.write(chunk)
+                                    came += len(chunk)
+                                    if on_bytes is not None:
+                                        on_bytes(len(chunk))
+                except httpx.TransportError as error:
+                    outcome = error
+                    if came > furthest:
+                        furthest = came
+                        tries.heard()
+                pause = tries.pause(outcome)
+                if pause is None:
+                    break
+                if on_bytes is not None:
+                    on_bytes(-came)
+                await asyncio.sleep(pause)
+            if not isinstance(outcome, httpx.Response) or outcome.is_error:
+                raise self._gave_up(outcome)
+            if digest.hexdigest() != sha256:
+                raise Unavailable(f"{path} did not arrive whole; try again")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _gave_up(self, outcome: httpx.TransportError | httpx.Response) -> EthogramError:
+        return error_of(outcome) if isinstance(outcome, httpx.Response) else lost(self.url, outcome)

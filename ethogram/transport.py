@@ -1,0 +1,258 @@
+"""What both clients are made of, and nothing waits here: forms of requests and answers, and when to send again."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, BinaryIO, TypedDict
+from urllib.parse import quote, urlsplit
+
+import httpx
+from pydantic import BaseModel
+
+from ethogram.errors import ERRORS, EthogramError, Internal, InvalidInput, NotFound, Unavailable, Violation
+from ethogram.plain import plain
+
+RETRY_SECONDS = 30.0
+FOLLOW_SECONDS = 60.0
+"""How long a stream of events that has begun waits for a platform that went away."""
+PAGE = 200
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+# A silence shorter than this is no news to the user.
+_TELL_AFTER = 2.0
+_BUSY = frozenset({502, 503, 504})
+_REFUSED = 429
+
+logger = logging.getLogger("ethogram.client")
+
+
+class SubmitOptions(TypedDict, total=False):
+    """What a submission may say beside its kind and spec."""
+
+    queue: str | None
+    """Machine class; None: the kind's own."""
+    priority: int
+    """Higher runs first."""
+    not_before: datetime | None
+    """Not started earlier."""
+    max_attempts: int | None
+    """Attempts before it fails for good."""
+    time_limit_seconds: float | None
+    """Running time, over all attempts, after which it fails; None: none."""
+    stall_limit_seconds: float | None
+    """An attempt that says nothing for so long is ended and tried again; None: never. Left out: half an hour."""
+    labels: Mapping[str, str] | None
+    """For finding it again."""
+
+
+class Tries:
+    """The tries of one request: whether to send it again, and when.
+
+    A request that never reached the platform is always sent again, and one that it refused as too many (429). One
+    whose fate is unknown (the connection broke, or 502, 503 or 504 came back) is sent again only if it is
+    ``repeatable``: doing it twice does no harm. Pauses grow, are drawn at random so that clients do not come all at
+    once (exponential back-off with full jitter), and are no shorter than the ``Retry-After`` of the answer. ``seconds``
+    after the first try, no other begins.
+    """
+
+    def __init__(self, url: str, seconds: float, *, repeatable: bool) -> None:
+        self._url, self._seconds, self._repeatable = url, seconds, repeatable
+        self._told = False
+        self.unsure = False
+        """Whether an earlier try may have been carried out."""
+        self.heard()
+
+    def heard(self) -> None:
+        """The platform answers: the time begins anew."""
+        self._began, self._next = time.monotonic(), _FIRST_PAUSE
+
+    def pause(self, outcome: httpx.TransportError | httpx.Response) -> float | None:
+        """Seconds to wait before the next try; None: ``outcome`` is the last word."""
+        wait = random.uniform(0, self._next)
+        if isinstance(outcome, httpx.Response):
+            unsure = outcome.status_code in _BUSY
+            if not unsure and outcome.status_code != _REFUSED:
+                return None
+            wait = max(wait, _retry_after(outcome))
+        elif isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+            return None
+        else:
+            unsure = not isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+        if unsure and not self._repeatable:
+            return None
+        self._next = min(2 * self._next, _LONGEST_PAUSE)
+        silent = time.monotonic() - self._began
+        if silent + wait >= self._seconds:
+            return None
+        self.unsure |= unsure
+        if not self._told and silent > _TELL_AFTER:
+            self._told = True
+            logger.warning("%s does not answer; trying again for %.0f s", self._url, self._seconds - silent)
+        return wait
+
+
+def address(url: str | None, state: str | Path | None) -> tuple[str, bool]:
+    """The platform's URL, given or found, and whether proxies of the environment may be used on the way to it."""
+    found = (url or os.environ.get("ETHOGRAM_URL") or _running(state)).rstrip("/")
+    parts = urlsplit(found)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidInput.field("url", f"{found!r} is no URL of a platform; write http://HOST:PORT")
+    # A proxy of the user's environment has no way to this machine's own loopback.
+    loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
+    return found, not loopback
+
+
+def submission(kind: str, spec: BaseModel | Mapping[str, Any], options: SubmitOptions) -> dict[str, Any]:
+    """The body that submits a job."""
+    values = spec.model_dump(mode="json") if isinstance(spec, BaseModel) else spec
+    rest = given(**options)
+    if "not_before" in rest:
+        rest["not_before"] = rest["not_before"].isoformat()
+    if "labels" in rest:
+        rest["labels"] = plain(rest["labels"], "labels")
+    if "stall_limit_seconds" in options:
+        # None is a value of its own here: there shall be no limit.
+        rest["stall_limit_seconds"] = options["stall_limit_seconds"]
+    return {"kind": kind, "spec": plain(values, "spec")} | rest
+
+
+def body_of(response: httpx.Response, url: str) -> Any:
+    """What an answer holds; raises the error that it carries."""
+    if response.is_error:
+        raise error_of(response)
+    try:
+        return response.json()
+    except ValueError:
+        raise Unavailable(f"{url} answers, but not as an Ethogram platform does; is the URL right?") from None
+
+
+def error_of(response: httpx.Response) -> EthogramError:
+    """The error that an answer carries, in the class it was raised as."""
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = None
+    if not isinstance(problem, dict):
+        problem = {}
+    text = str(problem.get("detail") or problem.get("title") or f"the server answered {response.status_code}")
+    listed = problem.get("violations")
+    violations = [
+        Violation(str(item.get("field")), str(item.get("description")))
+        for item in (listed if isinstance(listed, list) else [])
+        if isinstance(item, dict)
+    ]
+    cls = ERRORS.get(str(problem.get("reason")))
+    if cls is None:
+        # Not our gateway's own answer: a proxy's, or a path that this server does not have.
+        by_status = {c.http_status: c for c in (InvalidInput, NotFound)} | dict.fromkeys(
+            (*_BUSY, _REFUSED), Unavailable
+        )
+        cls = by_status.get(response.status_code, Internal)
+    if cls is Internal and problem.get("request_id"):
+        text += f" (request {problem['request_id']}; the gateway's log has it)"
+    return cls(text, violations)
+
+
+def lost(url: str, error: Exception) -> Unavailable:
+    """The platform did not answer."""
+    return Unavailable(f"the platform at {url} does not answer ({str(error) or type(error).__name__}); is it running?")
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those of ``values`` that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def part(value: str) -> str:
+    """``value`` as one part of a path, whatever it holds."""
+    if value in ("", ".", ".."):
+        raise InvalidInput.field("id", f"{value!r} names nothing")
+    return quote(value, safe="")
+
+
+def header(value: str, field: str) -> str:
+    """``value`` if a header can carry it."""
+    if not (value.isascii() and value.isprintable() and value.strip() == value != ""):
+        raise InvalidInput.field(field, "must be printable ASCII, without spaces at its ends, and not empty")
+    return value
+
+
+def files_in(path: str | Path) -> list[tuple[str, tuple[str, Upload]]]:
+    """A file, or all files of a folder, as parts of an upload."""
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    if not files:
+        raise InvalidInput.field("path", f"{root} is no file and no folder with files")
+    names = [file.name if root.is_file() else file.relative_to(root).as_posix() for file in files]
+    return [("files", (name, Upload(file))) for name, file in zip(names, files, strict=True)]
+
+
+def sha256_of(file: Path) -> str:
+    """Of the bytes of ``file``."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Upload:
+    """A file that is open only while it is read: a folder may hold more than a process may have open."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._size, self._place = path, path.stat().st_size, 0
+        self._file: BinaryIO | None = None
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """To the start or the end, which is how its length is asked for."""
+        self._place = offset + (self._size if whence == os.SEEK_END else 0)
+        self._close()
+        return self._place
+
+    def read(self, size: int) -> bytes:
+        if self._file is None:
+            self._file = self._path.open("rb")
+            self._file.seek(self._place)
+        data = self._file.read(size)
+        self._place += len(data)
+        if len(data) < size:
+            self._close()
+        return data
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _running(state: str | Path | None) -> str:
+    from ethogram.platform.state import StateDir
+
+    folder = StateDir.find(state)
+    record = folder.read_record()
+    if record is None:
+        raise Unavailable(
+            f"no platform runs in {folder.root}: start one with `ethogram up`, or name one with --url or ETHOGRAM_URL"
+        )
+    return str(record["url"])
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds, or a date (RFC 9110, 10.2.3); 0 for neither."""
+    said = response.headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(said))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0
