@@ -140,7 +140,8 @@ class Arena:
     def _start(self, name: str) -> None:
         kind, _, number = name.partition("-")
         environment = {
-            **os.environ,
+            # The developer's own platform is none of this one's business.
+            **{name: value for name, value in os.environ.items() if not name.startswith("ETHOGRAM_")},
             points.VARIABLE: str(self.faults),
             "REDIS_URL": self.redis_url,
             "ETHOGRAM_STATE": str(self.state),

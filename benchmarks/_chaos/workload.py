@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import httpx
+
 from benchmarks._chaos.arena import Arena, spawn
 from benchmarks._chaos.checks import Evidence
 from benchmarks._chaos.science import FILE, OUTPUT, consumed, parts, total
@@ -261,12 +263,14 @@ class Workload:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             try:
-                for event in client.events(asked.ids[0], after=after):
-                    if event.seq is not None:
-                        seen.append(event.seq)
-                        after = event.seq
-                return
-            except Unavailable:
+                # Below what drops events that come twice.
+                for frame in client._event_frames(asked.ids[0], after, True):
+                    if frame.event == "end":
+                        return
+                    if frame.event != "progress":
+                        after = int(frame.id)
+                        seen.append(after)
+            except httpx.HTTPError:
                 time.sleep(0.2)
 
     def _spawn(self, function: Callable[..., None], *words: Any) -> None:

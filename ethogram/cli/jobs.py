@@ -30,6 +30,10 @@ def submit(
     label: Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Repeatable.")] = None,
     priority: Annotated[int, typer.Option("--priority", help="Higher runs first.")] = 0,
     queue: Annotated[str | None, typer.Option("--queue", help="Machine class; else the kind's own.")] = None,
+    max_attempts: Annotated[
+        int | None,
+        typer.Option("--max-attempts", help="Attempts that may crash or stall before it fails.", show_default="3"),
+    ] = None,
     time_limit: Annotated[
         float | None,
         typer.Option(
@@ -64,7 +68,12 @@ def submit(
 
     spec = set_values(read_mapping(file, "spec"), values or (), "spec")
     labels = _labels(label or ()) | ({"name": name} if name is not None else {})
-    options: SubmitOptions = {"priority": priority, "queue": queue, "labels": labels or None}
+    options: SubmitOptions = {
+        "priority": priority,
+        "queue": queue,
+        "max_attempts": max_attempts,
+        "labels": labels or None,
+    }
     if time_limit is not None:
         options["time_limit_seconds"] = _finite(time_limit)
     if stall_limit is not None:

@@ -257,9 +257,9 @@ def test_a_reader_that_leaves_is_no_failure_to_shout_about(platform: Platform) -
 
 
 def test_limits_and_children_are_shown(cli: Cli, client: Client) -> None:
-    limits = ("--time-limit", "1.5h", "--stall-limit", "none")
+    limits = ("--time-limit", "1.5h", "--stall-limit", "none", "--max-attempts", "7")
     job = client.job(cli("submit", "generation", *IDLE, *limits, "--json").json["id"])
-    assert (job.time_limit_seconds, job.stall_limit_seconds) == (5400.0, None)
+    assert (job.time_limit_seconds, job.stall_limit_seconds, job.max_attempts) == (5400.0, None, 7)
     assert "time limit  5400 s" in cli("jobs", "get", job.id).out
     assert cli("jobs", "list", "--parent", job.id, "--json").json == []
     assert client.dry_run("generation", {})["kind"] == "generation"
