@@ -12,23 +12,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from ethogram import sse
 from ethogram.errors import EthogramError, Internal, InvalidInput, NotFound, Unavailable
 from ethogram.plain import plain
 from ethogram.resources import Artifact, Event, Job, Kind, Manifest, Model
 from ethogram.transport import (
-    FOLLOW_SECONDS,
     PAGE,
     RETRY_SECONDS,
+    SILENCE_SECONDS,
     SubmitOptions,
     Tries,
     address,
@@ -40,8 +41,11 @@ from ethogram.transport import (
     lost,
     part,
     sha256_of,
+    stranger,
     submission,
 )
+
+R = TypeVar("R", bound=BaseModel)
 
 if TYPE_CHECKING:
     from ethogram.inference import Inference
@@ -67,7 +71,10 @@ class AsyncClient:
     ) -> None:
         self.url, proxies = address(url, state)
         self._retry_seconds = retry_seconds
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout, trust_env=proxies)
+        self._timeout = timeout
+        # Every stream that is followed holds a connection.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, trust_env=proxies)
 
     async def __aenter__(self) -> Self:
         return self
@@ -90,7 +97,7 @@ class AsyncClient:
         **options: Unpack[SubmitOptions],
     ) -> Job:
         """Queue a job and return it. The same ``idempotency_key`` with the same request returns the job made first."""
-        return Job.model_validate(await self._post_once("/v1/jobs", submission(kind, spec, options), idempotency_key))
+        return self._read(Job, await self._post_once("/v1/jobs", submission(kind, spec, options), idempotency_key))
 
     async def dry_run(
         self, kind: str, spec: BaseModel | Mapping[str, Any], **options: Unpack[SubmitOptions]
@@ -112,7 +119,7 @@ class AsyncClient:
 
     async def job(self, id: str) -> Job:
         """One job as it is now."""
-        return Job.model_validate(await self._json("GET", f"/v1/jobs/{part(id)}"))
+        return self._read(Job, await self._json("GET", f"/v1/jobs/{part(id)}"))
 
     async def jobs(
         self,
@@ -127,7 +134,7 @@ class AsyncClient:
         all."""
         label = [f"{key}={value}" for key, value in (labels or {}).items()] or None
         found = self._pages("/v1/jobs", limit, kind=kind, state=state, label=label, parent=parent)
-        return [Job.model_validate(item) async for item in found]
+        return [self._read(Job, item) async for item in found]
 
     async def cancel(self, id: str) -> Job:
         """Ask a job to end; a running one is ``CANCELLING`` until it has."""
@@ -138,12 +145,12 @@ class AsyncClient:
             job = await self.job(id)
             if job.state in ("CANCELLING", "CANCELLED"):
                 return job
-        return Job.model_validate(body_of(response, self.url))
+        return self._read(Job, body_of(response, self.url))
 
     async def retry(self, id: str, *, from_start: bool = False) -> Job:
         """Queue a failed or cancelled job again; it goes on from its last checkpoint, unless ``from_start``."""
         params = {"from_start": "true"} if from_start else None
-        return Job.model_validate(await self._json("POST", f"/v1/jobs/{part(id)}/retry", params=params))
+        return self._read(Job, await self._json("POST", f"/v1/jobs/{part(id)}/retry", params=params))
 
     async def delete_job(self, id: str) -> None:
         """Delete a job that has ended, with its events, outputs and children. Published outputs stay."""
@@ -158,18 +165,18 @@ class AsyncClient:
         last, tries = after, self._tries(repeatable=True)
         while True:
             try:
-                async for frame in self._event_frames(id, last, follow):
-                    tries = Tries(self.url, max(FOLLOW_SECONDS, self._retry_seconds), repeatable=True)
-                    if frame.event == "end":
-                        return
-                    if frame.event == "progress":
-                        yield Event(type="progress", data=frame.json(), job=id)
-                        continue
-                    event = Event.model_validate(frame.json())
-                    if event.seq is not None and event.seq <= last:
-                        continue
-                    last = event.seq if event.seq is not None else last
-                    yield event
+                async with aclosing(self._event_frames(id, last, follow, tries)) as frames:
+                    async for frame in frames:
+                        if frame.event == "end":
+                            return
+                        if frame.event == "progress":
+                            yield Event(type="progress", data=frame.json(), job=id)
+                            continue
+                        event = Event.model_validate(frame.json())
+                        if event.seq is not None and event.seq <= last:
+                            continue
+                        last = event.seq if event.seq is not None else last
+                        yield event
                 if not follow:
                     return
                 # A gateway that shuts down ends its streams; another one, or the next, has the rest.
@@ -197,11 +204,11 @@ class AsyncClient:
     ) -> list[Artifact]:
         """Artifacts, newest first; ``limit`` None: all."""
         found = self._pages("/v1/artifacts", limit, job=job, type=type)
-        return [Artifact.model_validate(item) async for item in found]
+        return [self._read(Artifact, item) async for item in found]
 
     async def artifact(self, id: str) -> Artifact:
         """One artifact with its manifest."""
-        return Artifact.model_validate(await self._json("GET", f"/v1/artifacts/{part(id)}"))
+        return self._read(Artifact, await self._json("GET", f"/v1/artifacts/{part(id)}"))
 
     async def output(self, job: str, name: str) -> Artifact:
         """The output ``name`` of a job. Raises :class:`NotFound` naming what it has."""
@@ -214,8 +221,9 @@ class AsyncClient:
 
     async def put(self, path: str | Path, *, name: str, type: str) -> Artifact:
         """Upload a file, or all files of a folder, as one artifact."""
-        answer = await self._json("POST", "/v1/artifacts", data={"name": name, "type": type}, files=files_in(path))
-        manifest = Manifest.model_validate(answer["manifest"])
+        files = await asyncio.to_thread(files_in, path)
+        answer = await self._json("POST", "/v1/artifacts", data={"name": name, "type": type}, files=files)
+        manifest = self._read(Manifest, answer.get("manifest"))
         return Artifact(id=answer["id"], name=name, type=type, size=manifest.size, manifest=manifest)
 
     async def get(self, id: str, destination: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> Path:
@@ -255,26 +263,26 @@ class AsyncClient:
             model = await self.model(name, version)
             if model.artifact == artifact:
                 return model
-        return Model.model_validate(body_of(response, self.url))
+        return self._read(Model, body_of(response, self.url))
 
     async def models(self) -> list[Model]:
         """All published models."""
-        return [Model.model_validate(item) for item in (await self._json("GET", "/v1/models"))["items"]]
+        return [self._read(Model, item) async for item in self._pages("/v1/models", None)]
 
     async def model(self, name: str, version: str | None = None) -> Model:
         """A published model; without ``version``, its latest."""
-        return Model.model_validate(await self._json("GET", f"/v1/models/{part(name)}", params=given(version=version)))
+        return self._read(Model, await self._json("GET", f"/v1/models/{part(name)}", params=given(version=version)))
 
     async def retire(self, name: str, version: str) -> Model:
         """Serve a version no more, but to those who ask for it by number."""
         path = f"/v1/models/{part(name)}/{part(version)}/retire"
-        return Model.model_validate(await self._json("POST", path, repeatable=True))
+        return self._read(Model, await self._json("POST", path, repeatable=True))
 
     # The platform itself
 
     async def kinds(self) -> list[Kind]:
         """The kinds of jobs that the platform runs."""
-        return [Kind.model_validate(item) for item in await self._json("GET", "/v1/kinds")]
+        return [self._read(Kind, item) for item in await self._json("GET", "/v1/kinds")]
 
     async def info(self) -> dict[str, Any]:
         """The platform's version and where its inference service is."""
@@ -288,6 +296,12 @@ class AsyncClient:
         return Inference(str((await self.info())["inference"]))
 
     # Transport
+
+    def _read(self, type: type[R], answer: Any) -> R:
+        try:
+            return type.model_validate(answer)
+        except ValidationError:
+            raise stranger(self.url) from None
 
     def _tries(self, *, repeatable: bool) -> Tries:
         return Tries(self.url, self._retry_seconds, repeatable=repeatable)
@@ -330,6 +344,8 @@ class AsyncClient:
         while left is None or left > 0:
             size = PAGE if left is None else min(left, PAGE)
             page = await self._json("GET", path, params=given(**filters, limit=str(size), cursor=cursor))
+            if not isinstance(page, dict) or not isinstance(page.get("items"), list):
+                raise stranger(self.url)
             for item in page["items"]:
                 yield item
             cursor = page.get("next_cursor")
@@ -337,16 +353,21 @@ class AsyncClient:
                 return
             left = None if left is None else left - len(page["items"])
 
-    async def _event_frames(self, id: str, last: int, follow: bool) -> AsyncIterator[sse.Frame]:
+    async def _event_frames(self, id: str, last: int, follow: bool, tries: Tries) -> AsyncGenerator[sse.Frame]:
+        """The events of one connection; ``tries`` hears of every sign of life."""
         params = given(follow=None if follow else "false", after=str(last) if last else None)
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(last)} if last else {})
-        parser = sse.Parser()
-        async with self._http.stream("GET", f"/v1/jobs/{part(id)}/events", params=params, headers=headers) as response:
+        parser, path = sse.Parser(), f"/v1/jobs/{part(id)}/events"
+        timeout = httpx.Timeout(self._timeout, read=max(self._timeout, SILENCE_SECONDS))
+        async with self._http.stream("GET", path, params=params, headers=headers, timeout=timeout) as response:
             if response.is_error:
                 await response.aread()
                 response.raise_for_status()
+            tries.following()
             async for chunk in response.aiter_bytes():
+                tries.heard()
                 for frame in parser.feed(chunk):
+                    tries.gone_on()
                     yield frame
 
     async def _download(self, path: str, target: Path, sha256: str, on_bytes: Callable[[int], None] | None) -> None:

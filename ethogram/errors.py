@@ -52,8 +52,8 @@ class InvalidInput(EthogramError):
         return cls.from_details(error.errors(include_url=False, include_context=False, include_input=False), prefix)
 
     @classmethod
-    def from_details(cls, details: Sequence[object], prefix: str = "") -> InvalidInput:
-        """The same from pydantic's list of error dictionaries."""
+    def from_details(cls, details: Sequence[object], prefix: str = "", more: int = 0) -> InvalidInput:
+        """The same from pydantic's list of error dictionaries; ``more`` are not in the list."""
         violations = []
         for detail in details:
             assert isinstance(detail, dict)
@@ -61,8 +61,8 @@ class InvalidInput(EthogramError):
             text = "there is no such field" if detail["type"] == "extra_forbidden" else printable(str(detail["msg"]))
             violations.append(Violation(path or "(root)", text[:MAX_DESCRIPTION]))
         first = violations[0]
-        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-        return cls(f"{first.field}: {first.description}{more}", violations)
+        rest = len(violations) - 1 + more
+        return cls(f"{first.field}: {first.description}{f' (and {rest} more)' if rest else ''}", violations)
 
 
 class NotFound(EthogramError):

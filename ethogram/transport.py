@@ -17,12 +17,24 @@ from urllib.parse import quote, urlsplit
 import httpx
 from pydantic import BaseModel
 
-from ethogram.errors import ERRORS, EthogramError, Internal, InvalidInput, NotFound, Unavailable, Violation
+from ethogram.errors import (
+    ERRORS,
+    Conflict,
+    EthogramError,
+    Internal,
+    InvalidInput,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    Violation,
+)
 from ethogram.plain import plain
 
 RETRY_SECONDS = 30.0
 FOLLOW_SECONDS = 60.0
 """How long a stream of events that has begun waits for a platform that went away."""
+SILENCE_SECONDS = 45.0
+"""A stream of events that says nothing for so long is broken: a gateway sends a sign of life each 15 s."""
 PAGE = 200
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
@@ -68,11 +80,22 @@ class Tries:
         self._told = False
         self.unsure = False
         """Whether an earlier try may have been carried out."""
+        self._next = _FIRST_PAUSE
         self.heard()
 
     def heard(self) -> None:
-        """The platform answers: the time begins anew."""
-        self._began, self._next = time.monotonic(), _FIRST_PAUSE
+        """The platform is there: the time begins anew."""
+        self._began = time.monotonic()
+
+    def following(self) -> None:
+        """A stream has been opened, which may wait for longer from now on."""
+        self._seconds = max(self._seconds, FOLLOW_SECONDS)
+        self.heard()
+
+    def gone_on(self) -> None:
+        """There is progress: pauses begin anew as well."""
+        self._next = _FIRST_PAUSE
+        self.heard()
 
     def pause(self, outcome: httpx.TransportError | httpx.Response) -> float | None:
         """Seconds to wait before the next try; None: ``outcome`` is the last word."""
@@ -102,8 +125,12 @@ class Tries:
 def address(url: str | None, state: str | Path | None) -> tuple[str, bool]:
     """The platform's URL, given or found, and whether proxies of the environment may be used on the way to it."""
     found = (url or os.environ.get("ETHOGRAM_URL") or _running(state)).rstrip("/")
-    parts = urlsplit(found)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(found)
+        fine = parts.scheme in ("http", "https") and parts.port != 0 and bool(httpx.URL(found))
+    except (ValueError, httpx.InvalidURL):
+        fine = False
+    if not fine or not parts.hostname:
         raise InvalidInput.field("url", f"{found!r} is no URL of a platform; write http://HOST:PORT")
     # A proxy of the user's environment has no way to this machine's own loopback.
     loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
@@ -131,7 +158,12 @@ def body_of(response: httpx.Response, url: str) -> Any:
     try:
         return response.json()
     except ValueError:
-        raise Unavailable(f"{url} answers, but not as an Ethogram platform does; is the URL right?") from None
+        raise stranger(url) from None
+
+
+def stranger(url: str) -> Unavailable:
+    """What answers is something else."""
+    return Unavailable(f"{url} answers, but not as an Ethogram platform does; is the URL right?")
 
 
 def error_of(response: httpx.Response) -> EthogramError:
@@ -152,9 +184,10 @@ def error_of(response: httpx.Response) -> EthogramError:
     cls = ERRORS.get(str(problem.get("reason")))
     if cls is None:
         # Not our gateway's own answer: a proxy's, or a path that this server does not have.
-        by_status = {c.http_status: c for c in (InvalidInput, NotFound)} | dict.fromkeys(
-            (*_BUSY, _REFUSED), Unavailable
-        )
+        by_status: dict[int, type[EthogramError]] = {
+            c.http_status: c for c in (InvalidInput, NotFound, Conflict, TooLarge)
+        }
+        by_status |= {400: InvalidInput} | dict.fromkeys((*_BUSY, _REFUSED), Unavailable)
         cls = by_status.get(response.status_code, Internal)
     if cls is Internal and problem.get("request_id"):
         text += f" (request {problem['request_id']}; the gateway's log has it)"
@@ -192,6 +225,9 @@ def files_in(path: str | Path) -> list[tuple[str, tuple[str, Upload]]]:
     if not files:
         raise InvalidInput.field("path", f"{root} is no file and no folder with files")
     names = [file.name if root.is_file() else file.relative_to(root).as_posix() for file in files]
+    for name in names:
+        if '"' in name or not name.isprintable():
+            raise InvalidInput.field("path", f"{name!r} has a quote or a control character in its name: rename it")
     return [("files", (name, Upload(file))) for name, file in zip(names, files, strict=True)]
 
 
@@ -225,6 +261,8 @@ class Upload:
         self._place += len(data)
         if len(data) < size:
             self._close()
+            if self._place < self._size:
+                raise InvalidInput.field("path", f"{self._path} became shorter while it was read; try again")
         return data
 
     def _close(self) -> None:

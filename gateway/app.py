@@ -49,6 +49,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         tails=tails,
         metrics=metrics,
         checks=checks,
+        checking={},
         work=held.enter_context(scratch.folder(settings.work, "gateway")),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Generic, TypeVar
 
+import anyio.to_thread
 from fastapi import Header, Query, Request
 from pydantic import AfterValidator, BaseModel, Field
 
@@ -37,6 +38,12 @@ IdempotencyKey = Annotated[
 ]
 
 
+def _check(body: object) -> None:
+    for key, value in body.items() if isinstance(body, dict) else [("(root)", body)]:
+        text.check(key, "(root)")
+        text.check(value, key)
+
+
 class Page(BaseModel, Generic[T]):
     """A part of a list."""
 
@@ -55,9 +62,8 @@ async def storable(request: Request) -> None:
     try:
         # The framework has read the body already, and keeps it.
         body = await request.json()
-        for key, value in body.items() if isinstance(body, dict) else [("(root)", body)]:
-            text.check(key, "(root)")
-            text.check(value, key)
+        # A large body takes a while, in which others are served.
+        await anyio.to_thread.run_sync(_check, body)
     except ValueError:
         # No JSON: the framework says so.
         return

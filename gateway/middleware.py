@@ -68,7 +68,9 @@ class RequestContext:
             seconds = round(time.perf_counter() - began, 4)
             route = getattr(scope.get("route"), "path", UNKNOWN)
             method = scope["method"] if scope["method"] in _METHODS else UNKNOWN
-            self.metrics.answered(method, route, status, seconds, streams)
+            # Who left before the answer got none.
+            if status:
+                self.metrics.answered(method, route, status, seconds, streams)
             logger.log(
                 logging.DEBUG if quiet else logging.INFO, "request", extra=line | {"status": status, "seconds": seconds}
             )

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from ethogram.errors import EthogramError, InvalidInput, NotFound, TooLarge, Unavailable, printable
+from ethogram.errors import MAX_VIOLATIONS, EthogramError, InvalidInput, NotFound, TooLarge, Unavailable, printable
 from services.kinds import KINDS
 
 MEDIA_TYPE = "application/problem+json"
@@ -104,7 +104,7 @@ def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:
     The framework's begin with where the value was (``body``, ``query``, ...) and go through the union's tag.
     """
     found = []
-    for detail in details:
+    for detail in details[:MAX_VIOLATIONS]:
         where, *path = detail["loc"]
         message = str(detail["msg"])
         if where == "body":
@@ -117,7 +117,7 @@ def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:
         elif detail["type"] in ("model_attributes_type", "model_type") and not path:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
         found.append({"type": detail["type"], "loc": path, "msg": message})
-    return InvalidInput.from_details(found)
+    return InvalidInput.from_details(found, more=len(details) - len(found))
 
 
 def without_tags(path: Sequence[str | int], body: Any) -> list[str | int]:

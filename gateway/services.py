@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -35,6 +35,8 @@ class Services:
     metrics: GatewayMetrics
     checks: ThreadPoolExecutor
     """Threads for what may not answer, so that a probe does."""
+    checking: dict[str, Future[Any]]
+    """The last check of each part, which may not have ended."""
     work: Path
     """Scratch folder of uploads."""
 

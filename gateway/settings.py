@@ -16,7 +16,7 @@ class GatewaySettings(ProcessSettings):
     """TCP port to listen on; 0: any free one."""
     inference: str = "127.0.0.1:8322"
     """``host:port`` of the inference service, as clients reach it."""
-    body_limit: int = Field(8 * 2**20, ge=1024)
+    body_limit: int = Field(2 * 2**20, ge=1024)
     """Most bytes of a JSON body."""
     upload_limit: int = Field(32 * 2**30, ge=1024)
     """Most bytes of an uploaded artifact."""

@@ -28,9 +28,10 @@ _PATTERNS = (
     (r"await asyncio\.to_thread\((\w+), ", r"\1("),
     (r"(?<!\w)\(await ([^()]*\((?:[^()]|\([^()]*\))*\))\)", r"\1"),
     (r"\b(?:async|await) ", ""),
-    (r"\bAsync(Client|Iterator)\b", r"\1"),
+    (r"\bAsyncGenerator\[(.*?)\]", r"Generator[\1, None, None]"),
+    (r"\bAsync(Client|Iterator|Generator)\b", r"\1"),
     (r"\b__a(enter|exit)__\b", r"__\1__"),
-    (r"\ba(close|read|iter_bytes)\b", r"\1"),
+    (r"\ba(close|closing|read|iter_bytes)\b", r"\1"),
 )
 
 

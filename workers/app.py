@@ -76,7 +76,7 @@ class Ringer:
                 self._metrics.claims.labels(queue_name).inc()
                 # Rings are merged: this one may have meant several jobs, and another slot may be idle.
                 with suppress(Unavailable):
-                    if queue_name in self._registry.queues_with_work():
+                    if self._registry.has_work(queue_name):
                         self._bell.ring(queue_name)
                 self._supervisor.run(claim, slot)
             # What is left is for another worker.

@@ -84,15 +84,19 @@ class Child:
         self.socket = self._folder / "s"
         if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
             raise ChildFailed(f"{self.socket} is too long for a unix socket; set TMPDIR to a shorter folder")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "workers.child", "--servicer", servicer, "--socket", str(self.socket)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=work_dir,
-            env=child_environment(slot, os.environ),
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "workers.child", "--servicer", servicer, "--socket", str(self.socket)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=work_dir,
+                env=child_environment(slot, os.environ),
+                start_new_session=True,
+            )
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         self.pid = self._process.pid
         self._tail: deque[bytes] = deque(maxlen=TAIL_BYTES // 80)
         self._drain = threading.Thread(target=self._read_stderr, name="child-stderr", daemon=True)
@@ -102,8 +106,11 @@ class Child:
         """Return when the process answers on its socket. Raises :class:`ChildFailed`, also when ``give_up`` says so."""
         assert self._process.stdout is not None
         deadline = time.monotonic() + READY_SECONDS
+        # Not select: a worker of many slots has descriptors beyond its 1,024.
+        ready = select.poll()
+        ready.register(self._process.stdout, select.POLLIN | select.POLLHUP)
         while time.monotonic() < deadline and not give_up():
-            if select.select([self._process.stdout], [], [], 0.1)[0]:
+            if ready.poll(100):
                 if self._process.stdout.readline() == b"ready\n":
                     return
                 raise ChildFailed("the job's process ended before it could be given work")

@@ -102,6 +102,10 @@ class Reconciler:
             job = self._registry.release(attempt, "lost", f"its worker {worker} has not been heard for {still:.0f} s")
         except StaleAttempt:
             return  # Ended at this very moment.
+        except Unavailable:
+            # Who cannot write hears no heartbeat either: when it can be written again, all have their whole lease.
+            self._watched = {}
+            raise
         self._metrics.lost.inc()
         logger.warning("attempt lost", extra={"job": job.id, "attempt": attempt, "worker": worker})
         self._notifier.notify(job.id, job.seq)

@@ -264,7 +264,7 @@ class Workload:
         while time.monotonic() < deadline:
             try:
                 # Below what drops events that come twice.
-                for frame in client._event_frames(asked.ids[0], after, True):
+                for frame in client._event_frames(asked.ids[0], after, True, client._tries(repeatable=True)):
                     if frame.event == "end":
                         return
                     if frame.event != "progress":

@@ -23,7 +23,9 @@ def console(stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(stderr=stderr, markup=False, highlight=False, width=width, soft_wrap=not stream.isatty())
+    return Console(
+        stderr=stderr, markup=False, emoji=False, highlight=False, width=width, soft_wrap=not stream.isatty()
+    )
 
 
 def dump(value: object) -> Any:

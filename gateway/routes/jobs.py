@@ -34,6 +34,8 @@ class DryRun(BaseModel):
     priority: int
     not_before: str | None
     max_attempts: int
+    time_limit_seconds: float | None
+    stall_limit_seconds: float | None
     labels: dict[str, str]
     dry_run: bool = Field(True, description="Nothing was queued.")
 

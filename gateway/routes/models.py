@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
+from ethogram.errors import NotFound
 from gateway.inputs import Id, Name, Page
 from gateway.services import TENANT, With
 from services.artifacts.store import ModelPointer
@@ -27,7 +28,17 @@ class Publication(BaseModel):
 @router.post("/models", status_code=201)
 def publish(publication: Publication, services: With) -> ModelPointer:
     """Publish an artifact as a model. A version is never replaced; inference serves it within seconds."""
-    return services.store.publish(TENANT, publication.name, publication.artifact, publication.version)
+    # The store keeps a deleted artifact for some time.
+    services.registry.artifact(publication.artifact)
+    made = services.store.publish(TENANT, publication.name, publication.artifact, publication.version)
+    try:
+        services.registry.artifact(publication.artifact)
+    except NotFound:
+        # Deleted at this moment, by one who did not see the model.
+        services.store.retire(TENANT, made.name, made.version)
+        services.store.withdraw(made.artifact)
+        raise
+    return made
 
 
 @router.get("/models")

@@ -249,7 +249,9 @@ class ArtifactStore:
     def retire(self, tenant: str, name: str, version: str) -> ModelPointer:
         """Serve this version no more unless it is asked for by number. Raises :class:`NotFound`."""
         with self._writing():
-            return self._rewrite(self.model(tenant, name, version).model_copy(update={"retired": True}))
+            pointer = self.model(tenant, name, version)
+            # Who deletes its artifact writes to a retired pointer too, and must not be overwritten.
+            return pointer if pointer.retired else self._rewrite(pointer.model_copy(update={"retired": True}))
 
     def withdraw(self, artifact_id: str) -> None:
         """Serve an artifact no more that is to be deleted. Raises :class:`IllegalState` while a model that was made of

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from ethogram.errors import IllegalState, InvalidInput, StaleAttempt, TimeLimit, TooLarge
 from ethogram.specs.base import Spec
 from services.jobs import artifacts, shares, submission, tables, text, transitions
-from services.jobs.reading import ACTIVE, Reading, due, ready
+from services.jobs.reading import ACTIVE, Reading, due
 from services.jobs.records import ArtifactRow, Claim, Event, Job, Options
 from services.jobs.states import JobState
 
@@ -39,11 +39,9 @@ class Attempts(Reading):
         The caller owns the job until it ends the attempt, or until the reconciler finds that its heartbeat has
         stood still for ``lease_seconds``.
         """
-        with self._database.read() as session:
-            # An idle worker's look costs no writer's turn.
-            looks = [select(tables.Job.number).where(where).limit(1) for where in (ready(queue), due(queue))]
-            if all(session.scalar(look) is None for look in looks):
-                return None
+        # An idle worker's look costs no writer's turn.
+        if not self.has_work(queue):
+            return None
         with self._database.write() as session:
             self._wake(session, queue)
             attempt = submission.new_id("att")
@@ -263,7 +261,7 @@ class Attempts(Reading):
                 update(table)
                 .where(table.id == job, table.state == JobState.QUEUED, table.claims == claims)
                 .where(table.backoff_seconds.is_not(None), table.waiting == 0)
-                .values(ready=True, backoff_seconds=None, not_before=None)
+                .values(ready=True, ready_at=transitions.now(), backoff_seconds=None, not_before=None)
                 .returning(table.id),
                 execution_options={"synchronize_session": False},
             ).one_or_none()
@@ -274,7 +272,7 @@ class Attempts(Reading):
         # Those that somebody holds are woken at the next look: two claims never wait for each other's.
         free = select(tables.Job.number).where(due(queue)).with_for_update(skip_locked=True)
         session.execute(
-            update(tables.Job).where(tables.Job.number.in_(free)).values(ready=True),
+            update(tables.Job).where(tables.Job.number.in_(free)).values(ready=True, ready_at=tables.Job.not_before),
             execution_options={"synchronize_session": False},
         )
 

@@ -11,13 +11,15 @@ that wait for it), or decides within the UPDATE. Reads are at REPEATABLE READ: a
 from __future__ import annotations
 
 import logging
+import random
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
@@ -31,7 +33,11 @@ from services.jobs.tables import REVISION
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 BUSY_SECONDS = 30.0
+_DEADLOCKS = 4
 # Of a PostgreSQL connection. A query of the URL (``?connect_timeout=30``) goes before them. A server that a broken
 # network hides is given up after 15 s (milliseconds in the last).
 _CONNECTION = {
@@ -54,8 +60,29 @@ _SESSION = {
 # has not taken over yet), transaction rolled back, no resources, not in this state, ended by an operator, input/output,
 # damaged files.
 _FOR_NOW = ("08", "25006", "40", "53", "55", "57", "58", "XX001", "XX002")
+_DEADLOCK = "40P01"
 # No permission, which is the operator's to give.
 _NOT_ALLOWED = "42501"
+
+
+class Deadlock(Unavailable):
+    """Two transactions waited for each other, and the database undid this one."""
+
+
+def again(method: Callable[P, R]) -> Callable[P, R]:
+    """Repeats a method that is one whole transaction when it loses a deadlock. Jobs that need each other's outputs can
+    be locked in a circle, whatever the order, since the way goes on as others end."""
+
+    @wraps(method)
+    def repeated(*words: P.args, **options: P.kwargs) -> R:
+        for _ in range(_DEADLOCKS):
+            try:
+                return method(*words, **options)
+            except Deadlock:
+                time.sleep(random.uniform(0.0, 0.05))
+        return method(*words, **options)
+
+    return repeated
 
 
 class Database:
@@ -72,7 +99,10 @@ class Database:
         self.sqlite = self.url.get_backend_name() == "sqlite"
         self._turn = threading.Lock()
         with self._clear_errors():
-            self._engine = self._connect()
+            try:
+                self._engine = self._connect()
+            except (ValueError, TypeError) as error:
+                raise InvalidInput.field("database_url", f"has an option that the driver refuses: {error}") from None
             self._reader = self._engine
             if not self.sqlite:
                 self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ")
@@ -165,6 +195,8 @@ class Database:
         except PoolTimeout as error:
             raise self._unavailable("all its connections are in use") from error
         except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) == _DEADLOCK:
+                raise Deadlock(self._unavailable(str(error.orig)).message) from error
             if self._is_outage(error):
                 raise self._unavailable(str(error.orig)) from error
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session, selectinload
@@ -121,12 +122,19 @@ class Reading:
         """What is in each queue that has jobs which have not ended; it costs as much as there are such jobs."""
         job = tables.Job
         unfinished = [state for state in JobState if not state.terminal]
-        # Jobs are numbered as they come, so the oldest is the one with the least number.
-        query = select(job.queue, job.state, job.ready, func.count(), func.min(job.number))
+        query = select(job.queue, job.state, job.ready, func.count(), func.min(job.ready_at))
         query = query.where(job.state.in_(unfinished)).group_by(job.queue, job.state, job.ready)
+        # Those whose time has come are told apart by the next claim only.
+        late = select(job.queue, func.count(), func.min(job.not_before)).where(due()).group_by(job.queue)
+        now = transitions.now()
         found: dict[str, Depth] = {}
+
+        def ready_since(depth: Depth, time: datetime | None) -> None:
+            age = 0.0 if time is None else (now - time).total_seconds()
+            depth.oldest_ready_seconds = max(depth.oldest_ready_seconds, age)
+
         with self._database.read() as session:
-            for queue, state, ready, count, oldest in session.execute(query).all():
+            for queue, state, ready, count, since in session.execute(query).all():
                 depth = found.setdefault(queue, Depth(queue=queue))
                 if state != JobState.QUEUED:
                     field = "running" if state == JobState.RUNNING else "cancelling"
@@ -135,8 +143,11 @@ class Reading:
                     depth.held += count
                 else:
                     depth.ready += count
-                    since = session.scalars(select(job.created_at).where(job.number == oldest)).one()
-                    depth.oldest_ready_seconds = max(0.0, (transitions.now() - since).total_seconds())
+                    ready_since(depth, since)
+            for queue, count, since in session.execute(late).all():
+                found[queue].held -= count
+                found[queue].ready += count
+                ready_since(found[queue], since)
         return sorted(found.values(), key=lambda depth: depth.queue)
 
     def backing_off(self) -> builtins.list[BackingOff]:
@@ -161,6 +172,12 @@ class Reading:
                 RunningAttempt(attempt=a, job=j, queue=q, worker=w, heartbeat=beat, lease_seconds=lease)
                 for a, j, q, w, beat, lease in session.execute(query)
             ]
+
+    def has_work(self, queue: str) -> bool:
+        """Whether a job of ``queue`` could be claimed now; as quick in a long queue as in a short one."""
+        looks = [select(tables.Job.number).where(where).limit(1) for where in (ready(queue), due(queue))]
+        with self._database.read() as session:
+            return any(session.scalar(look) is not None for look in looks)
 
     def queues_with_work(self) -> builtins.list[str]:
         """Queues in which a job could be claimed now."""

@@ -140,7 +140,7 @@ class Depth(BaseModel):
     running: int = 0
     cancelling: int = 0
     oldest_ready_seconds: float = 0.0
-    """Age of the oldest job that could be claimed."""
+    """How long the one that waits longest could have been claimed."""
 
 
 class BackingOff(BaseModel):

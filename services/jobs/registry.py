@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from ethogram.errors import IllegalState
 from ethogram.specs.base import ArtifactRef, Spec
 from services.jobs import artifacts, submission, tables, transitions
-from services.jobs.database import Database
+from services.jobs.database import Database, again
 from services.jobs.records import ArtifactRow, Claim, Depth, Event, Job, Options, RunningAttempt
 from services.jobs.retention import Retention
 from services.jobs.states import JobState
@@ -105,6 +105,7 @@ class JobRegistry(Retention):
         body = {"pipeline": {name: request.body for name, request in requests.items()}}
         return self._submit(requests, body, tenant, idempotency_key, trace)
 
+    @again
     def _submit(
         self, requests: Mapping[str, submission.Request], body: Any, tenant: str, key: str | None, trace: str | None
     ) -> tuple[dict[str, Job], bool]:
@@ -120,6 +121,8 @@ class JobRegistry(Retention):
                         ids = submission.insert_pipeline(session, requests, tenant=tenant, trace=trace)
                         if key is not None:
                             submission.remember(session, tenant, key, digest, ids)
+                    if not created:
+                        submission.check_kept(session, ids)
                     return {name: self._job(session, job) for name, job in ids.items()}, created
             except IntegrityError:
                 # The same key at the same time; the other one is committed, so now we see it.
@@ -127,6 +130,7 @@ class JobRegistry(Retention):
                     raise
         raise AssertionError
 
+    @again
     def request_cancel(self, id: str) -> Job:
         """Cancel the job and its children: what is queued at once, what runs as soon as its worker hears of it.
 
@@ -139,6 +143,7 @@ class JobRegistry(Retention):
                 raise IllegalState(f"job {id} has already ended ({self._job(session, id).state}): nothing to cancel")
             return self._job(session, id)
 
+    @again
     def retry(self, id: str, *, from_start: bool = False) -> Job:
         """Queue a failed or cancelled job again, with all its attempts; it goes on from its last checkpoint, or begins
         anew with ``from_start``. Its children that did not succeed are queued again as well.
@@ -191,6 +196,8 @@ class JobRegistry(Retention):
         if job.parent is not None:
             transitions.count_children(session, job.parent)
         for child in transitions.children(session, job.id):
+            if child.state is JobState.CANCELLING:
+                raise IllegalState(f"its child {child.job} is still being cancelled: try again when that has ended")
             if child.state in (JobState.FAILED, JobState.CANCELLED):
                 self._retry(session, self._job(session, child.job), from_start)
 

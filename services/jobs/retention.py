@@ -11,12 +11,13 @@ from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Text, cast, delete, or_, select, update
+from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from ethogram.errors import IllegalState, NotFound
 from services.jobs import tables, text, transitions
 from services.jobs.attempts import Attempts
+from services.jobs.database import again
 from services.jobs.reading import ACTIVE, artifact_of
 from services.jobs.records import ArtifactRow, Job
 from services.jobs.states import JobState
@@ -68,6 +69,7 @@ class Retention(Attempts):
                 ),
             }
 
+    @again
     def forget(self, ids: AbstractSet[str]) -> set[str]:
         """Delete the rows of those of ``ids`` that nothing needs; their ids, and those that have no row. ``ids`` are
         not of attempts that may commit them yet."""
@@ -97,6 +99,7 @@ class Retention(Attempts):
         with self._database.write() as session:
             return self._deletable(session, id)
 
+    @again
     def delete_artifact(self, id: str) -> ArtifactRow:
         """Delete the row of an artifact: no new job can name it. Jobs that have ended keep what they used.
 
@@ -107,6 +110,7 @@ class Retention(Attempts):
             session.execute(delete(tables.Artifact).where(tables.Artifact.id == id), execution_options=_LATE)
             return row
 
+    @again
     def delete_job(self, id: str, published: Collection[str] = ()) -> Job:
         """Delete a job that has ended, with its events, its outputs and its children; the job as it was.
 
@@ -155,6 +159,8 @@ class Retention(Attempts):
             raise NotFound(f"there is no job {id!a}")
         if not JobState(state).terminal:
             raise IllegalState(f"job {id} is {state}: cancel it first, or wait until it has ended")
+        # A submission that names one of them holds its row until it is committed.
+        session.execute(select(artifact.number).where(artifact.job == id).order_by(artifact.id).with_for_update()).all()
         made = select(artifact.id).where(artifact.job == id)
         users = select(given.job).where(or_(given.needs == id, given.artifact.in_(made)))
         user = self._unfinished(session, job.id.in_(users))
@@ -178,13 +184,18 @@ class Retention(Attempts):
         self._forget_keys(session, id)
 
     def _forget_keys(self, session: Session, id: str) -> None:
-        """Forget the idempotency keys whose jobs are all gone."""
-        key, job = tables.Submission, tables.Job
-        for row in session.scalars(select(key).where(cast(key.jobs, Text).contains(id, autoescape=True))).all():
-            if session.scalar(select(job.number).where(job.id.in_(row.jobs.values())).limit(1)) is None:
-                session.execute(
-                    delete(key).where(key.tenant == row.tenant, key.key == row.key), execution_options=_LATE
-                )
+        """Forget the idempotency key of a job when its jobs are all gone."""
+        key, made = tables.Submission, tables.SubmissionJob
+        found = session.execute(
+            delete(made).where(made.job == id).returning(made.tenant, made.key), execution_options=_LATE
+        ).one_or_none()
+        if found is None:
+            return
+        others = select(made.job).where(made.tenant == found.tenant, made.key == found.key).limit(1)
+        if session.scalar(others) is None:
+            session.execute(
+                delete(key).where(key.tenant == found.tenant, key.key == found.key), execution_options=_LATE
+            )
 
     def _unfinished(self, session: Session, where: ColumnElement[bool]) -> str | None:
         """A job of those that has not ended."""

@@ -118,6 +118,13 @@ def seen(session: Session, tenant: str, key: str, digest: str) -> dict[str, str]
     return dict(row.jobs)
 
 
+def check_kept(session: Session, jobs: Mapping[str, str]) -> None:
+    """Raises :class:`Conflict` when some of the jobs that a key made were deleted."""
+    there = set(session.scalars(select(tables.Job.id).where(tables.Job.id.in_(jobs.values()))))
+    if gone := set(jobs.values()) - there:
+        raise Conflict(f"job {min(gone)}, which this idempotency key made, was deleted: send a new key")
+
+
 def remember(session: Session, tenant: str, key: str, digest: str, jobs: Mapping[str, str]) -> None:
     """Keep what this key made."""
     session.execute(
@@ -125,6 +132,8 @@ def remember(session: Session, tenant: str, key: str, digest: str, jobs: Mapping
             tenant=tenant, key=key, body_hash=digest, jobs=dict(jobs), created_at=transitions.now()
         )
     )
+    rows = [{"job": job, "tenant": tenant, "key": key} for job in jobs.values()]
+    session.execute(insert(tables.SubmissionJob), rows)
 
 
 def resolve_inputs(
@@ -151,6 +160,7 @@ def insert_job(
             _set(spec, f"{found.path}.job", found.needs)
     waiting = sum(found.artifact is None for found in inputs)
     options, time, job = request.options, transitions.now(), new_id("job")
+    ready = waiting == 0 and is_due(options.not_before, time)
     session.execute(
         insert(tables.Job).values(
             id=job,
@@ -161,7 +171,8 @@ def insert_job(
             labels=options.labels,
             priority=options.priority,
             state=JobState.QUEUED,
-            ready=waiting == 0 and is_due(options.not_before, time),
+            ready=ready,
+            ready_at=time if ready else None,
             waiting=waiting,
             not_before=options.not_before,
             max_attempts=options.max_attempts,

@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-REVISION = "0003"
+REVISION = "0004"
 """The migration that these tables correspond to."""
 
 
@@ -92,6 +92,8 @@ class Job(Base):
     state: Mapped[str]
     ready: Mapped[bool]
     """A queued job that nothing holds back: its inputs are there and ``not_before`` has passed."""
+    ready_at: Mapped[datetime | None]
+    """Since when it is ready."""
     waiting: Mapped[int]
     """Inputs that are still to come."""
     not_before: Mapped[datetime | None]
@@ -130,6 +132,7 @@ class Job(Base):
 Index("ix_jobs_claim", Job.state, Job.queue, Job.ready, Job.priority.desc(), Job.tenant, Job.number)
 Index("ix_jobs_parent", Job.parent, Job.name, unique=True)
 Index("ix_jobs_due", Job.state, Job.queue, Job.ready, Job.waiting, Job.not_before)
+Index("ix_jobs_checkpoint", Job.checkpoint_artifact)
 Index("ix_jobs_tenant", Job.tenant, Job.number)
 Index("ix_jobs_tenant_kind", Job.tenant, Job.kind, Job.number)
 Index("ix_jobs_tenant_state", Job.tenant, Job.state, Job.number)
@@ -220,6 +223,19 @@ class Submission(Base):
     jobs: Mapped[dict[str, Any]]
     """Name to job id; the name of a single job is empty."""
     created_at: Mapped[datetime]
+
+
+class SubmissionJob(Base):
+    """A job that a submission with an idempotency key made, as long as it is there."""
+
+    __tablename__ = "submission_jobs"
+
+    job: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    key: Mapped[str]
+
+
+Index("ix_submission_jobs_key", SubmissionJob.tenant, SubmissionJob.key)
 
 
 class Turn(Base):

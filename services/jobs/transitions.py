@@ -40,6 +40,7 @@ def move(
     """
     assert all(to in LEGAL[state] for state in source), f"no step from {source} to {to}"
     values = {"ready": False, "backoff_seconds": None, **values}
+    values["ready_at"] = now() if values["ready"] else None
     if to.terminal:
         values |= {"finished_at": now(), "attempt": None}
     statement = update(tables.Job).where(tables.Job.id == job, tables.Job.state.in_(source))
@@ -137,7 +138,7 @@ def count_children(session: Session, parent: str) -> None:
     session.execute(
         update(tables.Job)
         .where(tables.Job.id == parent, tables.Job.state == JobState.QUEUED, tables.Job.waiting > 0)
-        .values(waiting=left, ready=left == 0),
+        .values(waiting=left, ready=left == 0, ready_at=now()),
         execution_options={"synchronize_session": False},
     )
 
@@ -233,6 +234,6 @@ def _give(session: Session, job: str, artifacts: dict[str, str]) -> None:
     session.execute(
         update(tables.Job)
         .where(tables.Job.id == job, tables.Job.state == JobState.QUEUED)
-        .values(waiting=left, ready=case((and_(left == 0, due), tables.TRUE), else_=tables.FALSE)),
+        .values(waiting=left, ready=case((and_(left == 0, due), tables.TRUE), else_=tables.FALSE), ready_at=now()),
         execution_options={"synchronize_session": False},
     )

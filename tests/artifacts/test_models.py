@@ -137,3 +137,22 @@ def test_processes_publish_at_the_same_time(tmp_path: Path) -> None:
     ]
     outputs = [other.communicate("\n", timeout=60)[0] for other in others]
     assert sorted(int(version) for output in outputs for version in output.split()) == list(range(1, 31))
+
+
+def test_retiring_again_does_not_undo_a_deletion(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = codec(store, tmp_path / "a")
+    store.publish("default", "m", id, "1")
+    store.retire("default", "m", "1")
+    model = store.model
+
+    def slow(*words: str) -> ModelPointer:
+        """Reads before the deletion; what is done with it comes after."""
+        found = model(*words)
+        store.withdraw(id)
+        return found
+
+    monkeypatch.setattr(store, "model", slow)
+    store.retire("default", "m", "1")
+    assert store.published() == set()

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +23,7 @@ import pytest
 
 from ethogram.aio import AsyncClient
 from ethogram.client import Client
-from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound, Unavailable
+from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound, TooLarge, Unavailable
 from ethogram.platform.stack import Platform
 from ethogram.transport import Tries
 from tests.client.relay import relay
@@ -234,13 +236,16 @@ def gateway(state: Path, redis_url: str, port: int) -> Iterator[subprocess.Popen
 
 def test_a_gateway_that_is_killed_and_comes_back(connect: Connect, redis_url: str, tmp_path: Path) -> None:
     port = free_port()
-    client, followed = (connect(f"http://127.0.0.1:{port}") for _ in range(2))
+    client = connect(f"http://127.0.0.1:{port}")
+    # That it was quiet for longer is no reason to give up at once.
+    followed = connect(f"http://127.0.0.1:{port}", retry_seconds=0.5)
     seen: list[int | None] = []
     with gateway(tmp_path, redis_url, port) as first:
         job = client.submit("generation", {}, queue=IDLE)
-        following = threading.Thread(target=lambda: seen.extend(event.seq for event in followed.events(job.id)))
+        events = partial(followed.events, job.id, after=job.seq)
+        following = threading.Thread(target=lambda: seen.extend(event.seq for event in events()))
         following.start()
-        time.sleep(0.3)
+        time.sleep(1.0)
         first.send_signal(signal.SIGKILL)
         first.wait()
     begun = threading.Event()
@@ -257,7 +262,54 @@ def test_a_gateway_that_is_killed_and_comes_back(connect: Connect, redis_url: st
         asking.join(20)
         following.join(20)
         assert answers == ["CANCELLED"]
-        assert seen == list(range(1, client.job(job.id).seq + 1))
+        assert seen == list(range(job.seq + 1, client.job(job.id).seq + 1))
+
+
+def test_many_streams_leave_room_for_other_requests(platform: Platform, client: Client) -> None:
+    job = client.submit("generation", {}, queue=IDLE)
+
+    async def follow() -> list[str]:
+        async with AsyncClient(platform.url) as one:
+            waits = [asyncio.create_task(one.wait(job.id)) for _ in range(120)]
+            await asyncio.sleep(0.5)
+            await asyncio.wait_for(one.cancel(job.id), 20)
+            async for _ in one.events(job.id):
+                break
+            return [done.state for done in await asyncio.gather(*waits)]
+
+    assert asyncio.run(follow()) == ["CANCELLED"] * 120
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:abc", "http://127.0.0.1:0", "http://[::1", "ftp://x", "http://"])
+def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(InvalidInput, match="http://HOST:PORT"):
+        Client(url)
+
+
+@pytest.mark.parametrize(("body", "status"), [(b"[]", 200), (b'{"a": 1}', 200), (b"<html>", 200), (b"{}", 413)])
+def test_something_else_at_the_url(connect: Connect, body: bytes, status: int) -> None:
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = connect(f"http://127.0.0.1:{server.server_port}")
+        for ask in (lambda: client.job("job_x"), client.models, client.jobs):
+            with pytest.raises(TooLarge if status == 413 else Unavailable):
+                ask()
+        server.shutdown()
+
+
+def test_a_name_that_would_arrive_as_another_is_refused(client: Client, tmp_path: Path) -> None:
+    (tmp_path / 'a"b.txt').write_text("x")
+    with pytest.raises(InvalidInput, match="rename it"):
+        client.put(tmp_path, name="x", type="file")
 
 
 def test_pauses_grow_and_differ() -> None:

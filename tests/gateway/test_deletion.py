@@ -73,3 +73,11 @@ def test_a_job_whose_output_is_published(gateway: Gateway, tmp_path: Path) -> No
     assert gateway.http.delete(f"/v1/jobs/{job}").status_code == 200
     artifact = gateway.http.get(f"/v1/artifacts/{id}").json()
     assert (artifact["job"], artifact["manifest"]["job"]) == (None, job)
+
+
+def test_a_deleted_artifact_is_not_published(gateway: Gateway) -> None:
+    id = upload(gateway)
+    assert gateway.http.delete(f"/v1/artifacts/{id}").status_code == 200
+    # Its bytes are still in the store.
+    assert fields(gateway.http.post("/v1/models", json={"name": "late", "artifact": id}), 404) == []
+    assert id not in gateway.services.store.published()

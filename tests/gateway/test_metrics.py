@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -67,19 +68,19 @@ def test_streams_are_counted_while_they_are_open(gateway: Gateway) -> None:
 def test_queues_are_told_as_they_are(gateway: Gateway) -> None:
     queue = "metered"
     registry = gateway.services.registry
-    first, _ = registry.submit("generation", GenerationSpec(), queue=queue)
+    registry.submit("generation", GenerationSpec(), queue=queue)
     registry.submit("generation", GenerationSpec(), queue=queue)
     claim = registry.claim_next(queue, "w", 10)
     assert claim is not None
-    registry.release(claim.attempt, "crashed")
+    registry.succeed(claim.attempt, {})
+    late = datetime.now(UTC) + timedelta(hours=1)
+    registry.submit("generation", GenerationSpec(), queue=queue, not_before=late)
     time.sleep(metrics._KEEP_SECONDS + 0.1)
     text = gateway.http.get("/metrics").text
     assert value(text, "ethogram_jobs", queue=queue, state="ready") == 1
     assert value(text, "ethogram_jobs", queue=queue, state="held") == 1
     assert value(text, "ethogram_queue_oldest_ready_seconds", queue=queue) > 1
     assert value(text, "ethogram_registry_up") == 1
-    registry.wake(first.id, 1)
-    assert {depth.queue: depth.ready for depth in registry.depths()}[queue] == 2
 
 
 def test_without_a_database_the_rest_is_told(tmp_path: Path) -> None:

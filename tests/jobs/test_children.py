@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ethogram.errors import InvalidInput, StaleAttempt
+from ethogram.errors import IllegalState, InvalidInput, StaleAttempt
 from services.jobs.registry import Claim, Job, JobRegistry, JobState
 from tests.jobs.steps import ERROR, artifact_id, claim, codec, finish, submit, zoo
 
@@ -129,3 +129,15 @@ def test_wrong_children(registry: JobRegistry, parent: Claim) -> None:
     with pytest.raises(StaleAttempt):
         registry.spawn(parent.attempt, "late", "crossmodal", codec(None, artifact_id(1)))
     assert registry.list(parent=parent.job.id)[0] == []
+
+
+def test_a_parent_is_not_retried_while_a_child_is_being_cancelled(registry: JobRegistry, parent: Claim) -> None:
+    spawn(registry, parent, "a", "b")
+    registry.release(parent.attempt, "waiting")
+    running = claim(registry)
+    registry.request_cancel(parent.job.id)
+    with pytest.raises(IllegalState, match="still being cancelled"):
+        registry.retry(parent.job.id)
+    registry.cancelled(running.attempt)
+    registry.retry(parent.job.id)
+    assert {child.state for child in registry.list(parent=parent.job.id)[0]} == {JobState.QUEUED}

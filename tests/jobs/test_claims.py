@@ -12,8 +12,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import create_engine, event, text
 
+from services.jobs import transitions
 from services.jobs.registry import JobRegistry, JobState
-from tests.jobs.steps import claim, submit
+from tests.jobs.steps import claim, codec, finish, submit
 
 
 def test_the_order(registry: JobRegistry, clock: Callable[[float], None]) -> None:
@@ -166,3 +167,37 @@ def test_jobs_that_cannot_start_do_not_slow_down_those_that_can(registry: JobReg
     fill(4000)
     many = steps()
     assert many <= 1.2 * few, (few, many)
+
+
+def test_the_age_of_a_queue_counts_from_when_its_jobs_were_ready(
+    registry: JobRegistry, clock: Callable[[float], None]
+) -> None:
+    def depth() -> tuple[int, int, float]:
+        (found,) = registry.depths()
+        return found.ready, found.held, round(found.oldest_ready_seconds)
+
+    zoo_job = submit(registry)
+    registry.submit("crossmodal", codec(zoo_job.id))
+    clock(100)
+    assert depth() == (1, 1, 100)
+    finish(registry, claim(registry))
+    # Its input has just come, however long it waited.
+    assert depth() == (1, 0, 0)
+    again = registry.request_cancel(submit(registry).id)
+    clock(150)
+    registry.retry(again.id)
+    assert depth() == (2, 0, 50)
+    registry.claim_next("cpu", "w", 10)
+    assert depth() == (1, 0, 0)
+
+
+def test_a_job_whose_time_has_come_is_ready_though_nobody_looks(
+    registry: JobRegistry, clock: Callable[[float], None]
+) -> None:
+    submit(registry, not_before=transitions.now() + timedelta(seconds=60))
+    clock(50)
+    assert [(found.ready, found.held) for found in registry.depths()] == [(0, 1)]
+    clock(90)
+    (found,) = registry.depths()
+    assert (found.ready, found.held, round(found.oldest_ready_seconds)) == (1, 0, 30)
+    assert registry.has_work("cpu") and not registry.has_work("gpu")

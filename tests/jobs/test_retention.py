@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
-from ethogram.errors import IllegalState, NotFound
+from ethogram.errors import Conflict, IllegalState, NotFound
+from ethogram.specs.base import ArtifactRef
+from ethogram.specs.crossmodal import CrossmodalSpec
+from services.jobs import submission
+from services.jobs.database import Deadlock, again
 from services.jobs.registry import JobRegistry, JobState
 from tests.jobs.steps import ERROR, artifact_id, claim, codec, finish, job_in, submit, zoo
 
@@ -180,3 +186,52 @@ def test_who_names_an_artifact_while_it_is_forgotten(registry: JobRegistry) -> N
         dead |= registry.forget({id})
     namer.join()
     assert named | dead == set(ids) and not named & dead
+
+
+def test_the_key_of_a_pipeline_that_was_partly_deleted(registry: JobRegistry) -> None:
+    plan: dict[str, Any] = {name: ("generation", zoo(seed), {}) for seed, name in enumerate("xy")}
+    made, _ = registry.submit_pipeline(plan, idempotency_key="k")
+    for job in made.values():
+        registry.request_cancel(job.id)
+    registry.delete_job(made["x"].id)
+    with pytest.raises(Conflict, match="was deleted: send a new key"):
+        registry.submit_pipeline(plan, idempotency_key="k")
+    registry.delete_job(made["y"].id)
+    assert registry.submit_pipeline(plan, idempotency_key="k")[1]
+
+
+def test_who_names_an_output_while_its_job_is_deleted(registry: JobRegistry) -> None:
+    """Its submission is not committed yet when the deletion begins."""
+    submit(registry)
+    maker = finish(registry, claim(registry))
+    raised: list[BaseException] = []
+
+    def delete() -> None:
+        try:
+            registry.delete_job(maker.id)
+        except IllegalState as error:
+            raised.append(error)
+
+    deleting = threading.Thread(target=delete)
+    request = submission.Request.make("crossmodal", CrossmodalSpec(zoo=ArtifactRef(artifact=artifact_id(1))), {})
+    with registry._database.write() as session:
+        user = submission.insert_job(session, request, tenant="default", trace=None)
+        deleting.start()
+        time.sleep(0.3)
+    deleting.join()
+    assert raised and user in str(raised[0])
+    assert registry.artifact(artifact_id(1)).job == maker.id
+
+
+def test_a_deadlock_is_nobodys_trouble(registry: JobRegistry) -> None:
+    tried: list[int] = []
+
+    @again
+    def unlucky() -> str:
+        tried.append(1)
+        if len(tried) < 3:
+            raise Deadlock("deadlock detected")
+        return "done"
+
+    assert unlucky() == "done"
+    assert len(tried) == 3

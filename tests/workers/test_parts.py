@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 import redis as redis_client
 
-from ethogram.errors import InvalidInput
+from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.generation import GenerationSpec
 from services.jobs.bell import Bell, celery_queue, checked_redis_url
 from services.jobs.notify import CHANNEL, Notifier
@@ -198,3 +198,32 @@ def test_exits_are_told_in_words() -> None:
 def test_the_worker_never_loads_torch() -> None:
     code = "import sys, workers.app, workers.reconciler; print([m for m in ('torch', 'datasets') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
+
+
+def test_after_an_outage_all_attempts_have_their_whole_lease(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = JobRegistry.open(f"sqlite:///{tmp_path / 'registry.db'}")
+    bell, notifier, clock = Bell(redis_url), Notifier(redis_url), Clock()
+    job, _ = registry.submit("generation", GenerationSpec(), queue="outage")
+    registry.claim_next("outage", "w", lease_seconds=10)
+    reconciler = Reconciler(registry, bell, notifier, ReconcilerMetrics(), clock)
+
+    def look(times: int) -> JobState:
+        for _ in range(times):
+            clock.now += 1
+            reconciler.look()
+        return registry.get(job.id).state
+
+    def read_only(*_: object) -> None:
+        raise Unavailable("it cannot be written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "release", read_only)
+        with pytest.raises(Unavailable):
+            look(12)
+    assert look(10) is JobState.RUNNING
+    assert look(3) is JobState.QUEUED
+    bell.close()
+    notifier.close()
+    registry.close()
