@@ -25,7 +25,7 @@ from services.jobs.registry import JobRegistry
 from tests.conftest import free_port
 from tests.redis_server import start_redis
 
-SECONDS = 150.0
+SECONDS = 240.0
 """All watchers must have seen the end by then."""
 
 
