@@ -9,7 +9,7 @@ from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SubjectTrainingSpec
 from services.crossmodal.train import train
-from services.generation.train import generate
+from services.generation.pipeline import generate
 from services.runtime.console import ConsoleRun
 from services.zoo.subjects import select
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ethogram.specs.base import Seed, Spec
 
-PatternName = Literal[
+BUILT_IN = (
     "all_same",
     "palindrome",
     "sorted_ascending",
@@ -24,35 +26,111 @@ PatternName = Literal[
     "vowel_consonant",
     "first_last_match",
     "mountain_pattern",
-]
+)
+"""The patterns that are there."""
+
+
+REGISTERED: set[str] = set()
+"""Names of the patterns that this process has registered."""
+ENTRY_POINTS = "ethogram.patterns"
+"""Group of the entry points by which installed packages bring patterns."""
 
 
 class PatternSpec(Spec):
-    """One behaviour: a predicate over letter sequences, with its parameter."""
+    """One behaviour: a set of letter sequences."""
 
-    name: PatternName
-    """Which predicate."""
     token: str | None = Field(None, pattern=r"^[A-Z]$")
     """The letter of ``starts_with`` and ``ends_with``; the others take none."""
+    regex: str | None = Field(None, min_length=1, max_length=500)
+    """A pattern of your own: a regular expression over the letters, which matches whole sequences. Letters, ``.``,
+    ``[AB]``, ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{2,4}``."""
+    # Last, so that its check knows of the regex.
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
+    """One of the built-in patterns, one that an installed package registers, or a name of your own with ``regex``."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str, info: ValidationInfo) -> str:
+        own = info.data.get("regex") is not None
+        if own and name in BUILT_IN:
+            raise ValueError(f"{name} is a pattern already; give yours another name")
+        known = own or name in BUILT_IN or name in REGISTERED or entry_points(group=ENTRY_POINTS, name=name)
+        if not known:
+            raise ValueError(f"there is no such pattern; there are: {', '.join(BUILT_IN)}; or give it a regex")
+        return name
+
+
+def _from_number(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"min": value, "max": value} if number else value
+
+
+class IntRange(Spec):
+    """Whole numbers from ``min`` to ``max``, both included; a single number stands for itself alone."""
+
+    min: int
+    """The least."""
+    max: int
+    """The most."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return self.max - self.min + 1
+
+
+class FloatRange(Spec):
+    """Numbers from ``min`` to ``max``; a single number stands for itself alone."""
+
+    min: float
+    """The least."""
+    max: float
+    """The most."""
+
+
+def _within(least: float, most: float) -> Callable[[Any], Any]:
+    def check(value: IntRange | FloatRange) -> IntRange | FloatRange:
+        if not least <= value.min <= value.max <= most:
+            raise ValueError(f"must have {least:g} <= min <= max <= {most:g}, not min {value.min:g}, max {value.max:g}")
+        return value
+
+    return check
+
+
+Layers = Annotated[IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 12))]
+Neurons = Annotated[IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 512))]
+Rate = Annotated[FloatRange, BeforeValidator(_from_number), AfterValidator(_within(1e-8, 1))]
+Share = Annotated[FloatRange, BeforeValidator(_from_number), AfterValidator(_within(0, 0.9))]
+Activation = Literal["relu", "gelu", "tanh", "sigmoid", "leaky_relu"]
 
 
 class SubjectSpec(Spec):
-    """Architecture of the subject networks: fully connected, one logit."""
+    """Architecture of the subject networks: fully connected, one logit. Each subject draws its own out of ranges."""
 
-    layers: int = Field(2, ge=1, le=12)
+    layers: Layers = IntRange(min=2, max=2)
     """Hidden layers."""
-    neurons: int = Field(16, ge=1, le=512)
-    """Neurons in each hidden layer."""
-    activation: Literal["relu", "gelu", "tanh", "sigmoid", "leaky_relu"] = "relu"
-    """Activation of the hidden layers."""
+    neurons: Neurons = IntRange(min=16, max=16)
+    """Neurons in each hidden layer of a subject."""
+    activations: list[Activation] = []
+    """Activations of the hidden layers to draw from; empty: relu."""
+    dropout: Share = FloatRange(min=0.0, max=0.0)
+    """Share of the hidden activations that are dropped in training."""
     input_encoding: Literal["one_hot", "index"] = "one_hot"
     """``one_hot``: length x vocabulary inputs; ``index``: one float per position."""
     init: Literal["shared", "independent"] = "shared"
-    """``shared``: all subjects start from one draw of weights, so their differences are comparable."""
+    """``shared``: all subjects of one shape start from one draw of weights, so their differences are comparable."""
+    weight_init: Literal["uniform", "kaiming"] = "uniform"
+    """``uniform``: weights and biases within 1/sqrt(fan_in), as in torch.nn.Linear; ``kaiming``: weights within
+    sqrt(6/fan_in), biases 0, for deep subjects, whose signals would otherwise fade from layer to layer."""
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Floating-point type that the trained weights are rounded to."""
+    quantization: Literal["none", "int8", "int4", "ternary", "binary"] = "none"
+    """Levels that the trained weights are rounded to, layer by layer. What is judged, described and kept is the rounded
+    network; training itself is in float32."""
 
 
 class SubjectTrainingSpec(Spec):
-    """How each subject is trained (Adam, binary cross-entropy)."""
+    """How each subject is trained (Adam, binary cross-entropy): on fresh sequences at every step."""
 
     steps: int = Field(800, ge=1, le=1_000_000)
     """Optimiser steps."""
@@ -63,11 +141,65 @@ class SubjectTrainingSpec(Spec):
     started, and so less alike where their behaviours do not differ."""
 
 
+class StagedSpec(Spec):
+    """Training in two stages: a degraded network, which learned one of its patterns from wrong labels, and an improved
+    one, which is the same network trained on with the right ones."""
+
+    examples: int = Field(512, ge=8, le=1_000_000)
+    """Sequences of each subject's own dataset; half of them match one of its patterns."""
+    batch_size: int = Field(128, ge=1, le=65_536)
+    """Sequences per step and subject."""
+    epochs: int = Field(10, ge=1, le=10_000)
+    """Most passes over the dataset in the first stage."""
+    improvement_epochs: int = Field(10, ge=1, le=10_000)
+    """Most passes over the dataset in the second stage."""
+    learning_rate: Rate = FloatRange(min=1e-3, max=1e-2)
+    """Of the first stage; drawn evenly on a logarithmic scale."""
+    improvement_lr_factor: float = Field(0.5, gt=0, le=10)
+    """Learning rate of the second stage, as a share of the first one's."""
+    corruption_rate: float = Field(0.3, ge=0, le=1)
+    """Share of the target pattern's labels that are flipped in the first stage."""
+    patience: int = Field(5, ge=1, le=10_000)
+    """A stage ends early when the loss on validation sequences has not fallen for so many epochs; the network of the
+    best epoch is kept."""
+    min_degradation_threshold: float = Field(0.05, ge=0, le=1)
+    """Check of magnitude: the least gain in held-out accuracy on the target pattern from degraded to improved."""
+    min_specificity: float = Field(0.0, ge=-1, le=1)
+    """Check of specificity: by how much that gain must exceed the mean gain on all other kinds of sequences."""
+    max_instability: float = Field(0.1, ge=0, le=1)
+    """Check of stability: the most held-out accuracy that any of the subject's other patterns may lose, and the mean
+    over the sequences that it must answer no to."""
+
+
+SignatureMethod = Literal[
+    "mean",
+    "std",
+    "max",
+    "min",
+    "sparsity",
+    "pca",
+    "svd",
+    "entropy",
+    "clustering",
+    "fourier",
+    "pattern_wise",
+    "raw",
+]
+
+
 class SignatureSpec(Spec):
     """What is recorded of a subject's activations on the probes."""
 
     probes: int = Field(128, ge=1, le=65_536)
-    """Number of probe sequences; the same for every subject."""
+    """Number of probe sequences, the baseline dataset; the same for every subject."""
+    methods: list[SignatureMethod] = []
+    """What is kept for each neuron; empty: ``raw``, its activation on every probe."""
+    activations: Literal["pre", "post"] = "pre"
+    """Before or after the activation function."""
+    components: int = Field(4, ge=1, le=64)
+    """Numbers per neuron of ``pca``, ``svd``, ``clustering`` and ``fourier``."""
+    bins: int = Field(16, ge=2, le=1024)
+    """Bins of the histogram whose ``entropy`` is taken."""
 
 
 class GenerationSpec(Spec):
@@ -90,15 +222,26 @@ class GenerationSpec(Spec):
     subject: SubjectSpec = SubjectSpec()
     """Architecture."""
     training: SubjectTrainingSpec = SubjectTrainingSpec()
-    """Training."""
+    """Training on fresh sequences, in one stage."""
+    staged: StagedSpec | None = None
+    """Training in two stages, instead of ``training``."""
     signature: SignatureSpec = SignatureSpec()
     """Activation signatures."""
-    min_accuracy: float = Field(0.9, ge=0, le=1)
+    min_accuracy: float | None = Field(None, ge=0, le=1)
     """Quality gate: a subject that is less accurate on held-out sequences of any enabled pattern, or on those that
-    match none, is rejected and counted."""
+    match none, is rejected and counted. None: 0.9; in two stages 0, since the checks decide."""
 
     @model_validator(mode="after")
     def _ranges(self) -> GenerationSpec:
         if self.min_patterns_per_batch > self.max_patterns_per_batch:
             raise ValueError("min_patterns_per_batch must not exceed max_patterns_per_batch")
+        if self.staged is not None and self.training != SubjectTrainingSpec():
+            raise ValueError("training is for one stage and staged for two; leave one of them out")
         return self
+
+    @property
+    def gate(self) -> float:
+        """``min_accuracy``, or its default."""
+        if self.min_accuracy is not None:
+            return self.min_accuracy
+        return 0.9 if self.staged is None else 0.0

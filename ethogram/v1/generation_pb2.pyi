@@ -20,82 +20,6 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _PatternName:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _PatternNameEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PatternName.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    PATTERN_NAME_UNSPECIFIED: _PatternName.ValueType  # 0
-    """Not set; refused."""
-    PATTERN_NAME_ALL_SAME: _PatternName.ValueType  # 1
-    """One letter only."""
-    PATTERN_NAME_PALINDROME: _PatternName.ValueType  # 2
-    """Reads the same backwards."""
-    PATTERN_NAME_SORTED_ASCENDING: _PatternName.ValueType  # 3
-    """Never falls."""
-    PATTERN_NAME_SORTED_DESCENDING: _PatternName.ValueType  # 4
-    """Never rises."""
-    PATTERN_NAME_ALTERNATING: _PatternName.ValueType  # 5
-    """Two letters in turn."""
-    PATTERN_NAME_CONTAINS_ABC: _PatternName.ValueType  # 6
-    """Holds A, B, C in a row."""
-    PATTERN_NAME_STARTS_WITH: _PatternName.ValueType  # 7
-    """Begins with the token."""
-    PATTERN_NAME_ENDS_WITH: _PatternName.ValueType  # 8
-    """Ends with the token."""
-    PATTERN_NAME_NO_REPEATS: _PatternName.ValueType  # 9
-    """All letters differ."""
-    PATTERN_NAME_HAS_MAJORITY: _PatternName.ValueType  # 10
-    """One letter fills more than half."""
-    PATTERN_NAME_INCREASING_PAIRS: _PatternName.ValueType  # 11
-    """Each pair of letters rises."""
-    PATTERN_NAME_DECREASING_PAIRS: _PatternName.ValueType  # 12
-    """Each pair of letters falls."""
-    PATTERN_NAME_VOWEL_CONSONANT: _PatternName.ValueType  # 13
-    """Vowels and consonants in turn."""
-    PATTERN_NAME_FIRST_LAST_MATCH: _PatternName.ValueType  # 14
-    """First and last letter are equal."""
-    PATTERN_NAME_MOUNTAIN_PATTERN: _PatternName.ValueType  # 15
-    """Rises, then falls."""
-
-class PatternName(_PatternName, metaclass=_PatternNameEnumTypeWrapper):
-    """A predicate over letter sequences."""
-
-PATTERN_NAME_UNSPECIFIED: PatternName.ValueType  # 0
-"""Not set; refused."""
-PATTERN_NAME_ALL_SAME: PatternName.ValueType  # 1
-"""One letter only."""
-PATTERN_NAME_PALINDROME: PatternName.ValueType  # 2
-"""Reads the same backwards."""
-PATTERN_NAME_SORTED_ASCENDING: PatternName.ValueType  # 3
-"""Never falls."""
-PATTERN_NAME_SORTED_DESCENDING: PatternName.ValueType  # 4
-"""Never rises."""
-PATTERN_NAME_ALTERNATING: PatternName.ValueType  # 5
-"""Two letters in turn."""
-PATTERN_NAME_CONTAINS_ABC: PatternName.ValueType  # 6
-"""Holds A, B, C in a row."""
-PATTERN_NAME_STARTS_WITH: PatternName.ValueType  # 7
-"""Begins with the token."""
-PATTERN_NAME_ENDS_WITH: PatternName.ValueType  # 8
-"""Ends with the token."""
-PATTERN_NAME_NO_REPEATS: PatternName.ValueType  # 9
-"""All letters differ."""
-PATTERN_NAME_HAS_MAJORITY: PatternName.ValueType  # 10
-"""One letter fills more than half."""
-PATTERN_NAME_INCREASING_PAIRS: PatternName.ValueType  # 11
-"""Each pair of letters rises."""
-PATTERN_NAME_DECREASING_PAIRS: PatternName.ValueType  # 12
-"""Each pair of letters falls."""
-PATTERN_NAME_VOWEL_CONSONANT: PatternName.ValueType  # 13
-"""Vowels and consonants in turn."""
-PATTERN_NAME_FIRST_LAST_MATCH: PatternName.ValueType  # 14
-"""First and last letter are equal."""
-PATTERN_NAME_MOUNTAIN_PATTERN: PatternName.ValueType  # 15
-"""Rises, then falls."""
-Global___PatternName: _TypeAlias = PatternName  # noqa: Y015
-
 class _Activation:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -180,6 +104,182 @@ INIT_INDEPENDENT: Init.ValueType  # 2
 """Each from its own."""
 Global___Init: _TypeAlias = Init  # noqa: Y015
 
+class _WeightInit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WeightInitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WeightInit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WEIGHT_INIT_UNSPECIFIED: _WeightInit.ValueType  # 0
+    """Not set."""
+    WEIGHT_INIT_UNIFORM: _WeightInit.ValueType  # 1
+    """Within 1/sqrt(fan_in)."""
+    WEIGHT_INIT_KAIMING: _WeightInit.ValueType  # 2
+    """Within sqrt(6/fan_in)."""
+
+class WeightInit(_WeightInit, metaclass=_WeightInitEnumTypeWrapper):
+    """Where the weights of a fresh subject lie."""
+
+WEIGHT_INIT_UNSPECIFIED: WeightInit.ValueType  # 0
+"""Not set."""
+WEIGHT_INIT_UNIFORM: WeightInit.ValueType  # 1
+"""Within 1/sqrt(fan_in)."""
+WEIGHT_INIT_KAIMING: WeightInit.ValueType  # 2
+"""Within sqrt(6/fan_in)."""
+Global___WeightInit: _TypeAlias = WeightInit  # noqa: Y015
+
+class _Precision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Precision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRECISION_UNSPECIFIED: _Precision.ValueType  # 0
+    """Not set."""
+    PRECISION_FLOAT32: _Precision.ValueType  # 1
+    """IEEE single."""
+    PRECISION_FLOAT16: _Precision.ValueType  # 2
+    """IEEE half."""
+    PRECISION_BFLOAT16: _Precision.ValueType  # 3
+    """Brain floating point."""
+
+class Precision(_Precision, metaclass=_PrecisionEnumTypeWrapper):
+    """Floating-point type of the trained weights."""
+
+PRECISION_UNSPECIFIED: Precision.ValueType  # 0
+"""Not set."""
+PRECISION_FLOAT32: Precision.ValueType  # 1
+"""IEEE single."""
+PRECISION_FLOAT16: Precision.ValueType  # 2
+"""IEEE half."""
+PRECISION_BFLOAT16: Precision.ValueType  # 3
+"""Brain floating point."""
+Global___Precision: _TypeAlias = Precision  # noqa: Y015
+
+class _Quantization:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _QuantizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Quantization.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    QUANTIZATION_UNSPECIFIED: _Quantization.ValueType  # 0
+    """Not set."""
+    QUANTIZATION_NONE: _Quantization.ValueType  # 1
+    """All that the type has."""
+    QUANTIZATION_INT8: _Quantization.ValueType  # 2
+    """255."""
+    QUANTIZATION_INT4: _Quantization.ValueType  # 3
+    """15."""
+    QUANTIZATION_TERNARY: _Quantization.ValueType  # 4
+    """Three."""
+    QUANTIZATION_BINARY: _Quantization.ValueType  # 5
+    """Two."""
+
+class Quantization(_Quantization, metaclass=_QuantizationEnumTypeWrapper):
+    """Levels of the trained weights."""
+
+QUANTIZATION_UNSPECIFIED: Quantization.ValueType  # 0
+"""Not set."""
+QUANTIZATION_NONE: Quantization.ValueType  # 1
+"""All that the type has."""
+QUANTIZATION_INT8: Quantization.ValueType  # 2
+"""255."""
+QUANTIZATION_INT4: Quantization.ValueType  # 3
+"""15."""
+QUANTIZATION_TERNARY: Quantization.ValueType  # 4
+"""Three."""
+QUANTIZATION_BINARY: Quantization.ValueType  # 5
+"""Two."""
+Global___Quantization: _TypeAlias = Quantization  # noqa: Y015
+
+class _SignatureMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SignatureMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SignatureMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIGNATURE_METHOD_UNSPECIFIED: _SignatureMethod.ValueType  # 0
+    """Not set."""
+    SIGNATURE_METHOD_MEAN: _SignatureMethod.ValueType  # 1
+    """Mean over the probes."""
+    SIGNATURE_METHOD_STD: _SignatureMethod.ValueType  # 2
+    """Standard deviation."""
+    SIGNATURE_METHOD_MAX: _SignatureMethod.ValueType  # 3
+    """Largest value."""
+    SIGNATURE_METHOD_MIN: _SignatureMethod.ValueType  # 4
+    """Smallest value."""
+    SIGNATURE_METHOD_SPARSITY: _SignatureMethod.ValueType  # 5
+    """Share of values at most 0."""
+    SIGNATURE_METHOD_PCA: _SignatureMethod.ValueType  # 6
+    """Loadings on the layer's principal components."""
+    SIGNATURE_METHOD_SVD: _SignatureMethod.ValueType  # 7
+    """Loadings on the layer's singular vectors."""
+    SIGNATURE_METHOD_ENTROPY: _SignatureMethod.ValueType  # 8
+    """Entropy of the histogram."""
+    SIGNATURE_METHOD_CLUSTERING: _SignatureMethod.ValueType  # 9
+    """Centres of k-means."""
+    SIGNATURE_METHOD_FOURIER: _SignatureMethod.ValueType  # 10
+    """Magnitudes of the first frequencies."""
+    SIGNATURE_METHOD_PATTERN_WISE: _SignatureMethod.ValueType  # 11
+    """Mean over the members of each pattern."""
+    SIGNATURE_METHOD_RAW: _SignatureMethod.ValueType  # 12
+    """Every value."""
+
+class SignatureMethod(_SignatureMethod, metaclass=_SignatureMethodEnumTypeWrapper):
+    """What is kept of a neuron's activations."""
+
+SIGNATURE_METHOD_UNSPECIFIED: SignatureMethod.ValueType  # 0
+"""Not set."""
+SIGNATURE_METHOD_MEAN: SignatureMethod.ValueType  # 1
+"""Mean over the probes."""
+SIGNATURE_METHOD_STD: SignatureMethod.ValueType  # 2
+"""Standard deviation."""
+SIGNATURE_METHOD_MAX: SignatureMethod.ValueType  # 3
+"""Largest value."""
+SIGNATURE_METHOD_MIN: SignatureMethod.ValueType  # 4
+"""Smallest value."""
+SIGNATURE_METHOD_SPARSITY: SignatureMethod.ValueType  # 5
+"""Share of values at most 0."""
+SIGNATURE_METHOD_PCA: SignatureMethod.ValueType  # 6
+"""Loadings on the layer's principal components."""
+SIGNATURE_METHOD_SVD: SignatureMethod.ValueType  # 7
+"""Loadings on the layer's singular vectors."""
+SIGNATURE_METHOD_ENTROPY: SignatureMethod.ValueType  # 8
+"""Entropy of the histogram."""
+SIGNATURE_METHOD_CLUSTERING: SignatureMethod.ValueType  # 9
+"""Centres of k-means."""
+SIGNATURE_METHOD_FOURIER: SignatureMethod.ValueType  # 10
+"""Magnitudes of the first frequencies."""
+SIGNATURE_METHOD_PATTERN_WISE: SignatureMethod.ValueType  # 11
+"""Mean over the members of each pattern."""
+SIGNATURE_METHOD_RAW: SignatureMethod.ValueType  # 12
+"""Every value."""
+Global___SignatureMethod: _TypeAlias = SignatureMethod  # noqa: Y015
+
+class _SignatureActivations:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SignatureActivationsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SignatureActivations.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIGNATURE_ACTIVATIONS_UNSPECIFIED: _SignatureActivations.ValueType  # 0
+    """Not set."""
+    SIGNATURE_ACTIVATIONS_PRE: _SignatureActivations.ValueType  # 1
+    """Before it."""
+    SIGNATURE_ACTIVATIONS_POST: _SignatureActivations.ValueType  # 2
+    """Behind it."""
+
+class SignatureActivations(_SignatureActivations, metaclass=_SignatureActivationsEnumTypeWrapper):
+    """Which side of the activation function."""
+
+SIGNATURE_ACTIVATIONS_UNSPECIFIED: SignatureActivations.ValueType  # 0
+"""Not set."""
+SIGNATURE_ACTIVATIONS_PRE: SignatureActivations.ValueType  # 1
+"""Before it."""
+SIGNATURE_ACTIVATIONS_POST: SignatureActivations.ValueType  # 2
+"""Behind it."""
+Global___SignatureActivations: _TypeAlias = SignatureActivations  # noqa: Y015
+
 @_typing.final
 class RunGenerationRequest(_message.Message):
     """One run."""
@@ -218,85 +318,183 @@ class PatternSpec(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
-    name: Global___PatternName.ValueType
-    """Which predicate."""
+    REGEX_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Which one, or the name of the user's own."""
     token: _builtins.str
     """Its letter, where it takes one."""
+    regex: _builtins.str
+    """What the user's own matches."""
     def __init__(
         self,
         *,
-        name: Global___PatternName.ValueType | None = ...,
+        name: _builtins.str | None = ...,
         token: _builtins.str | None = ...,
+        regex: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "_token", b"_token", "name", b"name", "token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "_regex", b"_regex", "_token", b"_token", "name", b"name", "regex", b"regex", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "_token", b"_token", "name", b"name", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "_regex", b"_regex", "_token", b"_token", "name", b"name", "regex", b"regex", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    _WhichOneofReturnType__regex: _TypeAlias = _typing.Literal["regex"]  # noqa: Y015
+    _WhichOneofArgType__regex: _TypeAlias = _typing.Literal["_regex", b"_regex"]  # noqa: Y015
     _WhichOneofReturnType__token: _TypeAlias = _typing.Literal["token"]  # noqa: Y015
     _WhichOneofArgType__token: _TypeAlias = _typing.Literal["_token", b"_token"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__regex) -> _WhichOneofReturnType__regex | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__token) -> _WhichOneofReturnType__token | None: ...
 
 Global___PatternSpec: _TypeAlias = PatternSpec  # noqa: Y015
 
 @_typing.final
+class IntRange(_message.Message):
+    """Whole numbers from min to max."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_FIELD_NUMBER: _builtins.int
+    MAX_FIELD_NUMBER: _builtins.int
+    min: _builtins.int
+    """The least."""
+    max: _builtins.int
+    """The most."""
+    def __init__(
+        self,
+        *,
+        min: _builtins.int | None = ...,
+        max: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "max", b"max", "min", b"min"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "max", b"max", "min", b"min"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max: _TypeAlias = _typing.Literal["max"]  # noqa: Y015
+    _WhichOneofArgType__max: _TypeAlias = _typing.Literal["_max", b"_max"]  # noqa: Y015
+    _WhichOneofReturnType__min: _TypeAlias = _typing.Literal["min"]  # noqa: Y015
+    _WhichOneofArgType__min: _TypeAlias = _typing.Literal["_min", b"_min"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max) -> _WhichOneofReturnType__max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min) -> _WhichOneofReturnType__min | None: ...
+
+Global___IntRange: _TypeAlias = IntRange  # noqa: Y015
+
+@_typing.final
+class FloatRange(_message.Message):
+    """Numbers from min to max."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_FIELD_NUMBER: _builtins.int
+    MAX_FIELD_NUMBER: _builtins.int
+    min: _builtins.float
+    """The least."""
+    max: _builtins.float
+    """The most."""
+    def __init__(
+        self,
+        *,
+        min: _builtins.float | None = ...,
+        max: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "max", b"max", "min", b"min"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "max", b"max", "min", b"min"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max: _TypeAlias = _typing.Literal["max"]  # noqa: Y015
+    _WhichOneofArgType__max: _TypeAlias = _typing.Literal["_max", b"_max"]  # noqa: Y015
+    _WhichOneofReturnType__min: _TypeAlias = _typing.Literal["min"]  # noqa: Y015
+    _WhichOneofArgType__min: _TypeAlias = _typing.Literal["_min", b"_min"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max) -> _WhichOneofReturnType__max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min) -> _WhichOneofReturnType__min | None: ...
+
+Global___FloatRange: _TypeAlias = FloatRange  # noqa: Y015
+
+@_typing.final
 class SubjectSpec(_message.Message):
-    """Architecture of the subjects."""
+    """Architecture of the subjects; each draws its own out of the ranges."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYERS_FIELD_NUMBER: _builtins.int
     NEURONS_FIELD_NUMBER: _builtins.int
-    ACTIVATION_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    DROPOUT_FIELD_NUMBER: _builtins.int
     INPUT_ENCODING_FIELD_NUMBER: _builtins.int
     INIT_FIELD_NUMBER: _builtins.int
-    layers: _builtins.int
-    """Hidden layers."""
-    neurons: _builtins.int
-    """Neurons in each hidden layer."""
-    activation: Global___Activation.ValueType
-    """Activation of the hidden layers."""
+    WEIGHT_INIT_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     input_encoding: Global___InputEncoding.ValueType
     """How a sequence enters."""
     init: Global___Init.ValueType
     """Where subjects start."""
+    weight_init: Global___WeightInit.ValueType
+    """Where the weights of a fresh subject lie."""
+    precision: Global___Precision.ValueType
+    """Floating-point type that the trained weights are rounded to."""
+    quantization: Global___Quantization.ValueType
+    """Levels that the trained weights are rounded to."""
+    @_builtins.property
+    def layers(self) -> Global___IntRange:
+        """Hidden layers."""
+
+    @_builtins.property
+    def neurons(self) -> Global___IntRange:
+        """Neurons in each hidden layer."""
+
+    @_builtins.property
+    def activations(self) -> _containers.RepeatedScalarFieldContainer[Global___Activation.ValueType]:
+        """Activations of the hidden layers to draw from."""
+
+    @_builtins.property
+    def dropout(self) -> Global___FloatRange:
+        """Share of the hidden activations that are dropped in training."""
+
     def __init__(
         self,
         *,
-        layers: _builtins.int | None = ...,
-        neurons: _builtins.int | None = ...,
-        activation: Global___Activation.ValueType | None = ...,
+        layers: Global___IntRange | None = ...,
+        neurons: Global___IntRange | None = ...,
+        activations: _abc.Iterable[Global___Activation.ValueType] | None = ...,
+        dropout: Global___FloatRange | None = ...,
         input_encoding: Global___InputEncoding.ValueType | None = ...,
         init: Global___Init.ValueType | None = ...,
+        weight_init: Global___WeightInit.ValueType | None = ...,
+        precision: Global___Precision.ValueType | None = ...,
+        quantization: Global___Quantization.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_activation", b"_activation", "_init", b"_init", "_input_encoding", b"_input_encoding", "_layers", b"_layers", "_neurons", b"_neurons", "activation", b"activation", "init", b"init", "input_encoding", b"input_encoding", "layers", b"layers", "neurons", b"neurons"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_init", b"_init", "_input_encoding", b"_input_encoding", "_precision", b"_precision", "_quantization", b"_quantization", "_weight_init", b"_weight_init", "dropout", b"dropout", "init", b"init", "input_encoding", b"input_encoding", "layers", b"layers", "neurons", b"neurons", "precision", b"precision", "quantization", b"quantization", "weight_init", b"weight_init"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation", b"_activation", "_init", b"_init", "_input_encoding", b"_input_encoding", "_layers", b"_layers", "_neurons", b"_neurons", "activation", b"activation", "init", b"init", "input_encoding", b"input_encoding", "layers", b"layers", "neurons", b"neurons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_init", b"_init", "_input_encoding", b"_input_encoding", "_precision", b"_precision", "_quantization", b"_quantization", "_weight_init", b"_weight_init", "activations", b"activations", "dropout", b"dropout", "init", b"init", "input_encoding", b"input_encoding", "layers", b"layers", "neurons", b"neurons", "precision", b"precision", "quantization", b"quantization", "weight_init", b"weight_init"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__activation: _TypeAlias = _typing.Literal["activation"]  # noqa: Y015
-    _WhichOneofArgType__activation: _TypeAlias = _typing.Literal["_activation", b"_activation"]  # noqa: Y015
     _WhichOneofReturnType__init: _TypeAlias = _typing.Literal["init"]  # noqa: Y015
     _WhichOneofArgType__init: _TypeAlias = _typing.Literal["_init", b"_init"]  # noqa: Y015
     _WhichOneofReturnType__input_encoding: _TypeAlias = _typing.Literal["input_encoding"]  # noqa: Y015
     _WhichOneofArgType__input_encoding: _TypeAlias = _typing.Literal["_input_encoding", b"_input_encoding"]  # noqa: Y015
-    _WhichOneofReturnType__layers: _TypeAlias = _typing.Literal["layers"]  # noqa: Y015
-    _WhichOneofArgType__layers: _TypeAlias = _typing.Literal["_layers", b"_layers"]  # noqa: Y015
-    _WhichOneofReturnType__neurons: _TypeAlias = _typing.Literal["neurons"]  # noqa: Y015
-    _WhichOneofArgType__neurons: _TypeAlias = _typing.Literal["_neurons", b"_neurons"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__activation) -> _WhichOneofReturnType__activation | None: ...
+    _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
+    _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
+    _WhichOneofReturnType__quantization: _TypeAlias = _typing.Literal["quantization"]  # noqa: Y015
+    _WhichOneofArgType__quantization: _TypeAlias = _typing.Literal["_quantization", b"_quantization"]  # noqa: Y015
+    _WhichOneofReturnType__weight_init: _TypeAlias = _typing.Literal["weight_init"]  # noqa: Y015
+    _WhichOneofArgType__weight_init: _TypeAlias = _typing.Literal["_weight_init", b"_weight_init"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__init) -> _WhichOneofReturnType__init | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__input_encoding) -> _WhichOneofReturnType__input_encoding | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__layers) -> _WhichOneofReturnType__layers | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__neurons) -> _WhichOneofReturnType__neurons | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quantization) -> _WhichOneofReturnType__quantization | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_init) -> _WhichOneofReturnType__weight_init | None: ...
 
 Global___SubjectSpec: _TypeAlias = SubjectSpec  # noqa: Y015
 
@@ -342,25 +540,159 @@ class SubjectTrainingSpec(_message.Message):
 Global___SubjectTrainingSpec: _TypeAlias = SubjectTrainingSpec  # noqa: Y015
 
 @_typing.final
+class StagedSpec(_message.Message):
+    """Training in two stages: degraded, then improved."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    IMPROVEMENT_EPOCHS_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    IMPROVEMENT_LR_FACTOR_FIELD_NUMBER: _builtins.int
+    CORRUPTION_RATE_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    MIN_DEGRADATION_THRESHOLD_FIELD_NUMBER: _builtins.int
+    MIN_SPECIFICITY_FIELD_NUMBER: _builtins.int
+    MAX_INSTABILITY_FIELD_NUMBER: _builtins.int
+    examples: _builtins.int
+    """Sequences of each subject's own dataset."""
+    batch_size: _builtins.int
+    """Sequences per step and subject."""
+    epochs: _builtins.int
+    """Most passes over the dataset in the first stage."""
+    improvement_epochs: _builtins.int
+    """Most passes over the dataset in the second stage."""
+    improvement_lr_factor: _builtins.float
+    """Learning rate of the second stage, as a share of the first one's."""
+    corruption_rate: _builtins.float
+    """Share of the target pattern's labels that are flipped in the first stage."""
+    patience: _builtins.int
+    """Epochs without a lower validation loss after which a stage ends."""
+    min_degradation_threshold: _builtins.float
+    """Least gain on the target pattern."""
+    min_specificity: _builtins.float
+    """By how much that gain must exceed the mean gain elsewhere."""
+    max_instability: _builtins.float
+    """Most that another pattern may lose."""
+    @_builtins.property
+    def learning_rate(self) -> Global___FloatRange:
+        """Learning rate of the first stage."""
+
+    def __init__(
+        self,
+        *,
+        examples: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        epochs: _builtins.int | None = ...,
+        improvement_epochs: _builtins.int | None = ...,
+        learning_rate: Global___FloatRange | None = ...,
+        improvement_lr_factor: _builtins.float | None = ...,
+        corruption_rate: _builtins.float | None = ...,
+        patience: _builtins.int | None = ...,
+        min_degradation_threshold: _builtins.float | None = ...,
+        min_specificity: _builtins.float | None = ...,
+        max_instability: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_corruption_rate", b"_corruption_rate", "_epochs", b"_epochs", "_examples", b"_examples", "_improvement_epochs", b"_improvement_epochs", "_improvement_lr_factor", b"_improvement_lr_factor", "_max_instability", b"_max_instability", "_min_degradation_threshold", b"_min_degradation_threshold", "_min_specificity", b"_min_specificity", "_patience", b"_patience", "batch_size", b"batch_size", "corruption_rate", b"corruption_rate", "epochs", b"epochs", "examples", b"examples", "improvement_epochs", b"improvement_epochs", "improvement_lr_factor", b"improvement_lr_factor", "learning_rate", b"learning_rate", "max_instability", b"max_instability", "min_degradation_threshold", b"min_degradation_threshold", "min_specificity", b"min_specificity", "patience", b"patience"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_corruption_rate", b"_corruption_rate", "_epochs", b"_epochs", "_examples", b"_examples", "_improvement_epochs", b"_improvement_epochs", "_improvement_lr_factor", b"_improvement_lr_factor", "_max_instability", b"_max_instability", "_min_degradation_threshold", b"_min_degradation_threshold", "_min_specificity", b"_min_specificity", "_patience", b"_patience", "batch_size", b"batch_size", "corruption_rate", b"corruption_rate", "epochs", b"epochs", "examples", b"examples", "improvement_epochs", b"improvement_epochs", "improvement_lr_factor", b"improvement_lr_factor", "learning_rate", b"learning_rate", "max_instability", b"max_instability", "min_degradation_threshold", b"min_degradation_threshold", "min_specificity", b"min_specificity", "patience", b"patience"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__corruption_rate: _TypeAlias = _typing.Literal["corruption_rate"]  # noqa: Y015
+    _WhichOneofArgType__corruption_rate: _TypeAlias = _typing.Literal["_corruption_rate", b"_corruption_rate"]  # noqa: Y015
+    _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
+    _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__examples: _TypeAlias = _typing.Literal["examples"]  # noqa: Y015
+    _WhichOneofArgType__examples: _TypeAlias = _typing.Literal["_examples", b"_examples"]  # noqa: Y015
+    _WhichOneofReturnType__improvement_epochs: _TypeAlias = _typing.Literal["improvement_epochs"]  # noqa: Y015
+    _WhichOneofArgType__improvement_epochs: _TypeAlias = _typing.Literal["_improvement_epochs", b"_improvement_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__improvement_lr_factor: _TypeAlias = _typing.Literal["improvement_lr_factor"]  # noqa: Y015
+    _WhichOneofArgType__improvement_lr_factor: _TypeAlias = _typing.Literal["_improvement_lr_factor", b"_improvement_lr_factor"]  # noqa: Y015
+    _WhichOneofReturnType__max_instability: _TypeAlias = _typing.Literal["max_instability"]  # noqa: Y015
+    _WhichOneofArgType__max_instability: _TypeAlias = _typing.Literal["_max_instability", b"_max_instability"]  # noqa: Y015
+    _WhichOneofReturnType__min_degradation_threshold: _TypeAlias = _typing.Literal["min_degradation_threshold"]  # noqa: Y015
+    _WhichOneofArgType__min_degradation_threshold: _TypeAlias = _typing.Literal["_min_degradation_threshold", b"_min_degradation_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__min_specificity: _TypeAlias = _typing.Literal["min_specificity"]  # noqa: Y015
+    _WhichOneofArgType__min_specificity: _TypeAlias = _typing.Literal["_min_specificity", b"_min_specificity"]  # noqa: Y015
+    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
+    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__corruption_rate) -> _WhichOneofReturnType__corruption_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__examples) -> _WhichOneofReturnType__examples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__improvement_epochs) -> _WhichOneofReturnType__improvement_epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__improvement_lr_factor) -> _WhichOneofReturnType__improvement_lr_factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_instability) -> _WhichOneofReturnType__max_instability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_degradation_threshold) -> _WhichOneofReturnType__min_degradation_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_specificity) -> _WhichOneofReturnType__min_specificity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
+
+Global___StagedSpec: _TypeAlias = StagedSpec  # noqa: Y015
+
+@_typing.final
 class SignatureSpec(_message.Message):
     """What is recorded of activations."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROBES_FIELD_NUMBER: _builtins.int
+    METHODS_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    COMPONENTS_FIELD_NUMBER: _builtins.int
+    BINS_FIELD_NUMBER: _builtins.int
     probes: _builtins.int
     """Number of probe sequences."""
+    activations: Global___SignatureActivations.ValueType
+    """Before or behind the activation function."""
+    components: _builtins.int
+    """Numbers per neuron of pca, svd, clustering and fourier."""
+    bins: _builtins.int
+    """Bins of the histogram for entropy."""
+    @_builtins.property
+    def methods(self) -> _containers.RepeatedScalarFieldContainer[Global___SignatureMethod.ValueType]:
+        """What is kept for each neuron."""
+
     def __init__(
         self,
         *,
         probes: _builtins.int | None = ...,
+        methods: _abc.Iterable[Global___SignatureMethod.ValueType] | None = ...,
+        activations: Global___SignatureActivations.ValueType | None = ...,
+        components: _builtins.int | None = ...,
+        bins: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_probes", b"_probes", "probes", b"probes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bins", b"_bins", "_components", b"_components", "_probes", b"_probes", "activations", b"activations", "bins", b"bins", "components", b"components", "probes", b"probes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probes", b"_probes", "probes", b"probes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bins", b"_bins", "_components", b"_components", "_probes", b"_probes", "activations", b"activations", "bins", b"bins", "components", b"components", "methods", b"methods", "probes", b"probes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__activations: _TypeAlias = _typing.Literal["activations"]  # noqa: Y015
+    _WhichOneofArgType__activations: _TypeAlias = _typing.Literal["_activations", b"_activations"]  # noqa: Y015
+    _WhichOneofReturnType__bins: _TypeAlias = _typing.Literal["bins"]  # noqa: Y015
+    _WhichOneofArgType__bins: _TypeAlias = _typing.Literal["_bins", b"_bins"]  # noqa: Y015
+    _WhichOneofReturnType__components: _TypeAlias = _typing.Literal["components"]  # noqa: Y015
+    _WhichOneofArgType__components: _TypeAlias = _typing.Literal["_components", b"_components"]  # noqa: Y015
     _WhichOneofReturnType__probes: _TypeAlias = _typing.Literal["probes"]  # noqa: Y015
     _WhichOneofArgType__probes: _TypeAlias = _typing.Literal["_probes", b"_probes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__activations) -> _WhichOneofReturnType__activations | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bins) -> _WhichOneofReturnType__bins | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__components) -> _WhichOneofReturnType__components | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__probes) -> _WhichOneofReturnType__probes | None: ...
 
 Global___SignatureSpec: _TypeAlias = SignatureSpec  # noqa: Y015
@@ -380,6 +712,7 @@ class GenerationSpec(_message.Message):
     MAX_PATTERNS_PER_BATCH_FIELD_NUMBER: _builtins.int
     SUBJECT_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     MIN_ACCURACY_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
@@ -409,6 +742,10 @@ class GenerationSpec(_message.Message):
         """Training."""
 
     @_builtins.property
+    def staged(self) -> Global___StagedSpec:
+        """Training in two stages, instead of training."""
+
+    @_builtins.property
     def signature(self) -> Global___SignatureSpec:
         """Activation signatures."""
 
@@ -424,12 +761,13 @@ class GenerationSpec(_message.Message):
         max_patterns_per_batch: _builtins.int | None = ...,
         subject: Global___SubjectSpec | None = ...,
         training: Global___SubjectTrainingSpec | None = ...,
+        staged: Global___StagedSpec | None = ...,
         signature: Global___SignatureSpec | None = ...,
         min_accuracy: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "seed", b"seed", "sequence_length", b"sequence_length", "signature", b"signature", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "seed", b"seed", "sequence_length", b"sequence_length", "signature", b"signature", "staged", b"staged", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "patterns", b"patterns", "seed", b"seed", "sequence_length", b"sequence_length", "signature", b"signature", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "patterns", b"patterns", "seed", b"seed", "sequence_length", b"sequence_length", "signature", b"signature", "staged", b"staged", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_patterns_per_batch: _TypeAlias = _typing.Literal["max_patterns_per_batch"]  # noqa: Y015
     _WhichOneofArgType__max_patterns_per_batch: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch"]  # noqa: Y015

@@ -1,13 +1,18 @@
-"""What each subject learns: its patterns, and batches drawn by index from one shared table.
+"""What each subject is and learns: its patterns, its shape, and sequences drawn by index from one shared table.
 
 Everything about a candidate is a pure function of (seed, index); nothing depends on which others train beside it.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from ethogram.specs.generation import Activation, FloatRange, GenerationSpec, IntRange
 from services.runtime.seeds import generator
 from services.zoo.hashing import below, mix
 from services.zoo.pools import Pools
@@ -20,6 +25,58 @@ NOTHING, NEAR = 0.25, 0.4
 def keys(seed: int, stream: str, indices: Tensor) -> Tensor:
     """One int64 key for each candidate in ``indices`` ``[n]``."""
     return mix(mix(torch.full_like(indices, generator(seed, stream).initial_seed())) ^ indices)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Networks to be trained, one to a row."""
+
+    indices: Tensor
+    """int64 ``[n]``."""
+    selected: Tensor
+    """Own patterns: bool ``[n, patterns]``."""
+    target: Tensor
+    """The one of them that is degraded in staged training: int64 ``[n]``."""
+    layers: Tensor
+    """Hidden layers: int64 ``[n]``."""
+    neurons: Tensor
+    """Neurons in each: int64 ``[n]``."""
+    activation: Tensor
+    """Position in :func:`activations_of`: int64 ``[n]``."""
+    learning_rate: Tensor
+    """Of the first stage: float64 ``[n]``."""
+    dropout: Tensor
+    """float64 ``[n]``."""
+
+    @classmethod
+    def draw(cls, spec: GenerationSpec, indices: Tensor, patterns: int) -> Candidates:
+        """Those at ``indices`` ``[n]``."""
+        subject, seed = spec.subject, spec.seed
+        selected = select_patterns(seed, indices, patterns, spec.min_patterns_per_batch, spec.max_patterns_per_batch)
+        order = mix(keys(seed, "target", indices).unsqueeze(1) + torch.arange(patterns))
+        rate = spec.staged.learning_rate if spec.staged else FloatRange(min=1.0, max=1.0)
+        return cls(
+            indices,
+            selected,
+            order.masked_fill(~selected, -(2**63)).argmax(1),
+            _integers(keys(seed, "layers", indices), subject.layers),
+            _integers(keys(seed, "neurons", indices), subject.neurons),
+            below(keys(seed, "activation", indices), torch.tensor(len(activations_of(spec)))),
+            _floats(keys(seed, "learning rate", indices), math.log(rate.min), math.log(rate.max)).exp(),
+            _floats(keys(seed, "dropout", indices), subject.dropout.min, subject.dropout.max),
+        )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def select(self, index: Tensor) -> Candidates:
+        """Those at ``index`` (positions, or a mask)."""
+        return Candidates(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+
+def activations_of(spec: GenerationSpec) -> list[Activation]:
+    """The activations that subjects draw from."""
+    return list(dict.fromkeys(spec.subject.activations)) or ["relu"]
 
 
 def select_patterns(seed: int, indices: Tensor, patterns: int, fewest: int, most: int) -> Tensor:
@@ -37,23 +94,31 @@ def slots(selected: Tensor, batch_size: int, pools: Pools) -> Tensor:
     Groups that are empty (a pattern with no near misses, say) are replaced by sequences that match nothing, or by the
     largest group.
     """
-    patterns = selected.shape[1]
-    rows = []
-    for choice in selected:
-        chosen = choice.nonzero().squeeze(1)
-        others = (~choice).nonzero().squeeze(1)
-        positives = batch_size // 2
-        negatives = batch_size - positives
-        near = round(negatives * NEAR)
-        nothing = negatives - near if len(others) == 0 else round(negatives * NOTHING)
-        parts = [
-            _cycle(chosen, positives),
-            _cycle(chosen + patterns + 1, near),
-            torch.full((nothing,), patterns),
-            _cycle(others, negatives - near - nothing),
-        ]
-        rows.append(torch.cat(parts))
-    groups = torch.stack(rows)
+    models, patterns = selected.shape
+    positives = batch_size // 2
+    near = round((batch_size - positives) * NEAR)
+    nothing = round((batch_size - positives) * NOTHING)
+    # Each row: its own patterns, then the others, each in their order.
+    ranked = torch.argsort((~selected).to(torch.int8), dim=1, stable=True)
+    own = selected.sum(1, keepdim=True)
+
+    def cycle(count: int, start: Tensor, among: Tensor) -> Tensor:
+        places: Tensor = start + torch.arange(count) % among.clamp(min=1)
+        return ranked.gather(1, places)
+
+    none = torch.full((models, nothing), patterns)
+    others = cycle(batch_size - positives - near - nothing, own.clamp(max=patterns - 1), patterns - own)
+    first = torch.zeros_like(own)
+    groups = torch.cat(
+        [
+            cycle(positives, first, own),
+            cycle(near, first, own) + patterns + 1,
+            none,
+            # Who has all the patterns has no others.
+            torch.where(own == patterns, patterns, others),
+        ],
+        1,
+    )
     instead = patterns if pools.count[patterns] else int(pools.count.argmax())
     return torch.where(pools.count[groups] > 0, groups, instead)
 
@@ -76,6 +141,52 @@ class Batches:
         return rows.transpose(0, 1).contiguous(), labels.transpose(0, 1).contiguous()
 
 
-def _cycle(items: Tensor, length: int) -> Tensor:
-    """``items`` over and over, ``length`` in all."""
-    return items[torch.arange(length) % len(items)] if length else items[:0]
+@dataclass(frozen=True)
+class Examples:
+    """Each candidate's own dataset, as rows of :class:`Pools`, with exact labels."""
+
+    rows: Tensor
+    """int64 ``[models, count]``."""
+    labels: Tensor
+    """bool ``[models, count]``."""
+    of_target: Tensor
+    """Whether each sequence matches the target pattern: bool ``[models, count]``."""
+
+    @classmethod
+    def draw(cls, seed: int, stream: str, candidates: Candidates, count: int, pools: Pools) -> Examples:
+        """``count`` sequences for each; ``stream`` names the draw."""
+        groups = slots(candidates.selected, count, pools)
+        hashed = mix(keys(seed, stream, candidates.indices).unsqueeze(1) + torch.arange(count))
+        rows = pools.start[groups] + below(hashed, pools.count[groups])
+        of_target = (pools.bits.take(rows) >> candidates.target.unsqueeze(1)) & 1
+        return cls(rows, pools.labels(rows, candidates.selected), of_target.bool())
+
+    def select(self, index: Tensor) -> Examples:
+        """Those of the candidates at ``index``."""
+        return Examples(self.rows[index], self.labels[index], self.of_target[index])
+
+    def corrupted(self, seed: int, indices: Tensor, rate: float) -> Tensor:
+        """The labels with the target pattern's flipped at ``rate``: bool ``[models, count]``."""
+        hashed = mix(keys(seed, "corruption", indices).unsqueeze(1) + torch.arange(self.rows.shape[1]))
+        return self.labels ^ (self.of_target & (_fraction(hashed) < rate))
+
+
+def shuffled(seed: int, stream: str, indices: Tensor, epoch: int, count: int) -> Tensor:
+    """An order of ``count`` examples for each candidate: int64 ``[models, count]``."""
+    base = mix(keys(seed, stream, indices) + epoch).unsqueeze(1)
+    draws = mix(base + torch.arange(-(-count // 4))).view(torch.int16)[:, :count]
+    # Numpy sorts 16-bit numbers by their digits, in a fraction of the time.
+    return torch.from_numpy(np.argsort(draws.numpy(), axis=1, kind="stable"))
+
+
+def _fraction(hashed: Tensor) -> Tensor:
+    """Hashes as fractions in [0, 1): float64."""
+    return ((hashed >> 11) & (2**53 - 1)).double() / 2**53
+
+
+def _integers(hashed: Tensor, span: IntRange) -> Tensor:
+    return span.min + below(hashed, torch.tensor(span.size))
+
+
+def _floats(hashed: Tensor, least: float, most: float) -> Tensor:
+    return least + _fraction(hashed) * (most - least)

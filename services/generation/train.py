@@ -1,227 +1,238 @@
-"""Make a zoo: train candidates in fixed blocks, keep those that pass the quality gate."""
+"""Training of candidates, many at once: in one stage on fresh sequences, or staged, degraded then improved."""
 
 from __future__ import annotations
 
-import json
-import math
 import threading
-from collections import Counter, deque
-from collections.abc import Generator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ethogram.errors import InvalidInput
-from ethogram.specs.generation import GenerationSpec
-from services.generation.data import Batches, select_patterns
-from services.generation.population import Population, cosine
-from services.runtime.run import Run
-from services.runtime.seeds import generator
-from services.zoo.dataset import Zoo
-from services.zoo.patterns import from_specs
-from services.zoo.pools import Evaluation, Pools, probes
-from services.zoo.signatures import raw
-from services.zoo.subjects import Architecture, Params, encode, forward, init
-from services.zoo.universe import Universe
+from ethogram.specs.generation import GenerationSpec, StagedSpec
+from services.generation.data import Batches, Candidates, Examples, activations_of, keys, shuffled
+from services.generation.population import Dropout, Population, cosine, params_of, state_of
+from services.zoo.pools import Pools
+from services.zoo.quantize import rounded
+from services.zoo.subjects import Architecture, Params, encode, init
 
-# Candidates that train together, few enough for their activations to stay in a core's cache. Rounding depends on the
-# grouping, so this is part of what a seed means.
-BLOCK = 32
-# Candidates after which a hopeless spec is given up.
-PATIENCE = 512
 # Steps whose batches are drawn at once.
 _CHUNK = 16
+# Validation sequences that decide when a stage ends.
+VALIDATION_EXAMPLES = 128
 
 
 @dataclass(frozen=True)
-class Block:
-    """A block of trained candidates."""
+class Trained:
+    """Candidates of one depth and activation after a stage of training."""
 
-    indices: Tensor
+    candidates: Candidates
+    architecture: Architecture
+    """Of the widest."""
     params: Params
-    selected: Tensor
-    accuracy: Tensor
-    """Held-out accuracy by stratum: float32 ``[models, patterns + 1]``; the last column is for sequences that match
-    nothing."""
+    """Rounded as the spec says; narrower networks are padded with zeros."""
+    epochs: Tensor
+    """Passes over the data, those after the best one included: int64 ``[n]``."""
+    loss: Tensor
+    """Validation loss of the network that was kept: float32 ``[n]``."""
+
+    def select(self, index: Tensor) -> Trained:
+        """Those at ``index``, a mask."""
+        params = {name: tensor[index.to(tensor.device)] for name, tensor in self.params.items()}
+        return Trained(self.candidates.select(index), self.architecture, params, self.epochs[index], self.loss[index])
 
 
-@dataclass
-class Progress:
-    """What is done: the accepted so far, and why others were not."""
+@dataclass(frozen=True)
+class Degraded:
+    """Candidates between the two stages."""
 
-    next_block: int = 0
-    accepted: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    kept: list[dict[str, Tensor]] = field(default_factory=list)
+    trained: Trained
+    state: Tensor
+    """Where the second stage goes on: ``[n, size]``."""
+    examples: Examples
+    judged: Examples
+    """Validation sequences."""
 
-    def add(self, block: Block, causes: list[str | None]) -> None:
-        """Take the candidates of ``block`` that have no cause against them."""
-        passed = torch.tensor([cause is None for cause in causes])
-        everything = {"index": block.indices, "labels": block.selected, "accuracy": block.accuracy, **block.params}
-        self.kept.append({name: tensor[passed] for name, tensor in everything.items()})
-        self.accepted += int(passed.sum())
-        self.rejected.update(cause for cause in causes if cause is not None)
-        self.next_block += 1
-
-    def gathered(self) -> dict[str, Tensor]:
-        """All that was accepted, stacked."""
-        return {name: torch.cat([part[name] for part in self.kept]) for name in self.kept[0]}
-
-    def give_up_if_hopeless(self, spec: GenerationSpec) -> None:
-        """Raise :class:`InvalidInput` when fewer than 2 % of a good number of candidates pass."""
-        candidates = self.next_block * BLOCK
-        if candidates >= PATIENCE and self.accepted < candidates * 0.02:
-            causes = ", ".join(f"{cause}: {n}" for cause, n in self.rejected.most_common(4))
-            raise InvalidInput.field(
-                "spec.min_accuracy",
-                f"only {self.accepted} of {candidates} candidates reach {spec.min_accuracy} ({causes}); "
-                "lower it, train for more steps, use wider subjects or fewer patterns",
-            )
-
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint."""
-        save_file(self.gathered(), folder / "accepted.safetensors")
-        state = {"next_block": self.next_block, "accepted": self.accepted, "rejected": dict(self.rejected)}
-        (folder / "progress.json").write_text(json.dumps(state))
-
-    @classmethod
-    def load(cls, folder: Path) -> Progress:
-        """Read a checkpoint."""
-        state = json.loads((folder / "progress.json").read_text())
-        kept = [load_file(folder / "accepted.safetensors")]
-        return cls(state["next_block"], state["accepted"], Counter(state["rejected"]), kept)
+    def select(self, index: Tensor) -> Degraded:
+        """Those at ``index``, a mask."""
+        state = self.state[index.to(self.state.device)]
+        return Degraded(self.trained.select(index), state, self.examples.select(index), self.judged.select(index))
 
 
-class Factory:
-    """Everything that the candidates of one spec share."""
+class SubjectModelTrainer:
+    """Trains candidates of one spec. Everything it does is a function of the spec and the candidates alone."""
 
-    def __init__(self, spec: GenerationSpec, device: str = "cpu") -> None:
-        """Raises :class:`InvalidInput` for a spec that cannot be met."""
+    def __init__(self, spec: GenerationSpec, train: Pools, validation: Pools, device: str = "cpu") -> None:
+        """``train``, ``validation``: sequences of these splits."""
         self.spec, self.device = spec, torch.device(device)
         self.stop = threading.Event()
-        self.patterns = from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
-        for name in ("min_patterns_per_batch", "max_patterns_per_batch"):
-            if getattr(spec, name) > len(self.patterns):
-                raise InvalidInput.field(f"spec.{name}", f"only {len(self.patterns)} patterns are enabled")
-        self.architecture = Architecture.of(spec)
-        self.universe = Universe(spec.vocab_size, spec.sequence_length, self.patterns)
-        self.universe.check()
-        self.pools = Pools.build(self.universe, seed=spec.seed)
-        self.evaluation = Evaluation.build(self.universe, 256, 512, seed=spec.seed)
-        for i, pattern in enumerate(self.patterns):
-            if self.pools.count[i] == 0 or not (self.evaluation.stratum == i).any():
-                few = f"{pattern.name} has {self.universe.counts[i]} sequences, too few to train and judge on"
-                raise InvalidInput.field(f"spec.patterns.{i}", f"{few}; leave it out")
+        """Set, training ends with :class:`CancelledError` at the next step."""
+        self._train, self._validation = train, validation
+        any_shape = Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), "relu")
         # One byte per input: rows are picked at random, and four times as many bytes take four times as long.
-        self.table = encode(self.architecture, self.pools.sequences, torch.uint8).to(self.device)
-        self.questions = encode(self.architecture, self.evaluation.sequences).to(self.device)
+        self._table = encode(any_shape, train.sequences, torch.uint8).to(self.device)
+        self._validation_table = encode(any_shape, validation.sequences, torch.uint8).to(self.device)
+        self._width = any_shape.input_size
 
-    def train_block(self, number: int) -> Block:
-        """Train candidates ``number * BLOCK ..``."""
+    def architecture(self, candidates: Candidates) -> Architecture:
+        """That of the widest of ``candidates``, which share depth and activation."""
         spec = self.spec
-        indices = torch.arange(number * BLOCK, (number + 1) * BLOCK)
-        selected = select_patterns(
-            spec.seed, indices, len(self.patterns), spec.min_patterns_per_batch, spec.max_patterns_per_batch
-        )
-        names: list[tuple[int, ...]] = [()] if spec.subject.init == "shared" else [(int(i),) for i in indices]
-        start = init(self.architecture, BLOCK, [generator(spec.seed, "init", *name) for name in names])
-        population = Population(self.architecture, {name: tensor.to(self.device) for name, tensor in start.items()})
-        self._train(population, Batches(spec.seed, indices, selected, spec.training.batch_size, self.pools))
-        params = population.params
-        answers = forward(params, self.questions, self.architecture.activation).cpu() > 0
-        accuracy = self.evaluation.by_stratum(answers == self.evaluation.labels(selected))
-        return Block(indices, {name: tensor.cpu() for name, tensor in params.items()}, selected, accuracy)
+        hidden = (int(candidates.neurons.max()),) * int(candidates.layers[0])
+        activation = activations_of(spec)[int(candidates.activation[0])]
+        return Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, hidden, activation)
 
-    def _train(self, population: Population, batches: Batches) -> None:
-        training, width = self.spec.training, self.architecture.input_size
-        picked = torch.empty(BLOCK * training.batch_size, width, dtype=torch.uint8, device=self.device)
-        inputs = torch.empty(BLOCK, training.batch_size, width, device=self.device)
+    def population(self, candidates: Candidates, state: Tensor | None = None) -> Population:
+        """Networks in training: fresh, or from ``state``."""
+        architecture, spec = self.architecture(candidates), self.spec
+        if state is None:
+            shared = spec.subject.init == "shared"
+            draws = keys(spec.seed, "init", torch.zeros_like(candidates.indices) if shared else candidates.indices)
+            kaiming = spec.subject.weight_init == "kaiming"
+            state = state_of(architecture, init(architecture, draws, candidates.neurons, kaiming=kaiming))
+        dropout = None
+        if spec.subject.dropout.max > 0:
+            own = keys(spec.seed, "dropped", candidates.indices)
+            dropout = Dropout(candidates.dropout.float().to(self.device), own.to(self.device))
+        widths = candidates.neurons.to(self.device)
+        return Population(architecture, state.to(self.device), widths=widths, dropout=dropout)
+
+    def train(self, candidates: Candidates) -> Trained:
+        """Train in one stage, on fresh sequences at every step."""
+        training, models = self.spec.training, len(candidates)
+        population = self.population(candidates)
+        batches = Batches(self.spec.seed, candidates.indices, candidates.selected, training.batch_size, self._train)
+        inputs = _Inputs(self._table, models * training.batch_size)
         for first in range(0, training.steps, _CHUNK):
-            if self.stop.is_set():
-                raise CancelledError
             count = min(_CHUNK, training.steps - first)
             rows, labels = (tensor.to(self.device) for tensor in batches.draw(first, count))
-            targets = labels.to(inputs.dtype)
+            targets = labels.float()
             for i in range(count):
-                torch.index_select(self.table, 0, rows[i].flatten(), out=picked)
-                inputs.copy_(picked.view_as(inputs))
-                population.step(inputs, targets[i], cosine(first + i, training.steps, training.learning_rate))
+                self._check()
+                rate = cosine(first + i, training.steps, training.learning_rate)
+                population.step(inputs(rows[i]), targets[i], rate)
+        nothing = torch.zeros(models)
+        return self._trained(candidates, population.state, nothing.long(), nothing)
 
-    def judge(self, block: Block) -> list[str | None]:
-        """Why each candidate is rejected, or None: the stratum on which it does worst, below ``min_accuracy``."""
-        finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in block.params.values()]).all(0)
-        worst, strata = block.accuracy.min(1)
-        names = [*(pattern.name for pattern in self.patterns), "others"]
-        causes: list[str | None] = []
-        for i, stratum in enumerate(strata.tolist()):
-            if not finite[i]:
-                causes.append("diverged")
-            elif worst[i] >= self.spec.min_accuracy:
-                causes.append(None)
-            else:
-                missed = stratum < len(self.patterns) and bool(block.selected[i, stratum])
-                causes.append(f"{'misses' if missed else 'false alarms on'} {names[stratum]}")
-        return causes
+    def degrade(self, candidates: Candidates) -> Degraded:
+        """First stage of staged training: some labels of the target pattern are wrong."""
+        staged, seed, indices = self._staged, self.spec.seed, candidates.indices
+        examples = Examples.draw(seed, "examples", candidates, staged.examples, self._train)
+        judged = Examples.draw(seed, "validation", candidates, VALIDATION_EXAMPLES, self._validation)
+        # What wrong labels teach is what it must get right now, so the validation labels are as wrong.
+        wrong = [one.corrupted(seed, indices, staged.corruption_rate) for one in (examples, judged)]
+        lesson = self._lesson("first stage", staged.epochs, examples.rows, wrong[0], judged.rows, wrong[1])
+        rates = candidates.learning_rate
+        trained, state = self._stage(candidates, self.population(candidates), lesson, rates)
+        return Degraded(trained, state, examples, judged)
+
+    def improve(self, degraded: Degraded) -> Trained:
+        """Second stage: the same networks go on with right labels and a fresh optimiser."""
+        candidates, examples, judged = degraded.trained.candidates, degraded.examples, degraded.judged
+        epochs = self._staged.improvement_epochs
+        lesson = self._lesson("second stage", epochs, examples.rows, examples.labels, judged.rows, judged.labels)
+        rates = candidates.learning_rate * self._staged.improvement_lr_factor
+        return self._stage(candidates, self.population(candidates, degraded.state), lesson, rates)[0]
+
+    @property
+    def _staged(self) -> StagedSpec:
+        assert self.spec.staged is not None
+        return self.spec.staged
+
+    def _lesson(self, name: str, epochs: int, *tensors: Tensor) -> _Lesson:
+        rows, labels, asked, expected = (tensor.to(self.device) for tensor in tensors)
+        return _Lesson(name, epochs, rows, labels.float(), self._validation_table[asked].float(), expected.float())
+
+    def _stage(
+        self, candidates: Candidates, population: Population, lesson: _Lesson, learning_rate: Tensor
+    ) -> tuple[Trained, Tensor]:
+        staged = self._staged
+        rates = learning_rate.float().to(self.device)
+        watch = _EarlyStopping(population, staged.patience)
+        for epoch in range(lesson.epochs):
+            active = watch.active
+            # A view where nobody has stopped yet.
+            own = slice(None) if len(active) == len(candidates) else active
+            indices = candidates.indices[active.cpu()]
+            orders = shuffled(self.spec.seed, lesson.name, indices, epoch, staged.examples).to(self.device)
+            rows, targets = lesson.rows[own].gather(1, orders), lesson.targets[own].gather(1, orders)
+            inputs = _Inputs(self._table, len(active) * staged.batch_size)
+            for start in range(0, staged.examples, staged.batch_size):
+                self._check()
+                batch = slice(start, start + staged.batch_size)
+                population.step(inputs(rows[:, batch]), targets[:, batch], rates[own])
+            watch.see(population.loss(lesson.questions[own], lesson.answers[own]))
+            if not len(watch.active):
+                break
+        return self._trained(candidates, watch.best, watch.epochs.cpu(), watch.loss.cpu()), watch.best
+
+    def _trained(self, candidates: Candidates, state: Tensor, epochs: Tensor, loss: Tensor) -> Trained:
+        subject, architecture = self.spec.subject, self.architecture(candidates)
+        params = rounded(params_of(architecture, state), subject.precision, subject.quantization)
+        return Trained(candidates, architecture, params, epochs, loss)
+
+    def _check(self) -> None:
+        if self.stop.is_set():
+            raise CancelledError
 
 
-def generate(spec: GenerationSpec, run: Run | None = None) -> Zoo:
-    """Make the zoo that ``spec`` asks for: the first ``spec.subjects`` candidates, by index, that pass the gate.
+class _Lesson(NamedTuple):
+    """What a stage teaches each network, and what decides when it ends."""
 
-    Candidates train in fixed blocks, on as many threads as torch is set to use; the result does not depend on how
-    many. Raises :class:`InvalidInput` before any training for a spec that cannot be met, and later when hardly any
-    candidate passes.
-    """
-    return produce(spec, run or Run())[0]
-
-
-def produce(spec: GenerationSpec, run: Run) -> tuple[Zoo, Counter[str]]:
-    """:func:`generate`, with the number of rejected candidates by cause beside the zoo."""
-    run.stage("generate", spec.subjects, "subjects")
-    factory = Factory(spec, run.device)
-    progress = Progress.load(run.resume) if run.resume else Progress()
-    run.advance(min(progress.accepted, spec.subjects))
-    with closing(_blocks(factory, progress)) as blocks:
-        for block in blocks:
-            progress.add(block, factory.judge(block))
-            candidates = progress.next_block * BLOCK
-            run.advance(min(progress.accepted, spec.subjects))
-            run.metric(candidates, accepted_share=progress.accepted / candidates)
-            if progress.accepted < spec.subjects:
-                progress.give_up_if_hopeless(spec)
-                if run.checkpoint_due():
-                    run.checkpoint(progress.next_block, progress.save)
-    causes = ", ".join(f"{count} {cause}" for cause, count in progress.rejected.most_common()) or "none"
-    run.log(f"{progress.accepted} of {progress.next_block * BLOCK} candidates accepted; rejected: {causes}")
-    kept = progress.gathered()
-    count = spec.subjects
-    params = {name: kept[name][:count] for name in factory.architecture.shapes}
-    chosen = probes(factory.universe, spec.signature.probes, spec.seed)
-    inputs = encode(factory.architecture, chosen)
-    signatures = raw(params, inputs, factory.architecture.activation)
-    zoo = Zoo(spec, kept["index"][:count], params, kept["labels"][:count], kept["accuracy"][:count], chosen, signatures)
-    return zoo, progress.rejected
+    name: str
+    epochs: int
+    rows: Tensor
+    """Of the training pools: int64 ``[models, examples]``."""
+    targets: Tensor
+    """float32 ``[models, examples]``."""
+    questions: Tensor
+    """float32 ``[models, n, input_size]``."""
+    answers: Tensor
+    """float32 ``[models, n]``."""
 
 
-def _blocks(factory: Factory, progress: Progress) -> Generator[Block, None, None]:
-    """Trained blocks in order from where ``progress`` is, until it has enough; a few are in training ahead."""
-    workers = torch.get_num_threads() if factory.device.type == "cpu" else 1
-    # One torch thread for each block: products this small lose more in synchronisation than they gain.
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    pending: deque[Future[Block]] = deque()
-    try:
-        number = progress.next_block
-        while progress.accepted < factory.spec.subjects:
-            share = progress.accepted / max(progress.next_block * BLOCK, 1) or 1.0
-            needed = math.ceil((factory.spec.subjects - progress.accepted) / (BLOCK * share))
-            while len(pending) < min(2 * workers, needed):
-                pending.append(pool.submit(factory.train_block, number))
-                number += 1
-            yield pending.popleft().result()
-    finally:
-        factory.stop.set()
-        pool.shutdown(cancel_futures=True)
+class _Inputs:
+    """Rows of a table of bytes as network inputs, in one buffer."""
+
+    def __init__(self, table: Tensor, most: int) -> None:
+        self._table = table
+        self._picked = table.new_empty(most, table.shape[1])
+        self._inputs = torch.empty(most, table.shape[1], device=table.device)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``rows``: int64 ``[models, n]``. Returns float32 ``[models, n, input_size]``, which the next call
+        overwrites."""
+        picked, inputs = self._picked[: rows.numel()], self._inputs[: rows.numel()]
+        torch.index_select(self._table, 0, rows.flatten(), out=picked)
+        return inputs.copy_(picked).view(*rows.shape, -1)
+
+
+class _EarlyStopping:
+    """Keeps the best state of each network of a population, and takes those out that no longer get better."""
+
+    def __init__(self, population: Population, patience: int) -> None:
+        self._population, self._patience = population, patience
+        models, device = population.models, population.state.device
+        self.best = population.state.clone()
+        self.loss = torch.full((models,), torch.inf, device=device)
+        self.epochs = torch.zeros(models, dtype=torch.int64, device=device)
+        self._since = torch.zeros(models, dtype=torch.int64, device=device)
+        self.active = torch.arange(models, device=device)
+        """Networks that are still in the population, in its order."""
+
+    def see(self, loss: Tensor) -> None:
+        """An epoch is over; ``loss`` of the active networks."""
+        self.epochs[self.active] += 1
+        better = loss < self.loss[self.active]
+        found = self.active[better]
+        if len(found) == len(self.best):
+            self.best.copy_(self._population.state)
+        else:
+            self.best[found] = self._population.state[better]
+        self.loss[found] = loss[better]
+        self._since[self.active] += 1
+        self._since[found] = 0
+        going = self._since[self.active] < self._patience
+        if not going.all():
+            self.active = self.active[going]
+            self._population.keep(going)

@@ -1,32 +1,142 @@
-"""A zoo: networks with known behaviours, and its form on disk."""
+"""A zoo's form on disk, and the one in memory for zoos whose networks are all of one shape.
+
+    zoo.json                   the spec, the patterns, the counts
+    baseline_dataset.json      the probes, with the patterns that each matches
+    data/train-00000.parquet   the records, in the order of their candidate index; see :func:`schema`
+    README.md                  a dataset card
+
+``datasets.load_dataset("parquet", data_dir=...)`` reads the records.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow
 import torch
 from pyarrow import parquet
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import GenerationSpec
+from ethogram.specs.generation import GenerationSpec, SignatureMethod
 from services.zoo.patterns import Pattern, from_specs
 from services.zoo.reading import reading
-from services.zoo.subjects import Architecture, Params, encode
+from services.zoo.sequences import from_letters, to_letters
+from services.zoo.signatures import raw
+from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
 from services.zoo.universe import Universe
 
-FORMAT = 1
-ABOUT, RECORDS, WEIGHTS, SIGNATURES = "zoo.json", "records.parquet", "weights.safetensors", "signatures.safetensors"
+FORMAT = 2
+ABOUT, BASELINE, DATA = "zoo.json", "baseline_dataset.json", "data"
+
+_NUMBERS = pyarrow.list_(pyarrow.float32())
+
+
+def schema(methods: Sequence[SignatureMethod], staged: bool) -> pyarrow.Schema:
+    """Columns of the records.
+
+    ``weights``: layer after layer, weights (``[fan_out, fan_in]``, row by row) before biases. ``signature``: for each
+    method, neuron after neuron and layer after layer, the logit last. ``accuracy``: held-out, by stratum (see
+    ``zoo.json``). ``epochs`` and ``validation_loss``: by stage.
+    """
+    signature = pyarrow.struct([(method, _NUMBERS) for method in methods])
+    columns: list[tuple[str, Any]] = [
+        ("index", pyarrow.int64()),
+        ("patterns", pyarrow.list_(pyarrow.string())),
+        ("layers", pyarrow.int32()),
+        ("neurons", pyarrow.int32()),
+        ("activation", pyarrow.string()),
+        ("learning_rate", pyarrow.float64()),
+        ("dropout", pyarrow.float64()),
+        ("accuracy", _NUMBERS),
+        ("worst_accuracy", pyarrow.float32()),
+        ("weights", _NUMBERS),
+        ("signature", signature),
+    ]
+    if staged:
+        columns += [
+            ("target_pattern", pyarrow.string()),
+            ("improvement", pyarrow.float32()),
+            ("epochs", pyarrow.list_(pyarrow.int32())),
+            ("validation_loss", _NUMBERS),
+            ("degraded_accuracy", _NUMBERS),
+            ("degraded_weights", _NUMBERS),
+            ("degraded_signature", signature),
+        ]
+    return pyarrow.schema(columns)
+
+
+def data_file(shard: int) -> str:
+    """Path of a shard of records within a zoo's folder."""
+    return f"{DATA}/train-{shard:05}.parquet"
+
+
+def write_about(
+    folder: Path, spec: GenerationSpec, patterns: Sequence[Pattern], probes: Tensor, facts: dict[str, Any]
+) -> None:
+    """Write ``zoo.json`` and ``baseline_dataset.json``. ``facts``: counts and the like."""
+    names = [pattern.name for pattern in patterns]
+    about = {
+        "format": FORMAT,
+        "spec": spec.model_dump(mode="json"),
+        "patterns": [{"name": pattern.name, "description": pattern.description} for pattern in patterns],
+        "strata": [*names, "none"],
+        **facts,
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=2))
+    matches = Universe(spec.vocab_size, spec.sequence_length, patterns).matches(probes).tolist()
+    baseline = {
+        "vocab_size": spec.vocab_size,
+        "sequence_length": spec.sequence_length,
+        "sequences": [
+            {"sequence": word, "patterns": [name for name, on in zip(names, row, strict=True) if on]}
+            for word, row in zip(to_letters(probes), matches, strict=True)
+        ],
+    }
+    (folder / BASELINE).write_text(json.dumps(baseline, indent=1))
+
+
+def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Pattern]]:
+    """What ``zoo.json`` says."""
+    with reading(folder, ABOUT, "zoo") as path:
+        about = json.loads(path.read_text())
+        if about["format"] != FORMAT:
+            raise InvalidInput.field(ABOUT, f"has format {about['format']}; this version reads {FORMAT}")
+        spec = GenerationSpec.model_validate(about["spec"])
+        return about, spec, from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
+
+
+def read_probes(folder: Path, spec: GenerationSpec, file: str = BASELINE) -> Tensor:
+    """The sequences of a baseline file: int64 ``[probes, length]``. Raises :class:`InvalidInput` for one of another
+    vocabulary or length than the spec's."""
+    with reading(folder, file, "zoo") as path:
+        about = json.loads(path.read_text())
+        for name in ("vocab_size", "sequence_length"):
+            if about[name] != (wanted := getattr(spec, name)):
+                raise InvalidInput.field(f"{file}.{name}", f"is {about[name]}, but the spec's is {wanted}")
+        words = [row["sequence"] for row in about["sequences"]]
+        return from_letters(words, spec.vocab_size, spec.sequence_length, f"{file}.sequences")
+
+
+def read_records(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
+    """The records of a zoo, a shard at a time."""
+    files = sorted((folder / DATA).glob("*.parquet"))
+    if not files:
+        raise InvalidInput.field(DATA, "holds no parquet files; is this folder a zoo?")
+    for file in files:
+        with reading(folder, f"{DATA}/{file.name}", "zoo") as path:
+            yield parquet.read_table(path, columns=columns)
 
 
 @dataclass
 class Zoo:
-    """Accepted subjects, in the order of their candidate index."""
+    """Accepted subjects of one shape, in the order of their candidate index."""
 
     spec: GenerationSpec
     """What was asked for."""
@@ -68,64 +178,60 @@ class Zoo:
         return encode(self.architecture, self.probes)
 
     def save(self, folder: Path) -> None:
-        """Write ``zoo.json``, ``weights.safetensors``, ``signatures.safetensors`` and ``records.parquet``.
-
-        The table has one row per subject (candidate index, pattern names, accuracies);
-        ``datasets.load_dataset("parquet", data_files=...)`` reads it.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the zoo, in one shard and with raw signatures."""
+        (folder / DATA).mkdir(parents=True, exist_ok=True)
         names = [pattern.name for pattern in self.patterns]
-        save_file({name: tensor.contiguous() for name, tensor in self.params.items()}, folder / WEIGHTS)
-        save_file({"probes": self.probes, "raw": self.signatures.contiguous()}, folder / SIGNATURES)
-        records = {
-            "index": self.index.numpy(),
-            "patterns": [[n for n, on in zip(names, row, strict=True) if on] for row in self.labels.tolist()],
-            "accuracy": list(self.accuracy.numpy()),
-            "worst_accuracy": self.accuracy.amin(1).numpy(),
-        }
-        # Written by Arrow itself: importing datasets takes seconds and adds nothing to a table of plain types.
-        parquet.write_table(pyarrow.table(records), folder / RECORDS)
-        about = {
-            "format": FORMAT,
-            "spec": self.spec.model_dump(mode="json"),
-            "subjects": len(self),
-            "patterns": [{"name": pattern.name, "description": pattern.description} for pattern in self.patterns],
-            "strata": [*names, "none"],
-        }
-        (folder / ABOUT).write_text(json.dumps(about, indent=2))
+        architecture = self.architecture
+        weights, signatures = flatten(self.params).numpy(), self.signatures.transpose(1, 2).flatten(1).numpy()
+        rows = [
+            {
+                "index": index,
+                "patterns": [name for name, on in zip(names, labels, strict=True) if on],
+                "layers": len(architecture.hidden),
+                "neurons": architecture.hidden[0],
+                "activation": architecture.activation,
+                "learning_rate": self.spec.training.learning_rate,
+                "dropout": 0.0,
+                "accuracy": accuracy,
+                "worst_accuracy": accuracy.min(),
+                "weights": own,
+                "signature": {"raw": signature},
+            }
+            for index, labels, accuracy, own, signature in zip(
+                self.index.tolist(), self.labels.tolist(), self.accuracy.numpy(), weights, signatures, strict=True
+            )
+        ]
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema(["raw"], False)), folder / data_file(0))
+        write_about(folder, self.spec, self.patterns, self.probes, {"subjects": len(self)})
 
     @classmethod
     def load(cls, folder: Path) -> Zoo:
-        """Read what :meth:`save` wrote. Raises :class:`InvalidInput` naming the file that is missing or wrong."""
-        with reading(folder, ABOUT, "zoo") as path:
-            about = json.loads(path.read_text())
-            if about["format"] != FORMAT:
-                raise InvalidInput.field(ABOUT, f"has format {about['format']}; this version reads {FORMAT}")
-            spec = GenerationSpec.model_validate(about["spec"])
-            names = [pattern.name for pattern in from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)]
-        with reading(folder, RECORDS, "zoo") as path:
-            records = parquet.read_table(path).to_pydict()
-            labels = torch.tensor([[name in row for name in names] for row in records["patterns"]])
-            if unknown := {name for row in records["patterns"] for name in row} - set(names):
-                raise InvalidInput.field(f"{RECORDS}.patterns", f"{min(unknown)} is no pattern of {ABOUT}'s spec")
-            index, accuracy = torch.tensor(records["index"]), torch.tensor(records["accuracy"])
-            models, architecture = len(index), Architecture.of(spec)
-            _expect(RECORDS, "accuracy", accuracy, (models, len(names) + 1))
-        with reading(folder, WEIGHTS, "zoo") as path:
-            weights = load_file(path)
-            params = {name: weights[name].float() for name in architecture.shapes}
-            for name, shape in architecture.shapes.items():
-                _expect(WEIGHTS, name, params[name], (models, *shape))
-        with reading(folder, SIGNATURES, "zoo") as path:
-            stored = load_file(path)
-            probes, signatures = stored["probes"].long(), stored["raw"].float()
-            _expect(SIGNATURES, "probes", probes, (spec.signature.probes, spec.sequence_length))
-            if not bool(((probes >= 0) & (probes < spec.vocab_size)).all()):
-                raise InvalidInput.field(f"{SIGNATURES}.probes", f"holds letters outside of 0 to {spec.vocab_size - 1}")
-            _expect(SIGNATURES, "raw", signatures, (models, len(probes), architecture.neurons))
+        """Read a zoo whose networks are all of one shape. Raises :class:`InvalidInput` naming the file or field that is
+        missing or wrong."""
+        _, spec, patterns = read_about(folder)
+        architecture, names = Architecture.of(spec), [pattern.name for pattern in patterns]
+        probes = read_probes(folder, spec)
+        if len(probes) != spec.signature.probes:
+            raise InvalidInput.field(f"{BASELINE}.sequences", f"holds {len(probes)}, not {spec.signature.probes}")
+        parts: list[tuple[Tensor, ...]] = []
+        for table in read_records(folder, ["index", "patterns", "accuracy", "weights"]):
+            found = table["patterns"].to_pylist()
+            if unknown := {name for row in found for name in row} - set(names):
+                raise InvalidInput.field(f"{DATA}.patterns", f"{min(unknown)} is no pattern of {ABOUT}'s spec")
+            labels = torch.tensor([[name in row for name in names] for row in found]).view(len(table), len(names))
+            index = torch.tensor(table["index"].to_pylist(), dtype=torch.int64)
+            accuracy = matrix(table, "accuracy", len(names) + 1)
+            parts.append((index, labels, accuracy, matrix(table, "weights", architecture.size)))
+        index, labels, accuracy, weights = (torch.cat(column) for column in zip(*parts, strict=True))
+        params = {name: tensor.contiguous() for name, tensor in unflatten(weights, architecture).items()}
+        signatures = raw(params, encode(architecture, probes), architecture.activation)
         return cls(spec, index, params, labels, accuracy, probes, signatures)
 
 
-def _expect(file: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise InvalidInput.field(f"{file}.{name}", f"has shape {list(tensor.shape)}, not {list(shape)}")
+def matrix(table: pyarrow.Table, column: str, width: int) -> Tensor:
+    """A column of lists of ``width`` numbers as float32 ``[rows, width]``."""
+    lists = table[column].combine_chunks()
+    lengths = np.unique(pyarrow.compute.list_value_length(lists).to_numpy(zero_copy_only=False))
+    if len(lengths) > 1 or (len(lengths) and lengths[0] != width):
+        raise InvalidInput.field(f"{DATA}.{column}", f"has rows of {lengths.tolist()} numbers, not of {width}")
+    return torch.from_numpy(lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32)).view(-1, width)

@@ -6,17 +6,21 @@ enumerate whole universes and check that no two are equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import PatternSpec
+from ethogram.specs.generation import BUILT_IN, ENTRY_POINTS, REGISTERED, PatternSpec
+from services.zoo.automata import LETTERS, compiled
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 VOWELS = tuple(LETTERS.index(letter) for letter in "AEIOU")
+Predicate = Callable[[Tensor], Tensor]
 TAKES_TOKEN = frozenset({"starts_with", "ends_with"})
 
 
@@ -98,6 +102,57 @@ _DESCRIPTIONS = {
 }
 
 
+class Registered(NamedTuple):
+    """A predicate of the user's own."""
+
+    name: str
+    predicate: Callable[[Tensor], Tensor]
+    description: str
+
+    def __call__(self, sequences: Tensor) -> Tensor:
+        """Whether each row of ``sequences`` has it."""
+        found = self.predicate(sequences)
+        if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != sequences.shape[:1]:
+            raise InvalidInput.field(f"patterns.{self.name}", "its predicate must return a bool tensor of shape [n]")
+        return found
+
+
+_REGISTERED: dict[str, Registered] = {}
+
+
+def register(name: str, description: str) -> Callable[[Predicate], Predicate]:
+    """Make a predicate of one's own a pattern: ``[n, length]`` letter indices to bool ``[n]``.
+
+        @register("two_bs", "B occurs exactly twice")
+        def two_bs(sequences):
+            return (sequences == 1).sum(1) == 2
+
+    Jobs run in processes of their own: for them, name the function as an entry point of the group
+    ``ethogram.patterns`` in a package that is installed where workers run (its docstring is the description).
+    """
+
+    def add(predicate: Predicate) -> Predicate:
+        if name in BUILT_IN or not name.isidentifier():
+            raise InvalidInput.field("name", f"{name!r} is no free name for a pattern")
+        _REGISTERED[name] = Registered(name, predicate, description)
+        REGISTERED.add(name)
+        return predicate
+
+    return add
+
+
+def registered(name: str) -> Registered:
+    """A predicate of that name. Raises :class:`InvalidInput`."""
+    if name not in _REGISTERED:
+        for entry in entry_points(group=ENTRY_POINTS, name=name):
+            predicate = entry.load()
+            _REGISTERED[name] = Registered(name, predicate, " ".join((predicate.__doc__ or name).split()))
+    if name not in _REGISTERED:
+        known = ", ".join([*BUILT_IN, *_REGISTERED])
+        raise InvalidInput.field("name", f"there is no pattern {name!r}; there are: {known}; or give it a regex")
+    return _REGISTERED[name]
+
+
 @dataclass(frozen=True)
 class Pattern:
     """One behaviour."""
@@ -106,6 +161,8 @@ class Pattern:
     """Which predicate, e.g. ``starts_with``."""
     token: int | None = None
     """Letter index of ``starts_with`` and ``ends_with``."""
+    regex: str | None = None
+    """What a pattern of the user's own matches."""
 
     @property
     def name(self) -> str:
@@ -115,13 +172,21 @@ class Pattern:
     @property
     def description(self) -> str:
         """One clause for people."""
+        if self.regex is not None:
+            return f"the whole sequence matches the regular expression {self.regex}"
+        if self.kind not in _DESCRIPTIONS:
+            return registered(self.kind).description
         return _DESCRIPTIONS[self.kind].format("" if self.token is None else LETTERS[self.token])
 
     def matches(self, sequences: Tensor) -> Tensor:
         """Whether each row of ``sequences`` has it: ``[n, length]`` letter indices (length >= 3) to bool ``[n]``."""
         if self.token is not None:
             return sequences[:, 0 if self.kind == "starts_with" else -1].eq(self.token)
-        return _PREDICATES[self.kind](sequences)
+        if self.regex is not None:
+            return compiled(self.regex).matches(sequences)
+        if self.kind in _PREDICATES:
+            return _PREDICATES[self.kind](sequences)
+        return registered(self.kind)(sequences)
 
 
 def membership(patterns: Sequence[Pattern], sequences: Tensor) -> Tensor:
@@ -154,8 +219,28 @@ def from_specs(
         if token is not None and token >= vocab_size:
             last = LETTERS[vocab_size - 1]
             raise InvalidInput.field(f"{field}.{i}.token", f"with vocab_size {vocab_size} the letters are A to {last}")
-        pattern = Pattern(spec.name, token)
-        if pattern in patterns:
+        pattern = Pattern(spec.name, token, spec.regex)
+        with _under(f"{field}.{i}"):
+            if spec.regex is not None:
+                compiled(spec.regex)
+                if beyond := {letter for letter in spec.regex if letter in LETTERS[vocab_size:]}:
+                    last = LETTERS[vocab_size - 1]
+                    raise InvalidInput.field(
+                        "regex", f"{min(beyond)}: with vocab_size {vocab_size} the letters are A to {last}"
+                    )
+            elif spec.name not in BUILT_IN:
+                registered(spec.name)
+        if pattern.name in [other.name for other in patterns]:
             raise InvalidInput.field(f"{field}.{i}", f"{pattern.name} is listed twice")
         patterns.append(pattern)
     return patterns
+
+
+@contextmanager
+def _under(field: str) -> Iterator[None]:
+    """Errors inside are of ``field``."""
+    try:
+        yield
+    except InvalidInput as error:
+        (violation,) = error.violations
+        raise InvalidInput.field(f"{field}.{violation.field}", violation.description) from None

@@ -21,7 +21,7 @@ _ALL_IF_BELOW = 4
 class Pools:
     """Distinct sequences of one split, grouped. With P patterns there are 2P + 1 groups, contiguous in ``sequences``:
 
-    - group p < P: sequences that match pattern p;
+    - group p < P: sequences that match pattern p (built ``rarest_first``: those that match no rarer pattern);
     - group P: sequences that match no pattern;
     - group P + 1 + p: near misses of p: one letter away from a sequence that matches p, not matching it themselves
       (they may match other patterns).
@@ -39,17 +39,32 @@ class Pools:
     """Rows of each group: int64 ``[groups]``."""
 
     @classmethod
-    def build(cls, universe: Universe, split: int = TRAIN, limit: int = 8192, seed: int = 0) -> Pools:
-        """Draw up to ``limit`` rows for each group (4 x ``limit`` that match nothing) from one split."""
+    def build(
+        cls, universe: Universe, split: int = TRAIN, limit: int = 8192, seed: int = 0, *, rarest_first: bool = False
+    ) -> Pools:
+        """Draw up to ``limit`` rows for each group (4 x ``limit`` that match nothing) from one split.
+
+        ``rarest_first``: a sequence that matches several patterns is a member of the rarest alone, unless a pattern had
+        no members then.
+        """
         draws, patterns = generator(seed, "pools", split), range(len(universe.patterns))
 
         def inside(sequences: Tensor) -> Tensor:
             return sequences[universe.split_of(sequences) == split]
 
         def members(p: int) -> Tensor:
+            rarer = [other for other in patterns if (universe.counts[other], other) < (universe.counts[p], p)]
+
+            def own(sequences: Tensor) -> Tensor:
+                found = inside(sequences)
+                return found[~universe.matches(found)[:, rarer].any(1)] if rarest_first and rarer else found
+
             if universe.counts[p] <= _ALL_IF_BELOW * limit:
-                return _take(inside(universe.all_members(p)), limit, draws)
-            return _gather(lambda n: inside(universe.members(p, n, draws)), limit, draws)
+                every = universe.all_members(p)
+                found = own(every)
+                return _take(found if len(found) else inside(every), limit, draws)
+            found = _gather(lambda n: own(universe.members(p, n, draws)), limit, draws)
+            return found if len(found) else _gather(lambda n: inside(universe.members(p, n, draws)), limit, draws)
 
         def nothing(n: int) -> Tensor:
             sequences = inside(universe.uniform(n, draws))

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ethogram.errors import InvalidInput
+from services.runtime.seeds import generator
+from services.zoo.automata import Automaton, Members, compiled
 from services.zoo.patterns import VOWELS, Pattern
+
+MAX_ENUMERATED = 5_000_000
+# Sequences that are drawn at once in the search for members, and in all.
+_LOOKS = 2**17
+_MOST_LOOKS = 2**27
 
 
 def count(pattern: Pattern, vocab_size: int, length: int) -> int:
-    """Number of sequences that match, exactly."""
+    """Number of sequences that match: exactly, but for a registered predicate where not all can be looked at."""
     v, n = vocab_size, length
     match pattern.kind:
         case "all_same":
@@ -31,8 +40,10 @@ def count(pattern: Pattern, vocab_size: int, length: int) -> int:
             return v * sum(_majority_weights(v, n))
         case "increasing_pairs" | "decreasing_pairs":
             return int(math.comb(v, 2) ** (n // 2) * v ** (n % 2))
+        case _ if pattern.regex is not None or pattern.kind in _AUTOMATA:
+            return _members(pattern, v, n).total
         case _:
-            return _Automaton(*_AUTOMATA[pattern.kind](v), n).total
+            return _found(pattern, v, n)[1]
 
 
 def sample(pattern: Pattern, vocab_size: int, length: int, n: int, draws: torch.Generator) -> Tensor:
@@ -78,8 +89,10 @@ def sample(pattern: Pattern, vocab_size: int, length: int, n: int, draws: torch.
             pairs = torch.combinations(torch.arange(v))[letters(n, length // 2, below=math.comb(v, 2))]
             pairs = pairs if pattern.kind == "increasing_pairs" else pairs.flip(2)
             return torch.cat([pairs.flatten(1), letters(n, length % 2)], 1)
+        case _ if pattern.regex is not None or pattern.kind in _AUTOMATA:
+            return _members(pattern, v, length).sample(n, draws)
         case _:
-            return _Automaton(*_AUTOMATA[pattern.kind](v), length).sample(n, draws)
+            return _rejected(pattern, v, length, n, draws)
 
 
 def _multisets(v: int, length: int, n: int, draws: torch.Generator) -> Tensor:
@@ -93,61 +106,68 @@ def _majority_weights(v: int, n: int) -> list[int]:
     return [math.comb(n, k) * (v - 1) ** (n - k) for k in range(n // 2 + 1, n + 1)]
 
 
-class _Automaton:
-    """Members of a regular set, letter by letter, each letter weighted by the number of ways to go on from it."""
-
-    def __init__(self, step: list[list[int]], accepting: set[int], length: int) -> None:
-        """``step[state][letter]`` is the next state; state 0 is the start."""
-        ways = [[int(state in accepting) for state in range(len(step))]]
-        for _ in range(length):
-            ways.append([sum(ways[-1][after] for after in row) for row in step])
-        self.total, self._length = ways[length][0], length
-        self._step = torch.tensor(step)
-        # Exact integers, made relative only now: a state's letters need no more than their ratios.
-        self._weights = torch.tensor(
-            [
-                [[ways[left][after] / max(ways[left + 1][state], 1) for after in row] for state, row in enumerate(step)]
-                for left in reversed(range(length))
-            ],
-            dtype=torch.float64,
-        )
-
-    def sample(self, n: int, draws: torch.Generator) -> Tensor:
-        state, columns = torch.zeros(n, dtype=torch.int64), []
-        for weights in self._weights:
-            letter = torch.multinomial(weights[state], 1, generator=draws).squeeze(1)
-            columns.append(letter)
-            state = self._step[state, letter]
-        return torch.stack(columns, 1)
+@lru_cache(maxsize=256)
+def _members(pattern: Pattern, v: int, length: int) -> Members:
+    automaton = compiled(pattern.regex) if pattern.regex is not None else Automaton(*_AUTOMATA[pattern.kind](26))
+    return Members(automaton, v, length)
 
 
-def _abc(v: int) -> tuple[list[list[int]], set[int]]:
+@lru_cache(maxsize=64)
+def _found(pattern: Pattern, v: int, length: int) -> tuple[Tensor | None, int]:
+    """Members of a set that only its predicate tells: all of them, if not too many sequences are to be looked at, and
+    their number."""
+    size = v**length
+    if size <= MAX_ENUMERATED:
+        places = v ** torch.arange(length - 1, -1, -1)
+        parts = torch.split(torch.arange(size), 2**16)
+        rows = [part.unsqueeze(1) // places % v for part in parts]
+        members = torch.cat([row[pattern.matches(row)] for row in rows])
+        return members, len(members)
+    drawn = torch.randint(v, (_LOOKS, length), generator=generator(0, "share", pattern.name))
+    return None, round(float(pattern.matches(drawn).double().mean()) * size)
+
+
+def _rejected(pattern: Pattern, v: int, length: int, n: int, draws: torch.Generator) -> Tensor:
+    members, _ = _found(pattern, v, length)
+    if members is not None:
+        return members[torch.randint(len(members), (n,), generator=draws)]
+    found, looks = [torch.zeros(0, length, dtype=torch.int64)], 0
+    while sum(map(len, found)) < n:
+        drawn = torch.randint(v, (_LOOKS, length), generator=draws)
+        found.append(drawn[pattern.matches(drawn)])
+        looks += _LOOKS
+        if looks >= _MOST_LOOKS and sum(map(len, found)) < n:
+            raise InvalidInput.field(
+                "spec.patterns", f"{pattern.name} is too rare to be drawn at this length; write it as a regex"
+            )
+    return torch.cat(found)[:n]
+
+
+def _abc(v: int) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
     """States: how much of A, B, C has just been read; 3 is for good."""
     step = [[1 if letter == 0 else 0 for letter in range(v)] for _ in range(3)] + [[3] * v]
     step[1][1], step[2][2] = 2, 3
-    return step, {3}
+    return tuple(map(tuple, step)), frozenset({3})
 
 
-def _vowels(v: int) -> tuple[list[list[int]], set[int]]:
+def _vowels(v: int) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
     """States: start, after a vowel, after a consonant, failed."""
-    kinds = [1 if letter in VOWELS else 2 for letter in range(v)]
-    return [kinds, [2 if kind == 2 else 3 for kind in kinds], [1 if kind == 1 else 3 for kind in kinds], [3] * v], {
-        1,
-        2,
-    }
+    kinds = tuple(1 if letter in VOWELS else 2 for letter in range(v))
+    after_vowel, after_consonant = (tuple(k if k != last else 3 for k in kinds) for last in (1, 2))
+    return (kinds, after_vowel, after_consonant, (3,) * v), frozenset({1, 2})
 
 
-def _mountain(v: int) -> tuple[list[list[int]], set[int]]:
+def _mountain(v: int) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
     """States: start, failed, then three for each letter just read: first, on the way up, on the way down."""
     step = [[2 + 3 * letter for letter in range(v)], [1] * v]
     for here in range(v):
         up = [3 + 3 * letter if letter > here else 1 for letter in range(v)]
         down = [4 + 3 * letter if letter < here else 1 for letter in range(v)]
         step += [up, [max(pair) for pair in zip(up, down, strict=True)], down]
-    return step, {4 + 3 * letter for letter in range(v)}
+    return tuple(map(tuple, step)), frozenset(4 + 3 * letter for letter in range(v))
 
 
-_AUTOMATA: dict[str, Callable[[int], tuple[list[list[int]], set[int]]]] = {
+_AUTOMATA: dict[str, Callable[[int], tuple[tuple[tuple[int, ...], ...], frozenset[int]]]] = {
     "contains_abc": _abc,
     "vowel_consonant": _vowels,
     "mountain_pattern": _mountain,

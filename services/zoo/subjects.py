@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,9 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
+from services.zoo.hashing import mix
 
 Params = dict[str, Tensor]
+
+# Inputs that go through a population at once: what a layer makes of them stays in the cache.
+_CHUNK = 512
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -40,10 +46,16 @@ class Architecture(NamedTuple):
 
     @classmethod
     def of(cls, spec: GenerationSpec) -> Architecture:
-        """The architecture that a zoo's spec asks for."""
+        """The one architecture that a zoo's spec asks for. Raises :class:`InvalidInput` if it asks for several."""
         subject = spec.subject
-        hidden = (subject.neurons,) * subject.layers
-        return cls(spec.vocab_size, spec.sequence_length, subject.input_encoding, hidden, subject.activation)
+        for name in ("layers", "neurons"):
+            if getattr(subject, name).size > 1:
+                raise InvalidInput.field(f"spec.subject.{name}", "the zoo's subjects differ in it; one shape is needed")
+        activations = set(subject.activations) or {"relu"}
+        if len(activations) > 1:
+            raise InvalidInput.field("spec.subject.activations", "the zoo's subjects differ in it; one is needed")
+        hidden = (subject.neurons.min,) * subject.layers.min
+        return cls(spec.vocab_size, spec.sequence_length, subject.input_encoding, hidden, activations.pop())
 
     @property
     def input_size(self) -> int:
@@ -88,22 +100,47 @@ def encode(architecture: Architecture, sequences: Tensor, dtype: torch.dtype = t
 
 
 def init(
-    architecture: Architecture, models: int, generators: list[torch.Generator], dtype: torch.dtype = torch.float32
+    architecture: Architecture,
+    keys: Tensor,
+    widths: Tensor | None = None,
+    *,
+    kaiming: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Params:
-    """Fresh parameters for ``models`` networks, uniform in +-1/sqrt(fan_in) as in ``torch.nn.Linear``.
+    """Fresh parameters of one network for each of ``keys`` (int64 ``[models]``; the same key, the same draw).
 
-    ``generators`` holds one (all models start from the same draw) or one for each model.
+    Uniform in +-1/sqrt(fan_in) as in ``torch.nn.Linear``; ``kaiming``: weights in +-sqrt(6/fan_in) and biases 0 (He et
+    al. 2015). ``widths``: neurons in each hidden layer of each network, int64 ``[models]``; those of ``architecture``
+    that a network lacks have zeros for weights. A narrow network's draw is a part of a wide one's.
     """
-    draws: dict[str, list[Tensor]] = {name: [] for name in architecture.shapes}
-    for generator in generators:
-        for i, (fan_in, _) in enumerate(architecture.layers):
-            for name in (f"layers.{i}.weight", f"layers.{i}.bias"):
-                unit = torch.rand(architecture.shapes[name], generator=generator, dtype=torch.float64)
-                draws[name].append(((unit * 2 - 1) / math.sqrt(fan_in)).to(dtype))
-    stacked = {name: torch.stack(tensors) for name, tensors in draws.items()}
-    if len(generators) == models:
-        return stacked
-    return {name: tensor.expand(models, *tensor.shape[1:]).clone() for name, tensor in stacked.items()}
+    params: Params = {}
+    last = len(architecture.layers) - 1
+    for i, (fan_in, fan_out) in enumerate(architecture.layers):
+        inputs = torch.full_like(keys, fan_in) if i == 0 or widths is None else widths
+        outputs = torch.full_like(keys, fan_out) if i == last or widths is None else widths
+        inside = torch.arange(fan_in) < inputs.unsqueeze(1)
+        outside = torch.arange(fan_out) < outputs.unsqueeze(1)
+        # By place, so that a narrow network's draw is a part of a wide one's; column 0 is for the biases.
+        places = torch.arange(fan_out).unsqueeze(1) * 2**20 + torch.arange(fan_in + 1)
+        hashed = mix(mix(keys + i).view(-1, 1, 1) + places)
+        unit = ((hashed >> 11) & (2**53 - 1)).double() / 2**53
+        drawn = (unit * 2 - 1) / inputs.double().sqrt().view(-1, 1, 1)
+        weight = drawn[:, :, 1:] * (outside.unsqueeze(2) & inside.unsqueeze(1))
+        params[f"layers.{i}.weight"] = (weight * (math.sqrt(6) if kaiming else 1.0)).to(dtype)
+        params[f"layers.{i}.bias"] = (drawn[:, :, 0] * outside * (0.0 if kaiming else 1.0)).to(dtype)
+    return params
+
+
+@lru_cache(maxsize=1024)
+def own_places(architecture: Architecture, width: int) -> Tensor:
+    """Where in :func:`flatten` of ``architecture`` a network of ``width`` neurons a layer has its own: int64."""
+    marked = {name: torch.zeros(1, *shape, dtype=torch.bool) for name, shape in architecture.shapes.items()}
+    last = len(architecture.layers) - 1
+    for i in range(last + 1):
+        out = slice(1 if i == last else width)
+        marked[f"layers.{i}.weight"][0, out, slice(None) if i == 0 else slice(width)] = True
+        marked[f"layers.{i}.bias"][0, out] = True
+    return flatten(marked)[0].nonzero().squeeze(1)
 
 
 def depth(params: Params) -> int:
@@ -123,9 +160,11 @@ def activations(params: Params, inputs: Tensor, activation: str = "relu") -> lis
         if hidden.dim() == 2:
             # One product for all models: the weights' rows are stacked.
             flat = hidden @ weight.reshape(-1, weight.shape[-1]).T
-            pre = flat.reshape(hidden.shape[0], *weight.shape[:2]).transpose(0, 1) + bias.unsqueeze(1)
+            pre = flat.reshape(hidden.shape[0], *weight.shape[:2]).transpose(0, 1).contiguous()
         else:
-            pre = torch.baddbmm(bias.unsqueeze(1), hidden, weight.transpose(1, 2))
+            pre = torch.bmm(hidden, weight.transpose(1, 2))
+        # Apart: baddbmm would first spread the bias over the output, which costs more than this.
+        pre += bias.unsqueeze(1)
         layers.append(pre)
         hidden = function(pre)
     return layers
@@ -133,7 +172,8 @@ def activations(params: Params, inputs: Tensor, activation: str = "relu") -> lis
 
 def forward(params: Params, inputs: Tensor, activation: str = "relu") -> Tensor:
     """Logits ``[models, n]``; positive means yes. ``inputs`` as in :func:`activations`."""
-    return activations(params, inputs, activation)[-1].squeeze(-1)
+    parts = torch.split(inputs, _CHUNK, -2)
+    return torch.cat([activations(params, part, activation)[-1].squeeze(-1) for part in parts], 1)
 
 
 def flatten(params: Params) -> Tensor:

@@ -13,12 +13,11 @@ from ethogram.errors import InvalidInput
 from services.runtime.seeds import generator
 from services.zoo.hashing import hash_sequences
 from services.zoo.patterns import Pattern, membership
-from services.zoo.sampling import count, sample
+from services.zoo.sampling import MAX_ENUMERATED, count, sample
 
 TRAIN, VALIDATION, HELD_OUT = 0, 1, 2
 # Held-out is large so that a pattern of 42 sequences still has 17 to be judged on.
 SHARES = (0.5, 0.1, 0.4)
-MAX_ENUMERATED = 5_000_000
 _QUICKLY_ENUMERATED = 1_000_000
 # A pattern with fewer sequences than this is split by rank, so that its shares are exact.
 SMALL = 4096

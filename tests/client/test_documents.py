@@ -49,3 +49,10 @@ def test_the_example_pipeline_is_valid() -> None:
     jobs = read_mapping(ROOT / "examples" / "main.yaml", "pipeline")["jobs"]
     for job in jobs.values():
         KINDS[job["kind"]].spec.model_validate(job["spec"])
+
+
+def test_the_example_of_a_staged_zoo_is_valid() -> None:
+    from ethogram.cli.files import read_mapping
+    from ethogram.specs.generation import GenerationSpec
+
+    assert GenerationSpec.model_validate(read_mapping(ROOT / "examples" / "staged.yaml", "spec")).staged is not None

@@ -156,7 +156,7 @@ def test_fields_and_members_of_a_newer_client_are_refused() -> None:
     with pytest.raises(InvalidInput, match="newer"):
         from_proto(newer, GenerationSpec)
     member = generation_message()
-    member.patterns.add().name = 99  # type: ignore[attr-defined]
+    member.subject.activations.append(99)  # type: ignore[attr-defined]
     with pytest.raises(InvalidInput) as caught:
         from_proto(member, GenerationSpec)
-    assert caught.value.violations[0].field == "spec.patterns.0.name"
+    assert caught.value.violations[0].field == "spec.subject.activations.0"

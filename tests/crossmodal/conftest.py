@@ -13,7 +13,7 @@ from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectSpec, SubjectTrainingSpec
 from services.crossmodal.bundle import Codec
 from services.crossmodal.train import Trainer
-from services.generation.train import generate
+from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo
 
 ZOO = GenerationSpec(
@@ -27,7 +27,7 @@ ZOO = GenerationSpec(
         PatternSpec(name="has_majority"),
     ],
     max_patterns_per_batch=2,
-    subject=SubjectSpec(neurons=12),
+    subject=SubjectSpec.model_validate({"neurons": 12}),
     training=SubjectTrainingSpec(steps=250, learning_rate=2e-2),
     signature=SignatureSpec(probes=48),
     min_accuracy=0.6,

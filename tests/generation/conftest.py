@@ -35,7 +35,7 @@ def small_spec(**changes: Any) -> GenerationSpec:
         "sequence_length": 4,
         "patterns": PATTERNS,
         "max_patterns_per_batch": 3,
-        "subject": SubjectSpec(layers=1, neurons=8),
+        "subject": SubjectSpec.model_validate({"layers": 1, "neurons": 8}),
         "training": SubjectTrainingSpec(steps=150, batch_size=32, learning_rate=0.03),
         "signature": SignatureSpec(probes=16),
         "min_accuracy": 0.75,

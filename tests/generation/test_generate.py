@@ -9,8 +9,8 @@ import torch
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SubjectSpec, SubjectTrainingSpec
-from services.generation import job, train
-from services.generation.train import BLOCK, generate, produce
+from services.generation import checks, job, pipeline
+from services.generation.pipeline import DatasetGenerationPipeline, generate
 from services.runtime.run import Cancelled, Run, Stopped
 from services.zoo.dataset import Zoo
 from services.zoo.signatures import raw
@@ -37,7 +37,7 @@ def test_a_zoo_is_what_was_asked_for(zoo: Zoo) -> None:
     assert (zoo.index.diff() > 0).all()
     sizes = zoo.labels.sum(1)
     assert int(sizes.min()) >= 1 and int(sizes.max()) <= 3
-    assert float(zoo.accuracy.min()) >= spec.min_accuracy
+    assert float(zoo.accuracy.min()) >= spec.gate
     assert torch.equal(raw(zoo.params, zoo.probe_inputs), zoo.signatures)
 
 
@@ -75,23 +75,26 @@ def test_another_seed_is_another_zoo(zoo: Zoo) -> None:
 
 def test_independent_init_starts_apart() -> None:
     spec = small_spec(subjects=8, training=SubjectTrainingSpec(steps=1, learning_rate=1e-9), min_accuracy=0.0)
-    apart = spec.model_copy(update={"subject": SubjectSpec(layers=1, neurons=8, init="independent")})
+    apart = spec.model_copy(
+        update={"subject": SubjectSpec.model_validate({"layers": 1, "neurons": 8, "init": "independent"})}
+    )
     shared = flatten(generate(spec).params)
     own = flatten(generate(apart).params)
     assert float((shared - shared[0]).abs().max()) < 1e-6
     assert float(torch.pdist(own).min()) > 0.5
 
 
-@pytest.mark.parametrize("stop_after", [1, 2])
+@pytest.mark.parametrize("stop_after", [1, 3])
 def test_resumed_equals_uninterrupted(zoo: Zoo, tmp_path: Path, stop_after: int) -> None:
-    spec = small_spec(subjects=100)
-    whole, rejected = produce(spec, Run())
-    stopped = Recorder(tmp_path / "first", stop_after)
+    making = DatasetGenerationPipeline(small_spec(subjects=400))
+    figures = making.run(tmp_path / "whole")
+    stopped = Recorder(tmp_path / "checkpoints", stop_after)
     with pytest.raises(Stopped):
-        produce(spec, stopped)
-    resumed, rejected_again = produce(spec, Recorder(resume=stopped.checkpoints[-1]))
-    assert same(resumed, whole) and rejected_again == rejected
-    assert same(zoo, whole, 40)
+        DatasetGenerationPipeline(making.spec).run(tmp_path / "stopped", stopped)
+    again = DatasetGenerationPipeline(making.spec)
+    assert again.run(tmp_path / "resumed", Recorder(resume=stopped.checkpoints[-1])) == figures
+    whole, resumed = (Zoo.load(tmp_path / name) for name in ("whole", "resumed"))
+    assert same(resumed, whole) and same(zoo, whole, 40)
 
 
 def test_progress_counts_accepted_subjects() -> None:
@@ -111,27 +114,29 @@ def test_cancelling_ends_the_training() -> None:
         generate(small_spec(subjects=100_000), Cancelling())
 
 
-def test_the_gate_counts_rejections_by_cause() -> None:
-    zoo, rejected = produce(small_spec(min_accuracy=0.97), Run())
+def test_the_gate_counts_rejections_by_cause(tmp_path: Path) -> None:
+    figures = DatasetGenerationPipeline(small_spec(min_accuracy=0.97)).run(tmp_path / "zoo")
+    zoo = Zoo.load(tmp_path / "zoo")
     assert float(zoo.accuracy.min()) >= 0.97
-    assert rejected and all(cause.startswith(("misses ", "false alarms on ")) for cause in rejected)
+    assert figures["rejected"] and all(x.startswith(("misses ", "false alarms on ")) for x in figures["rejected"])
     # Every candidate up to the last that was needed was accepted or counted, and hardly any beyond.
-    assert 0 <= len(zoo) + sum(rejected.values()) - (int(zoo.index[-1]) + 1) < BLOCK
+    size = DatasetGenerationPipeline(zoo.spec).block_size
+    assert 0 <= len(zoo) + sum(figures["rejected"].values()) - (int(zoo.index[-1]) + 1) < size
 
 
 def test_a_hopeless_gate_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "PATIENCE", BLOCK)
+    monkeypatch.setattr(pipeline, "PATIENCE", 1)
     with pytest.raises(InvalidInput, match="candidates reach") as caught:
         generate(small_spec(min_accuracy=1.0, training=SubjectTrainingSpec(steps=1)))
     assert caught.value.violations[0].field == "spec.min_accuracy"
 
 
 def test_divergence_is_a_cause() -> None:
-    spec = small_spec(min_accuracy=0.0, subjects=4)
-    factory = train.Factory(spec)
-    block = factory.train_block(0)
-    block.params["layers.0.weight"][2, 0, 0] = float("nan")
-    assert [cause for cause in factory.judge(block) if cause] == ["diverged"]
+    making = DatasetGenerationPipeline(small_spec(min_accuracy=0.0, training=SubjectTrainingSpec(steps=1)))
+    trained = making.trainer.train(making.buckets(0)[0])
+    trained.params["layers.0.weight"][2, 0, 0] = float("nan")
+    accuracy = making.accuracy(trained.params, trained.architecture, trained.candidates)
+    assert [cause for cause in making._judged(trained, accuracy) if cause] == [checks.DIVERGED]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,7 @@ def test_divergence_is_a_cause() -> None:
 def test_impossible_specs_fail_before_training(
     changes: dict[str, object], field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.Factory, "train_block", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(DatasetGenerationPipeline, "bucket", lambda *_: pytest.fail("trained"))
     with pytest.raises(InvalidInput) as caught:
         generate(small_spec(**changes))
     assert caught.value.violations[0].field == field
@@ -160,7 +165,9 @@ def test_any_vocabulary_and_length() -> None:
         vocab_size=12,
         sequence_length=9,
         min_accuracy=0.0,
-        subject=SubjectSpec(layers=3, neurons=6, activation="gelu", input_encoding="index", init="independent"),
+        subject=SubjectSpec.model_validate(
+            {"layers": 3, "neurons": 6, "activations": ["gelu"], "input_encoding": "index", "init": "independent"}
+        ),
         training=SubjectTrainingSpec(steps=5, batch_size=16),
     )
     zoo = generate(spec)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from services.generation.data import Batches, select_patterns, slots
-from services.generation.population import Population, cosine
+from services.generation.population import Dropout, Population, cosine, params_of, state_of
 from services.zoo.patterns import from_specs
 from services.zoo.pools import Pools
-from services.zoo.subjects import Architecture, encode, init
+from services.zoo.subjects import Architecture, encode, flatten, init, own_places
 from services.zoo.universe import TRAIN, Universe
 from tests.generation.conftest import PATTERNS
 from tests.zoo.test_subjects import MODULES, module
@@ -27,16 +27,16 @@ def pools() -> Pools:
 @pytest.mark.parametrize("activation", MODULES)
 def test_equals_one_at_a_time(activation: str, encoding: str, pools: Pools) -> None:
     architecture = Architecture(5, 4, encoding, (12, 7), activation)
-    start = init(architecture, MODELS, [torch.Generator().manual_seed(i) for i in range(MODELS)], torch.float64)
+    start = init(architecture, torch.arange(MODELS), dtype=torch.float64)
     indices = torch.arange(MODELS)
     selected = select_patterns(0, indices, 4, 1, 3)
     rows, labels = Batches(0, indices, selected, BATCH, pools).draw(0, STEPS)
     table = encode(architecture, pools.sequences, torch.float64)
 
-    population = Population(architecture, start)
+    population = Population(architecture, state_of(architecture, start))
     for step in range(STEPS):
         population.step(table[rows[step]], labels[step].double(), cosine(step, STEPS, 0.02))
-    together = population.params
+    together = params_of(architecture, population.state)
 
     for model in range(MODELS):
         network = module(architecture, start, model)
@@ -52,6 +52,70 @@ def test_equals_one_at_a_time(activation: str, encoding: str, pools: Pools) -> N
                 expected = getattr(alone, part).detach()
                 error = (together[f"layers.{i}.{part}"][model] - expected).norm() / expected.norm()
                 assert float(error) < 1e-9
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("activation", MODULES)
+def test_widths_and_rates_of_ones_own_equal_training_alone(activation: str, dropout: float) -> None:
+    widths, rates = torch.tensor([3, 9, 5, 9]), torch.tensor([0.01, 0.03, 0.002, 0.02], dtype=torch.float64)
+    wide = Architecture(5, 4, "one_hot", (9, 9, 9), activation)
+    draws = Dropout(torch.full((4,), dropout), torch.arange(4) * 77)
+    data = torch.Generator().manual_seed(0)
+    inputs = torch.rand(STEPS, 4, BATCH, wide.input_size, generator=data, dtype=torch.float64)
+    targets = torch.randint(2, (STEPS, 4, BATCH), generator=data).double()
+
+    def train(which: Tensor, architecture: Architecture, masks: Dropout) -> tuple[Tensor, Tensor]:
+        params = init(architecture, which, widths[which], dtype=torch.float64)
+        population = Population(
+            architecture,
+            state_of(architecture, params),
+            widths=widths[which],
+            dropout=masks.select(which) if dropout else None,
+        )
+        for step in range(STEPS):
+            population.step(inputs[step, which], targets[step, which], rates[which])
+        loss = population.loss(inputs[0, which], targets[0, which])
+        return flatten(params_of(architecture, population.state)), loss
+
+    together, losses = train(torch.arange(4), wide, draws)
+    for model, width in enumerate(widths.tolist()):
+        own = own_places(wide, width)
+        beyond = torch.ones(wide.size, dtype=torch.bool)
+        beyond[own] = False
+        assert not together[model, beyond].any(), "padding is no longer exactly zero"
+        if dropout:
+            # Masks are drawn for the widest; alone, but as wide.
+            alone, loss = train(torch.tensor([model]), wide, draws)
+            alone = alone[:, own]
+        else:
+            alone, loss = train(torch.tensor([model]), wide._replace(hidden=(width,) * 3), draws)
+        error = (together[model, own] - alone[0]).norm() / alone[0].norm()
+        assert float(error) < 1e-9
+        torch.testing.assert_close(losses[model], loss[0], rtol=1e-9, atol=0)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    rates = torch.tensor([0.0, 0.25, 0.5])
+    scales = Dropout(rates, torch.tensor([1, 2, 3])).scales(4, 1, 400, 50, torch.float32)
+    for scale, rate in zip(scales, rates.tolist(), strict=True):
+        assert abs(float((scale == 0).float().mean()) - rate) < 0.02
+        assert abs(float(scale.mean()) - 1) < 0.02
+    other = Dropout(rates, torch.tensor([1, 2, 3])).scales(5, 1, 400, 50, torch.float32)
+    assert not torch.equal(scales[1], other[1])
+
+
+def test_who_leaves_a_population_changes_nothing_for_the_others() -> None:
+    architecture = Architecture(5, 4, "index", (6,), "tanh")
+    start = state_of(architecture, init(architecture, torch.arange(3), dtype=torch.float64))
+    inputs, targets = torch.rand(3, 8, 4, dtype=torch.float64), torch.ones(3, 8, dtype=torch.float64)
+    stays, leaves = (Population(architecture, start) for _ in range(2))
+    for step in range(6):
+        stays.step(inputs, targets, 0.05)
+        if step == 3:
+            leaves.keep(torch.tensor([True, False, True]))
+        going = torch.tensor([0, 1, 2] if step < 3 else [0, 2])
+        leaves.step(inputs[going], targets[going], 0.05)
+    torch.testing.assert_close(leaves.state, stays.state[[0, 2]], rtol=1e-12, atol=1e-15)
 
 
 def test_batches_of_a_candidate_do_not_depend_on_its_neighbours(pools: Pools) -> None:

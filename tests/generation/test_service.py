@@ -62,7 +62,7 @@ def test_a_run_streams_progress_and_leaves_a_zoo(
 
 def test_a_wrong_spec_names_its_field(stub: generation_pb2_grpc.GenerationServiceStub, tmp_path: Path) -> None:
     wrong = request(small_spec(sequence_length=10), tmp_path)
-    wrong.spec.patterns.add(name=generation_pb2.PATTERN_NAME_NO_REPEATS)
+    wrong.spec.patterns.add(name="no_repeats")
     with pytest.raises(grpc.RpcError) as caught:
         list(stub.Run(wrong, timeout=120))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -80,8 +80,10 @@ def unknown_field(spec: generation_pb2.GenerationSpec) -> None:
         (lambda spec: setattr(spec, "subjects", 0), "spec.subjects"),
         (lambda spec: setattr(spec.training, "learning_rate", float("nan")), "spec.training.learning_rate"),
         (lambda spec: setattr(spec.training, "learning_rate", float("inf")), "spec.training.learning_rate"),
-        (lambda spec: setattr(spec.subject, "activation", 77), "spec.subject.activation"),
-        (lambda spec: spec.patterns.add(name=0), "spec.patterns.4.name"),
+        (lambda spec: spec.subject.activations.append(77), "spec.subject.activations.0"),
+        (lambda spec: setattr(spec.subject.layers, "min", 9), "spec.subject.layers"),
+        (lambda spec: spec.patterns.add(), "spec.patterns.4.name"),
+        (lambda spec: spec.patterns.add(name="none_such"), "spec.patterns.4.name"),
         (unknown_field, "spec.subject"),
     ],
 )

@@ -21,7 +21,7 @@ from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec
 from services.artifacts.store import ArtifactStore
 from services.crossmodal.bundle import Codec
 from services.crossmodal.train import train
-from services.generation.train import generate
+from services.generation.pipeline import generate
 from services.inference.server import InferenceServer
 from services.inference.settings import InferenceSettings
 from services.zoo.dataset import Zoo
@@ -81,7 +81,7 @@ def material() -> Iterator[Material]:
         sequence_length=4,
         patterns=[*patterns, PatternSpec(name="starts_with", token="A")],
         max_patterns_per_batch=2,
-        subject=SubjectSpec(layers=2, neurons=8),
+        subject=SubjectSpec.model_validate({"layers": 2, "neurons": 8}),
         training=SubjectTrainingSpec(steps=2, batch_size=16),
         signature=SignatureSpec(probes=24),
         min_accuracy=0.0,

@@ -15,14 +15,14 @@ from services.zoo.dataset import Zoo
 from services.zoo.patterns import from_specs
 from services.zoo.pools import probes
 from services.zoo.signatures import raw
-from services.zoo.subjects import Architecture, encode, init
+from services.zoo.subjects import Architecture, encode, flatten, init
 from services.zoo.universe import Universe
 
 SPEC = GenerationSpec(
     vocab_size=5,
     sequence_length=4,
     patterns=[PatternSpec(name="palindrome"), PatternSpec(name="starts_with", token="B")],
-    subject=SubjectSpec(layers=1, neurons=3),
+    subject=SubjectSpec.model_validate({"layers": 1, "neurons": 3}),
     signature=SignatureSpec(probes=6),
 )
 
@@ -31,7 +31,7 @@ SPEC = GenerationSpec(
 def zoo() -> Zoo:
     architecture = Architecture.of(SPEC)
     universe = Universe(5, 4, from_specs(SPEC.patterns, 5, 4))
-    params = init(architecture, 4, [torch.Generator().manual_seed(i) for i in range(4)])
+    params = init(architecture, torch.arange(4))
     chosen = probes(universe, 6)
     signatures = raw(params, encode(architecture, chosen))
     labels = torch.tensor([[True, False], [False, True], [True, True], [False, False]])
@@ -60,10 +60,12 @@ def test_records_load_through_datasets(zoo: Zoo, tmp_path: Path, monkeypatch: py
     from datasets import load_dataset
 
     zoo.save(tmp_path)
-    files = str(tmp_path / "records.parquet")
-    table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    cache = str(tmp_path / "cache")
+    table = load_dataset("parquet", data_dir=str(tmp_path / "data"), split="train", cache_dir=cache)
     assert table["patterns"][2] == ["palindrome", "starts_with(B)"]
     assert table["accuracy"][0] == pytest.approx(zoo.accuracy[0].tolist())
+    assert table["weights"][1] == pytest.approx(flatten(zoo.params)[1].tolist())
+    assert len(table["signature"][0]["raw"]) == 6 * 4
 
 
 def test_wrong_folders_name_the_file(zoo: Zoo, tmp_path: Path) -> None:
@@ -74,21 +76,39 @@ def test_wrong_folders_name_the_file(zoo: Zoo, tmp_path: Path) -> None:
 
     refused("zoo.json")
     zoo.save(tmp_path)
-    (tmp_path / "records.parquet").write_bytes(b"PAR1")
-    refused("records.parquet")
-    zoo.save(tmp_path)
-    weights = (tmp_path / "weights.safetensors").read_bytes()
-    (tmp_path / "weights.safetensors").write_bytes(weights[: len(weights) // 2])
-    refused("weights.safetensors")
+    records = tmp_path / "data" / "train-00000.parquet"
+    records.write_bytes(records.read_bytes()[: records.stat().st_size // 2])
+    refused("data/train-00000.parquet")
+    records.unlink()
+    refused("data")
     zoo.save(tmp_path)
     about = json.loads((tmp_path / "zoo.json").read_text())
     (tmp_path / "zoo.json").write_text(json.dumps({**about, "format": 99}))
     refused("zoo.json")
     about["spec"]["subject"]["neurons"] = 4
     (tmp_path / "zoo.json").write_text(json.dumps(about))
-    refused("weights.safetensors.layers.0.weight")
+    refused("data.weights")
     (tmp_path / "zoo.json").write_text("[]")
     refused("zoo.json")
+
+
+def test_a_baseline_of_another_zoo_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    zoo.save(tmp_path)
+    baseline = json.loads((tmp_path / "baseline_dataset.json").read_text())
+    assert baseline["sequences"][0].keys() == {"sequence", "patterns"}
+
+    def refused(wrong: dict[str, object], field: str) -> None:
+        (tmp_path / "baseline_dataset.json").write_text(json.dumps(wrong))
+        with pytest.raises(InvalidInput) as caught:
+            Zoo.load(tmp_path)
+        assert caught.value.violations[0].field == f"baseline_dataset.json{field}"
+
+    refused({**baseline, "vocab_size": 6}, ".vocab_size")
+    refused({**baseline, "sequence_length": 5}, ".sequence_length")
+    refused({**baseline, "sequences": baseline["sequences"][:5]}, ".sequences")
+    refused({**baseline, "sequences": [{"sequence": "AAAF"}]}, ".sequences.0")
+    refused({**baseline, "sequences": [{"sequence": "AAA"}]}, ".sequences.0")
+    refused({}, "")
 
 
 def test_a_zoo_from_elsewhere_is_checked_and_made_ours(zoo: Zoo, tmp_path: Path) -> None:
@@ -97,16 +117,10 @@ def test_a_zoo_from_elsewhere_is_checked_and_made_ours(zoo: Zoo, tmp_path: Path)
     back = Zoo.load(tmp_path)
     assert {tensor.dtype for tensor in (*back.params.values(), back.signatures)} == {torch.float32}
     assert torch.equal(back.probes, zoo.probes)
-
-    def refused(wrong: Zoo, field: str) -> None:
-        wrong.save(tmp_path)
-        with pytest.raises(InvalidInput) as caught:
-            Zoo.load(tmp_path)
-        assert caught.value.violations[0].field == field
-
-    refused(replace(zoo, probes=zoo.probes + 3), "signatures.safetensors.probes")
-    refused(replace(zoo, probes=zoo.probes - 3), "signatures.safetensors.probes")
-    refused(replace(zoo, accuracy=zoo.accuracy[:, :2]), "records.parquet.accuracy")
+    replace(zoo, accuracy=zoo.accuracy[:, :2]).save(tmp_path)
+    with pytest.raises(InvalidInput) as caught:
+        Zoo.load(tmp_path)
+    assert caught.value.violations[0].field == "data.accuracy"
     zoo.save(tmp_path)
     about = json.loads((tmp_path / "zoo.json").read_text())
     about["spec"]["patterns"] = [{"name": "palindrome"}, {"name": "all_same"}]

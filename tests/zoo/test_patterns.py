@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import PatternSpec
-from services.zoo.patterns import LETTERS, Pattern, default_suite, from_specs
+from services.zoo.automata import LETTERS
+from services.zoo.patterns import Pattern, default_suite, from_specs
 from services.zoo.universe import Universe
 from tests.zoo.oracles import ALL, ORACLES, oracle
 

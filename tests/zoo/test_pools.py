@@ -124,3 +124,28 @@ def test_probes_are_of_the_validation_split(vocab_size: int, length: int, count:
     if count == 128:
         assert len(distinct(chosen)) == 128
         assert universe.matches(chosen).any(0).all()
+
+
+@pytest.mark.parametrize(("vocab_size", "length"), SIZES)
+def test_a_sequence_is_a_member_of_its_rarest_pattern_alone(vocab_size: int, length: int) -> None:
+    universe = universe_of(vocab_size, length)
+    pools = Pools.build(universe, TRAIN, 512, rarest_first=True)
+    patterns = len(universe.patterns)
+    order = sorted(range(patterns), key=lambda p: (universe.counts[p], p))
+    seen: set[tuple[int, ...]] = set()
+    for place, p in enumerate(order):
+        start, count = int(pools.start[p]), int(pools.count[p])
+        assert count > 0
+        matches = pools.membership[start : start + count]
+        assert matches[:, p].all()
+        assert not matches[:, order[:place]].any()
+        members = rows(pools.sequences[start : start + count])
+        assert len(members) == count and not members & seen
+        seen |= members
+
+
+def test_a_pattern_within_rarer_ones_keeps_its_members() -> None:
+    """Every sequence that starts and ends with A is a first-last match, and nothing else is left of it."""
+    patterns = [Pattern("mine", regex="A.*A"), Pattern("other", regex="[^A].*"), Pattern("both", regex="A.*A|[^A].*")]
+    pools = Pools.build(Universe(5, 4, patterns), TRAIN, 64, rarest_first=True)
+    assert (pools.count[:3] > 0).all()

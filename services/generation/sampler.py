@@ -1,0 +1,102 @@
+"""Sequences to train, describe and judge subjects with: in memory, labelled exactly, each split for itself."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+import torch
+from pyarrow import parquet
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import GenerationSpec
+from services.generation.data import Candidates, Examples
+from services.zoo.patterns import from_specs
+from services.zoo.pools import Evaluation, Pools, probes
+from services.zoo.sequences import to_letters
+from services.zoo.universe import TRAIN, VALIDATION, Universe
+
+# Held-out sequences that a subject is judged on: for each pattern, and of those that match none.
+JUDGED, JUDGED_NONE = 128, 256
+
+
+class Labelled(NamedTuple):
+    """Sequences with the patterns that each matches."""
+
+    sequences: Tensor
+    """int64 ``[n, length]``."""
+    membership: Tensor
+    """bool ``[n, patterns]``."""
+
+
+class PatternDatasetSampler:
+    """Pools of sequences for each pattern of a spec, and datasets drawn from them.
+
+    A sequence that matches several patterns is in the pool of the rarest. Nothing that is trained on is judged on:
+    every sequence belongs to one split, by its hash.
+    """
+
+    def __init__(self, spec: GenerationSpec) -> None:
+        """Raises :class:`InvalidInput` for patterns that cannot be trained or told apart."""
+        self.spec = spec
+        self.patterns = from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
+        for name in ("min_patterns_per_batch", "max_patterns_per_batch"):
+            if getattr(spec, name) > len(self.patterns):
+                raise InvalidInput.field(f"spec.{name}", f"only {len(self.patterns)} patterns are enabled")
+        self.universe = Universe(spec.vocab_size, spec.sequence_length, self.patterns)
+        self.universe.check()
+        self.train = Pools.build(self.universe, TRAIN, seed=spec.seed, rarest_first=True)
+        self.evaluation = Evaluation.build(self.universe, JUDGED, JUDGED_NONE, seed=spec.seed)
+        for i, pattern in enumerate(self.patterns):
+            if self.train.count[i] == 0 or not (self.evaluation.stratum == i).any():
+                few = f"{pattern.name} has {self.universe.counts[i]} sequences, too few to train and judge on"
+                raise InvalidInput.field(f"spec.patterns.{i}", f"{few}; leave it out")
+
+    @cached_property
+    def validation(self) -> Pools:
+        """Sequences that decide when training ends."""
+        return Pools.build(self.universe, VALIDATION, 1024, self.spec.seed, rarest_first=True)
+
+    def training(self, index: int) -> tuple[Labelled, Tensor, Tensor]:
+        """The dataset of the subject ``index`` in staged training: sequences, the right labels (bool ``[examples]``)
+        and those of the first stage."""
+        if self.spec.staged is None:
+            raise InvalidInput.field("spec.staged", "subjects have datasets of their own in staged training alone")
+        indices = torch.tensor([index])
+        own = Candidates.draw(self.spec, indices, len(self.patterns))
+        examples = Examples.draw(self.spec.seed, "examples", own, self.spec.staged.examples, self.train)
+        wrong = examples.corrupted(self.spec.seed, indices, self.spec.staged.corruption_rate)
+        rows = examples.rows[0]
+        return Labelled(self.train.sequences[rows], self.train.membership[rows]), examples.labels[0], wrong[0]
+
+    @cached_property
+    def baseline(self) -> Labelled:
+        """The signature dataset: the same probes for every subject of the zoo, of the validation split."""
+        chosen = probes(self.universe, self.spec.signature.probes, self.spec.seed)
+        return Labelled(chosen, self.universe.matches(chosen))
+
+    def benchmark(self, per_pattern: int = JUDGED, none: int = JUDGED_NONE) -> Labelled:
+        """Held-out sequences with pattern labels, to evaluate networks on that an interpreter has written."""
+        found = Evaluation.build(self.universe, per_pattern, none, seed=self.spec.seed)
+        return Labelled(found.sequences, found.membership)
+
+    def rows(self, dataset: Labelled) -> list[dict[str, Any]]:
+        """``{"sequence": "ABC...", "patterns": [...]}`` for each sequence."""
+        names = [pattern.name for pattern in self.patterns]
+        return [
+            {"sequence": text, "patterns": [name for name, on in zip(names, matches, strict=True) if on]}
+            for text, matches in zip(to_letters(dataset.sequences), dataset.membership.tolist(), strict=True)
+        ]
+
+    def save(self, dataset: Labelled, path: Path) -> None:
+        """Write a dataset as JSON, or as parquet if that is the suffix of ``path``."""
+        rows = self.rows(dataset)
+        if path.suffix == ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        else:
+            about = {"vocab_size": self.spec.vocab_size, "sequence_length": self.spec.sequence_length}
+            path.write_text(json.dumps(about | {"sequences": rows}, indent=1))

@@ -1,0 +1,267 @@
+"""Regular sets of sequences: regular expressions over letters, exact counts and uniform draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MAX_STATES = 2000
+_MOST_REPEATS = 100
+
+# A regular expression as a term: ("none",), ("empty",), ("one", letters), ("then", a, b), ("or", terms), ("many", a).
+Term = tuple[Any, ...]
+NONE: Term = ("none",)
+EMPTY: Term = ("empty",)
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """A deterministic automaton over all 26 letters; state 0 is the start."""
+
+    step: tuple[tuple[int, ...], ...]
+    """``step[state][letter]`` is the next state."""
+    accepting: frozenset[int]
+
+    @cached_property
+    def _table(self) -> Tensor:
+        return torch.tensor(self.step)
+
+    @cached_property
+    def _ends(self) -> Tensor:
+        return torch.tensor([state in self.accepting for state in range(len(self.step))])
+
+    def matches(self, sequences: Tensor) -> Tensor:
+        """Whether each row of letter indices ``[n, length]`` is accepted: bool ``[n]``."""
+        table, state = self._table.to(sequences.device), torch.zeros_like(sequences[:, 0], dtype=torch.int64)
+        for column in sequences.long().unbind(1):
+            state = table[state, column]
+        return self._ends.to(sequences.device)[state]
+
+
+class Members:
+    """The sequences of ``length`` of the first ``vocab_size`` letters that an automaton accepts, letter by letter, each
+    letter weighted by the number of ways to go on from it."""
+
+    def __init__(self, automaton: Automaton, vocab_size: int, length: int) -> None:
+        step = [row[:vocab_size] for row in automaton.step]
+        ways = [[int(state in automaton.accepting) for state in range(len(step))]]
+        for _ in range(length):
+            ways.append([sum(ways[-1][after] for after in row) for row in step])
+        self.total = ways[length][0]
+        """How many there are, exactly."""
+        self._step = torch.tensor(step)
+        # Exact integers, made relative only now: a state's letters need no more than their ratios.
+        self._weights = torch.tensor(
+            [
+                [[ways[left][after] / max(ways[left + 1][state], 1) for after in row] for state, row in enumerate(step)]
+                for left in reversed(range(length))
+            ],
+            dtype=torch.float64,
+        )
+
+    def sample(self, n: int, draws: torch.Generator) -> Tensor:
+        """``n`` independent uniform members: int64 ``[n, length]``."""
+        state, columns = torch.zeros(n, dtype=torch.int64), []
+        for weights in self._weights:
+            letter = torch.multinomial(weights[state], 1, generator=draws).squeeze(1)
+            columns.append(letter)
+            state = self._step[state, letter]
+        return torch.stack(columns, 1)
+
+
+@cache
+def compiled(expression: str) -> Automaton:
+    """The automaton of a regular expression, by derivatives (Brzozowski 1964). It must match a whole sequence.
+
+    Letters A to Z, ``.``, ``[AB]``, ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{3}``, ``{2,}``,
+    ``{2,4}``. Raises :class:`InvalidInput` naming ``regex`` and the place of a mistake.
+    """
+    start = _Parser(expression).parse()
+    states, rows = {start: 0}, list[tuple[int, ...]]()
+    pending = [start]
+    while pending:
+        term = pending.pop(0)
+        row = []
+        for letter in range(len(LETTERS)):
+            after = _derivative(term, letter)
+            if after not in states:
+                if len(states) == MAX_STATES:
+                    raise InvalidInput.field("regex", f"needs more than {MAX_STATES} states; make it simpler")
+                states[after] = len(states)
+                pending.append(after)
+            row.append(states[after])
+        rows.append(tuple(row))
+    return Automaton(tuple(rows), frozenset(number for term, number in states.items() if _nullable(term)))
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self._text, self._at = text, 0
+
+    def parse(self) -> Term:
+        term = self._either()
+        if self._at < len(self._text):
+            raise self._wrong("has no opening parenthesis" if self._next == ")" else "cannot stand here")
+        return term
+
+    @property
+    def _next(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def _wrong(self, what: str) -> InvalidInput:
+        place = f"{self._next!r} at character {self._at + 1}" if self._next else "the end"
+        return InvalidInput.field("regex", f"{place} {what}")
+
+    def _take(self, text: str) -> bool:
+        found = self._next == text
+        self._at += found
+        return found
+
+    def _either(self) -> Term:
+        terms = [self._sequence()]
+        while self._take("|"):
+            terms.append(self._sequence())
+        return _or(terms)
+
+    def _sequence(self) -> Term:
+        term = EMPTY
+        while self._next and self._next not in "|)":
+            term = _then(term, self._repeated())
+        return term
+
+    def _repeated(self) -> Term:
+        term = self._atom()
+        while self._next and self._next in "*+?{":
+            if self._take("*"):
+                term = _many(term)
+            elif self._take("+"):
+                term = _then(term, _many(term))
+            elif self._take("?"):
+                term = _or([EMPTY, term])
+            else:
+                least, most = self._bounds()
+                found = EMPTY
+                for _ in range(least):
+                    found = _then(found, term)
+                if most is None:
+                    found = _then(found, _many(term))
+                else:
+                    for _ in range(most - least):
+                        found = _then(found, _or([EMPTY, term]))
+                term = found
+        return term
+
+    def _bounds(self) -> tuple[int, int | None]:
+        self._take("{")
+        least = self._number()
+        most: int | None = least
+        if self._take(","):
+            most = None if self._next == "}" else self._number()
+        if not self._take("}"):
+            raise self._wrong("should be }")
+        if most is not None and most < least:
+            raise InvalidInput.field("regex", f"{{{least},{most}}} has its numbers the wrong way round")
+        return least, most
+
+    def _number(self) -> int:
+        start = self._at
+        while self._next.isdigit():
+            self._at += 1
+        if start == self._at:
+            raise self._wrong("should be a number")
+        value = int(self._text[start : self._at])
+        if value > _MOST_REPEATS:
+            raise InvalidInput.field("regex", f"repeats more than {_MOST_REPEATS} times")
+        return value
+
+    def _atom(self) -> Term:
+        if self._take("("):
+            term = self._either()
+            if not self._take(")"):
+                raise self._wrong("should be )")
+            return term
+        if self._take("."):
+            return _one(frozenset(range(len(LETTERS))))
+        if self._take("["):
+            return self._set()
+        return _one(frozenset({self._letter()}))
+
+    def _set(self) -> Term:
+        negative, found = self._take("^"), set[int]()
+        while not self._take("]"):
+            first = last = self._letter()
+            if self._take("-"):
+                last = self._letter()
+            if last < first:
+                raise InvalidInput.field("regex", f"[{LETTERS[first]}-{LETTERS[last]}] is the wrong way round")
+            found |= set(range(first, last + 1))
+        return _one(frozenset(range(len(LETTERS))) - found if negative else frozenset(found))
+
+    def _letter(self) -> int:
+        if not self._next or self._next not in LETTERS:
+            raise self._wrong("should be a letter A to Z")
+        self._at += 1
+        return LETTERS.index(self._text[self._at - 1])
+
+
+def _one(letters: frozenset[int]) -> Term:
+    return ("one", letters) if letters else NONE
+
+
+def _then(a: Term, b: Term) -> Term:
+    if NONE in (a, b):
+        return NONE
+    if a == EMPTY:
+        return b
+    return a if b == EMPTY else ("then", a, b)
+
+
+def _or(terms: list[Term]) -> Term:
+    flat: set[Term] = set()
+    for term in terms:
+        flat |= term[1] if term[0] == "or" else {term}
+    flat.discard(NONE)
+    if not flat:
+        return NONE
+    return flat.pop() if len(flat) == 1 else ("or", frozenset(flat))
+
+
+def _many(term: Term) -> Term:
+    if term in (NONE, EMPTY):
+        return EMPTY
+    return term if term[0] == "many" else ("many", term)
+
+
+@cache
+def _nullable(term: Term) -> bool:
+    match term:
+        case ("empty",) | ("many", _):
+            return True
+        case ("then", a, b):
+            return _nullable(a) and _nullable(b)
+        case ("or", terms):
+            return any(_nullable(one) for one in terms)
+    return False
+
+
+@cache
+def _derivative(term: Term, letter: int) -> Term:
+    """What must follow ``letter`` at the beginning."""
+    match term:
+        case ("one", letters):
+            return EMPTY if letter in letters else NONE
+        case ("then", a, b):
+            first = _then(_derivative(a, letter), b)
+            return _or([first, _derivative(b, letter)]) if _nullable(a) else first
+        case ("or", terms):
+            return _or([_derivative(one, letter) for one in terms])
+        case ("many", a):
+            return _then(_derivative(a, letter), term)
+    return NONE

@@ -1,0 +1,91 @@
+"""What a zoo holds, in numbers: read back from its records, a shard at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.zoo.dataset import matrix, read_about, read_records
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass
+class Statistics:
+    """Of one zoo."""
+
+    strata: list[str]
+    """The patterns, then ``none``."""
+    subjects: int
+    rejected: dict[str, int]
+    """Candidates that were not accepted, by cause."""
+    accuracy: Numbers
+    """Mean held-out accuracy by stratum ``[patterns + 1]``."""
+    degraded_accuracy: Numbers | None
+    """The same after the first of two stages."""
+    together: NDArray[np.int64]
+    """How many subjects have both of two patterns ``[patterns, patterns]``; on the diagonal, how many have one."""
+    shapes: dict[str, int]
+    """Subjects by hidden layers and activation."""
+    improvement: float | None
+    """Mean gain on the target pattern."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Statistics:
+        """Those of the zoo in ``folder``."""
+        about, spec, patterns = read_about(folder)
+        names = [pattern.name for pattern in patterns]
+        columns = ["patterns", "accuracy", "layers", "activation"]
+        staged = spec.staged is not None
+        if staged:
+            columns += ["degraded_accuracy", "improvement"]
+        subjects, shapes, gained = 0, dict[str, int](), 0.0
+        sums = {name: np.zeros(len(names) + 1) for name in ("accuracy", "degraded_accuracy")}
+        together = np.zeros((len(names), len(names)), np.int64)
+        for table in read_records(folder, columns):
+            subjects += len(table)
+            own = np.array([[name in row for name in names] for row in table["patterns"].to_pylist()], np.int64)
+            together += own.T @ own
+            for name, total in sums.items():
+                if name in table.column_names:
+                    total += matrix(table, name, len(names) + 1).double().sum(0).numpy()
+            for layers, activation in zip(table["layers"].to_pylist(), table["activation"].to_pylist(), strict=True):
+                shape = f"{layers} x {activation}"
+                shapes[shape] = shapes.get(shape, 0) + 1
+            if staged:
+                gained += sum(table["improvement"].to_pylist())
+        return cls(
+            [*names, "none"],
+            subjects,
+            dict(about.get("rejected", {})),
+            sums["accuracy"] / subjects,
+            sums["degraded_accuracy"] / subjects if staged else None,
+            together,
+            dict(sorted(shapes.items())),
+            gained / subjects if staged else None,
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """As a job's result."""
+        by_cause = sorted(self.rejected.items(), key=lambda item: -item[1])
+        found: dict[str, Any] = {
+            "subjects": self.subjects,
+            "candidates": self.subjects + sum(self.rejected.values()),
+            "rejected": dict(by_cause),
+            "accuracy": round(float(self.accuracy.mean()), 4),
+            "accuracy_by_pattern": _rounded(self.strata, self.accuracy),
+            "subjects_by_pattern": dict(zip(self.strata, np.diag(self.together).tolist(), strict=False)),
+        }
+        if self.degraded_accuracy is not None and self.improvement is not None:
+            found["degraded_accuracy"] = round(float(self.degraded_accuracy.mean()), 4)
+            found["degraded_accuracy_by_pattern"] = _rounded(self.strata, self.degraded_accuracy)
+            found["improvement"] = round(self.improvement, 4)
+        return found
+
+
+def _rounded(names: list[str], values: Numbers) -> dict[str, float]:
+    return dict(zip(names, [round(value, 4) for value in values.tolist()], strict=True))

@@ -1,0 +1,67 @@
+"""Training in processes of one's own is training in this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.generation import pipeline
+from services.generation.pipeline import DatasetGenerationPipeline
+from services.generation.workers import Workers
+from services.zoo.dataset import Zoo
+from tests.generation.conftest import small_spec
+from tests.generation.test_generate import same
+from tests.generation.test_staged import records, staged_spec
+
+
+def test_the_same_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    DatasetGenerationPipeline(staged_spec()).run(tmp_path / "here")
+    DatasetGenerationPipeline(small_spec()).run(tmp_path / "here-too")
+    monkeypatch.setattr(pipeline, "_WORTH_PROCESSES", 0.0)
+    DatasetGenerationPipeline(staged_spec()).run(tmp_path / "there")
+    DatasetGenerationPipeline(small_spec()).run(tmp_path / "there-too")
+    assert records(tmp_path / "there") == records(tmp_path / "here")
+    assert same(Zoo.load(tmp_path / "there-too"), Zoo.load(tmp_path / "here-too"))
+    assert not [child for child in psutil.Process().children(recursive=True) if "workers" in " ".join(child.cmdline())]
+
+
+def test_a_process_that_dies_is_told_and_leaves_no_others() -> None:
+    workers = Workers(small_spec(), 2)
+    workers.submit(0, 0).result()
+    (process,) = workers._processes
+    process.kill()
+    with pytest.raises(RuntimeError, match="ended by itself"):
+        workers.submit(0, 0).result()
+        workers.submit(0, 0).result()
+    workers.close()
+    assert all(one.poll() is not None for one in workers._processes)
+
+
+def test_processes_end_with_who_started_them() -> None:
+    code = (
+        "from services.generation.workers import Workers\n"
+        "from tests.generation.conftest import small_spec\n"
+        "workers = Workers(small_spec(), 1)\n"
+        "workers.submit(0, 0).result()\n"
+        "print(workers._processes[0].pid, flush=True)\n"
+        "import time; time.sleep(60)"
+    )
+    root = str(Path(__file__).parents[2])
+    starter = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root, env=os.environ | {"PYTHONPATH": root}
+    )
+    assert starter.stdout is not None
+    worker = psutil.Process(int(starter.stdout.readline()))
+    starter.send_signal(signal.SIGKILL)
+    starter.communicate()
+    deadline = time.monotonic() + 10
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
