@@ -32,7 +32,7 @@ def test_dry_run_queues_nothing(gateway: Gateway) -> None:
     before = gateway.http.get("/v1/jobs", params={"limit": "1"}).json()
     answer = gateway.http.post("/v1/jobs", json=GENERATION, params={"dry_run": "true"})
     assert answer.status_code == 200
-    assert answer.json()["queue"] == "cpu" and answer.json()["spec"]["subject"]["layers"] == 2
+    assert answer.json()["queue"] == "cpu" and answer.json()["spec"]["subject"]["layers"] == {"min": 2, "max": 2}
     assert gateway.http.get("/v1/jobs", params={"limit": "1"}).json() == before
 
 

@@ -29,7 +29,8 @@ def test_the_same_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     DatasetGenerationPipeline(small_spec()).run(tmp_path / "there-too")
     assert records(tmp_path / "there") == records(tmp_path / "here")
     assert same(Zoo.load(tmp_path / "there-too"), Zoo.load(tmp_path / "here-too"))
-    assert not [child for child in psutil.Process().children(recursive=True) if "workers" in " ".join(child.cmdline())]
+    mine = psutil.Process().children(recursive=True)
+    assert not [child for child in mine if "services.generation.workers" in child.cmdline()]
 
 
 def test_a_process_that_dies_is_told_and_leaves_no_others() -> None:

@@ -1,0 +1,272 @@
+"""``make bench BENCH=generation``: how fast a zoo is made, beside a plain loop, and whether it is right.
+
+    make bench BENCH=generation
+    make bench BENCH=generation ARGS="--part speed --records 500"
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._plain import plain_loop
+from ethogram.bench import Figure, form
+from ethogram.cli.files import read_mapping
+from ethogram.specs.generation import GenerationSpec
+from services.generation.data import Candidates, Examples
+from services.generation.pipeline import DatasetGenerationPipeline, generate
+from services.generation.sampler import PatternDatasetSampler
+from services.runtime.run import Run
+from services.zoo.dataset import Zoo, read_records
+from services.zoo.oracle import canonical, recover
+from services.zoo.subjects import activations
+from services.zoo.universe import HELD_OUT, TRAIN
+from tests.zoo.oracles import ORACLES
+
+EXAMPLE = Path("examples/staged.yaml")
+KILLS = 10
+_BEGAN = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Progress, for people."""
+    sys.stderr.write(f"{time.monotonic() - _BEGAN:6.0f} s  {text}\n")
+    sys.stderr.flush()
+
+
+def example(**changes: Any) -> GenerationSpec:
+    """The example preset."""
+    return GenerationSpec.model_validate(read_mapping(EXAMPLE, "spec") | changes)
+
+
+def small(**changes: Any) -> GenerationSpec:
+    """The small preset: five layers of eight neurons, 345 parameters."""
+    subject = example().subject.model_dump() | {"layers": 5, "neurons": 8}
+    return example(vocab_size=10, sequence_length=5, subject=subject, **changes)
+
+
+def speed(records: int, candidates: int) -> dict[str, Figure]:
+    """Records a second beside the plain loop's, both presets; and accuracy beside the plain loop's."""
+    figures: dict[str, Figure] = {}
+    for name, spec in (
+        ("plain_loop_ratio", example(subjects=records)),
+        ("small_preset_ratio", small(subjects=records)),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            pipeline = DatasetGenerationPipeline(spec)
+            began = time.monotonic()
+            made = pipeline.run(Path(folder) / "zoo")
+            seconds = time.monotonic() - began
+            accuracy = made["accuracy"]
+            rate = records / seconds
+            share = made["subjects"] / made["candidates"]
+            trained = made["candidates"] / seconds
+            say(f"{name}: {rate:.1f} records/s, {trained:.1f} candidates/s, {share:.0%} accepted {made['rejected']}")
+            tried = candidates if name == "plain_loop_ratio" else 2 * candidates
+            plain_seconds, plain = plain_loop(spec, tried)
+            # Both judge the same candidates, and accept the same share but for rounding.
+            peer = len(plain) / plain_seconds
+            say(f"plain loop: {peer:.1f} records/s, {tried / plain_seconds:.1f} candidates/s")
+            bar = 5.0 if name == "plain_loop_ratio" else 30.0
+            figures[name] = Figure(rate, ">=", bar, peer, of_ratio=True)
+            if name == "plain_loop_ratio":
+                figures["records_per_s"] = Figure(rate, ">=", 40.0)
+                figures["bmm_fraction"] = Figure(_products_alone(pipeline) / (seconds / made["candidates"]), ">=", 0.4)
+                mean = sum(sum(record.accuracy) / len(record.accuracy) for record in plain) / len(plain)
+                say(f"held-out accuracy: {accuracy:.4f}, plain loop {mean:.4f} over {len(plain)} records")
+                figures["accuracy_difference"] = Figure(accuracy - mean, ">=", -0.005)
+    return figures
+
+
+def _products_alone(pipeline: DatasetGenerationPipeline) -> float:
+    """Seconds a candidate that the matrix products of its training take alone, on as many cores."""
+    staged, threads = pipeline.spec.staged, torch.get_num_threads()
+    assert staged is not None
+    torch.set_num_threads(1)
+    total, candidates = 0.0, 0
+    steps = (staged.epochs + staged.improvement_epochs) * staged.examples / staged.batch_size
+    for bucket in pipeline.buckets(0):
+        models, n = len(bucket), staged.batch_size
+        candidates += models
+        layers = Counter(pipeline.trainer.architecture(bucket).layers)
+        for (fan_in, fan_out), times in layers.items():
+            a, b = torch.randn(models, n, fan_in), torch.randn(models, fan_in, fan_out)
+            c, grad, back = torch.empty(models, n, fan_out), torch.empty_like(b), torch.empty_like(a)
+            products: list[Callable[[], object]] = [
+                lambda a=a, b=b, c=c: torch.bmm(a, b, out=c),  # type: ignore[misc]
+                lambda a=a, c=c, grad=grad: torch.bmm(a.transpose(1, 2), c, out=grad),  # type: ignore[misc]
+                lambda b=b, c=c, back=back: torch.bmm(c, b.transpose(1, 2), out=back),  # type: ignore[misc]
+            ]
+            for product in products:
+                product()
+                began = time.perf_counter()
+                for _ in range(10):
+                    product()
+                total += (time.perf_counter() - began) / 10 * times * steps
+    torch.set_num_threads(threads)
+    return total / candidates / threads
+
+
+def truth() -> dict[str, Figure]:
+    """Labels against predicates in plain Python over the whole universe, splits, and weights out of signatures."""
+    sampler = PatternDatasetSampler(example())
+    universe, wrong = sampler.universe, 0
+    rows = [tuple(row) for row in universe.sequences.tolist()]
+    for column, pattern in enumerate(sampler.patterns):
+        expected = torch.tensor([ORACLES[pattern.kind](row) for row in rows])
+        wrong += int((universe.membership[:, column] != expected).sum())
+        say(f"{pattern.name}: {int(expected.sum())} of {len(rows)} sequences")
+    matches = universe.membership
+    place = {row: i for i, row in enumerate(rows)}
+    own = Candidates.draw(sampler.spec, torch.arange(64), len(sampler.patterns))
+    lessons = Examples.draw(sampler.spec.seed, "examples", own, 512, sampler.train)
+    for i in range(64):
+        index = torch.tensor([place[tuple(row)] for row in sampler.train.sequences[lessons.rows[i]].tolist()])
+        wrong += int((lessons.labels[i] != (matches[index] & own.selected[i]).any(1)).sum())
+    trained = {place[tuple(row)] for row in sampler.train.sequences.tolist()}
+    judged = {place[tuple(row)] for row in sampler.evaluation.sequences.tolist()}
+    probed = {place[tuple(row)] for row in sampler.baseline.sequences.tolist()}
+    split = universe.split
+    stray = sum(int(split[i]) != TRAIN for i in trained) + sum(int(split[i]) != HELD_OUT for i in judged)
+    return {
+        "mislabelled": Figure(wrong, "==", 0),
+        "overlap": Figure(len(trained & judged) + len(trained & probed) + len(judged & probed) + stray, "==", 0),
+        "oracle_error": Figure(_oracle_error(generate(GenerationSpec(subjects=64))), "<=", 1e-3),
+    }
+
+
+def _oracle_error(zoo: Zoo) -> float:
+    """Largest relative error of a layer's weights, found from raw signatures; of what the probes show at all."""
+    inputs, architecture = zoo.probe_inputs, zoo.architecture
+    found = canonical(recover(zoo.signatures, inputs, architecture), architecture)
+    layers, worst = activations(zoo.params, inputs, architecture.activation), 0.0
+    for name, true in canonical(zoo.params, architecture).items():
+        layer = int(name.split(".")[1])
+        seen = torch.ones_like(true, dtype=torch.bool)
+        if layer > 0:
+            # A neuron that no probe wakes passes nothing on; one that is never off cannot be told from the bias.
+            awake = (layers[layer - 1] > 0).sum(1)
+            lively = (awake > 2).unsqueeze(1)
+            seen = lively.expand_as(true) if true.dim() == 3 else (awake.amin(1, keepdim=True) > 2).expand_as(true)
+        difference = ((found[name] - true) * seen).flatten(1).norm(dim=1)
+        size = (true * seen).flatten(1).norm(dim=1).clamp(min=1e-6)
+        worst = max(worst, float((difference / size).max()))
+    return worst
+
+
+class _Disk(Run):
+    """Checkpoints after each block into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        kept = sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))
+        self.resume = kept[-1] if kept else None
+
+    def checkpoint_due(self) -> bool:
+        return True
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        making = self._folder / "making"
+        if making.exists():
+            subprocess.run(["rm", "-r", making], check=True)
+        making.mkdir()
+        write(making)
+        making.rename(self._folder / str(step))
+
+
+def _make(spec: str, folder: str, checkpoints: str) -> None:
+    """In a process of its own: make a zoo, and say how much memory that took."""
+    parsed = GenerationSpec.model_validate_json(spec)
+    run = _Disk(Path(checkpoints)) if checkpoints else Run()
+    DatasetGenerationPipeline(parsed).run(Path(folder), run)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _process(spec: GenerationSpec, folder: Path, checkpoints: Path | None = None) -> subprocess.Popen[str]:
+    words = [spec.model_dump_json(), str(folder), str(checkpoints or "")]
+    command = [sys.executable, "-m", "benchmarks.generation", "--make", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def memory(records: int) -> dict[str, Figure]:
+    """Peak memory of making four times as many records."""
+    peaks = []
+    with tempfile.TemporaryDirectory() as folder:
+        for times in (1, 4):
+            making = _process(small(subjects=records * times), Path(folder) / str(times))
+            out, _ = making.communicate()
+            peaks.append(int(out))
+            say(f"{records * times} records: {peaks[-1] / 1024:.0f} MiB")
+    return {"rss_ratio_4x": Figure(peaks[1] / peaks[0], "<=", 1.2)}
+
+
+def resumption(seed: int) -> dict[str, Figure]:
+    """Killed at seeded moments and taken up again, how many zoos differ from the one that was not killed."""
+    spec, chance, unequal = small(subjects=1500), random.Random(seed), 0
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / "whole"
+        began = time.monotonic()
+        _process(spec, whole).communicate()
+        seconds = time.monotonic() - began
+        tables = list(read_records(whole))
+        for kill in range(KILLS):
+            checkpoints = Path(scratch) / f"checkpoints-{kill}"
+            checkpoints.mkdir()
+            making = _process(spec, Path(scratch) / f"killed-{kill}", checkpoints)
+            time.sleep(chance.uniform(0.3, 1.0) * seconds)
+            os.kill(making.pid, signal.SIGKILL)
+            making.communicate()
+            resumed = Path(scratch) / f"resumed-{kill}"
+            _process(spec, resumed, checkpoints).communicate()
+            found = list(read_records(resumed))
+            same = len(found) == len(tables) and all(a.equals(b) for a, b in zip(found, tables, strict=True))
+            unequal += not same
+            say(f"killed with {len(list(checkpoints.glob('[0-9]*')))} checkpoints: {'same' if same else 'DIFFERENT'}")
+    return {"resume_unequal": Figure(unequal, "==", 0)}
+
+
+def main() -> None:
+    """The benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__)
+    parser.add_argument("--part", choices=["all", "speed", "truth", "memory", "resume"], default="all")
+    parser.add_argument("--records", type=int, default=2000, help="records of each preset (2000)")
+    parser.add_argument("--candidates", type=int, default=800, help="candidates of the plain loop (800)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of kills (0)")
+    parser.add_argument("--make", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.make:
+        _make(*given.make)
+        return
+    parts: dict[str, Callable[[], dict[str, Figure]]] = {
+        "speed": lambda: speed(given.records, given.candidates),
+        "truth": truth,
+        "memory": lambda: memory(1500),
+        "resume": lambda: resumption(given.seed),
+    }
+    figures: dict[str, Figure] = {}
+    for name, part in parts.items():
+        if given.part in ("all", name):
+            figures |= part()
+    whole = form("generation", figures)
+    print(json.dumps(whole))
+    sys.exit(0 if whole["ok"] else 1)
+
+
+if __name__ == "__main__":
+    main()
