@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from ethogram.specs.base import Seed, Spec
+from ethogram.specs.base import ArtifactRef, Seed, Spec
 
 BUILT_IN = (
     "all_same",
@@ -192,6 +192,8 @@ class SignatureSpec(Spec):
 
     probes: int = Field(128, ge=1, le=65_536)
     """Number of probe sequences, the baseline dataset; the same for every subject."""
+    baseline: ArtifactRef | None = None
+    """A zoo, or any artifact with a ``baseline_dataset.json``, whose probes are taken instead."""
     methods: list[SignatureMethod] = []
     """What is kept for each neuron; empty: ``raw``, its activation on every probe."""
     activations: Literal["pre", "post"] = "pre"
@@ -200,6 +202,48 @@ class SignatureSpec(Spec):
     """Numbers per neuron of ``pca``, ``svd``, ``clustering`` and ``fourier``."""
     bins: int = Field(16, ge=2, le=1024)
     """Bins of the histogram whose ``entropy`` is taken."""
+
+
+class CounterfactualSpec(Spec):
+    """Paired networks: each subject is branched into one that goes on as it is, one that learns one pattern more, and
+    one that unlearns one of its own."""
+
+    steps: int = Field(400, ge=1, le=1_000_000)
+    """Optimiser steps of each branch, with the same sequences and the batch size and peak learning rate of
+    ``training``."""
+
+
+class FormatSpec(Spec):
+    """Prompts and completions for training an interpreter, beside each record."""
+
+    include_modification: bool | None = None
+    """Task: better weights for one pattern. It takes staged training; None: where there is any."""
+    include_classification: bool = True
+    """Task: name the patterns."""
+    style: Literal["separate", "interwoven"] = "separate"
+    """``separate``: all weights, then all signatures; ``interwoven``: both of each neuron together."""
+    digits: int = Field(4, ge=1, le=9)
+    """Significant digits of numbers; nine keep a float32 as it is."""
+    tokenizer: str | None = Field(None, min_length=1, max_length=200)
+    """Name on the Hugging Face Hub, or folder on the worker, of a tokenizer to count tokens with."""
+
+
+class HubSpec(Spec):
+    """Upload to the Hugging Face Hub, file by file as the zoo is made. The worker's ``HF_TOKEN`` gives permission."""
+
+    repo: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,96}/[A-Za-z0-9_.-]{1,96}$")
+    """Dataset repository, ``owner/name``; made if there is none."""
+    private: bool = True
+    """Whether a repository that is made is private."""
+
+
+class PartSpec(Spec):
+    """A part of a zoo: all that is accepted of some of its candidates. What ``shards`` are made of."""
+
+    first: int = Field(ge=0, le=10_000_000)
+    """First data file."""
+    count: int = Field(ge=1, le=10_000)
+    """Data files, each of about a thousand candidates."""
 
 
 class GenerationSpec(Spec):
@@ -227,6 +271,16 @@ class GenerationSpec(Spec):
     """Training in two stages, instead of ``training``."""
     signature: SignatureSpec = SignatureSpec()
     """Activation signatures."""
+    counterfactual: CounterfactualSpec | None = None
+    """Pairs: what one pattern more and one pattern less make of each subject."""
+    format: FormatSpec | None = None
+    """Records as text too."""
+    hub: HubSpec | None = None
+    """Where to upload the zoo."""
+    shards: int = Field(1, ge=1, le=1000)
+    """Jobs that make the zoo side by side, on whatever workers are free. The zoo is the same."""
+    part: PartSpec | None = None
+    """Only some of the candidates, instead of ``subjects`` accepted ones."""
     min_accuracy: float | None = Field(None, ge=0, le=1)
     """Quality gate: a subject that is less accurate on held-out sequences of any enabled pattern, or on those that
     match none, is rejected and counted. None: 0.9; in two stages 0, since the checks decide."""
@@ -237,7 +291,26 @@ class GenerationSpec(Spec):
             raise ValueError("min_patterns_per_batch must not exceed max_patterns_per_batch")
         if self.staged is not None and self.training != SubjectTrainingSpec():
             raise ValueError("training is for one stage and staged for two; leave one of them out")
+        if self.counterfactual is not None and self.staged is not None:
+            raise ValueError("counterfactual branches off training in one stage; leave staged out")
+        if self.part is not None and (self.shards > 1 or self.hub is not None):
+            raise ValueError("a part has no shards and is not uploaded; leave shards and hub to the whole")
+        if self.format is not None and self.staged is None and self.format.include_modification:
+            raise ValueError("format.include_modification takes staged training")
+        if self.format is not None and not self.tasks:
+            raise ValueError("format asks for no task; include one")
         return self
+
+    @property
+    def tasks(self) -> list[Literal["modification", "classification"]]:
+        """The tasks that records are written as."""
+        if self.format is None:
+            return []
+        wanted = self.format.include_modification
+        tasks: list[Literal["modification", "classification"]] = []
+        if self.staged is not None and (wanted is None or wanted):
+            tasks.append("modification")
+        return [*tasks, "classification"] if self.format.include_classification else tasks
 
     @property
     def gate(self) -> float:

@@ -22,50 +22,61 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from ethogram.v1 import common_pb2 as ethogram_dot_v1_dot_common__pb2
 from ethogram.v1 import jobs_pb2 as ethogram_dot_v1_dot_jobs__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65thogram/v1/generation.proto\x12\x0b\x65thogram.v1\x1a\x16\x65thogram/v1/jobs.proto\"k\n\x14RunGenerationRequest\x12(\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x17.ethogram.v1.RunContext\x12)\n\x04spec\x18\x02 \x01(\x0b\x32\x1b.ethogram.v1.GenerationSpec\"e\n\x0bPatternSpec\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05token\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05regex\x18\x03 \x01(\tH\x02\x88\x01\x01\x42\x07\n\x05_nameB\x08\n\x06_tokenB\x08\n\x06_regex\">\n\x08IntRange\x12\x10\n\x03min\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x03max\x18\x02 \x01(\x03H\x01\x88\x01\x01\x42\x06\n\x04_minB\x06\n\x04_max\"@\n\nFloatRange\x12\x10\n\x03min\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03max\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_minB\x06\n\x04_max\"\xf7\x03\n\x0bSubjectSpec\x12%\n\x06layers\x18\x01 \x01(\x0b\x32\x15.ethogram.v1.IntRange\x12&\n\x07neurons\x18\x02 \x01(\x0b\x32\x15.ethogram.v1.IntRange\x12,\n\x0b\x61\x63tivations\x18\x03 \x03(\x0e\x32\x17.ethogram.v1.Activation\x12(\n\x07\x64ropout\x18\x04 \x01(\x0b\x32\x17.ethogram.v1.FloatRange\x12\x37\n\x0einput_encoding\x18\x05 \x01(\x0e\x32\x1a.ethogram.v1.InputEncodingH\x00\x88\x01\x01\x12$\n\x04init\x18\x06 \x01(\x0e\x32\x11.ethogram.v1.InitH\x01\x88\x01\x01\x12\x31\n\x0bweight_init\x18\x07 \x01(\x0e\x32\x17.ethogram.v1.WeightInitH\x02\x88\x01\x01\x12.\n\tprecision\x18\x08 \x01(\x0e\x32\x16.ethogram.v1.PrecisionH\x03\x88\x01\x01\x12\x34\n\x0cquantization\x18\t \x01(\x0e\x32\x19.ethogram.v1.QuantizationH\x04\x88\x01\x01\x42\x11\n\x0f_input_encodingB\x07\n\x05_initB\x0e\n\x0c_weight_initB\x0c\n\n_precisionB\x0f\n\r_quantization\"\x89\x01\n\x13SubjectTrainingSpec\x12\x12\n\x05steps\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_stepsB\r\n\x0b_batch_sizeB\x10\n\x0e_learning_rate\"\x9e\x04\n\nStagedSpec\x12\x15\n\x08\x65xamples\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06\x65pochs\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1f\n\x12improvement_epochs\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12.\n\rlearning_rate\x18\x05 \x01(\x0b\x32\x17.ethogram.v1.FloatRange\x12\"\n\x15improvement_lr_factor\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1c\n\x0f\x63orruption_rate\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x15\n\x08patience\x18\x08 \x01(\x05H\x06\x88\x01\x01\x12&\n\x19min_degradation_threshold\x18\t \x01(\x01H\x07\x88\x01\x01\x12\x1c\n\x0fmin_specificity\x18\n \x01(\x01H\x08\x88\x01\x01\x12\x1c\n\x0fmax_instability\x18\x0b \x01(\x01H\t\x88\x01\x01\x42\x0b\n\t_examplesB\r\n\x0b_batch_sizeB\t\n\x07_epochsB\x15\n\x13_improvement_epochsB\x18\n\x16_improvement_lr_factorB\x12\n\x10_corruption_rateB\x0b\n\t_patienceB\x1c\n\x1a_min_degradation_thresholdB\x12\n\x10_min_specificityB\x12\n\x10_max_instability\"\xef\x01\n\rSignatureSpec\x12\x13\n\x06probes\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12-\n\x07methods\x18\x02 \x03(\x0e\x32\x1c.ethogram.v1.SignatureMethod\x12;\n\x0b\x61\x63tivations\x18\x03 \x01(\x0e\x32!.ethogram.v1.SignatureActivationsH\x01\x88\x01\x01\x12\x17\n\ncomponents\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04\x62ins\x18\x05 \x01(\x05H\x03\x88\x01\x01\x42\t\n\x07_probesB\x0e\n\x0c_activationsB\r\n\x0b_componentsB\x07\n\x05_bins\"\xb9\x04\n\x0eGenerationSpec\x12\x11\n\x04seed\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\x08subjects\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x17\n\nvocab_size\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1c\n\x0fsequence_length\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12*\n\x08patterns\x18\x05 \x03(\x0b\x32\x18.ethogram.v1.PatternSpec\x12#\n\x16min_patterns_per_batch\x18\x06 \x01(\x05H\x04\x88\x01\x01\x12#\n\x16max_patterns_per_batch\x18\x07 \x01(\x05H\x05\x88\x01\x01\x12)\n\x07subject\x18\x08 \x01(\x0b\x32\x18.ethogram.v1.SubjectSpec\x12\x32\n\x08training\x18\t \x01(\x0b\x32 .ethogram.v1.SubjectTrainingSpec\x12\'\n\x06staged\x18\n \x01(\x0b\x32\x17.ethogram.v1.StagedSpec\x12-\n\tsignature\x18\x0b \x01(\x0b\x32\x1a.ethogram.v1.SignatureSpec\x12\x19\n\x0cmin_accuracy\x18\x0c \x01(\x01H\x06\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_subjectsB\r\n\x0b_vocab_sizeB\x12\n\x10_sequence_lengthB\x19\n\x17_min_patterns_per_batchB\x19\n\x17_max_patterns_per_batchB\x0f\n\r_min_accuracy*\x9a\x01\n\nActivation\x12\x1a\n\x16\x41\x43TIVATION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TIVATION_RELU\x10\x01\x12\x13\n\x0f\x41\x43TIVATION_GELU\x10\x02\x12\x13\n\x0f\x41\x43TIVATION_TANH\x10\x03\x12\x16\n\x12\x41\x43TIVATION_SIGMOID\x10\x04\x12\x19\n\x15\x41\x43TIVATION_LEAKY_RELU\x10\x05*e\n\rInputEncoding\x12\x1e\n\x1aINPUT_ENCODING_UNSPECIFIED\x10\x00\x12\x1a\n\x16INPUT_ENCODING_ONE_HOT\x10\x01\x12\x18\n\x14INPUT_ENCODING_INDEX\x10\x02*C\n\x04Init\x12\x14\n\x10INIT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bINIT_SHARED\x10\x01\x12\x14\n\x10INIT_INDEPENDENT\x10\x02*[\n\nWeightInit\x12\x1b\n\x17WEIGHT_INIT_UNSPECIFIED\x10\x00\x12\x17\n\x13WEIGHT_INIT_UNIFORM\x10\x01\x12\x17\n\x13WEIGHT_INIT_KAIMING\x10\x02*l\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x15\n\x11PRECISION_FLOAT32\x10\x01\x12\x15\n\x11PRECISION_FLOAT16\x10\x02\x12\x16\n\x12PRECISION_BFLOAT16\x10\x03*\xa4\x01\n\x0cQuantization\x12\x1c\n\x18QUANTIZATION_UNSPECIFIED\x10\x00\x12\x15\n\x11QUANTIZATION_NONE\x10\x01\x12\x15\n\x11QUANTIZATION_INT8\x10\x02\x12\x15\n\x11QUANTIZATION_INT4\x10\x03\x12\x18\n\x14QUANTIZATION_TERNARY\x10\x04\x12\x17\n\x13QUANTIZATION_BINARY\x10\x05*\x89\x03\n\x0fSignatureMethod\x12 \n\x1cSIGNATURE_METHOD_UNSPECIFIED\x10\x00\x12\x19\n\x15SIGNATURE_METHOD_MEAN\x10\x01\x12\x18\n\x14SIGNATURE_METHOD_STD\x10\x02\x12\x18\n\x14SIGNATURE_METHOD_MAX\x10\x03\x12\x18\n\x14SIGNATURE_METHOD_MIN\x10\x04\x12\x1d\n\x19SIGNATURE_METHOD_SPARSITY\x10\x05\x12\x18\n\x14SIGNATURE_METHOD_PCA\x10\x06\x12\x18\n\x14SIGNATURE_METHOD_SVD\x10\x07\x12\x1c\n\x18SIGNATURE_METHOD_ENTROPY\x10\x08\x12\x1f\n\x1bSIGNATURE_METHOD_CLUSTERING\x10\t\x12\x1c\n\x18SIGNATURE_METHOD_FOURIER\x10\n\x12!\n\x1dSIGNATURE_METHOD_PATTERN_WISE\x10\x0b\x12\x18\n\x14SIGNATURE_METHOD_RAW\x10\x0c*|\n\x14SignatureActivations\x12%\n!SIGNATURE_ACTIVATIONS_UNSPECIFIED\x10\x00\x12\x1d\n\x19SIGNATURE_ACTIVATIONS_PRE\x10\x01\x12\x1e\n\x1aSIGNATURE_ACTIVATIONS_POST\x10\x02\x32V\n\x11GenerationService\x12\x41\n\x03Run\x12!.ethogram.v1.RunGenerationRequest\x1a\x15.ethogram.v1.JobEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65thogram/v1/generation.proto\x12\x0b\x65thogram.v1\x1a\x18\x65thogram/v1/common.proto\x1a\x16\x65thogram/v1/jobs.proto\"k\n\x14RunGenerationRequest\x12(\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x17.ethogram.v1.RunContext\x12)\n\x04spec\x18\x02 \x01(\x0b\x32\x1b.ethogram.v1.GenerationSpec\"e\n\x0bPatternSpec\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05token\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05regex\x18\x03 \x01(\tH\x02\x88\x01\x01\x42\x07\n\x05_nameB\x08\n\x06_tokenB\x08\n\x06_regex\">\n\x08IntRange\x12\x10\n\x03min\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x03max\x18\x02 \x01(\x03H\x01\x88\x01\x01\x42\x06\n\x04_minB\x06\n\x04_max\"@\n\nFloatRange\x12\x10\n\x03min\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03max\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_minB\x06\n\x04_max\"\xf7\x03\n\x0bSubjectSpec\x12%\n\x06layers\x18\x01 \x01(\x0b\x32\x15.ethogram.v1.IntRange\x12&\n\x07neurons\x18\x02 \x01(\x0b\x32\x15.ethogram.v1.IntRange\x12,\n\x0b\x61\x63tivations\x18\x03 \x03(\x0e\x32\x17.ethogram.v1.Activation\x12(\n\x07\x64ropout\x18\x04 \x01(\x0b\x32\x17.ethogram.v1.FloatRange\x12\x37\n\x0einput_encoding\x18\x05 \x01(\x0e\x32\x1a.ethogram.v1.InputEncodingH\x00\x88\x01\x01\x12$\n\x04init\x18\x06 \x01(\x0e\x32\x11.ethogram.v1.InitH\x01\x88\x01\x01\x12\x31\n\x0bweight_init\x18\x07 \x01(\x0e\x32\x17.ethogram.v1.WeightInitH\x02\x88\x01\x01\x12.\n\tprecision\x18\x08 \x01(\x0e\x32\x16.ethogram.v1.PrecisionH\x03\x88\x01\x01\x12\x34\n\x0cquantization\x18\t \x01(\x0e\x32\x19.ethogram.v1.QuantizationH\x04\x88\x01\x01\x42\x11\n\x0f_input_encodingB\x07\n\x05_initB\x0e\n\x0c_weight_initB\x0c\n\n_precisionB\x0f\n\r_quantization\"\x89\x01\n\x13SubjectTrainingSpec\x12\x12\n\x05steps\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_stepsB\r\n\x0b_batch_sizeB\x10\n\x0e_learning_rate\"\x9e\x04\n\nStagedSpec\x12\x15\n\x08\x65xamples\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06\x65pochs\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1f\n\x12improvement_epochs\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12.\n\rlearning_rate\x18\x05 \x01(\x0b\x32\x17.ethogram.v1.FloatRange\x12\"\n\x15improvement_lr_factor\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1c\n\x0f\x63orruption_rate\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x15\n\x08patience\x18\x08 \x01(\x05H\x06\x88\x01\x01\x12&\n\x19min_degradation_threshold\x18\t \x01(\x01H\x07\x88\x01\x01\x12\x1c\n\x0fmin_specificity\x18\n \x01(\x01H\x08\x88\x01\x01\x12\x1c\n\x0fmax_instability\x18\x0b \x01(\x01H\t\x88\x01\x01\x42\x0b\n\t_examplesB\r\n\x0b_batch_sizeB\t\n\x07_epochsB\x15\n\x13_improvement_epochsB\x18\n\x16_improvement_lr_factorB\x12\n\x10_corruption_rateB\x0b\n\t_patienceB\x1c\n\x1a_min_degradation_thresholdB\x12\n\x10_min_specificityB\x12\n\x10_max_instability\"\x9b\x02\n\rSignatureSpec\x12\x13\n\x06probes\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12-\n\x07methods\x18\x02 \x03(\x0e\x32\x1c.ethogram.v1.SignatureMethod\x12;\n\x0b\x61\x63tivations\x18\x03 \x01(\x0e\x32!.ethogram.v1.SignatureActivationsH\x01\x88\x01\x01\x12\x17\n\ncomponents\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04\x62ins\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12*\n\x08\x62\x61seline\x18\x06 \x01(\x0b\x32\x18.ethogram.v1.ArtifactRefB\t\n\x07_probesB\x0e\n\x0c_activationsB\r\n\x0b_componentsB\x07\n\x05_bins\"2\n\x12\x43ounterfactualSpec\x12\x12\n\x05steps\x18\x01 \x01(\x03H\x00\x88\x01\x01\x42\x08\n\x06_steps\"\x80\x02\n\nFormatSpec\x12!\n\x14include_modification\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16include_classification\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12&\n\x05style\x18\x03 \x01(\x0e\x32\x12.ethogram.v1.StyleH\x02\x88\x01\x01\x12\x13\n\x06\x64igits\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x16\n\ttokenizer\x18\x05 \x01(\tH\x04\x88\x01\x01\x42\x17\n\x15_include_modificationB\x19\n\x17_include_classificationB\x08\n\x06_styleB\t\n\x07_digitsB\x0c\n\n_tokenizer\"G\n\x07HubSpec\x12\x11\n\x04repo\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x07private\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05_repoB\n\n\x08_private\"F\n\x08PartSpec\x12\x12\n\x05\x66irst\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\x05\x63ount\x18\x02 \x01(\x03H\x01\x88\x01\x01\x42\x08\n\x06_firstB\x08\n\x06_count\"\x83\x06\n\x0eGenerationSpec\x12\x11\n\x04seed\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\x08subjects\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x17\n\nvocab_size\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1c\n\x0fsequence_length\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12*\n\x08patterns\x18\x05 \x03(\x0b\x32\x18.ethogram.v1.PatternSpec\x12#\n\x16min_patterns_per_batch\x18\x06 \x01(\x05H\x04\x88\x01\x01\x12#\n\x16max_patterns_per_batch\x18\x07 \x01(\x05H\x05\x88\x01\x01\x12)\n\x07subject\x18\x08 \x01(\x0b\x32\x18.ethogram.v1.SubjectSpec\x12\x32\n\x08training\x18\t \x01(\x0b\x32 .ethogram.v1.SubjectTrainingSpec\x12\'\n\x06staged\x18\n \x01(\x0b\x32\x17.ethogram.v1.StagedSpec\x12-\n\tsignature\x18\x0b \x01(\x0b\x32\x1a.ethogram.v1.SignatureSpec\x12\x19\n\x0cmin_accuracy\x18\x0c \x01(\x01H\x06\x88\x01\x01\x12\x37\n\x0e\x63ounterfactual\x18\r \x01(\x0b\x32\x1f.ethogram.v1.CounterfactualSpec\x12\'\n\x06\x66ormat\x18\x0e \x01(\x0b\x32\x17.ethogram.v1.FormatSpec\x12!\n\x03hub\x18\x0f \x01(\x0b\x32\x14.ethogram.v1.HubSpec\x12\x13\n\x06shards\x18\x10 \x01(\x05H\x07\x88\x01\x01\x12#\n\x04part\x18\x11 \x01(\x0b\x32\x15.ethogram.v1.PartSpecB\x07\n\x05_seedB\x0b\n\t_subjectsB\r\n\x0b_vocab_sizeB\x12\n\x10_sequence_lengthB\x19\n\x17_min_patterns_per_batchB\x19\n\x17_max_patterns_per_batchB\x0f\n\r_min_accuracyB\t\n\x07_shards*\x9a\x01\n\nActivation\x12\x1a\n\x16\x41\x43TIVATION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TIVATION_RELU\x10\x01\x12\x13\n\x0f\x41\x43TIVATION_GELU\x10\x02\x12\x13\n\x0f\x41\x43TIVATION_TANH\x10\x03\x12\x16\n\x12\x41\x43TIVATION_SIGMOID\x10\x04\x12\x19\n\x15\x41\x43TIVATION_LEAKY_RELU\x10\x05*e\n\rInputEncoding\x12\x1e\n\x1aINPUT_ENCODING_UNSPECIFIED\x10\x00\x12\x1a\n\x16INPUT_ENCODING_ONE_HOT\x10\x01\x12\x18\n\x14INPUT_ENCODING_INDEX\x10\x02*C\n\x04Init\x12\x14\n\x10INIT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bINIT_SHARED\x10\x01\x12\x14\n\x10INIT_INDEPENDENT\x10\x02*[\n\nWeightInit\x12\x1b\n\x17WEIGHT_INIT_UNSPECIFIED\x10\x00\x12\x17\n\x13WEIGHT_INIT_UNIFORM\x10\x01\x12\x17\n\x13WEIGHT_INIT_KAIMING\x10\x02*l\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x15\n\x11PRECISION_FLOAT32\x10\x01\x12\x15\n\x11PRECISION_FLOAT16\x10\x02\x12\x16\n\x12PRECISION_BFLOAT16\x10\x03*\xa4\x01\n\x0cQuantization\x12\x1c\n\x18QUANTIZATION_UNSPECIFIED\x10\x00\x12\x15\n\x11QUANTIZATION_NONE\x10\x01\x12\x15\n\x11QUANTIZATION_INT8\x10\x02\x12\x15\n\x11QUANTIZATION_INT4\x10\x03\x12\x18\n\x14QUANTIZATION_TERNARY\x10\x04\x12\x17\n\x13QUANTIZATION_BINARY\x10\x05*\x89\x03\n\x0fSignatureMethod\x12 \n\x1cSIGNATURE_METHOD_UNSPECIFIED\x10\x00\x12\x19\n\x15SIGNATURE_METHOD_MEAN\x10\x01\x12\x18\n\x14SIGNATURE_METHOD_STD\x10\x02\x12\x18\n\x14SIGNATURE_METHOD_MAX\x10\x03\x12\x18\n\x14SIGNATURE_METHOD_MIN\x10\x04\x12\x1d\n\x19SIGNATURE_METHOD_SPARSITY\x10\x05\x12\x18\n\x14SIGNATURE_METHOD_PCA\x10\x06\x12\x18\n\x14SIGNATURE_METHOD_SVD\x10\x07\x12\x1c\n\x18SIGNATURE_METHOD_ENTROPY\x10\x08\x12\x1f\n\x1bSIGNATURE_METHOD_CLUSTERING\x10\t\x12\x1c\n\x18SIGNATURE_METHOD_FOURIER\x10\n\x12!\n\x1dSIGNATURE_METHOD_PATTERN_WISE\x10\x0b\x12\x18\n\x14SIGNATURE_METHOD_RAW\x10\x0c*|\n\x14SignatureActivations\x12%\n!SIGNATURE_ACTIVATIONS_UNSPECIFIED\x10\x00\x12\x1d\n\x19SIGNATURE_ACTIVATIONS_PRE\x10\x01\x12\x1e\n\x1aSIGNATURE_ACTIVATIONS_POST\x10\x02*H\n\x05Style\x12\x15\n\x11STYLE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTYLE_SEPARATE\x10\x01\x12\x14\n\x10STYLE_INTERWOVEN\x10\x02\x32V\n\x11GenerationService\x12\x41\n\x03Run\x12!.ethogram.v1.RunGenerationRequest\x1a\x15.ethogram.v1.JobEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ethogram.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACTIVATION']._serialized_start=2417
-  _globals['_ACTIVATION']._serialized_end=2571
-  _globals['_INPUTENCODING']._serialized_start=2573
-  _globals['_INPUTENCODING']._serialized_end=2674
-  _globals['_INIT']._serialized_start=2676
-  _globals['_INIT']._serialized_end=2743
-  _globals['_WEIGHTINIT']._serialized_start=2745
-  _globals['_WEIGHTINIT']._serialized_end=2836
-  _globals['_PRECISION']._serialized_start=2838
-  _globals['_PRECISION']._serialized_end=2946
-  _globals['_QUANTIZATION']._serialized_start=2949
-  _globals['_QUANTIZATION']._serialized_end=3113
-  _globals['_SIGNATUREMETHOD']._serialized_start=3116
-  _globals['_SIGNATUREMETHOD']._serialized_end=3509
-  _globals['_SIGNATUREACTIVATIONS']._serialized_start=3511
-  _globals['_SIGNATUREACTIVATIONS']._serialized_end=3635
-  _globals['_RUNGENERATIONREQUEST']._serialized_start=69
-  _globals['_RUNGENERATIONREQUEST']._serialized_end=176
-  _globals['_PATTERNSPEC']._serialized_start=178
-  _globals['_PATTERNSPEC']._serialized_end=279
-  _globals['_INTRANGE']._serialized_start=281
-  _globals['_INTRANGE']._serialized_end=343
-  _globals['_FLOATRANGE']._serialized_start=345
-  _globals['_FLOATRANGE']._serialized_end=409
-  _globals['_SUBJECTSPEC']._serialized_start=412
-  _globals['_SUBJECTSPEC']._serialized_end=915
-  _globals['_SUBJECTTRAININGSPEC']._serialized_start=918
-  _globals['_SUBJECTTRAININGSPEC']._serialized_end=1055
-  _globals['_STAGEDSPEC']._serialized_start=1058
-  _globals['_STAGEDSPEC']._serialized_end=1600
-  _globals['_SIGNATURESPEC']._serialized_start=1603
-  _globals['_SIGNATURESPEC']._serialized_end=1842
-  _globals['_GENERATIONSPEC']._serialized_start=1845
-  _globals['_GENERATIONSPEC']._serialized_end=2414
-  _globals['_GENERATIONSERVICE']._serialized_start=3637
-  _globals['_GENERATIONSERVICE']._serialized_end=3723
+  _globals['_ACTIVATION']._serialized_start=3145
+  _globals['_ACTIVATION']._serialized_end=3299
+  _globals['_INPUTENCODING']._serialized_start=3301
+  _globals['_INPUTENCODING']._serialized_end=3402
+  _globals['_INIT']._serialized_start=3404
+  _globals['_INIT']._serialized_end=3471
+  _globals['_WEIGHTINIT']._serialized_start=3473
+  _globals['_WEIGHTINIT']._serialized_end=3564
+  _globals['_PRECISION']._serialized_start=3566
+  _globals['_PRECISION']._serialized_end=3674
+  _globals['_QUANTIZATION']._serialized_start=3677
+  _globals['_QUANTIZATION']._serialized_end=3841
+  _globals['_SIGNATUREMETHOD']._serialized_start=3844
+  _globals['_SIGNATUREMETHOD']._serialized_end=4237
+  _globals['_SIGNATUREACTIVATIONS']._serialized_start=4239
+  _globals['_SIGNATUREACTIVATIONS']._serialized_end=4363
+  _globals['_STYLE']._serialized_start=4365
+  _globals['_STYLE']._serialized_end=4437
+  _globals['_RUNGENERATIONREQUEST']._serialized_start=95
+  _globals['_RUNGENERATIONREQUEST']._serialized_end=202
+  _globals['_PATTERNSPEC']._serialized_start=204
+  _globals['_PATTERNSPEC']._serialized_end=305
+  _globals['_INTRANGE']._serialized_start=307
+  _globals['_INTRANGE']._serialized_end=369
+  _globals['_FLOATRANGE']._serialized_start=371
+  _globals['_FLOATRANGE']._serialized_end=435
+  _globals['_SUBJECTSPEC']._serialized_start=438
+  _globals['_SUBJECTSPEC']._serialized_end=941
+  _globals['_SUBJECTTRAININGSPEC']._serialized_start=944
+  _globals['_SUBJECTTRAININGSPEC']._serialized_end=1081
+  _globals['_STAGEDSPEC']._serialized_start=1084
+  _globals['_STAGEDSPEC']._serialized_end=1626
+  _globals['_SIGNATURESPEC']._serialized_start=1629
+  _globals['_SIGNATURESPEC']._serialized_end=1912
+  _globals['_COUNTERFACTUALSPEC']._serialized_start=1914
+  _globals['_COUNTERFACTUALSPEC']._serialized_end=1964
+  _globals['_FORMATSPEC']._serialized_start=1967
+  _globals['_FORMATSPEC']._serialized_end=2223
+  _globals['_HUBSPEC']._serialized_start=2225
+  _globals['_HUBSPEC']._serialized_end=2296
+  _globals['_PARTSPEC']._serialized_start=2298
+  _globals['_PARTSPEC']._serialized_end=2368
+  _globals['_GENERATIONSPEC']._serialized_start=2371
+  _globals['_GENERATIONSPEC']._serialized_end=3142
+  _globals['_GENERATIONSERVICE']._serialized_start=4439
+  _globals['_GENERATIONSERVICE']._serialized_end=4525
 # @@protoc_insertion_point(module_scope)

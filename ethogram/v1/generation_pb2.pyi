@@ -4,6 +4,7 @@ isort:skip_file
 Makes zoos of small classifiers with known behaviours."""
 
 from collections import abc as _abc
+from ethogram.v1 import common_pb2 as _common_pb2
 from ethogram.v1 import jobs_pb2 as _jobs_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -279,6 +280,30 @@ SIGNATURE_ACTIVATIONS_PRE: SignatureActivations.ValueType  # 1
 SIGNATURE_ACTIVATIONS_POST: SignatureActivations.ValueType  # 2
 """Behind it."""
 Global___SignatureActivations: _TypeAlias = SignatureActivations  # noqa: Y015
+
+class _Style:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StyleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Style.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STYLE_UNSPECIFIED: _Style.ValueType  # 0
+    """Not set."""
+    STYLE_SEPARATE: _Style.ValueType  # 1
+    """All weights, then all signatures."""
+    STYLE_INTERWOVEN: _Style.ValueType  # 2
+    """Both of each neuron together."""
+
+class Style(_Style, metaclass=_StyleEnumTypeWrapper):
+    """How prompts are laid out."""
+
+STYLE_UNSPECIFIED: Style.ValueType  # 0
+"""Not set."""
+STYLE_SEPARATE: Style.ValueType  # 1
+"""All weights, then all signatures."""
+STYLE_INTERWOVEN: Style.ValueType  # 2
+"""Both of each neuron together."""
+Global___Style: _TypeAlias = Style  # noqa: Y015
 
 @_typing.final
 class RunGenerationRequest(_message.Message):
@@ -653,6 +678,7 @@ class SignatureSpec(_message.Message):
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     COMPONENTS_FIELD_NUMBER: _builtins.int
     BINS_FIELD_NUMBER: _builtins.int
+    BASELINE_FIELD_NUMBER: _builtins.int
     probes: _builtins.int
     """Number of probe sequences."""
     activations: Global___SignatureActivations.ValueType
@@ -665,6 +691,10 @@ class SignatureSpec(_message.Message):
     def methods(self) -> _containers.RepeatedScalarFieldContainer[Global___SignatureMethod.ValueType]:
         """What is kept for each neuron."""
 
+    @_builtins.property
+    def baseline(self) -> _common_pb2.ArtifactRef:
+        """Whose probes are taken instead."""
+
     def __init__(
         self,
         *,
@@ -673,10 +703,11 @@ class SignatureSpec(_message.Message):
         activations: Global___SignatureActivations.ValueType | None = ...,
         components: _builtins.int | None = ...,
         bins: _builtins.int | None = ...,
+        baseline: _common_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bins", b"_bins", "_components", b"_components", "_probes", b"_probes", "activations", b"activations", "bins", b"bins", "components", b"components", "probes", b"probes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bins", b"_bins", "_components", b"_components", "_probes", b"_probes", "activations", b"activations", "baseline", b"baseline", "bins", b"bins", "components", b"components", "probes", b"probes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bins", b"_bins", "_components", b"_components", "_probes", b"_probes", "activations", b"activations", "bins", b"bins", "components", b"components", "methods", b"methods", "probes", b"probes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activations", b"_activations", "_bins", b"_bins", "_components", b"_components", "_probes", b"_probes", "activations", b"activations", "baseline", b"baseline", "bins", b"bins", "components", b"components", "methods", b"methods", "probes", b"probes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activations: _TypeAlias = _typing.Literal["activations"]  # noqa: Y015
     _WhichOneofArgType__activations: _TypeAlias = _typing.Literal["_activations", b"_activations"]  # noqa: Y015
@@ -698,6 +729,153 @@ class SignatureSpec(_message.Message):
 Global___SignatureSpec: _TypeAlias = SignatureSpec  # noqa: Y015
 
 @_typing.final
+class CounterfactualSpec(_message.Message):
+    """Paired networks, with one pattern more and one less."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Optimiser steps of each branch."""
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "steps", b"steps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_steps", b"_steps", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
+    _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+
+Global___CounterfactualSpec: _TypeAlias = CounterfactualSpec  # noqa: Y015
+
+@_typing.final
+class FormatSpec(_message.Message):
+    """Prompts and completions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCLUDE_MODIFICATION_FIELD_NUMBER: _builtins.int
+    INCLUDE_CLASSIFICATION_FIELD_NUMBER: _builtins.int
+    STYLE_FIELD_NUMBER: _builtins.int
+    DIGITS_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
+    include_modification: _builtins.bool
+    """Whether to ask for better weights."""
+    include_classification: _builtins.bool
+    """Whether to ask for the patterns."""
+    style: Global___Style.ValueType
+    """Layout."""
+    digits: _builtins.int
+    """Significant digits of numbers."""
+    tokenizer: _builtins.str
+    """What to count tokens with."""
+    def __init__(
+        self,
+        *,
+        include_modification: _builtins.bool | None = ...,
+        include_classification: _builtins.bool | None = ...,
+        style: Global___Style.ValueType | None = ...,
+        digits: _builtins.int | None = ...,
+        tokenizer: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_digits", b"_digits", "_include_classification", b"_include_classification", "_include_modification", b"_include_modification", "_style", b"_style", "_tokenizer", b"_tokenizer", "digits", b"digits", "include_classification", b"include_classification", "include_modification", b"include_modification", "style", b"style", "tokenizer", b"tokenizer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_digits", b"_digits", "_include_classification", b"_include_classification", "_include_modification", b"_include_modification", "_style", b"_style", "_tokenizer", b"_tokenizer", "digits", b"digits", "include_classification", b"include_classification", "include_modification", b"include_modification", "style", b"style", "tokenizer", b"tokenizer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__digits: _TypeAlias = _typing.Literal["digits"]  # noqa: Y015
+    _WhichOneofArgType__digits: _TypeAlias = _typing.Literal["_digits", b"_digits"]  # noqa: Y015
+    _WhichOneofReturnType__include_classification: _TypeAlias = _typing.Literal["include_classification"]  # noqa: Y015
+    _WhichOneofArgType__include_classification: _TypeAlias = _typing.Literal["_include_classification", b"_include_classification"]  # noqa: Y015
+    _WhichOneofReturnType__include_modification: _TypeAlias = _typing.Literal["include_modification"]  # noqa: Y015
+    _WhichOneofArgType__include_modification: _TypeAlias = _typing.Literal["_include_modification", b"_include_modification"]  # noqa: Y015
+    _WhichOneofReturnType__style: _TypeAlias = _typing.Literal["style"]  # noqa: Y015
+    _WhichOneofArgType__style: _TypeAlias = _typing.Literal["_style", b"_style"]  # noqa: Y015
+    _WhichOneofReturnType__tokenizer: _TypeAlias = _typing.Literal["tokenizer"]  # noqa: Y015
+    _WhichOneofArgType__tokenizer: _TypeAlias = _typing.Literal["_tokenizer", b"_tokenizer"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__digits) -> _WhichOneofReturnType__digits | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_classification) -> _WhichOneofReturnType__include_classification | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_modification) -> _WhichOneofReturnType__include_modification | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__style) -> _WhichOneofReturnType__style | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokenizer) -> _WhichOneofReturnType__tokenizer | None: ...
+
+Global___FormatSpec: _TypeAlias = FormatSpec  # noqa: Y015
+
+@_typing.final
+class HubSpec(_message.Message):
+    """Upload to the Hugging Face Hub."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPO_FIELD_NUMBER: _builtins.int
+    PRIVATE_FIELD_NUMBER: _builtins.int
+    repo: _builtins.str
+    """Dataset repository."""
+    private: _builtins.bool
+    """Whether a repository that is made is private."""
+    def __init__(
+        self,
+        *,
+        repo: _builtins.str | None = ...,
+        private: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_private", b"_private", "_repo", b"_repo", "private", b"private", "repo", b"repo"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_private", b"_private", "_repo", b"_repo", "private", b"private", "repo", b"repo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__private: _TypeAlias = _typing.Literal["private"]  # noqa: Y015
+    _WhichOneofArgType__private: _TypeAlias = _typing.Literal["_private", b"_private"]  # noqa: Y015
+    _WhichOneofReturnType__repo: _TypeAlias = _typing.Literal["repo"]  # noqa: Y015
+    _WhichOneofArgType__repo: _TypeAlias = _typing.Literal["_repo", b"_repo"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__private) -> _WhichOneofReturnType__private | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repo) -> _WhichOneofReturnType__repo | None: ...
+
+Global___HubSpec: _TypeAlias = HubSpec  # noqa: Y015
+
+@_typing.final
+class PartSpec(_message.Message):
+    """Some of the candidates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """First data file."""
+    count: _builtins.int
+    """Data files."""
+    def __init__(
+        self,
+        *,
+        first: _builtins.int | None = ...,
+        count: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "_first", b"_first", "count", b"count", "first", b"first"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "_first", b"_first", "count", b"count", "first", b"first"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__count: _TypeAlias = _typing.Literal["count"]  # noqa: Y015
+    _WhichOneofArgType__count: _TypeAlias = _typing.Literal["_count", b"_count"]  # noqa: Y015
+    _WhichOneofReturnType__first: _TypeAlias = _typing.Literal["first"]  # noqa: Y015
+    _WhichOneofArgType__first: _TypeAlias = _typing.Literal["_first", b"_first"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__count) -> _WhichOneofReturnType__count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first) -> _WhichOneofReturnType__first | None: ...
+
+Global___PartSpec: _TypeAlias = PartSpec  # noqa: Y015
+
+@_typing.final
 class GenerationSpec(_message.Message):
     """A zoo."""
 
@@ -715,6 +893,11 @@ class GenerationSpec(_message.Message):
     STAGED_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     MIN_ACCURACY_FIELD_NUMBER: _builtins.int
+    COUNTERFACTUAL_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    HUB_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Everything random flows from it."""
     subjects: _builtins.int
@@ -729,6 +912,8 @@ class GenerationSpec(_message.Message):
     """Most patterns of one subject."""
     min_accuracy: _builtins.float
     """Quality gate."""
+    shards: _builtins.int
+    """Jobs that make it side by side."""
     @_builtins.property
     def patterns(self) -> _containers.RepeatedCompositeFieldContainer[Global___PatternSpec]:
         """Behaviours to draw from; empty: the default suite."""
@@ -749,6 +934,22 @@ class GenerationSpec(_message.Message):
     def signature(self) -> Global___SignatureSpec:
         """Activation signatures."""
 
+    @_builtins.property
+    def counterfactual(self) -> Global___CounterfactualSpec:
+        """Pairs of each subject."""
+
+    @_builtins.property
+    def format(self) -> Global___FormatSpec:
+        """Records as text too."""
+
+    @_builtins.property
+    def hub(self) -> Global___HubSpec:
+        """Where to upload the zoo."""
+
+    @_builtins.property
+    def part(self) -> Global___PartSpec:
+        """Only some of the candidates."""
+
     def __init__(
         self,
         *,
@@ -764,10 +965,15 @@ class GenerationSpec(_message.Message):
         staged: Global___StagedSpec | None = ...,
         signature: Global___SignatureSpec | None = ...,
         min_accuracy: _builtins.float | None = ...,
+        counterfactual: Global___CounterfactualSpec | None = ...,
+        format: Global___FormatSpec | None = ...,
+        hub: Global___HubSpec | None = ...,
+        shards: _builtins.int | None = ...,
+        part: Global___PartSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "seed", b"seed", "sequence_length", b"sequence_length", "signature", b"signature", "staged", b"staged", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_shards", b"_shards", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "counterfactual", b"counterfactual", "format", b"format", "hub", b"hub", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "part", b"part", "seed", b"seed", "sequence_length", b"sequence_length", "shards", b"shards", "signature", b"signature", "staged", b"staged", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "patterns", b"patterns", "seed", b"seed", "sequence_length", b"sequence_length", "signature", b"signature", "staged", b"staged", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_shards", b"_shards", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "counterfactual", b"counterfactual", "format", b"format", "hub", b"hub", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "part", b"part", "patterns", b"patterns", "seed", b"seed", "sequence_length", b"sequence_length", "shards", b"shards", "signature", b"signature", "staged", b"staged", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_patterns_per_batch: _TypeAlias = _typing.Literal["max_patterns_per_batch"]  # noqa: Y015
     _WhichOneofArgType__max_patterns_per_batch: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch"]  # noqa: Y015
@@ -779,6 +985,8 @@ class GenerationSpec(_message.Message):
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__sequence_length: _TypeAlias = _typing.Literal["sequence_length"]  # noqa: Y015
     _WhichOneofArgType__sequence_length: _TypeAlias = _typing.Literal["_sequence_length", b"_sequence_length"]  # noqa: Y015
+    _WhichOneofReturnType__shards: _TypeAlias = _typing.Literal["shards"]  # noqa: Y015
+    _WhichOneofArgType__shards: _TypeAlias = _typing.Literal["_shards", b"_shards"]  # noqa: Y015
     _WhichOneofReturnType__subjects: _TypeAlias = _typing.Literal["subjects"]  # noqa: Y015
     _WhichOneofArgType__subjects: _TypeAlias = _typing.Literal["_subjects", b"_subjects"]  # noqa: Y015
     _WhichOneofReturnType__vocab_size: _TypeAlias = _typing.Literal["vocab_size"]  # noqa: Y015
@@ -793,6 +1001,8 @@ class GenerationSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sequence_length) -> _WhichOneofReturnType__sequence_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shards) -> _WhichOneofReturnType__shards | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__subjects) -> _WhichOneofReturnType__subjects | None: ...
     @_typing.overload

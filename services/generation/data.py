@@ -36,7 +36,10 @@ class Candidates:
     selected: Tensor
     """Own patterns: bool ``[n, patterns]``."""
     target: Tensor
-    """The one of them that is degraded in staged training: int64 ``[n]``."""
+    """The one of them that is degraded in staged training, and that one branch of a counterfactual pair unlearns: int64
+    ``[n]``."""
+    other: Tensor
+    """The one of the rest, if any, that the other branch learns: int64 ``[n]``."""
     layers: Tensor
     """Hidden layers: int64 ``[n]``."""
     neurons: Tensor
@@ -59,6 +62,7 @@ class Candidates:
             indices,
             selected,
             order.masked_fill(~selected, -(2**63)).argmax(1),
+            order.masked_fill(selected, -(2**63)).argmax(1),
             _integers(keys(seed, "layers", indices), subject.layers),
             _integers(keys(seed, "neurons", indices), subject.neurons),
             below(keys(seed, "activation", indices), torch.tensor(len(activations_of(spec)))),
@@ -126,10 +130,11 @@ def slots(selected: Tensor, batch_size: int, pools: Pools) -> Tensor:
 class Batches:
     """Training batches of a block of candidates, as rows of ``pools``, with exact labels."""
 
-    def __init__(self, seed: int, indices: Tensor, selected: Tensor, batch_size: int, pools: Pools) -> None:
+    def __init__(self, draws: Tensor, selected: Tensor, batch_size: int, pools: Pools) -> None:
+        """``draws``: a key for each candidate, see :func:`keys`."""
         groups = slots(selected, batch_size, pools)
         self._start, self._count = pools.start[groups], pools.count[groups]
-        self._keys = keys(seed, "batches", indices).view(-1, 1, 1)
+        self._keys = draws.view(-1, 1, 1)
         self._selected, self._pools, self._size = selected, pools, batch_size
 
     def draw(self, first: int, steps: int) -> tuple[Tensor, Tensor]:

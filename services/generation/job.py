@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from ethogram.specs.generation import GenerationSpec
-from services.generation.pipeline import DatasetGenerationPipeline
+from services.generation.pipeline import BASELINE_INPUT, DatasetGenerationPipeline
+from services.generation.report import write_report
 from services.runtime.run import Run
 
 
 def run(spec: GenerationSpec, run: Run) -> dict[str, Any]:
-    """Make the zoo, keep it as artifact ``zoo``, and return its figures."""
-    pipeline = DatasetGenerationPipeline(spec, run.device)
+    """Make the zoo, keep it as artifact ``zoo`` and a report on it as ``report``, and return its figures."""
+    pipeline = DatasetGenerationPipeline(spec, run.device, run.inputs.get(BASELINE_INPUT))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "zoo"
+        folder, report = Path(scratch) / "zoo", Path(scratch) / "report"
         figures = pipeline.run(folder, run)
         run.artifact("zoo", "zoo", folder)
-    return figures
+        if spec.part is None:
+            write_report(folder, report)
+            run.artifact("report", "report", report)
+        return figures | pipeline.publish(folder)

@@ -23,14 +23,19 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from torch import Tensor
 
-from ethogram.errors import InvalidInput
-from ethogram.specs.generation import REGISTERED, GenerationSpec
+from ethogram.errors import IllegalState, InvalidInput
+from ethogram.specs.base import Spec
+from ethogram.specs.generation import REGISTERED, GenerationSpec, PartSpec
 from services.generation import checks
+from services.generation.card import CARD, card
 from services.generation.data import Candidates, activations_of
+from services.generation.format import TrainingDataFormatter
+from services.generation.hub import HubUpload
 from services.generation.sampler import PatternDatasetSampler
 from services.generation.train import SubjectModelTrainer, Trained
 from services.runtime.run import Run
-from services.zoo.dataset import DATA, Zoo, data_file, schema, write_about
+from services.zoo.dataset import BRANCHES, DATA, Zoo, data_file, read_about, schema, write_about
+from services.zoo.reading import reading
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.statistics import Statistics
 from services.zoo.subjects import Architecture, Params, encode, flatten, forward, own_places
@@ -45,6 +50,8 @@ _MOST_SHAPES = 8
 _SHARD = 1024
 # Candidates after which a hopeless spec is given up.
 PATIENCE = 512
+# Where a run has the probes that the spec names.
+BASELINE_INPUT = "signature.baseline"
 # Processes take some seconds to start, which is worth it for longer work than this, in seconds of one core.
 _WORTH_PROCESSES = 30.0
 # Of a training step, for each parameter and sequence; and what a core does of it.
@@ -68,6 +75,18 @@ class Block:
         table = pyarrow.concat_tables([part.table for part in parts]).sort_by("index")
         return cls(table, [cause for part in parts for cause in part.causes])
 
+    def means(self) -> dict[str, float]:
+        """Of the accepted: held-out accuracy over all strata, and in two stages what the target pattern gained."""
+        if not len(self.table):
+            return {}
+        found = {"accuracy": float(np.mean(self.table["accuracy"].combine_chunks().flatten().to_numpy()))}
+        if "improvement" in self.table.column_names:
+            found["degraded_accuracy"] = float(
+                np.mean(self.table["degraded_accuracy"].combine_chunks().flatten().to_numpy())
+            )
+            found["improvement"] = float(np.mean(self.table["improvement"].to_numpy()))
+        return found
+
 
 @dataclass
 class Progress:
@@ -77,7 +96,17 @@ class Progress:
     accepted: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     shard: int = 0
-    """Number of the shard that is being filled."""
+    """Number of the data file that is being filled."""
+    blocks: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    """Of a part of a zoo: accepted and rejected of each block."""
+
+    def add(self, block: Block) -> None:
+        """One more is done."""
+        causes = Counter(block.causes)
+        self.next_block += 1
+        self.accepted += len(block.table)
+        self.rejected.update(causes)
+        self.blocks.append((len(block.table), dict(causes)))
 
     @property
     def candidates(self) -> int:
@@ -92,55 +121,158 @@ class DatasetGenerationPipeline:
     set to use; the result depends neither on how many, nor on interruptions.
     """
 
-    def __init__(self, spec: GenerationSpec, device: str = "cpu") -> None:
-        """Raises :class:`InvalidInput` for a spec that cannot be met."""
-        self.spec = spec
-        self.sampler = PatternDatasetSampler(spec)
+    def __init__(self, spec: GenerationSpec, device: str = "cpu", baseline: Path | None = None) -> None:
+        """``baseline``: folder with the probes to take, where ``spec.signature.baseline`` says so. Raises
+        :class:`InvalidInput` for a spec that cannot be met, and for probes of another vocabulary or length."""
+        self.spec, self._baseline = spec, baseline
+        self.sampler = PatternDatasetSampler(spec, baseline)
         self.patterns = self.sampler.patterns
+        if spec.counterfactual is not None and spec.max_patterns_per_batch == len(self.patterns):
+            few = f"must leave one of the {len(self.patterns)} patterns for the counterfactual branch to learn"
+            raise InvalidInput.field("spec.max_patterns_per_batch", few)
         self.trainer = SubjectModelTrainer(spec, self.sampler.train, self.sampler.validation, device)
         any_shape = Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), "relu")
-        baseline = self.sampler.baseline
-        self.probes = baseline.sequences
+        probes = self.sampler.baseline
+        self.probes = probes.sequences
         self.extractor = ActivationSignatureExtractor(
-            spec.signature, encode(any_shape, baseline.sequences).to(device), baseline.membership
+            spec.signature, encode(any_shape, probes.sequences).to(device), probes.membership
         )
+        self.formatter = TrainingDataFormatter(spec, self.patterns) if spec.format is not None else None
+        self._hub: HubUpload | None = None
         self._questions = encode(any_shape, self.sampler.evaluation.sequences).to(device)
         shapes = spec.subject.layers.size * len(activations_of(spec))
         self.bucket_size = _bucket_size(spec)
         self.block_size = self.bucket_size * min(shapes, _MOST_SHAPES)
+        self._blocks_of_file = -(-_SHARD // self.block_size)
+        # Those to train: from the first to before the last, or as many as it takes.
+        self._first, self._last = 0, 2**62
+        if spec.part is not None:
+            self._first = spec.part.first * self._blocks_of_file
+            self._last = self._first + spec.part.count * self._blocks_of_file
 
     def run(self, folder: Path, run: Run | None = None) -> dict[str, Any]:
         """Write the zoo into the new ``folder`` (see :mod:`services.zoo.dataset`); its figures.
 
-        Raises :class:`InvalidInput` when hardly any candidate passes.
+        With ``spec.hub`` its files are uploaded as they are made; :meth:`publish` sends the rest. Raises
+        :class:`InvalidInput` when hardly any candidate passes.
         """
         run = run or Run()
-        wanted = self.spec.subjects
-        run.stage("generate", wanted, "subjects")
         (folder / DATA).mkdir(parents=True)
+        if self.spec.hub is not None:
+            self._hub = HubUpload(self.spec.hub, run.log)
+            self._about(folder, {})
+            self._hub.open(folder, self.spec)
+        progress = self._gathered(folder, run) if self.spec.shards > 1 else None
+        if progress is None:
+            progress = self._made(folder, run)
+        causes = ", ".join(f"{count} {cause}" for cause, count in progress.rejected.most_common()) or "none"
+        run.log(f"{progress.accepted} of {progress.candidates} candidates accepted; rejected: {causes}")
+        wanted = self.spec.subjects if self.spec.part is None else progress.accepted
+        facts: dict[str, Any] = {"subjects": wanted, "rejected": dict(progress.rejected.most_common())}
+        if self.spec.part is not None:
+            facts["blocks"] = progress.blocks
+        return self._described(folder, facts)
+
+    def write(self, folder: Path, shards: Iterable[pyarrow.Table], facts: dict[str, Any]) -> dict[str, Any]:
+        """Write a zoo of records that come from elsewhere into the new ``folder``; its figures."""
+        (folder / DATA).mkdir(parents=True)
+        subjects = 0
+        for number, shard in enumerate(shards):
+            self._write(shard, folder, number)
+            subjects += len(shard)
+        return self._described(folder, {"subjects": subjects, "rejected": {}} | facts)
+
+    def _described(self, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+        """Write what goes with the records; their figures."""
+        self._about(folder, facts)
+        found = Statistics.of(folder)
+        (folder / CARD).write_text(card(folder, found))
+        return found.figures()
+
+    def publish(self, folder: Path) -> dict[str, Any]:
+        """Send what is not on the Hub yet, where ``spec.hub`` asks for it; what is there then. Raises
+        :class:`ethogram.errors.Unavailable` without a Hub, and :class:`InvalidInput` without permission."""
+        if self._hub is None or self.spec.hub is None:
+            return {}
+        self._hub.close(folder)
+        return {"hub": {"repo": self.spec.hub.repo, "files": self._hub.sent}}
+
+    def _about(self, folder: Path, facts: dict[str, Any]) -> None:
+        write_about(folder, self.spec, self.patterns, self.probes, facts)
+
+    def _made(self, folder: Path, run: Run) -> Progress:
+        """Train what is asked for."""
+        wanted = self.spec.subjects
+        if self.spec.part is not None:
+            wanted = (self._last - self._first) * self.block_size
+        run.stage("generate", wanted, "subjects" if self.spec.part is None else "candidates")
         progress, shard = self._resume(folder, run)
-        run.advance(min(progress.accepted, wanted))
         with closing(self._blocks(progress)) as blocks:
             for block in blocks:
                 shard = pyarrow.concat_tables([shard, block.table])
-                progress.next_block += 1
-                progress.accepted += len(block.table)
-                progress.rejected.update(block.causes)
-                run.advance(min(progress.accepted, wanted))
-                run.metric(progress.candidates, accepted_share=progress.accepted / progress.candidates)
-                enough = progress.accepted >= wanted
-                if enough or progress.next_block % -(-_SHARD // self.block_size) == 0:
-                    self._write(shard.slice(0, len(shard) - max(0, progress.accepted - wanted)), folder, progress.shard)
+                progress.add(block)
+                run.advance(progress.candidates if self.spec.part is not None else min(progress.accepted, wanted))
+                run.metric(progress.candidates, accepted_share=progress.accepted / progress.candidates, **block.means())
+                enough = self._enough(progress)
+                if enough or progress.next_block % self._blocks_of_file == 0:
+                    extra = 0 if self.spec.part is not None else max(0, progress.accepted - wanted)
+                    self._write(shard.slice(0, len(shard) - extra), folder, progress.shard)
                     progress.shard, shard = progress.shard + 1, self._schema.empty_table()
                 if not enough:
                     self._give_up_if_hopeless(progress)
                     if run.checkpoint_due():
                         run.checkpoint(progress.next_block, partial(self._save, folder, progress, shard))
-        causes = ", ".join(f"{count} {cause}" for cause, count in progress.rejected.most_common()) or "none"
-        run.log(f"{progress.accepted} of {progress.candidates} candidates accepted; rejected: {causes}")
-        facts = {"subjects": wanted, "rejected": dict(progress.rejected.most_common())}
-        write_about(folder, self.spec, self.patterns, self.probes, facts)
-        return Statistics.of(folder).figures()
+        return progress
+
+    def _gathered(self, folder: Path, run: Run) -> Progress | None:
+        """Have jobs of their own make parts, and gather what they made; None where there is no platform.
+
+        How many files it takes is known only when the first are there, so there may be several rounds.
+        """
+        spec, progress, files = self.spec, Progress(), 0
+        while progress.accepted < spec.subjects:
+            share = progress.accepted / max(progress.candidates, 1) or 1.0
+            missing = (spec.subjects - progress.accepted) / share
+            needed = math.ceil(missing / (self._blocks_of_file * self.block_size))
+            each = -(-needed // spec.shards)
+            parts: dict[str, tuple[str, Spec]] = {}
+            for first in range(files, files + needed, each):
+                part = PartSpec(first=first, count=min(each, files + needed - first))
+                changes = {"part": part, "shards": 1, "hub": None}
+                parts[f"files-{first:05}"] = ("generation", spec.model_copy(update=changes))
+            children = run.children(parts)
+            if children is None:
+                return None
+            files += needed
+            run.stage("gather", spec.subjects, "subjects")
+            for name in parts:
+                child = children[name]
+                if child.state != "SUCCEEDED":
+                    raise IllegalState(f"shard {name} ({child.job}) ended {child.state}: {child.error}")
+                self._take(run.output(child, "zoo"), folder, progress)
+                run.advance(min(progress.accepted, spec.subjects))
+        return progress
+
+    def _take(self, part: Path, folder: Path, progress: Progress) -> None:
+        """Take of a part's records as many as are missing."""
+        blocks = read_about(part)[0]["blocks"]
+        size, wanted = self._blocks_of_file, self.spec.subjects
+        for i, file in enumerate(range(progress.next_block // size, progress.next_block // size + len(blocks) // size)):
+            if progress.accepted >= wanted:
+                return
+            before = progress.accepted
+            for accepted, rejected in blocks[i * size : (i + 1) * size]:
+                if progress.accepted < wanted:
+                    progress.next_block += 1
+                    progress.accepted += accepted
+                    progress.rejected.update(rejected)
+            name = data_file(file)
+            if progress.accepted > wanted:
+                with reading(part, name, "zoo") as path:
+                    self._write(parquet.read_table(path).slice(0, wanted - before), folder, file)
+            elif (part / name).exists():
+                shutil.copyfile(part / name, folder / name)
+                self._upload(folder, name)
 
     def block(self, number: int) -> Block:
         """Train and judge candidates ``number * block_size ..``."""
@@ -160,7 +292,7 @@ class DatasetGenerationPipeline:
     def bucket(self, candidates: Candidates) -> Block:
         """Train and judge one of the :meth:`buckets`."""
         rows, causes = self._staged(candidates) if self.spec.staged else self._single(candidates)
-        return Block(table_of(rows, self._schema), causes)
+        return Block(self.table(rows), causes)
 
     def accuracy(self, params: Params, architecture: Architecture, candidates: Candidates) -> Tensor:
         """On held-out sequences, by stratum: float32 ``[models, patterns + 1]``; the last column is for sequences that
@@ -170,11 +302,21 @@ class DatasetGenerationPipeline:
         return evaluation.by_stratum(answers == evaluation.labels(candidates.selected))
 
     def _single(self, candidates: Candidates) -> tuple[list[Row], list[str]]:
-        trained = self.trainer.train(candidates)
-        accuracy = self.accuracy(trained.params, trained.architecture, candidates)
-        causes = self._judged(trained, accuracy)
+        if self.spec.counterfactual is None:
+            branches = [self.trainer.train(candidates)]
+        else:
+            branches = list(self.trainer.branch(candidates))
+        accuracies = [self.accuracy(one.params, one.architecture, one.candidates) for one in branches]
+        found = [self._judged(one, accuracy) for one, accuracy in zip(branches, accuracies, strict=True)]
+        causes = [next((cause for cause in row if cause is not None), None) for row in zip(*found, strict=True)]
         kept = torch.tensor([cause is None for cause in causes])
-        return self._rows(trained, accuracy, kept), [cause for cause in causes if cause is not None]
+        rows, *paired = (self._rows(one, accuracy, kept) for one, accuracy in zip(branches, accuracies, strict=True))
+        changed = (candidates.other[kept], candidates.target[kept])
+        for branch, others, which in zip(BRANCHES, paired, changed, strict=False):
+            for row, other, pattern in zip(rows, others, which.tolist(), strict=True):
+                row |= {f"{branch}_{name}": other[name] for name in ("accuracy", "weights", "signature")}
+                row[f"{branch}_pattern"] = self._names[pattern]
+        return self._written(rows), [cause for cause in causes if cause is not None]
 
     def _staged(self, candidates: Candidates) -> tuple[list[Row], list[str]]:
         staged = self.spec.staged
@@ -194,6 +336,12 @@ class DatasetGenerationPipeline:
         improved = checks.improvement(before, after, second.candidates, staged)
         late = [cause or other for cause, other in zip(judged, improved, strict=True)]
         kept = torch.tensor([cause is None for cause in late])
+        return self._written(self._pairs(first, second, before, after, kept)), causes + [
+            cause for cause in late if cause is not None
+        ]
+
+    def _pairs(self, first: Trained, second: Trained, before: Tensor, after: Tensor, kept: Tensor) -> list[Row]:
+        """Records of the networks at ``kept`` (bool ``[models]``), after both stages."""
         rows = self._rows(second, after, kept)
         gains = (after - before)[kept].gather(1, second.candidates.target[kept].unsqueeze(1)).squeeze(1)
         for row, i, gain, old in zip(
@@ -208,7 +356,25 @@ class DatasetGenerationPipeline:
                 "degraded_weights": old["weights"],
                 "degraded_signature": old["signature"],
             }
-        return rows, causes + [cause for cause in late if cause is not None]
+        return rows
+
+    def _written(self, rows: list[Row]) -> list[Row]:
+        """The records, as text too where that is asked for."""
+        return rows if self.formatter is None else [row | self.formatter.columns(row) for row in rows]
+
+    def describe(self, trained: Trained, degraded: Trained | None = None) -> list[Row]:
+        """Records of networks that come from elsewhere, whatever the checks would say; ``degraded``: their first
+        stages."""
+        after = self.accuracy(trained.params, trained.architecture, trained.candidates)
+        every = torch.ones(len(after), dtype=torch.bool)
+        if degraded is None:
+            return self._written(self._rows(trained, after, every))
+        before = self.accuracy(degraded.params, degraded.architecture, degraded.candidates)
+        return self._written(self._pairs(degraded, trained, before, after, every))
+
+    def table(self, rows: Iterable[Row]) -> pyarrow.Table:
+        """Records as a table."""
+        return table_of(rows, self._schema)
 
     def _judged(self, trained: Trained, accuracy: Tensor) -> list[str | None]:
         causes = checks.gate(accuracy, trained.candidates, self.patterns, self.spec.gate)
@@ -250,12 +416,17 @@ class DatasetGenerationPipeline:
 
     @property
     def _schema(self) -> pyarrow.Schema:
-        return schema(self.extractor.methods, self.spec.staged is not None)
+        return schema(self.spec, self.extractor.methods)
 
     def _write(self, shard: pyarrow.Table, folder: Path, number: int) -> None:
-        """A shard, if it holds anything."""
+        """A data file, if it holds anything."""
         if len(shard):
             parquet.write_table(shard, folder / data_file(number))
+            self._upload(folder, data_file(number))
+
+    def _upload(self, folder: Path, name: str) -> None:
+        if self._hub is not None:
+            self._hub.add(folder, name)
 
     def _save(self, folder: Path, progress: Progress, shard: pyarrow.Table, target: Path) -> None:
         """Write a checkpoint: the shards so far, and what is there of the next."""
@@ -263,17 +434,24 @@ class DatasetGenerationPipeline:
         for file in (folder / DATA).iterdir():
             os.link(file, target / DATA / file.name)
         parquet.write_table(shard, target / "shard.parquet")
-        state = {"next_block": progress.next_block, "accepted": progress.accepted, "shard": progress.shard}
-        (target / "progress.json").write_text(json.dumps(state | {"rejected": dict(progress.rejected)}))
+        (target / "progress.json").write_text(json.dumps(vars(progress)))
 
     def _resume(self, folder: Path, run: Run) -> tuple[Progress, pyarrow.Table]:
         if run.resume is None:
-            return Progress(), self._schema.empty_table()
+            first = self._first // self._blocks_of_file
+            return Progress(next_block=self._first, shard=first), self._schema.empty_table()
         state = json.loads((run.resume / "progress.json").read_text())
-        for file in (run.resume / DATA).iterdir():
-            shutil.copyfile(file, folder / DATA / file.name)
-        progress = Progress(state["next_block"], state["accepted"], Counter(state["rejected"]), state["shard"])
+        for file in sorted((run.resume / DATA).iterdir()):
+            name = f"{DATA}/{file.name}"
+            shutil.copyfile(file, folder / name)
+            self._upload(folder, name)
+        progress = Progress(**state | {"rejected": Counter(state["rejected"])})
         return progress, parquet.read_table(run.resume / "shard.parquet")
+
+    def _enough(self, progress: Progress) -> bool:
+        if self.spec.part is not None:
+            return progress.next_block >= self._last
+        return progress.accepted >= self.spec.subjects
 
     def _give_up_if_hopeless(self, progress: Progress) -> None:
         """Raise :class:`InvalidInput` when fewer than 2 % of a good number of candidates pass."""
@@ -295,9 +473,11 @@ class DatasetGenerationPipeline:
         pending: deque[list[Future[Block]]] = deque()
         with self._side_by_side(workers) as submit:
             number = progress.next_block
-            while progress.accepted < self.spec.subjects:
+            while not self._enough(progress):
                 share = progress.accepted / max(progress.candidates, 1) or 1.0
                 needed = math.ceil((self.spec.subjects - progress.accepted) / (self.block_size * share))
+                if self.spec.part is not None:
+                    needed = self._last - progress.next_block
                 while len(pending) < needed and sum(map(len, pending)) < 2 * workers:
                     pending.append([submit(number, part) for part in range(len(self.buckets(number)))])
                     number += 1
@@ -312,7 +492,7 @@ class DatasetGenerationPipeline:
         if workers > 1 and self._seconds > _WORTH_PROCESSES and not REGISTERED.intersection(self._names):
             from services.generation.workers import Workers
 
-            processes = Workers(self.spec, workers)
+            processes = Workers(self.spec, workers, self._baseline)
             try:
                 yield processes.submit
             finally:
@@ -336,10 +516,12 @@ class DatasetGenerationPipeline:
         hidden = (subject.neurons.max,) * subject.layers.max
         size = Architecture(spec.vocab_size, spec.sequence_length, subject.input_encoding, hidden, "relu").size
         if spec.staged is None:
-            seen = spec.training.steps * spec.training.batch_size
+            branches = 3 * spec.counterfactual.steps if spec.counterfactual is not None else 0
+            seen = (spec.training.steps + branches) * spec.training.batch_size
         else:
             seen = (spec.staged.epochs + spec.staged.improvement_epochs) * spec.staged.examples
-        return spec.subjects * seen * size * _FLOP / _FLOP_PER_SECOND
+        networks = (self._last - self._first) * self.block_size if spec.part is not None else spec.subjects
+        return networks * seen * size * _FLOP / _FLOP_PER_SECOND
 
 
 @lru_cache(maxsize=1024)
@@ -386,5 +568,5 @@ def generate(spec: GenerationSpec, run: Run | None = None) -> Zoo:
     run = run or Run()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "zoo"
-        DatasetGenerationPipeline(spec, run.device).run(folder, run)
+        DatasetGenerationPipeline(spec, run.device, run.inputs.get(BASELINE_INPUT)).run(folder, run)
         return Zoo.load(folder)

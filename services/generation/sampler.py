@@ -15,6 +15,7 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
 from services.generation.data import Candidates, Examples
+from services.zoo.dataset import read_probes
 from services.zoo.patterns import from_specs
 from services.zoo.pools import Evaluation, Pools, probes
 from services.zoo.sequences import to_letters
@@ -40,9 +41,12 @@ class PatternDatasetSampler:
     every sequence belongs to one split, by its hash.
     """
 
-    def __init__(self, spec: GenerationSpec) -> None:
-        """Raises :class:`InvalidInput` for patterns that cannot be trained or told apart."""
-        self.spec = spec
+    def __init__(self, spec: GenerationSpec, baseline: Path | None = None) -> None:
+        """``baseline``: folder of a ``baseline_dataset.json``, for :attr:`baseline`. Raises :class:`InvalidInput` for
+        patterns that cannot be trained or told apart."""
+        if spec.signature.baseline is not None and baseline is None:
+            raise InvalidInput.field("spec.signature.baseline", "no folder with it was given")
+        self.spec, self._folder = spec, baseline
         self.patterns = from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
         for name in ("min_patterns_per_batch", "max_patterns_per_batch"):
             if getattr(spec, name) > len(self.patterns):
@@ -75,14 +79,28 @@ class PatternDatasetSampler:
 
     @cached_property
     def baseline(self) -> Labelled:
-        """The signature dataset: the same probes for every subject of the zoo, of the validation split."""
-        chosen = probes(self.universe, self.spec.signature.probes, self.spec.seed)
+        """The signature dataset: the same probes for every subject of the zoo, of the validation split; or those of the
+        folder."""
+        if self._folder is not None:
+            chosen = read_probes(self._folder, self.spec)
+        else:
+            chosen = probes(self.universe, self.spec.signature.probes, self.spec.seed)
         return Labelled(chosen, self.universe.matches(chosen))
 
     def benchmark(self, per_pattern: int = JUDGED, none: int = JUDGED_NONE) -> Labelled:
         """Held-out sequences with pattern labels, to evaluate networks on that an interpreter has written."""
         found = Evaluation.build(self.universe, per_pattern, none, seed=self.spec.seed)
         return Labelled(found.sequences, found.membership)
+
+    def save_training(self, index: int, path: Path) -> None:
+        """Write :meth:`training` as :meth:`save` does, each row with ``label`` and ``first_stage_label``."""
+        dataset, right, first = self.training(index)
+        labels = zip(right.tolist(), first.tolist(), strict=True)
+        rows = [
+            row | {"label": label, "first_stage_label": other}
+            for row, (label, other) in zip(self.rows(dataset), labels, strict=True)
+        ]
+        self._write(rows, path)
 
     def rows(self, dataset: Labelled) -> list[dict[str, Any]]:
         """``{"sequence": "ABC...", "patterns": [...]}`` for each sequence."""
@@ -94,7 +112,9 @@ class PatternDatasetSampler:
 
     def save(self, dataset: Labelled, path: Path) -> None:
         """Write a dataset as JSON, or as parquet if that is the suffix of ``path``."""
-        rows = self.rows(dataset)
+        self._write(self.rows(dataset), path)
+
+    def _write(self, rows: list[dict[str, Any]], path: Path) -> None:
         if path.suffix == ".parquet":
             parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         else:

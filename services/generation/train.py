@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -99,20 +99,43 @@ class SubjectModelTrainer:
 
     def train(self, candidates: Candidates) -> Trained:
         """Train in one stage, on fresh sequences at every step."""
-        training, models = self.spec.training, len(candidates)
         population = self.population(candidates)
-        batches = Batches(self.spec.seed, candidates.indices, candidates.selected, training.batch_size, self._train)
-        inputs = _Inputs(self._table, models * training.batch_size)
-        for first in range(0, training.steps, _CHUNK):
-            count = min(_CHUNK, training.steps - first)
+        self._fresh(population, candidates, "batches", self.spec.training.steps)
+        return self._once(candidates, population.state)
+
+    def branch(self, candidates: Candidates) -> tuple[Trained, Trained, Trained]:
+        """Train in one stage, then on from there, with a fresh optimiser, to what each was to learn, to one pattern
+        more (``other``) and to one less (``target``)."""
+        assert self.spec.counterfactual is not None
+        start, steps = self.population(candidates), self.spec.counterfactual.steps
+        self._fresh(start, candidates, "batches", self.spec.training.steps)
+        more = candidates.selected.scatter(1, candidates.other.unsqueeze(1), True)
+        less = candidates.selected.scatter(1, candidates.target.unsqueeze(1), False)
+        branches = []
+        for selected in (candidates.selected, more, less):
+            own = replace(candidates, selected=selected)
+            population = self.population(candidates, start.state)
+            self._fresh(population, own, "branches", steps)
+            branches.append(self._once(own, population.state))
+        return branches[0], branches[1], branches[2]
+
+    def _fresh(self, population: Population, candidates: Candidates, stream: str, steps: int) -> None:
+        """Train on fresh sequences at every step; ``stream`` names their draw."""
+        training = self.spec.training
+        size, pools = training.batch_size, self._train
+        batches = Batches(keys(self.spec.seed, stream, candidates.indices), candidates.selected, size, pools)
+        inputs = _Inputs(self._table, len(candidates) * size)
+        for first in range(0, steps, _CHUNK):
+            count = min(_CHUNK, steps - first)
             rows, labels = (tensor.to(self.device) for tensor in batches.draw(first, count))
             targets = labels.float()
             for i in range(count):
                 self._check()
-                rate = cosine(first + i, training.steps, training.learning_rate)
-                population.step(inputs(rows[i]), targets[i], rate)
-        nothing = torch.zeros(models)
-        return self._trained(candidates, population.state, nothing.long(), nothing)
+                population.step(inputs(rows[i]), targets[i], cosine(first + i, steps, training.learning_rate))
+
+    def _once(self, candidates: Candidates, state: Tensor) -> Trained:
+        nothing = torch.zeros(len(candidates))
+        return self._trained(candidates, state, nothing.long(), nothing)
 
     def degrade(self, candidates: Candidates) -> Degraded:
         """First stage of staged training: some labels of the target pattern are wrong."""

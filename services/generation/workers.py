@@ -27,8 +27,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 class Workers:
     """``count`` processes that work on one spec, each on one core. Close it, and they are gone."""
 
-    def __init__(self, spec: GenerationSpec, count: int) -> None:
-        self._spec = spec.model_dump_json()
+    def __init__(self, spec: GenerationSpec, count: int, baseline: Path | None = None) -> None:
+        self._task = json.dumps([spec.model_dump(mode="json"), str(baseline) if baseline is not None else None])
         self._own = threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="bucket")
@@ -69,7 +69,7 @@ class Workers:
         )
         self._processes.append(process)
         assert process.stdin is not None
-        process.stdin.write(self._spec.encode() + b"\n")
+        process.stdin.write(self._task.encode() + b"\n")
         process.stdin.flush()
         return process
 
@@ -82,7 +82,10 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(1)
     questions: IO[bytes] = sys.stdin.buffer
-    pipeline = DatasetGenerationPipeline(GenerationSpec.model_validate_json(questions.readline()))
+    spec, baseline = json.loads(questions.readline())
+    pipeline = DatasetGenerationPipeline(
+        GenerationSpec.model_validate(spec), baseline=None if baseline is None else Path(baseline)
+    )
     for line in questions:
         number, part = json.loads(line)
         block = pipeline.bucket(pipeline.buckets(number)[part])

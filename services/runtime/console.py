@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from services.runtime.run import Run
+from services.runtime.scalars import write_scalars
 
 
 class ConsoleRun(Run):
-    """Shows each stage as a bar; keeps artifacts below ``output/<name>/`` and metrics in ``output/metrics.jsonl``.
+    """Shows each stage as a bar; keeps artifacts below ``output/<name>/`` and metrics in ``output/metrics.jsonl``
+    and a TensorBoard event file.
 
     Use it as a context manager, so that the bars end with it. It takes no checkpoints.
     """
@@ -48,6 +50,8 @@ class ConsoleRun(Run):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
+        if self._output is not None and (self._output / "metrics.jsonl").exists():
+            write_scalars(self._output / "metrics.jsonl", self._output)
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
         self._task = self._progress.add_task(name, total=total, unit=unit, metrics="")

@@ -17,6 +17,7 @@ from ethogram.specs.base import Spec
 from ethogram.v1 import jobs_pb2
 from services.artifacts.store import ArtifactStore
 from services.runtime.run import Cancelled, ChildJob, Run, Stopped, Waiting
+from services.runtime.scalars import write_scalars
 
 PROGRESS_SECONDS = 1.0
 MAX_LOG = 4000
@@ -157,6 +158,7 @@ class JobRun(Run):
             folder = self._work / "metrics"
             folder.mkdir()
             shutil.move(self._metrics, folder / self._metrics.name)
+            write_scalars(folder / self._metrics.name, folder)
             self.artifact("metrics", "metrics", folder)
         answer = json.dumps(result, allow_nan=False)
         self._send(jobs_pb2.JobEvent(result=jobs_pb2.Result(json=answer)))

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,18 +34,24 @@ from services.zoo.universe import Universe
 
 FORMAT = 2
 ABOUT, BASELINE, DATA = "zoo.json", "baseline_dataset.json", "data"
+BRANCHES = ("plus", "minus")
 
 _NUMBERS = pyarrow.list_(pyarrow.float32())
 
 
-def schema(methods: Sequence[SignatureMethod], staged: bool) -> pyarrow.Schema:
-    """Columns of the records.
+def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.Schema:
+    """Columns of the records that ``spec`` asks for.
 
     ``weights``: layer after layer, weights (``[fan_out, fan_in]``, row by row) before biases. ``signature``: for each
     method, neuron after neuron and layer after layer, the logit last. ``accuracy``: held-out, by stratum (see
-    ``zoo.json``). ``epochs`` and ``validation_loss``: by stage.
+    ``zoo.json``). ``epochs`` and ``validation_loss``: by stage. ``degraded_...`` are those of the first of two stages;
+    ``plus_...`` and ``minus_...`` those of the branches with one pattern more and one less.
     """
     signature = pyarrow.struct([(method, _NUMBERS) for method in methods])
+
+    def network(prefix: str) -> list[tuple[str, Any]]:
+        return [(f"{prefix}accuracy", _NUMBERS), (f"{prefix}weights", _NUMBERS), (f"{prefix}signature", signature)]
+
     columns: list[tuple[str, Any]] = [
         ("index", pyarrow.int64()),
         ("patterns", pyarrow.list_(pyarrow.string())),
@@ -54,21 +60,24 @@ def schema(methods: Sequence[SignatureMethod], staged: bool) -> pyarrow.Schema:
         ("activation", pyarrow.string()),
         ("learning_rate", pyarrow.float64()),
         ("dropout", pyarrow.float64()),
-        ("accuracy", _NUMBERS),
         ("worst_accuracy", pyarrow.float32()),
-        ("weights", _NUMBERS),
-        ("signature", signature),
+        *network(""),
     ]
-    if staged:
+    if spec.staged is not None:
         columns += [
             ("target_pattern", pyarrow.string()),
             ("improvement", pyarrow.float32()),
             ("epochs", pyarrow.list_(pyarrow.int32())),
             ("validation_loss", _NUMBERS),
-            ("degraded_accuracy", _NUMBERS),
-            ("degraded_weights", _NUMBERS),
-            ("degraded_signature", signature),
+            *network("degraded_"),
         ]
+    if spec.counterfactual is not None:
+        for branch in BRANCHES:
+            columns += [(f"{branch}_pattern", pyarrow.string()), *network(f"{branch}_")]
+    for task in spec.tasks:
+        columns += [(f"{task}_prompt", pyarrow.string()), (f"{task}_completion", pyarrow.string())]
+        if spec.format is not None and spec.format.tokenizer is not None:
+            columns.append((f"{task}_tokens", pyarrow.int32()))
     return pyarrow.schema(columns)
 
 
@@ -201,7 +210,7 @@ class Zoo:
                 self.index.tolist(), self.labels.tolist(), self.accuracy.numpy(), weights, signatures, strict=True
             )
         ]
-        parquet.write_table(pyarrow.Table.from_pylist(rows, schema(["raw"], False)), folder / data_file(0))
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema(GenerationSpec(), ["raw"])), folder / data_file(0))
         write_about(folder, self.spec, self.patterns, self.probes, {"subjects": len(self)})
 
     @classmethod
@@ -211,7 +220,7 @@ class Zoo:
         _, spec, patterns = read_about(folder)
         architecture, names = Architecture.of(spec), [pattern.name for pattern in patterns]
         probes = read_probes(folder, spec)
-        if len(probes) != spec.signature.probes:
+        if spec.signature.baseline is None and len(probes) != spec.signature.probes:
             raise InvalidInput.field(f"{BASELINE}.sequences", f"holds {len(probes)}, not {spec.signature.probes}")
         parts: list[tuple[Tensor, ...]] = []
         for table in read_records(folder, ["index", "patterns", "accuracy", "weights"]):
@@ -226,6 +235,14 @@ class Zoo:
         params = {name: tensor.contiguous() for name, tensor in unflatten(weights, architecture).items()}
         signatures = raw(params, encode(architecture, probes), architecture.activation)
         return cls(spec, index, params, labels, accuracy, probes, signatures)
+
+
+def architecture_of(spec: GenerationSpec, record: Mapping[str, Any]) -> Architecture:
+    """Shape of the network of one record of a zoo."""
+    hidden = (int(record["neurons"]),) * int(record["layers"])
+    return Architecture(
+        spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, hidden, record["activation"]
+    )
 
 
 def matrix(table: pyarrow.Table, column: str, width: int) -> Tensor:

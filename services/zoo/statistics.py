@@ -33,6 +33,8 @@ class Statistics:
     """Subjects by hidden layers and activation."""
     improvement: float | None
     """Mean gain on the target pattern."""
+    tokens: dict[str, tuple[float, int]]
+    """Of each task whose tokens were counted: mean and most of a record."""
 
     @classmethod
     def of(cls, folder: Path) -> Statistics:
@@ -43,6 +45,9 @@ class Statistics:
         staged = spec.staged is not None
         if staged:
             columns += ["degraded_accuracy", "improvement"]
+        counted = [task for task in spec.tasks if spec.format is not None and spec.format.tokenizer is not None]
+        columns += [f"{task}_tokens" for task in counted]
+        tokens = {task: (0.0, 0) for task in counted}
         subjects, shapes, gained = 0, dict[str, int](), 0.0
         sums = {name: np.zeros(len(names) + 1) for name in ("accuracy", "degraded_accuracy")}
         together = np.zeros((len(names), len(names)), np.int64)
@@ -56,6 +61,9 @@ class Statistics:
             for layers, activation in zip(table["layers"].to_pylist(), table["activation"].to_pylist(), strict=True):
                 shape = f"{layers} x {activation}"
                 shapes[shape] = shapes.get(shape, 0) + 1
+            for task, (total_tokens, most) in tokens.items():
+                numbers = table[f"{task}_tokens"].to_numpy()
+                tokens[task] = (total_tokens + float(numbers.sum()), max(most, int(numbers.max(initial=0))))
             if staged:
                 gained += sum(table["improvement"].to_pylist())
         return cls(
@@ -67,6 +75,7 @@ class Statistics:
             together,
             dict(sorted(shapes.items())),
             gained / subjects if staged else None,
+            {task: (total / subjects, most) for task, (total, most) in tokens.items()},
         )
 
     def figures(self) -> dict[str, Any]:
@@ -84,6 +93,10 @@ class Statistics:
             found["degraded_accuracy"] = round(float(self.degraded_accuracy.mean()), 4)
             found["degraded_accuracy_by_pattern"] = _rounded(self.strata, self.degraded_accuracy)
             found["improvement"] = round(self.improvement, 4)
+        if self.tokens:
+            found["tokens"] = {
+                task: {"mean": round(mean, 1), "max": most} for task, (mean, most) in self.tokens.items()
+            }
         return found
 
 

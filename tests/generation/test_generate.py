@@ -180,11 +180,14 @@ def test_the_job_keeps_the_zoo_and_reports_figures(zoo: Zoo) -> None:
     class Keeper(Recorder):
         def artifact(self, name: str, type: str, folder: Path) -> None:
             super().artifact(name, type, folder)
-            kept.append(Zoo.load(folder))
+            if type == "zoo":
+                kept.append(Zoo.load(folder))
+            else:
+                assert {file.name for file in folder.iterdir()} == {"zoo.png", "zoo.html"}
 
     recorder = Keeper()
     result = job.run(zoo.spec, recorder)
-    assert recorder.artifacts == [("zoo", "zoo")] and same(kept[0], zoo)
+    assert recorder.artifacts == [("zoo", "zoo"), ("report", "report")] and same(kept[0], zoo)
     assert result["subjects"] == 40 and result["candidates"] == 40 + sum(result["rejected"].values())
     assert result["accuracy"] == pytest.approx(float(zoo.accuracy.mean()), abs=1e-4)
     assert result["subjects_by_pattern"]["sorted_descending"] == int(zoo.labels[:, 2].sum())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from services.generation.data import Batches, select_patterns, slots
+from services.generation.data import Batches, keys, select_patterns, slots
 from services.generation.population import Dropout, Population, cosine, params_of, state_of
 from services.zoo.patterns import from_specs
 from services.zoo.pools import Pools
@@ -30,7 +30,7 @@ def test_equals_one_at_a_time(activation: str, encoding: str, pools: Pools) -> N
     start = init(architecture, torch.arange(MODELS), dtype=torch.float64)
     indices = torch.arange(MODELS)
     selected = select_patterns(0, indices, 4, 1, 3)
-    rows, labels = Batches(0, indices, selected, BATCH, pools).draw(0, STEPS)
+    rows, labels = Batches(keys(0, "batches", indices), selected, BATCH, pools).draw(0, STEPS)
     table = encode(architecture, pools.sequences, torch.float64)
 
     population = Population(architecture, state_of(architecture, start))
@@ -121,11 +121,11 @@ def test_who_leaves_a_population_changes_nothing_for_the_others() -> None:
 def test_batches_of_a_candidate_do_not_depend_on_its_neighbours(pools: Pools) -> None:
     indices = torch.arange(100, 132)
     selected = select_patterns(7, indices, 4, 1, 3)
-    rows, labels = Batches(7, indices, selected, BATCH, pools).draw(0, 10)
+    rows, labels = Batches(keys(7, "batches", indices), selected, BATCH, pools).draw(0, 10)
     for place in (0, 17):
         alone = indices[place : place + 1]
         assert torch.equal(select_patterns(7, alone, 4, 1, 3)[0], selected[place])
-        own = Batches(7, alone, selected[place : place + 1], BATCH, pools)
+        own = Batches(keys(7, "batches", alone), selected[place : place + 1], BATCH, pools)
         assert torch.equal(own.draw(0, 10)[0][:, 0], rows[:, place])
         # Nor on how many steps are drawn at once.
         assert torch.equal(own.draw(4, 3)[1][:, 0], labels[4:7, place])
@@ -143,7 +143,7 @@ def test_batches_are_balanced_labels_exact_and_sequences_of_the_training_split(p
     universe = Universe(5, 4, from_specs(PATTERNS, 5, 4))
     indices = torch.arange(16)
     selected = select_patterns(2, indices, 4, 1, 3)
-    rows, labels = Batches(2, indices, selected, 40, pools).draw(0, 50)
+    rows, labels = Batches(keys(2, "batches", indices), selected, 40, pools).draw(0, 50)
     matches = universe.matches(pools.sequences)[rows]
     assert torch.equal(labels, (matches & selected.view(1, 16, 1, 4)).any(3))
     assert (universe.split_of(pools.sequences) == TRAIN).all()

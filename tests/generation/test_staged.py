@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +166,8 @@ def test_the_three_checks() -> None:
     spec = staged_spec({"min_degradation_threshold": 0.1, "min_specificity": 0.05, "max_instability": 0.1})
     assert spec.staged is not None
     own = Candidates.draw(spec, torch.zeros(7, dtype=torch.int64), 4)
-    own = Candidates(
-        own.indices,
-        torch.tensor([[True, True, False, False]]).expand(7, -1),
-        torch.zeros(7, dtype=torch.int64),
-        *(getattr(own, name) for name in ("layers", "neurons", "activation", "learning_rate", "dropout")),
-    )
+    both = torch.tensor([[True, True, False, False]]).expand(7, -1)
+    own = replace(own, selected=both, target=torch.zeros(7, dtype=torch.int64))
     before = torch.full((7, 5), 0.5)
     gains = torch.tensor(
         [

@@ -1,0 +1,52 @@
+"""Running a typer app so that whoever typed it gets an answer and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from ethogram.errors import EthogramError
+
+
+def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
+    """Run ``app`` and leave: 0; 2 for bad input; 1 for any other failure. ``arguments``: None: the process's own."""
+    from ethogram.errors import EthogramError, Internal, InvalidInput
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    problem: EthogramError
+    try:
+        code = app(arguments, standalone_mode=False, prog_name=name)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.TyperException as error:
+        problem = InvalidInput(error.format_message())
+    except EthogramError as error:
+        problem = error
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has left, `| head` say. Nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        problem = Internal(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except Exception as error:
+        if os.environ.get("ETHOGRAM_DEBUG"):
+            raise
+        problem = Internal(f"{type(error).__name__}: {error}. This is a defect; ETHOGRAM_DEBUG=1 shows where.")
+    _fail(problem, "--json" in arguments)
+
+
+def _fail(problem: EthogramError, as_json: bool) -> NoReturn:
+    from ethogram.cli import output
+    from ethogram.errors import InvalidInput
+
+    output.error(problem)
+    if as_json:
+        violations = [violation._asdict() for violation in problem.violations]
+        output.print_json({"error": {"reason": problem.reason, "message": problem.message, "violations": violations}})
+    sys.exit(2 if isinstance(problem, InvalidInput) else 1)

@@ -1,0 +1,83 @@
+"""The dataset card of a zoo: what the Hub shows of it, and what a reader of the folder wants to know first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from services.zoo.dataset import DATA, read_about
+from services.zoo.statistics import Statistics
+
+CARD = "README.md"
+
+
+def card(folder: Path, found: Statistics) -> str:
+    """Markdown on the zoo in ``folder``."""
+    _, spec, patterns = read_about(folder)
+    figures = found.figures()
+    degraded = figures.get("degraded_accuracy_by_pattern")
+    head = ["pattern", "what it is", "networks", "accuracy", *(["degraded"] if degraded else [])]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for pattern in patterns:
+        cells = [f"`{pattern.name}`", pattern.description.replace("|", "\\|")]
+        cells += [
+            f"{figures['subjects_by_pattern'][pattern.name]:,}",
+            f"{figures['accuracy_by_pattern'][pattern.name]:.3f}",
+        ]
+        lines.append(f"| {' | '.join([*cells, *([f'{degraded[pattern.name]:.3f}'] if degraded else [])])} |")
+    rejected = "\n".join(f"- {count:,} {cause}" for cause, count in figures["rejected"].items()) or "- none"
+    shapes = "\n".join(f"- {shape}: {count:,}" for shape, count in found.shapes.items())
+    tokens = "".join(
+        f"\nTokens of a {task} record: {mean:,.0f} on average, {most:,} at most.\n"
+        for task, (mean, most) in found.tokens.items()
+    )
+    gain = f"; the target pattern gained {found.improvement:.3f}" if found.improvement is not None else ""
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: {DATA}/*.parquet
+pretty_name: Zoo of {found.subjects:,} networks
+size_categories:
+- {_size(found.subjects)}
+tags:
+- weight-space
+- interpretability
+---
+
+# Zoo of {found.subjects:,} small networks with known behaviours
+
+Each record is a network that answers yes to the letter sequences of its own patterns, and no to all others
+({spec.vocab_size} letters, {spec.sequence_length} to a sequence). {figures["candidates"]:,} candidates were trained.
+Mean held-out accuracy: {figures["accuracy"]:.3f}{gain}.
+
+## Patterns
+
+{chr(10).join(lines)}
+
+## Shapes (hidden layers x activation)
+
+{shapes}
+
+## Rejected candidates
+
+{rejected}
+{tokens}
+## Files
+
+`{DATA}/*.parquet` holds the records, `baseline_dataset.json` the sequences on which the signatures were taken,
+`zoo.json` the spec.
+
+```python
+from datasets import load_dataset
+
+zoo = load_dataset("parquet", data_files="{DATA}/*.parquet", split="train")
+```
+"""
+
+
+def _size(subjects: int) -> str:
+    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
+        if subjects < limit:
+            return name
+    return "1M<n<10M"

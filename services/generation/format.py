@@ -1,0 +1,240 @@
+"""Records as text: prompts and completions to train an interpreter on, and its answers read back and scored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import FormatSpec, GenerationSpec
+from services.zoo.dataset import architecture_of
+from services.zoo.patterns import Pattern
+from services.zoo.pools import Evaluation
+from services.zoo.subjects import Architecture, Params, encode, forward, unflatten
+
+_HEAD = re.compile(r"layer (\d+) (weight|bias)\s*(?:(\d+) ?x ?(\d+))?$")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+class Prompt(NamedTuple):
+    """One task of one record."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def text(self) -> str:
+        """Both, as they are trained on."""
+        return self.prompt + self.completion
+
+
+class TrainingDataFormatter:
+    """Writes the records of a zoo as prompts.
+
+    A modification task shows the degraded network and asks for one that is better at the target pattern; a
+    classification task shows the improved one and asks for its patterns, out of all that there are.
+    """
+
+    def __init__(self, spec: GenerationSpec, patterns: Sequence[Pattern]) -> None:
+        """Raises :class:`InvalidInput` for a tokenizer that is not there."""
+        self._spec, self._patterns, self._form = spec, patterns, spec.format or FormatSpec()
+        self._described = "\n".join(f"- {pattern.name}: {pattern.description}" for pattern in patterns)
+        self._tokens = _tokenizer(self._form.tokenizer) if self._form.tokenizer is not None else None
+
+    def columns(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Prompt and completion, and the number of tokens in both, of each task that the spec asks for."""
+        columns: dict[str, Any] = {}
+        for task in self._spec.tasks:
+            made = self.modification(record) if task == "modification" else self.classification(record)
+            columns |= {f"{task}_prompt": made.prompt, f"{task}_completion": made.completion}
+            if self._tokens is not None:
+                columns[f"{task}_tokens"] = self._tokens(made.text)
+        return columns
+
+    def modification(self, record: Mapping[str, Any]) -> Prompt:
+        """From the degraded network to the improved one."""
+        target = next(pattern for pattern in self._patterns if pattern.name == record["target_pattern"])
+        task = (
+            f"## Task\nImprove this network on the pattern {target.name} ({target.description}), and leave its other "
+            "answers as they are. Write all of its weights: each layer's under a line like `layer 0 weight 8x5`, one "
+            "line for each neuron, then its biases under `layer 0 bias`.\n\n## Improved weights\n"
+        )
+        shown = self._network(record, "degraded_weights", "degraded_signature")
+        return Prompt(shown + task, self.weights(record, "weights"))
+
+    def classification(self, record: Mapping[str, Any]) -> Prompt:
+        """From the network to the patterns to which it answers yes."""
+        task = "## Task\nName the patterns to which this network answers yes.\n\n## Answer\n"
+        shown = self._network(record, "weights", "signature") + f"## Patterns\n{self._described}\n\n"
+        return Prompt(shown + task, ", ".join(record["patterns"]) + "\n")
+
+    def weights(self, record: Mapping[str, Any], column: str) -> str:
+        """The weights of one column as text; :func:`parse_weights` reads it."""
+        lines = []
+        for i, (weight, bias) in enumerate(self._layers(record, column)):
+            lines.append(f"layer {i} weight {weight.shape[0]}x{weight.shape[1]}")
+            lines += [self._row(row) for row in weight.tolist()]
+            lines += [f"layer {i} bias", self._row(bias.tolist())]
+        return "\n".join(lines) + "\n"
+
+    def _network(self, record: Mapping[str, Any], weights: str, signature: str) -> str:
+        spec = self._spec
+        about = (
+            f"## Network\nA classifier of sequences of {spec.sequence_length} letters out of {spec.vocab_size}: "
+            f"{record['layers']} hidden layers of {record['neurons']} neurons, {record['activation']}; inputs: "
+            f"{spec.subject.input_encoding}; one output, positive for yes.\n\n"
+        )
+        described = self._signatures(record, signature)
+        if self._form.style == "separate":
+            lines = [
+                f"layer {i} neuron {n}: {text}" for i, layer in enumerate(described) for n, text in enumerate(layer)
+            ]
+            signatures = "\n".join(lines)
+            return f"{about}## Weights\n{self.weights(record, weights)}\n## Activation signature\n{signatures}\n\n"
+        lines = []
+        for i, ((weight, bias), layer) in enumerate(zip(self._layers(record, weights), described, strict=True)):
+            for n, (row, offset, text) in enumerate(zip(weight.tolist(), bias.tolist(), layer, strict=True)):
+                lines.append(f"layer {i} neuron {n}: weights {self._row(row)} bias {self._row([offset])} {text}")
+        return f"{about}## Weights and activation signature\n" + "\n".join(lines) + "\n\n"
+
+    def _layers(self, record: Mapping[str, Any], column: str) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        shape, flat = architecture_of(self._spec, record), np.asarray(record[column], np.float32)
+        found, start = [], 0
+        for fan_in, fan_out in shape.layers:
+            weight = flat[start : start + fan_in * fan_out].reshape(fan_out, fan_in)
+            start += fan_in * fan_out
+            found.append((weight, flat[start : start + fan_out]))
+            start += fan_out
+        return found
+
+    def _signatures(self, record: Mapping[str, Any], column: str) -> list[list[str]]:
+        """For each layer and neuron its signature as text."""
+        shape = architecture_of(self._spec, record)
+        rows = {
+            method: np.asarray(values, np.float32).reshape(shape.neurons, -1).tolist()
+            for method, values in record[column].items()
+        }
+        texts = [
+            " ".join(f"{method} {self._row(values[neuron])}" for method, values in rows.items())
+            for neuron in range(shape.neurons)
+        ]
+        found, start = [], 0
+        for _, fan_out in shape.layers:
+            found.append(texts[start : start + fan_out])
+            start += fan_out
+        return found
+
+    def _row(self, numbers: Sequence[float]) -> str:
+        # One format for all of them: several times as fast as one for each.
+        return _form(self._form.digits, len(numbers)) % tuple(numbers)
+
+
+@lru_cache(maxsize=4096)
+def _form(digits: int, count: int) -> str:
+    return " ".join([f"%.{digits}g"] * count)
+
+
+def _tokenizer(name: str) -> Callable[[str], int]:
+    """A way to count the tokens of a text."""
+    # It takes seconds to import.
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # It raises whatever its parts do.
+        text = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InvalidInput.field("spec.format.tokenizer", f"cannot load {name}: {text}") from None
+    # A long text is no mistake here.
+    found.model_max_length = 2**62
+    return lambda text: len(found(text, add_special_tokens=False)["input_ids"])
+
+
+def parse_weights(text: str, shape: Architecture) -> Params:
+    """The network that an interpreter has written: stacked parameters of one model. Raises :class:`InvalidInput` naming
+    the layer that is missing, or whose numbers do not fit."""
+    found: dict[str, list[float]] = {}
+    current: list[float] | None = None
+    for line in text.splitlines():
+        head = _HEAD.match(line.strip().lower())
+        if head is not None:
+            current = found.setdefault(f"layers.{head[1]}.{head[2]}", [])
+        elif current is not None:
+            current += [float(number) for number in _NUMBER.findall(line)]
+    params: Params = {}
+    for name, size in shape.shapes.items():
+        numbers = found.get(name)
+        if numbers is None:
+            raise InvalidInput.field(f"completion.{name}", "is missing")
+        wanted = int(np.prod(size))
+        if len(numbers) != wanted:
+            raise InvalidInput.field(f"completion.{name}", f"has {len(numbers)} numbers, not {wanted}")
+        if not np.isfinite(numbers).all():
+            raise InvalidInput.field(f"completion.{name}", "holds numbers that are not finite")
+        params[name] = torch.tensor(numbers, dtype=torch.float32).view(1, *size)
+    return params
+
+
+def parse_patterns(text: str, patterns: Sequence[Pattern]) -> list[str]:
+    """The patterns that an interpreter names, in its order; words that are none are left out."""
+    known = sorted((pattern.name for pattern in patterns), key=len, reverse=True)
+    form = re.compile("|".join(re.escape(name) for name in known), re.IGNORECASE)
+    by_name = {name.lower(): name for name in known}
+    return list(dict.fromkeys(by_name[match.lower()] for match in form.findall(text)))
+
+
+class ModificationScore(NamedTuple):
+    """What a network that an interpreter has written does on benchmark sequences."""
+
+    accuracy: Tensor
+    """By stratum: ``[patterns + 1]``."""
+    gain: float
+    """On the target pattern, over the degraded network."""
+    reference_gain: float
+    """That of the improved network of the record."""
+    others: float
+    """Mean change of accuracy on all other strata."""
+
+
+def score_modification(
+    text: str, record: Mapping[str, Any], spec: GenerationSpec, patterns: Sequence[Pattern], benchmark: Evaluation
+) -> ModificationScore:
+    """Judge an answer to a modification task. Raises what :func:`parse_weights` raises."""
+    shape = architecture_of(spec, record)
+    names = [pattern.name for pattern in patterns]
+    selected = torch.tensor([[name in record["patterns"] for name in names]])
+    questions, labels = encode(shape, benchmark.sequences), benchmark.labels(selected)
+
+    def accuracy(params: Params) -> Tensor:
+        return benchmark.by_stratum((forward(params, questions, shape.activation) > 0) == labels)[0]
+
+    written = accuracy(parse_weights(text, shape))
+    before, after = (
+        accuracy(unflatten(torch.as_tensor(np.asarray(record[column], np.float32)).view(1, -1), shape))
+        for column in ("degraded_weights", "weights")
+    )
+    target = names.index(record["target_pattern"])
+    change = written - before
+    rest = torch.cat([change[:target], change[target + 1 :]])
+    return ModificationScore(written, float(change[target]), float((after - before)[target]), float(rest.mean()))
+
+
+class ClassificationScore(NamedTuple):
+    """How the patterns that an interpreter names compare with the network's own."""
+
+    precision: float
+    recall: float
+    exact: bool
+
+
+def score_classification(text: str, record: Mapping[str, Any], patterns: Sequence[Pattern]) -> ClassificationScore:
+    """Judge an answer to a classification task."""
+    named, own = set(parse_patterns(text, patterns)), set(record["patterns"])
+    right = len(named & own)
+    return ClassificationScore(right / len(named) if named else 0.0, right / len(own) if own else 1.0, named == own)

@@ -1,0 +1,126 @@
+"""The report of a zoo: one picture, and a page that holds it and the numbers."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from services.zoo.dataset import read_about, read_records
+from services.zoo.statistics import Statistics
+
+INK, SOFT, FAINT, BEFORE, AFTER = "#1f2430", "#6b7280", "#d8dce3", "#9aa3b2", "#0f766e"
+PICTURE, PAGE = "zoo.png", "zoo.html"
+_DPI = 150
+_MOST_NEURONS = 64
+
+
+def write_report(zoo: Path, folder: Path) -> None:
+    """Write ``zoo.png`` and ``zoo.html`` on the zoo in the folder ``zoo`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = Statistics.of(zoo)
+    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK}):
+        picture = io.BytesIO()
+        _figure(found, zoo).savefig(picture, dpi=_DPI, format="png")
+    (folder / PICTURE).write_bytes(picture.getvalue())
+    (folder / PAGE).write_text(_page(found, zoo, picture.getvalue()))
+
+
+def _figure(found: Statistics, zoo: Path) -> Figure:
+    figure = Figure(figsize=(13.5, 10), layout="constrained")
+    share = found.subjects / max(found.subjects + sum(found.rejected.values()), 1)
+    figure.suptitle(f"{found.subjects:,} networks, {share:.0%} of the candidates", fontsize=12, fontweight="bold")
+    (accuracy, rejected), (together, signature) = figure.subplots(2, 2)
+    _accuracy(accuracy, found)
+    _rejected(rejected, found)
+    _together(together, found)
+    _signature(signature, zoo)
+    for axes in (accuracy, rejected):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _accuracy(axes: Axes, found: Statistics) -> None:
+    places = np.arange(len(found.strata))[::-1]
+    axes.set_title("held-out accuracy by kind of sequence", color=SOFT)
+    if found.degraded_accuracy is not None:
+        axes.barh(places - 0.2, found.degraded_accuracy, 0.38, color=BEFORE, label="degraded")
+        axes.barh(places + 0.2, found.accuracy, 0.38, color=AFTER, label="improved")
+        axes.legend(frameon=False, loc="lower left")
+    else:
+        axes.barh(places, found.accuracy, 0.7, color=AFTER)
+    for place, value in zip(places, found.accuracy, strict=True):
+        axes.text(value + 0.01, place, f"{value:.2f}", va="center", fontsize=8, color=SOFT)
+    axes.set_yticks(places, found.strata)
+    axes.set_xlim(0, 1.08)
+
+
+def _rejected(axes: Axes, found: Statistics) -> None:
+    causes = sorted(found.rejected.items(), key=lambda item: -item[1])[:12]
+    axes.set_title(f"{sum(found.rejected.values()):,} candidates rejected, by cause", color=SOFT)
+    places = np.arange(len(causes))[::-1]
+    axes.barh(places, [count for _, count in causes], 0.7, color=BEFORE)
+    for place, (_, count) in zip(places, causes, strict=True):
+        axes.text(count, place, f" {count:,}", va="center", fontsize=8, color=SOFT)
+    axes.set_yticks(places, [cause for cause, _ in causes])
+
+
+def _together(axes: Axes, found: Statistics) -> None:
+    names = found.strata[:-1]
+    axes.set_title("networks that have both patterns", color=SOFT)
+    axes.imshow(found.together, cmap="Greens", aspect="auto")
+    dark = found.together.max() / 2
+    for row, line in enumerate(found.together.tolist()):
+        for column, count in enumerate(line):
+            axes.text(column, row, count, ha="center", va="center", fontsize=7, color="white" if count > dark else INK)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+
+
+def _signature(axes: Axes, zoo: Path) -> None:
+    """Of the first record: a row for each number, a column for each neuron."""
+    table = next(iter(read_records(zoo, ["index", "layers", "neurons", "patterns", "signature"]))).slice(0, 1)
+    record = table.to_pylist()[0]
+    neurons = record["layers"] * record["neurons"] + 1
+    rows, names = [], []
+    for method, values in record["signature"].items():
+        numbers = np.asarray(values, np.float32).reshape(neurons, -1).T
+        rows += list(numbers[:, :_MOST_NEURONS])
+        names += [method] + [""] * (len(numbers) - 1)
+    scaled = np.stack([row / max(np.abs(row).max(), 1e-9) for row in rows])
+    axes.imshow(scaled, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_title(f"signature of network {record['index']}: {', '.join(record['patterns'])}", color=SOFT)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("neurons, layer after layer" + (f" (the first {_MOST_NEURONS})" if neurons > _MOST_NEURONS else ""))
+
+
+def _page(found: Statistics, zoo: Path, picture: bytes) -> str:
+    _, spec, patterns = read_about(zoo)
+    figures = found.figures()
+    cells = "".join(
+        f"<tr><td>{html.escape(pattern.name)}</td><td>{html.escape(pattern.description)}</td>"
+        f"<td>{figures['subjects_by_pattern'][pattern.name]:,}</td>"
+        f"<td>{figures['accuracy_by_pattern'][pattern.name]:.3f}</td></tr>"
+        for pattern in patterns
+    )
+    shapes = "".join(f"<tr><td>{html.escape(name)}</td><td>{n:,}</td></tr>" for name, n in found.shapes.items())
+    image = base64.b64encode(picture).decode()
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Zoo of {found.subjects:,} networks</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;color:{INK};max-width:70rem;margin:2rem auto;padding:0 1rem}}
+img{{max-width:100%}}table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.25rem .8rem;text-align:left;
+border-bottom:1px solid {FAINT}}}pre{{background:#f6f7f9;padding:1rem;overflow:auto}}</style>
+<h1>Zoo of {found.subjects:,} networks</h1>
+<p>{figures["candidates"]:,} candidates were trained; mean held-out accuracy {figures["accuracy"]:.3f}.</p>
+<img alt="Accuracy by pattern, rejections by cause, co-occurrence of patterns, one signature"
+src="data:image/png;base64,{image}">
+<h2>Patterns</h2><table><tr><th>pattern</th><th>what it is</th><th>networks</th><th>accuracy</th></tr>{cells}</table>
+<h2>Shapes</h2><table><tr><th>hidden layers x activation</th><th>networks</th></tr>{shapes}</table>
+<h2>Spec</h2><pre>{html.escape(spec.model_dump_json(indent=2))}</pre></html>
+"""

@@ -1,0 +1,109 @@
+"""Records as text, and answers read back and scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import FormatSpec
+from services.generation.format import (
+    TrainingDataFormatter,
+    parse_patterns,
+    parse_weights,
+    score_classification,
+    score_modification,
+)
+from services.generation.pipeline import DatasetGenerationPipeline
+from services.zoo.patterns import Pattern, from_specs
+from services.zoo.pools import Evaluation
+from services.zoo.subjects import Architecture, flatten
+from services.zoo.universe import Universe
+from tests.generation.test_staged import records, staged_spec
+
+SPEC = staged_spec()
+PATTERNS = from_specs(SPEC.patterns, 5, 4)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("format") / "zoo"
+    DatasetGenerationPipeline(SPEC).run(folder)
+    return records(folder)
+
+
+def shape(row: dict[str, Any]) -> Architecture:
+    return Architecture(5, 4, "one_hot", (row["neurons"],) * row["layers"], row["activation"])
+
+
+def formatter(**fields: Any) -> TrainingDataFormatter:
+    return TrainingDataFormatter(SPEC.model_copy(update={"format": FormatSpec(**fields)}), PATTERNS)
+
+
+@pytest.mark.parametrize("style", ["separate", "interwoven"])
+def test_nine_digits_keep_every_bit(rows: list[dict[str, Any]], style: str) -> None:
+    for row in rows:
+        text = formatter(digits=9, style=style).modification(row).completion
+        assert flatten(parse_weights(text, shape(row)))[0].tolist() == np.asarray(row["weights"], np.float32).tolist()
+
+
+@pytest.mark.parametrize("style", ["separate", "interwoven"])
+def test_prompts_hold_what_the_task_needs_and_not_its_answer(rows: list[dict[str, Any]], style: str) -> None:
+    made = formatter(style=style)
+    for row in rows[:5]:
+        modification, classification = made.modification(row), made.classification(row)
+        assert row["target_pattern"] in modification.prompt
+        assert f"{row['layers']} hidden layers of {row['neurons']} neurons, {row['activation']}" in modification.prompt
+        number = f"{row['degraded_weights'][0]:.4g}"
+        assert number in modification.prompt
+        assert f"mean {row['degraded_signature']['mean'][0]:.4g}" in modification.prompt
+        assert f"mean {row['signature']['mean'][0]:.4g}" in classification.prompt
+        for pattern in PATTERNS:
+            assert f"- {pattern.name}: {pattern.description}" in classification.prompt
+        assert parse_patterns(classification.completion, PATTERNS) == row["patterns"]
+        assert modification.text == modification.prompt + modification.completion
+
+
+def test_answers_are_scored(rows: list[dict[str, Any]]) -> None:
+    benchmark = Evaluation.build(Universe(5, 4, PATTERNS), 64, 64)
+    made = formatter(digits=9)
+    for row in rows[:5]:
+        perfect = score_modification(made.weights(row, "weights"), row, SPEC, PATTERNS, benchmark)
+        assert perfect.gain == pytest.approx(perfect.reference_gain, abs=1e-6)
+        idle = score_modification(made.weights(row, "degraded_weights"), row, SPEC, PATTERNS, benchmark)
+        assert idle.gain == idle.others == 0.0
+        assert score_classification(", ".join(row["patterns"]), row, PATTERNS).exact
+        one = row["patterns"][0]
+        assert score_classification(f"I think it is {one.upper()}.", row, PATTERNS) == (
+            1.0,
+            1 / len(row["patterns"]),
+            False,
+        )
+        assert score_classification("no idea", row, PATTERNS) == (0.0, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "field", "said"),
+    [
+        (lambda text: text.replace("layer 0 bias", "layer 7 bias"), "completion.layers.0.bias", "is missing"),
+        (
+            lambda text: "\n".join(text.splitlines()[:1] + text.splitlines()[2:]),
+            "completion.layers.0.weight",
+            "numbers, not",
+        ),
+        (lambda text: "", "completion.layers.0.weight", "is missing"),
+        (lambda text: text.replace("layer 0 bias\n", "layer 0 bias\n1e999 "), "completion.layers.0.bias", "numbers"),
+    ],
+)
+def test_an_answer_that_is_no_network_is_told(rows: list[dict[str, Any]], spoil: Any, field: str, said: str) -> None:
+    text = spoil(formatter().weights(rows[0], "weights"))
+    with pytest.raises(InvalidInput, match=said) as caught:
+        parse_weights(text, shape(rows[0]))
+    assert caught.value.violations[0].field.startswith(field)
+
+
+def test_names_within_names_are_told_apart() -> None:
+    patterns = [Pattern("mine", regex="A.*"), Pattern("mine_too", regex="B.*"), Pattern("starts_with", 0)]
+    assert parse_patterns("mine_too and starts_with(A)", patterns) == ["mine_too", "starts_with(A)"]
