@@ -29,7 +29,10 @@ class HubUpload:
         """``log(message, level)``: for people."""
         # It takes a while to import.
         from huggingface_hub import HfApi
+        from huggingface_hub.utils import disable_progress_bars
 
+        # The run has its own.
+        disable_progress_bars()
         self._spec, self._log, self._api = spec, log, HfApi()
         self._waiting: dict[str, Path] = {}
         self.sent = 0
@@ -109,7 +112,7 @@ def _same(spec: object) -> object:
 @contextmanager
 def _told(repo: str, what: str = "write to") -> Iterator[None]:
     """The Hub's errors as the platform's."""
-    import httpx
+    import httpx2  # What the client speaks HTTP with.
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     try:
@@ -124,7 +127,7 @@ def _told(repo: str, what: str = "write to") -> Iterator[None]:
             said = error.server_message or f"HTTP {code}"
             raise InvalidInput.field("spec.hub.repo", f"the Hub refuses {repo}: {said}") from None
         raise _absent(f"HTTP {code}") from None
-    except (httpx.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError) as error:
         raise _absent(str(error) or type(error).__name__) from None
 
 
