@@ -29,7 +29,7 @@ class HubUpload:
         """``log(message, level)``: for people."""
         # It takes a while to import.
         from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         # The run has its own.
         disable_progress_bars()
@@ -98,9 +98,11 @@ class HubUpload:
 
 def download(repo: str) -> Path:
     """The files of the dataset ``repo`` that can hold records, in a folder of the Hub's cache."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     with _told(repo, "read"):
+        # Asked first, since the download tells little of what went wrong.
+        HfApi().repo_info(repo, repo_type="dataset")
         wanted = ["*.parquet", "*.jsonl", BASELINE]
         return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
 

@@ -89,9 +89,12 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
         row[f"{task}_completion"] = made and made.completion
         row[f"{task}_text"] = made and made.text
     for name, prefix, there in (("degraded", "degraded_", staged), ("improved", "", True)):
-        row[f"{name}_signature"] = json.dumps(_signature(record[f"{prefix}signature"], shape)) if there else None
+        row[f"{name}_signature"] = row[f"{name}_model_weights"] = None
+        if not there:
+            continue
+        row[f"{name}_signature"] = json.dumps(_signature(record[f"{prefix}signature"], shape))
         weights = {"config": config, "weights": _named(record[f"{prefix}weights"], shape, record["dropout"] > 0)}
-        row[f"{name}_model_weights"] = json.dumps(weights) if there else None
+        row[f"{name}_model_weights"] = json.dumps(weights)
     stages = zip(record["epochs"], record["validation_loss"], strict=True) if staged else ()
     metrics = [{"epochs": epochs, "validation_loss": loss} for epochs, loss in stages]
     row["training_metrics"] = json.dumps(dict(zip(("degraded", "improved"), metrics, strict=False)))
@@ -168,7 +171,8 @@ def import_json(
         signature = spec.signature.model_copy(update={"probes": len(read_probes(baseline, spec))})
         spec = spec.model_copy(update={"signature": signature})
     pipeline = DatasetGenerationPipeline(spec, run.device, baseline)
-    names = [pattern.name for pattern in pipeline.patterns]
+    names = {pattern.kind: pattern.name for pattern in pipeline.patterns}
+    names |= {pattern.name: pattern.name for pattern in pipeline.patterns}
     run.stage("import", len(found), "records")
     shards: list[pyarrow.Table] = []
     for first in range(0, len(found), _AT_ONCE):
@@ -311,18 +315,20 @@ def _spec(found: Sequence[_Found], patterns: Sequence[PatternSpec] | None) -> Ge
     return GenerationSpec.model_validate(config)
 
 
-def _candidate(index: int, record: _Found, spec: GenerationSpec, names: Sequence[str]) -> Candidates:
+def _candidate(index: int, record: _Found, spec: GenerationSpec, names: Mapping[str, str]) -> Candidates:
+    """``names``: what each name in the records means. ``starts_with`` will do where there is one such pattern."""
     for name in (*record.patterns, *([record.target] if record.target is not None else [])):
         if name not in names:
-            text = f"{name} is none of the patterns: {', '.join(names)}"
+            text = f"{name} is none of the patterns: {', '.join(sorted(set(names.values())))}"
             raise InvalidInput.field(f"{record.place}.metadata.selected_patterns", text)
     rate = (record.metadata.get("model_config") or {}).get("learning_rate")
-    target = record.target if record.target is not None else record.patterns[0]
+    own, every = {names[name] for name in record.patterns}, list(dict.fromkeys(names.values()))
+    target = names[record.target if record.target is not None else record.patterns[0]]
     activation = activations_of(spec).index(record.shape.activation)  # type: ignore[arg-type]
     return Candidates(
         indices=torch.tensor([index]),
-        selected=torch.tensor([[name in record.patterns for name in names]]),
-        target=torch.tensor([names.index(target)]),
+        selected=torch.tensor([[name in own for name in every]]),
+        target=torch.tensor([every.index(target)]),
         other=torch.tensor([0]),
         layers=torch.tensor([len(record.shape.hidden)]),
         neurons=torch.tensor([record.shape.hidden[0]]),

@@ -118,6 +118,18 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, {"commitUrl": f"{hub.url}/c/{oid}", "commitOid": oid, "success": True})
 
     def _file(self, *, body: bool) -> None:
+        if asked := re.match(r"/api/datasets/([^/]+/[^/]+)(/revision/main|/tree/.*)?$", self.path):
+            files = self.hub.repos.get(asked[1])
+            if files is None:
+                return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            if "/tree/" in self.path:
+                tree = [
+                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for name, data in files.items()
+                ]
+                return self._answer(200, tree)
+            siblings = [{"rfilename": name} for name in files]
+            return self._answer(200, {"id": asked[1], "sha": "0" * 40, "siblings": siblings})
         found = re.match(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
         if found is None:
             return self._answer(404, {"error": "not here"})

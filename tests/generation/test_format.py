@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from datasets import load_dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import FormatSpec
+from ethogram.specs.generation import FormatSpec, GenerationSpec
 from services.generation.format import (
     TrainingDataFormatter,
     parse_patterns,
@@ -21,6 +27,7 @@ from services.zoo.patterns import Pattern, from_specs
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, flatten
 from services.zoo.universe import Universe
+from tests.generation.conftest import small_spec
 from tests.generation.test_staged import records, staged_spec
 
 SPEC = staged_spec()
@@ -107,3 +114,51 @@ def test_an_answer_that_is_no_network_is_told(rows: list[dict[str, Any]], spoil:
 def test_names_within_names_are_told_apart() -> None:
     patterns = [Pattern("mine", regex="A.*"), Pattern("mine_too", regex="B.*"), Pattern("starts_with", 0)]
     assert parse_patterns("mine_too and starts_with(A)", patterns) == ["mine_too", "starts_with(A)"]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """One that splits at blanks, saved as any other."""
+    words = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    made: Any = PreTrainedTokenizerFast
+    made(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def test_records_hold_prompts_and_counts_of_tokens(tokenizer: Path, tmp_path: Path) -> None:
+    spec = staged_spec(subjects=6, format={"tokenizer": str(tokenizer), "style": "interwoven"})
+    figures = DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
+    rows = records(tmp_path / "zoo")
+    for task in ("modification", "classification"):
+        counts = [len((row[f"{task}_prompt"] + row[f"{task}_completion"]).split()) for row in rows]
+        assert [row[f"{task}_tokens"] for row in rows] == counts
+        assert figures["tokens"][task] == {"mean": pytest.approx(np.mean(counts), abs=0.05), "max": max(counts)}
+    assert "Tokens of a modification record" in (tmp_path / "zoo" / "README.md").read_text()
+    table = load_dataset("parquet", data_dir=str(tmp_path / "zoo" / "data"), cache_dir=str(tmp_path / "cache"))["train"]
+    assert table[0]["classification_prompt"] == rows[0]["classification_prompt"]
+
+
+def test_a_tokenizer_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        DatasetGenerationPipeline(staged_spec(format={"tokenizer": str(tmp_path / "nothing")}))
+    assert caught.value.violations[0].field == "spec.format.tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": {"include_modification": True}}, "takes staged training"),
+        ({"format": {"include_classification": False}}, "asks for no task"),
+    ],
+)
+def test_tasks_that_cannot_be_are_told(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        GenerationSpec.model_validate(changes)
+
+
+def test_of_one_stage_there_is_classification_alone(tmp_path: Path) -> None:
+    spec = GenerationSpec.model_validate(small_spec(subjects=3).model_dump() | {"format": {}})
+    DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
+    row = records(tmp_path / "zoo")[0]
+    assert "modification_prompt" not in row and parse_patterns(row["classification_completion"], PATTERNS)

@@ -1,0 +1,143 @@
+"""``python -m services.generation``, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from ethogram.cli.execute import execute
+from services.generation.__main__ import app
+from services.generation.json_form import export_json
+from tests.generation.hub_server import serve
+from tests.generation.test_staged import records, staged_spec
+
+TASKS = ("modification", "classification")
+
+
+def call(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as left:
+        execute(app, "generation", [str(argument) for argument in arguments])
+    code = left.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("command") / "spec.json"
+    file.write_text(json.dumps(staged_spec(subjects=8).model_dump()))
+    return file
+
+
+@pytest.fixture(scope="module")
+def zoo(spec: Path) -> Path:
+    assert call("make", "-f", spec, "-o", spec.with_name("zoo"), "--set", "format.digits=9") == 0
+    return spec.with_name("zoo")
+
+
+def test_make_leaves_a_zoo_a_card_a_report_and_metrics(zoo: Path) -> None:
+    assert len(records(zoo)) == 8
+    assert {"README.md", "zoo.json", "baseline_dataset.json", "data", "report"} == {file.name for file in zoo.iterdir()}
+    assert {file.name for file in (zoo / "report").iterdir()} == {"zoo.png", "zoo.html"}
+    names = [file.name for file in zoo.with_name("zoo-run").iterdir()]
+    assert "metrics.jsonl" in names and any(name.startswith("events.out.tfevents") for name in names)
+
+
+def test_what_is_there_is_not_overwritten(zoo: Path, spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("make", "-f", spec, "-o", zoo) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_bad_specs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("make", "--set", "subjects=0", "-o", tmp_path / "zoo") == 2
+    assert "spec.subjects" in capsys.readouterr().err
+    assert call("make", "--set", "signature.baseline.artifact=zoo", "-o", tmp_path / "zoo") == 2
+    assert "spec.signature.baseline" in capsys.readouterr().err
+
+
+def test_the_probes_of_another_zoo(zoo: Path, spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = ["--set", "seed=9", "--set", "subjects=2", "--set", "signature.baseline.artifact=zoo"]
+    assert call("make", "-f", spec, *changed, "--baseline", zoo, "-o", tmp_path / "zoo") == 0
+    one, other = (json.loads((folder / "baseline_dataset.json").read_text()) for folder in (zoo, tmp_path / "zoo"))
+    assert one == other
+    changed += ["--set", "vocab_size=6"]
+    assert call("make", "-f", spec, *changed, "--baseline", zoo, "-o", tmp_path / "other") == 2
+    assert "baseline_dataset.json.vocab_size: is 5, but the spec's is 6" in capsys.readouterr().err
+
+
+def test_there_and_back(zoo: Path, tmp_path: Path) -> None:
+    assert call("export", zoo, "-o", tmp_path / "json") == 0
+    patterns = tmp_path / "patterns.json"
+    patterns.write_text(json.dumps({"patterns": json.loads((zoo / "zoo.json").read_text())["spec"]["patterns"]}))
+    assert call("import", tmp_path / "json", "-f", patterns, "-o", tmp_path / "back") == 0
+    assert [row["weights"] for row in records(tmp_path / "back")] == [row["weights"] for row in records(zoo)]
+    assert call("report", zoo, "-o", tmp_path / "report") == 0
+
+
+def test_a_set_is_fetched_from_the_hub(zoo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    export_json(zoo, tmp_path / "json")
+    patterns = tmp_path / "patterns.json"
+    patterns.write_text(json.dumps({"patterns": json.loads((zoo / "zoo.json").read_text())["spec"]["patterns"]}))
+    with serve() as hub:
+        files = [file for file in (tmp_path / "json").rglob("*") if file.is_file()]
+        hub.repos["them/set"] = {str(file.relative_to(tmp_path / "json")): file.read_bytes() for file in files}
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+
+        def fetch(repo: str, out: str) -> int:
+            module = [sys.executable, "-m", "services.generation", "import", repo, "-f", str(patterns)]
+            return subprocess.run([*module, "-o", str(tmp_path / out)], env=environment, check=False).returncode
+
+        assert fetch("them/set", "zoo") == 0
+        assert fetch("them/nothing", "none") == 2
+    assert "no permission to read them/nothing" in capfd.readouterr().err
+    assert [row["weights"] for row in records(tmp_path / "zoo")] == [row["weights"] for row in records(zoo)]
+
+
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_datasets(spec: Path, tmp_path: Path, form: str) -> None:
+    def rows(file: Path) -> list[dict[str, Any]]:
+        if form == "parquet":
+            return parquet.read_table(file).to_pylist()  # type: ignore[no-any-return]
+        return json.loads(file.read_text())["sequences"]  # type: ignore[no-any-return]
+
+    for which in ("baseline", "benchmark", "training"):
+        assert call("dataset", which, "-f", spec, "--index", "3", "-o", tmp_path / f"{which}.{form}") == 0
+    assert len(rows(tmp_path / f"baseline.{form}")) == 12
+    training = rows(tmp_path / f"training.{form}")
+    assert len(training) == 96 and any(row["label"] != row["first_stage_label"] for row in training)
+    used = {row["sequence"] for row in training}
+    assert used.isdisjoint(row["sequence"] for row in rows(tmp_path / f"benchmark.{form}"))
+
+
+def test_answers_are_scored(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = records(zoo)
+    answers = tmp_path / "answers.jsonl"
+    lines = [
+        {"index": row["index"], "task": task, "completion": row[f"{task}_completion"]} for row in rows for task in TASKS
+    ]
+    lines.append({"index": rows[0]["index"], "task": "modification", "completion": "no idea"})
+    answers.write_text("\n".join(json.dumps(line) for line in lines))
+    assert call("score", zoo, answers, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["classification"] == {"answers": 8, "precision": 1.0, "recall": 1.0, "exact": 1.0}
+    modified = found["modification"]
+    assert modified["answers"] == 9 and modified["parsed"] == pytest.approx(8 / 9)
+    total = sum(row["improvement"] for row in rows)
+    assert modified["gain"] == pytest.approx(total / 9, abs=1e-4)
+    answers.write_text(json.dumps({"index": 10**6, "task": "classification", "completion": ""}))
+    assert call("score", zoo, answers) == 2
+    assert "answers.0.index" in capsys.readouterr().err
+    answers.write_text(json.dumps({"index": 0, "task": "poetry", "completion": ""}))
+    assert call("score", zoo, answers) == 2
+    assert "answers.0.task" in capsys.readouterr().err

@@ -1,0 +1,203 @@
+"""The form with JSON text in its columns: written, read back, and read as others write it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from datasets import load_dataset
+from pyarrow import parquet
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import GenerationSpec, PatternSpec
+from services.generation.json_form import export_json, import_json
+from services.generation.pipeline import DatasetGenerationPipeline
+from services.zoo.dataset import read_about
+from services.zoo.subjects import init
+from tests.generation.conftest import small_spec
+from tests.generation.test_staged import records, staged_spec
+
+COLUMNS = {
+    "example_id",
+    "metadata",
+    "modification_prompt",
+    "modification_completion",
+    "modification_text",
+    "classification_prompt",
+    "classification_completion",
+    "classification_text",
+    "degraded_signature",
+    "improved_signature",
+    "degraded_model_weights",
+    "improved_model_weights",
+    "training_metrics",
+}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("json") / "zoo"
+    spec = staged_spec(subjects=12, signature={"probes": 12, "methods": ["mean", "raw"]})
+    DatasetGenerationPipeline(spec).run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(zoo: Path) -> Path:
+    export_json(zoo, zoo.with_name("exported"))
+    return zoo.with_name("exported")
+
+
+def test_what_is_written_is_what_such_sets_have(zoo: Path, exported: Path, tmp_path: Path) -> None:
+    table = load_dataset("parquet", data_dir=str(exported / "data"), cache_dir=str(tmp_path))["train"]
+    assert set(table.column_names) == COLUMNS and len(table) == 12
+    own = records(zoo)
+    for row, record in zip(table, own, strict=True):
+        metadata, weights = json.loads(row["metadata"]), json.loads(row["improved_model_weights"])
+        assert metadata["selected_patterns"] == record["patterns"]
+        assert metadata["target_pattern"] == record["target_pattern"]
+        assert weights["config"]["num_layers"] == record["layers"]
+        names = [f"network.{2 * layer}.{part}" for layer in range(record["layers"] + 1) for part in ("weight", "bias")]
+        assert list(weights["weights"]) == names
+        assert np.array(weights["weights"]["network.0.weight"]).shape == (record["neurons"], 20)
+        signature = json.loads(row["degraded_signature"])["neuron_activations"]
+        assert len(signature) == record["layers"] + 1
+        profile = signature["0"]["neuron_profiles"]["0"]
+        assert profile["mean"] == record["degraded_signature"]["mean"][0] and len(profile["raw"]) == 12
+        assert row["modification_text"] == row["modification_prompt"] + row["modification_completion"]
+        assert set(json.loads(row["training_metrics"])) == {"degraded", "improved"}
+
+
+def test_there_and_back(zoo: Path, exported: Path, tmp_path: Path) -> None:
+    patterns = GenerationSpec.model_validate(read_about(zoo)[0]["spec"]).patterns
+    import_json(exported, tmp_path / "back", patterns=patterns)
+    before, after = records(zoo), records(tmp_path / "back")
+    for old, new in zip(before, after, strict=True):
+        for name in ("patterns", "target_pattern", "layers", "neurons", "activation", "weights", "degraded_weights"):
+            assert new[name] == old[name]
+        assert new["learning_rate"] == pytest.approx(old["learning_rate"])
+        # The same networks, judged on the same sequences and described on the same probes.
+        assert new["signature"]["raw"] == pytest.approx(np.reshape(old["signature"]["raw"], (-1)), abs=1e-5)
+    figures = [np.array([row["accuracy"] for row in rows]) for rows in (before, after)]
+    # Held-out sequences are drawn with the seed of the spec, which this form does not have.
+    assert np.abs(figures[0] - figures[1]).mean() < 0.05
+    assert read_about(tmp_path / "back")[0]["imported"]
+
+
+def test_a_zoo_of_one_stage(tmp_path: Path) -> None:
+    DatasetGenerationPipeline(small_spec(subjects=4)).run(tmp_path / "zoo")
+    export_json(tmp_path / "zoo", tmp_path / "out")
+    import_json(tmp_path / "out", tmp_path / "back", patterns=small_spec().patterns)
+    before, after = records(tmp_path / "zoo"), records(tmp_path / "back")
+    assert [row["weights"] for row in before] == [row["weights"] for row in after]
+    assert "degraded_weights" not in after[0]
+
+
+def published(**changes: Any) -> dict[str, Any]:
+    """A record as others write it: index inputs, modules numbered with dropout between them, some columns missing."""
+    from services.zoo.subjects import Architecture
+
+    shape = Architecture(10, 5, "index", (8,) * 5, "relu")
+    params = init(shape, torch.tensor([7]))
+    weights = {
+        f"network.{3 * layer}.{part}": params[f"layers.{layer}.{part}"][0].tolist()
+        for layer in range(6)
+        for part in ("weight", "bias")
+    }
+    config: dict[str, Any] = {
+        "vocab_size": 10,
+        "sequence_length": 5,
+        "num_layers": 5,
+        "neurons_per_layer": 8,
+        "activation_type": "relu",
+    }
+    row = {
+        "example_id": 0,
+        "metadata": json.dumps({"target_pattern": "palindrome", "selected_patterns": ["palindrome", "no_repeats"]}),
+        "improved_model_weights": json.dumps({"config": config, "weights": weights}),
+        "degraded_model_weights": json.dumps({"config": config, "weights": weights}),
+    }
+    return row | changes
+
+
+def test_a_published_set_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(json.dumps(published(example_id=i)) for i in range(3)))
+    figures = import_json(file, tmp_path / "zoo")
+    assert figures["subjects"] == 3
+    (row, *_) = records(tmp_path / "zoo")
+    assert (row["layers"], row["neurons"], len(row["weights"])) == (5, 8, 345)
+    about = read_about(tmp_path / "zoo")[1]
+    assert about.subject.input_encoding == "index" and {one.name for one in about.patterns} == {
+        "palindrome",
+        "no_repeats",
+    }
+    raw = np.array(row["signature"]["raw"]).reshape(41, -1)
+    assert raw.shape[1] == 128 and raw.std() > 0
+
+
+def test_names_are_given_a_meaning(tmp_path: Path) -> None:
+    metadata = json.dumps({"selected_patterns": ["starts_with"], "target_pattern": "starts_with"})
+    file = tmp_path / "set.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([published(metadata=metadata)]), file)
+    with pytest.raises(InvalidInput, match="say what it is with patterns"):
+        import_json(file, tmp_path / "zoo")
+    patterns = [PatternSpec(name="starts_with", token="C"), PatternSpec(name="no_repeats")]
+    import_json(
+        file,
+        tmp_path / "zoo",
+        patterns=patterns,
+    )
+    assert records(tmp_path / "zoo")[0]["patterns"] == ["starts_with(C)"]
+    own = [PatternSpec(name="mine", regex="C.*"), PatternSpec(name="no_repeats")]
+    import_json(file, tmp_path / "mine", patterns=own, rename={"starts_with": "mine"})
+    assert records(tmp_path / "mine")[0]["patterns"] == ["mine"]
+    with pytest.raises(InvalidInput, match="starts_with is none of the patterns: mine, no_repeats"):
+        import_json(file, tmp_path / "none", patterns=own)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"metadata": "{"}, "metadata"),
+        ({"metadata": json.dumps({"selected_patterns": []})}, "metadata.selected_patterns"),
+        ({"improved_model_weights": None}, "improved_model_weights"),
+        ({"improved_model_weights": json.dumps({"weights": {}})}, "improved_model_weights"),
+        (
+            {"improved_model_weights": json.dumps({"config": {}, "weights": {"network.0.weight": [[1, 2], [3]]}})},
+            "improved_model_weights.weights.network.0.weight",
+        ),
+        (
+            {"improved_model_weights": published()["improved_model_weights"].replace('"vocab_size": 10, ', "")},
+            "improved_model_weights.config",
+        ),
+        (
+            {
+                "improved_model_weights": published()["improved_model_weights"].replace(
+                    "network.9.bias", "network.8.bias"
+                )
+            },
+            "improved_model_weights.weights.network.8",
+        ),
+    ],
+)
+def test_a_record_that_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in (published(), published(**changes))))
+    with pytest.raises(InvalidInput) as caught:
+        import_json(file, tmp_path / "zoo")
+    assert caught.value.violations[0].field == f"train.jsonl.1.{field}"
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_files_that_are_none_are_told(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="no file"):
+        import_json(tmp_path / "nothing", tmp_path / "zoo")
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        import_json(tmp_path / "bad.parquet", tmp_path / "zoo")
