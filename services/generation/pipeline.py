@@ -286,7 +286,7 @@ class DatasetGenerationPipeline:
         for one in sorted(set(shape.tolist())):
             same = (shape == one).nonzero().flatten()
             same = same[candidates.neurons[same].argsort(stable=True)]
-            found += [candidates.select(part) for part in same.chunk(-(-len(same) // self.bucket_size))]
+            found += [candidates.select(part) for part in same.chunk(max(1, round(len(same) / self.bucket_size)))]
         return found
 
     def bucket(self, candidates: Candidates) -> Block:

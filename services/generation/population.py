@@ -1,4 +1,4 @@
-"""Training many subject networks at once: stacked weights, batched matrix products, one Adam over a flat buffer.
+"""Training many subject networks at once: stacked weights, batched matrix products, one Adam for all.
 
 The backward pass is written by hand into preallocated buffers; autograd spends as long on its own as the products of
 networks this small take. A population's result equals training each network alone, up to rounding.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +20,14 @@ from services.zoo.subjects import Architecture, Params
 
 _aten = torch.ops.aten
 
-# (gradient of the output, pre-activation, output, where to put it) -> gradient of the pre-activation. All but GELU's
-# follow from the output alone, so that it may overwrite the pre-activation.
+# (gradient of the output, pre-activation, output, where to put it) -> gradient of the pre-activation.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "relu": lambda grad, _, out, into: _aten.threshold_backward.grad_input(grad, out, 0, grad_input=into),
+    "relu": lambda grad, pre, _, into: _aten.threshold_backward.grad_input(grad, pre, 0, grad_input=into),
     "gelu": lambda grad, pre, _, into: _aten.gelu_backward.grad_input(grad, pre, grad_input=into),
     "tanh": lambda grad, _, out, into: _aten.tanh_backward.grad_input(grad, out, grad_input=into),
     "sigmoid": lambda grad, _, out, into: _aten.sigmoid_backward.grad_input(grad, out, grad_input=into),
-    "leaky_relu": lambda grad, _, out, into: _aten.leaky_relu_backward.grad_input(
-        grad, out, 0.01, True, grad_input=into
+    "leaky_relu": lambda grad, pre, _, into: _aten.leaky_relu_backward.grad_input(
+        grad, pre, 0.01, False, grad_input=into
     ),
 }
 _FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -37,9 +37,25 @@ _FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sigmoid": lambda pre, into: torch.sigmoid(pre, out=into),
     "leaky_relu": lambda pre, into: _aten.leaky_relu.out(pre, out=into),
 }
-_NEEDS_PRE = frozenset({"gelu"})
+State = list[Tensor]
+"""Each layer's weights, with the biases as the last column: ``[models, fan_out, fan_in + 1]``."""
+
 # Fractions of 2^16: four masks come out of one hash.
 _LEVELS = 2**16
+
+
+class _Layer(NamedTuple):
+    """Room for what one layer makes of a batch."""
+
+    pre: Tensor
+    """Pre-activations ``[models, width, n]``; contiguous, or the product would be copied there."""
+    out: Tensor
+    """Outputs ``[models, width, n]``; without dropout a part of ``hidden``."""
+    hidden: Tensor
+    """What the next layer is given: ``[models, width + 1, n]``, outputs after dropout, and a row of ones, by which the
+    biases are a column of the weights."""
+    grad: Tensor
+    """Gradient of the output, then of the pre-activation."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +71,12 @@ class Dropout:
         """That of the networks at ``index``."""
         return Dropout(self.rates[index], self.keys[index])
 
-    def scales(self, step: int, layer: int, n: int, width: int, dtype: torch.dtype) -> Tensor:
-        """What to multiply activations by: ``[models, n, width]``, 0 or ``1 / (1 - rate)``."""
+    def scales(self, step: int, layer: int, width: int, n: int, dtype: torch.dtype) -> Tensor:
+        """What to multiply activations by: ``[models, width, n]``, 0 or ``1 / (1 - rate)``."""
         count = -(-n * width // 4)
         places = torch.arange(count, device=self.keys.device)
         hashed = mix(mix(self.keys + (step << 8) + layer).unsqueeze(1) + places)
-        draws = hashed.view(torch.int16)[:, : n * width].view(-1, n, width)
+        draws = hashed.view(torch.int16)[:, : n * width].view(-1, width, n)
         # int16 counts from -2^15.
         kept = draws >= (self.rates * _LEVELS).round().sub(_LEVELS // 2).view(-1, 1, 1)
         return kept.to(dtype) / (1 - self.rates).to(dtype).view(-1, 1, 1)
@@ -75,7 +91,7 @@ class Population:
     def __init__(
         self,
         architecture: Architecture,
-        state: Tensor,
+        state: State,
         *,
         widths: Tensor | None = None,
         dropout: Dropout | None = None,
@@ -83,29 +99,31 @@ class Population:
         """``state``: where to start, as :func:`state_of` makes it; copied. ``widths``: neurons in each hidden layer of
         each network, int64 ``[models]``; None: all are as wide as ``architecture``."""
         self.architecture, self._dropout = architecture, dropout
-        self._flat = state.clone()
+        self._weights = [weight.clone() for weight in state]
+        device = self._weights[0].device
         self._neurons: Tensor | None = None
         if widths is not None and architecture.activation == "sigmoid":
             # It makes 0.5 of a padded neuron's 0; the other activations leave it.
-            neurons = torch.arange(max(architecture.hidden), device=self._flat.device) < widths.unsqueeze(1)
-            self._neurons = neurons.unsqueeze(1).to(self._flat.dtype)
-        self._mean, self._square = torch.zeros_like(self._flat), torch.zeros_like(self._flat)
-        self._steps, self._taken = torch.zeros((), device=self._flat.device), 0
+            neurons = torch.arange(max(architecture.hidden), device=device) < widths.unsqueeze(1)
+            self._neurons = neurons.unsqueeze(2).to(self._weights[0].dtype)
+        self._mean, self._square = ([torch.zeros_like(weight) for weight in self._weights] for _ in range(2))
+        self._steps, self._taken = torch.zeros((), device=device), 0
         self._link()
 
     @property
     def models(self) -> int:
         """Networks."""
-        return len(self._flat)
+        return len(self._weights[0])
 
     @property
-    def state(self) -> Tensor:
-        """The parameters, ``[models, size]``; the next step changes them in place."""
-        return self._flat
+    def state(self) -> State:
+        """The parameters; the next step changes them in place."""
+        return self._weights
 
     def keep(self, index: Tensor) -> None:
         """Go on with the networks at ``index`` alone."""
-        self._flat, self._mean, self._square = self._flat[index], self._mean[index], self._square[index]
+        for tensors in (self._weights, self._mean, self._square):
+            tensors[:] = [tensor[index] for tensor in tensors]
         if self._dropout is not None:
             self._dropout = self._dropout.select(index)
         if self._neurons is not None:
@@ -116,42 +134,25 @@ class Population:
     def step(self, inputs: Tensor, targets: Tensor, learning_rate: float | Tensor) -> Tensor:
         """One step of every network, each on its own batch.
 
-        ``inputs``: ``[models, n, input_size]``; ``targets``: ``[models, n]`` of 0 and 1, both in the parameters' type;
-        ``learning_rate``: one, or one for each network, ``[models]``. Returns ``probability - target``, ``[models,
-        n]``, a buffer that the next step overwrites.
+        ``inputs``: ``[models, n, input_size + 1]``, as :func:`with_ones` makes them; ``targets``: ``[models, n]`` of 0
+        and 1, both in the parameters' type; ``learning_rate``: one, or one for each network, ``[models]``. Returns
+        ``probability - target``, ``[models, n]``, a buffer that the next step overwrites.
         """
         n = targets.shape[1]
-        buffers = self._buffers_for(n)
-        function = _FUNCTIONS[self.architecture.activation]
+        layers, last = self._layers_for(n), len(self._weights) - 1
+        scales = self._forward(layers, inputs, drop=True)
         derivative = _DERIVATIVES[self.architecture.activation]
-        last = len(self._weights) - 1
-        hidden, scales = inputs, list[Tensor]()
-        for i, (pre, out, _) in enumerate(buffers):
-            # Bias apart: baddbmm would first spread it over the output, which costs more than this.
-            torch.bmm(hidden, self._weights[i], out=pre).add_(self._biases[i])
-            if i < last:
-                hidden = function(pre, out)
-                if self._neurons is not None:
-                    hidden.mul_(self._neurons)
-                if self._dropout is not None:
-                    scales.append(self._dropout.scales(self._taken, i, n, out.shape[2], out.dtype))
-                    # The derivative of tanh and sigmoid is told by the output before it.
-                    hidden = out * scales[i]
-        pre, _, grad = buffers[last]
-        error = pre.squeeze(2).sigmoid_().sub_(targets)
-        torch.div(error.unsqueeze(2), n, out=grad)
-        for i in range(last, -1, -1):
-            below = inputs if i == 0 else buffers[i - 1][1]
-            if scales and i > 0:
-                below = below * scales[i - 1]
-            torch.bmm(below.transpose(1, 2), grad, out=self._weight_grads[i])
-            torch.sum(grad, 1, keepdim=True, out=self._bias_grads[i])
-            if i > 0:
-                pre, out, back = buffers[i - 1]
-                torch.bmm(grad, self._weights[i].transpose(1, 2), out=back)
-                if scales:
-                    back.mul_(scales[i - 1])
-                grad = derivative(back, pre, out, back)
+        grad = layers[last].grad
+        error = layers[last].pre.squeeze(1).sigmoid_().sub_(targets)
+        torch.div(error.unsqueeze(1), n, out=grad)
+        for i in range(last, 0, -1):
+            below = layers[i - 1]
+            torch.bmm(grad, below.hidden.transpose(1, 2), out=self._gradients[i])
+            torch.bmm(self._weights[i][:, :, :-1].transpose(1, 2), grad, out=below.grad)
+            if scales:
+                below.grad.mul_(scales[i - 1])
+            grad = derivative(below.grad, below.pre, below.out, below.grad)
+        torch.bmm(grad, inputs, out=self._gradients[0])
         self._adam(learning_rate)
         self._taken += 1
         return error
@@ -159,52 +160,71 @@ class Population:
     @torch.no_grad()
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Binary cross-entropy of each network on its own examples, shapes as in :meth:`step`: ``[models]``."""
-        function, last, hidden = _FUNCTIONS[self.architecture.activation], len(self._weights) - 1, inputs
-        for i, (pre, out, _) in enumerate(self._buffers_for(targets.shape[1])):
-            torch.bmm(hidden, self._weights[i], out=pre).add_(self._biases[i])
-            if i < last:
-                hidden = function(pre, out)
-                if self._neurons is not None:
-                    hidden.mul_(self._neurons)
-        return F.binary_cross_entropy_with_logits(pre.squeeze(2), targets, reduction="none").mean(1)
+        layers = self._layers_for(targets.shape[1])
+        self._forward(layers, inputs, drop=False)
+        logits = layers[-1].pre.squeeze(1)
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+
+    def _forward(self, layers: list[_Layer], inputs: Tensor, *, drop: bool) -> list[Tensor]:
+        """Fill ``layers``; what was multiplied by for dropout, if it was."""
+        function, hidden, scales = _FUNCTIONS[self.architecture.activation], inputs.transpose(1, 2), list[Tensor]()
+        for i, (weight, layer) in enumerate(zip(self._weights, layers, strict=True)):
+            torch.bmm(weight, hidden, out=layer.pre)
+            if i == len(layers) - 1:
+                break
+            if layer.out.is_contiguous() or self.architecture.activation != "gelu":
+                function(layer.pre, layer.out)
+            else:
+                # In single precision it takes any output for a contiguous one. The gradient is not there yet.
+                layer.out.copy_(function(layer.pre, layer.grad))
+            if self._neurons is not None:
+                layer.out.mul_(self._neurons)
+            hidden = layer.hidden
+            if self._dropout is not None:
+                kept = hidden[:, :-1]
+                if drop:
+                    _, width, n = layer.out.shape
+                    scales.append(self._dropout.scales(self._taken, i, width, n, layer.out.dtype))
+                    # The derivative of tanh and sigmoid is told by the output before it.
+                    torch.mul(layer.out, scales[i], out=kept)
+                else:
+                    kept.copy_(layer.out)
+        return scales
 
     def _link(self) -> None:
-        """Views into the flat buffers, and room for what a step needs."""
-        self._flat = self._flat.contiguous()
-        self._grad, self._delta = torch.zeros_like(self._flat), torch.zeros_like(self._flat)
-        self._weights, self._biases = _views(self.architecture, self._flat)
-        self._weight_grads, self._bias_grads = _views(self.architecture, self._grad)
-        self._buffers: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        """Room for what a step needs."""
+        self._gradients, self._deltas = ([torch.zeros_like(weight) for weight in self._weights] for _ in range(2))
+        self._layers: dict[int, list[_Layer]] = {}
 
-    def _buffers_for(self, n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each layer: pre-activations, outputs, and the gradient of either; ``[models, n, fan_out]``."""
-        if n not in self._buffers:
-            widths = [fan_out for _, fan_out in self.architecture.layers]
-            apart = self.architecture.activation in _NEEDS_PRE
+    def _layers_for(self, n: int) -> list[_Layer]:
+        """Room for batches of ``n``."""
+        if n not in self._layers:
+            widths, models = [fan_out for _, fan_out in self.architecture.layers], self.models
+            new = self._weights[0].new_empty
             # A gradient is needed only until the one below is there: two rooms do, and stay in the cache.
-            room = [self._flat.new_empty(self.models * n * max(widths)) for _ in range(2)]
+            room = [new(models * n * max(widths)) for _ in range(2)]
             made = []
             for i, width in enumerate(widths):
-                pre = self._flat.new_empty(self.models, n, width)
-                grad = room[i % 2][: pre.numel()].view_as(pre)
-                made.append((pre, torch.empty_like(pre) if apart else pre, grad))
-            self._buffers[n] = made
-        return self._buffers[n]
+                pre, hidden = new(models, width, n), self._weights[0].new_ones(models, width + 1, n)
+                out = hidden[:, :-1] if self._dropout is None else torch.empty_like(pre)
+                made.append(_Layer(pre, out, hidden, room[i % 2][: pre.numel()].view_as(pre)))
+            self._layers[n] = made
+        return self._layers[n]
 
     def _adam(self, learning_rate: float | Tensor) -> None:
         """Adam (Kingma and Ba 2015) with its usual constants."""
+        # The fused step has one rate for all: where they differ, it takes a unit step from zero, which is scaled then.
+        rates = learning_rate.view(-1, 1, 1) if isinstance(learning_rate, Tensor) else None
+        if rates is not None:
+            torch._foreach_zero_(self._deltas)
         self._steps += 1
-        each = isinstance(learning_rate, Tensor)
-        if each:
-            # The fused step has one rate for all, so it takes a unit step from zero, which is scaled then.
-            self._delta.zero_()
         torch._fused_adam_(
-            [self._delta if each else self._flat],
-            [self._grad],
-            [self._mean],
-            [self._square],
+            self._weights if rates is None else self._deltas,
+            self._gradients,
+            self._mean,
+            self._square,
             [],
-            [self._steps],
+            [self._steps] * len(self._weights),
             lr=1.0 if isinstance(learning_rate, Tensor) else learning_rate,
             beta1=0.9,
             beta2=0.999,
@@ -213,8 +233,9 @@ class Population:
             amsgrad=False,
             maximize=False,
         )
-        if isinstance(learning_rate, Tensor):
-            self._flat.addcmul_(self._delta, learning_rate.unsqueeze(1))
+        if rates is not None:
+            for weight, delta in zip(self._weights, self._deltas, strict=True):
+                weight.addcmul_(delta, rates)
 
 
 def cosine(step: int, steps: int, peak: float) -> float:
@@ -222,34 +243,21 @@ def cosine(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def state_of(architecture: Architecture, params: Params) -> Tensor:
-    """Stacked parameters (see :mod:`services.zoo.subjects`) in one row for each network: ``[models, size]``."""
-    first = params["layers.0.bias"]
-    state = first.new_empty(len(first), architecture.size)
-    for i, (weight, bias) in enumerate(zip(*_views(architecture, state), strict=True)):
-        weight.copy_(params[f"layers.{i}.weight"].transpose(1, 2))
-        bias.copy_(params[f"layers.{i}.bias"].unsqueeze(1))
-    return state
+def with_ones(inputs: Tensor) -> Tensor:
+    """Network inputs ``[..., input_size]`` with a one behind each, for the biases: ``[..., input_size + 1]``."""
+    return F.pad(inputs, (0, 1), value=1)
 
 
-def params_of(architecture: Architecture, state: Tensor) -> Params:
+def state_of(params: Params) -> State:
+    """Stacked parameters (see :mod:`services.zoo.subjects`) as a population has them."""
+    layers = range(len(params) // 2)
+    return [torch.cat([params[f"layers.{i}.weight"], params[f"layers.{i}.bias"].unsqueeze(2)], 2) for i in layers]
+
+
+def params_of(state: State) -> Params:
     """The inverse of :func:`state_of`; copies."""
     params: Params = {}
-    for i, (weight, bias) in enumerate(zip(*_views(architecture, state), strict=True)):
-        params[f"layers.{i}.weight"] = weight.transpose(1, 2).contiguous()
-        params[f"layers.{i}.bias"] = bias.squeeze(1).clone()
+    for i, weight in enumerate(state):
+        params[f"layers.{i}.weight"] = weight[:, :, :-1].contiguous()
+        params[f"layers.{i}.bias"] = weight[:, :, -1].contiguous()
     return params
-
-
-def _views(architecture: Architecture, state: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights as ``[models, fan_in, fan_out]``, so that products need no transposition; biases ``[models, 1,
-    fan_out]``."""
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    start = 0
-    for fan_in, fan_out in architecture.layers:
-        for rows, into in ((fan_in, weights), (1, biases)):
-            stop = start + rows * fan_out
-            into.append(state[:, start:stop].view(len(state), rows, fan_out))
-            start = stop
-    return weights, biases

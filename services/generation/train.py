@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ethogram.specs.generation import GenerationSpec, StagedSpec
 from services.generation.data import Batches, Candidates, Examples, activations_of, keys, shuffled
-from services.generation.population import Dropout, Population, cosine, params_of, state_of
+from services.generation.population import Dropout, Population, State, cosine, params_of, state_of, with_ones
 from services.zoo.pools import Pools
 from services.zoo.quantize import rounded
 from services.zoo.subjects import Architecture, Params, encode, init
@@ -48,15 +49,15 @@ class Degraded:
     """Candidates between the two stages."""
 
     trained: Trained
-    state: Tensor
-    """Where the second stage goes on: ``[n, size]``."""
+    state: State
+    """Where the second stage goes on."""
     examples: Examples
     judged: Examples
     """Validation sequences."""
 
     def select(self, index: Tensor) -> Degraded:
         """Those at ``index``, a mask."""
-        state = self.state[index.to(self.state.device)]
+        state = [weight[index.to(weight.device)] for weight in self.state]
         return Degraded(self.trained.select(index), state, self.examples.select(index), self.judged.select(index))
 
 
@@ -70,10 +71,9 @@ class SubjectModelTrainer:
         """Set, training ends with :class:`CancelledError` at the next step."""
         self._train, self._validation = train, validation
         any_shape = Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), "relu")
-        # One byte per input: rows are picked at random, and four times as many bytes take four times as long.
-        self._table = encode(any_shape, train.sequences, torch.uint8).to(self.device)
-        self._validation_table = encode(any_shape, validation.sequences, torch.uint8).to(self.device)
-        self._width = any_shape.input_size
+        self._table, self._validation_table = (
+            _Table(encode(any_shape, pools.sequences, torch.uint8), self.device) for pools in (train, validation)
+        )
 
     def architecture(self, candidates: Candidates) -> Architecture:
         """That of the widest of ``candidates``, which share depth and activation."""
@@ -82,26 +82,29 @@ class SubjectModelTrainer:
         activation = activations_of(spec)[int(candidates.activation[0])]
         return Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, hidden, activation)
 
-    def population(self, candidates: Candidates, state: Tensor | None = None) -> Population:
-        """Networks in training: fresh, or from ``state``."""
-        architecture, spec = self.architecture(candidates), self.spec
+    def population(self, candidates: Candidates, start: tuple[Architecture, State] | None = None) -> Population:
+        """Networks in training: fresh, or from where others were."""
+        spec = self.spec
+        # Not of those that are left, but of those that began: the widest may have gone.
+        architecture, state = start or (self.architecture(candidates), None)
         if state is None:
             shared = spec.subject.init == "shared"
             draws = keys(spec.seed, "init", torch.zeros_like(candidates.indices) if shared else candidates.indices)
             kaiming = spec.subject.weight_init == "kaiming"
-            state = state_of(architecture, init(architecture, draws, candidates.neurons, kaiming=kaiming))
+            state = state_of(init(architecture, draws, candidates.neurons, kaiming=kaiming))
         dropout = None
         if spec.subject.dropout.max > 0:
             own = keys(spec.seed, "dropped", candidates.indices)
             dropout = Dropout(candidates.dropout.float().to(self.device), own.to(self.device))
         widths = candidates.neurons.to(self.device)
-        return Population(architecture, state.to(self.device), widths=widths, dropout=dropout)
+        state = [weight.to(self.device) for weight in state]
+        return Population(architecture, state, widths=widths, dropout=dropout)
 
     def train(self, candidates: Candidates) -> Trained:
         """Train in one stage, on fresh sequences at every step."""
         population = self.population(candidates)
         self._fresh(population, candidates, "batches", self.spec.training.steps)
-        return self._once(candidates, population.state)
+        return self._once(candidates, population)
 
     def branch(self, candidates: Candidates) -> tuple[Trained, Trained, Trained]:
         """Train in one stage, then on from there, with a fresh optimiser, to what each was to learn, to one pattern
@@ -114,9 +117,9 @@ class SubjectModelTrainer:
         branches = []
         for selected in (candidates.selected, more, less):
             own = replace(candidates, selected=selected)
-            population = self.population(candidates, start.state)
+            population = self.population(candidates, (start.architecture, start.state))
             self._fresh(population, own, "branches", steps)
-            branches.append(self._once(own, population.state))
+            branches.append(self._once(own, population))
         return branches[0], branches[1], branches[2]
 
     def _fresh(self, population: Population, candidates: Candidates, stream: str, steps: int) -> None:
@@ -133,9 +136,10 @@ class SubjectModelTrainer:
                 self._check()
                 population.step(inputs(rows[i]), targets[i], cosine(first + i, steps, training.learning_rate))
 
-    def _once(self, candidates: Candidates, state: Tensor) -> Trained:
+    def _once(self, candidates: Candidates, population: Population) -> Trained:
         nothing = torch.zeros(len(candidates))
-        return self._trained(candidates, state, nothing.long(), nothing)
+        params = self._params(population.state)
+        return Trained(candidates, population.architecture, params, nothing.long(), nothing)
 
     def degrade(self, candidates: Candidates) -> Degraded:
         """First stage of staged training: some labels of the target pattern are wrong."""
@@ -155,7 +159,8 @@ class SubjectModelTrainer:
         epochs = self._staged.improvement_epochs
         lesson = self._lesson("second stage", epochs, examples.rows, examples.labels, judged.rows, judged.labels)
         rates = candidates.learning_rate * self._staged.improvement_lr_factor
-        return self._stage(candidates, self.population(candidates, degraded.state), lesson, rates)[0]
+        population = self.population(candidates, (degraded.trained.architecture, degraded.state))
+        return self._stage(candidates, population, lesson, rates)[0]
 
     @property
     def _staged(self) -> StagedSpec:
@@ -164,14 +169,16 @@ class SubjectModelTrainer:
 
     def _lesson(self, name: str, epochs: int, *tensors: Tensor) -> _Lesson:
         rows, labels, asked, expected = (tensor.to(self.device) for tensor in tensors)
-        return _Lesson(name, epochs, rows, labels.float(), self._validation_table[asked].float(), expected.float())
+        questions = _Inputs(self._validation_table, asked.numel())(asked)
+        return _Lesson(name, epochs, rows, labels.float(), questions, expected.float())
 
     def _stage(
         self, candidates: Candidates, population: Population, lesson: _Lesson, learning_rate: Tensor
-    ) -> tuple[Trained, Tensor]:
+    ) -> tuple[Trained, State]:
         staged = self._staged
         rates = learning_rate.float().to(self.device)
         watch = _EarlyStopping(population, staged.patience)
+        inputs = _Inputs(self._table, len(candidates) * staged.batch_size)
         for epoch in range(lesson.epochs):
             active = watch.active
             # A view where nobody has stopped yet.
@@ -179,7 +186,6 @@ class SubjectModelTrainer:
             indices = candidates.indices[active.cpu()]
             orders = shuffled(self.spec.seed, lesson.name, indices, epoch, staged.examples).to(self.device)
             rows, targets = lesson.rows[own].gather(1, orders), lesson.targets[own].gather(1, orders)
-            inputs = _Inputs(self._table, len(active) * staged.batch_size)
             for start in range(0, staged.examples, staged.batch_size):
                 self._check()
                 batch = slice(start, start + staged.batch_size)
@@ -187,12 +193,12 @@ class SubjectModelTrainer:
             watch.see(population.loss(lesson.questions[own], lesson.answers[own]))
             if not len(watch.active):
                 break
-        return self._trained(candidates, watch.best, watch.epochs.cpu(), watch.loss.cpu()), watch.best
+        params, epochs, loss = self._params(watch.best), watch.epochs.cpu(), watch.loss.cpu()
+        return Trained(candidates, population.architecture, params, epochs, loss), watch.best
 
-    def _trained(self, candidates: Candidates, state: Tensor, epochs: Tensor, loss: Tensor) -> Trained:
-        subject, architecture = self.spec.subject, self.architecture(candidates)
-        params = rounded(params_of(architecture, state), subject.precision, subject.quantization)
-        return Trained(candidates, architecture, params, epochs, loss)
+    def _params(self, state: State) -> Params:
+        subject = self.spec.subject
+        return rounded(params_of(state), subject.precision, subject.quantization)
 
     def _check(self) -> None:
         if self.stop.is_set():
@@ -209,25 +215,39 @@ class _Lesson(NamedTuple):
     targets: Tensor
     """float32 ``[models, examples]``."""
     questions: Tensor
-    """float32 ``[models, n, input_size]``."""
+    """float32 ``[models, n, input_size + 1]``, with ones."""
     answers: Tensor
     """float32 ``[models, n]``."""
 
 
-class _Inputs:
-    """Rows of a table of bytes as network inputs, in one buffer."""
+class _Table:
+    """Sequences as network inputs with ones, to pick rows of."""
 
-    def __init__(self, table: Tensor, most: int) -> None:
+    def __init__(self, inputs: Tensor, device: torch.device) -> None:
+        """``inputs``: uint8 ``[rows, input_size]``."""
+        # One byte per number: rows are picked at random, and four times as many bytes take four times as long. Whole
+        # words of them are picked, which takes a fraction of the time.
+        table = with_ones(inputs)
+        self.columns = table.shape[1]
+        self.words = F.pad(table, (0, -self.columns % 8)).view(torch.int64).squeeze(1).to(device)
+
+
+class _Inputs:
+    """Rows of a table as network inputs, in room of its own."""
+
+    def __init__(self, table: _Table, most: int) -> None:
+        """At most ``most`` rows are picked at once."""
         self._table = table
-        self._picked = table.new_empty(most, table.shape[1])
-        self._inputs = torch.empty(most, table.shape[1], device=table.device)
+        self._words = table.words.new_empty(most, *table.words.shape[1:])
+        self._numbers = torch.empty(most, table.columns, device=table.words.device)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """``rows``: int64 ``[models, n]``. Returns float32 ``[models, n, input_size]``, which the next call
+        """``rows``: int64 ``[models, n]``. Returns float32 ``[models, n, input_size + 1]``, which the next call
         overwrites."""
-        picked, inputs = self._picked[: rows.numel()], self._inputs[: rows.numel()]
-        torch.index_select(self._table, 0, rows.flatten(), out=picked)
-        return inputs.copy_(picked).view(*rows.shape, -1)
+        words, numbers = self._words[: rows.numel()], self._numbers[: rows.numel()]
+        torch.index_select(self._table.words, 0, rows.flatten(), out=words)
+        picked = words.view(torch.uint8).view(len(words), -1)[:, : self._table.columns]
+        return numbers.copy_(picked).view(*rows.shape, -1)
 
 
 class _EarlyStopping:
@@ -235,8 +255,8 @@ class _EarlyStopping:
 
     def __init__(self, population: Population, patience: int) -> None:
         self._population, self._patience = population, patience
-        models, device = population.models, population.state.device
-        self.best = population.state.clone()
+        models, device = population.models, population.state[0].device
+        self.best = [weight.clone() for weight in population.state]
         self.loss = torch.full((models,), torch.inf, device=device)
         self.epochs = torch.zeros(models, dtype=torch.int64, device=device)
         self._since = torch.zeros(models, dtype=torch.int64, device=device)
@@ -248,10 +268,11 @@ class _EarlyStopping:
         self.epochs[self.active] += 1
         better = loss < self.loss[self.active]
         found = self.active[better]
-        if len(found) == len(self.best):
-            self.best.copy_(self._population.state)
-        else:
-            self.best[found] = self._population.state[better]
+        for best, weight in zip(self.best, self._population.state, strict=True):
+            if len(found) == len(best):
+                best.copy_(weight)
+            else:
+                best[found] = weight[better]
         self.loss[found] = loss[better]
         self._since[self.active] += 1
         self._since[found] = 0

@@ -149,23 +149,23 @@ def depth(params: Params) -> int:
 
 
 def activations(params: Params, inputs: Tensor, activation: str = "relu") -> list[Tensor]:
-    """Pre-activations of every layer, each ``[models, n, fan_out]``; the last holds the logits.
+    """Pre-activations of every layer, each ``[models, n, fan_out]``, a transposed view; the last holds the logits.
 
     ``inputs``: ``[n, input_size]``, the same for all models, or ``[models, n, input_size]``.
     """
     function, layers = ACTIVATIONS[activation], []
-    hidden = inputs
+    # Examples last: these products are the faster ones, and biases are added in long runs.
+    hidden = inputs.transpose(-1, -2)
     for i in range(depth(params)):
         weight, bias = params[f"layers.{i}.weight"], params[f"layers.{i}.bias"]
         if hidden.dim() == 2:
             # One product for all models: the weights' rows are stacked.
-            flat = hidden @ weight.reshape(-1, weight.shape[-1]).T
-            pre = flat.reshape(hidden.shape[0], *weight.shape[:2]).transpose(0, 1).contiguous()
+            pre = (weight.reshape(-1, weight.shape[-1]) @ hidden).view(*weight.shape[:2], -1)
         else:
-            pre = torch.bmm(hidden, weight.transpose(1, 2))
+            pre = torch.bmm(weight, hidden)
         # Apart: baddbmm would first spread the bias over the output, which costs more than this.
-        pre += bias.unsqueeze(1)
-        layers.append(pre)
+        pre += bias.unsqueeze(2)
+        layers.append(pre.transpose(1, 2))
         hidden = function(pre)
     return layers
 

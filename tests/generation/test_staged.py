@@ -249,3 +249,16 @@ def test_datasets_of_all_three_sorts(tmp_path: Path) -> None:
     assert rows == parquet.read_table(tmp_path / "benchmark.parquet").to_pylist() == sampler.rows(benchmark)
     for row, own in zip(rows, benchmark.membership.tolist(), strict=True):
         assert len(row["sequence"]) == 4 and set(row["patterns"]) <= names and len(row["patterns"]) == sum(own)
+
+
+def test_the_widest_may_leave_between_the_stages() -> None:
+    made = DatasetGenerationPipeline(staged_spec())
+    own = Candidates.draw(staged_spec(), torch.arange(64), 4)
+    own = own.select((own.layers == 2) & (own.activation == 0))
+    widest = own.neurons == own.neurons.max()
+    assert widest.any() and not widest.all()
+    degraded = made.trainer.degrade(own)
+    together = made.trainer.improve(degraded)
+    apart = made.trainer.improve(degraded.select(~widest))
+    for name, weights in apart.params.items():
+        torch.testing.assert_close(weights, together.params[name][~widest], rtol=1e-3, atol=1e-4)
