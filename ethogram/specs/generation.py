@@ -231,10 +231,17 @@ class FormatSpec(Spec):
 class HubSpec(Spec):
     """Upload to the Hugging Face Hub, file by file as the zoo is made. The worker's ``HF_TOKEN`` gives permission."""
 
-    repo: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,96}/[A-Za-z0-9_.-]{1,96}$")
+    repo: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")
     """Dataset repository, ``owner/name``; made if there is none."""
     private: bool = True
     """Whether a repository that is made is private."""
+
+    @field_validator("repo")
+    @classmethod
+    def _allowed(cls, repo: str) -> str:
+        if "--" in repo or ".." in repo or repo.endswith((".git", "-", ".")):
+            raise ValueError("the Hub allows neither -- nor .. in a name, nor -, . or .git at its end")
+        return repo
 
 
 class PartSpec(Spec):
@@ -242,7 +249,7 @@ class PartSpec(Spec):
 
     first: int = Field(ge=0, le=10_000_000)
     """First data file."""
-    count: int = Field(ge=1, le=10_000)
+    count: int = Field(ge=1, le=1_000_000)
     """Data files, each of about a thousand candidates."""
 
 

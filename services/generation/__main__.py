@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +17,8 @@ from ethogram.cli.files import read_mapping, set_values
 from ethogram.cli.options import Json, Set, examples, show_help
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, HubSpec, PatternSpec
+from services.generation.card import CARD
+from services.runtime.console import CHECKPOINT
 
 app = typer.Typer(
     name="generation",
@@ -29,7 +33,11 @@ app = typer.Typer(
 ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
 Out = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not be there yet.")]
 SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
+Baseline = Annotated[
+    Path | None, typer.Option(metavar="ZOO", help="Folder whose baseline_dataset.json has the probes to take.")
+]
 _MODULE = "python -m services.generation"
+_CHECKPOINT_SECONDS = 30.0
 
 
 @app.command(
@@ -44,20 +52,22 @@ def make(
     values: Set = None,
     *,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
-    baseline: Annotated[
-        Path | None, typer.Option(metavar="ZOO", help="Folder whose baseline_dataset.json has the probes to take.")
-    ] = None,
+    baseline: Baseline = None,
     as_json: Json = False,
 ) -> None:
-    """Make a zoo: records, dataset card, and a report beside it."""
+    """Make a zoo: records, dataset card and report; beside it a folder with metrics, and with a checkpoint from which
+    the same command goes on when it was interrupted."""
     from services.generation.pipeline import DatasetGenerationPipeline
     from services.generation.report import write_report
     from services.runtime.console import ConsoleRun
 
+    if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:
+        raise InvalidInput.field("--device", f"{device} is none of cpu, cuda, cuda:0, ..., mps")
     spec = _spec(file, values)
-    _fresh(out)
     pipeline = DatasetGenerationPipeline(spec, device, baseline)
-    with ConsoleRun(out.with_name(f"{out.name}-run"), device) as run:
+    aside = out.with_name(f"{out.name}-run")
+    _begin(out, aside, spec)
+    with ConsoleRun(aside, device, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
         figures = pipeline.run(out, run)
         write_report(out, out / "report")
         figures |= pipeline.publish(out)
@@ -69,6 +79,7 @@ def report(zoo: ZooFolder, out: Out) -> None:
     """Draw a zoo: one picture, and a page with the numbers."""
     from services.generation.report import write_report
 
+    _fresh(out)
     write_report(zoo, out)
 
 
@@ -122,8 +133,8 @@ def import_(
         names[theirs] = ours
     _fresh(out)
     folder = Path(source)
-    if not folder.exists() and source.count("/") == 1:
-        folder = download(source)
+    if not folder.exists() and source.count("/") == 1 and folder.suffix not in (".parquet", ".jsonl"):
+        folder = download(_repo(source, public=False).repo)
     with ConsoleRun() as run:
         figures = import_json(folder, out, patterns=patterns, rename=names, run=run)
     output.result(figures, as_json, lambda: _show(figures))
@@ -138,11 +149,7 @@ def upload(
     """Upload a zoo to the Hugging Face Hub; what is there already is not sent again."""
     from services.generation.hub import HubUpload
 
-    try:
-        spec = HubSpec(repo=repo, private=not public)
-    except ValidationError as error:
-        raise InvalidInput.from_pydantic(error) from None
-    HubUpload(spec, lambda text, _: typer.echo(text, err=True)).whole(zoo)
+    HubUpload(_repo(repo, public=public), lambda text, _: typer.echo(text, err=True)).whole(zoo)
 
 
 @app.command(
@@ -159,12 +166,13 @@ def dataset(
     *,
     index: Annotated[int, typer.Option(min=0, help="Of training data: whose.")] = 0,
     per_pattern: Annotated[int, typer.Option(min=1, help="Of a benchmark: sequences for each pattern.")] = 128,
+    baseline: Baseline = None,
 ) -> None:
     """Write sequences with pattern labels: the probes of the signatures, a held-out benchmark, or what one subject is
     trained on."""
     from services.generation.sampler import PatternDatasetSampler
 
-    sampler = PatternDatasetSampler(_spec(file, values))
+    sampler = PatternDatasetSampler(_spec(file, values), baseline)
     if which == "training":
         sampler.save_training(index, out)
     else:
@@ -190,11 +198,32 @@ def score(
     output.result(figures, as_json, lambda: _show(figures))
 
 
+def _repo(name: str, *, public: bool) -> HubSpec:
+    try:
+        return HubSpec(repo=name, private=not public)
+    except ValidationError as error:
+        raise InvalidInput.from_pydantic(error) from None
+
+
 def _spec(file: Path | None, values: list[str] | None) -> GenerationSpec:
     try:
         return GenerationSpec.model_validate(set_values(read_mapping(file, "spec"), values or [], "spec"))
     except ValidationError as error:
         raise InvalidInput.from_pydantic(error, "spec") from None
+
+
+def _begin(out: Path, aside: Path, spec: GenerationSpec) -> None:
+    """Make way for a zoo in ``out``: for a new one, or for one that was begun with the same spec."""
+    about, text = aside / "spec.json", spec.model_dump_json(indent=2)
+    if (out / CARD).exists() or (out.exists() and not about.exists()):
+        _fresh(out)
+    if out.exists() and about.read_text() != text:
+        raise InvalidInput.field("--output", f"{out} was begun with another spec; name another folder, or delete it")
+    if not out.exists():
+        shutil.rmtree(aside / CHECKPOINT, ignore_errors=True)
+    shutil.rmtree(out, ignore_errors=True)
+    aside.mkdir(parents=True, exist_ok=True)
+    about.write_text(text)
 
 
 def _fresh(folder: Path) -> None:

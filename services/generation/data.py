@@ -131,18 +131,20 @@ class Batches:
     """Training batches of a block of candidates, as rows of ``pools``, with exact labels."""
 
     def __init__(self, draws: Tensor, selected: Tensor, batch_size: int, pools: Pools) -> None:
-        """``draws``: a key for each candidate, see :func:`keys`."""
+        """``draws``: a key for each candidate, see :func:`keys`; ``selected``: the patterns to draw for."""
         groups = slots(selected, batch_size, pools)
         self._start, self._count = pools.start[groups], pools.count[groups]
         self._keys = draws.view(-1, 1, 1)
         self._selected, self._pools, self._size = selected, pools, batch_size
 
-    def draw(self, first: int, steps: int) -> tuple[Tensor, Tensor]:
-        """Batches of steps ``first .. first + steps``: rows (int64) and labels (bool), ``[steps, models, batch]``."""
+    def draw(self, first: int, steps: int, labelled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Batches of steps ``first .. first + steps``: rows (int64) and labels (bool), ``[steps, models, batch]``.
+        ``labelled``: the patterns that make a label, if others than those to draw for."""
         places = torch.arange(first * self._size, (first + steps) * self._size).view(1, steps, self._size)
         hashed = mix(self._keys + places)
         rows = self._start.unsqueeze(1) + below(hashed, self._count.unsqueeze(1))
-        labels = self._pools.labels(rows.flatten(1), self._selected).view_as(rows)
+        selected = self._selected if labelled is None else labelled
+        labels = self._pools.labels(rows.flatten(1), selected).view_as(rows)
         return rows.transpose(0, 1).contiguous(), labels.transpose(0, 1).contiguous()
 
 

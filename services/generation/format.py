@@ -19,8 +19,8 @@ from services.zoo.patterns import Pattern
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, Params, encode, forward, unflatten
 
-_HEAD = re.compile(r"layer (\d+) (weight|bias)\s*(?:(\d+) ?x ?(\d+))?$")
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_HEAD = re.compile(r"[`*#\s]*layer (\d+) (weight|bias)s?\s*(?:\d+ ?x ?\d+)?[:`*\s]*$")
+_NUMBERS = re.compile(r"[-+0-9.eE,;\[\]\s]*")
 
 
 class Prompt(NamedTuple):
@@ -166,7 +166,12 @@ def parse_weights(text: str, shape: Architecture) -> Params:
         if head is not None:
             current = found.setdefault(f"layers.{head[1]}.{head[2]}", [])
         elif current is not None:
-            current += [float(number) for number in _NUMBER.findall(line)]
+            numbers = _numbers(line)
+            if numbers is None:
+                # Words: the layer has ended.
+                current = None
+            else:
+                current += numbers
     params: Params = {}
     for name, size in shape.shapes.items():
         numbers = found.get(name)
@@ -175,16 +180,28 @@ def parse_weights(text: str, shape: Architecture) -> Params:
         wanted = int(np.prod(size))
         if len(numbers) != wanted:
             raise InvalidInput.field(f"completion.{name}", f"has {len(numbers)} numbers, not {wanted}")
-        if not np.isfinite(numbers).all():
-            raise InvalidInput.field(f"completion.{name}", "holds numbers that are not finite")
         params[name] = torch.tensor(numbers, dtype=torch.float32).view(1, *size)
+        if not params[name].isfinite().all():
+            raise InvalidInput.field(f"completion.{name}", "holds numbers that are not finite")
     return params
+
+
+def _numbers(line: str) -> list[float] | None:
+    """Those of a line that holds nothing else."""
+    if _NUMBERS.fullmatch(line) is None:
+        return None
+    try:
+        return [float(number) for number in re.split(r"[,;\[\]\s]+", line) if number]
+    except ValueError:
+        return None
 
 
 def parse_patterns(text: str, patterns: Sequence[Pattern]) -> list[str]:
     """The patterns that an interpreter names, in its order; words that are none are left out."""
     known = sorted((pattern.name for pattern in patterns), key=len, reverse=True)
-    form = re.compile("|".join(re.escape(name) for name in known), re.IGNORECASE)
+    # Whole words: not the one in nonpalindrome.
+    names = "|".join(re.escape(name) for name in known)
+    form = re.compile(rf"(?<![a-z0-9_])(?:{names})(?![a-z0-9_])", re.IGNORECASE)
     by_name = {name.lower(): name for name in known}
     return list(dict.fromkeys(by_name[match.lower()] for match in form.findall(text)))
 

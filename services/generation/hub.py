@@ -48,8 +48,8 @@ class HubUpload:
         with _told(repo):
             self._api.create_repo(repo, repo_type="dataset", private=self._spec.private, exist_ok=True)
             if self._api.file_exists(repo, ABOUT, repo_type="dataset"):
-                there = json.loads(Path(self._api.hf_hub_download(repo, ABOUT, repo_type="dataset")).read_text())
-                if _same(there.get("spec")) != _same(spec.model_dump(mode="json")):
+                there = Path(self._api.hf_hub_download(repo, ABOUT, repo_type="dataset")).read_text()
+                if _spec_in(there) != _same(spec.model_dump(mode="json")):
                     raise InvalidInput.field("spec.hub.repo", f"{repo} holds a zoo of another spec; name another one")
             self._send({name: folder / name for name in (ABOUT, BASELINE)}, "Begin a zoo")
 
@@ -65,8 +65,9 @@ class HubUpload:
         self._waiting[name] = folder / name
         try:
             self._flush()
-        except EthogramError as error:
-            self._log(f"{error.message}; the zoo goes on, and {len(self._waiting)} files wait", "warning")
+        except Exception as error:  # Whatever it is, the zoo is worth more.
+            text = error.message if isinstance(error, EthogramError) else f"the upload failed ({error})"
+            self._log(f"{text}; the zoo goes on, and {len(self._waiting)} files wait", "warning")
 
     def close(self, folder: Path) -> None:
         """Send all that is not there yet. Raises as :meth:`open` does."""
@@ -107,6 +108,14 @@ def download(repo: str) -> Path:
         return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
 
 
+def _spec_in(about: str) -> object:
+    try:
+        found = json.loads(about)
+    except ValueError:
+        return None
+    return _same(found.get("spec")) if isinstance(found, dict) else None
+
+
 def _same(spec: object) -> object:
     return {key: value for key, value in spec.items() if key not in _ASIDE} if isinstance(spec, dict) else spec
 
@@ -129,7 +138,8 @@ def _told(repo: str, what: str = "write to") -> Iterator[None]:
             said = error.server_message or f"HTTP {code}"
             raise InvalidInput.field("spec.hub.repo", f"the Hub refuses {repo}: {said}") from None
         raise _absent(f"HTTP {code}") from None
-    except (httpx2.HTTPError, OSError) as error:
+    # The client tells of large files that did not arrive by RuntimeError and ValueError.
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
         raise _absent(str(error) or type(error).__name__) from None
 
 

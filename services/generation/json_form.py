@@ -10,16 +10,20 @@ signatures ``{"neuron_activations": {layer: {"neuron_profiles": {neuron: {method
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import pyarrow
 import torch
 from numpy.typing import NDArray
 from pyarrow import parquet
+from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import BUILT_IN, FormatSpec, GenerationSpec, PatternSpec
@@ -28,12 +32,24 @@ from services.generation.format import TrainingDataFormatter
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.train import Trained
 from services.runtime.run import Run
-from services.zoo.dataset import BASELINE, DATA, architecture_of, data_file, read_about, read_probes, read_records
-from services.zoo.subjects import Architecture, Params
+from services.zoo.dataset import BASELINE, DATA, architecture_of, data_file, read_about, read_records
+from services.zoo.patterns import Pattern
+from services.zoo.subjects import ACTIVATIONS, Architecture, Params
 
 _WEIGHT = re.compile(r"(?:.*\.)?(\d+)\.(weight|bias)$")
-# Records that are described together.
-_AT_ONCE = 256
+_NAME = re.compile(r"(\w+)(?:\(([A-Z])\))?")
+# Records to a file of the zoo.
+_SHARD = 1024
+# What is read of a record.
+_READ = (
+    "example_id",
+    "metadata",
+    "improved_model_weights",
+    "degraded_model_weights",
+    "training_metrics",
+)
+PATTERNS = "patterns.json"
+"""Beside records: what their patterns' names mean."""
 
 
 def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
@@ -53,6 +69,11 @@ def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
             run.advance(done)
         parquet.write_table(pyarrow.Table.from_pylist(rows), target / data_file(number))
     (target / BASELINE).write_bytes((zoo / BASELINE).read_bytes())
+    meanings = {"patterns": [pattern.model_dump() for pattern in spec.patterns]}
+    if spec.patterns:
+        (target / PATTERNS).write_text(json.dumps(meanings, indent=1))
+    if spec.counterfactual is not None:
+        run.log("this form has no place for counterfactual branches; they are left out", "warning")
 
 
 def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: TrainingDataFormatter) -> dict[str, Any]:
@@ -97,7 +118,7 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
         row[f"{name}_model_weights"] = json.dumps(weights)
     stages = zip(record["epochs"], record["validation_loss"], strict=True) if staged else ()
     metrics = [{"epochs": epochs, "validation_loss": loss} for epochs, loss in stages]
-    row["training_metrics"] = json.dumps(dict(zip(("degraded", "improved"), metrics, strict=False)))
+    row["training_metrics"] = json.dumps(dict(zip(("degraded", "improved"), metrics, strict=False)), allow_nan=False)
     return row
 
 
@@ -133,13 +154,53 @@ class _Found(NamedTuple):
 
     place: str
     """For error messages."""
+    id: int | None
     shape: Architecture
     patterns: list[str]
     target: str | None
     improved: Params
     degraded: Params | None
     metadata: dict[str, Any]
+    metrics: dict[str, Any]
     dropout: float
+
+
+@dataclass
+class _Survey:
+    """What a first look at all records finds."""
+
+    first: _Found
+    names: dict[str, str] = field(default_factory=dict)
+    """Each pattern's name, and where it first occurs."""
+    ids: set[int] = field(default_factory=set)
+    records: int = 0
+    numbered: int = 0
+    """Records with an id of their own."""
+    depths: set[int] = field(default_factory=set)
+    widths: set[int] = field(default_factory=set)
+    counts: set[int] = field(default_factory=set)
+    dropouts: set[float] = field(default_factory=set)
+    activations: set[str] = field(default_factory=set)
+
+    def see(self, record: _Found) -> None:
+        """Raises :class:`InvalidInput` for a record that does not go with those before."""
+        if record.shape[:3] != self.first.shape[:3]:
+            raise InvalidInput.field(record.place, "has another vocabulary, length or input encoding than the first")
+        if (record.degraded is None) != (self.first.degraded is None):
+            raise InvalidInput.field(f"{record.place}.degraded_model_weights", "is there in some records alone")
+        if record.degraded is not None and record.target is None:
+            raise InvalidInput.field(f"{record.place}.metadata.target_pattern", "is missing")
+        for name in (*record.patterns, *filter(None, [record.target])):
+            self.names.setdefault(name, record.place)
+        if record.id is not None and record.id not in self.ids:
+            self.ids.add(record.id)
+            self.numbered += 1
+        self.records += 1
+        self.depths.add(len(record.shape.hidden))
+        self.widths.add(record.shape.hidden[0])
+        self.counts.add(len(record.patterns))
+        self.dropouts.add(record.dropout)
+        self.activations.add(record.shape.activation)
 
 
 def import_json(
@@ -153,38 +214,64 @@ def import_json(
     """Read the records of this form in ``source`` (a parquet or JSON-lines file, or a folder of them) and write them as
     a zoo into the new ``folder``; its figures.
 
-    Weights and labels are kept. Signatures are taken again, as their probes are not in the records: on those of a
-    ``baseline_dataset.json`` beside them, or on fresh ones; accuracies are measured again, with exact labels.
+    Weights, labels and what is known of the training are kept. Signatures are taken again, as their probes are not in
+    the records: on those of a ``baseline_dataset.json`` beside them, or on fresh ones; accuracies are measured again.
 
-    ``patterns``: what the names in the records mean; None: the built-in patterns of these names. ``rename``: names in
-    the records to names of ``patterns``. Raises :class:`InvalidInput` naming the file, row and column that is wrong.
+    ``patterns``: what the names in the records mean; None: what a ``patterns.json`` beside them says, or else the
+    built-in patterns of these names. ``rename``: names in the records to names of ``patterns``. Raises
+    :class:`InvalidInput` naming the file, row and column that is wrong, before anything is written.
     """
-    run = run or Run()
-    files = _files(source)
-    found = [record for file in files for record in _records(file, dict(rename or {}))]
-    if not found:
-        raise InvalidInput.field(str(source), "holds no records")
-    spec = _spec(found, patterns)
-    beside = source if source.is_dir() else source.parent
-    baseline = beside if (beside / BASELINE).exists() else None
-    if baseline is not None:
-        signature = spec.signature.model_copy(update={"probes": len(read_probes(baseline, spec))})
-        spec = spec.model_copy(update={"signature": signature})
-    pipeline = DatasetGenerationPipeline(spec, run.device, baseline)
-    names = {pattern.kind: pattern.name for pattern in pipeline.patterns}
-    names |= {pattern.name: pattern.name for pattern in pipeline.patterns}
-    run.stage("import", len(found), "records")
-    shards: list[pyarrow.Table] = []
-    for first in range(0, len(found), _AT_ONCE):
-        rows = []
-        for i, record in enumerate(found[first : first + _AT_ONCE], first):
-            own = _candidate(i, record, spec, names)
-            improved = _trained(own, record.shape, record.improved)
-            degraded = _trained(own, record.shape, record.degraded) if record.degraded is not None else None
-            rows += pipeline.describe(improved, degraded)
+    run, names = run or Run(), dict(rename or {})
+    files, beside = _files(source), source if source.is_dir() else source.parent
+    survey = _surveyed(files, names, source, run)
+    if patterns is None and (beside / PATTERNS).exists():
+        patterns = _described(beside / PATTERNS)
+    spec = _spec(survey, patterns)
+    pipeline = DatasetGenerationPipeline(spec, run.device, beside if (beside / BASELINE).exists() else None)
+    meaning = _meaning(survey, pipeline.patterns)
+    run.stage("import", survey.records, "records")
+
+    def shards() -> Iterator[pyarrow.Table]:
+        rows: list[dict[str, Any]] = []
+        for i, record in enumerate(_all(files, names)):
+            index = record.id if survey.numbered == survey.records and record.id is not None else i
+            rows.append(_row(index, record, pipeline, meaning))
             run.advance(i + 1)
-        shards.append(pipeline.table(rows))
-    return pipeline.write(folder, shards, {"imported": True})
+            if len(rows) == _SHARD:
+                yield pipeline.table(rows)
+                rows = []
+        if rows:
+            yield pipeline.table(rows)
+
+    return pipeline.write(folder, shards(), {"imported": source.name})
+
+
+def _surveyed(files: Sequence[Path], rename: Mapping[str, str], source: Path, run: Run) -> _Survey:
+    survey: _Survey | None = None
+    run.stage("read", len(files), "files")
+    for i, file in enumerate(files):
+        for record in _records(file, rename):
+            survey = survey or _Survey(record)
+            survey.see(record)
+        run.advance(i + 1)
+    if survey is None:
+        raise InvalidInput.field(str(source), "holds no records")
+    return survey
+
+
+def _row(index: int, record: _Found, pipeline: DatasetGenerationPipeline, meaning: Mapping[str, str]) -> dict[str, Any]:
+    own = _candidate(index, record, pipeline, meaning)
+    improved = _trained(own, record.shape, record.improved)
+    degraded = _trained(own, record.shape, record.degraded) if record.degraded is not None else None
+    (row,) = pipeline.describe(improved, degraded)
+    rate = _mapping(record.metadata.get("model_config")).get("learning_rate")
+    row["learning_rate"] = float(rate) if _is_number(rate) else None
+    if degraded is not None:
+        stages = [_mapping(record.metrics.get(name)) for name in ("degraded", "improved")]
+        epochs, losses = ([stage.get(name) for stage in stages] for name in ("epochs", "validation_loss"))
+        row["epochs"] = [int(one) for one in epochs if _is_number(one)]
+        row["validation_loss"] = [float(one) for one in losses if _is_number(one)]
+    return row
 
 
 def _files(source: Path) -> list[Path]:
@@ -196,32 +283,64 @@ def _files(source: Path) -> list[Path]:
     return files
 
 
+def _all(files: Sequence[Path], rename: Mapping[str, str]) -> Iterator[_Found]:
+    for file in files:
+        yield from _records(file, rename)
+
+
+def _rows(file: Path) -> Iterator[Any]:
+    """A few at a time: such records are large."""
+    if file.suffix != ".parquet":
+        with file.open() as lines:
+            yield from (json.loads(line) for line in lines if line.strip())
+        return
+    table = parquet.ParquetFile(file)
+    columns = [name for name in _READ if name in table.schema_arrow.names]
+    for batch in table.iter_batches(64, columns=columns):
+        yield from batch.to_pylist()
+
+
 def _records(file: Path, rename: Mapping[str, str]) -> Iterator[_Found]:
+    number = 0
     try:
-        if file.suffix == ".parquet":
-            rows = parquet.read_table(file).to_pylist()
-        else:
-            rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        for number, row in enumerate(_rows(file)):
+            yield _record(row, f"{file.name}.{number}", rename)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise InvalidInput.field(file.name, f"cannot be read: {error}") from None
-    for number, row in enumerate(rows):
-        place = f"{file.name}.{number}"
-        metadata = _parsed(row, "metadata", place)
-        selected = metadata.get("selected_patterns")
-        if not isinstance(selected, list) or not all(isinstance(name, str) for name in selected) or not selected:
-            raise InvalidInput.field(f"{place}.metadata.selected_patterns", "is no list of pattern names")
-        improved = _parsed(row, "improved_model_weights", place)
-        shape, params = _network(improved, f"{place}.improved_model_weights")
-        degraded = None
-        if row.get("degraded_model_weights"):
-            other, degraded = _network(_parsed(row, "degraded_model_weights", place), f"{place}.degraded_model_weights")
-            if other != shape:
-                raise InvalidInput.field(f"{place}.degraded_model_weights", "is not of the improved network's shape")
-        target = metadata.get("target_pattern")
-        own = [rename.get(name, name) for name in selected]
-        dropout = float((improved.get("config") or {}).get("dropout_rate") or 0.0)
-        target = rename.get(target, target) if isinstance(target, str) else None
-        yield _Found(place, shape, own, target, params, degraded, metadata, dropout)
+        raise InvalidInput.field(file.name, f"cannot be read after {number} rows: {error}") from None
+
+
+def _record(row: Any, place: str, rename: Mapping[str, str]) -> _Found:
+    if not isinstance(row, dict):
+        raise InvalidInput.field(place, "is no record")
+    metadata = _parsed(row, "metadata", place)
+    selected, target = metadata.get("selected_patterns"), metadata.get("target_pattern")
+    if not isinstance(selected, list) or not selected or not all(isinstance(name, str) for name in selected):
+        raise InvalidInput.field(f"{place}.metadata.selected_patterns", "is no list of pattern names")
+    weights = _parsed(row, "improved_model_weights", place)
+    shape, params = _network(weights, f"{place}.improved_model_weights")
+    degraded = None
+    if row.get("degraded_model_weights"):
+        there = f"{place}.degraded_model_weights"
+        other, degraded = _network(_parsed(row, "degraded_model_weights", place), there)
+        if other != shape:
+            raise InvalidInput.field(there, "is not of the improved network's shape")
+    dropout = _mapping(weights.get("config")).get("dropout_rate") or 0.0
+    if not _is_number(dropout) or not 0 <= dropout <= 0.9:
+        raise InvalidInput.field(f"{place}.improved_model_weights.config.dropout_rate", "is no number from 0 to 0.9")
+    metrics = _parsed(row, "training_metrics", place) if row.get("training_metrics") else {}
+    id = row.get("example_id")
+    return _Found(
+        place,
+        id if isinstance(id, int) and 0 <= id < 2**62 else None,
+        shape,
+        [rename.get(name, name) for name in selected],
+        rename.get(target, target) if isinstance(target, str) else None,
+        params,
+        degraded,
+        metadata,
+        metrics,
+        float(dropout),
+    )
 
 
 def _parsed(row: Mapping[str, Any], column: str, place: str) -> dict[str, Any]:
@@ -236,6 +355,14 @@ def _parsed(row: Mapping[str, Any], column: str, place: str) -> dict[str, Any]:
     return found
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _network(value: Mapping[str, Any], place: str) -> tuple[Architecture, Params]:
     config, named = value.get("config"), value.get("weights")
     if not isinstance(config, dict) or not isinstance(named, dict):
@@ -245,7 +372,7 @@ def _network(value: Mapping[str, Any], place: str) -> tuple[Architecture, Params
         match = _WEIGHT.match(name)
         try:
             array = np.array(numbers, np.float32)
-        except ValueError:
+        except (ValueError, TypeError):
             array = np.zeros(0, np.float32)
         if match is None or array.ndim != (2 if match[2] == "weight" else 1) or not np.isfinite(array).all():
             raise InvalidInput.field(f"{place}.weights.{name}", "is no weight matrix or bias of a sequential network")
@@ -261,82 +388,103 @@ def _network(value: Mapping[str, Any], place: str) -> tuple[Architecture, Params
         params[f"layers.{layer}.bias"] = torch.from_numpy(bias).unsqueeze(0)
     if len(widths) < 2 or widths[-1] != 1 or len(set(widths[:-1])) != 1:
         raise InvalidInput.field(f"{place}.weights", f"has layers of {widths} neurons, not some of equal width and one")
-    try:
-        vocabulary, length, activation = config["vocab_size"], config["sequence_length"], config["activation_type"]
-        encoding = {length: "index", length * vocabulary: "one_hot"}[fan_in]
-    except (KeyError, TypeError):
-        needed = "must give vocab_size, sequence_length and activation_type that fit the first layer"
-        raise InvalidInput.field(f"{place}.config", needed) from None
+    vocabulary, length, activation = (config.get(name) for name in ("vocab_size", "sequence_length", "activation_type"))
+    if not isinstance(vocabulary, int) or not isinstance(length, int) or activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        text = f"must give vocab_size, sequence_length and an activation_type out of {known}"
+        raise InvalidInput.field(f"{place}.config", text)
+    encoding = {length: "index", length * vocabulary: "one_hot"}.get(fan_in)
+    if encoding is None:
+        text = f"says {length} letters out of {vocabulary}, but the network has {fan_in} inputs"
+        raise InvalidInput.field(f"{place}.config", text)
     return Architecture(vocabulary, length, encoding, tuple(widths[:-1]), activation), params
 
 
-def _spec(found: Sequence[_Found], patterns: Sequence[PatternSpec] | None) -> GenerationSpec:
+def _described(file: Path) -> list[PatternSpec]:
+    try:
+        return [PatternSpec.model_validate(one) for one in json.loads(file.read_text())["patterns"]]
+    except ValidationError as error:
+        raise InvalidInput.from_pydantic(error, file.name) from None
+    except (ValueError, KeyError, TypeError):
+        raise InvalidInput.field(file.name, 'must be {"patterns": [...]}, as in a spec') from None
+
+
+def _built_in(survey: _Survey) -> list[PatternSpec]:
+    """The patterns that the names in the records stand for."""
+    found = []
+    for name, place in survey.names.items():
+        match = _NAME.fullmatch(name)
+        if match is None or match[1] not in BUILT_IN or (match[1] in ("starts_with", "ends_with")) != bool(match[2]):
+            text = f"{name} is not one of the built-in patterns as it stands; say what it is with patterns"
+            raise InvalidInput.field(f"{place}.metadata.selected_patterns", text)
+        found.append(PatternSpec(name=match[1], token=match[2]))
+    return found
+
+
+def _spec(survey: _Survey, patterns: Sequence[PatternSpec] | None) -> GenerationSpec:
     """The spec of a zoo of these records."""
-    first = found[0].shape
-    for record in found:
-        if record.shape[:3] != first[:3]:
-            text = "has another vocabulary, length or input encoding than the records before it"
-            raise InvalidInput.field(record.place, text)
-        if (record.degraded is None) != (found[0].degraded is None):
-            raise InvalidInput.field(f"{record.place}.degraded_model_weights", "is there in some records alone")
-    if patterns is None:
-        names = list(dict.fromkeys(name for record in found for name in record.patterns))
-        for record in found:
-            for name in record.patterns:
-                if name not in BUILT_IN or name in ("starts_with", "ends_with"):
-                    text = f"{name} is not one of the built-in patterns as it stands; say what it is with patterns"
-                    raise InvalidInput.field(f"{record.place}.metadata.selected_patterns", f"{text} and rename")
-        patterns = [PatternSpec(name=name) for name in names]
-    depths, widths = ([f(record.shape.hidden) for record in found] for f in (len, max))
-    counts, metadata = [len(record.patterns) for record in found], found[0].metadata
+    first, metadata = survey.first.shape, survey.first.metadata
+    staged: dict[str, Any] | None = None
+    if survey.first.degraded is not None:
+        rate = _mapping(metadata.get("corruption_stats")).get("corruption_rate")
+        staged = {"corruption_rate": rate} if _is_number(rate) else {}
     config = {
-        "subjects": len(found),
+        "subjects": survey.records,
         "vocab_size": first.vocab_size,
         "sequence_length": first.length,
-        "patterns": [pattern.model_dump() for pattern in patterns],
-        "min_patterns_per_batch": min(counts),
-        "max_patterns_per_batch": max(counts),
+        "patterns": [pattern.model_dump() for pattern in (_built_in(survey) if patterns is None else patterns)],
+        "min_patterns_per_batch": min(survey.counts),
+        "max_patterns_per_batch": max(survey.counts),
         "subject": {
-            "layers": {"min": min(depths), "max": max(depths)},
-            "neurons": {"min": min(widths), "max": max(widths)},
-            "activations": sorted({record.shape.activation for record in found}),
+            "layers": {"min": min(survey.depths), "max": max(survey.depths)},
+            "neurons": {"min": min(survey.widths), "max": max(survey.widths)},
+            "activations": sorted(survey.activations),
             "input_encoding": first.input_encoding,
-            "dropout": {
-                "min": min(record.dropout for record in found),
-                "max": max(record.dropout for record in found),
-            },
+            "dropout": {"min": min(survey.dropouts), "max": max(survey.dropouts)},
             "init": "independent",
             "precision": metadata.get("precision") or "float32",
             "quantization": metadata.get("quantization") or "none",
         },
-        "staged": {} if found[0].degraded is not None else None,
+        "staged": staged,
         "min_accuracy": 0.0,
     }
-    return GenerationSpec.model_validate(config)
+    try:
+        return GenerationSpec.model_validate(config)
+    except ValidationError as error:
+        raise InvalidInput.from_pydantic(error, "records") from None
 
 
-def _candidate(index: int, record: _Found, spec: GenerationSpec, names: Mapping[str, str]) -> Candidates:
-    """``names``: what each name in the records means. ``starts_with`` will do where there is one such pattern."""
-    for name in (*record.patterns, *([record.target] if record.target is not None else [])):
+def _meaning(survey: _Survey, patterns: Sequence[Pattern]) -> dict[str, str]:
+    """Of each name in the records the pattern's; ``starts_with`` will do where there is one such pattern."""
+    kinds = Counter(pattern.kind for pattern in patterns)
+    names = {pattern.kind: pattern.name for pattern in patterns if kinds[pattern.kind] == 1}
+    names |= {pattern.name: pattern.name for pattern in patterns}
+    for name, place in survey.names.items():
         if name not in names:
-            text = f"{name} is none of the patterns: {', '.join(sorted(set(names.values())))}"
-            raise InvalidInput.field(f"{record.place}.metadata.selected_patterns", text)
-    rate = (record.metadata.get("model_config") or {}).get("learning_rate")
-    own, every = {names[name] for name in record.patterns}, list(dict.fromkeys(names.values()))
-    target = names[record.target if record.target is not None else record.patterns[0]]
-    activation = activations_of(spec).index(record.shape.activation)  # type: ignore[arg-type]
+            text = f"{name} is none of the patterns: {', '.join(pattern.name for pattern in patterns)}"
+            raise InvalidInput.field(f"{place}.metadata.selected_patterns", text)
+    return names
+
+
+def _candidate(
+    index: int, record: _Found, pipeline: DatasetGenerationPipeline, meaning: Mapping[str, str]
+) -> Candidates:
+    own = {meaning[name] for name in record.patterns}
+    names = [pattern.name for pattern in pipeline.patterns]
+    target = names.index(meaning[record.target if record.target is not None else record.patterns[0]])
+    activation = activations_of(pipeline.spec).index(record.shape.activation)  # type: ignore[arg-type]
     return Candidates(
         indices=torch.tensor([index]),
-        selected=torch.tensor([[name in own for name in every]]),
-        target=torch.tensor([every.index(target)]),
+        selected=torch.tensor([[name in own for name in names]]),
+        target=torch.tensor([target]),
         other=torch.tensor([0]),
         layers=torch.tensor([len(record.shape.hidden)]),
         neurons=torch.tensor([record.shape.hidden[0]]),
         activation=torch.tensor([activation]),
-        learning_rate=torch.tensor([float(rate) if isinstance(rate, int | float) else float("nan")]),
+        learning_rate=torch.tensor([float("nan")]),
         dropout=torch.tensor([record.dropout]),
     )
 
 
 def _trained(own: Candidates, shape: Architecture, params: Params) -> Trained:
-    return Trained(own, shape, params, torch.zeros(1, dtype=torch.int64), torch.full((1,), float("nan")))
+    return Trained(own, shape, params, torch.zeros(1, dtype=torch.int64), torch.zeros(1))

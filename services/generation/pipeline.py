@@ -106,7 +106,6 @@ class Progress:
         self.next_block += 1
         self.accepted += len(block.table)
         self.rejected.update(causes)
-        self.blocks.append((len(block.table), dict(causes)))
 
     @property
     def candidates(self) -> int:
@@ -124,8 +123,9 @@ class DatasetGenerationPipeline:
     def __init__(self, spec: GenerationSpec, device: str = "cpu", baseline: Path | None = None) -> None:
         """``baseline``: folder with the probes to take, where ``spec.signature.baseline`` says so. Raises
         :class:`InvalidInput` for a spec that cannot be met, and for probes of another vocabulary or length."""
-        self.spec, self._baseline = spec, baseline
-        self.sampler = PatternDatasetSampler(spec, baseline)
+        self.sampler, self._baseline = PatternDatasetSampler(spec, baseline), baseline
+        # With the number of probes that the baseline has.
+        self.spec = spec = self.sampler.spec
         self.patterns = self.sampler.patterns
         if spec.counterfactual is not None and spec.max_patterns_per_batch == len(self.patterns):
             few = f"must leave one of the {len(self.patterns)} patterns for the counterfactual branch to learn"
@@ -168,9 +168,11 @@ class DatasetGenerationPipeline:
         causes = ", ".join(f"{count} {cause}" for cause, count in progress.rejected.most_common()) or "none"
         run.log(f"{progress.accepted} of {progress.candidates} candidates accepted; rejected: {causes}")
         wanted = self.spec.subjects if self.spec.part is None else progress.accepted
-        facts: dict[str, Any] = {"subjects": wanted, "rejected": dict(progress.rejected.most_common())}
+        rejected = dict(progress.rejected.most_common())
+        facts: dict[str, Any] = {"subjects": wanted, "candidates": progress.candidates, "rejected": rejected}
         if self.spec.part is not None:
-            facts["blocks"] = progress.blocks
+            self._about(folder, facts | {"blocks": progress.blocks})
+            return facts
         return self._described(folder, facts)
 
     def write(self, folder: Path, shards: Iterable[pyarrow.Table], facts: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +182,7 @@ class DatasetGenerationPipeline:
         for number, shard in enumerate(shards):
             self._write(shard, folder, number)
             subjects += len(shard)
-        return self._described(folder, {"subjects": subjects, "rejected": {}} | facts)
+        return self._described(folder, {"subjects": subjects, "candidates": subjects, "rejected": {}} | facts)
 
     def _described(self, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         """Write what goes with the records; their figures."""
@@ -211,6 +213,8 @@ class DatasetGenerationPipeline:
             for block in blocks:
                 shard = pyarrow.concat_tables([shard, block.table])
                 progress.add(block)
+                if self.spec.part is not None:
+                    progress.blocks.append((len(block.table), dict(Counter(block.causes))))
                 run.advance(progress.candidates if self.spec.part is not None else min(progress.accepted, wanted))
                 run.metric(progress.candidates, accepted_share=progress.accepted / progress.candidates, **block.means())
                 enough = self._enough(progress)
@@ -219,7 +223,8 @@ class DatasetGenerationPipeline:
                     self._write(shard.slice(0, len(shard) - extra), folder, progress.shard)
                     progress.shard, shard = progress.shard + 1, self._schema.empty_table()
                 if not enough:
-                    self._give_up_if_hopeless(progress)
+                    if self.spec.part is None:
+                        self._give_up_if_hopeless(progress)
                     if run.checkpoint_due():
                         run.checkpoint(progress.next_block, partial(self._save, folder, progress, shard))
         return progress
@@ -246,11 +251,14 @@ class DatasetGenerationPipeline:
             files += needed
             run.stage("gather", spec.subjects, "subjects")
             for name in parts:
+                # Parts themselves do not give up: few of some thousand may pass, and many of the next.
                 child = children[name]
                 if child.state != "SUCCEEDED":
                     raise IllegalState(f"shard {name} ({child.job}) ended {child.state}: {child.error}")
                 self._take(run.output(child, "zoo"), folder, progress)
                 run.advance(min(progress.accepted, spec.subjects))
+            if progress.accepted < spec.subjects:
+                self._give_up_if_hopeless(progress)
         return progress
 
     def _take(self, part: Path, folder: Path, progress: Progress) -> None:
@@ -432,7 +440,7 @@ class DatasetGenerationPipeline:
         """Write a checkpoint: the shards so far, and what is there of the next."""
         (target / DATA).mkdir()
         for file in (folder / DATA).iterdir():
-            os.link(file, target / DATA / file.name)
+            _link(file, target / DATA / file.name)
         parquet.write_table(shard, target / "shard.parquet")
         (target / "progress.json").write_text(json.dumps(vars(progress)))
 
@@ -498,6 +506,7 @@ class DatasetGenerationPipeline:
             finally:
                 processes.close()
             return
+        self.trainer.stop.clear()
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         try:
             yield lambda block, part: pool.submit(self.bucket, self.buckets(block)[part])
@@ -522,6 +531,14 @@ class DatasetGenerationPipeline:
             seen = (spec.staged.epochs + spec.staged.improvement_epochs) * spec.staged.examples
         networks = (self._last - self._first) * self.block_size if spec.part is not None else spec.subjects
         return networks * seen * size * _FLOP / _FLOP_PER_SECOND
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where that is on another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @lru_cache(maxsize=1024)

@@ -34,7 +34,7 @@ def write_report(zoo: Path, folder: Path) -> None:
 
 def _figure(found: Statistics, zoo: Path) -> Figure:
     figure = Figure(figsize=(13.5, 10), layout="constrained")
-    share = found.subjects / max(found.subjects + sum(found.rejected.values()), 1)
+    share = 1 - sum(found.rejected.values()) / max(found.candidates, 1)
     figure.suptitle(f"{found.subjects:,} networks, {share:.0%} of the candidates", fontsize=12, fontweight="bold")
     (accuracy, rejected), (together, signature) = figure.subplots(2, 2)
     _accuracy(accuracy, found)

@@ -46,7 +46,11 @@ class PatternDatasetSampler:
         patterns that cannot be trained or told apart."""
         if spec.signature.baseline is not None and baseline is None:
             raise InvalidInput.field("spec.signature.baseline", "no folder with it was given")
-        self.spec, self._folder = spec, baseline
+        self._given = read_probes(baseline, spec) if baseline is not None else None
+        if self._given is not None:
+            signature = spec.signature.model_copy(update={"probes": len(self._given)})
+            spec = spec.model_copy(update={"signature": signature})
+        self.spec = spec
         self.patterns = from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
         for name in ("min_patterns_per_batch", "max_patterns_per_batch"):
             if getattr(spec, name) > len(self.patterns):
@@ -81,9 +85,8 @@ class PatternDatasetSampler:
     def baseline(self) -> Labelled:
         """The signature dataset: the same probes for every subject of the zoo, of the validation split; or those of the
         folder."""
-        if self._folder is not None:
-            chosen = read_probes(self._folder, self.spec)
-        else:
+        chosen = self._given
+        if chosen is None:
             chosen = probes(self.universe, self.spec.signature.probes, self.spec.seed)
         return Labelled(chosen, self.universe.matches(chosen))
 
@@ -115,6 +118,8 @@ class PatternDatasetSampler:
         self._write(self.rows(dataset), path)
 
     def _write(self, rows: list[dict[str, Any]], path: Path) -> None:
+        if path.suffix not in (".json", ".parquet"):
+            raise InvalidInput.field(path.name, "must end in .json or .parquet")
         if path.suffix == ".parquet":
             parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         else:

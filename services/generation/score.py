@@ -26,6 +26,8 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> dict[str, 
     _, spec, patterns = read_about(zoo)
     asked: dict[int, dict[str, Any]] = {}
     for i, answer in enumerate(answers):
+        if not isinstance(answer, Mapping):
+            raise InvalidInput.field(f"answers.{i}", "is no object")
         for name, kind in (("index", int), ("task", str), ("completion", str)):
             if not isinstance(answer.get(name), kind):
                 raise InvalidInput.field(f"answers.{i}.{name}", f"must be a {kind.__name__}")

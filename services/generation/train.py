@@ -103,34 +103,36 @@ class SubjectModelTrainer:
     def train(self, candidates: Candidates) -> Trained:
         """Train in one stage, on fresh sequences at every step."""
         population = self.population(candidates)
-        self._fresh(population, candidates, "batches", self.spec.training.steps)
+        self._fresh(population, candidates, "batches", self.spec.training.steps, candidates.selected)
         return self._once(candidates, population)
 
     def branch(self, candidates: Candidates) -> tuple[Trained, Trained, Trained]:
         """Train in one stage, then on from there, with a fresh optimiser, to what each was to learn, to one pattern
-        more (``other``) and to one less (``target``)."""
+        more (``other``) and to one less (``target``). The three see the same sequences, and differ in the labels."""
         assert self.spec.counterfactual is not None
         start, steps = self.population(candidates), self.spec.counterfactual.steps
-        self._fresh(start, candidates, "batches", self.spec.training.steps)
+        self._fresh(start, candidates, "batches", self.spec.training.steps, candidates.selected)
         more = candidates.selected.scatter(1, candidates.other.unsqueeze(1), True)
         less = candidates.selected.scatter(1, candidates.target.unsqueeze(1), False)
         branches = []
         for selected in (candidates.selected, more, less):
             own = replace(candidates, selected=selected)
             population = self.population(candidates, (start.architecture, start.state))
-            self._fresh(population, own, "branches", steps)
+            self._fresh(population, own, "branches", steps, more)
             branches.append(self._once(own, population))
         return branches[0], branches[1], branches[2]
 
-    def _fresh(self, population: Population, candidates: Candidates, stream: str, steps: int) -> None:
-        """Train on fresh sequences at every step; ``stream`` names their draw."""
+    def _fresh(self, population: Population, candidates: Candidates, stream: str, steps: int, shown: Tensor) -> None:
+        """Train on fresh sequences at every step, drawn for the patterns ``shown`` (bool ``[n, patterns]``) and
+        labelled by the candidates' own; ``stream`` names the draw."""
         training = self.spec.training
         size, pools = training.batch_size, self._train
-        batches = Batches(keys(self.spec.seed, stream, candidates.indices), candidates.selected, size, pools)
+        batches = Batches(keys(self.spec.seed, stream, candidates.indices), shown, size, pools)
         inputs = _Inputs(self._table, len(candidates) * size)
         for first in range(0, steps, _CHUNK):
             count = min(_CHUNK, steps - first)
-            rows, labels = (tensor.to(self.device) for tensor in batches.draw(first, count))
+            drawn = batches.draw(first, count, candidates.selected)
+            rows, labels = (tensor.to(self.device) for tensor in drawn)
             targets = labels.float()
             for i in range(count):
                 self._check()
@@ -178,7 +180,7 @@ class SubjectModelTrainer:
         staged = self._staged
         rates = learning_rate.float().to(self.device)
         watch = _EarlyStopping(population, staged.patience)
-        inputs = _Inputs(self._table, len(candidates) * staged.batch_size)
+        inputs = _Inputs(self._table, len(candidates) * min(staged.batch_size, staged.examples))
         for epoch in range(lesson.epochs):
             active = watch.active
             # A view where nobody has stopped yet.

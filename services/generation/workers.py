@@ -30,6 +30,7 @@ class Workers:
     def __init__(self, spec: GenerationSpec, count: int, baseline: Path | None = None) -> None:
         self._task = json.dumps([spec.model_dump(mode="json"), str(baseline) if baseline is not None else None])
         self._own = threading.local()
+        self._lock, self._closed = threading.Lock(), False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="bucket")
 
@@ -39,8 +40,10 @@ class Workers:
 
     def close(self) -> None:
         """End them at once."""
-        for process in self._processes:
-            process.kill()
+        with self._lock:
+            self._closed = True
+            for process in self._processes:
+                process.kill()
         self._pool.shutdown(cancel_futures=True)
         for process in self._processes:
             process.communicate()
@@ -60,14 +63,20 @@ class Workers:
             raise RuntimeError(f"a training process ended by itself ({process.wait(10)})") from None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         process = subprocess.Popen(
             [sys.executable, "-m", "services.generation.workers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
+            # Ctrl-C is for who began this; it ends them then.
+            start_new_session=True,
         )
-        self._processes.append(process)
+        with self._lock:
+            self._processes.append(process)
+            if self._closed:
+                process.kill()
         assert process.stdin is not None
         process.stdin.write(self._task.encode() + b"\n")
         process.stdin.flush()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
@@ -15,12 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from services.runtime.run import Run
 from services.runtime.scalars import write_scalars
 
+METRICS, CHECKPOINT = "metrics.jsonl", "checkpoint"
+
 
 class ConsoleRun(Run):
     """Shows each stage as a bar; keeps artifacts below ``output/<name>/`` and metrics in ``output/metrics.jsonl``
     and a TensorBoard event file.
 
-    Use it as a context manager, so that the bars end with it. It takes no checkpoints.
+    Use it as a context manager, so that the bars end with it. With ``checkpoint_seconds`` it keeps a checkpoint in
+    ``output`` too, as often, and goes on from one that is there.
     """
 
     def __init__(
@@ -29,8 +33,13 @@ class ConsoleRun(Run):
         device: str = "cpu",
         inputs: Mapping[str, Path] = MappingProxyType({}),
         console: Console | None = None,
+        *,
+        checkpoint_seconds: float | None = None,
     ) -> None:
         self.device, self.inputs, self._output = device, inputs, output
+        self._seconds, self._next = checkpoint_seconds, 0.0
+        if output is not None:
+            self._begin(output)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,8 +59,41 @@ class ConsoleRun(Run):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
-        if self._output is not None and (self._output / "metrics.jsonl").exists():
-            write_scalars(self._output / "metrics.jsonl", self._output)
+        if self._output is None:
+            return
+        if (self._output / METRICS).exists():
+            write_scalars(self._output / METRICS, self._output)
+        if kind is None:
+            shutil.rmtree(self._output / CHECKPOINT, ignore_errors=True)
+
+    def _begin(self, output: Path) -> None:
+        """Metrics are those of this run alone, and of what it goes on from."""
+        output.mkdir(parents=True, exist_ok=True)
+        for file in (output / METRICS, *output.glob("events.out.tfevents*")):
+            file.unlink(missing_ok=True)
+        kept = output / CHECKPOINT
+        if self._seconds is not None:
+            self._next = time.monotonic() + self._seconds
+            if kept.exists():
+                self.resume = kept / "state"
+                if (kept / METRICS).exists():
+                    shutil.copyfile(kept / METRICS, output / METRICS)
+
+    def checkpoint_due(self) -> bool:
+        return self._seconds is not None and self._output is not None and time.monotonic() >= self._next
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        if self._output is None or self._seconds is None:
+            return
+        kept, fresh = self._output / CHECKPOINT, self._output / f"{CHECKPOINT}.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        (fresh / "state").mkdir(parents=True)
+        write(fresh / "state")
+        if (self._output / METRICS).exists():
+            shutil.copyfile(self._output / METRICS, fresh / METRICS)
+        shutil.rmtree(kept, ignore_errors=True)
+        fresh.rename(kept)
+        self._next = time.monotonic() + self._seconds
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
         self._task = self._progress.add_task(name, total=total, unit=unit, metrics="")
@@ -67,9 +109,8 @@ class ConsoleRun(Run):
                 self._task, metrics=" ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             )
         if self._output is not None:
-            self._output.mkdir(parents=True, exist_ok=True)
             line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in numbers.items()}}
-            with (self._output / "metrics.jsonl").open("a") as file:
+            with (self._output / METRICS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def log(self, message: str, level: str = "info") -> None:

@@ -14,6 +14,8 @@ from ethogram.errors import InvalidInput
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_STATES = 2000
 _MOST_REPEATS = 100
+# Letters of an expression with all its repeats written out.
+_MOST_LETTERS = 500
 
 # A regular expression as a term: ("none",), ("empty",), ("one", letters), ("then", a, b), ("or", terms), ("many", a).
 Term = tuple[Any, ...]
@@ -101,12 +103,23 @@ def compiled(expression: str) -> Automaton:
     return Automaton(tuple(rows), frozenset(number for term, number in states.items() if _nullable(term)))
 
 
+def _letters(term: Term, known: dict[int, int]) -> int:
+    """Letters of a term, written out; ``known``: of those that were counted, which share parts."""
+    if term[0] == "one":
+        return 1
+    if id(term) not in known:
+        parts = term[1] if term[0] == "or" else term[1:]
+        known[id(term)] = sum(_letters(part, known) for part in parts)
+    return known[id(term)]
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
 
     def parse(self) -> Term:
         term = self._either()
+        self._limit(_letters(term, {}))
         if self._at < len(self._text):
             raise self._wrong("has no opening parenthesis" if self._next == ")" else "cannot stand here")
         return term
@@ -147,6 +160,7 @@ class _Parser:
                 term = _or([EMPTY, term])
             else:
                 least, most = self._bounds()
+                self._limit(_letters(term, {}) * max(least + (most is None), most or 0))
                 found = EMPTY
                 for _ in range(least):
                     found = _then(found, term)
@@ -157,6 +171,11 @@ class _Parser:
                         found = _then(found, _or([EMPTY, term]))
                 term = found
         return term
+
+    def _limit(self, letters: int) -> None:
+        if letters > _MOST_LETTERS:
+            text = f"has {letters} letters with its repeats written out, more than {_MOST_LETTERS}; make it simpler"
+            raise InvalidInput.field("regex", text)
 
     def _bounds(self) -> tuple[int, int | None]:
         self._take("{")

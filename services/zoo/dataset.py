@@ -2,7 +2,7 @@
 
     zoo.json                   the spec, the patterns, the counts
     baseline_dataset.json      the probes, with the patterns that each matches
-    data/train-00000.parquet   the records, in the order of their candidate index; see :func:`schema`
+    data/train-000000.parquet  the records, in the order of their candidate index; see :func:`schema`
     README.md                  a dataset card
 
 ``datasets.load_dataset("parquet", data_dir=...)`` reads the records.
@@ -83,7 +83,7 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
 
 def data_file(shard: int) -> str:
     """Path of a shard of records within a zoo's folder."""
-    return f"{DATA}/train-{shard:05}.parquet"
+    return f"{DATA}/train-{shard:06}.parquet"
 
 
 def write_about(
@@ -220,7 +220,7 @@ class Zoo:
         _, spec, patterns = read_about(folder)
         architecture, names = Architecture.of(spec), [pattern.name for pattern in patterns]
         probes = read_probes(folder, spec)
-        if spec.signature.baseline is None and len(probes) != spec.signature.probes:
+        if len(probes) != spec.signature.probes:
             raise InvalidInput.field(f"{BASELINE}.sequences", f"holds {len(probes)}, not {spec.signature.probes}")
         parts: list[tuple[Tensor, ...]] = []
         for table in read_records(folder, ["index", "patterns", "accuracy", "weights"]):

@@ -170,6 +170,11 @@ class Pattern:
         return self.kind if self.token is None else f"{self.kind}({LETTERS[self.token]})"
 
     @property
+    def regular(self) -> bool:
+        """Whether the set is counted exactly at any size; that of a registered predicate is estimated."""
+        return self.regex is not None or self.kind in BUILT_IN
+
+    @property
     def description(self) -> str:
         """One clause for people."""
         if self.regex is not None:

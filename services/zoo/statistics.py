@@ -21,6 +21,8 @@ class Statistics:
     strata: list[str]
     """The patterns, then ``none``."""
     subjects: int
+    candidates: int
+    """That were trained; more than the accepted and the rejected where the last of them were not needed."""
     rejected: dict[str, int]
     """Candidates that were not accepted, by cause."""
     accuracy: Numbers
@@ -69,6 +71,7 @@ class Statistics:
         return cls(
             [*names, "none"],
             subjects,
+            about.get("candidates", subjects),
             dict(about.get("rejected", {})),
             sums["accuracy"] / subjects,
             sums["degraded_accuracy"] / subjects if staged else None,
@@ -83,7 +86,7 @@ class Statistics:
         by_cause = sorted(self.rejected.items(), key=lambda item: -item[1])
         found: dict[str, Any] = {
             "subjects": self.subjects,
-            "candidates": self.subjects + sum(self.rejected.values()),
+            "candidates": self.candidates,
             "rejected": dict(by_cause),
             "accuracy": round(float(self.accuracy.mean()), 4),
             "accuracy_by_pattern": _rounded(self.strata, self.accuracy),

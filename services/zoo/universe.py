@@ -59,8 +59,12 @@ class Universe:
 
     @cached_property
     def counts(self) -> list[int]:
-        """Exact size of each pattern's set."""
+        """Size of each pattern's set."""
         return [count(pattern, self.vocab_size, self.length) for pattern in self.patterns]
+
+    def exact(self, pattern: int) -> bool:
+        """Whether the size of a pattern's set is known, not estimated."""
+        return self.enumerated or self.patterns[pattern].regular
 
     def matches(self, sequences: Tensor) -> Tensor:
         """Which patterns each sequence ``[n, length]`` matches: bool ``[n, patterns]``."""
@@ -81,10 +85,11 @@ class Universe:
         if self.size <= _QUICKLY_ENUMERATED:
             found = self.sequences[self.membership[:, pattern]]
         else:
-            # Draw until all were seen; the size is known. A set of n takes about n ln n draws.
+            # Draw until all were seen. A set of n takes about n ln n draws; the size may be estimated.
             draws, wanted = generator(0, "members", self.patterns[pattern].name), self.counts[pattern]
-            found = self.members(pattern, 0, draws)
-            while len(found) < wanted:
+            found, before = self.members(pattern, 0, draws), -1
+            while len(found) < wanted if self.exact(pattern) else len(found) > before:
+                before = len(found)
                 found = distinct(torch.cat([found, self.members(pattern, 4 * wanted, draws)]))
         return found[hash_sequences(found).argsort()]
 
@@ -126,12 +131,14 @@ class Universe:
             if size == self.size:
                 raise InvalidInput.field(f"{field}.{i}", f"every sequence matches {pattern.name} {place}; leave it out")
         for j, i in combinations(range(len(self.patterns)), 2):
-            if self.counts[i] == self.counts[j] and self._same_set(i, j):
+            alike = self.counts[i] == self.counts[j] or not (self.exact(i) and self.exact(j))
+            if alike and self._same_set(i, j):
                 names = f"{self.patterns[i].name} and {self.patterns[j].name}"
                 raise InvalidInput.field(f"{field}.{i}", f"{names} are the same set {place}; drop one")
 
     def _same_set(self, i: int, j: int) -> bool:
-        """Whether two patterns of equal size are one set: by members of each, and exactly where all can be seen."""
+        """Whether two patterns, of one size where it is known, are one set: by members of each, and exactly where all
+        can be seen."""
         draws = generator(0, "equality")
         for a, b in ((i, j), (j, i)):
             if not self.patterns[b].matches(self.members(a, _PROBES_OF_EQUALITY, draws)).all():

@@ -32,6 +32,8 @@ class Hub:
         """Large files that were sent."""
         self.failing = 0
         """So many of the next commits are answered with 503."""
+        self.refusing = False
+        """Whether large files are refused."""
         self.url = ""
 
 
@@ -47,6 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         oid, data = self.path.rsplit("/", 1)[1], self._body()
+        if self.hub.refusing:
+            return self._answer(403, {"error": "Forbidden"})
         if hashlib.sha256(data).hexdigest() != oid:
             return self._answer(400, {"error": "other bytes"})
         self.hub.objects[oid] = data

@@ -13,8 +13,10 @@ import pytest
 from pyarrow import parquet
 
 from ethogram.cli.execute import execute
+from services.generation import pipeline
 from services.generation.__main__ import app
 from services.generation.json_form import export_json
+from services.runtime.console import ConsoleRun
 from tests.generation.hub_server import serve
 from tests.generation.test_staged import records, staged_spec
 
@@ -55,11 +57,48 @@ def test_what_is_there_is_not_overwritten(zoo: Path, spec: Path, capsys: pytest.
     assert "is there already" in capsys.readouterr().err
 
 
+def test_what_was_interrupted_goes_on(spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.generation.__main__._CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(pipeline, "_CACHED", 1)
+    monkeypatch.setattr(pipeline, "_MOST_SHAPES", 1)
+    asked: list[str | Path] = ["make", "-f", spec, "--set", "subjects=40", "-o"]
+    assert call(*asked, tmp_path / "whole") == 0
+    advance = ConsoleRun.advance
+
+    def stop_in_the_middle(self: ConsoleRun, done: int) -> None:
+        advance(self, done)
+        if done > 25:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ConsoleRun, "advance", stop_in_the_middle)
+    assert call(*asked, tmp_path / "zoo") == 130
+    begun: list[int] = []
+
+    def note(self: ConsoleRun, done: int) -> None:
+        begun.append(done)
+        advance(self, done)
+
+    monkeypatch.setattr(ConsoleRun, "advance", note)
+    assert call("make", "-f", spec, "--set", "subjects=41", "-o", tmp_path / "zoo") == 2
+    assert call(*asked, tmp_path / "zoo") == 0
+    assert begun[0] > 0
+    assert records(tmp_path / "zoo") == records(tmp_path / "whole")
+    lines = [(tmp_path / f"{name}-run" / "metrics.jsonl").read_text() for name in ("whole", "zoo")]
+    assert lines[0] == lines[1]
+
+
 def test_bad_specs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("make", "--set", "subjects=0", "-o", tmp_path / "zoo") == 2
     assert "spec.subjects" in capsys.readouterr().err
     assert call("make", "--set", "signature.baseline.artifact=zoo", "-o", tmp_path / "zoo") == 2
     assert "spec.signature.baseline" in capsys.readouterr().err
+    assert call("make", "--device", "gpu", "-o", tmp_path / "zoo") == 2
+    assert "--device" in capsys.readouterr().err
+    assert call("dataset", "baseline", "-o", tmp_path / "probes.csv") == 2
+    assert "must end in .json or .parquet" in capsys.readouterr().err
+    assert call("import", tmp_path / "missing.parquet", "-o", tmp_path / "zoo") == 2
+    assert "is no file" in capsys.readouterr().err
+    assert not (tmp_path / "zoo").exists()
 
 
 def test_the_probes_of_another_zoo(zoo: Path, spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
-from services.generation.data import Candidates
+from services.generation.data import Batches, Candidates
 from services.generation.pipeline import DatasetGenerationPipeline, generate
 from services.zoo.dataset import Zoo, architecture_of
 from services.zoo.subjects import encode, forward, unflatten
@@ -79,3 +79,29 @@ def test_what_cannot_be_branched_is_told() -> None:
         generate(GenerationSpec.model_validate(full))
     with pytest.raises(ValueError, match="leave staged out"):
         GenerationSpec.model_validate({"counterfactual": {}, "staged": {}})
+
+
+def test_branches_begin_where_one_network_was_and_see_the_same_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
+    original = Batches.draw
+
+    def draw(self: Batches, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found = original(self, *arguments)
+        drawn.append(found)
+        return found
+
+    monkeypatch.setattr(Batches, "draw", draw)
+    spec = paired_spec(counterfactual={"steps": 1}, min_patterns_per_batch=1)
+    made = DatasetGenerationPipeline(spec)
+    own = Candidates.draw(spec, torch.arange(16), 4)
+    same, more, less = made.trainer.branch(own)
+    (rows, labels), (more_rows, more_labels), (less_rows, less_labels) = drawn[-3:]
+    assert torch.equal(rows, more_rows) and torch.equal(rows, less_rows)
+    # One pattern more makes some answers yes, one less some no; never the other way round.
+    assert (more_labels >= labels).all() and (less_labels <= labels).all()
+    assert (more_labels != labels).any(2).any(0).all() and (less_labels != labels).any(2).any(0).all()
+    flat = [torch.cat([tensor.flatten(1) for tensor in one.params.values()], 1) for one in (same, more, less)]
+    start = torch.cat([tensor.flatten(1) for tensor in made.trainer.train(own).params.values()], 1)
+    # Adam's first step moves no weight by more than the learning rate.
+    assert all(float((one - start).abs().max()) <= spec.training.learning_rate * 1.01 for one in flat)
+    assert all(float((one - flat[0]).abs().max()) > 0 for one in flat[1:])

@@ -162,3 +162,19 @@ def test_of_one_stage_there_is_classification_alone(tmp_path: Path) -> None:
     DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
     row = records(tmp_path / "zoo")[0]
     assert "modification_prompt" not in row and parse_patterns(row["classification_completion"], PATTERNS)
+
+
+def test_words_around_an_answer_are_no_part_of_it(rows: list[dict[str, Any]]) -> None:
+    own = formatter(digits=9).weights(rows[0], "weights")
+    dressed = "Here it is:\n\n" + own.replace("weight", "Weights").replace("\n", ":\n", 1) + "\nDone in 3 layers.\n"
+    expected, found = (parse_weights(text, shape(rows[0])) for text in (own, dressed))
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    patterns = [Pattern("palindrome"), Pattern("no_repeats")]
+    assert parse_patterns("nonpalindrome, palindromes; no_repeats!", patterns) == ["no_repeats"]
+
+
+def test_numbers_that_float32_does_not_hold(rows: list[dict[str, Any]]) -> None:
+    text = formatter().weights(rows[0], "weights")
+    first = text.splitlines()[1].split()[0]
+    with pytest.raises(InvalidInput, match="not finite"):
+        parse_weights(text.replace(first, "1e300", 1), shape(rows[0]))

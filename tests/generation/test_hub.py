@@ -162,3 +162,27 @@ def test_another_zoo_is_not_mixed_in(hub: Hub, tmp_path: Path) -> None:
 def test_names_that_are_no_repository_are_told() -> None:
     with pytest.raises(ValueError, match=r"hub\.repo"):
         GenerationSpec.model_validate({"hub": {"repo": "no-owner"}})
+
+
+def test_large_files_that_are_refused_cost_no_record(hub: Hub, tmp_path: Path) -> None:
+    hub.refusing = True
+    made = DatasetGenerationPipeline(spec())
+    made.run(tmp_path / "zoo")
+    with pytest.raises(Unavailable):
+        made.publish(tmp_path / "zoo")
+    hub.refusing = False
+    made.publish(tmp_path / "zoo")
+    assert hub.repos["me/zoo"] == files(tmp_path / "zoo")
+
+
+@pytest.mark.parametrize("repo", ["me/-x", "me/a..b", "ow--ner/name", "me/x.git", "a/b/c"])
+def test_names_that_the_hub_does_not_allow(repo: str) -> None:
+    with pytest.raises(ValueError, match=r"hub\.repo"):
+        GenerationSpec.model_validate({"hub": {"repo": repo}})
+
+
+@pytest.mark.parametrize("there", ["[]", "no JSON", "{}"])
+def test_a_repository_with_something_else(hub: Hub, tmp_path: Path, there: str) -> None:
+    hub.repos["me/zoo"] = {"zoo.json": there.encode()}
+    with pytest.raises(InvalidInput, match="holds a zoo of another spec"):
+        DatasetGenerationPipeline(spec()).run(tmp_path / "zoo")

@@ -201,3 +201,73 @@ def test_files_that_are_none_are_told(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     with pytest.raises(InvalidInput, match="cannot be read"):
         import_json(tmp_path / "bad.parquet", tmp_path / "zoo")
+
+
+def test_two_patterns_of_one_kind_and_what_is_known_of_the_training(tmp_path: Path) -> None:
+    patterns = [
+        {"name": "starts_with", "token": "A"},
+        {"name": "sorted_descending"},
+        {"name": "starts_with", "token": "B"},
+    ]
+    spec = staged_spec({"corruption_rate": 0.6}, subjects=10, patterns=patterns, max_patterns_per_batch=2)
+    DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
+    export_json(tmp_path / "zoo", tmp_path / "out")
+    import_json(tmp_path / "out", tmp_path / "back")
+    before, after = records(tmp_path / "zoo"), records(tmp_path / "back")
+    for name in ("index", "patterns", "target_pattern", "learning_rate", "epochs", "validation_loss", "weights"):
+        assert [row[name] for row in before] == [row[name] for row in after], name
+    staged = read_about(tmp_path / "back")[1].staged
+    assert staged is not None and staged.corruption_rate == 0.6
+    # Without what says which they are, the bare name is one of two.
+    (tmp_path / "out" / "patterns.json").unlink()
+    names = {"starts_with(A)": "starts_with", "starts_with(B)": "starts_with"}
+    own = [PatternSpec.model_validate(pattern) for pattern in patterns]
+    with pytest.raises(InvalidInput, match="starts_with is none of the patterns"):
+        import_json(tmp_path / "out", tmp_path / "none", patterns=own, rename=names)
+
+
+def test_what_is_not_known_stays_unknown(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps(published()))
+    import_json(file, tmp_path / "zoo")
+    (row,) = records(tmp_path / "zoo")
+    assert row["learning_rate"] is None and row["epochs"] == row["validation_loss"] == []
+    export_json(tmp_path / "zoo", tmp_path / "out")
+    (again,) = parquet.read_table(tmp_path / "out" / "data").to_pylist()
+    assert json.loads(again["training_metrics"]) == {}
+    file.write_text(json.dumps(published(metadata=json.dumps({"selected_patterns": ["palindrome"]}))))
+    with pytest.raises(InvalidInput) as caught:
+        import_json(file, tmp_path / "untold")
+    assert caught.value.violations[0].field == "train.jsonl.0.metadata.target_pattern"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ('"relu"', '"silu"', "config"),
+        ('"vocab_size": 10', '"vocab_size": 10, "dropout_rate": "low"', "config.dropout_rate"),
+        ('"vocab_size": 10', '"vocab_size": 10, "dropout_rate": 0.95', "config.dropout_rate"),
+        ('"sequence_length": 5', '"sequence_length": 6', "config"),
+    ],
+)
+def test_configs_of_all_sorts(tmp_path: Path, old: str, new: str, field: str) -> None:
+    file = tmp_path / "train.jsonl"
+    weights = published()["improved_model_weights"].replace(old, new)
+    file.write_text(json.dumps(published(improved_model_weights=weights)))
+    with pytest.raises(InvalidInput) as caught:
+        import_json(file, tmp_path / "zoo")
+    assert caught.value.violations[0].field == f"train.jsonl.0.improved_model_weights.{field}"
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "{"])
+def test_lines_that_are_no_records(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.jsonl").write_text(line)
+    with pytest.raises(InvalidInput, match=r"train\.jsonl"):
+        import_json(tmp_path / "train.jsonl", tmp_path / "zoo")
+
+
+def test_a_precision_that_there_is_not(tmp_path: Path) -> None:
+    metadata = {"selected_patterns": ["palindrome"], "target_pattern": "palindrome", "precision": "float64"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(published(metadata=json.dumps(metadata))))
+    with pytest.raises(InvalidInput, match=r"records\.subject\.precision"):
+        import_json(tmp_path / "train.jsonl", tmp_path / "zoo")

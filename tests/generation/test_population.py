@@ -86,12 +86,7 @@ def test_widths_and_rates_of_ones_own_equal_training_alone(activation: str, drop
         beyond = torch.ones(wide.size, dtype=torch.bool)
         beyond[own] = False
         assert not together[model, beyond].any(), "padding is no longer exactly zero"
-        if dropout:
-            # Masks are drawn for the widest; alone, but as wide.
-            alone, loss = train(torch.tensor([model]), wide, draws)
-            alone = alone[:, own]
-        else:
-            alone, loss = train(torch.tensor([model]), wide._replace(hidden=(width,) * 3), draws)
+        alone, loss = train(torch.tensor([model]), wide._replace(hidden=(width,) * 3), draws)
         error = (together[model, own] - alone[0]).norm() / alone[0].norm()
         assert float(error) < 1e-9
         torch.testing.assert_close(losses[model], loss[0], rtol=1e-9, atol=0)

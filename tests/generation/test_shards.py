@@ -99,8 +99,12 @@ def test_a_part_is_no_whole(changes: dict[str, Any]) -> None:
         GenerationSpec.model_validate({"part": {"first": 0, "count": 1}} | changes)
 
 
-def test_hopeless_parts_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("few")
+def test_parts_that_yield_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "PATIENCE", 8)
-    spec = staged_spec({"min_degradation_threshold": 0.99}, part={"first": 0, "count": 100})
+    hopeless = staged_spec({"min_degradation_threshold": 0.99}, subjects=40)
+    part = GenerationSpec.model_validate(hopeless.model_dump() | {"part": {"first": 0, "count": 1}})
+    assert DatasetGenerationPipeline(part).run(tmp_path / "part")["subjects"] == 0
+    # A part may be barren where the next is not, so the whole decides.
     with pytest.raises(InvalidInput, match="pass the checks"):
-        DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
+        DatasetGenerationPipeline(hopeless.model_copy(update={"shards": 2})).run(tmp_path / "zoo", Parent(tmp_path))

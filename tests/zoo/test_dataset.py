@@ -76,9 +76,9 @@ def test_wrong_folders_name_the_file(zoo: Zoo, tmp_path: Path) -> None:
 
     refused("zoo.json")
     zoo.save(tmp_path)
-    records = tmp_path / "data" / "train-00000.parquet"
+    records = tmp_path / "data" / "train-000000.parquet"
     records.write_bytes(records.read_bytes()[: records.stat().st_size // 2])
-    refused("data/train-00000.parquet")
+    refused("data/train-000000.parquet")
     records.unlink()
     refused("data")
     zoo.save(tmp_path)

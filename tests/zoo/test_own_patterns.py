@@ -174,3 +174,38 @@ def test_a_package_brings_a_predicate(tmp_path: Path) -> None:
         text=True,
     )
     assert done.stdout == "B does not occur [True, False]\n", done.stderr
+
+
+@pytest.mark.parametrize("expression", ["((A?){100}){100}", "(A{0,100}){0,100}", "((.{100}){100}){100}", "A{100}" * 6])
+def test_repeats_that_would_take_for_ever_are_told(expression: str) -> None:
+    with pytest.raises(InvalidInput, match="with its repeats written out"):
+        compiled(expression)
+
+
+@pytest.fixture
+def estimated() -> Iterator[None]:
+    """Predicates whose sets are too large to be counted, one of them under two names."""
+    for name in ("mine", "yours"):
+        register(name, "no letter but the last is above M")(lambda sequences: (sequences[:, :-1] <= 12).all(1))
+    register("rare", "AA, then not far")(lambda sequences: (sequences[:, :2] == 0).all(1) & (sequences[:, 2] < 12))
+    yield
+    for name in ("mine", "yours", "rare"):
+        patterns._REGISTERED.pop(name)
+        REGISTERED.discard(name)
+
+
+@pytest.mark.usefixtures("estimated")
+def test_one_predicate_under_two_names_is_told_where_it_cannot_be_counted() -> None:
+    own = [Pattern("mine"), Pattern("yours"), Pattern("palindrome")]
+    with pytest.raises(InvalidInput, match="are the same set"):
+        Universe(26, 5, own).check()
+    Universe(26, 5, own[1:]).check()
+
+
+@pytest.mark.usefixtures("estimated")
+@pytest.mark.timeout(60)
+def test_all_members_of_a_set_of_unknown_size() -> None:
+    universe = Universe(26, 5, [Pattern("rare")])
+    assert universe.counts[0] > 0
+    found = universe.all_members(0)
+    assert 0.99 * 12 * 26**2 < len(found) <= 12 * 26**2 and (found[:, :2] == 0).all()
