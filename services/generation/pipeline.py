@@ -46,6 +46,9 @@ MOST_TOGETHER = 128
 _CACHED = 2**20
 # Where shapes differ, so many buckets' worth of candidates are drawn together and then sorted into buckets by shape.
 _MOST_SHAPES = 8
+# And where widths differ, as many times as many, if the zoo has so many subjects for each: those that are padded to one
+# width are of similar width then.
+_MOST_WIDTHS, _WORTH_WIDTHS = 4, 1024
 # Candidates to a shard of the records.
 _SHARD = 1024
 # Candidates after which a hopeless spec is given up.
@@ -53,9 +56,9 @@ PATIENCE = 512
 # Where a run has the probes that the spec names.
 BASELINE_INPUT = "signature.baseline"
 # Processes take some seconds to start, which is worth it for longer work than this, in seconds of one core.
-_WORTH_PROCESSES = 30.0
-# Of a training step, for each parameter and sequence; and what a core does of it.
-_FLOP, _FLOP_PER_SECOND = 6, 1.5e10
+_WORTH_PROCESSES = 8.0
+# What a core takes of a training step, in seconds: for each sequence and parameter, and for each sequence and neuron.
+_PER_PARAMETER, _PER_NEURON = 1.5e-10, 4e-9
 
 Row = dict[str, Any]
 
@@ -143,6 +146,9 @@ class DatasetGenerationPipeline:
         shapes = spec.subject.layers.size * len(activations_of(spec))
         self.bucket_size = _bucket_size(spec)
         self.block_size = self.bucket_size * min(shapes, _MOST_SHAPES)
+        if spec.subject.neurons.size > 1:
+            # So that each bucket holds but a part of the widths, in a zoo that is large enough for large blocks.
+            self.block_size *= min(_MOST_WIDTHS, max(1, spec.subjects // _WORTH_WIDTHS))
         self._blocks_of_file = -(-_SHARD // self.block_size)
         # Those to train: from the first to before the last, or as many as it takes.
         self._first, self._last = 0, 2**62
@@ -523,14 +529,14 @@ class DatasetGenerationPipeline:
         """About how long one core would train."""
         spec, subject = self.spec, self.spec.subject
         hidden = (subject.neurons.max,) * subject.layers.max
-        size = Architecture(spec.vocab_size, spec.sequence_length, subject.input_encoding, hidden, "relu").size
+        widest = Architecture(spec.vocab_size, spec.sequence_length, subject.input_encoding, hidden, "relu")
         if spec.staged is None:
             branches = 3 * spec.counterfactual.steps if spec.counterfactual is not None else 0
             seen = (spec.training.steps + branches) * spec.training.batch_size
         else:
             seen = (spec.staged.epochs + spec.staged.improvement_epochs) * spec.staged.examples
         networks = (self._last - self._first) * self.block_size if spec.part is not None else spec.subjects
-        return networks * seen * size * _FLOP / _FLOP_PER_SECOND
+        return networks * seen * (widest.size * _PER_PARAMETER + widest.neurons * _PER_NEURON)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -48,11 +48,11 @@ def _figure(found: Statistics, zoo: Path) -> Figure:
 
 def _accuracy(axes: Axes, found: Statistics) -> None:
     places = np.arange(len(found.strata))[::-1]
-    axes.set_title("held-out accuracy by kind of sequence", color=SOFT)
+    axes.set_title("held-out accuracy by kind of sequence", color=SOFT, loc="left")
     if found.degraded_accuracy is not None:
         axes.barh(places - 0.2, found.degraded_accuracy, 0.38, color=BEFORE, label="degraded")
         axes.barh(places + 0.2, found.accuracy, 0.38, color=AFTER, label="improved")
-        axes.legend(frameon=False, loc="lower left")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
     else:
         axes.barh(places, found.accuracy, 0.7, color=AFTER)
     for place, value in zip(places, found.accuracy, strict=True):
@@ -85,7 +85,7 @@ def _together(axes: Axes, found: Statistics) -> None:
 
 def _signature(axes: Axes, zoo: Path) -> None:
     """Of the first record: a row for each number, a column for each neuron."""
-    table = next(iter(read_records(zoo, ["index", "layers", "neurons", "patterns", "signature"]))).slice(0, 1)
+    table = next(iter(read_records(zoo, ["index", "layers", "neurons", "signature"]))).slice(0, 1)
     record = table.to_pylist()[0]
     neurons = record["layers"] * record["neurons"] + 1
     rows, names = [], []
@@ -95,7 +95,7 @@ def _signature(axes: Axes, zoo: Path) -> None:
         names += [method] + [""] * (len(numbers) - 1)
     scaled = np.stack([row / max(np.abs(row).max(), 1e-9) for row in rows])
     axes.imshow(scaled, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_title(f"signature of network {record['index']}: {', '.join(record['patterns'])}", color=SOFT)
+    axes.set_title(f"signature of network {record['index']}", color=SOFT)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("neurons, layer after layer" + (f" (the first {_MOST_NEURONS})" if neurons > _MOST_NEURONS else ""))
 

@@ -29,6 +29,7 @@ SPEC: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_jobs_make_a_zoo_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REDIS_URL", raising=False)

@@ -120,6 +120,7 @@ def test_there_and_back(zoo: Path, tmp_path: Path) -> None:
     assert call("report", zoo, "-o", tmp_path / "report") == 0
 
 
+@pytest.mark.slow
 def test_a_set_is_fetched_from_the_hub(zoo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     export_json(zoo, tmp_path / "json")
     patterns = tmp_path / "patterns.json"

@@ -48,7 +48,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("shards", [2, 5])
+@pytest.mark.parametrize("shards", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_shards_make_the_same_zoo(tmp_path: Path, shards: int) -> None:
     spec = staged_spec({"min_degradation_threshold": 0.15}, subjects=40)
     figures = DatasetGenerationPipeline(spec).run(tmp_path / "one")

@@ -203,6 +203,7 @@ def test_one_predicate_under_two_names_is_told_where_it_cannot_be_counted() -> N
 
 
 @pytest.mark.usefixtures("estimated")
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_all_members_of_a_set_of_unknown_size() -> None:
     universe = Universe(26, 5, [Pattern("rare")])
