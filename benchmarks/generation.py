@@ -199,7 +199,9 @@ def _make(spec: str, folder: str, checkpoints: str) -> None:
     parsed = GenerationSpec.model_validate_json(spec)
     run = _Disk(Path(checkpoints)) if checkpoints else Run()
     DatasetGenerationPipeline(parsed).run(Path(folder), run)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Its own, and that of the largest of the processes that trained for it.
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    print(sum(resource.getrusage(one).ru_maxrss for one in who))
 
 
 def _process(spec: GenerationSpec, folder: Path, checkpoints: Path | None = None) -> subprocess.Popen[str]:
@@ -236,12 +238,13 @@ def resumption(seed: int) -> dict[str, Figure]:
             time.sleep(chance.uniform(0.3, 1.0) * seconds)
             os.kill(making.pid, signal.SIGKILL)
             making.communicate()
+            taken = len(list(checkpoints.glob("[0-9]*")))
             resumed = Path(scratch) / f"resumed-{kill}"
             _process(spec, resumed, checkpoints).communicate()
             found = list(read_records(resumed))
             same = len(found) == len(tables) and all(a.equals(b) for a, b in zip(found, tables, strict=True))
             unequal += not same
-            say(f"killed with {len(list(checkpoints.glob('[0-9]*')))} checkpoints: {'same' if same else 'DIFFERENT'}")
+            say(f"killed with {taken} checkpoints: {'same' if same else 'DIFFERENT'}")
     return {"resume_unequal": Figure(unequal, "==", 0)}
 
 
@@ -260,7 +263,7 @@ def main() -> None:
     parts: dict[str, Callable[[], dict[str, Figure]]] = {
         "speed": lambda: speed(given.records, given.candidates),
         "truth": truth,
-        "memory": lambda: memory(1500),
+        "memory": lambda: memory(4000),
         "resume": lambda: resumption(given.seed),
     }
     figures: dict[str, Figure] = {}

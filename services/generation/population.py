@@ -54,6 +54,8 @@ class _Layer(NamedTuple):
     hidden: Tensor
     """What the next layer is given: ``[models, width + 1, n]``, outputs after dropout, and a row of ones, by which the
     biases are a column of the weights."""
+    turned: Tensor
+    """``hidden``, transposed."""
     grad: Tensor
     """Gradient of the output, then of the pre-activation."""
 
@@ -147,8 +149,8 @@ class Population:
         torch.div(error.unsqueeze(1), n, out=grad)
         for i in range(last, 0, -1):
             below = layers[i - 1]
-            torch.bmm(grad, below.hidden.transpose(1, 2), out=self._gradients[i])
-            torch.bmm(self._weights[i][:, :, :-1].transpose(1, 2), grad, out=below.grad)
+            torch.bmm(grad, below.turned, out=self._gradients[i])
+            torch.bmm(self._turned[i], grad, out=below.grad)
             if scales:
                 below.grad.mul_(scales[i - 1])
             grad = derivative(below.grad, below.pre, below.out, below.grad)
@@ -194,6 +196,8 @@ class Population:
     def _link(self) -> None:
         """Room for what a step needs."""
         self._gradients, self._deltas = ([torch.zeros_like(weight) for weight in self._weights] for _ in range(2))
+        # Without the biases; views, since making them each step takes as long as a small product.
+        self._turned = [weight[:, :, :-1].transpose(1, 2) for weight in self._weights]
         self._layers: dict[int, list[_Layer]] = {}
 
     def _layers_for(self, n: int) -> list[_Layer]:
@@ -207,7 +211,8 @@ class Population:
             for i, width in enumerate(widths):
                 pre, hidden = new(models, width, n), self._weights[0].new_ones(models, width + 1, n)
                 out = hidden[:, :-1] if self._dropout is None else torch.empty_like(pre)
-                made.append(_Layer(pre, out, hidden, room[i % 2][: pre.numel()].view_as(pre)))
+                grad = room[i % 2][: pre.numel()].view_as(pre)
+                made.append(_Layer(pre, out, hidden, hidden.transpose(1, 2), grad))
             self._layers[n] = made
         return self._layers[n]
 
