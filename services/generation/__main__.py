@@ -16,7 +16,7 @@ from ethogram.cli.execute import execute
 from ethogram.cli.files import read_mapping, set_values
 from ethogram.cli.options import Json, Set, examples, show_help
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import GenerationSpec, HubSpec, PatternSpec
+from ethogram.specs.generation import GenerationSpec, HubSpec
 from services.generation.card import CARD
 from services.runtime.console import CHECKPOINT
 
@@ -115,16 +115,11 @@ def import_(
 ) -> None:
     """Read a dataset with JSON text in its columns as a zoo."""
     from services.generation.hub import download
-    from services.generation.json_form import import_json
+    from services.generation.json_form import import_json, patterns_in
     from services.runtime.console import ConsoleRun
 
-    given = read_mapping(file, "spec").get("patterns") if file is not None else None
-    try:
-        patterns = None if given is None else [PatternSpec.model_validate(one) for one in given]
-    except (ValidationError, TypeError) as error:
-        if isinstance(error, ValidationError):
-            raise InvalidInput.from_pydantic(error, "patterns") from None
-        raise InvalidInput.field("patterns", "is no list") from None
+    given = read_mapping(file, "spec")
+    patterns = None if given.get("patterns") is None else patterns_in(given, "patterns")
     names = {}
     for pair in rename or []:
         theirs, equals, ours = pair.partition("=")

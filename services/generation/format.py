@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import FormatSpec, GenerationSpec
-from services.zoo.dataset import architecture_of
+from services.zoo.dataset import architecture_of, network_of
 from services.zoo.patterns import Pattern
 from services.zoo.pools import Evaluation
-from services.zoo.subjects import Architecture, Params, encode, forward, unflatten
+from services.zoo.subjects import Architecture, Params, encode, forward
 
 _HEAD = re.compile(r"[`*#\s]*layer (\d+) (weight|bias)s?\s*(?:\d+ ?x ?\d+)?[:`*\s]*$")
 _NUMBERS = re.compile(r"[-+0-9.eE,;\[\]\s]*")
@@ -104,15 +103,10 @@ class TrainingDataFormatter:
                 lines.append(f"layer {i} neuron {n}: weights {self._row(row)} bias {self._row([offset])} {text}")
         return f"{about}## Weights and activation signature\n" + "\n".join(lines) + "\n\n"
 
-    def _layers(self, record: Mapping[str, Any], column: str) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-        shape, flat = architecture_of(self._spec, record), np.asarray(record[column], np.float32)
-        found, start = [], 0
-        for fan_in, fan_out in shape.layers:
-            weight = flat[start : start + fan_in * fan_out].reshape(fan_out, fan_in)
-            start += fan_in * fan_out
-            found.append((weight, flat[start : start + fan_out]))
-            start += fan_out
-        return found
+    def _layers(self, record: Mapping[str, Any], column: str) -> list[tuple[Tensor, Tensor]]:
+        params = network_of(record, column, architecture_of(self._spec, record))
+        layers = range(len(params) // 2)
+        return [(params[f"layers.{i}.weight"][0], params[f"layers.{i}.bias"][0]) for i in layers]
 
     def _signatures(self, record: Mapping[str, Any], column: str) -> list[list[str]]:
         """For each layer and neuron its signature as text."""
@@ -232,10 +226,7 @@ def score_modification(
         return benchmark.by_stratum((forward(params, questions, shape.activation) > 0) == labels)[0]
 
     written = accuracy(parse_weights(text, shape))
-    before, after = (
-        accuracy(unflatten(torch.as_tensor(np.asarray(record[column], np.float32)).view(1, -1), shape))
-        for column in ("degraded_weights", "weights")
-    )
+    before, after = (accuracy(network_of(record, column, shape)) for column in ("degraded_weights", "weights"))
     target = names.index(record["target_pattern"])
     change = written - before
     rest = torch.cat([change[:target], change[target + 1 :]])

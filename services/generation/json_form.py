@@ -32,8 +32,9 @@ from services.generation.format import TrainingDataFormatter
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.train import Trained
 from services.runtime.run import Run
-from services.zoo.dataset import BASELINE, DATA, architecture_of, data_file, read_about, read_records
+from services.zoo.dataset import BASELINE, DATA, architecture_of, data_file, network_of, read_about, read_records
 from services.zoo.patterns import Pattern
+from services.zoo.reading import reading
 from services.zoo.subjects import ACTIVATIONS, Architecture, Params
 
 _WEIGHT = re.compile(r"(?:.*\.)?(\d+)\.(weight|bias)$")
@@ -114,7 +115,8 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
         if not there:
             continue
         row[f"{name}_signature"] = json.dumps(_signature(record[f"{prefix}signature"], shape))
-        weights = {"config": config, "weights": _named(record[f"{prefix}weights"], shape, record["dropout"] > 0)}
+        params = network_of(record, f"{prefix}weights", shape)
+        weights = {"config": config, "weights": _named(params, record["dropout"] > 0)}
         row[f"{name}_model_weights"] = json.dumps(weights)
     stages = zip(record["epochs"], record["validation_loss"], strict=True) if staged else ()
     metrics = [{"epochs": epochs, "validation_loss": loss} for epochs, loss in stages]
@@ -122,16 +124,13 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
     return row
 
 
-def _named(weights: Sequence[float], shape: Architecture, dropout: bool) -> dict[str, Any]:
+def _named(params: Params, dropout: bool) -> dict[str, Any]:
     named: dict[str, Any] = {}
-    start, modules = 0, 3 if dropout else 2
-    for name, size in shape.shapes.items():
-        stop = start + int(np.prod(size))
+    for name, tensor in params.items():
         _, layer, part = name.split(".")
         # Shortest text of a float32, so that little is written and nothing is lost.
-        numbers = np.array([float(str(np.float32(number))) for number in weights[start:stop]])
-        named[f"network.{modules * int(layer)}.{part}"] = numbers.reshape(size).tolist()
-        start = stop
+        numbers = np.array([float(str(number)) for number in tensor[0].flatten().numpy()])
+        named[f"network.{(3 if dropout else 2) * int(layer)}.{part}"] = numbers.reshape(tensor.shape[1:]).tolist()
     return named
 
 
@@ -225,7 +224,8 @@ def import_json(
     files, beside = _files(source), source if source.is_dir() else source.parent
     survey = _surveyed(files, names, source, run)
     if patterns is None and (beside / PATTERNS).exists():
-        patterns = _described(beside / PATTERNS)
+        with reading(beside, PATTERNS, "dataset") as path:
+            patterns = patterns_in(json.loads(path.read_text()), PATTERNS)
     spec = _spec(survey, patterns)
     pipeline = DatasetGenerationPipeline(spec, run.device, beside if (beside / BASELINE).exists() else None)
     meaning = _meaning(survey, pipeline.patterns)
@@ -400,13 +400,14 @@ def _network(value: Mapping[str, Any], place: str) -> tuple[Architecture, Params
     return Architecture(vocabulary, length, encoding, tuple(widths[:-1]), activation), params
 
 
-def _described(file: Path) -> list[PatternSpec]:
+def patterns_in(value: Any, place: str) -> list[PatternSpec]:
+    """What ``{"patterns": [...]}`` says, as in a spec; ``place`` is for error messages."""
     try:
-        return [PatternSpec.model_validate(one) for one in json.loads(file.read_text())["patterns"]]
+        return [PatternSpec.model_validate(one) for one in value["patterns"]]
     except ValidationError as error:
-        raise InvalidInput.from_pydantic(error, file.name) from None
-    except (ValueError, KeyError, TypeError):
-        raise InvalidInput.field(file.name, 'must be {"patterns": [...]}, as in a spec') from None
+        raise InvalidInput.from_pydantic(error, place) from None
+    except (KeyError, TypeError):
+        raise InvalidInput.field(place, 'must be {"patterns": [...]}, as in a spec') from None
 
 
 def _built_in(survey: _Survey) -> list[PatternSpec]:

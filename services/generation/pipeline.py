@@ -288,10 +288,6 @@ class DatasetGenerationPipeline:
                 shutil.copyfile(part / name, folder / name)
                 self._upload(folder, name)
 
-    def block(self, number: int) -> Block:
-        """Train and judge candidates ``number * block_size ..``."""
-        return Block.of([self.bucket(bucket) for bucket in self.buckets(number)])
-
     def buckets(self, number: int) -> list[Candidates]:
         """The candidates of a block, as they train together: of one depth and activation, and of similar width."""
         indices = torch.arange(number * self.block_size, (number + 1) * self.block_size)

@@ -15,10 +15,9 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
 from services.generation.data import Candidates, Examples
-from services.zoo.dataset import read_probes
+from services.zoo.dataset import labelled, read_probes
 from services.zoo.patterns import from_specs
 from services.zoo.pools import Evaluation, Pools, probes
-from services.zoo.sequences import to_letters
 from services.zoo.universe import TRAIN, VALIDATION, Universe
 
 # Held-out sequences that a subject is judged on: for each pattern, and of those that match none.
@@ -106,12 +105,8 @@ class PatternDatasetSampler:
         self._write(rows, path)
 
     def rows(self, dataset: Labelled) -> list[dict[str, Any]]:
-        """``{"sequence": "ABC...", "patterns": [...]}`` for each sequence."""
-        names = [pattern.name for pattern in self.patterns]
-        return [
-            {"sequence": text, "patterns": [name for name, on in zip(names, matches, strict=True) if on]}
-            for text, matches in zip(to_letters(dataset.sequences), dataset.membership.tolist(), strict=True)
-        ]
+        """Its sequences as text; see :func:`services.zoo.dataset.labelled`."""
+        return labelled(dataset.sequences, dataset.membership, [pattern.name for pattern in self.patterns])
 
     def save(self, dataset: Labelled, path: Path) -> None:
         """Write a dataset as JSON, or as parquet if that is the suffix of ``path``."""

@@ -99,14 +99,11 @@ def write_about(
         **facts,
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=2))
-    matches = Universe(spec.vocab_size, spec.sequence_length, patterns).matches(probes).tolist()
+    matches = Universe(spec.vocab_size, spec.sequence_length, patterns).matches(probes)
     baseline = {
         "vocab_size": spec.vocab_size,
         "sequence_length": spec.sequence_length,
-        "sequences": [
-            {"sequence": word, "patterns": [name for name, on in zip(names, row, strict=True) if on]}
-            for word, row in zip(to_letters(probes), matches, strict=True)
-        ],
+        "sequences": labelled(probes, matches, names),
     }
     (folder / BASELINE).write_text(json.dumps(baseline, indent=1))
 
@@ -243,6 +240,20 @@ def architecture_of(spec: GenerationSpec, record: Mapping[str, Any]) -> Architec
     return Architecture(
         spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, hidden, record["activation"]
     )
+
+
+def network_of(record: Mapping[str, Any], column: str, architecture: Architecture) -> Params:
+    """The network in one column of weights of a record: stacked parameters of one model."""
+    return unflatten(torch.as_tensor(np.asarray(record[column], np.float32)).view(1, -1), architecture)
+
+
+def labelled(sequences: Tensor, membership: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """``{"sequence": "ABC...", "patterns": [...]}`` for each of ``sequences`` (int64 ``[n, length]``); ``membership``:
+    the patterns that it matches, bool ``[n, patterns]``."""
+    return [
+        {"sequence": word, "patterns": [name for name, on in zip(names, row, strict=True) if on]}
+        for word, row in zip(to_letters(sequences), membership.tolist(), strict=True)
+    ]
 
 
 def matrix(table: pyarrow.Table, column: str, width: int) -> Tensor:
