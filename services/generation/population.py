@@ -97,9 +97,11 @@ class Population:
         *,
         widths: Tensor | None = None,
         dropout: Dropout | None = None,
+        rates: Tensor | None = None,
     ) -> None:
         """``state``: where to start, as :func:`state_of` makes it; copied. ``widths``: neurons in each hidden layer of
-        each network, int64 ``[models]``; None: all are as wide as ``architecture``."""
+        each network, int64 ``[models]``; None: all are as wide as ``architecture``. ``rates``: learning rate of each
+        network, ``[models]``; None: 1."""
         self.architecture, self._dropout = architecture, dropout
         self._weights = [weight.clone() for weight in state]
         device = self._weights[0].device
@@ -108,6 +110,9 @@ class Population:
             # It makes 0.5 of a padded neuron's 0; the other activations leave it.
             neurons = torch.arange(max(architecture.hidden), device=device) < widths.unsqueeze(1)
             self._neurons = neurons.unsqueeze(2).to(self._weights[0].dtype)
+        self._rates = rates.to(self._weights[0].dtype).view(-1, 1, 1) if rates is not None else None
+        # One Adam has one rate for all. Where networks have their own, it moves the weights over the rates, by one.
+        self._scaled = self._weights if self._rates is None else [weight / self._rates for weight in self._weights]
         self._mean, self._square = ([torch.zeros_like(weight) for weight in self._weights] for _ in range(2))
         self._steps, self._taken = torch.zeros((), device=device), 0
         self._link()
@@ -124,6 +129,9 @@ class Population:
 
     def keep(self, index: Tensor) -> None:
         """Go on with the networks at ``index`` alone."""
+        if self._rates is not None:
+            self._rates = self._rates[index]
+            self._scaled = [tensor[index] for tensor in self._scaled]
         for tensors in (self._weights, self._mean, self._square):
             tensors[:] = [tensor[index] for tensor in tensors]
         if self._dropout is not None:
@@ -133,12 +141,12 @@ class Population:
         self._link()
 
     @torch.no_grad()
-    def step(self, inputs: Tensor, targets: Tensor, learning_rate: float | Tensor) -> Tensor:
+    def step(self, inputs: Tensor, targets: Tensor, learning_rate: float = 1.0) -> Tensor:
         """One step of every network, each on its own batch.
 
         ``inputs``: ``[models, n, input_size + 1]``, as :func:`with_ones` makes them; ``targets``: ``[models, n]`` of 0
-        and 1, both in the parameters' type; ``learning_rate``: one, or one for each network, ``[models]``. Returns
-        ``probability - target``, ``[models, n]``, a buffer that the next step overwrites.
+        and 1, both in the parameters' type; ``learning_rate``: for all, times each one's own. Returns ``probability -
+        target``, ``[models, n]``, a buffer that the next step overwrites.
         """
         n = targets.shape[1]
         layers, last = self._layers_for(n), len(self._weights) - 1
@@ -195,7 +203,7 @@ class Population:
 
     def _link(self) -> None:
         """Room for what a step needs."""
-        self._gradients, self._deltas = ([torch.zeros_like(weight) for weight in self._weights] for _ in range(2))
+        self._gradients = [torch.zeros_like(weight) for weight in self._weights]
         # Without the biases; views, since making them each step takes as long as a small product.
         self._turned = [weight[:, :, :-1].transpose(1, 2) for weight in self._weights]
         self._layers: dict[int, list[_Layer]] = {}
@@ -216,21 +224,17 @@ class Population:
             self._layers[n] = made
         return self._layers[n]
 
-    def _adam(self, learning_rate: float | Tensor) -> None:
+    def _adam(self, learning_rate: float) -> None:
         """Adam (Kingma and Ba 2015) with its usual constants."""
-        # The fused step has one rate for all: where they differ, it takes a unit step from zero, which is scaled then.
-        rates = learning_rate.view(-1, 1, 1) if isinstance(learning_rate, Tensor) else None
-        if rates is not None:
-            torch._foreach_zero_(self._deltas)
         self._steps += 1
         torch._fused_adam_(
-            self._weights if rates is None else self._deltas,
+            self._scaled,
             self._gradients,
             self._mean,
             self._square,
             [],
             [self._steps] * len(self._weights),
-            lr=1.0 if isinstance(learning_rate, Tensor) else learning_rate,
+            lr=learning_rate,
             beta1=0.9,
             beta2=0.999,
             weight_decay=0.0,
@@ -238,9 +242,9 @@ class Population:
             amsgrad=False,
             maximize=False,
         )
-        if rates is not None:
-            for weight, delta in zip(self._weights, self._deltas, strict=True):
-                weight.addcmul_(delta, rates)
+        if self._rates is not None:
+            for weight, scaled in zip(self._weights, self._scaled, strict=True):
+                torch.mul(scaled, self._rates, out=weight)
 
 
 def cosine(step: int, steps: int, peak: float) -> float:

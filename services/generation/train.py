@@ -82,8 +82,10 @@ class SubjectModelTrainer:
         activation = activations_of(spec)[int(candidates.activation[0])]
         return Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, hidden, activation)
 
-    def population(self, candidates: Candidates, start: tuple[Architecture, State] | None = None) -> Population:
-        """Networks in training: fresh, or from where others were."""
+    def population(
+        self, candidates: Candidates, start: tuple[Architecture, State] | None = None, rates: Tensor | None = None
+    ) -> Population:
+        """Networks in training: fresh, or from where others were; ``rates``: learning rates of their own."""
         spec = self.spec
         # Not of those that are left, but of those that began: the widest may have gone.
         architecture, state = start or (self.architecture(candidates), None)
@@ -98,7 +100,8 @@ class SubjectModelTrainer:
             dropout = Dropout(candidates.dropout.float().to(self.device), own.to(self.device))
         widths = candidates.neurons.to(self.device)
         state = [weight.to(self.device) for weight in state]
-        return Population(architecture, state, widths=widths, dropout=dropout)
+        rates = rates.to(self.device) if rates is not None else None
+        return Population(architecture, state, widths=widths, dropout=dropout, rates=rates)
 
     def train(self, candidates: Candidates) -> Trained:
         """Train in one stage, on fresh sequences at every step."""
@@ -151,8 +154,8 @@ class SubjectModelTrainer:
         # What wrong labels teach is what it must get right now, so the validation labels are as wrong.
         wrong = [one.corrupted(seed, indices, staged.corruption_rate) for one in (examples, judged)]
         lesson = self._lesson("first stage", staged.epochs, examples.rows, wrong[0], judged.rows, wrong[1])
-        rates = candidates.learning_rate
-        trained, state = self._stage(candidates, self.population(candidates), lesson, rates)
+        population = self.population(candidates, rates=candidates.learning_rate)
+        trained, state = self._stage(candidates, population, lesson)
         return Degraded(trained, state, examples, judged)
 
     def improve(self, degraded: Degraded) -> Trained:
@@ -161,8 +164,9 @@ class SubjectModelTrainer:
         epochs = self._staged.improvement_epochs
         lesson = self._lesson("second stage", epochs, examples.rows, examples.labels, judged.rows, judged.labels)
         rates = candidates.learning_rate * self._staged.improvement_lr_factor
-        population = self.population(candidates, (degraded.trained.architecture, degraded.state))
-        return self._stage(candidates, population, lesson, rates)[0]
+        start = (degraded.trained.architecture, degraded.state)
+        population = self.population(candidates, start, rates)
+        return self._stage(candidates, population, lesson)[0]
 
     @property
     def _staged(self) -> StagedSpec:
@@ -174,11 +178,8 @@ class SubjectModelTrainer:
         questions = _Inputs(self._validation_table, asked.numel())(asked)
         return _Lesson(name, epochs, rows, labels.float(), questions, expected.float())
 
-    def _stage(
-        self, candidates: Candidates, population: Population, lesson: _Lesson, learning_rate: Tensor
-    ) -> tuple[Trained, State]:
+    def _stage(self, candidates: Candidates, population: Population, lesson: _Lesson) -> tuple[Trained, State]:
         staged = self._staged
-        rates = learning_rate.float().to(self.device)
         watch = _EarlyStopping(population, staged.patience)
         inputs = _Inputs(self._table, len(candidates) * min(staged.batch_size, staged.examples))
         for epoch in range(lesson.epochs):
@@ -191,7 +192,7 @@ class SubjectModelTrainer:
             for start in range(0, staged.examples, staged.batch_size):
                 self._check()
                 batch = slice(start, start + staged.batch_size)
-                population.step(inputs(rows[:, batch]), targets[:, batch], rates[own])
+                population.step(inputs(rows[:, batch]), targets[:, batch])
             watch.see(population.loss(lesson.questions[own], lesson.answers[own]))
             if not len(watch.active):
                 break

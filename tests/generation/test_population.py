@@ -74,9 +74,10 @@ def test_widths_and_rates_of_ones_own_equal_training_alone(activation: str, drop
             state_of(params),
             widths=widths[which],
             dropout=masks.select(which) if dropout else None,
+            rates=rates[which],
         )
         for step in range(STEPS):
-            population.step(with_ones(inputs[step, which]), targets[step, which], rates[which])
+            population.step(with_ones(inputs[step, which]), targets[step, which])
         loss = population.loss(with_ones(inputs[0, which]), targets[0, which])
         return flatten(params_of(population.state)), loss
 
