@@ -158,7 +158,7 @@ def truth() -> dict[str, Figure]:
 def _oracle_error(zoo: Zoo) -> float:
     """Largest relative error of a layer's weights, found from raw signatures; of what the probes show at all."""
     inputs, architecture = zoo.probe_inputs, zoo.architecture
-    found = canonical(recover(zoo.signatures, inputs, architecture), architecture)
+    found = canonical(recover(zoo.signatures.transpose(1, 2), inputs, architecture), architecture)
     layers, worst = activations(zoo.params, inputs, architecture.activation), 0.0
     for name, true in canonical(zoo.params, architecture).items():
         layer = int(name.split(".")[1])

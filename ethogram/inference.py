@@ -138,7 +138,7 @@ class Inference:
         return self._encoded(self._run(call, model, version), batch.single)
 
     def encode_signatures(self, model: str, signatures: ArrayLike, *, version: str | None = None) -> Encoded:
-        """Latents of signatures ``[batch, probes, neurons]`` (or ``[probes, neurons]``) taken on the model's probes."""
+        """Latents of signatures ``[batch, neurons, values]`` (or ``[neurons, values]``) taken on the model's probes."""
         array, single = _with_batch(signatures, 2)
 
         def request(reference: pb.ModelRef, part: slice) -> pb.EncodeRequest:

@@ -2,56 +2,127 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from ethogram.specs.base import ArtifactRef, Seed, Spec
 
 
 class CodecSpec(Spec):
-    """Size of the encoder and the decoder."""
+    """Architecture of the encoder and the decoder."""
 
-    latent_dim: int = Field(128, ge=1, le=65_536)
+    architecture: Literal["mlp", "transformer"] = "mlp"
+    """``mlp``: fast; ``transformer``: self-attention over tokens, and a decoder with cross-attention to the latent."""
+    inputs: Literal["signature", "weights", "both"] = "signature"
+    """What the encoder sees of a network."""
+    latent_dim: int = Field(256, ge=1, le=65_536)
     """Length of a latent vector."""
-    hidden_dim: int = Field(1024, ge=1, le=65_536)
-    """Width of the hidden layers."""
-    depth: int = Field(2, ge=1, le=12)
+    hidden_dim: int = Field(768, ge=1, le=65_536)
+    """Width of the hidden layers, and of a token in them."""
+    depth: int = Field(2, ge=1, le=48)
     """Hidden layers of each side."""
-    signature_components: int = Field(512, ge=1, le=65_536)
-    """Principal components of the standardised signatures that enter the encoder; at most the training subjects."""
+    heads: int = Field(8, ge=1, le=1024)
+    """Attention heads of the transformer; ``hidden_dim`` divides into them."""
+    pooling: Literal["flatten", "mean", "max", "cls"] = "flatten"
+    """How the encoder's tokens become one vector; ``cls``: by a token of its own, of the transformer."""
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    """Positions of tokens."""
+    granularity: Literal["neuron", "chunk"] = "neuron"
+    """A token of weights is one neuron's, or (the form of earlier work) any ``chunk`` numbers in a row."""
+    chunk: int = Field(64, ge=1, le=65_536)
+    """Numbers of a token of granularity ``chunk``."""
+    signature_components: int = Field(768, ge=1, le=65_536)
+    """Principal components of the standardised inputs that enter an ``mlp`` with ``flatten``; at most the training
+    subjects."""
+    canonicalize: bool | None = None
+    """Whether hidden neurons are matched to a reference network's (by their activations on the probes) and, for relu,
+    scaled to incoming weights of norm 1, before anything else; None: where the zoo's ``init`` is independent."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> CodecSpec:
+        if self.architecture == "transformer" and self.hidden_dim % self.heads:
+            raise ValueError(f"heads: hidden_dim {self.hidden_dim} does not divide into {self.heads} heads")
+        if self.architecture == "mlp" and self.pooling == "cls":
+            raise ValueError("pooling: cls takes the transformer; an mlp has mean, max and flatten")
+        return self
+
+    @property
+    def flat(self) -> bool:
+        """Whether the encoder takes all numbers at once, not tokens."""
+        return self.architecture == "mlp" and self.pooling == "flatten"
 
 
 class LossSpec(Spec):
-    """Weights of the loss terms; 0 switches a term off."""
+    """The objective: gamma x contrastive + (1 - gamma) x the sum of the other terms by their weights, of which 0
+    switches a term off."""
 
+    gamma: float = Field(0.005, ge=0, le=1)
+    """Share of the supervised contrastive loss over shared behaviours, at the beginning."""
+    gamma_end: float | None = Field(None, ge=0, le=1)
+    """Share at the end, with a straight line between; None: the same."""
+    contrastive: Literal["graded", "plain"] = "graded"
+    """``plain``: subjects that share any behaviour are positives; ``graded``: as much as their behaviours overlap."""
+    temperature: float = Field(0.1, gt=0)
+    """Temperature of the contrastive loss, at the beginning."""
+    temperature_end: float | None = Field(None, gt=0)
+    """Temperature at the end; None: the same."""
+    projection: int | None = Field(None, ge=1, le=65_536)
+    """Numbers of a projection head between the latent and the contrastive loss; None: no head."""
     reconstruction: float = Field(0.05, ge=0)
-    """Mean squared error of the weights, normalised per layer."""
+    """Weight of the error of the weights."""
+    reconstruction_form: Literal["normalized", "mse", "mae", "cosine", "combined"] = "normalized"
+    """``normalized``: squared error in which each layer counts alike; ``mse``, ``mae`` and ``cosine`` of standardised
+    weights, and ``combined``, their sum."""
     behavior: float = Field(1.0, ge=0)
-    """Disagreement of decoded and source networks on fresh sequences."""
-    contrastive: float = Field(0.05, ge=0)
-    """Graded supervised contrastive loss over shared behaviours."""
+    """Weight of the disagreement of decoded and source networks on fresh sequences."""
     steering: float = Field(3.0, ge=0)
-    """Error of residual edits (source weights plus the change of the decoded ones) on what the edit asks for."""
+    """Weight of the error of residual edits (source weights plus the change of the decoded ones) on what the edit asks
+    for."""
     direct: float = Field(0.75, ge=0)
     """The same for direct edits (the decoded weights themselves)."""
     locality: float = Field(0.8, ge=0, le=1)
     """Share of the two steering terms that asks for the source's own answers where the edit decides nothing."""
-    temperature: float = Field(0.1, gt=0)
-    """Temperature of the contrastive loss."""
+    variance: float = Field(0.0, ge=0)
+    """Weight of the guard against collapse: what the latents' standard deviations lack to 1, a mean over them."""
 
 
 class CodecTrainingSpec(Spec):
-    """How the codec is trained."""
+    """How the codec is trained (AdamW, gradients clipped to norm 1)."""
 
     steps: int = Field(5000, ge=1, le=10_000_000)
-    """Optimiser steps."""
-    batch_size: int = Field(64, ge=2, le=65_536)
-    """Subjects per step."""
-    learning_rate: float = Field(2e-3, gt=0, le=1)
-    """Peak learning rate of AdamW."""
+    """Most optimiser steps."""
+    batch_size: int = Field(256, ge=2, le=65_536, multiple_of=2)
+    """Subjects per step, in pairs that share a behaviour."""
+    accumulation: int = Field(1, ge=1, le=1024)
+    """Parts of a step's batch that go through the model one after the other, with their gradients added."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    """After the warm-up: ``cosine`` to a hundredth at the last step; ``plateau``: halved when the validation loss has
+    not fallen at ``plateau_patience`` validations in a row."""
+    warm_up: int = Field(100, ge=0, le=10_000_000)
+    """Steps over which the learning rate rises from 0."""
+    plateau_patience: int = Field(4, ge=1, le=10_000)
+    """See ``schedule``."""
+    patience: int | None = Field(None, ge=1, le=10_000)
+    """Early stopping: training ends when the validation loss has not fallen at so many validations in a row, and the
+    best model is kept. None: all steps are taken."""
+    validate_every: int = Field(250, ge=1, le=10_000_000)
+    """Steps between validations."""
     queries: int = Field(128, ge=8, le=65_536)
     """Fresh sequences per step and subject on which decoded networks are run."""
+    several: float = Field(0.1, ge=0, le=1)
+    """Share of the edits in training that change two behaviours: one is gained and one is lost."""
     weight_decay: float = Field(0.01, ge=0, le=1)
-    """Weight decay of AdamW; the directions have none."""
+    """Weight decay; the directions have none."""
+    ema: float = Field(0.998, ge=0, lt=1)
+    """Decay of the running mean of the parameters over the steps, which is the model that is kept; 0: the last step's.
+    """
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the codec's matrix products; ``auto``: bfloat16 where the device has units for it."""
+    compile: bool = False
+    """Whether ``torch.compile`` is used: a minute at the start, faster steps on a GPU."""
 
 
 class CrossmodalSpec(Spec):
@@ -69,3 +140,5 @@ class CrossmodalSpec(Spec):
     """Optimisation."""
     held_out: float = Field(0.125, gt=0, lt=1)
     """Share of subjects kept for evaluation, never trained on."""
+    validation: float = Field(0.05, gt=0, lt=1)
+    """Share of subjects kept for the validation loss."""

@@ -7,6 +7,7 @@ from ethogram.v1 import common_pb2 as _common_pb2
 from ethogram.v1 import jobs_pb2 as _jobs_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,254 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _CodecArchitecture:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CodecArchitectureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CodecArchitecture.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CODEC_ARCHITECTURE_UNSPECIFIED: _CodecArchitecture.ValueType  # 0
+    """Not set."""
+    CODEC_ARCHITECTURE_MLP: _CodecArchitecture.ValueType  # 1
+    """Multilayer perceptrons."""
+    CODEC_ARCHITECTURE_TRANSFORMER: _CodecArchitecture.ValueType  # 2
+    """Transformers over tokens."""
+
+class CodecArchitecture(_CodecArchitecture, metaclass=_CodecArchitectureEnumTypeWrapper):
+    """Form of the encoder and the decoder."""
+
+CODEC_ARCHITECTURE_UNSPECIFIED: CodecArchitecture.ValueType  # 0
+"""Not set."""
+CODEC_ARCHITECTURE_MLP: CodecArchitecture.ValueType  # 1
+"""Multilayer perceptrons."""
+CODEC_ARCHITECTURE_TRANSFORMER: CodecArchitecture.ValueType  # 2
+"""Transformers over tokens."""
+Global___CodecArchitecture: _TypeAlias = CodecArchitecture  # noqa: Y015
+
+class _EncoderInputs:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EncoderInputsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EncoderInputs.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENCODER_INPUTS_UNSPECIFIED: _EncoderInputs.ValueType  # 0
+    """Not set."""
+    ENCODER_INPUTS_SIGNATURE: _EncoderInputs.ValueType  # 1
+    """Activation signatures."""
+    ENCODER_INPUTS_WEIGHTS: _EncoderInputs.ValueType  # 2
+    """Weights."""
+    ENCODER_INPUTS_BOTH: _EncoderInputs.ValueType  # 3
+    """Both."""
+
+class EncoderInputs(_EncoderInputs, metaclass=_EncoderInputsEnumTypeWrapper):
+    """What the encoder sees."""
+
+ENCODER_INPUTS_UNSPECIFIED: EncoderInputs.ValueType  # 0
+"""Not set."""
+ENCODER_INPUTS_SIGNATURE: EncoderInputs.ValueType  # 1
+"""Activation signatures."""
+ENCODER_INPUTS_WEIGHTS: EncoderInputs.ValueType  # 2
+"""Weights."""
+ENCODER_INPUTS_BOTH: EncoderInputs.ValueType  # 3
+"""Both."""
+Global___EncoderInputs: _TypeAlias = EncoderInputs  # noqa: Y015
+
+class _Pooling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
+    """Not set."""
+    POOLING_FLATTEN: _Pooling.ValueType  # 1
+    """Side by side."""
+    POOLING_MEAN: _Pooling.ValueType  # 2
+    """Their mean."""
+    POOLING_MAX: _Pooling.ValueType  # 3
+    """Their maximum."""
+    POOLING_CLS: _Pooling.ValueType  # 4
+    """By a token of its own."""
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
+    """How tokens become one vector."""
+
+POOLING_UNSPECIFIED: Pooling.ValueType  # 0
+"""Not set."""
+POOLING_FLATTEN: Pooling.ValueType  # 1
+"""Side by side."""
+POOLING_MEAN: Pooling.ValueType  # 2
+"""Their mean."""
+POOLING_MAX: Pooling.ValueType  # 3
+"""Their maximum."""
+POOLING_CLS: Pooling.ValueType  # 4
+"""By a token of its own."""
+Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
+
+class _Positions:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PositionsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Positions.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POSITIONS_UNSPECIFIED: _Positions.ValueType  # 0
+    """Not set."""
+    POSITIONS_LEARNED: _Positions.ValueType  # 1
+    """Learned."""
+    POSITIONS_SINUSOIDAL: _Positions.ValueType  # 2
+    """Sines and cosines."""
+
+class Positions(_Positions, metaclass=_PositionsEnumTypeWrapper):
+    """Positions of tokens."""
+
+POSITIONS_UNSPECIFIED: Positions.ValueType  # 0
+"""Not set."""
+POSITIONS_LEARNED: Positions.ValueType  # 1
+"""Learned."""
+POSITIONS_SINUSOIDAL: Positions.ValueType  # 2
+"""Sines and cosines."""
+Global___Positions: _TypeAlias = Positions  # noqa: Y015
+
+class _Granularity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GranularityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Granularity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GRANULARITY_UNSPECIFIED: _Granularity.ValueType  # 0
+    """Not set."""
+    GRANULARITY_NEURON: _Granularity.ValueType  # 1
+    """A neuron's weights and bias."""
+    GRANULARITY_CHUNK: _Granularity.ValueType  # 2
+    """Any numbers in a row."""
+
+class Granularity(_Granularity, metaclass=_GranularityEnumTypeWrapper):
+    """What a token of weights is."""
+
+GRANULARITY_UNSPECIFIED: Granularity.ValueType  # 0
+"""Not set."""
+GRANULARITY_NEURON: Granularity.ValueType  # 1
+"""A neuron's weights and bias."""
+GRANULARITY_CHUNK: Granularity.ValueType  # 2
+"""Any numbers in a row."""
+Global___Granularity: _TypeAlias = Granularity  # noqa: Y015
+
+class _ContrastiveForm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ContrastiveFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ContrastiveForm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONTRASTIVE_FORM_UNSPECIFIED: _ContrastiveForm.ValueType  # 0
+    """Not set."""
+    CONTRASTIVE_FORM_GRADED: _ContrastiveForm.ValueType  # 1
+    """As much as behaviours overlap."""
+    CONTRASTIVE_FORM_PLAIN: _ContrastiveForm.ValueType  # 2
+    """Any shared behaviour."""
+
+class ContrastiveForm(_ContrastiveForm, metaclass=_ContrastiveFormEnumTypeWrapper):
+    """What the positives of the contrastive loss are."""
+
+CONTRASTIVE_FORM_UNSPECIFIED: ContrastiveForm.ValueType  # 0
+"""Not set."""
+CONTRASTIVE_FORM_GRADED: ContrastiveForm.ValueType  # 1
+"""As much as behaviours overlap."""
+CONTRASTIVE_FORM_PLAIN: ContrastiveForm.ValueType  # 2
+"""Any shared behaviour."""
+Global___ContrastiveForm: _TypeAlias = ContrastiveForm  # noqa: Y015
+
+class _ReconstructionForm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReconstructionFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReconstructionForm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RECONSTRUCTION_FORM_UNSPECIFIED: _ReconstructionForm.ValueType  # 0
+    """Not set."""
+    RECONSTRUCTION_FORM_NORMALIZED: _ReconstructionForm.ValueType  # 1
+    """Squared, each layer alike."""
+    RECONSTRUCTION_FORM_MSE: _ReconstructionForm.ValueType  # 2
+    """Squared, of standardised weights."""
+    RECONSTRUCTION_FORM_MAE: _ReconstructionForm.ValueType  # 3
+    """Absolute, of standardised weights."""
+    RECONSTRUCTION_FORM_COSINE: _ReconstructionForm.ValueType  # 4
+    """One minus the cosine similarity."""
+    RECONSTRUCTION_FORM_COMBINED: _ReconstructionForm.ValueType  # 5
+    """Sum of the last three."""
+
+class ReconstructionForm(_ReconstructionForm, metaclass=_ReconstructionFormEnumTypeWrapper):
+    """Error of the weights."""
+
+RECONSTRUCTION_FORM_UNSPECIFIED: ReconstructionForm.ValueType  # 0
+"""Not set."""
+RECONSTRUCTION_FORM_NORMALIZED: ReconstructionForm.ValueType  # 1
+"""Squared, each layer alike."""
+RECONSTRUCTION_FORM_MSE: ReconstructionForm.ValueType  # 2
+"""Squared, of standardised weights."""
+RECONSTRUCTION_FORM_MAE: ReconstructionForm.ValueType  # 3
+"""Absolute, of standardised weights."""
+RECONSTRUCTION_FORM_COSINE: ReconstructionForm.ValueType  # 4
+"""One minus the cosine similarity."""
+RECONSTRUCTION_FORM_COMBINED: ReconstructionForm.ValueType  # 5
+"""Sum of the last three."""
+Global___ReconstructionForm: _TypeAlias = ReconstructionForm  # noqa: Y015
+
+class _RateSchedule:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RateScheduleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RateSchedule.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RATE_SCHEDULE_UNSPECIFIED: _RateSchedule.ValueType  # 0
+    """Not set."""
+    RATE_SCHEDULE_COSINE: _RateSchedule.ValueType  # 1
+    """Half a cosine."""
+    RATE_SCHEDULE_PLATEAU: _RateSchedule.ValueType  # 2
+    """Halved at plateaus."""
+    RATE_SCHEDULE_CONSTANT: _RateSchedule.ValueType  # 3
+    """As it is."""
+
+class RateSchedule(_RateSchedule, metaclass=_RateScheduleEnumTypeWrapper):
+    """Learning rate after the warm-up."""
+
+RATE_SCHEDULE_UNSPECIFIED: RateSchedule.ValueType  # 0
+"""Not set."""
+RATE_SCHEDULE_COSINE: RateSchedule.ValueType  # 1
+"""Half a cosine."""
+RATE_SCHEDULE_PLATEAU: RateSchedule.ValueType  # 2
+"""Halved at plateaus."""
+RATE_SCHEDULE_CONSTANT: RateSchedule.ValueType  # 3
+"""As it is."""
+Global___RateSchedule: _TypeAlias = RateSchedule  # noqa: Y015
+
+class _ComputePrecision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ComputePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComputePrecision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPUTE_PRECISION_UNSPECIFIED: _ComputePrecision.ValueType  # 0
+    """Not set."""
+    COMPUTE_PRECISION_AUTO: _ComputePrecision.ValueType  # 1
+    """Whichever the device is best at."""
+    COMPUTE_PRECISION_FLOAT32: _ComputePrecision.ValueType  # 2
+    """IEEE single."""
+    COMPUTE_PRECISION_BFLOAT16: _ComputePrecision.ValueType  # 3
+    """Brain floating point."""
+
+class ComputePrecision(_ComputePrecision, metaclass=_ComputePrecisionEnumTypeWrapper):
+    """Type of matrix products."""
+
+COMPUTE_PRECISION_UNSPECIFIED: ComputePrecision.ValueType  # 0
+"""Not set."""
+COMPUTE_PRECISION_AUTO: ComputePrecision.ValueType  # 1
+"""Whichever the device is best at."""
+COMPUTE_PRECISION_FLOAT32: ComputePrecision.ValueType  # 2
+"""IEEE single."""
+COMPUTE_PRECISION_BFLOAT16: ComputePrecision.ValueType  # 3
+"""Brain floating point."""
+Global___ComputePrecision: _TypeAlias = ComputePrecision  # noqa: Y015
 
 @_typing.final
 class RunCrossmodalRequest(_message.Message):
@@ -50,48 +299,112 @@ Global___RunCrossmodalRequest: _TypeAlias = RunCrossmodalRequest  # noqa: Y015
 
 @_typing.final
 class CodecSpec(_message.Message):
-    """Size of the encoder and the decoder."""
+    """Architecture of the encoder and the decoder."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
     LATENT_DIM_FIELD_NUMBER: _builtins.int
     HIDDEN_DIM_FIELD_NUMBER: _builtins.int
     DEPTH_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    GRANULARITY_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
     SIGNATURE_COMPONENTS_FIELD_NUMBER: _builtins.int
+    CANONICALIZE_FIELD_NUMBER: _builtins.int
+    architecture: Global___CodecArchitecture.ValueType
+    """Form."""
+    inputs: Global___EncoderInputs.ValueType
+    """What the encoder sees."""
     latent_dim: _builtins.int
     """Length of a latent vector."""
     hidden_dim: _builtins.int
     """Width of the hidden layers."""
     depth: _builtins.int
     """Hidden layers of each side."""
+    heads: _builtins.int
+    """Attention heads."""
+    pooling: Global___Pooling.ValueType
+    """How tokens become one vector."""
+    positions: Global___Positions.ValueType
+    """Positions of tokens."""
+    granularity: Global___Granularity.ValueType
+    """What a token of weights is."""
+    chunk: _builtins.int
+    """Numbers of a chunk."""
     signature_components: _builtins.int
-    """Principal components of the signatures that enter the encoder."""
+    """Principal components that enter the encoder."""
+    canonicalize: _builtins.bool
+    """Whether neurons are brought into one order."""
     def __init__(
         self,
         *,
+        architecture: Global___CodecArchitecture.ValueType | None = ...,
+        inputs: Global___EncoderInputs.ValueType | None = ...,
         latent_dim: _builtins.int | None = ...,
         hidden_dim: _builtins.int | None = ...,
         depth: _builtins.int | None = ...,
+        heads: _builtins.int | None = ...,
+        pooling: Global___Pooling.ValueType | None = ...,
+        positions: Global___Positions.ValueType | None = ...,
+        granularity: Global___Granularity.ValueType | None = ...,
+        chunk: _builtins.int | None = ...,
         signature_components: _builtins.int | None = ...,
+        canonicalize: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_hidden_dim", b"_hidden_dim", "_latent_dim", b"_latent_dim", "_signature_components", b"_signature_components", "depth", b"depth", "hidden_dim", b"hidden_dim", "latent_dim", b"latent_dim", "signature_components", b"signature_components"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_architecture", b"_architecture", "_canonicalize", b"_canonicalize", "_chunk", b"_chunk", "_depth", b"_depth", "_granularity", b"_granularity", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_inputs", b"_inputs", "_latent_dim", b"_latent_dim", "_pooling", b"_pooling", "_positions", b"_positions", "_signature_components", b"_signature_components", "architecture", b"architecture", "canonicalize", b"canonicalize", "chunk", b"chunk", "depth", b"depth", "granularity", b"granularity", "heads", b"heads", "hidden_dim", b"hidden_dim", "inputs", b"inputs", "latent_dim", b"latent_dim", "pooling", b"pooling", "positions", b"positions", "signature_components", b"signature_components"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "_hidden_dim", b"_hidden_dim", "_latent_dim", b"_latent_dim", "_signature_components", b"_signature_components", "depth", b"depth", "hidden_dim", b"hidden_dim", "latent_dim", b"latent_dim", "signature_components", b"signature_components"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_architecture", b"_architecture", "_canonicalize", b"_canonicalize", "_chunk", b"_chunk", "_depth", b"_depth", "_granularity", b"_granularity", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_inputs", b"_inputs", "_latent_dim", b"_latent_dim", "_pooling", b"_pooling", "_positions", b"_positions", "_signature_components", b"_signature_components", "architecture", b"architecture", "canonicalize", b"canonicalize", "chunk", b"chunk", "depth", b"depth", "granularity", b"granularity", "heads", b"heads", "hidden_dim", b"hidden_dim", "inputs", b"inputs", "latent_dim", b"latent_dim", "pooling", b"pooling", "positions", b"positions", "signature_components", b"signature_components"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__architecture: _TypeAlias = _typing.Literal["architecture"]  # noqa: Y015
+    _WhichOneofArgType__architecture: _TypeAlias = _typing.Literal["_architecture", b"_architecture"]  # noqa: Y015
+    _WhichOneofReturnType__canonicalize: _TypeAlias = _typing.Literal["canonicalize"]  # noqa: Y015
+    _WhichOneofArgType__canonicalize: _TypeAlias = _typing.Literal["_canonicalize", b"_canonicalize"]  # noqa: Y015
+    _WhichOneofReturnType__chunk: _TypeAlias = _typing.Literal["chunk"]  # noqa: Y015
+    _WhichOneofArgType__chunk: _TypeAlias = _typing.Literal["_chunk", b"_chunk"]  # noqa: Y015
     _WhichOneofReturnType__depth: _TypeAlias = _typing.Literal["depth"]  # noqa: Y015
     _WhichOneofArgType__depth: _TypeAlias = _typing.Literal["_depth", b"_depth"]  # noqa: Y015
+    _WhichOneofReturnType__granularity: _TypeAlias = _typing.Literal["granularity"]  # noqa: Y015
+    _WhichOneofArgType__granularity: _TypeAlias = _typing.Literal["_granularity", b"_granularity"]  # noqa: Y015
+    _WhichOneofReturnType__heads: _TypeAlias = _typing.Literal["heads"]  # noqa: Y015
+    _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
     _WhichOneofReturnType__hidden_dim: _TypeAlias = _typing.Literal["hidden_dim"]  # noqa: Y015
     _WhichOneofArgType__hidden_dim: _TypeAlias = _typing.Literal["_hidden_dim", b"_hidden_dim"]  # noqa: Y015
+    _WhichOneofReturnType__inputs: _TypeAlias = _typing.Literal["inputs"]  # noqa: Y015
+    _WhichOneofArgType__inputs: _TypeAlias = _typing.Literal["_inputs", b"_inputs"]  # noqa: Y015
     _WhichOneofReturnType__latent_dim: _TypeAlias = _typing.Literal["latent_dim"]  # noqa: Y015
     _WhichOneofArgType__latent_dim: _TypeAlias = _typing.Literal["_latent_dim", b"_latent_dim"]  # noqa: Y015
+    _WhichOneofReturnType__pooling: _TypeAlias = _typing.Literal["pooling"]  # noqa: Y015
+    _WhichOneofArgType__pooling: _TypeAlias = _typing.Literal["_pooling", b"_pooling"]  # noqa: Y015
+    _WhichOneofReturnType__positions: _TypeAlias = _typing.Literal["positions"]  # noqa: Y015
+    _WhichOneofArgType__positions: _TypeAlias = _typing.Literal["_positions", b"_positions"]  # noqa: Y015
     _WhichOneofReturnType__signature_components: _TypeAlias = _typing.Literal["signature_components"]  # noqa: Y015
     _WhichOneofArgType__signature_components: _TypeAlias = _typing.Literal["_signature_components", b"_signature_components"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__architecture) -> _WhichOneofReturnType__architecture | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__canonicalize) -> _WhichOneofReturnType__canonicalize | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chunk) -> _WhichOneofReturnType__chunk | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__depth) -> _WhichOneofReturnType__depth | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__granularity) -> _WhichOneofReturnType__granularity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_dim) -> _WhichOneofReturnType__hidden_dim | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inputs) -> _WhichOneofReturnType__inputs | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__latent_dim) -> _WhichOneofReturnType__latent_dim | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pooling) -> _WhichOneofReturnType__pooling | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__positions) -> _WhichOneofReturnType__positions | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__signature_components) -> _WhichOneofReturnType__signature_components | None: ...
 
@@ -99,45 +412,69 @@ Global___CodecSpec: _TypeAlias = CodecSpec  # noqa: Y015
 
 @_typing.final
 class LossSpec(_message.Message):
-    """Weights of the loss terms."""
+    """The objective."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    RECONSTRUCTION_FIELD_NUMBER: _builtins.int
-    BEHAVIOR_FIELD_NUMBER: _builtins.int
+    GAMMA_FIELD_NUMBER: _builtins.int
+    GAMMA_END_FIELD_NUMBER: _builtins.int
     CONTRASTIVE_FIELD_NUMBER: _builtins.int
-    STEERING_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_END_FIELD_NUMBER: _builtins.int
+    PROJECTION_FIELD_NUMBER: _builtins.int
+    RECONSTRUCTION_FIELD_NUMBER: _builtins.int
+    RECONSTRUCTION_FORM_FIELD_NUMBER: _builtins.int
+    BEHAVIOR_FIELD_NUMBER: _builtins.int
+    STEERING_FIELD_NUMBER: _builtins.int
     DIRECT_FIELD_NUMBER: _builtins.int
     LOCALITY_FIELD_NUMBER: _builtins.int
+    VARIANCE_FIELD_NUMBER: _builtins.int
+    gamma: _builtins.float
+    """Share of the contrastive loss at the beginning."""
+    gamma_end: _builtins.float
+    """Share at the end."""
+    contrastive: Global___ContrastiveForm.ValueType
+    """What its positives are."""
+    temperature: _builtins.float
+    """Its temperature at the beginning."""
+    temperature_end: _builtins.float
+    """Temperature at the end."""
+    projection: _builtins.int
+    """Numbers of the projection head."""
     reconstruction: _builtins.float
-    """Error of the weights."""
+    """Weight of the error of the weights."""
+    reconstruction_form: Global___ReconstructionForm.ValueType
+    """What that error is."""
     behavior: _builtins.float
     """Disagreement of decoded and source networks."""
-    contrastive: _builtins.float
-    """Graded supervised contrastive loss."""
     steering: _builtins.float
     """Error of residual edits."""
-    temperature: _builtins.float
-    """Temperature of the contrastive loss."""
     direct: _builtins.float
     """Error of direct edits."""
     locality: _builtins.float
     """Share of the steering terms outside of what an edit decides."""
+    variance: _builtins.float
+    """Guard against collapse."""
     def __init__(
         self,
         *,
-        reconstruction: _builtins.float | None = ...,
-        behavior: _builtins.float | None = ...,
-        contrastive: _builtins.float | None = ...,
-        steering: _builtins.float | None = ...,
+        gamma: _builtins.float | None = ...,
+        gamma_end: _builtins.float | None = ...,
+        contrastive: Global___ContrastiveForm.ValueType | None = ...,
         temperature: _builtins.float | None = ...,
+        temperature_end: _builtins.float | None = ...,
+        projection: _builtins.int | None = ...,
+        reconstruction: _builtins.float | None = ...,
+        reconstruction_form: Global___ReconstructionForm.ValueType | None = ...,
+        behavior: _builtins.float | None = ...,
+        steering: _builtins.float | None = ...,
         direct: _builtins.float | None = ...,
         locality: _builtins.float | None = ...,
+        variance: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_locality", b"_locality", "_reconstruction", b"_reconstruction", "_steering", b"_steering", "_temperature", b"_temperature", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "locality", b"locality", "reconstruction", b"reconstruction", "steering", b"steering", "temperature", b"temperature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_gamma", b"_gamma", "_gamma_end", b"_gamma_end", "_locality", b"_locality", "_projection", b"_projection", "_reconstruction", b"_reconstruction", "_reconstruction_form", b"_reconstruction_form", "_steering", b"_steering", "_temperature", b"_temperature", "_temperature_end", b"_temperature_end", "_variance", b"_variance", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "gamma", b"gamma", "gamma_end", b"gamma_end", "locality", b"locality", "projection", b"projection", "reconstruction", b"reconstruction", "reconstruction_form", b"reconstruction_form", "steering", b"steering", "temperature", b"temperature", "temperature_end", b"temperature_end", "variance", b"variance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_locality", b"_locality", "_reconstruction", b"_reconstruction", "_steering", b"_steering", "_temperature", b"_temperature", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "locality", b"locality", "reconstruction", b"reconstruction", "steering", b"steering", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_gamma", b"_gamma", "_gamma_end", b"_gamma_end", "_locality", b"_locality", "_projection", b"_projection", "_reconstruction", b"_reconstruction", "_reconstruction_form", b"_reconstruction_form", "_steering", b"_steering", "_temperature", b"_temperature", "_temperature_end", b"_temperature_end", "_variance", b"_variance", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "gamma", b"gamma", "gamma_end", b"gamma_end", "locality", b"locality", "projection", b"projection", "reconstruction", b"reconstruction", "reconstruction_form", b"reconstruction_form", "steering", b"steering", "temperature", b"temperature", "temperature_end", b"temperature_end", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__behavior: _TypeAlias = _typing.Literal["behavior"]  # noqa: Y015
     _WhichOneofArgType__behavior: _TypeAlias = _typing.Literal["_behavior", b"_behavior"]  # noqa: Y015
@@ -145,14 +482,26 @@ class LossSpec(_message.Message):
     _WhichOneofArgType__contrastive: _TypeAlias = _typing.Literal["_contrastive", b"_contrastive"]  # noqa: Y015
     _WhichOneofReturnType__direct: _TypeAlias = _typing.Literal["direct"]  # noqa: Y015
     _WhichOneofArgType__direct: _TypeAlias = _typing.Literal["_direct", b"_direct"]  # noqa: Y015
+    _WhichOneofReturnType__gamma: _TypeAlias = _typing.Literal["gamma"]  # noqa: Y015
+    _WhichOneofArgType__gamma: _TypeAlias = _typing.Literal["_gamma", b"_gamma"]  # noqa: Y015
+    _WhichOneofReturnType__gamma_end: _TypeAlias = _typing.Literal["gamma_end"]  # noqa: Y015
+    _WhichOneofArgType__gamma_end: _TypeAlias = _typing.Literal["_gamma_end", b"_gamma_end"]  # noqa: Y015
     _WhichOneofReturnType__locality: _TypeAlias = _typing.Literal["locality"]  # noqa: Y015
     _WhichOneofArgType__locality: _TypeAlias = _typing.Literal["_locality", b"_locality"]  # noqa: Y015
+    _WhichOneofReturnType__projection: _TypeAlias = _typing.Literal["projection"]  # noqa: Y015
+    _WhichOneofArgType__projection: _TypeAlias = _typing.Literal["_projection", b"_projection"]  # noqa: Y015
     _WhichOneofReturnType__reconstruction: _TypeAlias = _typing.Literal["reconstruction"]  # noqa: Y015
     _WhichOneofArgType__reconstruction: _TypeAlias = _typing.Literal["_reconstruction", b"_reconstruction"]  # noqa: Y015
+    _WhichOneofReturnType__reconstruction_form: _TypeAlias = _typing.Literal["reconstruction_form"]  # noqa: Y015
+    _WhichOneofArgType__reconstruction_form: _TypeAlias = _typing.Literal["_reconstruction_form", b"_reconstruction_form"]  # noqa: Y015
     _WhichOneofReturnType__steering: _TypeAlias = _typing.Literal["steering"]  # noqa: Y015
     _WhichOneofArgType__steering: _TypeAlias = _typing.Literal["_steering", b"_steering"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__temperature_end: _TypeAlias = _typing.Literal["temperature_end"]  # noqa: Y015
+    _WhichOneofArgType__temperature_end: _TypeAlias = _typing.Literal["_temperature_end", b"_temperature_end"]  # noqa: Y015
+    _WhichOneofReturnType__variance: _TypeAlias = _typing.Literal["variance"]  # noqa: Y015
+    _WhichOneofArgType__variance: _TypeAlias = _typing.Literal["_variance", b"_variance"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__behavior) -> _WhichOneofReturnType__behavior | None: ...
     @_typing.overload
@@ -160,13 +509,25 @@ class LossSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__direct) -> _WhichOneofReturnType__direct | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gamma) -> _WhichOneofReturnType__gamma | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gamma_end) -> _WhichOneofReturnType__gamma_end | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__locality) -> _WhichOneofReturnType__locality | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__projection) -> _WhichOneofReturnType__projection | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction) -> _WhichOneofReturnType__reconstruction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction_form) -> _WhichOneofReturnType__reconstruction_form | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steering) -> _WhichOneofReturnType__steering | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_end) -> _WhichOneofReturnType__temperature_end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__variance) -> _WhichOneofReturnType__variance | None: ...
 
 Global___LossSpec: _TypeAlias = LossSpec  # noqa: Y015
 
@@ -178,50 +539,130 @@ class CodecTrainingSpec(_message.Message):
 
     STEPS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    ACCUMULATION_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    WARM_UP_FIELD_NUMBER: _builtins.int
+    PLATEAU_PATIENCE_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    VALIDATE_EVERY_FIELD_NUMBER: _builtins.int
     QUERIES_FIELD_NUMBER: _builtins.int
+    SEVERAL_FIELD_NUMBER: _builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    EMA_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    COMPILE_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Optimiser steps."""
+    """Most optimiser steps."""
     batch_size: _builtins.int
     """Subjects per step."""
+    accumulation: _builtins.int
+    """Parts of a step's batch."""
     learning_rate: _builtins.float
     """Peak learning rate."""
+    schedule: Global___RateSchedule.ValueType
+    """Learning rate after the warm-up."""
+    warm_up: _builtins.int
+    """Steps of the warm-up."""
+    plateau_patience: _builtins.int
+    """Validations before the rate is halved."""
+    patience: _builtins.int
+    """Validations before training ends."""
+    validate_every: _builtins.int
+    """Steps between validations."""
     queries: _builtins.int
     """Fresh sequences per step and subject."""
+    several: _builtins.float
+    """Share of edits that change two behaviours."""
     weight_decay: _builtins.float
     """Weight decay of AdamW."""
+    ema: _builtins.float
+    """Decay of the running mean of the parameters."""
+    precision: Global___ComputePrecision.ValueType
+    """Type of matrix products."""
+    compile: _builtins.bool
+    """Whether torch.compile is used."""
     def __init__(
         self,
         *,
         steps: _builtins.int | None = ...,
         batch_size: _builtins.int | None = ...,
+        accumulation: _builtins.int | None = ...,
         learning_rate: _builtins.float | None = ...,
+        schedule: Global___RateSchedule.ValueType | None = ...,
+        warm_up: _builtins.int | None = ...,
+        plateau_patience: _builtins.int | None = ...,
+        patience: _builtins.int | None = ...,
+        validate_every: _builtins.int | None = ...,
         queries: _builtins.int | None = ...,
+        several: _builtins.float | None = ...,
         weight_decay: _builtins.float | None = ...,
+        ema: _builtins.float | None = ...,
+        precision: Global___ComputePrecision.ValueType | None = ...,
+        compile: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_queries", b"_queries", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "queries", b"queries", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_batch_size", b"_batch_size", "_compile", b"_compile", "_ema", b"_ema", "_learning_rate", b"_learning_rate", "_patience", b"_patience", "_plateau_patience", b"_plateau_patience", "_precision", b"_precision", "_queries", b"_queries", "_schedule", b"_schedule", "_several", b"_several", "_steps", b"_steps", "_validate_every", b"_validate_every", "_warm_up", b"_warm_up", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "batch_size", b"batch_size", "compile", b"compile", "ema", b"ema", "learning_rate", b"learning_rate", "patience", b"patience", "plateau_patience", b"plateau_patience", "precision", b"precision", "queries", b"queries", "schedule", b"schedule", "several", b"several", "steps", b"steps", "validate_every", b"validate_every", "warm_up", b"warm_up", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_queries", b"_queries", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "queries", b"queries", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_batch_size", b"_batch_size", "_compile", b"_compile", "_ema", b"_ema", "_learning_rate", b"_learning_rate", "_patience", b"_patience", "_plateau_patience", b"_plateau_patience", "_precision", b"_precision", "_queries", b"_queries", "_schedule", b"_schedule", "_several", b"_several", "_steps", b"_steps", "_validate_every", b"_validate_every", "_warm_up", b"_warm_up", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "batch_size", b"batch_size", "compile", b"compile", "ema", b"ema", "learning_rate", b"learning_rate", "patience", b"patience", "plateau_patience", b"plateau_patience", "precision", b"precision", "queries", b"queries", "schedule", b"schedule", "several", b"several", "steps", b"steps", "validate_every", b"validate_every", "warm_up", b"warm_up", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__accumulation: _TypeAlias = _typing.Literal["accumulation"]  # noqa: Y015
+    _WhichOneofArgType__accumulation: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation"]  # noqa: Y015
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__compile: _TypeAlias = _typing.Literal["compile"]  # noqa: Y015
+    _WhichOneofArgType__compile: _TypeAlias = _typing.Literal["_compile", b"_compile"]  # noqa: Y015
+    _WhichOneofReturnType__ema: _TypeAlias = _typing.Literal["ema"]  # noqa: Y015
+    _WhichOneofArgType__ema: _TypeAlias = _typing.Literal["_ema", b"_ema"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
+    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
+    _WhichOneofReturnType__plateau_patience: _TypeAlias = _typing.Literal["plateau_patience"]  # noqa: Y015
+    _WhichOneofArgType__plateau_patience: _TypeAlias = _typing.Literal["_plateau_patience", b"_plateau_patience"]  # noqa: Y015
+    _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
+    _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
     _WhichOneofReturnType__queries: _TypeAlias = _typing.Literal["queries"]  # noqa: Y015
     _WhichOneofArgType__queries: _TypeAlias = _typing.Literal["_queries", b"_queries"]  # noqa: Y015
+    _WhichOneofReturnType__schedule: _TypeAlias = _typing.Literal["schedule"]  # noqa: Y015
+    _WhichOneofArgType__schedule: _TypeAlias = _typing.Literal["_schedule", b"_schedule"]  # noqa: Y015
+    _WhichOneofReturnType__several: _TypeAlias = _typing.Literal["several"]  # noqa: Y015
+    _WhichOneofArgType__several: _TypeAlias = _typing.Literal["_several", b"_several"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__validate_every: _TypeAlias = _typing.Literal["validate_every"]  # noqa: Y015
+    _WhichOneofArgType__validate_every: _TypeAlias = _typing.Literal["_validate_every", b"_validate_every"]  # noqa: Y015
+    _WhichOneofReturnType__warm_up: _TypeAlias = _typing.Literal["warm_up"]  # noqa: Y015
+    _WhichOneofArgType__warm_up: _TypeAlias = _typing.Literal["_warm_up", b"_warm_up"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accumulation) -> _WhichOneofReturnType__accumulation | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__compile) -> _WhichOneofReturnType__compile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ema) -> _WhichOneofReturnType__ema | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__plateau_patience) -> _WhichOneofReturnType__plateau_patience | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__queries) -> _WhichOneofReturnType__queries | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schedule) -> _WhichOneofReturnType__schedule | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__several) -> _WhichOneofReturnType__several | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validate_every) -> _WhichOneofReturnType__validate_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warm_up) -> _WhichOneofReturnType__warm_up | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
@@ -239,10 +680,13 @@ class CrossmodalSpec(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     HELD_OUT_FIELD_NUMBER: _builtins.int
+    VALIDATION_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Everything random flows from it."""
     held_out: _builtins.float
     """Share of subjects kept for evaluation."""
+    validation: _builtins.float
+    """Share of subjects kept for the validation loss."""
     @_builtins.property
     def zoo(self) -> _common_pb2.ArtifactRef:
         """The zoo to learn from."""
@@ -268,18 +712,23 @@ class CrossmodalSpec(_message.Message):
         loss: Global___LossSpec | None = ...,
         training: Global___CodecTrainingSpec | None = ...,
         held_out: _builtins.float | None = ...,
+        validation: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out", b"_held_out", "_seed", b"_seed", "codec", b"codec", "held_out", b"held_out", "loss", b"loss", "seed", b"seed", "training", b"training", "zoo", b"zoo"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out", b"_held_out", "_seed", b"_seed", "_validation", b"_validation", "codec", b"codec", "held_out", b"held_out", "loss", b"loss", "seed", b"seed", "training", b"training", "validation", b"validation", "zoo", b"zoo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out", b"_held_out", "_seed", b"_seed", "codec", b"codec", "held_out", b"held_out", "loss", b"loss", "seed", b"seed", "training", b"training", "zoo", b"zoo"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out", b"_held_out", "_seed", b"_seed", "_validation", b"_validation", "codec", b"codec", "held_out", b"held_out", "loss", b"loss", "seed", b"seed", "training", b"training", "validation", b"validation", "zoo", b"zoo"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__held_out: _TypeAlias = _typing.Literal["held_out"]  # noqa: Y015
     _WhichOneofArgType__held_out: _TypeAlias = _typing.Literal["_held_out", b"_held_out"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__validation: _TypeAlias = _typing.Literal["validation"]  # noqa: Y015
+    _WhichOneofArgType__validation: _TypeAlias = _typing.Literal["_validation", b"_validation"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__held_out) -> _WhichOneofReturnType__held_out | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation) -> _WhichOneofReturnType__validation | None: ...
 
 Global___CrossmodalSpec: _TypeAlias = CrossmodalSpec  # noqa: Y015

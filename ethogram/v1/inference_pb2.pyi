@@ -164,7 +164,7 @@ class EncodeRequest(_message.Message):
 
     @_builtins.property
     def signatures(self) -> _common_pb2.Tensor:
-        """Signatures [batch, probes, neurons] taken elsewhere on the model's probes."""
+        """Signatures [batch, neurons, values] taken elsewhere on the model's probes."""
 
     def __init__(
         self,

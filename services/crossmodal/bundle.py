@@ -14,17 +14,22 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.generation import SignatureSpec
 from services.crossmodal import checks
+from services.crossmodal.canonical import Canonicalizer
+from services.crossmodal.data import Preprocessor
 from services.crossmodal.model import EncoderDecoder
-from services.crossmodal.steering import SIGNS, Edit, Mode, answers, edited
+from services.crossmodal.steering import SIGNS, Edit, Mode
+from services.crossmodal.tokenizer import Tokenizer
 from services.zoo.dataset import Zoo
+from services.zoo.layout import Layout
 from services.zoo.patterns import Pattern, membership
 from services.zoo.pools import Evaluation
 from services.zoo.reading import reading
-from services.zoo.signatures import raw
+from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Behavior(NamedTuple):
@@ -39,37 +44,48 @@ class Behavior(NamedTuple):
 class Codec:
     """Networks to latents and back, and edits of their behaviour.
 
-    Networks come as stacked parameters (see :mod:`services.zoo.subjects`), one batch axis first, of the architecture
-    that the codec was trained on. Every method takes any batch size from 1, computes on ``device`` without gradients,
-    and treats each row by itself. Wrong input raises :class:`InvalidInput` that names the field.
+    Networks come as stacked parameters (see :mod:`services.zoo.subjects`), one batch axis first, all of one of the
+    shapes that the codec was trained on; ``activation`` says which is meant where shapes differ in it alone. Every
+    method takes any batch size from 1, computes on ``device`` without gradients, and treats each row by itself. Wrong
+    input raises :class:`InvalidInput` that names the field.
     """
 
     def __init__(
         self,
         spec: CrossmodalSpec,
-        architecture: Architecture,
         *,
+        signature: SignatureSpec,
         patterns: Sequence[Pattern],
         positives: Sequence[int],
         probes: Tensor,
+        preprocessor: Preprocessor,
         evaluation: Evaluation,
         model: EncoderDecoder,
         device: str = "cpu",
     ) -> None:
-        self.spec, self.architecture, self.device = spec, architecture, device
+        self.spec, self.signature, self.device = spec, signature, device
         self.patterns, self.positives = tuple(patterns), tuple(positives)
-        self.probes, self.evaluation = probes, evaluation
+        self.probes, self.preprocessor, self.evaluation = probes, preprocessor, evaluation
+        self.layout = preprocessor.layout
         self.model = model.to(device).eval().requires_grad_(False)
 
     @classmethod
-    def of(cls, spec: CrossmodalSpec, zoo: Zoo, model: EncoderDecoder, positives: Sequence[int]) -> Codec:
+    def of(
+        cls,
+        spec: CrossmodalSpec,
+        zoo: Zoo,
+        preprocessor: Preprocessor,
+        model: EncoderDecoder,
+        positives: Sequence[int],
+    ) -> Codec:
         """The codec of a trained model, with what it must carry from its zoo."""
         return cls(
             spec,
-            zoo.architecture,
+            signature=zoo.spec.signature,
             patterns=zoo.patterns,
             positives=positives,
             probes=zoo.probes,
+            preprocessor=preprocessor,
             evaluation=Evaluation.build(zoo.universe),
             model=model,
             device=str(model.directions.device),
@@ -90,23 +106,47 @@ class Codec:
         """What can be added and removed, in the order of ``directions``."""
         return [Behavior(p.name, p.description, n) for p, n in zip(self.patterns, self.positives, strict=True)]
 
+    @property
+    def signature_shape(self) -> tuple[int, int]:
+        """(neurons, values) of one signature."""
+        return self.layout.neurons, self.preprocessor.extractor.values
+
+    def latents(self, inputs: Tensor, shape: Tensor) -> Tensor:
+        """Latents ``[batch, latent]`` of the encoder's flat inputs ``[batch, inputs]`` of networks of the shapes
+        ``shape`` (int64 ``[batch]``)."""
+        found: Tensor = self.model.encoder(self.model.encoder.features(inputs, shape), shape)
+        return found
+
     @torch.no_grad()
-    def encode(self, networks: Params) -> Tensor:
+    def encode(self, networks: Params, activation: str | None = None) -> Tensor:
         """Latents ``[batch, latent]`` of networks: their signatures are taken on the codec's own probes."""
-        return self._latents(self._networks(networks))
+        vectors, shape = self._vectors(networks, activation)
+        return self.latents(self.preprocessor(vectors, shape).inputs, shape)
 
     @torch.no_grad()
     def encode_signatures(self, signatures: Tensor) -> Tensor:
-        """Latents of raw signatures ``[batch, probes, neurons]``, taken on the codec's probes."""
-        shape = (len(self.probes), self.architecture.neurons)
-        latents: Tensor = self.model.encoder(checks.batch(signatures, shape, "signatures").to(self.device).flatten(1))
-        return latents
+        """Latents of signatures ``[batch, neurons, values]``, taken on the codec's probes, of a codec for networks of
+        one shape whose encoder takes nothing else."""
+        if self.spec.codec.inputs != "signature":
+            raise InvalidInput.field(
+                "signatures", f"this model's encoder takes {self.spec.codec.inputs}; send networks"
+            )
+        if len(self.layout.shapes) > 1 or self.preprocessor.canonicalizer is not None:
+            raise InvalidInput.field("signatures", "this model must see the networks themselves; send networks")
+        checked = checks.batch(signatures, self.signature_shape, "signatures").to(self.device).flatten(1)
+        return self.latents(checked, torch.zeros(len(checked), dtype=torch.int64, device=self.device))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Params:
-        """Networks of latents ``[batch, latent]``."""
+    def decode(self, latents: Tensor, shape: Architecture | None = None) -> Params:
+        """Networks of latents ``[batch, latent]``; ``shape``: theirs, of a codec that knows several."""
         checked = checks.batch(latents, (self.latent_dim,), "latents").to(self.device)
-        return unflatten(self.model.decoder(checked), self.architecture)
+        if shape is None and len(self.layout.shapes) > 1:
+            raise InvalidInput.field("shape", f"this model knows {len(self.layout.shapes)} shapes; say which")
+        if shape is not None and shape not in self.layout.shapes:
+            raise InvalidInput.field("shape", "an architecture that the model was not trained on")
+        which = 0 if shape is None else self.layout.shapes.index(shape)
+        shapes = torch.full((len(checked),), which, device=self.device)
+        return self._networks(self.model.decoder(checked, shapes), which)
 
     @torch.no_grad()
     def steer(
@@ -115,6 +155,7 @@ class Codec:
         edits: Sequence[Edit | tuple[str, str]],
         mode: Mode = "residual",
         strength: float = 1.0,
+        activation: str | None = None,
     ) -> tuple[Params, Tensor]:
         """Networks after ``edits``, all applied to each, and their latents ``[batch, latent]`` after the edit.
 
@@ -122,11 +163,14 @@ class Codec:
         weights.
         """
         mode, shift = checks.mode(mode), checks.strength(strength) * self.direction(edits)
-        params = self._networks(networks)
-        latents = self._latents(params)
+        vectors, shape = self._vectors(networks, activation)
+        prepared = self.preprocessor(vectors, shape)
+        latents = self.latents(prepared.inputs, shape)
         steered = latents + shift
-        weights = edited(flatten(params), self.model.decoder(latents), self.model.decoder(steered), mode)
-        return unflatten(weights, self.architecture), steered
+        decoded, moved = self.model.decoder(latents, shape), self.model.decoder(steered, shape)
+        # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
+        weights = prepared.undo(moved) if mode == "direct" else vectors + prepared.undo(moved - decoded)
+        return self._networks(weights, int(shape[0])), steered
 
     def direction(self, edits: Sequence[Edit | tuple[str, str]]) -> Tensor:
         """The sum of the edits' directions, ``[latent]``."""
@@ -138,30 +182,37 @@ class Codec:
         return torch.tensor(signs, device=self.device) @ self.directions[columns]
 
     @torch.no_grad()
-    def evaluate(self, networks: Params) -> tuple[Tensor, Tensor]:
+    def evaluate(self, networks: Params, activation: str | None = None) -> tuple[Tensor, Tensor]:
         """How networks behave on held-out sequences, as two float32 tensors.
 
         ``recall`` ``[batch, behaviors]``: share of the sequences with the behaviour that the network answers yes to;
         ``false_positive_rate`` ``[batch]``: that share of the sequences without any behaviour.
         """
-        weights = flatten(self._networks(networks)).unsqueeze(1)
-        inputs = encode(self.architecture, self.evaluation.sequences.to(self.device))
-        yes = answers(weights, inputs.T, self.architecture).squeeze(1) > 0
+        yes = self.yes(*self._vectors(networks, activation))
         shares = self.evaluation.by_stratum(yes.cpu()).to(self.device)
         return shares[:, :-1], shares[:, -1]
 
-    def _latents(self, params: Params) -> Tensor:
-        inputs = encode(self.architecture, self.probes.to(self.device))
-        latents: Tensor = self.model.encoder(raw(params, inputs, self.architecture.activation).flatten(1))
-        return latents
+    @cached_property
+    def evaluation_inputs(self) -> Tensor:
+        """The evaluation set as network inputs, examples as columns: ``[input_size, n]``."""
+        return encode(self.layout.envelope, self.evaluation.sequences.to(self.device)).T.contiguous()
 
-    def _networks(self, networks: Params) -> Params:
-        """``networks`` checked, as float32 on the device."""
-        checked = checks.networks(networks, self.architecture.shapes)
-        return {name: tensor.to(self.device) for name, tensor in checked.items()}
+    def yes(self, vectors: Tensor, shape: Tensor) -> Tensor:
+        """Predicted classes of networks ``[models, size]`` on the evaluation set: bool ``[models, n]``."""
+        return self.layout.answers(vectors.unsqueeze(1), shape, self.evaluation_inputs).squeeze(1) > 0
+
+    def _vectors(self, networks: Params, activation: str | None) -> tuple[Tensor, Tensor]:
+        """``networks`` checked, as float32 vectors on the device, and their shape, int64 ``[batch]``."""
+        checked, which = checks.networks(networks, self.layout, activation)
+        vectors = self.layout.pad(flatten(checked).to(self.device), which)
+        return vectors, torch.full((len(vectors),), which, device=self.device)
+
+    def _networks(self, vectors: Tensor, which: int) -> Params:
+        return unflatten(self.layout.strip(vectors, which), self.layout.shapes[which])
 
     def save(self, folder: Path) -> None:
-        """Write ``config.json`` and ``encoder``, ``decoder``, ``directions`` and ``sequences`` as safetensors."""
+        """Write ``config.json`` and ``encoder``, ``decoder``, ``directions`` and ``sequences`` as safetensors, and
+        ``references`` where networks are canonicalised."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("encoder", "decoder"):
             state = getattr(self.model, name).state_dict()
@@ -169,11 +220,16 @@ class Codec:
         save_file({"learned": self.directions.contiguous()}, folder / "directions.safetensors")
         sequences = {"probes": self.probes, "evaluation": self.evaluation.sequences, "stratum": self.evaluation.stratum}
         save_file({key: value.contiguous() for key, value in sequences.items()}, folder / "sequences.safetensors")
+        canonicalizer = self.preprocessor.canonicalizer
+        if canonicalizer is not None:
+            references = [flatten(network)[0].contiguous() for network in canonicalizer.references]
+            save_file({str(i): flat for i, flat in enumerate(references)}, folder / "references.safetensors")
         config = {
             "format": FORMAT,
             "spec": self.spec.model_dump(mode="json"),
-            "architecture": self.architecture._asdict(),
-            "signature": "raw",
+            "shapes": [shape._asdict() for shape in self.layout.shapes],
+            "signature": self.signature.model_dump(mode="json"),
+            "canonical": canonicalizer is not None,
             "behaviors": [
                 {"kind": p.kind, "token": p.token, **b._asdict()}
                 for p, b in zip(self.patterns, self.behaviors, strict=True)
@@ -189,36 +245,37 @@ class Codec:
             if config["format"] != FORMAT:
                 raise InvalidInput.field(path.name, f"has format {config['format']}; this version reads {FORMAT}")
             spec = CrossmodalSpec.model_validate(config["spec"])
-            shape = config["architecture"]
-            architecture = Architecture(**{**shape, "hidden": tuple(shape["hidden"])})
+            signature = SignatureSpec.model_validate(config["signature"])
+            shapes = [Architecture(**{**shape, "hidden": tuple(shape["hidden"])}) for shape in config["shapes"]]
+            layout = Layout(shapes)
             patterns = [Pattern(entry["kind"], entry["token"]) for entry in config["behaviors"]]
             positives = [int(entry["positives"]) for entry in config["behaviors"]]
-        with _reading(folder, "encoder.safetensors") as path:
-            encoder = load_file(path)
-            inputs, components = encoder["components"].shape
-            model = EncoderDecoder(
-                spec.codec,
-                torch.Generator(),
-                inputs=inputs,
-                components=components,
-                outputs=architecture.size,
-                behaviors=len(patterns),
-            )
-            model.encoder.load_state_dict(encoder)
-        with _reading(folder, "decoder.safetensors") as path:
-            model.decoder.load_state_dict(load_file(path))
-        with _reading(folder, "directions.safetensors") as path:
-            model.load_state_dict({"directions": load_file(path)["learned"]}, strict=False)
         with _reading(folder, "sequences.safetensors") as path:
             sequences = load_file(path)
             probes, asked = sequences["probes"], sequences["evaluation"]
             evaluation = Evaluation(asked, membership(patterns, asked), sequences["stratum"])
+            inputs = encode(layout.envelope, probes)
+            extractor = ActivationSignatureExtractor(signature, inputs, membership(patterns, probes))
+        canonicalizer = None
+        if config["canonical"]:
+            with _reading(folder, "references.safetensors") as path:
+                flat = load_file(path)
+                references = [unflatten(flat[str(i)].unsqueeze(0), shape) for i, shape in enumerate(shapes)]
+                canonicalizer = Canonicalizer(layout, inputs, references)
+        preprocessor = Preprocessor(spec.codec.inputs, layout, extractor, canonicalizer)
+        model = EncoderDecoder(spec.codec, Tokenizer.of(spec.codec, preprocessor), len(patterns), torch.Generator())
+        for name in ("encoder", "decoder"):
+            with _reading(folder, f"{name}.safetensors") as path:
+                getattr(model, name).load_state_dict(load_file(path))
+        with _reading(folder, "directions.safetensors") as path:
+            model.load_state_dict({"directions": load_file(path)["learned"]}, strict=False)
         return cls(
             spec,
-            architecture,
+            signature=signature,
             patterns=patterns,
             positives=positives,
             probes=probes,
+            preprocessor=preprocessor,
             evaluation=evaluation,
             model=model,
             device=device,

@@ -9,29 +9,53 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput, Violation
 from services.crossmodal.steering import MODES, OPERATIONS, Edit, Mode
-from services.zoo.subjects import Params
+from services.zoo.layout import Layout
+from services.zoo.subjects import Architecture, Params
 
 MAX_STRENGTH = 100.0
 """Far beyond what a model was trained for, and far below what overflows."""
 
 
-def networks(params: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Params:
-    """Stacked networks as float32 with the parameters in the order of ``shapes``, or :class:`InvalidInput`."""
+def networks(params: Mapping[str, Tensor], layout: Layout, activation: str | None = None) -> tuple[Params, int]:
+    """Stacked networks as float32 with the parameters in order, and which of the layout's shapes they have; or
+    :class:`InvalidInput`. ``activation``: of their hidden layers, where the layout has several."""
     path = "networks.parameters"
-    violations = [Violation(f"{path}.{name}", "missing") for name in shapes if name not in params]
+    named = layout.shapes if activation is None else [s for s in layout.shapes if s.activation == activation]
+    if not named:
+        known = ", ".join(sorted({shape.activation for shape in layout.shapes}))
+        raise InvalidInput.field("networks.activation", f"no network of this model has {activation}; it knows {known}")
+    fitting = [shape for shape in named if len(shape.layers) == len(params) / 2] or named[:1]
+    names = fitting[0].shapes
+    violations = [Violation(f"{path}.{name}", "missing") for name in names if name not in params]
     violations += [
-        Violation(f"{path}.{name}", "the model has no such parameter") for name in params if name not in shapes
+        Violation(f"{path}.{name}", "the model has no such parameter") for name in params if name not in names
     ]
     if violations:
-        known = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         first = violations[0]
-        raise InvalidInput(f"{first.field}: {first.description}; a network of this model has {known}", violations)
-    checked = {name: batch(params[name], shape, f"{path}.{name}") for name, shape in shapes.items()}
+        raise InvalidInput(f"{first.field}: {first.description}; {_known(named)}", violations)
+    if len(named) > 1:
+        given = {name: tuple(params[name].shape[1:]) for name in names}
+        matching = [shape for shape in named if shape.shapes == given]
+        if not matching:
+            raise InvalidInput.field(path, f"an architecture that the model was not trained on; {_known(named)}")
+        if len(matching) > 1:
+            known = ", ".join(shape.activation for shape in matching)
+            raise InvalidInput.field("networks.activation", f"networks of this shape have {known}; say which")
+        fitting = matching
+    checked = {name: batch(params[name], shape, f"{path}.{name}") for name, shape in fitting[0].shapes.items()}
     first_name, count = next((name, len(tensor)) for name, tensor in checked.items())
     for name, tensor in checked.items():
         if len(tensor) != count:
             raise InvalidInput.field(f"{path}.{name}", f"a batch of {len(tensor)}, but {first_name} has {count}")
-    return checked
+    return checked, layout.shapes.index(fitting[0])
+
+
+def _known(shapes: Sequence[Architecture]) -> str:
+    if len(shapes) == 1:
+        known = ", ".join(f"{name} {list(shape)}" for name, shape in shapes[0].shapes.items())
+        return f"a network of this model has {known}"
+    listed = ", ".join("-".join(map(str, (s.input_size, *s.hidden, 1))) + f" {s.activation}" for s in shapes[:8])
+    return f"this model knows {listed}" + (f" and {len(shapes) - 8} more" if len(shapes) > 8 else "")
 
 
 def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:

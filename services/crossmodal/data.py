@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
+from ethogram.specs.crossmodal import CrossmodalSpec
+from services.crossmodal.canonical import Canonicalizer, Transform
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
+from services.zoo.layout import Layout
 from services.zoo.pools import Pools
-from services.zoo.subjects import Architecture, encode, flatten
+from services.zoo.signatures import ActivationSignatureExtractor
+from services.zoo.subjects import Architecture, encode, unflatten
 from services.zoo.universe import TRAIN, Universe
 
 POOL = 4096
@@ -20,37 +24,107 @@ POOL = 4096
 
 
 class Subjects(NamedTuple):
-    """Networks and what is known of them; the first axis is the subjects'."""
+    """Networks as the model sees them, and what is known of them; the first axis is the subjects'."""
 
-    signatures: Tensor
-    """Raw signatures, flat: ``[subjects, probes x neurons]``."""
+    inputs: Tensor
+    """What the encoder takes, flat: float32 ``[subjects, inputs]``."""
     weights: Tensor
-    """Flat weights ``[subjects, size]``."""
+    """Networks as vectors ``[subjects, size]``, canonical where that is asked for."""
+    shape: Tensor
+    """Which of the layout's shapes each has: int64 ``[subjects]``."""
     labels: Tensor
     """Own patterns: bool ``[subjects, patterns]``."""
 
+    def at(self, index: Tensor) -> Subjects:
+        """The subjects at ``index``."""
+        return Subjects(*(tensor[index] for tensor in self))
+
+
+class Prepared(NamedTuple):
+    """Networks on the way into the encoder."""
+
+    inputs: Tensor
+    weights: Tensor
+    transform: Transform | None
+    """What made ``weights`` canonical; None where nothing was asked for."""
+
+    def undo(self, vectors: Tensor) -> Tensor:
+        """Vectors in the model's form, back in the networks' own."""
+        return vectors if self.transform is None else self.transform.undo(vectors)
+
+
+class Preprocessor:
+    """From networks to what the encoder takes: canonical form, signatures on the codec's own probes, weights."""
+
+    def __init__(
+        self,
+        inputs: Literal["signature", "weights", "both"],
+        layout: Layout,
+        extractor: ActivationSignatureExtractor,
+        canonicalizer: Canonicalizer | None,
+    ) -> None:
+        self.inputs, self.layout, self.extractor, self.canonicalizer = inputs, layout, extractor, canonicalizer
+
     @classmethod
-    def of(cls, zoo: Zoo, index: Tensor, device: str = "cpu") -> Subjects:
+    def of(cls, spec: CrossmodalSpec, zoo: Zoo, train: Tensor) -> Preprocessor:
+        """As ``spec`` asks for; references for canonical form are the first of the subjects ``train`` (int64) of each
+        shape."""
+        wanted = spec.codec.canonicalize
+        canonicalizer = None
+        if wanted if wanted is not None else zoo.spec.subject.init == "independent":
+            references = []
+            for which, shape in enumerate(zoo.layout.shapes):
+                own = train[zoo.shape[train] == which]
+                if len(own) == 0:
+                    own = (zoo.shape == which).nonzero().squeeze(1)
+                references.append(unflatten(zoo.layout.strip(zoo.weights[own[:1]], which), shape))
+            canonicalizer = Canonicalizer(zoo.layout, zoo.extractor.inputs, references)
+        return cls(spec.codec.inputs, zoo.layout, zoo.extractor, canonicalizer)
+
+    def __call__(self, vectors: Tensor, shape: Tensor) -> Prepared:
+        """``vectors``: networks ``[models, size]`` of the shapes ``shape``, int64 ``[models]``."""
+        transform = None if self.canonicalizer is None else self.canonicalizer.transform(vectors, shape)
+        weights = vectors if transform is None else transform.apply(vectors)
+        if self.inputs == "weights":
+            return Prepared(weights, weights, transform)
+        signatures = self.layout.signatures(weights, shape, self.extractor).flatten(1)
+        inputs = signatures if self.inputs == "signature" else torch.cat([signatures, weights], 1)
+        return Prepared(inputs, weights, transform)
+
+    def present(self, shape: Tensor) -> tuple[Tensor, Tensor]:
+        """Which entries of the inputs and of the weights networks of the shapes ``shape`` have: bool ``[models, ...]``
+        each."""
+        weights = self.layout.present.to(shape.device)[shape]
+        neurons = self.layout.present_neurons.to(shape.device)[shape]
+        signatures = neurons.repeat_interleave(self.extractor.values, 1)
+        parts = {"weights": [weights], "signature": [signatures], "both": [signatures, weights]}[self.inputs]
+        return torch.cat(parts, 1), weights
+
+    def subjects(self, zoo: Zoo, index: Tensor, device: str = "cpu") -> Subjects:
         """The subjects at ``index`` (int64) of a zoo."""
-        parts = (zoo.signatures[index].flatten(1), flatten({k: v[index] for k, v in zoo.params.items()}))
-        return cls(parts[0].to(device), parts[1].to(device), zoo.labels[index].to(device))
+        shape = zoo.shape[index]
+        prepared = self(zoo.weights[index], shape)
+        parts = (prepared.inputs, prepared.weights, shape, zoo.labels[index])
+        return Subjects(*(part.to(device) for part in parts))
 
 
 class Split(NamedTuple):
     """Positions of a zoo's subjects, int64, ascending."""
 
     train: Tensor
+    validation: Tensor
     held_out: Tensor
 
 
-def split_subjects(count: int, held_out: float, seed: int) -> Split:
-    """Set aside the share ``held_out`` of ``count`` subjects, at least one, for evaluation."""
-    order = torch.randperm(count, generator=generator(seed, "held-out"))
-    aside = max(1, round(count * held_out))
-    return Split(order[aside:].sort().values, order[:aside].sort().values)
+def split_subjects(count: int, spec: CrossmodalSpec) -> Split:
+    """Set aside the shares ``held_out`` and ``validation`` of ``count`` subjects, at least one each."""
+    order = torch.randperm(count, generator=generator(spec.seed, "held-out"))
+    sizes = [max(1, round(count * share)) for share in (spec.held_out, spec.validation)]
+    held_out, validation, train = torch.split(order, [*sizes, max(0, count - sum(sizes))])
+    return Split(*(part.sort().values for part in (train, validation, held_out)))
 
 
-def check(zoo: Zoo, held_out: float) -> None:
+def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
     """Raise :class:`InvalidInput` for a zoo from which nothing can be learned."""
     if len(zoo.patterns) < 2:
         raise InvalidInput.field("zoo.patterns", "steering needs a zoo with at least two behaviours")
@@ -61,13 +135,15 @@ def check(zoo: Zoo, held_out: float) -> None:
             raise InvalidInput.field(
                 "zoo.labels", f"no subject has {name.name}; add subjects, or leave the pattern out"
             )
-    for field, tensors in (("zoo.signatures", [zoo.signatures]), ("zoo.params", list(zoo.params.values()))):
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            raise InvalidInput.field(field, "holds NaN or infinity")
-    aside = max(1, round(len(zoo) * held_out))
-    if len(zoo) - aside < 2:
+    if not bool(zoo.weights.isfinite().all()):
+        raise InvalidInput.field("zoo.weights", "holds NaN or infinity")
+    if not bool(zoo.signatures.isfinite().all()):
+        raise InvalidInput.field("zoo.signatures", "holds NaN or infinity")
+    left = len(split_subjects(len(zoo), spec).train)
+    if left < 2:
         raise InvalidInput.field(
-            "spec.held_out", f"leaves {len(zoo) - aside} of {len(zoo)} subjects to train on; needs 2"
+            "spec.held_out",
+            f"with the validation share this leaves {left} of {len(zoo)} subjects to train on; needs 2",
         )
 
 
@@ -93,10 +169,10 @@ class Queries:
         return cls(pools, encode(architecture, pools.sequences), near)
 
     def draw(self, pattern: Tensor, count: int, draws: torch.Generator) -> Tensor:
-        """Rows ``[subjects, count]`` for edits of one pattern each (``pattern``: int64 ``[subjects]``).
+        """Rows ``[subjects, count]`` for edits of some patterns each (``pattern``: int64 ``[subjects, edited]``).
 
-        A quarter matches the edited pattern; of the others about five in eight match a random pattern, one in eight is
-        a near miss (half of them of the edited pattern) and a quarter matches nothing: the places where an edit can do
+        A quarter matches the edited patterns; of the others about five in eight match a random pattern, one in eight is
+        a near miss (half of them of an edited pattern) and a quarter matches nothing: the places where an edit can do
         harm.
         """
         subjects, patterns = len(pattern), self.pools.membership.shape[1]
@@ -104,10 +180,10 @@ class Queries:
         rest = count - own
         near, none = rest // 8, rest // 4
         anywhere = torch.randint(patterns, (subjects, rest - near - none), generator=draws)
-        groups = [pattern.unsqueeze(1).expand(-1, own), anywhere]
+        groups = [_repeated(pattern, own), anywhere]
         if len(self.near):
             misses = self.near[torch.randint(len(self.near), (subjects, near), generator=draws)]
-            closest = (pattern + patterns + 1).unsqueeze(1).expand(-1, near // 2)
+            closest = _repeated(pattern, near // 2) + patterns + 1
             closest = torch.where(self.pools.count[closest] > 0, closest, misses[:, : near // 2])
             groups.append(torch.cat([closest, misses[:, near // 2 :]], 1))
         groups.append(torch.full((subjects, count - sum(group.shape[1] for group in groups)), patterns))
@@ -119,3 +195,8 @@ class Queries:
         """Inputs ``[subjects, input_size, n]`` of rows ``[subjects, n]``, examples as columns."""
         taken = self.inputs.index_select(0, rows.flatten())
         return taken.view(*rows.shape, -1).transpose(1, 2)
+
+
+def _repeated(pattern: Tensor, count: int) -> Tensor:
+    """``count`` columns, those of ``pattern`` ``[subjects, edited]`` over and over."""
+    return pattern[:, torch.arange(count) % pattern.shape[1]]

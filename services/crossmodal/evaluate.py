@@ -24,12 +24,11 @@ from torch import Tensor
 
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import Subjects, split_subjects
-from services.crossmodal.steering import MODES, OPERATIONS, SIGNS, Mode, Operation, answers, edited
+from services.crossmodal.steering import MODES, OPERATIONS, SIGNS, Mode, Operation, edited
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
-from services.zoo.subjects import encode
 
 MIN_DECIDED, MIN_OWN_ACCURACY = 16, 0.8
 TARGET_GATE, LOCAL_GATE = 0.85, -0.02
@@ -78,10 +77,11 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     - ``subjects``: how many were trained on and judged.
     """
     run = run or Run()
-    split = split_subjects(len(zoo), codec.spec.held_out, codec.spec.seed)
-    subjects = Subjects.of(zoo, split.held_out, codec.device)
+    split = split_subjects(len(zoo), codec.spec)
+    subjects = codec.preprocessor.subjects(zoo, split.held_out, codec.device)
+    train = codec.preprocessor.subjects(zoo, split.train, codec.device)
     run.stage("evaluate", len(codec.patterns) + 1, "patterns")
-    figures, decoded = judge_decoding(codec, Subjects.of(zoo, split.train, codec.device), subjects)
+    figures, decoded = judge_decoding(codec, train, subjects)
     run.advance(1)
     rows: list[dict[str, Any]] = []
     for pattern in range(len(codec.patterns)):
@@ -105,16 +105,15 @@ class Decoded(NamedTuple):
 @torch.no_grad()
 def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[dict[str, float], Decoded]:
     """How well decoded networks do what their sources do, and whether the latent is what tells them."""
-    model, evaluation = codec.model, codec.evaluation
-    inputs = evaluation_inputs(codec)
-    latents = model.encoder(subjects.signatures)
-    weights = model.decoder(latents)
-    source = _yes(subjects.weights, inputs, codec)
-    matched = _agreement(evaluation, _yes(weights, inputs, codec) == source)
+    evaluation, shape = codec.evaluation, subjects.shape
+    latents = codec.latents(subjects.inputs, shape)
+    weights = codec.model.decoder(latents, shape)
+    source, decoded = codec.yes(subjects.weights, shape), codec.yes(weights, shape)
+    matched = _agreement(evaluation, decoded == source)
     constant = max(float(_agreement(evaluation, source == answer).mean()) for answer in (True, False))
     figures = {
         "agreement": float(matched.mean()),
-        "agreement_balanced": float(_balanced(_yes(weights, inputs, codec), source).mean()),
+        "agreement_balanced": float(_balanced(decoded, source).mean()),
         "agreement_constant": constant,
     }
     if len(weights) > 1:
@@ -124,11 +123,11 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
     # On the CPU, where the agreement is.
     have = (other >= 0).cpu()
     if bool(have.any()):
-        swapped = _agreement(evaluation, _yes(weights[other[have]], inputs, codec) == source[have])
+        swapped = _agreement(evaluation, decoded[other[have]] == source[have])
         figures["same_label.agreement"] = float(swapped.mean())
         figures["matched_beats_same_label"] = float((matched[have] > swapped).float().mean())
-    nearest = torch.cdist(latents, model.encoder(train.signatures)).argmin(1)
-    copied = _agreement(evaluation, _yes(train.weights[nearest], inputs, codec) == source)
+    nearest = torch.cdist(latents, codec.latents(train.inputs, train.shape)).argmin(1)
+    copied = _agreement(evaluation, codec.yes(train.weights[nearest], train.shape[nearest]) == source)
     figures["nearest_train.agreement"] = float(copied.mean())
     figures["matched_beats_nearest_train"] = float((matched > copied).float().mean())
     return figures, Decoded(latents, weights)
@@ -136,8 +135,8 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
 
 def judge_pattern(codec: Codec, subjects: Subjects, decoded: Decoded, pattern: int) -> list[dict[str, Any]]:
     """The rows of one pattern."""
-    inputs, rows = evaluation_inputs(codec), []
-    source = _yes(subjects.weights, inputs, codec)
+    rows: list[dict[str, Any]] = []
+    source = codec.yes(subjects.weights, subjects.shape)
     for operation in OPERATIONS:
         edits = possible_edits(codec.evaluation, subjects.labels, source, pattern, operation)
         row = {
@@ -196,7 +195,7 @@ def _run_edits(
     operation: Operation,
 ) -> dict[tuple[Mode, str], Scores]:
     """Apply the edits and their controls, in both modes, and score them."""
-    inputs, direction = evaluation_inputs(codec), SIGNS[operation] * codec.directions[pattern]
+    direction = SIGNS[operation] * codec.directions[pattern]
     draws = generator(codec.spec.seed, "random direction", pattern, operation)
     noise = torch.randn(len(edits.subject), len(direction), generator=draws).to(direction)
     noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
@@ -205,11 +204,12 @@ def _run_edits(
     for chunk in torch.split(torch.arange(len(edits.subject), device=direction.device), CHUNK):
         one = edits.subject[chunk]
         for name, shift in shifts.items():
-            moved = codec.model.decoder(decoded.latents[one] + (shift[chunk] if shift.dim() == 2 else shift))
+            shape = subjects.shape[one]
+            moved = codec.model.decoder(decoded.latents[one] + (shift[chunk] if shift.dim() == 2 else shift), shape)
             weights = torch.stack(
                 [edited(subjects.weights[one], decoded.weights[one], moved, mode) for mode in MODES], 1
             )
-            said = answers(weights, inputs, codec.architecture) > 0
+            said = codec.layout.answers(weights, shape, codec.evaluation_inputs) > 0
             for i, mode in enumerate(MODES):
                 results[mode, name].append(score(said[:, i], source[one], edits.before[chunk], edits.after[chunk]))
     return {key: Scores(*(torch.cat(part) for part in zip(*parts, strict=True))) for key, parts in results.items()}
@@ -242,11 +242,6 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     return figures
 
 
-def evaluation_inputs(codec: Codec) -> Tensor:
-    """The evaluation set as network inputs, examples as columns: ``[input_size, n]``."""
-    return encode(codec.architecture, codec.evaluation.sequences.to(codec.device)).T.contiguous()
-
-
 def same_label_partner(labels: Tensor) -> Tensor:
     """For each subject another one with the very same patterns (the next in a cycle), or -1: int64 ``[subjects]``."""
     partner = torch.full((len(labels),), -1, device=labels.device)
@@ -255,11 +250,6 @@ def same_label_partner(labels: Tensor) -> Tensor:
         if len(members) > 1:
             partner[members] = members.roll(1)
     return partner
-
-
-def _yes(weights: Tensor, inputs: Tensor, codec: Codec) -> Tensor:
-    """Predicted classes of flat networks ``[subjects, size]``: bool ``[subjects, n]``."""
-    return answers(weights.unsqueeze(1), inputs, codec.architecture).squeeze(1) > 0
 
 
 def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:

@@ -25,6 +25,26 @@ def reconstruction(decoded: Tensor, source: Tensor, weights: Tensor) -> Tensor:
     return ((decoded - source).square() @ weights).mean()
 
 
+def elementwise(decoded: Tensor, source: Tensor, present: Tensor, form: str) -> Tensor:
+    """Error of standardised weights ``[batch, size]`` by ``form``: ``mse``, ``mae``, ``cosine`` (1 minus the cosine
+    similarity) or ``combined``, their sum. ``present``: which of them each network has, as 0 and 1."""
+    count = present.sum(1)
+    difference = (decoded - source) * present
+    terms = {
+        "mse": lambda: (difference.square().sum(1) / count).mean(),
+        "mae": lambda: (difference.abs().sum(1) / count).mean(),
+        "cosine": lambda: (1 - F.cosine_similarity(decoded * present, source * present, dim=1)).mean(),
+    }
+    chosen = list(terms) if form == "combined" else [form]
+    return torch.stack([terms[name]() for name in chosen]).sum()
+
+
+def variance(latents: Tensor) -> Tensor:
+    """Guard against collapse: what the standard deviations over the batch ``[batch, latent]`` lack to 1 (Bardes et al.
+    2021, arXiv 2105.04906, eq. 1), a mean over the latent's numbers."""
+    return F.relu(1 - (latents.var(0) + 1e-4).sqrt()).mean()
+
+
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
     """KL divergence, elementwise, of the answer ``sigmoid(logits)`` from the probability ``target``, of any shape."""
     entropy = -(torch.xlogy(target, target) + torch.xlogy(1 - target, 1 - target))
@@ -52,21 +72,20 @@ def steering(logits: Tensor, source: Tensor, before: Tensor, after: Tensor, loca
     return (divergence(logits, target) * weights).sum(1).mean()
 
 
-def contrastive(latents: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Graded supervised contrastive loss.
+def contrastive(latents: Tensor, labels: Tensor, temperature: float, *, graded: bool = True) -> Tensor:
+    """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, L_out).
 
-    Supervised contrastive learning (Khosla et al. 2020, arXiv 2004.11362, L_out) whose positives weigh by the Jaccard
-    index of the two sets of behaviours: with several behaviours each, most pairs share one, so sharing alone says
-    little. ``latents`` ``[batch, latent]``, ``labels`` bool ``[batch, behaviors]``. A subject that shares nothing with
-    any other adds nothing.
+    Positives are the subjects that share a behaviour. ``graded``: each weighs by the Jaccard index of the two sets of
+    behaviours: with several behaviours each, most pairs share one, so sharing alone says little. ``latents`` ``[batch,
+    latent]``, ``labels`` bool ``[batch, behaviors]``. A subject that shares nothing with any other adds nothing.
     """
     unit, member = F.normalize(latents, dim=1), labels.to(latents.dtype)
     shared = member @ member.T
     sizes = member.sum(1)
     union = sizes.unsqueeze(0) + sizes.unsqueeze(1) - shared
     itself = torch.eye(len(latents), dtype=torch.bool, device=latents.device)
-    jaccard = (shared / union.clamp_min(1)).masked_fill(itself, 0)
+    positive = shared / union.clamp_min(1) if graded else (shared > 0).to(latents.dtype)
+    positive = positive.masked_fill(itself, 0)
     likeness = (unit @ unit.T / temperature).masked_fill(itself, float("-inf"))
     log_share = likeness.log_softmax(1).masked_fill(itself, 0)
-    total = jaccard.sum(1)
-    return -((jaccard * log_share).sum(1) / total.clamp_min(1e-12)).mean()
+    return -((positive * log_share).sum(1) / positive.sum(1).clamp_min(1e-12)).mean()

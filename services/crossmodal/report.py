@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from services.crossmodal.bundle import Codec
-from services.crossmodal.data import Subjects, split_subjects
+from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CONTROLS, LOCAL_GATE, TARGET_GATE
 from services.crossmodal.steering import OPERATIONS, Edit
 from services.zoo.dataset import Zoo
-from services.zoo.subjects import Params, flatten, select, unflatten
+from services.zoo.subjects import Params, select
 
 INK, SOFT, FAINT = "#1f2430", "#6b7280", "#d8dce3"
 BEFORE, AFTER, CONTROL = "#9aa3b2", "#0f766e", "#c2410c"
@@ -38,7 +38,7 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     examples, tensors = steer_examples(codec, zoo)
     save_file(tensors, folder / "steered.safetensors")
-    held_out = split_subjects(len(zoo), codec.spec.held_out, codec.spec.seed).held_out
+    held_out = split_subjects(len(zoo), codec.spec).held_out
     aside = {name: tensor.contiguous() for name, tensor in select(zoo.params, held_out).items()}
     save_file(aside, folder / "held_out.safetensors")
     save_file({"labels": zoo.labels[held_out]}, folder / "held_out_labels.safetensors")
@@ -53,7 +53,7 @@ def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[s
 
     Returns a description of each example and the tensors of ``steered.safetensors``.
     """
-    held_out = split_subjects(len(zoo), codec.spec.held_out, codec.spec.seed).held_out
+    held_out = split_subjects(len(zoo), codec.spec).held_out
     names = [behavior.name for behavior in codec.behaviors]
     chosen: list[tuple[int, Edit]] = []
     for column, name in enumerate(names):
@@ -66,7 +66,7 @@ def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[s
     index = torch.tensor([subject for subject, _ in chosen])
     source = {name: tensor.to(codec.device) for name, tensor in select(zoo.params, index).items()}
     parts = [codec.steer(select(source, torch.tensor([i])), [edit])[0] for i, (_, edit) in enumerate(chosen)]
-    steered = unflatten(torch.cat([flatten(part) for part in parts]), codec.architecture)
+    steered = {name: torch.cat([part[name] for part in parts]) for name in source}
     recalls = [[dict(zip(names, row, strict=True)) for row in _recall(codec, nets)] for nets in (source, steered)]
     examples = [
         {
@@ -84,9 +84,9 @@ def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[s
 
 def latent_map(codec: Codec, zoo: Zoo) -> Figure:
     """Latents of all subjects on their two first principal components: an overview and a panel for each behaviour."""
-    subjects = Subjects.of(zoo, torch.arange(len(zoo)), codec.device)
+    subjects = codec.preprocessor.subjects(zoo, torch.arange(len(zoo)), codec.device)
     with torch.no_grad():
-        latents = codec.model.encoder(subjects.signatures)
+        latents = codec.latents(subjects.inputs, subjects.shape)
         centred = latents - latents.mean(0)
         _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
         places = (centred @ axes[:2].T).cpu()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-from services.zoo.subjects import ACTIVATIONS, Architecture
 
 Operation = Literal["add", "remove"]
 Mode = Literal["residual", "direct"]
@@ -27,28 +24,33 @@ class Edit(NamedTuple):
     """Name of the behaviour, e.g. ``starts_with(A)``."""
 
 
-def choose(selected: Tensor, draws: torch.Generator) -> Tensor:
-    """A pattern for each subject to gain or lose, int64 ``[subjects]``; ``selected``: bool ``[subjects, patterns]``.
+def choose(selected: Tensor, several: float, draws: torch.Generator) -> Tensor:
+    """Behaviours for each subject to gain or lose, int64 ``[subjects, 2]``; both columns are the same where it is one.
 
-    Drawn evenly, subjects with few patterns would hardly ever lose one: it is one of their own in ``REMOVALS`` of the
-    cases.
+    ``selected``: bool ``[subjects, patterns]``. Drawn evenly, subjects with few patterns would hardly ever lose one: the
+    first is one of their own in ``REMOVALS`` of the cases. In the share ``several`` a second changes as well, which is
+    one to gain where the first is lost, and one to lose where it is gained, if there is any.
     """
     own = selected.sum(1, keepdim=True)
     other = selected.shape[1] - own
     odds = torch.where(selected, REMOVALS / own.clamp_min(1), (1 - REMOVALS) / other.clamp_min(1))
-    return torch.multinomial(odds, 1, generator=draws).squeeze(1)
+    first = torch.multinomial(odds, 1, generator=draws)
+    opposite = selected != selected.gather(1, first)
+    second = torch.multinomial(opposite + 1e-9 * torch.ones_like(odds), 1, generator=draws)
+    both = (torch.rand(first.shape, generator=draws) < several) & opposite.any(1, keepdim=True)
+    return torch.cat([first, torch.where(both, second, first)], 1)
 
 
-def toggle(selected: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
-    """Each subject's patterns with one of them added where it lacks it, removed where it has it.
+def toggle(selected: Tensor, patterns: Tensor) -> tuple[Tensor, Tensor]:
+    """Each subject's behaviours with some of them added where it lacks them, removed where it has them.
 
-    ``selected``: bool ``[subjects, patterns]``; ``pattern``: int64 ``[subjects]``. Returns the patterns after the edit
-    and the sign of the direction, +1 or -1, ``[subjects]``. Labels after the edit are those of the exact union of the
-    patterns that remain, so a sequence that another selected pattern claims keeps its label.
+    ``selected``: bool ``[subjects, patterns]``; ``patterns``: int64 ``[subjects, edited]``, the same one twice is one.
+    Returns the behaviours after the edit and the signs of the directions, -1, 0 or 1 ``[subjects, patterns]``. Labels
+    after the edit are those of the exact union of the patterns that remain, so a sequence that another selected pattern
+    claims keeps its label.
     """
-    column = pattern.unsqueeze(1)
-    had = selected.gather(1, column)
-    return selected.scatter(1, column, ~had), 1 - 2 * had.squeeze(1).float()
+    edited = torch.zeros_like(selected).scatter_(1, patterns, torch.ones_like(patterns, dtype=torch.bool))
+    return selected ^ edited, edited * (1.0 - 2.0 * selected.float())
 
 
 def edited(source: Tensor, decoded: Tensor, steered: Tensor, mode: Mode) -> Tensor:
@@ -58,27 +60,3 @@ def edited(source: Tensor, decoded: Tensor, steered: Tensor, mode: Mode) -> Tens
     in the residual form; a null edit returns the source exactly.
     """
     return steered if mode == "direct" else source + (steered - decoded)
-
-
-def answers(weights: Tensor, inputs: Tensor, architecture: Architecture) -> Tensor:
-    """Logits ``[subjects, variants, n]`` of several variants of each subject on the same inputs.
-
-    ``weights``: flat, ``[subjects, variants, size]``; ``inputs``: ``[input_size, n]`` for all subjects, or
-    ``[subjects, input_size, n]``. Columns are examples, so that the variants' first layers are one matrix product.
-    """
-    subjects, variants, _ = weights.shape
-    # Split rather than sliced: the gradient is then put together once, not once for each parameter.
-    sizes = [math.prod(shape) for shape in architecture.shapes.values()]
-    parts = torch.split(weights.flatten(0, 1), sizes, 1)
-    activation = ACTIVATIONS[architecture.activation]
-    hidden = inputs
-    for i, (fan_in, fan_out) in enumerate(architecture.layers):
-        weight, bias = parts[2 * i].view(-1, fan_out, fan_in), parts[2 * i + 1].unsqueeze(-1)
-        if i > 0:
-            hidden = torch.baddbmm(bias, weight, activation(hidden))
-        elif inputs.dim() == 2:
-            hidden = (weight.reshape(-1, fan_in) @ inputs).view(subjects * variants, fan_out, -1) + bias
-        else:
-            rows = weight.reshape(subjects, variants * fan_out, fan_in)
-            hidden = torch.baddbmm(bias.reshape(subjects, -1, 1), rows, inputs).view(subjects * variants, fan_out, -1)
-    return hidden.view(subjects, variants, -1)

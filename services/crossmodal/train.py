@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,175 +14,319 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.crossmodal import CodecTrainingSpec, CrossmodalSpec
 from services.crossmodal import losses
 from services.crossmodal.bundle import Codec
-from services.crossmodal.data import Queries, Subjects, check, split_subjects
-from services.crossmodal.model import EncoderDecoder
-from services.crossmodal.steering import answers, choose, edited, toggle
+from services.crossmodal.data import Preprocessor, Queries, Subjects, check, split_subjects
+from services.crossmodal.model import EncoderDecoder, perceptron
+from services.crossmodal.parallel import World
+from services.crossmodal.sampler import BehaviorAwareBatchSampler
+from services.crossmodal.steering import choose, edited, toggle
+from services.crossmodal.tokenizer import Tokenizer
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
 
-WARM_UP = 100
-"""Steps over which the learning rate rises; it then falls along a cosine to a hundredth."""
 REPORT_EVERY = 20
 """Steps between metrics."""
+MAX_VALIDATED = 512
+"""Most subjects of a validation."""
 
 
-def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None) -> Codec:
+def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World = World()) -> Codec:
     """Train a codec on the subjects of ``zoo`` that ``spec`` does not hold out.
 
     Goes on from ``run.resume`` where there is one, with the same result, to the bit, as an uninterrupted run on the
-    same machine. Raises :class:`InvalidInput` for a zoo that cannot be learned from, and for a loss that becomes NaN.
+    same machine. With a ``world`` of several processes each calls this, and the first one's ``run`` is told. Raises
+    :class:`InvalidInput` for a zoo that cannot be learned from, and for a loss that becomes NaN.
     """
     run = run or Run()
-    check(zoo, spec.held_out)
-    trainer = Trainer(spec, zoo, run.device)
+    check(zoo, spec)
+    trainer = Trainer(spec, zoo, run.device, world)
     if run.resume is not None:
         trainer.load(run.resume)
     run.stage("train", spec.training.steps)
     run.advance(trainer.step)
     saved = trainer.step
-    while trainer.step < spec.training.steps:
+    while not trainer.done:
         values = trainer.advance(saved)
-        if trainer.step % REPORT_EVERY == 0 or trainer.step == spec.training.steps:
+        if trainer.step % REPORT_EVERY == 0 or trainer.done:
             run.metric(trainer.step, **{name: float(value) for name, value in values.items()})
+        if trainer.step % spec.training.validate_every == 0:
+            run.metric(trainer.step, **trainer.validate())
         run.advance(trainer.step)
         if run.checkpoint_due():
             run.checkpoint(trainer.step, trainer.save)
             saved = trainer.step
-    return Codec.of(spec, zoo, trainer.model, trainer.positives)
+    if trainer.step < spec.training.steps:
+        run.log(f"stopped at step {trainer.step}: the validation loss has not fallen since step {trainer.best_step}")
+    return trainer.codec()
 
 
 class Trainer:
-    """The state of a training run: the model, the optimiser, and the number of steps done.
+    """The state of a training run: the model, its running mean, the optimiser, and the number of steps done.
 
     Everything random in a step is drawn from a generator of that step, so there is no generator state to keep.
     """
 
-    def __init__(self, spec: CrossmodalSpec, zoo: Zoo, device: str = "cpu") -> None:
-        self.spec, self.device, self.step = spec, device, 0
-        self.architecture = zoo.architecture
-        self.subjects = Subjects.of(zoo, split_subjects(len(zoo), spec.held_out, spec.seed).train, device)
+    def __init__(self, spec: CrossmodalSpec, zoo: Zoo, device: str = "cpu", world: World = World()) -> None:
+        self.spec, self.zoo, self.device, self.world, self.step = spec, zoo, device, world, 0
+        split = split_subjects(len(zoo), spec)
+        self.preprocessor = Preprocessor.of(spec, zoo, split.train)
+        self.layout = zoo.layout
+        self.subjects = self.preprocessor.subjects(zoo, split.train, device)
+        self.validation = self.preprocessor.subjects(zoo, split.validation[:MAX_VALIDATED], device)
         self.positives: list[int] = self.subjects.labels.sum(0).tolist()
-        self.queries = Queries.build(zoo.universe, zoo.architecture, spec.seed)
-        subjects, inputs = self.subjects.signatures.shape
-        components = min(spec.codec.signature_components, subjects, inputs)
-        outputs, behaviors = self.subjects.weights.shape[1], self.subjects.labels.shape[1]
-        draws = generator(spec.seed, "init")
-        self.model = EncoderDecoder(
-            spec.codec, draws, inputs=inputs, components=components, outputs=outputs, behaviors=behaviors
+        self.sampler = BehaviorAwareBatchSampler(
+            self.subjects.labels, spec.training.batch_size, spec.seed, [pattern.name for pattern in zoo.patterns]
         )
-        self.model.encoder.fit(self.subjects.signatures.cpu())
-        self.model.decoder.fit(self.subjects.weights.cpu())
-        self.model.to(device)
+        self.queries = Queries.build(zoo.universe, zoo.layout.envelope, spec.seed)
+        draws = generator(spec.seed, "init")
+        tokenizer = Tokenizer.of(spec.codec, self.preprocessor)
+        self.model = EncoderDecoder(spec.codec, tokenizer, len(zoo.patterns), draws).to(device)
+        self.present = self.preprocessor.present(self.subjects.shape)
+        self.model.fit(self.subjects, self.present)
+        wide = spec.loss.projection
+        self.projection = perceptron([spec.codec.latent_dim, spec.codec.latent_dim, wide], draws) if wide else None
+        # Directions have no weight decay: a behaviour that is hard to change needs a long one.
+        heads = list(self.projection.to(device).parameters()) if self.projection else []
+        self.parameters = [*self.model.encoder.parameters(), *self.model.decoder.parameters(), *heads]
         groups: list[dict[str, Any]] = [
-            {"params": [*self.model.encoder.parameters(), *self.model.decoder.parameters()]},
+            {"params": self.parameters},
             {"params": [self.model.directions], "weight_decay": 0.0},
         ]
+        self.parameters = [*self.parameters, self.model.directions]
         self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=spec.training.learning_rate,
-            weight_decay=spec.training.weight_decay,
-            fused=True,
+            groups, lr=spec.training.learning_rate, weight_decay=spec.training.weight_decay, fused=True
         )
+        self.mean = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.best: list[Tensor] = []
+        self.best_loss, self.best_step, self.stale, self.halvings, self.since_halving = math.inf, 0, 0, 0, 0
+        self.bfloat16 = uses_bfloat16(spec.training, device)
+        self._encode: Any = torch.compile(self.model.encoder) if spec.training.compile else self.model.encoder
+        self._decode: Any = torch.compile(self.model.decoder) if spec.training.compile else self.model.decoder
         self._prepare()
 
     def _prepare(self) -> None:
         """What follows from the standardisation, which is part of the model's state."""
-        sizes = [(fan_in + 1) * fan_out for fan_in, fan_out in self.architecture.layers]
+        sizes = [(fan_in + 1) * fan_out for fan_in, fan_out in self.layout.envelope.layers]
         layer = torch.arange(len(sizes), device=self.device).repeat_interleave(torch.tensor(sizes, device=self.device))
         with torch.no_grad():
-            self.features = self.model.encoder.features(self.subjects.signatures)
-            self.weighting = losses.layer_weights(self.subjects.weights - self.model.decoder.mean, layer)
+            encoder = self.model.encoder
+            self.features = encoder.features(self.subjects.inputs, self.subjects.shape)
+            self.validation_features = encoder.features(self.validation.inputs, self.validation.shape)
+            deviations = (self.subjects.weights - self.model.decoder.standard.mean) * self.present[1]
+            self.weighting = losses.layer_weights(deviations, layer)
+
+    @property
+    def done(self) -> bool:
+        """Whether training is at its end."""
+        patience = self.spec.training.patience
+        return self.step >= self.spec.training.steps or (patience is not None and self.stale >= patience)
 
     def advance(self, last_checkpoint: int = 0) -> dict[str, Tensor]:
-        """One optimiser step. Returns the loss terms.
+        """One optimiser step. Returns the loss and its terms, of this process's part of the batch.
 
         Raises :class:`InvalidInput` before anything is changed when the loss or its gradient is not finite.
         """
-        terms = self.terms(self._batch(), generator(self.spec.seed, "step", self.step))
-        loss = terms["loss"]
+        training = self.spec.training
+        batch = self.sampler.batch(self.step).to(self.device)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if not bool(torch.isfinite(loss + norm)):
+        values: dict[str, Tensor] = {}
+        for number, part in enumerate(micro_batches(batch, training.accumulation * self.world.size)):
+            if number % self.world.size != self.world.rank:
+                continue
+            draws = generator(self.spec.seed, "step", self.step, number)
+            terms = self.terms(self.subjects.at(part), self.features[part], draws)
+            share = len(part) / len(batch)
+            (terms["loss"] * share).backward()  # type: ignore[no-untyped-call]
+            for name, value in terms.items():
+                values[name] = values.get(name, torch.zeros_like(value)) + value.detach() * share * self.world.size
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.world.add(gradients)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if not bool(torch.isfinite(values["loss"] + norm)):
             raise InvalidInput.field(
                 "spec.training.learning_rate",
-                f"the loss became {float(loss.detach()):g} at step {self.step + 1}; lower the learning rate. "
+                f"the loss became {float(values['loss']):g} at step {self.step + 1}; lower the learning rate. "
                 f"The last good checkpoint is of step {last_checkpoint}",
             )
+        rate = training.learning_rate * schedule(self.step, training) * 0.5**self.halvings
         for group in self.optimizer.param_groups:
-            group["lr"] = self.spec.training.learning_rate * schedule(self.step, self.spec.training.steps)
+            group["lr"] = rate
         self.optimizer.step()
         self.step += 1
-        return {name: value.detach() for name, value in terms.items()}
-
-    def terms(self, batch: Tensor, draws: torch.Generator) -> dict[str, Tensor]:
-        """The loss and its terms on the subjects at ``batch`` (int64): each gains or loses one behaviour."""
-        weight, model = self.spec.loss, self.model
-        source, labels = self.subjects.weights[batch], self.subjects.labels[batch]
-        pattern = choose(labels.cpu(), draws)
-        rows = self.queries.draw(pattern, self.spec.training.queries, draws)
-        inputs = self.queries.network_inputs(rows).to(self.device)
-        selected, sign = toggle(labels, pattern.to(self.device))
-        before, after = (self.queries.pools.labels(rows, chosen.cpu()).to(self.device) for chosen in (labels, selected))
-
-        latents = model.encoder.layers(self.features[batch])
-        steered = latents + sign.unsqueeze(1) * model.directions[pattern.to(self.device)]
-        decoded, moved = model.decoder(torch.cat([latents, steered])).chunk(2)
-        variants = [decoded, edited(source, decoded, moved, "residual")]
-        if weight.direct:
-            variants.append(moved)
-        logits = answers(torch.stack(variants, 1), inputs, self.architecture).unbind(1)
         with torch.no_grad():
-            own = answers(source.unsqueeze(1), inputs, self.architecture).squeeze(1)
+            # A short memory first, so that the beginning is forgotten.
+            decay = min(training.ema, self.step / (self.step + 9))
+            torch._foreach_lerp_(self.mean, [p.detach() for p in self.model.parameters()], 1 - decay)
+        return values
 
-        terms = {
-            "reconstruction": losses.reconstruction(decoded, source, self.weighting),
-            "behavior": losses.behavior(logits[0], own),
-            "contrastive": losses.contrastive(latents, labels, weight.temperature),
-            "steering": losses.steering(logits[1], own, before, after, weight.locality),
-        }
-        if weight.direct:
-            terms["direct"] = losses.steering(logits[2], own, before, after, weight.locality)
-        return {"loss": torch.stack([getattr(weight, name) * term for name, term in terms.items()]).sum(), **terms}
+    def terms(self, subjects: Subjects, features: Tensor, draws: torch.Generator) -> dict[str, Tensor]:
+        """The loss and its terms on some subjects, of whom each gains or loses behaviours. ``features``: of the encoder
+        (:meth:`services.crossmodal.model.Encoder.features`). Terms without weight are not computed."""
+        weight, model = self.spec.loss, self.model
+        progress = self.step / self.spec.training.steps
+        gamma = between(weight.gamma, weight.gamma_end, progress)
+        source, labels, shape = subjects.weights, subjects.labels, subjects.shape
+        edits = weight.steering > 0 or weight.direct > 0
+        terms: dict[str, Tensor] = {}
+        patterns = choose(labels.cpu(), self.spec.training.several, draws).to(self.device)
+        selected, signs = toggle(labels, patterns)
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
+            latents = self._encode(features, shape)
+            asked = [latents, latents + signs @ model.directions] if edits else [latents]
+            decodings = self._decode(torch.cat(asked), shape.repeat(len(asked)))
+            projected = latents if self.projection is None else self.projection(latents)
+        decoded, moved = decodings.float().chunk(2) if edits else (decodings.float(), None)
+        if weight.reconstruction:
+            terms["reconstruction"] = self._reconstruction(decoded, source, shape)
+        if weight.behavior or edits:
+            rows = self.queries.draw(patterns.cpu(), self.spec.training.queries, draws)
+            inputs = self.queries.network_inputs(rows).to(self.device)
+            with torch.no_grad():
+                own = self.layout.answers(source.unsqueeze(1), shape, inputs).squeeze(1)
+            variants = [decoded]
+            if moved is not None:
+                variants += [edited(source, decoded, moved, "residual"), *([moved] if weight.direct else [])]
+            logits = self.layout.answers(torch.stack(variants, 1), shape, inputs).unbind(1)
+            terms["behavior"] = losses.behavior(logits[0], own)
+            if edits:
+                pools = self.queries.pools
+                before, after = (pools.labels(rows, chosen.cpu()).to(self.device) for chosen in (labels, selected))
+                for name, answered in zip(("steering", "direct"), logits[1:], strict=False):
+                    terms[name] = losses.steering(answered, own, before, after, weight.locality)
+        if weight.variance:
+            terms["variance"] = losses.variance(latents.float())
+        rest = torch.stack([getattr(weight, name) * term for name, term in terms.items()]).sum() if terms else 0.0
+        if gamma:
+            terms["contrastive"] = losses.contrastive(
+                projected.float(),
+                labels,
+                between(weight.temperature, weight.temperature_end, progress),
+                graded=weight.contrastive == "graded",
+            )
+            rest = gamma * terms["contrastive"] + (1 - gamma) * rest
+        return {"loss": torch.as_tensor(rest), **terms}
 
-    def _batch(self) -> Tensor:
-        """The subjects of this step: each epoch goes once through all of them in an order of its own."""
-        count = len(self.subjects.labels)
-        size = min(self.spec.training.batch_size, count)
-        epoch, place = divmod(self.step, count // size)
-        order = torch.randperm(count, generator=generator(self.spec.seed, "epoch", epoch))
-        return order[place * size : (place + 1) * size].to(self.device)
+    def _reconstruction(self, decoded: Tensor, source: Tensor, shape: Tensor) -> Tensor:
+        form, decoder = self.spec.loss.reconstruction_form, self.model.decoder
+        if form == "normalized":
+            return losses.reconstruction(decoded, source, self.weighting)
+        standard = decoder.standard
+        return losses.elementwise(standard(decoded), standard(source), decoder.present[shape], form)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The validation loss and its terms, of the running mean; what stopping and the plateau schedule go by."""
+        with self._kept():
+            draws = generator(self.spec.seed, "validation")
+            terms = self.terms(self.validation, self.validation_features, draws)
+        values = {f"validation_{name}": float(value) for name, value in terms.items()}
+        if values["validation_loss"] < self.best_loss:
+            self.best_loss, self.best_step = values["validation_loss"], self.step
+            self.stale = self.since_halving = 0
+            if self.spec.training.patience is not None:
+                self.best = [tensor.clone() for tensor in self.mean]
+        else:
+            self.stale, self.since_halving = self.stale + 1, self.since_halving + 1
+            if self.spec.training.schedule == "plateau" and self.since_halving >= self.spec.training.plateau_patience:
+                self.halvings, self.since_halving = self.halvings + 1, 0
+        return values
+
+    @contextmanager
+    def _kept(self, values: list[Tensor] | None = None) -> Iterator[None]:
+        """The model with the running mean, or ``values``, for its parameters."""
+        parameters = list(self.model.parameters())
+        current = [parameter.detach().clone() for parameter in parameters]
+        with torch.no_grad():
+            _copy(parameters, values or self.mean)
+            yield
+            _copy(parameters, current)
+
+    def codec(self) -> Codec:
+        """What the run has learned: the best model where training may stop early, else the running mean."""
+        with self._kept(self.best or None):
+            state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        model = EncoderDecoder(
+            self.spec.codec, Tokenizer.of(self.spec.codec, self.preprocessor), len(self.zoo.patterns), torch.Generator()
+        )
+        model.load_state_dict(state)
+        return Codec.of(self.spec, self.zoo, self.preprocessor, model.to(self.device), self.positives)
 
     def save(self, folder: Path) -> None:
         """Write the state into ``folder``, without pickle."""
         state = self.optimizer.state_dict()["state"]
-        moments = {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
-        save_file(
-            {name: value.contiguous() for name, value in self.model.state_dict().items()}, folder / "model.safetensors"
-        )
-        save_file(moments, folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps({"step": self.step, "spec": self.spec.model_dump(mode="json")}))
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.projection is not None:
+            tensors |= {f"projection.{name}": value for name, value in self.projection.state_dict().items()}
+        for name, kept in (("mean", self.mean), ("best", self.best)):
+            tensors |= {f"{name}.{i}": value for i, value in enumerate(kept)}
+        tensors |= {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "state.safetensors")
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        # No number of JSON is infinite.
+        counters["best_loss"] = None if math.isinf(self.best_loss) else self.best_loss
+        about = {"spec": self.spec.model_dump(mode="json"), "counters": counters}
+        (folder / "state.json").write_text(json.dumps(about))
 
     def load(self, folder: Path) -> None:
         """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for the checkpoint of another spec."""
-        state = json.loads((folder / "state.json").read_text())
-        if CrossmodalSpec.model_validate(state["spec"]) != self.spec:
+        about = json.loads((folder / "state.json").read_text())
+        if CrossmodalSpec.model_validate(about["spec"]) != self.spec:
             raise InvalidInput.field("checkpoint", "was written by a run with another spec; start afresh")
-        self.model.load_state_dict(load_file(folder / "model.safetensors", device=self.device))
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in load_file(folder / "state.safetensors", device=self.device).items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = value
+        self.model.load_state_dict(parts["model"])
+        if self.projection is not None:
+            self.projection.load_state_dict(parts["projection"])
+        self.mean, self.best = (
+            [parts.get(name, {})[str(i)] for i in range(len(parts.get(name, {})))] for name in ("mean", "best")
+        )
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in load_file(folder / "optimizer.safetensors", device=self.device).items():
+        for name, value in parts["optimizer"].items():
             index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.step = state["step"]
+        for name, value in about["counters"].items():
+            setattr(self, name, math.inf if value is None else value)
         self._prepare()
 
 
-def schedule(step: int, steps: int) -> float:
-    """The learning rate of a step (from 0) as a share of its peak."""
-    fall = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / WARM_UP) * (0.01 + 0.99 * fall)
+_COUNTERS = ("step", "best_loss", "best_step", "stale", "halvings", "since_halving")
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def micro_batches(batch: Tensor, parts: int) -> list[Tensor]:
+    """A batch in at most ``parts`` parts of similar size, cut between buddies."""
+    pairs = batch.view(-1, 2)
+    return [part.flatten() for part in pairs.tensor_split(min(parts, len(pairs)))]
+
+
+def between(start: float, end: float | None, progress: float) -> float:
+    """On the straight line from ``start`` to ``end`` over ``progress`` from 0 to 1; ``start`` where there is no end."""
+    return start if end is None else start + (end - start) * progress
+
+
+def schedule(step: int, training: CodecTrainingSpec) -> float:
+    """The learning rate of a step (from 0) as a share of its peak, but for what a plateau takes off."""
+    rise = min(1.0, (step + 1) / (training.warm_up + 1))
+    if training.schedule != "cosine":
+        return rise
+    return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / training.steps)))
+
+
+def uses_bfloat16(training: CodecTrainingSpec, device: str) -> bool:
+    """Whether matrix products are in bfloat16."""
+    if training.precision != "auto":
+        return training.precision == "bfloat16"
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    amx: bool = torch.cpu._is_amx_tile_supported()
+    return amx

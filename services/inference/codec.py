@@ -28,12 +28,10 @@ class ServedCodec:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self.shapes: Mapping[str, tuple[int, ...]] = codec.architecture.shapes
-        """Shape of each parameter of one network."""
-        self.network_bytes: int = 4 * codec.architecture.size
-        """Bytes of one network as float32."""
-        self.signature_shape: tuple[int, int] = (len(codec.probes), codec.architecture.neurons)
-        """(probes, neurons) of one signature."""
+        self.network_bytes: int = 4 * codec.layout.size
+        """Most bytes of one network as float32."""
+        self.signature_shape: tuple[int, int] = codec.signature_shape
+        """(neurons, values) of one signature."""
         self.latent_size: int = codec.latent_dim
         """Length of a latent."""
         self.behaviors: tuple[Behavior, ...] = tuple(codec.behaviors)
@@ -46,7 +44,7 @@ class ServedCodec:
 
     def check_networks(self, networks: Arrays) -> Arrays:
         """The networks as float32 in the model's order of parameters, or :class:`InvalidInput`."""
-        return _arrays(checks.networks(_tensors(networks), self.shapes))
+        return _arrays(checks.networks(_tensors(networks), self._codec.layout)[0])
 
     def check_rows(self, array: NDArray[Any], shape: tuple[int, ...], field: str) -> NDArray[np.float32]:
         """A batch of ``shape`` as float32, or :class:`InvalidInput`."""

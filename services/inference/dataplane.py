@@ -80,7 +80,7 @@ class Dataplane:
         return Encoded(result[LATENTS], served.pointer)
 
     async def encode_signatures(self, model: Reference, signatures: NDArray[Any]) -> Encoded:
-        """Latents of signatures ``[batch, probes, neurons]`` that were taken on the model's probes."""
+        """Latents of signatures ``[batch, neurons, values]`` that were taken on the model's probes."""
         served = await self._repository.get(model)
         arrays: Arrays = {"signatures": served.model.check_rows(signatures, served.model.signature_shape, "signatures")}
         function = served.model.encode_signatures

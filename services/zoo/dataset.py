@@ -1,4 +1,4 @@
-"""A zoo's form on disk, and the one in memory for zoos whose networks are all of one shape.
+"""A zoo's form on disk, and the one in memory.
 
     zoo.json                   the spec, the patterns, the counts
     baseline_dataset.json      the probes, with the patterns that each matches
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, SignatureMethod
-from services.zoo.patterns import Pattern, from_specs
+from services.zoo.layout import Layout
+from services.zoo.patterns import Pattern, from_specs, membership
 from services.zoo.reading import reading
 from services.zoo.sequences import from_letters, to_letters
-from services.zoo.signatures import raw
+from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
 from services.zoo.universe import Universe
 
@@ -142,14 +143,18 @@ def read_records(folder: Path, columns: Sequence[str] | None = None) -> Iterator
 
 @dataclass
 class Zoo:
-    """Accepted subjects of one shape, in the order of their candidate index."""
+    """Accepted subjects in memory, in the order of their candidate index."""
 
     spec: GenerationSpec
     """What was asked for."""
     index: Tensor
     """Candidate index of each subject: int64 ``[models]``."""
-    params: Params
-    """Weights, stacked (see :mod:`services.zoo.subjects`)."""
+    layout: Layout
+    """The shapes of the subjects."""
+    shape: Tensor
+    """Which of the layout's shapes each subject has: int64 ``[models]``."""
+    weights: Tensor
+    """Networks as vectors of the layout: float32 ``[models, layout.size]``."""
     labels: Tensor
     """Each subject's own patterns: bool ``[models, patterns]``."""
     accuracy: Tensor
@@ -157,8 +162,6 @@ class Zoo:
     ``[models, patterns + 1]``."""
     probes: Tensor
     """Probe sequences: int64 ``[probes, length]``."""
-    signatures: Tensor
-    """Raw signatures: float32 ``[models, probes, neurons]`` (pre-activations of all layers, the logit last)."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -169,69 +172,117 @@ class Zoo:
         return from_specs(self.spec.patterns, self.spec.vocab_size, self.spec.sequence_length)
 
     @cached_property
-    def architecture(self) -> Architecture:
-        """Shape of the subjects."""
-        return Architecture.of(self.spec)
-
-    @cached_property
     def universe(self) -> Universe:
         """All sequences, with their splits."""
         return Universe(self.spec.vocab_size, self.spec.sequence_length, self.patterns)
 
+    @cached_property
+    def extractor(self) -> ActivationSignatureExtractor:
+        """Takes the signatures that the zoo's spec asks for, on its probes."""
+        return extractor_of(self.spec, self.patterns, self.probes)
+
+    @cached_property
+    def signatures(self) -> Tensor:
+        """Of all methods, one after the other: float32 ``[models, layout.neurons, values]``."""
+        return self.layout.signatures(self.weights, self.shape, self.extractor)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The subjects' shape, where they share one. Raises :class:`InvalidInput` otherwise."""
+        if len(self.layout.shapes) > 1:
+            raise InvalidInput.field("zoo", f"its subjects are of {len(self.layout.shapes)} shapes; one is needed")
+        return self.layout.envelope
+
+    @property
+    def params(self) -> Params:
+        """The networks, stacked, of a zoo whose subjects share one shape."""
+        return unflatten(self.weights, self.architecture)
+
     @property
     def probe_inputs(self) -> Tensor:
         """The probes as network inputs: float32 ``[probes, input_size]``."""
-        return encode(self.architecture, self.probes)
+        return self.extractor.inputs
+
+    @classmethod
+    def of(
+        cls, spec: GenerationSpec, index: Tensor, params: Params, labels: Tensor, accuracy: Tensor, probes: Tensor
+    ) -> Zoo:
+        """A zoo of networks that share the one shape that ``spec`` asks for."""
+        shape = torch.zeros(len(index), dtype=torch.int64)
+        return cls(spec, index, Layout([Architecture.of(spec)]), shape, flatten(params), labels, accuracy, probes)
 
     def save(self, folder: Path) -> None:
-        """Write the zoo, in one shard and with raw signatures."""
+        """Write the zoo, in one shard."""
         (folder / DATA).mkdir(parents=True, exist_ok=True)
         names = [pattern.name for pattern in self.patterns]
-        architecture = self.architecture
-        weights, signatures = flatten(self.params).numpy(), self.signatures.transpose(1, 2).flatten(1).numpy()
-        rows = [
-            {
-                "index": index,
-                "patterns": [name for name, on in zip(names, labels, strict=True) if on],
-                "layers": len(architecture.hidden),
-                "neurons": architecture.hidden[0],
-                "activation": architecture.activation,
-                "learning_rate": self.spec.training.learning_rate,
-                "dropout": 0.0,
-                "accuracy": accuracy,
-                "worst_accuracy": accuracy.min(),
-                "weights": own,
-                "signature": {"raw": signature},
-            }
-            for index, labels, accuracy, own, signature in zip(
-                self.index.tolist(), self.labels.tolist(), self.accuracy.numpy(), weights, signatures, strict=True
+        methods = self.extractor.methods
+        rows = []
+        for row, index in enumerate(self.index.tolist()):
+            which = int(self.shape[row])
+            shape = self.layout.shapes[which]
+            own = self.layout.strip(self.weights[row : row + 1], which)
+            signature = self.extractor.extract(unflatten(own.float(), shape), shape)
+            rows.append(
+                {
+                    "index": index,
+                    "patterns": [name for name, on in zip(names, self.labels[row].tolist(), strict=True) if on],
+                    "layers": len(shape.hidden),
+                    "neurons": shape.hidden[0],
+                    "activation": shape.activation,
+                    "learning_rate": self.spec.training.learning_rate,
+                    "dropout": 0.0,
+                    "accuracy": self.accuracy[row].numpy(),
+                    "worst_accuracy": float(self.accuracy[row].min()),
+                    "weights": own[0].numpy(),
+                    "signature": {method: values[0].flatten().numpy() for method, values in signature.items()},
+                }
             )
-        ]
-        parquet.write_table(pyarrow.Table.from_pylist(rows, schema(GenerationSpec(), ["raw"])), folder / data_file(0))
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema(GenerationSpec(), methods)), folder / data_file(0))
         write_about(folder, self.spec, self.patterns, self.probes, {"subjects": len(self)})
 
     @classmethod
     def load(cls, folder: Path) -> Zoo:
-        """Read a zoo whose networks are all of one shape. Raises :class:`InvalidInput` naming the file or field that is
-        missing or wrong."""
+        """Read a zoo. Raises :class:`InvalidInput` naming the file or field that is missing or wrong."""
         _, spec, patterns = read_about(folder)
-        architecture, names = Architecture.of(spec), [pattern.name for pattern in patterns]
+        names = [pattern.name for pattern in patterns]
         probes = read_probes(folder, spec)
         if len(probes) != spec.signature.probes:
             raise InvalidInput.field(f"{BASELINE}.sequences", f"holds {len(probes)}, not {spec.signature.probes}")
-        parts: list[tuple[Tensor, ...]] = []
-        for table in read_records(folder, ["index", "patterns", "accuracy", "weights"]):
+        index, labels, accuracy, own = [], [], [], []
+        columns = ["index", "patterns", "accuracy", "weights", "layers", "neurons", "activation"]
+        for table in read_records(folder, columns):
             found = table["patterns"].to_pylist()
             if unknown := {name for row in found for name in row} - set(names):
                 raise InvalidInput.field(f"{DATA}.patterns", f"{min(unknown)} is no pattern of {ABOUT}'s spec")
-            labels = torch.tensor([[name in row for name in names] for row in found]).view(len(table), len(names))
-            index = torch.tensor(table["index"].to_pylist(), dtype=torch.int64)
-            accuracy = matrix(table, "accuracy", len(names) + 1)
-            parts.append((index, labels, accuracy, matrix(table, "weights", architecture.size)))
-        index, labels, accuracy, weights = (torch.cat(column) for column in zip(*parts, strict=True))
-        params = {name: tensor.contiguous() for name, tensor in unflatten(weights, architecture).items()}
-        signatures = raw(params, encode(architecture, probes), architecture.activation)
-        return cls(spec, index, params, labels, accuracy, probes, signatures)
+            labels.append(torch.tensor([[name in row for name in names] for row in found]).view(-1, len(names)))
+            index.append(torch.tensor(table["index"].to_pylist(), dtype=torch.int64))
+            accuracy.append(matrix(table, "accuracy", len(names) + 1))
+            own += _networks(table, spec)
+        layout = Layout(sorted({shape for shape, _ in own}))
+        which = torch.tensor([layout.shapes.index(shape) for shape, _ in own])
+        weights = torch.zeros(len(own), layout.size)
+        for shape in range(len(layout.shapes)):
+            rows = (which == shape).nonzero().squeeze(1)
+            weights[rows] = layout.pad(torch.stack([own[row][1] for row in rows.tolist()]), shape)
+        return cls(spec, torch.cat(index), layout, which, weights, torch.cat(labels), torch.cat(accuracy), probes)
+
+
+def extractor_of(spec: GenerationSpec, patterns: Sequence[Pattern], probes: Tensor) -> ActivationSignatureExtractor:
+    """Takes the signatures that a zoo's spec asks for, on its ``probes`` (int64 ``[probes, length]``)."""
+    inputs = encode(Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), ""), probes)
+    return ActivationSignatureExtractor(spec.signature, inputs, membership(patterns, probes))
+
+
+def _networks(table: pyarrow.Table, spec: GenerationSpec) -> list[tuple[Architecture, Tensor]]:
+    """Shape and flat weights of each record."""
+    lists = table["weights"].combine_chunks()
+    flat = torch.from_numpy(lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32))
+    sizes = pyarrow.compute.list_value_length(lists).to_pylist()
+    shapes = [architecture_of(spec, row) for row in table.select(["layers", "neurons", "activation"]).to_pylist()]
+    for shape, size in zip(shapes, sizes, strict=True):
+        if shape.size != size:
+            raise InvalidInput.field(f"{DATA}.weights", f"has a row of {size} numbers, not of {shape.size}")
+    return list(zip(shapes, torch.split(flat, sizes), strict=True))
 
 
 def architecture_of(spec: GenerationSpec, record: Mapping[str, Any]) -> Architecture:

@@ -46,17 +46,24 @@ class ActivationSignatureExtractor:
                 raise InvalidInput.field(
                     "spec.signature.components", f"{probes} probes have at most {most[method]} for {method}"
                 )
-        self._spec, self._inputs = spec, inputs
+        self._spec, self.inputs = spec, inputs
         strata = torch.cat([membership, ~membership.any(1, keepdim=True)], 1).float()
         # A pattern that no probe matches has mean 0.
         self._strata = strata / strata.sum(0).clamp(min=1)
+
+    @property
+    def values(self) -> int:
+        """Numbers for each neuron, of all methods together."""
+        components = dict.fromkeys(("pca", "svd", "clustering", "fourier"), self._spec.components)
+        sizes = {**components, "pattern_wise": self._strata.shape[1], "raw": len(self.inputs)}
+        return sum(sizes.get(method, 1) for method in self.methods)
 
     def extract(
         self, params: Params, architecture: Architecture, widths: Tensor | None = None
     ) -> dict[SignatureMethod, Tensor]:
         """Of each method ``[models, neurons, values]``, layer after layer, the logit last. ``widths``: neurons in each
         hidden layer of each network, where some are narrower than ``architecture``; what they lack holds zeros."""
-        layers = activations(params, self._inputs.to(params["layers.0.weight"].device), architecture.activation)
+        layers = activations(params, self.inputs.to(params["layers.0.weight"].device), architecture.activation)
         if self._spec.activations == "post":
             layers = [*map(ACTIVATIONS[architecture.activation], layers[:-1]), layers[-1]]
         if widths is not None:

@@ -53,7 +53,7 @@ def tiny_spec(**sections: Any) -> CrossmodalSpec:
     spec: dict[str, Any] = {
         "zoo": ArtifactRef(artifact="zoo"),
         "codec": {"latent_dim": 24, "hidden_dim": 96, "signature_components": 64},
-        "training": {"steps": 6, "batch_size": 32, "queries": 32, "learning_rate": 2e-3},
+        "training": {"steps": 6, "batch_size": 32, "queries": 32, "learning_rate": 2e-3, "precision": "float32"},
         "held_out": 0.2,
     }
     for name, value in sections.items():
@@ -65,4 +65,4 @@ def tiny_spec(**sections: Any) -> CrossmodalSpec:
 def untrained(zoo: Zoo) -> Codec:
     """A codec that has learned nothing: enough for all that is about form."""
     trainer = Trainer(tiny_spec(), zoo)
-    return Codec.of(trainer.spec, zoo, trainer.model, trainer.positives)
+    return trainer.codec()

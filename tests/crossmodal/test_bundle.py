@@ -25,7 +25,7 @@ def test_round_trip_needs_nothing_else(zoo: Zoo, untrained: Codec, networks: Par
     untrained.save(tmp_path)
     loaded = Codec.load(tmp_path)
     assert loaded.behaviors == untrained.behaviors
-    assert loaded.architecture == untrained.architecture
+    assert loaded.layout.shapes == untrained.layout.shapes
     assert loaded.spec == untrained.spec
     assert torch.equal(loaded.encode(networks), untrained.encode(networks))
     edits = [("add", "starts_with(A)")]
@@ -171,7 +171,7 @@ def test_broken_bundles(untrained: Codec, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InvalidInput, match=r"config\.json"):
         Codec.load(tmp_path)
-    for entry, wrong in (("architecture", {}), ("spec", {"seed": -1}), ("behaviors", 7)):
+    for entry, wrong in (("shapes", {}), ("spec", {"seed": -1}), ("behaviors", 7)):
         (tmp_path / "config.json").write_text(json.dumps({**config, entry: wrong}))
         with pytest.raises(InvalidInput, match=r"config\.json"):
             Codec.load(tmp_path)

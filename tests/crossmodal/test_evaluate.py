@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from services.crossmodal.bundle import Codec
-from services.crossmodal.data import Subjects, split_subjects
+from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import evaluate, judge_decoding, possible_edits, same_label_partner, score, summary
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
@@ -112,7 +112,7 @@ def test_partners_have_the_same_patterns_and_are_someone_else() -> None:
 def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
     result = evaluate(untrained, zoo)
     figures = result["figures"]
-    assert result["subjects"] == {"train": 128, "held_out": 32}
+    assert result["subjects"] == {"train": 120, "held_out": 32}
     assert figures["add.null.target_mean"] < 0.4
     assert figures["add.null.local_mean"] == 0
     assert figures["controls.max_all_gate"] <= 0.05
@@ -139,12 +139,12 @@ def test_a_loss_of_exactly_two_percent_passes_the_gate(count: int) -> None:
 
 
 def test_figures_of_decoding_of_a_perfect_and_of_a_constant_decoder(zoo: Zoo, untrained: Codec) -> None:
-    split = split_subjects(len(zoo), untrained.spec.held_out, untrained.spec.seed)
-    train, judged = (Subjects.of(zoo, index) for index in split)
+    split = split_subjects(len(zoo), untrained.spec)
+    train, judged = (untrained.preprocessor.subjects(zoo, index) for index in (split.train, split.held_out))
 
     def figures(weights: torch.Tensor) -> dict[str, float]:
         codec = copy(untrained)
-        codec.model = SimpleNamespace(encoder=lambda signatures: signatures, decoder=lambda _: weights)  # type: ignore[assignment]
+        codec.model = SimpleNamespace(encoder=untrained.model.encoder, decoder=lambda *_: weights)  # type: ignore[assignment]
         return judge_decoding(codec, train, judged)[0]
 
     perfect = figures(judged.weights)

@@ -6,17 +6,18 @@ import torch
 
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import Queries
-from services.crossmodal.steering import REMOVALS, answers, choose, edited, toggle
+from services.crossmodal.steering import REMOVALS, choose, edited, toggle
 from services.zoo.dataset import Zoo
+from services.zoo.layout import answers
 from services.zoo.subjects import encode, flatten, forward, select
 from services.zoo.universe import TRAIN
 
 
 def test_toggle_adds_what_is_missing_and_removes_what_is_there() -> None:
     selected = torch.tensor([[True, False, True], [False, False, True]])
-    after, sign = toggle(selected, torch.tensor([0, 1]))
-    assert after.tolist() == [[False, False, True], [False, True, True]]
-    assert sign.tolist() == [-1, 1]
+    after, signs = toggle(selected, torch.tensor([[0, 0], [1, 2]]))
+    assert after.tolist() == [[False, False, True], [False, True, False]]
+    assert signs.tolist() == [[-1, 0, 0], [0, 1, -1]]
     assert selected.tolist() == [[True, False, True], [False, False, True]]
 
 
@@ -24,13 +25,24 @@ def test_removals_have_their_share_whatever_the_number_of_patterns() -> None:
     selected = torch.zeros(4000, 10, dtype=torch.bool)
     selected[:2000, 3] = True
     selected[2000:, 1:5] = True
-    pattern = choose(selected, torch.Generator().manual_seed(0))
-    removed = selected.gather(1, pattern.unsqueeze(1)).squeeze(1).float()
+    pattern = choose(selected, 0.0, torch.Generator().manual_seed(0))
+    assert torch.equal(pattern[:, 0], pattern[:, 1])
+    removed = selected.gather(1, pattern[:, :1]).squeeze(1).float()
     assert abs(float(removed[:2000].mean()) - REMOVALS) < 0.04
     assert abs(float(removed[2000:].mean()) - REMOVALS) < 0.04
     assert set(pattern[2000:].tolist()) == set(range(10))
     extremes = torch.tensor([[True] * 3, [False] * 3])
-    assert choose(extremes, torch.Generator().manual_seed(0)).shape == (2,)
+    assert choose(extremes, 1.0, torch.Generator().manual_seed(0)).diff(dim=1).abs().sum() == 0
+
+
+def test_a_second_edit_is_the_other_way_round() -> None:
+    selected = torch.zeros(2000, 6, dtype=torch.bool)
+    selected[:, :2] = True
+    pattern = choose(selected, 0.25, torch.Generator().manual_seed(0))
+    several = pattern[:, 0] != pattern[:, 1]
+    assert abs(float(several.float().mean()) - 0.25) < 0.04
+    gained, lost = (selected.gather(1, pattern[several, i : i + 1].cpu()) for i in (0, 1))
+    assert bool((gained != lost).all())
 
 
 def test_labels_after_an_edit_are_those_of_the_exact_union(zoo: Zoo) -> None:
@@ -38,7 +50,7 @@ def test_labels_after_an_edit_are_those_of_the_exact_union(zoo: Zoo) -> None:
     queries = Queries.build(zoo.universe, zoo.architecture, seed=0)
     labels = zoo.labels[:24]
     for column, _ in enumerate(zoo.patterns):
-        pattern = torch.full((24,), column)
+        pattern = torch.full((24, 1), column)
         rows = queries.draw(pattern, 40, torch.Generator().manual_seed(column))
         after, _ = toggle(labels, pattern)
         got = queries.pools.labels(rows, after)
@@ -53,12 +65,12 @@ def test_labels_after_an_edit_are_those_of_the_exact_union(zoo: Zoo) -> None:
 
 def test_queries_come_from_the_training_split_with_a_quarter_of_the_edited_pattern(zoo: Zoo) -> None:
     queries = Queries.build(zoo.universe, zoo.architecture, seed=0)
-    pattern = torch.arange(len(zoo.patterns))
+    pattern = torch.arange(len(zoo.patterns)).unsqueeze(1)
     rows = queries.draw(pattern, 64, torch.Generator().manual_seed(0))
     assert rows.shape == (len(zoo.patterns), 64)
     assert (zoo.universe.split_of(queries.pools.sequences[rows.flatten()]) == TRAIN).all()
     own = queries.pools.membership[rows[:, :16]]
-    assert all(own[p, :, p].all() for p in pattern.tolist())
+    assert all(own[p, :, p].all() for p in range(len(pattern)))
     inputs = queries.network_inputs(rows)
     wanted = encode(zoo.architecture, queries.pools.sequences[rows[1]])
     assert torch.equal(inputs[1].T, wanted)

@@ -93,29 +93,27 @@ def test_terms_can_be_switched_off(zoo: Zoo) -> None:
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    shares = [schedule(step, 1000) for step in range(1000)]
+    training = tiny_spec(training={"steps": 1000}).training
+    shares = [schedule(step, training) for step in range(1000)]
     assert shares[0] < 0.02
     assert max(shares) > 0.95
     assert shares[-1] < 0.011
 
 
 def test_held_out_subjects_are_apart_and_depend_on_the_seed() -> None:
-    split = split_subjects(100, 0.125, seed=3)
-    assert sorted([*split.train.tolist(), *split.held_out.tolist()]) == list(range(100))
-    assert len(split.held_out) == 12
-    assert split.held_out.tolist() != split_subjects(100, 0.125, seed=4).held_out.tolist()
+    split = split_subjects(100, tiny_spec(held_out=0.125, seed=3))
+    assert sorted(torch.cat(list(split)).tolist()) == list(range(100))
+    assert len(split.held_out) == 12 and len(split.validation) == 5
+    assert split.held_out.tolist() != split_subjects(100, tiny_spec(held_out=0.125, seed=4)).held_out.tolist()
 
 
 def test_what_is_held_out_has_no_say(zoo: Zoo) -> None:
     """Training is the same to the bit whatever the held-out subjects are, and asks no sequence that evaluation asks."""
     spec = tiny_spec(training={"steps": 3})
-    aside = split_subjects(len(zoo), spec.held_out, spec.seed).held_out
-    labels, signatures = zoo.labels.clone(), zoo.signatures.clone()
-    params = {name: tensor.clone() for name, tensor in zoo.params.items()}
-    labels[aside] = ~labels[aside]
-    for tensor in (signatures, *params.values()):
-        tensor[aside] = 9.0
-    one, two = train(spec, zoo), train(spec, replace(zoo, labels=labels, signatures=signatures, params=params))
+    aside = split_subjects(len(zoo), spec).held_out
+    labels, weights = zoo.labels.clone(), zoo.weights.clone()
+    labels[aside], weights[aside] = ~labels[aside], 9.0
+    one, two = train(spec, zoo), train(spec, replace(zoo, labels=labels, weights=weights))
     assert one.positives == two.positives
     for (name, mine), theirs in zip(one.model.state_dict().items(), two.model.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
@@ -137,20 +135,14 @@ def test_zoos_that_cannot_be_learned_from(zoo: Zoo) -> None:
     lonely = zoo.labels.clone()
     lonely[:, 2] = False
     refused(replace(zoo, labels=lonely), "zoo.labels", "no subject has sorted_ascending")
-    broken = zoo.signatures.clone()
-    broken[3, 4, 5] = float("nan")
-    refused(replace(zoo, signatures=broken), "zoo.signatures", "NaN")
-    refused(
-        replace(zoo, params={name: tensor * float("inf") for name, tensor in zoo.params.items()}), "zoo.params", "NaN"
-    )
-    few = Zoo(
-        zoo.spec,
-        zoo.index[:2],
-        {name: tensor[:2] for name, tensor in zoo.params.items()},
-        torch.ones(2, 4, dtype=torch.bool),
-        zoo.accuracy[:2],
-        zoo.probes,
-        zoo.signatures[:2],
+    broken = zoo.weights.clone()
+    broken[3, 4] = float("nan")
+    refused(replace(zoo, weights=broken), "zoo.weights", "NaN")
+    refused(replace(zoo, weights=zoo.weights * 1e30), "zoo.signatures", "NaN")
+    few = replace(
+        zoo,
+        **{name: getattr(zoo, name)[:2] for name in ("index", "shape", "weights", "accuracy")},
+        labels=torch.ones(2, 4, dtype=torch.bool),
     )
     refused(few, "spec.held_out", "needs 2")
 

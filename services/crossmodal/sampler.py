@@ -1,0 +1,77 @@
+"""Batches in which every subject finds another that shares a behaviour with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from services.runtime.seeds import generator
+
+
+class BehaviorAwareBatchSampler:
+    """Batches of subjects in pairs of *buddies* that share a behaviour, so that every one has a positive for the
+    contrastive loss wherever a batch is cut between pairs: in each micro-batch and on each rank.
+
+    An epoch shows every subject at least once; one that is left over when its behaviour's subjects are paired is given
+    a buddy from them a second time. Everything follows from ``seed`` and the number of the batch.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int, seed: int, names: Sequence[str] = ()) -> None:
+        """``labels``: bool ``[subjects, behaviors]``; ``batch_size``: even. Raises :class:`InvalidInput` for a subject
+        that shares its behaviours with no other, or has none."""
+        if batch_size % 2:
+            raise InvalidInput.field("spec.training.batch_size", f"{batch_size} is odd, and subjects come in pairs")
+        self.labels, self.batch_size, self.seed = labels.cpu(), batch_size, seed
+        partners = (self.labels & (self.labels.sum(0) > 1)).any(1)
+        if not bool(partners.all()):
+            alone = int((~partners).nonzero()[0])
+            own = [
+                names[p] if names else f"behaviour {p}" for p in self.labels[alone].nonzero().flatten().tolist()
+            ] or ["no pattern"]
+            raise InvalidInput.field(
+                "zoo.labels",
+                f"no positive pair for subject {alone} of the training split: no other has {' or '.join(own)}; add "
+                "subjects, or leave the pattern out",
+            )
+        # An epoch has at most one pair more for each behaviour; how many there are is drawn, so it is fixed by padding.
+        self.pairs = -(-len(labels) // 2) + labels.shape[1]
+        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-2 * self.pairs // self.batch_size)
+
+    def batch(self, number: int) -> Tensor:
+        """Batch ``number`` of a run, counted through all epochs: positions of subjects, int64, buddies side by side.
+
+        All batches have ``batch_size`` subjects but the last of an epoch, which has at least two.
+        """
+        epoch, place = divmod(number, len(self))
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self.epoch(epoch))
+        return self._epoch[1].flatten()[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def epoch(self, number: int) -> Tensor:
+        """The pairs of an epoch in order: int64 ``[pairs, 2]``."""
+        draws = generator(self.seed, "pairs", number)
+        # Each subject under one of its behaviours that another has too; shuffled, then side by side by behaviour.
+        shared = self.labels & (self.labels.sum(0) > 1)
+        key = torch.multinomial(shared.float(), 1, generator=draws).squeeze(1)
+        order = torch.randperm(len(key), generator=draws)
+        order = order[key[order].argsort(stable=True)]
+        pairs = []
+        for behavior, group in enumerate(torch.split(order, key.bincount(minlength=shared.shape[1]).tolist())):
+            own = group
+            if len(own) % 2:
+                others = self.labels[:, behavior].nonzero().squeeze(1)
+                others = others[others != own[-1]]
+                own = torch.cat([own, others[torch.randint(len(others), (1,), generator=draws)]])
+            pairs.append(own.view(-1, 2))
+        every = torch.cat(pairs)
+        # The same number of pairs in each epoch, so that a batch's number tells its epoch.
+        again = torch.randint(len(every), (self.pairs - len(every),), generator=draws)
+        every = torch.cat([every, every[again]])
+        return every[torch.randperm(len(every), generator=draws)]
