@@ -86,6 +86,12 @@ class LossSpec(Spec):
     variance: float = Field(0.0, ge=0)
     """Weight of the guard against collapse: what the latents' standard deviations lack to 1, a mean over them."""
 
+    @model_validator(mode="after")
+    def _something(self) -> LossSpec:
+        if not any((self.gamma, self.gamma_end, self.reconstruction, self.behavior, self.steering, self.direct)):
+            raise ValueError("no term has a weight; there is nothing to learn")
+        return self
+
 
 class CodecTrainingSpec(Spec):
     """How the codec is trained (AdamW, gradients clipped to norm 1)."""

@@ -67,8 +67,9 @@ class Canonicalizer:
         count = len(flat)
         inputs = self._inputs.to(flat.device)
         layers = activations(networks, inputs, architecture.activation)[:-1]
+        # What was done so far, and the networks after it.
         entries = unflatten(torch.arange(flat.shape[1], device=flat.device).repeat(count, 1), architecture)
-        factors = unflatten(torch.ones_like(flat), architecture)
+        factors, done = unflatten(torch.ones_like(flat), architecture), dict(networks)
         for i, (layer, target) in enumerate(zip(layers, self._targets[which], strict=True)):
             likeness = torch.einsum("pr,mpn->mrn", target.to(flat.device), _unit(layer)).cpu().double().numpy()
             order = torch.stack(
@@ -76,16 +77,17 @@ class Canonicalizer:
             ).to(flat.device)
             scale = torch.ones_like(order, dtype=flat.dtype)
             if architecture.activation in HOMOGENEOUS:
-                norm = networks[f"layers.{i}.weight"].norm(dim=2).clamp_min(1e-6)
+                norm = done[f"layers.{i}.weight"].norm(dim=2).clamp_min(1e-6)
                 scale = 1 / norm.gather(1, order)
             weight, bias, onward = f"layers.{i}.weight", f"layers.{i}.bias", f"layers.{i + 1}.weight"
-            for parts in (entries, factors):
+            for parts in (entries, factors, done):
                 parts[weight] = parts[weight].gather(1, order.unsqueeze(2).expand(-1, -1, parts[weight].shape[2]))
                 parts[bias] = parts[bias].gather(1, order)
                 parts[onward] = parts[onward].gather(2, order.unsqueeze(1).expand(-1, parts[onward].shape[1], -1))
-            factors[weight] = factors[weight] * scale.unsqueeze(2)
-            factors[bias] = factors[bias] * scale
-            factors[onward] = factors[onward] / scale.unsqueeze(1)
+            for parts in (factors, done):
+                parts[weight] = parts[weight] * scale.unsqueeze(2)
+                parts[bias] = parts[bias] * scale
+                parts[onward] = parts[onward] / scale.unsqueeze(1)
         return flatten(entries), flatten(factors)
 
 

@@ -8,17 +8,20 @@ from typing import Any
 
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal.evaluate import evaluate
+from services.crossmodal.parallel import ALONE, World
 from services.crossmodal.report import write_report
 from services.crossmodal.train import train
 from services.runtime.run import Run
 from services.zoo.dataset import Zoo
 
 
-def run(spec: CrossmodalSpec, run: Run) -> dict[str, Any]:
+def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
     """Artifacts: ``codec`` and ``report``. Returns the ``figures`` and the numbers of ``subjects``; the rows behind
     them are in the report (see :func:`services.crossmodal.evaluate.evaluate`)."""
     zoo = Zoo.load(run.inputs["zoo"])
-    codec = train(spec, zoo, run)
+    codec = train(spec, zoo, run, world)
+    if not world.first:
+        return {}
     evaluation = evaluate(codec, zoo, run)
     with tempfile.TemporaryDirectory() as scratch:
         codec.save(Path(scratch, "codec"))

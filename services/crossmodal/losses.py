@@ -31,12 +31,11 @@ def elementwise(decoded: Tensor, source: Tensor, present: Tensor, form: str) -> 
     count = present.sum(1)
     difference = (decoded - source) * present
     terms = {
-        "mse": lambda: (difference.square().sum(1) / count).mean(),
-        "mae": lambda: (difference.abs().sum(1) / count).mean(),
-        "cosine": lambda: (1 - F.cosine_similarity(decoded * present, source * present, dim=1)).mean(),
+        "mse": difference.square().sum(1) / count,
+        "mae": difference.abs().sum(1) / count,
+        "cosine": 1 - F.cosine_similarity(decoded * present, source * present, dim=1),
     }
-    chosen = list(terms) if form == "combined" else [form]
-    return torch.stack([terms[name]() for name in chosen]).sum()
+    return (sum(terms.values(), torch.zeros_like(count)) if form == "combined" else terms[form]).mean()
 
 
 def variance(latents: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Encoders to a latent and decoders to weights, and a steering direction for each behaviour.
 
 Both work on vectors of one size for all shapes of a zoo (see :class:`services.zoo.layout.Layout`), standardised entry
-by entry; the transformer, and pooling other than ``flatten``, see them as tokens (:mod:`services.crossmodal.tokenizer`).
+by entry; the transformer, and pooling other than ``flatten``, see tokens (:mod:`services.crossmodal.tokenizer`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from services.zoo.subjects import ACTIVATIONS
 
 MAX_FITTED = 4096
 """Most subjects from which principal components are taken; the cost grows with their cube."""
-RIDGE = 10.0
+RIDGE = 100.0
 """Regularisation of the first linear map, in subjects."""
 MEMORY = 8
 """Tokens that a latent becomes for the decoder's cross-attention."""

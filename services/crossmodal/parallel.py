@@ -37,6 +37,9 @@ class World(NamedTuple):
             tensor.copy_(part.view_as(tensor))
 
 
+ALONE = World()
+
+
 def join() -> tuple[World, str]:
     """The processes that ``torchrun`` started, and this one's device; a world of one without it."""
     if "WORLD_SIZE" not in os.environ:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,7 @@ class BehaviorAwareBatchSampler:
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return -(-2 * self.pairs // self.batch_size)
+        return math.ceil(2 * self.pairs / self.batch_size)
 
     def batch(self, number: int) -> Tensor:
         """Batch ``number`` of a run, counted through all epochs: positions of subjects, int64, buddies side by side.

@@ -27,9 +27,9 @@ class Edit(NamedTuple):
 def choose(selected: Tensor, several: float, draws: torch.Generator) -> Tensor:
     """Behaviours for each subject to gain or lose, int64 ``[subjects, 2]``; both columns are the same where it is one.
 
-    ``selected``: bool ``[subjects, patterns]``. Drawn evenly, subjects with few patterns would hardly ever lose one: the
-    first is one of their own in ``REMOVALS`` of the cases. In the share ``several`` a second changes as well, which is
-    one to gain where the first is lost, and one to lose where it is gained, if there is any.
+    ``selected``: bool ``[subjects, patterns]``. Drawn evenly, subjects with few patterns would hardly ever lose one:
+    the first is one of their own in ``REMOVALS`` of the cases. In the share ``several`` a second changes as well, which
+    is one to gain where the first is lost, and one to lose where it is gained, if there is any.
     """
     own = selected.sum(1, keepdim=True)
     other = selected.shape[1] - own

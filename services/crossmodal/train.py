@@ -19,7 +19,7 @@ from services.crossmodal import losses
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import Preprocessor, Queries, Subjects, check, split_subjects
 from services.crossmodal.model import EncoderDecoder, perceptron
-from services.crossmodal.parallel import World
+from services.crossmodal.parallel import ALONE, World
 from services.crossmodal.sampler import BehaviorAwareBatchSampler
 from services.crossmodal.steering import choose, edited, toggle
 from services.crossmodal.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ MAX_VALIDATED = 512
 """Most subjects of a validation."""
 
 
-def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World = World()) -> Codec:
+def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World = ALONE) -> Codec:
     """Train a codec on the subjects of ``zoo`` that ``spec`` does not hold out.
 
     Goes on from ``run.resume`` where there is one, with the same result, to the bit, as an uninterrupted run on the
@@ -69,7 +69,7 @@ class Trainer:
     Everything random in a step is drawn from a generator of that step, so there is no generator state to keep.
     """
 
-    def __init__(self, spec: CrossmodalSpec, zoo: Zoo, device: str = "cpu", world: World = World()) -> None:
+    def __init__(self, spec: CrossmodalSpec, zoo: Zoo, device: str = "cpu", world: World = ALONE) -> None:
         self.spec, self.zoo, self.device, self.world, self.step = spec, zoo, device, world, 0
         split = split_subjects(len(zoo), spec)
         self.preprocessor = Preprocessor.of(spec, zoo, split.train)
@@ -327,6 +327,7 @@ def uses_bfloat16(training: CodecTrainingSpec, device: str) -> bool:
     if training.precision != "auto":
         return training.precision == "bfloat16"
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        native: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return native
     amx: bool = torch.cpu._is_amx_tile_supported()
     return amx

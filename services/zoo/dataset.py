@@ -205,7 +205,7 @@ class Zoo:
 
     @classmethod
     def of(
-        cls, spec: GenerationSpec, index: Tensor, params: Params, labels: Tensor, accuracy: Tensor, probes: Tensor
+        cls, spec: GenerationSpec, index: Tensor, params: Params, *, labels: Tensor, accuracy: Tensor, probes: Tensor
     ) -> Zoo:
         """A zoo of networks that share the one shape that ``spec`` asks for."""
         shape = torch.zeros(len(index), dtype=torch.int64)

@@ -85,7 +85,8 @@ class Layout:
         return vectors[:, self.places[shape].to(vectors.device)]
 
     def pad_neurons(self, own: Tensor, shape: int) -> Tensor:
-        """What is known of the neurons of one shape ``[models, its neurons, values]``: ``[models, neurons, values]``."""
+        """What is known of the neurons of one shape, ``[models, its neurons, values]``, as ``[models, neurons,
+        values]``."""
         padded = own.new_zeros(len(own), self.neurons, own.shape[2])
         return padded.index_copy_(1, self.neuron_places[shape].to(own.device), own)
 

@@ -84,12 +84,16 @@ def test_nan_stops_at_once_and_changes_nothing(zoo: Zoo) -> None:
 
 
 def test_terms_can_be_switched_off(zoo: Zoo) -> None:
-    off = dict.fromkeys(("reconstruction", "behavior", "contrastive", "steering", "direct"), 0.0)
-    terms = Trainer(tiny_spec(loss=off), zoo).advance()
-    assert float(terms["loss"]) == 0
-    assert "direct" not in terms
+    off = dict.fromkeys(("reconstruction", "behavior", "gamma", "steering", "direct"), 0.0)
+    with pytest.raises(ValueError, match="no term has a weight"):
+        tiny_spec(loss=off)
     only = Trainer(tiny_spec(loss={**off, "steering": 2.0}), zoo).advance()
     assert float(only["loss"]) == pytest.approx(2 * float(only["steering"]))
+    assert set(only) == {"loss", "behavior", "steering"}
+    plain = Trainer(tiny_spec(loss={**off, "reconstruction": 1.0, "gamma": 0.5}), zoo).advance()
+    assert set(plain) == {"loss", "reconstruction", "contrastive"}
+    wanted = (float(plain["reconstruction"]) + float(plain["contrastive"])) / 2
+    assert float(plain["loss"]) == pytest.approx(wanted)
 
 
 def test_learning_rate_rises_and_falls() -> None:
@@ -150,7 +154,7 @@ def test_zoos_that_cannot_be_learned_from(zoo: Zoo) -> None:
 def test_it_learns_to_steer_held_out_networks(zoo: Zoo) -> None:
     """Places are easy to steer for a codec this small; orders and counts need more than seconds."""
     spec = tiny_spec(
-        codec={"latent_dim": 32, "hidden_dim": 128, "signature_components": 96},
+        codec={"latent_dim": 64, "hidden_dim": 128, "signature_components": 96},
         training={"steps": 300, "batch_size": 64, "queries": 64},
     )
     result = evaluate(train(spec, zoo), zoo)

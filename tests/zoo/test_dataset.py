@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectSpec
@@ -35,7 +37,7 @@ def zoo() -> Zoo:
     chosen = probes(universe, 6)
     labels = torch.tensor([[True, False], [False, True], [True, True], [False, False]])
     accuracy = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
-    return Zoo.of(SPEC, torch.tensor([0, 2, 5, 9]), params, labels, accuracy, chosen)
+    return Zoo.of(SPEC, torch.tensor([0, 2, 5, 9]), params, labels=labels, accuracy=accuracy, probes=chosen)
 
 
 def test_round_trip(zoo: Zoo, tmp_path: Path) -> None:
@@ -84,8 +86,10 @@ def test_wrong_folders_name_the_file(zoo: Zoo, tmp_path: Path) -> None:
     about = json.loads((tmp_path / "zoo.json").read_text())
     (tmp_path / "zoo.json").write_text(json.dumps({**about, "format": 99}))
     refused("zoo.json")
-    about["spec"]["subject"]["neurons"] = 4
     (tmp_path / "zoo.json").write_text(json.dumps(about))
+    table = parquet.read_table(records)
+    column = table.schema.get_field_index("neurons")
+    parquet.write_table(table.set_column(column, "neurons", pyarrow.array([4] * len(table), pyarrow.int32())), records)
     refused("data.weights")
     (tmp_path / "zoo.json").write_text("[]")
     refused("zoo.json")

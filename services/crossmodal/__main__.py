@@ -1,0 +1,87 @@
+"""``python -m services.crossmodal``: codecs from the command line, without a platform."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from ethogram.cli import output
+from ethogram.cli.execute import execute
+from ethogram.cli.files import read_mapping, set_values
+from ethogram.cli.options import Json, Set, examples, show_help
+from ethogram.errors import InvalidInput
+from ethogram.specs.crossmodal import CrossmodalSpec
+
+app = typer.Typer(
+    name="crossmodal",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    callback=show_help,
+    invoke_without_command=True,
+    help="Train codecs and judge them; no platform is needed.",
+)
+
+ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
+SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
+_MODULE = "python -m services.crossmodal"
+_CHECKPOINT_SECONDS = 30.0
+
+
+@app.command(
+    epilog=examples(
+        f"{_MODULE} train my-zoo -o my-run",
+        f"{_MODULE} train my-zoo -f examples/plain.yaml --set training.steps=2000 -o my-run",
+        "torchrun --nproc-per-node 2 -m services.crossmodal train my-zoo -o my-run",
+    )
+)
+def train(
+    zoo: ZooFolder,
+    out: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of the run: codec, report, metrics, checkpoint."),
+    ],
+    file: SpecFile = None,
+    values: Set = None,
+    *,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default a GPU if there is one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a codec on a zoo and judge it. Interrupted, the same command goes on from the last checkpoint; started by
+    torchrun, each process does its part of every batch."""
+    from services.crossmodal import job
+    from services.crossmodal.parallel import join
+    from services.runtime.console import CHECKPOINT, ConsoleRun
+    from services.runtime.run import Run
+
+    spec = _spec(file, values)
+    world, own = join()
+    inputs = {"zoo": zoo}
+    if world.first:
+        with ConsoleRun(out, device or own, inputs, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
+            result = job.run(spec, run, world)
+        output.result(result, as_json, lambda: _show(result["figures"]))
+    else:
+        kept = out / CHECKPOINT / "state"
+        silent = Run()
+        silent.device, silent.inputs, silent.resume = device or own, inputs, kept if kept.exists() else None
+        job.run(spec, silent, world)
+
+
+def _spec(file: Path | None, values: list[str] | None) -> CrossmodalSpec:
+    given: dict[str, Any] = {"zoo": {"artifact": "folder"}} | dict(read_mapping(file, "spec"))
+    try:
+        return CrossmodalSpec.model_validate(set_values(given, values or [], "spec"))
+    except ValidationError as error:
+        raise InvalidInput.from_pydantic(error, "spec") from None
+
+
+def _show(figures: dict[str, Any]) -> None:
+    output.table(["figure", "value"], [[name, f"{value:.3f}"] for name, value in figures.items()])
+
+
+if __name__ == "__main__":
+    execute(app, _MODULE)

@@ -1,0 +1,107 @@
+"""Codecs of every form, and of zoos whose subjects differ in shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import SubjectSpec
+from services.crossmodal.bundle import Codec
+from services.crossmodal.evaluate import evaluate
+from services.crossmodal.train import Trainer, train
+from services.generation.pipeline import generate
+from services.zoo.dataset import Zoo
+from services.zoo.subjects import flatten, unflatten
+from tests.crossmodal.conftest import ZOO, tiny_spec
+
+SMALL = {"architecture": "transformer", "hidden_dim": 32, "heads": 4, "depth": 1}
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Zoo:
+    subject = {
+        "layers": {"min": 1, "max": 2},
+        "neurons": {"min": 7, "max": 8},
+        "activations": ["relu", "tanh"],
+        "init": "independent",
+    }
+    spec = ZOO.model_copy(update={"subjects": 96, "subject": SubjectSpec.model_validate(subject)})
+    return generate(spec.model_copy(update={"min_accuracy": 0.3}))
+
+
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"inputs": "both", "pooling": "mean", "positions": "sinusoidal"},
+    {"pooling": "max"},
+    SMALL,
+    {**SMALL, "pooling": "cls", "inputs": "weights", "granularity": "chunk", "chunk": 40},
+    {**SMALL, "pooling": "mean", "inputs": "both", "positions": "sinusoidal"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_learns_saves_and_steers(zoo: Zoo, form: dict[str, Any], tmp_path: Path) -> None:
+    trainer = Trainer(tiny_spec(codec=form), zoo)
+    first = trainer.validate()["validation_loss"]
+    for _ in range(12):
+        trainer.advance()
+    assert trainer.validate()["validation_loss"] < first
+    codec = trainer.codec()
+    codec.save(tmp_path)
+    networks = {name: tensor[:3] for name, tensor in zoo.params.items()}
+    for mode in ("residual", "direct"):
+        steered, latents = codec.steer(networks, [("add", "has_majority")], mode)
+        again, same = Codec.load(tmp_path).steer(networks, [("add", "has_majority")], mode)
+        assert torch.equal(flatten(steered), flatten(again)) and torch.equal(latents, same)
+
+
+@pytest.mark.parametrize("form", [{}, {**SMALL, "pooling": "mean"}])
+def test_a_zoo_of_several_shapes(mixed: Zoo, form: dict[str, Any], tmp_path: Path) -> None:
+    assert len(mixed.layout.shapes) == 8
+    codec = train(tiny_spec(codec=form), mixed)
+    assert evaluate(codec, mixed)["subjects"]["held_out"] == 19
+    codec.save(tmp_path)
+    codec = Codec.load(tmp_path)
+    edits = [("add", "starts_with(A)"), ("remove", "has_majority")]
+    for which, shape in enumerate(mixed.layout.shapes):
+        rows = (mixed.shape == which).nonzero().squeeze(1)[:2]
+        networks = unflatten(mixed.layout.strip(mixed.weights[rows], which), shape)
+        steered, latents = codec.steer(networks, edits, activation=shape.activation)
+        assert {name: tuple(tensor.shape[1:]) for name, tensor in steered.items()} == shape.shapes
+        assert not torch.equal(flatten(steered), flatten(networks))
+        null, _ = codec.steer(networks, edits, strength=0.0, activation=shape.activation)
+        assert all(torch.equal(null[name], networks[name]) for name in networks)
+        assert {n: t.shape for n, t in codec.decode(latents, shape).items()} == {n: t.shape for n, t in steered.items()}
+    with pytest.raises(InvalidInput, match=r"networks\.activation.*say which"):
+        codec.encode(networks)
+    with pytest.raises(InvalidInput, match=r"networks\.activation.*it knows relu, tanh"):
+        codec.encode(networks, "gelu")
+    wide = {name: torch.zeros(1, *[20 if n == 8 else n for n in shape]) for name, shape in shape.shapes.items()}
+    with pytest.raises(InvalidInput, match="not trained on; this model knows 25-7-1 relu"):
+        codec.encode(wide)
+    with pytest.raises(InvalidInput, match=r"shape: .*say which"):
+        codec.decode(latents)
+
+
+def test_training_stops_early_and_keeps_the_best(zoo: Zoo) -> None:
+    # A rate so small that nothing falls after the first validation but for rounding.
+    training = {"steps": 200, "validate_every": 1, "patience": 3, "learning_rate": 1e-12, "warm_up": 0}
+    trainer = Trainer(tiny_spec(training=training), zoo)
+    while not trainer.done:
+        trainer.advance()
+        trainer.validate()
+    assert trainer.step < 200 and trainer.step == trainer.best_step + 3
+    assert len(trainer.best) == len(list(trainer.model.parameters()))
+
+
+def test_a_plateau_halves_the_rate(zoo: Zoo) -> None:
+    training = {"schedule": "plateau", "plateau_patience": 2, "learning_rate": 1e-12}
+    trainer = Trainer(tiny_spec(training=training), zoo)
+    trainer.best_loss = -1.0
+    for _ in range(4):
+        trainer.validate()
+    assert trainer.halvings == 2
