@@ -96,7 +96,7 @@ class LossSpec(Spec):
 class CodecTrainingSpec(Spec):
     """How the codec is trained (AdamW, gradients clipped to norm 1)."""
 
-    steps: int = Field(5000, ge=1, le=10_000_000)
+    steps: int = Field(4000, ge=1, le=10_000_000)
     """Most optimiser steps."""
     batch_size: int = Field(256, ge=2, le=65_536, multiple_of=2)
     """Subjects per step, in pairs that share a behaviour."""

@@ -1,0 +1,239 @@
+"""Does steering work: agreement, edits through all gates, controls, and how fast training goes.
+
+    make bench BENCH=steering                               every part and seed; what was measured before is kept
+    make bench BENCH=steering ARGS="--part shared --seed 0"
+    make bench BENCH=steering ARGS="--part step"
+
+A part's zoo and figures stay below runs/bench-steering, under the hash of its spec and of the code that it runs, so a
+benchmark that was interrupted goes on where it was; --afresh measures again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._plain_codec import examples_per_second
+from ethogram.bench import Figure, form
+from ethogram.specs.base import ArtifactRef
+from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.generation import GenerationSpec
+from services.crossmodal.evaluate import evaluate
+from services.crossmodal.train import Trainer, train
+from services.generation.pipeline import generate
+from services.runtime.console import ConsoleRun
+from services.zoo.dataset import Zoo
+
+ROOT = Path("runs/bench-steering")
+SOURCES = ("ethogram/specs", "services/zoo", "services/generation", "services/crossmodal", "benchmarks/steering.py")
+SEEDS = (0, 1, 2)
+HELD_OUT = 512
+_ANY = ArtifactRef(artifact="zoo")
+
+# Ten behaviours that networks of this size learn well but not perfectly. Of a behaviour that is learned perfectly (the
+# last letter, say) any two subjects are the very same function, and no decoding of one can beat that of the other.
+BEHAVIORS: list[dict[str, str]] = [
+    {"name": "palindrome"},
+    {"name": "sorted_ascending"},
+    {"name": "sorted_descending"},
+    {"name": "contains_abc"},
+    {"name": "contains_cba", "regex": ".*CBA.*"},
+    {"name": "has_majority"},
+    {"name": "starts_with", "token": "A"},
+    {"name": "increasing_pairs"},
+    {"name": "decreasing_pairs"},
+    {"name": "mountain_pattern"},
+]
+
+
+def shared_zoo(seed: int) -> GenerationSpec:
+    """Shared initialisation, one-hot input, 49-16-16-1, one to four of ten behaviours each."""
+    return GenerationSpec.model_validate(
+        {
+            "seed": seed,
+            "subjects": 16_384,
+            "patterns": BEHAVIORS,
+            "training": {"steps": 200},
+            "min_accuracy": 0.65,
+        }
+    )
+
+
+def shared_codec(seed: int) -> CrossmodalSpec:
+    """At most a quarter of an hour of training on two cores."""
+    return CrossmodalSpec.model_validate(
+        {
+            "zoo": _ANY,
+            "seed": seed,
+            "codec": {"inputs": "both", "latent_dim": 1024},
+            "loss": {"reconstruction": 0.2},
+            "training": {"steps": 10_000},
+            "held_out": HELD_OUT / 16_384,
+        }
+    )
+
+
+def say(text: str) -> None:
+    """Progress, for people."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def code() -> str:
+    """Hash of the code that the figures depend on."""
+    digest = hashlib.sha256()
+    for source in SOURCES:
+        path = Path(source)
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def measured(
+    name: str, specs: list[Any], afresh: bool, measure: Callable[[Path], dict[str, float]]
+) -> dict[str, float]:
+    """The figures that ``measure`` gives in a folder of its own, or what it gave before for the same specs and code."""
+    text = "".join(spec.model_dump_json() for spec in specs)
+    folder = ROOT / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}-{code()}"
+    kept = folder / "figures.json"
+    if afresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    if kept.exists():
+        say(f"{name}: kept from {folder}")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(measure(folder), indent=2))
+    figures: dict[str, float] = json.loads(kept.read_text())
+    return figures
+
+
+def zoo_of(spec: GenerationSpec) -> Zoo:
+    """The zoo of a spec, made once for all that needs it."""
+    folder = ROOT / f"zoo-{hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:12]}"
+    if not (folder / "zoo.json").exists():
+        with ConsoleRun() as run:
+            zoo = generate(spec, run)
+        zoo.save(folder.with_suffix(".new"))
+        folder.with_suffix(".new").rename(folder)
+    return Zoo.load(folder)
+
+
+def train_and_judge(zoo: Zoo, spec: CrossmodalSpec, folder: Path) -> dict[str, float]:
+    """Figures of :func:`services.crossmodal.evaluate.evaluate`, and the minutes that training took."""
+    with ConsoleRun(folder / "run", checkpoint_seconds=60) as run:
+        resumed = run.resume is not None
+        began = time.monotonic()
+        codec = train(spec, zoo, run)
+        minutes = (time.monotonic() - began) / 60
+        found = evaluate(codec, zoo, run)
+    codec.save(folder / "codec")
+    (folder / "report.json").write_text(json.dumps(found, indent=2))
+    # Of a run that went on from a checkpoint the time is not known.
+    return {**found["figures"], **({} if resumed else {"minutes": minutes})}
+
+
+def shared(seed: int, afresh: bool) -> dict[str, float]:
+    """One seed of the part on shared initialisation."""
+    specs = shared_zoo(seed), shared_codec(seed)
+
+    def measure(folder: Path) -> dict[str, float]:
+        return train_and_judge(zoo_of(specs[0]), specs[1], folder)
+
+    return measured(f"shared-{seed}", list(specs), afresh, measure)
+
+
+def step(seconds: float) -> Figure:
+    """Training subjects a second with the plain recipe, beside a plain implementation of it: the same model size."""
+    zoo = generate(GenerationSpec(subjects=512))
+    spec = CrossmodalSpec.model_validate(
+        {
+            "zoo": _ANY,
+            "codec": {"signature_components": 512},
+            "loss": {
+                "gamma": 0.5,
+                "contrastive": "plain",
+                "reconstruction": 1.0,
+                "reconstruction_form": "mse",
+                "behavior": 0.0,
+                "steering": 0.0,
+                "direct": 0.0,
+            },
+        }
+    )
+    trainer = Trainer(spec, zoo)
+    trainer.advance()
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        done += len(trainer.sampler.batch(trainer.step))
+        trainer.advance()
+    ours = done / (time.perf_counter() - began)
+    peer = examples_per_second(zoo, spec.codec, seconds)
+    say(f"training step: {ours:.0f} subjects/s, plain loop {peer:.0f}")
+    return Figure(ours, ">=", 5.0, peer, of_ratio=True)
+
+
+SHARED: Mapping[str, tuple[str, str, float]] = {
+    "shared.agreement": ("agreement", ">=", 0.92),
+    "shared.matched": ("matched_beats_same_label", ">=", 0.90),
+    "shared.spread": ("spread", ">=", 0.5),
+    "shared.add.target_mean": ("add.target_mean", ">=", 0.95),
+    "shared.add.all_gate": ("add.all_gate", ">=", 0.85),
+    "shared.remove.target_mean": ("remove.target_mean", ">=", 0.95),
+    "shared.remove.all_gate": ("remove.all_gate", ">=", 0.85),
+    "shared.min_pattern_all_gate": ("min_pattern_all_gate", ">=", 0.65),
+    "shared.direct.add.target_mean": ("direct.add.target_mean", ">=", 0.95),
+    "shared.direct.add.all_gate": ("direct.add.all_gate", ">=", 0.40),
+    "shared.minutes": ("minutes", "<=", 15.0),
+    "controls.max_all_gate": ("controls.max_all_gate", "<=", 0.05),
+}
+
+
+def over_seeds(rows: list[dict[str, float]], table: Mapping[str, tuple[str, str, float]]) -> dict[str, Figure]:
+    """Mean over the seeds, which is judged, and the worst of them beside it."""
+    figures: dict[str, Figure] = {}
+    for name, (key, op, bar) in table.items():
+        values = [row[key] for row in rows if key in row]
+        if values:
+            figures[name] = Figure(sum(values) / len(values), op, bar)
+            figures[f"{name}.worst"] = Figure(min(values) if op == ">=" else max(values))
+    return figures
+
+
+def main() -> None:
+    """The benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.steering", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=["all", "shared", "step"], default="all")
+    parser.add_argument("--seed", type=int, choices=SEEDS, help="one seed alone (all three)")
+    parser.add_argument("--afresh", action="store_true", help="measure again what was measured before")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each side of the part step (20)")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    seeds = SEEDS if given.seed is None else (given.seed,)
+    figures: dict[str, Figure] = {}
+    if given.part in ("all", "shared"):
+        rows = []
+        for seed in seeds:
+            row = shared(seed, given.afresh)
+            row["min_pattern_all_gate"] = min(row[f"{o}.min_pattern_all_gate"] for o in ("add", "remove"))
+            rows.append(row)
+        figures |= over_seeds(rows, SHARED)
+    if given.part in ("all", "step"):
+        figures["train_step_ratio"] = step(given.seconds)
+    whole = form("steering", figures)
+    print(json.dumps(whole))
+    sys.exit(0 if whole["ok"] else 1)
+
+
+if __name__ == "__main__":
+    main()
