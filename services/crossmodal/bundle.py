@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +17,17 @@ from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import SignatureSpec
 from services.crossmodal import checks
 from services.crossmodal.canonical import Canonicalizer
-from services.crossmodal.data import Preprocessor
+from services.crossmodal.data import Preprocessor, Subjects
 from services.crossmodal.model import EncoderDecoder
-from services.crossmodal.steering import SIGNS, Edit, Mode
+from services.crossmodal.steering import (
+    DIRECTIONS,
+    SIGNS,
+    Direction,
+    Edit,
+    Mode,
+    classifier_normals,
+    mean_differences,
+)
 from services.crossmodal.tokenizer import Tokenizer
 from services.zoo.dataset import Zoo
 from services.zoo.layout import Layout
@@ -61,6 +69,7 @@ class Codec:
         preprocessor: Preprocessor,
         evaluation: Evaluation,
         model: EncoderDecoder,
+        fixed: Mapping[Direction, Tensor],
         device: str = "cpu",
     ) -> None:
         self.spec, self.signature, self.device = spec, signature, device
@@ -68,6 +77,9 @@ class Codec:
         self.probes, self.preprocessor, self.evaluation = probes, preprocessor, evaluation
         self.layout = preprocessor.layout
         self.model = model.to(device).eval().requires_grad_(False)
+        self.directions: dict[Direction, Tensor] = {"learned": model.directions}
+        """Of each kind, what is added to a latent to gain each behaviour, ``[behaviors, latent]``."""
+        self.directions |= {kind: tensor.to(device) for kind, tensor in fixed.items()}
 
     @classmethod
     def of(
@@ -76,18 +88,24 @@ class Codec:
         zoo: Zoo,
         preprocessor: Preprocessor,
         model: EncoderDecoder,
-        positives: Sequence[int],
+        subjects: Subjects,
     ) -> Codec:
-        """The codec of a trained model, with what it must carry from its zoo."""
+        """The codec of a model trained on ``subjects``, with what it must carry from its zoo."""
+        with torch.no_grad():
+            latents = model.encoder(model.encoder.features(subjects.inputs, subjects.shape), subjects.shape)
         return cls(
             spec,
             signature=zoo.spec.signature,
             patterns=zoo.patterns,
-            positives=positives,
+            positives=subjects.labels.sum(0).tolist(),
             probes=zoo.probes,
             preprocessor=preprocessor,
             evaluation=Evaluation.build(zoo.universe),
             model=model,
+            fixed={
+                "mean_difference": mean_differences(latents, subjects.labels),
+                "classifier_normal": classifier_normals(latents, subjects.labels),
+            },
             device=str(model.directions.device),
         )
 
@@ -95,11 +113,6 @@ class Codec:
     def latent_dim(self) -> int:
         """Length of a latent."""
         return self.spec.codec.latent_dim
-
-    @property
-    def directions(self) -> Tensor:
-        """What is added to a latent to gain each behaviour, ``[behaviors, latent]``."""
-        return self.model.directions
 
     @cached_property
     def behaviors(self) -> list[Behavior]:
@@ -155,6 +168,8 @@ class Codec:
         edits: Sequence[Edit | tuple[str, str]],
         mode: Mode = "residual",
         strength: float = 1.0,
+        *,
+        direction: Direction = "learned",
         activation: str | None = None,
     ) -> tuple[Params, Tensor]:
         """Networks after ``edits``, all applied to each, and their latents ``[batch, latent]`` after the edit.
@@ -162,7 +177,7 @@ class Codec:
         ``strength`` scales the direction; 1 is what it was trained for, 0 with ``residual`` returns the very same
         weights.
         """
-        mode, shift = checks.mode(mode), checks.strength(strength) * self.direction(edits)
+        mode, shift = checks.mode(mode), checks.strength(strength) * self.shift(edits, direction)
         vectors, shape = self._vectors(networks, activation)
         prepared = self.preprocessor(vectors, shape)
         latents = self.latents(prepared.inputs, shape)
@@ -172,14 +187,15 @@ class Codec:
         weights = prepared.undo(moved) if mode == "direct" else vectors + prepared.undo(moved - decoded)
         return self._networks(weights, int(shape[0])), steered
 
-    def direction(self, edits: Sequence[Edit | tuple[str, str]]) -> Tensor:
-        """The sum of the edits' directions, ``[latent]``."""
+    def shift(self, edits: Sequence[Edit | tuple[str, str]], direction: Direction = "learned") -> Tensor:
+        """The sum of the edits' directions of one kind, ``[latent]``."""
+        directions = self.directions[checks.direction(direction)]
         names = [behavior.name for behavior in self.behaviors]
         signs, columns = [], []
         for operation, name in checks.edits(edits, names):
             signs.append(SIGNS[operation])
             columns.append(names.index(name))
-        return torch.tensor(signs, device=self.device) @ self.directions[columns]
+        return torch.tensor(signs, device=self.device) @ directions[columns]
 
     @torch.no_grad()
     def evaluate(self, networks: Params, activation: str | None = None) -> tuple[Tensor, Tensor]:
@@ -217,7 +233,8 @@ class Codec:
         for name in ("encoder", "decoder"):
             state = getattr(self.model, name).state_dict()
             save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
-        save_file({"learned": self.directions.contiguous()}, folder / "directions.safetensors")
+        directions: dict[str, Tensor] = {kind: tensor.contiguous() for kind, tensor in self.directions.items()}
+        save_file(directions, folder / "directions.safetensors")
         sequences = {"probes": self.probes, "evaluation": self.evaluation.sequences, "stratum": self.evaluation.stratum}
         save_file({key: value.contiguous() for key, value in sequences.items()}, folder / "sequences.safetensors")
         canonicalizer = self.preprocessor.canonicalizer
@@ -268,7 +285,12 @@ class Codec:
             with _reading(folder, f"{name}.safetensors") as path:
                 getattr(model, name).load_state_dict(load_file(path))
         with _reading(folder, "directions.safetensors") as path:
-            model.load_state_dict({"directions": load_file(path)["learned"]}, strict=False)
+            directions = load_file(path)
+            model.load_state_dict({"directions": directions["learned"]}, strict=False)
+            fixed: dict[Direction, Tensor] = {kind: directions[kind] for kind in DIRECTIONS if kind != "learned"}
+            for kind, tensor in fixed.items():
+                if tensor.shape != model.directions.shape:
+                    raise ValueError(f"{kind} has shape {list(tensor.shape)}")
         return cls(
             spec,
             signature=signature,
@@ -278,6 +300,7 @@ class Codec:
             preprocessor=preprocessor,
             evaluation=evaluation,
             model=model,
+            fixed=fixed,
             device=device,
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Violation
-from services.crossmodal.steering import MODES, OPERATIONS, Edit, Mode
+from services.crossmodal.steering import DIRECTIONS, MODES, OPERATIONS, Direction, Edit, Mode
 from services.zoo.layout import Layout
 from services.zoo.subjects import Architecture, Params
 
@@ -89,6 +89,13 @@ def edits(asked: Sequence[Edit | tuple[str, str]], behaviors: Sequence[str]) -> 
             raise InvalidInput.field(f"edits.{i}.behavior", f"{behavior} is in edits.{place} already")
         checked[behavior] = Edit(operation, behavior)
     return tuple(checked.values())
+
+
+def direction(asked: str) -> Direction:
+    """The kind of direction, or :class:`InvalidInput`."""
+    if asked not in DIRECTIONS:
+        raise InvalidInput.field("direction", f"must be one of {', '.join(DIRECTIONS)}")
+    return asked
 
 
 def mode(asked: str) -> Mode:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import Subjects, split_subjects
-from services.crossmodal.steering import MODES, OPERATIONS, SIGNS, Mode, Operation, edited
+from services.crossmodal.steering import MODES, OPERATIONS, SIGNS, Direction, Mode, Operation, Probe, edited
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
@@ -33,7 +33,8 @@ from services.zoo.pools import Evaluation
 MIN_DECIDED, MIN_OWN_ACCURACY = 16, 0.8
 TARGET_GATE, LOCAL_GATE = 0.85, -0.02
 CONTROLS = ("null", "random", "reverse")
-VARIANTS = ("edit", *CONTROLS)
+OTHERS: tuple[Direction, ...] = ("mean_difference", "classifier_normal")
+VARIANTS = ("edit", *CONTROLS, *OTHERS)
 CHUNK = 64
 """Edits that are run at once."""
 
@@ -73,7 +74,11 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
 
     - ``figures``: dotted name to number (``agreement``, ``add.all_gate``, ``direct.remove.target_mean``,
       ``controls.max_all_gate``, ...); the short names ``add.*`` and ``remove.*`` are residual edits;
-    - ``steering``: a row for each pattern, operation, mode and variant (``edit`` or a control);
+    - ``steering``: a row for each pattern, operation, mode and variant (``edit``, a control, or another kind of
+      direction);
+    - ``reconstruction``: of ``all`` weights and of each layer, ``mse``, ``mae``, ``rmse``, ``cosine``,
+      ``relative_error`` and ``r2``;
+    - ``probes``: for each behaviour, how well a line tells it from the latent (``balanced_accuracy``, ``auc``);
     - ``subjects``: how many were trained on and judged.
     """
     run = run or Run()
@@ -88,8 +93,13 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
         rows += judge_pattern(codec, subjects, decoded, pattern)
         run.advance(pattern + 2)
     figures |= summary(rows)
+    probes = judge_probes(codec, train, subjects, decoded)
+    for name in ("balanced_accuracy", "auc") if probes else ():
+        figures[f"probes.{name}"] = sum(row[name] for row in probes.values()) / len(probes)
     return {
         "figures": figures,
+        "reconstruction": judge_reconstruction(codec, subjects, decoded),
+        "probes": probes,
         "steering": rows,
         "subjects": {"train": len(split.train), "held_out": len(split.held_out)},
     }
@@ -131,6 +141,55 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
     figures["nearest_train.agreement"] = float(copied.mean())
     figures["matched_beats_nearest_train"] = float((matched > copied).float().mean())
     return figures, Decoded(latents, weights)
+
+
+@torch.no_grad()
+def judge_reconstruction(codec: Codec, subjects: Subjects, decoded: Decoded) -> dict[str, dict[str, float]]:
+    """Errors of decoded weights, of ``all`` and of each layer, over the weights that each network has.
+
+    ``cosine`` and ``relative_error`` (norm of the difference over the source's norm) are means over the networks;
+    ``r2`` is against the training mean.
+    """
+    present = codec.layout.present.to(subjects.shape.device)[subjects.shape]
+    mean = codec.model.decoder.standard.mean
+    parts = {"all": slice(None)}
+    start = 0
+    for layer, (fan_in, fan_out) in enumerate(codec.layout.envelope.layers):
+        parts[f"layers.{layer}"] = slice(start, start + (fan_in + 1) * fan_out)
+        start += (fan_in + 1) * fan_out
+    found = {}
+    for name, part in parts.items():
+        there = present[:, part]
+        source, own = subjects.weights[:, part] * there, decoded.weights[:, part] * there
+        difference = own - source
+        squared, count = float(difference.square().sum()), int(there.sum())
+        spread = float(((source - mean[part]) * there).square().sum())
+        norms, have = source.norm(dim=1), there.any(1)
+        found[name] = {
+            "mse": squared / count,
+            "mae": float(difference.abs().sum()) / count,
+            "rmse": (squared / count) ** 0.5,
+            "cosine": float(torch.cosine_similarity(own, source, dim=1)[have].mean()),
+            "relative_error": float((difference.norm(dim=1) / norms.clamp_min(1e-12))[have].mean()),
+            "r2": 1 - squared / max(spread, 1e-12),
+        }
+    return found
+
+
+@torch.no_grad()
+def judge_probes(codec: Codec, train: Subjects, subjects: Subjects, decoded: Decoded) -> dict[str, dict[str, float]]:
+    """How well linear probes, fitted on the training subjects' latents, tell each behaviour of held-out subjects."""
+    scores = Probe.fit(codec.latents(train.inputs, train.shape), train.labels)(decoded.latents)
+    found = {}
+    for pattern, score, has in zip(codec.patterns, scores.T, subjects.labels.T, strict=True):
+        if not (has.any() and (~has).any()):
+            continue
+        ahead = score[has].unsqueeze(1) - score[~has].unsqueeze(0)
+        found[pattern.name] = {
+            "balanced_accuracy": float(((score[has] > 0).float().mean() + (score[~has] <= 0).float().mean()) / 2),
+            "auc": float(((ahead > 0).float() + (ahead == 0).float() / 2).mean()),
+        }
+    return found
 
 
 def judge_pattern(codec: Codec, subjects: Subjects, decoded: Decoded, pattern: int) -> list[dict[str, Any]]:
@@ -195,11 +254,13 @@ def _run_edits(
     operation: Operation,
 ) -> dict[tuple[Mode, str], Scores]:
     """Apply the edits and their controls, in both modes, and score them."""
-    direction = SIGNS[operation] * codec.directions[pattern]
+    sign = SIGNS[operation]
+    direction = sign * codec.directions["learned"][pattern]
     draws = generator(codec.spec.seed, "random direction", pattern, operation)
     noise = torch.randn(len(edits.subject), len(direction), generator=draws).to(direction)
     noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
     shifts = {"edit": direction, "null": 0 * direction, "random": noise, "reverse": -direction}
+    shifts |= {kind: sign * codec.directions[kind][pattern] for kind in OTHERS}
     results: dict[tuple[Mode, str], list[Scores]] = {(mode, name): [] for mode in MODES for name in VARIANTS}
     for chunk in torch.split(torch.arange(len(edits.subject), device=direction.device), CHUNK):
         one = edits.subject[chunk]

@@ -8,12 +8,68 @@ import torch
 from torch import Tensor
 
 Operation = Literal["add", "remove"]
+Direction = Literal["learned", "mean_difference", "classifier_normal"]
+DIRECTIONS: tuple[Direction, ...] = ("learned", "mean_difference", "classifier_normal")
 Mode = Literal["residual", "direct"]
 OPERATIONS: tuple[Operation, ...] = ("add", "remove")
 MODES: tuple[Mode, ...] = ("residual", "direct")
 REMOVALS = 0.4
 """Share of removals among the edits of training."""
 SIGNS: dict[Operation, float] = {"add": 1.0, "remove": -1.0}
+
+
+RIDGE = 1.0
+"""Regularisation of linear probes, in subjects."""
+
+
+class Probe(NamedTuple):
+    """Linear probes of each behaviour from the latent, by least squares: positive where a subject has it."""
+
+    weights: Tensor
+    """``[latent, behaviors]``."""
+    bias: Tensor
+    """``[behaviors]``."""
+
+    @classmethod
+    def fit(cls, latents: Tensor, labels: Tensor) -> Probe:
+        """From latents ``[subjects, latent]`` and behaviours, bool ``[subjects, behaviors]``."""
+        mean = latents.mean(0)
+        rows, has = (latents - mean).double(), labels.double()
+        # Both classes count alike, however rare a behaviour is.
+        share = has.mean(0).clamp(1e-6, 1 - 1e-6)
+        wanted = has / share - (1 - has) / (1 - share)
+        gram = rows.T @ rows + RIDGE * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        weights = torch.linalg.solve(gram, rows.T @ wanted).float()
+        # Half way between the classes' means.
+        scores = (latents - mean) @ weights
+        middle = sum((scores * one).sum(0) / one.sum(0).clamp_min(1) for one in (labels, ~labels)) / 2
+        return cls(weights, -middle - mean @ weights)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Scores ``[subjects, behaviors]``."""
+        return latents @ self.weights + self.bias
+
+
+def mean_differences(latents: Tensor, labels: Tensor) -> Tensor:
+    """For each behaviour, the mean latent of the subjects that have it minus that of those that lack it:
+    ``[behaviors, latent]``."""
+    has, lacks = (one.to(latents.dtype) for one in (labels, ~labels))
+    means = [one.T @ latents / one.sum(0).clamp_min(1).unsqueeze(1) for one in (has, lacks)]
+    return means[0] - means[1]
+
+
+def classifier_normals(latents: Tensor, labels: Tensor) -> Tensor:
+    """For each behaviour, the normal of its linear probe without what it shares with the others' normals, as long as
+    the classes' means are apart along it: ``[behaviors, latent]`` (the edit directions of Dravid et al. 2024, arXiv
+    2406.09413)."""
+    normals = Probe.fit(latents, labels).weights.T
+    apart, found = mean_differences(latents, labels), []
+    for own, normal in enumerate(normals):
+        others = normals[torch.arange(len(normals), device=normals.device) != own]
+        basis = torch.linalg.qr(others.T).Q
+        alone = normal - basis @ (basis.T @ normal)
+        found.append(alone * (apart[own] @ alone) / alone.square().sum().clamp_min(1e-12))
+    return torch.stack(found)
 
 
 class Edit(NamedTuple):

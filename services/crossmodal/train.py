@@ -76,7 +76,6 @@ class Trainer:
         self.layout = zoo.layout
         self.subjects = self.preprocessor.subjects(zoo, split.train, device)
         self.validation = self.preprocessor.subjects(zoo, split.validation[:MAX_VALIDATED], device)
-        self.positives: list[int] = self.subjects.labels.sum(0).tolist()
         self.sampler = BehaviorAwareBatchSampler(
             self.subjects.labels, spec.training.batch_size, spec.seed, [pattern.name for pattern in zoo.patterns]
         )
@@ -252,7 +251,7 @@ class Trainer:
             self.spec.codec, Tokenizer.of(self.spec.codec, self.preprocessor), len(self.zoo.patterns), torch.Generator()
         )
         model.load_state_dict(state)
-        return Codec.of(self.spec, self.zoo, self.preprocessor, model.to(self.device), self.positives)
+        return Codec.of(self.spec, self.zoo, self.preprocessor, model.to(self.device), self.subjects)
 
     def save(self, folder: Path) -> None:
         """Write the state into ``folder``, without pickle."""

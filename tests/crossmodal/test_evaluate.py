@@ -11,7 +11,16 @@ import torch
 
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import split_subjects
-from services.crossmodal.evaluate import evaluate, judge_decoding, possible_edits, same_label_partner, score, summary
+from services.crossmodal.evaluate import (
+    Decoded,
+    evaluate,
+    judge_decoding,
+    judge_reconstruction,
+    possible_edits,
+    same_label_partner,
+    score,
+    summary,
+)
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import encode, forward, select
@@ -116,10 +125,36 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
     assert figures["add.null.target_mean"] < 0.4
     assert figures["add.null.local_mean"] == 0
     assert figures["controls.max_all_gate"] <= 0.05
+    assert set(result["reconstruction"]) == {"all", "layers.0", "layers.1", "layers.2"}
+    assert set(result["probes"]) == {"starts_with(A)", "ends_with(B)", "sorted_ascending", "has_majority"}
+    assert all(0 <= row["auc"] <= 1 for row in result["probes"].values())
     edits = [row for row in result["steering"] if row.get("variant") == "edit"]
     assert {(row["operation"], row["mode"]) for row in edits} >= {("add", "residual"), ("add", "direct")}
     assert all(0 <= row["all_gate"] <= row["target_gate"] <= 1 for row in edits)
     assert evaluate(untrained, zoo) == result
+
+
+def test_errors_of_reconstruction_against_loops(zoo: Zoo, untrained: Codec) -> None:
+    subjects = untrained.preprocessor.subjects(zoo, torch.arange(5))
+    weights = subjects.weights + 0.1 * torch.randn(subjects.weights.shape, generator=torch.Generator().manual_seed(0))
+    found = judge_reconstruction(untrained, subjects, Decoded(torch.zeros(5, 24), weights))
+    last = subjects.weights[:, -13:], weights[:, -13:]
+    mean = untrained.model.decoder.standard.mean[-13:]
+    pairs = [(float(s), float(w)) for s, w in zip(last[0].flatten(), last[1].flatten(), strict=True)]
+    squared = [(s - w) ** 2 for s, w in pairs]
+    own = found["layers.2"]
+    assert own["mse"] == pytest.approx(sum(squared) / len(pairs), rel=1e-4)
+    assert own["rmse"] == pytest.approx(own["mse"] ** 0.5)
+    assert own["mae"] == pytest.approx(sum(abs(s - w) for s, w in pairs) / len(pairs), rel=1e-4)
+    relative = [float((w - s).norm() / s.norm()) for s, w in zip(*last, strict=True)]
+    assert own["relative_error"] == pytest.approx(sum(relative) / 5, rel=1e-4)
+    cosine = [float(s @ w / s.norm() / w.norm()) for s, w in zip(*last, strict=True)]
+    assert own["cosine"] == pytest.approx(sum(cosine) / 5, rel=1e-4)
+    around = sum(float((s - mean).square().sum()) for s in last[0])
+    assert own["r2"] == pytest.approx(1 - sum(squared) / around, rel=1e-4)
+    perfect = judge_reconstruction(untrained, subjects, Decoded(torch.zeros(5, 24), subjects.weights))["all"]
+    assert (perfect["mse"], perfect["relative_error"], perfect["r2"]) == (0, 0, 1)
+    assert perfect["cosine"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("count", [50, 150, 400, 750])

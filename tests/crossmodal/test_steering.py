@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from ethogram.errors import InvalidInput
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import Queries
-from services.crossmodal.steering import REMOVALS, choose, edited, toggle
+from services.crossmodal.steering import (
+    DIRECTIONS,
+    REMOVALS,
+    Probe,
+    choose,
+    classifier_normals,
+    edited,
+    mean_differences,
+    toggle,
+)
 from services.zoo.dataset import Zoo
 from services.zoo.layout import answers
 from services.zoo.subjects import encode, flatten, forward, select
@@ -91,6 +102,32 @@ def test_residual_null_edit_returns_the_source_exactly(zoo: Zoo, untrained: Code
     edits = [("add", untrained.behaviors[0].name), ("remove", untrained.behaviors[2].name)]
     steered, _ = untrained.steer(networks, edits, strength=0.0)
     assert all(torch.equal(steered[name], networks[name]) for name in networks)
+
+
+def test_fixed_directions_point_at_their_own_behavior_alone() -> None:
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.rand(600, 3, generator=draws) < 0.4
+    # Behaviours move latents along axes that are not orthogonal, under noise.
+    axes = torch.tensor([[3.0, 0, 0, 0], [2.0, 2, 0, 0], [0, 0, 4, 0]])
+    latents = labels.float() @ axes + 0.3 * torch.randn(600, 4, generator=draws)
+    probe = Probe.fit(latents, labels)
+    assert bool((((probe(latents) > 0) == labels).float().mean(0) > 0.98).all())
+    apart = mean_differences(latents, labels)
+    torch.testing.assert_close(apart[2], axes[2], atol=0.3, rtol=0.1)
+    normals = classifier_normals(latents, labels)
+    for own in range(3):
+        for other in range(3):
+            moved = float(probe.weights[:, other] @ normals[own])
+            assert moved > 0.1 if own == other else abs(moved) < 1e-3
+    assert float(normals[0] @ apart[0] / normals[0].norm()) == pytest.approx(float(normals[0].norm()), rel=1e-4)
+
+
+def test_every_kind_of_direction_steers(zoo: Zoo, untrained: Codec) -> None:
+    networks = select(zoo.params, torch.arange(3))
+    found = [untrained.steer(networks, [("add", "has_majority")], direction=kind)[1] for kind in DIRECTIONS]
+    assert not any(torch.equal(found[i], found[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    with pytest.raises(InvalidInput, match="direction"):
+        untrained.steer(networks, [("add", "has_majority")], direction="sideways")  # type: ignore[arg-type]
 
 
 def test_edited_forms() -> None:
