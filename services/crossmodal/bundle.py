@@ -21,7 +21,6 @@ from services.crossmodal.data import Preprocessor, Subjects
 from services.crossmodal.model import EncoderDecoder
 from services.crossmodal.steering import (
     DIRECTIONS,
-    SIGNS,
     Direction,
     Edit,
     Mode,
@@ -165,7 +164,7 @@ class Codec:
     def steer(
         self,
         networks: Params,
-        edits: Sequence[Edit | tuple[str, str]],
+        edits: Sequence[Edit | tuple[str, ...]],
         mode: Mode = "residual",
         strength: float = 1.0,
         *,
@@ -187,15 +186,15 @@ class Codec:
         weights = prepared.undo(moved) if mode == "direct" else vectors + prepared.undo(moved - decoded)
         return self._networks(weights, int(shape[0])), steered
 
-    def shift(self, edits: Sequence[Edit | tuple[str, str]], direction: Direction = "learned") -> Tensor:
+    def shift(self, edits: Sequence[Edit | tuple[str, ...]], direction: Direction = "learned") -> Tensor:
         """The sum of the edits' directions of one kind, ``[latent]``."""
         directions = self.directions[checks.direction(direction)]
         names = [behavior.name for behavior in self.behaviors]
-        signs, columns = [], []
-        for operation, name in checks.edits(edits, names):
-            signs.append(SIGNS[operation])
-            columns.append(names.index(name))
-        return torch.tensor(signs, device=self.device) @ directions[columns]
+        signs = torch.zeros(len(names), device=self.device)
+        for edit in checks.edits(edits, names):
+            for name, sign in edit.signs.items():
+                signs[names.index(name)] = sign
+        return signs @ directions
 
     @torch.no_grad()
     def evaluate(self, networks: Params, activation: str | None = None) -> tuple[Tensor, Tensor]:

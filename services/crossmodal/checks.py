@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Violation
-from services.crossmodal.steering import DIRECTIONS, MODES, OPERATIONS, Direction, Edit, Mode
+from services.crossmodal.steering import DIRECTIONS, MODES, OPERATIONS, Direction, Edit, Mode, Operation
 from services.zoo.layout import Layout
 from services.zoo.subjects import Architecture, Params
 
@@ -74,21 +75,27 @@ def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:
     return single
 
 
-def edits(asked: Sequence[Edit | tuple[str, str]], behaviors: Sequence[str]) -> tuple[Edit, ...]:
-    """The edits (operation, behaviour), each of another one of ``behaviors``, or :class:`InvalidInput`."""
+def edits(asked: Sequence[Edit | tuple[str, ...]], behaviors: Sequence[str]) -> tuple[Edit, ...]:
+    """The edits (operation, behaviour, and what a replacement is by), each of other ones of ``behaviors``, or
+    :class:`InvalidInput`."""
     if not asked:
         raise InvalidInput.field("edits", "empty; give at least one")
-    checked: dict[str, Edit] = {}
-    for i, (operation, behavior) in enumerate(asked):
+    checked: list[Edit] = []
+    place: dict[str, int] = {}
+    for i, given in enumerate(asked):
+        operation, behavior, by = (*given, None)[:3] if len(given) in (2, 3) else ("", "", None)
         if operation not in OPERATIONS:
             raise InvalidInput.field(f"edits.{i}.operation", f"must be {' or '.join(OPERATIONS)}")
-        if behavior not in behaviors:
-            raise InvalidInput.field(f"edits.{i}.behavior", f"unknown; this model has {', '.join(behaviors)}")
-        if behavior in checked:
-            place = list(checked).index(behavior)
-            raise InvalidInput.field(f"edits.{i}.behavior", f"{behavior} is in edits.{place} already")
-        checked[behavior] = Edit(operation, behavior)
-    return tuple(checked.values())
+        if (by is not None) != (operation == "replace"):
+            raise InvalidInput.field(f"edits.{i}.by", "say what it is replaced by; only a replacement has it")
+        for field, name in (("behavior", behavior), *([("by", by)] if by is not None else [])):
+            if name not in behaviors:
+                raise InvalidInput.field(f"edits.{i}.{field}", f"unknown; this model has {', '.join(behaviors)}")
+            if name in place:
+                raise InvalidInput.field(f"edits.{i}.{field}", f"{name} is in edits.{place[name]} already")
+            place[name] = i
+        checked.append(Edit(cast(Operation, operation), str(behavior), by))
+    return tuple(checked)
 
 
 def direction(asked: str) -> Direction:

@@ -4,10 +4,11 @@
 set (one for each pattern, one for none) with equal weight.
 
 *Edits*: every held-out subject with patterns S, for every pattern p: add where it lacks p; remove where it has p and
-another. y0 and y1 are the exact labels before and after, C the sequences where they differ. An edit with fewer than 16
-sequences in C is skipped, and so is a removal whose subject is right on less than .8 of C. *target* is the accuracy of
-y1 on C; *local* the accuracy of y1 outside C after the edit minus the accuracy of y0 there before; *target_gate*:
-target >= .85; *all_gate*: that and local >= -.02. Figures are macro means over the patterns that have edits.
+another. In a zoo whose subjects have one pattern each: replace it by each other one. y0 and y1 are the exact labels
+before and after, C the sequences where they differ. An edit with fewer than 16 sequences in C is skipped, and so is a
+removal whose subject is right on less than .8 of C. *target* is the accuracy of y1 on C; *local* the accuracy of y1
+outside C after the edit minus the accuracy of y0 there before; *target_gate*: target >= .85; *all_gate*: that and local
+>= -.02. Figures are macro means over the patterns that have edits.
 
 *Controls* of edits: ``null`` (no shift), ``random`` (a direction of the same norm, drawn for each edit), ``reverse``
 (the direction the other way). Controls of decoding: the latent of another held-out subject with the same patterns, and
@@ -16,7 +17,8 @@ the nearest training subject's own weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +42,7 @@ CHUNK = 64
 
 
 class Edits(NamedTuple):
-    """Edits of one pattern and operation; the first axis is the edits'."""
+    """Edits of one kind; the first axis is the edits'."""
 
     subject: Tensor
     """Positions among the judged subjects: int64 ``[edits]``."""
@@ -85,13 +87,15 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     split = split_subjects(len(zoo), codec.spec)
     subjects = codec.preprocessor.subjects(zoo, split.held_out, codec.device)
     train = codec.preprocessor.subjects(zoo, split.train, codec.device)
-    run.stage("evaluate", len(codec.patterns) + 1, "patterns")
+    # Where subjects have one behaviour each, another one instead of it is what an edit can be.
+    edits = asked_edits([p.name for p in codec.patterns], replace=zoo.spec.max_patterns_per_batch == 1)
+    run.stage("evaluate", len(edits) + 1, "edits")
     figures, decoded = judge_decoding(codec, train, subjects)
     run.advance(1)
     rows: list[dict[str, Any]] = []
-    for pattern in range(len(codec.patterns)):
-        rows += judge_pattern(codec, subjects, decoded, pattern)
-        run.advance(pattern + 2)
+    for number, asked in enumerate(edits):
+        rows += judge_edit(codec, subjects, decoded, asked)
+        run.advance(number + 2)
     figures |= summary(rows)
     probes = judge_probes(codec, train, subjects, decoded)
     for name in ("balanced_accuracy", "auc") if probes else ():
@@ -192,43 +196,62 @@ def judge_probes(codec: Codec, train: Subjects, subjects: Subjects, decoded: Dec
     return found
 
 
-def judge_pattern(codec: Codec, subjects: Subjects, decoded: Decoded, pattern: int) -> list[dict[str, Any]]:
-    """The rows of one pattern."""
-    rows: list[dict[str, Any]] = []
+class Asked(NamedTuple):
+    """An edit, of any subject that it fits."""
+
+    operation: Operation
+    pattern: str
+    """The behaviour; of a replacement, ``old -> new``."""
+    signs: Tensor
+    """-1 for what is lost, 1 for what is gained: ``[patterns]``."""
+
+
+def asked_edits(names: Sequence[str], *, replace: bool) -> list[Asked]:
+    """To gain and to lose each behaviour; or, with ``replace``, to have another one instead."""
+    unit = torch.eye(len(names))
+    if replace:
+        pairs = permutations(range(len(names)), 2)
+        return [Asked("replace", f"{names[old]} -> {names[new]}", unit[new] - unit[old]) for old, new in pairs]
+    return [
+        Asked(operation, name, SIGNS[operation] * row)
+        for name, row in zip(names, unit, strict=True)
+        for operation in ("add", "remove")
+    ]
+
+
+def judge_edit(codec: Codec, subjects: Subjects, decoded: Decoded, asked: Asked) -> list[dict[str, Any]]:
+    """The rows of one edit."""
     source = codec.yes(subjects.weights, subjects.shape)
-    for operation in OPERATIONS:
-        edits = possible_edits(codec.evaluation, subjects.labels, source, pattern, operation)
-        row = {
-            "pattern": codec.patterns[pattern].name,
-            "operation": operation,
-            "edits": len(edits.subject),
-            "skipped": edits.skipped,
-        }
-        if len(edits.subject) == 0:
-            rows.append(row)
-            continue
-        scores = _run_edits(codec, subjects, decoded, source, edits, pattern=pattern, operation=operation)
-        rows += [
-            {**row, "mode": mode, "variant": variant, **_means(score)} for (mode, variant), score in scores.items()
-        ]
-    return rows
+    edits = possible_edits(codec.evaluation, subjects.labels, source, asked)
+    row = {
+        "pattern": asked.pattern,
+        "operation": asked.operation,
+        "edits": len(edits.subject),
+        "skipped": edits.skipped,
+    }
+    if len(edits.subject) == 0:
+        return [row]
+    scores = _run_edits(codec, subjects, decoded, source, edits, asked=asked)
+    return [{**row, "mode": mode, "variant": variant, **_means(score)} for (mode, variant), score in scores.items()]
 
 
-def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, pattern: int, operation: Operation) -> Edits:
-    """The edits of one pattern that can be judged.
+def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, asked: Asked) -> Edits:
+    """The edits of one kind that can be judged.
 
     ``labels``: the subjects' patterns, bool ``[subjects, patterns]``; ``source``: their own answers, bool
     ``[subjects, n]``.
     """
-    has = labels[:, pattern]
-    subject = (~has if operation == "add" else has & (labels.sum(1) >= 2)).nonzero().squeeze(1)
-    selected = labels[subject].clone()
+    gained, lost = (asked.signs > 0).to(labels.device), (asked.signs < 0).to(labels.device)
+    fits = ~(labels & gained).any(1) & (labels | ~lost).all(1)
+    if asked.operation == "remove":
+        fits &= labels.sum(1) >= 2
+    subject = fits.nonzero().squeeze(1)
+    selected = labels[subject]
     before = evaluation.labels(selected.cpu()).to(labels.device)
-    selected[:, pattern] = operation == "add"
-    after = evaluation.labels(selected.cpu()).to(labels.device)
+    after = evaluation.labels((selected & ~lost | gained).cpu()).to(labels.device)
     decided = before != after
     keep = decided.sum(1) >= MIN_DECIDED
-    if operation == "remove":
+    if asked.operation == "remove":
         keep &= _share(source[subject] == before, decided) >= MIN_OWN_ACCURACY
     return Edits(subject[keep], before[keep], after[keep], int((~keep).sum()))
 
@@ -250,17 +273,16 @@ def _run_edits(
     source: Tensor,
     edits: Edits,
     *,
-    pattern: int,
-    operation: Operation,
+    asked: Asked,
 ) -> dict[tuple[Mode, str], Scores]:
     """Apply the edits and their controls, in both modes, and score them."""
-    sign = SIGNS[operation]
-    direction = sign * codec.directions["learned"][pattern]
-    draws = generator(codec.spec.seed, "random direction", pattern, operation)
+    signs = asked.signs.to(codec.device)
+    direction = signs @ codec.directions["learned"]
+    draws = generator(codec.spec.seed, "random direction", asked.pattern, asked.operation)
     noise = torch.randn(len(edits.subject), len(direction), generator=draws).to(direction)
     noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
     shifts = {"edit": direction, "null": 0 * direction, "random": noise, "reverse": -direction}
-    shifts |= {kind: sign * codec.directions[kind][pattern] for kind in OTHERS}
+    shifts |= {kind: signs @ codec.directions[kind] for kind in OTHERS}
     results: dict[tuple[Mode, str], list[Scores]] = {(mode, name): [] for mode in MODES for name in VARIANTS}
     for chunk in torch.split(torch.arange(len(edits.subject), device=direction.device), CHUNK):
         one = edits.subject[chunk]

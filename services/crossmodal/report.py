@@ -45,7 +45,7 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     (folder / "report.json").write_text(json.dumps({**evaluation, "examples": examples}, indent=2, allow_nan=False))
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK}):
         latent_map(codec, zoo).savefig(folder / "latent_map.png", dpi=DPI)
-        steering_plot(codec, evaluation).savefig(folder / "steering.png", dpi=DPI)
+        steering_plot(evaluation).savefig(folder / "steering.png", dpi=DPI)
 
 
 def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -57,7 +57,7 @@ def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[s
     names = [behavior.name for behavior in codec.behaviors]
     chosen: list[tuple[int, Edit]] = []
     for column, name in enumerate(names):
-        for operation in OPERATIONS:
+        for operation in ("add", "remove"):
             labels = zoo.labels[held_out]
             fits = ~labels[:, column] if operation == "add" else labels[:, column] & (labels.sum(1) >= 2)
             chosen += [(int(held_out[i]), Edit(operation, name)) for i in fits.nonzero().flatten()[:1]]
@@ -134,17 +134,18 @@ def latent_map(codec: Codec, zoo: Zoo) -> Figure:
     return figure
 
 
-def steering_plot(codec: Codec, evaluation: dict[str, Any]) -> Figure:
+def steering_plot(evaluation: dict[str, Any]) -> Figure:
     """What residual edits do to held-out subjects: the behaviour before and after, the rest, and the strict gate."""
-    names = [pattern.name for pattern in codec.patterns]
     rows = {
         (r["operation"], r["pattern"], r["variant"]): r for r in evaluation["steering"] if r.get("mode") == "residual"
     }
-    figure = Figure(figsize=(13.5, 2.4 + 0.5 * len(names)), layout="constrained")
+    asked = [(r["operation"], r["pattern"]) for r in evaluation["steering"]]
+    operations = [operation for operation in OPERATIONS if any(operation == one for one, _ in asked)]
+    names = list(dict.fromkeys(pattern for _, pattern in asked))
+    figure = Figure(figsize=(13.5, 1.6 + (0.4 + 0.25 * len(names)) * len(operations)), layout="constrained")
     figure.suptitle("Steering held-out networks: residual edits, held-out sequences", fontsize=12, fontweight="bold")
-    axes = figure.subplots(len(OPERATIONS), 3, sharey="row", width_ratios=(1.25, 1, 1))
-    verbs = {"add": "ADD", "remove": "REMOVE"}
-    for line, operation in zip(axes, OPERATIONS, strict=True):
+    axes = figure.subplots(len(operations), 3, sharey="row", width_ratios=(1.25, 1, 1), squeeze=False)
+    for line, operation in zip(axes, operations, strict=True):
         known = [(y, name) for y, name in enumerate(reversed(names)) if (operation, name, "edit") in rows]
         ys = [y for y, _ in known]
         edits = [rows[operation, name, "edit"] for _, name in known]
@@ -173,7 +174,7 @@ def steering_plot(codec: Codec, evaluation: dict[str, Any]) -> Figure:
         for axis, title in zip(
             line,
             (
-                f"{verbs[operation]}: accuracy where the edit decides",
+                f"{operation.upper()}: accuracy where the edit decides",
                 "accuracy everywhere else, after minus before",
                 "share of edits that pass both gates",
             ),

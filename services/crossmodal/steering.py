@@ -7,15 +7,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Operation = Literal["add", "remove"]
+Operation = Literal["add", "remove", "replace"]
 Direction = Literal["learned", "mean_difference", "classifier_normal"]
 DIRECTIONS: tuple[Direction, ...] = ("learned", "mean_difference", "classifier_normal")
 Mode = Literal["residual", "direct"]
-OPERATIONS: tuple[Operation, ...] = ("add", "remove")
+OPERATIONS: tuple[Operation, ...] = ("add", "remove", "replace")
 MODES: tuple[Mode, ...] = ("residual", "direct")
 REMOVALS = 0.4
 """Share of removals among the edits of training."""
-SIGNS: dict[Operation, float] = {"add": 1.0, "remove": -1.0}
+SIGNS: dict[Operation, float] = {"add": 1.0, "remove": -1.0, "replace": -1.0}
 
 
 RIDGE = 1.0
@@ -78,6 +78,15 @@ class Edit(NamedTuple):
     operation: Operation
     behavior: str
     """Name of the behaviour, e.g. ``starts_with(A)``."""
+    by: str | None = None
+    """What it is replaced by, of a replacement."""
+
+    @property
+    def signs(self) -> dict[str, float]:
+        """By behaviour: 1 for what is gained, -1 for what is lost."""
+        if self.operation == "replace" and self.by is not None:
+            return {self.behavior: -1.0, self.by: 1.0}
+        return {self.behavior: SIGNS[self.operation]}
 
 
 def choose(selected: Tensor, several: float, draws: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from services.crossmodal import checks
 from services.crossmodal.bundle import Behavior, Codec
-from services.crossmodal.steering import Mode
+from services.crossmodal.steering import Edit, Mode
 from services.inference.batcher import Arrays
 
 LATENTS = "latents"
@@ -65,10 +65,10 @@ class ServedCodec:
         with torch.inference_mode():
             return _arrays(self._codec.decode(_tensors(arrays)[LATENTS]))
 
-    def steer(self, networks: Arrays, edits: tuple[tuple[str, str], ...], mode: Mode, strength: float) -> Arrays:
+    def steer(self, networks: Arrays, edits: tuple[Edit, ...], mode: Mode, strength: float) -> Arrays:
         """Parameters to steered parameters, and ``latents``."""
         with torch.inference_mode():
-            params, latents = self._codec.steer(_tensors(networks), list(edits), mode, strength)
+            params, latents = self._codec.steer(_tensors(networks), edits, mode, strength)
             return _arrays(params) | {LATENTS: latents.cpu().numpy()}
 
     def evaluate(self, networks: Arrays) -> Arrays:

@@ -12,7 +12,9 @@ import torch
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import (
+    Asked,
     Decoded,
+    asked_edits,
     evaluate,
     judge_decoding,
     judge_reconstruction,
@@ -66,18 +68,37 @@ def made_by_hand(counts: dict[tuple[int, ...], int], patterns: int) -> Evaluatio
     return Evaluation(torch.zeros(len(membership), 5, dtype=torch.int64), membership, stratum)
 
 
+def an_edit(operation: str, pattern: int) -> Asked:
+    """Of one of two patterns."""
+    return next(
+        one for one in asked_edits("ab", replace=False) if (one.operation, one.pattern) == (operation, "ab"[pattern])
+    )
+
+
+def test_replacements_are_of_the_one_behavior_that_a_subject_has() -> None:
+    evaluation = made_by_hand({(0,): 20, (1,): 18, (0, 1): 5, (): 30}, patterns=3)
+    labels = torch.tensor([[True, False, False], [False, True, False]])
+    asked = asked_edits("abc", replace=True)
+    assert [one.pattern for one in asked] == ["a -> b", "a -> c", "b -> a", "b -> c", "c -> a", "c -> b"]
+    found = possible_edits(evaluation, labels, evaluation.labels(labels), asked[0])
+    assert (found.subject.tolist(), found.skipped) == ([0], 0)
+    assert torch.equal(found.after[0], evaluation.membership[:, 1])
+    assert int((found.before != found.after).sum()) == 38
+    assert possible_edits(evaluation, labels, evaluation.labels(labels), asked[4]).subject.tolist() == []
+
+
 def test_edits_that_decide_too_little_are_skipped_and_counted() -> None:
     # 20 sequences match 0 alone, 10 match 0 and 1, 12 match 1 alone.
     evaluation = made_by_hand({(0,): 20, (0, 1): 10, (1,): 12, (): 30}, patterns=2)
     labels = torch.tensor([[True, False], [False, True], [True, True]])
     source = torch.stack([evaluation.membership[:, 0], evaluation.membership[:, 1], evaluation.membership.any(1)])
-    adding = possible_edits(evaluation, labels, source, 0, "add")
+    adding = possible_edits(evaluation, labels, source, an_edit("add", 0))
     assert (adding.subject.tolist(), adding.skipped) == ([1], 0)
     assert int((adding.before != adding.after).sum()) == 20
-    overlapping = possible_edits(evaluation, labels, source, 1, "add")
+    overlapping = possible_edits(evaluation, labels, source, an_edit("add", 1))
     assert (overlapping.subject.tolist(), overlapping.skipped) == ([], 1)
     # Only subjects with another pattern can lose one.
-    removing = possible_edits(evaluation, labels, source, 0, "remove")
+    removing = possible_edits(evaluation, labels, source, an_edit("remove", 0))
     assert (removing.subject.tolist(), removing.skipped) == ([2], 0)
     assert int((removing.before & ~removing.after).sum()) == 20
 
@@ -87,9 +108,9 @@ def test_a_subject_that_never_had_the_behaviour_cannot_lose_it() -> None:
     labels = torch.tensor([[True, True]])
     source = evaluation.labels(labels)
     source[0, :5] = False  # right on 15 of 20
-    assert possible_edits(evaluation, labels, source, 0, "remove").skipped == 1
+    assert possible_edits(evaluation, labels, source, an_edit("remove", 0)).skipped == 1
     source[0, 0] = True
-    assert possible_edits(evaluation, labels, source, 0, "remove").subject.tolist() == [0]
+    assert possible_edits(evaluation, labels, source, an_edit("remove", 0)).subject.tolist() == [0]
 
 
 def test_summary_is_a_macro_mean_over_patterns_and_finds_the_worst_control() -> None:
