@@ -14,7 +14,7 @@ from services.crossmodal.canonical import Canonicalizer, Transform
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
 from services.zoo.layout import Layout
-from services.zoo.pools import Pools
+from services.zoo.pools import Pools, bits
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import Architecture, encode, unflatten
 from services.zoo.universe import TRAIN, Universe
@@ -116,12 +116,22 @@ class Split(NamedTuple):
     held_out: Tensor
 
 
-def split_subjects(count: int, spec: CrossmodalSpec) -> Split:
-    """Set aside the shares ``held_out`` and ``validation`` of ``count`` subjects, at least one each."""
-    order = torch.randperm(count, generator=generator(spec.seed, "held-out"))
-    sizes = [max(1, round(count * share)) for share in (spec.held_out, spec.validation)]
-    held_out, validation, train = torch.split(order, [*sizes, max(0, count - sum(sizes))])
+def split_subjects(labels: Tensor, spec: CrossmodalSpec) -> Split:
+    """Set aside the shares ``held_out`` and ``validation`` of the subjects, at least one each, stratified: of each set
+    of behaviours as near to its share as can be. ``labels``: bool ``[subjects, patterns]``."""
+    order = torch.randperm(len(labels), generator=generator(spec.seed, "held-out"))
+    order = order[bits(labels[order]).argsort(stable=True)]
+    held_out, order = _every(order, spec.held_out * len(labels))
+    validation, train = _every(order, spec.validation * len(labels))
     return Split(*(part.sort().values for part in (train, validation, held_out)))
+
+
+def _every(order: Tensor, wanted: float) -> tuple[Tensor, Tensor]:
+    """About ``wanted`` of ``order``, at least one and evenly spaced; and the others."""
+    count = min(max(1, round(wanted)), len(order))
+    taken = torch.zeros(len(order), dtype=torch.bool)
+    taken[((torch.arange(count) + 0.5) * len(order) / count).long()] = True
+    return order[taken], order[~taken]
 
 
 def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
@@ -139,7 +149,7 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
         raise InvalidInput.field("zoo.weights", "holds NaN or infinity")
     if not bool(zoo.signatures.isfinite().all()):
         raise InvalidInput.field("zoo.signatures", "holds NaN or infinity")
-    left = len(split_subjects(len(zoo), spec).train)
+    left = len(split_subjects(zoo.labels, spec).train)
     if left < 2:
         raise InvalidInput.field(
             "spec.held_out",

@@ -84,7 +84,7 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     - ``subjects``: how many were trained on and judged.
     """
     run = run or Run()
-    split = split_subjects(len(zoo), codec.spec)
+    split = split_subjects(zoo.labels, codec.spec)
     subjects = codec.preprocessor.subjects(zoo, split.held_out, codec.device)
     train = codec.preprocessor.subjects(zoo, split.train, codec.device)
     # Where subjects have one behaviour each, another one instead of it is what an edit can be.

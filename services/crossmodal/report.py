@@ -38,7 +38,7 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     examples, tensors = steer_examples(codec, zoo)
     save_file(tensors, folder / "steered.safetensors")
-    held_out = split_subjects(len(zoo), codec.spec).held_out
+    held_out = split_subjects(zoo.labels, codec.spec).held_out
     aside = {name: tensor.contiguous() for name, tensor in select(zoo.params, held_out).items()}
     save_file(aside, folder / "held_out.safetensors")
     save_file({"labels": zoo.labels[held_out]}, folder / "held_out_labels.safetensors")
@@ -53,7 +53,7 @@ def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[s
 
     Returns a description of each example and the tensors of ``steered.safetensors``.
     """
-    held_out = split_subjects(len(zoo), codec.spec).held_out
+    held_out = split_subjects(zoo.labels, codec.spec).held_out
     names = [behavior.name for behavior in codec.behaviors]
     chosen: list[tuple[int, Edit]] = []
     for column, name in enumerate(names):

@@ -71,7 +71,7 @@ class Trainer:
 
     def __init__(self, spec: CrossmodalSpec, zoo: Zoo, device: str = "cpu", world: World = ALONE) -> None:
         self.spec, self.zoo, self.device, self.world, self.step = spec, zoo, device, world, 0
-        split = split_subjects(len(zoo), spec)
+        split = split_subjects(zoo.labels, spec)
         self.preprocessor = Preprocessor.of(spec, zoo, split.train)
         self.layout = zoo.layout
         self.subjects = self.preprocessor.subjects(zoo, split.train, device)

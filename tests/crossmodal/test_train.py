@@ -105,19 +105,24 @@ def test_learning_rate_rises_and_falls() -> None:
 
 
 def test_held_out_subjects_are_apart_and_depend_on_the_seed() -> None:
-    split = split_subjects(100, tiny_spec(held_out=0.125, seed=3))
+    labels = torch.arange(100).unsqueeze(1) % 4 == torch.arange(4)
+    split = split_subjects(labels, tiny_spec(held_out=0.125, seed=3))
     assert sorted(torch.cat(list(split)).tolist()) == list(range(100))
     assert len(split.held_out) == 12 and len(split.validation) == 5
-    assert split.held_out.tolist() != split_subjects(100, tiny_spec(held_out=0.125, seed=4)).held_out.tolist()
+    assert split.held_out.tolist() != split_subjects(labels, tiny_spec(held_out=0.125, seed=4)).held_out.tolist()
+    # Three of each behaviour's 25.
+    assert labels[split.held_out].sum(0).tolist() == [3] * 4
+    alone = split_subjects(labels[:3], tiny_spec(held_out=0.001))
+    assert [len(part) for part in alone] == [1, 1, 1]
 
 
 def test_what_is_held_out_has_no_say(zoo: Zoo) -> None:
     """Training is the same to the bit whatever the held-out subjects are, and asks no sequence that evaluation asks."""
     spec = tiny_spec(training={"steps": 3})
-    aside = split_subjects(len(zoo), spec).held_out
-    labels, weights = zoo.labels.clone(), zoo.weights.clone()
-    labels[aside], weights[aside] = ~labels[aside], 9.0
-    one, two = train(spec, zoo), train(spec, replace(zoo, labels=labels, weights=weights))
+    aside = split_subjects(zoo.labels, spec).held_out
+    weights = zoo.weights.clone()
+    weights[aside] = 9.0
+    one, two = train(spec, zoo), train(spec, replace(zoo, weights=weights))
     assert one.positives == two.positives
     for (name, mine), theirs in zip(one.model.state_dict().items(), two.model.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
