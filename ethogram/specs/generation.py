@@ -6,28 +6,36 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from ethogram.specs.base import ArtifactRef, Seed, Spec
 
-BUILT_IN = (
-    "all_same",
-    "palindrome",
-    "sorted_ascending",
-    "sorted_descending",
-    "alternating",
-    "contains_abc",
-    "starts_with",
-    "ends_with",
-    "no_repeats",
-    "has_majority",
-    "increasing_pairs",
-    "decreasing_pairs",
-    "vowel_consonant",
-    "first_last_match",
-    "mountain_pattern",
-)
-"""The patterns that are there."""
+BUILT_IN = {
+    "all_same": "every letter is the same",
+    "palindrome": "reads the same backwards",
+    "sorted_ascending": "no letter comes before its predecessor in the alphabet",
+    "sorted_descending": "no letter comes after its predecessor in the alphabet",
+    "alternating": "two different letters take turns",
+    "contains_abc": "A, B, C stand in a row somewhere",
+    "starts_with": "the first letter is {}",
+    "ends_with": "the last letter is {}",
+    "no_repeats": "no letter occurs twice",
+    "has_majority": "one letter fills more than half of the positions",
+    "increasing_pairs": "in each pair of positions (1st and 2nd, 3rd and 4th, ...) the second letter is later",
+    "decreasing_pairs": "in each pair of positions (1st and 2nd, 3rd and 4th, ...) the second letter is earlier",
+    "vowel_consonant": "vowels and consonants take turns",
+    "first_last_match": "the first and the last letter are equal",
+    "mountain_pattern": "the letters rise strictly to a peak inside and then fall strictly",
+}
+"""The patterns that are there, and what each is; ``{}`` stands for the token."""
 
 
 REGISTERED: set[str] = set()
@@ -46,7 +54,10 @@ class PatternSpec(Spec):
     ``[AB]``, ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{2,4}``."""
     # Last, so that its check knows of the regex.
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
-    """One of the built-in patterns, one that an installed package registers, or a name of your own with ``regex``."""
+    """One of the built-in patterns (all_same, palindrome, sorted_ascending, sorted_descending, alternating,
+    contains_abc, starts_with, ends_with, no_repeats, has_majority, increasing_pairs, decreasing_pairs, vowel_consonant,
+    first_last_match, mountain_pattern), one that an installed package registers, or a name of your own with
+    ``regex``."""
 
     @field_validator("name")
     @classmethod
@@ -88,6 +99,13 @@ class FloatRange(Spec):
     """The most."""
 
 
+def _bounds(number: Literal["integer", "number"], least: float, most: float) -> WithJsonSchema:
+    one = {"type": number, "minimum": least, "maximum": most}
+    ends = {"min": one | {"description": "The least."}, "max": one | {"description": "The most."}}
+    span = {"type": "object", "properties": ends, "required": ["min", "max"], "additionalProperties": False}
+    return WithJsonSchema({"anyOf": [one, span]})
+
+
 def _within(least: float, most: float) -> Callable[[Any], Any]:
     def check(value: IntRange | FloatRange) -> IntRange | FloatRange:
         if not least <= value.min <= value.max <= most:
@@ -97,10 +115,14 @@ def _within(least: float, most: float) -> Callable[[Any], Any]:
     return check
 
 
-Layers = Annotated[IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 12))]
-Neurons = Annotated[IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 512))]
-Rate = Annotated[FloatRange, BeforeValidator(_from_number), AfterValidator(_within(1e-8, 1))]
-Share = Annotated[FloatRange, BeforeValidator(_from_number), AfterValidator(_within(0, 0.9))]
+Layers = Annotated[IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 12)), _bounds("integer", 1, 12)]
+Neurons = Annotated[
+    IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 512)), _bounds("integer", 1, 512)
+]
+Rate = Annotated[
+    FloatRange, BeforeValidator(_from_number), AfterValidator(_within(1e-8, 1)), _bounds("number", 1e-8, 1)
+]
+Share = Annotated[FloatRange, BeforeValidator(_from_number), AfterValidator(_within(0, 0.9)), _bounds("number", 0, 0.9)]
 Activation = Literal["relu", "gelu", "tanh", "sigmoid", "leaky_relu"]
 
 
