@@ -67,13 +67,20 @@ class PatternSpec(Spec):
             raise ValueError(f"{name} is a pattern already; give yours another name")
         known = own or name in BUILT_IN or name in REGISTERED or entry_points(group=ENTRY_POINTS, name=name)
         if not known:
-            raise ValueError(f"there is no such pattern; there are: {', '.join(BUILT_IN)}; or give it a regex")
+            own = f"register it, as an entry point of the group {ENTRY_POINTS} in an installed package"
+            raise ValueError(
+                f"there is no pattern {name}; take one that `ethogram kinds generation` names, give yours a regex, or "
+                f"{own}, or in this process with services.zoo.patterns.register"
+            )
         return name
 
 
 def _from_number(value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return {"min": value, "max": value} if number else value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"min": value, "max": value}
+    if not isinstance(value, dict | IntRange | FloatRange):
+        raise ValueError("must be a number or a range, e.g. 8 or {min: 3, max: 8}")
+    return value
 
 
 class IntRange(Spec):
@@ -290,8 +297,9 @@ class GenerationSpec(Spec):
     """The behaviours to draw from; empty: the default suite of ten."""
     min_patterns_per_batch: int = Field(1, ge=1, le=32)
     """Fewest patterns of one subject."""
-    max_patterns_per_batch: int = Field(4, ge=1, le=32)
-    """Most patterns of one subject."""
+    max_patterns_per_batch: int | None = Field(None, ge=1, le=32)
+    """Most patterns of one subject. None: 4, or as many as there are if these are fewer; one less than there are where
+    ``counterfactual`` needs one to learn."""
     subject: SubjectSpec = SubjectSpec()
     """Architecture."""
     training: SubjectTrainingSpec = SubjectTrainingSpec()
@@ -314,10 +322,15 @@ class GenerationSpec(Spec):
     """Quality gate: a subject that is less accurate on held-out sequences of any enabled pattern, or on those that
     match none, is rejected and counted. None: 0.9; in two stages 0, since the checks decide."""
 
+    @field_validator("max_patterns_per_batch")
+    @classmethod
+    def _most(cls, most: int | None, info: ValidationInfo) -> int | None:
+        if most is not None and most < (fewest := info.data.get("min_patterns_per_batch", 1)):
+            raise ValueError(f"must be at least min_patterns_per_batch, which is {fewest}")
+        return most
+
     @model_validator(mode="after")
-    def _ranges(self) -> GenerationSpec:
-        if self.min_patterns_per_batch > self.max_patterns_per_batch:
-            raise ValueError("min_patterns_per_batch must not exceed max_patterns_per_batch")
+    def _together(self) -> GenerationSpec:
         if self.staged is not None and self.training != SubjectTrainingSpec():
             raise ValueError("training is for one stage and staged for two; leave one of them out")
         if self.counterfactual is not None and self.staged is not None:
@@ -340,6 +353,13 @@ class GenerationSpec(Spec):
         if self.staged is not None and (wanted is None or wanted):
             tasks.append("modification")
         return [*tasks, "classification"] if self.format.include_classification else tasks
+
+    def most_patterns(self, enabled: int) -> int:
+        """``max_patterns_per_batch``, or its default with so many patterns enabled."""
+        if self.max_patterns_per_batch is not None:
+            return self.max_patterns_per_batch
+        spare = 0 if self.counterfactual is None else 1
+        return max(self.min_patterns_per_batch, min(4, enabled - spare))
 
     @property
     def gate(self) -> float:

@@ -130,7 +130,7 @@ class DatasetGenerationPipeline:
         # With the number of probes that the baseline has.
         self.spec = spec = self.sampler.spec
         self.patterns = self.sampler.patterns
-        if spec.counterfactual is not None and spec.max_patterns_per_batch == len(self.patterns):
+        if spec.counterfactual is not None and spec.most_patterns(len(self.patterns)) == len(self.patterns):
             few = f"must leave one of the {len(self.patterns)} patterns for the counterfactual branch to learn"
             raise InvalidInput.field("spec.max_patterns_per_batch", few)
         self.trainer = SubjectModelTrainer(spec, self.sampler.train, self.sampler.validation, device)

@@ -130,8 +130,7 @@ def registered(name: str) -> Registered:
             predicate = entry.load()
             _REGISTERED[name] = Registered(name, predicate, " ".join((predicate.__doc__ or name).split()))
     if name not in _REGISTERED:
-        known = ", ".join([*BUILT_IN, *_REGISTERED])
-        raise InvalidInput.field("name", f"there is no pattern {name!r}; there are: {known}; or give it a regex")
+        raise InvalidInput.field("name", f"there is no pattern {name}; give it a regex, or register it")
     return _REGISTERED[name]
 
 
