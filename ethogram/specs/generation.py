@@ -67,10 +67,10 @@ class PatternSpec(Spec):
             raise ValueError(f"{name} is a pattern already; give yours another name")
         known = own or name in BUILT_IN or name in REGISTERED or entry_points(group=ENTRY_POINTS, name=name)
         if not known:
-            own = f"register it, as an entry point of the group {ENTRY_POINTS} in an installed package"
+            how = f"register it, as an entry point of the group {ENTRY_POINTS} in an installed package"
             raise ValueError(
                 f"there is no pattern {name}; take one that `ethogram kinds generation` names, give yours a regex, or "
-                f"{own}, or in this process with services.zoo.patterns.register"
+                f"{how}, or in this process with services.zoo.patterns.register"
             )
         return name
 
