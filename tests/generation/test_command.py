@@ -55,6 +55,22 @@ def test_make_leaves_a_zoo_a_card_a_report_and_metrics(zoo: Path) -> None:
     assert "metrics.jsonl" in names and any(name.startswith("events.out.tfevents") for name in names)
 
 
+def test_the_report_says_what_its_numbers_are(zoo: Path) -> None:
+    page = (zoo / "report" / "zoo.html").read_text()
+    about = json.loads((zoo / "zoo.json").read_text())
+    passed = about["candidates"] - sum(about["rejected"].values())
+    kept = "all of these" if passed == 8 else "the first 8 of these"
+    origin = f"{about['candidates']} candidates were trained, {passed} passed the checks, and {kept} are kept."
+    assert origin in page and origin in (zoo / "README.md").read_text()
+    for cause, count in about["rejected"].items():
+        assert f"<tr><td>{cause}</td><td>{count}</td></tr>" in page
+    rows = records(zoo)
+    for i, name in enumerate(about["strata"]):
+        before, after = (sum(row[of][i] for row in rows) / 8 for of in ("degraded_accuracy", "accuracy"))
+        cells = next(line for line in page.split("<tr>") if line.startswith(f"<td>{name}</td><td>"))
+        assert f"<td>{before:.3f}</td><td>{after:.3f}</td>" in cells
+
+
 def test_what_is_there_is_not_overwritten(zoo: Path, spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("make", "-f", spec, "-o", zoo) == 2
     assert "is there already" in capsys.readouterr().err
