@@ -250,9 +250,8 @@ def _lines(file: Path) -> list[Any]:
 def _repo(field: str, name: str, *, public: bool) -> HubSpec:
     try:
         return HubSpec(repo=name, private=not public)
-    except ValidationError as error:
-        (violation, *_) = InvalidInput.from_pydantic(error).violations
-        raise InvalidInput.field(field, f"{name}: {violation.description}") from None
+    except ValidationError:
+        raise InvalidInput.field(field, f"{name} is no name that the Hub allows, e.g. me/my-zoo") from None
 
 
 def _try(device: str) -> None:
