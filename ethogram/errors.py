@@ -58,7 +58,9 @@ class InvalidInput(EthogramError):
         for detail in details:
             assert isinstance(detail, dict)
             path = ".".join(str(part) for part in (*filter(None, [prefix]), *detail["loc"]))
-            text = "there is no such field" if detail["type"] == "extra_forbidden" else printable(str(detail["msg"]))
+            text = printable(str(detail["msg"])).removeprefix("Value error, ")
+            if detail["type"] == "extra_forbidden":
+                text = "there is no such field"
             violations.append(Violation(path or "(root)", text[:MAX_DESCRIPTION]))
         first = violations[0]
         rest = len(violations) - 1 + more

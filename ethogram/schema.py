@@ -27,25 +27,27 @@ class Field(NamedTuple):
 
 
 def fields(schema: dict[str, Any]) -> list[Field]:
-    """Every field of ``schema``, nested ones by their dotted path."""
-    return list(_fields(schema, schema.get("$defs", {}), ""))
+    """Every field of ``schema`` at any depth, nested ones by their dotted path; N is a place in a list."""
+    return list(_fields(schema, schema.get("$defs", {}), "", {}))
 
 
-def _fields(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[Field]:
+def _fields(
+    schema: dict[str, Any], definitions: dict[str, Any], prefix: str, defaults: dict[str, Any]
+) -> Iterator[Field]:
+    """``defaults``: what is there when all of ``schema`` is left out."""
     required = set(schema.get("required", ()))
     for name, field in schema.get("properties", {}).items():
         path = f"{prefix}{name}"
+        value = defaults.get(name, field.get("default"))
         # A $ref's own description belongs to the field, the target's to its type.
-        target = _resolve(field, definitions)
-        if "properties" in target:
-            yield Field(path, "", "(required)" if name in required else "", field.get("description", ""))
-            yield from _fields(target, definitions, f"{path}.")
-            continue
-        default = "(required)" if name in required else json.dumps(field.get("default"))
-        yield Field(path, _type(field, definitions), default, field.get("description", ""))
-        items = _resolve(field.get("items", {}), definitions)
-        if "properties" in items:
-            yield from _fields(items, definitions, f"{path}.N.")
+        meaning = " ".join(field.get("description", "").replace("``", "").split())
+        missing = name in required and name not in defaults
+        default = "(required)" if missing else "" if isinstance(value, dict) else json.dumps(value)
+        yield Field(path, _type(field, definitions), default, meaning)
+        for inner, end in ((field, ""), *((one, "") for one in field.get("anyOf", ())), (field.get("items", {}), ".N")):
+            target = _resolve(inner, definitions)
+            if "properties" in target:
+                yield from _fields(target, definitions, f"{path}{end}.", value if isinstance(value, dict) else {})
 
 
 def _resolve(field: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +68,6 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}), definitions)}"
     if "properties" in field:
-        return str(field.get("title", "mapping"))
+        return "mapping"
     bounds = [f"{sign} {field[key]}" for key, sign in _BOUNDS.items() if key in field]
     return ", ".join([str(field.get("type", "any")), *bounds])

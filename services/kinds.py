@@ -9,30 +9,21 @@ from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
+from ethogram.specs import kinds
 from ethogram.specs.base import ArtifactRef, Spec
-from ethogram.specs.crossmodal import CrossmodalSpec
-from ethogram.specs.generation import GenerationSpec
 from ethogram.v1 import crossmodal_pb2, generation_pb2
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of job."""
+@dataclass(frozen=True, kw_only=True)
+class Kind(kinds.Kind):
+    """One kind of job, and who runs it."""
 
-    name: str
-    """As in ``POST /v1/jobs``."""
-    summary: str
-    """One line for people."""
-    spec: type[Spec]
-    """Its pydantic spec."""
     request: type[Message]
     """Its request message, with fields ``context`` and ``spec``."""
     rpc: str
     """Full name of its server-streaming RPC."""
     servicer: str
     """``module:function`` that adds its servicer to a gRPC server, given ``(server)``."""
-    queue: str = "cpu"
-    """Machine class that runs it unless the submission says otherwise."""
 
     @property
     def spec_message(self) -> type[Message]:
@@ -45,17 +36,13 @@ KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind(
-            name="generation",
-            summary="make a zoo of small classifiers with known behaviours",
-            spec=GenerationSpec,
+            **vars(kinds.GENERATION),
             request=generation_pb2.RunGenerationRequest,
             rpc="/ethogram.v1.GenerationService/Run",
             servicer="services.generation.service:add_to_server",
         ),
         Kind(
-            name="crossmodal",
-            summary="train and evaluate an encoder-decoder of networks and its steering directions on a zoo",
-            spec=CrossmodalSpec,
+            **vars(kinds.CROSSMODAL),
             request=crossmodal_pb2.RunCrossmodalRequest,
             rpc="/ethogram.v1.CrossmodalTrainingService/Run",
             servicer="services.crossmodal.service:add_to_server",

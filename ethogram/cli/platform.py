@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ethogram.cli.options import Json, State, Url, connect, examples
+from ethogram.cli.options import Json, State, connect, examples
 from ethogram.platform import defaults
 
 
@@ -118,16 +118,28 @@ doctor_examples = examples("ethogram doctor", "ethogram doctor --json")
 
 def kinds(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="Show the fields of this one's spec.")] = None,
-    url: Url = None,
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="URL", help="Ask this platform, which may be of another version.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the kinds of jobs, or the fields of one kind's spec with their bounds, defaults and meaning."""
+    """List the kinds of jobs, or the fields of one kind's spec with their bounds, defaults and meaning. No platform is
+    needed."""
     from ethogram.cli.output import result, table
     from ethogram.errors import NotFound
+    from ethogram.resources import Kind
     from ethogram.schema import fields
 
-    with connect(url) as client:
-        found = client.kinds()
+    if url is None:
+        from ethogram.specs.kinds import KINDS
+
+        found = [
+            Kind(name=one.name, summary=one.summary, queue=one.queue, schema=one.spec.model_json_schema())
+            for one in KINDS.values()
+        ]
+    else:
+        with connect(url) as client:
+            found = client.kinds()
     if kind is None:
         rows = [(item.name, item.queue, item.summary) for item in found]
         result(found, as_json, lambda: table(["Kind", "Queue", "Summary"], rows))

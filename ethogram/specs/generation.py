@@ -6,28 +6,36 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from ethogram.specs.base import ArtifactRef, Seed, Spec
 
-BUILT_IN = (
-    "all_same",
-    "palindrome",
-    "sorted_ascending",
-    "sorted_descending",
-    "alternating",
-    "contains_abc",
-    "starts_with",
-    "ends_with",
-    "no_repeats",
-    "has_majority",
-    "increasing_pairs",
-    "decreasing_pairs",
-    "vowel_consonant",
-    "first_last_match",
-    "mountain_pattern",
-)
-"""The patterns that are there."""
+BUILT_IN = {
+    "all_same": "every letter is the same",
+    "palindrome": "reads the same backwards",
+    "sorted_ascending": "no letter comes before its predecessor in the alphabet",
+    "sorted_descending": "no letter comes after its predecessor in the alphabet",
+    "alternating": "two different letters take turns",
+    "contains_abc": "A, B, C stand in a row somewhere",
+    "starts_with": "the first letter is {}",
+    "ends_with": "the last letter is {}",
+    "no_repeats": "no letter occurs twice",
+    "has_majority": "one letter fills more than half of the positions",
+    "increasing_pairs": "in each pair of positions (1st and 2nd, 3rd and 4th, ...) the second letter is later",
+    "decreasing_pairs": "in each pair of positions (1st and 2nd, 3rd and 4th, ...) the second letter is earlier",
+    "vowel_consonant": "vowels and consonants take turns",
+    "first_last_match": "the first and the last letter are equal",
+    "mountain_pattern": "the letters rise strictly to a peak inside and then fall strictly",
+}
+"""The patterns that are there, and what each is; ``{}`` stands for the token."""
 
 
 REGISTERED: set[str] = set()
@@ -46,7 +54,10 @@ class PatternSpec(Spec):
     ``[AB]``, ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{2,4}``."""
     # Last, so that its check knows of the regex.
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
-    """One of the built-in patterns, one that an installed package registers, or a name of your own with ``regex``."""
+    """One of the built-in patterns (all_same, palindrome, sorted_ascending, sorted_descending, alternating,
+    contains_abc, starts_with, ends_with, no_repeats, has_majority, increasing_pairs, decreasing_pairs, vowel_consonant,
+    first_last_match, mountain_pattern), one that an installed package registers, or a name of your own with
+    ``regex``."""
 
     @field_validator("name")
     @classmethod
@@ -56,13 +67,20 @@ class PatternSpec(Spec):
             raise ValueError(f"{name} is a pattern already; give yours another name")
         known = own or name in BUILT_IN or name in REGISTERED or entry_points(group=ENTRY_POINTS, name=name)
         if not known:
-            raise ValueError(f"there is no such pattern; there are: {', '.join(BUILT_IN)}; or give it a regex")
+            how = f"register it, as an entry point of the group {ENTRY_POINTS} in an installed package"
+            raise ValueError(
+                f"there is no pattern {name}; take one that `ethogram kinds generation` names, give yours a regex, or "
+                f"{how}, or in this process with services.zoo.patterns.register"
+            )
         return name
 
 
 def _from_number(value: Any) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return {"min": value, "max": value} if number else value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"min": value, "max": value}
+    if not isinstance(value, dict | IntRange | FloatRange):
+        raise ValueError("must be a number or a range, e.g. 8 or {min: 3, max: 8}")
+    return value
 
 
 class IntRange(Spec):
@@ -88,6 +106,13 @@ class FloatRange(Spec):
     """The most."""
 
 
+def _bounds(number: Literal["integer", "number"], least: float, most: float) -> WithJsonSchema:
+    one = {"type": number, "minimum": least, "maximum": most}
+    ends = {"min": one | {"description": "The least."}, "max": one | {"description": "The most."}}
+    span = {"type": "object", "properties": ends, "required": ["min", "max"], "additionalProperties": False}
+    return WithJsonSchema({"anyOf": [one, span]})
+
+
 def _within(least: float, most: float) -> Callable[[Any], Any]:
     def check(value: IntRange | FloatRange) -> IntRange | FloatRange:
         if not least <= value.min <= value.max <= most:
@@ -97,10 +122,14 @@ def _within(least: float, most: float) -> Callable[[Any], Any]:
     return check
 
 
-Layers = Annotated[IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 12))]
-Neurons = Annotated[IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 512))]
-Rate = Annotated[FloatRange, BeforeValidator(_from_number), AfterValidator(_within(1e-8, 1))]
-Share = Annotated[FloatRange, BeforeValidator(_from_number), AfterValidator(_within(0, 0.9))]
+Layers = Annotated[IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 12)), _bounds("integer", 1, 12)]
+Neurons = Annotated[
+    IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 512)), _bounds("integer", 1, 512)
+]
+Rate = Annotated[
+    FloatRange, BeforeValidator(_from_number), AfterValidator(_within(1e-8, 1)), _bounds("number", 1e-8, 1)
+]
+Share = Annotated[FloatRange, BeforeValidator(_from_number), AfterValidator(_within(0, 0.9)), _bounds("number", 0, 0.9)]
 Activation = Literal["relu", "gelu", "tanh", "sigmoid", "leaky_relu"]
 
 
@@ -268,8 +297,9 @@ class GenerationSpec(Spec):
     """The behaviours to draw from; empty: the default suite of ten."""
     min_patterns_per_batch: int = Field(1, ge=1, le=32)
     """Fewest patterns of one subject."""
-    max_patterns_per_batch: int = Field(4, ge=1, le=32)
-    """Most patterns of one subject."""
+    max_patterns_per_batch: int | None = Field(None, ge=1, le=32)
+    """Most patterns of one subject. None: 4, or as many as there are if these are fewer; one less than there are where
+    ``counterfactual`` needs one to learn."""
     subject: SubjectSpec = SubjectSpec()
     """Architecture."""
     training: SubjectTrainingSpec = SubjectTrainingSpec()
@@ -292,10 +322,15 @@ class GenerationSpec(Spec):
     """Quality gate: a subject that is less accurate on held-out sequences of any enabled pattern, or on those that
     match none, is rejected and counted. None: 0.9; in two stages 0, since the checks decide."""
 
+    @field_validator("max_patterns_per_batch")
+    @classmethod
+    def _most(cls, most: int | None, info: ValidationInfo) -> int | None:
+        if most is not None and most < (fewest := info.data.get("min_patterns_per_batch", 1)):
+            raise ValueError(f"must be at least min_patterns_per_batch, which is {fewest}")
+        return most
+
     @model_validator(mode="after")
-    def _ranges(self) -> GenerationSpec:
-        if self.min_patterns_per_batch > self.max_patterns_per_batch:
-            raise ValueError("min_patterns_per_batch must not exceed max_patterns_per_batch")
+    def _together(self) -> GenerationSpec:
         if self.staged is not None and self.training != SubjectTrainingSpec():
             raise ValueError("training is for one stage and staged for two; leave one of them out")
         if self.counterfactual is not None and self.staged is not None:
@@ -318,6 +353,13 @@ class GenerationSpec(Spec):
         if self.staged is not None and (wanted is None or wanted):
             tasks.append("modification")
         return [*tasks, "classification"] if self.format.include_classification else tasks
+
+    def most_patterns(self, enabled: int) -> int:
+        """``max_patterns_per_batch``, or its default with so many patterns enabled."""
+        if self.max_patterns_per_batch is not None:
+            return self.max_patterns_per_batch
+        spare = 0 if self.counterfactual is None else 1
+        return max(self.min_patterns_per_batch, min(4, enabled - spare))
 
     @property
     def gate(self) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, HubSpec
 from services.generation.card import CARD
 from services.runtime.console import CHECKPOINT
+from services.zoo.dataset import BASELINE
 
 app = typer.Typer(
     name="generation",
@@ -34,7 +37,10 @@ ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.
 Out = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not be there yet.")]
 SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
 Baseline = Annotated[
-    Path | None, typer.Option(metavar="ZOO", help="Folder whose baseline_dataset.json has the probes to take.")
+    Path | None,
+    typer.Option(
+        metavar="ZOO", help="Folder whose baseline_dataset.json has the probes to take.", exists=True, file_okay=False
+    ),
 ]
 _MODULE = "python -m services.generation"
 _CHECKPOINT_SECONDS = 30.0
@@ -47,7 +53,12 @@ _CHECKPOINT_SECONDS = 30.0
     )
 )
 def make(
-    out: Out,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder to write: a new one, or what the same command began."
+        ),
+    ],
     file: SpecFile = None,
     values: Set = None,
     *,
@@ -55,23 +66,28 @@ def make(
     baseline: Baseline = None,
     as_json: Json = False,
 ) -> None:
-    """Make a zoo: records, dataset card and report; beside it a folder with metrics, and with a checkpoint from which
-    the same command goes on when it was interrupted."""
+    """Make a zoo in the folder --output: records, dataset card, and a report in its folder report. Beside it, in a
+    folder of the same name with -run at its end, are the metrics, the spec, and while it is made a checkpoint, taken
+    every half minute. A zoo that was interrupted is there in part: the same command goes on with it from the last
+    checkpoint, and the zoo is the same. A zoo that is finished, or was begun with another spec, is never overwritten.
+    What fails before the first checkpoint leaves neither folder."""
+    spec = _spec(file, values)
+    _beside(spec, baseline)
+    output.say("preparing: loading what trains, and drawing sequences of each pattern")
     from services.generation.pipeline import DatasetGenerationPipeline
-    from services.generation.report import write_report
+    from services.generation.report import PAGE, write_report
     from services.runtime.console import ConsoleRun
 
-    if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:
-        raise InvalidInput.field("--device", f"{device} is none of cpu, cuda, cuda:0, ..., mps")
-    spec = _spec(file, values)
+    _try(device)
     pipeline = DatasetGenerationPipeline(spec, device, baseline)
     aside = out.with_name(f"{out.name}-run")
     _begin(out, aside, spec)
-    with ConsoleRun(aside, device, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
+    with _begun(out, aside), ConsoleRun(aside, device, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
         figures = pipeline.run(out, run)
         write_report(out, out / "report")
         figures |= pipeline.publish(out)
     output.result(figures, as_json, lambda: _show(figures))
+    output.say(f"the zoo is in {out}, its report is {out / 'report' / PAGE}, its metrics are in {aside}")
 
 
 @app.command(epilog=examples(f"{_MODULE} report my-zoo -o my-zoo-report"))
@@ -79,8 +95,8 @@ def report(zoo: ZooFolder, out: Out) -> None:
     """Draw a zoo: one picture, and a page with the numbers."""
     from services.generation.report import write_report
 
-    _fresh(out)
-    write_report(zoo, out)
+    with _new(out):
+        write_report(zoo, out)
 
 
 @app.command(epilog=examples(f"{_MODULE} export my-zoo -o my-zoo-json"))
@@ -89,8 +105,7 @@ def export(zoo: ZooFolder, out: Out) -> None:
     from services.generation.json_form import export_json
     from services.runtime.console import ConsoleRun
 
-    _fresh(out)
-    with ConsoleRun() as run:
+    with _new(out), ConsoleRun() as run:
         export_json(zoo, out, run)
 
 
@@ -113,7 +128,7 @@ def import_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a dataset with JSON text in its columns as a zoo."""
+    """Read a dataset with JSON text in its columns as a zoo. docs/generation.md says what is kept and what is not."""
     from services.generation.hub import download
     from services.generation.json_form import import_json, patterns_in
     from services.runtime.console import ConsoleRun
@@ -126,11 +141,10 @@ def import_(
         if not equals:
             raise InvalidInput(f"--rename {pair}: write THEIRS=OURS")
         names[theirs] = ours
-    _fresh(out)
     folder = Path(source)
-    if not folder.exists() and source.count("/") == 1 and folder.suffix not in (".parquet", ".jsonl"):
-        folder = download(_repo(source, public=False).repo)
-    with ConsoleRun() as run:
+    with _new(out), ConsoleRun() as run:
+        if not folder.exists() and source.count("/") == 1 and folder.suffix not in (".parquet", ".jsonl"):
+            folder = download(_repo("SOURCE", source, public=False).repo)
         figures = import_json(folder, out, patterns=patterns, rename=names, run=run)
     output.result(figures, as_json, lambda: _show(figures))
 
@@ -144,7 +158,8 @@ def upload(
     """Upload a zoo to the Hugging Face Hub; what is there already is not sent again."""
     from services.generation.hub import HubUpload
 
-    HubUpload(_repo(repo, public=public), lambda text, _: typer.echo(text, err=True)).whole(zoo)
+    field = "OWNER/NAME"
+    HubUpload(_repo(field, repo, public=public), lambda text, _: output.say(text), field).whole(zoo)
 
 
 @app.command(
@@ -155,7 +170,9 @@ def upload(
 )
 def dataset(
     which: Annotated[Literal["baseline", "benchmark", "training"], typer.Argument(help="Which sequences.")],
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A .json or .parquet file.")],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="A .json or .parquet file; it must not be there yet.")
+    ],
     file: SpecFile = None,
     values: Set = None,
     *,
@@ -167,7 +184,10 @@ def dataset(
     trained on."""
     from services.generation.sampler import PatternDatasetSampler
 
-    sampler = PatternDatasetSampler(_spec(file, values), baseline)
+    _fresh(out)
+    spec = _spec(file, values)
+    _beside(spec, baseline)
+    sampler = PatternDatasetSampler(spec, baseline)
     if which == "training":
         sampler.save_training(index, out)
     else:
@@ -178,26 +198,84 @@ def dataset(
 def score(
     zoo: ZooFolder,
     answers: Annotated[
-        Path, typer.Argument(metavar="ANSWERS", help='Lines of {"index": ..., "task": ..., "completion": ...}.')
+        Path,
+        typer.Argument(
+            metavar="ANSWERS",
+            help='Lines of {"index": ..., "task": ..., "completion": ...}.',
+            exists=True,
+            dir_okay=False,
+        ),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the figures of each answer too, as JSON lines."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge an interpreter's answers: parse each completion, run the networks that it writes."""
-    from services.generation.score import score_answers
+    """Judge an interpreter's answers: parse each completion, run the networks that it writes. The figures are means
+    over the answers of a task. Of modification: parsed, the share of answers that are a network of the right shape;
+    gain, by how much the network that the answer writes is more accurate on held-out sequences of the target pattern
+    than the degraded one; others, its mean change on all other kinds of sequences; reference_gain, the gain of the
+    record's own improved network. An answer that cannot be parsed counts as one that changes nothing, with 0 for gain
+    and others. Of classification: precision, the share of the named patterns that are the network's; recall, the share
+    of the network's patterns that are named; exact, the share of answers that name just these. An answer that names no
+    pattern counts 0 in all three."""
+    from services.generation.score import means, score_answers
 
-    try:
-        rows = [json.loads(line) for line in answers.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InvalidInput.field(answers.name, f"cannot be read as lines of JSON: {error}") from None
-    figures = score_answers(zoo, rows)
+    if out is not None:
+        _fresh(out)
+    rows = score_answers(zoo, _lines(answers))
+    if out is not None:
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = means(rows)
     output.result(figures, as_json, lambda: _show(figures))
 
 
-def _repo(name: str, *, public: bool) -> HubSpec:
+def _lines(file: Path) -> list[Any]:
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise InvalidInput.field(str(file), "cannot be read as text") from None
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise InvalidInput.field(f"answers.{number}", f"is no JSON: {line[:60]}") from None
+    if not rows:
+        raise InvalidInput.field(str(file), "holds no answers")
+    return rows
+
+
+def _repo(field: str, name: str, *, public: bool) -> HubSpec:
     try:
         return HubSpec(repo=name, private=not public)
-    except ValidationError as error:
-        raise InvalidInput.from_pydantic(error) from None
+    except ValidationError:
+        raise InvalidInput.field(field, f"{name} is no name that the Hub allows, e.g. me/my-zoo") from None
+
+
+def _try(device: str) -> None:
+    import torch
+
+    if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:
+        raise InvalidInput.field("--device", f"{device} is none of cpu, cuda, cuda:0, ..., mps")
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise InvalidInput.field("--device", f"{device} cannot be used on this machine ({why})") from None
+
+
+def _beside(spec: GenerationSpec, baseline: Path | None) -> None:
+    """Whether spec and --baseline go together."""
+    named = spec.signature.baseline is not None
+    if named and baseline is not None:
+        raise InvalidInput.field("--baseline", "the spec names spec.signature.baseline too; leave one of them out")
+    if named:
+        text = "is an artifact of the platform; leave it out here, and give a folder with --baseline"
+        raise InvalidInput.field("spec.signature.baseline", text)
+    if baseline is not None and not (baseline / BASELINE).is_file():
+        raise InvalidInput.field("--baseline", f"{baseline} has no {BASELINE}")
 
 
 def _spec(file: Path | None, values: list[str] | None) -> GenerationSpec:
@@ -212,8 +290,11 @@ def _begin(out: Path, aside: Path, spec: GenerationSpec) -> None:
     about, text = aside / "spec.json", spec.model_dump_json(indent=2)
     if (out / CARD).exists() or (out.exists() and not about.exists()):
         _fresh(out)
+    if aside.exists() and not about.exists():
+        raise InvalidInput.field("--output", f"{aside}, where the metrics go, is there already; name another folder")
     if out.exists() and about.read_text() != text:
-        raise InvalidInput.field("--output", f"{out} was begun with another spec; name another folder, or delete it")
+        what = f"{out} was begun with another spec; name another folder, or delete {out} and {aside}"
+        raise InvalidInput.field("--output", what)
     if not out.exists():
         shutil.rmtree(aside / CHECKPOINT, ignore_errors=True)
     shutil.rmtree(out, ignore_errors=True)
@@ -221,9 +302,38 @@ def _begin(out: Path, aside: Path, spec: GenerationSpec) -> None:
     about.write_text(text)
 
 
-def _fresh(folder: Path) -> None:
-    if folder.exists():
-        raise InvalidInput.field("--output", f"{folder} is there already; name another folder")
+@contextmanager
+def _begun(out: Path, aside: Path) -> Iterator[None]:
+    """A zoo that is not finished inside is left if it is worth going on with, and is gone otherwise."""
+    try:
+        yield
+    except BaseException:
+        if (out / CARD).exists():
+            output.say(f"the zoo in {out} is whole; `report` and `upload` do the rest")
+        elif (aside / CHECKPOINT).exists():
+            again = "type the command again to go on from the last checkpoint"
+            output.say(f"{out} is there in part: {again}, or delete {out} and {aside}")
+        else:
+            for folder in (out, aside):
+                shutil.rmtree(folder, ignore_errors=True)
+            output.say("it ended before the first checkpoint, so nothing is kept")
+        raise
+
+
+@contextmanager
+def _new(folder: Path) -> Iterator[None]:
+    """What is written inside is gone again if it fails."""
+    _fresh(folder)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _fresh(path: Path) -> None:
+    if path.exists():
+        raise InvalidInput.field("--output", f"{path} is there already; name another one")
 
 
 def _show(figures: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ CARD = "README.md"
 
 def card(folder: Path, found: Statistics) -> str:
     """Markdown on the zoo in ``folder``."""
-    about, spec, patterns = read_about(folder)
+    _, spec, patterns = read_about(folder)
     figures = found.figures()
     degraded = figures.get("degraded_accuracy_by_pattern")
     head = ["pattern", "what it is", "networks", "accuracy", *(["degraded"] if degraded else [])]
@@ -30,9 +30,6 @@ def card(folder: Path, found: Statistics) -> str:
         f"\nTokens of a {task} record: {mean:,.0f} on average, {most:,} at most.\n"
         for task, (mean, most) in found.tokens.items()
     )
-    made = f"{figures['candidates']:,} candidates were trained."
-    if "imported" in about:
-        made = f"They come from another dataset ({about['imported']}); signatures and accuracies were taken anew."
     gain = f"; the target pattern gained {found.improvement:.3f}" if found.improvement is not None else ""
     return f"""---
 configs:
@@ -51,7 +48,7 @@ tags:
 # Zoo of {found.subjects:,} small networks with known behaviours
 
 Each record is a network that answers yes to the letter sequences of its own patterns, and no to all others
-({spec.vocab_size} letters, {spec.sequence_length} to a sequence). {made}
+({spec.vocab_size} letters, {spec.sequence_length} to a sequence). {found.origin}
 Mean held-out accuracy: {figures["accuracy"]:.3f}{gain}.
 
 ## Patterns

@@ -55,7 +55,8 @@ class Candidates:
     def draw(cls, spec: GenerationSpec, indices: Tensor, patterns: int) -> Candidates:
         """Those at ``indices`` ``[n]``."""
         subject, seed = spec.subject, spec.seed
-        selected = select_patterns(seed, indices, patterns, spec.min_patterns_per_batch, spec.max_patterns_per_batch)
+        fewest, most = spec.min_patterns_per_batch, spec.most_patterns(patterns)
+        selected = select_patterns(seed, indices, patterns, fewest, most)
         order = mix(keys(seed, "target", indices).unsqueeze(1) + torch.arange(patterns))
         rate = spec.staged.learning_rate if spec.staged else FloatRange(min=1.0, max=1.0)
         return cls(

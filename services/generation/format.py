@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,11 +85,12 @@ class TrainingDataFormatter:
         return "\n".join(lines) + "\n"
 
     def _network(self, record: Mapping[str, Any], weights: str, signature: str) -> str:
-        spec = self._spec
+        spec, depth = self._spec, record["layers"]
+        layers = f"{depth} hidden layer{'' if depth == 1 else 's'} of {record['neurons']} neurons"
         about = (
             f"## Network\nA classifier of sequences of {spec.sequence_length} letters out of {spec.vocab_size}: "
-            f"{record['layers']} hidden layers of {record['neurons']} neurons, {record['activation']}; inputs: "
-            f"{spec.subject.input_encoding}; one output, positive for yes.\n\n"
+            f"{layers}, {record['activation']}; inputs: {spec.subject.input_encoding}; "
+            "one output, positive for yes.\n\n"
         )
         described = self._signatures(record, signature)
         if self._form.style == "separate":
@@ -137,11 +139,24 @@ def _form(digits: int, count: int) -> str:
 
 def _tokenizer(name: str) -> Callable[[str], int]:
     """A way to count the tokens of a text."""
-    # It takes seconds to import.
+    # They take seconds to import.
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
     from transformers import AutoTokenizer
 
+    here = Path(name).is_dir()
+    if not here:
+        try:
+            # Asked first, since the download tries each file several times where there is no network.
+            HfApi().model_info(name, timeout=10)
+        except HfHubHTTPError:
+            # The Hub answers, so the download fails at once too, and says more.
+            pass
+        except Exception:
+            # Perhaps it was downloaded before.
+            here = True
     try:
-        found = AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(name, local_files_only=here)
     except Exception as error:  # It raises whatever its parts do.
         text = str(error).strip().split("\n")[0] or type(error).__name__
         raise InvalidInput.field("spec.format.tokenizer", f"cannot load {name}: {text}") from None

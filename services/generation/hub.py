@@ -25,15 +25,15 @@ class HubUpload:
     A file that is there already is not sent again, so an upload that was cut off goes on where it was.
     """
 
-    def __init__(self, spec: HubSpec, log: Callable[[str, str], None]) -> None:
-        """``log(message, level)``: for people."""
+    def __init__(self, spec: HubSpec, log: Callable[[str, str], None], field: str = "spec.hub.repo") -> None:
+        """``log(message, level)``: for people. ``field``: where the repository was named, for error messages."""
         # It takes a while to import.
         from huggingface_hub import HfApi
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         # The run has its own.
         disable_progress_bars()
-        self._spec, self._log, self._api = spec, log, HfApi()
+        self._spec, self._log, self._api, self._field = spec, log, HfApi(), field
         self._waiting: dict[str, Path] = {}
         self.sent = 0
         """Data files that are there."""
@@ -45,12 +45,12 @@ class HubUpload:
         :class:`Unavailable` without a Hub.
         """
         repo = self._spec.repo
-        with _told(repo):
+        with _told(repo, self._field):
             self._api.create_repo(repo, repo_type="dataset", private=self._spec.private, exist_ok=True)
             if self._api.file_exists(repo, ABOUT, repo_type="dataset"):
                 there = Path(self._api.hf_hub_download(repo, ABOUT, repo_type="dataset")).read_text()
                 if _spec_in(there) != _same(spec.model_dump(mode="json")):
-                    raise InvalidInput.field("spec.hub.repo", f"{repo} holds a zoo of another spec; name another one")
+                    raise InvalidInput.field(self._field, f"{repo} holds a zoo of another spec; name another one")
             self._send({name: folder / name for name in (ABOUT, BASELINE)}, "Begin a zoo")
 
     def whole(self, folder: Path) -> None:
@@ -74,7 +74,7 @@ class HubUpload:
         for pause in (*PAUSES, None):
             try:
                 self._flush()
-                with _told(self._spec.repo):
+                with _told(self._spec.repo, self._field):
                     rest = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
                     self._send(rest, "Finish the zoo")
                 return
@@ -85,7 +85,7 @@ class HubUpload:
 
     def _flush(self) -> None:
         for name, file in list(self._waiting.items()):
-            with _told(self._spec.repo):
+            with _told(self._spec.repo, self._field):
                 self._send({name: file}, f"Add {name.removeprefix(f'{DATA}/')}")
             del self._waiting[name]
             self.sent += 1
@@ -101,7 +101,7 @@ def download(repo: str) -> Path:
     """The files of the dataset ``repo`` that can hold records, in a folder of the Hub's cache."""
     from huggingface_hub import HfApi, snapshot_download
 
-    with _told(repo, "read"):
+    with _told(repo, "SOURCE", "read"):
         # Asked first, since the download tells little of what went wrong.
         HfApi().repo_info(repo, repo_type="dataset")
         wanted = ["*.parquet", "*.jsonl", BASELINE]
@@ -121,33 +121,33 @@ def _same(spec: object) -> object:
 
 
 @contextmanager
-def _told(repo: str, what: str = "write to") -> Iterator[None]:
-    """The Hub's errors as the platform's."""
+def _told(repo: str, field: str, what: str = "write to") -> Iterator[None]:
+    """The Hub's errors as the platform's, of the field that named ``repo``."""
     import httpx2  # What the client speaks HTTP with.
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     try:
         yield
     except LocalTokenNotFoundError:
-        raise _refused(repo, what, "no token") from None
+        raise _refused(repo, field, what, "no token") from None
     except HfHubHTTPError as error:
         code = error.response.status_code
         if code in (401, 403, 404):
-            raise _refused(repo, what, f"HTTP {code}") from None
+            raise _refused(repo, field, what, f"HTTP {code}") from None
         if code < 500 and code != 429:
             said = error.server_message or f"HTTP {code}"
-            raise InvalidInput.field("spec.hub.repo", f"the Hub refuses {repo}: {said}") from None
-        raise _absent(f"HTTP {code}") from None
+            raise InvalidInput.field(field, f"the Hub refuses {repo}: {said}") from None
+        raise _absent(field, f"HTTP {code}") from None
     # The client tells of large files that did not arrive by RuntimeError and ValueError.
     except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _absent(str(error) or type(error).__name__) from None
+        raise _absent(field, str(error) or type(error).__name__) from None
 
 
-def _refused(repo: str, what: str, why: str) -> InvalidInput:
+def _refused(repo: str, field: str, what: str, why: str) -> InvalidInput:
     text = f"no permission to {what} {repo} ({why}); set HF_TOKEN to a token that may, where this runs"
-    return InvalidInput.field("spec.hub.repo", text)
+    return InvalidInput.field(field, text)
 
 
-def _absent(why: str) -> Unavailable:
+def _absent(field: str, why: str) -> Unavailable:
     text = f"the Hugging Face Hub cannot be reached ({why})"
-    return Unavailable(f"spec.hub: {text}", [Violation("spec.hub", text)])
+    return Unavailable(f"{field}: {text}", [Violation(field, text)])

@@ -130,7 +130,7 @@ class DatasetGenerationPipeline:
         # With the number of probes that the baseline has.
         self.spec = spec = self.sampler.spec
         self.patterns = self.sampler.patterns
-        if spec.counterfactual is not None and spec.max_patterns_per_batch == len(self.patterns):
+        if spec.counterfactual is not None and spec.most_patterns(len(self.patterns)) == len(self.patterns):
             few = f"must leave one of the {len(self.patterns)} patterns for the counterfactual branch to learn"
             raise InvalidInput.field("spec.max_patterns_per_batch", few)
         self.trainer = SubjectModelTrainer(spec, self.sampler.train, self.sampler.validation, device)
@@ -172,8 +172,9 @@ class DatasetGenerationPipeline:
         if progress is None:
             progress = self._made(folder, run)
         causes = ", ".join(f"{count} {cause}" for cause, count in progress.rejected.most_common()) or "none"
-        run.log(f"{progress.accepted} of {progress.candidates} candidates accepted; rejected: {causes}")
         wanted = self.spec.subjects if self.spec.part is None else progress.accepted
+        kept = f", the first {wanted} of them kept" if progress.accepted > wanted else ""
+        run.log(f"{progress.accepted} of {progress.candidates} candidates accepted{kept}; rejected: {causes}")
         rejected = dict(progress.rejected.most_common())
         facts: dict[str, Any] = {"subjects": wanted, "candidates": progress.candidates, "rejected": rejected}
         if self.spec.part is not None:
@@ -456,6 +457,7 @@ class DatasetGenerationPipeline:
             shutil.copyfile(file, folder / name)
             self._upload(folder, name)
         progress = Progress(**state | {"rejected": Counter(state["rejected"])})
+        run.log(f"goes on from a checkpoint: {progress.accepted} of {progress.candidates} candidates accepted so far")
         return progress, parquet.read_table(run.resume / "shard.parquet")
 
     def _enough(self, progress: Progress) -> bool:

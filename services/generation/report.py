@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -34,8 +35,7 @@ def write_report(zoo: Path, folder: Path) -> None:
 
 def _figure(found: Statistics, zoo: Path) -> Figure:
     figure = Figure(figsize=(13.5, 10), layout="constrained")
-    share = 1 - sum(found.rejected.values()) / max(found.candidates, 1)
-    figure.suptitle(f"{found.subjects:,} networks, {share:.0%} of the candidates", fontsize=12, fontweight="bold")
+    figure.suptitle(f"Zoo of {found.subjects:,} networks: {found.origin}", fontsize=12)
     (accuracy, rejected), (together, signature) = figure.subplots(2, 2)
     _accuracy(accuracy, found)
     _rejected(rejected, found)
@@ -102,14 +102,23 @@ def _signature(axes: Axes, zoo: Path) -> None:
 
 def _page(found: Statistics, zoo: Path, picture: bytes) -> str:
     _, spec, patterns = read_about(zoo)
-    figures = found.figures()
-    cells = "".join(
-        f"<tr><td>{html.escape(pattern.name)}</td><td>{html.escape(pattern.description)}</td>"
-        f"<td>{figures['subjects_by_pattern'][pattern.name]:,}</td>"
-        f"<td>{figures['accuracy_by_pattern'][pattern.name]:.3f}</td></tr>"
-        for pattern in patterns
-    )
-    shapes = "".join(f"<tr><td>{html.escape(name)}</td><td>{n:,}</td></tr>" for name, n in found.shapes.items())
+    degraded = found.degraded_accuracy
+    meanings = [*(pattern.description for pattern in patterns), "sequences that match no pattern"]
+    networks = [*np.diag(found.together).tolist(), ""]
+    rows = [
+        [name, meaning, count, *([] if degraded is None else [f"{degraded[i]:.3f}"]), f"{found.accuracy[i]:.3f}"]
+        for i, (name, meaning, count) in enumerate(zip(found.strata, meanings, networks, strict=True))
+    ]
+    names = found.strata[:-1]
+    stages = ["accuracy"] if degraded is None else ["accuracy, degraded", "accuracy, improved"]
+    accuracies = _table(["pattern", "what it is", "networks that have it", *stages], rows)
+    rejected = _table(["cause", "candidates"], found.figures()["rejected"].items())
+    pairs = ([name, *row] for name, row in zip(names, found.together.tolist(), strict=True))
+    gain = ""
+    if found.improvement is not None:
+        gain = f""" <b>Improvement</b> is by how much a network is more accurate on its target pattern, the one whose
+labels were flipped in the first stage, after the second stage than after the first: {found.improvement:.3f} on
+average."""
     image = base64.b64encode(picture).decode()
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Zoo of {found.subjects:,} networks</title>
@@ -117,10 +126,25 @@ def _page(found: Statistics, zoo: Path, picture: bytes) -> str:
 img{{max-width:100%}}table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.25rem .8rem;text-align:left;
 border-bottom:1px solid {FAINT}}}pre{{background:#f6f7f9;padding:1rem;overflow:auto}}</style>
 <h1>Zoo of {found.subjects:,} networks</h1>
-<p>{figures["candidates"]:,} candidates were trained; mean held-out accuracy {figures["accuracy"]:.3f}.</p>
+<p>{html.escape(found.origin)} Mean held-out accuracy: {found.accuracy.mean():.3f}.</p>
 <img alt="Accuracy by pattern, rejections by cause, co-occurrence of patterns, one signature"
 src="data:image/png;base64,{image}">
-<h2>Patterns</h2><table><tr><th>pattern</th><th>what it is</th><th>networks</th><th>accuracy</th></tr>{cells}</table>
-<h2>Shapes</h2><table><tr><th>hidden layers x activation</th><th>networks</th></tr>{shapes}</table>
+<h2>Patterns</h2><p><b>Accuracy</b> is the share of right answers on held-out sequences that match the pattern, over all
+networks: yes is right where a sequence matches one of the network's own patterns, no everywhere else. The last row,
+<b>none</b>, is for sequences that match no pattern.{gain}</p>{accuracies}
+<h2>Rejected candidates</h2><p><b>misses</b> and <b>false alarms on</b>: less accurate than min_accuracy on that
+pattern, which is the candidate's own or is not; <b>others</b> are sequences that match no pattern. <b>magnitude</b>,
+<b>specificity</b>, <b>stability</b>: the checks of training in two stages. <b>too little degraded</b>: too good after
+the first stage to gain enough. <b>diverged</b>: weights that are no numbers.</p>{rejected}
+<h2>Networks that have both patterns</h2>{_table(["", *names], pairs)}
+<h2>Shapes</h2>{_table(["hidden layers x activation", "networks"], found.shapes.items())}
 <h2>Spec</h2><pre>{html.escape(spec.model_dump_json(indent=2))}</pre></html>
 """
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [f"<tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr>"]
+    for row in rows:
+        cells = (f"{cell:,}" if isinstance(cell, int) else html.escape(str(cell)) for cell in row)
+        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>"

@@ -51,9 +51,10 @@ class PatternDatasetSampler:
             spec = spec.model_copy(update={"signature": signature})
         self.spec = spec
         self.patterns = from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
+        there = len(self.patterns)
         for name in ("min_patterns_per_batch", "max_patterns_per_batch"):
-            if getattr(spec, name) > len(self.patterns):
-                raise InvalidInput.field(f"spec.{name}", f"only {len(self.patterns)} patterns are enabled")
+            if (getattr(spec, name) or 1) > there:
+                raise InvalidInput.field(f"spec.{name}", f"must be at most {there}, the number of patterns")
         self.universe = Universe(spec.vocab_size, spec.sequence_length, self.patterns)
         self.universe.check()
         self.train = Pools.build(self.universe, TRAIN, seed=spec.seed, rarest_first=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,13 +15,13 @@ from services.zoo.pools import Evaluation
 from services.zoo.universe import Universe
 
 
-def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the answers, by task. Each answer has ``index`` (of the record), ``task`` and ``completion``.
+def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of each answer, with its ``index`` (of the record) and ``task``; an answer has also a ``completion``.
 
-    ``modification``: ``parsed`` (share of answers that are a network of the right shape; others count as no change),
-    ``gain`` on the target pattern beside the record's own ``reference_gain``, and ``others``, the mean change
-    elsewhere. ``classification``: ``precision``, ``recall`` and ``exact``. Raises :class:`InvalidInput` naming the
-    answer that is no answer.
+    ``modification``: ``parsed`` (1 for a network of the right shape; anything else counts as no change), ``gain`` on
+    the target pattern beside the record's own ``reference_gain``, and ``others``, the mean change elsewhere.
+    ``classification``: ``precision``, ``recall`` and ``exact``. Raises :class:`InvalidInput` naming the answer that is
+    no answer.
     """
     _, spec, patterns = read_about(zoo)
     asked: dict[int, dict[str, Any]] = {}
@@ -45,7 +45,7 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> dict[str, 
     benchmark = Evaluation.build(
         Universe(spec.vocab_size, spec.sequence_length, patterns), JUDGED, JUDGED_NONE, seed=spec.seed
     )
-    found: dict[str, list[dict[str, float]]] = {}
+    found = []
     for i, answer in enumerate(answers):
         record, text = asked[answer["index"]], answer["completion"]
         if not record:
@@ -60,8 +60,17 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> dict[str, 
             except InvalidInput:
                 row = {"parsed": 0.0, "gain": 0.0, "others": 0.0}
             row["reference_gain"] = record["improvement"]
-        found.setdefault(answer["task"], []).append(row)
+        found.append({"index": answer["index"], "task": answer["task"]} | row)
+    return found
+
+
+def means(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of what :func:`score_answers` finds, by task."""
+    by_task: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
     return {
-        task: {"answers": len(rows)} | {name: fmean(row[name] for row in rows) for name in rows[0]}
-        for task, rows in found.items()
+        task: {"answers": len(own)}
+        | {name: fmean(row[name] for row in own) for name in own[0] if name not in ("index", "task")}
+        for task, own in by_task.items()
     }

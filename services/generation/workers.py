@@ -102,9 +102,13 @@ def main() -> None:
         with pyarrow.ipc.new_stream(sink, block.table.schema) as stream:
             stream.write_table(block.table)
         data: Any = sink.getvalue()
-        answers.write(json.dumps({"causes": block.causes, "bytes": data.size}).encode() + b"\n")
-        answers.write(data)
-        answers.flush()
+        try:
+            answers.write(json.dumps({"causes": block.causes, "bytes": data.size}).encode() + b"\n")
+            answers.write(data)
+            answers.flush()
+        except BrokenPipeError:
+            # The parent has died; at exit, Python would try to flush once more.
+            os._exit(1)
 
 
 def _leave_with(parent: int) -> None:

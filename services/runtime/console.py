@@ -42,13 +42,15 @@ class ConsoleRun(Run):
             self._begin(output)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}"),
-            console=console or Console(stderr=True),
+            console=(console := console or Console(stderr=True)),
         )
+        # As many as fit beside the bar.
+        self._shown = max(1, (console.width - 60) // 20)
         self._task: TaskID | None = None
 
     def __enter__(self) -> ConsoleRun:
@@ -105,9 +107,8 @@ class ConsoleRun(Run):
     def metric(self, step: int, **values: float) -> None:
         numbers = {name: float(value) for name, value in values.items()}
         if self._task is not None:
-            self._progress.update(
-                self._task, metrics=" ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            )
+            shown = list(numbers.items())[: self._shown]
+            self._progress.update(self._task, metrics=" ".join(f"{name} {value:.3g}" for name, value in shown))
         if self._output is not None:
             line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in numbers.items()}}
             with (self._output / METRICS).open("a") as file:

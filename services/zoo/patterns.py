@@ -83,24 +83,6 @@ _PREDICATES: dict[str, Callable[[Tensor], Tensor]] = {
     "mountain_pattern": _mountain,
 }
 
-_DESCRIPTIONS = {
-    "all_same": "every letter is the same",
-    "palindrome": "reads the same backwards",
-    "sorted_ascending": "no letter comes before its predecessor in the alphabet",
-    "sorted_descending": "no letter comes after its predecessor in the alphabet",
-    "alternating": "two different letters take turns",
-    "contains_abc": "A, B, C stand in a row somewhere",
-    "starts_with": "the first letter is {}",
-    "ends_with": "the last letter is {}",
-    "no_repeats": "no letter occurs twice",
-    "has_majority": "one letter fills more than half of the positions",
-    "increasing_pairs": "in each pair of positions (1st and 2nd, 3rd and 4th, ...) the second letter is later",
-    "decreasing_pairs": "in each pair of positions (1st and 2nd, 3rd and 4th, ...) the second letter is earlier",
-    "vowel_consonant": "vowels and consonants take turns",
-    "first_last_match": "the first and the last letter are equal",
-    "mountain_pattern": "the letters rise strictly to a peak inside and then fall strictly",
-}
-
 
 class Registered(NamedTuple):
     """A predicate of the user's own."""
@@ -148,8 +130,7 @@ def registered(name: str) -> Registered:
             predicate = entry.load()
             _REGISTERED[name] = Registered(name, predicate, " ".join((predicate.__doc__ or name).split()))
     if name not in _REGISTERED:
-        known = ", ".join([*BUILT_IN, *_REGISTERED])
-        raise InvalidInput.field("name", f"there is no pattern {name!r}; there are: {known}; or give it a regex")
+        raise InvalidInput.field("name", f"there is no pattern {name}; give it a regex, or register it")
     return _REGISTERED[name]
 
 
@@ -179,9 +160,9 @@ class Pattern:
         """One clause for people."""
         if self.regex is not None:
             return f"the whole sequence matches the regular expression {self.regex}"
-        if self.kind not in _DESCRIPTIONS:
+        if self.kind not in BUILT_IN:
             return registered(self.kind).description
-        return _DESCRIPTIONS[self.kind].format("" if self.token is None else LETTERS[self.token])
+        return BUILT_IN[self.kind].format("" if self.token is None else LETTERS[self.token])
 
     def matches(self, sequences: Tensor) -> Tensor:
         """Whether each row of ``sequences`` has it: ``[n, length]`` letter indices (length >= 3) to bool ``[n]``."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from ethogram.errors import InvalidInput
@@ -24,7 +25,10 @@ def reading(folder: Path, name: str, what: str) -> Iterator[Path]:
         yield folder / name
     except KeyError as error:
         raise InvalidInput.field(name, f"has no {error.args[0]}") from None
-    # Torch tells of shapes that do not fit by RuntimeError; those of Arrow and pydantic are ValueErrors.
+    # A spec names what is wrong, a pattern that is not registered here say.
+    except ValidationError as error:
+        raise InvalidInput.from_pydantic(error, name) from None
+    # Torch tells of shapes that do not fit by RuntimeError; those of Arrow are ValueErrors.
     except (ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise InvalidInput.field(
             name, f"cannot be read, or does not fit the other files ({type(error).__name__}); make the {what} again"

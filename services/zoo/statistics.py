@@ -25,6 +25,8 @@ class Statistics:
     """That were trained; more than the accepted and the rejected where the last of them were not needed."""
     rejected: dict[str, int]
     """Candidates that were not accepted, by cause."""
+    origin: str
+    """Where the subjects come from, as a sentence."""
     accuracy: Numbers
     """Mean held-out accuracy by stratum ``[patterns + 1]``."""
     degraded_accuracy: Numbers | None
@@ -73,6 +75,7 @@ class Statistics:
             subjects,
             about.get("candidates", subjects),
             dict(about.get("rejected", {})),
+            _origin(about, subjects),
             sums["accuracy"] / subjects,
             sums["degraded_accuracy"] / subjects if staged else None,
             together,
@@ -101,6 +104,15 @@ class Statistics:
                 task: {"mean": round(mean, 1), "max": most} for task, (mean, most) in self.tokens.items()
             }
         return found
+
+
+def _origin(about: dict[str, Any], subjects: int) -> str:
+    if "imported" in about:
+        return f"They come from another dataset ({about['imported']}); signatures and accuracies were taken anew."
+    candidates = about.get("candidates", subjects)
+    accepted = candidates - sum(about.get("rejected", {}).values())
+    kept = "all of these" if accepted == subjects else f"the first {subjects:,} of these"
+    return f"{candidates:,} candidates were trained, {accepted:,} passed the checks, and {kept} are kept."
 
 
 def _rounded(names: list[str], values: Numbers) -> dict[str, float]:

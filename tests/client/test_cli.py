@@ -192,8 +192,9 @@ def test_networks_without_a_model_are_refused(cli: Cli, tmp_path: Path) -> None:
     assert cli("decode", "none", str(file)).code == 2
 
 
-def test_the_kinds_and_their_fields(cli: Cli) -> None:
+def test_the_kinds_and_their_fields(cli: Cli, platform: Platform) -> None:
     assert "crossmodal" in cli("kinds").out
+    assert cli("kinds", "--url", platform.url, "--json").json == cli("kinds", "--json").json
     shown = cli("kinds", "generation").out
     assert "training.learning_rate" in shown
     assert "patterns.N.name" in shown

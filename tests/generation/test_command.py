@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from services.generation.__main__ import app
 from services.generation.json_form import export_json
 from services.runtime.console import ConsoleRun
 from tests.generation.hub_server import serve
+from tests.generation.test_hub import reach
 from tests.generation.test_staged import records, staged_spec
 
 TASKS = ("modification", "classification")
@@ -52,12 +55,30 @@ def test_make_leaves_a_zoo_a_card_a_report_and_metrics(zoo: Path) -> None:
     assert "metrics.jsonl" in names and any(name.startswith("events.out.tfevents") for name in names)
 
 
+def test_the_report_says_what_its_numbers_are(zoo: Path) -> None:
+    page = (zoo / "report" / "zoo.html").read_text()
+    about = json.loads((zoo / "zoo.json").read_text())
+    passed = about["candidates"] - sum(about["rejected"].values())
+    kept = "all of these" if passed == 8 else "the first 8 of these"
+    origin = f"{about['candidates']} candidates were trained, {passed} passed the checks, and {kept} are kept."
+    assert origin in page and origin in (zoo / "README.md").read_text()
+    for cause, count in about["rejected"].items():
+        assert f"<tr><td>{cause}</td><td>{count}</td></tr>" in page
+    rows = records(zoo)
+    for i, name in enumerate(about["strata"]):
+        before, after = (sum(row[of][i] for row in rows) / 8 for of in ("degraded_accuracy", "accuracy"))
+        cells = next(line for line in page.split("<tr>") if line.startswith(f"<td>{name}</td><td>"))
+        assert f"<td>{before:.3f}</td><td>{after:.3f}</td>" in cells
+
+
 def test_what_is_there_is_not_overwritten(zoo: Path, spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("make", "-f", spec, "-o", zoo) == 2
     assert "is there already" in capsys.readouterr().err
 
 
-def test_what_was_interrupted_goes_on(spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_interrupted_goes_on(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("services.generation.__main__._CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(pipeline, "_CACHED", 1)
     monkeypatch.setattr(pipeline, "_MOST_SHAPES", 1)
@@ -72,6 +93,7 @@ def test_what_was_interrupted_goes_on(spec: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(ConsoleRun, "advance", stop_in_the_middle)
     assert call(*asked, tmp_path / "zoo") == 130
+    assert "type the command again" in capsys.readouterr().err
     begun: list[int] = []
 
     def note(self: ConsoleRun, done: int) -> None:
@@ -80,7 +102,10 @@ def test_what_was_interrupted_goes_on(spec: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(ConsoleRun, "advance", note)
     assert call("make", "-f", spec, "--set", "subjects=41", "-o", tmp_path / "zoo") == 2
+    assert f"or delete {tmp_path / 'zoo'} and {tmp_path / 'zoo-run'}" in capsys.readouterr().err
     assert call(*asked, tmp_path / "zoo") == 0
+    shown = "".join(capsys.readouterr().err.split("\n"))
+    assert "goes on from a checkpoint" in shown and str(tmp_path / "zoo" / "report" / "zoo.html") in shown
     assert begun[0] > 0
     assert records(tmp_path / "zoo") == records(tmp_path / "whole")
     lines = [(tmp_path / f"{name}-run" / "metrics.jsonl").read_text() for name in ("whole", "zoo")]
@@ -94,6 +119,12 @@ def test_bad_specs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "spec.signature.baseline" in capsys.readouterr().err
     assert call("make", "--device", "gpu", "-o", tmp_path / "zoo") == 2
     assert "--device" in capsys.readouterr().err
+    assert call("make", "--device", "cuda:99", "-o", tmp_path / "zoo") == 2
+    assert "--device: cuda:99 cannot be used on this machine" in capsys.readouterr().err
+    assert call("make", "--baseline", tmp_path / "nowhere", "-o", tmp_path / "zoo") == 2
+    assert "--baseline" in (told := capsys.readouterr().err) and "nowhere" in told
+    assert call("make", "--baseline", tmp_path, "-o", tmp_path / "zoo") == 2
+    assert f"--baseline: {tmp_path} has no baseline_dataset.json" in capsys.readouterr().err
     assert call("dataset", "baseline", "-o", tmp_path / "probes.csv") == 2
     assert "must end in .json or .parquet" in capsys.readouterr().err
     assert call("import", tmp_path / "missing.parquet", "-o", tmp_path / "zoo") == 2
@@ -101,11 +132,39 @@ def test_bad_specs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not (tmp_path / "zoo").exists()
 
 
+def test_what_fails_leaves_nothing_behind(
+    zoo: Path, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reach("http://127.0.0.1:9", monkeypatch)
+    assert call("make", "-f", spec, "--set", "hub.repo=me/zoo", "-o", tmp_path / "new") == 1
+    assert call("import", "them/set", "-o", tmp_path / "new") == 1
+    assert "SOURCE: the Hugging Face Hub cannot be reached" in capsys.readouterr().err
+    assert call("upload", zoo, "zoo") == 2
+    assert "OWNER/NAME: zoo is no name" in capsys.readouterr().err
+    shutil.copytree(zoo, tmp_path / "broken")
+    (tmp_path / "broken" / "data" / "train-000000.parquet").write_bytes(b"PAR1")
+    assert call("report", tmp_path / "broken", "-o", tmp_path / "new") == 2
+    assert call("export", tmp_path / "broken", "-o", tmp_path / "new") == 2
+    monkeypatch.setattr(ConsoleRun, "advance", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert call("make", "-f", spec, "-o", tmp_path / "new") == 130
+    assert "nothing is kept" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_folder_of_another_making_is_left_alone(spec: Path, tmp_path: Path) -> None:
+    (tmp_path / "zoo-run").mkdir()
+    assert call("make", "-f", spec, "-o", tmp_path / "zoo") == 2
+    assert (tmp_path / "zoo-run").exists()
+
+
 def test_the_probes_of_another_zoo(zoo: Path, spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changed = ["--set", "seed=9", "--set", "subjects=2", "--set", "signature.baseline.artifact=zoo"]
+    changed = ["--set", "seed=9", "--set", "subjects=2"]
     assert call("make", "-f", spec, *changed, "--baseline", zoo, "-o", tmp_path / "zoo") == 0
     one, other = (json.loads((folder / "baseline_dataset.json").read_text()) for folder in (zoo, tmp_path / "zoo"))
     assert one == other
+    twice = ["--set", "signature.baseline.artifact=zoo", "--baseline", str(zoo)]
+    assert call("make", "-f", spec, *changed, *twice, "-o", tmp_path / "other") == 2
+    assert "leave one of them out" in capsys.readouterr().err
     changed += ["--set", "vocab_size=6"]
     assert call("make", "-f", spec, *changed, "--baseline", zoo, "-o", tmp_path / "other") == 2
     assert "baseline_dataset.json.vocab_size: is 5, but the spec's is 6" in capsys.readouterr().err
@@ -153,6 +212,7 @@ def test_datasets(spec: Path, tmp_path: Path, form: str) -> None:
 
     for which in ("baseline", "benchmark", "training"):
         assert call("dataset", which, "-f", spec, "--index", "3", "-o", tmp_path / f"{which}.{form}") == 0
+    assert call("dataset", "baseline", "-f", spec, "-o", tmp_path / f"baseline.{form}") == 2
     assert len(rows(tmp_path / f"baseline.{form}")) == 12
     training = rows(tmp_path / f"training.{form}")
     assert len(training) == 96 and any(row["label"] != row["first_stage_label"] for row in training)
@@ -168,13 +228,21 @@ def test_answers_are_scored(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFix
     ]
     lines.append({"index": rows[0]["index"], "task": "modification", "completion": "no idea"})
     answers.write_text("\n".join(json.dumps(line) for line in lines))
-    assert call("score", zoo, answers, "--json") == 0
+    assert call("score", zoo, answers, "-o", tmp_path / "each.jsonl", "--json") == 0
     found = json.loads(capsys.readouterr().out)
+    each = [json.loads(line) for line in (tmp_path / "each.jsonl").read_text().splitlines()]
+    assert [(row["index"], row["task"]) for row in each] == [(line["index"], line["task"]) for line in lines]
+    assert (each[-1]["parsed"], each[-1]["gain"], each[0]["parsed"]) == (0.0, 0.0, 1.0)
     assert found["classification"] == {"answers": 8, "precision": 1.0, "recall": 1.0, "exact": 1.0}
     modified = found["modification"]
     assert modified["answers"] == 9 and modified["parsed"] == pytest.approx(8 / 9)
     total = sum(row["improvement"] for row in rows)
     assert modified["gain"] == pytest.approx(total / 9, abs=1e-4)
+    answers.write_text("\n")
+    assert call("score", zoo, answers) == 2
+    assert "holds no answers" in capsys.readouterr().err
+    assert call("score", zoo, tmp_path / "none") == 2
+    assert "rrno" not in (told := capsys.readouterr().err) and "none" in told
     answers.write_text(json.dumps({"index": 10**6, "task": "classification", "completion": ""}))
     assert call("score", zoo, answers) == 2
     assert "answers.0.index" in capsys.readouterr().err

@@ -77,6 +77,7 @@ def test_what_cannot_be_branched_is_told() -> None:
     full = paired_spec().model_dump() | {"max_patterns_per_batch": len(PATTERNS)}
     with pytest.raises(InvalidInput, match="must leave one of the 4 patterns"):
         generate(GenerationSpec.model_validate(full))
+    assert Candidates.draw(paired_spec(max_patterns_per_batch=None), torch.arange(99), 4).selected.sum(1).max() == 3
     with pytest.raises(ValueError, match="leave staged out"):
         GenerationSpec.model_validate({"counterfactual": {}, "staged": {}})
 

@@ -28,6 +28,7 @@ from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, flatten
 from services.zoo.universe import Universe
 from tests.generation.conftest import small_spec
+from tests.generation.test_hub import reach
 from tests.generation.test_staged import records, staged_spec
 
 SPEC = staged_spec()
@@ -62,7 +63,8 @@ def test_prompts_hold_what_the_task_needs_and_not_its_answer(rows: list[dict[str
     for row in rows[:5]:
         modification, classification = made.modification(row), made.classification(row)
         assert row["target_pattern"] in modification.prompt
-        assert f"{row['layers']} hidden layers of {row['neurons']} neurons, {row['activation']}" in modification.prompt
+        layers = "1 hidden layer" if row["layers"] == 1 else f"{row['layers']} hidden layers"
+        assert f"{layers} of {row['neurons']} neurons, {row['activation']}" in modification.prompt
         number = f"{row['degraded_weights'][0]:.4g}"
         assert number in modification.prompt
         assert f"mean {row['degraded_signature']['mean'][0]:.4g}" in modification.prompt
@@ -137,6 +139,15 @@ def test_records_hold_prompts_and_counts_of_tokens(tokenizer: Path, tmp_path: Pa
     assert "Tokens of a modification record" in (tmp_path / "zoo" / "README.md").read_text()
     table = load_dataset("parquet", data_dir=str(tmp_path / "zoo" / "data"), cache_dir=str(tmp_path / "cache"))["train"]
     assert table[0]["classification_prompt"] == rows[0]["classification_prompt"]
+
+
+def test_without_a_hub_a_tokenizer_is_not_asked_for_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reach("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(InvalidInput, match=r"spec\.format\.tokenizer: cannot load them/words"):
+        DatasetGenerationPipeline(staged_spec(format={"tokenizer": "them/words"}))
+    assert "Retry" not in capfd.readouterr().err
 
 
 def test_a_tokenizer_that_is_not_there_is_told(tmp_path: Path) -> None:

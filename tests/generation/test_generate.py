@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SubjectSpec, SubjectTrainingSpec
 from services.generation import checks, job, pipeline
+from services.generation.data import Candidates
 from services.generation.pipeline import DatasetGenerationPipeline, generate
 from services.runtime.run import Cancelled, Run, Stopped
 from services.zoo.dataset import Zoo
@@ -137,6 +139,30 @@ def test_divergence_is_a_cause() -> None:
     trained.params["layers.0.weight"][2, 0, 0] = float("nan")
     accuracy = making.accuracy(trained.params, trained.architecture, trained.candidates)
     assert [cause for cause in making._judged(trained, accuracy) if cause] == [checks.DIVERGED]
+
+
+def test_the_most_patterns_of_a_subject_are_as_many_as_there_are() -> None:
+    def most(enabled: int, **changes: object) -> int:
+        own = Candidates.draw(small_spec(max_patterns_per_batch=None, **changes), torch.arange(500), enabled)
+        return int(own.selected.sum(1).max())
+
+    assert [most(enabled) for enabled in (1, 2, 4, 9)] == [1, 2, 4, 4]
+    assert most(9, min_patterns_per_batch=6) == 6
+    DatasetGenerationPipeline(small_spec(patterns=PATTERNS[:2], max_patterns_per_batch=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"min_patterns_per_batch": 5, "max_patterns_per_batch": 2}, "spec.max_patterns_per_batch: must be at least"),
+        ({"subject": {"neurons": [3, 8]}}, "spec.subject.neurons: must be a number or a range, e.g. 8 or {min: 3"),
+        ({"patterns": [{"name": "two_cs"}]}, "spec.patterns.0.name: there is no pattern two_cs"),
+    ],
+)
+def test_what_is_wrong_is_said_of_its_field(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        GenerationSpec.model_validate(changes)
+    assert InvalidInput.from_pydantic(caught.value, "spec").message.startswith(says)
 
 
 @pytest.mark.parametrize(

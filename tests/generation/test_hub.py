@@ -102,7 +102,7 @@ def test_a_hub_that_stays_away_costs_no_record(hub: Hub, tmp_path: Path) -> None
     recorder = Keeper()
     with pytest.raises(Unavailable) as caught:
         job.run(spec(), recorder)
-    assert caught.value.violations[0].field == "spec.hub"
+    assert caught.value.violations[0].field == "spec.hub.repo"
     assert recorder.artifacts == [("zoo", "zoo"), ("report", "report")]
     # What the job kept can be sent later.
     hub.failing = 0
@@ -147,7 +147,7 @@ def test_without_a_network_nothing_is_trained(hub: Hub, tmp_path: Path, monkeypa
     monkeypatch.setattr(DatasetGenerationPipeline, "bucket", lambda *_: pytest.fail("trained"))
     with pytest.raises(Unavailable, match="cannot be reached") as caught:
         DatasetGenerationPipeline(spec()).run(tmp_path / "zoo")
-    assert caught.value.violations[0].field == "spec.hub"
+    assert caught.value.violations[0].field == "spec.hub.repo"
 
 
 def test_another_zoo_is_not_mixed_in(hub: Hub, tmp_path: Path) -> None:

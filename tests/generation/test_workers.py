@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -43,6 +44,20 @@ def test_a_process_that_dies_is_told_and_leaves_no_others() -> None:
         workers.submit(0, 0).result()
     workers.close()
     assert all(one.poll() is not None for one in workers._processes)
+
+
+def test_a_process_that_nobody_listens_to_ends_quietly() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "services.generation.workers"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    task = json.dumps([small_spec().model_dump(mode="json"), None])
+    assert process.communicate(f"{task}\n[0, 0]\n".encode())[1] == b""
 
 
 def test_processes_end_with_who_started_them() -> None:

@@ -49,6 +49,19 @@ def test_console_run_shows_bars_and_keeps_outputs(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.25}, {"step": 2, "loss": None}]
 
 
+def test_a_narrow_terminal_shows_fewer_metrics_in_one_line() -> None:
+    def lines(width: int) -> list[str]:
+        shown = io.StringIO()
+        with ConsoleRun(console=Console(file=shown, width=width)) as run:
+            run.stage("generate", 5000, "subjects")
+            run.metric(1, accepted_share=0.75, accuracy=0.9123456)
+            run.advance(2048)
+        return shown.getvalue().strip().splitlines()
+
+    assert len(lines(80)) == 1 and "accepted_share 0.75" in lines(80)[0]
+    assert "accuracy 0.912" in lines(120)[0]
+
+
 def test_logs_are_one_json_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:
     before = logging.getLogger().handlers[:], logging.getLogger().level
     try:

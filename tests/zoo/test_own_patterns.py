@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import REGISTERED, PatternSpec
+from ethogram.specs.generation import REGISTERED, GenerationSpec, PatternSpec
 from services.zoo import patterns
 from services.zoo.automata import LETTERS, Members, compiled
+from services.zoo.dataset import read_about
 from services.zoo.patterns import Pattern, from_specs, register
 from services.zoo.sampling import count, sample
 from services.zoo.universe import Universe
@@ -128,6 +130,13 @@ def test_a_predicate_in_python(two_bs: Pattern) -> None:
     assert two_bs.matches(sample(two_bs, 12, 12, 100, torch.Generator().manual_seed(0))).all()
     exact = 66 * 11**10
     assert abs(count(two_bs, 12, 12) / exact - 1) < 0.02
+
+
+def test_a_zoo_of_a_predicate_that_is_not_registered_says_which(tmp_path: Path) -> None:
+    spec = GenerationSpec().model_dump() | {"patterns": [{"name": "two_ds"}]}
+    (tmp_path / "zoo.json").write_text(json.dumps({"format": 2, "spec": spec}))
+    with pytest.raises(InvalidInput, match=r"no pattern two_ds.*entry point of the group ethogram\.patterns.*register"):
+        read_about(tmp_path)
 
 
 @pytest.mark.parametrize(
