@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
@@ -34,3 +34,19 @@ class ArtifactRef(Spec):
     """Id of the job that makes it; in a pipeline, the job's name there. The job that refers to it waits for it."""
     artifact: str = Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9_.-]+$")
     """The artifact's name within that job, e.g. ``zoo``; without ``job``, its id (64 hexadecimal digits)."""
+
+
+class HubSpec(Spec):
+    """Upload to the Hugging Face Hub. The worker's ``HF_TOKEN`` gives permission."""
+
+    repo: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")
+    """Repository, ``owner/name``; made if there is none."""
+    private: bool = True
+    """Whether a repository that is made is private."""
+
+    @field_validator("repo")
+    @classmethod
+    def _allowed(cls, repo: str) -> str:
+        if "--" in repo or ".." in repo or repo.endswith((".git", "-", ".")):
+            raise ValueError("the Hub allows neither -- nor .. in a name, nor -, . or .git at its end")
+        return repo

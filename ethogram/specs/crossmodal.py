@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ethogram.specs.base import ArtifactRef, Seed, Spec
+from ethogram.specs.base import ArtifactRef, HubSpec, Seed, Spec
 
 
 class CodecSpec(Spec):
@@ -148,3 +148,5 @@ class CrossmodalSpec(Spec):
     """Share of subjects kept for evaluation, never trained on."""
     validation: float = Field(0.05, gt=0, lt=1)
     """Share of subjects kept for the validation loss."""
+    hub: HubSpec | None = None
+    """Model repository to upload the codec to, its encoder and decoder as files of their own."""

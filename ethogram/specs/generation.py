@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from ethogram.specs.base import ArtifactRef, Seed, Spec
+from ethogram.specs.base import ArtifactRef, HubSpec, Seed, Spec
 
 BUILT_IN = {
     "all_same": "every letter is the same",
@@ -257,22 +257,6 @@ class FormatSpec(Spec):
     """Name on the Hugging Face Hub, or folder on the worker, of a tokenizer to count tokens with."""
 
 
-class HubSpec(Spec):
-    """Upload to the Hugging Face Hub, file by file as the zoo is made. The worker's ``HF_TOKEN`` gives permission."""
-
-    repo: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")
-    """Dataset repository, ``owner/name``; made if there is none."""
-    private: bool = True
-    """Whether a repository that is made is private."""
-
-    @field_validator("repo")
-    @classmethod
-    def _allowed(cls, repo: str) -> str:
-        if "--" in repo or ".." in repo or repo.endswith((".git", "-", ".")):
-            raise ValueError("the Hub allows neither -- nor .. in a name, nor -, . or .git at its end")
-        return repo
-
-
 class PartSpec(Spec):
     """A part of a zoo: all that is accepted of some of its candidates. What ``shards`` are made of."""
 
@@ -313,7 +297,7 @@ class GenerationSpec(Spec):
     format: FormatSpec | None = None
     """Records as text too."""
     hub: HubSpec | None = None
-    """Where to upload the zoo."""
+    """Dataset repository to upload the zoo to, file by file as it is made."""
     shards: int = Field(1, ge=1, le=1000)
     """Jobs that make the zoo side by side, on whatever workers are free. The zoo is the same."""
     part: PartSpec | None = None

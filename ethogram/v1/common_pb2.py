@@ -24,17 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65thogram/v1/common.proto\x12\x0b\x65thogram.v1\"K\n\x06Tensor\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.ethogram.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"K\n\x0b\x41rtifactRef\x12\x10\n\x03job\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x15\n\x08\x61rtifact\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\x06\n\x04_jobB\x0b\n\t_artifact*\xbd\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x06\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65thogram/v1/common.proto\x12\x0b\x65thogram.v1\"K\n\x06Tensor\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.ethogram.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"K\n\x0b\x41rtifactRef\x12\x10\n\x03job\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x15\n\x08\x61rtifact\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\x06\n\x04_jobB\x0b\n\t_artifact\"G\n\x07HubSpec\x12\x11\n\x04repo\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x07private\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05_repoB\n\n\x08_private*\xbd\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x06\x12\x12\n\x0e\x44\x41TA_TYPE_BOOL\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ethogram.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=196
-  _globals['_DATATYPE']._serialized_end=385
+  _globals['_DATATYPE']._serialized_start=269
+  _globals['_DATATYPE']._serialized_end=458
   _globals['_TENSOR']._serialized_start=41
   _globals['_TENSOR']._serialized_end=116
   _globals['_ARTIFACTREF']._serialized_start=118
   _globals['_ARTIFACTREF']._serialized_end=193
+  _globals['_HUBSPEC']._serialized_start=195
+  _globals['_HUBSPEC']._serialized_end=266
 # @@protoc_insertion_point(module_scope)

@@ -127,3 +127,36 @@ class ArtifactRef(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__job) -> _WhichOneofReturnType__job | None: ...
 
 Global___ArtifactRef: _TypeAlias = ArtifactRef  # noqa: Y015
+
+@_typing.final
+class HubSpec(_message.Message):
+    """Upload to the Hugging Face Hub."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPO_FIELD_NUMBER: _builtins.int
+    PRIVATE_FIELD_NUMBER: _builtins.int
+    repo: _builtins.str
+    """Dataset repository."""
+    private: _builtins.bool
+    """Whether a repository that is made is private."""
+    def __init__(
+        self,
+        *,
+        repo: _builtins.str | None = ...,
+        private: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_private", b"_private", "_repo", b"_repo", "private", b"private", "repo", b"repo"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_private", b"_private", "_repo", b"_repo", "private", b"private", "repo", b"repo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__private: _TypeAlias = _typing.Literal["private"]  # noqa: Y015
+    _WhichOneofArgType__private: _TypeAlias = _typing.Literal["_private", b"_private"]  # noqa: Y015
+    _WhichOneofReturnType__repo: _TypeAlias = _typing.Literal["repo"]  # noqa: Y015
+    _WhichOneofArgType__repo: _TypeAlias = _typing.Literal["_repo", b"_repo"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__private) -> _WhichOneofReturnType__private | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repo) -> _WhichOneofReturnType__repo | None: ...
+
+Global___HubSpec: _TypeAlias = HubSpec  # noqa: Y015

@@ -13,6 +13,7 @@ from ethogram.cli.execute import execute
 from ethogram.cli.files import read_mapping, set_values
 from ethogram.cli.options import Json, Set, examples, show_help
 from ethogram.errors import InvalidInput
+from ethogram.specs.base import HubSpec
 from ethogram.specs.crossmodal import CrossmodalSpec
 
 app = typer.Typer(
@@ -69,6 +70,55 @@ def train(
         silent = Run()
         silent.device, silent.inputs, silent.resume = device or own, inputs, kept if kept.exists() else None
         job.run(spec, silent, world)
+
+
+@app.command(epilog=examples(f"{_MODULE} push my-run/codec me/my-codec --public"))
+def push(
+    codec: Annotated[Path, typer.Argument(metavar="CODEC", help="Folder of a codec.", exists=True, file_okay=False)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Model repository, owner/name; made if there is none.")],
+    *,
+    public: Annotated[bool, typer.Option("--public", help="Make a repository that everybody may read.")] = False,
+) -> None:
+    """Upload a codec to the Hugging Face Hub, with the permission of HF_TOKEN."""
+    from services.crossmodal import hub
+
+    try:
+        spec = HubSpec(repo=repo, private=not public)
+    except ValidationError as error:
+        raise InvalidInput.from_pydantic(error) from None
+    hub.push(codec, spec, "REPO")
+    output.say(f"{codec} is in {repo}")
+
+
+@app.command(
+    epilog=examples(f"{_MODULE} pull me/my-codec -o my-codec", f"{_MODULE} pull me/my-codec -o c --only encoder")
+)
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Model repository, owner/name.")],
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")],
+    *,
+    only: Annotated[str | None, typer.Option(metavar="PART", help="encoder or decoder alone.")] = None,
+) -> None:
+    """Download a codec from the Hugging Face Hub."""
+    import shutil
+
+    from services.crossmodal import hub
+    from services.crossmodal.bundle import PARTS
+
+    parts = tuple(part for part in PARTS if only in (None, part))
+    if not parts:
+        raise InvalidInput.field("--only", f"must be one of {', '.join(PARTS)}")
+    if out.exists():
+        raise InvalidInput.field("--output", f"{out} is there already; name another one")
+    shutil.copytree(hub.pull(repo, parts), out, ignore=shutil.ignore_patterns(".*", *_others(parts)))
+    output.say(f"{repo} is in {out}")
+
+
+def _others(parts: tuple[str, ...]) -> list[str]:
+    # The cache may hold what an earlier download left.
+    from services.crossmodal.bundle import PARTS
+
+    return [f"{part}.safetensors" for part in PARTS if part not in parts]
 
 
 def _spec(file: Path | None, values: list[str] | None) -> CrossmodalSpec:

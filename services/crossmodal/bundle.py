@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,7 +38,11 @@ from services.zoo.reading import reading
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
 
-FORMAT = 2
+FORMAT = 3
+
+
+Part = Literal["encoder", "decoder"]
+PARTS: tuple[Part, ...] = ("encoder", "decoder")
 
 
 class Behavior(NamedTuple):
@@ -126,6 +132,7 @@ class Codec:
     def latents(self, inputs: Tensor, shape: Tensor) -> Tensor:
         """Latents ``[batch, latent]`` of the encoder's flat inputs ``[batch, inputs]`` of networks of the shapes
         ``shape`` (int64 ``[batch]``)."""
+        self._need("encoder")
         found: Tensor = self.model.encoder(self.model.encoder.features(inputs, shape), shape)
         return found
 
@@ -151,6 +158,7 @@ class Codec:
     @torch.no_grad()
     def decode(self, latents: Tensor, shape: Architecture | None = None) -> Params:
         """Networks of latents ``[batch, latent]``; ``shape``: theirs, of a codec that knows several."""
+        self._need("decoder")
         checked = checks.batch(latents, (self.latent_dim,), "latents").to(self.device)
         if shape is None and len(self.layout.shapes) > 1:
             raise InvalidInput.field("shape", f"this model knows {len(self.layout.shapes)} shapes; say which")
@@ -176,6 +184,7 @@ class Codec:
         ``strength`` scales the direction; 1 is what it was trained for, 0 with ``residual`` returns the very same
         weights.
         """
+        self._need("decoder")
         mode, shift = checks.mode(mode), checks.strength(strength) * self.shift(edits, direction)
         vectors, shape = self._vectors(networks, activation)
         prepared = self.preprocessor(vectors, shape)
@@ -222,26 +231,37 @@ class Codec:
         vectors = self.layout.pad(flatten(checked).to(self.device), which)
         return vectors, torch.full((len(vectors),), which, device=self.device)
 
+    def _need(self, part: Part) -> None:
+        if not hasattr(self.model, part):
+            raise InvalidInput.field("model", f"the codec was loaded without its {part}")
+
     def _networks(self, vectors: Tensor, which: int) -> Params:
         return unflatten(self.layout.strip(vectors, which), self.layout.shapes[which])
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``encoder``, ``decoder``, ``directions`` and ``sequences`` as safetensors, and
-        ``references`` where networks are canonicalised."""
+        ``references`` where networks are canonicalised. Each file says which run it is of."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("encoder", "decoder"):
-            state = getattr(self.model, name).state_dict()
-            save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
+        states = {name: getattr(self.model, name).state_dict() for name in PARTS}
+        digest = hashlib.sha256(self.spec.model_dump_json().encode())
+        for state in states.values():
+            for value in state.values():
+                digest.update(value.cpu().contiguous().numpy().tobytes())
+        run = {"run": digest.hexdigest()[:16]}
+        for name, state in states.items():
+            tensors = {key: value.contiguous() for key, value in state.items()}
+            save_file(tensors, folder / f"{name}.safetensors", run)
         directions: dict[str, Tensor] = {kind: tensor.contiguous() for kind, tensor in self.directions.items()}
-        save_file(directions, folder / "directions.safetensors")
+        save_file(directions, folder / "directions.safetensors", run)
         sequences = {"probes": self.probes, "evaluation": self.evaluation.sequences, "stratum": self.evaluation.stratum}
-        save_file({key: value.contiguous() for key, value in sequences.items()}, folder / "sequences.safetensors")
+        save_file({key: value.contiguous() for key, value in sequences.items()}, folder / "sequences.safetensors", run)
         canonicalizer = self.preprocessor.canonicalizer
         if canonicalizer is not None:
             references = [flatten(network)[0].contiguous() for network in canonicalizer.references]
-            save_file({str(i): flat for i, flat in enumerate(references)}, folder / "references.safetensors")
+            save_file({str(i): flat for i, flat in enumerate(references)}, folder / "references.safetensors", run)
         config = {
             "format": FORMAT,
+            **run,
             "spec": self.spec.model_dump(mode="json"),
             "shapes": [shape._asdict() for shape in self.layout.shapes],
             "signature": self.signature.model_dump(mode="json"),
@@ -254,8 +274,9 @@ class Codec:
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> Codec:
-        """Read what :meth:`save` wrote. Raises :class:`InvalidInput` naming the file that is missing or wrong."""
+    def load(cls, folder: Path, device: str = "cpu", parts: Sequence[Part] = PARTS) -> Codec:
+        """Read what :meth:`save` wrote, of encoder and decoder only ``parts``: a call that needs another one raises
+        :class:`InvalidInput`. So does a file that is missing, wrong, or of another run."""
         with _reading(folder, "config.json") as path:
             config = json.loads(path.read_text())
             if config["format"] != FORMAT:
@@ -266,8 +287,9 @@ class Codec:
             layout = Layout(shapes)
             patterns = [Pattern(entry["kind"], entry["token"]) for entry in config["behaviors"]]
             positives = [int(entry["positives"]) for entry in config["behaviors"]]
+            run = config["run"]
         with _reading(folder, "sequences.safetensors") as path:
-            sequences = load_file(path)
+            sequences = _load(path, run)
             probes, asked = sequences["probes"], sequences["evaluation"]
             evaluation = Evaluation(asked, membership(patterns, asked), sequences["stratum"])
             inputs = encode(layout.envelope, probes)
@@ -275,16 +297,19 @@ class Codec:
         canonicalizer = None
         if config["canonical"]:
             with _reading(folder, "references.safetensors") as path:
-                flat = load_file(path)
+                flat = _load(path, run)
                 references = [unflatten(flat[str(i)].unsqueeze(0), shape) for i, shape in enumerate(shapes)]
                 canonicalizer = Canonicalizer(layout, inputs, references)
         preprocessor = Preprocessor(spec.codec.inputs, layout, extractor, canonicalizer)
         model = EncoderDecoder(spec.codec, Tokenizer.of(spec.codec, preprocessor), len(patterns), torch.Generator())
-        for name in ("encoder", "decoder"):
+        for name in PARTS:
+            if name not in parts:
+                delattr(model, name)
+                continue
             with _reading(folder, f"{name}.safetensors") as path:
-                getattr(model, name).load_state_dict(load_file(path))
+                getattr(model, name).load_state_dict(_load(path, run))
         with _reading(folder, "directions.safetensors") as path:
-            directions = load_file(path)
+            directions = _load(path, run)
             model.load_state_dict({"directions": directions["learned"]}, strict=False)
             fixed: dict[Direction, Tensor] = {kind: directions[kind] for kind in DIRECTIONS if kind != "learned"}
             for kind, tensor in fixed.items():
@@ -302,6 +327,15 @@ class Codec:
             fixed=fixed,
             device=device,
         )
+
+
+def _load(path: Path, run: str) -> dict[str, Tensor]:
+    """The tensors of a file of a run. Raises :class:`InvalidInput` for one of another run."""
+    with safe_open(path, "pt") as file:
+        own = (file.metadata() or {}).get("run")
+    if own != run:
+        raise InvalidInput.field(path.name, f"is of another run ({own}) than config.json ({run}); take both of one")
+    return load_file(path)
 
 
 _reading = partial(reading, what="codec")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal.evaluate import evaluate
+from services.crossmodal.hub import open_repository, push
 from services.crossmodal.parallel import ALONE, World
 from services.crossmodal.report import write_report
 from services.crossmodal.train import train
@@ -16,8 +17,12 @@ from services.zoo.dataset import Zoo
 
 
 def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
-    """Artifacts: ``codec`` and ``report``. Returns the ``figures`` and the numbers of ``subjects``; the rows behind
-    them are in the report (see :func:`services.crossmodal.evaluate.evaluate`)."""
+    """Artifacts: ``codec`` and ``report``; with ``spec.hub`` the codec is uploaded at the end. Returns the ``figures``
+    and the numbers of ``subjects``; the rows behind them are in the report (see
+    :func:`services.crossmodal.evaluate.evaluate`)."""
+    if spec.hub is not None and world.first:
+        # Permission and network are tried before any training.
+        open_repository(spec.hub)
     zoo = Zoo.load(run.inputs["zoo"])
     codec = train(spec, zoo, run, world)
     if not world.first:
@@ -28,4 +33,6 @@ def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         run.artifact("codec", "codec", Path(scratch, "codec"))
         write_report(Path(scratch, "report"), codec, zoo, evaluation)
         run.artifact("report", "report", Path(scratch, "report"))
+        if spec.hub is not None:
+            push(Path(scratch, "codec"), spec.hub)
     return {name: evaluation[name] for name in ("figures", "subjects")}

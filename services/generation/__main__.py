@@ -18,7 +18,8 @@ from ethogram.cli.execute import execute
 from ethogram.cli.files import read_mapping, set_values
 from ethogram.cli.options import Json, Set, examples, show_help
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import GenerationSpec, HubSpec
+from ethogram.specs.base import HubSpec
+from ethogram.specs.generation import GenerationSpec
 from services.generation.card import CARD
 from services.runtime.console import CHECKPOINT
 from services.zoo.dataset import BASELINE

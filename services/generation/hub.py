@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from ethogram.errors import EthogramError, InvalidInput, Unavailable, Violation
-from ethogram.specs.generation import GenerationSpec, HubSpec
+from ethogram.errors import EthogramError, InvalidInput, Unavailable
+from ethogram.specs.base import HubSpec
+from ethogram.specs.generation import GenerationSpec
+from services.artifacts.hub import told
 from services.zoo.dataset import ABOUT, BASELINE, DATA, read_about
 
 # Waits before another try at the end, in seconds.
@@ -45,7 +46,7 @@ class HubUpload:
         :class:`Unavailable` without a Hub.
         """
         repo = self._spec.repo
-        with _told(repo, self._field):
+        with told(repo, self._field):
             self._api.create_repo(repo, repo_type="dataset", private=self._spec.private, exist_ok=True)
             if self._api.file_exists(repo, ABOUT, repo_type="dataset"):
                 there = Path(self._api.hf_hub_download(repo, ABOUT, repo_type="dataset")).read_text()
@@ -74,7 +75,7 @@ class HubUpload:
         for pause in (*PAUSES, None):
             try:
                 self._flush()
-                with _told(self._spec.repo, self._field):
+                with told(self._spec.repo, self._field):
                     rest = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
                     self._send(rest, "Finish the zoo")
                 return
@@ -85,7 +86,7 @@ class HubUpload:
 
     def _flush(self) -> None:
         for name, file in list(self._waiting.items()):
-            with _told(self._spec.repo, self._field):
+            with told(self._spec.repo, self._field):
                 self._send({name: file}, f"Add {name.removeprefix(f'{DATA}/')}")
             del self._waiting[name]
             self.sent += 1
@@ -101,7 +102,7 @@ def download(repo: str) -> Path:
     """The files of the dataset ``repo`` that can hold records, in a folder of the Hub's cache."""
     from huggingface_hub import HfApi, snapshot_download
 
-    with _told(repo, "SOURCE", "read"):
+    with told(repo, "SOURCE", "read"):
         # Asked first, since the download tells little of what went wrong.
         HfApi().repo_info(repo, repo_type="dataset")
         wanted = ["*.parquet", "*.jsonl", BASELINE]
@@ -118,36 +119,3 @@ def _spec_in(about: str) -> object:
 
 def _same(spec: object) -> object:
     return {key: value for key, value in spec.items() if key not in _ASIDE} if isinstance(spec, dict) else spec
-
-
-@contextmanager
-def _told(repo: str, field: str, what: str = "write to") -> Iterator[None]:
-    """The Hub's errors as the platform's, of the field that named ``repo``."""
-    import httpx2  # What the client speaks HTTP with.
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    try:
-        yield
-    except LocalTokenNotFoundError:
-        raise _refused(repo, field, what, "no token") from None
-    except HfHubHTTPError as error:
-        code = error.response.status_code
-        if code in (401, 403, 404):
-            raise _refused(repo, field, what, f"HTTP {code}") from None
-        if code < 500 and code != 429:
-            said = error.server_message or f"HTTP {code}"
-            raise InvalidInput.field(field, f"the Hub refuses {repo}: {said}") from None
-        raise _absent(field, f"HTTP {code}") from None
-    # The client tells of large files that did not arrive by RuntimeError and ValueError.
-    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _absent(field, str(error) or type(error).__name__) from None
-
-
-def _refused(repo: str, field: str, what: str, why: str) -> InvalidInput:
-    text = f"no permission to {what} {repo} ({why}); set HF_TOKEN to a token that may, where this runs"
-    return InvalidInput.field(field, text)
-
-
-def _absent(field: str, why: str) -> Unavailable:
-    text = f"the Hugging Face Hub cannot be reached ({why})"
-    return Unavailable(f"{field}: {text}", [Violation(field, text)])

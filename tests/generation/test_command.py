@@ -19,9 +19,8 @@ from services.generation import pipeline
 from services.generation.__main__ import app
 from services.generation.json_form import export_json
 from services.runtime.console import ConsoleRun
-from tests.generation.hub_server import serve
-from tests.generation.test_hub import reach
 from tests.generation.test_staged import records, staged_spec
+from tests.hub_server import reach, serve
 
 TASKS = ("modification", "classification")
 
@@ -135,7 +134,7 @@ def test_bad_specs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_what_fails_leaves_nothing_behind(
     zoo: Path, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reach("http://127.0.0.1:9", monkeypatch)
+    reach("http://127.0.0.1:9", monkeypatch, tmp_path)
     assert call("make", "-f", spec, "--set", "hub.repo=me/zoo", "-o", tmp_path / "new") == 1
     assert call("import", "them/set", "-o", tmp_path / "new") == 1
     assert "SOURCE: the Hugging Face Hub cannot be reached" in capsys.readouterr().err

@@ -28,8 +28,8 @@ from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, flatten
 from services.zoo.universe import Universe
 from tests.generation.conftest import small_spec
-from tests.generation.test_hub import reach
 from tests.generation.test_staged import records, staged_spec
+from tests.hub_server import reach
 
 SPEC = staged_spec()
 PATTERNS = from_specs(SPEC.patterns, 5, 4)
@@ -142,9 +142,9 @@ def test_records_hold_prompts_and_counts_of_tokens(tokenizer: Path, tmp_path: Pa
 
 
 def test_without_a_hub_a_tokenizer_is_not_asked_for_again_and_again(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    reach("http://127.0.0.1:9", monkeypatch)
+    reach("http://127.0.0.1:9", monkeypatch, tmp_path)
     with pytest.raises(InvalidInput, match=r"spec\.format\.tokenizer: cannot load them/words"):
         DatasetGenerationPipeline(staged_spec(format={"tokenizer": "them/words"}))
     assert "Retry" not in capfd.readouterr().err

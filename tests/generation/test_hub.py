@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 
 from ethogram.errors import InvalidInput, Unavailable
@@ -20,25 +19,14 @@ from services.generation import job, pipeline
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.runtime.run import Stopped
 from tests.generation.conftest import Recorder
-from tests.generation.hub_server import TOKEN, Hub, serve
 from tests.generation.test_staged import staged_spec
-
-
-def reach(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As HF_ENDPOINT does, which is read when the package is imported."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+from tests.hub_server import TOKEN, Hub, reach, serve
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serve() as found:
-        reach(found.url, monkeypatch)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        # Its other way to send large files is a protocol of its own.
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        reach(found.url, monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(pipeline, "_SHARD", 16)
         monkeypatch.setattr(pipeline, "_CACHED", 1)
         monkeypatch.setattr(pipeline, "_MOST_SHAPES", 1)
@@ -143,7 +131,7 @@ def test_without_permission_nothing_is_trained(
 
 
 def test_without_a_network_nothing_is_trained(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reach("http://127.0.0.1:9", monkeypatch)
+    reach("http://127.0.0.1:9", monkeypatch, tmp_path)
     monkeypatch.setattr(DatasetGenerationPipeline, "bucket", lambda *_: pytest.fail("trained"))
     with pytest.raises(Unavailable, match="cannot be reached") as caught:
         DatasetGenerationPipeline(spec()).run(tmp_path / "zoo")

@@ -1,4 +1,4 @@
-"""A local HTTP server that speaks what the Hugging Face Hub speaks for datasets: repositories, files, commits."""
+"""A local HTTP server that speaks as the Hugging Face Hub does of datasets and models: repositories, files, commits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
 from ruamel.yaml import YAML
 
 TOKEN = "hf_of_one_who_may_write"
+
+
+def reach(url: str, monkeypatch: pytest.MonkeyPatch, cache: Path, token: str = TOKEN) -> None:
+    """As HF_ENDPOINT and HF_HOME do, which are read when the package is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    # Its other way to send large files is a protocol of its own.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", token)
 
 
 class Hub:
@@ -70,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(
                     409, {"error": "You already created this dataset repo", "url": f"{hub.url}/datasets/{repo}"}
                 )
-            assert asked["type"] == "dataset"
+            assert asked.get("type", "model") in ("dataset", "model")
             hub.repos[repo], hub.private[repo] = {}, asked.get("visibility") == "private"
             return self._answer(200, {"url": f"{hub.url}/datasets/{repo}", "name": repo})
         if self.path == "/api/validate-yaml":
@@ -78,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(
                 200, {"errors": [], "warnings": []} if YAML(typ="safe").load(head) else {"errors": [head]}
             )
-        found = re.match(r"/(?:api/)?datasets/([^/]+/[^/.]+)(?:\.git)?/(preupload|commit|info)", self.path)
+        place = r"/(?:api/)?(?:(?:datasets|models)/)?([^/]+/[^/.]+)(?:\.git)?/(preupload|commit|info)"
+        found = re.match(place, self.path)
         if found is None or found[1] not in hub.repos:
             return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         return getattr(self, f"_{found[2]}")(hub.repos[found[1]], body)  # type: ignore[no-any-return]
@@ -87,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = [
             {
                 "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(".parquet") else "regular",
+                "uploadMode": "lfs" if file["path"].endswith((".parquet", ".safetensors")) else "regular",
                 "shouldIgnore": False,
             }
             for file in json.loads(body)["files"]
@@ -122,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, {"commitUrl": f"{hub.url}/c/{oid}", "commitOid": oid, "success": True})
 
     def _file(self, *, body: bool) -> None:
-        if asked := re.match(r"/api/datasets/([^/]+/[^/]+)(/revision/main|/tree/.*)?$", self.path):
+        if asked := re.match(r"/api/(?:datasets|models)/([^/]+/[^/]+)(/revision/main|/tree/.*)?$", self.path):
             files = self.hub.repos.get(asked[1])
             if files is None:
                 return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -134,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(200, tree)
             siblings = [{"rfilename": name} for name in files]
             return self._answer(200, {"id": asked[1], "sha": "0" * 40, "siblings": siblings})
-        found = re.match(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
+        found = re.match(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
         if found is None:
             return self._answer(404, {"error": "not here"})
         data = self.hub.repos.get(found[1], {}).get(found[2])
