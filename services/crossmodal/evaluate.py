@@ -26,7 +26,7 @@ from torch import Tensor
 
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import Subjects, split_subjects
-from services.crossmodal.steering import MODES, OPERATIONS, SIGNS, Direction, Mode, Operation, Probe, edited
+from services.crossmodal.steering import DIRECTIONS, MODES, OPERATIONS, SIGNS, Direction, Mode, Operation, Probe, edited
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
@@ -38,7 +38,9 @@ CONTROLS = ("null", "random", "reverse")
 OTHERS: tuple[Direction, ...] = ("mean_difference", "classifier_normal")
 VARIANTS = ("edit", *CONTROLS, *OTHERS)
 CHUNK = 64
-"""Edits that are run at once."""
+"""Edits that are run at once, and most edits of one kind that a curve is taken of."""
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+"""Of the curves."""
 
 
 class Edits(NamedTuple):
@@ -80,6 +82,7 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
       direction);
     - ``reconstruction``: of ``all`` weights and of each layer, ``mse``, ``mae``, ``rmse``, ``cosine``,
       ``relative_error`` and ``r2``;
+    - ``curves``: target and local over the strength of residual edits, by operation and kind of direction;
     - ``probes``: for each behaviour, how well a line tells it from the latent (``balanced_accuracy``, ``auc``);
     - ``subjects``: how many were trained on and judged.
     """
@@ -104,6 +107,7 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
         "figures": figures,
         "reconstruction": judge_reconstruction(codec, subjects, decoded),
         "probes": probes,
+        "curves": judge_curves(codec, subjects, decoded, edits),
         "steering": rows,
         "subjects": {"train": len(split.train), "held_out": len(split.held_out)},
     }
@@ -194,6 +198,35 @@ def judge_probes(codec: Codec, train: Subjects, subjects: Subjects, decoded: Dec
             "auc": float(((ahead > 0).float() + (ahead == 0).float() / 2).mean()),
         }
     return found
+
+
+@torch.no_grad()
+def judge_curves(
+    codec: Codec, subjects: Subjects, decoded: Decoded, edits: Sequence[Asked]
+) -> list[dict[str, float | str]]:
+    """What residual edits of each kind of direction do as they grow stronger: macro means over ``edits``, of each
+    operation."""
+    source = codec.yes(subjects.weights, subjects.shape)
+    found: dict[tuple[str, str, float], list[Scores]] = {}
+    for asked in edits:
+        possible = possible_edits(codec.evaluation, subjects.labels, source, asked)
+        one = possible.subject[:CHUNK]
+        if len(one) == 0:
+            continue
+        own = subjects.at(one)
+        for kind in DIRECTIONS:
+            shift = asked.signs.to(codec.device) @ codec.directions[kind]
+            for strength in STRENGTHS:
+                moved = codec.model.decoder(decoded.latents[one] + strength * shift, own.shape)
+                said = codec.yes(edited(own.weights, decoded.weights[one], moved, "residual"), own.shape)
+                scores = score(said, source[one], possible.before[:CHUNK], possible.after[:CHUNK])
+                found.setdefault((asked.operation, kind, strength), []).append(scores)
+    rows: list[dict[str, float | str]] = []
+    for key, parts in found.items():
+        means = [_means(scores) for scores in parts]
+        row = {name: sum(mean[name] for mean in means) / len(means) for name in means[0]}
+        rows.append({**dict(zip(("operation", "direction", "strength"), key, strict=True)), **row})
+    return rows
 
 
 class Asked(NamedTuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,33 @@ from torch import Tensor
 
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import split_subjects
-from services.crossmodal.evaluate import CONTROLS, LOCAL_GATE, TARGET_GATE
-from services.crossmodal.steering import OPERATIONS, Edit
+from services.crossmodal.evaluate import CONTROLS, LOCAL_GATE, OTHERS, TARGET_GATE
+from services.crossmodal.steering import DIRECTIONS, OPERATIONS, Edit
+from services.runtime.page import (
+    AFTER,
+    BEFORE,
+    CONTROL,
+    FAINT,
+    INK,
+    SOFT,
+    drawing,
+    image,
+    page,
+    png,
+    table,
+)
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import Params, select
 
-INK, SOFT, FAINT = "#1f2430", "#6b7280", "#d8dce3"
-BEFORE, AFTER, CONTROL = "#9aa3b2", "#0f766e", "#c2410c"
-DPI = 150
+PICTURES = {
+    "steering": "Steering: target, locality and gates by behaviour",
+    "curves": "Target and locality over the strength of edits, and one against the other",
+    "latent_map": "Latents by behaviour, principal components",
+    "clusters": "Latents by behaviour, UMAP",
+}
+"""The pictures of a report, ``<name>.png`` each, and what they show."""
+LEAST_FOR_UMAP = 500
+"""Of fewer networks the principal components tell as much, and at once."""
 
 
 def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any]) -> None:
@@ -32,8 +53,9 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     ``source.<parameter>`` and ``steered.<parameter>``, stacked in the order of the examples. ``held_out.safetensors``
     has the parameters of all held-out subjects, stacked; ``held_out_labels.safetensors`` their ``labels``, bool
     ``[subjects, behaviors]``.
-    ``latent_map.png`` shows the latents of all subjects by behaviour, ``steering.png`` the behaviours before and after
-    each edit.
+    ``latent_map.png`` shows the latents of all subjects by behaviour, ``clusters.png`` (of many subjects) the same by
+    UMAP, ``steering.png`` the behaviours before and after each edit, ``curves.png`` what strength does;
+    ``report.html`` has them all and the numbers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     examples, tensors = steer_examples(codec, zoo)
@@ -43,9 +65,19 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     save_file(aside, folder / "held_out.safetensors")
     save_file({"labels": zoo.labels[held_out]}, folder / "held_out_labels.safetensors")
     (folder / "report.json").write_text(json.dumps({**evaluation, "examples": examples}, indent=2, allow_nan=False))
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK}):
-        latent_map(codec, zoo).savefig(folder / "latent_map.png", dpi=DPI)
-        steering_plot(evaluation).savefig(folder / "steering.png", dpi=DPI)
+    latents = all_latents(codec, zoo)
+    with drawing():
+        pictures = {
+            "latent_map": png(latent_map(codec, zoo, *principal_places(latents))),
+            "steering": png(steering_plot(evaluation)),
+            "curves": png(curves_plot(evaluation)),
+        }
+        if len(zoo) >= LEAST_FOR_UMAP:
+            title = f"Latents of {len(zoo):,} networks, by behaviour (UMAP)"
+            pictures["clusters"] = png(latent_map(codec, zoo, umap_places(latents, codec.spec.seed), title))
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture)
+    (folder / "report.html").write_text(report_page(codec, evaluation, pictures))
 
 
 def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -82,15 +114,33 @@ def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[s
     return examples, tensors | {f"steered.{name}": tensor.cpu().contiguous() for name, tensor in steered.items()}
 
 
-def latent_map(codec: Codec, zoo: Zoo) -> Figure:
-    """Latents of all subjects on their two first principal components: an overview and a panel for each behaviour."""
+@torch.no_grad()
+def all_latents(codec: Codec, zoo: Zoo) -> Tensor:
+    """Latents of all subjects, ``[subjects, latent]``."""
     subjects = codec.preprocessor.subjects(zoo, torch.arange(len(zoo)), codec.device)
-    with torch.no_grad():
-        latents = codec.latents(subjects.inputs, subjects.shape)
-        centred = latents - latents.mean(0)
-        _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
-        places = (centred @ axes[:2].T).cpu()
-    shares = (sizes.square() / sizes.square().sum())[:2].tolist()
+    return codec.latents(subjects.inputs, subjects.shape)
+
+
+def principal_places(latents: Tensor) -> tuple[Tensor, str]:
+    """Places of latents on their two first principal components ``[subjects, 2]``, and a title that says so."""
+    centred = (latents - latents.mean(0)).double()
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    first, second = (values[-2:].flip(0) / values.sum()).tolist()
+    title = f"Latents of {len(latents):,} networks, by behaviour (PCA: {first:.0%} and {second:.0%} of the variance)"
+    return (centred @ vectors[:, -2:].flip(1)).float().cpu(), title
+
+
+def umap_places(latents: Tensor, seed: int) -> Tensor:
+    """Places of latents by UMAP (McInnes et al. 2018, arXiv 1802.03426): ``[subjects, 2]``."""
+    # It compiles for seconds when it is imported.
+    from umap import UMAP
+
+    places = UMAP(random_state=seed % 2**32, n_jobs=1).fit_transform(latents.cpu().numpy())
+    return torch.from_numpy(places)
+
+
+def latent_map(codec: Codec, zoo: Zoo, places: Tensor, title: str) -> Figure:
+    """Latents at ``places`` ``[subjects, 2]``: an overview and a panel for each behaviour."""
     labels, names = zoo.labels, [pattern.name for pattern in codec.patterns]
     colors = _palette(len(names))
     columns = 4
@@ -98,11 +148,7 @@ def latent_map(codec: Codec, zoo: Zoo) -> Figure:
     figure = Figure(figsize=(13.5, max(5.6, 1.85 * rows + 1.2)), layout="constrained")
     sides: Any = figure.subfigures(1, 2, width_ratios=(1, 1.25))
     left, right = sides
-    figure.suptitle(
-        f"Latents of {len(zoo):,} networks, by behaviour (PCA: {shares[0]:.0%} and {shares[1]:.0%} of the variance)",
-        fontsize=12,
-        fontweight="bold",
-    )
+    figure.suptitle(title, fontsize=12, fontweight="bold")
     overview = left.subplots()
     single = labels.sum(1) == 1
     overview.scatter(*places[~single].T, s=7, c=FAINT, linewidths=0, label="several behaviours")
@@ -194,6 +240,93 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
             )
             _plain(axis)
     return figure
+
+
+def curves_plot(evaluation: dict[str, Any]) -> Figure:
+    """Target and local over the strength, for each operation and kind of direction; and one against the other, with
+    the front that no other point beats in both."""
+    rows = evaluation["curves"]
+    operations = list(dict.fromkeys(row["operation"] for row in rows))
+    figure = Figure(figsize=(13.5, 0.8 + 3.4 * max(1, len(operations))), layout="constrained")
+    figure.suptitle("Strength of residual edits: means over the behaviours", fontsize=12, fontweight="bold")
+    axes = figure.subplots(max(1, len(operations)), 3, squeeze=False)
+    colors = dict(zip(DIRECTIONS, (AFTER, BEFORE, CONTROL), strict=True))
+    for (target, local, front), operation in zip(axes, operations, strict=False):
+        for kind, color in colors.items():
+            own = [row for row in rows if (row["operation"], row["direction"]) == (operation, kind)]
+            strengths, reached, lost = ([row[key] for row in own] for key in ("strength", "target_mean", "local_mean"))
+            target.plot(strengths, reached, color=color, marker="o", ms=3, label=kind.replace("_", " "))
+            local.plot(strengths, lost, color=color, marker="o", ms=3)
+            front.plot(lost, reached, color=color, marker="o", ms=3, lw=0.6)
+        best = pareto([(row["local_mean"], row["target_mean"]) for row in rows if row["operation"] == operation])
+        front.plot(*zip(*best, strict=True), color=INK, lw=1.2, ls="--", label="Pareto front")
+        target.axhline(TARGET_GATE, color=SOFT, lw=0.8, ls=":")
+        local.axhline(LOCAL_GATE, color=SOFT, lw=0.8, ls=":")
+        front.axhline(TARGET_GATE, color=SOFT, lw=0.8, ls=":")
+        front.axvline(LOCAL_GATE, color=SOFT, lw=0.8, ls=":")
+        for axis, title, across in (
+            (target, f"{operation.upper()}: accuracy where the edit decides", "strength"),
+            (local, "change of accuracy everywhere else", "strength"),
+            (front, "the one against the other", "change everywhere else"),
+        ):
+            axis.set_title(title, fontsize=10, loc="left")
+            axis.set_xlabel(across)
+            axis.grid(color=FAINT, lw=0.5)
+            _plain(axis)
+        target.legend(frameon=False, fontsize=8)
+        front.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in both numbers, by the first, ascending."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(points, reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front[::-1]
+
+
+def report_page(codec: Codec, evaluation: dict[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """``report.html``: the numbers, and ``pictures`` by name."""
+    figures = evaluation["figures"]
+    shown = {name: image(pictures[name], text) for name, text in PICTURES.items() if name in pictures}
+    names = list(dict.fromkeys((row["operation"], row["pattern"]) for row in evaluation["steering"]))
+    by_key = {
+        (row["operation"], row["pattern"], row["mode"], row["variant"]): row
+        for row in evaluation["steering"]
+        if row["edits"]
+    }
+    gates = []
+    for operation, pattern in names:
+        edit = by_key.get((operation, pattern, "residual", "edit"))
+        if edit is not None:
+            others = [by_key[operation, pattern, "residual", name]["all_gate"] for name in (*CONTROLS, *OTHERS)]
+            direct = by_key[operation, pattern, "direct", "edit"]["all_gate"]
+            values = [edit[key] for key in ("target_mean", "local_mean", "target_gate", "all_gate")]
+            gates.append([operation, pattern, edit["edits"], *values, direct, *others])
+    head = ["edit", "behaviour", "edits", "target", "local", "target gate", "all gates", "direct"]
+    head += [name.replace("_", " ") for name in (*CONTROLS, *OTHERS)]
+    errors = [[name, *row.values()] for name, row in evaluation["reconstruction"].items()]
+    probes = [[name, *row.values()] for name, row in evaluation["probes"].items()]
+    counts = evaluation["subjects"]
+    body = f"""
+<p>Judged on {counts["held_out"]:,} networks and on sequences that training never saw; trained on {counts["train"]:,}.
+Decoded networks agree with their sources on {figures["agreement"]:.1%} of the sequences.</p>
+<h2>Edits</h2>{shown["steering"]}
+<p><b>target</b>: accuracy where the edit decides; <b>local</b>: change of accuracy everywhere else. An edit passes the
+<b>target gate</b> from {TARGET_GATE} on, and <b>all gates</b> if local is at least {LOCAL_GATE} too. <b>direct</b> is
+the share of direct edits that pass all gates. The last columns are that share of controls (no edit, a random direction,
+the direction the other way) and of directions that were not trained.</p>{table(head, gates)}
+<h2>Strength</h2>{shown["curves"]}
+<h2>Latents</h2>{shown["latent_map"]}{shown.get("clusters", "")}
+<p>How well a line tells each behaviour from the latent of a held-out network:</p>
+{table(["behaviour", "balanced accuracy", "area under the curve"], probes)}
+<h2>Decoded weights</h2>
+{table(["layer", "MSE", "MAE", "RMSE", "cosine", "relative error", "R2"], errors)}
+<h2>All figures</h2>{table(["figure", "value"], figures.items())}
+<h2>Spec</h2><pre>{html.escape(codec.spec.model_dump_json(indent=2))}</pre>"""
+    return page("Steering of networks by behaviour", body)
 
 
 def _recall(codec: Codec, networks: Params) -> list[list[float]]:

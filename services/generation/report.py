@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from services.runtime.page import AFTER, BEFORE, INK, SOFT, drawing, image, page, png, table
 from services.zoo.dataset import read_about, read_records
 from services.zoo.statistics import Statistics
 
-INK, SOFT, FAINT, BEFORE, AFTER = "#1f2430", "#6b7280", "#d8dce3", "#9aa3b2", "#0f766e"
 PICTURE, PAGE = "zoo.png", "zoo.html"
-_DPI = 150
 _MOST_NEURONS = 64
 
 
@@ -26,11 +21,10 @@ def write_report(zoo: Path, folder: Path) -> None:
     """Write ``zoo.png`` and ``zoo.html`` on the zoo in the folder ``zoo`` into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     found = Statistics.of(zoo)
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK}):
-        picture = io.BytesIO()
-        _figure(found, zoo).savefig(picture, dpi=_DPI, format="png")
-    (folder / PICTURE).write_bytes(picture.getvalue())
-    (folder / PAGE).write_text(_page(found, zoo, picture.getvalue()))
+    with drawing():
+        picture = png(_figure(found, zoo))
+    (folder / PICTURE).write_bytes(picture)
+    (folder / PAGE).write_text(_page(found, zoo, picture))
 
 
 def _figure(found: Statistics, zoo: Path) -> Figure:
@@ -85,8 +79,8 @@ def _together(axes: Axes, found: Statistics) -> None:
 
 def _signature(axes: Axes, zoo: Path) -> None:
     """Of the first record: a row for each number, a column for each neuron."""
-    table = next(iter(read_records(zoo, ["index", "layers", "neurons", "signature"]))).slice(0, 1)
-    record = table.to_pylist()[0]
+    first = next(iter(read_records(zoo, ["index", "layers", "neurons", "signature"]))).slice(0, 1)
+    record = first.to_pylist()[0]
     neurons = record["layers"] * record["neurons"] + 1
     rows, names = [], []
     for method, values in record["signature"].items():
@@ -111,24 +105,17 @@ def _page(found: Statistics, zoo: Path, picture: bytes) -> str:
     ]
     names = found.strata[:-1]
     stages = ["accuracy"] if degraded is None else ["accuracy, degraded", "accuracy, improved"]
-    accuracies = _table(["pattern", "what it is", "networks that have it", *stages], rows)
-    rejected = _table(["cause", "candidates"], found.figures()["rejected"].items())
+    accuracies = table(["pattern", "what it is", "networks that have it", *stages], rows)
+    rejected = table(["cause", "candidates"], found.figures()["rejected"].items())
     pairs = ([name, *row] for name, row in zip(names, found.together.tolist(), strict=True))
     gain = ""
     if found.improvement is not None:
         gain = f""" <b>Improvement</b> is by how much a network is more accurate on its target pattern, the one whose
 labels were flipped in the first stage, after the second stage than after the first: {found.improvement:.3f} on
 average."""
-    image = base64.b64encode(picture).decode()
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Zoo of {found.subjects:,} networks</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;color:{INK};max-width:70rem;margin:2rem auto;padding:0 1rem}}
-img{{max-width:100%}}table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.25rem .8rem;text-align:left;
-border-bottom:1px solid {FAINT}}}pre{{background:#f6f7f9;padding:1rem;overflow:auto}}</style>
-<h1>Zoo of {found.subjects:,} networks</h1>
-<p>{html.escape(found.origin)} Mean held-out accuracy: {found.accuracy.mean():.3f}.</p>
-<img alt="Accuracy by pattern, rejections by cause, co-occurrence of patterns, one signature"
-src="data:image/png;base64,{image}">
+    shown = image(picture, "Accuracy by pattern, rejections by cause, co-occurrence of patterns, one signature")
+    body = f"""<p>{html.escape(found.origin)} Mean held-out accuracy: {found.accuracy.mean():.3f}.</p>
+{shown}
 <h2>Patterns</h2><p><b>Accuracy</b> is the share of right answers on held-out sequences that match the pattern, over all
 networks: yes is right where a sequence matches one of the network's own patterns, no everywhere else. The last row,
 <b>none</b>, is for sequences that match no pattern.{gain}</p>{accuracies}
@@ -136,15 +123,7 @@ networks: yes is right where a sequence matches one of the network's own pattern
 pattern, which is the candidate's own or is not; <b>others</b> are sequences that match no pattern. <b>magnitude</b>,
 <b>specificity</b>, <b>stability</b>: the checks of training in two stages. <b>too little degraded</b>: too good after
 the first stage to gain enough. <b>diverged</b>: weights that are no numbers.</p>{rejected}
-<h2>Networks that have both patterns</h2>{_table(["", *names], pairs)}
-<h2>Shapes</h2>{_table(["hidden layers x activation", "networks"], found.shapes.items())}
-<h2>Spec</h2><pre>{html.escape(spec.model_dump_json(indent=2))}</pre></html>
-"""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [f"<tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr>"]
-    for row in rows:
-        cells = (f"{cell:,}" if isinstance(cell, int) else html.escape(str(cell)) for cell in row)
-        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+<h2>Networks that have both patterns</h2>{table(["", *names], pairs)}
+<h2>Shapes</h2>{table(["hidden layers x activation", "networks"], found.shapes.items())}
+<h2>Spec</h2><pre>{html.escape(spec.model_dump_json(indent=2))}</pre>"""
+    return page(f"Zoo of {found.subjects:,} networks", body)
