@@ -33,7 +33,7 @@ from services.runtime.page import (
     table,
 )
 from services.zoo.dataset import Zoo
-from services.zoo.subjects import Params, select
+from services.zoo.subjects import Architecture, Params, select, unflatten
 
 PICTURES = {
     "steering": "Steering: target, locality and gates by behaviour",
@@ -52,7 +52,7 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     ``report.json``: the evaluation, and in ``examples`` the networks of ``steered.safetensors``; the latter holds
     ``source.<parameter>`` and ``steered.<parameter>``, stacked in the order of the examples. ``held_out.safetensors``
     has the parameters of all held-out subjects, stacked; ``held_out_labels.safetensors`` their ``labels``, bool
-    ``[subjects, behaviors]``.
+    ``[subjects, behaviors]``. In a zoo of several shapes these files have subjects of the most common one.
     ``latent_map.png`` shows the latents of all subjects by behaviour, ``clusters.png`` (of many subjects) the same by
     UMAP, ``steering.png`` the behaviours before and after each edit, ``curves.png`` what strength does;
     ``report.html`` has them all and the numbers.
@@ -60,9 +60,8 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     examples, tensors = steer_examples(codec, zoo)
     save_file(tensors, folder / "steered.safetensors")
-    held_out = split_subjects(zoo.labels, codec.spec).held_out
-    aside = {name: tensor.contiguous() for name, tensor in select(zoo.params, held_out).items()}
-    save_file(aside, folder / "held_out.safetensors")
+    held_out, networks, _ = held_out_networks(codec, zoo)
+    save_file({name: tensor.contiguous() for name, tensor in networks.items()}, folder / "held_out.safetensors")
     save_file({"labels": zoo.labels[held_out]}, folder / "held_out_labels.safetensors")
     (folder / "report.json").write_text(json.dumps({**evaluation, "examples": examples}, indent=2, allow_nan=False))
     latents = all_latents(codec, zoo)
@@ -80,35 +79,50 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     (folder / "report.html").write_text(report_page(codec, evaluation, pictures))
 
 
+def held_out_networks(codec: Codec, zoo: Zoo) -> tuple[Tensor, Params, Architecture]:
+    """Held-out subjects of the most common shape: their positions in the zoo, their networks, and the shape."""
+    common = int(zoo.shape.bincount().argmax())
+    held_out = split_subjects(zoo.labels, codec.spec).held_out
+    held_out = held_out[zoo.shape[held_out] == common]
+    shape = zoo.layout.shapes[common]
+    return held_out, unflatten(zoo.layout.strip(zoo.weights[held_out], common), shape), shape
+
+
 def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """For each behaviour, the first held-out subject that can gain it and the first that can lose it, residual edits.
 
     Returns a description of each example and the tensors of ``steered.safetensors``.
     """
-    held_out = split_subjects(zoo.labels, codec.spec).held_out
+    held_out, networks, shape = held_out_networks(codec, zoo)
     names = [behavior.name for behavior in codec.behaviors]
     chosen: list[tuple[int, Edit]] = []
     for column, name in enumerate(names):
         for operation in ("add", "remove"):
             labels = zoo.labels[held_out]
             fits = ~labels[:, column] if operation == "add" else labels[:, column] & (labels.sum(1) >= 2)
-            chosen += [(int(held_out[i]), Edit(operation, name)) for i in fits.nonzero().flatten()[:1]]
+            chosen += [(place, Edit(operation, name)) for place in fits.nonzero().flatten()[:1].tolist()]
     if not chosen:
         return [], {}
-    index = torch.tensor([subject for subject, _ in chosen])
-    source = {name: tensor.to(codec.device) for name, tensor in select(zoo.params, index).items()}
-    parts = [codec.steer(select(source, torch.tensor([i])), [edit])[0] for i, (_, edit) in enumerate(chosen)]
+    index = torch.tensor([place for place, _ in chosen])
+    source = {name: tensor.to(codec.device) for name, tensor in select(networks, index).items()}
+    parts = [
+        codec.steer(select(source, torch.tensor([i])), [edit], activation=shape.activation)[0]
+        for i, (_, edit) in enumerate(chosen)
+    ]
     steered = {name: torch.cat([part[name] for part in parts]) for name in source}
-    recalls = [[dict(zip(names, row, strict=True)) for row in _recall(codec, nets)] for nets in (source, steered)]
+    recalls = [
+        [dict(zip(names, row, strict=True)) for row in codec.evaluate(nets, shape.activation)[0].tolist()]
+        for nets in (source, steered)
+    ]
     examples = [
         {
-            "subject": subject,
-            "patterns": [name for name, on in zip(names, zoo.labels[subject].tolist(), strict=True) if on],
+            "subject": int(held_out[place]),
+            "patterns": [name for name, on in zip(names, zoo.labels[held_out[place]].tolist(), strict=True) if on],
             "edit": edit._asdict(),
             "recall_before": before,
             "recall_after": after,
         }
-        for (subject, edit), before, after in zip(chosen, *recalls, strict=True)
+        for (place, edit), before, after in zip(chosen, *recalls, strict=True)
     ]
     tensors = {f"source.{name}": tensor.cpu().contiguous() for name, tensor in source.items()}
     return examples, tensors | {f"steered.{name}": tensor.cpu().contiguous() for name, tensor in steered.items()}
@@ -327,11 +341,6 @@ the direction the other way) and of directions that were not trained.</p>{table(
 <h2>All figures</h2>{table(["figure", "value"], figures.items())}
 <h2>Spec</h2><pre>{html.escape(codec.spec.model_dump_json(indent=2))}</pre>"""
     return page("Steering of networks by behaviour", body)
-
-
-def _recall(codec: Codec, networks: Params) -> list[list[float]]:
-    recall: list[list[float]] = codec.evaluate(networks)[0].tolist()
-    return recall
 
 
 def _palette(count: int) -> list[Any]:

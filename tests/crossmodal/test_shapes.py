@@ -11,12 +11,13 @@ import torch
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import SubjectSpec
 from services.crossmodal.bundle import Codec
-from services.crossmodal.evaluate import evaluate
-from services.crossmodal.train import Trainer, train
+from services.crossmodal.job import run as run_job
+from services.crossmodal.train import Trainer
 from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import flatten, unflatten
 from tests.crossmodal.conftest import ZOO, tiny_spec
+from tests.crossmodal.test_job import Keeper
 
 SMALL = {"architecture": "transformer", "hidden_dim": 32, "heads": 4, "depth": 1}
 
@@ -62,10 +63,9 @@ def test_every_form_learns_saves_and_steers(zoo: Zoo, form: dict[str, Any], tmp_
 @pytest.mark.parametrize("form", [{}, {**SMALL, "pooling": "mean"}])
 def test_a_zoo_of_several_shapes(mixed: Zoo, form: dict[str, Any], tmp_path: Path) -> None:
     assert len(mixed.layout.shapes) == 8
-    codec = train(tiny_spec(codec=form), mixed)
-    assert evaluate(codec, mixed)["subjects"]["held_out"] == 19
-    codec.save(tmp_path)
-    codec = Codec.load(tmp_path)
+    mixed.save(tmp_path / "zoo")
+    assert run_job(tiny_spec(codec=form), Keeper(tmp_path / "zoo", tmp_path))["subjects"]["held_out"] == 19
+    codec = Codec.load(tmp_path / "codec")
     edits = [("add", "starts_with(A)"), ("remove", "has_majority")]
     for which, shape in enumerate(mixed.layout.shapes):
         rows = (mixed.shape == which).nonzero().squeeze(1)[:2]
