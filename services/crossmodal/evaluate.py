@@ -25,8 +25,19 @@ import torch
 from torch import Tensor
 
 from services.crossmodal.bundle import Codec
-from services.crossmodal.data import Subjects, split_subjects
-from services.crossmodal.steering import DIRECTIONS, MODES, OPERATIONS, SIGNS, Direction, Mode, Operation, Probe, edited
+from services.crossmodal.data import Queries, Subjects, split_subjects
+from services.crossmodal.steering import (
+    DIRECTIONS,
+    MODES,
+    OPERATIONS,
+    SIGNS,
+    Direction,
+    Mode,
+    Operation,
+    Probe,
+    edited,
+    mean_differences,
+)
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
@@ -39,6 +50,8 @@ OTHERS: tuple[Direction, ...] = ("mean_difference", "classifier_normal")
 VARIANTS = ("edit", *CONTROLS, *OTHERS)
 CHUNK = 64
 """Edits that are run at once, and most edits of one kind that a curve is taken of."""
+FINE_STEPS, FINE_RATE, FINE_QUERIES = 100, 1e-2, 128
+"""Of short fine-tuning."""
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Of the curves."""
 
@@ -82,6 +95,7 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
       direction);
     - ``reconstruction``: of ``all`` weights and of each layer, ``mse``, ``mae``, ``rmse``, ``cosine``,
       ``relative_error`` and ``r2``;
+    - ``others``: other ways to the same edits, see :func:`judge_others`;
     - ``curves``: target and local over the strength of residual edits, by operation and kind of direction;
     - ``probes``: for each behaviour, how well a line tells it from the latent (``balanced_accuracy``, ``auc``);
     - ``subjects``: how many were trained on and judged.
@@ -100,6 +114,13 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
         rows += judge_edit(codec, subjects, decoded, asked)
         run.advance(number + 2)
     figures |= summary(rows)
+    queries = Queries.build(zoo.universe, codec.layout.envelope, codec.spec.seed)
+    others = judge_others(codec, subjects, decoded, edits, train=train, queries=queries)
+    for way in dict.fromkeys(row["variant"] for row in others):
+        for operation in dict.fromkeys(row["operation"] for row in others):
+            gates = [r["all_gate"] for r in others if (r["variant"], r["operation"]) == (way, operation)]
+            if gates:
+                figures[f"{operation}.{way}.all_gate"] = sum(gates) / len(gates)
     probes = judge_probes(codec, train, subjects, decoded)
     for name in ("balanced_accuracy", "auc") if probes else ():
         figures[f"probes.{name}"] = sum(row[name] for row in probes.values()) / len(probes)
@@ -107,6 +128,7 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
         "figures": figures,
         "reconstruction": judge_reconstruction(codec, subjects, decoded),
         "probes": probes,
+        "others": others,
         "curves": judge_curves(codec, subjects, decoded, edits),
         "steering": rows,
         "subjects": {"train": len(split.train), "held_out": len(split.held_out)},
@@ -227,6 +249,78 @@ def judge_curves(
         row = {name: sum(mean[name] for mean in means) / len(means) for name in means[0]}
         rows.append({**dict(zip(("operation", "direction", "strength"), key, strict=True)), **row})
     return rows
+
+
+def judge_others(
+    codec: Codec, subjects: Subjects, decoded: Decoded, edits: Sequence[Asked], *, train: Subjects, queries: Queries
+) -> list[dict[str, Any]]:
+    """What other ways to the same edits reach, of at most ``CHUNK`` subjects each; a row for each edit and way:
+
+    - ``same_label``: another network, one of training with just the behaviours that are asked for;
+    - ``nearest_train``: the network of training whose latent is nearest to the steered one;
+    - ``centroid``: the decoded mean latent of the networks of training with those behaviours;
+    - ``task_arithmetic``: the source plus the difference of the mean weights with and without the behaviour (Ilharco et
+      al. 2022, arXiv 2212.04089);
+    - ``fine_tuning``: the source trained for ``FINE_STEPS`` steps on the labels after the edit; an oracle, since it
+      sees them.
+    """
+    with torch.no_grad():
+        latents = codec.latents(train.inputs, train.shape)
+        source = codec.yes(subjects.weights, subjects.shape)
+    apart = mean_differences(train.weights, train.labels)
+    rows: list[dict[str, Any]] = []
+    for asked in edits:
+        possible = possible_edits(codec.evaluation, subjects.labels, source, asked)
+        one = possible.subject[:CHUNK]
+        if len(one) == 0:
+            continue
+        own, signs = subjects.at(one), asked.signs.to(codec.device)
+        wanted = own.labels & ~(signs < 0) | (signs > 0)
+        with torch.no_grad():
+            steered = decoded.latents[one] + signs @ codec.directions["learned"]
+            alike = (wanted.float() @ train.labels.float().T == wanted.sum(1, keepdim=True)) & (
+                train.labels.sum(1) == wanted.sum(1, keepdim=True)
+            )
+            centroid = alike.float() @ latents / alike.sum(1, keepdim=True).clamp_min(1)
+            there = (own.shape.unsqueeze(1) == train.shape).float()
+            partner = (alike * there).argmax(1)
+            nearest = (torch.cdist(steered, latents) / there).argmin(1)
+            found = {
+                "same_label": (train.weights[partner], (alike * there).any(1)),
+                "nearest_train": (train.weights[nearest], there.any(1)),
+                "centroid": (codec.model.decoder(centroid, own.shape), alike.any(1)),
+                "task_arithmetic": (own.weights + signs @ apart, there.any(1)),
+            }
+        found["fine_tuning"] = (fine_tuned(codec, queries, own, wanted, asked), there.any(1))
+        for name, (weights, known) in found.items():
+            if bool(known.any()):
+                said = codec.yes(weights, own.shape)
+                parts = (said, source[one], possible.before[:CHUNK], possible.after[:CHUNK])
+                scores = score(*(part[known] for part in parts))
+                row = {"pattern": asked.pattern, "operation": asked.operation, "variant": name}
+                rows.append({**row, "edits": int(known.sum()), **_means(scores)})
+    return rows
+
+
+def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, wanted: Tensor, asked: Asked) -> Tensor:
+    """Each subject's weights ``[subjects, size]`` after ``FINE_STEPS`` steps of Adam on training sequences, with the
+    labels of the behaviours ``wanted`` (bool ``[subjects, patterns]``)."""
+    weights = subjects.weights.clone().requires_grad_()
+    optimizer = torch.optim.Adam([weights], FINE_RATE)
+    present = codec.layout.present.to(codec.device)[subjects.shape]
+    patterns = asked.signs.nonzero().squeeze(1).expand(len(wanted), -1)
+    draws = generator(codec.spec.seed, "fine-tuning", asked.pattern, asked.operation)
+    for _ in range(FINE_STEPS):
+        rows = queries.draw(patterns, FINE_QUERIES, draws)
+        inputs = queries.network_inputs(rows).to(codec.device)
+        labels = queries.pools.labels(rows, wanted.cpu()).to(codec.device).float()
+        logits = codec.layout.answers(weights.unsqueeze(1), subjects.shape, inputs).squeeze(1)
+        # A sum over the subjects: each is trained as if alone.
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
+        (weights.grad,) = torch.autograd.grad(loss, [weights])
+        weights.grad *= present
+        optimizer.step()
+    return weights.detach()
 
 
 class Asked(NamedTuple):

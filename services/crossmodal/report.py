@@ -321,6 +321,9 @@ def report_page(codec: Codec, evaluation: dict[str, Any], pictures: Mapping[str,
             gates.append([operation, pattern, edit["edits"], *values, direct, *others])
     head = ["edit", "behaviour", "edits", "target", "local", "target gate", "all gates", "direct"]
     head += [name.replace("_", " ") for name in (*CONTROLS, *OTHERS)]
+    ways = list(dict.fromkeys(row["variant"] for row in evaluation["others"]))
+    reached = {(r["operation"], r["pattern"], r["variant"]): r["all_gate"] for r in evaluation["others"]}
+    others = [[*name, *(reached.get((*name, way), "") for way in ways)] for name in names]
     errors = [[name, *row.values()] for name, row in evaluation["reconstruction"].items()]
     probes = [[name, *row.values()] for name, row in evaluation["probes"].items()]
     counts = evaluation["subjects"]
@@ -332,6 +335,12 @@ Decoded networks agree with their sources on {figures["agreement"]:.1%} of the s
 <b>target gate</b> from {TARGET_GATE} on, and <b>all gates</b> if local is at least {LOCAL_GATE} too. <b>direct</b> is
 the share of direct edits that pass all gates. The last columns are that share of controls (no edit, a random direction,
 the direction the other way) and of directions that were not trained.</p>{table(head, gates)}
+<h2>Other ways to the same edits</h2>
+<p>Share of edits that pass all gates. <b>same label</b>: another network of training with just the behaviours asked
+for; <b>nearest train</b>: the network of training whose latent is nearest to the steered one; <b>centroid</b>: the
+decoded mean latent of networks with those behaviours; <b>task arithmetic</b>: the source plus the difference of the
+mean weights with and without the behaviour; <b>fine tuning</b>: the source, trained shortly on the labels after it, an
+oracle that the others are not.</p>{table(["edit", "behaviour", *(way.replace("_", " ") for way in ways)], others)}
 <h2>Strength</h2>{shown["curves"]}
 <h2>Latents</h2>{shown["latent_map"]}{shown.get("clusters", "")}
 <p>How well a line tells each behaviour from the latent of a held-out network:</p>

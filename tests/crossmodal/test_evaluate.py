@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from services.crossmodal.bundle import Codec
-from services.crossmodal.data import split_subjects
+from services.crossmodal.data import Queries, split_subjects
 from services.crossmodal.evaluate import (
     Asked,
     Decoded,
     asked_edits,
     evaluate,
+    fine_tuned,
     judge_decoding,
     judge_reconstruction,
     possible_edits,
@@ -153,6 +154,22 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
     assert {(row["operation"], row["mode"]) for row in edits} >= {("add", "residual"), ("add", "direct")}
     assert all(0 <= row["all_gate"] <= row["target_gate"] <= 1 for row in edits)
     assert evaluate(untrained, zoo) == result
+
+
+def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(zoo: Zoo, untrained: Codec) -> None:
+    subjects = untrained.preprocessor.subjects(zoo, torch.arange(40))
+    asked = next(one for one in asked_edits([p.name for p in zoo.patterns], replace=False) if one.operation == "add")
+    source = untrained.yes(subjects.weights, subjects.shape)
+    possible = possible_edits(untrained.evaluation, subjects.labels, source, asked)
+    own = subjects.at(possible.subject)
+    wanted = own.labels | (asked.signs > 0)
+    queries = Queries.build(zoo.universe, zoo.architecture, 0)
+    tuned = fine_tuned(untrained, queries, own, wanted, asked)
+    said = untrained.yes(tuned, own.shape)
+    found = score(said, source[possible.subject], possible.before, possible.after)
+    assert float(found.target.mean()) > 0.9 and float(found.local.mean()) > -0.1
+    alone = fine_tuned(untrained, queries, own.at(torch.tensor([1])), wanted[1:2], asked)
+    assert alone.shape == (1, zoo.layout.size)
 
 
 def test_errors_of_reconstruction_against_loops(zoo: Zoo, untrained: Codec) -> None:

@@ -37,6 +37,7 @@ def test_parts_keep_buddies_together() -> None:
     assert [len(part) for part in micro_batches(torch.arange(4), 9)] == [2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_processes_train_the_codec_of_one(zoo: Zoo, tmp_path: Path) -> None:
     """By torchrun and gloo: the same codec as one process that does both parts, and one report."""

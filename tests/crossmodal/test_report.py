@@ -23,6 +23,8 @@ def test_a_report_has_its_pictures_and_numbers(zoo: Zoo, untrained: Codec, tmp_p
     assert page.count("<img ") == 3 and "starts_with(A)" in page and "balanced accuracy" in page
     kept = json.loads((tmp_path / "report.json").read_text())
     assert kept["figures"] == found["figures"]
+    ways = {row["variant"] for row in kept["others"]}
+    assert ways == {"same_label", "nearest_train", "centroid", "task_arithmetic", "fine_tuning"}
     still = [row for row in kept["curves"] if row["strength"] == 0]
     assert {(row["operation"], row["direction"]) for row in still} == {
         (operation, kind)

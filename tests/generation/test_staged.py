@@ -197,10 +197,16 @@ def test_what_cannot_be_met_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert caught.value.violations[0].field == "spec.staged"
 
 
-def test_networks_of_many_shapes_are_no_zoo_of_one(made: tuple[Path, dict[str, Any]]) -> None:
-    with pytest.raises(InvalidInput) as caught:
-        Zoo.load(made[0])
-    assert caught.value.violations[0].field == "spec.subject.layers"
+def test_networks_of_many_shapes_load_as_one_zoo(made: tuple[Path, dict[str, Any]]) -> None:
+    zoo = Zoo.load(made[0])
+    for row, record in enumerate(records(made[0])[:20]):
+        which = int(zoo.shape[row])
+        shape = zoo.layout.shapes[which]
+        assert (len(shape.hidden), shape.hidden[0]) == (record["layers"], record["neurons"])
+        own = zoo.layout.strip(zoo.weights[row : row + 1], which)[0]
+        assert own.tolist() == pytest.approx(record["weights"])
+    with pytest.raises(InvalidInput, match="shapes; one is needed"):
+        _ = zoo.params
 
 
 @pytest.mark.parametrize(
