@@ -23,11 +23,16 @@ from services.crossmodal.data import Preprocessor, Subjects
 from services.crossmodal.model import EncoderDecoder
 from services.crossmodal.steering import (
     DIRECTIONS,
+    LOCAL_GATE,
+    TARGET_GATE,
     Direction,
     Edit,
     Mode,
+    Probe,
+    Scores,
     classifier_normals,
     mean_differences,
+    score,
 )
 from services.crossmodal.tokenizer import Tokenizer
 from services.zoo.dataset import Zoo
@@ -37,12 +42,20 @@ from services.zoo.pools import Evaluation
 from services.zoo.reading import reading
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
+from services.zoo.universe import VALIDATION
 
-FORMAT = 3
+FORMAT = 4
 
 
 Part = Literal["encoder", "decoder"]
 PARTS: tuple[Part, ...] = ("encoder", "decoder")
+
+
+Strength = float | Literal["auto"]
+AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)
+"""Strengths that ``auto`` chooses from."""
+HAS = 0.5
+"""Share of a behaviour's sequences that a network which has it answers yes to, at least."""
 
 
 class Behavior(NamedTuple):
@@ -52,6 +65,29 @@ class Behavior(NamedTuple):
     description: str
     positives: int
     """Training subjects that have it."""
+
+
+class Effect(NamedTuple):
+    """What an edit does to each of some networks; the first axis is theirs."""
+
+    networks: Params
+    """After the edit."""
+    latents: Tensor
+    """After the edit, ``[batch, latent]``."""
+    strength: Tensor
+    """What the directions were multiplied by, ``[batch]``."""
+    had: Tensor
+    """Behaviours that each network was seen to have on the support set: bool ``[batch, behaviors]``."""
+    predicted: Tensor
+    """Chance of each behaviour as a line reads it from the latent, before and after: ``[batch, 2, behaviors]``."""
+    recall: Tensor
+    """Measured: share of the held-out sequences with each behaviour that are answered yes, before and after:
+    ``[batch, 2, behaviors]``."""
+    false_positive_rate: Tensor
+    """The same of the sequences without any behaviour: ``[batch, 2]``."""
+    scores: Scores
+    """Target and local, ``[batch]`` each, by the behaviours that the network had; target is no number where the edit
+    decides no sequence."""
 
 
 class Codec:
@@ -73,13 +109,17 @@ class Codec:
         probes: Tensor,
         preprocessor: Preprocessor,
         evaluation: Evaluation,
+        support: Evaluation,
         model: EncoderDecoder,
+        probe: Probe,
         fixed: Mapping[Direction, Tensor],
         device: str = "cpu",
     ) -> None:
         self.spec, self.signature, self.device = spec, signature, device
         self.patterns, self.positives = tuple(patterns), tuple(positives)
-        self.probes, self.preprocessor, self.evaluation = probes, preprocessor, evaluation
+        self.probes, self.preprocessor = probes, preprocessor
+        self.evaluation, self.support = evaluation, support
+        self.probe = Probe(*(tensor.to(device) for tensor in probe))
         self.layout = preprocessor.layout
         self.model = model.to(device).eval().requires_grad_(False)
         self.directions: dict[Direction, Tensor] = {"learned": model.directions}
@@ -106,7 +146,9 @@ class Codec:
             probes=zoo.probes,
             preprocessor=preprocessor,
             evaluation=Evaluation.build(zoo.universe),
+            support=Evaluation.build(zoo.universe, split=VALIDATION),
             model=model,
+            probe=Probe.fit(latents, subjects.labels).calibrated(latents, subjects.labels),
             fixed={
                 "mean_difference": mean_differences(latents, subjects.labels),
                 "classifier_normal": classifier_normals(latents, subjects.labels),
@@ -174,7 +216,7 @@ class Codec:
         networks: Params,
         edits: Sequence[Edit | tuple[str, ...]],
         mode: Mode = "residual",
-        strength: float = 1.0,
+        strength: Strength = 1.0,
         *,
         direction: Direction = "learned",
         activation: str | None = None,
@@ -182,28 +224,99 @@ class Codec:
         """Networks after ``edits``, all applied to each, and their latents ``[batch, latent]`` after the edit.
 
         ``strength`` scales the direction; 1 is what it was trained for, 0 with ``residual`` returns the very same
-        weights.
+        weights, ``auto`` takes for each network whichever of ``AUTO`` does best on the support set (sequences that are
+        neither trained nor judged on).
         """
+        found = self._steered(networks, edits, mode=mode, strength=strength, direction=direction, activation=activation)
+        return self._networks(found.vectors, int(found.shape[0])), found.latents
+
+    @torch.no_grad()
+    def effect(
+        self,
+        networks: Params,
+        edits: Sequence[Edit | tuple[str, ...]],
+        mode: Mode = "residual",
+        strength: Strength = 1.0,
+        *,
+        direction: Direction = "learned",
+        activation: str | None = None,
+    ) -> Effect:
+        """What ``edits`` do to networks: predicted from their latents, and measured on held-out sequences. Arguments as
+        in :meth:`steer`."""
+        found = self._steered(networks, edits, mode=mode, strength=strength, direction=direction, activation=activation)
+        said = [self.yes(vectors, found.shape) for vectors in (found.source, found.vectors)]
+        shares = torch.stack([self.evaluation.by_stratum(one.cpu()).to(self.device) for one in said], 1)
+        predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (found.before, found.latents)], 1)
+        labels = [self.evaluation.labels(one.cpu()).to(self.device) for one in (found.had, found.wanted)]
+        scores = score(said[1], said[0], *labels)
+        target = scores.target.masked_fill((labels[0] == labels[1]).all(1), float("nan"))
+        return Effect(
+            self._networks(found.vectors, int(found.shape[0])),
+            found.latents,
+            found.strength,
+            found.had,
+            predicted,
+            shares[:, :, :-1],
+            shares[:, :, -1],
+            Scores(target, scores.local),
+        )
+
+    @torch.no_grad()
+    def _steered(
+        self,
+        networks: Params,
+        edits: Sequence[Edit | tuple[str, ...]],
+        *,
+        mode: Mode,
+        strength: Strength,
+        direction: Direction,
+        activation: str | None,
+    ) -> _Steered:
         self._need("decoder")
-        mode, shift = checks.mode(mode), checks.strength(strength) * self.shift(edits, direction)
+        mode, alpha = checks.mode(mode), checks.strength(strength)
+        signs = self._signs(edits)
         vectors, shape = self._vectors(networks, activation)
         prepared = self.preprocessor(vectors, shape)
         latents = self.latents(prepared.inputs, shape)
-        steered = latents + shift
-        decoded, moved = self.model.decoder(latents, shape), self.model.decoder(steered, shape)
-        # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
-        weights = prepared.undo(moved) if mode == "direct" else vectors + prepared.undo(moved - decoded)
-        return self._networks(weights, int(shape[0])), steered
+        decoded = self.model.decoder(latents, shape)
+        shift = signs @ self.directions[checks.direction(direction)]
 
-    def shift(self, edits: Sequence[Edit | tuple[str, ...]], direction: Direction = "learned") -> Tensor:
-        """The sum of the edits' directions of one kind, ``[latent]``."""
-        directions = self.directions[checks.direction(direction)]
+        def moved(by: float) -> tuple[Tensor, Tensor]:
+            steered = latents + by * shift
+            found = self.model.decoder(steered, shape)
+            # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
+            weights = prepared.undo(found) if mode == "direct" else vectors + prepared.undo(found - decoded)
+            return weights, steered
+
+        source = self.yes(vectors, shape, self.support)
+        had = self.support.by_stratum(source.cpu())[:, :-1].to(self.device) >= HAS
+        wanted = had & ~(signs < 0) | (signs > 0)
+        if alpha != "auto":
+            weights, steered = moved(alpha)
+            chosen = torch.full((len(vectors),), alpha, device=self.device)
+            return _Steered(vectors, shape, latents, weights, steered, chosen, had, wanted)
+        labels = [self.support.labels(one.cpu()).to(self.device) for one in (had, wanted)]
+        tried = [moved(by) for by in AUTO]
+        margins = []
+        for weights, _ in tried:
+            scores = score(self.yes(weights, shape, self.support), source, *labels)
+            margins.append(torch.minimum(scores.target - TARGET_GATE, scores.local - LOCAL_GATE))
+        # Of equal ones that which is nearest to 1, which is the first.
+        best = torch.stack(margins).argmax(0)
+        rows = torch.arange(len(best), device=self.device)
+        weights, steered = (torch.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
+        return _Steered(
+            vectors, shape, latents, weights, steered, torch.tensor(AUTO, device=self.device)[best], had, wanted
+        )
+
+    def _signs(self, edits: Sequence[Edit | tuple[str, ...]]) -> Tensor:
+        """-1 for what the edits take away and 1 for what they give: ``[behaviors]``."""
         names = [behavior.name for behavior in self.behaviors]
         signs = torch.zeros(len(names), device=self.device)
         for edit in checks.edits(edits, names):
             for name, sign in edit.signs.items():
                 signs[names.index(name)] = sign
-        return signs @ directions
+        return signs
 
     @torch.no_grad()
     def evaluate(self, networks: Params, activation: str | None = None) -> tuple[Tensor, Tensor]:
@@ -219,11 +332,20 @@ class Codec:
     @cached_property
     def evaluation_inputs(self) -> Tensor:
         """The evaluation set as network inputs, examples as columns: ``[input_size, n]``."""
-        return encode(self.layout.envelope, self.evaluation.sequences.to(self.device)).T.contiguous()
+        return self._inputs(self.evaluation)
 
-    def yes(self, vectors: Tensor, shape: Tensor) -> Tensor:
-        """Predicted classes of networks ``[models, size]`` on the evaluation set: bool ``[models, n]``."""
-        return self.layout.answers(vectors.unsqueeze(1), shape, self.evaluation_inputs).squeeze(1) > 0
+    @cached_property
+    def _support_inputs(self) -> Tensor:
+        return self._inputs(self.support)
+
+    def _inputs(self, asked: Evaluation) -> Tensor:
+        return encode(self.layout.envelope, asked.sequences.to(self.device)).T.contiguous()
+
+    def yes(self, vectors: Tensor, shape: Tensor, asked: Evaluation | None = None) -> Tensor:
+        """Predicted classes of networks ``[models, size]`` on the evaluation set, or on the support set where that is
+        ``asked``: bool ``[models, n]``."""
+        inputs = self._support_inputs if asked is self.support else self.evaluation_inputs
+        return self.layout.answers(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
 
     def _vectors(self, networks: Params, activation: str | None) -> tuple[Tensor, Tensor]:
         """``networks`` checked, as float32 vectors on the device, and their shape, int64 ``[batch]``."""
@@ -252,8 +374,11 @@ class Codec:
             tensors = {key: value.contiguous() for key, value in state.items()}
             save_file(tensors, folder / f"{name}.safetensors", run)
         directions: dict[str, Tensor] = {kind: tensor.contiguous() for kind, tensor in self.directions.items()}
+        directions |= {"probe": self.probe.weights.contiguous(), "probe_bias": self.probe.bias.contiguous()}
         save_file(directions, folder / "directions.safetensors", run)
-        sequences = {"probes": self.probes, "evaluation": self.evaluation.sequences, "stratum": self.evaluation.stratum}
+        sequences = {"probes": self.probes}
+        for kind, asked in (("evaluation", self.evaluation), ("support", self.support)):
+            sequences |= {kind: asked.sequences, f"{kind}_stratum": asked.stratum}
         save_file({key: value.contiguous() for key, value in sequences.items()}, folder / "sequences.safetensors", run)
         canonicalizer = self.preprocessor.canonicalizer
         if canonicalizer is not None:
@@ -290,8 +415,11 @@ class Codec:
             run = config["run"]
         with _reading(folder, "sequences.safetensors") as path:
             sequences = _load(path, run)
-            probes, asked = sequences["probes"], sequences["evaluation"]
-            evaluation = Evaluation(asked, membership(patterns, asked), sequences["stratum"])
+            probes = sequences["probes"]
+            evaluation, support = (
+                Evaluation(sequences[name], membership(patterns, sequences[name]), sequences[f"{name}_stratum"])
+                for name in ("evaluation", "support")
+            )
             inputs = encode(layout.envelope, probes)
             extractor = ActivationSignatureExtractor(signature, inputs, membership(patterns, probes))
         canonicalizer = None
@@ -312,9 +440,9 @@ class Codec:
             directions = _load(path, run)
             model.load_state_dict({"directions": directions["learned"]}, strict=False)
             fixed: dict[Direction, Tensor] = {kind: directions[kind] for kind in DIRECTIONS if kind != "learned"}
-            for kind, tensor in fixed.items():
-                if tensor.shape != model.directions.shape:
-                    raise ValueError(f"{kind} has shape {list(tensor.shape)}")
+            probe = Probe(directions["probe"], directions["probe_bias"])
+            if any(tensor.shape != model.directions.shape for tensor in (*fixed.values(), probe.weights.T)):
+                raise ValueError("shapes that differ")
         return cls(
             spec,
             signature=signature,
@@ -323,10 +451,28 @@ class Codec:
             probes=probes,
             preprocessor=preprocessor,
             evaluation=evaluation,
+            support=support,
             model=model,
+            probe=probe,
             fixed=fixed,
             device=device,
         )
+
+
+class _Steered(NamedTuple):
+    """Networks before and after an edit."""
+
+    source: Tensor
+    """Vectors before, ``[batch, size]``."""
+    shape: Tensor
+    before: Tensor
+    """Latents before."""
+    vectors: Tensor
+    latents: Tensor
+    strength: Tensor
+    had: Tensor
+    wanted: Tensor
+    """Behaviours that the edit asks for: bool ``[batch, behaviors]``."""
 
 
 def _load(path: Path, run: str) -> dict[str, Tensor]:

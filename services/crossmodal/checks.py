@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor
 
@@ -112,8 +112,10 @@ def mode(asked: str) -> Mode:
     return asked
 
 
-def strength(asked: float) -> float:
+def strength(asked: float | str) -> float | Literal["auto"]:
     """The steering strength, or :class:`InvalidInput`."""
-    if not math.isfinite(asked) or abs(asked) > MAX_STRENGTH:
-        raise InvalidInput.field("strength", f"must be a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
+    if asked == "auto":
+        return "auto"
+    if isinstance(asked, str) or not math.isfinite(asked) or abs(asked) > MAX_STRENGTH:
+        raise InvalidInput.field("strength", f"must be auto or a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
     return asked

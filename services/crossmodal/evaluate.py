@@ -35,8 +35,11 @@ from services.crossmodal.steering import (
     Mode,
     Operation,
     Probe,
+    Scores,
     edited,
     mean_differences,
+    score,
+    share,
 )
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -44,7 +47,6 @@ from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
 
 MIN_DECIDED, MIN_OWN_ACCURACY = 16, 0.8
-TARGET_GATE, LOCAL_GATE = 0.85, -0.02
 CONTROLS = ("null", "random", "reverse")
 OTHERS: tuple[Direction, ...] = ("mean_difference", "classifier_normal")
 VARIANTS = ("edit", *CONTROLS, *OTHERS)
@@ -67,23 +69,6 @@ class Edits(NamedTuple):
     """Exact labels after."""
     skipped: int
     """Edits left out: too few sequences that decide, or a subject too weak."""
-
-
-class Scores(NamedTuple):
-    """How edits went, ``[edits]`` each."""
-
-    target: Tensor
-    local: Tensor
-
-    @property
-    def target_gate(self) -> Tensor:
-        """Whether the behaviour changed."""
-        return self.target >= TARGET_GATE
-
-    @property
-    def all_gate(self) -> Tensor:
-        """Whether the behaviour changed and the rest did not get worse."""
-        return self.target_gate & (self.local >= LOCAL_GATE)
 
 
 def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
@@ -211,12 +196,12 @@ def judge_probes(codec: Codec, train: Subjects, subjects: Subjects, decoded: Dec
     """How well linear probes, fitted on the training subjects' latents, tell each behaviour of held-out subjects."""
     scores = Probe.fit(codec.latents(train.inputs, train.shape), train.labels)(decoded.latents)
     found = {}
-    for pattern, score, has in zip(codec.patterns, scores.T, subjects.labels.T, strict=True):
+    for pattern, own, has in zip(codec.patterns, scores.T, subjects.labels.T, strict=True):
         if not (has.any() and (~has).any()):
             continue
-        ahead = score[has].unsqueeze(1) - score[~has].unsqueeze(0)
+        ahead = own[has].unsqueeze(1) - own[~has].unsqueeze(0)
         found[pattern.name] = {
-            "balanced_accuracy": float(((score[has] > 0).float().mean() + (score[~has] <= 0).float().mean()) / 2),
+            "balanced_accuracy": float(((own[has] > 0).float().mean() + (own[~has] <= 0).float().mean()) / 2),
             "auc": float(((ahead > 0).float() + (ahead == 0).float() / 2).mean()),
         }
     return found
@@ -379,17 +364,8 @@ def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, asked
     decided = before != after
     keep = decided.sum(1) >= MIN_DECIDED
     if asked.operation == "remove":
-        keep &= _share(source[subject] == before, decided) >= MIN_OWN_ACCURACY
+        keep &= share(source[subject] == before, decided) >= MIN_OWN_ACCURACY
     return Edits(subject[keep], before[keep], after[keep], int((~keep).sum()))
-
-
-def score(answers: Tensor, source: Tensor, before: Tensor, after: Tensor) -> Scores:
-    """Target and local of edited networks' ``answers`` against those of their ``source``; all bool ``[edits, n]``."""
-    decided = before != after
-    right, was_right = answers == after, source == before
-    # One division: the difference of two rounded shares would miss the gate where exactly 2 % are lost.
-    change = ((right & ~decided).sum(1) - (was_right & ~decided).sum(1)) / (~decided).sum(1).clamp_min(1)
-    return Scores(_share(right, decided), change)
 
 
 @torch.no_grad()
@@ -470,13 +446,7 @@ def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:
 
 def _balanced(said: Tensor, source: Tensor) -> Tensor:
     """Mean of the agreement where the source says yes and where it says no, ``[subjects]``."""
-    return (_share(said, source) + _share(~said, ~source)) / 2
-
-
-def _share(hit: Tensor, where: Tensor) -> Tensor:
-    """Share of ``where`` (bool ``[rows, n]``) that is hit; 1 for a row where it is empty."""
-    count = where.sum(1)
-    return torch.where(count > 0, (hit & where).sum(1) / count.clamp_min(1), 1.0)
+    return (share(said, source) + share(~said, ~source)) / 2
 
 
 def _means(scores: Scores) -> dict[str, float]:

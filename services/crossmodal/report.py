@@ -17,8 +17,8 @@ from torch import Tensor
 
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import split_subjects
-from services.crossmodal.evaluate import CONTROLS, LOCAL_GATE, OTHERS, TARGET_GATE
-from services.crossmodal.steering import DIRECTIONS, OPERATIONS, Edit
+from services.crossmodal.evaluate import CONTROLS, OTHERS
+from services.crossmodal.steering import DIRECTIONS, LOCAL_GATE, OPERATIONS, TARGET_GATE, Edit
 from services.runtime.page import (
     AFTER,
     BEFORE,

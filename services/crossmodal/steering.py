@@ -18,6 +18,8 @@ REMOVALS = 0.4
 SIGNS: dict[Operation, float] = {"add": 1.0, "remove": -1.0, "replace": -1.0}
 
 
+TARGET_GATE, LOCAL_GATE = 0.85, -0.02
+"""What an edit must reach where it decides, and what it may cost elsewhere."""
 RIDGE = 1.0
 """Regularisation of linear probes, in subjects."""
 
@@ -48,6 +50,25 @@ class Probe(NamedTuple):
     def __call__(self, latents: Tensor) -> Tensor:
         """Scores ``[subjects, behaviors]``."""
         return latents @ self.weights + self.bias
+
+    def calibrated(self, latents: Tensor, labels: Tensor) -> Probe:
+        """The probe whose scores are the log-odds of having each behaviour (Platt 1999: a logistic regression on the
+        scores, here by Newton's method), from subjects as in :meth:`fit`."""
+        scores, has = self(latents).double(), labels.double()
+        scale, shift = scores.std(0).clamp_min(1e-12), scores.mean(0)
+        x = (scores - shift) / scale
+        slope, offset = torch.ones_like(scale), torch.zeros_like(scale)
+        for _ in range(25):
+            chance = torch.sigmoid(slope * x + offset)
+            error, weight = chance - has, chance * (1 - chance)
+            # A little regularisation: where a line separates the classes the slope would grow for ever.
+            first = torch.stack([(error * x).sum(0) + slope - 1, error.sum(0)], 1)
+            cross = (weight * x).sum(0)
+            rows = [torch.stack([(weight * x * x).sum(0) + 1, cross], 1), torch.stack([cross, weight.sum(0) + 1e-6], 1)]
+            step = torch.linalg.solve(torch.stack(rows, 1), first)
+            slope, offset = slope - step[:, 0], offset - step[:, 1]
+        factor = (slope / scale).float()
+        return Probe(self.weights * factor, (self.bias - shift.float()) * factor + offset.float())
 
 
 def mean_differences(latents: Tensor, labels: Tensor) -> Tensor:
@@ -125,3 +146,35 @@ def edited(source: Tensor, decoded: Tensor, steered: Tensor, mode: Mode) -> Tens
     in the residual form; a null edit returns the source exactly.
     """
     return steered if mode == "direct" else source + (steered - decoded)
+
+
+class Scores(NamedTuple):
+    """How edits went, ``[edits]`` each."""
+
+    target: Tensor
+    local: Tensor
+
+    @property
+    def target_gate(self) -> Tensor:
+        """Whether the behaviour changed."""
+        return self.target >= TARGET_GATE
+
+    @property
+    def all_gate(self) -> Tensor:
+        """Whether the behaviour changed and the rest did not get worse."""
+        return self.target_gate & (self.local >= LOCAL_GATE)
+
+
+def score(answers: Tensor, source: Tensor, before: Tensor, after: Tensor) -> Scores:
+    """Target and local of edited networks' ``answers`` against those of their ``source``; all bool ``[edits, n]``."""
+    decided = before != after
+    right, was_right = answers == after, source == before
+    # One division: the difference of two rounded shares would miss the gate where exactly 2 % are lost.
+    change = ((right & ~decided).sum(1) - (was_right & ~decided).sum(1)) / (~decided).sum(1).clamp_min(1)
+    return Scores(share(right, decided), change)
+
+
+def share(hit: Tensor, where: Tensor) -> Tensor:
+    """Share of ``where`` (bool ``[rows, n]``) that is hit; 1 for a row where it is empty."""
+    count = where.sum(1)
+    return torch.where(count > 0, (hit & where).sum(1) / count.clamp_min(1), 1.0)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from services.crossmodal import checks
-from services.crossmodal.bundle import Behavior, Codec
+from services.crossmodal.bundle import Behavior, Codec, Strength
 from services.crossmodal.steering import Edit, Mode
 from services.inference.batcher import Arrays
 
@@ -65,7 +65,7 @@ class ServedCodec:
         with torch.inference_mode():
             return _arrays(self._codec.decode(_tensors(arrays)[LATENTS]))
 
-    def steer(self, networks: Arrays, edits: tuple[Edit, ...], mode: Mode, strength: float) -> Arrays:
+    def steer(self, networks: Arrays, edits: tuple[Edit, ...], mode: Mode, strength: Strength) -> Arrays:
         """Parameters to steered parameters, and ``latents``."""
         with torch.inference_mode():
             params, latents = self._codec.steer(_tensors(networks), edits, mode, strength)

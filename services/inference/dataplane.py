@@ -104,15 +104,15 @@ class Dataplane:
         strength: float = 1.0,
     ) -> Steered:
         """Networks that gain (``("add", behaviour)``) or lose (``("remove", behaviour)``) behaviours."""
-        checked_mode, strength = checks.mode(mode), checks.strength(strength)
+        checked_mode, checked_strength = checks.mode(mode), checks.strength(strength)
         served = await self._repository.get(model)
         names = [behavior.name for behavior in served.model.behaviors]
         asked = checks.edits(edits, names)
         arrays = served.model.check_networks(networks)
         count = len(next(iter(arrays.values())))
         self._check_answer(count * (served.model.network_bytes + 4 * served.model.latent_size), "networks")
-        function = partial(served.model.steer, edits=asked, mode=checked_mode, strength=strength)
-        result = await self._run(served, ("steer", asked, checked_mode, strength), function, arrays, "networks")
+        function = partial(served.model.steer, edits=asked, mode=checked_mode, strength=checked_strength)
+        result = await self._run(served, ("steer", asked, checked_mode, checked_strength), function, arrays, "networks")
         latents = result.pop(LATENTS)
         return Steered(result, latents, served.pointer)
 

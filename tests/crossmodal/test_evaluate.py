@@ -21,9 +21,9 @@ from services.crossmodal.evaluate import (
     judge_reconstruction,
     possible_edits,
     same_label_partner,
-    score,
     summary,
 )
+from services.crossmodal.steering import score
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import encode, forward, select

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ethogram.errors import InvalidInput
-from services.crossmodal.bundle import Codec
+from services.crossmodal.bundle import AUTO, Codec
 from services.crossmodal.data import Queries
 from services.crossmodal.steering import (
     DIRECTIONS,
@@ -128,6 +128,51 @@ def test_every_kind_of_direction_steers(zoo: Zoo, untrained: Codec) -> None:
     assert not any(torch.equal(found[i], found[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     with pytest.raises(InvalidInput, match="direction"):
         untrained.steer(networks, [("add", "has_majority")], direction="sideways")  # type: ignore[arg-type]
+
+
+def test_effect_is_what_steering_and_evaluation_say(zoo: Zoo, untrained: Codec) -> None:
+    networks = select(zoo.params, torch.arange(6))
+    edits = [("add", "has_majority")]
+    found = untrained.effect(networks, edits, strength=1.25)
+    steered, latents = untrained.steer(networks, edits, strength=1.25)
+    assert torch.equal(flatten(found.networks), flatten(steered)) and torch.equal(found.latents, latents)
+    for place, nets in ((0, networks), (1, steered)):
+        recall, rate = untrained.evaluate(nets)
+        assert torch.equal(found.recall[:, place], recall)
+        assert torch.equal(found.false_positive_rate[:, place], rate)
+    # These subjects do what they were trained to do, and what they have of has_majority cannot be gained.
+    assert float((found.had == zoo.labels[:6]).float().mean()) > 0.8
+    assert bool((found.scores.target.isnan() == found.had[:, 3]).all())
+    assert found.predicted.shape == (6, 2, 4) and bool(((found.predicted >= 0) & (found.predicted <= 1)).all())
+    null = untrained.effect(networks, edits, strength=0.0)
+    assert bool((null.scores.local == 0).all()) and torch.equal(null.predicted[:, 0], null.predicted[:, 1])
+
+
+def test_automatic_strength_is_the_best_on_the_support_set(zoo: Zoo, untrained: Codec) -> None:
+    networks = select(zoo.params, torch.arange(8))
+    edits = [("remove", "starts_with(A)"), ("add", "ends_with(B)")]
+    found = untrained.effect(networks, edits, strength="auto")
+    assert set(found.strength.tolist()) <= set(AUTO)
+    for row in range(8):
+        alone = select(networks, torch.tensor([row]))
+        steered, _ = untrained.steer(alone, edits, strength=float(found.strength[row]))
+        one = flatten(select(found.networks, torch.tensor([row])))
+        torch.testing.assert_close(flatten(steered), one, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InvalidInput, match="strength"):
+        untrained.steer(networks, edits, strength="most")  # type: ignore[arg-type]
+
+
+def test_a_calibrated_probe_gives_chances() -> None:
+    draws = torch.Generator().manual_seed(0)
+    latents = torch.randn(4000, 3, generator=draws)
+    chance = torch.sigmoid(2 * latents[:, :1] - 1)
+    labels = torch.rand(4000, 1, generator=draws) < chance
+    found = torch.sigmoid(Probe.fit(latents, labels).calibrated(latents, labels)(latents))
+    assert float((found - chance).abs().mean()) < 0.03
+    # Where a line separates the classes the chances stay numbers.
+    easy = latents[:, :1] > 0
+    sure = torch.sigmoid(Probe.fit(latents, easy).calibrated(latents, easy)(latents))
+    assert bool(sure.isfinite().all()) and bool(((sure > 0.5) == easy).float().mean() > 0.98)
 
 
 def test_edited_forms() -> None:
