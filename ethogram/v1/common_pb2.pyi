@@ -137,7 +137,7 @@ class HubSpec(_message.Message):
     REPO_FIELD_NUMBER: _builtins.int
     PRIVATE_FIELD_NUMBER: _builtins.int
     repo: _builtins.str
-    """Dataset repository."""
+    """Owner and name."""
     private: _builtins.bool
     """Whether a repository that is made is private."""
     def __init__(
