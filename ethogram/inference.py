@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,11 +27,23 @@ PART_BYTES, PART_ROWS = 8 * 2**20, 512
 
 R = TypeVar("R")
 Floats = NDArray[np.floating[Any]]
-Operation = Literal["add", "remove"]
+Operation = Literal["add", "remove", "replace"]
 Mode = Literal["residual", "direct"]
+Direction = Literal["learned", "mean_difference", "classifier_normal"]
+Edit = tuple[Operation, str] | tuple[Operation, str, str]
+"""``("add", behaviour)``, ``("remove", behaviour)`` or ``("replace", behaviour, by)``."""
 
-_OPERATIONS = {"add": pb.EDIT_OPERATION_ADD, "remove": pb.EDIT_OPERATION_REMOVE}
+_OPERATIONS = {
+    "add": pb.EDIT_OPERATION_ADD,
+    "remove": pb.EDIT_OPERATION_REMOVE,
+    "replace": pb.EDIT_OPERATION_REPLACE,
+}
 _MODES = {"residual": pb.EDIT_MODE_RESIDUAL, "direct": pb.EDIT_MODE_DIRECT}
+_DIRECTIONS = {
+    "learned": pb.DIRECTION_LEARNED,
+    "mean_difference": pb.DIRECTION_MEAN_DIFFERENCE,
+    "classifier_normal": pb.DIRECTION_CLASSIFIER_NORMAL,
+}
 
 
 class Behavior(NamedTuple):
@@ -90,13 +102,39 @@ class Evaluated(NamedTuple):
     version: str
 
 
+class Effect(NamedTuple):
+    """What edits do to networks; no batch axis for a single one.
+
+    ``networks`` and ``latents`` after the edit; ``strength`` ``[batch]``; ``had``: whether each network was seen to
+    have each behaviour before, bool ``[batch, behaviours]``; ``predicted`` ``[batch, 2, behaviours]``: the chance of
+    each behaviour as read from the latent, before and after; ``recall`` ``[batch, 2, behaviours]`` and
+    ``false_positive_rate`` ``[batch, 2]``: measured on held-out sequences, before and after; ``target`` ``[batch]``:
+    accuracy where the edit decides, NaN where it decides nothing; ``local`` ``[batch]``: change of accuracy everywhere
+    else.
+    """
+
+    behaviors: list[str]
+    networks: dict[str, Floats]
+    latents: Floats
+    strength: Floats
+    had: NDArray[np.bool_]
+    predicted: Floats
+    recall: Floats
+    false_positive_rate: Floats
+    target: Floats
+    local: Floats
+    model: str
+    version: str
+
+
 class Inference:
     """A connection to an inference service at ``target`` (``host:port``). Thread-safe; close it, or use ``with``.
 
     Networks are dictionaries of arrays, or the path of a safetensors file: a batch (first axis of every parameter), or
     one network without a batch axis, which gets answers without one. Parameters are named ``layers.0.weight``,
     ``layers.0.bias``, ...; a state dict of ``torch.nn.Sequential`` (``0.weight``, ``2.weight``, ...) is understood too.
-    Sets of any size can be given: large ones travel in parts.
+    Sets of any size can be given: large ones travel in parts. A model that was trained on networks of several shapes
+    takes any of them, all of one in a call; ``activation`` says which where shapes differ in it alone.
 
     Every call raises :class:`~ethogram.errors.InvalidInput`, :class:`~ethogram.errors.NotFound`,
     :class:`~ethogram.errors.TooLarge` (the server is busy, or one network is too large) or
@@ -127,9 +165,11 @@ class Inference:
         behaviors = [Behavior(b.name, b.description, b.positives) for b in answer.behaviors]
         return Behaviors(behaviors, answer.model.name, answer.model.version)
 
-    def encode(self, model: str, networks: Networks | str | Path, *, version: str | None = None) -> Encoded:
+    def encode(
+        self, model: str, networks: Networks | str | Path, *, activation: str | None = None, version: str | None = None
+    ) -> Encoded:
         """Latents of networks; their signatures are taken on the model's own probes."""
-        batch = _Batch.of(networks)
+        batch = _Batch.of(networks, activation)
 
         def request(reference: pb.ModelRef, part: slice) -> pb.EncodeRequest:
             return pb.EncodeRequest(model=reference, networks=batch.message(part))
@@ -147,12 +187,22 @@ class Inference:
         call = _Call(self._codec.Encode, self._codec.EncodeStream, request, len(array), _row_bytes(array))
         return self._encoded(self._run(call, model, version), single)
 
-    def decode(self, model: str, latents: ArrayLike, *, version: str | None = None) -> Decoded:
-        """Networks of latents ``[batch, latent]`` (or ``[latent]``)."""
+    def decode(
+        self,
+        model: str,
+        latents: ArrayLike,
+        *,
+        hidden: Sequence[int] = (),
+        activation: str | None = None,
+        version: str | None = None,
+    ) -> Decoded:
+        """Networks of latents ``[batch, latent]`` (or ``[latent]``); ``hidden``: widths of their hidden layers, where
+        the model knows networks of several shapes."""
         array, single = _with_batch(latents, 1)
+        shape = pb.Architecture(hidden=hidden, activation=activation or "")
 
         def request(reference: pb.ModelRef, part: slice) -> pb.DecodeRequest:
-            return pb.DecodeRequest(model=reference, latents=_tensor(array[part], "latents"))
+            return pb.DecodeRequest(model=reference, latents=_tensor(array[part], "latents"), architecture=shape)
 
         call = _Call(self._codec.Decode, self._codec.DecodeStream, request, len(array), _row_bytes(array))
         answers = self._run(call, model, version)
@@ -163,52 +213,41 @@ class Inference:
         self,
         model: str,
         networks: Networks | str | Path,
-        edits: Sequence[tuple[Operation, str]],
+        edits: Sequence[Edit],
         *,
         mode: Mode = "residual",
-        strength: float = 1.0,
+        strength: float | Literal["auto"] = 1.0,
+        direction: Direction = "learned",
+        activation: str | None = None,
         version: str | None = None,
     ) -> Steered:
-        """Networks that gain (``("add", behaviour)``) or lose (``("remove", behaviour)``) behaviours.
+        """Networks that gain (``("add", behaviour)``), lose (``("remove", behaviour)``) or exchange (``("replace",
+        behaviour, by)``) behaviours.
 
         ``residual`` keeps the source's weights and adds what the edit changes; ``direct`` takes the decoded ones.
+        ``strength`` ``auto`` is chosen for each network on sequences that are neither trained nor judged on.
         """
-        if mode not in _MODES:
-            raise InvalidInput.field("mode", f"must be one of {', '.join(_MODES)}")
-        for i, (operation, _) in enumerate(edits):
-            if operation not in _OPERATIONS:
-                raise InvalidInput.field(f"edits.{i}.operation", f"must be one of {', '.join(_OPERATIONS)}")
-        batch = _Batch.of(networks)
-        wire_edits = [pb.Edit(operation=_OPERATIONS[operation], behavior=behavior) for operation, behavior in edits]
+        change = _change(edits, mode, strength, direction)
+        batch = _Batch.of(networks, activation)
 
         def request(reference: pb.ModelRef, part: slice) -> pb.SteerRequest:
-            return pb.SteerRequest(
-                model=reference,
-                networks=batch.message(part),
-                edits=wire_edits,
-                mode=_MODES[mode],
-                strength=strength,
-            )
+            return pb.SteerRequest(model=reference, networks=batch.message(part), **change)
 
         call = _Call(self._steering.Steer, self._steering.SteerStream, request, batch.rows, batch.row_bytes)
         answers = self._run(call, model, version)
-        steered = _join_networks([answer.networks for answer in answers], batch.single)
         return Steered(
-            {name: steered[wire] for name, wire in batch.names.items()},
+            batch.named([answer.networks for answer in answers]),
             _join([answer.latents for answer in answers], "latents", batch.single),
             answers[0].model.name,
             answers[0].model.version,
         )
 
-    def evaluate(self, model: str, networks: Networks | str | Path, *, version: str | None = None) -> Evaluated:
+    def evaluate(
+        self, model: str, networks: Networks | str | Path, *, activation: str | None = None, version: str | None = None
+    ) -> Evaluated:
         """How networks behave on labelled sequences that no network of the model's zoo was trained on."""
-        batch = _Batch.of(networks)
-
-        def request(reference: pb.ModelRef, part: slice) -> pb.EvaluateRequest:
-            return pb.EvaluateRequest(model=reference, networks=batch.message(part))
-
-        call = _Call(self._steering.Evaluate, self._steering.EvaluateStream, request, batch.rows, batch.row_bytes)
-        answers = self._run(call, model, version)
+        batch = _Batch.of(networks, activation)
+        answers = self._evaluated(model, batch, {}, version)
         return Evaluated(
             list(answers[0].behaviors),
             _join([answer.recall for answer in answers], "recall", batch.single),
@@ -216,6 +255,53 @@ class Inference:
             answers[0].model.name,
             answers[0].model.version,
         )
+
+    def effect(
+        self,
+        model: str,
+        networks: Networks | str | Path,
+        edits: Sequence[Edit],
+        *,
+        mode: Mode = "residual",
+        strength: float | Literal["auto"] = 1.0,
+        direction: Direction = "learned",
+        activation: str | None = None,
+        version: str | None = None,
+    ) -> Effect:
+        """What :meth:`steer` with the same arguments does to networks: predicted from their latents, and measured on
+        held-out sequences."""
+        change = _change(edits, mode, strength, direction)
+        if not edits:
+            raise InvalidInput.field("edits", "empty; give at least one")
+        batch = _Batch.of(networks, activation)
+        answers = self._evaluated(model, batch, change, version)
+
+        def joined(name: str) -> Floats:
+            return _join([getattr(answer.effect, name) for answer in answers], name, batch.single)
+
+        return Effect(
+            list(answers[0].behaviors),
+            batch.named([answer.effect.networks for answer in answers]),
+            joined("latents"),
+            joined("strength"),
+            joined("had") > 0,
+            joined("predicted"),
+            joined("recall"),
+            joined("false_positive_rate"),
+            joined("target"),
+            joined("local"),
+            answers[0].model.name,
+            answers[0].model.version,
+        )
+
+    def _evaluated(
+        self, model: str, batch: _Batch, change: Mapping[str, Any], version: str | None
+    ) -> list[pb.EvaluateResponse]:
+        def request(reference: pb.ModelRef, part: slice) -> pb.EvaluateRequest:
+            return pb.EvaluateRequest(model=reference, networks=batch.message(part), **change)
+
+        call = _Call(self._steering.Evaluate, self._steering.EvaluateStream, request, batch.rows, batch.row_bytes)
+        return self._run(call, model, version)
 
     @staticmethod
     def _encoded(answers: Sequence[pb.EncodeResponse], single: bool) -> Encoded:
@@ -266,9 +352,10 @@ class _Batch:
     names: dict[str, str]
     """The caller's name of each parameter to the platform's."""
     single: bool
+    activation: str | None
 
     @classmethod
-    def of(cls, networks: Networks | str | Path) -> _Batch:
+    def of(cls, networks: Networks | str | Path, activation: str | None) -> _Batch:
         given = network_files.load(networks) if isinstance(networks, str | Path) else networks
         if not given:
             raise InvalidInput.field("networks.parameters", "holds no parameter")
@@ -282,7 +369,7 @@ class _Batch:
                 raise InvalidInput.field(
                     f"networks.parameters.{name}", f"a batch of {count}, but others have {max(counts.values())}"
                 )
-        return cls(batch, names, single)
+        return cls(batch, names, single, activation)
 
     @property
     def rows(self) -> int:
@@ -298,7 +385,31 @@ class _Batch:
             name: _tensor(array[part] if array.ndim else array, f"networks.parameters.{name}")
             for name, array in self.arrays.items()
         }
-        return pb.Networks(parameters=tensors)
+        return pb.Networks(parameters=tensors, activation=self.activation or "")
+
+    def named(self, parts: Sequence[pb.Networks]) -> dict[str, Floats]:
+        """Networks of an answer, with the caller's names."""
+        joined = _join_networks(parts, self.single)
+        return {name: joined[wire] for name, wire in self.names.items()}
+
+
+def _change(
+    edits: Sequence[Edit], mode: Mode, strength: float | Literal["auto"], direction: Direction
+) -> dict[str, Any]:
+    """The fields of a request that say what to change, or :class:`InvalidInput`."""
+    if mode not in _MODES:
+        raise InvalidInput.field("mode", f"must be one of {', '.join(_MODES)}")
+    if direction not in _DIRECTIONS:
+        raise InvalidInput.field("direction", f"must be one of {', '.join(_DIRECTIONS)}")
+    if isinstance(strength, str) and strength != "auto":
+        raise InvalidInput.field("strength", "must be auto or a number")
+    wire = []
+    for i, (operation, behavior, *by) in enumerate(edits):
+        if operation not in _OPERATIONS:
+            raise InvalidInput.field(f"edits.{i}.operation", f"must be one of {', '.join(_OPERATIONS)}")
+        wire.append(pb.Edit(operation=_OPERATIONS[operation], behavior=behavior, by=by[0] if by else ""))
+    how = {"auto_strength": True} if strength == "auto" else {"strength": strength}
+    return {"edits": wire, "mode": _MODES[mode], "direction": _DIRECTIONS[direction], **how}
 
 
 def _model(name: str, version: str | None) -> pb.ModelRef:

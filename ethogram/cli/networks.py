@@ -18,11 +18,15 @@ from ethogram.cli.options import Json, Output, Url, Version, connect, examples
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ethogram.inference import Inference, Mode, Operation
+    from ethogram.inference import Edit, Effect, Inference, Steered
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A published model.", show_default=False)]
 NetworksFile = Annotated[
     Path, typer.Argument(metavar="NETWORKS", help="A safetensors file of networks.", show_default=False)
+]
+Activation = Annotated[
+    str | None,
+    typer.Option("--activation", help="Of the networks' hidden layers, where the model knows several for their shape."),
 ]
 
 
@@ -30,6 +34,7 @@ def encode(
     model: ModelName,
     networks: NetworksFile,
     *,
+    activation: Activation = None,
     output: Output = Path("latents.safetensors"),
     version: Version = None,
     url: Url = None,
@@ -37,7 +42,7 @@ def encode(
 ) -> None:
     """Encode networks to latents."""
     with _inference(url) as inference:
-        answer = inference.encode(model, networks, version=version)
+        answer = inference.encode(model, networks, activation=activation, version=version)
     _write(output, {"latents": answer.latents}, as_json, model=answer.model, version=answer.version)
 
 
@@ -52,6 +57,11 @@ def decode(
     ],
     *,
     output: Output = Path("networks.safetensors"),
+    hidden: Annotated[
+        str | None,
+        typer.Option(metavar="WIDTHS", help="Widths of the hidden layers, e.g. 16,16, where the model knows several."),
+    ] = None,
+    activation: Activation = None,
     version: Version = None,
     url: Url = None,
     as_json: Json = False,
@@ -64,8 +74,19 @@ def decode(
     if "latents" not in tensors:
         raise InvalidInput(f"{latents} has no tensor `latents`; it has: {', '.join(sorted(tensors)) or 'none'}")
     with _inference(url) as inference:
-        answer = inference.decode(model, tensors["latents"], version=version)
+        answer = inference.decode(
+            model, tensors["latents"], hidden=_widths(hidden), activation=activation, version=version
+        )
     _write(output, answer.networks, as_json, model=answer.model, version=answer.version)
+
+
+def _widths(text: str | None) -> list[int]:
+    from ethogram.errors import InvalidInput
+
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise InvalidInput.field("--hidden", f"{text} is no list of widths such as 16,16") from None
 
 
 decode_examples = examples("ethogram decode my-codec latents.safetensors -o networks.safetensors")
@@ -82,10 +103,24 @@ def steer(
     remove: Annotated[
         list[str] | None, typer.Option("--remove", metavar="BEHAVIOR", help="A behaviour to lose. Repeatable.")
     ] = None,
+    replace: Annotated[
+        list[str] | None,
+        typer.Option("--replace", metavar="OLD=NEW", help="A behaviour to lose, and one to gain instead. Repeatable."),
+    ] = None,
     direct: Annotated[
         bool, typer.Option("--direct", help="Take the decoded weights themselves, not their change.")
     ] = False,
-    strength: Annotated[float, typer.Option("--strength", help="1 is what the model was trained for.")] = 1.0,
+    strength: Annotated[
+        str, typer.Option("--strength", help="1 is what the model was trained for; auto: the best for each network.")
+    ] = "1",
+    direction: Annotated[
+        str, typer.Option("--direction", help="learned, mean_difference or classifier_normal.")
+    ] = "learned",
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write a page with the predicted and the measured effect."),
+    ] = None,
+    activation: Activation = None,
     version: Version = None,
     url: Url = None,
     as_json: Json = False,
@@ -93,32 +128,67 @@ def steer(
     """Change the behaviours of networks, and write the changed networks."""
     from ethogram.errors import InvalidInput
 
-    edits: list[tuple[Operation, str]] = [("add", name) for name in add or ()]
+    edits: list[Edit] = [("add", name) for name in add or ()]
     edits += [("remove", name) for name in remove or ()]
+    for pair in replace or ():
+        old, sign, new = pair.partition("=")
+        if not sign or not new:
+            raise InvalidInput.field("--replace", f"{pair} is not of the form OLD=NEW")
+        edits.append(("replace", old, new))
     if not edits:
         raise InvalidInput(
-            "name what to change with --add BEHAVIOR or --remove BEHAVIOR; `ethogram models behaviors` lists them"
+            "name what to change with --add BEHAVIOR, --remove BEHAVIOR or --replace OLD=NEW; `ethogram models "
+            "behaviors` lists them"
         )
+    options: dict[str, Any] = {
+        "mode": "direct" if direct else "residual",
+        "strength": _strength(strength),
+        "direction": direction,
+        "activation": activation,
+        "version": version,
+    }
     with _inference(url) as inference:
-        mode: Mode = "direct" if direct else "residual"
-        answer = inference.steer(model, networks, edits, mode=mode, strength=strength, version=version)
+        if report is None:
+            answer: Steered | Effect = inference.steer(model, networks, edits, **options)
+        else:
+            from ethogram.effect import effect_page
+
+            answer = effect = inference.effect(model, networks, edits, **options)
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(effect_page(effect, edits, str(networks)))
     _write(output, answer.networks, as_json, model=answer.model, version=answer.version)
+
+
+def _strength(text: str) -> float | str:
+    from ethogram.errors import InvalidInput
+
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise InvalidInput.field("--strength", f"{text} is neither a number nor auto") from None
 
 
 steer_examples = examples(
     "ethogram steer my-codec networks.safetensors --add palindrome -o steered.safetensors",
     "ethogram steer my-codec networks.safetensors --remove 'starts_with(A)' --add all_same",
+    "ethogram steer my-codec mine.safetensors --replace palindrome=has_majority --strength auto --report effect.html",
 )
 
 
 def evaluate(
-    model: ModelName, networks: NetworksFile, version: Version = None, url: Url = None, as_json: Json = False
+    model: ModelName,
+    networks: NetworksFile,
+    *,
+    activation: Activation = None,
+    version: Version = None,
+    url: Url = None,
+    as_json: Json = False,
 ) -> None:
     """Run networks on held-out sequences and print how much of each behaviour they show."""
     from ethogram.cli.output import result, table
 
     with _inference(url) as inference:
-        answer = inference.evaluate(model, networks, version=version)
+        answer = inference.evaluate(model, networks, activation=activation, version=version)
     value = {
         "behaviors": answer.behaviors,
         "recall": answer.recall.tolist(),

@@ -32,6 +32,8 @@ class _EditOperationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EditOpe
     """The network gains the behaviour."""
     EDIT_OPERATION_REMOVE: _EditOperation.ValueType  # 2
     """The network loses the behaviour."""
+    EDIT_OPERATION_REPLACE: _EditOperation.ValueType  # 3
+    """The network loses the behaviour and gains another one."""
 
 class EditOperation(_EditOperation, metaclass=_EditOperationEnumTypeWrapper):
     """What an edit does."""
@@ -42,6 +44,8 @@ EDIT_OPERATION_ADD: EditOperation.ValueType  # 1
 """The network gains the behaviour."""
 EDIT_OPERATION_REMOVE: EditOperation.ValueType  # 2
 """The network loses the behaviour."""
+EDIT_OPERATION_REPLACE: EditOperation.ValueType  # 3
+"""The network loses the behaviour and gains another one."""
 Global___EditOperation: _TypeAlias = EditOperation  # noqa: Y015
 
 class _EditMode:
@@ -67,6 +71,34 @@ EDIT_MODE_RESIDUAL: EditMode.ValueType  # 1
 EDIT_MODE_DIRECT: EditMode.ValueType  # 2
 """decode(z + v)."""
 Global___EditMode: _TypeAlias = EditMode  # noqa: Y015
+
+class _Direction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DirectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Direction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DIRECTION_UNSPECIFIED: _Direction.ValueType  # 0
+    """Not set: learned."""
+    DIRECTION_LEARNED: _Direction.ValueType  # 1
+    """Trained through the steered, decoded networks."""
+    DIRECTION_MEAN_DIFFERENCE: _Direction.ValueType  # 2
+    """Mean latent of networks with the behaviour minus that of the others."""
+    DIRECTION_CLASSIFIER_NORMAL: _Direction.ValueType  # 3
+    """Normal of a linear classifier, without what it shares with those of the other behaviours."""
+
+class Direction(_Direction, metaclass=_DirectionEnumTypeWrapper):
+    """What is added to a latent."""
+
+DIRECTION_UNSPECIFIED: Direction.ValueType  # 0
+"""Not set: learned."""
+DIRECTION_LEARNED: Direction.ValueType  # 1
+"""Trained through the steered, decoded networks."""
+DIRECTION_MEAN_DIFFERENCE: Direction.ValueType  # 2
+"""Mean latent of networks with the behaviour minus that of the others."""
+DIRECTION_CLASSIFIER_NORMAL: Direction.ValueType  # 3
+"""Normal of a linear classifier, without what it shares with those of the other behaviours."""
+Global___Direction: _TypeAlias = Direction  # noqa: Y015
 
 @_typing.final
 class ModelRef(_message.Message):
@@ -128,6 +160,9 @@ class Networks(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    activation: _builtins.str
+    """Activation of the hidden layers, e.g. "relu"; needed where the model knows networks of this shape with several."""
     @_builtins.property
     def parameters(self) -> _containers.MessageMap[_builtins.str, _common_pb2.Tensor]:
         """Parameter name to tensor."""
@@ -136,14 +171,43 @@ class Networks(_message.Message):
         self,
         *,
         parameters: _abc.Mapping[_builtins.str, _common_pb2.Tensor] | None = ...,
+        activation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "parameters", b"parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Networks: _TypeAlias = Networks  # noqa: Y015
+
+@_typing.final
+class Architecture(_message.Message):
+    """Shape of a network."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    activation: _builtins.str
+    """Activation of the hidden layers; empty: the only one that the model knows."""
+    @_builtins.property
+    def hidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Widths of the hidden layers."""
+
+    def __init__(
+        self,
+        *,
+        hidden: _abc.Iterable[_builtins.int] | None = ...,
+        activation: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "hidden", b"hidden"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Architecture: _TypeAlias = Architecture  # noqa: Y015
 
 @_typing.final
 class EncodeRequest(_message.Message):
@@ -221,6 +285,7 @@ class DecodeRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     LATENTS_FIELD_NUMBER: _builtins.int
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___ModelRef:
         """By which model."""
@@ -229,15 +294,20 @@ class DecodeRequest(_message.Message):
     def latents(self) -> _common_pb2.Tensor:
         """[batch, latent]."""
 
+    @_builtins.property
+    def architecture(self) -> Global___Architecture:
+        """Shape of the networks; needed where the model knows several."""
+
     def __init__(
         self,
         *,
         model: Global___ModelRef | None = ...,
         latents: _common_pb2.Tensor | None = ...,
+        architecture: Global___Architecture | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "latents", b"latents", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "latents", b"latents", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -365,19 +435,23 @@ class Edit(_message.Message):
 
     OPERATION_FIELD_NUMBER: _builtins.int
     BEHAVIOR_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
     operation: Global___EditOperation.ValueType
-    """Add or remove."""
+    """Add, remove or replace."""
     behavior: _builtins.str
     """The behaviour's name."""
+    by: _builtins.str
+    """Of a replacement: the behaviour that is gained."""
     def __init__(
         self,
         *,
         operation: Global___EditOperation.ValueType = ...,
         behavior: _builtins.str = ...,
+        by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["behavior", b"behavior", "operation", b"operation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behavior", b"behavior", "by", b"by", "operation", b"operation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -394,10 +468,16 @@ class SteerRequest(_message.Message):
     EDITS_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     STRENGTH_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    AUTO_STRENGTH_FIELD_NUMBER: _builtins.int
     mode: Global___EditMode.ValueType
     """How."""
     strength: _builtins.float
     """Strength, -100 to 100; unset: 1, what the model was trained for."""
+    direction: Global___Direction.ValueType
+    """Which directions."""
+    auto_strength: _builtins.bool
+    """Strength is chosen for each network on sequences that are neither trained nor judged on; excludes `strength`."""
     @_builtins.property
     def model(self) -> Global___ModelRef:
         """By which model."""
@@ -418,10 +498,12 @@ class SteerRequest(_message.Message):
         edits: _abc.Iterable[Global___Edit] | None = ...,
         mode: Global___EditMode.ValueType = ...,
         strength: _builtins.float | None = ...,
+        direction: Global___Direction.ValueType = ...,
+        auto_strength: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "model", b"model", "networks", b"networks", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "edits", b"edits", "mode", b"mode", "model", b"model", "networks", b"networks", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "auto_strength", b"auto_strength", "direction", b"direction", "edits", b"edits", "mode", b"mode", "model", b"model", "networks", b"networks", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
@@ -473,6 +555,19 @@ class EvaluateRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     NETWORKS_FIELD_NUMBER: _builtins.int
+    EDITS_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    AUTO_STRENGTH_FIELD_NUMBER: _builtins.int
+    mode: Global___EditMode.ValueType
+    """How."""
+    strength: _builtins.float
+    """Strength, as in SteerRequest."""
+    direction: Global___Direction.ValueType
+    """Which directions."""
+    auto_strength: _builtins.bool
+    """As in SteerRequest."""
     @_builtins.property
     def model(self) -> Global___ModelRef:
         """Whose behaviours."""
@@ -481,19 +576,102 @@ class EvaluateRequest(_message.Message):
     def networks(self) -> Global___Networks:
         """The networks."""
 
+    @_builtins.property
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Edit]:
+        """Edits whose effect on the networks is evaluated too, as in SteerRequest; empty: none."""
+
     def __init__(
         self,
         *,
         model: Global___ModelRef | None = ...,
         networks: Global___Networks | None = ...,
+        edits: _abc.Iterable[Global___Edit] | None = ...,
+        mode: Global___EditMode.ValueType = ...,
+        strength: _builtins.float | None = ...,
+        direction: Global___Direction.ValueType = ...,
+        auto_strength: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "networks", b"networks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "model", b"model", "networks", b"networks", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "networks", b"networks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "auto_strength", b"auto_strength", "direction", b"direction", "edits", b"edits", "mode", b"mode", "model", b"model", "networks", b"networks", "strength", b"strength"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+
+Global___EvaluateRequest: _TypeAlias = EvaluateRequest  # noqa: Y015
+
+@_typing.final
+class Effect(_message.Message):
+    """What edits do to networks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NETWORKS_FIELD_NUMBER: _builtins.int
+    LATENTS_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    HAD_FIELD_NUMBER: _builtins.int
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
+    FALSE_POSITIVE_RATE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    LOCAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def networks(self) -> Global___Networks:
+        """The steered networks."""
+
+    @_builtins.property
+    def latents(self) -> _common_pb2.Tensor:
+        """Their latents [batch, latent]."""
+
+    @_builtins.property
+    def strength(self) -> _common_pb2.Tensor:
+        """What the directions were multiplied by [batch]."""
+
+    @_builtins.property
+    def had(self) -> _common_pb2.Tensor:
+        """[batch, behaviours]: 1 for a behaviour that the network was seen to have before, else 0."""
+
+    @_builtins.property
+    def predicted(self) -> _common_pb2.Tensor:
+        """[batch, 2, behaviours]: chance of each behaviour as read from the latent, before and after."""
+
+    @_builtins.property
+    def recall(self) -> _common_pb2.Tensor:
+        """[batch, 2, behaviours]: measured recall, before and after."""
+
+    @_builtins.property
+    def false_positive_rate(self) -> _common_pb2.Tensor:
+        """[batch, 2]: measured false positive rate, before and after."""
+
+    @_builtins.property
+    def target(self) -> _common_pb2.Tensor:
+        """[batch]: accuracy on the sequences that the edit decides; NaN where it decides none."""
+
+    @_builtins.property
+    def local(self) -> _common_pb2.Tensor:
+        """[batch]: change of the accuracy on all others."""
+
+    def __init__(
+        self,
+        *,
+        networks: Global___Networks | None = ...,
+        latents: _common_pb2.Tensor | None = ...,
+        strength: _common_pb2.Tensor | None = ...,
+        had: _common_pb2.Tensor | None = ...,
+        predicted: _common_pb2.Tensor | None = ...,
+        recall: _common_pb2.Tensor | None = ...,
+        false_positive_rate: _common_pb2.Tensor | None = ...,
+        target: _common_pb2.Tensor | None = ...,
+        local: _common_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["false_positive_rate", b"false_positive_rate", "had", b"had", "latents", b"latents", "local", b"local", "networks", b"networks", "predicted", b"predicted", "recall", b"recall", "strength", b"strength", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["false_positive_rate", b"false_positive_rate", "had", b"had", "latents", b"latents", "local", b"local", "networks", b"networks", "predicted", b"predicted", "recall", b"recall", "strength", b"strength", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___EvaluateRequest: _TypeAlias = EvaluateRequest  # noqa: Y015
+Global___Effect: _TypeAlias = Effect  # noqa: Y015
 
 @_typing.final
 class EvaluateResponse(_message.Message):
@@ -505,6 +683,7 @@ class EvaluateResponse(_message.Message):
     RECALL_FIELD_NUMBER: _builtins.int
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def behaviors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Behaviour names, the columns of `recall`."""
@@ -521,6 +700,10 @@ class EvaluateResponse(_message.Message):
     def model(self) -> Global___ModelRef:
         """The model that answered."""
 
+    @_builtins.property
+    def effect(self) -> Global___Effect:
+        """Of the edits that were asked for; unset without any."""
+
     def __init__(
         self,
         *,
@@ -528,10 +711,11 @@ class EvaluateResponse(_message.Message):
         recall: _common_pb2.Tensor | None = ...,
         false_positive_rate: _common_pb2.Tensor | None = ...,
         model: Global___ModelRef | None = ...,
+        effect: Global___Effect | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["false_positive_rate", b"false_positive_rate", "model", b"model", "recall", b"recall"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effect", b"effect", "false_positive_rate", b"false_positive_rate", "model", b"model", "recall", b"recall"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["behaviors", b"behaviors", "false_positive_rate", b"false_positive_rate", "model", b"model", "recall", b"recall"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behaviors", b"behaviors", "effect", b"effect", "false_positive_rate", b"false_positive_rate", "model", b"model", "recall", b"recall"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

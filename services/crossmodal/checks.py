@@ -51,6 +51,24 @@ def networks(params: Mapping[str, Tensor], layout: Layout, activation: str | Non
     return checked, layout.shapes.index(fitting[0])
 
 
+def shape(hidden: Sequence[int], activation: str | None, layout: Layout) -> Architecture:
+    """The one of the layout's shapes with these widths of hidden layers, and this activation where there are several,
+    or :class:`InvalidInput`; no widths are for a layout of one shape."""
+    if not hidden and len(layout.shapes) > 1:
+        raise InvalidInput.field("architecture", f"say which; {_known(layout.shapes)}")
+    fitting = [
+        one
+        for one in layout.shapes
+        if (not hidden or one.hidden == tuple(hidden)) and activation in (None, one.activation)
+    ]
+    if not fitting:
+        raise InvalidInput.field("architecture", f"one that the model was not trained on; {_known(layout.shapes)}")
+    if len(fitting) > 1:
+        known = ", ".join(one.activation for one in fitting)
+        raise InvalidInput.field("architecture.activation", f"networks of this shape have {known}; say which")
+    return fitting[0]
+
+
 def _known(shapes: Sequence[Architecture]) -> str:
     if len(shapes) == 1:
         known = ", ".join(f"{name} {list(shape)}" for name, shape in shapes[0].shapes.items())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +12,20 @@ from numpy.typing import NDArray
 
 from services.crossmodal import checks
 from services.crossmodal.bundle import Behavior, Codec, Strength
-from services.crossmodal.steering import Edit, Mode
+from services.crossmodal.steering import Direction, Edit, Mode
 from services.inference.batcher import Arrays
+from services.zoo.subjects import Architecture
 
 LATENTS = "latents"
+
+
+class Change(NamedTuple):
+    """Checked edits, and how they are applied."""
+
+    edits: tuple[Edit, ...]
+    mode: Mode
+    strength: Strength
+    direction: Direction
 
 
 class ServedCodec:
@@ -42,39 +52,60 @@ class ServedCodec:
         """The codec of a bundle's folder."""
         return cls(Codec.load(folder, device))
 
-    def check_networks(self, networks: Arrays) -> Arrays:
-        """The networks as float32 in the model's order of parameters, or :class:`InvalidInput`."""
-        return _arrays(checks.networks(_tensors(networks), self._codec.layout)[0])
+    def check_networks(self, networks: Arrays, activation: str | None = None) -> tuple[Arrays, Architecture]:
+        """The networks as float32 in the model's order of parameters, and their shape; or :class:`InvalidInput`."""
+        checked, shape = checks.networks(_tensors(networks), self._codec.layout, activation)
+        return _arrays(checked), self._codec.layout.shapes[shape]
+
+    def check_shape(self, hidden: Sequence[int], activation: str | None) -> Architecture:
+        """The shape that a request names, of those the model knows; or :class:`InvalidInput`."""
+        return checks.shape(hidden, activation, self._codec.layout)
 
     def check_rows(self, array: NDArray[Any], shape: tuple[int, ...], field: str) -> NDArray[np.float32]:
         """A batch of ``shape`` as float32, or :class:`InvalidInput`."""
         return _arrays({field: checks.batch(torch.tensor(array), shape, field)})[field]
 
-    def encode(self, networks: Arrays) -> Arrays:
+    def encode(self, networks: Arrays, shape: Architecture) -> Arrays:
         """Parameters to ``latents``."""
         with torch.inference_mode():
-            return {LATENTS: self._codec.encode(_tensors(networks)).cpu().numpy()}
+            return {LATENTS: self._codec.encode(_tensors(networks), shape.activation).cpu().numpy()}
 
     def encode_signatures(self, arrays: Arrays) -> Arrays:
         """``signatures`` to ``latents``."""
         with torch.inference_mode():
             return {LATENTS: self._codec.encode_signatures(_tensors(arrays)["signatures"]).cpu().numpy()}
 
-    def decode(self, arrays: Arrays) -> Arrays:
+    def decode(self, arrays: Arrays, shape: Architecture) -> Arrays:
         """``latents`` to parameters."""
         with torch.inference_mode():
-            return _arrays(self._codec.decode(_tensors(arrays)[LATENTS]))
+            return _arrays(self._codec.decode(_tensors(arrays)[LATENTS], shape))
 
-    def steer(self, networks: Arrays, edits: tuple[Edit, ...], mode: Mode, strength: Strength) -> Arrays:
+    def steer(self, networks: Arrays, shape: Architecture, change: Change) -> Arrays:
         """Parameters to steered parameters, and ``latents``."""
         with torch.inference_mode():
-            params, latents = self._codec.steer(_tensors(networks), edits, mode, strength)
+            edits, mode, strength, direction = change
+            params, latents = self._codec.steer(
+                _tensors(networks), edits, mode, strength, direction=direction, activation=shape.activation
+            )
             return _arrays(params) | {LATENTS: latents.cpu().numpy()}
 
-    def evaluate(self, networks: Arrays) -> Arrays:
+    def effect(self, networks: Arrays, shape: Architecture, change: Change) -> Arrays:
+        """Parameters to steered parameters, and by name what :class:`services.crossmodal.bundle.Effect` has."""
+        with torch.inference_mode():
+            edits, mode, strength, direction = change
+            found = self._codec.effect(
+                _tensors(networks), edits, mode, strength, direction=direction, activation=shape.activation
+            )
+            others = {name: getattr(found, name) for name in ("strength", "had", "predicted", "recall")}
+            others |= {LATENTS: found.latents, "false_positive_rate": found.false_positive_rate}
+            return _arrays(
+                found.networks | others | {name: one.float() for name, one in found.scores._asdict().items()}
+            )
+
+    def evaluate(self, networks: Arrays, shape: Architecture) -> Arrays:
         """Parameters to ``recall`` and ``false_positive_rate``."""
         with torch.inference_mode():
-            recall, rate = self._codec.evaluate(_tensors(networks))
+            recall, rate = self._codec.evaluate(_tensors(networks), shape.activation)
             return _arrays({"recall": recall, "false_positive_rate": rate})
 
 
@@ -84,4 +115,4 @@ def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
-    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    return {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}

@@ -14,8 +14,12 @@ from services.artifacts.store import ModelPointer
 from services.crossmodal import checks
 from services.crossmodal.bundle import Behavior
 from services.inference.batcher import Arrays, Batcher
-from services.inference.codec import LATENTS, ServedCodec
+from services.inference.codec import LATENTS, Change, ServedCodec
 from services.inference.repository import ModelRepository, Reference, Served
+from services.zoo.subjects import Architecture
+
+EFFECT = (LATENTS, "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local")
+TOO_LARGE = "values so large that the result is not finite"
 
 
 class Encoded(NamedTuple):
@@ -38,6 +42,22 @@ class Steered(NamedTuple):
     networks: Arrays
     latents: NDArray[np.float32]
     model: ModelPointer
+
+
+class Wanted(NamedTuple):
+    """A change as a request asks for it, not checked yet."""
+
+    edits: Sequence[tuple[str, ...]]
+    mode: str = "residual"
+    strength: float | str = 1.0
+    direction: str = "learned"
+
+
+class Affected(NamedTuple):
+    """Steered ``networks``, and ``found``: an array for each of :data:`EFFECT`."""
+
+    networks: Arrays
+    found: Arrays
 
 
 class Evaluated(NamedTuple):
@@ -72,11 +92,12 @@ class Dataplane:
         self._repository, self._batcher = repository, batcher
         self._max_answer_bytes, self._patient = max_answer_bytes, patient
 
-    async def encode(self, model: Reference, networks: Arrays) -> Encoded:
+    async def encode(self, model: Reference, networks: Arrays, activation: str | None = None) -> Encoded:
         """Latents of networks; their signatures are taken on the model's own probes."""
         served = await self._repository.get(model)
-        arrays = served.model.check_networks(networks)
-        result = await self._run(served, "encode", served.model.encode, arrays, "networks")
+        arrays, shape = served.model.check_networks(networks, activation)
+        function = partial(served.model.encode, shape=shape)
+        result = await self._run(served, ("encode", shape), function, arrays, "networks")
         return Encoded(result[LATENTS], served.pointer)
 
     async def encode_signatures(self, model: Reference, signatures: NDArray[Any]) -> Encoded:
@@ -87,42 +108,64 @@ class Dataplane:
         result = await self._run(served, "encode_signatures", function, arrays, "signatures")
         return Encoded(result[LATENTS], served.pointer)
 
-    async def decode(self, model: Reference, latents: NDArray[Any]) -> Decoded:
-        """Networks of latents ``[batch, latent]``."""
+    async def decode(
+        self, model: Reference, latents: NDArray[Any], hidden: Sequence[int] = (), activation: str | None = None
+    ) -> Decoded:
+        """Networks of latents ``[batch, latent]``; ``hidden``: widths of their hidden layers, where the model knows
+        several."""
         served = await self._repository.get(model)
+        shape = served.model.check_shape(hidden, activation)
         arrays: Arrays = {LATENTS: served.model.check_rows(latents, (served.model.latent_size,), "latents")}
         self._check_answer(len(latents) * served.model.network_bytes, "latents")
-        result = await self._run(served, "decode", served.model.decode, arrays, "latents")
+        function = partial(served.model.decode, shape=shape)
+        result = await self._run(served, ("decode", shape), function, arrays, "latents")
         return Decoded(result, served.pointer)
 
-    async def steer(
-        self,
-        model: Reference,
-        networks: Arrays,
-        edits: Sequence[tuple[str, str]],
-        mode: str = "residual",
-        strength: float = 1.0,
-    ) -> Steered:
-        """Networks that gain (``("add", behaviour)``) or lose (``("remove", behaviour)``) behaviours."""
-        checked_mode, checked_strength = checks.mode(mode), checks.strength(strength)
-        served = await self._repository.get(model)
-        names = [behavior.name for behavior in served.model.behaviors]
-        asked = checks.edits(edits, names)
-        arrays = served.model.check_networks(networks)
-        count = len(next(iter(arrays.values())))
-        self._check_answer(count * (served.model.network_bytes + 4 * served.model.latent_size), "networks")
-        function = partial(served.model.steer, edits=asked, mode=checked_mode, strength=checked_strength)
-        result = await self._run(served, ("steer", asked, checked_mode, checked_strength), function, arrays, "networks")
+    async def steer(self, model: Reference, networks: Arrays, change: Wanted, activation: str | None = None) -> Steered:
+        """Networks that gain or lose behaviours."""
+        served, arrays, shape, checked = await self._change(model, networks, change, activation)
+        function = partial(served.model.steer, shape=shape, change=checked)
+        result = await self._run(served, ("steer", shape, checked), function, arrays, "networks")
         latents = result.pop(LATENTS)
         return Steered(result, latents, served.pointer)
 
-    async def evaluate(self, model: Reference, networks: Arrays) -> Evaluated:
+    async def effect(
+        self, model: Reference, networks: Arrays, change: Wanted, activation: str | None = None
+    ) -> Affected:
+        """The same, with what the edits do, predicted from the latents and measured on held-out sequences."""
+        served, arrays, shape, checked = await self._change(model, networks, change, activation)
+        function = partial(served.model.effect, shape=shape, change=checked)
+        result = await self._run(served, ("effect", shape, checked), function, arrays, None)
+        found = {name: result.pop(name) for name in EFFECT}
+        if not all(np.isfinite(array).all() for array in (*result.values(), found[LATENTS])):
+            raise InvalidInput.field("networks", TOO_LARGE)
+        return Affected(result, found)
+
+    async def evaluate(self, model: Reference, networks: Arrays, activation: str | None = None) -> Evaluated:
         """How networks behave on labelled sequences that no network was trained on."""
         served = await self._repository.get(model)
-        arrays = served.model.check_networks(networks)
-        result = await self._run(served, "evaluate", served.model.evaluate, arrays, None)
+        arrays, shape = served.model.check_networks(networks, activation)
+        function = partial(served.model.evaluate, shape=shape)
+        result = await self._run(served, ("evaluate", shape), function, arrays, None)
         names = [behavior.name for behavior in served.model.behaviors]
         return Evaluated(names, result["recall"], result["false_positive_rate"], served.pointer)
+
+    async def _change(
+        self, model: Reference, networks: Arrays, change: Wanted, activation: str | None
+    ) -> tuple[Served[ServedCodec], Arrays, Architecture, Change]:
+        """The model, and everything checked."""
+        mode, strength, direction = (
+            checks.mode(change.mode),
+            checks.strength(change.strength),
+            checks.direction(change.direction),
+        )
+        served = await self._repository.get(model)
+        names = [behavior.name for behavior in served.model.behaviors]
+        checked = Change(checks.edits(change.edits, names), mode, strength, direction)
+        arrays, shape = served.model.check_networks(networks, activation)
+        count = len(next(iter(arrays.values())))
+        self._check_answer(count * (served.model.network_bytes + 4 * served.model.latent_size), "networks")
+        return served, arrays, shape, checked
 
     async def behaviors(self, model: Reference) -> Known:
         """The behaviours that a model can steer."""
@@ -141,7 +184,7 @@ class Dataplane:
         result = await self._batcher.run(key, function, arrays, name=finite or "networks", patient=self._patient)
         # Weights of 1e38 are valid numbers, and what comes of them is not.
         if finite and not all(np.isfinite(array).all() for array in result.values()):
-            raise InvalidInput.field(finite, "values so large that the result is not finite")
+            raise InvalidInput.field(finite, TOO_LARGE)
         return dict(result)
 
     def _check_answer(self, size: int, field: str) -> None:

@@ -16,7 +16,7 @@ from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1 import inference_pb2_grpc
 from services.artifacts.store import ModelPointer
 from services.inference.batcher import Arrays
-from services.inference.dataplane import Dataplane
+from services.inference.dataplane import Dataplane, Wanted
 from services.inference.interceptor import check_known
 from services.inference.repository import Reference
 
@@ -26,7 +26,17 @@ WINDOW = 4
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R")
 
-_OPERATIONS = {pb.EDIT_OPERATION_ADD: "add", pb.EDIT_OPERATION_REMOVE: "remove"}
+_OPERATIONS = {
+    pb.EDIT_OPERATION_ADD: "add",
+    pb.EDIT_OPERATION_REMOVE: "remove",
+    pb.EDIT_OPERATION_REPLACE: "replace",
+}
+_DIRECTIONS = {
+    pb.DIRECTION_UNSPECIFIED: "learned",
+    pb.DIRECTION_LEARNED: "learned",
+    pb.DIRECTION_MEAN_DIFFERENCE: "mean_difference",
+    pb.DIRECTION_CLASSIFIER_NORMAL: "classifier_normal",
+}
 _MODES = {pb.EDIT_MODE_UNSPECIFIED: "residual", pb.EDIT_MODE_RESIDUAL: "residual", pb.EDIT_MODE_DIRECT: "direct"}
 
 
@@ -87,7 +97,7 @@ async def _encode(dataplane: Dataplane, request: pb.EncodeRequest) -> pb.EncodeR
     model = _reference(request.model)
     match request.WhichOneof("input"):
         case "networks":
-            result = await dataplane.encode(model, _networks(request.networks))
+            result = await dataplane.encode(model, *_networks(request.networks))
         case "signatures":
             result = await dataplane.encode_signatures(model, from_tensor(request.signatures, "signatures"))
         case _:
@@ -97,30 +107,48 @@ async def _encode(dataplane: Dataplane, request: pb.EncodeRequest) -> pb.EncodeR
 
 async def _decode(dataplane: Dataplane, request: pb.DecodeRequest) -> pb.DecodeResponse:
     model = _reference(request.model)
-    result = await dataplane.decode(model, from_tensor(_set(request, "latents"), "latents"))
+    latents, shape = from_tensor(_set(request, "latents"), "latents"), request.architecture
+    result = await dataplane.decode(model, latents, tuple(shape.hidden), shape.activation or None)
     return pb.DecodeResponse(networks=_to_networks(result.networks), model=_answered(result.model))
 
 
 async def _steer(dataplane: Dataplane, request: pb.SteerRequest) -> pb.SteerResponse:
-    result = await dataplane.steer(
-        _reference(request.model),
-        _networks(_set(request, "networks")),
-        [(_OPERATIONS.get(edit.operation, ""), edit.behavior) for edit in request.edits],
-        _MODES.get(request.mode, ""),
-        request.strength if request.HasField("strength") else 1.0,
-    )
+    networks, activation = _networks(_set(request, "networks"))
+    result = await dataplane.steer(_reference(request.model), networks, _wanted(request), activation)
     return pb.SteerResponse(
         networks=_to_networks(result.networks), latents=to_tensor(result.latents), model=_answered(result.model)
     )
 
 
 async def _evaluate(dataplane: Dataplane, request: pb.EvaluateRequest) -> pb.EvaluateResponse:
-    result = await dataplane.evaluate(_reference(request.model), _networks(_set(request, "networks")))
+    networks, activation = _networks(_set(request, "networks"))
+    model, effect = _reference(request.model), None
+    if request.edits:
+        affected = await dataplane.effect(model, networks, _wanted(request), activation)
+        found = {name: to_tensor(array) for name, array in affected.found.items()}
+        effect = pb.Effect(networks=_to_networks(affected.networks), **found)
+    result = await dataplane.evaluate(model, networks, activation)
     return pb.EvaluateResponse(
         behaviors=result.behaviors,
         recall=to_tensor(result.recall),
         false_positive_rate=to_tensor(result.false_positive_rate),
         model=_answered(result.model),
+        effect=effect,
+    )
+
+
+def _wanted(request: pb.SteerRequest | pb.EvaluateRequest) -> Wanted:
+    if request.auto_strength and request.HasField("strength"):
+        raise InvalidInput.field("strength", "is chosen for each network with auto_strength; leave one of them out")
+    strength = request.strength if request.HasField("strength") else 1.0
+    return Wanted(
+        [
+            (_OPERATIONS.get(edit.operation, ""), edit.behavior, *([edit.by] if edit.by else []))
+            for edit in request.edits
+        ],
+        _MODES.get(request.mode, ""),
+        "auto" if request.auto_strength else strength,
+        _DIRECTIONS.get(request.direction, ""),
     )
 
 
@@ -180,8 +208,11 @@ def _set(request: Message, field: str) -> Any:
     return getattr(request, field)
 
 
-def _networks(message: pb.Networks) -> Arrays:
-    return {name: from_tensor(tensor, f"networks.parameters.{name}") for name, tensor in message.parameters.items()}
+def _networks(message: pb.Networks) -> tuple[Arrays, str | None]:
+    """Parameters, and the activation where one is named."""
+    parameters = message.parameters.items()
+    arrays = {name: from_tensor(tensor, f"networks.parameters.{name}") for name, tensor in parameters}
+    return arrays, message.activation or None
 
 
 def _to_networks(networks: Arrays) -> pb.Networks:

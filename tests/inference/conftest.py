@@ -56,7 +56,7 @@ class Material:
         params = select(self.zoo.params, torch.arange(count) % len(self.zoo))
         return {name: value + 0.1 * torch.randn(value.shape, generator=draws) for name, value in params.items()}
 
-    def codec(self, seed: int = 0) -> Codec:
+    def codec(self, seed: int = 0, zoo: Zoo | None = None) -> Codec:
         """A codec after one step of training: it does what a good one does, only not well."""
         return train(
             CrossmodalSpec(
@@ -65,7 +65,7 @@ class Material:
                 codec=CodecSpec(latent_dim=12, hidden_dim=32, depth=2),
                 training=CodecTrainingSpec(steps=1, batch_size=8, queries=16),
             ),
-            self.zoo,
+            zoo or self.zoo,
         )
 
 

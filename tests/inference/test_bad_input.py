@@ -209,7 +209,7 @@ ADD, REMOVE = pb.EDIT_OPERATION_ADD, pb.EDIT_OPERATION_REMOVE
         ([(ADD, "palindrome"), (ADD, "flies")], {}, ("edits.1.behavior", "palindrome, sorted_ascending")),
         ([(ADD, "")], {}, ("edits.0.behavior", "unknown")),
         ([(ADD, "palindrome"), (REMOVE, "palindrome")], {}, ("edits.1.behavior", "already")),
-        ([(pb.EDIT_OPERATION_UNSPECIFIED, "palindrome")], {}, ("edits.0.operation", "add or remove")),
+        ([(pb.EDIT_OPERATION_UNSPECIFIED, "palindrome")], {}, ("edits.0.operation", "add or remove or replace")),
         ([(ADD, "palindrome")], {"mode": 77}, ("mode", "residual")),
         ([(ADD, "palindrome")], {"strength": float("nan")}, ("strength", "number")),
         ([(ADD, "palindrome")], {"strength": float("inf")}, ("strength", "number")),
@@ -322,7 +322,7 @@ def test_more_networks_than_the_queue_takes(serve: Serve, publish: Publish, code
 def test_a_defect_is_never_told(
     inference: Inference, material: Material, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise RuntimeError("the secret is 42")
 
     monkeypatch.setattr(ServedCodec, "evaluate", fails)

@@ -16,14 +16,18 @@ from numpy.typing import NDArray
 
 from ethogram import inference as client_module
 from ethogram import networks as network_files
+from ethogram.effect import effect_page
+from ethogram.errors import InvalidInput
 from ethogram.inference import Inference
 from ethogram.rpc import CHANNEL_OPTIONS
+from ethogram.specs.generation import SubjectSpec
 from ethogram.tensors import from_tensor, to_tensor
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub
 from services.crossmodal.bundle import Codec
+from services.generation.pipeline import generate
 from services.zoo.signatures import raw
-from services.zoo.subjects import Params, encode, select
+from services.zoo.subjects import Params, encode, select, unflatten
 from tests.inference.conftest import Material, Running, Serve
 
 
@@ -64,6 +68,59 @@ def test_encode_decode_steer_and_evaluate_are_the_codec(inference: Inference, co
     assert evaluated.behaviors == ["palindrome", "sorted_ascending", "starts_with(A)"]
     assert_close(evaluated.recall, recall.numpy())
     assert_close(evaluated.false_positive_rate, rate.numpy())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"strength": "auto"}, {"strength": 0.5, "mode": "direct"}, {"direction": "mean_difference"}],
+)
+def test_effect_is_the_codecs(
+    inference: Inference, codec: Codec, material: Material, options: dict[str, Any], tmp_path: Path
+) -> None:
+    params = material.networks(5)
+    edits: list[Any] = [("replace", "palindrome", "sorted_ascending"), ("add", "starts_with(A)")]
+    expected = codec.effect(params, edits, **options)
+    found = inference.effect("tiny", arrays(params), edits, **options)
+    assert_networks(found.networks, expected.networks)
+    assert np.array_equal(found.had, expected.had.numpy())
+    for name in ("latents", "strength", "predicted", "recall", "false_positive_rate"):
+        assert_close(getattr(found, name), getattr(expected, name).numpy())
+    assert_close(found.target, expected.scores.target.numpy())
+    assert_close(found.local, expected.scores.local.numpy())
+    steered = inference.steer("tiny", arrays(params), edits, **options)
+    assert_networks(steered.networks, expected.networks)
+
+    page = effect_page(found, edits, "networks.safetensors")
+    assert "replace palindrome by sorted_ascending, add starts_with(A)" in page and page.count("<tr>") == 1 + 4 + 1 + 5
+    one = inference.effect("tiny", {name: array[2] for name, array in arrays(params).items()}, edits, **options)
+    assert one.predicted.shape == (2, 3) and one.local.shape == ()
+    assert_close(one.latents, found.latents[2])
+    assert "1 network." in effect_page(one, edits, "mine.safetensors")
+
+
+def test_networks_of_several_shapes_are_steered_and_decoded(
+    material: Material, serve: Serve, publish: Any, tmp_path: Path
+) -> None:
+    subject = {"layers": 1, "neurons": {"min": 5, "max": 6}, "activations": ["relu", "tanh"]}
+    zoo = generate(material.zoo.spec.model_copy(update={"subject": SubjectSpec.model_validate(subject)}))
+    codec = material.codec(zoo=zoo)
+    publish(codec, "mixed")
+    edits: list[Any] = [("add", "palindrome")]
+    with Inference(serve().address) as client:
+        for which, shape in enumerate(zoo.layout.shapes):
+            rows = (zoo.shape == which).nonzero().squeeze(1)[:2]
+            params = unflatten(zoo.layout.strip(zoo.weights[rows], which), shape)
+            expected, latents = codec.steer(params, edits, activation=shape.activation)
+            found = client.steer("mixed", arrays(params), edits, activation=shape.activation)
+            assert_networks(found.networks, expected)
+            decoded = client.decode("mixed", latents.numpy(), hidden=shape.hidden, activation=shape.activation)
+            assert_networks(decoded.networks, codec.decode(latents, shape))
+        with pytest.raises(InvalidInput, match=r"networks\.activation.*say which"):
+            client.encode("mixed", arrays(params))
+        with pytest.raises(InvalidInput, match=r"architecture: say which; this model knows 20-5-1 relu"):
+            client.decode("mixed", latents.numpy())
+        with pytest.raises(InvalidInput, match=r"architecture: one that the model was not trained on"):
+            client.decode("mixed", latents.numpy(), hidden=[7])
 
 
 def test_strength_zero_is_zero_and_not_the_default(inference: Inference, material: Material) -> None:

@@ -31,6 +31,7 @@ from services.crossmodal.bundle import Codec
 from services.inference.batcher import Arrays
 from services.inference.codec import ServedCodec
 from services.inference.server import SERVICES
+from services.zoo.subjects import Architecture
 from tests.inference.conftest import Material, Publish, Running, Serve
 
 
@@ -57,11 +58,11 @@ class Gate:
         self.batches: list[int] = []
         encode = ServedCodec.encode
 
-        def held(codec: ServedCodec, networks: Arrays) -> Arrays:
+        def held(codec: ServedCodec, networks: Arrays, shape: Architecture) -> Arrays:
             self.batches.append(len(next(iter(networks.values()))))
             self.entered.set()
             assert self.opened.wait(10)
-            return encode(codec, networks)
+            return encode(codec, networks, shape)
 
         monkeypatch.setattr(ServedCodec, "encode", held)
 

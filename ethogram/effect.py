@@ -1,0 +1,80 @@
+"""A page on what edits do to networks: predicted from their latents, and measured."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ethogram.inference import Edit, Effect, Floats
+
+_MOST = 200
+"""Networks that have a row of their own."""
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1f2430;max-width:70rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;text-align:left;border-bottom:1px solid #d8dce3}
+i{display:inline-block;height:.7rem;vertical-align:middle;background:#9aa3b2}i.after{background:#0f766e}"""
+
+
+def effect_page(effect: Effect, edits: Sequence[Edit], networks: str) -> str:
+    """``effect`` of ``edits`` as HTML that stands alone; ``networks`` names what was edited."""
+    single = effect.local.ndim == 0
+    strength, target, local = (np.atleast_1d(one) for one in (effect.strength, effect.target, effect.local))
+    measured = (effect.predicted, effect.recall, effect.false_positive_rate)
+    predicted, recall, rate = (one[None] if single else one for one in measured)
+    had = effect.had[None] if single else effect.had
+    count = len(local)
+    rows = []
+    for column, name in enumerate(effect.behaviors):
+        share = f"{had[:, column].mean():.0%}" if count > 1 else ("yes" if had[0, column] else "no")
+        cells = [name, share, *_bars(predicted[:, :, column]), *_bars(recall[:, :, column])]
+        rows.append(cells)
+    rows.append(["none of them", "", "", "", *_bars(rate)])
+    head = ["behaviour", "had it", "predicted before", "predicted after", "measured before", "measured after"]
+    asked = ", ".join(_said(edit) for edit in edits)
+    each = [[str(i), f"{strength[i]:g}", _number(target[i]), f"{local[i]:+.3f}"] for i in range(min(count, _MOST))]
+    more = f"<p>and {count - _MOST} more</p>" if count > _MOST else ""
+    of = "1 network" if count == 1 else f"{count:,} networks; means"
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Effect of an edit</title>
+<style>{_STYLE}</style>
+<h1>{html.escape(asked)}</h1>
+<p>{html.escape(networks)}: {of}. Model {html.escape(effect.model)}, version {html.escape(effect.version)}.</p>
+<p><b>Target</b>, accuracy where the edit decides: {_number(_mean(target))}. <b>Local</b>, change of accuracy everywhere
+else: {local.mean():+.3f}. Both are on held-out sequences, with the behaviours that each network was seen to have.</p>
+<h2>Behaviours</h2>
+<p><b>predicted</b>: the chance of the behaviour as a line reads it from the latent. <b>measured</b>: share of the
+held-out sequences with the behaviour (in the last row: without any) that the network answers yes to.</p>
+{_table(head, rows)}
+<h2>Networks</h2>{_table(["network", "strength", "target", "local"], each)}{more}</html>
+"""
+
+
+def _said(edit: Edit) -> str:
+    operation, behavior, *by = edit
+    return f"{operation} {behavior}" + (f" by {by[0]}" if by else "")
+
+
+def _bars(values: Floats) -> list[str]:
+    """Means over the networks before and after (``[networks, 2]``), each as a number and a bar."""
+    cells = []
+    for kind, value in zip(("before", "after"), values.mean(axis=0).tolist(), strict=True):
+        cells.append(f'<i class="{kind}" style="width:{6 * value:.2f}rem"></i> {value:.2f}')
+    return cells
+
+
+def _mean(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _number(value: float) -> str:
+    return "nothing to decide" if math.isnan(value) else f"{value:.3f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>"]
+    for first, *rest in rows:
+        lines.append(f"<tr><td>{html.escape(first)}</td>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>")
+    return f"<table>{''.join(lines)}</table>"
