@@ -50,3 +50,13 @@ class HubSpec(Spec):
         if "--" in repo or ".." in repo or repo.endswith((".git", "-", ".")):
             raise ValueError("the Hub allows neither -- nor .. in a name, nor -, . or .git at its end")
         return repo
+
+
+class WandbSpec(Spec):
+    """Metrics to Weights & Biases too: to the service with the worker's ``WANDB_API_KEY``, else into the artifact
+    ``wandb``, which ``wandb sync`` sends later."""
+
+    project: str = Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")
+    """Project."""
+    name: str | None = Field(None, min_length=1, max_length=128)
+    """Name of the run; None: a new one each time."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ethogram.specs.base import ArtifactRef, HubSpec, Seed, Spec
+from ethogram.specs.base import ArtifactRef, HubSpec, Seed, Spec, WandbSpec
 
 
 class CodecSpec(Spec):
@@ -150,3 +150,5 @@ class CrossmodalSpec(Spec):
     """Share of subjects kept for the validation loss."""
     hub: HubSpec | None = None
     """Model repository to upload the codec to, its encoder and decoder as files of their own."""
+    wandb: WandbSpec | None = None
+    """Metrics to Weights & Biases too."""

@@ -682,6 +682,7 @@ class CrossmodalSpec(_message.Message):
     HELD_OUT_FIELD_NUMBER: _builtins.int
     VALIDATION_FIELD_NUMBER: _builtins.int
     HUB_FIELD_NUMBER: _builtins.int
+    WANDB_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Everything random flows from it."""
     held_out: _builtins.float
@@ -708,6 +709,10 @@ class CrossmodalSpec(_message.Message):
     def hub(self) -> _common_pb2.HubSpec:
         """Where to upload the codec."""
 
+    @_builtins.property
+    def wandb(self) -> _common_pb2.WandbSpec:
+        """Metrics to Weights & Biases too."""
+
     def __init__(
         self,
         *,
@@ -719,10 +724,11 @@ class CrossmodalSpec(_message.Message):
         held_out: _builtins.float | None = ...,
         validation: _builtins.float | None = ...,
         hub: _common_pb2.HubSpec | None = ...,
+        wandb: _common_pb2.WandbSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out", b"_held_out", "_seed", b"_seed", "_validation", b"_validation", "codec", b"codec", "held_out", b"held_out", "hub", b"hub", "loss", b"loss", "seed", b"seed", "training", b"training", "validation", b"validation", "zoo", b"zoo"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out", b"_held_out", "_seed", b"_seed", "_validation", b"_validation", "codec", b"codec", "held_out", b"held_out", "hub", b"hub", "loss", b"loss", "seed", b"seed", "training", b"training", "validation", b"validation", "wandb", b"wandb", "zoo", b"zoo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out", b"_held_out", "_seed", b"_seed", "_validation", b"_validation", "codec", b"codec", "held_out", b"held_out", "hub", b"hub", "loss", b"loss", "seed", b"seed", "training", b"training", "validation", b"validation", "zoo", b"zoo"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out", b"_held_out", "_seed", b"_seed", "_validation", b"_validation", "codec", b"codec", "held_out", b"held_out", "hub", b"hub", "loss", b"loss", "seed", b"seed", "training", b"training", "validation", b"validation", "wandb", b"wandb", "zoo", b"zoo"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__held_out: _TypeAlias = _typing.Literal["held_out"]  # noqa: Y015
     _WhichOneofArgType__held_out: _TypeAlias = _typing.Literal["_held_out", b"_held_out"]  # noqa: Y015

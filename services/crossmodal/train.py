@@ -25,6 +25,7 @@ from services.crossmodal.steering import choose, edited, toggle
 from services.crossmodal.tokenizer import Tokenizer
 from services.runtime.run import Run
 from services.runtime.seeds import generator
+from services.runtime.tracking import tracked
 from services.zoo.dataset import Zoo
 
 REPORT_EVERY = 20
@@ -48,16 +49,21 @@ def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World =
     run.stage("train", spec.training.steps)
     run.advance(trainer.step)
     saved = trainer.step
-    while not trainer.done:
-        values = trainer.advance(saved)
-        if trainer.step % REPORT_EVERY == 0 or trainer.done:
-            run.metric(trainer.step, **{name: float(value) for name, value in values.items()})
-        if trainer.step % spec.training.validate_every == 0:
-            run.metric(trainer.step, **trainer.validate())
-        run.advance(trainer.step)
-        if run.checkpoint_due():
-            run.checkpoint(trainer.step, trainer.save)
-            saved = trainer.step
+    with tracked(spec.wandb if world.first else None, spec.model_dump(mode="json"), run) as log:
+        while not trainer.done:
+            values = trainer.advance(saved)
+            told = {}
+            if trainer.step % REPORT_EVERY == 0 or trainer.done:
+                told = {name: float(value) for name, value in values.items()}
+            if trainer.step % spec.training.validate_every == 0:
+                told |= trainer.validate()
+            if told:
+                run.metric(trainer.step, **told)
+                log(trainer.step, told)
+            run.advance(trainer.step)
+            if run.checkpoint_due():
+                run.checkpoint(trainer.step, trainer.save)
+                saved = trainer.step
     if trainer.step < spec.training.steps:
         run.log(f"stopped at step {trainer.step}: the validation loss has not fallen since step {trainer.best_step}")
     return trainer.codec()
