@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ethogram.errors import InvalidInput
 from ethogram.plain import plain
+
+if TYPE_CHECKING:
+    from ethogram.specs.base import Spec
+
+S = TypeVar("S", bound="Spec")
 
 
 def read_mapping(path: Path | None, what: str) -> dict[str, Any]:
@@ -80,3 +86,15 @@ def _name(value: object) -> str:
     return {list: "list", dict: "mapping", str: "string", bool: "truth value", int: "number", float: "number"}.get(
         type(value), type(value).__name__
     )
+
+
+def read_spec(
+    spec: type[S], file: Path | None, values: Iterable[str] | None, given: Mapping[str, Any] = MappingProxyType({})
+) -> S:
+    """The spec in ``file``, on top of ``given`` and with ``values`` (``PATH=VALUE``) set, or :class:`InvalidInput`."""
+    from pydantic import ValidationError
+
+    try:
+        return spec.model_validate(set_values({**given, **read_mapping(file, "spec")}, values or (), "spec"))
+    except ValidationError as error:
+        raise InvalidInput.from_pydantic(error, "spec") from None

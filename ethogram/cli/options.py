@@ -40,6 +40,8 @@ Set = Annotated[
         "--set", metavar="PATH=VALUE", help="Set one value, e.g. training.steps=500; read as YAML. Repeatable."
     ),
 ]
+SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
+ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
 Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many, newest first.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Follow to the end; exit code 1 when a job fails.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")]
@@ -77,3 +79,16 @@ def show_help(context: typer.Context) -> None:
     """Callback of a group: alone on the command line it prints its help."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def system_app(name: str, text: str) -> typer.Typer:
+    """The commands of one system, ``python -m services.<name>``; ``text``: its help."""
+    return typer.Typer(
+        name=name,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        callback=show_help,
+        invoke_without_command=True,
+        help=text,
+    )

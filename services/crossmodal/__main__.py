@@ -10,24 +10,14 @@ from pydantic import ValidationError
 
 from ethogram.cli import output
 from ethogram.cli.execute import execute
-from ethogram.cli.files import read_mapping, set_values
-from ethogram.cli.options import Json, Set, examples, show_help
+from ethogram.cli.files import read_spec
+from ethogram.cli.options import Json, Set, SpecFile, ZooFolder, examples, system_app
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
 from ethogram.specs.crossmodal import CrossmodalSpec
 
-app = typer.Typer(
-    name="crossmodal",
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    callback=show_help,
-    invoke_without_command=True,
-    help="Train codecs and judge them; no platform is needed.",
-)
+app = system_app("crossmodal", "Train codecs and judge them; no platform is needed.")
 
-ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
-SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
 _MODULE = "python -m services.crossmodal"
 _CHECKPOINT_SECONDS = 30.0
 
@@ -58,7 +48,7 @@ def train(
     from services.runtime.console import CHECKPOINT, ConsoleRun
     from services.runtime.run import Run
 
-    spec = _spec(file, values)
+    spec = read_spec(CrossmodalSpec, file, values, {"zoo": {"artifact": "folder"}})
     world, own = join()
     inputs = {"zoo": zoo}
     if world.first:
@@ -119,14 +109,6 @@ def _others(parts: tuple[str, ...]) -> list[str]:
     from services.crossmodal.bundle import PARTS
 
     return [f"{part}.safetensors" for part in PARTS if part not in parts]
-
-
-def _spec(file: Path | None, values: list[str] | None) -> CrossmodalSpec:
-    given: dict[str, Any] = {"zoo": {"artifact": "folder"}} | dict(read_mapping(file, "spec"))
-    try:
-        return CrossmodalSpec.model_validate(set_values(given, values or [], "spec"))
-    except ValidationError as error:
-        raise InvalidInput.from_pydantic(error, "spec") from None
 
 
 def _show(figures: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from ethogram.cli import output
 from ethogram.cli.execute import execute
-from ethogram.cli.files import read_mapping, set_values
-from ethogram.cli.options import Json, Set, examples, show_help
+from ethogram.cli.files import read_mapping, read_spec
+from ethogram.cli.options import Json, Set, SpecFile, ZooFolder, examples, system_app
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
 from ethogram.specs.generation import GenerationSpec
@@ -24,19 +24,11 @@ from services.generation.card import CARD
 from services.runtime.console import CHECKPOINT
 from services.zoo.dataset import BASELINE
 
-app = typer.Typer(
-    name="generation",
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    callback=show_help,
-    invoke_without_command=True,
-    help="Make zoos, look at them, and bring them to and from other forms; no platform is needed.",
+app = system_app(
+    "generation", "Make zoos, look at them, and bring them to and from other forms; no platform is needed."
 )
 
-ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
 Out = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not be there yet.")]
-SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
 Baseline = Annotated[
     Path | None,
     typer.Option(
@@ -72,7 +64,7 @@ def make(
     every half minute. A zoo that was interrupted is there in part: the same command goes on with it from the last
     checkpoint, and the zoo is the same. A zoo that is finished, or was begun with another spec, is never overwritten.
     What fails before the first checkpoint leaves neither folder."""
-    spec = _spec(file, values)
+    spec = read_spec(GenerationSpec, file, values)
     _beside(spec, baseline)
     output.say("preparing: loading what trains, and drawing sequences of each pattern")
     from services.generation.pipeline import DatasetGenerationPipeline
@@ -186,7 +178,7 @@ def dataset(
     from services.generation.sampler import PatternDatasetSampler
 
     _fresh(out)
-    spec = _spec(file, values)
+    spec = read_spec(GenerationSpec, file, values)
     _beside(spec, baseline)
     sampler = PatternDatasetSampler(spec, baseline)
     if which == "training":
@@ -277,13 +269,6 @@ def _beside(spec: GenerationSpec, baseline: Path | None) -> None:
         raise InvalidInput.field("spec.signature.baseline", text)
     if baseline is not None and not (baseline / BASELINE).is_file():
         raise InvalidInput.field("--baseline", f"{baseline} has no {BASELINE}")
-
-
-def _spec(file: Path | None, values: list[str] | None) -> GenerationSpec:
-    try:
-        return GenerationSpec.model_validate(set_values(read_mapping(file, "spec"), values or [], "spec"))
-    except ValidationError as error:
-        raise InvalidInput.from_pydantic(error, "spec") from None
 
 
 def _begin(out: Path, aside: Path, spec: GenerationSpec) -> None:
