@@ -62,6 +62,7 @@ def test_a_job_that_says_nothing_is_ended_and_tried_again(stack: Stack) -> None:
 
 def test_a_job_that_speaks_is_not_ended(stack: Stack) -> None:
     stack.worker()
-    done = stack.wait(stack.submit(30, 0.1, stall_limit_seconds=2.0))
+    # It speaks for longer than the limit, which in turn is longer than any import at its end.
+    done = stack.wait(stack.submit(80, 0.1, stall_limit_seconds=6.0))
     assert done.state is JobState.SUCCEEDED
     assert done.attempts == 1
