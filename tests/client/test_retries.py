@@ -234,6 +234,7 @@ def gateway(state: Path, redis_url: str, port: int) -> Iterator[subprocess.Popen
         child.wait()
 
 
+@pytest.mark.slow
 def test_a_gateway_that_is_killed_and_comes_back(connect: Connect, redis_url: str, tmp_path: Path) -> None:
     port = free_port()
     client = connect(f"http://127.0.0.1:{port}")

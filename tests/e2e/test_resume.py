@@ -44,6 +44,7 @@ def kill_child(platform: Platform) -> None:
     child.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_killed_in_mid_training_ends_with_the_same_codec(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
@@ -69,6 +70,7 @@ def test_a_job_killed_in_mid_training_ends_with_the_same_codec(
         assert resumed.result == whole.result
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_platform_that_stops_takes_its_job_up_again(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

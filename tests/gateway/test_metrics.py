@@ -96,6 +96,7 @@ def test_without_a_database_the_rest_is_told(tmp_path: Path) -> None:
     assert "ethogram_streams" in text
 
 
+@pytest.mark.slow
 def test_workers_and_reconcilers_tell_of_themselves(tmp_path: Path, redis_url: str) -> None:
     stack = Stack(tmp_path, redis_url)
     ports = free_port(), free_port()

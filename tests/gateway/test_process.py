@@ -88,6 +88,7 @@ def test_a_database_of_an_earlier_run_and_time_to_start(tmp_path: Path, redis_ur
     assert min(times) < 5, times
 
 
+@pytest.mark.slow
 def test_what_a_killed_gateway_held_of_an_upload_is_removed(tmp_path: Path, redis_url: str) -> None:
     with process(tmp_path, redis_url) as child:
         url_of(child)

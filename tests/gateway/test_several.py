@@ -228,6 +228,7 @@ def follow(
     return people
 
 
+@pytest.mark.slow
 def test_watchers_of_two_gateways_that_die(tmp_path: Path) -> None:
     def faults(served: Gateways) -> None:
         time.sleep(0.5)
@@ -241,6 +242,7 @@ def test_watchers_of_two_gateways_that_die(tmp_path: Path) -> None:
     assert all(one.streams > 1 for one in people) and any(one.broken for one in people)
 
 
+@pytest.mark.slow
 def test_without_redis_the_registry_is_asked(tmp_path: Path) -> None:
     # Nobody leaves: who comes again reads what is new by that alone.
     people = follow(

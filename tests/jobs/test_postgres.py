@@ -91,6 +91,7 @@ def test_a_connection_lost_in_the_middle(server: PostgresServer, served: JobRegi
     assert served.get(job.id).state is JobState.SUCCEEDED
 
 
+@pytest.mark.slow
 def test_a_server_that_starts_up(server: PostgresServer, served: JobRegistry) -> None:
     """Asked all the time while it restarts, it answers or is told to be unavailable; nothing else."""
     answers: list[str] = []

@@ -148,6 +148,7 @@ class People:
         self.registry.release(claimed.attempt, "waiting")
 
 
+@pytest.mark.slow
 def test_everything_at_once(registry: JobRegistry) -> None:
     until = time.monotonic() + SECONDS
     people = [People(registry, seed, until) for seed in range(7)]

@@ -99,6 +99,7 @@ def test_a_signal_takes_everything_down_in_order(tmp_path: Path, number: signal.
     assert not (tmp_path / "platform.json").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_the_parent_is_killed_and_the_next_one_starts(tmp_path: Path) -> None:
     with up(tmp_path) as (process, said):
         client = Client(said["url"])

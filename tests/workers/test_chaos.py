@@ -314,6 +314,7 @@ def test_an_orphan_that_leaves_in_time_is_none(tmp_path: Path, family: tuple[sub
     assert orphans.living() == []
 
 
+@pytest.mark.slow
 def test_a_small_draw_of_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The platform must not see the developer's own.
     for name in [name for name in os.environ if name.startswith("ETHOGRAM_")]:

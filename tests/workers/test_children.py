@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
 from services.jobs.registry import Job, JobState
 from tests.workers.stack import Stack, wait_for
@@ -38,6 +40,7 @@ def test_a_parent_gathers_what_its_children_made(stack: Stack) -> None:
     assert all(child.parent == job.id and child.labels == {"owner": "me"} and child.priority == 5 for child in made)
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_the_parents_to_judge(stack: Stack) -> None:
     stack.worker("gather")
     stack.reconciler()
@@ -61,6 +64,7 @@ def test_cancelling_a_parent_cancels_its_children(stack: Stack) -> None:
     assert stack.registry.get(job.id).state is JobState.CANCELLED
 
 
+@pytest.mark.slow
 def test_a_parent_that_is_killed_finds_its_children_again(stack: Stack) -> None:
     worker = stack.worker("gather")
     stack.reconciler()

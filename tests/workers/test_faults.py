@@ -65,6 +65,7 @@ def test_cancel_of_a_job_that_does_not_listen(stack: Stack) -> None:
     assert gone(helper), "what the job had started outlived it"
 
 
+@pytest.mark.slow
 def test_a_worker_told_to_leave_checkpoints_and_another_goes_on(stack: Stack) -> None:
     worker = stack.worker(checkpoint_seconds="600")
     job = stack.submit(STEPS, SECONDS, seed=5)
@@ -126,6 +127,7 @@ def test_a_hung_childs_helpers_die_with_the_worker(stack: Stack) -> None:
     wait_for("child and helper to end", lambda: gone(child) and gone(helper), 8)
 
 
+@pytest.mark.slow
 def test_a_paused_worker_finds_itself_replaced_and_writes_nothing(stack: Stack) -> None:
     first = stack.worker()
     stack.reconciler()

@@ -159,6 +159,7 @@ def test_checkpoints_of_a_job_that_succeeded_are_collected(stack: Stack) -> None
         stack.store.fetch(id, stack.state / "fetched" / id)
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_from_its_checkpoint_while_all_else_is_collected(stack: Stack) -> None:
     stack.start("workers.reconciler", "--parent-pipe", gc_grace_seconds="0", gc_period_seconds="0.02")
     worker = stack.worker(checkpoint_seconds="0.05")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from services.jobs.registry import JobState
 from tests.workers.stack import Stack, gone
 from tests.workers.test_jobs import expected
@@ -28,6 +30,7 @@ def test_the_time_limit_ends_a_job_at_a_checkpoint_and_a_retry_goes_on(stack: St
     assert done.result["total"] == expected(40, 2)
 
 
+@pytest.mark.slow
 def test_the_time_limit_counts_over_attempts(stack: Stack) -> None:
     worker = stack.worker()
     job = stack.submit(200, 0.1, time_limit_seconds=3.0)
@@ -60,6 +63,7 @@ def test_a_job_that_says_nothing_is_ended_and_tried_again(stack: Stack) -> None:
     assert gone(child)
 
 
+@pytest.mark.slow
 def test_a_job_that_speaks_is_not_ended(stack: Stack) -> None:
     stack.worker()
     # It speaks for longer than the limit, which in turn is longer than any import at its end.
