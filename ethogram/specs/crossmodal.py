@@ -83,6 +83,8 @@ class LossSpec(Spec):
     """The same for direct edits (the decoded weights themselves)."""
     locality: float = Field(0.8, ge=0, le=1)
     """Share of the two steering terms that asks for the source's own answers where the edit decides nothing."""
+    mend: bool = True
+    """Whether there, where the source errs, the exact label is asked for instead; else its errors are kept."""
     variance: float = Field(0.0, ge=0)
     """Weight of the guard against collapse: what the latents' standard deviations lack to 1, a mean over them."""
 

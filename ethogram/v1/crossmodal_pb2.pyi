@@ -429,6 +429,7 @@ class LossSpec(_message.Message):
     DIRECT_FIELD_NUMBER: _builtins.int
     LOCALITY_FIELD_NUMBER: _builtins.int
     VARIANCE_FIELD_NUMBER: _builtins.int
+    MEND_FIELD_NUMBER: _builtins.int
     gamma: _builtins.float
     """Share of the contrastive loss at the beginning."""
     gamma_end: _builtins.float
@@ -455,6 +456,8 @@ class LossSpec(_message.Message):
     """Share of the steering terms outside of what an edit decides."""
     variance: _builtins.float
     """Guard against collapse."""
+    mend: _builtins.bool
+    """Whether the source's errors there are to be mended."""
     def __init__(
         self,
         *,
@@ -471,10 +474,11 @@ class LossSpec(_message.Message):
         direct: _builtins.float | None = ...,
         locality: _builtins.float | None = ...,
         variance: _builtins.float | None = ...,
+        mend: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_gamma", b"_gamma", "_gamma_end", b"_gamma_end", "_locality", b"_locality", "_projection", b"_projection", "_reconstruction", b"_reconstruction", "_reconstruction_form", b"_reconstruction_form", "_steering", b"_steering", "_temperature", b"_temperature", "_temperature_end", b"_temperature_end", "_variance", b"_variance", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "gamma", b"gamma", "gamma_end", b"gamma_end", "locality", b"locality", "projection", b"projection", "reconstruction", b"reconstruction", "reconstruction_form", b"reconstruction_form", "steering", b"steering", "temperature", b"temperature", "temperature_end", b"temperature_end", "variance", b"variance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_gamma", b"_gamma", "_gamma_end", b"_gamma_end", "_locality", b"_locality", "_mend", b"_mend", "_projection", b"_projection", "_reconstruction", b"_reconstruction", "_reconstruction_form", b"_reconstruction_form", "_steering", b"_steering", "_temperature", b"_temperature", "_temperature_end", b"_temperature_end", "_variance", b"_variance", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "gamma", b"gamma", "gamma_end", b"gamma_end", "locality", b"locality", "mend", b"mend", "projection", b"projection", "reconstruction", b"reconstruction", "reconstruction_form", b"reconstruction_form", "steering", b"steering", "temperature", b"temperature", "temperature_end", b"temperature_end", "variance", b"variance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_gamma", b"_gamma", "_gamma_end", b"_gamma_end", "_locality", b"_locality", "_projection", b"_projection", "_reconstruction", b"_reconstruction", "_reconstruction_form", b"_reconstruction_form", "_steering", b"_steering", "_temperature", b"_temperature", "_temperature_end", b"_temperature_end", "_variance", b"_variance", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "gamma", b"gamma", "gamma_end", b"gamma_end", "locality", b"locality", "projection", b"projection", "reconstruction", b"reconstruction", "reconstruction_form", b"reconstruction_form", "steering", b"steering", "temperature", b"temperature", "temperature_end", b"temperature_end", "variance", b"variance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_gamma", b"_gamma", "_gamma_end", b"_gamma_end", "_locality", b"_locality", "_mend", b"_mend", "_projection", b"_projection", "_reconstruction", b"_reconstruction", "_reconstruction_form", b"_reconstruction_form", "_steering", b"_steering", "_temperature", b"_temperature", "_temperature_end", b"_temperature_end", "_variance", b"_variance", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "gamma", b"gamma", "gamma_end", b"gamma_end", "locality", b"locality", "mend", b"mend", "projection", b"projection", "reconstruction", b"reconstruction", "reconstruction_form", b"reconstruction_form", "steering", b"steering", "temperature", b"temperature", "temperature_end", b"temperature_end", "variance", b"variance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__behavior: _TypeAlias = _typing.Literal["behavior"]  # noqa: Y015
     _WhichOneofArgType__behavior: _TypeAlias = _typing.Literal["_behavior", b"_behavior"]  # noqa: Y015
@@ -488,6 +492,8 @@ class LossSpec(_message.Message):
     _WhichOneofArgType__gamma_end: _TypeAlias = _typing.Literal["_gamma_end", b"_gamma_end"]  # noqa: Y015
     _WhichOneofReturnType__locality: _TypeAlias = _typing.Literal["locality"]  # noqa: Y015
     _WhichOneofArgType__locality: _TypeAlias = _typing.Literal["_locality", b"_locality"]  # noqa: Y015
+    _WhichOneofReturnType__mend: _TypeAlias = _typing.Literal["mend"]  # noqa: Y015
+    _WhichOneofArgType__mend: _TypeAlias = _typing.Literal["_mend", b"_mend"]  # noqa: Y015
     _WhichOneofReturnType__projection: _TypeAlias = _typing.Literal["projection"]  # noqa: Y015
     _WhichOneofArgType__projection: _TypeAlias = _typing.Literal["_projection", b"_projection"]  # noqa: Y015
     _WhichOneofReturnType__reconstruction: _TypeAlias = _typing.Literal["reconstruction"]  # noqa: Y015
@@ -514,6 +520,8 @@ class LossSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gamma_end) -> _WhichOneofReturnType__gamma_end | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__locality) -> _WhichOneofReturnType__locality | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mend) -> _WhichOneofReturnType__mend | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__projection) -> _WhichOneofReturnType__projection | None: ...
     @_typing.overload

@@ -55,15 +55,17 @@ def behavior(logits: Tensor, source: Tensor) -> Tensor:
     return divergence(logits, torch.sigmoid(source)).mean()
 
 
-def steering(logits: Tensor, source: Tensor, before: Tensor, after: Tensor, locality: float) -> Tensor:
+def steering(logits: Tensor, source: Tensor, before: Tensor, after: Tensor, locality: float, *, mend: bool) -> Tensor:
     """How far steered networks are from what the edit asks for; all ``[batch, n]``.
 
     Where the exact label differs ``before`` and ``after`` the edit (bool), the label after it is asked for; elsewhere
-    the source's own answer (``source``: its logits). In each network the latter weigh ``locality`` together and the
-    former the rest, so that a behaviour with few sequences is not drowned; a side without sequences has no weight.
+    the source's own answer (``source``: its logits), or where that is wrong and is to ``mend``, the exact label. In
+    each network the sequences elsewhere weigh ``locality`` together and the others the rest, so that a behaviour with
+    few sequences is not drowned; a side without sequences has no weight.
     """
     decided = before != after
-    target = torch.where(decided, after.to(source.dtype), torch.sigmoid(source))
+    exact = decided | ((source > 0) != before) if mend else decided
+    target = torch.where(exact, after.to(source.dtype), torch.sigmoid(source))
     inside, outside = decided.to(source.dtype), (~decided).to(source.dtype)
     shares = [side / side.sum(1, keepdim=True).clamp_min(1) for side in (inside, outside)]
     weights = (1 - locality) * shares[0] + locality * shares[1]

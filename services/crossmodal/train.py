@@ -200,7 +200,7 @@ class Trainer:
                 pools = self.queries.pools
                 before, after = (pools.labels(rows, chosen.cpu()).to(self.device) for chosen in (labels, selected))
                 for name, answered in zip(("steering", "direct"), logits[1:], strict=False):
-                    terms[name] = losses.steering(answered, own, before, after, weight.locality)
+                    terms[name] = losses.steering(answered, own, before, after, weight.locality, mend=weight.mend)
         if weight.variance:
             terms["variance"] = losses.variance(latents.float())
         rest = torch.stack([getattr(weight, name) * term for name, term in terms.items()]).sum() if terms else 0.0

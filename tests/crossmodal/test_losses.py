@@ -40,14 +40,24 @@ def test_steering_asks_for_the_label_where_the_edit_decides_and_for_the_source_e
     before, after = torch.tensor([[False, False, True]]), torch.tensor([[True, False, True]])
     inside = kl(1.0, sigmoid(0.5))
     outside = (kl(sigmoid(-1.0), sigmoid(-2.0)) + kl(sigmoid(2.0), sigmoid(1.0))) / 2
-    loss = losses.steering(logits, source, before, after, locality=0.7)
+    loss = losses.steering(logits, source, before, after, locality=0.7, mend=False)
     assert float(loss) == pytest.approx(0.3 * inside + 0.7 * outside, rel=1e-5)
+
+
+def test_steering_asks_for_the_label_where_the_source_errs_too_if_that_is_to_mend() -> None:
+    logits, source = torch.tensor([[0.5, -2.0]]), torch.tensor([[1.0, -1.0]])
+    wrong, before = kl(0.0, sigmoid(0.5)), torch.tensor([[False, False]])
+    kept = kl(sigmoid(1.0), sigmoid(0.5))
+    right = kl(sigmoid(-1.0), sigmoid(-2.0))
+    for mend, first in ((True, wrong), (False, kept)):
+        loss = losses.steering(logits, source, before, before, locality=1.0, mend=mend)
+        assert float(loss) == pytest.approx((first + right) / 2, rel=1e-5)
 
 
 def test_steering_without_deciding_sequences_is_about_the_source_alone() -> None:
     source, same = torch.randn(2, 5), torch.zeros(2, 5, dtype=torch.bool)
-    assert float(losses.steering(source, source, same, same, locality=0.8)) == pytest.approx(0, abs=1e-6)
-    assert float(losses.steering(source, source, same, same, locality=0.0)) == 0
+    assert float(losses.steering(source, source, same, same, locality=0.8, mend=False)) == pytest.approx(0, abs=1e-6)
+    assert float(losses.steering(source, source, same, same, locality=0.0, mend=False)) == 0
 
 
 def test_contrastive_against_loops() -> None:
