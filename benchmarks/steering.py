@@ -2,6 +2,8 @@
 
     make bench BENCH=steering                               every part and seed; what was measured before is kept
     make bench BENCH=steering ARGS="--part shared --seed 0"
+    make bench BENCH=steering ARGS="--part earlier"
+    make bench BENCH=steering ARGS="--part independent"
     make bench BENCH=steering ARGS="--part step"
 
 A part's zoo and figures stay below runs/bench-steering, under the hash of its spec and of the code that it runs, so a
@@ -17,10 +19,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks._plain_codec import examples_per_second
 from ethogram.bench import Figure, form
@@ -37,6 +42,9 @@ ROOT = Path("runs/bench-steering")
 SOURCES = ("ethogram/specs", "services/zoo", "services/generation", "services/crossmodal", "benchmarks/steering.py")
 SEEDS = (0, 1, 2)
 HELD_OUT = 512
+STEPS = 10_000
+EARLIER = 64 + 24 + 24
+"""Subjects of a behaviour in the setting of earlier work: to train on, to validate on, to judge on."""
 _ANY = ArtifactRef(artifact="zoo")
 
 # Ten behaviours that networks of this size learn well but not perfectly. Of a behaviour that is learned perfectly (the
@@ -55,31 +63,87 @@ BEHAVIORS: list[dict[str, str]] = [
 ]
 
 
-def shared_zoo(seed: int) -> GenerationSpec:
-    """Shared initialisation, one-hot input, 49-16-16-1, one to four of ten behaviours each."""
+def ten_behaviors(seed: int, init: str) -> GenerationSpec:
+    """One-hot input, 49-16-16-1, one to four of ten behaviours each."""
     return GenerationSpec.model_validate(
         {
             "seed": seed,
             "subjects": 16_384,
             "patterns": BEHAVIORS,
+            "subject": {"init": init},
             "training": {"steps": 200},
             "min_accuracy": 0.65,
         }
     )
 
 
-def shared_codec(seed: int) -> CrossmodalSpec:
-    """At most a quarter of an hour of training on two cores."""
+def ten_behaviors_codec(seed: int, steps: int) -> CrossmodalSpec:
+    """Ten thousand steps are at most a quarter of an hour on two cores."""
     return CrossmodalSpec.model_validate(
         {
             "zoo": _ANY,
             "seed": seed,
             "codec": {"inputs": "both", "latent_dim": 1024},
             "loss": {"reconstruction": 0.2},
-            "training": {"steps": 10_000},
+            "training": {"steps": steps},
             "held_out": HELD_OUT / 16_384,
         }
     )
+
+
+def earlier_zoo(seed: int) -> GenerationSpec:
+    """The setting of earlier work, in which no steered latent had decoded into a network that passes all gates: five
+    layers of eight gelu neurons, letters as numbers, one of four behaviours each. More subjects than are taken."""
+    return GenerationSpec.model_validate(
+        {
+            "seed": seed,
+            "subjects": 5 * EARLIER,
+            "vocab_size": 10,
+            "sequence_length": 5,
+            "patterns": [{"name": n} for n in ("has_majority", "sorted_ascending", "sorted_descending", "palindrome")],
+            "max_patterns_per_batch": 1,
+            "subject": {
+                "layers": {"min": 5, "max": 5},
+                "neurons": {"min": 8, "max": 8},
+                "activations": ["gelu"],
+                "input_encoding": "index",
+            },
+            "min_accuracy": 0.0,
+        }
+    )
+
+
+def earlier_codec(seed: int) -> CrossmodalSpec:
+    """A small latent: there are 64 subjects of a behaviour to learn from. All edits in training are replacements."""
+    return CrossmodalSpec.model_validate(
+        {
+            "zoo": _ANY,
+            "seed": seed,
+            "codec": {"inputs": "both", "latent_dim": 16, "hidden_dim": 256, "signature_components": 64},
+            "loss": {"direct": 3.0},
+            "training": {"steps": 12_000, "several": 1.0},
+            "held_out": 24 / EARLIER,
+            "validation": 24 / EARLIER,
+        }
+    )
+
+
+def first(zoo: Zoo, count: int) -> Zoo:
+    """The zoo with only the first ``count`` subjects."""
+    return at(zoo, torch.arange(len(zoo)) < count)
+
+
+def first_of_each(zoo: Zoo, count: int) -> Zoo:
+    """The zoo with only the first ``count`` subjects of each behaviour."""
+    if bool((zoo.labels.sum(0) < count).any()):
+        raise ValueError(f"the zoo has fewer than {count} subjects of some behaviour")
+    return at(zoo, (zoo.labels & (zoo.labels.cumsum(0) <= count)).any(1))
+
+
+def at(zoo: Zoo, rows: Tensor) -> Zoo:
+    """The zoo with only the subjects that ``rows`` (bool ``[models]``) says."""
+    parts = {name: getattr(zoo, name)[rows] for name in ("index", "shape", "weights", "labels", "accuracy")}
+    return replace(zoo, **parts)
 
 
 def say(text: str) -> None:
@@ -141,14 +205,44 @@ def train_and_judge(zoo: Zoo, spec: CrossmodalSpec, folder: Path) -> dict[str, f
     return {**found["figures"], **({} if resumed else {"minutes": minutes})}
 
 
+def judged(
+    name: str, zoo: GenerationSpec, codec: CrossmodalSpec, *, afresh: bool, take: Callable[[Zoo], Zoo] = lambda zoo: zoo
+) -> dict[str, float]:
+    """Figures of a codec trained on what is to ``take`` of a zoo."""
+    row = measured(name, [zoo, codec], afresh, lambda folder: train_and_judge(take(zoo_of(zoo)), codec, folder))
+    mins = [value for key, value in row.items() if key in ("add.min_pattern_all_gate", "remove.min_pattern_all_gate")]
+    return {**row, "min_pattern_all_gate": min(mins)} if mins else row
+
+
 def shared(seed: int, afresh: bool) -> dict[str, float]:
     """One seed of the part on shared initialisation."""
-    specs = shared_zoo(seed), shared_codec(seed)
+    return judged(f"shared-{seed}", ten_behaviors(seed, "shared"), ten_behaviors_codec(seed, STEPS), afresh=afresh)
 
-    def measure(folder: Path) -> dict[str, float]:
-        return train_and_judge(zoo_of(specs[0]), specs[1], folder)
 
-    return measured(f"shared-{seed}", list(specs), afresh, measure)
+def earlier(seed: int, afresh: bool) -> dict[str, float]:
+    """One seed of the setting of earlier work."""
+    zoo, codec = earlier_zoo(seed), earlier_codec(seed)
+    return judged(f"earlier-{seed}", zoo, codec, afresh=afresh, take=partial(first_of_each, count=EARLIER))
+
+
+def independent(seed: int, afresh: bool) -> dict[str, Figure]:
+    """One seed of the part on independent initialisations, and what steps and subjects buy there."""
+    figures: dict[str, Figure] = {}
+    for steps, subjects in ((STEPS, 16_384), (STEPS // 2, 16_384), (STEPS // 4, 16_384), (STEPS // 4, 4096)):
+        whole = steps == STEPS
+        codec = ten_behaviors_codec(seed, steps).model_copy(update={"held_out": HELD_OUT / subjects})
+        row = judged(
+            f"independent-{seed}-{steps}-{subjects}",
+            ten_behaviors(seed, "independent"),
+            codec,
+            afresh=afresh,
+            take=partial(first, count=subjects),
+        )
+        for name, (key, op, bar) in INDEPENDENT.items():
+            if key in row:
+                place = name if whole else name.replace("independent", f"independent.{steps}_steps.{subjects}_subjects")
+                figures[place] = Figure(row[key], op, bar) if whole else Figure(row[key])
+    return figures
 
 
 def step(seconds: float) -> Figure:
@@ -197,6 +291,18 @@ SHARED: Mapping[str, tuple[str, str, float]] = {
 }
 
 
+INDEPENDENT: Mapping[str, tuple[str, str, float]] = {
+    "independent.agreement": ("agreement", ">=", 0.85),
+    "independent.add.all_gate": ("add.all_gate", ">=", 0.40),
+    "independent.remove.all_gate": ("remove.all_gate", ">=", 0.40),
+    "independent.minutes": ("minutes", "<=", 30.0),
+}
+EARLIER_FIGURES: Mapping[str, tuple[str, str, float]] = {
+    "earlier.all_gate": ("direct.replace.all_gate", ">=", 0.85),
+    "earlier.min_direction": ("direct.replace.min_pattern_all_gate", ">=", 0.65),
+}
+
+
 def over_seeds(rows: list[dict[str, float]], table: Mapping[str, tuple[str, str, float]]) -> dict[str, Figure]:
     """Mean over the seeds, which is judged, and the worst of them beside it."""
     figures: dict[str, Figure] = {}
@@ -213,8 +319,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.steering", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=["all", "shared", "step"], default="all")
-    parser.add_argument("--seed", type=int, choices=SEEDS, help="one seed alone (all three)")
+    parser.add_argument("--part", choices=["all", "shared", "earlier", "independent", "step"], default="all")
+    parser.add_argument("--seed", type=int, choices=SEEDS, help="one seed alone (all three; of independent the first)")
     parser.add_argument("--afresh", action="store_true", help="measure again what was measured before")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each side of the part step (20)")
     given = parser.parse_args()
@@ -222,12 +328,11 @@ def main() -> None:
     seeds = SEEDS if given.seed is None else (given.seed,)
     figures: dict[str, Figure] = {}
     if given.part in ("all", "shared"):
-        rows = []
-        for seed in seeds:
-            row = shared(seed, given.afresh)
-            row["min_pattern_all_gate"] = min(row[f"{o}.min_pattern_all_gate"] for o in ("add", "remove"))
-            rows.append(row)
-        figures |= over_seeds(rows, SHARED)
+        figures |= over_seeds([shared(seed, given.afresh) for seed in seeds], SHARED)
+    if given.part in ("all", "earlier"):
+        figures |= over_seeds([earlier(seed, given.afresh) for seed in seeds], EARLIER_FIGURES)
+    if given.part in ("all", "independent"):
+        figures |= independent(seeds[0], given.afresh)
     if given.part in ("all", "step"):
         figures["train_step_ratio"] = step(given.seconds)
     whole = form("steering", figures)
