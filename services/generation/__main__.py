@@ -123,8 +123,9 @@ def import_(
 ) -> None:
     """Read a dataset with JSON text in its columns as a zoo. docs/generation.md says what is kept and what is not."""
     from services.generation.hub import download
-    from services.generation.json_form import import_json, patterns_in
+    from services.generation.json_form import import_json
     from services.runtime.console import ConsoleRun
+    from services.zoo.json_records import patterns_in
 
     given = read_mapping(file, "spec")
     patterns = None if given.get("patterns") is None else patterns_in(given, "patterns")
