@@ -43,6 +43,8 @@ _READ = (
     "degraded_model_weights",
     "training_metrics",
 )
+SUFFIXES = (".parquet", ".jsonl")
+"""Of files of records."""
 PATTERNS = "patterns.json"
 """Beside records: what their patterns' names mean."""
 
@@ -163,7 +165,7 @@ def files_in(source: Path) -> list[Path]:
     """The files in ``source`` that can hold records: itself, or those of a folder."""
     if source.is_file():
         return [source]
-    return sorted(file for form in ("*.parquet", "*.jsonl") for file in source.rglob(form))
+    return sorted(file for suffix in SUFFIXES for file in source.rglob(f"*{suffix}"))
 
 
 def _surveyed(files: Sequence[Path], rename: Mapping[str, str], source: Path, run: Run) -> _Survey:
