@@ -25,10 +25,10 @@ def told(repo: str, field: str, what: str = "write to") -> Iterator[None]:
         if code < 500 and code != 429:
             said = error.server_message or f"HTTP {code}"
             raise InvalidInput.field(field, f"the Hub refuses {repo}: {said}") from None
-        raise _absent(field, f"HTTP {code}") from None
+        raise _absent(repo, field, what, f"HTTP {code}") from None
     # The client tells of large files that did not arrive by RuntimeError and ValueError.
     except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _absent(field, str(error) or type(error).__name__) from None
+        raise _absent(repo, field, what, str(error) or type(error).__name__) from None
 
 
 def _refused(repo: str, field: str, what: str, why: str) -> InvalidInput:
@@ -36,6 +36,6 @@ def _refused(repo: str, field: str, what: str, why: str) -> InvalidInput:
     return InvalidInput.field(field, text)
 
 
-def _absent(field: str, why: str) -> Unavailable:
-    text = f"the Hugging Face Hub cannot be reached ({why})"
+def _absent(repo: str, field: str, what: str, why: str) -> Unavailable:
+    text = f"the Hugging Face Hub cannot be reached ({why}) to {what} {repo}"
     return Unavailable(f"{field}: {text}", [Violation(field, text)])

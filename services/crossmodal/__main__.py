@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ethogram.cli import output
 from ethogram.cli.execute import execute
 from ethogram.cli.files import read_spec
-from ethogram.cli.options import Json, Set, SpecFile, ZooFolder, examples, system_app
+from ethogram.cli.options import Json, Set, SpecFile, examples, system_app
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
 from ethogram.specs.crossmodal import CrossmodalSpec
@@ -26,11 +26,18 @@ _CHECKPOINT_SECONDS = 30.0
     epilog=examples(
         f"{_MODULE} train my-zoo -o my-run",
         f"{_MODULE} train my-zoo -f examples/plain.yaml --set training.steps=2000 -o my-run",
+        f"{_MODULE} train owner/name -o my-run",
         "torchrun --nproc-per-node 2 -m services.crossmodal train my-zoo -o my-run",
     )
 )
 def train(
-    zoo: ZooFolder,
+    zoo: Annotated[
+        str,
+        typer.Argument(
+            metavar="ZOO",
+            help="Folder of a zoo; file or folder of records with JSON text; or dataset owner/name on the Hub.",
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Folder of the run: codec, report, metrics, checkpoint."),
@@ -47,10 +54,11 @@ def train(
     from services.crossmodal.parallel import join
     from services.runtime.console import CHECKPOINT, ConsoleRun
     from services.runtime.run import Run
+    from services.zoo.source import locate
 
     spec = read_spec(CrossmodalSpec, file, values, {"zoo": {"artifact": "folder"}})
+    inputs = {"zoo": locate(zoo, "ZOO")}
     world, own = join()
-    inputs = {"zoo": zoo}
     if world.first:
         with ConsoleRun(out, device or own, inputs, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
             result = job.run(spec, run, world)

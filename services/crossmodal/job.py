@@ -13,7 +13,7 @@ from services.crossmodal.parallel import ALONE, World
 from services.crossmodal.report import write_report
 from services.crossmodal.train import train
 from services.runtime.run import Run
-from services.zoo.dataset import Zoo
+from services.zoo.source import open_zoo
 
 
 def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
     if spec.hub is not None and world.first:
         # Permission and network are tried before any training.
         open_repository(spec.hub)
-    zoo = Zoo.load(run.inputs["zoo"])
+    zoo = open_zoo(run.inputs["zoo"], run)
     codec = train(spec, zoo, run, world)
     if not world.first:
         return {}

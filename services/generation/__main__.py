@@ -122,9 +122,10 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Read a dataset with JSON text in its columns as a zoo. docs/generation.md says what is kept and what is not."""
-    from services.generation.hub import download
-    from services.generation.json_form import import_json, patterns_in
+    from services.generation.json_form import import_json
     from services.runtime.console import ConsoleRun
+    from services.zoo.json_records import patterns_in
+    from services.zoo.source import locate
 
     given = read_mapping(file, "spec")
     patterns = None if given.get("patterns") is None else patterns_in(given, "patterns")
@@ -134,11 +135,8 @@ def import_(
         if not equals:
             raise InvalidInput(f"--rename {pair}: write THEIRS=OURS")
         names[theirs] = ours
-    folder = Path(source)
     with _new(out), ConsoleRun() as run:
-        if not folder.exists() and source.count("/") == 1 and folder.suffix not in (".parquet", ".jsonl"):
-            folder = download(_repo("SOURCE", source, public=False).repo)
-        figures = import_json(folder, out, patterns=patterns, rename=names, run=run)
+        figures = import_json(locate(source, "SOURCE"), out, patterns=patterns, rename=names, run=run)
     output.result(figures, as_json, lambda: _show(figures))
 
 

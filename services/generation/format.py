@@ -17,7 +17,7 @@ from ethogram.specs.generation import FormatSpec, GenerationSpec
 from services.zoo.dataset import architecture_of, network_of
 from services.zoo.patterns import Pattern
 from services.zoo.pools import Evaluation
-from services.zoo.subjects import Architecture, Params, encode, forward
+from services.zoo.subjects import Architecture, Params, encode
 
 _HEAD = re.compile(r"[`*#\s]*layer (\d+) (weight|bias)s?\s*(?:\d+ ?x ?\d+)?[:`*\s]*$")
 _NUMBERS = re.compile(r"[-+0-9.eE,;\[\]\s]*")
@@ -235,10 +235,10 @@ def score_modification(
     shape = architecture_of(spec, record)
     names = [pattern.name for pattern in patterns]
     selected = torch.tensor([[name in record["patterns"] for name in names]])
-    questions, labels = encode(shape, benchmark.sequences), benchmark.labels(selected)
+    questions = encode(shape, benchmark.sequences)
 
     def accuracy(params: Params) -> Tensor:
-        return benchmark.by_stratum((forward(params, questions, shape.activation) > 0) == labels)[0]
+        return benchmark.accuracy(params, questions, shape.activation, selected)[0]
 
     written = accuracy(parse_weights(text, shape))
     before, after = (accuracy(network_of(record, column, shape)) for column in ("degraded_weights", "weights"))

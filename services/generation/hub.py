@@ -98,17 +98,6 @@ class HubUpload:
         self._api.create_commit(self._spec.repo, operations, commit_message=message, repo_type="dataset")
 
 
-def download(repo: str) -> Path:
-    """The files of the dataset ``repo`` that can hold records, in a folder of the Hub's cache."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    with told(repo, "SOURCE", "read"):
-        # Asked first, since the download tells little of what went wrong.
-        HfApi().repo_info(repo, repo_type="dataset")
-        wanted = ["*.parquet", "*.jsonl", BASELINE]
-        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
-
-
 def _spec_in(about: str) -> object:
     try:
         found = json.loads(about)

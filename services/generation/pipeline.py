@@ -38,7 +38,7 @@ from services.zoo.dataset import BRANCHES, DATA, Zoo, data_file, read_about, sch
 from services.zoo.reading import reading
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.statistics import Statistics
-from services.zoo.subjects import Architecture, Params, encode, flatten, forward, own_places
+from services.zoo.subjects import Architecture, Params, encode, flatten, own_places
 
 # Candidates that train together: at most so many, and so few that what a layer makes of their batches (bytes) stays in
 # a core's cache. Rounding depends on the grouping, so this is part of what a seed means.
@@ -308,9 +308,8 @@ class DatasetGenerationPipeline:
     def accuracy(self, params: Params, architecture: Architecture, candidates: Candidates) -> Tensor:
         """On held-out sequences, by stratum: float32 ``[models, patterns + 1]``; the last column is for sequences that
         match nothing."""
-        evaluation = self.sampler.evaluation
-        answers = forward(params, self._questions, architecture.activation).cpu() > 0
-        return evaluation.by_stratum(answers == evaluation.labels(candidates.selected))
+        evaluation, selected = self.sampler.evaluation, candidates.selected
+        return evaluation.accuracy(params, self._questions, architecture.activation, selected)
 
     def _single(self, candidates: Candidates) -> tuple[list[Row], list[str]]:
         if self.spec.counterfactual is None:

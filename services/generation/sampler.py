@@ -15,13 +15,10 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
 from services.generation.data import Candidates, Examples
-from services.zoo.dataset import labelled, read_probes
+from services.zoo.dataset import labelled, with_probes
 from services.zoo.patterns import from_specs
-from services.zoo.pools import Evaluation, Pools, probes
+from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation, Pools, probes
 from services.zoo.universe import TRAIN, VALIDATION, Universe
-
-# Held-out sequences that a subject is judged on: for each pattern, and of those that match none.
-JUDGED, JUDGED_NONE = 128, 256
 
 
 class Labelled(NamedTuple):
@@ -45,10 +42,9 @@ class PatternDatasetSampler:
         patterns that cannot be trained or told apart."""
         if spec.signature.baseline is not None and baseline is None:
             raise InvalidInput.field("spec.signature.baseline", "no folder with it was given")
-        self._given = read_probes(baseline, spec) if baseline is not None else None
-        if self._given is not None:
-            signature = spec.signature.model_copy(update={"probes": len(self._given)})
-            spec = spec.model_copy(update={"signature": signature})
+        self._given: Tensor | None = None
+        if baseline is not None:
+            spec, self._given = with_probes(spec, baseline)
         self.spec = spec
         self.patterns = from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
         there = len(self.patterns)

@@ -9,9 +9,8 @@ from typing import Any
 
 from ethogram.errors import InvalidInput
 from services.generation.format import score_classification, score_modification
-from services.generation.sampler import JUDGED, JUDGED_NONE
 from services.zoo.dataset import read_about, read_records
-from services.zoo.pools import Evaluation
+from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation
 from services.zoo.universe import Universe
 
 

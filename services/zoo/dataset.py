@@ -131,6 +131,13 @@ def read_probes(folder: Path, spec: GenerationSpec, file: str = BASELINE) -> Ten
         return from_letters(words, spec.vocab_size, spec.sequence_length, f"{file}.sequences")
 
 
+def with_probes(spec: GenerationSpec, folder: Path) -> tuple[GenerationSpec, Tensor]:
+    """The probes in ``folder``, and the spec with as many; see :func:`read_probes`."""
+    chosen = read_probes(folder, spec)
+    signature = spec.signature.model_copy(update={"probes": len(chosen)})
+    return spec.model_copy(update={"signature": signature}), chosen
+
+
 def read_records(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
     """The records of a zoo, a shard at a time."""
     files = sorted((folder / DATA).glob("*.parquet"))
@@ -211,6 +218,26 @@ class Zoo:
         shape = torch.zeros(len(index), dtype=torch.int64)
         return cls(spec, index, Layout([Architecture.of(spec)]), shape, flatten(params), labels, accuracy, probes)
 
+    @classmethod
+    def of_shapes(
+        cls,
+        spec: GenerationSpec,
+        index: Tensor,
+        networks: Sequence[tuple[Architecture, Tensor]],
+        *,
+        labels: Tensor,
+        accuracy: Tensor,
+        probes: Tensor,
+    ) -> Zoo:
+        """A zoo of networks of one shape or several: each one's, and its parameters as :func:`flatten` orders them."""
+        layout = Layout(sorted({shape for shape, _ in networks}))
+        which = torch.tensor([layout.shapes.index(shape) for shape, _ in networks])
+        weights = torch.zeros(len(networks), layout.size)
+        for shape in range(len(layout.shapes)):
+            rows = (which == shape).nonzero().squeeze(1)
+            weights[rows] = layout.pad(torch.stack([networks[row][1] for row in rows.tolist()]), shape)
+        return cls(spec, index, layout, which, weights, labels, accuracy, probes)
+
     def save(self, folder: Path) -> None:
         """Write the zoo, in one shard."""
         (folder / DATA).mkdir(parents=True, exist_ok=True)
@@ -248,7 +275,7 @@ class Zoo:
         probes = read_probes(folder, spec)
         if len(probes) != spec.signature.probes:
             raise InvalidInput.field(f"{BASELINE}.sequences", f"holds {len(probes)}, not {spec.signature.probes}")
-        index, labels, accuracy, own = [], [], [], []
+        index, labels, accuracy, networks = [], [], [], []
         columns = ["index", "patterns", "accuracy", "weights", "layers", "neurons", "activation"]
         for table in read_records(folder, columns):
             found = table["patterns"].to_pylist()
@@ -257,14 +284,10 @@ class Zoo:
             labels.append(torch.tensor([[name in row for name in names] for row in found]).view(-1, len(names)))
             index.append(torch.tensor(table["index"].to_pylist(), dtype=torch.int64))
             accuracy.append(matrix(table, "accuracy", len(names) + 1))
-            own += _networks(table, spec)
-        layout = Layout(sorted({shape for shape, _ in own}))
-        which = torch.tensor([layout.shapes.index(shape) for shape, _ in own])
-        weights = torch.zeros(len(own), layout.size)
-        for shape in range(len(layout.shapes)):
-            rows = (which == shape).nonzero().squeeze(1)
-            weights[rows] = layout.pad(torch.stack([own[row][1] for row in rows.tolist()]), shape)
-        return cls(spec, torch.cat(index), layout, which, weights, torch.cat(labels), torch.cat(accuracy), probes)
+            networks += _networks(table, spec)
+        return cls.of_shapes(
+            spec, torch.cat(index), networks, labels=torch.cat(labels), accuracy=torch.cat(accuracy), probes=probes
+        )
 
 
 def extractor_of(spec: GenerationSpec, patterns: Sequence[Pattern], probes: Tensor) -> ActivationSignatureExtractor:

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from services.runtime.seeds import generator
 from services.zoo.hashing import hash_sequences
+from services.zoo.subjects import Params, forward
 from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION, Universe, distinct
 
 # A pattern with at most this many times the wanted number is listed in full, so that none of it is missed.
 _ALL_IF_BELOW = 4
+# Held-out sequences that a subject is judged on: for each pattern, and of those that match none.
+JUDGED, JUDGED_NONE = 128, 256
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,12 @@ class Evaluation:
         strata = torch.nn.functional.one_hot(self.stratum, self.membership.shape[1] + 1).float().to(correct.device)
         sizes = strata.sum(0)
         return torch.where(sizes > 0, correct.float() @ strata / sizes.clamp(min=1), 1.0)
+
+    def accuracy(self, params: Params, inputs: Tensor, activation: str, selected: Tensor) -> Tensor:
+        """Of networks that are to answer yes to their patterns ``selected`` (bool ``[models, patterns]``), by stratum;
+        ``inputs``: the sequences as network inputs ``[n, input_size]``. As :meth:`by_stratum`."""
+        answers = forward(params, inputs, activation).cpu() > 0
+        return self.by_stratum(answers == self.labels(selected))
 
 
 def probes(universe: Universe, count: int, seed: int = 0) -> Tensor:
