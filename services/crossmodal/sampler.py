@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -39,21 +38,23 @@ class BehaviorAwareBatchSampler:
             )
         # An epoch has at most one pair more for each behaviour; how many there are is drawn, so it is fixed by padding.
         self.pairs = -(-len(labels) // 2) + labels.shape[1]
-        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-        return math.ceil(2 * self.pairs / self.batch_size)
+        # Of a batch: half of batch_size, or an epoch's where that is less.
+        self._own = min(batch_size // 2, self.pairs)
+        self._epochs: dict[int, Tensor] = {}
 
     def batch(self, number: int) -> Tensor:
-        """Batch ``number`` of a run, counted through all epochs: positions of subjects, int64, buddies side by side.
+        """Batch ``number`` of a run: positions of subjects, int64, buddies side by side.
 
-        All batches have ``batch_size`` subjects but the last of an epoch, which has at least two.
+        All batches have ``batch_size`` subjects, or an epoch's where that is less; one can begin in one epoch and end
+        in the next, so that none is small and its step a jump.
         """
-        epoch, place = divmod(number, len(self))
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self.epoch(epoch))
-        return self._epoch[1].flatten()[place * self.batch_size : (place + 1) * self.batch_size]
+        first, last = number * self._own, (number + 1) * self._own - 1
+        epochs = range(first // self.pairs, last // self.pairs + 1)
+        kept = self._epochs
+        self._epochs = {epoch: kept[epoch] if epoch in kept else self.epoch(epoch) for epoch in epochs}
+        pairs = torch.cat([self._epochs[epoch] for epoch in epochs])
+        start = first - epochs[0] * self.pairs
+        return pairs[start : start + self._own].flatten()
 
     def epoch(self, number: int) -> Tensor:
         """The pairs of an epoch in order: int64 ``[pairs, 2]``."""

@@ -28,25 +28,31 @@ def test_everyone_has_a_positive_in_each_part_of_each_batch(
 ) -> None:
     labels = some_labels(behaviors * each, behaviors, seed)
     sampler = BehaviorAwareBatchSampler(labels, 2 * half, seed)
+    size = min(2 * half, 2 * sampler.pairs)
+    batches = [sampler.batch(number) for number in range(-(-4 * sampler.pairs // size))]
+    for batch in batches:
+        assert len(batch) == size
+        for part in micro_batches(batch, parts):
+            shared = (labels[part].float() @ labels[part].float().T) > 0
+            other = part.unsqueeze(0) != part.unsqueeze(1)
+            assert bool((shared & other).any(1).all())
+    stream = torch.cat(batches)
     for epoch in range(2):
-        seen = []
-        for place in range(len(sampler)):
-            batch = sampler.batch(epoch * len(sampler) + place)
-            assert 2 <= len(batch) <= 2 * half
-            seen.append(batch)
-            for part in micro_batches(batch, parts):
-                shared = (labels[part].float() @ labels[part].float().T) > 0
-                other = part.unsqueeze(0) != part.unsqueeze(1)
-                assert bool((shared & other).any(1).all())
-        assert set(torch.cat(seen).tolist()) == set(range(len(labels)))
+        assert set(stream[2 * sampler.pairs * epoch :][: 2 * sampler.pairs].tolist()) == set(range(len(labels)))
+
+
+def test_a_small_zoo_is_shown_whole_in_every_batch() -> None:
+    labels = some_labels(12, 3, 0)
+    sampler = BehaviorAwareBatchSampler(labels, 64, 0)
+    assert all(set(sampler.batch(number).tolist()) == set(range(12)) for number in range(5))
 
 
 def test_batches_follow_from_the_seed_and_their_number() -> None:
     labels = some_labels(50, 4, 0)
     one, two, other = (BehaviorAwareBatchSampler(labels, 8, seed) for seed in (3, 3, 4))
-    late = one.batch(2 * len(one) + 1)
-    assert torch.equal(late, two.batch(2 * len(two) + 1))
-    assert not torch.equal(late, other.batch(2 * len(other) + 1))
+    late = one.batch(17)
+    assert torch.equal(late, two.batch(17))
+    assert not torch.equal(late, other.batch(17))
     assert not torch.equal(late, one.batch(1))
 
 
