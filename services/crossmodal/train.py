@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,8 +110,11 @@ class Trainer:
         self.best: list[Tensor] = []
         self.best_loss, self.best_step, self.stale, self.halvings, self.since_halving = math.inf, 0, 0, 0, 0
         self.bfloat16 = uses_bfloat16(spec.training, device)
-        self._encode: Any = torch.compile(self.model.encoder) if spec.training.compile else self.model.encoder
-        self._decode: Any = torch.compile(self.model.decoder) if spec.training.compile else self.model.decoder
+        self._encode: Any = self.model.encoder
+        self._decode: Any = self.model.decoder
+        if spec.training.compile:
+            check_compiler(device)
+            self._encode, self._decode = torch.compile(self._encode), torch.compile(self._decode)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -272,14 +277,16 @@ class Trainer:
         counters = {name: getattr(self, name) for name in _COUNTERS}
         # No number of JSON is infinite.
         counters["best_loss"] = None if math.isinf(self.best_loss) else self.best_loss
-        about = {"spec": self.spec.model_dump(mode="json"), "counters": counters}
+        about = {"spec": self.spec.model_dump(mode="json"), "zoo": self.zoo.digest, "counters": counters}
         (folder / "state.json").write_text(json.dumps(about))
 
     def load(self, folder: Path) -> None:
-        """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for the checkpoint of another spec."""
+        """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for a checkpoint of another spec or zoo."""
         about = json.loads((folder / "state.json").read_text())
         if CrossmodalSpec.model_validate(about["spec"]) != self.spec:
             raise InvalidInput.field("checkpoint", "was written by a run with another spec; start afresh")
+        if about["zoo"] != self.zoo.digest:
+            raise InvalidInput.field("checkpoint", "was written by a run on other networks; start afresh")
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in load_file(folder / "state.safetensors", device=self.device).items():
             part, _, rest = name.partition(".")
@@ -325,6 +332,12 @@ def schedule(step: int, training: CodecTrainingSpec) -> float:
     if training.schedule != "cosine":
         return rise
     return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / training.steps)))
+
+
+def check_compiler(device: str) -> None:
+    """Raise :class:`InvalidInput` where ``torch.compile`` cannot work."""
+    if torch.device(device).type == "cpu" and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "")))):
+        raise InvalidInput.field("spec.training.compile", "needs a C++ compiler on this machine: g++ or clang++")
 
 
 def uses_bfloat16(training: CodecTrainingSpec, device: str) -> bool:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -192,6 +193,14 @@ class Zoo:
     def signatures(self) -> Tensor:
         """Of all methods, one after the other: float32 ``[models, layout.neurons, values]``."""
         return self.layout.signatures(self.weights, self.shape, self.extractor)
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells this zoo's networks and labels from any other's."""
+        found = hashlib.sha256(self.spec.model_dump_json().encode())
+        for tensor in (self.index, self.shape, self.weights, self.labels, self.probes):
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     @property
     def architecture(self) -> Architecture:

@@ -13,7 +13,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.generation import PatternSpec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import evaluate
-from services.crossmodal.train import Trainer, schedule, train
+from services.crossmodal.train import Trainer, check_compiler, schedule, train
 from services.runtime.run import Run
 from services.zoo.dataset import Zoo
 from services.zoo.hashing import hash_sequences
@@ -69,6 +69,33 @@ def test_checkpoint_of_another_spec_is_refused(zoo: Zoo, tmp_path: Path) -> None
     Trainer(tiny_spec(), zoo).save(tmp_path)
     with pytest.raises(InvalidInput, match="another spec"):
         train(tiny_spec(seed=5), zoo, Recorder(tmp_path / "x", resume=tmp_path))
+
+
+def test_checkpoint_of_other_networks_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    Trainer(tiny_spec(), zoo).save(tmp_path)
+    with pytest.raises(InvalidInput, match="other networks"):
+        train(tiny_spec(), replace(zoo, weights=zoo.weights + 1e-3), Recorder(tmp_path / "x", resume=tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("architecture", ["mlp", "transformer"])
+def test_compiled_steps_are_the_plain_ones(zoo: Zoo, architecture: str) -> None:
+    check_compiler("cpu")
+    codec = {"architecture": architecture, "depth": 1}
+    plain, compiled = (Trainer(tiny_spec(codec=codec, training={"compile": on}), zoo) for on in (False, True))
+    for _ in range(3):
+        one, two = plain.advance(), compiled.advance()
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-4)
+    # The same names: a checkpoint of one goes on in the other.
+    assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
+
+
+def test_without_a_compiler_compile_says_what_is_missing(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InvalidInput, match=r"spec\.training\.compile.*g\+\+"):
+        Trainer(tiny_spec(training={"compile": True}), zoo)
 
 
 def test_nan_stops_at_once_and_changes_nothing(zoo: Zoo) -> None:
