@@ -42,7 +42,7 @@ ROOT = Path("runs/bench-steering")
 SOURCES = ("ethogram/specs", "services/zoo", "services/generation", "services/crossmodal", "benchmarks/steering.py")
 SEEDS = (0, 1, 2)
 HELD_OUT = 512
-STEPS = 10_000
+STEPS = 8000
 EARLIER = 64 + 24 + 24
 """Subjects of a behaviour in the setting of earlier work: to train on, to validate on, to judge on."""
 _ANY = ArtifactRef(artifact="zoo")
@@ -78,7 +78,7 @@ def ten_behaviors(seed: int, init: str) -> GenerationSpec:
 
 
 def ten_behaviors_codec(seed: int, steps: int) -> CrossmodalSpec:
-    """Ten thousand steps are at most a quarter of an hour on two cores."""
+    """Eight thousand steps are less than a quarter of an hour on two cores."""
     return CrossmodalSpec.model_validate(
         {
             "zoo": _ANY,
