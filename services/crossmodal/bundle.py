@@ -258,7 +258,7 @@ class Codec:
             predicted,
             shares[:, :, :-1],
             shares[:, :, -1],
-            Scores(target, scores.local),
+            scores._replace(target=target),
         )
 
     @torch.no_grad()

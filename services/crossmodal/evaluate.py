@@ -7,8 +7,9 @@ set (one for each pattern, one for none) with equal weight.
 another. In a zoo whose subjects have one pattern each: replace it by each other one. y0 and y1 are the exact labels
 before and after, C the sequences where they differ. An edit with fewer than 16 sequences in C is skipped, and so is a
 removal whose subject is right on less than .8 of C. *target* is the accuracy of y1 on C; *local* the accuracy of y1
-outside C after the edit minus the accuracy of y0 there before; *target_gate*: target >= .85; *all_gate*: that and local
->= -.02. Figures are macro means over the patterns that have edits.
+outside C after the edit minus the accuracy of y0 there before; *kept* the share of answers outside C that are the
+source's own, its errors too; *target_gate*: target >= .85; *all_gate*: that and local >= -.02. Figures are macro means
+over the patterns that have edits.
 
 *Controls* of edits: ``null`` (no shift), ``random`` (a direction of the same norm, drawn for each edit), ``reverse``
 (the direction the other way). Controls of decoding: the latent of another held-out subject with the same patterns, and
@@ -416,7 +417,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
                     operation,
                     *([variant] if variant != "edit" else []),
                 ]
-                for name in ("target_mean", "target_gate", "local_mean", "all_gate"):
+                for name in ("target_mean", "target_gate", "local_mean", "kept_mean", "all_gate"):
                     figures[".".join([*parts, name])] = sum(r[name] for r in chosen) / len(chosen)
                 if variant == "edit":
                     figures[".".join([*parts, "min_pattern_all_gate"])] = min(r["all_gate"] for r in chosen)
@@ -454,5 +455,6 @@ def _means(scores: Scores) -> dict[str, float]:
         "target_mean": float(scores.target.mean()),
         "target_gate": float(scores.target_gate.float().mean()),
         "local_mean": float(scores.local.mean()),
+        "kept_mean": float(scores.kept.mean()),
         "all_gate": float(scores.all_gate.float().mean()),
     }

@@ -317,9 +317,9 @@ def report_page(codec: Codec, evaluation: dict[str, Any], pictures: Mapping[str,
         if edit is not None:
             others = [by_key[operation, pattern, "residual", name]["all_gate"] for name in (*CONTROLS, *OTHERS)]
             direct = by_key[operation, pattern, "direct", "edit"]["all_gate"]
-            values = [edit[key] for key in ("target_mean", "local_mean", "target_gate", "all_gate")]
+            values = [edit[key] for key in ("target_mean", "local_mean", "kept_mean", "target_gate", "all_gate")]
             gates.append([operation, pattern, edit["edits"], *values, direct, *others])
-    head = ["edit", "behaviour", "edits", "target", "local", "target gate", "all gates", "direct"]
+    head = ["edit", "behaviour", "edits", "target", "local", "kept", "target gate", "all gates", "direct"]
     head += [name.replace("_", " ") for name in (*CONTROLS, *OTHERS)]
     ways = list(dict.fromkeys(row["variant"] for row in evaluation["others"]))
     reached = {(r["operation"], r["pattern"], r["variant"]): r["all_gate"] for r in evaluation["others"]}
@@ -331,7 +331,8 @@ def report_page(codec: Codec, evaluation: dict[str, Any], pictures: Mapping[str,
 <p>Judged on {counts["held_out"]:,} networks and on sequences that training never saw; trained on {counts["train"]:,}.
 Decoded networks agree with their sources on {figures["agreement"]:.1%} of the sequences.</p>
 <h2>Edits</h2>{shown["steering"]}
-<p><b>target</b>: accuracy where the edit decides; <b>local</b>: change of accuracy everywhere else. An edit passes the
+<p><b>target</b>: accuracy where the edit decides; <b>local</b>: change of accuracy everywhere else,
+and <b>kept</b>: the share of answers there that stayed the source's own. An edit passes the
 <b>target gate</b> from {TARGET_GATE} on, and <b>all gates</b> if local is at least {LOCAL_GATE} too. <b>direct</b> is
 the share of direct edits that pass all gates. The last columns are that share of controls (no edit, a random direction,
 the direction the other way) and of directions that were not trained.</p>{table(head, gates)}

@@ -152,7 +152,11 @@ class Scores(NamedTuple):
     """How edits went, ``[edits]`` each."""
 
     target: Tensor
+    """Accuracy where the edit decides."""
     local: Tensor
+    """Change of accuracy elsewhere."""
+    kept: Tensor
+    """Share of the answers elsewhere that are the source's own."""
 
     @property
     def target_gate(self) -> Tensor:
@@ -166,12 +170,12 @@ class Scores(NamedTuple):
 
 
 def score(answers: Tensor, source: Tensor, before: Tensor, after: Tensor) -> Scores:
-    """Target and local of edited networks' ``answers`` against those of their ``source``; all bool ``[edits, n]``."""
+    """How edited networks' ``answers`` compare with those of their ``source``; all bool ``[edits, n]``."""
     decided = before != after
     right, was_right = answers == after, source == before
     # One division: the difference of two rounded shares would miss the gate where exactly 2 % are lost.
     change = ((right & ~decided).sum(1) - (was_right & ~decided).sum(1)) / (~decided).sum(1).clamp_min(1)
-    return Scores(share(right, decided), change)
+    return Scores(share(right, decided), change, share(answers == source, ~decided))
 
 
 def share(hit: Tensor, where: Tensor) -> Tensor:

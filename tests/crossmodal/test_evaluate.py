@@ -40,6 +40,7 @@ def test_score_counts_inside_and_outside_of_what_the_edit_decides() -> None:
     found = score(said, source, before, after)
     assert float(found.target) == pytest.approx(17 / 20)
     assert float(found.local) == pytest.approx(-0.02)
+    assert float(found.kept) == pytest.approx(0.98)
     assert found.target_gate.tolist() == [True]
     assert found.all_gate.tolist() == [True]
     said[0, 27] = False
@@ -55,6 +56,7 @@ def test_a_perfect_edit_passes_and_a_null_edit_does_not() -> None:
     assert score(after, before, before, after).all_gate.tolist() == [True]
     null = score(before, before, before, after)
     assert (float(null.target), float(null.local), null.all_gate.tolist()) == (0, 0, [False])
+    assert float(null.kept) == 1
 
 
 def made_by_hand(counts: dict[tuple[int, ...], int], patterns: int) -> Evaluation:
@@ -116,7 +118,7 @@ def test_a_subject_that_never_had_the_behaviour_cannot_lose_it() -> None:
 
 def test_summary_is_a_macro_mean_over_patterns_and_finds_the_worst_control() -> None:
     def row(pattern: str, variant: str, value: float, edits: int = 7) -> dict[str, Any]:
-        same = dict.fromkeys(("target_mean", "target_gate", "local_mean", "all_gate"), value)
+        same = dict.fromkeys(("target_mean", "target_gate", "local_mean", "kept_mean", "all_gate"), value)
         return {"pattern": pattern, "operation": "add", "mode": "residual", "variant": variant, "edits": edits, **same}
 
     rows = [
