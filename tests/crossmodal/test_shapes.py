@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,26 @@ def test_every_form_learns_saves_and_steers(zoo: Zoo, form: dict[str, Any], tmp_
         steered, latents = codec.steer(networks, [("add", "has_majority")], mode)
         again, same = Codec.load(tmp_path).steer(networks, [("add", "has_majority")], mode)
         assert torch.equal(flatten(steered), flatten(again)) and torch.equal(latents, same)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_whole_model_goes_to_another_device(zoo: Zoo, form: dict[str, Any]) -> None:
+    model = Trainer(tiny_spec(codec=form), zoo).model.to("meta")
+    assert {tensor.device.type for tensor in tensors(model)} == {"meta"}
+
+
+def tensors(held: object) -> Iterator[torch.Tensor]:
+    """Every tensor that an object holds, in whatever it holds them."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, dict):
+        for value in held.values():
+            yield from tensors(value)
+    elif isinstance(held, list | tuple):
+        for value in held:
+            yield from tensors(value)
+    elif isinstance(held, torch.nn.Module):
+        yield from tensors(vars(held))
 
 
 @pytest.mark.parametrize("form", [{}, {**SMALL, "pooling": "mean"}])
