@@ -90,8 +90,9 @@ class LossSpec(Spec):
 
     @model_validator(mode="after")
     def _something(self) -> LossSpec:
-        if not any((self.gamma, self.gamma_end, self.reconstruction, self.behavior, self.steering, self.direct)):
-            raise ValueError("no term has a weight; there is nothing to learn")
+        others = (self.reconstruction, self.behavior, self.steering, self.direct, self.variance)
+        if not any((self.gamma, *others)):
+            raise ValueError("no term has a weight at the first step, so there is nothing to learn; give one a weight")
         return self
 
 

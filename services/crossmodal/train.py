@@ -50,10 +50,9 @@ def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World =
         trainer.load(run.resume)
     run.stage("train", spec.training.steps)
     run.advance(trainer.step)
-    saved = trainer.step
     with tracked(spec.wandb if world.first else None, spec.model_dump(mode="json"), run) as log:
         while not trainer.done:
-            values = trainer.advance(saved)
+            values = trainer.advance()
             told = {}
             if trainer.step % REPORT_EVERY == 0 or trainer.done:
                 told = {name: float(value) for name, value in values.items()}
@@ -65,7 +64,6 @@ def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World =
             run.advance(trainer.step)
             if run.checkpoint_due():
                 run.checkpoint(trainer.step, trainer.save)
-                saved = trainer.step
     if trainer.step < spec.training.steps:
         run.log(f"stopped at step {trainer.step}: the validation loss has not fallen since step {trainer.best_step}")
     return trainer.codec()
@@ -79,6 +77,8 @@ class Trainer:
 
     def __init__(self, spec: CrossmodalSpec, zoo: Zoo, device: str = "cpu", world: World = ALONE) -> None:
         self.spec, self.zoo, self.device, self.world, self.step = spec, zoo, device, world, 0
+        self.saved: int | None = None
+        """Step of the last checkpoint."""
         split = split_subjects(zoo.labels, spec)
         self.preprocessor = Preprocessor.of(spec, zoo, split.train)
         self.layout = zoo.layout
@@ -134,7 +134,7 @@ class Trainer:
         patience = self.spec.training.patience
         return self.step >= self.spec.training.steps or (patience is not None and self.stale >= patience)
 
-    def advance(self, last_checkpoint: int = 0) -> dict[str, Tensor]:
+    def advance(self) -> dict[str, Tensor]:
         """One optimiser step. Returns the loss and its terms, of this process's part of the batch.
 
         Raises :class:`InvalidInput` before anything is changed when the loss or its gradient is not finite.
@@ -147,7 +147,7 @@ class Trainer:
             if number % self.world.size != self.world.rank:
                 continue
             draws = generator(self.spec.seed, "step", self.step, number)
-            terms = self.terms(self.subjects.at(part), self.features[part], draws)
+            terms = self.terms(self.subjects.at(part), self.features[part], draws, self.step / training.steps)
             share = len(part) / len(batch)
             (terms["loss"] * share).backward()  # type: ignore[no-untyped-call]
             for name, value in terms.items():
@@ -156,11 +156,7 @@ class Trainer:
         self.world.add(gradients)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         if not bool(torch.isfinite(values["loss"] + norm)):
-            raise InvalidInput.field(
-                "spec.training.learning_rate",
-                f"the loss became {float(values['loss']):g} at step {self.step + 1}; lower the learning rate. "
-                f"The last good checkpoint is of step {last_checkpoint}",
-            )
+            raise self._diverged("loss", float(values["loss"]), self.step + 1)
         rate = training.learning_rate * schedule(self.step, training) * 0.5**self.halvings
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -172,11 +168,18 @@ class Trainer:
             torch._foreach_lerp_(self.mean, [p.detach() for p in self.model.parameters()], 1 - decay)
         return values
 
-    def terms(self, subjects: Subjects, features: Tensor, draws: torch.Generator) -> dict[str, Tensor]:
+    def _diverged(self, what: str, value: float, step: int) -> InvalidInput:
+        kept = "There is no checkpoint" if self.saved is None else f"The last good checkpoint is of step {self.saved}"
+        return InvalidInput.field(
+            "spec.training.learning_rate",
+            f"the {what} became {value:g} at step {step}; lower the learning rate. {kept}",
+        )
+
+    def terms(self, subjects: Subjects, features: Tensor, draws: torch.Generator, progress: float) -> dict[str, Tensor]:
         """The loss and its terms on some subjects, of whom each gains or loses behaviours. ``features``: of the encoder
-        (:meth:`services.crossmodal.model.Encoder.features`). Terms without weight are not computed."""
+        (:meth:`services.crossmodal.model.Encoder.features`); ``progress``: from 0 to 1, where the schedules of the loss
+        are. Terms without weight are not computed."""
         weight, model = self.spec.loss, self.model
-        progress = self.step / self.spec.training.steps
         gamma = between(weight.gamma, weight.gamma_end, progress)
         source, labels, shape = subjects.weights, subjects.labels, subjects.shape
         edits = weight.steering > 0 or weight.direct > 0
@@ -196,16 +199,20 @@ class Trainer:
             inputs = self.queries.network_inputs(rows).to(self.device)
             with torch.no_grad():
                 own = self.layout.answers(source.unsqueeze(1), shape, inputs).squeeze(1)
-            variants = [decoded]
-            if moved is not None:
-                variants += [edited(source, decoded, moved, "residual"), *([moved] if weight.direct else [])]
-            logits = self.layout.answers(torch.stack(variants, 1), shape, inputs).unbind(1)
-            terms["behavior"] = losses.behavior(logits[0], own)
+            variants = {"behavior": decoded} if weight.behavior else {}
+            if moved is not None and weight.steering:
+                variants["steering"] = edited(source, decoded, moved, "residual")
+            if moved is not None and weight.direct:
+                variants["direct"] = moved
+            logits = self.layout.answers(torch.stack(list(variants.values()), 1), shape, inputs).unbind(1)
+            answered = dict(zip(variants, logits, strict=True))
+            if weight.behavior:
+                terms["behavior"] = losses.behavior(answered.pop("behavior"), own)
             if edits:
                 pools = self.queries.pools
                 before, after = (pools.labels(rows, chosen.cpu()).to(self.device) for chosen in (labels, selected))
-                for name, answered in zip(("steering", "direct"), logits[1:], strict=False):
-                    terms[name] = losses.steering(answered, own, before, after, weight.locality, mend=weight.mend)
+                for name, said in answered.items():
+                    terms[name] = losses.steering(said, own, before, after, weight.locality, mend=weight.mend)
         if weight.variance:
             terms["variance"] = losses.variance(latents.float())
         rest = torch.stack([getattr(weight, name) * term for name, term in terms.items()]).sum() if terms else 0.0
@@ -228,11 +235,17 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The validation loss and its terms, of the running mean; what stopping and the plateau schedule go by."""
+        """The validation loss and its terms, of the running mean; what stopping and the plateau schedule go by.
+
+        Raises :class:`InvalidInput` when the loss is not finite.
+        """
         with self._kept():
             draws = generator(self.spec.seed, "validation")
-            terms = self.terms(self.validation, self.validation_features, draws)
+            # At the schedules' end throughout: values of different objectives could not be compared.
+            terms = self.terms(self.validation, self.validation_features, draws, progress=1.0)
         values = {f"validation_{name}": float(value) for name, value in terms.items()}
+        if not math.isfinite(values["validation_loss"]):
+            raise self._diverged("validation loss", values["validation_loss"], self.step)
         if values["validation_loss"] < self.best_loss:
             self.best_loss, self.best_step = values["validation_loss"], self.step
             self.stale = self.since_halving = 0
@@ -279,6 +292,7 @@ class Trainer:
         counters["best_loss"] = None if math.isinf(self.best_loss) else self.best_loss
         about = {"spec": self.spec.model_dump(mode="json"), "zoo": self.zoo.digest, "counters": counters}
         (folder / "state.json").write_text(json.dumps(about))
+        self.saved = self.step
 
     def load(self, folder: Path) -> None:
         """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for a checkpoint of another spec or zoo."""
@@ -304,6 +318,7 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         for name, value in about["counters"].items():
             setattr(self, name, math.inf if value is None else value)
+        self.saved = self.step
         self._prepare()
 
 

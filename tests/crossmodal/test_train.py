@@ -98,25 +98,60 @@ def test_without_a_compiler_compile_says_what_is_missing(zoo: Zoo, monkeypatch: 
         Trainer(tiny_spec(training={"compile": True}), zoo)
 
 
-def test_nan_stops_at_once_and_changes_nothing(zoo: Zoo) -> None:
+def test_nan_stops_at_once_and_changes_nothing(zoo: Zoo, tmp_path: Path) -> None:
     trainer = Trainer(tiny_spec(), zoo)
     trainer.advance()
     trainer.subjects.weights[:] = float("nan")
     before = [parameter.clone() for parameter in trainer.model.parameters()]
-    with pytest.raises(InvalidInput, match=r"nan at step 2.*last good checkpoint is of step 1") as caught:
-        trainer.advance(last_checkpoint=1)
+    with pytest.raises(InvalidInput, match=r"nan at step 2.*There is no checkpoint$") as caught:
+        trainer.advance()
     assert caught.value.violations[0].field == "spec.training.learning_rate"
     assert all(torch.equal(one, two) for one, two in zip(before, trainer.model.parameters(), strict=True))
     assert trainer.step == 1
+    trainer.save(tmp_path)
+    with pytest.raises(InvalidInput, match=r"nan at step 2.*last good checkpoint is of step 1$"):
+        trainer.advance()
+
+
+def test_nan_of_the_validation_alone_stops_too(zoo: Zoo) -> None:
+    trainer = Trainer(tiny_spec(), zoo)
+    trainer.advance()
+    trainer.validation.weights[0] = float("nan")
+    with pytest.raises(InvalidInput, match=r"learning_rate: the validation loss became nan at step 1;"):
+        trainer.validate()
+
+
+def test_validations_are_of_one_objective_while_the_schedules_move(zoo: Zoo) -> None:
+    """Of one and the same model, at the first step and at the last: what the schedules' ends give."""
+    loss = {"gamma": 0.1, "gamma_end": 0.6, "temperature": 1.0, "temperature_end": 0.2}
+    moving = Trainer(tiny_spec(loss=loss), zoo)
+    ends = Trainer(tiny_spec(loss={"gamma": 0.6, "temperature": 0.2}), zoo)
+    first = moving.validate()
+    moving.step = moving.spec.training.steps
+    assert first == moving.validate() == ends.validate()
+
+
+def test_schedules_of_the_loss_are_straight_lines(zoo: Zoo) -> None:
+    loss = {"gamma": 0.1, "gamma_end": 0.6, "temperature": 1.0, "temperature_end": 0.2}
+    for step in (0, 1, 3):
+        there = {"gamma": 0.1 + 0.5 * step / 4, "temperature": 1.0 - 0.8 * step / 4}
+        moving, still = (Trainer(tiny_spec(loss=form, training={"steps": 4}), zoo) for form in (loss, there))
+        moving.step = still.step = step
+        one, two = moving.advance(), still.advance()
+        assert {n: float(v) for n, v in one.items()} == pytest.approx({n: float(v) for n, v in two.items()}, rel=1e-6)
 
 
 def test_terms_can_be_switched_off(zoo: Zoo) -> None:
     off = dict.fromkeys(("reconstruction", "behavior", "gamma", "steering", "direct"), 0.0)
-    with pytest.raises(ValueError, match="no term has a weight"):
-        tiny_spec(loss=off)
+    for end in (None, 0.5):
+        # A line that begins at 0 leaves the first step without anything.
+        with pytest.raises(ValueError, match="no term has a weight"):
+            tiny_spec(loss={**off, "gamma_end": end})
     only = Trainer(tiny_spec(loss={**off, "steering": 2.0}), zoo).advance()
     assert float(only["loss"]) == pytest.approx(2 * float(only["steering"]))
-    assert set(only) == {"loss", "behavior", "steering"}
+    assert set(only) == {"loss", "steering"}
+    for name in ("behavior", "direct", "variance"):
+        assert set(Trainer(tiny_spec(loss={**off, name: 1.0}), zoo).advance()) == {"loss", name}
     plain = Trainer(tiny_spec(loss={**off, "reconstruction": 1.0, "gamma": 0.5}), zoo).advance()
     assert set(plain) == {"loss", "reconstruction", "contrastive"}
     wanted = (float(plain["reconstruction"]) + float(plain["contrastive"])) / 2
