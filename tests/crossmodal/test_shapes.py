@@ -17,10 +17,8 @@ from services.crossmodal.train import Trainer
 from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import flatten, unflatten
-from tests.crossmodal.conftest import ZOO, tiny_spec
+from tests.crossmodal.conftest import SMALL, ZOO, tiny_spec
 from tests.crossmodal.test_job import Keeper
-
-SMALL = {"architecture": "transformer", "hidden_dim": 32, "heads": 4, "depth": 1}
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +118,11 @@ def test_training_stops_early_and_keeps_the_best(zoo: Zoo) -> None:
 
 
 def test_a_plateau_halves_the_rate(zoo: Zoo) -> None:
-    training = {"schedule": "plateau", "plateau_patience": 2, "learning_rate": 1e-12}
+    training = {"schedule": "plateau", "plateau_patience": 2, "learning_rate": 1e-3, "warm_up": 0}
     trainer = Trainer(tiny_spec(training=training), zoo)
     trainer.best_loss = -1.0
-    for _ in range(4):
-        trainer.validate()
-    assert trainer.halvings == 2
+    for halvings in (0, 1, 2):
+        trainer.advance()
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-3 * 0.5**halvings] * 2
+        for _ in range(2):
+            trainer.validate()

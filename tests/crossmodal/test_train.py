@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ethogram.cli.files import read_spec
 from ethogram.errors import InvalidInput
+from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import PatternSpec
+from services.crossmodal import losses
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import evaluate
 from services.crossmodal.train import Trainer, check_compiler, schedule, train
 from services.runtime.run import Run
 from services.zoo.dataset import Zoo
 from services.zoo.hashing import hash_sequences
-from tests.crossmodal.conftest import tiny_spec
+from tests.crossmodal.conftest import SMALL, tiny_spec
 
 
 class Interrupted(Exception):
@@ -30,11 +34,15 @@ class Recorder(Run):
     def __init__(self, folder: Path, keep: int = -1, fall: int = -1, resume: Path | None = None) -> None:
         self.folder, self.keep, self.fall, self.resume = folder, keep, fall, resume
         self.done: list[int] = []
+        self.metrics: dict[int, dict[str, float]] = {}
 
     def advance(self, done: int) -> None:
         self.done.append(done)
         if done == self.fall:
             raise Interrupted
+
+    def metric(self, step: int, **values: float) -> None:
+        self.metrics[step] = values
 
     def checkpoint_due(self) -> bool:
         return self.done[-1] == self.keep
@@ -45,9 +53,29 @@ class Recorder(Run):
         write(self.folder)
 
 
-def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(zoo: Zoo, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {
+            "codec": {**SMALL, "pooling": "cls", "inputs": "both"},
+            "loss": {"projection": 8, "gamma": 0.3, "gamma_end": 0.1},
+            "training": {
+                "schedule": "plateau",
+                "plateau_patience": 1,
+                "patience": 5,
+                "validate_every": 1,
+                "accumulation": 3,
+                "precision": "bfloat16",
+            },
+        },
+    ],
+)
+def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    zoo: Zoo, sections: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
     # Nine steps of 32 among 128 subjects: the interruption is in the middle of an epoch.
-    spec = tiny_spec(training={"steps": 9})
+    spec = tiny_spec(**{**sections, "training": {**sections.get("training", {}), "steps": 9}})
     whole = train(spec, zoo)
     with pytest.raises(Interrupted):
         train(spec, zoo, Recorder(tmp_path / "state", keep=5, fall=7))
@@ -56,6 +84,17 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(zoo: Zoo, tmp_path: 
     assert resumed.done == [5, 6, 7, 8, 9]
     for (name, one), two in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_a_broken_checkpoint_is_said_to_be_one(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    Trainer(tiny_spec(), zoo).save(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for broken in (whole[:-9], b"", b"[]", None):
+        (tmp_path / name).unlink() if broken is None else (tmp_path / name).write_bytes(broken)
+        with pytest.raises(InvalidInput, match=r"cannot be read \(\w+\); start afresh") as caught:
+            Trainer(tiny_spec(), zoo).load(tmp_path)
+        assert caught.value.violations[0].field == "checkpoint"
 
 
 def test_the_seed_decides_everything(zoo: Zoo) -> None:
@@ -111,6 +150,52 @@ def test_nan_stops_at_once_and_changes_nothing(zoo: Zoo, tmp_path: Path) -> None
     trainer.save(tmp_path)
     with pytest.raises(InvalidInput, match=r"nan at step 2.*last good checkpoint is of step 1\)$"):
         trainer.advance()
+
+
+def test_the_last_step_is_validated(zoo: Zoo, tmp_path: Path) -> None:
+    run = Recorder(tmp_path)
+    spec = tiny_spec(training={"steps": 9, "validate_every": 5, "patience": 3})
+    train(spec, zoo, run)
+    assert [step for step, values in run.metrics.items() if "validation_loss" in values] == [5, 9]
+
+
+def test_the_contrastive_loss_is_of_what_the_projection_makes_of_latents(zoo: Zoo) -> None:
+    trainer = Trainer(tiny_spec(loss={"projection": 8, "gamma": 1.0, "contrastive": "plain", "temperature": 0.3}), zoo)
+    head = trainer.projection
+    assert head is not None
+    subjects = trainer.subjects.at(trainer.sampler.batch(0))
+    with torch.no_grad():
+        latents = trainer.model.encoder(trainer.features[trainer.sampler.batch(0)], subjects.shape)
+        wanted = float(losses.contrastive(head(latents), subjects.labels, 0.3, graded=False))
+        assert wanted != pytest.approx(float(losses.contrastive(latents, subjects.labels, 0.3, graded=False)), rel=1e-3)
+    before = [parameter.clone() for parameter in head.parameters()]
+    assert float(trainer.advance()["contrastive"]) == pytest.approx(wanted, rel=1e-5)
+    assert not any(torch.equal(one, two) for one, two in zip(before, head.parameters(), strict=True))
+    # A validation is of the running mean, the head's too.
+    seen = trainer.validate()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(1.5)
+    assert trainer.validate() == seen
+
+
+def test_bfloat16_stays_close_to_float32(zoo: Zoo) -> None:
+    full, half = (Trainer(tiny_spec(training={"precision": form}), zoo) for form in ("float32", "bfloat16"))
+    for _ in range(6):
+        one, two = full.advance(), half.advance()
+        assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=0.05)
+        assert float(two["loss"]) != float(one["loss"])
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+    assert half.validate()["validation_loss"] == pytest.approx(full.validate()["validation_loss"], rel=0.05)
+
+
+def test_the_plain_recipe_trains(zoo: Zoo, tmp_path: Path) -> None:
+    file = Path(__file__).parents[2] / "examples" / "plain.yaml"
+    spec = read_spec(CrossmodalSpec, file, ["training.steps=2", "codec.hidden_dim=64"], {"zoo": {"artifact": "folder"}})
+    run = Recorder(tmp_path)
+    assert train(spec, zoo, run).latent_dim == 256
+    assert run.metrics[2].keys() >= {"loss", "reconstruction", "contrastive", "validation_loss"}
+    assert not run.metrics[2].keys() & {"behavior", "steering", "direct"}
 
 
 def test_nan_of_the_validation_alone_stops_too(zoo: Zoo) -> None:
