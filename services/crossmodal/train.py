@@ -59,8 +59,9 @@ def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World =
             told = {}
             if trainer.step % REPORT_EVERY == 0 or trainer.done:
                 told = {name: float(value) for name, value in values.items()}
-            # At the end too: it may be the best.
-            if trainer.step % spec.training.validate_every == 0 or trainer.done:
+            # With patience the best model is kept, which the last may be.
+            last = trainer.done and spec.training.patience is not None
+            if trainer.step % spec.training.validate_every == 0 or last:
                 told |= trainer.validate()
             if told:
                 run.metric(trainer.step, **told)

@@ -152,7 +152,7 @@ def test_nan_stops_at_once_and_changes_nothing(zoo: Zoo, tmp_path: Path) -> None
         trainer.advance()
 
 
-def test_the_last_step_is_validated(zoo: Zoo, tmp_path: Path) -> None:
+def test_with_patience_the_last_step_is_validated_too(zoo: Zoo, tmp_path: Path) -> None:
     run = Recorder(tmp_path)
     spec = tiny_spec(training={"steps": 9, "validate_every": 5, "patience": 3})
     train(spec, zoo, run)
