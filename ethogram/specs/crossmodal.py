@@ -23,15 +23,16 @@ class CodecSpec(Spec):
     depth: int = Field(2, ge=1, le=48)
     """Hidden layers of each side."""
     heads: int = Field(8, ge=1, le=1024)
-    """Attention heads of the transformer; ``hidden_dim`` divides into them."""
+    """Attention heads; ``hidden_dim`` divides into them. Of the transformer alone: an ``mlp`` has none."""
     pooling: Literal["flatten", "mean", "max", "cls"] = "flatten"
     """How the encoder's tokens become one vector; ``cls``: by a token of its own, of the transformer."""
     positions: Literal["learned", "sinusoidal"] = "learned"
-    """Positions of tokens."""
+    """Positions of tokens; an ``mlp`` with ``flatten`` has no tokens, and reads this no more than ``granularity``."""
     granularity: Literal["neuron", "chunk"] = "neuron"
-    """A token of weights is one neuron's, or (the form of earlier work) any ``chunk`` numbers in a row."""
+    """A token of weights is one neuron's, or (the form of earlier work) any ``chunk`` numbers in a row. Of the
+    transformer, and of an encoder of weights with ``mean`` or ``max``."""
     chunk: int = Field(64, ge=1, le=65_536)
-    """Numbers of a token of granularity ``chunk``."""
+    """Numbers of a token of granularity ``chunk``; nothing else reads it."""
     signature_components: int = Field(768, ge=1, le=65_536)
     """Principal components of the standardised inputs that enter an ``mlp`` with ``flatten``; at most the training
     subjects."""
@@ -90,8 +91,9 @@ class LossSpec(Spec):
 
     @model_validator(mode="after")
     def _something(self) -> LossSpec:
-        if not any((self.gamma, self.gamma_end, self.reconstruction, self.behavior, self.steering, self.direct)):
-            raise ValueError("no term has a weight; there is nothing to learn")
+        others = (self.reconstruction, self.behavior, self.steering, self.direct, self.variance)
+        if not any((self.gamma, *others)):
+            raise ValueError("no term has a weight at the first step, so there is nothing to learn; give one a weight")
         return self
 
 

@@ -52,21 +52,20 @@ def train(
     torchrun, each process does its part of every batch."""
     from services.crossmodal import job
     from services.crossmodal.parallel import join
-    from services.runtime.console import CHECKPOINT, ConsoleRun
+    from services.runtime.console import ConsoleRun
     from services.runtime.run import Run
     from services.zoo.source import locate
 
     spec = read_spec(CrossmodalSpec, file, values, {"zoo": {"artifact": "folder"}})
     inputs = {"zoo": locate(zoo, "ZOO")}
-    world, own = join()
+    world, own = join(device)
     if world.first:
-        with ConsoleRun(out, device or own, inputs, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
+        with ConsoleRun(out, own, inputs, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
             result = job.run(spec, run, world)
         output.result(result, as_json, lambda: _show(result["figures"]))
     else:
-        kept = out / CHECKPOINT / "state"
         silent = Run()
-        silent.device, silent.inputs, silent.resume = device or own, inputs, kept if kept.exists() else None
+        silent.device, silent.inputs = own, inputs
         job.run(spec, silent, world)
 
 

@@ -40,7 +40,9 @@ def elementwise(decoded: Tensor, source: Tensor, present: Tensor, form: str) -> 
 
 def variance(latents: Tensor) -> Tensor:
     """Guard against collapse: what the standard deviations over the batch ``[batch, latent]`` lack to 1 (Bardes et al.
-    2021, arXiv 2105.04906, eq. 1), a mean over the latent's numbers."""
+    2021, arXiv 2105.04906, eq. 1), a mean over the latent's numbers; 0 for a batch of one, which says nothing."""
+    if len(latents) < 2:
+        return latents.new_zeros(())
     return F.relu(1 - (latents.var(0) + 1e-4).sqrt()).mean()
 
 

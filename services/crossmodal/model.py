@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CodecSpec
 from services.crossmodal.data import Subjects
 from services.crossmodal.tokenizer import Form, Tokenizer, Tokens
@@ -59,6 +59,8 @@ class Standard(nn.Module):
 class TokenEmbedding(nn.Module):
     """Tokens as vectors ``[batch, tokens, hidden]``: their values, what they are, and where they stand."""
 
+    position: Tensor
+
     def __init__(self, width: int, form: Form, spec: CodecSpec, draws: torch.Generator) -> None:
         super().__init__()
         self.values = _linear(width, spec.hidden_dim, draws) if width else None
@@ -66,12 +68,14 @@ class TokenEmbedding(nn.Module):
         self.parameter = _table(3, spec.hidden_dim, draws)
         self.shape = _linear(3, spec.hidden_dim, draws)
         tokens = form.metadata.shape[1]
-        learned = spec.positions == "learned"
-        self.position = _table(tokens, spec.hidden_dim, draws) if learned else sinusoids(tokens, spec.hidden_dim)
+        if spec.positions == "learned":
+            self.position = _table(tokens, spec.hidden_dim, draws)
+        else:
+            self.register_buffer("position", sinusoids(tokens, spec.hidden_dim), persistent=False)
 
     def forward(self, tokens: Tokens) -> Tensor:
         layer, parameter, position, fan_out, fan_in, token = tokens.metadata.unbind(-1)
-        embedded = self.layer[layer] + self.parameter[parameter] + self.position.to(self.layer)[token]
+        embedded = self.layer[layer] + self.parameter[parameter] + self.position[token]
         embedded = embedded + self.shape(torch.stack([position, fan_out, fan_in], -1).float().log1p())
         known: Tensor = embedded if self.values is None else embedded + self.values(tokens.values)
         return known
@@ -86,10 +90,12 @@ class Encoder(nn.Module):
     def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, draws: torch.Generator) -> None:
         super().__init__()
         self.spec, layout = spec, tokenizer.layout
-        self.forms = [
+        forms = [
             *([tokenizer.signature] if spec.inputs != "weights" else []),
             *([tokenizer.weights] if spec.inputs != "signature" else []),
         ]
+        # Copies: they go with the model from device to device, and the tokenizer's stay.
+        self.forms = nn.ModuleList(deepcopy(form) for form in forms)
         self.sizes = [
             *([layout.neurons * tokenizer.values] if spec.inputs != "weights" else []),
             *([layout.size] if spec.inputs != "signature" else []),
@@ -101,11 +107,9 @@ class Encoder(nn.Module):
             self.register_buffer("components", torch.zeros(sum(self.sizes), spec.signature_components))
             entering = spec.signature_components + about
         else:
-            self.embeddings = nn.ModuleList(
-                TokenEmbedding(form.entry.shape[2], form, spec, draws) for form in self.forms
-            )
+            self.embeddings = nn.ModuleList(TokenEmbedding(form.entry.shape[2], form, spec, draws) for form in forms)
             self.start = nn.Parameter(0.02 * torch.randn(hidden, generator=draws)) if spec.pooling == "cls" else None
-            slots = sum(form.mask.shape[1] for form in self.forms)
+            slots = sum(form.mask.shape[1] for form in forms)
             entering = about + (hidden * slots if spec.pooling == "flatten" else hidden)
         self.blocks = nn.ModuleList(
             Block(hidden, spec.heads, draws) for _ in range(spec.depth if spec.architecture == "transformer" else 0)
@@ -144,6 +148,7 @@ class Encoder(nn.Module):
         for part, form, embedding in zip(
             torch.split(features, self.sizes, 1), self.forms, self.embeddings, strict=True
         ):
+            assert isinstance(form, Form)
             tokens = form.tokens(part, shape)
             embedded.append(embedding(tokens))
             masks.append(tokens.mask)
@@ -179,7 +184,7 @@ class Decoder(nn.Module):
             self.layers = perceptron([entering, *[hidden] * spec.depth, layout.size], draws)
             self.straight = _linear(entering, layout.size, draws)
             return
-        self.form = tokenizer.weights
+        self.form = deepcopy(tokenizer.weights)
         self.queries = TokenEmbedding(0, self.form, spec, draws)
         self.memory = _linear(entering, MEMORY * hidden, draws)
         self.blocks = nn.ModuleList(Block(hidden, spec.heads, draws, cross=True) for _ in range(spec.depth))
@@ -243,10 +248,6 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, behaviors: int, draws: torch.Generator) -> None:
         super().__init__()
-        if spec.architecture == "transformer" and spec.hidden_dim % spec.heads:
-            raise InvalidInput.field(
-                "spec.codec.heads", f"hidden_dim {spec.hidden_dim} does not divide into {spec.heads} heads"
-            )
         self.encoder = Encoder(spec, tokenizer, draws)
         self.decoder = Decoder(spec, tokenizer, draws)
         self.directions = nn.Parameter(0.1 * torch.randn(behaviors, spec.latent_dim, generator=draws))

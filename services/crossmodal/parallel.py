@@ -1,17 +1,21 @@
 """Training on several devices: each process does its part of every batch, and gradients are added up.
 
+All begin with the first one's state and take its validations, so that they stay one model and stop together.
+
 torchrun --nproc-per-node 2 -m services.crossmodal train -f codec.yaml
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.distributed
 from torch import Tensor
+
+from ethogram.errors import InvalidInput
 
 
 class World(NamedTuple):
@@ -36,18 +40,34 @@ class World(NamedTuple):
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def broadcast(self, tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
+        """The first process's ``tensors``, in every process on its ``device``; those of the others are not read."""
+        if self.size == 1:
+            return dict(tensors)
+        about = [{name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}]
+        torch.distributed.broadcast_object_list(about)
+        found = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in about[0].items()}
+        for name, tensor in found.items():
+            if self.first:
+                tensor.copy_(tensors[name])
+            torch.distributed.broadcast(tensor, 0)
+        return found
+
 
 ALONE = World()
 
 
-def join() -> tuple[World, str]:
-    """The processes that ``torchrun`` started, and this one's device; a world of one without it."""
+def join(device: str | None = None) -> tuple[World, str]:
+    """The processes that ``torchrun`` started, and this one's device: of the kind of ``device``, by default a GPU if
+    there is one. A world of one without ``torchrun``."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "WORLD_SIZE" not in os.environ:
-        return World(), "cuda" if torch.cuda.is_available() else "cpu"
-    local = int(os.environ["LOCAL_RANK"])
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    world = World(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return world, f"cuda:{local}" if cuda else "cpu"
+        return World(), device
+    size, (kind, _, index) = int(os.environ["WORLD_SIZE"]), device.partition(":")
+    if index and size > 1:
+        raise InvalidInput.field("--device", f"{device} is one device for {size} processes; say {kind}, each takes one")
+    if kind == "cuda":
+        device = device if index else f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return World(torch.distributed.get_rank(), size), device

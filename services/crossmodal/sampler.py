@@ -39,7 +39,7 @@ class BehaviorAwareBatchSampler:
         # An epoch has at most one pair more for each behaviour; how many there are is drawn, so it is fixed by padding.
         self.pairs = -(-len(labels) // 2) + labels.shape[1]
         # Of a batch: half of batch_size, or an epoch's where that is less.
-        self._own = min(batch_size // 2, self.pairs)
+        self.pairs_of_batch = min(batch_size // 2, self.pairs)
         self._epochs: dict[int, Tensor] = {}
 
     def batch(self, number: int) -> Tensor:
@@ -48,13 +48,13 @@ class BehaviorAwareBatchSampler:
         All batches have ``batch_size`` subjects, or an epoch's where that is less; one can begin in one epoch and end
         in the next, so that none is small and its step a jump.
         """
-        first, last = number * self._own, (number + 1) * self._own - 1
+        first, last = number * self.pairs_of_batch, (number + 1) * self.pairs_of_batch - 1
         epochs = range(first // self.pairs, last // self.pairs + 1)
         kept = self._epochs
         self._epochs = {epoch: kept[epoch] if epoch in kept else self.epoch(epoch) for epoch in epochs}
         pairs = torch.cat([self._epochs[epoch] for epoch in epochs])
         start = first - epochs[0] * self.pairs
-        return pairs[start : start + self._own].flatten()
+        return pairs[start : start + self.pairs_of_batch].flatten()
 
     def epoch(self, number: int) -> Tensor:
         """The pairs of an epoch in order: int64 ``[pairs, 2]``."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CodecSpec
@@ -40,13 +40,21 @@ class Tokens(NamedTuple):
     """Whether a token is there: bool ``[batch, tokens]``."""
 
 
-class Form(NamedTuple):
-    """How the networks of each shape of a layout become tokens; the first axis is the shapes'."""
+class Form(nn.Module):
+    """How the networks of each shape of a layout become tokens; the first axis is the shapes'.
+
+    A module, so that its tables are wherever the model is that holds it; none is part of its state.
+    """
 
     entry: Tensor
     """Which entry of a vector each number of a token is: int64 ``[shapes, tokens, width]``, -1 for padding."""
     metadata: Tensor
     mask: Tensor
+
+    def __init__(self, entry: Tensor, metadata: Tensor, mask: Tensor) -> None:
+        super().__init__()
+        for name, table in (("entry", entry), ("metadata", metadata), ("mask", mask)):
+            self.register_buffer(name, table, persistent=False)
 
     def tokens(self, vectors: Tensor, shape: Tensor) -> Tokens:
         """``vectors`` ``[batch, size]`` of networks of the shapes ``shape`` (int64 ``[batch]``) as tokens."""
@@ -60,10 +68,6 @@ class Form(NamedTuple):
         # What is padding goes to one entry more, which is dropped.
         target = torch.where(index < 0, size, index)
         return values.new_zeros(len(values), size + 1).scatter(1, target, values.flatten(1))[:, :size]
-
-    def to(self, device: str) -> Form:
-        """The same on another device."""
-        return Form(*(tensor.to(device) for tensor in self))
 
 
 class Tokenizer:

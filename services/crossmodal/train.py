@@ -6,12 +6,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,24 +41,27 @@ def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World =
     """Train a codec on the subjects of ``zoo`` that ``spec`` does not hold out.
 
     Goes on from ``run.resume`` where there is one, with the same result, to the bit, as an uninterrupted run on the
-    same machine. With a ``world`` of several processes each calls this, and the first one's ``run`` is told. Raises
-    :class:`InvalidInput` for a zoo that cannot be learned from, and for a loss that becomes NaN.
+    same machine. With a ``world`` of several processes each calls this, and the first one's ``run`` is told and says
+    what to go on from. Raises :class:`InvalidInput` for a zoo that cannot be learned from, and for a loss that becomes
+    NaN.
     """
     run = run or Run()
     check(zoo, spec)
     trainer = Trainer(spec, zoo, run.device, world)
-    if run.resume is not None:
+    if run.resume is not None and world.first:
         trainer.load(run.resume)
+    trainer.share()
     run.stage("train", spec.training.steps)
     run.advance(trainer.step)
-    saved = trainer.step
     with tracked(spec.wandb if world.first else None, spec.model_dump(mode="json"), run) as log:
         while not trainer.done:
-            values = trainer.advance(saved)
+            values = trainer.advance()
             told = {}
             if trainer.step % REPORT_EVERY == 0 or trainer.done:
                 told = {name: float(value) for name, value in values.items()}
-            if trainer.step % spec.training.validate_every == 0:
+            # With patience the best model is kept, which the last may be.
+            last = trainer.done and spec.training.patience is not None
+            if trainer.step % spec.training.validate_every == 0 or last:
                 told |= trainer.validate()
             if told:
                 run.metric(trainer.step, **told)
@@ -65,7 +69,6 @@ def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World =
             run.advance(trainer.step)
             if run.checkpoint_due():
                 run.checkpoint(trainer.step, trainer.save)
-                saved = trainer.step
     if trainer.step < spec.training.steps:
         run.log(f"stopped at step {trainer.step}: the validation loss has not fallen since step {trainer.best_step}")
     return trainer.codec()
@@ -79,6 +82,8 @@ class Trainer:
 
     def __init__(self, spec: CrossmodalSpec, zoo: Zoo, device: str = "cpu", world: World = ALONE) -> None:
         self.spec, self.zoo, self.device, self.world, self.step = spec, zoo, device, world, 0
+        self.saved: int | None = None
+        """Step of the last checkpoint."""
         split = split_subjects(zoo.labels, spec)
         self.preprocessor = Preprocessor.of(spec, zoo, split.train)
         self.layout = zoo.layout
@@ -87,6 +92,13 @@ class Trainer:
         self.sampler = BehaviorAwareBatchSampler(
             self.subjects.labels, spec.training.batch_size, spec.seed, [pattern.name for pattern in zoo.patterns]
         )
+        parts = spec.training.accumulation * world.size
+        if self.sampler.pairs_of_batch < parts:
+            raise InvalidInput.field(
+                "spec.training.batch_size",
+                f"a batch's {self.sampler.pairs_of_batch} pairs of subjects are fewer than the {parts} parts that "
+                f"accumulation and processes ask for; take larger batches or fewer parts",
+            )
         self.queries = Queries.build(zoo.universe, zoo.layout.envelope, spec.seed)
         draws = generator(spec.seed, "init")
         tokenizer = Tokenizer.of(spec.codec, self.preprocessor)
@@ -106,7 +118,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             groups, lr=spec.training.learning_rate, weight_decay=spec.training.weight_decay, fused=True
         )
-        self.mean = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.mean = [parameter.detach().clone() for parameter in self.parameters]
         self.best: list[Tensor] = []
         self.best_loss, self.best_step, self.stale, self.halvings, self.since_halving = math.inf, 0, 0, 0, 0
         self.bfloat16 = uses_bfloat16(spec.training, device)
@@ -134,8 +146,8 @@ class Trainer:
         patience = self.spec.training.patience
         return self.step >= self.spec.training.steps or (patience is not None and self.stale >= patience)
 
-    def advance(self, last_checkpoint: int = 0) -> dict[str, Tensor]:
-        """One optimiser step. Returns the loss and its terms, of this process's part of the batch.
+    def advance(self) -> dict[str, Tensor]:
+        """One optimiser step. Returns the loss and its terms.
 
         Raises :class:`InvalidInput` before anything is changed when the loss or its gradient is not finite.
         """
@@ -147,20 +159,17 @@ class Trainer:
             if number % self.world.size != self.world.rank:
                 continue
             draws = generator(self.spec.seed, "step", self.step, number)
-            terms = self.terms(self.subjects.at(part), self.features[part], draws)
+            terms = self.terms(self.subjects.at(part), self.features[part], draws, self.step / training.steps)
             share = len(part) / len(batch)
             (terms["loss"] * share).backward()  # type: ignore[no-untyped-call]
             for name, value in terms.items():
-                values[name] = values.get(name, torch.zeros_like(value)) + value.detach() * share * self.world.size
+                values[name] = values.get(name, torch.zeros_like(value)) + value.detach() * share
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        self.world.add(gradients)
+        # The values too: what one process must stop for, all must.
+        self.world.add([*gradients, *values.values()])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         if not bool(torch.isfinite(values["loss"] + norm)):
-            raise InvalidInput.field(
-                "spec.training.learning_rate",
-                f"the loss became {float(values['loss']):g} at step {self.step + 1}; lower the learning rate. "
-                f"The last good checkpoint is of step {last_checkpoint}",
-            )
+            raise self._diverged("loss", float(values["loss"]), self.step + 1)
         rate = training.learning_rate * schedule(self.step, training) * 0.5**self.halvings
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -169,14 +178,24 @@ class Trainer:
         with torch.no_grad():
             # A short memory first, so that the beginning is forgotten.
             decay = min(training.ema, self.step / (self.step + 9))
-            torch._foreach_lerp_(self.mean, [p.detach() for p in self.model.parameters()], 1 - decay)
+            torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 - decay)
         return values
 
-    def terms(self, subjects: Subjects, features: Tensor, draws: torch.Generator) -> dict[str, Tensor]:
+    def _diverged(self, what: str, value: float, step: int) -> InvalidInput:
+        text = f"the {what} became {value:g} at step {step}; lower the learning rate"
+        # The first process alone keeps checkpoints.
+        if self.world.first:
+            kept = (
+                "there is no checkpoint" if self.saved is None else f"the last good checkpoint is of step {self.saved}"
+            )
+            text += f" ({kept})"
+        return InvalidInput.field("spec.training.learning_rate", text)
+
+    def terms(self, subjects: Subjects, features: Tensor, draws: torch.Generator, progress: float) -> dict[str, Tensor]:
         """The loss and its terms on some subjects, of whom each gains or loses behaviours. ``features``: of the encoder
-        (:meth:`services.crossmodal.model.Encoder.features`). Terms without weight are not computed."""
+        (:meth:`services.crossmodal.model.Encoder.features`); ``progress``: from 0 to 1, where the schedules of the loss
+        are. Terms without weight are not computed."""
         weight, model = self.spec.loss, self.model
-        progress = self.step / self.spec.training.steps
         gamma = between(weight.gamma, weight.gamma_end, progress)
         source, labels, shape = subjects.weights, subjects.labels, subjects.shape
         edits = weight.steering > 0 or weight.direct > 0
@@ -196,16 +215,20 @@ class Trainer:
             inputs = self.queries.network_inputs(rows).to(self.device)
             with torch.no_grad():
                 own = self.layout.answers(source.unsqueeze(1), shape, inputs).squeeze(1)
-            variants = [decoded]
-            if moved is not None:
-                variants += [edited(source, decoded, moved, "residual"), *([moved] if weight.direct else [])]
-            logits = self.layout.answers(torch.stack(variants, 1), shape, inputs).unbind(1)
-            terms["behavior"] = losses.behavior(logits[0], own)
+            variants = {"behavior": decoded} if weight.behavior else {}
+            if moved is not None and weight.steering:
+                variants["steering"] = edited(source, decoded, moved, "residual")
+            if moved is not None and weight.direct:
+                variants["direct"] = moved
+            logits = self.layout.answers(torch.stack(list(variants.values()), 1), shape, inputs).unbind(1)
+            answered = dict(zip(variants, logits, strict=True))
+            if weight.behavior:
+                terms["behavior"] = losses.behavior(answered.pop("behavior"), own)
             if edits:
                 pools = self.queries.pools
                 before, after = (pools.labels(rows, chosen.cpu()).to(self.device) for chosen in (labels, selected))
-                for name, answered in zip(("steering", "direct"), logits[1:], strict=False):
-                    terms[name] = losses.steering(answered, own, before, after, weight.locality, mend=weight.mend)
+                for name, said in answered.items():
+                    terms[name] = losses.steering(said, own, before, after, weight.locality, mend=weight.mend)
         if weight.variance:
             terms["variance"] = losses.variance(latents.float())
         rest = torch.stack([getattr(weight, name) * term for name, term in terms.items()]).sum() if terms else 0.0
@@ -228,11 +251,20 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The validation loss and its terms, of the running mean; what stopping and the plateau schedule go by."""
-        with self._kept():
-            draws = generator(self.spec.seed, "validation")
-            terms = self.terms(self.validation, self.validation_features, draws)
+        """The validation loss and its terms, of the running mean; what stopping and the plateau schedule go by.
+
+        Raises :class:`InvalidInput` when the loss is not finite.
+        """
+        terms: dict[str, Tensor] = {}
+        if self.world.first:
+            with self._kept():
+                draws = generator(self.spec.seed, "validation")
+                # At the schedules' end throughout: values of different objectives could not be compared.
+                terms = self.terms(self.validation, self.validation_features, draws, progress=1.0)
+        terms = self.world.broadcast(terms, self.device)
         values = {f"validation_{name}": float(value) for name, value in terms.items()}
+        if not math.isfinite(values["validation_loss"]):
+            raise self._diverged("validation loss", values["validation_loss"], self.step)
         if values["validation_loss"] < self.best_loss:
             self.best_loss, self.best_step = values["validation_loss"], self.step
             self.stale = self.since_halving = 0
@@ -247,12 +279,11 @@ class Trainer:
     @contextmanager
     def _kept(self, values: list[Tensor] | None = None) -> Iterator[None]:
         """The model with the running mean, or ``values``, for its parameters."""
-        parameters = list(self.model.parameters())
-        current = [parameter.detach().clone() for parameter in parameters]
+        current = [parameter.detach().clone() for parameter in self.parameters]
         with torch.no_grad():
-            _copy(parameters, values or self.mean)
+            _copy(self.parameters, values or self.mean)
             yield
-            _copy(parameters, current)
+            _copy(self.parameters, current)
 
     def codec(self) -> Codec:
         """What the run has learned: the best model where training may stop early, else the running mean."""
@@ -264,31 +295,56 @@ class Trainer:
         model.load_state_dict(state)
         return Codec.of(self.spec, self.zoo, self.preprocessor, model.to(self.device), self.subjects)
 
+    def share(self) -> None:
+        """Take the state of the first process: others would fit another standardisation to the bit, and may not have
+        its checkpoint."""
+        if self.world.size > 1:
+            self._restore(self.world.broadcast(self._state(), self.device))
+
     def save(self, folder: Path) -> None:
         """Write the state into ``folder``, without pickle."""
-        state = self.optimizer.state_dict()["state"]
+        save_file({name: value.contiguous() for name, value in self._state().items()}, folder / "state.safetensors")
+        about = {"spec": self.spec.model_dump(mode="json"), "zoo": self.zoo.digest, "processes": self.world.size}
+        (folder / "state.json").write_text(json.dumps(about))
+        self.saved = self.step
+
+    def load(self, folder: Path) -> None:
+        """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for a checkpoint of another spec, zoo or
+        number of processes, and for one that cannot be read."""
+        try:
+            about = json.loads((folder / "state.json").read_text())
+            if CrossmodalSpec.model_validate(about["spec"]) != self.spec:
+                raise InvalidInput.field("checkpoint", "was written by a run with another spec; start afresh")
+            if about["zoo"] != self.zoo.digest:
+                raise InvalidInput.field("checkpoint", "was written by a run on other networks; start afresh")
+            if about["processes"] != self.world.size:
+                raise InvalidInput.field(
+                    "checkpoint",
+                    f"was written by a run of {about['processes']} processes; take as many, or start afresh",
+                )
+            self._restore(load_file(folder / "state.safetensors", device=self.device))
+        # What parsers and torch raise for files that are cut off, changed or missing.
+        except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None
+        self.saved = self.step
+
+    def _state(self) -> dict[str, Tensor]:
+        """All that a step changes or that is fitted."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.projection is not None:
             tensors |= {f"projection.{name}": value for name, value in self.projection.state_dict().items()}
         for name, kept in (("mean", self.mean), ("best", self.best)):
             tensors |= {f"{name}.{i}": value for i, value in enumerate(kept)}
+        state = self.optimizer.state_dict()["state"]
         tensors |= {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "state.safetensors")
         counters = {name: getattr(self, name) for name in _COUNTERS}
-        # No number of JSON is infinite.
-        counters["best_loss"] = None if math.isinf(self.best_loss) else self.best_loss
-        about = {"spec": self.spec.model_dump(mode="json"), "zoo": self.zoo.digest, "counters": counters}
-        (folder / "state.json").write_text(json.dumps(about))
+        tensors |= {f"counters.{name}": torch.tensor(value, dtype=torch.float64) for name, value in counters.items()}
+        return tensors | {"weighting": self.weighting}
 
-    def load(self, folder: Path) -> None:
-        """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for a checkpoint of another spec or zoo."""
-        about = json.loads((folder / "state.json").read_text())
-        if CrossmodalSpec.model_validate(about["spec"]) != self.spec:
-            raise InvalidInput.field("checkpoint", "was written by a run with another spec; start afresh")
-        if about["zoo"] != self.zoo.digest:
-            raise InvalidInput.field("checkpoint", "was written by a run on other networks; start afresh")
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`_state`."""
         parts: dict[str, dict[str, Tensor]] = {}
-        for name, value in load_file(folder / "state.safetensors", device=self.device).items():
+        for name, value in tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = value
         self.model.load_state_dict(parts["model"])
@@ -298,13 +354,14 @@ class Trainer:
             [parts.get(name, {})[str(i)] for i in range(len(parts.get(name, {})))] for name in ("mean", "best")
         )
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
+        for name, value in parts.get("optimizer", {}).items():
             index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        for name, value in about["counters"].items():
-            setattr(self, name, math.inf if value is None else value)
+        for name in _COUNTERS:
+            setattr(self, name, type(getattr(self, name))(parts["counters"][name]))
         self._prepare()
+        self.weighting = tensors["weighting"]
 
 
 _COUNTERS = ("step", "best_loss", "best_step", "stale", "halvings", "since_halving")
@@ -316,9 +373,8 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def micro_batches(batch: Tensor, parts: int) -> list[Tensor]:
-    """A batch in at most ``parts`` parts of similar size, cut between buddies."""
-    pairs = batch.view(-1, 2)
-    return [part.flatten() for part in pairs.tensor_split(min(parts, len(pairs)))]
+    """A batch in ``parts`` parts of similar size, cut between buddies."""
+    return [part.flatten() for part in batch.view(-1, 2).tensor_split(parts)]
 
 
 def between(start: float, end: float | None, progress: float) -> float:

@@ -33,6 +33,9 @@ ZOO = GenerationSpec(
     min_accuracy=0.6,
 )
 
+SMALL = {"architecture": "transformer", "hidden_dim": 32, "heads": 4, "depth": 1}
+"""The smallest transformer."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:

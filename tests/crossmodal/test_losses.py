@@ -27,6 +27,33 @@ def test_reconstruction_of_the_mean_is_one_whatever_the_scale_of_the_layers() ->
     assert float(losses.reconstruction(weights, weights, weighting)) == 0
 
 
+@pytest.mark.parametrize("form", ["mse", "mae", "cosine", "combined"])
+def test_errors_of_weights_are_of_those_that_a_network_has(form: str) -> None:
+    decoded, source = [[1.0, -2.0, 0.5], [0.3, 4.0, 9.0]], [[0.0, 1.0, 2.0], [-1.0, 2.0, 7.0]]
+    present = [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]
+    totals = dict.fromkeys(("mse", "mae", "cosine"), 0.0)
+    for own, wanted, there in zip(decoded, source, present, strict=True):
+        pairs = [(a, b) for a, b, has in zip(own, wanted, there, strict=True) if has]
+        totals["mse"] += sum((a - b) ** 2 for a, b in pairs) / len(pairs) / 2
+        totals["mae"] += sum(abs(a - b) for a, b in pairs) / len(pairs) / 2
+        norms = math.hypot(*(a for a, _ in pairs)) * math.hypot(*(b for _, b in pairs))
+        totals["cosine"] += (1 - sum(a * b for a, b in pairs) / norms) / 2
+    totals["combined"] = sum(totals.values())
+    loss = losses.elementwise(torch.tensor(decoded), torch.tensor(source), torch.tensor(present), form)
+    assert float(loss) == pytest.approx(totals[form], rel=1e-5)
+
+
+def test_variance_asks_for_a_deviation_of_one() -> None:
+    latents = [[0.0, 3.0], [0.4, -3.0], [0.2, 0.0]]
+    expected = 0.0
+    for column in zip(*latents, strict=True):
+        mean = sum(column) / 3
+        expected += max(0.0, 1 - math.sqrt(sum((x - mean) ** 2 for x in column) / 2 + 1e-4)) / 2
+    assert float(losses.variance(torch.tensor(latents))) == pytest.approx(expected, rel=1e-5)
+    # One alone has no deviation.
+    assert float(losses.variance(torch.tensor(latents[:1]))) == 0
+
+
 def test_behavior_is_the_mean_divergence_of_answers() -> None:
     logits, source = torch.tensor([[0.5, -2.0], [3.0, 0.0]]), torch.tensor([[1.0, -1.0], [3.0, 2.0]])
     pairs = zip(source.flatten().tolist(), logits.flatten().tolist(), strict=True)
@@ -60,7 +87,8 @@ def test_steering_without_deciding_sequences_is_about_the_source_alone() -> None
     assert float(losses.steering(source, source, same, same, locality=0.0, mend=False)) == 0
 
 
-def test_contrastive_against_loops() -> None:
+@pytest.mark.parametrize("graded", [True, False])
+def test_contrastive_against_loops(graded: bool) -> None:
     torch.manual_seed(0)
     latents = torch.randn(6, 4)
     labels = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1], [0, 0, 0]]).bool()
@@ -70,10 +98,11 @@ def test_contrastive_against_loops() -> None:
         others = [j for j in range(6) if j != i]
         normaliser = sum(math.exp(float(unit[i] @ unit[j]) / 0.2) for j in others)
         weights = [float((labels[i] & labels[j]).sum()) / max(1, int((labels[i] | labels[j]).sum())) for j in others]
+        weights = weights if graded else [float(weight > 0) for weight in weights]
         if sum(weights):
             logs = [float(unit[i] @ unit[j]) / 0.2 - math.log(normaliser) for j in others]
             total -= sum(w * log for w, log in zip(weights, logs, strict=True)) / sum(weights)
-    assert float(losses.contrastive(latents, labels, 0.2)) == pytest.approx(total / 6, rel=1e-4)
+    assert float(losses.contrastive(latents, labels, 0.2, graded=graded)) == pytest.approx(total / 6, rel=1e-4)
 
 
 def test_contrastive_of_strangers_has_no_gradient_and_no_nan() -> None:

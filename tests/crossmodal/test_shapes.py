@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,8 @@ from services.crossmodal.train import Trainer
 from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import flatten, unflatten
-from tests.crossmodal.conftest import ZOO, tiny_spec
+from tests.crossmodal.conftest import SMALL, ZOO, tiny_spec
 from tests.crossmodal.test_job import Keeper
-
-SMALL = {"architecture": "transformer", "hidden_dim": 32, "heads": 4, "depth": 1}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +57,26 @@ def test_every_form_learns_saves_and_steers(zoo: Zoo, form: dict[str, Any], tmp_
         steered, latents = codec.steer(networks, [("add", "has_majority")], mode)
         again, same = Codec.load(tmp_path).steer(networks, [("add", "has_majority")], mode)
         assert torch.equal(flatten(steered), flatten(again)) and torch.equal(latents, same)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_whole_model_goes_to_another_device(zoo: Zoo, form: dict[str, Any]) -> None:
+    model = Trainer(tiny_spec(codec=form), zoo).model.to("meta")
+    assert {tensor.device.type for tensor in tensors(model)} == {"meta"}
+
+
+def tensors(held: object) -> Iterator[torch.Tensor]:
+    """Every tensor that an object holds, in whatever it holds them."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, dict):
+        for value in held.values():
+            yield from tensors(value)
+    elif isinstance(held, list | tuple):
+        for value in held:
+            yield from tensors(value)
+    elif isinstance(held, torch.nn.Module):
+        yield from tensors(vars(held))
 
 
 @pytest.mark.parametrize("form", [{}, {**SMALL, "pooling": "mean"}])
@@ -99,9 +118,11 @@ def test_training_stops_early_and_keeps_the_best(zoo: Zoo) -> None:
 
 
 def test_a_plateau_halves_the_rate(zoo: Zoo) -> None:
-    training = {"schedule": "plateau", "plateau_patience": 2, "learning_rate": 1e-12}
+    training = {"schedule": "plateau", "plateau_patience": 2, "learning_rate": 1e-3, "warm_up": 0}
     trainer = Trainer(tiny_spec(training=training), zoo)
     trainer.best_loss = -1.0
-    for _ in range(4):
-        trainer.validate()
-    assert trainer.halvings == 2
+    for halvings in (0, 1, 2):
+        trainer.advance()
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-3 * 0.5**halvings] * 2
+        for _ in range(2):
+            trainer.validate()
