@@ -40,14 +40,7 @@ from services.runtime.console import ConsoleRun
 from services.zoo.dataset import Zoo
 
 ROOT = Path("runs/bench-steering")
-SOURCES = (
-    "ethogram/specs",
-    "services/runtime",
-    "services/zoo",
-    "services/generation",
-    "services/crossmodal",
-    "benchmarks/steering.py",
-)
+SOURCES = ("ethogram/specs", "services/runtime", "services/zoo", "services/generation", "services/crossmodal")
 SEEDS = (0, 1, 2)
 HELD_OUT = 512
 STEPS = 8000
@@ -116,6 +109,8 @@ def earlier_zoo(seed: int) -> GenerationSpec:
                 "activations": ["gelu"],
                 "input_encoding": "index",
             },
+            # As long as those of the other parts. None of the checks: few networks of this size learn has_majority well.
+            "training": {"steps": 200},
             "min_accuracy": 0.0,
         }
     )
@@ -129,7 +124,7 @@ def earlier_codec(seed: int) -> CrossmodalSpec:
             "seed": seed,
             "codec": {"inputs": "both", "latent_dim": 16, "hidden_dim": 256, "signature_components": 64},
             "loss": {"direct": 3.0},
-            "training": {"steps": 12_000, "several": 1.0},
+            "training": {"steps": 12_000, "learning_rate": 2e-3, "several": 1.0, "precision": "float32"},
             "held_out": 24 / EARLIER,
             "validation": 24 / EARLIER,
         }
@@ -164,8 +159,7 @@ def code() -> str:
     """Hash of the code that the figures depend on."""
     digest = hashlib.sha256()
     for source in SOURCES:
-        path = Path(source)
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        for file in sorted(Path(source).rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
