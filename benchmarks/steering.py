@@ -109,7 +109,7 @@ def earlier_zoo(seed: int) -> GenerationSpec:
                 "activations": ["gelu"],
                 "input_encoding": "index",
             },
-            # As long as those of the other parts. None of the checks: few networks of this size learn has_majority well.
+            # As long as those of the other parts. Unchecked: few networks of this size learn has_majority well.
             "training": {"steps": 200},
             "min_accuracy": 0.0,
         }
