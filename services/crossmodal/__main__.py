@@ -53,10 +53,13 @@ def train(
     from services.crossmodal import job
     from services.crossmodal.parallel import join
     from services.runtime.console import ConsoleRun
+    from services.runtime.devices import check_device
     from services.runtime.run import Run
     from services.zoo.source import locate
 
     spec = read_spec(CrossmodalSpec, file, values, {"zoo": {"artifact": "folder"}})
+    if device is not None:
+        check_device(device)
     inputs = {"zoo": locate(zoo, "ZOO")}
     world, own = join(device)
     if world.first:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,8 +69,9 @@ def make(
     from services.generation.pipeline import DatasetGenerationPipeline
     from services.generation.report import PAGE, write_report
     from services.runtime.console import ConsoleRun
+    from services.runtime.devices import check_device
 
-    _try(device)
+    check_device(device)
     pipeline = DatasetGenerationPipeline(spec, device, baseline)
     aside = out.with_name(f"{out.name}-run")
     _begin(out, aside, spec)
@@ -243,18 +243,6 @@ def _repo(field: str, name: str, *, public: bool) -> HubSpec:
         return HubSpec(repo=name, private=not public)
     except ValidationError:
         raise InvalidInput.field(field, f"{name} is no name that the Hub allows, e.g. me/my-zoo") from None
-
-
-def _try(device: str) -> None:
-    import torch
-
-    if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:
-        raise InvalidInput.field("--device", f"{device} is none of cpu, cuda, cuda:0, ..., mps")
-    try:
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise InvalidInput.field("--device", f"{device} cannot be used on this machine ({why})") from None
 
 
 def _beside(spec: GenerationSpec, baseline: Path | None) -> None:

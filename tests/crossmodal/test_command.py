@@ -103,6 +103,13 @@ def test_what_is_no_zoo_leaves_no_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device, why in (("gpu", "gpu is none of cpu"), ("cuda:99", "cuda:99 cannot be used on this machine")):
+        assert call("train", tmp_path, "-o", tmp_path / "run", "--device", device) == 2
+        assert f"--device: {why}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_artifact_in_the_json_string_form(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Seen(Exception):
         """What came to training."""
