@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
-from ethogram.specs.generation import SignatureSpec
+from ethogram.specs.generation import PatternSpec, SignatureSpec
 from services.crossmodal import checks
 from services.crossmodal.canonical import Canonicalizer
 from services.crossmodal.data import Preprocessor, Subjects
@@ -37,14 +37,14 @@ from services.crossmodal.steering import (
 from services.crossmodal.tokenizer import Tokenizer
 from services.zoo.dataset import Zoo
 from services.zoo.layout import Layout
-from services.zoo.patterns import Pattern, membership
+from services.zoo.patterns import Pattern, from_specs, membership
 from services.zoo.pools import Evaluation
 from services.zoo.reading import reading
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
 from services.zoo.universe import VALIDATION
 
-FORMAT = 4
+FORMAT = 5
 
 
 Part = Literal["encoder", "decoder"]
@@ -392,7 +392,7 @@ class Codec:
             "signature": self.signature.model_dump(mode="json"),
             "canonical": canonicalizer is not None,
             "behaviors": [
-                {"kind": p.kind, "token": p.token, **b._asdict()}
+                {"pattern": p.spec.model_dump(mode="json"), **b._asdict()}
                 for p, b in zip(self.patterns, self.behaviors, strict=True)
             ],
         }
@@ -410,8 +410,10 @@ class Codec:
             signature = SignatureSpec.model_validate(config["signature"])
             shapes = [Architecture(**{**shape, "hidden": tuple(shape["hidden"])}) for shape in config["shapes"]]
             layout = Layout(shapes)
-            patterns = [Pattern(entry["kind"], entry["token"]) for entry in config["behaviors"]]
-            positives = [int(entry["positives"]) for entry in config["behaviors"]]
+            behaviors = config["behaviors"]
+            asked = [PatternSpec.model_validate(entry["pattern"]) for entry in behaviors]
+            patterns = from_specs(asked, shapes[0].vocab_size, shapes[0].length, f"{path.name}.behaviors")
+            positives = [int(entry["positives"]) for entry in behaviors]
             run = config["run"]
         with _reading(folder, "sequences.safetensors") as path:
             sequences = _load(path, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from ethogram.errors import InvalidInput
+from ethogram.specs.generation import PatternSpec
 from services.crossmodal.bundle import Codec
+from services.crossmodal.train import Trainer
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import Params, flatten, init, select
+from tests.crossmodal.conftest import tiny_spec
 
 
 @pytest.fixture
@@ -35,6 +39,26 @@ def test_round_trip_needs_nothing_else(zoo: Zoo, untrained: Codec, networks: Par
         assert torch.equal(z, y)
     for mine, theirs in zip(loaded.evaluate(networks), untrained.evaluate(networks), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_round_trip_with_patterns_of_ones_own(zoo: Zoo, networks: Params, tmp_path: Path) -> None:
+    patterns = [*zoo.spec.patterns[:3], PatternSpec(name="contains_ba", regex=".*BA.*")]
+    own = replace(zoo, spec=zoo.spec.model_copy(update={"patterns": patterns}))
+    codec = Trainer(tiny_spec(), own).codec()
+    codec.save(tmp_path)
+    loaded = Codec.load(tmp_path)
+    assert loaded.patterns == codec.patterns and loaded.behaviors == codec.behaviors
+    assert torch.equal(loaded.evaluation.membership, codec.evaluation.membership)
+    for mine, theirs in zip(loaded.evaluate(networks), codec.evaluate(networks), strict=True):
+        assert torch.equal(mine, theirs)
+    config = (tmp_path / "config.json").read_text()
+    for wrong, text in (
+        ('"regex": ".*(BA.*"', "the end should be"),
+        ('"regex": null', "there is no pattern contains_ba"),
+    ):
+        (tmp_path / "config.json").write_text(config.replace('"regex": ".*BA.*"', wrong))
+        with pytest.raises(InvalidInput, match=rf"^config\.json.*{text}"):
+            Codec.load(tmp_path)
 
 
 def test_behaviors_say_what_they_are(untrained: Codec) -> None:
@@ -175,8 +199,14 @@ def test_broken_bundles(untrained: Codec, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**config, entry: wrong}))
         with pytest.raises(InvalidInput, match=r"config\.json"):
             Codec.load(tmp_path)
-    for name, tensors in (("directions", {"other": torch.zeros(4)}), ("directions", {"learned": torch.zeros(3, 24)})):
+    learned = torch.zeros(4, 24)
+    for name, tensors, text in (
+        ("directions", {"other": torch.zeros(4)}, "has no learned"),
+        ("directions", {"learned": learned}, "has no mean_difference"),
+        ("directions", {"learned": learned[:3]}, "cannot be read, or does not fit"),
+    ):
         untrained.save(tmp_path)
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-        with pytest.raises(InvalidInput, match=rf"{name}\.safetensors"):
+        run = json.loads((tmp_path / "config.json").read_text())["run"]
+        save_file(tensors, tmp_path / f"{name}.safetensors", {"run": run})
+        with pytest.raises(InvalidInput, match=rf"{name}\.safetensors: {text}"):
             Codec.load(tmp_path)
