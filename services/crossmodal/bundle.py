@@ -77,7 +77,8 @@ class Effect(NamedTuple):
     strength: Tensor
     """What the directions were multiplied by, ``[batch]``."""
     had: Tensor
-    """Behaviours that each network was seen to have on the support set: bool ``[batch, behaviors]``."""
+    """Behaviours that each network was seen to have on the support set; read from the latent where that has no sequence
+    of a behaviour: bool ``[batch, behaviors]``."""
     predicted: Tensor
     """Chance of each behaviour as a line reads it from the latent, before and after: ``[batch, 2, behaviors]``."""
     recall: Tensor
@@ -145,8 +146,9 @@ class Codec:
             positives=subjects.labels.sum(0).tolist(),
             probes=zoo.probes,
             preprocessor=preprocessor,
-            evaluation=Evaluation.build(zoo.universe),
-            support=Evaluation.build(zoo.universe, split=VALIDATION),
+            # An encoder sees the answers on the probes, which in a zoo from elsewhere are of any split.
+            evaluation=Evaluation.build(zoo.universe, without=zoo.probes),
+            support=Evaluation.build(zoo.universe, split=VALIDATION, without=zoo.probes),
             model=model,
             probe=Probe.fit(latents, subjects.labels).calibrated(latents, subjects.labels),
             fixed={
@@ -290,6 +292,9 @@ class Codec:
 
         source = self.yes(vectors, shape, self.support)
         had = self.support.by_stratum(source.cpu())[:, :-1].to(self.device) >= HAS
+        # Where the probes are all that there is of a behaviour, as the latent says.
+        unseen = torch.bincount(self.support.stratum, minlength=len(signs) + 1)[:-1] == 0
+        had = torch.where(unseen.to(self.device), self.probe(latents) > 0, had)
         wanted = had & ~(signs < 0) | (signs > 0)
         if alpha != "auto":
             weights, steered = moved(alpha)

@@ -16,7 +16,10 @@ from ethogram.specs.generation import PatternSpec
 from services.crossmodal.bundle import Codec
 from services.crossmodal.train import Trainer
 from services.zoo.dataset import Zoo
+from services.zoo.hashing import hash_sequences
+from services.zoo.pools import Evaluation
 from services.zoo.subjects import Params, flatten, init, select
+from services.zoo.universe import HELD_OUT, VALIDATION
 from tests.crossmodal.conftest import tiny_spec
 
 
@@ -59,6 +62,23 @@ def test_round_trip_with_patterns_of_ones_own(zoo: Zoo, networks: Params, tmp_pa
         (tmp_path / "config.json").write_text(config.replace('"regex": ".*BA.*"', wrong))
         with pytest.raises(InvalidInput, match=rf"^config\.json.*{text}"):
             Codec.load(tmp_path)
+
+
+def test_probes_are_neither_judged_on_nor_in_the_support_set(zoo: Zoo, networks: Params) -> None:
+    # A zoo from elsewhere: half of its probes are what the codec would be judged on, and they are all that the support
+    # set has of a behaviour.
+    own = [Evaluation.build(zoo.universe, split=split) for split in (HELD_OUT, VALIDATION)]
+    sorted_ones = own[1].sequences[own[1].stratum == 2]
+    probes = torch.cat([own[0].sequences[:: len(own[0].sequences) // 24][:24], sorted_ones, zoo.probes])[:48]
+    spec = tiny_spec(codec={"inputs": "weights"})
+    codec = Trainer(spec, replace(zoo, probes=probes)).codec()
+    hashes = hash_sequences(probes)
+    for asked in (codec.evaluation, codec.support):
+        assert len(asked.sequences) > 50
+        assert not torch.isin(hash_sequences(asked.sequences), hashes).any()
+    assert not (codec.support.stratum == 2).any()
+    had = codec.effect(networks, [("add", "ends_with(B)")]).had[:, 2]
+    assert torch.equal(had, codec.probe(codec.encode(networks))[:, 2] > 0)
 
 
 def test_behaviors_say_what_they_are(untrained: Codec) -> None:
