@@ -104,6 +104,7 @@ class Codec:
         self,
         spec: CrossmodalSpec,
         *,
+        zoo: str,
         signature: SignatureSpec,
         patterns: Sequence[Pattern],
         positives: Sequence[int],
@@ -117,6 +118,8 @@ class Codec:
         device: str = "cpu",
     ) -> None:
         self.spec, self.signature, self.device = spec, signature, device
+        self.zoo = zoo
+        """Digest of the zoo that it is of."""
         self.patterns, self.positives = tuple(patterns), tuple(positives)
         self.probes, self.preprocessor = probes, preprocessor
         self.evaluation, self.support = evaluation, support
@@ -141,6 +144,7 @@ class Codec:
             latents = model.encoder(model.encoder.features(subjects.inputs, subjects.shape), subjects.shape)
         return cls(
             spec,
+            zoo=zoo.digest,
             signature=zoo.spec.signature,
             patterns=zoo.patterns,
             positives=subjects.labels.sum(0).tolist(),
@@ -157,6 +161,12 @@ class Codec:
             },
             device=str(model.directions.device),
         )
+
+    def check_zoo(self, zoo: Zoo) -> None:
+        """Raise :class:`InvalidInput` for another zoo than the codec was trained on: of that one alone it is known who
+        was held out."""
+        if zoo.digest != self.zoo:
+            raise InvalidInput.field("zoo", "is not the zoo that the codec was trained on; give that one")
 
     @property
     def latent_dim(self) -> int:
@@ -393,6 +403,7 @@ class Codec:
             "format": FORMAT,
             **run,
             "spec": self.spec.model_dump(mode="json"),
+            "zoo": self.zoo,
             "shapes": [shape._asdict() for shape in self.layout.shapes],
             "signature": self.signature.model_dump(mode="json"),
             "canonical": canonicalizer is not None,
@@ -419,7 +430,7 @@ class Codec:
             asked = [PatternSpec.model_validate(entry["pattern"]) for entry in behaviors]
             patterns = from_specs(asked, shapes[0].vocab_size, shapes[0].length, f"{path.name}.behaviors")
             positives = [int(entry["positives"]) for entry in behaviors]
-            run = config["run"]
+            run, zoo = config["run"], str(config["zoo"])
         with _reading(folder, "sequences.safetensors") as path:
             sequences = _load(path, run)
             probes = sequences["probes"]
@@ -452,6 +463,7 @@ class Codec:
                 raise ValueError("shapes that differ")
         return cls(
             spec,
+            zoo=zoo,
             signature=signature,
             patterns=patterns,
             positives=positives,

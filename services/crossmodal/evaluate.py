@@ -73,7 +73,8 @@ class Edits(NamedTuple):
 
 
 def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
-    """Judge ``codec`` on the subjects of ``zoo`` that its spec held out. Returns JSON values:
+    """Judge ``codec`` on the subjects of ``zoo`` that its spec held out. Raises :class:`InvalidInput` for another zoo
+    than it was trained on. Returns JSON values:
 
     - ``figures``: dotted name to number (``agreement``, ``add.all_gate``, ``direct.remove.target_mean``,
       ``controls.max_all_gate``, ...); the short names ``add.*`` and ``remove.*`` are residual edits;
@@ -87,6 +88,7 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     - ``subjects``: how many were trained on and judged.
     """
     run = run or Run()
+    codec.check_zoo(zoo)
     split = split_subjects(zoo.labels, codec.spec)
     subjects = codec.preprocessor.subjects(zoo, split.held_out, codec.device)
     train = codec.preprocessor.subjects(zoo, split.train, codec.device)
