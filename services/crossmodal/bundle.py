@@ -19,8 +19,8 @@ from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import PatternSpec, SignatureSpec
 from services.crossmodal import checks
 from services.crossmodal.canonical import Canonicalizer
-from services.crossmodal.data import Preprocessor, Subjects
-from services.crossmodal.model import EncoderDecoder
+from services.crossmodal.data import Prepared, Preprocessor, Subjects
+from services.crossmodal.model import Decoder, Encoder, EncoderDecoder
 from services.crossmodal.steering import (
     DIRECTIONS,
     LOCAL_GATE,
@@ -41,7 +41,7 @@ from services.zoo.patterns import Pattern, from_specs, membership
 from services.zoo.pools import Evaluation
 from services.zoo.reading import reading
 from services.zoo.signatures import ActivationSignatureExtractor
-from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
+from services.zoo.subjects import Architecture, Params, activations, encode, flatten, unflatten
 from services.zoo.universe import VALIDATION
 
 FORMAT = 5
@@ -49,7 +49,8 @@ FORMAT = 5
 
 Part = Literal["encoder", "decoder"]
 PARTS: tuple[Part, ...] = ("encoder", "decoder")
-
+CHUNK = 256
+"""Networks that go through encoder or decoder at once: in a transformer each takes a row of every token."""
 
 Strength = float | Literal["auto"]
 AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)
@@ -140,8 +141,7 @@ class Codec:
         subjects: Subjects,
     ) -> Codec:
         """The codec of a model trained on ``subjects``, with what it must carry from its zoo."""
-        with torch.no_grad():
-            latents = model.encoder(model.encoder.features(subjects.inputs, subjects.shape), subjects.shape)
+        latents = encoded(model.encoder, subjects.inputs, subjects.shape)
         return cls(
             spec,
             zoo=zoo.digest,
@@ -187,14 +187,17 @@ class Codec:
         """Latents ``[batch, latent]`` of the encoder's flat inputs ``[batch, inputs]`` of networks of the shapes
         ``shape`` (int64 ``[batch]``)."""
         self._need("encoder")
-        found: Tensor = self.model.encoder(self.model.encoder.features(inputs, shape), shape)
-        return found
+        return encoded(self.model.encoder, inputs, shape)
+
+    def decodings(self, latents: Tensor, shape: Tensor) -> Tensor:
+        """Networks in the model's form ``[batch, size]`` of latents ``[batch, latent]``; ``shape`` as above."""
+        self._need("decoder")
+        return decoded(self.model.decoder, latents, shape)
 
     @torch.no_grad()
     def encode(self, networks: Params, activation: str | None = None) -> Tensor:
         """Latents ``[batch, latent]`` of networks: their signatures are taken on the codec's own probes."""
-        vectors, shape = self._vectors(networks, activation)
-        return self.latents(self.preprocessor(vectors, shape).inputs, shape)
+        return self._encoded(*self._vectors(networks, activation))[1]
 
     @torch.no_grad()
     def encode_signatures(self, signatures: Tensor) -> Tensor:
@@ -207,12 +210,12 @@ class Codec:
         if len(self.layout.shapes) > 1 or self.preprocessor.canonicalizer is not None:
             raise InvalidInput.field("signatures", "this model must see the networks themselves; send networks")
         checked = checks.batch(signatures, self.signature_shape, "signatures").to(self.device).flatten(1)
-        return self.latents(checked, torch.zeros(len(checked), dtype=torch.int64, device=self.device))
+        shape = torch.zeros(len(checked), dtype=torch.int64, device=self.device)
+        return checks.finite(self.latents(checked, shape), "signatures")
 
     @torch.no_grad()
     def decode(self, latents: Tensor, shape: Architecture | None = None) -> Params:
         """Networks of latents ``[batch, latent]``; ``shape``: theirs, of a codec that knows several."""
-        self._need("decoder")
         checked = checks.batch(latents, (self.latent_dim,), "latents").to(self.device)
         if shape is None and len(self.layout.shapes) > 1:
             raise InvalidInput.field("shape", f"this model knows {len(self.layout.shapes)} shapes; say which")
@@ -220,7 +223,7 @@ class Codec:
             raise InvalidInput.field("shape", "an architecture that the model was not trained on")
         which = 0 if shape is None else self.layout.shapes.index(shape)
         shapes = torch.full((len(checked),), which, device=self.device)
-        return self._networks(self.model.decoder(checked, shapes), which)
+        return self._networks(checks.finite(self.decodings(checked, shapes), "latents"), which)
 
     @torch.no_grad()
     def steer(
@@ -288,17 +291,16 @@ class Codec:
         mode, alpha = checks.mode(mode), checks.strength(strength)
         signs = self._signs(edits)
         vectors, shape = self._vectors(networks, activation)
-        prepared = self.preprocessor(vectors, shape)
-        latents = self.latents(prepared.inputs, shape)
-        decoded = self.model.decoder(latents, shape)
+        prepared, latents = self._encoded(vectors, shape)
+        source_decoded = self.decodings(latents, shape)
         shift = signs @ self.directions[checks.direction(direction)]
 
         def moved(by: float) -> tuple[Tensor, Tensor]:
             steered = latents + by * shift
-            found = self.model.decoder(steered, shape)
+            found = self.decodings(steered, shape)
             # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
-            weights = prepared.undo(found) if mode == "direct" else vectors + prepared.undo(found - decoded)
-            return weights, steered
+            weights = prepared.undo(found) if mode == "direct" else vectors + prepared.undo(found - source_decoded)
+            return checks.finite(weights, "networks"), steered
 
         source = self.yes(vectors, shape, self.support)
         had = self.support.by_stratum(source.cpu())[:, :-1].to(self.device) >= HAS
@@ -366,7 +368,17 @@ class Codec:
         """``networks`` checked, as float32 vectors on the device, and their shape, int64 ``[batch]``."""
         checked, which = checks.networks(networks, self.layout, activation)
         vectors = self.layout.pad(flatten(checked).to(self.device), which)
+        # Before anything else is made of them: not every signature of infinity is a number, or even an answer.
+        inputs, shape = self.preprocessor.extractor.inputs.to(self.device), self.layout.shapes[which]
+        for layer in activations(unflatten(self.layout.strip(vectors, which), shape), inputs, shape.activation):
+            checks.finite(layer, "networks")
         return vectors, torch.full((len(vectors),), which, device=self.device)
+
+    def _encoded(self, vectors: Tensor, shape: Tensor) -> tuple[Prepared, Tensor]:
+        """``vectors`` on the way into the encoder, and their latents."""
+        prepared = self.preprocessor(vectors, shape)
+        latents = self.latents(checks.finite(prepared.inputs, "networks"), shape)
+        return prepared, checks.finite(latents, "networks")
 
     def _need(self, part: Part) -> None:
         if not hasattr(self.model, part):
@@ -378,6 +390,8 @@ class Codec:
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``encoder``, ``decoder``, ``directions`` and ``sequences`` as safetensors, and
         ``references`` where networks are canonicalised. Each file says which run it is of."""
+        for part in PARTS:
+            self._need(part)
         folder.mkdir(parents=True, exist_ok=True)
         states = {name: getattr(self.model, name).state_dict() for name in PARTS}
         digest = hashlib.sha256(self.spec.model_dump_json().encode())
@@ -418,6 +432,8 @@ class Codec:
     def load(cls, folder: Path, device: str = "cpu", parts: Sequence[Part] = PARTS) -> Codec:
         """Read what :meth:`save` wrote, of encoder and decoder only ``parts``: a call that needs another one raises
         :class:`InvalidInput`. So does a file that is missing, wrong, or of another run."""
+        if unknown := [part for part in parts if part not in PARTS]:
+            raise InvalidInput.field("parts", f"{unknown[0]!r} is none of {', '.join(PARTS)}")
         with _reading(folder, "config.json") as path:
             config = json.loads(path.read_text())
             if config["format"] != FORMAT:
@@ -476,6 +492,20 @@ class Codec:
             fixed=fixed,
             device=device,
         )
+
+
+@torch.no_grad()
+def encoded(encoder: Encoder, inputs: Tensor, shape: Tensor) -> Tensor:
+    """Latents of flat inputs, see :meth:`Codec.latents`."""
+    parts = zip(torch.split(inputs, CHUNK), torch.split(shape, CHUNK), strict=True)
+    return torch.cat([encoder(encoder.features(own, which), which) for own, which in parts])
+
+
+@torch.no_grad()
+def decoded(decoder: Decoder, latents: Tensor, shape: Tensor) -> Tensor:
+    """Networks of latents, see :meth:`Codec.decodings`."""
+    parts = zip(torch.split(latents, CHUNK), torch.split(shape, CHUNK), strict=True)
+    return torch.cat([decoder(own, which) for own, which in parts])
 
 
 class _Steered(NamedTuple):

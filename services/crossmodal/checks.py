@@ -93,6 +93,13 @@ def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:
     return single
 
 
+def finite(tensor: Tensor, field: str) -> Tensor:
+    """What a model made of ``field``, or :class:`InvalidInput` where that is no number."""
+    if not bool(tensor.isfinite().all()):
+        raise InvalidInput.field(field, "values so large that its activations overflow; send smaller ones")
+    return tensor
+
+
 def edits(asked: Sequence[Edit | tuple[str, ...]], behaviors: Sequence[str]) -> tuple[Edit, ...]:
     """The edits (operation, behaviour, and what a replacement is by), each of other ones of ``behaviors``, or
     :class:`InvalidInput`."""

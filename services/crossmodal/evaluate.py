@@ -135,7 +135,7 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
     """How well decoded networks do what their sources do, and whether the latent is what tells them."""
     evaluation, shape = codec.evaluation, subjects.shape
     latents = codec.latents(subjects.inputs, shape)
-    weights = codec.model.decoder(latents, shape)
+    weights = codec.decodings(latents, shape)
     source, decoded = codec.yes(subjects.weights, shape), codec.yes(weights, shape)
     matched = _agreement(evaluation, decoded == source)
     constant = max(float(_agreement(evaluation, source == answer).mean()) for answer in (True, False))

@@ -55,8 +55,9 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     ``[subjects, behaviors]``. In a zoo of several shapes these files have subjects of the most common one.
     ``latent_map.png`` shows the latents of all subjects by behaviour, ``clusters.png`` (of many subjects) the same by
     UMAP, ``steering.png`` the behaviours before and after each edit, ``curves.png`` what strength does;
-    ``report.html`` has them all and the numbers. Raises :class:`InvalidInput` for another zoo than the codec was trained
-    on.
+    ``report.html`` has them all and the numbers.
+
+    Raises :class:`InvalidInput` for another zoo than the codec was trained on.
     """
     codec.check_zoo(zoo)
     folder.mkdir(parents=True, exist_ok=True)

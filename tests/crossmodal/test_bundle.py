@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import PatternSpec
+from ethogram.specs.generation import PatternSpec, SignatureSpec
+from services.crossmodal import bundle
 from services.crossmodal.bundle import Codec
+from services.crossmodal.evaluate import evaluate
+from services.crossmodal.report import all_latents
 from services.crossmodal.train import Trainer
 from services.zoo.dataset import Zoo
 from services.zoo.hashing import hash_sequences
@@ -79,6 +82,32 @@ def test_probes_are_neither_judged_on_nor_in_the_support_set(zoo: Zoo, networks:
     assert not (codec.support.stratum == 2).any()
     had = codec.effect(networks, [("add", "ends_with(B)")]).had[:, 2]
     assert torch.equal(had, codec.probe(codec.encode(networks))[:, 2] > 0)
+
+
+def test_many_networks_go_through_in_parts(
+    zoo: Zoo, untrained: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = untrained.encode(zoo.params), list[int]()
+    monkeypatch.setattr(bundle, "CHUNK", 50)
+    codec = Trainer(tiny_spec(), zoo).codec()
+    for part in (codec.model.encoder, codec.model.decoder):
+        part.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    torch.testing.assert_close(codec.encode(zoo.params), whole)
+    torch.testing.assert_close(all_latents(codec, zoo), whole)
+    evaluate(codec, zoo)
+    assert sum(seen) > 4 * len(zoo) and max(seen) <= 64
+
+
+def test_a_codec_of_one_part_is_loaded_but_not_saved(untrained: Codec, networks: Params, tmp_path: Path) -> None:
+    untrained.save(tmp_path / "codec")
+    part = Codec.load(tmp_path / "codec", parts=["encoder"])
+    assert torch.equal(part.encode(networks), untrained.encode(networks))
+    for call in (lambda: part.save(tmp_path / "other"), lambda: part.steer(networks, [("add", "has_majority")])):
+        with pytest.raises(InvalidInput, match="model: the codec was loaded without its decoder"):
+            call()
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(InvalidInput, match="parts: 'enc' is none of encoder, decoder"):
+        Codec.load(tmp_path / "codec", parts=["enc"])  # type: ignore[list-item]
 
 
 def test_behaviors_say_what_they_are(untrained: Codec) -> None:
@@ -165,6 +194,26 @@ def test_wrong_networks(
 
 
 @pytest.mark.parametrize(
+    ("methods", "canonicalize", "factor"),
+    # Activations that are no numbers, and those that just are.
+    [(["raw"], False, 1e30), (["entropy", "pca"], True, 1e30), (["raw"], False, 3e12)],
+)
+def test_networks_whose_activations_overflow(
+    zoo: Zoo, networks: Params, methods: list[str], canonicalize: bool, factor: float
+) -> None:
+    signature = SignatureSpec.model_validate({"probes": 48, "methods": methods})
+    own = replace(zoo, spec=zoo.spec.model_copy(update={"signature": signature}))
+    codec = Trainer(tiny_spec(codec={"canonicalize": canonicalize}), own).codec()
+    huge = {name: tensor * factor for name, tensor in networks.items()}
+    edits = [("add", "has_majority")]
+    for call in (codec.encode, lambda p: codec.steer(p, edits), lambda p: codec.effect(p, edits)):
+        call(networks)
+        with pytest.raises(InvalidInput, match="its activations overflow") as caught:
+            call(huge)
+        assert caught.value.violations[0].field == "networks"
+
+
+@pytest.mark.parametrize(
     ("edits", "options", "field"),
     [
         ([], {}, "edits"),
@@ -185,10 +234,16 @@ def test_wrong_edits(
 
 def test_wrong_latents_and_signatures(zoo: Zoo, untrained: Codec) -> None:
     wrong = (torch.zeros(2, 23), torch.zeros(0, 24), torch.full((1, 24), float("nan")), torch.zeros(24))
-    for latents in wrong:
+    for latents in (*wrong, torch.full((1, 24), 3e38)):
         with pytest.raises(InvalidInput, match="latents"):
             untrained.decode(latents)
-    for signatures in (zoo.signatures[:2, :, :5], zoo.signatures[:2, :5], zoo.signatures[:0], zoo.signatures[0]):
+    for signatures in (
+        zoo.signatures[:2, :, :5],
+        zoo.signatures[:2, :5],
+        zoo.signatures[:0],
+        zoo.signatures[0],
+        3e38 * zoo.signatures[:2].sign(),
+    ):
         with pytest.raises(InvalidInput, match="signatures"):
             untrained.encode_signatures(signatures)
 
