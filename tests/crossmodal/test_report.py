@@ -70,3 +70,8 @@ def test_principal_places_keep_the_widest_spread() -> None:
     assert places.shape == (200, 2)
     assert float(places[:, 0].std()) == pytest.approx(9, rel=0.2)
     assert "PCA: 9" in title or "PCA: 8" in title
+    line, title = principal_places(latents[:, :1])
+    assert torch.equal(line[:, 1], torch.zeros(200)) and float(line[:, 0].std()) > 0
+    assert "PCA: 100% and 0%" in title
+    nowhere, title = principal_places(torch.ones(4, 3))
+    assert torch.equal(nowhere, torch.zeros(4, 2)) and "PCA: 0% and 0%" in title

@@ -11,6 +11,7 @@ import torch
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import SubjectSpec
 from services.crossmodal.bundle import Codec
+from services.crossmodal.evaluate import Decoded, evaluate, judge_reconstruction
 from services.crossmodal.job import run as run_job
 from services.crossmodal.train import Trainer
 from services.generation.pipeline import generate
@@ -85,6 +86,30 @@ def test_a_zoo_of_several_shapes(mixed: Zoo, form: dict[str, Any], tmp_path: Pat
         codec.encode(wide)
     with pytest.raises(InvalidInput, match=r"shape: .*say which"):
         codec.decode(latents)
+
+
+def test_judged_subjects_have_the_layers_and_neurons_of_their_own_shapes(
+    mixed: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = Trainer(tiny_spec(), mixed).codec()
+    absent, asked, yes = ~mixed.layout.present, 0, Codec.yes
+
+    def checked(codec: Codec, vectors: torch.Tensor, shape: torch.Tensor, *more: Any) -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        assert not vectors[absent[shape]].any()
+        return yes(codec, vectors, shape, *more)
+
+    monkeypatch.setattr(Codec, "yes", checked)
+    monkeypatch.setattr("services.crossmodal.evaluate.FINE_STEPS", 1)
+    ways = {row["variant"] for row in evaluate(codec, mixed)["others"]}
+    assert "task_arithmetic" in ways and asked > 20
+    # None of these has the second hidden layer.
+    shallow = torch.tensor([len(mixed.layout.shapes[which].hidden) == 1 for which in mixed.shape.tolist()])
+    subjects = codec.preprocessor.subjects(mixed, shallow.nonzero().squeeze(1))
+    latents = codec.latents(subjects.inputs, subjects.shape)
+    errors = judge_reconstruction(codec, subjects, Decoded(latents, codec.decodings(latents, subjects.shape)))
+    assert set(errors) == {"all", "layers.0", "layers.2"}
 
 
 def test_training_stops_early_and_keeps_the_best(zoo: Zoo) -> None:
