@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import SubjectSpec
 from services.crossmodal.bundle import Codec
+from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import Decoded, evaluate, judge_reconstruction
 from services.crossmodal.job import run as run_job
-from services.crossmodal.train import Trainer
+from services.crossmodal.train import Trainer, train
 from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import flatten, unflatten
@@ -110,6 +112,24 @@ def test_judged_subjects_have_the_layers_and_neurons_of_their_own_shapes(
     latents = codec.latents(subjects.inputs, subjects.shape)
     errors = judge_reconstruction(codec, subjects, Decoded(latents, codec.decodings(latents, subjects.shape)))
     assert set(errors) == {"all", "layers.0", "layers.2"}
+
+
+def test_a_shape_that_only_a_held_out_subject_has_is_refused(mixed: Zoo) -> None:
+    spec = tiny_spec(training={"steps": 1})
+    held_out = int(split_subjects(mixed.labels, spec).held_out[0])
+    weights, shape = mixed.weights.clone(), mixed.shape.clone()
+    which = int(shape[held_out])
+    # Those of this shape that are not held out become copies of others, but for a number.
+    for row in (shape == which).nonzero().squeeze(1).tolist():
+        if row != held_out:
+            other = int((mixed.shape != which).nonzero()[0])
+            shape[row], weights[row] = shape[other], weights[other]
+            weights[row, 0] += row + 1
+    with pytest.raises(
+        InvalidInput, match=r"no subject to train on is 25-.*; add subjects, or train with a smaller"
+    ) as caught:
+        train(spec, replace(mixed, shape=shape, weights=weights))
+    assert caught.value.violations[0].field == "zoo"
 
 
 def test_training_stops_early_and_keeps_the_best(zoo: Zoo) -> None:
