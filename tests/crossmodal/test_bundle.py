@@ -21,7 +21,7 @@ from services.crossmodal.train import Trainer
 from services.zoo.dataset import Zoo
 from services.zoo.hashing import hash_sequences
 from services.zoo.pools import Evaluation
-from services.zoo.subjects import Params, flatten, init, select
+from services.zoo.subjects import Architecture, Params, flatten, init, select
 from services.zoo.universe import HELD_OUT, VALIDATION
 from tests.crossmodal.conftest import tiny_spec
 
@@ -145,6 +145,23 @@ def test_a_network_from_outside_the_zoo_encodes(zoo: Zoo, untrained: Codec) -> N
     assert latents.dtype == torch.float32
     decoded = untrained.decode(latents)
     assert {name: tuple(t.shape[1:]) for name, t in decoded.items()} == zoo.architecture.shapes
+
+
+def test_the_order_of_a_state_dict_does_not_matter(zoo: Zoo) -> None:
+    """Layer 10 comes after layer 9, and before it in a dictionary that is sorted by name."""
+    subject = zoo.spec.subject.model_validate({"layers": 10, "neurons": 4, "init": "independent"})
+    deep = Architecture(5, 5, "one_hot", (4,) * 10, "tanh")
+    spec = zoo.spec.model_copy(update={"subject": subject})
+    parts = {"labels": zoo.labels[:40], "accuracy": zoo.accuracy[:40], "probes": zoo.probes}
+    params = init(deep, torch.arange(40), kaiming=True)
+    networks = [(deep, row) for row in flatten(params)]
+    own = Zoo.of_shapes(spec, torch.arange(40), networks, **parts)
+    form = {"architecture": "transformer", "hidden_dim": 32, "heads": 4, "depth": 1, "inputs": "both"}
+    codec = Trainer(tiny_spec(codec=form), own).codec()
+    by_name = dict(sorted(params.items()))
+    assert list(by_name) != list(params)
+    assert torch.equal(codec.encode(by_name), codec.encode(params))
+    assert list(codec.steer(by_name, [("add", "has_majority")])[0]) == list(params)
 
 
 def test_evaluate_measures_recall_and_false_positives(zoo: Zoo, untrained: Codec) -> None:
