@@ -101,7 +101,7 @@ def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:
 def finite(tensor: Tensor, field: str) -> Tensor:
     """What a model made of ``field``, or :class:`InvalidInput` where that is no number."""
     if not bool(tensor.isfinite().all()):
-        raise InvalidInput.field(field, "values so large that its activations overflow; send smaller ones")
+        raise InvalidInput.field(field, "values so large that activations overflow; send smaller ones")
     return tensor
 
 

@@ -289,7 +289,7 @@ class Zoo:
         for table in read_records(folder, columns):
             for name in columns:
                 if table[name].null_count:
-                    raise InvalidInput.field(f"{DATA}.{name}", "has a row without a value")
+                    raise InvalidInput.field(f"{DATA}.{name}", "has a row without a value; make the zoo again")
             found = table["patterns"].to_pylist()
             if unknown := {str(name) for row in found for name in row} - set(names):
                 raise InvalidInput.field(f"{DATA}.patterns", f"{min(unknown)} is no pattern of {ABOUT}'s spec")

@@ -225,7 +225,7 @@ def test_networks_whose_activations_overflow(
     edits = [("add", "has_majority")]
     for call in (codec.encode, lambda p: codec.steer(p, edits), lambda p: codec.effect(p, edits)):
         call(networks)
-        with pytest.raises(InvalidInput, match="its activations overflow") as caught:
+        with pytest.raises(InvalidInput, match="so large that activations overflow") as caught:
             call(huge)
         assert caught.value.violations[0].field == "networks"
 
