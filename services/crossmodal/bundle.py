@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
-from ethogram.specs.generation import SignatureSpec
+from ethogram.specs.generation import PatternSpec, SignatureSpec
 from services.crossmodal import checks
 from services.crossmodal.canonical import Canonicalizer
-from services.crossmodal.data import Preprocessor, Subjects
-from services.crossmodal.model import EncoderDecoder
+from services.crossmodal.data import Prepared, Preprocessor, Subjects
+from services.crossmodal.model import Decoder, Encoder, EncoderDecoder
 from services.crossmodal.steering import (
     DIRECTIONS,
     LOCAL_GATE,
@@ -37,19 +37,20 @@ from services.crossmodal.steering import (
 from services.crossmodal.tokenizer import Tokenizer
 from services.zoo.dataset import Zoo
 from services.zoo.layout import Layout
-from services.zoo.patterns import Pattern, membership
+from services.zoo.patterns import Pattern, from_specs, membership
 from services.zoo.pools import Evaluation
 from services.zoo.reading import reading
 from services.zoo.signatures import ActivationSignatureExtractor
-from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
+from services.zoo.subjects import Architecture, Params, activations, encode, flatten, unflatten
 from services.zoo.universe import VALIDATION
 
-FORMAT = 4
+FORMAT = 5
 
 
 Part = Literal["encoder", "decoder"]
 PARTS: tuple[Part, ...] = ("encoder", "decoder")
-
+CHUNK = 256
+"""Networks that go through encoder or decoder at once: in a transformer each takes a row of every token."""
 
 Strength = float | Literal["auto"]
 AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)
@@ -77,7 +78,8 @@ class Effect(NamedTuple):
     strength: Tensor
     """What the directions were multiplied by, ``[batch]``."""
     had: Tensor
-    """Behaviours that each network was seen to have on the support set: bool ``[batch, behaviors]``."""
+    """Behaviours that each network was seen to have on the support set; read from the latent where that has no sequence
+    of a behaviour: bool ``[batch, behaviors]``."""
     predicted: Tensor
     """Chance of each behaviour as a line reads it from the latent, before and after: ``[batch, 2, behaviors]``."""
     recall: Tensor
@@ -103,6 +105,7 @@ class Codec:
         self,
         spec: CrossmodalSpec,
         *,
+        zoo: str,
         signature: SignatureSpec,
         patterns: Sequence[Pattern],
         positives: Sequence[int],
@@ -116,6 +119,8 @@ class Codec:
         device: str = "cpu",
     ) -> None:
         self.spec, self.signature, self.device = spec, signature, device
+        self.zoo = zoo
+        """Digest of the zoo that it is of."""
         self.patterns, self.positives = tuple(patterns), tuple(positives)
         self.probes, self.preprocessor = probes, preprocessor
         self.evaluation, self.support = evaluation, support
@@ -136,17 +141,18 @@ class Codec:
         subjects: Subjects,
     ) -> Codec:
         """The codec of a model trained on ``subjects``, with what it must carry from its zoo."""
-        with torch.no_grad():
-            latents = model.encoder(model.encoder.features(subjects.inputs, subjects.shape), subjects.shape)
+        latents = encoded(model.encoder, subjects.inputs, subjects.shape)
         return cls(
             spec,
+            zoo=zoo.digest,
             signature=zoo.spec.signature,
             patterns=zoo.patterns,
             positives=subjects.labels.sum(0).tolist(),
             probes=zoo.probes,
             preprocessor=preprocessor,
-            evaluation=Evaluation.build(zoo.universe),
-            support=Evaluation.build(zoo.universe, split=VALIDATION),
+            # An encoder sees the answers on the probes, which in a zoo from elsewhere are of any split.
+            evaluation=Evaluation.build(zoo.universe, without=zoo.probes),
+            support=Evaluation.build(zoo.universe, split=VALIDATION, without=zoo.probes),
             model=model,
             probe=Probe.fit(latents, subjects.labels).calibrated(latents, subjects.labels),
             fixed={
@@ -155,6 +161,12 @@ class Codec:
             },
             device=str(model.directions.device),
         )
+
+    def check_zoo(self, zoo: Zoo) -> None:
+        """Raise :class:`InvalidInput` for another zoo than the codec was trained on: of that one alone it is known who
+        was held out."""
+        if zoo.digest != self.zoo:
+            raise InvalidInput.field("zoo", "is not the zoo that the codec was trained on; give that one")
 
     @property
     def latent_dim(self) -> int:
@@ -175,14 +187,17 @@ class Codec:
         """Latents ``[batch, latent]`` of the encoder's flat inputs ``[batch, inputs]`` of networks of the shapes
         ``shape`` (int64 ``[batch]``)."""
         self._need("encoder")
-        found: Tensor = self.model.encoder(self.model.encoder.features(inputs, shape), shape)
-        return found
+        return encoded(self.model.encoder, inputs, shape)
+
+    def decodings(self, latents: Tensor, shape: Tensor) -> Tensor:
+        """Networks in the model's form ``[batch, size]`` of latents ``[batch, latent]``; ``shape`` as above."""
+        self._need("decoder")
+        return decoded(self.model.decoder, latents, shape)
 
     @torch.no_grad()
     def encode(self, networks: Params, activation: str | None = None) -> Tensor:
         """Latents ``[batch, latent]`` of networks: their signatures are taken on the codec's own probes."""
-        vectors, shape = self._vectors(networks, activation)
-        return self.latents(self.preprocessor(vectors, shape).inputs, shape)
+        return self._encoded(*self._vectors(networks, activation))[1]
 
     @torch.no_grad()
     def encode_signatures(self, signatures: Tensor) -> Tensor:
@@ -195,12 +210,12 @@ class Codec:
         if len(self.layout.shapes) > 1 or self.preprocessor.canonicalizer is not None:
             raise InvalidInput.field("signatures", "this model must see the networks themselves; send networks")
         checked = checks.batch(signatures, self.signature_shape, "signatures").to(self.device).flatten(1)
-        return self.latents(checked, torch.zeros(len(checked), dtype=torch.int64, device=self.device))
+        shape = torch.zeros(len(checked), dtype=torch.int64, device=self.device)
+        return checks.finite(self.latents(checked, shape), "signatures")
 
     @torch.no_grad()
     def decode(self, latents: Tensor, shape: Architecture | None = None) -> Params:
         """Networks of latents ``[batch, latent]``; ``shape``: theirs, of a codec that knows several."""
-        self._need("decoder")
         checked = checks.batch(latents, (self.latent_dim,), "latents").to(self.device)
         if shape is None and len(self.layout.shapes) > 1:
             raise InvalidInput.field("shape", f"this model knows {len(self.layout.shapes)} shapes; say which")
@@ -208,7 +223,7 @@ class Codec:
             raise InvalidInput.field("shape", "an architecture that the model was not trained on")
         which = 0 if shape is None else self.layout.shapes.index(shape)
         shapes = torch.full((len(checked),), which, device=self.device)
-        return self._networks(self.model.decoder(checked, shapes), which)
+        return self._networks(checks.finite(self.decodings(checked, shapes), "latents"), which)
 
     @torch.no_grad()
     def steer(
@@ -276,20 +291,22 @@ class Codec:
         mode, alpha = checks.mode(mode), checks.strength(strength)
         signs = self._signs(edits)
         vectors, shape = self._vectors(networks, activation)
-        prepared = self.preprocessor(vectors, shape)
-        latents = self.latents(prepared.inputs, shape)
-        decoded = self.model.decoder(latents, shape)
+        prepared, latents = self._encoded(vectors, shape)
+        source_decoded = self.decodings(latents, shape)
         shift = signs @ self.directions[checks.direction(direction)]
 
         def moved(by: float) -> tuple[Tensor, Tensor]:
             steered = latents + by * shift
-            found = self.model.decoder(steered, shape)
+            found = self.decodings(steered, shape)
             # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
-            weights = prepared.undo(found) if mode == "direct" else vectors + prepared.undo(found - decoded)
-            return weights, steered
+            weights = prepared.undo(found) if mode == "direct" else vectors + prepared.undo(found - source_decoded)
+            return checks.finite(weights, "networks"), steered
 
         source = self.yes(vectors, shape, self.support)
         had = self.support.by_stratum(source.cpu())[:, :-1].to(self.device) >= HAS
+        # Where the probes are all that there is of a behaviour, as the latent says.
+        unseen = torch.bincount(self.support.stratum, minlength=len(signs) + 1)[:-1] == 0
+        had = torch.where(unseen.to(self.device), self.probe(latents) > 0, had)
         wanted = had & ~(signs < 0) | (signs > 0)
         if alpha != "auto":
             weights, steered = moved(alpha)
@@ -351,7 +368,17 @@ class Codec:
         """``networks`` checked, as float32 vectors on the device, and their shape, int64 ``[batch]``."""
         checked, which = checks.networks(networks, self.layout, activation)
         vectors = self.layout.pad(flatten(checked).to(self.device), which)
+        # Before anything else is made of them: not every signature of infinity is a number, or even an answer.
+        inputs, shape = self.preprocessor.extractor.inputs.to(self.device), self.layout.shapes[which]
+        for layer in activations(unflatten(self.layout.strip(vectors, which), shape), inputs, shape.activation):
+            checks.finite(layer, "networks")
         return vectors, torch.full((len(vectors),), which, device=self.device)
+
+    def _encoded(self, vectors: Tensor, shape: Tensor) -> tuple[Prepared, Tensor]:
+        """``vectors`` on the way into the encoder, and their latents."""
+        prepared = self.preprocessor(vectors, shape)
+        latents = self.latents(checks.finite(prepared.inputs, "networks"), shape)
+        return prepared, checks.finite(latents, "networks")
 
     def _need(self, part: Part) -> None:
         if not hasattr(self.model, part):
@@ -363,6 +390,8 @@ class Codec:
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``encoder``, ``decoder``, ``directions`` and ``sequences`` as safetensors, and
         ``references`` where networks are canonicalised. Each file says which run it is of."""
+        for part in PARTS:
+            self._need(part)
         folder.mkdir(parents=True, exist_ok=True)
         states = {name: getattr(self.model, name).state_dict() for name in PARTS}
         digest = hashlib.sha256(self.spec.model_dump_json().encode())
@@ -388,11 +417,12 @@ class Codec:
             "format": FORMAT,
             **run,
             "spec": self.spec.model_dump(mode="json"),
+            "zoo": self.zoo,
             "shapes": [shape._asdict() for shape in self.layout.shapes],
             "signature": self.signature.model_dump(mode="json"),
             "canonical": canonicalizer is not None,
             "behaviors": [
-                {"kind": p.kind, "token": p.token, **b._asdict()}
+                {"pattern": p.spec.model_dump(mode="json"), **b._asdict()}
                 for p, b in zip(self.patterns, self.behaviors, strict=True)
             ],
         }
@@ -402,6 +432,8 @@ class Codec:
     def load(cls, folder: Path, device: str = "cpu", parts: Sequence[Part] = PARTS) -> Codec:
         """Read what :meth:`save` wrote, of encoder and decoder only ``parts``: a call that needs another one raises
         :class:`InvalidInput`. So does a file that is missing, wrong, or of another run."""
+        if unknown := [part for part in parts if part not in PARTS]:
+            raise InvalidInput.field("parts", f"{unknown[0]!r} is none of {', '.join(PARTS)}")
         with _reading(folder, "config.json") as path:
             config = json.loads(path.read_text())
             if config["format"] != FORMAT:
@@ -410,9 +442,11 @@ class Codec:
             signature = SignatureSpec.model_validate(config["signature"])
             shapes = [Architecture(**{**shape, "hidden": tuple(shape["hidden"])}) for shape in config["shapes"]]
             layout = Layout(shapes)
-            patterns = [Pattern(entry["kind"], entry["token"]) for entry in config["behaviors"]]
-            positives = [int(entry["positives"]) for entry in config["behaviors"]]
-            run = config["run"]
+            behaviors = config["behaviors"]
+            asked = [PatternSpec.model_validate(entry["pattern"]) for entry in behaviors]
+            patterns = from_specs(asked, shapes[0].vocab_size, shapes[0].length, f"{path.name}.behaviors")
+            positives = [int(entry["positives"]) for entry in behaviors]
+            run, zoo = config["run"], str(config["zoo"])
         with _reading(folder, "sequences.safetensors") as path:
             sequences = _load(path, run)
             probes = sequences["probes"]
@@ -445,6 +479,7 @@ class Codec:
                 raise ValueError("shapes that differ")
         return cls(
             spec,
+            zoo=zoo,
             signature=signature,
             patterns=patterns,
             positives=positives,
@@ -457,6 +492,20 @@ class Codec:
             fixed=fixed,
             device=device,
         )
+
+
+@torch.no_grad()
+def encoded(encoder: Encoder, inputs: Tensor, shape: Tensor) -> Tensor:
+    """Latents of flat inputs, see :meth:`Codec.latents`."""
+    parts = zip(torch.split(inputs, CHUNK), torch.split(shape, CHUNK), strict=True)
+    return torch.cat([encoder(encoder.features(own), which) for own, which in parts])
+
+
+@torch.no_grad()
+def decoded(decoder: Decoder, latents: Tensor, shape: Tensor) -> Tensor:
+    """Networks of latents, see :meth:`Codec.decodings`."""
+    parts = zip(torch.split(latents, CHUNK), torch.split(shape, CHUNK), strict=True)
+    return torch.cat([decoder(own, which) for own, which in parts])
 
 
 class _Steered(NamedTuple):

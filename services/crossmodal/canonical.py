@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -72,6 +73,8 @@ class Canonicalizer:
         factors, done = unflatten(torch.ones_like(flat), architecture), dict(networks)
         for i, (layer, target) in enumerate(zip(layers, self._targets[which], strict=True)):
             likeness = torch.einsum("pr,mpn->mrn", target.to(flat.device), _unit(layer)).cpu().double().numpy()
+            # A mean of numbers close to float32's largest is none.
+            likeness = np.nan_to_num(likeness)
             order = torch.stack(
                 [torch.from_numpy(linear_sum_assignment(one, maximize=True)[1]) for one in likeness]
             ).to(flat.device)

@@ -69,11 +69,16 @@ def shape(hidden: Sequence[int], activation: str | None, layout: Layout) -> Arch
     return fitting[0]
 
 
+def in_words(shape: Architecture) -> str:
+    """A shape in few words, e.g. ``49-16-16-1 relu``."""
+    return "-".join(map(str, (shape.input_size, *shape.hidden, 1))) + f" {shape.activation}"
+
+
 def _known(shapes: Sequence[Architecture]) -> str:
     if len(shapes) == 1:
         known = ", ".join(f"{name} {list(shape)}" for name, shape in shapes[0].shapes.items())
         return f"a network of this model has {known}"
-    listed = ", ".join("-".join(map(str, (s.input_size, *s.hidden, 1))) + f" {s.activation}" for s in shapes[:8])
+    listed = ", ".join(map(in_words, shapes[:8]))
     return f"this model knows {listed}" + (f" and {len(shapes) - 8} more" if len(shapes) > 8 else "")
 
 
@@ -91,6 +96,13 @@ def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:
     if not bool(single.isfinite().all()):
         raise InvalidInput.field(field, "holds NaN, infinity or a number that float32 cannot hold")
     return single
+
+
+def finite(tensor: Tensor, field: str) -> Tensor:
+    """What a model made of ``field``, or :class:`InvalidInput` where that is no number."""
+    if not bool(tensor.isfinite().all()):
+        raise InvalidInput.field(field, "values so large that activations overflow; send smaller ones")
+    return tensor
 
 
 def edits(asked: Sequence[Edit | tuple[str, ...]], behaviors: Sequence[str]) -> tuple[Edit, ...]:

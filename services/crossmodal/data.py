@@ -11,6 +11,7 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal.canonical import Canonicalizer, Transform
+from services.crossmodal.checks import in_words
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
 from services.zoo.layout import Layout
@@ -68,15 +69,13 @@ class Preprocessor:
     @classmethod
     def of(cls, spec: CrossmodalSpec, zoo: Zoo, train: Tensor) -> Preprocessor:
         """As ``spec`` asks for; references for canonical form are the first of the subjects ``train`` (int64) of each
-        shape."""
+        shape (see :func:`check`)."""
         wanted = spec.codec.canonicalize
         canonicalizer = None
         if wanted if wanted is not None else zoo.spec.subject.init == "independent":
             references = []
             for which, shape in enumerate(zoo.layout.shapes):
                 own = train[zoo.shape[train] == which]
-                if len(own) == 0:
-                    own = (zoo.shape == which).nonzero().squeeze(1)
                 references.append(unflatten(zoo.layout.strip(zoo.weights[own[:1]], which), shape))
             canonicalizer = Canonicalizer(zoo.layout, zoo.extractor.inputs, references)
         return cls(spec.codec.inputs, zoo.layout, zoo.extractor, canonicalizer)
@@ -140,20 +139,44 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
         raise InvalidInput.field("zoo.patterns", "steering needs a zoo with at least two behaviours")
     if zoo.labels.shape != (len(zoo), len(zoo.patterns)) or not zoo.labels.any():
         raise InvalidInput.field("zoo.labels", "the zoo has no behaviour labels; generate it with patterns")
-    for name, on in zip(zoo.patterns, zoo.labels.any(0).tolist(), strict=True):
-        if not on:
-            raise InvalidInput.field(
-                "zoo.labels", f"no subject has {name.name}; add subjects, or leave the pattern out"
-            )
     if not bool(zoo.weights.isfinite().all()):
         raise InvalidInput.field("zoo.weights", "holds NaN or infinity")
     if not bool(zoo.signatures.isfinite().all()):
         raise InvalidInput.field("zoo.signatures", "holds NaN or infinity")
-    left = len(split_subjects(zoo.labels, spec).train)
-    if left < 2:
+    train = split_subjects(zoo.labels, spec).train
+    if len(train) < 2:
         raise InvalidInput.field(
             "spec.held_out",
-            f"with the validation share this leaves {left} of {len(zoo)} subjects to train on; needs 2",
+            f"with the validation share this leaves {len(train)} of {len(zoo)} subjects to train on; needs 2",
+        )
+    for pattern, on in zip(zoo.patterns, zoo.labels[train].any(0).tolist(), strict=True):
+        if not on:
+            raise InvalidInput.field(
+                "zoo.labels", f"no subject to train on has {pattern.name}; add subjects, or leave the pattern out"
+            )
+    for shape, count in zip(
+        zoo.layout.shapes, zoo.shape[train].bincount(minlength=len(zoo.layout.shapes)), strict=True
+    ):
+        if count == 0:
+            raise InvalidInput.field(
+                "zoo", f"no subject to train on is {in_words(shape)}; add subjects, or train with a smaller held_out"
+            )
+    _check_distinct(zoo)
+
+
+def _check_distinct(zoo: Zoo) -> None:
+    """Raise :class:`InvalidInput` where two subjects are one network: they could be on both sides of the split."""
+    first: dict[tuple[int, bytes], int] = {}
+    repeats: list[tuple[int, int]] = []
+    for place, (shape, weights) in enumerate(zip(zoo.shape.tolist(), zoo.weights.numpy(), strict=True)):
+        known = first.setdefault((shape, weights.tobytes()), place)
+        if known != place:
+            repeats.append((known, place))
+    if repeats:
+        one, other = zoo.index[list(repeats[0])].tolist()
+        raise InvalidInput.field(
+            "zoo.weights",
+            f"subjects {one} and {other} are the same network; leave repeats out, of which there are {len(repeats)}",
         )
 
 

@@ -4,12 +4,12 @@
 set (one for each pattern, one for none) with equal weight.
 
 *Edits*: every held-out subject with patterns S, for every pattern p: add where it lacks p; remove where it has p and
-another. In a zoo whose subjects have one pattern each: replace it by each other one. y0 and y1 are the exact labels
-before and after, C the sequences where they differ. An edit with fewer than 16 sequences in C is skipped, and so is a
-removal whose subject is right on less than .8 of C. *target* is the accuracy of y1 on C; *local* the accuracy of y1
-outside C after the edit minus the accuracy of y0 there before; *kept* the share of answers outside C that are the
-source's own, its errors too; *target_gate*: target >= .85; *all_gate*: that and local >= -.02. Figures are macro means
-over the patterns that have edits.
+another. In a zoo whose subjects have one pattern each, so that none can be removed, also: replace it by each other one.
+y0 and y1 are the exact labels before and after, C the sequences where they differ. An edit with fewer than 16 sequences
+in C is skipped, and so is a removal whose subject is right on less than .8 of C. *target* is the accuracy of y1 on C;
+*local* the accuracy of y1 outside C after the edit minus the accuracy of y0 there before; *kept* the share of answers
+outside C that are the source's own, its errors too; *target_gate*: target >= .85; *all_gate*: that and local >= -.02.
+Figures are macro means over the patterns that have edits.
 
 *Controls* of edits: ``null`` (no shift), ``random`` (a direction of the same norm, drawn for each edit), ``reverse``
 (the direction the other way). Controls of decoding: the latent of another held-out subject with the same patterns, and
@@ -73,7 +73,8 @@ class Edits(NamedTuple):
 
 
 def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
-    """Judge ``codec`` on the subjects of ``zoo`` that its spec held out. Returns JSON values:
+    """Judge ``codec`` on the subjects of ``zoo`` that its spec held out. Raises :class:`InvalidInput` for another zoo
+    than it was trained on. Returns JSON values:
 
     - ``figures``: dotted name to number (``agreement``, ``add.all_gate``, ``direct.remove.target_mean``,
       ``controls.max_all_gate``, ...); the short names ``add.*`` and ``remove.*`` are residual edits;
@@ -87,11 +88,11 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     - ``subjects``: how many were trained on and judged.
     """
     run = run or Run()
+    codec.check_zoo(zoo)
     split = split_subjects(zoo.labels, codec.spec)
     subjects = codec.preprocessor.subjects(zoo, split.held_out, codec.device)
     train = codec.preprocessor.subjects(zoo, split.train, codec.device)
-    # Where subjects have one behaviour each, another one instead of it is what an edit can be.
-    edits = asked_edits([p.name for p in codec.patterns], replace=zoo.spec.max_patterns_per_batch == 1)
+    edits = asked_edits([p.name for p in codec.patterns], replace=bool((zoo.labels.sum(1) == 1).all()))
     run.stage("evaluate", len(edits) + 1, "edits")
     figures, decoded = judge_decoding(codec, train, subjects)
     run.advance(1)
@@ -133,7 +134,7 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
     """How well decoded networks do what their sources do, and whether the latent is what tells them."""
     evaluation, shape = codec.evaluation, subjects.shape
     latents = codec.latents(subjects.inputs, shape)
-    weights = codec.model.decoder(latents, shape)
+    weights = codec.decodings(latents, shape)
     source, decoded = codec.yes(subjects.weights, shape), codec.yes(weights, shape)
     matched = _agreement(evaluation, decoded == source)
     constant = max(float(_agreement(evaluation, source == answer).mean()) for answer in (True, False))
@@ -161,7 +162,7 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
 
 @torch.no_grad()
 def judge_reconstruction(codec: Codec, subjects: Subjects, decoded: Decoded) -> dict[str, dict[str, float]]:
-    """Errors of decoded weights, of ``all`` and of each layer, over the weights that each network has.
+    """Errors of decoded weights, of ``all`` and of each layer that any network has, over the weights that each has.
 
     ``cosine`` and ``relative_error`` (norm of the difference over the source's norm) are means over the networks;
     ``r2`` is against the training mean.
@@ -176,6 +177,9 @@ def judge_reconstruction(codec: Codec, subjects: Subjects, decoded: Decoded) -> 
     found = {}
     for name, part in parts.items():
         there = present[:, part]
+        if not bool(there.any()):
+            # A layer of deeper networks than those that are judged.
+            continue
         source, own = subjects.weights[:, part] * there, decoded.weights[:, part] * there
         difference = own - source
         squared, count = float(difference.square().sum()), int(there.sum())
@@ -254,6 +258,7 @@ def judge_others(
         latents = codec.latents(train.inputs, train.shape)
         source = codec.yes(subjects.weights, subjects.shape)
     apart = mean_differences(train.weights, train.labels)
+    present = codec.layout.present.to(codec.device)
     rows: list[dict[str, Any]] = []
     for asked in edits:
         possible = possible_edits(codec.evaluation, subjects.labels, source, asked)
@@ -275,14 +280,14 @@ def judge_others(
                 "same_label": (train.weights[partner], (alike * there).any(1)),
                 "nearest_train": (train.weights[nearest], there.any(1)),
                 "centroid": (codec.model.decoder(centroid, own.shape), alike.any(1)),
-                "task_arithmetic": (own.weights + signs @ apart, there.any(1)),
+                "task_arithmetic": (own.weights + (signs @ apart) * present[own.shape], there.any(1)),
             }
         found["fine_tuning"] = (fine_tuned(codec, queries, own, wanted, asked), there.any(1))
         for name, (weights, known) in found.items():
             if bool(known.any()):
-                said = codec.yes(weights, own.shape)
-                parts = (said, source[one], possible.before[:CHUNK], possible.after[:CHUNK])
-                scores = score(*(part[known] for part in parts))
+                said = codec.yes(weights[known], own.shape[known])
+                parts = (source[one], possible.before[:CHUNK], possible.after[:CHUNK])
+                scores = score(said, *(part[known] for part in parts))
                 row = {"pattern": asked.pattern, "operation": asked.operation, "variant": name}
                 rows.append({**row, "edits": int(known.sum()), **_means(scores)})
     return rows
@@ -320,16 +325,15 @@ class Asked(NamedTuple):
 
 
 def asked_edits(names: Sequence[str], *, replace: bool) -> list[Asked]:
-    """To gain and to lose each behaviour; or, with ``replace``, to have another one instead."""
+    """To gain and to lose each behaviour; with ``replace`` also to have another one instead."""
     unit = torch.eye(len(names))
-    if replace:
-        pairs = permutations(range(len(names)), 2)
-        return [Asked("replace", f"{names[old]} -> {names[new]}", unit[new] - unit[old]) for old, new in pairs]
-    return [
+    edits = [
         Asked(operation, name, SIGNS[operation] * row)
         for name, row in zip(names, unit, strict=True)
         for operation in ("add", "remove")
     ]
+    pairs = permutations(range(len(names)), 2) if replace else ()
+    return edits + [Asked("replace", f"{names[old]} -> {names[new]}", unit[new] - unit[old]) for old, new in pairs]
 
 
 def judge_edit(codec: Codec, subjects: Subjects, decoded: Decoded, asked: Asked) -> list[dict[str, Any]]:

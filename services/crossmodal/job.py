@@ -27,10 +27,11 @@ def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
     codec = train(spec, zoo, run, world)
     if not world.first:
         return {}
-    evaluation = evaluate(codec, zoo, run)
     with tempfile.TemporaryDirectory() as scratch:
         codec.save(Path(scratch, "codec"))
+        # First, so that nothing that fails later costs it.
         run.artifact("codec", "codec", Path(scratch, "codec"))
+        evaluation = evaluate(codec, zoo, run)
         write_report(Path(scratch, "report"), codec, zoo, evaluation)
         run.artifact("report", "report", Path(scratch, "report"))
         if spec.hub is not None:

@@ -134,7 +134,7 @@ class Encoder(nn.Module):
         self.components.zero_()
         self.components[:, : len(axes)] = (axes / sizes.square().mean().sqrt()).T
 
-    def features(self, vectors: Tensor, shape: Tensor) -> Tensor:
+    def features(self, vectors: Tensor) -> Tensor:
         """What enters the learned part, from flat inputs ``[batch, inputs]``; nothing learned, so it is kept."""
         standard = self.standard(vectors)
         entering: Tensor = standard @ self.components if self.spec.flat else standard
@@ -271,9 +271,7 @@ class EncoderDecoder(nn.Module):
         axes, _ = principal(deviations[:MAX_FITTED], latent)
         scores = deviations @ axes.T
         typical = scores.std().clamp_min(1e-12)
-        features = torch.cat(
-            [encoder.features(subjects.inputs, subjects.shape), encoder.descriptors[subjects.shape]], 1
-        )
+        features = torch.cat([encoder.features(subjects.inputs), encoder.descriptors[subjects.shape]], 1)
         rows = F.pad(features, (0, 1), value=1.0).double()
         gram = rows.T @ rows + RIDGE * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
         solution = torch.linalg.solve(gram, rows.T @ (scores / typical).double()).float()

@@ -56,7 +56,10 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     ``latent_map.png`` shows the latents of all subjects by behaviour, ``clusters.png`` (of many subjects) the same by
     UMAP, ``steering.png`` the behaviours before and after each edit, ``curves.png`` what strength does;
     ``report.html`` has them all and the numbers.
+
+    Raises :class:`InvalidInput` for another zoo than the codec was trained on.
     """
+    codec.check_zoo(zoo)
     folder.mkdir(parents=True, exist_ok=True)
     examples, tensors = steer_examples(codec, zoo)
     save_file(tensors, folder / "steered.safetensors")
@@ -138,8 +141,10 @@ def all_latents(codec: Codec, zoo: Zoo) -> Tensor:
 def principal_places(latents: Tensor) -> tuple[Tensor, str]:
     """Places of latents on their two first principal components ``[subjects, 2]``, and a title that says so."""
     centred = (latents - latents.mean(0)).double()
+    # A latent may be of one number, and all latents one: then there is nothing to see in the rest.
+    centred = torch.nn.functional.pad(centred, (0, max(0, 2 - centred.shape[1])))
     values, vectors = torch.linalg.eigh(centred.T @ centred)
-    first, second = (values[-2:].flip(0) / values.sum()).tolist()
+    first, second = (values[-2:].flip(0) / values.sum().clamp_min(1e-12)).tolist()
     title = f"Latents of {len(latents):,} networks, by behaviour (PCA: {first:.0%} and {second:.0%} of the variance)"
     return (centred @ vectors[:, -2:].flip(1)).float().cpu(), title
 
@@ -199,13 +204,19 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
     rows = {
         (r["operation"], r["pattern"], r["variant"]): r for r in evaluation["steering"] if r.get("mode") == "residual"
     }
-    asked = [(r["operation"], r["pattern"]) for r in evaluation["steering"]]
-    operations = [operation for operation in OPERATIONS if any(operation == one for one, _ in asked)]
-    names = list(dict.fromkeys(pattern for _, pattern in asked))
-    figure = Figure(figsize=(13.5, 1.6 + (0.4 + 0.25 * len(names)) * len(operations)), layout="constrained")
+    # Of the operations that any subject could be asked for; replacements are of pairs, the others of single behaviours.
+    behaviors = {
+        operation: list(dict.fromkeys(r["pattern"] for r in evaluation["steering"] if r["operation"] == operation))
+        for operation in OPERATIONS
+        if any(operation == known for known, _, _ in rows)
+    }
+    lines, heights = max(1, len(behaviors)), [0.4 + 0.25 * len(names) for names in behaviors.values()]
+    figure = Figure(figsize=(13.5, 1.6 + sum(heights)), layout="constrained")
     figure.suptitle("Steering held-out networks: residual edits, held-out sequences", fontsize=12, fontweight="bold")
-    axes = figure.subplots(len(operations), 3, sharey="row", width_ratios=(1.25, 1, 1), squeeze=False)
-    for line, operation in zip(axes, operations, strict=True):
+    axes = figure.subplots(
+        lines, 3, sharey="row", width_ratios=(1.25, 1, 1), height_ratios=heights or None, squeeze=False
+    )
+    for line, (operation, names) in zip(axes, behaviors.items(), strict=False):
         known = [(y, name) for y, name in enumerate(reversed(names)) if (operation, name, "edit") in rows]
         ys = [y for y, _ in known]
         edits = [rows[operation, name, "edit"] for _, name in known]

@@ -7,15 +7,13 @@ network into pieces of one length, whatever neuron they belong to; it takes weig
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CodecSpec
 from services.crossmodal.data import Preprocessor
 from services.zoo.layout import Layout
@@ -26,7 +24,6 @@ METADATA = ("layer", "parameter", "position", "fan_out", "fan_in", "token")
 place in its layer (of a chunk, the place of its first number in the flat network); the layer's shape; the token's
 index."""
 SIGNATURE, WEIGHT, CHUNK = range(3)
-_NUMBER = re.compile(r"(\d+)")
 
 
 class Tokens(NamedTuple):
@@ -120,23 +117,6 @@ class Tokenizer:
         return unflatten(self.layout.strip(vectors, shape), self.layout.shapes[shape])
 
 
-def in_layer_order(state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """``(weight, bias)`` of each layer of a state dict, by the numbers in the names: layer 10 comes after layer 9.
-
-    Raises :class:`InvalidInput` naming a parameter that is neither.
-    """
-    layers: dict[tuple[int, ...], dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        prefix, _, part = name.rpartition(".")
-        if part not in ("weight", "bias"):
-            raise InvalidInput.field(f"networks.parameters.{name}", "is neither a layer's weight nor its bias")
-        layers.setdefault(tuple(map(int, _NUMBER.findall(prefix))), {})[part] = tensor
-    for number, parts in layers.items():
-        if missing := {"weight", "bias"} - set(parts):
-            raise InvalidInput.field(f"networks.parameters.{'.'.join(map(str, number))}.{min(missing)}", "missing")
-    return [(layers[number]["weight"], layers[number]["bias"]) for number in sorted(layers)]
-
-
 def _metadata(shape: Architecture, parameter: int) -> Tensor:
     rows = [
         (layer, parameter, position, fan_out, fan_in)
@@ -149,7 +129,9 @@ def _metadata(shape: Architecture, parameter: int) -> Tensor:
 def _neurons(shape: Architecture, places: Tensor) -> tuple[Tensor, Tensor]:
     widest = max(fan_in for fan_in, _ in shape.layers) + 1
     rows = []
-    for weight, bias in in_layer_order({name: part[0] for name, part in unflatten(places.unsqueeze(0), shape).items()}):
+    network = unflatten(places.unsqueeze(0), shape)
+    for layer in range(len(shape.layers)):
+        weight, bias = network[f"layers.{layer}.weight"][0], network[f"layers.{layer}.bias"][0]
         own = torch.cat([weight, bias.unsqueeze(1)], 1)
         rows.append(torch.nn.functional.pad(own, (0, widest - own.shape[1]), value=-1))
     return torch.cat(rows), _metadata(shape, WEIGHT)

@@ -135,8 +135,8 @@ class Trainer:
         layer = torch.arange(len(sizes), device=self.device).repeat_interleave(torch.tensor(sizes, device=self.device))
         with torch.no_grad():
             encoder = self.model.encoder
-            self.features = encoder.features(self.subjects.inputs, self.subjects.shape)
-            self.validation_features = encoder.features(self.validation.inputs, self.validation.shape)
+            self.features = encoder.features(self.subjects.inputs)
+            self.validation_features = encoder.features(self.validation.inputs)
             deviations = (self.subjects.weights - self.model.decoder.standard.mean) * self.present[1]
             self.weighting = losses.layer_weights(deviations, layer)
 

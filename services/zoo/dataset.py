@@ -31,7 +31,7 @@ from services.zoo.patterns import Pattern, from_specs, membership
 from services.zoo.reading import reading
 from services.zoo.sequences import from_letters, to_letters
 from services.zoo.signatures import ActivationSignatureExtractor
-from services.zoo.subjects import Architecture, Params, encode, flatten, unflatten
+from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, flatten, unflatten
 from services.zoo.universe import Universe
 
 FORMAT = 2
@@ -287,13 +287,18 @@ class Zoo:
         index, labels, accuracy, networks = [], [], [], []
         columns = ["index", "patterns", "accuracy", "weights", "layers", "neurons", "activation"]
         for table in read_records(folder, columns):
+            for name in columns:
+                if table[name].null_count:
+                    raise InvalidInput.field(f"{DATA}.{name}", "has a row without a value; make the zoo again")
             found = table["patterns"].to_pylist()
-            if unknown := {name for row in found for name in row} - set(names):
+            if unknown := {str(name) for row in found for name in row} - set(names):
                 raise InvalidInput.field(f"{DATA}.patterns", f"{min(unknown)} is no pattern of {ABOUT}'s spec")
             labels.append(torch.tensor([[name in row for name in names] for row in found]).view(-1, len(names)))
             index.append(torch.tensor(table["index"].to_pylist(), dtype=torch.int64))
             accuracy.append(matrix(table, "accuracy", len(names) + 1))
             networks += _networks(table, spec)
+        if not networks:
+            raise InvalidInput.field(DATA, "holds no records; make the zoo again")
         return cls.of_shapes(
             spec, torch.cat(index), networks, labels=torch.cat(labels), accuracy=torch.cat(accuracy), probes=probes
         )
@@ -318,7 +323,12 @@ def _networks(table: pyarrow.Table, spec: GenerationSpec) -> list[tuple[Architec
 
 
 def architecture_of(spec: GenerationSpec, record: Mapping[str, Any]) -> Architecture:
-    """Shape of the network of one record of a zoo."""
+    """Shape of the network of one record of a zoo. Raises :class:`InvalidInput` for one that no network can have."""
+    for name in ("layers", "neurons"):
+        if record[name] < 1:
+            raise InvalidInput.field(f"{DATA}.{name}", f"has {record[name]}; a network has at least one")
+    if record["activation"] not in ACTIVATIONS:
+        raise InvalidInput.field(f"{DATA}.activation", f"{record['activation']} is none of {', '.join(ACTIVATIONS)}")
     hidden = (int(record["neurons"]),) * int(record["layers"])
     return Architecture(
         spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, hidden, record["activation"]

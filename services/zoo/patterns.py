@@ -151,6 +151,11 @@ class Pattern:
         return self.kind if self.token is None else f"{self.kind}({LETTERS[self.token]})"
 
     @property
+    def spec(self) -> PatternSpec:
+        """What a spec says of it; the inverse of :func:`from_specs`."""
+        return PatternSpec(name=self.kind, token=None if self.token is None else LETTERS[self.token], regex=self.regex)
+
+    @property
     def regular(self) -> bool:
         """Whether the set is counted exactly at any size; that of a registered predicate is estimated."""
         return self.regex is not None or self.kind in BUILT_IN

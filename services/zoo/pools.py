@@ -110,15 +110,30 @@ class Evaluation:
 
     @classmethod
     def build(
-        cls, universe: Universe, per_pattern: int = 64, none: int = 192, split: int = HELD_OUT, seed: int = 0
+        cls,
+        universe: Universe,
+        per_pattern: int = 64,
+        none: int = 192,
+        split: int = HELD_OUT,
+        seed: int = 0,
+        *,
+        without: Tensor | None = None,
     ) -> Evaluation:
-        """``per_pattern`` sequences for each pattern (all there are, if fewer) and ``none`` that match nothing."""
+        """``per_pattern`` sequences for each pattern (all there are, if fewer) and ``none`` that match nothing;
+        ``without``: sequences that are none of them, int64 ``[n, length]``."""
         patterns = len(universe.patterns)
-        pools = Pools.build(universe, split, max(per_pattern, none), seed)
-        wanted = torch.tensor([per_pattern] * patterns + [none]).minimum(pools.count[: patterns + 1])
-        rows = torch.cat([torch.arange(n) + s for s, n in zip(pools.start, wanted, strict=False)])
-        stratum = torch.arange(patterns + 1).repeat_interleave(wanted)
-        return cls(pools.sequences[rows], pools.membership[rows], stratum)
+        left_out = torch.zeros(0, dtype=torch.int64)
+        if without is not None:
+            left_out = hash_sequences(without[universe.split_of(without) == split])
+        # As many more are drawn, so that enough are left.
+        pools = Pools.build(universe, split, max(per_pattern, none) + len(left_out), seed)
+        free = ~torch.isin(hash_sequences(pools.sequences), left_out)
+        strata = []
+        for p, wanted in enumerate([per_pattern] * patterns + [none]):
+            own = torch.arange(int(pools.count[p])) + pools.start[p]
+            strata.append(own[free[own]][:wanted])
+        rows, sizes = torch.cat(strata), torch.tensor([len(own) for own in strata])
+        return cls(pools.sequences[rows], pools.membership[rows], torch.arange(patterns + 1).repeat_interleave(sizes))
 
     def labels(self, selected: Tensor) -> Tensor:
         """Exact labels ``[models, n]`` under ``selected``, bool ``[models, patterns]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,18 @@ import torch
 from safetensors.torch import save_file
 
 from ethogram.errors import InvalidInput
+from ethogram.specs.generation import PatternSpec, SignatureSpec
+from services.crossmodal import bundle
 from services.crossmodal.bundle import Codec
+from services.crossmodal.evaluate import evaluate
+from services.crossmodal.report import all_latents
+from services.crossmodal.train import Trainer
 from services.zoo.dataset import Zoo
-from services.zoo.subjects import Params, flatten, init, select
+from services.zoo.hashing import hash_sequences
+from services.zoo.pools import Evaluation
+from services.zoo.subjects import Architecture, Params, flatten, init, select
+from services.zoo.universe import HELD_OUT, VALIDATION
+from tests.crossmodal.conftest import tiny_spec
 
 
 @pytest.fixture
@@ -35,6 +45,69 @@ def test_round_trip_needs_nothing_else(zoo: Zoo, untrained: Codec, networks: Par
         assert torch.equal(z, y)
     for mine, theirs in zip(loaded.evaluate(networks), untrained.evaluate(networks), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_round_trip_with_patterns_of_ones_own(zoo: Zoo, networks: Params, tmp_path: Path) -> None:
+    patterns = [*zoo.spec.patterns[:3], PatternSpec(name="contains_ba", regex=".*BA.*")]
+    own = replace(zoo, spec=zoo.spec.model_copy(update={"patterns": patterns}))
+    codec = Trainer(tiny_spec(), own).codec()
+    codec.save(tmp_path)
+    loaded = Codec.load(tmp_path)
+    assert loaded.patterns == codec.patterns and loaded.behaviors == codec.behaviors
+    assert torch.equal(loaded.evaluation.membership, codec.evaluation.membership)
+    for mine, theirs in zip(loaded.evaluate(networks), codec.evaluate(networks), strict=True):
+        assert torch.equal(mine, theirs)
+    config = (tmp_path / "config.json").read_text()
+    for wrong, text in (
+        ('"regex": ".*(BA.*"', "the end should be"),
+        ('"regex": null', "there is no pattern contains_ba"),
+    ):
+        (tmp_path / "config.json").write_text(config.replace('"regex": ".*BA.*"', wrong))
+        with pytest.raises(InvalidInput, match=rf"^config\.json.*{text}"):
+            Codec.load(tmp_path)
+
+
+def test_probes_are_neither_judged_on_nor_in_the_support_set(zoo: Zoo, networks: Params) -> None:
+    # A zoo from elsewhere: half of its probes are what the codec would be judged on, and they are all that the support
+    # set has of a behaviour.
+    own = [Evaluation.build(zoo.universe, split=split) for split in (HELD_OUT, VALIDATION)]
+    sorted_ones = own[1].sequences[own[1].stratum == 2]
+    probes = torch.cat([own[0].sequences[:: len(own[0].sequences) // 24][:24], sorted_ones, zoo.probes])[:48]
+    spec = tiny_spec(codec={"inputs": "weights"})
+    codec = Trainer(spec, replace(zoo, probes=probes)).codec()
+    hashes = hash_sequences(probes)
+    for asked in (codec.evaluation, codec.support):
+        assert len(asked.sequences) > 50
+        assert not torch.isin(hash_sequences(asked.sequences), hashes).any()
+    assert not (codec.support.stratum == 2).any()
+    had = codec.effect(networks, [("add", "ends_with(B)")]).had[:, 2]
+    assert torch.equal(had, codec.probe(codec.encode(networks))[:, 2] > 0)
+
+
+def test_many_networks_go_through_in_parts(
+    zoo: Zoo, untrained: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = untrained.encode(zoo.params), list[int]()
+    monkeypatch.setattr(bundle, "CHUNK", 50)
+    codec = Trainer(tiny_spec(), zoo).codec()
+    for part in (codec.model.encoder, codec.model.decoder):
+        part.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    torch.testing.assert_close(codec.encode(zoo.params), whole)
+    torch.testing.assert_close(all_latents(codec, zoo), whole)
+    evaluate(codec, zoo)
+    assert sum(seen) > 4 * len(zoo) and max(seen) <= 64
+
+
+def test_a_codec_of_one_part_is_loaded_but_not_saved(untrained: Codec, networks: Params, tmp_path: Path) -> None:
+    untrained.save(tmp_path / "codec")
+    part = Codec.load(tmp_path / "codec", parts=["encoder"])
+    assert torch.equal(part.encode(networks), untrained.encode(networks))
+    for call in (lambda: part.save(tmp_path / "other"), lambda: part.steer(networks, [("add", "has_majority")])):
+        with pytest.raises(InvalidInput, match="model: the codec was loaded without its decoder"):
+            call()
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(InvalidInput, match="parts: 'enc' is none of encoder, decoder"):
+        Codec.load(tmp_path / "codec", parts=["enc"])  # type: ignore[list-item]
 
 
 def test_behaviors_say_what_they_are(untrained: Codec) -> None:
@@ -72,6 +145,23 @@ def test_a_network_from_outside_the_zoo_encodes(zoo: Zoo, untrained: Codec) -> N
     assert latents.dtype == torch.float32
     decoded = untrained.decode(latents)
     assert {name: tuple(t.shape[1:]) for name, t in decoded.items()} == zoo.architecture.shapes
+
+
+def test_the_order_of_a_state_dict_does_not_matter(zoo: Zoo) -> None:
+    """Layer 10 comes after layer 9, and before it in a dictionary that is sorted by name."""
+    subject = zoo.spec.subject.model_validate({"layers": 10, "neurons": 4, "init": "independent"})
+    deep = Architecture(5, 5, "one_hot", (4,) * 10, "tanh")
+    spec = zoo.spec.model_copy(update={"subject": subject})
+    parts = {"labels": zoo.labels[:40], "accuracy": zoo.accuracy[:40], "probes": zoo.probes}
+    params = init(deep, torch.arange(40), kaiming=True)
+    networks = [(deep, row) for row in flatten(params)]
+    own = Zoo.of_shapes(spec, torch.arange(40), networks, **parts)
+    form = {"architecture": "transformer", "hidden_dim": 32, "heads": 4, "depth": 1, "inputs": "both"}
+    codec = Trainer(tiny_spec(codec=form), own).codec()
+    by_name = dict(sorted(params.items()))
+    assert list(by_name) != list(params)
+    assert torch.equal(codec.encode(by_name), codec.encode(params))
+    assert list(codec.steer(by_name, [("add", "has_majority")])[0]) == list(params)
 
 
 def test_evaluate_measures_recall_and_false_positives(zoo: Zoo, untrained: Codec) -> None:
@@ -121,6 +211,26 @@ def test_wrong_networks(
 
 
 @pytest.mark.parametrize(
+    ("methods", "canonicalize", "factor"),
+    # Activations that are no numbers, and those that just are.
+    [(["raw"], False, 1e30), (["entropy", "pca"], True, 1e30), (["raw"], False, 3e12)],
+)
+def test_networks_whose_activations_overflow(
+    zoo: Zoo, networks: Params, methods: list[str], canonicalize: bool, factor: float
+) -> None:
+    signature = SignatureSpec.model_validate({"probes": 48, "methods": methods})
+    own = replace(zoo, spec=zoo.spec.model_copy(update={"signature": signature}))
+    codec = Trainer(tiny_spec(codec={"canonicalize": canonicalize}), own).codec()
+    huge = {name: tensor * factor for name, tensor in networks.items()}
+    edits = [("add", "has_majority")]
+    for call in (codec.encode, lambda p: codec.steer(p, edits), lambda p: codec.effect(p, edits)):
+        call(networks)
+        with pytest.raises(InvalidInput, match="so large that activations overflow") as caught:
+            call(huge)
+        assert caught.value.violations[0].field == "networks"
+
+
+@pytest.mark.parametrize(
     ("edits", "options", "field"),
     [
         ([], {}, "edits"),
@@ -141,10 +251,16 @@ def test_wrong_edits(
 
 def test_wrong_latents_and_signatures(zoo: Zoo, untrained: Codec) -> None:
     wrong = (torch.zeros(2, 23), torch.zeros(0, 24), torch.full((1, 24), float("nan")), torch.zeros(24))
-    for latents in wrong:
+    for latents in (*wrong, torch.full((1, 24), 3e38)):
         with pytest.raises(InvalidInput, match="latents"):
             untrained.decode(latents)
-    for signatures in (zoo.signatures[:2, :, :5], zoo.signatures[:2, :5], zoo.signatures[:0], zoo.signatures[0]):
+    for signatures in (
+        zoo.signatures[:2, :, :5],
+        zoo.signatures[:2, :5],
+        zoo.signatures[:0],
+        zoo.signatures[0],
+        3e38 * zoo.signatures[:2].sign(),
+    ):
         with pytest.raises(InvalidInput, match="signatures"):
             untrained.encode_signatures(signatures)
 
@@ -175,8 +291,14 @@ def test_broken_bundles(untrained: Codec, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**config, entry: wrong}))
         with pytest.raises(InvalidInput, match=r"config\.json"):
             Codec.load(tmp_path)
-    for name, tensors in (("directions", {"other": torch.zeros(4)}), ("directions", {"learned": torch.zeros(3, 24)})):
+    learned = torch.zeros(4, 24)
+    for name, tensors, text in (
+        ("directions", {"other": torch.zeros(4)}, "has no learned"),
+        ("directions", {"learned": learned}, "has no mean_difference"),
+        ("directions", {"learned": learned[:3]}, "cannot be read, or does not fit"),
+    ):
         untrained.save(tmp_path)
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-        with pytest.raises(InvalidInput, match=rf"{name}\.safetensors"):
+        run = json.loads((tmp_path / "config.json").read_text())["run"]
+        save_file(tensors, tmp_path / f"{name}.safetensors", {"run": run})
+        with pytest.raises(InvalidInput, match=rf"{name}\.safetensors: {text}"):
             Codec.load(tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +25,13 @@ from services.crossmodal.evaluate import (
     same_label_partner,
     summary,
 )
+from services.crossmodal.report import steering_plot, write_report
 from services.crossmodal.steering import score
+from services.crossmodal.train import Trainer
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import encode, forward, select
+from tests.crossmodal.conftest import tiny_spec
 
 
 def test_score_counts_inside_and_outside_of_what_the_edit_decides() -> None:
@@ -81,7 +86,11 @@ def an_edit(operation: str, pattern: int) -> Asked:
 def test_replacements_are_of_the_one_behavior_that_a_subject_has() -> None:
     evaluation = made_by_hand({(0,): 20, (1,): 18, (0, 1): 5, (): 30}, patterns=3)
     labels = torch.tensor([[True, False, False], [False, True, False]])
-    asked = asked_edits("abc", replace=True)
+    every = asked_edits("abc", replace=True)
+    assert [(one.operation, one.pattern) for one in every[:6]] == [
+        (operation, name) for name in "abc" for operation in ("add", "remove")
+    ]
+    asked = every[6:]
     assert [one.pattern for one in asked] == ["a -> b", "a -> c", "b -> a", "b -> c", "c -> a", "c -> b"]
     found = possible_edits(evaluation, labels, evaluation.labels(labels), asked[0])
     assert (found.subject.tolist(), found.skipped) == ([0], 0)
@@ -156,6 +165,32 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
     assert {(row["operation"], row["mode"]) for row in edits} >= {("add", "residual"), ("add", "direct")}
     assert all(0 <= row["all_gate"] <= row["target_gate"] <= 1 for row in edits)
     assert evaluate(untrained, zoo) == result
+
+
+def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.crossmodal.evaluate.FINE_STEPS", 1)
+    alone = zoo.labels.sum(1) == 1
+    parts = {name: getattr(zoo, name)[alone] for name in ("index", "shape", "weights", "labels", "accuracy")}
+    ones = replace(zoo, **parts)
+    codec = Trainer(tiny_spec(), ones).codec()
+    result = evaluate(codec, ones)
+    rows = result["steering"]
+    edits = {operation: [r for r in rows if r["operation"] == operation] for operation in ("add", "remove", "replace")}
+    assert {row["pattern"] for row in edits["add"]} == {row["pattern"] for row in edits["remove"]}
+    assert len({row["pattern"] for row in edits["replace"]}) == 12
+    assert [row["edits"] for row in edits["remove"]] == [0] * 4
+    figures = set(result["figures"])
+    assert {"add.all_gate", "replace.all_gate"} <= figures and "remove.all_gate" not in figures
+    write_report(tmp_path, codec, ones, result)
+    page = (tmp_path / "report.html").read_text()
+    assert "has_majority -&gt; ends_with(B)" in page and page.count("<img ") == 3
+    # Each operation has a line of its own, with its own behaviours.
+    result["steering"] += [row | {"operation": "remove"} for row in edits["add"]]
+    axes = steering_plot(result).axes
+    assert [axis.get_title(loc="left").split(":")[0] for axis in axes[::3]] == ["ADD", "REMOVE", "REPLACE"]
+    assert [len(axis.get_yticks()) for axis in axes[::3]] == [4, 4, 12]
 
 
 def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(zoo: Zoo, untrained: Codec) -> None:

@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from services.crossmodal import job
 from services.crossmodal.bundle import Codec
 from services.crossmodal.job import run as run_job
 from services.runtime.run import Run
@@ -64,6 +66,17 @@ def test_job_keeps_a_codec_and_a_report(zoo: Zoo, tmp_path: Path) -> None:
     edit = examples[i]["edit"]
     again, _ = codec.steer(source, [(edit["operation"], edit["behavior"])])
     torch.testing.assert_close(flatten(again), flatten(steered))
+
+
+def test_a_failing_evaluation_costs_no_codec(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(job, "evaluate", fails)
+    zoo.save(tmp_path / "zoo")
+    with pytest.raises(ZeroDivisionError):
+        run_job(tiny_spec(training={"steps": 1}), Keeper(tmp_path / "zoo", tmp_path))
+    assert Codec.load(tmp_path / "codec").zoo == zoo.digest
 
 
 def test_one_held_out_subject_is_enough_for_a_report(zoo: Zoo, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from ethogram.errors import InvalidInput
 from services.crossmodal import report
 from services.crossmodal.bundle import Codec
 from services.crossmodal.evaluate import STRENGTHS, evaluate
@@ -17,7 +19,8 @@ from services.zoo.dataset import Zoo
 
 def test_a_report_has_its_pictures_and_numbers(zoo: Zoo, untrained: Codec, tmp_path: Path) -> None:
     found = evaluate(untrained, zoo)
-    write_report(tmp_path, untrained, zoo, found)
+    zoo.save(tmp_path / "zoo")
+    write_report(tmp_path, untrained, Zoo.load(tmp_path / "zoo"), found)
     assert {file.name for file in tmp_path.glob("*.png")} == {"steering.png", "latent_map.png", "curves.png"}
     page = (tmp_path / "report.html").read_text()
     assert page.count("<img ") == 3 and "starts_with(A)" in page and "balanced accuracy" in page
@@ -33,6 +36,18 @@ def test_a_report_has_its_pictures_and_numbers(zoo: Zoo, untrained: Codec, tmp_p
     }
     assert all(row["local_mean"] == 0 for row in still)
     assert len(kept["curves"]) == len(still) * len(STRENGTHS)
+
+
+def test_another_zoo_is_refused(zoo: Zoo, untrained: Codec, tmp_path: Path) -> None:
+    untrained.save(tmp_path / "codec")
+    loaded = Codec.load(tmp_path / "codec")
+    parts = {name: getattr(zoo, name)[1:] for name in ("index", "shape", "weights", "labels", "accuracy")}
+    fewer = replace(zoo, **parts)
+    for judge in (evaluate, lambda codec, zoo: write_report(tmp_path / "report", codec, zoo, {})):
+        with pytest.raises(InvalidInput, match="not the zoo that the codec was trained on") as caught:
+            judge(loaded, fewer)
+        assert caught.value.violations[0].field == "zoo"
+    assert not (tmp_path / "report").exists()
 
 
 @pytest.mark.slow
@@ -55,3 +70,8 @@ def test_principal_places_keep_the_widest_spread() -> None:
     assert places.shape == (200, 2)
     assert float(places[:, 0].std()) == pytest.approx(9, rel=0.2)
     assert "PCA: 9" in title or "PCA: 8" in title
+    line, title = principal_places(latents[:, :1])
+    assert torch.equal(line[:, 1], torch.zeros(200)) and float(line[:, 0].std()) > 0
+    assert "PCA: 100% and 0%" in title
+    nowhere, title = principal_places(torch.ones(4, 3))
+    assert torch.equal(nowhere, torch.zeros(4, 2)) and "PCA: 0% and 0%" in title

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import SubjectSpec
 from services.crossmodal.bundle import Codec
+from services.crossmodal.data import split_subjects
+from services.crossmodal.evaluate import Decoded, evaluate, judge_reconstruction
 from services.crossmodal.job import run as run_job
-from services.crossmodal.train import Trainer
+from services.crossmodal.train import Trainer, train
 from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import flatten, unflatten
@@ -104,6 +107,48 @@ def test_a_zoo_of_several_shapes(mixed: Zoo, form: dict[str, Any], tmp_path: Pat
         codec.encode(wide)
     with pytest.raises(InvalidInput, match=r"shape: .*say which"):
         codec.decode(latents)
+
+
+def test_judged_subjects_have_the_layers_and_neurons_of_their_own_shapes(
+    mixed: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = Trainer(tiny_spec(), mixed).codec()
+    absent, asked, yes = ~mixed.layout.present, 0, Codec.yes
+
+    def checked(codec: Codec, vectors: torch.Tensor, shape: torch.Tensor, *more: Any) -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        assert not vectors[absent[shape]].any()
+        return yes(codec, vectors, shape, *more)
+
+    monkeypatch.setattr(Codec, "yes", checked)
+    monkeypatch.setattr("services.crossmodal.evaluate.FINE_STEPS", 1)
+    ways = {row["variant"] for row in evaluate(codec, mixed)["others"]}
+    assert "task_arithmetic" in ways and asked > 20
+    # None of these has the second hidden layer.
+    shallow = torch.tensor([len(mixed.layout.shapes[which].hidden) == 1 for which in mixed.shape.tolist()])
+    subjects = codec.preprocessor.subjects(mixed, shallow.nonzero().squeeze(1))
+    latents = codec.latents(subjects.inputs, subjects.shape)
+    errors = judge_reconstruction(codec, subjects, Decoded(latents, codec.decodings(latents, subjects.shape)))
+    assert set(errors) == {"all", "layers.0", "layers.2"}
+
+
+def test_a_shape_that_only_a_held_out_subject_has_is_refused(mixed: Zoo) -> None:
+    spec = tiny_spec(training={"steps": 1})
+    held_out = int(split_subjects(mixed.labels, spec).held_out[0])
+    weights, shape = mixed.weights.clone(), mixed.shape.clone()
+    which = int(shape[held_out])
+    # Those of this shape that are not held out become copies of others, but for a number.
+    for row in (shape == which).nonzero().squeeze(1).tolist():
+        if row != held_out:
+            other = int((mixed.shape != which).nonzero()[0])
+            shape[row], weights[row] = shape[other], weights[other]
+            weights[row, 0] += row + 1
+    with pytest.raises(
+        InvalidInput, match=r"no subject to train on is 25-.*; add subjects, or train with a smaller"
+    ) as caught:
+        train(spec, replace(mixed, shape=shape, weights=weights))
+    assert caught.value.violations[0].field == "zoo"
 
 
 def test_training_stops_early_and_keeps_the_best(zoo: Zoo) -> None:

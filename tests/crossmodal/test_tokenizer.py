@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ethogram.errors import InvalidInput
-from services.crossmodal.tokenizer import METADATA, Tokenizer, in_layer_order
+from services.crossmodal.tokenizer import METADATA, Tokenizer
 from services.zoo.layout import Layout
 from services.zoo.subjects import Architecture, flatten, init
 from tests.zoo.test_layout import architectures
@@ -58,15 +56,3 @@ def test_a_neuron_is_a_token_that_says_where_it_stands() -> None:
     assert own[:, COLUMN["fan_out"]].tolist() == [3, 3, 3, 3, 3, 3, 1]
     assert own[:, COLUMN["token"]].tolist() == list(range(7))
     assert set(own[:, COLUMN["parameter"]].tolist()) != set(tokens.metadata[1, :, COLUMN["parameter"]].tolist())
-
-
-def test_layers_are_in_the_order_of_their_numbers() -> None:
-    state = {f"net.{i}.{part}": torch.tensor(float(i)) for i in (10, 2, 0, 9) for part in ("bias", "weight")}
-    assert [int(weight) for weight, _ in in_layer_order(state)] == [0, 2, 9, 10]
-    for wrong, field in (
-        ({"net.0.weight": torch.zeros(1)}, "0.bias"),
-        ({"net.0.scale": torch.zeros(1)}, "net.0.scale"),
-    ):
-        with pytest.raises(InvalidInput) as caught:
-            in_layer_order(wrong)
-        assert caught.value.violations[0].field == f"networks.parameters.{field}"

@@ -268,7 +268,7 @@ def test_what_is_held_out_has_no_say(zoo: Zoo) -> None:
     spec = tiny_spec(training={"steps": 3})
     aside = split_subjects(zoo.labels, spec).held_out
     weights = zoo.weights.clone()
-    weights[aside] = 9.0
+    weights[aside] = 9.0 + torch.rand(weights[aside].shape, generator=torch.Generator().manual_seed(0))
     one, two = train(spec, zoo), train(spec, replace(zoo, weights=weights))
     assert one.positives == two.positives
     for (name, mine), theirs in zip(one.model.state_dict().items(), two.model.state_dict().values(), strict=True):
@@ -279,9 +279,9 @@ def test_what_is_held_out_has_no_say(zoo: Zoo) -> None:
 
 
 def test_zoos_that_cannot_be_learned_from(zoo: Zoo) -> None:
-    def refused(wrong: Zoo, field: str, text: str) -> None:
+    def refused(wrong: Zoo, field: str, text: str, **sections: Any) -> None:
         with pytest.raises(InvalidInput, match=text) as caught:
-            train(tiny_spec(), wrong)
+            train(tiny_spec(**sections), wrong)
         assert caught.value.violations[0].field == field
 
     refused(replace(zoo, labels=torch.zeros_like(zoo.labels)), "zoo.labels", "no behaviour labels")
@@ -290,7 +290,16 @@ def test_zoos_that_cannot_be_learned_from(zoo: Zoo) -> None:
     refused(replace(zoo, spec=one, labels=zoo.labels[:, :1]), "zoo.patterns", "at least two behaviours")
     lonely = zoo.labels.clone()
     lonely[:, 2] = False
-    refused(replace(zoo, labels=lonely), "zoo.labels", "no subject has sorted_ascending")
+    refused(replace(zoo, labels=lonely), "zoo.labels", "no subject to train on has sorted_ascending")
+    # Somebody has it, who is held out.
+    lonely[:, 0] |= ~lonely.any(1)
+    lonely[1, 2] = True
+    assert 1 in split_subjects(lonely, tiny_spec(held_out=0.5)).held_out
+    refused(replace(zoo, labels=lonely), "zoo.labels", "no subject to train on has sorted_ascending", held_out=0.5)
+    twice = zoo.weights.clone()
+    twice[[7, 9, 11]] = zoo.weights[3]
+    one, other = zoo.index[[3, 7]].tolist()
+    refused(replace(zoo, weights=twice), "zoo.weights", f"subjects {one} and {other} are the same .* there are 3")
     broken = zoo.weights.clone()
     broken[3, 4] = float("nan")
     refused(replace(zoo, weights=broken), "zoo.weights", "NaN")

@@ -91,6 +91,23 @@ def test_wrong_folders_name_the_file(zoo: Zoo, tmp_path: Path) -> None:
     column = table.schema.get_field_index("neurons")
     parquet.write_table(table.set_column(column, "neurons", pyarrow.array([4] * len(table), pyarrow.int32())), records)
     refused("data.weights")
+    table = table.slice(0, 2)
+    for name, value, field in (
+        ("activation", "swish", "data.activation"),
+        ("layers", 0, "data.layers"),
+        ("neurons", None, "data.neurons"),
+        ("patterns", None, "data.patterns"),
+        ("patterns", [None], "data.patterns"),
+        ("weights", None, "data.weights"),
+    ):
+        column = table.schema.get_field_index(name)
+        values = pyarrow.array([value] * 2, table.schema.field(name).type)
+        parquet.write_table(table.set_column(column, name, values), records)
+        refused(field)
+    parquet.write_table(table.drop_columns(["patterns"]), records)
+    refused("data/train-000000.parquet")
+    parquet.write_table(table.slice(0, 0), records)
+    refused("data")
     (tmp_path / "zoo.json").write_text("[]")
     refused("zoo.json")
 

@@ -109,6 +109,22 @@ def test_evaluation_is_held_out_and_stratified() -> None:
     assert (accuracy.diagonal() == 0).all() and (accuracy[:, -1] == 1).all()
 
 
+def test_evaluation_without_some_sequences() -> None:
+    universe = Universe(7, 7, [*default_suite(), Pattern("alternating")])
+    whole = Evaluation.build(universe)
+    # Of another split: nothing changes.
+    same = Evaluation.build(universe, without=probes(universe, 64))
+    assert torch.equal(same.sequences, whole.sequences)
+    left_out = torch.cat([whole.sequences[::2], whole.sequences[whole.stratum == 10]])
+    found = Evaluation.build(universe, without=left_out)
+    assert not rows(found.sequences) & rows(left_out)
+    assert (universe.split_of(found.sequences) == HELD_OUT).all()
+    # Others take their places, but where there are none.
+    assert found.stratum.bincount().tolist() == [*[64] * 10, 0, 192]
+    stands_for = torch.cat([found.membership, ~found.membership.any(1, keepdim=True)], 1)
+    assert stands_for.gather(1, found.stratum.unsqueeze(1)).all()
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "length", "count"), [(7, 7, 128), (26, 20, 128), (5, 4, 200), (7, 7, 3), (7, 7, 4096)]
 )
