@@ -69,16 +69,11 @@ def shape(hidden: Sequence[int], activation: str | None, layout: Layout) -> Arch
     return fitting[0]
 
 
-def in_words(shape: Architecture) -> str:
-    """A shape in few words, e.g. ``49-16-16-1 relu``."""
-    return "-".join(map(str, (shape.input_size, *shape.hidden, 1))) + f" {shape.activation}"
-
-
 def _known(shapes: Sequence[Architecture]) -> str:
     if len(shapes) == 1:
         known = ", ".join(f"{name} {list(shape)}" for name, shape in shapes[0].shapes.items())
         return f"a network of this model has {known}"
-    listed = ", ".join(map(in_words, shapes[:8]))
+    listed = ", ".join("-".join(map(str, (s.input_size, *s.hidden, 1))) + f" {s.activation}" for s in shapes[:8])
     return f"this model knows {listed}" + (f" and {len(shapes) - 8} more" if len(shapes) > 8 else "")
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal.canonical import Canonicalizer, Transform
-from services.crossmodal.checks import in_words
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
 from services.zoo.layout import Layout
@@ -69,7 +68,7 @@ class Preprocessor:
     @classmethod
     def of(cls, spec: CrossmodalSpec, zoo: Zoo, train: Tensor) -> Preprocessor:
         """As ``spec`` asks for; references for canonical form are the first of the subjects ``train`` (int64) of each
-        shape (see :func:`check`)."""
+        shape."""
         wanted = spec.codec.canonicalize
         canonicalizer = None
         if wanted if wanted is not None else zoo.spec.subject.init == "independent":
@@ -115,14 +114,21 @@ class Split(NamedTuple):
     held_out: Tensor
 
 
-def split_subjects(labels: Tensor, spec: CrossmodalSpec) -> Split:
+def split_subjects(labels: Tensor, shape: Tensor, spec: CrossmodalSpec) -> Split:
     """Set aside the shares ``held_out`` and ``validation`` of the subjects, at least one each, stratified: of each set
-    of behaviours as near to its share as can be. ``labels``: bool ``[subjects, patterns]``."""
+    of behaviours as near to its share as can be. Of several shapes one subject each is always trained on.
+
+    ``labels``: bool ``[subjects, patterns]``; ``shape``: which shape each has, int64 ``[subjects]``.
+    """
     order = torch.randperm(len(labels), generator=generator(spec.seed, "held-out"))
+    kept = torch.zeros(len(labels), dtype=torch.bool)
+    if len(shapes := torch.unique(shape)) > 1:
+        kept[order[torch.stack([(shape[order] == one).nonzero()[0, 0] for one in shapes])]] = True
     order = order[bits(labels[order]).argsort(stable=True)]
+    order, always = order[~kept[order]], order[kept[order]]
     held_out, order = _every(order, spec.held_out * len(labels))
     validation, train = _every(order, spec.validation * len(labels))
-    return Split(*(part.sort().values for part in (train, validation, held_out)))
+    return Split(*(part.sort().values for part in (torch.cat([train, always]), validation, held_out)))
 
 
 def _every(order: Tensor, wanted: float) -> tuple[Tensor, Tensor]:
@@ -143,7 +149,10 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
         raise InvalidInput.field("zoo.weights", "holds NaN or infinity")
     if not bool(zoo.signatures.isfinite().all()):
         raise InvalidInput.field("zoo.signatures", "holds NaN or infinity")
-    train = split_subjects(zoo.labels, spec).train
+    train, validation, held_out = split_subjects(zoo.labels, zoo.shape, spec)
+    if len(validation) == 0 or len(held_out) == 0:
+        text = f"its {len(zoo)} subjects have {len(zoo.layout.shapes)} shapes, so none can be held out; add subjects"
+        raise InvalidInput.field("zoo", text)
     if len(train) < 2:
         raise InvalidInput.field(
             "spec.held_out",
@@ -153,13 +162,6 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
         if not on:
             raise InvalidInput.field(
                 "zoo.labels", f"no subject to train on has {pattern.name}; add subjects, or leave the pattern out"
-            )
-    for shape, count in zip(
-        zoo.layout.shapes, zoo.shape[train].bincount(minlength=len(zoo.layout.shapes)), strict=True
-    ):
-        if count == 0:
-            raise InvalidInput.field(
-                "zoo", f"no subject to train on is {in_words(shape)}; add subjects, or train with a smaller held_out"
             )
     _check_distinct(zoo)
 

@@ -89,7 +89,7 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     """
     run = run or Run()
     codec.check_zoo(zoo)
-    split = split_subjects(zoo.labels, codec.spec)
+    split = split_subjects(zoo.labels, zoo.shape, codec.spec)
     subjects = codec.preprocessor.subjects(zoo, split.held_out, codec.device)
     train = codec.preprocessor.subjects(zoo, split.train, codec.device)
     edits = asked_edits([p.name for p in codec.patterns], replace=bool((zoo.labels.sum(1) == 1).all()))

@@ -85,7 +85,7 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
 def held_out_networks(codec: Codec, zoo: Zoo) -> tuple[Tensor, Params, Architecture]:
     """Held-out subjects of the most common shape: their positions in the zoo, their networks, and the shape."""
     common = int(zoo.shape.bincount().argmax())
-    held_out = split_subjects(zoo.labels, codec.spec).held_out
+    held_out = split_subjects(zoo.labels, zoo.shape, codec.spec).held_out
     held_out = held_out[zoo.shape[held_out] == common]
     shape = zoo.layout.shapes[common]
     return held_out, unflatten(zoo.layout.strip(zoo.weights[held_out], common), shape), shape

@@ -84,7 +84,7 @@ class Trainer:
         self.spec, self.zoo, self.device, self.world, self.step = spec, zoo, device, world, 0
         self.saved: int | None = None
         """Step of the last checkpoint."""
-        split = split_subjects(zoo.labels, spec)
+        split = split_subjects(zoo.labels, zoo.shape, spec)
         self.preprocessor = Preprocessor.of(spec, zoo, split.train)
         self.layout = zoo.layout
         self.subjects = self.preprocessor.subjects(zoo, split.train, device)

@@ -249,7 +249,7 @@ def test_a_loss_of_exactly_two_percent_passes_the_gate(count: int) -> None:
 
 
 def test_figures_of_decoding_of_a_perfect_and_of_a_constant_decoder(zoo: Zoo, untrained: Codec) -> None:
-    split = split_subjects(zoo.labels, untrained.spec)
+    split = split_subjects(zoo.labels, zoo.shape, untrained.spec)
     train, judged = (untrained.preprocessor.subjects(zoo, index) for index in (split.train, split.held_out))
 
     def figures(weights: torch.Tensor) -> dict[str, float]:

@@ -253,20 +253,32 @@ def test_learning_rate_rises_and_falls() -> None:
 
 def test_held_out_subjects_are_apart_and_depend_on_the_seed() -> None:
     labels = torch.arange(100).unsqueeze(1) % 4 == torch.arange(4)
-    split = split_subjects(labels, tiny_spec(held_out=0.125, seed=3))
+    one_shape = torch.zeros(100, dtype=torch.int64)
+    split = split_subjects(labels, one_shape, tiny_spec(held_out=0.125, seed=3))
     assert sorted(torch.cat(list(split)).tolist()) == list(range(100))
     assert len(split.held_out) == 12 and len(split.validation) == 5
-    assert split.held_out.tolist() != split_subjects(labels, tiny_spec(held_out=0.125, seed=4)).held_out.tolist()
+    other = split_subjects(labels, one_shape, tiny_spec(held_out=0.125, seed=4))
+    assert split.held_out.tolist() != other.held_out.tolist()
     # Three of each behaviour's 25.
     assert labels[split.held_out].sum(0).tolist() == [3] * 4
-    alone = split_subjects(labels[:3], tiny_spec(held_out=0.001))
+    alone = split_subjects(labels[:3], one_shape[:3], tiny_spec(held_out=0.001))
     assert [len(part) for part in alone] == [1, 1, 1]
+
+
+def test_each_shape_has_a_subject_to_train_on() -> None:
+    labels = torch.arange(60).unsqueeze(1) % 2 == torch.arange(2)
+    # Twenty shapes of two subjects, and one of the other twenty.
+    shape = (torch.arange(60) // 2).clamp_max(20)
+    split = split_subjects(labels, shape, tiny_spec(held_out=0.4, seed=3))
+    assert sorted(torch.cat(list(split)).tolist()) == list(range(60))
+    assert set(shape[split.train].tolist()) == set(range(21))
+    assert len(split.held_out) == 24
 
 
 def test_what_is_held_out_has_no_say(zoo: Zoo) -> None:
     """Training is the same to the bit whatever the held-out subjects are, and asks no sequence that evaluation asks."""
     spec = tiny_spec(training={"steps": 3})
-    aside = split_subjects(zoo.labels, spec).held_out
+    aside = split_subjects(zoo.labels, zoo.shape, spec).held_out
     weights = zoo.weights.clone()
     weights[aside] = 9.0 + torch.rand(weights[aside].shape, generator=torch.Generator().manual_seed(0))
     one, two = train(spec, zoo), train(spec, replace(zoo, weights=weights))
@@ -294,7 +306,7 @@ def test_zoos_that_cannot_be_learned_from(zoo: Zoo) -> None:
     # Somebody has it, who is held out.
     lonely[:, 0] |= ~lonely.any(1)
     lonely[1, 2] = True
-    assert 1 in split_subjects(lonely, tiny_spec(held_out=0.5)).held_out
+    assert 1 in split_subjects(lonely, zoo.shape, tiny_spec(held_out=0.5)).held_out
     refused(replace(zoo, labels=lonely), "zoo.labels", "no subject to train on has sorted_ascending", held_out=0.5)
     twice = zoo.weights.clone()
     twice[[7, 9, 11]] = zoo.weights[3]
