@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,10 +51,13 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default a GPU if there is one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a codec on a zoo and judge it. Interrupted, the same command goes on from the last checkpoint; started by
-    torchrun, each process does its part of every batch."""
+    """Train a codec on a zoo and judge it. A checkpoint is kept every half minute and on Ctrl-C, from which the same
+    command goes on; a run that is finished, or was begun with another spec, is never overwritten. Started by torchrun,
+    each process does its part of every batch."""
+    output.say("preparing: loading what trains")
     from services.crossmodal import job
     from services.crossmodal.parallel import join
+    from services.crossmodal.report import PAGE
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import check_device
     from services.runtime.run import Run
@@ -63,9 +69,11 @@ def train(
     inputs = {"zoo": locate(zoo, "ZOO")}
     world, own = join(device)
     if world.first:
-        with ConsoleRun(out, own, inputs, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
+        _begin(out, spec)
+        with _begun(out), ConsoleRun(out, own, inputs, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
             result = job.run(spec, run, world)
         output.result(result, as_json, lambda: _show(result["figures"]))
+        output.say(f"the codec is in {out / 'codec'}, all figures are in {out / 'report' / PAGE}, metrics beside them")
     else:
         silent = Run()
         silent.device, silent.inputs = own, inputs
@@ -100,8 +108,6 @@ def pull(
     only: Annotated[str | None, typer.Option(metavar="PART", help="encoder or decoder alone.")] = None,
 ) -> None:
     """Download a codec from the Hugging Face Hub."""
-    import shutil
-
     from services.crossmodal import hub
     from services.crossmodal.bundle import PARTS
 
@@ -121,8 +127,46 @@ def _others(parts: tuple[str, ...]) -> list[str]:
     return [f"{part}.safetensors" for part in PARTS if part not in parts]
 
 
+_SPEC = "spec.json"
+
+
+def _begin(out: Path, spec: CrossmodalSpec) -> None:
+    """Make way for a run in ``out``: for a new one, or for one that was begun with the same spec."""
+    about, text = out / _SPEC, spec.model_dump_json(indent=2)
+    if (out / "report").exists():
+        raise InvalidInput.field("--output", f"{out} holds a finished run; name another folder")
+    if about.exists() and about.read_text() != text:
+        what = f"{out} was begun with another spec; name another folder, or delete it"
+        raise InvalidInput.field("--output", what)
+    if out.exists() and not about.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidInput.field("--output", f"{out} is there already, and is no run; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    about.write_text(text)
+
+
+@contextmanager
+def _begun(out: Path) -> Iterator[None]:
+    """A run that is not finished inside is left if it is worth going on with, and is gone otherwise."""
+    from services.runtime.console import CHECKPOINT
+
+    try:
+        yield
+    except BaseException:
+        if (out / CHECKPOINT).exists():
+            output.say(f"type the command again to go on from the last checkpoint, or delete {out}")
+        elif not (out / "codec").exists():
+            shutil.rmtree(out, ignore_errors=True)
+            output.say("it ended before the first checkpoint, so nothing is kept")
+        raise
+
+
 def _show(figures: dict[str, Any]) -> None:
-    output.table(["figure", "value"], [[name, f"{value:.3f}"] for name, value in figures.items()])
+    """Those that say whether it worked."""
+    names = ("target_mean", "local_mean", "kept_mean", "all_gate")
+    wanted = ["agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"]
+    wanted += [f"{operation}.{name}" for operation in ("add", "remove", "replace") for name in names]
+    known = [name for name in wanted if name in figures]
+    output.table(["figure", "value"], [[name, f"{figures[name]:.3f}"] for name in known])
 
 
 if __name__ == "__main__":

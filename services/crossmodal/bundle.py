@@ -56,7 +56,9 @@ Strength = float | Literal["auto"]
 AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)
 """Strengths that ``auto`` chooses from."""
 HAS = 0.5
-"""Share of a behaviour's sequences that a network which has it answers yes to, at least."""
+"""Share of the sequences that tell of a behaviour that a network which has it answers yes to, at least."""
+MIN_TELLING = 8
+"""Fewest sequences that tell of a behaviour."""
 
 
 class Behavior(NamedTuple):
@@ -303,10 +305,10 @@ class Codec:
             return checks.finite(weights, "networks"), steered
 
         source = self.yes(vectors, shape, self.support)
-        had = self.support.by_stratum(source.cpu())[:, :-1].to(self.device) >= HAS
+        telling = self._telling
+        had = source.float() @ telling.T / telling.sum(1).clamp_min(1) >= HAS
         # Where the probes are all that there is of a behaviour, as the latent says.
-        unseen = torch.bincount(self.support.stratum, minlength=len(signs) + 1)[:-1] == 0
-        had = torch.where(unseen.to(self.device), self.probe(latents) > 0, had)
+        had = torch.where(telling.any(1), had, self.probe(latents) > 0)
         wanted = had & ~(signs < 0) | (signs > 0)
         if alpha != "auto":
             weights, steered = moved(alpha)
@@ -322,9 +324,13 @@ class Codec:
         best = torch.stack(margins).argmax(0)
         rows = torch.arange(len(best), device=self.device)
         weights, steered = (torch.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
-        return _Steered(
-            vectors, shape, latents, weights, steered, torch.tensor(AUTO, device=self.device)[best], had, wanted
-        )
+        chosen = torch.tensor(AUTO, device=self.device)[best]
+        # Where nothing is to change, nothing does.
+        same = (labels[0] == labels[1]).all(1)
+        chosen = torch.where(same, 0.0, chosen)
+        weights = torch.where(same.unsqueeze(1), moved(0.0)[0], weights)
+        steered = torch.where(same.unsqueeze(1), latents, steered)
+        return _Steered(vectors, shape, latents, weights, steered, chosen, had, wanted)
 
     def _signs(self, edits: Sequence[Edit | tuple[str, ...]]) -> Tensor:
         """-1 for what the edits take away and 1 for what they give: ``[behaviors]``."""
@@ -354,6 +360,15 @@ class Codec:
     @cached_property
     def _support_inputs(self) -> Tensor:
         return self._inputs(self.support)
+
+    @cached_property
+    def _telling(self) -> Tensor:
+        """By which sequences of the support set each behaviour is told, 0 or 1 ``[behaviors, n]``: those that match it
+        alone (most sorted sequences begin with A, say, and a network that knows ``starts_with(A)`` answers yes to
+        them); where there are fewer than ``MIN_TELLING``, all that match it."""
+        member = self.support.membership
+        alone = member & (member.sum(1, keepdim=True) == 1)
+        return torch.where(alone.sum(0) < MIN_TELLING, member, alone).T.float().to(self.device)
 
     def _inputs(self, asked: Evaluation) -> Tensor:
         return encode(self.layout.envelope, asked.sequences.to(self.device)).T.contiguous()

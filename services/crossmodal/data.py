@@ -142,7 +142,8 @@ def _every(order: Tensor, wanted: float) -> tuple[Tensor, Tensor]:
 def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
     """Raise :class:`InvalidInput` for a zoo from which nothing can be learned."""
     if len(zoo.patterns) < 2:
-        raise InvalidInput.field("zoo.patterns", "steering needs a zoo with at least two behaviours")
+        text = "steering needs a zoo with at least two behaviours; make one with more patterns"
+        raise InvalidInput.field("zoo.patterns", text)
     if zoo.labels.shape != (len(zoo), len(zoo.patterns)) or not zoo.labels.any():
         raise InvalidInput.field("zoo.labels", "the zoo has no behaviour labels; generate it with patterns")
     if not bool(zoo.weights.isfinite().all()):
@@ -160,9 +161,8 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
         )
     for pattern, on in zip(zoo.patterns, zoo.labels[train].any(0).tolist(), strict=True):
         if not on:
-            raise InvalidInput.field(
-                "zoo.labels", f"no subject to train on has {pattern.name}; add subjects, or leave the pattern out"
-            )
+            text = f"no subject to train on has {pattern.name}; make the zoo with more subjects, or without the pattern"
+            raise InvalidInput.field("zoo.labels", text)
     _check_distinct(zoo)
 
 

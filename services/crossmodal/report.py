@@ -35,6 +35,7 @@ from services.runtime.page import (
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import Architecture, Params, select, unflatten
 
+PAGE = "report.html"
 PICTURES = {
     "steering": "Steering: target, locality and gates by behaviour",
     "curves": "Target and locality over the strength of edits, and one against the other",
@@ -79,7 +80,7 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
             pictures["clusters"] = png(latent_map(codec, zoo, umap_places(latents, codec.spec.seed), title))
     for name, picture in pictures.items():
         (folder / f"{name}.png").write_bytes(picture)
-    (folder / "report.html").write_text(report_page(codec, evaluation, pictures))
+    (folder / PAGE).write_text(report_page(codec, evaluation, pictures))
 
 
 def held_out_networks(codec: Codec, zoo: Zoo) -> tuple[Tensor, Params, Architecture]:
@@ -234,11 +235,15 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
         rest.axvline(LOCAL_GATE, color=SOFT, lw=0.8, ls=":", label=f"gate {LOCAL_GATE}")
         reach = 1.15 * max(0.05, *(abs(value) for value in local)) if local else 0.05
         rest.set_xlim(-reach, reach)
+        rest.locator_params(axis="x", nbins=5)
         control = [max(rows[operation, name, variant]["all_gate"] for variant in CONTROLS) for _, name in known]
         gate.barh(ys, passed, height=0.62, color=AFTER, label="edit")
         gate.barh(ys, control, height=0.62, color=CONTROL, label="worst control")
-        for y, value in zip(ys, passed, strict=True):
-            gate.text(value + 0.015, y, f"{value:.2f}", va="center", fontsize=8, color=SOFT)
+        for y, value, other in zip(ys, passed, control, strict=True):
+            # Beside the longer bar, so that neither lies under it.
+            gate.text(max(value, other) + 0.015, y, f"{value:.2f}", va="center", fontsize=8, color=SOFT)
+        for y in set(range(len(names))) - set(ys):
+            target.text(0.5, y, "no subject to judge", ha="center", va="center", fontsize=8, color=SOFT)
         # Room for the legend beside the longest bar.
         gate.set_xlim(0, 1.5)
         gate.set_xticks([0, 0.25, 0.5, 0.75, 1])
@@ -296,6 +301,7 @@ def curves_plot(evaluation: dict[str, Any]) -> Figure:
         ):
             axis.set_title(title, fontsize=10, loc="left")
             axis.set_xlabel(across)
+            axis.locator_params(axis="x", nbins=6)
             axis.grid(color=FAINT, lw=0.5)
             _plain(axis)
         target.legend(frameon=False, fontsize=8)

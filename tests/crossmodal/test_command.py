@@ -103,6 +103,27 @@ def test_what_is_no_zoo_leaves_no_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(out: Path, why: str) -> None:
+        kept = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+        with pytest.raises(InvalidInput, match=why) as caught:
+            command._begin(out, tiny_spec(seed=1))
+        assert caught.value.violations[0].field == "--output"
+        assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == kept
+
+    out = tmp_path / "run"
+    command._begin(out, tiny_spec(seed=1))
+    command._begin(out, tiny_spec(seed=1))
+    (out / "spec.json").write_text(tiny_spec(seed=2).model_dump_json(indent=2))
+    refused(out, "begun with another spec")
+    command._begin(tmp_path / "other", tiny_spec(seed=1))
+    (tmp_path / "other" / "report").mkdir()
+    refused(tmp_path / "other", "holds a finished run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    refused(tmp_path / "mine", "is no run")
+
+
 def test_a_device_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for device, why in (("gpu", "gpu is none of cpu"), ("cuda:99", "cuda:99 cannot be used on this machine")):
         assert call("train", tmp_path, "-o", tmp_path / "run", "--device", device) == 2

@@ -152,7 +152,7 @@ def test_automatic_strength_is_the_best_on_the_support_set(zoo: Zoo, untrained: 
     networks = select(zoo.params, torch.arange(8))
     edits = [("remove", "starts_with(A)"), ("add", "ends_with(B)")]
     found = untrained.effect(networks, edits, strength="auto")
-    assert set(found.strength.tolist()) <= set(AUTO)
+    assert set(found.strength.tolist()) <= {0.0, *AUTO}
     for row in range(8):
         alone = select(networks, torch.tensor([row]))
         steered, _ = untrained.steer(alone, edits, strength=float(found.strength[row]))
@@ -160,6 +160,23 @@ def test_automatic_strength_is_the_best_on_the_support_set(zoo: Zoo, untrained: 
         torch.testing.assert_close(flatten(steered), one, rtol=1e-4, atol=1e-5)
     with pytest.raises(InvalidInput, match="strength"):
         untrained.steer(networks, edits, strength="most")  # type: ignore[arg-type]
+
+
+def test_what_another_behaviour_covers_is_not_had_for_it(zoo: Zoo, untrained: Codec) -> None:
+    # More than half of the sorted sequences begin with A.
+    only = zoo.labels[:, 0] & (zoo.labels.sum(1) == 1)
+    found = untrained.effect(select(zoo.params, only.nonzero().squeeze(1)), [("add", "sorted_ascending")])
+    assert bool(found.had[:, 0].all()) and float(found.had[:, 2].float().mean()) < 0.1
+
+
+def test_automatic_strength_does_nothing_where_there_is_nothing_to_do(zoo: Zoo, untrained: Codec) -> None:
+    has = zoo.labels[:, 3].nonzero().squeeze(1)
+    networks = select(zoo.params, has)
+    found = untrained.effect(networks, [("add", "has_majority")], strength="auto")
+    done = found.had[:, 3]
+    assert float(done.float().mean()) > 0.8
+    assert bool((found.strength[done] == 0).all())
+    assert torch.equal(flatten(found.networks)[done], flatten(networks)[done])
 
 
 def test_a_calibrated_probe_gives_chances() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from services.runtime import logs
+from services.runtime import console, logs
 from services.runtime.console import ConsoleRun
 from services.runtime.seeds import generator
 
@@ -52,7 +53,7 @@ def test_console_run_shows_bars_and_keeps_outputs(tmp_path: Path) -> None:
 def test_a_narrow_terminal_shows_fewer_metrics_in_one_line() -> None:
     def lines(width: int) -> list[str]:
         shown = io.StringIO()
-        with ConsoleRun(console=Console(file=shown, width=width)) as run:
+        with ConsoleRun(console=Console(file=shown, width=width, force_terminal=True, force_interactive=False)) as run:
             run.stage("generate", 5000, "subjects")
             run.metric(1, accepted_share=0.75, accuracy=0.9123456)
             run.advance(2048)
@@ -60,6 +61,51 @@ def test_a_narrow_terminal_shows_fewer_metrics_in_one_line() -> None:
 
     assert len(lines(80)) == 1 and "accepted_share 0.75" in lines(80)[0]
     assert "accuracy 0.912" in lines(120)[0]
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    shown = io.StringIO()
+    with ConsoleRun(console=Console(file=shown, width=80)) as run:
+        run.stage("train", 60)
+        for step in range(1, 61):
+            now[0] += 1
+            if step % 10 == 0:
+                run.metric(step, loss=1 / step)
+            run.advance(step)
+    assert shown.getvalue().splitlines() == [
+        "train: 15 of 60 steps loss 0.1",
+        "train: 30 of 60 steps loss 0.0333",
+        "train: 45 of 60 steps loss 0.025",
+        "train: 60 of 60 steps loss 0.0167",
+    ]
+
+
+def test_ctrl_c_ends_at_a_checkpoint_and_twice_at_once(tmp_path: Path) -> None:
+    def steps(run: ConsoleRun, interruptions: dict[int, int]) -> int:
+        """The step at which it ended."""
+        step = 0
+        try:
+            with run:
+                run.stage("train", 100)
+                for step in range(1, 101):
+                    run.advance(step)
+                    for _ in range(interruptions.get(step, 0)):
+                        signal.raise_signal(signal.SIGINT)
+                    if step % 10 == 0 and run.checkpoint_due():
+                        run.checkpoint(step, lambda folder, step=step: (folder / "step").write_text(str(step)) and None)
+        except KeyboardInterrupt:
+            pass
+        return step
+
+    before = signal.getsignal(signal.SIGINT)
+    # Nothing is known of checkpoints before the first could be.
+    assert steps(ConsoleRun(tmp_path, checkpoint_seconds=600), {4: 1}) == 4
+    assert steps(ConsoleRun(tmp_path, checkpoint_seconds=600), {14: 1}) == 20
+    assert (tmp_path / "checkpoint" / "state" / "step").read_text() == "20"
+    assert steps(ConsoleRun(tmp_path, checkpoint_seconds=600), {34: 2}) == 34
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_logs_are_one_json_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:
