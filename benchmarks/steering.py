@@ -117,14 +117,15 @@ def earlier_zoo(seed: int) -> GenerationSpec:
 
 
 def earlier_codec(seed: int) -> CrossmodalSpec:
-    """A small latent: there are 64 subjects of a behaviour to learn from. All edits in training are replacements."""
+    """A small latent: there are 64 subjects of a behaviour to learn from. All edits in training are replacements, and
+    direct ones: what is judged is what a steered latent decodes into, as in earlier work."""
     return CrossmodalSpec.model_validate(
         {
             "zoo": _ANY,
             "seed": seed,
             "codec": {"inputs": "both", "latent_dim": 16, "hidden_dim": 256, "signature_components": 64},
-            "loss": {"direct": 3.0},
-            "training": {"steps": 12_000, "learning_rate": 2e-3, "several": 1.0, "precision": "float32"},
+            "loss": {"direct": 3.0, "steering": 0.0},
+            "training": {"steps": 16_000, "learning_rate": 2e-3, "several": 1.0, "precision": "float32"},
             "held_out": 24 / EARLIER,
             "validation": 24 / EARLIER,
         }
