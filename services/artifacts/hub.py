@@ -1,11 +1,23 @@
-"""What goes wrong at the Hugging Face Hub, as the platform's errors."""
+"""Reading from the Hugging Face Hub, and what goes wrong there, as the platform's errors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
 
 from ethogram.errors import InvalidInput, Unavailable, Violation
+
+
+def fetch(repo: str, kind: Literal["dataset", "model"], wanted: Sequence[str], left_out: Sequence[str] = ()) -> Path:
+    """The files of ``repo`` that match the patterns ``wanted`` and none of ``left_out``: their folder in the Hub's
+    cache. Raises the Hub's errors; see :func:`told`."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    # Asked first, since the download tells little of what went wrong.
+    HfApi().repo_info(repo, repo_type=kind)
+    return Path(snapshot_download(repo, repo_type=kind, allow_patterns=list(wanted), ignore_patterns=list(left_out)))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ethogram.specs.base import HubSpec
-from services.artifacts.hub import told
+from services.artifacts.hub import fetch, told
 from services.crossmodal.bundle import PARTS, Codec, Part
 
 CARD = """---
@@ -64,11 +64,6 @@ def push(folder: Path, spec: HubSpec, field: str = "spec.hub.repo") -> None:
 
 def pull(repo: str, parts: Sequence[Part] = PARTS, field: str = "REPO") -> Path:
     """Download a codec, of encoder and decoder only ``parts``: its folder in the Hub's cache."""
-    from huggingface_hub import HfApi, snapshot_download
-
     left_out = [f"{part}.safetensors" for part in PARTS if part not in parts]
     with told(repo, field, "read"):
-        # Asked first, since the download tells little of what went wrong.
-        HfApi().repo_info(repo, repo_type="model")
-        wanted = ["*.safetensors", "config.json"]
-        return Path(snapshot_download(repo, repo_type="model", allow_patterns=wanted, ignore_patterns=left_out))
+        return fetch(repo, "model", ["*.safetensors", "config.json"], left_out)

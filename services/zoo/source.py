@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
-from services.artifacts.hub import told
+from services.artifacts.hub import fetch, told
 from services.runtime.run import Run
 from services.zoo.dataset import ABOUT, BASELINE, Zoo, with_probes
 from services.zoo.json_records import PATTERNS, SUFFIXES, JsonRecords, files_in
@@ -31,14 +31,9 @@ def locate(source: str, field: str) -> Path:
     if path.suffix in SUFFIXES or not _allowed(source):
         text = f"{source} is no file or folder here, and no name of a dataset on the Hub, e.g. me/my-zoo"
         raise InvalidInput.field(field, text)
-    from huggingface_hub import HfApi, snapshot_download
-
     # It may be a folder's name with a slip.
     with told(f"{source}, which is no file or folder here", field, "read"):
-        # Asked first, since the download tells little of what went wrong.
-        HfApi().repo_info(source, repo_type="dataset")
-        wanted = [*(f"*{suffix}" for suffix in SUFFIXES), ABOUT, BASELINE, PATTERNS]
-        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=wanted))
+        return fetch(source, "dataset", [*(f"*{suffix}" for suffix in SUFFIXES), ABOUT, BASELINE, PATTERNS])
 
 
 def _allowed(name: str) -> bool:
