@@ -376,7 +376,8 @@ with tempfile.TemporaryDirectory() as folder:
         source.mkdir()
         for text in chance.sample("abcdef", 3):
             (source / text).write_text(text * 1000)
-        mine.append(store.put(source, name="x", type="x", record=lambda id, _: (live / id).touch())[0])
+        put = store.put(source, name="x", type="x", job=f"{seed}-{number}", record=lambda id, _: (live / id).touch())
+        mine.append(put[0])
         if chance.random() < 0.8:
             (live / mine.pop(chance.randrange(len(mine)))).unlink()
 print("done")

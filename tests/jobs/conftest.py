@@ -82,14 +82,16 @@ def registry(database_url: str) -> Iterator[JobRegistry]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets the registry's clock forward by so many seconds."""
+    """Stops the registry's clock so many seconds after the test's begin."""
     from datetime import timedelta
 
     from services.jobs import transitions
 
-    real = transitions.now
+    begin = transitions.now()
 
     def forward(seconds: float) -> None:
-        monkeypatch.setattr(transitions, "now", lambda: real() + timedelta(seconds=seconds))
+        monkeypatch.setattr(transitions, "now", lambda: begin + timedelta(seconds=seconds))
+
+    forward(0)
 
     return forward
