@@ -51,6 +51,19 @@ held-out sequences with the behaviour (in the last row: without any) that the ne
 """
 
 
+def summary(effect: Effect) -> dict[str, object]:
+    """``effect`` in short: mean ``target`` and ``local``, in how many networks there is ``nothing_to_change``, and the
+    ``strength`` of each, or the one of all."""
+    target, local, strength = (np.atleast_1d(one) for one in (effect.target, effect.local, effect.strength))
+    mean, strengths = _mean(target), strength.tolist()
+    return {
+        "target": None if math.isnan(mean) else round(mean, 4),
+        "local": round(float(local.mean()), 4),
+        "nothing_to_change": int(np.isnan(target).sum()),
+        "strength": strengths[0] if len(set(strengths)) == 1 else strengths,
+    }
+
+
 def _said(edit: Edit) -> str:
     operation, behavior, *by = edit
     return f"{operation} {behavior}" + (f" by {by[0]}" if by else "")

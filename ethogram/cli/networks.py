@@ -147,16 +147,18 @@ def steer(
         "activation": activation,
         "version": version,
     }
+    measured: dict[str, Any] = {}
     with _inference(url) as inference:
         if report is None:
             answer: Steered | Effect = inference.steer(model, networks, edits, **options)
         else:
-            from ethogram.effect import effect_page
+            from ethogram.effect import effect_page, summary
 
             answer = effect = inference.effect(model, networks, edits, **options)
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text(effect_page(effect, edits, str(networks)))
-    _write(output, answer.networks, as_json, model=answer.model, version=answer.version)
+            measured = summary(effect)
+    _write(output, answer.networks, as_json, model=answer.model, version=answer.version, **measured)
 
 
 def _strength(text: str) -> float | str:
@@ -170,7 +172,7 @@ def _strength(text: str) -> float | str:
 
 steer_examples = examples(
     "ethogram steer my-codec networks.safetensors --add palindrome -o steered.safetensors",
-    "ethogram steer my-codec networks.safetensors --remove 'starts_with(A)' --add all_same",
+    "ethogram steer my-codec networks.safetensors --remove 'ends_with(C)' --add palindrome",
     "ethogram steer my-codec mine.safetensors --replace palindrome=has_majority --strength auto --report effect.html",
 )
 
@@ -209,6 +211,9 @@ evaluate_examples = examples(
 )
 
 
+_EFFECT = ("target", "local", "nothing_to_change", "strength")
+
+
 @contextmanager
 def _inference(url: str | None) -> Iterator[Inference]:
 
@@ -216,10 +221,13 @@ def _inference(url: str | None) -> Iterator[Inference]:
         yield inference
 
 
-def _write(path: Path, tensors: Mapping[str, NDArray[Any]], as_json: bool, **more: str) -> None:
+def _write(path: Path, tensors: Mapping[str, NDArray[Any]], as_json: bool, **more: Any) -> None:
     from ethogram.cli.output import result, say
     from ethogram.networks import save
 
     save(path, tensors)
     value = {"file": str(path), "tensors": {name: list(value.shape) for name, value in tensors.items()}} | more
-    result(value, as_json, lambda: say(f"{path}: {', '.join(f'{n} {list(v.shape)}' for n, v in tensors.items())}"))
+    lines = [f"{path}: {', '.join(f'{n} {list(v.shape)}' for n, v in tensors.items())}"]
+    if "local" in more:
+        lines.append("; ".join(f"{name.replace('_', ' ')}: {said}" for name, said in more.items() if name in _EFFECT))
+    result(value, as_json, lambda: say("\n".join(lines)))

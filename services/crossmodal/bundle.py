@@ -121,6 +121,8 @@ class Codec:
         device: str = "cpu",
     ) -> None:
         self.spec, self.signature, self.device = spec, signature, device
+        self.course: list[dict[str, float]] = []
+        """Loss, terms and validations of the training that made it, each with its ``step``; not kept in its files."""
         self.zoo = zoo
         """Digest of the zoo that it is of."""
         self.patterns, self.positives = tuple(patterns), tuple(positives)
@@ -444,11 +446,12 @@ class Codec:
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu", parts: Sequence[Part] = PARTS) -> Codec:
+    def load(cls, folder: Path | str, device: str = "cpu", parts: Sequence[Part] = PARTS) -> Codec:
         """Read what :meth:`save` wrote, of encoder and decoder only ``parts``: a call that needs another one raises
         :class:`InvalidInput`. So does a file that is missing, wrong, or of another run."""
         if unknown := [part for part in parts if part not in PARTS]:
             raise InvalidInput.field("parts", f"{unknown[0]!r} is none of {', '.join(PARTS)}")
+        folder = Path(folder)
         with _reading(folder, "config.json") as path:
             config = json.loads(path.read_text())
             if config["format"] != FORMAT:

@@ -37,6 +37,7 @@ from services.zoo.subjects import Architecture, Params, select, unflatten
 
 PAGE = "report.html"
 PICTURES = {
+    "course": "Losses over the steps of training",
     "steering": "Steering: target, locality and gates by behaviour",
     "curves": "Target and locality over the strength of edits, and one against the other",
     "latent_map": "Latents by behaviour, principal components",
@@ -56,7 +57,8 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     ``[subjects, behaviors]``. In a zoo of several shapes these files have subjects of the most common one.
     ``latent_map.png`` shows the latents of all subjects by behaviour, ``clusters.png`` (of many subjects) the same by
     UMAP, ``steering.png`` the behaviours before and after each edit, ``curves.png`` what strength does;
-    ``report.html`` has them all and the numbers.
+    ``course.png`` the losses over the training, where the codec comes from it and not from a file; ``report.html``
+    has them all and the numbers.
 
     Raises :class:`InvalidInput` for another zoo than the codec was trained on.
     """
@@ -75,6 +77,8 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
             "steering": png(steering_plot(evaluation)),
             "curves": png(curves_plot(evaluation)),
         }
+        if codec.course:
+            pictures["course"] = png(course_plot(codec.course))
         if len(zoo) >= LEAST_FOR_UMAP:
             title = f"Latents of {len(zoo):,} networks, by behaviour (UMAP)"
             pictures["clusters"] = png(latent_map(codec, zoo, umap_places(latents, codec.spec.seed), title))
@@ -309,6 +313,43 @@ def curves_plot(evaluation: dict[str, Any]) -> Figure:
     return figure
 
 
+def course_plot(course: Sequence[Mapping[str, float]]) -> Figure:
+    """The loss over the steps, in training and on validation subjects, and its terms on the latter."""
+    figure = Figure(figsize=(13.5, 3.6), layout="constrained")
+    loss, terms = figure.subplots(1, 2)
+    curves = {
+        name: [(row["step"], row[name]) for row in course if name in row]
+        for name in dict.fromkeys(name for row in course for name in row)
+        if name != "step"
+    }
+    for name, points in curves.items():
+        if name in ("loss", "validation_loss"):
+            color = BEFORE if name == "loss" else AFTER
+            loss.plot(*zip(*points, strict=True), color=color, lw=1.2, label=name.replace("_", " "))
+        elif name.startswith("validation_"):
+            terms.plot(*zip(*points, strict=True), lw=1.2, label=name.removeprefix("validation_"))
+    for axis, title in ((loss, "loss"), (terms, "its terms on validation subjects")):
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("step")
+        axis.set_yscale("log")
+        axis.grid(color=FAINT, lw=0.5)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
+        _plain(axis)
+    return figure
+
+
+def _ending(codec: Codec) -> str:
+    """What training did, in words."""
+    if not codec.course:
+        return "Its course is told where the codec comes from training, not from its files."
+    validations = [(row["validation_loss"], row["step"]) for row in codec.course if "validation_loss" in row]
+    text = f"{codec.course[-1]['step']:,.0f} of at most {codec.spec.training.steps:,} steps were taken."
+    if validations:
+        text += f" The validation loss was lowest, {min(validations)[0]:.4f}, at step {min(validations)[1]:,.0f}."
+    return text
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points that no other one beats in both numbers, by the first, ascending."""
     front: list[tuple[float, float]] = []
@@ -347,6 +388,7 @@ def report_page(codec: Codec, evaluation: dict[str, Any], pictures: Mapping[str,
     body = f"""
 <p>Judged on {counts["held_out"]:,} networks and on sequences that training never saw; trained on {counts["train"]:,}.
 Decoded networks agree with their sources on {figures["agreement"]:.1%} of the sequences.</p>
+<h2>Training</h2><p>{_ending(codec)}</p>{shown.get("course", "")}
 <h2>Edits</h2>{shown["steering"]}
 <p><b>target</b>: accuracy where the edit decides; <b>local</b>: change of accuracy everywhere else,
 and <b>kept</b>: the share of answers there that stayed the source's own. An edit passes the

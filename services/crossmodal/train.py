@@ -64,6 +64,7 @@ def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World =
             if trainer.step % spec.training.validate_every == 0 or last:
                 told |= trainer.validate()
             if told:
+                trainer.course.append({"step": trainer.step, **told})
                 run.metric(trainer.step, **told)
                 log(trainer.step, told)
             run.advance(trainer.step)
@@ -84,6 +85,8 @@ class Trainer:
         self.spec, self.zoo, self.device, self.world, self.step = spec, zoo, device, world, 0
         self.saved: int | None = None
         """Step of the last checkpoint."""
+        self.course: list[dict[str, float]] = []
+        """What was told of the training so far, each with its ``step``."""
         split = split_subjects(zoo.labels, zoo.shape, spec)
         self.preprocessor = Preprocessor.of(spec, zoo, split.train)
         self.layout = zoo.layout
@@ -293,7 +296,9 @@ class Trainer:
             self.spec.codec, Tokenizer.of(self.spec.codec, self.preprocessor), len(self.zoo.patterns), torch.Generator()
         )
         model.load_state_dict(state)
-        return Codec.of(self.spec, self.zoo, self.preprocessor, model.to(self.device), self.subjects)
+        codec = Codec.of(self.spec, self.zoo, self.preprocessor, model.to(self.device), self.subjects)
+        codec.course = self.course
+        return codec
 
     def share(self) -> None:
         """Take the state of the first process: others would fit another standardisation to the bit, and may not have
@@ -304,7 +309,12 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Write the state into ``folder``, without pickle."""
         save_file({name: value.contiguous() for name, value in self._state().items()}, folder / "state.safetensors")
-        about = {"spec": self.spec.model_dump(mode="json"), "zoo": self.zoo.digest, "processes": self.world.size}
+        about = {
+            "spec": self.spec.model_dump(mode="json"),
+            "zoo": self.zoo.digest,
+            "processes": self.world.size,
+            "course": self.course,
+        }
         (folder / "state.json").write_text(json.dumps(about))
         self.saved = self.step
 
@@ -323,6 +333,7 @@ class Trainer:
                     f"was written by a run of {about['processes']} processes; take as many, or start afresh",
                 )
             self._restore(load_file(folder / "state.safetensors", device=self.device))
+            self.course = about["course"]
         # What parsers and torch raise for files that are cut off, changed or missing.
         except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None

@@ -22,4 +22,8 @@ def run(spec: GenerationSpec, run: Run) -> dict[str, Any]:
         if spec.part is None:
             write_report(folder, report)
             run.artifact("report", "report", report)
+            none = [name for name, count in figures["subjects_by_pattern"].items() if not count]
+            if none:
+                text = "no codec can learn them; see `rejected`, train longer or ask for fewer at once"
+                run.log(f"no subject has {', '.join(none)}: {text}")
         return figures | pipeline.publish(folder)

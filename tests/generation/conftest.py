@@ -52,6 +52,10 @@ class Recorder(Run):
         self.done: list[int] = []
         self.stages: list[tuple[str, int, str]] = []
         self.artifacts: list[tuple[str, str]] = []
+        self.logs: list[str] = []
+
+    def log(self, message: str, level: str = "info") -> None:
+        self.logs.append(message)
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
         self.stages.append((name, total, unit))

@@ -217,3 +217,9 @@ def test_the_job_keeps_the_zoo_and_reports_figures(zoo: Zoo) -> None:
     assert result["subjects"] == 40 and result["candidates"] >= 40 + sum(result["rejected"].values())
     assert result["accuracy"] == pytest.approx(float(zoo.accuracy.mean()), abs=1e-4)
     assert result["subjects_by_pattern"]["sorted_descending"] == int(zoo.labels[:, 2].sum())
+
+    # One subject has at most so many of the behaviours: the others have none.
+    few = zoo.spec.model_copy(update={"subjects": 1, "max_patterns_per_batch": 1})
+    told = Recorder()
+    without = [name for name, count in job.run(few, told)["subjects_by_pattern"].items() if not count]
+    assert f"no subject has {', '.join(without)}: " in " ".join(told.logs)

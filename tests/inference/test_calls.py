@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ethogram import inference as client_module
 from ethogram import networks as network_files
-from ethogram.effect import effect_page
+from ethogram.effect import effect_page, summary
 from ethogram.errors import InvalidInput
 from ethogram.inference import Inference
 from ethogram.rpc import CHANNEL_OPTIONS
@@ -90,6 +90,9 @@ def test_effect_is_the_codecs(
     steered = inference.steer("tiny", arrays(params), edits, **options)
     assert_networks(steered.networks, expected.networks)
 
+    short = summary(found)
+    assert short["local"] == pytest.approx(float(expected.scores.local.mean()), abs=1e-4)
+    assert short["nothing_to_change"] == int(expected.scores.target.isnan().sum())
     page = effect_page(found, edits, "networks.safetensors")
     assert "replace palindrome by sorted_ascending, add starts_with(A)" in page and page.count("<tr>") == 1 + 4 + 1 + 5
     one = inference.effect("tiny", {name: array[2] for name, array in arrays(params).items()}, edits, **options)

@@ -8,6 +8,7 @@ import logging
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,9 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.
 
 
 def test_ctrl_c_ends_at_a_checkpoint_and_twice_at_once(tmp_path: Path) -> None:
+    def keep(step: int, folder: Path) -> None:
+        (folder / "step").write_text(str(step))
+
     def steps(run: ConsoleRun, interruptions: dict[int, int]) -> int:
         """The step at which it ended."""
         step = 0
@@ -94,7 +98,7 @@ def test_ctrl_c_ends_at_a_checkpoint_and_twice_at_once(tmp_path: Path) -> None:
                     for _ in range(interruptions.get(step, 0)):
                         signal.raise_signal(signal.SIGINT)
                     if step % 10 == 0 and run.checkpoint_due():
-                        run.checkpoint(step, lambda folder, step=step: (folder / "step").write_text(str(step)) and None)
+                        run.checkpoint(step, partial(keep, step))
         except KeyboardInterrupt:
             pass
         return step
