@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from services.runtime import console, logs
+from services.runtime import logs
 from services.runtime.console import ConsoleRun
 from services.runtime.seeds import generator
 
@@ -66,7 +66,7 @@ def test_a_narrow_terminal_shows_fewer_metrics_in_one_line() -> None:
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("services.runtime.console.time.monotonic", lambda: now[0])
     shown = io.StringIO()
     with ConsoleRun(console=Console(file=shown, width=80)) as run:
         run.stage("train", 60)
