@@ -1,0 +1,184 @@
+"""The attention model for the travelling salesman problem (Kool et al. 2019, arXiv 1803.08475).
+
+Cities are points of the unit square, ``[batch, nodes, 2]``. Each layer of the encoder is attention and an MLP, each
+with a skip and a batch normalisation after it, so at evaluation the stream passes a layer by an affine map and the two
+additions. The decoder builds a tour city by city: a query of the tour's first and last city attends to the cities that
+are left, and what it finds is compared with each of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.clt import PolicyModelSpec
+
+FORMAT = 1
+CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
+
+
+class Attention(nn.Module):
+    """Multi-head attention of all cities to all."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """``[batch, nodes, width]`` to the same."""
+        batch, nodes, width = stream.shape
+        parts = self.qkv(stream).view(batch, nodes, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = parts.unbind(0)
+        found = F.scaled_dot_product_attention(query, key, value)
+        attended: Tensor = self.out(found.transpose(1, 2).reshape(batch, nodes, width))
+        return attended
+
+
+class Norm(nn.BatchNorm1d):
+    """Batch normalisation over all cities of all instances."""
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """``[batch, nodes, width]`` to the same."""
+        return super().forward(stream.flatten(0, 1)).view_as(stream)
+
+
+class Layer(nn.Module):
+    """Attention and an MLP, each with a skip and a normalisation after it."""
+
+    def __init__(self, spec: PolicyModelSpec) -> None:
+        super().__init__()
+        width, wide = spec.hidden_dim, spec.feed_forward
+        self.attention = Attention(width, spec.heads)
+        self.norm1 = Norm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, wide), nn.ReLU(), nn.Linear(wide, width))
+        self.norm2 = Norm(width)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """``[batch, nodes, width]`` to the same."""
+        stream = self.norm1(stream + self.attention(stream))
+        written: Tensor = self.norm2(stream + self.mlp(stream))
+        return written
+
+
+class PolicyEncoder(nn.Module):
+    """Cities to their embeddings."""
+
+    def __init__(self, spec: PolicyModelSpec) -> None:
+        super().__init__()
+        self.embed = nn.Linear(2, spec.hidden_dim)
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
+
+    def forward(self, cities: Tensor) -> Tensor:
+        """``[batch, nodes, 2]`` to ``[batch, nodes, width]``."""
+        stream: Tensor = self.embed(cities)
+        for layer in self.layers:
+            stream = layer(stream)
+        return stream
+
+
+class Memory(NamedTuple):
+    """What the decoder keeps of the cities of each instance."""
+
+    first: Tensor
+    """What each city adds to the query as the tour's first, ``[batch, nodes, width]``."""
+    last: Tensor
+    """The same as the tour's last."""
+    fixed: Tensor
+    """What the query has throughout, ``[batch, 1, width]``."""
+    start: Tensor
+    """What the query of an empty tour has instead of first and last, ``[width]``."""
+    key: Tensor
+    """``[batch, heads, nodes, width / heads]``."""
+    value: Tensor
+    """The same."""
+    compare: Tensor
+    """``[batch, nodes, width]``."""
+
+
+class PolicyDecoder(nn.Module):
+    """The chance of each city to be the next."""
+
+    def __init__(self, spec: PolicyModelSpec) -> None:
+        super().__init__()
+        width = spec.hidden_dim
+        self.heads, self.clipping, self.graph_context = spec.heads, spec.clipping, spec.graph_context
+        self.placeholder = nn.Parameter(torch.empty(2 * width).uniform_(-1, 1))
+        self.context = nn.Linear(2 * width, width, bias=False)
+        self.project = nn.Linear(width, 3 * width, bias=False)
+        self.fixed = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def memory(self, stream: Tensor) -> Memory:
+        """What is the same at every step, of the encoder's output ``[batch, nodes, width]``."""
+        batch, nodes, width = stream.shape
+        key, value, compare = self.project(stream).chunk(3, -1)
+        first, last = self.context.weight.chunk(2, 1)
+        mean = self.fixed(stream.mean(1, keepdim=True)) if self.graph_context else stream.new_zeros(batch, 1, width)
+        key, value = (part.view(batch, nodes, self.heads, -1).transpose(1, 2) for part in (key, value))
+        return Memory(stream @ first.T, stream @ last.T, mean, self.context(self.placeholder), key, value, compare)
+
+    def logits(self, memory: Memory, query: Tensor, left: Tensor) -> Tensor:
+        """Logits ``[batch, queries, nodes]`` of the next city; ``query`` ``[batch, queries, width]``; ``left``: the
+        cities that are not yet in the tour, bool ``[batch, queries, nodes]``."""
+        batch, queries, width = query.shape
+        heads = query.view(batch, queries, self.heads, -1).transpose(1, 2)
+        found = F.scaled_dot_product_attention(heads, memory.key, memory.value, attn_mask=left.unsqueeze(1))
+        glimpse = self.out(found.transpose(1, 2).reshape(batch, queries, width))
+        likeness = glimpse @ memory.compare.transpose(1, 2) / math.sqrt(width)
+        return (self.clipping * torch.tanh(likeness.float())).masked_fill(~left, float("-inf"))
+
+
+class AttentionPolicy(nn.Module):
+    """A policy for instances of ``nodes`` cities; it takes any other number too."""
+
+    def __init__(self, spec: PolicyModelSpec, nodes: int) -> None:
+        super().__init__()
+        self.spec, self.nodes = spec, nodes
+        self.encoder, self.decoder = PolicyEncoder(spec), PolicyDecoder(spec)
+
+    @property
+    def digest(self) -> str:
+        """Hash of architecture and weights."""
+        found = hashlib.sha256(self.spec.model_dump_json().encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def save(self, folder: Path, about: Mapping[str, object] | None = None) -> None:
+        """Write ``policy.json`` and ``policy.safetensors``; ``about`` is kept in the former."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        config = {"format": FORMAT, "model": self.spec.model_dump(mode="json"), "nodes": self.nodes}
+        (folder / CONFIG).write_text(json.dumps({**config, "about": dict(about or {})}, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path | str, device: str = "cpu") -> AttentionPolicy:
+        """Read what :meth:`save` wrote, ready for evaluation. Raises :class:`InvalidInput` where it cannot."""
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / CONFIG).read_text())
+            if config["format"] != FORMAT:
+                raise InvalidInput.field("policy", f"has format {config['format']}; this version reads {FORMAT}")
+            policy = cls(PolicyModelSpec.model_validate(config["model"]), int(config["nodes"]))
+            policy.load_state_dict(load_file(folder / WEIGHTS))
+        except FileNotFoundError as error:
+            raise InvalidInput.field("policy", f"{error.filename} is missing, so {folder} is no policy") from None
+        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
+            if isinstance(error, InvalidInput):
+                raise
+            text = f"{folder} is no policy that can be read: {str(error).splitlines()[0]}"
+            raise InvalidInput.field("policy", text) from None
+        return policy.to(device).eval().requires_grad_(False)
