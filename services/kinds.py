@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from ethogram.specs import kinds
 from ethogram.specs.base import ArtifactRef, Spec
-from ethogram.v1 import crossmodal_pb2, generation_pb2
+from ethogram.v1 import clt_pb2, crossmodal_pb2, generation_pb2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,21 @@ KINDS: dict[str, Kind] = {
             request=crossmodal_pb2.RunCrossmodalRequest,
             rpc="/ethogram.v1.CrossmodalTrainingService/Run",
             servicer="services.crossmodal.service:add_to_server",
+        ),
+        *(
+            Kind(
+                **vars(kind),
+                request=request,
+                rpc=f"/ethogram.v1.CltService/{rpc}",
+                servicer="services.clt.service:add_to_server",
+            )
+            for kind, request, rpc in (
+                (kinds.POLICY, clt_pb2.RunPolicyRequest, "RunPolicy"),
+                (kinds.ACTIVATIONS, clt_pb2.RunActivationsRequest, "RunActivations"),
+                (kinds.SAE, clt_pb2.RunSaeRequest, "RunSae"),
+                (kinds.CLT, clt_pb2.RunCltRequest, "RunClt"),
+                (kinds.SWEEP, clt_pb2.RunSweepRequest, "RunSweep"),
+            )
         ),
     )
 }

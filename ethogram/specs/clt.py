@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from ethogram.specs.base import ArtifactRef, Seed, Spec, WandbSpec
+
+MOST_RUNS = 1000
+"""Of a sweep."""
 
 
 class PolicyModelSpec(Spec):
@@ -219,7 +223,7 @@ class SparseTrainingSpec(Spec):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products."""
     snapshots: int | None = Field(None, ge=1)
-    """Steps between snapshots of the weights, kept as artifact ``snapshots``; None: none."""
+    """Steps between snapshots of the weights, each an artifact ``snapshot-<step>``; None: none."""
 
 
 class SaeSpec(Spec):
@@ -278,4 +282,55 @@ class CltSpec(Spec):
             raise ValueError("sources: a pair has one source and one target")
         if self.kind != "pair" and self.model.dictionary is not None:
             raise ValueError("model.dictionary: a pair alone can be tied to a dictionary of its target")
+        return self
+
+
+class GridAxis(Spec):
+    """One option of a grid and its values."""
+
+    option: str = Field(min_length=1, max_length=200, pattern=r"^(model|loss|training)\.[a-z0-9_]+$|^seed$")
+    """Option of a clt spec, e.g. ``model.k``."""
+    values: list[str] = Field(default=[], max_length=1000)
+    """Values, written as in JSON; what is no JSON is a string."""
+
+    @model_validator(mode="after")
+    def _some(self) -> GridAxis:
+        if not self.values:
+            raise ValueError("values: name at least one")
+        return self
+
+
+class SweepSpec(Spec):
+    """Train transcoders for each pair and each point of a grid, and compare them."""
+
+    activations: ArtifactRef
+    """The store."""
+    kind: Literal["pair", "per_layer", "cross_layer"] = "pair"
+    """``pair``: each pair has runs of its own; else the pairs are the places of one transcoder, see the clt spec."""
+    pairs: list[str] = Field(default=[], max_length=1000)
+    """Pairs ``SOURCE->TARGET`` of hook points; without, what enters and leaves each MLP of the store."""
+    grid: list[GridAxis] = Field(default=[], max_length=20)
+    """Options to vary; every combination is trained."""
+    seed: Seed = 0
+    """Everything random flows from it."""
+    model: SparseModelSpec = SparseModelSpec()
+    """Form, but for the grid."""
+    loss: SparseLossSpec = SparseLossSpec()
+    """Objective, but for the grid."""
+    training: SparseTrainingSpec = SparseTrainingSpec()
+    """Optimisation, but for the grid."""
+    wandb: WandbSpec | None = None
+    """Metrics of each run to Weights & Biases too, under its name."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SweepSpec:
+        for number, pair in enumerate(self.pairs):
+            if len([end for end in pair.split("->") if end]) != 2:
+                raise ValueError(f"pairs.{number}: {pair} is not of the form SOURCE->TARGET")
+        options = [axis.option for axis in self.grid]
+        for number, option in enumerate(options):
+            if option in options[:number]:
+                raise ValueError(f"grid.{number}.option: {option} is there twice")
+        if math.prod(len(axis.values) for axis in self.grid) > MOST_RUNS:
+            raise ValueError(f"grid: has more than {MOST_RUNS} points")
         return self

@@ -56,7 +56,7 @@ def train(
     each process does its part of every batch."""
     output.say("preparing: loading what trains")
     from services.crossmodal import job
-    from services.crossmodal.parallel import join
+    from services.runtime.parallel import join
     from services.crossmodal.report import PAGE
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import check_device

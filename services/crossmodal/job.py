@@ -9,7 +9,7 @@ from typing import Any
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal.evaluate import evaluate
 from services.crossmodal.hub import open_repository, push
-from services.crossmodal.parallel import ALONE, World
+from services.runtime.parallel import ALONE, World
 from services.crossmodal.report import write_report
 from services.crossmodal.train import train
 from services.runtime.run import Run

@@ -22,7 +22,7 @@ from services.crossmodal import losses
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import Preprocessor, Queries, Subjects, check, split_subjects
 from services.crossmodal.model import EncoderDecoder, perceptron
-from services.crossmodal.parallel import ALONE, World
+from services.runtime.parallel import ALONE, World
 from services.crossmodal.sampler import BehaviorAwareBatchSampler
 from services.crossmodal.steering import choose, edited, toggle
 from services.crossmodal.tokenizer import Tokenizer

@@ -4,27 +4,50 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ethogram.specs.base import WandbSpec
 from services.runtime.run import Run
 
-Log = Callable[[int, Mapping[str, float]], None]
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ARTIFACT = "wandb"
 
 
+class Log:
+    """Logs numbers at a step; a silent one has no ``session``."""
+
+    def __init__(self, session: Any = None) -> None:
+        self._session = session
+        self.id: str | None = session.id if session is not None else None
+        """Of the run there, to go on with."""
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Log ``values``."""
+        if self._session is not None:
+            self._session.log(dict(values), step=step)
+
+    def histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Log how ``values`` are distributed."""
+        if self._session is not None:
+            import wandb
+
+            self._session.log({name: wandb.Histogram(values.tolist())}, step=step)
+
+
 @contextmanager
-def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run) -> Iterator[Log]:
-    """A function that logs numbers at a step; it does nothing where there is no ``spec``.
+def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run, id: str | None = None) -> Iterator[Log]:
+    """What logs numbers at a step; it does nothing where there is no ``spec``. ``id``: of a run to go on with.
 
     With ``WANDB_API_KEY`` in the environment it logs to the service. Without, it writes what ``wandb sync`` sends
     later, and keeps it as the artifact ``wandb``.
     """
     if spec is None:
-        yield lambda step, values: None
+        yield Log()
         return
     # It takes seconds to import.
     import wandb
@@ -34,13 +57,15 @@ def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run) -> Iter
         session = wandb.init(
             project=spec.project,
             name=spec.name,
+            id=id,
+            resume="allow" if id else None,
             config=dict(config),
             dir=scratch,
             mode="online" if online else "offline",
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True),
         )
         try:
-            yield lambda step, values: session.log(dict(values), step=step)
+            yield Log(session)
         finally:
             session.finish()
         if not online:

@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import start_processes
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal.model import EncoderDecoder
-from services.crossmodal.parallel import World, join
+from services.runtime.parallel import World, join
 from services.crossmodal.train import Trainer, micro_batches, train
 from services.runtime.run import Run
 from services.zoo.dataset import Zoo

@@ -2,7 +2,7 @@
 
 All begin with the first one's state and take its validations, so that they stay one model and stop together.
 
-torchrun --nproc-per-node 2 -m services.crossmodal train -f codec.yaml
+torchrun --nproc-per-node 2 -m services.crossmodal train my-zoo -o my-run
 """
 
 from __future__ import annotations

@@ -1,0 +1,65 @@
+"""How well a sparse model reconstructs, and what its features do, on rows that training never saw."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from services.clt.activations.loader import everything
+from services.clt.activations.store import ActivationStore
+from services.clt.sparse.model import SparseModel
+
+CHUNK = 8192
+"""Rows that go through the model at once."""
+
+
+@torch.no_grad()
+def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dict[str, float], Tensor]:
+    """Figures on at most ``rows`` validation rows, and the share of rows in which each feature is active, ``[features]``
+    of all sources in turn.
+
+    ``fvu``: squared error over the variance, sums over rows and channels, a mean over the targets (of each target
+    ``fvu.<hook>``); ``explained_variance``: 1 less that; ``mse``; ``cosine``: of reconstruction and target, both less
+    the target's mean; ``l0``: active features of a row, a mean over the sources; ``density``: the same as a share;
+    ``silent``: share of features that are active in none of these rows.
+    """
+    was_training = model.training
+    model.eval()
+    streams, device = model.streams, model.encoders[0].device
+    hooks = list(dict.fromkeys([*streams.sources, *streams.targets]))
+    counts = [torch.zeros(count, dtype=torch.int64) for count in model.features]
+    errors, squares, cosines = (torch.zeros(len(streams.targets), dtype=torch.float64) for _ in range(3))
+    sums = [torch.zeros(width, dtype=torch.float64) for width in streams.target_widths]
+    seen = 0
+    for chunk in everything(store, hooks, "validation", rows, CHUNK):
+        by_hook = {hook: part.to(device) for hook, part in zip(hooks, chunk, strict=True)}
+        inputs = model.scaled([by_hook[hook] for hook in streams.sources], "read")
+        code = model.encode(inputs)
+        found = [scale.undo(part) for scale, part in zip(model.write, model.decode(code, inputs), strict=True)]
+        for own, count in zip(code, counts, strict=True):
+            count += own.counts().cpu()
+        for t, (hook, one) in enumerate(zip(streams.targets, found, strict=True)):
+            target, centre = by_hook[hook], model.write[t].mean
+            errors[t] += (one - target).double().square().sum().cpu()
+            squares[t] += (target - centre).double().square().sum().cpu()
+            sums[t] += (target - centre).double().sum(0).cpu()
+            near = torch.nn.functional.cosine_similarity(one - centre, target - centre, dim=1)
+            cosines[t] += near.double().sum().cpu()
+        seen += len(chunk[0])
+    model.train(was_training)
+    # About the mean of these rows, which is not quite that of the training rows.
+    variance = squares - torch.stack([total.square().sum() / seen for total in sums])
+    fvu = errors / variance.clamp_min(1e-12)
+    active = torch.cat(counts)
+    figures = {
+        "fvu": float(fvu.mean()),
+        "explained_variance": float(1 - fvu.mean()),
+        "mse": float((errors / torch.tensor(streams.target_widths)).mean() / seen),
+        "cosine": float(cosines.mean() / seen),
+        "l0": float(active.sum()) / seen / len(counts),
+        "density": float(active.sum()) / seen / len(active),
+        "silent": float((active == 0).float().mean()),
+    }
+    if len(streams.targets) > 1:
+        figures |= {f"fvu.{hook}": float(one) for hook, one in zip(streams.targets, fvu, strict=True)}
+    return figures, active.double() / seen

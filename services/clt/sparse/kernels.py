@@ -1,0 +1,141 @@
+"""Sparse codes on a CPU: the largest of each row, and products that touch active features alone.
+
+A code is kept by rows: row ``i`` has the entries ``ptr[i]`` to ``ptr[i + 1]`` of ``cols`` (features) and ``vals``. The
+backward pass needs it by features too, which :func:`by_feature` finds once for all products. All numbers are float32
+and all arrays contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+
+_compiled: Any = njit(cache=True, fastmath=True, nogil=True)
+_parallel: Any = njit(cache=True, fastmath=True, nogil=True, parallel=True)
+
+
+@_compiled
+def _keep_largest(vals: Floats, cols: Ints, count: int, k: int) -> None:  # pragma: no cover
+    """Bring the ``k`` largest of the first ``count`` numbers to the front (Hoare's selection)."""
+    left, right = 0, count - 1
+    while left < right:
+        pivot = vals[(left + right) // 2]
+        i, j = left, right
+        while i <= j:
+            while vals[i] > pivot:
+                i += 1
+            while vals[j] < pivot:
+                j -= 1
+            if i <= j:
+                vals[i], vals[j] = vals[j], vals[i]
+                cols[i], cols[j] = cols[j], cols[i]
+                i += 1
+                j -= 1
+        if k - 1 <= j:
+            right = j
+        elif k - 1 >= i:
+            left = i
+        else:
+            return
+
+
+@_parallel
+def largest(pre: Floats, k: int, cols: Ints, vals: Floats) -> None:  # pragma: no cover
+    """The ``k`` largest numbers above 0 of each row of ``pre`` ``[rows, features]`` into ``cols`` and ``vals`` ``[rows,
+    k]``; where there are fewer, the rest has the value 0."""
+    rows, features = pre.shape
+    room = 4 * k
+    for i in prange(rows):
+        found, where = np.empty(room, np.float32), np.empty(room, np.int32)
+        count, least = 0, np.float32(0)
+        for j in range(features):
+            value = pre[i, j]
+            if value > least:
+                found[count], where[count] = value, j
+                count += 1
+                if count == room:
+                    _keep_largest(found, where, count, k)
+                    count, least = k, found[:k].min()
+        if count > k:
+            _keep_largest(found, where, count, k)
+            count = k
+        for e in range(count):
+            vals[i, e], cols[i, e] = found[e], where[e]
+        for e in range(count, k):
+            vals[i, e], cols[i, e] = 0, 0
+
+
+@_parallel
+def decode(ptr: Longs, cols: Ints, vals: Floats, dictionary: Floats, out: Floats) -> None:  # pragma: no cover
+    """Add code times ``dictionary`` ``[features, width]`` to ``out`` ``[rows, width]``."""
+    width = dictionary.shape[1]
+    for i in prange(len(ptr) - 1):
+        row = out[i]
+        for e in range(ptr[i], ptr[i + 1]):
+            value, word = vals[e], dictionary[cols[e]]
+            if value != 0:
+                for j in range(width):
+                    row[j] += value * word[j]
+
+
+@_parallel
+def products(ptr: Longs, cols: Ints, given: Floats, dictionary: Floats, out: Floats) -> None:  # pragma: no cover
+    """For each entry, the product of its row of ``given`` ``[rows, width]`` and its feature's word."""
+    width = dictionary.shape[1]
+    for i in prange(len(ptr) - 1):
+        row = given[i]
+        for e in range(ptr[i], ptr[i + 1]):
+            word, total = dictionary[cols[e]], np.float32(0)
+            for j in range(width):
+                total += row[j] * word[j]
+            out[e] = total
+
+
+@_compiled
+def by_feature(ptr: Longs, cols: Ints, features: int) -> tuple[Longs, Longs, Ints]:  # pragma: no cover
+    """The code by features: where each begins ``[features + 1]``, and of its entries their places and rows."""
+    start = np.zeros(features + 1, np.int64)
+    for e in range(len(cols)):
+        start[cols[e] + 1] += 1
+    for f in range(features):
+        start[f + 1] += start[f]
+    at = start[:-1].copy()
+    entry, row = np.empty(len(cols), np.int64), np.empty(len(cols), np.int32)
+    for i in range(len(ptr) - 1):
+        for e in range(ptr[i], ptr[i + 1]):
+            place = at[cols[e]]
+            entry[place], row[place] = e, i
+            at[cols[e]] += 1
+    return start, entry, row
+
+
+@_parallel
+def gather(start: Longs, entry: Longs, row: Ints, vals: Floats, given: Floats, out: Floats) -> None:  # pragma: no cover
+    """For each feature, the sum over its entries of their value times their row of ``given`` ``[rows, width]``, into
+    ``out`` ``[features, width]``."""
+    width = given.shape[1]
+    for f in prange(len(start) - 1):
+        total = out[f]
+        total[:] = 0
+        for place in range(start[f], start[f + 1]):
+            value, source = vals[entry[place]], given[row[place]]
+            if value != 0:
+                for j in range(width):
+                    total[j] += value * source[j]
+
+
+@_compiled
+def sums(start: Longs, entry: Longs, vals: Floats, out: Floats) -> None:  # pragma: no cover
+    """For each feature, the sum of its values."""
+    for f in range(len(start) - 1):
+        total = np.float32(0)
+        for place in range(start[f], start[f + 1]):
+            total += vals[entry[place]]
+        out[f] = total

@@ -1,0 +1,285 @@
+"""Sparse models: features that read some streams and write others.
+
+One form covers all. A source is read by its own features, and writes the targets from its own place on: in an
+autoencoder and a pair there is one place, in per-layer transcoders each source writes its own target alone, in a
+cross-layer transcoder (Ameisen et al. 2025, "Circuit Tracing") all later ones too. Streams come and go in the numbers
+of the store; what takes them to the model's own units, where each channel has a mean square of 1, is part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.clt import SparseModelSpec
+from services.clt.sparse import code as codes
+from services.clt.sparse.code import SPARSE_BELOW, Code
+
+FORMAT = 1
+CONFIG, WEIGHTS = "model.json", "model.safetensors"
+JUMP_WIDTH = 0.05
+"""Width of the kernel of the straight-through estimate of a jump (in pre-activations of a standard deviation of 1)."""
+FIRST_THRESHOLD = 0.03
+
+
+class Streams(NamedTuple):
+    """What a model reads and writes."""
+
+    kind: Literal["sae", "pair", "per_layer", "cross_layer"]
+    sources: list[str]
+    """Hook points, in order of execution."""
+    targets: list[str]
+    """As many; of an autoencoder the source itself."""
+    source_widths: list[int]
+    target_widths: list[int]
+
+    def written(self, source: int) -> range:
+        """Places of the targets that a source writes."""
+        return range(source, len(self.targets) if self.kind == "cross_layer" else source + 1)
+
+
+class Scale(nn.Module):
+    """A stream in the model's units: (x - mean) times ``factor``, a number, one for each channel, or a matrix."""
+
+    mean: Tensor
+    factor: Tensor
+    back: Tensor
+
+    def __init__(self, mean: Tensor, factor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.float().contiguous())
+        self.register_buffer("factor", factor.float().contiguous())
+        self.register_buffer("back", (torch.linalg.pinv(factor) if factor.ndim == 2 else 1 / factor).float())
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """To the model's units, ``[rows, width]``."""
+        centred = stream - self.mean
+        return centred @ self.factor if self.factor.ndim == 2 else centred * self.factor
+
+    def undo(self, stream: Tensor) -> Tensor:
+        """Back to the store's."""
+        return (stream @ self.back if self.back.ndim == 2 else stream * self.back) + self.mean
+
+
+class SparseModel(nn.Module):
+    """An autoencoder or transcoder of ``streams``.
+
+    ``encoders[s]`` ``[features, width]``; ``decoders[s]`` ``[features, sum of the widths of the targets that s
+    writes]``, those targets side by side; ``skips[s]`` ``[target width, source width]``.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        spec: SparseModelSpec,
+        streams: Streams,
+        scales: tuple[Sequence[Scale], Sequence[Scale]],
+        draws: torch.Generator,
+        dictionary: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.streams = spec, streams
+        self.read, self.write = nn.ModuleList(scales[0]), nn.ModuleList(scales[1])
+        self.features = [max(1, round(spec.expansion * width)) for width in streams.source_widths]
+        if dictionary is not None:
+            if dictionary.shape[1] != streams.target_widths[0]:
+                what = f"writes {dictionary.shape[1]} channels, and {streams.targets[0]} has {streams.target_widths[0]}"
+                raise InvalidInput.field("spec.model.dictionary", what)
+            self.features = [len(dictionary)]
+        self.k = [spec.k or max(1, round(spec.k_ratio * count)) for count in self.features]
+        for source, k, count in zip(streams.sources, self.k, self.features, strict=True):
+            if k > count:
+                what = f"{k} is more than the {count} features of {source}; take fewer, or a larger expansion"
+                raise InvalidInput.field("spec.model.k", what)
+        encoders = [
+            nn.functional.normalize(torch.randn(count, width, generator=draws), dim=1)
+            for count, width in zip(self.features, streams.source_widths, strict=True)
+        ]
+        self.encoders = nn.ParameterList(encoders)
+        self.encoder_biases = nn.ParameterList(torch.zeros(count) for count in self.features)
+        if streams.kind == "sae":
+            # Tied at the start, so that a feature writes what it reads.
+            decoders = [encoder.clone() for encoder in encoders]
+        elif dictionary is not None:
+            decoders = [dictionary.clone()]
+        else:
+            widths = [sum(streams.target_widths[t] for t in streams.written(s)) for s in range(len(encoders))]
+            decoders = [torch.zeros(count, width) for count, width in zip(self.features, widths, strict=True)]
+        self.decoders = nn.ParameterList(decoders)
+        self.decoders.requires_grad_(dictionary is None)
+        self.decoder_biases = nn.ParameterList(torch.zeros(width) for width in streams.target_widths)
+        self.skips = nn.ParameterList(
+            torch.zeros(target, source)
+            for source, target in zip(streams.source_widths, streams.target_widths, strict=True)
+            if spec.skip
+        )
+        self.log_thresholds = nn.ParameterList(
+            torch.full((count,), FIRST_THRESHOLD).log() for count in self.features if spec.activation == "jumprelu"
+        )
+        # Of batchtopk: what stands for the batch where there is none.
+        self.register_buffer("threshold", torch.zeros(len(encoders)))
+
+    def sparse(self, source: int) -> bool:
+        """Whether a source's codes are kept by active features."""
+        few = self.k[source] <= SPARSE_BELOW * self.features[source]
+        on_cpu = self.encoders[0].device.type == "cpu"
+        return on_cpu and few and self.spec.activation in ("topk", "batchtopk")
+
+    def scaled(self, streams: Sequence[Tensor], side: Literal["read", "write"]) -> list[Tensor]:
+        """Sources or targets in the model's units."""
+        scales = self.read if side == "read" else self.write
+        return [scale(stream) for scale, stream in zip(scales, streams, strict=True)]
+
+    def encode(self, inputs: Sequence[Tensor], *, bfloat16: bool = False) -> list[Code]:
+        """Codes of sources in the model's units, ``[rows, width]`` each."""
+        return [self._encode(s, stream, bfloat16) for s, stream in enumerate(inputs)]
+
+    def _encode(self, s: int, stream: Tensor, bfloat16: bool) -> Code:
+        weight, bias, k, kind = self.encoders[s], self.encoder_biases[s], self.k[s], self.spec.activation
+        if self.sparse(s):
+            if kind == "topk":
+                return codes.top(stream, weight, bias, k, bfloat16)
+            if not self.training:
+                return codes.above(stream, weight, bias, float(self.threshold[s]), bfloat16)
+            code, least = codes.batch_top(stream, weight, bias, k, 0.8 * float(self.threshold[s]), bfloat16)
+            self._remember(s, least)
+            return code
+        with torch.autocast(stream.device.type, torch.bfloat16, enabled=bfloat16):
+            pre = (stream @ weight.T).float() + bias
+        if kind == "jumprelu":
+            return Code(_Jump.apply(pre, self.log_thresholds[s].exp()))  # type: ignore[no-untyped-call]
+        positive = pre.relu()
+        if kind == "topk":
+            found = positive.topk(k, dim=1, sorted=False)
+            return Code(torch.zeros_like(pre).scatter(1, found.indices, found.values))
+        if kind == "batchtopk":
+            least = float(self.threshold[s])
+            if self.training:
+                wanted = min(k * len(stream), positive.numel())
+                least = float(positive.detach().flatten().topk(wanted, sorted=False).values.min())
+                self._remember(s, least)
+            return Code(positive * (positive.detach() >= least))
+        return Code(positive)
+
+    @torch.no_grad()
+    def _remember(self, s: int, least: float) -> None:
+        known = float(self.threshold[s])
+        self.threshold[s] = least if known == 0 else known + 0.01 * (least - known)
+
+    def decode(self, code: Sequence[Code], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Targets in the model's units, of codes and, where there is a skip, of the sources too."""
+        rows = len(inputs[0])
+        found = [bias.expand(rows, -1) for bias in self.decoder_biases]
+        for s, (own, dictionary) in enumerate(zip(code, self.decoders, strict=True)):
+            written = self.streams.written(s)
+            parts = own.decode(dictionary).split([self.streams.target_widths[t] for t in written], 1)
+            for t, part in zip(written, parts, strict=True):
+                found[t] = found[t] + part
+        for place, (skip, stream) in enumerate(zip(self.skips, inputs, strict=False)):
+            found[place] = found[place] + stream @ skip.T
+        return found
+
+    @torch.no_grad()
+    def forward(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        """Targets, of sources; both in the numbers of the store, ``[rows, width]`` each."""
+        inputs = self.scaled(sources, "read")
+        found = self.decode(self.encode(inputs), inputs)
+        return [scale.undo(part) for scale, part in zip(self.write, found, strict=True)]
+
+    def words(self, source: int, target: int) -> Tensor:
+        """What a source's features write to a target, ``[features, target width]``."""
+        written = self.streams.written(source)
+        begin = sum(self.streams.target_widths[t] for t in written if t < target)
+        return self.decoders[source][:, begin : begin + self.streams.target_widths[target]]
+
+    @torch.no_grad()
+    def unit_words(self) -> None:
+        """Make the words of an autoencoder unit vectors: else a penalty of the code could be met by long ones."""
+        if self.streams.kind == "sae":
+            for dictionary in self.decoders:
+                dictionary.div_(dictionary.norm(dim=1, keepdim=True).clamp_min(1e-8))
+
+    def save(self, folder: Path, about: Mapping[str, object] | None = None) -> None:
+        """Write ``model.json`` and ``model.safetensors``; ``about`` is kept in the former."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        config = {
+            "format": FORMAT,
+            "model": self.spec.model_dump(mode="json"),
+            "streams": self.streams._asdict(),
+            "features": self.features,
+            "tied": not self.decoders[0].requires_grad,
+            "about": dict(about or {}),
+        }
+        (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path | str, device: str = "cpu") -> SparseModel:
+        """Read what :meth:`save` wrote, ready for evaluation. Raises :class:`InvalidInput` where it cannot."""
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / CONFIG).read_text())
+            if config["format"] != FORMAT:
+                raise InvalidInput.field("model", f"has format {config['format']}; this version reads {FORMAT}")
+            state = load_file(folder / WEIGHTS)
+            streams = Streams(**config["streams"])
+            scales = [
+                [
+                    Scale(state[f"{side}.{i}.mean"], state[f"{side}.{i}.factor"])
+                    for i in range(len(streams.sources))
+                ]
+                for side in ("read", "write")
+            ]
+            words = torch.zeros(config["features"][0], streams.target_widths[0]) if config["tied"] else None
+            spec = SparseModelSpec.model_validate(config["model"])
+            model = cls(spec, streams, (scales[0], scales[1]), torch.Generator(), words)
+            model.load_state_dict(state)
+        except FileNotFoundError as error:
+            raise InvalidInput.field("model", f"{error.filename} is missing, so {folder} is no sparse model") from None
+        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
+            if isinstance(error, InvalidInput):
+                raise
+            text = f"{folder} is no sparse model that can be read: {str(error).splitlines()[0]}"
+            raise InvalidInput.field("model", text) from None
+        return model.to(device).eval().requires_grad_(False)
+
+
+class _Jump(torch.autograd.Function):
+    """z = pre where pre is above the threshold, else 0; the threshold's gradient by a rectangular kernel."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, pre: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        pre, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
+        near = ((pre - threshold).abs() < JUMP_WIDTH / 2).to(pre.dtype) / JUMP_WIDTH
+        return gradients[0] * (pre > threshold), -(gradients[0] * threshold * near).sum(0)
+
+
+class Step(torch.autograd.Function):
+    """1 where pre is above the threshold, else 0; gradient for the threshold alone, by the same kernel. What the number
+    of active features of a jumprelu is, for its penalty."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, values: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(values, threshold)
+        return (values > 0).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[None, Tensor]:
+        values, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
+        near = ((values - threshold).abs() < JUMP_WIDTH / 2).to(values.dtype) / JUMP_WIDTH
+        return None, -(gradients[0] * near).sum(0)

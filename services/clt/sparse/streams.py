@@ -1,0 +1,93 @@
+"""Which streams of a store a spec asks for, and in what units a model takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.clt import CltSpec, SaeSpec
+from services.clt.activations.store import ActivationStore
+from services.clt.sparse.model import Scale, Streams
+
+SMALLEST = 1e-6
+"""Share of the mean variance below which a direction is taken for constant."""
+
+
+def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
+    """The streams of a spec. Raises :class:`InvalidInput` that names the field of a hook point that the store has not,
+    or of a target that does not come after its source."""
+    widths = store.widths
+    if isinstance(spec, SaeSpec):
+        hooks = _known([spec.hook], store, "spec.hook")
+        return Streams("sae", hooks, hooks, [widths[spec.hook]], [widths[spec.hook]])
+    sources, targets = spec.sources, spec.targets
+    if not sources:
+        sources, targets = mlps(list(widths))
+        if not sources:
+            what = "no module's input and output are both in the store; name sources and targets"
+            raise InvalidInput.field("spec.sources", f"{what} among: {', '.join(widths)}")
+    _known(sources, store, "spec.sources")
+    _known(targets, store, "spec.targets")
+    order = list(widths)
+    for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        if order.index(source) >= order.index(target):
+            what = f"{target} does not come after {source} in the model; the order is: {', '.join(order)}"
+            raise InvalidInput.field(f"spec.targets.{number}", what)
+    for side, named in (("sources", sources), ("targets", targets)):
+        for number, hook in enumerate(named[1:], 1):
+            if order.index(hook) <= order.index(named[number - 1]):
+                what = f"{hook} does not come after {named[number - 1]}; name them in the order of the model"
+                raise InvalidInput.field(f"spec.{side}.{number}", what)
+    return Streams(spec.kind, sources, targets, [widths[hook] for hook in sources], [widths[hook] for hook in targets])
+
+
+def mlps(hooks: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of hook points in order of execution, those that enter an MLP and those that leave it."""
+    pairs = [(hook, hook.removesuffix("_pre_mlp") + "_mlp") for hook in hooks if hook.endswith("_pre_mlp")]
+    pairs += [(hook, hook.removesuffix(":input")) for hook in hooks if hook.endswith(":input")]
+    found = [(source, target) for source, target in pairs if target in hooks]
+    return [source for source, _ in found], [target for _, target in found]
+
+
+def _known(hooks: Sequence[str], store: ActivationStore, field: str) -> list[str]:
+    for number, hook in enumerate(hooks):
+        if hook not in store.widths:
+            place = field if field.endswith("hook") else f"{field}.{number}"
+            near = get_close_matches(hook, store.widths, 3) or list(store.widths)
+            raise InvalidInput.field(place, f"the store has no {hook}; it has: {', '.join(near)}")
+    return list(hooks)
+
+
+def scales_of(spec: SaeSpec | CltSpec, store: ActivationStore, streams: Streams) -> tuple[list[Scale], list[Scale]]:
+    """What takes sources and targets to the model's units, from the statistics of the training rows."""
+    read = [_scale(store, hook, spec.training.normalize, source=True) for hook in streams.sources]
+    if streams.kind == "sae":
+        return read, [Scale(scale.mean.clone(), scale.factor.clone()) for scale in read]
+    return read, [_scale(store, hook, spec.training.normalize, source=False) for hook in streams.targets]
+
+
+def _scale(store: ActivationStore, hook: str, form: str, *, source: bool) -> Scale:
+    found = store.statistics(hook)
+    mean, deviation = found.mean.double(), found.std.double()
+    spread = deviation.square().mean().sqrt().clamp_min(1e-12)
+    if form == "none":
+        # The mean square of the whole is 1 still: losses of different streams and rates of learning must compare.
+        return Scale(torch.zeros_like(mean), 1 / (deviation.square() + mean.square()).mean().sqrt().clamp_min(1e-12))
+    if form == "standardize":
+        return Scale(mean, 1 / deviation.clamp_min(spread * SMALLEST**0.5))
+    if form == "whiten" and source:
+        return Scale(mean, _whitening(found.covariance, hook))
+    return Scale(mean, 1 / spread)
+
+
+def _whitening(covariance: Tensor | None, hook: str) -> Tensor:
+    """The symmetric matrix that takes a stream to unit covariance (ZCA)."""
+    if covariance is None:
+        raise InvalidInput.field("spec.training.normalize", f"{hook} is too wide to be whitened; take standardize")
+    values, vectors = torch.linalg.eigh(covariance.double())
+    least = values.mean() * SMALLEST
+    return (vectors * values.clamp_min(least).rsqrt()) @ vectors.T

@@ -1,0 +1,317 @@
+"""Training of sparse models on a store of activations."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.clt import CltSpec, SaeSpec, SparseTrainingSpec
+from services.clt.activations.loader import Batches
+from services.clt.activations.store import ActivationStore
+from services.clt.sparse.evaluate import evaluate
+from services.clt.sparse.losses import terms
+from services.clt.sparse.model import Scale, SparseModel, Streams
+from services.clt.sparse.streams import scales_of, streams_of
+from services.runtime.parallel import ALONE, World
+from services.runtime.run import Run
+from services.runtime.seeds import generator
+from services.runtime.tracking import tracked
+
+REPORT_EVERY = 50
+"""Steps between metrics."""
+REVIVED_NORM = 0.2
+"""Encoder norm of a revived feature, as a share of the living ones' mean."""
+
+
+def train(trainer: SparseTrainer, run: Run | None = None) -> SparseModel:
+    """Take the steps of ``trainer`` and return its model.
+
+    Goes on from ``run.resume`` where there is one, with the same batches and the same result, to the bit, as an
+    uninterrupted run on the same machine. With a world of several processes each calls this, and the first one's
+    ``run`` is told and says what to go on from. Raises :class:`InvalidInput` for a loss that is not finite.
+    """
+    run, spec, first = run or Run(), trainer.spec, trainer.world.first
+    if run.resume is not None and first:
+        trainer.load(run.resume)
+    trainer.share()
+    run.stage("train", trainer.steps)
+    run.advance(trainer.step)
+    with tracked(spec.wandb if first else None, spec.model_dump(mode="json"), run, trainer.tracking) as log:
+        trainer.tracking = log.id
+        while trainer.step < trainer.steps:
+            values = trainer.advance()
+            step, last = trainer.step, trainer.step == trainer.steps
+            told: dict[str, float] = {}
+            if step % REPORT_EVERY == 0 or last:
+                told = {name: float(value) for name, value in values.items()}
+            # The first alone is asked: the others would measure the same.
+            if first and (step % spec.training.validate_every == 0 or last):
+                told |= trainer.validate()
+                log.histogram(step, "density", trainer.density)
+            if told:
+                trainer.course.append({"step": step, **told})
+                run.metric(step, **told)
+                log(step, told)
+            run.advance(step)
+            if first and spec.training.snapshots and step % spec.training.snapshots == 0:
+                with tempfile.TemporaryDirectory() as scratch:
+                    trainer.finished().save(Path(scratch, "model"), trainer.about)
+                    run.artifact(f"snapshot-{step}", "sparse-model", Path(scratch, "model"))
+            if run.checkpoint_due():
+                run.checkpoint(step, trainer.save)
+    return trainer.finished()
+
+
+class SparseTrainer:
+    """The state of a training run on the training rows of a store. Batches and all that is random follow from the step, so there is no cursor and no
+    generator to keep. Use it as a context manager: the loader reads ahead in a thread.
+
+    ``dictionary``: what the decoder is tied to. Raises :class:`InvalidInput` for hook points that do not fit.
+    """
+
+    def __init__(
+        self,
+        spec: SaeSpec | CltSpec,
+        store: ActivationStore,
+        device: str = "cpu",
+        world: World = ALONE,
+        dictionary: SparseModel | None = None,
+    ) -> None:
+        self.spec, self.store, self.device, self.world, self.step = spec, store, device, world, 0
+        self.streams = streams_of(spec, store)
+        training = spec.training
+        self.steps = training.steps
+        if training.epochs is not None:
+            self.steps = max(1, round(training.epochs * store.rows("train") / training.batch_size))
+        if world.size > training.batch_size:
+            raise InvalidInput.field("spec.training.batch_size", f"is less than the {world.size} processes")
+        hooks = list(dict.fromkeys([*self.streams.sources, *self.streams.targets]))
+        self._places = [[hooks.index(hook) for hook in side] for side in (self.streams.sources, self.streams.targets)]
+        self._batches = Batches(store, hooks, training.batch_size, seed=spec.seed)
+        self._hooks = hooks
+        scales = scales_of(spec, store, self.streams)
+        words = None
+        if dictionary is not None:
+            scales = scales[0], [dictionary_scale(dictionary, self.streams)]
+            words = dictionary.decoders[0].detach()
+        self.model = SparseModel(spec.model, self.streams, scales, generator(spec.seed, "init"), words).to(device)
+        self.model.train()
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=training.learning_rate, fused=True)
+        self.asleep = [torch.zeros(count, dtype=torch.int64, device=device) for count in self.model.features]
+        """Rows since each feature was active."""
+        self.density = torch.zeros(sum(self.model.features))
+        """Share of the rows of the last validation in which each feature is active."""
+        self.course: list[dict[str, float]] = []
+        """What was told of the training so far, each with its ``step``."""
+        self.tracking: str | None = None
+        """Id of the run at Weights & Biases."""
+        self.saved: int | None = None
+
+    def __enter__(self) -> SparseTrainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._batches.close()
+
+    @property
+    def about(self) -> dict[str, object]:
+        """What a model's file says of its training."""
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "source": self.store.manifest.source.model_dump(),
+            "step": self.step,
+            "wandb": self.tracking,
+        }
+
+    @property
+    def dead(self) -> list[Tensor]:
+        """Features that have not been active for ``dead_after`` rows, of each source: bool ``[features]``."""
+        return [rows >= self.spec.training.dead_after for rows in self.asleep]
+
+    def _sides(self, streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        sources, targets = ([streams[place].to(self.device) for place in places] for places in self._places)
+        return self.model.scaled(sources, "read"), self.model.scaled(targets, "write")
+
+    def advance(self) -> dict[str, Tensor]:
+        """One optimiser step. Returns the loss and its terms.
+
+        Raises :class:`InvalidInput` before anything is changed when the loss or its gradient is not finite.
+        """
+        batch = self._batches.at(self.step, rank=self.world.rank, size=self.world.size)
+        return self.learn(*self._sides(batch))
+
+    def learn(self, inputs: list[Tensor], targets: list[Tensor]) -> dict[str, Tensor]:
+        """The same with this process's part of a batch, in the model's units."""
+        training, world = self.spec.training, self.world
+        self.optimizer.zero_grad()
+        values, code, found = terms(
+            self.model, inputs, targets, self.spec.loss, self.dead, bfloat16=training.precision == "bfloat16"
+        )
+        share = len(inputs[0]) / training.batch_size
+        (values["loss"] * share).backward()  # type: ignore[no-untyped-call]
+        told = {name: value.detach() * share for name, value in values.items()}
+        counts = [own.counts().to(self.device) for own in code]
+        told["l0"] = torch.stack([one.sum() for one in counts]).sum() / (training.batch_size * len(counts))
+        fired = [(one > 0).float() for one in counts]
+        for parameter in self.parameters:
+            # All processes must send the same: a term may not reach a parameter in one of them.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        world.add([*[p.grad for p in self.parameters if p.grad is not None], *told.values(), *fired])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if not bool(torch.isfinite(told["loss"] + norm)):
+            raise self._diverged(float(told["loss"]))
+        for group in self.optimizer.param_groups:
+            group["lr"] = training.learning_rate * schedule(self.step, self.steps, training)
+        self.optimizer.step()
+        self.model.unit_words()
+        self.step += 1
+        for rows, active in zip(self.asleep, fired, strict=True):
+            rows += training.batch_size
+            rows[active > 0] = 0
+        if training.revive_every is not None and self.step % training.revive_every == 0:
+            self._revive(inputs, targets, found)
+        return told
+
+    def _diverged(self, value: float) -> InvalidInput:
+        kept = "there is no checkpoint" if self.saved is None else f"the last good checkpoint is of step {self.saved}"
+        what = f"the loss became {value:g} at step {self.step + 1}; lower the learning rate ({kept})"
+        return InvalidInput.field("spec.training.learning_rate", what)
+
+    @torch.no_grad()
+    def _revive(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+        """Set dead features on rows with large errors (Bricken et al. 2023, "Towards Monosemanticity", appendix): they
+        read such a row and write its error, and begin without a past in the optimiser."""
+        errors = torch.stack([(t - f).square().sum(1) for t, f in zip(targets, found, strict=True)]).sum(0)
+        draws = generator(self.spec.seed, "revive", self.step)
+        for s, asleep in enumerate(self.dead):
+            which = asleep.nonzero().squeeze(1)
+            if not len(which):
+                continue
+            rows = torch.multinomial(errors.square().cpu() + 1e-12, len(which), replacement=True, generator=draws)
+            encoder, words = self.model.encoders[s], self.model.decoders[s]
+            alive = encoder[~asleep].norm(dim=1)
+            size = REVIVED_NORM * (alive.mean() if len(alive) else encoder.new_ones(()))
+            seen = inputs[s][rows]
+            encoder[which] = size * torch.nn.functional.normalize(seen, dim=1)
+            self.model.encoder_biases[s][which] = 0
+            changed = [encoder, self.model.encoder_biases[s]]
+            if words.requires_grad:
+                left = torch.cat([(targets[t] - found[t])[rows] for t in self.streams.written(s)], 1)
+                words[which] = torch.nn.functional.normalize(left, dim=1)
+                changed.append(words)
+            for parameter in changed:
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    self.optimizer.state[parameter][moment][which] = 0
+            self.asleep[s][which] = 0
+        # Others would draw from other rows.
+        self._take(self.world.broadcast(self.state(), self.device))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Figures on the validation rows, see :func:`services.clt.sparse.evaluate.evaluate`."""
+        figures, self.density = evaluate(self.model, self.store, self.spec.training.validation_rows)
+        told = {f"validation_{name}": figures[name] for name in ("fvu", "l0", "cosine", "mse")}
+        told["dead"] = float(sum(int(one.sum()) for one in self.dead)) / sum(self.model.features)
+        return told
+
+    def finished(self) -> SparseModel:
+        """The model as it is now, ready for evaluation."""
+        self.model.eval()
+        model = SparseModel(
+            self.spec.model,
+            self.streams,
+            ([_copied(s) for s in self.model.read], [_copied(s) for s in self.model.write]),
+            torch.Generator(),
+            None if self.model.decoders[0].requires_grad else self.model.decoders[0].detach().cpu(),
+        )
+        model.load_state_dict({name: value.clone() for name, value in self.model.state_dict().items()})
+        self.model.train()
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def share(self) -> None:
+        """Take the state of the first process, which may have a checkpoint."""
+        if self.world.size > 1:
+            self._take(self.world.broadcast(self.state(), self.device))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a step changes."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for i, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{key}": value for key, value in entry.items()}
+        tensors |= {f"asleep.{s}": rows for s, rows in enumerate(self.asleep)}
+        return tensors | {"step": torch.tensor(self.step)}
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state`."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = value
+        self.model.load_state_dict(parts["model"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts.get("optimizer", {}).items():
+            index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for s in range(len(self.asleep)):
+            self.asleep[s] = parts["asleep"][str(s)].to(self.device).clone()
+        self.step = int(tensors["step"])
+
+    def save(self, folder: Path) -> None:
+        """Write the state into ``folder``, without pickle."""
+        save_file({name: value.contiguous() for name, value in self.state().items()}, folder / "state.safetensors")
+        about = {**self.about, "store": self.store.digest, "processes": self.world.size, "course": self.course}
+        (folder / "state.json").write_text(json.dumps(about))
+        self.saved = self.step
+
+    def load(self, folder: Path) -> None:
+        """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for a checkpoint of another spec or store,
+        and for one that cannot be read."""
+        try:
+            about = json.loads((folder / "state.json").read_text())
+            if about["spec"] != self.spec.model_dump(mode="json"):
+                raise InvalidInput.field("checkpoint", "was written by a run with another spec; start afresh")
+            if about["store"] != self.store.digest:
+                raise InvalidInput.field("checkpoint", "was written by a run on another store; start afresh")
+            if about["processes"] != self.world.size:
+                text = f"was written by {about['processes']} processes; take as many, or start afresh"
+                raise InvalidInput.field("checkpoint", text)
+            self._take(load_file(folder / "state.safetensors", device=self.device))
+            self.course, self.tracking = about["course"], about["wandb"]
+        # What parsers and torch raise for files that are cut off, changed or missing.
+        except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, InvalidInput):
+                raise
+            raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None
+        self.saved = self.step
+
+
+def schedule(step: int, steps: int, training: SparseTrainingSpec) -> float:
+    """The learning rate of a step (from 0) as a share of its peak."""
+    rise = min(1.0, (step + 1) / (training.warm_up + 1))
+    falling = math.ceil(training.decay * steps)
+    return rise * min(1.0, (steps - step) / max(1, falling))
+
+
+def dictionary_scale(dictionary: SparseModel, streams: Streams) -> Scale:
+    """In whose units a dictionary writes. Raises :class:`InvalidInput` for one of another stream."""
+    if dictionary.streams.kind != "sae" or dictionary.streams.targets != streams.targets:
+        has = f"a {dictionary.streams.kind} of {', '.join(dictionary.streams.targets)}"
+        raise InvalidInput.field("spec.model.dictionary", f"is {has}; take an autoencoder of {streams.targets[0]}")
+    return _copied(dictionary.write[0])
+
+
+def _copied(scale: Any) -> Scale:
+    return Scale(scale.mean.cpu().clone(), scale.factor.cpu().clone())
