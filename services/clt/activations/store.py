@@ -24,7 +24,6 @@ from pydantic import BaseModel, Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
-from typing_extensions import Buffer
 
 from ethogram.errors import InvalidInput, Unavailable
 from services.clt.activations.statistics import Moments, Statistics
@@ -468,7 +467,7 @@ def write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
-    def parts() -> Iterator[Buffer]:
+    def parts() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for name, column in columns.items():
             values = column.index_select(0, index)
@@ -478,7 +477,7 @@ def write_shard(
     return write_file(path, parts())
 
 
-def write_file(path: Path, parts: Iterable[Buffer]) -> tuple[int, str]:
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
     """Put a file in the place of ``path`` at once, durably; its size in bytes and its SHA-256."""
     fresh, sha256, size = path.with_name(f"{path.name}.new"), hashlib.sha256(), 0
     try:
