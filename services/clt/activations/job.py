@@ -1,0 +1,47 @@
+"""The activations job: record a policy's or a language model's activations, and keep the store."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ethogram.specs.clt import ActivationsSpec
+from services.clt.activations.collect import collect
+from services.clt.activations.store import SPLITS, ActivationStore
+from services.clt.policy.model import AttentionPolicy
+from services.runtime.run import Run
+
+
+def run(spec: ActivationsSpec, run: Run) -> dict[str, Any]:
+    """Artifact: ``activations``, the store or, where it is kept below a root, where it is. Returns its figures; see
+    :func:`figures`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return record(spec, run, Path(scratch, "activations"))
+
+
+def record(spec: ActivationsSpec, run: Run, folder: Path) -> dict[str, Any]:
+    """The same by way of ``folder``, in which an earlier attempt is gone on with."""
+    policy = None
+    if spec.policy is not None:
+        policy = AttentionPolicy.load(run.inputs["policy"], run.device)
+    collect(spec, folder, run, policy, spec.policy.artifact if spec.policy is not None else "")
+    # It is no part of what is kept.
+    (folder / "lock").unlink(missing_ok=True)
+    run.artifact("activations", "activations", folder)
+    return {"figures": figures(ActivationStore.open(folder))}
+
+
+def figures(store: ActivationStore) -> dict[str, Any]:
+    """Numbers of a store: of the training rows at each hook point the width, the mean norm and the share of zeros."""
+    hooks = {}
+    for name, width in store.widths.items():
+        found = store.statistics(name)
+        hooks[name] = {"width": width, "norm": found.norm, "sparsity": found.zeros}
+    manifest = store.manifest
+    return {
+        "instances": sum(manifest.rows(split) for split in SPLITS) // manifest.rows_per_instance,
+        "rows": {split: store.rows(split) for split in SPLITS},
+        "bytes": store.bytes,
+        "hooks": hooks,
+    }

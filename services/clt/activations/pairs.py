@@ -1,0 +1,188 @@
+"""Pairs of hook points: views of a store, what they are like, and their form as files for other programs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from services.clt.activations.hooks import Pair, check_pair, default_pairs, parse_pair
+from services.clt.activations.loader import everything
+from services.clt.activations.store import SPLITS, TRAIN, VALIDATION, ActivationStore, write_pointer
+
+SMALL = 0.01
+"""A number is small below this share of the root mean square of its side."""
+ROWS = 16_384
+"""Most rows of each split that a pair is judged by."""
+# Of the mean variance of the source's channels.
+_RIDGE = 1e-3
+_TOP = 10
+
+
+def pair_name(source: str, target: str) -> str:
+    """Name of a pair: ``clt_L0_to_L2`` for the outputs of layers 0 and 2 of a policy, else ``clt_SOURCE_to_TARGET``
+    with ``-`` for what is not safe in the name of a file."""
+    found = [re.fullmatch(r"encoder_layer_(\d+)", end) for end in (source, target)]
+    if found[0] is not None and found[1] is not None:
+        return f"clt_L{found[0][1]}_to_L{found[1][1]}"
+    begin, end = (re.sub(r"[^A-Za-z0-9_.]+", "-", name) for name in (source, target))
+    return f"clt_{begin}_to_{end}"
+
+
+def tensor_names(source: str, target: str) -> tuple[str, str]:
+    """Names of a pair's two tensors."""
+    return f"source_{source}", f"target_{target}"
+
+
+def pairs_of(store: ActivationStore, names: Sequence[str] = (), field: str = "--pair") -> list[Pair]:
+    """The pairs ``SOURCE->TARGET`` of ``names``; without, those that were asked for when the store was made, or else
+    what enters and leaves each MLP. Raises :class:`InvalidInput` for those that are not possible."""
+    found = [parse_pair(name, field) for name in names] or list(store.manifest.pairs)
+    found = found or default_pairs(store.hooks, store.manifest.source.kind == "policy")
+    if not found:
+        text = f"the store has no pairs; name one as SOURCE->TARGET of {', '.join(store.hooks)}"
+        raise InvalidInput.field(field, text)
+    for source, target in found:
+        check_pair(store.hooks, source, target, field)
+    return found
+
+
+def inspect(store: ActivationStore, pairs: Sequence[Pair], rows: int = ROWS) -> list[dict[str, Any]]:
+    """What pairs are like, for a table or JSON.
+
+    Of both sides width, share of zeros and of numbers below :data:`SMALL` root mean squares, and mean and deviation of
+    the norm; of the pair mean absolute and largest correlations of a source channel with a target channel, and
+    ``linear_r2``: the share of the target's variance over the validation rows that a ridge regression on the training
+    rows explains. At most ``rows`` rows of each split, in the order of the files.
+    """
+    return [_inspected(store, source, target, rows) for source, target in pairs]
+
+
+def _inspected(store: ActivationStore, source: str, target: str, limit: int) -> dict[str, Any]:
+    x, y = everything(store, [source, target], TRAIN, limit)
+    mean, other = x.mean(0), y.mean(0)
+    x, y = x - mean, y - other
+    correlation = (x / _deviation(x)).T @ (y / _deviation(y)) / len(x)
+    largest = correlation.abs().flatten().topk(min(_TOP, correlation.numel())).indices
+    held = everything(store, [source, target], VALIDATION, limit)
+    penalty = _RIDGE * x.square().mean() * len(x)
+    gram = (x.T @ x).double() + penalty.double() * torch.eye(x.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(gram, (x.T @ y).double()).float() if bool(penalty > 0) else torch.zeros(len(mean), 1)
+    about: dict[str, Any] = {
+        "pair": pair_name(source, target),
+        "source": _side(source, x + mean),
+        "target": _side(target, y + other),
+        "rows": {split: store.rows(split) for split in SPLITS},
+        "mean_correlation": float(correlation.abs().mean()),
+        "top_correlations": [
+            {"source": place // y.shape[1], "target": place % y.shape[1], "value": float(correlation.flatten()[place])}
+            for place in largest.tolist()
+        ],
+        "linear_r2": None,
+    }
+    if len(held[0]):
+        wanted = held[1] - other
+        rest = (wanted - (held[0] - mean) @ weights).square().sum()
+        spread = (wanted - wanted.mean(0)).square().sum()
+        about["linear_r2"] = float(1 - rest / spread) if bool(spread > 0) else None
+    return about
+
+
+def _deviation(centred: Tensor) -> Tensor:
+    # A channel that never changes is correlated with nothing.
+    deviation = centred.square().mean(0).sqrt()
+    return torch.where(deviation > 0, deviation, torch.inf)
+
+
+def _side(name: str, rows: Tensor) -> dict[str, Any]:
+    norms, scale = rows.norm(dim=1), rows.square().mean().sqrt()
+    return {
+        "hook": name,
+        "width": rows.shape[1],
+        "zeros": float((rows == 0).float().mean()),
+        "small": float((rows.abs() < SMALL * scale).float().mean()),
+        "norm_mean": float(norms.mean()),
+        "norm_std": float(norms.std(correction=0)),
+    }
+
+
+def export(
+    store: ActivationStore, pairs: Sequence[Pair], folder: Path, instances: int | None = None
+) -> list[dict[str, Any]]:
+    """Write each pair as ``<folder>/<its name>/sources.pt`` and ``targets.pt``, plain float32 tensors ``[rows, d]``,
+    with ``metadata.json``; beside them ``activation_store.json``, which tells where the store is. Their metadata.
+
+    Rows are in the order of instances and positions, of both splits, of the first ``instances`` instances. Raises
+    :class:`InvalidInput` when there are not as many.
+    """
+    chosen = _instances(store)
+    if instances is not None:
+        if len(chosen) < instances:
+            text = f"the store has {len(chosen)} whole instances; ask for at most as many"
+            raise InvalidInput.field("--num-instances-per-pair", text)
+        chosen = chosen[:instances]
+    write_pointer(folder, store)
+    written = []
+    for source, target in pairs:
+        own = folder / pair_name(source, target)
+        own.mkdir(parents=True, exist_ok=True)
+        names, sides = tensor_names(source, target), dict[str, Any]()
+        for name, hook, file in zip(names, (source, target), ("sources.pt", "targets.pt"), strict=True):
+            rows = _ordered(store, hook, chosen)
+            torch.save(rows, own / file)
+            about = {"name": name, "hook": hook, "file": file, "shape": list(rows.shape)}
+            mean, std = rows.double().mean(0), rows.double().std(0, correction=0)
+            sides[name.partition("_")[0]] = about | {"mean": mean.tolist(), "std": std.tolist()}
+        manifest = store.manifest
+        metadata: dict[str, Any] = {
+            "format": 1,
+            "pair": pair_name(source, target),
+            **sides,
+            "samples": len(chosen) * manifest.rows_per_instance,
+            "instances": len(chosen),
+            "rows_per_instance": manifest.rows_per_instance,
+            "first_position": manifest.first_position,
+            "policy": manifest.source.model_dump(),
+            "dtype": {"stored": manifest.dtype, "exported": "float32"},
+            "validation_instances": sorted(set(chosen.tolist()) & set(_of_split(store, VALIDATION))),
+        }
+        (own / "metadata.json").write_text(json.dumps(metadata, indent=1))
+        written.append(metadata)
+    return written
+
+
+def _column(store: ActivationStore, split: str, name: str) -> Tensor:
+    parts = [store.read(split, number, [name])[0] for number in range(len(store.shards(split)))]
+    return torch.cat([torch.empty(0, dtype=torch.int32), *parts])
+
+
+def _of_split(store: ActivationStore, split: str) -> list[int]:
+    found: list[int] = _column(store, split, "instance").unique().tolist()
+    return found
+
+
+def _instances(store: ActivationStore) -> Tensor:
+    """Ids of the instances all of whose rows are there, ascending: an interruption leaves others too."""
+    ids, counts = torch.cat([_column(store, split, "instance") for split in SPLITS]).unique(return_counts=True)
+    return ids[counts == store.manifest.rows_per_instance]
+
+
+def _ordered(store: ActivationStore, hook: str, chosen: Tensor) -> Tensor:
+    """Rows of the instances ``chosen``, which are ascending, in their order and that of the positions."""
+    each, first = store.manifest.rows_per_instance, store.manifest.first_position
+    found = torch.empty(len(chosen) * each, store.widths[hook])
+    for split in SPLITS:
+        for number in range(len(store.shards(split))):
+            ids, positions = store.read(split, number, ["instance", "position"])
+            place = torch.searchsorted(chosen, ids).clamp(max=len(chosen) - 1)
+            wanted = chosen[place] == ids
+            if bool(wanted.any()):
+                rows = store.read(split, number, [hook])[0][wanted]
+                found[place[wanted] * each + positions[wanted] - first] = rows.float()
+    return found
