@@ -41,7 +41,7 @@ def tables(policy: AttentionPolicy, stream: Tensor) -> Tables:
     """Of the encoder's output ``[batch, nodes, width]``."""
     decoder = policy.decoder
     memory = decoder.memory(stream)
-    batch, heads, nodes, depth = memory.key.shape
+    heads, depth = memory.key.shape[1], memory.key.shape[3]
 
     def scores(query: Tensor) -> Tensor:
         parts = query.unflatten(-1, (heads, depth)).transpose(1, 2)
@@ -106,7 +106,9 @@ def _start(policy: AttentionPolicy, batch: int, tours: int, start: int | None, d
     return torch.full((batch, tours), start, device=device)
 
 
-def _chunks(policy: AttentionPolicy, cities: Tensor, stream: Tensor | None, tours: int) -> Iterator[tuple[slice, Tables]]:
+def _chunks(
+    policy: AttentionPolicy, cities: Tensor, stream: Tensor | None, tours: int
+) -> Iterator[tuple[slice, Tables]]:
     """Tables of as many instances at once as memory and caches like."""
     nodes = cities.shape[1]
     size = max(1, _CELLS // (nodes * nodes * (3 * policy.spec.heads + tours)))
@@ -116,9 +118,7 @@ def _chunks(policy: AttentionPolicy, cities: Tensor, stream: Tensor | None, tour
 
 
 @torch.no_grad()
-def greedy(
-    policy: AttentionPolicy, cities: Tensor, start: int | None = None, stream: Tensor | None = None
-) -> Tensor:
+def greedy(policy: AttentionPolicy, cities: Tensor, start: int | None = None, stream: Tensor | None = None) -> Tensor:
     """One tour per instance, ``[batch, 1, nodes]``, that goes to the likeliest city at every step.
 
     ``start``: its first city; None: the policy's own choice if it was trained to choose, else city 0. ``stream``: the
@@ -149,6 +149,7 @@ def sample(
     cities: Tensor,
     samples: int,
     generator: torch.Generator,
+    *,
     start: int | None = None,
     stream: Tensor | None = None,
 ) -> Tensor:
@@ -182,14 +183,14 @@ def tour_log_likelihood(known: Tables, tours: Tensor, chosen: bool) -> Tensor:
     last = known.last.reshape(batch * nodes, -1).index_select(0, rows).view(batch, count, nodes - 2, heads, nodes)
     rows = (tours[:, :, 0] + offset[..., 0]).flatten()
     first = known.first.reshape(batch * nodes, -1).index_select(0, rows).view(batch, count, 1, heads, nodes)
-    scores = last + first
-    # In the tour before step k (from 1) are those with a place below k.
+    # In the tour before step k (from 1) are those with a place below k. Adding is faster than masking.
     place = torch.empty_like(tours).scatter_(2, tours, torch.arange(nodes, device=device).expand_as(tours))
-    barred = place.unsqueeze(2) <= torch.arange(nodes - 2, device=device).unsqueeze(1)
-    attention = torch.softmax(scores.masked_fill_(barred.unsqueeze(3), float("-inf")), -1)
+    passed = place.unsqueeze(2) <= torch.arange(nodes - 2, device=device).unsqueeze(1)
+    barred = torch.zeros(passed.shape, device=device).masked_fill_(passed, float("-inf"))
+    attention = torch.softmax(last.add_(first).add_(barred.unsqueeze(3)), -1)
     likeness = torch.bmm(attention.view(batch, count * (nodes - 2), heads * nodes), known.likeness)
     logits = known.clipping * torch.tanh(likeness).view(batch, count, nodes - 2, nodes)
-    chances = torch.log_softmax(logits.masked_fill_(barred, float("-inf")), -1)
+    chances = torch.log_softmax(logits.add_(barred), -1)
     total = chances.gather(3, tours[:, :, 1:-1, None]).sum((2, 3))
     if chosen:
         attention = torch.softmax(known.start.view(batch, 1, heads, nodes), -1).flatten(2)

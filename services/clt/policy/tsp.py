@@ -58,19 +58,35 @@ def check_cities(cities: Tensor, field: str = "cities") -> Tensor:
     if cities.shape[1] < MIN_CITIES:
         raise InvalidInput.field(field, f"has instances of {cities.shape[1]} cities; give at least {MIN_CITIES}")
     if not cities.is_floating_point():
-        raise InvalidInput.field(field, f"must be floating-point numbers, not {str(cities.dtype).removeprefix('torch.')}")
+        raise InvalidInput.field(
+            field, f"must be floating-point numbers, not {str(cities.dtype).removeprefix('torch.')}"
+        )
     finite = torch.isfinite(cities).flatten(1).all(1)
     if not bool(finite.all()):
         raise InvalidInput.field(field, f"instance {_first(~finite)} has a coordinate that is no finite number")
     cities = cities.float()
-    # As complex numbers their order, and so equal neighbours, cost a sort.
-    order = cities[..., 0].argsort(1, stable=True)
-    by_x = cities.gather(1, order.unsqueeze(-1).expand_as(cities))
-    suspects = (by_x[:, 1:, 0] == by_x[:, :-1, 0]).any(1).nonzero().flatten().tolist()
-    for index in suspects:
+    # Few instances have two cities of one abscissa, so few are looked at closely.
+    by_x = cities[..., 0].sort(1).values
+    for index in (by_x[:, 1:] == by_x[:, :-1]).any(1).nonzero().flatten().tolist():
         if len(torch.unique(cities[index], dim=0)) < cities.shape[1]:
             raise InvalidInput.field(field, f"instance {index} has two cities at the same place; move or remove one")
     return cities
+
+
+def read_cities(file: Path) -> Tensor:
+    """Cities that a user brings: a ``.npy`` file, or a ``.safetensors`` file with the tensor ``cities``. Raises
+    :class:`InvalidInput` that names the file."""
+    try:
+        # Never pickled objects, which numpy refuses by default.
+        cities = load_file(file)["cities"] if file.suffix == ".safetensors" else torch.from_numpy(np.load(file))
+    except FileNotFoundError:
+        raise InvalidInput.field(str(file), "there is no such file") from None
+    except KeyError:
+        raise InvalidInput.field(str(file), "has no tensor `cities`") from None
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, SafetensorError) as error:
+        what = "is no .npy or .safetensors file of numbers that can be read"
+        raise InvalidInput.field(str(file), f"{what} ({type(error).__name__})") from None
+    return check_cities(cities, str(file))
 
 
 def _first(wrong: Tensor) -> int:
@@ -145,5 +161,3 @@ def reference(cities: Tensor, progress: Callable[[int], None] | None = None) -> 
 def gaps(found: Tensor, shortest: Tensor) -> Tensor:
     """How much longer tours are than the shortest, as a share of these; float64."""
     return found.double() / shortest.double() - 1
-
-
