@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +58,7 @@ def train(
     from services.crossmodal.report import PAGE
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import check_device
+    from services.runtime.folders import begin, begun
     from services.runtime.run import Run
     from services.zoo.source import locate
 
@@ -69,8 +68,8 @@ def train(
     inputs = {"zoo": locate(zoo, "ZOO")}
     world, own = join(device)
     if world.first:
-        _begin(out, spec)
-        with _begun(out), ConsoleRun(out, own, inputs, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
+        begin(out, spec)
+        with begun(out, "codec"), ConsoleRun(out, own, inputs, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
             result = job.run(spec, run, world)
         output.result(result, as_json, lambda: _show(result["figures"]))
         output.say(f"the codec is in {out / 'codec'}, all figures are in {out / 'report' / PAGE}, metrics beside them")
@@ -125,39 +124,6 @@ def _others(parts: tuple[str, ...]) -> list[str]:
     from services.crossmodal.bundle import PARTS
 
     return [f"{part}.safetensors" for part in PARTS if part not in parts]
-
-
-_SPEC = "spec.json"
-
-
-def _begin(out: Path, spec: CrossmodalSpec) -> None:
-    """Make way for a run in ``out``: for a new one, or for one that was begun with the same spec."""
-    about, text = out / _SPEC, spec.model_dump_json(indent=2)
-    if (out / "report").exists():
-        raise InvalidInput.field("--output", f"{out} holds a finished run; name another folder")
-    if about.exists() and about.read_text() != text:
-        what = f"{out} was begun with another spec; name another folder, or delete it"
-        raise InvalidInput.field("--output", what)
-    if out.exists() and not about.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidInput.field("--output", f"{out} is there already, and is no run; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    about.write_text(text)
-
-
-@contextmanager
-def _begun(out: Path) -> Iterator[None]:
-    """A run that is not finished inside is left if it is worth going on with, and is gone otherwise."""
-    from services.runtime.console import CHECKPOINT
-
-    try:
-        yield
-    except BaseException:
-        if (out / CHECKPOINT).exists():
-            output.say(f"type the command again to go on from the last checkpoint, or delete {out}")
-        elif not (out / "codec").exists():
-            shutil.rmtree(out, ignore_errors=True)
-            output.say("it ended before the first checkpoint, so nothing is kept")
-        raise
 
 
 def _show(figures: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from services.runtime.parallel import ALONE, World
 from services.crossmodal.sampler import BehaviorAwareBatchSampler
 from services.crossmodal.steering import choose, edited, toggle
 from services.crossmodal.tokenizer import Tokenizer
+from services.runtime.devices import uses_bfloat16
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.runtime.tracking import tracked
@@ -124,7 +125,7 @@ class Trainer:
         self.mean = [parameter.detach().clone() for parameter in self.parameters]
         self.best: list[Tensor] = []
         self.best_loss, self.best_step, self.stale, self.halvings, self.since_halving = math.inf, 0, 0, 0, 0
-        self.bfloat16 = uses_bfloat16(spec.training, device)
+        self.bfloat16 = uses_bfloat16(spec.training.precision, device)
         self._encode: Any = self.model.encoder
         self._decode: Any = self.model.decoder
         if spec.training.compile:
@@ -405,14 +406,3 @@ def check_compiler(device: str) -> None:
     """Raise :class:`InvalidInput` where ``torch.compile`` cannot work."""
     if torch.device(device).type == "cpu" and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "")))):
         raise InvalidInput.field("spec.training.compile", "needs a C++ compiler on this machine: g++ or clang++")
-
-
-def uses_bfloat16(training: CodecTrainingSpec, device: str) -> bool:
-    """Whether matrix products are in bfloat16."""
-    if training.precision != "auto":
-        return training.precision == "bfloat16"
-    if torch.device(device).type == "cuda":
-        native: bool = torch.cuda.is_bf16_supported(including_emulation=False)
-        return native
-    amx: bool = torch.cpu._is_amx_tile_supported()
-    return amx

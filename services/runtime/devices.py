@@ -18,3 +18,27 @@ def check_device(device: str, field: str = "--device") -> None:
     except (AssertionError, RuntimeError) as error:
         why = str(error).strip().partition("\n")[0]
         raise InvalidInput.field(field, f"{device} cannot be used on this machine ({why})") from None
+
+
+def chosen_device(device: str | None) -> str:
+    """What a user names, once it is checked; by default a GPU if there is one."""
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
+
+
+def uses_bfloat16(precision: str, device: str) -> bool:
+    """Whether matrix products are in bfloat16; ``precision``: float32, bfloat16, or auto: where the device has units
+    for it."""
+    import torch
+
+    if precision != "auto":
+        return precision == "bfloat16"
+    if torch.device(device).type == "cuda":
+        native: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return native
+    amx: bool = torch.cpu._is_amx_tile_supported()
+    return amx

@@ -19,6 +19,7 @@ from services.crossmodal.bundle import Codec
 from services.crossmodal.train import train
 from services.generation.json_form import export_json
 from services.runtime.console import ConsoleRun
+from services.runtime.folders import begin
 from services.zoo.dataset import Zoo
 from services.zoo.source import open_zoo
 from tests.crossmodal.conftest import tiny_spec
@@ -107,16 +108,16 @@ def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     def refused(out: Path, why: str) -> None:
         kept = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
         with pytest.raises(InvalidInput, match=why) as caught:
-            command._begin(out, tiny_spec(seed=1))
+            begin(out, tiny_spec(seed=1))
         assert caught.value.violations[0].field == "--output"
         assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == kept
 
     out = tmp_path / "run"
-    command._begin(out, tiny_spec(seed=1))
-    command._begin(out, tiny_spec(seed=1))
+    begin(out, tiny_spec(seed=1))
+    begin(out, tiny_spec(seed=1))
     (out / "spec.json").write_text(tiny_spec(seed=2).model_dump_json(indent=2))
     refused(out, "begun with another spec")
-    command._begin(tmp_path / "other", tiny_spec(seed=1))
+    begin(tmp_path / "other", tiny_spec(seed=1))
     (tmp_path / "other" / "report").mkdir()
     refused(tmp_path / "other", "holds a finished run")
     (tmp_path / "mine").mkdir()

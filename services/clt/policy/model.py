@@ -42,7 +42,9 @@ class Attention(nn.Module):
         batch, nodes, width = stream.shape
         parts = self.qkv(stream).view(batch, nodes, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         query, key, value = parts.unbind(0)
-        found = F.scaled_dot_product_attention(query, key, value)
+        # In bfloat16 the gradient of so small an attention takes ten times as long on a CPU.
+        with torch.autocast(stream.device.type, enabled=False):
+            found = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
         attended: Tensor = self.out(found.transpose(1, 2).reshape(batch, nodes, width))
         return attended
 
@@ -147,12 +149,14 @@ class AttentionPolicy(nn.Module):
     def __init__(self, spec: PolicyModelSpec, nodes: int) -> None:
         super().__init__()
         self.spec, self.nodes = spec, nodes
+        self.chooses_start = False
+        """Whether it was trained to choose the first city too; else that is given."""
         self.encoder, self.decoder = PolicyEncoder(spec), PolicyDecoder(spec)
 
     @property
     def digest(self) -> str:
         """Hash of architecture and weights."""
-        found = hashlib.sha256(self.spec.model_dump_json().encode())
+        found = hashlib.sha256(f"{self.spec.model_dump_json()}{self.chooses_start}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
@@ -161,8 +165,14 @@ class AttentionPolicy(nn.Module):
         """Write ``policy.json`` and ``policy.safetensors``; ``about`` is kept in the former."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
-        config = {"format": FORMAT, "model": self.spec.model_dump(mode="json"), "nodes": self.nodes}
-        (folder / CONFIG).write_text(json.dumps({**config, "about": dict(about or {})}, indent=2))
+        config = {
+            "format": FORMAT,
+            "model": self.spec.model_dump(mode="json"),
+            "nodes": self.nodes,
+            "chooses_start": self.chooses_start,
+            "about": dict(about or {}),
+        }
+        (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu") -> AttentionPolicy:
@@ -174,6 +184,7 @@ class AttentionPolicy(nn.Module):
                 raise InvalidInput.field("policy", f"has format {config['format']}; this version reads {FORMAT}")
             policy = cls(PolicyModelSpec.model_validate(config["model"]), int(config["nodes"]))
             policy.load_state_dict(load_file(folder / WEIGHTS))
+            policy.chooses_start = bool(config["chooses_start"])
         except FileNotFoundError as error:
             raise InvalidInput.field("policy", f"{error.filename} is missing, so {folder} is no policy") from None
         except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:

@@ -1,0 +1,88 @@
+"""The policy job: train, compare with a solver, and keep the policy and its report."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ethogram.specs.clt import PolicySpec
+from services.clt.policy.evaluate import evaluate, evaluation_instances
+from services.clt.policy.model import CONFIG, FORMAT, AttentionPolicy
+from services.clt.policy.report import write_report
+from services.clt.policy.train import PolicyTrainer, run_training
+from services.clt.policy.tsp import cache
+from services.runtime.console import ConsoleRun
+from services.runtime.run import Run
+
+_CHECKPOINT_SECONDS = 30.0
+
+
+def run(spec: PolicySpec, run: Run) -> dict[str, Any]:
+    """Artifacts: ``policy`` (see :meth:`AttentionPolicy.save`) and ``report``. Returns the ``figures``: mean gaps to
+    the solver, as shares, and mean lengths."""
+    trainer = run_training(PolicyTrainer(spec, run.device), run)
+    policy = trainer.finished()
+    with tempfile.TemporaryDirectory() as scratch:
+        policy.save(Path(scratch, "policy"), {"spec": spec.model_dump(mode="json")})
+        # First, so that nothing that fails later costs it.
+        run.artifact("policy", "policy", Path(scratch, "policy"))
+        found = None
+        if spec.evaluation:
+            found = evaluate(policy, evaluation_instances(spec), spec.samples, spec.seed, run)
+        write_report(Path(scratch, "report"), spec, trainer.course, found)
+        run.artifact("report", "report", Path(scratch, "report"))
+    return {"figures": found.figures if found else {}}
+
+
+def default_policy(device: str = "cpu", run: Run | None = None, spec: PolicySpec | None = None) -> AttentionPolicy:
+    """The policy of the default spec (or of ``spec``, without its evaluation), for a few lines of Python: trained once,
+    with progress and with checkpoints from which the next call goes on, and kept in the cache."""
+    spec = spec or PolicySpec()
+    kept = cache() / "policies" / _key(spec)
+    if not (kept / "policy" / CONFIG).exists():
+        kept.mkdir(parents=True, exist_ok=True)
+        with (kept / "lock").open("w") as lock:
+            # One process trains, others wait for what it makes.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (kept / "policy" / CONFIG).exists():
+                _train_into(kept, spec, device, run)
+    return AttentionPolicy.load(kept / "policy", device)
+
+
+def _train_into(kept: Path, spec: PolicySpec, device: str, run: Run | None) -> None:
+    with _Cached(kept, device, run) as own:
+        policy = run_training(PolicyTrainer(spec, device), own).finished()
+        fresh = kept / "policy.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        policy.save(fresh, {"spec": spec.model_dump(mode="json")})
+        fresh.rename(kept / "policy")
+
+
+def _key(spec: PolicySpec) -> str:
+    """What the weights follow from."""
+    trained = spec.model_dump_json(exclude={"evaluation", "samples", "wandb"})
+    return hashlib.sha256(f"{FORMAT} {trained}".encode()).hexdigest()[:32]
+
+
+class _Cached(ConsoleRun):
+    """Keeps checkpoints in the cache, and tells another run, if there is one, instead of the terminal."""
+
+    def __init__(self, kept: Path, device: str, told: Run | None) -> None:
+        silent = None if told is None else Console(file=io.StringIO(), force_terminal=False)
+        super().__init__(kept, device, console=silent, checkpoint_seconds=_CHECKPOINT_SECONDS)
+        self._told = told or Run()
+
+    def stage(self, name: str, total: int, unit: str = "steps") -> None:
+        super().stage(name, total, unit)
+        self._told.stage(name, total, unit)
+
+    def advance(self, done: int) -> None:
+        super().advance(done)
+        self._told.advance(done)

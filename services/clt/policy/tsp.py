@@ -1,0 +1,163 @@
+"""The travelling salesman problem: random instances, the length of tours, and what the shortest ones are.
+
+Instances are cities ``[batch, nodes, 2]``, tours are permutations of them ``[batch, tours, nodes]``, closed: the last
+city is followed by the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+
+Distribution = Literal["uniform", "clustered"]
+
+MIN_CITIES, MAX_EXACT = 4, 12
+_SCALE = 10**6
+"""Distances go to the solver as integers, the instance's extent being this."""
+_CLUSTERS, _SPREAD = 3, 0.07
+_TOLD_EVERY = 50
+
+
+def instances(
+    count: int, nodes: int, generator: torch.Generator, distribution: Distribution = "uniform", device: str = "cpu"
+) -> Tensor:
+    """Random cities in the unit square, ``[count, nodes, 2]``; ``clustered``: normally around three random centres."""
+    if distribution == "uniform":
+        return torch.rand(count, nodes, 2, generator=generator).to(device)
+    centres = 0.2 + 0.6 * torch.rand(count, _CLUSTERS, 2, generator=generator)
+    chosen = torch.randint(_CLUSTERS, (count, nodes), generator=generator)
+    offsets = _SPREAD * torch.randn(count, nodes, 2, generator=generator)
+    return (centres[torch.arange(count).unsqueeze(1), chosen] + offsets).clamp(0, 1).to(device)
+
+
+def lengths(cities: Tensor, tours: Tensor) -> Tensor:
+    """Length of each tour, ``[batch, tours]``."""
+    batch, count, nodes = tours.shape
+    places = cities.gather(1, tours.reshape(batch, -1, 1).expand(-1, -1, 2)).view(batch, count, nodes, 2)
+    return (places - places.roll(-1, 2)).square().sum(-1).sqrt().sum(-1)
+
+
+def check_cities(cities: Tensor, field: str = "cities") -> Tensor:
+    """The cities in float32. Raises :class:`InvalidInput` for what is no batch of instances: ``[batch, nodes, 2]``, at
+    least 4 cities, finite, and no two at the same place."""
+    if cities.ndim != 3 or cities.shape[-1] != 2 or not len(cities):
+        raise InvalidInput.field(field, f"must be [instances, cities, 2], not {list(cities.shape)}")
+    if cities.shape[1] < MIN_CITIES:
+        raise InvalidInput.field(field, f"has instances of {cities.shape[1]} cities; give at least {MIN_CITIES}")
+    if not cities.is_floating_point():
+        raise InvalidInput.field(
+            field, f"must be floating-point numbers, not {str(cities.dtype).removeprefix('torch.')}"
+        )
+    finite = torch.isfinite(cities).flatten(1).all(1)
+    if not bool(finite.all()):
+        raise InvalidInput.field(field, f"instance {_first(~finite)} has a coordinate that is no finite number")
+    cities = cities.float()
+    # Few instances have two cities of one abscissa, so few are looked at closely.
+    by_x = cities[..., 0].sort(1).values
+    for index in (by_x[:, 1:] == by_x[:, :-1]).any(1).nonzero().flatten().tolist():
+        if len(torch.unique(cities[index], dim=0)) < cities.shape[1]:
+            raise InvalidInput.field(field, f"instance {index} has two cities at the same place; move or remove one")
+    return cities
+
+
+def read_cities(file: Path) -> Tensor:
+    """Cities that a user brings: a ``.npy`` file, or a ``.safetensors`` file with the tensor ``cities``. Raises
+    :class:`InvalidInput` that names the file."""
+    try:
+        # Never pickled objects, which numpy refuses by default.
+        cities = load_file(file)["cities"] if file.suffix == ".safetensors" else torch.from_numpy(np.load(file))
+    except FileNotFoundError:
+        raise InvalidInput.field(str(file), "there is no such file") from None
+    except KeyError:
+        raise InvalidInput.field(str(file), "has no tensor `cities`") from None
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, SafetensorError) as error:
+        what = "is no .npy or .safetensors file of numbers that can be read"
+        raise InvalidInput.field(str(file), f"{what} ({type(error).__name__})") from None
+    return check_cities(cities, str(file))
+
+
+def _first(wrong: Tensor) -> int:
+    return int(wrong.nonzero()[0, 0])
+
+
+def solve(cities: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
+    """A tour of each instance by LKH (Helsgaun 2000), ``[batch, 1, nodes]``; of so few cities as these are all but
+    always the shortest. ``progress`` is told how many instances are done."""
+    import elkai
+
+    found = []
+    for number, places in enumerate(cities.detach().cpu().double().numpy()):
+        extent = float(np.ptp(places, axis=0).max())
+        distances = np.linalg.norm(places[:, None] - places[None], axis=-1) / extent * _SCALE
+        found.append(elkai.DistanceMatrix(np.rint(distances).astype(int).tolist()).solve_tsp()[:-1])
+        if progress is not None and (number + 1) % _TOLD_EVERY == 0:
+            progress(number + 1)
+    return torch.tensor(found, device=cities.device).unsqueeze(1)
+
+
+def solve_exactly(cities: Tensor) -> Tensor:
+    """The shortest tours of at most 12 cities, ``[batch, 1, nodes]``, by dynamic programming (Held and Karp 1962)."""
+    nodes = cities.shape[1]
+    if nodes > MAX_EXACT:
+        raise InvalidInput.field("cities", f"the exact solver takes at most {MAX_EXACT} cities, not {nodes}")
+    tours = []
+    for places in cities.detach().cpu().double():
+        apart = torch.cdist(places, places).tolist()
+        # By the set of cities passed (bits, without city 0) and the last of them: the length, and the one before.
+        best = {(1 << last, last): (apart[0][last], 0) for last in range(1, nodes)}
+        for size in range(2, nodes):
+            for subset in combinations(range(1, nodes), size):
+                passed = sum(1 << city for city in subset)
+                for last in subset:
+                    rest = passed ^ 1 << last
+                    best[passed, last] = min((best[rest, k][0] + apart[k][last], k) for k in subset if k != last)
+        passed = (1 << nodes) - 2
+        last = min(range(1, nodes), key=lambda city: best[passed, city][0] + apart[city][0])
+        tour = []
+        while last:
+            tour.append(last)
+            passed, last = passed ^ 1 << last, best[passed, last][1]
+        tours.append([0, *reversed(tour)])
+    return torch.tensor(tours, device=cities.device).unsqueeze(1)
+
+
+def cache() -> Path:
+    """Folder of what costs time to find and never changes: ``ETHOGRAM_CACHE``, or ``~/.cache/ethogram``."""
+    return Path(os.environ.get("ETHOGRAM_CACHE") or Path("~/.cache/ethogram")).expanduser()
+
+
+def reference(cities: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
+    """What :func:`solve` finds, kept in the cache."""
+    digest = hashlib.sha256(repr((1, cities.shape)).encode() + cities.cpu().contiguous().numpy().tobytes()).hexdigest()
+    file = cache() / "tours" / f"{digest}.safetensors"
+    try:
+        tours = load_file(file)["tours"]
+        if tours.shape == (len(cities), 1, cities.shape[1]):
+            return tours.to(cities.device)
+    except (FileNotFoundError, KeyError, SafetensorError):
+        pass
+    tours = solve(cities, progress)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs may solve the same instances: each writes a file of its own, and a rename is whole.
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        save_file({"tours": tours.cpu()}, Path(scratch, "tours"))
+        Path(scratch, "tours").replace(file)
+    return tours
+
+
+def gaps(found: Tensor, shortest: Tensor) -> Tensor:
+    """How much longer tours are than the shortest, as a share of these; float64."""
+    return found.double() / shortest.double() - 1

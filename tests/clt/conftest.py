@@ -1,0 +1,82 @@
+"""Small policies, and runs that keep what they are told."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ethogram.specs.clt import PolicyModelSpec, PolicySpec
+from services.clt.policy.model import AttentionPolicy
+from services.clt.policy.train import initialize
+from services.runtime.run import Run
+from services.runtime.seeds import generator
+
+SMALL = {"hidden_dim": 16, "layers": 2, "heads": 4, "feed_forward": 32}
+
+
+def policy_spec(**sections: Any) -> PolicySpec:
+    """A spec of a policy that trains in a moment."""
+    training = {"steps": 6, "batch_size": 4, "validate_every": 2, "validation": 16, "warm_up": 1}
+    training |= sections.pop("training", {})
+    given = {"nodes": 6, "model": SMALL, "evaluation": 5, "samples": 3, **sections, "training": training}
+    return PolicySpec.model_validate(given)
+
+
+def small_policy(nodes: int = 7, seed: int = 0, **model: Any) -> AttentionPolicy:
+    """One with random weights and running means, ready for evaluation."""
+    policy = AttentionPolicy(PolicyModelSpec.model_validate({**SMALL, **model}), nodes)
+    draws = generator(seed, "test")
+    initialize(policy, draws)
+    for name, value in policy.state_dict().items():
+        if "running_" in name or name.endswith(("norm1.bias", "norm2.bias")):
+            value.uniform_(0.5, 1.5, generator=draws)
+    return policy.eval().requires_grad_(False)
+
+
+class Interrupted(Exception):
+    """The process is gone."""
+
+
+class Recorder(Run):
+    """Keeps artifacts and metrics, and a checkpoint at one step, and may fall over at another."""
+
+    def __init__(self, folder: Path, keep: int = -1, fall: int = -1, resume: Path | None = None) -> None:
+        self.folder, self.keep, self.fall, self.resume = folder, keep, fall, resume
+        self.done: list[int] = []
+        self.stages: list[str] = []
+        self.metrics: dict[int, dict[str, float]] = {}
+
+    def stage(self, name: str, total: int, unit: str = "steps") -> None:
+        self.stages.append(name)
+
+    def advance(self, done: int) -> None:
+        self.done.append(done)
+        if done == self.fall:
+            raise Interrupted
+
+    def metric(self, step: int, **values: float) -> None:
+        self.metrics[step] = values
+
+    def checkpoint_due(self) -> bool:
+        return self.done[-1] == self.keep
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        assert step == self.keep
+        self.folder.mkdir()
+        write(self.folder)
+
+    def artifact(self, name: str, type: str, folder: Path) -> None:
+        assert name == type
+        shutil.copytree(folder, self.folder / name)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing is kept in the developer's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ETHOGRAM_CACHE", str(folder))
+    return folder

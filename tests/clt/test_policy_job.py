@@ -1,0 +1,98 @@
+"""The job and the commands, end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ethogram.cli.execute import execute
+from services.clt import __main__ as command
+from services.clt.policy import evaluate as evaluation
+from services.clt.policy import job
+from services.clt.policy.evaluate import evaluate
+from services.clt.policy.model import AttentionPolicy
+from services.clt.policy.tsp import instances, solve_exactly
+from services.runtime.seeds import generator
+from tests.clt.conftest import Recorder, policy_spec, small_policy
+
+
+def call(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as left:
+        execute(command.app, "clt", [str(argument) for argument in arguments])
+    code = left.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_job_keeps_a_policy_and_a_report(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    result = job.run(policy_spec(), recorder)
+    assert recorder.stages == ["train", "solve", "evaluate"]
+    assert set(recorder.metrics[6]) == {"loss", "length", "entropy", "validation_length"}
+    json.dumps(result, allow_nan=False)
+    figures = result["figures"]
+    assert figures["gap_greedy"] >= figures["gap_multistart"] > -1e-5
+    policy = AttentionPolicy.load(tmp_path / "policy")
+    assert policy.nodes == 6
+    for name in ("course", "gaps", "tours"):
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert written["figures"] == figures and len(written["gaps"]["sampled"]) == 5
+    assert "multistart" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_job_without_evaluation(tmp_path: Path) -> None:
+    assert job.run(policy_spec(evaluation=0), Recorder(tmp_path)) == {"figures": {}}
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_gap_of_an_exact_solver_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "greedy", lambda policy, cities, stream: solve_exactly(cities))
+    found = evaluate(small_policy(), instances(10, 7, generator(0, "test")), 0, 0)
+    assert set(found.gaps) == {"greedy", "multistart"}
+    assert float(found.gaps["greedy"].abs().max()) < 1e-6
+    assert float(found.gaps["multistart"].min()) > -1e-6
+
+
+def test_default_policy_is_trained_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    first = job.default_policy(run=recorder, spec=policy_spec())
+    assert recorder.stages == ["train"] and recorder.done[-1] == 6
+    monkeypatch.setattr(job, "PolicyTrainer", None)
+    # The evaluation has no part in it.
+    assert job.default_policy(spec=policy_spec(evaluation=9)).digest == first.digest
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "spec.json").write_text(policy_spec().model_dump_json())
+    run = tmp_path / "run"
+    assert call("policy", "-f", tmp_path / "spec.json", "--device", "cpu", "-o", run, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert call("policy", "-f", tmp_path / "spec.json", "-o", run) == 2
+    assert "finished run" in capsys.readouterr().err
+    # The instances of the job's own evaluation.
+    given = ("gap", run / "policy", "--instances", "5", "--samples", "3", "--json")
+    assert call(*given) == 0
+    again = json.loads(capsys.readouterr().out)["figures"]
+    assert again == pytest.approx(figures)
+
+    save_file({"cities": torch.rand(4, 9, 2)}, tmp_path / "mine.safetensors")
+    assert call("gap", run / "policy", "--cities", tmp_path / "mine.safetensors", "--samples", "0") == 0
+    assert "gap_multistart" in capsys.readouterr().out
+    assert call("gap", tmp_path) == 2
+    assert "is no policy" in capsys.readouterr().err
+
+
+def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.clt.test_policy_import import theirs
+
+    torch.save({"state_dict": theirs(small_policy())}, tmp_path / "last.ckpt")
+    given = ("import-policy", tmp_path / "last.ckpt", "-o", tmp_path / "policy", "--heads", "4", "--nodes", "7")
+    assert call(*given) == 0
+    assert AttentionPolicy.load(tmp_path / "policy").nodes == 7
+    assert call(*given) == 2
+    assert "is there already" in capsys.readouterr().err

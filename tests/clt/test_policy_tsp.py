@@ -1,0 +1,96 @@
+"""Instances, lengths, solvers, and cities that are none."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ethogram.errors import InvalidInput
+from services.clt.policy import tsp
+from services.clt.policy.tsp import check_cities, gaps, instances, lengths, read_cities, reference, solve, solve_exactly
+from services.runtime.seeds import generator
+
+
+def test_length_of_a_square() -> None:
+    cities = torch.tensor([[[0.0, 0], [0, 1], [1, 1], [1, 0]]])
+    found = lengths(cities, torch.tensor([[[0, 1, 2, 3], [0, 2, 1, 3]]]))
+    assert found.tolist()[0] == pytest.approx([4, 2 + 2 * 2**0.5])
+
+
+def test_exact_solver_finds_the_shortest_of_all_tours() -> None:
+    cities = instances(3, 7, generator(0, "test"))
+    every = torch.tensor([[0, *rest] for rest in permutations(range(1, 7))]).expand(3, -1, -1)
+    found = lengths(cities, solve_exactly(cities))[:, 0]
+    assert torch.allclose(found, lengths(cities, every).amin(1))
+
+
+@pytest.mark.parametrize("nodes", [4, 5, 9])
+@pytest.mark.parametrize("distribution", ["uniform", "clustered"])
+def test_solver_is_as_good_as_the_exact_one(nodes: int, distribution: tsp.Distribution) -> None:
+    cities = check_cities(instances(5, nodes, generator(1, "test"), distribution))
+    tours = solve(cities)
+    assert tours.sort(-1).values.equal(torch.arange(nodes).expand(5, 1, nodes))
+    gap = gaps(lengths(cities, tours), lengths(cities, solve_exactly(cities)))
+    assert float(gap.abs().max()) < 1e-5
+
+
+def test_clusters_are_clusters() -> None:
+    spread, tight = (instances(50, 20, generator(0, "test"), distribution) for distribution in ("uniform", "clustered"))  # type: tuple[torch.Tensor, torch.Tensor]
+    nearest = [(torch.cdist(cities, cities) + 9 * torch.eye(20)).amin(1).mean() for cities in (spread, tight)]
+    assert nearest[1] < 0.7 * nearest[0]
+    assert 0 <= float(tight.min()) and float(tight.max()) <= 1
+
+
+def test_reference_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cities = instances(60, 5, generator(2, "test"))
+    told: list[int] = []
+    first = reference(cities, told.append)
+    assert told == [50]
+    monkeypatch.setattr(tsp, "solve", None)
+    assert reference(cities).equal(first)
+
+
+def test_a_broken_cache_is_made_again(own_cache: Path) -> None:
+    cities = instances(2, 5, generator(2, "test"))
+    first = reference(cities)
+    (file,) = (own_cache / "tours").iterdir()
+    file.write_bytes(b"no tours")
+    assert reference(cities).equal(first)
+    assert file.read_bytes() != b"no tours"
+
+
+@pytest.mark.parametrize(
+    ("cities", "why"),
+    [
+        (torch.rand(3, 5), r"must be \[instances, cities, 2\], not \[3, 5\]"),
+        (torch.rand(0, 5, 2), "must be"),
+        (torch.rand(1, 3, 2), "at least 4"),
+        (torch.ones(1, 5, 2, dtype=torch.int64), "floating-point"),
+        (torch.rand(3, 5, 2).index_put_((torch.tensor(1),), torch.tensor(float("nan"))), "instance 1 has"),
+        (torch.rand(3, 5, 2).index_put_((torch.tensor(2),), torch.tensor(0.5)), "instance 2 has two cities"),
+    ],
+)
+def test_what_are_no_cities(cities: torch.Tensor, why: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=why):
+        check_cities(cities)
+    np.save(tmp_path / "cities.npy", cities.numpy())
+    with pytest.raises(InvalidInput, match=rf"cities\.npy: .*{why}"):
+        read_cities(tmp_path / "cities.npy")
+
+
+def test_same_abscissa_is_no_same_place() -> None:
+    grid = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0)).unsqueeze(0)
+    assert check_cities(grid).equal(grid)
+
+
+def test_a_file_that_holds_no_cities(tmp_path: Path) -> None:
+    for name in ("a.npy", "a.safetensors"):
+        with pytest.raises(InvalidInput, match="no such file"):
+            read_cities(tmp_path / name)
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+        with pytest.raises(InvalidInput, match="that can be read"):
+            read_cities(tmp_path / name)
