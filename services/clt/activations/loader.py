@@ -48,8 +48,8 @@ class Batches:
     next are a group, whose rows are permuted together; groups follow each other and epochs too, so a batch may lie
     across them and none is short. :meth:`at` is a pure function of seed and step: who keeps the step can go on.
 
-    In memory there is the present group, of the size of a shard of the asked hook points, and with ``prefetch`` the next
-    one, which a thread reads meanwhile. Use it as a context manager, or call :meth:`close`.
+    In memory there is the present group, of the size of a shard of the asked hook points, and with ``prefetch`` the
+    next one, which a thread reads meanwhile. Use it as a context manager, or call :meth:`close`.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Batches:
         batch_size: int,
         split: str = TRAIN,
         seed: int = 0,
+        *,
         prefetch: bool = True,
     ) -> None:
         """Raises :class:`InvalidInput` for hook points that the store does not have, and for a split without rows."""
@@ -143,16 +144,14 @@ class Batches:
         rows = []
         for hook in self._hooks:
             made = torch.empty(sum(sizes), self._store.widths[hook], dtype=self._store.dtype)
-            for part, place in zip(parts, made.split(sizes), strict=True):
+            for part, place in zip(parts, (made[: sizes[0]], made[sizes[0] :]), strict=True):
                 place.copy_(self._store.read(self._split, part.shard, [hook], part.start, part.stop)[0])
             rows.append(made)
         draws = generator(self._seed, "mix", epoch, number)
         return Group(rows, torch.randperm(sum(sizes), generator=draws))
 
 
-def everything(
-    store: ActivationStore, hooks: Sequence[str], split: str, limit: int | None = None
-) -> list[Tensor]:
+def everything(store: ActivationStore, hooks: Sequence[str], split: str, limit: int | None = None) -> list[Tensor]:
     """The first ``limit`` rows of a split in the order of the files, float32 ``[rows, d]`` of each hook point."""
     store.require_hooks(hooks, "hooks")
     total = min(store.rows(split), store.rows(split) if limit is None else limit)

@@ -114,7 +114,8 @@ class LanguageModelSource(ActivationSource):
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             text = f"{spec.model} cannot be loaded as a causal language model with safetensors weights ({why})"
             raise InvalidInput.field(f"{_FIELD}.model", text) from None
-        self.model: Any = model.to(device).eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
+        self.model.to(device)
         self.positions, self.first = spec.context, int(spec.skip_first)
         self._check()
         self.digest = _digest(self.model)
