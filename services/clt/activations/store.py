@@ -206,7 +206,7 @@ class ActivationStore:
         for name in names:
             # A file of its own for each, so that what it maps is let go of.
             with reading(self.folder, shard.file, "store of activations") as path, safe_open(path, "pt") as file:
-                found.append(file.get_slice(name)[start : shard.rows if stop is None else stop].clone())
+                found.append(file.get_slice(name)[start : shard.rows if stop is None else stop])
         return found
 
     def statistics(self, hook: str) -> Statistics:
