@@ -22,7 +22,7 @@ SMALL = 0.01
 ROWS = 16_384
 """Most rows of each split that a pair is judged by."""
 # Of the mean variance of the source's channels.
-_RIDGE = 1e-3
+_RIDGE = 1e-5
 _TOP = 10
 
 
