@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ def test_captured_values_are_those_of_a_forward_by_hand() -> None:
         policy.decoder.memory(policy.encoder(cities))
     stream = policy.encoder.embed(cities)
     by_hand: dict[str, Tensor] = {}
-    for i, layer in enumerate(policy.encoder.layers):
+    layers: Any = policy.encoder.layers
+    for i, layer in enumerate(layers):
         name = f"encoder_layer_{i}"
         by_hand[f"{name}_input"] = stream
         by_hand[f"{name}_attention"] = layer.attention(stream)

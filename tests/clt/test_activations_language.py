@@ -42,11 +42,17 @@ def save_model(folder: Path, kind: str) -> Path:
     if kind == "gpt2":
         GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=16, **sizes)).save_pretrained(folder)
     else:
-        shape = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shape: dict[str, Any] = {
+            "hidden_size": 8,
+            "intermediate_size": 12,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=32, **sizes)).save_pretrained(folder)
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<end>"))
-    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+    words.pre_tokenizer = Whitespace()
+    made: Any = PreTrainedTokenizerFast
+    made(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
     return folder
 
 
@@ -86,7 +92,8 @@ def test_what_enters_and_leaves_each_mlp_of_each_token(kind: str, lines: Path, t
     assert found.rows() + found.rows("validation") == 40 * 7
     found = ActivationStore.open(tmp_path / "store")
 
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.eval()
     points = language_points(model)
     with torch.no_grad(), capture(model, [points[name] for name in found.hooks]) as by_hand:
         model(input_ids=sequences(8)[:40])

@@ -13,11 +13,11 @@ import torch
 from ethogram.cli.execute import execute
 from ethogram.cli.options import system_app
 from ethogram.errors import InvalidInput
-from services.clt.activations.collect import CHUNK, ROOT, collect
+from services.clt.activations.collect import ROOT, collect
 from services.clt.activations.commands import add_commands
 from services.clt.activations.loader import everything
 from services.clt.activations.pairs import export, inspect, pair_name, pairs_of
-from services.clt.activations.sources import uniform
+from services.clt.activations.sources import CHUNK, uniform
 from services.clt.activations.store import TRAIN, VALIDATION, ActivationStore
 from services.runtime.run import Run
 from services.runtime.seeds import generator

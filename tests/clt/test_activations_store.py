@@ -18,9 +18,9 @@ from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.clt import ActivationsSpec
 from services.clt.activations import job, store
-from services.clt.activations.collect import CHUNK, ROOT, collect
+from services.clt.activations.collect import ROOT, collect
 from services.clt.activations.hooks import capture, policy_points
-from services.clt.activations.sources import check_instances, uniform
+from services.clt.activations.sources import CHUNK, check_instances, uniform
 from services.clt.activations.store import MANIFEST, STATISTICS, TRAIN, VALIDATION, ActivationStore
 from services.runtime.run import Run, Stopped
 from services.runtime.seeds import generator
