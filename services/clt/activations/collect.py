@@ -52,9 +52,9 @@ def collect(
 ) -> ActivationStore:
     """Record what ``spec`` asks for into ``folder``, or go on there; ``policy`` (called ``name``) where it is of one.
 
-    With ``spec.root`` or ``ACTIVATIONS_ROOT`` the store is in a folder of its own below that, which is gone on with too,
-    and ``folder`` only tells where. Raises :class:`InvalidInput` for hook points that are not there, numbers that are
-    not finite and too few texts, and :class:`ethogram.errors.Unavailable` when the disk is full.
+    With ``spec.root`` or ``ACTIVATIONS_ROOT`` the store is in a folder of its own below that, which is gone on with
+    too, and ``folder`` only tells where. Raises :class:`InvalidInput` for hook points that are not there, numbers that
+    are not finite and too few texts, and :class:`ethogram.errors.Unavailable` when the disk is full.
     """
     with torch.no_grad():
         source = open_source(spec, run.device, policy, name)
@@ -156,7 +156,7 @@ class Queue:
 
 
 def _record(
-    spec: ActivationsSpec, source: ActivationSource, points: Sequence[HookPoint], writer: Writer, run: Run, own: bool
+    spec: ActivationsSpec, source: ActivationSource, points: Sequence[HookPoint], writer: Writer, run: Run, *, own: bool
 ) -> ActivationStore:
     """``own``: the run's checkpoints hold the store, which would be lost otherwise."""
 

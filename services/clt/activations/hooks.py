@@ -156,7 +156,9 @@ def trace(
             text = f"no tensor passes {point.name} in a forward pass; hook another module"
             raise InvalidInput.field(field, text)
         if len(shapes) > 1:
-            raise InvalidInput.field(field, f"{point.name} runs several times in a forward pass; hook what is around it")
+            raise InvalidInput.field(
+                field, f"{point.name} runs several times in a forward pass; hook what is around it"
+            )
         if len(shapes[0]) != 3 or shapes[0][:2] != shape:
             text = f"{point.name} has shape {list(shapes[0])} for {shape[0]} instances of {shape[1]} positions"
             raise InvalidInput.field(field, f"{text}, not a vector for each position; hook another module")

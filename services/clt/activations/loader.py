@@ -35,10 +35,20 @@ class Epoch(NamedTuple):
 class Group(NamedTuple):
     """A mixing group in memory."""
 
-    rows: list[Tensor]
-    """``[rows, d]`` of each hook point, as they lie in the store."""
+    key: tuple[int, int]
+    """Its epoch and its number there."""
+    memory: list[Tensor]
+    """Rows of each hook point as they lie in the store, ``[at least as many as the group has, d]``."""
     order: Tensor
     """The order in which they come, int64 ``[rows]``; the same for all hook points."""
+
+
+class Coming(NamedTuple):
+    """A group that is being read into ``memory``."""
+
+    key: tuple[int, int]
+    memory: list[Tensor]
+    group: Future[Group]
 
 
 class Batches:
@@ -48,8 +58,8 @@ class Batches:
     next are a group, whose rows are permuted together; groups follow each other and epochs too, so a batch may lie
     across them and none is short. :meth:`at` is a pure function of seed and step: who keeps the step can go on.
 
-    In memory there is the present group, of the size of a shard of the asked hook points, and with ``prefetch`` the next
-    one, which a thread reads meanwhile. Use it as a context manager, or call :meth:`close`.
+    In memory there is the present group, of the size of a shard of the asked hook points, and with ``prefetch`` the
+    next one, which a thread reads meanwhile. Use it as a context manager, or call :meth:`close`.
     """
 
     def __init__(
@@ -59,6 +69,7 @@ class Batches:
         batch_size: int,
         split: str = TRAIN,
         seed: int = 0,
+        *,
         prefetch: bool = True,
     ) -> None:
         """Raises :class:`InvalidInput` for hook points that the store does not have, and for a split without rows."""
@@ -69,9 +80,14 @@ class Batches:
             raise InvalidInput.field("activations", f"the store has no {split} rows; record more instances")
         self._store, self._hooks, self._size, self._split, self._seed = store, list(hooks), batch_size, split, seed
         self._epoch = lru_cache(maxsize=2)(self._plan)
-        self._here: tuple[tuple[int, int], Group] | None = None
-        self._next: tuple[tuple[int, int], Future[Group]] | None = None
+        self._here: Group | None = None
+        self._next: Coming | None = None
         self._pool = ThreadPoolExecutor(1, "batches") if prefetch else None
+        # The same throughout: what threads free is not given back to the system.
+        most = max(shard.rows for shard in store.shards(split))
+        self._free = [
+            [torch.empty(most, store.widths[hook], dtype=store.dtype) for hook in hooks] for _ in range(1 + prefetch)
+        ]
 
     @property
     def steps_per_epoch(self) -> float:
@@ -89,6 +105,7 @@ class Batches:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._pool = self._here = self._next = None
+        self._free.clear()
 
     def at(self, step: int, rank: int = 0, size: int = 1) -> list[Tensor]:
         """The batch of ``step``, float32 ``[batch, d]`` of each hook point; with several processes the part of it that
@@ -104,7 +121,7 @@ class Batches:
             group = self._group(epoch, number)
             first = inside - starts[number]
             chosen = group.order[first : first + stop - row]
-            for batch, rows in zip(made, group.rows, strict=True):
+            for batch, rows in zip(made, group.memory, strict=True):
                 batch[row - start : row - start + len(chosen)] = rows.index_select(0, chosen)
             row += len(chosen)
         return made
@@ -121,38 +138,57 @@ class Batches:
 
     def _group(self, epoch: int, number: int) -> Group:
         key = (epoch, number)
-        if self._here is None or self._here[0] != key:
-            # First, so that there are never more than two.
-            self._here = None
-            if self._next is not None and self._next[0] == key:
-                group = self._next[1].result()
-            else:
-                if self._next is not None and not self._next[1].cancel():
-                    self._next[1].exception()
-                self._next = None
-                group = self._load(epoch, number)
-            self._here, self._next = (key, group), None
+        if self._here is None or self._here.key != key:
+            if self._here is not None:
+                self._free.append(self._here.memory)
+                self._here = None
+            coming, self._next = self._next, None
+            if coming is None:
+                coming = self._begin(key, ahead=False)
+            elif coming.key != key:
+                self._give_up(coming)
+                coming = self._begin(key, ahead=False)
+            try:
+                self._here = coming.group.result()
+            except BaseException:
+                self._give_up(coming)
+                raise
             if self._pool is not None:
-                after = (epoch, number + 1) if number + 1 < len(self._epoch(epoch).groups) else (epoch + 1, 0)
-                self._next = (after, self._pool.submit(self._load, *after))
-        return self._here[1]
+                last = number + 1 == len(self._epoch(epoch).groups)
+                self._next = self._begin((epoch + 1, 0) if last else (epoch, number + 1), ahead=True)
+        return self._here
 
-    def _load(self, epoch: int, number: int) -> Group:
+    def _begin(self, key: tuple[int, int], *, ahead: bool) -> Coming:
+        memory = self._free.pop()
+        if ahead and self._pool is not None:
+            return Coming(key, memory, self._pool.submit(self._load, key, memory))
+        group: Future[Group] = Future()
+        try:
+            group.set_result(self._load(key, memory))
+        except BaseException as error:
+            group.set_exception(error)
+        return Coming(key, memory, group)
+
+    def _give_up(self, coming: Coming) -> None:
+        """Have the memory of a group that is not wanted again."""
+        if not coming.group.cancel():
+            coming.group.exception()
+        self._free.append(coming.memory)
+
+    def _load(self, key: tuple[int, int], memory: list[Tensor]) -> Group:
+        epoch, number = key
         parts = self._epoch(epoch).groups[number]
-        sizes = [part.stop - part.start for part in parts]
-        rows = []
-        for hook in self._hooks:
-            made = torch.empty(sum(sizes), self._store.widths[hook], dtype=self._store.dtype)
-            for part, place in zip(parts, made.split(sizes), strict=True):
-                place.copy_(self._store.read(self._split, part.shard, [hook], part.start, part.stop)[0])
-            rows.append(made)
+        rows = 0
+        for part in parts:
+            after = rows + part.stop - part.start
+            for hook, whole in zip(self._hooks, memory, strict=True):
+                whole[rows:after] = self._store.read(self._split, part.shard, [hook], part.start, part.stop)[0]
+            rows = after
         draws = generator(self._seed, "mix", epoch, number)
-        return Group(rows, torch.randperm(sum(sizes), generator=draws))
+        return Group(key, memory, torch.randperm(rows, generator=draws))
 
 
-def everything(
-    store: ActivationStore, hooks: Sequence[str], split: str, limit: int | None = None
-) -> list[Tensor]:
+def everything(store: ActivationStore, hooks: Sequence[str], split: str, limit: int | None = None) -> list[Tensor]:
     """The first ``limit`` rows of a split in the order of the files, float32 ``[rows, d]`` of each hook point."""
     store.require_hooks(hooks, "hooks")
     total = min(store.rows(split), store.rows(split) if limit is None else limit)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ SMALL = 0.01
 ROWS = 16_384
 """Most rows of each split that a pair is judged by."""
 # Of the mean variance of the source's channels.
-_RIDGE = 1e-3
+_RIDGE = 1e-5
 _TOP = 10
 
 
@@ -163,14 +164,15 @@ def _column(store: ActivationStore, split: str, name: str) -> Tensor:
 
 
 def _of_split(store: ActivationStore, split: str) -> list[int]:
-    found: list[int] = _column(store, split, "instance").unique().tolist()
+    found: list[int] = np.unique(_column(store, split, "instance").numpy()).tolist()
     return found
 
 
 def _instances(store: ActivationStore) -> Tensor:
     """Ids of the instances all of whose rows are there, ascending: an interruption leaves others too."""
-    ids, counts = torch.cat([_column(store, split, "instance") for split in SPLITS]).unique(return_counts=True)
-    return ids[counts == store.manifest.rows_per_instance]
+    every = torch.cat([_column(store, split, "instance") for split in SPLITS])
+    ids, counts = np.unique(every.numpy(), return_counts=True)
+    return torch.from_numpy(ids[counts == store.manifest.rows_per_instance])
 
 
 def _ordered(store: ActivationStore, hook: str, chosen: Tensor) -> Tensor:

@@ -109,12 +109,13 @@ class LanguageModelSource(ActivationSource):
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safe)
-            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto", **safe)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto", **safe)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             text = f"{spec.model} cannot be loaded as a causal language model with safetensors weights ({why})"
             raise InvalidInput.field(f"{_FIELD}.model", text) from None
-        self.model: Any = model.to(device).eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
+        self.model.to(device)
         self.positions, self.first = spec.context, int(spec.skip_first)
         self._check()
         self.digest = _digest(self.model)

@@ -1,4 +1,4 @@
-"""Moments of rows, added shard by shard (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance")."""
+"""Moments of rows, added part by part (Chan, Golub and LeVeque 1983, The American Statistician 37)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Moments:
     """
 
     def __init__(self, width: int, device: str = "cpu") -> None:
-        self.rows, self.device = 0, device
+        # A GPU of Apple has no float64.
+        self.rows, self.device = 0, "cpu" if device == "mps" else device
         self.mean, self.squares = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
         # Sums of squared norms, of norms and of zeros.
         self.sums = torch.zeros(3, dtype=torch.float64)
@@ -48,8 +49,8 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """``[rows, d]`` more, of any precision."""
-        for part in rows.split(_ROWS):
-            values = part.to(self.device).double() if self.device != "mps" else part.double()
+        for start in range(0, len(rows), _ROWS):
+            values = rows[start : start + _ROWS].to(self.device).double()
             count, mean = len(values), values.mean(0)
             centred = values - mean
             norms = values.square().sum(1)

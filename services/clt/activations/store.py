@@ -1,9 +1,10 @@
 """A store of activations: shards of rows of several hook points at once, of which a pair is a view.
 
-The folder has ``manifest.json``, which alone says what counts; ``statistics.safetensors``, moments of the training rows;
-and shards ``train-00000.safetensors`` and ``validation-00000.safetensors``: for each hook point a tensor ``[rows, d]``,
-and of each row its ``instance`` and ``position``, int32 ``[rows]``. All rows of an instance are in one split. They are
-in random order within blocks of :data:`BLOCK` shards. What an interruption leaves can be read, and gone on with.
+The folder has ``manifest.json``, which alone says what counts; ``statistics.safetensors``, moments of the training
+rows; and shards ``train-00000.safetensors`` and ``validation-00000.safetensors``: for each hook point a tensor
+``[rows, d]``, and of each row its ``instance`` and ``position``, int32 ``[rows]``. All rows of an instance are in one
+split. They are in random order within blocks of :data:`BLOCK` shards. What an interruption leaves can be read, and gone
+on with.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ class ActivationStore:
         for name in names:
             # A file of its own for each, so that what it maps is let go of.
             with reading(self.folder, shard.file, "store of activations") as path, safe_open(path, "pt") as file:
-                found.append(file.get_slice(name)[start : shard.rows if stop is None else stop].clone())
+                found.append(file.get_slice(name)[start : shard.rows if stop is None else stop])
         return found
 
     def statistics(self, hook: str) -> Statistics:
@@ -373,7 +374,8 @@ class Writer:
         columns, rows = self._buffers[split], self._filled[split]
         shards, each = self.manifest.splits[split], self.manifest.shard_instances * self.manifest.rows_per_instance
         order = torch.randperm(rows, generator=generator(self.manifest.seed, "rows", split, len(shards) // BLOCK))
-        for index in order.split(each):
+        for start in range(0, rows, each):
+            index = order[start : start + each]
             file = f"{split}-{len(shards):05}.safetensors"
 
             def seen(name: str, values: Tensor) -> None:

@@ -1,0 +1,183 @@
+"""Activations of language models: any causal one of transformers, by the names of its modules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.clt import ActivationsSpec, LanguageModelSpec
+from services.clt.activations.collect import collect
+from services.clt.activations.hooks import capture, language_points
+from services.clt.activations.sources import LanguageModelSource
+from services.clt.activations.store import SPLITS, TRAIN, ActivationStore
+from services.clt.activations.texts import texts
+from services.runtime.run import Run
+
+WORDS = ["<end>", *"abcdefghijklmnopqrst"]
+TEXTS = [" ".join(WORDS[1 + (i * j) % 20] for j in range(1, 3 + i % 9)) for i in range(1, 90)]
+
+
+def save_model(folder: Path, kind: str) -> Path:
+    """A tiny model with a tokenizer of words."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": len(WORDS), "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt2":
+        GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=16, **sizes)).save_pretrained(folder)
+    else:
+        shape: dict[str, Any] = {
+            "hidden_size": 8,
+            "intermediate_size": 12,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<end>"))
+    words.pre_tokenizer = Whitespace()
+    made: Any = PreTrainedTokenizerFast
+    made(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    """The texts as lines, some of them blank."""
+    file = tmp_path / "texts.txt"
+    file.write_text("\n\n".join(TEXTS))
+    return file
+
+
+def spec_of(model: Path, dataset: Path, **changes: Any) -> ActivationsSpec:
+    language: dict[str, Any] = {"model": str(model), "dataset": str(dataset), "context": 8}
+    language |= changes.pop("language", {})
+    given = {"instances": 40, "validation": 0.1, "shard_rows": 56, "batch_size": 5, "dtype": "float32"} | changes
+    return ActivationsSpec.model_validate({"language_model": language, **given})
+
+
+def sequences(context: int) -> torch.Tensor:
+    """Tokens of the texts, each with its end, cut."""
+    stream = [WORDS.index(word) for text in TEXTS for word in [*text.split(), "<end>"]]
+    return torch.tensor(stream[: len(stream) // context * context]).view(-1, context)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_what_enters_and_leaves_each_mlp_of_each_token(kind: str, lines: Path, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", kind)
+    found = collect(spec_of(folder, lines), tmp_path / "store", Run())
+    stem = "transformer.h" if kind == "gpt2" else "model.layers"
+    assert found.hooks == [f"{stem}.{i}.mlp{side}" for i in range(2) for side in (":input", "")]
+    assert found.manifest.pairs[1] == (f"{stem}.1.mlp:input", f"{stem}.1.mlp")
+    assert found.rows() + found.rows("validation") == 40 * 7
+    found = ActivationStore.open(tmp_path / "store")
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.eval()
+    points = language_points(model)
+    with torch.no_grad(), capture(model, [points[name] for name in found.hooks]) as by_hand:
+        model(input_ids=sequences(8)[:40])
+    for split in SPLITS:
+        for number in range(len(found.shards(split))):
+            instance, position, *rows = found.read(split, number, ["instance", "position", *found.hooks])
+            assert int(position.min()) == 1 and int(position.max()) == 7
+            for name, values in zip(found.hooks, rows, strict=True):
+                expected = by_hand[name][instance.long(), position.long()]
+                torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_any_module_can_be_hooked_and_the_first_position_kept(gpt2: Path, lines: Path, tmp_path: Path) -> None:
+    hooks, pairs = ["lm_head", "transformer.h.1.attn"], ["transformer.h.0:input->transformer.h.1"]
+    spec = spec_of(gpt2, lines, hooks=hooks, pairs=pairs, language={"skip_first": False})
+    found = collect(spec, tmp_path / "store", Run())
+    assert found.hooks == ["transformer.h.0:input", "transformer.h.1.attn", "transformer.h.1", "lm_head"]
+    assert found.widths["lm_head"] == len(WORDS)
+    assert found.rows(TRAIN) == 36 * 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"hooks": ["transformer.h.0.mpl"]}, r"spec\.hooks\.0: .*did you mean.*transformer\.h\.0\.mlp"),
+        ({"hooks": ["transformer.wpe"]}, r"spec\.hooks\.0: transformer\.wpe has shape .*not a vector"),
+        ({"pairs": ["transformer.h.1->transformer.h.0"]}, r"spec\.pairs\.0: .*comes after"),
+        ({"instances": 4000}, r"spec\.instances: the texts make \d+ sequences of 8 tokens, not 4000"),
+        ({"language": {"context": 17}}, r"spec\.language_model\.context: the model has 16 positions"),
+        ({"language": {"model": "/nowhere"}}, r"spec\.language_model\.model: /nowhere is not there"),
+        ({"language": {"dataset": "/nowhere.txt"}}, r"spec\.language_model\.dataset: /nowhere\.txt is not there"),
+    ],
+)
+def test_what_is_not_possible_is_told(
+    changes: dict[str, Any], error: str, gpt2: Path, lines: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInput, match=error) as told:
+        collect(spec_of(gpt2, lines, **changes), tmp_path / "store", Run())
+    if "instances" in changes:
+        assert f" {len(sequences(8))} " in str(told.value)
+
+
+def test_a_model_without_mlps_needs_hooks(gpt2: Path, lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = LanguageModelSource
+    check = source._check
+
+    def renamed(self: LanguageModelSource) -> None:
+        check(self)
+        for block in self.model.transformer.h:
+            block.feed = block._modules.pop("mlp")
+
+    monkeypatch.setattr(source, "_check", renamed)
+    with pytest.raises(InvalidInput, match=r"spec\.hooks: the model has no modules called mlp.*transformer"):
+        collect(spec_of(gpt2, lines), lines.parent / "store", Run())
+
+
+def test_a_folder_without_a_model_and_weights_that_are_no_safetensors(lines: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"spec\.language_model\.model: .*cannot be loaded"):
+        collect(spec_of(tmp_path, lines), tmp_path / "store", Run())
+    folder = save_model(tmp_path / "model", "gpt2")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(InvalidInput, match=r"spec\.language_model\.model: .*cannot be loaded"):
+        collect(spec_of(folder, lines), tmp_path / "store", Run())
+
+
+def test_texts_come_from_many_forms(lines: Path, tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"text": text, "number": i} for i, text in enumerate(TEXTS)]
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:30]))
+    parquet.write_table(pyarrow.Table.from_pylist(rows[30:]), folder / "b.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "splits")
+    for place in (lines, folder, tmp_path / "saved", tmp_path / "splits"):
+        assert list(texts(LanguageModelSpec(model="m", dataset=str(place)))) == TEXTS
+    with pytest.raises(
+        InvalidInput, match=r"spec\.language_model\.column: .*no text in a column number; .*text, number"
+    ):
+        list(texts(LanguageModelSpec(model="m", dataset=str(folder), column="number")))
+    with pytest.raises(InvalidInput, match=r"spec\.language_model\.split: .*no test; there are train"):
+        list(texts(LanguageModelSpec(model="m", dataset=str(tmp_path / "splits"), split="test")))
+    (folder / "a.jsonl").write_text("{")
+    with pytest.raises(InvalidInput, match=r"a\.jsonl cannot be read as \.jsonl"):
+        list(texts(LanguageModelSpec(model="m", dataset=str(folder))))
