@@ -92,7 +92,7 @@ def top(inputs: Tensor, weight: Tensor, bias: Tensor, k: int, bfloat16: bool = F
     cols, vals = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
     for begin, pre in _pre_activations(inputs, weight, bias, bfloat16):
         end = begin + len(pre)
-        kernels.largest(pre, k, cols[begin:end], vals[begin:end])
+        _spread(kernels.largest, len(pre), pre, k, cols[begin:end], vals[begin:end])
     pattern = Pattern(np.arange(rows + 1, dtype=np.int64) * k, cols.ravel(), len(weight))
     return _coded(torch.from_numpy(vals.ravel()), inputs, weight, bias, pattern)
 
@@ -150,6 +150,10 @@ def _coded(values: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, pattern
     return Code(given, pattern)
 
 
+def _spread(kernel: Callable[..., None], count: int, *arguments: object) -> None:
+    kernels.spread(kernel, count, torch.get_num_threads(), *arguments)
+
+
 def _array(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().numpy()
 
@@ -169,7 +173,7 @@ class _Encode(torch.autograd.Function):
         given = _array(gradients[0] * (values > 0))
         start, entry, row = ctx.pattern.by_feature
         weight, bias = np.empty(ctx.shape, np.float32), np.empty(ctx.shape[0], np.float32)
-        kernels.gather(start, entry, row, given, _array(inputs), weight)
+        _spread(kernels.gather, len(weight), start, entry, row, given, _array(inputs), weight)
         kernels.sums(start, entry, given, bias)
         return None, None, torch.from_numpy(weight), torch.from_numpy(bias), None
 
@@ -182,7 +186,8 @@ class _Decode(torch.autograd.Function):
         ctx.pattern = pattern
         ctx.save_for_backward(values, dictionary)
         out = torch.zeros(len(pattern.ptr) - 1, dictionary.shape[1])
-        kernels.decode(pattern.ptr, pattern.cols, _array(values), _array(dictionary), out.numpy())
+        arrays = pattern.ptr, pattern.cols, _array(values), _array(dictionary), out.numpy()
+        _spread(kernels.decode, len(out), *arrays)
         return out
 
     @staticmethod
@@ -192,11 +197,9 @@ class _Decode(torch.autograd.Function):
         by_value = by_word = None
         if ctx.needs_input_grad[0]:
             by_value = torch.empty_like(values)
-            kernels.products(pattern.ptr, pattern.cols, given, _array(dictionary), by_value.numpy())
+            arrays = pattern.ptr, pattern.cols, given, _array(dictionary), by_value.numpy()
+            _spread(kernels.products, len(given), *arrays)
         if ctx.needs_input_grad[1]:
             by_word = torch.empty_like(dictionary)
-            kernels.gather(*pattern.by_feature, _array(values), given, by_word.numpy())
+            _spread(kernels.gather, len(by_word), *pattern.by_feature, _array(values), given, by_word.numpy())
         return by_value, by_word, None
-
-
-Select = Callable[[Tensor, Tensor, Tensor], Code]

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from services.clt.activations.loader import everything
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse.model import SparseModel
 
 CHUNK = 8192
 """Rows that go through the model at once."""
+
+
+def _chunks(store: ActivationStore, hooks: list[str], rows: int) -> Iterator[list[Tensor]]:
+    """The first validation rows, float32 ``[chunk, width]`` of each hook point."""
+    left = rows
+    for number, shard in enumerate(store.shards("validation")):
+        for start in range(0, min(shard.rows, left), CHUNK):
+            stop = min(start + CHUNK, shard.rows, start + left)
+            yield [part.float() for part in store.read("validation", number, hooks, start, stop)]
+            left -= stop - start
 
 
 @torch.no_grad()
@@ -31,7 +42,7 @@ def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dic
     errors, squares, cosines = (torch.zeros(len(streams.targets), dtype=torch.float64) for _ in range(3))
     sums = [torch.zeros(width, dtype=torch.float64) for width in streams.target_widths]
     seen = 0
-    for chunk in everything(store, hooks, "validation", rows, CHUNK):
+    for chunk in _chunks(store, hooks, rows):
         by_hook = {hook: part.to(device) for hook, part in zip(hooks, chunk, strict=True)}
         inputs = model.scaled([by_hook[hook] for hook in streams.sources], "read")
         code = model.encode(inputs)

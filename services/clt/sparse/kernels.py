@@ -2,15 +2,19 @@
 
 A code is kept by rows: row ``i`` has the entries ``ptr[i]`` to ``ptr[i + 1]`` of ``cols`` (features) and ``vals``. The
 backward pass needs it by features too, which :func:`by_feature` finds once for all products. All numbers are float32
-and all arrays contiguous.
+and all arrays contiguous. A kernel does the rows, or features, from ``begin`` to before ``end``: :func:`spread` has
+threads do all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -18,7 +22,29 @@ Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
 _compiled: Any = njit(cache=True, fastmath=True, nogil=True)
-_parallel: Any = njit(cache=True, fastmath=True, nogil=True, parallel=True)
+
+
+_PARTS = 4
+"""Parts of the work for each thread: they take unequal times."""
+
+
+def spread(kernel: Callable[..., None], count: int, threads: int, *arguments: object) -> None:
+    """Call ``kernel`` for the rows 0 to ``count``, by ``threads`` threads.
+
+    Numba's own threads wait for each other by spinning, beside torch's that do the same: where a machine has other work
+    to do, a step then takes ten times as long.
+    """
+    if threads == 1 or count < 2 * threads:
+        kernel(0, count, *arguments)
+        return
+    parts = threads * _PARTS
+    borders = [count * part // parts for part in range(parts + 1)]
+    list(_pool(threads).map(lambda part: kernel(borders[part], borders[part + 1], *arguments), range(parts)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "kernels")
 
 
 @_compiled
@@ -46,14 +72,13 @@ def _keep_largest(vals: Floats, cols: Ints, count: int, k: int) -> None:  # prag
             return
 
 
-@_parallel
-def largest(pre: Floats, k: int, cols: Ints, vals: Floats) -> None:  # pragma: no cover
+@_compiled
+def largest(begin: int, end: int, pre: Floats, k: int, cols: Ints, vals: Floats) -> None:  # pragma: no cover
     """The ``k`` largest numbers above 0 of each row of ``pre`` ``[rows, features]`` into ``cols`` and ``vals`` ``[rows,
     k]``; where there are fewer, the rest has the value 0."""
-    rows, features = pre.shape
-    room = 4 * k
-    for i in prange(rows):
-        found, where = np.empty(room, np.float32), np.empty(room, np.int32)
+    features, room = pre.shape[1], 4 * k
+    found, where = np.empty(room, np.float32), np.empty(room, np.int32)
+    for i in range(begin, end):
         count, least = 0, np.float32(0)
         for j in range(features):
             value = pre[i, j]
@@ -72,11 +97,13 @@ def largest(pre: Floats, k: int, cols: Ints, vals: Floats) -> None:  # pragma: n
             vals[i, e], cols[i, e] = 0, 0
 
 
-@_parallel
-def decode(ptr: Longs, cols: Ints, vals: Floats, dictionary: Floats, out: Floats) -> None:  # pragma: no cover
+@_compiled
+def decode(
+    begin: int, end: int, ptr: Longs, cols: Ints, vals: Floats, dictionary: Floats, out: Floats
+) -> None:  # pragma: no cover
     """Add code times ``dictionary`` ``[features, width]`` to ``out`` ``[rows, width]``."""
     width = dictionary.shape[1]
-    for i in prange(len(ptr) - 1):
+    for i in range(begin, end):
         row = out[i]
         for e in range(ptr[i], ptr[i + 1]):
             value, word = vals[e], dictionary[cols[e]]
@@ -85,11 +112,13 @@ def decode(ptr: Longs, cols: Ints, vals: Floats, dictionary: Floats, out: Floats
                     row[j] += value * word[j]
 
 
-@_parallel
-def products(ptr: Longs, cols: Ints, given: Floats, dictionary: Floats, out: Floats) -> None:  # pragma: no cover
+@_compiled
+def products(
+    begin: int, end: int, ptr: Longs, cols: Ints, given: Floats, dictionary: Floats, out: Floats
+) -> None:  # pragma: no cover
     """For each entry, the product of its row of ``given`` ``[rows, width]`` and its feature's word."""
     width = dictionary.shape[1]
-    for i in prange(len(ptr) - 1):
+    for i in range(begin, end):
         row = given[i]
         for e in range(ptr[i], ptr[i + 1]):
             word, total = dictionary[cols[e]], np.float32(0)
@@ -116,12 +145,14 @@ def by_feature(ptr: Longs, cols: Ints, features: int) -> tuple[Longs, Longs, Int
     return start, entry, row
 
 
-@_parallel
-def gather(start: Longs, entry: Longs, row: Ints, vals: Floats, given: Floats, out: Floats) -> None:  # pragma: no cover
+@_compiled
+def gather(
+    begin: int, end: int, start: Longs, entry: Longs, row: Ints, vals: Floats, given: Floats, out: Floats
+) -> None:  # pragma: no cover
     """For each feature, the sum over its entries of their value times their row of ``given`` ``[rows, width]``, into
     ``out`` ``[features, width]``."""
     width = given.shape[1]
-    for f in prange(len(start) - 1):
+    for f in range(begin, end):
         total = out[f]
         total[:] = 0
         for place in range(start[f], start[f + 1]):
