@@ -42,7 +42,7 @@ class PolicyTrainingSpec(Spec):
     """Optimiser steps."""
     batch_size: int = Field(64, ge=1, le=65_536)
     """Instances per step."""
-    learning_rate: float = Field(5e-4, gt=0, le=1)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
     """Peak learning rate; it falls to a hundredth along a cosine."""
     warm_up: int = Field(100, ge=0, le=1_000_000)
     """Steps over which the learning rate rises from 0."""
