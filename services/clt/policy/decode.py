@@ -195,7 +195,9 @@ def tour_log_likelihood(known: Tables, tours: Tensor, chosen: bool) -> Tensor:
     place = torch.empty_like(tours).scatter_(2, tours, torch.arange(nodes, device=device).expand_as(tours))
     passed = place.unsqueeze(2) <= torch.arange(nodes - 2, device=device).unsqueeze(1)
     barred = torch.zeros(passed.shape, device=device).masked_fill_(passed, float("-inf"))
-    attention = torch.softmax(last.add_(first).add_(barred.unsqueeze(3)), -1)
+    # In place on a sum, not on what was gathered: that is a view, of which autograd would copy the whole.
+    scores = (last + first).add_(barred.unsqueeze(3))
+    attention = torch.softmax(scores, -1)
     likeness = torch.bmm(attention.view(batch, count * (nodes - 2), heads * nodes), known.likeness)
     logits = known.clipping * torch.tanh(likeness).view(batch, count, nodes - 2, nodes)
     chances = torch.log_softmax(logits.add_(barred), -1)
