@@ -79,7 +79,7 @@ def test_samples_come_as_often_as_the_policy_says() -> None:
     policy.chooses_start = True
     cities = instances(1, 4, generator(3, "cities"))
     tours = sample(policy, cities, 4000, generator(0, "tours"))[0]
-    kinds, counts = tours.unique(dim=0, return_counts=True)
+    kinds, counts = torch.unique(tours, dim=0, return_counts=True)
     chances = log_likelihood(policy, cities, kinds.unsqueeze(0))[0].exp()
     assert float((counts / 4000 - chances).abs().max()) < 5 * math.sqrt(0.25 / 4000)
     # Of all 24 tours, those that never came are rare.

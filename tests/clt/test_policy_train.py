@@ -24,7 +24,7 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(training: dict[str, 
     again = train_policy(spec, resumed)
     assert resumed.done == [5, 6, 7, 8, 9]
     assert again.digest == whole.digest
-    assert not torch.equal(whole.encoder.layers[0].norm1.running_mean, torch.zeros(16))
+    assert float(whole.state_dict()["encoder.layers.0.norm1.running_mean"].abs().max()) > 0
 
 
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors"])

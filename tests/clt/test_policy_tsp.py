@@ -42,7 +42,7 @@ def test_clusters_are_clusters() -> None:
     spread, tight = (instances(50, 20, generator(0, "test"), distribution) for distribution in ("uniform", "clustered"))  # type: tuple[torch.Tensor, torch.Tensor]
     nearest = [(torch.cdist(cities, cities) + 9 * torch.eye(20)).amin(1).mean() for cities in (spread, tight)]
     assert nearest[1] < 0.7 * nearest[0]
-    assert 0 <= float(tight.min()) and float(tight.max()) <= 1
+    assert float(tight.min()) >= 0 and float(tight.max()) <= 1
 
 
 def test_reference_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:

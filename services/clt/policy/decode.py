@@ -36,20 +36,28 @@ class Tables(NamedTuple):
     heads: int
     clipping: float
 
+    def detached(self) -> Tables:
+        """Without gradients."""
+        first, last, start, likeness = (part.detach() for part in self[:4])
+        return Tables(first, last, start, likeness, self.heads, self.clipping)
+
 
 def tables(policy: AttentionPolicy, stream: Tensor) -> Tables:
     """Of the encoder's output ``[batch, nodes, width]``."""
     decoder = policy.decoder
     memory = decoder.memory(stream)
-    heads, depth = memory.key.shape[1], memory.key.shape[3]
+    batch, heads, _, depth = memory.key.shape
+
+    def by_head(vectors: Tensor) -> Tensor:
+        return vectors.reshape(batch, -1, heads, depth).transpose(1, 2)
 
     def scores(query: Tensor) -> Tensor:
-        parts = query.unflatten(-1, (heads, depth)).transpose(1, 2)
-        return (parts @ memory.key.transpose(2, 3)).transpose(1, 2).flatten(2).float() / math.sqrt(depth)
+        products = by_head(query) @ memory.key.transpose(2, 3) / math.sqrt(depth)
+        return products.transpose(1, 2).flatten(2).float()
 
     width = heads * depth
     # The projection of what attention finds moves to the other side of the comparison.
-    compare = (memory.compare @ decoder.out.weight).unflatten(-1, (heads, depth)).transpose(1, 2)
+    compare = by_head(memory.compare @ decoder.out.weight)
     likeness = (memory.value @ compare.transpose(2, 3)).flatten(1, 2).float() / math.sqrt(width)
     first, start = memory.first + memory.fixed, memory.start + memory.fixed
     return Tables(scores(first), scores(memory.last), scores(start), likeness, heads, decoder.clipping)
@@ -187,7 +195,9 @@ def tour_log_likelihood(known: Tables, tours: Tensor, chosen: bool) -> Tensor:
     place = torch.empty_like(tours).scatter_(2, tours, torch.arange(nodes, device=device).expand_as(tours))
     passed = place.unsqueeze(2) <= torch.arange(nodes - 2, device=device).unsqueeze(1)
     barred = torch.zeros(passed.shape, device=device).masked_fill_(passed, float("-inf"))
-    attention = torch.softmax(last.add_(first).add_(barred.unsqueeze(3)), -1)
+    # In place on a sum, not on what was gathered: that is a view, of which autograd would copy the whole.
+    scores = (last + first).add_(barred.unsqueeze(3))
+    attention = torch.softmax(scores, -1)
     likeness = torch.bmm(attention.view(batch, count * (nodes - 2), heads * nodes), known.likeness)
     logits = known.clipping * torch.tanh(likeness).view(batch, count, nodes - 2, nodes)
     chances = torch.log_softmax(logits.add_(barred), -1)

@@ -45,7 +45,8 @@ def write_report(
         compared = f"""<h2>Tours</h2>
 <p>How much longer than the solver's the policy's tours of {len(evaluation.cities):,} instances are, that training never
 saw. <b>greedy</b>: one, always to the likeliest city; <b>multistart</b>: the shortest of the greedy ones from each
-city; <b>sampled</b>: the shortest of {spec.samples} drawn.</p>{table(["tours", "mean", "median", "95 %", "longest"], gaps)}
+city; <b>sampled</b>: the shortest of {spec.samples} drawn.</p>
+{table(["tours", "mean", "median", "95 %", "longest"], gaps)}
 {image(pictures["gaps"], "gaps")}{image(pictures["tours"], "tours of policy and solver")}"""
     body = f"""<p>{spec.training.steps:,} steps of {spec.training.batch_size:,} instances of {spec.nodes} cities.</p>
 <h2>Training</h2>{image(pictures["course"], "length over the steps")}{compared}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicySpec, PolicyTrainingSpec
-from services.clt.policy.decode import Tables, construct, greedy, gumbel, tables, tour_log_likelihood
+from services.clt.policy.decode import construct, greedy, gumbel, tables, tour_log_likelihood
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import instances, lengths
 from services.runtime.devices import uses_bfloat16
@@ -113,9 +113,8 @@ class PolicyTrainer:
             # Once: what draws and what learns must agree on the normalisation.
             stream = self.policy.encoder(cities).float()
         known = tables(self.policy, stream)
-        drawn = Tables(*(part.detach() if isinstance(part, Tensor) else part for part in known))
         start = torch.arange(nodes, device=self.device).expand(len(cities), nodes) if self.frozen is None else None
-        tours = construct(drawn, start, noise)
+        tours = construct(known.detached(), start, noise)
         length = lengths(cities, tours)
         best = self.frozen
         baseline = length.mean(1, keepdim=True) if best is None else lengths(cities, greedy(best, cities))
