@@ -39,6 +39,4 @@ ACTIVATIONS = Kind(
 SAE = Kind(name="sae", summary="train a sparse autoencoder of one hook point of a store", spec=SaeSpec)
 CLT = Kind(name="clt", summary="train transcoders between hook points of a store", spec=CltSpec)
 SWEEP = Kind(name="sweep", summary="train transcoders over pairs and a grid of options", spec=SweepSpec)
-KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (GENERATION, CROSSMODAL, POLICY, ACTIVATIONS, SAE, CLT, SWEEP)
-}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (GENERATION, CROSSMODAL, POLICY, ACTIVATIONS, SAE, CLT, SWEEP)}

@@ -13,6 +13,8 @@ from ethogram.cli.files import read_spec
 from ethogram.cli.options import Json, Set, SpecFile, examples, system_app
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicySpec
+from services.clt.activations.commands import add_commands as activation_commands
+from services.clt.sparse.commands import add_commands as sparse_commands
 
 app = system_app("clt", "Train routing policies, and sparse models of what goes on in them; no platform is needed.")
 
@@ -107,6 +109,10 @@ def gap(
     with ConsoleRun() as run:
         figures = evaluate(loaded, places, samples, seed, run).figures
     output.result({"figures": figures}, as_json, lambda: _show(figures))
+
+
+activation_commands(app)
+sparse_commands(app)
 
 
 def _show(figures: dict[str, float]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal.evaluate import evaluate
 from services.crossmodal.hub import open_repository, push
-from services.runtime.parallel import ALONE, World
 from services.crossmodal.report import write_report
 from services.crossmodal.train import train
+from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 from services.zoo.source import open_zoo
 

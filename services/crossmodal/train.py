@@ -22,11 +22,11 @@ from services.crossmodal import losses
 from services.crossmodal.bundle import Codec
 from services.crossmodal.data import Preprocessor, Queries, Subjects, check, split_subjects
 from services.crossmodal.model import EncoderDecoder, perceptron
-from services.runtime.parallel import ALONE, World
 from services.crossmodal.sampler import BehaviorAwareBatchSampler
 from services.crossmodal.steering import choose, edited, toggle
 from services.crossmodal.tokenizer import Tokenizer
 from services.runtime.devices import uses_bfloat16
+from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.runtime.tracking import tracked

@@ -17,8 +17,8 @@ from torch.multiprocessing.spawn import start_processes
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal.model import EncoderDecoder
-from services.runtime.parallel import World, join
 from services.crossmodal.train import Trainer, micro_batches, train
+from services.runtime.parallel import World, join
 from services.runtime.run import Run
 from services.zoo.dataset import Zoo
 from tests.crossmodal.conftest import tiny_spec

@@ -87,7 +87,7 @@ def inspect_pairs(store: Store, *, pair: Pairs = None, as_json: Json = False) ->
     from services.clt.activations.pairs import inspect, pairs_of
     from services.clt.activations.store import ActivationStore
 
-    opened = ActivationStore.open(_inside(store))
+    opened = ActivationStore.open(inside(store))
     found = inspect(opened, pairs_of(opened, pair or ()))
     output.result(found, as_json, lambda: _show_pairs(found))
 
@@ -111,7 +111,7 @@ def export_pairs(
 
     if out.exists():
         raise InvalidInput.field("--output", f"{out} is there already; name another one")
-    opened = ActivationStore.open(_inside(store))
+    opened = ActivationStore.open(inside(store))
     written = export(opened, pairs_of(opened, pair or ()), out, instances)
     rows = [[one["pair"], one["source"]["hook"], one["target"]["hook"], one["samples"]] for one in written]
     output.result(written, as_json, lambda: output.table(["pair", "source", "target", "rows"], rows))
@@ -133,13 +133,13 @@ def add_commands(app: typer.Typer) -> None:
     )
 
 
-def _inside(store: Path) -> Path:
+def inside(store: Path) -> Path:
     """The store's own folder, where that of its run is given."""
     from services.clt.activations.store import MANIFEST, POINTER
 
-    inside = store / "activations"
+    within = store / "activations"
     here = any((store / name).exists() for name in (MANIFEST, POINTER))
-    return inside if not here and inside.is_dir() else store
+    return within if not here and within.is_dir() else store
 
 
 def _show(figures: dict[str, Any]) -> None:

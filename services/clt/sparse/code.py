@@ -85,7 +85,7 @@ class Code:
         return (grouped.square().sum(2) + 1e-12).sqrt().sum()
 
 
-def top(inputs: Tensor, weight: Tensor, bias: Tensor, k: int, bfloat16: bool = False) -> Code:
+def top(inputs: Tensor, weight: Tensor, bias: Tensor, k: int, *, bfloat16: bool = False) -> Code:
     """The ``k`` largest pre-activations above 0 of each row, sparse. ``inputs`` ``[rows, width]``, ``weight``
     ``[features, width]``, ``bias`` ``[features]``; inputs get no gradient."""
     rows = len(inputs)
@@ -97,7 +97,7 @@ def top(inputs: Tensor, weight: Tensor, bias: Tensor, k: int, bfloat16: bool = F
     return _coded(torch.from_numpy(vals.ravel()), inputs, weight, bias, pattern)
 
 
-def above(inputs: Tensor, weight: Tensor, bias: Tensor, threshold: float, bfloat16: bool = False) -> Code:
+def above(inputs: Tensor, weight: Tensor, bias: Tensor, threshold: float, *, bfloat16: bool = False) -> Code:
     """The pre-activations above ``threshold`` (at least 0), sparse."""
     counts, cols, vals = [], [], []
     for _, pre in _pre_activations(inputs, weight, bias, bfloat16):
@@ -111,14 +111,14 @@ def above(inputs: Tensor, weight: Tensor, bias: Tensor, threshold: float, bfloat
 
 
 def batch_top(
-    inputs: Tensor, weight: Tensor, bias: Tensor, k: int, guess: float, bfloat16: bool = False
+    inputs: Tensor, weight: Tensor, bias: Tensor, k: int, *, guess: float, bfloat16: bool = False
 ) -> tuple[Code, float]:
     """The ``k`` x rows largest pre-activations above 0 of all rows together, sparse, and the least of them. ``guess``:
     a number that few more than these are expected to be above; a bad one costs time alone."""
     wanted = k * len(inputs)
-    code = above(inputs, weight, bias, guess, bfloat16)
+    code = above(inputs, weight, bias, guess, bfloat16=bfloat16)
     if len(code.values) < wanted and guess > 0:
-        code = above(inputs, weight, bias, 0.0, bfloat16)
+        code = above(inputs, weight, bias, 0.0, bfloat16=bfloat16)
     assert code.pattern is not None
     values = code.values.detach().numpy()
     if len(values) <= wanted:
@@ -162,7 +162,9 @@ class _Encode(torch.autograd.Function):
     """Values of entries that are known already, with their gradients for the encoder's parameters."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, pattern: Pattern) -> Tensor:
+    def forward(  # noqa: PLR0917 (apply takes them by place)
+        ctx: Any, values: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, pattern: Pattern
+    ) -> Tensor:
         ctx.pattern, ctx.shape = pattern, weight.shape
         ctx.save_for_backward(values, inputs)
         return values.clone()

@@ -26,8 +26,8 @@ def _chunks(store: ActivationStore, hooks: list[str], rows: int) -> Iterator[lis
 
 @torch.no_grad()
 def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dict[str, float], Tensor]:
-    """Figures on at most ``rows`` validation rows, and the share of rows in which each feature is active, ``[features]``
-    of all sources in turn.
+    """Figures on at most ``rows`` validation rows, and the share of rows in which each feature is active,
+    ``[features]`` of all sources in turn.
 
     ``fvu``: squared error over the variance, sums over rows and channels, a mean over the targets (of each target
     ``fvu.<hook>``); ``explained_variance``: 1 less that; ``mse``; ``cosine``: of reconstruction and target, both less
@@ -36,7 +36,7 @@ def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dic
     """
     was_training = model.training
     model.eval()
-    streams, device = model.streams, model.encoders[0].device
+    streams, device, scales = model.streams, model.encoders[0].device, model.scales("write")
     hooks = list(dict.fromkeys([*streams.sources, *streams.targets]))
     counts = [torch.zeros(count, dtype=torch.int64) for count in model.features]
     errors, squares, cosines = (torch.zeros(len(streams.targets), dtype=torch.float64) for _ in range(3))
@@ -46,11 +46,11 @@ def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dic
         by_hook = {hook: part.to(device) for hook, part in zip(hooks, chunk, strict=True)}
         inputs = model.scaled([by_hook[hook] for hook in streams.sources], "read")
         code = model.encode(inputs)
-        found = [scale.undo(part) for scale, part in zip(model.write, model.decode(code, inputs), strict=True)]
+        found = [scale.undo(part) for scale, part in zip(scales, model.decode(code, inputs), strict=True)]
         for own, count in zip(code, counts, strict=True):
             count += own.counts().cpu()
         for t, (hook, one) in enumerate(zip(streams.targets, found, strict=True)):
-            target, centre = by_hook[hook], model.write[t].mean
+            target, centre = by_hook[hook], scales[t].mean
             errors[t] += (one - target).double().square().sum().cpu()
             squares[t] += (target - centre).double().square().sum().cpu()
             sums[t] += (target - centre).double().sum(0).cpu()

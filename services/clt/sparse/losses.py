@@ -63,7 +63,9 @@ def alignment(found: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 def group_heads(model: SparseModel, heads: int) -> Tensor:
     """Group lasso of the words: the norms of each feature's channels of one head, summed, a mean over features."""
-    parts = [(words.view(len(words), heads, -1).square().sum(2) + 1e-12).sqrt().sum(1).mean() for words in _heads(model)]
+    parts = [
+        (words.view(len(words), heads, -1).square().sum(2) + 1e-12).sqrt().sum(1).mean() for words in _heads(model)
+    ]
     return torch.stack(parts).sum()
 
 

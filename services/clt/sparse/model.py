@@ -78,6 +78,7 @@ class SparseModel(nn.Module):
     """
 
     threshold: Tensor
+    batches: Tensor
 
     def __init__(
         self,
@@ -128,6 +129,7 @@ class SparseModel(nn.Module):
         )
         # Of batchtopk: what stands for the batch where there is none.
         self.register_buffer("threshold", torch.zeros(len(encoders)))
+        self.register_buffer("batches", torch.zeros(len(encoders)))
 
     def sparse(self, source: int) -> bool:
         """Whether a source's codes are kept by active features."""
@@ -135,10 +137,14 @@ class SparseModel(nn.Module):
         on_cpu = self.encoders[0].device.type == "cpu"
         return on_cpu and few and self.spec.activation in ("topk", "batchtopk")
 
+    def scales(self, side: Literal["read", "write"]) -> list[Scale]:
+        """What takes the sources, or the targets, to the model's units."""
+        modules = self.read if side == "read" else self.write
+        return [module for module in modules if isinstance(module, Scale)]
+
     def scaled(self, streams: Sequence[Tensor], side: Literal["read", "write"]) -> list[Tensor]:
         """Sources or targets in the model's units."""
-        scales = self.read if side == "read" else self.write
-        return [scale(stream) for scale, stream in zip(scales, streams, strict=True)]
+        return [scale(stream) for scale, stream in zip(self.scales(side), streams, strict=True)]
 
     def encode(self, inputs: Sequence[Tensor], *, bfloat16: bool = False) -> list[Code]:
         """Codes of sources in the model's units, ``[rows, width]`` each."""
@@ -148,10 +154,12 @@ class SparseModel(nn.Module):
         weight, bias, k, kind = self.encoders[s], self.encoder_biases[s], self.k[s], self.spec.activation
         if self.sparse(s):
             if kind == "topk":
-                return codes.top(stream, weight, bias, k, bfloat16)
+                return codes.top(stream, weight, bias, k, bfloat16=bfloat16)
             if not self.training:
-                return codes.above(stream, weight, bias, float(self.threshold[s]), bfloat16)
-            code, least = codes.batch_top(stream, weight, bias, k, 0.8 * float(self.threshold[s]), bfloat16)
+                return codes.above(stream, weight, bias, float(self.threshold[s]), bfloat16=bfloat16)
+            code, least = codes.batch_top(
+                stream, weight, bias, k, guess=0.8 * float(self.threshold[s]), bfloat16=bfloat16
+            )
             self._remember(s, least)
             return code
         with torch.autocast(stream.device.type, torch.bfloat16, enabled=bfloat16):
@@ -173,8 +181,9 @@ class SparseModel(nn.Module):
 
     @torch.no_grad()
     def _remember(self, s: int, least: float) -> None:
-        known = float(self.threshold[s])
-        self.threshold[s] = least if known == 0 else known + 0.01 * (least - known)
+        # A short memory first: the first batch is one of many.
+        self.batches[s] += 1
+        self.threshold[s] += max(0.01, 1 / float(self.batches[s])) * (least - float(self.threshold[s]))
 
     def decode(self, code: Sequence[Code], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Targets in the model's units, of codes and, where there is a skip, of the sources too."""
@@ -182,7 +191,7 @@ class SparseModel(nn.Module):
         found = [bias.expand(rows, -1) for bias in self.decoder_biases]
         for s, (own, dictionary) in enumerate(zip(code, self.decoders, strict=True)):
             written = self.streams.written(s)
-            parts = own.decode(dictionary).split([self.streams.target_widths[t] for t in written], 1)
+            parts = torch.split(own.decode(dictionary), [self.streams.target_widths[t] for t in written], 1)
             for t, part in zip(written, parts, strict=True):
                 found[t] = found[t] + part
         for place, (skip, stream) in enumerate(zip(self.skips, inputs, strict=False)):
@@ -194,13 +203,14 @@ class SparseModel(nn.Module):
         """Targets, of sources; both in the numbers of the store, ``[rows, width]`` each."""
         inputs = self.scaled(sources, "read")
         found = self.decode(self.encode(inputs), inputs)
-        return [scale.undo(part) for scale, part in zip(self.write, found, strict=True)]
+        return [scale.undo(part) for scale, part in zip(self.scales("write"), found, strict=True)]
 
     def words(self, source: int, target: int) -> Tensor:
         """What a source's features write to a target, ``[features, target width]``."""
         written = self.streams.written(source)
         begin = sum(self.streams.target_widths[t] for t in written if t < target)
-        return self.decoders[source][:, begin : begin + self.streams.target_widths[target]]
+        found: Tensor = self.decoders[source].narrow(1, begin, self.streams.target_widths[target])
+        return found
 
     @torch.no_grad()
     def unit_words(self) -> None:
@@ -218,7 +228,7 @@ class SparseModel(nn.Module):
             "model": self.spec.model_dump(mode="json"),
             "streams": self.streams._asdict(),
             "features": self.features,
-            "tied": not self.decoders[0].requires_grad,
+            "tied": self.spec.dictionary is not None,
             "about": dict(about or {}),
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2))
@@ -234,10 +244,7 @@ class SparseModel(nn.Module):
             state = load_file(folder / WEIGHTS)
             streams = Streams(**config["streams"])
             scales = [
-                [
-                    Scale(state[f"{side}.{i}.mean"], state[f"{side}.{i}.factor"])
-                    for i in range(len(streams.sources))
-                ]
+                [Scale(state[f"{side}.{i}.mean"], state[f"{side}.{i}.factor"]) for i in range(len(streams.sources))]
                 for side in ("read", "write")
             ]
             words = torch.zeros(config["features"][0], streams.target_widths[0]) if config["tied"] else None

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -29,6 +30,7 @@ def write_report(
     folder: Path,
     model: SparseModel,
     spec: SaeSpec | CltSpec,
+    *,
     figures: Mapping[str, float],
     density: Tensor,
     course: Course,
@@ -88,7 +90,7 @@ def features_plot(model: SparseModel, density: Tensor) -> Figure:
     figure = Figure(figsize=(13.5, 4), layout="constrained")
     often, far = figure.subplots(1, 2)
     for source, own, words in zip(
-        model.streams.sources, density.split(model.features), model.decoders, strict=True
+        model.streams.sources, torch.split(density, model.features), model.decoders, strict=True
     ):
         seen = own[own > 0].log10()
         if len(seen):
@@ -116,7 +118,7 @@ def _page(
     rows = [
         [source, count, k, float(own.mean()), float((own == 0).float().mean())]
         for source, count, k, own in zip(
-            streams.sources, model.features, model.k, density.split(model.features), strict=True
+            streams.sources, model.features, model.k, torch.split(density, model.features), strict=True
         )
     ]
     shown = {name: image(pictures[name], text) for name, text in PICTURES.items()}
@@ -147,4 +149,3 @@ def _plain(axis: Axes) -> None:
     for spine in axis.spines.values():
         spine.set_color(FAINT)
     axis.tick_params(colors=SOFT, labelsize=8)
-

@@ -90,4 +90,5 @@ def _whitening(covariance: Tensor | None, hook: str) -> Tensor:
         raise InvalidInput.field("spec.training.normalize", f"{hook} is too wide to be whitened; take standardize")
     values, vectors = torch.linalg.eigh(covariance.double())
     least = values.mean() * SMALLEST
-    return (vectors * values.clamp_min(least).rsqrt()) @ vectors.T
+    matrix: Tensor = (vectors * values.clamp_min(least).rsqrt()) @ vectors.T
+    return matrix

@@ -96,7 +96,9 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
                 failed[name] = done[name].error
                 run.log(f"{name} failed: {done[name].error}", "error")
         if not rows:
-            raise InvalidInput.field("spec.grid", f"all runs failed, {next(iter(failed))}: {next(iter(failed.values()))}")
+            raise InvalidInput.field(
+                "spec.grid", f"all runs failed, {next(iter(failed))}: {next(iter(failed.values()))}"
+            )
         report = Path(scratch, "report")
         compare(report, wanted, rows, spec)
         run.artifact("models", "sparse-models", models)
@@ -163,5 +165,3 @@ def tradeoff(rows: Mapping[str, Row]) -> Figure:
     axis.grid(color=FAINT, lw=0.5)
     axis.legend(frameon=False, fontsize=8)
     return figure
-
-

@@ -7,7 +7,6 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -73,8 +72,10 @@ def train(trainer: SparseTrainer, run: Run | None = None) -> SparseModel:
 
 
 class SparseTrainer:
-    """The state of a training run on the training rows of a store. Batches and all that is random follow from the step, so there is no cursor and no
-    generator to keep. Use it as a context manager: the loader reads ahead in a thread.
+    """The state of a training run on the training rows of a store.
+
+    Batches and all that is random follow from the step, so there is no cursor and no generator to keep. Use it as a
+    context manager: the loader reads ahead in a thread.
 
     ``dictionary``: what the decoder is tied to. Raises :class:`InvalidInput` for hook points that do not fit.
     """
@@ -229,12 +230,13 @@ class SparseTrainer:
     def finished(self) -> SparseModel:
         """The model as it is now, ready for evaluation."""
         self.model.eval()
+        read, write = ([_copied(scale) for scale in self.model.scales(side)] for side in ("read", "write"))
         model = SparseModel(
             self.spec.model,
             self.streams,
-            ([_copied(s) for s in self.model.read], [_copied(s) for s in self.model.write]),
+            (read, write),
             torch.Generator(),
-            None if self.model.decoders[0].requires_grad else self.model.decoders[0].detach().cpu(),
+            self.model.decoders[0].detach().cpu() if self.spec.model.dictionary is not None else None,
         )
         model.load_state_dict({name: value.clone() for name, value in self.model.state_dict().items()})
         self.model.train()
@@ -310,8 +312,8 @@ def dictionary_scale(dictionary: SparseModel, streams: Streams) -> Scale:
     if dictionary.streams.kind != "sae" or dictionary.streams.targets != streams.targets:
         has = f"a {dictionary.streams.kind} of {', '.join(dictionary.streams.targets)}"
         raise InvalidInput.field("spec.model.dictionary", f"is {has}; take an autoencoder of {streams.targets[0]}")
-    return _copied(dictionary.write[0])
+    return _copied(dictionary.scales("write")[0])
 
 
-def _copied(scale: Any) -> Scale:
+def _copied(scale: Scale) -> Scale:
     return Scale(scale.mean.cpu().clone(), scale.factor.cpu().clone())

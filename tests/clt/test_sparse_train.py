@@ -1,0 +1,271 @@
+"""Training of sparse models on real stores: what resumes is what went on, and dead features come back."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.base import ArtifactRef
+from ethogram.specs.clt import ActivationsSpec, CltSpec, SaeSpec, SweepSpec
+from services.clt.activations.collect import collect
+from services.clt.activations.store import ActivationStore
+from services.clt.sparse import job, sweep
+from services.clt.sparse.evaluate import evaluate
+from services.clt.sparse.model import SparseModel
+from services.clt.sparse.train import SparseTrainer, train
+from services.runtime.run import Run
+from tests.clt.conftest import Interrupted, Recorder, small_policy
+
+ANY = ArtifactRef(artifact="x")
+MLP = {"sources": ["encoder_layer_0_pre_mlp"], "targets": ["encoder_layer_0_mlp"]}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """Of what enters and leaves the MLPs of a policy of two layers of 16 channels: 7,000 rows."""
+    spec = ActivationsSpec(policy=ANY, instances=1000, validation=0.2, shard_rows=700)
+    return collect(spec, tmp_path_factory.mktemp("store"), Run(), small_policy())
+
+
+def clt(**sections: Any) -> CltSpec:
+    training = {"steps": 40, "batch_size": 128, "validate_every": 20, "warm_up": 5, "learning_rate": 5e-3}
+    training |= sections.pop("training", {})
+    model = {"expansion": 8.0, "k": 6} | sections.pop("model", {})
+    given = {"activations": ANY, **sections, "model": model, "training": training}
+    return CltSpec.model_validate(given if "kind" in sections else MLP | given)
+
+
+def sae(**sections: Any) -> SaeSpec:
+    given = clt(**sections).model_dump(exclude={"kind", "sources", "targets"})
+    return SaeSpec.model_validate({**given, "hook": "encoder_layer_1_mlp"})
+
+
+def state_of(spec: CltSpec | SaeSpec, store: ActivationStore, run: Run) -> dict[str, Any]:
+    with SparseTrainer(spec, store) as trainer:
+        train(trainer, run)
+        return {"state": trainer.state(), "course": trainer.course}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"model": {"activation": "batchtopk"}, "training": {"revive_every": 7, "dead_after": 500}},
+        {"kind": "cross_layer", "model": {"activation": "jumprelu"}, "loss": {"l0": 1e-3}},
+    ],
+)
+@pytest.mark.parametrize("stop", [1, 23])
+def test_resumed_equals_uninterrupted(
+    store: ActivationStore, sections: dict[str, Any], stop: int, tmp_path: Path
+) -> None:
+    spec = clt(**sections)
+    whole = state_of(spec, store, Recorder(tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        state_of(spec, store, Recorder(tmp_path / "first", keep=stop, fall=stop + 4))
+    resumed = state_of(spec, store, Recorder(tmp_path / "second", resume=tmp_path / "first"))
+    assert whole["course"] == resumed["course"]
+    for name, tensor in whole["state"].items():
+        assert torch.equal(tensor, resumed["state"][name]), name
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize("kind", ["sae", "pair", "per_layer", "cross_layer"])
+def test_every_form_learns(store: ActivationStore, activation: str, kind: str) -> None:
+    loss = {"relu": {"l1": 1e-3}, "jumprelu": {"l0": 1e-4}}.get(activation, {})
+    sections: dict[str, Any] = {"model": {"activation": activation}, "loss": loss, "training": {"steps": 150}}
+    if kind not in ("sae", "pair"):
+        sections["kind"] = kind
+    spec = sae(**sections) if kind == "sae" else clt(**sections)
+    with SparseTrainer(spec, store) as trainer:
+        before, _ = evaluate(trainer.finished(), store, 2000)
+        model = train(trainer)
+    after, density = evaluate(model, store, 2000)
+    assert after["fvu"] < 0.6 and after["fvu"] < 0.7 * before["fvu"]
+    assert after["explained_variance"] == pytest.approx(1 - after["fvu"])
+    assert density.shape == (sum(model.features),) and after["l0"] > 0
+    if activation == "topk":
+        assert after["l0"] == pytest.approx(6, abs=0.01)
+
+
+def test_figures_are_numpys(store: ActivationStore) -> None:
+    spec = clt(training={"steps": 60})
+    with SparseTrainer(spec, store) as trainer:
+        model = train(trainer)
+    figures, density = evaluate(model, store, 10**6)
+    count = len(store.shards("validation"))
+    rows = [store.read("validation", number, [*MLP["sources"], *MLP["targets"]]) for number in range(count)]
+    source, target = (torch.cat([part[i].float() for part in rows]) for i in (0, 1))
+    found = model([source])[0]
+    left = (found - target).square().sum() / (target - target.mean(0)).square().sum()
+    assert figures["fvu"] == pytest.approx(float(left), rel=1e-4)
+    active = model.encode(model.scaled([source], "read"))[0].dense() > 0
+    assert figures["l0"] == pytest.approx(float(active.sum(1).float().mean()))
+    torch.testing.assert_close(density, active.double().mean(0))
+    assert figures["silent"] == pytest.approx(float((~active.any(0)).float().mean()))
+
+
+def test_dead_features_are_revived(store: ActivationStore) -> None:
+    """In the model itself, not in a copy: a defect of earlier work."""
+    spec = clt(loss={"auxk": 0.0}, training={"steps": 60, "dead_after": 1000, "revive_every": 30})
+    with SparseTrainer(spec, store) as trainer:
+        with torch.no_grad():
+            trainer.model.encoder_biases[0][:40] = -100.0
+        while trainer.step < 29:
+            trainer.advance()
+        dead = trainer.dead[0].clone()
+        assert dead[:40].all()
+        before = trainer.model.encoders[0].detach().clone()
+        trainer.advance()
+        assert not trainer.dead[0].any()
+        changed = (trainer.model.encoders[0] != before).any(1)
+        assert changed[:40].all()
+        moments = trainer.optimizer.state[trainer.model.encoders[0]]["exp_avg"]
+        assert not moments[:40].any()
+        while trainer.step < 60:
+            trainer.advance()
+        assert (trainer.asleep[0][:40] < 30 * 128).float().mean() > 0.5
+
+
+def test_a_tied_decoder_is_the_dictionary_of_its_target(store: ActivationStore, tmp_path: Path) -> None:
+    with SparseTrainer(sae(training={"steps": 30}), store) as trainer:
+        train(trainer).save(tmp_path / "sae")
+    dictionary = SparseModel.load(tmp_path / "sae")
+    asked = {"model": {"dictionary": {"artifact": "x"}}, "sources": ["encoder_layer_1_pre_mlp"]}
+    spec = clt(**asked, targets=["encoder_layer_1_mlp"])
+    with SparseTrainer(spec, store, dictionary=dictionary) as trainer:
+        model = train(trainer)
+    assert torch.equal(model.decoders[0], dictionary.decoders[0]) and model.features == dictionary.features
+    model.save(tmp_path / "tied")
+    assert torch.equal(SparseModel.load(tmp_path / "tied").decoders[0], dictionary.decoders[0])
+    with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: is a sae of encoder_layer_1_mlp"):
+        SparseTrainer(clt(model={"dictionary": {"artifact": "x"}}), store, dictionary=dictionary)
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        (
+            {"sources": ["encoder_layer_9"]},
+            r"spec\.sources\.0: the store has no encoder_layer_9; it has: encoder_layer",
+        ),
+        ({"sources": MLP["targets"], "targets": MLP["sources"]}, r"spec\.targets\.0: .* does not come after"),
+        ({"sources": MLP["sources"], "targets": MLP["sources"]}, r"spec\.targets\.0: .* does not come after"),
+        ({"model": {"k": 1000}}, r"spec\.model\.k: 1000 is more than the 128 features"),
+        (
+            {"training": {"learning_rate": 1.0, "warm_up": 0, "normalize": "none"}, "loss": {"energy": 1e30}},
+            "the loss became",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_of_its_field(store: ActivationStore, sections: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidInput, match=says), SparseTrainer(clt(**sections), store) as trainer:
+        train(trainer)
+
+
+@pytest.mark.parametrize("normalize", ["center", "standardize", "whiten", "none"])
+def test_streams_of_any_unit(store: ActivationStore, normalize: str) -> None:
+    spec = clt(training={"steps": 80, "normalize": normalize}, model={"skip": True})
+    with SparseTrainer(spec, store) as trainer:
+        inputs, targets = trainer._sides(trainer._batches.at(0))
+        assert all(0.5 < float(one.square().mean()) < 2 for one in (*inputs, *targets))
+        assert evaluate(train(trainer), store, 2000)[0]["fvu"] < 0.7
+
+
+def test_checkpoints_of_others_are_refused(store: ActivationStore, tmp_path: Path) -> None:
+    with SparseTrainer(clt(), store) as trainer:
+        trainer.save(tmp_path)
+    with SparseTrainer(clt(seed=1), store) as trainer, pytest.raises(InvalidInput, match="another spec"):
+        trainer.load(tmp_path)
+    (tmp_path / "state.safetensors").write_bytes(b"cut off")
+    with SparseTrainer(clt(), store) as trainer, pytest.raises(InvalidInput, match="cannot be read"):
+        trainer.load(tmp_path)
+
+
+def test_the_job_keeps_model_and_report(store: ActivationStore, tmp_path: Path) -> None:
+    run = Recorder(tmp_path)
+    run.inputs = {"activations": store.folder}
+    result = job.run(clt(kind="per_layer", training={"snapshots": 20}), run)
+    model = SparseModel.load(tmp_path / "model")
+    assert model.streams.sources == ["encoder_layer_0_pre_mlp", "encoder_layer_1_pre_mlp"]
+    assert evaluate(model, store, 65_536)[0]["fvu"] == result["figures"]["fvu"]
+    assert SparseModel.load(tmp_path / "snapshot-20").features == model.features
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["figures"]["fvu"] == result["figures"]["fvu"] and report["course"][-1]["step"] == 40
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("<img ") == 2 and "Per-layer transcoders" in page
+    for name in ("training", "features"):
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    about = json.loads((tmp_path / "model" / "model.json").read_text())["about"]
+    assert about["source"]["digest"] == store.manifest.source.digest
+
+
+def test_a_sweep_is_every_pair_at_every_point(store: ActivationStore, tmp_path: Path) -> None:
+    pairs = ["encoder_layer_0_pre_mlp->encoder_layer_0_mlp", "encoder_layer_0_mlp->encoder_layer_1_mlp"]
+    base = clt().model_dump(include={"activations", "model", "training"})
+    grid = [{"option": "model.k", "values": ["2", "12"]}, {"option": "model.activation", "values": ["topk", "relu"]}]
+    spec = SweepSpec.model_validate({**base, "pairs": pairs, "grid": grid})
+    run = Recorder(tmp_path)
+    run.inputs = {"activations": store.folder}
+    result = sweep.run(spec, run)
+    assert len(result["runs"]) == 8 and not result["failed"]
+    models = {path.name: SparseModel.load(path / "model") for path in (tmp_path / "models").iterdir()}
+    assert set(models) == set(result["runs"])
+    assert {model.spec.k for model in models.values()} == {2, 12}
+    table = (tmp_path / "report" / "sweep.csv").read_text().splitlines()
+    assert len(table) == 9 and table[0].startswith("run,model.k,model.activation,fvu")
+    best = {name: row["fvu"] for name, row in result["runs"].items() if "topk" in name}
+    assert best[next(n for n in best if "k_12" in n)] < best[next(n for n in best if "k_2-" in n)]
+    wrong = SweepSpec.model_validate({**base, "pairs": pairs, "grid": [{"option": "model.nothing", "values": ["1"]}]})
+    with pytest.raises(InvalidInput, match=r"spec\.grid: there is no option model\.nothing"):
+        sweep.run(wrong, run)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.slow
+def test_two_processes_train_the_model_of_one(store: ActivationStore, tmp_path: Path) -> None:
+    train_it = [
+        "-m",
+        "services.clt",
+        "train",
+        str(store.folder),
+        "--pair",
+        "->".join([*MLP["sources"], *MLP["targets"]]),
+    ]
+    options = ["--k", "6", "--steps", "20", "--set", "training.batch_size=128", "--device", "cpu"]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, command in (("one", train_it), ("two", [*together, *train_it])):
+        done = subprocess.run(
+            [sys.executable, *command, *options, "-o", str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+    mine, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for key, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_metrics_go_to_wandb_and_on_in_the_same_run(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    spec = clt(wandb={"project": "p"})
+    with pytest.raises(Interrupted):
+        state_of(spec, store, Recorder(tmp_path / "first", keep=10, fall=12))
+    id = json.loads((tmp_path / "first" / "state.json").read_text())["wandb"]
+    assert id
+    with SparseTrainer(spec, store) as trainer:
+        train(trainer, Recorder(tmp_path / "second", resume=tmp_path / "first"))
+        assert trainer.tracking == id
+    assert list((tmp_path / "second" / "wandb").glob(f"offline-run-*-{id}"))
+    assert math.isfinite(trainer.course[-1]["loss"])
