@@ -15,7 +15,7 @@ from ethogram.cli.main import app
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     line
-    for file in ("README.md", "examples/main.yaml")
+    for file in ("README.md", "examples/main.yaml", "examples/clt.yaml")
     for line in re.findall(r"^(?:\$|#)\s+(ethogram [a-z].*)$", (ROOT / file).read_text(), re.MULTILINE)
 ]
 
@@ -42,11 +42,12 @@ def test_what_is_no_command_would_be_found() -> None:
             parse(wrong)
 
 
-def test_the_example_pipeline_is_valid() -> None:
+@pytest.mark.parametrize("name", ["main", "clt"])
+def test_the_example_pipelines_are_valid(name: str) -> None:
     from ethogram.cli.files import read_mapping
     from services.kinds import KINDS
 
-    jobs = read_mapping(ROOT / "examples" / "main.yaml", "pipeline")["jobs"]
+    jobs = read_mapping(ROOT / "examples" / f"{name}.yaml", "pipeline")["jobs"]
     for job in jobs.values():
         KINDS[job["kind"]].spec.model_validate(job["spec"])
 
