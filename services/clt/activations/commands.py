@@ -27,7 +27,11 @@ Pairs = Annotated[
 
 def activations(
     policy: Annotated[
-        Path | None, typer.Argument(metavar="POLICY", help="Folder of a policy.", exists=True, file_okay=False)
+        str | None,
+        typer.Argument(
+            metavar="POLICY",
+            help="Folder of a policy or of its run; or `default`: TSP of 20 cities, trained once, in ten minutes.",
+        ),
     ] = None,
     *,
     out: Annotated[
@@ -53,29 +57,21 @@ def activations(
 ) -> None:
     """Record activations of a policy, or of a language model on texts, into a store. What was interrupted is gone on
     with by the same command, and can be read meanwhile; a store of another spec or model is never overwritten."""
-    import torch
-
     from services.clt.activations import job
-    from services.clt.policy.model import CONFIG
     from services.runtime.console import ConsoleRun
-    from services.runtime.devices import check_device
+    from services.runtime.devices import chosen_device
 
     pairs = [*(pair or ()), *(part for part in (layer_pairs or "").split(",") if part)]
     flags: dict[str, Any] = {"pairs": pairs, "instances": instances, "language_model.model": language_model}
     flags["language_model.dataset"] = dataset
-    given = {"policy": {"artifact": policy.name or "policy"}} if policy is not None else {}
+    given = {"policy": {"artifact": "policy"}} if policy is not None else {}
     assignments = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value not in (None, [])]
     spec = read_spec(ActivationsSpec, file, [*assignments, *(values or ())], given)
     if spec.policy is not None and policy is None:
-        raise InvalidInput.field("POLICY", "name the folder of a policy")
-    if device is not None:
-        check_device(device)
-    inputs = {}
-    if policy is not None:
-        # Of a run, its policy is meant.
-        inside = policy / "policy"
-        inputs["policy"] = inside if not (policy / CONFIG).exists() and (inside / CONFIG).exists() else policy
-    with ConsoleRun(out, device or ("cuda" if torch.cuda.is_available() else "cpu"), inputs) as run:
+        raise InvalidInput.field("POLICY", "name the folder of a policy, or `default`")
+    own = chosen_device(device)
+    inputs = {"policy": _policy(policy, own)} if policy is not None else {}
+    with ConsoleRun(out, own, inputs) as run:
         result = job.record(spec, run, out / "activations")
     output.result(result, as_json, lambda: _show(result["figures"]))
     output.say(f"the store is in {out / 'activations'}")
@@ -123,6 +119,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command(
         epilog=examples(
             f"{_MODULE} activations my-run/policy --instances 10000 -o my-activations",
+            f"{_MODULE} activations default -o my-activations",
             f'{_MODULE} activations my-run/policy --pair "encoder_layer_0->encoder_layer_2" -o my-activations',
             f"{_MODULE} activations --language-model my-gpt2 --dataset texts.txt -o my-activations",
         )
@@ -131,6 +128,20 @@ def add_commands(app: typer.Typer) -> None:
     app.command(epilog=examples(f"{_MODULE} export-pairs my-activations -o my-pairs --num-instances-per-pair 100"))(
         export_pairs
     )
+
+
+def _policy(name: str, device: str) -> Path:
+    """The folder of the policy that is meant: of a run, its policy."""
+    from services.clt.policy.job import default_folder
+    from services.clt.policy.model import CONFIG
+
+    folder = Path(name)
+    if name == "default" and not folder.exists():
+        return default_folder(device)
+    if not folder.is_dir():
+        raise InvalidInput.field("POLICY", f"there is no folder {name}; name that of a policy, or `default`")
+    within = folder / "policy"
+    return within if not (folder / CONFIG).exists() and (within / CONFIG).exists() else folder
 
 
 def inside(store: Path) -> Path:

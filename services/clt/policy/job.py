@@ -42,8 +42,13 @@ def run(spec: PolicySpec, run: Run) -> dict[str, Any]:
 
 
 def default_policy(device: str = "cpu", run: Run | None = None, spec: PolicySpec | None = None) -> AttentionPolicy:
-    """The policy of the default spec (or of ``spec``, without its evaluation), for a few lines of Python: trained once,
-    with progress and with checkpoints from which the next call goes on, and kept in the cache."""
+    """The policy in :func:`default_folder`."""
+    return AttentionPolicy.load(default_folder(device, run, spec), device)
+
+
+def default_folder(device: str = "cpu", run: Run | None = None, spec: PolicySpec | None = None) -> Path:
+    """Folder of the policy of the default spec (or of ``spec``, without its evaluation): trained once, with progress
+    and with checkpoints from which the next call goes on, and kept in the cache."""
     spec = spec or PolicySpec()
     kept = cache() / "policies" / _key(spec)
     if not (kept / "policy" / CONFIG).exists():
@@ -53,7 +58,7 @@ def default_policy(device: str = "cpu", run: Run | None = None, spec: PolicySpec
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (kept / "policy" / CONFIG).exists():
                 _train_into(kept, spec, device, run)
-    return AttentionPolicy.load(kept / "policy", device)
+    return kept / "policy"
 
 
 def _train_into(kept: Path, spec: PolicySpec, device: str, run: Run | None) -> None:
