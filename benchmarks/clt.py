@@ -305,8 +305,8 @@ def quality_spec(k: int, steps: int) -> CltSpec:
     return CltSpec.model_validate(
         {
             "activations": ANY,
-            "sources": PAIR[:1],
-            "targets": PAIR[1:],
+            "sources": [PAIR[0]],
+            "targets": [PAIR[1]],
             "model": {"expansion": 8, "k": k},
             "training": {"steps": steps, "batch_size": BATCH},
         }
