@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,36 @@ def test_the_largest_are_the_largest(count: int, features: int, seed: int, shift
     assert np.array_equal(np.take_along_axis(pre.numpy(), cols.astype(np.int64), 1)[active], vals[active])
     for own, on in zip(cols, active, strict=True):
         assert len(set(own[on])) == on.sum()
+
+
+def test_the_largest_are_found_among_numbers_that_are_not_finite() -> None:
+    """In a process of its own: what runs out of an array may end it."""
+    program = """
+import numpy as np
+from services.clt.sparse import kernels
+draws = np.random.default_rng(0)
+for k in (1, 7, 30):
+    for share in (0.05, 0.5, 1.0):
+        pre = draws.standard_normal((40, 200)).astype(np.float32)
+        pre[draws.random(pre.shape) < share] = np.nan
+        pre[0] = np.inf
+        cols, vals = np.empty((40, k), np.int32), np.empty((40, k), np.float32)
+        kernels.largest(0, 40, pre, k, cols, vals)
+        wanted = -np.sort(-np.nan_to_num(pre, nan=0.0, posinf=np.inf).clip(0), axis=1)[:, :k]
+        assert np.array_equal(-np.sort(-vals, axis=1), wanted)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_kernels_need_no_folder_to_be_kept_in() -> None:
+    program = """
+from numba.core.caching import CacheImpl
+CacheImpl._locator_classes = []
+from services.clt.sparse import kernels
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
