@@ -20,7 +20,7 @@ from ethogram.specs.clt import SparseLossSpec, SparseModelSpec
 from services.clt.sparse import code as codes
 from services.clt.sparse import kernels
 from services.clt.sparse.losses import group_heads, orthogonality, terms
-from services.clt.sparse.model import Scale, SparseModel, Streams
+from services.clt.sparse.model import JUMP_WIDTH, Scale, SparseModel, Streams
 
 
 def draws(seed: int) -> torch.Generator:
@@ -167,6 +167,29 @@ def test_jumprelu_learns_its_thresholds() -> None:
         model.log_thresholds[0].fill_(1.0)
     fewer = model.encode(inputs)[0].dense()
     assert (fewer[fewer > 0] > np.e - 1e-4).all()
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.2])
+def test_the_gradient_of_a_threshold_is_that_of_the_pre_activations_near_it(threshold: float) -> None:
+    """On both sides of it; features that are far below do not count, however low the threshold."""
+    model = model_of(activation="jumprelu")
+    with torch.no_grad():
+        model.log_thresholds[0].fill_(threshold).log_()
+    inputs, targets = rows(model, 4000)
+    values, code, _ = terms(model, inputs, targets, SparseLossSpec(l0=1.0), none_dead(model))
+    parameters = [model.log_thresholds[0], model.encoders[0]]
+    found, none = torch.autograd.grad(values["l0"], parameters, retain_graph=True, allow_unused=True)
+    pre = inputs[0] @ model.encoders[0].detach().T + model.encoder_biases[0].detach()
+    near = (pre - threshold).abs() < JUMP_WIDTH / 2
+    wanted = -threshold * near.sum(0) / JUMP_WIDTH / 4000
+    assert none is None or not none.any()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2 * threshold / JUMP_WIDTH / 4000)
+    # Of what is decoded: the same kernel, times what a value is worth (Rajamanoharan et al. 2024, equation 11).
+    by_value = torch.autograd.grad(values["error"], code[0].values, retain_graph=True)[0]
+    found, weights = torch.autograd.grad(values["error"], parameters)
+    wanted = -threshold * threshold * (near * by_value).sum(0) / JUMP_WIDTH
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(weights, (by_value * (pre > threshold)).T @ inputs[0], rtol=1e-3, atol=1e-5)
 
 
 def test_a_source_writes_its_own_and_later_targets_alone() -> None:

@@ -165,7 +165,8 @@ class SparseModel(nn.Module):
         with torch.autocast(stream.device.type, torch.bfloat16, enabled=bfloat16):
             pre = (stream @ weight.T).float() + bias
         if kind == "jumprelu":
-            return Code(_Jump.apply(pre, self.log_thresholds[s].exp()))  # type: ignore[no-untyped-call]
+            value: Tensor = _Jump.apply(pre, self.log_thresholds[s].exp())  # type: ignore[no-untyped-call]
+            return Code(value, pre=pre)
         positive = pre.relu()
         if kind == "topk":
             found = positive.topk(k, dim=1, sorted=False)
@@ -281,12 +282,12 @@ class Step(torch.autograd.Function):
     of active features of a jumprelu is, for its penalty."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, values: Tensor, threshold: Tensor) -> Tensor:
-        ctx.save_for_backward(values, threshold)
-        return (values > 0).to(values.dtype)
+    def forward(ctx: torch.autograd.function.FunctionCtx, pre: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        return (pre > threshold).to(pre.dtype)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[None, Tensor]:
-        values, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
-        near = ((values - threshold).abs() < JUMP_WIDTH / 2).to(values.dtype) / JUMP_WIDTH
+        pre, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
+        near = ((pre - threshold).abs() < JUMP_WIDTH / 2).to(pre.dtype) / JUMP_WIDTH
         return None, -(gradients[0] * near).sum(0)
