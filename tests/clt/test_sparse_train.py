@@ -137,7 +137,7 @@ def test_dead_features_are_revived(store: ActivationStore) -> None:
 
 def test_a_tied_decoder_is_the_dictionary_of_its_target(store: ActivationStore, tmp_path: Path) -> None:
     with SparseTrainer(sae(training={"steps": 30}), store) as trainer:
-        train(trainer).save(tmp_path / "sae")
+        train(trainer).save(tmp_path / "sae", trainer.about)
     dictionary = SparseModel.load(tmp_path / "sae")
     asked = {"model": {"dictionary": {"artifact": "x"}}, "sources": ["encoder_layer_1_pre_mlp"]}
     spec = clt(**asked, targets=["encoder_layer_1_mlp"])
@@ -148,6 +148,19 @@ def test_a_tied_decoder_is_the_dictionary_of_its_target(store: ActivationStore, 
     assert torch.equal(SparseModel.load(tmp_path / "tied").decoders[0], dictionary.decoders[0])
     with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: is a sae of encoder_layer_1_mlp"):
         SparseTrainer(clt(model={"dictionary": {"artifact": "x"}}), store, dictionary=dictionary)
+    with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: is given, and not asked for"):
+        SparseTrainer(clt(), store, dictionary=dictionary)
+    dictionary.about = {"source": {"digest": "0" * 64}}
+    with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: the store has activations of policy"):
+        SparseTrainer(spec, store, dictionary=dictionary)
+
+
+def test_a_store_without_validation_rows_is_refused(store: ActivationStore) -> None:
+    """As an interruption leaves it."""
+    splits = {**store.manifest.splits, "validation": []}
+    begun = ActivationStore(store.folder, store.manifest.model_copy(update={"splits": splits}))
+    with pytest.raises(InvalidInput, match="activations: the store has no validation rows"):
+        SparseTrainer(clt(), begun)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +173,11 @@ def test_a_tied_decoder_is_the_dictionary_of_its_target(store: ActivationStore, 
         ({"sources": MLP["targets"], "targets": MLP["sources"]}, r"spec\.targets\.0: .* does not come after"),
         ({"sources": MLP["sources"], "targets": MLP["sources"]}, r"spec\.targets\.0: .* does not come after"),
         ({"model": {"k": 1000}}, r"spec\.model\.k: 1000 is more than the 128 features"),
+        (
+            {"loss": {"group_heads": 0.1, "heads": 3}},
+            r"spec\.loss\.heads: the 16 channels of encoder_layer_0_mlp",
+        ),
+        ({"model": {"dictionary": {"artifact": "x"}}}, r"spec\.model\.dictionary: is asked for, and not given"),
         (
             {"training": {"learning_rate": 1.0, "warm_up": 0, "normalize": "none"}, "loss": {"energy": 1e30}},
             "the loss became",
@@ -224,6 +242,14 @@ def test_a_sweep_is_every_pair_at_every_point(store: ActivationStore, tmp_path: 
     assert len(table) == 9 and table[0].startswith("run,model.k,model.activation,fvu")
     best = {name: row["fvu"] for name, row in result["runs"].items() if "topk" in name}
     assert best[next(n for n in best if "k_12" in n)] < best[next(n for n in best if "k_2-" in n)]
+    # What one run cannot do costs none of the others.
+    some = SweepSpec.model_validate(
+        {**base, "pairs": pairs[:1], "grid": [{"option": "model.k", "values": ["2", "900"]}]}
+    )
+    run = Recorder(tmp_path / "some")
+    run.inputs = {"activations": store.folder}
+    result = sweep.run(some, run)
+    assert len(result["runs"]) == 1 and "900 is more than" in next(iter(result["failed"].values()))
     wrong = SweepSpec.model_validate({**base, "pairs": pairs, "grid": [{"option": "model.nothing", "values": ["1"]}]})
     with pytest.raises(InvalidInput, match=r"spec\.grid: there is no option model\.nothing"):
         sweep.run(wrong, run)

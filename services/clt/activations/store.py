@@ -181,12 +181,12 @@ class ActivationStore:
             if verify:
                 self._verify(shard)
 
-    def require(self, policy_digest: str) -> None:
-        """Raise :class:`InvalidInput` unless the activations are of the model with this digest."""
+    def require(self, policy_digest: str, field: str = "activations") -> None:
+        """Raise :class:`InvalidInput` of ``field`` unless the activations are of the model with this digest."""
         source = self.manifest.source
         if source.digest != policy_digest:
             text = f"the store has activations of {source.name} ({source.digest[:12]}), not of the model asked for"
-            raise InvalidInput.field("activations", f"{text} ({policy_digest[:12]}); record those of that model")
+            raise InvalidInput.field(field, f"{text} ({policy_digest[:12]}); record those of that model")
 
     def require_hooks(self, names: Sequence[str], field: str) -> None:
         """Raise :class:`InvalidInput` of ``field`` for a hook point that is not in the store."""

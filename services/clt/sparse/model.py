@@ -90,6 +90,8 @@ class SparseModel(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.streams = spec, streams
+        self.about: dict[str, object] = {}
+        """What the file says of the model's training, where it was loaded."""
         self.read, self.write = nn.ModuleList(scales[0]), nn.ModuleList(scales[1])
         self.features = [max(1, round(spec.expansion * width)) for width in streams.source_widths]
         if dictionary is not None:
@@ -252,9 +254,10 @@ class SparseModel(nn.Module):
             spec = SparseModelSpec.model_validate(config["model"])
             model = cls(spec, streams, (scales[0], scales[1]), torch.Generator(), words)
             model.load_state_dict(state)
+            model.about = dict(config["about"])
         except FileNotFoundError as error:
             raise InvalidInput.field("model", f"{error.filename} is missing, so {folder} is no sparse model") from None
-        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
+        except (ValueError, LookupError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
             if isinstance(error, InvalidInput):
                 raise
             text = f"{folder} is no sparse model that can be read: {str(error).splitlines()[0]}"
