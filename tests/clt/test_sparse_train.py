@@ -21,6 +21,7 @@ from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job, sweep
 from services.clt.sparse.evaluate import evaluate
 from services.clt.sparse.model import SparseModel
+from services.clt.sparse.streams import mlps
 from services.clt.sparse.train import SparseTrainer, train
 from services.runtime.run import Run
 from tests.clt.conftest import Interrupted, Recorder, small_policy
@@ -96,8 +97,9 @@ def test_every_form_learns(store: ActivationStore, activation: str, kind: str) -
         assert after["l0"] == pytest.approx(6, abs=0.01)
 
 
-def test_figures_are_numpys(store: ActivationStore) -> None:
-    spec = clt(training={"steps": 60})
+@pytest.mark.parametrize("normalize", ["center", "none"])
+def test_figures_are_numpys(store: ActivationStore, normalize: str) -> None:
+    spec = clt(training={"steps": 60, "normalize": normalize})
     with SparseTrainer(spec, store) as trainer:
         model = train(trainer)
     figures, density = evaluate(model, store, 10**6)
@@ -107,6 +109,9 @@ def test_figures_are_numpys(store: ActivationStore) -> None:
     found = model([source])[0]
     left = (found - target).square().sum() / (target - target.mean(0)).square().sum()
     assert figures["fvu"] == pytest.approx(float(left), rel=1e-4)
+    mean = store.statistics(MLP["targets"][0]).mean.float()
+    near = torch.nn.functional.cosine_similarity(found - mean, target - mean, dim=1)
+    assert figures["cosine"] == pytest.approx(float(near.mean()), rel=1e-4)
     active = model.encode(model.scaled([source], "read"))[0].dense() > 0
     assert figures["l0"] == pytest.approx(float(active.sum(1).float().mean()))
     torch.testing.assert_close(density, active.double().mean(0))
@@ -196,6 +201,13 @@ def test_streams_of_any_unit(store: ActivationStore, normalize: str) -> None:
         inputs, targets = trainer._sides(trainer._batches.at(0))
         assert all(0.5 < float(one.square().mean()) < 2 for one in (*inputs, *targets))
         assert evaluate(train(trainer), store, 2000)[0]["fvu"] < 0.7
+
+
+def test_mlps_are_told_from_blocks() -> None:
+    points = ["h.0:input", "h.0.mlp:input", "h.0.mlp", "h.0", "h.1:input", "h.1.mlp:input", "h.1.mlp", "h.1"]
+    assert mlps(points) == (["h.0.mlp:input", "h.1.mlp:input"], ["h.0.mlp", "h.1.mlp"])
+    assert mlps(["h.0:input", "h.0", "h.1:input"]) == (["h.0:input"], ["h.0"])
+    assert mlps(["a_pre_mlp", "a_mlp", "a"]) == (["a_pre_mlp"], ["a_mlp"])
 
 
 def test_checkpoints_of_others_are_refused(store: ActivationStore, tmp_path: Path) -> None:
