@@ -88,9 +88,13 @@ def gap(
         typer.Option(help=".npy file, or .safetensors file with `cities`: [instances, cities, 2] in the unit square."),
     ] = None,
     *,
-    instances: Annotated[int, typer.Option(help="Uniform random instances, without --cities.", min=1)] = 1000,
-    samples: Annotated[int, typer.Option(help="Tours drawn of each, of which the shortest counts; 0: none.")] = 16,
-    seed: Annotated[int, typer.Option(help="Draws instances and tours.", min=0)] = 0,
+    instances: Annotated[
+        int, typer.Option(help="Uniform random instances, without --cities.", min=1, max=10**6)
+    ] = 1000,
+    samples: Annotated[
+        int, typer.Option(help="Tours drawn of each, of which the shortest counts; 0: none.", min=0)
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="Draws instances and tours.", min=0, max=2**63 - 1)] = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:

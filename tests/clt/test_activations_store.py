@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.clt import ActivationsSpec
 from services.clt.activations import job, store
-from services.clt.activations.collect import ROOT, collect
+from services.clt.activations.collect import ROOT, collect, plan
 from services.clt.activations.hooks import capture, policy_points
-from services.clt.activations.sources import CHUNK, check_instances, uniform
+from services.clt.activations.sources import CHUNK, check_instances, open_source, uniform
 from services.clt.activations.store import MANIFEST, STATISTICS, TRAIN, VALIDATION, ActivationStore
 from services.runtime.run import Run, Stopped
 from services.runtime.seeds import generator
@@ -90,9 +91,20 @@ def test_statistics_are_those_of_the_training_rows(tmp_path: Path) -> None:
         assert known.square_norm == pytest.approx((rows**2).sum(1).mean())
         assert known.norm == pytest.approx(np.linalg.norm(rows, axis=1).mean())
         assert known.zeros == pytest.approx((rows == 0).mean())
-    (tmp_path / STATISTICS).unlink()
-    again = ActivationStore.open(tmp_path).statistics(HOOKS[0])
-    assert torch.equal(again.mean, found.statistics(HOOKS[0]).mean)
+    changed = {name: 3 * tensor for name, tensor in load_file(tmp_path / STATISTICS).items()}
+    for broken in (b"", (tmp_path / STATISTICS).read_bytes()[:-9], save(changed), None):
+        (tmp_path / STATISTICS).unlink() if broken is None else (tmp_path / STATISTICS).write_bytes(broken)
+        again = ActivationStore.open(tmp_path).statistics(HOOKS[0])
+        assert torch.equal(again.mean, found.statistics(HOOKS[0]).mean)
+
+
+def test_wide_shards_have_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, width = small_policy(), (16 + 16 + 48) * 2
+    monkeypatch.setattr("services.clt.activations.collect.SHARD_BYTES", 20 * width)
+    found = collect(small_spec(), tmp_path, Run(), policy)
+    assert found.manifest.shard_instances * found.manifest.rows_per_instance == 18
+    monkeypatch.setattr("services.clt.activations.collect.SHARD_BYTES", 1)
+    assert plan(small_spec(), open_source(small_spec(), "cpu", policy))[1].shard_instances == 1
 
 
 def full_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: Callable[[], BaseException]) -> None:

@@ -99,6 +99,10 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "last.ckpt")
     import_rl4co(tmp_path / "last.ckpt", tmp_path / "policy", heads=4)
     assert not (tmp_path / "hurt").exists()
+    # Nor is a setting taken that is no number.
+    evil = {"tanh_clipping": Malicious(tmp_path / "never"), "num_heads": None}
+    torch.save({**checkpoint, "hyper_parameters": {"policy_kwargs": evil}}, tmp_path / "other.ckpt")
+    assert import_rl4co(tmp_path / "other.ckpt", tmp_path / "other", heads=4).spec.clipping == 10
     # The control: torch itself would run it.
     torch.load(tmp_path / "last.ckpt", weights_only=False)
     assert (tmp_path / "hurt").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(training: dict[str, 
     assert resumed.done == [5, 6, 7, 8, 9]
     assert again.digest == whole.digest
     assert float(whole.state_dict()["encoder.layers.0.norm1.running_mean"].abs().max()) > 0
+
+
+def test_metrics_go_on_in_the_same_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    spec = policy_spec(wandb={"project": "p"})
+    with pytest.raises(Interrupted):
+        train_policy(spec, Recorder(tmp_path / "first", keep=3, fall=4))
+    id = json.loads((tmp_path / "first" / "state.json").read_text())["wandb"]
+    train_policy(spec, Recorder(tmp_path / "second", resume=tmp_path / "first"))
+    assert id and list((tmp_path / "second" / "wandb").glob(f"offline-run-*-{id}"))
 
 
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors"])

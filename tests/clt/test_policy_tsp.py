@@ -72,6 +72,8 @@ def test_a_broken_cache_is_made_again(own_cache: Path) -> None:
         (torch.ones(1, 5, 2, dtype=torch.int64), "floating-point"),
         (torch.rand(3, 5, 2).index_put_((torch.tensor(1),), torch.tensor(float("nan"))), "instance 1 has"),
         (torch.rand(3, 5, 2).index_put_((torch.tensor(2),), torch.tensor(0.5)), "instance 2 has two cities"),
+        (torch.rand(2, 5, 2, dtype=torch.float64) * 1e300, "instance 0 has"),
+        (torch.rand(2, 5, 2) * 1e30, "instance 0 has"),
     ],
 )
 def test_what_are_no_cities(cities: torch.Tensor, why: str, tmp_path: Path) -> None:

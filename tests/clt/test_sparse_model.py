@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ethogram.specs.clt import SparseLossSpec, SparseModelSpec
 from services.clt.sparse import code as codes
 from services.clt.sparse import kernels
 from services.clt.sparse.losses import group_heads, orthogonality, terms
-from services.clt.sparse.model import Scale, SparseModel, Streams
+from services.clt.sparse.model import JUMP_WIDTH, Scale, SparseModel, Streams
 
 
 def draws(seed: int) -> torch.Generator:
@@ -88,6 +90,36 @@ def test_the_largest_are_the_largest(count: int, features: int, seed: int, shift
         assert len(set(own[on])) == on.sum()
 
 
+def test_the_largest_are_found_among_numbers_that_are_not_finite() -> None:
+    """In a process of its own: what runs out of an array may end it."""
+    program = """
+import numpy as np
+from services.clt.sparse import kernels
+draws = np.random.default_rng(0)
+for k in (1, 7, 30):
+    for share in (0.05, 0.5, 1.0):
+        pre = draws.standard_normal((40, 200)).astype(np.float32)
+        pre[draws.random(pre.shape) < share] = np.nan
+        pre[0] = np.inf
+        cols, vals = np.empty((40, k), np.int32), np.empty((40, k), np.float32)
+        kernels.largest(0, 40, pre, k, cols, vals)
+        wanted = -np.sort(-np.nan_to_num(pre, nan=0.0, posinf=np.inf).clip(0), axis=1)[:, :k]
+        assert np.array_equal(-np.sort(-vals, axis=1), wanted)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_kernels_need_no_folder_to_be_kept_in() -> None:
+    program = """
+from numba.core.caching import CacheImpl
+CacheImpl._locator_classes = []
+from services.clt.sparse import kernels
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_kernels_do_all_rows_whatever_the_threads(threads: int) -> None:
     seen = np.zeros(37, np.int64)
@@ -135,6 +167,29 @@ def test_jumprelu_learns_its_thresholds() -> None:
         model.log_thresholds[0].fill_(1.0)
     fewer = model.encode(inputs)[0].dense()
     assert (fewer[fewer > 0] > np.e - 1e-4).all()
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.2])
+def test_the_gradient_of_a_threshold_is_that_of_the_pre_activations_near_it(threshold: float) -> None:
+    """On both sides of it; features that are far below do not count, however low the threshold."""
+    model = model_of(activation="jumprelu")
+    with torch.no_grad():
+        model.log_thresholds[0].fill_(threshold).log_()
+    inputs, targets = rows(model, 4000)
+    values, code, _ = terms(model, inputs, targets, SparseLossSpec(l0=1.0), none_dead(model))
+    parameters = [model.log_thresholds[0], model.encoders[0]]
+    found, none = torch.autograd.grad(values["l0"], parameters, retain_graph=True, allow_unused=True)
+    pre = inputs[0] @ model.encoders[0].detach().T + model.encoder_biases[0].detach()
+    near = (pre - threshold).abs() < JUMP_WIDTH / 2
+    wanted = -threshold * near.sum(0) / JUMP_WIDTH / 4000
+    assert none is None or not none.any()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2 * threshold / JUMP_WIDTH / 4000)
+    # Of what is decoded: the same kernel, times what a value is worth (Rajamanoharan et al. 2024, equation 11).
+    by_value = torch.autograd.grad(values["error"], code[0].values, retain_graph=True)[0]
+    found, weights = torch.autograd.grad(values["error"], parameters)
+    wanted = -threshold * threshold * (near * by_value).sum(0) / JUMP_WIDTH
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(weights, (by_value * (pre > threshold)).T @ inputs[0], rtol=1e-3, atol=1e-5)
 
 
 def test_a_source_writes_its_own_and_later_targets_alone() -> None:

@@ -21,6 +21,7 @@ from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job, sweep
 from services.clt.sparse.evaluate import evaluate
 from services.clt.sparse.model import SparseModel
+from services.clt.sparse.streams import mlps
 from services.clt.sparse.train import SparseTrainer, train
 from services.runtime.run import Run
 from tests.clt.conftest import Interrupted, Recorder, small_policy
@@ -96,8 +97,9 @@ def test_every_form_learns(store: ActivationStore, activation: str, kind: str) -
         assert after["l0"] == pytest.approx(6, abs=0.01)
 
 
-def test_figures_are_numpys(store: ActivationStore) -> None:
-    spec = clt(training={"steps": 60})
+@pytest.mark.parametrize("normalize", ["center", "none"])
+def test_figures_are_numpys(store: ActivationStore, normalize: str) -> None:
+    spec = clt(training={"steps": 60, "normalize": normalize})
     with SparseTrainer(spec, store) as trainer:
         model = train(trainer)
     figures, density = evaluate(model, store, 10**6)
@@ -107,6 +109,9 @@ def test_figures_are_numpys(store: ActivationStore) -> None:
     found = model([source])[0]
     left = (found - target).square().sum() / (target - target.mean(0)).square().sum()
     assert figures["fvu"] == pytest.approx(float(left), rel=1e-4)
+    mean = store.statistics(MLP["targets"][0]).mean.float()
+    near = torch.nn.functional.cosine_similarity(found - mean, target - mean, dim=1)
+    assert figures["cosine"] == pytest.approx(float(near.mean()), rel=1e-4)
     active = model.encode(model.scaled([source], "read"))[0].dense() > 0
     assert figures["l0"] == pytest.approx(float(active.sum(1).float().mean()))
     torch.testing.assert_close(density, active.double().mean(0))
@@ -137,7 +142,7 @@ def test_dead_features_are_revived(store: ActivationStore) -> None:
 
 def test_a_tied_decoder_is_the_dictionary_of_its_target(store: ActivationStore, tmp_path: Path) -> None:
     with SparseTrainer(sae(training={"steps": 30}), store) as trainer:
-        train(trainer).save(tmp_path / "sae")
+        train(trainer).save(tmp_path / "sae", trainer.about)
     dictionary = SparseModel.load(tmp_path / "sae")
     asked = {"model": {"dictionary": {"artifact": "x"}}, "sources": ["encoder_layer_1_pre_mlp"]}
     spec = clt(**asked, targets=["encoder_layer_1_mlp"])
@@ -148,6 +153,19 @@ def test_a_tied_decoder_is_the_dictionary_of_its_target(store: ActivationStore, 
     assert torch.equal(SparseModel.load(tmp_path / "tied").decoders[0], dictionary.decoders[0])
     with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: is a sae of encoder_layer_1_mlp"):
         SparseTrainer(clt(model={"dictionary": {"artifact": "x"}}), store, dictionary=dictionary)
+    with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: is given, and not asked for"):
+        SparseTrainer(clt(), store, dictionary=dictionary)
+    dictionary.about = {"source": {"digest": "0" * 64}}
+    with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: the store has activations of policy"):
+        SparseTrainer(spec, store, dictionary=dictionary)
+
+
+def test_a_store_without_validation_rows_is_refused(store: ActivationStore) -> None:
+    """As an interruption leaves it."""
+    splits = {**store.manifest.splits, "validation": []}
+    begun = ActivationStore(store.folder, store.manifest.model_copy(update={"splits": splits}))
+    with pytest.raises(InvalidInput, match="activations: the store has no validation rows"):
+        SparseTrainer(clt(), begun)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +178,11 @@ def test_a_tied_decoder_is_the_dictionary_of_its_target(store: ActivationStore, 
         ({"sources": MLP["targets"], "targets": MLP["sources"]}, r"spec\.targets\.0: .* does not come after"),
         ({"sources": MLP["sources"], "targets": MLP["sources"]}, r"spec\.targets\.0: .* does not come after"),
         ({"model": {"k": 1000}}, r"spec\.model\.k: 1000 is more than the 128 features"),
+        (
+            {"loss": {"group_heads": 0.1, "heads": 3}},
+            r"spec\.loss\.heads: the 16 channels of encoder_layer_0_mlp",
+        ),
+        ({"model": {"dictionary": {"artifact": "x"}}}, r"spec\.model\.dictionary: is asked for, and not given"),
         (
             {"training": {"learning_rate": 1.0, "warm_up": 0, "normalize": "none"}, "loss": {"energy": 1e30}},
             "the loss became",
@@ -178,6 +201,13 @@ def test_streams_of_any_unit(store: ActivationStore, normalize: str) -> None:
         inputs, targets = trainer._sides(trainer._batches.at(0))
         assert all(0.5 < float(one.square().mean()) < 2 for one in (*inputs, *targets))
         assert evaluate(train(trainer), store, 2000)[0]["fvu"] < 0.7
+
+
+def test_mlps_are_told_from_blocks() -> None:
+    points = ["h.0:input", "h.0.mlp:input", "h.0.mlp", "h.0", "h.1:input", "h.1.mlp:input", "h.1.mlp", "h.1"]
+    assert mlps(points) == (["h.0.mlp:input", "h.1.mlp:input"], ["h.0.mlp", "h.1.mlp"])
+    assert mlps(["h.0:input", "h.0", "h.1:input"]) == (["h.0:input"], ["h.0"])
+    assert mlps(["a_pre_mlp", "a_mlp", "a"]) == (["a_pre_mlp"], ["a_mlp"])
 
 
 def test_checkpoints_of_others_are_refused(store: ActivationStore, tmp_path: Path) -> None:
@@ -224,6 +254,14 @@ def test_a_sweep_is_every_pair_at_every_point(store: ActivationStore, tmp_path: 
     assert len(table) == 9 and table[0].startswith("run,model.k,model.activation,fvu")
     best = {name: row["fvu"] for name, row in result["runs"].items() if "topk" in name}
     assert best[next(n for n in best if "k_12" in n)] < best[next(n for n in best if "k_2-" in n)]
+    # What one run cannot do costs none of the others.
+    some = SweepSpec.model_validate(
+        {**base, "pairs": pairs[:1], "grid": [{"option": "model.k", "values": ["2", "900"]}]}
+    )
+    run = Recorder(tmp_path / "some")
+    run.inputs = {"activations": store.folder}
+    result = sweep.run(some, run)
+    assert len(result["runs"]) == 1 and "900 is more than" in next(iter(result["failed"].values()))
     wrong = SweepSpec.model_validate({**base, "pairs": pairs, "grid": [{"option": "model.nothing", "values": ["1"]}]})
     with pytest.raises(InvalidInput, match=r"spec\.grid: there is no option model\.nothing"):
         sweep.run(wrong, run)

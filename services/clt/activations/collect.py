@@ -43,6 +43,8 @@ from services.runtime.seeds import generator
 
 ROOT = "ACTIVATIONS_ROOT"
 """Variable of the worker that names a folder for stores."""
+SHARD_BYTES = 2**30
+"""Most bytes of a shard, of as many rows as it may have: four are in memory to be mixed while they are recorded."""
 # What does not change what is recorded.
 _ASIDE = {"policy", "root"}
 
@@ -87,6 +89,7 @@ def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoin
     if not 0 < validation < spec.instances:
         few = f"{spec.instances} with validation {spec.validation:g} leave none for training; ask for more instances"
         raise InvalidInput.field("spec.instances", few)
+    size = sum(one.width for one in traced) * DTYPES[spec.dtype].itemsize
     manifest = Manifest(
         source=Source(kind=source.kind, digest=source.digest, name=source.name),
         spec=spec.model_dump(mode="json", exclude=_ASIDE),
@@ -96,7 +99,7 @@ def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoin
         pairs=pairs,
         rows_per_instance=rows,
         first_position=source.first,
-        shard_instances=max(1, spec.shard_rows // rows),
+        shard_instances=max(1, min(spec.shard_rows, SHARD_BYTES // size) // rows),
         instances=Instances(
             total=spec.instances,
             validation=validation,

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, Field
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Unavailable
@@ -98,6 +98,8 @@ class Manifest(BaseModel):
     """Instances of a full shard."""
     instances: Instances
     splits: dict[str, list[Shard]] = {TRAIN: [], VALIDATION: []}
+    statistics: str = ""
+    """SHA-256 of the file of moments; of another one they are had from the shards again."""
     complete: bool = False
 
     def wanted(self, split: str) -> int:
@@ -112,7 +114,7 @@ class Manifest(BaseModel):
     @property
     def identity(self) -> dict[str, Any]:
         """All but the source and what was written so far: stores of one source and identity hold the same."""
-        return self.model_dump(mode="json", exclude={"source", "splits", "complete"})
+        return self.model_dump(mode="json", exclude={"source", "splits", "statistics", "complete"})
 
 
 class ActivationStore:
@@ -181,12 +183,12 @@ class ActivationStore:
             if verify:
                 self._verify(shard)
 
-    def require(self, policy_digest: str) -> None:
-        """Raise :class:`InvalidInput` unless the activations are of the model with this digest."""
+    def require(self, policy_digest: str, field: str = "activations") -> None:
+        """Raise :class:`InvalidInput` of ``field`` unless the activations are of the model with this digest."""
         source = self.manifest.source
         if source.digest != policy_digest:
             text = f"the store has activations of {source.name} ({source.digest[:12]}), not of the model asked for"
-            raise InvalidInput.field("activations", f"{text} ({policy_digest[:12]}); record those of that model")
+            raise InvalidInput.field(field, f"{text} ({policy_digest[:12]}); record those of that model")
 
     def require_hooks(self, names: Sequence[str], field: str) -> None:
         """Raise :class:`InvalidInput` of ``field`` for a hook point that is not in the store."""
@@ -278,7 +280,8 @@ class Writer:
     @staticmethod
     def _going_on(folder: Path, manifest: Manifest) -> Manifest:
         if not (folder / MANIFEST).exists():
-            return manifest.model_copy(update={"splits": {split: [] for split in SPLITS}, "complete": False})
+            begun: dict[str, Any] = {"splits": {split: [] for split in SPLITS}, "statistics": "", "complete": False}
+            return manifest.model_copy(update=begun)
         # Shards that were cut off are found here.
         there = ActivationStore.open(folder).manifest
         if there.source.digest != manifest.source.digest:
@@ -399,7 +402,8 @@ class Writer:
     def _save_moments(self) -> None:
         found = {f"{hook}|{name}": t for hook, one in self._moments.items() for name, t in one.tensors().items()}
         with self._writing():
-            write_file(self.folder / STATISTICS, [save(found)])
+            _, self.manifest.statistics = write_file(self.folder / STATISTICS, [save(found)])
+        self._note()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -416,12 +420,12 @@ class Writer:
 
 
 def load_moments(store: ActivationStore, device: str = "cpu") -> dict[str, Moments]:
-    """Moments of the training rows that the manifest names: those in the file, or where it tells of other rows, as an
-    interruption leaves it, those of the shards."""
-    rows, found = store.rows(TRAIN), dict[str, Moments]()
-    if (store.folder / STATISTICS).exists():
-        with reading(store.folder, STATISTICS, "store of activations") as path:
-            tensors = load_file(path)
+    """Moments of the training rows that the manifest names: those in the file, or where it is missing, tells of other
+    rows, as an interruption leaves it, or has other bytes than were written, those of the shards."""
+    rows, found, path = store.rows(TRAIN), dict[str, Moments](), store.folder / STATISTICS
+    known = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(known).hexdigest() == store.manifest.statistics:
+        tensors = load(known)
         for hook in store.hooks:
             own = {name.rpartition("|")[2]: t for name, t in tensors.items() if name.rpartition("|")[0] == hook}
             if own:

@@ -80,7 +80,7 @@ def import_rl4co(
             heads=heads or _number(options.get("num_heads")) or 8,
             feed_forward=wide.shape[0],
             graph_context=bool(options.get("use_graph_context", True)) if graph_context is None else graph_context,
-            clipping=float(options.get("tanh_clipping", 10.0)),
+            clipping=clipping if isinstance(clipping := options.get("tanh_clipping"), int | float) else 10.0,
         )
     except KeyError as error:
         raise InvalidInput.field(_FIELD, f"has no {error.args[0]}, so it is no attention model of rl4co") from None

@@ -46,7 +46,8 @@ def run_training(trainer: PolicyTrainer, run: Run | None = None) -> PolicyTraine
         trainer.load(run.resume)
     run.stage("train", spec.training.steps)
     run.advance(trainer.step)
-    with tracked(spec.wandb, spec.model_dump(mode="json"), run) as log:
+    with tracked(spec.wandb, spec.model_dump(mode="json"), run, trainer.tracking) as log:
+        trainer.tracking = log.id
         while not trainer.done:
             values = trainer.advance()
             told = {}
@@ -76,6 +77,8 @@ class PolicyTrainer:
         """Step of the last checkpoint."""
         self.course: list[dict[str, float]] = []
         """What was told of the training so far, each with its ``step``."""
+        self.tracking: str | None = None
+        """Id of the run at Weights & Biases."""
         training = spec.training
         self.policy = AttentionPolicy(spec.model, spec.nodes)
         initialize(self.policy, generator(spec.seed, "init"))
@@ -167,6 +170,7 @@ class PolicyTrainer:
         tensors |= {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "state.safetensors")
         about = {"spec": self.spec.model_dump(mode="json"), "step": self.step, "course": self.course}
+        about["wandb"] = self.tracking
         (folder / "state.json").write_text(json.dumps(about))
         self.saved = self.step
 
@@ -178,7 +182,7 @@ class PolicyTrainer:
             if PolicySpec.model_validate(about["spec"]) != self.spec:
                 raise InvalidInput.field("checkpoint", "was written by a run with another spec; start afresh")
             self._restore(load_file(folder / "state.safetensors", device=self.device))
-            self.step, self.course = int(about["step"]), about["course"]
+            self.step, self.course, self.tracking = int(about["step"]), about["course"], about["wandb"]
         # What parsers and torch raise for files that are cut off, changed or missing.
         except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None

@@ -61,10 +61,11 @@ def check_cities(cities: Tensor, field: str = "cities") -> Tensor:
         raise InvalidInput.field(
             field, f"must be floating-point numbers, not {str(cities.dtype).removeprefix('torch.')}"
         )
-    finite = torch.isfinite(cities).flatten(1).all(1)
+    cities = cities.float()
+    # Lengths are sums of squares, which overflow before coordinates do.
+    finite = cities.square().sum((1, 2)).isfinite()
     if not bool(finite.all()):
         raise InvalidInput.field(field, f"instance {_first(~finite)} has a coordinate that is no finite number")
-    cities = cities.float()
     # Few instances have two cities of one abscissa, so few are looked at closely.
     by_x = cities[..., 0].sort(1).values
     for index in (by_x[:, 1:] == by_x[:, :-1]).any(1).nonzero().flatten().tolist():

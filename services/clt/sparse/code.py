@@ -38,10 +38,11 @@ class Pattern:
 
 
 class Code:
-    """Values of features: dense ``[rows, features]``, or with a ``pattern`` those of its entries ``[entries]``."""
+    """Values of features: dense ``[rows, features]``, or with a ``pattern`` those of its entries ``[entries]``.
+    ``pre``: of a jumprelu, the pre-activations ``[rows, features]``."""
 
-    def __init__(self, values: Tensor, pattern: Pattern | None = None) -> None:
-        self.values, self.pattern = values, pattern
+    def __init__(self, values: Tensor, pattern: Pattern | None = None, pre: Tensor | None = None) -> None:
+        self.values, self.pattern, self.pre = values, pattern, pre
 
     @property
     def rows(self) -> int:

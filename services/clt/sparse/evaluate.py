@@ -10,8 +10,8 @@ from torch import Tensor
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse.model import SparseModel
 
-CHUNK = 8192
-"""Rows that go through the model at once."""
+CHUNK = 2048
+"""Rows that go through the model at once: where codes are dense, those of all sources are there together."""
 
 
 def _chunks(store: ActivationStore, hooks: list[str], rows: int) -> Iterator[list[Tensor]]:
@@ -37,6 +37,7 @@ def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dic
     was_training = model.training
     model.eval()
     streams, device, scales = model.streams, model.encoders[0].device, model.scales("write")
+    centres = [store.statistics(hook).mean.float().to(device) for hook in streams.targets]
     hooks = list(dict.fromkeys([*streams.sources, *streams.targets]))
     counts = [torch.zeros(count, dtype=torch.int64) for count in model.features]
     errors, squares, cosines = (torch.zeros(len(streams.targets), dtype=torch.float64) for _ in range(3))
@@ -50,12 +51,13 @@ def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dic
         for own, count in zip(code, counts, strict=True):
             count += own.counts().cpu()
         for t, (hook, one) in enumerate(zip(streams.targets, found, strict=True)):
-            target, centre = by_hook[hook], scales[t].mean
-            errors[t] += (one - target).double().square().sum().cpu()
-            squares[t] += (target - centre).double().square().sum().cpu()
-            sums[t] += (target - centre).double().sum(0).cpu()
+            target, centre = by_hook[hook], centres[t]
+            # Not every device has double precision.
+            errors[t] += (one - target).square().sum(0).cpu().double().sum()
+            squares[t] += (target - centre).square().sum(0).cpu().double().sum()
+            sums[t] += (target - centre).sum(0).cpu().double()
             near = torch.nn.functional.cosine_similarity(one - centre, target - centre, dim=1)
-            cosines[t] += near.double().sum().cpu()
+            cosines[t] += near.sum().cpu().double()
         seen += len(chunk[0])
     model.train(was_training)
     # About the mean of these rows, which is not quite that of the training rows.

@@ -21,8 +21,21 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
-_compiled: Any = njit(cache=True, fastmath=True, nogil=True)
 
+def _compile(**options: Any) -> Callable[[Any], Any]:
+    def compiled(function: Any) -> Any:
+        try:
+            return njit(cache=True, nogil=True, **options)(function)
+        # Neither this folder nor the user's cache can be written: each process compiles for itself.
+        except RuntimeError:
+            return njit(nogil=True, **options)(function)
+
+    return compiled
+
+
+_products = _compile(fastmath=True)
+# What orders numbers: fast mathematics may take it that none is NaN, and then runs out of an array where one is.
+_ordering = _compile()
 
 _PARTS = 4
 """Parts of the work for each thread: they take unequal times."""
@@ -47,7 +60,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "kernels")
 
 
-@_compiled
+@_ordering
 def _keep_largest(vals: Floats, cols: Ints, count: int, k: int) -> None:  # pragma: no cover
     """Bring the ``k`` largest of the first ``count`` numbers to the front (Hoare's selection)."""
     left, right = 0, count - 1
@@ -72,7 +85,7 @@ def _keep_largest(vals: Floats, cols: Ints, count: int, k: int) -> None:  # prag
             return
 
 
-@_compiled
+@_ordering
 def largest(begin: int, end: int, pre: Floats, k: int, cols: Ints, vals: Floats) -> None:  # pragma: no cover
     """The ``k`` largest numbers above 0 of each row of ``pre`` ``[rows, features]`` into ``cols`` and ``vals`` ``[rows,
     k]``; where there are fewer, the rest has the value 0."""
@@ -97,7 +110,7 @@ def largest(begin: int, end: int, pre: Floats, k: int, cols: Ints, vals: Floats)
             vals[i, e], cols[i, e] = 0, 0
 
 
-@_compiled
+@_products
 def decode(
     begin: int, end: int, ptr: Longs, cols: Ints, vals: Floats, dictionary: Floats, out: Floats
 ) -> None:  # pragma: no cover
@@ -112,7 +125,7 @@ def decode(
                     row[j] += value * word[j]
 
 
-@_compiled
+@_products
 def products(
     begin: int, end: int, ptr: Longs, cols: Ints, given: Floats, dictionary: Floats, out: Floats
 ) -> None:  # pragma: no cover
@@ -127,7 +140,7 @@ def products(
             out[e] = total
 
 
-@_compiled
+@_products
 def by_feature(ptr: Longs, cols: Ints, features: int) -> tuple[Longs, Longs, Ints]:  # pragma: no cover
     """The code by features: where each begins ``[features + 1]``, and of its entries their places and rows."""
     start = np.zeros(features + 1, np.int64)
@@ -145,7 +158,7 @@ def by_feature(ptr: Longs, cols: Ints, features: int) -> tuple[Longs, Longs, Int
     return start, entry, row
 
 
-@_compiled
+@_products
 def gather(
     begin: int, end: int, start: Longs, entry: Longs, row: Ints, vals: Floats, given: Floats, out: Floats
 ) -> None:  # pragma: no cover
@@ -162,7 +175,7 @@ def gather(
                     total[j] += value * source[j]
 
 
-@_compiled
+@_products
 def sums(start: Longs, entry: Longs, vals: Floats, out: Floats) -> None:  # pragma: no cover
     """For each feature, the sum of its values."""
     for f in range(len(start) - 1):

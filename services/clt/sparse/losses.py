@@ -29,10 +29,10 @@ def l0(model: SparseModel, code: Sequence[Code]) -> Tensor:
     """Active features of a jumprelu, a mean over rows; gradient for the thresholds alone (Rajamanoharan et al. 2024,
     equation 11)."""
     parts: list[Tensor] = [
-        Step.apply(own.dense(), log.exp()).sum()  # type: ignore[no-untyped-call]
+        Step.apply(own.pre, log.exp()).sum()  # type: ignore[no-untyped-call]
         for own, log in zip(code, model.log_thresholds, strict=False)
     ]
-    return torch.stack(parts).sum() / code[0].rows if parts else torch.zeros(())
+    return torch.stack(parts).sum() / code[0].rows if parts else torch.zeros((), device=model.encoders[0].device)
 
 
 def orthogonality(model: SparseModel) -> Tensor:

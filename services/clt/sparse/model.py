@@ -90,6 +90,8 @@ class SparseModel(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.streams = spec, streams
+        self.about: dict[str, object] = {}
+        """What the file says of the model's training, where it was loaded."""
         self.read, self.write = nn.ModuleList(scales[0]), nn.ModuleList(scales[1])
         self.features = [max(1, round(spec.expansion * width)) for width in streams.source_widths]
         if dictionary is not None:
@@ -165,7 +167,8 @@ class SparseModel(nn.Module):
         with torch.autocast(stream.device.type, torch.bfloat16, enabled=bfloat16):
             pre = (stream @ weight.T).float() + bias
         if kind == "jumprelu":
-            return Code(_Jump.apply(pre, self.log_thresholds[s].exp()))  # type: ignore[no-untyped-call]
+            value: Tensor = _Jump.apply(pre, self.log_thresholds[s].exp())  # type: ignore[no-untyped-call]
+            return Code(value, pre=pre)
         positive = pre.relu()
         if kind == "topk":
             found = positive.topk(k, dim=1, sorted=False)
@@ -251,9 +254,10 @@ class SparseModel(nn.Module):
             spec = SparseModelSpec.model_validate(config["model"])
             model = cls(spec, streams, (scales[0], scales[1]), torch.Generator(), words)
             model.load_state_dict(state)
+            model.about = dict(config["about"])
         except FileNotFoundError as error:
             raise InvalidInput.field("model", f"{error.filename} is missing, so {folder} is no sparse model") from None
-        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
+        except (ValueError, LookupError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
             if isinstance(error, InvalidInput):
                 raise
             text = f"{folder} is no sparse model that can be read: {str(error).splitlines()[0]}"
@@ -281,12 +285,12 @@ class Step(torch.autograd.Function):
     of active features of a jumprelu is, for its penalty."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, values: Tensor, threshold: Tensor) -> Tensor:
-        ctx.save_for_backward(values, threshold)
-        return (values > 0).to(values.dtype)
+    def forward(ctx: torch.autograd.function.FunctionCtx, pre: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        return (pre > threshold).to(pre.dtype)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[None, Tensor]:
-        values, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
-        near = ((values - threshold).abs() < JUMP_WIDTH / 2).to(values.dtype) / JUMP_WIDTH
+        pre, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
+        near = ((pre - threshold).abs() < JUMP_WIDTH / 2).to(pre.dtype) / JUMP_WIDTH
         return None, -(gradients[0] * near).sum(0)

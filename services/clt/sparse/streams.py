@@ -46,10 +46,13 @@ def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
 
 
 def mlps(hooks: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Of hook points in order of execution, those that enter an MLP and those that leave it."""
+    """Of hook points in order of execution, those that enter an MLP and those that leave it; of a language model that
+    has none by this name, those of all modules."""
     pairs = [(hook, hook.removesuffix("_pre_mlp") + "_mlp") for hook in hooks if hook.endswith("_pre_mlp")]
     pairs += [(hook, hook.removesuffix(":input")) for hook in hooks if hook.endswith(":input")]
     found = [(source, target) for source, target in pairs if target in hooks]
+    # Streams of whole blocks are no MLPs, where there are these.
+    found = [pair for pair in found if pair[1].rpartition(".")[2] == "mlp"] or found
     return [source for source, _ in found], [target for _, target in found]
 
 

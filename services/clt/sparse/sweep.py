@@ -79,14 +79,19 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
     wanted = parts(spec, store)
     done = run.children({name: ("clt", part) for name, part in wanted.items()})
     with tempfile.TemporaryDirectory() as scratch:
-        models, failed = Path(scratch, "models"), {}
+        models, failed = Path(scratch, "models"), dict[str, str]()
         rows: dict[str, Row] = {}
         if done is None:
             run.stage("sweep", len(wanted), "runs")
         for number, (name, part) in enumerate(wanted.items(), 1):
             if done is None:
                 each = Each(run, models / name)
-                rows[name] = job.run(part, each)
+                try:
+                    rows[name] = job.run(part, each)
+                # What one run cannot do costs none of the others.
+                except InvalidInput as error:
+                    failed[name] = error.message
+                    run.log(f"{name} failed: {error.message}", "error")
                 run.advance(number)
             elif done[name].state == "SUCCEEDED":
                 rows[name] = dict(done[name].result)

@@ -96,6 +96,13 @@ class SparseTrainer:
             self.steps = max(1, round(training.epochs * store.rows("train") / training.batch_size))
         if world.size > training.batch_size:
             raise InvalidInput.field("spec.training.batch_size", f"is less than the {world.size} processes")
+        if not store.rows("validation"):
+            text = "the store has no validation rows, so recording was not finished; the command that began it goes on"
+            raise InvalidInput.field("activations", text)
+        check_heads(spec, self.streams)
+        if (spec.model.dictionary is None) != (dictionary is None):
+            text = "is asked for, and not given" if dictionary is None else "is given, and not asked for"
+            raise InvalidInput.field("spec.model.dictionary", text)
         hooks = list(dict.fromkeys([*self.streams.sources, *self.streams.targets]))
         self._places = [[hooks.index(hook) for hook in side] for side in (self.streams.sources, self.streams.targets)]
         self._batches = Batches(store, hooks, training.batch_size, seed=spec.seed)
@@ -103,7 +110,7 @@ class SparseTrainer:
         scales = scales_of(spec, store, self.streams)
         words = None
         if dictionary is not None:
-            scales = scales[0], [dictionary_scale(dictionary, self.streams)]
+            scales = scales[0], [dictionary_scale(dictionary, self.streams, store)]
             words = dictionary.decoders[0].detach()
         self.model = SparseModel(spec.model, self.streams, scales, generator(spec.seed, "init"), words).to(device)
         self.model.train()
@@ -307,11 +314,22 @@ def schedule(step: int, steps: int, training: SparseTrainingSpec) -> float:
     return rise * min(1.0, (steps - step) / max(1, falling))
 
 
-def dictionary_scale(dictionary: SparseModel, streams: Streams) -> Scale:
-    """In whose units a dictionary writes. Raises :class:`InvalidInput` for one of another stream."""
+def check_heads(spec: SaeSpec | CltSpec, streams: Streams) -> None:
+    """Raise :class:`InvalidInput` for heads that a target's channels do not divide into."""
+    for target, width in zip(streams.targets, streams.target_widths, strict=True):
+        if spec.loss.group_heads and width % spec.loss.heads:
+            text = f"the {width} channels of {target} do not divide into {spec.loss.heads} heads"
+            raise InvalidInput.field("spec.loss.heads", text)
+
+
+def dictionary_scale(dictionary: SparseModel, streams: Streams, store: ActivationStore) -> Scale:
+    """In whose units a dictionary writes. Raises :class:`InvalidInput` for one of another stream or network."""
     if dictionary.streams.kind != "sae" or dictionary.streams.targets != streams.targets:
         has = f"a {dictionary.streams.kind} of {', '.join(dictionary.streams.targets)}"
         raise InvalidInput.field("spec.model.dictionary", f"is {has}; take an autoencoder of {streams.targets[0]}")
+    source = dictionary.about.get("source")
+    if isinstance(source, Mapping):
+        store.require(str(source.get("digest")), "spec.model.dictionary")
     return _copied(dictionary.scales("write")[0])
 
 
