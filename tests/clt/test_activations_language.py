@@ -155,6 +155,10 @@ def test_a_folder_without_a_model_and_weights_that_are_no_safetensors(lines: Pat
         collect(spec_of(tmp_path, lines), tmp_path / "store", Run())
     folder = save_model(tmp_path / "model", "gpt2")
     (folder / "model.safetensors").unlink()
+    for config in ("[1]", '{"model_type": ["gpt2"]}', "{"):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(InvalidInput, match=r"spec\.language_model\.model: .*cannot be loaded"):
+            collect(spec_of(tmp_path, lines), tmp_path / "store", Run())
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(InvalidInput, match=r"spec\.language_model\.model: .*cannot be loaded"):
         collect(spec_of(folder, lines), tmp_path / "store", Run())

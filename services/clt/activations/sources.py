@@ -25,6 +25,8 @@ CHUNK = 1024
 # Texts that are tokenised together.
 _TEXTS = 256
 _FIELD = "spec.language_model"
+# What transformers raises for files that are missing, broken, or hold something else.
+_LOADING = (OSError, ValueError, TypeError, AttributeError, LookupError, ImportError, RuntimeError, SafetensorError)
 
 
 class ActivationSource(ABC):
@@ -110,7 +112,7 @@ class LanguageModelSource(ActivationSource):
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safe)
             model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto", **safe)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        except _LOADING as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             text = f"{spec.model} cannot be loaded as a causal language model with safetensors weights ({why})"
             raise InvalidInput.field(f"{_FIELD}.model", text) from None
