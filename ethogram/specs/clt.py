@@ -63,7 +63,7 @@ class PolicyTrainingSpec(Spec):
 class PolicySpec(Spec):
     """Train a policy that builds tours of cities (TSP), and compare it with a solver."""
 
-    nodes: int = Field(20, ge=4, le=1000)
+    nodes: int = Field(20, ge=4, le=200)
     """Cities of an instance, uniform in the unit square."""
     seed: Seed = 0
     """Everything random flows from it."""
@@ -179,7 +179,7 @@ class SparseLossSpec(Spec):
     energy: float = Field(0.0, ge=0)
     """Of the squared difference between the energy (squared norm) of reconstructions and of targets, relative."""
     alignment: float = Field(0.0, ge=0)
-    """Of 1 minus the cosine between reconstructions and targets, both standardised."""
+    """Of 1 minus the cosine between reconstructions and targets, in the units of ``training.normalize``."""
     group_features: float = Field(0.0, ge=0)
     """Group lasso of the features of each row, in groups of ``group_size`` neighbours."""
     group_size: int = Field(16, ge=2, le=65_536)
@@ -221,7 +221,7 @@ class SparseTrainingSpec(Spec):
     validation_rows: int = Field(65_536, ge=1)
     """Most rows of a validation."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products."""
+    """Of the encoder's matrix product."""
     snapshots: int | None = Field(None, ge=1)
     """Steps between snapshots of the weights, each an artifact ``snapshot-<step>``; None: none."""
 

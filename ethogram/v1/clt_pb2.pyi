@@ -861,7 +861,7 @@ class SparseLossSpec(_message.Message):
     energy: _builtins.float
     """Of the squared difference between the energy (squared norm) of reconstructions and of targets, relative."""
     alignment: _builtins.float
-    """Of 1 minus the cosine between reconstructions and targets, both standardised."""
+    """Of 1 minus the cosine between reconstructions and targets, in the units of training.normalize."""
     group_features: _builtins.float
     """Group lasso of the features of each row, in groups of group_size neighbours."""
     group_size: _builtins.int
@@ -992,7 +992,7 @@ class SparseTrainingSpec(_message.Message):
     validation_rows: _builtins.int
     """Most rows of a validation."""
     precision: Global___SparsePrecision.ValueType
-    """Of matrix products."""
+    """Of the encoder's matrix product."""
     snapshots: _builtins.int
     """Steps between snapshots of the weights, each an artifact snapshot-<step>; None."""
     def __init__(

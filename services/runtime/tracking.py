@@ -43,8 +43,8 @@ class Log:
 def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run, id: str | None = None) -> Iterator[Log]:
     """What logs numbers at a step; it does nothing where there is no ``spec``. ``id``: of a run to go on with.
 
-    With ``WANDB_API_KEY`` in the environment it logs to the service. Without, it writes what ``wandb sync`` sends
-    later, and keeps it as the artifact ``wandb``.
+    With ``WANDB_API_KEY`` in the environment it logs to the service, unless ``WANDB_MODE`` says otherwise. Without, it
+    writes what ``wandb sync`` sends later, and keeps it as the artifact ``wandb``, of a run that fails too.
     """
     if spec is None:
         yield Log()
@@ -52,7 +52,7 @@ def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run, id: str
     # It takes seconds to import.
     import wandb
 
-    online = bool(os.environ.get("WANDB_API_KEY"))
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     with tempfile.TemporaryDirectory() as scratch:
         session = wandb.init(
             project=spec.project,
@@ -61,12 +61,12 @@ def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run, id: str
             resume="allow" if id else None,
             config=dict(config),
             dir=scratch,
-            mode="online" if online else "offline",
+            mode=mode,
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True),
         )
         try:
             yield Log(session)
         finally:
             session.finish()
-        if not online:
-            run.artifact(ARTIFACT, ARTIFACT, Path(scratch, "wandb"))
+            if mode == "offline":
+                run.artifact(ARTIFACT, ARTIFACT, Path(scratch, "wandb"))

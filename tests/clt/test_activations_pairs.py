@@ -17,8 +17,9 @@ from services.clt.activations.collect import ROOT, collect
 from services.clt.activations.commands import add_commands
 from services.clt.activations.loader import everything
 from services.clt.activations.pairs import export, inspect, pair_name, pairs_of
-from services.clt.activations.sources import CHUNK, uniform
+from services.clt.activations.sources import CHUNK
 from services.clt.activations.store import TRAIN, VALIDATION, ActivationStore
+from services.clt.policy.tsp import instances
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from tests.clt.test_activations_hooks import small_policy
@@ -75,7 +76,7 @@ def test_export_has_the_rows_in_order_and_plain_tensors(store: ActivationStore, 
     assert {file.name for file in folder.iterdir()} == {"sources.pt", "targets.pt", "metadata.json"}
     source, target = (torch.load(folder / name, weights_only=True) for name in ("sources.pt", "targets.pt"))
     policy = small_policy()
-    stream = policy.encoder.embed(uniform(CHUNK, 6, generator(3, "instances", 0))[:30])
+    stream = policy.encoder.embed(instances(CHUNK, 6, generator(3, "instances", 0))[:30])
     for rows, layer in zip((source, target), policy.encoder.layers, strict=True):
         stream = layer(stream)
         torch.testing.assert_close(rows, stream.flatten(0, 1), rtol=1e-4, atol=1e-5)

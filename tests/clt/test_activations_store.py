@@ -21,8 +21,9 @@ from ethogram.specs.clt import ActivationsSpec
 from services.clt.activations import job, store
 from services.clt.activations.collect import ROOT, collect, plan
 from services.clt.activations.hooks import capture, policy_points
-from services.clt.activations.sources import CHUNK, check_instances, open_source, uniform
+from services.clt.activations.sources import CHUNK, open_source
 from services.clt.activations.store import MANIFEST, STATISTICS, TRAIN, VALIDATION, ActivationStore
+from services.clt.policy.tsp import instances
 from services.runtime.run import Run, Stopped
 from services.runtime.seeds import generator
 from tests.clt.test_activations_hooks import small_policy
@@ -66,7 +67,7 @@ def test_a_store_has_the_activations_of_each_instance_once(tmp_path: Path) -> No
         (i, j) for i in range(100) for j in range(6)
     ]
 
-    cities = uniform(CHUNK, 6, generator(3, "instances", 0))[:100]
+    cities = instances(CHUNK, 6, generator(3, "instances", 0))[:100]
     with capture(policy, [policy_points(policy)[name] for name in found.hooks]) as by_hand:
         policy.decoder.memory(policy.encoder(cities))
     for name, rows in (("encoder_layer_0", first), ("encoder_output", output)):
@@ -282,14 +283,3 @@ def test_numbers_that_are_not_finite_are_told_of_with_their_hook(tmp_path: Path)
 def test_too_few_instances_for_both_splits(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"spec\.instances: .*leave none for training"):
         collect(small_spec(instances=1), tmp_path, Run(), small_policy())
-
-
-def test_cities_are_finite_and_apart() -> None:
-    cities = uniform(3, 6, generator(0, "cities"))
-    check_instances(cities)
-    cities[1, 4] = cities[1, 2]
-    with pytest.raises(InvalidInput, match="lie on each other"):
-        check_instances(cities)
-    cities[1, 4, 0] = float("inf")
-    with pytest.raises(InvalidInput, match="not finite"):
-        check_instances(cities)

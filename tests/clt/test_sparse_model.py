@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import SparseLossSpec, SparseModelSpec
-from services.clt.sparse import code as codes
 from services.clt.sparse import kernels
 from services.clt.sparse.losses import group_heads, orthogonality, terms
 from services.clt.sparse.model import JUMP_WIDTH, Scale, SparseModel, Streams
@@ -265,4 +264,3 @@ def test_more_features_than_there_are_is_refused() -> None:
 def test_a_tenth_of_active_features_is_dense() -> None:
     assert model_of(k=4).sparse(0) and not model_of(k=5).sparse(0)
     assert not model_of(activation="relu").sparse(0)
-    assert codes.SPARSE_BELOW * 64 < 5

@@ -17,12 +17,13 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.clt import ActivationsSpec, CltSpec, SaeSpec, SweepSpec
 from services.clt.activations.collect import collect
+from services.clt.activations.hooks import default_pairs
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job, sweep
 from services.clt.sparse.evaluate import evaluate
 from services.clt.sparse.model import SparseModel
-from services.clt.sparse.streams import mlps
 from services.clt.sparse.train import SparseTrainer, train
+from services.runtime.console import ConsoleRun
 from services.runtime.run import Run
 from tests.clt.conftest import Interrupted, Recorder, small_policy
 
@@ -205,9 +206,8 @@ def test_streams_of_any_unit(store: ActivationStore, normalize: str) -> None:
 
 def test_mlps_are_told_from_blocks() -> None:
     points = ["h.0:input", "h.0.mlp:input", "h.0.mlp", "h.0", "h.1:input", "h.1.mlp:input", "h.1.mlp", "h.1"]
-    assert mlps(points) == (["h.0.mlp:input", "h.1.mlp:input"], ["h.0.mlp", "h.1.mlp"])
-    assert mlps(["h.0:input", "h.0", "h.1:input"]) == (["h.0:input"], ["h.0"])
-    assert mlps(["a_pre_mlp", "a_mlp", "a"]) == (["a_pre_mlp"], ["a_mlp"])
+    assert default_pairs(points, policy=False) == [("h.0.mlp:input", "h.0.mlp"), ("h.1.mlp:input", "h.1.mlp")]
+    assert default_pairs(["a_pre_mlp", "a_mlp", "a"], policy=True) == [("a_pre_mlp", "a_mlp")]
 
 
 def test_checkpoints_of_others_are_refused(store: ActivationStore, tmp_path: Path) -> None:
@@ -301,9 +301,45 @@ def test_metrics_go_to_wandb_and_on_in_the_same_run(
     with pytest.raises(Interrupted):
         state_of(spec, store, Recorder(tmp_path / "first", keep=10, fall=12))
     id = json.loads((tmp_path / "first" / "state.json").read_text())["wandb"]
-    assert id
+    assert id and list((tmp_path / "first" / "wandb").glob(f"offline-run-*-{id}"))
     with SparseTrainer(spec, store) as trainer:
         train(trainer, Recorder(tmp_path / "second", resume=tmp_path / "first"))
         assert trainer.tracking == id
     assert list((tmp_path / "second" / "wandb").glob(f"offline-run-*-{id}"))
     assert math.isfinite(trainer.course[-1]["loss"])
+
+
+def test_an_interrupted_sweep_goes_on(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = clt().model_dump(include={"activations", "model", "training"})
+    grid = [{"option": "model.k", "values": ["2", "4", "1000", "6"]}]
+    spec = SweepSpec.model_validate({**base, "pairs": ["->".join([*MLP["sources"], *MLP["targets"]])], "grid": grid})
+
+    def swept(folder: Path) -> dict[str, Any]:
+        with ConsoleRun(folder, "cpu", {"activations": store.folder}, checkpoint_seconds=0.0) as run:
+            return sweep.run(spec, run)
+
+    whole, trained = swept(tmp_path / "whole"), list[int]()
+    learn = SparseTrainer.learn
+
+    def falls(trainer: SparseTrainer, *given: Any) -> Any:
+        if trainer.spec.model.k == 6 and trainer.step == 23:
+            raise Interrupted
+        return learn(trainer, *given)
+
+    monkeypatch.setattr(SparseTrainer, "learn", falls)
+    with pytest.raises(Interrupted):
+        swept(tmp_path / "parts")
+
+    def counts(trainer: SparseTrainer, *given: Any) -> Any:
+        trained.append(trainer.step)
+        return learn(trainer, *given)
+
+    monkeypatch.setattr(SparseTrainer, "learn", counts)
+    assert swept(tmp_path / "parts") == whole and len(whole["runs"]) == 3 and len(whole["failed"]) == 1
+    # Only what was left of the last run is done.
+    assert trained == list(range(23, 40))
+    for name in whole["runs"]:
+        mine, theirs = (
+            load_file(tmp_path / run / "models" / name / "model" / "model.safetensors") for run in ("whole", "parts")
+        )
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())

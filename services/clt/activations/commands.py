@@ -69,6 +69,8 @@ def activations(
     spec = read_spec(ActivationsSpec, file, [*assignments, *(values or ())], given)
     if spec.policy is not None and policy is None:
         raise InvalidInput.field("POLICY", "name the folder of a policy, or `default`")
+    if out.exists() and not out.is_dir():
+        raise InvalidInput.field("--output", f"{out} is a file; name a folder")
     own = chosen_device(device)
     inputs = {"policy": _policy(policy, own)} if policy is not None else {}
     with ConsoleRun(out, own, inputs) as run:

@@ -18,6 +18,7 @@ from services.artifacts.hub import fetch, told
 from services.clt.activations.hooks import HookPoint
 from services.clt.activations.texts import texts
 from services.clt.policy.model import AttentionPolicy
+from services.clt.policy.tsp import instances
 from services.runtime.seeds import generator
 
 CHUNK = 1024
@@ -55,22 +56,6 @@ class ActivationSource(ABC):
         """Two instances."""
 
 
-def uniform(count: int, nodes: int, draws: torch.Generator) -> Tensor:
-    """Cities uniform in the unit square, ``[count, nodes, 2]``."""
-    return torch.rand(count, nodes, 2, generator=draws)
-
-
-def check_instances(cities: Tensor) -> None:
-    """Raise :class:`InvalidInput` for cities ``[count, nodes, 2]`` that are not finite or lie on each other."""
-    if not bool(cities.isfinite().all()):
-        raise InvalidInput.field("cities", "some are not finite numbers")
-    # Zero has two signs.
-    bits = (cities.float() + 0.0).contiguous().view(torch.int32).long()
-    keys = ((bits[..., 0] << 32) + bits[..., 1]).sort(1).values
-    if bool((keys.diff(dim=1) == 0).any()):
-        raise InvalidInput.field("cities", "two of an instance lie on each other; move one")
-
-
 class PolicySource(ActivationSource):
     """A policy on uniform cities; chunk ``c`` is drawn from ``generator(seed, "instances", c)``."""
 
@@ -83,8 +68,7 @@ class PolicySource(ActivationSource):
 
     def chunks(self, first: int) -> Iterator[Tensor]:
         while True:
-            cities = uniform(CHUNK, self.positions, generator(self._seed, "instances", first))
-            check_instances(cities)
+            cities = instances(CHUNK, self.positions, generator(self._seed, "instances", first))
             yield cities
             first += 1
 

@@ -188,8 +188,6 @@ class AttentionPolicy(nn.Module):
         except FileNotFoundError as error:
             raise InvalidInput.field("policy", f"{error.filename} is missing, so {folder} is no policy") from None
         except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
-            if isinstance(error, InvalidInput):
-                raise
             text = f"{folder} is no policy that can be read: {str(error).splitlines()[0]}"
             raise InvalidInput.field("policy", text) from None
         return policy.to(device).eval().requires_grad_(False)

@@ -27,15 +27,24 @@ Out = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default a GPU if there is one.")]
 Expansion = Annotated[
-    float | None, typer.Option("--expansion", "--expansion-factor", help="Features per number of the source.")
+    float | None,
+    typer.Option("--expansion", "--expansion-factor", "--expansion_factor", help="Features per number of the source."),
 ]
 K = Annotated[int | None, typer.Option("--k", help="Active features of a row.")]
-Ratio = Annotated[float | None, typer.Option("--k-ratio", help="The same as a share of the features.")]
+Ratio = Annotated[float | None, typer.Option("--k-ratio", "--k_ratio", help="The same as a share of the features.")]
 Rate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")]
-Epochs = Annotated[float | None, typer.Option("--epochs", "--num-epochs", help="Passes over the store instead.")]
+Epochs = Annotated[
+    float | None, typer.Option("--epochs", "--num-epochs", "--num_epochs", help="Passes over the store instead.")
+]
 Project = Annotated[
-    str | None, typer.Option("--wandb", "--wandb-project", metavar="PROJECT", help="Metrics to Weights & Biases too.")
+    str | None,
+    typer.Option(
+        "--wandb", "--wandb-project", "--wandb_project", metavar="PROJECT", help="Metrics to Weights & Biases too."
+    ),
+]
+Name = Annotated[
+    str | None, typer.Option("--wandb-name", "--wandb-run-name", "--wandb_run_name", metavar="NAME", help="There.")
 ]
 
 
@@ -53,6 +62,7 @@ def sae(
     steps: Steps = None,
     epochs: Epochs = None,
     wandb: Project = None,
+    wandb_name: Name = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -66,6 +76,7 @@ def sae(
         steps=steps,
         epochs=epochs,
         wandb=wandb,
+        wandb_name=wandb_name,
     ) | {"hook": hook}
     _run(_spec(SaeSpec, file, values, flags), store, out, device=device, as_json=as_json)
 
@@ -93,6 +104,7 @@ def train(
     steps: Steps = None,
     epochs: Epochs = None,
     wandb: Project = None,
+    wandb_name: Name = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -106,6 +118,7 @@ def train(
         steps=steps,
         epochs=epochs,
         wandb=wandb,
+        wandb_name=wandb_name,
     ) | {"kind": kind}
     if pair is not None:
         flags |= dict(zip(("sources", "targets"), ([end] for end in _ends(pair)), strict=True))
@@ -138,6 +151,7 @@ def sweep(
     steps: Steps = None,
     epochs: Epochs = None,
     wandb: Project = None,
+    wandb_name: Name = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -150,6 +164,7 @@ def sweep(
         steps=steps,
         epochs=epochs,
         wandb=wandb,
+        wandb_name=wandb_name,
     ) | {"kind": kind}
     flags["pairs"] = [part for one in pair or () for part in one.split(",")] or None
     axes = []
@@ -194,6 +209,7 @@ def _flags(
     steps: int | None,
     epochs: float | None,
     wandb: str | None,
+    wandb_name: str | None,
 ) -> dict[str, Any]:
     return {
         "model.expansion": expansion,
@@ -203,6 +219,7 @@ def _flags(
         "training.steps": steps,
         "training.epochs": epochs,
         "wandb.project": wandb,
+        "wandb.name": wandb_name,
     }
 
 

@@ -47,11 +47,12 @@ def orthogonality(model: SparseModel) -> Tensor:
 
 
 def energy(found: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Squared difference of the squared norms of reconstructions and targets, relative to the targets' mean."""
+    """Squared difference of the squared norms of reconstructions and targets, relative to the targets' mean: their
+    width, in the model's units."""
     parts = []
     for one, target in zip(found, targets, strict=True):
         has = target.square().sum(1)
-        parts.append(((one.square().sum(1) - has) / has.mean().clamp_min(1e-12)).square().mean())
+        parts.append(((one.square().sum(1) - has) / target.shape[1]).square().mean())
     return torch.stack(parts).mean()
 
 

@@ -54,11 +54,13 @@ class Scale(nn.Module):
     factor: Tensor
     back: Tensor
 
-    def __init__(self, mean: Tensor, factor: Tensor) -> None:
+    def __init__(self, mean: Tensor, factor: Tensor, back: Tensor | None = None) -> None:
         super().__init__()
+        if back is None:
+            back = torch.linalg.pinv(factor) if factor.ndim == 2 else 1 / factor
         self.register_buffer("mean", mean.float().contiguous())
         self.register_buffer("factor", factor.float().contiguous())
-        self.register_buffer("back", (torch.linalg.pinv(factor) if factor.ndim == 2 else 1 / factor).float())
+        self.register_buffer("back", back.float().contiguous())
 
     def forward(self, stream: Tensor) -> Tensor:
         """To the model's units, ``[rows, width]``."""
@@ -101,7 +103,7 @@ class SparseModel(nn.Module):
             self.features = [len(dictionary)]
         self.k = [spec.k or max(1, round(spec.k_ratio * count)) for count in self.features]
         for source, k, count in zip(streams.sources, self.k, self.features, strict=True):
-            if k > count:
+            if k > count and spec.activation in ("topk", "batchtopk"):
                 what = f"{k} is more than the {count} features of {source}; take fewer, or a larger expansion"
                 raise InvalidInput.field("spec.model.k", what)
         encoders = [
@@ -258,8 +260,6 @@ class SparseModel(nn.Module):
         except FileNotFoundError as error:
             raise InvalidInput.field("model", f"{error.filename} is missing, so {folder} is no sparse model") from None
         except (ValueError, LookupError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
-            if isinstance(error, InvalidInput):
-                raise
             text = f"{folder} is no sparse model that can be read: {str(error).splitlines()[0]}"
             raise InvalidInput.field("model", text) from None
         return model.to(device).eval().requires_grad_(False)

@@ -53,7 +53,7 @@ def training_plot(course: Course) -> Figure:
     losses, left, active, dead = figure.subplots(2, 2).flat
     names = list(dict.fromkeys(name for row in course for name in row))
     colors = dict(zip(("loss", "error"), (AFTER, BEFORE), strict=True))
-    told = ("step", "l0", "dead")
+    told = ("step", "active", "dead")
     for name in names:
         if name not in told and not name.startswith("validation_"):
             _curve(losses, course, name, name, colors.get(name))
@@ -61,7 +61,7 @@ def training_plot(course: Course) -> Figure:
     _curve(left, course, "error", "training", BEFORE)
     _curve(left, course, "validation_fvu", "validation", AFTER)
     left.set_yscale("log")
-    _curve(active, course, "l0", "training", BEFORE)
+    _curve(active, course, "active", "training", BEFORE)
     _curve(active, course, "validation_l0", "validation", AFTER)
     _curve(dead, course, "dead", "dead", CONTROL)
     for axis, title in (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import CltSpec, SaeSpec
+from services.clt.activations.hooks import default_pairs
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse.model import Scale, Streams
 
@@ -26,8 +27,9 @@ def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
         return Streams("sae", hooks, hooks, [widths[spec.hook]], [widths[spec.hook]])
     sources, targets = spec.sources, spec.targets
     if not sources:
-        sources, targets = mlps(list(widths))
-        if not sources:
+        found = default_pairs(list(widths), store.manifest.source.kind == "policy")
+        sources, targets = [source for source, _ in found], [target for _, target in found]
+        if not found:
             what = "no module's input and output are both in the store; name sources and targets"
             raise InvalidInput.field("spec.sources", f"{what} among: {', '.join(widths)}")
     _known(sources, store, "spec.sources")
@@ -43,17 +45,6 @@ def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
                 what = f"{hook} does not come after {named[number - 1]}; name them in the order of the model"
                 raise InvalidInput.field(f"spec.{side}.{number}", what)
     return Streams(spec.kind, sources, targets, [widths[hook] for hook in sources], [widths[hook] for hook in targets])
-
-
-def mlps(hooks: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Of hook points in order of execution, those that enter an MLP and those that leave it; of a language model that
-    has none by this name, those of all modules."""
-    pairs = [(hook, hook.removesuffix("_pre_mlp") + "_mlp") for hook in hooks if hook.endswith("_pre_mlp")]
-    pairs += [(hook, hook.removesuffix(":input")) for hook in hooks if hook.endswith(":input")]
-    found = [(source, target) for source, target in pairs if target in hooks]
-    # Streams of whole blocks are no MLPs, where there are these.
-    found = [pair for pair in found if pair[1].rpartition(".")[2] == "mlp"] or found
-    return [source for source, _ in found], [target for _, target in found]
 
 
 def _known(hooks: Sequence[str], store: ActivationStore, field: str) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,25 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import CltSpec, SweepSpec
+from services.clt.activations.hooks import default_pairs, parse_pair
 from services.clt.activations.pairs import pair_name
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job
-from services.clt.sparse.streams import mlps, streams_of
+from services.clt.sparse.streams import streams_of
 from services.runtime.page import FAINT, drawing, image, page, png, table
-from services.runtime.run import Run
+from services.runtime.run import ChildJob, Run
 
 TABLE, PAGE = "sweep.csv", "sweep.html"
+STATE, PRESENT = "sweep.json", "present"
 Row = dict[str, Any]
 
 
 def parts(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
     """The runs of a sweep by name: the pair's, then the values of the grid. Raises :class:`InvalidInput` before any is
-    begun where one could not be."""
-    pairs = [tuple(pair.split("->")) for pair in spec.pairs]
+    begun for hook points that do not fit and options that are wrong."""
+    pairs = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(spec.pairs)]
     if not pairs:
-        pairs = list(zip(*mlps(list(store.widths)), strict=True))
+        pairs = default_pairs(store.hooks, store.manifest.source.kind == "policy")
     if not pairs:
         raise InvalidInput.field("spec.pairs", "no module's input and output are both in the store; name the pairs")
     places = [[pair] for pair in pairs] if spec.kind == "pair" else [pairs]
@@ -44,7 +47,9 @@ def parts(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
         for option, value in point:
             _set(asked, option, value)
         name = pair_name(*ends[0]) if spec.kind == "pair" else f"clt_{spec.kind}"
-        name = "-".join([name, *(f"{option.rpartition('.')[2]}_{value}" for option, value in point)])
+        name = "-".join([name, *(f"{option.rpartition('.')[2]}_{_plain(value)}" for option, value in point)])
+        if name in found:
+            raise InvalidInput.field("spec", f"two runs would be called {name}; take one of the pairs or values out")
         if asked["wandb"] is not None:
             asked["wandb"]["name"] = name
         try:
@@ -54,6 +59,11 @@ def parts(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
         streams_of(part, store)
         found[name] = part
     return found
+
+
+def _plain(value: str) -> str:
+    """As it may stand in the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9_.+]", "", value)
 
 
 def _set(asked: dict[str, Any], option: str, text: str) -> None:
@@ -77,52 +87,102 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
     """
     store = ActivationStore.open(run.inputs["activations"])
     wanted = parts(spec, store)
-    done = run.children({name: ("clt", part) for name, part in wanted.items()})
+    children = run.children({name: ("clt", part) for name, part in wanted.items()})
     with tempfile.TemporaryDirectory() as scratch:
-        models, failed = Path(scratch, "models"), dict[str, str]()
-        rows: dict[str, Row] = {}
-        if done is None:
-            run.stage("sweep", len(wanted), "runs")
-        for number, (name, part) in enumerate(wanted.items(), 1):
-            if done is None:
-                each = Each(run, models / name)
-                try:
-                    rows[name] = job.run(part, each)
-                # What one run cannot do costs none of the others.
-                except InvalidInput as error:
-                    failed[name] = error.message
-                    run.log(f"{name} failed: {error.message}", "error")
-                run.advance(number)
-            elif done[name].state == "SUCCEEDED":
-                rows[name] = dict(done[name].result)
-                for output in ("model", "report"):
-                    shutil.copytree(run.output(done[name], output), models / name / output)
-            else:
-                failed[name] = done[name].error
-                run.log(f"{name} failed: {done[name].error}", "error")
-        if not rows:
-            raise InvalidInput.field(
-                "spec.grid", f"all runs failed, {next(iter(failed))}: {next(iter(failed.values()))}"
-            )
+        models = Path(scratch, "models")
+        done = Done(models) if children is None else _gathered(children, run, models)
+        if children is None:
+            done.take(wanted, run)
+        if not done.rows:
+            name, why = next(iter(done.failed.items()))
+            raise InvalidInput.field("spec.grid", f"all runs failed, {name}: {why}")
         report = Path(scratch, "report")
-        compare(report, wanted, rows, spec)
+        compare(report, wanted, done.rows, spec)
         run.artifact("models", "sparse-models", models)
         run.artifact("report", "report", report)
-    return {"runs": {name: row["figures"] for name, row in rows.items()}, "failed": failed}
+    return {"runs": {name: row["figures"] for name, row in done.rows.items()}, "failed": done.failed}
+
+
+def _gathered(children: Mapping[str, ChildJob], run: Run, models: Path) -> Done:
+    """What jobs of their own have done."""
+    done = Done(models)
+    for name, child in children.items():
+        if child.state == "SUCCEEDED":
+            done.rows[name] = dict(child.result)
+            for output in ("model", "report"):
+                shutil.copytree(run.output(child, output), models / name / output)
+        else:
+            done.fail(name, child.error, run)
+    return done
+
+
+class Done:
+    """What the runs of a sweep came to so far; models and reports are in ``models``."""
+
+    def __init__(self, models: Path) -> None:
+        self.models = models
+        self.rows: dict[str, Row] = {}
+        self.failed: dict[str, str] = {}
+        self.present = ""
+        """The run that is under way."""
+
+    def fail(self, name: str, why: str, run: Run) -> None:
+        """What one run cannot do costs none of the others."""
+        self.failed[name] = why
+        run.log(f"{name} failed: {why}", "error")
+
+    def take(self, wanted: Mapping[str, CltSpec], run: Run) -> None:
+        """Do the runs one after the other. A checkpoint has the finished ones, and that of the present one."""
+        own = None
+        if run.resume is not None:
+            kept = json.loads((run.resume / STATE).read_text())
+            self.rows, self.failed, self.present = kept["rows"], kept["failed"], kept["present"]
+            if (run.resume / "models").exists():
+                shutil.copytree(run.resume / "models", self.models)
+            own = run.resume / PRESENT
+        run.stage("sweep", len(wanted), "runs")
+        for name, part in wanted.items():
+            if name not in self.rows and name not in self.failed:
+                goes_on = own is not None and own.exists() and name == self.present
+                self.present = name
+                each = Each(run, self, own if goes_on else None)
+                try:
+                    self.rows[name] = job.run(part, each)
+                except InvalidInput as error:
+                    self.fail(name, error.message, run)
+                run.checkpoint(len(self.rows), self.save)
+            run.advance(len(self.rows) + len(self.failed))
+
+    def save(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
+        """Write what is there into ``folder``, and with ``write`` the checkpoint of the present run."""
+        kept = {"rows": self.rows, "failed": self.failed, "present": self.present}
+        (folder / STATE).write_text(json.dumps(kept))
+        for name in self.rows:
+            shutil.copytree(self.models / name, folder / "models" / name)
+        if write is not None:
+            (folder / PRESENT).mkdir()
+            write(folder / PRESENT)
 
 
 class Each(Run):
-    """One of several runs in this process: its artifacts are folders of ``folder``."""
+    """One of several runs in this process: its artifacts are folders beside those of the others."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        self.device, self.inputs, self._run, self._folder = run.device, run.inputs, run, folder
+    def __init__(self, run: Run, done: Done, resume: Path | None) -> None:
+        self.device, self.inputs, self.resume = run.device, run.inputs, resume
+        self._run, self._done, self._name = run, done, done.present
 
     def advance(self, done: int) -> None:
         if done % 100 == 0:
-            self._run.log(f"{self._folder.name}: step {done}")
+            self._run.log(f"{self._name}: step {done}")
+
+    def checkpoint_due(self) -> bool:
+        return self._run.checkpoint_due()
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        self._run.checkpoint(step, lambda folder: self._done.save(folder, write))
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
-        shutil.copytree(folder, self._folder / name)
+        shutil.copytree(folder, self._done.models / self._name / name, dirs_exist_ok=True)
 
 
 def compare(folder: Path, wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], spec: SweepSpec) -> None:
@@ -142,7 +202,7 @@ def compare(folder: Path, wanted: Mapping[str, CltSpec], rows: Mapping[str, Row]
     with (folder / TABLE).open("w", newline="") as file:
         csv.writer(file).writerows([head, *values])
     with drawing():
-        picture = png(tradeoff(rows))
+        picture = png(tradeoff(wanted, rows))
     (folder / "sweep.png").write_bytes(picture)
     text = "Share of the variance that is left, over active features"
     body = f"{image(picture, text)}{table(head, values)}"
@@ -156,13 +216,14 @@ def _get(asked: Mapping[str, Any], option: str) -> Any:
     return value
 
 
-def tradeoff(rows: Mapping[str, Row]) -> Figure:
+def tradeoff(wanted: Mapping[str, CltSpec], rows: Mapping[str, Row]) -> Figure:
     """What is left over the active features, a line for each pair."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, row in rows.items():
-        lines.setdefault(name.partition("-")[0], []).append((row["figures"]["l0"], row["figures"]["fvu"]))
+        ends = f"{wanted[name].sources[0]} to {wanted[name].targets[-1]}"
+        lines.setdefault(ends, []).append((row["figures"]["l0"], row["figures"]["fvu"]))
     for name, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", ms=4, lw=1, label=name)
     axis.set_xlabel("active features of a row")

@@ -170,7 +170,7 @@ class SparseTrainer:
         (values["loss"] * share).backward()  # type: ignore[no-untyped-call]
         told = {name: value.detach() * share for name, value in values.items()}
         counts = [own.counts().to(self.device) for own in code]
-        told["l0"] = torch.stack([one.sum() for one in counts]).sum() / (training.batch_size * len(counts))
+        told["active"] = torch.stack([one.sum() for one in counts]).sum() / (training.batch_size * len(counts))
         fired = [(one > 0).float() for one in counts]
         for parameter in self.parameters:
             # All processes must send the same: a term may not reach a parameter in one of them.
@@ -301,8 +301,6 @@ class SparseTrainer:
             self.course, self.tracking = about["course"], about["wandb"]
         # What parsers and torch raise for files that are cut off, changed or missing.
         except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, InvalidInput):
-                raise
             raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None
         self.saved = self.step
 
@@ -334,4 +332,4 @@ def dictionary_scale(dictionary: SparseModel, streams: Streams, store: Activatio
 
 
 def _copied(scale: Scale) -> Scale:
-    return Scale(scale.mean.cpu().clone(), scale.factor.cpu().clone())
+    return Scale(scale.mean.cpu().clone(), scale.factor.cpu().clone(), scale.back.cpu().clone())
