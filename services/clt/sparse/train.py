@@ -28,6 +28,8 @@ from services.runtime.tracking import tracked
 
 REPORT_EVERY = 50
 """Steps between metrics."""
+SMALLEST_ROW = 1e-4
+"""Norm of a row, in the model's units, that has a direction."""
 REVIVED_NORM = 0.2
 """Encoder norm of a revived feature, as a share of the living ones' mean."""
 
@@ -113,6 +115,7 @@ class SparseTrainer:
             scales = scales[0], [dictionary_scale(dictionary, self.streams, store)]
             words = dictionary.decoders[0].detach()
         self.model = SparseModel(spec.model, self.streams, scales, generator(spec.seed, "init"), words).to(device)
+        self._begin_on_rows()
         self.model.train()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=training.learning_rate, fused=True)
@@ -131,6 +134,25 @@ class SparseTrainer:
 
     def __exit__(self, *_: object) -> None:
         self._batches.close()
+
+    @torch.no_grad()
+    def _begin_on_rows(self) -> None:
+        """Have each feature read in the direction of a training row, and what an autoencoder's writes be the same.
+
+        Streams are far from isotropic: of features in random directions most are never among the largest of any row,
+        and die at once.
+        """
+        wanted, batches, step = max(self.model.features), list[list[Tensor]](), 0
+        while sum(len(batch[0]) for batch in batches) < wanted:
+            batches.append(self._sides(self._batches.at(step))[0])
+            step += 1
+        for s, (encoder, words) in enumerate(zip(self.model.encoders, self.model.decoders, strict=True)):
+            rows = torch.cat([batch[s] for batch in batches])[: len(encoder)]
+            # A row at the mean has no direction.
+            known = rows.norm(dim=1) > SMALLEST_ROW
+            encoder[known] = torch.nn.functional.normalize(rows[known], dim=1)
+            if self.streams.kind == "sae":
+                words.copy_(encoder)
 
     @property
     def about(self) -> dict[str, object]:
