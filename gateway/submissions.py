@@ -76,6 +76,14 @@ EXAMPLE_JOB = "job_aaaaaaaaaaaaaaaaaaaa"
 EXAMPLE_SPECS: dict[str, dict[str, Any]] = {
     "generation": {"seed": 1, "subjects": 256, "training": {"steps": 300}},
     "crossmodal": {"zoo": {"job": EXAMPLE_JOB, "artifact": "zoo"}, "training": {"steps": 1000}},
+    "policy": {"nodes": 10, "training": {"steps": 500}},
+    "activations": {"policy": {"job": EXAMPLE_JOB, "artifact": "policy"}, "instances": 2000},
+    "sae": {"activations": {"job": EXAMPLE_JOB, "artifact": "activations"}, "hook": "encoder_layer_2_mlp"},
+    "clt": {"activations": {"job": EXAMPLE_JOB, "artifact": "activations"}, "kind": "cross_layer"},
+    "sweep": {
+        "activations": {"job": EXAMPLE_JOB, "artifact": "activations"},
+        "grid": [{"option": "model.k", "values": ["8", "32"]}],
+    },
 }
 """A small spec of each kind."""
 

@@ -119,6 +119,16 @@ def test_figures_are_numpys(store: ActivationStore, normalize: str) -> None:
     assert figures["silent"] == pytest.approx(float((~active.any(0)).float().mean()))
 
 
+def test_features_begin_on_training_rows(store: ActivationStore) -> None:
+    with SparseTrainer(clt(), store) as trainer, SparseTrainer(sae(seed=1), store) as other:
+        rows = trainer._sides(trainer._batches.at(0))[0][0]
+        torch.testing.assert_close(trainer.model.encoders[0].detach(), torch.nn.functional.normalize(rows, dim=1))
+        assert torch.equal(other.model.decoders[0], other.model.encoders[0])
+        # So that all have something to say: of random directions in such a stream most never do.
+        fired = sum(one.counts() for one in trainer.model.encode([torch.cat([rows, -rows])]))
+        assert int((fired > 0).sum()) >= 120
+
+
 def test_dead_features_are_revived(store: ActivationStore) -> None:
     """In the model itself, not in a copy: a defect of earlier work."""
     spec = clt(loss={"auxk": 0.0}, training={"steps": 60, "dead_after": 1000, "revive_every": 30})
