@@ -125,7 +125,7 @@ def test_features_begin_on_training_rows(store: ActivationStore) -> None:
         torch.testing.assert_close(trainer.model.encoders[0].detach(), torch.nn.functional.normalize(rows, dim=1))
         assert torch.equal(other.model.decoders[0], other.model.encoders[0])
         # So that all have something to say: of random directions in such a stream most never do.
-        fired = sum(one.counts() for one in trainer.model.encode([torch.cat([rows, -rows])]))
+        fired = trainer.model.encode([torch.cat([rows, -rows])])[0].counts()
         assert int((fired > 0).sum()) >= 120
 
 
