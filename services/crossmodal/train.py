@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
@@ -25,6 +22,7 @@ from services.crossmodal.model import EncoderDecoder, perceptron
 from services.crossmodal.sampler import BehaviorAwareBatchSampler
 from services.crossmodal.steering import choose, edited, toggle
 from services.crossmodal.tokenizer import Tokenizer
+from services.runtime import checkpoints
 from services.runtime.devices import uses_bfloat16
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
@@ -309,67 +307,55 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write the state into ``folder``, without pickle."""
-        save_file({name: value.contiguous() for name, value in self._state().items()}, folder / "state.safetensors")
         about = {
             "spec": self.spec.model_dump(mode="json"),
             "zoo": self.zoo.digest,
             "processes": self.world.size,
             "course": self.course,
         }
-        (folder / "state.json").write_text(json.dumps(about))
+        checkpoints.write(folder, self._state(), about)
         self.saved = self.step
 
     def load(self, folder: Path) -> None:
         """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for a checkpoint of another spec, zoo or
         number of processes, and for one that cannot be read."""
-        try:
-            about = json.loads((folder / "state.json").read_text())
-            if CrossmodalSpec.model_validate(about["spec"]) != self.spec:
-                raise InvalidInput.field("checkpoint", "was written by a run with another spec; start afresh")
-            if about["zoo"] != self.zoo.digest:
-                raise InvalidInput.field("checkpoint", "was written by a run on other networks; start afresh")
-            if about["processes"] != self.world.size:
-                raise InvalidInput.field(
-                    "checkpoint",
-                    f"was written by a run of {about['processes']} processes; take as many, or start afresh",
-                )
-            self._restore(load_file(folder / "state.safetensors", device=self.device))
+        with checkpoints.reading(folder, self.device) as (about, tensors):
+            checkpoints.same(
+                {
+                    "with another spec; start afresh": (CrossmodalSpec.model_validate(about["spec"]), self.spec),
+                    "on other networks; start afresh": (about["zoo"], self.zoo.digest),
+                    f"of {about['processes']} processes; take as many, or start afresh": (
+                        about["processes"],
+                        self.world.size,
+                    ),
+                }
+            )
+            self._restore(tensors)
             self.course = about["course"]
-        # What parsers and torch raise for files that are cut off, changed or missing.
-        except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None
         self.saved = self.step
 
     def _state(self) -> dict[str, Tensor]:
         """All that a step changes or that is fitted."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors = checkpoints.part("model", self.model.state_dict())
         if self.projection is not None:
-            tensors |= {f"projection.{name}": value for name, value in self.projection.state_dict().items()}
+            tensors |= checkpoints.part("projection", self.projection.state_dict())
         for name, kept in (("mean", self.mean), ("best", self.best)):
-            tensors |= {f"{name}.{i}": value for i, value in enumerate(kept)}
-        state = self.optimizer.state_dict()["state"]
-        tensors |= {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
+            tensors |= checkpoints.part(name, {str(i): value for i, value in enumerate(kept)})
+        tensors |= checkpoints.part("optimizer", checkpoints.moments(self.optimizer))
         counters = {name: getattr(self, name) for name in _COUNTERS}
         tensors |= {f"counters.{name}": torch.tensor(value, dtype=torch.float64) for name, value in counters.items()}
         return tensors | {"weighting": self.weighting}
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`_state`."""
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = value
+        parts = checkpoints.parts(tensors)
         self.model.load_state_dict(parts["model"])
         if self.projection is not None:
             self.projection.load_state_dict(parts["projection"])
         self.mean, self.best = (
             [parts.get(name, {})[str(i)] for i in range(len(parts.get(name, {})))] for name in ("mean", "best")
         )
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts.get("optimizer", {}).items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        checkpoints.set_moments(self.optimizer, parts.get("optimizer", {}))
         for name in _COUNTERS:
             setattr(self, name, type(getattr(self, name))(parts["counters"][name]))
         self._prepare()

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
@@ -18,6 +14,7 @@ from ethogram.specs.clt import PolicySpec, PolicyTrainingSpec
 from services.clt.policy.decode import construct, greedy, gumbel, tables, tour_log_likelihood
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import instances, lengths
+from services.runtime import checkpoints
 from services.runtime.devices import uses_bfloat16
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -163,44 +160,27 @@ class PolicyTrainer:
 
     def save(self, folder: Path) -> None:
         """Write the state into ``folder``, without pickle."""
-        tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
+        tensors = checkpoints.part("policy", self.policy.state_dict())
         if self.frozen is not None:
-            tensors |= {f"frozen.{name}": value.clone() for name, value in self.frozen.state_dict().items()}
-        state = self.optimizer.state_dict()["state"]
-        tensors |= {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "state.safetensors")
+            # Before the first replacement both are of one memory.
+            tensors |= checkpoints.part("frozen", {n: v.clone() for n, v in self.frozen.state_dict().items()})
+        tensors |= checkpoints.part("optimizer", checkpoints.moments(self.optimizer))
         about = {"spec": self.spec.model_dump(mode="json"), "step": self.step, "course": self.course}
-        about["wandb"] = self.tracking
-        (folder / "state.json").write_text(json.dumps(about))
+        checkpoints.write(folder, tensors, {**about, "wandb": self.tracking})
         self.saved = self.step
 
     def load(self, folder: Path) -> None:
         """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for a checkpoint of another spec, and for
         one that cannot be read."""
-        try:
-            about = json.loads((folder / "state.json").read_text())
-            if PolicySpec.model_validate(about["spec"]) != self.spec:
-                raise InvalidInput.field("checkpoint", "was written by a run with another spec; start afresh")
-            self._restore(load_file(folder / "state.safetensors", device=self.device))
+        with checkpoints.reading(folder, self.device) as (about, tensors):
+            checkpoints.same({"with another spec; start afresh": (PolicySpec.model_validate(about["spec"]), self.spec)})
+            parts = checkpoints.parts(tensors)
+            self.policy.load_state_dict(parts["policy"])
+            if self.frozen is not None:
+                self.frozen.load_state_dict(parts["frozen"])
+            checkpoints.set_moments(self.optimizer, parts.get("optimizer", {}))
             self.step, self.course, self.tracking = int(about["step"]), about["course"], about["wandb"]
-        # What parsers and torch raise for files that are cut off, changed or missing.
-        except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None
         self.saved = self.step
-
-    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = value
-        self.policy.load_state_dict(parts["policy"])
-        if self.frozen is not None:
-            self.frozen.load_state_dict(parts["frozen"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts.get("optimizer", {}).items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
 
 def initialize(policy: AttentionPolicy, draws: torch.Generator) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
@@ -21,6 +18,7 @@ from services.clt.sparse.evaluate import evaluate
 from services.clt.sparse.losses import terms
 from services.clt.sparse.model import Scale, SparseModel, Streams
 from services.clt.sparse.streams import scales_of, streams_of
+from services.runtime import checkpoints
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -278,52 +276,42 @@ class SparseTrainer:
 
     def state(self) -> dict[str, Tensor]:
         """All that a step changes."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for i, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{key}": value for key, value in entry.items()}
-        tensors |= {f"asleep.{s}": rows for s, rows in enumerate(self.asleep)}
+        tensors = checkpoints.part("model", self.model.state_dict())
+        tensors |= checkpoints.part("optimizer", checkpoints.moments(self.optimizer))
+        tensors |= checkpoints.part("asleep", {str(s): rows for s, rows in enumerate(self.asleep)})
         return tensors | {"step": torch.tensor(self.step)}
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state`."""
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = value
+        parts = checkpoints.parts(tensors)
         self.model.load_state_dict(parts["model"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts.get("optimizer", {}).items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        checkpoints.set_moments(self.optimizer, parts.get("optimizer", {}))
         for s in range(len(self.asleep)):
             self.asleep[s] = parts["asleep"][str(s)].to(self.device).clone()
         self.step = int(tensors["step"])
 
     def save(self, folder: Path) -> None:
         """Write the state into ``folder``, without pickle."""
-        save_file({name: value.contiguous() for name, value in self.state().items()}, folder / "state.safetensors")
         about = {**self.about, "store": self.store.digest, "processes": self.world.size, "course": self.course}
-        (folder / "state.json").write_text(json.dumps(about))
+        checkpoints.write(folder, self.state(), about)
         self.saved = self.step
 
     def load(self, folder: Path) -> None:
-        """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for a checkpoint of another spec or store,
-        and for one that cannot be read."""
-        try:
-            about = json.loads((folder / "state.json").read_text())
-            if about["spec"] != self.spec.model_dump(mode="json"):
-                raise InvalidInput.field("checkpoint", "was written by a run with another spec; start afresh")
-            if about["store"] != self.store.digest:
-                raise InvalidInput.field("checkpoint", "was written by a run on another store; start afresh")
-            if about["processes"] != self.world.size:
-                text = f"was written by {about['processes']} processes; take as many, or start afresh"
-                raise InvalidInput.field("checkpoint", text)
-            self._take(load_file(folder / "state.safetensors", device=self.device))
+        """Go on from what :meth:`save` wrote. Raises :class:`InvalidInput` for a checkpoint of another spec, store or
+        number of processes, and for one that cannot be read."""
+        with checkpoints.reading(folder, self.device) as (about, tensors):
+            checkpoints.same(
+                {
+                    "with another spec; start afresh": (about["spec"], self.spec.model_dump(mode="json")),
+                    "on another store; start afresh": (about["store"], self.store.digest),
+                    f"of {about['processes']} processes; take as many, or start afresh": (
+                        about["processes"],
+                        self.world.size,
+                    ),
+                }
+            )
+            self._take(tensors)
             self.course, self.tracking = about["course"], about["wandb"]
-        # What parsers and torch raise for files that are cut off, changed or missing.
-        except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None
         self.saved = self.step
 
 
