@@ -203,7 +203,7 @@ class SparseTrainingSpec(Spec):
     """Passes over the training rows instead of ``steps``."""
     batch_size: int = Field(4096, ge=1, le=1_048_576)
     """Rows of a step."""
-    learning_rate: float = Field(2e-3, gt=0, le=1)
+    learning_rate: float = Field(7e-4, gt=0, le=1)
     """Peak learning rate."""
     warm_up: int = Field(100, ge=0, le=1_000_000)
     """Steps over which the learning rate rises from 0."""
