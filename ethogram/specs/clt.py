@@ -98,6 +98,12 @@ class LanguageModelSpec(Spec):
     """Whether the first position of each sequence is left out: it is an attention sink with an outsize norm."""
 
 
+def _check_pairs(pairs: list[str]) -> None:
+    for number, pair in enumerate(pairs):
+        if len([end for end in pair.split("->") if end]) != 2:
+            raise ValueError(f"pairs.{number}: {pair} is not of the form SOURCE->TARGET")
+
+
 class ActivationsSpec(Spec):
     """Record activations of a policy or a language model into a store."""
 
@@ -136,9 +142,7 @@ class ActivationsSpec(Spec):
             raise ValueError("give either policy or language_model")
         if self.language_model is not None and self.nodes is not None:
             raise ValueError("nodes: instances of a language model have `context` tokens, not cities")
-        for number, pair in enumerate(self.pairs):
-            if len([end for end in pair.split("->") if end]) != 2:
-                raise ValueError(f"pairs.{number}: {pair} is not of the form SOURCE->TARGET")
+        _check_pairs(self.pairs)
         return self
 
 
@@ -324,9 +328,7 @@ class SweepSpec(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> SweepSpec:
-        for number, pair in enumerate(self.pairs):
-            if len([end for end in pair.split("->") if end]) != 2:
-                raise ValueError(f"pairs.{number}: {pair} is not of the form SOURCE->TARGET")
+        _check_pairs(self.pairs)
         options = [axis.option for axis in self.grid]
         for number, option in enumerate(options):
             if option in options[:number]:

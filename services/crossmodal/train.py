@@ -187,10 +187,7 @@ class Trainer:
         text = f"the {what} became {value:g} at step {step}; lower the learning rate"
         # The first process alone keeps checkpoints.
         if self.world.first:
-            kept = (
-                "there is no checkpoint" if self.saved is None else f"the last good checkpoint is of step {self.saved}"
-            )
-            text += f" ({kept})"
+            text += f" ({checkpoints.last_good(self.saved)})"
         return InvalidInput.field("spec.training.learning_rate", text)
 
     def terms(self, subjects: Subjects, features: Tensor, draws: torch.Generator, progress: float) -> dict[str, Tensor]:

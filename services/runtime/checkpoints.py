@@ -73,3 +73,8 @@ def same(asked: Mapping[str, tuple[object, object]]) -> None:
     for what, (was, now) in asked.items():
         if was != now:
             raise InvalidInput.field("checkpoint", f"was written by a run {what}")
+
+
+def last_good(step: int | None) -> str:
+    """What there is to go on from when a training fails; ``step``: of the last checkpoint."""
+    return "there is no checkpoint" if step is None else f"the last good checkpoint is of step {step}"

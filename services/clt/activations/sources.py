@@ -68,8 +68,7 @@ class PolicySource(ActivationSource):
 
     def chunks(self, first: int) -> Iterator[Tensor]:
         while True:
-            cities = instances(CHUNK, self.positions, generator(self._seed, "instances", first))
-            yield cities
+            yield instances(CHUNK, self.positions, generator(self._seed, "instances", first))
             first += 1
 
     def forward(self, instances: Tensor, points: Sequence[HookPoint]) -> None:

@@ -17,13 +17,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicyModelSpec
+from services.clt.loading import loading
 
 FORMAT = 1
 CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
@@ -178,16 +177,11 @@ class AttentionPolicy(nn.Module):
     def load(cls, folder: Path | str, device: str = "cpu") -> AttentionPolicy:
         """Read what :meth:`save` wrote, ready for evaluation. Raises :class:`InvalidInput` where it cannot."""
         folder = Path(folder)
-        try:
+        with loading(folder, "policy", "policy"):
             config = json.loads((folder / CONFIG).read_text())
             if config["format"] != FORMAT:
                 raise InvalidInput.field("policy", f"has format {config['format']}; this version reads {FORMAT}")
             policy = cls(PolicyModelSpec.model_validate(config["model"]), int(config["nodes"]))
             policy.load_state_dict(load_file(folder / WEIGHTS))
             policy.chooses_start = bool(config["chooses_start"])
-        except FileNotFoundError as error:
-            raise InvalidInput.field("policy", f"{error.filename} is missing, so {folder} is no policy") from None
-        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
-            text = f"{folder} is no policy that can be read: {str(error).splitlines()[0]}"
-            raise InvalidInput.field("policy", text) from None
         return policy.to(device).eval().requires_grad_(False)

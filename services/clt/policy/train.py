@@ -135,9 +135,8 @@ class PolicyTrainer:
         return {"loss": loss.detach(), "length": length.mean(), "entropy": -likelihood.detach().mean()}
 
     def _diverged(self, loss: float) -> InvalidInput:
-        kept = "there is no checkpoint" if self.saved is None else f"the last good checkpoint is of step {self.saved}"
         text = f"the loss became {loss:g} or its gradient infinite at step {self.step + 1}; lower the learning rate"
-        return InvalidInput.field("spec.training.learning_rate", f"{text} ({kept})")
+        return InvalidInput.field("spec.training.learning_rate", f"{text} ({checkpoints.last_good(self.saved)})")
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -121,7 +121,10 @@ def train(
         wandb_name=wandb_name,
     ) | {"kind": kind}
     if pair is not None:
-        flags |= dict(zip(("sources", "targets"), ([end] for end in _ends(pair)), strict=True))
+        from services.clt.activations.hooks import parse_pair
+
+        source, target = parse_pair(pair, "--pair")
+        flags |= {"sources": [source], "targets": [target]}
     inputs = {}
     if dictionary is not None:
         flags["model.dictionary.artifact"] = "dictionary"
@@ -221,13 +224,6 @@ def _flags(
         "wandb.project": wandb,
         "wandb.name": wandb_name,
     }
-
-
-def _ends(pair: str) -> tuple[str, str]:
-    source, arrow, target = pair.partition("->")
-    if not arrow or not source or not target:
-        raise InvalidInput.field("--pair", f"{pair} is not of the form SOURCE->TARGET")
-    return source, target
 
 
 def _spec(spec: type[S], file: Path | None, values: list[str] | None, flags: dict[str, Any]) -> S:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import SparseModelSpec
+from services.clt.loading import loading
 from services.clt.sparse import code as codes
 from services.clt.sparse.code import SPARSE_BELOW, Code
 
@@ -29,6 +28,7 @@ CONFIG, WEIGHTS = "model.json", "model.safetensors"
 JUMP_WIDTH = 0.05
 """Width of the kernel of the straight-through estimate of a jump (in pre-activations of a standard deviation of 1)."""
 FIRST_THRESHOLD = 0.03
+_SCALE = ("mean", "factor", "back")
 
 
 class Streams(NamedTuple):
@@ -61,6 +61,10 @@ class Scale(nn.Module):
         self.register_buffer("mean", mean.float().contiguous())
         self.register_buffer("factor", factor.float().contiguous())
         self.register_buffer("back", back.float().contiguous())
+
+    def copied(self) -> Scale:
+        """The same, on the CPU."""
+        return Scale(self.mean.cpu().clone(), self.factor.cpu().clone(), self.back.cpu().clone())
 
     def forward(self, stream: Tensor) -> Tensor:
         """To the model's units, ``[rows, width]``."""
@@ -242,14 +246,14 @@ class SparseModel(nn.Module):
     def load(cls, folder: Path | str, device: str = "cpu") -> SparseModel:
         """Read what :meth:`save` wrote, ready for evaluation. Raises :class:`InvalidInput` where it cannot."""
         folder = Path(folder)
-        try:
+        with loading(folder, "model", "sparse model"):
             config = json.loads((folder / CONFIG).read_text())
             if config["format"] != FORMAT:
                 raise InvalidInput.field("model", f"has format {config['format']}; this version reads {FORMAT}")
             state = load_file(folder / WEIGHTS)
             streams = Streams(**config["streams"])
             scales = [
-                [Scale(state[f"{side}.{i}.mean"], state[f"{side}.{i}.factor"]) for i in range(len(streams.sources))]
+                [Scale(*(state[f"{side}.{i}.{part}"] for part in _SCALE)) for i in range(len(streams.sources))]
                 for side in ("read", "write")
             ]
             words = torch.zeros(config["features"][0], streams.target_widths[0]) if config["tied"] else None
@@ -257,11 +261,6 @@ class SparseModel(nn.Module):
             model = cls(spec, streams, (scales[0], scales[1]), torch.Generator(), words)
             model.load_state_dict(state)
             model.about = dict(config["about"])
-        except FileNotFoundError as error:
-            raise InvalidInput.field("model", f"{error.filename} is missing, so {folder} is no sparse model") from None
-        except (ValueError, LookupError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
-            text = f"{folder} is no sparse model that can be read: {str(error).splitlines()[0]}"
-            raise InvalidInput.field("model", text) from None
         return model.to(device).eval().requires_grad_(False)
 
 

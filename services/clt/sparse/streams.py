@@ -60,7 +60,7 @@ def scales_of(spec: SaeSpec | CltSpec, store: ActivationStore, streams: Streams)
     """What takes sources and targets to the model's units, from the statistics of the training rows."""
     read = [_scale(store, hook, spec.training.normalize, source=True) for hook in streams.sources]
     if streams.kind == "sae":
-        return read, [Scale(scale.mean.clone(), scale.factor.clone()) for scale in read]
+        return read, [scale.copied() for scale in read]
     return read, [_scale(store, hook, spec.training.normalize, source=False) for hook in streams.targets]
 
 

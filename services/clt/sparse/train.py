@@ -106,7 +106,6 @@ class SparseTrainer:
         hooks = list(dict.fromkeys([*self.streams.sources, *self.streams.targets]))
         self._places = [[hooks.index(hook) for hook in side] for side in (self.streams.sources, self.streams.targets)]
         self._batches = Batches(store, hooks, training.batch_size, seed=spec.seed)
-        self._hooks = hooks
         scales = scales_of(spec, store, self.streams)
         words = None
         if dictionary is not None:
@@ -213,9 +212,8 @@ class SparseTrainer:
         return told
 
     def _diverged(self, value: float) -> InvalidInput:
-        kept = "there is no checkpoint" if self.saved is None else f"the last good checkpoint is of step {self.saved}"
-        what = f"the loss became {value:g} at step {self.step + 1}; lower the learning rate ({kept})"
-        return InvalidInput.field("spec.training.learning_rate", what)
+        text = f"the loss became {value:g} at step {self.step + 1}; lower the learning rate"
+        return InvalidInput.field("spec.training.learning_rate", f"{text} ({checkpoints.last_good(self.saved)})")
 
     @torch.no_grad()
     def _revive(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], found: Sequence[Tensor]) -> None:
@@ -257,7 +255,7 @@ class SparseTrainer:
     def finished(self) -> SparseModel:
         """The model as it is now, ready for evaluation."""
         self.model.eval()
-        read, write = ([_copied(scale) for scale in self.model.scales(side)] for side in ("read", "write"))
+        read, write = ([scale.copied() for scale in self.model.scales(side)] for side in ("read", "write"))
         model = SparseModel(
             self.spec.model,
             self.streams,
@@ -338,8 +336,4 @@ def dictionary_scale(dictionary: SparseModel, streams: Streams, store: Activatio
     source = dictionary.about.get("source")
     if isinstance(source, Mapping):
         store.require(str(source.get("digest")), "spec.model.dictionary")
-    return _copied(dictionary.scales("write")[0])
-
-
-def _copied(scale: Scale) -> Scale:
-    return Scale(scale.mean.cpu().clone(), scale.factor.cpu().clone(), scale.back.cpu().clone())
+    return dictionary.scales("write")[0].copied()
