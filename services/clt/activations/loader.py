@@ -54,12 +54,14 @@ class Coming(NamedTuple):
 class Batches:
     """Rows of several hook points, in batches: the same rows in the same order of each.
 
-    Each epoch goes through the shards in an order of its own. The first half of each shard and the second half of the
-    next are a group, whose rows are permuted together; groups follow each other and epochs too, so a batch may lie
-    across them and none is short. :meth:`at` is a pure function of seed and step: who keeps the step can go on.
+    Each epoch goes through the shards in an order of its own. A quarter of each shard (of its first half) and a quarter
+    of the next (of its second half) are a group, whose rows are permuted together; groups follow each other and epochs
+    too, so a batch may lie across them and none is short. :meth:`at` is a pure function of seed and step: who keeps the
+    step can go on.
 
-    In memory there is the present group, of the size of a shard of the asked hook points, and with ``prefetch`` the
-    next one, which a thread reads meanwhile. Use it as a context manager, or call :meth:`close`.
+    In memory there is the present group, half the size of a shard of the asked hook points, and with ``prefetch`` the
+    next one, which a thread reads meanwhile: with what is read and copied, less than two shards in all. Use it as a
+    context manager, or call :meth:`close`.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Batches:
         self._next: Coming | None = None
         self._pool = ThreadPoolExecutor(1, "batches") if prefetch else None
         # The same throughout: what threads free is not given back to the system.
-        most = max(shard.rows for shard in store.shards(split))
+        most = 2 * max(-(-shard.rows // 4) for shard in store.shards(split))
         self._free = [
             [torch.empty(most, store.widths[hook], dtype=store.dtype) for hook in hooks] for _ in range(1 + prefetch)
         ]
@@ -131,8 +133,11 @@ class Batches:
         order = torch.randperm(len(shards), generator=generator(self._seed, "shards", epoch)).tolist()
         groups = []
         for shard, after in zip(order, order[1:] + order[:1], strict=True):
-            rows = shards[after].rows
-            groups.append((Part(shard, 0, shards[shard].rows // 2), Part(after, rows // 2, rows)))
+            here, there = ([shards[which].rows * part // 4 for part in range(5)] for which in (shard, after))
+            groups += [
+                (Part(shard, here[part], here[part + 1]), Part(after, there[part + 2], there[part + 3]))
+                for part in range(2)
+            ]
         sizes = [sum(part.stop - part.start for part in group) for group in groups]
         return Epoch(groups, [0, *accumulate(sizes)])
 
