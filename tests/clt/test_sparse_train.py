@@ -95,7 +95,8 @@ def test_every_form_learns(store: ActivationStore, activation: str, kind: str) -
     assert after["explained_variance"] == pytest.approx(1 - after["fvu"])
     assert density.shape == (sum(model.features),) and after["l0"] > 0
     if activation == "topk":
-        assert after["l0"] == pytest.approx(6, abs=0.01)
+        # A row has fewer where fewer features are above 0.
+        assert 5.9 < after["l0"] <= 6
 
 
 @pytest.mark.parametrize("normalize", ["center", "none"])
