@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialized
 
 from ethogram.errors import InvalidInput
 
@@ -33,11 +34,8 @@ def load(path: str | Path) -> dict[str, NDArray[Any]]:
 def save(path: str | Path, networks: Networks) -> None:
     """Write ``networks`` as a safetensors file; folders on the way are made. Raises ``OSError`` naming the file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file({name: np.ascontiguousarray(array) for name, array in networks.items()}, path)
-    except SafetensorError as error:
-        # The library's own class for a full disk, a folder of that name, ...
-        raise OSError(None, str(error), str(path)) from None
+    # The library's own function makes it a file that nobody else may read.
+    Path(path).write_bytes(serialized({name: np.ascontiguousarray(array) for name, array in networks.items()}))
 
 
 def is_single(networks: Networks) -> bool:

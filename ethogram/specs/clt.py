@@ -156,14 +156,20 @@ class SparseModelSpec(Spec):
     2412.06410); ``relu``: all above 0; ``jumprelu``: all above a threshold that is learned (Rajamanoharan et al. 2024,
     arXiv 2407.14435)."""
     k: int | None = Field(None, ge=1, le=1_000_000)
-    """Features of a row, of each source; None: ``k_ratio`` of them."""
-    k_ratio: float = Field(0.05, gt=0, le=1)
-    """Share of the features, where ``k`` is not given."""
+    """Features of a row, of each source."""
+    k_ratio: float | None = Field(None, gt=0, le=1)
+    """The same as a share of the features; 0.05 where ``k`` is not given either."""
     skip: bool = False
     """Whether a linear map goes from source to target beside the features."""
     dictionary: ArtifactRef | None = None
     """A sparse model of the target (its artifact ``model``), whose decoder is this one's too and is not trained: W_dec
     is tied to it. None: untied."""
+
+    @model_validator(mode="after")
+    def _one(self) -> SparseModelSpec:
+        if self.k is not None and self.k_ratio is not None:
+            raise ValueError("k_ratio: says what k says too; give one of them")
+        return self
 
 
 class SparseLossSpec(Spec):
@@ -192,10 +198,12 @@ class SparseLossSpec(Spec):
     """Group lasso of the decoder, in groups of a feature and the channels of one head."""
     heads: int = Field(8, ge=1, le=1024)
     """Heads that the target's channels are divided into for ``group_heads``."""
-    auxk: float = Field(1 / 32, ge=0)
-    """Of the error with which dead features explain what is left (Gao et al. 2024, arXiv 2406.04093)."""
+    auxk: float = Field(0.0, ge=0)
+    """Of the error with which dead features explain what is left (Gao et al. 2024, arXiv 2406.04093, take 1/32). For
+    when many features die for good: those that are rare for a while come back by themselves, and it keeps them from
+    it."""
     auxk_features: int = Field(64, ge=1, le=65_536)
-    """Dead features of a row that do."""
+    """Dead features of a row that do; where fewer are dead, the term counts for less."""
 
 
 class SparseTrainingSpec(Spec):
@@ -219,7 +227,8 @@ class SparseTrainingSpec(Spec):
     dead_after: int = Field(200_000, ge=1)
     """Rows without a single activation after which a feature is dead."""
     revive_every: int | None = Field(None, ge=1)
-    """Steps between revivals, at which dead features are set on rows with large errors; None: never (auxk alone)."""
+    """Steps between revivals, at which dead features are set on rows with large errors, until the learning rate falls;
+    None: never."""
     validate_every: int = Field(500, ge=1)
     """Steps between validations."""
     validation_rows: int = Field(65_536, ge=1)
@@ -283,7 +292,9 @@ class CltSpec(Spec):
         if len(self.sources) != len(self.targets):
             raise ValueError(f"targets: {len(self.targets)} for {len(self.sources)} sources; give as many of both")
         if self.kind == "pair" and len(self.sources) != 1:
-            raise ValueError("sources: a pair has one source and one target")
+            raise ValueError(
+                "sources: a pair has one source and one target; name them, or take kind per_layer or cross_layer"
+            )
         if self.kind != "pair" and self.model.dictionary is not None:
             raise ValueError("model.dictionary: a pair alone can be tied to a dictionary of its target")
         return self

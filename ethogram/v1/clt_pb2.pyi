@@ -785,7 +785,7 @@ class SparseModelSpec(_message.Message):
     k: _builtins.int
     """Features of a row, of each source."""
     k_ratio: _builtins.float
-    """Share of the features, where k is not given."""
+    """The same as a share of the features."""
     skip: _builtins.bool
     """Whether a linear map goes from source to target beside the features."""
     @_builtins.property
@@ -986,7 +986,7 @@ class SparseTrainingSpec(_message.Message):
     dead_after: _builtins.int
     """Rows without a single activation after which a feature is dead."""
     revive_every: _builtins.int
-    """Steps between revivals, at which dead features are set on rows with large errors."""
+    """Steps between revivals, at which dead features are set on rows with large errors, until the learning rate falls."""
     validate_every: _builtins.int
     """Steps between validations."""
     validation_rows: _builtins.int

@@ -21,6 +21,13 @@ app = system_app("clt", "Train routing policies, and sparse models of what goes 
 _MODULE = "python -m services.clt"
 _CHECKPOINT_SECONDS = 30.0
 
+Policy = Annotated[
+    str,
+    typer.Argument(
+        metavar="POLICY",
+        help="Folder of a policy or of its run; or `default`: TSP of 20 cities, trained once, in ten minutes.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default a GPU if there is one.")]
 
 
@@ -82,10 +89,10 @@ def import_policy(
 
 @app.command(epilog=examples(f"{_MODULE} gap my-run/policy", f"{_MODULE} gap my-policy --cities cities.npy"))
 def gap(
-    folder: Annotated[Path, typer.Argument(metavar="POLICY", help="Folder of a policy.", exists=True, file_okay=False)],
+    policy: Policy,
     cities: Annotated[
         Path | None,
-        typer.Option(help=".npy file, or .safetensors file with `cities`: [instances, cities, 2] in the unit square."),
+        typer.Option(help=".npy file, or .safetensors file with `cities`: instances x cities x 2, in the unit square."),
     ] = None,
     *,
     instances: Annotated[
@@ -100,12 +107,14 @@ def gap(
 ) -> None:
     """Compare a policy's tours with a solver's: how much longer they are, as a share."""
     from services.clt.policy.evaluate import evaluate, evaluation_instances
+    from services.clt.policy.job import named
     from services.clt.policy.model import AttentionPolicy
     from services.clt.policy.tsp import read_cities
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import chosen_device
 
-    loaded = AttentionPolicy.load(folder, chosen_device(device))
+    own = chosen_device(device)
+    loaded = AttentionPolicy.load(named(policy, own), own)
     if cities is not None:
         places = read_cities(cities)
     else:

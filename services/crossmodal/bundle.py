@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
@@ -35,6 +35,7 @@ from services.crossmodal.steering import (
     score,
 )
 from services.crossmodal.tokenizer import Tokenizer
+from services.runtime.tensors import write_tensors
 from services.zoo.dataset import Zoo
 from services.zoo.layout import Layout
 from services.zoo.patterns import Pattern, from_specs, membership
@@ -418,18 +419,18 @@ class Codec:
         run = {"run": digest.hexdigest()[:16]}
         for name, state in states.items():
             tensors = {key: value.contiguous() for key, value in state.items()}
-            save_file(tensors, folder / f"{name}.safetensors", run)
+            write_tensors(folder / f"{name}.safetensors", tensors, run)
         directions: dict[str, Tensor] = {kind: tensor.contiguous() for kind, tensor in self.directions.items()}
         directions |= {"probe": self.probe.weights.contiguous(), "probe_bias": self.probe.bias.contiguous()}
-        save_file(directions, folder / "directions.safetensors", run)
+        write_tensors(folder / "directions.safetensors", directions, run)
         sequences = {"probes": self.probes}
         for kind, asked in (("evaluation", self.evaluation), ("support", self.support)):
             sequences |= {kind: asked.sequences, f"{kind}_stratum": asked.stratum}
-        save_file({key: value.contiguous() for key, value in sequences.items()}, folder / "sequences.safetensors", run)
+        write_tensors(folder / "sequences.safetensors", sequences, run)
         canonicalizer = self.preprocessor.canonicalizer
         if canonicalizer is not None:
             references = [flatten(network)[0].contiguous() for network in canonicalizer.references]
-            save_file({str(i): flat for i, flat in enumerate(references)}, folder / "references.safetensors", run)
+            write_tensors(folder / "references.safetensors", {str(i): flat for i, flat in enumerate(references)}, run)
         config = {
             "format": FORMAT,
             **run,

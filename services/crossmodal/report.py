@@ -12,7 +12,6 @@ import matplotlib as mpl
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
 from torch import Tensor
 
 from services.crossmodal.bundle import Codec
@@ -32,6 +31,7 @@ from services.runtime.page import (
     png,
     table,
 )
+from services.runtime.tensors import write_tensors
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import Architecture, Params, select, unflatten
 
@@ -65,10 +65,10 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     codec.check_zoo(zoo)
     folder.mkdir(parents=True, exist_ok=True)
     examples, tensors = steer_examples(codec, zoo)
-    save_file(tensors, folder / "steered.safetensors")
+    write_tensors(folder / "steered.safetensors", tensors)
     held_out, networks, _ = held_out_networks(codec, zoo)
-    save_file({name: tensor.contiguous() for name, tensor in networks.items()}, folder / "held_out.safetensors")
-    save_file({"labels": zoo.labels[held_out]}, folder / "held_out_labels.safetensors")
+    write_tensors(folder / "held_out.safetensors", networks)
+    write_tensors(folder / "held_out_labels.safetensors", {"labels": zoo.labels[held_out]})
     (folder / "report.json").write_text(json.dumps({**evaluation, "examples": examples}, indent=2, allow_nan=False))
     latents = all_latents(codec, zoo)
     with drawing():

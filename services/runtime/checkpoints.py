@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
+from services.runtime.tensors import write_tensors
 
 STATE, ABOUT = "state.safetensors", "state.json"
 
@@ -51,7 +52,7 @@ def set_moments(optimizer: torch.optim.Optimizer, tensors: Named) -> None:
 
 def write(folder: Path, tensors: Named, about: Mapping[str, Any]) -> None:
     """Write a state into ``folder``, without pickle."""
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / STATE)
+    write_tensors(folder / STATE, tensors)
     (folder / ABOUT).write_text(json.dumps(about))
 
 

@@ -35,10 +35,12 @@ def begun(out: Path, result: str) -> Iterator[None]:
     is gone otherwise."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if (out / CHECKPOINT).exists():
             output.say(f"type the command again to go on from the last checkpoint, or delete {out}")
         elif not (out / result).exists():
             shutil.rmtree(out, ignore_errors=True)
-            output.say("it ended before the first checkpoint, so nothing is kept")
+            # Of what could not begin its own message says enough.
+            if not isinstance(error, InvalidInput):
+                output.say("it ended before the first checkpoint, so nothing is kept")
         raise

@@ -81,7 +81,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert again == pytest.approx(figures)
 
     save_file({"cities": torch.rand(4, 9, 2)}, tmp_path / "mine.safetensors")
-    assert call("gap", run / "policy", "--cities", tmp_path / "mine.safetensors", "--samples", "0") == 0
+    assert call("gap", run, "--cities", tmp_path / "mine.safetensors", "--samples", "0") == 0
     assert "gap_multistart" in capsys.readouterr().out
     assert call("gap", tmp_path) == 2
     assert "is no policy" in capsys.readouterr().err

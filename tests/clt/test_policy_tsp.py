@@ -74,6 +74,7 @@ def test_a_broken_cache_is_made_again(own_cache: Path) -> None:
         (torch.rand(3, 5, 2).index_put_((torch.tensor(2),), torch.tensor(0.5)), "instance 2 has two cities"),
         (torch.rand(2, 5, 2, dtype=torch.float64) * 1e300, "instance 0 has"),
         (torch.rand(2, 5, 2) * 1e30, "instance 0 has"),
+        (torch.rand(2, 5, 2) + torch.tensor([0.0, 2.0])[:, None, None], "instance 1 leaves the unit square"),
     ],
 )
 def test_what_are_no_cities(cities: torch.Tensor, why: str, tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_what_are_no_cities(cities: torch.Tensor, why: str, tmp_path: Path) -> N
 
 
 def test_same_abscissa_is_no_same_place() -> None:
-    grid = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0)).unsqueeze(0)
+    grid = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0)).unsqueeze(0) / 2
     assert check_cities(grid).equal(grid)
 
 

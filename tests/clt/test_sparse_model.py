@@ -231,6 +231,10 @@ def test_dead_features_alone_learn_from_auxk() -> None:
     assert gradient is not None
     assert (gradient[:10].abs().sum(1) > 0).any() and not gradient[10:].any()
     assert "auxk" not in terms(model, inputs, targets, SparseLossSpec(), none_dead(model))[0]
+    # Half as many dead features as may take part in a row: all of them do, as before, and count for half.
+    wider = terms(model, inputs, targets, SparseLossSpec(auxk=1.0, auxk_features=20), dead)[0]["auxk"]
+    alone = terms(model, inputs, targets, SparseLossSpec(auxk=1.0, auxk_features=10), dead)[0]["auxk"]
+    torch.testing.assert_close(wider, alone / 2)
 
 
 def test_whitened_and_scaled_streams_come_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,8 @@ def activations(
     """Record activations of a policy, or of a language model on texts, into a store. What was interrupted is gone on
     with by the same command, and can be read meanwhile; a store of another spec or model is never overwritten."""
     from services.clt.activations import job
+    from services.clt.activations.store import MANIFEST
+    from services.clt.policy.job import named
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import chosen_device
 
@@ -72,9 +75,16 @@ def activations(
     if out.exists() and not out.is_dir():
         raise InvalidInput.field("--output", f"{out} is a file; name a folder")
     own = chosen_device(device)
-    inputs = {"policy": _policy(policy, own)} if policy is not None else {}
-    with ConsoleRun(out, own, inputs) as run:
-        result = job.record(spec, run, out / "activations")
+    inputs = {"policy": named(policy, own)} if policy is not None else {}
+    fresh = not out.exists()
+    try:
+        with ConsoleRun(out, own, inputs) as run:
+            result = job.record(spec, run, out / "activations")
+    except InvalidInput:
+        # Nothing was recorded: a folder without a store would be in the way.
+        if fresh and not (out / "activations" / MANIFEST).exists():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     output.result(result, as_json, lambda: _show(result["figures"]))
     output.say(f"the store is in {out / 'activations'}")
 
@@ -132,20 +142,6 @@ def add_commands(app: typer.Typer) -> None:
     )
 
 
-def _policy(name: str, device: str) -> Path:
-    """The folder of the policy that is meant: of a run, its policy."""
-    from services.clt.policy.job import default_folder
-    from services.clt.policy.model import CONFIG
-
-    folder = Path(name)
-    if name == "default" and not folder.exists():
-        return default_folder(device)
-    if not folder.is_dir():
-        raise InvalidInput.field("POLICY", f"there is no folder {name}; name that of a policy, or `default`")
-    within = folder / "policy"
-    return within if not (folder / CONFIG).exists() and (within / CONFIG).exists() else folder
-
-
 def inside(store: Path) -> Path:
     """The store's own folder, where that of its run is given."""
     from services.clt.activations.store import MANIFEST, POINTER
@@ -184,3 +180,7 @@ def _show_pairs(found: list[dict[str, Any]]) -> None:
             for one in found
         ],
     )
+    output.say(
+        "source / target of: zeros, shares of zeros; small, of numbers below a hundredth of the root mean square;"
+    )
+    output.say("norms, mean norms of a row. r: correlations of a source channel with a target channel, absolute.")

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -194,7 +195,8 @@ class ActivationStore:
         """Raise :class:`InvalidInput` of ``field`` for a hook point that is not in the store."""
         for name in names:
             if name not in self.widths:
-                raise InvalidInput.field(field, f"{name} is not in the store, which has {', '.join(self.hooks)}")
+                near = get_close_matches(name, self.hooks, 3) or self.hooks
+                raise InvalidInput.field(field, f"the store has no {name}; it has: {', '.join(near)}")
 
     def read(
         self, split: str, number: int, names: Sequence[str], start: int = 0, stop: int | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicySpec
 from services.clt.policy.evaluate import evaluate, evaluation_instances
 from services.clt.policy.model import CONFIG, FORMAT, AttentionPolicy
@@ -59,6 +60,18 @@ def default_folder(device: str = "cpu", run: Run | None = None, spec: PolicySpec
             if not (kept / "policy" / CONFIG).exists():
                 _train_into(kept, spec, device, run)
     return kept / "policy"
+
+
+def named(name: str, device: str = "cpu") -> Path:
+    """The folder of the policy that a user means: a policy's, that of its run, or ``default``. Raises
+    :class:`InvalidInput` where there is none."""
+    folder = Path(name)
+    if name == "default" and not folder.exists():
+        return default_folder(device)
+    if not folder.is_dir():
+        raise InvalidInput.field("POLICY", f"there is no folder {name}; name that of a policy, or `default`")
+    within = folder / "policy"
+    return within if not (folder / CONFIG).exists() and (within / CONFIG).exists() else folder
 
 
 def _train_into(kept: Path, spec: PolicySpec, device: str, run: Run | None) -> None:

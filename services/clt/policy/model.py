@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicyModelSpec
 from services.clt.loading import loading
+from services.runtime.tensors import write_tensors
 
 FORMAT = 1
 CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
@@ -163,7 +164,7 @@ class AttentionPolicy(nn.Module):
     def save(self, folder: Path, about: Mapping[str, object] | None = None) -> None:
         """Write ``policy.json`` and ``policy.safetensors``; ``about`` is kept in the former."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        write_tensors(folder / WEIGHTS, self.state_dict())
         config = {
             "format": FORMAT,
             "model": self.spec.model_dump(mode="json"),

@@ -95,7 +95,8 @@ def gap_plot(evaluation: Evaluation) -> Figure:
             100 * values.clamp(0, most), 40, range=(0, 100 * most), histtype="step", color=_COLORS[name], label=name
         )
     _plain(axis, "instances by gap to the solver")
-    axis.set_xlabel("percent")
+    beyond = max(int((values > most).sum()) for values in evaluation.gaps.values())
+    axis.set_xlabel(f"percent; the last bin has what is beyond too (up to {beyond} instances)" if beyond else "percent")
     axis.legend(frameon=False, fontsize=8)
     return figure
 

@@ -28,6 +28,7 @@ MIN_CITIES, MAX_EXACT = 4, 12
 _SCALE = 10**6
 """Distances go to the solver as integers, the instance's extent being this."""
 _CLUSTERS, _SPREAD = 3, 0.07
+_SLACK = 1e-5
 _TOLD_EVERY = 50
 
 
@@ -52,7 +53,7 @@ def lengths(cities: Tensor, tours: Tensor) -> Tensor:
 
 def check_cities(cities: Tensor, field: str = "cities") -> Tensor:
     """The cities in float32. Raises :class:`InvalidInput` for what is no batch of instances: ``[batch, nodes, 2]``, at
-    least 4 cities, finite, and no two at the same place."""
+    least 4 cities, in the unit square, and no two at the same place."""
     if cities.ndim != 3 or cities.shape[-1] != 2 or not len(cities):
         raise InvalidInput.field(field, f"must be [instances, cities, 2], not {list(cities.shape)}")
     if cities.shape[1] < MIN_CITIES:
@@ -66,6 +67,12 @@ def check_cities(cities: Tensor, field: str = "cities") -> Tensor:
     finite = cities.square().sum((1, 2)).isfinite()
     if not bool(finite.all()):
         raise InvalidInput.field(field, f"instance {_first(~finite)} has a coordinate that is no finite number")
+    inside = ((cities >= -_SLACK) & (cities <= 1 + _SLACK)).all(2).all(1)
+    if not bool(inside.all()):
+        text = (
+            f"instance {_first(~inside)} leaves the unit square, where policies are trained; scale the cities into it"
+        )
+        raise InvalidInput.field(field, text)
     # Few instances have two cities of one abscissa, so few are looked at closely.
     by_x = cities[..., 0].sort(1).values
     for index in (by_x[:, 1:] == by_x[:, :-1]).any(1).nonzero().flatten().tolist():

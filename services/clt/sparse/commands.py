@@ -130,7 +130,12 @@ def train(
         flags["model.dictionary.artifact"] = "dictionary"
         inside = dictionary / "model"
         inputs["model.dictionary"] = inside if inside.is_dir() else dictionary
-    _run(_spec(CltSpec, file, values, flags), store, out, device=device, as_json=as_json, more=inputs)
+    spec = _spec(CltSpec, file, values, flags)
+    if pair is not None and spec.kind != "pair":
+        raise InvalidInput.field(
+            "--pair", f"is the one of --kind pair; {spec.kind} takes all MLPs, or spec.sources and targets"
+        )
+    _run(spec, store, out, device=device, as_json=as_json, more=inputs)
 
 
 def sweep(

@@ -29,6 +29,10 @@ def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, An
         if not world.first:
             return {}
         figures, density = evaluate(model, store, spec.training.validation_rows)
+        if figures["fvu"] > 1:
+            run.log(
+                "the model explains less than the mean does: it needs more steps, or another learning rate", "warning"
+            )
         with tempfile.TemporaryDirectory() as scratch:
             model.save(Path(scratch, "model"), {**trainer.about, "figures": figures})
             # First, so that nothing that fails later costs it.

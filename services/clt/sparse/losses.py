@@ -84,7 +84,8 @@ def auxiliary(
 ) -> Tensor:
     """How badly dead features explain what the others leave (``left``, of each target), as a share of its variance; the
     ``features`` largest of them take part in each row (Gao et al. 2024, arXiv 2406.04093, A.2). ``dead``: bool
-    ``[features]`` of each source. 0 where none is dead."""
+    ``[features]`` of each source. Where fewer are dead it counts for less, as all of them take part in every row: they
+    would grow large and displace living ones. 0 where none is dead."""
     parts = []
     for s, (stream, asleep) in enumerate(zip(inputs, dead, strict=True)):
         if not bool(asleep.any()):
@@ -96,7 +97,8 @@ def auxiliary(
         written = model.streams.written(s)
         said = (values @ model.decoders[s][which]).split([model.streams.target_widths[t] for t in written], 1)
         for t, one in zip(written, said, strict=True):
-            parts.append((one - left[t]).square().mean() / left[t].square().mean().clamp_min(1e-12))
+            share = min(1.0, len(which) / features)
+            parts.append(share * (one - left[t]).square().mean() / left[t].square().mean().clamp_min(1e-12))
     return torch.stack(parts).mean() if parts else torch.zeros((), device=inputs[0].device)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
@@ -22,12 +22,14 @@ from ethogram.specs.clt import SparseModelSpec
 from services.clt.loading import loading
 from services.clt.sparse import code as codes
 from services.clt.sparse.code import SPARSE_BELOW, Code
+from services.runtime.tensors import write_tensors
 
 FORMAT = 1
 CONFIG, WEIGHTS = "model.json", "model.safetensors"
 JUMP_WIDTH = 0.05
 """Width of the kernel of the straight-through estimate of a jump (in pre-activations of a standard deviation of 1)."""
 FIRST_THRESHOLD = 0.03
+DEFAULT_K_RATIO = 0.05
 _SCALE = ("mean", "factor", "back")
 
 
@@ -105,7 +107,8 @@ class SparseModel(nn.Module):
                 what = f"writes {dictionary.shape[1]} channels, and {streams.targets[0]} has {streams.target_widths[0]}"
                 raise InvalidInput.field("spec.model.dictionary", what)
             self.features = [len(dictionary)]
-        self.k = [spec.k or max(1, round(spec.k_ratio * count)) for count in self.features]
+        share = spec.k_ratio or DEFAULT_K_RATIO
+        self.k = [spec.k or max(1, round(share * count)) for count in self.features]
         for source, k, count in zip(streams.sources, self.k, self.features, strict=True):
             if k > count and spec.activation in ("topk", "batchtopk"):
                 what = f"{k} is more than the {count} features of {source}; take fewer, or a larger expansion"
@@ -231,7 +234,7 @@ class SparseModel(nn.Module):
     def save(self, folder: Path, about: Mapping[str, object] | None = None) -> None:
         """Write ``model.json`` and ``model.safetensors``; ``about`` is kept in the former."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        write_tensors(folder / WEIGHTS, self.state_dict())
         config = {
             "format": FORMAT,
             "model": self.spec.model_dump(mode="json"),

@@ -23,6 +23,9 @@ PICTURES = {
 }
 """The pictures of a report, ``<name>.png`` each, and what they show."""
 
+MARKED = 8
+"""Points of a curve below which each is marked: one alone has no line."""
+
 Course = Sequence[Mapping[str, float]]
 
 
@@ -64,6 +67,7 @@ def training_plot(course: Course) -> Figure:
     _curve(active, course, "active", "training", BEFORE)
     _curve(active, course, "validation_l0", "validation", AFTER)
     _curve(dead, course, "dead", "dead", CONTROL)
+    dead.set_ylim(bottom=0)
     for axis, title in (
         (losses, "losses"),
         (left, "share of the variance that is not explained"),
@@ -82,7 +86,8 @@ def training_plot(course: Course) -> Figure:
 def _curve(axis: Axes, course: Course, name: str, label: str, color: str | None) -> None:
     points = [(row["step"], row[name]) for row in course if name in row]
     if points:
-        axis.plot(*zip(*points, strict=True), color=color, lw=1.2, label=label)
+        mark = "o" if len(points) < MARKED else None
+        axis.plot(*zip(*points, strict=True), color=color, lw=1.2, label=label, marker=mark, ms=4)
 
 
 def features_plot(model: SparseModel, density: Tensor) -> Figure:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from difflib import get_close_matches
-
 import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import CltSpec, SaeSpec
-from services.clt.activations.hooks import default_pairs
+from services.clt.activations.hooks import check_pair, default_pairs
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse.model import Scale, Streams
 
@@ -23,8 +20,8 @@ def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
     or of a target that does not come after its source."""
     widths = store.widths
     if isinstance(spec, SaeSpec):
-        hooks = _known([spec.hook], store, "spec.hook")
-        return Streams("sae", hooks, hooks, [widths[spec.hook]], [widths[spec.hook]])
+        store.require_hooks([spec.hook], "spec.hook")
+        return Streams("sae", [spec.hook], [spec.hook], [widths[spec.hook]], [widths[spec.hook]])
     sources, targets = spec.sources, spec.targets
     if not sources:
         found = default_pairs(list(widths), store.manifest.source.kind == "policy")
@@ -32,28 +29,18 @@ def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
         if not found:
             what = "no module's input and output are both in the store; name sources and targets"
             raise InvalidInput.field("spec.sources", f"{what} among: {', '.join(widths)}")
-    _known(sources, store, "spec.sources")
-    _known(targets, store, "spec.targets")
+    for side, named in (("sources", sources), ("targets", targets)):
+        for number, hook in enumerate(named):
+            store.require_hooks([hook], f"spec.{side}.{number}")
     order = list(widths)
     for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        if order.index(source) >= order.index(target):
-            what = f"{target} does not come after {source} in the model; the order is: {', '.join(order)}"
-            raise InvalidInput.field(f"spec.targets.{number}", what)
+        check_pair(order, source, target, f"spec.targets.{number}")
     for side, named in (("sources", sources), ("targets", targets)):
         for number, hook in enumerate(named[1:], 1):
             if order.index(hook) <= order.index(named[number - 1]):
                 what = f"{hook} does not come after {named[number - 1]}; name them in the order of the model"
                 raise InvalidInput.field(f"spec.{side}.{number}", what)
     return Streams(spec.kind, sources, targets, [widths[hook] for hook in sources], [widths[hook] for hook in targets])
-
-
-def _known(hooks: Sequence[str], store: ActivationStore, field: str) -> list[str]:
-    for number, hook in enumerate(hooks):
-        if hook not in store.widths:
-            place = field if field.endswith("hook") else f"{field}.{number}"
-            near = get_close_matches(hook, store.widths, 3) or list(store.widths)
-            raise InvalidInput.field(place, f"the store has no {hook}; it has: {', '.join(near)}")
-    return list(hooks)
 
 
 def scales_of(spec: SaeSpec | CltSpec, store: ActivationStore, streams: Streams) -> tuple[list[Scale], list[Scale]]:

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from services.runtime.page import FAINT, drawing, image, page, png, table
 from services.runtime.run import ChildJob, Run
 
 TABLE, PAGE = "sweep.csv", "sweep.html"
+SPARSITY = ("model.k", "model.k_ratio", "loss.l1", "loss.l0")
+"""Options by which more or fewer features are active."""
 STATE, PRESENT = "sweep.json", "present"
 Row = dict[str, Any]
 
@@ -63,7 +65,7 @@ def parts(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
 
 def _plain(value: str) -> str:
     """As it may stand in the name of a folder."""
-    return re.sub(r"[^A-Za-z0-9_.+]", "", value)
+    return re.sub(r"[^A-Za-z0-9_.+-]", "", value)
 
 
 def _set(asked: dict[str, Any], option: str, text: str) -> None:
@@ -202,7 +204,7 @@ def compare(folder: Path, wanted: Mapping[str, CltSpec], rows: Mapping[str, Row]
     with (folder / TABLE).open("w", newline="") as file:
         csv.writer(file).writerows([head, *values])
     with drawing():
-        picture = png(tradeoff(wanted, rows))
+        picture = png(tradeoff(wanted, rows, options))
     (folder / "sweep.png").write_bytes(picture)
     text = "Share of the variance that is left, over active features"
     body = f"{image(picture, text)}{table(head, values)}"
@@ -216,16 +218,22 @@ def _get(asked: Mapping[str, Any], option: str) -> Any:
     return value
 
 
-def tradeoff(wanted: Mapping[str, CltSpec], rows: Mapping[str, Row]) -> Figure:
-    """What is left over the active features, a line for each pair."""
+def tradeoff(wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Sequence[str] = ()) -> Figure:
+    """What is left over the active features, a line for each pair and each setting of the ``options`` of the grid but
+    the one that changes how many are active."""
+    along = next((option for option in options if option in SPARSITY), None)
+    others = [option for option in options if option != along]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, row in rows.items():
-        ends = f"{wanted[name].sources[0]} to {wanted[name].targets[-1]}"
-        lines.setdefault(ends, []).append((row["figures"]["l0"], row["figures"]["fvu"]))
+        asked = wanted[name].model_dump()
+        own = [f"{option.rpartition('.')[2]} {_get(asked, option)}" for option in others]
+        line = ", ".join([f"{asked['sources'][0]} to {asked['targets'][-1]}", *own])
+        lines.setdefault(line, []).append((row["figures"]["l0"], row["figures"]["fvu"]))
     for name, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", ms=4, lw=1, label=name)
+    axis.set_title("variance that is left, over active features", fontsize=10, loc="left")
     axis.set_xlabel("active features of a row")
     axis.set_ylabel("share of the variance that is left (validation)")
     axis.grid(color=FAINT, lw=0.5)

@@ -28,8 +28,10 @@ REPORT_EVERY = 50
 """Steps between metrics."""
 SMALLEST_ROW = 1e-4
 """Norm of a row, in the model's units, that has a direction."""
-REVIVED_NORM = 0.2
-"""Encoder norm of a revived feature, as a share of the living ones' mean."""
+SMALLEST_BEGINNING = 0.01
+"""Least norm of what a feature reads at first."""
+REVIVED_LEAD = 1.1
+"""Value of a revived feature on its row, as a multiple of the least that is active there."""
 
 
 def train(trainer: SparseTrainer, run: Run | None = None) -> SparseModel:
@@ -112,8 +114,8 @@ class SparseTrainer:
             scales = scales[0], [dictionary_scale(dictionary, self.streams, store)]
             words = dictionary.decoders[0].detach()
         self.model = SparseModel(spec.model, self.streams, scales, generator(spec.seed, "init"), words).to(device)
-        self._begin_on_rows()
         self.model.train()
+        self._begin_on_rows()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=training.learning_rate, fused=True)
         self.asleep = [torch.zeros(count, dtype=torch.int64, device=device) for count in self.model.features]
@@ -150,6 +152,22 @@ class SparseTrainer:
             encoder[known] = torch.nn.functional.normalize(rows[known], dim=1)
             if self.streams.kind == "sae":
                 words.copy_(encoder)
+        if any(bool(words.any()) for words in self.model.decoders):
+            self._begin_in_size()
+
+    def _begin_in_size(self) -> None:
+        """Have what the features of a source write together be as large as explains most: rows are alike, and so are
+        features that read them, of which many are active together."""
+        (inputs, targets), model = self._sides(self._batches.at(0)), self.model
+        found = model.decode(model.encode(inputs), inputs)
+        for s, encoder in enumerate(model.encoders):
+            pairs = [(found[t], targets[t]) for t in self.streams.written(s)]
+            along = sum(float((one * target).sum()) for one, target in pairs)
+            size = sum(float(one.square().sum()) for one, _ in pairs)
+            encoder *= max(SMALLEST_BEGINNING, along / max(size, 1e-12))
+        # What was seen is no part of the training.
+        model.threshold.zero_()
+        model.batches.zero_()
 
     @property
     def about(self) -> dict[str, object]:
@@ -207,7 +225,9 @@ class SparseTrainer:
         for rows, active in zip(self.asleep, fired, strict=True):
             rows += training.batch_size
             rows[active > 0] = 0
-        if training.revive_every is not None and self.step % training.revive_every == 0:
+        # Not while the rate falls: they would not learn any more.
+        rising = self.step <= (1 - training.decay) * self.steps
+        if training.revive_every is not None and self.step % training.revive_every == 0 and rising:
             self._revive(inputs, targets, found)
         return told
 
@@ -217,29 +237,39 @@ class SparseTrainer:
 
     @torch.no_grad()
     def _revive(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-        """Set dead features on rows with large errors (Bricken et al. 2023, "Towards Monosemanticity", appendix): they
-        read such a row and write its error, and begin without a past in the optimiser."""
+        """Set dead features on rows with large errors (after Bricken et al. 2023, "Towards Monosemanticity", appendix):
+        each reads a row of its own, is among the largest there, and begins to write as at the start of training:
+        nothing, or in an autoencoder, whose words are unit vectors, in the direction of the row's error."""
         errors = torch.stack([(t - f).square().sum(1) for t, f in zip(targets, found, strict=True)]).sum(0)
         draws = generator(self.spec.seed, "revive", self.step)
         for s, asleep in enumerate(self.dead):
-            which = asleep.nonzero().squeeze(1)
+            # Two of one row would be the same feature for good, and write its error twice.
+            which = asleep.nonzero().squeeze(1)[: len(errors)]
             if not len(which):
                 continue
-            rows = torch.multinomial(errors.square().cpu() + 1e-12, len(which), replacement=True, generator=draws)
-            encoder, words = self.model.encoders[s], self.model.decoders[s]
-            alive = encoder[~asleep].norm(dim=1)
-            size = REVIVED_NORM * (alive.mean() if len(alive) else encoder.new_ones(()))
+            rows = torch.multinomial(errors.square().cpu() + 1e-12, len(which), generator=draws)
+            encoder, bias, words = self.model.encoders[s], self.model.encoder_biases[s], self.model.decoders[s]
             seen = inputs[s][rows]
-            encoder[which] = size * torch.nn.functional.normalize(seen, dim=1)
-            self.model.encoder_biases[s][which] = 0
-            changed = [encoder, self.model.encoder_biases[s]]
+            left = torch.cat([(targets[t] - found[t])[rows] for t in self.streams.written(s)], 1)
+            rivals = (seen @ encoder.T + bias).topk(self.model.k[s], dim=1).values[:, -1]
+            value = torch.maximum(left.norm(dim=1), REVIVED_LEAD * rivals).clamp_min(SMALLEST_ROW)
+            # Of a row's direction alone too much would be active, as rows are alike: half as near is not near enough.
+            encoder[which] = (2 * value / seen.norm(dim=1).clamp_min(SMALLEST_ROW))[:, None] * (
+                torch.nn.functional.normalize(seen, dim=1)
+            )
+            bias[which] = -value
+            changed = [encoder, bias]
             if words.requires_grad:
-                left = torch.cat([(targets[t] - found[t])[rows] for t in self.streams.written(s)], 1)
-                words[which] = torch.nn.functional.normalize(left, dim=1)
+                sae = self.streams.kind == "sae"
+                words[which] = torch.nn.functional.normalize(left, dim=1) if sae else torch.zeros_like(left)
                 changed.append(words)
             for parameter in changed:
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    self.optimizer.state[parameter][moment][which] = 0
+                moments = self.optimizer.state[parameter]
+                moments["exp_avg"][which] = 0
+                # Of 0 the first steps would be several times as long as the others': Adam takes it for a beginning's
+                # at the first step alone.
+                squares = moments["exp_avg_sq"]
+                squares[which] = squares[~asleep].mean(0) if bool((~asleep).any()) else squares.mean()
             self.asleep[s][which] = 0
         # Others would draw from other rows.
         self._take(self.world.broadcast(self.state(), self.device))
