@@ -13,6 +13,7 @@ from ethogram.cli.files import read_spec
 from ethogram.cli.options import Json, Set, SpecFile, examples, system_app
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicySpec
+from services.clt.activations.commands import POLICY
 from services.clt.activations.commands import add_commands as activation_commands
 from services.clt.sparse.commands import add_commands as sparse_commands
 
@@ -21,13 +22,6 @@ app = system_app("clt", "Train routing policies, and sparse models of what goes 
 _MODULE = "python -m services.clt"
 _CHECKPOINT_SECONDS = 30.0
 
-Policy = Annotated[
-    str,
-    typer.Argument(
-        metavar="POLICY",
-        help="Folder of a policy or of its run; or `default`: TSP of 20 cities, trained once, in ten minutes.",
-    ),
-]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default a GPU if there is one.")]
 
 
@@ -89,7 +83,7 @@ def import_policy(
 
 @app.command(epilog=examples(f"{_MODULE} gap my-run/policy", f"{_MODULE} gap my-policy --cities cities.npy"))
 def gap(
-    policy: Policy,
+    policy: Annotated[str, POLICY],
     cities: Annotated[
         Path | None,
         typer.Option(help=".npy file, or .safetensors file with `cities`: instances x cities x 2, in the unit square."),

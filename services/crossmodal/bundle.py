@@ -418,10 +418,9 @@ class Codec:
                 digest.update(value.cpu().contiguous().numpy().tobytes())
         run = {"run": digest.hexdigest()[:16]}
         for name, state in states.items():
-            tensors = {key: value.contiguous() for key, value in state.items()}
-            write_tensors(folder / f"{name}.safetensors", tensors, run)
-        directions: dict[str, Tensor] = {kind: tensor.contiguous() for kind, tensor in self.directions.items()}
-        directions |= {"probe": self.probe.weights.contiguous(), "probe_bias": self.probe.bias.contiguous()}
+            write_tensors(folder / f"{name}.safetensors", state, run)
+        directions: dict[str, Tensor] = dict(self.directions.items())
+        directions |= {"probe": self.probe.weights, "probe_bias": self.probe.bias}
         write_tensors(folder / "directions.safetensors", directions, run)
         sequences = {"probes": self.probes}
         for kind, asked in (("evaluation", self.evaluation), ("support", self.support)):
@@ -429,7 +428,7 @@ class Codec:
         write_tensors(folder / "sequences.safetensors", sequences, run)
         canonicalizer = self.preprocessor.canonicalizer
         if canonicalizer is not None:
-            references = [flatten(network)[0].contiguous() for network in canonicalizer.references]
+            references = [flatten(network)[0] for network in canonicalizer.references]
             write_tensors(folder / "references.safetensors", {str(i): flat for i, flat in enumerate(references)}, run)
         config = {
             "format": FORMAT,

@@ -10,7 +10,7 @@ from pathlib import Path
 from ethogram.cli import output
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import Spec
-from services.runtime.console import CHECKPOINT
+from services.runtime.console import CHECKPOINT, METRICS
 
 SPEC, REPORT = "spec.json", "report"
 
@@ -39,8 +39,9 @@ def begun(out: Path, result: str) -> Iterator[None]:
         if (out / CHECKPOINT).exists():
             output.say(f"type the command again to go on from the last checkpoint, or delete {out}")
         elif not (out / result).exists():
+            began = (out / METRICS).exists()
             shutil.rmtree(out, ignore_errors=True)
             # Of what could not begin its own message says enough.
-            if not isinstance(error, InvalidInput):
+            if began or not isinstance(error, InvalidInput):
                 output.say("it ended before the first checkpoint, so nothing is kept")
         raise

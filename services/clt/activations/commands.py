@@ -17,6 +17,10 @@ from ethogram.specs.clt import ActivationsSpec
 
 _MODULE = "python -m services.clt"
 
+POLICY = typer.Argument(
+    metavar="POLICY",
+    help="Folder of a policy or of its run; or `default`: TSP of 20 cities, trained once, in ten minutes.",
+)
 Store = Annotated[
     Path, typer.Argument(metavar="STORE", help="Folder of a store, or of its run.", exists=True, file_okay=False)
 ]
@@ -27,13 +31,7 @@ Pairs = Annotated[
 
 
 def activations(
-    policy: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="POLICY",
-            help="Folder of a policy or of its run; or `default`: TSP of 20 cities, trained once, in ten minutes.",
-        ),
-    ] = None,
+    policy: Annotated[str | None, POLICY] = None,
     *,
     out: Annotated[
         Path,
@@ -81,8 +79,8 @@ def activations(
         with ConsoleRun(out, own, inputs) as run:
             result = job.record(spec, run, out / "activations")
     except InvalidInput:
-        # Nothing was recorded: a folder without a store would be in the way.
-        if fresh and not (out / "activations" / MANIFEST).exists():
+        # Nothing was recorded, there or below a root inside: an empty folder tells nobody anything.
+        if fresh and not any(out.rglob(MANIFEST)):
             shutil.rmtree(out, ignore_errors=True)
         raise
     output.result(result, as_json, lambda: _show(result["figures"]))

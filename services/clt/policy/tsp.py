@@ -17,10 +17,11 @@ from typing import Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
+from services.runtime.tensors import write_tensors
 
 Distribution = Literal["uniform", "clustered"]
 
@@ -53,7 +54,7 @@ def lengths(cities: Tensor, tours: Tensor) -> Tensor:
 
 def check_cities(cities: Tensor, field: str = "cities") -> Tensor:
     """The cities in float32. Raises :class:`InvalidInput` for what is no batch of instances: ``[batch, nodes, 2]``, at
-    least 4 cities, in the unit square, and no two at the same place."""
+    least 4 cities, finite and in the unit square, no two at the same place."""
     if cities.ndim != 3 or cities.shape[-1] != 2 or not len(cities):
         raise InvalidInput.field(field, f"must be [instances, cities, 2], not {list(cities.shape)}")
     if cities.shape[1] < MIN_CITIES:
@@ -161,7 +162,7 @@ def reference(cities: Tensor, progress: Callable[[int], None] | None = None) -> 
     file.parent.mkdir(parents=True, exist_ok=True)
     # Two runs may solve the same instances: each writes a file of its own, and a rename is whole.
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        save_file({"tours": tours.cpu()}, Path(scratch, "tours"))
+        write_tensors(Path(scratch, "tours"), {"tours": tours.cpu()})
         Path(scratch, "tours").replace(file)
     return tours
 

@@ -96,8 +96,8 @@ def auxiliary(
         values = torch.zeros_like(pre).scatter(1, largest.indices, largest.values.relu())
         written = model.streams.written(s)
         said = (values @ model.decoders[s][which]).split([model.streams.target_widths[t] for t in written], 1)
+        share = min(1.0, len(which) / features)
         for t, one in zip(written, said, strict=True):
-            share = min(1.0, len(which) / features)
             parts.append(share * (one - left[t]).square().mean() / left[t].square().mean().clamp_min(1e-12))
     return torch.stack(parts).mean() if parts else torch.zeros((), device=inputs[0].device)
 

@@ -24,7 +24,7 @@ from services.clt.sparse import code as codes
 from services.clt.sparse.code import SPARSE_BELOW, Code
 from services.runtime.tensors import write_tensors
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, WEIGHTS = "model.json", "model.safetensors"
 JUMP_WIDTH = 0.05
 """Width of the kernel of the straight-through estimate of a jump (in pre-activations of a standard deviation of 1)."""
@@ -190,6 +190,17 @@ class SparseModel(nn.Module):
                 self._remember(s, least)
             return Code(positive * (positive.detach() >= least))
         return Code(positive)
+
+    def least_active(self, s: int, stream: Tensor) -> Tensor:
+        """What a pre-activation must reach for its feature to be active, of each row of a source: ``[rows]``. Of a
+        jumprelu at first, as each feature has a threshold of its own."""
+        kind = self.spec.activation
+        if kind == "topk":
+            pre = stream @ self.encoders[s].T + self.encoder_biases[s]
+            least: Tensor = pre.topk(self.k[s], dim=1).values[:, -1].relu()
+            return least
+        fixed = {"batchtopk": float(self.threshold[s]), "jumprelu": FIRST_THRESHOLD}.get(kind, 0.0)
+        return stream.new_full((len(stream),), fixed)
 
     @torch.no_grad()
     def _remember(self, s: int, least: float) -> None:

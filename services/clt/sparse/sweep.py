@@ -28,6 +28,8 @@ from services.runtime.run import ChildJob, Run
 TABLE, PAGE = "sweep.csv", "sweep.html"
 SPARSITY = ("model.k", "model.k_ratio", "loss.l1", "loss.l0")
 """Options by which more or fewer features are active."""
+MOST_NAMED = 15
+"""Lines of a picture that have names beside it."""
 STATE, PRESENT = "sweep.json", "present"
 Row = dict[str, Any]
 
@@ -47,6 +49,10 @@ def parts(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
         asked = spec.model_dump(mode="json", exclude={"pairs", "grid"})
         asked |= {"sources": [source for source, _ in ends], "targets": [target for _, target in ends]}
         for option, value in point:
+            # They say the same thing: what is varied takes the place of what is not.
+            other = {"model.k": "model.k_ratio", "model.k_ratio": "model.k"}.get(option)
+            if other is not None and all(axis.option != other for axis in spec.grid):
+                _set(asked, other, "null")
             _set(asked, option, value)
         name = pair_name(*ends[0]) if spec.kind == "pair" else f"clt_{spec.kind}"
         name = "-".join([name, *(f"{option.rpartition('.')[2]}_{_plain(value)}" for option, value in point)])
@@ -177,6 +183,9 @@ class Each(Run):
         if done % 100 == 0:
             self._run.log(f"{self._name}: step {done}")
 
+    def log(self, message: str, level: str = "info") -> None:
+        self._run.log(f"{self._name}: {message}", level)
+
     def checkpoint_due(self) -> bool:
         return self._run.checkpoint_due()
 
@@ -218,7 +227,7 @@ def _get(asked: Mapping[str, Any], option: str) -> Any:
     return value
 
 
-def tradeoff(wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Sequence[str] = ()) -> Figure:
+def tradeoff(wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Sequence[str]) -> Figure:
     """What is left over the active features, a line for each pair and each setting of the ``options`` of the grid but
     the one that changes how many are active."""
     along = next((option for option in options if option in SPARSITY), None)
@@ -237,5 +246,6 @@ def tradeoff(wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Se
     axis.set_xlabel("active features of a row")
     axis.set_ylabel("share of the variance that is left (validation)")
     axis.grid(color=FAINT, lw=0.5)
-    axis.legend(frameon=False, fontsize=8)
+    if len(lines) <= MOST_NAMED:
+        axis.legend(frameon=False, fontsize=8)
     return figure

@@ -16,7 +16,7 @@ from services.clt.activations.loader import Batches
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse.evaluate import evaluate
 from services.clt.sparse.losses import terms
-from services.clt.sparse.model import Scale, SparseModel, Streams
+from services.clt.sparse.model import FIRST_THRESHOLD, Scale, SparseModel, Streams
 from services.clt.sparse.streams import scales_of, streams_of
 from services.runtime import checkpoints
 from services.runtime.parallel import ALONE, World
@@ -29,7 +29,7 @@ REPORT_EVERY = 50
 SMALLEST_ROW = 1e-4
 """Norm of a row, in the model's units, that has a direction."""
 SMALLEST_BEGINNING = 0.01
-"""Least norm of what a feature reads at first."""
+"""What features read at first, where no size of theirs would explain anything."""
 REVIVED_LEAD = 1.1
 """Value of a revived feature on its row, as a multiple of the least that is active there."""
 
@@ -152,19 +152,22 @@ class SparseTrainer:
             encoder[known] = torch.nn.functional.normalize(rows[known], dim=1)
             if self.streams.kind == "sae":
                 words.copy_(encoder)
-        if any(bool(words.any()) for words in self.model.decoders):
+        if bool(self.model.decoders[0].any()):
             self._begin_in_size()
 
+    @torch.no_grad()
     def _begin_in_size(self) -> None:
-        """Have what the features of a source write together be as large as explains most: rows are alike, and so are
-        features that read them, of which many are active together."""
-        (inputs, targets), model = self._sides(self._batches.at(0)), self.model
-        found = model.decode(model.encode(inputs), inputs)
-        for s, encoder in enumerate(model.encoders):
-            pairs = [(found[t], targets[t]) for t in self.streams.written(s)]
-            along = sum(float((one * target).sum()) for one, target in pairs)
-            size = sum(float(one.square().sum()) for one, _ in pairs)
-            encoder *= max(SMALLEST_BEGINNING, along / max(size, 1e-12))
+        """Have what the features write at first, of an autoencoder or with a dictionary, be as large as explains most:
+        rows are alike, and so are features that read them, of which many are active together."""
+        model = self.model
+        inputs, targets = self._sides(self._batches.at(0, rank=0, size=self.world.size))
+        (found,) = model.decode(model.encode(inputs), inputs)
+        along, size = float((found * targets[0]).sum()), float(found.square().sum())
+        factor = along / size if along > 0 else SMALLEST_BEGINNING
+        model.encoders[0] *= factor
+        for thresholds in model.log_thresholds:
+            # As many are active as before.
+            thresholds += math.log(factor)
         # What was seen is no part of the training.
         model.threshold.zero_()
         model.batches.zero_()
@@ -226,8 +229,11 @@ class SparseTrainer:
             rows += training.batch_size
             rows[active > 0] = 0
         # Not while the rate falls: they would not learn any more.
-        rising = self.step <= (1 - training.decay) * self.steps
-        if training.revive_every is not None and self.step % training.revive_every == 0 and rising:
+        if (
+            training.revive_every is not None
+            and self.step % training.revive_every == 0
+            and self.steps - self.step > falling(self.steps, training)
+        ):
             self._revive(inputs, targets, found)
         return told
 
@@ -237,32 +243,40 @@ class SparseTrainer:
 
     @torch.no_grad()
     def _revive(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-        """Set dead features on rows with large errors (after Bricken et al. 2023, "Towards Monosemanticity", appendix):
-        each reads a row of its own, is among the largest there, and begins to write as at the start of training:
-        nothing, or in an autoencoder, whose words are unit vectors, in the direction of the row's error."""
+        """Set some dead features on rows with large errors (after Bricken et al. 2023, "Towards Monosemanticity",
+        appendix): each reads a row of its own so that it is active there, and begins to write as at the start of
+        training: nothing, or in an autoencoder what it reads. Where the words are a dictionary's, its row is the one
+        whose error is most like its word.
+
+        A few at a time: rows are alike, and what is active for one takes the place of others in many.
+        """
         errors = torch.stack([(t - f).square().sum(1) for t, f in zip(targets, found, strict=True)]).sum(0)
         draws = generator(self.spec.seed, "revive", self.step)
         for s, asleep in enumerate(self.dead):
-            # Two of one row would be the same feature for good, and write its error twice.
-            which = asleep.nonzero().squeeze(1)[: len(errors)]
+            which = asleep.nonzero().squeeze(1)[: min(len(errors), max(1, self.model.k[s] // 2))]
             if not len(which):
                 continue
-            rows = torch.multinomial(errors.square().cpu() + 1e-12, len(which), generator=draws)
             encoder, bias, words = self.model.encoders[s], self.model.encoder_biases[s], self.model.decoders[s]
+            left = torch.cat([targets[t] - found[t] for t in self.streams.written(s)], 1)
+            if words.requires_grad:
+                # Two of one row would be the same feature for good.
+                rows = torch.multinomial(errors.square().cpu() + 1e-12, len(which), generator=draws).to(self.device)
+            else:
+                rows = (left @ words[which].T).argmax(0)
             seen = inputs[s][rows]
-            left = torch.cat([(targets[t] - found[t])[rows] for t in self.streams.written(s)], 1)
-            rivals = (seen @ encoder.T + bias).topk(self.model.k[s], dim=1).values[:, -1]
-            value = torch.maximum(left.norm(dim=1), REVIVED_LEAD * rivals).clamp_min(SMALLEST_ROW)
-            # Of a row's direction alone too much would be active, as rows are alike: half as near is not near enough.
-            encoder[which] = (2 * value / seen.norm(dim=1).clamp_min(SMALLEST_ROW))[:, None] * (
-                torch.nn.functional.normalize(seen, dim=1)
-            )
-            bias[which] = -value
+            value = torch.maximum(left[rows].norm(dim=1), REVIVED_LEAD * self.model.least_active(s, seen))
+            # A small row may not make a large feature.
+            norm = seen.norm(dim=1).clamp_min(0.1 * float(inputs[s].norm(dim=1).mean()) + SMALLEST_ROW)
+            read = torch.nn.functional.normalize(seen, dim=1)
+            encoder[which] = (value / norm).unsqueeze(1) * read
+            bias[which] = 0
             changed = [encoder, bias]
             if words.requires_grad:
-                sae = self.streams.kind == "sae"
-                words[which] = torch.nn.functional.normalize(left, dim=1) if sae else torch.zeros_like(left)
+                words[which] = read if self.streams.kind == "sae" else 0
                 changed.append(words)
+            if self.model.log_thresholds:
+                self.model.log_thresholds[s][which] = math.log(FIRST_THRESHOLD)
+                changed.append(self.model.log_thresholds[s])
             for parameter in changed:
                 moments = self.optimizer.state[parameter]
                 moments["exp_avg"][which] = 0
@@ -346,8 +360,12 @@ class SparseTrainer:
 def schedule(step: int, steps: int, training: SparseTrainingSpec) -> float:
     """The learning rate of a step (from 0) as a share of its peak."""
     rise = min(1.0, (step + 1) / (training.warm_up + 1))
-    falling = math.ceil(training.decay * steps)
-    return rise * min(1.0, (steps - step) / max(1, falling))
+    return rise * min(1.0, (steps - step) / max(1, falling(steps, training)))
+
+
+def falling(steps: int, training: SparseTrainingSpec) -> int:
+    """Steps at the end over which the learning rate falls."""
+    return math.ceil(training.decay * steps)
 
 
 def check_heads(spec: SaeSpec | CltSpec, streams: Streams) -> None:
