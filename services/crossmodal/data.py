@@ -146,10 +146,12 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
         raise InvalidInput.field("zoo.patterns", text)
     if zoo.labels.shape != (len(zoo), len(zoo.patterns)) or not zoo.labels.any():
         raise InvalidInput.field("zoo.labels", "the zoo has no behaviour labels; generate it with patterns")
-    if not bool(zoo.weights.isfinite().all()):
-        raise InvalidInput.field("zoo.weights", "holds NaN or infinity")
-    if not bool(zoo.signatures.isfinite().all()):
-        raise InvalidInput.field("zoo.signatures", "holds NaN or infinity")
+    for name in ("weights", "signatures"):
+        finite = getattr(zoo, name).flatten(1).isfinite().all(1)
+        if not bool(finite.all()):
+            bad = zoo.index[~finite]
+            text = f"subject {int(bad[0])} holds NaN or infinity; leave such subjects out, of which there are {len(bad)}"
+            raise InvalidInput.field(f"zoo.{name}", text)
     train, validation, held_out = split_subjects(zoo.labels, zoo.shape, spec)
     if len(validation) == 0 or len(held_out) == 0:
         text = f"its {len(zoo)} subjects have {len(zoo.layout.shapes)} shapes, so none can be held out; add subjects"
