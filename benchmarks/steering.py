@@ -128,10 +128,10 @@ def earlier_codec(seed: int) -> CrossmodalSpec:
             "zoo": _ANY,
             "seed": seed,
             "codec": {"inputs": "both", "latent_dim": 6, "hidden_dim": 256, "signature_components": 64},
-            "loss": {"direct": 3.0, "steering": 0.0, "gamma": 0.1},
+            "loss": {"direct": 3.0, "steering": 0.0, "locality": 0.77, "gamma": 0.1},
             "training": {
-                "steps": 24_000,
-                "batch_size": 64,
+                "steps": 48_000,
+                "batch_size": 32,
                 "learning_rate": 2e-3,
                 "weight_decay": 0.3,
                 "several": 1.0,
