@@ -120,15 +120,16 @@ def earlier_codec(seed: int) -> CrossmodalSpec:
     """A latent of few numbers, much weight decay and a large share of the contrastive loss: there are 64 subjects of a
     behaviour to learn from, and else they are learned by heart (the validation loss of edits rises from the middle of
     the training on). In few numbers the three ways to a behaviour also end near one another, so that what one has found
-    of a network that is hard to find (one for has_majority) is of use to all; small batches and many steps find it.
+    of a network that is hard to find (one for has_majority) is of use to all; width, small batches and many steps
+    find it.
     All edits in training are replacements, and direct ones: what is judged is what a steered latent decodes into, as in
     earlier work."""
     return CrossmodalSpec.model_validate(
         {
             "zoo": _ANY,
             "seed": seed,
-            "codec": {"inputs": "both", "latent_dim": 6, "hidden_dim": 256, "signature_components": 64},
-            "loss": {"direct": 3.0, "steering": 0.0, "locality": 0.77, "gamma": 0.1},
+            "codec": {"inputs": "both", "latent_dim": 6, "hidden_dim": 512, "signature_components": 64},
+            "loss": {"direct": 3.0, "steering": 0.0, "gamma": 0.1},
             "training": {
                 "steps": 48_000,
                 "batch_size": 32,
