@@ -150,7 +150,7 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
         finite = getattr(zoo, name).flatten(1).isfinite().all(1)
         if not bool(finite.all()):
             bad = zoo.index[~finite]
-            text = f"subject {int(bad[0])} holds NaN or infinity; leave such subjects out, of which there are {len(bad)}"
+            text = f"subject {int(bad[0])} holds NaN or infinity; leave such out, of which there are {len(bad)}"
             raise InvalidInput.field(f"zoo.{name}", text)
     train, validation, held_out = split_subjects(zoo.labels, zoo.shape, spec)
     if len(validation) == 0 or len(held_out) == 0:
