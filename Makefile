@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: demo test test-all lint protos client bench up clean
+.PHONY: demo test test-all lint protos contract client bench up clean
 
 demo: $(STAMP)  ## the main job from nothing to runs/demo/report.json
 	$(BIN)/ethogram demo
@@ -18,17 +18,22 @@ test: $(STAMP)  ## the tests of every change
 test-all: $(STAMP)  ## the slow ones too
 	$(BIN)/pytest
 
-lint: $(STAMP)  ## ruff, mypy, import arrows, protobuf style, freshness of the generated code
+lint: $(STAMP)  ## ruff, mypy, import arrows, protobuf style and compatibility, freshness of what is generated
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	cd protos && ../$(BIN)/buf lint
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against contract.binpb
 	$(BIN)/python -m scripts.protos --check
+	$(BIN)/python -m scripts.kinds --check
 	$(BIN)/python -m scripts.sync_client --check
 
-protos: $(STAMP)  ## regenerate ethogram/v1 from protos/
+protos: $(STAMP)  ## regenerate what follows from specs, kinds and protos: spec messages, ethogram/v1, a table in the docs
 	$(BIN)/python -m scripts.protos
+	$(BIN)/python -m scripts.kinds
+
+contract: $(STAMP)  ## at a release: make today's protos the contract that `make lint` compares later ones with
+	cd protos && ../$(BIN)/buf build --exclude-source-info -o contract.binpb
 
 client: $(STAMP)  ## regenerate ethogram/client.py from ethogram/aio.py
 	$(BIN)/python -m scripts.sync_client
