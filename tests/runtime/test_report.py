@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel
 
 from services.runtime.report import Panel, Report, history_plot
@@ -18,7 +19,7 @@ def test_a_report_holds_its_pictures_tables_and_spec(tmp_path: Path) -> None:
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "validation_loss": 1.5}]
     panels = [Panel("loss", {"validation_loss": "validation", "loss": "training", "none": "none"}, level=("best", 0.5))]
     figure = history_plot(history, panels)
-    assert [len(line.get_xydata()) for line in figure.axes[0].lines] == [1, 2, 2]
+    assert [np.size(line.get_xdata()) for line in figure.axes[0].lines] == [1, 2, 2]
     report = Report("One & two").text("**bold** <b>").section("Training").figure("history", figure, "losses")
     report.table(["a<", "b"], [[0.12345, 12345], ["<i>", ""]]).figures({"fvu": 0.5}).spec(Small())
     report.write(tmp_path / "report", {"figures": {"fvu": float("nan"), "l0": 2.5}}, former="old.html")
