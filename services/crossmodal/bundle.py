@@ -35,12 +35,12 @@ from services.crossmodal.steering import (
     score,
 )
 from services.crossmodal.tokenizer import Tokenizer
+from services.runtime.reading import reading
 from services.runtime.tensors import write_tensors
 from services.zoo.dataset import Zoo
 from services.zoo.layout import Layout
 from services.zoo.patterns import Pattern, from_specs, membership
 from services.zoo.pools import Evaluation
-from services.zoo.reading import reading
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import Architecture, Params, activations, encode, flatten, unflatten
 from services.zoo.universe import VALIDATION
