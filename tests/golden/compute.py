@@ -28,7 +28,7 @@ from services.clt.activations.store import ActivationStore
 from services.clt.policy.decode import greedy, sample
 from services.clt.policy.model import AttentionPolicy
 from services.clt.sparse.model import SparseModel
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.runtime.run import Run
 from services.zoo.dataset import Zoo
 
