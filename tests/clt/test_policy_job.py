@@ -84,7 +84,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("gap", run, "--cities", tmp_path / "mine.safetensors", "--samples", "0") == 0
     assert "gap_multistart" in capsys.readouterr().out
     assert call("gap", tmp_path) == 2
-    assert "is no policy" in capsys.readouterr().err
+    assert f"policy.json is missing; is {tmp_path} a policy?" in " ".join(capsys.readouterr().err.split())
 
 
 def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
