@@ -1,4 +1,5 @@
-# Each target does its own set-up: a virtual environment in .venv, pinned by constraints.txt.
+# Each target does its own set-up: a virtual environment in .venv, pinned by constraints.txt. Another Python than 3.11
+# by make PYTHON=python3.12; remove .venv first.
 SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -12,11 +13,14 @@ demo: $(STAMP)  ## the main job from nothing to runs/demo/report.json
 up: $(STAMP)  ## the whole platform on loopback, until Ctrl-C
 	$(BIN)/ethogram up
 
+# Three processes for two cores, since many tests wait for others. Files in order: the last ones are short.
+PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)  ## the tests of every change
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)  ## the slow ones too
-	$(BIN)/pytest
+	$(PYTEST)
 
 lint: $(STAMP)  ## ruff, mypy, import arrows, protobuf style and compatibility, freshness of what is generated
 	$(BIN)/ruff check .
@@ -47,7 +51,7 @@ clean:  ## remove what runs left; keeps the virtual environment
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "Ethogram needs Python 3.11: install it, or name it with make PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not there: install Python 3.11, or name another one with make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,dev]'
