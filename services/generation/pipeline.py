@@ -26,9 +26,9 @@ from services.generation.card import CARD, card
 from services.generation.hub import HubUpload
 from services.generation.progress import Progress
 from services.generation.workers import side_by_side
+from services.runtime.reading import reading
 from services.runtime.run import Run
 from services.zoo.dataset import DATA, Zoo, data_file, read_about, write_about
-from services.zoo.reading import reading
 from services.zoo.statistics import Statistics
 
 SHARD = 1024
