@@ -66,10 +66,10 @@ def test_no_hub_is_told(zoo: Zoo, untrained: Codec, tmp_path: Path, monkeypatch:
 
 
 def test_parts_of_different_runs_are_refused(untrained: Codec, zoo: Zoo, tmp_path: Path) -> None:
-    from services.crossmodal.train import Trainer
+    from services.crossmodal.train import CodecTrainer
 
     untrained.save(tmp_path / "one")
-    Trainer(tiny_spec(seed=5), zoo).codec().save(tmp_path / "two")
+    CodecTrainer(tiny_spec(seed=5), zoo).codec().save(tmp_path / "two")
     (tmp_path / "one" / "decoder.safetensors").write_bytes((tmp_path / "two" / "decoder.safetensors").read_bytes())
     with pytest.raises(InvalidInput, match="of another run") as caught:
         Codec.load(tmp_path / "one")

@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import start_processes
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal.model import EncoderDecoder
-from services.crossmodal.train import Trainer, micro_batches, train
+from services.crossmodal.train import CodecTrainer, micro_batches, train
 from services.runtime.parallel import World, join
 from services.runtime.run import Run
 from services.zoo.dataset import Zoo
@@ -28,7 +28,7 @@ PLAIN = {"gamma": 0.0, "reconstruction": 1.0, "behavior": 0.0, "steering": 0.0, 
 
 
 def test_accumulated_parts_equal_the_whole_batch(zoo: Zoo) -> None:
-    whole, parts = (Trainer(tiny_spec(loss=PLAIN, training={"accumulation": n}), zoo) for n in (1, 5))
+    whole, parts = (CodecTrainer(tiny_spec(loss=PLAIN, training={"accumulation": n}), zoo) for n in (1, 5))
     for _ in range(3):
         one, two = whole.advance(), parts.advance()
         torch.testing.assert_close(one["loss"], two["loss"])
@@ -93,15 +93,15 @@ def test_processes_are_one_model_from_the_first_step_and_after_a_checkpoint(zoo:
 
 
 def test_a_checkpoint_is_of_as_many_processes(zoo: Zoo, tmp_path: Path) -> None:
-    Trainer(tiny_spec(), zoo).save(tmp_path)
+    CodecTrainer(tiny_spec(), zoo).save(tmp_path)
     with pytest.raises(InvalidInput, match="checkpoint: was written by a run of 1 processes; take as many"):
-        Trainer(tiny_spec(), zoo, world=World(0, 2)).load(tmp_path)
+        CodecTrainer(tiny_spec(), zoo, world=World(0, 2)).load(tmp_path)
 
 
 def test_a_part_without_a_pair_is_refused(zoo: Zoo) -> None:
-    Trainer(tiny_spec(training={"batch_size": 8, "accumulation": 2}), zoo, world=World(1, 2))
+    CodecTrainer(tiny_spec(training={"batch_size": 8, "accumulation": 2}), zoo, world=World(1, 2))
     with pytest.raises(InvalidInput, match="4 pairs of subjects are fewer than the 6 parts") as caught:
-        Trainer(tiny_spec(training={"batch_size": 8, "accumulation": 3}), zoo, world=World(1, 2))
+        CodecTrainer(tiny_spec(training={"batch_size": 8, "accumulation": 3}), zoo, world=World(1, 2))
     assert caught.value.violations[0].field == "spec.training.batch_size"
 
 
