@@ -12,7 +12,7 @@ from ethogram.specs.clt import PolicySpec
 from services.clt.policy.decode import greedy
 from services.clt.policy.evaluate import evaluation_instances
 from services.clt.policy.model import AttentionPolicy
-from services.clt.policy.train import PolicyTrainer, run_training
+from services.clt.policy.train import train_policy
 from services.clt.policy.tsp import gaps, lengths, reference
 from services.runtime.console import ConsoleRun
 
@@ -59,9 +59,9 @@ def policy_gap(folder: Path, progress: Callable[[str], None], spec: PolicySpec |
     if not result.exists() or json.loads(result.read_text())["spec"] != about:
         progress(f"training a policy: {spec.training.steps} steps of {spec.training.batch_size} instances")
         with (run := _Timed(folder)):
-            trainer = run_training(PolicyTrainer(spec, run.device), run)
+            policy = train_policy(spec, run)
             seconds = run.seconds
-        trainer.finished().save(kept, {"spec": about})
+        policy.save(kept, {"spec": about})
         result.write_text(json.dumps({"spec": about, "seconds": seconds}))
     progress(f"comparing its tours of {INSTANCES} instances with the solver's")
     cities = evaluation_instances(spec)

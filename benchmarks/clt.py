@@ -318,6 +318,7 @@ def ours(store: ActivationStore, spec: CltSpec) -> dict[str, float]:
     torch.set_num_threads(THREADS)
     began = time.perf_counter()
     with SparseTrainer(spec, store) as trainer:
+        trainer.start()
         while trainer.step < trainer.steps:
             trainer.advance()
             if trainer.step % 500 == 0:

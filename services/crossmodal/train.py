@@ -14,7 +14,7 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal import losses
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.data import Preprocessor, Queries, Subjects, check, split_subjects
 from services.crossmodal.model import EncoderDecoder, perceptron
 from services.crossmodal.sampler import BehaviorAwareBatchSampler
@@ -79,12 +79,13 @@ class CodecTrainer(Trainer):
         wide = spec.loss.projection
         self.projection = perceptron([spec.codec.latent_dim, spec.codec.latent_dim, wide], init) if wide else None
         head = list(self.projection.to(device).parameters()) if self.projection else []
+        groups: list[dict[str, Any]] = [
+            {"params": [*self.model.encoder.parameters(), *self.model.decoder.parameters(), *head]},
+            # Directions have no weight decay: a behaviour that is hard to change needs a long one.
+            {"params": [self.model.directions], "weight_decay": 0.0},
+        ]
         self.optimization = Optimization(
-            [
-                {"params": [*self.model.encoder.parameters(), *self.model.decoder.parameters(), *head]},
-                # Directions have no weight decay: a behaviour that is hard to change needs a long one.
-                {"params": [self.model.directions], "weight_decay": 0.0},
-            ],
+            groups,
             training,
             cosine(training.steps) if training.schedule == "cosine" else constant,
             world,

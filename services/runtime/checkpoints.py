@@ -47,6 +47,8 @@ def reading(folder: Path, device: str) -> Iterator[tuple[dict[str, Any], dict[st
     Errors inside the block because files are cut off, changed or missing become :class:`InvalidInput`.
     """
     try:
-        yield json.loads((folder / ABOUT).read_text()), load_file(folder / STATE, device=device)
+        # Copies, whose memory is aligned: MKL rounds otherwise where it is not, as a file's need not be.
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / STATE, device=device).items()}
+        yield json.loads((folder / ABOUT).read_text()), tensors
     except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,18 @@ class Diverged(InvalidInput):
         return cls(f"the {name} became {value:g} at step {step}; lower the learning rate")
 
 
+@contextmanager
+def restored_if_refused(buffers: Iterable[Tensor]) -> Iterator[None]:
+    """Run a step whose forward pass changes ``buffers``, e.g. running means; where it diverges they are as before."""
+    pairs = [(buffer, buffer.clone()) for buffer in buffers]
+    try:
+        yield
+    except Diverged:
+        for buffer, value in pairs:
+            buffer.copy_(value)
+        raise
+
+
 def cosine(steps: int) -> Decay:
     """Half a cosine from 1 to a hundredth at the last of ``steps``."""
     return lambda step: 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -77,7 +90,7 @@ class Optimization:
 
     def __init__(
         self,
-        groups: Iterable[Tensor] | Iterable[Mapping[str, Any]],
+        groups: list[dict[str, Any]],
         training: OptimizationSpec,
         decay: Decay,
         world: World = ALONE,

@@ -17,7 +17,7 @@ from services.runtime import checkpoints
 from services.runtime.devices import uses_bfloat16
 from services.runtime.run import Run
 from services.runtime.seeds import generator
-from services.runtime.training import Diverged, Optimization, Progress, Trainer, cosine, fit
+from services.runtime.training import Optimization, Progress, Trainer, cosine, fit, restored_if_refused
 
 SIGNIFICANCE = 0.05
 """Level of the test by which a rollout baseline is replaced (Kool et al. 2019)."""
@@ -50,7 +50,10 @@ class PolicyTrainer(Trainer):
         if self.policy.chooses_start:
             self.baseline = frozen(self.policy)
         self.optimization = Optimization(
-            self.policy.parameters(), training, cosine(training.steps), weight_decay=training.weight_decay
+            [{"params": list(self.policy.parameters())}],
+            training,
+            cosine(training.steps),
+            weight_decay=training.weight_decay,
         )
         self.bfloat16 = uses_bfloat16(training.precision, device)
         self.validation = instances(training.validation, spec.nodes, generator(spec.seed, "validation"), device=device)
@@ -58,12 +61,17 @@ class PolicyTrainer(Trainer):
     def advance(self) -> dict[str, Tensor]:
         """Take one step. Returns the loss, the mean length of the sampled tours, and an estimate of their entropy in
         nats."""
+        with restored_if_refused(self.policy.buffers()):
+            metrics = self._learn()
+        self.step += 1
+        return metrics
+
+    def _learn(self) -> dict[str, Tensor]:
         nodes, seed = self.spec.nodes, self.spec.seed
         batch_size = self.spec.training.batch_size
         cities = instances(batch_size, nodes, generator(seed, "instances", self.step), device=self.device)
         count = nodes if self.baseline is None else 1
         noise = gumbel(batch_size, count, nodes, generator(seed, "tours", self.step), self.device)
-        running = [buffer.clone() for buffer in self.policy.buffers()]
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
             # Once: sampling and learning must agree on the normalisation.
             stream = self.policy.encoder(cities).float()
@@ -80,14 +88,7 @@ class PolicyTrainer(Trainer):
         self.optimization.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         metrics = {"loss": loss.detach(), "length": length.mean(), "entropy": -likelihood.detach().mean()}
-        try:
-            self.optimization.update(self.step, metrics)
-        except Diverged:
-            # A step that is refused leaves the running means of the normalisation as they were.
-            for buffer, value in zip(self.policy.buffers(), running, strict=True):
-                buffer.copy_(value)
-            raise
-        self.step += 1
+        self.optimization.update(self.step, metrics)
         return metrics
 
     @torch.no_grad()

@@ -21,7 +21,16 @@ from services.runtime import checkpoints
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 from services.runtime.seeds import generator
-from services.runtime.training import Optimization, Progress, Trainer, fit, linear, share, steps_of_epochs
+from services.runtime.training import (
+    Optimization,
+    Progress,
+    Trainer,
+    fit,
+    linear,
+    restored_if_refused,
+    share,
+    steps_of_epochs,
+)
 
 SMALLEST_ROW = 1e-4
 """Norm of a row, in the model's units, that has a direction."""
@@ -84,7 +93,7 @@ class SparseTrainer(Trainer):
         self.model = SparseModel(spec.model, self.streams, scales, generator(spec.seed, "init"), words).to(device)
         self.model.train()
         self.optimization = Optimization(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}],
             training,
             linear(self.steps, self._falling),
             world,
@@ -166,6 +175,21 @@ class SparseTrainer(Trainer):
 
     def learn(self, inputs: list[Tensor], targets: list[Tensor]) -> dict[str, Tensor]:
         """The same with this process's part of a batch, in the model's units."""
+        with restored_if_refused([self.model.threshold, self.model.batches]):
+            metrics, reconstructions = self._learn(inputs, targets)
+        self.model.unit_words()
+        self.step += 1
+        training = self.spec.training
+        # Not while the rate falls: they would not learn any more.
+        if (
+            training.revive_every is not None
+            and self.step % training.revive_every == 0
+            and self.steps - self.step > self._falling
+        ):
+            self._revive(inputs, targets, reconstructions)
+        return metrics
+
+    def _learn(self, inputs: list[Tensor], targets: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         training = self.spec.training
         self.optimization.optimizer.zero_grad()
         values, code, reconstructions = terms(
@@ -181,20 +205,14 @@ class SparseTrainer(Trainer):
             # All processes must send the same: a term may not reach a parameter in one of them.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.optimization.update(self.step, metrics, fired)
-        self.model.unit_words()
-        self.step += 1
+        # A running mean of this process's batches: that of all is the mean over the processes.
+        threshold = self.model.threshold / self.world.size
+        self.optimization.update(self.step, metrics, [*fired, threshold])
+        self.model.threshold.copy_(threshold)
         for rows, active in zip(self.rows_since_fired, fired, strict=True):
             rows += training.batch_size
             rows[active > 0] = 0
-        # Not while the rate falls: they would not learn any more.
-        if (
-            training.revive_every is not None
-            and self.step % training.revive_every == 0
-            and self.steps - self.step > self._falling
-        ):
-            self._revive(inputs, targets, reconstructions)
-        return metrics
+        return metrics, reconstructions
 
     @torch.no_grad()
     def _revive(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], found: Sequence[Tensor]) -> None:
