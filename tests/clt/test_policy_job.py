@@ -17,7 +17,8 @@ from services.clt.policy.evaluate import evaluate
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import instances, solve_exactly
 from services.runtime.seeds import generator
-from tests.clt.conftest import Recorder, policy_spec, small_policy
+from tests.clt.conftest import policy_spec, small_policy
+from tests.recorder import Recorder
 
 
 def call(*arguments: str | Path) -> int:
@@ -31,14 +32,14 @@ def call(*arguments: str | Path) -> int:
 def test_job_keeps_a_policy_and_a_report(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     result = job.run(policy_spec(), recorder)
-    assert recorder.stages == ["train", "solve", "evaluate"]
+    assert recorder.stage_names == ["train", "solve", "evaluate"]
     assert set(recorder.metrics[6]) == {"loss", "length", "entropy", "validation_length"}
     json.dumps(result, allow_nan=False)
     figures = result["figures"]
     assert figures["gap_greedy"] >= figures["gap_multistart"] > -1e-5
     policy = AttentionPolicy.load(tmp_path / "policy")
     assert policy.nodes == 6
-    for name in ("course", "gaps", "tours"):
+    for name in ("history", "gaps", "tours"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "report" / "report.json").read_text())
     assert written["figures"] == figures and len(written["gaps"]["sampled"]) == 5
@@ -61,7 +62,7 @@ def test_gap_of_an_exact_solver_is_none(monkeypatch: pytest.MonkeyPatch) -> None
 def test_default_policy_is_trained_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     first = job.default_policy(run=recorder, spec=policy_spec())
-    assert recorder.stages == ["train"] and recorder.done[-1] == 6
+    assert recorder.stage_names == ["train"] and recorder.done[-1] == 6
     monkeypatch.setattr(job, "PolicyTrainer", None)
     # The evaluation has no part in it.
     assert job.default_policy(spec=policy_spec(evaluation=9)).digest == first.digest
@@ -84,7 +85,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("gap", run, "--cities", tmp_path / "mine.safetensors", "--samples", "0") == 0
     assert "gap_multistart" in capsys.readouterr().out
     assert call("gap", tmp_path) == 2
-    assert "is no policy" in capsys.readouterr().err
+    assert f"policy.json is missing; is {tmp_path} a policy?" in " ".join(capsys.readouterr().err.split())
 
 
 def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

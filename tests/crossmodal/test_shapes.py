@@ -20,7 +20,7 @@ from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import flatten, unflatten
 from tests.crossmodal.conftest import SMALL, ZOO, tiny_spec
-from tests.crossmodal.test_job import Keeper
+from tests.recorder import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,10 @@ def tensors(held: object) -> Iterator[torch.Tensor]:
 def test_a_zoo_of_several_shapes(mixed: Zoo, form: dict[str, Any], tmp_path: Path) -> None:
     assert len(mixed.layout.shapes) == 8
     mixed.save(tmp_path / "zoo")
-    assert run_job(tiny_spec(codec=form), Keeper(tmp_path / "zoo", tmp_path))["subjects"]["held_out"] == 19
+    assert (
+        run_job(tiny_spec(codec=form), Recorder(tmp_path, inputs={"zoo": tmp_path / "zoo"}))["subjects"]["held_out"]
+        == 19
+    )
     codec = Codec.load(tmp_path / "codec")
     edits = [("add", "starts_with(A)"), ("remove", "has_majority")]
     for which, shape in enumerate(mixed.layout.shapes):

@@ -213,12 +213,14 @@ FORMS = SYSTEMS | {
 
 @pytest.fixture(params=SYSTEMS)
 def case(request: pytest.FixtureRequest, zoo: Zoo, store: ActivationStore) -> Case:
-    return SYSTEMS[request.param](zoo, store)
+    name: str = request.param
+    return SYSTEMS[name](zoo, store)
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, zoo: Zoo, store: ActivationStore) -> Case:
-    return FORMS[request.param](zoo, store)
+    name: str = request.param
+    return FORMS[name](zoo, store)
 
 
 def same(one: Trainer, other: Trainer) -> None:
@@ -314,7 +316,7 @@ def test_a_resumed_training_names_the_checkpoint_that_it_came_from(tmp_path: Pat
 
 def test_an_infinite_gradient_is_named() -> None:
     trainer = ToyTrainer(toy_spec())
-    trainer.weight.register_hook(lambda gradient: gradient / 0)
+    trainer.weight.register_hook(lambda gradient: gradient / 0)  # type: ignore[no-untyped-call]
     with pytest.raises(Diverged, match=r"the gradient became (inf|nan) at step 1"):
         fit(trainer)
     assert not trainer.optimization.state().keys() - {"halvings"}

@@ -45,7 +45,7 @@ def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, An
                 spec,
                 figures=figures,
                 density=trainer.density,
-                course=trainer.progress.history,
+                history=trainer.progress.history,
             )
             run.artifact("report", "report", Path(scratch, "report"))
     return {
