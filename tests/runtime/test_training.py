@@ -185,7 +185,7 @@ SYSTEMS: dict[str, Callable[[Zoo, ActivationStore], Case]] = {
     "sparse": lambda zoo, store: sparse_case(store),
     "policy": lambda zoo, store: policy_case(),
 }
-FORMS = SYSTEMS | {
+FORMS: dict[str, Callable[[Zoo, ActivationStore], Case]] = SYSTEMS | {
     "codec with early stopping": lambda zoo, store: codec_case(
         zoo,
         codec={**SMALL, "pooling": "cls", "inputs": "both"},
