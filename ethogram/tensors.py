@@ -42,9 +42,7 @@ def from_tensor(tensor: pb.Tensor, field: str, *, finite: bool = True) -> NDArra
     """
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
-        raise InvalidInput.field(
-            f"{field}.dtype", f"{tensor.dtype} is not an element type; use one of {sorted(_DTYPES)}"
-        )
+        raise InvalidInput.field(f"{field}.dtype", f"{tensor.dtype} is not an element type; use {sorted(_DTYPES)}")
     shape = tuple(tensor.shape)
     if len(shape) > _MAX_AXES or any(length < 0 for length in shape):
         raise InvalidInput.field(f"{field}.shape", f"needs at most {_MAX_AXES} axes, none negative")
