@@ -38,7 +38,7 @@ def test_job_keeps_a_policy_and_a_report(tmp_path: Path) -> None:
     assert figures["gap_greedy"] >= figures["gap_multistart"] > -1e-5
     policy = AttentionPolicy.load(tmp_path / "policy")
     assert policy.nodes == 6
-    for name in ("course", "gaps", "tours"):
+    for name in ("history", "gaps", "tours"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "report" / "report.json").read_text())
     assert written["figures"] == figures and len(written["gaps"]["sampled"]) == 5
