@@ -323,8 +323,8 @@ def quality(afresh: bool, quick: bool) -> Figures:
 
 
 def trained_policy(folder: Path) -> dict[str, float]:
-    """Train the policy of the default spec. Returns the mean gap of its greedy tours to a solver's over 1,000 instances,
-    as a share, and the minutes of the training unless it resumed."""
+    """Train the policy of the default spec: the mean gap of its greedy tours to a solver's over 1,000 instances, as a
+    share, and the minutes of the training unless it resumed."""
     spec = PolicySpec(evaluation=1000)
     say(f"training a policy: {spec.training.steps} steps of {spec.training.batch_size} instances")
     with ConsoleRun(folder, checkpoint_seconds=30) as run:
