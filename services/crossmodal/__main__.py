@@ -108,7 +108,7 @@ def pull(
 ) -> None:
     """Download a codec from the Hugging Face Hub."""
     from services.crossmodal import hub
-    from services.crossmodal.bundle import PARTS
+    from services.crossmodal.codec_files import PARTS
 
     parts = tuple(part for part in PARTS if only in (None, part))
     if not parts:
@@ -121,7 +121,7 @@ def pull(
 
 def _others(parts: tuple[str, ...]) -> list[str]:
     # The cache may hold what an earlier download left.
-    from services.crossmodal.bundle import PARTS
+    from services.crossmodal.codec_files import PARTS
 
     return [f"{part}.safetensors" for part in PARTS if part not in parts]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ethogram.specs.base import HubSpec
 from services.artifacts.hub import fetch, told
-from services.crossmodal.bundle import PARTS, Codec, Part
+from services.crossmodal.codec import Codec
+from services.crossmodal.codec_files import PARTS, Part
 
 CARD = """---
 library_name: ethogram
@@ -22,7 +23,7 @@ An encoder-decoder from what small networks do ({inputs}) through a latent of {l
 direction for each of {count} behaviours: {behaviors}.
 
 ```python
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.hub import pull
 
 codec = Codec.load(pull("{repo}"))

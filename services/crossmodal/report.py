@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CONTROLS, OTHERS
 from services.crossmodal.steering import DIRECTIONS, LOCAL_GATE, OPERATIONS, TARGET_GATE, Edit

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from services.crossmodal import job
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.job import run as run_job
 from services.runtime.run import Run
 from services.zoo.dataset import Zoo
