@@ -25,16 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ethogram.specs.edits import DIRECTIONS, MODES, OPERATIONS, Direction, Edit, Mode
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects, split_subjects
 from services.crossmodal.steering import (
-    DIRECTIONS,
-    MODES,
-    OPERATIONS,
-    SIGNS,
-    Direction,
-    Mode,
-    Operation,
     Probe,
     Scores,
     edited,
@@ -59,7 +53,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Of the curves."""
 
 
-class Edits(NamedTuple):
+class PossibleEdits(NamedTuple):
     """Edits of one kind; the first axis is the edits'."""
 
     subject: Tensor
@@ -92,13 +86,13 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     split = split_subjects(zoo.labels, zoo.shape, codec.spec)
     subjects = codec.preprocessor.subjects(zoo, split.held_out, codec.device)
     train = codec.preprocessor.subjects(zoo, split.train, codec.device)
-    edits = asked_edits([p.name for p in codec.patterns], replace=bool((zoo.labels.sum(1) == 1).all()))
+    edits = all_edits([p.name for p in codec.patterns], replace=bool((zoo.labels.sum(1) == 1).all()))
     run.stage("evaluate", len(edits) + 1, "edits")
     figures, decoded = judge_decoding(codec, train, subjects)
     run.advance(1)
     rows: list[dict[str, Any]] = []
-    for number, asked in enumerate(edits):
-        rows += judge_edit(codec, subjects, decoded, asked)
+    for number, edit in enumerate(edits):
+        rows += judge_edit(codec, subjects, decoded, edit)
         run.advance(number + 2)
     figures |= summary(rows)
     queries = Queries.build(zoo.universe, codec.layout.envelope, codec.spec.seed)
@@ -214,25 +208,26 @@ def judge_probes(codec: Codec, train: Subjects, subjects: Subjects, decoded: Dec
 
 @torch.no_grad()
 def judge_curves(
-    codec: Codec, subjects: Subjects, decoded: Decoded, edits: Sequence[Asked]
+    codec: Codec, subjects: Subjects, decoded: Decoded, edits: Sequence[Edit]
 ) -> list[dict[str, float | str]]:
     """What residual edits of each kind of direction do as they grow stronger: macro means over ``edits``, of each
     operation."""
     source = codec.yes(subjects.weights, subjects.shape)
     found: dict[tuple[str, str, float], list[Scores]] = {}
-    for asked in edits:
-        possible = possible_edits(codec.evaluation, subjects.labels, source, asked)
+    for edit in edits:
+        change = codec.signs([edit])
+        possible = possible_edits(codec.evaluation, subjects.labels, source, edit, change)
         one = possible.subject[:CHUNK]
         if len(one) == 0:
             continue
         own = subjects.at(one)
         for kind in DIRECTIONS:
-            shift = asked.signs.to(codec.device) @ codec.directions[kind]
+            shift = change @ codec.directions[kind]
             for strength in STRENGTHS:
                 moved = codec.model.decoder(decoded.latents[one] + strength * shift, own.shape)
                 said = codec.yes(edited(own.weights, decoded.weights[one], moved, "residual"), own.shape)
                 scores = score(said, source[one], possible.before[:CHUNK], possible.after[:CHUNK])
-                found.setdefault((asked.operation, kind, strength), []).append(scores)
+                found.setdefault((edit.operation, kind, strength), []).append(scores)
     rows: list[dict[str, float | str]] = []
     for key, parts in found.items():
         means = [_means(scores) for scores in parts]
@@ -242,7 +237,7 @@ def judge_curves(
 
 
 def judge_others(
-    codec: Codec, subjects: Subjects, decoded: Decoded, edits: Sequence[Asked], *, train: Subjects, queries: Queries
+    codec: Codec, subjects: Subjects, decoded: Decoded, edits: Sequence[Edit], *, train: Subjects, queries: Queries
 ) -> list[dict[str, Any]]:
     """What other ways to the same edits reach, of at most ``CHUNK`` subjects each; a row for each edit and way:
 
@@ -260,15 +255,16 @@ def judge_others(
     apart = mean_differences(train.weights, train.labels)
     present = codec.layout.present.to(codec.device)
     rows: list[dict[str, Any]] = []
-    for asked in edits:
-        possible = possible_edits(codec.evaluation, subjects.labels, source, asked)
+    for edit in edits:
+        change = codec.signs([edit])
+        possible = possible_edits(codec.evaluation, subjects.labels, source, edit, change)
         one = possible.subject[:CHUNK]
         if len(one) == 0:
             continue
-        own, signs = subjects.at(one), asked.signs.to(codec.device)
-        wanted = own.labels & ~(signs < 0) | (signs > 0)
+        own = subjects.at(one)
+        wanted = own.labels & ~(change < 0) | (change > 0)
         with torch.no_grad():
-            steered = decoded.latents[one] + signs @ codec.directions["learned"]
+            steered = decoded.latents[one] + change @ codec.directions["learned"]
             alike = (wanted.float() @ train.labels.float().T == wanted.sum(1, keepdim=True)) & (
                 train.labels.sum(1) == wanted.sum(1, keepdim=True)
             )
@@ -280,27 +276,27 @@ def judge_others(
                 "same_label": (train.weights[partner], (alike * there).any(1)),
                 "nearest_train": (train.weights[nearest], there.any(1)),
                 "centroid": (codec.model.decoder(centroid, own.shape), alike.any(1)),
-                "task_arithmetic": (own.weights + (signs @ apart) * present[own.shape], there.any(1)),
+                "task_arithmetic": (own.weights + (change @ apart) * present[own.shape], there.any(1)),
             }
-        found["fine_tuning"] = (fine_tuned(codec, queries, own, wanted, asked), there.any(1))
+        found["fine_tuning"] = (fine_tuned(codec, queries, own, wanted, edit), there.any(1))
         for name, (weights, known) in found.items():
             if bool(known.any()):
                 said = codec.yes(weights[known], own.shape[known])
                 parts = (source[one], possible.before[:CHUNK], possible.after[:CHUNK])
                 scores = score(said, *(part[known] for part in parts))
-                row = {"pattern": asked.pattern, "operation": asked.operation, "variant": name}
+                row = {"pattern": label(edit), "operation": edit.operation, "variant": name}
                 rows.append({**row, "edits": int(known.sum()), **_means(scores)})
     return rows
 
 
-def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, wanted: Tensor, asked: Asked) -> Tensor:
+def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, wanted: Tensor, edit: Edit) -> Tensor:
     """Each subject's weights ``[subjects, size]`` after ``FINE_STEPS`` steps of Adam on training sequences, with the
     labels of the behaviours ``wanted`` (bool ``[subjects, patterns]``)."""
     weights = subjects.weights.clone().requires_grad_()
     optimizer = torch.optim.Adam([weights], FINE_RATE)
     present = codec.layout.present.to(codec.device)[subjects.shape]
-    patterns = asked.signs.nonzero().squeeze(1).expand(len(wanted), -1)
-    draws = generator(codec.spec.seed, "fine-tuning", asked.pattern, asked.operation)
+    patterns = codec.signs([edit]).nonzero().squeeze(1).expand(len(wanted), -1)
+    draws = generator(codec.spec.seed, "fine-tuning", label(edit), edit.operation)
     for _ in range(FINE_STEPS):
         rows = queries.draw(patterns, FINE_QUERIES, draws)
         inputs = queries.network_inputs(rows).to(codec.device)
@@ -314,53 +310,42 @@ def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, wanted: Tenso
     return weights.detach()
 
 
-class Asked(NamedTuple):
-    """An edit, of any subject that it fits."""
-
-    operation: Operation
-    pattern: str
-    """The behaviour; of a replacement, ``old -> new``."""
-    signs: Tensor
-    """-1 for what is lost, 1 for what is gained: ``[patterns]``."""
+def label(edit: Edit) -> str:
+    """The edit's behaviour as the rows name it; of a replacement, ``old -> new``."""
+    return edit.behavior if edit.by is None else f"{edit.behavior} -> {edit.by}"
 
 
-def asked_edits(names: Sequence[str], *, replace: bool) -> list[Asked]:
+def all_edits(names: Sequence[str], *, replace: bool) -> list[Edit]:
     """To gain and to lose each behaviour; with ``replace`` also to have another one instead."""
-    unit = torch.eye(len(names))
-    edits = [
-        Asked(operation, name, SIGNS[operation] * row)
-        for name, row in zip(names, unit, strict=True)
-        for operation in ("add", "remove")
-    ]
-    pairs = permutations(range(len(names)), 2) if replace else ()
-    return edits + [Asked("replace", f"{names[old]} -> {names[new]}", unit[new] - unit[old]) for old, new in pairs]
+    edits: list[Edit] = [Edit(operation, name) for name in names for operation in ("add", "remove")]
+    return edits + [Edit("replace", old, new) for old, new in permutations(names if replace else (), 2)]
 
 
-def judge_edit(codec: Codec, subjects: Subjects, decoded: Decoded, asked: Asked) -> list[dict[str, Any]]:
+def judge_edit(codec: Codec, subjects: Subjects, decoded: Decoded, edit: Edit) -> list[dict[str, Any]]:
     """The rows of one edit."""
     source = codec.yes(subjects.weights, subjects.shape)
-    edits = possible_edits(codec.evaluation, subjects.labels, source, asked)
+    edits = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit]))
     row = {
-        "pattern": asked.pattern,
-        "operation": asked.operation,
+        "pattern": label(edit),
+        "operation": edit.operation,
         "edits": len(edits.subject),
         "skipped": edits.skipped,
     }
     if len(edits.subject) == 0:
         return [row]
-    scores = _run_edits(codec, subjects, decoded, source, edits, asked=asked)
+    scores = _run_edits(codec, subjects, decoded, source, edits, edit=edit)
     return [{**row, "mode": mode, "variant": variant, **_means(score)} for (mode, variant), score in scores.items()]
 
 
-def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, asked: Asked) -> Edits:
+def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit: Edit, change: Tensor) -> PossibleEdits:
     """The edits of one kind that can be judged.
 
     ``labels``: the subjects' patterns, bool ``[subjects, patterns]``; ``source``: their own answers, bool
-    ``[subjects, n]``.
+    ``[subjects, n]``; ``change``: the edit's signs ``[patterns]``, on the device of ``labels``.
     """
-    gained, lost = (asked.signs > 0).to(labels.device), (asked.signs < 0).to(labels.device)
+    gained, lost = change > 0, change < 0
     fits = ~(labels & gained).any(1) & (labels | ~lost).all(1)
-    if asked.operation == "remove":
+    if edit.operation == "remove":
         fits &= labels.sum(1) >= 2
     subject = fits.nonzero().squeeze(1)
     selected = labels[subject]
@@ -368,9 +353,9 @@ def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, asked
     after = evaluation.labels((selected & ~lost | gained).cpu()).to(labels.device)
     decided = before != after
     keep = decided.sum(1) >= MIN_DECIDED
-    if asked.operation == "remove":
+    if edit.operation == "remove":
         keep &= share(source[subject] == before, decided) >= MIN_OWN_ACCURACY
-    return Edits(subject[keep], before[keep], after[keep], int((~keep).sum()))
+    return PossibleEdits(subject[keep], before[keep], after[keep], int((~keep).sum()))
 
 
 @torch.no_grad()
@@ -379,18 +364,18 @@ def _run_edits(
     subjects: Subjects,
     decoded: Decoded,
     source: Tensor,
-    edits: Edits,
+    edits: PossibleEdits,
     *,
-    asked: Asked,
+    edit: Edit,
 ) -> dict[tuple[Mode, str], Scores]:
     """Apply the edits and their controls, in both modes, and score them."""
-    signs = asked.signs.to(codec.device)
-    direction = signs @ codec.directions["learned"]
-    draws = generator(codec.spec.seed, "random direction", asked.pattern, asked.operation)
+    change = codec.signs([edit])
+    direction = change @ codec.directions["learned"]
+    draws = generator(codec.spec.seed, "random direction", label(edit), edit.operation)
     noise = torch.randn(len(edits.subject), len(direction), generator=draws).to(direction)
     noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
     shifts = {"edit": direction, "null": 0 * direction, "random": noise, "reverse": -direction}
-    shifts |= {kind: signs @ codec.directions[kind] for kind in OTHERS}
+    shifts |= {kind: change @ codec.directions[kind] for kind in OTHERS}
     results: dict[tuple[Mode, str], list[Scores]] = {(mode, name): [] for mode in MODES for name in VARIANTS}
     for chunk in torch.split(torch.arange(len(edits.subject), device=direction.device), CHUNK):
         one = edits.subject[chunk]

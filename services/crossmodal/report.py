@@ -14,10 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ethogram.specs.edits import DIRECTIONS, OPERATIONS, Edit
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CONTROLS, OTHERS
-from services.crossmodal.steering import DIRECTIONS, LOCAL_GATE, OPERATIONS, TARGET_GATE, Edit
+from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
 from services.runtime.page import (
     AFTER,
     BEFORE,
