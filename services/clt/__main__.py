@@ -45,10 +45,10 @@ def policy(
     spec = read_spec(PolicySpec, file, values)
     output.say("preparing: loading what trains")
     from services.clt.policy import job
-    from services.clt.policy.report import PAGE
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import chosen_device
     from services.runtime.folders import begin, begun
+    from services.runtime.report import PAGE
 
     own = chosen_device(device)
     begin(out, spec)

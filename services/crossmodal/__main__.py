@@ -54,11 +54,11 @@ def train(
     each process does its part of every batch."""
     output.say("preparing: loading what trains")
     from services.crossmodal import job
-    from services.crossmodal.report import PAGE
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import check_device
     from services.runtime.folders import begin, begun
     from services.runtime.parallel import join
+    from services.runtime.report import PAGE
     from services.runtime.run import Run
     from services.zoo.source import locate
 

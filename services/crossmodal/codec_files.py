@@ -25,11 +25,11 @@ from services.crossmodal.data import Preprocessor
 from services.crossmodal.model import EncoderDecoder
 from services.crossmodal.steering import Probe
 from services.crossmodal.tokenizer import Tokenizer
+from services.runtime.reading import reading
 from services.runtime.tensors import write_tensors
 from services.zoo.layout import Layout
 from services.zoo.patterns import Pattern, from_specs, membership
 from services.zoo.pools import Evaluation
-from services.zoo.reading import reading
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import Architecture, encode, flatten, unflatten
 

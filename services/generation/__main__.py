@@ -67,9 +67,10 @@ def make(
     _beside(spec, baseline)
     output.say("preparing: loading what trains, and drawing sequences of each pattern")
     from services.generation.pipeline import DatasetGenerationPipeline
-    from services.generation.report import PAGE, write_report
+    from services.generation.report import write_report
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import check_device
+    from services.runtime.report import PAGE
 
     check_device(device)
     pipeline = DatasetGenerationPipeline(spec, device, baseline)

@@ -249,11 +249,11 @@ def _run(
     from services.clt.activations.commands import inside
     from services.clt.sparse import job
     from services.clt.sparse import sweep as sweeps
-    from services.clt.sparse.report import PAGE
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import chosen_device
     from services.runtime.folders import begin, begun
     from services.runtime.parallel import join
+    from services.runtime.report import PAGE
     from services.runtime.run import Run
 
     inputs = {"activations": inside(store), **(more or {})}
@@ -270,8 +270,7 @@ def _run(
     with begun(out, kept), ConsoleRun(out, own, inputs, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
         result = sweeps.run(spec, run) if isinstance(spec, SweepSpec) else job.run(spec, run, world)
     output.result(result, as_json, lambda: _show(result))
-    page = sweeps.PAGE if whole else PAGE
-    output.say(f"{kept}: {out / kept}; report: {out / 'report' / page}; metrics are beside them")
+    output.say(f"{kept}: {out / kept}; report: {out / 'report' / PAGE}; metrics are beside them")
 
 
 def _show(result: dict[str, Any]) -> None:
