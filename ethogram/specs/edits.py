@@ -36,6 +36,11 @@ class Edit(NamedTuple):
             return {self.behavior: -1.0, self.by: 1.0}
         return {self.behavior: 1.0 if self.operation == "add" else -1.0}
 
+    @property
+    def label(self) -> str:
+        """What is edited: the behaviour, or ``old -> new`` of a replacement."""
+        return self.behavior if self.by is None else f"{self.behavior} -> {self.by}"
+
     def __str__(self) -> str:
         return f"{self.operation} {self.behavior}" + ("" if self.by is None else f" by {self.by}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,12 @@ def signs(edits: Sequence[Edit], behaviors: Sequence[str]) -> Tensor:
         for name, sign in edit.signs.items():
             found[behaviors.index(name)] = sign
     return found
+
+
+def every_edit(behaviors: Sequence[str], *, replace: bool) -> list[Edit]:
+    """To gain and to lose each behaviour; with ``replace`` also to have another one instead."""
+    edits = [Edit(operation, name) for name in behaviors for operation in ("add", "remove")]
+    return edits + [Edit("replace", old, new) for old, new in permutations(behaviors if replace else (), 2)]
 
 
 def choose(selected: Tensor, several: float, draws: torch.Generator) -> Tensor:

@@ -12,22 +12,20 @@ import pytest
 import torch
 
 from ethogram.specs.edits import Edit
+from services.crossmodal.baselines import fine_tuned
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, split_subjects
 from services.crossmodal.evaluate import (
     Decoded,
-    all_edits,
     evaluate,
-    fine_tuned,
     judge_decoding,
     judge_reconstruction,
-    label,
     possible_edits,
     same_label_partner,
     summary,
 )
 from services.crossmodal.report import steering_plot, write_report
-from services.crossmodal.steering import score, signs
+from services.crossmodal.steering import every_edit, score, signs
 from services.crossmodal.train import Trainer
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
@@ -80,7 +78,7 @@ def made_by_hand(counts: dict[tuple[int, ...], int], patterns: int) -> Evaluatio
 def an_edit(operation: str, pattern: int) -> tuple[Edit, torch.Tensor]:
     """Of one of two patterns, and its signs."""
     edit = next(
-        one for one in all_edits("ab", replace=False) if (one.operation, label(one)) == (operation, "ab"[pattern])
+        one for one in every_edit("ab", replace=False) if (one.operation, one.label) == (operation, "ab"[pattern])
     )
     return edit, signs([edit], "ab")
 
@@ -88,22 +86,18 @@ def an_edit(operation: str, pattern: int) -> tuple[Edit, torch.Tensor]:
 def test_replacements_are_of_the_one_behavior_that_a_subject_has() -> None:
     evaluation = made_by_hand({(0,): 20, (1,): 18, (0, 1): 5, (): 30}, patterns=3)
     labels = torch.tensor([[True, False, False], [False, True, False]])
-    every = all_edits("abc", replace=True)
-    assert [(one.operation, label(one)) for one in every[:6]] == [
+    every = every_edit("abc", replace=True)
+    assert [(one.operation, one.label) for one in every[:6]] == [
         (operation, name) for name in "abc" for operation in ("add", "remove")
     ]
     asked = every[6:]
-    assert [label(one) for one in asked] == ["a -> b", "a -> c", "b -> a", "b -> c", "c -> a", "c -> b"]
+    assert [one.label for one in asked] == ["a -> b", "a -> c", "b -> a", "b -> c", "c -> a", "c -> b"]
     found = possible_edits(evaluation, labels, evaluation.labels(labels), asked[0], signs(asked[:1], "abc"))
     assert (found.subject.tolist(), found.skipped) == ([0], 0)
     assert torch.equal(found.after[0], evaluation.membership[:, 1])
     assert int((found.before != found.after).sum()) == 38
-    assert (
-        possible_edits(
-            evaluation, labels, evaluation.labels(labels), asked[4], signs(asked[4:5], "abc")
-        ).subject.tolist()
-        == []
-    )
+    found = possible_edits(evaluation, labels, evaluation.labels(labels), asked[4], signs(asked[4:5], "abc"))
+    assert found.subject.tolist() == []
 
 
 def test_edits_that_decide_too_little_are_skipped_and_counted() -> None:
@@ -177,7 +171,7 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
 def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.crossmodal.evaluate.FINE_STEPS", 1)
+    monkeypatch.setattr("services.crossmodal.baselines.FINE_STEPS", 1)
     alone = zoo.labels.sum(1) == 1
     parts = {name: getattr(zoo, name)[alone] for name in ("index", "shape", "weights", "labels", "accuracy")}
     ones = replace(zoo, **parts)
@@ -202,7 +196,7 @@ def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
 
 def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(zoo: Zoo, untrained: Codec) -> None:
     subjects = untrained.preprocessor.subjects(zoo, torch.arange(40))
-    asked = next(one for one in all_edits([p.name for p in zoo.patterns], replace=False) if one.operation == "add")
+    asked = next(one for one in every_edit([p.name for p in zoo.patterns], replace=False) if one.operation == "add")
     source = untrained.yes(subjects.weights, subjects.shape)
     possible = possible_edits(untrained.evaluation, subjects.labels, source, asked, untrained.signs([asked]))
     own = subjects.at(possible.subject)
