@@ -20,8 +20,6 @@ class Kind(kinds.Kind):
 
     request: type[Message]
     """Its request message, with fields ``context`` and ``spec``."""
-    rpc: str
-    """Full name of its server-streaming RPC."""
     servicer: str
     """``module:function`` that adds its servicer to a gRPC server, given ``(server)``."""
 
@@ -33,35 +31,19 @@ class Kind(kinds.Kind):
 
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            **vars(kinds.GENERATION),
-            request=generation_pb2.RunGenerationRequest,
-            rpc="/ethogram.v1.GenerationService/Run",
-            servicer="services.generation.service:add_to_server",
+    name: Kind(**vars(kind), request=request, servicer=f"services.{kind.system}.service:add_to_server")
+    for (name, kind), request in zip(
+        kinds.KINDS.items(),
+        (
+            generation_pb2.RunGenerationRequest,
+            crossmodal_pb2.RunCrossmodalRequest,
+            clt_pb2.RunPolicyRequest,
+            clt_pb2.RunActivationsRequest,
+            clt_pb2.RunSaeRequest,
+            clt_pb2.RunCltRequest,
+            clt_pb2.RunSweepRequest,
         ),
-        Kind(
-            **vars(kinds.CROSSMODAL),
-            request=crossmodal_pb2.RunCrossmodalRequest,
-            rpc="/ethogram.v1.CrossmodalTrainingService/Run",
-            servicer="services.crossmodal.service:add_to_server",
-        ),
-        *(
-            Kind(
-                **vars(kind),
-                request=request,
-                rpc=f"/ethogram.v1.CltService/{rpc}",
-                servicer="services.clt.service:add_to_server",
-            )
-            for kind, request, rpc in (
-                (kinds.POLICY, clt_pb2.RunPolicyRequest, "RunPolicy"),
-                (kinds.ACTIVATIONS, clt_pb2.RunActivationsRequest, "RunActivations"),
-                (kinds.SAE, clt_pb2.RunSaeRequest, "RunSae"),
-                (kinds.CLT, clt_pb2.RunCltRequest, "RunClt"),
-                (kinds.SWEEP, clt_pb2.RunSweepRequest, "RunSweep"),
-            )
-        ),
+        strict=True,
     )
 }
 

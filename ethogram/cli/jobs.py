@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ethogram.cli.options import Json, Limit, Set, Url, Wait, connect, examples, seconds, show_help
+from ethogram.cli.options import Json, KindName, Limit, Set, Url, Wait, connect, examples, seconds, show_help
 
 if TYPE_CHECKING:
     from ethogram.client import Client
@@ -20,7 +20,7 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.", show
 
 
 def submit(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="See `ethogram kinds`.", show_default=False)],
+    kind: KindName,
     *,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", metavar="FILE", help="The spec as YAML; - for standard input.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ethogram.cli import artifacts, jobs, networks, platform
+from ethogram.cli import run as local
 from ethogram.cli.execute import execute
 from ethogram.cli.options import examples, show_help
 
@@ -42,6 +43,7 @@ def _root(
 app.command(epilog=platform.up_examples)(platform.up)
 app.command(epilog=platform.demo_examples)(platform.demo)
 app.command(epilog=platform.doctor_examples)(platform.doctor)
+app.command(epilog=local.run_examples)(local.run)
 app.command(epilog=jobs.submit_examples)(jobs.submit)
 app.command(epilog=jobs.pipeline_examples)(jobs.pipeline)
 app.add_typer(jobs.app, name="jobs")

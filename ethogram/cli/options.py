@@ -40,7 +40,24 @@ Set = Annotated[
         "--set", metavar="PATH=VALUE", help="Set one value, e.g. training.steps=500; read as YAML. Repeatable."
     ),
 ]
+KindName = Annotated[str, typer.Argument(metavar="KIND", help="See `ethogram kinds`.", show_default=False)]
 SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder of the run: artifacts, report, metrics, checkpoint.",
+        show_default=False,
+    ),
+]
+NewFolder = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not exist.", show_default=False)
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")
+]
 ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
 Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many, newest first.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Follow to the end; exit code 1 when a job fails.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,19 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     for row in cells:
         made.add_row(*(Text(cell) for cell in row))
     console().print(made)
+
+
+def figures(values: Mapping[str, Any]) -> None:
+    """A table of the numbers and texts in a job's result, the nested ones by dotted names."""
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, f"{value:.4f}" if isinstance(value, float) else value
+
+    table(["figure", "value"], flat(values.get("figures", values)))
 
 
 def pairs(values: Mapping[str, object]) -> None:

@@ -1,13 +1,25 @@
-"""The kinds of jobs, by what is known of them without a platform."""
+"""The table of job kinds. REST, the command line, the worker's child process, the docs, the import contracts and the
+tests derive from it; a job function and an RPC are named here, and imported by the process that runs the job.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 from ethogram.specs.base import Spec
 from ethogram.specs.clt import ActivationsSpec, CltSpec, PolicySpec, SaeSpec, SweepSpec
 from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec
+
+EXAMPLE_JOB = "job_aaaaaaaaaaaaaaaaaaaa"
+"""Placeholder in examples for the id of the user's own job."""
+
+
+def _output(artifact: str) -> dict[str, str]:
+    return {"job": EXAMPLE_JOB, "artifact": artifact}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,26 +29,109 @@ class Kind:
     name: str
     """As in ``POST /v1/jobs``."""
     summary: str
-    """One line for people."""
+    """One line for people: what the job is to do."""
     spec: type[Spec]
-    """Its pydantic spec."""
+    """Its pydantic spec. The module that defines it is named after the system."""
+    job: str
+    """``module:function`` that runs it, called as ``function(spec, run)``; returns a small JSON object."""
+    rpc: str
+    """Its server-streaming RPC, ``/package.Service/Method``. The request message has fields ``context`` and ``spec``.
+    """
     queue: str = "cpu"
     """Machine class that runs it unless the submission says otherwise."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Input artifacts: path in the spec to artifact type."""
+    outputs: Mapping[str, str]
+    """Output artifacts: name to artifact type, the main one first; ``metrics`` and ``wandb`` come with any kind."""
+    example: Mapping[str, Any]
+    """A small spec."""
+
+    @property
+    def system(self) -> str:
+        """Its system NAME: ``ethogram/specs/NAME.py``, ``services/NAME/``, ``protos/ethogram/v1/NAME.proto``."""
+        return self.spec.__module__.rpartition(".")[2]
+
+    def load_job(self) -> Callable[..., dict[str, Any]]:
+        """Import the job's function; takes a server install."""
+        module, name = self.job.split(":")
+        function: Callable[..., dict[str, Any]] = getattr(import_module(module), name)
+        return function
 
 
-GENERATION = Kind(
-    name="generation", summary="make a zoo of small classifiers with known behaviours", spec=GenerationSpec
-)
-CROSSMODAL = Kind(
-    name="crossmodal",
-    summary="train and evaluate an encoder-decoder of networks and its steering directions on a zoo",
-    spec=CrossmodalSpec,
-)
-POLICY = Kind(name="policy", summary="train a routing policy and compare it with a solver", spec=PolicySpec)
-ACTIVATIONS = Kind(
-    name="activations", summary="record activations of a policy or a language model", spec=ActivationsSpec
-)
-SAE = Kind(name="sae", summary="train a sparse autoencoder of one hook point of a store", spec=SaeSpec)
-CLT = Kind(name="clt", summary="train transcoders between hook points of a store", spec=CltSpec)
-SWEEP = Kind(name="sweep", summary="train transcoders over pairs and a grid of options", spec=SweepSpec)
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (GENERATION, CROSSMODAL, POLICY, ACTIVATIONS, SAE, CLT, SWEEP)}
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            name="generation",
+            summary="make a zoo of small classifiers with known behaviours",
+            spec=GenerationSpec,
+            job="services.generation.job:run",
+            rpc="/ethogram.v1.GenerationService/Run",
+            inputs={"signature.baseline": "zoo"},
+            outputs={"zoo": "zoo", "report": "report"},
+            example={"seed": 1, "subjects": 256, "training": {"steps": 300}},
+        ),
+        Kind(
+            name="crossmodal",
+            summary="train and evaluate an encoder-decoder of networks and its steering directions on a zoo",
+            spec=CrossmodalSpec,
+            job="services.crossmodal.job:run",
+            rpc="/ethogram.v1.CrossmodalTrainingService/Run",
+            inputs={"zoo": "zoo"},
+            outputs={"codec": "codec", "report": "report"},
+            example={"zoo": _output("zoo"), "training": {"steps": 1000}},
+        ),
+        Kind(
+            name="policy",
+            summary="train a routing policy and compare it with a solver",
+            spec=PolicySpec,
+            job="services.clt.policy.job:run",
+            rpc="/ethogram.v1.CltService/RunPolicy",
+            outputs={"policy": "policy", "report": "report"},
+            example={"nodes": 10, "training": {"steps": 500}},
+        ),
+        Kind(
+            name="activations",
+            summary="record activations of a policy or a language model",
+            spec=ActivationsSpec,
+            job="services.clt.activations.job:run",
+            rpc="/ethogram.v1.CltService/RunActivations",
+            inputs={"policy": "policy"},
+            outputs={"activations": "activations"},
+            example={"policy": _output("policy"), "instances": 2000},
+        ),
+        Kind(
+            name="sae",
+            summary="train a sparse autoencoder of one hook point of a store",
+            spec=SaeSpec,
+            job="services.clt.sparse.job:run",
+            rpc="/ethogram.v1.CltService/RunSae",
+            inputs={"activations": "activations"},
+            outputs={"model": "sparse-model", "report": "report"},
+            example={"activations": _output("activations"), "hook": "encoder_layer_2_mlp"},
+        ),
+        Kind(
+            name="clt",
+            summary="train transcoders between hook points of a store",
+            spec=CltSpec,
+            job="services.clt.sparse.job:run",
+            rpc="/ethogram.v1.CltService/RunClt",
+            inputs={"activations": "activations", "model.dictionary": "sparse-model"},
+            outputs={"model": "sparse-model", "report": "report"},
+            example={"activations": _output("activations"), "kind": "cross_layer"},
+        ),
+        Kind(
+            name="sweep",
+            summary="train transcoders over pairs and a grid of options",
+            spec=SweepSpec,
+            job="services.clt.sparse.sweep:run",
+            rpc="/ethogram.v1.CltService/RunSweep",
+            inputs={"activations": "activations", "model.dictionary": "sparse-model"},
+            outputs={"models": "sparse-models", "report": "report"},
+            example={
+                "activations": _output("activations"),
+                "grid": [{"option": "model.k", "values": ["8", "32"]}],
+            },
+        ),
+    )
+}

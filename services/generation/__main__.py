@@ -15,19 +15,18 @@ from pydantic import ValidationError
 from ethogram.cli import output
 from ethogram.cli.execute import execute
 from ethogram.cli.files import read_mapping, read_spec
-from ethogram.cli.options import Json, Set, SpecFile, ZooFolder, examples, system_app
+from ethogram.cli.options import Json, NewFolder, Set, SpecFile, ZooFolder, examples, system_app
+from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
 from ethogram.specs.generation import GenerationSpec
-from services.generation.card import CARD
-from services.runtime.console import CHECKPOINT
+from ethogram.specs.kinds import KINDS
 from services.zoo.dataset import BASELINE
 
 app = system_app(
     "generation", "Make zoos, look at them, and bring them to and from other forms; no platform is needed."
 )
 
-Out = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not be there yet.")]
 Baseline = Annotated[
     Path | None,
     typer.Option(
@@ -35,56 +34,35 @@ Baseline = Annotated[
     ),
 ]
 _MODULE = "python -m services.generation"
-_CHECKPOINT_SECONDS = 30.0
 
 
-@app.command(
-    epilog=examples(
-        f"{_MODULE} make -f examples/staged.yaml --set subjects=200 -o my-zoo",
-        f"{_MODULE} make --set subjects=64 --set hub.repo=me/my-zoo -o my-zoo",
-    )
+@run_command(
+    app,
+    KINDS["generation"],
+    f"{_MODULE} make -f examples/staged.yaml --set subjects=200 -o my-zoo",
+    f"{_MODULE} make --set subjects=64 --set hub.repo=me/my-zoo -o my-zoo",
 )
 def make(
     out: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Folder to write: a new one, or what the same command began."
-        ),
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of the zoo: a new one, or an interrupted one."),
     ],
-    file: SpecFile = None,
-    values: Set = None,
-    *,
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     baseline: Baseline = None,
-    as_json: Json = False,
-) -> None:
-    """Make a zoo in the folder --output: records, dataset card, and a report in its folder report. Beside it, in a
-    folder of the same name with -run at its end, are the metrics, the spec, and while it is made a checkpoint, taken
-    every half minute. A zoo that was interrupted is there in part: the same command goes on with it from the last
-    checkpoint, and the zoo is the same. A zoo that is finished, or was begun with another spec, is never overwritten.
-    What fails before the first checkpoint leaves neither folder."""
-    spec = read_spec(GenerationSpec, file, values)
-    _beside(spec, baseline)
-    output.say("preparing: loading what trains, and drawing sequences of each pattern")
-    from services.generation.pipeline import DatasetGenerationPipeline
-    from services.generation.report import PAGE, write_report
-    from services.runtime.console import ConsoleRun
-    from services.runtime.devices import check_device
-
-    check_device(device)
-    pipeline = DatasetGenerationPipeline(spec, device, baseline)
-    aside = out.with_name(f"{out.name}-run")
-    _begin(out, aside, spec)
-    with _begun(out, aside), ConsoleRun(aside, device, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
-        figures = pipeline.run(out, run)
-        write_report(out, out / "report")
-        figures |= pipeline.publish(out)
-    output.result(figures, as_json, lambda: _show(figures))
-    output.say(f"the zoo is in {out}, its report is {out / 'report' / PAGE}, its metrics are in {aside}")
+) -> Request:
+    """Make a zoo in the folder --output: records, dataset card, and a report in its folder report. The run's folder is
+    beside it, with the same name and -run at its end. The same command resumes an interrupted run, and the zoo is the
+    same. What fails before the first checkpoint leaves neither folder."""
+    return Request(
+        {} if baseline is None else {"signature.baseline": baseline},
+        check=lambda spec: _check_baseline(spec, baseline),
+        refer=False,
+        folder=out.with_name(f"{out.name}-run"),
+        places={"zoo": out, "report": out / "report"},
+    )
 
 
 @app.command(epilog=examples(f"{_MODULE} report my-zoo -o my-zoo-report"))
-def report(zoo: ZooFolder, out: Out) -> None:
+def report(zoo: ZooFolder, out: NewFolder) -> None:
     """Draw a zoo: one picture, and a page with the numbers."""
     from services.generation.report import write_report
 
@@ -93,7 +71,7 @@ def report(zoo: ZooFolder, out: Out) -> None:
 
 
 @app.command(epilog=examples(f"{_MODULE} export my-zoo -o my-zoo-json"))
-def export(zoo: ZooFolder, out: Out) -> None:
+def export(zoo: ZooFolder, out: NewFolder) -> None:
     """Write a zoo with JSON text in its columns, the form in which such datasets were first published."""
     from services.generation.json_form import export_json
     from services.runtime.console import ConsoleRun
@@ -111,7 +89,7 @@ def export(zoo: ZooFolder, out: Out) -> None:
 )
 def import_(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="File, folder, or dataset owner/name on the Hub.")],
-    out: Out,
+    out: NewFolder,
     file: Annotated[
         Path | None,
         typer.Option("--file", "-f", metavar="FILE", help="YAML file with `patterns` as in a spec."),
@@ -137,7 +115,7 @@ def import_(
         names[theirs] = ours
     with _new(out), ConsoleRun() as run:
         figures = import_json(locate(source, "SOURCE"), out, patterns=patterns, rename=names, run=run)
-    output.result(figures, as_json, lambda: _show(figures))
+    output.result(figures, as_json, lambda: output.figures(figures))
 
 
 @app.command(epilog=examples(f"HF_TOKEN=... {_MODULE} upload my-zoo me/my-zoo"))
@@ -177,7 +155,7 @@ def dataset(
 
     _fresh(out)
     spec = read_spec(GenerationSpec, file, values)
-    _beside(spec, baseline)
+    _check_baseline(spec, baseline)
     sampler = PatternDatasetSampler(spec, baseline)
     if which == "training":
         sampler.save_training(index, out)
@@ -219,7 +197,7 @@ def score(
     if out is not None:
         out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     figures = means(rows)
-    output.result(figures, as_json, lambda: _show(figures))
+    output.result(figures, as_json, lambda: output.figures(figures))
 
 
 def _lines(file: Path) -> list[Any]:
@@ -245,51 +223,15 @@ def _repo(field: str, name: str, *, public: bool) -> HubSpec:
         raise InvalidInput.field(field, f"{name} is no name that the Hub allows, e.g. me/my-zoo") from None
 
 
-def _beside(spec: GenerationSpec, baseline: Path | None) -> None:
-    """Whether spec and --baseline go together."""
-    named = spec.signature.baseline is not None
-    if named and baseline is not None:
+def _check_baseline(spec: GenerationSpec, baseline: Path | None) -> None:
+    """Raise :class:`InvalidInput` unless the spec and --baseline go together."""
+    if spec.signature.baseline is not None and baseline is not None:
         raise InvalidInput.field("--baseline", "the spec names spec.signature.baseline too; leave one of them out")
-    if named:
-        text = "is an artifact of the platform; leave it out here, and give a folder with --baseline"
+    if spec.signature.baseline is not None:
+        text = "names an artifact of a platform; leave it out here, and give a folder with --baseline"
         raise InvalidInput.field("spec.signature.baseline", text)
     if baseline is not None and not (baseline / BASELINE).is_file():
         raise InvalidInput.field("--baseline", f"{baseline} has no {BASELINE}")
-
-
-def _begin(out: Path, aside: Path, spec: GenerationSpec) -> None:
-    """Make way for a zoo in ``out``: for a new one, or for one that was begun with the same spec."""
-    about, text = aside / "spec.json", spec.model_dump_json(indent=2)
-    if (out / CARD).exists() or (out.exists() and not about.exists()):
-        _fresh(out)
-    if aside.exists() and not about.exists():
-        raise InvalidInput.field("--output", f"{aside}, where the metrics go, is there already; name another folder")
-    if out.exists() and about.read_text() != text:
-        what = f"{out} was begun with another spec; name another folder, or delete {out} and {aside}"
-        raise InvalidInput.field("--output", what)
-    if not out.exists():
-        shutil.rmtree(aside / CHECKPOINT, ignore_errors=True)
-    shutil.rmtree(out, ignore_errors=True)
-    aside.mkdir(parents=True, exist_ok=True)
-    about.write_text(text)
-
-
-@contextmanager
-def _begun(out: Path, aside: Path) -> Iterator[None]:
-    """A zoo that is not finished inside is left if it is worth going on with, and is gone otherwise."""
-    try:
-        yield
-    except BaseException:
-        if (out / CARD).exists():
-            output.say(f"the zoo in {out} is whole; `report` and `upload` do the rest")
-        elif (aside / CHECKPOINT).exists():
-            again = "type the command again to go on from the last checkpoint"
-            output.say(f"{out} is there in part: {again}, or delete {out} and {aside}")
-        else:
-            for folder in (out, aside):
-                shutil.rmtree(folder, ignore_errors=True)
-            output.say("it ended before the first checkpoint, so nothing is kept")
-        raise
 
 
 @contextmanager
@@ -306,17 +248,6 @@ def _new(folder: Path) -> Iterator[None]:
 def _fresh(path: Path) -> None:
     if path.exists():
         raise InvalidInput.field("--output", f"{path} is there already; name another one")
-
-
-def _show(figures: dict[str, Any]) -> None:
-    flat = [(name, value) for name, value in figures.items() if not isinstance(value, dict)]
-    flat += [
-        (f"{name}: {key}", value)
-        for name, row in figures.items()
-        if isinstance(row, dict)
-        for key, value in row.items()
-    ]
-    output.table(["figure", "value"], flat)
 
 
 if __name__ == "__main__":
