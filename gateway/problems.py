@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from ethogram.errors import MAX_VIOLATIONS, EthogramError, InvalidInput, NotFound, TooLarge, Unavailable, printable
-from services.kinds import KINDS
+from ethogram.specs.kinds import KINDS
 
 MEDIA_TYPE = "application/problem+json"
 

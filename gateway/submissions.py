@@ -11,8 +11,8 @@ from fastapi.openapi.models import Example
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, create_model
 
 from ethogram.specs.base import Spec
+from ethogram.specs.kinds import EXAMPLE_JOB, KINDS
 from services.jobs.records import Options
-from services.kinds import KINDS
 
 
 def _in_utc(time: datetime) -> datetime:
@@ -70,30 +70,15 @@ class Pipeline(BaseModel):
     jobs: dict[JobName, Submission] = Field(min_length=1, max_length=1000)
 
 
-EXAMPLE_JOB = "job_aaaaaaaaaaaaaaaaaaaa"
-"""In examples, where the id of a job of one's own belongs."""
-
-EXAMPLE_SPECS: dict[str, dict[str, Any]] = {
-    "generation": {"seed": 1, "subjects": 256, "training": {"steps": 300}},
-    "crossmodal": {"zoo": {"job": EXAMPLE_JOB, "artifact": "zoo"}, "training": {"steps": 1000}},
-    "policy": {"nodes": 10, "training": {"steps": 500}},
-    "activations": {"policy": {"job": EXAMPLE_JOB, "artifact": "policy"}, "instances": 2000},
-    "sae": {"activations": {"job": EXAMPLE_JOB, "artifact": "activations"}, "hook": "encoder_layer_2_mlp"},
-    "clt": {"activations": {"job": EXAMPLE_JOB, "artifact": "activations"}, "kind": "cross_layer"},
-    "sweep": {
-        "activations": {"job": EXAMPLE_JOB, "artifact": "activations"},
-        "grid": [{"option": "model.k", "values": ["8", "32"]}],
-    },
-}
-"""A small spec of each kind."""
-
 JOB_EXAMPLES: dict[str, Example] = {
-    name: Example(
-        summary=KINDS[name].summary,
-        description=f"Put the id of your own job in place of {EXAMPLE_JOB}." if EXAMPLE_JOB in str(spec) else "",
-        value={"kind": name, "spec": spec},
+    kind.name: Example(
+        summary=kind.summary,
+        description=f"Put the id of your own job in place of {EXAMPLE_JOB}."
+        if EXAMPLE_JOB in str(kind.example)
+        else "",
+        value={"kind": kind.name, "spec": kind.example},
     )
-    for name, spec in EXAMPLE_SPECS.items()
+    for kind in KINDS.values()
 }
 
 PIPELINE_EXAMPLES: dict[str, Example] = {
@@ -101,10 +86,10 @@ PIPELINE_EXAMPLES: dict[str, Example] = {
         summary="make a zoo, then train a codec on it",
         value={
             "jobs": {
-                "zoo": {"kind": "generation", "spec": EXAMPLE_SPECS["generation"]},
+                "zoo": {"kind": "generation", "spec": KINDS["generation"].example},
                 "codec": {
                     "kind": "crossmodal",
-                    "spec": {**EXAMPLE_SPECS["crossmodal"], "zoo": {"job": "zoo", "artifact": "zoo"}},
+                    "spec": {**KINDS["crossmodal"].example, "zoo": {"job": "zoo", "artifact": "zoo"}},
                     "labels": {"for": "the docs"},
                 },
             }

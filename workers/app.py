@@ -21,10 +21,10 @@ from celery.worker.consumer import Consumer
 from kombu.entity import Queue
 
 from ethogram.errors import EthogramError, InvalidInput, Unavailable
+from ethogram.specs.kinds import KINDS, Kind
 from services.jobs.bell import RING, Bell, celery_app, celery_queue, redis_client, without_password
 from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
-from services.kinds import KINDS, Kind
 from services.runtime import lifetime, logs, scratch
 from workers.metrics import WorkerMetrics, served
 from workers.settings import WorkerSettings

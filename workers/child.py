@@ -1,7 +1,7 @@
-"""A job's own process: serves one system's gRPC service on a unix socket, for the supervisor that started it.
+"""A job's own process: serves the RPC of its kind on a unix socket, for the supervisor that started it.
 
-It knows no database and no broker. Standard input is held open by the supervisor: when it ends, so does this process
-and whatever it started. ``ready`` on standard output says that it answers; after that, standard output goes where
+It knows no database and no broker. The supervisor holds its standard input open: when that ends, so do this process
+and whatever it started. It writes ``ready`` to standard output once it serves; after that, standard output goes where
 standard error does.
 """
 
@@ -14,22 +14,25 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 
 from ethogram.rpc import CHANNEL_OPTIONS
+from ethogram.specs.kinds import KINDS
+from services.kinds import request_type
 from services.runtime import lifetime, logs
-from services.runtime.servicer import JOB_THREAD
+from services.runtime.servicer import JOB_THREAD, add_to_server
 
-# What a cancelled job has to clean up in.
+# Time that a cancelled job has to clean up.
 LEAVE_SECONDS = 3.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workers.child", description=__doc__)
-    parser.add_argument("--servicer", required=True, help="module:function that adds the servicer to a gRPC server")
+    parser.add_argument("--kind", required=True, choices=KINDS, help="kind of job to serve")
+    parser.add_argument("--job", required=True, help="module:function that runs the job")
     parser.add_argument("--socket", required=True, type=Path, help="path of the unix socket to serve on")
     arguments = parser.parse_args()
     ready = os.dup(1)
@@ -39,8 +42,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     server = grpc.server(ThreadPoolExecutor(max_workers=2), options=CHANNEL_OPTIONS)
-    module, function = arguments.servicer.split(":")
-    getattr(import_module(module), function)(server)
+    kind = replace(KINDS[arguments.kind], job=arguments.job)
+    add_to_server(server, kind, request_type(kind))
     server.add_insecure_port(f"unix:{arguments.socket}")
     server.start()
     leave = threading.Event()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ethogram.specs.kinds import Kind
 from workers.slots import Slot
 
 READY_SECONDS = 60.0
@@ -77,7 +78,7 @@ def child_environment(slot: Slot, environment: Mapping[str, str]) -> dict[str, s
 class Child:
     """A process that runs one job, in a session of its own."""
 
-    def __init__(self, servicer: str, slot: Slot, work_dir: Path) -> None:
+    def __init__(self, kind: Kind, slot: Slot, work_dir: Path) -> None:
         # Short whatever the state folder is called, and closed to others.
         base = "/tmp" if os.path.isdir("/tmp") else None  # noqa: PTH112
         self._folder = Path(tempfile.mkdtemp(prefix="ethogram-", dir=base))
@@ -85,8 +86,9 @@ class Child:
         if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
             raise ChildFailed(f"{self.socket} is too long for a unix socket; set TMPDIR to a shorter folder")
         try:
+            options = ["--kind", kind.name, "--job", kind.job, "--socket", str(self.socket)]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "workers.child", "--servicer", servicer, "--socket", str(self.socket)],
+                [sys.executable, "-m", "workers.child", *options],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

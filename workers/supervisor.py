@@ -21,10 +21,11 @@ from pydantic import ValidationError
 from ethogram.convert import to_proto
 from ethogram.errors import EthogramError, Internal, InvalidInput, StaleAttempt, TimeLimit, Unavailable
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
+from ethogram.specs.kinds import Kind
 from ethogram.v1 import jobs_pb2
 from services.jobs.notify import Notifier
 from services.jobs.registry import Claim, Job, JobRegistry
-from services.kinds import Kind
+from services.kinds import request_type, spec_message
 from workers.ledger import Ledger, Outcome
 from workers.metrics import WorkerMetrics
 from workers.process import Child, ChildFailed, describe_exit
@@ -93,7 +94,7 @@ class Supervisor:
         try:
             kind, request = self._request(claim, slot, work_dir)
             work_dir.mkdir(parents=True, exist_ok=True)
-            child = Child(kind.servicer, slot, work_dir)
+            child = Child(kind, slot, work_dir)
             try:
                 limits = Limits.of(claim.job)
                 attempt = Attempt(child, ledger, pulse, limits, stopping=self.stopping, grace=self.grace_seconds)
@@ -143,8 +144,8 @@ class Supervisor:
                 for child in claim.children
             ],
         )
-        make: Any = kind.request
-        return kind, make(context=context, spec=to_proto(spec, kind.spec_message))
+        make: Any = request_type(kind)
+        return kind, make(context=context, spec=to_proto(spec, spec_message(kind)))
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Attempt:
         with grpc.insecure_channel(f"unix:{self._child.socket}", options=CHANNEL_OPTIONS) as channel:
             rpc = channel.unary_stream(
                 kind.rpc,
-                request_serializer=kind.request.SerializeToString,
+                request_serializer=type(request).SerializeToString,
                 response_deserializer=jobs_pb2.JobEvent.FromString,
             )
             call = rpc(request)

@@ -1,26 +1,23 @@
-"""The arena's jobs, as their processes serve them; the points of a job's process are here.
+"""The arena's jobs; the points of a job's process are here.
 
-A job's process does not see its worker's environment: the folder of faults lies beside the store.
+A job's process does not see its worker's environment: it finds the folder of faults above its current folder.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import grpc
-
-from benchmarks._chaos import points
+from benchmarks._chaos import points, science
 from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec
-from ethogram.v1 import crossmodal_pb2, crossmodal_pb2_grpc, generation_pb2, generation_pb2_grpc, jobs_pb2
 from services.artifacts.backends import LocalBackend
-from services.runtime.servicer import stream_job
+from services.runtime.run import Run
 
 
-def _arm(context: jobs_pb2.RunContext) -> None:
-    folder = Path(context.store).parent / "faults"
+def _arm() -> None:
+    folder = next(above / "faults" for above in Path.cwd().parents if (above / "faults").is_dir())
     write = LocalBackend.write
 
     def wrapped(self: LocalBackend, path: str, data: bytes) -> None:
@@ -35,27 +32,13 @@ def _arm(context: jobs_pb2.RunContext) -> None:
     points.full_store(folder, "child: store full")
 
 
-class _Generation(generation_pb2_grpc.GenerationServiceServicer):
-    def Run(
-        self, request: generation_pb2.RunGenerationRequest, context: grpc.ServicerContext
-    ) -> Iterator[jobs_pb2.JobEvent]:
-        _arm(request.context)
-        return stream_job(request, context, GenerationSpec, "benchmarks._chaos.science:work")
-
-
-class _Crossmodal(crossmodal_pb2_grpc.CrossmodalTrainingServiceServicer):
-    def Run(
-        self, request: crossmodal_pb2.RunCrossmodalRequest, context: grpc.ServicerContext
-    ) -> Iterator[jobs_pb2.JobEvent]:
-        _arm(request.context)
-        return stream_job(request, context, CrossmodalSpec, "benchmarks._chaos.science:consume")
-
-
-def generation(server: grpc.Server) -> None:
+def generation(spec: GenerationSpec, run: Run) -> dict[str, Any]:
     """Jobs that count, and parents of such."""
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(), server)
+    _arm()
+    return science.work(spec, run)
 
 
-def crossmodal(server: grpc.Server) -> None:
+def crossmodal(spec: CrossmodalSpec, run: Run) -> dict[str, Any]:
     """Jobs that use what another made."""
-    crossmodal_pb2_grpc.add_CrossmodalTrainingServiceServicer_to_server(_Crossmodal(), server)
+    _arm()
+    return science.consume(spec, run)

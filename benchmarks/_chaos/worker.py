@@ -8,8 +8,8 @@ from dataclasses import replace
 from kombu.transport.redis import QoS
 
 from benchmarks._chaos import points
+from ethogram.specs.kinds import KINDS
 from services.jobs.registry import JobRegistry
-from services.kinds import KINDS
 from workers.app import main
 
 if __name__ == "__main__":
@@ -27,4 +27,4 @@ if __name__ == "__main__":
         "after the terminal commit",
         points.before(folder, "before the terminal commit", Registry.succeed),
     )
-    main({name: replace(KINDS[name], servicer=f"benchmarks._chaos.systems:{name}") for name in KINDS})
+    main({name: replace(KINDS[name], job=f"benchmarks._chaos.systems:{name}") for name in KINDS})

@@ -158,7 +158,8 @@ def _run(
     output.result(result, as_json, lambda: (show or output.figures)(result))
     for name in kind.outputs:
         if (place := folder.place(name)).exists():
-            output.say(f"{name}: {next(place.glob('*.html'), place)}")
+            page = place / "report.html"
+            output.say(f"{name}: {page if page.exists() else place}")
     output.say(f"metrics: {folder.root}")
 
 

@@ -8,13 +8,13 @@ from fastapi import APIRouter, Body, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from ethogram.errors import InvalidInput
+from ethogram.specs.kinds import KINDS
 from gateway.inputs import Cursor, Id, IdempotencyKey, Limit, Page
 from gateway.problems import request_id_of
 from gateway.services import TENANT, With
 from gateway.submissions import JOB_EXAMPLES, PIPELINE_EXAMPLES, Pipeline, Submission
 from services.jobs.records import Job
 from services.jobs.states import JobState
-from services.kinds import KINDS
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 

@@ -16,10 +16,10 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ethogram.errors import EthogramError, Unavailable
+from ethogram.specs.kinds import KINDS
 from gateway.metrics import MEDIA_TYPE
 from gateway.services import Services, With
 from services.jobs.bell import without_password
-from services.kinds import KINDS
 
 logger = logging.getLogger(__name__)
 

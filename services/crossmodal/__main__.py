@@ -91,7 +91,7 @@ def pull(
 ) -> None:
     """Download a codec from the Hugging Face Hub."""
     from services.crossmodal import hub
-    from services.crossmodal.bundle import PARTS
+    from services.crossmodal.codec_files import PARTS
 
     parts = tuple(part for part in PARTS if only in (None, part))
     if not parts:

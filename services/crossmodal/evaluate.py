@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects, split_subjects
 from services.crossmodal.steering import (
     DIRECTIONS,

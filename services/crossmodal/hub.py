@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ethogram.specs.base import HubSpec
-from services.artifacts.hub import fetch, told
-from services.crossmodal.bundle import PARTS, Codec, Part
+from services.artifacts.hub import Repository, fetch
+from services.crossmodal.codec import Codec
+from services.crossmodal.codec_files import PARTS, Part
 
 CARD = """---
 library_name: ethogram
@@ -22,7 +23,7 @@ An encoder-decoder from what small networks do ({inputs}) through a latent of {l
 direction for each of {count} behaviours: {behaviors}.
 
 ```python
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.hub import pull
 
 codec = Codec.load(pull("{repo}"))
@@ -31,20 +32,12 @@ steered, latents = codec.steer(networks, [("add", "{first}")])
 """
 
 
-def open_repository(spec: HubSpec, field: str = "spec.hub.repo") -> None:
-    """Make the model repository, unless it is there. Raises :class:`InvalidInput` without permission and
-    :class:`Unavailable` without a Hub."""
-    from huggingface_hub import HfApi
-
-    with told(spec.repo, field):
-        HfApi().create_repo(spec.repo, repo_type="model", private=spec.private, exist_ok=True)
-
-
 def push(folder: Path, spec: HubSpec, field: str = "spec.hub.repo") -> None:
-    """Upload the codec in ``folder``, in one commit. Raises as :func:`open_repository` does, and
-    :class:`InvalidInput` for a folder that is no codec."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    """Upload the codec in ``folder`` with a model card, in one commit; ``field``: where the repository was named.
 
+    Raises :class:`InvalidInput` for a folder that is not a codec and without permission, and :class:`Unavailable`
+    without a Hub.
+    """
     codec = Codec.load(folder, parts=())
     names = [behavior.name for behavior in codec.behaviors]
     card = CARD.format(
@@ -55,15 +48,13 @@ def push(folder: Path, spec: HubSpec, field: str = "spec.hub.repo") -> None:
         behaviors=", ".join(names),
         first=names[0],
     )
-    open_repository(spec, field)
-    with told(spec.repo, field):
-        files = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir()) if file.is_file()]
-        operations = [*files, CommitOperationAdd("README.md", card.encode())]
-        HfApi().create_commit(spec.repo, operations, commit_message="A codec", repo_type="model")
+    repository = Repository(spec, "model", field)
+    repository.open()
+    files = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+    repository.upload({**files, "README.md": card.encode()}, "A codec")
 
 
 def pull(repo: str, parts: Sequence[Part] = PARTS, field: str = "REPO") -> Path:
     """Download a codec, of encoder and decoder only ``parts``: its folder in the Hub's cache."""
-    left_out = [f"{part}.safetensors" for part in PARTS if part not in parts]
-    with told(repo, field, "read"):
-        return fetch(repo, "model", ["*.safetensors", "config.json"], left_out)
+    exclude = [f"{part}.safetensors" for part in PARTS if part not in parts]
+    return fetch(repo, "model", ["*.safetensors", "config.json"], exclude, field=field)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ethogram.specs.crossmodal import CrossmodalSpec
+from services.artifacts.hub import Repository
 from services.crossmodal.evaluate import evaluate
-from services.crossmodal.hub import open_repository, push
+from services.crossmodal.hub import push
 from services.crossmodal.report import write_report
 from services.crossmodal.train import train
 from services.runtime.parallel import ALONE, World
@@ -21,8 +22,8 @@ def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
     and the numbers of ``subjects``; the rows behind them are in the report (see
     :func:`services.crossmodal.evaluate.evaluate`)."""
     if spec.hub is not None and world.first:
-        # Permission and network are tried before any training.
-        open_repository(spec.hub)
+        # Permission and network are checked before any training.
+        Repository(spec.hub, "model").open()
     zoo = open_zoo(run.inputs["zoo"], run)
     codec = train(spec, zoo, run, world)
     if not world.first:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CodecTrainingSpec, CrossmodalSpec
 from services.crossmodal import losses
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.data import Preprocessor, Queries, Subjects, check, split_subjects
 from services.crossmodal.model import EncoderDecoder, perceptron
 from services.crossmodal.sampler import BehaviorAwareBatchSampler

@@ -33,9 +33,9 @@ from services.generation.format import TrainingDataFormatter
 from services.generation.hub import HubUpload
 from services.generation.sampler import PatternDatasetSampler
 from services.generation.train import SubjectModelTrainer, Trained
+from services.runtime.reading import reading
 from services.runtime.run import Run
 from services.zoo.dataset import BRANCHES, DATA, Zoo, data_file, read_about, schema, write_about
-from services.zoo.reading import reading
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.statistics import Statistics
 from services.zoo.subjects import Architecture, Params, encode, flatten, own_places

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from services.crossmodal import checks
-from services.crossmodal.bundle import Behavior, Codec, Strength
+from services.crossmodal.codec import Behavior, Codec, Strength
 from services.crossmodal.steering import Direction, Edit, Mode
 from services.inference.batcher import Arrays
 from services.zoo.subjects import Architecture
@@ -90,7 +90,7 @@ class ServedCodec:
             return _arrays(params) | {LATENTS: latents.cpu().numpy()}
 
     def effect(self, networks: Arrays, shape: Architecture, change: Change) -> Arrays:
-        """Parameters to steered parameters, and by name what :class:`services.crossmodal.bundle.Effect` has."""
+        """Parameters to steered parameters, and by name what :class:`services.crossmodal.codec.Effect` has."""
         with torch.inference_mode():
             edits, mode, strength, direction = change
             found = self._codec.effect(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ethogram.errors import InvalidInput, TooLarge, Violation
 from services.artifacts.store import ModelPointer
 from services.crossmodal import checks
-from services.crossmodal.bundle import Behavior
+from services.crossmodal.codec import Behavior
 from services.inference.batcher import Arrays, Batcher
 from services.inference.codec import LATENTS, Change, ServedCodec
 from services.inference.repository import ModelRepository, Reference, Served

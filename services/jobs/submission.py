@@ -22,10 +22,11 @@ from sqlalchemy.orm import Session
 
 from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound, Violation
 from ethogram.specs.base import ArtifactRef, Spec
+from ethogram.specs.kinds import KINDS
 from services.jobs import tables, text, transitions
 from services.jobs.records import Options
 from services.jobs.states import JobState
-from services.kinds import KINDS, input_refs
+from services.kinds import input_refs
 
 MAX_PIPELINE = 1000
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")

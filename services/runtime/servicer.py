@@ -1,4 +1,4 @@
-"""What every system's gRPC servicer does with a Run: it is here once, so a ``service.py`` is a few lines."""
+"""The gRPC side of a job: one generic handler serves the RPC of any kind."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from typing import Any, NoReturn, Protocol
+from functools import partial
+from typing import NoReturn, Protocol
 
 import grpc
 from google.protobuf.message import Message
@@ -18,18 +18,19 @@ from ethogram.convert import from_proto
 from ethogram.errors import EthogramError, Internal, printable
 from ethogram.rpc import grpc_status_of
 from ethogram.specs.base import Spec
+from ethogram.specs.kinds import Kind
 from ethogram.v1 import jobs_pb2
 from services.artifacts.store import ArtifactStore
 from services.runtime import lifetime
 from services.runtime.job_run import MAX_LOG, JobRun
-from services.runtime.run import Cancelled, Run, Stopped, Waiting
+from services.runtime.run import Cancelled, Stopped, Waiting
 
 logger = logging.getLogger(__name__)
 
 JOB_THREAD = "job"
 STOPPED = grpc.StatusCode.ABORTED
-"""How a run ends that was asked to leave and has checkpointed."""
-# Events that may wait for a supervisor that is slow; past them the job waits too.
+"""Status of a call whose process was asked to leave and has checkpointed."""
+# Events that may wait for a slow supervisor; past them the job waits too.
 MAX_WAITING = 1000
 
 
@@ -45,17 +46,27 @@ class RunRequest(Protocol):
         """What it is to do."""
 
 
-def stream_job(
-    request: RunRequest, context: grpc.ServicerContext, spec_type: type[Spec], function: str
-) -> Iterator[jobs_pb2.JobEvent]:
-    """Run ``function`` (``module:name``, called as ``name(spec, run)``) and yield what it says.
+def add_to_server(server: grpc.Server, kind: Kind, request: type[Message]) -> None:
+    """Serve ``kind.rpc``, whose request message is ``request``, on ``server``."""
 
-    The module is imported here, in the job's own thread, and not when the servicer is: the child answers before torch
-    is loaded. ``name`` returns the job's result, a small JSON object. Errors with a meaning for the user travel as
-    such; the traceback of any other exception goes to the job's log, and the call ends with INTERNAL.
+    service, method = kind.rpc.removeprefix("/").split("/")
+    handler = grpc.unary_stream_rpc_method_handler(
+        partial(_stream_job, kind),
+        request_deserializer=request.FromString,
+        response_serializer=jobs_pb2.JobEvent.SerializeToString,
+    )
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
+
+
+def _stream_job(kind: Kind, request: RunRequest, context: grpc.ServicerContext) -> Iterator[jobs_pb2.JobEvent]:
+    """Run the job's function in a thread and yield its events.
+
+    Its module is imported in that thread, so that the child answers before torch is loaded. An :class:`EthogramError`
+    travels to the supervisor as it is; the traceback of any other exception goes to the job's log, and the call ends
+    with INTERNAL.
     """
     try:
-        spec = from_proto(request.spec, spec_type)
+        spec = from_proto(request.spec, kind.spec)
     except EthogramError as error:
         _abort(context, error)
     events: queue.Queue[jobs_pb2.JobEvent | None] = queue.Queue(MAX_WAITING)
@@ -76,7 +87,7 @@ def stream_job(
 
     def work() -> None:
         try:
-            _work(request.context, spec, function, send, cancelled)
+            _run_job(kind, request.context, spec, send, cancelled)
         except BaseException as error:
             ended.append(error)
             if not isinstance(error, Cancelled | Stopped | EthogramError):
@@ -104,15 +115,14 @@ def stream_job(
             _abort(context, Internal(f"the job's code raised {type(ended[0]).__name__}; its log says more"))
 
 
-def _work(
+def _run_job(
+    kind: Kind,
     context: jobs_pb2.RunContext,
     spec: Spec,
-    function: str,
     send: Callable[[jobs_pb2.JobEvent], None],
     cancelled: threading.Event,
 ) -> None:
-    module, name = function.split(":")
-    run_job: Callable[[Any, Run], dict[str, Any]] = getattr(import_module(module), name)
+    function = kind.load_job()
     torch = sys.modules.get("torch")
     if torch is not None and context.threads:
         torch.set_num_threads(context.threads)
@@ -122,7 +132,7 @@ def _work(
     )
     run.log(f"computes on {run.device}" + (", from the last checkpoint" if run.resume else ""))
     try:
-        result = run_job(spec, run)
+        result = function(spec, run)
     except Waiting:
         run.wait()
     else:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, SignatureMethod
+from services.runtime.reading import reading
 from services.zoo.layout import Layout
 from services.zoo.patterns import Pattern, from_specs, membership
-from services.zoo.reading import reading
 from services.zoo.sequences import from_letters, to_letters
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, flatten, unflatten

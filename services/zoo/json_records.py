@@ -27,10 +27,10 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import BUILT_IN, GenerationSpec, PatternSpec
+from services.runtime.reading import reading
 from services.runtime.run import Run
 from services.zoo.dataset import BASELINE
 from services.zoo.patterns import Pattern, from_specs
-from services.zoo.reading import reading
 from services.zoo.subjects import ACTIVATIONS, Architecture, Params
 
 _WEIGHT = re.compile(r"(?:.*\.)?(\d+)\.(weight|bias)$")

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
-from services.artifacts.hub import fetch, told
+from services.artifacts.hub import fetch
 from services.runtime.run import Run
 from services.zoo.dataset import ABOUT, BASELINE, Zoo, with_probes
 from services.zoo.json_records import PATTERNS, SUFFIXES, JsonRecords, files_in
@@ -31,9 +31,9 @@ def locate(source: str, field: str) -> Path:
     if path.suffix in SUFFIXES or not _allowed(source):
         text = f"{source} is no file or folder here, and no name of a dataset on the Hub, e.g. me/my-zoo"
         raise InvalidInput.field(field, text)
+    include = [*(f"*{suffix}" for suffix in SUFFIXES), ABOUT, BASELINE, PATTERNS]
     # It may be a folder's name with a slip.
-    with told(f"{source}, which is no file or folder here", field, "read"):
-        return fetch(source, "dataset", [*(f"*{suffix}" for suffix in SUFFIXES), ABOUT, BASELINE, PATTERNS])
+    return fetch(source, "dataset", include, field=field, described=f"{source}, which is no file or folder here")
 
 
 def _allowed(name: str) -> bool:

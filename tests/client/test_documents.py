@@ -45,7 +45,7 @@ def test_what_is_no_command_would_be_found() -> None:
 @pytest.mark.parametrize("name", ["main", "clt"])
 def test_the_example_pipelines_are_valid(name: str) -> None:
     from ethogram.cli.files import read_mapping
-    from services.kinds import KINDS
+    from ethogram.specs.kinds import KINDS
 
     jobs = read_mapping(ROOT / "examples" / f"{name}.yaml", "pipeline")["jobs"]
     for job in jobs.values():

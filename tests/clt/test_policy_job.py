@@ -38,7 +38,7 @@ def test_job_keeps_a_policy_and_a_report(tmp_path: Path) -> None:
     assert figures["gap_greedy"] >= figures["gap_multistart"] > -1e-5
     policy = AttentionPolicy.load(tmp_path / "policy")
     assert policy.nodes == 6
-    for name in ("course", "gaps", "tours"):
+    for name in ("history", "gaps", "tours"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "report" / "report.json").read_text())
     assert written["figures"] == figures and len(written["gaps"]["sampled"]) == 5
@@ -84,7 +84,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("gap", run, "--cities", tmp_path / "mine.safetensors", "--samples", "0") == 0
     assert "gap_multistart" in capsys.readouterr().out
     assert call("gap", tmp_path) == 2
-    assert "is no policy" in capsys.readouterr().err
+    assert f"policy.json is missing; is {tmp_path} a policy?" in " ".join(capsys.readouterr().err.split())
 
 
 def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -289,7 +289,7 @@ def test_the_job_keeps_model_and_report(store: ActivationStore, tmp_path: Path) 
     assert report["figures"]["fvu"] == result["figures"]["fvu"] and report["course"][-1]["step"] == 40
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("<img ") == 2 and "Per-layer transcoders" in page
-    for name in ("training", "features"):
+    for name in ("history", "features"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     about = json.loads((tmp_path / "model" / "model.json").read_text())["about"]
     assert about["source"]["digest"] == store.manifest.source.digest

@@ -18,7 +18,8 @@ from ethogram.convert import from_proto, to_proto
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import Spec
 from ethogram.specs.generation import GenerationSpec
-from services.kinds import KINDS, Kind
+from ethogram.specs.kinds import KINDS, Kind
+from services.kinds import spec_message
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 
@@ -78,8 +79,8 @@ def test_round_trip(kind: Kind) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(specs_of(kind.spec))
     def check(spec: Spec) -> None:
-        wire = to_proto(spec, kind.spec_message).SerializeToString()
-        message = kind.spec_message()
+        wire = to_proto(spec, spec_message(kind)).SerializeToString()
+        message = spec_message(kind)()
         message.ParseFromString(wire)
         assert from_proto(message, kind.spec) == spec
 
@@ -105,7 +106,7 @@ def test_message_and_spec_have_the_same_fields(kind: Kind) -> None:
             if field.is_repeated:
                 assert not info.get_default(call_default_factory=True), f"{field.full_name}: a list defaults to empty"
 
-    compare(kind.spec, kind.spec_message.DESCRIPTOR)
+    compare(kind.spec, spec_message(kind).DESCRIPTOR)
     assert compared > 5
 
 
@@ -122,11 +123,11 @@ def test_every_enum_member_is_a_literal(kind: Kind) -> None:
                 if isinstance(nested, type) and issubclass(nested, Spec):
                     literals(nested, field.message_type)
 
-    literals(kind.spec, kind.spec_message.DESCRIPTOR)
+    literals(kind.spec, spec_message(kind).DESCRIPTOR)
 
 
 def generation_message(**fields: Any) -> Message:
-    message = KINDS["generation"].spec_message()
+    message = spec_message(KINDS["generation"])()
     for name, value in fields.items():
         setattr(message, name, value)
     return message

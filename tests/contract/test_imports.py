@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from ethogram.specs.kinds import KINDS
+
 HEAVY = {"torch", "datasets", "transformers", "matplotlib", "pandas"}
 
 
@@ -20,12 +22,11 @@ HEAVY = {"torch", "datasets", "transformers", "matplotlib", "pandas"}
         "services.kinds",
         "services.jobs.registry",
         "services.artifacts.store",
-        "services.generation.service",
-        "services.crossmodal.service",
         "ethogram.client",
         "ethogram.inference",
         "ethogram.cli.main",
         "ethogram.platform.stack",
+        *{kind.spec.__module__ for kind in KINDS.values()},
     ],
 )
 def test_light_processes_stay_light(module: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectSpec, SubjectTrainingSpec
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.train import Trainer
 from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo

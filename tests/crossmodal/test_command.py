@@ -15,7 +15,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal import __main__ as command
 from services.crossmodal import job
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.train import train
 from services.generation.json_form import export_json
 from services.runtime import local

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, split_subjects
 from services.crossmodal.evaluate import (
     Asked,

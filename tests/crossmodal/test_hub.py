@@ -11,7 +11,7 @@ import torch
 
 from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.base import HubSpec
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.hub import pull, push
 from services.crossmodal.job import run as run_job
 from services.zoo.dataset import Zoo

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from services.crossmodal import job
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.job import run as run_job
 from services.runtime.run import Run
 from services.zoo.dataset import Zoo
@@ -47,7 +47,7 @@ def test_job_keeps_a_codec_and_a_report(zoo: Zoo, tmp_path: Path) -> None:
     json.dumps(result, allow_nan=False)
 
     codec, report = Codec.load(tmp_path / "codec"), tmp_path / "report"
-    for picture in ("course.png", "latent_map.png", "steering.png"):
+    for picture in ("history.png", "latent_map.png", "steering.png"):
         assert (report / picture).read_bytes().startswith(b"\x89PNG")
     written = json.loads((report / "report.json").read_text())
     assert written["figures"] == result["figures"]

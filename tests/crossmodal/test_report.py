@@ -11,7 +11,7 @@ import torch
 
 from ethogram.errors import InvalidInput
 from services.crossmodal import report
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.evaluate import STRENGTHS, evaluate
 from services.crossmodal.report import pareto, principal_places, write_report
 from services.zoo.dataset import Zoo

@@ -12,7 +12,7 @@ import torch
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import SubjectSpec
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.crossmodal.evaluate import Decoded, evaluate, judge_reconstruction
 from services.crossmodal.job import run as run_job
 from services.crossmodal.train import Trainer, train

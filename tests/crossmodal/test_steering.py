@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ethogram.errors import InvalidInput
-from services.crossmodal.bundle import AUTO, Codec
+from services.crossmodal.codec import AUTO, Codec
 from services.crossmodal.data import Queries
 from services.crossmodal.steering import (
     DIRECTIONS,

@@ -49,13 +49,15 @@ def zoo(spec: Path) -> Path:
 def test_make_leaves_a_zoo_a_card_a_report_and_metrics(zoo: Path) -> None:
     assert len(records(zoo)) == 8
     assert {"README.md", "zoo.json", "baseline_dataset.json", "data", "report"} == {file.name for file in zoo.iterdir()}
-    assert {file.name for file in (zoo / "report").iterdir()} == {"zoo.png", "zoo.html"}
+    pages = {"report.html", "report.json", "zoo.html"}
+    assert {file.name for file in (zoo / "report").iterdir()} == {"zoo.png", *pages}
+    assert 'url=report.html"' in (zoo / "report" / "zoo.html").read_text()
     names = [file.name for file in zoo.with_name("zoo-run").iterdir()]
     assert "metrics.jsonl" in names and any(name.startswith("events.out.tfevents") for name in names)
 
 
 def test_the_report_says_what_its_numbers_are(zoo: Path) -> None:
-    page = (zoo / "report" / "zoo.html").read_text()
+    page = (zoo / "report" / "report.html").read_text()
     about = json.loads((zoo / "zoo.json").read_text())
     passed = about["candidates"] - sum(about["rejected"].values())
     kept = "all of these" if passed == 8 else "the first 8 of these"
@@ -104,7 +106,7 @@ def test_what_was_interrupted_goes_on(
     assert f"or delete {tmp_path / 'zoo'} and {tmp_path / 'zoo-run'}" in capsys.readouterr().err
     assert call(*asked, tmp_path / "zoo") == 0
     shown = "".join(capsys.readouterr().err.split("\n"))
-    assert "goes on from a checkpoint" in shown and str(tmp_path / "zoo" / "report" / "zoo.html") in shown
+    assert "goes on from a checkpoint" in shown and str(tmp_path / "zoo" / "report" / "report.html") in shown
     assert begun[0] > 0
     assert records(tmp_path / "zoo") == records(tmp_path / "whole")
     lines = [(tmp_path / f"{name}-run" / "metrics.jsonl").read_text() for name in ("whole", "zoo")]

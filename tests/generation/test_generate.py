@@ -209,7 +209,7 @@ def test_the_job_keeps_the_zoo_and_reports_figures(zoo: Zoo) -> None:
             if type == "zoo":
                 kept.append(Zoo.load(folder))
             else:
-                assert {file.name for file in folder.iterdir()} == {"zoo.png", "zoo.html"}
+                assert {file.name for file in folder.iterdir()} == {"zoo.png", "zoo.html", "report.html", "report.json"}
 
     recorder = Keeper()
     result = job.run(zoo.spec, recorder)

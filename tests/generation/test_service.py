@@ -14,9 +14,11 @@ from ethogram.convert import to_proto
 from ethogram.errors import InvalidInput
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
 from ethogram.specs.generation import GenerationSpec
+from ethogram.specs.kinds import KINDS
 from ethogram.v1 import generation_pb2, generation_pb2_grpc, jobs_pb2
 from services.artifacts.store import ArtifactStore
-from services.generation.service import add_to_server
+from services.kinds import request_type
+from services.runtime.servicer import add_to_server
 from services.zoo.dataset import Zoo
 from tests.generation.conftest import small_spec
 
@@ -24,7 +26,7 @@ from tests.generation.conftest import small_spec
 @pytest.fixture(scope="module")
 def stub() -> Iterator[generation_pb2_grpc.GenerationServiceStub]:
     server = grpc.server(ThreadPoolExecutor(4), options=CHANNEL_OPTIONS)
-    add_to_server(server)
+    add_to_server(server, KINDS["generation"], request_type(KINDS["generation"]))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:

@@ -24,7 +24,7 @@ from ethogram.specs.generation import SubjectSpec
 from ethogram.tensors import from_tensor, to_tensor
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.generation.pipeline import generate
 from services.zoo.signatures import raw
 from services.zoo.subjects import Params, encode, select, unflatten

@@ -27,7 +27,7 @@ from ethogram.tensors import to_tensor
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub
 from services.artifacts.store import ArtifactStore
-from services.crossmodal.bundle import Codec
+from services.crossmodal.codec import Codec
 from services.inference.batcher import Arrays
 from services.inference.codec import ServedCodec
 from services.inference.server import SERVICES

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,23 @@ from ethogram.convert import to_proto
 from ethogram.errors import InvalidInput, NotFound
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
 from ethogram.specs.generation import GenerationSpec
+from ethogram.specs.kinds import KINDS
 from ethogram.v1 import generation_pb2, generation_pb2_grpc, jobs_pb2
 from services.artifacts.store import ArtifactStore
 from services.runtime import lifetime
 from services.runtime.run import Run
-from services.runtime.servicer import STOPPED, stream_job
+from services.runtime.servicer import STOPPED, add_to_server
 
 Job = Callable[[GenerationSpec, Run], dict[str, Any]]
 Call = Callable[..., Any]
 
 
 def job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
-    """What the servicer below runs; each test puts its own in its place."""
+    """The job of the server below; each test puts its own in ``CURRENT``."""
     return CURRENT[0](spec, run)
 
 
 CURRENT: list[Job] = []
-
-
-class Servicer(generation_pb2_grpc.GenerationServiceServicer):
-    def Run(
-        self, request: generation_pb2.RunGenerationRequest, context: grpc.ServicerContext
-    ) -> Iterator[jobs_pb2.JobEvent]:
-        return stream_job(request, context, GenerationSpec, "tests.runtime.test_job_run:job")
 
 
 @pytest.fixture
@@ -51,7 +46,8 @@ def store(tmp_path: Path) -> ArtifactStore:
 def call(tmp_path: Path) -> Iterator[Call]:
     """Calls Run with a job and yields its events."""
     server = grpc.server(ThreadPoolExecutor(2), options=CHANNEL_OPTIONS)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(Servicer(), server)
+    kind = replace(KINDS["generation"], job="tests.runtime.test_job_run:job")
+    add_to_server(server, kind, generation_pb2.RunGenerationRequest)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:

@@ -75,9 +75,9 @@ class Stack:
         self.processes.append(process)
         return process
 
-    def worker(self, system: str = "count", **settings: str) -> subprocess.Popen[bytes]:
-        """A worker whose jobs are those of a test system."""
-        return self.start("tests.workers.worker", system, "--parent-pipe", **settings)
+    def worker(self, job: str = "count", **settings: str) -> subprocess.Popen[bytes]:
+        """A worker whose jobs are run by a function of ``tests/workers/science.py``, or by ``module:function``."""
+        return self.start("tests.workers.worker", job, "--parent-pipe", **settings)
 
     def reconciler(self) -> subprocess.Popen[bytes]:
         """A reconciler."""

@@ -107,10 +107,18 @@ def test_a_killed_process_is_a_crashed_attempt_with_its_last_words(stack: Stack)
 
 
 def test_a_system_that_does_not_load_says_why(stack: Stack) -> None:
-    stack.worker("broken")
+    stack.worker("tests.workers.broken:run")
     job = stack.wait(stack.submit(max_attempts=1))
     assert job.state is JobState.FAILED
     assert any("no module named tensorflow" in line for line in stack.log(job))
+
+
+def test_a_process_that_ends_before_it_serves_says_why(stack: Stack) -> None:
+    stack.worker("unknown")
+    job = stack.wait(stack.submit(max_attempts=1))
+    assert job.state is JobState.FAILED
+    assert job.error is not None and "ended before it could be given work" in job.error["message"]
+    assert any("invalid choice: 'unknown'" in line for line in stack.log(job))
 
 
 def test_the_child_sees_only_what_it_may(stack: Stack, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import redis as redis_client
 
 from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.generation import GenerationSpec
+from ethogram.specs.kinds import KINDS
 from services.jobs.bell import Bell, celery_queue, checked_redis_url
 from services.jobs.notify import CHANNEL, Notifier
 from services.jobs.registry import JobRegistry, JobState
@@ -163,7 +164,7 @@ def test_the_environment_of_a_child() -> None:
 
 
 def test_a_child_answers_before_torch_is_loaded_and_leaves_nothing(tmp_path: Path) -> None:
-    child = Child("tests.workers.systems:count", SLOT, tmp_path)
+    child = Child(KINDS["generation"], SLOT, tmp_path)
     began = time.monotonic()
     child.wait_ready(lambda: False)
     assert time.monotonic() - began < 5

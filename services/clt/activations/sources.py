@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import ActivationsSpec, LanguageModelSpec
-from services.artifacts.hub import fetch, told
+from services.artifacts.hub import fetch
 from services.clt.activations.hooks import HookPoint
 from services.clt.activations.texts import texts
 from services.clt.policy.model import AttentionPolicy
@@ -164,8 +164,9 @@ def _folder(model: str) -> Path:
         return place
     if place.is_absolute() or model.count("/") > 1:
         raise InvalidInput.field(f"{_FIELD}.model", f"{model} is not there")
-    with told(f"{model}, which is no folder here", f"{_FIELD}.model", "read"):
-        return fetch(model, "model", ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"], ["*/*"])
+    include = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    described = f"{model}, which is no folder here"
+    return fetch(model, "model", include, ["*/*"], field=f"{_FIELD}.model", described=described)
 
 
 def _digest(model: nn.Module) -> str:

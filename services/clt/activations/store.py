@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput, Unavailable
 from services.clt.activations.statistics import Moments, Statistics
+from services.runtime.reading import reading
 from services.runtime.seeds import generator
-from services.zoo.reading import reading
 
 FORMAT = 1
 MANIFEST, STATISTICS, POINTER = "manifest.json", "statistics.safetensors", "activation_store.json"

@@ -11,7 +11,7 @@ from pyarrow import ArrowInvalid, parquet
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import LanguageModelSpec
-from services.artifacts.hub import told
+from services.artifacts.hub import hub_errors
 
 _FIELD = "spec.language_model"
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -99,7 +99,7 @@ def _saved(spec: LanguageModelSpec, place: Path) -> Any:
 
 def _of_hub(spec: LanguageModelSpec) -> Iterator[str]:
     datasets = _datasets()
-    with told(spec.dataset, f"{_FIELD}.dataset", "read"):
+    with hub_errors(spec.dataset, f"{_FIELD}.dataset", "read"):
         try:
             rows = datasets.load_dataset(spec.dataset, spec.config, split=spec.split, streaming=True)
         except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicyModelSpec
-from services.clt.loading import loading
+from services.runtime.reading import reading
 from services.runtime.tensors import write_tensors
 
 FORMAT = 1
@@ -178,8 +178,8 @@ class AttentionPolicy(nn.Module):
     def load(cls, folder: Path | str, device: str = "cpu") -> AttentionPolicy:
         """Read what :meth:`save` wrote, ready for evaluation. Raises :class:`InvalidInput` where it cannot."""
         folder = Path(folder)
-        with loading(folder, "policy", "policy"):
-            config = json.loads((folder / CONFIG).read_text())
+        with reading(folder, CONFIG, "policy", "policy") as path:
+            config = json.loads(path.read_text())
             if config["format"] != FORMAT:
                 raise InvalidInput.field("policy", f"has format {config['format']}; this version reads {FORMAT}")
             policy = cls(PolicyModelSpec.model_validate(config["model"]), int(config["nodes"]))

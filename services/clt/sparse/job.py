@@ -37,7 +37,7 @@ def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, An
             model.save(Path(scratch, "model"), {**trainer.about, "figures": figures})
             # First, so that nothing that fails later costs it.
             run.artifact("model", "sparse-model", Path(scratch, "model"))
-            write_report(Path(scratch, "report"), model, spec, figures=figures, density=density, course=trainer.course)
+            write_report(Path(scratch, "report"), model, spec, figures=figures, density=density, history=trainer.course)
             run.artifact("report", "report", Path(scratch, "report"))
     dead = sum(int(one.sum()) for one in trainer.dead) / sum(model.features)
     return {

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import SparseModelSpec
-from services.clt.loading import loading
 from services.clt.sparse import code as codes
 from services.clt.sparse.code import SPARSE_BELOW, Code
+from services.runtime.reading import reading
 from services.runtime.tensors import write_tensors
 
 FORMAT = 2
@@ -260,8 +260,8 @@ class SparseModel(nn.Module):
     def load(cls, folder: Path | str, device: str = "cpu") -> SparseModel:
         """Read what :meth:`save` wrote, ready for evaluation. Raises :class:`InvalidInput` where it cannot."""
         folder = Path(folder)
-        with loading(folder, "model", "sparse model"):
-            config = json.loads((folder / CONFIG).read_text())
+        with reading(folder, CONFIG, "sparse model", "model") as path:
+            config = json.loads(path.read_text())
             if config["format"] != FORMAT:
                 raise InvalidInput.field("model", f"has format {config['format']}; this version reads {FORMAT}")
             state = load_file(folder / WEIGHTS)

@@ -22,10 +22,10 @@ from services.clt.activations.pairs import pair_name
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job
 from services.clt.sparse.streams import streams_of
-from services.runtime.page import FAINT, drawing, image, page, png, table
+from services.runtime.report import Report, plot
 from services.runtime.run import ChildJob, Run
 
-TABLE, PAGE = "sweep.csv", "sweep.html"
+TABLE = "sweep.csv"
 SPARSITY = ("model.k", "model.k_ratio", "loss.l1", "loss.l0")
 """Options by which more or fewer features are active."""
 MOST_NAMED = 15
@@ -197,8 +197,7 @@ class Each(Run):
 
 
 def compare(folder: Path, wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], spec: SweepSpec) -> None:
-    """Write what the runs came to into ``folder``: ``sweep.csv``, ``sweep.png`` and ``sweep.html``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the comparison of the runs into ``folder``: the report, with ``sweep.png``, and ``sweep.csv``."""
     options = [axis.option for axis in spec.grid]
     head = ["run", *options, "fvu", "l0", "dead", "cosine", "features"]
     values = [
@@ -210,14 +209,12 @@ def compare(folder: Path, wanted: Mapping[str, CltSpec], rows: Mapping[str, Row]
         ]
         for name, row in rows.items()
     ]
+    report = Report(f"Sweep over {len(rows)} runs")
+    alt = "Share of the variance that is left, over active features"
+    report.figure("sweep", tradeoff(wanted, rows, options), alt).table(head, values).spec(spec)
+    report.write(folder, {"runs": {name: row["figures"] for name, row in rows.items()}}, former="sweep.html")
     with (folder / TABLE).open("w", newline="") as file:
         csv.writer(file).writerows([head, *values])
-    with drawing():
-        picture = png(tradeoff(wanted, rows, options))
-    (folder / "sweep.png").write_bytes(picture)
-    text = "Share of the variance that is left, over active features"
-    body = f"{image(picture, text)}{table(head, values)}"
-    (folder / PAGE).write_text(page(f"Sweep over {len(rows)} runs", body))
 
 
 def _get(asked: Mapping[str, Any], option: str) -> Any:
@@ -227,12 +224,13 @@ def _get(asked: Mapping[str, Any], option: str) -> Any:
     return value
 
 
+@plot
 def tradeoff(wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Sequence[str]) -> Figure:
     """What is left over the active features, a line for each pair and each setting of the ``options`` of the grid but
     the one that changes how many are active."""
     along = next((option for option in options if option in SPARSITY), None)
     others = [option for option in options if option != along]
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5))
     axis = figure.subplots()
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, row in rows.items():
@@ -241,11 +239,10 @@ def tradeoff(wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Se
         line = ", ".join([f"{asked['sources'][0]} to {asked['targets'][-1]}", *own])
         lines.setdefault(line, []).append((row["figures"]["l0"], row["figures"]["fvu"]))
     for name, points in lines.items():
-        axis.plot(*zip(*sorted(points), strict=True), marker="o", ms=4, lw=1, label=name)
-    axis.set_title("variance that is left, over active features", fontsize=10, loc="left")
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axis.set_title("variance that is left, over active features")
     axis.set_xlabel("active features of a row")
     axis.set_ylabel("share of the variance that is left (validation)")
-    axis.grid(color=FAINT, lw=0.5)
     if len(lines) <= MOST_NAMED:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend()
     return figure

@@ -1,7 +1,8 @@
-"""The codec as a bundle: save and load, any batch, and wrong input."""
+"""The codec: save and load, any batch, and wrong input."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import PatternSpec, SignatureSpec
-from services.crossmodal import bundle
-from services.crossmodal.bundle import Codec
+from services.crossmodal import codec as codec_module
+from services.crossmodal.codec import Codec
 from services.crossmodal.evaluate import evaluate
 from services.crossmodal.report import all_latents
 from services.crossmodal.train import Trainer
@@ -88,7 +89,7 @@ def test_many_networks_go_through_in_parts(
     zoo: Zoo, untrained: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, seen = untrained.encode(zoo.params), list[int]()
-    monkeypatch.setattr(bundle, "CHUNK", 50)
+    monkeypatch.setattr(codec_module, "CHUNK", 50)
     codec = Trainer(tiny_spec(), zoo).codec()
     for part in (codec.model.encoder, codec.model.decoder):
         part.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
@@ -265,7 +266,7 @@ def test_wrong_latents_and_signatures(zoo: Zoo, untrained: Codec) -> None:
             untrained.encode_signatures(signatures)
 
 
-def test_broken_bundles(untrained: Codec, tmp_path: Path) -> None:
+def test_broken_files(untrained: Codec, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"config\.json"):
         Codec.load(tmp_path)
     untrained.save(tmp_path)
@@ -302,3 +303,9 @@ def test_broken_bundles(untrained: Codec, tmp_path: Path) -> None:
         save_file(tensors, tmp_path / f"{name}.safetensors", {"run": run})
         with pytest.raises(InvalidInput, match=rf"{name}\.safetensors: {text}"):
             Codec.load(tmp_path)
+
+
+def test_the_former_module_warns() -> None:
+    with pytest.warns(DeprecationWarning, match=r"services\.crossmodal\.codec"):
+        former = importlib.import_module("services.crossmodal.bundle")
+    assert former.Codec is Codec

@@ -1,0 +1,414 @@
+"""The trained codec: networks to latents and back, and edits of their behaviour. Needs no zoo and no training code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.crossmodal import CrossmodalSpec
+from services.crossmodal import checks
+from services.crossmodal.codec_files import PARTS, Contents, Part, read, write
+from services.crossmodal.data import Prepared, Preprocessor, Subjects
+from services.crossmodal.model import Decoder, Encoder, EncoderDecoder
+from services.crossmodal.steering import (
+    LOCAL_GATE,
+    TARGET_GATE,
+    Direction,
+    Edit,
+    Mode,
+    Probe,
+    Scores,
+    classifier_normals,
+    mean_differences,
+    score,
+)
+from services.zoo.dataset import Zoo
+from services.zoo.pools import Evaluation
+from services.zoo.subjects import Architecture, Params, activations, encode, flatten, unflatten
+from services.zoo.universe import VALIDATION
+
+CHUNK = 256
+"""Networks that go through encoder or decoder at once: in a transformer each takes a row of every token."""
+
+Strength = float | Literal["auto"]
+AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)
+"""Strengths that ``auto`` chooses from."""
+HAS = 0.5
+"""Share of the sequences that tell of a behaviour that a network which has it answers yes to, at least."""
+MIN_TELLING = 8
+"""Fewest sequences that tell of a behaviour."""
+
+
+class Behavior(NamedTuple):
+    """One behaviour that a codec can steer."""
+
+    name: str
+    description: str
+    positives: int
+    """Training subjects that have it."""
+
+
+class Effect(NamedTuple):
+    """What an edit does to each of some networks; the first axis is theirs."""
+
+    networks: Params
+    """After the edit."""
+    latents: Tensor
+    """After the edit, ``[batch, latent]``."""
+    strength: Tensor
+    """What the directions were multiplied by, ``[batch]``."""
+    had: Tensor
+    """Behaviours that each network was seen to have on the support set; read from the latent where that has no sequence
+    of a behaviour: bool ``[batch, behaviors]``."""
+    predicted: Tensor
+    """Chance of each behaviour as a line reads it from the latent, before and after: ``[batch, 2, behaviors]``."""
+    recall: Tensor
+    """Measured: share of the held-out sequences with each behaviour that are answered yes, before and after:
+    ``[batch, 2, behaviors]``."""
+    false_positive_rate: Tensor
+    """The same of the sequences without any behaviour: ``[batch, 2]``."""
+    scores: Scores
+    """Target and local, ``[batch]`` each, by the behaviours that the network had; target is no number where the edit
+    decides no sequence."""
+
+
+class Codec:
+    """Networks to latents and back, and edits of their behaviour.
+
+    Networks come as stacked parameters (see :mod:`services.zoo.subjects`), one batch axis first, all of one of the
+    shapes that the codec was trained on; ``activation`` says which is meant where shapes differ in it alone. Every
+    method takes any batch size from 1, computes on ``device`` without gradients, and treats each row by itself. Wrong
+    input raises :class:`InvalidInput` that names the field.
+    """
+
+    def __init__(self, contents: Contents, device: str = "cpu") -> None:
+        self.contents, self.device = contents, device
+        self.spec, self.zoo, self.signature = contents.spec, contents.zoo, contents.signature
+        self.patterns, self.positives = contents.patterns, contents.positives
+        self.probes, self.preprocessor = contents.probes, contents.preprocessor
+        self.evaluation, self.support = contents.evaluation, contents.support
+        self.course: list[dict[str, float]] = []
+        """Loss, terms and validations of the training that made it, each with its ``step``; not kept in its files."""
+        self.probe = Probe(*(tensor.to(device) for tensor in contents.probe))
+        self.layout = contents.preprocessor.layout
+        self.model = contents.model.to(device).eval().requires_grad_(False)
+        self.directions: dict[Direction, Tensor] = {"learned": self.model.directions}
+        """Of each kind, what is added to a latent to gain each behaviour, ``[behaviors, latent]``."""
+        self.directions |= {kind: tensor.to(device) for kind, tensor in contents.fixed.items()}
+
+    @classmethod
+    def of(
+        cls,
+        spec: CrossmodalSpec,
+        zoo: Zoo,
+        preprocessor: Preprocessor,
+        model: EncoderDecoder,
+        subjects: Subjects,
+    ) -> Codec:
+        """The codec of a model trained on ``subjects``, with what it must carry from its zoo."""
+        latents = encoded(model.encoder, subjects.inputs, subjects.shape)
+        contents = Contents(
+            spec,
+            zoo=zoo.digest,
+            signature=zoo.spec.signature,
+            patterns=tuple(zoo.patterns),
+            positives=tuple(subjects.labels.sum(0).tolist()),
+            probes=zoo.probes,
+            preprocessor=preprocessor,
+            # An encoder sees the answers on the probes, which in a zoo from elsewhere are of any split.
+            evaluation=Evaluation.build(zoo.universe, without=zoo.probes),
+            support=Evaluation.build(zoo.universe, split=VALIDATION, without=zoo.probes),
+            model=model,
+            probe=Probe.fit(latents, subjects.labels).calibrated(latents, subjects.labels),
+            fixed={
+                "mean_difference": mean_differences(latents, subjects.labels),
+                "classifier_normal": classifier_normals(latents, subjects.labels),
+            },
+        )
+        return cls(contents, str(model.directions.device))
+
+    def save(self, folder: Path) -> None:
+        """Write the files of the codec, see :mod:`services.crossmodal.codec_files`."""
+        for part in PARTS:
+            self._need(part)
+        write(self.contents, folder)
+
+    @classmethod
+    def load(cls, folder: Path | str, device: str = "cpu", parts: Sequence[Part] = PARTS) -> Codec:
+        """Read what :meth:`save` wrote, of encoder and decoder only ``parts``: a call that needs another one raises
+        :class:`InvalidInput`. So does a file that is missing, wrong, or of another run."""
+        return cls(read(Path(folder), parts), device)
+
+    def check_zoo(self, zoo: Zoo) -> None:
+        """Raise :class:`InvalidInput` for another zoo than the codec was trained on: of that one alone it is known who
+        was held out."""
+        if zoo.digest != self.zoo:
+            raise InvalidInput.field("zoo", "is not the zoo that the codec was trained on; give that one")
+
+    @property
+    def latent_dim(self) -> int:
+        """Length of a latent."""
+        return self.spec.codec.latent_dim
+
+    @cached_property
+    def behaviors(self) -> list[Behavior]:
+        """What can be added and removed, in the order of ``directions``."""
+        return [Behavior(p.name, p.description, n) for p, n in zip(self.patterns, self.positives, strict=True)]
+
+    @property
+    def signature_shape(self) -> tuple[int, int]:
+        """(neurons, values) of one signature."""
+        return self.layout.neurons, self.preprocessor.extractor.values
+
+    def latents(self, inputs: Tensor, shape: Tensor) -> Tensor:
+        """Latents ``[batch, latent]`` of the encoder's flat inputs ``[batch, inputs]`` of networks of the shapes
+        ``shape`` (int64 ``[batch]``)."""
+        self._need("encoder")
+        return encoded(self.model.encoder, inputs, shape)
+
+    def decodings(self, latents: Tensor, shape: Tensor) -> Tensor:
+        """Networks in the model's form ``[batch, size]`` of latents ``[batch, latent]``; ``shape`` as above."""
+        self._need("decoder")
+        return decoded(self.model.decoder, latents, shape)
+
+    @torch.no_grad()
+    def encode(self, networks: Params, activation: str | None = None) -> Tensor:
+        """Latents ``[batch, latent]`` of networks: their signatures are taken on the codec's own probes."""
+        return self._encoded(*self._vectors(networks, activation))[1]
+
+    @torch.no_grad()
+    def encode_signatures(self, signatures: Tensor) -> Tensor:
+        """Latents of signatures ``[batch, neurons, values]``, taken on the codec's probes, of a codec for networks of
+        one shape whose encoder takes nothing else."""
+        if self.spec.codec.inputs != "signature":
+            raise InvalidInput.field(
+                "signatures", f"this model's encoder takes {self.spec.codec.inputs}; send networks"
+            )
+        if len(self.layout.shapes) > 1 or self.preprocessor.canonicalizer is not None:
+            raise InvalidInput.field("signatures", "this model must see the networks themselves; send networks")
+        checked = checks.batch(signatures, self.signature_shape, "signatures").to(self.device).flatten(1)
+        shape = torch.zeros(len(checked), dtype=torch.int64, device=self.device)
+        return checks.finite(self.latents(checked, shape), "signatures")
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, shape: Architecture | None = None) -> Params:
+        """Networks of latents ``[batch, latent]``; ``shape``: theirs, of a codec that knows several."""
+        checked = checks.batch(latents, (self.latent_dim,), "latents").to(self.device)
+        if shape is None and len(self.layout.shapes) > 1:
+            raise InvalidInput.field("shape", f"this model knows {len(self.layout.shapes)} shapes; say which")
+        if shape is not None and shape not in self.layout.shapes:
+            raise InvalidInput.field("shape", "an architecture that the model was not trained on")
+        which = 0 if shape is None else self.layout.shapes.index(shape)
+        shapes = torch.full((len(checked),), which, device=self.device)
+        return self._networks(checks.finite(self.decodings(checked, shapes), "latents"), which)
+
+    @torch.no_grad()
+    def steer(
+        self,
+        networks: Params,
+        edits: Sequence[Edit | tuple[str, ...]],
+        mode: Mode = "residual",
+        strength: Strength = 1.0,
+        *,
+        direction: Direction = "learned",
+        activation: str | None = None,
+    ) -> tuple[Params, Tensor]:
+        """Networks after ``edits``, all applied to each, and their latents ``[batch, latent]`` after the edit.
+
+        ``strength`` scales the direction; 1 is what it was trained for, 0 with ``residual`` returns the very same
+        weights, ``auto`` takes for each network whichever of ``AUTO`` does best on the support set (sequences that are
+        neither trained nor judged on).
+        """
+        found = self._steered(networks, edits, mode=mode, strength=strength, direction=direction, activation=activation)
+        return self._networks(found.vectors, int(found.shape[0])), found.latents
+
+    @torch.no_grad()
+    def effect(
+        self,
+        networks: Params,
+        edits: Sequence[Edit | tuple[str, ...]],
+        mode: Mode = "residual",
+        strength: Strength = 1.0,
+        *,
+        direction: Direction = "learned",
+        activation: str | None = None,
+    ) -> Effect:
+        """What ``edits`` do to networks: predicted from their latents, and measured on held-out sequences. Arguments as
+        in :meth:`steer`."""
+        found = self._steered(networks, edits, mode=mode, strength=strength, direction=direction, activation=activation)
+        said = [self.yes(vectors, found.shape) for vectors in (found.source, found.vectors)]
+        shares = torch.stack([self.evaluation.by_stratum(one.cpu()).to(self.device) for one in said], 1)
+        predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (found.before, found.latents)], 1)
+        labels = [self.evaluation.labels(one.cpu()).to(self.device) for one in (found.had, found.wanted)]
+        scores = score(said[1], said[0], *labels)
+        target = scores.target.masked_fill((labels[0] == labels[1]).all(1), float("nan"))
+        return Effect(
+            self._networks(found.vectors, int(found.shape[0])),
+            found.latents,
+            found.strength,
+            found.had,
+            predicted,
+            shares[:, :, :-1],
+            shares[:, :, -1],
+            scores._replace(target=target),
+        )
+
+    @torch.no_grad()
+    def _steered(
+        self,
+        networks: Params,
+        edits: Sequence[Edit | tuple[str, ...]],
+        *,
+        mode: Mode,
+        strength: Strength,
+        direction: Direction,
+        activation: str | None,
+    ) -> _Steered:
+        self._need("decoder")
+        mode, alpha = checks.mode(mode), checks.strength(strength)
+        signs = self._signs(edits)
+        vectors, shape = self._vectors(networks, activation)
+        prepared, latents = self._encoded(vectors, shape)
+        source_decoded = self.decodings(latents, shape)
+        shift = signs @ self.directions[checks.direction(direction)]
+
+        def moved(by: float) -> tuple[Tensor, Tensor]:
+            steered = latents + by * shift
+            found = self.decodings(steered, shape)
+            # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
+            weights = prepared.undo(found) if mode == "direct" else vectors + prepared.undo(found - source_decoded)
+            return checks.finite(weights, "networks"), steered
+
+        source = self.yes(vectors, shape, self.support)
+        telling = self._telling
+        had = source.float() @ telling.T / telling.sum(1).clamp_min(1) >= HAS
+        # Where the probes are all that there is of a behaviour, as the latent says.
+        had = torch.where(telling.any(1), had, self.probe(latents) > 0)
+        wanted = had & ~(signs < 0) | (signs > 0)
+        if alpha != "auto":
+            weights, steered = moved(alpha)
+            chosen = torch.full((len(vectors),), alpha, device=self.device)
+            return _Steered(vectors, shape, latents, weights, steered, chosen, had, wanted)
+        labels = [self.support.labels(one.cpu()).to(self.device) for one in (had, wanted)]
+        tried = [moved(by) for by in AUTO]
+        margins = []
+        for weights, _ in tried:
+            scores = score(self.yes(weights, shape, self.support), source, *labels)
+            margins.append(torch.minimum(scores.target - TARGET_GATE, scores.local - LOCAL_GATE))
+        # Of equal ones that which is nearest to 1, which is the first.
+        best = torch.stack(margins).argmax(0)
+        rows = torch.arange(len(best), device=self.device)
+        weights, steered = (torch.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
+        chosen = torch.tensor(AUTO, device=self.device)[best]
+        # Where nothing is to change, nothing does.
+        same = (labels[0] == labels[1]).all(1)
+        chosen = torch.where(same, 0.0, chosen)
+        weights = torch.where(same.unsqueeze(1), moved(0.0)[0], weights)
+        steered = torch.where(same.unsqueeze(1), latents, steered)
+        return _Steered(vectors, shape, latents, weights, steered, chosen, had, wanted)
+
+    def _signs(self, edits: Sequence[Edit | tuple[str, ...]]) -> Tensor:
+        """-1 for what the edits take away and 1 for what they give: ``[behaviors]``."""
+        names = [behavior.name for behavior in self.behaviors]
+        signs = torch.zeros(len(names), device=self.device)
+        for edit in checks.edits(edits, names):
+            for name, sign in edit.signs.items():
+                signs[names.index(name)] = sign
+        return signs
+
+    @torch.no_grad()
+    def evaluate(self, networks: Params, activation: str | None = None) -> tuple[Tensor, Tensor]:
+        """How networks behave on held-out sequences, as two float32 tensors.
+
+        ``recall`` ``[batch, behaviors]``: share of the sequences with the behaviour that the network answers yes to;
+        ``false_positive_rate`` ``[batch]``: that share of the sequences without any behaviour.
+        """
+        yes = self.yes(*self._vectors(networks, activation))
+        shares = self.evaluation.by_stratum(yes.cpu()).to(self.device)
+        return shares[:, :-1], shares[:, -1]
+
+    @cached_property
+    def evaluation_inputs(self) -> Tensor:
+        """The evaluation set as network inputs, examples as columns: ``[input_size, n]``."""
+        return self._inputs(self.evaluation)
+
+    @cached_property
+    def _support_inputs(self) -> Tensor:
+        return self._inputs(self.support)
+
+    @cached_property
+    def _telling(self) -> Tensor:
+        """By which sequences of the support set each behaviour is told, 0 or 1 ``[behaviors, n]``: those that match it
+        alone (most sorted sequences begin with A, say, and a network that knows ``starts_with(A)`` answers yes to
+        them); where there are fewer than ``MIN_TELLING``, all that match it."""
+        member = self.support.membership
+        alone = member & (member.sum(1, keepdim=True) == 1)
+        return torch.where(alone.sum(0) < MIN_TELLING, member, alone).T.float().to(self.device)
+
+    def _inputs(self, asked: Evaluation) -> Tensor:
+        return encode(self.layout.envelope, asked.sequences.to(self.device)).T.contiguous()
+
+    def yes(self, vectors: Tensor, shape: Tensor, asked: Evaluation | None = None) -> Tensor:
+        """Predicted classes of networks ``[models, size]`` on the evaluation set, or on the support set where that is
+        ``asked``: bool ``[models, n]``."""
+        inputs = self._support_inputs if asked is self.support else self.evaluation_inputs
+        return self.layout.answers(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
+
+    def _vectors(self, networks: Params, activation: str | None) -> tuple[Tensor, Tensor]:
+        """``networks`` checked, as float32 vectors on the device, and their shape, int64 ``[batch]``."""
+        checked, which = checks.networks(networks, self.layout, activation)
+        vectors = self.layout.pad(flatten(checked).to(self.device), which)
+        # Before anything else is made of them: not every signature of infinity is a number, or even an answer.
+        inputs, shape = self.preprocessor.extractor.inputs.to(self.device), self.layout.shapes[which]
+        for layer in activations(unflatten(self.layout.strip(vectors, which), shape), inputs, shape.activation):
+            checks.finite(layer, "networks")
+        return vectors, torch.full((len(vectors),), which, device=self.device)
+
+    def _encoded(self, vectors: Tensor, shape: Tensor) -> tuple[Prepared, Tensor]:
+        """``vectors`` on the way into the encoder, and their latents."""
+        prepared = self.preprocessor(vectors, shape)
+        latents = self.latents(checks.finite(prepared.inputs, "networks"), shape)
+        return prepared, checks.finite(latents, "networks")
+
+    def _need(self, part: Part) -> None:
+        if not hasattr(self.model, part):
+            raise InvalidInput.field("model", f"the codec was loaded without its {part}")
+
+    def _networks(self, vectors: Tensor, which: int) -> Params:
+        return unflatten(self.layout.strip(vectors, which), self.layout.shapes[which])
+
+
+@torch.no_grad()
+def encoded(encoder: Encoder, inputs: Tensor, shape: Tensor) -> Tensor:
+    """Latents of flat inputs, see :meth:`Codec.latents`."""
+    parts = zip(torch.split(inputs, CHUNK), torch.split(shape, CHUNK), strict=True)
+    return torch.cat([encoder(encoder.features(own), which) for own, which in parts])
+
+
+@torch.no_grad()
+def decoded(decoder: Decoder, latents: Tensor, shape: Tensor) -> Tensor:
+    """Networks of latents, see :meth:`Codec.decodings`."""
+    parts = zip(torch.split(latents, CHUNK), torch.split(shape, CHUNK), strict=True)
+    return torch.cat([decoder(own, which) for own, which in parts])
+
+
+class _Steered(NamedTuple):
+    """Networks before and after an edit."""
+
+    source: Tensor
+    """Vectors before, ``[batch, size]``."""
+    shape: Tensor
+    before: Tensor
+    """Latents before."""
+    vectors: Tensor
+    latents: Tensor
+    strength: Tensor
+    had: Tensor
+    wanted: Tensor
+    """Behaviours that the edit asks for: bool ``[batch, behaviors]``."""

@@ -1,0 +1,41 @@
+"""Reading files that users bring: whatever a parser raises becomes an error that names the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from ethogram.errors import InvalidInput
+
+
+@contextmanager
+def reading(folder: Path, file: str, what: str, field: str | None = None) -> Iterator[Path]:
+    """The path of ``file`` in ``folder``, to read it, and files beside it, inside the block.
+
+    A missing file, and any error of the block that tells of broken contents, becomes :class:`InvalidInput`. ``what``:
+    what the folder should be, e.g. ``zoo``. ``field``: the input that named the folder, e.g. ``policy``; the error is
+    then of that field and names the folder. Otherwise it is of the field ``file``.
+    """
+    subject = "" if field is None else f"{folder / file} "
+    field = field or file
+    if not (folder / file).is_file():
+        raise InvalidInput.field(field, f"{subject}is missing; is {folder if subject else 'this folder'} a {what}?")
+    try:
+        yield folder / file
+    except FileNotFoundError as error:
+        # safetensors leaves the attribute ``filename`` empty.
+        other = Path(str(error).rpartition(": ")[2].strip("'")).name
+        raise InvalidInput.field(field, f"{subject}needs {other}, which is missing; make the {what} again") from None
+    except KeyError as error:
+        raise InvalidInput.field(field, f"{subject}has no {error.args[0]}") from None
+    # A spec names what is wrong, a pattern that is not registered here say.
+    except ValidationError as error:
+        raise InvalidInput.from_pydantic(error, field) from None
+    # torch raises RuntimeError for shapes that do not fit; Arrow's errors are ValueErrors.
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        text = f"cannot be read, or does not fit the other files ({type(error).__name__}); make the {what} again"
+        raise InvalidInput.field(field, subject + text) from None

@@ -1,0 +1,3 @@
+"""A job module that cannot be imported."""
+
+raise ImportError("no module named tensorflow")
