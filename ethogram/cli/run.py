@@ -61,12 +61,10 @@ def run(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Run a job of any kind on this machine, without a platform.
-
-    Needs a server install. A checkpoint is kept every half minute and on Ctrl-C; the same command resumes from it. A
-    finished run and a run of another spec are never overwritten. An input is an artifact's file or folder, or the
-    folder of the run that made it. Under torchrun, each process trains on its share of every batch.
-    """
+    """Run a job of any kind on this machine, without a platform; takes a server install. A checkpoint is kept every
+    half minute and on Ctrl-C, and the same command resumes from it. A finished run and a run of another spec are never
+    overwritten. An input is an artifact's file or folder, or the folder of the run that made it. Under torchrun, each
+    process trains on its share of every batch."""
     from ethogram.specs.kinds import KINDS
 
     if kind not in KINDS:
@@ -171,7 +169,7 @@ def _spec(kind: Kind, request: Request, file: Path | None, values: list[str]) ->
     for path in kind.inputs:
         field = kind.spec.model_fields.get(path)
         if field is not None and field.is_required() and path not in request.inputs:
-            raise InvalidInput.field("--input", f"{kind.name} needs {path}: name its file or folder, {path}=PATH")
+            raise InvalidInput.field("--input", f"{kind.name} needs a file or folder for {path}, as {path}=PATH")
     spec = read_spec(kind.spec, file, [*(f"{path}={json.dumps(value)}" for path, value in given.items()), *values])
     if request.check is not None:
         request.check(spec)
