@@ -7,9 +7,10 @@ servicer into ``google.rpc.Status`` (see :mod:`ethogram.rpc`), and the client ba
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # A status detail larger than 16 KiB turns a gRPC answer into RESOURCE_EXHAUSTED, so long lists are cut.
 MAX_VIOLATIONS = 20

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ethogram.cli.options import Json, Limit, Url, Version, connect, examples, show_help
+from ethogram.cli.output import pairs, result, say, table
 
 if TYPE_CHECKING:
     from ethogram.client import Client
@@ -33,8 +34,6 @@ def put(
     as_json: Json = False,
 ) -> None:
     """Upload a file or a folder."""
-    from ethogram.cli.output import pairs, result
-
     with connect(url) as client:
         made = client.put(path, name=name or path.resolve().stem, type=type)
     shown = {"artifact": made.id, "name": made.name, "type": made.type, "bytes": made.size}
@@ -50,8 +49,6 @@ def ls(
     as_json: Json = False,
 ) -> None:
     """List artifacts, newest first."""
-    from ethogram.cli.output import result, table
-
     with connect(url) as client:
         found = client.artifacts(job=job, type=type, limit=limit)
     rows = [(a.id, a.name, a.type, a.size, a.job, a.created_at) for a in found]
@@ -68,8 +65,6 @@ def get(
     as_json: Json = False,
 ) -> None:
     """Download an artifact; every file is checked against its digest."""
-    from ethogram.cli.output import result, say
-
     with connect(url) as client:
         artifact = client.artifact(_resolve(client, source))
         name = artifact.manifest.name if artifact.manifest else artifact.name
@@ -82,8 +77,6 @@ def get(
 @app.command(epilog=examples("ethogram artifacts rm 3f9c...", "ethogram artifacts rm job_abc/zoo"))
 def rm(source: Source, url: Url = None, as_json: Json = False) -> None:
     """Delete an artifact that no job needs any more, and retired models made of it."""
-    from ethogram.cli.output import pairs, result
-
     with connect(url) as client:
         id = _resolve(client, source)
         client.delete_artifact(id)
@@ -99,8 +92,6 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Publish an artifact as a model; the inference service has it within seconds."""
-    from ethogram.cli.output import result
-
     with connect(url) as client:
         model = client.publish(name, _resolve(client, source), version)
     result(model, as_json, lambda: _show(model))
@@ -114,8 +105,6 @@ def retire(
     as_json: Json = False,
 ) -> None:
     """Serve a version no more, but to those who ask for it by number."""
-    from ethogram.cli.output import result
-
     with connect(url) as client:
         model = client.retire(name, version)
     result(model, as_json, lambda: _show(model))
@@ -124,8 +113,6 @@ def retire(
 @models.command("ls", epilog=examples("ethogram models ls"))
 def models_ls(url: Url = None, as_json: Json = False) -> None:
     """List published models."""
-    from ethogram.cli.output import result, table
-
     with connect(url) as client:
         found = client.models()
     rows = [(m.name, m.version, m.artifact, m.created, "retired" if m.retired else "") for m in found]
@@ -135,8 +122,6 @@ def models_ls(url: Url = None, as_json: Json = False) -> None:
 @models.command("get", epilog=examples("ethogram models get my-codec", "ethogram models get my-codec --version 1"))
 def models_get(name: ModelName, version: Version = None, url: Url = None, as_json: Json = False) -> None:
     """Show a published model."""
-    from ethogram.cli.output import result
-
     with connect(url) as client:
         model = client.model(name, version)
     result(model, as_json, lambda: _show(model))
@@ -145,8 +130,6 @@ def models_get(name: ModelName, version: Version = None, url: Url = None, as_jso
 @models.command(epilog=examples("ethogram models behaviors my-codec"))
 def behaviors(name: ModelName, version: Version = None, url: Url = None, as_json: Json = False) -> None:
     """List what a model can steer."""
-    from ethogram.cli.output import result, table
-
     with connect(url) as client, client.inference() as inference:
         answer = inference.behaviors(name, version=version)
     value = {
@@ -158,8 +141,6 @@ def behaviors(name: ModelName, version: Version = None, url: Url = None, as_json
 
 
 def _show(model: Model) -> None:
-    from ethogram.cli.output import pairs
-
     state = "retired" if model.retired else ""
     pairs({"model": model.name, "version": model.version, "artifact": model.artifact, "state": state})
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import typer
 
-if TYPE_CHECKING:
-    from ethogram.errors import EthogramError
+from ethogram.cli import output
+from ethogram.errors import EthogramError, Internal, InvalidInput
 
 
 def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
     """Run ``app`` and leave: 0; 2 for bad input; 1 for any other failure. ``arguments``: None: the process's own."""
-    from ethogram.errors import EthogramError, Internal, InvalidInput
-
     arguments = sys.argv[1:] if arguments is None else arguments
     problem: EthogramError
     try:
@@ -42,9 +40,6 @@ def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
 
 
 def _fail(problem: EthogramError, as_json: bool) -> NoReturn:
-    from ethogram.cli import output
-    from ethogram.errors import InvalidInput
-
     output.error(problem)
     if as_json:
         violations = [violation._asdict() for violation in problem.violations]

@@ -9,16 +9,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ethogram.cli.files import read_mapping, set_values
 from ethogram.cli.options import Json, KindName, Limit, Set, Url, Wait, connect, examples, seconds, show_help
+from ethogram.cli.output import console, pairs, print_json, result, table
+from ethogram.errors import InvalidInput
 
 if TYPE_CHECKING:
     from ethogram.client import Client
     from ethogram.resources import Event, Job
 
+top = typer.Typer()
+"""Commands without the word jobs."""
 app = typer.Typer(help="Look at jobs, follow, cancel and retry them.", invoke_without_command=True, callback=show_help)
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.", show_default=False)]
 
 
+@top.command(
+    epilog=examples(
+        "ethogram submit generation -f zoo.yaml --set subjects=512 --wait",
+        "ethogram submit crossmodal --set zoo.job=job_abc --set zoo.artifact=zoo --label owner=me",
+        "ethogram submit generation --dry-run",
+    )
+)
 def submit(
     kind: KindName,
     *,
@@ -62,8 +74,6 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Queue one job. What the file and --set leave out has its default."""
-    from ethogram.cli.files import read_mapping, set_values
-    from ethogram.cli.output import pairs, print_json, result
     from ethogram.transport import SubmitOptions
 
     spec = set_values(read_mapping(file, "spec"), values or (), "spec")
@@ -90,13 +100,7 @@ def submit(
         _exit_unless_succeeded([job])
 
 
-submit_examples = examples(
-    "ethogram submit generation -f zoo.yaml --set subjects=512 --wait",
-    "ethogram submit crossmodal --set zoo.job=job_abc --set zoo.artifact=zoo --label owner=me",
-    "ethogram submit generation --dry-run",
-)
-
-
+@top.command(epilog=examples("ethogram pipeline examples/main.yaml --set jobs.zoo.spec.subjects=256 --wait"))
 def pipeline(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML with `jobs:`, name to kind and spec.")],
     values: Set = None,
@@ -105,10 +109,6 @@ def pipeline(
     as_json: Json = False,
 ) -> None:
     """Queue several jobs that use each other's outputs: all of them, or none when one is wrong."""
-    from ethogram.cli.files import read_mapping, set_values
-    from ethogram.cli.output import result, table
-    from ethogram.errors import InvalidInput
-
     plan = set_values(read_mapping(file, "pipeline"), values or (), "pipeline")
     jobs = plan.get("jobs")
     if not isinstance(jobs, dict) or set(plan) != {"jobs"}:
@@ -121,9 +121,6 @@ def pipeline(
     result({"jobs": made}, as_json, lambda: table(["Name", "Job", "Kind", "State"], rows))
     if wait:
         _exit_unless_succeeded(list(made.values()))
-
-
-pipeline_examples = examples("ethogram pipeline examples/main.yaml --set jobs.zoo.spec.subjects=256 --wait")
 
 
 @app.command("list", epilog=examples("ethogram jobs list --kind generation --state FAILED"))
@@ -140,8 +137,6 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List jobs, newest first."""
-    from ethogram.cli.output import result, table
-
     with connect(url) as client:
         state = state.upper() if state else None
         jobs = client.jobs(kind=kind, state=state, labels=_labels(label or ()), parent=parent, limit=limit)
@@ -152,8 +147,6 @@ def list_(
 @app.command(epilog=examples("ethogram jobs get job_abc", "ethogram jobs get job_abc --json | jq .result"))
 def get(id: JobId, url: Url = None, as_json: Json = False) -> None:
     """Show one job."""
-    from ethogram.cli.output import result
-
     with connect(url) as client:
         job = client.job(id)
     result(job, as_json, lambda: _show(job))
@@ -162,8 +155,6 @@ def get(id: JobId, url: Url = None, as_json: Json = False) -> None:
 @app.command(epilog=examples("ethogram jobs watch job_abc", "ethogram jobs watch job_abc --json | jq .type"))
 def watch(id: JobId, url: Url = None, as_json: Json = False) -> None:
     """Follow a job to its end; exit code 1 unless it succeeds. With --json, one event a line."""
-    from ethogram.cli.output import print_json
-
     with connect(url) as client:
         if as_json:
             job = client.wait(id, on_event=lambda event: print_json(event, indent=None))
@@ -185,8 +176,6 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """Print what a job said."""
-    from ethogram.cli.output import console, print_json
-
     out = console()
 
     def show(event: Event) -> None:
@@ -215,8 +204,6 @@ def logs(
 @app.command(epilog=examples("ethogram jobs cancel job_abc"))
 def cancel(id: JobId, url: Url = None, as_json: Json = False) -> None:
     """Ask a job to end."""
-    from ethogram.cli.output import pairs, result
-
     with connect(url) as client:
         job = client.cancel(id)
     result(job, as_json, lambda: pairs({"job": job.id, "state": job.state}))
@@ -231,8 +218,6 @@ def retry(
     as_json: Json = False,
 ) -> None:
     """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
-    from ethogram.cli.output import pairs, result
-
     with connect(url) as client:
         job = client.retry(id, from_start=from_start)
         if wait:
@@ -247,10 +232,10 @@ def _finite(seconds: float) -> float | None:
 
 
 def _follow(client: Client, job: Job, name: str) -> Job:
-    from ethogram.cli.watch import watch as watch_of
+    from ethogram.cli.watch import Watch
 
     # A job that is tried again begins with the events of its earlier attempts; these are history.
-    with watch_of(name) as shown:
+    with Watch(name) as shown:
         for event in client.events(job.id, after=job.seq):
             shown.event(event)
     return client.job(job.id)
@@ -262,8 +247,6 @@ def _exit_unless_succeeded(jobs: list[Job]) -> None:
 
 
 def _show(job: Job) -> None:
-    from ethogram.cli.output import pairs
-
     error: dict[str, Any] = job.error or {}
     pairs(
         {
@@ -297,8 +280,6 @@ def _share(job: Job) -> str:
 
 
 def _labels(given: list[str] | tuple[()]) -> dict[str, str]:
-    from ethogram.errors import InvalidInput
-
     labels = {}
     for item in given:
         key, equals, value = item.partition("=")
@@ -311,8 +292,6 @@ def _labels(given: list[str] | tuple[()]) -> dict[str, str]:
 @app.command(epilog=examples("ethogram jobs rm job_abc"))
 def rm(id: JobId, url: Url = None, as_json: Json = False) -> None:
     """Delete a job that has ended, with its events, outputs and children; what is published stays."""
-    from ethogram.cli.output import pairs, result
-
     with connect(url) as client:
         client.delete_job(id)
     result({"deleted": id}, as_json, lambda: pairs({"deleted": id}))

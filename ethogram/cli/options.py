@@ -102,7 +102,7 @@ def system_app(name: str, text: str) -> typer.Typer:
     """The commands of one system, ``python -m services.<name>``; ``text``: its help."""
     return typer.Typer(
         name=name,
-        rich_markup_mode="rich",
+        rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
         callback=show_help,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ethogram.specs.base import Spec
     from ethogram.specs.kinds import Kind
 
+app = typer.Typer()
+
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 _INSTALL = (
@@ -46,6 +48,15 @@ class Request(NamedTuple):
     """Where artifacts go that are not in the run's folder, by name."""
 
 
+@app.command(
+    epilog=examples(
+        "ethogram run generation --set subjects=200 -o my-run",
+        "ethogram run crossmodal --input zoo=my-run -f examples/plain.yaml -o my-codec",
+        "ethogram run activations --input policy=my-policy --set instances=5000 -o my-activations --device cuda",
+        "torchrun --nproc-per-node 2 --no-python ethogram run clt --input activations=my-activations "
+        "--set kind=cross_layer -o my-clt",
+    )
+)
 def run(
     kind: KindName,
     file: SpecFile = None,
@@ -61,10 +72,12 @@ def run(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Run a job of any kind on this machine, without a platform; takes a server install. A checkpoint is kept every
-    half minute and on Ctrl-C, and the same command resumes from it. A finished run and a run of another spec are never
-    overwritten. An input is an artifact's file or folder, or the folder of the run that made it. Under torchrun, each
-    process trains on its share of every batch."""
+    """Run a job of any kind in this process, without a platform.
+
+    This takes a server install. A checkpoint is kept every half minute and on Ctrl-C, and the same command resumes from
+    it. A finished run and a run of another spec are never overwritten. An input is an artifact's file or folder, or the
+    folder of the run that made it. Under torchrun, each process trains on its share of every batch.
+    """
     from ethogram.specs.kinds import KINDS
 
     if kind not in KINDS:
@@ -79,15 +92,6 @@ def run(
             raise InvalidInput.field("--input", f"{kind} has no input {name!r}; its inputs: {names}")
         inputs[name] = Path(path)
     _run(KINDS[kind], Request(inputs), file=file, values=values, out=out, device=device, as_json=as_json)
-
-
-run_examples = examples(
-    "ethogram run generation --set subjects=200 -o my-run",
-    "ethogram run crossmodal --input zoo=my-run -f examples/plain.yaml -o my-codec",
-    "ethogram run activations --input policy=my-policy --set instances=5000 -o my-activations --device cuda",
-    "torchrun --nproc-per-node 2 --no-python ethogram run clt --input activations=my-activations "
-    "--set kind=cross_layer -o my-clt",
-)
 
 
 def run_command(

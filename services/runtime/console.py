@@ -13,14 +13,12 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ethogram.progress import StageDisplay
 from services.runtime.metrics import STATE, MetricsWriter
 from services.runtime.run import Run
 
 CHECKPOINT = "checkpoint"
-LINE_SECONDS = 15.0
-"""Seconds between lines of progress where there is no terminal to draw a bar on."""
 
 
 class ConsoleRun(Run):
@@ -46,8 +44,8 @@ class ConsoleRun(Run):
         """Artifacts that are being written in their place."""
         self._seconds = checkpoint_seconds
         self._next = time.monotonic() + (checkpoint_seconds or 0.0)
-        # Of the present stage: its name, whether it keeps checkpoints, when its next line is due, and its metrics.
-        self._stage, self._keeps, self._line, self._shown_metrics = "", False, 0.0, ""
+        # The present stage, and whether it keeps checkpoints.
+        self._stage, self._keeps = "", False
         self._leaving = False
         self._handler: Any = None
         self._metrics: MetricsWriter | None = None
@@ -56,22 +54,10 @@ class ConsoleRun(Run):
             resumes = checkpoint_seconds is not None and checkpoint.exists()
             self._metrics = MetricsWriter(output, checkpoint if resumes else None)
             self.resume = checkpoint / STATE if resumes else None
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            console=(console := console or Console(stderr=True)),
-            disable=not console.is_terminal,
-        )
-        # As many as fit beside the bar.
-        self._shown = max(1, (console.width - 60) // 20)
-        self._task: TaskID | None = None
+        self._display = StageDisplay(console)
 
     def __enter__(self) -> ConsoleRun:
-        self._progress.start()
+        self._display.__enter__()
         if self._seconds is not None and threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGINT, self._interrupted)
         return self
@@ -86,7 +72,7 @@ class ConsoleRun(Run):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._display.__exit__()
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
         if self._metrics is not None:
@@ -112,31 +98,20 @@ class ConsoleRun(Run):
             raise KeyboardInterrupt
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
-        self._task = self._progress.add_task(name, total=total, unit=unit, metrics="")
-        self._stage, self._keeps, self._line, self._shown_metrics = name, False, time.monotonic() + LINE_SECONDS, ""
+        self._display.stage(name, total, unit)
+        self._stage, self._keeps = name, False
 
     def advance(self, done: int) -> None:
-        if self._task is None:
-            return
-        self._progress.update(self._task, completed=done)
-        stage = self._progress.tasks[self._task]
-        if self._progress.disable and (stage.finished or time.monotonic() >= self._line):
-            self._line = time.monotonic() + LINE_SECONDS
-            line = f"{stage.description}: {done} of {stage.total:.0f} {stage.fields['unit']} {self._shown_metrics}"
-            self.log(line.rstrip())
+        self._display.advance(done)
 
     def metric(self, step: int, **values: float) -> None:
         metrics = {name: float(value) for name, value in values.items()}
-        if self._task is not None:
-            shown = list(metrics.items())[: self._shown]
-            self._shown_metrics = " ".join(f"{name} {value:.3g}" for name, value in shown)
-            self._progress.update(self._task, metrics=self._shown_metrics)
+        self._display.metrics(metrics)
         if self._metrics is not None:
             self._metrics.write(self._stage, step, metrics)
 
     def log(self, message: str, level: str = "info") -> None:
-        style = "yellow" if level == "warning" else None
-        self._progress.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._display.log(message, level)
 
     @contextmanager
     def output_folder(self, name: str) -> Iterator[Path]:
