@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Upload, list, download and delete artifacts.", invoke_without_command=True, callback=show_help)
 models = typer.Typer(
-    help="Publish models to the inference service, and look at them.", invoke_without_command=True, callback=show_help
+    help="Publish models to the inference service, and list them.", invoke_without_command=True, callback=show_help
 )
 
 Source = Annotated[
@@ -28,8 +28,10 @@ ModelName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the mode
 @app.command(epilog=examples("ethogram artifacts put my-zoo/ --name zoo --type zoo"))
 def put(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A file or a folder.", show_default=False)],
-    name: Annotated[str | None, typer.Option("--name", help="Its name; else the file's or folder's.")] = None,
-    type: Annotated[str, typer.Option("--type", help="What it is, e.g. zoo.")] = "file",
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the artifact; by default the file's or folder's.")
+    ] = None,
+    type: Annotated[str, typer.Option("--type", help="Type of the artifact, e.g. zoo.")] = "file",
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -42,8 +44,8 @@ def put(
 
 @app.command(epilog=examples("ethogram artifacts ls --job job_abc", "ethogram artifacts ls --type codec --json"))
 def ls(
-    job: Annotated[str | None, typer.Option("--job", help="Only what this job made.")] = None,
-    type: Annotated[str | None, typer.Option("--type", help="Only of this type.")] = None,
+    job: Annotated[str | None, typer.Option("--job", help="Only outputs of this job.")] = None,
+    type: Annotated[str | None, typer.Option("--type", help="Only artifacts of this type.")] = None,
     limit: Limit = 20,
     url: Url = None,
     as_json: Json = False,
@@ -59,7 +61,8 @@ def ls(
 def get(
     source: Source,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder; else one of the artifact's name.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to write; by default one of the artifact's name."),
     ] = None,
     url: Url = None,
     as_json: Json = False,
@@ -76,7 +79,7 @@ def get(
 
 @app.command(epilog=examples("ethogram artifacts rm 3f9c...", "ethogram artifacts rm job_abc/zoo"))
 def rm(source: Source, url: Url = None, as_json: Json = False) -> None:
-    """Delete an artifact that no job needs any more, and retired models made of it."""
+    """Delete an artifact that no job needs, with the retired models made of it."""
     with connect(url) as client:
         id = _resolve(client, source)
         client.delete_artifact(id)
@@ -87,11 +90,13 @@ def rm(source: Source, url: Url = None, as_json: Json = False) -> None:
 def publish(
     name: ModelName,
     source: Source,
-    version: Annotated[str | None, typer.Option("--version", help="Its version; else the next number.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Version of the model; by default the next number.")
+    ] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Publish an artifact as a model; the inference service has it within seconds."""
+    """Publish an artifact as a model; the inference service serves it within seconds."""
     with connect(url) as client:
         model = client.publish(name, _resolve(client, source), version)
     result(model, as_json, lambda: _show(model))
@@ -100,11 +105,11 @@ def publish(
 @models.command(epilog=examples("ethogram models retire my-codec 1"))
 def retire(
     name: ModelName,
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="Its version.", show_default=False)],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Version of the model.", show_default=False)],
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Serve a version no more, but to those who ask for it by number."""
+    """Stop serving a version, except to requests that name it."""
     with connect(url) as client:
         model = client.retire(name, version)
     result(model, as_json, lambda: _show(model))
@@ -129,7 +134,7 @@ def models_get(name: ModelName, version: Version = None, url: Url = None, as_jso
 
 @models.command(epilog=examples("ethogram models behaviors my-codec"))
 def behaviors(name: ModelName, version: Version = None, url: Url = None, as_json: Json = False) -> None:
-    """List what a model can steer."""
+    """List the behaviours that a model can steer."""
     with connect(url) as client, client.inference() as inference:
         answer = inference.behaviors(name, version=version)
     value = {

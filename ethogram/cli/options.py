@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from ethogram.client import Client
 
-# Someone waits at the terminal.
+# Shorter than the SDK's: someone waits at the terminal.
 _RETRY_SECONDS = 5.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
@@ -21,7 +21,7 @@ Url = Annotated[
     typer.Option(
         "--url",
         metavar="URL",
-        help="The platform; else ETHOGRAM_URL, else the one that runs in ETHOGRAM_STATE.",
+        help="URL of the platform; by default ETHOGRAM_URL, else the one that runs in ETHOGRAM_STATE.",
         show_default=False,
     ),
 ]
@@ -30,7 +30,7 @@ State = Annotated[
     typer.Option(
         "--state",
         metavar="DIR",
-        help="Folder of the platform's state; else ETHOGRAM_STATE, else runs/state.",
+        help="Folder of the platform's state; by default ETHOGRAM_STATE, else runs/state.",
         show_default=False,
     ),
 ]
@@ -59,11 +59,11 @@ Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")
 ]
 ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many, newest first.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Follow to the end; exit code 1 when a job fails.")]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="Show at most this many, newest first.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Follow the job to its end; exit code 1 when it fails.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")]
 Version = Annotated[
-    str | None, typer.Option("--version", metavar="VERSION", help="Version of the model; else its latest.")
+    str | None, typer.Option("--version", metavar="VERSION", help="Version of the model; by default the latest.")
 ]
 
 
@@ -71,7 +71,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds(text: str) -> float:
-    """A limit of time as people write it; infinity: none."""
+    """Seconds of a time limit such as 90, 30m or none (infinity)."""
     if text == "none":
         return math.inf
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
@@ -81,14 +81,14 @@ def seconds(text: str) -> float:
 
 
 def connect(url: str | None) -> Client:
-    """The platform that the user means."""
+    """A client of the platform at ``url``."""
     from ethogram.client import Client
 
     return Client(url, retry_seconds=_RETRY_SECONDS)
 
 
 def examples(*lines: str) -> str:
-    """The end of a command's help."""
+    """The examples at the end of a command's help."""
     return "Examples:\n\n" + "\n\n".join(f"  $ {line}" for line in lines)
 
 

@@ -60,9 +60,9 @@ def up(
             print_json(where, indent=None)
         else:
             pairs(where | {"logs": "  ".join(where["logs"].values())})
-            say("Ctrl-C stops it.")
+            say("Press Ctrl-C to stop.")
         leave.wait()
-        say("stopping; a job that runs is brought to a checkpoint and goes on when the platform is up again")
+        say("Stopping. Running jobs are checkpointed, and resume when the platform is up again.")
     finally:
         try:
             platform.stop()
@@ -72,15 +72,15 @@ def up(
 
 @app.command(epilog=examples("ethogram demo --quick", "ethogram demo --output runs/demo --fresh"))
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use small sizes; takes about a minute.")] = False,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the report.")] = Path("runs/demo"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Make everything anew.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore earlier results.")] = False,
     state: State = None,
     as_json: Json = False,
 ) -> None:
     """Make a zoo, train a codec, serve it, steer held-out networks, and show that their behaviour changed.
 
-    Uses the platform that runs in the state directory; starts one of its own, until the end, where none does.
+    Uses the platform that runs in the state directory, or starts one until the end.
     """
     from ethogram.demo import run
 
@@ -91,7 +91,7 @@ def demo(
 
 @app.command(epilog=examples("ethogram doctor", "ethogram doctor --json"))
 def doctor(state: State = None, as_json: Json = False) -> None:
-    """Say what is missing on this machine and what to do; exit code 1 when something is."""
+    """Check this machine for what the platform needs, and say what to do; exit code 1 if something is missing."""
     from ethogram.platform.doctor import examine
     from ethogram.platform.state import StateDir
 
@@ -112,9 +112,10 @@ def doctor(state: State = None, as_json: Json = False) -> None:
 
 @app.command(epilog=examples("ethogram kinds", "ethogram kinds generation", "ethogram kinds generation --json"))
 def kinds(
-    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="Show the fields of this one's spec.")] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="Show the fields of this kind's spec.")] = None,
     url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", help="Ask this platform, which may be of another version.")
+        str | None,
+        typer.Option("--url", metavar="URL", help="Ask the platform at this URL, which may be of another version."),
     ] = None,
     as_json: Json = False,
 ) -> None:

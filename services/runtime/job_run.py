@@ -1,4 +1,4 @@
-"""The run of a job's child process: everything becomes events for the supervisor and artifacts in the store."""
+"""The run of a job's child process: reports become events for the supervisor, and outputs artifacts in the store."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from services.runtime.run import Cancelled, ChildJob, Run, Stopped, Waiting
 
 PROGRESS_SECONDS = 1.0
 MAX_LOG = 4000
-# A checkpoint that takes a second is taken every hundred seconds at the most, however often it was asked for.
+# Most of the time that checkpoints take: one of a second is written every hundred seconds at most.
 CHECKPOINT_SHARE = 1 / 100
 
 
 class JobRun(Run):
-    """Streams to ``send`` and writes to ``store``.
+    """Streams events to ``send`` and writes artifacts to ``store``.
 
-    A checkpoint holds the job's own files under ``state/`` and the metrics so far, so that the metrics of a job that
-    was interrupted are those of one that was not.
+    A checkpoint holds the job's files under ``state/`` and the metrics so far, so that a resumed job has the metrics of
+    an uninterrupted one.
     """
 
     def __init__(
@@ -135,12 +135,12 @@ class JobRun(Run):
         self._send(jobs_pb2.JobEvent(artifact=jobs_pb2.Artifact(name=name, type=type, id=artifact, size=size)))
 
     def wait(self) -> None:
-        """Send what is left, and that the attempt ends until the children have ended."""
+        """Send the last progress, and that the attempt ends until its child jobs have ended."""
         self._report()
         self._send(jobs_pb2.JobEvent(wait=jobs_pb2.Wait()))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Send what is left, the metrics as an artifact, and the job's answer."""
+        """Send the last progress, the metrics as an artifact, and the job's result."""
         self._report()
         self._metrics.close()
         if self._metrics.file.exists():
@@ -163,7 +163,7 @@ class JobRun(Run):
         self._next_checkpoint = time.monotonic() + wait
 
     def _gathered(self) -> set[str]:
-        """What the children made: it is part of what this job makes."""
+        """Artifacts of the child jobs: parents of this job's artifacts."""
         return {artifact for child in self._context.children for artifact in child.outputs.values()}
 
     def _put(self, folder: Path, name: str, type: str) -> tuple[str, int]:
