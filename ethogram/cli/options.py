@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ethogram.errors import InvalidInput
+
 if TYPE_CHECKING:
     from ethogram.client import Client
 
@@ -42,6 +44,15 @@ Set = Annotated[
 ]
 KindName = Annotated[str, typer.Argument(metavar="KIND", help="See `ethogram kinds`.", show_default=False)]
 SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
+
+
+def new_path(path: Path | None) -> Path | None:
+    """Callback of an option: refuse a path that exists."""
+    if path is not None and path.exists():
+        raise InvalidInput.field("--output", f"{path} is there already; name another one")
+    return path
+
+
 Out = Annotated[
     Path,
     typer.Option(
@@ -53,7 +64,15 @@ Out = Annotated[
     ),
 ]
 NewFolder = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not exist.", show_default=False)
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder to write; it must not exist.",
+        callback=new_path,
+        show_default=False,
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")
@@ -99,12 +118,16 @@ def show_help(context: typer.Context) -> None:
 
 
 def system_app(name: str, text: str) -> typer.Typer:
-    """The commands of one system, ``python -m services.<name>``; ``text``: its help."""
+    """The commands of a system, ``python -m services.<name>``; ``text``: its help."""
     return typer.Typer(
         name=name,
         rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        # Options may also be written with underscores.
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+        },
         callback=show_help,
         invoke_without_command=True,
         help=text,

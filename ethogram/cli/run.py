@@ -94,6 +94,11 @@ def run(
     _run(KINDS[kind], Request(inputs), file=file, values=values, out=out, device=device, as_json=as_json)
 
 
+def flag(type: Any, *names: str, help: str, metavar: str | None = None) -> Any:
+    """Annotation of an option that sets one value of a spec; see :func:`run_command`."""
+    return Annotated[type | None, typer.Option(*names, help=help, metavar=metavar)]
+
+
 def run_command(
     app: typer.Typer,
     kind: Kind,

@@ -11,7 +11,6 @@ from ethogram.cli import output
 from ethogram.cli.execute import execute
 from ethogram.cli.options import Device, Json, NewFolder, examples, system_app
 from ethogram.cli.run import Request, run_command
-from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicySpec
 from ethogram.specs.kinds import KINDS
 from services.clt.activations.commands import POLICY
@@ -54,8 +53,6 @@ def import_policy(
     """Convert a policy that rl4co has trained. No code in the checkpoint is run."""
     from services.clt.policy.importing import import_rl4co
 
-    if out.exists():
-        raise InvalidInput.field("--output", f"{out} is there already; name another folder")
     import_rl4co(checkpoint, out, nodes=nodes, heads=heads, graph_context=graph_context)
     output.say(f"policy: {out}; `gap {out}` compares it with a solver")
 

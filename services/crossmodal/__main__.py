@@ -96,8 +96,6 @@ def pull(
     parts = tuple(part for part in PARTS if only in (None, part))
     if not parts:
         raise InvalidInput.field("--only", f"must be one of {', '.join(PARTS)}")
-    if out.exists():
-        raise InvalidInput.field("--output", f"{out} is there already; name another folder")
     # The cache may hold what an earlier download left.
     others = [f"{part}.safetensors" for part in PARTS if part not in parts]
     shutil.copytree(hub.pull(repo, parts), out, ignore=shutil.ignore_patterns(".*", *others))

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ethogram.cli import output
 from ethogram.cli.execute import execute
 from ethogram.cli.files import read_mapping, read_spec
-from ethogram.cli.options import Json, NewFolder, Set, SpecFile, ZooFolder, examples, system_app
+from ethogram.cli.options import Json, NewFolder, Set, SpecFile, ZooFolder, examples, new_path, system_app
 from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
@@ -24,14 +24,12 @@ from ethogram.specs.kinds import KINDS
 from services.zoo.dataset import BASELINE
 
 app = system_app(
-    "generation", "Make zoos, look at them, and bring them to and from other forms; no platform is needed."
+    "generation", "Make zoos, report on them, and convert them from and to other forms; no platform is needed."
 )
 
 Baseline = Annotated[
     Path | None,
-    typer.Option(
-        metavar="ZOO", help="Folder whose baseline_dataset.json has the probes to take.", exists=True, file_okay=False
-    ),
+    typer.Option(metavar="ZOO", help="Zoo whose probes (baseline_dataset.json) to use.", exists=True, file_okay=False),
 ]
 _MODULE = "python -m services.generation"
 
@@ -63,7 +61,7 @@ def make(
 
 @app.command(epilog=examples(f"{_MODULE} report my-zoo -o my-zoo-report"))
 def report(zoo: ZooFolder, out: NewFolder) -> None:
-    """Draw a zoo: one picture, and a page with the numbers."""
+    """Write a report on a zoo."""
     from services.generation.report import write_report
 
     with _new(out):
@@ -95,11 +93,12 @@ def import_(
         typer.Option("--file", "-f", metavar="FILE", help="YAML file with `patterns` as in a spec."),
     ] = None,
     rename: Annotated[
-        list[str] | None, typer.Option(metavar="THEIRS=OURS", help="Name in the records, and of the pattern.")
+        list[str] | None,
+        typer.Option(metavar="THEIRS=OURS", help="Pattern's name in the records, and here. Repeatable."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a dataset with JSON text in its columns as a zoo. docs/generation.md says what is kept and what is not."""
+    """Convert a dataset with JSON text in its columns to a zoo. docs/generation.md says what is kept."""
     from services.generation.json_form import import_json
     from services.runtime.console import ConsoleRun
     from services.zoo.json_records import patterns_in
@@ -121,10 +120,10 @@ def import_(
 @app.command(epilog=examples(f"HF_TOKEN=... {_MODULE} upload my-zoo me/my-zoo"))
 def upload(
     zoo: ZooFolder,
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Dataset repository; made if there is none.")],
-    public: Annotated[bool, typer.Option("--public", help="A repository that is made is for all to see.")] = False,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Dataset repository; created if it is missing.")],
+    public: Annotated[bool, typer.Option("--public", help="Create it as a public repository.")] = False,
 ) -> None:
-    """Upload a zoo to the Hugging Face Hub; what is there already is not sent again."""
+    """Upload a zoo to the Hugging Face Hub; files that are there already are not sent again."""
     from services.generation.hub import HubUpload
 
     field = "OWNER/NAME"
@@ -140,20 +139,19 @@ def upload(
 def dataset(
     which: Annotated[Literal["baseline", "benchmark", "training"], typer.Argument(help="Which sequences.")],
     out: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="A .json or .parquet file; it must not be there yet.")
+        Path, typer.Option("--output", "-o", metavar="FILE", help="New .json or .parquet file.", callback=new_path)
     ],
     file: SpecFile = None,
     values: Set = None,
     *,
-    index: Annotated[int, typer.Option(min=0, help="Of training data: whose.")] = 0,
-    per_pattern: Annotated[int, typer.Option(min=1, help="Of a benchmark: sequences for each pattern.")] = 128,
+    index: Annotated[int, typer.Option(min=0, help="Index of the subject, for training data.")] = 0,
+    per_pattern: Annotated[int, typer.Option(min=1, help="Sequences per pattern, for a benchmark.")] = 128,
     baseline: Baseline = None,
 ) -> None:
-    """Write sequences with pattern labels: the probes of the signatures, a held-out benchmark, or what one subject is
-    trained on."""
+    """Write sequences with pattern labels: the probes of the signatures, a held-out benchmark, or a subject's training
+    data."""
     from services.generation.sampler import PatternDatasetSampler
 
-    _fresh(out)
     spec = read_spec(GenerationSpec, file, values)
     _check_baseline(spec, baseline)
     sampler = PatternDatasetSampler(spec, baseline)
@@ -177,22 +175,24 @@ def score(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write the figures of each answer too, as JSON lines."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="New file for the figures of each answer.", callback=new_path
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge an interpreter's answers: parse each completion, run the networks that it writes. The figures are means
-    over the answers of a task. Of modification: parsed, the share of answers that are a network of the right shape;
-    gain, by how much the network that the answer writes is more accurate on held-out sequences of the target pattern
-    than the degraded one; others, its mean change on all other kinds of sequences; reference_gain, the gain of the
-    record's own improved network. An answer that cannot be parsed counts as one that changes nothing, with 0 for gain
-    and others. Of classification: precision, the share of the named patterns that are the network's; recall, the share
-    of the network's patterns that are named; exact, the share of answers that name just these. An answer that names no
-    pattern counts 0 in all three."""
+    """Score an interpreter's answers: parse each completion and run the networks in it.
+
+    Figures are means over the answers of a task. Modification: parsed, the share of answers that are a network of the
+    right shape; gain, the accuracy of that network minus that of the degraded one on held-out sequences of the target
+    pattern; others, the mean change on all other kinds of sequences; reference_gain, the gain of the record's improved
+    network. An answer that cannot be parsed counts 0 in gain and others.
+
+    Classification: precision, the share of the named patterns that the network has; recall, the share of the network's
+    patterns that are named; exact, the share of answers that name exactly these. An answer without a pattern counts 0.
+    """
     from services.generation.score import means, score_answers
 
-    if out is not None:
-        _fresh(out)
     rows = score_answers(zoo, _lines(answers))
     if out is not None:
         out.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -236,18 +236,12 @@ def _check_baseline(spec: GenerationSpec, baseline: Path | None) -> None:
 
 @contextmanager
 def _new(folder: Path) -> Iterator[None]:
-    """What is written inside is gone again if it fails."""
-    _fresh(folder)
+    """Remove ``folder`` again if what writes it fails."""
     try:
         yield
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _fresh(path: Path) -> None:
-    if path.exists():
-        raise InvalidInput.field("--output", f"{path} is there already; name another one")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import typer
 
 from ethogram.cli import output
 from ethogram.cli.options import Json, NewFolder, examples
-from ethogram.cli.run import Request, run_command
-from ethogram.errors import InvalidInput
+from ethogram.cli.run import Request, flag, run_command
 from ethogram.specs.kinds import KINDS
 
 _MODULE = "python -m services.clt"
@@ -52,7 +51,6 @@ def export_pairs(
         int | None,
         typer.Option(
             "--num-instances-per-pair",
-            "--num_instances_per_pair",
             metavar="N",
             min=1,
             help="Only the first N instances.",
@@ -65,8 +63,6 @@ def export_pairs(
     from services.clt.activations.store import ActivationStore
     from services.runtime.local import artifact_in
 
-    if out.exists():
-        raise InvalidInput.field("--output", f"{out} is there already; name another one")
     opened = ActivationStore.open(artifact_in(store, "activations"))
     written = export(opened, pairs_of(opened, pair or ()), out, instances)
     rows = [[one["pair"], one["source"]["hook"], one["target"]["hook"], one["samples"]] for one in written]
@@ -85,22 +81,18 @@ def add_commands(app: typer.Typer) -> None:
         f'{_MODULE} activations my-run/policy --pair "encoder_layer_0->encoder_layer_2" -o my-activations',
         f"{_MODULE} activations --language-model my-gpt2 --dataset texts.txt -o my-activations",
         flags={
-            "language_model.model": Annotated[
-                str | None,
-                typer.Option(
-                    "--language-model", metavar="NAME", help="A causal language model instead: a folder, or on the Hub."
-                ),
-            ],
-            "language_model.dataset": Annotated[
-                str | None,
-                typer.Option("--dataset", metavar="NAME", help="Its texts: a file, a folder, or a dataset on the Hub."),
-            ],
-            "instances": Annotated[
-                int | None,
-                typer.Option(
-                    "--instances", "--num-instances-per-pair", metavar="N", help="Tours or sequences to record."
-                ),
-            ],
+            "language_model.model": flag(
+                str,
+                "--language-model",
+                metavar="NAME",
+                help="A causal language model instead: folder, or name on the Hub.",
+            ),
+            "language_model.dataset": flag(
+                str, "--dataset", metavar="NAME", help="Its texts: a file, a folder, or a dataset on the Hub."
+            ),
+            "instances": flag(
+                int, "--instances", "--num-instances-per-pair", metavar="N", help="Tours or sequences to record."
+            ),
         },
         show=_show,
     )
@@ -137,29 +129,20 @@ def _show(result: dict[str, Any]) -> None:
     output.table(["hook", "width", "mean norm", "share of zeros"], hooks)
 
 
-def _show_pairs(found: list[dict[str, Any]]) -> None:
-    head = ["pair", "widths", "zeros", "small", "norms", "mean |r|", "largest r", "linear R2"]
-
-    def both(one: dict[str, Any], name: str) -> str:
-        return " / ".join(f"{one[side][name]:.3g}" for side in ("source", "target"))
-
-    output.table(
-        head,
+def _show_pairs(rows: list[dict[str, Any]]) -> None:
+    names = ("width", "zeros", "small", "norm_mean")
+    table = [
         [
-            [
-                one["pair"],
-                both(one, "width"),
-                both(one, "zeros"),
-                both(one, "small"),
-                both(one, "norm_mean"),
-                one["mean_correlation"],
-                one["top_correlations"][0]["value"],
-                one["linear_r2"],
-            ]
-            for one in found
-        ],
-    )
+            row["pair"],
+            *(" / ".join(f"{row[side][name]:.3g}" for side in ("source", "target")) for name in names),
+            row["mean_correlation"],
+            row["top_correlations"][0]["value"],
+            row["linear_r2"],
+        ]
+        for row in rows
+    ]
+    output.table(["pair", "widths", "zeros", "small", "norms", "mean |r|", "largest r", "linear R2"], table)
     output.say(
-        "source / target of: zeros, shares of zeros; small, of numbers below a hundredth of the root mean square;"
+        "source / target: zeros, share of zeros; small, share of numbers below a hundredth of the root mean square;"
     )
-    output.say("norms, mean norms of a row. r: correlations of a source channel with a target channel, absolute.")
+    output.say("norms, the mean norm of a row. r: absolute correlation of a source channel with a target channel.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ethogram.cli import output
-from ethogram.cli.run import Request, run_command
+from ethogram.cli.run import Request, flag, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.kinds import KINDS
 
@@ -21,46 +21,20 @@ Store = Annotated[
         metavar="STORE", help="Folder of a store, or of the run that made it.", exists=True, file_okay=False
     ),
 ]
-KindOption = Annotated[str | None, typer.Option("--kind", help="pair, per_layer or cross_layer.")]
+KIND: dict[str, Any] = {"kind": flag(str, "--kind", help="pair, per_layer or cross_layer.")}
 FLAGS: dict[str, Any] = {
-    "model.expansion": Annotated[
-        float | None,
-        typer.Option(
-            "--expansion", "--expansion-factor", "--expansion_factor", help="Features per channel of the source."
-        ),
-    ],
-    "model.k": Annotated[int | None, typer.Option("--k", help="Active features per row.")],
-    "model.k_ratio": Annotated[
-        float | None, typer.Option("--k-ratio", "--k_ratio", help="Active features per row, as a share of all.")
-    ],
-    "training.learning_rate": Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")
-    ],
-    "training.steps": Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")],
-    "training.epochs": Annotated[
-        float | None,
-        typer.Option("--epochs", "--num-epochs", "--num_epochs", help="Passes over the store, instead of --steps."),
-    ],
-    "wandb.project": Annotated[
-        str | None,
-        typer.Option(
-            "--wandb",
-            "--wandb-project",
-            "--wandb_project",
-            metavar="PROJECT",
-            help="Log metrics to this project at Weights & Biases.",
-        ),
-    ],
-    "wandb.name": Annotated[
-        str | None,
-        typer.Option(
-            "--wandb-name",
-            "--wandb-run-name",
-            "--wandb_run_name",
-            metavar="NAME",
-            help="Name of the run at Weights & Biases.",
-        ),
-    ],
+    "model.expansion": flag(float, "--expansion", "--expansion-factor", help="Features per channel of the source."),
+    "model.k": flag(int, "--k", help="Active features per row."),
+    "model.k_ratio": flag(float, "--k-ratio", help="Active features per row, as a share of all."),
+    "training.learning_rate": flag(float, "--learning-rate", "--lr", help="Peak learning rate."),
+    "training.steps": flag(int, "--steps", help="Optimizer steps."),
+    "training.epochs": flag(float, "--epochs", "--num-epochs", help="Passes over the store, instead of --steps."),
+    "wandb.project": flag(
+        str, "--wandb", "--wandb-project", metavar="PROJECT", help="Log metrics to this project at Weights & Biases."
+    ),
+    "wandb.name": flag(
+        str, "--wandb-name", "--wandb-run-name", metavar="NAME", help="Name of the run at Weights & Biases."
+    ),
 }
 """Options of every training, by the field of the spec that they set."""
 
@@ -74,7 +48,7 @@ def add_commands(app: typer.Typer) -> None:
         f"{_MODULE} sae my-activations --hook encoder_layer_2 --k 32 -o my-sae",
         f"{_MODULE} sae my-activations --hook encoder_layer_2 --set model.activation=jumprelu --set loss.l0=1e-3 "
         "-o my-sae",
-        flags={"hook": Annotated[str | None, typer.Option("--hook", help="Hook point.")], **FLAGS},
+        flags={"hook": flag(str, "--hook", help="Hook point."), **FLAGS},
         show=_show,
     )
     def sae(store: Store) -> Request:
@@ -87,7 +61,7 @@ def add_commands(app: typer.Typer) -> None:
         f'{_MODULE} train my-activations --pair "encoder_layer_0->encoder_layer_2" --k 32 -o clt_L0_to_L2',
         f"{_MODULE} train my-activations --kind cross_layer --expansion 16 --k 32 -o my-clt",
         "torchrun --nproc-per-node 2 -m services.clt train my-activations --kind per_layer -o my-run",
-        flags=FLAGS,
+        flags=KIND | FLAGS,
         show=_show,
     )
     def train(
@@ -96,7 +70,6 @@ def add_commands(app: typer.Typer) -> None:
             str | None, typer.Option("--pair", metavar="A->B", help="Source and target hook point of a single pair.")
         ] = None,
         *,
-        kind: KindOption = None,
         dictionary: Annotated[
             Path | None,
             typer.Option(
@@ -110,12 +83,12 @@ def add_commands(app: typer.Typer) -> None:
         """Train transcoders from source to target hook points: of a pair, or of all MLPs in the store with --kind
         per_layer or cross_layer. The same command resumes an interrupted run; torchrun shares it between processes."""
         inputs = {"activations": store} | ({"model.dictionary": dictionary} if dictionary is not None else {})
-        values: dict[str, Any] = {"kind": kind}
+        values: dict[str, Any] = {}
         if pair is not None:
             from services.clt.activations.hooks import parse_pair
 
             source, target = parse_pair(pair, "--pair")
-            values |= {"sources": [source], "targets": [target]}
+            values = {"sources": [source], "targets": [target]}
 
         def check(spec: Any) -> None:
             if pair is not None and spec.kind != "pair":
@@ -128,7 +101,7 @@ def add_commands(app: typer.Typer) -> None:
         app,
         KINDS["sweep"],
         f"{_MODULE} sweep my-activations --grid model.k=8,16,32 --grid training.learning_rate=1e-3,3e-4 -o my-sweep",
-        flags=FLAGS,
+        flags=KIND | FLAGS,
         show=_show_sweep,
     )
     def sweep(
@@ -141,7 +114,6 @@ def add_commands(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option("--grid", metavar="OPTION=A,B", help="Values of an option, e.g. model.k=8,16,32. Repeatable."),
         ] = None,
-        kind: KindOption = None,
     ) -> Request:
         """Train transcoders for each pair and each point of a grid, and compare them."""
         axes = []
@@ -151,7 +123,7 @@ def add_commands(app: typer.Typer) -> None:
                 raise InvalidInput.field("--grid", f"{axis} is not of the form OPTION=A,B")
             axes.append({"option": option, "values": values.split(",")})
         pairs = [name for listed in pair or () for name in listed.split(",")]
-        return Request({"activations": store}, {"kind": kind, "pairs": pairs or None, "grid": axes or None})
+        return Request({"activations": store}, {"pairs": pairs or None, "grid": axes or None})
 
 
 def _show(result: dict[str, Any]) -> None:
