@@ -13,16 +13,18 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+import grimp
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from benchmarks import _kit
+from benchmarks._kit import Figures
 from ethogram.bench import Figure
 from ethogram.specs.kinds import KINDS
 from tests.contract.toy_kind import files_by_hand
@@ -135,42 +137,15 @@ def duplicates(sources: Mapping[str, Module], equal: int = EQUAL_LINES) -> list[
     return sorted(pairs)
 
 
-def imports(sources: Mapping[str, Module]) -> dict[str, set[str]]:
-    """What modules of the house each module imports, inside functions too, but not for type checkers alone."""
-    edges: dict[str, set[str]] = {}
-    for name, module in sources.items():
-        edges[name] = set()
-        for node in _at_run_time(module.tree):
-            for target in _targets(node, name, module.path.name == "__init__.py"):
-                while target and target not in sources:
-                    target = target.rpartition(".")[0]
-                if target and target != name:
-                    edges[name].add(target)
-    return edges
-
-
-def _at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        yield from _at_run_time(node)
-
-
-def _targets(node: ast.AST, name: str, package: bool) -> list[str]:
-    """The dotted names that an import may mean; of ``from a import b`` that is ``a.b``, and ``a`` if there is none."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if not isinstance(node, ast.ImportFrom):
-        return []
-    above = name.split(".")[: None if package else -1]
-    base = above[: len(above) - node.level + 1] if node.level else []
-    return [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+def imports(*packages: str) -> dict[str, set[str]]:
+    """What modules of ``packages`` each of them imports, inside functions too, but not for type checkers alone."""
+    graph = grimp.build_graph(*packages, exclude_type_checking_imports=True, cache_dir=None)
+    return {module: graph.find_modules_directly_imported_by(module) for module in sorted(graph.modules)}
 
 
 def cycles(edges: Mapping[str, set[str]]) -> list[list[str]]:
     """Groups of modules that import one another, directly or by way of others."""
-    place = {name: i for i, name in enumerate(sorted(edges))}
+    place = {name: i for i, name in enumerate(edges)}
     ends = [(place[name], place[target]) for name, targets in edges.items() for target in targets]
     graph = coo_array((np.ones(len(ends)), np.array(ends).reshape(-1, 2).T), shape=(len(place), len(place)))
     _, group_of = connected_components(graph, connection="strong")
@@ -237,10 +212,10 @@ def listed(title: str, rows: Sequence[object]) -> int:
     return len(rows)
 
 
-def structure(root: Path = Path()) -> dict[str, Figure]:
-    """Figures that follow from the source alone."""
-    sources = modules(root)
-    edges = imports(sources)
+def structure() -> Figures:
+    """Figures that follow from the source alone, of the current folder."""
+    sources = modules(Path())
+    edges = imports("ethogram", "services", "workers", "gateway", "benchmarks", "scripts")
     pairs = [f"{a} = {b}" for a, b in duplicates(sources)]
     against = upward(edges) + broken_contracts()
     return {
