@@ -18,8 +18,9 @@ from services.crossmodal import job
 from services.crossmodal.codec import Codec
 from services.crossmodal.train import train
 from services.generation.json_form import export_json
+from services.runtime import local
 from services.runtime.console import ConsoleRun
-from services.runtime.folders import begin
+from services.runtime.folders import RunFolder
 from services.zoo.dataset import Zoo
 from services.zoo.source import open_zoo
 from tests.crossmodal.conftest import tiny_spec
@@ -61,7 +62,7 @@ def test_an_interrupted_run_on_a_dataset_of_the_hub_goes_on(
     spec = tmp_path / "spec.json"
     spec.write_text(tiny_spec().model_dump_json())
     typed = ("train", "them/zoo", "-f", spec, "-o", tmp_path / "run", "--device", "cpu")
-    monkeypatch.setattr(command, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(local, "CHECKPOINT_SECONDS", 0.0)
     # What comes after training takes its time, and is tested elsewhere.
     monkeypatch.setattr(job, "evaluate", lambda *_: {"figures": {}, "subjects": {}})
     monkeypatch.setattr(job, "write_report", lambda folder, *_: folder.mkdir())
@@ -108,16 +109,16 @@ def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     def refused(out: Path, why: str) -> None:
         kept = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
         with pytest.raises(InvalidInput, match=why) as caught:
-            begin(out, tiny_spec(seed=1))
+            RunFolder(out).begin(tiny_spec(seed=1))
         assert caught.value.violations[0].field == "--output"
         assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == kept
 
     out = tmp_path / "run"
-    begin(out, tiny_spec(seed=1))
-    begin(out, tiny_spec(seed=1))
+    RunFolder(out).begin(tiny_spec(seed=1))
+    RunFolder(out).begin(tiny_spec(seed=1))
     (out / "spec.json").write_text(tiny_spec(seed=2).model_dump_json(indent=2))
     refused(out, "begun with another spec")
-    begin(tmp_path / "other", tiny_spec(seed=1))
+    RunFolder(tmp_path / "other").begin(tiny_spec(seed=1))
     (tmp_path / "other" / "report").mkdir()
     refused(tmp_path / "other", "holds a finished run")
     (tmp_path / "mine").mkdir()
