@@ -63,9 +63,11 @@ def collect(
         points, manifest = plan(spec, source)
         root = spec.root or os.environ.get(ROOT)
         place = folder if root is None else Path(root) / store_name(manifest)
-        if root is None and run.resume is not None and (run.resume / MANIFEST).exists():
+        # What is in the folder is at least as far as the checkpoint.
+        resume = run.resume if root is None and not (folder / MANIFEST).exists() else None
+        if resume is not None and (resume / MANIFEST).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _copy(list(run.resume.iterdir()), folder)
+            _copy(list(resume.iterdir()), folder)
         with Writer.open(place, manifest, run.device) as writer:
             store = _record(spec, source, points, writer, run, own=root is None)
     if root is not None:
