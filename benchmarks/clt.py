@@ -42,7 +42,7 @@ from services.clt.activations.store import ActivationStore
 from services.clt.policy.decode import greedy
 from services.clt.policy.evaluate import evaluation_instances
 from services.clt.policy.job import default_policy
-from services.clt.policy.train import PolicyTrainer, run_training
+from services.clt.policy.train import train_policy
 from services.clt.policy.tsp import gaps, lengths, reference
 from services.clt.sparse.evaluate import evaluate
 from services.clt.sparse.train import SparseTrainer, train
@@ -62,7 +62,7 @@ PEERS = (
     "simple-parsing==0.1.9",
 )
 PEER = Path(__file__).with_name("_clt_peers.py")
-SOURCES = ("ethogram/specs/clt.py", "services/clt", "services/runtime")
+SOURCES = ("ethogram/specs/clt.py", "services/clt", "services/language", "services/runtime")
 BATCH, K, THREADS = 4096, 32, 2
 TURNS, TURN = 5, 10
 SPEED: dict[str, tuple[dict[str, Any], float | None]] = {
@@ -329,7 +329,7 @@ def trained_policy(folder: Path) -> dict[str, float]:
     say(f"training a policy: {spec.training.steps} steps of {spec.training.batch_size} instances")
     with ConsoleRun(folder, checkpoint_seconds=30) as run:
         resumed, began = run.resume is not None, time.monotonic()
-        trained = run_training(PolicyTrainer(spec, run.device), run).finished()
+        trained = train_policy(spec, run)
         minutes = (time.monotonic() - began) / 60
     say(f"comparing its tours of {spec.evaluation} instances with the solver's")
     cities = evaluation_instances(spec)

@@ -32,7 +32,7 @@ from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec
 from services.crossmodal.evaluate import evaluate
-from services.crossmodal.train import Trainer, train
+from services.crossmodal.train import CodecTrainer, train
 from services.generation.pipeline import generate
 from services.runtime.console import ConsoleRun
 from services.zoo.dataset import Zoo
@@ -240,7 +240,7 @@ def step(seconds: float) -> Figures:
 
     def ours(batch: int) -> float:
         spec = {"batch_size": batch, "precision": "float32"}
-        trainer = Trainer(CrossmodalSpec.model_validate({"zoo": _ANY, "loss": plain | off, "training": spec}), zoo)
+        trainer = CodecTrainer(CrossmodalSpec.model_validate({"zoo": _ANY, "loss": plain | off, "training": spec}), zoo)
         trainer.advance()
         done, began = 0, time.perf_counter()
         while time.perf_counter() - began < seconds:

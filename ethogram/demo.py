@@ -34,7 +34,8 @@ from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ethogram.inference import Inference, Operation
+    from ethogram.inference import Inference
+    from ethogram.specs.edits import Operation
 
 # What a job's outcome depends on, beside its spec and the libraries.
 _SOURCES = {
