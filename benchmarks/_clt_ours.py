@@ -80,6 +80,7 @@ class Steps:
     def __init__(self, case: dict[str, Any], store: ActivationStore) -> None:
         torch.set_num_threads(case["threads"])
         self.trainer = SparseTrainer(spec_of(case), store)
+        self.trainer.start()
         streams, model = self.trainer.streams, self.trainer.model
         hooks = [*streams.sources, *streams.targets]
         self.batches: list[tuple[list[Tensor], list[Tensor]]] = []

@@ -1,4 +1,4 @@
-"""The FastAPI application: settings in, routes and error handlers in place, parts opened with its lifespan."""
+"""The FastAPI application: routes, error handlers, middleware and the parts they use."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.runtime import scratch
 
-# Three parts are asked at once, and two probes may come together.
+# Three parts are checked at once, and two probes may overlap.
 CHECKERS = 6
 _ERROR = {"model": problems.Problem, "content": {problems.MEDIA_TYPE: {}}}
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
-    """The gateway, with its parts open and the database migrated; ``app.state.services`` holds them until the lifespan
-    ends.
+    """The gateway's application, with the database migrated; ``app.state.services`` is open until the lifespan ends.
 
-    Raises :class:`EthogramError` when the database or the store cannot be used, or Redis' URL is none.
+    Raises :class:`EthogramError` when the database or the store cannot be used, or the Redis URL is invalid.
     """
-    held = ExitStack()
+    stack = ExitStack()
     registry = JobRegistry.open(settings.database)
     tails = Tails(registry, settings.redis_url, settings.stream_limit)
     metrics = GatewayMetrics(registry, lambda: tails.streams)
-    checks = held.enter_context(ThreadPoolExecutor(CHECKERS, thread_name_prefix="readyz"))
+    checks = stack.enter_context(ThreadPoolExecutor(CHECKERS, thread_name_prefix="readyz"))
     services = Services(
         settings=settings,
         registry=registry,
@@ -50,7 +49,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         metrics=metrics,
         checks=checks,
         checking={},
-        work=held.enter_context(scratch.folder(settings.work, "gateway")),
+        work=stack.enter_context(scratch.folder(settings.work, "gateway")),
     )
 
     @asynccontextmanager
@@ -62,7 +61,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             await services.tails.stop()
             for part in (services.bell, services.notifier, registry):
                 await anyio.to_thread.run_sync(part.close)
-            held.close()
+            stack.close()
 
     app = FastAPI(
         title="Ethogram",
@@ -71,8 +70,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         dependencies=[Depends(storable)],
         generate_unique_id_function=_operation_id,
         responses={
-            422: {**_ERROR, "description": "A field is wrong; which and how"},
-            "default": {**_ERROR, "description": "What went wrong"},
+            422: {**_ERROR, "description": "Invalid fields, each with the reason"},
+            "default": {**_ERROR, "description": "The error"},
         },
     )
     app.state.services = services

@@ -1,4 +1,4 @@
-"""What the gateway tells Prometheus: of itself, and of the queues as the registry has them."""
+"""Prometheus metrics of the gateway itself, and of the queues in the registry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services.jobs.registry import Depth, JobRegistry
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 UNKNOWN = "unknown"
-"""Route of requests that no route takes: whatever clients think of must not become labels."""
+"""Label of requests that no route takes, so that arbitrary paths do not become labels."""
 _KEEP_SECONDS = 1.0
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
@@ -28,19 +28,19 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "ethogram_http_requests",
-            "Requests that were answered, by route template.",
+            "Answered requests, by route template.",
             ["method", "route", "status"],
             registry=self.registry,
         )
         self.seconds = Histogram(
             "ethogram_http_request_seconds",
-            "Time from a request to the end of its answer; event streams are left out.",
+            "Time from a request to the end of its answer, without event streams.",
             ["method", "route"],
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.sent = Counter("ethogram_stream_bytes", "Bytes of events sent to watchers.", registry=self.registry)
-        open_streams = Gauge("ethogram_streams", "Event streams that are open.", registry=self.registry)
+        open_streams = Gauge("ethogram_streams", "Open event streams.", registry=self.registry)
         open_streams.set_function(streams)
         self.registry.register(QueueCollector(registry))
 
@@ -51,33 +51,33 @@ class GatewayMetrics:
             self.seconds.labels(method, route).observe(seconds)
 
     def exposition(self) -> bytes:
-        """All of it, as text."""
+        """All metrics in the text format."""
         return generate_latest(self.registry)
 
 
 class QueueCollector(Collector):
-    """Asks the registry when Prometheus asks, once a second at the most. Every gateway tells the same."""
+    """Reads the registry when Prometheus scrapes, at most once a second. All gateways report the same numbers."""
 
     def __init__(self, registry: JobRegistry) -> None:
         self._registry, self._lock = registry, threading.Lock()
-        self._found: list[Depth] | None = []
+        self._depths: list[Depth] | None = []
         self._until = 0.0
 
     def describe(self) -> Iterator[Metric]:
-        """Names alone: there is nothing to ask before there are tables."""
+        """The names alone, since the tables may not exist yet."""
         return iter(self._families([], up=True))
 
     def collect(self) -> Iterator[Metric]:
-        """The queues now; without a database only that there is none."""
+        """The queues now; without a database, ``ethogram_registry_up`` 0 alone."""
         with self._lock:
             if time.monotonic() >= self._until:
                 try:
-                    self._found = self._registry.depths()
+                    self._depths = self._registry.depths()
                 except Unavailable:
-                    self._found = None
+                    self._depths = None
                 self._until = time.monotonic() + _KEEP_SECONDS
-            found = self._found
-        return iter(self._families(found or [], up=found is not None))
+            depths = self._depths
+        return iter(self._families(depths or [], up=depths is not None))
 
     @staticmethod
     def _families(depths: list[Depth], up: bool) -> list[Metric]:

@@ -8,7 +8,7 @@ from services.runtime.settings import ProcessSettings
 
 
 class GatewaySettings(ProcessSettings):
-    """Where to listen, and how much to take."""
+    """Address and limits."""
 
     host: str = "127.0.0.1"
     """Address to listen on."""

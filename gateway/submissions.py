@@ -1,4 +1,4 @@
-"""The bodies of ``POST /v1/jobs`` and ``POST /v1/pipelines``: a union over all kinds, made from the table of kinds."""
+"""The bodies of ``POST /v1/jobs`` and ``POST /v1/pipelines``: a union over the table of kinds."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def _in_utc(time: datetime) -> datetime:
 
 
 class SubmissionBase(Options):
-    """A job to be done: its kind, its spec and how it is queued."""
+    """A job: its kind, its spec and how it is queued."""
 
     model_config = ConfigDict(title="Submission")
 
     kind: str
     spec: Spec
-    # JSON has no times, so this one comes as text (ISO 8601).
+    # Not strict: JSON has no time type, so it arrives as text (ISO 8601).
     not_before: Annotated[AwareDatetime, AfterValidator(_in_utc)] | None = Field(None, strict=False)
     """Earliest time to start, with its time zone, e.g. ``2030-01-01T00:00:00Z``."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the registry takes beside the kind and the spec."""
+        """Arguments of the registry besides the kind and the spec."""
         return {name: getattr(self, name) for name in Options.model_fields}
 
 
@@ -63,7 +63,7 @@ JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class Pipeline(BaseModel):
-    """Several jobs, all queued or none. An input ``{"job": NAME, "artifact": ...}`` names another of them."""
+    """Several jobs, queued all or none. An input ``{"job": NAME, "artifact": ...}`` names another one of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

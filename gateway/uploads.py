@@ -1,4 +1,4 @@
-"""An artifact that comes as ``multipart/form-data``, written to disk as it comes."""
+"""Uploads of artifacts as ``multipart/form-data``, written to disk while they arrive."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ class _Fields(BaseModel):
 
 
 class Form(NamedTuple):
-    """What was uploaded."""
+    """A complete upload."""
 
     name: str
     type: str
     folder: Path
-    """Holds the files, and nothing else."""
+    """Holds the files and nothing else."""
 
 
 class Upload:
-    """Feed it the body, then ``finish`` it, and ``discard`` it in any case. Blocking: call it in a thread.
+    """Feed it the body, then ``finish``; ``discard`` in any case. It blocks: call it in a thread.
 
     The parts are fields ``name`` and ``type`` and one or more ``files``, whose file names are paths in the artifact.
     """
 
     def __init__(self, work: Path, content_type: str) -> None:
-        """``work``: a new folder is made in it. Raises :class:`InvalidInput`."""
+        """Make a new folder in ``work``. Raises :class:`InvalidInput`."""
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise InvalidInput.field("(root)", "send multipart/form-data with the fields name, type and files")
@@ -87,7 +87,7 @@ class Upload:
                 raise InvalidInput.field("(root)", f"is not multipart/form-data: {error}") from None
 
     def finish(self) -> Form:
-        """The whole upload. Raises :class:`InvalidInput` when something is missing."""
+        """The complete upload. Raises :class:`InvalidInput` when something is missing."""
         if not self._ended:
             raise InvalidInput.field("(root)", "the body ends before the multipart data does")
         try:
@@ -99,13 +99,13 @@ class Upload:
         return Form(fields.name, fields.type, self._folder)
 
     def discard(self) -> None:
-        """Remove what is on disk."""
+        """Remove the files from disk."""
         if self._file is not None:
             self._file.close()
             self._file = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    # What the parser calls, in the order of a part: begin, headers, data, end.
+    # Callbacks of the parser, in the order of a part: begin, headers, data, end.
 
     def _begin(self) -> None:
         self._headers = {}
@@ -167,7 +167,7 @@ class Upload:
         target += data
 
     def _claim(self, path: str, field: str) -> None:
-        """Refuse a path that is there already, as a file or as a folder."""
+        """Refuse a path that already exists, as a file or as a folder."""
         parents = _parents(path)
         if path in self._paths or path in self._folders or not self._paths.isdisjoint(parents):
             raise InvalidInput.field(field, f"the path {path!r} is there twice")

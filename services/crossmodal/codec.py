@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.edits import Direction, Edit, EditLike, Mode, Steering, Strength
 from services.crossmodal import checks
 from services.crossmodal.codec_files import PARTS, Contents, Part, read, write
 from services.crossmodal.data import Prepared, Preprocessor, Subjects
@@ -19,14 +20,12 @@ from services.crossmodal.model import Decoder, Encoder, EncoderDecoder
 from services.crossmodal.steering import (
     LOCAL_GATE,
     TARGET_GATE,
-    Direction,
-    Edit,
-    Mode,
     Probe,
     Scores,
     classifier_normals,
     mean_differences,
     score,
+    signs,
 )
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
@@ -36,7 +35,6 @@ from services.zoo.universe import VALIDATION
 CHUNK = 256
 """Networks that go through encoder or decoder at once: in a transformer each takes a row of every token."""
 
-Strength = float | Literal["auto"]
 AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)
 """Strengths that ``auto`` chooses from."""
 HAS = 0.5
@@ -52,6 +50,15 @@ class Behavior(NamedTuple):
     description: str
     positives: int
     """Training subjects that have it."""
+
+
+class Batch(NamedTuple):
+    """Checked input: what :class:`Codec` takes without checking it again."""
+
+    rows: Tensor
+    """Flat networks, flat signatures or latents, float32 ``[batch, size]``, on any device."""
+    shape: int
+    """Which of the codec's shapes the networks have."""
 
 
 class Effect(NamedTuple):
@@ -177,42 +184,59 @@ class Codec:
         self._need("decoder")
         return decoded(self.model.decoder, latents, shape)
 
-    @torch.no_grad()
-    def encode(self, networks: Params, activation: str | None = None) -> Tensor:
-        """Latents ``[batch, latent]`` of networks: their signatures are taken on the codec's own probes."""
-        return self._encoded(*self._vectors(networks, activation))[1]
+    def check_networks(self, networks: Params, activation: str | None = None) -> Batch:
+        """``networks`` as rows for :meth:`encode`, :meth:`steer`, :meth:`effect` and :meth:`evaluate`."""
+        checked, which = checks.networks(networks, self.layout, activation)
+        return Batch(flatten(checked), which)
 
-    @torch.no_grad()
-    def encode_signatures(self, signatures: Tensor) -> Tensor:
-        """Latents of signatures ``[batch, neurons, values]``, taken on the codec's probes, of a codec for networks of
-        one shape whose encoder takes nothing else."""
+    def check_signatures(self, signatures: Tensor) -> Batch:
+        """``signatures`` as rows for :meth:`encode_signatures`."""
         if self.spec.codec.inputs != "signature":
             raise InvalidInput.field(
                 "signatures", f"this model's encoder takes {self.spec.codec.inputs}; send networks"
             )
         if len(self.layout.shapes) > 1 or self.preprocessor.canonicalizer is not None:
             raise InvalidInput.field("signatures", "this model must see the networks themselves; send networks")
-        checked = checks.batch(signatures, self.signature_shape, "signatures").to(self.device).flatten(1)
-        shape = torch.zeros(len(checked), dtype=torch.int64, device=self.device)
-        return checks.finite(self.latents(checked, shape), "signatures")
+        return Batch(checks.batch(signatures, self.signature_shape, "signatures").flatten(1), 0)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, shape: Architecture | None = None) -> Params:
-        """Networks of latents ``[batch, latent]``; ``shape``: theirs, of a codec that knows several."""
-        checked = checks.batch(latents, (self.latent_dim,), "latents").to(self.device)
+    def check_latents(self, latents: Tensor, shape: Architecture | None = None) -> Batch:
+        """``latents`` as rows for :meth:`decode`."""
+        checked = checks.batch(latents, (self.latent_dim,), "latents")
         if shape is None and len(self.layout.shapes) > 1:
             raise InvalidInput.field("shape", f"this model knows {len(self.layout.shapes)} shapes; say which")
         if shape is not None and shape not in self.layout.shapes:
             raise InvalidInput.field("shape", "an architecture that the model was not trained on")
-        which = 0 if shape is None else self.layout.shapes.index(shape)
-        shapes = torch.full((len(checked),), which, device=self.device)
-        return self._networks(checks.finite(self.decodings(checked, shapes), "latents"), which)
+        return Batch(checked, 0 if shape is None else self.layout.shapes.index(shape))
+
+    def check_edits(self, steering: Steering) -> Steering:
+        """``steering``, of behaviours that this codec has."""
+        checks.edits(steering.edits, [behavior.name for behavior in self.behaviors])
+        return steering
+
+    @torch.no_grad()
+    def encode(self, networks: Params | Batch, activation: str | None = None) -> Tensor:
+        """Latents ``[batch, latent]`` of networks: their signatures are taken on the codec's own probes."""
+        return self._encoded(*self._vectors(networks, activation))[1]
+
+    @torch.no_grad()
+    def encode_signatures(self, signatures: Tensor | Batch) -> Tensor:
+        """Latents of signatures ``[batch, neurons, values]``, taken on the codec's probes, of a codec for networks of
+        one shape whose encoder takes nothing else."""
+        batch = signatures if isinstance(signatures, Batch) else self.check_signatures(signatures)
+        rows, shape = self._placed(batch)
+        return checks.finite(self.latents(rows, shape), "signatures")
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor | Batch, shape: Architecture | None = None) -> Params:
+        """Networks of latents ``[batch, latent]``; ``shape``: theirs, of a codec that knows several."""
+        batch = latents if isinstance(latents, Batch) else self.check_latents(latents, shape)
+        return self._networks(checks.finite(self.decodings(*self._placed(batch)), "latents"), batch.shape)
 
     @torch.no_grad()
     def steer(
         self,
-        networks: Params,
-        edits: Sequence[Edit | tuple[str, ...]],
+        networks: Params | Batch,
+        edits: Sequence[EditLike] | Steering,
         mode: Mode = "residual",
         strength: Strength = 1.0,
         *,
@@ -221,18 +245,22 @@ class Codec:
     ) -> tuple[Params, Tensor]:
         """Networks after ``edits``, all applied to each, and their latents ``[batch, latent]`` after the edit.
 
+        With a checked :class:`Steering` for ``edits`` the options are taken from there.
+
         ``strength`` scales the direction; 1 is what it was trained for, 0 with ``residual`` returns the very same
         weights, ``auto`` takes for each network whichever of ``AUTO`` does best on the support set (sequences that are
         neither trained nor judged on).
         """
-        found = self._steered(networks, edits, mode=mode, strength=strength, direction=direction, activation=activation)
+        if not isinstance(edits, Steering):
+            edits = self.check_edits(Steering.of(edits, mode, strength, direction))
+        found = self._steered(*self._vectors(networks, activation), edits)
         return self._networks(found.vectors, int(found.shape[0])), found.latents
 
     @torch.no_grad()
     def effect(
         self,
-        networks: Params,
-        edits: Sequence[Edit | tuple[str, ...]],
+        networks: Params | Batch,
+        edits: Sequence[EditLike] | Steering,
         mode: Mode = "residual",
         strength: Strength = 1.0,
         *,
@@ -241,7 +269,9 @@ class Codec:
     ) -> Effect:
         """What ``edits`` do to networks: predicted from their latents, and measured on held-out sequences. Arguments as
         in :meth:`steer`."""
-        found = self._steered(networks, edits, mode=mode, strength=strength, direction=direction, activation=activation)
+        if not isinstance(edits, Steering):
+            edits = self.check_edits(Steering.of(edits, mode, strength, direction))
+        found = self._steered(*self._vectors(networks, activation), edits)
         said = [self.yes(vectors, found.shape) for vectors in (found.source, found.vectors)]
         shares = torch.stack([self.evaluation.by_stratum(one.cpu()).to(self.device) for one in said], 1)
         predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (found.before, found.latents)], 1)
@@ -260,37 +290,27 @@ class Codec:
         )
 
     @torch.no_grad()
-    def _steered(
-        self,
-        networks: Params,
-        edits: Sequence[Edit | tuple[str, ...]],
-        *,
-        mode: Mode,
-        strength: Strength,
-        direction: Direction,
-        activation: str | None,
-    ) -> _Steered:
+    def _steered(self, vectors: Tensor, shape: Tensor, steering: Steering) -> _Steered:
         self._need("decoder")
-        mode, alpha = checks.mode(mode), checks.strength(strength)
-        signs = self._signs(edits)
-        vectors, shape = self._vectors(networks, activation)
+        edits, mode, alpha, direction = steering
+        change = self.signs(edits)
         prepared, latents = self._encoded(vectors, shape)
         source_decoded = self.decodings(latents, shape)
-        shift = signs @ self.directions[checks.direction(direction)]
+        shift = change @ self.directions[direction]
 
         def moved(by: float) -> tuple[Tensor, Tensor]:
             steered = latents + by * shift
             found = self.decodings(steered, shape)
             # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
             weights = prepared.undo(found) if mode == "direct" else vectors + prepared.undo(found - source_decoded)
-            return checks.finite(weights, "networks"), steered
+            return checks.finite(weights, "networks"), checks.finite(steered, "networks")
 
         source = self.yes(vectors, shape, self.support)
         telling = self._telling
         had = source.float() @ telling.T / telling.sum(1).clamp_min(1) >= HAS
         # Where the probes are all that there is of a behaviour, as the latent says.
         had = torch.where(telling.any(1), had, self.probe(latents) > 0)
-        wanted = had & ~(signs < 0) | (signs > 0)
+        wanted = had & ~(change < 0) | (change > 0)
         if alpha != "auto":
             weights, steered = moved(alpha)
             chosen = torch.full((len(vectors),), alpha, device=self.device)
@@ -313,17 +333,8 @@ class Codec:
         steered = torch.where(same.unsqueeze(1), latents, steered)
         return _Steered(vectors, shape, latents, weights, steered, chosen, had, wanted)
 
-    def _signs(self, edits: Sequence[Edit | tuple[str, ...]]) -> Tensor:
-        """-1 for what the edits take away and 1 for what they give: ``[behaviors]``."""
-        names = [behavior.name for behavior in self.behaviors]
-        signs = torch.zeros(len(names), device=self.device)
-        for edit in checks.edits(edits, names):
-            for name, sign in edit.signs.items():
-                signs[names.index(name)] = sign
-        return signs
-
     @torch.no_grad()
-    def evaluate(self, networks: Params, activation: str | None = None) -> tuple[Tensor, Tensor]:
+    def evaluate(self, networks: Params | Batch, activation: str | None = None) -> tuple[Tensor, Tensor]:
         """How networks behave on held-out sequences, as two float32 tensors.
 
         ``recall`` ``[batch, behaviors]``: share of the sequences with the behaviour that the network answers yes to;
@@ -360,15 +371,24 @@ class Codec:
         inputs = self._support_inputs if asked is self.support else self.evaluation_inputs
         return self.layout.answers(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
 
-    def _vectors(self, networks: Params, activation: str | None) -> tuple[Tensor, Tensor]:
+    def signs(self, edits: Sequence[Edit]) -> Tensor:
+        """-1 for the behaviours that the edits take away and 1 for those that they give: ``[behaviors]``."""
+        return signs(edits, [behavior.name for behavior in self.behaviors]).to(self.device)
+
+    def _placed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rows on the device, and the shape of each, int64 ``[batch]``."""
+        return batch.rows.to(self.device), torch.full((len(batch.rows),), batch.shape, device=self.device)
+
+    def _vectors(self, networks: Params | Batch, activation: str | None) -> tuple[Tensor, Tensor]:
         """``networks`` checked, as float32 vectors on the device, and their shape, int64 ``[batch]``."""
-        checked, which = checks.networks(networks, self.layout, activation)
-        vectors = self.layout.pad(flatten(checked).to(self.device), which)
+        batch = networks if isinstance(networks, Batch) else self.check_networks(networks, activation)
+        (rows, shapes), which = self._placed(batch), batch.shape
+        vectors = self.layout.pad(rows, which)
         # Before anything else is made of them: not every signature of infinity is a number, or even an answer.
         inputs, shape = self.preprocessor.extractor.inputs.to(self.device), self.layout.shapes[which]
         for layer in activations(unflatten(self.layout.strip(vectors, which), shape), inputs, shape.activation):
             checks.finite(layer, "networks")
-        return vectors, torch.full((len(vectors),), which, device=self.device)
+        return vectors, shapes
 
     def _encoded(self, vectors: Tensor, shape: Tensor) -> tuple[Prepared, Tensor]:
         """``vectors`` on the way into the encoder, and their latents."""

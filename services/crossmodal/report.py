@@ -11,10 +11,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ethogram.specs.edits import DIRECTIONS, OPERATIONS, Edit
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CONTROLS, OTHERS
-from services.crossmodal.steering import DIRECTIONS, LOCAL_GATE, OPERATIONS, TARGET_GATE, Edit
+from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
 from services.runtime.report import AFTER, BEFORE, CONTROL, FAINT, INK, SOFT, Panel, Report, history_plot, plot
 from services.runtime.tensors import write_tensors
 from services.zoo.dataset import Zoo

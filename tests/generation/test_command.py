@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from ethogram.cli.execute import execute
-from services.generation import pipeline
+from services.generation import buckets
 from services.generation.__main__ import app
 from services.generation.json_form import export_json
 from services.runtime.console import ConsoleRun
@@ -80,9 +80,9 @@ def test_what_is_there_is_not_overwritten(zoo: Path, spec: Path, capsys: pytest.
 def test_what_was_interrupted_goes_on(
     spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("services.generation.__main__._CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(pipeline, "_CACHED", 1)
-    monkeypatch.setattr(pipeline, "_MOST_SHAPES", 1)
+    monkeypatch.setattr("services.runtime.local.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(buckets, "CACHE_BYTES", 1)
+    monkeypatch.setattr(buckets, "MOST_SHAPES", 1)
     asked: list[str | Path] = ["make", "-f", spec, "--set", "subjects=40", "-o"]
     assert call(*asked, tmp_path / "whole") == 0
     advance = ConsoleRun.advance
@@ -94,7 +94,7 @@ def test_what_was_interrupted_goes_on(
 
     monkeypatch.setattr(ConsoleRun, "advance", stop_in_the_middle)
     assert call(*asked, tmp_path / "zoo") == 130
-    assert "type the command again" in capsys.readouterr().err
+    assert "Run the same command again to resume" in capsys.readouterr().err
     begun: list[int] = []
 
     def note(self: ConsoleRun, done: int) -> None:
@@ -106,7 +106,7 @@ def test_what_was_interrupted_goes_on(
     assert f"or delete {tmp_path / 'zoo'} and {tmp_path / 'zoo-run'}" in capsys.readouterr().err
     assert call(*asked, tmp_path / "zoo") == 0
     shown = "".join(capsys.readouterr().err.split("\n"))
-    assert "goes on from a checkpoint" in shown and str(tmp_path / "zoo" / "report" / "report.html") in shown
+    assert "resumed from a checkpoint" in shown and str(tmp_path / "zoo" / "report" / "report.html") in shown
     assert begun[0] > 0
     assert records(tmp_path / "zoo") == records(tmp_path / "whole")
     lines = [(tmp_path / f"{name}-run" / "metrics.jsonl").read_text() for name in ("whole", "zoo")]
@@ -148,7 +148,7 @@ def test_what_fails_leaves_nothing_behind(
     assert call("export", tmp_path / "broken", "-o", tmp_path / "new") == 2
     monkeypatch.setattr(ConsoleRun, "advance", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert call("make", "-f", spec, "-o", tmp_path / "new") == 130
-    assert "nothing is kept" in capsys.readouterr().err
+    assert "Nothing is kept" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["broken"]
 
 

@@ -55,17 +55,19 @@ def collect(
     is a language model.
 
     With ``spec.root`` or ``ACTIVATIONS_ROOT`` the store is in a folder below that, which is resumed too, and ``folder``
-    holds its path. Raises :class:`InvalidInput` for hook points that are not there, numbers that
-    are not finite and too few texts, and :class:`ethogram.errors.Unavailable` when the disk is full.
+    holds its path. Raises :class:`InvalidInput` for hook points that are not there, numbers that are not finite and too
+    few texts, and :class:`ethogram.errors.Unavailable` when the disk is full.
     """
     with torch.no_grad():
         source = open_source(spec, run.device, policy, name)
         points, manifest = plan(spec, source)
         root = spec.root or os.environ.get(ROOT)
         target = folder if root is None else Path(root) / store_name(manifest)
-        if root is None and run.resume is not None and (run.resume / MANIFEST).exists():
+        # What is in the folder is at least as far as the checkpoint.
+        resume = run.resume if root is None and not (folder / MANIFEST).exists() else None
+        if resume is not None and (resume / MANIFEST).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _copy(list(run.resume.iterdir()), folder)
+            _copy(list(resume.iterdir()), folder)
         with Writer.open(target, manifest, run.device) as writer:
             store = _record(spec, source, points, writer, run, checkpoints=root is None)
     if root is not None:
