@@ -62,7 +62,7 @@ PEERS = (
     "simple-parsing==0.1.9",
 )
 PEER = Path(__file__).with_name("_clt_peers.py")
-SOURCES = ("ethogram/specs/clt.py", "services/clt", "services/runtime")
+SOURCES = ("ethogram/specs/clt.py", "services/clt", "services/language", "services/runtime")
 BATCH, K, THREADS = 4096, 32, 2
 TURNS, TURN = 5, 10
 SPEED: dict[str, tuple[dict[str, Any], float | None]] = {
