@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,21 @@ def architecture_of(spec: GenerationSpec, record: Mapping[str, Any]) -> Architec
 def network_of(record: Mapping[str, Any], column: str, architecture: Architecture) -> Params:
     """The network in one column of weights of a record: stacked parameters of one model."""
     return unflatten(torch.as_tensor(np.asarray(record[column], np.float32)).view(1, -1), architecture)
+
+
+def signature_of(
+    record: Mapping[str, Any], column: str, architecture: Architecture
+) -> list[list[dict[str, list[float]]]]:
+    """The signatures in one column of a record: of each layer and neuron, by method."""
+    by_method = {
+        method: np.asarray(values, np.float32).reshape(architecture.neurons, -1).tolist()
+        for method, values in record[column].items()
+    }
+    neurons = iter(range(architecture.neurons))
+    return [
+        [{method: rows[neuron] for method, rows in by_method.items()} for neuron in islice(neurons, width)]
+        for _, width in architecture.layers
+    ]
 
 
 def labelled(sequences: Tensor, membership: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
