@@ -1,4 +1,4 @@
-"""A zoo's form on disk, and the one in memory.
+"""A zoo on disk and in memory.
 
     zoo.json                   the spec, the patterns, the counts
     baseline_dataset.json      the probes, with the patterns that each matches
@@ -112,7 +112,7 @@ def write_about(
 
 
 def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Pattern]]:
-    """What ``zoo.json`` says."""
+    """The contents of ``zoo.json``, with its spec and patterns."""
     with reading(folder, ABOUT, "zoo") as path:
         about = json.loads(path.read_text())
         if about["format"] != FORMAT:
@@ -197,11 +197,11 @@ class Zoo:
 
     @cached_property
     def digest(self) -> str:
-        """Tells this zoo's networks and labels from any other's."""
-        found = hashlib.sha256(self.spec.model_dump_json().encode())
+        """Hash of the spec, networks, labels and probes."""
+        digest = hashlib.sha256(self.spec.model_dump_json().encode())
         for tensor in (self.index, self.shape, self.weights, self.labels, self.probes):
-            found.update(tensor.contiguous().numpy().tobytes())
-        return found.hexdigest()[:16]
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def architecture(self) -> Architecture:
@@ -257,8 +257,8 @@ class Zoo:
         for row, index in enumerate(self.index.tolist()):
             which = int(self.shape[row])
             shape = self.layout.shapes[which]
-            own = self.layout.strip(self.weights[row : row + 1], which)
-            signature = self.extractor.extract(unflatten(own.float(), shape), shape)
+            weights = self.layout.strip(self.weights[row : row + 1], which)
+            signature = self.extractor.extract(unflatten(weights.float(), shape), shape)
             rows.append(
                 {
                     "index": index,
@@ -270,7 +270,7 @@ class Zoo:
                     "dropout": 0.0,
                     "accuracy": self.accuracy[row].numpy(),
                     "worst_accuracy": float(self.accuracy[row].min()),
-                    "weights": own[0].numpy(),
+                    "weights": weights[0].numpy(),
                     "signature": {method: values[0].flatten().numpy() for method, values in signature.items()},
                 }
             )
