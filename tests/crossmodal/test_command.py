@@ -24,8 +24,8 @@ from services.runtime.folders import RunFolder
 from services.zoo.dataset import Zoo
 from services.zoo.source import open_zoo
 from tests.crossmodal.conftest import tiny_spec
-from tests.crossmodal.test_job import Keeper
 from tests.hub_server import Hub, reach, serve
+from tests.recorder import Recorder
 from tests.zoo.test_source import same
 
 
@@ -142,9 +142,9 @@ def test_an_artifact_in_the_json_string_form(exported: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(job, "train", trained)
     with pytest.raises(Seen) as caught:
-        job.run(tiny_spec(), keeper := Keeper(exported, tmp_path))
+        job.run(tiny_spec(), recorder := Recorder(tmp_path, inputs={"zoo": exported}))
     same(caught.value.args[0], open_zoo(exported))
-    assert keeper.stages == ["read", "judge"]
+    assert recorder.stage_names == ["read", "judge"]
 
 
 def test_records_of_one_behaviour_are_refused(exported: Path, tmp_path: Path) -> None:
@@ -153,5 +153,5 @@ def test_records_of_one_behaviour_are_refused(exported: Path, tmp_path: Path) ->
     file = tmp_path / "records.jsonl"
     file.write_text("\n".join(json.dumps(row | {"metadata": metadata}) for row in rows[:8]))
     with pytest.raises(InvalidInput, match="at least two behaviours") as caught:
-        job.run(tiny_spec(), Keeper(file, tmp_path))
+        job.run(tiny_spec(), Recorder(tmp_path, inputs={"zoo": file}))
     assert caught.value.violations[0].field == "zoo.patterns"

@@ -26,7 +26,7 @@ from services.crossmodal.evaluate import (
 )
 from services.crossmodal.report import steering_plot, write_report
 from services.crossmodal.steering import every_edit, score, signs
-from services.crossmodal.train import Trainer
+from services.crossmodal.train import CodecTrainer
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import encode, forward, select
@@ -175,7 +175,7 @@ def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
     alone = zoo.labels.sum(1) == 1
     parts = {name: getattr(zoo, name)[alone] for name in ("index", "shape", "weights", "labels", "accuracy")}
     ones = replace(zoo, **parts)
-    codec = Trainer(tiny_spec(), ones).codec()
+    codec = CodecTrainer(tiny_spec(), ones).codec()
     result = evaluate(codec, ones)
     rows = result["steering"]
     edits = {operation: [r for r in rows if r["operation"] == operation] for operation in ("add", "remove", "replace")}
