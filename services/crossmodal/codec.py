@@ -100,7 +100,7 @@ class Codec:
         self.patterns, self.positives = contents.patterns, contents.positives
         self.probes, self.preprocessor = contents.probes, contents.preprocessor
         self.evaluation, self.support = contents.evaluation, contents.support
-        self.course: list[dict[str, float]] = []
+        self.history: list[dict[str, float]] = []
         """Loss, terms and validations of the training that made it, each with its ``step``; not kept in its files."""
         self.probe = Probe(*(tensor.to(device) for tensor in contents.probe))
         self.layout = contents.preprocessor.layout
