@@ -45,8 +45,8 @@ def effect_page(effect: Effect, edits: Sequence[EditLike], networks: str) -> str
 <p><b>Target</b>, accuracy where the edit decides: {_number(_mean(target))}. <b>Local</b>, change of accuracy everywhere
 else: {local.mean():+.3f}. Both are on held-out sequences, with the behaviours that each network was seen to have.</p>
 <h2>Behaviours</h2>
-<p><b>predicted</b>: the chance of the behaviour as a line reads it from the latent. <b>measured</b>: share of the
-held-out sequences with the behaviour (in the last row: without any) that the network answers yes to.</p>
+<p><b>predicted</b>: the chance of the behaviour as a linear probe reads it from the latent. <b>measured</b>: share of
+the held-out sequences with the behaviour (in the last row: without any) that the network answers yes to.</p>
 {_table(head, rows)}
 <h2>Networks</h2>{_table(["network", "strength", "target", "local"], each)}{more}</html>
 """
