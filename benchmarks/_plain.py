@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from ethogram.specs.generation import GenerationSpec
 from services.generation import checks
+from services.generation.buckets import BucketTrainer
 from services.generation.data import Candidates, Examples, keys, shuffled
-from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.train import VALIDATION_EXAMPLES
 from services.zoo.subjects import Params, flatten, init
 
@@ -34,15 +34,15 @@ class PlainLoop:
     """The same candidates, the same data and the same checks as the product's; another way of training."""
 
     def __init__(self, spec: GenerationSpec) -> None:
-        self._pipeline = DatasetGenerationPipeline(spec)
-        self._spec, self._sampler = spec, self._pipeline.sampler
+        self._trainer = BucketTrainer(spec)
+        self._spec, self._sampler = spec, self._trainer.sampler
 
     def subject(self, index: int) -> Record | None:
         """Train, check and describe one."""
         spec, staged = self._spec, self._spec.staged
         assert staged is not None
         indices = torch.tensor([index])
-        own = Candidates.draw(spec, indices, len(self._pipeline.patterns))
+        own = Candidates.draw(spec, indices, len(self._trainer.patterns))
         network = self._network(own)
         train = Examples.draw(spec.seed, "examples", own, staged.examples, self._sampler.train)
         judge = Examples.draw(spec.seed, "validation", own, VALIDATION_EXAMPLES, self._sampler.validation)
@@ -63,11 +63,11 @@ class PlainLoop:
         if checks.improvement(before, after, own, staged)[0] is not None:
             return None
         params = self._params(network)
-        self._pipeline.extractor.extract(params, self._pipeline.trainer.architecture(own))
+        self._trainer.extractor.extract(params, self._trainer.subject_trainer.architecture(own))
         return Record(index, after[0].tolist(), flatten(params)[0].tolist())
 
     def _network(self, own: Candidates) -> nn.Sequential:
-        spec, architecture = self._spec, self._pipeline.trainer.architecture(own)
+        spec, architecture = self._spec, self._trainer.subject_trainer.architecture(own)
         params = init(architecture, keys(spec.seed, "init", own.indices), kaiming=spec.subject.weight_init == "kaiming")
         layers: list[nn.Module] = []
         for i, (fan_in, fan_out) in enumerate(architecture.layers):

@@ -104,18 +104,20 @@ def _item(field: Field, value: Any, path: str) -> Any:
 
 
 def _scalar(field: Field, value: Any) -> Any:
-    return field.enum_type.values_by_name[_prefix(field.enum_type) + value.upper()].number if field.enum_type else value
+    enum = field.enum_type
+    return enum.values_by_name[enum_prefix(enum.name) + value.upper()].number if enum else value
 
 
 def _member_to_name(enum: Enum, number: int, path: str) -> str:
     member = enum.values_by_number.get(number)
     if member is None or number == 0:
         raise InvalidInput.field(path, f"{number} is no {enum.name} that can be set")
-    return str(member.name).removeprefix(_prefix(enum)).lower()
+    return str(member.name).removeprefix(enum_prefix(enum.name)).lower()
 
 
-def _prefix(enum: Enum) -> str:
-    words = "".join(f"_{letter}" if letter.isupper() else letter for letter in enum.name)
+def enum_prefix(name: str) -> str:
+    """Prefix of the members of enum ``name``: ``INPUT_ENCODING_`` for ``InputEncoding``."""
+    words = "".join(f"_{letter}" if letter.isupper() else letter for letter in name)
     return words.lstrip("_").upper() + "_"
 
 

@@ -1,9 +1,8 @@
-"""Generate ``ethogram/v1`` from ``protos``; with ``--check``, fail if what is committed differs."""
+"""Generate the spec messages in ``protos``, and ``ethogram/v1`` from all of ``protos``; with ``--check``, fail if what
+is committed differs."""
 
 from __future__ import annotations
 
-import filecmp
-import shutil
 import sys
 import tempfile
 from importlib.resources import files
@@ -11,12 +10,15 @@ from pathlib import Path
 
 from grpc_tools import protoc
 
+from scripts import messages
+from scripts.generated import write
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "protos"
 TARGET = ROOT / "ethogram" / "v1"
 
 
-def generate(target: Path) -> None:
+def compile_protos(target: Path) -> None:
     """Write the generated modules and their stubs below ``target``."""
     plugins = Path(sys.executable).parent
     arguments = [
@@ -30,28 +32,19 @@ def generate(target: Path) -> None:
     ]
     if protoc.main(arguments) != 0:
         raise SystemExit("protoc failed; its message is above")
-    (target / "ethogram" / "v1" / "__init__.py").touch()
 
 
 def main() -> None:
+    command = "make protos"
+    write(messages.generate(), command)
     with tempfile.TemporaryDirectory() as folder:
-        generate(Path(folder))
-        made = Path(folder) / "ethogram" / "v1"
-        # A file without services needs no gRPC module.
-        for path in made.glob("*_pb2_grpc.py"):
-            if "Stub" not in path.read_text():
-                path.unlink()
-                path.with_suffix(".pyi").unlink(missing_ok=True)
-        names = {path.name for path in made.iterdir() if path.is_file()}
-        if "--check" in sys.argv:
-            have = {path.name for path in TARGET.iterdir() if path.is_file()}
-            _, different, missing = filecmp.cmpfiles(made, TARGET, names & have, shallow=False)
-            stale = sorted({*different, *missing, *(names ^ have)})
-            if stale:
-                raise SystemExit(f"generated code is stale, run 'make protos': {', '.join(stale)}")
-            return
-        shutil.rmtree(TARGET, ignore_errors=True)
-        shutil.copytree(made, TARGET)
+        compile_protos(Path(folder))
+        made = {path.name: path.read_text() for path in Path(folder, "ethogram", "v1").iterdir()}
+    # A file without services needs no gRPC module.
+    useless = {name for name, text in made.items() if name.endswith("_pb2_grpc.py") and "Stub" not in text}
+    wanted = {name: text for name, text in made.items() if name.removesuffix("i") not in useless}
+    old = {path: None for path in TARGET.iterdir() if path.is_file()}
+    write({**old, TARGET / "__init__.py": "", **{TARGET / name: text for name, text in wanted.items()}}, command)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scripts.generated import write
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, TARGET = ROOT / "ethogram" / "aio.py", ROOT / "ethogram" / "client.py"
 
@@ -55,13 +57,5 @@ def generate() -> str:
     return text
 
 
-def main() -> None:
-    made = generate()
-    if "--check" not in sys.argv:
-        TARGET.write_text(made)
-    elif TARGET.read_text() != made:
-        raise SystemExit("ethogram/client.py is stale, run 'make client'")
-
-
 if __name__ == "__main__":
-    main()
+    write({TARGET: generate()}, "make client")

@@ -13,8 +13,11 @@ from ethogram.platform.stack import Platform
 from ethogram.platform.state import StateDir
 from tests.redis_server import start_redis
 
-# Before torch is loaded: tests share the machine with the servers they start; see workers.process.SPIN_COUNT.
+# Before torch is loaded: tests share the machine with each other and the servers they start; see
+# workers.process.SPIN_COUNT.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def free_port() -> int:

@@ -1,12 +1,11 @@
-"""The worker: hears the bell through Celery, claims jobs from the registry, and runs each in a slot."""
+"""The worker: woken through Celery, it claims jobs from the registry and runs each in a slot."""
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import logging
 import os
 import queue
-import signal
 import socket
 import threading
 from collections.abc import Mapping
@@ -20,15 +19,16 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu.entity import Queue
 
-from ethogram.errors import EthogramError, InvalidInput, Unavailable
+from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.kinds import KINDS, Kind
 from services.jobs.bell import RING, Bell, celery_app, celery_queue, redis_client, without_password
 from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
-from services.runtime import lifetime, logs, scratch
-from workers.metrics import WorkerMetrics, served
+from services.runtime import scratch
+from workers.metrics import WorkerMetrics, serve_metrics
 from workers.settings import WorkerSettings
 from workers.slots import Slot, slots_of
+from workers.startup import run_process
 from workers.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ RECONNECT_SECONDS = 1
 TURN_SECONDS = 0.1
 
 
-class Ringer:
-    """What a ring does: claim the next job and run it, until none is left or the worker must leave."""
+class SlotRunner:
+    """Claims jobs of a queue and runs them in a free slot, until none is left or the worker must leave."""
 
     def __init__(
         self,
@@ -55,13 +55,13 @@ class Ringer:
         self._registry, self._supervisor, self._bell = registry, supervisor, bell
         self._stopping, self._lease_seconds = stopping, lease_seconds
         self._name = f"{socket.gethostname()}:{os.getpid()}"
-        # Celery runs as many rings at once as there are slots, so a ring never waits here.
+        # Celery handles as many rings at once as there are slots, so none waits here for a free one.
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for slot in slots:
             self._free.put(slot)
 
     def serve(self, queue_name: str) -> None:
-        """Run the jobs of ``queue_name``, one after the other, in one slot."""
+        """Run the jobs of ``queue_name`` one after another in one slot."""
         slot = self._free.get()
         self._metrics.rings.inc()
         try:
@@ -74,86 +74,66 @@ class Ringer:
                 if claim is None:
                     return
                 self._metrics.claims.labels(queue_name).inc()
-                # Rings are merged: this one may have meant several jobs, and another slot may be idle.
+                # Rings are merged: this one may stand for several jobs, and another slot may be idle.
                 with suppress(Unavailable):
                     if self._registry.has_work(queue_name):
                         self._bell.ring(queue_name)
                 self._supervisor.run(claim, slot)
-            # What is left is for another worker.
+            # Another worker takes the remaining jobs.
             self._bell.ring(queue_name)
         finally:
             self._free.put(slot)
 
 
 class PatientConsumer(Consumer):  # type: ignore[misc]
-    """Celery's consumer, but it says in a sentence that Redis is gone, and sees soon that it is back."""
+    """Celery's consumer, with one readable line when Redis is unreachable and a quick reconnection."""
 
     def ensure_connected(self, conn: Any) -> Any:
         """Connect, however long it takes."""
-        tries = 0
+        attempts = itertools.count()
 
-        def tell(error: Exception, _interval: float) -> None:
-            nonlocal tries
-            if tries % 30 == 0:
+        def log_failure(error: Exception, _interval: float) -> None:
+            if next(attempts) % 30 == 0:
                 logger.error(
-                    "Redis at %s does not answer; start it, or set REDIS_URL. Running jobs go on, waiting ones start "
+                    "Redis at %s does not answer; start it, or set REDIS_URL. Running jobs continue; queued ones start "
                     "when it is back",
                     without_password(conn.as_uri()),
                     extra={"error": str(error)[:300]},
                 )
-            tries += 1
 
         conn.ensure_connection(
-            tell,
+            log_failure,
             None,
             interval_start=RECONNECT_SECONDS,
             interval_step=0,
             interval_max=RECONNECT_SECONDS,
-            callback=_leave_if_asked,
+            callback=state.maybe_shutdown,
         )
         self.first_connection_attempt = False
         return conn
 
     def register_with_event_loop(self, hub: Any) -> None:
-        """Join the loop, and let it turn often.
-
-        A slot that becomes free does not wake the loop, which would else take the next ring up to a second later.
-        """
+        """Join the loop and make it turn often: a slot that becomes free does not wake it, and the next ring would
+        wait for up to a second."""
         super().register_with_event_loop(hub)
-        hub.timer.call_repeatedly(TURN_SECONDS, _nothing)
+        hub.timer.call_repeatedly(TURN_SECONDS, lambda: None)
 
 
 class PlainWorker(Worker):  # type: ignore[misc]
-    """Celery's worker, but the signal handlers are ours."""
+    """Celery's worker without its signal handlers, which :func:`run_process` replaces."""
 
     def install_platform_tweaks(self, worker: Any) -> None:
-        """Celery's own would restart the process on SIGHUP, and drop what runs on SIGINT."""
+        """Install nothing: Celery would restart the process on SIGHUP and drop running jobs on SIGINT."""
 
 
-def _nothing() -> None:
-    pass
-
-
-def _leave_if_asked() -> None:
-    state.maybe_shutdown()
-
-
-def serve(config: WorkerSettings, kinds: Mapping[str, Kind]) -> None:
-    """Work until asked to leave."""
-    stopping = threading.Event()
-
-    def leave(*_: Any) -> None:
-        stopping.set()
-        state.should_stop = os.EX_OK
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, leave)
+def serve(config: WorkerSettings, kinds: Mapping[str, Kind], stopping: threading.Event) -> None:
+    """Run jobs until ``stopping``, which must come with Celery's ``should_stop``."""
     app = celery_app(config.redis_url)
     refuse_cluster(config.redis_url)
     registry = JobRegistry.open(config.database)
     bell, notifier = Bell(config.redis_url), Notifier(config.redis_url)
     metrics = WorkerMetrics(config.slots)
-    with served(metrics, config), scratch.folder(config.work, "worker") as work:
+    with serve_metrics(metrics, config), scratch.folder(config.work, "worker") as work:
         supervisor = Supervisor(
             registry,
             notifier,
@@ -165,36 +145,29 @@ def serve(config: WorkerSettings, kinds: Mapping[str, Kind]) -> None:
             checkpoint_seconds=config.checkpoint_seconds,
             grace_seconds=config.grace_seconds,
         )
-        _listen(
-            app,
-            config,
-            Ringer(
-                registry,
-                supervisor,
-                bell,
-                slots=slots_of(config),
-                stopping=stopping,
-                lease_seconds=config.lease_seconds,
-                metrics=metrics,
-            ),
+        runner = SlotRunner(
+            registry,
+            supervisor,
             bell,
+            slots=slots_of(config),
+            stopping=stopping,
+            lease_seconds=config.lease_seconds,
+            metrics=metrics,
         )
+        _listen(app, config, runner, bell)
         bell.close()
         notifier.close()
     registry.close()
     logger.info("worker left")
 
 
-def _listen(app: Any, config: WorkerSettings, ringer: Ringer, bell: Bell) -> None:
-    """Celery's loop; returns when the process must leave and its slots are empty."""
-
-    def ring(queue_name: str) -> None:
-        ringer.serve(queue_name)
+def _listen(app: Any, config: WorkerSettings, runner: SlotRunner, bell: Bell) -> None:
+    """Run Celery's loop; return when the process must leave and its slots are empty."""
 
     def ready(**_: Any) -> None:
         # ``ethogram up`` waits for this line.
         logger.info("worker ready", extra={"queues": config.queues, "slots": config.slots, "device": config.device})
-        # Rings may have been lost while nobody listened.
+        # Rings may have been lost while no worker was connected.
         for name in config.queues:
             bell.ring(name)
 
@@ -204,7 +177,7 @@ def _listen(app: Any, config: WorkerSettings, ringer: Ringer, bell: Bell) -> Non
     # Untyped.
     queue_type: Any = Queue
     app.conf.update(
-        # Without it a busy worker keeps rings that an idle one could answer.
+        # With prefetching, a busy worker would hold rings that an idle one could answer.
         worker_disable_prefetch=True,
         worker_prefetch_multiplier=1,
         worker_enable_remote_control=False,
@@ -213,7 +186,7 @@ def _listen(app: Any, config: WorkerSettings, ringer: Ringer, bell: Bell) -> Non
         task_queues=[queue_type(celery_queue(name)) for name in config.queues],
         task_create_missing_queues=False,
     )
-    app.task(name=RING)(ring)
+    app.task(name=RING)(runner.serve)
     signals.worker_ready.connect(ready, weak=False)
     signals.setup_logging.connect(keep_logging, weak=False)
     for noisy in ("celery.app.trace", "celery.worker.strategy"):
@@ -232,11 +205,11 @@ def _listen(app: Any, config: WorkerSettings, ringer: Ringer, bell: Bell) -> Non
 
 
 def refuse_cluster(redis_url: str) -> None:
-    """Raises :class:`InvalidInput` when the server at ``redis_url`` is a node of a Redis Cluster."""
+    """Raise :class:`InvalidInput` when the server at ``redis_url`` is a node of a Redis Cluster."""
     try:
         info: Any = redis_client(redis_url).info("cluster")
     except redis.RedisError:
-        return  # Celery waits for it and says so.
+        return  # Celery waits until it answers.
     if info.get("cluster_enabled"):
         raise InvalidInput.field(
             "REDIS_URL",
@@ -246,16 +219,10 @@ def refuse_cluster(redis_url: str) -> None:
 
 def main(kinds: Mapping[str, Kind] = KINDS) -> None:
     """``python -m workers``."""
-    parser = argparse.ArgumentParser(prog="python -m workers", description=__doc__)
-    parser.add_argument("--parent-pipe", action="store_true", help="leave when standard input ends")
-    arguments = parser.parse_args()
-    logs.configure("worker")
-    try:
-        config = WorkerSettings.read()
-        logs.configure("worker", config.log_level)
-        if arguments.parent_pipe:
-            lifetime.exit_on_eof(lambda: os.kill(os.getpid(), signal.SIGTERM))
-        serve(config, kinds)
-    except EthogramError as error:
-        logger.critical(error.message)
-        raise SystemExit(2) from None
+    stopping = threading.Event()
+
+    def leave() -> None:
+        stopping.set()
+        state.should_stop = os.EX_OK
+
+    run_process("workers", "worker", lambda config: serve(config, kinds, stopping), leave)

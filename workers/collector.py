@@ -1,6 +1,6 @@
-"""The reconciler's housekeeping, in a thread of its own: old jobs go, and then what nothing in the store is needed for.
+"""The reconciler's collector, in a thread of its own: it deletes old jobs, then artifacts that nothing needs.
 
-A long collection holds nobody up, and one that is interrupted goes on in the next process.
+A long collection delays nothing else, and an interrupted one resumes in the next process.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-# Where nothing is collected, the store is claimed all the same, lest another registry's collector has it.
+# Without collection, the store is still claimed, so that no other registry's collector takes it.
 IDLE_SECONDS = 600.0
-# A wall clock that was moved by more says nothing of how old a job is.
+# After a larger step of the wall clock, the age of a job is unknown.
 CLOCK_STEP_SECONDS = 60.0
 
 
 class Housekeeper:
-    """Looks now and then for what may go."""
+    """Deletes old jobs and unneeded artifacts."""
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class Housekeeper:
         )
 
     def look(self) -> None:
-        """Delete what may go now. Raises what :meth:`Collector.collect` raises; :class:`IllegalState` when the store is
-        another registry's."""
+        """Delete what may be deleted now. Raises what :meth:`Collector.collect` raises, and :class:`IllegalState` when
+        the store belongs to another registry."""
         self._store.claim(self._registry.identity())
         if not self._config.gc_period_seconds:
             return
@@ -61,14 +61,13 @@ class Housekeeper:
         if done.files or done.artifacts:
             self._metrics.collected.inc(done.artifacts)
             self._metrics.freed.inc(done.bytes)
-            logger.info("deleted what nothing needs", extra=asdict(done))
+            logger.info("deleted artifacts that nothing needs", extra=asdict(done))
 
     def _delete_old_jobs(self) -> None:
         if abs(self._wall() - self._clock() - self._offset) > CLOCK_STEP_SECONDS:
             if not self._warned:
                 logger.warning(
-                    "the clock of this machine was set: jobs are not deleted for their age until the reconciler is "
-                    "started again"
+                    "the clock of this machine was set: old jobs are not deleted until the reconciler is restarted"
                 )
             self._warned = True
             return
@@ -79,21 +78,21 @@ class Housekeeper:
             try:
                 self._registry.delete_job(job, published)
             except (IllegalState, NotFound):
-                # Another job still uses it, or somebody else was quicker.
+                # Another job still uses it, or another process deleted it first.
                 continue
             deleted += 1
         if deleted:
             logger.info("deleted old jobs", extra={"jobs": deleted})
 
     def _needs(self) -> Needs:
-        # In this order: whoever ends after the first question has committed what the third one asks for.
+        # In this order: an attempt that ends after the first query has committed what the third one returns.
         attempts = {attempt.attempt for attempt in self._registry.running_attempts()}
         spent = self._registry.spent_artifacts()
         return Needs(live=self._registry.live_artifacts(), attempts=attempts, spent=spent)
 
 
 def run(registry: JobRegistry, config: WorkerSettings, metrics: ReconcilerMetrics, stopping: threading.Event) -> None:
-    """Look until ``stopping``, whatever fails."""
+    """Collect every ``config.gc_period_seconds`` until ``stopping``, whatever fails."""
     keeper: Housekeeper | None = None
     failed = ""
     while True:
@@ -102,11 +101,11 @@ def run(registry: JobRegistry, config: WorkerSettings, metrics: ReconcilerMetric
             keeper.look()
             failed = ""
         except EthogramError as error:
-            # Said once, not every ten minutes.
+            # Log it once, not every ten minutes.
             if error.message != failed:
                 logger.error(error.message)
             failed = error.message
         except Exception:
-            logger.exception("the collection failed; it begins anew")
+            logger.exception("the collection failed; it starts again")
         if stopping.wait(config.gc_period_seconds or IDLE_SECONDS):
             return

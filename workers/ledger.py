@@ -1,4 +1,4 @@
-"""What an attempt writes into the registry: all that its job says, in order, and how it ended."""
+"""Writes to the registry for one attempt: the events of its job, in order, and the outcome."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Outcome:
     """How an attempt ends."""
 
     kind: Literal["succeeded", "failed", "cancelled", "stopped", "waiting", "crashed", "stalled"]
-    """The last four end the attempt; the job goes on in another one."""
+    """The last four end the attempt; the job continues in another one."""
     message: str = ""
     result: dict[str, Any] = field(default_factory=dict)
     error: EthogramError | None = None
-    """Why it failed."""
+    """Reason of a failure."""
 
 
 class Ledger:
-    """Writes in the name of one attempt. Every method raises :class:`StaleAttempt` once it owns the job no more."""
+    """Writes for one attempt. Every method raises :class:`StaleAttempt` once the attempt no longer owns the job."""
 
     def __init__(
         self,
@@ -56,16 +56,17 @@ class Ledger:
         self._registry, self._notifier, self._kinds, self._metrics = registry, notifier, kinds, metrics
         self._attempt, self._job = claim.attempt, claim.job.id
         self._stopping, self._grace = stopping, grace
-        self._values: dict[str, float] = {}
+        self._latest: dict[str, float] = {}
+        """Last value of each metric."""
         self.result: dict[str, Any] | None = None
-        """The job's answer, once it gave one."""
+        """The job's result, once it has sent one."""
         self.waits = False
-        """It ended the attempt because its children have not ended."""
+        """Whether the job ended the attempt to wait for its children."""
         self._seq = self._batch = 0
         self._notify(claim.job.seq)
 
     def write(self, events: Sequence[jobs_pb2.JobEvent]) -> None:
-        """Write a batch down; of its progress only the last."""
+        """Write a batch of events; of several progress events, only the last."""
         progress: jobs_pb2.Progress | None = None
         lines: list[tuple[str, dict[str, Any]]] = []
         for event in events:
@@ -73,7 +74,7 @@ class Ledger:
                 case "progress":
                     progress = event.progress
                 case "metric":
-                    self._values.update(event.metric.values)
+                    self._latest.update(event.metric.values)
                 case "log":
                     lines.append(("log", {"level": event.log.level, "message": event.log.message}))
                 case "checkpoint":
@@ -94,7 +95,7 @@ class Ledger:
             self._progress(progress)
 
     def log(self, message: str, level: str = "error") -> None:
-        """A line of the worker's own in the job's log."""
+        """Add a line of the worker to the job's log."""
         self._append([("log", {"level": level, "message": message})])
 
     def settle(self, outcome: Outcome, seconds: float) -> None:
@@ -118,9 +119,9 @@ class Ledger:
         self._notify(self._persist(commit).seq)
         self._metrics.checkpoints.inc()
 
-    def _artifact(self, made: jobs_pb2.Artifact) -> None:
+    def _artifact(self, output: jobs_pb2.Artifact) -> None:
         commit = self._registry.commit_artifact
-        self._persist(partial(commit, self._attempt, made.name, made.type, made.id, made.size))
+        self._persist(partial(commit, self._attempt, output.name, output.type, output.id, output.size))
         self._notify(self._persist(partial(self._registry.get, self._job)).seq)
 
     def _spawn(self, part: jobs_pb2.Spawn) -> None:
@@ -141,10 +142,10 @@ class Ledger:
             "done": progress.done,
             "total": progress.total,
             "unit": progress.unit,
-            "metrics": dict(self._values),
+            "metrics": dict(self._latest),
         }
         self._persist(partial(self._registry.set_progress, self._attempt, state))
-        # No event, but something to look at.
+        # There is no new event, but watchers read the progress again.
         self._notify(self._seq)
 
     def _settle(self, outcome: Outcome, seconds: float) -> Job:
@@ -166,11 +167,11 @@ class Ledger:
 
     def _fail(self, error: EthogramError, seconds: float) -> Job:
         violations = [violation._asdict() for violation in error.violations]
-        told = {"reason": error.reason, "message": error.message, "violations": violations}
-        return self._registry.fail(self._attempt, told, seconds=seconds)
+        details = {"reason": error.reason, "message": error.message, "violations": violations}
+        return self._registry.fail(self._attempt, details, seconds=seconds)
 
     def _persist(self, write: Callable[[], R]) -> R:
-        """``write``, and again while the registry does not answer; who must leave tries no longer than the grace."""
+        """Call ``write``, again while the registry does not answer; a stopping worker gives up after the grace."""
         tries, deadline = 0, 0.0
         while True:
             try:

@@ -1,4 +1,4 @@
-"""What workers and reconcilers tell Prometheus, each on a port of its own (``ETHOGRAM_METRICS_PORT``)."""
+"""Prometheus metrics of workers and reconcilers, each on a port of its own (``ETHOGRAM_METRICS_PORT``)."""
 
 from __future__ import annotations
 
@@ -17,52 +17,54 @@ _SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 
 
 class WorkerMetrics:
-    """Of one worker."""
+    """Metrics of one worker."""
 
     def __init__(self, slots: int) -> None:
-        self.registry = CollectorRegistry()
-        own = self.registry
-        Gauge("ethogram_worker_slots", "Jobs that this worker runs at most.", registry=own).set(slots)
-        self.busy = Gauge("ethogram_worker_busy_slots", "Jobs that this worker runs.", registry=own)
-        self.rings = Counter("ethogram_worker_rings", "Rings of the bell that were heard.", registry=own)
-        self.claims = Counter("ethogram_worker_claims", "Jobs that were claimed.", ["queue"], registry=own)
+        registry = self.registry = CollectorRegistry()
+        Gauge("ethogram_worker_slots", "Most jobs that this worker runs at once.", registry=registry).set(slots)
+        self.busy = Gauge("ethogram_worker_busy_slots", "Jobs that this worker runs now.", registry=registry)
+        self.rings = Counter("ethogram_worker_rings", "Rings received.", registry=registry)
+        self.claims = Counter("ethogram_worker_claims", "Jobs claimed.", ["queue"], registry=registry)
         self.attempts = Counter(
             "ethogram_worker_attempts",
-            "Attempts that ended, by how; taken: another worker has the job, or its end could not be written.",
+            "Attempts that ended, by outcome; taken: another worker has the job, or the end could not be written.",
             ["kind", "outcome"],
-            registry=own,
+            registry=registry,
         )
         self.seconds = Histogram(
-            "ethogram_worker_attempt_seconds", "Running time of attempts.", ["kind"], buckets=_SECONDS, registry=own
+            "ethogram_worker_attempt_seconds",
+            "Running time of attempts.",
+            ["kind"],
+            buckets=_SECONDS,
+            registry=registry,
         )
-        self.events = Counter("ethogram_worker_events", "Lines of jobs' logs that were written down.", registry=own)
-        self.checkpoints = Counter("ethogram_worker_checkpoints", "Checkpoints that were committed.", registry=own)
-        self.missed = Counter("ethogram_worker_missed_heartbeats", "Heartbeats that failed.", registry=own)
+        self.events = Counter("ethogram_worker_events", "Log lines of jobs written to the registry.", registry=registry)
+        self.checkpoints = Counter("ethogram_worker_checkpoints", "Checkpoints committed.", registry=registry)
+        self.missed = Counter("ethogram_worker_missed_heartbeats", "Heartbeats that failed.", registry=registry)
         self.retries = Counter(
-            "ethogram_worker_write_retries", "Writes that the registry did not take at once.", registry=own
+            "ethogram_worker_write_retries", "Writes to the registry that were tried again.", registry=registry
         )
 
 
 class ReconcilerMetrics:
-    """Of one reconciler."""
+    """Metrics of one reconciler."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        own = self.registry
-        self.looks = Counter("ethogram_reconciler_looks", "Looks at the registry.", registry=own)
+        registry = self.registry = CollectorRegistry()
+        self.looks = Counter("ethogram_reconciler_looks", "Looks at the registry.", registry=registry)
         self.failures = Counter(
-            "ethogram_reconciler_failed_looks", "Looks that the registry did not answer.", registry=own
+            "ethogram_reconciler_failed_looks", "Looks that the registry did not answer.", registry=registry
         )
-        self.lost = Counter("ethogram_reconciler_lost_attempts", "Attempts whose worker was gone.", registry=own)
-        self.woken = Counter("ethogram_reconciler_ended_backoffs", "Back-offs that were ended.", registry=own)
-        self.rings = Counter("ethogram_reconciler_rings", "Queues that were rung.", registry=own)
-        self.collected = Counter("ethogram_collected_artifacts", "Artifacts that were deleted.", registry=own)
-        self.freed = Counter("ethogram_collected_bytes", "Bytes that were freed in the store.", registry=own)
+        self.lost = Counter("ethogram_reconciler_lost_attempts", "Attempts whose worker was gone.", registry=registry)
+        self.woken = Counter("ethogram_reconciler_ended_backoffs", "Back-offs ended.", registry=registry)
+        self.rings = Counter("ethogram_reconciler_rings", "Queues rung.", registry=registry)
+        self.collected = Counter("ethogram_collected_artifacts", "Artifacts deleted.", registry=registry)
+        self.freed = Counter("ethogram_collected_bytes", "Bytes freed in the store.", registry=registry)
 
 
 @contextmanager
-def served(metrics: WorkerMetrics | ReconcilerMetrics, settings: WorkerSettings) -> Iterator[int]:
-    """Tell Prometheus for the length of the block; the port, 0 when none is set.
+def serve_metrics(metrics: WorkerMetrics | ReconcilerMetrics, settings: WorkerSettings) -> Iterator[int]:
+    """Serve ``metrics`` within the block; yields the port, 0 when none is set.
 
     Raises :class:`Conflict` when the port is taken.
     """

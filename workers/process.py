@@ -1,4 +1,4 @@
-"""The supervisor's side of a job's process: start it, hear its last words, end it and all that it started."""
+"""The supervisor's side of a job's process: start it, read its last output, end it and all that it started."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TAIL_BYTES = 8192
 # sun_path of a unix socket is 108 bytes with its NUL.
 MAX_SOCKET_PATH = 107
 
-# What a job may see of its worker's environment: where things are, the accelerator, and the credentials of stores and
-# hubs. Not the registry and not the broker.
+# Variables of the worker's environment that a job may see: paths, the accelerator, and the credentials of stores and
+# hubs; not the registry and not the broker.
 ENVIRONMENT = frozenset(
     (
         *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
@@ -47,8 +47,8 @@ ENVIRONMENT_PREFIXES = (
     "AZURE_",
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-# OpenMP's threads spin for milliseconds at each barrier by default. Where anything else wants a core, training in small
-# products then takes ten times as long; with a short spin it hardly notices.
+# By default OpenMP's threads spin for milliseconds at each barrier. When another process wants a core, training with
+# small matrix products then takes ten times as long; with a short spin it is hardly slower.
 SPIN_COUNT = "1000"
 
 
@@ -57,7 +57,7 @@ class ChildFailed(Exception):
 
 
 def child_environment(slot: Slot, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a job's process: what is allowed of ``environment``, and its slot's share of the machine."""
+    """The environment of a job's process: the allowed part of ``environment`` and its slot's share of the machine."""
     allowed = {
         name: value
         for name, value in environment.items()
@@ -68,7 +68,7 @@ def child_environment(slot: Slot, environment: Mapping[str, str]) -> dict[str, s
         **dict.fromkeys(THREAD_VARIABLES, str(slot.threads)),
         "GOMP_SPINCOUNT": SPIN_COUNT,
         "CUDA_VISIBLE_DEVICES": slot.gpus,
-        # The server side runs from its folder, and the job's current folder is another.
+        # The server side runs from its source folder, which is not the job's current folder.
         "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
@@ -76,10 +76,10 @@ def child_environment(slot: Slot, environment: Mapping[str, str]) -> dict[str, s
 
 
 class Child:
-    """A process that runs one job, in a session of its own."""
+    """A process that runs one job, in its own session."""
 
     def __init__(self, kind: Kind, slot: Slot, work_dir: Path) -> None:
-        # Short whatever the state folder is called, and closed to others.
+        # Its path is short wherever the state folder is, and its mode keeps other users out.
         base = "/tmp" if os.path.isdir("/tmp") else None  # noqa: PTH112
         self._folder = Path(tempfile.mkdtemp(prefix="ethogram-", dir=base))
         self.socket = self._folder / "s"
@@ -105,10 +105,10 @@ class Child:
         self._drain.start()
 
     def wait_ready(self, give_up: Callable[[], bool]) -> None:
-        """Return when the process answers on its socket. Raises :class:`ChildFailed`, also when ``give_up`` says so."""
+        """Return when the process serves on its socket. Raises :class:`ChildFailed`, also if ``give_up()`` is true."""
         assert self._process.stdout is not None
         deadline = time.monotonic() + READY_SECONDS
-        # Not select: a worker of many slots has descriptors beyond its 1,024.
+        # Not select, which is limited to 1,024 descriptors: a worker of many slots has more.
         ready = select.poll()
         ready.register(self._process.stdout, select.POLLIN | select.POLLHUP)
         while time.monotonic() < deadline and not give_up():
@@ -122,10 +122,10 @@ class Child:
         """SIGTERM: checkpoint at the next opportunity, then end the run."""
         self._signal(signal.SIGTERM)
 
-    def ask_where_it_is(self, patience: float = 2.0) -> None:
-        """SIGABRT: it ends, and the stacks of its threads are its last words. ``patience`` in seconds."""
+    def dump_stacks(self, timeout: float = 2.0) -> None:
+        """SIGABRT: the process prints the stacks of its threads and ends. Waits for ``timeout`` seconds."""
         self._signal(signal.SIGABRT)
-        self.died(patience)
+        self.died(timeout)
 
     def hang_up(self) -> None:
         """Close its standard input: the run is cancelled and the process leaves in a few seconds."""
@@ -134,16 +134,16 @@ class Child:
             self._process.stdin.close()
 
     def kill(self) -> None:
-        """SIGKILL to it and everything that it started."""
-        # Only before it is reaped is the group's number surely ours.
+        """SIGKILL to the process and everything that it started."""
+        # The number of the group is surely ours only before the process is reaped.
         if self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     def died(self, timeout: float) -> int | None:
-        """How it ended (a negative number is a signal), or None if it still runs after ``timeout`` seconds.
+        """Exit status (a negative number is a signal), or None if it still runs after ``timeout`` seconds.
 
-        It stays unreaped, so that its process group can still be named.
+        The process stays unreaped, so that its group can still be killed.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -155,7 +155,7 @@ class Child:
             time.sleep(0.02)
 
     def close(self, grace: float) -> None:
-        """End it, within ``grace`` seconds, and leave nothing behind."""
+        """End the process within ``grace`` seconds and remove its folder."""
         self.hang_up()
         self.died(grace)
         self.kill()
@@ -163,8 +163,8 @@ class Child:
         self._drain.join(1.0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def last_words(self) -> str:
-        """The end of what it wrote to standard error."""
+    def last_output(self) -> str:
+        """The end of its standard error."""
         self._drain.join(0.5)
         return b"".join(list(self._tail)).decode("utf-8", "replace")[-TAIL_BYTES // 2 :].strip()
 
@@ -181,7 +181,7 @@ class Child:
 
 
 def describe_exit(status: int) -> str:
-    """How a process ended, for people."""
+    """An exit status in words."""
     if status >= 0:
         return f"the job's process ended with status {status}"
     try:

@@ -1,4 +1,4 @@
-"""The lease of an attempt."""
+"""Heartbeats of an attempt."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BEATS_PER_LEASE = 3
 
 
 class Pulse:
-    """Renews the lease, on a timer of its own, and hears whether the job is to be cancelled.
+    """Renews the lease on its own timer and learns whether the job is to be cancelled.
 
-    Not by events: a job that compiles for minutes says nothing, and lives.
+    Events of the job do not count: a job that compiles for minutes sends none, and is alive.
     """
 
     def __init__(self, registry: JobRegistry, claim: Claim, metrics: WorkerMetrics) -> None:
@@ -54,6 +54,6 @@ class Pulse:
                 self.stale.set()
                 return
             except Exception:
-                # The registry may be back at the next beat; if not in time, the fence keeps the job whole.
+                # The registry may answer at the next beat; if it does so too late, the fence protects the job.
                 self._metrics.missed.inc()
                 logger.warning("no heartbeat", extra={"attempt": self._attempt}, exc_info=True)

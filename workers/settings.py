@@ -12,31 +12,31 @@ from services.runtime.settings import ProcessSettings
 
 
 class WorkerSettings(ProcessSettings):
-    """What a worker serves, on what, and how patient it is."""
+    """Queues, slots, devices and timeouts."""
 
     queues: Annotated[list[str], NoDecode, Field(min_length=1)] = ["cpu"]
-    """Machine classes that this worker serves, separated by commas."""
+    """Queues (machine classes) that this worker serves, separated by commas."""
     slots: int = Field(1, ge=1, le=256)
-    """Jobs at the same time."""
+    """Jobs that run at the same time."""
     device: Literal["cpu", "cuda"] = "cpu"
     """``cuda``: slot i owns the i-th visible GPU."""
     threads: int = Field(0, ge=0)
     """CPU threads of each job; 0: the machine's, divided by the slots."""
     lease_seconds: float = Field(10.0, gt=0)
-    """A worker that says nothing for this long is taken for dead. It says something three times as often."""
+    """An attempt without a heartbeat for this long is lost. A worker sends three in this time."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """Time between the checkpoints of a job."""
     grace_seconds: float = Field(20.0, ge=0)
-    """Time that a job has to checkpoint or clean up before its process is killed."""
+    """Time for a job to checkpoint or clean up before its process is killed."""
     gc_grace_seconds: float = Field(3600.0, ge=0)
-    """What nothing needs is deleted from the artifact store when it has been so for this long."""
+    """An artifact is deleted once nothing has needed it for this long."""
     gc_period_seconds: float = Field(600.0, ge=0)
-    """Time between two looks for what nothing needs; 0: nothing is ever deleted."""
+    """Time between collections; 0: nothing is ever deleted."""
     retention_days: float = Field(0.0, ge=0, le=100_000)
-    """Jobs that ended longer ago are deleted with all that only they need; 0: never."""
+    """Jobs that ended longer ago are deleted with the artifacts that only they need; 0: never."""
 
     metrics_port: int = Field(0, ge=0, le=65_535)
-    """TCP port on which Prometheus is told of this process; 0: none."""
+    """TCP port of this process's Prometheus metrics; 0: none."""
     metrics_host: str = "127.0.0.1"
     """Address of that port; ``0.0.0.0`` for all."""
 

@@ -1,4 +1,4 @@
-"""What a job computes on: each slot of a worker owns a GPU or a number of CPU threads."""
+"""Slots of a worker: each owns a GPU or a number of CPU threads and runs one job at a time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Slot:
     threads: int
     """CPU threads."""
     gpus: str
-    """What ``CUDA_VISIBLE_DEVICES`` is for the job."""
+    """Value of ``CUDA_VISIBLE_DEVICES`` for the job."""
 
 
 def slots_of(settings: WorkerSettings) -> list[Slot]:
-    """The slots of this worker. A GPU slot's job sees its own GPU only, as ``cuda:0``."""
+    """The slots of this worker. A job in a GPU slot sees that GPU alone, as ``cuda:0``."""
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     return [
         Slot(index, "cuda:0", settings.threads_per_slot, visible[index] if index < len(visible) else str(index))

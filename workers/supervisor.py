@@ -1,4 +1,4 @@
-"""One attempt at a job: a child process runs it, and what it says is written down in the attempt's name."""
+"""One attempt at a job: a child process runs it, and the supervisor writes its events to the registry."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from workers.slots import Slot
 
 logger = logging.getLogger(__name__)
 
-# What the child says is written in batches, this long after the first event of each.
+# Events of the child are written in batches, this long after the first event of each.
 BATCH_SECONDS = 0.05
 MAX_BATCH = 500
-# How soon a cancel or a stop is seen, once this process knows of it.
+# Time within which a cancel or a stop is acted upon, once this process knows of it.
 LOOK_SECONDS = 0.2
-# A run that was asked to leave ends its call so; see services.runtime.servicer.STOPPED.
+# Status of a call whose process was asked to leave; see services.runtime.servicer.STOPPED.
 STOPPED = grpc.StatusCode.ABORTED
 
 
 @dataclass(frozen=True)
 class Supervisor:
-    """Runs claimed jobs, each in a process of its own."""
+    """Runs claimed jobs, each in its own process."""
 
     registry: JobRegistry
     notifier: Notifier
@@ -61,9 +61,9 @@ class Supervisor:
     grace_seconds: float
 
     def run(self, claim: Claim, slot: Slot) -> None:
-        """Carry the attempt to its end. Returns when its process is gone; never raises."""
-        told = {"job": claim.job.id, "attempt": claim.attempt, "kind": claim.job.kind, "slot": slot.index}
-        logger.info("attempt begins", extra=told)
+        """Run the attempt to its end. Returns when its process is gone; never raises."""
+        labels = {"job": claim.job.id, "attempt": claim.attempt, "kind": claim.job.kind, "slot": slot.index}
+        logger.info("attempt begins", extra=labels)
         ledger = Ledger(
             self.registry,
             self.notifier,
@@ -74,20 +74,20 @@ class Supervisor:
             grace=self.grace_seconds,
         )
         work_dir = self.work / claim.attempt
-        how = "taken"
+        outcome_label = "taken"
         try:
             with self.metrics.busy.track_inprogress(), Pulse(self.registry, claim, self.metrics) as pulse:
                 outcome = self._attempt(claim, slot, work_dir, ledger, pulse)
                 ledger.settle(outcome, pulse.seconds)
                 self.metrics.seconds.labels(claim.job.kind).observe(pulse.seconds)
-                how = outcome.kind
-            logger.info("attempt ends", extra={**told, "outcome": outcome.kind, "detail": outcome.message})
+                outcome_label = outcome.kind
+            logger.info("attempt ends", extra={**labels, "outcome": outcome.kind, "detail": outcome.message})
         except StaleAttempt:
-            logger.warning("the attempt is no longer ours; nothing more is written in its name", extra=told)
+            logger.warning("the attempt was taken from this worker, which writes nothing more for it", extra=labels)
         except Exception:
-            logger.exception("the attempt's end could not be written down; the reconciler will", extra=told)
+            logger.exception("the attempt's end could not be written; the reconciler will release it", extra=labels)
         finally:
-            self.metrics.attempts.labels(claim.job.kind, how).inc()
+            self.metrics.attempts.labels(claim.job.kind, outcome_label).inc()
             shutil.rmtree(work_dir, ignore_errors=True)
 
     def _attempt(self, claim: Claim, slot: Slot, work_dir: Path, ledger: Ledger, pulse: Pulse) -> Outcome:
@@ -104,7 +104,7 @@ class Supervisor:
         except (StaleAttempt, Unavailable):
             raise
         except EthogramError as error:
-            # The spec cannot be read, or what the job made cannot be written down: it will be so the next time.
+            # The spec cannot be read, or an event cannot be written: the next attempt would fail in the same way.
             return Outcome("failed", error.message, error=error)
         except OSError as error:
             return Outcome("crashed", f"the worker could not start the job's process: {error.strerror or error}")
@@ -150,16 +150,18 @@ class Supervisor:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long an attempt may run, and be silent; in seconds."""
+    """Limits of an attempt, in seconds."""
 
     time: float
-    time_in_all: float
-    """As the user gave it: for the job, not for this attempt."""
+    """Run time left to this attempt."""
+    total_time: float
+    """Run time of the job over all attempts, as the user set it."""
     stall: float
+    """Time without an event."""
 
     @classmethod
     def of(cls, job: Job) -> Limits:
-        """What is left to ``job``."""
+        """The limits of the next attempt at ``job``."""
         time = math.inf if job.time_limit_seconds is None else job.time_limit_seconds
         stall = math.inf if job.stall_limit_seconds is None else job.stall_limit_seconds
         return cls(time - job.ran_seconds, time, stall)
@@ -167,7 +169,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ended:
-    """The child's call is over."""
+    """The end of the child's call."""
 
     error: grpc.RpcError | None
 
@@ -180,13 +182,13 @@ class Attempt:
     ) -> None:
         self._child, self._ledger, self._pulse, self._limits = child, ledger, pulse, limits
         self._stopping, self._grace = stopping, grace
-        self._why: Literal["", "cancel", "stop", "time", "stall"] = ""
-        """Why the child was asked to leave, or killed."""
+        self._reason: Literal["", "cancel", "stop", "time", "stall"] = ""
+        """Why the child was asked to leave or killed."""
         self._queue: queue.Queue[jobs_pb2.JobEvent | Ended] = queue.Queue(1000)
         self._over = threading.Event()
 
     def run(self, kind: Kind, request: Message) -> Outcome:
-        """Follow the child from its first sign of life to the end of its call."""
+        """Follow the child from its start to the end of its call."""
         try:
             self._child.wait_ready(self._unwanted)
         except ChildFailed as failure:
@@ -214,7 +216,7 @@ class Attempt:
         return self._stopping.is_set() or self._pulse.cancel.is_set() or self._pulse.stale.is_set()
 
     def _read(self, call: Any) -> None:
-        """Move events from the call to the queue; a full queue holds the child back."""
+        """Move events from the call to the queue; a full queue blocks the child."""
         ended = Ended(None)
         try:
             for event in call:
@@ -231,7 +233,7 @@ class Attempt:
                 continue
 
     def _follow(self, call: Any) -> Ended:
-        deadline, heard = math.inf, time.monotonic()
+        deadline, last_event = math.inf, time.monotonic()
         while True:
             batch, ended = self._batch()
             self._ledger.write(batch)
@@ -240,24 +242,24 @@ class Attempt:
             if self._pulse.stale.is_set():
                 raise StaleAttempt("the attempt was taken from this worker")
             now = time.monotonic()
-            heard = now if batch else heard
-            if self._pulse.cancel.is_set() and self._why != "cancel":
-                self._why, deadline = "cancel", now + self._grace
+            last_event = now if batch else last_event
+            if self._pulse.cancel.is_set() and self._reason != "cancel":
+                self._reason, deadline = "cancel", now + self._grace
                 call.cancel()
                 self._child.ask_to_leave()
                 self._child.hang_up()
-            elif self._why:
+            elif self._reason:
                 if now > deadline:
                     self._child.kill()
             elif self._stopping.is_set() or self._pulse.seconds > self._limits.time:
-                self._why, deadline = "stop" if self._stopping.is_set() else "time", now + self._grace
+                self._reason, deadline = "stop" if self._stopping.is_set() else "time", now + self._grace
                 self._child.ask_to_leave()
-            elif now - heard > self._limits.stall:
-                self._why, deadline = "stall", now
-                self._child.ask_where_it_is()
+            elif now - last_event > self._limits.stall:
+                self._reason, deadline = "stall", now
+                self._child.dump_stacks()
 
     def _batch(self) -> tuple[list[jobs_pb2.JobEvent], Ended | None]:
-        """What the child said lately, and whether that was the last."""
+        """The events since the last call, and the end of the call if it has ended."""
         events: list[jobs_pb2.JobEvent] = []
         try:
             item = self._queue.get(timeout=LOOK_SECONDS)
@@ -281,11 +283,11 @@ class Attempt:
             return Outcome("succeeded", result=self._ledger.result)
         if self._pulse.cancel.is_set():
             return Outcome("cancelled")
-        if self._why == "time":
-            limit = f"the job ran for {self._limits.time_in_all:g} s, its time limit"
-            return Outcome("failed", limit, error=TimeLimit(f"{limit}; retry it to go on from its last checkpoint"))
-        if self._why == "stall":
-            return self._died(f"nothing was heard from the job for {self._limits.stall:g} s", "stalled")
+        if self._reason == "time":
+            limit = f"the job ran for {self._limits.total_time:g} s, its time limit"
+            return Outcome("failed", limit, error=TimeLimit(f"{limit}; retry it to resume from its last checkpoint"))
+        if self._reason == "stall":
+            return self._died(f"the job sent no event for {self._limits.stall:g} s, its stall limit", "stalled")
         code = ended.error.code()
         if self._stopping.is_set() or code == STOPPED:
             return Outcome("stopped", "the worker was stopped")
@@ -297,7 +299,7 @@ class Attempt:
             return Outcome("crashed", error.message)
         return Outcome("failed", error.message, error=error)
 
-    def _died(self, message: str, how: Literal["crashed", "stalled"] = "crashed") -> Outcome:
-        if words := self._child.last_words():
-            self._ledger.log(words)
-        return Outcome(how, message)
+    def _died(self, message: str, kind: Literal["crashed", "stalled"] = "crashed") -> Outcome:
+        if output := self._child.last_output():
+            self._ledger.log(output)
+        return Outcome(kind, message)

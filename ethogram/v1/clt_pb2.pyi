@@ -30,19 +30,21 @@ class _PolicyBaselineEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Policy
     POLICY_BASELINE_UNSPECIFIED: _PolicyBaseline.ValueType  # 0
     """Not set."""
     POLICY_BASELINE_POMO: _PolicyBaseline.ValueType  # 1
-    """Mean of the tours from each city."""
+    """"pomo"."""
     POLICY_BASELINE_ROLLOUT: _PolicyBaseline.ValueType  # 2
-    """Greedy tour of the best policy."""
+    """"rollout"."""
 
 class PolicyBaseline(_PolicyBaseline, metaclass=_PolicyBaselineEnumTypeWrapper):
-    """What a tour is compared with."""
+    """`pomo`: the mean of the tours that begin at each city (Kwon et al. 2020, arXiv 2010.16011); `rollout`: the greedy
+    tour of the best policy so far (Kool et al. 2019).
+    """
 
 POLICY_BASELINE_UNSPECIFIED: PolicyBaseline.ValueType  # 0
 """Not set."""
 POLICY_BASELINE_POMO: PolicyBaseline.ValueType  # 1
-"""Mean of the tours from each city."""
+""""pomo"."""
 POLICY_BASELINE_ROLLOUT: PolicyBaseline.ValueType  # 2
-"""Greedy tour of the best policy."""
+""""rollout"."""
 Global___PolicyBaseline: _TypeAlias = PolicyBaseline  # noqa: Y015
 
 class _PolicyPrecision:
@@ -54,23 +56,23 @@ class _PolicyPrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Polic
     POLICY_PRECISION_UNSPECIFIED: _PolicyPrecision.ValueType  # 0
     """Not set."""
     POLICY_PRECISION_AUTO: _PolicyPrecision.ValueType  # 1
-    """Whichever the device is best at."""
+    """"auto"."""
     POLICY_PRECISION_FLOAT32: _PolicyPrecision.ValueType  # 2
-    """IEEE single."""
+    """"float32"."""
     POLICY_PRECISION_BFLOAT16: _PolicyPrecision.ValueType  # 3
-    """Brain floating point."""
+    """"bfloat16"."""
 
 class PolicyPrecision(_PolicyPrecision, metaclass=_PolicyPrecisionEnumTypeWrapper):
-    """Type of matrix products."""
+    """Of matrix products; `auto`: bfloat16 where the device has units for it."""
 
 POLICY_PRECISION_UNSPECIFIED: PolicyPrecision.ValueType  # 0
 """Not set."""
 POLICY_PRECISION_AUTO: PolicyPrecision.ValueType  # 1
-"""Whichever the device is best at."""
+""""auto"."""
 POLICY_PRECISION_FLOAT32: PolicyPrecision.ValueType  # 2
-"""IEEE single."""
+""""float32"."""
 POLICY_PRECISION_BFLOAT16: PolicyPrecision.ValueType  # 3
-"""Brain floating point."""
+""""bfloat16"."""
 Global___PolicyPrecision: _TypeAlias = PolicyPrecision  # noqa: Y015
 
 class _StoredType:
@@ -82,23 +84,23 @@ class _StoredTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StoredType
     STORED_TYPE_UNSPECIFIED: _StoredType.ValueType  # 0
     """Not set."""
     STORED_TYPE_FLOAT16: _StoredType.ValueType  # 1
-    """IEEE half."""
+    """"float16"."""
     STORED_TYPE_BFLOAT16: _StoredType.ValueType  # 2
-    """Brain floating point."""
+    """"bfloat16"."""
     STORED_TYPE_FLOAT32: _StoredType.ValueType  # 3
-    """IEEE single."""
+    """"float32"."""
 
 class StoredType(_StoredType, metaclass=_StoredTypeEnumTypeWrapper):
-    """Type of the numbers in a store."""
+    """Of the numbers in the store."""
 
 STORED_TYPE_UNSPECIFIED: StoredType.ValueType  # 0
 """Not set."""
 STORED_TYPE_FLOAT16: StoredType.ValueType  # 1
-"""IEEE half."""
+""""float16"."""
 STORED_TYPE_BFLOAT16: StoredType.ValueType  # 2
-"""Brain floating point."""
+""""bfloat16"."""
 STORED_TYPE_FLOAT32: StoredType.ValueType  # 3
-"""IEEE single."""
+""""float32"."""
 Global___StoredType: _TypeAlias = StoredType  # noqa: Y015
 
 class _FeatureActivation:
@@ -110,27 +112,29 @@ class _FeatureActivationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fea
     FEATURE_ACTIVATION_UNSPECIFIED: _FeatureActivation.ValueType  # 0
     """Not set."""
     FEATURE_ACTIVATION_TOPK: _FeatureActivation.ValueType  # 1
-    """The k largest of each row."""
+    """"topk"."""
     FEATURE_ACTIVATION_BATCHTOPK: _FeatureActivation.ValueType  # 2
-    """k on average over a batch."""
+    """"batchtopk"."""
     FEATURE_ACTIVATION_RELU: _FeatureActivation.ValueType  # 3
-    """All above 0."""
+    """"relu"."""
     FEATURE_ACTIVATION_JUMPRELU: _FeatureActivation.ValueType  # 4
-    """All above learned thresholds."""
+    """"jumprelu"."""
 
 class FeatureActivation(_FeatureActivation, metaclass=_FeatureActivationEnumTypeWrapper):
-    """Which features are active."""
+    """`topk`: the k largest of each row; `batchtopk`: k on average over a batch (Bussmann et al. 2024, arXiv 2412.06410);
+    `relu`: all above 0; `jumprelu`: all above a threshold that is learned (Rajamanoharan et al. 2024, arXiv 2407.14435).
+    """
 
 FEATURE_ACTIVATION_UNSPECIFIED: FeatureActivation.ValueType  # 0
 """Not set."""
 FEATURE_ACTIVATION_TOPK: FeatureActivation.ValueType  # 1
-"""The k largest of each row."""
+""""topk"."""
 FEATURE_ACTIVATION_BATCHTOPK: FeatureActivation.ValueType  # 2
-"""k on average over a batch."""
+""""batchtopk"."""
 FEATURE_ACTIVATION_RELU: FeatureActivation.ValueType  # 3
-"""All above 0."""
+""""relu"."""
 FEATURE_ACTIVATION_JUMPRELU: FeatureActivation.ValueType  # 4
-"""All above learned thresholds."""
+""""jumprelu"."""
 Global___FeatureActivation: _TypeAlias = FeatureActivation  # noqa: Y015
 
 class _Normalization:
@@ -142,27 +146,29 @@ class _NormalizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Normali
     NORMALIZATION_UNSPECIFIED: _Normalization.ValueType  # 0
     """Not set."""
     NORMALIZATION_CENTER: _Normalization.ValueType  # 1
-    """Centred, and scaled as a whole."""
+    """"center"."""
     NORMALIZATION_STANDARDIZE: _Normalization.ValueType  # 2
-    """Each channel by itself."""
+    """"standardize"."""
     NORMALIZATION_WHITEN: _Normalization.ValueType  # 3
-    """Source to unit covariance."""
+    """"whiten"."""
     NORMALIZATION_NONE: _Normalization.ValueType  # 4
-    """As they are."""
+    """"none"."""
 
 class Normalization(_Normalization, metaclass=_NormalizationEnumTypeWrapper):
-    """Units of source and target."""
+    """Of source and target, by the training rows: `center`: the mean is taken off and the whole is scaled to a mean square
+    of 1 per channel; `standardize`: each channel by itself; `whiten`: the source to unit covariance.
+    """
 
 NORMALIZATION_UNSPECIFIED: Normalization.ValueType  # 0
 """Not set."""
 NORMALIZATION_CENTER: Normalization.ValueType  # 1
-"""Centred, and scaled as a whole."""
+""""center"."""
 NORMALIZATION_STANDARDIZE: Normalization.ValueType  # 2
-"""Each channel by itself."""
+""""standardize"."""
 NORMALIZATION_WHITEN: Normalization.ValueType  # 3
-"""Source to unit covariance."""
+""""whiten"."""
 NORMALIZATION_NONE: Normalization.ValueType  # 4
-"""As they are."""
+""""none"."""
 Global___Normalization: _TypeAlias = Normalization  # noqa: Y015
 
 class _SparsePrecision:
@@ -174,19 +180,19 @@ class _SparsePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Spars
     SPARSE_PRECISION_UNSPECIFIED: _SparsePrecision.ValueType  # 0
     """Not set."""
     SPARSE_PRECISION_FLOAT32: _SparsePrecision.ValueType  # 1
-    """IEEE single."""
+    """"float32"."""
     SPARSE_PRECISION_BFLOAT16: _SparsePrecision.ValueType  # 2
-    """Brain floating point."""
+    """"bfloat16"."""
 
 class SparsePrecision(_SparsePrecision, metaclass=_SparsePrecisionEnumTypeWrapper):
-    """Type of matrix products."""
+    """Of the encoder's matrix product."""
 
 SPARSE_PRECISION_UNSPECIFIED: SparsePrecision.ValueType  # 0
 """Not set."""
 SPARSE_PRECISION_FLOAT32: SparsePrecision.ValueType  # 1
-"""IEEE single."""
+""""float32"."""
 SPARSE_PRECISION_BFLOAT16: SparsePrecision.ValueType  # 2
-"""Brain floating point."""
+""""bfloat16"."""
 Global___SparsePrecision: _TypeAlias = SparsePrecision  # noqa: Y015
 
 class _TranscoderKind:
@@ -198,23 +204,25 @@ class _TranscoderKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transc
     TRANSCODER_KIND_UNSPECIFIED: _TranscoderKind.ValueType  # 0
     """Not set."""
     TRANSCODER_KIND_PAIR: _TranscoderKind.ValueType  # 1
-    """One source, one target."""
+    """"pair"."""
     TRANSCODER_KIND_PER_LAYER: _TranscoderKind.ValueType  # 2
-    """Each its own."""
+    """"per_layer"."""
     TRANSCODER_KIND_CROSS_LAYER: _TranscoderKind.ValueType  # 3
-    """Each its own and all later ones."""
+    """"cross_layer"."""
 
 class TranscoderKind(_TranscoderKind, metaclass=_TranscoderKindEnumTypeWrapper):
-    """Which sources write which targets."""
+    """`pair`: one source, one target; `per_layer`: each source writes the target of its own place; `cross_layer`: each
+    source writes the targets of its own and all later places.
+    """
 
 TRANSCODER_KIND_UNSPECIFIED: TranscoderKind.ValueType  # 0
 """Not set."""
 TRANSCODER_KIND_PAIR: TranscoderKind.ValueType  # 1
-"""One source, one target."""
+""""pair"."""
 TRANSCODER_KIND_PER_LAYER: TranscoderKind.ValueType  # 2
-"""Each its own."""
+""""per_layer"."""
 TRANSCODER_KIND_CROSS_LAYER: TranscoderKind.ValueType  # 3
-"""Each its own and all later ones."""
+""""cross_layer"."""
 Global___TranscoderKind: _TypeAlias = TranscoderKind  # noqa: Y015
 
 @_typing.final
@@ -369,7 +377,10 @@ Global___RunSweepRequest: _TypeAlias = RunSweepRequest  # noqa: Y015
 
 @_typing.final
 class PolicyModelSpec(_message.Message):
-    """Architecture of the attention model."""
+    """Generated from the specs by `make protos`: do not edit below this line.
+
+    Architecture of the attention model (Kool et al. 2019, arXiv 1803.08475).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -384,7 +395,7 @@ class PolicyModelSpec(_message.Message):
     layers: _builtins.int
     """Layers of the encoder."""
     heads: _builtins.int
-    """Attention heads."""
+    """Attention heads; `hidden_dim` divides into them."""
     feed_forward: _builtins.int
     """Width of the hidden layer of each MLP."""
     graph_context: _builtins.bool
@@ -434,7 +445,7 @@ Global___PolicyModelSpec: _TypeAlias = PolicyModelSpec  # noqa: Y015
 
 @_typing.final
 class PolicyTrainingSpec(_message.Message):
-    """How the policy is trained."""
+    """How the policy is trained: REINFORCE, Adam, gradients clipped to norm 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -448,23 +459,25 @@ class PolicyTrainingSpec(_message.Message):
     VALIDATION_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     baseline: Global___PolicyBaseline.ValueType
-    """What a tour is compared with."""
+    """`pomo`: the mean of the tours that begin at each city (Kwon et al. 2020, arXiv 2010.16011); `rollout`: the greedy
+    tour of the best policy so far (Kool et al. 2019).
+    """
     steps: _builtins.int
-    """Optimiser steps."""
+    """Optimiser steps; the default ones are about ten minutes on two cores."""
     batch_size: _builtins.int
     """Instances per step."""
     learning_rate: _builtins.float
-    """Peak learning rate."""
+    """Peak learning rate; it falls to a hundredth along a cosine."""
     warm_up: _builtins.int
     """Steps over which the learning rate rises from 0."""
     weight_decay: _builtins.float
     """Weight decay."""
     validate_every: _builtins.int
-    """Steps between validations, at which a rollout baseline may be replaced."""
+    """Steps between validations, at which a `rollout` baseline may be replaced."""
     validation: _builtins.int
     """Fixed instances of a validation."""
     precision: Global___PolicyPrecision.ValueType
-    """Of matrix products."""
+    """Of matrix products; `auto`: bfloat16 where the device has units for it."""
     def __init__(
         self,
         *,
@@ -539,9 +552,9 @@ class PolicySpec(_message.Message):
     seed: _builtins.int
     """Everything random flows from it."""
     evaluation: _builtins.int
-    """Fixed instances on which greedy and sampled tours are compared with a solver's at the end."""
+    """Fixed instances on which greedy and sampled tours are compared with a solver's at the end; 0: none."""
     samples: _builtins.int
-    """Tours sampled for each of them, of which the shortest counts."""
+    """Tours sampled for each of them, of which the shortest counts; 0: greedy tours alone."""
     @_builtins.property
     def model(self) -> Global___PolicyModelSpec:
         """Architecture."""
@@ -602,9 +615,9 @@ class LanguageModelSpec(_message.Message):
     CONTEXT_FIELD_NUMBER: _builtins.int
     SKIP_FIRST_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Folder of a transformers model, or its name on the Hub."""
+    """Folder of a `transformers` model, or its name on the Hub."""
     dataset: _builtins.str
-    """Text file, folder of a datasets dataset, or its name on the Hub."""
+    """Text file, folder of a `datasets` dataset, or its name on the Hub."""
     config: _builtins.str
     """Configuration of the dataset, where it has several."""
     split: _builtins.str
@@ -612,9 +625,9 @@ class LanguageModelSpec(_message.Message):
     column: _builtins.str
     """Column of the text."""
     context: _builtins.int
-    """Tokens of a sequence."""
+    """Tokens of a sequence; texts are joined and cut into sequences of just this length."""
     skip_first: _builtins.bool
-    """Whether the first position of each sequence is left out."""
+    """Whether the first position of each sequence is left out: it is an attention sink with an outsize norm."""
     def __init__(
         self,
         *,
@@ -684,7 +697,7 @@ class ActivationsSpec(_message.Message):
     validation: _builtins.float
     """Share of the instances that are kept for validation, with all their rows."""
     nodes: _builtins.int
-    """Cities of an instance."""
+    """Cities of an instance; None: as many as the policy was trained on."""
     seed: _builtins.int
     """Draws the instances and the order of rows."""
     dtype: Global___StoredType.ValueType
@@ -694,22 +707,29 @@ class ActivationsSpec(_message.Message):
     batch_size: _builtins.int
     """Instances that go through the model at once."""
     root: _builtins.str
-    """Folder on the worker for the store."""
+    """Folder on the worker for the store, e.g. on a larger disk; None: below `ACTIVATIONS_ROOT` where the worker has it,
+    else the store is kept as an artifact.
+    """
     @_builtins.property
     def policy(self) -> _common_pb2.ArtifactRef:
-        """The policy."""
+        """The policy; or give `language_model`."""
 
     @_builtins.property
     def language_model(self) -> Global___LanguageModelSpec:
-        """The language model."""
+        """The language model; or give `policy`."""
 
     @_builtins.property
     def hooks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Hook points."""
+        """Hook points. Of a policy: `encoder_layer_0_input`, `encoder_layer_0_pre_mlp`, `encoder_layer_0_mlp`,
+        `encoder_layer_0` (a layer's output), ..., `encoder_output` and `decoder_input`; of a language model: names of
+        modules for their output, with `:input` for their input.
+        """
 
     @_builtins.property
     def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Pairs SOURCE->TARGET of hook points, whose two ends are recorded."""
+        """Pairs `SOURCE->TARGET` of hook points, whose two ends are recorded. With neither hooks nor pairs: of a policy, what
+        enters and leaves each MLP; of a language model, the same of its modules called `mlp`.
+        """
 
     def __init__(
         self,
@@ -768,7 +788,7 @@ Global___ActivationsSpec: _TypeAlias = ActivationsSpec  # noqa: Y015
 
 @_typing.final
 class SparseModelSpec(_message.Message):
-    """Form of a sparse model."""
+    """Form of a sparse model: features that read one stream and write others."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -781,16 +801,21 @@ class SparseModelSpec(_message.Message):
     expansion: _builtins.float
     """Features per number of the source stream."""
     activation: Global___FeatureActivation.ValueType
-    """Which features are active."""
+    """`topk`: the k largest of each row; `batchtopk`: k on average over a batch (Bussmann et al. 2024, arXiv 2412.06410);
+    `relu`: all above 0; `jumprelu`: all above a threshold that is learned (Rajamanoharan et al. 2024, arXiv
+    2407.14435).
+    """
     k: _builtins.int
     """Features of a row, of each source."""
     k_ratio: _builtins.float
-    """The same as a share of the features."""
+    """The same as a share of the features; 0.05 where `k` is not given either."""
     skip: _builtins.bool
     """Whether a linear map goes from source to target beside the features."""
     @_builtins.property
     def dictionary(self) -> _common_pb2.ArtifactRef:
-        """A sparse model of the target (its artifact model), whose decoder is this one's too and is not trained."""
+        """A sparse model of the target (its artifact `model`), whose decoder is this one's too and is not trained: W_dec is
+        tied to it. None: untied.
+        """
 
     def __init__(
         self,
@@ -831,7 +856,9 @@ Global___SparseModelSpec: _TypeAlias = SparseModelSpec  # noqa: Y015
 
 @_typing.final
 class SparseLossSpec(_message.Message):
-    """The objective."""
+    """The objective: the error as a share of the targets' variance, and penalties by their weights, of which 0 switches one
+    off.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -851,7 +878,7 @@ class SparseLossSpec(_message.Message):
     l1: _builtins.float
     """Of the features' values, each times the norm of what it writes."""
     l0: _builtins.float
-    """Of the number of active features of jumprelu, by a straight-through estimate."""
+    """Of the number of active features of `jumprelu`, by a straight-through estimate."""
     dictionary_l1: _builtins.float
     """Of the decoder's numbers, absolute."""
     dictionary_l2: _builtins.float
@@ -861,19 +888,21 @@ class SparseLossSpec(_message.Message):
     energy: _builtins.float
     """Of the squared difference between the energy (squared norm) of reconstructions and of targets, relative."""
     alignment: _builtins.float
-    """Of 1 minus the cosine between reconstructions and targets, in the units of training.normalize."""
+    """Of 1 minus the cosine between reconstructions and targets, in the units of `training.normalize`."""
     group_features: _builtins.float
-    """Group lasso of the features of each row, in groups of group_size neighbours."""
+    """Group lasso of the features of each row, in groups of `group_size` neighbours."""
     group_size: _builtins.int
     """Features of a group."""
     group_heads: _builtins.float
     """Group lasso of the decoder, in groups of a feature and the channels of one head."""
     heads: _builtins.int
-    """Heads that the target's channels are divided into for group_heads."""
+    """Heads that the target's channels are divided into for `group_heads`."""
     auxk: _builtins.float
-    """Of the error with which dead features explain what is left."""
+    """Of the error with which dead features explain what is left (Gao et al. 2024, arXiv 2406.04093, take 1/32). For when
+    many features die for good: those that are rare for a while come back by themselves, and it keeps them from it.
+    """
     auxk_features: _builtins.int
-    """Dead features of a row that do."""
+    """Dead features of a row that do; where fewer are dead, the term counts for less."""
     def __init__(
         self,
         *,
@@ -970,9 +999,9 @@ class SparseTrainingSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Optimiser steps."""
+    """Optimiser steps; of `epochs` where they are given."""
     epochs: _builtins.float
-    """Passes over the training rows instead of steps."""
+    """Passes over the training rows instead of `steps`."""
     batch_size: _builtins.int
     """Rows of a step."""
     learning_rate: _builtins.float
@@ -982,11 +1011,15 @@ class SparseTrainingSpec(_message.Message):
     decay: _builtins.float
     """Share of the steps, at the end, over which it falls to 0 in a straight line."""
     normalize: Global___Normalization.ValueType
-    """Of source and target, by the training rows."""
+    """Of source and target, by the training rows: `center`: the mean is taken off and the whole is scaled to a mean
+    square of 1 per channel; `standardize`: each channel by itself; `whiten`: the source to unit covariance.
+    """
     dead_after: _builtins.int
     """Rows without a single activation after which a feature is dead."""
     revive_every: _builtins.int
-    """Steps between revivals, at which dead features are set on rows with large errors, until the learning rate falls."""
+    """Steps between revivals, at which dead features are set on rows with large errors, until the learning rate falls;
+    None: never.
+    """
     validate_every: _builtins.int
     """Steps between validations."""
     validation_rows: _builtins.int
@@ -994,7 +1027,7 @@ class SparseTrainingSpec(_message.Message):
     precision: Global___SparsePrecision.ValueType
     """Of the encoder's matrix product."""
     snapshots: _builtins.int
-    """Steps between snapshots of the weights, each an artifact snapshot-<step>; None."""
+    """Steps between snapshots of the weights, each an artifact `snapshot-<step>`; None: none."""
     def __init__(
         self,
         *,
@@ -1150,7 +1183,9 @@ class CltSpec(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     WANDB_FIELD_NUMBER: _builtins.int
     kind: Global___TranscoderKind.ValueType
-    """Which sources write which targets."""
+    """`pair`: one source, one target; `per_layer`: each source writes the target of its own place; `cross_layer`: each
+    source writes the targets of its own and all later places.
+    """
     seed: _builtins.int
     """Everything random flows from it."""
     @_builtins.property
@@ -1159,11 +1194,11 @@ class CltSpec(_message.Message):
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Hook points that are read, in order of execution."""
+        """Hook points that are read, in order of execution; without, what enters each MLP of the store."""
 
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Hook points that are written, as many."""
+        """Hook points that are written, as many; without, what leaves each MLP of the store."""
 
     @_builtins.property
     def model(self) -> Global___SparseModelSpec:
@@ -1218,7 +1253,7 @@ class GridAxis(_message.Message):
     OPTION_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     option: _builtins.str
-    """Option of a clt spec."""
+    """Option of a clt spec, e.g. `model.k`."""
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Values, written as in JSON; what is no JSON is a string."""
@@ -1255,7 +1290,7 @@ class SweepSpec(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     WANDB_FIELD_NUMBER: _builtins.int
     kind: Global___TranscoderKind.ValueType
-    """Which sources write which targets."""
+    """`pair`: each pair has runs of its own; else the pairs are the places of one transcoder, see the clt spec."""
     seed: _builtins.int
     """Everything random flows from it."""
     @_builtins.property
@@ -1264,11 +1299,11 @@ class SweepSpec(_message.Message):
 
     @_builtins.property
     def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Pairs SOURCE->TARGET of hook points."""
+        """Pairs `SOURCE->TARGET` of hook points; without, what enters and leaves each MLP of the store."""
 
     @_builtins.property
     def grid(self) -> _containers.RepeatedCompositeFieldContainer[Global___GridAxis]:
-        """Options to vary."""
+        """Options to vary; every combination is trained."""
 
     @_builtins.property
     def model(self) -> Global___SparseModelSpec:

@@ -97,16 +97,19 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class ArtifactRef(_message.Message):
-    """Names an artifact: another job's output, or any artifact by its id."""
+    """Generated from the specs by `make protos`: do not edit below this line.
+
+    Names an artifact: another job's output (`job` and `artifact`), or any artifact by its id.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     ARTIFACT_FIELD_NUMBER: _builtins.int
     job: _builtins.str
-    """Id of the job that makes it."""
+    """Id of the job that makes it; in a pipeline, the job's name there. The job that refers to it waits for it."""
     artifact: _builtins.str
-    """The artifact's name within that job; without `job`, its id."""
+    """The artifact's name within that job, e.g. `zoo`; without `job`, its id (64 hexadecimal digits)."""
     def __init__(
         self,
         *,
@@ -130,14 +133,14 @@ Global___ArtifactRef: _TypeAlias = ArtifactRef  # noqa: Y015
 
 @_typing.final
 class HubSpec(_message.Message):
-    """Upload to the Hugging Face Hub."""
+    """Upload to the Hugging Face Hub. The worker's `HF_TOKEN` gives permission."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REPO_FIELD_NUMBER: _builtins.int
     PRIVATE_FIELD_NUMBER: _builtins.int
     repo: _builtins.str
-    """Owner and name."""
+    """Repository, `owner/name`; made if there is none."""
     private: _builtins.bool
     """Whether a repository that is made is private."""
     def __init__(
@@ -163,7 +166,9 @@ Global___HubSpec: _TypeAlias = HubSpec  # noqa: Y015
 
 @_typing.final
 class WandbSpec(_message.Message):
-    """Metrics to Weights & Biases."""
+    """Metrics to Weights & Biases too: to the service with the worker's `WANDB_API_KEY`, else into the artifact `wandb`,
+    which `wandb sync` sends later.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -172,7 +177,7 @@ class WandbSpec(_message.Message):
     project: _builtins.str
     """Project."""
     name: _builtins.str
-    """Name of the run."""
+    """Name of the run; None: a new one each time."""
     def __init__(
         self,
         *,

@@ -28,19 +28,22 @@ class _CodecArchitectureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Cod
     CODEC_ARCHITECTURE_UNSPECIFIED: _CodecArchitecture.ValueType  # 0
     """Not set."""
     CODEC_ARCHITECTURE_MLP: _CodecArchitecture.ValueType  # 1
-    """Multilayer perceptrons."""
+    """"mlp"."""
     CODEC_ARCHITECTURE_TRANSFORMER: _CodecArchitecture.ValueType  # 2
-    """Transformers over tokens."""
+    """"transformer"."""
 
 class CodecArchitecture(_CodecArchitecture, metaclass=_CodecArchitectureEnumTypeWrapper):
-    """Form of the encoder and the decoder."""
+    """Generated from the specs by `make protos`: do not edit below this line.
+
+    `mlp`: fast; `transformer`: self-attention over tokens, and a decoder with cross-attention to the latent.
+    """
 
 CODEC_ARCHITECTURE_UNSPECIFIED: CodecArchitecture.ValueType  # 0
 """Not set."""
 CODEC_ARCHITECTURE_MLP: CodecArchitecture.ValueType  # 1
-"""Multilayer perceptrons."""
+""""mlp"."""
 CODEC_ARCHITECTURE_TRANSFORMER: CodecArchitecture.ValueType  # 2
-"""Transformers over tokens."""
+""""transformer"."""
 Global___CodecArchitecture: _TypeAlias = CodecArchitecture  # noqa: Y015
 
 class _EncoderInputs:
@@ -52,23 +55,23 @@ class _EncoderInputsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoder
     ENCODER_INPUTS_UNSPECIFIED: _EncoderInputs.ValueType  # 0
     """Not set."""
     ENCODER_INPUTS_SIGNATURE: _EncoderInputs.ValueType  # 1
-    """Activation signatures."""
+    """"signature"."""
     ENCODER_INPUTS_WEIGHTS: _EncoderInputs.ValueType  # 2
-    """Weights."""
+    """"weights"."""
     ENCODER_INPUTS_BOTH: _EncoderInputs.ValueType  # 3
-    """Both."""
+    """"both"."""
 
 class EncoderInputs(_EncoderInputs, metaclass=_EncoderInputsEnumTypeWrapper):
-    """What the encoder sees."""
+    """What the encoder sees of a network."""
 
 ENCODER_INPUTS_UNSPECIFIED: EncoderInputs.ValueType  # 0
 """Not set."""
 ENCODER_INPUTS_SIGNATURE: EncoderInputs.ValueType  # 1
-"""Activation signatures."""
+""""signature"."""
 ENCODER_INPUTS_WEIGHTS: EncoderInputs.ValueType  # 2
-"""Weights."""
+""""weights"."""
 ENCODER_INPUTS_BOTH: EncoderInputs.ValueType  # 3
-"""Both."""
+""""both"."""
 Global___EncoderInputs: _TypeAlias = EncoderInputs  # noqa: Y015
 
 class _Pooling:
@@ -80,27 +83,27 @@ class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.Value
     POOLING_UNSPECIFIED: _Pooling.ValueType  # 0
     """Not set."""
     POOLING_FLATTEN: _Pooling.ValueType  # 1
-    """Side by side."""
+    """"flatten"."""
     POOLING_MEAN: _Pooling.ValueType  # 2
-    """Their mean."""
+    """"mean"."""
     POOLING_MAX: _Pooling.ValueType  # 3
-    """Their maximum."""
+    """"max"."""
     POOLING_CLS: _Pooling.ValueType  # 4
-    """By a token of its own."""
+    """"cls"."""
 
 class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
-    """How tokens become one vector."""
+    """How the encoder's tokens become one vector; `cls`: by a token of its own, of the transformer."""
 
 POOLING_UNSPECIFIED: Pooling.ValueType  # 0
 """Not set."""
 POOLING_FLATTEN: Pooling.ValueType  # 1
-"""Side by side."""
+""""flatten"."""
 POOLING_MEAN: Pooling.ValueType  # 2
-"""Their mean."""
+""""mean"."""
 POOLING_MAX: Pooling.ValueType  # 3
-"""Their maximum."""
+""""max"."""
 POOLING_CLS: Pooling.ValueType  # 4
-"""By a token of its own."""
+""""cls"."""
 Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
 
 class _Positions:
@@ -112,19 +115,19 @@ class _PositionsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Positions.V
     POSITIONS_UNSPECIFIED: _Positions.ValueType  # 0
     """Not set."""
     POSITIONS_LEARNED: _Positions.ValueType  # 1
-    """Learned."""
+    """"learned"."""
     POSITIONS_SINUSOIDAL: _Positions.ValueType  # 2
-    """Sines and cosines."""
+    """"sinusoidal"."""
 
 class Positions(_Positions, metaclass=_PositionsEnumTypeWrapper):
-    """Positions of tokens."""
+    """Positions of tokens; an `mlp` with `flatten` has no tokens, and reads this no more than `granularity`."""
 
 POSITIONS_UNSPECIFIED: Positions.ValueType  # 0
 """Not set."""
 POSITIONS_LEARNED: Positions.ValueType  # 1
-"""Learned."""
+""""learned"."""
 POSITIONS_SINUSOIDAL: Positions.ValueType  # 2
-"""Sines and cosines."""
+""""sinusoidal"."""
 Global___Positions: _TypeAlias = Positions  # noqa: Y015
 
 class _Granularity:
@@ -136,19 +139,21 @@ class _GranularityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Granulari
     GRANULARITY_UNSPECIFIED: _Granularity.ValueType  # 0
     """Not set."""
     GRANULARITY_NEURON: _Granularity.ValueType  # 1
-    """A neuron's weights and bias."""
+    """"neuron"."""
     GRANULARITY_CHUNK: _Granularity.ValueType  # 2
-    """Any numbers in a row."""
+    """"chunk"."""
 
 class Granularity(_Granularity, metaclass=_GranularityEnumTypeWrapper):
-    """What a token of weights is."""
+    """A token of weights is one neuron's, or (the form of earlier work) any `chunk` numbers in a row. Of the transformer,
+    and of an encoder of weights with `mean` or `max`.
+    """
 
 GRANULARITY_UNSPECIFIED: Granularity.ValueType  # 0
 """Not set."""
 GRANULARITY_NEURON: Granularity.ValueType  # 1
-"""A neuron's weights and bias."""
+""""neuron"."""
 GRANULARITY_CHUNK: Granularity.ValueType  # 2
-"""Any numbers in a row."""
+""""chunk"."""
 Global___Granularity: _TypeAlias = Granularity  # noqa: Y015
 
 class _ContrastiveForm:
@@ -160,19 +165,19 @@ class _ContrastiveFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Contr
     CONTRASTIVE_FORM_UNSPECIFIED: _ContrastiveForm.ValueType  # 0
     """Not set."""
     CONTRASTIVE_FORM_GRADED: _ContrastiveForm.ValueType  # 1
-    """As much as behaviours overlap."""
+    """"graded"."""
     CONTRASTIVE_FORM_PLAIN: _ContrastiveForm.ValueType  # 2
-    """Any shared behaviour."""
+    """"plain"."""
 
 class ContrastiveForm(_ContrastiveForm, metaclass=_ContrastiveFormEnumTypeWrapper):
-    """What the positives of the contrastive loss are."""
+    """`plain`: subjects that share any behaviour are positives; `graded`: as much as their behaviours overlap."""
 
 CONTRASTIVE_FORM_UNSPECIFIED: ContrastiveForm.ValueType  # 0
 """Not set."""
 CONTRASTIVE_FORM_GRADED: ContrastiveForm.ValueType  # 1
-"""As much as behaviours overlap."""
+""""graded"."""
 CONTRASTIVE_FORM_PLAIN: ContrastiveForm.ValueType  # 2
-"""Any shared behaviour."""
+""""plain"."""
 Global___ContrastiveForm: _TypeAlias = ContrastiveForm  # noqa: Y015
 
 class _ReconstructionForm:
@@ -184,31 +189,33 @@ class _ReconstructionFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Re
     RECONSTRUCTION_FORM_UNSPECIFIED: _ReconstructionForm.ValueType  # 0
     """Not set."""
     RECONSTRUCTION_FORM_NORMALIZED: _ReconstructionForm.ValueType  # 1
-    """Squared, each layer alike."""
+    """"normalized"."""
     RECONSTRUCTION_FORM_MSE: _ReconstructionForm.ValueType  # 2
-    """Squared, of standardised weights."""
+    """"mse"."""
     RECONSTRUCTION_FORM_MAE: _ReconstructionForm.ValueType  # 3
-    """Absolute, of standardised weights."""
+    """"mae"."""
     RECONSTRUCTION_FORM_COSINE: _ReconstructionForm.ValueType  # 4
-    """One minus the cosine similarity."""
+    """"cosine"."""
     RECONSTRUCTION_FORM_COMBINED: _ReconstructionForm.ValueType  # 5
-    """Sum of the last three."""
+    """"combined"."""
 
 class ReconstructionForm(_ReconstructionForm, metaclass=_ReconstructionFormEnumTypeWrapper):
-    """Error of the weights."""
+    """`normalized`: squared error in which each layer counts alike; `mse`, `mae` and `cosine` of standardised weights, and
+    `combined`, their sum.
+    """
 
 RECONSTRUCTION_FORM_UNSPECIFIED: ReconstructionForm.ValueType  # 0
 """Not set."""
 RECONSTRUCTION_FORM_NORMALIZED: ReconstructionForm.ValueType  # 1
-"""Squared, each layer alike."""
+""""normalized"."""
 RECONSTRUCTION_FORM_MSE: ReconstructionForm.ValueType  # 2
-"""Squared, of standardised weights."""
+""""mse"."""
 RECONSTRUCTION_FORM_MAE: ReconstructionForm.ValueType  # 3
-"""Absolute, of standardised weights."""
+""""mae"."""
 RECONSTRUCTION_FORM_COSINE: ReconstructionForm.ValueType  # 4
-"""One minus the cosine similarity."""
+""""cosine"."""
 RECONSTRUCTION_FORM_COMBINED: ReconstructionForm.ValueType  # 5
-"""Sum of the last three."""
+""""combined"."""
 Global___ReconstructionForm: _TypeAlias = ReconstructionForm  # noqa: Y015
 
 class _RateSchedule:
@@ -220,23 +227,25 @@ class _RateScheduleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RateSche
     RATE_SCHEDULE_UNSPECIFIED: _RateSchedule.ValueType  # 0
     """Not set."""
     RATE_SCHEDULE_COSINE: _RateSchedule.ValueType  # 1
-    """Half a cosine."""
+    """"cosine"."""
     RATE_SCHEDULE_PLATEAU: _RateSchedule.ValueType  # 2
-    """Halved at plateaus."""
+    """"plateau"."""
     RATE_SCHEDULE_CONSTANT: _RateSchedule.ValueType  # 3
-    """As it is."""
+    """"constant"."""
 
 class RateSchedule(_RateSchedule, metaclass=_RateScheduleEnumTypeWrapper):
-    """Learning rate after the warm-up."""
+    """After the warm-up: `cosine` to a hundredth at the last step; `plateau`: halved when the validation loss has not
+    fallen at `plateau_patience` validations in a row.
+    """
 
 RATE_SCHEDULE_UNSPECIFIED: RateSchedule.ValueType  # 0
 """Not set."""
 RATE_SCHEDULE_COSINE: RateSchedule.ValueType  # 1
-"""Half a cosine."""
+""""cosine"."""
 RATE_SCHEDULE_PLATEAU: RateSchedule.ValueType  # 2
-"""Halved at plateaus."""
+""""plateau"."""
 RATE_SCHEDULE_CONSTANT: RateSchedule.ValueType  # 3
-"""As it is."""
+""""constant"."""
 Global___RateSchedule: _TypeAlias = RateSchedule  # noqa: Y015
 
 class _ComputePrecision:
@@ -248,23 +257,23 @@ class _ComputePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Comp
     COMPUTE_PRECISION_UNSPECIFIED: _ComputePrecision.ValueType  # 0
     """Not set."""
     COMPUTE_PRECISION_AUTO: _ComputePrecision.ValueType  # 1
-    """Whichever the device is best at."""
+    """"auto"."""
     COMPUTE_PRECISION_FLOAT32: _ComputePrecision.ValueType  # 2
-    """IEEE single."""
+    """"float32"."""
     COMPUTE_PRECISION_BFLOAT16: _ComputePrecision.ValueType  # 3
-    """Brain floating point."""
+    """"bfloat16"."""
 
 class ComputePrecision(_ComputePrecision, metaclass=_ComputePrecisionEnumTypeWrapper):
-    """Type of matrix products."""
+    """Of the codec's matrix products; `auto`: bfloat16 where the device has units for it."""
 
 COMPUTE_PRECISION_UNSPECIFIED: ComputePrecision.ValueType  # 0
 """Not set."""
 COMPUTE_PRECISION_AUTO: ComputePrecision.ValueType  # 1
-"""Whichever the device is best at."""
+""""auto"."""
 COMPUTE_PRECISION_FLOAT32: ComputePrecision.ValueType  # 2
-"""IEEE single."""
+""""float32"."""
 COMPUTE_PRECISION_BFLOAT16: ComputePrecision.ValueType  # 3
-"""Brain floating point."""
+""""bfloat16"."""
 Global___ComputePrecision: _TypeAlias = ComputePrecision  # noqa: Y015
 
 @_typing.final
@@ -316,29 +325,33 @@ class CodecSpec(_message.Message):
     SIGNATURE_COMPONENTS_FIELD_NUMBER: _builtins.int
     CANONICALIZE_FIELD_NUMBER: _builtins.int
     architecture: Global___CodecArchitecture.ValueType
-    """Form."""
+    """`mlp`: fast; `transformer`: self-attention over tokens, and a decoder with cross-attention to the latent."""
     inputs: Global___EncoderInputs.ValueType
-    """What the encoder sees."""
+    """What the encoder sees of a network."""
     latent_dim: _builtins.int
     """Length of a latent vector."""
     hidden_dim: _builtins.int
-    """Width of the hidden layers."""
+    """Width of the hidden layers, and of a token in them."""
     depth: _builtins.int
     """Hidden layers of each side."""
     heads: _builtins.int
-    """Attention heads."""
+    """Attention heads; `hidden_dim` divides into them. Of the transformer alone: an `mlp` has none."""
     pooling: Global___Pooling.ValueType
-    """How tokens become one vector."""
+    """How the encoder's tokens become one vector; `cls`: by a token of its own, of the transformer."""
     positions: Global___Positions.ValueType
-    """Positions of tokens."""
+    """Positions of tokens; an `mlp` with `flatten` has no tokens, and reads this no more than `granularity`."""
     granularity: Global___Granularity.ValueType
-    """What a token of weights is."""
+    """A token of weights is one neuron's, or (the form of earlier work) any `chunk` numbers in a row. Of the transformer,
+    and of an encoder of weights with `mean` or `max`.
+    """
     chunk: _builtins.int
-    """Numbers of a chunk."""
+    """Numbers of a token of granularity `chunk`; nothing else reads it."""
     signature_components: _builtins.int
-    """Principal components that enter the encoder."""
+    """Principal components of the standardised inputs that enter an `mlp` with `flatten`; at most the training subjects."""
     canonicalize: _builtins.bool
-    """Whether neurons are brought into one order."""
+    """Whether hidden neurons are matched to a reference network's (by their activations on the probes) and, for relu,
+    scaled to incoming weights of norm 1, before anything else; None: where the zoo's `init` is independent.
+    """
     def __init__(
         self,
         *,
@@ -412,7 +425,9 @@ Global___CodecSpec: _TypeAlias = CodecSpec  # noqa: Y015
 
 @_typing.final
 class LossSpec(_message.Message):
-    """The objective."""
+    """The objective: gamma x contrastive + (1 - gamma) x the sum of the other terms by their weights, of which 0 switches a
+    term off.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -431,33 +446,37 @@ class LossSpec(_message.Message):
     VARIANCE_FIELD_NUMBER: _builtins.int
     MEND_FIELD_NUMBER: _builtins.int
     gamma: _builtins.float
-    """Share of the contrastive loss at the beginning."""
+    """Share of the supervised contrastive loss over shared behaviours, at the beginning."""
     gamma_end: _builtins.float
-    """Share at the end."""
+    """Share at the end, with a straight line between; None: the same."""
     contrastive: Global___ContrastiveForm.ValueType
-    """What its positives are."""
+    """`plain`: subjects that share any behaviour are positives; `graded`: as much as their behaviours overlap."""
     temperature: _builtins.float
-    """Its temperature at the beginning."""
+    """Temperature of the contrastive loss, at the beginning."""
     temperature_end: _builtins.float
-    """Temperature at the end."""
+    """Temperature at the end; None: the same."""
     projection: _builtins.int
-    """Numbers of the projection head."""
+    """Numbers of a projection head between the latent and the contrastive loss; None: no head."""
     reconstruction: _builtins.float
     """Weight of the error of the weights."""
     reconstruction_form: Global___ReconstructionForm.ValueType
-    """What that error is."""
+    """`normalized`: squared error in which each layer counts alike; `mse`, `mae` and `cosine` of standardised weights,
+    and `combined`, their sum.
+    """
     behavior: _builtins.float
-    """Disagreement of decoded and source networks."""
+    """Weight of the disagreement of decoded and source networks on fresh sequences."""
     steering: _builtins.float
-    """Error of residual edits."""
+    """Weight of the error of residual edits (source weights plus the change of the decoded ones) on what the edit asks
+    for.
+    """
     direct: _builtins.float
-    """Error of direct edits."""
+    """The same for direct edits (the decoded weights themselves)."""
     locality: _builtins.float
-    """Share of the steering terms outside of what an edit decides."""
+    """Share of the two steering terms that asks for the source's own answers where the edit decides nothing."""
     variance: _builtins.float
-    """Guard against collapse."""
+    """Weight of the guard against collapse: what the latents' standard deviations lack to 1, a mean over them."""
     mend: _builtins.bool
-    """Whether the source's errors there are to be mended."""
+    """Whether there, where the source errs, the exact label is asked for instead; else its errors are kept."""
     def __init__(
         self,
         *,
@@ -541,7 +560,7 @@ Global___LossSpec: _TypeAlias = LossSpec  # noqa: Y015
 
 @_typing.final
 class CodecTrainingSpec(_message.Message):
-    """How the codec is trained."""
+    """How the codec is trained (AdamW, gradients clipped to norm 1)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -563,33 +582,37 @@ class CodecTrainingSpec(_message.Message):
     steps: _builtins.int
     """Most optimiser steps."""
     batch_size: _builtins.int
-    """Subjects per step."""
+    """Subjects per step, in pairs that share a behaviour."""
     accumulation: _builtins.int
-    """Parts of a step's batch."""
+    """Parts of a step's batch that go through the model one after the other, with their gradients added."""
     learning_rate: _builtins.float
     """Peak learning rate."""
     schedule: Global___RateSchedule.ValueType
-    """Learning rate after the warm-up."""
+    """After the warm-up: `cosine` to a hundredth at the last step; `plateau`: halved when the validation loss has not
+    fallen at `plateau_patience` validations in a row.
+    """
     warm_up: _builtins.int
-    """Steps of the warm-up."""
+    """Steps over which the learning rate rises from 0."""
     plateau_patience: _builtins.int
-    """Validations before the rate is halved."""
+    """See `schedule`."""
     patience: _builtins.int
-    """Validations before training ends."""
+    """Early stopping: training ends when the validation loss has not fallen at so many validations in a row, and the best
+    model is kept. None: all steps are taken.
+    """
     validate_every: _builtins.int
     """Steps between validations."""
     queries: _builtins.int
-    """Fresh sequences per step and subject."""
+    """Fresh sequences per step and subject on which decoded networks are run."""
     several: _builtins.float
-    """Share of edits that change two behaviours."""
+    """Share of the edits in training that change two behaviours: one is gained and one is lost."""
     weight_decay: _builtins.float
-    """Weight decay of AdamW."""
+    """Weight decay; the directions have none."""
     ema: _builtins.float
-    """Decay of the running mean of the parameters."""
+    """Decay of the running mean of the parameters over the steps, which is the model that is kept; 0: the last step's."""
     precision: Global___ComputePrecision.ValueType
-    """Type of matrix products."""
+    """Of the codec's matrix products; `auto`: bfloat16 where the device has units for it."""
     compile: _builtins.bool
-    """Whether torch.compile is used."""
+    """Whether `torch.compile` is used: a minute at the start, faster steps on a GPU."""
     def __init__(
         self,
         *,
@@ -678,7 +701,7 @@ Global___CodecTrainingSpec: _TypeAlias = CodecTrainingSpec  # noqa: Y015
 
 @_typing.final
 class CrossmodalSpec(_message.Message):
-    """A codec to train."""
+    """Signature -> latent -> weights, with the latent organised by behaviour."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -694,7 +717,7 @@ class CrossmodalSpec(_message.Message):
     seed: _builtins.int
     """Everything random flows from it."""
     held_out: _builtins.float
-    """Share of subjects kept for evaluation."""
+    """Share of subjects kept for evaluation, never trained on."""
     validation: _builtins.float
     """Share of subjects kept for the validation loss."""
     @_builtins.property
@@ -715,7 +738,7 @@ class CrossmodalSpec(_message.Message):
 
     @_builtins.property
     def hub(self) -> _common_pb2.HubSpec:
-        """Where to upload the codec."""
+        """Model repository to upload the codec to, its encoder and decoder as files of their own."""
 
     @_builtins.property
     def wandb(self) -> _common_pb2.WandbSpec:

@@ -30,31 +30,31 @@ class _ActivationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Activation
     ACTIVATION_UNSPECIFIED: _Activation.ValueType  # 0
     """Not set."""
     ACTIVATION_RELU: _Activation.ValueType  # 1
-    """max(x, 0)."""
+    """"relu"."""
     ACTIVATION_GELU: _Activation.ValueType  # 2
-    """Exact GELU."""
+    """"gelu"."""
     ACTIVATION_TANH: _Activation.ValueType  # 3
-    """Hyperbolic tangent."""
+    """"tanh"."""
     ACTIVATION_SIGMOID: _Activation.ValueType  # 4
-    """Logistic function."""
+    """"sigmoid"."""
     ACTIVATION_LEAKY_RELU: _Activation.ValueType  # 5
-    """Leaky ReLU, slope 0.01."""
+    """"leaky_relu"."""
 
 class Activation(_Activation, metaclass=_ActivationEnumTypeWrapper):
-    """Activation of a hidden layer."""
+    """Activations of the hidden layers to draw from; empty: relu."""
 
 ACTIVATION_UNSPECIFIED: Activation.ValueType  # 0
 """Not set."""
 ACTIVATION_RELU: Activation.ValueType  # 1
-"""max(x, 0)."""
+""""relu"."""
 ACTIVATION_GELU: Activation.ValueType  # 2
-"""Exact GELU."""
+""""gelu"."""
 ACTIVATION_TANH: Activation.ValueType  # 3
-"""Hyperbolic tangent."""
+""""tanh"."""
 ACTIVATION_SIGMOID: Activation.ValueType  # 4
-"""Logistic function."""
+""""sigmoid"."""
 ACTIVATION_LEAKY_RELU: Activation.ValueType  # 5
-"""Leaky ReLU, slope 0.01."""
+""""leaky_relu"."""
 Global___Activation: _TypeAlias = Activation  # noqa: Y015
 
 class _InputEncoding:
@@ -66,19 +66,19 @@ class _InputEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InputEn
     INPUT_ENCODING_UNSPECIFIED: _InputEncoding.ValueType  # 0
     """Not set."""
     INPUT_ENCODING_ONE_HOT: _InputEncoding.ValueType  # 1
-    """Length x vocabulary inputs."""
+    """"one_hot"."""
     INPUT_ENCODING_INDEX: _InputEncoding.ValueType  # 2
-    """One float per position."""
+    """"index"."""
 
 class InputEncoding(_InputEncoding, metaclass=_InputEncodingEnumTypeWrapper):
-    """How a sequence enters a subject."""
+    """`one_hot`: length x vocabulary inputs; `index`: one float per position."""
 
 INPUT_ENCODING_UNSPECIFIED: InputEncoding.ValueType  # 0
 """Not set."""
 INPUT_ENCODING_ONE_HOT: InputEncoding.ValueType  # 1
-"""Length x vocabulary inputs."""
+""""one_hot"."""
 INPUT_ENCODING_INDEX: InputEncoding.ValueType  # 2
-"""One float per position."""
+""""index"."""
 Global___InputEncoding: _TypeAlias = InputEncoding  # noqa: Y015
 
 class _Init:
@@ -90,19 +90,19 @@ class _InitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Init.ValueType],
     INIT_UNSPECIFIED: _Init.ValueType  # 0
     """Not set."""
     INIT_SHARED: _Init.ValueType  # 1
-    """All from one draw."""
+    """"shared"."""
     INIT_INDEPENDENT: _Init.ValueType  # 2
-    """Each from its own."""
+    """"independent"."""
 
 class Init(_Init, metaclass=_InitEnumTypeWrapper):
-    """Where subjects start."""
+    """`shared`: all subjects of one shape start from one draw of weights, so their differences are comparable."""
 
 INIT_UNSPECIFIED: Init.ValueType  # 0
 """Not set."""
 INIT_SHARED: Init.ValueType  # 1
-"""All from one draw."""
+""""shared"."""
 INIT_INDEPENDENT: Init.ValueType  # 2
-"""Each from its own."""
+""""independent"."""
 Global___Init: _TypeAlias = Init  # noqa: Y015
 
 class _WeightInit:
@@ -114,19 +114,21 @@ class _WeightInitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WeightInit
     WEIGHT_INIT_UNSPECIFIED: _WeightInit.ValueType  # 0
     """Not set."""
     WEIGHT_INIT_UNIFORM: _WeightInit.ValueType  # 1
-    """Within 1/sqrt(fan_in)."""
+    """"uniform"."""
     WEIGHT_INIT_KAIMING: _WeightInit.ValueType  # 2
-    """Within sqrt(6/fan_in)."""
+    """"kaiming"."""
 
 class WeightInit(_WeightInit, metaclass=_WeightInitEnumTypeWrapper):
-    """Where the weights of a fresh subject lie."""
+    """`uniform`: weights and biases within 1/sqrt(fan_in), as in torch.nn.Linear; `kaiming`: weights within sqrt(6/fan_in),
+    biases 0, for deep subjects, whose signals would otherwise fade from layer to layer.
+    """
 
 WEIGHT_INIT_UNSPECIFIED: WeightInit.ValueType  # 0
 """Not set."""
 WEIGHT_INIT_UNIFORM: WeightInit.ValueType  # 1
-"""Within 1/sqrt(fan_in)."""
+""""uniform"."""
 WEIGHT_INIT_KAIMING: WeightInit.ValueType  # 2
-"""Within sqrt(6/fan_in)."""
+""""kaiming"."""
 Global___WeightInit: _TypeAlias = WeightInit  # noqa: Y015
 
 class _Precision:
@@ -138,23 +140,23 @@ class _PrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Precision.V
     PRECISION_UNSPECIFIED: _Precision.ValueType  # 0
     """Not set."""
     PRECISION_FLOAT32: _Precision.ValueType  # 1
-    """IEEE single."""
+    """"float32"."""
     PRECISION_FLOAT16: _Precision.ValueType  # 2
-    """IEEE half."""
+    """"float16"."""
     PRECISION_BFLOAT16: _Precision.ValueType  # 3
-    """Brain floating point."""
+    """"bfloat16"."""
 
 class Precision(_Precision, metaclass=_PrecisionEnumTypeWrapper):
-    """Floating-point type of the trained weights."""
+    """Floating-point type that the trained weights are rounded to."""
 
 PRECISION_UNSPECIFIED: Precision.ValueType  # 0
 """Not set."""
 PRECISION_FLOAT32: Precision.ValueType  # 1
-"""IEEE single."""
+""""float32"."""
 PRECISION_FLOAT16: Precision.ValueType  # 2
-"""IEEE half."""
+""""float16"."""
 PRECISION_BFLOAT16: Precision.ValueType  # 3
-"""Brain floating point."""
+""""bfloat16"."""
 Global___Precision: _TypeAlias = Precision  # noqa: Y015
 
 class _Quantization:
@@ -166,31 +168,33 @@ class _QuantizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Quantiza
     QUANTIZATION_UNSPECIFIED: _Quantization.ValueType  # 0
     """Not set."""
     QUANTIZATION_NONE: _Quantization.ValueType  # 1
-    """All that the type has."""
+    """"none"."""
     QUANTIZATION_INT8: _Quantization.ValueType  # 2
-    """255."""
+    """"int8"."""
     QUANTIZATION_INT4: _Quantization.ValueType  # 3
-    """15."""
+    """"int4"."""
     QUANTIZATION_TERNARY: _Quantization.ValueType  # 4
-    """Three."""
+    """"ternary"."""
     QUANTIZATION_BINARY: _Quantization.ValueType  # 5
-    """Two."""
+    """"binary"."""
 
 class Quantization(_Quantization, metaclass=_QuantizationEnumTypeWrapper):
-    """Levels of the trained weights."""
+    """Levels that the trained weights are rounded to, layer by layer. What is judged, described and kept is the rounded
+    network; training itself is in float32.
+    """
 
 QUANTIZATION_UNSPECIFIED: Quantization.ValueType  # 0
 """Not set."""
 QUANTIZATION_NONE: Quantization.ValueType  # 1
-"""All that the type has."""
+""""none"."""
 QUANTIZATION_INT8: Quantization.ValueType  # 2
-"""255."""
+""""int8"."""
 QUANTIZATION_INT4: Quantization.ValueType  # 3
-"""15."""
+""""int4"."""
 QUANTIZATION_TERNARY: Quantization.ValueType  # 4
-"""Three."""
+""""ternary"."""
 QUANTIZATION_BINARY: Quantization.ValueType  # 5
-"""Two."""
+""""binary"."""
 Global___Quantization: _TypeAlias = Quantization  # noqa: Y015
 
 class _SignatureMethod:
@@ -202,59 +206,59 @@ class _SignatureMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Signa
     SIGNATURE_METHOD_UNSPECIFIED: _SignatureMethod.ValueType  # 0
     """Not set."""
     SIGNATURE_METHOD_MEAN: _SignatureMethod.ValueType  # 1
-    """Mean over the probes."""
+    """"mean"."""
     SIGNATURE_METHOD_STD: _SignatureMethod.ValueType  # 2
-    """Standard deviation."""
+    """"std"."""
     SIGNATURE_METHOD_MAX: _SignatureMethod.ValueType  # 3
-    """Largest value."""
+    """"max"."""
     SIGNATURE_METHOD_MIN: _SignatureMethod.ValueType  # 4
-    """Smallest value."""
+    """"min"."""
     SIGNATURE_METHOD_SPARSITY: _SignatureMethod.ValueType  # 5
-    """Share of values at most 0."""
+    """"sparsity"."""
     SIGNATURE_METHOD_PCA: _SignatureMethod.ValueType  # 6
-    """Loadings on the layer's principal components."""
+    """"pca"."""
     SIGNATURE_METHOD_SVD: _SignatureMethod.ValueType  # 7
-    """Loadings on the layer's singular vectors."""
+    """"svd"."""
     SIGNATURE_METHOD_ENTROPY: _SignatureMethod.ValueType  # 8
-    """Entropy of the histogram."""
+    """"entropy"."""
     SIGNATURE_METHOD_CLUSTERING: _SignatureMethod.ValueType  # 9
-    """Centres of k-means."""
+    """"clustering"."""
     SIGNATURE_METHOD_FOURIER: _SignatureMethod.ValueType  # 10
-    """Magnitudes of the first frequencies."""
+    """"fourier"."""
     SIGNATURE_METHOD_PATTERN_WISE: _SignatureMethod.ValueType  # 11
-    """Mean over the members of each pattern."""
+    """"pattern_wise"."""
     SIGNATURE_METHOD_RAW: _SignatureMethod.ValueType  # 12
-    """Every value."""
+    """"raw"."""
 
 class SignatureMethod(_SignatureMethod, metaclass=_SignatureMethodEnumTypeWrapper):
-    """What is kept of a neuron's activations."""
+    """What is kept for each neuron; empty: `raw`, its activation on every probe."""
 
 SIGNATURE_METHOD_UNSPECIFIED: SignatureMethod.ValueType  # 0
 """Not set."""
 SIGNATURE_METHOD_MEAN: SignatureMethod.ValueType  # 1
-"""Mean over the probes."""
+""""mean"."""
 SIGNATURE_METHOD_STD: SignatureMethod.ValueType  # 2
-"""Standard deviation."""
+""""std"."""
 SIGNATURE_METHOD_MAX: SignatureMethod.ValueType  # 3
-"""Largest value."""
+""""max"."""
 SIGNATURE_METHOD_MIN: SignatureMethod.ValueType  # 4
-"""Smallest value."""
+""""min"."""
 SIGNATURE_METHOD_SPARSITY: SignatureMethod.ValueType  # 5
-"""Share of values at most 0."""
+""""sparsity"."""
 SIGNATURE_METHOD_PCA: SignatureMethod.ValueType  # 6
-"""Loadings on the layer's principal components."""
+""""pca"."""
 SIGNATURE_METHOD_SVD: SignatureMethod.ValueType  # 7
-"""Loadings on the layer's singular vectors."""
+""""svd"."""
 SIGNATURE_METHOD_ENTROPY: SignatureMethod.ValueType  # 8
-"""Entropy of the histogram."""
+""""entropy"."""
 SIGNATURE_METHOD_CLUSTERING: SignatureMethod.ValueType  # 9
-"""Centres of k-means."""
+""""clustering"."""
 SIGNATURE_METHOD_FOURIER: SignatureMethod.ValueType  # 10
-"""Magnitudes of the first frequencies."""
+""""fourier"."""
 SIGNATURE_METHOD_PATTERN_WISE: SignatureMethod.ValueType  # 11
-"""Mean over the members of each pattern."""
+""""pattern_wise"."""
 SIGNATURE_METHOD_RAW: SignatureMethod.ValueType  # 12
-"""Every value."""
+""""raw"."""
 Global___SignatureMethod: _TypeAlias = SignatureMethod  # noqa: Y015
 
 class _SignatureActivations:
@@ -266,19 +270,19 @@ class _SignatureActivationsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_
     SIGNATURE_ACTIVATIONS_UNSPECIFIED: _SignatureActivations.ValueType  # 0
     """Not set."""
     SIGNATURE_ACTIVATIONS_PRE: _SignatureActivations.ValueType  # 1
-    """Before it."""
+    """"pre"."""
     SIGNATURE_ACTIVATIONS_POST: _SignatureActivations.ValueType  # 2
-    """Behind it."""
+    """"post"."""
 
 class SignatureActivations(_SignatureActivations, metaclass=_SignatureActivationsEnumTypeWrapper):
-    """Which side of the activation function."""
+    """Before or after the activation function."""
 
 SIGNATURE_ACTIVATIONS_UNSPECIFIED: SignatureActivations.ValueType  # 0
 """Not set."""
 SIGNATURE_ACTIVATIONS_PRE: SignatureActivations.ValueType  # 1
-"""Before it."""
+""""pre"."""
 SIGNATURE_ACTIVATIONS_POST: SignatureActivations.ValueType  # 2
-"""Behind it."""
+""""post"."""
 Global___SignatureActivations: _TypeAlias = SignatureActivations  # noqa: Y015
 
 class _Style:
@@ -290,19 +294,19 @@ class _StyleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Style.ValueType
     STYLE_UNSPECIFIED: _Style.ValueType  # 0
     """Not set."""
     STYLE_SEPARATE: _Style.ValueType  # 1
-    """All weights, then all signatures."""
+    """"separate"."""
     STYLE_INTERWOVEN: _Style.ValueType  # 2
-    """Both of each neuron together."""
+    """"interwoven"."""
 
 class Style(_Style, metaclass=_StyleEnumTypeWrapper):
-    """How prompts are laid out."""
+    """`separate`: all weights, then all signatures; `interwoven`: both of each neuron together."""
 
 STYLE_UNSPECIFIED: Style.ValueType  # 0
 """Not set."""
 STYLE_SEPARATE: Style.ValueType  # 1
-"""All weights, then all signatures."""
+""""separate"."""
 STYLE_INTERWOVEN: Style.ValueType  # 2
-"""Both of each neuron together."""
+""""interwoven"."""
 Global___Style: _TypeAlias = Style  # noqa: Y015
 
 @_typing.final
@@ -337,7 +341,10 @@ Global___RunGenerationRequest: _TypeAlias = RunGenerationRequest  # noqa: Y015
 
 @_typing.final
 class PatternSpec(_message.Message):
-    """One behaviour."""
+    """Generated from the specs by `make protos`: do not edit below this line.
+
+    One behaviour: a set of letter sequences.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -345,11 +352,16 @@ class PatternSpec(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     REGEX_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Which one, or the name of the user's own."""
+    """One of the built-in patterns (all_same, palindrome, sorted_ascending, sorted_descending, alternating, contains_abc,
+    starts_with, ends_with, no_repeats, has_majority, increasing_pairs, decreasing_pairs, vowel_consonant,
+    first_last_match, mountain_pattern), one that an installed package registers, or a name of your own with `regex`.
+    """
     token: _builtins.str
-    """Its letter, where it takes one."""
+    """The letter of `starts_with` and `ends_with`; the others take none."""
     regex: _builtins.str
-    """What the user's own matches."""
+    """A pattern of your own: a regular expression over the letters, which matches whole sequences. Letters, `.`, `[AB]`,
+    `[A-C]`, `[^A]`, `(...)`, `|`, `*`, `+`, `?`, `{2,4}`.
+    """
     def __init__(
         self,
         *,
@@ -378,7 +390,7 @@ Global___PatternSpec: _TypeAlias = PatternSpec  # noqa: Y015
 
 @_typing.final
 class IntRange(_message.Message):
-    """Whole numbers from min to max."""
+    """Whole numbers from `min` to `max`, both included; a single number stands for itself alone."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -411,7 +423,7 @@ Global___IntRange: _TypeAlias = IntRange  # noqa: Y015
 
 @_typing.final
 class FloatRange(_message.Message):
-    """Numbers from min to max."""
+    """Numbers from `min` to `max`; a single number stands for itself alone."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -444,7 +456,7 @@ Global___FloatRange: _TypeAlias = FloatRange  # noqa: Y015
 
 @_typing.final
 class SubjectSpec(_message.Message):
-    """Architecture of the subjects; each draws its own out of the ranges."""
+    """Architecture of the subject networks: fully connected, one logit. Each subject draws its own out of ranges."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -458,26 +470,30 @@ class SubjectSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     input_encoding: Global___InputEncoding.ValueType
-    """How a sequence enters."""
+    """`one_hot`: length x vocabulary inputs; `index`: one float per position."""
     init: Global___Init.ValueType
-    """Where subjects start."""
+    """`shared`: all subjects of one shape start from one draw of weights, so their differences are comparable."""
     weight_init: Global___WeightInit.ValueType
-    """Where the weights of a fresh subject lie."""
+    """`uniform`: weights and biases within 1/sqrt(fan_in), as in torch.nn.Linear; `kaiming`: weights within
+    sqrt(6/fan_in), biases 0, for deep subjects, whose signals would otherwise fade from layer to layer.
+    """
     precision: Global___Precision.ValueType
     """Floating-point type that the trained weights are rounded to."""
     quantization: Global___Quantization.ValueType
-    """Levels that the trained weights are rounded to."""
+    """Levels that the trained weights are rounded to, layer by layer. What is judged, described and kept is the rounded
+    network; training itself is in float32.
+    """
     @_builtins.property
     def layers(self) -> Global___IntRange:
         """Hidden layers."""
 
     @_builtins.property
     def neurons(self) -> Global___IntRange:
-        """Neurons in each hidden layer."""
+        """Neurons in each hidden layer of a subject."""
 
     @_builtins.property
     def activations(self) -> _containers.RepeatedScalarFieldContainer[Global___Activation.ValueType]:
-        """Activations of the hidden layers to draw from."""
+        """Activations of the hidden layers to draw from; empty: relu."""
 
     @_builtins.property
     def dropout(self) -> Global___FloatRange:
@@ -525,7 +541,7 @@ Global___SubjectSpec: _TypeAlias = SubjectSpec  # noqa: Y015
 
 @_typing.final
 class SubjectTrainingSpec(_message.Message):
-    """How each subject is trained."""
+    """How each subject is trained (Adam, binary cross-entropy): on fresh sequences at every step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -537,7 +553,9 @@ class SubjectTrainingSpec(_message.Message):
     batch_size: _builtins.int
     """Sequences per step and subject."""
     learning_rate: _builtins.float
-    """Peak learning rate."""
+    """Peak learning rate; it falls to nothing along half a cosine. A higher one leaves subjects further from where they
+    started, and so less alike where their behaviours do not differ.
+    """
     def __init__(
         self,
         *,
@@ -566,7 +584,9 @@ Global___SubjectTrainingSpec: _TypeAlias = SubjectTrainingSpec  # noqa: Y015
 
 @_typing.final
 class StagedSpec(_message.Message):
-    """Training in two stages: degraded, then improved."""
+    """Training in two stages: a degraded network, which learned one of its patterns from wrong labels, and an improved one,
+    which is the same network trained on with the right ones.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -582,7 +602,7 @@ class StagedSpec(_message.Message):
     MIN_SPECIFICITY_FIELD_NUMBER: _builtins.int
     MAX_INSTABILITY_FIELD_NUMBER: _builtins.int
     examples: _builtins.int
-    """Sequences of each subject's own dataset."""
+    """Sequences of each subject's own dataset; half of them match one of its patterns."""
     batch_size: _builtins.int
     """Sequences per step and subject."""
     epochs: _builtins.int
@@ -594,16 +614,20 @@ class StagedSpec(_message.Message):
     corruption_rate: _builtins.float
     """Share of the target pattern's labels that are flipped in the first stage."""
     patience: _builtins.int
-    """Epochs without a lower validation loss after which a stage ends."""
+    """A stage ends early when the loss on validation sequences has not fallen for so many epochs; the network of the best
+    epoch is kept.
+    """
     min_degradation_threshold: _builtins.float
-    """Least gain on the target pattern."""
+    """Check of magnitude: the least gain in held-out accuracy on the target pattern from degraded to improved."""
     min_specificity: _builtins.float
-    """By how much that gain must exceed the mean gain elsewhere."""
+    """Check of specificity: by how much that gain must exceed the mean gain on all other kinds of sequences."""
     max_instability: _builtins.float
-    """Most that another pattern may lose."""
+    """Check of stability: the most held-out accuracy that any of the subject's other patterns may lose, and the mean over
+    the sequences that it must answer no to.
+    """
     @_builtins.property
     def learning_rate(self) -> Global___FloatRange:
-        """Learning rate of the first stage."""
+        """Of the first stage; drawn evenly on a logarithmic scale."""
 
     def __init__(
         self,
@@ -669,7 +693,7 @@ Global___StagedSpec: _TypeAlias = StagedSpec  # noqa: Y015
 
 @_typing.final
 class SignatureSpec(_message.Message):
-    """What is recorded of activations."""
+    """What is recorded of a subject's activations on the probes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -680,20 +704,20 @@ class SignatureSpec(_message.Message):
     BINS_FIELD_NUMBER: _builtins.int
     BASELINE_FIELD_NUMBER: _builtins.int
     probes: _builtins.int
-    """Number of probe sequences."""
+    """Number of probe sequences, the baseline dataset; the same for every subject."""
     activations: Global___SignatureActivations.ValueType
-    """Before or behind the activation function."""
+    """Before or after the activation function."""
     components: _builtins.int
-    """Numbers per neuron of pca, svd, clustering and fourier."""
+    """Numbers per neuron of `pca`, `svd`, `clustering` and `fourier`."""
     bins: _builtins.int
-    """Bins of the histogram for entropy."""
+    """Bins of the histogram whose `entropy` is taken."""
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[Global___SignatureMethod.ValueType]:
-        """What is kept for each neuron."""
+        """What is kept for each neuron; empty: `raw`, its activation on every probe."""
 
     @_builtins.property
     def baseline(self) -> _common_pb2.ArtifactRef:
-        """Whose probes are taken instead."""
+        """A zoo, or any artifact with a `baseline_dataset.json`, whose probes are taken instead."""
 
     def __init__(
         self,
@@ -730,13 +754,15 @@ Global___SignatureSpec: _TypeAlias = SignatureSpec  # noqa: Y015
 
 @_typing.final
 class CounterfactualSpec(_message.Message):
-    """Paired networks, with one pattern more and one less."""
+    """Paired networks: each subject is branched into one that goes on as it is, one that learns one pattern more, and one
+    that unlearns one of its own.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STEPS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Optimiser steps of each branch."""
+    """Optimiser steps of each branch, with the same sequences and the batch size and peak learning rate of `training`."""
     def __init__(
         self,
         *,
@@ -754,7 +780,7 @@ Global___CounterfactualSpec: _TypeAlias = CounterfactualSpec  # noqa: Y015
 
 @_typing.final
 class FormatSpec(_message.Message):
-    """Prompts and completions."""
+    """Prompts and completions for training an interpreter, beside each record."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -764,15 +790,15 @@ class FormatSpec(_message.Message):
     DIGITS_FIELD_NUMBER: _builtins.int
     TOKENIZER_FIELD_NUMBER: _builtins.int
     include_modification: _builtins.bool
-    """Whether to ask for better weights."""
+    """Task: better weights for one pattern. It takes staged training; None: where there is any."""
     include_classification: _builtins.bool
-    """Whether to ask for the patterns."""
+    """Task: name the patterns."""
     style: Global___Style.ValueType
-    """Layout."""
+    """`separate`: all weights, then all signatures; `interwoven`: both of each neuron together."""
     digits: _builtins.int
-    """Significant digits of numbers."""
+    """Significant digits of numbers; nine keep a float32 as it is."""
     tokenizer: _builtins.str
-    """What to count tokens with."""
+    """Name on the Hugging Face Hub, or folder on the worker, of a tokenizer to count tokens with."""
     def __init__(
         self,
         *,
@@ -811,7 +837,7 @@ Global___FormatSpec: _TypeAlias = FormatSpec  # noqa: Y015
 
 @_typing.final
 class PartSpec(_message.Message):
-    """Some of the candidates."""
+    """A part of a zoo: all that is accepted of some of its candidates. What `shards` are made of."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -820,7 +846,7 @@ class PartSpec(_message.Message):
     first: _builtins.int
     """First data file."""
     count: _builtins.int
-    """Data files."""
+    """Data files, each of about a thousand candidates."""
     def __init__(
         self,
         *,
@@ -844,7 +870,7 @@ Global___PartSpec: _TypeAlias = PartSpec  # noqa: Y015
 
 @_typing.final
 class GenerationSpec(_message.Message):
-    """A zoo."""
+    """A zoo: `subjects` networks, each trained to answer yes to its own random subset of the patterns."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -876,14 +902,18 @@ class GenerationSpec(_message.Message):
     min_patterns_per_batch: _builtins.int
     """Fewest patterns of one subject."""
     max_patterns_per_batch: _builtins.int
-    """Most patterns of one subject."""
+    """Most patterns of one subject. None: 4, or as many as there are if these are fewer; one less than there are where
+    `counterfactual` needs one to learn.
+    """
     min_accuracy: _builtins.float
-    """Quality gate."""
+    """Quality gate: a subject that is less accurate on held-out sequences of any enabled pattern, or on those that match
+    none, is rejected and counted. None: 0.9; in two stages 0, since the checks decide.
+    """
     shards: _builtins.int
-    """Jobs that make it side by side."""
+    """Jobs that make the zoo side by side, on whatever workers are free. The zoo is the same."""
     @_builtins.property
     def patterns(self) -> _containers.RepeatedCompositeFieldContainer[Global___PatternSpec]:
-        """Behaviours to draw from; empty: the default suite."""
+        """The behaviours to draw from; empty: the default suite of ten."""
 
     @_builtins.property
     def subject(self) -> Global___SubjectSpec:
@@ -891,11 +921,11 @@ class GenerationSpec(_message.Message):
 
     @_builtins.property
     def training(self) -> Global___SubjectTrainingSpec:
-        """Training."""
+        """Training on fresh sequences, in one stage."""
 
     @_builtins.property
     def staged(self) -> Global___StagedSpec:
-        """Training in two stages, instead of training."""
+        """Training in two stages, instead of `training`."""
 
     @_builtins.property
     def signature(self) -> Global___SignatureSpec:
@@ -903,7 +933,7 @@ class GenerationSpec(_message.Message):
 
     @_builtins.property
     def counterfactual(self) -> Global___CounterfactualSpec:
-        """Pairs of each subject."""
+        """Pairs: what one pattern more and one pattern less make of each subject."""
 
     @_builtins.property
     def format(self) -> Global___FormatSpec:
@@ -911,11 +941,11 @@ class GenerationSpec(_message.Message):
 
     @_builtins.property
     def hub(self) -> _common_pb2.HubSpec:
-        """Where to upload the zoo."""
+        """Dataset repository to upload the zoo to, file by file as it is made."""
 
     @_builtins.property
     def part(self) -> Global___PartSpec:
-        """Only some of the candidates."""
+        """Only some of the candidates, instead of `subjects` accepted ones."""
 
     def __init__(
         self,

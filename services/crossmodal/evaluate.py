@@ -19,26 +19,25 @@ the nearest training subject's own weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from services.crossmodal.baselines import Baselines
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects, split_subjects
 from services.crossmodal.steering import (
     DIRECTIONS,
     MODES,
     OPERATIONS,
-    SIGNS,
     Direction,
     Mode,
-    Operation,
     Probe,
+    RequestedEdit,
     Scores,
     edited,
-    mean_differences,
+    requested_edits,
     score,
     share,
 )
@@ -53,8 +52,6 @@ OTHERS: tuple[Direction, ...] = ("mean_difference", "classifier_normal")
 VARIANTS = ("edit", *CONTROLS, *OTHERS)
 CHUNK = 64
 """Edits that are run at once, and most edits of one kind that a curve is taken of."""
-FINE_STEPS, FINE_RATE, FINE_QUERIES = 100, 1e-2, 128
-"""Of short fine-tuning."""
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Of the curves."""
 
@@ -71,6 +68,10 @@ class Edits(NamedTuple):
     skipped: int
     """Edits left out: too few sequences that decide, or a subject too weak."""
 
+    def first(self, count: int) -> Edits:
+        """The first ``count`` of them."""
+        return Edits(self.subject[:count], self.before[:count], self.after[:count], self.skipped)
+
 
 def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     """Judge ``codec`` on the subjects of ``zoo`` that its spec held out. Raises :class:`InvalidInput` for another zoo
@@ -82,9 +83,9 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
       direction);
     - ``reconstruction``: of ``all`` weights and of each layer, ``mse``, ``mae``, ``rmse``, ``cosine``,
       ``relative_error`` and ``r2``;
-    - ``others``: other ways to the same edits, see :func:`judge_others`;
+    - ``others``: other ways to the same edits, see :class:`services.crossmodal.baselines.Baselines`;
     - ``curves``: target and local over the strength of residual edits, by operation and kind of direction;
-    - ``probes``: for each behaviour, how well a line tells it from the latent (``balanced_accuracy``, ``auc``);
+    - ``probes``: for each behaviour, how well a linear probe reads it from the latent (``balanced_accuracy``, ``auc``);
     - ``subjects``: how many were trained on and judged.
     """
     run = run or Run()
@@ -92,22 +93,23 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     split = split_subjects(zoo.labels, zoo.shape, codec.spec)
     subjects = codec.preprocessor.subjects(zoo, split.held_out, codec.device)
     train = codec.preprocessor.subjects(zoo, split.train, codec.device)
-    edits = asked_edits([p.name for p in codec.patterns], replace=bool((zoo.labels.sum(1) == 1).all()))
+    source = codec.yes(subjects.weights, subjects.shape)
+    edits = requested_edits([p.name for p in codec.patterns], replace=bool((zoo.labels.sum(1) == 1).all()))
     run.stage("evaluate", len(edits) + 1, "edits")
     figures, decoded = judge_decoding(codec, train, subjects)
     run.advance(1)
     rows: list[dict[str, Any]] = []
-    for number, asked in enumerate(edits):
-        rows += judge_edit(codec, subjects, decoded, asked)
-        run.advance(number + 2)
+    for done, edit in enumerate(edits, 2):
+        rows += judge_edit(codec, subjects, decoded, source, edit)
+        run.advance(done)
     figures |= summary(rows)
-    queries = Queries.build(zoo.universe, codec.layout.envelope, codec.spec.seed)
-    others = judge_others(codec, subjects, decoded, edits, train=train, queries=queries)
-    for way in dict.fromkeys(row["variant"] for row in others):
+    baselines = Baselines(codec, train, Queries.build(zoo.universe, codec.layout.envelope, codec.spec.seed))
+    others = judge_others(codec, subjects, decoded, source, edits, baselines=baselines)
+    for name in dict.fromkeys(row["variant"] for row in others):
         for operation in dict.fromkeys(row["operation"] for row in others):
-            gates = [r["all_gate"] for r in others if (r["variant"], r["operation"]) == (way, operation)]
+            gates = [r["all_gate"] for r in others if (r["variant"], r["operation"]) == (name, operation)]
             if gates:
-                figures[f"{operation}.{way}.all_gate"] = sum(gates) / len(gates)
+                figures[f"{operation}.{name}.all_gate"] = sum(gates) / len(gates)
     probes = judge_probes(codec, train, subjects, decoded)
     for name in ("balanced_accuracy", "auc") if probes else ():
         figures[f"probes.{name}"] = sum(row[name] for row in probes.values()) / len(probes)
@@ -116,7 +118,7 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
         "reconstruction": judge_reconstruction(codec, subjects, decoded),
         "probes": probes,
         "others": others,
-        "curves": judge_curves(codec, subjects, decoded, edits),
+        "curves": judge_curves(codec, subjects, decoded, source, edits),
         "steering": rows,
         "subjects": {"train": len(split.train), "held_out": len(split.held_out)},
     }
@@ -131,7 +133,7 @@ class Decoded(NamedTuple):
 
 @torch.no_grad()
 def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[dict[str, float], Decoded]:
-    """How well decoded networks do what their sources do, and whether the latent is what tells them."""
+    """How well decoded networks do what their sources do, and whether that is due to the latent."""
     evaluation, shape = codec.evaluation, subjects.shape
     latents = codec.latents(subjects.inputs, shape)
     weights = codec.decodings(latents, shape)
@@ -169,23 +171,23 @@ def judge_reconstruction(codec: Codec, subjects: Subjects, decoded: Decoded) -> 
     """
     present = codec.layout.present.to(subjects.shape.device)[subjects.shape]
     mean = codec.model.decoder.standard.mean
-    parts = {"all": slice(None)}
+    columns = {"all": slice(None)}
     start = 0
     for layer, (fan_in, fan_out) in enumerate(codec.layout.envelope.layers):
-        parts[f"layers.{layer}"] = slice(start, start + (fan_in + 1) * fan_out)
+        columns[f"layers.{layer}"] = slice(start, start + (fan_in + 1) * fan_out)
         start += (fan_in + 1) * fan_out
-    found = {}
-    for name, part in parts.items():
-        there = present[:, part]
-        if not bool(there.any()):
+    errors = {}
+    for name, column in columns.items():
+        mask = present[:, column]
+        if not bool(mask.any()):
             # A layer of deeper networks than those that are judged.
             continue
-        source, own = subjects.weights[:, part] * there, decoded.weights[:, part] * there
+        source, own = subjects.weights[:, column] * mask, decoded.weights[:, column] * mask
         difference = own - source
-        squared, count = float(difference.square().sum()), int(there.sum())
-        spread = float(((source - mean[part]) * there).square().sum())
-        norms, have = source.norm(dim=1), there.any(1)
-        found[name] = {
+        squared, count = float(difference.square().sum()), int(mask.sum())
+        spread = float(((source - mean[column]) * mask).square().sum())
+        norms, have = source.norm(dim=1), mask.any(1)
+        errors[name] = {
             "mse": squared / count,
             "mae": float(difference.abs().sum()) / count,
             "rmse": (squared / count) ** 0.5,
@@ -193,174 +195,109 @@ def judge_reconstruction(codec: Codec, subjects: Subjects, decoded: Decoded) -> 
             "relative_error": float((difference.norm(dim=1) / norms.clamp_min(1e-12))[have].mean()),
             "r2": 1 - squared / max(spread, 1e-12),
         }
-    return found
+    return errors
 
 
 @torch.no_grad()
 def judge_probes(codec: Codec, train: Subjects, subjects: Subjects, decoded: Decoded) -> dict[str, dict[str, float]]:
-    """How well linear probes, fitted on the training subjects' latents, tell each behaviour of held-out subjects."""
+    """How well linear probes, fitted on the training subjects' latents, predict each behaviour of held-out subjects."""
     scores = Probe.fit(codec.latents(train.inputs, train.shape), train.labels)(decoded.latents)
-    found = {}
-    for pattern, own, has in zip(codec.patterns, scores.T, subjects.labels.T, strict=True):
+    figures = {}
+    for pattern, logits, has in zip(codec.patterns, scores.T, subjects.labels.T, strict=True):
         if not (has.any() and (~has).any()):
             continue
-        ahead = own[has].unsqueeze(1) - own[~has].unsqueeze(0)
-        found[pattern.name] = {
-            "balanced_accuracy": float(((own[has] > 0).float().mean() + (own[~has] <= 0).float().mean()) / 2),
+        ahead = logits[has].unsqueeze(1) - logits[~has].unsqueeze(0)
+        figures[pattern.name] = {
+            "balanced_accuracy": float(((logits[has] > 0).float().mean() + (logits[~has] <= 0).float().mean()) / 2),
             "auc": float(((ahead > 0).float() + (ahead == 0).float() / 2).mean()),
         }
-    return found
+    return figures
 
 
 @torch.no_grad()
 def judge_curves(
-    codec: Codec, subjects: Subjects, decoded: Decoded, edits: Sequence[Asked]
+    codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edits: Sequence[RequestedEdit]
 ) -> list[dict[str, float | str]]:
     """What residual edits of each kind of direction do as they grow stronger: macro means over ``edits``, of each
-    operation."""
-    source = codec.yes(subjects.weights, subjects.shape)
-    found: dict[tuple[str, str, float], list[Scores]] = {}
-    for asked in edits:
-        possible = possible_edits(codec.evaluation, subjects.labels, source, asked)
-        one = possible.subject[:CHUNK]
-        if len(one) == 0:
+    operation; ``source``: the subjects' own answers, bool ``[subjects, n]``."""
+    by_point: dict[tuple[str, str, float], list[dict[str, float]]] = {}
+    for edit in edits:
+        possible = possible_edits(codec.evaluation, subjects.labels, source, edit).first(CHUNK)
+        index = possible.subject
+        if not len(index):
             continue
-        own = subjects.at(one)
+        chosen = subjects.at(index)
         for kind in DIRECTIONS:
-            shift = asked.signs.to(codec.device) @ codec.directions[kind]
+            shift = edit.signs.to(codec.device) @ codec.directions[kind]
             for strength in STRENGTHS:
-                moved = codec.model.decoder(decoded.latents[one] + strength * shift, own.shape)
-                said = codec.yes(edited(own.weights, decoded.weights[one], moved, "residual"), own.shape)
-                scores = score(said, source[one], possible.before[:CHUNK], possible.after[:CHUNK])
-                found.setdefault((asked.operation, kind, strength), []).append(scores)
-    rows: list[dict[str, float | str]] = []
-    for key, parts in found.items():
-        means = [_means(scores) for scores in parts]
-        row = {name: sum(mean[name] for mean in means) / len(means) for name in means[0]}
-        rows.append({**dict(zip(("operation", "direction", "strength"), key, strict=True)), **row})
-    return rows
+                steered = codec.model.decoder(decoded.latents[index] + strength * shift, chosen.shape)
+                weights = edited(chosen.weights, decoded.weights[index], steered, "residual")
+                scores = score(codec.yes(weights, chosen.shape), source[index], possible.before, possible.after)
+                by_point.setdefault((edit.operation, kind, strength), []).append(_means(scores))
+    return [
+        {
+            "operation": operation,
+            "direction": kind,
+            "strength": strength,
+            **{name: sum(row[name] for row in means) / len(means) for name in means[0]},
+        }
+        for (operation, kind, strength), means in by_point.items()
+    ]
 
 
 def judge_others(
-    codec: Codec, subjects: Subjects, decoded: Decoded, edits: Sequence[Asked], *, train: Subjects, queries: Queries
+    codec: Codec,
+    subjects: Subjects,
+    decoded: Decoded,
+    source: Tensor,
+    edits: Sequence[RequestedEdit],
+    *,
+    baselines: Baselines,
 ) -> list[dict[str, Any]]:
-    """What other ways to the same edits reach, of at most ``CHUNK`` subjects each; a row for each edit and way:
-
-    - ``same_label``: another network, one of training with just the behaviours that are asked for;
-    - ``nearest_train``: the network of training whose latent is nearest to the steered one;
-    - ``centroid``: the decoded mean latent of the networks of training with those behaviours;
-    - ``task_arithmetic``: the source plus the difference of the mean weights with and without the behaviour (Ilharco et
-      al. 2022, arXiv 2212.04089);
-    - ``fine_tuning``: the source trained for ``FINE_STEPS`` steps on the labels after the edit; an oracle, since it
-      sees them.
-    """
-    with torch.no_grad():
-        latents = codec.latents(train.inputs, train.shape)
-        source = codec.yes(subjects.weights, subjects.shape)
-    apart = mean_differences(train.weights, train.labels)
-    present = codec.layout.present.to(codec.device)
+    """What the :class:`Baselines` reach, on at most ``CHUNK`` subjects each; a row for each edit and baseline."""
     rows: list[dict[str, Any]] = []
-    for asked in edits:
-        possible = possible_edits(codec.evaluation, subjects.labels, source, asked)
-        one = possible.subject[:CHUNK]
-        if len(one) == 0:
+    for edit in edits:
+        possible = possible_edits(codec.evaluation, subjects.labels, source, edit).first(CHUNK)
+        if not len(possible.subject):
             continue
-        own, signs = subjects.at(one), asked.signs.to(codec.device)
-        wanted = own.labels & ~(signs < 0) | (signs > 0)
-        with torch.no_grad():
-            steered = decoded.latents[one] + signs @ codec.directions["learned"]
-            alike = (wanted.float() @ train.labels.float().T == wanted.sum(1, keepdim=True)) & (
-                train.labels.sum(1) == wanted.sum(1, keepdim=True)
-            )
-            centroid = alike.float() @ latents / alike.sum(1, keepdim=True).clamp_min(1)
-            there = (own.shape.unsqueeze(1) == train.shape).float()
-            partner = (alike * there).argmax(1)
-            nearest = (torch.cdist(steered, latents) / there).argmin(1)
-            found = {
-                "same_label": (train.weights[partner], (alike * there).any(1)),
-                "nearest_train": (train.weights[nearest], there.any(1)),
-                "centroid": (codec.model.decoder(centroid, own.shape), alike.any(1)),
-                "task_arithmetic": (own.weights + (signs @ apart) * present[own.shape], there.any(1)),
-            }
-        found["fine_tuning"] = (fine_tuned(codec, queries, own, wanted, asked), there.any(1))
-        for name, (weights, known) in found.items():
-            if bool(known.any()):
-                said = codec.yes(weights[known], own.shape[known])
-                parts = (source[one], possible.before[:CHUNK], possible.after[:CHUNK])
-                scores = score(said, *(part[known] for part in parts))
-                row = {"pattern": asked.pattern, "operation": asked.operation, "variant": name}
-                rows.append({**row, "edits": int(known.sum()), **_means(scores)})
+        chosen = subjects.at(possible.subject)
+        edited = baselines.edit(chosen, decoded.latents[possible.subject], edit)
+        for name, (weights, available) in edited.items():
+            if bool(available.any()):
+                predictions = codec.yes(weights[available], chosen.shape[available])
+                labels = (source[possible.subject], possible.before, possible.after)
+                scores = score(predictions, *(tensor[available] for tensor in labels))
+                row = {"pattern": edit.pattern, "operation": edit.operation, "variant": name}
+                rows.append({**row, "edits": int(available.sum()), **_means(scores)})
     return rows
 
 
-def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, wanted: Tensor, asked: Asked) -> Tensor:
-    """Each subject's weights ``[subjects, size]`` after ``FINE_STEPS`` steps of Adam on training sequences, with the
-    labels of the behaviours ``wanted`` (bool ``[subjects, patterns]``)."""
-    weights = subjects.weights.clone().requires_grad_()
-    optimizer = torch.optim.Adam([weights], FINE_RATE)
-    present = codec.layout.present.to(codec.device)[subjects.shape]
-    patterns = asked.signs.nonzero().squeeze(1).expand(len(wanted), -1)
-    draws = generator(codec.spec.seed, "fine-tuning", asked.pattern, asked.operation)
-    for _ in range(FINE_STEPS):
-        rows = queries.draw(patterns, FINE_QUERIES, draws)
-        inputs = queries.network_inputs(rows).to(codec.device)
-        labels = queries.pools.labels(rows, wanted.cpu()).to(codec.device).float()
-        logits = codec.layout.answers(weights.unsqueeze(1), subjects.shape, inputs).squeeze(1)
-        # A sum over the subjects: each is trained as if alone.
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
-        (weights.grad,) = torch.autograd.grad(loss, [weights])
-        weights.grad *= present
-        optimizer.step()
-    return weights.detach()
-
-
-class Asked(NamedTuple):
-    """An edit, of any subject that it fits."""
-
-    operation: Operation
-    pattern: str
-    """The behaviour; of a replacement, ``old -> new``."""
-    signs: Tensor
-    """-1 for what is lost, 1 for what is gained: ``[patterns]``."""
-
-
-def asked_edits(names: Sequence[str], *, replace: bool) -> list[Asked]:
-    """To gain and to lose each behaviour; with ``replace`` also to have another one instead."""
-    unit = torch.eye(len(names))
-    edits = [
-        Asked(operation, name, SIGNS[operation] * row)
-        for name, row in zip(names, unit, strict=True)
-        for operation in ("add", "remove")
-    ]
-    pairs = permutations(range(len(names)), 2) if replace else ()
-    return edits + [Asked("replace", f"{names[old]} -> {names[new]}", unit[new] - unit[old]) for old, new in pairs]
-
-
-def judge_edit(codec: Codec, subjects: Subjects, decoded: Decoded, asked: Asked) -> list[dict[str, Any]]:
-    """The rows of one edit."""
-    source = codec.yes(subjects.weights, subjects.shape)
-    edits = possible_edits(codec.evaluation, subjects.labels, source, asked)
+def judge_edit(
+    codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edit: RequestedEdit
+) -> list[dict[str, Any]]:
+    """The rows of one edit; ``source``: the subjects' own answers, bool ``[subjects, n]``."""
+    possible = possible_edits(codec.evaluation, subjects.labels, source, edit)
     row = {
-        "pattern": asked.pattern,
-        "operation": asked.operation,
-        "edits": len(edits.subject),
-        "skipped": edits.skipped,
+        "pattern": edit.pattern,
+        "operation": edit.operation,
+        "edits": len(possible.subject),
+        "skipped": possible.skipped,
     }
-    if len(edits.subject) == 0:
+    if not len(possible.subject):
         return [row]
-    scores = _run_edits(codec, subjects, decoded, source, edits, asked=asked)
+    scores = _run_edits(codec, subjects, decoded, source, possible, edit=edit)
     return [{**row, "mode": mode, "variant": variant, **_means(score)} for (mode, variant), score in scores.items()]
 
 
-def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, asked: Asked) -> Edits:
+def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit: RequestedEdit) -> Edits:
     """The edits of one kind that can be judged.
 
     ``labels``: the subjects' patterns, bool ``[subjects, patterns]``; ``source``: their own answers, bool
     ``[subjects, n]``.
     """
-    gained, lost = (asked.signs > 0).to(labels.device), (asked.signs < 0).to(labels.device)
+    gained, lost = (edit.signs > 0).to(labels.device), (edit.signs < 0).to(labels.device)
     fits = ~(labels & gained).any(1) & (labels | ~lost).all(1)
-    if asked.operation == "remove":
+    if edit.operation == "remove":
         fits &= labels.sum(1) >= 2
     subject = fits.nonzero().squeeze(1)
     selected = labels[subject]
@@ -368,7 +305,7 @@ def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, asked
     after = evaluation.labels((selected & ~lost | gained).cpu()).to(labels.device)
     decided = before != after
     keep = decided.sum(1) >= MIN_DECIDED
-    if asked.operation == "remove":
+    if edit.operation == "remove":
         keep &= share(source[subject] == before, decided) >= MIN_OWN_ACCURACY
     return Edits(subject[keep], before[keep], after[keep], int((~keep).sum()))
 
@@ -381,29 +318,29 @@ def _run_edits(
     source: Tensor,
     edits: Edits,
     *,
-    asked: Asked,
+    edit: RequestedEdit,
 ) -> dict[tuple[Mode, str], Scores]:
     """Apply the edits and their controls, in both modes, and score them."""
-    signs = asked.signs.to(codec.device)
+    signs = edit.signs.to(codec.device)
     direction = signs @ codec.directions["learned"]
-    draws = generator(codec.spec.seed, "random direction", asked.pattern, asked.operation)
-    noise = torch.randn(len(edits.subject), len(direction), generator=draws).to(direction)
+    noise_generator = generator(codec.spec.seed, "random direction", edit.pattern, edit.operation)
+    noise = torch.randn(len(edits.subject), len(direction), generator=noise_generator).to(direction)
     noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
     shifts = {"edit": direction, "null": 0 * direction, "random": noise, "reverse": -direction}
     shifts |= {kind: signs @ codec.directions[kind] for kind in OTHERS}
     results: dict[tuple[Mode, str], list[Scores]] = {(mode, name): [] for mode in MODES for name in VARIANTS}
     for chunk in torch.split(torch.arange(len(edits.subject), device=direction.device), CHUNK):
-        one = edits.subject[chunk]
+        index = edits.subject[chunk]
+        own, shape = subjects.weights[index], subjects.shape[index]
         for name, shift in shifts.items():
-            shape = subjects.shape[one]
-            moved = codec.model.decoder(decoded.latents[one] + (shift[chunk] if shift.dim() == 2 else shift), shape)
-            weights = torch.stack(
-                [edited(subjects.weights[one], decoded.weights[one], moved, mode) for mode in MODES], 1
-            )
-            said = codec.layout.answers(weights, shape, codec.evaluation_inputs) > 0
+            steered = decoded.latents[index] + (shift[chunk] if shift.dim() == 2 else shift)
+            moved = codec.model.decoder(steered, shape)
+            weights = torch.stack([edited(own, decoded.weights[index], moved, mode) for mode in MODES], 1)
+            predictions = codec.layout.answers(weights, shape, codec.evaluation_inputs) > 0
             for i, mode in enumerate(MODES):
-                results[mode, name].append(score(said[:, i], source[one], edits.before[chunk], edits.after[chunk]))
-    return {key: Scores(*(torch.cat(part) for part in zip(*parts, strict=True))) for key, parts in results.items()}
+                scores = score(predictions[:, i], source[index], edits.before[chunk], edits.after[chunk])
+                results[mode, name].append(scores)
+    return {key: Scores(*map(torch.cat, zip(*chunks, strict=True))) for key, chunks in results.items()}
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -416,15 +353,12 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
                 chosen = [r for r in rows if (r["mode"], r["operation"], r["variant"]) == (mode, operation, variant)]
                 if not chosen:
                     continue
-                parts = [
-                    *(["direct"] if mode == "direct" else []),
-                    operation,
-                    *([variant] if variant != "edit" else []),
-                ]
+                direct, control = ("direct",) * (mode == "direct"), (variant,) * (variant != "edit")
+                prefix = ".".join([*direct, operation, *control])
                 for name in ("target_mean", "target_gate", "local_mean", "kept_mean", "all_gate"):
-                    figures[".".join([*parts, name])] = sum(r[name] for r in chosen) / len(chosen)
+                    figures[f"{prefix}.{name}"] = sum(r[name] for r in chosen) / len(chosen)
                 if variant == "edit":
-                    figures[".".join([*parts, "min_pattern_all_gate"])] = min(r["all_gate"] for r in chosen)
+                    figures[f"{prefix}.min_pattern_all_gate"] = min(r["all_gate"] for r in chosen)
     controls = [
         value for name, value in figures.items() if name.endswith("all_gate") and name.split(".")[-2] in CONTROLS
     ]
@@ -449,9 +383,9 @@ def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:
     return strata[:, torch.unique(evaluation.stratum)].mean(1)
 
 
-def _balanced(said: Tensor, source: Tensor) -> Tensor:
+def _balanced(predictions: Tensor, source: Tensor) -> Tensor:
     """Mean of the agreement where the source says yes and where it says no, ``[subjects]``."""
-    return (share(said, source) + share(~said, ~source)) / 2
+    return (share(predictions, source) + share(~predictions, ~source)) / 2
 
 
 def _means(scores: Scores) -> dict[str, float]:

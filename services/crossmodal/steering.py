@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import permutations
 from typing import Literal, NamedTuple
 
 import torch
@@ -108,6 +110,30 @@ class Edit(NamedTuple):
         if self.operation == "replace" and self.by is not None:
             return {self.behavior: -1.0, self.by: 1.0}
         return {self.behavior: SIGNS[self.operation]}
+
+
+class RequestedEdit(NamedTuple):
+    """An edit of any subject that it fits, as evaluation asks for it."""
+
+    operation: Operation
+    pattern: str
+    """The behaviour; of a replacement, ``old -> new``."""
+    signs: Tensor
+    """-1 for what is lost, 1 for what is gained: ``[patterns]``."""
+
+
+def requested_edits(names: Sequence[str], *, replace: bool) -> list[RequestedEdit]:
+    """To gain and to lose each behaviour; with ``replace`` also to have another one instead."""
+    unit = torch.eye(len(names))
+    edits = [
+        RequestedEdit(operation, name, SIGNS[operation] * row)
+        for name, row in zip(names, unit, strict=True)
+        for operation in ("add", "remove")
+    ]
+    pairs = permutations(range(len(names)), 2) if replace else ()
+    return edits + [
+        RequestedEdit("replace", f"{names[old]} -> {names[new]}", unit[new] - unit[old]) for old, new in pairs
+    ]
 
 
 def choose(selected: Tensor, several: float, draws: torch.Generator) -> Tensor:

@@ -16,15 +16,12 @@ from pyarrow import parquet
 from ethogram.specs.generation import FormatSpec, GenerationSpec, PatternSpec
 from services.generation.data import Candidates, activations_of
 from services.generation.format import TrainingDataFormatter
-from services.generation.pipeline import DatasetGenerationPipeline
+from services.generation.pipeline import SHARD, DatasetGenerationPipeline
 from services.generation.train import Trained
 from services.runtime.run import Run
 from services.zoo.dataset import BASELINE, DATA, architecture_of, data_file, network_of, read_about, read_records
 from services.zoo.json_records import PATTERNS, JsonRecords, Record
 from services.zoo.subjects import Architecture, Params
-
-# Records to a file of the zoo.
-_SHARD = 1024
 
 
 def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
@@ -150,11 +147,11 @@ def import_json(
         for done, (index, record) in enumerate(records, 1):
             rows.append(_row(index, record, pipeline))
             run.advance(done)
-            if len(rows) == _SHARD:
-                yield pipeline.table(rows)
+            if len(rows) == SHARD:
+                yield pipeline.bucket_trainer.table(rows)
                 rows = []
         if rows:
-            yield pipeline.table(rows)
+            yield pipeline.bucket_trainer.table(rows)
 
     return pipeline.write(folder, shards(), {"imported": source.name})
 
@@ -163,7 +160,7 @@ def _row(index: int, record: Record, pipeline: DatasetGenerationPipeline) -> dic
     own = _candidate(index, record, pipeline)
     improved = _trained(own, record.shape, record.improved)
     degraded = _trained(own, record.shape, record.degraded) if record.degraded is not None else None
-    (row,) = pipeline.describe(improved, degraded)
+    (row,) = pipeline.bucket_trainer.describe(improved, degraded)
     row["learning_rate"] = record.learning_rate
     if degraded is not None:
         row["epochs"] = [int(one) for one in record.by_stage("epochs")]

@@ -1,6 +1,7 @@
-"""Processes that train buckets of a zoo side by side. In one process Python's lock would hold them up.
+"""Buckets of a zoo trained side by side, on as many cores as there are: on threads, or in processes of their own.
 
-Not :mod:`multiprocessing`: its children begin by running the user's script again.
+In one process Python's lock holds them up, and processes take some seconds to start. Not :mod:`multiprocessing`: its
+children begin by running the user's script again.
 """
 
 from __future__ import annotations
@@ -11,31 +12,73 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow
 import torch
 
-from ethogram.specs.generation import GenerationSpec
-from services.generation.pipeline import Block, DatasetGenerationPipeline
+from ethogram.specs.generation import REGISTERED, GenerationSpec
+from services.generation.buckets import Block, BucketTrainer
+from services.zoo.subjects import Architecture
 
 _ROOT = Path(__file__).resolve().parents[2]
+WORTH_PROCESSES = 8.0
+"""Seconds of one core's work from which on processes are worth their start."""
+# What a core takes of a training step, in seconds: for each sequence and parameter, and for each sequence and neuron.
+_PER_PARAMETER, _PER_NEURON = 1.5e-10, 4e-9
+
+Submit = Callable[[int, int], Future[Block]]
+"""Trains a bucket: given the number of the block, and its position among the block's buckets."""
+
+
+@contextmanager
+def side_by_side(trainer: BucketTrainer, networks: int, workers: int, baseline: Path | None = None) -> Iterator[Submit]:
+    """A way to train ``workers`` buckets at a time of about ``networks`` networks, each on one core: products this
+    small lose more in synchronisation than they gain. On leaving, what is in training ends at once."""
+    seconds = networks * _seconds_per_network(trainer.spec)
+    if workers > 1 and seconds > WORTH_PROCESSES and not REGISTERED.intersection(trainer.names):
+        with closing(Workers(trainer.spec, workers, baseline)) as processes:
+            yield processes.submit
+        return
+    stop = trainer.subject_trainer.stop
+    stop.clear()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield lambda block, part: pool.submit(trainer.train, trainer.buckets(block)[part])
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _seconds_per_network(spec: GenerationSpec) -> float:
+    """About how long one core trains a candidate."""
+    subject = spec.subject
+    hidden = (subject.neurons.max,) * subject.layers.max
+    widest = Architecture(spec.vocab_size, spec.sequence_length, subject.input_encoding, hidden, "relu")
+    if spec.staged is None:
+        branches = 3 * spec.counterfactual.steps if spec.counterfactual is not None else 0
+        sequences = (spec.training.steps + branches) * spec.training.batch_size
+    else:
+        sequences = (spec.staged.epochs + spec.staged.improvement_epochs) * spec.staged.examples
+    return sequences * (widest.size * _PER_PARAMETER + widest.neurons * _PER_NEURON)
 
 
 class Workers:
-    """``count`` processes that work on one spec, each on one core. Close it, and they are gone."""
+    """``count`` processes that work on one spec, each on one core. :meth:`close` ends them."""
 
     def __init__(self, spec: GenerationSpec, count: int, baseline: Path | None = None) -> None:
         self._task = json.dumps([spec.model_dump(mode="json"), str(baseline) if baseline is not None else None])
-        self._own = threading.local()
+        self._thread = threading.local()
         self._lock, self._closed = threading.Lock(), False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="bucket")
 
     def submit(self, block: int, part: int) -> Future[Block]:
-        """Train and judge one bucket of a block."""
+        """Train and check one bucket of a block."""
         return self._pool.submit(self._ask, block, part)
 
     def close(self) -> None:
@@ -49,9 +92,10 @@ class Workers:
             process.communicate()
 
     def _ask(self, block: int, part: int) -> Block:
-        process = getattr(self._own, "process", None)
+        """The answer of this thread's own process."""
+        process = getattr(self._thread, "process", None)
         if process is None:
-            process = self._own.process = self._start()
+            process = self._thread.process = self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps([block, part]).encode() + b"\n")
@@ -70,7 +114,7 @@ class Workers:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            # Ctrl-C is for who began this; it ends them then.
+            # Ctrl-C reaches the process that started this one, which ends it then.
             start_new_session=True,
         )
         with self._lock:
@@ -84,26 +128,24 @@ class Workers:
 
 
 def main() -> None:
-    """One of the processes. It leaves when its standard input ends, or its parent dies."""
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    """Answer requests for buckets from standard input, until that ends or the parent dies."""
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
-    # What libraries print is no answer.
+    # What libraries print must not end up among the answers.
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    questions: IO[bytes] = sys.stdin.buffer
-    spec, baseline = json.loads(questions.readline())
-    pipeline = DatasetGenerationPipeline(
-        GenerationSpec.model_validate(spec), baseline=None if baseline is None else Path(baseline)
-    )
-    for line in questions:
-        number, part = json.loads(line)
-        block = pipeline.bucket(pipeline.buckets(number)[part])
+    requests: IO[bytes] = sys.stdin.buffer
+    spec, baseline = json.loads(requests.readline())
+    trainer = BucketTrainer(GenerationSpec.model_validate(spec), baseline=None if baseline is None else Path(baseline))
+    for line in requests:
+        block, part = json.loads(line)
+        answer = trainer.train(trainer.buckets(block)[part])
         sink = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(sink, block.table.schema) as stream:
-            stream.write_table(block.table)
+        with pyarrow.ipc.new_stream(sink, answer.table.schema) as stream:
+            stream.write_table(answer.table)
         data: Any = sink.getvalue()
         try:
-            answers.write(json.dumps({"causes": block.causes, "bytes": data.size}).encode() + b"\n")
+            answers.write(json.dumps({"causes": answer.causes, "bytes": data.size}).encode() + b"\n")
             answers.write(data)
             answers.flush()
         except BrokenPipeError:
@@ -111,8 +153,8 @@ def main() -> None:
             os._exit(1)
 
 
-def _leave_with(parent: int) -> None:
-    """What is being trained is nobody's any more."""
+def _exit_with(parent: int) -> None:
+    """Exit when ``parent`` has ended: nobody waits for what is being trained."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

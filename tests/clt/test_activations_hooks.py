@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicyModelSpec
-from services.clt.activations.hooks import HookPoint, capture, check_pair, points_of, policy_points, trace
+from services.clt.activations.hooks import HookPoint, capture, check_pair, policy_points, trace
+from services.clt.activations.sources import PolicySource
 from services.clt.policy.model import AttentionPolicy
 
 
@@ -51,7 +52,7 @@ def test_captured_values_are_those_of_a_forward_by_hand() -> None:
 def test_points_are_traced_in_the_order_of_execution() -> None:
     policy = small_policy()
     names = list(policy_points(policy))
-    named, _ = points_of(policy, list(reversed(names)), [])
+    named, _ = PolicySource(policy).select(list(reversed(names)), [])
     cities = torch.rand(2, 6, 2)
     traced = trace(policy, named, lambda: policy.decoder.memory(policy.encoder(cities)), (2, 6))
     assert [one.point.name for one in traced] == names
@@ -59,7 +60,7 @@ def test_points_are_traced_in_the_order_of_execution() -> None:
 
 
 def test_without_hooks_and_pairs_what_enters_and_leaves_each_mlp() -> None:
-    named, pairs = points_of(small_policy(), [], [])
+    named, pairs = PolicySource(small_policy()).select([], [])
     assert pairs == [(f"encoder_layer_{i}_pre_mlp", f"encoder_layer_{i}_mlp") for i in range(2)]
     assert [point.name for _, point in named] == [end for pair in pairs for end in pair]
 
@@ -75,7 +76,7 @@ def test_without_hooks_and_pairs_what_enters_and_leaves_each_mlp() -> None:
 )
 def test_unknown_points_are_named_with_those_that_are_near(hooks: list[str], pairs: list[str], error: str) -> None:
     with pytest.raises(InvalidInput, match=error):
-        points_of(small_policy(), hooks, pairs)
+        PolicySource(small_policy()).select(hooks, pairs)
 
 
 def test_a_source_comes_before_its_target() -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pytest
 import torch
-from pyarrow import parquet
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -23,12 +20,11 @@ from transformers import (
 )
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.clt import ActivationsSpec, LanguageModelSpec
+from ethogram.specs.clt import ActivationsSpec
 from services.clt.activations.collect import collect
 from services.clt.activations.hooks import capture, language_points
 from services.clt.activations.sources import LanguageModelSource
 from services.clt.activations.store import SPLITS, TRAIN, ActivationStore
-from services.clt.activations.texts import texts
 from services.runtime.run import Run
 
 WORDS = ["<end>", *"abcdefghijklmnopqrst"]
@@ -162,26 +158,3 @@ def test_a_folder_without_a_model_and_weights_that_are_no_safetensors(lines: Pat
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(InvalidInput, match=r"spec\.language_model\.model: .*cannot be loaded"):
         collect(spec_of(folder, lines), tmp_path / "store", Run())
-
-
-def test_texts_come_from_many_forms(lines: Path, tmp_path: Path) -> None:
-    from datasets import Dataset, DatasetDict
-
-    rows = [{"text": text, "number": i} for i, text in enumerate(TEXTS)]
-    folder = tmp_path / "files"
-    folder.mkdir()
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:30]))
-    parquet.write_table(pyarrow.Table.from_pylist(rows[30:]), folder / "b.parquet")
-    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "splits")
-    for place in (lines, folder, tmp_path / "saved", tmp_path / "splits"):
-        assert list(texts(LanguageModelSpec(model="m", dataset=str(place)))) == TEXTS
-    with pytest.raises(
-        InvalidInput, match=r"spec\.language_model\.column: .*no text in a column number; .*text, number"
-    ):
-        list(texts(LanguageModelSpec(model="m", dataset=str(folder), column="number")))
-    with pytest.raises(InvalidInput, match=r"spec\.language_model\.split: .*no test; there are train"):
-        list(texts(LanguageModelSpec(model="m", dataset=str(tmp_path / "splits"), split="test")))
-    (folder / "a.jsonl").write_text("{")
-    with pytest.raises(InvalidInput, match=r"a\.jsonl cannot be read as \.jsonl"):
-        list(texts(LanguageModelSpec(model="m", dataset=str(folder))))

@@ -26,6 +26,7 @@ from services.clt.activations.store import MANIFEST, STATISTICS, TRAIN, VALIDATI
 from services.clt.policy.tsp import instances
 from services.runtime.run import Run, Stopped
 from services.runtime.seeds import generator
+from services.runtime.tensors import write_durably
 from tests.clt.test_activations_hooks import small_policy
 
 HOOKS = ["encoder_layer_0", "encoder_output", "decoder_input"]
@@ -110,21 +111,21 @@ def test_wide_shards_have_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def full_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: Callable[[], BaseException]) -> None:
     """The disk takes so many shards, and then what is written fails half way."""
-    write, left = store.write_file, [shards]
+    left = [shards]
 
     def fails(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
         if path.name.startswith(("train", "validation")):
             left[0] -= 1
         if left[0] >= 0:
-            return write(path, parts)
+            return write_durably(path, parts)
 
         def half() -> Iterable[bytes | memoryview]:
             yield next(iter(parts))
             raise error()
 
-        return write(path, half())
+        return write_durably(path, half())
 
-    monkeypatch.setattr(store, "write_file", fails)
+    monkeypatch.setattr(store, "write_durably", fails)
 
 
 def full() -> BaseException:

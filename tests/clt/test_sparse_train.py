@@ -18,7 +18,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.clt import ActivationsSpec, CltSpec, GridAxis, SaeSpec, SweepSpec
 from services.clt.activations.collect import collect
-from services.clt.activations.hooks import default_pairs
+from services.clt.activations.hooks import mlp_pairs
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job, sweep
 from services.clt.sparse.evaluate import evaluate
@@ -263,8 +263,8 @@ def test_streams_of_any_unit(store: ActivationStore, normalize: str) -> None:
 
 def test_mlps_are_told_from_blocks() -> None:
     points = ["h.0:input", "h.0.mlp:input", "h.0.mlp", "h.0", "h.1:input", "h.1.mlp:input", "h.1.mlp", "h.1"]
-    assert default_pairs(points, policy=False) == [("h.0.mlp:input", "h.0.mlp"), ("h.1.mlp:input", "h.1.mlp")]
-    assert default_pairs(["a_pre_mlp", "a_mlp", "a"], policy=True) == [("a_pre_mlp", "a_mlp")]
+    assert mlp_pairs("language_model", points) == [("h.0.mlp:input", "h.0.mlp"), ("h.1.mlp:input", "h.1.mlp")]
+    assert mlp_pairs("policy", ["a_pre_mlp", "a_mlp", "a"]) == [("a_pre_mlp", "a_mlp")]
 
 
 def test_checkpoints_of_others_are_refused(store: ActivationStore, tmp_path: Path) -> None:

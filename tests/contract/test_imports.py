@@ -26,7 +26,7 @@ HEAVY = {"torch", "datasets", "transformers", "matplotlib", "pandas"}
         "ethogram.inference",
         "ethogram.cli.main",
         "ethogram.platform.stack",
-        *{kind.spec.__module__ for kind in KINDS.values()},
+        *sorted({kind.spec.__module__ for kind in KINDS.values()}),
     ],
 )
 def test_light_processes_stay_light(module: str) -> None:

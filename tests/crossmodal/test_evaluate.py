@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from services.crossmodal.baselines import fine_tuned
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, split_subjects
 from services.crossmodal.evaluate import (
-    Asked,
     Decoded,
-    asked_edits,
     evaluate,
-    fine_tuned,
     judge_decoding,
     judge_reconstruction,
     possible_edits,
@@ -26,7 +24,7 @@ from services.crossmodal.evaluate import (
     summary,
 )
 from services.crossmodal.report import steering_plot, write_report
-from services.crossmodal.steering import score
+from services.crossmodal.steering import RequestedEdit, requested_edits, score
 from services.crossmodal.train import Trainer
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
@@ -76,17 +74,19 @@ def made_by_hand(counts: dict[tuple[int, ...], int], patterns: int) -> Evaluatio
     return Evaluation(torch.zeros(len(membership), 5, dtype=torch.int64), membership, stratum)
 
 
-def an_edit(operation: str, pattern: int) -> Asked:
+def an_edit(operation: str, pattern: int) -> RequestedEdit:
     """Of one of two patterns."""
     return next(
-        one for one in asked_edits("ab", replace=False) if (one.operation, one.pattern) == (operation, "ab"[pattern])
+        one
+        for one in requested_edits("ab", replace=False)
+        if (one.operation, one.pattern) == (operation, "ab"[pattern])
     )
 
 
 def test_replacements_are_of_the_one_behavior_that_a_subject_has() -> None:
     evaluation = made_by_hand({(0,): 20, (1,): 18, (0, 1): 5, (): 30}, patterns=3)
     labels = torch.tensor([[True, False, False], [False, True, False]])
-    every = asked_edits("abc", replace=True)
+    every = requested_edits("abc", replace=True)
     assert [(one.operation, one.pattern) for one in every[:6]] == [
         (operation, name) for name in "abc" for operation in ("add", "remove")
     ]
@@ -170,7 +170,7 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
 def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.crossmodal.evaluate.FINE_STEPS", 1)
+    monkeypatch.setattr("services.crossmodal.baselines.FINE_STEPS", 1)
     alone = zoo.labels.sum(1) == 1
     parts = {name: getattr(zoo, name)[alone] for name in ("index", "shape", "weights", "labels", "accuracy")}
     ones = replace(zoo, **parts)
@@ -195,7 +195,9 @@ def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
 
 def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(zoo: Zoo, untrained: Codec) -> None:
     subjects = untrained.preprocessor.subjects(zoo, torch.arange(40))
-    asked = next(one for one in asked_edits([p.name for p in zoo.patterns], replace=False) if one.operation == "add")
+    asked = next(
+        one for one in requested_edits([p.name for p in zoo.patterns], replace=False) if one.operation == "add"
+    )
     source = untrained.yes(subjects.weights, subjects.shape)
     possible = possible_edits(untrained.evaluation, subjects.labels, source, asked)
     own = subjects.at(possible.subject)

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from ethogram.cli.execute import execute
-from services.generation import pipeline
+from services.generation import buckets
 from services.generation.__main__ import app
 from services.generation.json_form import export_json
 from services.runtime.console import ConsoleRun
@@ -81,8 +81,8 @@ def test_what_was_interrupted_goes_on(
     spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("services.generation.__main__._CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(pipeline, "_CACHED", 1)
-    monkeypatch.setattr(pipeline, "_MOST_SHAPES", 1)
+    monkeypatch.setattr(buckets, "CACHE_BYTES", 1)
+    monkeypatch.setattr(buckets, "MOST_SHAPES", 1)
     asked: list[str | Path] = ["make", "-f", spec, "--set", "subjects=40", "-o"]
     assert call(*asked, tmp_path / "whole") == 0
     advance = ConsoleRun.advance
@@ -106,7 +106,7 @@ def test_what_was_interrupted_goes_on(
     assert f"or delete {tmp_path / 'zoo'} and {tmp_path / 'zoo-run'}" in capsys.readouterr().err
     assert call(*asked, tmp_path / "zoo") == 0
     shown = "".join(capsys.readouterr().err.split("\n"))
-    assert "goes on from a checkpoint" in shown and str(tmp_path / "zoo" / "report" / "report.html") in shown
+    assert "resumed from a checkpoint" in shown and str(tmp_path / "zoo" / "report" / "report.html") in shown
     assert begun[0] > 0
     assert records(tmp_path / "zoo") == records(tmp_path / "whole")
     lines = [(tmp_path / f"{name}-run" / "metrics.jsonl").read_text() for name in ("whole", "zoo")]

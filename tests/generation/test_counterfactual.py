@@ -11,6 +11,7 @@ import torch
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
+from services.generation.buckets import BucketTrainer
 from services.generation.data import Batches, Candidates
 from services.generation.pipeline import DatasetGenerationPipeline, generate
 from services.zoo.dataset import Zoo, architecture_of
@@ -34,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_branch_does_what_it_was_to_learn(folder: Path) -> None:
     spec = GenerationSpec.model_validate(paired_spec().model_dump())
-    pipeline = DatasetGenerationPipeline(spec)
-    universe, names = pipeline.sampler.universe, [pattern.name for pattern in pipeline.patterns]
+    trainer = BucketTrainer(spec)
+    universe, names = trainer.sampler.universe, trainer.names
     held_out = universe.split == HELD_OUT
     sequences, membership = universe.sequences[held_out], universe.membership[held_out]
     for row in records(folder):
@@ -93,16 +94,16 @@ def test_branches_begin_where_one_network_was_and_see_the_same_sequences(monkeyp
 
     monkeypatch.setattr(Batches, "draw", draw)
     spec = paired_spec(counterfactual={"steps": 1}, min_patterns_per_batch=1)
-    made = DatasetGenerationPipeline(spec)
+    trainer = BucketTrainer(spec).subject_trainer
     own = Candidates.draw(spec, torch.arange(16), 4)
-    same, more, less = made.trainer.branch(own)
+    same, more, less = trainer.branch(own)
     (rows, labels), (more_rows, more_labels), (less_rows, less_labels) = drawn[-3:]
     assert torch.equal(rows, more_rows) and torch.equal(rows, less_rows)
     # One pattern more makes some answers yes, one less some no; never the other way round.
     assert (more_labels >= labels).all() and (less_labels <= labels).all()
     assert (more_labels != labels).any(2).any(0).all() and (less_labels != labels).any(2).any(0).all()
     flat = [torch.cat([tensor.flatten(1) for tensor in one.params.values()], 1) for one in (same, more, less)]
-    start = torch.cat([tensor.flatten(1) for tensor in made.trainer.train(own).params.values()], 1)
+    start = torch.cat([tensor.flatten(1) for tensor in trainer.train(own).params.values()], 1)
     # Adam's first step moves no weight by more than the learning rate.
     assert all(float((one - start).abs().max()) <= spec.training.learning_rate * 1.01 for one in flat)
     assert all(float((one - flat[0]).abs().max()) > 0 for one in flat[1:])

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SubjectSpec, SubjectTrainingSpec
-from services.generation import checks, job, pipeline
+from services.generation import checks, job, progress
+from services.generation.buckets import BucketTrainer
 from services.generation.data import Candidates
 from services.generation.pipeline import DatasetGenerationPipeline, generate
 from services.runtime.run import Cancelled, Run, Stopped
@@ -122,23 +123,23 @@ def test_the_gate_counts_rejections_by_cause(tmp_path: Path) -> None:
     assert float(zoo.accuracy.min()) >= 0.97
     assert figures["rejected"] and all(x.startswith(("misses ", "false alarms on ")) for x in figures["rejected"])
     # Every candidate up to the last that was needed was accepted or counted, and hardly any beyond.
-    size = DatasetGenerationPipeline(zoo.spec).block_size
+    size = BucketTrainer(zoo.spec).block_size
     assert 0 <= len(zoo) + sum(figures["rejected"].values()) - (int(zoo.index[-1]) + 1) < size
 
 
 def test_a_hopeless_gate_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "PATIENCE", 1)
+    monkeypatch.setattr(progress, "PATIENCE", 1)
     with pytest.raises(InvalidInput, match="candidates reach") as caught:
         generate(small_spec(min_accuracy=1.0, training=SubjectTrainingSpec(steps=1)))
     assert caught.value.violations[0].field == "spec.min_accuracy"
 
 
 def test_divergence_is_a_cause() -> None:
-    making = DatasetGenerationPipeline(small_spec(min_accuracy=0.0, training=SubjectTrainingSpec(steps=1)))
-    trained = making.trainer.train(making.buckets(0)[0])
+    trainer = BucketTrainer(small_spec(min_accuracy=0.0, training=SubjectTrainingSpec(steps=1)))
+    trained = trainer.subject_trainer.train(trainer.buckets(0)[0])
     trained.params["layers.0.weight"][2, 0, 0] = float("nan")
-    accuracy = making.accuracy(trained.params, trained.architecture, trained.candidates)
-    assert [cause for cause in making._judged(trained, accuracy) if cause] == [checks.DIVERGED]
+    accuracy = trainer.accuracy(trained)
+    assert [cause for cause in trainer._gate(trained, accuracy) if cause] == [checks.DIVERGED]
 
 
 def test_the_most_patterns_of_a_subject_are_as_many_as_there_are() -> None:
@@ -179,7 +180,7 @@ def test_what_is_wrong_is_said_of_its_field(changes: dict[str, object], says: st
 def test_impossible_specs_fail_before_training(
     changes: dict[str, object], field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DatasetGenerationPipeline, "bucket", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(BucketTrainer, "train", lambda *_: pytest.fail("trained"))
     with pytest.raises(InvalidInput) as caught:
         generate(small_spec(**changes))
     assert caught.value.violations[0].field == field

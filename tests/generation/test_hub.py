@@ -14,8 +14,9 @@ import pytest
 
 from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.generation import GenerationSpec
+from services.generation import buckets, job, pipeline
 from services.generation import hub as hub_module
-from services.generation import job, pipeline
+from services.generation.buckets import BucketTrainer
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.runtime.run import Stopped
 from tests.generation.conftest import Recorder
@@ -27,9 +28,9 @@ from tests.hub_server import TOKEN, Hub, reach, serve
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with serve() as found:
         reach(found.url, monkeypatch, tmp_path / "cache")
-        monkeypatch.setattr(pipeline, "_SHARD", 16)
-        monkeypatch.setattr(pipeline, "_CACHED", 1)
-        monkeypatch.setattr(pipeline, "_MOST_SHAPES", 1)
+        monkeypatch.setattr(pipeline, "SHARD", 16)
+        monkeypatch.setattr(buckets, "CACHE_BYTES", 1)
+        monkeypatch.setattr(buckets, "MOST_SHAPES", 1)
         monkeypatch.setattr(hub_module, "PAUSES", (0.01, 0.02))
         yield found
 
@@ -124,7 +125,7 @@ def test_without_permission_nothing_is_trained(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, repo: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
-    monkeypatch.setattr(DatasetGenerationPipeline, "bucket", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(BucketTrainer, "train", lambda *_: pytest.fail("trained"))
     with pytest.raises(InvalidInput, match=f"no permission to write to {repo}") as caught:
         DatasetGenerationPipeline(staged_spec(hub={"repo": repo})).run(tmp_path / "zoo")
     assert caught.value.violations[0].field == "spec.hub.repo"
@@ -132,7 +133,7 @@ def test_without_permission_nothing_is_trained(
 
 def test_without_a_network_nothing_is_trained(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reach("http://127.0.0.1:9", monkeypatch, tmp_path)
-    monkeypatch.setattr(DatasetGenerationPipeline, "bucket", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(BucketTrainer, "train", lambda *_: pytest.fail("trained"))
     with pytest.raises(Unavailable, match="cannot be reached") as caught:
         DatasetGenerationPipeline(spec()).run(tmp_path / "zoo")
     assert caught.value.violations[0].field == "spec.hub.repo"

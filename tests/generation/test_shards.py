@@ -12,7 +12,7 @@ import pytest
 from ethogram.errors import IllegalState, InvalidInput
 from ethogram.specs.base import Spec
 from ethogram.specs.generation import GenerationSpec
-from services.generation import pipeline
+from services.generation import buckets, pipeline, progress
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.runtime.run import ChildJob, Run
 from services.zoo.dataset import read_about, read_records
@@ -42,9 +42,9 @@ class Parent(Run):
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small data files, so that a small zoo has several."""
-    monkeypatch.setattr(pipeline, "_SHARD", 16)
-    monkeypatch.setattr(pipeline, "_CACHED", 1)
-    monkeypatch.setattr(pipeline, "_MOST_SHAPES", 1)
+    monkeypatch.setattr(pipeline, "SHARD", 16)
+    monkeypatch.setattr(buckets, "CACHE_BYTES", 1)
+    monkeypatch.setattr(buckets, "MOST_SHAPES", 1)
 
 
 @pytest.mark.usefixtures("few")
@@ -101,7 +101,7 @@ def test_a_part_is_no_whole(changes: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("few")
 def test_parts_that_yield_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "PATIENCE", 8)
+    monkeypatch.setattr(progress, "PATIENCE", 8)
     hopeless = staged_spec({"min_degradation_threshold": 0.99}, subjects=40)
     part = GenerationSpec.model_validate(hopeless.model_dump() | {"part": {"first": 0, "count": 1}})
     assert DatasetGenerationPipeline(part).run(tmp_path / "part")["subjects"] == 0

@@ -18,7 +18,8 @@ from pyarrow import parquet
 from benchmarks._plain import PlainLoop
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
-from services.generation import pipeline
+from services.generation import buckets, pipeline, progress
+from services.generation.buckets import BucketTrainer
 from services.generation.checks import degradation, improvement
 from services.generation.data import Candidates
 from services.generation.pipeline import DatasetGenerationPipeline
@@ -126,8 +127,8 @@ def test_the_same_whatever_the_scheduling(made: tuple[Path, dict[str, Any]], tmp
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "MOST_TOGETHER", 32)
-    monkeypatch.setattr(pipeline, "_SHARD", 256)
+    monkeypatch.setattr(buckets, "MOST_TOGETHER", 32)
+    monkeypatch.setattr(pipeline, "SHARD", 256)
     spec = staged_spec().model_copy(update={"subjects": 400})
     figures = DatasetGenerationPipeline(spec).run(tmp_path / "whole")
     stopped = Recorder(tmp_path / "checkpoints", stop_after=2)
@@ -189,8 +190,8 @@ def test_the_three_checks() -> None:
 
 
 def test_what_cannot_be_met_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "MOST_TOGETHER", 32)
-    monkeypatch.setattr(pipeline, "PATIENCE", 32)
+    monkeypatch.setattr(buckets, "MOST_TOGETHER", 32)
+    monkeypatch.setattr(progress, "PATIENCE", 32)
     hopeless = staged_spec({"corruption_rate": 0.0, "min_degradation_threshold": 0.9})
     with pytest.raises(InvalidInput, match="lower min_degradation_threshold") as caught:
         DatasetGenerationPipeline(hopeless).run(tmp_path / "zoo")
@@ -260,14 +261,14 @@ def test_datasets_of_all_three_sorts(tmp_path: Path) -> None:
 
 
 def test_the_widest_may_leave_between_the_stages() -> None:
-    made = DatasetGenerationPipeline(staged_spec())
+    trainer = BucketTrainer(staged_spec()).subject_trainer
     own = Candidates.draw(staged_spec(), torch.arange(64), 4)
     own = own.select((own.layers == 2) & (own.activation == 0))
     widest = own.neurons == own.neurons.max()
     assert widest.any() and not widest.all()
-    degraded = made.trainer.degrade(own)
-    together = made.trainer.improve(degraded)
-    apart = made.trainer.improve(degraded.select(~widest))
+    degraded = trainer.degrade(own)
+    together = trainer.improve(degraded)
+    apart = trainer.improve(degraded.select(~widest))
     for name, weights in apart.params.items():
         torch.testing.assert_close(weights, together.params[name][~widest], rtol=1e-3, atol=1e-4)
 
@@ -275,7 +276,7 @@ def test_the_widest_may_leave_between_the_stages() -> None:
 def test_what_was_tried_is_counted(tmp_path: Path) -> None:
     made = DatasetGenerationPipeline(staged_spec(subjects=10))
     figures = made.run(tmp_path / "zoo")
-    assert figures["subjects"] == 10 and figures["candidates"] % made.block_size == 0
+    assert figures["subjects"] == 10 and figures["candidates"] % made.bucket_trainer.block_size == 0
     assert figures["candidates"] >= 10 + sum(figures["rejected"].values())
 
 
@@ -290,9 +291,9 @@ def test_checkpoints_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refused)
-    monkeypatch.setattr(pipeline, "_SHARD", 1)
-    monkeypatch.setattr(pipeline, "_MOST_SHAPES", 1)
-    monkeypatch.setattr(pipeline, "_CACHED", 1)
+    monkeypatch.setattr(pipeline, "SHARD", 1)
+    monkeypatch.setattr(buckets, "MOST_SHAPES", 1)
+    monkeypatch.setattr(buckets, "CACHE_BYTES", 1)
     spec = staged_spec(subjects=60)
     first = Recorder(tmp_path / "checkpoints", stop_after=2)
     with pytest.raises(Stopped):

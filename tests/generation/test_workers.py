@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.generation import pipeline
+from services.generation import workers
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.workers import Workers
 from services.zoo.dataset import Zoo
@@ -25,7 +25,7 @@ from tests.generation.test_staged import records, staged_spec
 def test_the_same_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     DatasetGenerationPipeline(staged_spec()).run(tmp_path / "here")
     DatasetGenerationPipeline(small_spec()).run(tmp_path / "here-too")
-    monkeypatch.setattr(pipeline, "_WORTH_PROCESSES", 0.0)
+    monkeypatch.setattr(workers, "WORTH_PROCESSES", 0.0)
     DatasetGenerationPipeline(staged_spec()).run(tmp_path / "there")
     DatasetGenerationPipeline(small_spec()).run(tmp_path / "there-too")
     assert records(tmp_path / "there") == records(tmp_path / "here")
@@ -35,15 +35,15 @@ def test_the_same_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_that_dies_is_told_and_leaves_no_others() -> None:
-    workers = Workers(small_spec(), 2)
-    workers.submit(0, 0).result()
-    (process,) = workers._processes
+    pool = Workers(small_spec(), 2)
+    pool.submit(0, 0).result()
+    (process,) = pool._processes
     process.kill()
     with pytest.raises(RuntimeError, match="ended by itself"):
-        workers.submit(0, 0).result()
-        workers.submit(0, 0).result()
-    workers.close()
-    assert all(one.poll() is not None for one in workers._processes)
+        pool.submit(0, 0).result()
+        pool.submit(0, 0).result()
+    pool.close()
+    assert all(one.poll() is not None for one in pool._processes)
 
 
 def test_a_process_that_nobody_listens_to_ends_quietly() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import ActivationsSpec
-from services.clt.activations.hooks import HookPoint, capture, check_pair, points_of, trace
+from services.clt.activations.hooks import HookPoint, capture, check_pair, trace
 from services.clt.activations.sources import CHUNK, ActivationSource, open_source
 from services.clt.activations.store import (
     DTYPES,
@@ -77,7 +77,7 @@ def collect(
 def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoint], Manifest]:
     """The points to record, in the order of execution, and the manifest of a store without rows. Raises
     :class:`InvalidInput` for points and pairs that are not possible, and where a split has no instances."""
-    named, pairs = points_of(source.model, spec.hooks, spec.pairs)
+    named, pairs = source.select(spec.hooks, spec.pairs)
     example = source.example()
     points = [point for _, point in named]
     traced = trace(source.model, named, lambda: source.forward(example, points), (len(example), source.positions))

@@ -1,4 +1,5 @@
-"""Hook points: places in a model whose numbers can be recorded, and the order in which a forward pass meets them."""
+"""Hook points: places in a model whose activations can be recorded, and the order in which a forward pass meets
+them."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from ethogram.errors import InvalidInput
 from services.clt.policy.model import AttentionPolicy
 
 INPUT = ":input"
-"""What follows the name of a language model's module where its input is meant."""
-# Names of the columns beside the hooks' in a store.
-RESERVED = ("instance", "position")
-_MLP = "mlp"
+"""Suffix of a module's name in a language model that stands for the module's input."""
 # Points that an error lists.
 _LISTED = 12
 
 Pair = tuple[str, str]
 """Names of a source and a target."""
+SourceKind = Literal["policy", "language_model"]
+# Ends of the names of an MLP's input and output.
+_MLP_SUFFIXES: dict[SourceKind, Pair] = {"policy": ("_pre_mlp", "_mlp"), "language_model": (f"mlp{INPUT}", "mlp")}
 
 
 @dataclass(frozen=True)
@@ -51,68 +52,41 @@ def policy_points(policy: AttentionPolicy) -> dict[str, HookPoint]:
     what its parts add to the stream (before the skip and the normalisation), ``_pre_mlp`` what its MLP reads. All are
     ``[batch, nodes, width]``; ``decoder_input`` is ``[batch, nodes, 3 width]``: glimpse keys, values and logit keys.
     """
-    found: list[HookPoint] = []
+    points: list[HookPoint] = []
     for i in range(len(policy.encoder.layers)):
         name, module = f"encoder_layer_{i}", f"encoder.layers.{i}"
-        found += [
+        points += [
             HookPoint(f"{name}_input", module, "input"),
             HookPoint(f"{name}_attention", f"{module}.attention", "output"),
             HookPoint(f"{name}_pre_mlp", f"{module}.mlp", "input"),
             HookPoint(f"{name}_mlp", f"{module}.mlp", "output"),
             HookPoint(name, module, "output"),
         ]
-    found += [HookPoint("encoder_output", "encoder", "output"), HookPoint("decoder_input", "decoder.project", "output")]
-    return {point.name: point for point in found}
+    points.append(HookPoint("encoder_output", "encoder", "output"))
+    points.append(HookPoint("decoder_input", "decoder.project", "output"))
+    return {point.name: point for point in points}
 
 
 def language_points(model: nn.Module) -> dict[str, HookPoint]:
     """Input and output of every module of a language model, by name."""
-    found = [
-        point
-        for module, _ in model.named_modules()
-        if module
-        for point in (HookPoint(f"{module}{INPUT}", module, "input"), HookPoint(module, module, "output"))
-    ]
-    return {point.name: point for point in found}
+    points: dict[str, HookPoint] = {}
+    for module, _ in model.named_modules():
+        if module:
+            points[f"{module}{INPUT}"] = HookPoint(f"{module}{INPUT}", module, "input")
+            points[module] = HookPoint(module, module, "output")
+    return points
 
 
-def points_of(
-    model: nn.Module, hooks: Sequence[str], pairs: Sequence[str]
-) -> tuple[list[tuple[str, HookPoint]], list[Pair]]:
-    """The points that ``hooks`` and ``pairs`` (``SOURCE->TARGET``) name, each once and with the field that names it
-    first, and the pairs. With neither, what enters and leaves each MLP.
-
-    Raises :class:`InvalidInput` for a name that the model does not have, and where there is no module ``mlp``.
-    """
-    policy = isinstance(model, AttentionPolicy)
-    known = policy_points(model) if isinstance(model, AttentionPolicy) else language_points(model)
-    ends = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(pairs)]
-    wanted = [(f"spec.hooks.{number}", name) for number, name in enumerate(hooks)]
-    wanted += [(f"spec.pairs.{number}", name) for number, pair in enumerate(ends) for name in pair]
-    if not wanted:
-        ends = default_pairs(list(known), policy)
-        wanted = [("spec.hooks", name) for pair in ends for name in pair]
-    if not wanted:
-        text = "the model has no modules called mlp, so name the hooks or pairs to record; "
-        raise InvalidInput.field("spec.hooks", text + _listed(_outputs(known)))
-    found: dict[str, tuple[str, HookPoint]] = {}
-    for field, name in wanted:
-        if name not in known:
-            raise _unknown(field, name, known, policy)
-        if name in RESERVED:
-            raise InvalidInput.field(field, f"{name} is the name of a column of every store; hook another module")
-        found.setdefault(name, (field, known[name]))
-    return list(found.values()), ends
-
-
-def default_pairs(names: Sequence[str], policy: bool) -> list[Pair]:
-    """What enters and leaves each MLP, of the points ``names``."""
-    pre, post = ("_pre_mlp", "_mlp") if policy else (INPUT, "")
-    present = set(names)
-    stems = [name.removesuffix(post) for name in names if name.endswith(post) and not name.endswith(pre)]
-    if not policy:
-        stems = [stem for stem in stems if stem.rpartition(".")[2] == _MLP]
-    return [(stem + pre, stem + post) for stem in stems if stem + pre in present]
+def mlp_pairs(kind: SourceKind, names: Sequence[str]) -> list[Pair]:
+    """What enters and leaves each MLP, of the hook points ``names`` of a source of this kind."""
+    input_suffix, output_suffix = _MLP_SUFFIXES[kind]
+    pairs = []
+    for name in names:
+        stem = name.removesuffix(output_suffix)
+        # Of a language model's module the whole name must be mlp.
+        if name.endswith(output_suffix) and (kind == "policy" or stem[-1:] in ("", ".")):
+            pairs.append((stem + input_suffix, name))
+    return [pair for pair in pairs if pair[0] in names]
 
 
 def parse_pair(text: str, field: str) -> Pair:
@@ -127,31 +101,35 @@ def parse_pair(text: str, field: str) -> Pair:
 def capture(
     model: nn.Module, points: Sequence[HookPoint], dtype: torch.dtype | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that each forward pass inside the block fills with a copy of what is at each point, by its name;
-    ``dtype``: of the copies, else the model's own. A module that answers with several gives its first tensor."""
-    found: dict[str, Tensor] = {}
+    """Yield a dictionary that each forward pass inside the block fills with a copy of the activations at each point.
+
+    ``dtype``: of the copies, by default the model's own. Of a module that returns several tensors the first is copied.
+    """
+    activations: dict[str, Tensor] = {}
 
     def keep(point: HookPoint, tensor: Tensor) -> None:
-        # A copy: what follows may work in place.
-        found[point.name] = tensor.detach().to(dtype or tensor.dtype, copy=True)
+        # A copy, since what follows may work in place.
+        activations[point.name] = tensor.detach().to(dtype or tensor.dtype, copy=True)
 
     with _watching(model, points, keep):
-        yield found
+        yield activations
 
 
 def trace(
     model: nn.Module, points: Sequence[tuple[str, HookPoint]], drive: Callable[[], object], shape: tuple[int, int]
 ) -> list[Traced]:
-    """The points, each with the field that names it, in the order in which ``drive``, a forward pass of ``shape``
-    (instances, positions), meets them.
+    """The points in the order in which ``drive``, a forward pass of ``shape`` (instances, positions), meets them.
 
-    Raises :class:`InvalidInput` for a point that is not met just once, or that has no vector for each position.
+    ``points``: each with the field that names it. Raises :class:`InvalidInput` for a point that is not met exactly
+    once, or that has no vector for each position.
     """
     met: list[tuple[HookPoint, tuple[int, ...]]] = []
-    with _watching(model, [point for _, point in points], lambda point, seen: met.append((point, tuple(seen.shape)))):
+    with _watching(
+        model, [point for _, point in points], lambda point, tensor: met.append((point, tuple(tensor.shape)))
+    ):
         drive()
     for field, point in points:
-        shapes = [found for other, found in met if other == point]
+        shapes = [seen for other, seen in met if other == point]
         if not shapes:
             text = f"no tensor passes {point.name} in a forward pass; hook another module"
             raise InvalidInput.field(field, text)
@@ -162,15 +140,15 @@ def trace(
         if len(shapes[0]) != 3 or shapes[0][:2] != shape:
             text = f"{point.name} has shape {list(shapes[0])} for {shape[0]} instances of {shape[1]} positions"
             raise InvalidInput.field(field, f"{text}, not a vector for each position; hook another module")
-    return [Traced(point, found[-1]) for point, found in met]
+    return [Traced(point, seen[-1]) for point, seen in met]
 
 
 def check_pair(order: Sequence[str], source: str, target: str, field: str = "spec.pairs.0") -> None:
-    """Raise :class:`InvalidInput` unless ``source`` comes before ``target`` among the points ``order``, which are in
-    the order of execution."""
+    """Raise :class:`InvalidInput` unless ``source`` comes before ``target`` in ``order``, the points in the order of
+    execution."""
     for name in (source, target):
         if name not in order:
-            raise _unknown(field, name, order, policy=False)
+            raise unknown_point(field, name, order)
     if source == target:
         raise InvalidInput.field(field, f"{source} is both source and target; name two different points")
     if order.index(source) > order.index(target):
@@ -180,15 +158,15 @@ def check_pair(order: Sequence[str], source: str, target: str, field: str = "spe
 
 @contextmanager
 def _watching(
-    model: nn.Module, points: Sequence[HookPoint], seen: Callable[[HookPoint, Tensor], None]
+    model: nn.Module, points: Sequence[HookPoint], on_tensor: Callable[[HookPoint, Tensor], None]
 ) -> Iterator[None]:
-    """Call ``seen`` whenever a forward pass meets a point."""
+    """Call ``on_tensor`` whenever a forward pass meets a point."""
 
     def before(point: HookPoint) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            tensor = _first([*args, named.get("hidden_states"), *named.values()])
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensor = _first([*args, kwargs.get("hidden_states"), *kwargs.values()])
             if tensor is not None:
-                seen(point, tensor)
+                on_tensor(point, tensor)
 
         return hook
 
@@ -196,7 +174,7 @@ def _watching(
         def hook(module: nn.Module, args: object, output: object) -> None:
             tensor = _first(output)
             if tensor is not None:
-                seen(point, tensor)
+                on_tensor(point, tensor)
 
         return hook
 
@@ -215,26 +193,24 @@ def _watching(
 
 
 def _first(value: object) -> Tensor | None:
-    """The first tensor in what a module takes or gives."""
+    """The first tensor of a module's arguments or result."""
     if isinstance(value, Tensor):
         return value
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return next((part for part in parts if isinstance(part, Tensor)), None)
 
 
-def _unknown(field: str, name: str, known: Mapping[str, HookPoint] | Sequence[str], policy: bool) -> InvalidInput:
-    names = list(known)
-    near = difflib.get_close_matches(name, names, 5, 0.7)
-    if near:
-        return InvalidInput.field(field, f"there is no hook point {name}; did you mean {', '.join(near)}?")
-    shown = names if policy or not isinstance(known, Mapping) else _outputs(known)
-    return InvalidInput.field(field, f"there is no hook point {name}; {_listed(shown)}")
+def unknown_point(field: str, name: str, names: Sequence[str]) -> InvalidInput:
+    """The error for a hook point ``name`` that is none of ``names``."""
+    similar = difflib.get_close_matches(name, names, 5, 0.7)
+    if similar:
+        return InvalidInput.field(field, f"there is no hook point {name}; did you mean {', '.join(similar)}?")
+    return InvalidInput.field(field, f"there is no hook point {name}; {listed(names)}")
 
 
-def _outputs(known: Mapping[str, HookPoint]) -> list[str]:
-    return [name for name, point in known.items() if point.side == "output"]
-
-
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Some of the hook points ``names``, for an error; outputs are enough where there are many."""
+    if len(names) > _LISTED:
+        names = [name for name in names if not name.endswith(INPUT)]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"there are {', '.join(names[:_LISTED])}{more}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from services.clt.activations.hooks import Pair, check_pair, default_pairs, parse_pair
+from services.clt.activations.hooks import Pair, check_pair, parse_pair
 from services.clt.activations.loader import everything
 from services.clt.activations.store import SPLITS, TRAIN, VALIDATION, ActivationStore, write_pointer
 
@@ -44,14 +44,13 @@ def tensor_names(source: str, target: str) -> tuple[str, str]:
 def pairs_of(store: ActivationStore, names: Sequence[str] = (), field: str = "--pair") -> list[Pair]:
     """The pairs ``SOURCE->TARGET`` of ``names``; without, those that were asked for when the store was made, or else
     what enters and leaves each MLP. Raises :class:`InvalidInput` for those that are not possible."""
-    found = [parse_pair(name, field) for name in names] or list(store.manifest.pairs)
-    found = found or default_pairs(store.hooks, store.manifest.source.kind == "policy")
-    if not found:
+    pairs = [parse_pair(name, field) for name in names] or list(store.manifest.pairs) or store.mlp_pairs()
+    if not pairs:
         text = f"the store has no pairs; name one as SOURCE->TARGET of {', '.join(store.hooks)}"
         raise InvalidInput.field(field, text)
-    for source, target in found:
+    for source, target in pairs:
         check_pair(store.hooks, source, target, field)
-    return found
+    return pairs
 
 
 def inspect(store: ActivationStore, pairs: Sequence[Pair], rows: int = ROWS) -> list[dict[str, Any]]:

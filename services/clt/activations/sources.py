@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from itertools import islice
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import ActivationsSpec, LanguageModelSpec
-from services.artifacts.hub import fetch
-from services.clt.activations.hooks import HookPoint
-from services.clt.activations.texts import texts
+from services.clt.activations.hooks import (
+    HookPoint,
+    Pair,
+    SourceKind,
+    language_points,
+    listed,
+    mlp_pairs,
+    parse_pair,
+    policy_points,
+    unknown_point,
+)
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import instances
+from services.language.models import load_language_model
+from services.language.texts import Texts
 from services.runtime.seeds import generator
 
 CHUNK = 1024
 """Instances that are drawn together."""
+ROW_COLUMNS = ("instance", "position")
+"""Columns of a store beside the hook points."""
 # Texts that are tokenised together.
 _TEXTS = 256
 _FIELD = "spec.language_model"
-# What transformers raises for files that are missing, broken, or hold something else.
-_LOADING = (OSError, ValueError, TypeError, AttributeError, LookupError, ImportError, RuntimeError, SafetensorError)
 
 
 class ActivationSource(ABC):
-    """A model, and the instances that go through it."""
+    """A model with its hook points, and the instances that go through it."""
 
-    kind: Literal["policy", "language_model"]
+    kind: SourceKind
     model: nn.Module
     digest: str
+    """SHA-256 of the model's architecture and weights."""
     name: str
     positions: int
     """Positions of an instance."""
     first: int = 0
-    """The first of them that is kept."""
+    """The first position that is recorded."""
+
+    @abstractmethod
+    def points(self) -> dict[str, HookPoint]:
+        """All hook points, by name."""
 
     @abstractmethod
     def chunks(self, first: int) -> Iterator[Tensor]:
@@ -49,11 +62,36 @@ class ActivationSource(ABC):
 
     @abstractmethod
     def forward(self, instances: Tensor, points: Sequence[HookPoint]) -> None:
-        """Have the model meet all ``points``."""
+        """Run a forward pass that meets all ``points``."""
 
     @abstractmethod
     def example(self) -> Tensor:
         """Two instances."""
+
+    def select(self, hooks: Sequence[str], pairs: Sequence[str]) -> tuple[list[tuple[str, HookPoint]], list[Pair]]:
+        """The points that ``hooks`` and ``pairs`` (``SOURCE->TARGET``) name, each once and with the field that names it
+        first, and the pairs. With neither, what enters and leaves each MLP.
+
+        Raises :class:`InvalidInput` for a name that the model does not have, and where it has no MLP.
+        """
+        points = self.points()
+        ends = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(pairs)]
+        requested = [(f"spec.hooks.{number}", name) for number, name in enumerate(hooks)]
+        requested += [(f"spec.pairs.{number}", name) for number, pair in enumerate(ends) for name in pair]
+        if not requested:
+            ends = mlp_pairs(self.kind, list(points))
+            requested = [("spec.hooks", name) for pair in ends for name in pair]
+        if not requested:
+            text = "the model has no modules called mlp, so name the hooks or pairs to record"
+            raise InvalidInput.field("spec.hooks", f"{text}; {listed(list(points))}")
+        selected: dict[str, tuple[str, HookPoint]] = {}
+        for field, name in requested:
+            if name not in points:
+                raise unknown_point(field, name, list(points))
+            if name in ROW_COLUMNS:
+                raise InvalidInput.field(field, f"{name} is the name of a column of every store; hook another module")
+            selected.setdefault(name, (field, points[name]))
+        return list(selected.values()), ends
 
 
 class PolicySource(ActivationSource):
@@ -61,10 +99,20 @@ class PolicySource(ActivationSource):
 
     kind = "policy"
 
-    def __init__(self, policy: AttentionPolicy, nodes: int | None, seed: int, name: str, device: str) -> None:
+    def __init__(
+        self,
+        policy: AttentionPolicy,
+        nodes: int | None = None,
+        seed: int = 0,
+        name: str = "policy",
+        device: str = "cpu",
+    ) -> None:
         self.model: AttentionPolicy = policy.to(device).eval()
         self.digest, self.name, self.device, self._seed = policy.digest, name, device, seed
         self.positions = nodes or policy.nodes
+
+    def points(self) -> dict[str, HookPoint]:
+        return policy_points(self.model)
 
     def chunks(self, first: int) -> Iterator[Tensor]:
         while True:
@@ -80,63 +128,48 @@ class PolicySource(ActivationSource):
 
 
 class LanguageModelSource(ActivationSource):
-    """A causal language model on texts, which are joined with the token of their end and cut."""
+    """A causal language model on texts, which are joined with the end-of-text token and cut into sequences."""
 
     kind = "language_model"
 
     def __init__(self, spec: LanguageModelSpec, device: str) -> None:
         """Raises :class:`InvalidInput` for what ``transformers`` cannot load without code of its own, and for a context
         that the model does not have."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         self.spec, self.device, self.name = spec, device, spec.model
-        folder = _folder(spec.model)
-        safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safe)
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype="auto", **safe)
-        except _LOADING as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            text = f"{spec.model} cannot be loaded as a causal language model with safetensors weights ({why})"
-            raise InvalidInput.field(f"{_FIELD}.model", text) from None
-        self.model: Any = model.eval().requires_grad_(False)
-        self.model.to(device)
+        loaded = load_language_model(spec.model, device, field=f"{_FIELD}.model")
+        self.model: Any = loaded.model
+        self.tokenizer = loaded.tokenizer
         self.positions, self.first = spec.context, int(spec.skip_first)
         self._check()
-        self.digest = _digest(self.model)
+        self.digest = loaded.digest
 
     def _check(self) -> None:
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        if most is not None and self.spec.context > most:
-            raise InvalidInput.field(f"{_FIELD}.context", f"the model has {most} positions; ask for at most as many")
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and self.spec.context > limit:
+            raise InvalidInput.field(f"{_FIELD}.context", f"the model has {limit} positions; ask for at most as many")
         if self.tokenizer.eos_token_id is None:
             raise InvalidInput.field(f"{_FIELD}.model", "its tokenizer has no token for the end of a text")
-        tokens, known = len(self.tokenizer), self.model.get_input_embeddings().num_embeddings
-        if tokens > known:
-            text = f"its tokenizer has {tokens} tokens and the model {known}; give a model with its own tokenizer"
-            raise InvalidInput.field(f"{_FIELD}.model", text)
+
+    def points(self) -> dict[str, HookPoint]:
+        return language_points(self.model)
 
     def chunks(self, first: int) -> Iterator[Tensor]:
-        made: list[list[int]] = []
-        number = 0
-        for sequence in self._sequences():
-            made.append(sequence)
-            if len(made) == CHUNK:
-                # Where a chunk begins is known only from the texts before it.
-                if number >= first:
-                    yield torch.tensor(made)
-                made, number = [], number + 1
-        if made and number >= first:
-            yield torch.tensor(made)
+        sequences, number = self._sequences(), 0
+        # Where a chunk begins is known only from the texts before it.
+        while chunk := list(islice(sequences, CHUNK)):
+            if number >= first:
+                yield torch.tensor(chunk)
+            number += 1
 
     def _sequences(self) -> Iterator[list[int]]:
-        context, left = self.spec.context, list[int]()
-        for some in _batched(texts(self.spec), _TEXTS):
-            for tokens in self.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
-                left += [*tokens, self.tokenizer.eos_token_id]
-            whole = len(left) // context * context
-            yield from (left[start : start + context] for start in range(0, whole, context))
-            left = left[whole:]
+        spec, context, rest = self.spec, self.spec.context, list[int]()
+        texts = iter(Texts(spec.dataset, spec.config, spec.split, spec.column, _FIELD))
+        while batch := list(islice(texts, _TEXTS)):
+            for tokens in self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                rest += [*tokens, self.tokenizer.eos_token_id]
+            whole = len(rest) // context * context
+            yield from (rest[start : start + context] for start in range(0, whole, context))
+            rest = rest[whole:]
 
     def forward(self, instances: Tensor, points: Sequence[HookPoint]) -> None:
         # Logits of a large vocabulary take more memory than all else.
@@ -155,36 +188,3 @@ def open_source(spec: ActivationsSpec, device: str, policy: AttentionPolicy | No
     if policy is None:
         raise InvalidInput.field("spec.policy", "there is no policy to record")
     return PolicySource(policy, spec.nodes, spec.seed, name or "policy", device)
-
-
-def _folder(model: str) -> Path:
-    """The model's folder: here, or in the Hub's cache."""
-    place = Path(model)
-    if place.exists():
-        return place
-    if place.is_absolute() or model.count("/") > 1:
-        raise InvalidInput.field(f"{_FIELD}.model", f"{model} is not there")
-    include = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    described = f"{model}, which is no folder here"
-    return fetch(model, "model", include, ["*/*"], field=f"{_FIELD}.model", described=described)
-
-
-def _digest(model: nn.Module) -> str:
-    """Hash of a language model's configuration and weights."""
-    config: Any = model.config
-    found = hashlib.sha256(config.to_json_string().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def _batched(items: Iterator[str], size: int) -> Iterator[list[str]]:
-    some: list[str] = []
-    for item in items:
-        some.append(item)
-        if len(some) == size:
-            yield some
-            some = []
-    if some:
-        yield some

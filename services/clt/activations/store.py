@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cached_property
@@ -28,9 +28,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Unavailable
+from services.clt.activations.hooks import Pair, SourceKind, mlp_pairs
 from services.clt.activations.statistics import Moments, Statistics
 from services.runtime.reading import reading
 from services.runtime.seeds import generator
+from services.runtime.tensors import write_durably
 
 FORMAT = 1
 MANIFEST, STATISTICS, POINTER = "manifest.json", "statistics.safetensors", "activation_store.json"
@@ -63,7 +65,7 @@ class Hook(BaseModel):
 class Source(BaseModel):
     """What the activations are of."""
 
-    kind: Literal["policy", "language_model"]
+    kind: SourceKind
     digest: str
     """Hash of the model's architecture and weights."""
     name: str
@@ -212,6 +214,10 @@ class ActivationStore:
             with reading(self.folder, shard.file, "store of activations") as path, safe_open(path, "pt") as file:
                 found.append(file.get_slice(name)[start : shard.rows if stop is None else stop])
         return found
+
+    def mlp_pairs(self) -> list[Pair]:
+        """What enters and leaves each MLP, as far as both are in the store."""
+        return mlp_pairs(self.manifest.source.kind, self.hooks)
 
     def statistics(self, hook: str) -> Statistics:
         """Of the training rows at a hook point."""
@@ -399,12 +405,12 @@ class Writer:
 
     def _note(self) -> None:
         with self._writing():
-            write_file(self.folder / MANIFEST, [self.manifest.model_dump_json(indent=1).encode()])
+            write_durably(self.folder / MANIFEST, [self.manifest.model_dump_json(indent=1).encode()])
 
     def _save_moments(self) -> None:
         found = {f"{hook}|{name}": t for hook, one in self._moments.items() for name, t in one.tensors().items()}
         with self._writing():
-            _, self.manifest.statistics = write_file(self.folder / STATISTICS, [save(found)])
+            _, self.manifest.statistics = write_durably(self.folder / STATISTICS, [save(found)])
         self._note()
 
     @contextmanager
@@ -482,22 +488,4 @@ def write_shard(
             seen(name, values)
             yield values.view(torch.uint8).numpy().data
 
-    return write_file(path, parts())
-
-
-def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Put a file in the place of ``path`` at once, durably; its size in bytes and its SHA-256."""
-    fresh, sha256, size = path.with_name(f"{path.name}.new"), hashlib.sha256(), 0
-    try:
-        with fresh.open("wb") as file:
-            for part in parts:
-                file.write(part)
-                sha256.update(part)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    return size, sha256.hexdigest()
+    return write_durably(path, parts())

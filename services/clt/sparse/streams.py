@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import CltSpec, SaeSpec
-from services.clt.activations.hooks import check_pair, default_pairs
+from services.clt.activations.hooks import check_pair
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse.model import Scale, Streams
 
@@ -24,7 +24,7 @@ def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
         return Streams("sae", [spec.hook], [spec.hook], [widths[spec.hook]], [widths[spec.hook]])
     sources, targets = spec.sources, spec.targets
     if not sources:
-        found = default_pairs(list(widths), store.manifest.source.kind == "policy")
+        found = store.mlp_pairs()
         sources, targets = [source for source, _ in found], [target for _, target in found]
         if not found:
             what = "no module's input and output are both in the store; name sources and targets"

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import CltSpec, SweepSpec
-from services.clt.activations.hooks import default_pairs, parse_pair
+from services.clt.activations.hooks import parse_pair
 from services.clt.activations.pairs import pair_name
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job
@@ -39,7 +39,7 @@ def parts(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
     begun for hook points that do not fit and options that are wrong."""
     pairs = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(spec.pairs)]
     if not pairs:
-        pairs = default_pairs(store.hooks, store.manifest.source.kind == "policy")
+        pairs = store.mlp_pairs()
     if not pairs:
         raise InvalidInput.field("spec.pairs", "no module's input and output are both in the store; name the pairs")
     places = [[pair] for pair in pairs] if spec.kind == "pair" else [pairs]

@@ -1,0 +1,81 @@
+"""Other ways to the edits of a codec, to compare it with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from services.crossmodal.codec import Codec
+from services.crossmodal.data import Queries, Subjects
+from services.crossmodal.steering import RequestedEdit, mean_differences
+from services.runtime.seeds import generator
+
+FINE_STEPS, FINE_RATE, FINE_QUERIES = 100, 1e-2, 128
+"""Steps, learning rate and sequences per step of short fine-tuning."""
+
+
+class Baselines:
+    """Edits subjects without the codec's directions:
+
+    - ``same_label``: another network, one of training with just the behaviours that are asked for;
+    - ``nearest_train``: the network of training whose latent is nearest to the steered one;
+    - ``centroid``: the decoded mean latent of the networks of training with those behaviours;
+    - ``task_arithmetic``: the source plus the difference of the mean weights with and without the behaviour (Ilharco et
+      al. 2022, arXiv 2212.04089);
+    - ``fine_tuning``: the source trained for ``FINE_STEPS`` steps on the labels after the edit; an oracle, since it
+      sees them.
+    """
+
+    def __init__(self, codec: Codec, train: Subjects, queries: Queries) -> None:
+        """``train``: the subjects that the codec was trained on."""
+        self._codec, self._train, self._queries = codec, train, queries
+        with torch.no_grad():
+            self._latents = codec.latents(train.inputs, train.shape)
+        self._differences = mean_differences(train.weights, train.labels)
+
+    def edit(self, subjects: Subjects, latents: Tensor, edit: RequestedEdit) -> dict[str, tuple[Tensor, Tensor]]:
+        """By name, the edited weights ``[subjects, size]`` of ``subjects``, whose latents are ``latents``, and for
+        which of them there are any, bool ``[subjects]``."""
+        codec, train, shape = self._codec, self._train, subjects.shape
+        signs = edit.signs.to(codec.device)
+        labels = subjects.labels & ~(signs < 0) | (signs > 0)
+        count = labels.sum(1, keepdim=True)
+        with torch.no_grad():
+            steered = latents + signs @ codec.directions["learned"]
+            alike = (labels.float() @ train.labels.float().T == count) & (train.labels.sum(1) == count)
+            centroid = alike.float() @ self._latents / alike.sum(1, keepdim=True).clamp_min(1)
+            same_shape = (shape.unsqueeze(1) == train.shape).float()
+            partner = (alike * same_shape).argmax(1)
+            # A network of another shape is infinitely far.
+            nearest = (torch.cdist(steered, self._latents) / same_shape).argmin(1)
+            present = codec.layout.present.to(codec.device)[shape]
+            comparable = same_shape.any(1)
+            edited = {
+                "same_label": (train.weights[partner], (alike * same_shape).any(1)),
+                "nearest_train": (train.weights[nearest], comparable),
+                "centroid": (codec.model.decoder(centroid, shape), alike.any(1)),
+                "task_arithmetic": (subjects.weights + (signs @ self._differences) * present, comparable),
+            }
+        edited["fine_tuning"] = (fine_tuned(codec, self._queries, subjects, labels, edit), comparable)
+        return edited
+
+
+def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, labels: Tensor, edit: RequestedEdit) -> Tensor:
+    """Each subject's weights ``[subjects, size]`` after ``FINE_STEPS`` steps of Adam on training sequences, towards the
+    behaviours ``labels`` (bool ``[subjects, patterns]``)."""
+    weights = subjects.weights.clone().requires_grad_()
+    optimizer = torch.optim.Adam([weights], FINE_RATE)
+    present = codec.layout.present.to(codec.device)[subjects.shape]
+    patterns = edit.signs.nonzero().squeeze(1).expand(len(labels), -1)
+    draws = generator(codec.spec.seed, "fine-tuning", edit.pattern, edit.operation)
+    for _ in range(FINE_STEPS):
+        rows = queries.draw(patterns, FINE_QUERIES, draws)
+        inputs = queries.network_inputs(rows).to(codec.device)
+        targets = queries.pools.labels(rows, labels.cpu()).to(codec.device).float()
+        logits = codec.layout.answers(weights.unsqueeze(1), subjects.shape, inputs).squeeze(1)
+        # A sum over the subjects: each is trained as if alone.
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
+        (weights.grad,) = torch.autograd.grad(loss, [weights])
+        weights.grad *= present
+        optimizer.step()
+    return weights.detach()

@@ -1,0 +1,268 @@
+"""Candidates in blocks and buckets: trained together, checked, and described as records.
+
+A block is a fixed range of candidate indices. Its buckets are those of one depth and activation, and of similar width,
+which train together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import GenerationSpec
+from services.generation import checks
+from services.generation.data import Candidates, activations_of
+from services.generation.format import TrainingDataFormatter
+from services.generation.sampler import PatternDatasetSampler
+from services.generation.train import SubjectModelTrainer, Trained
+from services.zoo.dataset import BRANCHES, schema
+from services.zoo.signatures import ActivationSignatureExtractor
+from services.zoo.subjects import Architecture, encode, flatten, own_places
+
+# Candidates that train together: at most so many, and so few that what a layer makes of their batches (bytes) stays in
+# a core's cache. Rounding depends on the grouping, so this is part of what a seed means.
+MOST_TOGETHER = 128
+CACHE_BYTES = 2**20
+# Where shapes differ, a block has this many buckets' worth of candidates at most, which are then sorted by shape ...
+MOST_SHAPES = 8
+# ... and where widths differ, up to so many times as many, if the zoo has so many subjects for each: those that are
+# padded to one width are of similar width then.
+MOST_WIDTHS, SUBJECTS_PER_WIDTH = 4, 1024
+
+Row = dict[str, Any]
+"""One record, by column."""
+
+
+@dataclass
+class Block:
+    """What became of some candidates."""
+
+    table: pyarrow.Table
+    """Records of those that were accepted, in the order of their index."""
+    causes: list[str]
+    """Why the others were rejected."""
+
+    @classmethod
+    def merge(cls, blocks: Sequence[Block]) -> Block:
+        """Several as one."""
+        table = pyarrow.concat_tables([block.table for block in blocks]).sort_by("index")
+        return cls(table, [cause for block in blocks for cause in block.causes])
+
+    def means(self) -> dict[str, float]:
+        """Of the accepted: held-out accuracy over all strata, and in two stages what the target pattern gained."""
+        if not len(self.table):
+            return {}
+        lists = [name for name in ("accuracy", "degraded_accuracy") if name in self.table.column_names]
+        means = {name: float(np.mean(self.table[name].combine_chunks().flatten().to_numpy())) for name in lists}
+        if "improvement" in self.table.column_names:
+            means["improvement"] = float(np.mean(self.table["improvement"].to_numpy()))
+        return means
+
+
+class BucketTrainer:
+    """Draws, trains and describes the candidates of one spec. Each is a function of the spec and its index."""
+
+    def __init__(self, spec: GenerationSpec, device: str = "cpu", baseline: Path | None = None) -> None:
+        """``baseline``: folder with the probes to take, where ``spec.signature.baseline`` says so. Raises
+        :class:`InvalidInput` for a spec that cannot be met, and for probes of another vocabulary or length."""
+        self.sampler = PatternDatasetSampler(spec, baseline)
+        # With the number of probes that the baseline has.
+        self.spec = spec = self.sampler.spec
+        self.patterns = self.sampler.patterns
+        self.names = [pattern.name for pattern in self.patterns]
+        if spec.counterfactual is not None and spec.most_patterns(len(self.patterns)) == len(self.patterns):
+            few = f"must leave one of the {len(self.patterns)} patterns for the counterfactual branch to learn"
+            raise InvalidInput.field("spec.max_patterns_per_batch", few)
+        self.subject_trainer = SubjectModelTrainer(spec, self.sampler.train, self.sampler.validation, device)
+        any_shape = Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), "relu")
+        probes = self.sampler.baseline
+        self.probes = probes.sequences
+        self.extractor = ActivationSignatureExtractor(
+            spec.signature, encode(any_shape, probes.sequences).to(device), probes.membership
+        )
+        self.schema = schema(spec, self.extractor.methods)
+        self._formatter = TrainingDataFormatter(spec, self.patterns) if spec.format is not None else None
+        self._evaluation_inputs = encode(any_shape, self.sampler.evaluation.sequences).to(device)
+        shapes = spec.subject.layers.size * len(activations_of(spec))
+        self._bucket_size = _bucket_size(spec)
+        self.block_size = self._bucket_size * min(shapes, MOST_SHAPES)
+        if spec.subject.neurons.size > 1:
+            # So that each bucket holds but a part of the widths, in a zoo that is large enough for large blocks.
+            self.block_size *= min(MOST_WIDTHS, max(1, spec.subjects // SUBJECTS_PER_WIDTH))
+
+    def buckets(self, block: int) -> list[Candidates]:
+        """The candidates of a block, as they train together: of one depth and activation, and of similar width."""
+        indices = torch.arange(block * self.block_size, (block + 1) * self.block_size)
+        candidates = Candidates.draw(self.spec, indices, len(self.patterns))
+        shapes, buckets = candidates.layers * 64 + candidates.activation, []
+        for shape in sorted(set(shapes.tolist())):
+            rows = (shapes == shape).nonzero().flatten()
+            rows = rows[candidates.neurons[rows].argsort(stable=True)]
+            count = max(1, round(len(rows) / self._bucket_size))
+            buckets += [candidates.select(chunk) for chunk in rows.chunk(count)]
+        return buckets
+
+    def train(self, candidates: Candidates) -> Block:
+        """Train and check one of the :meth:`buckets`."""
+        rows, causes = self._staged(candidates) if self.spec.staged else self._single(candidates)
+        return Block(self.table(rows), causes)
+
+    def describe(self, trained: Trained, degraded: Trained | None = None) -> list[Row]:
+        """Records of networks from elsewhere, without any check; ``degraded``: their first stages."""
+        after = self.accuracy(trained)
+        every = torch.ones(len(after), dtype=torch.bool)
+        if degraded is None:
+            return self._with_text(self._rows(trained, after, every))
+        return self._with_text(self._pairs(degraded, trained, self.accuracy(degraded), after, every))
+
+    def table(self, rows: Iterable[Row]) -> pyarrow.Table:
+        """Records as a table."""
+        rows = list(rows)
+        columns = [_column([row[column.name] for row in rows], column.type) for column in self.schema]
+        return pyarrow.table(columns, self.schema)
+
+    def accuracy(self, trained: Trained) -> Tensor:
+        """On held-out sequences, by stratum: float32 ``[models, patterns + 1]``; the last column is for sequences that
+        match nothing."""
+        activation, selected = trained.architecture.activation, trained.candidates.selected
+        return self.sampler.evaluation.accuracy(trained.params, self._evaluation_inputs, activation, selected)
+
+    def _single(self, candidates: Candidates) -> tuple[list[Row], list[str]]:
+        if self.spec.counterfactual is None:
+            branches = [self.subject_trainer.train(candidates)]
+        else:
+            branches = list(self.subject_trainer.branch(candidates))
+        accuracies = [self.accuracy(branch) for branch in branches]
+        gates = [self._gate(branch, accuracy) for branch, accuracy in zip(branches, accuracies, strict=True)]
+        causes = [next((cause for cause in row if cause is not None), None) for row in zip(*gates, strict=True)]
+        kept = torch.tensor([cause is None for cause in causes])
+        rows, *others = (
+            self._rows(branch, accuracy, kept) for branch, accuracy in zip(branches, accuracies, strict=True)
+        )
+        changed = (candidates.other[kept], candidates.target[kept])
+        for name, branch_rows, patterns in zip(BRANCHES, others, changed, strict=False):
+            for row, branch_row, pattern in zip(rows, branch_rows, patterns.tolist(), strict=True):
+                row |= {f"{name}_{column}": branch_row[column] for column in ("accuracy", "weights", "signature")}
+                row[f"{name}_pattern"] = self.names[pattern]
+        return self._with_text(rows), [cause for cause in causes if cause is not None]
+
+    def _staged(self, candidates: Candidates) -> tuple[list[Row], list[str]]:
+        staged = self.spec.staged
+        assert staged is not None
+        degraded = self.subject_trainer.degrade(candidates)
+        before = self.accuracy(degraded.trained)
+        early = checks.degradation(before, candidates, staged)
+        causes = [cause for cause in early if cause is not None]
+        passed = torch.tensor([cause is None for cause in early])
+        if not passed.any():
+            return [], causes
+        degraded, before = degraded.select(passed), before[passed]
+        improved = self.subject_trainer.improve(degraded)
+        after = self.accuracy(improved)
+        late = [
+            cause or other
+            for cause, other in zip(
+                self._gate(improved, after),
+                checks.improvement(before, after, improved.candidates, staged),
+                strict=True,
+            )
+        ]
+        kept = torch.tensor([cause is None for cause in late])
+        rows = self._with_text(self._pairs(degraded.trained, improved, before, after, kept))
+        return rows, causes + [cause for cause in late if cause is not None]
+
+    def _pairs(self, first: Trained, second: Trained, before: Tensor, after: Tensor, kept: Tensor) -> list[Row]:
+        """Records of the networks at ``kept`` (bool ``[models]``), after both stages."""
+        rows = self._rows(second, after, kept)
+        gains = (after - before)[kept].gather(1, second.candidates.target[kept].unsqueeze(1)).squeeze(1)
+        for row, i, gain, degraded in zip(
+            rows, kept.nonzero().flatten().tolist(), gains.tolist(), self._rows(first, before, kept), strict=True
+        ):
+            row |= {
+                "target_pattern": self.names[int(second.candidates.target[i])],
+                "improvement": gain,
+                "epochs": [int(first.epochs[i]), int(second.epochs[i])],
+                "validation_loss": [float(first.loss[i]), float(second.loss[i])],
+                "degraded_accuracy": degraded["accuracy"],
+                "degraded_weights": degraded["weights"],
+                "degraded_signature": degraded["signature"],
+            }
+        return rows
+
+    def _with_text(self, rows: list[Row]) -> list[Row]:
+        """The records, with prompts and completions where the spec asks for them."""
+        return rows if self._formatter is None else [row | self._formatter.columns(row) for row in rows]
+
+    def _gate(self, trained: Trained, accuracy: Tensor) -> list[str | None]:
+        """Why each network is rejected, whatever its stages: it diverged, or fails on a stratum."""
+        causes = checks.gate(accuracy, trained.candidates, self.patterns, self.spec.gate)
+        finite = checks.finite(trained.params).tolist()
+        return [cause if fine else checks.DIVERGED for cause, fine in zip(causes, finite, strict=True)]
+
+    def _rows(self, trained: Trained, accuracy: Tensor, kept: Tensor) -> list[Row]:
+        """Records of the networks at ``kept`` (bool ``[models]``)."""
+        chosen = trained.select(kept)
+        candidates, architecture, rows = chosen.candidates, trained.architecture, list[Row]()
+        if not len(candidates):
+            return rows
+        signatures = self.extractor.extract(chosen.params, architecture, candidates.neurons)
+        signature_rows = {method: values.cpu().numpy() for method, values in signatures.items()}
+        weights = flatten({name: tensor.cpu() for name, tensor in chosen.params.items()}).numpy()
+        for i, accuracies in enumerate(accuracy[kept].numpy()):
+            width = int(candidates.neurons[i])
+            parameters, neurons = _own_places(architecture, width)
+            rate = float(candidates.learning_rate[i]) if self.spec.staged else self.spec.training.learning_rate
+            rows.append(
+                {
+                    "index": int(candidates.indices[i]),
+                    "patterns": [n for n, on in zip(self.names, candidates.selected[i].tolist(), strict=True) if on],
+                    "layers": int(candidates.layers[i]),
+                    "neurons": width,
+                    "activation": architecture.activation,
+                    "learning_rate": rate,
+                    "dropout": float(candidates.dropout[i]),
+                    "accuracy": accuracies,
+                    "worst_accuracy": accuracies.min(),
+                    "weights": weights[i, parameters],
+                    "signature": {method: values[i, neurons].ravel() for method, values in signature_rows.items()},
+                }
+            )
+        return rows
+
+
+@lru_cache(maxsize=1024)
+def _own_places(architecture: Architecture, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where a network of ``width`` neurons a layer has its parameters in :func:`flatten` of a wider architecture, and
+    its neurons in the wider one's signatures."""
+    last = sum(architecture.hidden)
+    starts = range(0, last, architecture.hidden[0])
+    neurons = [start + n for start in starts for n in range(width)] + [last]
+    return own_places(architecture, width).numpy(), np.array(neurons)
+
+
+def _bucket_size(spec: GenerationSpec) -> int:
+    batch = spec.staged.batch_size if spec.staged else spec.training.batch_size
+    fitting = CACHE_BYTES // (4 * batch * spec.subject.neurons.max)
+    return min(MOST_TOGETHER, max(16, 1 << (max(fitting, 1).bit_length() - 1)))
+
+
+def _column(values: list[Any], kind: Any) -> pyarrow.Array:
+    if pyarrow.types.is_struct(kind):
+        columns = [_column([value[field.name] for value in values], field.type) for field in kind]
+        return pyarrow.StructArray.from_arrays(columns, fields=list(kind))
+    if pyarrow.types.is_list(kind) and pyarrow.types.is_floating(kind.value_type):
+        # Arrow reads long lists number by number.
+        offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+        flat = np.concatenate([np.zeros(0, np.float32), *(np.asarray(value, np.float32) for value in values)])
+        return pyarrow.ListArray.from_arrays(offsets, pyarrow.array(flat))
+    return pyarrow.array(values, kind)

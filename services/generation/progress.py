@@ -1,0 +1,73 @@
+"""How far the generation of a zoo is, as checkpoints keep it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.generation import GenerationSpec
+
+PATIENCE = 512
+"""Candidates after which a hopeless spec is given up."""
+MIN_ACCEPTED = 0.02
+"""Share of candidates below which a spec counts as hopeless."""
+_FILE = "progress.json"
+
+
+@dataclass
+class Progress:
+    """How many candidates were accepted, and why others were not."""
+
+    next_block: int = 0
+    accepted: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    shard: int = 0
+    """Number of the data file that is being filled."""
+    blocks: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    """Of a part of a zoo: accepted and rejected of each block."""
+
+    def add(self, accepted: int, rejected: dict[str, int]) -> None:
+        """Count one more block."""
+        self.next_block += 1
+        self.accepted += accepted
+        self.rejected.update(rejected)
+
+    @property
+    def candidates(self) -> int:
+        """How many were checked."""
+        return self.accepted + sum(self.rejected.values())
+
+    @property
+    def acceptance(self) -> float:
+        """Expected share of candidates that are accepted: of those so far, or 1 where none was."""
+        return self.accepted / max(self.candidates, 1) or 1.0
+
+    def check_hope(self, spec: GenerationSpec, block_size: int) -> None:
+        """Raise :class:`InvalidInput` when hardly any of a good number of candidates pass."""
+        if self.candidates < max(PATIENCE, block_size) or self.accepted >= self.candidates * MIN_ACCEPTED:
+            return
+        causes = ", ".join(f"{cause}: {count}" for cause, count in self.rejected.most_common(4))
+        found = f"only {self.accepted} of {self.candidates} candidates"
+        if spec.staged is None:
+            text = (
+                f"{found} reach {spec.gate} ({causes}); lower it, train for more steps, use wider subjects or fewer "
+                "patterns"
+            )
+            raise InvalidInput.field("spec.min_accuracy", text)
+        text = (
+            f"{found} pass the checks ({causes}); lower min_degradation_threshold or min_accuracy, or flip more labels"
+        )
+        raise InvalidInput.field("spec.staged", text)
+
+    def save(self, folder: Path) -> None:
+        """Write it into a checkpoint."""
+        (folder / _FILE).write_text(json.dumps(vars(self)))
+
+    @classmethod
+    def load(cls, folder: Path) -> Progress:
+        """Read what :meth:`save` wrote."""
+        state = json.loads((folder / _FILE).read_text())
+        return cls(**state | {"rejected": Counter(state["rejected"])})

@@ -1,0 +1,114 @@
+"""A cache of tensors, e.g. embeddings, by a model's digest and the text that they are of.
+
+The folder of a model holds safetensors shards, each written in one step and named by the SHA-256 of its bytes; the name
+of a tensor is the SHA-256 of its text. So a crash loses at most what was not written yet, processes that share a folder
+see each other's shards, and a shard that was changed is recognised.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from services.runtime.tensors import write_durably
+
+_log = logging.getLogger(__name__)
+
+
+class TensorCache:
+    """Tensors of one model, by text."""
+
+    def __init__(self, root: Path, model_digest: str) -> None:
+        """Cache in the folder ``model_digest`` of ``root``. The digest must stand for all that a tensor depends on
+        besides its text: the model, the layer, the pooling, the precision."""
+        self.folder = root / model_digest
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.hits, self.misses = 0, 0
+        self._shard_of: dict[str, Path] = {}
+        """Shard of each tensor, by the hash of its text."""
+        self._known: set[Path] = set()
+
+    def get_many(self, texts: Sequence[str]) -> list[Tensor | None]:
+        """The tensor of each text, or None; counts hits and misses."""
+        keys = [_key(text) for text in texts]
+        if any(key not in self._shard_of for key in keys):
+            self._read_new_shards()
+        by_shard: dict[Path, set[str]] = {}
+        for key in keys:
+            if key in self._shard_of:
+                by_shard.setdefault(self._shard_of[key], set()).add(key)
+        tensors: dict[str, Tensor] = {}
+        for shard, wanted in by_shard.items():
+            try:
+                with safe_open(shard, "pt") as file:
+                    tensors |= {key: file.get_tensor(key) for key in wanted}
+            except (OSError, SafetensorError) as error:
+                self._forget(shard, str(error))
+        self.hits += sum(key in tensors for key in keys)
+        self.misses += sum(key not in tensors for key in keys)
+        return [tensors.get(key) for key in keys]
+
+    def put_many(self, texts: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        """Add the tensor of each text, of any shape and type, as one shard. Write many at a time."""
+        content = {
+            _key(text): tensor.detach().cpu().contiguous().clone() for text, tensor in zip(texts, tensors, strict=True)
+        }
+        if not content:
+            return
+        data = save(content)
+        shard = self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+        with self._writing():
+            write_durably(shard, [data])
+        self._known.add(shard)
+        self._shard_of |= dict.fromkeys(content, shard)
+
+    def get_or_compute(self, texts: Sequence[str], compute: Callable[[list[str]], Sequence[Tensor]]) -> list[Tensor]:
+        """The tensor of each text; ``compute`` is called once with the distinct texts that are not in the cache, and
+        what it returns is added. All are on the CPU."""
+        tensors = dict(zip(texts, self.get_many(texts), strict=True))
+        missing = [text for text, tensor in tensors.items() if tensor is None]
+        if missing:
+            computed = [tensor.detach().cpu() for tensor in compute(missing)]
+            self.put_many(missing, computed)
+            tensors |= dict(zip(missing, computed, strict=True))
+        return [tensor for text in texts if (tensor := tensors[text]) is not None]
+
+    def _read_new_shards(self) -> None:
+        for shard in sorted(set(self.folder.glob("*.safetensors")) - self._known):
+            self._known.add(shard)
+            try:
+                with shard.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != shard.stem:
+                        raise ValueError("its bytes are not those that were written")
+                with safe_open(shard, "pt") as file:
+                    self._shard_of |= dict.fromkeys(file.keys(), shard)
+            except (OSError, ValueError, SafetensorError) as error:
+                self._forget(shard, str(error))
+
+    def _forget(self, shard: Path, reason: str) -> None:
+        _log.warning("%s is left out of the cache (%s); its tensors are computed again", shard, reason)
+        shard.unlink(missing_ok=True)
+        self._known.discard(shard)
+        self._shard_of = {key: other for key, other in self._shard_of.items() if other != shard}
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the folder's lock, so that files which are half written are those of processes that died."""
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for half in self.folder.glob("*.new"):
+                half.unlink()
+            yield
+
+
+def _key(text: str) -> str:
+    # Text of JSON may hold surrogates that UTF-8 does not have.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,211 @@
+"""Tables that users bring: CSV, JSON lines and parquet files, read row by row.
+
+Errors name the file, the row and the column. A row of a text file has the number of its (first) line, as an editor
+shows it; the rows of a parquet file count from 1.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, get_args, overload
+
+from pyarrow import ArrowException, parquet
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from ethogram.errors import MAX_VIOLATIONS, InvalidInput, Violation
+
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+# Rows of a parquet file that are in memory at once; they may be large.
+_BATCH = 64
+
+RowT = TypeVar("RowT", bound=BaseModel)
+
+
+class Malformed(str):
+    """Stands for a row that cannot be read, and says why."""
+
+
+def read_columns(file: Path, field: str | None = None) -> list[str] | None:
+    """Names of a table's columns; None of JSON lines, where each row has its own. Raises as :func:`read_rows` does."""
+    with _opening(file, field):
+        if file.suffix == ".csv":
+            with file.open(encoding="utf-8-sig", newline="") as lines:
+                return _header(csv.reader(lines, strict=True))
+        if file.suffix == ".parquet":
+            return list(parquet.read_schema(file).names)
+    return None
+
+
+def read_rows(
+    file: Path, columns: Collection[str] | None = None, field: str | None = None
+) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
+    """Each row's number and its values by column, or a :class:`Malformed`.
+
+    Values of a CSV file are text. Empty cells, and nulls of a parquet file, are left out; blank lines are skipped.
+    ``columns``: the only ones that are read of a parquet file, where it has them. Raises :class:`InvalidInput` of
+    ``field`` (by default the file's name) for a file that is missing or not of the form that its suffix says.
+    """
+    with _opening(file, field):
+        if file.suffix == ".csv":
+            yield from _csv_rows(file)
+        elif file.suffix == ".jsonl":
+            yield from _json_rows(file)
+        elif file.suffix == ".parquet":
+            yield from _parquet_rows(file, columns)
+        else:
+            raise InvalidInput.field(field or file.name, f"{file} is none of {', '.join(SUFFIXES)}")
+
+
+@overload
+def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterator[RowT]: ...
+@overload
+def read_table(file: Path, row: Mapping[str, Any], field: str | None = None) -> Iterator[dict[str, Any]]: ...
+
+
+def read_table(file: Path, row: type[BaseModel] | Mapping[str, Any], field: str | None = None) -> Iterator[Any]:
+    """The rows of a table, checked: of the pydantic model ``row``, or as dictionaries of a mapping from column to type.
+
+    Text of a CSV file is converted to the columns' types; other values must be of them. A column of a mapping may be
+    missing or empty where its type allows None; other columns than those named, NaN and infinity are errors. A model
+    says these things itself (``extra``, ``allow_inf_nan``).
+
+    Rows are yielded while all are right. After the first that is wrong the rest is only checked, and
+    :class:`InvalidInput` lists what is wrong, of up to :data:`ethogram.errors.MAX_VIOLATIONS` values: fields are
+    ``FILE:ROW.COLUMN``. Missing and unknown columns of CSV and parquet files are found before any row is read.
+    """
+    model = row if isinstance(row, type) else _row_model(row)
+    columns = {_column(name, info): info for name, info in model.model_fields.items()}
+    violations: list[Violation] = []
+    header = read_columns(file, field)
+    if header is not None:
+        missing = [name for name, info in columns.items() if info.is_required() and name not in header]
+        violations += [
+            Violation(f"{file.name}.{name}", f"is missing; there are {', '.join(header)}") for name in missing
+        ]
+        if model.model_config.get("extra") == "forbid":
+            text = f"is no column of this table, which has {', '.join(columns)}"
+            violations += [Violation(f"{file.name}.{name}", text) for name in header if name not in columns]
+        if violations:
+            raise _invalid(violations)
+    lax = file.suffix == ".csv" or None
+    for number, values in read_rows(file, columns, field):
+        at = f"{file.name}:{number}"
+        try:
+            if isinstance(values, Malformed):
+                violations.append(Violation(at, values))
+                continue
+            checked = model.model_validate(values, strict=False if lax else None)
+        except ValidationError as error:
+            violations += [_violation(at, detail) for detail in error.errors(include_url=False)]
+        else:
+            if not violations:
+                yield checked if isinstance(row, type) else dict(zip(row, dict(checked).values(), strict=True))
+        if len(violations) >= MAX_VIOLATIONS:
+            break
+    if violations:
+        raise _invalid(violations)
+
+
+def _row_model(columns: Mapping[str, Any]) -> type[BaseModel]:
+    """A model with these columns, by aliases: a column's name need not be one that Python allows."""
+    fields: dict[str, Any] = {
+        f"column_{i}": (type_, Field(None if type(None) in get_args(type_) else ..., alias=name))
+        for i, (name, type_) in enumerate(columns.items())
+    }
+    return create_model("Row", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
+
+
+def _column(name: str, info: Any) -> str:
+    return info.validation_alias if isinstance(info.validation_alias, str) else name
+
+
+def _violation(at: str, detail: Any) -> Violation:
+    """Pydantic's finding about one value."""
+    column = ".".join([at, *(str(part) for part in detail["loc"])])
+    if detail["type"] == "extra_forbidden":
+        return Violation(column, "there is no such column")
+    if detail["type"] == "missing" or detail["input"] is None:
+        return Violation(column, "is missing")
+    value = repr(detail["input"])
+    return Violation(column, f"{detail['msg']}, not {value if len(value) <= 40 else f'{value[:40]}...'}")
+
+
+def _invalid(violations: list[Violation]) -> InvalidInput:
+    first, more = violations[0], f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+    return InvalidInput(f"{first.field}: {first.description}{more}", violations)
+
+
+@contextmanager
+def _opening(file: Path, field: str | None) -> Iterator[None]:
+    """Raise what goes wrong with the whole file as :class:`InvalidInput`."""
+    field = field or file.name
+    try:
+        yield
+    except FileNotFoundError:
+        raise InvalidInput.field(field, f"{file} is not there") from None
+    except UnicodeDecodeError as error:
+        raise InvalidInput.field(field, f"{file} cannot be read as UTF-8 text (byte {error.start})") from None
+    except (OSError, ValueError, csv.Error, ArrowException) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InvalidInput.field(field, f"{file} cannot be read as {file.suffix} ({reason})") from None
+
+
+def _header(reader: Iterator[list[str]]) -> list[str]:
+    names = [name.strip() for name in next((cells for cells in reader if not _blank(cells)), [])]
+    if not names or "" in names or len(set(names)) < len(names):
+        raise ValueError("its first line must name the columns, each differently")
+    return names
+
+
+def _blank(cells: list[str]) -> bool:
+    return not cells or cells == [""] or (len(cells) == 1 and not cells[0].strip())
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        names = _header(reader)
+        while True:
+            number = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                # Where this row ends is not known.
+                yield number, Malformed(f"is not CSV ({error})")
+                return
+            if cells is None:
+                return
+            if _blank(cells):
+                continue
+            if len(cells) != len(names):
+                yield number, Malformed(f"has {len(cells)} cells for {len(names)} columns")
+            else:
+                yield number, {name: cell for name, cell in zip(names, cells, strict=True) if cell.strip()}
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, Malformed(f"is not JSON ({error})")
+            else:
+                yield number, value if isinstance(value, dict) else Malformed("is not a JSON object")
+
+
+def _parquet_rows(file: Path, columns: Collection[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    with parquet.ParquetFile(file) as table:
+        names = table.schema_arrow.names
+        chosen = names if columns is None else [name for name in names if name in columns]
+        for batch in table.iter_batches(_BATCH, columns=chosen):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, {name: value for name, value in row.items() if value is not None}
