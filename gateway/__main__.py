@@ -1,5 +1,5 @@
-"""``python -m gateway``: the HTTP server in one process, until SIGTERM, Ctrl-C or, with ``--parent-pipe``, the parent's
-end."""
+"""``python -m gateway``: the HTTP server in one process, until SIGTERM, Ctrl-C or, with ``--parent-pipe``, the end of
+its parent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GRACE_SECONDS = 10
 
 
 class Server(uvicorn.Server):
-    """Says where it listens once it does, and ends event streams before it waits for connections to end."""
+    """Prints its address once it listens, and ends event streams before it waits for connections to end."""
 
     def __init__(self, config: uvicorn.Config, close_streams: Callable[[], None]) -> None:
         super().__init__(config)
@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
         host, port = sockets[0].getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         logger.info("ready", extra={"url": url})
-        # For people and for parents that asked for any free port.
+        # For people, and for parents that asked for any free port.
         sys.stdout.write(f"gateway ready at {url}\n")
         sys.stdout.flush()
 
@@ -48,16 +48,16 @@ class Server(uvicorn.Server):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the gateway; the exit status."""
+    """Run the gateway; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m gateway", description="The HTTP gateway.")
-    parser.add_argument("--parent-pipe", action="store_true", help="leave when standard input reaches its end")
+    parser.add_argument("--parent-pipe", action="store_true", help="exit when standard input is closed")
     given = parser.parse_args(arguments)
     try:
         settings = GatewaySettings.read()
         logs.configure("gateway", settings.log_level)
         for chatty in ("uvicorn.error", "alembic"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        # The port first: where it is taken, another gateway may be at work on the same database.
+        # The port first: if it is taken, another gateway may be using the same database.
         listener = _listen(settings.host, settings.port)
         app = create_app(settings)
     except EthogramError as error:
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = Server(config, app.state.services.tails.close_streams)
-    # The server raises the signal that ended it again once it is done; leaving in order is no failure.
+    # Once it has stopped, the server raises the signal that stopped it again; a clean shutdown is not a failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     if given.parent_pipe:
@@ -101,7 +101,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _allow_many_connections() -> None:
-    """Each stream is an open file, and the usual soft limit is 1,024."""
+    """Raise the limit of open files, usually 1,024: each event stream is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""The FastAPI application: settings in, routes and error handlers in place, parts opened with its lifespan."""
+"""The FastAPI application: routes, error handlers, and the services that live as long as it does."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.runtime import scratch
 
-# Three parts are asked at once, and two probes may come together.
+# Three services are checked at once, and two probes may come together.
 CHECKERS = 6
 _ERROR = {"model": problems.Problem, "content": {problems.MEDIA_TYPE: {}}}
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
-    """The gateway, with its parts open and the database migrated; ``app.state.services`` holds them until the lifespan
-    ends.
+    """The gateway, with its services open and the database migrated; ``app.state.services`` holds them until the
+    lifespan ends.
 
-    Raises :class:`EthogramError` when the database or the store cannot be used, or Redis' URL is none.
+    Raises :class:`EthogramError` when the database or the store cannot be used, or the URL of Redis is malformed.
     """
     held = ExitStack()
     registry = JobRegistry.open(settings.database)
@@ -60,8 +60,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             yield
         finally:
             await services.tails.stop()
-            for part in (services.bell, services.notifier, registry):
-                await anyio.to_thread.run_sync(part.close)
+            for service in (services.bell, services.notifier, registry):
+                await anyio.to_thread.run_sync(service.close)
             held.close()
 
     app = FastAPI(
@@ -71,7 +71,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         dependencies=[Depends(storable)],
         generate_unique_id_function=_operation_id,
         responses={
-            422: {**_ERROR, "description": "A field is wrong; which and how"},
+            422: {**_ERROR, "description": "A field is invalid; `violations` says which and why"},
             "default": {**_ERROR, "description": "What went wrong"},
         },
     )
@@ -79,7 +79,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     for module in (jobs, events, artifacts, models, meta):
         app.include_router(module.router)
     problems.install(app)
-    # The last one added is the outermost.
+    # The middleware added last is the outermost.
     app.add_middleware(BodyLimit, limit=settings.body_limit, exceptions={"/v1/artifacts": settings.upload_limit})
     app.add_middleware(RequestContext, metrics=metrics)
     return app

@@ -19,21 +19,21 @@ _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 def _known_form(value: str) -> str:
     if not _ID.fullmatch(value):
-        raise NotFound(f"there is nothing named {value[:80]!r}")
+        raise NotFound(f"nothing is named {value[:80]!r}")
     return value
 
 
 Id = Annotated[str, AfterValidator(_known_form)]
-"""An id or name in a path; one of another form is unknown too."""
+"""An id or name in a path; a malformed one is not found."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,79}$", examples=["zoo"])]
 """A name that the user gives to an artifact, a model, a type or a version."""
-Limit = Annotated[int, Query(ge=1, le=1000, description="Most items of the page.")]
-Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Maximum number of items on the page.")]
+Cursor = Annotated[str | None, Query(description="`next_cursor` of the previous page.")]
 IdempotencyKey = Annotated[
     str | None,
     Header(
         pattern=r"^[!-~]{1,255}$",
-        description="A request sent again with the same key makes nothing new; with another body it is refused.",
+        description="A repeated request with the same key creates nothing new; with another body it is refused.",
     ),
 ]
 
@@ -45,27 +45,27 @@ def _check(body: object) -> None:
 
 
 class Page(BaseModel, Generic[T]):
-    """A part of a list."""
+    """A page of a list."""
 
     items: list[T]
     next_cursor: str | None = None
-    """Where the next page begins; null on the last."""
+    """Cursor of the next page; null on the last."""
 
 
 async def storable(request: Request) -> None:
-    """Refuse NUL and lone surrogates: they pass validation, and databases cannot store them."""
+    """Refuse NUL and lone surrogates, which pass validation but which databases cannot store."""
     for name, value in [*request.path_params.items(), *request.query_params.multi_items()]:
         text.check(value, name)
     if request.scope["route"].body_field is None:
-        # An upload is read by its route, piece by piece.
+        # Uploads are read by their route, in chunks.
         return
     try:
-        # The framework has read the body already, and keeps it.
+        # The framework has already read the body, and keeps it.
         body = await request.json()
-        # A large body takes a while, in which others are served.
+        # A large body takes a while; others are served meanwhile.
         await anyio.to_thread.run_sync(_check, body)
     except ValueError:
-        # No JSON: the framework says so.
+        # Not JSON: the framework reports it.
         return
     except RecursionError:
         raise InvalidInput.field("(root)", "the body is nested too deeply") from None

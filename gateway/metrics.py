@@ -1,4 +1,4 @@
-"""What the gateway tells Prometheus: of itself, and of the queues as the registry has them."""
+"""Prometheus metrics of the gateway, and of the queues in the registry."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from services.jobs.registry import Depth, JobRegistry
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 UNKNOWN = "unknown"
-"""Route of requests that no route takes: whatever clients think of must not become labels."""
+"""Route label of requests that match no route, since arbitrary paths must not become labels."""
 _KEEP_SECONDS = 1.0
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
 
 class GatewayMetrics:
-    """Counters of one application, which may not be the only one in its process."""
+    """Metrics of one application; a process may have several."""
 
     def __init__(self, registry: JobRegistry, streams: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -51,33 +51,33 @@ class GatewayMetrics:
             self.seconds.labels(method, route).observe(seconds)
 
     def exposition(self) -> bytes:
-        """All of it, as text."""
+        """All metrics in the text format."""
         return generate_latest(self.registry)
 
 
 class QueueCollector(Collector):
-    """Asks the registry when Prometheus asks, once a second at the most. Every gateway tells the same."""
+    """Reads the queues from the registry on each scrape, at most once a second. All gateways report the same."""
 
     def __init__(self, registry: JobRegistry) -> None:
         self._registry, self._lock = registry, threading.Lock()
-        self._found: list[Depth] | None = []
+        self._depths: list[Depth] | None = []
         self._until = 0.0
 
     def describe(self) -> Iterator[Metric]:
-        """Names alone: there is nothing to ask before there are tables."""
+        """The names alone: before there are tables, nothing can be read."""
         return iter(self._families([], up=True))
 
     def collect(self) -> Iterator[Metric]:
-        """The queues now; without a database only that there is none."""
+        """The queues now; without a database, only that it is down."""
         with self._lock:
             if time.monotonic() >= self._until:
                 try:
-                    self._found = self._registry.depths()
+                    self._depths = self._registry.depths()
                 except Unavailable:
-                    self._found = None
+                    self._depths = None
                 self._until = time.monotonic() + _KEEP_SECONDS
-            found = self._found
-        return iter(self._families(found or [], up=found is not None))
+            depths = self._depths
+        return iter(self._families(depths or [], up=depths is not None))
 
     @staticmethod
     def _families(depths: list[Depth], up: bool) -> list[Metric]:

@@ -1,4 +1,4 @@
-"""Errors as ``application/problem+json`` (RFC 9457), in one place for all routes."""
+"""Errors as ``application/problem+json`` (RFC 9457), for all routes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class ViolationOut(BaseModel):
-    """One field that is wrong."""
+    """One invalid field."""
 
     field: str = Field(examples=["spec.training.steps"])
     description: str
 
 
 class Problem(BaseModel):
-    """What every error answers."""
+    """The body of every error."""
 
     type: str = Field(examples=["about:blank"])
     title: str = Field(examples=["Unprocessable Entity"])
@@ -38,7 +38,7 @@ class Problem(BaseModel):
 
 
 def problem(error: EthogramError, request_id: str, *, status: int = 0, reason: str = "") -> Response:
-    """The answer that tells of ``error``."""
+    """The response for ``error``."""
     status = status or error.http_status
     body = {
         "type": "about:blank",
@@ -56,7 +56,7 @@ def problem(error: EthogramError, request_id: str, *, status: int = 0, reason: s
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of ``app`` with a problem. What is not expected is the request context's to answer."""
+    """Answer every expected error of ``app`` with a problem; :class:`RequestContext` answers the others."""
 
     async def domain(request: Request, error: Exception) -> Response:
         assert isinstance(error, EthogramError)
@@ -86,10 +86,10 @@ def request_id_of(request: Request) -> str:
 def _http_problem(request: Request, error: HTTPException) -> Response:
     request_id, status = request_id_of(request), error.status_code
     if status == HTTPStatus.NOT_FOUND:
-        return problem(NotFound(f"there is nothing at {request.url.path}; /docs lists what there is"), request_id)
+        return problem(NotFound(f"there is nothing at {request.url.path}; /docs lists all routes"), request_id)
     if status == HTTPStatus.BAD_REQUEST:
-        # How the framework calls a body that it cannot read: not UTF-8, nested too deeply, integers too long.
-        return problem(InvalidInput.field("(root)", "the body is not JSON that can be read"), request_id)
+        # The framework's answer to a body that it cannot parse: not UTF-8, nested too deeply, integers too long.
+        return problem(InvalidInput.field("(root)", "the body is not readable JSON"), request_id)
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         return problem(TooLarge(str(error.detail)), request_id)
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -99,9 +99,9 @@ def _http_problem(request: Request, error: HTTPException) -> Response:
 
 
 def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:
-    """The framework's findings with paths as the user wrote them: ``spec.training.steps``.
+    """The framework's validation errors, with paths as the user wrote them: ``spec.training.steps``.
 
-    The framework's begin with where the value was (``body``, ``query``, ...) and go through the union's tag.
+    The framework's paths start with where the value was (``body``, ``query``, ...) and include the union's tag.
     """
     found = []
     for detail in details[:MAX_VIOLATIONS]:

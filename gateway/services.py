@@ -1,4 +1,4 @@
-"""What the routes work with, made once per process."""
+"""What the routes work with, created once per process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from services.jobs.records import Job
 from services.jobs.registry import JobRegistry
 
 TENANT = "default"
-"""Whose everything is, until there are several."""
+"""The only tenant, until there are several."""
 
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of the platform that the gateway speaks to."""
+    """The parts of the platform that the gateway uses."""
 
     settings: GatewaySettings
     registry: JobRegistry
@@ -34,17 +34,14 @@ class Services:
     tails: Tails
     metrics: GatewayMetrics
     checks: ThreadPoolExecutor
-    """Threads for what may not answer, so that a probe does."""
+    """Threads for checks that may hang, so that probes do not."""
     checking: dict[str, Future[Any]]
-    """The last check of each part, which may not have ended."""
+    """The last check of each part, which may still run."""
     work: Path
     """Scratch folder of uploads."""
 
     def announce(self, job: Job) -> None:
-        """Tell the world of a change that was committed: watchers here at once, other gateways, and idle workers.
-
-        Never waits, for Redis least of all.
-        """
+        """Announce a committed change to watchers here, to other gateways, and to idle workers. Never blocks."""
         self.tails.wake(job.id)
         self.notifier.notify(job.id, job.seq)
         if not job.state.terminal:
@@ -56,4 +53,4 @@ def _of(request: Request) -> Services:
     return services
 
 
-With = Annotated[Services, Depends(_of)]
+ServicesDependency = Annotated[Services, Depends(_of)]

@@ -8,17 +8,17 @@ from services.runtime.settings import ProcessSettings
 
 
 class GatewaySettings(ProcessSettings):
-    """Where to listen, and how much to take."""
+    """Address and limits of the gateway."""
 
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(8321, ge=0, le=65_535)
     """TCP port to listen on; 0: any free one."""
     inference: str = "127.0.0.1:8322"
-    """``host:port`` of the inference service, as clients reach it."""
+    """``host:port`` at which clients reach the inference service."""
     body_limit: int = Field(2 * 2**20, ge=1024)
-    """Most bytes of a JSON body."""
+    """Maximum size of a JSON body, in bytes."""
     upload_limit: int = Field(32 * 2**30, ge=1024)
-    """Most bytes of an uploaded artifact."""
+    """Maximum size of an uploaded artifact, in bytes."""
     stream_limit: int = Field(8192, ge=1)
-    """Most event streams open at once."""
+    """Maximum number of open event streams."""

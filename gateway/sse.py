@@ -20,13 +20,13 @@ def frame(event: str, data: str, id: int | None = None) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """An answer that goes on as long as its async generator, which is closed at once when the client leaves."""
+    """A response that lasts as long as its async generator, which is closed as soon as the client leaves."""
 
     media_type = EVENT_STREAM
 
     def __init__(self, content: AsyncGenerator[bytes, None]) -> None:
         self._content = content
-        # Proxies must neither keep the stream nor hold it back.
+        # Proxies must neither cache nor buffer the stream.
         super().__init__(content, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def stream_response(self, send: Send) -> None:

@@ -15,7 +15,7 @@ from services.jobs.records import Options
 
 
 class SubmissionBase(Options):
-    """A job to be done: its kind, its spec and how it is queued."""
+    """A job to queue: its kind, its spec and its options."""
 
     model_config = ConfigDict(title="Submission")
 
@@ -52,7 +52,7 @@ JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class Pipeline(BaseModel):
-    """Several jobs, all queued or none. An input ``{"job": NAME, "artifact": ...}`` names another of them."""
+    """Several jobs, queued all or none. An input ``{"job": NAME, "artifact": ...}`` names another of these jobs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,9 +1,9 @@
-"""Event streams: one tailer per watched job reads the registry once for all who watch.
+"""Event streams: one tail per watched job reads the registry once for all its watchers.
 
-Redis only says that a job has something new, and a poll each second says the same when Redis cannot. What is new comes
-from the registry, so any number of gateways agree and nothing is lost or doubled. A watcher holds a cursor, no queue:
-it takes the newest chunks from the tailer's window, and what left the window from the registry. A slow watcher
-therefore costs no memory and slows nobody.
+Redis only says that a job has something new; a poll each second says the same when Redis is down. The events come from
+the registry, so any number of gateways agree and nothing is lost or doubled. A watcher holds a cursor, not a queue: it
+takes the newest chunks from the tail's window, and older ones from the registry. A slow watcher therefore costs no
+memory and slows nobody.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Chunk(NamedTuple):
 
 
 class _Tail:
-    """What the watchers of one job share. Touched by the event loop only."""
+    """What the watchers of one job share. Used by the event loop only."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.last = job.seq
-        """Events up to this one are in the window or older than it."""
+        """Number of the newest event that was read."""
         self.window: OrderedDict[int, Chunk] = OrderedDict()
         self.window_bytes = 0
         self.gone: EthogramError | None = None
@@ -64,16 +64,16 @@ class _Tail:
         self.task: asyncio.Task[None] | None = None
 
     def push(self, chunk: Chunk) -> None:
-        """Take what comes after ``last``."""
+        """Append the chunk after ``last``."""
         self.window[chunk.after] = chunk
         self.window_bytes += len(chunk.data)
         self.last = chunk.last
         while self.window_bytes > WINDOW_BYTES:
             self.window_bytes -= len(self.window.popitem(last=False)[1].data)
-        self.tell()
+        self.notify()
 
     def ahead(self, cursor: int) -> Chunk | None:
-        """What follows ``cursor``, as far as it is in the window and fits one write; None if it has left the window."""
+        """The events after ``cursor`` that are in the window and fit one write; None if they have left the window."""
         parts, last, size = [], cursor, 0
         while size < WRITE_BYTES and (chunk := self.window.get(last)) is not None:
             parts.append(chunk.data)
@@ -81,20 +81,19 @@ class _Tail:
         return Chunk(cursor, last, b"".join(parts)) if parts else None
 
     def show(self, job: Job) -> None:
-        """Take the job's newest row."""
-        same = (job.seq, job.state, job.progress) == (self.job.seq, self.job.state, self.job.progress)
-        self.job = job
-        if not same:
-            self.tell()
+        """Set the job's newest row."""
+        previous, self.job = self.job, job
+        if (job.seq, job.state, job.progress) != (previous.seq, previous.state, previous.progress):
+            self.notify()
 
-    def tell(self) -> None:
-        """Let all watchers look."""
+    def notify(self) -> None:
+        """Wake all watchers."""
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 
 
 class Tails:
-    """All tailers of this process. Start it in the event loop that serves; stop it there too."""
+    """All tails of this process. Start and stop it in the event loop that serves."""
 
     def __init__(self, registry: JobRegistry, redis_url: str, limit: int) -> None:
         self._registry, self._redis_url, self._limit = registry, redis_url, limit
@@ -106,22 +105,22 @@ class Tails:
         self._streams = 0
 
     def start(self) -> None:
-        """Begin to listen to Redis."""
+        """Start to listen to Redis."""
         self._loop = asyncio.get_running_loop()
-        # Its own threads: watchers who catch up must not keep the other routes waiting.
+        # Threads of its own, so that watchers who catch up do not delay other routes.
         self._readers = anyio.CapacityLimiter(READERS)
         self._listener = asyncio.create_task(self._listen())
 
     @property
     def streams(self) -> int:
-        """How many are open."""
+        """Number of open streams."""
         return self._streams
 
     def close_streams(self) -> None:
-        """End all streams, so that the server can; their clients come back elsewhere and go on where they were."""
+        """End all streams, so that the server can stop; clients reconnect elsewhere and resume where they were."""
         self._closing = True
         for tail in self._tails.values():
-            tail.tell()
+            tail.notify()
 
     async def stop(self) -> None:
         """End all streams and tasks."""
@@ -132,22 +131,22 @@ class Tails:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def wake(self, job: str) -> None:
-        """``job`` has something new. From any thread."""
+        """Say that ``job`` has something new. Callable from any thread."""
         assert self._loop is not None
-        with suppress(RuntimeError):  # The loop is closed: nobody watches any more.
+        with suppress(RuntimeError):  # The loop is closed, so nobody watches any more.
             self._loop.call_soon_threadsafe(self._wake, job)
 
     async def open(self, job_id: str, after: int, follow: bool) -> AsyncGenerator[bytes, None]:
-        """The stream of a job's events after ``after``, as bytes to send.
+        """Stream a job's events after ``after``, as bytes to send.
 
-        Raises :class:`NotFound` for no such job, :class:`InvalidInput` when it has no event ``after``, and
+        Raises :class:`NotFound` for an unknown job, :class:`InvalidInput` when it has no event ``after``, and
         :class:`Unavailable` when too many streams are open.
         """
         job = await self._read(lambda: self._registry.get(job_id))
         if after > job.seq:
             raise InvalidInput.field("after", f"the job's newest event is {job.seq}")
         if self._streams >= self._limit:
-            raise Unavailable(f"this gateway serves {self._limit} event streams already; try another, or later")
+            raise Unavailable(f"this gateway already serves {self._limit} event streams; try another gateway, or later")
         return self._follow(job, after) if follow else self._replay(job, after)
 
     async def _replay(self, job: Job, after: int) -> AsyncGenerator[bytes, None]:
@@ -190,7 +189,7 @@ class Tails:
             tail = self._tails[job.id] = _Tail(job)
             tail.task = asyncio.create_task(self._run(tail))
         elif job.seq > tail.job.seq:
-            # A row older than the watcher's own would tell of an end that a retry has undone.
+            # A row older than the watcher's could report an end that a retry has undone.
             tail.job = job
             tail.wake.set()
         tail.watchers += 1
@@ -206,7 +205,7 @@ class Tails:
                 tail.task.cancel()
 
     async def _run(self, tail: _Tail) -> None:
-        """Read what is new whenever woken, and each second."""
+        """Read new events when woken, and each second."""
         failing = False
         while tail.gone is None:
             try:
@@ -214,27 +213,27 @@ class Tails:
                 failing = False
             except NotFound as error:
                 tail.gone = error
-                tail.tell()
+                tail.notify()
             except Exception:
                 if not failing:
                     logger.exception("cannot read the events of a job; trying again", extra={"job": tail.job.id})
                 failing = True
                 await asyncio.sleep(POLL_SECONDS)
-            # Events that come in quick succession go out together: with many watchers that is what counts.
+            # Events in quick succession are sent together, which matters with many watchers.
             await asyncio.sleep(PACE_SECONDS)
             with suppress(TimeoutError):
                 await asyncio.wait_for(tail.wake.wait(), POLL_SECONDS)
 
     async def _advance(self, tail: _Tail) -> None:
         tail.wake.clear()
-        # The job before its events: all that it counts are then there to be read, its last one included.
+        # The job before its events, so that all events up to its `seq` can be read.
         job = await self._read(lambda: self._registry.get(tail.job.id))
         while tail.last < job.seq:
             tail.push(await self._chunk(job.id, tail.last, job.seq))
         tail.show(job)
 
     async def _chunk(self, job: str, after: int, last: int) -> Chunk:
-        """Events from the registry: some of those after ``after`` up to ``last``, at least one."""
+        """At least one event after ``after``, and none beyond ``last``, from the registry."""
         limit = min(BATCH, last - after)
 
         def read() -> Chunk:
@@ -254,7 +253,7 @@ class Tails:
             tail.wake.set()
 
     async def _listen(self) -> None:
-        """Hear from Redis which jobs have something new, for as long as the process lives."""
+        """Listen to Redis for jobs that have something new, until cancelled."""
         client = redis.asyncio.Redis.from_url(
             self._redis_url, socket_connect_timeout=2, socket_timeout=None, socket_keepalive=True, retry=None
         )
@@ -264,9 +263,9 @@ class Tails:
                 async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     await pubsub.subscribe(CHANNEL)
                     if failing:
-                        logger.info("hear of new events from Redis again")
+                        logger.info("Redis sends notifications of new events again")
                     failing = False
-                    # What was said while nobody listened.
+                    # Notifications may have been missed meanwhile.
                     for tail in self._tails.values():
                         tail.wake.set()
                     async for message in pubsub.listen():
@@ -274,7 +273,7 @@ class Tails:
                             self._wake(json.loads(message["data"])["job"])
             except (RedisError, OSError) as error:
                 if not failing:
-                    text = "cannot hear from Redis; polling for events each second until it is back"
+                    text = "no notifications from Redis; polling for events each second until it is back"
                     logger.warning(text, extra={"cause": str(error)})
                 failing = True
                 await asyncio.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Artifacts: upload, list, look into, download, delete."""
+"""Routes of artifacts: upload, list, get, download, delete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.responses import StreamingResponse
 
 from ethogram.errors import NotFound
 from gateway.inputs import Cursor, Id, Limit, Page
-from gateway.services import TENANT, Services, With
+from gateway.services import TENANT, Services, ServicesDependency
 from gateway.uploads import Upload
 from services.artifacts.store import Manifest
 from services.jobs.records import ArtifactRow
@@ -22,7 +22,7 @@ from services.jobs.records import ArtifactRow
 router = APIRouter(prefix="/v1", tags=["artifacts"])
 
 CHUNK_BYTES = 2**20
-# What a browser may show; everything else it only saves.
+# What a browser may display; it only saves anything else.
 _SHOWN = frozenset({"application/json", "image/png", "text/csv", "text/plain"})
 
 
@@ -34,7 +34,7 @@ class Uploaded(BaseModel):
 
 
 class ArtifactDetail(ArtifactRow):
-    """One artifact and what it holds."""
+    """An artifact and its manifest."""
 
     manifest: Manifest
 
@@ -48,7 +48,7 @@ _FORM = {
                 "required": ["name", "type", "files"],
                 "properties": {
                     "name": {"type": "string", "description": "Name of the artifact."},
-                    "type": {"type": "string", "description": "What it is: `zoo`, `codec`, ..."},
+                    "type": {"type": "string", "description": "Type of the artifact: `zoo`, `codec`, ..."},
                     "files": {
                         "type": "array",
                         "items": {"type": "string", "format": "binary"},
@@ -62,8 +62,8 @@ _FORM = {
 
 
 @router.post("/artifacts", status_code=201, openapi_extra={"requestBody": _FORM})
-async def upload(request: Request, services: With) -> Uploaded:
-    """Keep files of your own as an artifact, so that jobs can take it as input."""
+async def upload(request: Request, services: ServicesDependency) -> Uploaded:
+    """Upload files as an artifact, which jobs can then take as input."""
     receiver = await anyio.to_thread.run_sync(Upload, services.work, request.headers.get("content-type", ""))
     try:
         async for chunk in _large(request.stream()):
@@ -76,7 +76,7 @@ async def upload(request: Request, services: With) -> Uploaded:
 
 @router.get("/artifacts")
 def list_artifacts(
-    services: With,
+    services: ServicesDependency,
     job: Annotated[str | None, Query(description="Outputs of this job only.")] = None,
     type: Annotated[str | None, Query(description="Of this type only.")] = None,
     limit: Limit = 50,
@@ -88,16 +88,16 @@ def list_artifacts(
 
 
 @router.get("/artifacts/{artifact_id}")
-def get_artifact(artifact_id: Id, services: With) -> ArtifactDetail:
+def get_artifact(artifact_id: Id, services: ServicesDependency) -> ArtifactDetail:
     """One artifact with its manifest: files, digests, lineage."""
     row = services.registry.artifact(artifact_id)
     return ArtifactDetail(**row.model_dump(), manifest=services.store.manifest(artifact_id))
 
 
 @router.delete("/artifacts/{artifact_id}")
-def delete_artifact(artifact_id: Id, services: With) -> ArtifactRow:
-    """Delete an artifact that no job needs any more; retired models that are made of it go along. Its room is free
-    some hours later, or once the jobs that used it are deleted too."""
+def delete_artifact(artifact_id: Id, services: ServicesDependency) -> ArtifactRow:
+    """Delete an artifact that no unfinished job needs, with retired models made of it. Its space is freed some hours
+    later, or once the jobs that used it are deleted too."""
     services.registry.deletable_artifact(artifact_id)
     services.store.withdraw(artifact_id)
     return services.registry.delete_artifact(artifact_id)
@@ -109,12 +109,12 @@ def delete_artifact(artifact_id: Id, services: With) -> ArtifactRow:
     responses={200: {"description": "The file", "content": {"application/octet-stream": {}}}, 304: {}},
 )
 def download(
-    artifact_id: Id, path: str, services: With, if_none_match: Annotated[str | None, Header()] = None
+    artifact_id: Id, path: str, services: ServicesDependency, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
     """One file of an artifact. Its ETag is its sha256."""
     file = services.store.manifest(artifact_id).files.get(path)
     if file is None:
-        # Opening tells a path that may never be from one that is not there.
+        # Opening it distinguishes a forbidden path from one that does not exist.
         services.store.open(artifact_id, path).close()
         raise NotFound(f"artifact {artifact_id} has no file {path!r}")
     kind = mimetypes.guess_type(path)[0]
@@ -143,7 +143,7 @@ def _keep(receiver: Upload, services: Services) -> Uploaded:
 
 
 async def _large(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same bytes in larger pieces: each costs a change of threads."""
+    """Join the chunks of a stream into larger ones, since each costs a switch of threads."""
     gathered = bytearray()
     async for piece in stream:
         gathered += piece

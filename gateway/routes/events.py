@@ -1,4 +1,4 @@
-"""What happens to a job, as server-sent events."""
+"""Route of a job's events, as server-sent events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.responses import StreamingResponse
 
 from ethogram.errors import InvalidInput
 from gateway.inputs import Id
-from gateway.services import With
+from gateway.services import ServicesDependency
 from gateway.sse import EventStream
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -23,23 +23,22 @@ MAX_SEQ = 2**53
     responses={
         200: {
             "description": "A stream of: `state`, `log`, `checkpoint` and `artifact`, whose `id` is the event's `seq` "
-            "and whose `data` is the Event; `progress`, without an id, whose `data` is the newest progress; and at "
-            "last `end`, when the job has ended and all was sent.",
+            "and whose `data` is the Event; `progress`, without an id, whose `data` is the newest progress; and "
+            "finally `end`, when the job has ended and everything was sent.",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         }
     },
 )
 async def events(
     job_id: Id,
-    services: With,
+    services: ServicesDependency,
     after: Annotated[int, Query(ge=0, le=MAX_SEQ, description="Leave out events up to this `seq`.")] = 0,
-    follow: Annotated[bool, Query(description="False: what there is now, then `end`.")] = True,
+    follow: Annotated[bool, Query(description="False: only the events so far, then `end`.")] = True,
     last_event_id: Annotated[
-        str | None, Header(description="As `after`, and goes before it; browsers send it.")
+        str | None, Header(description="As `after`, which it overrides; browsers send it.")
     ] = None,
 ) -> EventStream:
-    """Every event of a job once and in order, those of the past first. A broken stream is resumed with the id that came
-    last."""
+    """Every event of a job, once and in order, from the first. Resume a broken stream with the last id received."""
     if last_event_id:
         if not (last_event_id.isascii() and last_event_id.isdecimal() and len(last_event_id) <= len(str(MAX_SEQ))):
             raise InvalidInput.field("Last-Event-ID", "must be the id of an event of this stream, a whole number")

@@ -1,4 +1,4 @@
-"""Jobs: submit, list, look at, cancel, retry."""
+"""Routes of jobs: submit, list, get, cancel, retry, delete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.kinds import KINDS
 from gateway.inputs import Cursor, Id, IdempotencyKey, Limit, Page
 from gateway.problems import request_id_of
-from gateway.services import TENANT, With
+from gateway.services import TENANT, ServicesDependency
 from gateway.submissions import JOB_EXAMPLES, PIPELINE_EXAMPLES, Pipeline, Submission
 from services.jobs.records import Job
 from services.jobs.states import JobState
@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
 
 
 class PipelineJobs(BaseModel):
-    """The jobs of a pipeline, by their names there."""
+    """The jobs of a pipeline, by name."""
 
     jobs: dict[str, Job]
 
@@ -44,18 +44,18 @@ class DryRun(BaseModel):
     "/jobs",
     status_code=201,
     response_model=Job | DryRun,
-    responses={200: {"description": "The key was seen before, or dry run", "model": Job | DryRun}},
+    responses={200: {"description": "A repeated key, or a dry run", "model": Job | DryRun}},
 )
 def submit(
     submission: Annotated[Submission, Body(openapi_examples=JOB_EXAMPLES)],
-    services: With,
+    services: ServicesDependency,
     request: Request,
     response: Response,
     *,
     idempotency_key: IdempotencyKey = None,
-    dry_run: Annotated[bool, Query(description="Check all, queue nothing.")] = False,
+    dry_run: Annotated[bool, Query(description="Check everything, queue nothing.")] = False,
 ) -> Job | DryRun:
-    """Queue a job. It runs when a worker is free and its inputs are there."""
+    """Queue a job. It runs once a worker is free and its inputs are there."""
     if dry_run:
         response.status_code = 200
         services.registry.check(submission.kind, submission.spec, tenant=TENANT, **submission.options)
@@ -80,12 +80,12 @@ def submit(
 @router.post("/pipelines", status_code=201)
 def submit_pipeline(
     pipeline: Annotated[Pipeline, Body(openapi_examples=PIPELINE_EXAMPLES)],
-    services: With,
+    services: ServicesDependency,
     request: Request,
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> PipelineJobs:
-    """Queue several jobs at once, all or none. 200 instead of 201 for a repeated `Idempotency-Key`."""
+    """Queue several jobs, all or none. Answers 200 instead of 201 for a repeated `Idempotency-Key`."""
     jobs, created = services.registry.submit_pipeline(
         {name: (job.kind, job.spec, job.options) for name, job in pipeline.jobs.items()},
         tenant=TENANT,
@@ -102,7 +102,7 @@ def submit_pipeline(
 
 @router.get("/jobs")
 def list_jobs(
-    services: With,
+    services: ServicesDependency,
     *,
     kind: Annotated[str | None, Query(description=f"One of: {', '.join(KINDS)}.")] = None,
     state: JobState | None = None,
@@ -127,14 +127,14 @@ def list_jobs(
 
 
 @router.get("/jobs/{job_id}")
-def get_job(job_id: Id, services: With) -> Job:
+def get_job(job_id: Id, services: ServicesDependency) -> Job:
     """One job as it is now."""
     return services.registry.get(job_id)
 
 
 @router.post("/jobs/{job_id}/cancel")
-def cancel(job_id: Id, services: With) -> Job:
-    """Cancel: a queued job at once, a running one as soon as its worker hears of it."""
+def cancel(job_id: Id, services: ServicesDependency) -> Job:
+    """Cancel a job: a queued one at once, a running one at its worker's next heartbeat."""
     job = services.registry.request_cancel(job_id)
     services.announce(job)
     return job
@@ -143,16 +143,16 @@ def cancel(job_id: Id, services: With) -> Job:
 @router.post("/jobs/{job_id}/retry")
 def retry(
     job_id: Id,
-    services: With,
-    from_start: Annotated[bool, Query(description="Forget its last checkpoint.")] = False,
+    services: ServicesDependency,
+    from_start: Annotated[bool, Query(description="Start over instead of resuming.")] = False,
 ) -> Job:
-    """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
+    """Queue a failed or cancelled job again; it resumes from its last checkpoint."""
     job = services.registry.retry(job_id, from_start=from_start)
     services.announce(job)
     return job
 
 
 @router.delete("/jobs/{job_id}")
-def delete(job_id: Id, services: With) -> Job:
-    """Delete a job that has ended, with its events, outputs and children. What is published of it stays."""
+def delete(job_id: Id, services: ServicesDependency) -> Job:
+    """Delete a job that has ended, with its events, outputs and children. Published models stay."""
     return services.registry.delete_job(job_id, services.store.published())

@@ -1,4 +1,4 @@
-"""About the platform itself: is it well, what can it do, where is the rest of it."""
+"""Routes about the platform: health, metrics, kinds of jobs, version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from redis.retry import Retry
 from ethogram.errors import EthogramError, Unavailable
 from ethogram.specs.kinds import KINDS
 from gateway.metrics import MEDIA_TYPE
-from gateway.services import Services, With
+from gateway.services import Services, ServicesDependency
 from services.jobs.bell import without_password
 
 logger = logging.getLogger(__name__)
@@ -29,12 +29,12 @@ CHECK_SECONDS = 3.0
 
 
 class Check(BaseModel):
-    """One part that the gateway needs."""
+    """The check of one part that the gateway needs."""
 
     name: str
     ok: bool
     detail: str
-    """What is wrong and what to do; empty when all is well."""
+    """What is wrong and what to do; empty if nothing is."""
 
 
 class Readiness(BaseModel):
@@ -56,7 +56,7 @@ class KindOut(BaseModel):
 
 
 class Info(BaseModel):
-    """What a client needs to know first."""
+    """Version and address of inference, for clients."""
 
     version: str
     inference: str
@@ -65,21 +65,21 @@ class Info(BaseModel):
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """The process lives."""
+    """The process is alive."""
     return {"status": "ok"}
 
 
-@router.get("/readyz", responses={503: {"model": Readiness, "description": "Some part is missing"}})
-def readyz(services: With, response: Response) -> Readiness:
+@router.get("/readyz", responses={503: {"model": Readiness, "description": "Some part cannot be used"}})
+def readyz(services: ServicesDependency, response: Response) -> Readiness:
     """Whether the database, the artifact store and Redis can be used; for each that cannot, what to do."""
     checks = {"database": _database, "store": _store, "redis": _redis}
     for name, check in checks.items():
-        # One that still runs is not asked again: a part that hangs must not take the threads of the others.
+        # A check that still runs is not started again: a part that hangs must not take the threads of the others.
         if name not in services.checking or services.checking[name].done():
             services.checking[name] = services.checks.submit(_check, name, check, services)
     futures = dict(services.checking)
     wait(futures.values(), CHECK_SECONDS)
-    late = f"did not answer within {CHECK_SECONDS:g} s: see that it runs and is not overloaded"
+    late = f"did not answer within {CHECK_SECONDS:g} s: check that it runs and is not overloaded"
     found = [f.result() if f.done() else Check(name=name, ok=False, detail=late) for name, f in futures.items()]
     ready = all(check.ok for check in found)
     response.status_code = 200 if ready else 503
@@ -87,8 +87,8 @@ def readyz(services: With, response: Response) -> Readiness:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {MEDIA_TYPE: {}}}})
-def metrics(services: With) -> Response:
-    """Of this gateway and of the queues, for Prometheus."""
+def metrics(services: ServicesDependency) -> Response:
+    """Metrics of this gateway and of the queues, for Prometheus."""
     return Response(services.metrics.exposition(), media_type=MEDIA_TYPE)
 
 
@@ -99,8 +99,8 @@ def kinds() -> list[KindOut]:
 
 
 @router.get("/v1/info")
-def info(services: With) -> Info:
-    """The platform's version and where its inference service is."""
+def info(services: ServicesDependency) -> Info:
+    """The platform's version, and the address of its inference service."""
     try:
         number = version("ethogram")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Published models: names and versions that point to artifacts."""
+"""Routes of published models: names and versions that point to artifacts."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ethogram.errors import NotFound
 from gateway.inputs import Id, Name, Page
-from gateway.services import TENANT, With
+from gateway.services import TENANT, ServicesDependency
 from services.artifacts.store import ModelPointer
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
 
 class Publication(BaseModel):
-    """What to publish."""
+    """A model to publish."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: Name = Field(examples=["my-codec"])
     artifact: str = Field(pattern=r"^[0-9a-f]{64}$", description="Id of an artifact.")
-    version: Name | None = Field(None, description="Left out: the next number.", examples=["1"])
+    version: Name | None = Field(None, description="Default: the next number.", examples=["1"])
 
 
 @router.post("/models", status_code=201)
-def publish(publication: Publication, services: With) -> ModelPointer:
-    """Publish an artifact as a model. A version is never replaced; inference serves it within seconds."""
-    # The store keeps a deleted artifact for some time.
+def publish(publication: Publication, services: ServicesDependency) -> ModelPointer:
+    """Publish an artifact as a model, which inference serves within seconds. A version is never replaced."""
+    # Check the registry, since the store keeps a deleted artifact for some time.
     services.registry.artifact(publication.artifact)
     made = services.store.publish(TENANT, publication.name, publication.artifact, publication.version)
     try:
         services.registry.artifact(publication.artifact)
     except NotFound:
-        # Deleted at this moment, by one who did not see the model.
+        # It was deleted meanwhile, by a request that did not see the model.
         services.store.retire(TENANT, made.name, made.version)
         services.store.withdraw(made.artifact)
         raise
@@ -42,20 +42,22 @@ def publish(publication: Publication, services: With) -> ModelPointer:
 
 
 @router.get("/models")
-def list_models(services: With) -> Page[ModelPointer]:
+def list_models(services: ServicesDependency) -> Page[ModelPointer]:
     """All published models, all versions."""
     return Page(items=services.store.models(TENANT))
 
 
 @router.get("/models/{name}")
 def get_model(
-    name: Id, services: With, version: Annotated[str | None, Query(description="Left out: the latest.")] = None
+    name: Id,
+    services: ServicesDependency,
+    version: Annotated[str | None, Query(description="Default: the latest.")] = None,
 ) -> ModelPointer:
-    """One published model."""
+    """One version of a published model."""
     return services.store.model(TENANT, name, version)
 
 
 @router.post("/models/{name}/{version}/retire")
-def retire(name: Id, version: Id, services: With) -> ModelPointer:
-    """Serve a version no more, but to those who ask for it by number. Twice does no harm."""
+def retire(name: Id, version: Id, services: ServicesDependency) -> ModelPointer:
+    """Retire a version: it is served only to requests that name it. Retiring it twice changes nothing."""
     return services.store.retire(TENANT, name, version)
