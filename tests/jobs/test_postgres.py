@@ -63,7 +63,7 @@ def test_a_server_that_is_down_and_comes_back(server: PostgresServer, served: Jo
     server.stop()
     begun = time.monotonic()
     for _ in range(2):
-        with pytest.raises(Unavailable, match=r"refused.*can be written, then try again") as caught:
+        with pytest.raises(Unavailable, match=r"refused.*is writable, then try again") as caught:
             submit(served)
     with pytest.raises(Unavailable) as at_start:
         JobRegistry.open(server.url)
@@ -124,7 +124,7 @@ def test_a_server_that_starts_up(server: PostgresServer, served: JobRegistry) ->
         ("57P03", "the database system is starting up", "check that it runs"),
         ("40001", "could not serialize access", "try again"),
         ("40P01", "deadlock detected", "other transactions were in the way"),
-        ("25006", "cannot execute INSERT in a read-only transaction", "can be written"),
+        ("25006", "cannot execute INSERT in a read-only transaction", "is writable"),
         ("42501", "permission denied for schema public", "GRANT CREATE"),
         ("58030", "could not read block 1: Input/output error", "check that it runs"),
     ],
