@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import delete, insert, select
 
+from benchmarks._kit import say
 from ethogram.specs.generation import GenerationSpec
 from services.jobs import tables
 from services.jobs.registry import JobRegistry
@@ -17,7 +18,7 @@ SHORT, LONG = 100, 10_000
 _ROUNDS, _CLAIMS = 4, 40
 
 
-def claim_flat_ratio(urls: Sequence[str], say: Callable[[str], None]) -> float:
+def claim_flat_ratio(urls: Sequence[str]) -> float:
     """The worst ratio of median claim times, 10,000 waiting jobs to 100, over the empty databases at ``urls``, with one
     tenant and with twenty."""
     worst = 0.0

@@ -12,10 +12,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from benchmarks import _kit
 from ethogram.specs.generation import GenerationSpec
 from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
@@ -24,7 +24,7 @@ WATCHERS, EVENTS = 1000, 10_000
 _PROCESSES, _BATCH = 2, 20
 
 
-def watcher_events_lost(folder: Path, redis_url: str, say: Callable[[str], None]) -> int:
+def watcher_events_lost(folder: Path, redis_url: str) -> int:
     """Events that were missed, doubled or out of order, over all watchers."""
     state = folder / "watchers"
     environment = {**os.environ, "ETHOGRAM_STATE": str(state), "ETHOGRAM_PORT": "0", "REDIS_URL": redis_url}
@@ -46,11 +46,8 @@ def watcher_events_lost(folder: Path, redis_url: str, say: Callable[[str], None]
         job, _ = registry.submit("generation", GenerationSpec(), queue="watched")
         claim = registry.claim_next("watched", "bench", 3600.0)
         assert claim is not None
-        command = [sys.executable, "-m", "benchmarks._watchers", str(parts.hostname), str(parts.port), job.id]
-        for _ in range(_PROCESSES):
-            watchers.append(
-                subprocess.Popen([*command, str(WATCHERS // _PROCESSES)], stdout=subprocess.PIPE, text=True)
-            )
+        about = parts.hostname, parts.port, job.id, WATCHERS // _PROCESSES
+        watchers += [_kit.start("_watchers", *about) for _ in range(_PROCESSES)]
         for watcher in watchers:
             assert watcher.stdout is not None
             assert watcher.stdout.readline() == "connected\n"
@@ -67,7 +64,7 @@ def watcher_events_lost(folder: Path, redis_url: str, say: Callable[[str], None]
             found = json.loads(answer)
             assert found["watchers"] == WATCHERS // _PROCESSES
             lost += sum(abs(done.seq - seen) for seen in found["seen"]) + found["wrong"]
-        say(f"{WATCHERS} watchers of {done.seq} events: {lost} lost, {time.monotonic() - began:.0f} s")
+        _kit.say(f"{WATCHERS} watchers of {done.seq} events: {lost} lost, {time.monotonic() - began:.0f} s")
         registry.close()
         notifier.close()
         return lost

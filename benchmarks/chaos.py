@@ -10,29 +10,30 @@ The last line is one JSON object. What went wrong is told on standard error, wit
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import shutil
-import sys
 import tempfile
 import time
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import _kit
 from benchmarks._chaos import checks
 from benchmarks._chaos.arena import Arena, spawn
 from benchmarks._chaos.faults import Faults
 from benchmarks._chaos.workload import Workload
 from benchmarks._claims import claim_flat_ratio
+from benchmarks._kit import Figures, say
 from benchmarks._watchers import watcher_events_lost
 from ethogram.bench import Figure, form
 from tests.conftest import free_port
 from tests.postgres_server import start_postgres
 from tests.redis_server import start_redis
 
+DATABASES = ("sqlite", "postgresql")
 _DRAIN_SECONDS = 300.0
-_BEGAN = time.monotonic()
 _JOB = re.compile(r"job_[a-z0-9]{20}")
 
 
@@ -53,12 +54,6 @@ class Outcome:
     """Job to its events, as lines."""
 
 
-def say(text: str) -> None:
-    """Progress, for people."""
-    sys.stderr.write(f"{time.monotonic() - _BEGAN:6.0f} s  {text}\n")
-    sys.stderr.flush()
-
-
 def suffer(folder: Path, database: str, *, faults: int, jobs: int, seed: int) -> Outcome:
     """``faults`` faults on one platform that works on at least ``jobs`` jobs meanwhile."""
     arena = Arena(folder, database)
@@ -66,7 +61,7 @@ def suffer(folder: Path, database: str, *, faults: int, jobs: int, seed: int) ->
     try:
         say(f"{database}: the platform is up")
         chance = random.Random(f"faults {seed} {database}")
-        workload, doer = Workload(arena, seed, say), Faults(arena, chance, say)
+        workload, doer = Workload(arena, seed), Faults(arena, chance)
         submitting = spawn(workload.wrong, workload.run, jobs)
         try:
             told = 0
@@ -116,69 +111,69 @@ def suffer(folder: Path, database: str, *, faults: int, jobs: int, seed: int) ->
     return outcome
 
 
-def main() -> None:
-    """The benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
-    parser.add_argument("--faults", type=int, default=200, help="faults in all (200)")
-    parser.add_argument("--jobs", type=int, default=50, help="jobs at least, in all (50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws of faults and jobs (0)")
-    parser.add_argument("--database", choices=["both", "sqlite", "postgresql"], default="both")
-    parser.add_argument("--part", choices=["all", "faults", "claims", "watchers"], default="all")
-    given = parser.parse_args()
-    databases = ["sqlite", "postgresql"] if given.database == "both" else [given.database]
-    figures: dict[str, Figure] = {}
+def faults(given: argparse.Namespace) -> Figures:
+    """The promises under faults. Logs and databases of a run in which one is broken are left for people."""
     folder = Path(tempfile.mkdtemp(prefix="ethogram-chaos-"))
-    if given.part in ("all", "claims"):
-        figures["claim_flat_ratio"] = Figure(_claims(folder, databases), "<=", 1.5)
-    if given.part in ("all", "watchers"):
-        figures["watcher_events_lost"] = Figure(_watchers(folder), "==", 0)
-    if given.part in ("all", "faults"):
-        share = -(-given.faults // len(databases)), -(-given.jobs // len(databases))
-        found = [
-            suffer(folder / database, database, faults=share[0], jobs=share[1], seed=given.seed)
-            for database in databases
-        ]
-        refused = sum(one.stale_tried for one in found)
-        accepted = sum(len(one.stale_accepted) for one in found)
-        detection = [seconds for one in found for seconds in one.detection]
-        say(f"{len(detection)} losses of attempts were timed; {refused} stale writes were refused, {accepted} accepted")
-        figures |= {
-            "faults": Figure(sum(one.faults for one in found), ">=", given.faults),
-            "jobs": Figure(sum(one.jobs for one in found), ">=", given.jobs),
-            "lost": Figure(sum(len(one.lost) for one in found), "==", 0),
-            "duplicated": Figure(sum(len(one.duplicated) for one in found), "==", 0),
-            "unequal": Figure(sum(len(one.unequal) for one in found), "==", 0),
-            "stale_refused": Figure(refused / (refused + accepted) if refused else None, "==", 1.0),
-            "detection_leases": Figure(max(detection, default=None), "<=", 2.0),
-            "orphans": Figure(sum(len(one.orphans) for one in found), "==", 0),
-        }
-    whole = form("chaos", figures)
-    if whole["ok"]:
+    databases = DATABASES if given.database == "both" else (given.database,)
+    share = -(-given.faults // len(databases)), -(-given.jobs // len(databases))
+    found = [
+        suffer(folder / database, database, faults=share[0], jobs=share[1], seed=given.seed) for database in databases
+    ]
+    refused = sum(one.stale_tried for one in found)
+    accepted = sum(len(one.stale_accepted) for one in found)
+    detection = [seconds for one in found for seconds in one.detection]
+    say(f"{len(detection)} losses of attempts were timed; {refused} stale writes were refused, {accepted} accepted")
+    figures = {
+        "faults": Figure(sum(one.faults for one in found), ">=", given.faults),
+        "jobs": Figure(sum(one.jobs for one in found), ">=", given.jobs),
+        "lost": Figure(sum(len(one.lost) for one in found), "==", 0),
+        "duplicated": Figure(sum(len(one.duplicated) for one in found), "==", 0),
+        "unequal": Figure(sum(len(one.unequal) for one in found), "==", 0),
+        "stale_refused": Figure(refused / (refused + accepted) if refused else None, "==", 1.0),
+        "detection_leases": Figure(max(detection, default=None), "<=", 2.0),
+        "orphans": Figure(sum(len(one.orphans) for one in found), "==", 0),
+    }
+    if form("chaos", figures)["ok"]:
         shutil.rmtree(folder, ignore_errors=True)
     else:
         say(f"not all is well; logs and databases are in {folder}")
-    print(json.dumps(whole))
-    sys.exit(0 if whole["ok"] else 1)
+    return figures
 
 
-def _claims(folder: Path, databases: list[str]) -> float:
-    server = start_postgres(folder) if "postgresql" in databases else None
-    try:
-        urls = {"sqlite": f"sqlite:///{folder / 'claims.db'}", "postgresql": server.url if server else ""}
-        return claim_flat_ratio([urls[database] for database in databases], say)
-    finally:
-        if server is not None:
-            server.close()
+def claims(given: argparse.Namespace) -> Figures:
+    """How long a claim takes in a long queue beside a short one."""
+    databases = DATABASES if given.database == "both" else (given.database,)
+    with tempfile.TemporaryDirectory(prefix="ethogram-chaos-") as scratch, ExitStack() as servers:
+        urls = {"sqlite": f"sqlite:///{scratch}/claims.db"}
+        if "postgresql" in databases:
+            urls["postgresql"] = servers.enter_context(closing(start_postgres(Path(scratch)))).url
+        return {"claim_flat_ratio": Figure(claim_flat_ratio([urls[database] for database in databases]), "<=", 1.5)}
 
 
-def _watchers(folder: Path) -> int:
-    port = free_port()
-    server = start_redis(port, folder)
-    try:
-        return watcher_events_lost(folder, f"redis://127.0.0.1:{port}/0", say)
-    finally:
-        server.kill()
-        server.wait()
+def watchers(given: argparse.Namespace) -> Figures:
+    """Whether a thousand watchers of one job see all its events."""
+    with tempfile.TemporaryDirectory(prefix="ethogram-chaos-") as scratch:
+        port = free_port()
+        server = start_redis(port, Path(scratch))
+        try:
+            lost = watcher_events_lost(Path(scratch), f"redis://127.0.0.1:{port}/0")
+        finally:
+            server.kill()
+            server.wait()
+    return {"watcher_events_lost": Figure(lost, "==", 0)}
+
+
+PARTS: dict[str, _kit.Part] = {"claims": claims, "watchers": watchers, "faults": faults}
+
+
+def main() -> None:
+    """The benchmark."""
+    parser = _kit.parser(__doc__, PARTS)
+    parser.add_argument("--faults", type=int, default=200, help="faults in all (200)")
+    parser.add_argument("--jobs", type=int, default=50, help="jobs at least, in all (50)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws of faults and jobs (0)")
+    parser.add_argument("--database", choices=["both", *DATABASES], default="both")
+    _kit.run("chaos", parser.parse_args(), PARTS)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Sparse models of a routing policy's activations beside those of others: speed, memory, loading, quality.
 
-    make bench BENCH=clt                          every part; what was measured before is kept
+    make bench BENCH=clt                          every part
     make bench BENCH=clt ARGS="--part speed"      or memory, loader, quality, policy
     make bench BENCH=clt ARGS="--quick"           quality on a policy and with sparse models that are trained briefly
 
-Others are installed below runs/bench-clt/peers, with the torch that is here. Figures stay there too, under the hash of
-what was asked for and of the code that they follow from, so a benchmark that was interrupted goes on where it was;
---afresh measures again.
+Others are installed below runs/bench-clt/peers, with the torch that is here. What quality and policy give stays there
+too (see benchmarks/_kit.py), so a benchmark that was interrupted resumes; --afresh measures again. Times are always
+those of this run.
 
 Speed: both sides take steps on the same batches (float32, Adam, 4096 rows, two threads), in turns of ten, so that both
 meet the same disturbances; the figure is the median of five turns, in rows per second. Ours are whole steps of
@@ -16,8 +16,6 @@ batches of 4096; of the others the best of their optimisers, each with its own r
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -26,7 +24,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -34,19 +31,25 @@ from typing import Any, Self
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import _kit
 from benchmarks._clt_ours import ANY, Steps, made_up
-from benchmarks._policy_gap import policy_gap
-from ethogram.bench import Figure, form
+from benchmarks._kit import Cache, Figures, say
+from ethogram.bench import Figure
 from ethogram.specs.clt import ActivationsSpec, CltSpec, PolicySpec
 from services.clt.activations.collect import collect
 from services.clt.activations.loader import Batches, everything
 from services.clt.activations.store import ActivationStore
+from services.clt.policy.decode import greedy
+from services.clt.policy.evaluate import evaluation_instances
 from services.clt.policy.job import default_policy
+from services.clt.policy.train import PolicyTrainer, run_training
+from services.clt.policy.tsp import gaps, lengths, reference
 from services.clt.sparse.evaluate import evaluate
-from services.clt.sparse.train import SparseTrainer
+from services.clt.sparse.train import SparseTrainer, train
 from services.runtime.console import ConsoleRun
 
-ROOT = Path("runs/bench-clt")
+CACHE = Cache("clt")
+ROOT = CACHE.root
 PEERS = (
     "eai-sparsify==1.3.3",
     "decode-clt==0.0.1",
@@ -60,8 +63,6 @@ PEERS = (
 )
 PEER = Path(__file__).with_name("_clt_peers.py")
 SOURCES = ("ethogram/specs/clt.py", "services/clt", "services/runtime")
-BENCH = ("benchmarks/clt.py", "benchmarks/_clt_ours.py", "benchmarks/_clt_peers.py")
-PARTS = ("speed", "memory", "loader", "quality", "policy")
 BATCH, K, THREADS = 4096, 32, 2
 TURNS, TURN = 5, 10
 SPEED: dict[str, tuple[dict[str, Any], float | None]] = {
@@ -75,38 +76,6 @@ SPEED: dict[str, tuple[dict[str, Any], float | None]] = {
 LOADED_ROWS = 524_288
 QUALITY_K = (8, 16, 32, 64)
 PAIR = ("encoder_layer_1_pre_mlp", "encoder_layer_1_mlp")
-_BEGAN = time.monotonic()
-
-
-def say(text: str) -> None:
-    """Progress, for people."""
-    sys.stderr.write(f"{time.monotonic() - _BEGAN:6.0f} s  {text}\n")
-    sys.stderr.flush()
-
-
-def code(*sources: str) -> str:
-    """Hash of code."""
-    digest = hashlib.sha256()
-    for source in map(Path, sources):
-        for file in [source] if source.is_file() else sorted(source.rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def measured(
-    name: str, asked: object, sources: tuple[str, ...], afresh: bool, measure: Callable[[], dict[str, float]]
-) -> dict[str, float]:
-    """What ``measure`` gives, or what it gave before for the same question and code."""
-    key = hashlib.sha256(json.dumps([asked, code(*sources)], sort_keys=True).encode()).hexdigest()[:12]
-    kept = ROOT / "figures" / f"{name}-{key}.json"
-    if afresh or not kept.exists():
-        found = measure()
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found, indent=2))
-    else:
-        say(f"{name}: kept from {kept}")
-    figures: dict[str, float] = json.loads(kept.read_text())
-    return figures
 
 
 def peers() -> Path:
@@ -200,23 +169,18 @@ def speed_of(name: str) -> dict[str, float]:
     return {"ours": ours, "theirs": theirs}
 
 
-def speed(afresh: bool) -> dict[str, Figure]:
+def speed() -> Figures:
     """How fast steps are."""
     figures = {}
     for name, (_, bar) in SPEED.items():
-        found = measured(name, case_of(name), (*SOURCES, *BENCH), afresh, partial(speed_of, name))
-        figures[name] = Figure(found["ours"], ">=" if bar else None, bar, found["theirs"], of_ratio=True)
+        found = speed_of(name)
+        figures[name] = Figure(found["ours"], ">=" if bar else None, bar, found["theirs"], judged="ratio")
     return figures
 
 
-def fresh(what: str, case: dict[str, Any]) -> float:
-    """Something of ours, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks._clt_ours", what, json.dumps(case)]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def memory_of(name: str) -> dict[str, float]:
-    """Memory that ten steps of a case take, MiB."""
+def memory() -> Figures:
+    """Memory that ten steps take beyond data and parameters, MiB."""
+    name = "pair_d256_e16"
     case = case_of(name)
     store = store_of(case)
     steps = Steps(case, store)
@@ -224,20 +188,14 @@ def memory_of(name: str) -> dict[str, float]:
         ready(case, steps, peer)
         theirs = peer.ask("memory", count=TURN)["mib"]
     steps.close()
-    ours = fresh("memory", case | {"store": str(store.folder)})
+    ours = float(_kit.call("_clt_ours", "memory", json.dumps(case | {"store": str(store.folder)})))
     say(f"ten steps of {name} take {ours:.0f} MiB, others' {theirs:.0f}")
-    return {"ours": ours, "theirs": theirs}
+    return {"memory_ratio": Figure(ours, "<=", 0.5, theirs, judged="ratio")}
 
 
-def memory(afresh: bool) -> dict[str, Figure]:
-    """What steps take beyond data and parameters."""
-    name = "pair_d256_e16"
-    found = measured("memory", case_of(name), (*SOURCES, *BENCH), afresh, lambda: memory_of(name))
-    return {"memory_ratio": Figure(found["ours"], "<=", 0.5, found["theirs"], of_ratio=True)}
-
-
-def loaded() -> dict[str, float]:
-    """Figures of the loader, on a store that is not in its process's memory."""
+def loader() -> Figures:
+    """How fast batches come, in what memory, and whether they are the same after resuming. The store is not in the
+    memory of its process."""
     case = case_of("pair_d128_e16")
     store = made_up(ROOT / "stores" / "loaded", 128, 1, LOADED_ROWS, 32_768)
     steps = Steps(case, store)
@@ -256,16 +214,16 @@ def loaded() -> dict[str, float]:
     steps.close()
     load, train = statistics.median(loads), statistics.median(trains)
     say(f"loader: {load:.0f} rows/s, training {train:.0f}")
+    rss = _kit.call("_clt_ours", "loader", json.dumps({"store": str(store.folder), "batch": BATCH}))
     return {
-        "load": load,
-        "train": train,
-        "rss": fresh("loader", {"store": str(store.folder), "batch": BATCH}),
-        "unequal": float(unequal(store, count)),
+        "loader_ratio": Figure(load, ">=", 3.0, train, judged="ratio"),
+        "loader_rss_shards": Figure(float(rss)),
+        "resume_unequal": Figure(unequal(store, count), "==", 0.0),
     }
 
 
 def unequal(store: ActivationStore, count: int) -> int:
-    """Batches that differ for one who goes on in the middle of an epoch, or of the next."""
+    """Batches that differ after resuming in the middle of an epoch, or of the next."""
     with Batches(store, store.hooks, BATCH, seed=1) as whole:
         told = [[tensor.sum(0) for tensor in whole.at(step)] for step in range(count + count // 2)]
     differ = 0
@@ -275,16 +233,6 @@ def unequal(store: ActivationStore, count: int) -> int:
                 found = [tensor.sum(0) for tensor in again.at(step)]
                 differ += not all(torch.equal(a, b) for a, b in zip(found, told[step], strict=True))
     return differ
-
-
-def loader(afresh: bool) -> dict[str, Figure]:
-    """How fast batches come, in what memory, and whether they are the same for one who goes on."""
-    found = measured("loader", case_of("pair_d128_e16"), (*SOURCES, *BENCH), afresh, loaded)
-    return {
-        "loader_ratio": Figure(found["load"], ">=", 3.0, found["train"], of_ratio=True),
-        "loader_rss_shards": Figure(found["rss"]),
-        "resume_unequal": Figure(found["unequal"], "==", 0.0),
-    }
 
 
 def real(quick: bool) -> ActivationStore:
@@ -297,7 +245,8 @@ def real(quick: bool) -> ActivationStore:
         policy=ANY, pairs=["->".join(PAIR)], instances=20_000 if quick else 40_000, shard_rows=32_768
     )
     with ConsoleRun() as run:
-        return collect(asked, ROOT / "stores" / f"policy-{policy.digest[:12]}-{asked.instances}", run, policy)
+        folder = CACHE.folder("store", [policy.digest, asked], SOURCES)
+        return collect(asked, folder, run, policy)
 
 
 def quality_spec(k: int, steps: int) -> CltSpec:
@@ -313,22 +262,17 @@ def quality_spec(k: int, steps: int) -> CltSpec:
     )
 
 
-def ours(store: ActivationStore, spec: CltSpec) -> dict[str, float]:
+def ours(store: ActivationStore, spec: CltSpec, _: Path) -> dict[str, float]:
     """Train ours and judge it."""
     torch.set_num_threads(THREADS)
-    began = time.perf_counter()
-    with SparseTrainer(spec, store) as trainer:
-        while trainer.step < trainer.steps:
-            trainer.advance()
-            if trainer.step % 500 == 0:
-                say(f"ours: step {trainer.step} of {trainer.steps}")
-        seconds = time.perf_counter() - began
-        figures, _ = evaluate(trainer.model, store, store.rows("validation"))
-        dead = float(sum(int(one.sum()) for one in trainer.dead)) / sum(trainer.model.features)
-    return {"fvu": figures["fvu"], "l0": figures["l0"], "dead": dead, "seconds": seconds}
+    with SparseTrainer(spec, store) as trainer, ConsoleRun() as run:
+        model = train(trainer, run)
+        figures, _density = evaluate(model, store, store.rows("validation"))
+        dead = float(sum(int(one.sum()) for one in trainer.dead)) / sum(model.features)
+    return {"fvu": figures["fvu"], "l0": figures["l0"], "dead": dead}
 
 
-def theirs(store: ActivationStore, spec: CltSpec, optimizer: str) -> dict[str, float]:
+def theirs(store: ActivationStore, spec: CltSpec, optimizer: str, _: Path) -> dict[str, float]:
     """Train a ``SparseCoder`` on as many rows, in the units that ours has, which do not change the figures."""
     files = {split: ROOT / "stores" / f"{store.digest[:12]}-{split}.safetensors" for split in ("train", "validation")}
     with SparseTrainer(spec, store) as trainer:
@@ -354,69 +298,71 @@ def theirs(store: ActivationStore, spec: CltSpec, optimizer: str) -> dict[str, f
         )
 
 
-def quality(afresh: bool, quick: bool) -> dict[str, Figure]:
+def quality(afresh: bool, quick: bool) -> Figures:
     """Share of the variance of held-out rows that is not explained, of models with as many active features."""
     store, steps = real(quick), 300 if quick else 4000
-    figures: dict[str, Figure] = {}
+    figures: Figures = {}
     dead = []
     for k in QUALITY_K:
         spec = quality_spec(k, steps)
-        asked = [store.digest, spec.model_dump(mode="json")]
-        own = measured(f"ours-k{k}", asked, SOURCES, afresh, partial(ours, store, spec))
-        others = {}
-        for optimizer in ("adam", "signum"):
-            asked_of = [store.digest, k, steps, optimizer]
-            others[optimizer] = measured(
-                f"theirs-{optimizer}-k{k}", asked_of, BENCH[2:], afresh, partial(theirs, store, spec, optimizer)
-            )
-        said = ", ".join(f"{name} {one['fvu']:.5f} (l0 {one['l0']:.2f})" for name, one in others.items())
-        say(f"k {k}: fvu {own['fvu']:.5f} (l0 {own['l0']:.2f}, dead {own['dead']:.3f}); others {said}")
-        best = min(one["fvu"] for one in others.values())
-        figures[f"fvu_ratio_k{k}"] = Figure(own["fvu"], "<=", 1.0, best, of_ratio=True)
-        dead.append(own["dead"])
+        asked = [store.digest, spec]
+        own = CACHE.measured(f"ours-k{k}", asked, SOURCES, partial(ours, store, spec), afresh=afresh)
+        others = {
+            name: CACHE.measured(f"theirs-{name}-k{k}", asked, (), partial(theirs, store, spec, name), afresh=afresh)
+            for name in ("adam", "signum")
+        }
+        said = {name: one.numbers for name, one in {"ours": own, **others}.items()}
+        say(f"k {k}: " + "; ".join(f"{name} fvu {one['fvu']:.5f} (l0 {one['l0']:.2f})" for name, one in said.items()))
+        best = min(one.numbers["fvu"] for one in others.values())
+        kept = own.kept or any(one.kept for one in others.values())
+        figures[f"fvu_ratio_k{k}"] = Figure(own.numbers["fvu"], "<=", 1.0, best, judged="ratio", kept=kept)
+        dead.append(own)
     # The form has no less-than: of a thousand features nine may be dead.
-    return {**figures, "dead_fraction": Figure(max(dead), "<=", 0.0099)}
+    worst = max(one.numbers["dead"] for one in dead)
+    return {**figures, "dead_fraction": Figure(worst, "<=", 0.0099, kept=any(one.kept for one in dead))}
 
 
-def policy(afresh: bool) -> dict[str, Figure]:
+def trained_policy(folder: Path) -> dict[str, float]:
+    """Train the policy of the default spec: the mean gap of its greedy tours to a solver's over 1,000 instances, as a
+    share, and the minutes of the training unless it resumed."""
+    spec = PolicySpec(evaluation=1000)
+    say(f"training a policy: {spec.training.steps} steps of {spec.training.batch_size} instances")
+    with ConsoleRun(folder, checkpoint_seconds=30) as run:
+        resumed, began = run.resume is not None, time.monotonic()
+        trained = run_training(PolicyTrainer(spec, run.device), run).finished()
+        minutes = (time.monotonic() - began) / 60
+    say(f"comparing its tours of {spec.evaluation} instances with the solver's")
+    cities = evaluation_instances(spec)
+    gap = float(gaps(lengths(cities, greedy(trained, cities)), lengths(cities, reference(cities))).mean())
+    return {"gap": gap} | ({} if resumed else {"minutes": minutes})
+
+
+def policy(afresh: bool) -> Figures:
     """The policy that all this is of."""
-    sources = ("ethogram/specs/clt.py", "services/clt/policy")
-
-    def measure() -> dict[str, float]:
-        found = policy_gap(ROOT / f"policy-{code(*sources)}", say)
-        return {"gap": found.gap, "minutes": found.seconds / 60}
-
-    found = measured("policy", PolicySpec().model_dump(mode="json"), sources, afresh, measure)
+    sources = ("ethogram/specs/clt.py", "services/clt/policy", "services/runtime")
+    found = CACHE.measured("policy", PolicySpec(), sources, trained_policy, afresh=afresh)
     return {
-        "policy_gap": Figure(found["gap"], "<=", 0.03),
-        "policy_minutes": Figure(found["minutes"], "<=", 20.0),
+        "policy_gap": found.figure("gap", "<=", 0.03),
+        "policy_minutes": found.figure("minutes", "<=", 20.0),
     }
+
+
+PARTS: dict[str, _kit.Part] = {
+    "speed": lambda given: speed(),
+    "memory": lambda given: memory(),
+    "loader": lambda given: loader(),
+    "quality": lambda given: quality(given.afresh, given.quick),
+    "policy": lambda given: policy(given.afresh),
+}
 
 
 def main() -> None:
     """The benchmark."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.clt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--part", choices=["all", *PARTS], default="all")
+    parser = _kit.parser(__doc__, PARTS)
     parser.add_argument("--quick", action="store_true", help="a brief policy and few steps for the part quality")
     parser.add_argument("--afresh", action="store_true", help="measure again what was measured before")
-    given = parser.parse_args()
     torch.manual_seed(0)
-    parts: dict[str, Callable[[], dict[str, Figure]]] = {
-        "speed": lambda: speed(given.afresh),
-        "memory": lambda: memory(given.afresh),
-        "loader": lambda: loader(given.afresh),
-        "quality": lambda: quality(given.afresh, given.quick),
-        "policy": lambda: policy(given.afresh),
-    }
-    figures: dict[str, Figure] = {}
-    for name, part in parts.items():
-        if given.part in ("all", name):
-            figures |= part()
-    whole = form("clt", figures)
-    print(json.dumps(whole))
-    sys.exit(0 if whole["ok"] else 1)
+    _kit.run("clt", parser.parse_args(), PARTS)
 
 
 if __name__ == "__main__":

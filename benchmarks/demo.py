@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from benchmarks import platform
@@ -21,6 +22,7 @@ def main() -> None:
     report["ok"] = all(figure["ok"] for figure in report["figures"].values())
     (OUTPUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps({key: report[key] for key in form("demo", {})}))
+    sys.exit(0 if report["ok"] else 1)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ The last line is one JSON object.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import resource
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import _kit
+from benchmarks._kit import Figures, say
 from benchmarks._plain import plain_loop
-from ethogram.bench import Figure, form
+from ethogram.bench import Figure
 from ethogram.cli.files import read_mapping
 from ethogram.specs.generation import GenerationSpec
 from services.generation.buckets import BucketTrainer
@@ -43,13 +43,6 @@ from tests.zoo.oracles import ORACLES
 
 EXAMPLE = Path("examples/staged.yaml")
 KILLS = 10
-_BEGAN = time.monotonic()
-
-
-def say(text: str) -> None:
-    """Progress, for people."""
-    sys.stderr.write(f"{time.monotonic() - _BEGAN:6.0f} s  {text}\n")
-    sys.stderr.flush()
 
 
 def example(**changes: Any) -> GenerationSpec:
@@ -63,9 +56,9 @@ def small(**changes: Any) -> GenerationSpec:
     return example(vocab_size=10, sequence_length=5, subject=subject, **changes)
 
 
-def speed(records: int, candidates: int) -> dict[str, Figure]:
+def speed(records: int, candidates: int) -> Figures:
     """Records a second beside the plain loop's, both presets; and accuracy beside the plain loop's."""
-    figures: dict[str, Figure] = {}
+    figures: Figures = {}
     for name, spec in (
         ("plain_loop_ratio", example(subjects=records)),
         ("small_preset_ratio", small(subjects=records)),
@@ -86,7 +79,7 @@ def speed(records: int, candidates: int) -> dict[str, Figure]:
             peer = len(plain) / plain_seconds
             say(f"plain loop: {peer:.1f} records/s, {tried / plain_seconds:.1f} candidates/s")
             bar = 5.0 if name == "plain_loop_ratio" else 30.0
-            figures[name] = Figure(rate, ">=", bar, peer, of_ratio=True)
+            figures[name] = Figure(rate, ">=", bar, peer, judged="ratio")
             if name == "plain_loop_ratio":
                 figures["records_per_s"] = Figure(rate, ">=", 40.0)
                 figures["bmm_fraction"] = Figure(_bmm_fraction(pipeline.bucket_trainer), ">=", 0.4)
@@ -128,7 +121,7 @@ def _bmm_fraction(trainer: BucketTrainer) -> float:
     return alone / whole
 
 
-def truth() -> dict[str, Figure]:
+def truth() -> Figures:
     """Labels against predicates in plain Python over the whole universe, splits, and weights out of signatures."""
     sampler = PatternDatasetSampler(example())
     universe, wrong = sampler.universe, 0
@@ -188,8 +181,7 @@ class _Disk(Run):
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
         making = self._folder / "making"
-        if making.exists():
-            subprocess.run(["rm", "-r", making], check=True)
+        shutil.rmtree(making, ignore_errors=True)
         making.mkdir()
         write(making)
         making.rename(self._folder / str(step))
@@ -205,43 +197,40 @@ def _make(spec: str, folder: str, checkpoints: str) -> None:
     print(sum(resource.getrusage(one).ru_maxrss for one in who))
 
 
-def _process(spec: GenerationSpec, folder: Path, checkpoints: Path | None = None) -> subprocess.Popen[str]:
-    words = [spec.model_dump_json(), str(folder), str(checkpoints or "")]
-    command = [sys.executable, "-m", "benchmarks.generation", "--make", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def _arguments(spec: GenerationSpec, folder: Path, checkpoints: Path | None = None) -> list[str]:
+    """Of a process that makes a zoo."""
+    return ["generation", "--make", spec.model_dump_json(), str(folder), str(checkpoints or "")]
 
 
-def memory(records: int) -> dict[str, Figure]:
+def memory(records: int) -> Figures:
     """Peak memory of making four times as many records."""
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
         for times in (1, 4):
-            making = _process(small(subjects=records * times), Path(folder) / str(times))
-            out, _ = making.communicate()
-            peaks.append(int(out))
+            peaks.append(int(_kit.call(*_arguments(small(subjects=records * times), Path(folder) / str(times)))))
             say(f"{records * times} records: {peaks[-1] / 1024:.0f} MiB")
     return {"rss_ratio_4x": Figure(peaks[1] / peaks[0], "<=", 1.2)}
 
 
-def resumption(seed: int) -> dict[str, Figure]:
+def resumption(seed: int) -> Figures:
     """Killed at seeded moments and taken up again, how many zoos differ from the one that was not killed."""
     spec, chance, unequal = small(subjects=1500), random.Random(seed), 0
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
         began = time.monotonic()
-        _process(spec, whole).communicate()
+        _kit.call(*_arguments(spec, whole))
         seconds = time.monotonic() - began
         tables = list(read_records(whole))
         for kill in range(KILLS):
             checkpoints = Path(scratch) / f"checkpoints-{kill}"
             checkpoints.mkdir()
-            making = _process(spec, Path(scratch) / f"killed-{kill}", checkpoints)
+            making = _kit.start(*_arguments(spec, Path(scratch) / f"killed-{kill}", checkpoints))
             time.sleep(chance.uniform(0.3, 1.0) * seconds)
             os.kill(making.pid, signal.SIGKILL)
             making.communicate()
             taken = len(list(checkpoints.glob("[0-9]*")))
             resumed = Path(scratch) / f"resumed-{kill}"
-            _process(spec, resumed, checkpoints).communicate()
+            _kit.call(*_arguments(spec, resumed, checkpoints))
             found = list(read_records(resumed))
             same = len(found) == len(tables) and all(a.equals(b) for a, b in zip(found, tables, strict=True))
             unequal += not same
@@ -249,31 +238,24 @@ def resumption(seed: int) -> dict[str, Figure]:
     return {"resume_unequal": Figure(unequal, "==", 0)}
 
 
+PARTS: dict[str, _kit.Part] = {
+    "speed": lambda given: speed(given.records, given.candidates),
+    "truth": lambda given: truth(),
+    "memory": lambda given: memory(4000),
+    "resume": lambda given: resumption(given.seed),
+}
+
+
 def main() -> None:
     """The benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__)
-    parser.add_argument("--part", choices=["all", "speed", "truth", "memory", "resume"], default="all")
+    if sys.argv[1:2] == ["--make"]:
+        _make(*sys.argv[2:])
+        return
+    parser = _kit.parser(__doc__, PARTS)
     parser.add_argument("--records", type=int, default=5000, help="records of each preset (5000)")
     parser.add_argument("--candidates", type=int, default=800, help="candidates of the plain loop (800)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of kills (0)")
-    parser.add_argument("--make", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.make:
-        _make(*given.make)
-        return
-    parts: dict[str, Callable[[], dict[str, Figure]]] = {
-        "speed": lambda: speed(given.records, given.candidates),
-        "truth": truth,
-        "memory": lambda: memory(4000),
-        "resume": lambda: resumption(given.seed),
-    }
-    figures: dict[str, Figure] = {}
-    for name, part in parts.items():
-        if given.part in ("all", name):
-            figures |= part()
-    whole = form("generation", figures)
-    print(json.dumps(whole))
-    sys.exit(0 if whole["ok"] else 1)
+    _kit.run("generation", parser.parse_args(), PARTS)
 
 
 if __name__ == "__main__":

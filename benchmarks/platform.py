@@ -8,17 +8,15 @@ which take turns at what comes first.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from ethogram.bench import Figure, form
+from benchmarks import _kit
+from benchmarks._kit import Figures, say
+from ethogram.bench import Figure
 from ethogram.client import Client
 from ethogram.errors import NotFound
 from ethogram.platform.stack import Platform
@@ -35,15 +33,15 @@ CODEC = CodecSpec(latent_dim=128, hidden_dim=1024)
 ROUNDS = 3
 
 
-def measure() -> dict[str, Figure]:
+def measure() -> Figures:
     """All figures, on a platform of its own."""
     os.environ["ETHOGRAM_THREADS"] = str(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with Platform(StateDir(folder / "state"), say=print) as platform, Client(platform.url) as client:
-            print(f"up: {platform.seconds}")
+        with Platform(StateDir(folder / "state"), say=say) as platform, Client(platform.url) as client:
+            say(f"up: {platform.seconds}")
             first = statistics.median(first_event(client) for _ in range(3))
-            print(f"first event after {first:.2f} s")
+            say(f"first event after {first:.2f} s")
             figures = {
                 "up_s": Figure(platform.seconds["platform"], "<=", 8.0),
                 "gateway_s": Figure(platform.seconds["gateway"], "<=", 2.0),
@@ -61,7 +59,7 @@ def first_event(client: Client) -> float:
     return seconds
 
 
-def overhead(client: Client, folder: Path) -> dict[str, Figure]:
+def overhead(client: Client, folder: Path) -> Figures:
     """The same training on the platform and by a script."""
     zoo = client.wait(client.submit("generation", ZOO).id).check()
     client.get(client.output(zoo.id, "zoo").id, folder / "zoo")
@@ -83,7 +81,7 @@ def overhead(client: Client, folder: Path) -> dict[str, Figure]:
             raise NotFound("the codec has no manifest")
         made = {name: file.sha256 for name, file in manifest.files.items()}
         identical &= made == digests(folder / f"direct-{number}" / "codec")
-        print(f"platform {jobs[-1]:.1f} s, script {scripts[-1]:.1f} s, {'same' if identical else 'other'} bytes")
+        say(f"platform {jobs[-1]:.1f} s, script {scripts[-1]:.1f} s, {'same' if identical else 'other'} bytes")
     return {
         "overhead": Figure(statistics.median(j / s for j, s in zip(jobs, scripts, strict=True)) - 1, "<=", 0.03),
         "job_s": Figure(statistics.median(jobs), ">=", 60.0, peer=statistics.median(scripts)),
@@ -94,8 +92,7 @@ def overhead(client: Client, folder: Path) -> dict[str, Figure]:
 def run_script(zoo: Path, spec: Path, output: Path) -> None:
     """One run of :mod:`benchmarks._direct`."""
     threads = dict.fromkeys(THREAD_VARIABLES, os.environ["ETHOGRAM_THREADS"]) | {"GOMP_SPINCOUNT": SPIN_COUNT}
-    command: list[Any] = [sys.executable, "-m", "benchmarks._direct", zoo, spec, output]
-    subprocess.run(command, check=True, env=os.environ | threads)
+    _kit.call("_direct", zoo, spec, output, env=threads)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -105,4 +102,4 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(form("platform", measure())))
+    _kit.finish("platform", measure())

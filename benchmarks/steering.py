@@ -6,18 +6,14 @@
     make bench BENCH=steering ARGS="--part independent"
     make bench BENCH=steering ARGS="--part step"
 
-A part's figures stay below runs/bench-steering, under the hash of its specs and of the code that it runs, so a
-benchmark that was interrupted goes on where it was; --afresh measures again. Zoos stay there under the hash of their
-spec alone.
+Figures and zoos stay below runs/bench-steering (see benchmarks/_kit.py), so a benchmark that was interrupted resumes;
+--afresh measures again. The minutes of a training are those of this run, and null where it took no part of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -28,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import _kit
+from benchmarks._kit import TIMES, Cache, Figures, Measured, say
 from benchmarks._plain_codec import examples_per_second
-from ethogram.bench import Figure, form
+from ethogram.bench import Figure
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec
@@ -39,7 +37,7 @@ from services.generation.pipeline import generate
 from services.runtime.console import ConsoleRun
 from services.zoo.dataset import Zoo
 
-ROOT = Path("runs/bench-steering")
+CACHE = Cache("steering")
 SOURCES = ("ethogram/specs", "services/runtime", "services/zoo", "services/generation", "services/crossmodal")
 SEEDS = (0, 1, 2)
 HELD_OUT = 512
@@ -161,42 +159,10 @@ def at(zoo: Zoo, rows: Tensor) -> Zoo:
     return replace(zoo, **parts)
 
 
-def say(text: str) -> None:
-    """Progress, for people."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def code() -> str:
-    """Hash of the code that the figures depend on."""
-    digest = hashlib.sha256()
-    for source in SOURCES:
-        for file in sorted(Path(source).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def measured(
-    name: str, specs: list[Any], afresh: bool, measure: Callable[[Path], dict[str, float]]
-) -> dict[str, float]:
-    """The figures that ``measure`` gives in a folder of its own, or what it gave before for the same specs and code."""
-    text = "".join(spec.model_dump_json() for spec in specs)
-    folder = ROOT / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}-{code()}"
-    kept = folder / "figures.json"
-    if afresh:
-        shutil.rmtree(folder, ignore_errors=True)
-    if kept.exists():
-        say(f"{name}: kept from {folder}")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(measure(folder), indent=2))
-    figures: dict[str, float] = json.loads(kept.read_text())
-    return figures
-
-
 def zoo_of(spec: GenerationSpec) -> Zoo:
     """The zoo of a spec, made once for all that needs it."""
-    folder = ROOT / f"zoo-{hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:12]}"
+    # Without the codec, which it does not follow from.
+    folder = CACHE.folder("zoo", spec, SOURCES[:-1])
     if not (folder / "zoo.json").exists():
         with ConsoleRun() as run:
             zoo = generate(spec, run)
@@ -215,33 +181,39 @@ def train_and_judge(zoo: Zoo, spec: CrossmodalSpec, folder: Path) -> dict[str, f
         found = evaluate(codec, zoo, run)
     codec.save(folder / "codec")
     (folder / "report.json").write_text(json.dumps(found, indent=2))
-    # Of a run that went on from a checkpoint the time is not known.
-    return {**found["figures"], **({} if resumed else {"minutes": minutes})}
+    figures = dict(found["figures"])
+    gates = [
+        figures[name] for name in (f"{edit}.min_pattern_all_gate" for edit in ("add", "remove")) if name in figures
+    ]
+    if gates:
+        figures["min_pattern_all_gate"] = min(gates)
+    # Of a run that resumed from a checkpoint the time is not known.
+    return {**figures, **({} if resumed else {"minutes": minutes})}
 
 
 def judged(
     name: str, zoo: GenerationSpec, codec: CrossmodalSpec, *, afresh: bool, take: Callable[[Zoo], Zoo] = lambda zoo: zoo
-) -> dict[str, float]:
+) -> Measured:
     """Figures of a codec trained on what is to ``take`` of a zoo."""
-    row = measured(name, [zoo, codec], afresh, lambda folder: train_and_judge(take(zoo_of(zoo)), codec, folder))
-    mins = [value for key, value in row.items() if key in ("add.min_pattern_all_gate", "remove.min_pattern_all_gate")]
-    return {**row, "min_pattern_all_gate": min(mins)} if mins else row
+    return CACHE.measured(
+        name, [zoo, codec], SOURCES, lambda folder: train_and_judge(take(zoo_of(zoo)), codec, folder), afresh=afresh
+    )
 
 
-def shared(seed: int, afresh: bool) -> dict[str, float]:
+def shared(seed: int, afresh: bool) -> Measured:
     """One seed of the part on shared initialisation."""
     return judged(f"shared-{seed}", ten_behaviors(seed, "shared"), ten_behaviors_codec(seed, STEPS), afresh=afresh)
 
 
-def earlier(seed: int, afresh: bool) -> dict[str, float]:
+def earlier(seed: int, afresh: bool) -> Measured:
     """One seed of the setting of earlier work."""
     zoo, codec = earlier_zoo(seed), earlier_codec(seed)
     return judged(f"earlier-{seed}", zoo, codec, afresh=afresh, take=partial(first_of_each, count=EARLIER))
 
 
-def independent(seed: int, afresh: bool) -> dict[str, Figure]:
+def independent(seed: int, afresh: bool) -> Figures:
     """One seed of the part on independent initialisations, and what steps and subjects buy there."""
-    figures: dict[str, Figure] = {}
+    figures: Figures = {}
     for steps, subjects in ((STEPS, 16_384), (STEPS // 2, 16_384), (STEPS // 4, 16_384), (STEPS // 4, 4096)):
         whole = steps == STEPS
         codec = ten_behaviors_codec(seed, steps).model_copy(update={"held_out": HELD_OUT / subjects})
@@ -254,11 +226,11 @@ def independent(seed: int, afresh: bool) -> dict[str, Figure]:
         )
         for name, (key, op, bar) in INDEPENDENT.items():
             place = name if whole else name.replace("independent", f"independent.{steps}_steps.{subjects}_subjects")
-            figures[place] = Figure(row.get(key), op, bar) if whole else Figure(row.get(key))
+            figures[place] = row.figure(key, op, bar) if whole else row.figure(key)
     return figures
 
 
-def step(seconds: float) -> dict[str, Figure]:
+def step(seconds: float) -> Figures:
     """Training subjects a second with the plain recipe, beside a plain implementation of it: perceptrons of the same
     latent, width and depth, about as many inputs, float32. The bar is on batches of our default size against its 16."""
     # As many numbers of a signature as there are components.
@@ -280,7 +252,7 @@ def step(seconds: float) -> dict[str, Figure]:
     found = {batch: ours(batch) for batch in (CodecTrainingSpec().batch_size, 16)}
     say(f"training step: {found} subjects/s by batch size, plain loop {peer:.0f}")
     return {
-        "train_step_ratio": Figure(found[CodecTrainingSpec().batch_size], ">=", 5.0, peer, of_ratio=True),
+        "train_step_ratio": Figure(found[CodecTrainingSpec().batch_size], ">=", 5.0, peer, judged="ratio"),
         "train_step_ratio.batch_16": Figure(found[16], peer=peer),
     }
 
@@ -313,42 +285,43 @@ EARLIER_FIGURES: Mapping[str, tuple[str, str, float]] = {
 }
 
 
-def over_seeds(rows: list[dict[str, float]], table: Mapping[str, tuple[str, str, float]]) -> dict[str, Figure]:
+def over_seeds(rows: list[Measured], table: Mapping[str, tuple[str, str, float]]) -> Figures:
     """Mean over the seeds, which is judged, and the worst of them beside it."""
-    figures: dict[str, Figure] = {}
+    figures: Figures = {}
+    kept = any(row.kept for row in rows)
     for name, (key, op, bar) in table.items():
-        values = [row[key] for row in rows if key in row]
-        # A figure that a seed lacks passes no bar.
-        whole = len(values) == len(rows)
-        figures[name] = Figure(sum(values) / len(values) if whole else None, op, bar)
-        figures[f"{name}.worst"] = Figure((min if op == ">=" else max)(values) if whole else None)
+        values = [row.numbers[key] for row in rows if key in row.numbers]
+        if len(values) == len(rows):
+            figures[name] = Figure(sum(values) / len(values), op, bar, kept=kept)
+            figures[f"{name}.worst"] = Figure((min if op == ">=" else max)(values), kept=kept)
+        else:
+            # A figure that a seed lacks passes no bar, but a time that this run has not taken is not judged.
+            figures[name] = Figure(None) if key in TIMES else Figure(None, op, bar)
+            figures[f"{name}.worst"] = Figure(None)
     return figures
+
+
+def seeds(given: argparse.Namespace) -> tuple[int, ...]:
+    """The seeds that are asked for."""
+    return SEEDS if given.seed is None else (given.seed,)
+
+
+PARTS: dict[str, _kit.Part] = {
+    "shared": lambda given: over_seeds([shared(seed, given.afresh) for seed in seeds(given)], SHARED),
+    "earlier": lambda given: over_seeds([earlier(seed, given.afresh) for seed in seeds(given)], EARLIER_FIGURES),
+    "independent": lambda given: independent(seeds(given)[0], given.afresh),
+    "step": lambda given: step(given.seconds),
+}
 
 
 def main() -> None:
     """The benchmark."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.steering", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--part", choices=["all", "shared", "earlier", "independent", "step"], default="all")
+    parser = _kit.parser(__doc__, PARTS)
     parser.add_argument("--seed", type=int, choices=SEEDS, help="one seed alone (all three; of independent the first)")
     parser.add_argument("--afresh", action="store_true", help="measure again what was measured before")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each side of the part step (20)")
-    given = parser.parse_args()
     torch.manual_seed(0)
-    seeds = SEEDS if given.seed is None else (given.seed,)
-    figures: dict[str, Figure] = {}
-    if given.part in ("all", "shared"):
-        figures |= over_seeds([shared(seed, given.afresh) for seed in seeds], SHARED)
-    if given.part in ("all", "earlier"):
-        figures |= over_seeds([earlier(seed, given.afresh) for seed in seeds], EARLIER_FIGURES)
-    if given.part in ("all", "independent"):
-        figures |= independent(seeds[0], given.afresh)
-    if given.part in ("all", "step"):
-        figures |= step(given.seconds)
-    whole = form("steering", figures)
-    print(json.dumps(whole))
-    sys.exit(0 if whole["ok"] else 1)
+    _kit.run("steering", parser.parse_args(), PARTS)
 
 
 if __name__ == "__main__":

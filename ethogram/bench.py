@@ -1,6 +1,8 @@
 """Measurements in one form, for the demo's report and for every benchmark.
 
-{"bench": NAME, "versions": {...}, "figures": {NAME: {"value", "op", "bar", "ok", "peer", "ratio"}}, "ok": BOOL}
+{"bench": NAME, "versions": {...}, "figures": {NAME: FIGURE}, "ok": BOOL}, where a FIGURE is
+{"value", "op", "bar", "ok", "peer", "ratio", "judged"}: ``judged`` says what the bar is on, ``value`` or ``ratio``. A
+figure that an earlier run measured has ``"kept": true`` too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
 
@@ -21,24 +23,28 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<="
 class Figure(NamedTuple):
     """One number, and the bar it has to pass, if there is one.
 
-    ``peer`` is the same number of what it is compared with; the bar is then on the ratio of the two when ``of_ratio``.
+    ``peer`` is the same number of what it is compared with, and ``ratio`` the value over it.
     """
 
     value: float | None
     op: str | None = None
     bar: float | None = None
     peer: float | None = None
-    of_ratio: bool = False
+    judged: Literal["value", "ratio"] = "value"
+    """What the bar is on."""
+    kept: bool = False
+    """Whether an earlier run measured it."""
 
     def dump(self) -> dict[str, Any]:
         """The figure's place in the form. A number that is missing or not finite passes no bar."""
         value = self.value if self.value is not None and math.isfinite(self.value) else None
         ratio = value / self.peer if value is not None and self.peer else None
-        judged = ratio if self.of_ratio else value
+        number = ratio if self.judged == "ratio" else value
         ok = True
         if self.op is not None and self.bar is not None:
-            ok = judged is not None and _OPERATORS[self.op](judged, self.bar)
-        return {"value": value, "op": self.op, "bar": self.bar, "ok": ok, "peer": self.peer, "ratio": ratio}
+            ok = number is not None and _OPERATORS[self.op](number, self.bar)
+        dumped = {"value": value, "op": self.op, "bar": self.bar, "ok": ok, "peer": self.peer, "ratio": ratio}
+        return dumped | {"judged": self.judged} | ({"kept": True} if self.kept else {})
 
 
 def form(bench: str, figures: Mapping[str, Figure]) -> dict[str, Any]:

@@ -308,7 +308,9 @@ def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
         earlier = json.loads((output / "report.json").read_text())
         same = earlier["jobs"] == dict(jobs)
         return {
-            name: Figure(*(earlier["figures"][name][key] for key in ("value", "op", "bar"))) if same else Figure(None)
+            name: Figure(**{key: earlier["figures"][name][key] for key in ("value", "op", "bar")}, kept=True)
+            if same
+            else Figure(None)
             for name in _COSTS
         }
     except (OSError, ValueError, KeyError, TypeError):

@@ -42,8 +42,8 @@ class Findings:
 class Faults:
     """Does faults to an arena."""
 
-    def __init__(self, arena: Arena, chance: random.Random, say: Callable[[str], None]) -> None:
-        self._arena, self._chance, self._say = arena, chance, say
+    def __init__(self, arena: Arena, chance: random.Random) -> None:
+        self._arena, self._chance = arena, chance
         self.found = Findings()
         self._watches: list[threading.Thread] = []
         self._database_down = 0.0

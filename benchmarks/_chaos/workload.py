@@ -53,8 +53,8 @@ class Asked:
 class Workload:
     """Jobs of one seed, submitted as others end."""
 
-    def __init__(self, arena: Arena, seed: int, say: Callable[[str], None]) -> None:
-        self._arena, self._chance, self._say = arena, random.Random(f"workload {seed}"), say
+    def __init__(self, arena: Arena, seed: int) -> None:
+        self._arena, self._chance = arena, random.Random(f"workload {seed}")
         self.asked: list[Asked] = []
         self.uploads: dict[str, float] = {}
         """Artifacts that were taken from a user, and the number in each."""

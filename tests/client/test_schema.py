@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_origin
+
 import pytest
 from pydantic import BaseModel
 
@@ -17,11 +19,17 @@ def paths(spec: type[BaseModel], prefix: str = "") -> set[str]:
     found = set()
     for name, info in spec.model_fields.items():
         found.add(prefix + name)
-        text = str(info.annotation)
-        for one in Spec.__subclasses__():
-            if f".{one.__name__}" in text or info.annotation is one:
-                found |= paths(one, f"{prefix}{name}.{'N.' if text.startswith('list') else ''}")
+        many = "N." if get_origin(info.annotation) is list else ""
+        for nested in nested_specs(info.annotation):
+            found |= paths(nested, f"{prefix}{name}.{many}")
     return found
+
+
+def nested_specs(annotation: object) -> list[type[Spec]]:
+    """The specs in an annotation such as ``list[PatternSpec] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return [annotation]
+    return [spec for argument in get_args(annotation) for spec in nested_specs(argument)]
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))

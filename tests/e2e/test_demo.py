@@ -40,7 +40,8 @@ def test_from_nothing_to_a_report_and_again(tmp_path: Path) -> None:
     report: dict[str, Any] = json.loads((output / "report.json").read_text())
     assert report["bench"] == "demo"
     assert set(report["figures"]) == FIGURES
-    assert all(set(one) == {"value", "op", "bar", "ok", "peer", "ratio"} for one in report["figures"].values())
+    keys = {"value", "op", "bar", "ok", "peer", "ratio", "judged"}
+    assert all(set(one) == keys for one in report["figures"].values())
     assert all(one["value"] is not None for one in report["figures"].values())
     assert report["figures"]["agreement"]["value"] > 0.8
     assert report["figures"]["peak_rss_mib"]["value"] < 4096
