@@ -18,6 +18,7 @@ from ethogram.bench import Figure, form, versions
 
 Figures = dict[str, Figure]
 Part = Callable[[argparse.Namespace], Figures]
+REPOSITORY = Path(__file__).parents[1]
 TIMES = ("minutes", "seconds")
 """Figures that are never kept: a time is of the run that took it."""
 _BEGAN = time.monotonic()
@@ -130,7 +131,8 @@ def _plain(value: Any) -> Any:
 def _code(sources: Collection[str]) -> str:
     """Hash of the code that figures follow from: ``sources``, and every module of the benchmarks that is loaded."""
     files = {Path(module.__file__) for module in _own_modules() if module.__file__}
-    for source in map(Path, sources):
+    for source in (REPOSITORY / source for source in sources):
+        source.stat()
         files |= {source} if source.is_file() else set(source.rglob("*.py"))
     digest = hashlib.sha256()
     for file in sorted(file.absolute() for file in files):

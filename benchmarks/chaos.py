@@ -1,10 +1,11 @@
-"""``make bench BENCH=chaos``: the promises of the job engine while processes die and stall, disks fill, clocks step.
+"""Does the job engine keep its promises while processes die and stall, disks fill and clocks step?
 
     make bench BENCH=chaos                              # at least 200 faults, half on SQLite, half on PostgreSQL
     make bench BENCH=chaos ARGS="--faults 40 --seed 7"  # another draw, smaller
     make bench BENCH=chaos ARGS="--part claims"         # only how long a claim takes in a long queue
 
-The last line is one JSON object. What went wrong is told on standard error, with the folder of the logs, which is kept.
+The last line is one JSON object. Failures are listed on standard error; after one the folder
+of the logs is kept, and named there.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _JOB = re.compile(r"job_[a-z0-9]{20}")
 
 @dataclass
 class Outcome:
-    """What one arena showed."""
+    """What happened in one arena."""
 
     faults: int
     jobs: int
@@ -64,12 +65,12 @@ def suffer(folder: Path, database: str, *, faults: int, jobs: int, seed: int) ->
         workload, doer = Workload(arena, seed), Faults(arena, chance)
         submitting = spawn(workload.wrong, workload.run, jobs)
         try:
-            told = 0
+            reported = 0
             while (done := sum(doer.found.done.values())) < faults:
                 time.sleep(chance.uniform(0.0, 0.6))
                 doer.one()
-                if done // 10 > told:
-                    told = done // 10
+                if done // 10 > reported:
+                    reported = done // 10
                     say(f"{database}: {done} of {faults} faults, {len(workload.asked)} jobs")
         finally:
             workload.enough.set()
@@ -136,7 +137,7 @@ def faults(given: argparse.Namespace) -> Figures:
     if form("chaos", figures)["ok"]:
         shutil.rmtree(folder, ignore_errors=True)
     else:
-        say(f"not all is well; logs and databases are in {folder}")
+        say(f"promises were broken; logs and databases are in {folder}")
     return figures
 
 

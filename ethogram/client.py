@@ -54,13 +54,13 @@ if TYPE_CHECKING:
 
 
 class Client:
-    """A connection to the platform at ``url``; safe to share between threads.
+    """A client of the platform at ``url``; safe to share between threads.
 
-    Without ``url``: what ``ETHOGRAM_URL`` names, else the platform that runs in the state directory ``state``
-    (``ETHOGRAM_STATE``, ``runs/state``). ``timeout`` is in seconds and for one answer, not for a job. For
-    ``retry_seconds`` a request whose repetition does no harm is sent again, with growing pauses, while the platform is
-    away or has no room; 0: never. Uploads, retries of a job and models without a version are sent again only if they
-    did not reach it.
+    Without ``url``: the platform in ``ETHOGRAM_URL``, else the one that runs in the state directory ``state``
+    (by default ``ETHOGRAM_STATE``, else ``runs/state``). ``timeout``: seconds for one answer, not for a job.
+    ``retry_seconds``: how long an idempotent request is repeated, with growing pauses, while the platform cannot be
+    reached or is overloaded; 0: never. Uploads, retries of a job and models without a version are repeated only if they
+    did not reach the platform.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Client:
         return {name: Job.model_validate(job) for name, job in answer["jobs"].items()}
 
     def job(self, id: str) -> Job:
-        """One job as it is now."""
+        """The current state of a job."""
         return self._read(Job, self._json("GET", f"/v1/jobs/{part(id)}"))
 
     def jobs(
@@ -148,7 +148,7 @@ class Client:
         return self._read(Job, body_of(response, self.url))
 
     def retry(self, id: str, *, from_start: bool = False) -> Job:
-        """Queue a failed or cancelled job again; it goes on from its last checkpoint, unless ``from_start``."""
+        """Queue a failed or cancelled job again; it resumes from its last checkpoint, unless ``from_start``."""
         params = {"from_start": "true"} if from_start else None
         return self._read(Job, self._json("POST", f"/v1/jobs/{part(id)}/retry", params=params))
 
@@ -157,10 +157,10 @@ class Client:
         self._delete(f"/v1/jobs/{part(id)}")
 
     def events(self, id: str, *, after: int = 0, follow: bool = True) -> Iterator[Event]:
-        """What happens to a job, from event ``after`` + 1 on, until it ends; ``follow`` False: what there is by now.
+        """The events of a job, from ``after`` + 1 on, until it ends; ``follow`` False: those so far.
 
-        Goes on where it was when the connection breaks: every event once, in order. Raises :class:`Unavailable` when
-        the platform stays away for a minute.
+        A broken connection is resumed: every event comes once, in order. Raises :class:`Unavailable` when the platform
+        cannot be reached for a minute.
         """
         last, tries = after, self._tries(repeatable=True)
         while True:
@@ -191,7 +191,7 @@ class Client:
             time.sleep(pause)
 
     def wait(self, id: str, on_event: Callable[[Event], None] | None = None) -> Job:
-        """Follow a job to its end and return it, whatever the end is (see :meth:`Job.check`)."""
+        """Follow a job to its end and return it, succeeded or not; see :meth:`Job.check`."""
         for event in self.events(id):
             if on_event is not None:
                 on_event(event)
@@ -209,7 +209,7 @@ class Client:
         return self._read(Artifact, self._json("GET", f"/v1/artifacts/{part(id)}"))
 
     def output(self, job: str, name: str) -> Artifact:
-        """The output ``name`` of a job. Raises :class:`NotFound` naming what it has."""
+        """The output ``name`` of a job. Raises :class:`NotFound`, which lists the outputs that exist."""
         found = self.artifacts(job=job, limit=None)
         for artifact in found:
             if artifact.name == name:
@@ -227,8 +227,8 @@ class Client:
     def get(self, id: str, destination: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> Path:
         """Download an artifact into the folder ``destination``; files that are there already are kept.
 
-        Every file is checked against its digest. ``on_bytes`` is told how many bytes came; a negative number takes
-        back those of a try that broke.
+        Every file is checked against its digest. ``on_bytes`` is called with the number of bytes of each chunk; a
+        negative number takes back those of a failed try.
         """
         manifest = self.artifact(id).manifest
         if manifest is None:
@@ -272,7 +272,7 @@ class Client:
         return self._read(Model, self._json("GET", f"/v1/models/{part(name)}", params=given(version=version)))
 
     def retire(self, name: str, version: str) -> Model:
-        """Serve a version no more, but to those who ask for it by number."""
+        """Stop serving a version, except to requests that name it."""
         path = f"/v1/models/{part(name)}/{part(version)}/retire"
         return self._read(Model, self._json("POST", path, repeatable=True))
 
@@ -283,7 +283,7 @@ class Client:
         return [self._read(Kind, item) for item in self._json("GET", "/v1/kinds")]
 
     def info(self) -> dict[str, Any]:
-        """The platform's version and where its inference service is."""
+        """Version of the platform, and address of its inference service."""
         answer: dict[str, Any] = self._json("GET", "/v1/info")
         return answer
 
@@ -305,7 +305,7 @@ class Client:
         return Tries(self.url, self._retry_seconds, repeatable=repeatable)
 
     def _send(self, tries: Tries, method: str, path: str, **request: Any) -> httpx.Response:
-        """The answer, which may be an error. Raises :class:`Unavailable` when there is none."""
+        """The response, which may be an error. Raises :class:`Unavailable` when there is none."""
         while True:
             outcome: httpx.TransportError | httpx.Response
             try:
@@ -321,7 +321,7 @@ class Client:
         raise self._gave_up(outcome)
 
     def _json(self, method: str, path: str, *, repeatable: bool | None = None, **request: Any) -> Any:
-        """The body of the answer."""
+        """Body of the response."""
         tries = self._tries(repeatable=method == "GET" if repeatable is None else repeatable)
         return body_of(self._send(tries, method, path, **request), self.url)
 
@@ -333,7 +333,7 @@ class Client:
     def _delete(self, path: str) -> None:
         tries = self._tries(repeatable=True)
         response = self._send(tries, "DELETE", path)
-        # Gone by the try whose answer was lost.
+        # The try whose answer was lost may have deleted it.
         if not (tries.unsure and response.status_code == HTTPStatus.NOT_FOUND):
             body_of(response, self.url)
 
@@ -351,7 +351,7 @@ class Client:
             left = None if left is None else left - len(page["items"])
 
     def _event_frames(self, id: str, last: int, follow: bool, tries: Tries) -> Generator[sse.Frame, None, None]:
-        """The events of one connection; ``tries`` hears of every sign of life."""
+        """The events of one connection; each chunk of data resets ``tries``."""
         params = given(follow=None if follow else "false", after=str(last) if last else None)
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(last)} if last else {})
         parser, path = sse.Parser(), f"/v1/jobs/{part(id)}/events"
@@ -401,7 +401,7 @@ class Client:
             if not isinstance(outcome, httpx.Response) or outcome.is_error:
                 raise self._gave_up(outcome)
             if digest.hexdigest() != sha256:
-                raise Unavailable(f"{path} did not arrive whole; try again")
+                raise Unavailable(f"{path} arrived incomplete or damaged; try again")
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)

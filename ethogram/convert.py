@@ -1,4 +1,4 @@
-"""Specs to protobuf and back, by descriptor: one converter for every spec.
+"""Convert specs to protobuf messages and back, by descriptor.
 
 A spec's field and its message's field share their name. Scalars are ``optional`` in protobuf, so that ``0``, ``False``
 and ``""`` survive; ``None`` is an unset field; a ``Literal`` of strings is an enum whose members carry the enum's name
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from ethogram.errors import InvalidInput
 
-# A descriptor has another class in each of protobuf's implementations, so it has no type of its own here.
+# The class of a descriptor depends on protobuf's implementation, so it has no static type here.
 Field = Any
 Enum = Any
 M = TypeVar("M", bound=Message)
@@ -31,10 +31,10 @@ def to_proto(spec: BaseModel, message_type: type[M]) -> M:
 
 
 def from_proto(message: Message, spec_type: type[S], path: str = "spec") -> S:
-    """The spec that ``message`` carries, validated.
+    """The validated spec that ``message`` carries.
 
-    Raises :class:`InvalidInput` with the path of each wrong field; fields and enum members that this version does not
-    know are errors too, where protobuf itself would keep them in silence.
+    Raises :class:`InvalidInput` with the path of each wrong field. Unknown fields and enum members, which protobuf
+    itself keeps silently, are errors too.
     """
     try:
         return spec_type.model_validate(_read(message, path))
@@ -111,7 +111,7 @@ def _scalar(field: Field, value: Any) -> Any:
 def _member_to_name(enum: Enum, number: int, path: str) -> str:
     member = enum.values_by_number.get(number)
     if member is None or number == 0:
-        raise InvalidInput.field(path, f"{number} is no {enum.name} that can be set")
+        raise InvalidInput.field(path, f"{number} is not a member of {enum.name}")
     return str(member.name).removeprefix(enum_prefix(enum.name)).lower()
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ethogram.bench import Figure, PeakMemory, form, versions
 from ethogram.cli.output import say, table
-from ethogram.cli.watch import watch
+from ethogram.cli.watch import Watch
 from ethogram.client import Client
 from ethogram.errors import NotFound, Unavailable
 from ethogram.platform.stack import Platform
@@ -34,7 +34,8 @@ from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ethogram.inference import Inference, Operation
+    from ethogram.inference import Inference
+    from ethogram.specs.edits import Operation
 
 # What a job's outcome depends on, beside its spec and the libraries.
 _SOURCES = {
@@ -183,7 +184,7 @@ def _job(this: _Run, name: str, kind: str, spec: Spec) -> Job:
         return job
     say(f"{name}: {'going on with' if job.attempts else 'started'} {job.id}")
 
-    with watch(name) as shown:
+    with Watch(name) as shown:
 
         def see(event: Event) -> None:
             # The supervisor's own events come first; this is the first of the job's process.

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ethogram.inference import Edit, Effect, Floats
+from ethogram.inference import Effect, Floats
+from ethogram.specs.edits import Edit, EditLike
 
 _MAX_NETWORKS = 200
 """Maximum number of networks in the table."""
@@ -17,7 +18,7 @@ table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;text-ali
 i{display:inline-block;height:.7rem;vertical-align:middle;background:#9aa3b2}i.after{background:#0f766e}"""
 
 
-def effect_page(effect: Effect, edits: Sequence[Edit], networks: str) -> str:
+def effect_page(effect: Effect, edits: Sequence[EditLike], networks: str) -> str:
     """``effect`` of ``edits`` as a self-contained HTML page; ``networks`` names what was edited."""
     single = effect.local.ndim == 0
     strength, target, local = (np.atleast_1d(array) for array in (effect.strength, effect.target, effect.local))
@@ -32,7 +33,7 @@ def effect_page(effect: Effect, edits: Sequence[Edit], networks: str) -> str:
         rows.append(cells)
     rows.append(["none of them", "", "", "", *_bars(rate)])
     head = ["behaviour", "had it", "predicted before", "predicted after", "measured before", "measured after"]
-    title = ", ".join(_describe(edit) for edit in edits)
+    title = ", ".join(str(Edit(*edit)) for edit in edits)
     network_rows = [
         [str(i), f"{strength[i]:g}", _number(target[i]), f"{local[i]:+.3f}"] for i in range(min(count, _MAX_NETWORKS))
     ]
@@ -65,11 +66,6 @@ def summary(effect: Effect) -> dict[str, object]:
         "nothing_to_change": int(np.isnan(target).sum()),
         "strength": strengths[0] if len(set(strengths)) == 1 else strengths,
     }
-
-
-def _describe(edit: Edit) -> str:
-    operation, behavior, *by = edit
-    return f"{operation} {behavior}" + (f" by {by[0]}" if by else "")
 
 
 def _bars(values: Floats) -> list[str]:

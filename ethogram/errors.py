@@ -1,4 +1,4 @@
-"""Every error that a user can meet, and its one mapping to HTTP and gRPC.
+"""Every error that a user can meet, and its mapping to HTTP and gRPC.
 
 Code anywhere in the platform raises one of these; the gateway turns it into ``application/problem+json``, a gRPC
 servicer into ``google.rpc.Status`` (see :mod:`ethogram.rpc`), and the client back into the same class.
@@ -7,9 +7,10 @@ servicer into ``google.rpc.Status`` (see :mod:`ethogram.rpc`), and the client ba
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # A status detail larger than 16 KiB turns a gRPC answer into RESOURCE_EXHAUSTED, so long lists are cut.
 MAX_VIOLATIONS = 20
@@ -17,7 +18,7 @@ MAX_DESCRIPTION = 300
 
 
 class Violation(NamedTuple):
-    """One field that is wrong: its dotted path, e.g. ``spec.training.steps``, and what is wrong with it."""
+    """A wrong field: its dotted path, e.g. ``spec.training.steps``, and what is wrong with it."""
 
     field: str
     description: str
@@ -37,7 +38,7 @@ class EthogramError(Exception):
 
 
 class InvalidInput(EthogramError):
-    """The request is wrong and will be wrong tomorrow too."""
+    """The request is wrong; sending it again does not help."""
 
     reason, http_status, grpc_code = "INVALID_INPUT", 422, "INVALID_ARGUMENT"
 
@@ -48,12 +49,12 @@ class InvalidInput(EthogramError):
 
     @classmethod
     def from_pydantic(cls, error: ValidationError, prefix: str = "") -> InvalidInput:
-        """Pydantic's findings as violations; ``prefix`` is put before each path."""
+        """Pydantic's errors as violations; ``prefix`` is put before each path."""
         return cls.from_details(error.errors(include_url=False, include_context=False, include_input=False), prefix)
 
     @classmethod
     def from_details(cls, details: Sequence[object], prefix: str = "", more: int = 0) -> InvalidInput:
-        """The same from pydantic's list of error dictionaries; ``more`` are not in the list."""
+        """The same from pydantic's list of error dictionaries, which ``more`` errors are missing from."""
         violations = []
         for detail in details:
             assert isinstance(detail, dict)
@@ -80,19 +81,19 @@ class Conflict(EthogramError):
 
 
 class IllegalState(EthogramError):
-    """The thing exists but is in no state for this: retrying a running job, say."""
+    """The operation does not fit the state, e.g. a retry of a running job."""
 
     reason, http_status, grpc_code = "ILLEGAL_STATE", 409, "FAILED_PRECONDITION"
 
 
 class StaleAttempt(EthogramError):
-    """A writer whose attempt no longer owns the job. Nothing it sends is kept."""
+    """The writer's attempt no longer owns the job; nothing that it sends is kept."""
 
     reason, http_status, grpc_code = "STALE_ATTEMPT", 409, "ABORTED"
 
 
 class TimeLimit(EthogramError):
-    """A job ran for longer than it was given."""
+    """A job exceeded its time limit."""
 
     reason, http_status, grpc_code = "TIME_LIMIT", 504, "DEADLINE_EXCEEDED"
 
@@ -104,13 +105,13 @@ class TooLarge(EthogramError):
 
 
 class Unavailable(EthogramError):
-    """A part of the platform cannot be reached or has no room now; try again."""
+    """A part of the platform cannot be reached or is overloaded; try again."""
 
     reason, http_status, grpc_code = "UNAVAILABLE", 503, "UNAVAILABLE"
 
 
 class Internal(EthogramError):
-    """A defect. The text never echoes an exception; the log has it, under the request's id."""
+    """A defect. The message never contains an exception's text, which is in the log under the request's id."""
 
 
 ERRORS: dict[str, type[EthogramError]] = {

@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
-import grpc
 import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import ArrayLike, NDArray
 
 from ethogram import networks as network_files
-from ethogram.errors import InvalidInput, TooLarge
+from ethogram.channel import Channel, Methods
+from ethogram.errors import InvalidInput
 from ethogram.networks import Networks
-from ethogram.rpc import CHANNEL_OPTIONS, error_of
+from ethogram.specs.edits import Direction, Edit, EditLike, Mode, Operation, Steering
 from ethogram.tensors import from_tensor, to_tensor
 from ethogram.v1 import common_pb2
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub, SteeringServiceStub
+from ethogram.wire import fields_of
 
-# A message far below its limit keeps a large set flowing: one part computes while the next travels.
-PART_BYTES, PART_ROWS = 8 * 2**20, 512
+__all__ = [
+    "Behavior",
+    "Behaviors",
+    "Decoded",
+    "Direction",
+    "Edit",
+    "Effect",
+    "Encoded",
+    "Evaluated",
+    "Inference",
+    "Mode",
+    "Operation",
+    "Steered",
+]
 
 R = TypeVar("R")
 Floats = NDArray[np.floating[Any]]
-Operation = Literal["add", "remove", "replace"]
-Mode = Literal["residual", "direct"]
-Direction = Literal["learned", "mean_difference", "classifier_normal"]
-Edit = tuple[Operation, str] | tuple[Operation, str, str]
-"""``("add", behaviour)``, ``("remove", behaviour)`` or ``("replace", behaviour, by)``."""
-
-_OPERATIONS = {
-    "add": pb.EDIT_OPERATION_ADD,
-    "remove": pb.EDIT_OPERATION_REMOVE,
-    "replace": pb.EDIT_OPERATION_REPLACE,
-}
-_MODES = {"residual": pb.EDIT_MODE_RESIDUAL, "direct": pb.EDIT_MODE_DIRECT}
-_DIRECTIONS = {
-    "learned": pb.DIRECTION_LEARNED,
-    "mean_difference": pb.DIRECTION_MEAN_DIFFERENCE,
-    "classifier_normal": pb.DIRECTION_CLASSIFIER_NORMAL,
-}
 
 
 class Behavior(NamedTuple):
@@ -132,9 +128,11 @@ class Inference:
 
     Networks are dictionaries of arrays, or the path of a safetensors file: a batch (first axis of every parameter), or
     one network without a batch axis, which gets answers without one. Parameters are named ``layers.0.weight``,
-    ``layers.0.bias``, ...; a state dict of ``torch.nn.Sequential`` (``0.weight``, ``2.weight``, ...) is understood too.
-    Sets of any size can be given: large ones travel in parts. A model that was trained on networks of several shapes
-    takes any of them, all of one in a call; ``activation`` says which where shapes differ in it alone.
+    ``layers.0.bias``, ...; a state dict of ``torch.nn.Sequential`` (``0.weight``, ``2.weight``, ...) works too. Sets of
+    any size can be given: large ones travel in parts. A model that was trained on networks of several shapes takes any
+    of them, one shape per call; ``activation`` says which where shapes differ in it alone. Edits are
+    ``("add", behavior)``, ``("remove", behavior)``, ``("replace", behavior, by)`` or
+    :class:`~ethogram.specs.edits.Edit`.
 
     Every call raises :class:`~ethogram.errors.InvalidInput`, :class:`~ethogram.errors.NotFound`,
     :class:`~ethogram.errors.TooLarge` (the server is busy, or one network is too large) or
@@ -142,9 +140,17 @@ class Inference:
     """
 
     def __init__(self, target: str, *, timeout: float = 60.0) -> None:
-        self.timeout = timeout
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._codec, self._steering = CodecServiceStub(self._channel), SteeringServiceStub(self._channel)
+        self._channel = Channel(target, timeout)
+        self._codec, self._steering = CodecServiceStub(self._channel.grpc), SteeringServiceStub(self._channel.grpc)
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that each part of a call may take."""
+        return self._channel.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._channel.timeout = seconds
 
     def __enter__(self) -> Inference:
         return self
@@ -160,8 +166,9 @@ class Inference:
 
     def behaviors(self, model: str, *, version: str | None = None) -> Behaviors:
         """The behaviours that ``model`` can steer."""
-        request = pb.ListBehaviorsRequest(model=_model(model, version))
-        answer = _answer(lambda: self._steering.ListBehaviors(request, timeout=self.timeout))
+        answer = self._channel.call(
+            self._steering.ListBehaviors, pb.ListBehaviorsRequest(model=_reference(model, version))
+        )
         behaviors = [Behavior(b.name, b.description, b.positives) for b in answer.behaviors]
         return Behaviors(behaviors, answer.model.name, answer.model.version)
 
@@ -171,21 +178,19 @@ class Inference:
         """Latents of networks; their signatures are taken on the model's own probes."""
         batch = _Batch.of(networks, activation)
 
-        def request(reference: pb.ModelRef, part: slice) -> pb.EncodeRequest:
-            return pb.EncodeRequest(model=reference, networks=batch.message(part))
+        def request(reference: pb.ModelRef, rows: slice) -> pb.EncodeRequest:
+            return pb.EncodeRequest(model=reference, networks=batch.networks(rows))
 
-        call = _Call(self._codec.Encode, self._codec.EncodeStream, request, batch.rows, batch.row_bytes)
-        return self._encoded(self._run(call, model, version), batch.single)
+        return self._encode(request, batch, model, version)
 
     def encode_signatures(self, model: str, signatures: ArrayLike, *, version: str | None = None) -> Encoded:
         """Latents of signatures ``[batch, neurons, values]`` (or ``[neurons, values]``) taken on the model's probes."""
-        array, single = _with_batch(signatures, 2)
+        batch = _Batch.of_array(signatures, 2, "signatures")
 
-        def request(reference: pb.ModelRef, part: slice) -> pb.EncodeRequest:
-            return pb.EncodeRequest(model=reference, signatures=_tensor(array[part], "signatures"))
+        def request(reference: pb.ModelRef, rows: slice) -> pb.EncodeRequest:
+            return pb.EncodeRequest(model=reference, signatures=batch.tensor("signatures", rows))
 
-        call = _Call(self._codec.Encode, self._codec.EncodeStream, request, len(array), _row_bytes(array))
-        return self._encoded(self._run(call, model, version), single)
+        return self._encode(request, batch, model, version)
 
     def decode(
         self,
@@ -198,22 +203,20 @@ class Inference:
     ) -> Decoded:
         """Networks of latents ``[batch, latent]`` (or ``[latent]``); ``hidden``: widths of their hidden layers, where
         the model knows networks of several shapes."""
-        array, single = _with_batch(latents, 1)
+        batch = _Batch.of_array(latents, 1, "latents")
         shape = pb.Architecture(hidden=hidden, activation=activation or "")
 
-        def request(reference: pb.ModelRef, part: slice) -> pb.DecodeRequest:
-            return pb.DecodeRequest(model=reference, latents=_tensor(array[part], "latents"), architecture=shape)
+        def request(reference: pb.ModelRef, rows: slice) -> pb.DecodeRequest:
+            return pb.DecodeRequest(model=reference, latents=batch.tensor("latents", rows), architecture=shape)
 
-        call = _Call(self._codec.Decode, self._codec.DecodeStream, request, len(array), _row_bytes(array))
-        answers = self._run(call, model, version)
-        networks = _join_networks([answer.networks for answer in answers], single)
-        return Decoded(networks, answers[0].model.name, answers[0].model.version)
+        answers, name = self._run((self._codec.Decode, self._codec.DecodeStream), request, batch, model, version)
+        return Decoded(_join_networks([answer.networks for answer in answers], batch.single), *name)
 
     def steer(
         self,
         model: str,
         networks: Networks | str | Path,
-        edits: Sequence[Edit],
+        edits: Sequence[EditLike],
         *,
         mode: Mode = "residual",
         strength: float | Literal["auto"] = 1.0,
@@ -225,42 +228,36 @@ class Inference:
         behaviour, by)``) behaviours.
 
         ``residual`` keeps the source's weights and adds what the edit changes; ``direct`` takes the decoded ones.
-        ``strength`` ``auto`` is chosen for each network on sequences that are neither trained nor judged on.
+        ``strength`` ``auto`` is chosen for each network on sequences used neither for training nor for evaluation.
         """
-        change = _change(edits, mode, strength, direction)
+        fields = fields_of(Steering.of(edits, mode, strength, direction))
         batch = _Batch.of(networks, activation)
 
-        def request(reference: pb.ModelRef, part: slice) -> pb.SteerRequest:
-            return pb.SteerRequest(model=reference, networks=batch.message(part), **change)
+        def request(reference: pb.ModelRef, rows: slice) -> pb.SteerRequest:
+            return pb.SteerRequest(model=reference, networks=batch.networks(rows), **fields)
 
-        call = _Call(self._steering.Steer, self._steering.SteerStream, request, batch.rows, batch.row_bytes)
-        answers = self._run(call, model, version)
-        return Steered(
-            batch.named([answer.networks for answer in answers]),
-            _join([answer.latents for answer in answers], "latents", batch.single),
-            answers[0].model.name,
-            answers[0].model.version,
-        )
+        answers, name = self._run((self._steering.Steer, self._steering.SteerStream), request, batch, model, version)
+        latents = _join([answer.latents for answer in answers], "latents", batch.single)
+        return Steered(batch.named([answer.networks for answer in answers]), latents, *name)
 
     def evaluate(
         self, model: str, networks: Networks | str | Path, *, activation: str | None = None, version: str | None = None
     ) -> Evaluated:
         """How networks behave on labelled sequences that no network of the model's zoo was trained on."""
         batch = _Batch.of(networks, activation)
-        answers = self._evaluated(model, batch, {}, version)
+        answers, name = self._evaluate(model, batch, {}, version)
         return Evaluated(
             list(answers[0].behaviors),
             _join([answer.recall for answer in answers], "recall", batch.single),
             _join([answer.false_positive_rate for answer in answers], "false_positive_rate", batch.single),
-            answers[0].model.name,
-            answers[0].model.version,
+            *name,
         )
 
     def effect(
         self,
         model: str,
         networks: Networks | str | Path,
-        edits: Sequence[Edit],
+        edits: Sequence[EditLike],
         *,
         mode: Mode = "residual",
         strength: float | Literal["auto"] = 1.0,
@@ -270,14 +267,12 @@ class Inference:
     ) -> Effect:
         """What :meth:`steer` with the same arguments does to networks: predicted from their latents, and measured on
         held-out sequences."""
-        change = _change(edits, mode, strength, direction)
-        if not edits:
-            raise InvalidInput.field("edits", "empty; give at least one")
+        fields = fields_of(Steering.of(edits, mode, strength, direction))
         batch = _Batch.of(networks, activation)
-        answers = self._evaluated(model, batch, change, version)
+        answers, name = self._evaluate(model, batch, fields, version)
 
-        def joined(name: str) -> Floats:
-            return _join([getattr(answer.effect, name) for answer in answers], name, batch.single)
+        def joined(field: str) -> Floats:
+            return _join([getattr(answer.effect, field) for answer in answers], field, batch.single)
 
         return Effect(
             list(answers[0].behaviors),
@@ -290,69 +285,64 @@ class Inference:
             joined("false_positive_rate"),
             joined("target"),
             joined("local"),
-            answers[0].model.name,
-            answers[0].model.version,
+            *name,
         )
 
-    def _evaluated(
-        self, model: str, batch: _Batch, change: Mapping[str, Any], version: str | None
-    ) -> list[pb.EvaluateResponse]:
-        def request(reference: pb.ModelRef, part: slice) -> pb.EvaluateRequest:
-            return pb.EvaluateRequest(model=reference, networks=batch.message(part), **change)
+    def _encode(
+        self,
+        request: Callable[[pb.ModelRef, slice], pb.EncodeRequest],
+        batch: _Batch,
+        model: str,
+        version: str | None,
+    ) -> Encoded:
+        answers, name = self._run((self._codec.Encode, self._codec.EncodeStream), request, batch, model, version)
+        return Encoded(_join([answer.latents for answer in answers], "latents", batch.single), *name)
 
-        call = _Call(self._steering.Evaluate, self._steering.EvaluateStream, request, batch.rows, batch.row_bytes)
-        return self._run(call, model, version)
+    def _evaluate(
+        self, model: str, batch: _Batch, fields: Mapping[str, Any], version: str | None
+    ) -> tuple[list[pb.EvaluateResponse], tuple[str, str]]:
+        def request(reference: pb.ModelRef, rows: slice) -> pb.EvaluateRequest:
+            return pb.EvaluateRequest(model=reference, networks=batch.networks(rows), **fields)
 
-    @staticmethod
-    def _encoded(answers: Sequence[pb.EncodeResponse], single: bool) -> Encoded:
-        latents = _join([answer.latents for answer in answers], "latents", single)
-        return Encoded(latents, answers[0].model.name, answers[0].model.version)
+        return self._run((self._steering.Evaluate, self._steering.EvaluateStream), request, batch, model, version)
 
-    def _run(self, call: _Call[R], model: str, version: str | None) -> list[R]:
-        """The answers to all parts of ``call``, in order."""
-        size = max(1, min(PART_ROWS, PART_BYTES // max(call.row_bytes, 1)))
-        if call.rows <= size:
-            try:
-                request = call.request(_model(model, version), slice(0, call.rows))
-                return [_answer(lambda: call.unary(request, timeout=self.timeout))]
-            except TooLarge as error:
-                size = _smaller(min(size, call.rows), error)
-        # One version for all parts, also when another is published meanwhile.
-        reference = _model(model, version or self.behaviors(model).version)
-        answers: list[R] = []
-        start = 0
-        while start < call.rows:
-            parts = [slice(at, min(at + size, call.rows)) for at in range(start, call.rows, size)]
-            requests = (call.request(reference, part) for part in parts)
-            try:
-                for answer in _answers(call.stream(requests, timeout=self.timeout * len(parts))):
-                    answers.append(answer)
-                    start = min(start + size, call.rows)
-            except TooLarge as error:
-                size = _smaller(size, error)
-        return answers
+    def _run(
+        self,
+        methods: Methods[R],
+        request: Callable[[pb.ModelRef, slice], Message],
+        batch: _Batch,
+        model: str,
+        version: str | None,
+    ) -> tuple[list[R], tuple[str, str]]:
+        """The answers to all parts of ``batch``, in order, and name and version of the model that gave them."""
 
+        def pinned() -> pb.ModelRef:
+            return _reference(model, version or self.behaviors(model).version)
 
-@dataclass(frozen=True)
-class _Call(Generic[R]):
-    """One method, unary and as a stream, and how to make its request of some rows."""
-
-    unary: Callable[..., R]
-    stream: Callable[..., Iterator[R]]
-    request: Callable[[pb.ModelRef, slice], Message]
-    rows: int
-    row_bytes: int
+        answers = self._channel.run(
+            methods, request, _reference(model, version), pinned, rows=batch.rows, row_bytes=batch.row_bytes
+        )
+        answered = cast(Any, answers[0]).model
+        return answers, (answered.name, answered.version)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Networks with a batch axis and the platform's names."""
+    """Arrays with a batch axis: networks with the platform's names of the parameters, or one array."""
 
     arrays: dict[str, NDArray[Any]]
-    names: dict[str, str]
-    """The caller's name of each parameter to the platform's."""
     single: bool
-    activation: str | None
+    """Whether the caller gave one row, without a batch axis."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """The caller's name of each parameter to the platform's."""
+    activation: str | None = None
+
+    @classmethod
+    def of_array(cls, values: ArrayLike, axes: int, name: str) -> _Batch:
+        """``values``, with a batch axis before its ``axes`` axes if they lack one."""
+        array = np.asarray(values)
+        single = array.ndim <= axes
+        return cls({name: array[None] if single else array}, single)
 
     @classmethod
     def of(cls, networks: Networks | str | Path, activation: str | None) -> _Batch:
@@ -369,7 +359,7 @@ class _Batch:
                 raise InvalidInput.field(
                     f"networks.parameters.{name}", f"a batch of {count}, but others have {max(counts.values())}"
                 )
-        return cls(batch, names, single, activation)
+        return cls(batch, single, names, activation)
 
     @property
     def rows(self) -> int:
@@ -377,14 +367,20 @@ class _Batch:
 
     @property
     def row_bytes(self) -> int:
-        return sum(_row_bytes(array) for array in self.arrays.values())
+        return sum(array.nbytes // max(len(array), 1) if array.ndim else array.nbytes for array in self.arrays.values())
 
-    def message(self, part: slice) -> pb.Networks:
-        # A parameter without axes is the server's to refuse.
-        tensors = {
-            name: _tensor(array[part] if array.ndim else array, f"networks.parameters.{name}")
-            for name, array in self.arrays.items()
-        }
+    def tensor(self, name: str, rows: slice, field: str | None = None) -> common_pb2.Tensor:
+        """Some of the rows of one array; ``field``: where it is in a request."""
+        array = self.arrays[name]
+        try:
+            # A parameter without axes is the server's to refuse.
+            return to_tensor(array[rows] if array.ndim else array)
+        except TypeError as error:
+            raise InvalidInput.field(field or name, str(error)) from None
+
+    def networks(self, rows: slice) -> pb.Networks:
+        """Some of the networks."""
+        tensors = {name: self.tensor(name, rows, f"networks.parameters.{name}") for name in self.arrays}
         return pb.Networks(parameters=tensors, activation=self.activation or "")
 
     def named(self, parts: Sequence[pb.Networks]) -> dict[str, Floats]:
@@ -393,68 +389,8 @@ class _Batch:
         return {name: joined[wire] for name, wire in self.names.items()}
 
 
-def _change(
-    edits: Sequence[Edit], mode: Mode, strength: float | Literal["auto"], direction: Direction
-) -> dict[str, Any]:
-    """The fields of a request that say what to change, or :class:`InvalidInput`."""
-    if mode not in _MODES:
-        raise InvalidInput.field("mode", f"must be one of {', '.join(_MODES)}")
-    if direction not in _DIRECTIONS:
-        raise InvalidInput.field("direction", f"must be one of {', '.join(_DIRECTIONS)}")
-    if isinstance(strength, str) and strength != "auto":
-        raise InvalidInput.field("strength", "must be auto or a number")
-    wire = []
-    for i, (operation, behavior, *by) in enumerate(edits):
-        if operation not in _OPERATIONS:
-            raise InvalidInput.field(f"edits.{i}.operation", f"must be one of {', '.join(_OPERATIONS)}")
-        wire.append(pb.Edit(operation=_OPERATIONS[operation], behavior=behavior, by=by[0] if by else ""))
-    how = {"auto_strength": True} if strength == "auto" else {"strength": strength}
-    return {"edits": wire, "mode": _MODES[mode], "direction": _DIRECTIONS[direction], **how}
-
-
-def _model(name: str, version: str | None) -> pb.ModelRef:
+def _reference(name: str, version: str | None) -> pb.ModelRef:
     return pb.ModelRef(name=name, version=version or "")
-
-
-def _answer(call: Callable[[], R]) -> R:
-    try:
-        return call()
-    except grpc.RpcError as error:
-        raise error_of(error) from None
-
-
-def _answers(call: Any) -> Iterator[Any]:
-    try:
-        yield from call
-    except grpc.RpcError as error:
-        raise error_of(error) from None
-    finally:
-        # Nothing happens to a call that has ended; one that is left in the middle, by Ctrl-C say, ends too.
-        call.cancel()
-
-
-def _smaller(size: int, error: TooLarge) -> int:
-    """Half of ``size``, where that can help: the server named a field that is too large. Else raises ``error``."""
-    if size == 1 or not error.violations:
-        raise error
-    return size // 2
-
-
-def _tensor(array: NDArray[Any], field: str) -> common_pb2.Tensor:
-    try:
-        return to_tensor(array)
-    except TypeError as error:
-        raise InvalidInput.field(field, str(error)) from None
-
-
-def _with_batch(values: ArrayLike, axes: int) -> tuple[NDArray[Any], bool]:
-    """``values`` with a batch axis before its ``axes`` axes, and whether it had none."""
-    array = np.asarray(values)
-    return (array[None], True) if array.ndim <= axes else (array, False)
-
-
-def _row_bytes(array: NDArray[Any]) -> int:
-    return array.nbytes // max(len(array), 1) if array.ndim else array.nbytes
 
 
 def _join(tensors: Sequence[common_pb2.Tensor], field: str, single: bool) -> Floats:

@@ -1,6 +1,6 @@
-"""What the platform answers about: jobs, events, artifacts, models and kinds, as the client sees them.
+"""Jobs, events, artifacts, models and kinds, as the client receives them.
 
-Lenient on purpose: a field that a newer server adds is kept, not refused.
+Fields that a newer server adds are kept, not refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 
 
 class Resource(BaseModel):
-    """Base of them all."""
+    """Base of all resources."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -34,7 +34,7 @@ class Job(Resource):
     attempts: int = 0
     max_attempts: int = 0
     parent: str | None = None
-    """Id of the job that made this one to do a part of its work, which calls it ``name``."""
+    """Id of the job of which this is a child job, called ``name`` there."""
     name: str | None = None
     time_limit_seconds: float | None = None
     stall_limit_seconds: float | None = None
@@ -53,11 +53,11 @@ class Job(Resource):
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing will happen to it any more, unless it is retried."""
+        """Whether the job has ended; only a retry changes it."""
         return self.state in TERMINAL
 
     def check(self) -> Job:
-        """This job, if it succeeded; otherwise raises why it did not."""
+        """Return this job if it succeeded; otherwise raise the error with which it failed."""
         if self.state == "SUCCEEDED":
             return self
         if self.state == "FAILED" and self.error:
@@ -88,7 +88,7 @@ class File(Resource):
 
 
 class Manifest(Resource):
-    """What an artifact holds and where it comes from."""
+    """Files of an artifact, and its origin."""
 
     name: str
     type: str
@@ -102,12 +102,12 @@ class Manifest(Resource):
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return sum(file.size for file in self.files.values())
 
 
 class Artifact(Resource):
-    """A folder of files that never changes; ``id`` is its content's."""
+    """An immutable folder of files; ``id`` is the digest of its content."""
 
     id: str
     name: str = ""

@@ -1,4 +1,4 @@
-"""gRPC on both sides: errors as google.rpc.Status with ErrorInfo and BadRequest, and the channel options."""
+"""gRPC for clients and servers: errors as google.rpc.Status with ErrorInfo and BadRequest, and channel options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_DETAIL_BYTES = 3 * 2**10
 MAX_MESSAGE_TEXT = 600
 
-# Loopback and cluster traffic never goes through a proxy of the user's environment.
+# Loopback and cluster traffic must not go through a proxy from the user's environment.
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -35,7 +35,7 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 
 def status_of(error: EthogramError) -> Status:
-    """``error`` as the status message that travels; field violations beyond the room for details are left out."""
+    """``error`` as a status message, without the field violations that exceed the size of details."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     bad = error_details_pb2.BadRequest()
     for violation in error.violations:
@@ -53,12 +53,12 @@ def status_of(error: EthogramError) -> Status:
 
 
 def grpc_status_of(error: EthogramError) -> grpc.Status:
-    """What a synchronous servicer hands to ``context.abort_with_status``."""
+    """``error`` for ``context.abort_with_status`` of a synchronous servicer."""
     return rpc_status.to_status(status_of(error))
 
 
 def error_of(call: grpc.RpcError) -> EthogramError:
-    """The error that a failed call carries, in the class it was raised as."""
+    """The error of a failed call, in the class in which it was raised."""
     status = rpc_status.from_call(call)  # type: ignore[arg-type]
     if status is not None:
         reason, violations = "", []

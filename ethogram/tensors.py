@@ -1,4 +1,4 @@
-"""NumPy arrays on the wire: dtype, shape and raw little-endian bytes."""
+"""NumPy arrays as messages: dtype, shape and raw little-endian bytes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _MAX_AXES = 16
 
 
 def to_tensor(array: NDArray[Any]) -> pb.Tensor:
-    """``array`` as a message; raises ``TypeError`` for an element type that has none (complex, object, ...)."""
+    """``array`` as a message. Raises ``TypeError`` for an unsupported element type (complex, object, ...)."""
     dtype = np.dtype(array.dtype).newbyteorder("<")
     number = _NUMBERS.get(dtype)
     if number is None:
-        raise TypeError(f"no wire form for dtype {array.dtype}")
+        raise TypeError(f"dtype {array.dtype} cannot be sent")
     data = np.ascontiguousarray(array, dtype=dtype).tobytes()
     return pb.Tensor(dtype=number, shape=array.shape, data=data)  # type: ignore[arg-type]
 
@@ -42,7 +42,7 @@ def from_tensor(tensor: pb.Tensor, field: str, *, finite: bool = True) -> NDArra
     """
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
-        raise InvalidInput.field(f"{field}.dtype", f"{tensor.dtype} is no element type; use one of {sorted(_DTYPES)}")
+        raise InvalidInput.field(f"{field}.dtype", f"{tensor.dtype} is not an element type; use {sorted(_DTYPES)}")
     shape = tuple(tensor.shape)
     if len(shape) > _MAX_AXES or any(length < 0 for length in shape):
         raise InvalidInput.field(f"{field}.shape", f"needs at most {_MAX_AXES} axes, none negative")
@@ -51,7 +51,7 @@ def from_tensor(tensor: pb.Tensor, field: str, *, finite: bool = True) -> NDArra
         raise InvalidInput.field(
             f"{field}.data", f"{len(tensor.data)} bytes, but shape {list(shape)} of {dtype.name} needs {expected}"
         )
-    # NumPy bounds the other axes even where one is empty.
+    # NumPy bounds the other axes even if one is empty.
     if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 2**63:
         raise InvalidInput.field(f"{field}.shape", "is larger than any array can be")
     array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)

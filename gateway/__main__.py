@@ -1,5 +1,4 @@
-"""``python -m gateway``: the HTTP server in one process, until SIGTERM, Ctrl-C or, with ``--parent-pipe``, the end of
-its parent."""
+"""``python -m gateway``: the HTTP server, until SIGTERM, Ctrl-C or, with ``--parent-pipe``, the end of the parent."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ GRACE_SECONDS = 10
 
 
 class Server(uvicorn.Server):
-    """Prints its address once it listens, and ends event streams before it waits for connections to end."""
+    """Prints its URL once it listens, and ends event streams before it waits for connections to close."""
 
     def __init__(self, config: uvicorn.Config, close_streams: Callable[[], None]) -> None:
         super().__init__(config)
@@ -38,7 +37,7 @@ class Server(uvicorn.Server):
         host, port = sockets[0].getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         logger.info("ready", extra={"url": url})
-        # For people, and for parents that asked for any free port.
+        # For people, and for a parent that asked for any free port.
         sys.stdout.write(f"gateway ready at {url}\n")
         sys.stdout.flush()
 
@@ -48,9 +47,9 @@ class Server(uvicorn.Server):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the gateway; return the exit status."""
+    """Run the gateway; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m gateway", description="The HTTP gateway.")
-    parser.add_argument("--parent-pipe", action="store_true", help="exit when standard input is closed")
+    parser.add_argument("--parent-pipe", action="store_true", help="exit when standard input closes")
     given = parser.parse_args(arguments)
     try:
         settings = GatewaySettings.read()
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = Server(config, app.state.services.tails.close_streams)
-    # Once it has stopped, the server raises the signal that stopped it again; a clean shutdown is not a failure.
+    # uvicorn raises the signal again after its shutdown; a clean exit must not count as a failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     if given.parent_pipe:
@@ -101,7 +100,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _allow_many_connections() -> None:
-    """Raise the limit of open files, usually 1,024: each event stream is one."""
+    """Raise the limit on open files: each stream is one, and the usual soft limit is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""The FastAPI application: routes, error handlers, and the services that live as long as it does."""
+"""The FastAPI application: routes, error handlers, middleware and the parts they use."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.runtime import scratch
 
-# Three services are checked at once, and two probes may come together.
+# Three parts are checked at once, and two probes may overlap.
 CHECKERS = 6
 _ERROR = {"model": problems.Problem, "content": {problems.MEDIA_TYPE: {}}}
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
-    """The gateway, with its services open and the database migrated; ``app.state.services`` holds them until the
-    lifespan ends.
+    """The gateway's application, with the database migrated; ``app.state.services`` is open until the lifespan ends.
 
-    Raises :class:`EthogramError` when the database or the store cannot be used, or the URL of Redis is malformed.
+    Raises :class:`EthogramError` when the database or the store cannot be used, or the Redis URL is invalid.
     """
-    held = ExitStack()
+    stack = ExitStack()
     registry = JobRegistry.open(settings.database)
     tails = Tails(registry, settings.redis_url, settings.stream_limit)
     metrics = GatewayMetrics(registry, lambda: tails.streams)
-    checks = held.enter_context(ThreadPoolExecutor(CHECKERS, thread_name_prefix="readyz"))
+    checks = stack.enter_context(ThreadPoolExecutor(CHECKERS, thread_name_prefix="readyz"))
     services = Services(
         settings=settings,
         registry=registry,
@@ -50,7 +49,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         metrics=metrics,
         checks=checks,
         checking={},
-        work=held.enter_context(scratch.folder(settings.work, "gateway")),
+        work=stack.enter_context(scratch.folder(settings.work, "gateway")),
     )
 
     @asynccontextmanager
@@ -60,9 +59,9 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             yield
         finally:
             await services.tails.stop()
-            for service in (services.bell, services.notifier, registry):
-                await anyio.to_thread.run_sync(service.close)
-            held.close()
+            for part in (services.bell, services.notifier, registry):
+                await anyio.to_thread.run_sync(part.close)
+            stack.close()
 
     app = FastAPI(
         title="Ethogram",
@@ -71,15 +70,15 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         dependencies=[Depends(storable)],
         generate_unique_id_function=_operation_id,
         responses={
-            422: {**_ERROR, "description": "A field is invalid; `violations` says which and why"},
-            "default": {**_ERROR, "description": "What went wrong"},
+            422: {**_ERROR, "description": "Invalid fields, each with the reason"},
+            "default": {**_ERROR, "description": "The error"},
         },
     )
     app.state.services = services
     for module in (jobs, events, artifacts, models, meta):
         app.include_router(module.router)
     problems.install(app)
-    # The middleware added last is the outermost.
+    # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=settings.body_limit, exceptions={"/v1/artifacts": settings.upload_limit})
     app.add_middleware(RequestContext, metrics=metrics)
     return app

@@ -1,4 +1,4 @@
-"""Checks and types that several routes share."""
+"""Parameter types and checks that several routes share."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ T = TypeVar("T")
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
-def _known_form(value: str) -> str:
+def _check_id(value: str) -> str:
     if not _ID.fullmatch(value):
-        raise NotFound(f"nothing is named {value[:80]!r}")
+        raise NotFound(f"there is nothing named {value[:80]!r}")
     return value
 
 
-Id = Annotated[str, AfterValidator(_known_form)]
-"""An id or name in a path; a malformed one is not found."""
+Id = Annotated[str, AfterValidator(_check_id)]
+"""An id or name in a path; an ill-formed one is answered with 404."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,79}$", examples=["zoo"])]
-"""A name that the user gives to an artifact, a model, a type or a version."""
-Limit = Annotated[int, Query(ge=1, le=1000, description="Maximum number of items on the page.")]
+"""A name that the user chooses for an artifact, a model, a type or a version."""
+Limit = Annotated[int, Query(ge=1, le=1000, description="Most items of the page.")]
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the previous page.")]
 IdempotencyKey = Annotated[
     str | None,
     Header(
         pattern=r"^[!-~]{1,255}$",
-        description="A repeated request with the same key creates nothing new; with another body it is refused.",
+        description="A repeated request with the same key returns the first result; with another body it is refused.",
     ),
 ]
 
@@ -45,27 +45,27 @@ def _check(body: object) -> None:
 
 
 class Page(BaseModel, Generic[T]):
-    """A page of a list."""
+    """One page of a list."""
 
     items: list[T]
     next_cursor: str | None = None
-    """Cursor of the next page; null on the last."""
+    """Pass as `cursor` for the next page; null on the last."""
 
 
 async def storable(request: Request) -> None:
-    """Refuse NUL and lone surrogates, which pass validation but which databases cannot store."""
+    """Refuse NUL and lone surrogates, which pass validation but cannot be stored in a database."""
     for name, value in [*request.path_params.items(), *request.query_params.multi_items()]:
         text.check(value, name)
     if request.scope["route"].body_field is None:
-        # Uploads are read by their route, in chunks.
+        # The route itself reads an upload, in chunks.
         return
     try:
-        # The framework has already read the body, and keeps it.
+        # The framework has already read the body and caches it.
         body = await request.json()
-        # A large body takes a while; others are served meanwhile.
+        # In a thread, since a large body takes a while.
         await anyio.to_thread.run_sync(_check, body)
     except ValueError:
-        # Not JSON: the framework reports it.
+        # Not JSON; the framework answers that.
         return
     except RecursionError:
         raise InvalidInput.field("(root)", "the body is nested too deeply") from None

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the gateway, and of the queues in the registry."""
+"""Prometheus metrics of the gateway itself, and of the queues in the registry."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from services.jobs.registry import Depth, JobRegistry
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 UNKNOWN = "unknown"
-"""Route label of requests that match no route, since arbitrary paths must not become labels."""
+"""Label of requests that no route takes, so that arbitrary paths do not become labels."""
 _KEEP_SECONDS = 1.0
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
 
 class GatewayMetrics:
-    """Metrics of one application; a process may have several."""
+    """Counters of one application, which may not be the only one in its process."""
 
     def __init__(self, registry: JobRegistry, streams: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "ethogram_http_requests",
-            "Requests that were answered, by route template.",
+            "Answered requests, by route template.",
             ["method", "route", "status"],
             registry=self.registry,
         )
         self.seconds = Histogram(
             "ethogram_http_request_seconds",
-            "Time from a request to the end of its answer; event streams are left out.",
+            "Time from a request to the end of its answer, without event streams.",
             ["method", "route"],
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.sent = Counter("ethogram_stream_bytes", "Bytes of events sent to watchers.", registry=self.registry)
-        open_streams = Gauge("ethogram_streams", "Event streams that are open.", registry=self.registry)
+        open_streams = Gauge("ethogram_streams", "Open event streams.", registry=self.registry)
         open_streams.set_function(streams)
         self.registry.register(QueueCollector(registry))
 
@@ -56,7 +56,7 @@ class GatewayMetrics:
 
 
 class QueueCollector(Collector):
-    """Reads the queues from the registry on each scrape, at most once a second. All gateways report the same."""
+    """Reads the registry when Prometheus scrapes, at most once a second. All gateways report the same numbers."""
 
     def __init__(self, registry: JobRegistry) -> None:
         self._registry, self._lock = registry, threading.Lock()
@@ -64,11 +64,11 @@ class QueueCollector(Collector):
         self._until = 0.0
 
     def describe(self) -> Iterator[Metric]:
-        """The names alone: before there are tables, nothing can be read."""
+        """The names alone, since the tables may not exist yet."""
         return iter(self._families([], up=True))
 
     def collect(self) -> Iterator[Metric]:
-        """The queues now; without a database, only that it is down."""
+        """The queues now; without a database, ``ethogram_registry_up`` 0 alone."""
         with self._lock:
             if time.monotonic() >= self._until:
                 try:

@@ -1,4 +1,4 @@
-"""Middleware as plain ASGI, which buffers nothing between server and route."""
+"""Middleware around every route, as plain ASGI so that nothing is buffered between server and route."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 class RequestContext:
-    """Gives each request an id (the client's ``X-Request-ID`` if it is well formed), counts and logs it, and answers
-    unexpected exceptions with the id alone."""
+    """Counts and logs each request and gives it an id (the client's ``X-Request-ID`` if well formed); answers an
+    unexpected exception with that id alone."""
 
     def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
         self.app, self.metrics = app, metrics
@@ -52,7 +52,7 @@ class RequestContext:
                 self.metrics.sent.inc(len(message.get("body", b"")))
             await send(message)
 
-        # Still percent-encoded, so that a path cannot forge a line of the log.
+        # Percent-encoded as received, so that a path cannot forge a log line.
         line = {"request_id": request_id, "method": scope["method"], "path": scope["raw_path"].decode("latin-1")}
         try:
             await self.app(scope, receive, send_with_id)
@@ -61,14 +61,14 @@ class RequestContext:
         except Exception:
             logger.exception("request failed", extra=line)
             if not status:
-                text = "internal error; the gateway's log has the cause under this request's id"
+                text = "something is wrong inside the gateway; its log has the cause under this request's id"
                 await problem(Internal(text), request_id)(scope, receive, send_with_id)
         finally:
             quiet = scope["path"] in _PROBES and status < 400
             seconds = round(time.perf_counter() - began, 4)
             route = getattr(scope.get("route"), "path", UNKNOWN)
             method = scope["method"] if scope["method"] in _METHODS else UNKNOWN
-            # A client that left before the answer has no status.
+            # No status: the client left before the answer.
             if status:
                 self.metrics.answered(method, route, status, seconds, streams)
             logger.log(
@@ -77,7 +77,7 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses a body of more than ``limit`` bytes (for some paths: of ``exceptions``) with 413."""
+    """Refuses a body of more than ``limit`` bytes, or the limit of its path in ``exceptions``, with 413."""
 
     def __init__(self, app: ASGIApp, limit: int, exceptions: Mapping[str, int]) -> None:
         self.app, self.limit, self.exceptions = app, limit, exceptions
@@ -95,7 +95,7 @@ class BodyLimit:
             size += len(message.get("body", b""))
             if size <= limit:
                 return message
-            # Most clients read no answer before they have sent everything, so read on, within reason.
+            # Most clients read the answer only after sending the whole body: read on, within reason.
             while message.get("more_body", False) and size < limit + 8 * self.limit:
                 message = await receive()
                 size += len(message.get("body", b""))

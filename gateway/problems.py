@@ -1,4 +1,4 @@
-"""Errors as ``application/problem+json`` (RFC 9457), for all routes."""
+"""Errors as ``application/problem+json`` (RFC 9457), in one place for all routes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class ViolationOut(BaseModel):
-    """One invalid field."""
+    """One field that is wrong."""
 
     field: str = Field(examples=["spec.training.steps"])
     description: str
 
 
 class Problem(BaseModel):
-    """The body of every error."""
+    """The body of every error response."""
 
     type: str = Field(examples=["about:blank"])
     title: str = Field(examples=["Unprocessable Entity"])
@@ -56,7 +56,7 @@ def problem(error: EthogramError, request_id: str, *, status: int = 0, reason: s
 
 
 def install(app: FastAPI) -> None:
-    """Answer every expected error of ``app`` with a problem; :class:`RequestContext` answers the others."""
+    """Answer every error of ``app`` with a problem; unexpected exceptions are left to the request context."""
 
     async def domain(request: Request, error: Exception) -> Response:
         assert isinstance(error, EthogramError)
@@ -86,10 +86,10 @@ def request_id_of(request: Request) -> str:
 def _http_problem(request: Request, error: HTTPException) -> Response:
     request_id, status = request_id_of(request), error.status_code
     if status == HTTPStatus.NOT_FOUND:
-        return problem(NotFound(f"there is nothing at {request.url.path}; /docs lists all routes"), request_id)
+        return problem(NotFound(f"there is nothing at {request.url.path}; /docs lists what there is"), request_id)
     if status == HTTPStatus.BAD_REQUEST:
-        # The framework's answer to a body that it cannot parse: not UTF-8, nested too deeply, integers too long.
-        return problem(InvalidInput.field("(root)", "the body is not readable JSON"), request_id)
+        # The framework's status for a body that it cannot parse: not UTF-8, too deep, too long integers.
+        return problem(InvalidInput.field("(root)", "the body cannot be read as JSON"), request_id)
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         return problem(TooLarge(str(error.detail)), request_id)
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -99,11 +99,11 @@ def _http_problem(request: Request, error: HTTPException) -> Response:
 
 
 def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:
-    """The framework's validation errors, with paths as the user wrote them: ``spec.training.steps``.
+    """The framework's errors, with paths as the user wrote them: ``spec.training.steps``.
 
-    The framework's paths start with where the value was (``body``, ``query``, ...) and include the union's tag.
+    The framework's own paths begin with ``body``, ``query``, ... and include the tag of the union of kinds.
     """
-    found = []
+    errors = []
     for detail in details[:MAX_VIOLATIONS]:
         where, *path = detail["loc"]
         message = str(detail["msg"])
@@ -116,12 +116,12 @@ def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:
             path, message = [*path, "kind"], f"{given}; there are: {', '.join(KINDS)}"
         elif detail["type"] in ("model_attributes_type", "model_type") and not path:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
-        found.append({"type": detail["type"], "loc": path, "msg": message})
-    return InvalidInput.from_details(found, more=len(details) - len(found))
+        errors.append({"type": detail["type"], "loc": path, "msg": message})
+    return InvalidInput.from_details(errors, more=len(details) - len(errors))
 
 
 def without_tags(path: Sequence[str | int], body: Any) -> list[str | int]:
-    """``path`` without the kinds that a union discriminated by ``kind`` puts after the object that names it."""
+    """``path`` without the kind that a union discriminated by ``kind`` inserts after the object with that kind."""
     kept: list[str | int] = []
     at, tagged = body, False
     for part in path:

@@ -1,4 +1,4 @@
-"""What the routes work with, created once per process."""
+"""The parts of the platform that the routes use, opened once per process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from services.jobs.records import Job
 from services.jobs.registry import JobRegistry
 
 TENANT = "default"
-"""The only tenant, until there are several."""
+"""The one tenant; there is no sign-in yet."""
 
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of the platform that the gateway uses."""
+    """Registry, store, queue and streams of one gateway."""
 
     settings: GatewaySettings
     registry: JobRegistry
@@ -34,14 +34,14 @@ class Services:
     tails: Tails
     metrics: GatewayMetrics
     checks: ThreadPoolExecutor
-    """Threads for checks that may hang, so that probes do not."""
+    """Threads for readiness checks, so that a probe answers even when a part hangs."""
     checking: dict[str, Future[Any]]
-    """The last check of each part, which may still run."""
+    """The last check of each part; it may still run."""
     work: Path
     """Scratch folder of uploads."""
 
     def announce(self, job: Job) -> None:
-        """Announce a committed change to watchers here, to other gateways, and to idle workers. Never blocks."""
+        """Announce a committed change to watchers here, other gateways and idle workers. Never waits for Redis."""
         self.tails.wake(job.id)
         self.notifier.notify(job.id, job.seq)
         if not job.state.terminal:
@@ -53,4 +53,5 @@ def _of(request: Request) -> Services:
     return services
 
 
-ServicesDependency = Annotated[Services, Depends(_of)]
+Parts = Annotated[Services, Depends(_of)]
+"""Parameter of a route: the services of its application."""

@@ -8,17 +8,17 @@ from services.runtime.settings import ProcessSettings
 
 
 class GatewaySettings(ProcessSettings):
-    """Address and limits of the gateway."""
+    """Address and limits."""
 
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(8321, ge=0, le=65_535)
     """TCP port to listen on; 0: any free one."""
     inference: str = "127.0.0.1:8322"
-    """``host:port`` at which clients reach the inference service."""
+    """``host:port`` of the inference service, as clients reach it."""
     body_limit: int = Field(2 * 2**20, ge=1024)
-    """Maximum size of a JSON body, in bytes."""
+    """Most bytes of a JSON body."""
     upload_limit: int = Field(32 * 2**30, ge=1024)
-    """Maximum size of an uploaded artifact, in bytes."""
+    """Most bytes of an uploaded artifact."""
     stream_limit: int = Field(8192, ge=1)
-    """Maximum number of open event streams."""
+    """Most event streams open at once."""

@@ -20,7 +20,7 @@ def frame(event: str, data: str, id: int | None = None) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """A response that lasts as long as its async generator, which is closed as soon as the client leaves."""
+    """A response that streams an async generator, and closes it at once when the client leaves."""
 
     media_type = EVENT_STREAM
 

@@ -1,4 +1,4 @@
-"""The bodies of ``POST /v1/jobs`` and ``POST /v1/pipelines``: a union over all kinds, made from the table of kinds."""
+"""The bodies of ``POST /v1/jobs`` and ``POST /v1/pipelines``: a union over the table of kinds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from services.jobs.records import Options
 
 
 class SubmissionBase(Options):
-    """A job to queue: its kind, its spec and its options."""
+    """A job: its kind, its spec and how it is queued."""
 
     model_config = ConfigDict(title="Submission")
 
@@ -24,7 +24,7 @@ class SubmissionBase(Options):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options, as the registry takes them."""
+        """Arguments of the registry besides the kind and the spec."""
         return {name: getattr(self, name) for name in Options.model_fields}
 
 
@@ -52,7 +52,7 @@ JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class Pipeline(BaseModel):
-    """Several jobs, queued all or none. An input ``{"job": NAME, "artifact": ...}`` names another of these jobs."""
+    """Several jobs, queued all or none. An input ``{"job": NAME, "artifact": ...}`` names another one of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,9 +1,9 @@
-"""Event streams: one tail per watched job reads the registry once for all its watchers.
+"""Event streams: one tailer per watched job reads the registry once for all who watch.
 
-Redis only says that a job has something new; a poll each second says the same when Redis is down. The events come from
-the registry, so any number of gateways agree and nothing is lost or doubled. A watcher holds a cursor, not a queue: it
-takes the newest chunks from the tail's window, and older ones from the registry. A slow watcher therefore costs no
-memory and slows nobody.
+Redis only signals that a job has new events; a poll each second does so when Redis is down. The events come from the
+registry, so any number of gateways agree and nothing is lost or doubled. A watcher holds a cursor instead of a queue:
+it takes the newest chunks from the tailer's window and older ones from the registry. A slow watcher therefore costs no
+memory and delays no other.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Chunk(NamedTuple):
 
 
 class _Tail:
-    """What the watchers of one job share. Used by the event loop only."""
+    """State that the watchers of one job share; used in the event loop only."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.last = job.seq
-        """Number of the newest event that was read."""
+        """Newest event that was read; it is the last in the window."""
         self.window: OrderedDict[int, Chunk] = OrderedDict()
         self.window_bytes = 0
         self.gone: EthogramError | None = None
@@ -64,7 +64,7 @@ class _Tail:
         self.task: asyncio.Task[None] | None = None
 
     def push(self, chunk: Chunk) -> None:
-        """Append the chunk after ``last``."""
+        """Append the events after ``last``."""
         self.window[chunk.after] = chunk
         self.window_bytes += len(chunk.data)
         self.last = chunk.last
@@ -73,17 +73,18 @@ class _Tail:
         self.notify()
 
     def ahead(self, cursor: int) -> Chunk | None:
-        """The events after ``cursor`` that are in the window and fit one write; None if they have left the window."""
+        """The events after ``cursor`` that are in the window and fit one write; None if they left the window."""
         parts, last, size = [], cursor, 0
         while size < WRITE_BYTES and (chunk := self.window.get(last)) is not None:
             parts.append(chunk.data)
             last, size = chunk.last, size + len(chunk.data)
         return Chunk(cursor, last, b"".join(parts)) if parts else None
 
-    def show(self, job: Job) -> None:
-        """Set the job's newest row."""
-        previous, self.job = self.job, job
-        if (job.seq, job.state, job.progress) != (previous.seq, previous.state, previous.progress):
+    def update(self, job: Job) -> None:
+        """Store the job's newest row, and wake the watchers if it differs."""
+        same = (job.seq, job.state, job.progress) == (self.job.seq, self.job.state, self.job.progress)
+        self.job = job
+        if not same:
             self.notify()
 
     def notify(self) -> None:
@@ -93,7 +94,7 @@ class _Tail:
 
 
 class Tails:
-    """All tails of this process. Start and stop it in the event loop that serves."""
+    """All tailers of this process; start and stop it in the event loop that serves."""
 
     def __init__(self, registry: JobRegistry, redis_url: str, limit: int) -> None:
         self._registry, self._redis_url, self._limit = registry, redis_url, limit
@@ -105,9 +106,9 @@ class Tails:
         self._streams = 0
 
     def start(self) -> None:
-        """Start to listen to Redis."""
+        """Subscribe to Redis."""
         self._loop = asyncio.get_running_loop()
-        # Threads of its own, so that watchers who catch up do not delay other routes.
+        # Own threads, so that watchers that catch up do not delay other routes.
         self._readers = anyio.CapacityLimiter(READERS)
         self._listener = asyncio.create_task(self._listen())
 
@@ -117,7 +118,7 @@ class Tails:
         return self._streams
 
     def close_streams(self) -> None:
-        """End all streams, so that the server can stop; clients reconnect elsewhere and resume where they were."""
+        """End all streams so that the server can stop; clients reconnect elsewhere and resume where they were."""
         self._closing = True
         for tail in self._tails.values():
             tail.notify()
@@ -131,16 +132,16 @@ class Tails:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def wake(self, job: str) -> None:
-        """Say that ``job`` has something new. Callable from any thread."""
+        """Read the new events of ``job``. May be called from any thread."""
         assert self._loop is not None
-        with suppress(RuntimeError):  # The loop is closed, so nobody watches any more.
+        with suppress(RuntimeError):  # The loop is closed, so nobody watches.
             self._loop.call_soon_threadsafe(self._wake, job)
 
     async def open(self, job_id: str, after: int, follow: bool) -> AsyncGenerator[bytes, None]:
-        """Stream a job's events after ``after``, as bytes to send.
+        """The stream of a job's events after ``after``, as bytes to send.
 
-        Raises :class:`NotFound` for an unknown job, :class:`InvalidInput` when it has no event ``after``, and
-        :class:`Unavailable` when too many streams are open.
+        Raises :class:`NotFound` for an unknown job, :class:`InvalidInput` if it has no event ``after``, and
+        :class:`Unavailable` if too many streams are open.
         """
         job = await self._read(lambda: self._registry.get(job_id))
         if after > job.seq:
@@ -189,7 +190,7 @@ class Tails:
             tail = self._tails[job.id] = _Tail(job)
             tail.task = asyncio.create_task(self._run(tail))
         elif job.seq > tail.job.seq:
-            # A row older than the watcher's could report an end that a retry has undone.
+            # The tailer's older row might show an end that a retry has undone.
             tail.job = job
             tail.wake.set()
         tail.watchers += 1
@@ -219,21 +220,21 @@ class Tails:
                     logger.exception("cannot read the events of a job; trying again", extra={"job": tail.job.id})
                 failing = True
                 await asyncio.sleep(POLL_SECONDS)
-            # Events in quick succession are sent together, which matters with many watchers.
+            # Send events in quick succession together, which is what costs with many watchers.
             await asyncio.sleep(PACE_SECONDS)
             with suppress(TimeoutError):
                 await asyncio.wait_for(tail.wake.wait(), POLL_SECONDS)
 
     async def _advance(self, tail: _Tail) -> None:
         tail.wake.clear()
-        # The job before its events, so that all events up to its `seq` can be read.
+        # Read the job before its events, so that all events up to its `seq` exist.
         job = await self._read(lambda: self._registry.get(tail.job.id))
         while tail.last < job.seq:
             tail.push(await self._chunk(job.id, tail.last, job.seq))
-        tail.show(job)
+        tail.update(job)
 
     async def _chunk(self, job: str, after: int, last: int) -> Chunk:
-        """At least one event after ``after``, and none beyond ``last``, from the registry."""
+        """Read events from the registry: at least one of those after ``after`` up to ``last``."""
         limit = min(BATCH, last - after)
 
         def read() -> Chunk:
@@ -253,7 +254,7 @@ class Tails:
             tail.wake.set()
 
     async def _listen(self) -> None:
-        """Listen to Redis for jobs that have something new, until cancelled."""
+        """Receive from Redis which jobs have new events, for as long as the process lives."""
         client = redis.asyncio.Redis.from_url(
             self._redis_url, socket_connect_timeout=2, socket_timeout=None, socket_keepalive=True, retry=None
         )
@@ -263,9 +264,9 @@ class Tails:
                 async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     await pubsub.subscribe(CHANNEL)
                     if failing:
-                        logger.info("Redis sends notifications of new events again")
+                        logger.info("Redis announces new events again")
                     failing = False
-                    # Notifications may have been missed meanwhile.
+                    # Announcements may have been missed meanwhile.
                     for tail in self._tails.values():
                         tail.wake.set()
                     async for message in pubsub.listen():
@@ -273,7 +274,7 @@ class Tails:
                             self._wake(json.loads(message["data"])["job"])
             except (RedisError, OSError) as error:
                 if not failing:
-                    text = "no notifications from Redis; polling for events each second until it is back"
+                    text = "Redis does not answer; polling for events each second until it is back"
                     logger.warning(text, extra={"cause": str(error)})
                 failing = True
                 await asyncio.sleep(POLL_SECONDS)

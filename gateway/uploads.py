@@ -1,4 +1,4 @@
-"""An artifact uploaded as ``multipart/form-data``, written to disk as it arrives."""
+"""Uploads of artifacts as ``multipart/form-data``, written to disk while they arrive."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class Form(NamedTuple):
     name: str
     type: str
     folder: Path
-    """Holds the files, and nothing else."""
+    """Holds the files and nothing else."""
 
 
 class Upload:
-    """Feed it the body, then ``finish`` it; ``discard`` it in any case. It blocks, so call it in a thread.
+    """Feed it the body, then ``finish``; ``discard`` in any case. It blocks: call it in a thread.
 
     The parts are fields ``name`` and ``type`` and one or more ``files``, whose file names are paths in the artifact.
     """
 
     def __init__(self, work: Path, content_type: str) -> None:
-        """``work``: folder in which to keep the files. Raises :class:`InvalidInput`."""
+        """Make a new folder in ``work``. Raises :class:`InvalidInput`."""
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise InvalidInput.field("(root)", "send multipart/form-data with the fields name, type and files")
@@ -98,7 +98,7 @@ class Upload:
         return Form(fields.name, fields.type, self._folder)
 
     def discard(self) -> None:
-        """Delete the files."""
+        """Remove the files from disk."""
         if self._file is not None:
             self._file.close()
             self._file = None

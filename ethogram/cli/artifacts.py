@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ethogram.cli.options import Json, Limit, Url, Version, connect, examples, show_help
+from ethogram.cli.output import pairs, result, say, table
 
 if TYPE_CHECKING:
     from ethogram.client import Client
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Upload, list, download and delete artifacts.", invoke_without_command=True, callback=show_help)
 models = typer.Typer(
-    help="Publish models to the inference service, and look at them.", invoke_without_command=True, callback=show_help
+    help="Publish models to the inference service, and list them.", invoke_without_command=True, callback=show_help
 )
 
 Source = Annotated[
@@ -27,14 +28,14 @@ ModelName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the mode
 @app.command(epilog=examples("ethogram artifacts put my-zoo/ --name zoo --type zoo"))
 def put(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A file or a folder.", show_default=False)],
-    name: Annotated[str | None, typer.Option("--name", help="Its name; else the file's or folder's.")] = None,
-    type: Annotated[str, typer.Option("--type", help="What it is, e.g. zoo.")] = "file",
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the artifact; by default the file's or folder's.")
+    ] = None,
+    type: Annotated[str, typer.Option("--type", help="Type of the artifact, e.g. zoo.")] = "file",
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Upload a file or a folder."""
-    from ethogram.cli.output import pairs, result
-
     with connect(url) as client:
         made = client.put(path, name=name or path.resolve().stem, type=type)
     shown = {"artifact": made.id, "name": made.name, "type": made.type, "bytes": made.size}
@@ -43,15 +44,13 @@ def put(
 
 @app.command(epilog=examples("ethogram artifacts ls --job job_abc", "ethogram artifacts ls --type codec --json"))
 def ls(
-    job: Annotated[str | None, typer.Option("--job", help="Only what this job made.")] = None,
-    type: Annotated[str | None, typer.Option("--type", help="Only of this type.")] = None,
+    job: Annotated[str | None, typer.Option("--job", help="Only outputs of this job.")] = None,
+    type: Annotated[str | None, typer.Option("--type", help="Only artifacts of this type.")] = None,
     limit: Limit = 20,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """List artifacts, newest first."""
-    from ethogram.cli.output import result, table
-
     with connect(url) as client:
         found = client.artifacts(job=job, type=type, limit=limit)
     rows = [(a.id, a.name, a.type, a.size, a.job, a.created_at) for a in found]
@@ -62,14 +61,13 @@ def ls(
 def get(
     source: Source,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder; else one of the artifact's name.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to write; by default one of the artifact's name."),
     ] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Download an artifact; every file is checked against its digest."""
-    from ethogram.cli.output import result, say
-
     with connect(url) as client:
         artifact = client.artifact(_resolve(client, source))
         name = artifact.manifest.name if artifact.manifest else artifact.name
@@ -81,9 +79,7 @@ def get(
 
 @app.command(epilog=examples("ethogram artifacts rm 3f9c...", "ethogram artifacts rm job_abc/zoo"))
 def rm(source: Source, url: Url = None, as_json: Json = False) -> None:
-    """Delete an artifact that no job needs any more, and retired models made of it."""
-    from ethogram.cli.output import pairs, result
-
+    """Delete an artifact that no job needs, with the retired models made of it."""
     with connect(url) as client:
         id = _resolve(client, source)
         client.delete_artifact(id)
@@ -94,13 +90,13 @@ def rm(source: Source, url: Url = None, as_json: Json = False) -> None:
 def publish(
     name: ModelName,
     source: Source,
-    version: Annotated[str | None, typer.Option("--version", help="Its version; else the next number.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="Version of the model; by default the next number.")
+    ] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Publish an artifact as a model; the inference service has it within seconds."""
-    from ethogram.cli.output import result
-
+    """Publish an artifact as a model; the inference service serves it within seconds."""
     with connect(url) as client:
         model = client.publish(name, _resolve(client, source), version)
     result(model, as_json, lambda: _show(model))
@@ -109,13 +105,11 @@ def publish(
 @models.command(epilog=examples("ethogram models retire my-codec 1"))
 def retire(
     name: ModelName,
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="Its version.", show_default=False)],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Version of the model.", show_default=False)],
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Serve a version no more, but to those who ask for it by number."""
-    from ethogram.cli.output import result
-
+    """Stop serving a version, except to requests that name it."""
     with connect(url) as client:
         model = client.retire(name, version)
     result(model, as_json, lambda: _show(model))
@@ -124,8 +118,6 @@ def retire(
 @models.command("ls", epilog=examples("ethogram models ls"))
 def models_ls(url: Url = None, as_json: Json = False) -> None:
     """List published models."""
-    from ethogram.cli.output import result, table
-
     with connect(url) as client:
         found = client.models()
     rows = [(m.name, m.version, m.artifact, m.created, "retired" if m.retired else "") for m in found]
@@ -135,8 +127,6 @@ def models_ls(url: Url = None, as_json: Json = False) -> None:
 @models.command("get", epilog=examples("ethogram models get my-codec", "ethogram models get my-codec --version 1"))
 def models_get(name: ModelName, version: Version = None, url: Url = None, as_json: Json = False) -> None:
     """Show a published model."""
-    from ethogram.cli.output import result
-
     with connect(url) as client:
         model = client.model(name, version)
     result(model, as_json, lambda: _show(model))
@@ -144,9 +134,7 @@ def models_get(name: ModelName, version: Version = None, url: Url = None, as_jso
 
 @models.command(epilog=examples("ethogram models behaviors my-codec"))
 def behaviors(name: ModelName, version: Version = None, url: Url = None, as_json: Json = False) -> None:
-    """List what a model can steer."""
-    from ethogram.cli.output import result, table
-
+    """List the behaviours that a model can steer."""
     with connect(url) as client, client.inference() as inference:
         answer = inference.behaviors(name, version=version)
     value = {
@@ -158,8 +146,6 @@ def behaviors(name: ModelName, version: Version = None, url: Url = None, as_json
 
 
 def _show(model: Model) -> None:
-    from ethogram.cli.output import pairs
-
     state = "retired" if model.retired else ""
     pairs({"model": model.name, "version": model.version, "artifact": model.artifact, "state": state})
 

@@ -1,21 +1,19 @@
-"""Running a typer app so that whoever typed it gets an answer and an exit code, never a traceback."""
+"""Running a typer app: errors become a message and an exit code, never a traceback."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import typer
 
-if TYPE_CHECKING:
-    from ethogram.errors import EthogramError
+from ethogram.cli import output
+from ethogram.errors import EthogramError, Internal, InvalidInput
 
 
 def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
-    """Run ``app`` and leave: 0; 2 for bad input; 1 for any other failure. ``arguments``: None: the process's own."""
-    from ethogram.errors import EthogramError, Internal, InvalidInput
-
+    """Run ``app`` and exit: 0; 2 for bad input; 1 for any other failure. ``arguments``: by default the process's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     problem: EthogramError
     try:
@@ -29,7 +27,7 @@ def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
-        # The reader has left, `| head` say. Nothing more can be written, not even at exit.
+        # The reader has left, e.g. `| head`. Nothing more can be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -37,14 +35,11 @@ def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
     except Exception as error:
         if os.environ.get("ETHOGRAM_DEBUG"):
             raise
-        problem = Internal(f"{type(error).__name__}: {error}. This is a defect; ETHOGRAM_DEBUG=1 shows where.")
+        problem = Internal(f"{type(error).__name__}: {error}. This is a defect; ETHOGRAM_DEBUG=1 shows the traceback.")
     _fail(problem, "--json" in arguments)
 
 
 def _fail(problem: EthogramError, as_json: bool) -> NoReturn:
-    from ethogram.cli import output
-    from ethogram.errors import InvalidInput
-
     output.error(problem)
     if as_json:
         violations = [violation._asdict() for violation in problem.violations]

@@ -20,7 +20,7 @@ S = TypeVar("S", bound="Spec")
 def read_mapping(path: Path | None, what: str) -> dict[str, Any]:
     """The mapping in the YAML file ``path`` ("-": standard input); None: an empty one.
 
-    Raises :class:`InvalidInput` naming the file when it is anything else. A name that appears twice is an error.
+    Raises :class:`InvalidInput`, which names the file, for anything else and for a name that appears twice.
     """
     if path is None:
         return {}
@@ -39,7 +39,7 @@ def read_mapping(path: Path | None, what: str) -> dict[str, Any]:
 
 
 def set_values(target: dict[str, Any], assignments: Iterable[str], what: str) -> dict[str, Any]:
-    """``target`` with each ``path=value`` of ``assignments`` put in; a number in a path is a place in a list."""
+    """Set each ``path=value`` of ``assignments`` in ``target``; a number in a path is an index into a list."""
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         names = path.strip().split(".")

@@ -9,30 +9,48 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ethogram.cli.options import Json, Limit, Set, Url, Wait, connect, examples, seconds, show_help
+from ethogram.cli.files import read_mapping, set_values
+from ethogram.cli.options import Json, KindName, Limit, Set, Url, Wait, connect, examples, seconds, show_help
+from ethogram.cli.output import console, pairs, print_json, result, table
+from ethogram.errors import InvalidInput
 
 if TYPE_CHECKING:
     from ethogram.client import Client
     from ethogram.resources import Event, Job
 
-app = typer.Typer(help="Look at jobs, follow, cancel and retry them.", invoke_without_command=True, callback=show_help)
+top = typer.Typer()
+"""Commands without the word jobs."""
+app = typer.Typer(
+    help="List, show, follow, cancel, retry and delete jobs.", invoke_without_command=True, callback=show_help
+)
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.", show_default=False)]
 
 
+@top.command(
+    epilog=examples(
+        "ethogram submit generation -f zoo.yaml --set subjects=512 --wait",
+        "ethogram submit crossmodal --set zoo.job=job_abc --set zoo.artifact=zoo --label owner=me",
+        "ethogram submit generation --dry-run",
+    )
+)
 def submit(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="See `ethogram kinds`.", show_default=False)],
+    kind: KindName,
     *,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", metavar="FILE", help="The spec as YAML; - for standard input.")
     ] = None,
     values: Set = None,
-    name: Annotated[str | None, typer.Option("--name", help="The label `name`, to find the job again.")] = None,
-    label: Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Repeatable.")] = None,
-    priority: Annotated[int, typer.Option("--priority", help="Higher runs first.")] = 0,
-    queue: Annotated[str | None, typer.Option("--queue", help="Machine class; else the kind's own.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Value of the label `name`, to find the job again.")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Label of the job. Repeatable.")
+    ] = None,
+    priority: Annotated[int, typer.Option("--priority", help="Jobs of higher priority run first.")] = 0,
+    queue: Annotated[str | None, typer.Option("--queue", help="Machine class; by default that of the kind.")] = None,
     max_attempts: Annotated[
         int | None,
-        typer.Option("--max-attempts", help="Attempts that may crash or stall before it fails.", show_default="3"),
+        typer.Option("--max-attempts", help="Attempts before a job that crashes or stalls fails.", show_default="3"),
     ] = None,
     time_limit: Annotated[
         float | None,
@@ -40,7 +58,7 @@ def submit(
             "--time-limit",
             metavar="TIME",
             parser=seconds,
-            help="Running time, over all attempts, after which it fails: 90, 90s, 30m, 2h, 1d.",
+            help="Running time of all attempts after which the job fails: 90, 90s, 30m, 2h, 1d.",
             show_default=False,
         ),
     ] = None,
@@ -50,20 +68,18 @@ def submit(
             "--stall-limit",
             metavar="TIME",
             parser=seconds,
-            help="An attempt that says nothing for so long is ended and tried again; none: never.",
+            help="Silence after which an attempt is ended and retried; none: never.",
             show_default="30m",
         ),
     ] = None,
     wait: Wait = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check it and show it with every default; queue nothing.")
+        bool, typer.Option("--dry-run", help="Check the job and print it with every default; queue nothing.")
     ] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Queue one job. What the file and --set leave out has its default."""
-    from ethogram.cli.files import read_mapping, set_values
-    from ethogram.cli.output import pairs, print_json, result
+    """Queue a job. Fields that neither the file nor --set gives have their defaults."""
     from ethogram.transport import SubmitOptions
 
     spec = set_values(read_mapping(file, "spec"), values or (), "spec")
@@ -90,13 +106,7 @@ def submit(
         _exit_unless_succeeded([job])
 
 
-submit_examples = examples(
-    "ethogram submit generation -f zoo.yaml --set subjects=512 --wait",
-    "ethogram submit crossmodal --set zoo.job=job_abc --set zoo.artifact=zoo --label owner=me",
-    "ethogram submit generation --dry-run",
-)
-
-
+@top.command(epilog=examples("ethogram pipeline examples/main.yaml --set jobs.zoo.spec.subjects=256 --wait"))
 def pipeline(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML with `jobs:`, name to kind and spec.")],
     values: Set = None,
@@ -104,11 +114,7 @@ def pipeline(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Queue several jobs that use each other's outputs: all of them, or none when one is wrong."""
-    from ethogram.cli.files import read_mapping, set_values
-    from ethogram.cli.output import result, table
-    from ethogram.errors import InvalidInput
-
+    """Queue several jobs that use each other's outputs: all of them, or none if one is wrong."""
     plan = set_values(read_mapping(file, "pipeline"), values or (), "pipeline")
     jobs = plan.get("jobs")
     if not isinstance(jobs, dict) or set(plan) != {"jobs"}:
@@ -123,25 +129,20 @@ def pipeline(
         _exit_unless_succeeded(list(made.values()))
 
 
-pipeline_examples = examples("ethogram pipeline examples/main.yaml --set jobs.zoo.spec.subjects=256 --wait")
-
-
 @app.command("list", epilog=examples("ethogram jobs list --kind generation --state FAILED"))
 def list_(
     *,
-    kind: Annotated[str | None, typer.Option("--kind", help="Only this kind.")] = None,
-    state: Annotated[str | None, typer.Option("--state", help="Only in this state, e.g. RUNNING.")] = None,
-    label: Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Only with it.")] = None,
-    parent: Annotated[
-        str | None, typer.Option("--parent", metavar="JOB", help="Only the children of this job.")
+    kind: Annotated[str | None, typer.Option("--kind", help="Only jobs of this kind.")] = None,
+    state: Annotated[str | None, typer.Option("--state", help="Only jobs in this state, e.g. RUNNING.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Only jobs with this label. Repeatable.")
     ] = None,
+    parent: Annotated[str | None, typer.Option("--parent", metavar="JOB", help="Only child jobs of this job.")] = None,
     limit: Limit = 20,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """List jobs, newest first."""
-    from ethogram.cli.output import result, table
-
     with connect(url) as client:
         state = state.upper() if state else None
         jobs = client.jobs(kind=kind, state=state, labels=_labels(label or ()), parent=parent, limit=limit)
@@ -152,8 +153,6 @@ def list_(
 @app.command(epilog=examples("ethogram jobs get job_abc", "ethogram jobs get job_abc --json | jq .result"))
 def get(id: JobId, url: Url = None, as_json: Json = False) -> None:
     """Show one job."""
-    from ethogram.cli.output import result
-
     with connect(url) as client:
         job = client.job(id)
     result(job, as_json, lambda: _show(job))
@@ -161,9 +160,7 @@ def get(id: JobId, url: Url = None, as_json: Json = False) -> None:
 
 @app.command(epilog=examples("ethogram jobs watch job_abc", "ethogram jobs watch job_abc --json | jq .type"))
 def watch(id: JobId, url: Url = None, as_json: Json = False) -> None:
-    """Follow a job to its end; exit code 1 unless it succeeds. With --json, one event a line."""
-    from ethogram.cli.output import print_json
-
+    """Follow a job to its end; exit code 1 unless it succeeds. With --json, print one event per line."""
     with connect(url) as client:
         if as_json:
             job = client.wait(id, on_event=lambda event: print_json(event, indent=None))
@@ -177,16 +174,14 @@ def watch(id: JobId, url: Url = None, as_json: Json = False) -> None:
 @app.command(epilog=examples("ethogram jobs logs job_abc", "ethogram jobs logs job_abc --follow --tail 20"))
 def logs(
     id: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow until the job ends.")] = False,
     tail: Annotated[
-        int | None, typer.Option("--tail", "-n", min=0, metavar="N", help="Only the last N lines, and what follows.")
+        int | None, typer.Option("--tail", "-n", min=0, metavar="N", help="Begin with the last N lines.")
     ] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Print what a job said."""
-    from ethogram.cli.output import console, print_json
-
+    """Print the log of a job."""
     out = console()
 
     def show(event: Event) -> None:
@@ -214,9 +209,7 @@ def logs(
 
 @app.command(epilog=examples("ethogram jobs cancel job_abc"))
 def cancel(id: JobId, url: Url = None, as_json: Json = False) -> None:
-    """Ask a job to end."""
-    from ethogram.cli.output import pairs, result
-
+    """Cancel a job."""
     with connect(url) as client:
         job = client.cancel(id)
     result(job, as_json, lambda: pairs({"job": job.id, "state": job.state}))
@@ -225,14 +218,12 @@ def cancel(id: JobId, url: Url = None, as_json: Json = False) -> None:
 @app.command(epilog=examples("ethogram jobs retry job_abc --wait", "ethogram jobs retry job_abc --from-start"))
 def retry(
     id: JobId,
-    from_start: Annotated[bool, typer.Option("--from-start", help="Forget its last checkpoint.")] = False,
+    from_start: Annotated[bool, typer.Option("--from-start", help="Ignore the last checkpoint.")] = False,
     wait: Wait = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
-    from ethogram.cli.output import pairs, result
-
+    """Queue a failed or cancelled job again; it resumes from its last checkpoint."""
     with connect(url) as client:
         job = client.retry(id, from_start=from_start)
         if wait:
@@ -247,10 +238,10 @@ def _finite(seconds: float) -> float | None:
 
 
 def _follow(client: Client, job: Job, name: str) -> Job:
-    from ethogram.cli.watch import watch as watch_of
+    from ethogram.cli.watch import Watch
 
-    # A job that is tried again begins with the events of its earlier attempts; these are history.
-    with watch_of(name) as shown:
+    # The events of the earlier attempts of a retried job are not shown again.
+    with Watch(name) as shown:
         for event in client.events(job.id, after=job.seq):
             shown.event(event)
     return client.job(job.id)
@@ -262,8 +253,6 @@ def _exit_unless_succeeded(jobs: list[Job]) -> None:
 
 
 def _show(job: Job) -> None:
-    from ethogram.cli.output import pairs
-
     error: dict[str, Any] = job.error or {}
     pairs(
         {
@@ -297,8 +286,6 @@ def _share(job: Job) -> str:
 
 
 def _labels(given: list[str] | tuple[()]) -> dict[str, str]:
-    from ethogram.errors import InvalidInput
-
     labels = {}
     for item in given:
         key, equals, value = item.partition("=")
@@ -310,9 +297,7 @@ def _labels(given: list[str] | tuple[()]) -> dict[str, str]:
 
 @app.command(epilog=examples("ethogram jobs rm job_abc"))
 def rm(id: JobId, url: Url = None, as_json: Json = False) -> None:
-    """Delete a job that has ended, with its events, outputs and children; what is published stays."""
-    from ethogram.cli.output import pairs, result
-
+    """Delete a job that has ended, with its events, outputs and child jobs; published outputs stay."""
     with connect(url) as client:
         client.delete_job(id)
     result({"deleted": id}, as_json, lambda: pairs({"deleted": id}))

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from ethogram.cli import artifacts, jobs, networks, platform
+from ethogram.cli import run as local
 from ethogram.cli.execute import execute
 from ethogram.cli.options import examples, show_help
 
 app = typer.Typer(
     name="ethogram",
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=examples("ethogram demo --quick", "ethogram up", "ethogram submit generation -f zoo.yaml --wait"),
@@ -39,15 +40,11 @@ def _root(
     show_help(context)
 
 
-app.command(epilog=platform.up_examples)(platform.up)
-app.command(epilog=platform.demo_examples)(platform.demo)
-app.command(epilog=platform.doctor_examples)(platform.doctor)
-app.command(epilog=jobs.submit_examples)(jobs.submit)
-app.command(epilog=jobs.pipeline_examples)(jobs.pipeline)
+for commands in (local.app, platform.app, jobs.top):
+    app.add_typer(commands)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(artifacts.models, name="models")
-app.command(epilog=platform.kinds_examples)(platform.kinds)
 app.command(epilog=networks.encode_examples)(networks.encode)
 app.command(epilog=networks.steer_examples)(networks.steer)
 app.command(epilog=networks.decode_examples)(networks.decode)

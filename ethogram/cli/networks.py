@@ -18,7 +18,7 @@ from ethogram.cli.options import Json, Output, Url, Version, connect, examples
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ethogram.inference import Edit, Effect, Inference, Steered
+    from ethogram.inference import Effect, Inference, Steered
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A published model.", show_default=False)]
 NetworksFile = Annotated[
@@ -127,14 +127,14 @@ def steer(
 ) -> None:
     """Change the behaviours of networks, and write the changed networks."""
     from ethogram.errors import InvalidInput
+    from ethogram.specs.edits import Edit
 
-    edits: list[Edit] = [("add", name) for name in add or ()]
-    edits += [("remove", name) for name in remove or ()]
+    edits = [Edit("add", name) for name in add or ()] + [Edit("remove", name) for name in remove or ()]
     for pair in replace or ():
         old, sign, new = pair.partition("=")
         if not sign or not new:
             raise InvalidInput.field("--replace", f"{pair} is not of the form OLD=NEW")
-        edits.append(("replace", old, new))
+        edits.append(Edit("replace", old, new))
     if not edits:
         raise InvalidInput(
             "name what to change with --add BEHAVIOR, --remove BEHAVIOR or --replace OLD=NEW; `ethogram models "

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ethogram.errors import InvalidInput
+
 if TYPE_CHECKING:
     from ethogram.client import Client
 
-# Someone waits at the terminal.
+# Shorter than the SDK's: someone waits at the terminal.
 _RETRY_SECONDS = 5.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")]
@@ -21,7 +23,7 @@ Url = Annotated[
     typer.Option(
         "--url",
         metavar="URL",
-        help="The platform; else ETHOGRAM_URL, else the one that runs in ETHOGRAM_STATE.",
+        help="URL of the platform; by default ETHOGRAM_URL, else the one that runs in ETHOGRAM_STATE.",
         show_default=False,
     ),
 ]
@@ -30,7 +32,7 @@ State = Annotated[
     typer.Option(
         "--state",
         metavar="DIR",
-        help="Folder of the platform's state; else ETHOGRAM_STATE, else runs/state.",
+        help="Folder of the platform's state; by default ETHOGRAM_STATE, else runs/state.",
         show_default=False,
     ),
 ]
@@ -40,13 +42,47 @@ Set = Annotated[
         "--set", metavar="PATH=VALUE", help="Set one value, e.g. training.steps=500; read as YAML. Repeatable."
     ),
 ]
+KindName = Annotated[str, typer.Argument(metavar="KIND", help="See `ethogram kinds`.", show_default=False)]
 SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
+
+
+def new_path(path: Path | None) -> Path | None:
+    """Callback of an option: refuse a path that exists."""
+    if path is not None and path.exists():
+        raise InvalidInput.field("--output", f"{path} is there already; name another one")
+    return path
+
+
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder of the run: artifacts, report, metrics, checkpoint.",
+        show_default=False,
+    ),
+]
+NewFolder = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder to write; it must not exist.",
+        callback=new_path,
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")
+]
 ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many, newest first.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Follow to the end; exit code 1 when a job fails.")]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="Show at most this many, newest first.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Follow the job to its end; exit code 1 when it fails.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")]
 Version = Annotated[
-    str | None, typer.Option("--version", metavar="VERSION", help="Version of the model; else its latest.")
+    str | None, typer.Option("--version", metavar="VERSION", help="Version of the model; by default the latest.")
 ]
 
 
@@ -54,7 +90,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds(text: str) -> float:
-    """A limit of time as people write it; infinity: none."""
+    """Seconds of a time limit such as 90, 30m or none (infinity)."""
     if text == "none":
         return math.inf
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
@@ -64,14 +100,14 @@ def seconds(text: str) -> float:
 
 
 def connect(url: str | None) -> Client:
-    """The platform that the user means."""
+    """A client of the platform at ``url``."""
     from ethogram.client import Client
 
     return Client(url, retry_seconds=_RETRY_SECONDS)
 
 
 def examples(*lines: str) -> str:
-    """The end of a command's help."""
+    """The examples at the end of a command's help."""
     return "Examples:\n\n" + "\n\n".join(f"  $ {line}" for line in lines)
 
 
@@ -82,12 +118,16 @@ def show_help(context: typer.Context) -> None:
 
 
 def system_app(name: str, text: str) -> typer.Typer:
-    """The commands of one system, ``python -m services.<name>``; ``text``: its help."""
+    """The commands of a system, ``python -m services.<name>``; ``text``: its help."""
     return typer.Typer(
         name=name,
-        rich_markup_mode="rich",
+        rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        # Options may also be written with underscores.
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+        },
         callback=show_help,
         invoke_without_command=True,
         help=text,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ _PIPE_WIDTH = 200
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that prints what it is given: no markup is read out of a job's texts."""
+    """A console that prints text as it is, without markup."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -29,7 +29,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def dump(value: object) -> Any:
-    """``value`` with every resource in it as the plain data that it came as."""
+    """``value`` with every resource in it as plain data."""
     from pydantic import BaseModel
 
     if isinstance(value, BaseModel):
@@ -42,13 +42,13 @@ def dump(value: object) -> Any:
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:
-    """``value`` as JSON on standard output."""
+    """Print ``value`` as JSON on standard output."""
     sys.stdout.write(json.dumps(dump(value), indent=indent, ensure_ascii=False, default=str) + "\n")
     sys.stdout.flush()
 
 
 def result(value: object, as_json: bool, show: Callable[[], None]) -> None:
-    """A command's answer: ``value`` as JSON, or what ``show`` prints for people."""
+    """Print a command's result: ``value`` as JSON, or what ``show`` prints for people."""
     if as_json:
         print_json(value)
     else:
@@ -56,7 +56,7 @@ def result(value: object, as_json: bool, show: Callable[[], None]) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
-    """A table; numbers to the right."""
+    """Print a table, with numbers aligned right."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -71,8 +71,21 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     console().print(made)
 
 
+def figures(values: Mapping[str, Any]) -> None:
+    """Print the numbers in a job's result as a table; nested ones by dotted names."""
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, f"{value:.4f}" if isinstance(value, float) else value
+
+    table(["figure", "value"], flat(values.get("figures", values)))
+
+
 def pairs(values: Mapping[str, object]) -> None:
-    """Names and values below each other; what is empty is left out."""
+    """Print names and values below each other; empty values are left out."""
     shown = {name: _cell(value) for name, value in values.items() if value not in (None, "", {}, [])}
     width = max(map(len, shown), default=0)
     out = console()
@@ -81,12 +94,12 @@ def pairs(values: Mapping[str, object]) -> None:
 
 
 def say(text: str) -> None:
-    """A line for people, beside the result."""
+    """Print a line on standard error."""
     console(stderr=True).print(text)
 
 
 def error(problem: EthogramError) -> None:
-    """One red sentence, and the fields that are wrong."""
+    """Print an error's message in red, and the fields that are wrong."""
     out = console(stderr=True)
     out.print(problem.message, style="bold red")
     # One violation is the sentence itself.

@@ -8,9 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from ethogram.cli.options import Json, State, connect, examples
+from ethogram.cli.output import console, pairs, print_json, result, say, table
+from ethogram.errors import EthogramError, NotFound
 from ethogram.platform import defaults
 
+app = typer.Typer()
 
+
+@app.command(epilog=examples("ethogram up", "ethogram up --state ~/zoos --port 9000", "ethogram up --port 0 --json"))
 def up(
     state: State = None,
     port: Annotated[
@@ -22,8 +27,6 @@ def up(
     import signal
     import threading
 
-    from ethogram.cli.output import pairs, print_json, say
-    from ethogram.errors import EthogramError
     from ethogram.platform.stack import Platform
     from ethogram.platform.state import StateDir
 
@@ -57,9 +60,9 @@ def up(
             print_json(where, indent=None)
         else:
             pairs(where | {"logs": "  ".join(where["logs"].values())})
-            say("Ctrl-C stops it.")
+            say("Press Ctrl-C to stop.")
         leave.wait()
-        say("stopping; a job that runs is brought to a checkpoint and goes on when the platform is up again")
+        say("Stopping. Running jobs are checkpointed, and resume when the platform is up again.")
     finally:
         try:
             platform.stop()
@@ -67,21 +70,18 @@ def up(
             platform.stop(hurry=True)
 
 
-up_examples = examples("ethogram up", "ethogram up --state ~/zoos --port 9000", "ethogram up --port 0 --json")
-
-
+@app.command(epilog=examples("ethogram demo --quick", "ethogram demo --output runs/demo --fresh"))
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use small sizes; takes about a minute.")] = False,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the report.")] = Path("runs/demo"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Make everything anew.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore earlier results.")] = False,
     state: State = None,
     as_json: Json = False,
 ) -> None:
     """Make a zoo, train a codec, serve it, steer held-out networks, and show that their behaviour changed.
 
-    Uses the platform that runs in the state directory; starts one of its own, until the end, where none does.
+    Uses the platform that runs in the state directory, or starts one until the end.
     """
-    from ethogram.cli.output import print_json
     from ethogram.demo import run
 
     report = run(output, quick=quick, fresh=fresh, state=state, quiet=as_json)
@@ -89,12 +89,9 @@ def demo(
         print_json(report)
 
 
-demo_examples = examples("ethogram demo --quick", "ethogram demo --output runs/demo --fresh")
-
-
+@app.command(epilog=examples("ethogram doctor", "ethogram doctor --json"))
 def doctor(state: State = None, as_json: Json = False) -> None:
-    """Say what is missing on this machine and what to do; exit code 1 when something is."""
-    from ethogram.cli.output import console, result
+    """Check this machine for what the platform needs, and say what to do; exit code 1 if something is missing."""
     from ethogram.platform.doctor import examine
     from ethogram.platform.state import StateDir
 
@@ -113,20 +110,17 @@ def doctor(state: State = None, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-doctor_examples = examples("ethogram doctor", "ethogram doctor --json")
-
-
+@app.command(epilog=examples("ethogram kinds", "ethogram kinds generation", "ethogram kinds generation --json"))
 def kinds(
-    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="Show the fields of this one's spec.")] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="Show the fields of this kind's spec.")] = None,
     url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", help="Ask this platform, which may be of another version.")
+        str | None,
+        typer.Option("--url", metavar="URL", help="Ask the platform at this URL, which may be of another version."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """List the kinds of jobs, or the fields of one kind's spec with their bounds, defaults and meaning. No platform is
     needed."""
-    from ethogram.cli.output import result, table
-    from ethogram.errors import NotFound
     from ethogram.resources import Kind
     from ethogram.schema import fields
 
@@ -149,6 +143,3 @@ def kinds(
         raise NotFound(f"there is no kind {kind!r}; there are: {', '.join(item.name for item in found)}")
     described = fields(chosen.spec_schema)
     result(chosen, as_json, lambda: table(["Field", "Type", "Default", "Meaning"], described))
-
-
-kinds_examples = examples("ethogram kinds", "ethogram kinds generation", "ethogram kinds generation --json")

@@ -1,4 +1,4 @@
-"""What this machine has of what the platform needs, and what to do about the rest."""
+"""Checks of what the platform needs on this machine, and what to do about what is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WANTED_MEMORY = 4 * 2**30
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """Result of one check."""
 
     name: str
     ok: bool
@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
 
 def examine(state: StateDir) -> list[Finding]:
-    """Everything that ``ethogram up`` and its jobs need. Starts nothing and changes nothing."""
+    """Check everything that ``ethogram up`` and its jobs need. Starts nothing and changes nothing."""
     return [
         _python(),
         _server(),

@@ -1,4 +1,4 @@
-"""Runs a program that knows nothing of its parent, and ends it when the parent is gone.
+"""Runs a program that does not watch its parent, and ends it when the parent is gone.
 
 ``python guard.py PROGRAM ARGUMENT...``: the program gets SIGTERM when this process's standard input reaches its end
 (whoever held the other end of the pipe died) or when this process gets SIGTERM. On Linux the program also dies with

@@ -1,4 +1,4 @@
-"""One process of an embedded platform: started, watched, started again when it dies, ended."""
+"""A process of an embedded platform: started, watched, restarted when it dies, and stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _FIRST_DELAY, _LAST_DELAY = 0.5, 30.0
-# One that lived this long has recovered: its next death is the first again.
+# A process that lived this long has recovered: the pauses start over.
 _HEALTHY_SECONDS = 60.0
 MAX_LOG_BYTES = 16 * 2**20
 
@@ -40,7 +40,7 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """How it ended; None while it runs."""
+        """Its exit code; None while it runs."""
         return self._process.poll() if self._process is not None else None
 
     def start(self) -> None:
@@ -62,7 +62,7 @@ class Child:
         self._again_at = None
 
     def revive(self) -> str | None:
-        """Start it again if it died, after ever longer pauses; call it now and then. What happened, if anything."""
+        """Restart it if it died, after growing pauses; call it regularly. Returns what happened, if anything."""
         code = self.exit_code
         if code is None:
             return None
@@ -78,19 +78,19 @@ class Child:
         return None
 
     def trim(self) -> None:
-        """Set its log aside once it is long; call it now and then. The process writes on, at its new beginning."""
+        """Rotate its log once it is long; call it regularly. The process keeps writing, to the emptied file."""
         if self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES:
             shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
             os.truncate(self.log, 0)
             self._log_start = 0
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Ask it to exit."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
 
     def finish(self, deadline: float) -> bool:
-        """Wait until it has ended, at most until ``deadline`` (monotonic), then kill it. Whether it ended by itself."""
+        """Wait for its exit until ``deadline`` (monotonic), then kill it. Returns whether it exited by itself."""
         if self._process is None:
             return True
         orderly = True
@@ -105,7 +105,7 @@ class Child:
         return orderly
 
     def logged(self, text: str) -> bool:
-        """Whether its log holds ``text`` since it was started."""
+        """Whether its log contains ``text`` since its start."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             return text.encode() in log.read()
@@ -121,7 +121,7 @@ class Child:
 
 
 def describe(code: int) -> str:
-    """An exit code in words."""
+    """Describe an exit code."""
     if code >= 0:
         return f"exit code {code}"
     try:

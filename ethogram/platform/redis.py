@@ -1,4 +1,4 @@
-"""The Redis of an embedded platform: which server to run, with what settings, and whether it answers.
+"""The Redis of an embedded platform: the server to run, its settings, and whether it answers.
 
 Speaks the few words of the protocol that it needs: the client side does not depend on a Redis library.
 """

@@ -27,7 +27,7 @@ from ethogram.platform.process import Child, describe
 from ethogram.platform.state import StateDir
 
 _START_SECONDS = 60.0
-# The worker has to bring its jobs to a checkpoint.
+# The worker has to checkpoint its jobs.
 _STOP_SECONDS = 30.0
 _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
@@ -64,7 +64,7 @@ class Platform:
         self.stop()
 
     def start(self) -> None:
-        """Start all and return when all answer.
+        """Start all processes and return when all answer.
 
         Raises an :class:`~ethogram.errors.EthogramError` whose sentence says what to do; nothing is left running then.
         """
@@ -83,11 +83,11 @@ class Platform:
             raise
 
     def interrupt(self) -> None:
-        """Make a :meth:`start` that is under way give up; for a signal's handler."""
+        """Make a running :meth:`start` give up; for signal handlers."""
         self._stopping.set()
 
     def stop(self, hurry: bool = False) -> None:
-        """End all, Redis last; returns when no process is left. ``hurry`` gives them no time."""
+        """Stop all processes, Redis last, and return when none is left. ``hurry``: kill them at once."""
         self._stopping.set()
         if self._watcher is not None:
             self._watcher.join()
@@ -116,13 +116,13 @@ class Platform:
         self.inference = f"{HOST}:{inference_port}"
         env = self._environment(self._start_redis(deadline))
 
-        # The gateway first and alone: it is what people wait for, and the others' imports would slow it.
+        # The gateway first and alone: people wait for it, and the imports of the others would slow it down.
         gateway = self._spawn("gateway", ["gateway"], env | {"ETHOGRAM_PORT": str(port)})
         with httpx.Client(base_url=self.url, trust_env=False, timeout=2.0) as http:
             self._wait(gateway, lambda: _gateway_ready(http), deadline)
         self.seconds["gateway"] = time.monotonic() - began
         inference = self._spawn("inference", ["services.inference"], env | {"ETHOGRAM_PORT": str(inference_port)})
-        # Nothing can be asked of a worker; it says in its log when it listens.
+        # A worker answers no requests; its log says when it is ready.
         level = "DEBUG" if env.get("ETHOGRAM_LOG_LEVEL") == "DEBUG" else "INFO"
         worker = self._spawn("worker", ["workers"], env | {"ETHOGRAM_LOG_LEVEL": level})
         reconciler = self._spawn("reconciler", ["workers.reconciler"], env)
@@ -137,7 +137,7 @@ class Platform:
         self._watcher.start()
 
     def _start_redis(self, deadline: float) -> str:
-        """URL of Redis: the user's own, else one that this platform runs."""
+        """URL of Redis: that in ``REDIS_URL``, else one that this platform runs."""
         url = os.environ.get("REDIS_URL", "")
         if url:
             redis.ping(url)
@@ -149,7 +149,7 @@ class Platform:
         return url
 
     def _environment(self, redis_url: str) -> dict[str, str]:
-        """What every process of the platform is told."""
+        """Environment of every process of the platform."""
         roots = [str(Path(ethogram.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         return os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, roots)),
@@ -209,13 +209,13 @@ def free_port() -> int:
 
 def _check_port(port: int) -> None:
     with socket.socket() as listener:
-        # As servers do: a connection of the last owner that is not quite forgotten is no obstacle.
+        # As servers do: a connection of the last owner in TIME_WAIT is no obstacle.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((HOST, port))
         except OSError as error:
             raise Conflict(
-                f"port {port} cannot be had ({error.strerror}); name another with --port, or --port 0 for any free one"
+                f"port {port} cannot be used ({error.strerror}); name another with --port, or --port 0 for any free one"
             ) from None
 
 

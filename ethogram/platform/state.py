@@ -1,4 +1,4 @@
-"""The state directory of one platform: what lies where, who holds it, and where the platform answers."""
+"""The state directory of a platform: its paths, its lock, and the address of the running platform."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class StateDir:
             raise InvalidInput.field("state", message) from None
 
     def write_record(self, url: str, inference: str) -> None:
-        """Say that the platform of this process answers."""
+        """Record the address of this process's platform."""
         record = {"pid": os.getpid(), "url": url, "inference": inference, "started": datetime.now(UTC).isoformat()}
         fresh = self.record.with_suffix(".new")
         fresh.write_text(json.dumps(record) + "\n")
@@ -78,7 +78,7 @@ class StateDir:
         """The running platform, or None. A record whose process is gone is not a platform."""
         try:
             record = json.loads(self.record.read_text())
-            # After a restart of the machine the number may be another process's; the lock is nobody's then.
+            # After a reboot the process id may be another process's; the lock is free then.
             alive = _alive(int(record["pid"])) and self._held()
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -97,7 +97,7 @@ class StateDir:
 
         Raises :class:`Conflict` when a platform has it. One whose parent was killed is given time to leave.
         """
-        # Opened for appending: the holder's number must survive a visitor.
+        # Opened for appending, so that a second process does not erase the holder's process id.
         file = self._lock_file.open("a+")
         deadline = time.monotonic() + _LEAVING_SECONDS
         while True:

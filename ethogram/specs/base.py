@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -60,3 +60,31 @@ class WandbSpec(Spec):
     """Project."""
     name: str | None = Field(None, min_length=1, max_length=128)
     """Name of the run; None: a new one each time."""
+
+
+class OptimizationSpec(Spec):
+    """How a model is trained, as far as all trainers agree; each has defaults and bounds of its own."""
+
+    steps: int = Field(4000, ge=1, le=10_000_000)
+    """Optimiser steps."""
+    batch_size: int = Field(256, ge=1, le=65_536)
+    """Rows per step."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Peak learning rate."""
+    warm_up: int = Field(100, ge=0, le=1_000_000)
+    """Steps over which the learning rate rises from 0."""
+    validate_every: int = Field(500, ge=1, le=1_000_000)
+    """Steps between validations."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; ``auto``: bfloat16 where the device has units for it."""
+
+
+class TrainedSpec(Spec):
+    """A job that trains a model by gradient steps."""
+
+    seed: Seed = 0
+    """Everything random flows from it."""
+    training: OptimizationSpec = OptimizationSpec()
+    """Optimisation."""
+    wandb: WandbSpec | None = None
+    """Metrics to Weights & Biases too."""

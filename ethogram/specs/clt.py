@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ethogram.specs.base import ArtifactRef, Seed, Spec, WandbSpec
+from ethogram.specs.base import ArtifactRef, OptimizationSpec, Seed, Spec, TrainedSpec, WandbSpec
 
 MOST_RUNS = 1000
 """Of a sweep."""
@@ -36,7 +36,7 @@ class PolicyModelSpec(Spec):
         return self
 
 
-class PolicyTrainingSpec(Spec):
+class PolicyTrainingSpec(OptimizationSpec):
     """How the policy is trained: REINFORCE, Adam, gradients clipped to norm 1."""
 
     baseline: Literal["pomo", "rollout"] = "pomo"
@@ -48,25 +48,19 @@ class PolicyTrainingSpec(Spec):
     """Instances per step."""
     learning_rate: float = Field(5e-4, gt=0, le=1)
     """Peak learning rate; it falls to a hundredth along a cosine."""
-    warm_up: int = Field(100, ge=0, le=1_000_000)
-    """Steps over which the learning rate rises from 0."""
     weight_decay: float = Field(1e-6, ge=0, le=1)
     """Weight decay."""
     validate_every: int = Field(500, ge=1, le=1_000_000)
     """Steps between validations, at which a ``rollout`` baseline may be replaced."""
     validation: int = Field(512, ge=1, le=100_000)
     """Fixed instances of a validation."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; ``auto``: bfloat16 where the device has units for it."""
 
 
-class PolicySpec(Spec):
+class PolicySpec(TrainedSpec):
     """Train a policy that builds tours of cities (TSP), and compare it with a solver."""
 
     nodes: int = Field(20, ge=4, le=200)
     """Cities of an instance, uniform in the unit square."""
-    seed: Seed = 0
-    """Everything random flows from it."""
     model: PolicyModelSpec = PolicyModelSpec()
     """Architecture."""
     training: PolicyTrainingSpec = PolicyTrainingSpec()
@@ -75,8 +69,6 @@ class PolicySpec(Spec):
     """Fixed instances on which greedy and sampled tours are compared with a solver's at the end; 0: none."""
     samples: int = Field(16, ge=0, le=10_000)
     """Tours sampled for each of them, of which the shortest counts; 0: greedy tours alone."""
-    wandb: WandbSpec | None = None
-    """Metrics to Weights & Biases too."""
 
 
 class LanguageModelSpec(Spec):
@@ -206,7 +198,7 @@ class SparseLossSpec(Spec):
     """Dead features of a row that do; where fewer are dead, the term counts for less."""
 
 
-class SparseTrainingSpec(Spec):
+class SparseTrainingSpec(OptimizationSpec):
     """How a sparse model is trained (Adam, gradients clipped to norm 1)."""
 
     steps: int = Field(4000, ge=1, le=100_000_000)
@@ -217,8 +209,6 @@ class SparseTrainingSpec(Spec):
     """Rows of a step."""
     learning_rate: float = Field(7e-4, gt=0, le=1)
     """Peak learning rate."""
-    warm_up: int = Field(100, ge=0, le=1_000_000)
-    """Steps over which the learning rate rises from 0."""
     decay: float = Field(0.2, ge=0, le=1)
     """Share of the steps, at the end, over which it falls to 0 in a straight line."""
     normalize: Literal["center", "standardize", "whiten", "none"] = "center"
@@ -239,23 +229,19 @@ class SparseTrainingSpec(Spec):
     """Steps between snapshots of the weights, each an artifact ``snapshot-<step>``; None: none."""
 
 
-class SaeSpec(Spec):
+class SaeSpec(TrainedSpec):
     """Train a sparse autoencoder of one hook point."""
 
     activations: ArtifactRef
     """The store."""
     hook: str = Field(min_length=1, max_length=1024)
     """Hook point."""
-    seed: Seed = 0
-    """Everything random flows from it."""
     model: SparseModelSpec = SparseModelSpec()
     """Form."""
     loss: SparseLossSpec = SparseLossSpec()
     """Objective."""
     training: SparseTrainingSpec = SparseTrainingSpec()
     """Optimisation."""
-    wandb: WandbSpec | None = None
-    """Metrics to Weights & Biases too."""
 
     @model_validator(mode="after")
     def _untied(self) -> SaeSpec:
@@ -264,7 +250,7 @@ class SaeSpec(Spec):
         return self
 
 
-class CltSpec(Spec):
+class CltSpec(TrainedSpec):
     """Train transcoders from source to target hook points."""
 
     activations: ArtifactRef
@@ -276,16 +262,12 @@ class CltSpec(Spec):
     """Hook points that are read, in order of execution; without, what enters each MLP of the store."""
     targets: list[str] = Field(default=[], max_length=1000)
     """Hook points that are written, as many; without, what leaves each MLP of the store."""
-    seed: Seed = 0
-    """Everything random flows from it."""
     model: SparseModelSpec = SparseModelSpec()
     """Form."""
     loss: SparseLossSpec = SparseLossSpec()
     """Objective."""
     training: SparseTrainingSpec = SparseTrainingSpec()
     """Optimisation."""
-    wandb: WandbSpec | None = None
-    """Metrics to Weights & Biases too."""
 
     @model_validator(mode="after")
     def _fits(self) -> CltSpec:
@@ -315,7 +297,7 @@ class GridAxis(Spec):
         return self
 
 
-class SweepSpec(Spec):
+class SweepSpec(TrainedSpec):
     """Train transcoders for each pair and each point of a grid, and compare them."""
 
     activations: ArtifactRef
@@ -326,8 +308,6 @@ class SweepSpec(Spec):
     """Pairs ``SOURCE->TARGET`` of hook points; without, what enters and leaves each MLP of the store."""
     grid: list[GridAxis] = Field(default=[], max_length=20)
     """Options to vary; every combination is trained."""
-    seed: Seed = 0
-    """Everything random flows from it."""
     model: SparseModelSpec = SparseModelSpec()
     """Form, but for the grid."""
     loss: SparseLossSpec = SparseLossSpec()

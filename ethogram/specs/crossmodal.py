@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ethogram.specs.base import ArtifactRef, HubSpec, Seed, Spec, WandbSpec
+from ethogram.specs.base import ArtifactRef, HubSpec, OptimizationSpec, Spec, TrainedSpec
 
 
 class CodecSpec(Spec):
@@ -97,7 +97,7 @@ class LossSpec(Spec):
         return self
 
 
-class CodecTrainingSpec(Spec):
+class CodecTrainingSpec(OptimizationSpec):
     """How the codec is trained (AdamW, gradients clipped to norm 1)."""
 
     steps: int = Field(4000, ge=1, le=10_000_000)
@@ -106,8 +106,6 @@ class CodecTrainingSpec(Spec):
     """Subjects per step, in pairs that share a behaviour."""
     accumulation: int = Field(1, ge=1, le=1024)
     """Parts of a step's batch that go through the model one after the other, with their gradients added."""
-    learning_rate: float = Field(1e-3, gt=0, le=1)
-    """Peak learning rate."""
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
     """After the warm-up: ``cosine`` to a hundredth at the last step; ``plateau``: halved when the validation loss has
     not fallen at ``plateau_patience`` validations in a row."""
@@ -135,13 +133,11 @@ class CodecTrainingSpec(Spec):
     """Whether ``torch.compile`` is used: a minute at the start, faster steps on a GPU."""
 
 
-class CrossmodalSpec(Spec):
+class CrossmodalSpec(TrainedSpec):
     """Signature -> latent -> weights, with the latent organised by behaviour."""
 
     zoo: ArtifactRef
     """The zoo to learn from."""
-    seed: Seed = 0
-    """Everything random flows from it."""
     codec: CodecSpec = CodecSpec()
     """Architecture."""
     loss: LossSpec = LossSpec()
@@ -154,5 +150,3 @@ class CrossmodalSpec(Spec):
     """Share of subjects kept for the validation loss."""
     hub: HubSpec | None = None
     """Model repository to upload the codec to, its encoder and decoder as files of their own."""
-    wandb: WandbSpec | None = None
-    """Metrics to Weights & Biases too."""

@@ -1,4 +1,4 @@
-"""Routes of artifacts: upload, list, get, download, delete."""
+"""Artifacts: upload, list, show, download, delete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.responses import StreamingResponse
 
 from ethogram.errors import NotFound
 from gateway.inputs import Cursor, Id, Limit, Page
-from gateway.services import TENANT, Services, ServicesDependency
+from gateway.services import TENANT, Parts, Services
 from gateway.uploads import Upload
 from services.artifacts.store import Manifest
 from services.jobs.records import ArtifactRow
@@ -22,8 +22,8 @@ from services.jobs.records import ArtifactRow
 router = APIRouter(prefix="/v1", tags=["artifacts"])
 
 CHUNK_BYTES = 2**20
-# What a browser may display; it only saves anything else.
-_SHOWN = frozenset({"application/json", "image/png", "text/csv", "text/plain"})
+# Types that a browser may display; everything else is sent as a download.
+_DISPLAYED = frozenset({"application/json", "image/png", "text/csv", "text/plain"})
 
 
 class Uploaded(BaseModel):
@@ -34,7 +34,7 @@ class Uploaded(BaseModel):
 
 
 class ArtifactDetail(ArtifactRow):
-    """An artifact and its manifest."""
+    """One artifact with its manifest."""
 
     manifest: Manifest
 
@@ -48,7 +48,7 @@ _FORM = {
                 "required": ["name", "type", "files"],
                 "properties": {
                     "name": {"type": "string", "description": "Name of the artifact."},
-                    "type": {"type": "string", "description": "Type of the artifact: `zoo`, `codec`, ..."},
+                    "type": {"type": "string", "description": "Its type: `zoo`, `codec`, ..."},
                     "files": {
                         "type": "array",
                         "items": {"type": "string", "format": "binary"},
@@ -62,8 +62,8 @@ _FORM = {
 
 
 @router.post("/artifacts", status_code=201, openapi_extra={"requestBody": _FORM})
-async def upload(request: Request, services: ServicesDependency) -> Uploaded:
-    """Upload files as an artifact, which jobs can then take as input."""
+async def upload(request: Request, services: Parts) -> Uploaded:
+    """Store your files as an artifact that jobs can take as input."""
     receiver = await anyio.to_thread.run_sync(Upload, services.work, request.headers.get("content-type", ""))
     try:
         async for chunk in _large(request.stream()):
@@ -76,9 +76,9 @@ async def upload(request: Request, services: ServicesDependency) -> Uploaded:
 
 @router.get("/artifacts")
 def list_artifacts(
-    services: ServicesDependency,
-    job: Annotated[str | None, Query(description="Outputs of this job only.")] = None,
-    type: Annotated[str | None, Query(description="Of this type only.")] = None,
+    services: Parts,
+    job: Annotated[str | None, Query(description="Only outputs of this job.")] = None,
+    type: Annotated[str | None, Query(description="Only artifacts of this type.")] = None,
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> Page[ArtifactRow]:
@@ -88,16 +88,16 @@ def list_artifacts(
 
 
 @router.get("/artifacts/{artifact_id}")
-def get_artifact(artifact_id: Id, services: ServicesDependency) -> ArtifactDetail:
+def get_artifact(artifact_id: Id, services: Parts) -> ArtifactDetail:
     """One artifact with its manifest: files, digests, lineage."""
     row = services.registry.artifact(artifact_id)
     return ArtifactDetail(**row.model_dump(), manifest=services.store.manifest(artifact_id))
 
 
 @router.delete("/artifacts/{artifact_id}")
-def delete_artifact(artifact_id: Id, services: ServicesDependency) -> ArtifactRow:
-    """Delete an artifact that no unfinished job needs, with retired models made of it. Its space is freed some hours
-    later, or once the jobs that used it are deleted too."""
+def delete_artifact(artifact_id: Id, services: Parts) -> ArtifactRow:
+    """Delete an artifact that no job needs any more, with the retired models that point to it. Its space is freed
+    some hours later, or once the jobs that used it are deleted too."""
     services.registry.deletable_artifact(artifact_id)
     services.store.withdraw(artifact_id)
     return services.registry.delete_artifact(artifact_id)
@@ -109,12 +109,12 @@ def delete_artifact(artifact_id: Id, services: ServicesDependency) -> ArtifactRo
     responses={200: {"description": "The file", "content": {"application/octet-stream": {}}}, 304: {}},
 )
 def download(
-    artifact_id: Id, path: str, services: ServicesDependency, if_none_match: Annotated[str | None, Header()] = None
+    artifact_id: Id, path: str, services: Parts, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
     """One file of an artifact. Its ETag is its sha256."""
     file = services.store.manifest(artifact_id).files.get(path)
     if file is None:
-        # Opening it distinguishes a forbidden path from one that does not exist.
+        # Opening it distinguishes an invalid path from a missing file.
         services.store.open(artifact_id, path).close()
         raise NotFound(f"artifact {artifact_id} has no file {path!r}")
     kind = mimetypes.guess_type(path)[0]
@@ -128,7 +128,7 @@ def download(
     return StreamingResponse(
         _chunks(services.store.open(artifact_id, path)),
         headers=headers | {"Content-Length": str(file.size)},
-        media_type=kind if kind in _SHOWN else "application/octet-stream",
+        media_type=kind if kind in _DISPLAYED else "application/octet-stream",
     )
 
 
@@ -143,7 +143,7 @@ def _keep(receiver: Upload, services: Services) -> Uploaded:
 
 
 async def _large(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Join the chunks of a stream into larger ones, since each costs a switch of threads."""
+    """The same bytes in larger chunks, since each chunk costs a change of threads."""
     gathered = bytearray()
     async for piece in stream:
         gathered += piece

@@ -1,4 +1,4 @@
-"""Route of a job's events, as server-sent events."""
+"""The events of a job, as server-sent events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.responses import StreamingResponse
 
 from ethogram.errors import InvalidInput
 from gateway.inputs import Id
-from gateway.services import ServicesDependency
+from gateway.services import Parts
 from gateway.sse import EventStream
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -23,22 +23,22 @@ MAX_SEQ = 2**53
     responses={
         200: {
             "description": "A stream of: `state`, `log`, `checkpoint` and `artifact`, whose `id` is the event's `seq` "
-            "and whose `data` is the Event; `progress`, without an id, whose `data` is the newest progress; and "
-            "finally `end`, when the job has ended and everything was sent.",
+            "and whose `data` is the Event; `progress`, without an id, whose `data` is the newest progress; "
+            "finally `end`, when the job has ended and all events were sent.",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         }
     },
 )
 async def events(
     job_id: Id,
-    services: ServicesDependency,
-    after: Annotated[int, Query(ge=0, le=MAX_SEQ, description="Leave out events up to this `seq`.")] = 0,
-    follow: Annotated[bool, Query(description="False: only the events so far, then `end`.")] = True,
+    services: Parts,
+    after: Annotated[int, Query(ge=0, le=MAX_SEQ, description="Skip events up to this `seq`.")] = 0,
+    follow: Annotated[bool, Query(description="False: send the events so far, then `end`.")] = True,
     last_event_id: Annotated[
-        str | None, Header(description="As `after`, which it overrides; browsers send it.")
+        str | None, Header(description="Like `after`, and takes precedence; browsers send it.")
     ] = None,
 ) -> EventStream:
-    """Every event of a job, once and in order, from the first. Resume a broken stream with the last id received."""
+    """All events of a job, once each and in order, past ones first. A broken stream resumes after `Last-Event-ID`."""
     if last_event_id:
         if not (last_event_id.isascii() and last_event_id.isdecimal() and len(last_event_id) <= len(str(MAX_SEQ))):
             raise InvalidInput.field("Last-Event-ID", "must be the id of an event of this stream, a whole number")

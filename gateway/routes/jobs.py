@@ -1,4 +1,4 @@
-"""Routes of jobs: submit, list, get, cancel, retry, delete."""
+"""Jobs: submit, list, show, cancel, retry, delete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.kinds import KINDS
 from gateway.inputs import Cursor, Id, IdempotencyKey, Limit, Page
 from gateway.problems import request_id_of
-from gateway.services import TENANT, ServicesDependency
+from gateway.services import TENANT, Parts
 from gateway.submissions import JOB_EXAMPLES, PIPELINE_EXAMPLES, Pipeline, Submission
 from services.jobs.records import Job
 from services.jobs.states import JobState
@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
 
 
 class PipelineJobs(BaseModel):
-    """The jobs of a pipeline, by name."""
+    """The jobs of a pipeline, by their names in it."""
 
     jobs: dict[str, Job]
 
@@ -44,18 +44,18 @@ class DryRun(BaseModel):
     "/jobs",
     status_code=201,
     response_model=Job | DryRun,
-    responses={200: {"description": "A repeated key, or a dry run", "model": Job | DryRun}},
+    responses={200: {"description": "Repeated `Idempotency-Key`, or a dry run", "model": Job | DryRun}},
 )
 def submit(
     submission: Annotated[Submission, Body(openapi_examples=JOB_EXAMPLES)],
-    services: ServicesDependency,
+    services: Parts,
     request: Request,
     response: Response,
     *,
     idempotency_key: IdempotencyKey = None,
     dry_run: Annotated[bool, Query(description="Check everything, queue nothing.")] = False,
 ) -> Job | DryRun:
-    """Queue a job. It runs once a worker is free and its inputs are there."""
+    """Queue a job. It runs when a worker is free and its inputs exist."""
     if dry_run:
         response.status_code = 200
         services.registry.check(submission.kind, submission.spec, tenant=TENANT, **submission.options)
@@ -80,7 +80,7 @@ def submit(
 @router.post("/pipelines", status_code=201)
 def submit_pipeline(
     pipeline: Annotated[Pipeline, Body(openapi_examples=PIPELINE_EXAMPLES)],
-    services: ServicesDependency,
+    services: Parts,
     request: Request,
     response: Response,
     idempotency_key: IdempotencyKey = None,
@@ -102,12 +102,12 @@ def submit_pipeline(
 
 @router.get("/jobs")
 def list_jobs(
-    services: ServicesDependency,
+    services: Parts,
     *,
     kind: Annotated[str | None, Query(description=f"One of: {', '.join(KINDS)}.")] = None,
     state: JobState | None = None,
-    parent: Annotated[str | None, Query(description="Id of a job: only its children.")] = None,
-    label: Annotated[list[str] | None, Query(description="`key=value`; several: all must match.")] = None,
+    parent: Annotated[str | None, Query(description="Only children of this job.")] = None,
+    label: Annotated[list[str] | None, Query(description="`key=value`; may be repeated, and all must match.")] = None,
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> Page[Job]:
@@ -127,13 +127,13 @@ def list_jobs(
 
 
 @router.get("/jobs/{job_id}")
-def get_job(job_id: Id, services: ServicesDependency) -> Job:
-    """One job as it is now."""
+def get_job(job_id: Id, services: Parts) -> Job:
+    """One job in its current state."""
     return services.registry.get(job_id)
 
 
 @router.post("/jobs/{job_id}/cancel")
-def cancel(job_id: Id, services: ServicesDependency) -> Job:
+def cancel(job_id: Id, services: Parts) -> Job:
     """Cancel a job: a queued one at once, a running one at its worker's next heartbeat."""
     job = services.registry.request_cancel(job_id)
     services.announce(job)
@@ -143,8 +143,8 @@ def cancel(job_id: Id, services: ServicesDependency) -> Job:
 @router.post("/jobs/{job_id}/retry")
 def retry(
     job_id: Id,
-    services: ServicesDependency,
-    from_start: Annotated[bool, Query(description="Start over instead of resuming.")] = False,
+    services: Parts,
+    from_start: Annotated[bool, Query(description="Ignore its last checkpoint.")] = False,
 ) -> Job:
     """Queue a failed or cancelled job again; it resumes from its last checkpoint."""
     job = services.registry.retry(job_id, from_start=from_start)
@@ -153,6 +153,6 @@ def retry(
 
 
 @router.delete("/jobs/{job_id}")
-def delete(job_id: Id, services: ServicesDependency) -> Job:
+def delete(job_id: Id, services: Parts) -> Job:
     """Delete a job that has ended, with its events, outputs and children. Published models stay."""
     return services.registry.delete_job(job_id, services.store.published())

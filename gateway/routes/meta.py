@@ -1,4 +1,4 @@
-"""Routes about the platform: health, metrics, kinds of jobs, version."""
+"""The platform itself: health, readiness, metrics, kinds of jobs, version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from redis.retry import Retry
 from ethogram.errors import EthogramError, Unavailable
 from ethogram.specs.kinds import KINDS
 from gateway.metrics import MEDIA_TYPE
-from gateway.services import Services, ServicesDependency
+from gateway.services import Parts, Services
 from services.jobs.bell import without_password
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Check(BaseModel):
     name: str
     ok: bool
     detail: str
-    """What is wrong and what to do; empty if nothing is."""
+    """What is wrong and what to do; empty if `ok`."""
 
 
 class Readiness(BaseModel):
@@ -56,7 +56,7 @@ class KindOut(BaseModel):
 
 
 class Info(BaseModel):
-    """Version and address of inference, for clients."""
+    """The version, and the address of the inference service."""
 
     version: str
     inference: str
@@ -65,30 +65,30 @@ class Info(BaseModel):
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """The process is alive."""
+    """Whether the process is alive."""
     return {"status": "ok"}
 
 
-@router.get("/readyz", responses={503: {"model": Readiness, "description": "Some part cannot be used"}})
-def readyz(services: ServicesDependency, response: Response) -> Readiness:
-    """Whether the database, the artifact store and Redis can be used; for each that cannot, what to do."""
+@router.get("/readyz", responses={503: {"model": Readiness, "description": "Some part is missing"}})
+def readyz(services: Parts, response: Response) -> Readiness:
+    """Whether the database, the artifact store and Redis can be used, and what to do about each that cannot."""
     checks = {"database": _database, "store": _store, "redis": _redis}
     for name, check in checks.items():
-        # A check that still runs is not started again: a part that hangs must not take the threads of the others.
+        # A check that still runs is not started again: a hanging part must not take the threads of the others.
         if name not in services.checking or services.checking[name].done():
             services.checking[name] = services.checks.submit(_check, name, check, services)
     futures = dict(services.checking)
     wait(futures.values(), CHECK_SECONDS)
-    late = f"did not answer within {CHECK_SECONDS:g} s: check that it runs and is not overloaded"
-    found = [f.result() if f.done() else Check(name=name, ok=False, detail=late) for name, f in futures.items()]
-    ready = all(check.ok for check in found)
+    late = f"did not answer within {CHECK_SECONDS:g} s: see that it runs and is not overloaded"
+    results = [f.result() if f.done() else Check(name=name, ok=False, detail=late) for name, f in futures.items()]
+    ready = all(check.ok for check in results)
     response.status_code = 200 if ready else 503
-    return Readiness(status="ready" if ready else "not ready", checks=found)
+    return Readiness(status="ready" if ready else "not ready", checks=results)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {MEDIA_TYPE: {}}}})
-def metrics(services: ServicesDependency) -> Response:
-    """Metrics of this gateway and of the queues, for Prometheus."""
+def metrics(services: Parts) -> Response:
+    """Prometheus metrics of this gateway and of the queues."""
     return Response(services.metrics.exposition(), media_type=MEDIA_TYPE)
 
 
@@ -99,8 +99,8 @@ def kinds() -> list[KindOut]:
 
 
 @router.get("/v1/info")
-def info(services: ServicesDependency) -> Info:
-    """The platform's version, and the address of its inference service."""
+def info(services: Parts) -> Info:
+    """The platform's version and the address of its inference service."""
     try:
         number = version("ethogram")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Routes of published models: names and versions that point to artifacts."""
+"""Published models: names and versions that point to artifacts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ethogram.errors import NotFound
 from gateway.inputs import Id, Name, Page
-from gateway.services import TENANT, ServicesDependency
+from gateway.services import TENANT, Parts
 from services.artifacts.store import ModelPointer
 
 router = APIRouter(prefix="/v1", tags=["models"])
@@ -26,38 +26,36 @@ class Publication(BaseModel):
 
 
 @router.post("/models", status_code=201)
-def publish(publication: Publication, services: ServicesDependency) -> ModelPointer:
-    """Publish an artifact as a model, which inference serves within seconds. A version is never replaced."""
-    # Check the registry, since the store keeps a deleted artifact for some time.
+def publish(publication: Publication, services: Parts) -> ModelPointer:
+    """Publish an artifact as a model. A version is never replaced; inference serves it within seconds."""
+    # The store keeps a deleted artifact for some time.
     services.registry.artifact(publication.artifact)
-    made = services.store.publish(TENANT, publication.name, publication.artifact, publication.version)
+    model = services.store.publish(TENANT, publication.name, publication.artifact, publication.version)
     try:
         services.registry.artifact(publication.artifact)
     except NotFound:
-        # It was deleted meanwhile, by a request that did not see the model.
-        services.store.retire(TENANT, made.name, made.version)
-        services.store.withdraw(made.artifact)
+        # It was deleted in between, by a request that did not see the model.
+        services.store.retire(TENANT, model.name, model.version)
+        services.store.withdraw(model.artifact)
         raise
-    return made
+    return model
 
 
 @router.get("/models")
-def list_models(services: ServicesDependency) -> Page[ModelPointer]:
+def list_models(services: Parts) -> Page[ModelPointer]:
     """All published models, all versions."""
     return Page(items=services.store.models(TENANT))
 
 
 @router.get("/models/{name}")
 def get_model(
-    name: Id,
-    services: ServicesDependency,
-    version: Annotated[str | None, Query(description="Default: the latest.")] = None,
+    name: Id, services: Parts, version: Annotated[str | None, Query(description="Default: the latest.")] = None
 ) -> ModelPointer:
-    """One version of a published model."""
+    """One published model."""
     return services.store.model(TENANT, name, version)
 
 
 @router.post("/models/{name}/{version}/retire")
-def retire(name: Id, version: Id, services: ServicesDependency) -> ModelPointer:
-    """Retire a version: it is served only to requests that name it. Retiring it twice changes nothing."""
+def retire(name: Id, version: Id, services: Parts) -> ModelPointer:
+    """Retire a version: it is served only to requests that name it. Retiring twice has no effect."""
     return services.store.retire(TENANT, name, version)

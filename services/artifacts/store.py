@@ -15,6 +15,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -26,13 +27,13 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from ethogram.errors import Conflict, EthogramError, IllegalState, InvalidInput, NotFound, Unavailable
-from services.artifacts.backends import Backend, LocalBackend, blob_path, remove_folder
+from services.artifacts.backends import Backend, LocalBackend, blob_path
 from services.artifacts.manifest import (
     File,
     Manifest,
     ModelPointer,
     canonical_json,
-    check_name,
+    check_names,
     check_path,
     digest,
 )
@@ -80,8 +81,7 @@ class ArtifactStore:
         Raises :class:`InvalidInput` for a folder without files, a link or a device in it, or a name that cannot be;
         :class:`Unavailable` when there is no room.
         """
-        for value, field in ((name, "name"), (type, "type"), (tenant, "tenant")):
-            check_name(value, field)
+        check_names(name=name, type=type, tenant=tenant)
         sources = _files(Path(folder))
         with self._writing():
             files = {path: self.backend.add(source) for path, source in sources.items()}
@@ -174,7 +174,7 @@ class ArtifactStore:
                         raise self._damaged(id, path)
                 partial.replace(destination)
             finally:
-                remove_folder(partial)
+                shutil.rmtree(partial, ignore_errors=True)
         return destination
 
     def publish(self, tenant: str, name: str, artifact_id: str, version: str | None = None) -> ModelPointer:
@@ -183,10 +183,7 @@ class ArtifactStore:
         Raises :class:`NotFound`, :class:`InvalidInput` for an artifact that cannot be served, :class:`Conflict` when
         the version exists: a published version never changes.
         """
-        check_name(tenant, "tenant")
-        check_name(name, "name")
-        if version is not None:
-            check_name(version, "version")
+        check_names(tenant=tenant, name=name, version=version)
         with self._writing():
             return self._publish(tenant, name, artifact_id, version)
 
@@ -223,10 +220,8 @@ class ArtifactStore:
 
     def model(self, tenant: str, name: str, version: str | None = None) -> ModelPointer:
         """A published model; without ``version`` the one published last and not retired. Raises :class:`NotFound`."""
-        check_name(tenant, "tenant")
-        check_name(name, "name")
+        check_names(tenant=tenant, name=name, version=version)
         if version is not None:
-            check_name(version, "version")
             found = self._pointer(tenant, name, version)
             if found is None:
                 raise NotFound(f"there is no model {name} version {version}")
@@ -240,7 +235,7 @@ class ArtifactStore:
 
     def models(self, tenant: str) -> list[ModelPointer]:
         """All published models, by name, and by age within a name; the retired ones too."""
-        check_name(tenant, "tenant")
+        check_names(tenant=tenant)
         with self.trouble():
             names = self.backend.names(f"models/{tenant}")
         versions = [pointer for name in names for pointer in sorted(self._versions(tenant, name), key=_age)]

@@ -9,53 +9,28 @@ import typer
 
 from ethogram.cli import output
 from ethogram.cli.execute import execute
-from ethogram.cli.files import read_spec
-from ethogram.cli.options import Json, Set, SpecFile, examples, system_app
-from ethogram.errors import InvalidInput
+from ethogram.cli.options import Device, Json, NewFolder, examples, system_app
+from ethogram.cli.run import Request, run_command
 from ethogram.specs.clt import PolicySpec
+from ethogram.specs.kinds import KINDS
 from services.clt.activations.commands import POLICY
 from services.clt.activations.commands import add_commands as activation_commands
 from services.clt.sparse.commands import add_commands as sparse_commands
 
-app = system_app("clt", "Train routing policies, and sparse models of what goes on in them; no platform is needed.")
+app = system_app("clt", "Train routing policies, and sparse models of their activations; no platform is needed.")
 
 _MODULE = "python -m services.clt"
-_CHECKPOINT_SECONDS = 30.0
-
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default a GPU if there is one.")]
 
 
-@app.command(
-    epilog=examples(f"{_MODULE} policy -o my-policy", f"{_MODULE} policy --set training.steps=200 -o my-policy")
+@run_command(
+    app,
+    KINDS["policy"],
+    f"{_MODULE} policy -o my-policy",
+    f"{_MODULE} policy --set training.steps=200 -o my-policy",
 )
-def policy(
-    out: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder of the run: policy, report, metrics, checkpoint."),
-    ],
-    file: SpecFile = None,
-    values: Set = None,
-    *,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Train a policy that builds tours, and compare it with a solver. A checkpoint is kept every half minute and on
-    Ctrl-C, from which the same command goes on; a run that is finished, or was begun with another spec, is never
-    overwritten."""
-    spec = read_spec(PolicySpec, file, values)
-    output.say("preparing: loading what trains")
-    from services.clt.policy import job
-    from services.runtime.console import ConsoleRun
-    from services.runtime.devices import chosen_device
-    from services.runtime.folders import begin, begun
-    from services.runtime.report import PAGE
-
-    own = chosen_device(device)
-    begin(out, spec)
-    with begun(out, "policy"), ConsoleRun(out, own, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
-        result = job.run(spec, run)
-    output.result(result, as_json, lambda: _show(result["figures"]))
-    output.say(f"the policy is in {out / 'policy'}, all figures are in {out / 'report' / PAGE}, metrics beside them")
+def policy() -> Request:
+    """Train a policy that builds tours, and compare it with a solver. The same command resumes an interrupted run."""
+    return Request()
 
 
 @app.command(epilog=examples(f"{_MODULE} import-policy last.ckpt -o my-policy"))
@@ -64,21 +39,22 @@ def import_policy(
         Path,
         typer.Argument(metavar="CKPT", help="Lightning checkpoint of rl4co's AttentionModel or POMO (batch norm)."),
     ],
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")],
+    out: NewFolder,
     *,
-    nodes: Annotated[int, typer.Option(help="Cities that it was trained on, if its settings do not say.", min=4)] = 20,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, if its settings do not say; else 8.")] = None,
+    nodes: Annotated[int, typer.Option(help="Cities per training instance, if the checkpoint lacks it.", min=4)] = 20,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads, if the checkpoint lacks their number; else 8.")
+    ] = None,
     graph_context: Annotated[
-        bool | None, typer.Option(help="Whether its query has the mean of the cities; by default as its settings say.")
+        bool | None,
+        typer.Option(help="Whether the query includes the mean of the cities; by default as in the checkpoint."),
     ] = None,
 ) -> None:
-    """Make a policy of what rl4co has trained. Nothing that is in the checkpoint is run."""
+    """Convert a policy that rl4co has trained. No code in the checkpoint is run."""
     from services.clt.policy.importing import import_rl4co
 
-    if out.exists():
-        raise InvalidInput.field("--output", f"{out} is there already; name another one")
     import_rl4co(checkpoint, out, nodes=nodes, heads=heads, graph_context=graph_context)
-    output.say(f"the policy is in {out}; `gap {out}` compares it with a solver")
+    output.say(f"policy: {out}; `gap {out}` compares it with a solver")
 
 
 @app.command(epilog=examples(f"{_MODULE} gap my-run/policy", f"{_MODULE} gap my-policy --cities cities.npy"))
@@ -93,13 +69,13 @@ def gap(
         int, typer.Option(help="Uniform random instances, without --cities.", min=1, max=10**6)
     ] = 1000,
     samples: Annotated[
-        int, typer.Option(help="Tours drawn of each, of which the shortest counts; 0: none.", min=0)
+        int, typer.Option(help="Tours sampled per instance, of which the shortest counts; 0: none.", min=0)
     ] = 16,
-    seed: Annotated[int, typer.Option(help="Draws instances and tours.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of instances and tours.", min=0, max=2**63 - 1)] = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a policy's tours with a solver's: how much longer they are, as a share."""
+    """Compare a policy's tours with a solver's: by which share they are longer."""
     from services.clt.policy.evaluate import evaluate, evaluation_instances
     from services.clt.policy.job import named
     from services.clt.policy.model import AttentionPolicy
@@ -107,23 +83,19 @@ def gap(
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import chosen_device
 
-    own = chosen_device(device)
-    loaded = AttentionPolicy.load(named(policy, own), own)
+    device = chosen_device(device)
+    loaded = AttentionPolicy.load(named(policy, device), device)
     if cities is not None:
-        places = read_cities(cities)
+        tsp = read_cities(cities)
     else:
-        places = evaluation_instances(PolicySpec(nodes=loaded.nodes, seed=seed, evaluation=instances))
+        tsp = evaluation_instances(PolicySpec(nodes=loaded.nodes, seed=seed, evaluation=instances))
     with ConsoleRun() as run:
-        figures = evaluate(loaded, places, samples, seed, run).figures
-    output.result({"figures": figures}, as_json, lambda: _show(figures))
+        figures = evaluate(loaded, tsp, samples, seed, run).figures
+    output.result({"figures": figures}, as_json, lambda: output.figures(figures))
 
 
 activation_commands(app)
 sparse_commands(app)
-
-
-def _show(figures: dict[str, float]) -> None:
-    output.table(["figure", "value"], [[name, f"{value:.4f}"] for name, value in figures.items()])
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ethogram.specs.edits import Edit
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects
-from services.crossmodal.steering import RequestedEdit, mean_differences
+from services.crossmodal.steering import mean_differences
 from services.runtime.seeds import generator
 
 FINE_STEPS, FINE_RATE, FINE_QUERIES = 100, 1e-2, 128
@@ -33,11 +34,11 @@ class Baselines:
             self._latents = codec.latents(train.inputs, train.shape)
         self._differences = mean_differences(train.weights, train.labels)
 
-    def edit(self, subjects: Subjects, latents: Tensor, edit: RequestedEdit) -> dict[str, tuple[Tensor, Tensor]]:
+    def edit(self, subjects: Subjects, latents: Tensor, edit: Edit) -> dict[str, tuple[Tensor, Tensor]]:
         """By name, the edited weights ``[subjects, size]`` of ``subjects``, whose latents are ``latents``, and for
         which of them there are any, bool ``[subjects]``."""
         codec, train, shape = self._codec, self._train, subjects.shape
-        signs = edit.signs.to(codec.device)
+        signs = codec.signs([edit])
         labels = subjects.labels & ~(signs < 0) | (signs > 0)
         count = labels.sum(1, keepdim=True)
         with torch.no_grad():
@@ -60,14 +61,14 @@ class Baselines:
         return edited
 
 
-def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, labels: Tensor, edit: RequestedEdit) -> Tensor:
+def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, labels: Tensor, edit: Edit) -> Tensor:
     """Each subject's weights ``[subjects, size]`` after ``FINE_STEPS`` steps of Adam on training sequences, towards the
     behaviours ``labels`` (bool ``[subjects, patterns]``)."""
     weights = subjects.weights.clone().requires_grad_()
     optimizer = torch.optim.Adam([weights], FINE_RATE)
     present = codec.layout.present.to(codec.device)[subjects.shape]
-    patterns = edit.signs.nonzero().squeeze(1).expand(len(labels), -1)
-    draws = generator(codec.spec.seed, "fine-tuning", edit.pattern, edit.operation)
+    patterns = codec.signs([edit]).cpu().nonzero().squeeze(1).expand(len(labels), -1)
+    draws = generator(codec.spec.seed, "fine-tuning", edit.label, edit.operation)
     for _ in range(FINE_STEPS):
         rows = queries.draw(patterns, FINE_QUERIES, draws)
         inputs = queries.network_inputs(rows).to(codec.device)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
 
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Violation
-from services.crossmodal.steering import DIRECTIONS, MODES, OPERATIONS, Direction, Edit, Mode, Operation
+from ethogram.specs.edits import Edit
 from services.zoo.layout import Layout
 from services.zoo.subjects import Architecture, Params
 
-MAX_STRENGTH = 100.0
-"""Far beyond what a model was trained for, and far below what overflows."""
+
+class NotFinite(InvalidInput):
+    """A field holds NaN or infinity."""
 
 
 def networks(params: Mapping[str, Tensor], layout: Layout, activation: str | None = None) -> tuple[Params, int]:
@@ -89,7 +88,8 @@ def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:
         raise InvalidInput.field(field, "an empty batch; send at least one")
     single = tensor.float()
     if not bool(single.isfinite().all()):
-        raise InvalidInput.field(field, "holds NaN, infinity or a number that float32 cannot hold")
+        error = InvalidInput if bool(tensor.isfinite().all()) else NotFinite
+        raise error.field(field, "holds NaN, infinity or a number that float32 cannot hold")
     return single
 
 
@@ -100,47 +100,13 @@ def finite(tensor: Tensor, field: str) -> Tensor:
     return tensor
 
 
-def edits(asked: Sequence[Edit | tuple[str, ...]], behaviors: Sequence[str]) -> tuple[Edit, ...]:
-    """The edits (operation, behaviour, and what a replacement is by), each of other ones of ``behaviors``, or
-    :class:`InvalidInput`."""
-    if not asked:
-        raise InvalidInput.field("edits", "empty; give at least one")
-    checked: list[Edit] = []
+def edits(edits: Sequence[Edit], behaviors: Sequence[str]) -> None:
+    """Raise :class:`InvalidInput` unless each edit is of ``behaviors``, and none is edited twice."""
     place: dict[str, int] = {}
-    for i, given in enumerate(asked):
-        operation, behavior, by = (*given, None)[:3] if len(given) in (2, 3) else ("", "", None)
-        if operation not in OPERATIONS:
-            raise InvalidInput.field(f"edits.{i}.operation", f"must be {' or '.join(OPERATIONS)}")
-        if (by is not None) != (operation == "replace"):
-            raise InvalidInput.field(f"edits.{i}.by", "say what it is replaced by; only a replacement has it")
-        for field, name in (("behavior", behavior), *([("by", by)] if by is not None else [])):
+    for i, edit in enumerate(edits):
+        for field, name in (("behavior", edit.behavior), *([("by", edit.by)] if edit.by is not None else [])):
             if name not in behaviors:
                 raise InvalidInput.field(f"edits.{i}.{field}", f"unknown; this model has {', '.join(behaviors)}")
             if name in place:
                 raise InvalidInput.field(f"edits.{i}.{field}", f"{name} is in edits.{place[name]} already")
             place[name] = i
-        checked.append(Edit(cast(Operation, operation), str(behavior), by))
-    return tuple(checked)
-
-
-def direction(asked: str) -> Direction:
-    """The kind of direction, or :class:`InvalidInput`."""
-    if asked not in DIRECTIONS:
-        raise InvalidInput.field("direction", f"must be one of {', '.join(DIRECTIONS)}")
-    return asked
-
-
-def mode(asked: str) -> Mode:
-    """The steering mode, or :class:`InvalidInput`."""
-    if asked not in MODES:
-        raise InvalidInput.field("mode", f"must be one of {', '.join(MODES)}")
-    return asked
-
-
-def strength(asked: float | str) -> float | Literal["auto"]:
-    """The steering strength, or :class:`InvalidInput`."""
-    if asked == "auto":
-        return "auto"
-    if isinstance(asked, str) or not math.isfinite(asked) or abs(asked) > MAX_STRENGTH:
-        raise InvalidInput.field("strength", f"must be auto or a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
-    return asked

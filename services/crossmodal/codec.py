@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.edits import Direction, Edit, EditLike, Mode, Steering, Strength
 from services.crossmodal import checks
 from services.crossmodal.codec_files import PARTS, Contents, Part, read, write
 from services.crossmodal.data import Prepared, Preprocessor, Subjects
@@ -19,14 +20,12 @@ from services.crossmodal.model import Decoder, Encoder, EncoderDecoder
 from services.crossmodal.steering import (
     LOCAL_GATE,
     TARGET_GATE,
-    Direction,
-    Edit,
-    Mode,
     Probe,
     Scores,
     classifier_normals,
     mean_differences,
     score,
+    signs,
 )
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
@@ -34,15 +33,14 @@ from services.zoo.subjects import Architecture, Params, activations, encode, fla
 from services.zoo.universe import VALIDATION
 
 CHUNK = 256
-"""Networks that go through encoder or decoder at once: in a transformer each takes a row of every token."""
+"""Networks that go through encoder or decoder at once, which bounds a transformer's memory."""
 
-Strength = float | Literal["auto"]
 AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)
 """Strengths that ``auto`` chooses from."""
-HAS = 0.5
-"""Share of the sequences that tell of a behaviour that a network which has it answers yes to, at least."""
-MIN_TELLING = 8
-"""Fewest sequences that tell of a behaviour."""
+MIN_RECALL = 0.5
+"""Minimum recall on a behaviour's sequences for a network to count as having it."""
+MIN_EXCLUSIVE = 8
+"""Fewest sequences that match one behaviour alone for these to decide who has it."""
 
 
 class Behavior(NamedTuple):
@@ -54,8 +52,17 @@ class Behavior(NamedTuple):
     """Training subjects that have it."""
 
 
+class Batch(NamedTuple):
+    """Checked input: what :class:`Codec` takes without checking it again."""
+
+    rows: Tensor
+    """Flat networks, flat signatures or latents, float32 ``[batch, size]``, on any device."""
+    shape: int
+    """Which of the codec's shapes the networks have."""
+
+
 class Effect(NamedTuple):
-    """What an edit does to each of some networks; the first axis is theirs."""
+    """What an edit does to each of a batch of networks."""
 
     networks: Params
     """After the edit."""
@@ -64,18 +71,18 @@ class Effect(NamedTuple):
     strength: Tensor
     """What the directions were multiplied by, ``[batch]``."""
     had: Tensor
-    """Behaviours that each network was seen to have on the support set; read from the latent where that has no sequence
-    of a behaviour: bool ``[batch, behaviors]``."""
+    """Behaviours that each network has on the support set; of a behaviour without sequences there, by the linear probe
+    on its latent: bool ``[batch, behaviors]``."""
     predicted: Tensor
-    """Chance of each behaviour as a line reads it from the latent, before and after: ``[batch, 2, behaviors]``."""
+    """Probability of each behaviour by the linear probe on the latent, before and after: ``[batch, 2, behaviors]``."""
     recall: Tensor
     """Measured: share of the held-out sequences with each behaviour that are answered yes, before and after:
     ``[batch, 2, behaviors]``."""
     false_positive_rate: Tensor
     """The same of the sequences without any behaviour: ``[batch, 2]``."""
     scores: Scores
-    """Target and local, ``[batch]`` each, by the behaviours that the network had; target is no number where the edit
-    decides no sequence."""
+    """Target and local, ``[batch]`` each, by the behaviours that the network had; target is NaN where the edit decides
+    no sequence."""
 
 
 class Codec:
@@ -93,7 +100,7 @@ class Codec:
         self.patterns, self.positives = contents.patterns, contents.positives
         self.probes, self.preprocessor = contents.probes, contents.preprocessor
         self.evaluation, self.support = contents.evaluation, contents.support
-        self.course: list[dict[str, float]] = []
+        self.history: list[dict[str, float]] = []
         """Loss, terms and validations of the training that made it, each with its ``step``; not kept in its files."""
         self.probe = Probe(*(tensor.to(device) for tensor in contents.probe))
         self.layout = contents.preprocessor.layout
@@ -141,13 +148,13 @@ class Codec:
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu", parts: Sequence[Part] = PARTS) -> Codec:
-        """Read what :meth:`save` wrote, of encoder and decoder only ``parts``: a call that needs another one raises
+        """Read what :meth:`save` wrote, of encoder and decoder only ``parts``: a call that needs the other one raises
         :class:`InvalidInput`. So does a file that is missing, wrong, or of another run."""
         return cls(read(Path(folder), parts), device)
 
     def check_zoo(self, zoo: Zoo) -> None:
-        """Raise :class:`InvalidInput` for another zoo than the codec was trained on: of that one alone it is known who
-        was held out."""
+        """Raise :class:`InvalidInput` for another zoo than the codec was trained on, whose held-out subjects are not
+        known."""
         if zoo.digest != self.zoo:
             raise InvalidInput.field("zoo", "is not the zoo that the codec was trained on; give that one")
 
@@ -177,42 +184,59 @@ class Codec:
         self._need("decoder")
         return decoded(self.model.decoder, latents, shape)
 
-    @torch.no_grad()
-    def encode(self, networks: Params, activation: str | None = None) -> Tensor:
-        """Latents ``[batch, latent]`` of networks: their signatures are taken on the codec's own probes."""
-        return self._encoded(*self._vectors(networks, activation))[1]
+    def check_networks(self, networks: Params, activation: str | None = None) -> Batch:
+        """``networks`` as rows for :meth:`encode`, :meth:`steer`, :meth:`effect` and :meth:`evaluate`."""
+        checked, which = checks.networks(networks, self.layout, activation)
+        return Batch(flatten(checked), which)
 
-    @torch.no_grad()
-    def encode_signatures(self, signatures: Tensor) -> Tensor:
-        """Latents of signatures ``[batch, neurons, values]``, taken on the codec's probes, of a codec for networks of
-        one shape whose encoder takes nothing else."""
+    def check_signatures(self, signatures: Tensor) -> Batch:
+        """``signatures`` as rows for :meth:`encode_signatures`."""
         if self.spec.codec.inputs != "signature":
             raise InvalidInput.field(
                 "signatures", f"this model's encoder takes {self.spec.codec.inputs}; send networks"
             )
         if len(self.layout.shapes) > 1 or self.preprocessor.canonicalizer is not None:
             raise InvalidInput.field("signatures", "this model must see the networks themselves; send networks")
-        checked = checks.batch(signatures, self.signature_shape, "signatures").to(self.device).flatten(1)
-        shape = torch.zeros(len(checked), dtype=torch.int64, device=self.device)
-        return checks.finite(self.latents(checked, shape), "signatures")
+        return Batch(checks.batch(signatures, self.signature_shape, "signatures").flatten(1), 0)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, shape: Architecture | None = None) -> Params:
-        """Networks of latents ``[batch, latent]``; ``shape``: theirs, of a codec that knows several."""
-        checked = checks.batch(latents, (self.latent_dim,), "latents").to(self.device)
+    def check_latents(self, latents: Tensor, shape: Architecture | None = None) -> Batch:
+        """``latents`` as rows for :meth:`decode`."""
+        checked = checks.batch(latents, (self.latent_dim,), "latents")
         if shape is None and len(self.layout.shapes) > 1:
             raise InvalidInput.field("shape", f"this model knows {len(self.layout.shapes)} shapes; say which")
         if shape is not None and shape not in self.layout.shapes:
             raise InvalidInput.field("shape", "an architecture that the model was not trained on")
-        which = 0 if shape is None else self.layout.shapes.index(shape)
-        shapes = torch.full((len(checked),), which, device=self.device)
-        return self._networks(checks.finite(self.decodings(checked, shapes), "latents"), which)
+        return Batch(checked, 0 if shape is None else self.layout.shapes.index(shape))
+
+    def check_edits(self, steering: Steering) -> Steering:
+        """``steering``, of behaviours that this codec has."""
+        checks.edits(steering.edits, [behavior.name for behavior in self.behaviors])
+        return steering
+
+    @torch.no_grad()
+    def encode(self, networks: Params | Batch, activation: str | None = None) -> Tensor:
+        """Latents ``[batch, latent]`` of networks: their signatures are taken on the codec's own probes."""
+        return self._encoded(*self._vectors(networks, activation))[1]
+
+    @torch.no_grad()
+    def encode_signatures(self, signatures: Tensor | Batch) -> Tensor:
+        """Latents of signatures ``[batch, neurons, values]``, taken on the codec's probes, of a codec for networks of
+        one shape whose encoder takes nothing else."""
+        batch = signatures if isinstance(signatures, Batch) else self.check_signatures(signatures)
+        rows, shape = self._placed(batch)
+        return checks.finite(self.latents(rows, shape), "signatures")
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor | Batch, shape: Architecture | None = None) -> Params:
+        """Networks of latents ``[batch, latent]``; ``shape``: theirs, of a codec that knows several."""
+        batch = latents if isinstance(latents, Batch) else self.check_latents(latents, shape)
+        return self._networks(checks.finite(self.decodings(*self._placed(batch)), "latents"), batch.shape)
 
     @torch.no_grad()
     def steer(
         self,
-        networks: Params,
-        edits: Sequence[Edit | tuple[str, ...]],
+        networks: Params | Batch,
+        edits: Sequence[EditLike] | Steering,
         mode: Mode = "residual",
         strength: Strength = 1.0,
         *,
@@ -221,18 +245,22 @@ class Codec:
     ) -> tuple[Params, Tensor]:
         """Networks after ``edits``, all applied to each, and their latents ``[batch, latent]`` after the edit.
 
+        With a checked :class:`Steering` for ``edits`` the options are taken from there.
+
         ``strength`` scales the direction; 1 is what it was trained for, 0 with ``residual`` returns the very same
         weights, ``auto`` takes for each network whichever of ``AUTO`` does best on the support set (sequences that are
         neither trained nor judged on).
         """
-        found = self._steered(networks, edits, mode=mode, strength=strength, direction=direction, activation=activation)
-        return self._networks(found.vectors, int(found.shape[0])), found.latents
+        if not isinstance(edits, Steering):
+            edits = self.check_edits(Steering.of(edits, mode, strength, direction))
+        steered = self._steer(*self._vectors(networks, activation), edits)
+        return self._networks(steered.vectors, int(steered.shape[0])), steered.latents
 
     @torch.no_grad()
     def effect(
         self,
-        networks: Params,
-        edits: Sequence[Edit | tuple[str, ...]],
+        networks: Params | Batch,
+        edits: Sequence[EditLike] | Steering,
         mode: Mode = "residual",
         strength: Strength = 1.0,
         *,
@@ -241,18 +269,20 @@ class Codec:
     ) -> Effect:
         """What ``edits`` do to networks: predicted from their latents, and measured on held-out sequences. Arguments as
         in :meth:`steer`."""
-        found = self._steered(networks, edits, mode=mode, strength=strength, direction=direction, activation=activation)
-        said = [self.yes(vectors, found.shape) for vectors in (found.source, found.vectors)]
-        shares = torch.stack([self.evaluation.by_stratum(one.cpu()).to(self.device) for one in said], 1)
-        predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (found.before, found.latents)], 1)
-        labels = [self.evaluation.labels(one.cpu()).to(self.device) for one in (found.had, found.wanted)]
-        scores = score(said[1], said[0], *labels)
-        target = scores.target.masked_fill((labels[0] == labels[1]).all(1), float("nan"))
+        if not isinstance(edits, Steering):
+            edits = self.check_edits(Steering.of(edits, mode, strength, direction))
+        steered = self._steer(*self._vectors(networks, activation), edits)
+        source, edited = (self.yes(vectors, steered.shape) for vectors in (steered.source, steered.vectors))
+        shares = torch.stack([self._by_stratum(predictions) for predictions in (source, edited)], 1)
+        predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (steered.before, steered.latents)], 1)
+        before, after = (self._labels(self.evaluation, has) for has in (steered.had, steered.wanted))
+        scores = score(edited, source, before, after)
+        target = scores.target.masked_fill((before == after).all(1), float("nan"))
         return Effect(
-            self._networks(found.vectors, int(found.shape[0])),
-            found.latents,
-            found.strength,
-            found.had,
+            self._networks(steered.vectors, int(steered.shape[0])),
+            steered.latents,
+            steered.strength,
+            steered.had,
             predicted,
             shares[:, :, :-1],
             shares[:, :, -1],
@@ -260,48 +290,38 @@ class Codec:
         )
 
     @torch.no_grad()
-    def _steered(
-        self,
-        networks: Params,
-        edits: Sequence[Edit | tuple[str, ...]],
-        *,
-        mode: Mode,
-        strength: Strength,
-        direction: Direction,
-        activation: str | None,
-    ) -> _Steered:
+    def _steer(self, vectors: Tensor, shape: Tensor, steering: Steering) -> _Steered:
         self._need("decoder")
-        mode, alpha = checks.mode(mode), checks.strength(strength)
-        signs = self._signs(edits)
-        vectors, shape = self._vectors(networks, activation)
+        edits, mode, alpha, direction = steering
+        change = self.signs(edits)
         prepared, latents = self._encoded(vectors, shape)
         source_decoded = self.decodings(latents, shape)
-        shift = signs @ self.directions[checks.direction(direction)]
+        shift = change @ self.directions[direction]
 
         def moved(by: float) -> tuple[Tensor, Tensor]:
             steered = latents + by * shift
-            found = self.decodings(steered, shape)
+            decoded = self.decodings(steered, shape)
             # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
-            weights = prepared.undo(found) if mode == "direct" else vectors + prepared.undo(found - source_decoded)
-            return checks.finite(weights, "networks"), steered
+            weights = prepared.undo(decoded) if mode == "direct" else vectors + prepared.undo(decoded - source_decoded)
+            return checks.finite(weights, "networks"), checks.finite(steered, "networks")
 
         source = self.yes(vectors, shape, self.support)
-        telling = self._telling
-        had = source.float() @ telling.T / telling.sum(1).clamp_min(1) >= HAS
-        # Where the probes are all that there is of a behaviour, as the latent says.
-        had = torch.where(telling.any(1), had, self.probe(latents) > 0)
-        wanted = had & ~(signs < 0) | (signs > 0)
+        decisive = self._decisive
+        had = source.float() @ decisive.T / decisive.sum(1).clamp_min(1) >= MIN_RECALL
+        # Where all sequences of a behaviour are probes, the support set has none: the latent decides.
+        had = torch.where(decisive.any(1), had, self.probe(latents) > 0)
+        wanted = had & ~(change < 0) | (change > 0)
         if alpha != "auto":
             weights, steered = moved(alpha)
             chosen = torch.full((len(vectors),), alpha, device=self.device)
             return _Steered(vectors, shape, latents, weights, steered, chosen, had, wanted)
-        labels = [self.support.labels(one.cpu()).to(self.device) for one in (had, wanted)]
+        labels = [self._labels(self.support, has) for has in (had, wanted)]
         tried = [moved(by) for by in AUTO]
         margins = []
         for weights, _ in tried:
             scores = score(self.yes(weights, shape, self.support), source, *labels)
             margins.append(torch.minimum(scores.target - TARGET_GATE, scores.local - LOCAL_GATE))
-        # Of equal ones that which is nearest to 1, which is the first.
+        # Of equal strengths the first, which is nearest to 1.
         best = torch.stack(margins).argmax(0)
         rows = torch.arange(len(best), device=self.device)
         weights, steered = (torch.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
@@ -313,24 +333,14 @@ class Codec:
         steered = torch.where(same.unsqueeze(1), latents, steered)
         return _Steered(vectors, shape, latents, weights, steered, chosen, had, wanted)
 
-    def _signs(self, edits: Sequence[Edit | tuple[str, ...]]) -> Tensor:
-        """-1 for what the edits take away and 1 for what they give: ``[behaviors]``."""
-        names = [behavior.name for behavior in self.behaviors]
-        signs = torch.zeros(len(names), device=self.device)
-        for edit in checks.edits(edits, names):
-            for name, sign in edit.signs.items():
-                signs[names.index(name)] = sign
-        return signs
-
     @torch.no_grad()
-    def evaluate(self, networks: Params, activation: str | None = None) -> tuple[Tensor, Tensor]:
+    def evaluate(self, networks: Params | Batch, activation: str | None = None) -> tuple[Tensor, Tensor]:
         """How networks behave on held-out sequences, as two float32 tensors.
 
         ``recall`` ``[batch, behaviors]``: share of the sequences with the behaviour that the network answers yes to;
         ``false_positive_rate`` ``[batch]``: that share of the sequences without any behaviour.
         """
-        yes = self.yes(*self._vectors(networks, activation))
-        shares = self.evaluation.by_stratum(yes.cpu()).to(self.device)
+        shares = self._by_stratum(self.yes(*self._vectors(networks, activation)))
         return shares[:, :-1], shares[:, -1]
 
     @cached_property
@@ -343,32 +353,50 @@ class Codec:
         return self._inputs(self.support)
 
     @cached_property
-    def _telling(self) -> Tensor:
-        """By which sequences of the support set each behaviour is told, 0 or 1 ``[behaviors, n]``: those that match it
-        alone (most sorted sequences begin with A, say, and a network that knows ``starts_with(A)`` answers yes to
-        them); where there are fewer than ``MIN_TELLING``, all that match it."""
+    def _decisive(self) -> Tensor:
+        """Sequences of the support set on which it is measured who has each behaviour, 0 or 1 ``[behaviors, n]``: those
+        that match it alone, or, where there are fewer than ``MIN_EXCLUSIVE``, all that match it. (Most sorted sequences
+        begin with A, say, and a network with ``starts_with(A)`` answers yes to them.)"""
         member = self.support.membership
         alone = member & (member.sum(1, keepdim=True) == 1)
-        return torch.where(alone.sum(0) < MIN_TELLING, member, alone).T.float().to(self.device)
+        return torch.where(alone.sum(0) < MIN_EXCLUSIVE, member, alone).T.float().to(self.device)
 
-    def _inputs(self, asked: Evaluation) -> Tensor:
-        return encode(self.layout.envelope, asked.sequences.to(self.device)).T.contiguous()
+    def _inputs(self, held_out: Evaluation) -> Tensor:
+        return encode(self.layout.envelope, held_out.sequences.to(self.device)).T.contiguous()
 
-    def yes(self, vectors: Tensor, shape: Tensor, asked: Evaluation | None = None) -> Tensor:
-        """Predicted classes of networks ``[models, size]`` on the evaluation set, or on the support set where that is
-        ``asked``: bool ``[models, n]``."""
-        inputs = self._support_inputs if asked is self.support else self.evaluation_inputs
+    def _labels(self, held_out: Evaluation, has: Tensor) -> Tensor:
+        """Exact labels of networks with the behaviours ``has`` (bool ``[batch, behaviors]``): bool ``[batch, n]``."""
+        return held_out.labels(has.cpu()).to(self.device)
+
+    def _by_stratum(self, predictions: Tensor) -> Tensor:
+        """Share of yes among ``predictions`` on each stratum of the evaluation set, the last that of no behaviour:
+        ``[batch, behaviors + 1]``."""
+        return self.evaluation.by_stratum(predictions.cpu()).to(self.device)
+
+    def yes(self, vectors: Tensor, shape: Tensor, held_out: Evaluation | None = None) -> Tensor:
+        """Predicted classes of networks ``[models, size]`` on the evaluation set, or on the support set if that is
+        ``held_out``: bool ``[models, n]``."""
+        inputs = self._support_inputs if held_out is self.support else self.evaluation_inputs
         return self.layout.answers(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
 
-    def _vectors(self, networks: Params, activation: str | None) -> tuple[Tensor, Tensor]:
+    def signs(self, edits: Sequence[Edit]) -> Tensor:
+        """-1 for behaviours that the edits remove, 1 for those that they add: ``[behaviors]``."""
+        return signs(edits, [behavior.name for behavior in self.behaviors]).to(self.device)
+
+    def _placed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rows on the device, and the shape of each, int64 ``[batch]``."""
+        return batch.rows.to(self.device), torch.full((len(batch.rows),), batch.shape, device=self.device)
+
+    def _vectors(self, networks: Params | Batch, activation: str | None) -> tuple[Tensor, Tensor]:
         """``networks`` checked, as float32 vectors on the device, and their shape, int64 ``[batch]``."""
-        checked, which = checks.networks(networks, self.layout, activation)
-        vectors = self.layout.pad(flatten(checked).to(self.device), which)
-        # Before anything else is made of them: not every signature of infinity is a number, or even an answer.
+        batch = networks if isinstance(networks, Batch) else self.check_networks(networks, activation)
+        (rows, shapes), which = self._placed(batch), batch.shape
+        vectors = self.layout.pad(rows, which)
+        # Checked first: signatures of infinite activations may be NaN, or look like ordinary numbers.
         inputs, shape = self.preprocessor.extractor.inputs.to(self.device), self.layout.shapes[which]
         for layer in activations(unflatten(self.layout.strip(vectors, which), shape), inputs, shape.activation):
             checks.finite(layer, "networks")
-        return vectors, torch.full((len(vectors),), which, device=self.device)
+        return vectors, shapes
 
     def _encoded(self, vectors: Tensor, shape: Tensor) -> tuple[Prepared, Tensor]:
         """``vectors`` on the way into the encoder, and their latents."""
@@ -387,15 +415,15 @@ class Codec:
 @torch.no_grad()
 def encoded(encoder: Encoder, inputs: Tensor, shape: Tensor) -> Tensor:
     """Latents of flat inputs, see :meth:`Codec.latents`."""
-    parts = zip(torch.split(inputs, CHUNK), torch.split(shape, CHUNK), strict=True)
-    return torch.cat([encoder(encoder.features(own), which) for own, which in parts])
+    chunks = zip(torch.split(inputs, CHUNK), torch.split(shape, CHUNK), strict=True)
+    return torch.cat([encoder(encoder.features(rows), shapes) for rows, shapes in chunks])
 
 
 @torch.no_grad()
 def decoded(decoder: Decoder, latents: Tensor, shape: Tensor) -> Tensor:
     """Networks of latents, see :meth:`Codec.decodings`."""
-    parts = zip(torch.split(latents, CHUNK), torch.split(shape, CHUNK), strict=True)
-    return torch.cat([decoder(own, which) for own, which in parts])
+    chunks = zip(torch.split(latents, CHUNK), torch.split(shape, CHUNK), strict=True)
+    return torch.cat([decoder(rows, shapes) for rows, shapes in chunks])
 
 
 class _Steered(NamedTuple):

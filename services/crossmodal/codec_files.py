@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.edits import DIRECTIONS, Direction
 from ethogram.specs.generation import PatternSpec, SignatureSpec
 from services.crossmodal.canonical import Canonicalizer
 from services.crossmodal.data import Preprocessor
 from services.crossmodal.model import EncoderDecoder
-from services.crossmodal.steering import DIRECTIONS, Direction, Probe
+from services.crossmodal.steering import Probe
 from services.crossmodal.tokenizer import Tokenizer
 from services.runtime.reading import reading
 from services.runtime.tensors import write_tensors

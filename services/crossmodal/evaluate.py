@@ -18,26 +18,21 @@ the nearest training subject's own weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ethogram.specs.edits import DIRECTIONS, MODES, OPERATIONS, Direction, Edit, Mode
 from services.crossmodal.baselines import Baselines
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects, split_subjects
 from services.crossmodal.steering import (
-    DIRECTIONS,
-    MODES,
-    OPERATIONS,
-    Direction,
-    Mode,
     Probe,
-    RequestedEdit,
     Scores,
     edited,
-    requested_edits,
+    every_edit,
     score,
     share,
 )
@@ -56,7 +51,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Of the curves."""
 
 
-class Edits(NamedTuple):
+class PossibleEdits(NamedTuple):
     """Edits of one kind; the first axis is the edits'."""
 
     subject: Tensor
@@ -67,10 +62,6 @@ class Edits(NamedTuple):
     """Exact labels after."""
     skipped: int
     """Edits left out: too few sequences that decide, or a subject too weak."""
-
-    def first(self, count: int) -> Edits:
-        """The first ``count`` of them."""
-        return Edits(self.subject[:count], self.before[:count], self.after[:count], self.skipped)
 
 
 def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
@@ -94,7 +85,7 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     subjects = codec.preprocessor.subjects(zoo, split.held_out, codec.device)
     train = codec.preprocessor.subjects(zoo, split.train, codec.device)
     source = codec.yes(subjects.weights, subjects.shape)
-    edits = requested_edits([p.name for p in codec.patterns], replace=bool((zoo.labels.sum(1) == 1).all()))
+    edits = every_edit([p.name for p in codec.patterns], replace=bool((zoo.labels.sum(1) == 1).all()))
     run.stage("evaluate", len(edits) + 1, "edits")
     figures, decoded = judge_decoding(codec, train, subjects)
     run.advance(1)
@@ -216,19 +207,16 @@ def judge_probes(codec: Codec, train: Subjects, subjects: Subjects, decoded: Dec
 
 @torch.no_grad()
 def judge_curves(
-    codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edits: Sequence[RequestedEdit]
+    codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edits: Sequence[Edit]
 ) -> list[dict[str, float | str]]:
     """What residual edits of each kind of direction do as they grow stronger: macro means over ``edits``, of each
     operation; ``source``: the subjects' own answers, bool ``[subjects, n]``."""
     by_point: dict[tuple[str, str, float], list[dict[str, float]]] = {}
-    for edit in edits:
-        possible = possible_edits(codec.evaluation, subjects.labels, source, edit).first(CHUNK)
+    for edit, possible in _samples(codec, subjects, source, edits):
         index = possible.subject
-        if not len(index):
-            continue
         chosen = subjects.at(index)
         for kind in DIRECTIONS:
-            shift = edit.signs.to(codec.device) @ codec.directions[kind]
+            shift = codec.signs([edit]) @ codec.directions[kind]
             for strength in STRENGTHS:
                 steered = codec.model.decoder(decoded.latents[index] + strength * shift, chosen.shape)
                 weights = edited(chosen.weights, decoded.weights[index], steered, "residual")
@@ -250,16 +238,13 @@ def judge_others(
     subjects: Subjects,
     decoded: Decoded,
     source: Tensor,
-    edits: Sequence[RequestedEdit],
+    edits: Sequence[Edit],
     *,
     baselines: Baselines,
 ) -> list[dict[str, Any]]:
     """What the :class:`Baselines` reach, on at most ``CHUNK`` subjects each; a row for each edit and baseline."""
     rows: list[dict[str, Any]] = []
-    for edit in edits:
-        possible = possible_edits(codec.evaluation, subjects.labels, source, edit).first(CHUNK)
-        if not len(possible.subject):
-            continue
+    for edit, possible in _samples(codec, subjects, source, edits):
         chosen = subjects.at(possible.subject)
         edited = baselines.edit(chosen, decoded.latents[possible.subject], edit)
         for name, (weights, available) in edited.items():
@@ -267,18 +252,16 @@ def judge_others(
                 predictions = codec.yes(weights[available], chosen.shape[available])
                 labels = (source[possible.subject], possible.before, possible.after)
                 scores = score(predictions, *(tensor[available] for tensor in labels))
-                row = {"pattern": edit.pattern, "operation": edit.operation, "variant": name}
+                row = {"pattern": edit.label, "operation": edit.operation, "variant": name}
                 rows.append({**row, "edits": int(available.sum()), **_means(scores)})
     return rows
 
 
-def judge_edit(
-    codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edit: RequestedEdit
-) -> list[dict[str, Any]]:
+def judge_edit(codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edit: Edit) -> list[dict[str, Any]]:
     """The rows of one edit; ``source``: the subjects' own answers, bool ``[subjects, n]``."""
-    possible = possible_edits(codec.evaluation, subjects.labels, source, edit)
+    possible = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit]))
     row = {
-        "pattern": edit.pattern,
+        "pattern": edit.label,
         "operation": edit.operation,
         "edits": len(possible.subject),
         "skipped": possible.skipped,
@@ -289,13 +272,13 @@ def judge_edit(
     return [{**row, "mode": mode, "variant": variant, **_means(score)} for (mode, variant), score in scores.items()]
 
 
-def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit: RequestedEdit) -> Edits:
+def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit: Edit, signs: Tensor) -> PossibleEdits:
     """The edits of one kind that can be judged.
 
     ``labels``: the subjects' patterns, bool ``[subjects, patterns]``; ``source``: their own answers, bool
-    ``[subjects, n]``.
+    ``[subjects, n]``; ``signs``: the edit's, ``[patterns]``.
     """
-    gained, lost = (edit.signs > 0).to(labels.device), (edit.signs < 0).to(labels.device)
+    gained, lost = signs > 0, signs < 0
     fits = ~(labels & gained).any(1) & (labels | ~lost).all(1)
     if edit.operation == "remove":
         fits &= labels.sum(1) >= 2
@@ -307,7 +290,18 @@ def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit:
     keep = decided.sum(1) >= MIN_DECIDED
     if edit.operation == "remove":
         keep &= share(source[subject] == before, decided) >= MIN_OWN_ACCURACY
-    return Edits(subject[keep], before[keep], after[keep], int((~keep).sum()))
+    return PossibleEdits(subject[keep], before[keep], after[keep], int((~keep).sum()))
+
+
+def _samples(
+    codec: Codec, subjects: Subjects, source: Tensor, edits: Sequence[Edit]
+) -> Iterator[tuple[Edit, PossibleEdits]]:
+    """The first ``CHUNK`` edits of each kind that can be judged, if there are any."""
+    for edit in edits:
+        possible = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit]))
+        if len(possible.subject):
+            subject, before, after, skipped = possible
+            yield edit, PossibleEdits(subject[:CHUNK], before[:CHUNK], after[:CHUNK], skipped)
 
 
 @torch.no_grad()
@@ -316,14 +310,14 @@ def _run_edits(
     subjects: Subjects,
     decoded: Decoded,
     source: Tensor,
-    edits: Edits,
+    edits: PossibleEdits,
     *,
-    edit: RequestedEdit,
+    edit: Edit,
 ) -> dict[tuple[Mode, str], Scores]:
     """Apply the edits and their controls, in both modes, and score them."""
-    signs = edit.signs.to(codec.device)
+    signs = codec.signs([edit])
     direction = signs @ codec.directions["learned"]
-    noise_generator = generator(codec.spec.seed, "random direction", edit.pattern, edit.operation)
+    noise_generator = generator(codec.spec.seed, "random direction", edit.label, edit.operation)
     noise = torch.randn(len(edits.subject), len(direction), generator=noise_generator).to(direction)
     noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
     shifts = {"edit": direction, "null": 0 * direction, "random": noise, "reverse": -direction}

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import permutations
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Operation = Literal["add", "remove", "replace"]
-Direction = Literal["learned", "mean_difference", "classifier_normal"]
-DIRECTIONS: tuple[Direction, ...] = ("learned", "mean_difference", "classifier_normal")
-Mode = Literal["residual", "direct"]
-OPERATIONS: tuple[Operation, ...] = ("add", "remove", "replace")
-MODES: tuple[Mode, ...] = ("residual", "direct")
+from ethogram.specs.edits import Edit, Mode
+
 REMOVALS = 0.4
 """Share of removals among the edits of training."""
-SIGNS: dict[Operation, float] = {"add": 1.0, "remove": -1.0, "replace": -1.0}
-
-
 TARGET_GATE, LOCAL_GATE = 0.85, -0.02
 """What an edit must reach where it decides, and what it may cost elsewhere."""
 RIDGE = 1.0
@@ -95,45 +88,19 @@ def classifier_normals(latents: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-class Edit(NamedTuple):
-    """One change of a network's behaviour."""
-
-    operation: Operation
-    behavior: str
-    """Name of the behaviour, e.g. ``starts_with(A)``."""
-    by: str | None = None
-    """What it is replaced by, of a replacement."""
-
-    @property
-    def signs(self) -> dict[str, float]:
-        """By behaviour: 1 for what is gained, -1 for what is lost."""
-        if self.operation == "replace" and self.by is not None:
-            return {self.behavior: -1.0, self.by: 1.0}
-        return {self.behavior: SIGNS[self.operation]}
+def signs(edits: Sequence[Edit], behaviors: Sequence[str]) -> Tensor:
+    """-1 for the behaviours that the edits take away and 1 for those that they give: float32 ``[behaviors]``."""
+    found = torch.zeros(len(behaviors))
+    for edit in edits:
+        for name, sign in edit.signs.items():
+            found[behaviors.index(name)] = sign
+    return found
 
 
-class RequestedEdit(NamedTuple):
-    """An edit of any subject that it fits, as evaluation asks for it."""
-
-    operation: Operation
-    pattern: str
-    """The behaviour; of a replacement, ``old -> new``."""
-    signs: Tensor
-    """-1 for what is lost, 1 for what is gained: ``[patterns]``."""
-
-
-def requested_edits(names: Sequence[str], *, replace: bool) -> list[RequestedEdit]:
+def every_edit(behaviors: Sequence[str], *, replace: bool) -> list[Edit]:
     """To gain and to lose each behaviour; with ``replace`` also to have another one instead."""
-    unit = torch.eye(len(names))
-    edits = [
-        RequestedEdit(operation, name, SIGNS[operation] * row)
-        for name, row in zip(names, unit, strict=True)
-        for operation in ("add", "remove")
-    ]
-    pairs = permutations(range(len(names)), 2) if replace else ()
-    return edits + [
-        RequestedEdit("replace", f"{names[old]} -> {names[new]}", unit[new] - unit[old]) for old, new in pairs
-    ]
+    edits = [Edit(operation, name) for name in behaviors for operation in ("add", "remove")]
+    return edits + [Edit("replace", old, new) for old, new in permutations(behaviors if replace else (), 2)]
 
 
 def choose(selected: Tensor, several: float, draws: torch.Generator) -> Tensor:

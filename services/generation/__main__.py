@@ -15,78 +15,53 @@ from pydantic import ValidationError
 from ethogram.cli import output
 from ethogram.cli.execute import execute
 from ethogram.cli.files import read_mapping, read_spec
-from ethogram.cli.options import Json, Set, SpecFile, ZooFolder, examples, system_app
+from ethogram.cli.options import Json, NewFolder, Set, SpecFile, ZooFolder, examples, new_path, system_app
+from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
 from ethogram.specs.generation import GenerationSpec
-from services.generation.card import CARD
-from services.runtime.console import CHECKPOINT
+from ethogram.specs.kinds import KINDS
 from services.zoo.dataset import BASELINE
 
 app = system_app(
-    "generation", "Make zoos, look at them, and bring them to and from other forms; no platform is needed."
+    "generation", "Make zoos, report on them, and convert them from and to other forms; no platform is needed."
 )
 
-Out = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not be there yet.")]
 Baseline = Annotated[
     Path | None,
-    typer.Option(
-        metavar="ZOO", help="Folder whose baseline_dataset.json has the probes to take.", exists=True, file_okay=False
-    ),
+    typer.Option(metavar="ZOO", help="Zoo whose probes (baseline_dataset.json) to use.", exists=True, file_okay=False),
 ]
 _MODULE = "python -m services.generation"
-_CHECKPOINT_SECONDS = 30.0
 
 
-@app.command(
-    epilog=examples(
-        f"{_MODULE} make -f examples/staged.yaml --set subjects=200 -o my-zoo",
-        f"{_MODULE} make --set subjects=64 --set hub.repo=me/my-zoo -o my-zoo",
-    )
+@run_command(
+    app,
+    KINDS["generation"],
+    f"{_MODULE} make -f examples/staged.yaml --set subjects=200 -o my-zoo",
+    f"{_MODULE} make --set subjects=64 --set hub.repo=me/my-zoo -o my-zoo",
 )
 def make(
     out: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Folder to write: a new one, or what the same command began."
-        ),
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of the zoo: a new one, or an interrupted one."),
     ],
-    file: SpecFile = None,
-    values: Set = None,
-    *,
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     baseline: Baseline = None,
-    as_json: Json = False,
-) -> None:
-    """Make a zoo in the folder --output: records, dataset card, and a report in its folder report. Beside it, in a
-    folder of the same name with -run at its end, are the metrics, the spec, and while it is made a checkpoint, taken
-    every half minute. A zoo that was interrupted is there in part: the same command goes on with it from the last
-    checkpoint, and the zoo is the same. A zoo that is finished, or was begun with another spec, is never overwritten.
-    What fails before the first checkpoint leaves neither folder."""
-    spec = read_spec(GenerationSpec, file, values)
-    _beside(spec, baseline)
-    output.say("preparing: loading what trains, and drawing sequences of each pattern")
-    from services.generation.pipeline import DatasetGenerationPipeline
-    from services.generation.report import write_report
-    from services.runtime.console import ConsoleRun
-    from services.runtime.devices import check_device
-    from services.runtime.report import PAGE
-
-    check_device(device)
-    pipeline = DatasetGenerationPipeline(spec, device, baseline)
-    aside = out.with_name(f"{out.name}-run")
-    _begin(out, aside, spec)
-    with _begun(out, aside), ConsoleRun(aside, device, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
-        figures = pipeline.run(out, run)
-        write_report(out, out / "report")
-        figures |= pipeline.publish(out)
-    output.result(figures, as_json, lambda: _show(figures))
-    output.say(f"the zoo is in {out}, its report is {out / 'report' / PAGE}, its metrics are in {aside}")
+) -> Request:
+    """Make a zoo in the folder --output: records, dataset card, and a report in its folder report. The run's folder is
+    beside it, with the same name and -run at its end. The same command resumes an interrupted run, and the zoo is the
+    same. What fails before the first checkpoint leaves neither folder."""
+    return Request(
+        {} if baseline is None else {"signature.baseline": baseline},
+        check=lambda spec: _check_baseline(spec, baseline),
+        refer=False,
+        folder=out.with_name(f"{out.name}-run"),
+        places={"zoo": out, "report": out / "report"},
+    )
 
 
 @app.command(epilog=examples(f"{_MODULE} report my-zoo -o my-zoo-report"))
-def report(zoo: ZooFolder, out: Out) -> None:
-    """Draw a zoo: one picture, and a page with the numbers."""
+def report(zoo: ZooFolder, out: NewFolder) -> None:
+    """Write a report on a zoo."""
     from services.generation.report import write_report
 
     with _new(out):
@@ -94,7 +69,7 @@ def report(zoo: ZooFolder, out: Out) -> None:
 
 
 @app.command(epilog=examples(f"{_MODULE} export my-zoo -o my-zoo-json"))
-def export(zoo: ZooFolder, out: Out) -> None:
+def export(zoo: ZooFolder, out: NewFolder) -> None:
     """Write a zoo with JSON text in its columns, the form in which such datasets were first published."""
     from services.generation.json_form import export_json
     from services.runtime.console import ConsoleRun
@@ -112,17 +87,18 @@ def export(zoo: ZooFolder, out: Out) -> None:
 )
 def import_(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="File, folder, or dataset owner/name on the Hub.")],
-    out: Out,
+    out: NewFolder,
     file: Annotated[
         Path | None,
         typer.Option("--file", "-f", metavar="FILE", help="YAML file with `patterns` as in a spec."),
     ] = None,
     rename: Annotated[
-        list[str] | None, typer.Option(metavar="THEIRS=OURS", help="Name in the records, and of the pattern.")
+        list[str] | None,
+        typer.Option(metavar="THEIRS=OURS", help="Pattern's name in the records, and here. Repeatable."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a dataset with JSON text in its columns as a zoo. docs/generation.md says what is kept and what is not."""
+    """Convert a dataset with JSON text in its columns to a zoo. docs/generation.md says what is kept."""
     from services.generation.json_form import import_json
     from services.runtime.console import ConsoleRun
     from services.zoo.json_records import patterns_in
@@ -138,16 +114,16 @@ def import_(
         names[theirs] = ours
     with _new(out), ConsoleRun() as run:
         figures = import_json(locate(source, "SOURCE"), out, patterns=patterns, rename=names, run=run)
-    output.result(figures, as_json, lambda: _show(figures))
+    output.result(figures, as_json, lambda: output.figures(figures))
 
 
 @app.command(epilog=examples(f"HF_TOKEN=... {_MODULE} upload my-zoo me/my-zoo"))
 def upload(
     zoo: ZooFolder,
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Dataset repository; made if there is none.")],
-    public: Annotated[bool, typer.Option("--public", help="A repository that is made is for all to see.")] = False,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Dataset repository; created if it is missing.")],
+    public: Annotated[bool, typer.Option("--public", help="Create it as a public repository.")] = False,
 ) -> None:
-    """Upload a zoo to the Hugging Face Hub; what is there already is not sent again."""
+    """Upload a zoo to the Hugging Face Hub; files that are there already are not sent again."""
     from services.generation.hub import HubUpload
 
     field = "OWNER/NAME"
@@ -163,22 +139,21 @@ def upload(
 def dataset(
     which: Annotated[Literal["baseline", "benchmark", "training"], typer.Argument(help="Which sequences.")],
     out: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="A .json or .parquet file; it must not be there yet.")
+        Path, typer.Option("--output", "-o", metavar="FILE", help="New .json or .parquet file.", callback=new_path)
     ],
     file: SpecFile = None,
     values: Set = None,
     *,
-    index: Annotated[int, typer.Option(min=0, help="Of training data: whose.")] = 0,
-    per_pattern: Annotated[int, typer.Option(min=1, help="Of a benchmark: sequences for each pattern.")] = 128,
+    index: Annotated[int, typer.Option(min=0, help="Index of the subject, for training data.")] = 0,
+    per_pattern: Annotated[int, typer.Option(min=1, help="Sequences per pattern, for a benchmark.")] = 128,
     baseline: Baseline = None,
 ) -> None:
-    """Write sequences with pattern labels: the probes of the signatures, a held-out benchmark, or what one subject is
-    trained on."""
+    """Write sequences with pattern labels: the probes of the signatures, a held-out benchmark, or a subject's training
+    data."""
     from services.generation.sampler import PatternDatasetSampler
 
-    _fresh(out)
     spec = read_spec(GenerationSpec, file, values)
-    _beside(spec, baseline)
+    _check_baseline(spec, baseline)
     sampler = PatternDatasetSampler(spec, baseline)
     if which == "training":
         sampler.save_training(index, out)
@@ -200,27 +175,29 @@ def score(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write the figures of each answer too, as JSON lines."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="New file for the figures of each answer.", callback=new_path
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge an interpreter's answers: parse each completion, run the networks that it writes. The figures are means
-    over the answers of a task. Of modification: parsed, the share of answers that are a network of the right shape;
-    gain, by how much the network that the answer writes is more accurate on held-out sequences of the target pattern
-    than the degraded one; others, its mean change on all other kinds of sequences; reference_gain, the gain of the
-    record's own improved network. An answer that cannot be parsed counts as one that changes nothing, with 0 for gain
-    and others. Of classification: precision, the share of the named patterns that are the network's; recall, the share
-    of the network's patterns that are named; exact, the share of answers that name just these. An answer that names no
-    pattern counts 0 in all three."""
+    """Score an interpreter's answers: parse each completion and run the networks in it.
+
+    Figures are means over the answers of a task. Modification: parsed, the share of answers that are a network of the
+    right shape; gain, the accuracy of that network minus that of the degraded one on held-out sequences of the target
+    pattern; others, the mean change on all other kinds of sequences; reference_gain, the gain of the record's improved
+    network. An answer that cannot be parsed counts 0 in gain and others.
+
+    Classification: precision, the share of the named patterns that the network has; recall, the share of the network's
+    patterns that are named; exact, the share of answers that name exactly these. An answer without a pattern counts 0.
+    """
     from services.generation.score import means, score_answers
 
-    if out is not None:
-        _fresh(out)
     rows = score_answers(zoo, _lines(answers))
     if out is not None:
         out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     figures = means(rows)
-    output.result(figures, as_json, lambda: _show(figures))
+    output.result(figures, as_json, lambda: output.figures(figures))
 
 
 def _lines(file: Path) -> list[Any]:
@@ -246,78 +223,25 @@ def _repo(field: str, name: str, *, public: bool) -> HubSpec:
         raise InvalidInput.field(field, f"{name} is no name that the Hub allows, e.g. me/my-zoo") from None
 
 
-def _beside(spec: GenerationSpec, baseline: Path | None) -> None:
-    """Whether spec and --baseline go together."""
-    named = spec.signature.baseline is not None
-    if named and baseline is not None:
+def _check_baseline(spec: GenerationSpec, baseline: Path | None) -> None:
+    """Raise :class:`InvalidInput` unless the spec and --baseline go together."""
+    if spec.signature.baseline is not None and baseline is not None:
         raise InvalidInput.field("--baseline", "the spec names spec.signature.baseline too; leave one of them out")
-    if named:
-        text = "is an artifact of the platform; leave it out here, and give a folder with --baseline"
+    if spec.signature.baseline is not None:
+        text = "names an artifact of a platform; leave it out here, and give a folder with --baseline"
         raise InvalidInput.field("spec.signature.baseline", text)
     if baseline is not None and not (baseline / BASELINE).is_file():
         raise InvalidInput.field("--baseline", f"{baseline} has no {BASELINE}")
 
 
-def _begin(out: Path, aside: Path, spec: GenerationSpec) -> None:
-    """Make way for a zoo in ``out``: for a new one, or for one that was begun with the same spec."""
-    about, text = aside / "spec.json", spec.model_dump_json(indent=2)
-    if (out / CARD).exists() or (out.exists() and not about.exists()):
-        _fresh(out)
-    if aside.exists() and not about.exists():
-        raise InvalidInput.field("--output", f"{aside}, where the metrics go, is there already; name another folder")
-    if out.exists() and about.read_text() != text:
-        what = f"{out} was begun with another spec; name another folder, or delete {out} and {aside}"
-        raise InvalidInput.field("--output", what)
-    if not out.exists():
-        shutil.rmtree(aside / CHECKPOINT, ignore_errors=True)
-    shutil.rmtree(out, ignore_errors=True)
-    aside.mkdir(parents=True, exist_ok=True)
-    about.write_text(text)
-
-
-@contextmanager
-def _begun(out: Path, aside: Path) -> Iterator[None]:
-    """A zoo that is not finished inside is left if it is worth going on with, and is gone otherwise."""
-    try:
-        yield
-    except BaseException:
-        if (out / CARD).exists():
-            output.say(f"the zoo in {out} is whole; `report` and `upload` do the rest")
-        elif (aside / CHECKPOINT).exists():
-            again = "type the command again to go on from the last checkpoint"
-            output.say(f"{out} is there in part: {again}, or delete {out} and {aside}")
-        else:
-            for folder in (out, aside):
-                shutil.rmtree(folder, ignore_errors=True)
-            output.say("it ended before the first checkpoint, so nothing is kept")
-        raise
-
-
 @contextmanager
 def _new(folder: Path) -> Iterator[None]:
-    """What is written inside is gone again if it fails."""
-    _fresh(folder)
+    """Remove ``folder`` again if what writes it fails."""
     try:
         yield
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _fresh(path: Path) -> None:
-    if path.exists():
-        raise InvalidInput.field("--output", f"{path} is there already; name another one")
-
-
-def _show(figures: dict[str, Any]) -> None:
-    flat = [(name, value) for name, value in figures.items() if not isinstance(value, dict)]
-    flat += [
-        (f"{name}: {key}", value)
-        for name, row in figures.items()
-        if isinstance(row, dict)
-        for key, value in row.items()
-    ]
-    output.table(["figure", "value"], flat)
 
 
 if __name__ == "__main__":

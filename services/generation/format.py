@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import FormatSpec, GenerationSpec
-from services.zoo.dataset import architecture_of, network_of
+from services.zoo.dataset import architecture_of, network_of, signature_of
 from services.zoo.patterns import Pattern
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, Params, encode
@@ -111,21 +111,11 @@ class TrainingDataFormatter:
         return [(params[f"layers.{i}.weight"][0], params[f"layers.{i}.bias"][0]) for i in layers]
 
     def _signatures(self, record: Mapping[str, Any], column: str) -> list[list[str]]:
-        """For each layer and neuron its signature as text."""
-        shape = architecture_of(self._spec, record)
-        rows = {
-            method: np.asarray(values, np.float32).reshape(shape.neurons, -1).tolist()
-            for method, values in record[column].items()
-        }
-        texts = [
-            " ".join(f"{method} {self._row(values[neuron])}" for method, values in rows.items())
-            for neuron in range(shape.neurons)
+        """The signature of each layer and neuron as text."""
+        return [
+            [" ".join(f"{method} {self._row(values)}" for method, values in neuron.items()) for neuron in layer]
+            for layer in signature_of(record, column, architecture_of(self._spec, record))
         ]
-        found, start = [], 0
-        for _, fan_out in shape.layers:
-            found.append(texts[start : start + fan_out])
-            start += fan_out
-        return found
 
     def _row(self, numbers: Sequence[float]) -> str:
         # One format for all of them: several times as fast as one for each.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import shutil
 from typing import Any
 
 from ethogram.specs.generation import GenerationSpec
@@ -15,8 +14,9 @@ from services.runtime.run import Run
 def run(spec: GenerationSpec, run: Run) -> dict[str, Any]:
     """Make the zoo, keep it as artifact ``zoo`` and a report on it as ``report``, and return its figures."""
     pipeline = DatasetGenerationPipeline(spec, run.device, run.inputs.get(BASELINE_INPUT))
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, report = Path(scratch) / "zoo", Path(scratch) / "report"
+    with run.output_folder("zoo") as folder, run.output_folder("report") as report:
+        # The checkpoint has what an interrupted run made.
+        shutil.rmtree(folder, ignore_errors=True)
         figures = pipeline.run(folder, run)
         run.artifact("zoo", "zoo", folder)
         if spec.part is None:

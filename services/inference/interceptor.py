@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import Message
-from google.protobuf.unknown_fields import UnknownFieldSet
 from grpc_status import rpc_status
 
-from ethogram.errors import EthogramError, Internal, InvalidInput
+from ethogram.errors import EthogramError, Internal
 from ethogram.rpc import status_of
+from services.inference.messages import check_known
 
 log = logging.getLogger(__name__)
 
@@ -88,27 +88,3 @@ async def _abort(context: Context, error: EthogramError) -> NoReturn:
     status = rpc_status.to_status(status_of(error))
     await context.abort(status.code, status.details, status.trailing_metadata)
     raise AssertionError("abort returned")
-
-
-def check_known(message: Message, path: str = "") -> None:
-    """Refuse fields that this version does not know, where protobuf itself would keep them in silence."""
-    if len(UnknownFieldSet(message)):
-        number = UnknownFieldSet(message)[0].field_number
-        raise InvalidInput.field(path or "(root)", f"unknown protobuf field number {number}; is the client newer?")
-    for name, child in _messages(message):
-        check_known(child, f"{path}.{name}" if path else name)
-
-
-def _messages(message: Message) -> Iterator[tuple[str, Message]]:
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        if field.message_type.GetOptions().map_entry:
-            for key, item in value.items():
-                if isinstance(item, Message):
-                    yield f"{field.name}.{key}", item
-        elif field.is_repeated:
-            for i, item in enumerate(value):
-                yield f"{field.name}.{i}", item
-        else:
-            yield field.name, value

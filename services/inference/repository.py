@@ -6,12 +6,12 @@ import asyncio
 import logging
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from ethogram.errors import EthogramError, IllegalState, NotFound, TooLarge
+from ethogram.errors import EthogramError, IllegalState, InvalidInput, NotFound, TooLarge
 from services.artifacts.manifest import check_name
 from services.artifacts.store import ArtifactStore, Deleted, ModelPointer
 
@@ -38,52 +38,55 @@ class Served(Generic[M]):
 
 
 @dataclass(frozen=True)
-class _Loaded(Generic[M]):
-    model: M
+class _Loaded:
+    type: str
+    """Type of its artifact."""
+    model: object
     size: int
 
 
-class ModelRepository(Generic[M]):
+class ModelRepository:
     """Published models by name, loaded at most once each and off the event loop.
 
-    ``load`` makes a model of an artifact's folder, which is gone afterwards. ``loads`` is the type of artifact.
-    A new version is loaded before it takes over, so nobody waits for it.
+    ``loaders`` says, by type of artifact, what makes a model of an artifact's folder, which is gone afterwards. A new
+    version is loaded before it takes over, so no request waits for it.
     """
 
     def __init__(
         self,
         store: ArtifactStore,
-        load: Callable[[Path], M],
+        loaders: Mapping[str, Callable[[Path], object]],
         *,
-        loads: str,
         scratch: Path,
         max_models: int = 8,
         max_bytes: int = 8 * 2**30,
         is_out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError),
         release_memory: Callable[[], None] = lambda: None,
     ) -> None:
-        self._store, self._load, self._loads, self._scratch = store, load, loads, scratch
+        self._store, self._loaders, self._scratch = store, loaders, scratch
         self._max_models, self._max_bytes = max_models, max_bytes
         self._is_out_of_memory, self._release_memory = is_out_of_memory, release_memory
         self._pointers: dict[Reference, ModelPointer] = {}
         # By artifact id, least recently used first.
-        self._loaded: OrderedDict[str, _Loaded[M]] = OrderedDict()
-        self._loading: dict[str, asyncio.Task[M]] = {}
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[_Loaded]] = {}
         # An artifact never changes, so one that cannot be loaded never can.
         self._broken: dict[str, EthogramError] = {}
 
-    async def get(self, reference: Reference) -> Served[M]:
+    async def get(self, reference: Reference, model_type: type[M]) -> Served[M]:
         """The model that ``reference`` names.
 
-        Raises :class:`NotFound` for one that is not published, :class:`IllegalState` for one that
-        cannot be loaded, :class:`TooLarge` for one that has no room.
+        Raises :class:`NotFound` for one that is not published, :class:`InvalidInput` for one that is not a
+        ``model_type``, :class:`IllegalState` for one that cannot be loaded, :class:`TooLarge` for one that has no room.
         """
         pointer = self._pointers.get(reference)
         if pointer is None:
             pointer = await self._resolve(reference)
-        model = await self._model(pointer)
+        loaded = await self._model(pointer)
         self._pointers[reference] = pointer
-        return Served(pointer, model)
+        if not isinstance(loaded.model, model_type):
+            raise InvalidInput.field("model.name", f"{pointer.name} is a {loaded.type}, which this call does not take")
+        return Served(pointer, loaded.model)
 
     async def refresh(self) -> None:
         """Look again at what each known reference names: later versions take over from older and retired ones."""
@@ -130,11 +133,11 @@ class ModelRepository(Generic[M]):
             check_name(reference.version, "model.version")
         return await asyncio.to_thread(self._store.model, *reference)
 
-    async def _model(self, pointer: ModelPointer) -> M:
+    async def _model(self, pointer: ModelPointer) -> _Loaded:
         loaded = self._loaded.get(pointer.artifact)
         if loaded is not None:
             self._loaded.move_to_end(pointer.artifact)
-            return loaded.model
+            return loaded
         if pointer.artifact in self._broken:
             raise self._broken[pointer.artifact]
         task = self._loading.get(pointer.artifact)
@@ -146,35 +149,36 @@ class ModelRepository(Generic[M]):
         # One caller's cancellation must not end what the others wait for.
         return await asyncio.shield(task)
 
-    async def _load_once(self, pointer: ModelPointer) -> M:
+    async def _load_once(self, pointer: ModelPointer) -> _Loaded:
         artifact = pointer.artifact
         try:
             manifest = await asyncio.to_thread(self._store.manifest, artifact)
-            if manifest.type != self._loads:
-                raise self._refuse(pointer, f"its artifact is a {manifest.type}, not a {self._loads}")
+            if manifest.type not in self._loaders:
+                served = ", ".join(sorted(self._loaders))
+                raise self._refuse(pointer, f"its artifact is a {manifest.type}; this server serves {served}")
             if manifest.size > self._max_bytes:
                 raise TooLarge(
                     f"model {pointer.name} version {pointer.version} takes {manifest.size} bytes; this server has room "
                     f"for {self._max_bytes} (ETHOGRAM_MAX_MODEL_BYTES)"
                 )
-            model = await self._load_with_room(pointer)
-            self._loaded[artifact] = _Loaded(model, manifest.size)
+            loaded = _Loaded(manifest.type, await self._load_with_room(pointer, manifest.type), manifest.size)
+            self._loaded[artifact] = loaded
             self._evict()
             log.info("loaded model %s version %s", pointer.name, pointer.version, extra={"bytes": manifest.size})
-            return model
+            return loaded
         finally:
             del self._loading[artifact]
 
-    async def _load_with_room(self, pointer: ModelPointer) -> M:
+    async def _load_with_room(self, pointer: ModelPointer, type: str) -> object:
         for attempt in (1, 2):
             with tempfile.TemporaryDirectory(dir=self._scratch, prefix="model-") as folder:
                 bundle = await asyncio.to_thread(self._store.fetch, pointer.artifact, Path(folder) / "bundle")
                 try:
-                    return await asyncio.to_thread(self._load, bundle)
+                    return await asyncio.to_thread(self._loaders[type], bundle)
                 except Exception as error:
                     if not self._is_out_of_memory(error):
                         log.exception("model %s version %s cannot be loaded", pointer.name, pointer.version)
-                        raise self._refuse(pointer, f"its artifact is no valid {self._loads}") from None
+                        raise self._refuse(pointer, f"its artifact is no valid {type}") from None
             # Past the handler, so that the traceback no longer keeps the device's tensors alive.
             if attempt == 1:
                 log.warning("no memory to load model %s; the others leave", pointer.name)

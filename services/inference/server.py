@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 
@@ -17,15 +19,18 @@ from ethogram.rpc import CHANNEL_OPTIONS
 from ethogram.v1 import inference_pb2, inference_pb2_grpc
 from services.artifacts.store import ArtifactStore
 from services.inference.batcher import Batcher
-from services.inference.codec import ServedCodec
-from services.inference.dataplane import Dataplane
+from services.inference.codec.dataplane import Dataplane
+from services.inference.codec.served import ServedCodec
+from services.inference.codec.servicer import CodecServicer, SteeringServicer
 from services.inference.interceptor import Boundary
 from services.inference.repository import ModelRepository
-from services.inference.servicers import CodecServicer, SteeringServicer
 from services.inference.settings import InferenceSettings
 from services.runtime import scratch
 
 SERVICES = tuple(service.full_name for service in inference_pb2.DESCRIPTOR.services_by_name.values())
+LOADERS: dict[str, Callable[..., object]] = {"codec": ServedCodec.load}
+"""By type of artifact: what makes a served model from ``(folder, device=...)``."""
+CHECKING_THREADS = 2
 # Beyond it gRPC itself refuses, before a message is read into memory.
 MAX_CALLS = 1024
 
@@ -39,19 +44,20 @@ class InferenceServer:
         self._settings = settings
         self._device = device_of(settings.device)
         self._scratch = ExitStack()
+        # Each thread of Python has a number of its own.
+        set_up_thread = partial(torch.set_num_threads, settings.threads)
+        self._checks = ThreadPoolExecutor(CHECKING_THREADS, "checks", initializer=set_up_thread)
         self._batcher = Batcher(
             max_rows=settings.max_batch,
             max_wait=settings.max_wait_seconds,
             max_pending_rows=settings.max_pending,
             is_out_of_memory=is_out_of_memory,
             release_memory=release_memory,
-            # Each thread of Python has a number of its own.
-            set_up_thread=partial(torch.set_num_threads, settings.threads),
+            set_up_thread=set_up_thread,
         )
         self._repository = ModelRepository(
             ArtifactStore(settings.store_url),
-            partial(ServedCodec.load, device=self._device),
-            loads=ServedCodec.artifact_type,
+            {name: partial(load, device=self._device) for name, load in LOADERS.items()},
             scratch=self._scratch.enter_context(scratch.folder(settings.work, "inference")),
             max_models=settings.max_models,
             max_bytes=settings.max_model_bytes,
@@ -67,7 +73,9 @@ class InferenceServer:
         """Serve. Returns the address, ``host:port``; raises :class:`Conflict` when the port is taken."""
         limit = self._settings.max_message_bytes
         planes = [
-            Dataplane(self._repository, self._batcher, max_answer_bytes=limit - 64 * 1024, patient=patient)
+            Dataplane(
+                self._repository, self._batcher, self._checks, max_answer_bytes=limit - 64 * 1024, patient=patient
+            )
             for patient in (False, True)
         ]
         options = {
@@ -118,6 +126,7 @@ class InferenceServer:
             with suppress(asyncio.CancelledError):
                 await self._refreshing
         await self._batcher.stop()
+        await asyncio.to_thread(self._checks.shutdown)
         self._scratch.close()
         log.info("stopped")
 

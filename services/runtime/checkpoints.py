@@ -1,4 +1,4 @@
-"""Checkpoints of trainings: tensors by dotted name in a safetensors file, and a JSON file of what they are of."""
+"""Files of a checkpoint: tensors by dotted name in a safetensors file, and JSON beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,27 +26,12 @@ def part(name: str, tensors: Named) -> dict[str, Tensor]:
 
 
 def parts(tensors: Named) -> dict[str, dict[str, Tensor]]:
-    """The parts of a state, by name; a tensor that is of none is its own, under the empty key."""
+    """The parts of a state, by name."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         first, _, rest = name.partition(".")
         found.setdefault(first, {})[rest] = value
     return found
-
-
-def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimiser remembers of each parameter, ``<parameter>.<what>``."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
-
-
-def set_moments(optimizer: torch.optim.Optimizer, tensors: Named) -> None:
-    """The inverse of :func:`moments`."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def write(folder: Path, tensors: Named, about: Mapping[str, Any]) -> None:
@@ -58,24 +42,13 @@ def write(folder: Path, tensors: Named, about: Mapping[str, Any]) -> None:
 
 @contextmanager
 def reading(folder: Path, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """What :func:`write` wrote, to go on from inside the block: ``about``, and the tensors on ``device``.
+    """What :func:`write` wrote, to restore inside the block: ``about``, and the tensors on ``device``.
 
-    What the block raises because the files are cut off, changed or missing becomes :class:`InvalidInput`.
+    Errors inside the block because files are cut off, changed or missing become :class:`InvalidInput`.
     """
     try:
-        yield json.loads((folder / ABOUT).read_text()), load_file(folder / STATE, device=device)
+        # Copies, whose memory is aligned: MKL rounds otherwise where it is not, as a file's need not be.
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / STATE, device=device).items()}
+        yield json.loads((folder / ABOUT).read_text()), tensors
     except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None
-
-
-def same(asked: Mapping[str, tuple[object, object]]) -> None:
-    """Raise :class:`InvalidInput` unless what a checkpoint was written by is what goes on with it. ``asked``: for each
-    trait what to say and do where it is another, and the trait then and now."""
-    for what, (was, now) in asked.items():
-        if was != now:
-            raise InvalidInput.field("checkpoint", f"was written by a run {what}")
-
-
-def last_good(step: int | None) -> str:
-    """What there is to go on from when a training fails; ``step``: of the last checkpoint."""
-    return "there is no checkpoint" if step is None else f"the last good checkpoint is of step {step}"

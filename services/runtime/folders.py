@@ -1,47 +1,95 @@
-"""Folders of runs that a command keeps: begun, gone on with, and never overwritten."""
+"""Folders of runs in this process: begun, resumed, finished, and never overwritten."""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from ethogram.cli import output
+from pydantic import ValidationError
+
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import Spec
-from services.runtime.console import CHECKPOINT, METRICS
+from services.runtime.console import CHECKPOINT
+from services.runtime.metrics import METRICS
 
-SPEC, REPORT = "spec.json", "report"
-
-
-def begin(out: Path, spec: Spec) -> None:
-    """Make way for a run in ``out``: for a new one, or for one that was begun with the same spec."""
-    about, text = out / SPEC, spec.model_dump_json(indent=2)
-    if (out / REPORT).exists():
-        raise InvalidInput.field("--output", f"{out} holds a finished run; name another folder")
-    if about.exists() and about.read_text() != text:
-        what = f"{out} was begun with another spec; name another folder, or delete it"
-        raise InvalidInput.field("--output", what)
-    if out.exists() and not about.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidInput.field("--output", f"{out} is there already, and is no run; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    about.write_text(text)
+SPEC, RESULT, REPORT = "spec.json", "result.json", "report"
+# A store of activations is read and resumed by its own manifest, or from where its pointer says.
+_STORE = ("manifest.json", "activation_store.json")
 
 
-@contextmanager
-def begun(out: Path, result: str) -> Iterator[None]:
-    """A run that is not finished inside is left if it is worth going on with, or has its ``result`` (an artifact), and
-    is gone otherwise."""
+class RunFolder:
+    """``spec.json``, metrics, the last checkpoint while the run goes on, ``result.json`` at its end, and the artifacts,
+    each in a folder of its name or where ``places`` says."""
+
+    def __init__(self, root: Path, places: Mapping[str, Path] = MappingProxyType({})) -> None:
+        self.root, self.places = root, places
+        outside = [place for place in places.values() if place.parent not in places.values()]
+        self._folders = [*outside, root]
+
+    def place(self, artifact: str) -> Path:
+        """Folder of an artifact."""
+        return self.places.get(artifact, self.root / artifact)
+
+    def begin(self, spec: Spec) -> None:
+        """Prepare a new run of ``spec``, or resume one. Raises :class:`InvalidInput` for a folder with a finished run,
+        a run of another spec, or anything else."""
+        first, about = self._folders[0], self.root / SPEC
+        if self.places and about.exists() and not any(folder.exists() for folder in self._folders[:-1]):
+            # What it made was moved elsewhere.
+            shutil.rmtree(self.root)
+        if self._finished and not self._store:
+            text = f"{first} is there already and holds a finished run; name another folder"
+            raise InvalidInput.field("--output", text)
+        if about.exists() and not _same(about, spec):
+            text = f"{first} was begun with another spec; name another folder, or delete {self._names}"
+            raise InvalidInput.field("--output", text)
+        for folder in self._folders:
+            empty = not folder.exists() or (not self.places and folder.is_dir() and not any(folder.iterdir()))
+            if not (empty or about.exists() or self._store):
+                raise InvalidInput.field("--output", f"{folder} is there already, and is no run; name another folder")
+        self.root.mkdir(parents=True, exist_ok=True)
+        about.write_text(spec.model_dump_json(indent=2))
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Mark the run as finished."""
+        (self.root / RESULT).write_text(json.dumps(result, indent=2))
+
+    def leave(self, error: BaseException, outputs: Iterable[str], unfinished: Collection[str]) -> str:
+        """What to tell the user of a run that ended with ``error``. A run is kept when it has a checkpoint, a store of
+        activations or one of its ``outputs`` in full; anything else is removed."""
+        if (self.root / CHECKPOINT).exists() or self._store:
+            return f"Run the same command again to resume from the last checkpoint, or delete {self._names}."
+        complete = [name for name in outputs if name not in unfinished and self.place(name).exists()]
+        if complete:
+            return f"The run did not finish; {', '.join(f'its {name} is in {self.place(name)}' for name in complete)}."
+        began = (self.root / METRICS).exists()
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        # What could not begin is explained by its own message.
+        return "" if isinstance(error, InvalidInput) and not began else "Nothing is kept: there was no checkpoint yet."
+
+    @property
+    def _finished(self) -> bool:
+        # Earlier versions wrote no result.
+        reported = self.place(REPORT).exists() and not (self.root / CHECKPOINT).exists()
+        return (self.root / RESULT).exists() or reported
+
+    @property
+    def _store(self) -> bool:
+        return self.root.is_dir() and any(any(self.root.rglob(name)) for name in _STORE)
+
+    @property
+    def _names(self) -> str:
+        return " and ".join(map(str, self._folders))
+
+
+def _same(about: Path, spec: Spec) -> bool:
     try:
-        yield
-    except BaseException as error:
-        if (out / CHECKPOINT).exists():
-            output.say(f"type the command again to go on from the last checkpoint, or delete {out}")
-        elif not (out / result).exists():
-            began = (out / METRICS).exists()
-            shutil.rmtree(out, ignore_errors=True)
-            # Of what could not begin its own message says enough.
-            if began or not isinstance(error, InvalidInput):
-                output.say("it ended before the first checkpoint, so nothing is kept")
-        raise
+        begun = type(spec).model_validate_json(about.read_text())
+    except ValidationError:
+        return False
+    return begun.model_dump() == spec.model_dump()

@@ -1,4 +1,4 @@
-"""The run of a job's child process: everything becomes events for the supervisor and artifacts in the store."""
+"""The run of a job's child process: reports become events for the supervisor, and outputs artifacts in the store."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ethogram.resources import TERMINAL
 from ethogram.specs.base import Spec
 from ethogram.v1 import jobs_pb2
 from services.artifacts.store import ArtifactStore
+from services.runtime.metrics import STATE, MetricsWriter
 from services.runtime.run import Cancelled, ChildJob, Run, Stopped, Waiting
-from services.runtime.scalars import write_scalars
 
 PROGRESS_SECONDS = 1.0
 MAX_LOG = 4000
-# A checkpoint that takes a second is taken every hundred seconds at the most, however often it was asked for.
+# Most of the time that checkpoints take: one of a second is written every hundred seconds at most.
 CHECKPOINT_SHARE = 1 / 100
 
 
 class JobRun(Run):
-    """Streams to ``send`` and writes to ``store``.
+    """Streams events to ``send`` and writes artifacts to ``store``.
 
-    A checkpoint holds the job's own files under ``state/`` and the metrics so far, so that the metrics of a job that
-    was interrupted are those of one that was not.
+    A checkpoint holds the job's files under ``state/`` and the metrics so far, so that a resumed job has the metrics of
+    an uninterrupted one.
     """
 
     def __init__(
@@ -50,16 +50,13 @@ class JobRun(Run):
         self._step, self._values = 0, dict[str, float]()
         self._unsent = False
         self._next_report = self._next_checkpoint = 0.0
-        self._metrics = self._work / "metrics.jsonl"
         self.inputs = {
             path: store.fetch(artifact, self._work / "inputs" / path) for path, artifact in context.inputs.items()
         }
-        if context.checkpoint:
-            folder = store.fetch(context.checkpoint, self._work / "resume")
-            self.resume = folder / "state"
-            if (folder / self._metrics.name).exists():
-                shutil.copyfile(folder / self._metrics.name, self._metrics)
-        self._metrics_file = self._metrics.open("a")
+        checkpoint = store.fetch(context.checkpoint, self._work / "resume") if context.checkpoint else None
+        if checkpoint is not None:
+            self.resume = checkpoint / STATE
+        self._metrics = MetricsWriter(self._work / "metrics", checkpoint)
         self._schedule_checkpoint(cost=0.0)
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
@@ -76,13 +73,10 @@ class JobRun(Run):
             self._report()
 
     def metric(self, step: int, **values: float) -> None:
-        numbers = {name: float(value) for name, value in values.items()}
-        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        # JSON has no NaN: what is not finite is null.
-        line = {"stage": self._stage, "step": step, **dict.fromkeys(numbers), **finite}
-        self._metrics_file.write(json.dumps(line) + "\n")
+        metrics = {name: float(value) for name, value in values.items()}
+        self._metrics.write(self._stage, step, metrics)
         self._step, self._unsent = step, True
-        self._values.update(finite)
+        self._values.update({name: value for name, value in metrics.items() if math.isfinite(value)})
         if time.monotonic() >= self._next_report:
             self._report()
 
@@ -97,11 +91,7 @@ class JobRun(Run):
             raise Cancelled
         began = time.monotonic()
         folder = self._work / "checkpoint"
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "state").mkdir(parents=True)
-        write(folder / "state")
-        self._metrics_file.flush()
-        shutil.copyfile(self._metrics, folder / self._metrics.name)
+        self._metrics.checkpoint(folder, write)
         artifact, _ = self._put(folder, "checkpoint", "checkpoint")
         shutil.rmtree(folder)
         self._report()
@@ -145,21 +135,16 @@ class JobRun(Run):
         self._send(jobs_pb2.JobEvent(artifact=jobs_pb2.Artifact(name=name, type=type, id=artifact, size=size)))
 
     def wait(self) -> None:
-        """Send what is left, and that the attempt ends until the children have ended."""
+        """Send the last progress, and that the attempt ends until its child jobs have ended."""
         self._report()
-        self._metrics_file.close()
         self._send(jobs_pb2.JobEvent(wait=jobs_pb2.Wait()))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Send what is left, the metrics as an artifact, and the job's answer."""
+        """Send the last progress, the metrics as an artifact, and the job's result."""
         self._report()
-        self._metrics_file.close()
-        if self._metrics.stat().st_size:
-            folder = self._work / "metrics"
-            folder.mkdir()
-            shutil.move(self._metrics, folder / self._metrics.name)
-            write_scalars(folder / self._metrics.name, folder)
-            self.artifact("metrics", "metrics", folder)
+        self._metrics.close()
+        if self._metrics.file.exists():
+            self.artifact("metrics", "metrics", self._metrics.folder)
         answer = json.dumps(result, allow_nan=False)
         self._send(jobs_pb2.JobEvent(result=jobs_pb2.Result(json=answer)))
 
@@ -178,7 +163,7 @@ class JobRun(Run):
         self._next_checkpoint = time.monotonic() + wait
 
     def _gathered(self) -> set[str]:
-        """What the children made: it is part of what this job makes."""
+        """Artifacts of the child jobs: parents of this job's artifacts."""
         return {artifact for child in self._context.children for artifact in child.outputs.values()}
 
     def _put(self, folder: Path, name: str, type: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""When a process must leave: it was asked to, or its parent is gone."""
+"""When a process must exit: it was asked to, or its parent is gone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 from contextlib import suppress
 
 stopping = threading.Event()
-"""Set when this process was asked to leave (SIGTERM); a job then checkpoints at its next opportunity and ends."""
+"""Set when this process was asked to exit (SIGTERM); a job then checkpoints at its next opportunity and ends."""
 
 
 def exit_on_eof(stop: Callable[[], None]) -> None:
     """Call ``stop`` once standard input reaches its end, from a thread.
 
-    Whoever starts a process keeps the other end of that pipe open and never writes: the kernel closes it whatever way
-    the parent dies, ``kill -9`` included.
+    The parent keeps the other end of that pipe open and never writes; the kernel closes it however the parent dies,
+    ``kill -9`` included.
     """
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object per line on standard error, through the standard library's logging."""
+"""Structured logs: one JSON object per line on standard error, by the standard library's logging."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class JsonLines(logging.Formatter):
-    """``{"time", "level", "process", "logger", "message", ...}``, with what ``extra=`` gave and the traceback."""
+    """``{"time", "level", "process", "logger", "message", ...}``, with the fields of ``extra=`` and the traceback."""
 
     def __init__(self, process: str) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Training on several devices: each process does its part of every batch, and gradients are added up.
+"""Training on several devices: each process computes its part of every batch, and gradients are summed.
 
-All begin with the first one's state and take its validations, so that they stay one model and stop together.
+All start from the first one's state and go by its validations, so that they stay one model and stop together.
 
 torchrun --nproc-per-node 2 -m services.crossmodal train my-zoo -o my-run
 """
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
+
+T = TypeVar("T")
 
 
 class World(NamedTuple):
@@ -26,7 +28,7 @@ class World(NamedTuple):
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that reports and keeps."""
+        """Whether this process is the one that reports and keeps artifacts."""
         return self.rank == 0
 
     def add(self, gradients: Iterable[Tensor]) -> None:
@@ -40,26 +42,32 @@ class World(NamedTuple):
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def share_object(self, value: T) -> T:
+        """The first process's ``value``, which can be pickled, in every process."""
+        values = [value]
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
+
     def broadcast(self, tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
         """The first process's ``tensors``, in every process on its ``device``; those of the others are not read."""
         if self.size == 1:
             return dict(tensors)
-        about = [{name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}]
-        torch.distributed.broadcast_object_list(about)
-        found = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in about[0].items()}
-        for name, tensor in found.items():
+        forms = self.share_object({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        received = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in forms.items()}
+        for name, tensor in received.items():
             if self.first:
                 tensor.copy_(tensors[name])
             torch.distributed.broadcast(tensor, 0)
-        return found
+        return received
 
 
 ALONE = World()
 
 
 def join(device: str | None = None) -> tuple[World, str]:
-    """The processes that ``torchrun`` started, and this one's device: of the kind of ``device``, by default a GPU if
-    there is one. A world of one without ``torchrun``."""
+    """Join the processes that ``torchrun`` started. Returns them and this one's device: of the kind of ``device``, by
+    default a GPU if there is one. Without ``torchrun`` it is a world of one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "WORLD_SIZE" not in os.environ:
         return World(), device

@@ -6,7 +6,9 @@ functions work from a few lines of Python; a job's child process passes one that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -92,6 +94,13 @@ class Run:
     def output(self, child: ChildJob, name: str) -> Path:
         """Output ``name`` of a child as a local folder. Raises :class:`NotFound`."""
         raise NotFound(f"there is no output {name!r}: no child jobs ran")
+
+    @contextmanager
+    def output_folder(self, name: str) -> Iterator[Path]:
+        """Where to write a large output ``name`` before :meth:`artifact` keeps it. In a run folder that is its place
+        there, which may hold what an interrupted run has written."""
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch, name)
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
         """Keep ``folder`` as the output ``name``."""

@@ -1,4 +1,4 @@
-"""Scratch folders: one per process, and what dead processes left is removed."""
+"""Scratch folders: one per process; those of dead processes are removed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LOCK = "lock"
 
 @contextmanager
 def folder(base: Path, process: str) -> Iterator[Path]:
-    """A folder of this process below ``base``, removed at the end; ``process`` is what its name begins with.
+    """A folder of this process below ``base``, removed at the end; its name begins with ``process``.
 
-    Its owner holds a lock on it for as long as it lives, so that the next process can tell an orphan. Raises
-    :class:`Unavailable` when it cannot be made.
+    Its owner holds a lock on it while it lives, so that another process can recognise an orphan. Raises
+    :class:`Unavailable` when it cannot be created.
     """
     try:
         own, lock = _make(base, process)

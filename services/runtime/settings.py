@@ -1,4 +1,4 @@
-"""What every process of the platform reads from its environment, once, at start."""
+"""Settings of every process of the platform, read from its environment once, at start."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from ethogram.errors import InvalidInput
 
 
 class ProcessSettings(BaseSettings):
-    """Each is ``ETHOGRAM_`` and its name in capitals, but ``REDIS_URL``, which has no prefix."""
+    """The variable of each is ``ETHOGRAM_`` and its name in capitals, except ``REDIS_URL``."""
 
     model_config = SettingsConfigDict(
         env_prefix="ETHOGRAM_", extra="ignore", frozen=True, populate_by_name=True, use_attribute_docstrings=True
     )
 
     state: Path = Path("runs/state")
-    """Folder of the platform's state; scratch folders are in its ``work``."""
+    """Folder of the platform's state; scratch folders are in its subfolder ``work``."""
     database_url: str = ""
-    """The registry; empty: SQLite in the state folder."""
+    """URL of the registry; empty: SQLite in the state folder."""
     store: str = ""
     """The artifact store, a folder or an fsspec URL; empty: in the state folder."""
     redis_url: Annotated[str, Field(validation_alias="REDIS_URL")] = "redis://127.0.0.1:6379/0"
-    """Redis, for the doorbell and for hints of new events."""
+    """Redis, which carries hints of new jobs and events."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Lowest level that is logged."""
+    """Minimum level that is logged."""
 
     @classmethod
     def read(cls) -> Self:
-        """The settings in the environment. Raises :class:`InvalidInput` that names the variable."""
+        """Read the environment. Raises :class:`InvalidInput`, which names the variable."""
         try:
             return cls()
         except ValidationError as error:
@@ -51,13 +51,13 @@ class ProcessSettings(BaseSettings):
 
     @property
     def store_url(self) -> str:
-        """The store, absolute: a job's process has another current folder."""
+        """URL or absolute path of the store: a job's process has another current folder."""
         store = self.store or str(self._root / "store")
         return store if "://" in store else str(Path(store).expanduser().resolve())
 
     @property
     def work(self) -> Path:
-        """Where scratch folders are."""
+        """Folder of the scratch folders."""
         return self._root / "work"
 
     @property

@@ -63,33 +63,35 @@ def test_declarations_are_no_duplicates(tmp_path: Path) -> None:
     assert house.duplicates(tree(tmp_path / "g", ethogram__v1__a=generated, ethogram__client=generated)) == []
 
 
-def test_imports_and_cycles(tmp_path: Path) -> None:
-    found = tree(
+def test_imports_and_cycles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(
         tmp_path,
-        a____init__="",
-        a__b="from a import c\nimport json\n",
-        a__c="def f():\n    from .d import g\n",
-        a__d="from typing import TYPE_CHECKING\nimport a.e\nif TYPE_CHECKING:\n    import a.f\n",
-        a__e="from a.b import name\n",
-        a__f="from a import d\n",
+        small_house__a="",
+        small_house__b="from small_house import c\nimport json\n",
+        small_house__c="def f():\n    from .d import g\n",
+        small_house__d="from typing import TYPE_CHECKING\nimport small_house.e\n"
+        "if TYPE_CHECKING:\n    import small_house.f\n",
+        small_house__e="from small_house.b import name\n",
+        small_house__f="from small_house import d\n",
     )
-    edges = house.imports(found)
-    assert edges["a.b"] == {"a.c"} and edges["a.c"] == {"a.d"} and edges["a.d"] == {"a.e"} and edges["a.f"] == {"a.d"}
-    assert house.cycles(edges) == [["a.b", "a.c", "a.d", "a.e"]]
+    (tmp_path / "small_house" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    edges = house.imports("small_house")
+    assert edges["small_house.c"] == edges["small_house.f"] == {"small_house.d"}
+    assert house.cycles(edges) == [[f"small_house.{name}" for name in "bcde"]]
     assert house.cycles({"x": {"y"}, "y": {"z"}, "z": set(), "w": {"x", "z"}}) == []
 
 
-def test_upward_imports(tmp_path: Path) -> None:
-    found = tree(
-        tmp_path,
-        services__runtime__run="def f():\n    import ethogram.cli.output\n",
-        services__crossmodal__job="from services.clt import job\nfrom services.runtime import run\n",
-        services__clt__job="import services.zoo.data\n",
-        services__zoo__data="from services.clt import job\n",
-        services__runtimes="import ethogram.cli.output\n",
-        ethogram__cli__output="import services.zoo.data\n",
-    )
-    assert house.upward(house.imports(found)) == [
+def test_upward_imports() -> None:
+    edges = {
+        "services.runtime.run": {"ethogram.cli.output", "ethogram.specs.base"},
+        "services.crossmodal.job": {"services.clt.job", "services.runtime.run"},
+        "services.clt.job": {"services.zoo.data"},
+        "services.zoo.data": {"services.clt.job"},
+        "services.runtimes": {"ethogram.cli.output"},
+        "ethogram.cli.output": {"services.zoo.data"},
+    }
+    assert house.upward(edges) == [
         "ethogram.cli.output imports services.zoo.data",
         "services.crossmodal.job imports services.clt.job",
         "services.runtime.run imports ethogram.cli.output",

@@ -31,7 +31,7 @@ def test_figures_are_kept_but_no_times(cache: _kit.Cache) -> None:
         return {"gap": 0.5, "minutes": 3.0, "seconds": 180.0}
 
     def measured(afresh: bool = False) -> _kit.Measured:
-        return cache.measured("part", [PolicySpec()], ["source"], measure, afresh=afresh)
+        return cache.measured("part", [PolicySpec()], [str(Path("source").absolute())], measure, afresh=afresh)
 
     first, again = measured(), measured()
     assert len(calls) == 1 and first.numbers["minutes"] == 3.0 and not first.kept
@@ -46,10 +46,10 @@ def test_figures_are_kept_but_no_times(cache: _kit.Cache) -> None:
 
 def test_what_figures_follow_from_is_in_the_key(cache: _kit.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     def key() -> Path:
-        return cache.folder("part", PolicySpec(), ["source"])
+        return cache.folder("part", PolicySpec(), [str(Path("source").absolute())])
 
     first = key()
-    assert key() == first != cache.folder("part", PolicySpec(seed=1), ["source"])
+    assert key() == first != cache.folder("part", PolicySpec(seed=1), [str(Path("source").absolute())])
     Path("source/code.py").write_text("2")
     second = key()
     assert second != first
@@ -64,6 +64,8 @@ def test_what_figures_follow_from_is_in_the_key(cache: _kit.Cache, monkeypatch: 
     assert fourth not in (second, third)
     monkeypatch.setattr("torch.get_num_threads", lambda: 77)
     assert key() != fourth
+    with pytest.raises(FileNotFoundError):
+        cache.folder("part", PolicySpec(), ["services/none_such"])
 
 
 def test_parts_and_the_form(capsys: pytest.CaptureFixture[str]) -> None:

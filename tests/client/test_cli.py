@@ -215,7 +215,7 @@ def test_no_platform_is_exit_code_1_and_says_what_to_do(
 @pytest.mark.parametrize(
     "command",
     [
-        *("up", "demo", "doctor", "submit", "pipeline", "kinds", "encode", "steer", "decode", "evaluate"),
+        *("up", "demo", "doctor", "run", "submit", "pipeline", "kinds", "encode", "steer", "decode", "evaluate"),
         *(f"jobs {name}" for name in ("list", "get", "watch", "logs", "cancel", "retry")),
         *(f"artifacts {name}" for name in ("put", "ls", "get")),
         *(f"models {name}" for name in ("publish", "ls", "get", "behaviors")),

@@ -1,9 +1,7 @@
-"""Small policies, and runs that keep what they are told."""
+"""Small policies."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import pytest
 from ethogram.specs.clt import PolicyModelSpec, PolicySpec
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.train import initialize
-from services.runtime.run import Run
 from services.runtime.seeds import generator
 
 SMALL = {"hidden_dim": 16, "layers": 2, "heads": 4, "feed_forward": 32}
@@ -35,43 +32,6 @@ def small_policy(nodes: int = 7, seed: int = 0, **model: Any) -> AttentionPolicy
         if "running_" in name or name.endswith(("norm1.bias", "norm2.bias")):
             value.uniform_(0.5, 1.5, generator=draws)
     return policy.eval().requires_grad_(False)
-
-
-class Interrupted(Exception):
-    """The process is gone."""
-
-
-class Recorder(Run):
-    """Keeps artifacts and metrics, and a checkpoint at one step, and may fall over at another."""
-
-    def __init__(self, folder: Path, keep: int = -1, fall: int = -1, resume: Path | None = None) -> None:
-        self.folder, self.keep, self.fall, self.resume = folder, keep, fall, resume
-        self.done: list[int] = []
-        self.stages: list[str] = []
-        self.metrics: dict[int, dict[str, float]] = {}
-
-    def stage(self, name: str, total: int, unit: str = "steps") -> None:
-        self.stages.append(name)
-
-    def advance(self, done: int) -> None:
-        self.done.append(done)
-        if done == self.fall:
-            raise Interrupted
-
-    def metric(self, step: int, **values: float) -> None:
-        self.metrics[step] = values
-
-    def checkpoint_due(self) -> bool:
-        return bool(self.done) and self.done[-1] == self.keep
-
-    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        if step != self.keep:
-            return
-        self.folder.mkdir(exist_ok=True)
-        write(self.folder)
-
-    def artifact(self, name: str, type: str, folder: Path) -> None:
-        shutil.copytree(folder, self.folder / name)
 
 
 @pytest.fixture(autouse=True)

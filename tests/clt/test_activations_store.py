@@ -28,6 +28,7 @@ from services.runtime.run import Run, Stopped
 from services.runtime.seeds import generator
 from services.runtime.tensors import write_durably
 from tests.clt.test_activations_hooks import small_policy
+from tests.recorder import Recorder
 
 HOOKS = ["encoder_layer_0", "encoder_output", "decoder_input"]
 
@@ -172,43 +173,22 @@ def test_many_chunks_are_gone_on_with_where_they_ended(tmp_path: Path, monkeypat
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-class Interrupted(Run):
-    """Leaves at its first checkpoint after so many instances."""
-
-    def __init__(self, policy: Path, kept: Path, after: int) -> None:
-        self.inputs, self.kept, self.after, self.done = {"policy": policy}, kept, after, 0
-
-    def advance(self, done: int) -> None:
-        self.done = done
-
-    def checkpoint_due(self) -> bool:
-        return self.done >= self.after
-
-    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        (self.kept / "checkpoint").mkdir(parents=True)
-        write(self.kept / "checkpoint")
-        raise Stopped
-
-    def artifact(self, name: str, type: str, folder: Path) -> None:
-        assert name == type == "activations"
-        shutil.copytree(folder, self.kept / name)
-
-
 @pytest.mark.parametrize("after", [1, 50, 90])
 def test_a_job_goes_on_from_its_checkpoint(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ROOT, raising=False)
     small_policy().save(tmp_path / "policy")
-    run = Interrupted(tmp_path / "policy", tmp_path / "whole", 1000)
+    inputs = {"policy": tmp_path / "policy"}
+    run = Recorder(tmp_path / "whole", inputs=inputs)
     result = job.run(small_spec(), run)
     json.dumps(result, allow_nan=False)
     assert result["figures"]["rows"] == {TRAIN: 83 * 6, VALIDATION: 17 * 6}
     assert result["figures"]["instances"] == 100
     assert result["figures"]["hooks"]["decoder_input"]["width"] == 48
-    first = Interrupted(tmp_path / "policy", tmp_path / "first", after)
+    assert run.artifacts == [("activations", "activations")]
+    first = Recorder(tmp_path / "first", inputs=inputs, keep=after, stop_after=1)
     with pytest.raises(Stopped):
         job.run(small_spec(), first)
-    second = Interrupted(tmp_path / "policy", tmp_path / "second", 1000)
-    second.resume = tmp_path / "first" / "checkpoint"
+    second = Recorder(tmp_path / "second", inputs=inputs, resume=first.checkpoints[0])
     assert job.run(small_spec(), second) == result
     assert contents(tmp_path / "second" / "activations") == contents(tmp_path / "whole" / "activations")
 
@@ -218,8 +198,7 @@ def test_a_root_outside_keeps_the_store_and_the_artifact_says_where(
 ) -> None:
     monkeypatch.setenv(ROOT, str(tmp_path / "disk"))
     small_policy().save(tmp_path / "policy")
-    run = Interrupted(tmp_path / "policy", tmp_path / "run", 0)
-    job.run(small_spec(), run)
+    job.run(small_spec(), Recorder(tmp_path / "run", inputs={"policy": tmp_path / "policy"}))
     artifact = tmp_path / "run" / "activations"
     assert [file.name for file in artifact.iterdir()] == ["activation_store.json"]
     found = ActivationStore.open(artifact)

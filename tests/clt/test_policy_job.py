@@ -17,7 +17,8 @@ from services.clt.policy.evaluate import evaluate
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import instances, solve_exactly
 from services.runtime.seeds import generator
-from tests.clt.conftest import Recorder, policy_spec, small_policy
+from tests.clt.conftest import policy_spec, small_policy
+from tests.recorder import Recorder
 
 
 def call(*arguments: str | Path) -> int:
@@ -31,7 +32,7 @@ def call(*arguments: str | Path) -> int:
 def test_job_keeps_a_policy_and_a_report(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     result = job.run(policy_spec(), recorder)
-    assert recorder.stages == ["train", "solve", "evaluate"]
+    assert recorder.stage_names == ["train", "solve", "evaluate"]
     assert set(recorder.metrics[6]) == {"loss", "length", "entropy", "validation_length"}
     json.dumps(result, allow_nan=False)
     figures = result["figures"]
@@ -61,7 +62,7 @@ def test_gap_of_an_exact_solver_is_none(monkeypatch: pytest.MonkeyPatch) -> None
 def test_default_policy_is_trained_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     first = job.default_policy(run=recorder, spec=policy_spec())
-    assert recorder.stages == ["train"] and recorder.done[-1] == 6
+    assert recorder.stage_names == ["train"] and recorder.done[-1] == 6
     monkeypatch.setattr(job, "PolicyTrainer", None)
     # The evaluation has no part in it.
     assert job.default_policy(spec=policy_spec(evaluation=9)).digest == first.digest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +25,8 @@ from services.clt.sparse.model import SparseModel
 from services.clt.sparse.train import SparseTrainer, train
 from services.runtime.console import ConsoleRun
 from services.runtime.run import Run
-from tests.clt.conftest import Interrupted, Recorder, small_policy
+from tests.clt.conftest import small_policy
+from tests.recorder import Interrupted, Recorder
 
 ANY = ArtifactRef(artifact="x")
 MLP = {"sources": ["encoder_layer_0_pre_mlp"], "targets": ["encoder_layer_0_mlp"]}
@@ -52,32 +52,11 @@ def sae(**sections: Any) -> SaeSpec:
     return SaeSpec.model_validate({**given, "hook": "encoder_layer_1_mlp"})
 
 
-def state_of(spec: CltSpec | SaeSpec, store: ActivationStore, run: Run) -> dict[str, Any]:
-    with SparseTrainer(spec, store) as trainer:
-        train(trainer, run)
-        return {"state": trainer.state(), "course": trainer.course}
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {},
-        {"model": {"activation": "batchtopk"}, "training": {"revive_every": 7, "dead_after": 500}},
-        {"kind": "cross_layer", "model": {"activation": "jumprelu"}, "loss": {"l0": 1e-3}},
-    ],
-)
-@pytest.mark.parametrize("stop", [1, 23])
-def test_resumed_equals_uninterrupted(
-    store: ActivationStore, sections: dict[str, Any], stop: int, tmp_path: Path
-) -> None:
-    spec = clt(**sections)
-    whole = state_of(spec, store, Recorder(tmp_path / "whole"))
-    with pytest.raises(Interrupted):
-        state_of(spec, store, Recorder(tmp_path / "first", keep=stop, fall=stop + 4))
-    resumed = state_of(spec, store, Recorder(tmp_path / "second", resume=tmp_path / "first"))
-    assert whole["course"] == resumed["course"]
-    for name, tensor in whole["state"].items():
-        assert torch.equal(tensor, resumed["state"][name]), name
+def started(spec: CltSpec | SaeSpec, store: ActivationStore) -> SparseTrainer:
+    """A trainer that takes steps without :func:`train`."""
+    trainer = SparseTrainer(spec, store)
+    trainer.start()
+    return trainer
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu", "jumprelu"])
@@ -88,8 +67,9 @@ def test_every_form_learns(store: ActivationStore, activation: str, kind: str) -
     if kind not in ("sae", "pair"):
         sections["kind"] = kind
     spec = sae(**sections) if kind == "sae" else clt(**sections)
-    with SparseTrainer(spec, store) as trainer:
+    with started(spec, store) as trainer:
         before, _ = evaluate(trainer.finished(), store, 2000)
+    with SparseTrainer(spec, store) as trainer:
         model = train(trainer)
     after, density = evaluate(model, store, 2000)
     assert after["fvu"] < 0.6 and after["fvu"] < 0.7 * before["fvu"]
@@ -122,7 +102,7 @@ def test_figures_are_numpys(store: ActivationStore, normalize: str) -> None:
 
 
 def test_features_begin_on_training_rows(store: ActivationStore) -> None:
-    with SparseTrainer(clt(), store) as trainer, SparseTrainer(sae(seed=1), store) as other:
+    with started(clt(), store) as trainer, started(sae(seed=1), store) as other:
         rows = trainer._sides(trainer._batches.at(0))[0][0]
         torch.testing.assert_close(trainer.model.encoders[0].detach(), torch.nn.functional.normalize(rows, dim=1))
         read = torch.nn.functional.normalize(other.model.encoders[0].detach(), dim=1)
@@ -135,7 +115,7 @@ def test_features_begin_on_training_rows(store: ActivationStore) -> None:
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu", "jumprelu"])
 def test_autoencoders_begin_better_than_the_mean(store: ActivationStore, activation: str) -> None:
     """Rows are alike, and so are features that read them: at unit size many together would write far too much."""
-    with SparseTrainer(sae(model={"activation": activation, "k": 16, "expansion": 64.0}), store) as trainer:
+    with started(sae(model={"activation": activation, "k": 16, "expansion": 64.0}), store) as trainer:
         assert float(trainer.advance()["error"]) < 1
         assert float(trainer.model.batches.sum()) <= 1  # What was tried before is not remembered.
 
@@ -154,11 +134,11 @@ def test_autoencoders_begin_better_than_the_mean(store: ActivationStore, activat
 def test_dead_features_are_revived(store: ActivationStore, make: Any, model: dict[str, Any]) -> None:
     """In the model itself, not in a copy: a defect of earlier work. A few at a time, and at little cost."""
     training = {"steps": 80, "dead_after": 1000, "revive_every": 30, "learning_rate": 2e-3}
-    with SparseTrainer(make(model=model, training=training | {"revive_every": None}), store) as other:
+    with started(make(model=model, training=training | {"revive_every": None}), store) as other:
         with torch.no_grad():
             other.model.encoder_biases[0][:40] = -100.0
         without = [float(other.advance()["error"]) for _ in range(58)]
-    with SparseTrainer(make(model=model, training=training), store) as trainer:
+    with started(make(model=model, training=training), store) as trainer:
         own = trainer.model
         with torch.no_grad():
             own.encoder_biases[0][:40] = -100.0
@@ -170,11 +150,11 @@ def test_dead_features_are_revived(store: ActivationStore, make: Any, model: dic
         again = ~trainer.dead[0][:40]
         assert 1 <= int(again.sum()) <= max(1, own.k[0] // 2)
         assert (own.encoders[0] != kept).any(1)[:40].equal(again)
-        moments = trainer.optimizer.state[own.encoders[0]]["exp_avg"]
+        moments = trainer.optimization.optimizer.state[own.encoders[0]]["exp_avg"]
         assert not moments[:40][again].any()
         while trainer.step < 45:
             trainer.advance()
-        assert (trainer.asleep[0][:40][again] < 15 * 128).float().mean() > 0.6
+        assert (trainer.rows_since_fired[0][:40][again] < 15 * 128).float().mean() > 0.6
         alike = torch.nn.functional.normalize(own.encoders[0][:40][again].detach(), dim=1)
         assert float((alike @ alike.T).fill_diagonal_(0).max()) < 0.9999
         errors = [float(trainer.advance()["error"]) for _ in range(13)]
@@ -184,7 +164,7 @@ def test_dead_features_are_revived(store: ActivationStore, make: Any, model: dic
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 def test_nothing_is_revived_that_would_not_learn(store: ActivationStore, decay: float) -> None:
     training = {"steps": 20, "dead_after": 128, "revive_every": 20 if decay == 0 else 18, "decay": decay}
-    with SparseTrainer(clt(training=training), store) as trainer:
+    with started(clt(training=training), store) as trainer:
         with torch.no_grad():
             trainer.model.encoder_biases[0][:40] = -100.0
         while trainer.step < trainer.steps:
@@ -200,6 +180,7 @@ def test_a_tied_decoder_is_the_dictionary_of_its_target(store: ActivationStore, 
     training = {"revive_every": 10, "dead_after": 500}
     spec = clt(**asked, targets=["encoder_layer_1_mlp"], training=training)
     with SparseTrainer(spec, store, dictionary=dictionary) as trainer:
+        trainer.start()
         with torch.no_grad():
             trainer.model.encoder_biases[0][:20] = -100.0
         assert float(trainer.advance()["error"]) < 1
@@ -243,7 +224,7 @@ def test_a_store_without_validation_rows_is_refused(store: ActivationStore) -> N
         ({"model": {"dictionary": {"artifact": "x"}}}, r"spec\.model\.dictionary: is asked for, and not given"),
         (
             {"training": {"learning_rate": 1.0, "warm_up": 0, "normalize": "none"}, "loss": {"energy": 1e30}},
-            "the loss became",
+            "the (loss|gradient) became (inf|nan) at step",
         ),
     ],
 )
@@ -267,19 +248,8 @@ def test_mlps_are_told_from_blocks() -> None:
     assert mlp_pairs("policy", ["a_pre_mlp", "a_mlp", "a"]) == [("a_pre_mlp", "a_mlp")]
 
 
-def test_checkpoints_of_others_are_refused(store: ActivationStore, tmp_path: Path) -> None:
-    with SparseTrainer(clt(), store) as trainer:
-        trainer.save(tmp_path)
-    with SparseTrainer(clt(seed=1), store) as trainer, pytest.raises(InvalidInput, match="another spec"):
-        trainer.load(tmp_path)
-    (tmp_path / "state.safetensors").write_bytes(b"cut off")
-    with SparseTrainer(clt(), store) as trainer, pytest.raises(InvalidInput, match="cannot be read"):
-        trainer.load(tmp_path)
-
-
 def test_the_job_keeps_model_and_report(store: ActivationStore, tmp_path: Path) -> None:
-    run = Recorder(tmp_path)
-    run.inputs = {"activations": store.folder}
+    run = Recorder(tmp_path, inputs={"activations": store.folder})
     result = job.run(clt(kind="per_layer", training={"snapshots": 20}), run)
     model = SparseModel.load(tmp_path / "model")
     assert model.streams.sources == ["encoder_layer_0_pre_mlp", "encoder_layer_1_pre_mlp"]
@@ -300,8 +270,7 @@ def test_a_sweep_is_every_pair_at_every_point(store: ActivationStore, tmp_path: 
     base = clt().model_dump(include={"activations", "model", "training"})
     grid = [{"option": "model.k", "values": ["2", "12"]}, {"option": "model.activation", "values": ["topk", "relu"]}]
     spec = SweepSpec.model_validate({**base, "pairs": pairs, "grid": grid})
-    run = Recorder(tmp_path)
-    run.inputs = {"activations": store.folder}
+    run = Recorder(tmp_path, inputs={"activations": store.folder})
     result = sweep.run(spec, run)
     assert len(result["runs"]) == 8 and not result["failed"]
     models = {path.name: SparseModel.load(path / "model") for path in (tmp_path / "models").iterdir()}
@@ -313,17 +282,16 @@ def test_a_sweep_is_every_pair_at_every_point(store: ActivationStore, tmp_path: 
     assert best[next(n for n in best if "k_12" in n)] < best[next(n for n in best if "k_2-" in n)]
     # A line is what differs in k alone: one for each pair and activation.
     rows = {name: {"figures": figures} for name, figures in result["runs"].items()}
-    (plot,) = sweep.tradeoff(sweep.parts(spec, store), rows, ["model.k", "model.activation"]).axes
+    (plot,) = sweep.tradeoff(sweep.run_specs(spec, store), rows, ["model.k", "model.activation"]).axes
     assert [np.size(line.get_xdata()) for line in plot.lines] == [2, 2, 2, 2]
     # What is varied takes the place of what says the same.
     shares = spec.model_copy(update={"grid": [GridAxis(option="model.k_ratio", values=["0.1"])]})
-    assert {part.model.k for part in sweep.parts(shares, store).values()} == {None}
+    assert {part.model.k for part in sweep.run_specs(shares, store).values()} == {None}
     # What one run cannot do costs none of the others.
     some = SweepSpec.model_validate(
         {**base, "pairs": pairs[:1], "grid": [{"option": "model.k", "values": ["2", "900"]}]}
     )
-    run = Recorder(tmp_path / "some")
-    run.inputs = {"activations": store.folder}
+    run = Recorder(tmp_path / "some", inputs={"activations": store.folder})
     result = sweep.run(some, run)
     assert len(result["runs"]) == 1 and "900 is more than" in next(iter(result["failed"].values()))
     wrong = SweepSpec.model_validate({**base, "pairs": pairs, "grid": [{"option": "model.nothing", "values": ["1"]}]})
@@ -355,22 +323,6 @@ def test_two_processes_train_the_model_of_one(store: ActivationStore, tmp_path: 
     mine, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     for key, tensor in mine.items():
         torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4, msg=key)
-
-
-def test_metrics_go_to_wandb_and_on_in_the_same_run(
-    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    spec = clt(wandb={"project": "p"})
-    with pytest.raises(Interrupted):
-        state_of(spec, store, Recorder(tmp_path / "first", keep=10, fall=12))
-    id = json.loads((tmp_path / "first" / "state.json").read_text())["wandb"]
-    assert id and list((tmp_path / "first" / "wandb").glob(f"offline-run-*-{id}"))
-    with SparseTrainer(spec, store) as trainer:
-        train(trainer, Recorder(tmp_path / "second", resume=tmp_path / "first"))
-        assert trainer.tracking == id
-    assert list((tmp_path / "second" / "wandb").glob(f"offline-run-*-{id}"))
-    assert math.isfinite(trainer.course[-1]["loss"])
 
 
 def test_an_interrupted_sweep_goes_on(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ clt DemoMode.old enum 2
 """
 
 
-class PartSpec(Spec):
+class DemoPartSpec(Spec):
     """A part."""
 
     names: dict[str, int] = {}
@@ -27,7 +27,7 @@ class PartSpec(Spec):
 class DemoSpec(Spec):
     """Demonstrates ``all``."""
 
-    parts: list[PartSpec] = []
+    parts: list[DemoPartSpec] = []
     """Parts."""
     rate: float | None = None
     """Rate."""
@@ -45,7 +45,7 @@ def test_numbers_are_kept_and_new_ones_follow() -> None:
     text = "".join(messages.blocks["clt"])
     assert "optional int32 size = 2;" in text, "a type stays as it was published"
     assert "optional DemoMode mode = 3;" in text
-    assert "repeated PartSpec parts = 4;" in text
+    assert "repeated DemoPartSpec parts = 4;" in text
     assert "  // Rate.\n  optional double rate = 5;" in text
     assert "optional DemoNewForm new_form = 6;" in text
     assert "// Demonstrates `all`.\nmessage DemoSpec {\n  reserved 1;\n" in text
@@ -67,7 +67,7 @@ def test_another_type_under_the_same_name_is_refused() -> None:
 
 def test_two_specs_of_one_name_are_refused() -> None:
     messages = Messages("")
-    messages.add(PartSpec)
-    other = type("PartSpec", (Spec,), {"__module__": "elsewhere"})
-    with pytest.raises(SystemExit, match="two specs define PartSpec"):
+    messages.add(DemoPartSpec)
+    other = type("DemoPartSpec", (Spec,), {"__module__": "elsewhere"})
+    with pytest.raises(SystemExit, match="two specs define DemoPartSpec"):
         messages.add(other)

@@ -12,7 +12,7 @@ from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectSpec, SubjectTrainingSpec
 from services.crossmodal.codec import Codec
-from services.crossmodal.train import Trainer
+from services.crossmodal.train import CodecTrainer
 from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo
 
@@ -67,5 +67,5 @@ def tiny_spec(**sections: Any) -> CrossmodalSpec:
 @pytest.fixture(scope="session")
 def untrained(zoo: Zoo) -> Codec:
     """A codec that has learned nothing: enough for all that is about form."""
-    trainer = Trainer(tiny_spec(), zoo)
+    trainer = CodecTrainer(tiny_spec(), zoo)
     return trainer.codec()

@@ -18,7 +18,7 @@ from services.crossmodal import codec as codec_module
 from services.crossmodal.codec import Codec
 from services.crossmodal.evaluate import evaluate
 from services.crossmodal.report import all_latents
-from services.crossmodal.train import Trainer
+from services.crossmodal.train import CodecTrainer
 from services.zoo.dataset import Zoo
 from services.zoo.hashing import hash_sequences
 from services.zoo.pools import Evaluation
@@ -51,7 +51,7 @@ def test_round_trip_needs_nothing_else(zoo: Zoo, untrained: Codec, networks: Par
 def test_round_trip_with_patterns_of_ones_own(zoo: Zoo, networks: Params, tmp_path: Path) -> None:
     patterns = [*zoo.spec.patterns[:3], PatternSpec(name="contains_ba", regex=".*BA.*")]
     own = replace(zoo, spec=zoo.spec.model_copy(update={"patterns": patterns}))
-    codec = Trainer(tiny_spec(), own).codec()
+    codec = CodecTrainer(tiny_spec(), own).codec()
     codec.save(tmp_path)
     loaded = Codec.load(tmp_path)
     assert loaded.patterns == codec.patterns and loaded.behaviors == codec.behaviors
@@ -75,7 +75,7 @@ def test_probes_are_neither_judged_on_nor_in_the_support_set(zoo: Zoo, networks:
     sorted_ones = own[1].sequences[own[1].stratum == 2]
     probes = torch.cat([own[0].sequences[:: len(own[0].sequences) // 24][:24], sorted_ones, zoo.probes])[:48]
     spec = tiny_spec(codec={"inputs": "weights"})
-    codec = Trainer(spec, replace(zoo, probes=probes)).codec()
+    codec = CodecTrainer(spec, replace(zoo, probes=probes)).codec()
     hashes = hash_sequences(probes)
     for asked in (codec.evaluation, codec.support):
         assert len(asked.sequences) > 50
@@ -90,7 +90,7 @@ def test_many_networks_go_through_in_parts(
 ) -> None:
     whole, seen = untrained.encode(zoo.params), list[int]()
     monkeypatch.setattr(codec_module, "CHUNK", 50)
-    codec = Trainer(tiny_spec(), zoo).codec()
+    codec = CodecTrainer(tiny_spec(), zoo).codec()
     for part in (codec.model.encoder, codec.model.decoder):
         part.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     torch.testing.assert_close(codec.encode(zoo.params), whole)
@@ -158,7 +158,7 @@ def test_the_order_of_a_state_dict_does_not_matter(zoo: Zoo) -> None:
     networks = [(deep, row) for row in flatten(params)]
     own = Zoo.of_shapes(spec, torch.arange(40), networks, **parts)
     form = {"architecture": "transformer", "hidden_dim": 32, "heads": 4, "depth": 1, "inputs": "both"}
-    codec = Trainer(tiny_spec(codec=form), own).codec()
+    codec = CodecTrainer(tiny_spec(codec=form), own).codec()
     by_name = dict(sorted(params.items()))
     assert list(by_name) != list(params)
     assert torch.equal(codec.encode(by_name), codec.encode(params))
@@ -221,7 +221,7 @@ def test_networks_whose_activations_overflow(
 ) -> None:
     signature = SignatureSpec.model_validate({"probes": 48, "methods": methods})
     own = replace(zoo, spec=zoo.spec.model_copy(update={"signature": signature}))
-    codec = Trainer(tiny_spec(codec={"canonicalize": canonicalize}), own).codec()
+    codec = CodecTrainer(tiny_spec(codec={"canonicalize": canonicalize}), own).codec()
     huge = {name: tensor * factor for name, tensor in networks.items()}
     edits = [("add", "has_majority")]
     for call in (codec.encode, lambda p: codec.steer(p, edits), lambda p: codec.effect(p, edits)):

@@ -18,13 +18,14 @@ from services.crossmodal import job
 from services.crossmodal.codec import Codec
 from services.crossmodal.train import train
 from services.generation.json_form import export_json
+from services.runtime import local
 from services.runtime.console import ConsoleRun
-from services.runtime.folders import begin
+from services.runtime.folders import RunFolder
 from services.zoo.dataset import Zoo
 from services.zoo.source import open_zoo
 from tests.crossmodal.conftest import tiny_spec
-from tests.crossmodal.test_job import Keeper
 from tests.hub_server import Hub, reach, serve
+from tests.recorder import Recorder
 from tests.zoo.test_source import same
 
 
@@ -61,7 +62,7 @@ def test_an_interrupted_run_on_a_dataset_of_the_hub_goes_on(
     spec = tmp_path / "spec.json"
     spec.write_text(tiny_spec().model_dump_json())
     typed = ("train", "them/zoo", "-f", spec, "-o", tmp_path / "run", "--device", "cpu")
-    monkeypatch.setattr(command, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(local, "CHECKPOINT_SECONDS", 0.0)
     # What comes after training takes its time, and is tested elsewhere.
     monkeypatch.setattr(job, "evaluate", lambda *_: {"figures": {}, "subjects": {}})
     monkeypatch.setattr(job, "write_report", lambda folder, *_: folder.mkdir())
@@ -108,16 +109,16 @@ def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     def refused(out: Path, why: str) -> None:
         kept = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
         with pytest.raises(InvalidInput, match=why) as caught:
-            begin(out, tiny_spec(seed=1))
+            RunFolder(out).begin(tiny_spec(seed=1))
         assert caught.value.violations[0].field == "--output"
         assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == kept
 
     out = tmp_path / "run"
-    begin(out, tiny_spec(seed=1))
-    begin(out, tiny_spec(seed=1))
+    RunFolder(out).begin(tiny_spec(seed=1))
+    RunFolder(out).begin(tiny_spec(seed=1))
     (out / "spec.json").write_text(tiny_spec(seed=2).model_dump_json(indent=2))
     refused(out, "begun with another spec")
-    begin(tmp_path / "other", tiny_spec(seed=1))
+    RunFolder(tmp_path / "other").begin(tiny_spec(seed=1))
     (tmp_path / "other" / "report").mkdir()
     refused(tmp_path / "other", "holds a finished run")
     (tmp_path / "mine").mkdir()
@@ -141,9 +142,9 @@ def test_an_artifact_in_the_json_string_form(exported: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(job, "train", trained)
     with pytest.raises(Seen) as caught:
-        job.run(tiny_spec(), keeper := Keeper(exported, tmp_path))
+        job.run(tiny_spec(), recorder := Recorder(tmp_path, inputs={"zoo": exported}))
     same(caught.value.args[0], open_zoo(exported))
-    assert keeper.stages == ["read", "judge"]
+    assert recorder.stage_names == ["read", "judge"]
 
 
 def test_records_of_one_behaviour_are_refused(exported: Path, tmp_path: Path) -> None:
@@ -152,5 +153,5 @@ def test_records_of_one_behaviour_are_refused(exported: Path, tmp_path: Path) ->
     file = tmp_path / "records.jsonl"
     file.write_text("\n".join(json.dumps(row | {"metadata": metadata}) for row in rows[:8]))
     with pytest.raises(InvalidInput, match="at least two behaviours") as caught:
-        job.run(tiny_spec(), Keeper(file, tmp_path))
+        job.run(tiny_spec(), Recorder(tmp_path, inputs={"zoo": file}))
     assert caught.value.violations[0].field == "zoo.patterns"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ethogram.specs.edits import Edit
 from services.crossmodal.baselines import fine_tuned
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, split_subjects
@@ -24,8 +25,8 @@ from services.crossmodal.evaluate import (
     summary,
 )
 from services.crossmodal.report import steering_plot, write_report
-from services.crossmodal.steering import RequestedEdit, requested_edits, score
-from services.crossmodal.train import Trainer
+from services.crossmodal.steering import every_edit, score, signs
+from services.crossmodal.train import CodecTrainer
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import encode, forward, select
@@ -74,29 +75,29 @@ def made_by_hand(counts: dict[tuple[int, ...], int], patterns: int) -> Evaluatio
     return Evaluation(torch.zeros(len(membership), 5, dtype=torch.int64), membership, stratum)
 
 
-def an_edit(operation: str, pattern: int) -> RequestedEdit:
-    """Of one of two patterns."""
-    return next(
-        one
-        for one in requested_edits("ab", replace=False)
-        if (one.operation, one.pattern) == (operation, "ab"[pattern])
+def an_edit(operation: str, pattern: int) -> tuple[Edit, torch.Tensor]:
+    """Of one of two patterns, and its signs."""
+    edit = next(
+        one for one in every_edit("ab", replace=False) if (one.operation, one.label) == (operation, "ab"[pattern])
     )
+    return edit, signs([edit], "ab")
 
 
 def test_replacements_are_of_the_one_behavior_that_a_subject_has() -> None:
     evaluation = made_by_hand({(0,): 20, (1,): 18, (0, 1): 5, (): 30}, patterns=3)
     labels = torch.tensor([[True, False, False], [False, True, False]])
-    every = requested_edits("abc", replace=True)
-    assert [(one.operation, one.pattern) for one in every[:6]] == [
+    every = every_edit("abc", replace=True)
+    assert [(one.operation, one.label) for one in every[:6]] == [
         (operation, name) for name in "abc" for operation in ("add", "remove")
     ]
     asked = every[6:]
-    assert [one.pattern for one in asked] == ["a -> b", "a -> c", "b -> a", "b -> c", "c -> a", "c -> b"]
-    found = possible_edits(evaluation, labels, evaluation.labels(labels), asked[0])
+    assert [one.label for one in asked] == ["a -> b", "a -> c", "b -> a", "b -> c", "c -> a", "c -> b"]
+    found = possible_edits(evaluation, labels, evaluation.labels(labels), asked[0], signs(asked[:1], "abc"))
     assert (found.subject.tolist(), found.skipped) == ([0], 0)
     assert torch.equal(found.after[0], evaluation.membership[:, 1])
     assert int((found.before != found.after).sum()) == 38
-    assert possible_edits(evaluation, labels, evaluation.labels(labels), asked[4]).subject.tolist() == []
+    found = possible_edits(evaluation, labels, evaluation.labels(labels), asked[4], signs(asked[4:5], "abc"))
+    assert found.subject.tolist() == []
 
 
 def test_edits_that_decide_too_little_are_skipped_and_counted() -> None:
@@ -104,13 +105,13 @@ def test_edits_that_decide_too_little_are_skipped_and_counted() -> None:
     evaluation = made_by_hand({(0,): 20, (0, 1): 10, (1,): 12, (): 30}, patterns=2)
     labels = torch.tensor([[True, False], [False, True], [True, True]])
     source = torch.stack([evaluation.membership[:, 0], evaluation.membership[:, 1], evaluation.membership.any(1)])
-    adding = possible_edits(evaluation, labels, source, an_edit("add", 0))
+    adding = possible_edits(evaluation, labels, source, *an_edit("add", 0))
     assert (adding.subject.tolist(), adding.skipped) == ([1], 0)
     assert int((adding.before != adding.after).sum()) == 20
-    overlapping = possible_edits(evaluation, labels, source, an_edit("add", 1))
+    overlapping = possible_edits(evaluation, labels, source, *an_edit("add", 1))
     assert (overlapping.subject.tolist(), overlapping.skipped) == ([], 1)
     # Only subjects with another pattern can lose one.
-    removing = possible_edits(evaluation, labels, source, an_edit("remove", 0))
+    removing = possible_edits(evaluation, labels, source, *an_edit("remove", 0))
     assert (removing.subject.tolist(), removing.skipped) == ([2], 0)
     assert int((removing.before & ~removing.after).sum()) == 20
 
@@ -120,9 +121,9 @@ def test_a_subject_that_never_had_the_behaviour_cannot_lose_it() -> None:
     labels = torch.tensor([[True, True]])
     source = evaluation.labels(labels)
     source[0, :5] = False  # right on 15 of 20
-    assert possible_edits(evaluation, labels, source, an_edit("remove", 0)).skipped == 1
+    assert possible_edits(evaluation, labels, source, *an_edit("remove", 0)).skipped == 1
     source[0, 0] = True
-    assert possible_edits(evaluation, labels, source, an_edit("remove", 0)).subject.tolist() == [0]
+    assert possible_edits(evaluation, labels, source, *an_edit("remove", 0)).subject.tolist() == [0]
 
 
 def test_summary_is_a_macro_mean_over_patterns_and_finds_the_worst_control() -> None:
@@ -174,7 +175,7 @@ def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
     alone = zoo.labels.sum(1) == 1
     parts = {name: getattr(zoo, name)[alone] for name in ("index", "shape", "weights", "labels", "accuracy")}
     ones = replace(zoo, **parts)
-    codec = Trainer(tiny_spec(), ones).codec()
+    codec = CodecTrainer(tiny_spec(), ones).codec()
     result = evaluate(codec, ones)
     rows = result["steering"]
     edits = {operation: [r for r in rows if r["operation"] == operation] for operation in ("add", "remove", "replace")}
@@ -195,13 +196,11 @@ def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
 
 def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(zoo: Zoo, untrained: Codec) -> None:
     subjects = untrained.preprocessor.subjects(zoo, torch.arange(40))
-    asked = next(
-        one for one in requested_edits([p.name for p in zoo.patterns], replace=False) if one.operation == "add"
-    )
+    asked = next(one for one in every_edit([p.name for p in zoo.patterns], replace=False) if one.operation == "add")
     source = untrained.yes(subjects.weights, subjects.shape)
-    possible = possible_edits(untrained.evaluation, subjects.labels, source, asked)
+    possible = possible_edits(untrained.evaluation, subjects.labels, source, asked, untrained.signs([asked]))
     own = subjects.at(possible.subject)
-    wanted = own.labels | (asked.signs > 0)
+    wanted = own.labels | (untrained.signs([asked]) > 0)
     queries = Queries.build(zoo.universe, zoo.architecture, 0)
     tuned = fine_tuned(untrained, queries, own, wanted, asked)
     said = untrained.yes(tuned, own.shape)

@@ -17,8 +17,8 @@ from services.crossmodal.job import run as run_job
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import flatten
 from tests.crossmodal.conftest import tiny_spec
-from tests.crossmodal.test_job import Keeper
 from tests.hub_server import Hub, reach, serve
+from tests.recorder import Recorder
 
 MINE = HubSpec(repo="me/codec")
 
@@ -32,8 +32,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 def test_a_job_uploads_its_codec_and_each_part_loads_alone(zoo: Zoo, hub: Hub, tmp_path: Path) -> None:
     zoo.save(tmp_path / "zoo")
-    keeper = Keeper(tmp_path / "zoo", tmp_path)
-    run_job(tiny_spec(training={"steps": 1}, hub={"repo": "me/codec"}), keeper)
+    recorder = Recorder(tmp_path, inputs={"zoo": tmp_path / "zoo"})
+    run_job(tiny_spec(training={"steps": 1}, hub={"repo": "me/codec"}), recorder)
     networks = {name: tensor[:2] for name, tensor in zoo.params.items()}
     edits = [("add", "has_majority")]
     whole = Codec.load(pull("me/codec"))
@@ -52,7 +52,7 @@ def test_a_job_uploads_its_codec_and_each_part_loads_alone(zoo: Zoo, hub: Hub, t
 def test_no_permission_is_told_before_any_training(zoo: Zoo, hub: Hub, tmp_path: Path) -> None:
     zoo.save(tmp_path / "zoo")
     with pytest.raises(InvalidInput) as caught:
-        run_job(tiny_spec(hub={"repo": "you/codec"}), Keeper(tmp_path / "zoo", tmp_path))
+        run_job(tiny_spec(hub={"repo": "you/codec"}), Recorder(tmp_path, inputs={"zoo": tmp_path / "zoo"}))
     assert caught.value.violations[0].field == "spec.hub.repo"
     with pytest.raises(InvalidInput, match="no permission to read"):
         pull("me/nothing")
@@ -66,10 +66,10 @@ def test_no_hub_is_told(zoo: Zoo, untrained: Codec, tmp_path: Path, monkeypatch:
 
 
 def test_parts_of_different_runs_are_refused(untrained: Codec, zoo: Zoo, tmp_path: Path) -> None:
-    from services.crossmodal.train import Trainer
+    from services.crossmodal.train import CodecTrainer
 
     untrained.save(tmp_path / "one")
-    Trainer(tiny_spec(seed=5), zoo).codec().save(tmp_path / "two")
+    CodecTrainer(tiny_spec(seed=5), zoo).codec().save(tmp_path / "two")
     (tmp_path / "one" / "decoder.safetensors").write_bytes((tmp_path / "two" / "decoder.safetensors").read_bytes())
     with pytest.raises(InvalidInput, match="of another run") as caught:
         Codec.load(tmp_path / "one")

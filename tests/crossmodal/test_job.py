@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,37 +12,19 @@ from safetensors.torch import load_file
 from services.crossmodal import job
 from services.crossmodal.codec import Codec
 from services.crossmodal.job import run as run_job
-from services.runtime.run import Run
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import flatten
 from tests.crossmodal.conftest import tiny_spec
-
-
-class Keeper(Run):
-    """Keeps artifacts and the names of stages."""
-
-    def __init__(self, zoo: Path, output: Path) -> None:
-        self.inputs, self.kept = {"zoo": zoo}, output
-        self.stages: list[str] = []
-        self.metrics: dict[int, dict[str, float]] = {}
-
-    def stage(self, name: str, total: int, unit: str = "steps") -> None:
-        self.stages.append(name)
-
-    def metric(self, step: int, **values: float) -> None:
-        self.metrics[step] = values
-
-    def artifact(self, name: str, type: str, folder: Path) -> None:
-        assert name == type
-        shutil.copytree(folder, self.kept / name)
+from tests.recorder import Recorder
 
 
 def test_job_keeps_a_codec_and_a_report(zoo: Zoo, tmp_path: Path) -> None:
     zoo.save(tmp_path / "zoo")
-    keeper = Keeper(tmp_path / "zoo", tmp_path)
-    result = run_job(tiny_spec(), keeper)
-    assert keeper.stages == ["train", "evaluate"]
-    assert set(keeper.metrics[6]) == {"loss", "reconstruction", "behavior", "contrastive", "steering", "direct"}
+    recorder = Recorder(tmp_path, inputs={"zoo": tmp_path / "zoo"})
+    result = run_job(tiny_spec(), recorder)
+    assert recorder.artifacts == [("codec", "codec"), ("report", "report")]
+    assert recorder.stage_names == ["train", "evaluate"]
+    assert set(recorder.metrics[6]) == {"loss", "reconstruction", "behavior", "contrastive", "steering", "direct"}
     json.dumps(result, allow_nan=False)
 
     codec, report = Codec.load(tmp_path / "codec"), tmp_path / "report"
@@ -75,13 +56,15 @@ def test_a_failing_evaluation_costs_no_codec(zoo: Zoo, tmp_path: Path, monkeypat
     monkeypatch.setattr(job, "evaluate", fails)
     zoo.save(tmp_path / "zoo")
     with pytest.raises(ZeroDivisionError):
-        run_job(tiny_spec(training={"steps": 1}), Keeper(tmp_path / "zoo", tmp_path))
+        run_job(tiny_spec(training={"steps": 1}), Recorder(tmp_path, inputs={"zoo": tmp_path / "zoo"}))
     assert Codec.load(tmp_path / "codec").zoo == zoo.digest
 
 
 def test_one_held_out_subject_is_enough_for_a_report(zoo: Zoo, tmp_path: Path) -> None:
     zoo.save(tmp_path / "zoo")
-    result = run_job(tiny_spec(held_out=0.001, training={"steps": 1}), Keeper(tmp_path / "zoo", tmp_path))
+    result = run_job(
+        tiny_spec(held_out=0.001, training={"steps": 1}), Recorder(tmp_path, inputs={"zoo": tmp_path / "zoo"})
+    )
     assert result["subjects"] == {"train": len(zoo) - 9, "held_out": 1}
     json.dumps(result, allow_nan=False)
     # There is no distance between one.

@@ -5,21 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch.multiprocessing.spawn import start_processes
+from safetensors.torch import load_file
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.crossmodal import CrossmodalSpec
-from services.crossmodal.model import EncoderDecoder
-from services.crossmodal.train import Trainer, micro_batches, train
+from services.crossmodal.train import CodecTrainer, micro_batches
 from services.runtime.parallel import World, join
-from services.runtime.run import Run
 from services.zoo.dataset import Zoo
 from tests.crossmodal.conftest import tiny_spec
 
@@ -28,7 +22,7 @@ PLAIN = {"gamma": 0.0, "reconstruction": 1.0, "behavior": 0.0, "steering": 0.0, 
 
 
 def test_accumulated_parts_equal_the_whole_batch(zoo: Zoo) -> None:
-    whole, parts = (Trainer(tiny_spec(loss=PLAIN, training={"accumulation": n}), zoo) for n in (1, 5))
+    whole, parts = (CodecTrainer(tiny_spec(loss=PLAIN, training={"accumulation": n}), zoo) for n in (1, 5))
     for _ in range(3):
         one, two = whole.advance(), parts.advance()
         torch.testing.assert_close(one["loss"], two["loss"])
@@ -44,64 +38,10 @@ def test_parts_keep_buddies_together() -> None:
     assert [len(part) for part in parts] == [6, 6, 6, 4]
 
 
-class Keeping(Run):
-    """Keeps the checkpoint of step 2 in ``folder``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.done = folder, 0
-
-    def advance(self, done: int) -> None:
-        self.done = done
-
-    def checkpoint_due(self) -> bool:
-        return self.done == 2
-
-    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        self.folder.mkdir(exist_ok=True)
-        write(self.folder)
-
-
-def apart(rank: int, zoo: Zoo, spec: CrossmodalSpec, folder: Path) -> None:
-    """One of two processes, the second with another fit; only the first has a checkpoint, and goes on from it."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    fit = EncoderDecoder.fit
-
-    def differently(model: EncoderDecoder, *data: Any) -> None:
-        fit(model, *data)
-        for tensor in model.state_dict().values():
-            tensor.mul_(1.25 if rank else 1.0)
-
-    EncoderDecoder.fit = differently  # type: ignore[method-assign, assignment]
-    for name in ("whole", "again"):
-        run = Keeping(folder / "state") if rank == 0 else Run()
-        run.resume = folder / "state" if rank == 0 and name == "again" else None
-        codec = train(spec, zoo, run, World(rank, 2))
-        save_file(codec.model.state_dict(), folder / f"{name}-{rank}.safetensors")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.timeout(120)
-def test_processes_are_one_model_from_the_first_step_and_after_a_checkpoint(zoo: Zoo, tmp_path: Path) -> None:
-    training = {"steps": 5, "validate_every": 1, "patience": 2, "schedule": "plateau"}
-    spec = tiny_spec(training=training, loss={"projection": 4, "gamma": 0.1})
-    start_processes(apart, (zoo, spec, tmp_path), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
-    one, *others = (load_file(path) for path in sorted(tmp_path.glob("*-?.safetensors")))
-    assert len(others) == 3
-    for other in others:
-        for name, tensor in one.items():
-            assert torch.equal(tensor, other[name]), name
-
-
-def test_a_checkpoint_is_of_as_many_processes(zoo: Zoo, tmp_path: Path) -> None:
-    Trainer(tiny_spec(), zoo).save(tmp_path)
-    with pytest.raises(InvalidInput, match="checkpoint: was written by a run of 1 processes; take as many"):
-        Trainer(tiny_spec(), zoo, world=World(0, 2)).load(tmp_path)
-
-
 def test_a_part_without_a_pair_is_refused(zoo: Zoo) -> None:
-    Trainer(tiny_spec(training={"batch_size": 8, "accumulation": 2}), zoo, world=World(1, 2))
+    CodecTrainer(tiny_spec(training={"batch_size": 8, "accumulation": 2}), zoo, world=World(1, 2))
     with pytest.raises(InvalidInput, match="4 pairs of subjects are fewer than the 6 parts") as caught:
-        Trainer(tiny_spec(training={"batch_size": 8, "accumulation": 3}), zoo, world=World(1, 2))
+        CodecTrainer(tiny_spec(training={"batch_size": 8, "accumulation": 3}), zoo, world=World(1, 2))
     assert caught.value.violations[0].field == "spec.training.batch_size"
 
 

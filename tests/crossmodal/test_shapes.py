@@ -15,12 +15,12 @@ from ethogram.specs.generation import SubjectSpec
 from services.crossmodal.codec import Codec
 from services.crossmodal.evaluate import Decoded, evaluate, judge_reconstruction
 from services.crossmodal.job import run as run_job
-from services.crossmodal.train import Trainer, train
+from services.crossmodal.train import CodecTrainer, train
 from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import flatten, unflatten
 from tests.crossmodal.conftest import SMALL, ZOO, tiny_spec
-from tests.crossmodal.test_job import Keeper
+from tests.recorder import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ FORMS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_learns_saves_and_steers(zoo: Zoo, form: dict[str, Any], tmp_path: Path) -> None:
-    trainer = Trainer(tiny_spec(codec=form), zoo)
+    trainer = CodecTrainer(tiny_spec(codec=form), zoo)
     first = trainer.validate()["validation_loss"]
     for _ in range(12):
         trainer.advance()
@@ -63,7 +63,7 @@ def test_every_form_learns_saves_and_steers(zoo: Zoo, form: dict[str, Any], tmp_
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_whole_model_goes_to_another_device(zoo: Zoo, form: dict[str, Any]) -> None:
-    model = Trainer(tiny_spec(codec=form), zoo).model.to("meta")
+    model = CodecTrainer(tiny_spec(codec=form), zoo).model.to("meta")
     assert {tensor.device.type for tensor in tensors(model)} == {"meta"}
 
 
@@ -85,7 +85,10 @@ def tensors(held: object) -> Iterator[torch.Tensor]:
 def test_a_zoo_of_several_shapes(mixed: Zoo, form: dict[str, Any], tmp_path: Path) -> None:
     assert len(mixed.layout.shapes) == 8
     mixed.save(tmp_path / "zoo")
-    assert run_job(tiny_spec(codec=form), Keeper(tmp_path / "zoo", tmp_path))["subjects"]["held_out"] == 19
+    assert (
+        run_job(tiny_spec(codec=form), Recorder(tmp_path, inputs={"zoo": tmp_path / "zoo"}))["subjects"]["held_out"]
+        == 19
+    )
     codec = Codec.load(tmp_path / "codec")
     edits = [("add", "starts_with(A)"), ("remove", "has_majority")]
     for which, shape in enumerate(mixed.layout.shapes):
@@ -111,7 +114,7 @@ def test_a_zoo_of_several_shapes(mixed: Zoo, form: dict[str, Any], tmp_path: Pat
 def test_judged_subjects_have_the_layers_and_neurons_of_their_own_shapes(
     mixed: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codec = Trainer(tiny_spec(), mixed).codec()
+    codec = CodecTrainer(tiny_spec(), mixed).codec()
     absent, asked, yes = ~mixed.layout.present, 0, Codec.yes
 
     def checked(codec: Codec, vectors: torch.Tensor, shape: torch.Tensor, *more: Any) -> torch.Tensor:

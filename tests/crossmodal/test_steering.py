@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ethogram.errors import InvalidInput
+from ethogram.specs.edits import DIRECTIONS
 from services.crossmodal.codec import AUTO, Codec
 from services.crossmodal.data import Queries
 from services.crossmodal.steering import (
-    DIRECTIONS,
     REMOVALS,
     Probe,
     choose,

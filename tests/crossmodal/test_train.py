@@ -1,8 +1,8 @@
-"""Training: resume to the bit, NaN, wrong zoos, and that it learns to steer."""
+"""Training of the codec: its objective, wrong zoos, and that it learns to steer. What all trainers share is tested in
+``tests/runtime/test_training.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,103 +17,11 @@ from ethogram.specs.generation import PatternSpec
 from services.crossmodal import losses
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import evaluate
-from services.crossmodal.train import Trainer, check_compiler, schedule, train
-from services.runtime.run import Run
+from services.crossmodal.train import CodecTrainer, check_compiler, train
 from services.zoo.dataset import Zoo
 from services.zoo.hashing import hash_sequences
-from tests.crossmodal.conftest import SMALL, tiny_spec
-
-
-class Interrupted(Exception):
-    """The process is gone."""
-
-
-class Recorder(Run):
-    """Keeps a checkpoint at one step and may fall over at another."""
-
-    def __init__(self, folder: Path, keep: int = -1, fall: int = -1, resume: Path | None = None) -> None:
-        self.folder, self.keep, self.fall, self.resume = folder, keep, fall, resume
-        self.done: list[int] = []
-        self.metrics: dict[int, dict[str, float]] = {}
-
-    def advance(self, done: int) -> None:
-        self.done.append(done)
-        if done == self.fall:
-            raise Interrupted
-
-    def metric(self, step: int, **values: float) -> None:
-        self.metrics[step] = values
-
-    def checkpoint_due(self) -> bool:
-        return self.done[-1] == self.keep
-
-    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        assert step == self.keep
-        self.folder.mkdir()
-        write(self.folder)
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {},
-        {
-            "codec": {**SMALL, "pooling": "cls", "inputs": "both"},
-            "loss": {"projection": 8, "gamma": 0.3, "gamma_end": 0.1},
-            "training": {
-                "schedule": "plateau",
-                "plateau_patience": 1,
-                "patience": 5,
-                "validate_every": 1,
-                "accumulation": 3,
-                "precision": "bfloat16",
-            },
-        },
-    ],
-)
-def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(
-    zoo: Zoo, sections: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    # Nine steps of 32 among 128 subjects: the interruption is in the middle of an epoch.
-    spec = tiny_spec(**{**sections, "training": {**sections.get("training", {}), "steps": 9}})
-    whole = train(spec, zoo)
-    with pytest.raises(Interrupted):
-        train(spec, zoo, Recorder(tmp_path / "state", keep=5, fall=7))
-    resumed = Recorder(tmp_path / "unused", resume=tmp_path / "state")
-    again = train(spec, zoo, resumed)
-    assert resumed.done == [5, 6, 7, 8, 9]
-    for (name, one), two in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
-        assert torch.equal(one, two), name
-
-
-@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
-def test_a_broken_checkpoint_is_said_to_be_one(zoo: Zoo, name: str, tmp_path: Path) -> None:
-    Trainer(tiny_spec(), zoo).save(tmp_path)
-    whole = (tmp_path / name).read_bytes()
-    for broken in (whole[:-9], b"", b"[]", None):
-        (tmp_path / name).unlink() if broken is None else (tmp_path / name).write_bytes(broken)
-        with pytest.raises(InvalidInput, match=r"cannot be read \(\w+\); start afresh") as caught:
-            Trainer(tiny_spec(), zoo).load(tmp_path)
-        assert caught.value.violations[0].field == "checkpoint"
-
-
-def test_the_seed_decides_everything(zoo: Zoo) -> None:
-    first, second = (train(tiny_spec(training={"steps": 2}), zoo) for _ in range(2))
-    assert torch.equal(first.directions["learned"], second.directions["learned"])
-    other = train(tiny_spec(training={"steps": 2}, seed=1), zoo)
-    assert not torch.equal(first.directions["learned"], other.directions["learned"])
-
-
-def test_checkpoint_of_another_spec_is_refused(zoo: Zoo, tmp_path: Path) -> None:
-    Trainer(tiny_spec(), zoo).save(tmp_path)
-    with pytest.raises(InvalidInput, match="another spec"):
-        train(tiny_spec(seed=5), zoo, Recorder(tmp_path / "x", resume=tmp_path))
-
-
-def test_checkpoint_of_other_networks_is_refused(zoo: Zoo, tmp_path: Path) -> None:
-    Trainer(tiny_spec(), zoo).save(tmp_path)
-    with pytest.raises(InvalidInput, match="other networks"):
-        train(tiny_spec(), replace(zoo, weights=zoo.weights + 1e-3), Recorder(tmp_path / "x", resume=tmp_path))
+from tests.crossmodal.conftest import tiny_spec
+from tests.recorder import Recorder
 
 
 @pytest.mark.slow
@@ -122,7 +30,7 @@ def test_checkpoint_of_other_networks_is_refused(zoo: Zoo, tmp_path: Path) -> No
 def test_compiled_steps_are_the_plain_ones(zoo: Zoo, architecture: str) -> None:
     check_compiler("cpu")
     codec = {"architecture": architecture, "depth": 1}
-    plain, compiled = (Trainer(tiny_spec(codec=codec, training={"compile": on}), zoo) for on in (False, True))
+    plain, compiled = (CodecTrainer(tiny_spec(codec=codec, training={"compile": on}), zoo) for on in (False, True))
     for _ in range(3):
         one, two = plain.advance(), compiled.advance()
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-4)
@@ -134,33 +42,20 @@ def test_without_a_compiler_compile_says_what_is_missing(zoo: Zoo, monkeypatch: 
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(InvalidInput, match=r"spec\.training\.compile.*g\+\+"):
-        Trainer(tiny_spec(training={"compile": True}), zoo)
+        CodecTrainer(tiny_spec(training={"compile": True}), zoo)
 
 
-def test_nan_stops_at_once_and_changes_nothing(zoo: Zoo, tmp_path: Path) -> None:
-    trainer = Trainer(tiny_spec(), zoo)
-    trainer.advance()
-    trainer.subjects.weights[:] = float("nan")
-    before = [parameter.clone() for parameter in trainer.model.parameters()]
-    with pytest.raises(InvalidInput, match=r"nan at step 2.*there is no checkpoint\)$") as caught:
-        trainer.advance()
-    assert caught.value.violations[0].field == "spec.training.learning_rate"
-    assert all(torch.equal(one, two) for one, two in zip(before, trainer.model.parameters(), strict=True))
-    assert trainer.step == 1
-    trainer.save(tmp_path)
-    with pytest.raises(InvalidInput, match=r"nan at step 2.*last good checkpoint is of step 1\)$"):
-        trainer.advance()
-
-
-def test_with_patience_the_last_step_is_validated_too(zoo: Zoo, tmp_path: Path) -> None:
-    run = Recorder(tmp_path)
+def test_with_patience_the_last_step_is_validated_too(zoo: Zoo) -> None:
+    run = Recorder()
     spec = tiny_spec(training={"steps": 9, "validate_every": 5, "patience": 3})
     train(spec, zoo, run)
     assert [step for step, values in run.metrics.items() if "validation_loss" in values] == [5, 9]
 
 
 def test_the_contrastive_loss_is_of_what_the_projection_makes_of_latents(zoo: Zoo) -> None:
-    trainer = Trainer(tiny_spec(loss={"projection": 8, "gamma": 1.0, "contrastive": "plain", "temperature": 0.3}), zoo)
+    trainer = CodecTrainer(
+        tiny_spec(loss={"projection": 8, "gamma": 1.0, "contrastive": "plain", "temperature": 0.3}), zoo
+    )
     head = trainer.projection
     assert head is not None
     subjects = trainer.subjects.at(trainer.sampler.batch(0))
@@ -180,7 +75,7 @@ def test_the_contrastive_loss_is_of_what_the_projection_makes_of_latents(zoo: Zo
 
 
 def test_bfloat16_stays_close_to_float32(zoo: Zoo) -> None:
-    full, half = (Trainer(tiny_spec(training={"precision": form}), zoo) for form in ("float32", "bfloat16"))
+    full, half = (CodecTrainer(tiny_spec(training={"precision": form}), zoo) for form in ("float32", "bfloat16"))
     for _ in range(6):
         one, two = full.advance(), half.advance()
         assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=0.05)
@@ -189,28 +84,20 @@ def test_bfloat16_stays_close_to_float32(zoo: Zoo) -> None:
     assert half.validate()["validation_loss"] == pytest.approx(full.validate()["validation_loss"], rel=0.05)
 
 
-def test_the_plain_recipe_trains(zoo: Zoo, tmp_path: Path) -> None:
+def test_the_plain_recipe_trains(zoo: Zoo) -> None:
     file = Path(__file__).parents[2] / "examples" / "plain.yaml"
     spec = read_spec(CrossmodalSpec, file, ["training.steps=2", "codec.hidden_dim=64"], {"zoo": {"artifact": "folder"}})
-    run = Recorder(tmp_path)
+    run = Recorder()
     assert train(spec, zoo, run).latent_dim == 256
     assert run.metrics[2].keys() >= {"loss", "reconstruction", "contrastive", "validation_loss"}
     assert not run.metrics[2].keys() & {"behavior", "steering", "direct"}
 
 
-def test_nan_of_the_validation_alone_stops_too(zoo: Zoo) -> None:
-    trainer = Trainer(tiny_spec(), zoo)
-    trainer.advance()
-    trainer.validation.weights[0] = float("nan")
-    with pytest.raises(InvalidInput, match=r"learning_rate: the validation loss became nan at step 1;"):
-        trainer.validate()
-
-
 def test_validations_are_of_one_objective_while_the_schedules_move(zoo: Zoo) -> None:
     """Of one and the same model, at the first step and at the last: what the schedules' ends give."""
     loss = {"gamma": 0.1, "gamma_end": 0.6, "temperature": 1.0, "temperature_end": 0.2}
-    moving = Trainer(tiny_spec(loss=loss), zoo)
-    ends = Trainer(tiny_spec(loss={"gamma": 0.6, "temperature": 0.2}), zoo)
+    moving = CodecTrainer(tiny_spec(loss=loss), zoo)
+    ends = CodecTrainer(tiny_spec(loss={"gamma": 0.6, "temperature": 0.2}), zoo)
     first = moving.validate()
     moving.step = moving.spec.training.steps
     assert first == moving.validate() == ends.validate()
@@ -220,7 +107,7 @@ def test_schedules_of_the_loss_are_straight_lines(zoo: Zoo) -> None:
     loss = {"gamma": 0.1, "gamma_end": 0.6, "temperature": 1.0, "temperature_end": 0.2}
     for step in (0, 1, 3):
         there = {"gamma": 0.1 + 0.5 * step / 4, "temperature": 1.0 - 0.8 * step / 4}
-        moving, still = (Trainer(tiny_spec(loss=form, training={"steps": 4}), zoo) for form in (loss, there))
+        moving, still = (CodecTrainer(tiny_spec(loss=form, training={"steps": 4}), zoo) for form in (loss, there))
         moving.step = still.step = step
         one, two = moving.advance(), still.advance()
         assert {n: float(v) for n, v in one.items()} == pytest.approx({n: float(v) for n, v in two.items()}, rel=1e-6)
@@ -232,23 +119,15 @@ def test_terms_can_be_switched_off(zoo: Zoo) -> None:
         # A line that begins at 0 leaves the first step without anything.
         with pytest.raises(ValueError, match="no term has a weight"):
             tiny_spec(loss={**off, "gamma_end": end})
-    only = Trainer(tiny_spec(loss={**off, "steering": 2.0}), zoo).advance()
+    only = CodecTrainer(tiny_spec(loss={**off, "steering": 2.0}), zoo).advance()
     assert float(only["loss"]) == pytest.approx(2 * float(only["steering"]))
     assert set(only) == {"loss", "steering"}
     for name in ("behavior", "direct", "variance"):
-        assert set(Trainer(tiny_spec(loss={**off, name: 1.0}), zoo).advance()) == {"loss", name}
-    plain = Trainer(tiny_spec(loss={**off, "reconstruction": 1.0, "gamma": 0.5}), zoo).advance()
+        assert set(CodecTrainer(tiny_spec(loss={**off, name: 1.0}), zoo).advance()) == {"loss", name}
+    plain = CodecTrainer(tiny_spec(loss={**off, "reconstruction": 1.0, "gamma": 0.5}), zoo).advance()
     assert set(plain) == {"loss", "reconstruction", "contrastive"}
     wanted = (float(plain["reconstruction"]) + float(plain["contrastive"])) / 2
     assert float(plain["loss"]) == pytest.approx(wanted)
-
-
-def test_learning_rate_rises_and_falls() -> None:
-    training = tiny_spec(training={"steps": 1000}).training
-    shares = [schedule(step, training) for step in range(1000)]
-    assert shares[0] < 0.02
-    assert max(shares) > 0.95
-    assert shares[-1] < 0.011
 
 
 def test_held_out_subjects_are_apart_and_depend_on_the_seed() -> None:
@@ -285,7 +164,7 @@ def test_what_is_held_out_has_no_say(zoo: Zoo) -> None:
     assert one.positives == two.positives
     for (name, mine), theirs in zip(one.model.state_dict().items(), two.model.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
-    asked = hash_sequences(Trainer(spec, zoo).queries.pools.sequences)
+    asked = hash_sequences(CodecTrainer(spec, zoo).queries.pools.sequences)
     assert not torch.isin(hash_sequences(one.evaluation.sequences), asked).any()
     assert not torch.isin(hash_sequences(one.evaluation.sequences), hash_sequences(zoo.probes)).any()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from ethogram.specs.generation import (
     SubjectSpec,
     SubjectTrainingSpec,
 )
-from services.runtime.run import Run, Stopped
 
 PATTERNS = [
     PatternSpec(name="starts_with", token="A"),
@@ -41,42 +39,6 @@ def small_spec(**changes: Any) -> GenerationSpec:
         "min_accuracy": 0.75,
     }
     return GenerationSpec(**{**fields, **changes})
-
-
-class Recorder(Run):
-    """Keeps what a run is told. Given a folder, checkpoints after every block, and stops after ``stop_after``."""
-
-    def __init__(self, folder: Path | None = None, stop_after: int = 10**9, resume: Path | None = None) -> None:
-        self.resume, self._folder, self._stop_after = resume, folder, stop_after
-        self.checkpoints: list[Path] = []
-        self.done: list[int] = []
-        self.stages: list[tuple[str, int, str]] = []
-        self.artifacts: list[tuple[str, str]] = []
-        self.logs: list[str] = []
-
-    def log(self, message: str, level: str = "info") -> None:
-        self.logs.append(message)
-
-    def stage(self, name: str, total: int, unit: str = "steps") -> None:
-        self.stages.append((name, total, unit))
-
-    def advance(self, done: int) -> None:
-        self.done.append(done)
-
-    def checkpoint_due(self) -> bool:
-        return self._folder is not None
-
-    def checkpoint(self, step: int, write: Any) -> None:
-        assert self._folder is not None
-        folder = self._folder / str(step)
-        folder.mkdir(parents=True)
-        write(folder)
-        self.checkpoints.append(folder)
-        if len(self.checkpoints) >= self._stop_after:
-            raise Stopped
-
-    def artifact(self, name: str, type: str, folder: Path) -> None:
-        self.artifacts.append((name, type))
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -80,7 +80,7 @@ def test_what_is_there_is_not_overwritten(zoo: Path, spec: Path, capsys: pytest.
 def test_what_was_interrupted_goes_on(
     spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("services.generation.__main__._CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("services.runtime.local.CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(buckets, "CACHE_BYTES", 1)
     monkeypatch.setattr(buckets, "MOST_SHAPES", 1)
     asked: list[str | Path] = ["make", "-f", spec, "--set", "subjects=40", "-o"]
@@ -94,7 +94,7 @@ def test_what_was_interrupted_goes_on(
 
     monkeypatch.setattr(ConsoleRun, "advance", stop_in_the_middle)
     assert call(*asked, tmp_path / "zoo") == 130
-    assert "type the command again" in capsys.readouterr().err
+    assert "Run the same command again to resume" in capsys.readouterr().err
     begun: list[int] = []
 
     def note(self: ConsoleRun, done: int) -> None:
@@ -148,7 +148,7 @@ def test_what_fails_leaves_nothing_behind(
     assert call("export", tmp_path / "broken", "-o", tmp_path / "new") == 2
     monkeypatch.setattr(ConsoleRun, "advance", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert call("make", "-f", spec, "-o", tmp_path / "new") == 130
-    assert "nothing is kept" in capsys.readouterr().err
+    assert "Nothing is kept" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["broken"]
 
 

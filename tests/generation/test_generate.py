@@ -19,7 +19,8 @@ from services.zoo.dataset import Zoo
 from services.zoo.signatures import raw
 from services.zoo.subjects import encode, flatten, forward
 from services.zoo.universe import HELD_OUT
-from tests.generation.conftest import PATTERNS, Recorder, small_spec
+from tests.generation.conftest import PATTERNS, small_spec
+from tests.recorder import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_independent_init_starts_apart() -> None:
 def test_resumed_equals_uninterrupted(zoo: Zoo, tmp_path: Path, stop_after: int) -> None:
     making = DatasetGenerationPipeline(small_spec(subjects=400))
     figures = making.run(tmp_path / "whole")
-    stopped = Recorder(tmp_path / "checkpoints", stop_after)
+    stopped = Recorder(tmp_path / "checkpoints", every=True, stop_after=stop_after)
     with pytest.raises(Stopped):
         DatasetGenerationPipeline(making.spec).run(tmp_path / "stopped", stopped)
     again = DatasetGenerationPipeline(making.spec)

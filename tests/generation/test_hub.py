@@ -19,9 +19,9 @@ from services.generation import hub as hub_module
 from services.generation.buckets import BucketTrainer
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.runtime.run import Stopped
-from tests.generation.conftest import Recorder
 from tests.generation.test_staged import staged_spec
 from tests.hub_server import TOKEN, Hub, reach, serve
+from tests.recorder import Recorder
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_hub_that_stays_away_costs_no_record(hub: Hub, tmp_path: Path) -> None
 
 
 def test_an_upload_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
-    first = Recorder(tmp_path / "checkpoints", stop_after=2)
+    first = Recorder(tmp_path / "checkpoints", every=True, stop_after=2)
     with pytest.raises(Stopped):
         DatasetGenerationPipeline(spec()).run(tmp_path / "cut", first)
     assert hub.puts > 0

@@ -28,7 +28,8 @@ from services.runtime.run import Stopped
 from services.zoo.dataset import Zoo, read_records
 from services.zoo.subjects import Architecture, encode, forward, unflatten
 from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION
-from tests.generation.conftest import PATTERNS, Recorder
+from tests.generation.conftest import PATTERNS
+from tests.recorder import Recorder
 
 
 def staged_spec(staged: dict[str, Any] | None = None, **changes: Any) -> GenerationSpec:
@@ -131,7 +132,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(pipeline, "SHARD", 256)
     spec = staged_spec().model_copy(update={"subjects": 400})
     figures = DatasetGenerationPipeline(spec).run(tmp_path / "whole")
-    stopped = Recorder(tmp_path / "checkpoints", stop_after=2)
+    stopped = Recorder(tmp_path / "checkpoints", every=True, stop_after=2)
     with pytest.raises(Stopped):
         DatasetGenerationPipeline(spec).run(tmp_path / "stopped", stopped)
     resumed = Recorder(resume=stopped.checkpoints[-1])
@@ -295,7 +296,7 @@ def test_checkpoints_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(buckets, "MOST_SHAPES", 1)
     monkeypatch.setattr(buckets, "CACHE_BYTES", 1)
     spec = staged_spec(subjects=60)
-    first = Recorder(tmp_path / "checkpoints", stop_after=2)
+    first = Recorder(tmp_path / "checkpoints", every=True, stop_after=2)
     with pytest.raises(Stopped):
         DatasetGenerationPipeline(spec).run(tmp_path / "cut", first)
     DatasetGenerationPipeline(spec).run(tmp_path / "again", Recorder(resume=first.checkpoints[-1]))

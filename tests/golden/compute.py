@@ -34,15 +34,6 @@ from services.zoo.dataset import Zoo
 
 HERE = Path(__file__).parent
 ARTIFACTS, CASES = HERE / "artifacts", HERE / "cases.json"
-JOBS = {
-    "generation": "services.generation.job",
-    "crossmodal": "services.crossmodal.job",
-    "policy": "services.clt.policy.job",
-    "activations": "services.clt.activations.job",
-    "sae": "services.clt.sparse.job",
-    "clt": "services.clt.sparse.job",
-    "sweep": "services.clt.sparse.sweep",
-}
 Found = dict[str, dict[str, Any]]
 
 
@@ -125,7 +116,8 @@ def job(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> Found:
     digests = Digests()
     with tempfile.TemporaryDirectory() as scratch:
         keeper = Keeper(Path(scratch), {path: ARTIFACTS / name for path, name in inputs.items()})
-        result = import_module(JOBS[kind]).run(KINDS[kind].spec.model_validate(spec), keeper)
+        module, _, function = KINDS[kind].job.partition(":")
+        result = getattr(import_module(module), function)(KINDS[kind].spec.model_validate(spec), keeper)
         digests.folder(keeper.folder)
     for name, values in keeper.history.items():
         # Without the name of its group, if it has one.

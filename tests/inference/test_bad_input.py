@@ -19,7 +19,7 @@ from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub, SteeringServiceStub
 from services.artifacts.store import ArtifactStore
 from services.crossmodal.codec import Codec
-from services.inference.codec import ServedCodec
+from services.inference.codec.served import ServedCodec
 from tests.inference.conftest import Material, Publish, Running, Serve
 
 MODEL = pb.ModelRef(name="tiny")

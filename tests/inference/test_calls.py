@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ethogram import inference as client_module
+from ethogram import channel
 from ethogram import networks as network_files
 from ethogram.effect import effect_page, summary
 from ethogram.errors import InvalidInput
@@ -208,7 +208,7 @@ def test_a_batched_result_equals_the_single_one(server: Running, codec: Codec, m
 def test_a_large_set_travels_in_parts(
     inference: Inference, codec: Codec, material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "PART_ROWS", 7)
+    monkeypatch.setattr(channel, "PART_ROWS", 7)
     params = material.networks(40)
     latents = codec.encode(params)
     assert_close(inference.encode("tiny", arrays(params)).latents, latents.numpy())

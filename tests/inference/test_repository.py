@@ -27,7 +27,7 @@ class Shelf:
         self.loads: Counter[str] = Counter()
         self.gate = threading.Event()
         self.gate.set()
-        self.repository = ModelRepository(self.store, self.load, loads="codec", scratch=folder / "scratch", **options)
+        self.repository = ModelRepository(self.store, {"codec": self.load}, scratch=folder / "scratch", **options)
 
     def load(self, bundle: Path) -> str:
         text = (bundle / "model.txt").read_text().strip()
@@ -47,7 +47,7 @@ class Shelf:
         return self.store.publish("default", name, artifact).version
 
     async def get(self, name: str = "m", version: str | None = None) -> str:
-        return (await self.repository.get(Reference("default", name, version))).model
+        return (await self.repository.get(Reference("default", name, version), str)).model
 
 
 async def test_many_callers_one_load(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ async def test_many_callers_one_load(tmp_path: Path) -> None:
     shelf.publish("one")
     shelf.gate.clear()
     references = [LATEST, Reference("default", "m", "1")] * 10
-    callers = [asyncio.create_task(shelf.repository.get(reference)) for reference in references]
+    callers = [asyncio.create_task(shelf.repository.get(reference, str)) for reference in references]
     while not shelf.loads:
         await asyncio.sleep(0.001)
     # It is the first caller's request that began the load.

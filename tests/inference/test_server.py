@@ -29,9 +29,8 @@ from ethogram.v1.inference_pb2_grpc import CodecServiceStub
 from services.artifacts.store import ArtifactStore
 from services.crossmodal.codec import Codec
 from services.inference.batcher import Arrays
-from services.inference.codec import ServedCodec
+from services.inference.codec.served import ServedCodec
 from services.inference.server import SERVICES
-from services.zoo.subjects import Architecture
 from tests.inference.conftest import Material, Publish, Running, Serve
 
 
@@ -58,7 +57,7 @@ class Gate:
         self.batches: list[int] = []
         encode = ServedCodec.encode
 
-        def held(codec: ServedCodec, networks: Arrays, shape: Architecture) -> Arrays:
+        def held(codec: ServedCodec, networks: Arrays, shape: int) -> Arrays:
             self.batches.append(len(next(iter(networks.values()))))
             self.entered.set()
             assert self.opened.wait(10)

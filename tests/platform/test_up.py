@@ -185,7 +185,7 @@ def test_a_taken_port_is_said_and_nothing_is_left(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         answer = run("up", "--state", str(tmp_path), "--port", str(port))
     assert answer.returncode == 1
-    assert f"port {port} cannot be had" in answer.stderr
+    assert f"port {port} cannot be used" in answer.stderr
     assert "--port 0" in answer.stderr
     assert leftovers(tmp_path) == []
 

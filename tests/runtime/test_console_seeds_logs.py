@@ -48,7 +48,10 @@ def test_console_run_shows_bars_and_keeps_outputs(tmp_path: Path) -> None:
     assert "all is [well]" in shown.getvalue()
     assert (tmp_path / "out" / "answer" / "a.txt").read_text() == "a"
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 0.25}, {"step": 2, "loss": None}]
+    assert [json.loads(line) for line in lines] == [
+        {"stage": "train", "step": 1, "loss": 0.25},
+        {"stage": "train", "step": 2, "loss": None},
+    ]
 
 
 def test_a_narrow_terminal_shows_fewer_metrics_in_one_line() -> None:

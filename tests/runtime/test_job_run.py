@@ -124,6 +124,7 @@ def test_a_stop_checkpoints_and_the_next_run_goes_on_with_its_metrics(call: Call
             run.advance(step + 1)
             if step == 50 and not run.resume:
                 began.set()
+                run.log("at step 50")
                 lifetime.stopping.wait(5)
             if run.checkpoint_due():
                 run.checkpoint(step + 1, lambda folder, n=step + 1: (folder / "step").write_text(str(n)))  # type: ignore[misc]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event
 
-from services.runtime.scalars import write_scalars
+from services.runtime.metrics import MetricsWriter
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:
@@ -24,12 +25,45 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
 
 
 def test_every_number_is_a_scalar(tmp_path: Path) -> None:
-    rows = [
+    writer = MetricsWriter(tmp_path)
+    writer.write("train", 1, {"loss": 0.5, "accuracy": float("nan")})
+    writer.write("train", 2, {"loss": 0.25, "accuracy": 1.0})
+    writer.write("", 3, {"share": 2.0})
+    writer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [
         {"stage": "train", "step": 1, "loss": 0.5, "accuracy": None},
         {"stage": "train", "step": 2, "loss": 0.25, "accuracy": 1.0},
-        {"step": 3, "share": 2.0},
+        {"stage": "", "step": 3, "share": 2.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    write_scalars(tmp_path / "metrics.jsonl", tmp_path)
     expected = [("train/loss", 1, 0.5), ("train/loss", 2, 0.25), ("train/accuracy", 2, 1.0), ("share", 3, 2.0)]
     assert scalars(tmp_path) == expected
+
+
+def test_scalars_appear_while_the_run_goes_on(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.write("train", 1, {"loss": 0.5})
+    deadline = time.monotonic() + 30
+    while scalars(tmp_path) != [("train/loss", 1, 0.5)]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    writer.close()
+
+
+def test_resumed_metrics_are_those_of_the_checkpoint_and_no_scalar_is_there_twice(tmp_path: Path) -> None:
+    first = MetricsWriter(tmp_path / "run")
+    first.write("train", 1, {"loss": 0.5})
+    first.checkpoint(tmp_path / "checkpoint", lambda state: (state / "step").touch())
+    first.write("train", 2, {"loss": 9.0})
+    first.close()
+    assert (tmp_path / "checkpoint" / "state" / "step").exists()
+
+    resumed = MetricsWriter(tmp_path / "run", tmp_path / "checkpoint")
+    resumed.write("train", 2, {"loss": 0.25})
+    resumed.close()
+    assert scalars(tmp_path / "run") == [("train/loss", 1, 0.5), ("train/loss", 2, 0.25)]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+    # One that ends before another number comes has the earlier ones.
+    MetricsWriter(tmp_path / "run", tmp_path / "checkpoint").close()
+    assert scalars(tmp_path / "run") == [("train/loss", 1, 0.5)]

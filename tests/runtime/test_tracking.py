@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from ethogram.specs.base import WandbSpec
-from services.runtime.run import Run
 from services.runtime.tracking import tracked
-
-
-class Keeper(Run):
-    def __init__(self, kept: Path) -> None:
-        self.kept = kept
-
-    def artifact(self, name: str, type: str, folder: Path) -> None:
-        shutil.copytree(folder, self.kept / name)
+from tests.recorder import Recorder
 
 
 def payload(log: bytes) -> bytes:
@@ -35,7 +26,7 @@ def payload(log: bytes) -> bytes:
 
 def test_without_credentials_it_is_kept_to_be_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with tracked(WandbSpec(project="zoos", name="mine"), {"seed": 3}, Keeper(tmp_path)) as log:
+    with tracked(WandbSpec(project="zoos", name="mine"), {"seed": 3}, Recorder(tmp_path)) as log:
         log(1, {"loss": 0.515625})
         log(2, {"loss": 0.2578125})
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
@@ -44,6 +35,6 @@ def test_without_credentials_it_is_kept_to_be_sent_later(tmp_path: Path, monkeyp
 
 
 def test_without_a_spec_nothing_happens(tmp_path: Path) -> None:
-    with tracked(None, {}, Keeper(tmp_path)) as log:
+    with tracked(None, {}, Recorder(tmp_path)) as log:
         log(1, {"loss": 0.5})
     assert not list(tmp_path.iterdir())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from ethogram.specs.clt import ActivationsSpec
@@ -14,22 +12,17 @@ from services.runtime.run import Run
 
 
 def run(spec: ActivationsSpec, run: Run) -> dict[str, Any]:
-    """Artifact: ``activations``, the store or, where it is kept below a root, where it is. Returns its figures; see
+    """Artifact: ``activations``, the store or, where that is kept below a root, its path. Returns its
     :func:`figures`."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return record(spec, run, Path(scratch, "activations"))
-
-
-def record(spec: ActivationsSpec, run: Run, folder: Path) -> dict[str, Any]:
-    """The same by way of ``folder``, in which an earlier attempt is gone on with."""
     policy = None
     if spec.policy is not None:
         policy = AttentionPolicy.load(run.inputs["policy"], run.device)
-    collect(spec, folder, run, policy, spec.policy.artifact if spec.policy is not None else "")
-    # It is no part of what is kept.
-    (folder / "lock").unlink(missing_ok=True)
-    run.artifact("activations", "activations", folder)
-    return {"figures": figures(ActivationStore.open(folder))}
+    with run.output_folder("activations") as folder:
+        collect(spec, folder, run, policy, spec.policy.artifact if spec.policy is not None else "")
+        # The lock is no part of the artifact.
+        (folder / "lock").unlink(missing_ok=True)
+        run.artifact("activations", "activations", folder)
+        return {"figures": figures(ActivationStore.open(folder))}
 
 
 def figures(store: ActivationStore) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from ethogram.specs.clt import PolicySpec
 from services.clt.policy.evaluate import evaluate, evaluation_instances
 from services.clt.policy.model import CONFIG, FORMAT, AttentionPolicy
 from services.clt.policy.report import write_report
-from services.clt.policy.train import PolicyTrainer, run_training
+from services.clt.policy.train import PolicyTrainer, train_policy
 from services.clt.policy.tsp import cache
 from services.runtime.console import ConsoleRun
 from services.runtime.run import Run
+from services.runtime.training import fit
 
 _CHECKPOINT_SECONDS = 30.0
 
@@ -28,7 +29,8 @@ _CHECKPOINT_SECONDS = 30.0
 def run(spec: PolicySpec, run: Run) -> dict[str, Any]:
     """Artifacts: ``policy`` (see :meth:`AttentionPolicy.save`) and ``report``. Returns the ``figures``: mean gaps to
     the solver, as shares, and mean lengths."""
-    trainer = run_training(PolicyTrainer(spec, run.device), run)
+    trainer = PolicyTrainer(spec, run.device)
+    fit(trainer, run)
     policy = trainer.finished()
     with tempfile.TemporaryDirectory() as scratch:
         policy.save(Path(scratch, "policy"), {"spec": spec.model_dump(mode="json")})
@@ -37,7 +39,7 @@ def run(spec: PolicySpec, run: Run) -> dict[str, Any]:
         found = None
         if spec.evaluation:
             found = evaluate(policy, evaluation_instances(spec), spec.samples, spec.seed, run)
-        write_report(Path(scratch, "report"), spec, trainer.course, found)
+        write_report(Path(scratch, "report"), spec, trainer.progress.history, found)
         run.artifact("report", "report", Path(scratch, "report"))
     return {"figures": found.figures if found else {}}
 
@@ -76,7 +78,7 @@ def named(name: str, device: str = "cpu") -> Path:
 
 def _train_into(kept: Path, spec: PolicySpec, device: str, run: Run | None) -> None:
     with _Cached(kept, device, run) as own:
-        policy = run_training(PolicyTrainer(spec, device), own).finished()
+        policy = train_policy(spec, own)
         fresh = kept / "policy.new"
         shutil.rmtree(fresh, ignore_errors=True)
         policy.save(fresh, {"spec": spec.model_dump(mode="json")})

@@ -8,7 +8,6 @@ from typing import Any
 
 from ethogram.specs.clt import CltSpec, SaeSpec
 from services.clt.activations.store import ActivationStore
-from services.clt.sparse.evaluate import evaluate
 from services.clt.sparse.model import SparseModel
 from services.clt.sparse.report import write_report
 from services.clt.sparse.train import SparseTrainer, train
@@ -28,7 +27,10 @@ def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, An
         model = train(trainer, run)
         if not world.first:
             return {}
-        figures, density = evaluate(model, store, spec.training.validation_rows)
+        if not trainer.figures:
+            # A run that resumed after its last step.
+            trainer.validate()
+        figures = trainer.figures
         if max(value for name, value in figures.items() if name.startswith("fvu")) > 1:
             run.log(
                 "the model explains less than the mean does: it needs more steps, or another learning rate", "warning"
@@ -37,11 +39,17 @@ def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, An
             model.save(Path(scratch, "model"), {**trainer.about, "figures": figures})
             # First, so that nothing that fails later costs it.
             run.artifact("model", "sparse-model", Path(scratch, "model"))
-            write_report(Path(scratch, "report"), model, spec, figures=figures, density=density, history=trainer.course)
+            write_report(
+                Path(scratch, "report"),
+                model,
+                spec,
+                figures=figures,
+                density=trainer.density,
+                history=trainer.progress.history,
+            )
             run.artifact("report", "report", Path(scratch, "report"))
-    dead = sum(int(one.sum()) for one in trainer.dead) / sum(model.features)
     return {
-        "figures": {**figures, "dead": dead},
+        "figures": {**figures, "dead": trainer.dead_share},
         "kind": model.streams.kind,
         "sources": model.streams.sources,
         "targets": model.streams.targets,

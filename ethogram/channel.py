@@ -1,0 +1,98 @@
+"""A connection to an inference service: deadlines, errors, and sets of rows of any size, sent in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from ethogram.errors import TooLarge
+from ethogram.rpc import CHANNEL_OPTIONS, error_of
+from ethogram.v1 import inference_pb2 as pb
+
+# A message far below its limit keeps a large set flowing: one part computes while the next travels.
+PART_BYTES, PART_ROWS = 8 * 2**20, 512
+
+R = TypeVar("R")
+
+
+Methods = tuple[Callable[..., R], Callable[..., Iterator[R]]]
+"""A method that answers row by row: unary, and as a stream."""
+
+
+class Channel:
+    """A connection to ``target`` (``host:port``); a call fails after ``timeout`` seconds per part.
+
+    Thread-safe. A failed call raises the :class:`~ethogram.errors.EthogramError` that the server raised, or
+    :class:`~ethogram.errors.Unavailable` when it does not answer.
+    """
+
+    def __init__(self, target: str, timeout: float) -> None:
+        self.timeout = timeout
+        self.grpc = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+
+    def close(self) -> None:
+        """End the connection."""
+        self.grpc.close()
+
+    def call(self, method: Callable[..., R], request: Message) -> R:
+        """The answer of a unary method."""
+        try:
+            return method(request, timeout=self.timeout)
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+
+    def run(
+        self,
+        methods: Methods[R],
+        request: Callable[[pb.ModelRef, slice], Message],
+        model: pb.ModelRef,
+        pinned: Callable[[], pb.ModelRef],
+        *,
+        rows: int,
+        row_bytes: int,
+    ) -> list[R]:
+        """The answers to all parts of ``rows`` rows of about ``row_bytes`` bytes each, in order.
+
+        One message where the rows fit, else a stream whose parts are halved until the server takes them. ``pinned``
+        gives ``model`` with a version, so that all parts of a stream get the same one.
+        """
+        unary, stream = methods
+        size = max(1, min(PART_ROWS, PART_BYTES // max(row_bytes, 1)))
+        if rows <= size:
+            try:
+                return [self.call(unary, request(model, slice(0, rows)))]
+            except TooLarge as error:
+                size = _half(min(size, rows), error)
+        model = pinned()
+        answers: list[R] = []
+        start = 0
+        while start < rows:
+            parts = [slice(at, min(at + size, rows)) for at in range(start, rows, size)]
+            try:
+                for answer in self._stream(stream, (request(model, part) for part in parts), len(parts)):
+                    answers.append(answer)
+                    start = min(start + size, rows)
+            except TooLarge as error:
+                size = _half(size, error)
+        return answers
+
+    def _stream(self, method: Callable[..., Any], requests: Iterator[Message], parts: int) -> Iterator[Any]:
+        answers = method(requests, timeout=self.timeout * parts)
+        try:
+            yield from answers
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+        finally:
+            # Does nothing to a call that has ended; one that is left in the middle, by Ctrl-C say, ends too.
+            answers.cancel()
+
+
+def _half(size: int, error: TooLarge) -> int:
+    """Half of ``size``, if the server named a field that is too large and there are rows to split; else raise
+    ``error``."""
+    if size == 1 or not error.violations:
+        raise error
+    return size // 2

@@ -1,0 +1,189 @@
+"""``ethogram run``: a job in this process, without a platform. The commands of the systems are named forms of it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from functools import wraps
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ethogram.cli.files import read_spec
+from ethogram.cli.options import Device, Json, KindName, Out, Set, SpecFile, examples
+from ethogram.errors import InvalidInput, Unavailable
+
+if TYPE_CHECKING:
+    from ethogram.specs.base import Spec
+    from ethogram.specs.kinds import Kind
+
+app = typer.Typer()
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+_INSTALL = (
+    "in a clone of the repository, pip install -c constraints.txt -e '.[server]'; or submit the job to a platform"
+)
+
+
+class Request(NamedTuple):
+    """What a command asks for, beside the options that all of them have."""
+
+    inputs: Mapping[str, Path | Callable[[str], Path]] = _EMPTY
+    """By spec path: a file or folder, or what finds it, called with the device."""
+    values: Mapping[str, Any] = _EMPTY
+    """Values of the spec, by path; None leaves the default."""
+    check: Callable[[Any], None] | None = None
+    """Raises for a spec that the command cannot run."""
+    folder: Path | None = None
+    """Folder of the run, where that is not ``--output``."""
+    refer: bool = True
+    """Whether the spec gets a reference to each input."""
+    places: Mapping[str, Path] = _EMPTY
+    """Where artifacts go that are not in the run's folder, by name."""
+
+
+@app.command(
+    epilog=examples(
+        "ethogram run generation --set subjects=200 -o my-run",
+        "ethogram run crossmodal --input zoo=my-run -f examples/plain.yaml -o my-codec",
+        "ethogram run activations --input policy=my-policy --set instances=5000 -o my-activations --device cuda",
+        "torchrun --nproc-per-node 2 --no-python ethogram run clt --input activations=my-activations "
+        "--set kind=cross_layer -o my-clt",
+    )
+)
+def run(
+    kind: KindName,
+    file: SpecFile = None,
+    values: Set = None,
+    *,
+    out: Out,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", "-i", metavar="NAME=PATH", help="File or folder of an input, by spec path. Repeatable."
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Run a job of any kind in this process, without a platform.
+
+    This takes a server install. A checkpoint is kept every half minute and on Ctrl-C, and the same command resumes from
+    it. A finished run and a run of another spec are never overwritten. An input is an artifact's file or folder, or the
+    folder of the run that made it. Under torchrun, each process trains on its share of every batch.
+    """
+    from ethogram.specs.kinds import KINDS
+
+    if kind not in KINDS:
+        raise InvalidInput.field("KIND", f"there is no kind {kind!r}; there are: {', '.join(KINDS)}")
+    inputs: dict[str, Path] = {}
+    for given in input or ():
+        name, equals, path = given.partition("=")
+        if not equals or not path:
+            raise InvalidInput.field("--input", f"{given}: write NAME=PATH, e.g. zoo=my-zoo")
+        if name not in KINDS[kind].inputs:
+            names = ", ".join(KINDS[kind].inputs) or "none"
+            raise InvalidInput.field("--input", f"{kind} has no input {name!r}; its inputs: {names}")
+        inputs[name] = Path(path)
+    _run(KINDS[kind], Request(inputs), file=file, values=values, out=out, device=device, as_json=as_json)
+
+
+def flag(type: Any, *names: str, help: str, metavar: str | None = None) -> Any:
+    """Annotation of an option that sets one value of a spec; see :func:`run_command`."""
+    return Annotated[type | None, typer.Option(*names, help=help, metavar=metavar)]
+
+
+def run_command(
+    app: typer.Typer,
+    kind: Kind,
+    *lines: str,
+    flags: Mapping[str, Any] = _EMPTY,
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> Callable[[Callable[..., Request]], Callable[..., Request]]:
+    """Decorator: a command of ``app`` that runs a ``kind``, named and documented as the function, which makes a
+    :class:`Request` of its own parameters. ``flags``: annotations of options that set one value of the spec, by its
+    path. ``lines``: examples. ``show``: prints the result."""
+
+    def decorate(function: Callable[..., Request]) -> Callable[..., Request]:
+        own = inspect.signature(function, eval_str=True).parameters
+        shared = inspect.signature(_shared, eval_str=True).parameters
+        paths = {path.replace(".", "_"): path for path in flags}
+        options = [inspect.Parameter(name, _KEYWORD, default=None, annotation=flags[paths[name]]) for name in paths]
+
+        @wraps(function)
+        def command(**given: Any) -> None:
+            request = function(**{name: given[name] for name in own})
+            values = {path: given[name] for name, path in paths.items()} | dict(request.values)
+            _run(kind, request._replace(values=values), **{name: given[name] for name in shared}, show=show)
+
+        parameters = [*own.values(), *options, *(shared[name] for name in shared if name not in own)]
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [parameter.replace(kind=_KEYWORD) for parameter in parameters]
+        )
+        app.command(epilog=examples(*lines))(command)
+        return function
+
+    return decorate
+
+
+def _shared(
+    file: SpecFile = None, values: Set = None, *, out: Out, device: Device = None, as_json: Json = False
+) -> None:
+    """The options of every command that runs a job."""
+
+
+def _run(
+    kind: Kind,
+    request: Request,
+    *,
+    file: Path | None,
+    values: list[str] | None,
+    out: Path,
+    device: str | None,
+    as_json: bool,
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    from ethogram.cli import output
+
+    spec = _spec(kind, request, file, values or [])
+    output.say("Preparing: loading the libraries.")
+    try:
+        folders, local = (import_module(f"services.runtime.{name}") for name in ("folders", "local"))
+        kind.load_job()
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"running jobs here needs {error.name}, which is not installed: {_INSTALL}") from None
+    folder = folders.RunFolder(request.folder or out, request.places)
+    result = local.run(kind, spec, folder, request.inputs, device)
+    if result is None:
+        return
+    output.result(result, as_json, lambda: (show or output.figures)(result))
+    for name in kind.outputs:
+        if (place := folder.place(name)).exists():
+            page = place / "report.html"
+            output.say(f"{name}: {page if page.exists() else place}")
+    output.say(f"metrics: {folder.root}")
+
+
+def _spec(kind: Kind, request: Request, file: Path | None, values: list[str]) -> Spec:
+    """The spec, with a reference to each input."""
+    given = {path: value for path, value in request.values.items() if value is not None}
+    if request.refer:
+        given |= {path: {"artifact": path.rpartition(".")[2]} for path in request.inputs}
+    for path in kind.inputs:
+        field = kind.spec.model_fields.get(path)
+        if field is not None and field.is_required() and path not in request.inputs:
+            raise InvalidInput.field("--input", f"{kind.name} needs a file or folder for {path}, as {path}=PATH")
+    spec = read_spec(kind.spec, file, [*(f"{path}={json.dumps(value)}" for path, value in given.items()), *values])
+    if request.check is not None:
+        request.check(spec)
+    for path in kind.inputs:
+        if attrgetter(path)(spec) is not None and path not in request.inputs:
+            text = "names an artifact of a platform; name its file or folder on the command line"
+            raise InvalidInput.field(f"spec.{path}", text)
+    return spec

@@ -1,0 +1,75 @@
+"""Progress on standard error, of jobs in this process and of those that are watched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LINE_SECONDS = 15.0
+"""Seconds between lines of progress where there is no terminal to draw a bar on."""
+
+
+class StageDisplay:
+    """A bar for each stage, with its latest metrics; without a terminal, a line now and then. Use it as a context
+    manager, so that the bars end with it."""
+
+    def __init__(self, console: Console | None = None, prefix: str = "") -> None:
+        """``prefix``: put before each stage and message."""
+        self.console, self._prefix = console or Console(stderr=True), prefix
+        self.terminal = self.console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}", markup=False),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}", markup=False),
+            console=self.console,
+            disable=not self.terminal,
+        )
+        # As many as fit beside the bar.
+        self._shown = max(1, (self.console.width - 60) // 20)
+        self._task: TaskID | None = None
+        self._next_line = 0.0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str, total: int | None, unit: str) -> None:
+        """Begin a stage of ``total`` units; None: of an unknown number."""
+        self._task = self._progress.add_task(self._prefix + name, total=total, unit=unit, metrics="")
+        self._next_line = time.monotonic() + LINE_SECONDS
+
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        """Show numbers beside the stage."""
+        if self._task is not None:
+            shown = list(metrics.items())[: self._shown]
+            self._progress.update(self._task, metrics=" ".join(f"{name} {value:.3g}" for name, value in shown))
+
+    def advance(self, done: int) -> None:
+        """``done`` units of the stage are done."""
+        if self._task is None:
+            return
+        self._progress.update(self._task, completed=done)
+        task = self._progress.tasks[self._task]
+        if not self.terminal and (task.finished or time.monotonic() >= self._next_line):
+            self._next_line = time.monotonic() + LINE_SECONDS
+            total = "?" if task.total is None else f"{task.total:.0f}"
+            self._print(
+                f"{task.description}: {done} of {total} {task.fields['unit']} {task.fields['metrics']}".rstrip()
+            )
+
+    def log(self, message: str, level: str = "info") -> None:
+        """Print a line above the bars."""
+        self._print(self._prefix + message, "yellow" if level == "warning" else None)
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

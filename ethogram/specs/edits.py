@@ -1,0 +1,90 @@
+"""Edits of networks' behaviours, as the client, the server and the codec all write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, cast, get_args
+
+from ethogram.errors import InvalidInput
+
+Operation = Literal["add", "remove", "replace"]
+Mode = Literal["residual", "direct"]
+Direction = Literal["learned", "mean_difference", "classifier_normal"]
+Strength = float | Literal["auto"]
+
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+MODES: tuple[Mode, ...] = get_args(Mode)
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+MAX_STRENGTH = 100.0
+"""Far beyond what a model was trained for, and far below what overflows."""
+
+
+class Edit(NamedTuple):
+    """One change of a network's behaviour."""
+
+    operation: Operation
+    behavior: str
+    """Name of the behaviour, e.g. ``starts_with(A)``."""
+    by: str | None = None
+    """The behaviour that a replacement puts in its place."""
+
+    @property
+    def signs(self) -> dict[str, float]:
+        """By behaviour: 1 for what is gained, -1 for what is lost."""
+        if self.by is not None:
+            return {self.behavior: -1.0, self.by: 1.0}
+        return {self.behavior: 1.0 if self.operation == "add" else -1.0}
+
+    @property
+    def label(self) -> str:
+        """What is edited: the behaviour, or ``old -> new`` of a replacement."""
+        return self.behavior if self.by is None else f"{self.behavior} -> {self.by}"
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.behavior}" + ("" if self.by is None else f" by {self.by}")
+
+
+EditLike = Edit | tuple[str, ...]
+"""An :class:`Edit`, ``("add", behavior)``, ``("remove", behavior)`` or ``("replace", behavior, by)``."""
+
+
+class Steering(NamedTuple):
+    """Edits, and how they are applied to networks."""
+
+    edits: tuple[Edit, ...]
+    mode: Mode
+    strength: Strength
+    direction: Direction
+
+    @classmethod
+    def of(
+        cls, edits: Sequence[EditLike], mode: str = "residual", strength: float | str = 1.0, direction: str = "learned"
+    ) -> Steering:
+        """The checked edits and options; whether a model has the behaviours is not checked here.
+
+        Raises :class:`InvalidInput` with the field of a request that is wrong.
+        """
+        for field, value, allowed in (("mode", mode, MODES), ("direction", direction, DIRECTIONS)):
+            if value not in allowed:
+                raise InvalidInput.field(field, f"must be one of {', '.join(allowed)}")
+        if strength != "auto" and (
+            isinstance(strength, str) or not math.isfinite(strength) or abs(strength) > MAX_STRENGTH
+        ):
+            raise InvalidInput.field("strength", f"must be auto or a number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
+        if not edits:
+            raise InvalidInput.field("edits", "empty; give at least one")
+        checked = []
+        for i, edit in enumerate(edits):
+            operation, behavior, by = (*edit, None)[:3] if len(edit) in (2, 3) else ("", "", None)
+            if operation not in OPERATIONS:
+                raise InvalidInput.field(f"edits.{i}.operation", f"must be {' or '.join(OPERATIONS)}")
+            if (by is not None) != (operation == "replace"):
+                raise InvalidInput.field(f"edits.{i}.by", "a replacement needs it, and nothing else has it")
+            checked.append(Edit(operation, str(behavior), by))
+        return cls(
+            tuple(checked),
+            cast(Mode, mode),
+            "auto" if strength == "auto" else float(strength),
+            cast(Direction, direction),
+        )
