@@ -73,7 +73,7 @@ def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, labels: Tenso
         rows = queries.draw(patterns, FINE_QUERIES, draws)
         inputs = queries.network_inputs(rows).to(codec.device)
         targets = queries.pools.labels(rows, labels.cpu()).to(codec.device).float()
-        logits = codec.layout.answers(weights.unsqueeze(1), subjects.shape, inputs).squeeze(1)
+        logits = codec.layout.logits(weights.unsqueeze(1), subjects.shape, inputs).squeeze(1)
         # A sum over the subjects: each is trained as if alone.
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
         (weights.grad,) = torch.autograd.grad(loss, [weights])
