@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ethogram.cli.files import read_spec
-from ethogram.cli.options import Device, Json, KindName, Out, Set, SpecFile, examples
+from ethogram.cli.options import Device, Json, KindName, Out, Set, SpecFile, declare, examples
 from ethogram.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -122,11 +122,8 @@ def run_command(
             values = {path: given[name] for name, path in paths.items()} | dict(request.values)
             _run(kind, request._replace(values=values), **{name: given[name] for name in shared}, show=show)
 
-        parameters = [*own.values(), *options, *(shared[name] for name in shared if name not in own)]
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [parameter.replace(kind=_KEYWORD) for parameter in parameters]
-        )
-        app.command(epilog=examples(*lines))(command)
+        rest = [shared[name] for name in shared if name not in own]
+        declare(app, command, [*own.values(), *options, *rest], lines)
         return function
 
     return decorate
