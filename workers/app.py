@@ -225,4 +225,4 @@ def main(kinds: Mapping[str, Kind] = KINDS) -> None:
         stopping.set()
         state.should_stop = os.EX_OK
 
-    run_process("workers", "worker", WorkerSettings, lambda config: serve(config, kinds, stopping), leave)
+    run_process("workers", "worker", WorkerSettings, lambda config: serve(config, kinds, stopping), leave, failure=2)

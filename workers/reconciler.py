@@ -146,7 +146,12 @@ def main() -> None:
     """``python -m workers.reconciler``."""
     stopping = threading.Event()
     run_process(
-        "workers.reconciler", "reconciler", WorkerSettings, lambda config: serve(config, stopping), stopping.set
+        "workers.reconciler",
+        "reconciler",
+        WorkerSettings,
+        lambda config: serve(config, stopping),
+        stopping.set,
+        failure=2,
     )
 
 

@@ -22,12 +22,18 @@ stopping = threading.Event()
 
 
 def run_process(
-    module: str, name: str, settings: type[S], serve: Callable[[S], None], leave: Callable[[], None] | None = None
+    module: str,
+    name: str,
+    settings: type[S],
+    serve: Callable[[S], None],
+    leave: Callable[[], None] | None = None,
+    *,
+    failure: int = 1,
 ) -> None:
     """Run ``python -m module``, whose logs carry ``name``: ``serve`` the settings until it returns.
 
     A signal calls ``leave``, if ``serve`` does not handle signals itself. With ``--parent-pipe`` the end of standard
-    input counts as SIGTERM. An :class:`EthogramError` is printed, and the process exits with status 1.
+    input counts as SIGTERM. An :class:`EthogramError` is printed, and the process exits with status ``failure``.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=f"The platform's {name} process.")
     parser.add_argument("--parent-pipe", action="store_true", help="exit when standard input closes")
@@ -43,7 +49,7 @@ def run_process(
         serve(config)
     except EthogramError as error:
         sys.stderr.write(f"{name}: {error.message}\n")
-        raise SystemExit(1) from None
+        raise SystemExit(failure) from None
 
 
 def exit_on_eof(stop: Callable[[], None]) -> None:
