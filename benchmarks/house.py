@@ -39,7 +39,7 @@ ARROWS = {
     "ethogram": ("services", "workers", "gateway", "benchmarks", "tests"),
     "services": ("workers", "gateway", "benchmarks", "tests"),
     "services.runtime": (*_SYSTEMS, "services.zoo", "services.language", "services.inference", "ethogram.cli"),
-    "services.zoo": (*_SYSTEMS, "services.language", "services.inference", "services.jobs"),
+    "services.zoo": (*_SYSTEMS, "services.inference", "services.jobs"),
     "services.language": (*_SYSTEMS, "services.zoo", "services.inference", "services.jobs"),
     "services.artifacts": (*_SYSTEMS, "services.zoo", "services.language", "services.inference", "services.jobs"),
     **{system: (*({*_SYSTEMS} - {system}), "services.inference", "services.jobs") for system in _SYSTEMS},
