@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ethogram.cli.files import read_mapping, set_values
-from ethogram.cli.options import Answer, Json, KindName, Limit, Set, Url, Wait, command, connect, group, seconds
+from ethogram.cli.options import (
+    Answer,
+    Json,
+    KindName,
+    Limit,
+    Set,
+    Url,
+    Wait,
+    assignment,
+    command,
+    connect,
+    group,
+    seconds,
+)
 from ethogram.cli.output import console, pairs, print_json, table
 from ethogram.errors import InvalidInput
 
@@ -71,7 +84,7 @@ def submit(
     from ethogram.transport import SubmitOptions
 
     spec = set_values(read_mapping(file, "spec"), values or (), "spec")
-    labels = _labels(label or ()) | ({"name": name} if name is not None else {})
+    labels = _labels(label) | ({"name": name} if name is not None else {})
     options: SubmitOptions = {
         "priority": priority,
         "queue": queue,
@@ -124,7 +137,7 @@ def list_(
 ) -> Answer:
     """List jobs, newest first."""
     state = state.upper() if state else None
-    jobs = client.jobs(kind=kind, state=state, labels=_labels(label or ()), parent=parent, limit=limit)
+    jobs = client.jobs(kind=kind, state=state, labels=_labels(label), parent=parent, limit=limit)
     rows = [(j.id, j.kind, j.name or j.labels.get("name", ""), j.state, _share(j), j.created_at) for j in jobs]
     return Answer(jobs, lambda: table(["Job", "Kind", "Name", "State", "Progress", "Created"], rows))
 
@@ -260,11 +273,5 @@ def _share(job: Job) -> str:
     return f"{at.get('stage', '')} {at.get('done', 0)}/{at.get('total', 0)} {at.get('unit', '')}".strip()
 
 
-def _labels(given: list[str] | tuple[()]) -> dict[str, str]:
-    labels = {}
-    for item in given:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise InvalidInput(f"--label {item}: write KEY=VALUE, e.g. owner=me")
-        labels[key] = value
-    return labels
+def _labels(given: list[str] | None) -> dict[str, str]:
+    return dict(assignment("--label", pair, "KEY=VALUE", empty=True) for pair in given or ())

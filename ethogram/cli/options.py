@@ -83,6 +83,15 @@ def seconds(text: str) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
+def assignment(option: str, text: str, form: str, *, empty: bool = False) -> tuple[str, str]:
+    """Both sides of ``text``, the value of ``option``, which must look like ``form``, e.g. OLD=NEW. ``empty``: whether
+    the right side may be."""
+    name, equals, value = text.partition("=")
+    if not name or not equals or not (value or empty):
+        raise InvalidInput.field(option, f"{text} is not of the form {form}")
+    return name, value
+
+
 def connect(url: str | None) -> Client:
     """A client of the platform at ``url``."""
     from ethogram.client import Client

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ethogram.cli.files import read_spec
-from ethogram.cli.options import Device, Json, KindName, Out, Set, SpecFile, declare, examples
+from ethogram.cli.options import Device, Json, KindName, Out, Set, SpecFile, assignment, declare, examples
 from ethogram.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ def run(
         raise InvalidInput.field("KIND", f"there is no kind {kind!r}; there are: {', '.join(KINDS)}")
     inputs: dict[str, Path] = {}
     for given in input or ():
-        name, equals, path = given.partition("=")
-        if not equals or not path:
-            raise InvalidInput.field("--input", f"{given}: write NAME=PATH, e.g. zoo=my-zoo")
+        name, path = assignment("--input", given, "NAME=PATH, e.g. zoo=my-zoo")
         if name not in KINDS[kind].inputs:
             names = ", ".join(KINDS[kind].inputs) or "none"
             raise InvalidInput.field("--input", f"{kind} has no input {name!r}; its inputs: {names}")

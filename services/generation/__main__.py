@@ -21,6 +21,7 @@ from ethogram.cli.options import (
     Set,
     SpecFile,
     ZooFolder,
+    assignment,
     command,
     examples,
     hub_spec,
@@ -113,12 +114,7 @@ def import_(
 
     given = read_mapping(file, "spec")
     patterns = None if given.get("patterns") is None else patterns_in(given, "patterns")
-    names = {}
-    for pair in rename or []:
-        theirs, equals, ours = pair.partition("=")
-        if not equals:
-            raise InvalidInput(f"--rename {pair}: write THEIRS=OURS")
-        names[theirs] = ours
+    names = dict(assignment("--rename", pair, "THEIRS=OURS") for pair in rename or ())
     with _new(out), ConsoleRun() as run:
         figures = import_json(locate(source, "SOURCE"), out, patterns=patterns, rename=names, run=run)
     return Answer(figures, lambda: output.figures(figures))

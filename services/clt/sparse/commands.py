@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ethogram.cli import output
+from ethogram.cli.options import assignment
 from ethogram.cli.run import Request, flag, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.kinds import KINDS
@@ -121,11 +122,7 @@ def sweep(
     ] = None,
 ) -> Request:
     """Train transcoders for each pair and each point of a grid, and compare them."""
-    axes = []
-    for axis in grid or ():
-        option, equals, values = axis.partition("=")
-        if not equals:
-            raise InvalidInput.field("--grid", f"{axis} is not of the form OPTION=A,B")
-        axes.append({"option": option, "values": values.split(",")})
+    given = [assignment("--grid", axis, "OPTION=A,B") for axis in grid or ()]
+    axes = [{"option": option, "values": values.split(",")} for option, values in given]
     pairs = [name for listed in pair or () for name in listed.split(",")]
     return Request({"activations": store}, {"pairs": pairs or None, "grid": axes or None})
