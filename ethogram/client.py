@@ -117,8 +117,7 @@ class Client:
         """Jobs, newest first, that have all of ``labels``; ``parent``: only the children of this job; ``limit`` None:
         all."""
         label = [f"{key}={value}" for key, value in (labels or {}).items()] or None
-        found = self._pages("/v1/jobs", limit, kind=kind, state=state, label=label, parent=parent)
-        return [self._read(Job, item) for item in found]
+        return self._list(Job, "/v1/jobs", limit, kind=kind, state=state, label=label, parent=parent)
 
     def cancel(self, id: str) -> Job:
         """Ask a job to end; a running one is ``CANCELLING`` until it has."""
@@ -187,8 +186,7 @@ class Client:
 
     def artifacts(self, *, job: str | None = None, type: str | None = None, limit: int | None = 50) -> list[Artifact]:
         """Artifacts, newest first; ``limit`` None: all."""
-        found = self._pages("/v1/artifacts", limit, job=job, type=type)
-        return [self._read(Artifact, item) for item in found]
+        return self._list(Artifact, "/v1/artifacts", limit, job=job, type=type)
 
     def artifact(self, id: str) -> Artifact:
         """One artifact with its manifest."""
@@ -196,12 +194,10 @@ class Client:
 
     def output(self, job: str, name: str) -> Artifact:
         """The output ``name`` of a job. Raises :class:`NotFound`, which lists the outputs that exist."""
-        found = self.artifacts(job=job, limit=None)
-        for artifact in found:
-            if artifact.name == name:
-                return artifact
-        has = ", ".join(sorted({a.name for a in found})) or "none yet"
-        raise NotFound(f"job {job} has no artifact {name!r}; it has: {has}")
+        outputs = {artifact.name: artifact for artifact in reversed(self.artifacts(job=job, limit=None))}
+        if name not in outputs:
+            raise NotFound(f"job {job} has no artifact {name!r}; it has: {', '.join(sorted(outputs)) or 'none yet'}")
+        return outputs[name]
 
     def put(self, path: str | Path, *, name: str, type: str) -> Artifact:
         """Upload a file, or all files of a folder, as one artifact."""
@@ -251,7 +247,7 @@ class Client:
 
     def models(self) -> list[Model]:
         """All published models."""
-        return [self._read(Model, item) for item in self._pages("/v1/models", None)]
+        return self._list(Model, "/v1/models", None)
 
     def model(self, name: str, version: str | None = None) -> Model:
         """A published model; without ``version``, its latest."""
@@ -325,18 +321,19 @@ class Client:
         if not (tries.unsure and response.status_code == HTTPStatus.NOT_FOUND):
             body_of(response, self.url)
 
-    def _pages(self, path: str, limit: int | None, **filters: str | list[str] | None) -> Iterator[Any]:
-        left, cursor = limit, None
-        while left is None or left > 0:
-            size = transport.PAGE if left is None else min(left, transport.PAGE)
+    def _list(self, resource: type[R], path: str, limit: int | None, **filters: str | list[str] | None) -> list[R]:
+        resources: list[R] = []
+        cursor = None
+        while limit is None or len(resources) < limit:
+            size = transport.PAGE if limit is None else min(limit - len(resources), transport.PAGE)
             page = self._json("GET", path, params=given(**filters, limit=str(size), cursor=cursor))
             if not isinstance(page, dict) or not isinstance(page.get("items"), list):
                 raise transport.stranger(self.url)
-            yield from page["items"]
+            resources += [self._read(resource, item) for item in page["items"]]
             cursor = page.get("next_cursor")
             if cursor is None:
-                return
-            left = None if left is None else left - len(page["items"])
+                break
+        return resources
 
     def _event_frames(self, id: str, last: int, follow: bool, tries: Tries) -> Generator[sse.Frame, None, None]:
         """The events of one connection; each chunk of data resets ``tries``."""

@@ -116,14 +116,26 @@ class Tries:
 
 def address(url: str | None, state: str | Path | None) -> tuple[str, bool]:
     """The platform's URL, given or found, and whether proxies of the environment may be used on the way to it."""
-    found = (url or os.environ.get("ETHOGRAM_URL") or _running(state)).rstrip("/")
+    found = url or os.environ.get("ETHOGRAM_URL")
+    if not found:
+        from ethogram.platform.state import StateDir
+
+        folder = StateDir.find(state)
+        record = folder.read_record()
+        if record is None:
+            raise Unavailable(
+                f"no platform runs in {folder.root}: start one with `ethogram up`, or name one with --url or "
+                "ETHOGRAM_URL"
+            )
+        found = str(record["url"])
+    found = found.rstrip("/")
     try:
         parts = urlsplit(found)
-        fine = parts.scheme in ("http", "https") and parts.port != 0 and bool(httpx.URL(found))
+        valid = parts.scheme in ("http", "https") and parts.port != 0 and bool(httpx.URL(found))
     except (ValueError, httpx.InvalidURL):
-        fine = False
-    if not fine or not parts.hostname:
-        raise InvalidInput.field("url", f"{found!r} is no URL of a platform; write http://HOST:PORT")
+        valid = False
+    if not valid or not parts.hostname:
+        raise InvalidInput.field("url", f"{found!r} is not the URL of a platform; write http://HOST:PORT")
     # A proxy of the user's environment has no way to this machine's own loopback.
     loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
     return found, not loopback
@@ -167,11 +179,8 @@ def error_of(response: httpx.Response) -> EthogramError:
         problem = {}
     text = str(problem.get("detail") or problem.get("title") or f"the server answered {response.status_code}")
     listed = problem.get("violations")
-    violations = [
-        Violation(str(item.get("field")), str(item.get("description")))
-        for item in (listed if isinstance(listed, list) else [])
-        if isinstance(item, dict)
-    ]
+    items = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+    violations = [Violation(str(item.get("field")), str(item.get("description"))) for item in items]
     cls = ERRORS.get(str(problem.get("reason")))
     if cls is None:
         # Not our gateway's own answer: a proxy's, or a path that this server does not have.
@@ -258,18 +267,6 @@ class Upload:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def _running(state: str | Path | None) -> str:
-    from ethogram.platform.state import StateDir
-
-    folder = StateDir.find(state)
-    record = folder.read_record()
-    if record is None:
-        raise Unavailable(
-            f"no platform runs in {folder.root}: start one with `ethogram up`, or name one with --url or ETHOGRAM_URL"
-        )
-    return str(record["url"])
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from ethogram.client import Client
     from ethogram.resources import Model
 
-app = group("Upload, list, download and delete artifacts.")
-models = group("Publish models to the inference service, and list them.")
+app = group("Upload, list, download and delete artifacts.", "ethogram artifacts get job_abc/report -o report")
+models = group(
+    "Publish models to the inference service, and list them.", "ethogram models publish my-codec job_abc/codec"
+)
 
 Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Id of an artifact, or JOB/NAME: a job's output.")]
 ModelName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.")]

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 top = typer.Typer()
 """Commands without the word jobs."""
-app = group("List, show, follow, cancel, retry and delete jobs.")
+app = group(
+    "List, show, follow, cancel, retry and delete jobs.",
+    "ethogram jobs list --state RUNNING",
+    "ethogram jobs watch job_abc",
+)
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
 
 

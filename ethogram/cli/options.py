@@ -178,13 +178,13 @@ def show_help(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-def group(text: str) -> typer.Typer:
-    """Commands below a word; ``text``: their help."""
-    return typer.Typer(help=text, invoke_without_command=True, callback=show_help)
+def group(text: str, *lines: str) -> typer.Typer:
+    """Commands below a word; ``text``: their help; ``lines``: examples."""
+    return typer.Typer(help=text, invoke_without_command=True, callback=show_help, epilog=examples(*lines))
 
 
-def system_app(name: str, text: str) -> typer.Typer:
-    """The commands of a system, ``python -m services.<name>``; ``text``: its help."""
+def system_app(name: str, text: str, *lines: str) -> typer.Typer:
+    """The commands of a system, ``python -m services.<name>``; ``text``: its help; ``lines``: examples."""
     return typer.Typer(
         name=name,
         rich_markup_mode="markdown",
@@ -197,4 +197,5 @@ def system_app(name: str, text: str) -> typer.Typer:
         callback=show_help,
         invoke_without_command=True,
         help=text,
+        epilog=examples(*lines),
     )

@@ -17,9 +17,14 @@ from services.clt.activations.commands import POLICY
 from services.clt.activations.commands import app as activation_commands
 from services.clt.sparse.commands import app as sparse_commands
 
-app = system_app("clt", "Train routing policies, and sparse models of their activations; no platform is needed.")
-
 _MODULE = "python -m services.clt"
+app = system_app(
+    "clt",
+    "Train routing policies, and sparse models of their activations; no platform is needed.",
+    f"{_MODULE} policy -o my-policy",
+    f"{_MODULE} activations my-policy -o my-activations",
+    f"{_MODULE} train my-activations --kind cross_layer -o my-clt",
+)
 
 
 @run_command(
@@ -74,7 +79,7 @@ def gap(
     seed: Annotated[int, typer.Option(help="Seed of instances and tours.", min=0, max=2**63 - 1)] = 0,
     device: Device = None,
 ) -> Answer:
-    """Compare a policy's tours with a solver's: by which share they are longer."""
+    """Compare a policy's tours with a solver's: how much longer they are."""
     from services.clt.policy.evaluate import evaluate, evaluation_instances
     from services.clt.policy.job import named
     from services.clt.policy.model import AttentionPolicy

@@ -15,9 +15,13 @@ from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.kinds import KINDS
 
-app = system_app("crossmodal", "Train codecs, and exchange them with the Hugging Face Hub; no platform is needed.")
-
 _MODULE = "python -m services.crossmodal"
+app = system_app(
+    "crossmodal",
+    "Train codecs, and exchange them with the Hugging Face Hub; no platform is needed.",
+    f"{_MODULE} train my-zoo -o my-run",
+)
+
 _OPERATIONS, _SHARES = ("add", "remove", "replace"), ("target_mean", "local_mean", "kept_mean", "all_gate")
 _HEADLINE = (
     *("agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"),
@@ -47,8 +51,8 @@ def train(
         ),
     ],
 ) -> Request:
-    """Train a codec on a zoo and evaluate it. The same command resumes an interrupted run; torchrun shares it between
-    processes."""
+    """Train a codec on a zoo and evaluate it. The same command resumes an interrupted run. Under torchrun, several
+    processes train together."""
 
     def locate(device: str) -> Path:
         from services.zoo.source import locate

@@ -34,15 +34,17 @@ from ethogram.specs.generation import GenerationSpec
 from ethogram.specs.kinds import KINDS
 from services.zoo.dataset import BASELINE
 
+_MODULE = "python -m services.generation"
 app = system_app(
-    "generation", "Make zoos, report on them, and convert them from and to other forms; no platform is needed."
+    "generation",
+    "Make zoos, report on them, and convert them from and to other forms; no platform is needed.",
+    f"{_MODULE} make --set subjects=64 -o my-zoo",
 )
 
 Baseline = Annotated[
     Path | None,
     typer.Option(metavar="ZOO", help="Zoo whose probes (baseline_dataset.json) to use.", exists=True, file_okay=False),
 ]
-_MODULE = "python -m services.generation"
 
 
 @run_command(
@@ -58,9 +60,9 @@ def make(
     ],
     baseline: Baseline = None,
 ) -> Request:
-    """Make a zoo in the folder --output: records, dataset card, and a report in its folder report. The run's folder is
-    beside it, with the same name and -run at its end. The same command resumes an interrupted run, and the zoo is the
-    same. What fails before the first checkpoint leaves neither folder."""
+    """Make a zoo in the folder --output: records, a dataset card, and a report in its folder `report`. The run is kept
+    beside it, in a folder of the same name with -run at its end. The same command resumes an interrupted run and gives
+    the same zoo. A run that fails before its first checkpoint leaves neither folder."""
     return Request(
         {} if baseline is None else {"signature.baseline": baseline},
         check=lambda spec: _check_baseline(spec, baseline),

@@ -35,12 +35,18 @@ def run_process(
     A signal calls ``leave``, if ``serve`` does not handle signals itself. With ``--parent-pipe`` the end of standard
     input counts as SIGTERM. An :class:`EthogramError` is printed, and the process exits with status ``failure``.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=f"The platform's {name} process.")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=f"The platform's {name} process. Its settings are the variables ETHOGRAM_*.",
+        epilog=f"example: ETHOGRAM_STATE=runs/state python -m {module}",
+    )
     parser.add_argument("--parent-pipe", action="store_true", help="exit when standard input closes")
     arguments = parser.parse_args()
     logs.configure(name)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if leave is not None else ():
-        signal.signal(number, lambda *_: leave())
+    if leave is not None:
+        on_signal = leave
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: on_signal())
     try:
         config = settings.read()
         logs.configure(name, config.log_level)

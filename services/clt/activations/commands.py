@@ -103,7 +103,7 @@ def activations(
 
 @command(app, f"{_MODULE} inspect-pairs my-activations --json")
 def inspect_pairs(store: Store, *, pair: Pairs = None) -> Answer:
-    """What pairs of hook points are like: sparsity, norms, correlations, and how much of the target a linear map of the
+    """Describe pairs of hook points: sparsity, norms, correlations, and how much of the target a linear map of the
     source explains."""
     from services.clt.activations.pairs import inspect, pairs_of
     from services.clt.activations.store import ActivationStore

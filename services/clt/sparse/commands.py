@@ -86,7 +86,8 @@ def train(
     ] = None,
 ) -> Request:
     """Train transcoders from source to target hook points: of a pair, or of all MLPs in the store with --kind
-    per_layer or cross_layer. The same command resumes an interrupted run; torchrun shares it between processes."""
+    per_layer or cross_layer. The same command resumes an interrupted run. Under torchrun, several processes train
+    together."""
     inputs = {"activations": store} | ({"model.dictionary": dictionary} if dictionary is not None else {})
     values: dict[str, Any] = {}
     if pair is not None:
