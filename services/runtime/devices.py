@@ -20,13 +20,13 @@ def check_device(device: str, field: str = "--device") -> None:
         raise InvalidInput.field(field, f"{device} cannot be used on this machine ({why})") from None
 
 
-def chosen_device(device: str | None) -> str:
-    """What a user names, once it is checked; by default a GPU if there is one."""
+def chosen_device(device: str | None, field: str = "--device") -> str:
+    """What a user names in ``field``, once it is checked; by default a GPU if there is one."""
     import torch
 
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    check_device(device, field)
     return device
 
 
