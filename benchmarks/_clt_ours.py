@@ -1,7 +1,10 @@
-"""Our side of the benchmark of sparse models: synthetic activation stores, steps on given batches, and memory."""
+"""Our side of the benchmark of sparse models: synthetic activation stores, steps on given batches, and memory. A
+process that imports no more measures that: ``python -m benchmarks._clt_ours memory|loader JSON``."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -109,7 +112,7 @@ class Steps:
         return time.perf_counter() - began
 
 
-def memory(case: dict[str, Any], store: Path) -> float:
+def memory(case: dict[str, Any], store: str) -> float:
     """Memory that ten steps take beyond data and parameters, MiB; for a process of its own."""
     steps = Steps(case, ActivationStore.open(store))
     mib = extra_mib(lambda: steps.take(10))
@@ -117,7 +120,7 @@ def memory(case: dict[str, Any], store: Path) -> float:
     return mib
 
 
-def loader(folder: Path, batch: int) -> float:
+def loader(folder: str, batch: int) -> float:
     """Memory that an epoch through a store takes, in shards; for a process of its own."""
     store = ActivationStore.open(folder)
     hooks = store.hooks
@@ -131,3 +134,7 @@ def loader(folder: Path, batch: int) -> float:
                 batches.at(step)
 
     return extra_mib(through) / shard
+
+
+if __name__ == "__main__":
+    print({"memory": memory, "loader": loader}[sys.argv[1]](**json.loads(sys.argv[2])))

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import _clt_ours, _kit
+from benchmarks import _kit
 from benchmarks._clt_ours import ANY, Steps, made_up
 from benchmarks._kit import Cache, Figures, say
 from ethogram.bench import Figure
@@ -171,7 +171,7 @@ def memory() -> Figures:
         prepare(case, steps, ask)
         theirs = ask("memory", count=TURN)["mib"]
     steps.close()
-    ours = _kit.in_child(_clt_ours.memory, case, store.folder)
+    ours = float(_kit.call("_clt_ours", "memory", json.dumps({"case": case, "store": str(store.folder)})))
     say(f"ten steps of {name} take {ours:.0f} MiB, others' {theirs:.0f}")
     return {"memory_ratio": Figure(ours, "<=", 0.5, theirs, judged="ratio")}
 
@@ -197,7 +197,7 @@ def loader() -> Figures:
     steps.close()
     load, train = statistics.median(loads), statistics.median(trains)
     say(f"loader: {load:.0f} rows/s, training {train:.0f}")
-    shards = _kit.in_child(_clt_ours.loader, store.folder, BATCH)
+    shards = float(_kit.call("_clt_ours", "loader", json.dumps({"folder": str(store.folder), "batch": BATCH})))
     return {
         "loader_ratio": Figure(load, ">=", 3.0, train, judged="ratio"),
         "loader_rss_shards": Figure(shards),
