@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,4 +138,5 @@ def loader(folder: str, batch: int) -> float:
 
 
 if __name__ == "__main__":
-    print({"memory": memory, "loader": loader}[sys.argv[1]](**json.loads(sys.argv[2])))
+    functions: dict[str, Callable[..., float]] = {"memory": memory, "loader": loader}
+    print(functions[sys.argv[1]](**json.loads(sys.argv[2])))

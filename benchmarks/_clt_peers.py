@@ -197,8 +197,9 @@ def memory(count: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    functions: dict[str, Callable[..., dict[str, float]]]
+    functions = {"make": make, "steps": steps, "memory": memory, "train": train}
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         name, arguments = json.loads(line)
-        answer = {"make": make, "steps": steps, "memory": memory, "train": train}[name](**arguments)
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(functions[name](**arguments)), file=answers, flush=True)
