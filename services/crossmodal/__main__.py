@@ -15,16 +15,15 @@ from ethogram.cli.options import NewFolder, examples, system_app
 from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
+from ethogram.specs.edits import OPERATIONS
 from ethogram.specs.kinds import KINDS
 
 app = system_app("crossmodal", "Train codecs, and exchange them with the Hugging Face Hub; no platform is needed.")
 
 _MODULE = "python -m services.crossmodal"
-_OPERATIONS, _SHARES = ("add", "remove", "replace"), ("target_mean", "local_mean", "kept_mean", "all_gate")
-_HEADLINE = (
-    *("agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"),
-    *(f"{operation}.{share}" for operation in _OPERATIONS for share in _SHARES),
-)
+_SHARES = ("target_mean", "local_mean", "kept_mean", "all_gate")
+_HEADLINE = ["agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"]
+_HEADLINE += [f"{operation}.{share}" for operation in OPERATIONS for share in _SHARES]
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Devices that a user names."""
+"""The choice of a device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_device(device: str, field: str = "--device") -> None:
 
 
 def chosen_device(device: str | None) -> str:
-    """What a user names, once it is checked; by default a GPU if there is one."""
+    """``device``, checked; by default a GPU if there is one."""
     import torch
 
     if device is None:
@@ -31,8 +31,8 @@ def chosen_device(device: str | None) -> str:
 
 
 def uses_bfloat16(precision: str, device: str) -> bool:
-    """Whether matrix products are in bfloat16; ``precision``: float32, bfloat16, or auto: where the device has units
-    for it."""
+    """Whether matrix products are in bfloat16. ``precision``: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on
+    devices with hardware for it."""
     import torch
 
     if precision != "auto":
