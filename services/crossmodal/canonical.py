@@ -56,9 +56,9 @@ class Canonicalizer:
         for which in torch.unique(shape).tolist():
             rows = (shape == which).nonzero().squeeze(1)
             entries, factors = self._of_shape(self.layout.strip(vectors[rows], which), which)
-            places = self.layout.places[which].to(vectors.device)
-            index[rows.unsqueeze(1), places] = places[entries]
-            factor[rows.unsqueeze(1), places] = factors
+            positions = self.layout.positions[which].to(vectors.device)
+            index[rows.unsqueeze(1), positions] = positions[entries]
+            factor[rows.unsqueeze(1), positions] = factors
         return Transform(index, factor)
 
     def _of_shape(self, flat: Tensor, which: int) -> tuple[Tensor, Tensor]:

@@ -263,9 +263,9 @@ class Codec:
         steering = edits if isinstance(edits, Steering) else Steering.of(edits, mode, strength, direction)
         steered = self._steer(networks, activation, steering)
         source, edited = (self.yes(vectors, steered.shape) for vectors in (steered.source, steered.vectors))
-        shares = torch.stack([self._by_stratum(predictions) for predictions in (source, edited)], 1)
+        shares = torch.stack([self.evaluation.by_stratum(predictions) for predictions in (source, edited)], 1)
         predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (steered.before, steered.latents)], 1)
-        before, after = (self._labels(self.evaluation, has) for has in (steered.had, steered.wanted))
+        before, after = map(self.evaluation.labels, (steered.had, steered.wanted))
         scores = score(edited, source, before, after)
         target = scores.target.masked_fill((before == after).all(1), float("nan"))
         return Effect(
@@ -305,7 +305,7 @@ class Codec:
             weights, steered = moved(strength)
             strengths = torch.full((len(vectors),), strength, device=self.device)
             return _Steered(vectors, shape, latents, weights, steered, strengths, had, wanted)
-        before, after = (self._labels(self.support, labels) for labels in (had, wanted))
+        before, after = map(self.support.labels, (had, wanted))
         trials = [moved(factor) for factor in AUTO]
         margins = []
         for weights, _ in trials:
@@ -326,7 +326,7 @@ class Codec:
     def evaluate(self, networks: Params | Batch, activation: str | None = None) -> tuple[Tensor, Tensor]:
         """``recall`` ``[batch, behaviors]`` and ``false_positive_rate`` ``[batch]`` of networks, as in
         :class:`Effect`."""
-        shares = self._by_stratum(self.yes(*self._vectors(networks, activation)))
+        shares = self.evaluation.by_stratum(self.yes(*self._vectors(networks, activation)))
         return shares[:, :-1], shares[:, -1]
 
     @cached_property
@@ -350,20 +350,11 @@ class Codec:
     def _inputs(self, held_out: Evaluation) -> Tensor:
         return encode(self.layout.envelope, held_out.sequences.to(self.device)).T.contiguous()
 
-    def _labels(self, held_out: Evaluation, has: Tensor) -> Tensor:
-        """Exact labels of networks with the behaviours ``has`` (bool ``[batch, behaviors]``): bool ``[batch, n]``."""
-        return held_out.labels(has.cpu()).to(self.device)
-
-    def _by_stratum(self, predictions: Tensor) -> Tensor:
-        """Share of yes among ``predictions`` on each stratum of the evaluation set, the last that of no behaviour:
-        ``[batch, behaviors + 1]``."""
-        return self.evaluation.by_stratum(predictions.cpu()).to(self.device)
-
     def yes(self, vectors: Tensor, shape: Tensor, held_out: Evaluation | None = None) -> Tensor:
         """Predicted classes of networks ``[models, size]`` on the evaluation set, or on the support set if that is
         ``held_out``: bool ``[models, n]``."""
         inputs = self._support_inputs if held_out is self.support else self.evaluation_inputs
-        return self.layout.answers(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
+        return self.layout.logits(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
 
     def signs(self, edits: Sequence[Edit]) -> Tensor:
         """-1 for behaviours that the edits remove, 1 for those that they add: ``[behaviors]``."""

@@ -133,8 +133,7 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
         spread = torch.pdist(weights).mean() / torch.pdist(subjects.weights).mean().clamp_min(1e-12)
         figures["spread"] = float(spread)
     other = same_label_partner(subjects.labels)
-    # On the CPU, where the agreement is.
-    have = (other >= 0).cpu()
+    have = other >= 0
     if bool(have.any()):
         swapped = _agreement(evaluation, decoded[other[have]] == source[have])
         figures["same_label.agreement"] = float(swapped.mean())
@@ -262,7 +261,7 @@ def judge_edit(codec: Codec, subjects: Subjects, decoded: Decoded, source: Tenso
             moved = decoded.latents[index] + (shift[chunk] if shift.dim() == 2 else shift)
             steered = codec.model.decoder(moved, shape)
             variants = torch.stack([edited(weights, decoded.weights[index], steered, mode) for mode in MODES], 1)
-            predictions = codec.layout.answers(variants, shape, codec.evaluation_inputs) > 0
+            predictions = codec.layout.logits(variants, shape, codec.evaluation_inputs) > 0
             for i, mode in enumerate(MODES):
                 scores = score(predictions[:, i], source[index], possible.before[chunk], possible.after[chunk])
                 results[mode, name].append(scores)
@@ -284,8 +283,7 @@ def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit:
         fits &= labels.sum(1) >= 2
     subject = fits.nonzero().squeeze(1)
     selected = labels[subject]
-    before = evaluation.labels(selected.cpu()).to(labels.device)
-    after = evaluation.labels((selected & ~lost | gained).cpu()).to(labels.device)
+    before, after = evaluation.labels(selected), evaluation.labels(selected & ~lost | gained)
     decided = before != after
     keep = decided.sum(1) >= MIN_DECIDED
     if edit.operation == "remove":
@@ -341,7 +339,7 @@ def same_label_partner(labels: Tensor) -> Tensor:
 
 def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:
     """Mean over the strata that have sequences, ``[subjects]``."""
-    strata = evaluation.by_stratum(equal.cpu())
+    strata = evaluation.by_stratum(equal)
     return strata[:, torch.unique(evaluation.stratum)].mean(1)
 
 

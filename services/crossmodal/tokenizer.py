@@ -86,16 +86,16 @@ class Tokenizer:
     def signature(self) -> Form:
         """For signatures, flat ``[batch, neurons x values]``."""
         entries = torch.arange(self.layout.neurons * self.values).view(self.layout.neurons, self.values)
-        shapes = zip(self.layout.shapes, self.layout.neuron_places, strict=True)
-        return _form([(entries[places], _metadata(shape, SIGNATURE)) for shape, places in shapes])
+        shapes = zip(self.layout.shapes, self.layout.neuron_positions, strict=True)
+        return _form([(entries[positions], _metadata(shape, SIGNATURE)) for shape, positions in shapes])
 
     @cached_property
     def weights(self) -> Form:
         """For flat networks ``[batch, layout.size]``."""
-        shapes = zip(self.layout.shapes, self.layout.places, strict=True)
+        shapes = zip(self.layout.shapes, self.layout.positions, strict=True)
         if self.granularity == "chunk":
-            return _form([_chunks(places, self.chunk) for _, places in shapes])
-        return _form([_neurons(shape, places) for shape, places in shapes])
+            return _form([_chunks(positions, self.chunk) for _, positions in shapes])
+        return _form([_neurons(shape, positions) for shape, positions in shapes])
 
 
 def _metadata(shape: Architecture, parameter: int) -> Tensor:
@@ -108,21 +108,21 @@ def _metadata(shape: Architecture, parameter: int) -> Tensor:
     return torch.tensor([(*row, token) for token, row in enumerate(rows)])
 
 
-def _neurons(shape: Architecture, places: Tensor) -> tuple[Tensor, Tensor]:
+def _neurons(shape: Architecture, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Entries ``[neurons, width]`` of a network's neurons, and their metadata."""
     widest = max(fan_in for fan_in, _ in shape.layers) + 1
     rows = []
-    network = unflatten(places.unsqueeze(0), shape)
+    network = unflatten(positions.unsqueeze(0), shape)
     for layer in range(len(shape.layers)):
         weight, bias = network[f"layers.{layer}.weight"][0], network[f"layers.{layer}.bias"]
         rows.append(F.pad(torch.cat([weight, bias.T], 1), (0, widest - weight.shape[1] - 1), value=-1))
     return torch.cat(rows), _metadata(shape, WEIGHT)
 
 
-def _chunks(places: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _chunks(positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Entries ``[chunks, length]`` of a network's chunks, and their metadata."""
-    count = -(-len(places) // length)
-    entries = F.pad(places, (0, count * length - len(places)), value=-1).view(count, length)
+    count = -(-len(positions) // length)
+    entries = F.pad(positions, (0, count * length - len(positions)), value=-1).view(count, length)
     token, zero = torch.arange(count), torch.zeros(count, dtype=torch.int64)
     columns = (zero, zero + CHUNK, token * length, zero + length, zero, token)
     return entries, torch.stack(columns, 1)

@@ -166,8 +166,8 @@ class CodecTrainer(Trainer):
             rows = self.queries.draw(patterns.cpu(), self.spec.training.queries, rng)
             inputs = self.queries.network_inputs(rows).to(self.device)
             with torch.no_grad():
-                source_logits = self.layout.answers(source.unsqueeze(1), shape, inputs).squeeze(1)
-            answers = self.layout.answers(torch.stack(list(networks.values()), 1), shape, inputs).unbind(1)
+                source_logits = self.layout.logits(source.unsqueeze(1), shape, inputs).squeeze(1)
+            answers = self.layout.logits(torch.stack(list(networks.values()), 1), shape, inputs).unbind(1)
             logits = dict(zip(networks, answers, strict=True))
             if weight.behavior:
                 terms["behavior"] = losses.behavior(logits.pop("behavior"), source_logits)
