@@ -160,11 +160,6 @@ class Codec:
         """What can be added and removed, in the order of ``directions``."""
         return [Behavior(p.name, p.description, n) for p, n in zip(self.patterns, self.positives, strict=True)]
 
-    @property
-    def signature_shape(self) -> tuple[int, int]:
-        """(neurons, values) of one signature."""
-        return self.layout.neurons, self.preprocessor.extractor.values
-
     def latents(self, inputs: Tensor, shape: Tensor) -> Tensor:
         """Latents ``[batch, latent]`` of the encoder's flat inputs ``[batch, inputs]`` of networks of the shapes
         ``shape`` (int64 ``[batch]``)."""
@@ -186,12 +181,12 @@ class Codec:
     def check_signatures(self, signatures: Tensor) -> Batch:
         """``signatures`` as rows for :meth:`encode_signatures`."""
         if self.spec.codec.inputs != "signature":
-            raise InvalidInput.field(
-                "signatures", f"this model's encoder takes {self.spec.codec.inputs}; send networks"
-            )
+            text = f"this model's encoder takes {self.spec.codec.inputs}; send networks"
+            raise InvalidInput.field("signatures", text)
         if len(self.layout.shapes) > 1 or self.preprocessor.canonicalizer is not None:
             raise InvalidInput.field("signatures", "this model must see the networks themselves; send networks")
-        return Batch(checks.batch(signatures, self.signature_shape, "signatures").flatten(1), 0)
+        shape = (self.layout.neurons, self.preprocessor.extractor.values)
+        return Batch(checks.batch(signatures, shape, "signatures").flatten(1), 0)
 
     def check_latents(self, latents: Tensor, shape: Architecture | None = None) -> Batch:
         """``latents`` as rows for :meth:`decode`."""
@@ -265,7 +260,7 @@ class Codec:
         source, edited = (self.yes(vectors, steered.shape) for vectors in (steered.source, steered.vectors))
         shares = torch.stack([self.evaluation.by_stratum(predictions) for predictions in (source, edited)], 1)
         predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (steered.before, steered.latents)], 1)
-        before, after = map(self.evaluation.labels, (steered.had, steered.wanted))
+        before, after = map(self.evaluation.labels, (steered.had, steered.requested))
         scores = score(edited, source, before, after)
         target = scores.target.masked_fill((before == after).all(1), float("nan"))
         return Effect(
@@ -300,12 +295,12 @@ class Codec:
         had = source.float() @ decisive.T / decisive.sum(1).clamp_min(1) >= MIN_RECALL
         # Where all sequences of a behaviour are probes, the support set has none: the latent decides.
         had = torch.where(decisive.any(1), had, self.probe(latents) > 0)
-        wanted = had & ~(change < 0) | (change > 0)
+        requested = had & ~(change < 0) | (change > 0)
         if strength != "auto":
             weights, steered = moved(strength)
             strengths = torch.full((len(vectors),), strength, device=self.device)
-            return _Steered(vectors, shape, latents, weights, steered, strengths, had, wanted)
-        before, after = map(self.support.labels, (had, wanted))
+            return _Steered(vectors, shape, latents, weights, steered, strengths, had, requested)
+        before, after = map(self.support.labels, (had, requested))
         trials = [moved(factor) for factor in AUTO]
         margins = []
         for weights, _ in trials:
@@ -320,7 +315,7 @@ class Codec:
         strengths = torch.where(same, 0.0, torch.tensor(AUTO, device=self.device)[best])
         weights = torch.where(same.unsqueeze(1), moved(0.0)[0], weights)
         steered = torch.where(same.unsqueeze(1), latents, steered)
-        return _Steered(vectors, shape, latents, weights, steered, strengths, had, wanted)
+        return _Steered(vectors, shape, latents, weights, steered, strengths, had, requested)
 
     @torch.no_grad()
     def evaluate(self, networks: Params | Batch, activation: str | None = None) -> tuple[Tensor, Tensor]:
@@ -408,5 +403,5 @@ class _Steered(NamedTuple):
     latents: Tensor
     strength: Tensor
     had: Tensor
-    wanted: Tensor
+    requested: Tensor
     """Behaviours that the edit asks for: bool ``[batch, behaviors]``."""

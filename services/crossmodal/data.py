@@ -211,8 +211,9 @@ class Queries:
             groups += [closest, misses[:, near // 2 :]]
         groups.append(torch.full((subjects, count - sum(group.shape[1] for group in groups)), patterns))
         group = torch.cat(groups, 1)
-        place = torch.rand(group.shape, generator=generator, dtype=torch.float64) * self.pools.count[group]
-        return self.pools.start[group] + place.long().minimum(self.pools.count[group] - 1)
+        count_of_group = self.pools.count[group]
+        index = torch.rand(group.shape, generator=generator, dtype=torch.float64) * count_of_group
+        return self.pools.start[group] + index.long().minimum(count_of_group - 1)
 
     def network_inputs(self, rows: Tensor) -> Tensor:
         """Inputs ``[subjects, input_size, n]`` of rows ``[subjects, n]``, examples as columns."""

@@ -136,8 +136,14 @@ class Encoder(nn.Module):
 
     def forward(self, features: Tensor, shape: Tensor) -> Tensor:
         """Latents ``[batch, latent]`` of :meth:`features`; ``shape``: of each network, int64 ``[batch]``."""
-        if self.spec.flat:
-            return self._latents(features, shape)
+        if not self.spec.flat:
+            features = self._pooled(features, shape)
+        entering = torch.cat([features, self.descriptors[shape]], 1)
+        latents: Tensor = self.layers(entering)
+        return latents if self.straight is None else latents + self.straight(entering)
+
+    def _pooled(self, features: Tensor, shape: Tensor) -> Tensor:
+        """Features as tokens, through the transformer if there is one, and pooled: ``[batch, ...]``."""
         vectors = torch.split(features, self.sizes, 1)
         tokens = [form.tokens(part, shape) for form, part in zip(self.forms, vectors, strict=True)]  # type: ignore[operator]
         hidden = torch.cat([embedding(t) for embedding, t in zip(self.embeddings, tokens, strict=True)], 1)
@@ -147,12 +153,7 @@ class Encoder(nn.Module):
             mask = F.pad(mask, (1, 0), value=True)
         for block in self.blocks:
             hidden = block(hidden, mask)
-        return self._latents(pool(hidden, mask, self.spec.pooling), shape)
-
-    def _latents(self, hidden: Tensor, shape: Tensor) -> Tensor:
-        entering = torch.cat([hidden, self.descriptors[shape]], 1)
-        latents: Tensor = self.layers(entering)
-        return latents if self.straight is None else latents + self.straight(entering)
+        return pool(hidden, mask, self.spec.pooling)
 
 
 class Decoder(nn.Module):

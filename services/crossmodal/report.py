@@ -190,7 +190,7 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
     """Residual edits of held-out subjects: the behaviour before and after, other accuracy, and the share that pass."""
     steering = evaluation["steering"]
     rows = {(r["operation"], r["pattern"], r["variant"]): r for r in steering if r.get("mode") == "residual"}
-    # Operations that some subject could be asked for; replacements are of pairs, the others of single behaviours.
+    # Operations with edits to judge; replacements are of pairs, the others of single behaviours.
     behaviors = {
         operation: list(dict.fromkeys(row["pattern"] for row in steering if row["operation"] == operation))
         for operation in OPERATIONS

@@ -7,26 +7,20 @@ import re
 from ethogram.errors import InvalidInput
 
 
-def check_device(device: str, field: str = "--device") -> None:
-    """Raise :class:`InvalidInput` for a ``device`` that does not exist or that this machine cannot compute on."""
-    import torch
-
-    if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:
-        raise InvalidInput.field(field, f"{device} is none of cpu, cuda, cuda:0, ..., mps")
-    try:
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise InvalidInput.field(field, f"{device} cannot be used on this machine ({why})") from None
-
-
 def chosen_device(device: str | None) -> str:
-    """``device``, checked; by default a GPU if there is one."""
+    """``device``, by default a GPU if there is one. Raises :class:`InvalidInput` for one that does not exist or that
+    this machine cannot compute on."""
     import torch
 
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:
+        raise InvalidInput.field("--device", f"{device} is none of cpu, cuda, cuda:0, ..., mps")
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise InvalidInput.field("--device", f"{device} cannot be used on this machine ({why})") from None
     return device
 
 
