@@ -16,4 +16,4 @@ if __name__ == "__main__":
     Services.announce = points.before(  # type: ignore[method-assign]
         folder, "submission committed, bell not rung", Services.announce
     )
-    sys.exit(main())
+    main()
