@@ -66,9 +66,9 @@ def test_pareto_front_is_what_no_other_point_beats() -> None:
 
 def test_principal_positions_keep_the_widest_spread() -> None:
     latents = torch.randn(200, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 9.0, 0.1, 3.0, 0.1])
-    places, title = principal_positions(latents)
-    assert places.shape == (200, 2)
-    assert float(places[:, 0].std()) == pytest.approx(9, rel=0.2)
+    positions, title = principal_positions(latents)
+    assert positions.shape == (200, 2)
+    assert float(positions[:, 0].std()) == pytest.approx(9, rel=0.2)
     assert "PCA: 9" in title or "PCA: 8" in title
     line, title = principal_positions(latents[:, :1])
     assert torch.equal(line[:, 1], torch.zeros(200)) and float(line[:, 0].std()) > 0
