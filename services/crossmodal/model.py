@@ -214,15 +214,17 @@ class Block(nn.Module):
         """``hidden``: ``[batch, tokens, hidden]``; ``mask``: which tokens are there, bool ``[batch, tokens]``;
         ``memory``: ``[batch, memory, hidden]``."""
         project, output = self.own
-        hidden = hidden + output(self._attend(*project(self.norms[0](hidden)).chunk(3, 2), mask[:, None, None, :]))
+        hidden = hidden + output(self._attend(project(self.norms[0](hidden)).chunk(3, 2), mask[:, None, None, :]))
         if self.other is not None and memory is not None:
             query, key_value, output = self.other
-            hidden = hidden + output(self._attend(query(self.norms[2](hidden)), *key_value(memory).chunk(2, 2), None))
+            projections = [query(self.norms[2](hidden)), *key_value(memory).chunk(2, 2)]
+            hidden = hidden + output(self._attend(projections, None))
         result: Tensor = hidden + self.feed(self.norms[1](hidden))
         return result
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        query, key, value = (t.view(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in (query, key, value))
+    def _attend(self, projections: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """Attention with queries, keys and values ``[batch, tokens, hidden]``."""
+        query, key, value = (p.view(*p.shape[:2], self.heads, -1).transpose(1, 2) for p in projections)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
