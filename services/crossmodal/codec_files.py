@@ -71,8 +71,9 @@ def write(contents: Contents, folder: Path) -> None:
     run = {"run": digest.hexdigest()[:16]}
     for name, state in states.items():
         write_tensors(folder / f"{name}.safetensors", state, run)
-    probe = {"probe": contents.probe.weights, "probe_bias": contents.probe.bias}
-    directions = {**contents.fixed, "learned": contents.model.directions, **probe}
+    directions: dict[str, Tensor] = dict(contents.fixed.items())
+    directions |= {"probe": contents.probe.weights, "probe_bias": contents.probe.bias}
+    directions["learned"] = contents.model.directions
     write_tensors(folder / "directions.safetensors", directions, run)
     sequences = {"probes": contents.probes}
     for kind, held_out in (("evaluation", contents.evaluation), ("support", contents.support)):

@@ -214,9 +214,8 @@ def judge_curves(
                 scores = score(codec.yes(weights, chosen.shape), source[index], possible.before, possible.after)
                 by_point.setdefault((edit.operation, kind, strength), []).append(_means(scores))
     return [
-        dict(zip(("operation", "direction", "strength"), point, strict=True))
-        | {name: _mean(rows, name) for name in rows[0]}
-        for point, rows in by_point.items()
+        {"operation": operation, "direction": kind, "strength": strength, **{n: _mean(rows, n) for n in rows[0]}}
+        for (operation, kind, strength), rows in by_point.items()
     ]
 
 

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ethogram.specs.edits import DIRECTIONS, OPERATIONS, Edit
+from ethogram.specs.edits import DIRECTIONS, OPERATIONS, Edit, Operation
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CONTROLS, OTHERS
@@ -111,7 +111,8 @@ def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[s
     names, labels = [pattern.name for pattern in codec.patterns], zoo.labels[held_out]
     chosen: list[tuple[int, Edit]] = []
     for name, has in zip(names, labels.T, strict=True):
-        for operation, fits in (("add", ~has), ("remove", has & (labels.sum(1) >= 2))):
+        fitting: dict[Operation, Tensor] = {"add": ~has, "remove": has & (labels.sum(1) >= 2)}
+        for operation, fits in fitting.items():
             chosen += [(row, Edit(operation, name)) for row in fits.nonzero().flatten()[:1].tolist()]
     if not chosen:
         return [], {}

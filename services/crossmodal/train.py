@@ -173,9 +173,10 @@ class CodecTrainer(Trainer):
                 terms["behavior"] = losses.behavior(logits.pop("behavior"), source_logits)
             if logits:
                 pools, sets = self.queries.pools, (labels, labels_after)
-                exact = [pools.labels(rows, behaviors.cpu()).to(self.device) for behaviors in sets]
+                before, after = (pools.labels(rows, behaviors.cpu()).to(self.device) for behaviors in sets)
                 for name, edit_logits in logits.items():
-                    terms[name] = losses.steering(edit_logits, source_logits, *exact, weight.locality, mend=weight.mend)
+                    labeled = (edit_logits, source_logits, before, after)
+                    terms[name] = losses.steering(*labeled, weight.locality, mend=weight.mend)
         if weight.variance:
             terms["variance"] = losses.variance(latents.float())
         rest = torch.stack([getattr(weight, name) * term for name, term in terms.items()]).sum() if terms else 0.0
