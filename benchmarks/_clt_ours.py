@@ -1,5 +1,5 @@
-"""Our side of the benchmark of sparse models: stores of made-up activations, steps on given batches, and what has to be
-measured in a process of its own: ``python -m benchmarks._clt_ours memory|loader JSON``."""
+"""Our side of the benchmark of sparse models: synthetic activation stores, steps on given batches, and measurements
+that need their own process: ``python -m benchmarks._clt_ours memory|loader JSON``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ANY = ArtifactRef(artifact="activations")
 
 
 def made_up(folder: Path, width: int, layers: int, rows: int, shard_rows: int) -> ActivationStore:
-    """A store of ``layers`` pairs: sources are sums of a few of many directions, targets a map of them; or what is in
-    the folder."""
-    draws = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(8 * width, width, generator=draws), dim=1)
-    maps = torch.randn(layers, width, width, generator=draws) / width**0.5
+    """A store of ``layers`` pairs, made unless ``folder`` has it: sources are sums of a few of many directions, targets
+    a map of them."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(8 * width, width, generator=generator), dim=1)
+    maps = torch.randn(layers, width, width, generator=generator) / width**0.5
     hooks = [f"layer_{layer}_{side}" for layer in range(layers) for side in ("pre_mlp", "mlp")]
     instances = rows // ROWS
     manifest = Manifest(
@@ -51,8 +51,8 @@ def made_up(folder: Path, width: int, layers: int, rows: int, shard_rows: int) -
                 values: dict[str, Tensor] = {}
                 first = writer.instances(split)
                 for layer in range(layers):
-                    active = torch.randint(len(directions), (room * ROWS, 24), generator=draws)
-                    sizes = torch.rand(room * ROWS, 24, generator=draws)
+                    active = torch.randint(len(directions), (room * ROWS, 24), generator=generator)
+                    sizes = torch.rand(room * ROWS, 24, generator=generator)
                     source = torch.nn.functional.embedding_bag(active, directions, per_sample_weights=sizes, mode="sum")
                     values[hooks[2 * layer]] = source.view(room, ROWS, width)
                     values[hooks[2 * layer + 1]] = (source @ maps[layer]).tanh().view(room, ROWS, width)

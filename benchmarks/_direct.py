@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -11,21 +10,9 @@ import torch
 
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal.job import run as job
-from services.runtime.run import Run
-
-
-class Direct(Run):
-    """Keeps what the job makes below ``output``."""
-
-    def __init__(self, zoo: Path, output: Path) -> None:
-        self.inputs = {"zoo": zoo}
-        self._output = output
-
-    def artifact(self, name: str, type: str, folder: Path) -> None:
-        shutil.copytree(folder, self._output / name)
-
+from tests.recorder import Recorder
 
 if __name__ == "__main__":
     zoo, spec, output = map(Path, sys.argv[1:])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    job(CrossmodalSpec.model_validate_json(spec.read_text()), Direct(zoo, output))
+    job(CrossmodalSpec.model_validate_json(spec.read_text()), Recorder(output, inputs={"zoo": zoo}))

@@ -1,4 +1,4 @@
-"""``make bench BENCH=chaos``: the promises of the job engine while processes die and stall, disks fill, clocks step.
+"""Does the job engine keep its promises while processes die and stall, disks fill and clocks step?
 
     make bench BENCH=chaos                              # at least 200 faults, half on SQLite, half on PostgreSQL
     make bench BENCH=chaos ARGS="--faults 40 --seed 7"  # another draw, smaller
@@ -39,7 +39,7 @@ _JOB = re.compile(r"job_[a-z0-9]{20}")
 
 @dataclass
 class Outcome:
-    """What one arena showed."""
+    """What happened in one arena."""
 
     faults: int
     jobs: int
@@ -135,7 +135,7 @@ def faults(arguments: argparse.Namespace) -> Figures:
     if form("chaos", figures)["ok"]:
         shutil.rmtree(folder, ignore_errors=True)
     else:
-        say(f"not all is well; logs and databases are in {folder}")
+        say(f"promises were broken; logs and databases are in {folder}")
     return figures
 
 

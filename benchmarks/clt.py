@@ -146,7 +146,7 @@ def store_of(case: dict[str, Any]) -> ActivationStore:
 
 
 def ready(case: dict[str, Any], steps: Steps, peer: Peer) -> None:
-    """Have the other side make the model of a case, with the same batches."""
+    """Have the peer make the model of a case, with the same batches."""
     file = ROOT / "stores" / "batches.safetensors"
     steps.save(file)
     features, kind = case["expansion"] * case["width"], "pair" if case["kind"] == "pair" else "cross"
@@ -225,18 +225,18 @@ def loader() -> Figures:
 def unequal(store: ActivationStore, count: int) -> int:
     """Batches that differ after resuming in the middle of an epoch, or of the next."""
     with Batches(store, store.hooks, BATCH, seed=1) as whole:
-        told = [[tensor.sum(0) for tensor in whole.at(step)] for step in range(count + count // 2)]
+        expected = [[tensor.sum(0) for tensor in whole.at(step)] for step in range(count + count // 2)]
     differ = 0
     for start in (count // 3, count + 3):
         with Batches(store, store.hooks, BATCH, seed=1) as again:
-            for step in range(start, min(start + 40, len(told))):
+            for step in range(start, min(start + 40, len(expected))):
                 found = [tensor.sum(0) for tensor in again.at(step)]
-                differ += not all(torch.equal(a, b) for a, b in zip(found, told[step], strict=True))
+                differ += not all(torch.equal(a, b) for a, b in zip(found, expected[step], strict=True))
     return differ
 
 
 def real(quick: bool) -> ActivationStore:
-    """A store of what a policy's second layer does."""
+    """Activations of a policy's second layer."""
     spec = PolicySpec()
     if quick:
         spec = spec.model_copy(update={"training": spec.training.model_copy(update={"steps": 300})})
@@ -263,7 +263,7 @@ def quality_spec(k: int, steps: int) -> CltSpec:
 
 
 def ours(store: ActivationStore, spec: CltSpec, _: Path) -> dict[str, float]:
-    """Train ours and judge it."""
+    """Train our model and evaluate it on held-out rows."""
     torch.set_num_threads(THREADS)
     with SparseTrainer(spec, store) as trainer, ConsoleRun() as run:
         model = train(trainer, run)
@@ -311,8 +311,8 @@ def quality(afresh: bool, quick: bool) -> Figures:
             name: CACHE.measured(f"theirs-{name}-k{k}", asked, (), partial(theirs, store, spec, name), afresh=afresh)
             for name in ("adam", "signum")
         }
-        said = {name: one.numbers for name, one in {"ours": own, **others}.items()}
-        say(f"k {k}: " + "; ".join(f"{name} fvu {one['fvu']:.5f} (l0 {one['l0']:.2f})" for name, one in said.items()))
+        rows = {name: one.numbers for name, one in {"ours": own, **others}.items()}
+        say(f"k {k}: " + "; ".join(f"{name} fvu {one['fvu']:.5f} (l0 {one['l0']:.2f})" for name, one in rows.items()))
         best = min(one.numbers["fvu"] for one in others.values())
         kept = own.kept or any(one.kept for one in others.values())
         figures[f"fvu_ratio_k{k}"] = Figure(own.numbers["fvu"], "<=", 1.0, best, judged="ratio", kept=kept)
@@ -338,7 +338,7 @@ def trained_policy(folder: Path) -> dict[str, float]:
 
 
 def policy(afresh: bool) -> Figures:
-    """The policy that all this is of."""
+    """How long the default policy trains, and how far its tours are from a solver's."""
     sources = ("ethogram/specs/clt.py", "services/clt/policy", "services/runtime")
     found = CACHE.measured("policy", PolicySpec(), sources, trained_policy, afresh=afresh)
     return {

@@ -1,4 +1,4 @@
-"""``make bench BENCH=generation``: how fast a zoo is made, beside a plain loop, and whether it is right.
+"""How fast a zoo is made, beside a plain PyTorch loop, and whether it is right.
 
     make bench BENCH=generation
     make bench BENCH=generation ARGS="--part speed --records 500"

@@ -1,4 +1,4 @@
-"""Is the house in order: size, repetition, arrows between modules, one training loop, results as they were.
+"""Size, repetition, import arrows, training loops and test time of this repository, and whether results still match.
 
     make bench BENCH=house                      every figure; about the time of the tests
     make bench BENCH=house ARGS="--no-tests"    without running the tests: seconds
@@ -39,14 +39,14 @@ ARROWS = {
     "ethogram": ("services", "workers", "gateway", "benchmarks", "tests"),
     "services": ("workers", "gateway", "benchmarks", "tests"),
     "services.runtime": (*_SYSTEMS, "services.zoo", "services.language", "services.inference", "ethogram.cli"),
-    "services.zoo": (*_SYSTEMS, "services.language", "services.inference", "services.jobs"),
+    "services.zoo": (*_SYSTEMS, "services.inference", "services.jobs"),
     "services.language": (*_SYSTEMS, "services.zoo", "services.inference", "services.jobs"),
     "services.artifacts": (*_SYSTEMS, "services.zoo", "services.language", "services.inference", "services.jobs"),
     **{system: (*({*_SYSTEMS} - {system}), "services.inference", "services.jobs") for system in _SYSTEMS},
     "gateway": ("workers", "benchmarks", "tests"),
     "workers": ("gateway", "benchmarks", "tests"),
 }
-"""What a package never imports, inside functions neither; import-linter has contracts besides."""
+"""Packages that a package never imports, not even within a function. The contracts of import-linter come on top."""
 
 
 class Module(NamedTuple):
@@ -90,8 +90,7 @@ def lines(sources: Mapping[str, Module]) -> int:
 
 
 def statements(module: Module) -> list[tuple[int, str]]:
-    """The lines that say something of their own, each with its number: no imports, docstrings, comments, blank lines
-    and declarations of fields."""
+    """Line numbers and stripped lines, without imports, docstrings, comments, blank lines and field declarations."""
     left_out: set[int] = set()
     for node in ast.walk(module.tree):
         aside: list[ast.stmt] = []
@@ -207,7 +206,7 @@ def _steps(node: ast.AST, steppers: set[str]) -> bool:
 
 
 def listed(title: str, rows: Sequence[object]) -> int:
-    """How many there are, having listed them."""
+    """List ``rows`` for people. Returns how many there are."""
     _kit.say(f"{title}: {len(rows)}" + "".join(f"\n    {row}" for row in rows))
     return len(rows)
 
@@ -228,17 +227,17 @@ def structure() -> Figures:
 
 
 def broken_contracts() -> list[str]:
-    """What import-linter finds broken."""
+    """The contracts of import-linter that are broken."""
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     done = subprocess.run(command, capture_output=True, text=True)
-    said = [line.removesuffix(" BROKEN") for line in done.stdout.splitlines() if line.endswith(" BROKEN")]
-    if done.returncode and not said:
+    broken = [line.removesuffix(" BROKEN") for line in done.stdout.splitlines() if line.endswith(" BROKEN")]
+    if done.returncode and not broken:
         raise RuntimeError(f"lint-imports failed:\n{done.stdout}{done.stderr}")
-    return said
+    return broken
 
 
 def test_seconds() -> float:
-    """How long ``make test`` takes; infinite where it fails."""
+    """Seconds that ``make test`` takes; infinite where it fails."""
     began = time.monotonic()
     failed = subprocess.run(["make", "test"], stdout=sys.stderr).returncode
     return float("inf") if failed else time.monotonic() - began

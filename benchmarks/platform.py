@@ -51,7 +51,7 @@ def measure() -> Figures:
 
 
 def first_event(client: Client) -> float:
-    """Seconds from the submission of a job to the first thing that its process says."""
+    """Seconds from the submission of a job to the first event of its process."""
     began = time.monotonic()
     job = client.submit("generation", GenerationSpec(subjects=8, training=SubjectTrainingSpec(steps=5), min_accuracy=0))
     seconds = next(time.monotonic() - began for event in client.events(job.id) if event.type in ("log", "progress"))

@@ -116,7 +116,7 @@ def earlier_zoo(seed: int) -> GenerationSpec:
 
 def earlier_codec(seed: int) -> CrossmodalSpec:
     """A latent of few numbers, much weight decay and a large share of the contrastive loss: there are 64 subjects of a
-    behaviour to learn from, and else they are learned by heart (the validation loss of edits rises from the middle of
+    behaviour to learn from, and a larger codec overfits them (the validation loss of edits rises from the middle of
     the training on). In few numbers the three ways to a behaviour also end near one another, so that what one has found
     of a network that is hard to find (one for has_majority) is of use to all; width, small batches and many steps find
     it. All edits in training are replacements, and direct ones: what is judged is what a steered latent decodes into,
@@ -154,7 +154,7 @@ def first_of_each(zoo: Zoo, count: int) -> Zoo:
 
 
 def at(zoo: Zoo, rows: Tensor) -> Zoo:
-    """The zoo with only the subjects that ``rows`` (bool ``[models]``) says."""
+    """The zoo with only the subjects of ``rows`` (bool ``[models]``)."""
     parts = {name: getattr(zoo, name)[rows] for name in ("index", "shape", "weights", "labels", "accuracy")}
     return replace(zoo, **parts)
 

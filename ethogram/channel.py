@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -29,22 +30,30 @@ class Channel:
     :class:`~ethogram.errors.Unavailable` when it does not answer.
     """
 
-    def __init__(self, target: str, timeout: float) -> None:
+    def __init__(self, target: str, *, timeout: float = 60.0) -> None:
         self.timeout = timeout
-        self.grpc = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the connection."""
-        self.grpc.close()
+        self._channel.close()
 
-    def call(self, method: Callable[..., R], request: Message) -> R:
+    def _call(self, method: Callable[..., R], request: Message) -> R:
         """The answer of a unary method."""
         try:
             return method(request, timeout=self.timeout)
         except grpc.RpcError as error:
             raise error_of(error) from None
 
-    def run(
+    def _run_parts(
         self,
         methods: Methods[R],
         request: Callable[[pb.ModelRef, slice], Message],
@@ -63,7 +72,7 @@ class Channel:
         size = max(1, min(PART_ROWS, PART_BYTES // max(row_bytes, 1)))
         if rows <= size:
             try:
-                return [self.call(unary, request(model, slice(0, rows)))]
+                return [self._call(unary, request(model, slice(0, rows)))]
             except TooLarge as error:
                 size = _half(min(size, rows), error)
         model = pinned()

@@ -1,4 +1,4 @@
-"""A page on what edits do to networks: predicted from their latents, and measured."""
+"""A page on the effect of edits on networks: predicted from their latents, and measured."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 from ethogram.inference import Effect, Floats
 from ethogram.specs.edits import Edit, EditLike
 
-_MOST = 200
-"""Networks that have a row of their own."""
+_MAX_NETWORKS = 200
+"""Maximum number of networks in the table."""
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1f2430;max-width:70rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;text-align:left;border-bottom:1px solid #d8dce3}
 i{display:inline-block;height:.7rem;vertical-align:middle;background:#9aa3b2}i.after{background:#0f766e}"""
 
 
 def effect_page(effect: Effect, edits: Sequence[EditLike], networks: str) -> str:
-    """``effect`` of ``edits`` as HTML that stands alone; ``networks`` names what was edited."""
+    """``effect`` of ``edits`` as a self-contained HTML page; ``networks`` names what was edited."""
     single = effect.local.ndim == 0
-    strength, target, local = (np.atleast_1d(one) for one in (effect.strength, effect.target, effect.local))
+    strength, target, local = (np.atleast_1d(array) for array in (effect.strength, effect.target, effect.local))
     measured = (effect.predicted, effect.recall, effect.false_positive_rate)
-    predicted, recall, rate = (one[None] if single else one for one in measured)
+    predicted, recall, rate = (array[None] if single else array for array in measured)
     had = effect.had[None] if single else effect.had
     count = len(local)
     rows = []
@@ -33,29 +33,32 @@ def effect_page(effect: Effect, edits: Sequence[EditLike], networks: str) -> str
         rows.append(cells)
     rows.append(["none of them", "", "", "", *_bars(rate)])
     head = ["behaviour", "had it", "predicted before", "predicted after", "measured before", "measured after"]
-    asked = ", ".join(str(Edit(*edit)) for edit in edits)
-    each = [[str(i), f"{strength[i]:g}", _number(target[i]), f"{local[i]:+.3f}"] for i in range(min(count, _MOST))]
-    more = f"<p>and {count - _MOST} more</p>" if count > _MOST else ""
+    title = ", ".join(str(Edit(*edit)) for edit in edits)
+    network_rows = [
+        [str(i), f"{strength[i]:g}", _number(target[i]), f"{local[i]:+.3f}"] for i in range(min(count, _MAX_NETWORKS))
+    ]
+    more = f"<p>and {count - _MAX_NETWORKS} more</p>" if count > _MAX_NETWORKS else ""
     of = "1 network" if count == 1 else f"{count:,} networks; means"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Effect of an edit</title>
 <style>{_STYLE}</style>
-<h1>{html.escape(asked)}</h1>
+<h1>{html.escape(title)}</h1>
 <p>{html.escape(networks)}: {of}. Model {html.escape(effect.model)}, version {html.escape(effect.version)}.</p>
 <p><b>Target</b>, accuracy where the edit decides: {_number(_mean(target))}. <b>Local</b>, change of accuracy everywhere
-else: {local.mean():+.3f}. Both are on held-out sequences, with the behaviours that each network was seen to have.</p>
+else: {local.mean():+.3f}. Both are on held-out sequences, with the behaviours that each network
+has by measurement.</p>
 <h2>Behaviours</h2>
-<p><b>predicted</b>: the chance of the behaviour as a line reads it from the latent. <b>measured</b>: share of the
-held-out sequences with the behaviour (in the last row: without any) that the network answers yes to.</p>
+<p><b>predicted</b>: probability of the behaviour, by a linear probe on the latent. <b>measured</b>: share of the
+held-out sequences with the behaviour (in the last row: without any) that the network accepts.</p>
 {_table(head, rows)}
-<h2>Networks</h2>{_table(["network", "strength", "target", "local"], each)}{more}</html>
+<h2>Networks</h2>{_table(["network", "strength", "target", "local"], network_rows)}{more}</html>
 """
 
 
 def summary(effect: Effect) -> dict[str, object]:
-    """``effect`` in short: mean ``target`` and ``local``, in how many networks there is ``nothing_to_change``, and the
-    ``strength`` of each, or the one of all."""
-    target, local, strength = (np.atleast_1d(one) for one in (effect.target, effect.local, effect.strength))
+    """Summary of ``effect``: mean ``target`` and ``local``, the number of networks with ``nothing_to_change``, and the
+    ``strength`` of each, or one number if all are equal."""
+    target, local, strength = (np.atleast_1d(array) for array in (effect.target, effect.local, effect.strength))
     mean, strengths = _mean(target), strength.tolist()
     return {
         "target": None if math.isnan(mean) else round(mean, 4),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -23,20 +22,8 @@ from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub, SteeringServiceStub
 from ethogram.wire import fields_of
 
-__all__ = [
-    "Behavior",
-    "Behaviors",
-    "Decoded",
-    "Direction",
-    "Edit",
-    "Effect",
-    "Encoded",
-    "Evaluated",
-    "Inference",
-    "Mode",
-    "Operation",
-    "Steered",
-]
+# With the types of edits, which users import from here too.
+__all__ = ["Direction", "Edit", "Effect", "Evaluated", "Inference", "Mode", "Operation", "Steered"]
 
 R = TypeVar("R")
 Floats = NDArray[np.floating[Any]]
@@ -123,7 +110,7 @@ class Effect(NamedTuple):
     version: str
 
 
-class Inference:
+class Inference(Channel):
     """A connection to an inference service at ``target`` (``host:port``). Thread-safe; close it, or use ``with``.
 
     Networks are dictionaries of arrays, or the path of a safetensors file: a batch (first axis of every parameter), or
@@ -140,35 +127,12 @@ class Inference:
     """
 
     def __init__(self, target: str, *, timeout: float = 60.0) -> None:
-        self._channel = Channel(target, timeout)
-        self._codec, self._steering = CodecServiceStub(self._channel.grpc), SteeringServiceStub(self._channel.grpc)
-
-    @property
-    def timeout(self) -> float:
-        """Seconds that each part of a call may take."""
-        return self._channel.timeout
-
-    @timeout.setter
-    def timeout(self, seconds: float) -> None:
-        self._channel.timeout = seconds
-
-    def __enter__(self) -> Inference:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the connection."""
-        self._channel.close()
+        super().__init__(target, timeout=timeout)
+        self._codec, self._steering = CodecServiceStub(self._channel), SteeringServiceStub(self._channel)
 
     def behaviors(self, model: str, *, version: str | None = None) -> Behaviors:
         """The behaviours that ``model`` can steer."""
-        answer = self._channel.call(
-            self._steering.ListBehaviors, pb.ListBehaviorsRequest(model=_reference(model, version))
-        )
+        answer = self._call(self._steering.ListBehaviors, pb.ListBehaviorsRequest(model=_reference(model, version)))
         behaviors = [Behavior(b.name, b.description, b.positives) for b in answer.behaviors]
         return Behaviors(behaviors, answer.model.name, answer.model.version)
 
@@ -267,26 +231,15 @@ class Inference:
     ) -> Effect:
         """What :meth:`steer` with the same arguments does to networks: predicted from their latents, and measured on
         held-out sequences."""
-        fields = fields_of(Steering.of(edits, mode, strength, direction))
         batch = _Batch.of(networks, activation)
-        answers, name = self._evaluate(model, batch, fields, version)
+        steering = fields_of(Steering.of(edits, mode, strength, direction))
+        answers, name = self._evaluate(model, batch, steering, version)
 
-        def joined(field: str) -> Floats:
-            return _join([getattr(answer.effect, field) for answer in answers], field, batch.single)
-
-        return Effect(
-            list(answers[0].behaviors),
-            batch.named([answer.effect.networks for answer in answers]),
-            joined("latents"),
-            joined("strength"),
-            joined("had") > 0,
-            joined("predicted"),
-            joined("recall"),
-            joined("false_positive_rate"),
-            joined("target"),
-            joined("local"),
-            *name,
-        )
+        names = ("latents", "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local")
+        fields = {n: _join([getattr(answer.effect, n) for answer in answers], n, batch.single) for n in names}
+        networks = batch.named([answer.effect.networks for answer in answers])
+        joined: dict[str, Any] = {**fields, "had": fields["had"] > 0}
+        return Effect(list(answers[0].behaviors), networks, **joined, model=name[0], version=name[1])
 
     def _encode(
         self,
@@ -319,7 +272,7 @@ class Inference:
         def pinned() -> pb.ModelRef:
             return _reference(model, version or self.behaviors(model).version)
 
-        answers = self._channel.run(
+        answers = self._run_parts(
             methods, request, _reference(model, version), pinned, rows=batch.rows, row_bytes=batch.row_bytes
         )
         answered = cast(Any, answers[0]).model

@@ -35,7 +35,7 @@ def to_tensor(array: NDArray[Any]) -> pb.Tensor:
 
 
 def from_tensor(tensor: pb.Tensor, field: str, *, finite: bool = True) -> NDArray[Any]:
-    """The array that ``tensor`` carries, a read-only view of its bytes.
+    """The array that ``tensor`` carries, a read-only view of a copy of its bytes.
 
     The byte length is checked against ``shape`` x element size before anything is allocated.
     Raises :class:`InvalidInput` naming ``field``, also for NaN and infinities unless ``finite`` is False.
@@ -46,15 +46,16 @@ def from_tensor(tensor: pb.Tensor, field: str, *, finite: bool = True) -> NDArra
     shape = tuple(tensor.shape)
     if len(shape) > _MAX_AXES or any(length < 0 for length in shape):
         raise InvalidInput.field(f"{field}.shape", f"needs at most {_MAX_AXES} axes, none negative")
-    expected = math.prod(shape) * dtype.itemsize
-    if expected != len(tensor.data):
+    # Each access to a bytes field of a message copies it.
+    data, expected = tensor.data, math.prod(shape) * dtype.itemsize
+    if expected != len(data):
         raise InvalidInput.field(
-            f"{field}.data", f"{len(tensor.data)} bytes, but shape {list(shape)} of {dtype.name} needs {expected}"
+            f"{field}.data", f"{len(data)} bytes, but shape {list(shape)} of {dtype.name} needs {expected}"
         )
     # NumPy bounds the other axes even if one is empty.
     if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 2**63:
         raise InvalidInput.field(f"{field}.shape", "is larger than any array can be")
-    array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    array = np.frombuffer(data, dtype=dtype).reshape(shape)
     if finite and dtype.kind == "f" and not np.isfinite(array).all():
         raise InvalidInput.field(f"{field}.data", "holds NaN or infinity")
     return array

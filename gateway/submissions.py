@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi.openapi.models import Example
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ethogram.specs.base import Spec
 from ethogram.specs.kinds import EXAMPLE_JOB, KINDS
 from services.jobs.records import Options
-
-
-def _in_utc(time: datetime) -> datetime:
-    try:
-        return time.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("must lie between the years 1 and 9999 in UTC") from None
 
 
 class SubmissionBase(Options):
@@ -29,9 +21,6 @@ class SubmissionBase(Options):
 
     kind: str
     spec: Spec
-    # Not strict: JSON has no time type, so it arrives as text (ISO 8601).
-    not_before: Annotated[AwareDatetime, AfterValidator(_in_utc)] | None = Field(None, strict=False)
-    """Earliest time to start, with its time zone, e.g. ``2030-01-01T00:00:00Z``."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -51,8 +51,7 @@ class Upload:
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise InvalidInput.field("(root)", "send multipart/form-data with the fields name, type and files")
         self._fields: dict[str, bytearray] = {}
-        self._paths: set[str] = set()
-        self._folders: set[str] = set()
+        self._files = 0
         self._header_name, self._header_value = bytearray(), bytearray()
         self._headers: dict[bytes, bytes] = {}
         self._field: bytearray | None = None
@@ -94,7 +93,7 @@ class Upload:
             fields = _Fields.model_validate({name: bytes(value) for name, value in self._fields.items()})
         except ValidationError as error:
             raise InvalidInput.from_pydantic(error) from None
-        if not self._paths:
+        if not self._files:
             raise InvalidInput.field("files", "send one part `files`, with a file name, for each file")
         return Form(fields.name, fields.type, self._folder)
 
@@ -133,13 +132,18 @@ class Upload:
             return
         if name != "files":
             raise InvalidInput.field(name or "(root)", "a part with a file name must be called `files`")
-        field = f"files.{len(self._paths)}"
+        field = f"files.{self._files}"
         path = check_path(_text(options[b"filename"], field), field)
-        self._claim(path, field)
+        if self._files >= MAX_FILES:
+            raise TooLarge(f"an artifact holds at most {MAX_FILES} files; put them into fewer, larger ones")
         target = self._folder / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._file = target.open("xb")
+            self._files += 1
+        except (FileExistsError, NotADirectoryError):
+            # Another file has this path, or is a folder of it.
+            raise InvalidInput.field(field, f"the path {path!r} is there twice") from None
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
@@ -165,21 +169,6 @@ class Upload:
         if len(target) + len(data) > limit:
             raise InvalidInput.field("(root)", f"a field or header is longer than {limit} bytes")
         target += data
-
-    def _claim(self, path: str, field: str) -> None:
-        """Refuse a path that already exists, as a file or as a folder."""
-        parents = _parents(path)
-        if path in self._paths or path in self._folders or not self._paths.isdisjoint(parents):
-            raise InvalidInput.field(field, f"the path {path!r} is there twice")
-        if len(self._paths) >= MAX_FILES:
-            raise TooLarge(f"an artifact holds at most {MAX_FILES} files; put them into fewer, larger ones")
-        self._paths.add(path)
-        self._folders.update(parents)
-
-
-def _parents(path: str) -> list[str]:
-    parts = path.split("/")[:-1]
-    return ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
 def _text(value: bytes, field: str) -> str:

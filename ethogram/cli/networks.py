@@ -6,9 +6,10 @@ A file of networks holds one tensor per parameter: a batch, or the state dict of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,7 +27,7 @@ NetworksFile = Annotated[
 ]
 Activation = Annotated[
     str | None,
-    typer.Option("--activation", help="Of the networks' hidden layers, where the model knows several for their shape."),
+    typer.Option("--activation", help="Activation of the hidden layers, if the model knows this shape with several."),
 ]
 
 
@@ -59,7 +60,7 @@ def decode(
     output: Output = Path("networks.safetensors"),
     hidden: Annotated[
         str | None,
-        typer.Option(metavar="WIDTHS", help="Widths of the hidden layers, e.g. 16,16, where the model knows several."),
+        typer.Option(metavar="WIDTHS", help="Widths of the hidden layers, e.g. 16,16, if the model knows several."),
     ] = None,
     activation: Activation = None,
     version: Version = None,
@@ -86,7 +87,7 @@ def _widths(text: str | None) -> list[int]:
     try:
         return [int(part) for part in text.split(",")] if text else []
     except ValueError:
-        raise InvalidInput.field("--hidden", f"{text} is no list of widths such as 16,16") from None
+        raise InvalidInput.field("--hidden", f"{text} is not a list of widths such as 16,16") from None
 
 
 decode_examples = examples("ethogram decode my-codec latents.safetensors -o networks.safetensors")
@@ -98,27 +99,31 @@ def steer(
     *,
     output: Output = Path("steered.safetensors"),
     add: Annotated[
-        list[str] | None, typer.Option("--add", metavar="BEHAVIOR", help="A behaviour to gain. Repeatable.")
+        list[str] | None, typer.Option("--add", metavar="BEHAVIOR", help="Add a behaviour. Repeatable.")
     ] = None,
     remove: Annotated[
-        list[str] | None, typer.Option("--remove", metavar="BEHAVIOR", help="A behaviour to lose. Repeatable.")
+        list[str] | None, typer.Option("--remove", metavar="BEHAVIOR", help="Remove a behaviour. Repeatable.")
     ] = None,
     replace: Annotated[
         list[str] | None,
-        typer.Option("--replace", metavar="OLD=NEW", help="A behaviour to lose, and one to gain instead. Repeatable."),
+        typer.Option("--replace", metavar="OLD=NEW", help="Replace one behaviour by another. Repeatable."),
     ] = None,
     direct: Annotated[
-        bool, typer.Option("--direct", help="Take the decoded weights themselves, not their change.")
+        bool, typer.Option("--direct", help="Write the decoded weights instead of adding their change to the source.")
     ] = False,
     strength: Annotated[
-        str, typer.Option("--strength", help="1 is what the model was trained for; auto: the best for each network.")
+        str,
+        typer.Option(
+            "--strength",
+            help="Scale of the edit: 1 as in training; auto: the best for each network.",
+        ),
     ] = "1",
     direction: Annotated[
         str, typer.Option("--direction", help="learned, mean_difference or classifier_normal.")
     ] = "learned",
     report: Annotated[
         Path | None,
-        typer.Option("--report", metavar="FILE", help="Write a page with the predicted and the measured effect."),
+        typer.Option("--report", metavar="FILE", help="Write an HTML report of the predicted and the measured effect."),
     ] = None,
     activation: Activation = None,
     version: Version = None,
@@ -186,7 +191,7 @@ def evaluate(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Run networks on held-out sequences and print how much of each behaviour they show."""
+    """Run networks on held-out sequences and print their recall of each behaviour."""
     from ethogram.cli.output import result, table
 
     with _inference(url) as inference:
@@ -216,7 +221,6 @@ _EFFECT = ("target", "local", "nothing_to_change", "strength")
 
 @contextmanager
 def _inference(url: str | None) -> Iterator[Inference]:
-
     with connect(url) as client, client.inference() as inference:
         yield inference
 
@@ -229,5 +233,13 @@ def _write(path: Path, tensors: Mapping[str, NDArray[Any]], as_json: bool, **mor
     value = {"file": str(path), "tensors": {name: list(value.shape) for name, value in tensors.items()}} | more
     lines = [f"{path}: {', '.join(f'{n} {list(v.shape)}' for n, v in tensors.items())}"]
     if "local" in more:
-        lines.append("; ".join(f"{name.replace('_', ' ')}: {said}" for name, said in more.items() if name in _EFFECT))
+        strength = more["strength"]
+        shown = more | ({"strength": _range(strength)} if isinstance(strength, list) else {})
+        lines.append("; ".join(f"{name.replace('_', ' ')}: {shown[name]}" for name in _EFFECT))
     result(value, as_json, lambda: say("\n".join(lines)))
+
+
+def _range(strengths: Sequence[float]) -> str:
+    """The strengths of many networks in few words."""
+    low, middle, high = min(strengths), median(strengths), max(strengths)
+    return f"{low:g} to {high:g}, median {middle:g}, 0 for {strengths.count(0)} of {len(strengths)} networks"

@@ -229,19 +229,24 @@ class SparseTrainingSpec(OptimizationSpec):
     """Steps between snapshots of the weights, each an artifact ``snapshot-<step>``; None: none."""
 
 
-class SaeSpec(TrainedSpec):
-    """Train a sparse autoencoder of one hook point."""
+class SparseSpec(TrainedSpec):
+    """What the trainings of all sparse models take."""
 
     activations: ArtifactRef
     """The store."""
-    hook: str = Field(min_length=1, max_length=1024)
-    """Hook point."""
     model: SparseModelSpec = SparseModelSpec()
     """Form."""
     loss: SparseLossSpec = SparseLossSpec()
     """Objective."""
     training: SparseTrainingSpec = SparseTrainingSpec()
     """Optimisation."""
+
+
+class SaeSpec(SparseSpec):
+    """Train a sparse autoencoder of one hook point."""
+
+    hook: str = Field(min_length=1, max_length=1024)
+    """Hook point."""
 
     @model_validator(mode="after")
     def _untied(self) -> SaeSpec:
@@ -250,11 +255,9 @@ class SaeSpec(TrainedSpec):
         return self
 
 
-class CltSpec(TrainedSpec):
+class CltSpec(SparseSpec):
     """Train transcoders from source to target hook points."""
 
-    activations: ArtifactRef
-    """The store."""
     kind: Literal["pair", "per_layer", "cross_layer"] = "pair"
     """``pair``: one source, one target; ``per_layer``: each source writes the target of its own place;
     ``cross_layer``: each source writes the targets of its own and all later places."""
@@ -262,12 +265,6 @@ class CltSpec(TrainedSpec):
     """Hook points that are read, in order of execution; without, what enters each MLP of the store."""
     targets: list[str] = Field(default=[], max_length=1000)
     """Hook points that are written, as many; without, what leaves each MLP of the store."""
-    model: SparseModelSpec = SparseModelSpec()
-    """Form."""
-    loss: SparseLossSpec = SparseLossSpec()
-    """Objective."""
-    training: SparseTrainingSpec = SparseTrainingSpec()
-    """Optimisation."""
 
     @model_validator(mode="after")
     def _fits(self) -> CltSpec:
@@ -297,11 +294,9 @@ class GridAxis(Spec):
         return self
 
 
-class SweepSpec(TrainedSpec):
+class SweepSpec(SparseSpec):
     """Train transcoders for each pair and each point of a grid, and compare them."""
 
-    activations: ArtifactRef
-    """The store."""
     kind: Literal["pair", "per_layer", "cross_layer"] = "pair"
     """``pair``: each pair has runs of its own; else the pairs are the places of one transcoder, see the clt spec."""
     pairs: list[str] = Field(default=[], max_length=1000)

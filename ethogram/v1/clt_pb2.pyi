@@ -21,6 +21,37 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _PolicyPrecision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PolicyPrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyPrecision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POLICY_PRECISION_UNSPECIFIED: _PolicyPrecision.ValueType  # 0
+    """Not set."""
+    POLICY_PRECISION_AUTO: _PolicyPrecision.ValueType  # 1
+    """"auto"."""
+    POLICY_PRECISION_FLOAT32: _PolicyPrecision.ValueType  # 2
+    """"float32"."""
+    POLICY_PRECISION_BFLOAT16: _PolicyPrecision.ValueType  # 3
+    """"bfloat16"."""
+
+class PolicyPrecision(_PolicyPrecision, metaclass=_PolicyPrecisionEnumTypeWrapper):
+    """Generated from the specs by `make protos`: do not edit below this line.
+
+    Of matrix products; `auto`: bfloat16 where the device has units for it.
+    """
+
+POLICY_PRECISION_UNSPECIFIED: PolicyPrecision.ValueType  # 0
+"""Not set."""
+POLICY_PRECISION_AUTO: PolicyPrecision.ValueType  # 1
+""""auto"."""
+POLICY_PRECISION_FLOAT32: PolicyPrecision.ValueType  # 2
+""""float32"."""
+POLICY_PRECISION_BFLOAT16: PolicyPrecision.ValueType  # 3
+""""bfloat16"."""
+Global___PolicyPrecision: _TypeAlias = PolicyPrecision  # noqa: Y015
+
 class _PolicyBaseline:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -46,34 +77,6 @@ POLICY_BASELINE_POMO: PolicyBaseline.ValueType  # 1
 POLICY_BASELINE_ROLLOUT: PolicyBaseline.ValueType  # 2
 """"rollout"."""
 Global___PolicyBaseline: _TypeAlias = PolicyBaseline  # noqa: Y015
-
-class _PolicyPrecision:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _PolicyPrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyPrecision.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    POLICY_PRECISION_UNSPECIFIED: _PolicyPrecision.ValueType  # 0
-    """Not set."""
-    POLICY_PRECISION_AUTO: _PolicyPrecision.ValueType  # 1
-    """"auto"."""
-    POLICY_PRECISION_FLOAT32: _PolicyPrecision.ValueType  # 2
-    """"float32"."""
-    POLICY_PRECISION_BFLOAT16: _PolicyPrecision.ValueType  # 3
-    """"bfloat16"."""
-
-class PolicyPrecision(_PolicyPrecision, metaclass=_PolicyPrecisionEnumTypeWrapper):
-    """Of matrix products; `auto`: bfloat16 where the device has units for it."""
-
-POLICY_PRECISION_UNSPECIFIED: PolicyPrecision.ValueType  # 0
-"""Not set."""
-POLICY_PRECISION_AUTO: PolicyPrecision.ValueType  # 1
-""""auto"."""
-POLICY_PRECISION_FLOAT32: PolicyPrecision.ValueType  # 2
-""""float32"."""
-POLICY_PRECISION_BFLOAT16: PolicyPrecision.ValueType  # 3
-""""bfloat16"."""
-Global___PolicyPrecision: _TypeAlias = PolicyPrecision  # noqa: Y015
 
 class _StoredType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -103,39 +106,29 @@ STORED_TYPE_FLOAT32: StoredType.ValueType  # 3
 """"float32"."""
 Global___StoredType: _TypeAlias = StoredType  # noqa: Y015
 
-class _FeatureActivation:
+class _SparsePrecision:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _FeatureActivationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FeatureActivation.ValueType], _builtins.type):
+class _SparsePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SparsePrecision.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    FEATURE_ACTIVATION_UNSPECIFIED: _FeatureActivation.ValueType  # 0
+    SPARSE_PRECISION_UNSPECIFIED: _SparsePrecision.ValueType  # 0
     """Not set."""
-    FEATURE_ACTIVATION_TOPK: _FeatureActivation.ValueType  # 1
-    """"topk"."""
-    FEATURE_ACTIVATION_BATCHTOPK: _FeatureActivation.ValueType  # 2
-    """"batchtopk"."""
-    FEATURE_ACTIVATION_RELU: _FeatureActivation.ValueType  # 3
-    """"relu"."""
-    FEATURE_ACTIVATION_JUMPRELU: _FeatureActivation.ValueType  # 4
-    """"jumprelu"."""
+    SPARSE_PRECISION_FLOAT32: _SparsePrecision.ValueType  # 1
+    """"float32"."""
+    SPARSE_PRECISION_BFLOAT16: _SparsePrecision.ValueType  # 2
+    """"bfloat16"."""
 
-class FeatureActivation(_FeatureActivation, metaclass=_FeatureActivationEnumTypeWrapper):
-    """`topk`: the k largest of each row; `batchtopk`: k on average over a batch (Bussmann et al. 2024, arXiv 2412.06410);
-    `relu`: all above 0; `jumprelu`: all above a threshold that is learned (Rajamanoharan et al. 2024, arXiv 2407.14435).
-    """
+class SparsePrecision(_SparsePrecision, metaclass=_SparsePrecisionEnumTypeWrapper):
+    """Of the encoder's matrix product."""
 
-FEATURE_ACTIVATION_UNSPECIFIED: FeatureActivation.ValueType  # 0
+SPARSE_PRECISION_UNSPECIFIED: SparsePrecision.ValueType  # 0
 """Not set."""
-FEATURE_ACTIVATION_TOPK: FeatureActivation.ValueType  # 1
-""""topk"."""
-FEATURE_ACTIVATION_BATCHTOPK: FeatureActivation.ValueType  # 2
-""""batchtopk"."""
-FEATURE_ACTIVATION_RELU: FeatureActivation.ValueType  # 3
-""""relu"."""
-FEATURE_ACTIVATION_JUMPRELU: FeatureActivation.ValueType  # 4
-""""jumprelu"."""
-Global___FeatureActivation: _TypeAlias = FeatureActivation  # noqa: Y015
+SPARSE_PRECISION_FLOAT32: SparsePrecision.ValueType  # 1
+""""float32"."""
+SPARSE_PRECISION_BFLOAT16: SparsePrecision.ValueType  # 2
+""""bfloat16"."""
+Global___SparsePrecision: _TypeAlias = SparsePrecision  # noqa: Y015
 
 class _Normalization:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -171,29 +164,39 @@ NORMALIZATION_NONE: Normalization.ValueType  # 4
 """"none"."""
 Global___Normalization: _TypeAlias = Normalization  # noqa: Y015
 
-class _SparsePrecision:
+class _FeatureActivation:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _SparsePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SparsePrecision.ValueType], _builtins.type):
+class _FeatureActivationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FeatureActivation.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    SPARSE_PRECISION_UNSPECIFIED: _SparsePrecision.ValueType  # 0
+    FEATURE_ACTIVATION_UNSPECIFIED: _FeatureActivation.ValueType  # 0
     """Not set."""
-    SPARSE_PRECISION_FLOAT32: _SparsePrecision.ValueType  # 1
-    """"float32"."""
-    SPARSE_PRECISION_BFLOAT16: _SparsePrecision.ValueType  # 2
-    """"bfloat16"."""
+    FEATURE_ACTIVATION_TOPK: _FeatureActivation.ValueType  # 1
+    """"topk"."""
+    FEATURE_ACTIVATION_BATCHTOPK: _FeatureActivation.ValueType  # 2
+    """"batchtopk"."""
+    FEATURE_ACTIVATION_RELU: _FeatureActivation.ValueType  # 3
+    """"relu"."""
+    FEATURE_ACTIVATION_JUMPRELU: _FeatureActivation.ValueType  # 4
+    """"jumprelu"."""
 
-class SparsePrecision(_SparsePrecision, metaclass=_SparsePrecisionEnumTypeWrapper):
-    """Of the encoder's matrix product."""
+class FeatureActivation(_FeatureActivation, metaclass=_FeatureActivationEnumTypeWrapper):
+    """`topk`: the k largest of each row; `batchtopk`: k on average over a batch (Bussmann et al. 2024, arXiv 2412.06410);
+    `relu`: all above 0; `jumprelu`: all above a threshold that is learned (Rajamanoharan et al. 2024, arXiv 2407.14435).
+    """
 
-SPARSE_PRECISION_UNSPECIFIED: SparsePrecision.ValueType  # 0
+FEATURE_ACTIVATION_UNSPECIFIED: FeatureActivation.ValueType  # 0
 """Not set."""
-SPARSE_PRECISION_FLOAT32: SparsePrecision.ValueType  # 1
-""""float32"."""
-SPARSE_PRECISION_BFLOAT16: SparsePrecision.ValueType  # 2
-""""bfloat16"."""
-Global___SparsePrecision: _TypeAlias = SparsePrecision  # noqa: Y015
+FEATURE_ACTIVATION_TOPK: FeatureActivation.ValueType  # 1
+""""topk"."""
+FEATURE_ACTIVATION_BATCHTOPK: FeatureActivation.ValueType  # 2
+""""batchtopk"."""
+FEATURE_ACTIVATION_RELU: FeatureActivation.ValueType  # 3
+""""relu"."""
+FEATURE_ACTIVATION_JUMPRELU: FeatureActivation.ValueType  # 4
+""""jumprelu"."""
+Global___FeatureActivation: _TypeAlias = FeatureActivation  # noqa: Y015
 
 class _TranscoderKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -376,74 +379,6 @@ class RunSweepRequest(_message.Message):
 Global___RunSweepRequest: _TypeAlias = RunSweepRequest  # noqa: Y015
 
 @_typing.final
-class PolicyModelSpec(_message.Message):
-    """Generated from the specs by `make protos`: do not edit below this line.
-
-    Architecture of the attention model (Kool et al. 2019, arXiv 1803.08475).
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    HIDDEN_DIM_FIELD_NUMBER: _builtins.int
-    LAYERS_FIELD_NUMBER: _builtins.int
-    HEADS_FIELD_NUMBER: _builtins.int
-    FEED_FORWARD_FIELD_NUMBER: _builtins.int
-    GRAPH_CONTEXT_FIELD_NUMBER: _builtins.int
-    CLIPPING_FIELD_NUMBER: _builtins.int
-    hidden_dim: _builtins.int
-    """Width of the stream of each city."""
-    layers: _builtins.int
-    """Layers of the encoder."""
-    heads: _builtins.int
-    """Attention heads; `hidden_dim` divides into them."""
-    feed_forward: _builtins.int
-    """Width of the hidden layer of each MLP."""
-    graph_context: _builtins.bool
-    """Whether the decoder's query has the mean of the cities too."""
-    clipping: _builtins.float
-    """Logits of the next city lie within plus and minus this (by tanh)."""
-    def __init__(
-        self,
-        *,
-        hidden_dim: _builtins.int | None = ...,
-        layers: _builtins.int | None = ...,
-        heads: _builtins.int | None = ...,
-        feed_forward: _builtins.int | None = ...,
-        graph_context: _builtins.bool | None = ...,
-        clipping: _builtins.float | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__clipping: _TypeAlias = _typing.Literal["clipping"]  # noqa: Y015
-    _WhichOneofArgType__clipping: _TypeAlias = _typing.Literal["_clipping", b"_clipping"]  # noqa: Y015
-    _WhichOneofReturnType__feed_forward: _TypeAlias = _typing.Literal["feed_forward"]  # noqa: Y015
-    _WhichOneofArgType__feed_forward: _TypeAlias = _typing.Literal["_feed_forward", b"_feed_forward"]  # noqa: Y015
-    _WhichOneofReturnType__graph_context: _TypeAlias = _typing.Literal["graph_context"]  # noqa: Y015
-    _WhichOneofArgType__graph_context: _TypeAlias = _typing.Literal["_graph_context", b"_graph_context"]  # noqa: Y015
-    _WhichOneofReturnType__heads: _TypeAlias = _typing.Literal["heads"]  # noqa: Y015
-    _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
-    _WhichOneofReturnType__hidden_dim: _TypeAlias = _typing.Literal["hidden_dim"]  # noqa: Y015
-    _WhichOneofArgType__hidden_dim: _TypeAlias = _typing.Literal["_hidden_dim", b"_hidden_dim"]  # noqa: Y015
-    _WhichOneofReturnType__layers: _TypeAlias = _typing.Literal["layers"]  # noqa: Y015
-    _WhichOneofArgType__layers: _TypeAlias = _typing.Literal["_layers", b"_layers"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__clipping) -> _WhichOneofReturnType__clipping | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__feed_forward) -> _WhichOneofReturnType__feed_forward | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__graph_context) -> _WhichOneofReturnType__graph_context | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_dim) -> _WhichOneofReturnType__hidden_dim | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__layers) -> _WhichOneofReturnType__layers | None: ...
-
-Global___PolicyModelSpec: _TypeAlias = PolicyModelSpec  # noqa: Y015
-
-@_typing.final
 class PolicyTrainingSpec(_message.Message):
     """How the policy is trained: REINFORCE, Adam, gradients clipped to norm 1."""
 
@@ -533,6 +468,71 @@ class PolicyTrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
 Global___PolicyTrainingSpec: _TypeAlias = PolicyTrainingSpec  # noqa: Y015
+
+@_typing.final
+class PolicyModelSpec(_message.Message):
+    """Architecture of the attention model (Kool et al. 2019, arXiv 1803.08475)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HIDDEN_DIM_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    FEED_FORWARD_FIELD_NUMBER: _builtins.int
+    GRAPH_CONTEXT_FIELD_NUMBER: _builtins.int
+    CLIPPING_FIELD_NUMBER: _builtins.int
+    hidden_dim: _builtins.int
+    """Width of the stream of each city."""
+    layers: _builtins.int
+    """Layers of the encoder."""
+    heads: _builtins.int
+    """Attention heads; `hidden_dim` divides into them."""
+    feed_forward: _builtins.int
+    """Width of the hidden layer of each MLP."""
+    graph_context: _builtins.bool
+    """Whether the decoder's query has the mean of the cities too."""
+    clipping: _builtins.float
+    """Logits of the next city lie within plus and minus this (by tanh)."""
+    def __init__(
+        self,
+        *,
+        hidden_dim: _builtins.int | None = ...,
+        layers: _builtins.int | None = ...,
+        heads: _builtins.int | None = ...,
+        feed_forward: _builtins.int | None = ...,
+        graph_context: _builtins.bool | None = ...,
+        clipping: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clipping: _TypeAlias = _typing.Literal["clipping"]  # noqa: Y015
+    _WhichOneofArgType__clipping: _TypeAlias = _typing.Literal["_clipping", b"_clipping"]  # noqa: Y015
+    _WhichOneofReturnType__feed_forward: _TypeAlias = _typing.Literal["feed_forward"]  # noqa: Y015
+    _WhichOneofArgType__feed_forward: _TypeAlias = _typing.Literal["_feed_forward", b"_feed_forward"]  # noqa: Y015
+    _WhichOneofReturnType__graph_context: _TypeAlias = _typing.Literal["graph_context"]  # noqa: Y015
+    _WhichOneofArgType__graph_context: _TypeAlias = _typing.Literal["_graph_context", b"_graph_context"]  # noqa: Y015
+    _WhichOneofReturnType__heads: _TypeAlias = _typing.Literal["heads"]  # noqa: Y015
+    _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
+    _WhichOneofReturnType__hidden_dim: _TypeAlias = _typing.Literal["hidden_dim"]  # noqa: Y015
+    _WhichOneofArgType__hidden_dim: _TypeAlias = _typing.Literal["_hidden_dim", b"_hidden_dim"]  # noqa: Y015
+    _WhichOneofReturnType__layers: _TypeAlias = _typing.Literal["layers"]  # noqa: Y015
+    _WhichOneofArgType__layers: _TypeAlias = _typing.Literal["_layers", b"_layers"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clipping) -> _WhichOneofReturnType__clipping | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__feed_forward) -> _WhichOneofReturnType__feed_forward | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__graph_context) -> _WhichOneofReturnType__graph_context | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_dim) -> _WhichOneofReturnType__hidden_dim | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layers) -> _WhichOneofReturnType__layers | None: ...
+
+Global___PolicyModelSpec: _TypeAlias = PolicyModelSpec  # noqa: Y015
 
 @_typing.final
 class PolicySpec(_message.Message):
@@ -787,6 +787,131 @@ class ActivationsSpec(_message.Message):
 Global___ActivationsSpec: _TypeAlias = ActivationsSpec  # noqa: Y015
 
 @_typing.final
+class SparseTrainingSpec(_message.Message):
+    """How a sparse model is trained (Adam, gradients clipped to norm 1)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    WARM_UP_FIELD_NUMBER: _builtins.int
+    DECAY_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    DEAD_AFTER_FIELD_NUMBER: _builtins.int
+    REVIVE_EVERY_FIELD_NUMBER: _builtins.int
+    VALIDATE_EVERY_FIELD_NUMBER: _builtins.int
+    VALIDATION_ROWS_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Optimiser steps; of `epochs` where they are given."""
+    epochs: _builtins.float
+    """Passes over the training rows instead of `steps`."""
+    batch_size: _builtins.int
+    """Rows of a step."""
+    learning_rate: _builtins.float
+    """Peak learning rate."""
+    warm_up: _builtins.int
+    """Steps over which the learning rate rises from 0."""
+    decay: _builtins.float
+    """Share of the steps, at the end, over which it falls to 0 in a straight line."""
+    normalize: Global___Normalization.ValueType
+    """Of source and target, by the training rows: `center`: the mean is taken off and the whole is scaled to a mean
+    square of 1 per channel; `standardize`: each channel by itself; `whiten`: the source to unit covariance.
+    """
+    dead_after: _builtins.int
+    """Rows without a single activation after which a feature is dead."""
+    revive_every: _builtins.int
+    """Steps between revivals, at which dead features are set on rows with large errors, until the learning rate falls;
+    None: never.
+    """
+    validate_every: _builtins.int
+    """Steps between validations."""
+    validation_rows: _builtins.int
+    """Most rows of a validation."""
+    precision: Global___SparsePrecision.ValueType
+    """Of the encoder's matrix product."""
+    snapshots: _builtins.int
+    """Steps between snapshots of the weights, each an artifact `snapshot-<step>`; None: none."""
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int | None = ...,
+        epochs: _builtins.float | None = ...,
+        batch_size: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        warm_up: _builtins.int | None = ...,
+        decay: _builtins.float | None = ...,
+        normalize: Global___Normalization.ValueType | None = ...,
+        dead_after: _builtins.int | None = ...,
+        revive_every: _builtins.int | None = ...,
+        validate_every: _builtins.int | None = ...,
+        validation_rows: _builtins.int | None = ...,
+        precision: Global___SparsePrecision.ValueType | None = ...,
+        snapshots: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__dead_after: _TypeAlias = _typing.Literal["dead_after"]  # noqa: Y015
+    _WhichOneofArgType__dead_after: _TypeAlias = _typing.Literal["_dead_after", b"_dead_after"]  # noqa: Y015
+    _WhichOneofReturnType__decay: _TypeAlias = _typing.Literal["decay"]  # noqa: Y015
+    _WhichOneofArgType__decay: _TypeAlias = _typing.Literal["_decay", b"_decay"]  # noqa: Y015
+    _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
+    _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
+    _WhichOneofArgType__normalize: _TypeAlias = _typing.Literal["_normalize", b"_normalize"]  # noqa: Y015
+    _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
+    _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
+    _WhichOneofReturnType__revive_every: _TypeAlias = _typing.Literal["revive_every"]  # noqa: Y015
+    _WhichOneofArgType__revive_every: _TypeAlias = _typing.Literal["_revive_every", b"_revive_every"]  # noqa: Y015
+    _WhichOneofReturnType__snapshots: _TypeAlias = _typing.Literal["snapshots"]  # noqa: Y015
+    _WhichOneofArgType__snapshots: _TypeAlias = _typing.Literal["_snapshots", b"_snapshots"]  # noqa: Y015
+    _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
+    _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__validate_every: _TypeAlias = _typing.Literal["validate_every"]  # noqa: Y015
+    _WhichOneofArgType__validate_every: _TypeAlias = _typing.Literal["_validate_every", b"_validate_every"]  # noqa: Y015
+    _WhichOneofReturnType__validation_rows: _TypeAlias = _typing.Literal["validation_rows"]  # noqa: Y015
+    _WhichOneofArgType__validation_rows: _TypeAlias = _typing.Literal["_validation_rows", b"_validation_rows"]  # noqa: Y015
+    _WhichOneofReturnType__warm_up: _TypeAlias = _typing.Literal["warm_up"]  # noqa: Y015
+    _WhichOneofArgType__warm_up: _TypeAlias = _typing.Literal["_warm_up", b"_warm_up"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dead_after) -> _WhichOneofReturnType__dead_after | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decay) -> _WhichOneofReturnType__decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalize) -> _WhichOneofReturnType__normalize | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__revive_every) -> _WhichOneofReturnType__revive_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshots) -> _WhichOneofReturnType__snapshots | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validate_every) -> _WhichOneofReturnType__validate_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_rows) -> _WhichOneofReturnType__validation_rows | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warm_up) -> _WhichOneofReturnType__warm_up | None: ...
+
+Global___SparseTrainingSpec: _TypeAlias = SparseTrainingSpec  # noqa: Y015
+
+@_typing.final
 class SparseModelSpec(_message.Message):
     """Form of a sparse model: features that read one stream and write others."""
 
@@ -978,131 +1103,6 @@ class SparseLossSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__orthogonality) -> _WhichOneofReturnType__orthogonality | None: ...
 
 Global___SparseLossSpec: _TypeAlias = SparseLossSpec  # noqa: Y015
-
-@_typing.final
-class SparseTrainingSpec(_message.Message):
-    """How a sparse model is trained (Adam, gradients clipped to norm 1)."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    STEPS_FIELD_NUMBER: _builtins.int
-    EPOCHS_FIELD_NUMBER: _builtins.int
-    BATCH_SIZE_FIELD_NUMBER: _builtins.int
-    LEARNING_RATE_FIELD_NUMBER: _builtins.int
-    WARM_UP_FIELD_NUMBER: _builtins.int
-    DECAY_FIELD_NUMBER: _builtins.int
-    NORMALIZE_FIELD_NUMBER: _builtins.int
-    DEAD_AFTER_FIELD_NUMBER: _builtins.int
-    REVIVE_EVERY_FIELD_NUMBER: _builtins.int
-    VALIDATE_EVERY_FIELD_NUMBER: _builtins.int
-    VALIDATION_ROWS_FIELD_NUMBER: _builtins.int
-    PRECISION_FIELD_NUMBER: _builtins.int
-    SNAPSHOTS_FIELD_NUMBER: _builtins.int
-    steps: _builtins.int
-    """Optimiser steps; of `epochs` where they are given."""
-    epochs: _builtins.float
-    """Passes over the training rows instead of `steps`."""
-    batch_size: _builtins.int
-    """Rows of a step."""
-    learning_rate: _builtins.float
-    """Peak learning rate."""
-    warm_up: _builtins.int
-    """Steps over which the learning rate rises from 0."""
-    decay: _builtins.float
-    """Share of the steps, at the end, over which it falls to 0 in a straight line."""
-    normalize: Global___Normalization.ValueType
-    """Of source and target, by the training rows: `center`: the mean is taken off and the whole is scaled to a mean
-    square of 1 per channel; `standardize`: each channel by itself; `whiten`: the source to unit covariance.
-    """
-    dead_after: _builtins.int
-    """Rows without a single activation after which a feature is dead."""
-    revive_every: _builtins.int
-    """Steps between revivals, at which dead features are set on rows with large errors, until the learning rate falls;
-    None: never.
-    """
-    validate_every: _builtins.int
-    """Steps between validations."""
-    validation_rows: _builtins.int
-    """Most rows of a validation."""
-    precision: Global___SparsePrecision.ValueType
-    """Of the encoder's matrix product."""
-    snapshots: _builtins.int
-    """Steps between snapshots of the weights, each an artifact `snapshot-<step>`; None: none."""
-    def __init__(
-        self,
-        *,
-        steps: _builtins.int | None = ...,
-        epochs: _builtins.float | None = ...,
-        batch_size: _builtins.int | None = ...,
-        learning_rate: _builtins.float | None = ...,
-        warm_up: _builtins.int | None = ...,
-        decay: _builtins.float | None = ...,
-        normalize: Global___Normalization.ValueType | None = ...,
-        dead_after: _builtins.int | None = ...,
-        revive_every: _builtins.int | None = ...,
-        validate_every: _builtins.int | None = ...,
-        validation_rows: _builtins.int | None = ...,
-        precision: Global___SparsePrecision.ValueType | None = ...,
-        snapshots: _builtins.int | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
-    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
-    _WhichOneofReturnType__dead_after: _TypeAlias = _typing.Literal["dead_after"]  # noqa: Y015
-    _WhichOneofArgType__dead_after: _TypeAlias = _typing.Literal["_dead_after", b"_dead_after"]  # noqa: Y015
-    _WhichOneofReturnType__decay: _TypeAlias = _typing.Literal["decay"]  # noqa: Y015
-    _WhichOneofArgType__decay: _TypeAlias = _typing.Literal["_decay", b"_decay"]  # noqa: Y015
-    _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
-    _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
-    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
-    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
-    _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
-    _WhichOneofArgType__normalize: _TypeAlias = _typing.Literal["_normalize", b"_normalize"]  # noqa: Y015
-    _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
-    _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
-    _WhichOneofReturnType__revive_every: _TypeAlias = _typing.Literal["revive_every"]  # noqa: Y015
-    _WhichOneofArgType__revive_every: _TypeAlias = _typing.Literal["_revive_every", b"_revive_every"]  # noqa: Y015
-    _WhichOneofReturnType__snapshots: _TypeAlias = _typing.Literal["snapshots"]  # noqa: Y015
-    _WhichOneofArgType__snapshots: _TypeAlias = _typing.Literal["_snapshots", b"_snapshots"]  # noqa: Y015
-    _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
-    _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
-    _WhichOneofReturnType__validate_every: _TypeAlias = _typing.Literal["validate_every"]  # noqa: Y015
-    _WhichOneofArgType__validate_every: _TypeAlias = _typing.Literal["_validate_every", b"_validate_every"]  # noqa: Y015
-    _WhichOneofReturnType__validation_rows: _TypeAlias = _typing.Literal["validation_rows"]  # noqa: Y015
-    _WhichOneofArgType__validation_rows: _TypeAlias = _typing.Literal["_validation_rows", b"_validation_rows"]  # noqa: Y015
-    _WhichOneofReturnType__warm_up: _TypeAlias = _typing.Literal["warm_up"]  # noqa: Y015
-    _WhichOneofArgType__warm_up: _TypeAlias = _typing.Literal["_warm_up", b"_warm_up"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__dead_after) -> _WhichOneofReturnType__dead_after | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__decay) -> _WhichOneofReturnType__decay | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalize) -> _WhichOneofReturnType__normalize | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__revive_every) -> _WhichOneofReturnType__revive_every | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshots) -> _WhichOneofReturnType__snapshots | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__validate_every) -> _WhichOneofReturnType__validate_every | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_rows) -> _WhichOneofReturnType__validation_rows | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__warm_up) -> _WhichOneofReturnType__warm_up | None: ...
-
-Global___SparseTrainingSpec: _TypeAlias = SparseTrainingSpec  # noqa: Y015
 
 @_typing.final
 class SaeSpec(_message.Message):

@@ -19,6 +19,67 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ComputePrecision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ComputePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComputePrecision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPUTE_PRECISION_UNSPECIFIED: _ComputePrecision.ValueType  # 0
+    """Not set."""
+    COMPUTE_PRECISION_AUTO: _ComputePrecision.ValueType  # 1
+    """"auto"."""
+    COMPUTE_PRECISION_FLOAT32: _ComputePrecision.ValueType  # 2
+    """"float32"."""
+    COMPUTE_PRECISION_BFLOAT16: _ComputePrecision.ValueType  # 3
+    """"bfloat16"."""
+
+class ComputePrecision(_ComputePrecision, metaclass=_ComputePrecisionEnumTypeWrapper):
+    """Generated from the specs by `make protos`: do not edit below this line.
+
+    Of the codec's matrix products; `auto`: bfloat16 where the device has units for it.
+    """
+
+COMPUTE_PRECISION_UNSPECIFIED: ComputePrecision.ValueType  # 0
+"""Not set."""
+COMPUTE_PRECISION_AUTO: ComputePrecision.ValueType  # 1
+""""auto"."""
+COMPUTE_PRECISION_FLOAT32: ComputePrecision.ValueType  # 2
+""""float32"."""
+COMPUTE_PRECISION_BFLOAT16: ComputePrecision.ValueType  # 3
+""""bfloat16"."""
+Global___ComputePrecision: _TypeAlias = ComputePrecision  # noqa: Y015
+
+class _RateSchedule:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RateScheduleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RateSchedule.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RATE_SCHEDULE_UNSPECIFIED: _RateSchedule.ValueType  # 0
+    """Not set."""
+    RATE_SCHEDULE_COSINE: _RateSchedule.ValueType  # 1
+    """"cosine"."""
+    RATE_SCHEDULE_PLATEAU: _RateSchedule.ValueType  # 2
+    """"plateau"."""
+    RATE_SCHEDULE_CONSTANT: _RateSchedule.ValueType  # 3
+    """"constant"."""
+
+class RateSchedule(_RateSchedule, metaclass=_RateScheduleEnumTypeWrapper):
+    """After the warm-up: `cosine` to a hundredth at the last step; `plateau`: halved when the validation loss has not
+    fallen at `plateau_patience` validations in a row.
+    """
+
+RATE_SCHEDULE_UNSPECIFIED: RateSchedule.ValueType  # 0
+"""Not set."""
+RATE_SCHEDULE_COSINE: RateSchedule.ValueType  # 1
+""""cosine"."""
+RATE_SCHEDULE_PLATEAU: RateSchedule.ValueType  # 2
+""""plateau"."""
+RATE_SCHEDULE_CONSTANT: RateSchedule.ValueType  # 3
+""""constant"."""
+Global___RateSchedule: _TypeAlias = RateSchedule  # noqa: Y015
+
 class _CodecArchitecture:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -33,10 +94,7 @@ class _CodecArchitectureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Cod
     """"transformer"."""
 
 class CodecArchitecture(_CodecArchitecture, metaclass=_CodecArchitectureEnumTypeWrapper):
-    """Generated from the specs by `make protos`: do not edit below this line.
-
-    `mlp`: fast; `transformer`: self-attention over tokens, and a decoder with cross-attention to the latent.
-    """
+    """`mlp`: fast; `transformer`: self-attention over tokens, and a decoder with cross-attention to the latent."""
 
 CODEC_ARCHITECTURE_UNSPECIFIED: CodecArchitecture.ValueType  # 0
 """Not set."""
@@ -218,64 +276,6 @@ RECONSTRUCTION_FORM_COMBINED: ReconstructionForm.ValueType  # 5
 """"combined"."""
 Global___ReconstructionForm: _TypeAlias = ReconstructionForm  # noqa: Y015
 
-class _RateSchedule:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _RateScheduleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RateSchedule.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    RATE_SCHEDULE_UNSPECIFIED: _RateSchedule.ValueType  # 0
-    """Not set."""
-    RATE_SCHEDULE_COSINE: _RateSchedule.ValueType  # 1
-    """"cosine"."""
-    RATE_SCHEDULE_PLATEAU: _RateSchedule.ValueType  # 2
-    """"plateau"."""
-    RATE_SCHEDULE_CONSTANT: _RateSchedule.ValueType  # 3
-    """"constant"."""
-
-class RateSchedule(_RateSchedule, metaclass=_RateScheduleEnumTypeWrapper):
-    """After the warm-up: `cosine` to a hundredth at the last step; `plateau`: halved when the validation loss has not
-    fallen at `plateau_patience` validations in a row.
-    """
-
-RATE_SCHEDULE_UNSPECIFIED: RateSchedule.ValueType  # 0
-"""Not set."""
-RATE_SCHEDULE_COSINE: RateSchedule.ValueType  # 1
-""""cosine"."""
-RATE_SCHEDULE_PLATEAU: RateSchedule.ValueType  # 2
-""""plateau"."""
-RATE_SCHEDULE_CONSTANT: RateSchedule.ValueType  # 3
-""""constant"."""
-Global___RateSchedule: _TypeAlias = RateSchedule  # noqa: Y015
-
-class _ComputePrecision:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _ComputePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComputePrecision.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    COMPUTE_PRECISION_UNSPECIFIED: _ComputePrecision.ValueType  # 0
-    """Not set."""
-    COMPUTE_PRECISION_AUTO: _ComputePrecision.ValueType  # 1
-    """"auto"."""
-    COMPUTE_PRECISION_FLOAT32: _ComputePrecision.ValueType  # 2
-    """"float32"."""
-    COMPUTE_PRECISION_BFLOAT16: _ComputePrecision.ValueType  # 3
-    """"bfloat16"."""
-
-class ComputePrecision(_ComputePrecision, metaclass=_ComputePrecisionEnumTypeWrapper):
-    """Of the codec's matrix products; `auto`: bfloat16 where the device has units for it."""
-
-COMPUTE_PRECISION_UNSPECIFIED: ComputePrecision.ValueType  # 0
-"""Not set."""
-COMPUTE_PRECISION_AUTO: ComputePrecision.ValueType  # 1
-""""auto"."""
-COMPUTE_PRECISION_FLOAT32: ComputePrecision.ValueType  # 2
-""""float32"."""
-COMPUTE_PRECISION_BFLOAT16: ComputePrecision.ValueType  # 3
-""""bfloat16"."""
-Global___ComputePrecision: _TypeAlias = ComputePrecision  # noqa: Y015
-
 @_typing.final
 class RunCrossmodalRequest(_message.Message):
     """One run."""
@@ -305,6 +305,147 @@ class RunCrossmodalRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunCrossmodalRequest: _TypeAlias = RunCrossmodalRequest  # noqa: Y015
+
+@_typing.final
+class CodecTrainingSpec(_message.Message):
+    """How the codec is trained (AdamW, gradients clipped to norm 1)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    ACCUMULATION_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    WARM_UP_FIELD_NUMBER: _builtins.int
+    PLATEAU_PATIENCE_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    VALIDATE_EVERY_FIELD_NUMBER: _builtins.int
+    QUERIES_FIELD_NUMBER: _builtins.int
+    SEVERAL_FIELD_NUMBER: _builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    EMA_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    COMPILE_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Most optimiser steps."""
+    batch_size: _builtins.int
+    """Subjects per step, in pairs that share a behaviour."""
+    accumulation: _builtins.int
+    """Parts of a step's batch that go through the model one after the other, with their gradients added."""
+    learning_rate: _builtins.float
+    """Peak learning rate."""
+    schedule: Global___RateSchedule.ValueType
+    """After the warm-up: `cosine` to a hundredth at the last step; `plateau`: halved when the validation loss has not
+    fallen at `plateau_patience` validations in a row.
+    """
+    warm_up: _builtins.int
+    """Steps over which the learning rate rises from 0."""
+    plateau_patience: _builtins.int
+    """See `schedule`."""
+    patience: _builtins.int
+    """Early stopping: training ends when the validation loss has not fallen at so many validations in a row, and the best
+    model is kept. None: all steps are taken.
+    """
+    validate_every: _builtins.int
+    """Steps between validations."""
+    queries: _builtins.int
+    """Fresh sequences per step and subject on which decoded networks are run."""
+    several: _builtins.float
+    """Share of the edits in training that change two behaviours: one is gained and one is lost."""
+    weight_decay: _builtins.float
+    """Weight decay; the directions have none."""
+    ema: _builtins.float
+    """Decay of the running mean of the parameters over the steps, which is the model that is kept; 0: the last step's."""
+    precision: Global___ComputePrecision.ValueType
+    """Of the codec's matrix products; `auto`: bfloat16 where the device has units for it."""
+    compile: _builtins.bool
+    """Whether `torch.compile` is used: a minute at the start, faster steps on a GPU."""
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int | None = ...,
+        batch_size: _builtins.int | None = ...,
+        accumulation: _builtins.int | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        schedule: Global___RateSchedule.ValueType | None = ...,
+        warm_up: _builtins.int | None = ...,
+        plateau_patience: _builtins.int | None = ...,
+        patience: _builtins.int | None = ...,
+        validate_every: _builtins.int | None = ...,
+        queries: _builtins.int | None = ...,
+        several: _builtins.float | None = ...,
+        weight_decay: _builtins.float | None = ...,
+        ema: _builtins.float | None = ...,
+        precision: Global___ComputePrecision.ValueType | None = ...,
+        compile: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_batch_size", b"_batch_size", "_compile", b"_compile", "_ema", b"_ema", "_learning_rate", b"_learning_rate", "_patience", b"_patience", "_plateau_patience", b"_plateau_patience", "_precision", b"_precision", "_queries", b"_queries", "_schedule", b"_schedule", "_several", b"_several", "_steps", b"_steps", "_validate_every", b"_validate_every", "_warm_up", b"_warm_up", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "batch_size", b"batch_size", "compile", b"compile", "ema", b"ema", "learning_rate", b"learning_rate", "patience", b"patience", "plateau_patience", b"plateau_patience", "precision", b"precision", "queries", b"queries", "schedule", b"schedule", "several", b"several", "steps", b"steps", "validate_every", b"validate_every", "warm_up", b"warm_up", "weight_decay", b"weight_decay"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_batch_size", b"_batch_size", "_compile", b"_compile", "_ema", b"_ema", "_learning_rate", b"_learning_rate", "_patience", b"_patience", "_plateau_patience", b"_plateau_patience", "_precision", b"_precision", "_queries", b"_queries", "_schedule", b"_schedule", "_several", b"_several", "_steps", b"_steps", "_validate_every", b"_validate_every", "_warm_up", b"_warm_up", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "batch_size", b"batch_size", "compile", b"compile", "ema", b"ema", "learning_rate", b"learning_rate", "patience", b"patience", "plateau_patience", b"plateau_patience", "precision", b"precision", "queries", b"queries", "schedule", b"schedule", "several", b"several", "steps", b"steps", "validate_every", b"validate_every", "warm_up", b"warm_up", "weight_decay", b"weight_decay"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__accumulation: _TypeAlias = _typing.Literal["accumulation"]  # noqa: Y015
+    _WhichOneofArgType__accumulation: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation"]  # noqa: Y015
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__compile: _TypeAlias = _typing.Literal["compile"]  # noqa: Y015
+    _WhichOneofArgType__compile: _TypeAlias = _typing.Literal["_compile", b"_compile"]  # noqa: Y015
+    _WhichOneofReturnType__ema: _TypeAlias = _typing.Literal["ema"]  # noqa: Y015
+    _WhichOneofArgType__ema: _TypeAlias = _typing.Literal["_ema", b"_ema"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
+    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
+    _WhichOneofReturnType__plateau_patience: _TypeAlias = _typing.Literal["plateau_patience"]  # noqa: Y015
+    _WhichOneofArgType__plateau_patience: _TypeAlias = _typing.Literal["_plateau_patience", b"_plateau_patience"]  # noqa: Y015
+    _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
+    _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
+    _WhichOneofReturnType__queries: _TypeAlias = _typing.Literal["queries"]  # noqa: Y015
+    _WhichOneofArgType__queries: _TypeAlias = _typing.Literal["_queries", b"_queries"]  # noqa: Y015
+    _WhichOneofReturnType__schedule: _TypeAlias = _typing.Literal["schedule"]  # noqa: Y015
+    _WhichOneofArgType__schedule: _TypeAlias = _typing.Literal["_schedule", b"_schedule"]  # noqa: Y015
+    _WhichOneofReturnType__several: _TypeAlias = _typing.Literal["several"]  # noqa: Y015
+    _WhichOneofArgType__several: _TypeAlias = _typing.Literal["_several", b"_several"]  # noqa: Y015
+    _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
+    _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__validate_every: _TypeAlias = _typing.Literal["validate_every"]  # noqa: Y015
+    _WhichOneofArgType__validate_every: _TypeAlias = _typing.Literal["_validate_every", b"_validate_every"]  # noqa: Y015
+    _WhichOneofReturnType__warm_up: _TypeAlias = _typing.Literal["warm_up"]  # noqa: Y015
+    _WhichOneofArgType__warm_up: _TypeAlias = _typing.Literal["_warm_up", b"_warm_up"]  # noqa: Y015
+    _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
+    _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accumulation) -> _WhichOneofReturnType__accumulation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__compile) -> _WhichOneofReturnType__compile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ema) -> _WhichOneofReturnType__ema | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__plateau_patience) -> _WhichOneofReturnType__plateau_patience | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queries) -> _WhichOneofReturnType__queries | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schedule) -> _WhichOneofReturnType__schedule | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__several) -> _WhichOneofReturnType__several | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validate_every) -> _WhichOneofReturnType__validate_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warm_up) -> _WhichOneofReturnType__warm_up | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
+
+Global___CodecTrainingSpec: _TypeAlias = CodecTrainingSpec  # noqa: Y015
 
 @_typing.final
 class CodecSpec(_message.Message):
@@ -557,147 +698,6 @@ class LossSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__variance) -> _WhichOneofReturnType__variance | None: ...
 
 Global___LossSpec: _TypeAlias = LossSpec  # noqa: Y015
-
-@_typing.final
-class CodecTrainingSpec(_message.Message):
-    """How the codec is trained (AdamW, gradients clipped to norm 1)."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    STEPS_FIELD_NUMBER: _builtins.int
-    BATCH_SIZE_FIELD_NUMBER: _builtins.int
-    ACCUMULATION_FIELD_NUMBER: _builtins.int
-    LEARNING_RATE_FIELD_NUMBER: _builtins.int
-    SCHEDULE_FIELD_NUMBER: _builtins.int
-    WARM_UP_FIELD_NUMBER: _builtins.int
-    PLATEAU_PATIENCE_FIELD_NUMBER: _builtins.int
-    PATIENCE_FIELD_NUMBER: _builtins.int
-    VALIDATE_EVERY_FIELD_NUMBER: _builtins.int
-    QUERIES_FIELD_NUMBER: _builtins.int
-    SEVERAL_FIELD_NUMBER: _builtins.int
-    WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
-    EMA_FIELD_NUMBER: _builtins.int
-    PRECISION_FIELD_NUMBER: _builtins.int
-    COMPILE_FIELD_NUMBER: _builtins.int
-    steps: _builtins.int
-    """Most optimiser steps."""
-    batch_size: _builtins.int
-    """Subjects per step, in pairs that share a behaviour."""
-    accumulation: _builtins.int
-    """Parts of a step's batch that go through the model one after the other, with their gradients added."""
-    learning_rate: _builtins.float
-    """Peak learning rate."""
-    schedule: Global___RateSchedule.ValueType
-    """After the warm-up: `cosine` to a hundredth at the last step; `plateau`: halved when the validation loss has not
-    fallen at `plateau_patience` validations in a row.
-    """
-    warm_up: _builtins.int
-    """Steps over which the learning rate rises from 0."""
-    plateau_patience: _builtins.int
-    """See `schedule`."""
-    patience: _builtins.int
-    """Early stopping: training ends when the validation loss has not fallen at so many validations in a row, and the best
-    model is kept. None: all steps are taken.
-    """
-    validate_every: _builtins.int
-    """Steps between validations."""
-    queries: _builtins.int
-    """Fresh sequences per step and subject on which decoded networks are run."""
-    several: _builtins.float
-    """Share of the edits in training that change two behaviours: one is gained and one is lost."""
-    weight_decay: _builtins.float
-    """Weight decay; the directions have none."""
-    ema: _builtins.float
-    """Decay of the running mean of the parameters over the steps, which is the model that is kept; 0: the last step's."""
-    precision: Global___ComputePrecision.ValueType
-    """Of the codec's matrix products; `auto`: bfloat16 where the device has units for it."""
-    compile: _builtins.bool
-    """Whether `torch.compile` is used: a minute at the start, faster steps on a GPU."""
-    def __init__(
-        self,
-        *,
-        steps: _builtins.int | None = ...,
-        batch_size: _builtins.int | None = ...,
-        accumulation: _builtins.int | None = ...,
-        learning_rate: _builtins.float | None = ...,
-        schedule: Global___RateSchedule.ValueType | None = ...,
-        warm_up: _builtins.int | None = ...,
-        plateau_patience: _builtins.int | None = ...,
-        patience: _builtins.int | None = ...,
-        validate_every: _builtins.int | None = ...,
-        queries: _builtins.int | None = ...,
-        several: _builtins.float | None = ...,
-        weight_decay: _builtins.float | None = ...,
-        ema: _builtins.float | None = ...,
-        precision: Global___ComputePrecision.ValueType | None = ...,
-        compile: _builtins.bool | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_batch_size", b"_batch_size", "_compile", b"_compile", "_ema", b"_ema", "_learning_rate", b"_learning_rate", "_patience", b"_patience", "_plateau_patience", b"_plateau_patience", "_precision", b"_precision", "_queries", b"_queries", "_schedule", b"_schedule", "_several", b"_several", "_steps", b"_steps", "_validate_every", b"_validate_every", "_warm_up", b"_warm_up", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "batch_size", b"batch_size", "compile", b"compile", "ema", b"ema", "learning_rate", b"learning_rate", "patience", b"patience", "plateau_patience", b"plateau_patience", "precision", b"precision", "queries", b"queries", "schedule", b"schedule", "several", b"several", "steps", b"steps", "validate_every", b"validate_every", "warm_up", b"warm_up", "weight_decay", b"weight_decay"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation", "_batch_size", b"_batch_size", "_compile", b"_compile", "_ema", b"_ema", "_learning_rate", b"_learning_rate", "_patience", b"_patience", "_plateau_patience", b"_plateau_patience", "_precision", b"_precision", "_queries", b"_queries", "_schedule", b"_schedule", "_several", b"_several", "_steps", b"_steps", "_validate_every", b"_validate_every", "_warm_up", b"_warm_up", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "batch_size", b"batch_size", "compile", b"compile", "ema", b"ema", "learning_rate", b"learning_rate", "patience", b"patience", "plateau_patience", b"plateau_patience", "precision", b"precision", "queries", b"queries", "schedule", b"schedule", "several", b"several", "steps", b"steps", "validate_every", b"validate_every", "warm_up", b"warm_up", "weight_decay", b"weight_decay"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__accumulation: _TypeAlias = _typing.Literal["accumulation"]  # noqa: Y015
-    _WhichOneofArgType__accumulation: _TypeAlias = _typing.Literal["_accumulation", b"_accumulation"]  # noqa: Y015
-    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
-    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
-    _WhichOneofReturnType__compile: _TypeAlias = _typing.Literal["compile"]  # noqa: Y015
-    _WhichOneofArgType__compile: _TypeAlias = _typing.Literal["_compile", b"_compile"]  # noqa: Y015
-    _WhichOneofReturnType__ema: _TypeAlias = _typing.Literal["ema"]  # noqa: Y015
-    _WhichOneofArgType__ema: _TypeAlias = _typing.Literal["_ema", b"_ema"]  # noqa: Y015
-    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
-    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
-    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
-    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
-    _WhichOneofReturnType__plateau_patience: _TypeAlias = _typing.Literal["plateau_patience"]  # noqa: Y015
-    _WhichOneofArgType__plateau_patience: _TypeAlias = _typing.Literal["_plateau_patience", b"_plateau_patience"]  # noqa: Y015
-    _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
-    _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
-    _WhichOneofReturnType__queries: _TypeAlias = _typing.Literal["queries"]  # noqa: Y015
-    _WhichOneofArgType__queries: _TypeAlias = _typing.Literal["_queries", b"_queries"]  # noqa: Y015
-    _WhichOneofReturnType__schedule: _TypeAlias = _typing.Literal["schedule"]  # noqa: Y015
-    _WhichOneofArgType__schedule: _TypeAlias = _typing.Literal["_schedule", b"_schedule"]  # noqa: Y015
-    _WhichOneofReturnType__several: _TypeAlias = _typing.Literal["several"]  # noqa: Y015
-    _WhichOneofArgType__several: _TypeAlias = _typing.Literal["_several", b"_several"]  # noqa: Y015
-    _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
-    _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
-    _WhichOneofReturnType__validate_every: _TypeAlias = _typing.Literal["validate_every"]  # noqa: Y015
-    _WhichOneofArgType__validate_every: _TypeAlias = _typing.Literal["_validate_every", b"_validate_every"]  # noqa: Y015
-    _WhichOneofReturnType__warm_up: _TypeAlias = _typing.Literal["warm_up"]  # noqa: Y015
-    _WhichOneofArgType__warm_up: _TypeAlias = _typing.Literal["_warm_up", b"_warm_up"]  # noqa: Y015
-    _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
-    _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__accumulation) -> _WhichOneofReturnType__accumulation | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__compile) -> _WhichOneofReturnType__compile | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__ema) -> _WhichOneofReturnType__ema | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__plateau_patience) -> _WhichOneofReturnType__plateau_patience | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__queries) -> _WhichOneofReturnType__queries | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__schedule) -> _WhichOneofReturnType__schedule | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__several) -> _WhichOneofReturnType__several | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__validate_every) -> _WhichOneofReturnType__validate_every | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__warm_up) -> _WhichOneofReturnType__warm_up | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
-
-Global___CodecTrainingSpec: _TypeAlias = CodecTrainingSpec  # noqa: Y015
 
 @_typing.final
 class CrossmodalSpec(_message.Message):

@@ -15,7 +15,7 @@ raises and deletes nothing. Any number of collectors may run; each may be killed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,7 +31,7 @@ BATCH = 200
 
 @dataclass(frozen=True)
 class Needs:
-    """What the registry says of artifacts, by id."""
+    """Which artifacts the registry needs, by id."""
 
     live: AbstractSet[str]
     """Named by it: these stay."""
@@ -52,14 +52,14 @@ class Collected:
 
 
 class Watch:
-    """Since when each thing has been there in every look."""
+    """How long each key has been seen without a gap."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
         self._seconds, self._clock = seconds, clock
         self._since: dict[str, float] = {}
 
     def look(self, seen: Collection[str]) -> list[str]:
-        """Those of ``seen`` that have been there for the time."""
+        """Those of ``seen`` that every look of the last ``seconds`` has seen."""
         now = self._clock()
         self._since = {key: self._since.get(key, now) for key in seen}
         return [key for key, since in self._since.items() if now - since >= self._seconds]
@@ -85,8 +85,8 @@ class Collector:
         grace_seconds: float,
         clock: Callable[[], float] = awake,
     ) -> None:
-        """``forget``: takes the rows of those artifacts that the registry still does not need, and says which; from
-        then on nobody can come to need them."""
+        """``forget``: deletes the registry's rows of those artifacts that it still does not need, and returns which;
+        from then on nothing can come to need them."""
         self._store, self._needs, self._forget = store, needs, forget
         self._artifacts = Watch(grace_seconds, clock)
         self._files = Watch(grace_seconds, clock)
@@ -111,37 +111,39 @@ class Collector:
             return id in needs.live or id in published or (attempt in needs.attempts and id not in needs.spent)
 
         due = self._artifacts.look([id for id, known in manifests.items() if not may_be_needed(id, known.attempt)])
-        for batch in _batches(due):
-            with self._store.backend.collecting([manifest_path(id) for id in batch]) as may_delete:
-                if not may_delete():
-                    return
-                for id in self._forget(set(batch) - self._store.published()):
-                    if not may_delete():
-                        return
-                    done.bytes += self._store.backend.delete(manifest_path(id))
-                    done.artifacts += 1
+
+        def garbage(paths: Sequence[str]) -> list[str]:
+            ids = {_artifact_of(path) for path in paths}
+            return [manifest_path(id) for id in self._forget(ids - self._store.published())]
+
+        for size in self._delete([manifest_path(id) for id in due], garbage):
+            done.artifacts, done.bytes = done.artifacts + 1, done.bytes + size
 
     def _collect_files(self, done: Collected) -> None:
         # Listed before the manifests are: one that is written now names files that are not listed, or is itself read.
         files = {*self._all("blobs"), *(f"tmp/{name}" for name in self._store.backend.names("tmp"))}
-        due = self._files.look(self._unnamed(files))
-        for batch in _batches(due):
+        for size in self._delete(self._files.look(self._unnamed(files)), self._unnamed):
+            done.files, done.bytes = done.files + 1, done.bytes + size
+
+    def _delete(self, due: Sequence[str], garbage: Callable[[Sequence[str]], Iterable[str]]) -> Iterator[int]:
+        """Delete those of the paths ``due`` that are ``garbage`` at that moment too; yields the bytes of each."""
+        for start in range(0, len(due), BATCH):
+            batch = due[start : start + BATCH]
             with self._store.backend.collecting(batch) as may_delete:
                 if not may_delete():
                     return
-                for path in self._unnamed(batch):
+                for path in garbage(batch):
                     if not may_delete():
                         return
-                    done.bytes += self._store.backend.delete(path)
-                    done.files += 1
+                    yield self._store.backend.delete(path)
 
     def _unnamed(self, paths: Collection[str]) -> set[str]:
-        """Those of ``paths`` that no manifest names which is there now."""
+        """Those of ``paths`` that no present manifest names."""
         return set(paths).difference(*(known.blobs for known in self._manifests().values()))
 
     def _manifests(self) -> dict[str, Known]:
-        """All that are there. Raises :class:`IllegalState` when one of them cannot be read."""
-        listed = {path.rpartition("/")[2].removesuffix(".json") for path in self._all("manifests", ".json")}
+        """All manifests by artifact. Raises :class:`IllegalState` when one of them cannot be read."""
+        listed = {_artifact_of(path) for path in self._all("manifests", ".json")}
         known = {id: found for id in listed if (found := self._known.get(id) or self._read(id)) is not None}
         self._known = known
         return known
@@ -173,6 +175,6 @@ class Collector:
             self._store.backend.delete(f"{MARKS}/{mark}")
 
 
-def _batches(items: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]
+def _artifact_of(path: str) -> str:
+    """Id of the artifact whose manifest is at ``path``."""
+    return path.rpartition("/")[2].removesuffix(".json")

@@ -91,6 +91,13 @@ def check_name(value: str, field: str) -> str:
     return value
 
 
+def check_names(**names: str | None) -> None:
+    """Check those that are given, each under the name of its field; see :func:`check_name`."""
+    for field, value in names.items():
+        if value is not None:
+            check_name(value, field)
+
+
 def check_path(path: str, field: str = "path") -> str:
     """``path`` if it stays inside an artifact on every system. Raises :class:`InvalidInput` that names ``field``."""
     try:

@@ -49,9 +49,7 @@ class RemoteBackend:
         with source.open("rb") as reader:
             sha256, size = copy(reader, None)
         target = self._path(blob_path(sha256))
-        # Listings are cached, and another process may have written since.
-        self._fs.invalidate_cache()
-        if not self._fs.exists(target) or self._fs.size(target) != size:
+        if self._size(target) != size:
             self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._fs.put_file(str(source), target)
         return File(sha256=sha256, size=size)
@@ -100,13 +98,12 @@ class RemoteBackend:
     def delete(self, path: str) -> int:
         """Remove a file."""
         target = self._path(path)
-        self._fs.invalidate_cache()
+        size = self._size(target)
         try:
-            size = int(self._fs.size(target) or 0)
             self._fs.rm_file(target)
         except FileNotFoundError:
             return 0
-        return size
+        return size or 0
 
     def writing(self) -> AbstractContextManager[None]:
         """Nothing can be held here; see :meth:`missing`."""
@@ -143,6 +140,16 @@ class RemoteBackend:
         except ValueError:
             # Half written: it may name anything.
             return True
+
+    def _size(self, target: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        # Listings are cached, and another process may have written or deleted since.
+        self._fs.invalidate_cache()
+        try:
+            # One request: between a look and another a collector may delete the file.
+            return int(self._fs.size(target) or 0)
+        except FileNotFoundError:
+            return None
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects
 from services.crossmodal.steering import mean_differences
 from services.runtime.seeds import generator
+from services.runtime.training import Optimization, Progress, Trainer, constant, fit
 
 FINE_STEPS, FINE_RATE, FINE_QUERIES = 100, 1e-2, 128
 """Steps, learning rate and sequences per step of short fine-tuning."""
@@ -61,22 +64,53 @@ class Baselines:
         return edited
 
 
-def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, labels: Tensor, edit: Edit) -> Tensor:
-    """Each subject's weights ``[subjects, size]`` after ``FINE_STEPS`` steps of Adam on training sequences, towards the
-    behaviours ``labels`` (bool ``[subjects, patterns]``)."""
-    weights = subjects.weights.clone().requires_grad_()
-    optimizer = torch.optim.Adam([weights], FINE_RATE)
-    present = codec.layout.present.to(codec.device)[subjects.shape]
-    patterns = codec.signs([edit]).cpu().nonzero().squeeze(1).expand(len(labels), -1)
-    draws = generator(codec.spec.seed, "fine-tuning", edit.label, edit.operation)
-    for _ in range(FINE_STEPS):
-        rows = queries.draw(patterns, FINE_QUERIES, draws)
-        inputs = queries.network_inputs(rows).to(codec.device)
-        targets = queries.pools.labels(rows, labels.cpu()).to(codec.device).float()
-        logits = codec.layout.answers(weights.unsqueeze(1), subjects.shape, inputs).squeeze(1)
+class FineTuning(Trainer):
+    """Short training of subjects towards other behaviours, each as if alone, by plain Adam on training sequences.
+
+    The subjects' weights after :func:`fit` are ``edited``, ``[subjects, size]``.
+    """
+
+    monitor, validate_last = "loss", False
+
+    def __init__(self, codec: Codec, queries: Queries, subjects: Subjects, labels: Tensor, edit: Edit) -> None:
+        """``labels``: the behaviours to have, bool ``[subjects, patterns]``, after ``edit``."""
+        self.spec, self.device = codec.spec.model_copy(update={"wandb": None}), codec.device
+        self.step, self.steps, self.validate_every = 0, FINE_STEPS, FINE_STEPS + 1
+        self.progress = Progress()
+        self._codec, self._queries, self._shape = codec, queries, subjects.shape
+        self._labels, self._present = labels, codec.layout.present.to(codec.device)[subjects.shape]
+        self._patterns = codec.signs([edit]).cpu().nonzero().squeeze(1).expand(len(labels), -1)
+        self._generator = generator(codec.spec.seed, "fine-tuning", edit.label, edit.operation)
+        self.edited = subjects.weights.clone().requires_grad_()
+        self.optimization = Optimization([{"params": [self.edited]}], codec.spec.training, constant)
+        # Not clipped: the norm of all subjects' gradients would couple them.
+        self.optimization.optimizer = torch.optim.Adam([self.edited], FINE_RATE)
+
+    def advance(self) -> dict[str, Tensor]:
+        rows = self._queries.draw(self._patterns, FINE_QUERIES, self._generator)
+        inputs = self._queries.network_inputs(rows).to(self.device)
+        targets = self._queries.pools.labels(rows, self._labels.cpu()).to(self.device).float()
+        logits = self._codec.layout.answers(self.edited.unsqueeze(1), self._shape, inputs).squeeze(1)
         # A sum over the subjects: each is trained as if alone.
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
-        (weights.grad,) = torch.autograd.grad(loss, [weights])
-        weights.grad *= present
-        optimizer.step()
-    return weights.detach()
+        (self.edited.grad,) = torch.autograd.grad(loss, [self.edited])
+        self.edited.grad *= self._present
+        self.optimization.optimizer.step()
+        self.step += 1
+        return {"loss": loss.detach()}
+
+    def validate(self) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"edited": self.edited.detach()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self.edited.data.copy_(tensors["edited"])
+
+
+def fine_tuned(codec: Codec, queries: Queries, subjects: Subjects, labels: Tensor, edit: Edit) -> Tensor:
+    """Each subject's weights ``[subjects, size]`` after :class:`FineTuning`, with the same arguments."""
+    trainer = FineTuning(codec, queries, subjects, labels, edit)
+    fit(trainer)
+    return trainer.edited.detach()

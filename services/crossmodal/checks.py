@@ -1,4 +1,4 @@
-"""Checks of what is given to a codec; each error names its field as a request does."""
+"""Checks of input to a codec; each error names its field as a request does."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def shape(hidden: Sequence[int], activation: str | None, layout: Layout) -> Arch
     if not hidden and len(layout.shapes) > 1:
         raise InvalidInput.field("architecture", f"say which; {_known(layout.shapes)}")
     fitting = [
-        one
-        for one in layout.shapes
-        if (not hidden or one.hidden == tuple(hidden)) and activation in (None, one.activation)
+        shape
+        for shape in layout.shapes
+        if (not hidden or shape.hidden == tuple(hidden)) and activation in (None, shape.activation)
     ]
     if not fitting:
         raise InvalidInput.field("architecture", f"one that the model was not trained on; {_known(layout.shapes)}")
     if len(fitting) > 1:
-        known = ", ".join(one.activation for one in fitting)
+        known = ", ".join(shape.activation for shape in fitting)
         raise InvalidInput.field("architecture.activation", f"networks of this shape have {known}; say which")
     return fitting[0]
 
@@ -94,7 +94,7 @@ def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:
 
 
 def finite(tensor: Tensor, field: str) -> Tensor:
-    """What a model made of ``field``, or :class:`InvalidInput` where that is no number."""
+    """What a model made of ``field``, or :class:`InvalidInput` where that is NaN or infinite."""
     if not bool(tensor.isfinite().all()):
         raise InvalidInput.field(field, "values so large that activations overflow; send smaller ones")
     return tensor
@@ -102,11 +102,11 @@ def finite(tensor: Tensor, field: str) -> Tensor:
 
 def edits(edits: Sequence[Edit], behaviors: Sequence[str]) -> None:
     """Raise :class:`InvalidInput` unless each edit is of ``behaviors``, and none is edited twice."""
-    place: dict[str, int] = {}
+    position: dict[str, int] = {}
     for i, edit in enumerate(edits):
         for field, name in (("behavior", edit.behavior), *([("by", edit.by)] if edit.by is not None else [])):
             if name not in behaviors:
                 raise InvalidInput.field(f"edits.{i}.{field}", f"unknown; this model has {', '.join(behaviors)}")
-            if name in place:
-                raise InvalidInput.field(f"edits.{i}.{field}", f"{name} is in edits.{place[name]} already")
-            place[name] = i
+            if name in position:
+                raise InvalidInput.field(f"edits.{i}.{field}", f"{name} is in edits.{position[name]} already")
+            position[name] = i

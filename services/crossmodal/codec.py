@@ -33,14 +33,14 @@ from services.zoo.subjects import Architecture, Params, activations, encode, fla
 from services.zoo.universe import VALIDATION
 
 CHUNK = 256
-"""Networks that go through encoder or decoder at once: in a transformer each takes a row of every token."""
+"""Networks that go through encoder or decoder at once, which bounds a transformer's memory."""
 
 AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)
 """Strengths that ``auto`` chooses from."""
-HAS = 0.5
-"""Share of the sequences that tell of a behaviour that a network which has it answers yes to, at least."""
-MIN_TELLING = 8
-"""Fewest sequences that tell of a behaviour."""
+MIN_RECALL = 0.5
+"""Minimum recall on a behaviour's sequences for a network to count as having it."""
+MIN_EXCLUSIVE = 8
+"""Fewest sequences that match one behaviour alone for these to decide who has it."""
 
 
 class Behavior(NamedTuple):
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """What an edit does to each of some networks; the first axis is theirs."""
+    """What an edit does to each of a batch of networks."""
 
     networks: Params
     """After the edit."""
@@ -71,18 +71,18 @@ class Effect(NamedTuple):
     strength: Tensor
     """What the directions were multiplied by, ``[batch]``."""
     had: Tensor
-    """Behaviours that each network was seen to have on the support set; read from the latent where that has no sequence
-    of a behaviour: bool ``[batch, behaviors]``."""
+    """Behaviours that each network has on the support set; of a behaviour without sequences there, by the linear probe
+    on its latent: bool ``[batch, behaviors]``."""
     predicted: Tensor
-    """Chance of each behaviour as a line reads it from the latent, before and after: ``[batch, 2, behaviors]``."""
+    """Probability of each behaviour by the linear probe on the latent, before and after: ``[batch, 2, behaviors]``."""
     recall: Tensor
     """Measured: share of the held-out sequences with each behaviour that are answered yes, before and after:
     ``[batch, 2, behaviors]``."""
     false_positive_rate: Tensor
     """The same of the sequences without any behaviour: ``[batch, 2]``."""
     scores: Scores
-    """Target and local, ``[batch]`` each, by the behaviours that the network had; target is no number where the edit
-    decides no sequence."""
+    """Target and local, ``[batch]`` each, by the behaviours that the network had; target is NaN where the edit decides
+    no sequence."""
 
 
 class Codec:
@@ -100,7 +100,7 @@ class Codec:
         self.patterns, self.positives = contents.patterns, contents.positives
         self.probes, self.preprocessor = contents.probes, contents.preprocessor
         self.evaluation, self.support = contents.evaluation, contents.support
-        self.course: list[dict[str, float]] = []
+        self.history: list[dict[str, float]] = []
         """Loss, terms and validations of the training that made it, each with its ``step``; not kept in its files."""
         self.probe = Probe(*(tensor.to(device) for tensor in contents.probe))
         self.layout = contents.preprocessor.layout
@@ -148,13 +148,13 @@ class Codec:
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu", parts: Sequence[Part] = PARTS) -> Codec:
-        """Read what :meth:`save` wrote, of encoder and decoder only ``parts``: a call that needs another one raises
+        """Read what :meth:`save` wrote, of encoder and decoder only ``parts``: a call that needs the other one raises
         :class:`InvalidInput`. So does a file that is missing, wrong, or of another run."""
         return cls(read(Path(folder), parts), device)
 
     def check_zoo(self, zoo: Zoo) -> None:
-        """Raise :class:`InvalidInput` for another zoo than the codec was trained on: of that one alone it is known who
-        was held out."""
+        """Raise :class:`InvalidInput` for another zoo than the codec was trained on, whose held-out subjects are not
+        known."""
         if zoo.digest != self.zoo:
             raise InvalidInput.field("zoo", "is not the zoo that the codec was trained on; give that one")
 
@@ -253,8 +253,8 @@ class Codec:
         """
         if not isinstance(edits, Steering):
             edits = self.check_edits(Steering.of(edits, mode, strength, direction))
-        found = self._steered(*self._vectors(networks, activation), edits)
-        return self._networks(found.vectors, int(found.shape[0])), found.latents
+        steered = self._steer(*self._vectors(networks, activation), edits)
+        return self._networks(steered.vectors, int(steered.shape[0])), steered.latents
 
     @torch.no_grad()
     def effect(
@@ -271,18 +271,18 @@ class Codec:
         in :meth:`steer`."""
         if not isinstance(edits, Steering):
             edits = self.check_edits(Steering.of(edits, mode, strength, direction))
-        found = self._steered(*self._vectors(networks, activation), edits)
-        said = [self.yes(vectors, found.shape) for vectors in (found.source, found.vectors)]
-        shares = torch.stack([self.evaluation.by_stratum(one.cpu()).to(self.device) for one in said], 1)
-        predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (found.before, found.latents)], 1)
-        labels = [self.evaluation.labels(one.cpu()).to(self.device) for one in (found.had, found.wanted)]
-        scores = score(said[1], said[0], *labels)
-        target = scores.target.masked_fill((labels[0] == labels[1]).all(1), float("nan"))
+        steered = self._steer(*self._vectors(networks, activation), edits)
+        source, edited = (self.yes(vectors, steered.shape) for vectors in (steered.source, steered.vectors))
+        shares = torch.stack([self._by_stratum(predictions) for predictions in (source, edited)], 1)
+        predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (steered.before, steered.latents)], 1)
+        before, after = (self._labels(self.evaluation, has) for has in (steered.had, steered.wanted))
+        scores = score(edited, source, before, after)
+        target = scores.target.masked_fill((before == after).all(1), float("nan"))
         return Effect(
-            self._networks(found.vectors, int(found.shape[0])),
-            found.latents,
-            found.strength,
-            found.had,
+            self._networks(steered.vectors, int(steered.shape[0])),
+            steered.latents,
+            steered.strength,
+            steered.had,
             predicted,
             shares[:, :, :-1],
             shares[:, :, -1],
@@ -290,7 +290,7 @@ class Codec:
         )
 
     @torch.no_grad()
-    def _steered(self, vectors: Tensor, shape: Tensor, steering: Steering) -> _Steered:
+    def _steer(self, vectors: Tensor, shape: Tensor, steering: Steering) -> _Steered:
         self._need("decoder")
         edits, mode, alpha, direction = steering
         change = self.signs(edits)
@@ -300,28 +300,28 @@ class Codec:
 
         def moved(by: float) -> tuple[Tensor, Tensor]:
             steered = latents + by * shift
-            found = self.decodings(steered, shape)
+            decoded = self.decodings(steered, shape)
             # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
-            weights = prepared.undo(found) if mode == "direct" else vectors + prepared.undo(found - source_decoded)
+            weights = prepared.undo(decoded) if mode == "direct" else vectors + prepared.undo(decoded - source_decoded)
             return checks.finite(weights, "networks"), checks.finite(steered, "networks")
 
         source = self.yes(vectors, shape, self.support)
-        telling = self._telling
-        had = source.float() @ telling.T / telling.sum(1).clamp_min(1) >= HAS
-        # Where the probes are all that there is of a behaviour, as the latent says.
-        had = torch.where(telling.any(1), had, self.probe(latents) > 0)
+        decisive = self._decisive
+        had = source.float() @ decisive.T / decisive.sum(1).clamp_min(1) >= MIN_RECALL
+        # Where all sequences of a behaviour are probes, the support set has none: the latent decides.
+        had = torch.where(decisive.any(1), had, self.probe(latents) > 0)
         wanted = had & ~(change < 0) | (change > 0)
         if alpha != "auto":
             weights, steered = moved(alpha)
             chosen = torch.full((len(vectors),), alpha, device=self.device)
             return _Steered(vectors, shape, latents, weights, steered, chosen, had, wanted)
-        labels = [self.support.labels(one.cpu()).to(self.device) for one in (had, wanted)]
+        labels = [self._labels(self.support, has) for has in (had, wanted)]
         tried = [moved(by) for by in AUTO]
         margins = []
         for weights, _ in tried:
             scores = score(self.yes(weights, shape, self.support), source, *labels)
             margins.append(torch.minimum(scores.target - TARGET_GATE, scores.local - LOCAL_GATE))
-        # Of equal ones that which is nearest to 1, which is the first.
+        # Of equal strengths the first, which is nearest to 1.
         best = torch.stack(margins).argmax(0)
         rows = torch.arange(len(best), device=self.device)
         weights, steered = (torch.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
@@ -340,8 +340,7 @@ class Codec:
         ``recall`` ``[batch, behaviors]``: share of the sequences with the behaviour that the network answers yes to;
         ``false_positive_rate`` ``[batch]``: that share of the sequences without any behaviour.
         """
-        yes = self.yes(*self._vectors(networks, activation))
-        shares = self.evaluation.by_stratum(yes.cpu()).to(self.device)
+        shares = self._by_stratum(self.yes(*self._vectors(networks, activation)))
         return shares[:, :-1], shares[:, -1]
 
     @cached_property
@@ -354,25 +353,34 @@ class Codec:
         return self._inputs(self.support)
 
     @cached_property
-    def _telling(self) -> Tensor:
-        """By which sequences of the support set each behaviour is told, 0 or 1 ``[behaviors, n]``: those that match it
-        alone (most sorted sequences begin with A, say, and a network that knows ``starts_with(A)`` answers yes to
-        them); where there are fewer than ``MIN_TELLING``, all that match it."""
+    def _decisive(self) -> Tensor:
+        """Sequences of the support set on which it is measured who has each behaviour, 0 or 1 ``[behaviors, n]``: those
+        that match it alone, or, where there are fewer than ``MIN_EXCLUSIVE``, all that match it. (Most sorted sequences
+        begin with A, say, and a network with ``starts_with(A)`` answers yes to them.)"""
         member = self.support.membership
         alone = member & (member.sum(1, keepdim=True) == 1)
-        return torch.where(alone.sum(0) < MIN_TELLING, member, alone).T.float().to(self.device)
+        return torch.where(alone.sum(0) < MIN_EXCLUSIVE, member, alone).T.float().to(self.device)
 
-    def _inputs(self, asked: Evaluation) -> Tensor:
-        return encode(self.layout.envelope, asked.sequences.to(self.device)).T.contiguous()
+    def _inputs(self, held_out: Evaluation) -> Tensor:
+        return encode(self.layout.envelope, held_out.sequences.to(self.device)).T.contiguous()
 
-    def yes(self, vectors: Tensor, shape: Tensor, asked: Evaluation | None = None) -> Tensor:
-        """Predicted classes of networks ``[models, size]`` on the evaluation set, or on the support set where that is
-        ``asked``: bool ``[models, n]``."""
-        inputs = self._support_inputs if asked is self.support else self.evaluation_inputs
+    def _labels(self, held_out: Evaluation, has: Tensor) -> Tensor:
+        """Exact labels of networks with the behaviours ``has`` (bool ``[batch, behaviors]``): bool ``[batch, n]``."""
+        return held_out.labels(has.cpu()).to(self.device)
+
+    def _by_stratum(self, predictions: Tensor) -> Tensor:
+        """Share of yes among ``predictions`` on each stratum of the evaluation set, the last that of no behaviour:
+        ``[batch, behaviors + 1]``."""
+        return self.evaluation.by_stratum(predictions.cpu()).to(self.device)
+
+    def yes(self, vectors: Tensor, shape: Tensor, held_out: Evaluation | None = None) -> Tensor:
+        """Predicted classes of networks ``[models, size]`` on the evaluation set, or on the support set if that is
+        ``held_out``: bool ``[models, n]``."""
+        inputs = self._support_inputs if held_out is self.support else self.evaluation_inputs
         return self.layout.answers(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
 
     def signs(self, edits: Sequence[Edit]) -> Tensor:
-        """-1 for the behaviours that the edits take away and 1 for those that they give: ``[behaviors]``."""
+        """-1 for behaviours that the edits remove, 1 for those that they add: ``[behaviors]``."""
         return signs(edits, [behavior.name for behavior in self.behaviors]).to(self.device)
 
     def _placed(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -384,7 +392,7 @@ class Codec:
         batch = networks if isinstance(networks, Batch) else self.check_networks(networks, activation)
         (rows, shapes), which = self._placed(batch), batch.shape
         vectors = self.layout.pad(rows, which)
-        # Before anything else is made of them: not every signature of infinity is a number, or even an answer.
+        # Checked first: signatures of infinite activations may be NaN, or look like ordinary numbers.
         inputs, shape = self.preprocessor.extractor.inputs.to(self.device), self.layout.shapes[which]
         for layer in activations(unflatten(self.layout.strip(vectors, which), shape), inputs, shape.activation):
             checks.finite(layer, "networks")
@@ -407,15 +415,15 @@ class Codec:
 @torch.no_grad()
 def encoded(encoder: Encoder, inputs: Tensor, shape: Tensor) -> Tensor:
     """Latents of flat inputs, see :meth:`Codec.latents`."""
-    parts = zip(torch.split(inputs, CHUNK), torch.split(shape, CHUNK), strict=True)
-    return torch.cat([encoder(encoder.features(own), which) for own, which in parts])
+    chunks = zip(torch.split(inputs, CHUNK), torch.split(shape, CHUNK), strict=True)
+    return torch.cat([encoder(encoder.features(rows), shapes) for rows, shapes in chunks])
 
 
 @torch.no_grad()
 def decoded(decoder: Decoder, latents: Tensor, shape: Tensor) -> Tensor:
     """Networks of latents, see :meth:`Codec.decodings`."""
-    parts = zip(torch.split(latents, CHUNK), torch.split(shape, CHUNK), strict=True)
-    return torch.cat([decoder(own, which) for own, which in parts])
+    chunks = zip(torch.split(latents, CHUNK), torch.split(shape, CHUNK), strict=True)
+    return torch.cat([decoder(rows, shapes) for rows, shapes in chunks])
 
 
 class _Steered(NamedTuple):

@@ -205,7 +205,7 @@ class Queries:
         near = (pools.count[patterns + 1 :] > 0).nonzero().flatten() + patterns + 1
         return cls(pools, encode(architecture, pools.sequences), near)
 
-    def draw(self, pattern: Tensor, count: int, draws: torch.Generator) -> Tensor:
+    def draw(self, pattern: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Rows ``[subjects, count]`` for edits of some patterns each (``pattern``: int64 ``[subjects, edited]``).
 
         A quarter matches the edited patterns; of the others about five in eight match a random pattern, one in eight is
@@ -216,16 +216,16 @@ class Queries:
         own = count // 4
         rest = count - own
         near, none = rest // 8, rest // 4
-        anywhere = torch.randint(patterns, (subjects, rest - near - none), generator=draws)
+        anywhere = torch.randint(patterns, (subjects, rest - near - none), generator=generator)
         groups = [_repeated(pattern, own), anywhere]
         if len(self.near):
-            misses = self.near[torch.randint(len(self.near), (subjects, near), generator=draws)]
+            misses = self.near[torch.randint(len(self.near), (subjects, near), generator=generator)]
             closest = _repeated(pattern, near // 2) + patterns + 1
             closest = torch.where(self.pools.count[closest] > 0, closest, misses[:, : near // 2])
             groups.append(torch.cat([closest, misses[:, near // 2 :]], 1))
         groups.append(torch.full((subjects, count - sum(group.shape[1] for group in groups)), patterns))
         group = torch.cat(groups, 1)
-        place = torch.rand(group.shape, generator=draws, dtype=torch.float64) * self.pools.count[group]
+        place = torch.rand(group.shape, generator=generator, dtype=torch.float64) * self.pools.count[group]
         return self.pools.start[group] + place.long().minimum(self.pools.count[group] - 1)
 
     def network_inputs(self, rows: Tensor) -> Tensor:

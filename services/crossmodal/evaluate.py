@@ -18,7 +18,7 @@ the nearest training subject's own weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,10 +62,6 @@ class PossibleEdits(NamedTuple):
     """Exact labels after."""
     skipped: int
     """Edits left out: too few sequences that decide, or a subject too weak."""
-
-    def first(self, count: int) -> PossibleEdits:
-        """The first ``count`` of them."""
-        return PossibleEdits(self.subject[:count], self.before[:count], self.after[:count], self.skipped)
 
 
 def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
@@ -216,11 +212,8 @@ def judge_curves(
     """What residual edits of each kind of direction do as they grow stronger: macro means over ``edits``, of each
     operation; ``source``: the subjects' own answers, bool ``[subjects, n]``."""
     by_point: dict[tuple[str, str, float], list[dict[str, float]]] = {}
-    for edit in edits:
-        possible = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit])).first(CHUNK)
+    for edit, possible in _samples(codec, subjects, source, edits):
         index = possible.subject
-        if not len(index):
-            continue
         chosen = subjects.at(index)
         for kind in DIRECTIONS:
             shift = codec.signs([edit]) @ codec.directions[kind]
@@ -251,10 +244,7 @@ def judge_others(
 ) -> list[dict[str, Any]]:
     """What the :class:`Baselines` reach, on at most ``CHUNK`` subjects each; a row for each edit and baseline."""
     rows: list[dict[str, Any]] = []
-    for edit in edits:
-        possible = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit])).first(CHUNK)
-        if not len(possible.subject):
-            continue
+    for edit, possible in _samples(codec, subjects, source, edits):
         chosen = subjects.at(possible.subject)
         edited = baselines.edit(chosen, decoded.latents[possible.subject], edit)
         for name, (weights, available) in edited.items():
@@ -301,6 +291,17 @@ def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit:
     if edit.operation == "remove":
         keep &= share(source[subject] == before, decided) >= MIN_OWN_ACCURACY
     return PossibleEdits(subject[keep], before[keep], after[keep], int((~keep).sum()))
+
+
+def _samples(
+    codec: Codec, subjects: Subjects, source: Tensor, edits: Sequence[Edit]
+) -> Iterator[tuple[Edit, PossibleEdits]]:
+    """The first ``CHUNK`` edits of each kind that can be judged, if there are any."""
+    for edit in edits:
+        possible = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit]))
+        if len(possible.subject):
+            subject, before, after, skipped = possible
+            yield edit, PossibleEdits(subject[:CHUNK], before[:CHUNK], after[:CHUNK], skipped)
 
 
 @torch.no_grad()

@@ -61,15 +61,15 @@ class TokenEmbedding(nn.Module):
 
     position: Tensor
 
-    def __init__(self, width: int, form: Form, spec: CodecSpec, draws: torch.Generator) -> None:
+    def __init__(self, width: int, form: Form, spec: CodecSpec, generator: torch.Generator) -> None:
         super().__init__()
-        self.values = _linear(width, spec.hidden_dim, draws) if width else None
-        self.layer = _table(int(form.metadata[..., 0].max()) + 1, spec.hidden_dim, draws)
-        self.parameter = _table(3, spec.hidden_dim, draws)
-        self.shape = _linear(3, spec.hidden_dim, draws)
+        self.values = _linear(width, spec.hidden_dim, generator) if width else None
+        self.layer = _table(int(form.metadata[..., 0].max()) + 1, spec.hidden_dim, generator)
+        self.parameter = _table(3, spec.hidden_dim, generator)
+        self.shape = _linear(3, spec.hidden_dim, generator)
         tokens = form.metadata.shape[1]
         if spec.positions == "learned":
-            self.position = _table(tokens, spec.hidden_dim, draws)
+            self.position = _table(tokens, spec.hidden_dim, generator)
         else:
             self.register_buffer("position", sinusoids(tokens, spec.hidden_dim), persistent=False)
 
@@ -87,7 +87,7 @@ class Encoder(nn.Module):
     descriptors: Tensor
     components: Tensor
 
-    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, draws: torch.Generator) -> None:
+    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, generator: torch.Generator) -> None:
         super().__init__()
         self.spec, layout = spec, tokenizer.layout
         forms = [
@@ -107,19 +107,20 @@ class Encoder(nn.Module):
             self.register_buffer("components", torch.zeros(sum(self.sizes), spec.signature_components))
             entering = spec.signature_components + about
         else:
-            self.embeddings = nn.ModuleList(TokenEmbedding(form.entry.shape[2], form, spec, draws) for form in forms)
-            self.start = nn.Parameter(0.02 * torch.randn(hidden, generator=draws)) if spec.pooling == "cls" else None
+            self.embeddings = nn.ModuleList(TokenEmbedding(f.entry.shape[2], f, spec, generator) for f in forms)
+            start = 0.02 * torch.randn(hidden, generator=generator) if spec.pooling == "cls" else None
+            self.start = nn.Parameter(start) if start is not None else None
             slots = sum(form.mask.shape[1] for form in forms)
             entering = about + (hidden * slots if spec.pooling == "flatten" else hidden)
         self.blocks = nn.ModuleList(
-            Block(hidden, spec.heads, draws) for _ in range(spec.depth if spec.architecture == "transformer" else 0)
+            Block(hidden, spec.heads, generator) for _ in range(spec.depth if spec.architecture == "transformer" else 0)
         )
         if spec.architecture == "transformer":
-            self.layers = perceptron([entering, spec.latent_dim], draws)
+            self.layers = perceptron([entering, spec.latent_dim], generator)
         else:
-            self.layers = perceptron([entering, *[hidden] * spec.depth, spec.latent_dim], draws)
+            self.layers = perceptron([entering, *[hidden] * spec.depth, spec.latent_dim], generator)
         # Beside the perceptron, so that a network's own particulars need not pass its bends.
-        self.straight = _linear(entering, spec.latent_dim, draws) if spec.flat else None
+        self.straight = _linear(entering, spec.latent_dim, generator) if spec.flat else None
 
     def fit(self, vectors: Tensor, present: Tensor) -> None:
         """Set the standardisation, and the components where there are any, from training subjects.
@@ -172,7 +173,7 @@ class Decoder(nn.Module):
     descriptors: Tensor
     present: Tensor
 
-    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, draws: torch.Generator) -> None:
+    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, generator: torch.Generator) -> None:
         super().__init__()
         self.spec, layout = spec, tokenizer.layout
         self.size = layout.size
@@ -181,14 +182,14 @@ class Decoder(nn.Module):
         self.standard = Standard(layout.size)
         hidden, entering = spec.hidden_dim, spec.latent_dim + self.descriptors.shape[1]
         if spec.architecture == "mlp":
-            self.layers = perceptron([entering, *[hidden] * spec.depth, layout.size], draws)
-            self.straight = _linear(entering, layout.size, draws)
+            self.layers = perceptron([entering, *[hidden] * spec.depth, layout.size], generator)
+            self.straight = _linear(entering, layout.size, generator)
             return
         self.form = deepcopy(tokenizer.weights)
-        self.queries = TokenEmbedding(0, self.form, spec, draws)
-        self.memory = _linear(entering, MEMORY * hidden, draws)
-        self.blocks = nn.ModuleList(Block(hidden, spec.heads, draws, cross=True) for _ in range(spec.depth))
-        self.values = _linear(hidden, self.form.entry.shape[2], draws)
+        self.queries = TokenEmbedding(0, self.form, spec, generator)
+        self.memory = _linear(entering, MEMORY * hidden, generator)
+        self.blocks = nn.ModuleList(Block(hidden, spec.heads, generator, cross=True) for _ in range(spec.depth))
+        self.values = _linear(hidden, self.form.entry.shape[2], generator)
 
     def fit(self, weights: Tensor, present: Tensor) -> None:
         """Set the standardisation from training weights ``[subjects, size]`` and which of them each has, bool."""
@@ -215,13 +216,14 @@ class Block(nn.Module):
     """A transformer layer, normalised before each part: self-attention, cross-attention where asked for, and a
     perceptron (Vaswani et al. 2017, arXiv 1706.03762; Xiong et al. 2020, arXiv 2002.04745)."""
 
-    def __init__(self, hidden: int, heads: int, draws: torch.Generator, *, cross: bool = False) -> None:
+    def __init__(self, hidden: int, heads: int, generator: torch.Generator, *, cross: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(3 if cross else 2))
-        self.own = nn.ModuleList([_linear(hidden, 3 * hidden, draws), _linear(hidden, hidden, draws)])
-        self.other = nn.ModuleList(_linear(hidden, n * hidden, draws) for n in (1, 2, 1)) if cross else None
-        self.feed = nn.Sequential(_linear(hidden, 4 * hidden, draws), nn.GELU(), _linear(4 * hidden, hidden, draws))
+        self.own = nn.ModuleList([_linear(hidden, 3 * hidden, generator), _linear(hidden, hidden, generator)])
+        self.other = nn.ModuleList(_linear(hidden, n * hidden, generator) for n in (1, 2, 1)) if cross else None
+        widen, narrow = _linear(hidden, 4 * hidden, generator), _linear(4 * hidden, hidden, generator)
+        self.feed = nn.Sequential(widen, nn.GELU(), narrow)
 
     def forward(self, hidden: Tensor, mask: Tensor, memory: Tensor | None = None) -> Tensor:
         """``hidden``: ``[batch, tokens, hidden]``; ``mask``: which tokens are there, bool ``[batch, tokens]``;
@@ -246,11 +248,11 @@ class Block(nn.Module):
 class EncoderDecoder(nn.Module):
     """Everything that is trained."""
 
-    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, behaviors: int, draws: torch.Generator) -> None:
+    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, behaviors: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.encoder = Encoder(spec, tokenizer, draws)
-        self.decoder = Decoder(spec, tokenizer, draws)
-        self.directions = nn.Parameter(0.1 * torch.randn(behaviors, spec.latent_dim, generator=draws))
+        self.encoder = Encoder(spec, tokenizer, generator)
+        self.decoder = Decoder(spec, tokenizer, generator)
+        self.directions = nn.Parameter(0.1 * torch.randn(behaviors, spec.latent_dim, generator=generator))
         """What is added to a latent for its network to gain each behaviour ``[behaviors, latent]``."""
 
     @torch.no_grad()
@@ -334,21 +336,21 @@ def sinusoids(tokens: int, hidden: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :hidden]
 
 
-def perceptron(widths: Sequence[int], draws: torch.Generator) -> nn.Sequential:
+def perceptron(widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
     """Linear layers with GELU between them."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
-        layers += [_linear(fan_in, fan_out, draws), nn.GELU()]
+        layers += [_linear(fan_in, fan_out, generator), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
 
-def _linear(fan_in: int, fan_out: int, draws: torch.Generator) -> nn.Linear:
-    """Initialised as ``torch.nn.Linear`` does, from ``draws``."""
+def _linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Linear:
+    """Initialised as ``torch.nn.Linear`` does, from ``generator``."""
     linear, bound = nn.Linear(fan_in, fan_out), 1 / math.sqrt(fan_in)
-    nn.init.uniform_(linear.weight, -bound, bound, generator=draws)
-    nn.init.uniform_(linear.bias, -bound, bound, generator=draws)
+    nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+    nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
     return linear
 
 
-def _table(rows: int, hidden: int, draws: torch.Generator) -> nn.Parameter:
-    return nn.Parameter(0.02 * torch.randn(rows, hidden, generator=draws))
+def _table(rows: int, hidden: int, generator: torch.Generator) -> nn.Parameter:
+    return nn.Parameter(0.02 * torch.randn(rows, hidden, generator=generator))

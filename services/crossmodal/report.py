@@ -54,8 +54,8 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
         training never saw. Decoded networks agree with their sources on {figures["agreement"]:.1%} of the sequences."""
     )
     report.section("Training", _training_summary(codec))
-    if codec.course:
-        report.figure("history", _history_plot(codec.course), "Losses over the steps of training")
+    if codec.history:
+        report.figure("history", _history_plot(codec.history), "Losses over the steps of training")
     report.section("Edits").figure(
         "steering", steering_plot(evaluation), "Steering: target, locality and gates by behaviour"
     )
@@ -338,10 +338,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _training_summary(codec: Codec) -> str:
-    if not codec.course:
+    if not codec.history:
         return "The history of training is shown where the codec comes from training, not from its files."
-    validations = [(row["validation_loss"], row["step"]) for row in codec.course if "validation_loss" in row]
-    text = f"{codec.course[-1]['step']:,.0f} of at most {codec.spec.training.steps:,} steps were taken."
+    validations = [(row["validation_loss"], row["step"]) for row in codec.history if "validation_loss" in row]
+    text = f"{codec.history[-1]['step']:,.0f} of at most {codec.spec.training.steps:,} steps were taken."
     if validations:
         text += f" The validation loss was lowest, {min(validations)[0]:.4f}, at step {min(validations)[1]:,.0f}."
     return text

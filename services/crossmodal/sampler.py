@@ -28,12 +28,11 @@ class BehaviorAwareBatchSampler:
         partners = (self.labels & (self.labels.sum(0) > 1)).any(1)
         if not bool(partners.all()):
             alone = int((~partners).nonzero()[0])
-            own = [
-                names[p] if names else f"behaviour {p}" for p in self.labels[alone].nonzero().flatten().tolist()
-            ] or ["no pattern"]
+            behaviors = self.labels[alone].nonzero().flatten().tolist()
+            named = [names[p] if names else f"behaviour {p}" for p in behaviors] or ["no pattern"]
             raise InvalidInput.field(
                 "zoo.labels",
-                f"no positive pair for subject {alone} of the training split: no other has {' or '.join(own)}; add "
+                f"no positive pair for subject {alone} of the training split: no other has {' or '.join(named)}; add "
                 "subjects, or leave the pattern out",
             )
         # An epoch has at most one pair more for each behaviour; how many there are is drawn, so it is fixed by padding.
@@ -58,22 +57,21 @@ class BehaviorAwareBatchSampler:
 
     def epoch(self, number: int) -> Tensor:
         """The pairs of an epoch in order: int64 ``[pairs, 2]``."""
-        draws = generator(self.seed, "pairs", number)
+        rng = generator(self.seed, "pairs", number)
         # Each subject under one of its behaviours that another has too; shuffled, then side by side by behaviour.
         shared = self.labels & (self.labels.sum(0) > 1)
-        key = torch.multinomial(shared.float(), 1, generator=draws).squeeze(1)
-        order = torch.randperm(len(key), generator=draws)
+        key = torch.multinomial(shared.float(), 1, generator=rng).squeeze(1)
+        order = torch.randperm(len(key), generator=rng)
         order = order[key[order].argsort(stable=True)]
         pairs = []
         for behavior, group in enumerate(torch.split(order, key.bincount(minlength=shared.shape[1]).tolist())):
-            own = group
-            if len(own) % 2:
+            if len(group) % 2:
                 others = self.labels[:, behavior].nonzero().squeeze(1)
-                others = others[others != own[-1]]
-                own = torch.cat([own, others[torch.randint(len(others), (1,), generator=draws)]])
-            pairs.append(own.view(-1, 2))
+                others = others[others != group[-1]]
+                group = torch.cat([group, others[torch.randint(len(others), (1,), generator=rng)]])
+            pairs.append(group.view(-1, 2))
         every = torch.cat(pairs)
         # The same number of pairs in each epoch, so that a batch's number tells its epoch.
-        again = torch.randint(len(every), (self.pairs - len(every),), generator=draws)
+        again = torch.randint(len(every), (self.pairs - len(every),), generator=rng)
         every = torch.cat([every, every[again]])
-        return every[torch.randperm(len(every), generator=draws)]
+        return every[torch.randperm(len(every), generator=rng)]

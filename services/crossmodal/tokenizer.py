@@ -132,8 +132,8 @@ def _neurons(shape: Architecture, places: Tensor) -> tuple[Tensor, Tensor]:
     network = unflatten(places.unsqueeze(0), shape)
     for layer in range(len(shape.layers)):
         weight, bias = network[f"layers.{layer}.weight"][0], network[f"layers.{layer}.bias"][0]
-        own = torch.cat([weight, bias.unsqueeze(1)], 1)
-        rows.append(torch.nn.functional.pad(own, (0, widest - own.shape[1]), value=-1))
+        neurons = torch.cat([weight, bias.unsqueeze(1)], 1)
+        rows.append(torch.nn.functional.pad(neurons, (0, widest - neurons.shape[1]), value=-1))
     return torch.cat(rows), _metadata(shape, WEIGHT)
 
 
@@ -151,6 +151,7 @@ def _form(tables: Sequence[tuple[Tensor, Tensor]]) -> Form:
     index = torch.full((len(tables), tokens, width), -1)
     metadata = torch.zeros(len(tables), tokens, len(METADATA), dtype=torch.int64)
     mask = torch.zeros(len(tables), tokens, dtype=torch.bool)
-    for row, (own, about) in enumerate(tables):
-        index[row, : len(own), : own.shape[1]], metadata[row, : len(own)], mask[row, : len(own)] = own, about, True
+    for row, (entries, about) in enumerate(tables):
+        count = len(entries)
+        index[row, :count, : entries.shape[1]], metadata[row, :count], mask[row, :count] = entries, about, True
     return Form(index, metadata, mask)

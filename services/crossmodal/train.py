@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -214,13 +215,9 @@ class CodecTrainer(Trainer):
     def codec(self) -> Codec:
         """The codec of the running mean."""
         with self._running_mean():
-            state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        model = EncoderDecoder(
-            self.spec.codec, Tokenizer.of(self.spec.codec, self.preprocessor), len(self.zoo.patterns), torch.Generator()
-        )
-        model.load_state_dict(state)
-        codec = Codec.of(self.spec, self.zoo, self.preprocessor, model.to(self.device), self.subjects)
-        codec.course = self.progress.history
+            model = copy.deepcopy(self.model)
+        codec = Codec.of(self.spec, self.zoo, self.preprocessor, model, self.subjects)
+        codec.history = self.progress.history
         return codec
 
     def identity(self) -> dict[str, str]:

@@ -93,7 +93,7 @@ def select_patterns(seed: int, indices: Tensor, patterns: int, fewest: int, most
 
 
 def slots(selected: Tensor, batch_size: int, pools: Pools) -> Tensor:
-    """Which group of ``pools`` fills each place of a subject's batches: int64 ``[models, batch_size]``.
+    """Which group of ``pools`` each position of a subject's batches is drawn from: int64 ``[models, batch_size]``.
 
     Half are positives with the same share for each selected pattern; see the constants above for the negatives.
     Groups that are empty (a pattern with no near misses, say) are replaced by sequences that match nothing, or by the
@@ -105,44 +105,43 @@ def slots(selected: Tensor, batch_size: int, pools: Pools) -> Tensor:
     nothing = round((batch_size - positives) * NOTHING)
     # Each row: its own patterns, then the others, each in their order.
     ranked = torch.argsort((~selected).to(torch.int8), dim=1, stable=True)
-    own = selected.sum(1, keepdim=True)
+    count = selected.sum(1, keepdim=True)
 
-    def cycle(count: int, start: Tensor, among: Tensor) -> Tensor:
-        places: Tensor = start + torch.arange(count) % among.clamp(min=1)
-        return ranked.gather(1, places)
+    def cycle(length: int, start: Tensor, among: Tensor) -> Tensor:
+        positions: Tensor = start + torch.arange(length) % among.clamp(min=1)
+        return ranked.gather(1, positions)
 
-    none = torch.full((models, nothing), patterns)
-    others = cycle(batch_size - positives - near - nothing, own.clamp(max=patterns - 1), patterns - own)
-    first = torch.zeros_like(own)
+    others = cycle(batch_size - positives - near - nothing, count.clamp(max=patterns - 1), patterns - count)
+    first = torch.zeros_like(count)
     groups = torch.cat(
         [
-            cycle(positives, first, own),
-            cycle(near, first, own) + patterns + 1,
-            none,
-            # Who has all the patterns has no others.
-            torch.where(own == patterns, patterns, others),
+            cycle(positives, first, count),
+            cycle(near, first, count) + patterns + 1,
+            torch.full((models, nothing), patterns),
+            # A subject with all the patterns has no others.
+            torch.where(count == patterns, patterns, others),
         ],
         1,
     )
-    instead = patterns if pools.count[patterns] else int(pools.count.argmax())
-    return torch.where(pools.count[groups] > 0, groups, instead)
+    replacement = patterns if pools.count[patterns] else int(pools.count.argmax())
+    return torch.where(pools.count[groups] > 0, groups, replacement)
 
 
 class Batches:
     """Training batches of a block of candidates, as rows of ``pools``, with exact labels."""
 
-    def __init__(self, draws: Tensor, selected: Tensor, batch_size: int, pools: Pools) -> None:
-        """``draws``: a key for each candidate, see :func:`keys`; ``selected``: the patterns to draw for."""
+    def __init__(self, keys: Tensor, selected: Tensor, batch_size: int, pools: Pools) -> None:
+        """``keys``: one for each candidate, see :func:`keys`; ``selected``: the patterns to draw for."""
         groups = slots(selected, batch_size, pools)
         self._start, self._count = pools.start[groups], pools.count[groups]
-        self._keys = draws.view(-1, 1, 1)
+        self._keys = keys.view(-1, 1, 1)
         self._selected, self._pools, self._size = selected, pools, batch_size
 
     def draw(self, first: int, steps: int, labelled: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Batches of steps ``first .. first + steps``: rows (int64) and labels (bool), ``[steps, models, batch]``.
         ``labelled``: the patterns that make a label, if others than those to draw for."""
-        places = torch.arange(first * self._size, (first + steps) * self._size).view(1, steps, self._size)
-        hashed = mix(self._keys + places)
+        positions = torch.arange(first * self._size, (first + steps) * self._size).view(1, steps, self._size)
+        hashed = mix(self._keys + positions)
         rows = self._start.unsqueeze(1) + below(hashed, self._count.unsqueeze(1))
         selected = self._selected if labelled is None else labelled
         labels = self._pools.labels(rows.flatten(1), selected).view_as(rows)
@@ -163,11 +162,10 @@ class Examples:
     @classmethod
     def draw(cls, seed: int, stream: str, candidates: Candidates, count: int, pools: Pools) -> Examples:
         """``count`` sequences for each; ``stream`` names the draw."""
-        groups = slots(candidates.selected, count, pools)
-        hashed = mix(keys(seed, stream, candidates.indices).unsqueeze(1) + torch.arange(count))
-        rows = pools.start[groups] + below(hashed, pools.count[groups])
+        batches = Batches(keys(seed, stream, candidates.indices), candidates.selected, count, pools)
+        rows, labels = (drawn[0] for drawn in batches.draw(0, 1))
         of_target = (pools.bits.take(rows) >> candidates.target.unsqueeze(1)) & 1
-        return cls(rows, pools.labels(rows, candidates.selected), of_target.bool())
+        return cls(rows, labels, of_target.bool())
 
     def select(self, index: Tensor) -> Examples:
         """Those of the candidates at ``index``."""
@@ -182,9 +180,9 @@ class Examples:
 def shuffled(seed: int, stream: str, indices: Tensor, epoch: int, count: int) -> Tensor:
     """An order of ``count`` examples for each candidate: int64 ``[models, count]``."""
     base = mix(keys(seed, stream, indices) + epoch).unsqueeze(1)
-    draws = mix(base + torch.arange(-(-count // 4))).view(torch.int16)[:, :count]
+    ranks = mix(base + torch.arange(-(-count // 4))).view(torch.int16)[:, :count]
     # Numpy sorts 16-bit numbers by their digits, in a fraction of the time.
-    return torch.from_numpy(np.argsort(draws.numpy(), axis=1, kind="stable"))
+    return torch.from_numpy(np.argsort(ranks.numpy(), axis=1, kind="stable"))
 
 
 def _fraction(hashed: Tensor) -> Tensor:

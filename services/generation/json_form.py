@@ -19,7 +19,16 @@ from services.generation.format import TrainingDataFormatter
 from services.generation.pipeline import SHARD, DatasetGenerationPipeline
 from services.generation.train import Trained
 from services.runtime.run import Run
-from services.zoo.dataset import BASELINE, DATA, architecture_of, data_file, network_of, read_about, read_records
+from services.zoo.dataset import (
+    BASELINE,
+    DATA,
+    architecture_of,
+    data_file,
+    network_of,
+    read_about,
+    read_records,
+    signature_of,
+)
 from services.zoo.json_records import PATTERNS, JsonRecords, Record
 from services.zoo.subjects import Architecture, Params
 
@@ -74,18 +83,16 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
     }
     row: dict[str, Any] = {"example_id": record["index"], "metadata": json.dumps(metadata)}
     shape = architecture_of(spec, record)
-    for task in ("modification", "classification"):
-        made = None
-        if task == "classification" or staged:
-            made = formatter.modification(record) if task == "modification" else formatter.classification(record)
-        row[f"{task}_prompt"] = made and made.prompt
-        row[f"{task}_completion"] = made and made.completion
-        row[f"{task}_text"] = made and made.text
-    for name, prefix, there in (("degraded", "degraded_", staged), ("improved", "", True)):
+    modification = formatter.modification(record) if staged else None
+    for task, prompt in (("modification", modification), ("classification", formatter.classification(record))):
+        row[f"{task}_prompt"] = prompt and prompt.prompt
+        row[f"{task}_completion"] = prompt and prompt.completion
+        row[f"{task}_text"] = prompt and prompt.text
+    for name, prefix, present in (("degraded", "degraded_", staged), ("improved", "", True)):
         row[f"{name}_signature"] = row[f"{name}_model_weights"] = None
-        if not there:
+        if not present:
             continue
-        row[f"{name}_signature"] = json.dumps(_signature(record[f"{prefix}signature"], shape))
+        row[f"{name}_signature"] = json.dumps(_signature(record, f"{prefix}signature", shape))
         params = network_of(record, f"{prefix}weights", shape)
         weights = {"config": config, "weights": _named(params, record["dropout"] > 0)}
         row[f"{name}_model_weights"] = json.dumps(weights)
@@ -105,17 +112,16 @@ def _named(params: Params, dropout: bool) -> dict[str, Any]:
     return named
 
 
-def _signature(signature: Mapping[str, Sequence[float]], shape: Architecture) -> dict[str, Any]:
-    rows = {method: np.asarray(values).reshape(shape.neurons, -1).tolist() for method, values in signature.items()}
-    layers: dict[str, Any] = {}
-    start = 0
-    for layer, (_, width) in enumerate(shape.layers):
-        profiles = {}
-        for neuron in range(width):
-            values = {method: numbers[start + neuron] for method, numbers in rows.items()}
-            profiles[str(neuron)] = {method: row[0] if len(row) == 1 else row for method, row in values.items()}
-        layers[str(layer)] = {"neuron_profiles": profiles}
-        start += width
+def _signature(record: Mapping[str, Any], column: str, shape: Architecture) -> dict[str, Any]:
+    layers = {
+        str(layer): {
+            "neuron_profiles": {
+                str(neuron): {method: row[0] if len(row) == 1 else row for method, row in values.items()}
+                for neuron, values in enumerate(neurons)
+            }
+        }
+        for layer, neurons in enumerate(signature_of(record, column, shape))
+    }
     return {"neuron_activations": layers}
 
 
@@ -157,13 +163,13 @@ def import_json(
 
 
 def _row(index: int, record: Record, pipeline: DatasetGenerationPipeline) -> dict[str, Any]:
-    own = _candidate(index, record, pipeline)
-    improved = _trained(own, record.shape, record.improved)
-    degraded = _trained(own, record.shape, record.degraded) if record.degraded is not None else None
+    candidate = _candidate(index, record, pipeline)
+    improved = _trained(candidate, record.shape, record.improved)
+    degraded = _trained(candidate, record.shape, record.degraded) if record.degraded is not None else None
     (row,) = pipeline.bucket_trainer.describe(improved, degraded)
     row["learning_rate"] = record.learning_rate
     if degraded is not None:
-        row["epochs"] = [int(one) for one in record.by_stage("epochs")]
+        row["epochs"] = [int(count) for count in record.by_stage("epochs")]
         row["validation_loss"] = record.by_stage("validation_loss")
     return row
 
@@ -185,5 +191,5 @@ def _candidate(index: int, record: Record, pipeline: DatasetGenerationPipeline) 
     )
 
 
-def _trained(own: Candidates, shape: Architecture, params: Params) -> Trained:
-    return Trained(own, shape, params, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+def _trained(candidate: Candidates, shape: Architecture, params: Params) -> Trained:
+    return Trained(candidate, shape, params, torch.zeros(1, dtype=torch.int64), torch.zeros(1))

@@ -19,9 +19,9 @@ from ethogram.rpc import CHANNEL_OPTIONS
 from ethogram.v1 import inference_pb2, inference_pb2_grpc
 from services.artifacts.store import ArtifactStore
 from services.inference.batcher import Batcher
-from services.inference.codec.dataplane import Dataplane
 from services.inference.codec.served import ServedCodec
 from services.inference.codec.servicer import CodecServicer, SteeringServicer
+from services.inference.dataplane import Dataplane
 from services.inference.interceptor import Boundary
 from services.inference.repository import ModelRepository
 from services.inference.settings import InferenceSettings

@@ -1,4 +1,4 @@
-"""``python -m services.jobs``: the tables of the registry, up and down between revisions."""
+"""``python -m services.jobs``: show and migrate the tables of the registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from services.runtime.settings import ProcessSettings
 _EXAMPLES = """examples:
   python -m services.jobs current
   python -m services.jobs upgrade --database-url postgresql://ethogram@db.example/ethogram
-  python -m services.jobs downgrade 0001           # says what it would take away, and changes nothing
+  python -m services.jobs downgrade 0001           # lists what it would delete, and changes nothing
   python -m services.jobs downgrade 0001 --yes
 
 Stop the platform before a downgrade: its processes upgrade the tables when they start.
@@ -23,7 +23,7 @@ Stop the platform before a downgrade: its processes upgrade the tables when they
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what is asked; the exit status."""
+    """Run the command; return the exit status."""
     given = _parser().parse_args(arguments)
     try:
         database = Database(given.database_url or ProcessSettings.read().database, upgrade=False)
@@ -48,7 +48,7 @@ def _run(database: Database, given: argparse.Namespace) -> int:
         for name, rows in lost:
             _say(f"{'dropped' if given.yes else 'would drop'} {name} ({rows} row{'' if rows == 1 else 's'})")
         if not given.yes and given.revision != before:
-            sys.stderr.write("nothing is changed: add --yes to do it\n")
+            sys.stderr.write("nothing was changed; add --yes to do it\n")
             return 1
         _say(f"{database.name}: {before} -> {given.revision}")
     return 0
@@ -66,11 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         "--database-url", metavar="URL", help="default: ETHOGRAM_DATABASE_URL, else the SQLite file in ETHOGRAM_STATE"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("current", parents=[common], help="the revision of the tables")
-    commands.add_parser("upgrade", parents=[common], help="to the tables of this version")
-    down = commands.add_parser("downgrade", parents=[common], help="back to the tables of an earlier revision")
+    commands.add_parser("current", parents=[common], help="show the revision of the tables")
+    commands.add_parser("upgrade", parents=[common], help="migrate to the tables of this version")
+    down = commands.add_parser("downgrade", parents=[common], help="migrate back to an earlier revision")
     down.add_argument("revision", metavar="REVISION", help=f"such as 0001, or {BASE} for no tables at all")
-    down.add_argument("--yes", action="store_true", help="do it; without, only say what it would take away")
+    down.add_argument("--yes", action="store_true", help="do it; otherwise only list what it would delete")
     return parser
 
 

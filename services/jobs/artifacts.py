@@ -1,4 +1,4 @@
-"""Rows of artifacts, those of jobs and those of uploads. Works inside a write transaction of the caller."""
+"""Rows of artifacts: outputs of jobs, and uploads. Functions here work inside a write transaction of the caller."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from ethogram.errors import Conflict, InvalidInput
 from services.jobs import tables, transitions
-from services.jobs.reading import artifact_of
+from services.jobs.database import change
+from services.jobs.queries import artifact_of
 from services.jobs.records import ArtifactRow
 
 _ARTIFACT_ID = re.compile(r"[0-9a-f]{64}")
@@ -29,7 +30,7 @@ def add(
     job: str | None = None,
     attempt: str | None = None,
 ) -> tuple[ArtifactRow, bool]:
-    """The row of an artifact, and whether it is new. It takes the place of the job's earlier one of the same name.
+    """Insert the row of an artifact; the row, and whether it is new. It replaces the job's earlier output of that name.
 
     Raises :class:`InvalidInput`, and :class:`Conflict` when the id is there with another name or job.
     """
@@ -43,7 +44,7 @@ def add(
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     insert = dialect.insert(table).values(**values, superseded=False, created_at=transitions.now())
     new = False
-    # Locked, or it might be deleted now; and the same may be uploaded twice at the same time.
+    # Locked, so that nobody deletes it meanwhile; another upload of it may insert it at the same time.
     while (row := session.scalar(select(table).where(table.id == id).with_for_update(read=True))) is None:
         inserted = session.execute(insert.on_conflict_do_nothing().returning(table.number)).one_or_none()
         new = inserted is not None
@@ -51,8 +52,7 @@ def add(
         if (row.tenant, row.job, row.name) != (tenant, job, name):
             raise Conflict(f"artifact {id} is already there as {row.name!r} of {row.job or 'an upload'}")
     elif job is not None:
-        session.execute(
-            update(table).where(table.job == job, table.name == name, table.id != id).values(superseded=True),
-            execution_options={"synchronize_session": False},
+        change(
+            session, update(table).where(table.job == job, table.name == name, table.id != id).values(superseded=True)
         )
     return artifact_of(row), new

@@ -1,6 +1,6 @@
-"""What a worker does: claim a job, report on it, end the attempt.
+"""The worker's side of the registry: claim a job, report on it, end the attempt.
 
-Each write names the attempt; that of an attempt that no longer owns its job raises :class:`StaleAttempt` and changes
+Each write names the attempt. A write of an attempt that no longer owns its job raises :class:`StaleAttempt` and changes
 nothing.
 """
 
@@ -19,27 +19,28 @@ from sqlalchemy.orm import Session
 from ethogram.errors import IllegalState, InvalidInput, StaleAttempt, TimeLimit, TooLarge
 from ethogram.specs.base import Spec
 from services.jobs import artifacts, shares, submission, tables, text, transitions
-from services.jobs.reading import ACTIVE, Reading, due
+from services.jobs.database import change
+from services.jobs.queries import Queries, due
 from services.jobs.records import ArtifactRow, Claim, Event, Job, Options
-from services.jobs.states import JobState
+from services.jobs.states import ACTIVE, JobState
 
 MAX_BACKOFF_SECONDS = 300.0
 MAX_RESULT_BYTES = 2**20
 
 Reason = Literal["crashed", "stalled", "lost", "stopped", "waiting"]
-"""How an attempt ends that does not end its job."""
+"""How an attempt may end without ending its job."""
 
 
-class Attempts(Reading):
-    """The worker's side of the registry."""
+class Attempts(Queries):
+    """What a worker does with the registry."""
 
     def claim_next(self, queue: str, worker: str, lease_seconds: float) -> Claim | None:
-        """Take the next job of ``queue``, in the order of :mod:`services.jobs.shares`. ``None`` when there is none.
+        """Claim the next job of ``queue``, in the order of :mod:`services.jobs.shares`; ``None`` when there is none.
 
-        The caller owns the job until it ends the attempt, or until the reconciler finds that its heartbeat has
-        stood still for ``lease_seconds``.
+        The caller owns the job until it ends the attempt, or until the reconciler sees no heartbeat for
+        ``lease_seconds``.
         """
-        # An idle worker's look costs no writer's turn.
+        # An idle worker must not take the write lock.
         if not self.has_work(queue):
             return None
         with self._database.write() as session:
@@ -82,15 +83,15 @@ class Attempts(Reading):
             return None
 
     def heartbeat(self, attempt: str, seconds: float = 0.0) -> bool:
-        """Renew the lease; whether the job is to be cancelled. ``seconds``: how long the attempt has run, by the
+        """Renew the lease; return whether the job is to be cancelled. ``seconds``: running time of the attempt, by the
         worker's monotonic clock. Raises :class:`StaleAttempt`."""
         with self._database.write() as session:
-            job = session.execute(
+            job = change(
+                session,
                 update(tables.Attempt)
                 .where(tables.Attempt.id == attempt, tables.Attempt.ended_at.is_(None))
                 .values(heartbeat=tables.Attempt.heartbeat + 1, seconds=seconds)
                 .returning(tables.Attempt.job),
-                execution_options={"synchronize_session": False},
             ).scalar_one_or_none()
             query = select(tables.Job.cancel_requested).where(tables.Job.id == job, tables.Job.attempt == attempt)
             cancel = session.scalar(query)
@@ -101,18 +102,19 @@ class Attempts(Reading):
     def append_events(
         self, attempt: str, events: Sequence[tuple[str, dict[str, Any]]], batch: int | None = None
     ) -> builtins.list[Event]:
-        """Record what a job said: ``(type, data)`` with type ``log``. Raises :class:`StaleAttempt`.
+        """Record events of the job: ``(type, data)`` with type ``log``. Raises :class:`StaleAttempt`.
 
-        ``batch`` counts up: one that was recorded before is not recorded again, so that a writer who did not hear the
-        answer may repeat it.
+        ``batch`` counts up. A batch is recorded once, so a writer that got no answer may send it again.
         """
         for type_, _ in events:
             if type_ != "log":
-                raise InvalidInput.field("type", f"{type_!r} events are recorded with what they tell of, not by hand")
+                raise InvalidInput.field(
+                    "type", f"{type_!r} events cannot be appended; they are recorded with the change that they report"
+                )
         with self._database.write() as session:
             cleaned = [(type_, text.clean(data, text.MAX_TEXT)) for type_, data in events]
             if batch is not None:
-                # The job is locked before the attempt, as when an attempt ends.
+                # Lock the job before the attempt, in the order in which an attempt ends.
                 self._touch(session, attempt, count=0)
                 if not self._is_new(session, attempt, batch):
                     return []
@@ -120,12 +122,12 @@ class Attempts(Reading):
             return transitions.add_events(session, job, attempt, last, cleaned)
 
     def set_progress(self, attempt: str, progress: dict[str, Any]) -> None:
-        """Overwrite how far the job is; no event. Raises :class:`StaleAttempt`."""
+        """Set the job's progress; this is no event. Raises :class:`StaleAttempt`."""
         with self._database.write() as session:
             self._touch(session, attempt, count=0, progress=text.clean(progress, text.MAX_TEXT))
 
     def commit_checkpoint(self, attempt: str, artifact_id: str, step: int) -> Event:
-        """The next attempt goes on from this artifact, which is in the store. The same again changes nothing.
+        """Let the next attempt resume from this artifact, which is in the store. Repeating it changes nothing.
 
         Raises :class:`StaleAttempt`.
         """
@@ -140,7 +142,7 @@ class Attempts(Reading):
             return transitions.add_events(session, job, attempt, last, [("checkpoint", data)])[0]
 
     def commit_artifact(self, attempt: str, name: str, type: str, artifact_id: str, size: int) -> ArtifactRow:
-        """An output of the job, already in the store. Raises :class:`StaleAttempt`."""
+        """Record an output of the job, which is in the store. Raises :class:`StaleAttempt`."""
         with self._database.write() as session:
             job, _ = self._touch(session, attempt, count=0)
             tenant = session.scalars(select(tables.Job.tenant).where(tables.Job.id == job)).one()
@@ -154,7 +156,7 @@ class Attempts(Reading):
             return row
 
     def spawn(self, attempt: str, name: str, kind: str, spec: Spec) -> Job:
-        """A child job that does a part of the work: queued like its parent, with its labels and limits. The same name
+        """Queue a child job that does a part of the work, with its parent's queue, labels and limits. The same name
         again is the same child. Raises :class:`StaleAttempt`, and what :meth:`JobRegistry.submit` raises."""
         submission.check_name(name, "children")
         with self._database.write() as session:
@@ -172,7 +174,7 @@ class Attempts(Reading):
             return self._job(session, child)
 
     def succeed(self, attempt: str, result: dict[str, Any], *, seconds: float | None = None) -> Job:
-        """The job is done. ``seconds``: running time of the attempt, as in :meth:`heartbeat`.
+        """End the job as succeeded. ``seconds``: running time of the attempt, as in :meth:`heartbeat`.
 
         Raises :class:`StaleAttempt`, and :class:`TooLarge` for a result over 1 MiB.
         """
@@ -182,34 +184,30 @@ class Attempts(Reading):
         return self._end(attempt, JobState.SUCCEEDED, ACTIVE, "succeeded", seconds, result=result)
 
     def fail(self, attempt: str, error: dict[str, Any], *, seconds: float | None = None) -> Job:
-        """The job has failed for a reason that another attempt would meet again. Raises :class:`StaleAttempt`.
+        """End the job as failed, for a reason that another attempt would meet again. Raises :class:`StaleAttempt`.
 
         ``error``: ``reason``, ``message``, ``violations``.
         """
-        told = {"reason": "INTERNAL", "message": "", "violations": [], **text.clean(error, text.MAX_TEXT)}
-        outcome = "timed out" if told["reason"] == TimeLimit.reason else "failed"
-        return self._end(attempt, JobState.FAILED, ACTIVE, outcome, seconds, error=told)
+        error = {"reason": "INTERNAL", "message": "", "violations": [], **text.clean(error, text.MAX_TEXT)}
+        outcome = "timed out" if error["reason"] == TimeLimit.reason else "failed"
+        return self._end(attempt, JobState.FAILED, ACTIVE, outcome, seconds, error=error)
 
     def cancelled(self, attempt: str, *, seconds: float | None = None) -> Job:
-        """The job has stopped because it was cancelled. Raises :class:`StaleAttempt`; :class:`IllegalState` when
-        nobody asked for it."""
+        """End the job as cancelled. Raises :class:`StaleAttempt`; :class:`IllegalState` when nobody cancelled it."""
         return self._end(attempt, JobState.CANCELLED, [JobState.CANCELLING], "cancelled", seconds)
 
     def release(self, attempt: str, reason: Reason, message: str = "", *, seconds: float | None = None) -> Job:
         """End the attempt, not the job. Raises :class:`StaleAttempt`.
 
-        ``stopped`` (the worker leaves in order): queued again at once, and not counted. ``waiting``: the same, once all
-        children have ended. ``crashed``, ``stalled``, ``lost``: queued again after 1, 2, 4, ... seconds (300 at most),
-        or failed when that was its last attempt. A job that was to be cancelled is cancelled.
+        ``stopped`` (the worker shuts down): queued again at once, and not counted. ``waiting``: the same, once all
+        children have ended. ``crashed``, ``stalled``, ``lost``: queued again after 1, 2, 4, ... seconds (at most 300),
+        or failed if that was its last attempt. A job that is being cancelled is cancelled.
         """
         if reason not in get_args(Reason):
-            raise InvalidInput.field("reason", f"is none of {', '.join(get_args(Reason))}")
+            raise InvalidInput.field("reason", f"must be one of {', '.join(get_args(Reason))}")
         message = text.clean(message, text.MAX_TEXT)
         with self._database.write() as session:
-            job = session.scalar(select(tables.Job.id).where(tables.Job.attempt == attempt))
-            if job is None:
-                raise _stale(attempt)
-            transitions.lock_parent(session, job)
+            job = _lock_parent(session, attempt)
             row = session.execute(
                 select(tables.Job.state, tables.Job.attempts, tables.Job.max_attempts)
                 .where(tables.Job.attempt == attempt)
@@ -217,18 +215,18 @@ class Attempts(Reading):
             ).one_or_none()
             if row is None:
                 raise _stale(attempt)
-            state, attempts, most = row
+            state, attempts, max_attempts = row
             note: dict[str, Any] = {"reason": reason, "message": message}
             end = partial(self._end_in, session, job, attempt, outcome=reason, message=message, seconds=seconds)
             if state == JobState.CANCELLING:
                 return end(JobState.CANCELLED, source=[JobState.CANCELLING], note=note)
             counts = reason not in ("stopped", "waiting")
-            if counts and attempts >= most:
+            if counts and attempts >= max_attempts:
                 tries = "its only attempt" if attempts == 1 else f"all its {attempts} attempts"
                 error = {
                     "reason": reason.upper(),
                     "message": f"{tries} ended before the job was done; the last one {reason}"
-                    f"{': ' + message if message else ''}. Retry the job to go on from its last checkpoint",
+                    f"{': ' + message if message else ''}. Retry the job to resume it from its last checkpoint",
                     "violations": [],
                 }
                 return end(JobState.FAILED, source=[JobState.RUNNING], note=note, error=error)
@@ -241,7 +239,7 @@ class Attempts(Reading):
             else:
                 values["attempts"] = attempts - 1
             if reason == "waiting":
-                # The lock on the row is held: a child that ends now counts afterwards.
+                # The row is locked, so a child that ends now is counted afterwards.
                 left = transitions.unfinished_children(session, job)
                 values |= {"waiting": left, "ready": left == 0}
             moved = transitions.move(
@@ -254,48 +252,48 @@ class Attempts(Reading):
 
     def wake(self, job: str, claims: int) -> Job | None:
         """End the back-off of a job now; ``None`` when it is in none, or no longer in the one after its claim number
-        ``claims``. For a caller who has seen the back-off stand for its time, whatever the wall clocks say."""
+        ``claims``. For a caller that timed the back-off by its own monotonic clock."""
         table = tables.Job
         with self._database.write() as session:
-            woken = session.execute(
+            woken = change(
+                session,
                 update(table)
                 .where(table.id == job, table.state == JobState.QUEUED, table.claims == claims)
                 .where(table.backoff_seconds.is_not(None), table.waiting == 0)
                 .values(ready=True, ready_at=transitions.now(), backoff_seconds=None, not_before=None)
                 .returning(table.id),
-                execution_options={"synchronize_session": False},
             ).one_or_none()
             return None if woken is None else self._job(session, job)
 
     def _wake(self, session: Session, queue: str) -> None:
-        """Jobs whose time has come are ready. Kept apart from the claim, which stays one look into one index."""
-        # Those that somebody holds are woken at the next look: two claims never wait for each other's.
+        """Mark jobs ready whose ``not_before`` has passed, so that a claim is one lookup in one index."""
+        # Skip rows that another claim has locked: they are woken next time, and claims never wait for each other.
         free = select(tables.Job.number).where(due(queue)).with_for_update(skip_locked=True)
-        session.execute(
+        change(
+            session,
             update(tables.Job).where(tables.Job.number.in_(free)).values(ready=True, ready_at=tables.Job.not_before),
-            execution_options={"synchronize_session": False},
         )
 
     def _is_new(self, session: Session, attempt: str, batch: int) -> bool:
         table = tables.Attempt
-        marked = session.execute(
+        marked = change(
+            session,
             update(table).where(table.id == attempt, table.batch < batch).values(batch=batch).returning(table.id),
-            execution_options={"synchronize_session": False},
         )
         return marked.one_or_none() is not None
 
     def _touch(self, session: Session, attempt: str, count: int, **values: Any) -> tuple[str, int]:
-        """Write to the job that ``attempt`` owns and count ``count`` events; its id and the last ``seq``."""
-        row = session.execute(
+        """Write to the job that ``attempt`` owns and count ``count`` events; return its id and the last ``seq``."""
+        row = change(
+            session,
             update(tables.Job)
             .where(tables.Job.attempt == attempt, tables.Job.state.in_(ACTIVE))
             .values(seq=tables.Job.seq + count, **values)
             .returning(tables.Job.id, tables.Job.seq),
-            execution_options={"synchronize_session": False},
         ).one_or_none()
         if row is None:
             raise _stale(attempt)
-        return row[0], row[1]
+        return row.id, row.seq
 
     def _end(
         self,
@@ -307,10 +305,7 @@ class Attempts(Reading):
         **values: Any,
     ) -> Job:
         with self._database.write() as session:
-            job = session.scalar(select(tables.Job.id).where(tables.Job.attempt == attempt))
-            if job is None:
-                raise _stale(attempt)
-            transitions.lock_parent(session, job)
+            job = _lock_parent(session, attempt)
             return self._end_in(session, job, attempt, to, source=source, outcome=outcome, seconds=seconds, **values)
 
     def _end_in(
@@ -332,7 +327,7 @@ class Attempts(Reading):
             note = {**(note or {}), "message": error["message"]}
         if not transitions.move(session, job, to, source=source, owner=attempt, note=note, **values):
             if session.scalar(select(tables.Job.number).where(tables.Job.attempt == attempt)) is None:
-                # Ended by another since the caller looked.
+                # Somebody else has ended it meanwhile.
                 raise _stale(attempt)
             found = self._job(session, job)
             raise IllegalState(f"job {job} is {found.state}: it cannot become {to} now")
@@ -341,5 +336,14 @@ class Attempts(Reading):
         return self._job(session, job)
 
 
+def _lock_parent(session: Session, attempt: str) -> str:
+    """The job that ``attempt`` owns, after its parent is locked. Raises :class:`StaleAttempt`."""
+    job = session.scalar(select(tables.Job.id).where(tables.Job.attempt == attempt))
+    if job is None:
+        raise _stale(attempt)
+    transitions.lock_parent(session, job)
+    return job
+
+
 def _stale(attempt: str) -> StaleAttempt:
-    return StaleAttempt(f"attempt {attempt} does not own its job any more; nothing it sends is kept")
+    return StaleAttempt(f"attempt {attempt} no longer owns its job; nothing it sends is kept")

@@ -1,5 +1,5 @@
-"""The doorbell: tells idle workers that a queue has work. It carries no job; a worker claims the next one from the
-registry. A bell lost or rung twice does no harm, and the reconciler rings again."""
+"""The doorbell: tells idle workers that a queue has work. It carries no job: a worker claims the next one from the
+registry. A lost or doubled bell does no harm, and the reconciler rings again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from ethogram.errors import InvalidInput
-from services.jobs.background import Outbox
+from services.jobs.outbox import Outbox
 
 if TYPE_CHECKING:
     import redis
@@ -45,20 +45,20 @@ def _has_port(parts: SplitResult) -> bool:
 
 
 def without_password(url: str) -> str:
-    """``url`` as it may be shown."""
+    """``url`` without user and password, to show."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def redis_client(url: str) -> redis.Redis:
-    """A client that gives up soon."""
+    """A client with short timeouts."""
     import redis
 
     return redis.Redis.from_url(checked_redis_url(url), socket_timeout=5, socket_connect_timeout=2)
 
 
 def celery_app(redis_url: str) -> Any:
-    """A Celery application with the settings that whoever rings and whoever answers share."""
+    """A Celery application with the settings that senders and workers share."""
     from celery import Celery
 
     app = Celery("ethogram", broker=checked_redis_url(redis_url), set_as_current=False)
@@ -75,39 +75,31 @@ def celery_app(redis_url: str) -> Any:
             "socket_connect_timeout": 2,
             "socket_keepalive": True,
             "health_check_interval": 25,
-            # A ring is acknowledged when it is taken, so this is never reached.
+            # Tasks are acknowledged when they are taken, so this is never reached.
             "visibility_timeout": 3600,
         },
     )
     return app
 
 
-class Bell:
-    """Rings queues, from a thread of its own."""
+class Bell(Outbox[None]):
+    """Rings queues."""
 
     def __init__(self, redis_url: str) -> None:
         self._url = checked_redis_url(redis_url)
         self._app: Any = None
         self._redis: redis.Redis | None = None
-        self._outbox: Outbox[None] = Outbox("bell", self._deliver)
+        super().__init__("bell")
 
     def ring(self, queue: str) -> None:
         """Tell the workers of ``queue`` that it has work. Never blocks and never fails."""
-        self._outbox.put(queue, None)
+        self.put(queue, None)
 
-    def flush(self, timeout: float = 2.0) -> bool:
-        """Wait until all was rung, or tried; False if that took longer than ``timeout`` seconds."""
-        return self._outbox.flush(timeout)
-
-    def close(self, timeout: float = 2.0) -> None:
-        """Ring what is left, then end."""
-        self._outbox.close(timeout)
-
-    def _deliver(self, queue: str, _: None) -> None:
-        # Celery takes 0.3 s to import: not in the way of whoever made the bell.
+    def _deliver(self, key: str, value: None) -> None:
+        # Importing Celery takes 0.3 s, so it happens in this thread.
         if self._app is None:
             self._app, self._redis = celery_app(self._url), redis_client(self._url)
         assert self._redis is not None
-        # A bell that still waits was heard by nobody yet: whoever takes it will find this work too, and rings on.
-        if self._redis.llen(celery_queue(queue)) == 0:
-            self._app.send_task(RING, args=[queue], queue=celery_queue(queue))
+        # Nobody has heard a bell that still waits: whoever takes it finds this work too, and rings on.
+        if self._redis.llen(celery_queue(key)) == 0:
+            self._app.send_task(RING, args=[key], queue=celery_queue(key))

@@ -1,4 +1,4 @@
-"""Places in a list, as opaque text. A list is ordered by a number that never changes, so pages are stable."""
+"""Positions in a list, as opaque text. Lists are ordered by a number that never changes, so pages are stable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_LIMIT = 1000
 
 
 def encode(kind: str, number: int) -> str:
-    """The cursor that goes on after ``number`` in the list ``kind``."""
+    """The cursor of the page after ``number`` in the list ``kind``."""
     return base64.urlsafe_b64encode(f"{kind}:{number}".encode()).decode().rstrip("=")
 
 
@@ -25,11 +25,11 @@ def decode(kind: str, cursor: str) -> int:
             return int(number)
     except (binascii.Error, ValueError):
         pass
-    raise InvalidInput.field("cursor", "is not one that this list gave; leave it out to start from the beginning")
+    raise InvalidInput.field("cursor", "is not a cursor of this list; leave it out to start from the beginning")
 
 
 def check_limit(limit: int) -> int:
-    """``limit`` if it is one. Raises :class:`InvalidInput`."""
+    """Return ``limit``. Raises :class:`InvalidInput` if it is out of range."""
     if not 1 <= limit <= MAX_LIMIT:
         raise InvalidInput.field("limit", f"must be from 1 to {MAX_LIMIT}")
     return limit

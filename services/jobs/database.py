@@ -1,11 +1,11 @@
 """The connection to the registry's database: SQLite in one file, or PostgreSQL.
 
-SQLite allows one writer at a time. Each write transaction says so from its beginning (``BEGIN IMMEDIATE``): one that
-started as a reader could not wait for its turn, only fail.
+SQLite allows one writer at a time. Each write transaction starts as a writer (``BEGIN IMMEDIATE``): one that started as
+a reader could not wait for its turn, only fail.
 
-PostgreSQL writes at the level READ COMMITTED, in which a statement sees what others have committed before it: code that
-decides by what it has read locks the row first (``FOR UPDATE``; a parent before its children, an input before those
-that wait for it), or decides within the UPDATE. Reads are at REPEATABLE READ: all statements of one see the same state.
+PostgreSQL writes at READ COMMITTED, where a statement sees what others committed before it. So code that decides by
+what it has read locks the row first (``FOR UPDATE``; a parent before its children, an input before the jobs that wait
+for it), or decides within the UPDATE. Reads are at REPEATABLE READ: all statements of one read see the same state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, Executable, Result, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -38,8 +38,8 @@ R = TypeVar("R")
 
 BUSY_SECONDS = 30.0
 _DEADLOCKS = 4
-# Of a PostgreSQL connection. A query of the URL (``?connect_timeout=30``) goes before them. A server that a broken
-# network hides is given up after 15 s (milliseconds in the last).
+# Options of a PostgreSQL connection, unless the URL sets them (``?connect_timeout=30``). A server behind a broken
+# network is given up after 15 s (the last is in milliseconds).
 _CONNECTION = {
     "application_name": "ethogram",
     "connect_timeout": 5,
@@ -48,20 +48,20 @@ _CONNECTION = {
     "keepalives_count": 2,
     "tcp_user_timeout": 15_000,
 }
-# Of its sessions, in milliseconds. Transactions are short. A process that was stopped in the middle of one must not
-# keep its locks: the session is ended, and the transaction undone. UTC: other zones do not hold the year 9999 in full.
+# Settings of its sessions, in milliseconds. Transactions are short. A process that is stopped in the middle of one must
+# not keep its locks: its session ends, and the transaction is undone. UTC, since other zones end within the year 9999.
 _SESSION = {
     "timezone": "UTC",
     "lock_timeout": 15_000,
     "statement_timeout": 60_000,
     "idle_in_transaction_session_timeout": 15_000,
 }
-# SQLSTATEs, or classes of them, after which the same may well work later: connection lost, read-only (a standby that
+# SQLSTATEs, or classes of them, after which a retry may succeed: connection lost, read-only (a standby that
 # has not taken over yet), transaction rolled back, no resources, not in this state, ended by an operator, input/output,
 # damaged files.
 _FOR_NOW = ("08", "25006", "40", "53", "55", "57", "58", "XX001", "XX002")
 _DEADLOCK = "40P01"
-# No permission, which is the operator's to give.
+# No permission, which an operator can grant.
 _NOT_ALLOWED = "42501"
 
 
@@ -69,29 +69,36 @@ class Deadlock(Unavailable):
     """Two transactions waited for each other, and the database undid this one."""
 
 
-def again(method: Callable[P, R]) -> Callable[P, R]:
-    """Repeats a method that is one whole transaction when it loses a deadlock. Jobs that need each other's outputs can
-    be locked in a circle, whatever the order, since the way goes on as others end."""
+def retry_deadlocks(method: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a method that is one transaction: repeat it when the database undoes it to resolve a deadlock.
+
+    Jobs that need each other's outputs can be locked in a circle, whatever the order, since locks follow as jobs end.
+    """
 
     @wraps(method)
-    def repeated(*words: P.args, **options: P.kwargs) -> R:
+    def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
         for _ in range(_DEADLOCKS):
             try:
-                return method(*words, **options)
+                return method(*args, **kwargs)
             except Deadlock:
                 time.sleep(random.uniform(0.0, 0.05))
-        return method(*words, **options)
+        return method(*args, **kwargs)
 
     return repeated
 
 
+def change(session: Session, statement: Executable) -> Result[Any]:
+    """Execute an UPDATE or DELETE; objects that the session has loaded already keep their old values."""
+    return session.execute(statement, execution_options={"synchronize_session": False})
+
+
 class Database:
-    """An open database whose tables are those of this version. Safe to use from several threads."""
+    """An open database with the tables of this version. Safe to use from several threads."""
 
     def __init__(self, url: str, *, upgrade: bool = True) -> None:
-        """Connect and, unless told not to, upgrade the tables.
+        """Connect, and with ``upgrade`` migrate the tables.
 
-        Raises :class:`InvalidInput` for a URL that is none, :class:`Unavailable` when the database cannot be used and
+        Raises :class:`InvalidInput` for a malformed URL, :class:`Unavailable` when the database cannot be used and
         :class:`IllegalState` when a newer version wrote it.
         """
         self.url = _parse(url)
@@ -122,9 +129,9 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A transaction that is committed, durably, when the block ends, and undone when it raises."""
+        """A transaction that is committed durably when the block ends, and undone when it raises."""
         with (
-            # Threads of one process take turns here, in order; SQLite would have them sleep and try again.
+            # Threads of one process queue here in order; SQLite would have them sleep and try again.
             self._turn if self.sqlite else nullcontext(),
             self._clear_errors(),
             Session(self._writer, autoflush=False, expire_on_commit=False) as session,
@@ -142,16 +149,16 @@ class Database:
             return migrate.revision(session.connection())
 
     def upgrade(self) -> None:
-        """To the tables of this version. Raises :class:`IllegalState` when a newer version wrote the database."""
+        """Migrate to the tables of this version. Raises :class:`IllegalState` for a database of a newer version."""
         with self._migration() as connection:
-            # Another process may have done it while this one waited for its turn.
+            # Another process may have done it while this one waited for the lock.
             revision = migrate.revision(connection)
             if revision != REVISION:
                 migrate.upgrade(connection)
                 log.info("migrated the database %s from %s to %s", self.name, revision or "empty", REVISION)
 
     def downgrade(self, to: str, *, commit: bool = True) -> list[migrate.Loss]:
-        """Back to the tables of an earlier revision, or ``base``; what that takes away. Without ``commit`` it is undone
+        """Migrate back to an earlier revision, or ``base``; return what that deletes. Without ``commit`` it is undone
         again. Raises what :meth:`upgrade` raises, and :class:`InvalidInput` for a revision that is not earlier."""
         lost: list[migrate.Loss] = []
         with suppress(_Undo), self._migration() as connection:
@@ -203,21 +210,21 @@ class Database:
         except OSError as error:
             raise self._unavailable(str(error.strerror)) from error
         except sqlite3.Error as error:
-            # A new connection's first words are not wrapped.
+            # SQLAlchemy does not wrap errors of a new connection's first statements.
             raise self._unavailable(str(error)) from error
 
     def _is_outage(self, error: DBAPIError) -> bool:
         if isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated:
             return True
         if self.sqlite:
-            # It tells of a file that is no database in the most general class.
+            # SQLite reports a file that is not a database by the most general class.
             return type(error) is DatabaseError
         code = getattr(error.orig, "sqlstate", None) or ""
         return code.startswith(_FOR_NOW) or code == _NOT_ALLOWED
 
     def _unavailable(self, cause: str) -> Unavailable:
         cause = " ".join(cause.split())
-        hint = "see that it runs and can be written"
+        hint = "check that it runs and is writable"
         if "full" in cause or "space" in cause:
             hint = "free some space"
         elif "permission denied" in cause:
@@ -225,12 +232,12 @@ class Database:
         elif "too many clients" in cause or "connection slots" in cause:
             hint = "raise its max_connections (a process of the platform takes up to 40)"
         elif "deadlock" in cause or "timeout" in cause:
-            hint = "others were in the way"
+            hint = "other transactions were in the way"
         return Unavailable(f"the database {self.name} cannot be used ({cause}): {hint}, then try again")
 
 
 class _Undo(Exception):
-    """Ends a transaction without a trace."""
+    """Raised to undo a transaction on purpose."""
 
 
 def _parse(url: str) -> URL:
@@ -247,13 +254,13 @@ def _parse(url: str) -> URL:
         raise InvalidInput.field("database_url", "must name a file: the processes of the platform share it")
     if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
         raise InvalidInput.field(
-            "database_url", f"{parsed.drivername}:// is not served; the registry is in sqlite:/// or postgresql://"
+            "database_url", f"{parsed.drivername}:// is not supported; use sqlite:/// or postgresql://"
         )
     return parsed
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
-    # The driver would otherwise begin transactions by itself, as readers.
+    # Otherwise the driver begins transactions itself, as readers.
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute("PRAGMA foreign_keys = ON")
@@ -267,7 +274,7 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _use_wal(engine: Engine) -> None:
-    """Set the file to write-ahead logging. Unlike other statements, the switch does not wait for others."""
+    """Set the file to write-ahead logging. Unlike other statements, this one does not wait for other connections."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         raw = engine.raw_connection()

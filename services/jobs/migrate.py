@@ -1,6 +1,6 @@
-"""Which revision the tables of a database have, and the way up and down between revisions.
+"""The revision of a database's tables, and migrations up and down.
 
-Functions here work inside a write transaction of the caller: a migration is done whole, or not at all.
+Functions here work inside a write transaction of the caller, so that a migration is done completely or not at all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ _OWN_TABLE = "alembic_version"
 
 
 class Loss(NamedTuple):
-    """What a downgrade takes away: a table, or one column of a table that stays; and the rows that have something in
-    it."""
+    """What a downgrade deletes: a table or a column, and the number of rows with a value in it."""
 
     name: str
     rows: int
@@ -47,29 +46,29 @@ def revisions() -> list[str]:
 
 
 def take_turn(connection: Connection) -> None:
-    """Wait for other processes that migrate this database; SQLite has one writer anyway."""
+    """Wait until no other process migrates this database; SQLite has one writer anyway."""
     if connection.dialect.name == "postgresql":
-        # Others may be at it for longer than a usual transaction may take, and so may this one.
+        # A migration may take longer than an ordinary transaction may.
         connection.execute(text("SET LOCAL lock_timeout = 0"))
         connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
 
 
 def upgrade(connection: Connection) -> None:
-    """To the tables of this version."""
+    """Migrate to the tables of this version."""
     from alembic import command
 
     command.upgrade(_config(connection), "head")
 
 
 def downgrade(connection: Connection, to: str) -> list[Loss]:
-    """Back to revision ``to``; what was lost. Raises :class:`InvalidInput` for a revision that is not before this."""
+    """Migrate back to revision ``to``; return what was deleted. Raises :class:`InvalidInput` for a later revision."""
     from alembic import command
 
     known, now = [BASE, *revisions()], revision(connection) or BASE
     if to not in known[: known.index(now) + 1]:
         earlier = ", ".join(known[: known.index(now) + 1])
-        raise InvalidInput.field("revision", f"{to!r} is no revision at or before {now}; there are: {earlier}")
+        raise InvalidInput.field("revision", f"{to!r} is not a revision at or before {now}; use one of: {earlier}")
     before, rows = _shape(connection), _rows(connection)
     command.downgrade(_config(connection), to)
     after = _shape(connection)
@@ -83,7 +82,7 @@ def downgrade(connection: Connection, to: str) -> list[Loss]:
 
 
 def _config(connection: Connection | None = None) -> Config:
-    # Slow to import, and only the first start needs it.
+    # Alembic is slow to import, and only the first start needs it.
     from alembic.config import Config
 
     config = Config()
@@ -102,7 +101,7 @@ def _shape(connection: Connection) -> dict[str, list[str]]:
 
 
 def _rows(connection: Connection) -> dict[tuple[str, str | None], int]:
-    """Rows of each table, and for each column those in which it is not null."""
+    """The number of rows of each table, and for each column the number in which it is not null."""
     metadata = MetaData()
     metadata.reflect(connection)
     counts: dict[tuple[str, str | None], int] = {}

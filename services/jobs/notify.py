@@ -1,12 +1,12 @@
-"""Tells gateways that a job has something new; what it is they read from the registry."""
+"""Notifications to gateways that a job has something new, which they then read from the registry."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING
 
-from services.jobs.background import Outbox
 from services.jobs.bell import checked_redis_url, redis_client
+from services.jobs.outbox import Outbox
 
 if TYPE_CHECKING:
     import redis
@@ -15,27 +15,19 @@ CHANNEL = "ethogram:events"
 """Redis channel; each message is ``{"job": id, "seq": newest event}``."""
 
 
-class Notifier:
-    """Publishes to :data:`CHANNEL`, best effort, from a thread of its own."""
+class Notifier(Outbox[int]):
+    """Publishes to :data:`CHANNEL`, best effort."""
 
     def __init__(self, redis_url: str) -> None:
         self._url = checked_redis_url(redis_url)
         self._redis: redis.Redis | None = None
-        self._outbox: Outbox[int] = Outbox("notifications", self._deliver)
+        super().__init__("notifications")
 
     def notify(self, job: str, seq: int) -> None:
-        """Something about ``job`` changed; its newest event is ``seq``. Never blocks and never fails."""
-        self._outbox.put(job, seq)
+        """Say that ``job`` changed; its newest event is ``seq``. Never blocks and never fails."""
+        self.put(job, seq)
 
-    def flush(self, timeout: float = 2.0) -> bool:
-        """Wait until all was published, or tried; False if that took longer than ``timeout`` seconds."""
-        return self._outbox.flush(timeout)
-
-    def close(self, timeout: float = 2.0) -> None:
-        """Publish what is left, then end."""
-        self._outbox.close(timeout)
-
-    def _deliver(self, job: str, seq: int) -> None:
+    def _deliver(self, key: str, value: int) -> None:
         if self._redis is None:
             self._redis = redis_client(self._url)
-        self._redis.publish(CHANNEL, json.dumps({"job": job, "seq": seq}))
+        self._redis.publish(CHANNEL, json.dumps({"job": key, "seq": value}))

@@ -1,4 +1,4 @@
-"""What the registry answers with, and the options of a submission. All times are UTC."""
+"""Records that the registry returns, and the options of a submission. All times are UTC."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def _to_utc(value: datetime) -> datetime:
     try:
         return value.astimezone(UTC)
     except OverflowError:
-        raise ValueError("is out of range") from None
+        raise ValueError("must lie between the years 1 and 9999 in UTC") from None
 
 
 EventType = Literal["state", "log", "checkpoint", "artifact"]
 LABEL_KEY = r"^[A-Za-z0-9_./-]{1,63}$"
 LabelKey = Annotated[str, StringConstraints(pattern=LABEL_KEY)]
 LabelValue = Annotated[str, StringConstraints(max_length=255)]
-# JSON has no dates: text in ISO 8601 is taken too.
+# JSON has no dates, so text in ISO 8601 is accepted too.
 UtcTime = Annotated[AwareDatetime, Field(strict=False), AfterValidator(_to_utc)]
 QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,63}$")]
 
@@ -36,16 +36,16 @@ class Options(BaseModel):
     priority: int = Field(0, ge=-1000, le=1000)
     """Higher goes first."""
     not_before: UtcTime | None = None
-    """Earliest time to start, with its time zone."""
+    """Earliest time to start, with its time zone, e.g. ``2030-01-01T00:00:00Z``."""
     max_attempts: int = Field(3, ge=1, le=100)
     """Attempts that may crash or be lost before the job fails."""
     time_limit_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Running time, over all attempts since the submission or the last retry, after which the job fails."""
     stall_limit_seconds: float | None = Field(1800.0, gt=0, allow_inf_nan=False)
-    """An attempt from which nothing is heard for so long (no progress, no line, no checkpoint) is ended, and counts
-    like a crash; ``None``: never."""
+    """An attempt that reports nothing for so long (no progress, log line or checkpoint) is ended, and counts as a
+    crash; ``None``: never."""
     labels: dict[LabelKey, LabelValue] = Field({}, max_length=32)
-    """Free marks to find the job by."""
+    """Free-form labels to find the job by."""
 
 
 class Job(BaseModel):
@@ -63,20 +63,20 @@ class Job(BaseModel):
     """Attempts that count against ``max_attempts``, since the submission or the last retry."""
     max_attempts: int
     parent: str | None
-    """Id of the job that made this one to do a part of its work."""
+    """Id of the job that made this one to do part of its work."""
     name: str | None
-    """What the parent calls it."""
+    """Name of a child job at its parent."""
     time_limit_seconds: float | None
     stall_limit_seconds: float | None
     ran_seconds: float
     """Running time of the attempts that have ended, since the submission or the last retry."""
     not_before: datetime | None
     inputs: dict[str, str]
-    """Spec path to artifact id, of the inputs that are there."""
+    """Spec path -> artifact id, of the inputs that are there."""
     waits_for: list[str]
     """Ids of the jobs whose outputs are still to come; of a parent: its children that have not ended."""
     progress: dict[str, Any] | None
-    """``stage``, ``done``, ``total``, ``unit`` and ``metrics`` as last told."""
+    """``stage``, ``done``, ``total``, ``unit`` and ``metrics`` as last reported."""
     checkpoint: dict[str, Any] | None
     """``artifact`` and ``step`` of the last committed checkpoint."""
     result: dict[str, Any] | None
@@ -93,7 +93,7 @@ class Job(BaseModel):
 
 
 class Event(BaseModel):
-    """One thing that happened to a job. ``seq`` counts from 1 without gaps."""
+    """An event of a job. ``seq`` counts from 1 without gaps."""
 
     job: str
     seq: int
@@ -104,7 +104,7 @@ class Event(BaseModel):
 
 
 class ArtifactRow(BaseModel):
-    """One artifact as the registry lists it; what is in it says its manifest in the store."""
+    """An artifact as the registry lists it; its manifest in the store lists its files."""
 
     id: str
     name: str
@@ -113,17 +113,17 @@ class ArtifactRow(BaseModel):
     job: str | None
     attempt: str | None
     size: int
-    """Bytes in all."""
+    """Total bytes."""
     created_at: datetime
 
 
 class Claim(BaseModel):
-    """A job that a worker has taken: ``attempt`` fences each of its writes."""
+    """A job that a worker has claimed: ``attempt`` fences each of its writes."""
 
     job: Job
     attempt: str
     number: int
-    """Attempts of this job so far, this one included."""
+    """Attempts of this job so far, including this one."""
     lease_seconds: float
     children: list[Child] = []
     """Child jobs that earlier attempts made."""
@@ -140,11 +140,11 @@ class Depth(BaseModel):
     running: int = 0
     cancelling: int = 0
     oldest_ready_seconds: float = 0.0
-    """How long the one that waits longest could have been claimed."""
+    """Age of the oldest job that could be claimed."""
 
 
 class BackingOff(BaseModel):
-    """A queued job that waits after a crash. ``claims`` tells one such wait from the next."""
+    """A queued job that waits after a crash. ``claims`` distinguishes one such wait from the next."""
 
     job: str
     queue: str
@@ -153,19 +153,19 @@ class BackingOff(BaseModel):
 
 
 class Child(BaseModel):
-    """What became of a child job, for its parent to gather."""
+    """The outcome of a child job, for its parent to gather."""
 
     name: str
     job: str
     state: JobState
     outputs: dict[str, str]
-    """Name to artifact id."""
+    """Name -> artifact id."""
     result: dict[str, Any] | None
     error: dict[str, Any] | None
 
 
 class RunningAttempt(BaseModel):
-    """An attempt that has not ended. It is alive as long as ``heartbeat`` moves within ``lease_seconds``."""
+    """An attempt that has not ended. It is alive while ``heartbeat`` changes within ``lease_seconds``."""
 
     attempt: str
     job: str

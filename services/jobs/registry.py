@@ -1,13 +1,12 @@
-"""The registry of jobs: the one place that knows what is to be done, who does it, and what came of it.
+"""The registry of jobs: what is to be done, who does it, and what came of it.
 
-Safe to use from several threads and several processes at once. An attempt is a fence: a worker names it in each write,
-and a write of an attempt that no longer owns its job raises :class:`StaleAttempt` and changes nothing.
+Safe to use from several threads and several processes at once. A worker names its attempt in each write; a write of an
+attempt that no longer owns its job raises :class:`StaleAttempt` and changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select, update
@@ -17,7 +16,7 @@ from sqlalchemy.orm import Session
 from ethogram.errors import IllegalState
 from ethogram.specs.base import ArtifactRef, Spec
 from services.jobs import artifacts, submission, tables, transitions
-from services.jobs.database import Database, again
+from services.jobs.database import Database, change, retry_deadlocks
 from services.jobs.records import ArtifactRow, Claim, Depth, Event, Job, Options, RunningAttempt
 from services.jobs.retention import Retention
 from services.jobs.states import JobState
@@ -26,14 +25,14 @@ __all__ = ["ArtifactRow", "Claim", "Depth", "Event", "Job", "JobRegistry", "JobS
 
 
 class JobRegistry(Retention):
-    """All operations on jobs, attempts, events and artifact rows; here those of the users of jobs.
+    """All operations on jobs, attempts, events and artifact rows; this module has those of users.
 
     Each operation is one transaction.
     """
 
     @classmethod
     def open(cls, database_url: str) -> JobRegistry:
-        """The registry in the database at ``database_url``, migrated to this version's tables.
+        """Open the registry in the database at ``database_url``, and migrate it to this version's tables.
 
         Raises :class:`Unavailable` when the database cannot be used, :class:`IllegalState` when a newer version of
         Ethogram wrote it.
@@ -50,31 +49,17 @@ class JobRegistry(Retention):
         spec: Spec,
         *,
         tenant: str = "default",
-        queue: str | None = None,
-        priority: int = 0,
-        not_before: datetime | None = None,
-        max_attempts: int = 3,
-        time_limit_seconds: float | None = None,
-        stall_limit_seconds: float | None = 1800.0,
-        labels: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         trace: str | None = None,
+        **options: Any,
     ) -> tuple[Job, bool]:
-        """A new job, and True; or the one that ``idempotency_key`` made before with the same request, and False.
+        """Queue a job; return it and True, or the job that ``idempotency_key`` made before with the same request, and
+        False. ``options``: fields of :class:`Options`.
 
         Raises :class:`InvalidInput`, :class:`NotFound` for an input job or artifact that does not exist,
-        :class:`IllegalState` for an input job that has failed, :class:`Conflict` for a key that came with another
+        :class:`IllegalState` for an input job that has failed, :class:`Conflict` for a key that was used with another
         request.
         """
-        options = {
-            "queue": queue,
-            "priority": priority,
-            "not_before": not_before,
-            "max_attempts": max_attempts,
-            "time_limit_seconds": time_limit_seconds,
-            "stall_limit_seconds": stall_limit_seconds,
-            "labels": dict(labels or {}),
-        }
         request = submission.Request.make(kind, spec, options)
         jobs, created = self._submit({"": request}, request.body, tenant, idempotency_key, trace)
         return jobs[""], created
@@ -83,7 +68,7 @@ class JobRegistry(Retention):
         """Raise what :meth:`submit` would now raise for this job; queue nothing."""
         submission.check_tenant(tenant)
         request = submission.Request.make(kind, spec, options)
-        # It looks as a submission does, with its locks.
+        # In a write transaction, since a submission takes locks.
         with self._database.write() as session:
             submission.resolve_inputs(session, request, tenant=tenant)
 
@@ -95,8 +80,8 @@ class JobRegistry(Retention):
         idempotency_key: str | None = None,
         trace: str | None = None,
     ) -> tuple[dict[str, Job], bool]:
-        """Several jobs at once, all or none: name to ``(kind, spec, options)``, options as in :meth:`submit`. The jobs
-        by name, and whether they are new.
+        """Queue several jobs, all or none: name -> ``(kind, spec, options)``, with options as in :meth:`submit`. Return
+        the jobs by name, and whether they are new.
 
         An :class:`ArtifactRef` may name a job of the same pipeline. Raises :class:`InvalidInput` for an unknown name
         or a circle, and what :meth:`submit` raises; fields are named ``jobs.<name>.…``.
@@ -105,7 +90,7 @@ class JobRegistry(Retention):
         body = {"pipeline": {name: request.body for name, request in requests.items()}}
         return self._submit(requests, body, tenant, idempotency_key, trace)
 
-    @again
+    @retry_deadlocks
     def _submit(
         self, requests: Mapping[str, submission.Request], body: Any, tenant: str, key: str | None, trace: str | None
     ) -> tuple[dict[str, Job], bool]:
@@ -125,14 +110,14 @@ class JobRegistry(Retention):
                         submission.check_kept(session, ids)
                     return {name: self._job(session, job) for name, job in ids.items()}, created
             except IntegrityError:
-                # The same key at the same time; the other one is committed, so now we see it.
+                # Another request with this key was committed meanwhile; the second try sees it.
                 if last:
                     raise
         raise AssertionError
 
-    @again
+    @retry_deadlocks
     def request_cancel(self, id: str) -> Job:
-        """Cancel the job and its children: what is queued at once, what runs as soon as its worker hears of it.
+        """Cancel the job and its children: queued ones at once, running ones at their worker's next heartbeat.
 
         Raises :class:`NotFound`, and :class:`IllegalState` for a job that has ended.
         """
@@ -143,10 +128,10 @@ class JobRegistry(Retention):
                 raise IllegalState(f"job {id} has already ended ({self._job(session, id).state}): nothing to cancel")
             return self._job(session, id)
 
-    @again
+    @retry_deadlocks
     def retry(self, id: str, *, from_start: bool = False) -> Job:
-        """Queue a failed or cancelled job again, with all its attempts; it goes on from its last checkpoint, or begins
-        anew with ``from_start``. Its children that did not succeed are queued again as well.
+        """Queue a failed or cancelled job again, with all its attempts; it resumes from its last checkpoint, or starts
+        over with ``from_start``. Its children that did not succeed are queued again as well.
 
         Raises :class:`NotFound`, and :class:`IllegalState` for a job in another state or whose input job failed.
         """
@@ -165,12 +150,11 @@ class JobRegistry(Retention):
             select(table.path, table.needs, table.name).where(table.job == job.id, table.artifact.is_(None))
         ).all():
             if needs is None:
-                raise IllegalState(f"job {job.id} waits for {name!r} of a job that was deleted: submit it anew")
+                raise IllegalState(f"job {job.id} waits for {name!r} of a job that was deleted: submit it again")
             found = submission.resolve(session, path, ArtifactRef(job=needs, artifact=name or ""), job.tenant)
             waiting += found.artifact is None
-            session.execute(
-                update(table).where(table.job == job.id, table.path == path).values(artifact=found.artifact),
-                execution_options={"synchronize_session": False},
+            change(
+                session, update(table).where(table.job == job.id, table.path == path).values(artifact=found.artifact)
             )
         forget = {"checkpoint_artifact": None, "checkpoint_step": None} if from_start else {}
         moved = transitions.move(
@@ -204,7 +188,7 @@ class JobRegistry(Retention):
     def add_artifact(
         self, artifact_id: str, name: str, type: str, size: int, *, tenant: str = "default"
     ) -> ArtifactRow:
-        """The row of an upload that is in the store already. The same artifact again changes nothing."""
+        """Record an upload, which is in the store already. The same artifact again changes nothing."""
         submission.check_tenant(tenant)
         with self._database.write() as session:
             return artifacts.add(session, id=artifact_id, name=name, type=type, size=size, tenant=tenant)[0]

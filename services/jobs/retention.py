@@ -1,7 +1,8 @@
-"""What may be deleted: jobs that have ended, artifacts that nothing needs.
+"""Deletion of jobs that have ended and of artifacts that nothing needs.
 
-An artifact needs a row to be named by a new job, and an attempt that runs to be committed. So once nothing names it and
-its row is gone, it stays unneeded, and the collector (:mod:`services.artifacts.collect`) may delete it.
+A new job can only name an artifact that has a row, and only a running attempt commits what it made. So once nothing
+names an artifact and its row is gone, nothing will need it, and the collector
+(:mod:`services.artifacts.collect`) may delete it.
 """
 
 from __future__ import annotations
@@ -15,27 +16,24 @@ from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from ethogram.errors import IllegalState, NotFound
-from services.jobs import tables, text, transitions
+from services.jobs import tables, transitions
 from services.jobs.attempts import Attempts
-from services.jobs.database import again
-from services.jobs.reading import ACTIVE, artifact_of
+from services.jobs.database import change, retry_deadlocks
+from services.jobs.queries import artifact_of
 from services.jobs.records import ArtifactRow, Job
-from services.jobs.states import JobState
-
-TERMINAL = [state for state in JobState if state.terminal]
-_LATE = {"synchronize_session": False}
+from services.jobs.states import ACTIVE, TERMINAL, JobState
 
 
 class Retention(Attempts):
     """The registry's side of deletion."""
 
     def identity(self) -> str:
-        """An id that this registry has had since its tables were made."""
+        """Id of this registry, which never changes."""
         with self._database.read() as session:
             return session.scalars(select(tables.Identity.id)).one()
 
     def live_artifacts(self) -> set[str]:
-        """Ids of artifacts that must stay: outputs and uploads (but those that a later attempt replaced), inputs of
+        """Ids of artifacts that must stay: outputs and uploads (except those that a later attempt replaced), inputs of
         jobs that exist, and the last checkpoint of each job that has not succeeded."""
         job, artifact = tables.Job, tables.Artifact
         with self._database.read() as session:
@@ -50,8 +48,8 @@ class Retention(Attempts):
             }
 
     def spent_artifacts(self) -> set[str]:
-        """Ids of what running attempts have committed and have replaced since; all else that they made they may commit
-        yet."""
+        """Ids of artifacts that running attempts committed and have since replaced. They may still commit anything else
+        that they made."""
         job, artifact, event = tables.Job, tables.Artifact, tables.Event
         id = event.data["artifact"].as_string()
         with self._database.read() as session:
@@ -69,10 +67,10 @@ class Retention(Attempts):
                 ),
             }
 
-    @again
+    @retry_deadlocks
     def forget(self, ids: AbstractSet[str]) -> set[str]:
-        """Delete the rows of those of ``ids`` that nothing needs; their ids, and those that have no row. ``ids`` are
-        not of attempts that may commit them yet."""
+        """Delete the rows of those of ``ids`` that nothing needs; return their ids, and those without a row. No running
+        attempt may still commit one of ``ids``."""
         artifact, given, job = tables.Artifact, tables.Input, tables.Job
         with self._database.write() as session:
             rows = session.execute(
@@ -81,7 +79,7 @@ class Retention(Attempts):
                 .order_by(artifact.id)
                 .with_for_update()
             ).all()
-            # Asked after the rows are locked: who wants to name one waits now, or has named it.
+            # After the rows are locked: a job that wants to name one either has, or waits for us.
             dead = set(ids) - {id for id, superseded in rows if not superseded}
             dead -= {*session.scalars(select(given.artifact).where(given.artifact.in_(dead)))}
             dead -= {
@@ -91,30 +89,30 @@ class Retention(Attempts):
                     )
                 )
             }
-            session.execute(delete(artifact).where(artifact.id.in_(dead)), execution_options=_LATE)
+            change(session, delete(artifact).where(artifact.id.in_(dead)))
             return dead
 
     def deletable_artifact(self, id: str) -> ArtifactRow:
-        """The row of an artifact that could be deleted now. Raises :class:`NotFound` and :class:`IllegalState`."""
+        """The row of an artifact, if it could be deleted now. Raises :class:`NotFound`, :class:`IllegalState`."""
         with self._database.write() as session:
             return self._deletable(session, id)
 
-    @again
+    @retry_deadlocks
     def delete_artifact(self, id: str) -> ArtifactRow:
-        """Delete the row of an artifact: no new job can name it. Jobs that have ended keep what they used.
+        """Delete the row of an artifact, so that no new job can name it. Jobs that have ended keep what they used.
 
         Raises :class:`NotFound`, and :class:`IllegalState` while a job that has not ended needs it.
         """
         with self._database.write() as session:
             row = self._deletable(session, id)
-            session.execute(delete(tables.Artifact).where(tables.Artifact.id == id), execution_options=_LATE)
+            change(session, delete(tables.Artifact).where(tables.Artifact.id == id))
             return row
 
-    @again
+    @retry_deadlocks
     def delete_job(self, id: str, published: Collection[str] = ()) -> Job:
-        """Delete a job that has ended, with its events, its outputs and its children; the job as it was.
+        """Delete a job that has ended, with its events, outputs and children; return the job as it was.
 
-        Outputs among ``published``, artifacts that models are made of, stay as if they were uploaded. Raises
+        Outputs among ``published`` (ids of artifacts that are models) stay, as if they were uploaded. Raises
         :class:`NotFound`, and :class:`IllegalState` while it, its parent, or a job that uses its outputs has not ended.
         """
         with self._database.write() as session:
@@ -122,12 +120,12 @@ class Retention(Attempts):
             transitions.lock_parent(session, id)
             parent = self._unfinished(session, tables.Job.id == found.parent)
             if parent is not None:
-                raise IllegalState(f"job {id} is a part of job {parent}, which has not ended: cancel that, or wait")
+                raise IllegalState(f"job {id} is a part of job {parent}, which has not ended: cancel that job, or wait")
             self._delete(session, id, set(published))
             return found
 
     def jobs_ended_before(self, time: datetime) -> builtins.list[str]:
-        """Ids of jobs, but for children, that ended before ``time``, oldest first."""
+        """Ids of jobs, except children, that ended before ``time``, oldest first."""
         job = tables.Job
         query = select(job.id).where(job.state.in_(TERMINAL), job.parent.is_(None), job.finished_at < time)
         with self._database.read() as session:
@@ -135,21 +133,21 @@ class Retention(Attempts):
 
     def _deletable(self, session: Session, id: str) -> ArtifactRow:
         artifact, job = tables.Artifact, tables.Job
-        row = session.scalar(select(artifact).where(artifact.id == id)) if text.storable(id) else None
-        if row is None:
-            raise NotFound(f"there is no artifact {id!a}")
+        row = self._artifact(session, id)
         if row.job is not None:
-            # A job that is just submitted or retried, and names it as this job's output, holds this lock.
+            # A job that is being submitted or retried, and names it as this job's output, holds this lock.
             session.scalar(select(job.number).where(job.id == row.job).with_for_update())
             parent = select(job.parent).where(job.id == row.job).scalar_subquery()
             maker = self._unfinished(session, or_(job.id == row.job, job.id == parent))
             if maker is not None:
-                raise IllegalState(f"artifact {id} is a part of job {maker}, which has not ended: cancel that, or wait")
+                raise IllegalState(
+                    f"artifact {id} is a part of job {maker}, which has not ended: cancel that job, or wait"
+                )
         session.scalar(select(artifact.number).where(artifact.id == id).with_for_update())
         users = select(tables.Input.job).where(tables.Input.artifact == id)
         user = self._unfinished(session, job.id.in_(users))
         if user is not None:
-            raise IllegalState(f"job {user} needs artifact {id} and has not ended: cancel that, or wait")
+            raise IllegalState(f"job {user} needs artifact {id} and has not ended: cancel that job, or wait")
         return artifact_of(row)
 
     def _delete(self, session: Session, id: str, published: set[str]) -> None:
@@ -159,13 +157,13 @@ class Retention(Attempts):
             raise NotFound(f"there is no job {id!a}")
         if not JobState(state).terminal:
             raise IllegalState(f"job {id} is {state}: cancel it first, or wait until it has ended")
-        # A submission that names one of them holds its row until it is committed.
+        # A submission that names one of them holds the lock on its row until it commits.
         session.execute(select(artifact.number).where(artifact.job == id).order_by(artifact.id).with_for_update()).all()
         made = select(artifact.id).where(artifact.job == id)
         users = select(given.job).where(or_(given.needs == id, given.artifact.in_(made)))
         user = self._unfinished(session, job.id.in_(users))
         if user is not None:
-            raise IllegalState(f"job {user} uses what job {id} made and has not ended: cancel that, or wait")
+            raise IllegalState(f"job {user} uses what job {id} made and has not ended: cancel that job, or wait")
         for child in session.scalars(select(job.id).where(job.parent == id).order_by(job.name)).all():
             self._delete(session, child, published)
         for statement in (
@@ -173,30 +171,26 @@ class Retention(Attempts):
             .where(artifact.job == id, artifact.id.in_(published))
             .values(job=None, attempt=None, superseded=False),
             delete(artifact).where(artifact.job == id),
-            # Jobs that have ended keep the artifact, which they name by its id too.
+            # Jobs that have ended keep the artifact: they name it by its id too.
             update(given).where(given.needs == id).values(needs=None),
             delete(given).where(given.job == id),
             delete(event).where(event.job == id),
             delete(tables.Attempt).where(tables.Attempt.job == id),
             delete(job).where(job.id == id),
         ):
-            session.execute(statement, execution_options=_LATE)
+            change(session, statement)
         self._forget_keys(session, id)
 
     def _forget_keys(self, session: Session, id: str) -> None:
-        """Forget the idempotency key of a job when its jobs are all gone."""
+        """Delete the idempotency key that made a job once all jobs of that key are deleted."""
         key, made = tables.Submission, tables.SubmissionJob
-        found = session.execute(
-            delete(made).where(made.job == id).returning(made.tenant, made.key), execution_options=_LATE
-        ).one_or_none()
+        found = change(session, delete(made).where(made.job == id).returning(made.tenant, made.key)).one_or_none()
         if found is None:
             return
         others = select(made.job).where(made.tenant == found.tenant, made.key == found.key).limit(1)
         if session.scalar(others) is None:
-            session.execute(
-                delete(key).where(key.tenant == found.tenant, key.key == found.key), execution_options=_LATE
-            )
+            change(session, delete(key).where(key.tenant == found.tenant, key.key == found.key))
 
     def _unfinished(self, session: Session, where: ColumnElement[bool]) -> str | None:
-        """A job of those that has not ended."""
+        """Id of a job among these that has not ended."""
         return session.scalar(select(tables.Job.id).where(where, tables.Job.state.not_in(TERMINAL)).limit(1))

@@ -1,8 +1,9 @@
-"""Whose job is next: the highest priority first; among equals the tenant with the fewest running jobs in the queue,
-then the one that was served longest ago; of a tenant the oldest job.
+"""The order of claims: the highest priority first; then the tenant with the fewest running jobs in the queue, then the
+one that was served longest ago; of one tenant's jobs the oldest.
 
-Each step is a look into the index ``ix_jobs_claim``, so a claim costs the same whatever waits; it grows with the number
-of tenants that have work at the highest priority. Functions here work inside a write transaction of the caller.
+Each step is one lookup in the index ``ix_jobs_claim``, so the cost of a claim does not depend on how many jobs wait; it
+grows with the number of tenants that have work at the highest priority. Functions here work inside a write
+transaction of the caller.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from services.jobs import tables
-from services.jobs.reading import ACTIVE, ready
+from services.jobs.queries import ready
+from services.jobs.states import ACTIVE
 
 job, turn = tables.Job, tables.Turn
 
 
 def candidates(session: Session, queue: str) -> Iterator[tuple[str, str]]:
-    """``(job, tenant)`` of the jobs of ``queue`` that may be claimed now, best first; locked, and without those that
-    other claims hold."""
+    """Yield ``(job, tenant)`` of the jobs of ``queue`` that may be claimed now, best first: each locked, and without
+    those that other claims hold."""
     lower: list[ColumnElement[bool]] = []
     top = select(job.priority).where(ready(queue)).order_by(job.priority.desc()).limit(1)
     while (priority := session.scalar(top.where(*lower))) is not None:
@@ -35,7 +37,7 @@ def candidates(session: Session, queue: str) -> Iterator[tuple[str, str]]:
 
 
 def served(session: Session, queue: str, tenant: str) -> None:
-    """``tenant`` has had its turn."""
+    """Record that ``tenant`` was served last in ``queue``."""
     last = select(func.coalesce(func.max(turn.turn), 0) + 1).where(turn.queue == queue).scalar_subquery()
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     values = dialect.insert(turn).values(queue=queue, tenant=tenant, turn=last)
@@ -45,7 +47,7 @@ def served(session: Session, queue: str, tenant: str) -> None:
 
 
 def _tenants(session: Session, equal: Sequence[ColumnElement[bool]]) -> list[str]:
-    """The distinct tenants among the jobs ``equal``: one look into the index for each, not one for each job."""
+    """The distinct tenants among the jobs ``equal``: one index lookup for each tenant, not one for each job."""
     first = select(func.min(job.tenant)).where(*equal).scalar_subquery()
     found = select(first.label("tenant")).cte("tenants", recursive=True)
     after = select(func.min(job.tenant)).where(*equal, job.tenant > found.c.tenant).correlate(found).scalar_subquery()

@@ -1,4 +1,4 @@
-"""The states of a job and the steps between them that exist."""
+"""The states of a job, and which may follow which."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class JobState(StrEnum):
-    """Where a job is."""
+    """State of a job."""
 
     QUEUED = "QUEUED"
     RUNNING = "RUNNING"
@@ -17,12 +17,16 @@ class JobState(StrEnum):
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing happens any more, unless somebody retries the job."""
-        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+        """Whether the job has ended; only a retry takes it out of this state."""
+        return self in TERMINAL
 
+
+TERMINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+ACTIVE = (JobState.RUNNING, JobState.CANCELLING)
+UNFINISHED = (JobState.QUEUED, *ACTIVE)
 
 LEGAL: dict[JobState, frozenset[JobState]] = {
-    # An input job that failed or was cancelled takes those that wait for it along.
+    # A job whose input job failed or was cancelled ends the same way.
     JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
     JobState.RUNNING: frozenset({JobState.QUEUED, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
     # A job may finish, or fail by itself, before it hears of the cancellation.

@@ -1,4 +1,4 @@
-"""From a request to rows: checks, idempotency keys, inputs, and pipelines in the order of their needs.
+"""From a request to rows: checks, idempotency keys, inputs, and the order of a pipeline's jobs.
 
 Functions here work inside a write transaction of the caller.
 """
@@ -39,7 +39,7 @@ def new_id(prefix: str) -> str:
 
 @dataclass
 class Request:
-    """One job that is asked for. ``prefix`` stands before the paths of its fields in errors."""
+    """One requested job. ``prefix``: put before the paths of its fields in errors."""
 
     kind: str
     spec: Spec
@@ -47,11 +47,11 @@ class Request:
     prefix: str = ""
     parent: str | None = None
     name: str | None = None
-    """The parent's name for it."""
+    """Name of a child job at its parent."""
 
     @classmethod
     def make(cls, kind: str, spec: Spec, options: Mapping[str, Any], prefix: str = "") -> Request:
-        """Checked, but for what it refers to. Raises :class:`InvalidInput`."""
+        """Check everything except its inputs. Raises :class:`InvalidInput`."""
         if kind not in KINDS:
             raise InvalidInput.field(f"{prefix}kind", f"is none of {', '.join(sorted(KINDS))}")
         if not isinstance(spec, KINDS[kind].spec):
@@ -66,7 +66,7 @@ class Request:
 
     @property
     def body(self) -> dict[str, Any]:
-        """All that was asked for, as JSON values. Without defaults: what a newer version adds changes no digest."""
+        """The request as JSON values, without defaults, so that options of newer versions do not change its digest."""
         return {
             "kind": self.kind,
             "spec": self.spec.model_dump(mode="json", exclude_defaults=True),
@@ -75,7 +75,7 @@ class Request:
 
 
 class ResolvedInput(NamedTuple):
-    """One input of a job: where its spec names it, and what is known of it."""
+    """An input of a job: its path in the spec, the output ``name`` of job ``needs``, and the artifact once there."""
 
     path: str
     needs: str | None
@@ -84,19 +84,19 @@ class ResolvedInput(NamedTuple):
 
 
 def check_tenant(tenant: str) -> None:
-    """Raises :class:`InvalidInput` for a tenant that is not a plain name."""
+    """Raise :class:`InvalidInput` for a tenant that is not a plain name."""
     if not _NAME.fullmatch(tenant):
         raise InvalidInput.field("tenant", "must be 1 to 64 letters, digits, '_' or '-'")
 
 
 def check_name(name: str, field: str) -> None:
-    """Raises :class:`InvalidInput` for a name of a job that is not plain."""
+    """Raise :class:`InvalidInput` for a job name that is not plain."""
     if not _NAME.fullmatch(name):
         raise InvalidInput.field(field, f"the name {name[:80]!r} must be 1 to 64 letters, digits, '_' or '-'")
 
 
 def check_key(key: str | None) -> None:
-    """Raises :class:`InvalidInput` for an idempotency key that cannot be stored."""
+    """Raise :class:`InvalidInput` for an idempotency key that cannot be stored."""
     if key is None:
         return
     if not 1 <= len(key) <= 255:
@@ -110,7 +110,7 @@ def body_hash(body: Any) -> str:
 
 
 def seen(session: Session, tenant: str, key: str, digest: str) -> dict[str, str] | None:
-    """The jobs (name to id) that this key made before. Raises :class:`Conflict` when it came with another body."""
+    """The jobs (name -> id) that this key made before. Raises :class:`Conflict` if that was for another body."""
     row = session.get(tables.Submission, (tenant, key))
     if row is None:
         return None
@@ -120,14 +120,14 @@ def seen(session: Session, tenant: str, key: str, digest: str) -> dict[str, str]
 
 
 def check_kept(session: Session, jobs: Mapping[str, str]) -> None:
-    """Raises :class:`Conflict` when some of the jobs that a key made were deleted."""
+    """Raise :class:`Conflict` if some of the jobs that a key made were deleted."""
     there = set(session.scalars(select(tables.Job.id).where(tables.Job.id.in_(jobs.values()))))
     if gone := set(jobs.values()) - there:
         raise Conflict(f"job {min(gone)}, which this idempotency key made, was deleted: send a new key")
 
 
 def remember(session: Session, tenant: str, key: str, digest: str, jobs: Mapping[str, str]) -> None:
-    """Keep what this key made."""
+    """Record the jobs that this key made."""
     session.execute(
         insert(tables.Submission).values(
             tenant=tenant, key=key, body_hash=digest, jobs=dict(jobs), created_at=transitions.now()
@@ -140,7 +140,7 @@ def remember(session: Session, tenant: str, key: str, digest: str, jobs: Mapping
 def resolve_inputs(
     session: Session, request: Request, *, tenant: str, names: Mapping[str, str] | None = None
 ) -> list[ResolvedInput]:
-    """What each input of ``request`` stands for now; ``names``: name to id of other jobs of its pipeline.
+    """Resolve each input of ``request``; ``names``: name -> id of other jobs of its pipeline.
 
     Raises :class:`NotFound` for an input that does not exist, :class:`IllegalState` for one that will never be.
     """
@@ -153,7 +153,7 @@ def resolve_inputs(
 def insert_job(
     session: Session, request: Request, *, tenant: str, trace: str | None, names: Mapping[str, str] | None = None
 ) -> str:
-    """Insert the row of one job with its inputs and its first event; the id. Raises as :func:`resolve_inputs` does."""
+    """Insert the row of one job with its inputs and first event; return its id. Raises as :func:`resolve_inputs`."""
     spec = request.spec.model_dump(mode="json")
     inputs = resolve_inputs(session, request, tenant=tenant, names=names)
     for found in inputs:
@@ -169,21 +169,16 @@ def insert_job(
             kind=request.kind,
             queue=options.queue or KINDS[request.kind].queue,
             spec=spec,
-            labels=options.labels,
-            priority=options.priority,
             state=JobState.QUEUED,
             ready=ready,
             ready_at=time if ready else None,
             waiting=waiting,
-            not_before=options.not_before,
-            max_attempts=options.max_attempts,
-            time_limit_seconds=options.time_limit_seconds,
-            stall_limit_seconds=options.stall_limit_seconds,
             parent=request.parent,
             name=request.name,
             trace=trace,
             seq=1,
             created_at=time,
+            **options.model_dump(exclude={"queue"}),
         )
     )
     if inputs:
@@ -195,7 +190,7 @@ def insert_job(
 def insert_pipeline(
     session: Session, requests: Mapping[str, Request], *, tenant: str, trace: str | None
 ) -> dict[str, str]:
-    """Insert all jobs, each after those that it needs; name to id, in the order of ``requests``.
+    """Insert all jobs, each after those that it needs; return name -> id, in the order of ``requests``.
 
     Raises :class:`InvalidInput` for a circle, and what :func:`insert_job` raises.
     """
@@ -231,10 +226,10 @@ def make_pipeline(jobs: Mapping[str, tuple[str, Spec, Mapping[str, Any]]]) -> di
 
 
 def resolve(session: Session, path: str, ref: ArtifactRef, tenant: str, prefix: str = "") -> ResolvedInput:
-    """What ``ref`` stands for now; ``artifact`` is ``None`` while its job has not finished."""
+    """Resolve ``ref``; the result has no ``artifact`` while its job has not finished."""
     if ref.job is None:
         query = select(tables.Artifact.id).where(tables.Artifact.id == ref.artifact, tables.Artifact.tenant == tenant)
-        # The lock makes who deletes it wait for us, so that it finds this job.
+        # The lock makes a deletion wait for us, so that it finds this job.
         if session.execute(query.with_for_update(read=True)).scalar_one_or_none() is None:
             raise _wrong(NotFound, f"{prefix}spec.{path}.artifact", f"there is no artifact {ref.artifact!r}")
         return ResolvedInput(path, None, None, ref.artifact)

@@ -29,7 +29,7 @@ REVISION = "0004"
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """Aware UTC datetimes on every database; SQLite itself would drop the zone."""
+    """Aware UTC datetimes on every database; SQLite alone would drop the time zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -48,7 +48,7 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-# SQLite counts up by itself only in a column that is exactly INTEGER.
+# SQLite increments only a column that is exactly INTEGER.
 Serial = BigInteger().with_variant(Integer, "sqlite")
 Json = JSON(none_as_null=True)
 
@@ -56,7 +56,7 @@ Json = JSON(none_as_null=True)
 class Base(DeclarativeBase):
     """Base of the tables."""
 
-    # Constraints with names can be changed by later migrations.
+    # Later migrations can change only constraints that have names.
     metadata = MetaData(
         naming_convention={
             "pk": "pk_%(table_name)s",
@@ -75,7 +75,7 @@ class Base(DeclarativeBase):
 
 
 class Job(Base):
-    """A job. ``number`` is its place in the order of submission, which no clock can disturb."""
+    """A job. ``number`` is its position in the order of submission, independent of any clock."""
 
     __tablename__ = "jobs"
     # A number is never given twice, even when rows are deleted: cursors rely on it.
@@ -91,18 +91,18 @@ class Job(Base):
     priority: Mapped[int]
     state: Mapped[str]
     ready: Mapped[bool]
-    """A queued job that nothing holds back: its inputs are there and ``not_before`` has passed."""
+    """Whether it is queued, its inputs are there, and ``not_before`` has passed."""
     ready_at: Mapped[datetime | None]
     """Since when it is ready."""
     waiting: Mapped[int]
-    """Inputs that are still to come."""
+    """Number of inputs or children that it still waits for."""
     not_before: Mapped[datetime | None]
     attempt: Mapped[str | None] = mapped_column(unique=True)
     """The attempt that owns the job now."""
     attempts: Mapped[int] = mapped_column(default=0)
     """Attempts that count against ``max_attempts``."""
     claims: Mapped[int] = mapped_column(default=0)
-    """Attempts of any sort, ever."""
+    """All attempts ever."""
     max_attempts: Mapped[int]
     parent: Mapped[str | None]
     """The job that made this one, as its child ``name``. No foreign key: SQLite could not drop the column again."""
@@ -112,7 +112,7 @@ class Job(Base):
     ran_seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
     """Running time of the attempts that have ended, since the submission or the last retry."""
     backoff_seconds: Mapped[float | None]
-    """A queued job that waits so long after a crash; ``not_before`` says the same on the wall clock."""
+    """How long a queued job waits after a crash; ``not_before`` is the same by the wall clock."""
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     progress: Mapped[dict[str, Any] | None]
     checkpoint_artifact: Mapped[str | None]
@@ -128,7 +128,7 @@ class Job(Base):
     inputs: Mapped[list[Input]] = relationship(lazy="raise", order_by="Input.path", foreign_keys="Input.job")
 
 
-# The first serves claims (see services.jobs.shares) and everything that asks by state.
+# The first serves claims (see services.jobs.shares) and all queries by state.
 Index("ix_jobs_claim", Job.state, Job.queue, Job.ready, Job.priority.desc(), Job.tenant, Job.number)
 Index("ix_jobs_parent", Job.parent, Job.name, unique=True)
 Index("ix_jobs_due", Job.state, Job.queue, Job.ready, Job.waiting, Job.not_before)
@@ -151,7 +151,7 @@ class Input(Base):
 
 
 class Attempt(Base):
-    """One try to run a job, by one worker."""
+    """One attempt of a worker to run a job."""
 
     __tablename__ = "attempts"
     __table_args__ = (UniqueConstraint("job", "number"),)
@@ -162,7 +162,7 @@ class Attempt(Base):
     worker: Mapped[str]
     lease_seconds: Mapped[float]
     heartbeat: Mapped[int] = mapped_column(default=0)
-    """Counts up; the reconciler watches it move on its own clock."""
+    """Counts up; the reconciler watches it change, by its own clock."""
     seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
     """Running time by the worker's monotonic clock, as of the last heartbeat."""
     batch: Mapped[int] = mapped_column(default=0, server_default=text("0"))
@@ -176,7 +176,7 @@ class Attempt(Base):
 
 
 class Event(Base):
-    """One thing that happened to a job."""
+    """An event of a job."""
 
     __tablename__ = "events"
 
@@ -213,7 +213,7 @@ Index("ix_artifacts_tenant_type", Artifact.tenant, Artifact.type, Artifact.numbe
 
 
 class Submission(Base):
-    """A submission that came with an idempotency key: what it asked for, and the jobs that it made."""
+    """A submission with an idempotency key: the digest of its request, and the jobs that it made."""
 
     __tablename__ = "submissions"
 
@@ -221,12 +221,12 @@ class Submission(Base):
     key: Mapped[str] = mapped_column(primary_key=True)
     body_hash: Mapped[str]
     jobs: Mapped[dict[str, Any]]
-    """Name to job id; the name of a single job is empty."""
+    """Name -> job id; the name of a single job is empty."""
     created_at: Mapped[datetime]
 
 
 class SubmissionJob(Base):
-    """A job that a submission with an idempotency key made, as long as it is there."""
+    """A job, not yet deleted, that a submission with an idempotency key made."""
 
     __tablename__ = "submission_jobs"
 
@@ -249,7 +249,7 @@ class Turn(Base):
 
 
 class Identity(Base):
-    """The one row that says which registry this is."""
+    """The one row with the id of this registry."""
 
     __tablename__ = "identity"
 

@@ -8,11 +8,11 @@ from typing import Any
 from ethogram.errors import InvalidInput, printable
 
 MAX_TEXT = 16_000
-"""Longest text of an event, in characters: event rows stay small."""
+"""Longest text of an event, in characters, so that event rows stay small."""
 
 
 def check(value: Any, path: str) -> None:
-    """Refuse, by its ``path``, what cannot be stored in a value that a user sent. Raises :class:`InvalidInput`."""
+    """Raise :class:`InvalidInput`, with its path below ``path``, for what cannot be stored in a user's value."""
     if isinstance(value, str):
         if "\0" in value:
             raise InvalidInput.field(path, "contains a NUL character")
@@ -30,12 +30,12 @@ def check(value: Any, path: str) -> None:
 
 
 def storable(value: str) -> bool:
-    """Whether a database takes ``value``; an id that it would not take is the id of nothing."""
+    """Whether a database can store ``value``; an id that it cannot store is the id of nothing."""
     return "\0" not in value and value == printable(value)
 
 
 def clean(value: Any, longest: int | None = None) -> Any:
-    """What a running job said, made storable: a stray character in a log line must not fail the job."""
+    """Make a running job's output storable: a stray character in a log line must not fail the job."""
     if isinstance(value, str):
         text = printable(value.replace("\0", "\ufffd"))
         return text if longest is None or len(text) <= longest else text[:longest] + " …"

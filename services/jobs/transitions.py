@@ -1,4 +1,4 @@
-"""How a job changes its state: each step is one UPDATE that names the states, and the attempt, it may start from.
+"""Changes of a job's state: each is one UPDATE that names the states, and the attempt, that it may start from.
 
 Functions here work inside a write transaction of the caller.
 """
@@ -14,12 +14,13 @@ from sqlalchemy import and_, case, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from services.jobs import tables
+from services.jobs.database import change
 from services.jobs.records import Child, Event
-from services.jobs.states import LEGAL, JobState
+from services.jobs.states import LEGAL, UNFINISHED, JobState
 
 
 def now() -> datetime:
-    """The time, UTC."""
+    """The current time, UTC."""
     return datetime.now(UTC)
 
 
@@ -33,7 +34,7 @@ def move(
     note: dict[str, Any] | None = None,
     **values: Any,
 ) -> bool:
-    """Take ``job`` from a state of ``source`` to ``to`` and record the event. False: it was in none of them.
+    """Move ``job`` from a state of ``source`` to ``to`` and record the event; False if it is in none of them.
 
     With ``owner``, only if that attempt owns the job. ``values`` are set in the same UPDATE, ``note`` is added to the
     event.
@@ -46,9 +47,8 @@ def move(
     statement = update(tables.Job).where(tables.Job.id == job, tables.Job.state.in_(source))
     if owner is not None:
         statement = statement.where(tables.Job.attempt == owner)
-    seq = session.execute(
-        statement.values(state=to, seq=tables.Job.seq + 1, **values).returning(tables.Job.seq),
-        execution_options={"synchronize_session": False},
+    seq = change(
+        session, statement.values(state=to, seq=tables.Job.seq + 1, **values).returning(tables.Job.seq)
     ).scalar_one_or_none()
     if seq is None:
         return False
@@ -74,30 +74,30 @@ def add_events(
 def end_attempt(session: Session, attempt: str, outcome: str, message: str | None, seconds: float | None) -> None:
     """Close the attempt's row, and count its running time (``None``: as of its last heartbeat) to the job's."""
     table = tables.Attempt
-    ended = session.execute(
+    ended = change(
+        session,
         update(table)
         .where(table.id == attempt, table.ended_at.is_(None))
         .values(ended_at=now(), outcome=outcome, message=message, seconds=table.seconds if seconds is None else seconds)
         .returning(table.job, table.seconds),
-        execution_options={"synchronize_session": False},
     ).one_or_none()
     if ended is not None:
-        session.execute(
+        change(
+            session,
             update(tables.Job)
             .where(tables.Job.id == ended.job)
             .values(ran_seconds=tables.Job.ran_seconds + ended.seconds),
-            execution_options={"synchronize_session": False},
         )
 
 
 def lock(session: Session, job: str) -> None:
-    """Hold the row of ``job`` as it is now until the transaction ends."""
+    """Lock the row of ``job`` until the transaction ends."""
     session.scalar(select(tables.Job.number).where(tables.Job.id == job).with_for_update())
 
 
 def lock_parent(session: Session, job: str) -> None:
-    """Take the lock on the parent of ``job``, if it has one, before any on the job itself: who ends a child and who
-    counts or cancels the children of a parent take their turns, and none waits for the other in a circle."""
+    """Lock the parent of ``job``, if it has one, before the job itself is locked. So transactions that end a child and
+    those that count or cancel a parent's children take turns, and never wait for each other in a circle."""
     parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == job))
     if parent is not None:
         lock(session, parent)
@@ -122,30 +122,29 @@ def children(session: Session, parent: str) -> list[Child]:
 
 def unfinished_children(session: Session, parent: str) -> int:
     """How many children of ``parent`` have not ended."""
-    unfinished = [state for state in JobState if not state.terminal]
-    query = select(func.count()).where(tables.Job.parent == parent, tables.Job.state.in_(unfinished))
+    query = select(func.count()).where(tables.Job.parent == parent, tables.Job.state.in_(UNFINISHED))
     return session.scalars(query).one()
 
 
 def count_children(session: Session, parent: str) -> None:
-    """Let ``parent`` go on if it waits for its children and all have ended.
+    """Make ``parent`` ready if it waits for its children and all have ended.
 
-    A parent has run, so its inputs are there, and whatever it waits for is a child.
+    A parent has run, so its inputs are there, and all that it waits for are children.
     """
-    # Of two children that end at the same time the second must count the first.
+    # Of two children that end at the same time, the second must see that the first has ended.
     lock(session, parent)
     left = unfinished_children(session, parent)
-    session.execute(
+    change(
+        session,
         update(tables.Job)
         .where(tables.Job.id == parent, tables.Job.state == JobState.QUEUED, tables.Job.waiting > 0)
         .values(waiting=left, ready=left == 0, ready_at=now()),
-        execution_options={"synchronize_session": False},
     )
 
 
 def cancel(session: Session, job: str) -> bool:
     """Cancel ``job`` and its children; False if it has ended."""
-    # Or it might be released between the two steps, and be in neither state when asked.
+    # Without the lock it might be released between the two moves, and neither would apply.
     lock(session, job)
     if move(session, job, JobState.CANCELLED, source=[JobState.QUEUED], cancel_requested=True, waiting=0):
         settle(session, job, JobState.CANCELLED)
@@ -158,8 +157,8 @@ def cancel(session: Session, job: str) -> bool:
 
 
 def settle(session: Session, job: str, state: JobState, error: dict[str, Any] | None = None) -> None:
-    """Tell of ``job``, which has just reached the terminal ``state``: its children, which nobody gathers any more, its
-    parent, and those that wait for it."""
+    """After ``job`` has reached the terminal ``state``: cancel its children, which nobody gathers any more, and update
+    its parent and the jobs that wait for it."""
     for child in children(session, job):
         if not child.state.terminal:
             cancel(session, child.job)
@@ -170,15 +169,15 @@ def settle(session: Session, job: str, state: JobState, error: dict[str, Any] | 
 
 
 def outputs(session: Session, job: str) -> dict[str, str]:
-    """Name to id of the artifacts that ``job`` made."""
+    """Name -> id of the artifacts that ``job`` made."""
     query = select(tables.Artifact.name, tables.Artifact.id)
     rows = session.execute(query.where(tables.Artifact.job == job, tables.Artifact.superseded == tables.FALSE))
     return {name: artifact for name, artifact in rows}
 
 
 def settle_dependents(session: Session, job: str, state: JobState, error: dict[str, Any] | None = None) -> None:
-    """Tell the jobs that wait for ``job``, which has just reached the terminal ``state``: they get their inputs, or
-    end like it, and those that wait for them as well."""
+    """After ``job`` has reached the terminal ``state``: give the jobs that wait for it their inputs, or end them like
+    it, and in turn those that wait for them."""
     ended = [(job, state, error)]
     while ended:
         job, state, error = ended.pop()
@@ -195,18 +194,18 @@ def settle_dependents(session: Session, job: str, state: JobState, error: dict[s
             elif state is JobState.CANCELLED:
                 end, cause = JobState.CANCELLED, f"input job {job} was cancelled; retry it, then this one"
             else:
-                told = (error or {}).get("message", "no message")
-                end, cause = JobState.FAILED, f"input job {job} failed: {told} (retry it, then this one)"
+                reason = (error or {}).get("message", "no message")
+                end, cause = JobState.FAILED, f"input job {job} failed: {reason} (retry it, then this one)"
             lock_parent(session, dependent)
             violation = {"field": f"spec.{path}", "description": cause}
-            told_on = {"reason": "INPUT_FAILED", "message": cause, "violations": [violation]}
+            input_error = {"reason": "INPUT_FAILED", "message": cause, "violations": [violation]}
             note = {"message": cause}
-            if move(session, dependent, end, source=[JobState.QUEUED], error=told_on, waiting=0, note=note):
+            if move(session, dependent, end, source=[JobState.QUEUED], error=input_error, waiting=0, note=note):
                 parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == dependent))
                 if parent is not None:
                     count_children(session, parent)
-                # The first cause is told on, not a sentence that grows with the length of the chain.
-                ended.append((dependent, end, error if state is JobState.FAILED else told_on))
+                # Pass on the first cause, not a sentence that grows with the length of the chain.
+                ended.append((dependent, end, error if state is JobState.FAILED else input_error))
 
 
 def _waiting_for(session: Session, job: str) -> dict[str, list[tuple[str, str]]]:
@@ -224,16 +223,16 @@ def _waiting_for(session: Session, job: str) -> dict[str, list[tuple[str, str]]]
 
 def _give(session: Session, job: str, artifacts: dict[str, str]) -> None:
     for path, artifact in artifacts.items():
-        session.execute(
+        change(
+            session,
             update(tables.Input).where(tables.Input.job == job, tables.Input.path == path).values(artifact=artifact),
-            execution_options={"synchronize_session": False},
         )
-    # Counted down rather than counted anew: two inputs may finish at the same time.
+    # Count down rather than recount, since two inputs may finish at the same time.
     left = tables.Job.waiting - len(artifacts)
     due = or_(tables.Job.not_before.is_(None), tables.Job.not_before <= now())
-    session.execute(
+    change(
+        session,
         update(tables.Job)
         .where(tables.Job.id == job, tables.Job.state == JobState.QUEUED)
         .values(waiting=left, ready=case((and_(left == 0, due), tables.TRUE), else_=tables.FALSE), ready_at=now()),
-        execution_options={"synchronize_session": False},
     )

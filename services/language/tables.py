@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args, overload
+from typing import Any, TypeVar
 
 from pyarrow import ArrowException, parquet
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 
 from ethogram.errors import MAX_VIOLATIONS, InvalidInput, Violation
 
@@ -60,72 +60,48 @@ def read_rows(
             raise InvalidInput.field(field or file.name, f"{file} is none of {', '.join(SUFFIXES)}")
 
 
-@overload
-def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterator[RowT]: ...
-@overload
-def read_table(file: Path, row: Mapping[str, Any], field: str | None = None) -> Iterator[dict[str, Any]]: ...
+def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterator[RowT]:
+    """The rows of a table, each checked against the pydantic model ``row``.
 
-
-def read_table(file: Path, row: type[BaseModel] | Mapping[str, Any], field: str | None = None) -> Iterator[Any]:
-    """The rows of a table, checked: of the pydantic model ``row``, or as dictionaries of a mapping from column to type.
-
-    Text of a CSV file is converted to the columns' types; other values must be of them. A column of a mapping may be
-    missing or empty where its type allows None; other columns than those named, NaN and infinity are errors. A model
-    says these things itself (``extra``, ``allow_inf_nan``).
+    Text of a CSV file is converted to the fields' types; a field that is missing or empty has its default. The model
+    says whether other columns (``extra``) and NaN and infinity (``allow_inf_nan``) are allowed.
 
     Rows are yielded while all are right. After the first that is wrong the rest is only checked, and
-    :class:`InvalidInput` lists what is wrong, of up to :data:`ethogram.errors.MAX_VIOLATIONS` values: fields are
+    :class:`InvalidInput` lists what is wrong, up to :data:`ethogram.errors.MAX_VIOLATIONS` values: fields are
     ``FILE:ROW.COLUMN``. Missing and unknown columns of CSV and parquet files are found before any row is read.
     """
-    model = row if isinstance(row, type) else _row_model(row)
-    columns = {_column(name, info): info for name, info in model.model_fields.items()}
+    columns = {info.alias or name: info for name, info in row.model_fields.items()}
     violations: list[Violation] = []
     header = read_columns(file, field)
     if header is not None:
-        missing = [name for name, info in columns.items() if info.is_required() and name not in header]
-        violations += [
-            Violation(f"{file.name}.{name}", f"is missing; there are {', '.join(header)}") for name in missing
-        ]
-        if model.model_config.get("extra") == "forbid":
+        for name, info in columns.items():
+            if info.is_required() and name not in header:
+                violations.append(Violation(f"{file.name}.{name}", f"is missing; there are {', '.join(header)}"))
+        if row.model_config.get("extra") == "forbid":
             text = f"is no column of this table, which has {', '.join(columns)}"
             violations += [Violation(f"{file.name}.{name}", text) for name in header if name not in columns]
         if violations:
             raise _invalid(violations)
-    lax = file.suffix == ".csv" or None
     for number, values in read_rows(file, columns, field):
-        at = f"{file.name}:{number}"
+        place = f"{file.name}:{number}"
         try:
             if isinstance(values, Malformed):
-                violations.append(Violation(at, values))
-                continue
-            checked = model.model_validate(values, strict=False if lax else None)
+                violations.append(Violation(place, values))
+            else:
+                checked = row.model_validate(values, strict=False if file.suffix == ".csv" else None)
+                if not violations:
+                    yield checked
         except ValidationError as error:
-            violations += [_violation(at, detail) for detail in error.errors(include_url=False)]
-        else:
-            if not violations:
-                yield checked if isinstance(row, type) else dict(zip(row, dict(checked).values(), strict=True))
+            violations += [_violation(place, detail) for detail in error.errors(include_url=False)]
         if len(violations) >= MAX_VIOLATIONS:
             break
     if violations:
         raise _invalid(violations)
 
 
-def _row_model(columns: Mapping[str, Any]) -> type[BaseModel]:
-    """A model with these columns, by aliases: a column's name need not be one that Python allows."""
-    fields: dict[str, Any] = {
-        f"column_{i}": (type_, Field(None if type(None) in get_args(type_) else ..., alias=name))
-        for i, (name, type_) in enumerate(columns.items())
-    }
-    return create_model("Row", __config__=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), **fields)
-
-
-def _column(name: str, info: Any) -> str:
-    return info.validation_alias if isinstance(info.validation_alias, str) else name
-
-
-def _violation(at: str, detail: Any) -> Violation:
+def _violation(place: str, detail: Any) -> Violation:
     """Pydantic's finding about one value."""
-    column = ".".join([at, *(str(part) for part in detail["loc"])])
+    column = ".".join([place, *(str(part) for part in detail["loc"])])
     if detail["type"] == "extra_forbidden":
         return Violation(column, "there is no such column")
     if detail["type"] == "missing" or detail["input"] is None:
@@ -162,7 +138,7 @@ def _header(reader: Iterator[list[str]]) -> list[str]:
 
 
 def _blank(cells: list[str]) -> bool:
-    return not cells or cells == [""] or (len(cells) == 1 and not cells[0].strip())
+    return len(cells) <= 1 and not "".join(cells).strip()
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:

@@ -8,7 +8,7 @@ from ethogram.errors import InvalidInput
 
 
 def check_device(device: str, field: str = "--device") -> None:
-    """Raise :class:`InvalidInput` for a ``device`` that is none, or that this machine cannot compute on."""
+    """Raise :class:`InvalidInput` for a ``device`` that does not exist or that this machine cannot compute on."""
     import torch
 
     if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:

@@ -19,12 +19,12 @@ ARTIFACT = "wandb"
 
 
 class Log:
-    """Logs numbers at a step; a silent one has no ``session``."""
+    """Logs metrics of a step; silent without a ``session``."""
 
     def __init__(self, session: Any = None) -> None:
         self._session = session
         self.id: str | None = session.id if session is not None else None
-        """Of the run there, to go on with."""
+        """Id of the run there, to continue it later."""
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Log ``values``."""
@@ -41,7 +41,7 @@ class Log:
 
 @contextmanager
 def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run, id: str | None = None) -> Iterator[Log]:
-    """What logs numbers at a step; it does nothing where there is no ``spec``. ``id``: of a run to go on with.
+    """Log metrics to Weights & Biases; does nothing without a ``spec``. ``id``: of a run to continue.
 
     With ``WANDB_API_KEY`` in the environment it logs to the service, unless ``WANDB_MODE`` says otherwise. Without, it
     writes what ``wandb sync`` sends later, and keeps it as the artifact ``wandb``, of a run that fails too.

@@ -100,7 +100,7 @@ class Optimization:
     ) -> None:
         self.training, self.decay, self.world, self.plateau = training, decay, world, plateau
         self.halvings = 0
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer: torch.optim.Adam = torch.optim.AdamW(
             list(groups), lr=training.learning_rate, weight_decay=weight_decay, fused=True
         )
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

@@ -13,9 +13,9 @@ from ethogram.errors import InvalidInput
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_STATES = 2000
-_MOST_REPEATS = 100
+_MAX_REPEATS = 100
 # Letters of an expression with all its repeats written out.
-_MOST_LETTERS = 500
+_MAX_LETTERS = 500
 
 # A regular expression as a term: ("none",), ("empty",), ("one", letters), ("then", a, b), ("or", terms), ("many", a).
 Term = tuple[Any, ...]
@@ -48,8 +48,9 @@ class Automaton:
 
 
 class Members:
-    """The sequences of ``length`` of the first ``vocab_size`` letters that an automaton accepts, letter by letter, each
-    letter weighted by the number of ways to go on from it."""
+    """Counts and draws the sequences of ``length`` letters, of the first ``vocab_size``, that an automaton accepts.
+
+    A sequence is drawn letter by letter, each letter weighted by the number of accepted completions."""
 
     def __init__(self, automaton: Automaton, vocab_size: int, length: int) -> None:
         step = [row[:vocab_size] for row in automaton.step]
@@ -57,7 +58,7 @@ class Members:
         for _ in range(length):
             ways.append([sum(ways[-1][after] for after in row) for row in step])
         self.total = ways[length][0]
-        """How many there are, exactly."""
+        """Exact number of accepted sequences."""
         self._step = torch.tensor(step)
         # Exact integers, made relative only now: a state's letters need no more than their ratios.
         self._weights = torch.tensor(
@@ -68,11 +69,11 @@ class Members:
             dtype=torch.float64,
         )
 
-    def sample(self, n: int, draws: torch.Generator) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """``n`` independent uniform members: int64 ``[n, length]``."""
         state, columns = torch.zeros(n, dtype=torch.int64), []
         for weights in self._weights:
-            letter = torch.multinomial(weights[state], 1, generator=draws).squeeze(1)
+            letter = torch.multinomial(weights[state], 1, generator=generator).squeeze(1)
             columns.append(letter)
             state = self._step[state, letter]
         return torch.stack(columns, 1)
@@ -104,7 +105,7 @@ def compiled(expression: str) -> Automaton:
 
 
 def _letters(term: Term, known: dict[int, int]) -> int:
-    """Letters of a term, written out; ``known``: of those that were counted, which share parts."""
+    """Letters of a term, written out; ``known``: counts so far, since terms share parts."""
     if term[0] == "one":
         return 1
     if id(term) not in known:
@@ -121,14 +122,14 @@ class _Parser:
         term = self._either()
         self._limit(_letters(term, {}))
         if self._at < len(self._text):
-            raise self._wrong("has no opening parenthesis" if self._next == ")" else "cannot stand here")
+            raise self._error("has no opening parenthesis" if self._next == ")" else "cannot stand here")
         return term
 
     @property
     def _next(self) -> str:
         return self._text[self._at : self._at + 1]
 
-    def _wrong(self, what: str) -> InvalidInput:
+    def _error(self, what: str) -> InvalidInput:
         place = f"{self._next!r} at character {self._at + 1}" if self._next else "the end"
         return InvalidInput.field("regex", f"{place} {what}")
 
@@ -173,8 +174,8 @@ class _Parser:
         return term
 
     def _limit(self, letters: int) -> None:
-        if letters > _MOST_LETTERS:
-            text = f"has {letters} letters with its repeats written out, more than {_MOST_LETTERS}; make it simpler"
+        if letters > _MAX_LETTERS:
+            text = f"has {letters} letters with its repeats written out, more than {_MAX_LETTERS}; make it simpler"
             raise InvalidInput.field("regex", text)
 
     def _bounds(self) -> tuple[int, int | None]:
@@ -184,7 +185,7 @@ class _Parser:
         if self._take(","):
             most = None if self._next == "}" else self._number()
         if not self._take("}"):
-            raise self._wrong("should be }")
+            raise self._error("should be }")
         if most is not None and most < least:
             raise InvalidInput.field("regex", f"{{{least},{most}}} has its numbers the wrong way round")
         return least, most
@@ -194,17 +195,17 @@ class _Parser:
         while self._next.isdigit():
             self._at += 1
         if start == self._at:
-            raise self._wrong("should be a number")
+            raise self._error("should be a number")
         value = int(self._text[start : self._at])
-        if value > _MOST_REPEATS:
-            raise InvalidInput.field("regex", f"repeats more than {_MOST_REPEATS} times")
+        if value > _MAX_REPEATS:
+            raise InvalidInput.field("regex", f"repeats more than {_MAX_REPEATS} times")
         return value
 
     def _atom(self) -> Term:
         if self._take("("):
             term = self._either()
             if not self._take(")"):
-                raise self._wrong("should be )")
+                raise self._error("should be )")
             return term
         if self._take("."):
             return _one(frozenset(range(len(LETTERS))))
@@ -225,7 +226,7 @@ class _Parser:
 
     def _letter(self) -> int:
         if not self._next or self._next not in LETTERS:
-            raise self._wrong("should be a letter A to Z")
+            raise self._error("should be a letter A to Z")
         self._at += 1
         return LETTERS.index(self._text[self._at - 1])
 
@@ -266,13 +267,13 @@ def _nullable(term: Term) -> bool:
         case ("then", a, b):
             return _nullable(a) and _nullable(b)
         case ("or", terms):
-            return any(_nullable(one) for one in terms)
+            return any(_nullable(part) for part in terms)
     return False
 
 
 @cache
 def _derivative(term: Term, letter: int) -> Term:
-    """What must follow ``letter`` at the beginning."""
+    """The sequences that may follow ``letter`` (Brzozowski's derivative)."""
     match term:
         case ("one", letters):
             return EMPTY if letter in letters else NONE
@@ -280,7 +281,7 @@ def _derivative(term: Term, letter: int) -> Term:
             first = _then(_derivative(a, letter), b)
             return _or([first, _derivative(b, letter)]) if _nullable(a) else first
         case ("or", terms):
-            return _or([_derivative(one, letter) for one in terms])
+            return _or([_derivative(part, letter) for part in terms])
         case ("many", a):
             return _then(_derivative(a, letter), term)
     return NONE

@@ -1,4 +1,4 @@
-"""A zoo's form on disk, and the one in memory.
+"""A zoo on disk and in memory.
 
     zoo.json                   the spec, the patterns, the counts
     baseline_dataset.json      the probes, with the patterns that each matches
@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def write_about(
 
 
 def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Pattern]]:
-    """What ``zoo.json`` says."""
+    """The contents of ``zoo.json``, with its spec and patterns."""
     with reading(folder, ABOUT, "zoo") as path:
         about = json.loads(path.read_text())
         if about["format"] != FORMAT:
@@ -196,11 +197,11 @@ class Zoo:
 
     @cached_property
     def digest(self) -> str:
-        """Tells this zoo's networks and labels from any other's."""
-        found = hashlib.sha256(self.spec.model_dump_json().encode())
+        """Hash of the spec, networks, labels and probes."""
+        digest = hashlib.sha256(self.spec.model_dump_json().encode())
         for tensor in (self.index, self.shape, self.weights, self.labels, self.probes):
-            found.update(tensor.contiguous().numpy().tobytes())
-        return found.hexdigest()[:16]
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def architecture(self) -> Architecture:
@@ -256,8 +257,8 @@ class Zoo:
         for row, index in enumerate(self.index.tolist()):
             which = int(self.shape[row])
             shape = self.layout.shapes[which]
-            own = self.layout.strip(self.weights[row : row + 1], which)
-            signature = self.extractor.extract(unflatten(own.float(), shape), shape)
+            weights = self.layout.strip(self.weights[row : row + 1], which)
+            signature = self.extractor.extract(unflatten(weights.float(), shape), shape)
             rows.append(
                 {
                     "index": index,
@@ -269,7 +270,7 @@ class Zoo:
                     "dropout": 0.0,
                     "accuracy": self.accuracy[row].numpy(),
                     "worst_accuracy": float(self.accuracy[row].min()),
-                    "weights": own[0].numpy(),
+                    "weights": weights[0].numpy(),
                     "signature": {method: values[0].flatten().numpy() for method, values in signature.items()},
                 }
             )
@@ -338,6 +339,21 @@ def architecture_of(spec: GenerationSpec, record: Mapping[str, Any]) -> Architec
 def network_of(record: Mapping[str, Any], column: str, architecture: Architecture) -> Params:
     """The network in one column of weights of a record: stacked parameters of one model."""
     return unflatten(torch.as_tensor(np.asarray(record[column], np.float32)).view(1, -1), architecture)
+
+
+def signature_of(
+    record: Mapping[str, Any], column: str, architecture: Architecture
+) -> list[list[dict[str, list[float]]]]:
+    """The signatures in one column of a record: of each layer and neuron, by method."""
+    by_method = {
+        method: np.asarray(values, np.float32).reshape(architecture.neurons, -1).tolist()
+        for method, values in record[column].items()
+    }
+    neurons = iter(range(architecture.neurons))
+    return [
+        [{method: rows[neuron] for method, rows in by_method.items()} for neuron in islice(neurons, width)]
+        for _, width in architecture.layers
+    ]
 
 
 def labelled(sequences: Tensor, membership: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The form in which such datasets were first published, with JSON text in every column: read.
+"""Reads the form in which such datasets were first published, with JSON text in every column.
 
 Columns: ``example_id``; ``metadata``; ``modification_prompt``, ``_completion`` and ``_text``, the same for
 ``classification``; ``degraded_signature``, ``improved_signature``, ``degraded_model_weights``,
@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
-import pyarrow
 import torch
 from numpy.typing import NDArray
-from pyarrow import parquet
 from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import BUILT_IN, GenerationSpec, PatternSpec
+from services.language.tables import Malformed, read_rows
 from services.runtime.reading import reading
 from services.runtime.run import Run
 from services.zoo.dataset import BASELINE
@@ -81,7 +80,7 @@ class Record(NamedTuple):
 
 @dataclass
 class _Survey:
-    """What a first look at all records finds."""
+    """What a first pass over all records finds."""
 
     first: Record
     names: dict[str, str] = field(default_factory=dict)
@@ -118,8 +117,8 @@ class _Survey:
 
 
 class JsonRecords:
-    """The records in a parquet or JSON-lines file, or in a folder of them. The first look at all of them says what
-    there is; going through them reads them again, since they are large."""
+    """The records in a parquet or JSON-lines file, or in a folder of them. A first pass finds what there is;
+    iteration reads the files again, since they are large."""
 
     def __init__(
         self,
@@ -156,9 +155,9 @@ class JsonRecords:
         meaning = self._meaning
         for place, record in enumerate(_all(self._files, self._rename)):
             index = record.id if self._numbered and record.id is not None else place
-            own = [meaning[name] for name in record.patterns]
+            patterns = [meaning[name] for name in record.patterns]
             target = None if record.target is None else meaning[record.target]
-            yield index, record._replace(patterns=own, target=target)
+            yield index, record._replace(patterns=patterns, target=target)
 
 
 def files_in(source: Path) -> list[Path]:
@@ -186,30 +185,15 @@ def _all(files: Sequence[Path], rename: Mapping[str, str]) -> Iterator[Record]:
         yield from _records(file, rename)
 
 
-def _rows(file: Path) -> Iterator[Any]:
-    """A few at a time: such records are large."""
-    if file.suffix != ".parquet":
-        with file.open() as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
-        return
-    table = parquet.ParquetFile(file)
-    columns = [name for name in _READ if name in table.schema_arrow.names]
-    for batch in table.iter_batches(64, columns=columns):
-        yield from batch.to_pylist()
-
-
 def _records(file: Path, rename: Mapping[str, str]) -> Iterator[Record]:
-    number = 0
-    try:
-        for number, row in enumerate(_rows(file)):
-            yield _record(row, f"{file.name}.{number}", rename)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise InvalidInput.field(file.name, f"cannot be read after {number} rows: {error}") from None
+    for number, (_, row) in enumerate(read_rows(file, _READ)):
+        place = f"{file.name}.{number}"
+        if isinstance(row, Malformed):
+            raise InvalidInput.field(place, row)
+        yield _record(row, place, rename)
 
 
-def _record(row: Any, place: str, rename: Mapping[str, str]) -> Record:
-    if not isinstance(row, dict):
-        raise InvalidInput.field(place, "is no record")
+def _record(row: Mapping[str, Any], place: str, rename: Mapping[str, str]) -> Record:
     metadata = _parsed(row, "metadata", place)
     selected, target = metadata.get("selected_patterns"), metadata.get("target_pattern")
     if not isinstance(selected, list) or not selected or not all(isinstance(name, str) for name in selected):

@@ -14,7 +14,7 @@ from services.zoo.subjects import ACTIVATIONS, Architecture, Params, flatten, un
 
 
 class Layout:
-    """Where the parameters of networks of several shapes stand in vectors of one size.
+    """Positions of the parameters of networks of several shapes in vectors of one size.
 
     The *envelope* is the network with the most hidden layers of any shape, all as wide as the widest. A smaller network
     has the first neurons of the first hidden layers, and the envelope's output layer; the parameters that it lacks are
@@ -46,12 +46,12 @@ class Layout:
         last = len(self.envelope.hidden)
         found = []
         for shape in self.shapes:
-            own: Params = {}
+            params: Params = {}
             for i, (fan_in, fan_out) in enumerate(shape.layers):
                 slot = last if i == len(shape.hidden) else i
-                own[f"layers.{i}.weight"] = every[f"layers.{slot}.weight"][:, :fan_out, :fan_in]
-                own[f"layers.{i}.bias"] = every[f"layers.{slot}.bias"][:, :fan_out]
-            found.append(flatten(own)[0])
+                params[f"layers.{i}.weight"] = every[f"layers.{slot}.weight"][:, :fan_out, :fan_in]
+                params[f"layers.{i}.bias"] = every[f"layers.{slot}.bias"][:, :fan_out]
+            found.append(flatten(params)[0])
         return found
 
     @cached_property
@@ -76,33 +76,33 @@ class Layout:
         """Which neurons they have: bool ``[shapes, neurons]``."""
         return _marked(self.neuron_places, self.neurons)
 
-    def pad(self, own: Tensor, shape: int) -> Tensor:
+    def pad(self, networks: Tensor, shape: int) -> Tensor:
         """Flat networks ``[models, its size]`` of one shape as vectors ``[models, size]``."""
-        return own.new_zeros(len(own), self.size).index_copy_(1, self.places[shape].to(own.device), own)
+        padded = networks.new_zeros(len(networks), self.size)
+        return padded.index_copy_(1, self.places[shape].to(networks.device), networks)
 
     def strip(self, vectors: Tensor, shape: int) -> Tensor:
         """The inverse of :meth:`pad`."""
         return vectors[:, self.places[shape].to(vectors.device)]
 
-    def pad_neurons(self, own: Tensor, shape: int) -> Tensor:
-        """What is known of the neurons of one shape, ``[models, its neurons, values]``, as ``[models, neurons,
-        values]``."""
-        padded = own.new_zeros(len(own), self.neurons, own.shape[2])
-        return padded.index_copy_(1, self.neuron_places[shape].to(own.device), own)
+    def pad_neurons(self, values: Tensor, shape: int) -> Tensor:
+        """Values of the neurons of one shape, ``[models, its neurons, values]``, as ``[models, neurons, values]``."""
+        padded = values.new_zeros(len(values), self.neurons, values.shape[2])
+        return padded.index_copy_(1, self.neuron_places[shape].to(values.device), values)
 
     def signatures(self, vectors: Tensor, shape: Tensor, extractor: ActivationSignatureExtractor) -> Tensor:
         """Signatures of all of the extractor's methods, one after the other ``[models, neurons, values]``, of networks
         ``[models, size]`` of the shapes ``shape`` (int64 ``[models]``)."""
-        found: Tensor | None = None
+        signatures: Tensor | None = None
         for which, architecture in enumerate(self.shapes):
             rows = (shape == which).nonzero().squeeze(1)
             if len(rows):
                 networks = unflatten(self.strip(vectors[rows], which), architecture)
-                taken = extractor.extract(networks, architecture)
-                own = self.pad_neurons(torch.cat(list(taken.values()), 2), which)
-                found = vectors.new_zeros(len(vectors), *own.shape[1:]) if found is None else found
-                found[rows] = own
-        return vectors.new_zeros(0, self.neurons, 0) if found is None else found
+                by_method = extractor.extract(networks, architecture)
+                values = self.pad_neurons(torch.cat(list(by_method.values()), 2), which)
+                signatures = vectors.new_zeros(len(vectors), *values.shape[1:]) if signatures is None else signatures
+                signatures[rows] = values
+        return vectors.new_zeros(0, self.neurons, 0) if signatures is None else signatures
 
     @cached_property
     def _kinds(self) -> list[tuple[int, str]]:
@@ -122,20 +122,20 @@ class Layout:
         if len(self._kinds) == 1:
             return answers(vectors, inputs, self.envelope)
         kinds = self._kind_of_shape.to(shape.device)[shape]
-        found = vectors.new_zeros(*vectors.shape[:2], inputs.shape[-1])
+        logits = vectors.new_zeros(*vectors.shape[:2], inputs.shape[-1])
         for kind, (depth, activation) in enumerate(self._kinds):
             chosen = (kinds == kind).nonzero().squeeze(1)
             if len(chosen) == 0:
                 continue
-            own = self.envelope._replace(hidden=self.envelope.hidden[:depth], activation=activation)
+            shared = self.envelope._replace(hidden=self.envelope.hidden[:depth], activation=activation)
             rows = vectors[chosen]
             if depth < self._depth:
                 output = self.envelope.layers[-1]
                 tail = (output[0] + 1) * output[1]
-                rows = torch.cat([rows[:, :, : own.size - tail], rows[:, :, -tail:]], 2)
-            taken = inputs if inputs.dim() == 2 else inputs[chosen]
-            found = found.index_copy(0, chosen, answers(rows, taken, own))
-        return found
+                rows = torch.cat([rows[:, :, : shared.size - tail], rows[:, :, -tail:]], 2)
+            examples = inputs if inputs.dim() == 2 else inputs[chosen]
+            logits = logits.index_copy(0, chosen, answers(rows, examples, shared))
+        return logits
 
 
 def answers(weights: Tensor, inputs: Tensor, architecture: Architecture) -> Tensor:
@@ -164,6 +164,6 @@ def answers(weights: Tensor, inputs: Tensor, architecture: Architecture) -> Tens
 
 def _marked(places: Sequence[Tensor], size: int) -> Tensor:
     marked = torch.zeros(len(places), size, dtype=torch.bool)
-    for row, own in zip(marked, places, strict=True):
-        row[own] = True
+    for row, positions in zip(marked, places, strict=True):
+        row[positions] = True
     return marked

@@ -85,14 +85,14 @@ _PREDICATES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Registered(NamedTuple):
-    """A predicate of the user's own."""
+    """A predicate that the user registered."""
 
     name: str
     predicate: Callable[[Tensor], Tensor]
     description: str
 
     def __call__(self, sequences: Tensor) -> Tensor:
-        """Whether each row of ``sequences`` has it."""
+        """Whether each row of ``sequences`` matches."""
         found = self.predicate(sequences)
         if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != sequences.shape[:1]:
             raise InvalidInput.field(f"patterns.{self.name}", "its predicate must return a bool tensor of shape [n]")
@@ -143,7 +143,7 @@ class Pattern:
     token: int | None = None
     """Letter index of ``starts_with`` and ``ends_with``."""
     regex: str | None = None
-    """What a pattern of the user's own matches."""
+    """Regular expression of a pattern that the user defined."""
 
     @property
     def name(self) -> str:
@@ -229,7 +229,7 @@ def from_specs(
 
 @contextmanager
 def _under(field: str) -> Iterator[None]:
-    """Errors inside are of ``field``."""
+    """Prefix the field of errors inside the block with ``field``."""
     try:
         yield
     except InvalidInput as error:

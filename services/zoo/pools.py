@@ -9,14 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from services.runtime.seeds import generator
+from services.runtime import seeds
 from services.zoo.hashing import hash_sequences
 from services.zoo.subjects import Params, forward
 from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION, Universe, distinct
 
 # A pattern with at most this many times the wanted number is listed in full, so that none of it is missed.
 _ALL_IF_BELOW = 4
-# Held-out sequences that a subject is judged on: for each pattern, and of those that match none.
+# Held-out sequences for the evaluation of a subject: of each pattern, and of none.
 JUDGED, JUDGED_NONE = 128, 256
 
 
@@ -50,35 +50,39 @@ class Pools:
         ``rarest_first``: a sequence that matches several patterns is a member of the rarest alone, unless a pattern had
         no members then.
         """
-        draws, patterns = generator(seed, "pools", split), range(len(universe.patterns))
+        generator, patterns = seeds.generator(seed, "pools", split), range(len(universe.patterns))
 
-        def inside(sequences: Tensor) -> Tensor:
+        def in_split(sequences: Tensor) -> Tensor:
             return sequences[universe.split_of(sequences) == split]
 
         def members(p: int) -> Tensor:
             rarer = [other for other in patterns if (universe.counts[other], other) < (universe.counts[p], p)]
 
-            def own(sequences: Tensor) -> Tensor:
-                found = inside(sequences)
+            def of_no_rarer(sequences: Tensor) -> Tensor:
+                found = in_split(sequences)
                 return found[~universe.matches(found)[:, rarer].any(1)] if rarest_first and rarer else found
 
             if universe.counts[p] <= _ALL_IF_BELOW * limit:
                 every = universe.all_members(p)
-                found = own(every)
-                return _take(found if len(found) else inside(every), limit, draws)
-            found = _gather(lambda n: own(universe.members(p, n, draws)), limit, draws)
-            return found if len(found) else _gather(lambda n: inside(universe.members(p, n, draws)), limit, draws)
+                found = of_no_rarer(every)
+                return _take(found if len(found) else in_split(every), limit, generator)
+            found = _gather(lambda n: of_no_rarer(universe.members(p, n, generator)), limit, generator)
+            return (
+                found
+                if len(found)
+                else _gather(lambda n: in_split(universe.members(p, n, generator)), limit, generator)
+            )
 
         def nothing(n: int) -> Tensor:
-            sequences = inside(universe.uniform(n, draws))
+            sequences = in_split(universe.uniform(n, generator))
             return sequences[~universe.matches(sequences).any(1)]
 
         def near(p: int, found: Tensor) -> Tensor:
-            close = distinct(inside(_mutate(found, universe.vocab_size, 8 * limit, draws)))
-            return _take(close[~universe.patterns[p].matches(close)], limit, draws)
+            close = distinct(in_split(_mutate(found, universe.vocab_size, 8 * limit, generator)))
+            return _take(close[~universe.patterns[p].matches(close)], limit, generator)
 
         groups = [members(p) for p in patterns]
-        groups.append(_gather(nothing, 4 * limit, draws))
+        groups.append(_gather(nothing, 4 * limit, generator))
         groups += [near(p, groups[p]) for p in patterns]
         sequences, count = torch.cat(groups), torch.tensor([len(group) for group in groups])
         return cls(sequences, universe.matches(sequences), count.cumsum(0) - count, count)
@@ -99,14 +103,14 @@ class Pools:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out sequences to judge networks on, by stratum: one for each pattern, then those that match none."""
+    """Held-out sequences to evaluate networks on, by stratum: one for each pattern, then one of no pattern."""
 
     sequences: Tensor
     """int64 ``[n, length]``, stratum after stratum."""
     membership: Tensor
     """bool ``[n, patterns]``."""
     stratum: Tensor
-    """int64 ``[n]``: the pattern that the row stands for, or ``patterns`` for none."""
+    """int64 ``[n]``: the pattern of the row's stratum, or ``patterns`` for none."""
 
     @classmethod
     def build(
@@ -120,7 +124,7 @@ class Evaluation:
         without: Tensor | None = None,
     ) -> Evaluation:
         """``per_pattern`` sequences for each pattern (all there are, if fewer) and ``none`` that match nothing;
-        ``without``: sequences that are none of them, int64 ``[n, length]``."""
+        ``without``: sequences to leave out, int64 ``[n, length]``."""
         patterns = len(universe.patterns)
         left_out = torch.zeros(0, dtype=torch.int64)
         if without is not None:
@@ -130,9 +134,9 @@ class Evaluation:
         free = ~torch.isin(hash_sequences(pools.sequences), left_out)
         strata = []
         for p, wanted in enumerate([per_pattern] * patterns + [none]):
-            own = torch.arange(int(pools.count[p])) + pools.start[p]
-            strata.append(own[free[own]][:wanted])
-        rows, sizes = torch.cat(strata), torch.tensor([len(own) for own in strata])
+            group = torch.arange(int(pools.count[p])) + pools.start[p]
+            strata.append(group[free[group]][:wanted])
+        rows, sizes = torch.cat(strata), torch.tensor([len(stratum) for stratum in strata])
         return cls(pools.sequences[rows], pools.membership[rows], torch.arange(patterns + 1).repeat_interleave(sizes))
 
     def labels(self, selected: Tensor) -> Tensor:
@@ -147,16 +151,16 @@ class Evaluation:
         return torch.where(sizes > 0, correct.float() @ strata / sizes.clamp(min=1), 1.0)
 
     def accuracy(self, params: Params, inputs: Tensor, activation: str, selected: Tensor) -> Tensor:
-        """Of networks that are to answer yes to their patterns ``selected`` (bool ``[models, patterns]``), by stratum;
-        ``inputs``: the sequences as network inputs ``[n, input_size]``. As :meth:`by_stratum`."""
-        answers = forward(params, inputs, activation).cpu() > 0
-        return self.by_stratum(answers == self.labels(selected))
+        """Accuracy of networks by stratum, as :meth:`by_stratum`. ``selected``: the patterns of each, bool ``[models,
+        patterns]``; ``inputs``: the sequences as network inputs ``[n, input_size]``."""
+        predictions = forward(params, inputs, activation).cpu() > 0
+        return self.by_stratum(predictions == self.labels(selected))
 
 
 def probes(universe: Universe, count: int, seed: int = 0) -> Tensor:
     """``count`` sequences ``[count, length]`` of the validation split, the patterns and "matches none" in turn.
 
-    They are neither trained on nor judged on. Distinct as far as the split has enough.
+    They are used neither for training nor for evaluation. Distinct as far as the split has enough.
     """
     pools = Pools.build(universe, VALIDATION, count, seed)
     groups = len(universe.patterns) + 1
@@ -179,27 +183,27 @@ def bits(flags: Tensor) -> Tensor:
     return (flags * (1 << torch.arange(flags.shape[1]))).sum(1)
 
 
-def _take(sequences: Tensor, limit: int, draws: torch.Generator) -> Tensor:
+def _take(sequences: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """Up to ``limit`` of ``sequences``, without replacement."""
-    return sequences[torch.randperm(len(sequences), generator=draws)[:limit]]
+    return sequences[torch.randperm(len(sequences), generator=generator)[:limit]]
 
 
-def _gather(draw: Callable[[int], Tensor], wanted: int, draws: torch.Generator) -> Tensor:
+def _gather(draw: Callable[[int], Tensor], wanted: int, generator: torch.Generator) -> Tensor:
     """``wanted`` distinct sequences out of repeated draws; fewer where there hardly are more."""
     found = distinct(draw(3 * wanted))
     for _ in range(6):
         if len(found) >= wanted:
             break
         found = distinct(torch.cat([found, draw(3 * wanted)]))
-    return _take(found, wanted, draws)
+    return _take(found, wanted, generator)
 
 
-def _mutate(sequences: Tensor, vocab_size: int, limit: int, draws: torch.Generator) -> Tensor:
+def _mutate(sequences: Tensor, vocab_size: int, limit: int, generator: torch.Generator) -> Tensor:
     """Sequences one letter away from one of ``sequences``: each of them once, or ``limit`` draws if they are more."""
     n, length = sequences.shape
     places = length * (vocab_size - 1)
     every = n * places <= limit
-    which = torch.arange(n * places) if every else torch.randint(n * places, (limit,), generator=draws)
+    which = torch.arange(n * places) if every else torch.randint(n * places, (limit,), generator=generator)
     mutants = sequences[which // places].clone()
     position, shift = which % places // (vocab_size - 1), which % (vocab_size - 1) + 1
     rows = torch.arange(len(mutants))

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from services.runtime.seeds import generator
+from services.runtime import seeds
 from services.zoo.automata import Automaton, Members, compiled
 from services.zoo.patterns import VOWELS, Pattern
 
 MAX_ENUMERATED = 5_000_000
-# Sequences that are drawn at once in the search for members, and in all.
-_LOOKS = 2**17
-_MOST_LOOKS = 2**27
+# Sequences drawn at once by rejection sampling, and at most.
+_DRAWS = 2**17
+_MAX_DRAWS = 2**27
 
 
 def count(pattern: Pattern, vocab_size: int, length: int) -> int:
-    """Number of sequences that match: exactly, but for a registered predicate where not all can be looked at."""
+    """Number of sequences that match; an estimate for a registered predicate where there are too many to enumerate."""
     v, n = vocab_size, length
     match pattern.kind:
         case "all_same":
@@ -46,12 +46,12 @@ def count(pattern: Pattern, vocab_size: int, length: int) -> int:
             return _found(pattern, v, n)[1]
 
 
-def sample(pattern: Pattern, vocab_size: int, length: int, n: int, draws: torch.Generator) -> Tensor:
+def sample(pattern: Pattern, vocab_size: int, length: int, n: int, generator: torch.Generator) -> Tensor:
     """``n`` independent uniform members: int64 ``[n, length]``. The set must not be empty."""
     v = vocab_size
 
     def letters(*shape: int, below: int = v) -> Tensor:
-        return torch.randint(below, shape, generator=draws)
+        return torch.randint(below, shape, generator=generator)
 
     match pattern.kind:
         case "all_same":
@@ -60,9 +60,9 @@ def sample(pattern: Pattern, vocab_size: int, length: int, n: int, draws: torch.
             half = letters(n, (length + 1) // 2)
             return torch.cat([half, half[:, : length // 2].flip(1)], 1)
         case "sorted_ascending":
-            return _multisets(v, length, n, draws)
+            return _multisets(v, length, n, generator)
         case "sorted_descending":
-            return _multisets(v, length, n, draws).flip(1)
+            return _multisets(v, length, n, generator).flip(1)
         case "alternating":
             first = letters(n, 1)
             second = (first + 1 + letters(n, 1, below=v - 1)) % v
@@ -77,27 +77,27 @@ def sample(pattern: Pattern, vocab_size: int, length: int, n: int, draws: torch.
             sequences[:, -1] = sequences[:, 0]
             return sequences
         case "no_repeats":
-            return torch.rand(n, v, generator=draws).argsort(1)[:, :length]
+            return torch.rand(n, v, generator=generator).argsort(1)[:, :length]
         case "has_majority":
             weights = torch.tensor([float(weight) for weight in _majority_weights(v, length)], dtype=torch.float64)
-            times = length // 2 + 1 + torch.multinomial(weights, n, replacement=True, generator=draws).unsqueeze(1)
+            times = length // 2 + 1 + torch.multinomial(weights, n, replacement=True, generator=generator).unsqueeze(1)
             major = letters(n, 1)
             others = (major + 1 + letters(n, length, below=v - 1)) % v
-            here = torch.rand(n, length, generator=draws).argsort(1).argsort(1) < times
+            here = torch.rand(n, length, generator=generator).argsort(1).argsort(1) < times
             return torch.where(here, major, others)
         case "increasing_pairs" | "decreasing_pairs":
             pairs = torch.combinations(torch.arange(v))[letters(n, length // 2, below=math.comb(v, 2))]
             pairs = pairs if pattern.kind == "increasing_pairs" else pairs.flip(2)
             return torch.cat([pairs.flatten(1), letters(n, length % 2)], 1)
         case _ if pattern.regex is not None or pattern.kind in _AUTOMATA:
-            return _members(pattern, v, length).sample(n, draws)
+            return _members(pattern, v, length).sample(n, generator)
         case _:
-            return _rejected(pattern, v, length, n, draws)
+            return _rejected(pattern, v, length, n, generator)
 
 
-def _multisets(v: int, length: int, n: int, draws: torch.Generator) -> Tensor:
+def _multisets(v: int, length: int, n: int, generator: torch.Generator) -> Tensor:
     """Uniform non-decreasing rows, by stars and bars: a ``length``-subset of ``v + length - 1`` places."""
-    subsets = torch.rand(n, v + length - 1, generator=draws).argsort(1)[:, :length].sort(1).values
+    subsets = torch.rand(n, v + length - 1, generator=generator).argsort(1)[:, :length].sort(1).values
     return subsets - torch.arange(length)
 
 
@@ -114,8 +114,7 @@ def _members(pattern: Pattern, v: int, length: int) -> Members:
 
 @lru_cache(maxsize=64)
 def _found(pattern: Pattern, v: int, length: int) -> tuple[Tensor | None, int]:
-    """Members of a set that only its predicate tells: all of them, if not too many sequences are to be looked at, and
-    their number."""
+    """Members of a registered predicate's set, where all sequences can be enumerated, and their number."""
     size = v**length
     if size <= MAX_ENUMERATED:
         places = v ** torch.arange(length - 1, -1, -1)
@@ -123,20 +122,20 @@ def _found(pattern: Pattern, v: int, length: int) -> tuple[Tensor | None, int]:
         rows = [part.unsqueeze(1) // places % v for part in parts]
         members = torch.cat([row[pattern.matches(row)] for row in rows])
         return members, len(members)
-    drawn = torch.randint(v, (_LOOKS, length), generator=generator(0, "share", pattern.name))
+    drawn = torch.randint(v, (_DRAWS, length), generator=seeds.generator(0, "share", pattern.name))
     return None, round(float(pattern.matches(drawn).double().mean()) * size)
 
 
-def _rejected(pattern: Pattern, v: int, length: int, n: int, draws: torch.Generator) -> Tensor:
+def _rejected(pattern: Pattern, v: int, length: int, n: int, generator: torch.Generator) -> Tensor:
     members, _ = _found(pattern, v, length)
     if members is not None:
-        return members[torch.randint(len(members), (n,), generator=draws)]
-    found, looks = [torch.zeros(0, length, dtype=torch.int64)], 0
+        return members[torch.randint(len(members), (n,), generator=generator)]
+    found, total = [torch.zeros(0, length, dtype=torch.int64)], 0
     while sum(map(len, found)) < n:
-        drawn = torch.randint(v, (_LOOKS, length), generator=draws)
+        drawn = torch.randint(v, (_DRAWS, length), generator=generator)
         found.append(drawn[pattern.matches(drawn)])
-        looks += _LOOKS
-        if looks >= _MOST_LOOKS and sum(map(len, found)) < n:
+        total += _DRAWS
+        if total >= _MAX_DRAWS and sum(map(len, found)) < n:
             raise InvalidInput.field(
                 "spec.patterns", f"{pattern.name} is too rare to be drawn at this length; write it as a regex"
             )
@@ -144,7 +143,7 @@ def _rejected(pattern: Pattern, v: int, length: int, n: int, draws: torch.Genera
 
 
 def _abc(v: int) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
-    """States: how much of A, B, C has just been read; 3 is for good."""
+    """States: how much of A, B, C has just been read; 3 is never left."""
     step = [[1 if letter == 0 else 0 for letter in range(v)] for _ in range(3)] + [[3] * v]
     step[1][1], step[2][2] = 2, 3
     return tuple(map(tuple, step)), frozenset({3})

@@ -1,4 +1,4 @@
-"""Activation signatures: what a network's neurons do on a fixed set of probe inputs."""
+"""Activation signatures: the activations of a network's neurons on a fixed set of probe inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def raw(params: Params, inputs: Tensor, activation: str = "relu") -> Tensor:
 
 
 class ActivationSignatureExtractor:
-    """Signatures of networks on one baseline dataset: some numbers for each neuron, by method.
+    """Computes signatures of networks on one set of probes: some numbers for each neuron, by method.
 
     - ``mean``, ``std`` (population), ``max``, ``min``; ``sparsity``: share of probes with a value <= 0;
     - ``pca``, ``svd``: the neuron's loadings on the layer's leading principal components or singular vectors over the

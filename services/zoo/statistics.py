@@ -16,13 +16,13 @@ Numbers = NDArray[np.float64]
 
 @dataclass
 class Statistics:
-    """Of one zoo."""
+    """Figures of one zoo."""
 
     strata: list[str]
     """The patterns, then ``none``."""
     subjects: int
     candidates: int
-    """That were trained; more than the accepted and the rejected where the last of them were not needed."""
+    """Candidates that were trained; the last of them may be neither accepted nor rejected."""
     rejected: dict[str, int]
     """Candidates that were not accepted, by cause."""
     origin: str
@@ -42,7 +42,7 @@ class Statistics:
 
     @classmethod
     def of(cls, folder: Path) -> Statistics:
-        """Those of the zoo in ``folder``."""
+        """Statistics of the zoo in ``folder``."""
         about, spec, patterns = read_about(folder)
         names = [pattern.name for pattern in patterns]
         columns = ["patterns", "accuracy", "layers", "activation"]
@@ -57,8 +57,8 @@ class Statistics:
         together = np.zeros((len(names), len(names)), np.int64)
         for table in read_records(folder, columns):
             subjects += len(table)
-            own = np.array([[name in row for name in names] for row in table["patterns"].to_pylist()], np.int64)
-            together += own.T @ own
+            labels = np.array([[name in row for name in names] for row in table["patterns"].to_pylist()], np.int64)
+            together += labels.T @ labels
             for name, total in sums.items():
                 if name in table.column_names:
                     total += matrix(table, name, len(names) + 1).double().sum(0).numpy()
@@ -85,7 +85,7 @@ class Statistics:
         )
 
     def figures(self) -> dict[str, Any]:
-        """As a job's result."""
+        """The figures of a job's result."""
         by_cause = sorted(self.rejected.items(), key=lambda item: -item[1])
         found: dict[str, Any] = {
             "subjects": self.subjects,

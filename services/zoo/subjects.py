@@ -133,7 +133,7 @@ def init(
 
 @lru_cache(maxsize=1024)
 def own_places(architecture: Architecture, width: int) -> Tensor:
-    """Where in :func:`flatten` of ``architecture`` a network of ``width`` neurons a layer has its own: int64."""
+    """Positions in :func:`flatten` of ``architecture`` of the parameters of a network ``width`` neurons wide: int64."""
     marked = {name: torch.zeros(1, *shape, dtype=torch.bool) for name, shape in architecture.shapes.items()}
     last = len(architecture.layers) - 1
     for i in range(last + 1):

@@ -1,4 +1,4 @@
-"""All sequences of a zoo, split once and for all into train, validation and held-out."""
+"""All sequences of a zoo, with their fixed split into train, validation and held-out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from services.runtime.seeds import generator
+from services.runtime import seeds
 from services.zoo.hashing import hash_sequences
 from services.zoo.patterns import Pattern, membership
 from services.zoo.sampling import MAX_ENUMERATED, count, sample
 
 TRAIN, VALIDATION, HELD_OUT = 0, 1, 2
-# Held-out is large so that a pattern of 42 sequences still has 17 to be judged on.
+# Held-out is large so that a pattern of 42 sequences still has 17 for evaluation.
 SHARES = (0.5, 0.1, 0.4)
 _QUICKLY_ENUMERATED = 1_000_000
 # A pattern with fewer sequences than this is split by rank, so that its shares are exact.
@@ -25,10 +25,9 @@ _PROBES_OF_EQUALITY = 4096
 
 
 class Universe:
-    """The ``vocab_size ** length`` sequences, with the patterns that organise them.
+    """The ``vocab_size ** length`` sequences and the patterns on them.
 
-    What is said of *all* sequences (``sequences``, ``membership``, ``split``) is for universes that fit in memory;
-    everything else works at any size.
+    ``sequences``, ``membership`` and ``split`` need a universe that fits in memory; everything else works at any size.
     """
 
     def __init__(self, vocab_size: int, length: int, patterns: Sequence[Pattern]) -> None:
@@ -59,7 +58,7 @@ class Universe:
 
     @cached_property
     def counts(self) -> list[int]:
-        """Size of each pattern's set."""
+        """Number of sequences of each pattern."""
         return [count(pattern, self.vocab_size, self.length) for pattern in self.patterns]
 
     def exact(self, pattern: int) -> bool:
@@ -72,13 +71,13 @@ class Universe:
         chunks = torch.split(sequences.to(torch.int8), 2**14)
         return torch.cat([membership(self.patterns, chunk) for chunk in chunks])
 
-    def uniform(self, n: int, draws: torch.Generator) -> Tensor:
+    def uniform(self, n: int, generator: torch.Generator) -> Tensor:
         """``n`` independent uniform sequences: int64 ``[n, length]``."""
-        return torch.randint(self.vocab_size, (n, self.length), generator=draws)
+        return torch.randint(self.vocab_size, (n, self.length), generator=generator)
 
-    def members(self, pattern: int, n: int, draws: torch.Generator) -> Tensor:
+    def members(self, pattern: int, n: int, generator: torch.Generator) -> Tensor:
         """``n`` independent uniform members of a pattern: int64 ``[n, length]``."""
-        return sample(self.patterns[pattern], self.vocab_size, self.length, n, draws)
+        return sample(self.patterns[pattern], self.vocab_size, self.length, n, generator)
 
     def all_members(self, pattern: int) -> Tensor:
         """Every member of a small pattern: int64 ``[count, length]``, in the order of their hashes."""
@@ -86,11 +85,11 @@ class Universe:
             found = self.sequences[self.membership[:, pattern]]
         else:
             # Draw until all were seen. A set of n takes about n ln n draws; the size may be estimated.
-            draws, wanted = generator(0, "members", self.patterns[pattern].name), self.counts[pattern]
-            found, before = self.members(pattern, 0, draws), -1
+            generator, wanted = seeds.generator(0, "members", self.patterns[pattern].name), self.counts[pattern]
+            found, before = self.members(pattern, 0, generator), -1
             while len(found) < wanted if self.exact(pattern) else len(found) > before:
                 before = len(found)
-                found = distinct(torch.cat([found, self.members(pattern, 4 * wanted, draws)]))
+                found = distinct(torch.cat([found, self.members(pattern, 4 * wanted, generator)]))
         return found[hash_sequences(found).argsort()]
 
     def split_of(self, sequences: Tensor) -> Tensor:
@@ -137,11 +136,11 @@ class Universe:
                 raise InvalidInput.field(f"{field}.{i}", f"{names} are the same set {place}; drop one")
 
     def _same_set(self, i: int, j: int) -> bool:
-        """Whether two patterns, of one size where it is known, are one set: by members of each, and exactly where all
-        can be seen."""
-        draws = generator(0, "equality")
+        """Whether two patterns of equal size are the same set: judged by members of each, and exactly where the
+        universe is enumerated."""
+        generator = seeds.generator(0, "equality")
         for a, b in ((i, j), (j, i)):
-            if not self.patterns[b].matches(self.members(a, _PROBES_OF_EQUALITY, draws)).all():
+            if not self.patterns[b].matches(self.members(a, _PROBES_OF_EQUALITY, generator)).all():
                 return False
         return not self.enumerated or torch.equal(self.membership[:, i], self.membership[:, j])
 

@@ -199,7 +199,7 @@ def test_a_source_writes_its_own_and_later_targets_alone() -> None:
     after = model.decode(model.encode(inputs), inputs)
     assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [False, True, True]
     assert [tuple(w.shape) for w in model.decoders] == [(64, 22), (48, 14), (64, 8)]
-    assert torch.equal(model.words(1, 2), model.decoders[1][:, 6:])
+    assert torch.equal(model.decoder_directions(1, 2), model.decoders[1][:, 6:])
 
 
 def test_the_penalties_are_their_formulas() -> None:

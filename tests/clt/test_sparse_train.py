@@ -282,11 +282,11 @@ def test_a_sweep_is_every_pair_at_every_point(store: ActivationStore, tmp_path: 
     assert best[next(n for n in best if "k_12" in n)] < best[next(n for n in best if "k_2-" in n)]
     # A line is what differs in k alone: one for each pair and activation.
     rows = {name: {"figures": figures} for name, figures in result["runs"].items()}
-    (plot,) = sweep.tradeoff(sweep.parts(spec, store), rows, ["model.k", "model.activation"]).axes
+    (plot,) = sweep.tradeoff(sweep.run_specs(spec, store), rows, ["model.k", "model.activation"]).axes
     assert [np.size(line.get_xdata()) for line in plot.lines] == [2, 2, 2, 2]
     # What is varied takes the place of what says the same.
     shares = spec.model_copy(update={"grid": [GridAxis(option="model.k_ratio", values=["0.1"])]})
-    assert {part.model.k for part in sweep.parts(shares, store).values()} == {None}
+    assert {part.model.k for part in sweep.run_specs(shares, store).values()} == {None}
     # What one run cannot do costs none of the others.
     some = SweepSpec.model_validate(
         {**base, "pairs": pairs[:1], "grid": [{"option": "model.k", "values": ["2", "900"]}]}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -29,19 +28,20 @@ from services.clt.policy.decode import greedy, sample
 from services.clt.policy.model import AttentionPolicy
 from services.clt.sparse.model import SparseModel
 from services.crossmodal.codec import Codec
-from services.runtime.run import Run
 from services.zoo.dataset import Zoo
+from tests.recorder import Recorder
 
 HERE = Path(__file__).parent
 ARTIFACTS, CASES = HERE / "artifacts", HERE / "cases.json"
 Found = dict[str, dict[str, Any]]
 
 
-class Keeper(Run):
+class Keeper(Recorder):
     """Keeps artifacts as folders, and all metrics."""
 
     def __init__(self, folder: Path, inputs: Mapping[str, Path]) -> None:
-        self.folder, self.inputs = folder, inputs
+        super().__init__(folder, inputs=inputs)
+        self.folder = folder
         self.history: dict[str, list[tuple[int, float]]] = {}
 
     def metric(self, step: int, **values: float) -> None:
@@ -51,7 +51,7 @@ class Keeper(Run):
     def artifact(self, name: str, type: str, folder: Path) -> None:
         # Reports are pictures of what is here already.
         if name != "report":
-            shutil.copytree(folder, self.folder / name)
+            super().artifact(name, type, folder)
 
 
 class Digests:

@@ -1,7 +1,7 @@
-"""``python -m tests.golden.record`` writes ``golden.json`` anew: what the code gives now is what it should give.
+"""``python -m tests.golden.record`` rewrites ``golden.json`` with the results of the code as it is now.
 
-Results are bit-equal on machines of one :func:`fingerprint`. The child process is started so that as little as
-possible depends on the processor beyond it: no vector units past the oldest, one thread.
+Results are bit-equal on machines of one :func:`fingerprint`. They are computed in a child process with one thread and
+without newer vector units, so that they depend on the processor as little as possible.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-6
 def fingerprint() -> dict[str, str]:
     """What decides the bits of results in the environment :data:`PLAIN`: libraries, and the kind of processor."""
     kind, cpu = platform.machine(), Path("/proc/cpuinfo")
-    words = cpu.read_text().split() if cpu.exists() else []
-    vendor = next((name for name in ("AuthenticAMD", "GenuineIntel") if name in words), "other")
-    vectors = next((unit for unit in ("avx512f", "avx2") if unit in words), "none")
+    cpu_words = cpu.read_text().split() if cpu.exists() else []
+    vendor = next((name for name in ("AuthenticAMD", "GenuineIntel") if name in cpu_words), "other")
+    vectors = next((unit for unit in ("avx512f", "avx2") if unit in cpu_words), "none")
     packages = {name: version(name) for name in ("torch", "numpy", "scipy", "numba", "scikit-learn")}
     return {"machine": kind, "vendor": vendor, "vectors": vectors, "libc": platform.libc_ver()[1], **packages}
 

@@ -9,11 +9,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ethogram.errors import IllegalState, NotFound, TooLarge
+from ethogram.errors import IllegalState, InvalidInput, NotFound, TooLarge
+from services.artifacts import store as store_module
 from services.artifacts.store import ArtifactStore
+from services.inference.batcher import Arrays, Batcher
 from services.inference.repository import ModelRepository, Reference, Served
+from services.inference.server import LOADERS
 
 LATEST = Reference("default", "m", None)
 
@@ -181,3 +185,45 @@ async def test_unknown_models(tmp_path: Path) -> None:
     for name, version in (("x", None), ("m", "2")):
         with pytest.raises(NotFound):
             await shelf.get(name, version)
+
+
+class Scaler:
+    """A toy model of a second type: it multiplies by the number in its artifact."""
+
+    def __init__(self, folder: Path) -> None:
+        self.factor = float((folder / "model.txt").read_text())
+
+    def scale(self, arrays: Arrays) -> Arrays:
+        return {"y": arrays["x"] * self.factor}
+
+
+async def test_a_second_type_of_model_is_served_beside_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PUBLISHABLE", frozenset({"codec", "scaler"}))
+    shelf = Shelf(tmp_path)
+    shelf.publish("one")
+    (tmp_path / "scaler").mkdir()
+    (tmp_path / "scaler" / "model.txt").write_text("3")
+    artifact, _ = shelf.store.put(tmp_path / "scaler", name="scaler", type="scaler")
+    shelf.store.publish("default", "tripler", artifact)
+    loaders = {"codec": shelf.load, "scaler": Scaler}
+    repository, batcher = ModelRepository(shelf.store, loaders, scratch=tmp_path / "scratch"), Batcher()
+    tripler = Reference("default", "tripler", None)
+    assert (await repository.get(LATEST, str)).model == "one"
+    served = await repository.get(tripler, Scaler)
+    batcher.start()
+    try:
+        key, rows = (served.pointer.artifact, "scale"), [np.array([[float(i)]]) for i in range(3)]
+        answers = await asyncio.gather(*(batcher.run(key, served.model.scale, {"x": row}) for row in rows))
+    finally:
+        await batcher.stop()
+    assert [answer["y"].item() for answer in answers] == [0, 3, 6]
+    with pytest.raises(InvalidInput, match=r"model\.name: tripler is a scaler, which this call does not take"):
+        await repository.get(tripler, str)
+    with pytest.raises(IllegalState, match="its artifact is a scaler; this server serves codec"):
+        await shelf.repository.get(tripler, str)
+
+
+def test_what_can_be_published_can_be_served() -> None:
+    assert set(LOADERS) == store_module.PUBLISHABLE

@@ -48,10 +48,10 @@ def test_what_is_no_database(tmp_path: Path) -> None:
     [
         ("registry.db", "not a database URL"),
         ("postgresql://user:swordfish@host:port/name", "not a database URL"),
-        ("mysql://user:swordfish@host/name", "mysql:// is not served"),
+        ("mysql://user:swordfish@host/name", "mysql:// is not supported"),
         (
             "postgresql+psycopg2://user:swordfish@host/name",
-            "not served; the registry is in sqlite:/// or postgresql://",
+            "not supported; use sqlite:/// or postgresql://",
         ),
         ("postgresql://user:swordfish@127.0.0.1:1/name?color=blue", "color"),
     ],

@@ -208,7 +208,7 @@ def test_the_command(blank_url: str, database: Database, capsys: pytest.CaptureF
     assert run("current")[1] == f"0001 (this version of Ethogram: {tables.REVISION})\n"
     status, _, error = run("downgrade", tables.REVISION)
     assert status == 1
-    assert "no revision at or before 0001; there are: base, 0001" in error
+    assert "not a revision at or before 0001; use one of: base, 0001" in error
     with pytest.raises(InvalidInput):
         database.downgrade("nonsense")
 

@@ -63,7 +63,7 @@ def test_a_server_that_is_down_and_comes_back(server: PostgresServer, served: Jo
     server.stop()
     begun = time.monotonic()
     for _ in range(2):
-        with pytest.raises(Unavailable, match=r"refused.*can be written, then try again") as caught:
+        with pytest.raises(Unavailable, match=r"refused.*is writable, then try again") as caught:
             submit(served)
     with pytest.raises(Unavailable) as at_start:
         JobRegistry.open(server.url)
@@ -120,13 +120,13 @@ def test_a_server_that_starts_up(server: PostgresServer, served: JobRegistry) ->
     [
         ("53100", "could not extend file: No space left on device", "free some space"),
         ("53300", "sorry, too many clients already", "max_connections"),
-        ("57P01", "terminating connection due to administrator command", "see that it runs"),
-        ("57P03", "the database system is starting up", "see that it runs"),
+        ("57P01", "terminating connection due to administrator command", "check that it runs"),
+        ("57P03", "the database system is starting up", "check that it runs"),
         ("40001", "could not serialize access", "try again"),
-        ("40P01", "deadlock detected", "others were in the way"),
-        ("25006", "cannot execute INSERT in a read-only transaction", "can be written"),
+        ("40P01", "deadlock detected", "other transactions were in the way"),
+        ("25006", "cannot execute INSERT in a read-only transaction", "is writable"),
         ("42501", "permission denied for schema public", "GRANT CREATE"),
-        ("58030", "could not read block 1: Input/output error", "see that it runs"),
+        ("58030", "could not read block 1: Input/output error", "check that it runs"),
     ],
 )
 def test_what_the_server_says_of_itself(registry: JobRegistry, code: str, cause: str, hint: str) -> None:

@@ -14,7 +14,7 @@ from ethogram.errors import Conflict, IllegalState, NotFound
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.jobs import submission
-from services.jobs.database import Deadlock, again
+from services.jobs.database import Deadlock, retry_deadlocks
 from services.jobs.registry import JobRegistry, JobState
 from tests.jobs.steps import ERROR, artifact_id, claim, codec, finish, job_in, submit, zoo
 
@@ -61,7 +61,7 @@ def test_what_an_unfinished_job_uses_stays(registry: JobRegistry) -> None:
     finish(registry, claim(registry), 1)
     user, _ = registry.submit("crossmodal", codec(source.id))
     for refused in (lambda: registry.delete_job(source.id), lambda: registry.delete_artifact(artifact_id(1))):
-        with pytest.raises(IllegalState, match=f"job {user.id} .* has not ended: cancel that, or wait"):
+        with pytest.raises(IllegalState, match=f"job {user.id} .* has not ended: cancel that job, or wait"):
             refused()
     registry.request_cancel(user.id)
     registry.delete_job(source.id)
@@ -78,7 +78,7 @@ def test_an_input_that_can_never_come(registry: JobRegistry) -> None:
     waiting, _ = registry.submit("crossmodal", codec(source.id))
     registry.request_cancel(source.id)
     registry.delete_job(source.id)
-    with pytest.raises(IllegalState, match="of a job that was deleted: submit it anew"):
+    with pytest.raises(IllegalState, match="of a job that was deleted: submit it again"):
         registry.retry(waiting.id)
     assert registry.get(waiting.id).waits_for == []
     registry.delete_job(waiting.id)
@@ -226,7 +226,7 @@ def test_who_names_an_output_while_its_job_is_deleted(registry: JobRegistry) -> 
 def test_a_deadlock_is_nobodys_trouble(registry: JobRegistry) -> None:
     tried: list[int] = []
 
-    @again
+    @retry_deadlocks
     def unlucky() -> str:
         tried.append(1)
         if len(tried) < 3:

@@ -1,8 +1,7 @@
-"""Recording: instances go through a model, and what is at its hook points into a store.
+"""Records the activations at a model's hook points into a store.
 
-Instances are numbered. Those of each split go through the model by themselves, in batches that end where a block of the
-store does, so a block is a function of the spec and its number: a store that was interrupted ends up with the bytes of
-one that was not.
+Each split goes through the model by itself, in batches that end where a block of the store does. So a block follows
+from the spec and its number alone, and a store that was interrupted ends up with the bytes of one that was not.
 """
 
 from __future__ import annotations
@@ -44,35 +43,36 @@ from services.runtime.seeds import generator
 ROOT = "ACTIVATIONS_ROOT"
 """Variable of the worker that names a folder for stores."""
 SHARD_BYTES = 2**30
-"""Most bytes of a shard, of as many rows as it may have: four are in memory to be mixed while they are recorded."""
-# What does not change what is recorded.
-_ASIDE = {"policy", "root"}
+"""Maximum size of a shard: four are in memory while they are recorded, to be shuffled together."""
+# Fields of the spec that do not change what is recorded.
+_NOT_IDENTITY = {"policy", "root"}
 
 
 def collect(
     spec: ActivationsSpec, folder: Path, run: Run, policy: AttentionPolicy | None = None, name: str = "policy"
 ) -> ActivationStore:
-    """Record what ``spec`` asks for into ``folder``, or go on there; ``policy`` (called ``name``) where it is of one.
+    """Record what ``spec`` asks for into ``folder``, or resume there. ``policy``: the model, called ``name``, unless it
+    is a language model.
 
-    With ``spec.root`` or ``ACTIVATIONS_ROOT`` the store is in a folder of its own below that, which is gone on with
-    too, and ``folder`` only tells where. Raises :class:`InvalidInput` for hook points that are not there, numbers that
-    are not finite and too few texts, and :class:`ethogram.errors.Unavailable` when the disk is full.
+    With ``spec.root`` or ``ACTIVATIONS_ROOT`` the store is in a folder below that, which is resumed too, and ``folder``
+    holds its path. Raises :class:`InvalidInput` for hook points that are not there, numbers that are not finite and too
+    few texts, and :class:`ethogram.errors.Unavailable` when the disk is full.
     """
     with torch.no_grad():
         source = open_source(spec, run.device, policy, name)
         points, manifest = plan(spec, source)
         root = spec.root or os.environ.get(ROOT)
-        place = folder if root is None else Path(root) / store_name(manifest)
+        target = folder if root is None else Path(root) / store_name(manifest)
         # What is in the folder is at least as far as the checkpoint.
         resume = run.resume if root is None and not (folder / MANIFEST).exists() else None
         if resume is not None and (resume / MANIFEST).exists():
             folder.mkdir(parents=True, exist_ok=True)
             _copy(list(resume.iterdir()), folder)
-        with Writer.open(place, manifest, run.device) as writer:
-            store = _record(spec, source, points, writer, run, own=root is None)
+        with Writer.open(target, manifest, run.device) as writer:
+            store = _record(spec, source, points, writer, run, checkpoints=root is None)
     if root is not None:
         write_pointer(folder, store)
-        run.log(f"the store is in {place}")
+        run.log(f"the store is in {target}")
     return store
 
 
@@ -83,7 +83,7 @@ def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoin
     example = source.example()
     points = [point for _, point in named]
     traced = trace(source.model, named, lambda: source.forward(example, points), (len(example), source.positions))
-    order = [one.point.name for one in traced]
+    order = [seen.point.name for seen in traced]
     for number, (begin, end) in enumerate(pairs):
         check_pair(order, begin, end, f"spec.pairs.{number}")
     rows = source.positions - source.first
@@ -91,13 +91,13 @@ def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoin
     if not 0 < validation < spec.instances:
         few = f"{spec.instances} with validation {spec.validation:g} leave none for training; ask for more instances"
         raise InvalidInput.field("spec.instances", few)
-    size = sum(one.width for one in traced) * DTYPES[spec.dtype].itemsize
+    size = sum(seen.width for seen in traced) * DTYPES[spec.dtype].itemsize
     manifest = Manifest(
         source=Source(kind=source.kind, digest=source.digest, name=source.name),
-        spec=spec.model_dump(mode="json", exclude=_ASIDE),
+        spec=spec.model_dump(mode="json", exclude=_NOT_IDENTITY),
         seed=spec.seed,
         dtype=spec.dtype,
-        hooks=[Hook(name=one.point.name, width=one.width) for one in traced],
+        hooks=[Hook(name=seen.point.name, width=seen.width) for seen in traced],
         pairs=pairs,
         rows_per_instance=rows,
         first_position=source.first,
@@ -109,13 +109,13 @@ def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoin
             'permutation of generator(seed, "split", chunk)',
         ),
     )
-    return [one.point for one in traced], manifest
+    return [seen.point for seen in traced], manifest
 
 
 def store_name(manifest: Manifest) -> str:
-    """Name of the store's folder below a root: stores that hold the same have the same name."""
-    about = json.dumps([manifest.source.digest, manifest.identity], sort_keys=True)
-    return f"{manifest.source.kind}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+    """Name of the store's folder below a root; stores with the same contents have the same name."""
+    identity = json.dumps([manifest.source.digest, manifest.identity], sort_keys=True)
+    return f"{manifest.source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def validation_mask(spec: ActivationsSpec, chunk: int) -> Tensor:
@@ -146,7 +146,7 @@ class Queue:
         return len(self._ids)
 
     def add(self, ids: Tensor, instances: Tensor) -> None:
-        """More, of which those that are in the store are left out."""
+        """Append instances, less those that are in the store."""
         known = min(max(0, self._written - self.passed), len(ids))
         self.passed += len(ids)
         old = [self._instances] if len(self) else []
@@ -161,9 +161,15 @@ class Queue:
 
 
 def _record(
-    spec: ActivationsSpec, source: ActivationSource, points: Sequence[HookPoint], writer: Writer, run: Run, *, own: bool
+    spec: ActivationsSpec,
+    source: ActivationSource,
+    points: Sequence[HookPoint],
+    writer: Writer,
+    run: Run,
+    *,
+    checkpoints: bool,
 ) -> ActivationStore:
-    """``own``: the run's checkpoints hold the store, which would be lost otherwise."""
+    """``checkpoints``: the run's checkpoints hold the store, which would be lost otherwise."""
 
     def recorded() -> int:
         return sum(writer.instances(split) for split in SPLITS)
@@ -172,12 +178,12 @@ def _record(
     if recorded() == spec.instances:
         return writer.finish()
     if recorded():
-        run.log(f"goes on: {recorded()} of {spec.instances} instances are in the store")
+        run.log(f"resuming: {recorded()} of {spec.instances} instances are in the store")
         run.advance(recorded())
-    # Nothing is missing of the chunks before.
+    # All chunks before this one are in the store.
     chunk = min(_chunk_of(spec, split, writer.instances(split)) for split in SPLITS)
     queues = {split: Queue(_before(spec, split, chunk), writer.instances(split)) for split in SPLITS}
-    with capture(source.model, points, DTYPES[spec.dtype]) as found:
+    with capture(source.model, points, DTYPES[spec.dtype]) as activations:
         for drawn in source.chunks(chunk):
             mask = validation_mask(spec, chunk)
             if len(drawn) < len(mask):
@@ -190,9 +196,11 @@ def _record(
                 while len(queue) and (last or len(queue) >= min(spec.batch_size, writer.room(split))):
                     numbers, instances = queue.take(min(spec.batch_size, writer.room(split)))
                     source.forward(instances, points)
-                    writer.add(split, numbers, {name: value[:, source.first :].cpu() for name, value in found.items()})
+                    writer.add(
+                        split, numbers, {name: value[:, source.first :].cpu() for name, value in activations.items()}
+                    )
                     run.advance(recorded())
-                    if own and run.checkpoint_due():
+                    if checkpoints and run.checkpoint_due():
                         run.checkpoint(recorded(), lambda target: _copy(writer.files(), target))
             chunk += 1
             if recorded() == spec.instances:

@@ -12,14 +12,14 @@ from services.runtime.run import Run
 
 
 def run(spec: ActivationsSpec, run: Run) -> dict[str, Any]:
-    """Artifact: ``activations``, the store or, where it is kept below a root, where it is. Returns its figures; see
+    """Artifact: ``activations``, the store or, where that is kept below a root, its path. Returns its
     :func:`figures`."""
     policy = None
     if spec.policy is not None:
         policy = AttentionPolicy.load(run.inputs["policy"], run.device)
     with run.output_folder("activations") as folder:
         collect(spec, folder, run, policy, spec.policy.artifact if spec.policy is not None else "")
-        # It is no part of what is kept.
+        # The lock is no part of the artifact.
         (folder / "lock").unlink(missing_ok=True)
         run.artifact("activations", "activations", folder)
         return {"figures": figures(ActivationStore.open(folder))}

@@ -56,8 +56,8 @@ class Batches:
 
     Each epoch goes through the shards in an order of its own. A quarter of each shard (of its first half) and a quarter
     of the next (of its second half) are a group, whose rows are permuted together; groups follow each other and epochs
-    too, so a batch may lie across them and none is short. :meth:`at` is a pure function of seed and step: who keeps the
-    step can go on.
+    too, so a batch may lie across them and none is short. :meth:`at` is a pure function of seed and step, so
+    a run resumes from its step alone.
 
     In memory there is the present group, half the size of a shard of the asked hook points, and with ``prefetch`` the
     next one, which a thread reads meanwhile: with what is read and copied, less than two shards in all. Use it as a
@@ -175,7 +175,7 @@ class Batches:
         return Coming(key, memory, group)
 
     def _give_up(self, coming: Coming) -> None:
-        """Have the memory of a group that is not wanted again."""
+        """Take back the memory of a group that is not needed."""
         if not coming.group.cancel():
             coming.group.exception()
         self._free.append(coming.memory)
@@ -189,8 +189,8 @@ class Batches:
             for hook, whole in zip(self._hooks, memory, strict=True):
                 whole[rows:after] = self._store.read(self._split, part.shard, [hook], part.start, part.stop)[0]
             rows = after
-        draws = generator(self._seed, "mix", epoch, number)
-        return Group(key, memory, torch.randperm(rows, generator=draws))
+        order = torch.randperm(rows, generator=generator(self._seed, "mix", epoch, number))
+        return Group(key, memory, order)
 
 
 def everything(store: ActivationStore, hooks: Sequence[str], split: str, limit: int | None = None) -> list[Tensor]:

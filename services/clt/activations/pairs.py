@@ -1,4 +1,4 @@
-"""Pairs of hook points: views of a store, what they are like, and their form as files for other programs."""
+"""Pairs of hook points: views of a store, their statistics, and their export as files for other programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from services.clt.activations.store import SPLITS, TRAIN, VALIDATION, Activation
 SMALL = 0.01
 """A number is small below this share of the root mean square of its side."""
 ROWS = 16_384
-"""Most rows of each split that a pair is judged by."""
+"""Maximum rows of each split for the statistics of a pair."""
 # Of the mean variance of the source's channels.
 _RIDGE = 1e-5
 _TOP = 10
@@ -54,7 +54,7 @@ def pairs_of(store: ActivationStore, names: Sequence[str] = (), field: str = "--
 
 
 def inspect(store: ActivationStore, pairs: Sequence[Pair], rows: int = ROWS) -> list[dict[str, Any]]:
-    """What pairs are like, for a table or JSON.
+    """Statistics of pairs, for a table or JSON.
 
     Of both sides width, share of zeros and of numbers below :data:`SMALL` root mean squares, and mean and deviation of
     the norm; of the pair mean absolute and largest correlations of a source channel with a target channel, and
@@ -130,12 +130,12 @@ def export(
     write_pointer(folder, store)
     written = []
     for source, target in pairs:
-        own = folder / pair_name(source, target)
-        own.mkdir(parents=True, exist_ok=True)
+        pair_folder = folder / pair_name(source, target)
+        pair_folder.mkdir(parents=True, exist_ok=True)
         names, sides = tensor_names(source, target), dict[str, Any]()
         for name, hook, file in zip(names, (source, target), ("sources.pt", "targets.pt"), strict=True):
             rows = _ordered(store, hook, chosen)
-            torch.save(rows, own / file)
+            torch.save(rows, pair_folder / file)
             about = {"name": name, "hook": hook, "file": file, "shape": list(rows.shape)}
             mean, std = rows.double().mean(0), rows.double().std(0, correction=0)
             sides[name.partition("_")[0]] = about | {"mean": mean.tolist(), "std": std.tolist()}
@@ -152,7 +152,7 @@ def export(
             "dtype": {"stored": manifest.dtype, "exported": "float32"},
             "validation_instances": sorted(set(chosen.tolist()) & set(_of_split(store, VALIDATION))),
         }
-        (own / "metadata.json").write_text(json.dumps(metadata, indent=1))
+        (pair_folder / "metadata.json").write_text(json.dumps(metadata, indent=1))
         written.append(metadata)
     return written
 

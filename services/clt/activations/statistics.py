@@ -27,7 +27,7 @@ class Statistics:
     norm: float
     """Mean norm of the rows."""
     zeros: float
-    """Share of the numbers that are just 0."""
+    """Share of the numbers that are exactly 0."""
     covariance: Tensor | None
     """``[d, d]``, divided by the rows; None for points wider than :data:`WIDEST`."""
 
@@ -48,7 +48,7 @@ class Moments:
         self.scatter = torch.zeros(width, width, dtype=torch.float64) if width <= WIDEST else None
 
     def add(self, rows: Tensor) -> None:
-        """``[rows, d]`` more, of any precision."""
+        """Add rows ``[rows, d]`` of any precision."""
         for start in range(0, len(rows), _ROWS):
             values = rows[start : start + _ROWS].to(self.device).double()
             count, mean = len(values), values.mean(0)
@@ -70,7 +70,7 @@ class Moments:
         self.rows = total
 
     def tensors(self) -> dict[str, Tensor]:
-        """All there is to know, to save it; :meth:`of` reads it."""
+        """The state, to save it; :meth:`of` restores it."""
         found = {"rows": torch.tensor(self.rows), "mean": self.mean, "squares": self.squares, "sums": self.sums}
         found["std"] = (self.squares / max(self.rows, 1)).sqrt()
         found["square_norm"] = self.sums[0] / max(self.rows, 1)
@@ -78,7 +78,7 @@ class Moments:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], device: str = "cpu") -> Moments:
-        """What :meth:`tensors` gave."""
+        """Moments from what :meth:`tensors` returned."""
         found = cls(0, device)
         found.rows, found.mean, found.squares = int(tensors["rows"]), tensors["mean"], tensors["squares"]
         found.sums, found.scatter = tensors["sums"], tensors.get("scatter")
@@ -86,7 +86,7 @@ class Moments:
 
     @property
     def statistics(self) -> Statistics:
-        """What the sums say."""
+        """The statistics of all rows so far."""
         rows, width = max(self.rows, 1), len(self.mean)
         square_norm, norm, zeros = (self.sums / rows).tolist()
         covariance = None if self.scatter is None else self.scatter / rows

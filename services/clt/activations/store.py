@@ -1,10 +1,9 @@
-"""A store of activations: shards of rows of several hook points at once, of which a pair is a view.
+"""A store of activations: shards of rows of several hook points; a pair of points is a view of it.
 
 The folder has ``manifest.json``, which alone says what counts; ``statistics.safetensors``, moments of the training
 rows; and shards ``train-00000.safetensors`` and ``validation-00000.safetensors``: for each hook point a tensor
 ``[rows, d]``, and of each row its ``instance`` and ``position``, int32 ``[rows]``. All rows of an instance are in one
-split. They are in random order within blocks of :data:`BLOCK` shards. What an interruption leaves can be read, and gone
-on with.
+split. They are in random order within blocks of :data:`BLOCK` shards. An interrupted store can be read, and resumed.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Hook(BaseModel):
 
 
 class Source(BaseModel):
-    """What the activations are of."""
+    """The model that the activations are of."""
 
     kind: SourceKind
     digest: str
@@ -82,7 +81,7 @@ class Instances(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What is in a store."""
+    """Contents of a store."""
 
     format: int = FORMAT
     source: Source
@@ -242,7 +241,7 @@ class ActivationStore:
 
 
 class Writer:
-    """Writes a store, block by block; only whole blocks are gone on with.
+    """Writes a store, block by block; a resumed writer keeps whole blocks only.
 
     A block is :data:`BLOCK` shards of one split. Its rows are in memory until it is full. Use it as a context manager:
     it holds a lock on the folder.
@@ -261,8 +260,8 @@ class Writer:
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, device: str = "cpu") -> Writer:
-        """A writer into ``folder``, which goes on after the last whole block of a store of the same identity; for a
-        complete one there is nothing left to write. ``device`` computes the covariances.
+        """A writer into ``folder``, which resumes after the last whole block of a store of the same identity; a
+        complete store needs no more rows. ``device`` computes the covariances.
 
         Raises :class:`InvalidInput` for a store of another model or spec, and :class:`Unavailable` while another
         process writes it, or where nothing can be written.
@@ -278,7 +277,7 @@ class Writer:
             os.close(lock)
             raise Unavailable(f"another process writes the store in {folder}; wait until it is done") from None
         try:
-            writer = cls(folder, cls._going_on(folder, manifest), device)
+            writer = cls(folder, cls._resumed(folder, manifest), device)
         except BaseException:
             os.close(lock)
             raise
@@ -286,10 +285,10 @@ class Writer:
         return writer
 
     @staticmethod
-    def _going_on(folder: Path, manifest: Manifest) -> Manifest:
+    def _resumed(folder: Path, manifest: Manifest) -> Manifest:
         if not (folder / MANIFEST).exists():
-            begun: dict[str, Any] = {"splits": {split: [] for split in SPLITS}, "statistics": "", "complete": False}
-            return manifest.model_copy(update=begun)
+            fresh: dict[str, Any] = {"splits": {split: [] for split in SPLITS}, "statistics": "", "complete": False}
+            return manifest.model_copy(update=fresh)
         # Shards that were cut off are found here.
         there = ActivationStore.open(folder).manifest
         if there.source.digest != manifest.source.digest:
@@ -362,7 +361,7 @@ class Writer:
         return ActivationStore(self.folder, self.manifest)
 
     def files(self) -> list[Path]:
-        """What :meth:`open` needs to go on from here."""
+        """The files that :meth:`open` needs to resume from here."""
         names = [shard.file for split in SPLITS for shard in self.manifest.splits[split]]
         return [path for name in (*names, STATISTICS, MANIFEST) if (path := self.folder / name).exists()]
 
@@ -389,12 +388,12 @@ class Writer:
             index = order[start : start + each]
             file = f"{split}-{len(shards):05}.safetensors"
 
-            def seen(name: str, values: Tensor) -> None:
+            def add_moments(name: str, values: Tensor) -> None:
                 if split == TRAIN and name in self._moments:
                     self._moments[name].add(values)
 
             with self._writing():
-                size, sha256 = write_shard(self.folder / file, columns, index, seen)
+                size, sha256 = write_shard(self.folder / file, columns, index, add_moments)
             shards.append(Shard(file=file, rows=len(index), bytes=size, sha256=sha256))
             self._note()
         if split == TRAIN:
@@ -415,14 +414,14 @@ class Writer:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """What goes wrong with the disk, as an error that says what is kept."""
+        """Raise errors of the disk as :class:`Unavailable`, with what is kept."""
         try:
             yield
         except OSError as error:
             rows = {split: self.manifest.rows(split) for split in SPLITS}
             kept = f"{rows[TRAIN]} training and {rows[VALIDATION]} validation rows are kept"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                text = f"{self.folder} has no space left; {kept} there. Free some space and run it again to go on"
+                text = f"{self.folder} has no space left; {kept} there. Free some space and run it again to resume"
                 raise Unavailable(text) from error
             raise Unavailable(f"{self.folder} cannot be written ({error.strerror}); {kept} there") from error
 
@@ -448,7 +447,7 @@ def load_moments(store: ActivationStore, device: str = "cpu") -> dict[str, Momen
 
 
 def follow(folder: Path) -> Path:
-    """The folder of the store that ``folder`` is or tells of. Raises :class:`InvalidInput` where that is gone."""
+    """The folder of the store that ``folder`` is or points to. Raises :class:`InvalidInput` where that is gone."""
     if not (folder / POINTER).is_file():
         return folder
     with reading(folder, POINTER, "store of activations") as path:
@@ -459,17 +458,17 @@ def follow(folder: Path) -> Path:
 
 
 def write_pointer(folder: Path, store: ActivationStore) -> None:
-    """Tell in ``folder`` where the store is."""
+    """Write the path of the store into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "path": str(store.folder.resolve()), "digest": store.digest}
     (folder / POINTER).write_text(json.dumps(about, indent=1))
 
 
 def write_shard(
-    path: Path, columns: Mapping[str, Tensor], index: Tensor, seen: Callable[[str, Tensor], None]
+    path: Path, columns: Mapping[str, Tensor], index: Tensor, on_column: Callable[[str, Tensor], None]
 ) -> tuple[int, str]:
-    """Write the rows ``index`` of each column as a safetensors file; its size in bytes and its SHA-256. ``seen`` is
-    shown what is written of each column. One column is in memory at a time.
+    """Write the rows ``index`` of each column as a safetensors file; its size in bytes and its SHA-256. ``on_column``
+    is called with what is written of each column. One column is in memory at a time.
 
     The format is 8 bytes of the header's length, a JSON header padded with spaces, and the tensors.
     """
@@ -485,7 +484,7 @@ def write_shard(
         yield len(text).to_bytes(8, "little") + text
         for name, column in columns.items():
             values = column.index_select(0, index)
-            seen(name, values)
+            on_column(name, values)
             yield values.view(torch.uint8).numpy().data
 
     return write_durably(path, parts())

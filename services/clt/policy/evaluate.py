@@ -54,7 +54,7 @@ def evaluate(policy: AttentionPolicy, cities: Tensor, samples: int, seed: int, r
     run.advance(len(cities))
     run.stage("evaluate", len(cities), "instances")
     device = next(policy.parameters()).device
-    draws = generator(seed, "samples")
+    rng = generator(seed, "samples")
     one, found = [], []
     for begin in range(0, len(cities), _CHUNK):
         part = cities[begin : begin + _CHUNK].to(device)
@@ -64,7 +64,7 @@ def evaluate(policy: AttentionPolicy, cities: Tensor, samples: int, seed: int, r
             "multistart": multistart(policy, part, stream),
         }
         if samples:
-            ways["sampled"] = sample(policy, part, samples, draws, stream=stream)
+            ways["sampled"] = sample(policy, part, samples, rng, stream=stream)
         one.append(tours.cpu())
         found.append({name: lengths(part, tours).amin(1).cpu() for name, tours in ways.items()})
         run.advance(begin + len(part))

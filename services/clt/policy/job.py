@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -87,7 +88,7 @@ def _train_into(kept: Path, spec: PolicySpec, device: str, run: Run | None) -> N
 
 def _key(spec: PolicySpec) -> str:
     """What the weights follow from."""
-    trained = spec.model_dump_json(exclude={"evaluation", "samples", "wandb"})
+    trained = json.dumps(spec.model_dump(mode="json", exclude={"evaluation", "samples", "wandb"}), sort_keys=True)
     return hashlib.sha256(f"{FORMAT} {trained}".encode()).hexdigest()[:32]
 
 

@@ -13,15 +13,17 @@ from services.clt.sparse.code import Code
 from services.clt.sparse.model import SparseModel, Step
 
 
-def error(found: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+def error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Squared error of reconstructions as a share of the targets' variance, a mean over the targets. All in the model's
     units, ``[rows, width]`` each, where each channel has a mean square of 1 over the training rows."""
-    return torch.stack([(one - target).square().mean() for one, target in zip(found, targets, strict=True)]).mean()
+    return torch.stack(
+        [(output - target).square().mean() for output, target in zip(outputs, targets, strict=True)]
+    ).mean()
 
 
 def l1(model: SparseModel, code: Sequence[Code]) -> Tensor:
     """Sum over features of their value times the norm of what they write, a mean over rows."""
-    parts = [own.weighted(words.norm(dim=1)) for own, words in zip(code, model.decoders, strict=True)]
+    parts = [features.weighted(decoder.norm(dim=1)) for features, decoder in zip(code, model.decoders, strict=True)]
     return torch.stack(parts).sum() / code[0].rows
 
 
@@ -29,50 +31,53 @@ def l0(model: SparseModel, code: Sequence[Code]) -> Tensor:
     """Active features of a jumprelu, a mean over rows; gradient for the thresholds alone (Rajamanoharan et al. 2024,
     equation 11)."""
     parts: list[Tensor] = [
-        Step.apply(own.pre, log.exp()).sum()  # type: ignore[no-untyped-call]
-        for own, log in zip(code, model.log_thresholds, strict=False)
+        Step.apply(features.pre, log.exp()).sum()  # type: ignore[no-untyped-call]
+        for features, log in zip(code, model.log_thresholds, strict=False)
     ]
     return torch.stack(parts).sum() / code[0].rows if parts else torch.zeros((), device=model.encoders[0].device)
 
 
 def orthogonality(model: SparseModel) -> Tensor:
-    """Squared cosines between the words of different features, a mean over pairs and sources."""
+    """Squared cosines between the decoder directions of different features, a mean over pairs and sources."""
     parts = []
-    for words in model.decoders:
-        unit, count = F.normalize(words, dim=1, eps=1e-6), len(words)
+    for decoder in model.decoders:
+        unit, count = F.normalize(decoder, dim=1, eps=1e-6), len(decoder)
         # The sum over pairs is the squared norm of a width x width matrix, less what each has with itself.
         together = (unit.T @ unit).square().sum() - unit.square().sum(1).square().sum()
         parts.append(together / max(1, count * (count - 1)))
     return torch.stack(parts).mean()
 
 
-def energy(found: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+def energy(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Squared difference of the squared norms of reconstructions and targets, relative to the targets' mean: their
     width, in the model's units."""
     parts = []
-    for one, target in zip(found, targets, strict=True):
+    for output, target in zip(outputs, targets, strict=True):
         has = target.square().sum(1)
-        parts.append(((one.square().sum(1) - has) / target.shape[1]).square().mean())
+        parts.append(((output.square().sum(1) - has) / target.shape[1]).square().mean())
     return torch.stack(parts).mean()
 
 
-def alignment(found: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+def alignment(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """1 minus the cosine between reconstructions and targets, in the model's units."""
-    parts = [1 - F.cosine_similarity(one, target, dim=1).mean() for one, target in zip(found, targets, strict=True)]
+    parts = [
+        1 - F.cosine_similarity(output, target, dim=1).mean() for output, target in zip(outputs, targets, strict=True)
+    ]
     return torch.stack(parts).mean()
 
 
 def group_heads(model: SparseModel, heads: int) -> Tensor:
-    """Group lasso of the words: the norms of each feature's channels of one head, summed, a mean over features."""
+    """Group lasso of the decoder: the norms of each feature's channels of one head, summed, a mean over features."""
     parts = [
-        (words.view(len(words), heads, -1).square().sum(2) + 1e-12).sqrt().sum(1).mean() for words in _heads(model)
+        (directions.view(len(directions), heads, -1).square().sum(2) + 1e-12).sqrt().sum(1).mean()
+        for directions in _directions(model)
     ]
     return torch.stack(parts).sum()
 
 
-def _heads(model: SparseModel) -> list[Tensor]:
+def _directions(model: SparseModel) -> list[Tensor]:
     streams = model.streams
-    return [model.words(s, t) for s in range(len(streams.sources)) for t in streams.written(s)]
+    return [model.decoder_directions(s, t) for s in range(len(streams.sources)) for t in streams.written(s)]
 
 
 def auxiliary(
@@ -87,18 +92,18 @@ def auxiliary(
     ``[features]`` of each source. Where fewer are dead it counts for less, as all of them take part in every row: they
     would grow large and displace living ones. 0 where none is dead."""
     parts = []
-    for s, (stream, asleep) in enumerate(zip(inputs, dead, strict=True)):
-        if not bool(asleep.any()):
+    for s, (stream, mask) in enumerate(zip(inputs, dead, strict=True)):
+        if not bool(mask.any()):
             continue
-        which = asleep.nonzero().squeeze(1)
+        which = mask.nonzero().squeeze(1)
         pre = stream @ model.encoders[s][which].T + model.encoder_biases[s][which]
         largest = pre.topk(min(features, len(which)), dim=1, sorted=False)
         values = torch.zeros_like(pre).scatter(1, largest.indices, largest.values.relu())
         written = model.streams.written(s)
-        said = (values @ model.decoders[s][which]).split([model.streams.target_widths[t] for t in written], 1)
+        outputs = (values @ model.decoders[s][which]).split([model.streams.target_widths[t] for t in written], 1)
         share = min(1.0, len(which) / features)
-        for t, one in zip(written, said, strict=True):
-            parts.append(share * (one - left[t]).square().mean() / left[t].square().mean().clamp_min(1e-12))
+        for t, output in zip(written, outputs, strict=True):
+            parts.append(share * (output - left[t]).square().mean() / left[t].square().mean().clamp_min(1e-12))
     return torch.stack(parts).mean() if parts else torch.zeros((), device=inputs[0].device)
 
 
@@ -113,29 +118,31 @@ def terms(
 ) -> tuple[dict[str, Tensor], list[Code], list[Tensor]]:
     """The ``loss`` and its terms, the codes, and the reconstructions. Terms without weight are not computed."""
     code = model.encode(inputs, bfloat16=bfloat16)
-    found = model.decode(code, inputs)
-    values = {"error": error(found, targets)}
+    outputs = model.decode(code, inputs)
+    values = {"error": error(outputs, targets)}
     if weight.l1:
         values["l1"] = l1(model, code)
     if weight.l0:
         values["l0"] = l0(model, code)
     if weight.dictionary_l1:
-        values["dictionary_l1"] = torch.stack([words.abs().sum(1).mean() for words in model.decoders]).sum()
+        values["dictionary_l1"] = torch.stack([decoder.abs().sum(1).mean() for decoder in model.decoders]).sum()
     if weight.dictionary_l2:
-        values["dictionary_l2"] = torch.stack([words.square().sum(1).mean() for words in model.decoders]).sum()
+        values["dictionary_l2"] = torch.stack([decoder.square().sum(1).mean() for decoder in model.decoders]).sum()
     if weight.orthogonality:
         values["orthogonality"] = orthogonality(model)
     if weight.energy:
-        values["energy"] = energy(found, targets)
+        values["energy"] = energy(outputs, targets)
     if weight.alignment:
-        values["alignment"] = alignment(found, targets)
+        values["alignment"] = alignment(outputs, targets)
     if weight.group_features:
-        values["group_features"] = torch.stack([own.groups(weight.group_size) for own in code]).sum() / code[0].rows
+        values["group_features"] = (
+            torch.stack([features.groups(weight.group_size) for features in code]).sum() / code[0].rows
+        )
     if weight.group_heads:
         values["group_heads"] = group_heads(model, weight.heads)
-    if weight.auxk and any(bool(asleep.any()) for asleep in dead):
-        left = [target - one.detach() for one, target in zip(found, targets, strict=True)]
+    if weight.auxk and any(bool(mask.any()) for mask in dead):
+        left = [target - output.detach() for output, target in zip(outputs, targets, strict=True)]
         values["auxk"] = auxiliary(model, inputs, left, dead, weight.auxk_features)
     factors = {name: 1.0 if name == "error" else float(getattr(weight, name)) for name in values}
     loss = torch.stack([factors[name] * value for name, value in values.items()]).sum()
-    return {"loss": loss, **values}, code, found
+    return {"loss": loss, **values}, code, outputs

@@ -9,6 +9,7 @@ of the store; what takes them to the model's own units, where each channel has a
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -40,12 +41,12 @@ class Streams(NamedTuple):
     sources: list[str]
     """Hook points, in order of execution."""
     targets: list[str]
-    """As many; of an autoencoder the source itself."""
+    """As many as sources; in an autoencoder the source itself."""
     source_widths: list[int]
     target_widths: list[int]
 
     def written(self, source: int) -> range:
-        """Places of the targets that a source writes."""
+        """Indices of the targets that a source writes."""
         return range(source, len(self.targets) if self.kind == "cross_layer" else source + 1)
 
 
@@ -65,16 +66,16 @@ class Scale(nn.Module):
         self.register_buffer("back", back.float().contiguous())
 
     def copied(self) -> Scale:
-        """The same, on the CPU."""
+        """A copy on the CPU."""
         return Scale(self.mean.cpu().clone(), self.factor.cpu().clone(), self.back.cpu().clone())
 
     def forward(self, stream: Tensor) -> Tensor:
-        """To the model's units, ``[rows, width]``."""
+        """``stream`` ``[rows, width]`` in the model's units."""
         centred = stream - self.mean
         return centred @ self.factor if self.factor.ndim == 2 else centred * self.factor
 
     def undo(self, stream: Tensor) -> Tensor:
-        """Back to the store's."""
+        """The inverse: from the model's units to the store's."""
         return (stream @ self.back if self.back.ndim == 2 else stream * self.back) + self.mean
 
 
@@ -93,28 +94,28 @@ class SparseModel(nn.Module):
         spec: SparseModelSpec,
         streams: Streams,
         scales: tuple[Sequence[Scale], Sequence[Scale]],
-        draws: torch.Generator,
+        generator: torch.Generator,
         dictionary: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.streams = spec, streams
         self.about: dict[str, object] = {}
-        """What the file says of the model's training, where it was loaded."""
+        """What the file records of the model's training; empty unless it was loaded."""
         self.read, self.write = nn.ModuleList(scales[0]), nn.ModuleList(scales[1])
         self.features = [max(1, round(spec.expansion * width)) for width in streams.source_widths]
         if dictionary is not None:
             if dictionary.shape[1] != streams.target_widths[0]:
-                what = f"writes {dictionary.shape[1]} channels, and {streams.targets[0]} has {streams.target_widths[0]}"
-                raise InvalidInput.field("spec.model.dictionary", what)
+                text = f"writes {dictionary.shape[1]} channels, and {streams.targets[0]} has {streams.target_widths[0]}"
+                raise InvalidInput.field("spec.model.dictionary", text)
             self.features = [len(dictionary)]
         share = spec.k_ratio or DEFAULT_K_RATIO
         self.k = [spec.k or max(1, round(share * count)) for count in self.features]
         for source, k, count in zip(streams.sources, self.k, self.features, strict=True):
             if k > count and spec.activation in ("topk", "batchtopk"):
-                what = f"{k} is more than the {count} features of {source}; take fewer, or a larger expansion"
-                raise InvalidInput.field("spec.model.k", what)
+                text = f"{k} is more than the {count} features of {source}; take fewer, or a larger expansion"
+                raise InvalidInput.field("spec.model.k", text)
         encoders = [
-            nn.functional.normalize(torch.randn(count, width, generator=draws), dim=1)
+            nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1)
             for count, width in zip(self.features, streams.source_widths, strict=True)
         ]
         self.encoders = nn.ParameterList(encoders)
@@ -138,7 +139,7 @@ class SparseModel(nn.Module):
         self.log_thresholds = nn.ParameterList(
             torch.full((count,), FIRST_THRESHOLD).log() for count in self.features if spec.activation == "jumprelu"
         )
-        # Of batchtopk: what stands for the batch where there is none.
+        # Of batchtopk: replaces the batch's k-th value in evaluation.
         self.register_buffer("threshold", torch.zeros(len(encoders)))
         self.register_buffer("batches", torch.zeros(len(encoders)))
 
@@ -180,13 +181,13 @@ class SparseModel(nn.Module):
             return Code(value, pre=pre)
         positive = pre.relu()
         if kind == "topk":
-            found = positive.topk(k, dim=1, sorted=False)
-            return Code(torch.zeros_like(pre).scatter(1, found.indices, found.values))
+            largest = positive.topk(k, dim=1, sorted=False)
+            return Code(torch.zeros_like(pre).scatter(1, largest.indices, largest.values))
         if kind == "batchtopk":
             least = float(self.threshold[s])
             if self.training:
-                wanted = min(k * len(stream), positive.numel())
-                least = float(positive.detach().flatten().topk(wanted, sorted=False).values.min())
+                count = min(k * len(stream), positive.numel())
+                least = float(positive.detach().flatten().topk(count, sorted=False).values.min())
                 self._remember(s, least)
             return Code(positive * (positive.detach() >= least))
         return Code(positive)
@@ -211,36 +212,41 @@ class SparseModel(nn.Module):
     def decode(self, code: Sequence[Code], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Targets in the model's units, of codes and, where there is a skip, of the sources too."""
         rows = len(inputs[0])
-        found = [bias.expand(rows, -1) for bias in self.decoder_biases]
-        for s, (own, dictionary) in enumerate(zip(code, self.decoders, strict=True)):
+        targets = [bias.expand(rows, -1) for bias in self.decoder_biases]
+        for s, (features, decoder) in enumerate(zip(code, self.decoders, strict=True)):
             written = self.streams.written(s)
-            parts = torch.split(own.decode(dictionary), [self.streams.target_widths[t] for t in written], 1)
-            for t, part in zip(written, parts, strict=True):
-                found[t] = found[t] + part
-        for place, (skip, stream) in enumerate(zip(self.skips, inputs, strict=False)):
-            found[place] = found[place] + stream @ skip.T
-        return found
+            widths = [self.streams.target_widths[t] for t in written]
+            for t, part in zip(written, torch.split(features.decode(decoder), widths, 1), strict=True):
+                targets[t] = targets[t] + part
+        for t, (skip, stream) in enumerate(zip(self.skips, inputs, strict=False)):
+            targets[t] = targets[t] + stream @ skip.T
+        return targets
 
     @torch.no_grad()
     def forward(self, sources: Sequence[Tensor]) -> list[Tensor]:
         """Targets, of sources; both in the numbers of the store, ``[rows, width]`` each."""
         inputs = self.scaled(sources, "read")
-        found = self.decode(self.encode(inputs), inputs)
-        return [scale.undo(part) for scale, part in zip(self.scales("write"), found, strict=True)]
+        targets = self.decode(self.encode(inputs), inputs)
+        return [scale.undo(target) for scale, target in zip(self.scales("write"), targets, strict=True)]
 
-    def words(self, source: int, target: int) -> Tensor:
-        """What a source's features write to a target, ``[features, target width]``."""
+    def decoder_directions(self, source: int, target: int) -> Tensor:
+        """Directions that a source's features write to a target, ``[features, target width]``."""
         written = self.streams.written(source)
         begin = sum(self.streams.target_widths[t] for t in written if t < target)
-        found: Tensor = self.decoders[source].narrow(1, begin, self.streams.target_widths[target])
-        return found
+        directions: Tensor = self.decoders[source].narrow(1, begin, self.streams.target_widths[target])
+        return directions
+
+    def words(self, source: int, target: int) -> Tensor:
+        """The old name of :meth:`decoder_directions`."""
+        warnings.warn("SparseModel.words is decoder_directions now", DeprecationWarning, stacklevel=2)
+        return self.decoder_directions(source, target)
 
     @torch.no_grad()
-    def unit_words(self) -> None:
-        """Make the words of an autoencoder unit vectors: else a penalty of the code could be met by long ones."""
+    def normalize_decoder(self) -> None:
+        """Make the decoder directions of an autoencoder unit vectors: long ones would evade penalties of the code."""
         if self.streams.kind == "sae":
-            for dictionary in self.decoders:
-                dictionary.div_(dictionary.norm(dim=1, keepdim=True).clamp_min(1e-8))
+            for decoder in self.decoders:
+                decoder.div_(decoder.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
     def save(self, folder: Path, about: Mapping[str, object] | None = None) -> None:
         """Write ``model.json`` and ``model.safetensors``; ``about`` is kept in the former."""
@@ -270,9 +276,9 @@ class SparseModel(nn.Module):
                 [Scale(*(state[f"{side}.{i}.{part}"] for part in _SCALE)) for i in range(len(streams.sources))]
                 for side in ("read", "write")
             ]
-            words = torch.zeros(config["features"][0], streams.target_widths[0]) if config["tied"] else None
+            decoder = torch.zeros(config["features"][0], streams.target_widths[0]) if config["tied"] else None
             spec = SparseModelSpec.model_validate(config["model"])
-            model = cls(spec, streams, (scales[0], scales[1]), torch.Generator(), words)
+            model = cls(spec, streams, (scales[0], scales[1]), torch.Generator(), decoder)
             model.load_state_dict(state)
             model.about = dict(config["about"])
         return model.to(device).eval().requires_grad_(False)

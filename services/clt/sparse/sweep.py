@@ -28,15 +28,17 @@ from services.runtime.run import ChildJob, Run
 TABLE = "sweep.csv"
 SPARSITY = ("model.k", "model.k_ratio", "loss.l1", "loss.l0")
 """Options by which more or fewer features are active."""
+SAME = {"model.k": "model.k_ratio", "model.k_ratio": "model.k"}
+"""Options that say the same: the one that a grid varies replaces the other."""
 MOST_NAMED = 15
-"""Lines of a picture that have names beside it."""
+"""Most lines of a plot that its legend names."""
 STATE, PRESENT = "sweep.json", "present"
 Row = dict[str, Any]
 
 
-def parts(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
-    """The runs of a sweep by name: the pair's, then the values of the grid. Raises :class:`InvalidInput` before any is
-    begun for hook points that do not fit and options that are wrong."""
+def run_specs(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
+    """Specs of the runs of a sweep by name: the pair's, then the values of the grid. Raises :class:`InvalidInput`,
+    before any run, for hook points that do not fit and options that are wrong."""
     pairs = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(spec.pairs)]
     if not pairs:
         pairs = store.mlp_pairs()
@@ -44,47 +46,45 @@ def parts(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
         raise InvalidInput.field("spec.pairs", "no module's input and output are both in the store; name the pairs")
     places = [[pair] for pair in pairs] if spec.kind == "pair" else [pairs]
     points = itertools.product(*([(axis.option, value) for value in axis.values] for axis in spec.grid))
-    found: dict[str, CltSpec] = {}
+    specs: dict[str, CltSpec] = {}
     for point, ends in itertools.product(list(points), places):
-        asked = spec.model_dump(mode="json", exclude={"pairs", "grid"})
-        asked |= {"sources": [source for source, _ in ends], "targets": [target for _, target in ends]}
+        fields = spec.model_dump(mode="json", exclude={"pairs", "grid"})
+        fields |= {"sources": [source for source, _ in ends], "targets": [target for _, target in ends]}
         for option, value in point:
-            # They say the same thing: what is varied takes the place of what is not.
-            other = {"model.k": "model.k_ratio", "model.k_ratio": "model.k"}.get(option)
+            other = SAME.get(option)
             if other is not None and all(axis.option != other for axis in spec.grid):
-                _set(asked, other, "null")
-            _set(asked, option, value)
+                _set(fields, other, "null")
+            _set(fields, option, value)
         name = pair_name(*ends[0]) if spec.kind == "pair" else f"clt_{spec.kind}"
         name = "-".join([name, *(f"{option.rpartition('.')[2]}_{_plain(value)}" for option, value in point)])
-        if name in found:
+        if name in specs:
             raise InvalidInput.field("spec", f"two runs would be called {name}; take one of the pairs or values out")
-        if asked["wandb"] is not None:
-            asked["wandb"]["name"] = name
+        if fields["wandb"] is not None:
+            fields["wandb"]["name"] = name
         try:
-            part = CltSpec.model_validate(asked)
+            specs[name] = CltSpec.model_validate(fields)
         except ValidationError as error:
             raise InvalidInput.from_pydantic(error, f"spec.grid ({name})") from None
-        streams_of(part, store)
-        found[name] = part
-    return found
+        streams_of(specs[name], store)
+    return specs
 
 
 def _plain(value: str) -> str:
-    """As it may stand in the name of a folder."""
+    """``value`` without what a folder's name may not have."""
     return re.sub(r"[^A-Za-z0-9_.+-]", "", value)
 
 
-def _set(asked: dict[str, Any], option: str, text: str) -> None:
+def _set(fields: dict[str, Any], option: str, text: str) -> None:
     try:
         value = json.loads(text)
     except ValueError:
         value = text
     *above, last = option.split(".")
     for name in above:
-        asked = asked[name]
-    if last not in asked:
+        fields = fields[name]
+    if last not in fields:
         raise InvalidInput.field("spec.grid", f"there is no option {option}")
-    asked[last] = value
+    fields[last] = value
 
 
 def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
@@ -94,75 +94,74 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
     all of them failed.
     """
     store = ActivationStore.open(run.inputs["activations"])
-    wanted = parts(spec, store)
-    children = run.children({name: ("clt", part) for name, part in wanted.items()})
+    specs = run_specs(spec, store)
+    children = run.children({name: ("clt", part) for name, part in specs.items()})
     with tempfile.TemporaryDirectory() as scratch:
         models = Path(scratch, "models")
-        done = Done(models) if children is None else _gathered(children, run, models)
+        results = Results(models) if children is None else _gathered(children, run, models)
         if children is None:
-            done.take(wanted, run)
-        if not done.rows:
-            name, why = next(iter(done.failed.items()))
+            results.take(specs, run)
+        if not results.rows:
+            name, why = next(iter(results.failed.items()))
             raise InvalidInput.field("spec.grid", f"all runs failed, {name}: {why}")
         report = Path(scratch, "report")
-        compare(report, wanted, done.rows, spec)
+        compare(report, specs, results.rows, spec)
         run.artifact("models", "sparse-models", models)
         run.artifact("report", "report", report)
-    return {"runs": {name: row["figures"] for name, row in done.rows.items()}, "failed": done.failed}
+    return {"runs": {name: row["figures"] for name, row in results.rows.items()}, "failed": results.failed}
 
 
-def _gathered(children: Mapping[str, ChildJob], run: Run, models: Path) -> Done:
-    """What jobs of their own have done."""
-    done = Done(models)
+def _gathered(children: Mapping[str, ChildJob], run: Run, models: Path) -> Results:
+    """Results of child jobs."""
+    results = Results(models)
     for name, child in children.items():
         if child.state == "SUCCEEDED":
-            done.rows[name] = dict(child.result)
+            results.rows[name] = dict(child.result)
             for output in ("model", "report"):
                 shutil.copytree(run.output(child, output), models / name / output)
         else:
-            done.fail(name, child.error, run)
-    return done
+            results.fail(name, child.error, run)
+    return results
 
 
-class Done:
-    """What the runs of a sweep came to so far; models and reports are in ``models``."""
+class Results:
+    """What the runs of a sweep gave so far; models and reports are in ``models``."""
 
     def __init__(self, models: Path) -> None:
         self.models = models
         self.rows: dict[str, Row] = {}
         self.failed: dict[str, str] = {}
         self.present = ""
-        """The run that is under way."""
+        """Name of the run in progress."""
 
     def fail(self, name: str, why: str, run: Run) -> None:
-        """What one run cannot do costs none of the others."""
+        """Record that a run failed; the others go on."""
         self.failed[name] = why
         run.log(f"{name} failed: {why}", "error")
 
-    def take(self, wanted: Mapping[str, CltSpec], run: Run) -> None:
-        """Do the runs one after the other. A checkpoint has the finished ones, and that of the present one."""
-        own = None
+    def take(self, specs: Mapping[str, CltSpec], run: Run) -> None:
+        """Do the runs one after the other. A checkpoint holds the finished ones and that of the present one."""
+        resume = None
         if run.resume is not None:
             kept = json.loads((run.resume / STATE).read_text())
             self.rows, self.failed, self.present = kept["rows"], kept["failed"], kept["present"]
             if (run.resume / "models").exists():
                 shutil.copytree(run.resume / "models", self.models)
-            own = run.resume / PRESENT
-        run.stage("sweep", len(wanted), "runs")
-        for name, part in wanted.items():
+            resume = run.resume / PRESENT
+        run.stage("sweep", len(specs), "runs")
+        for name, part in specs.items():
             if name not in self.rows and name not in self.failed:
-                goes_on = own is not None and own.exists() and name == self.present
+                resumed = resume is not None and resume.exists() and name == self.present
                 self.present = name
-                each = Each(run, self, own if goes_on else None)
                 try:
-                    self.rows[name] = job.run(part, each)
+                    self.rows[name] = job.run(part, SweptRun(run, self, resume if resumed else None))
                 except InvalidInput as error:
                     self.fail(name, error.message, run)
                 run.checkpoint(len(self.rows), self.save)
             run.advance(len(self.rows) + len(self.failed))
 
     def save(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
-        """Write what is there into ``folder``, and with ``write`` the checkpoint of the present run."""
+        """Write the finished runs into ``folder``; ``write`` writes the checkpoint of the present one."""
         kept = {"rows": self.rows, "failed": self.failed, "present": self.present}
         (folder / STATE).write_text(json.dumps(kept))
         for name in self.rows:
@@ -172,12 +171,12 @@ class Done:
             write(folder / PRESENT)
 
 
-class Each(Run):
+class SweptRun(Run):
     """One of several runs in this process: its artifacts are folders beside those of the others."""
 
-    def __init__(self, run: Run, done: Done, resume: Path | None) -> None:
+    def __init__(self, run: Run, results: Results, resume: Path | None) -> None:
         self.device, self.inputs, self.resume = run.device, run.inputs, resume
-        self._run, self._done, self._name = run, done, done.present
+        self._run, self._results, self._name = run, results, results.present
 
     def advance(self, done: int) -> None:
         if done % 100 == 0:
@@ -190,20 +189,20 @@ class Each(Run):
         return self._run.checkpoint_due()
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        self._run.checkpoint(step, lambda folder: self._done.save(folder, write))
+        self._run.checkpoint(step, lambda folder: self._results.save(folder, write))
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
-        shutil.copytree(folder, self._done.models / self._name / name, dirs_exist_ok=True)
+        shutil.copytree(folder, self._results.models / self._name / name, dirs_exist_ok=True)
 
 
-def compare(folder: Path, wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], spec: SweepSpec) -> None:
+def compare(folder: Path, specs: Mapping[str, CltSpec], rows: Mapping[str, Row], spec: SweepSpec) -> None:
     """Write the comparison of the runs into ``folder``: the report, with ``sweep.png``, and ``sweep.csv``."""
     options = [axis.option for axis in spec.grid]
     head = ["run", *options, "fvu", "l0", "dead", "cosine", "features"]
     values = [
         [
             name,
-            *(_get(wanted[name].model_dump(), option) for option in options),
+            *(_get(specs[name].model_dump(), option) for option in options),
             *(row["figures"][key] for key in ("fvu", "l0", "dead", "cosine")),
             row["features"],
         ]
@@ -211,21 +210,21 @@ def compare(folder: Path, wanted: Mapping[str, CltSpec], rows: Mapping[str, Row]
     ]
     report = Report(f"Sweep over {len(rows)} runs")
     alt = "Share of the variance that is left, over active features"
-    report.figure("sweep", tradeoff(wanted, rows, options), alt).table(head, values).spec(spec)
+    report.figure("sweep", tradeoff(specs, rows, options), alt).table(head, values).spec(spec)
     report.write(folder, {"runs": {name: row["figures"] for name, row in rows.items()}}, former="sweep.html")
     with (folder / TABLE).open("w", newline="") as file:
         csv.writer(file).writerows([head, *values])
 
 
-def _get(asked: Mapping[str, Any], option: str) -> Any:
-    value: Any = asked
+def _get(fields: Mapping[str, Any], option: str) -> Any:
+    value: Any = fields
     for name in option.split("."):
         value = value[name]
     return value
 
 
 @plot
-def tradeoff(wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Sequence[str]) -> Figure:
+def tradeoff(specs: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Sequence[str]) -> Figure:
     """What is left over the active features, a line for each pair and each setting of the ``options`` of the grid but
     the one that changes how many are active."""
     along = next((option for option in options if option in SPARSITY), None)
@@ -234,7 +233,7 @@ def tradeoff(wanted: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Se
     axis = figure.subplots()
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, row in rows.items():
-        asked = wanted[name].model_dump()
+        asked = specs[name].model_dump()
         own = [f"{option.rpartition('.')[2]} {_get(asked, option)}" for option in others]
         line = ", ".join([f"{asked['sources'][0]} to {asked['targets'][-1]}", *own])
         lines.setdefault(line, []).append((row["figures"]["l0"], row["figures"]["fvu"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,8 +35,8 @@ from services.runtime.training import (
 
 SMALLEST_ROW = 1e-4
 """Norm of a row, in the model's units, that has a direction."""
-SMALLEST_BEGINNING = 0.01
-"""What features read at first, where no size of theirs would explain anything."""
+SMALLEST_SCALE = 0.01
+"""First scale of the encoder where no positive one would explain anything."""
 REVIVED_LEAD = 1.1
 """Value of a revived feature on its row, as a multiple of the least that is active there."""
 
@@ -76,21 +77,21 @@ class SparseTrainer(Trainer):
         if world.size > training.batch_size:
             raise InvalidInput.field("spec.training.batch_size", f"is less than the {world.size} processes")
         if not store.rows("validation"):
-            text = "the store has no validation rows, so recording was not finished; the command that began it goes on"
+            text = "the store has no validation rows: its recording was interrupted; the same command resumes it"
             raise InvalidInput.field("activations", text)
         check_heads(spec, self.streams)
         if (spec.model.dictionary is None) != (dictionary is None):
             text = "is asked for, and not given" if dictionary is None else "is given, and not asked for"
             raise InvalidInput.field("spec.model.dictionary", text)
         hooks = list(dict.fromkeys([*self.streams.sources, *self.streams.targets]))
-        self._places = [[hooks.index(hook) for hook in side] for side in (self.streams.sources, self.streams.targets)]
+        self._columns = [[hooks.index(hook) for hook in side] for side in (self.streams.sources, self.streams.targets)]
         self._batches = Batches(store, hooks, training.batch_size, seed=spec.seed)
         scales = scales_of(spec, store, self.streams)
-        words = None
+        decoder = None
         if dictionary is not None:
             scales = scales[0], [dictionary_scale(dictionary, self.streams, store)]
-            words = dictionary.decoders[0].detach()
-        self.model = SparseModel(spec.model, self.streams, scales, generator(spec.seed, "init"), words).to(device)
+            decoder = dictionary.decoders[0].detach()
+        self.model = SparseModel(spec.model, self.streams, scales, generator(spec.seed, "init"), decoder).to(device)
         self.model.train()
         self.optimization = Optimization(
             [{"params": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}],
@@ -113,45 +114,45 @@ class SparseTrainer(Trainer):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Have each feature read in the direction of a training row, and what an autoencoder's writes be the same.
+        """Set each feature's encoder direction to a training row, and in an autoencoder its decoder direction too.
 
-        Streams are far from isotropic: of features in random directions most are never among the largest of any row,
+        Streams are far from isotropic: most features in random directions would never be among the largest of any row,
         and die at once.
         """
-        wanted, batches, step = max(self.model.features), list[list[Tensor]](), 0
-        while sum(len(batch[0]) for batch in batches) < wanted:
+        count, batches, step = max(self.model.features), list[list[Tensor]](), 0
+        while sum(len(batch[0]) for batch in batches) < count:
             batches.append(self._sides(self._batches.at(step))[0])
             step += 1
-        for s, (encoder, words) in enumerate(zip(self.model.encoders, self.model.decoders, strict=True)):
+        for s, (encoder, decoder) in enumerate(zip(self.model.encoders, self.model.decoders, strict=True)):
             rows = torch.cat([batch[s] for batch in batches])[: len(encoder)]
             # A row at the mean has no direction.
             known = rows.norm(dim=1) > SMALLEST_ROW
             encoder[known] = torch.nn.functional.normalize(rows[known], dim=1)
             if self.streams.kind == "sae":
-                words.copy_(encoder)
+                decoder.copy_(encoder)
         if bool(self.model.decoders[0].any()):
             self._scale_encoder()
 
     @torch.no_grad()
     def _scale_encoder(self) -> None:
-        """Have what the features write at first, of an autoencoder or with a dictionary, be as large as explains most:
-        rows are alike, and so are features that read them, of which many are active together."""
+        """Scale the encoder so that the first reconstructions, of an autoencoder or with a dictionary, have the
+        least-squares scale: rows are alike, and so are features that read them, of which many are active together."""
         model = self.model
         inputs, targets = self._sides(self._batches.at(0, rank=0, size=self.world.size))
-        (found,) = model.decode(model.encode(inputs), inputs)
-        along, size = float((found * targets[0]).sum()), float(found.square().sum())
-        factor = along / size if along > 0 else SMALLEST_BEGINNING
+        (reconstruction,) = model.decode(model.encode(inputs), inputs)
+        dot, square = float((reconstruction * targets[0]).sum()), float(reconstruction.square().sum())
+        factor = dot / square if dot > 0 else SMALLEST_SCALE
         model.encoders[0] *= factor
         for thresholds in model.log_thresholds:
             # As many are active as before.
             thresholds += math.log(factor)
-        # What was seen is no part of the training.
+        # This batch is no part of the training.
         model.threshold.zero_()
         model.batches.zero_()
 
     @property
     def about(self) -> dict[str, object]:
-        """What a model's file says of its training."""
+        """What a model's file records of its training."""
         return {
             "spec": self.spec.model_dump(mode="json"),
             "source": self.store.manifest.source.model_dump(),
@@ -165,7 +166,7 @@ class SparseTrainer(Trainer):
         return [rows >= self.spec.training.dead_after for rows in self.rows_since_fired]
 
     def _sides(self, streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        sources, targets = ([streams[place].to(self.device) for place in places] for places in self._places)
+        sources, targets = ([streams[column].to(self.device) for column in columns] for columns in self._columns)
         return self.model.scaled(sources, "read"), self.model.scaled(targets, "write")
 
     def advance(self) -> dict[str, Tensor]:
@@ -177,7 +178,7 @@ class SparseTrainer(Trainer):
         """The same with this process's part of a batch, in the model's units."""
         with restored_if_refused([self.model.threshold, self.model.batches]):
             metrics, reconstructions = self._learn(inputs, targets)
-        self.model.unit_words()
+        self.model.normalize_decoder()
         self.step += 1
         training = self.spec.training
         # Not while the rate falls: they would not learn any more.
@@ -215,27 +216,27 @@ class SparseTrainer(Trainer):
         return metrics, reconstructions
 
     @torch.no_grad()
-    def _revive(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    def _revive(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], reconstructions: Sequence[Tensor]) -> None:
         """Set some dead features on rows with large errors (after Bricken et al. 2023, "Towards Monosemanticity",
         appendix): each reads a row of its own so that it is active there, and begins to write as at the start of
-        training: nothing, or in an autoencoder what it reads. Where the words are a dictionary's, its row is the one
-        whose error is most like its word.
+        training: nothing, or in an autoencoder what it reads. Where the decoder is a dictionary's, its row is the one
+        whose error is most like the feature's decoder direction.
 
         A few at a time: rows are alike, and what is active for one takes the place of others in many.
         """
-        errors = torch.stack([(t - f).square().sum(1) for t, f in zip(targets, found, strict=True)]).sum(0)
-        draws = generator(self.spec.seed, "revive", self.step)
-        for s, asleep in enumerate(self.dead):
-            which = asleep.nonzero().squeeze(1)[: min(len(errors), max(1, self.model.k[s] // 2))]
+        errors = torch.stack([(t - f).square().sum(1) for t, f in zip(targets, reconstructions, strict=True)]).sum(0)
+        rng = generator(self.spec.seed, "revive", self.step)
+        for s, dead in enumerate(self.dead):
+            which = dead.nonzero().squeeze(1)[: min(len(errors), max(1, self.model.k[s] // 2))]
             if not len(which):
                 continue
-            encoder, bias, words = self.model.encoders[s], self.model.encoder_biases[s], self.model.decoders[s]
-            left = torch.cat([targets[t] - found[t] for t in self.streams.written(s)], 1)
-            if words.requires_grad:
+            encoder, bias, decoder = self.model.encoders[s], self.model.encoder_biases[s], self.model.decoders[s]
+            left = torch.cat([targets[t] - reconstructions[t] for t in self.streams.written(s)], 1)
+            if decoder.requires_grad:
                 # Two of one row would be the same feature for good.
-                rows = torch.multinomial(errors.square().cpu() + 1e-12, len(which), generator=draws).to(self.device)
+                rows = torch.multinomial(errors.square().cpu() + 1e-12, len(which), generator=rng).to(self.device)
             else:
-                rows = (left @ words[which].T).argmax(0)
+                rows = (left @ decoder[which].T).argmax(0)
             seen = inputs[s][rows]
             value = torch.maximum(left[rows].norm(dim=1), REVIVED_LEAD * self.model.least_active(s, seen))
             # A small row may not make a large feature.
@@ -244,9 +245,9 @@ class SparseTrainer(Trainer):
             encoder[which] = (value / norm).unsqueeze(1) * read
             bias[which] = 0
             changed = [encoder, bias]
-            if words.requires_grad:
-                words[which] = read if self.streams.kind == "sae" else 0
-                changed.append(words)
+            if decoder.requires_grad:
+                decoder[which] = read if self.streams.kind == "sae" else 0
+                changed.append(decoder)
             if self.model.log_thresholds:
                 self.model.log_thresholds[s][which] = math.log(FIRST_THRESHOLD)
                 changed.append(self.model.log_thresholds[s])
@@ -256,7 +257,7 @@ class SparseTrainer(Trainer):
                 # Of 0 the first steps would be several times as long as the others': Adam takes it for a beginning's
                 # at the first step alone.
                 squares = moments["exp_avg_sq"]
-                squares[which] = squares[~asleep].mean(0) if bool((~asleep).any()) else squares.mean()
+                squares[which] = squares[~dead].mean(0) if bool((~dead).any()) else squares.mean()
             self.rows_since_fired[s][which] = 0
         # Others would draw from other rows.
         share(self, self.world)
@@ -274,19 +275,8 @@ class SparseTrainer(Trainer):
         return sum(int(dead.sum()) for dead in self.dead) / sum(self.model.features)
 
     def finished(self) -> SparseModel:
-        """The model as it is now, ready for evaluation."""
-        self.model.eval()
-        read, write = ([scale.copied() for scale in self.model.scales(side)] for side in ("read", "write"))
-        model = SparseModel(
-            self.spec.model,
-            self.streams,
-            (read, write),
-            torch.Generator(),
-            self.model.decoders[0].detach().cpu() if self.spec.model.dictionary is not None else None,
-        )
-        model.load_state_dict({name: value.clone() for name, value in self.model.state_dict().items()})
-        self.model.train()
-        return model.to(self.device).eval().requires_grad_(False)
+        """A copy of the model as it is now, for evaluation."""
+        return copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def histograms(self) -> dict[str, Tensor]:
         return {"density": self.density}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -14,16 +15,9 @@ from ethogram.specs.edits import Steering
 from services.crossmodal import checks
 from services.crossmodal.codec import Batch, Behavior, Codec
 from services.inference.batcher import Arrays
+from services.inference.dataplane import Request
 
 LATENTS, ROWS = "latents", "rows"
-
-
-class Request(NamedTuple):
-    """The checked rows of a request: what a :class:`ServedCodec` computes on without checking them again."""
-
-    arrays: Arrays
-    shape: int
-    """Which of the codec's network shapes the rows have."""
 
 
 class ServedCodec:
@@ -35,10 +29,7 @@ class ServedCodec:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self.network_bytes: int = 4 * codec.layout.size
-        """Most bytes of one network as float32."""
-        self.latent_bytes: int = 4 * codec.latent_dim
-        """Bytes of one latent as float32."""
+        self._network_bytes, self._latent_bytes = 4 * codec.layout.size, 4 * codec.latent_dim
         self.behaviors: tuple[Behavior, ...] = tuple(codec.behaviors)
         """What it can steer, in the model's order."""
 
@@ -51,19 +42,22 @@ class ServedCodec:
         self, networks: Arrays, activation: str | None = None, steering: Steering | None = None
     ) -> Request:
         """Networks, and that the codec has the behaviours of ``steering``; or :class:`InvalidInput`."""
-        if steering is not None:
-            self._codec.check_edits(steering)
-        return _request(lambda: self._codec.check_networks(_tensors(networks), activation))
+        check = partial(self._codec.check_networks, _tensors(networks), activation)
+        if steering is None:
+            return _request(check, "networks")
+        self._codec.check_edits(steering)
+        return _request(check, "networks", self._network_bytes + self._latent_bytes, steering)
 
     def check_signatures(self, signatures: NDArray[Any]) -> Request:
         """Signatures ``[batch, neurons, values]``, or :class:`InvalidInput`."""
-        return _request(lambda: self._codec.check_signatures(torch.tensor(signatures)))
+        return _request(partial(self._codec.check_signatures, torch.tensor(signatures)), "signatures")
 
     def check_latents(self, latents: NDArray[Any], hidden: Sequence[int], activation: str | None) -> Request:
         """Latents ``[batch, latent]`` and the shape of their networks, of those the model knows; or
         :class:`InvalidInput`."""
         shape = checks.shape(hidden, activation, self._codec.layout)
-        return _request(lambda: self._codec.check_latents(torch.tensor(latents), shape))
+        check = partial(self._codec.check_latents, torch.tensor(latents), shape)
+        return _request(check, "latents", self._network_bytes)
 
     @torch.inference_mode()
     def encode(self, arrays: Arrays, shape: int) -> Arrays:
@@ -100,14 +94,17 @@ class ServedCodec:
         return _arrays({"recall": recall, "false_positive_rate": rate})
 
 
-def _request(check: Callable[[], Batch]) -> Request:
+def _request(
+    check: Callable[[], Batch], field: str, answer_bytes: int = 0, steering: Steering | None = None
+) -> Request:
     try:
         batch = check()
     except checks.NotFinite as error:
         # A request's numbers are in the field `data` of a tensor.
-        field, description = error.violations[0]
-        raise InvalidInput.field(f"{field}.data", description) from None
-    return Request({ROWS: batch.rows.numpy()}, batch.shape)
+        path, description = error.violations[0]
+        raise InvalidInput.field(f"{path}.data", description) from None
+    options: dict[str, Hashable] = {"shape": batch.shape} | ({} if steering is None else {"steering": steering})
+    return Request({ROWS: batch.rows.numpy()}, field, options, answer_bytes)
 
 
 def _batch(arrays: Arrays, shape: int) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
@@ -14,20 +14,23 @@ from ethogram.v1 import common_pb2, inference_pb2_grpc
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.wire import steering_of
 from services.inference.batcher import Arrays
-from services.inference.codec.dataplane import Codec, Dataplane
-from services.inference.codec.served import LATENTS
+from services.inference.codec.served import LATENTS, ServedCodec
+from services.inference.dataplane import Dataplane
 from services.inference.messages import reference, required
+from services.inference.repository import Served
 from services.inference.streams import in_order
 
 EFFECT = (LATENTS, "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local")
 
 
-class CodecServicer(inference_pb2_grpc.CodecServiceServicer):
-    """Encode and Decode."""
-
+class _Servicer:
     def __init__(self, dataplane: Dataplane, patient: Dataplane) -> None:
         """``patient`` is for streams: it waits where ``dataplane`` refuses."""
         self._dataplane, self._patient = dataplane, patient
+
+
+class CodecServicer(_Servicer, inference_pb2_grpc.CodecServiceServicer):
+    """Encode and Decode."""
 
     async def Encode(self, request: pb.EncodeRequest, context: object) -> pb.EncodeResponse:
         return await _encode(self._dataplane, request)
@@ -46,15 +49,11 @@ class CodecServicer(inference_pb2_grpc.CodecServiceServicer):
         return in_order(request_iterator, partial(_decode, self._patient))
 
 
-class SteeringServicer(inference_pb2_grpc.SteeringServiceServicer):
+class SteeringServicer(_Servicer, inference_pb2_grpc.SteeringServiceServicer):
     """ListBehaviors, Steer and Evaluate."""
 
-    def __init__(self, dataplane: Dataplane, patient: Dataplane) -> None:
-        """``patient`` is for streams: it waits where ``dataplane`` refuses."""
-        self._dataplane, self._patient = dataplane, patient
-
     async def ListBehaviors(self, request: pb.ListBehaviorsRequest, context: object) -> pb.ListBehaviorsResponse:
-        served = await self._dataplane.model(reference(request.model))
+        served = await self._dataplane.repository.get(reference(request.model), ServedCodec)
         behaviors = [pb.Behavior(**behavior._asdict()) for behavior in served.model.behaviors]
         return pb.ListBehaviorsResponse(behaviors=behaviors, model=_model(served))
 
@@ -76,58 +75,76 @@ class SteeringServicer(inference_pb2_grpc.SteeringServiceServicer):
 
 
 async def _encode(dataplane: Dataplane, request: pb.EncodeRequest) -> pb.EncodeResponse:
-    model = reference(request.model)
+    model, networks = reference(request.model), request.networks
     match request.WhichOneof("input"):
         case "networks":
-            networks = request.networks
-            answer = await dataplane.encode(model, partial(_read, networks), networks.activation or None)
+            arrays, served = await dataplane.run(
+                model, ServedCodec, lambda codec: codec.check_networks(*_read(networks)), ServedCodec.encode
+            )
         case "signatures":
-            answer = await dataplane.encode_signatures(model, partial(_array, request.signatures, "signatures"))
+            arrays, served = await dataplane.run(
+                model,
+                ServedCodec,
+                lambda codec: codec.check_signatures(_array(request.signatures, "signatures")),
+                ServedCodec.encode_signatures,
+            )
         case _:
             raise InvalidInput.field("input", "missing; set networks or signatures")
-    return pb.EncodeResponse(latents=to_tensor(answer.arrays[LATENTS]), model=_model(answer.served))
+    return pb.EncodeResponse(latents=to_tensor(arrays[LATENTS]), model=_model(served))
 
 
 async def _decode(dataplane: Dataplane, request: pb.DecodeRequest) -> pb.DecodeResponse:
-    read, shape = partial(_array, required(request, "latents"), "latents"), request.architecture
-    answer = await dataplane.decode(reference(request.model), read, tuple(shape.hidden), shape.activation or None)
-    return pb.DecodeResponse(networks=_networks(answer.arrays), model=_model(answer.served))
+    latents, shape = required(request, "latents"), request.architecture
+    arrays, served = await dataplane.run(
+        reference(request.model),
+        ServedCodec,
+        lambda codec: codec.check_latents(_array(latents, "latents"), tuple(shape.hidden), shape.activation or None),
+        ServedCodec.decode,
+    )
+    return pb.DecodeResponse(networks=_networks(arrays), model=_model(served))
 
 
 async def _steer(dataplane: Dataplane, request: pb.SteerRequest) -> pb.SteerResponse:
-    networks: pb.Networks = required(request, "networks")
-    answer = await dataplane.steer(
-        reference(request.model), partial(_read, networks), steering_of(request), networks.activation or None
-    )
-    latents = to_tensor(answer.arrays.pop(LATENTS))
-    return pb.SteerResponse(networks=_networks(answer.arrays), latents=latents, model=_model(answer.served))
+    arrays, served = await _on_networks(dataplane, request, ServedCodec.steer, steers=True)
+    latents = to_tensor(arrays.pop(LATENTS))
+    return pb.SteerResponse(networks=_networks(arrays), latents=latents, model=_model(served))
 
 
 async def _evaluate(dataplane: Dataplane, request: pb.EvaluateRequest) -> pb.EvaluateResponse:
-    networks: pb.Networks = required(request, "networks")
-    model, read, activation = reference(request.model), partial(_read, networks), networks.activation or None
     effect = None
     if request.edits:
-        answer = await dataplane.effect(model, read, steering_of(request), activation)
-        arrays = {name: answer.arrays.pop(name) for name in EFFECT}
-        effect = pb.Effect(
-            networks=_networks(answer.arrays), **{name: to_tensor(array) for name, array in arrays.items()}
-        )
+        arrays, served = await _on_networks(dataplane, request, ServedCodec.effect, steers=True)
+        fields = {name: arrays.pop(name) for name in EFFECT}
+        effect = pb.Effect(networks=_networks(arrays), **{name: to_tensor(array) for name, array in fields.items()})
         # What was measured before the edit is what there is without one.
-        recall, rate = arrays["recall"][:, 0], arrays["false_positive_rate"][:, 0]
+        recall, rate = fields["recall"][:, 0], fields["false_positive_rate"][:, 0]
     else:
-        answer = await dataplane.evaluate(model, read, activation)
-        recall, rate = answer.arrays["recall"], answer.arrays["false_positive_rate"]
+        arrays, served = await _on_networks(dataplane, request, ServedCodec.evaluate, steers=False)
+        recall, rate = arrays["recall"], arrays["false_positive_rate"]
     return pb.EvaluateResponse(
-        behaviors=[behavior.name for behavior in answer.served.model.behaviors],
+        behaviors=[behavior.name for behavior in served.model.behaviors],
         recall=to_tensor(recall),
         false_positive_rate=to_tensor(rate),
-        model=_model(answer.served),
+        model=_model(served),
         effect=effect,
     )
 
 
-def _model(served: Codec) -> pb.ModelRef:
+async def _on_networks(
+    dataplane: Dataplane,
+    request: pb.SteerRequest | pb.EvaluateRequest,
+    method: Callable[..., Arrays],
+    *,
+    steers: bool,
+) -> tuple[Arrays, Served[ServedCodec]]:
+    networks: pb.Networks = required(request, "networks")
+    steering = steering_of(request) if steers else None
+    return await dataplane.run(
+        reference(request.model), ServedCodec, lambda codec: codec.check_networks(*_read(networks), steering), method
+    )
+
+
+def _model(served: Served[ServedCodec]) -> pb.ModelRef:
     pointer = served.pointer
     return pb.ModelRef(name=pointer.name, version=pointer.version, tenant=pointer.tenant)
 
@@ -137,8 +154,11 @@ def _array(tensor: common_pb2.Tensor, field: str) -> NDArray[Any]:
     return from_tensor(tensor, field, finite=False)
 
 
-def _read(networks: pb.Networks) -> Arrays:
-    return {name: _array(tensor, f"networks.parameters.{name}") for name, tensor in networks.parameters.items()}
+def _read(networks: pb.Networks) -> tuple[Arrays, str | None]:
+    """Parameters by name, and the activation where one is named."""
+    parameters = networks.parameters.items()
+    arrays = {name: _array(tensor, f"networks.parameters.{name}") for name, tensor in parameters}
+    return arrays, networks.activation or None
 
 
 def _networks(parameters: Arrays) -> pb.Networks:

@@ -1,4 +1,4 @@
-"""What the registry can be asked. Nothing here changes anything."""
+"""Queries of the registry: nothing here writes."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import builtins
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import TypeVar
 
-from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import Session, selectinload
 
 from ethogram.errors import InvalidInput, NotFound
 from services.jobs import cursors, submission, tables, text, transitions
 from services.jobs.database import Database
 from services.jobs.records import LABEL_KEY, ArtifactRow, BackingOff, Depth, Event, Job, RunningAttempt
-from services.jobs.states import JobState
+from services.jobs.states import ACTIVE, UNFINISHED, JobState
 
-ACTIVE = (JobState.RUNNING, JobState.CANCELLING)
+Row = TypeVar("Row", tables.Job, tables.Artifact)
 
 
-class Reading:
-    """The questions."""
+class Queries:
+    """The reading side of the registry."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -44,7 +45,7 @@ class Reading:
         """Jobs, newest first, and the cursor of the next page; ``None`` at the end. ``labels``: all must match;
         ``parent``: only the children of this job.
 
-        Raises :class:`InvalidInput` for a state, limit or cursor that is none.
+        Raises :class:`InvalidInput` for an unknown state, and for a limit or cursor that is not valid.
         """
         submission.check_tenant(tenant)
         text.check(kind, "kind")
@@ -53,25 +54,21 @@ class Reading:
             where.append(tables.Job.kind == kind)
         if state is not None:
             if state not in builtins.list(JobState):
-                raise InvalidInput.field("state", f"is none of {', '.join(JobState)}")
+                raise InvalidInput.field("state", f"must be one of {', '.join(JobState)}")
             where.append(tables.Job.state == str(state))
         if parent is not None:
             text.check(parent, "parent")
             where.append(tables.Job.parent == parent)
         for key, value in (labels or {}).items():
             if not re.fullmatch(LABEL_KEY, key):
-                raise InvalidInput.field("labels", f"{key!a} cannot be a label's name")
+                raise InvalidInput.field("labels", f"{key!a} is not a valid label name")
             text.check(value, f"labels.{key}")
             where.append(tables.Job.labels[key].as_string() == value)
-        if cursor is not None:
-            where.append(tables.Job.number < cursors.decode("jobs", cursor))
-        query = select(tables.Job).where(*where).order_by(tables.Job.number.desc())
-        query = query.limit(cursors.check_limit(limit) + 1).options(selectinload(tables.Job.inputs))
+        query = select(tables.Job).where(*where).options(selectinload(tables.Job.inputs))
         with self._database.read() as session:
-            rows = session.scalars(query).all()
-            more = cursors.encode("jobs", rows[limit - 1].number) if len(rows) > limit else None
+            rows, more = _page(session, query, tables.Job, limit, cursor)
             children = _unfinished_children(session, rows)
-            return [job_of(row, children.get(row.id, [])) for row in rows[:limit]], more
+            return [job_of(row, children.get(row.id, [])) for row in rows], more
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> builtins.list[Event]:
         """Events of ``job`` with ``seq > after``, in order. Raises :class:`NotFound`."""
@@ -92,7 +89,7 @@ class Reading:
         limit: int = 50,
         cursor: str | None = None,
     ) -> tuple[builtins.list[ArtifactRow], str | None]:
-        """Artifacts, newest first, and the cursor of the next page. Of outputs of one name in one job, the last."""
+        """Artifacts, newest first, and the cursor of the next page; of a job's outputs of one name, only the last."""
         submission.check_tenant(tenant)
         text.check(job, "job")
         text.check(type, "type")
@@ -102,29 +99,21 @@ class Reading:
             where.append(table.job == job)
         if type is not None:
             where.append(table.type == type)
-        if cursor is not None:
-            where.append(table.number < cursors.decode("artifacts", cursor))
-        query = select(table).where(*where).order_by(table.number.desc()).limit(cursors.check_limit(limit) + 1)
         with self._database.read() as session:
-            rows = session.scalars(query).all()
-            more = cursors.encode("artifacts", rows[limit - 1].number) if len(rows) > limit else None
-            return [artifact_of(row) for row in rows[:limit]], more
+            rows, more = _page(session, select(table).where(*where), table, limit, cursor)
+            return [artifact_of(row) for row in rows], more
 
     def artifact(self, id: str) -> ArtifactRow:
         """The row of an artifact. Raises :class:`NotFound`."""
         with self._database.read() as session:
-            row = session.scalar(select(tables.Artifact).where(tables.Artifact.id == id)) if text.storable(id) else None
-            if row is None:
-                raise NotFound(f"there is no artifact {id!a}")
-            return artifact_of(row)
+            return artifact_of(self._artifact(session, id))
 
     def depths(self) -> builtins.list[Depth]:
-        """What is in each queue that has jobs which have not ended; it costs as much as there are such jobs."""
+        """What is in each queue with jobs that have not ended. The cost grows with the number of such jobs."""
         job = tables.Job
-        unfinished = [state for state in JobState if not state.terminal]
         query = select(job.queue, job.state, job.ready, func.count(), func.min(job.ready_at))
-        query = query.where(job.state.in_(unfinished)).group_by(job.queue, job.state, job.ready)
-        # Those whose time has come are told apart by the next claim only.
+        query = query.where(job.state.in_(UNFINISHED)).group_by(job.queue, job.state, job.ready)
+        # Jobs whose `not_before` has passed are marked ready only by the next claim.
         late = select(job.queue, func.count(), func.min(job.not_before)).where(due()).group_by(job.queue)
         now = transitions.now()
         found: dict[str, Depth] = {}
@@ -151,7 +140,7 @@ class Reading:
         return sorted(found.values(), key=lambda depth: depth.queue)
 
     def backing_off(self) -> builtins.list[BackingOff]:
-        """Jobs that wait after a crash, for the reconciler to end the wait; see :meth:`Attempts.wake`."""
+        """Jobs that wait after a crash; the reconciler ends the wait by :meth:`Attempts.wake`."""
         job = tables.Job
         query = select(job.id, job.queue, job.claims, job.backoff_seconds).where(
             job.state == JobState.QUEUED, job.ready == tables.FALSE, job.backoff_seconds.is_not(None)
@@ -174,10 +163,10 @@ class Reading:
             ]
 
     def has_work(self, queue: str) -> bool:
-        """Whether a job of ``queue`` could be claimed now; as quick in a long queue as in a short one."""
-        looks = [select(tables.Job.number).where(where).limit(1) for where in (ready(queue), due(queue))]
+        """Whether a job of ``queue`` could be claimed now. The cost does not depend on the length of the queue."""
+        queries = [select(tables.Job.number).where(where).limit(1) for where in (ready(queue), due(queue))]
         with self._database.read() as session:
-            return any(session.scalar(look) is not None for look in looks)
+            return any(session.scalar(query) is not None for query in queries)
 
     def queues_with_work(self) -> builtins.list[str]:
         """Queues in which a job could be claimed now."""
@@ -192,9 +181,15 @@ class Reading:
             raise NotFound(f"there is no job {id!a}")
         return job_of(row, _unfinished_children(session, [row]).get(id, []))
 
+    def _artifact(self, session: Session, id: str) -> tables.Artifact:
+        row = session.scalar(select(tables.Artifact).where(tables.Artifact.id == id)) if text.storable(id) else None
+        if row is None:
+            raise NotFound(f"there is no artifact {id!a}")
+        return row
+
 
 def due(queue: str | None = None) -> ColumnElement[bool]:
-    """Queued jobs that only their ``not_before`` held back, and which has passed."""
+    """Queued jobs that only their ``not_before`` held back, now that it has passed."""
     job = tables.Job
     where = [job.state == JobState.QUEUED, job.ready == tables.FALSE, job.waiting == 0]
     if queue is not None:
@@ -211,18 +206,28 @@ def ready(queue: str | None = None) -> ColumnElement[bool]:
     return and_(*where)
 
 
+def _page(
+    session: Session, query: Select[Row], table: type[Row], limit: int, cursor: str | None
+) -> tuple[Sequence[Row], str | None]:
+    """Rows of ``table``, newest first, and the cursor of the next page."""
+    if cursor is not None:
+        query = query.where(table.number < cursors.decode(table.__tablename__, cursor))
+    rows = session.scalars(query.order_by(table.number.desc()).limit(cursors.check_limit(limit) + 1)).all()
+    more = cursors.encode(table.__tablename__, rows[limit - 1].number) if len(rows) > limit else None
+    return rows[:limit], more
+
+
 def artifact_of(row: tables.Artifact) -> ArtifactRow:
     return ArtifactRow.model_validate(row, from_attributes=True)
 
 
 def _unfinished_children(session: Session, rows: Sequence[tables.Job]) -> dict[str, builtins.list[str]]:
-    """Parent to children that have not ended, for those of ``rows`` that may wait for some."""
+    """Parent -> children that have not ended, for those of ``rows`` that may wait for some."""
     found: dict[str, builtins.list[str]] = {}
     parents = [row.id for row in rows if row.waiting]
     if parents:
         table = tables.Job
-        unfinished = [state for state in JobState if not state.terminal]
-        query = select(table.parent, table.id).where(table.parent.in_(parents), table.state.in_(unfinished))
+        query = select(table.parent, table.id).where(table.parent.in_(parents), table.state.in_(UNFINISHED))
         for parent, child in session.execute(query.order_by(table.number)):
             found.setdefault(str(parent), []).append(child)
     return found
@@ -230,38 +235,12 @@ def _unfinished_children(session: Session, rows: Sequence[tables.Job]) -> dict[s
 
 def job_of(row: tables.Job, children: Sequence[str] = ()) -> Job:
     """The record of a row; ``children``: those it waits for."""
-    state = JobState(row.state)
-    checkpoint = None
-    if row.checkpoint_artifact is not None:
-        checkpoint = {"artifact": row.checkpoint_artifact, "step": row.checkpoint_step}
-    waits_for = {found.needs for found in row.inputs if found.artifact is None and found.needs is not None}
+    computed = {"inputs", "waits_for", "checkpoint"}
+    waits_for = {given.needs for given in row.inputs if given.artifact is None and given.needs is not None}
+    checkpoint = {"artifact": row.checkpoint_artifact, "step": row.checkpoint_step}
     return Job(
-        id=row.id,
-        tenant=row.tenant,
-        kind=row.kind,
-        spec=row.spec,
-        state=state,
-        queue=row.queue,
-        priority=row.priority,
-        parent=row.parent,
-        name=row.name,
-        time_limit_seconds=row.time_limit_seconds,
-        stall_limit_seconds=row.stall_limit_seconds,
-        ran_seconds=row.ran_seconds,
-        labels=row.labels,
-        attempts=row.attempts,
-        max_attempts=row.max_attempts,
-        not_before=row.not_before,
-        inputs={found.path: found.artifact for found in row.inputs if found.artifact is not None},
-        waits_for=[] if state.terminal else [*sorted(waits_for), *children],
-        progress=row.progress,
-        checkpoint=checkpoint,
-        result=row.result,
-        error=row.error,
-        trace=row.trace,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        cancel_requested=row.cancel_requested,
-        seq=row.seq,
+        inputs={given.path: given.artifact for given in row.inputs if given.artifact is not None},
+        waits_for=[] if JobState(row.state).terminal else [*sorted(waits_for), *children],
+        checkpoint=None if row.checkpoint_artifact is None else checkpoint,
+        **{name: getattr(row, name) for name in Job.model_fields.keys() - computed},
     )

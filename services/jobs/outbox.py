@@ -1,11 +1,11 @@
-"""Saying something to Redis without waiting for it."""
+"""Messages to Redis, sent from a thread of their own so that nobody waits for it."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -13,15 +13,15 @@ logger = logging.getLogger(__name__)
 V = TypeVar("V")
 
 
-class Outbox(Generic[V]):
-    """Hands ``(key, value)`` pairs to ``deliver`` in a thread of its own; of a key's values only the newest counts.
+class Outbox(ABC, Generic[V]):
+    """Delivers ``(key, value)`` pairs in a thread of its own; of a key's values only the newest.
 
-    What cannot be delivered is dropped, with one warning per outage: all that goes this way is a hint, and the truth is
-    in the database.
+    What cannot be delivered is dropped, with one warning per outage: each message is only a hint, and the truth is in
+    the database.
     """
 
-    def __init__(self, name: str, deliver: Callable[[str, V], None]) -> None:
-        self._deliver, self._name = deliver, name
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._waiting: dict[str, V] = {}
         self._changed = threading.Condition()
         self._busy = self._broken = self._closed = False
@@ -29,13 +29,13 @@ class Outbox(Generic[V]):
         self._thread.start()
 
     def put(self, key: str, value: V) -> None:
-        """Deliver soon. Never blocks."""
+        """Deliver soon. Never blocks and never fails."""
         with self._changed:
             self._waiting[key] = value
             self._changed.notify_all()
 
-    def flush(self, timeout: float) -> bool:
-        """Wait until everything was tried; False if that took longer than ``timeout`` seconds."""
+    def flush(self, timeout: float = 2.0) -> bool:
+        """Wait until everything was delivered, or tried; False if that took longer than ``timeout`` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
 
@@ -45,6 +45,10 @@ class Outbox(Generic[V]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    @abstractmethod
+    def _deliver(self, key: str, value: V) -> None:
+        """Send one message; called in the thread, and may raise."""
 
     def _work(self) -> None:
         while True:
@@ -64,8 +68,8 @@ class Outbox(Generic[V]):
             except Exception as error:
                 if not self._broken:
                     logger.warning(
-                        "Redis does not answer, so %s does not get through; nothing is lost, jobs only start and show "
-                        "later. Start Redis again, or set REDIS_URL",
+                        "Redis does not answer, so the %s cannot be sent. Nothing is lost: jobs start and show later. "
+                        "Start Redis again, or set REDIS_URL",
                         self._name,
                         extra={"error": str(error)[:300]},
                     )
