@@ -43,15 +43,11 @@ class Outcome:
 
     faults: int
     jobs: int
-    lost: list[str]
-    duplicated: list[str]
-    unequal: list[str]
-    stale_tried: int
-    stale_accepted: list[str]
+    stale_refused: int
     detection: list[float]
-    orphans: list[str]
-    histories: dict[str, list[str]]
-    """Job to its events, as lines."""
+    """Lease periods between a worker's death and the loss of each of its attempts."""
+    wrong: dict[str, list[str]]
+    """What is wrong, by check: ``lost``, ``duplicated``, ``unequal``, ``stale_accepted``, ``orphans``."""
 
 
 def suffer(folder: Path, database: str, *, faults: int, jobs: int, seed: int) -> Outcome:
@@ -89,25 +85,27 @@ def suffer(folder: Path, database: str, *, faults: int, jobs: int, seed: int) ->
         outcome = Outcome(
             faults=injector.counts.total(),
             jobs=len(evidence),
-            lost=[*checks.lost(evidence), *uploads, *workload.errors, *injector.errors],
-            duplicated=checks.duplicated(evidence, keys, workload.roots()),
-            unequal=checks.unequal(evidence),
-            stale_tried=injector.stale_refused,
-            stale_accepted=[*injector.stale_accepted, *checks.stale(evidence)],
+            stale_refused=injector.stale_refused,
             detection=injector.detection,
-            orphans=[],
-            histories={job.job.id: checks.history(job) for job in evidence},
+            wrong={
+                "lost": [*checks.lost(evidence), *uploads, *workload.errors, *injector.errors],
+                "duplicated": checks.duplicated(evidence, keys, workload.roots()),
+                "unequal": checks.unequal(evidence),
+                "stale_accepted": [*injector.stale_accepted, *checks.stale(evidence)],
+            },
         )
         for name, times in sorted(injector.counts.items()):
             say(f"    {times:3} x {name}")
     finally:
         left = arena.close()
-    outcome.orphans += [*arena.orphans.found.values(), *["a job's process outlived its platform"] * left]
-    for check in ("lost", "duplicated", "unequal", "stale_accepted", "orphans"):
-        for sentence in getattr(outcome, check):
+    outlived = ["a job's process outlived its platform"] * left
+    outcome.wrong["orphans"] = [*arena.orphans.found.values(), *outlived]
+    histories = {job.job.id: checks.history(job) for job in evidence}
+    for check, sentences in outcome.wrong.items():
+        for sentence in sentences:
             say(f"WRONG, {check}: {sentence}")
-            for job in set(_JOB.findall(sentence)) & outcome.histories.keys():
-                say("\n".join(outcome.histories.pop(job)))
+            for job_id in set(_JOB.findall(sentence)) & histories.keys():
+                say("\n".join(histories.pop(job_id)))
     return outcome
 
 
@@ -119,9 +117,9 @@ def faults(arguments: argparse.Namespace) -> Figures:
     outcomes = [suffer(folder / database, database, seed=arguments.seed, **share) for database in databases]
 
     def count(check: str) -> int:
-        return sum(len(getattr(outcome, check)) for outcome in outcomes)
+        return sum(len(outcome.wrong[check]) for outcome in outcomes)
 
-    refused, accepted = sum(outcome.stale_tried for outcome in outcomes), count("stale_accepted")
+    refused, accepted = sum(outcome.stale_refused for outcome in outcomes), count("stale_accepted")
     detection = [leases for outcome in outcomes for leases in outcome.detection]
     say(f"{len(detection)} losses of attempts were timed; {refused} stale writes were refused, {accepted} accepted")
     figures = {

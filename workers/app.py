@@ -27,8 +27,7 @@ from services.jobs.registry import JobRegistry
 from services.runtime import scratch
 from workers.ledger import Context
 from workers.metrics import WorkerMetrics, serve_metrics
-from workers.settings import WorkerSettings
-from workers.slots import Slot, slots_of
+from workers.settings import Slot, WorkerSettings, slots_of
 from workers.startup import run_process
 from workers.supervisor import Supervisor
 
@@ -144,9 +143,6 @@ def _listen(app: Any, config: WorkerSettings, runner: SlotRunner, bell: Bell) ->
         for name in config.queues:
             bell.ring(name)
 
-    def keep_logging(**_: Any) -> None:
-        pass
-
     # Untyped.
     queue_type: Any = Queue
     app.conf.update(
@@ -161,7 +157,8 @@ def _listen(app: Any, config: WorkerSettings, runner: SlotRunner, bell: Bell) ->
     )
     app.task(name=RING)(runner.serve)
     signals.worker_ready.connect(ready, weak=False)
-    signals.setup_logging.connect(keep_logging, weak=False)
+    # A receiver keeps Celery from configuring the logs.
+    signals.setup_logging.connect(lambda **_: None, weak=False)
     for noisy in ("celery.app.trace", "celery.worker.strategy"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     PlainWorker(

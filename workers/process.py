@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ethogram.platform.process import describe
 from ethogram.specs.kinds import Kind
-from workers.slots import Slot
+from workers.settings import Slot
 
 READY_SECONDS = 60.0
 TAIL_BYTES = 8192
@@ -168,9 +169,6 @@ def describe_exit(status: int) -> str:
     """An exit status in words."""
     if status >= 0:
         return f"the job's process ended with status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
+    name = describe(status)
     hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
     return f"the job's process was killed by {name}{hint}"

@@ -26,7 +26,7 @@ from services.jobs.registry import Claim, Job
 from services.kinds import request_type, spec_message
 from workers.ledger import Context, Ledger, Outcome, Pulse
 from workers.process import Child, ChildFailed, describe_exit
-from workers.slots import Slot
+from workers.settings import Slot
 
 logger = logging.getLogger(__name__)
 

@@ -162,7 +162,7 @@ class Arena:
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS
-        while not all(map(_answers, self.clients)) or not all(map(self.ready, (*WORKERS, "reconciler"))):
+        while not all(map(self.ready, NAMES)):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the platform was not ready after {READY_SECONDS:.0f} s; its logs: {self.logs}")
             time.sleep(0.05)
@@ -180,13 +180,6 @@ def spawn(errors: list[str], function: Callable[..., None], *arguments: Any) -> 
     thread = threading.Thread(target=guarded, daemon=True)
     thread.start()
     return thread
-
-
-def _answers(client: Client) -> bool:
-    try:
-        return bool(client.info())
-    except Exception:
-        return False
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -41,7 +41,7 @@ class PolicyTrainingSpec(OptimizationSpec):
 
     baseline: Literal["pomo", "rollout"] = "pomo"
     """``pomo``: mean length of the tours that start at each city (Kwon et al. 2020, arXiv 2010.16011); ``rollout``: the
-    greedy tour of the best policy so far (Kool et al. 2019)."""
+    greedy tour of the best policy at any validation so far (Kool et al. 2019)."""
     steps: int = Field(6000, ge=1, le=10_000_000)
     """Optimiser steps; the default takes about ten minutes on two cores."""
     batch_size: int = Field(64, ge=1, le=65_536)
@@ -50,8 +50,6 @@ class PolicyTrainingSpec(OptimizationSpec):
     """Peak learning rate; it falls along a cosine to a hundredth of this."""
     weight_decay: float = Field(1e-6, ge=0, le=1)
     """Weight decay."""
-    validate_every: int = Field(500, ge=1, le=1_000_000)
-    """Steps between validations, at which a ``rollout`` baseline may be replaced."""
     validation: int = Field(512, ge=1, le=100_000)
     """Fixed instances that each validation uses."""
 

@@ -100,8 +100,6 @@ class LossSpec(Spec):
 class CodecTrainingSpec(OptimizationSpec):
     """How the codec is trained: AdamW; gradients are clipped to norm 1."""
 
-    steps: int = Field(4000, ge=1, le=10_000_000)
-    """Most optimiser steps."""
     batch_size: int = Field(256, ge=2, le=65_536, multiple_of=2)
     """Subjects per step, in pairs that share a behaviour."""
     accumulation: int = Field(1, ge=1, le=1024)

@@ -67,7 +67,7 @@ class _PolicyBaselineEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Policy
 
 class PolicyBaseline(_PolicyBaseline, metaclass=_PolicyBaselineEnumTypeWrapper):
     """`pomo`: mean length of the tours that start at each city (Kwon et al. 2020, arXiv 2010.16011); `rollout`: the greedy
-    tour of the best policy so far (Kool et al. 2019).
+    tour of the best policy at any validation so far (Kool et al. 2019).
     """
 
 POLICY_BASELINE_UNSPECIFIED: PolicyBaseline.ValueType  # 0
@@ -397,7 +397,7 @@ class PolicyTrainingSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     baseline: Global___PolicyBaseline.ValueType
     """`pomo`: mean length of the tours that start at each city (Kwon et al. 2020, arXiv 2010.16011); `rollout`: the
-    greedy tour of the best policy so far (Kool et al. 2019).
+    greedy tour of the best policy at any validation so far (Kool et al. 2019).
     """
     steps: _builtins.int
     """Optimiser steps; the default takes about ten minutes on two cores."""
@@ -410,7 +410,7 @@ class PolicyTrainingSpec(_message.Message):
     weight_decay: _builtins.float
     """Weight decay."""
     validate_every: _builtins.int
-    """Steps between validations, at which a `rollout` baseline may be replaced."""
+    """Steps between validations."""
     validation: _builtins.int
     """Fixed instances that each validation uses."""
     precision: Global___PolicyPrecision.ValueType

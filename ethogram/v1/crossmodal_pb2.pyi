@@ -328,7 +328,7 @@ class CodecTrainingSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     COMPILE_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Most optimiser steps."""
+    """Optimiser steps."""
     batch_size: _builtins.int
     """Subjects per step, in pairs that share a behaviour."""
     accumulation: _builtins.int
