@@ -269,7 +269,9 @@ class CltSpec(SparseSpec):
         if len(self.sources) != len(self.targets):
             raise ValueError(f"targets: {len(self.targets)} for {len(self.sources)} sources; give one for each source")
         if self.kind == "pair" and len(self.sources) != 1:
-            raise ValueError("sources: a pair has one source and one target; name them, or use another kind")
+            raise ValueError(
+                "sources: a pair has one source and one target; name them, or use kind per_layer or cross_layer"
+            )
         if self.kind != "pair" and self.model.dictionary is not None:
             raise ValueError("model.dictionary: only kind pair can use a dictionary of its target")
         return self

@@ -67,7 +67,7 @@ def test_an_autoencoder_a_tied_pair_and_a_sweep(store: str, tmp_path: Path, caps
         (["sae", "--hook", "encoder_layer_0_mlp", "--k", "129"], "spec.model.k: 129 is more than the 128"),
         (["sae", "--hook", "encoder_layer_0_mlp", "--k", "4", "--k-ratio", "0.1"], "k_ratio: means the same as k"),
         (["train", "--pair", PAIR, "--kind", "per_layer"], "--pair: is for --kind pair"),
-        (["train"], "name them, or take kind per_layer or cross_layer"),
+        (["train"], "name them, or use kind per_layer or cross_layer"),
         (["sweep", "--grid", "model.k"], "--grid: model.k is not of the form"),
         (["sweep", "--grid", "model.kk=1"], "spec.grid: there is no option model.kk"),
         (["sweep", "--grid", "model.k=x"], "spec.grid"),
