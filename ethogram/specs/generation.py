@@ -68,7 +68,7 @@ class PatternSpec(Spec):
         elif not (name in BUILT_IN or name in REGISTERED or entry_points(group=ENTRY_POINTS, name=name)):
             raise ValueError(
                 f"there is no pattern {name}; use one that `ethogram kinds generation` lists, give a regex, or "
-                f"register it: as an entry point of group {ENTRY_POINTS}, or in this process with "
+                f"register it: as an entry point of the group {ENTRY_POINTS}, or in this process with "
                 "services.zoo.patterns.register"
             )
         return name
