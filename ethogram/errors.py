@@ -114,20 +114,7 @@ class Internal(EthogramError):
     """A defect. The message never contains an exception's text, which is in the log under the request's id."""
 
 
-ERRORS: dict[str, type[EthogramError]] = {
-    cls.reason: cls
-    for cls in (
-        InvalidInput,
-        NotFound,
-        Conflict,
-        IllegalState,
-        StaleAttempt,
-        TimeLimit,
-        TooLarge,
-        Unavailable,
-        Internal,
-    )
-}
+ERRORS: dict[str, type[EthogramError]] = {cls.reason: cls for cls in EthogramError.__subclasses__()}
 
 
 def printable(text: str) -> str:

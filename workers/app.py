@@ -25,10 +25,10 @@ from services.jobs.bell import RING, Bell, celery_app, celery_queue, redis_clien
 from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
 from services.runtime import scratch
+from services.runtime.lifetime import run_process
 from workers.ledger import Context
 from workers.metrics import WorkerMetrics, serve_metrics
 from workers.settings import Slot, WorkerSettings, slots_of
-from workers.startup import run_process
 from workers.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -195,4 +195,4 @@ def main(kinds: Mapping[str, Kind] = KINDS) -> None:
         stopping.set()
         state.should_stop = os.EX_OK
 
-    run_process("workers", "worker", lambda config: serve(config, kinds, stopping), leave)
+    run_process("workers", "worker", WorkerSettings, lambda config: serve(config, kinds, stopping), leave, failure=2)

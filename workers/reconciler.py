@@ -19,10 +19,10 @@ from ethogram.errors import StaleAttempt, Unavailable
 from services.jobs.bell import Bell
 from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
+from services.runtime.lifetime import run_process
 from workers import collector
 from workers.metrics import ReconcilerMetrics, serve_metrics
 from workers.settings import WorkerSettings
-from workers.startup import run_process
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,14 @@ def serve(config: WorkerSettings, stopping: threading.Event) -> None:
 def main() -> None:
     """``python -m workers.reconciler``."""
     stopping = threading.Event()
-    run_process("workers.reconciler", "reconciler", lambda config: serve(config, stopping), stopping.set)
+    run_process(
+        "workers.reconciler",
+        "reconciler",
+        WorkerSettings,
+        lambda config: serve(config, stopping),
+        stopping.set,
+        failure=2,
+    )
 
 
 if __name__ == "__main__":

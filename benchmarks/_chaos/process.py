@@ -26,7 +26,7 @@ def main() -> None:
 
         points.fill_store(folder, "gateway: store full")
         points.die_at(folder, Services, "announce", before="submission committed, bell not rung")
-        sys.exit(gateway.__main__.main())
+        gateway.__main__.main()
     elif role == "worker":
         from kombu.transport.redis import QoS
 

@@ -40,7 +40,7 @@ class Platform:
     """A platform of this process: :meth:`start` it, use ``url``, :meth:`stop` it; or a ``with`` block.
 
     ``port`` is the gateway's; 0 takes a free one. ``say`` is told what a person should know, such as a process that
-    died and was started again.
+    died and was restarted.
     """
 
     def __init__(self, state: StateDir, *, port: int = 0, say: Callable[[str], None] = lambda _: None) -> None:
@@ -110,7 +110,7 @@ class Platform:
     def _start(self, began: float) -> None:
         deadline = began + _START_SECONDS
         port = self._port or free_port()
-        _check_port(port)
+        check_port(port)
         self.url = f"http://{HOST}:{port}"
         inference_port = free_port()
         self.inference = f"{HOST}:{inference_port}"
@@ -194,9 +194,9 @@ class Platform:
             for child in self.children.values():
                 with suppress(OSError):
                     child.trim()
-                    said = child.revive()
-                    if said:
-                        self._say(said)
+                    news = child.revive()
+                    if news:
+                        self._say(news)
 
 
 def free_port() -> int:
@@ -207,7 +207,8 @@ def free_port() -> int:
         return port
 
 
-def _check_port(port: int) -> None:
+def check_port(port: int) -> None:
+    """Raise :class:`Conflict` unless a server can listen on ``port`` of loopback."""
     with socket.socket() as listener:
         # As servers do: a connection of the last owner in TIME_WAIT is no obstacle.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

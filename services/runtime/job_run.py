@@ -110,16 +110,16 @@ class JobRun(Run):
         if missing or any(known[name].state not in TERMINAL for name in parts):
             raise Waiting
         return {
-            name: ChildJob(
-                name=name,
-                job=child.job,
-                state=child.state,
-                outputs=dict(child.outputs),
-                result=json.loads(child.result_json or "{}"),
-                error=child.error,
+            child.name: ChildJob(
+                child.name,
+                child.job,
+                child.state,
+                dict(child.outputs),
+                json.loads(child.result_json or "{}"),
+                child.error,
             )
-            for name, child in known.items()
-            if name in parts
+            for child in self._context.children
+            if child.name in parts
         }
 
     def output(self, child: ChildJob, name: str) -> Path:
@@ -162,11 +162,8 @@ class JobRun(Run):
         wait = max(self._context.checkpoint_seconds, cost / CHECKPOINT_SHARE)
         self._next_checkpoint = time.monotonic() + wait
 
-    def _gathered(self) -> set[str]:
-        """Artifacts of the child jobs: parents of this job's artifacts."""
-        return {artifact for child in self._context.children for artifact in child.outputs.values()}
-
     def _put(self, folder: Path, name: str, type: str) -> tuple[str, int]:
+        gathered = {artifact for child in self._context.children for artifact in child.outputs.values()}
         artifact, manifest = self._store.put(
             folder,
             name=name,
@@ -175,6 +172,6 @@ class JobRun(Run):
             job=self._context.job,
             attempt=self._context.attempt,
             spec=self._spec,
-            parents=sorted({*self._context.inputs.values(), *self._gathered()}),
+            parents=sorted({*self._context.inputs.values(), *gathered}),
         )
         return artifact, manifest.size

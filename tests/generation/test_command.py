@@ -141,7 +141,7 @@ def test_what_fails_leaves_nothing_behind(
     assert call("import", "them/set", "-o", tmp_path / "new") == 1
     assert "SOURCE: the Hugging Face Hub cannot be reached" in capsys.readouterr().err
     assert call("upload", zoo, "zoo") == 2
-    assert "OWNER/NAME: zoo is no name" in capsys.readouterr().err
+    assert "OWNER/NAME: zoo is not a name that the Hub allows" in capsys.readouterr().err
     shutil.copytree(zoo, tmp_path / "broken")
     (tmp_path / "broken" / "data" / "train-000000.parquet").write_bytes(b"PAR1")
     assert call("report", tmp_path / "broken", "-o", tmp_path / "new") == 2

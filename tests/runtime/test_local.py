@@ -155,7 +155,7 @@ def test_what_ends_before_a_checkpoint_leaves_nothing_but_a_store(capsys: pytest
     [
         (["toi"], "KIND: there is no kind 'toi'; there are: generation,"),
         (["toy", "--input", "tabel=table"], "--input: toy has no input 'tabel'; its inputs: table, hint"),
-        (["toy", "--input", "table"], "--input: table: write NAME=PATH"),
+        (["toy", "--input", "table"], "--input: table is not of the form NAME=PATH"),
         (["toy"], "--input: toy needs a file or folder for table, as table=PATH"),
         (["toy", "--input", "table=nowhere"], "--input: nowhere is no file or folder"),
         (["toy", "-i", "table=table", "--set", "hint.artifact=x"], "spec.hint: names an artifact of a platform"),
