@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from benchmarks import _kit
-from ethogram.platform.defaults import HOST
 from ethogram.platform.process import Child
 from ethogram.platform.stack import free_port
+from ethogram.platform.state import HOST
 from ethogram.specs.generation import GenerationSpec
 from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
