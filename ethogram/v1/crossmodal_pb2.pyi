@@ -19,6 +19,67 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ComputePrecision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ComputePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComputePrecision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPUTE_PRECISION_UNSPECIFIED: _ComputePrecision.ValueType  # 0
+    """Not set."""
+    COMPUTE_PRECISION_AUTO: _ComputePrecision.ValueType  # 1
+    """"auto"."""
+    COMPUTE_PRECISION_FLOAT32: _ComputePrecision.ValueType  # 2
+    """"float32"."""
+    COMPUTE_PRECISION_BFLOAT16: _ComputePrecision.ValueType  # 3
+    """"bfloat16"."""
+
+class ComputePrecision(_ComputePrecision, metaclass=_ComputePrecisionEnumTypeWrapper):
+    """Generated from the specs by `make protos`: do not edit below this line.
+
+    Precision of matrix products; `auto`: bfloat16 where the hardware supports it.
+    """
+
+COMPUTE_PRECISION_UNSPECIFIED: ComputePrecision.ValueType  # 0
+"""Not set."""
+COMPUTE_PRECISION_AUTO: ComputePrecision.ValueType  # 1
+""""auto"."""
+COMPUTE_PRECISION_FLOAT32: ComputePrecision.ValueType  # 2
+""""float32"."""
+COMPUTE_PRECISION_BFLOAT16: ComputePrecision.ValueType  # 3
+""""bfloat16"."""
+Global___ComputePrecision: _TypeAlias = ComputePrecision  # noqa: Y015
+
+class _RateSchedule:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RateScheduleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RateSchedule.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RATE_SCHEDULE_UNSPECIFIED: _RateSchedule.ValueType  # 0
+    """Not set."""
+    RATE_SCHEDULE_COSINE: _RateSchedule.ValueType  # 1
+    """"cosine"."""
+    RATE_SCHEDULE_PLATEAU: _RateSchedule.ValueType  # 2
+    """"plateau"."""
+    RATE_SCHEDULE_CONSTANT: _RateSchedule.ValueType  # 3
+    """"constant"."""
+
+class RateSchedule(_RateSchedule, metaclass=_RateScheduleEnumTypeWrapper):
+    """Learning rate after the warm-up. `cosine`: falls to a hundredth at the last step; `plateau`: halves when the
+    validation loss has not fallen for `plateau_patience` validations.
+    """
+
+RATE_SCHEDULE_UNSPECIFIED: RateSchedule.ValueType  # 0
+"""Not set."""
+RATE_SCHEDULE_COSINE: RateSchedule.ValueType  # 1
+""""cosine"."""
+RATE_SCHEDULE_PLATEAU: RateSchedule.ValueType  # 2
+""""plateau"."""
+RATE_SCHEDULE_CONSTANT: RateSchedule.ValueType  # 3
+""""constant"."""
+Global___RateSchedule: _TypeAlias = RateSchedule  # noqa: Y015
+
 class _CodecArchitecture:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -33,10 +94,7 @@ class _CodecArchitectureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Cod
     """"transformer"."""
 
 class CodecArchitecture(_CodecArchitecture, metaclass=_CodecArchitectureEnumTypeWrapper):
-    """Generated from the specs by `make protos`: do not edit below this line.
-
-    `mlp`: fast; `transformer`: self-attention over tokens, and a decoder with cross-attention to the latent.
-    """
+    """`mlp`: fast; `transformer`: self-attention over tokens; its decoder has cross-attention to the latent."""
 
 CODEC_ARCHITECTURE_UNSPECIFIED: CodecArchitecture.ValueType  # 0
 """Not set."""
@@ -62,7 +120,7 @@ class _EncoderInputsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoder
     """"both"."""
 
 class EncoderInputs(_EncoderInputs, metaclass=_EncoderInputsEnumTypeWrapper):
-    """What the encoder sees of a network."""
+    """What the encoder reads of a network."""
 
 ENCODER_INPUTS_UNSPECIFIED: EncoderInputs.ValueType  # 0
 """Not set."""
@@ -92,7 +150,7 @@ class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.Value
     """"cls"."""
 
 class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
-    """How the encoder's tokens become one vector; `cls`: by a token of its own, of the transformer."""
+    """How the encoder pools its tokens; `cls`, of the `transformer`, takes a special token."""
 
 POOLING_UNSPECIFIED: Pooling.ValueType  # 0
 """Not set."""
@@ -120,7 +178,7 @@ class _PositionsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Positions.V
     """"sinusoidal"."""
 
 class Positions(_Positions, metaclass=_PositionsEnumTypeWrapper):
-    """Positions of tokens; an `mlp` with `flatten` has no tokens, and reads this no more than `granularity`."""
+    """Positional encoding of tokens; not used by an `mlp` with `flatten`, which has no tokens."""
 
 POSITIONS_UNSPECIFIED: Positions.ValueType  # 0
 """Not set."""
@@ -144,8 +202,8 @@ class _GranularityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Granulari
     """"chunk"."""
 
 class Granularity(_Granularity, metaclass=_GranularityEnumTypeWrapper):
-    """A token of weights is one neuron's, or (the form of earlier work) any `chunk` numbers in a row. Of the transformer,
-    and of an encoder of weights with `mean` or `max`.
+    """A token of weights holds those of one `neuron`, or `chunk` consecutive weights, as in earlier work; not used by an
+    `mlp` with `flatten`.
     """
 
 GRANULARITY_UNSPECIFIED: Granularity.ValueType  # 0
@@ -170,7 +228,7 @@ class _ContrastiveFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Contr
     """"plain"."""
 
 class ContrastiveForm(_ContrastiveForm, metaclass=_ContrastiveFormEnumTypeWrapper):
-    """`plain`: subjects that share any behaviour are positives; `graded`: as much as their behaviours overlap."""
+    """`plain`: subjects that share any behaviour are positives; `graded`: weighted by the overlap of behaviours."""
 
 CONTRASTIVE_FORM_UNSPECIFIED: ContrastiveForm.ValueType  # 0
 """Not set."""
@@ -200,8 +258,8 @@ class _ReconstructionFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Re
     """"combined"."""
 
 class ReconstructionForm(_ReconstructionForm, metaclass=_ReconstructionFormEnumTypeWrapper):
-    """`normalized`: squared error in which each layer counts alike; `mse`, `mae` and `cosine` of standardised weights, and
-    `combined`, their sum.
+    """`normalized`: squared error in which all layers count alike; `mse`, `mae` and `cosine`: of standardised weights;
+    `combined`: the sum of these three.
     """
 
 RECONSTRUCTION_FORM_UNSPECIFIED: ReconstructionForm.ValueType  # 0
@@ -217,64 +275,6 @@ RECONSTRUCTION_FORM_COSINE: ReconstructionForm.ValueType  # 4
 RECONSTRUCTION_FORM_COMBINED: ReconstructionForm.ValueType  # 5
 """"combined"."""
 Global___ReconstructionForm: _TypeAlias = ReconstructionForm  # noqa: Y015
-
-class _RateSchedule:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _RateScheduleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RateSchedule.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    RATE_SCHEDULE_UNSPECIFIED: _RateSchedule.ValueType  # 0
-    """Not set."""
-    RATE_SCHEDULE_COSINE: _RateSchedule.ValueType  # 1
-    """"cosine"."""
-    RATE_SCHEDULE_PLATEAU: _RateSchedule.ValueType  # 2
-    """"plateau"."""
-    RATE_SCHEDULE_CONSTANT: _RateSchedule.ValueType  # 3
-    """"constant"."""
-
-class RateSchedule(_RateSchedule, metaclass=_RateScheduleEnumTypeWrapper):
-    """After the warm-up: `cosine` to a hundredth at the last step; `plateau`: halved when the validation loss has not
-    fallen at `plateau_patience` validations in a row.
-    """
-
-RATE_SCHEDULE_UNSPECIFIED: RateSchedule.ValueType  # 0
-"""Not set."""
-RATE_SCHEDULE_COSINE: RateSchedule.ValueType  # 1
-""""cosine"."""
-RATE_SCHEDULE_PLATEAU: RateSchedule.ValueType  # 2
-""""plateau"."""
-RATE_SCHEDULE_CONSTANT: RateSchedule.ValueType  # 3
-""""constant"."""
-Global___RateSchedule: _TypeAlias = RateSchedule  # noqa: Y015
-
-class _ComputePrecision:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _ComputePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComputePrecision.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    COMPUTE_PRECISION_UNSPECIFIED: _ComputePrecision.ValueType  # 0
-    """Not set."""
-    COMPUTE_PRECISION_AUTO: _ComputePrecision.ValueType  # 1
-    """"auto"."""
-    COMPUTE_PRECISION_FLOAT32: _ComputePrecision.ValueType  # 2
-    """"float32"."""
-    COMPUTE_PRECISION_BFLOAT16: _ComputePrecision.ValueType  # 3
-    """"bfloat16"."""
-
-class ComputePrecision(_ComputePrecision, metaclass=_ComputePrecisionEnumTypeWrapper):
-    """Of the codec's matrix products; `auto`: bfloat16 where the device has units for it."""
-
-COMPUTE_PRECISION_UNSPECIFIED: ComputePrecision.ValueType  # 0
-"""Not set."""
-COMPUTE_PRECISION_AUTO: ComputePrecision.ValueType  # 1
-""""auto"."""
-COMPUTE_PRECISION_FLOAT32: ComputePrecision.ValueType  # 2
-""""float32"."""
-COMPUTE_PRECISION_BFLOAT16: ComputePrecision.ValueType  # 3
-""""bfloat16"."""
-Global___ComputePrecision: _TypeAlias = ComputePrecision  # noqa: Y015
 
 @_typing.final
 class RunCrossmodalRequest(_message.Message):
@@ -307,260 +307,8 @@ class RunCrossmodalRequest(_message.Message):
 Global___RunCrossmodalRequest: _TypeAlias = RunCrossmodalRequest  # noqa: Y015
 
 @_typing.final
-class CodecSpec(_message.Message):
-    """Architecture of the encoder and the decoder."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ARCHITECTURE_FIELD_NUMBER: _builtins.int
-    INPUTS_FIELD_NUMBER: _builtins.int
-    LATENT_DIM_FIELD_NUMBER: _builtins.int
-    HIDDEN_DIM_FIELD_NUMBER: _builtins.int
-    DEPTH_FIELD_NUMBER: _builtins.int
-    HEADS_FIELD_NUMBER: _builtins.int
-    POOLING_FIELD_NUMBER: _builtins.int
-    POSITIONS_FIELD_NUMBER: _builtins.int
-    GRANULARITY_FIELD_NUMBER: _builtins.int
-    CHUNK_FIELD_NUMBER: _builtins.int
-    SIGNATURE_COMPONENTS_FIELD_NUMBER: _builtins.int
-    CANONICALIZE_FIELD_NUMBER: _builtins.int
-    architecture: Global___CodecArchitecture.ValueType
-    """`mlp`: fast; `transformer`: self-attention over tokens, and a decoder with cross-attention to the latent."""
-    inputs: Global___EncoderInputs.ValueType
-    """What the encoder sees of a network."""
-    latent_dim: _builtins.int
-    """Length of a latent vector."""
-    hidden_dim: _builtins.int
-    """Width of the hidden layers, and of a token in them."""
-    depth: _builtins.int
-    """Hidden layers of each side."""
-    heads: _builtins.int
-    """Attention heads; `hidden_dim` divides into them. Of the transformer alone: an `mlp` has none."""
-    pooling: Global___Pooling.ValueType
-    """How the encoder's tokens become one vector; `cls`: by a token of its own, of the transformer."""
-    positions: Global___Positions.ValueType
-    """Positions of tokens; an `mlp` with `flatten` has no tokens, and reads this no more than `granularity`."""
-    granularity: Global___Granularity.ValueType
-    """A token of weights is one neuron's, or (the form of earlier work) any `chunk` numbers in a row. Of the transformer,
-    and of an encoder of weights with `mean` or `max`.
-    """
-    chunk: _builtins.int
-    """Numbers of a token of granularity `chunk`; nothing else reads it."""
-    signature_components: _builtins.int
-    """Principal components of the standardised inputs that enter an `mlp` with `flatten`; at most the training subjects."""
-    canonicalize: _builtins.bool
-    """Whether hidden neurons are matched to a reference network's (by their activations on the probes) and, for relu,
-    scaled to incoming weights of norm 1, before anything else; None: where the zoo's `init` is independent.
-    """
-    def __init__(
-        self,
-        *,
-        architecture: Global___CodecArchitecture.ValueType | None = ...,
-        inputs: Global___EncoderInputs.ValueType | None = ...,
-        latent_dim: _builtins.int | None = ...,
-        hidden_dim: _builtins.int | None = ...,
-        depth: _builtins.int | None = ...,
-        heads: _builtins.int | None = ...,
-        pooling: Global___Pooling.ValueType | None = ...,
-        positions: Global___Positions.ValueType | None = ...,
-        granularity: Global___Granularity.ValueType | None = ...,
-        chunk: _builtins.int | None = ...,
-        signature_components: _builtins.int | None = ...,
-        canonicalize: _builtins.bool | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_architecture", b"_architecture", "_canonicalize", b"_canonicalize", "_chunk", b"_chunk", "_depth", b"_depth", "_granularity", b"_granularity", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_inputs", b"_inputs", "_latent_dim", b"_latent_dim", "_pooling", b"_pooling", "_positions", b"_positions", "_signature_components", b"_signature_components", "architecture", b"architecture", "canonicalize", b"canonicalize", "chunk", b"chunk", "depth", b"depth", "granularity", b"granularity", "heads", b"heads", "hidden_dim", b"hidden_dim", "inputs", b"inputs", "latent_dim", b"latent_dim", "pooling", b"pooling", "positions", b"positions", "signature_components", b"signature_components"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_architecture", b"_architecture", "_canonicalize", b"_canonicalize", "_chunk", b"_chunk", "_depth", b"_depth", "_granularity", b"_granularity", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_inputs", b"_inputs", "_latent_dim", b"_latent_dim", "_pooling", b"_pooling", "_positions", b"_positions", "_signature_components", b"_signature_components", "architecture", b"architecture", "canonicalize", b"canonicalize", "chunk", b"chunk", "depth", b"depth", "granularity", b"granularity", "heads", b"heads", "hidden_dim", b"hidden_dim", "inputs", b"inputs", "latent_dim", b"latent_dim", "pooling", b"pooling", "positions", b"positions", "signature_components", b"signature_components"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__architecture: _TypeAlias = _typing.Literal["architecture"]  # noqa: Y015
-    _WhichOneofArgType__architecture: _TypeAlias = _typing.Literal["_architecture", b"_architecture"]  # noqa: Y015
-    _WhichOneofReturnType__canonicalize: _TypeAlias = _typing.Literal["canonicalize"]  # noqa: Y015
-    _WhichOneofArgType__canonicalize: _TypeAlias = _typing.Literal["_canonicalize", b"_canonicalize"]  # noqa: Y015
-    _WhichOneofReturnType__chunk: _TypeAlias = _typing.Literal["chunk"]  # noqa: Y015
-    _WhichOneofArgType__chunk: _TypeAlias = _typing.Literal["_chunk", b"_chunk"]  # noqa: Y015
-    _WhichOneofReturnType__depth: _TypeAlias = _typing.Literal["depth"]  # noqa: Y015
-    _WhichOneofArgType__depth: _TypeAlias = _typing.Literal["_depth", b"_depth"]  # noqa: Y015
-    _WhichOneofReturnType__granularity: _TypeAlias = _typing.Literal["granularity"]  # noqa: Y015
-    _WhichOneofArgType__granularity: _TypeAlias = _typing.Literal["_granularity", b"_granularity"]  # noqa: Y015
-    _WhichOneofReturnType__heads: _TypeAlias = _typing.Literal["heads"]  # noqa: Y015
-    _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
-    _WhichOneofReturnType__hidden_dim: _TypeAlias = _typing.Literal["hidden_dim"]  # noqa: Y015
-    _WhichOneofArgType__hidden_dim: _TypeAlias = _typing.Literal["_hidden_dim", b"_hidden_dim"]  # noqa: Y015
-    _WhichOneofReturnType__inputs: _TypeAlias = _typing.Literal["inputs"]  # noqa: Y015
-    _WhichOneofArgType__inputs: _TypeAlias = _typing.Literal["_inputs", b"_inputs"]  # noqa: Y015
-    _WhichOneofReturnType__latent_dim: _TypeAlias = _typing.Literal["latent_dim"]  # noqa: Y015
-    _WhichOneofArgType__latent_dim: _TypeAlias = _typing.Literal["_latent_dim", b"_latent_dim"]  # noqa: Y015
-    _WhichOneofReturnType__pooling: _TypeAlias = _typing.Literal["pooling"]  # noqa: Y015
-    _WhichOneofArgType__pooling: _TypeAlias = _typing.Literal["_pooling", b"_pooling"]  # noqa: Y015
-    _WhichOneofReturnType__positions: _TypeAlias = _typing.Literal["positions"]  # noqa: Y015
-    _WhichOneofArgType__positions: _TypeAlias = _typing.Literal["_positions", b"_positions"]  # noqa: Y015
-    _WhichOneofReturnType__signature_components: _TypeAlias = _typing.Literal["signature_components"]  # noqa: Y015
-    _WhichOneofArgType__signature_components: _TypeAlias = _typing.Literal["_signature_components", b"_signature_components"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__architecture) -> _WhichOneofReturnType__architecture | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__canonicalize) -> _WhichOneofReturnType__canonicalize | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__chunk) -> _WhichOneofReturnType__chunk | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__depth) -> _WhichOneofReturnType__depth | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__granularity) -> _WhichOneofReturnType__granularity | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_dim) -> _WhichOneofReturnType__hidden_dim | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__inputs) -> _WhichOneofReturnType__inputs | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__latent_dim) -> _WhichOneofReturnType__latent_dim | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__pooling) -> _WhichOneofReturnType__pooling | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__positions) -> _WhichOneofReturnType__positions | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__signature_components) -> _WhichOneofReturnType__signature_components | None: ...
-
-Global___CodecSpec: _TypeAlias = CodecSpec  # noqa: Y015
-
-@_typing.final
-class LossSpec(_message.Message):
-    """The objective: gamma x contrastive + (1 - gamma) x the sum of the other terms by their weights, of which 0 switches a
-    term off.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    GAMMA_FIELD_NUMBER: _builtins.int
-    GAMMA_END_FIELD_NUMBER: _builtins.int
-    CONTRASTIVE_FIELD_NUMBER: _builtins.int
-    TEMPERATURE_FIELD_NUMBER: _builtins.int
-    TEMPERATURE_END_FIELD_NUMBER: _builtins.int
-    PROJECTION_FIELD_NUMBER: _builtins.int
-    RECONSTRUCTION_FIELD_NUMBER: _builtins.int
-    RECONSTRUCTION_FORM_FIELD_NUMBER: _builtins.int
-    BEHAVIOR_FIELD_NUMBER: _builtins.int
-    STEERING_FIELD_NUMBER: _builtins.int
-    DIRECT_FIELD_NUMBER: _builtins.int
-    LOCALITY_FIELD_NUMBER: _builtins.int
-    VARIANCE_FIELD_NUMBER: _builtins.int
-    MEND_FIELD_NUMBER: _builtins.int
-    gamma: _builtins.float
-    """Share of the supervised contrastive loss over shared behaviours, at the beginning."""
-    gamma_end: _builtins.float
-    """Share at the end, with a straight line between; None: the same."""
-    contrastive: Global___ContrastiveForm.ValueType
-    """`plain`: subjects that share any behaviour are positives; `graded`: as much as their behaviours overlap."""
-    temperature: _builtins.float
-    """Temperature of the contrastive loss, at the beginning."""
-    temperature_end: _builtins.float
-    """Temperature at the end; None: the same."""
-    projection: _builtins.int
-    """Numbers of a projection head between the latent and the contrastive loss; None: no head."""
-    reconstruction: _builtins.float
-    """Weight of the error of the weights."""
-    reconstruction_form: Global___ReconstructionForm.ValueType
-    """`normalized`: squared error in which each layer counts alike; `mse`, `mae` and `cosine` of standardised weights,
-    and `combined`, their sum.
-    """
-    behavior: _builtins.float
-    """Weight of the disagreement of decoded and source networks on fresh sequences."""
-    steering: _builtins.float
-    """Weight of the error of residual edits (source weights plus the change of the decoded ones) on what the edit asks
-    for.
-    """
-    direct: _builtins.float
-    """The same for direct edits (the decoded weights themselves)."""
-    locality: _builtins.float
-    """Share of the two steering terms that asks for the source's own answers where the edit decides nothing."""
-    variance: _builtins.float
-    """Weight of the guard against collapse: what the latents' standard deviations lack to 1, a mean over them."""
-    mend: _builtins.bool
-    """Whether there, where the source errs, the exact label is asked for instead; else its errors are kept."""
-    def __init__(
-        self,
-        *,
-        gamma: _builtins.float | None = ...,
-        gamma_end: _builtins.float | None = ...,
-        contrastive: Global___ContrastiveForm.ValueType | None = ...,
-        temperature: _builtins.float | None = ...,
-        temperature_end: _builtins.float | None = ...,
-        projection: _builtins.int | None = ...,
-        reconstruction: _builtins.float | None = ...,
-        reconstruction_form: Global___ReconstructionForm.ValueType | None = ...,
-        behavior: _builtins.float | None = ...,
-        steering: _builtins.float | None = ...,
-        direct: _builtins.float | None = ...,
-        locality: _builtins.float | None = ...,
-        variance: _builtins.float | None = ...,
-        mend: _builtins.bool | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_gamma", b"_gamma", "_gamma_end", b"_gamma_end", "_locality", b"_locality", "_mend", b"_mend", "_projection", b"_projection", "_reconstruction", b"_reconstruction", "_reconstruction_form", b"_reconstruction_form", "_steering", b"_steering", "_temperature", b"_temperature", "_temperature_end", b"_temperature_end", "_variance", b"_variance", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "gamma", b"gamma", "gamma_end", b"gamma_end", "locality", b"locality", "mend", b"mend", "projection", b"projection", "reconstruction", b"reconstruction", "reconstruction_form", b"reconstruction_form", "steering", b"steering", "temperature", b"temperature", "temperature_end", b"temperature_end", "variance", b"variance"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_gamma", b"_gamma", "_gamma_end", b"_gamma_end", "_locality", b"_locality", "_mend", b"_mend", "_projection", b"_projection", "_reconstruction", b"_reconstruction", "_reconstruction_form", b"_reconstruction_form", "_steering", b"_steering", "_temperature", b"_temperature", "_temperature_end", b"_temperature_end", "_variance", b"_variance", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "gamma", b"gamma", "gamma_end", b"gamma_end", "locality", b"locality", "mend", b"mend", "projection", b"projection", "reconstruction", b"reconstruction", "reconstruction_form", b"reconstruction_form", "steering", b"steering", "temperature", b"temperature", "temperature_end", b"temperature_end", "variance", b"variance"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__behavior: _TypeAlias = _typing.Literal["behavior"]  # noqa: Y015
-    _WhichOneofArgType__behavior: _TypeAlias = _typing.Literal["_behavior", b"_behavior"]  # noqa: Y015
-    _WhichOneofReturnType__contrastive: _TypeAlias = _typing.Literal["contrastive"]  # noqa: Y015
-    _WhichOneofArgType__contrastive: _TypeAlias = _typing.Literal["_contrastive", b"_contrastive"]  # noqa: Y015
-    _WhichOneofReturnType__direct: _TypeAlias = _typing.Literal["direct"]  # noqa: Y015
-    _WhichOneofArgType__direct: _TypeAlias = _typing.Literal["_direct", b"_direct"]  # noqa: Y015
-    _WhichOneofReturnType__gamma: _TypeAlias = _typing.Literal["gamma"]  # noqa: Y015
-    _WhichOneofArgType__gamma: _TypeAlias = _typing.Literal["_gamma", b"_gamma"]  # noqa: Y015
-    _WhichOneofReturnType__gamma_end: _TypeAlias = _typing.Literal["gamma_end"]  # noqa: Y015
-    _WhichOneofArgType__gamma_end: _TypeAlias = _typing.Literal["_gamma_end", b"_gamma_end"]  # noqa: Y015
-    _WhichOneofReturnType__locality: _TypeAlias = _typing.Literal["locality"]  # noqa: Y015
-    _WhichOneofArgType__locality: _TypeAlias = _typing.Literal["_locality", b"_locality"]  # noqa: Y015
-    _WhichOneofReturnType__mend: _TypeAlias = _typing.Literal["mend"]  # noqa: Y015
-    _WhichOneofArgType__mend: _TypeAlias = _typing.Literal["_mend", b"_mend"]  # noqa: Y015
-    _WhichOneofReturnType__projection: _TypeAlias = _typing.Literal["projection"]  # noqa: Y015
-    _WhichOneofArgType__projection: _TypeAlias = _typing.Literal["_projection", b"_projection"]  # noqa: Y015
-    _WhichOneofReturnType__reconstruction: _TypeAlias = _typing.Literal["reconstruction"]  # noqa: Y015
-    _WhichOneofArgType__reconstruction: _TypeAlias = _typing.Literal["_reconstruction", b"_reconstruction"]  # noqa: Y015
-    _WhichOneofReturnType__reconstruction_form: _TypeAlias = _typing.Literal["reconstruction_form"]  # noqa: Y015
-    _WhichOneofArgType__reconstruction_form: _TypeAlias = _typing.Literal["_reconstruction_form", b"_reconstruction_form"]  # noqa: Y015
-    _WhichOneofReturnType__steering: _TypeAlias = _typing.Literal["steering"]  # noqa: Y015
-    _WhichOneofArgType__steering: _TypeAlias = _typing.Literal["_steering", b"_steering"]  # noqa: Y015
-    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
-    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
-    _WhichOneofReturnType__temperature_end: _TypeAlias = _typing.Literal["temperature_end"]  # noqa: Y015
-    _WhichOneofArgType__temperature_end: _TypeAlias = _typing.Literal["_temperature_end", b"_temperature_end"]  # noqa: Y015
-    _WhichOneofReturnType__variance: _TypeAlias = _typing.Literal["variance"]  # noqa: Y015
-    _WhichOneofArgType__variance: _TypeAlias = _typing.Literal["_variance", b"_variance"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__behavior) -> _WhichOneofReturnType__behavior | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__contrastive) -> _WhichOneofReturnType__contrastive | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__direct) -> _WhichOneofReturnType__direct | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__gamma) -> _WhichOneofReturnType__gamma | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__gamma_end) -> _WhichOneofReturnType__gamma_end | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__locality) -> _WhichOneofReturnType__locality | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__mend) -> _WhichOneofReturnType__mend | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__projection) -> _WhichOneofReturnType__projection | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction) -> _WhichOneofReturnType__reconstruction | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction_form) -> _WhichOneofReturnType__reconstruction_form | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__steering) -> _WhichOneofReturnType__steering | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_end) -> _WhichOneofReturnType__temperature_end | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__variance) -> _WhichOneofReturnType__variance | None: ...
-
-Global___LossSpec: _TypeAlias = LossSpec  # noqa: Y015
-
-@_typing.final
 class CodecTrainingSpec(_message.Message):
-    """How the codec is trained (AdamW, gradients clipped to norm 1)."""
+    """How the codec is trained: AdamW; gradients are clipped to norm 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -580,39 +328,37 @@ class CodecTrainingSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     COMPILE_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Most optimiser steps."""
+    """Optimiser steps."""
     batch_size: _builtins.int
     """Subjects per step, in pairs that share a behaviour."""
     accumulation: _builtins.int
-    """Parts of a step's batch that go through the model one after the other, with their gradients added."""
+    """Parts of each batch that pass through the model one after the other; their gradients are added."""
     learning_rate: _builtins.float
     """Peak learning rate."""
     schedule: Global___RateSchedule.ValueType
-    """After the warm-up: `cosine` to a hundredth at the last step; `plateau`: halved when the validation loss has not
-    fallen at `plateau_patience` validations in a row.
+    """Learning rate after the warm-up. `cosine`: falls to a hundredth at the last step; `plateau`: halves when the
+    validation loss has not fallen for `plateau_patience` validations.
     """
     warm_up: _builtins.int
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     plateau_patience: _builtins.int
-    """See `schedule`."""
+    """Validations without improvement before `plateau` halves the learning rate."""
     patience: _builtins.int
-    """Early stopping: training ends when the validation loss has not fallen at so many validations in a row, and the best
-    model is kept. None: all steps are taken.
-    """
+    """Validations without improvement before training stops and the best model is kept; None: all steps are taken."""
     validate_every: _builtins.int
     """Steps between validations."""
     queries: _builtins.int
-    """Fresh sequences per step and subject on which decoded networks are run."""
+    """Fresh sequences per step and subject on which decoded networks are evaluated."""
     several: _builtins.float
-    """Share of the edits in training that change two behaviours: one is gained and one is lost."""
+    """Share of the edits in training that add one behaviour and remove another."""
     weight_decay: _builtins.float
-    """Weight decay; the directions have none."""
+    """Weight decay, except of the steering directions."""
     ema: _builtins.float
-    """Decay of the running mean of the parameters over the steps, which is the model that is kept; 0: the last step's."""
+    """Decay of the exponential moving average of the parameters, which is the final model; 0: no average."""
     precision: Global___ComputePrecision.ValueType
-    """Of the codec's matrix products; `auto`: bfloat16 where the device has units for it."""
+    """Precision of matrix products; `auto`: bfloat16 where the hardware supports it."""
     compile: _builtins.bool
-    """Whether `torch.compile` is used: a minute at the start, faster steps on a GPU."""
+    """Whether to use `torch.compile`, which takes a minute at the start and speeds up steps on a GPU."""
     def __init__(
         self,
         *,
@@ -700,8 +446,260 @@ class CodecTrainingSpec(_message.Message):
 Global___CodecTrainingSpec: _TypeAlias = CodecTrainingSpec  # noqa: Y015
 
 @_typing.final
+class CodecSpec(_message.Message):
+    """Architecture of the encoder and the decoder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    LATENT_DIM_FIELD_NUMBER: _builtins.int
+    HIDDEN_DIM_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    GRANULARITY_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    SIGNATURE_COMPONENTS_FIELD_NUMBER: _builtins.int
+    CANONICALIZE_FIELD_NUMBER: _builtins.int
+    architecture: Global___CodecArchitecture.ValueType
+    """`mlp`: fast; `transformer`: self-attention over tokens; its decoder has cross-attention to the latent."""
+    inputs: Global___EncoderInputs.ValueType
+    """What the encoder reads of a network."""
+    latent_dim: _builtins.int
+    """Length of a latent vector."""
+    hidden_dim: _builtins.int
+    """Width of the hidden layers and of their tokens."""
+    depth: _builtins.int
+    """Hidden layers of the encoder, and of the decoder."""
+    heads: _builtins.int
+    """Attention heads of the `transformer`; `hidden_dim` divides into them."""
+    pooling: Global___Pooling.ValueType
+    """How the encoder pools its tokens; `cls`, of the `transformer`, takes a special token."""
+    positions: Global___Positions.ValueType
+    """Positional encoding of tokens; not used by an `mlp` with `flatten`, which has no tokens."""
+    granularity: Global___Granularity.ValueType
+    """A token of weights holds those of one `neuron`, or `chunk` consecutive weights, as in earlier work; not used by an
+    `mlp` with `flatten`.
+    """
+    chunk: _builtins.int
+    """Weights per token of granularity `chunk`."""
+    signature_components: _builtins.int
+    """Principal components of the standardised inputs of an `mlp` with `flatten`; at most as many as there are training
+    subjects.
+    """
+    canonicalize: _builtins.bool
+    """Whether hidden neurons are first matched to a reference network's, by their activations on the probes, and for relu
+    scaled to incoming weights of norm 1; None: if the zoo's `init` is independent.
+    """
+    def __init__(
+        self,
+        *,
+        architecture: Global___CodecArchitecture.ValueType | None = ...,
+        inputs: Global___EncoderInputs.ValueType | None = ...,
+        latent_dim: _builtins.int | None = ...,
+        hidden_dim: _builtins.int | None = ...,
+        depth: _builtins.int | None = ...,
+        heads: _builtins.int | None = ...,
+        pooling: Global___Pooling.ValueType | None = ...,
+        positions: Global___Positions.ValueType | None = ...,
+        granularity: Global___Granularity.ValueType | None = ...,
+        chunk: _builtins.int | None = ...,
+        signature_components: _builtins.int | None = ...,
+        canonicalize: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_architecture", b"_architecture", "_canonicalize", b"_canonicalize", "_chunk", b"_chunk", "_depth", b"_depth", "_granularity", b"_granularity", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_inputs", b"_inputs", "_latent_dim", b"_latent_dim", "_pooling", b"_pooling", "_positions", b"_positions", "_signature_components", b"_signature_components", "architecture", b"architecture", "canonicalize", b"canonicalize", "chunk", b"chunk", "depth", b"depth", "granularity", b"granularity", "heads", b"heads", "hidden_dim", b"hidden_dim", "inputs", b"inputs", "latent_dim", b"latent_dim", "pooling", b"pooling", "positions", b"positions", "signature_components", b"signature_components"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_architecture", b"_architecture", "_canonicalize", b"_canonicalize", "_chunk", b"_chunk", "_depth", b"_depth", "_granularity", b"_granularity", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_inputs", b"_inputs", "_latent_dim", b"_latent_dim", "_pooling", b"_pooling", "_positions", b"_positions", "_signature_components", b"_signature_components", "architecture", b"architecture", "canonicalize", b"canonicalize", "chunk", b"chunk", "depth", b"depth", "granularity", b"granularity", "heads", b"heads", "hidden_dim", b"hidden_dim", "inputs", b"inputs", "latent_dim", b"latent_dim", "pooling", b"pooling", "positions", b"positions", "signature_components", b"signature_components"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__architecture: _TypeAlias = _typing.Literal["architecture"]  # noqa: Y015
+    _WhichOneofArgType__architecture: _TypeAlias = _typing.Literal["_architecture", b"_architecture"]  # noqa: Y015
+    _WhichOneofReturnType__canonicalize: _TypeAlias = _typing.Literal["canonicalize"]  # noqa: Y015
+    _WhichOneofArgType__canonicalize: _TypeAlias = _typing.Literal["_canonicalize", b"_canonicalize"]  # noqa: Y015
+    _WhichOneofReturnType__chunk: _TypeAlias = _typing.Literal["chunk"]  # noqa: Y015
+    _WhichOneofArgType__chunk: _TypeAlias = _typing.Literal["_chunk", b"_chunk"]  # noqa: Y015
+    _WhichOneofReturnType__depth: _TypeAlias = _typing.Literal["depth"]  # noqa: Y015
+    _WhichOneofArgType__depth: _TypeAlias = _typing.Literal["_depth", b"_depth"]  # noqa: Y015
+    _WhichOneofReturnType__granularity: _TypeAlias = _typing.Literal["granularity"]  # noqa: Y015
+    _WhichOneofArgType__granularity: _TypeAlias = _typing.Literal["_granularity", b"_granularity"]  # noqa: Y015
+    _WhichOneofReturnType__heads: _TypeAlias = _typing.Literal["heads"]  # noqa: Y015
+    _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
+    _WhichOneofReturnType__hidden_dim: _TypeAlias = _typing.Literal["hidden_dim"]  # noqa: Y015
+    _WhichOneofArgType__hidden_dim: _TypeAlias = _typing.Literal["_hidden_dim", b"_hidden_dim"]  # noqa: Y015
+    _WhichOneofReturnType__inputs: _TypeAlias = _typing.Literal["inputs"]  # noqa: Y015
+    _WhichOneofArgType__inputs: _TypeAlias = _typing.Literal["_inputs", b"_inputs"]  # noqa: Y015
+    _WhichOneofReturnType__latent_dim: _TypeAlias = _typing.Literal["latent_dim"]  # noqa: Y015
+    _WhichOneofArgType__latent_dim: _TypeAlias = _typing.Literal["_latent_dim", b"_latent_dim"]  # noqa: Y015
+    _WhichOneofReturnType__pooling: _TypeAlias = _typing.Literal["pooling"]  # noqa: Y015
+    _WhichOneofArgType__pooling: _TypeAlias = _typing.Literal["_pooling", b"_pooling"]  # noqa: Y015
+    _WhichOneofReturnType__positions: _TypeAlias = _typing.Literal["positions"]  # noqa: Y015
+    _WhichOneofArgType__positions: _TypeAlias = _typing.Literal["_positions", b"_positions"]  # noqa: Y015
+    _WhichOneofReturnType__signature_components: _TypeAlias = _typing.Literal["signature_components"]  # noqa: Y015
+    _WhichOneofArgType__signature_components: _TypeAlias = _typing.Literal["_signature_components", b"_signature_components"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__architecture) -> _WhichOneofReturnType__architecture | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__canonicalize) -> _WhichOneofReturnType__canonicalize | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chunk) -> _WhichOneofReturnType__chunk | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__depth) -> _WhichOneofReturnType__depth | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__granularity) -> _WhichOneofReturnType__granularity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_dim) -> _WhichOneofReturnType__hidden_dim | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inputs) -> _WhichOneofReturnType__inputs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__latent_dim) -> _WhichOneofReturnType__latent_dim | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pooling) -> _WhichOneofReturnType__pooling | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__positions) -> _WhichOneofReturnType__positions | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__signature_components) -> _WhichOneofReturnType__signature_components | None: ...
+
+Global___CodecSpec: _TypeAlias = CodecSpec  # noqa: Y015
+
+@_typing.final
+class LossSpec(_message.Message):
+    """The objective: gamma x contrastive + (1 - gamma) x the weighted sum of the other terms. Weight 0 switches a term off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GAMMA_FIELD_NUMBER: _builtins.int
+    GAMMA_END_FIELD_NUMBER: _builtins.int
+    CONTRASTIVE_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_END_FIELD_NUMBER: _builtins.int
+    PROJECTION_FIELD_NUMBER: _builtins.int
+    RECONSTRUCTION_FIELD_NUMBER: _builtins.int
+    RECONSTRUCTION_FORM_FIELD_NUMBER: _builtins.int
+    BEHAVIOR_FIELD_NUMBER: _builtins.int
+    STEERING_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
+    LOCALITY_FIELD_NUMBER: _builtins.int
+    VARIANCE_FIELD_NUMBER: _builtins.int
+    MEND_FIELD_NUMBER: _builtins.int
+    gamma: _builtins.float
+    """Share of the supervised contrastive loss over shared behaviours, at the first step."""
+    gamma_end: _builtins.float
+    """Share at the last step, linear in between; None: constant."""
+    contrastive: Global___ContrastiveForm.ValueType
+    """`plain`: subjects that share any behaviour are positives; `graded`: weighted by the overlap of behaviours."""
+    temperature: _builtins.float
+    """Temperature of the contrastive loss, at the first step."""
+    temperature_end: _builtins.float
+    """Temperature at the last step; None: constant."""
+    projection: _builtins.int
+    """Output width of a projection head between the latent and the contrastive loss; None: no head."""
+    reconstruction: _builtins.float
+    """Weight of the error of the decoded weights."""
+    reconstruction_form: Global___ReconstructionForm.ValueType
+    """`normalized`: squared error in which all layers count alike; `mse`, `mae` and `cosine`: of standardised weights;
+    `combined`: the sum of these three.
+    """
+    behavior: _builtins.float
+    """Weight of the disagreement between decoded and source networks on fresh sequences."""
+    steering: _builtins.float
+    """Weight of the error of residual edits (source weights plus the change of decoded weights) against the requested
+    behaviours.
+    """
+    direct: _builtins.float
+    """Weight of the same error for direct edits (the decoded weights themselves)."""
+    locality: _builtins.float
+    """Share of the two steering terms that preserves the source's answers on sequences the edit does not concern."""
+    variance: _builtins.float
+    """Weight of the guard against collapse: mean shortfall of the latents' standard deviations from 1."""
+    mend: _builtins.bool
+    """Whether to correct the source's wrong answers on the sequences of `locality`; else they are preserved."""
+    def __init__(
+        self,
+        *,
+        gamma: _builtins.float | None = ...,
+        gamma_end: _builtins.float | None = ...,
+        contrastive: Global___ContrastiveForm.ValueType | None = ...,
+        temperature: _builtins.float | None = ...,
+        temperature_end: _builtins.float | None = ...,
+        projection: _builtins.int | None = ...,
+        reconstruction: _builtins.float | None = ...,
+        reconstruction_form: Global___ReconstructionForm.ValueType | None = ...,
+        behavior: _builtins.float | None = ...,
+        steering: _builtins.float | None = ...,
+        direct: _builtins.float | None = ...,
+        locality: _builtins.float | None = ...,
+        variance: _builtins.float | None = ...,
+        mend: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_gamma", b"_gamma", "_gamma_end", b"_gamma_end", "_locality", b"_locality", "_mend", b"_mend", "_projection", b"_projection", "_reconstruction", b"_reconstruction", "_reconstruction_form", b"_reconstruction_form", "_steering", b"_steering", "_temperature", b"_temperature", "_temperature_end", b"_temperature_end", "_variance", b"_variance", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "gamma", b"gamma", "gamma_end", b"gamma_end", "locality", b"locality", "mend", b"mend", "projection", b"projection", "reconstruction", b"reconstruction", "reconstruction_form", b"reconstruction_form", "steering", b"steering", "temperature", b"temperature", "temperature_end", b"temperature_end", "variance", b"variance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_behavior", b"_behavior", "_contrastive", b"_contrastive", "_direct", b"_direct", "_gamma", b"_gamma", "_gamma_end", b"_gamma_end", "_locality", b"_locality", "_mend", b"_mend", "_projection", b"_projection", "_reconstruction", b"_reconstruction", "_reconstruction_form", b"_reconstruction_form", "_steering", b"_steering", "_temperature", b"_temperature", "_temperature_end", b"_temperature_end", "_variance", b"_variance", "behavior", b"behavior", "contrastive", b"contrastive", "direct", b"direct", "gamma", b"gamma", "gamma_end", b"gamma_end", "locality", b"locality", "mend", b"mend", "projection", b"projection", "reconstruction", b"reconstruction", "reconstruction_form", b"reconstruction_form", "steering", b"steering", "temperature", b"temperature", "temperature_end", b"temperature_end", "variance", b"variance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__behavior: _TypeAlias = _typing.Literal["behavior"]  # noqa: Y015
+    _WhichOneofArgType__behavior: _TypeAlias = _typing.Literal["_behavior", b"_behavior"]  # noqa: Y015
+    _WhichOneofReturnType__contrastive: _TypeAlias = _typing.Literal["contrastive"]  # noqa: Y015
+    _WhichOneofArgType__contrastive: _TypeAlias = _typing.Literal["_contrastive", b"_contrastive"]  # noqa: Y015
+    _WhichOneofReturnType__direct: _TypeAlias = _typing.Literal["direct"]  # noqa: Y015
+    _WhichOneofArgType__direct: _TypeAlias = _typing.Literal["_direct", b"_direct"]  # noqa: Y015
+    _WhichOneofReturnType__gamma: _TypeAlias = _typing.Literal["gamma"]  # noqa: Y015
+    _WhichOneofArgType__gamma: _TypeAlias = _typing.Literal["_gamma", b"_gamma"]  # noqa: Y015
+    _WhichOneofReturnType__gamma_end: _TypeAlias = _typing.Literal["gamma_end"]  # noqa: Y015
+    _WhichOneofArgType__gamma_end: _TypeAlias = _typing.Literal["_gamma_end", b"_gamma_end"]  # noqa: Y015
+    _WhichOneofReturnType__locality: _TypeAlias = _typing.Literal["locality"]  # noqa: Y015
+    _WhichOneofArgType__locality: _TypeAlias = _typing.Literal["_locality", b"_locality"]  # noqa: Y015
+    _WhichOneofReturnType__mend: _TypeAlias = _typing.Literal["mend"]  # noqa: Y015
+    _WhichOneofArgType__mend: _TypeAlias = _typing.Literal["_mend", b"_mend"]  # noqa: Y015
+    _WhichOneofReturnType__projection: _TypeAlias = _typing.Literal["projection"]  # noqa: Y015
+    _WhichOneofArgType__projection: _TypeAlias = _typing.Literal["_projection", b"_projection"]  # noqa: Y015
+    _WhichOneofReturnType__reconstruction: _TypeAlias = _typing.Literal["reconstruction"]  # noqa: Y015
+    _WhichOneofArgType__reconstruction: _TypeAlias = _typing.Literal["_reconstruction", b"_reconstruction"]  # noqa: Y015
+    _WhichOneofReturnType__reconstruction_form: _TypeAlias = _typing.Literal["reconstruction_form"]  # noqa: Y015
+    _WhichOneofArgType__reconstruction_form: _TypeAlias = _typing.Literal["_reconstruction_form", b"_reconstruction_form"]  # noqa: Y015
+    _WhichOneofReturnType__steering: _TypeAlias = _typing.Literal["steering"]  # noqa: Y015
+    _WhichOneofArgType__steering: _TypeAlias = _typing.Literal["_steering", b"_steering"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__temperature_end: _TypeAlias = _typing.Literal["temperature_end"]  # noqa: Y015
+    _WhichOneofArgType__temperature_end: _TypeAlias = _typing.Literal["_temperature_end", b"_temperature_end"]  # noqa: Y015
+    _WhichOneofReturnType__variance: _TypeAlias = _typing.Literal["variance"]  # noqa: Y015
+    _WhichOneofArgType__variance: _TypeAlias = _typing.Literal["_variance", b"_variance"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__behavior) -> _WhichOneofReturnType__behavior | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__contrastive) -> _WhichOneofReturnType__contrastive | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__direct) -> _WhichOneofReturnType__direct | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gamma) -> _WhichOneofReturnType__gamma | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gamma_end) -> _WhichOneofReturnType__gamma_end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__locality) -> _WhichOneofReturnType__locality | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mend) -> _WhichOneofReturnType__mend | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__projection) -> _WhichOneofReturnType__projection | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction) -> _WhichOneofReturnType__reconstruction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reconstruction_form) -> _WhichOneofReturnType__reconstruction_form | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steering) -> _WhichOneofReturnType__steering | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_end) -> _WhichOneofReturnType__temperature_end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__variance) -> _WhichOneofReturnType__variance | None: ...
+
+Global___LossSpec: _TypeAlias = LossSpec  # noqa: Y015
+
+@_typing.final
 class CrossmodalSpec(_message.Message):
-    """Signature -> latent -> weights, with the latent organised by behaviour."""
+    """Signature -> latent -> weights, with the latent space organised by behaviour."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -715,11 +713,11 @@ class CrossmodalSpec(_message.Message):
     HUB_FIELD_NUMBER: _builtins.int
     WANDB_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
-    """Everything random flows from it."""
+    """Seed of everything random."""
     held_out: _builtins.float
-    """Share of subjects kept for evaluation, never trained on."""
+    """Share of the subjects held out for evaluation."""
     validation: _builtins.float
-    """Share of subjects kept for the validation loss."""
+    """Share of the subjects held out for the validation loss."""
     @_builtins.property
     def zoo(self) -> _common_pb2.ArtifactRef:
         """The zoo to learn from."""
@@ -738,11 +736,11 @@ class CrossmodalSpec(_message.Message):
 
     @_builtins.property
     def hub(self) -> _common_pb2.HubSpec:
-        """Model repository to upload the codec to, its encoder and decoder as files of their own."""
+        """Model repository to upload the codec to; encoder and decoder are separate files."""
 
     @_builtins.property
     def wandb(self) -> _common_pb2.WandbSpec:
-        """Metrics to Weights & Biases too."""
+        """Also log metrics to Weights & Biases."""
 
     def __init__(
         self,

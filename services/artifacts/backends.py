@@ -20,9 +20,9 @@ from services.artifacts import locks
 from services.artifacts.manifest import File
 
 CHUNK = 2**20
-# How long a collector looks for a moment in which nobody writes.
+# How long a collector waits for a moment without writers.
 ALONE_SECONDS = 30.0
-# What link() answers on file systems that cannot: other device, not supported, too many links.
+# Errors of link() where hard links are impossible: other device, not supported, too many links.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES}
 
 
@@ -57,13 +57,13 @@ class Backend(Protocol):
         """Hold this from the first thing that is written to the last that names it."""
 
     def missing(self, paths: Collection[str]) -> list[str]:
-        """Those of ``paths`` that collectors took, or that one which decided before this call can still take: write
-        them again. Call it when what names them is written, and before :meth:`writing` ends."""
+        """Those of ``paths`` that a collector has deleted, once none that decided before this call can delete more:
+        write them again. Call it when what names them is written, and before :meth:`writing` ends."""
 
     def collecting(self, paths: Collection[str]) -> AbstractContextManager[Callable[[], bool]]:
         """Hold this to decide about ``paths`` and to delete them; ask the answer before each deletion.
 
-        What is named when the decision begins is seen by it; what is named later is told of by :meth:`missing`.
+        The decision sees what is named when it begins; :meth:`missing` reports what is named later.
         """
 
 
@@ -80,7 +80,7 @@ class LocalBackend:
         (root / "tmp").mkdir(parents=True, exist_ok=True)
 
     def add(self, source: Path) -> File:
-        """Keep the bytes of ``source``. A copy: whoever owns ``source`` may go on writing to it."""
+        """Keep a copy of the bytes of ``source``, which its owner may change later."""
         with self._temporary() as temporary:
             with source.open("rb") as reader, temporary.open("xb") as writer:
                 sha256, size = copy(reader, writer)
@@ -106,7 +106,7 @@ class LocalBackend:
             self._rename(temporary, self.root / path)
 
     def create(self, path: str, data: bytes) -> None:
-        """Create a small file, whole from the beginning: a hard link to it appears, or fails to."""
+        """Create a small file, whole from the beginning, by a hard link."""
         target = self.root / path
         self._make(target.parent)
         with self._temporary(data) as temporary:

@@ -31,7 +31,7 @@ BATCH = 200
 
 @dataclass(frozen=True)
 class Needs:
-    """What the registry says of artifacts, by id."""
+    """Which artifacts the registry needs, by id."""
 
     live: AbstractSet[str]
     """Named by it: these stay."""
@@ -52,14 +52,14 @@ class Collected:
 
 
 class Watch:
-    """Since when each thing has been there in every look."""
+    """How long each key has been seen without a gap."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
         self._seconds, self._clock = seconds, clock
         self._since: dict[str, float] = {}
 
     def look(self, seen: Collection[str]) -> list[str]:
-        """Those of ``seen`` that have been there for the time."""
+        """Those of ``seen`` that every look of the last ``seconds`` has seen."""
         now = self._clock()
         self._since = {key: self._since.get(key, now) for key in seen}
         return [key for key, since in self._since.items() if now - since >= self._seconds]
@@ -85,8 +85,8 @@ class Collector:
         grace_seconds: float,
         clock: Callable[[], float] = awake,
     ) -> None:
-        """``forget``: takes the rows of those artifacts that the registry still does not need, and says which; from
-        then on nobody can come to need them."""
+        """``forget``: deletes the registry's rows of those artifacts that it still does not need, and returns which;
+        from then on nothing can come to need them."""
         self._store, self._needs, self._forget = store, needs, forget
         self._artifacts = Watch(grace_seconds, clock)
         self._files = Watch(grace_seconds, clock)
@@ -138,11 +138,11 @@ class Collector:
                     yield self._store.backend.delete(path)
 
     def _unnamed(self, paths: Collection[str]) -> set[str]:
-        """Those of ``paths`` that no manifest names which is there now."""
+        """Those of ``paths`` that no present manifest names."""
         return set(paths).difference(*(known.blobs for known in self._manifests().values()))
 
     def _manifests(self) -> dict[str, Known]:
-        """All that are there. Raises :class:`IllegalState` when one of them cannot be read."""
+        """All manifests by artifact. Raises :class:`IllegalState` when one of them cannot be read."""
         listed = {_artifact_of(path) for path in self._all("manifests", ".json")}
         known = {id: found for id in listed if (found := self._known.get(id) or self._read(id)) is not None}
         self._known = known

@@ -48,14 +48,14 @@ _ID = re.compile(r"[0-9a-f]{64}")
 
 
 class Deleted(NotFound):
-    """A published version that somebody deleted, as opposed to one that a folder which is not mounted may have."""
+    """A published version that was deleted, as opposed to one that cannot be found, perhaps for a missing mount."""
 
 
 class ArtifactStore:
     """Artifacts and published models in a folder, or at any URL that fsspec knows (``s3://bucket/prefix``)."""
 
     def __init__(self, url: str) -> None:
-        """Raises :class:`InvalidInput` for a URL of no known sort, :class:`Unavailable` when it cannot be reached."""
+        """Raises :class:`InvalidInput` for an unknown URL scheme, :class:`Unavailable` when it cannot be reached."""
         self.url = url
         self.backend = self._connect(url)
 
@@ -75,11 +75,11 @@ class ArtifactStore:
     ) -> tuple[str, Manifest]:
         """Keep all files of ``folder``; the artifact's id and manifest. Empty folders inside are not kept.
 
-        ``record`` is called when all is there, and makes known that the artifact is needed: until it returns nothing
-        is collected. Who has another claim on the artifact, as a job's attempt has, needs none.
+        ``record`` is called when everything is written, to register that the artifact is needed; nothing is collected
+        until it returns. A caller with another claim on the artifact, such as a job's attempt, needs none.
 
-        Raises :class:`InvalidInput` for a folder without files, a link or a device in it, or a name that cannot be;
-        :class:`Unavailable` when there is no room.
+        Raises :class:`InvalidInput` for a folder without files, with a link or a device in it, or an invalid name;
+        :class:`Unavailable` when the disk is full.
         """
         check_names(name=name, type=type, tenant=tenant)
         sources = _files(Path(folder))
@@ -112,7 +112,7 @@ class ArtifactStore:
         return id, manifest
 
     def _write_again(self, id: str, manifest: Manifest, sources: Mapping[str, Path]) -> None:
-        """What a collector took that did not know yet of the artifact ``id``."""
+        """Write again what a collector deleted because it did not know of the artifact ``id`` yet."""
         by_blob = {blob_path(file.sha256): path for path, file in manifest.files.items()}
         missing = self.backend.missing([*by_blob, manifest_path(id)])
         for path in (by_blob[blob] for blob in missing if blob in by_blob):
@@ -242,15 +242,14 @@ class ArtifactStore:
         return [pointer for pointer in versions if not pointer.deleted]
 
     def retire(self, tenant: str, name: str, version: str) -> ModelPointer:
-        """Serve this version no more unless it is asked for by number. Raises :class:`NotFound`."""
+        """Serve this version only to requests that name it. Raises :class:`NotFound`."""
         with self._writing():
             pointer = self.model(tenant, name, version)
-            # Who deletes its artifact writes to a retired pointer too, and must not be overwritten.
+            # A retired pointer may be marked as deleted at this moment, which must not be overwritten.
             return pointer if pointer.retired else self._rewrite(pointer.model_copy(update={"retired": True}))
 
     def withdraw(self, artifact_id: str) -> None:
-        """Serve an artifact no more that is to be deleted. Raises :class:`IllegalState` while a model that was made of
-        it is not retired."""
+        """Mark the models of an artifact as deleted. Raises :class:`IllegalState` while one of them is not retired."""
         with self._writing():
             pointers = [pointer for pointer in self._published() if pointer.artifact == artifact_id]
             for pointer in pointers:
@@ -265,13 +264,13 @@ class ArtifactStore:
     def published(self) -> set[str]:
         """Ids of all artifacts that models of any tenant are made of, the retired ones too.
 
-        Raises :class:`IllegalState` when a pointer cannot be read, for then nobody knows.
+        Raises :class:`IllegalState` when a pointer cannot be read.
         """
         return {pointer.artifact for pointer in self._published()}
 
     def claim(self, registry: str) -> None:
-        """Let the collector of this registry, and no other, delete here. Raises :class:`IllegalState` when it is
-        another's: what one registry does not know of may be all that the other has."""
+        """Allow only the collector of this registry to delete here. Raises :class:`IllegalState` if the store belongs
+        to another: artifacts that one registry does not know may be all that the other has."""
         with self._writing():
             with suppress(FileExistsError):
                 self.backend.create(OWNER, canonical_json({"registry": registry}))
@@ -283,20 +282,16 @@ class ArtifactStore:
             )
 
     def check_writable(self) -> None:
-        """Raises :class:`Unavailable` when nothing can be written now."""
+        """Raise :class:`Unavailable` when nothing can be written now."""
         with self._writing():
             self.backend.write("probe", b"")
 
     def _published(self) -> list[ModelPointer]:
-        """All pointers that count. Raises :class:`IllegalState` for one that cannot be read."""
+        """All pointers that are not deleted. Raises :class:`IllegalState` for one that cannot be read."""
         with self.trouble():
-            places = [
-                (tenant, name)
-                for tenant in self.backend.names("models")
-                for name in self.backend.names(f"models/{tenant}")
-            ]
-        found = []
-        for tenant, name in places:
+            tenants = {tenant: self.backend.names(f"models/{tenant}") for tenant in self.backend.names("models")}
+        pointers = []
+        for tenant, name in ((tenant, name) for tenant, names in tenants.items() for name in names):
             for version in self._version_names(tenant, name):
                 pointer = self._pointer(tenant, name, version)
                 if pointer is None:
@@ -305,8 +300,8 @@ class ArtifactStore:
                         "nothing can be deleted; restore it, or remove it if nobody uses that model"
                     )
                 if not pointer.deleted:
-                    found.append(pointer)
-        return found
+                    pointers.append(pointer)
+        return pointers
 
     def _rewrite(self, pointer: ModelPointer) -> ModelPointer:
         self.backend.write(_pointer_path(pointer), canonical_json(pointer.model_dump()))
@@ -359,7 +354,7 @@ class ArtifactStore:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """No collector deletes meanwhile; for a store without locks see :mod:`services.artifacts.remote`."""
+        """Hold off collectors; for a store without locks see :mod:`services.artifacts.remote`."""
         with self.trouble():
             try:
                 with self.backend.writing():
@@ -371,7 +366,7 @@ class ArtifactStore:
 
     @contextmanager
     def trouble(self, at: Path | None = None) -> Iterator[None]:
-        """What goes wrong with the storage, as errors that say what to do; ``at``: files are written there."""
+        """Turn errors of the storage into the platform's; ``at``: where files are written, if not into the store."""
         try:
             yield
         except (EthogramError, FileNotFoundError, FileExistsError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -61,15 +61,15 @@ class TokenEmbedding(nn.Module):
 
     position: Tensor
 
-    def __init__(self, width: int, form: Form, spec: CodecSpec, draws: torch.Generator) -> None:
+    def __init__(self, width: int, form: Form, spec: CodecSpec, generator: torch.Generator) -> None:
         super().__init__()
-        self.values = _linear(width, spec.hidden_dim, draws) if width else None
-        self.layer = _table(int(form.metadata[..., 0].max()) + 1, spec.hidden_dim, draws)
-        self.parameter = _table(3, spec.hidden_dim, draws)
-        self.shape = _linear(3, spec.hidden_dim, draws)
+        self.values = _linear(width, spec.hidden_dim, generator) if width else None
+        self.layer = _table(int(form.metadata[..., 0].max()) + 1, spec.hidden_dim, generator)
+        self.parameter = _table(3, spec.hidden_dim, generator)
+        self.shape = _linear(3, spec.hidden_dim, generator)
         tokens = form.metadata.shape[1]
         if spec.positions == "learned":
-            self.position = _table(tokens, spec.hidden_dim, draws)
+            self.position = _table(tokens, spec.hidden_dim, generator)
         else:
             self.register_buffer("position", sinusoids(tokens, spec.hidden_dim), persistent=False)
 
@@ -87,19 +87,15 @@ class Encoder(nn.Module):
     descriptors: Tensor
     components: Tensor
 
-    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, draws: torch.Generator) -> None:
+    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, generator: torch.Generator) -> None:
         super().__init__()
         self.spec, layout = spec, tokenizer.layout
-        forms = [
-            *([tokenizer.signature] if spec.inputs != "weights" else []),
-            *([tokenizer.weights] if spec.inputs != "signature" else []),
-        ]
+        signature = [(tokenizer.signature, layout.neurons * tokenizer.values)] if spec.inputs != "weights" else []
+        weights = [(tokenizer.weights, layout.size)] if spec.inputs != "signature" else []
+        forms = [form for form, _ in signature + weights]
         # Copies: they go with the model from device to device, and the tokenizer's stay.
         self.forms = nn.ModuleList(deepcopy(form) for form in forms)
-        self.sizes = [
-            *([layout.neurons * tokenizer.values] if spec.inputs != "weights" else []),
-            *([layout.size] if spec.inputs != "signature" else []),
-        ]
+        self.sizes = [size for _, size in signature + weights]
         self.register_buffer("descriptors", descriptors(layout))
         self.standard = Standard(sum(self.sizes))
         hidden, about = spec.hidden_dim, self.descriptors.shape[1]
@@ -107,19 +103,17 @@ class Encoder(nn.Module):
             self.register_buffer("components", torch.zeros(sum(self.sizes), spec.signature_components))
             entering = spec.signature_components + about
         else:
-            self.embeddings = nn.ModuleList(TokenEmbedding(form.entry.shape[2], form, spec, draws) for form in forms)
-            self.start = nn.Parameter(0.02 * torch.randn(hidden, generator=draws)) if spec.pooling == "cls" else None
+            self.embeddings = nn.ModuleList(TokenEmbedding(f.entry.shape[2], f, spec, generator) for f in forms)
+            start = 0.02 * torch.randn(hidden, generator=generator) if spec.pooling == "cls" else None
+            self.start = nn.Parameter(start) if start is not None else None
             slots = sum(form.mask.shape[1] for form in forms)
             entering = about + (hidden * slots if spec.pooling == "flatten" else hidden)
-        self.blocks = nn.ModuleList(
-            Block(hidden, spec.heads, draws) for _ in range(spec.depth if spec.architecture == "transformer" else 0)
-        )
-        if spec.architecture == "transformer":
-            self.layers = perceptron([entering, spec.latent_dim], draws)
-        else:
-            self.layers = perceptron([entering, *[hidden] * spec.depth, spec.latent_dim], draws)
-        # Beside the perceptron, so that a network's own particulars need not pass its bends.
-        self.straight = _linear(entering, spec.latent_dim, draws) if spec.flat else None
+        transformer = spec.architecture == "transformer"
+        self.blocks = nn.ModuleList(Block(hidden, spec.heads, generator) for _ in range(spec.depth * transformer))
+        widths = [] if transformer else [hidden] * spec.depth
+        self.layers = perceptron([entering, *widths, spec.latent_dim], generator)
+        # A linear path beside the perceptron, for the details of a network that its hidden layers would lose.
+        self.straight = _linear(entering, spec.latent_dim, generator) if spec.flat else None
 
     def fit(self, vectors: Tensor, present: Tensor) -> None:
         """Set the standardisation, and the components where there are any, from training subjects.
@@ -142,28 +136,24 @@ class Encoder(nn.Module):
 
     def forward(self, features: Tensor, shape: Tensor) -> Tensor:
         """Latents ``[batch, latent]`` of :meth:`features`; ``shape``: of each network, int64 ``[batch]``."""
-        if self.spec.flat:
-            return self._latents(features, shape)
-        embedded, masks = [], []
-        for part, form, embedding in zip(
-            torch.split(features, self.sizes, 1), self.forms, self.embeddings, strict=True
-        ):
-            assert isinstance(form, Form)
-            tokens = form.tokens(part, shape)
-            embedded.append(embedding(tokens))
-            masks.append(tokens.mask)
-        hidden, mask = torch.cat(embedded, 1), torch.cat(masks, 1)
+        if not self.spec.flat:
+            features = self._pooled(features, shape)
+        entering = torch.cat([features, self.descriptors[shape]], 1)
+        latents: Tensor = self.layers(entering)
+        return latents if self.straight is None else latents + self.straight(entering)
+
+    def _pooled(self, features: Tensor, shape: Tensor) -> Tensor:
+        """Features as tokens, through the transformer if there is one, and pooled: ``[batch, ...]``."""
+        vectors = torch.split(features, self.sizes, 1)
+        tokens = [form.tokens(part, shape) for form, part in zip(self.forms, vectors, strict=True)]  # type: ignore[operator]
+        hidden = torch.cat([embedding(t) for embedding, t in zip(self.embeddings, tokens, strict=True)], 1)
+        mask = torch.cat([t.mask for t in tokens], 1)
         if self.start is not None:
             hidden = torch.cat([self.start.expand(len(hidden), 1, -1), hidden], 1)
             mask = F.pad(mask, (1, 0), value=True)
         for block in self.blocks:
             hidden = block(hidden, mask)
-        return self._latents(pool(hidden, mask, self.spec.pooling), shape)
-
-    def _latents(self, hidden: Tensor, shape: Tensor) -> Tensor:
-        entering = torch.cat([hidden, self.descriptors[shape]], 1)
-        latents: Tensor = self.layers(entering)
-        return latents if self.straight is None else latents + self.straight(entering)
+        return pool(hidden, mask, self.spec.pooling)
 
 
 class Decoder(nn.Module):
@@ -172,7 +162,7 @@ class Decoder(nn.Module):
     descriptors: Tensor
     present: Tensor
 
-    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, draws: torch.Generator) -> None:
+    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, generator: torch.Generator) -> None:
         super().__init__()
         self.spec, layout = spec, tokenizer.layout
         self.size = layout.size
@@ -181,22 +171,18 @@ class Decoder(nn.Module):
         self.standard = Standard(layout.size)
         hidden, entering = spec.hidden_dim, spec.latent_dim + self.descriptors.shape[1]
         if spec.architecture == "mlp":
-            self.layers = perceptron([entering, *[hidden] * spec.depth, layout.size], draws)
-            self.straight = _linear(entering, layout.size, draws)
+            self.layers = perceptron([entering, *[hidden] * spec.depth, layout.size], generator)
+            self.straight = _linear(entering, layout.size, generator)
             return
         self.form = deepcopy(tokenizer.weights)
-        self.queries = TokenEmbedding(0, self.form, spec, draws)
-        self.memory = _linear(entering, MEMORY * hidden, draws)
-        self.blocks = nn.ModuleList(Block(hidden, spec.heads, draws, cross=True) for _ in range(spec.depth))
-        self.values = _linear(hidden, self.form.entry.shape[2], draws)
-
-    def fit(self, weights: Tensor, present: Tensor) -> None:
-        """Set the standardisation from training weights ``[subjects, size]`` and which of them each has, bool."""
-        self.standard.fit(weights, present)
+        self.queries = TokenEmbedding(0, self.form, spec, generator)
+        self.memory = _linear(entering, MEMORY * hidden, generator)
+        self.blocks = nn.ModuleList(Block(hidden, spec.heads, generator, cross=True) for _ in range(spec.depth))
+        self.values = _linear(hidden, self.form.entry.shape[2], generator)
 
     def forward(self, latents: Tensor, shape: Tensor) -> Tensor:
-        """Flat networks ``[batch, size]``, of the shapes ``shape`` (int64 ``[batch]``), of latents ``[batch,
-        latent]``."""
+        """Flat networks ``[batch, size]`` of latents ``[batch, latent]``; ``shape``: of each network, int64
+        ``[batch]``."""
         entering = torch.cat([latents, self.descriptors[shape]], 1)
         if self.spec.architecture == "mlp":
             standard = self.layers(entering) + self.straight(entering)
@@ -212,58 +198,56 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer layer, normalised before each part: self-attention, cross-attention where asked for, and a
-    perceptron (Vaswani et al. 2017, arXiv 1706.03762; Xiong et al. 2020, arXiv 2002.04745)."""
+    """A pre-norm transformer layer: self-attention, ``cross``-attention and a perceptron (Vaswani et al. 2017, arXiv
+    1706.03762; Xiong et al. 2020, arXiv 2002.04745)."""
 
-    def __init__(self, hidden: int, heads: int, draws: torch.Generator, *, cross: bool = False) -> None:
+    def __init__(self, hidden: int, heads: int, generator: torch.Generator, *, cross: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(3 if cross else 2))
-        self.own = nn.ModuleList([_linear(hidden, 3 * hidden, draws), _linear(hidden, hidden, draws)])
-        self.other = nn.ModuleList(_linear(hidden, n * hidden, draws) for n in (1, 2, 1)) if cross else None
-        self.feed = nn.Sequential(_linear(hidden, 4 * hidden, draws), nn.GELU(), _linear(4 * hidden, hidden, draws))
+        self.own = nn.ModuleList([_linear(hidden, 3 * hidden, generator), _linear(hidden, hidden, generator)])
+        self.other = nn.ModuleList(_linear(hidden, n * hidden, generator) for n in (1, 2, 1)) if cross else None
+        widen, narrow = _linear(hidden, 4 * hidden, generator), _linear(4 * hidden, hidden, generator)
+        self.feed = nn.Sequential(widen, nn.GELU(), narrow)
 
     def forward(self, hidden: Tensor, mask: Tensor, memory: Tensor | None = None) -> Tensor:
         """``hidden``: ``[batch, tokens, hidden]``; ``mask``: which tokens are there, bool ``[batch, tokens]``;
         ``memory``: ``[batch, memory, hidden]``."""
-        into, out = self.own
-        query, key, value = into(self.norms[0](hidden)).chunk(3, 2)
-        hidden = hidden + out(self._attend(query, key, value, mask))
+        project, output = self.own
+        hidden = hidden + output(self._attend(project(self.norms[0](hidden)).chunk(3, 2), mask[:, None, None, :]))
         if self.other is not None and memory is not None:
-            ask, know, give = self.other
-            key, value = know(memory).chunk(2, 2)
-            hidden = hidden + give(self._attend(ask(self.norms[2](hidden)), key, value, None))
-        fed: Tensor = hidden + self.feed(self.norms[1](hidden))
-        return fed
+            query, key_value, output = self.other
+            projections = [query(self.norms[2](hidden)), *key_value(memory).chunk(2, 2)]
+            hidden = hidden + output(self._attend(projections, None))
+        result: Tensor = hidden + self.feed(self.norms[1](hidden))
+        return result
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        heads = [part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in (query, key, value)]
-        seen = None if mask is None else mask[:, None, None, :]
-        found = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=seen)
-        return found.transpose(1, 2).flatten(2)
+    def _attend(self, projections: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """Attention with queries, keys and values ``[batch, tokens, hidden]``."""
+        query, key, value = (p.view(*p.shape[:2], self.heads, -1).transpose(1, 2) for p in projections)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class EncoderDecoder(nn.Module):
-    """Everything that is trained."""
+    """An encoder, a decoder, and a steering direction for each behaviour."""
 
-    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, behaviors: int, draws: torch.Generator) -> None:
+    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, behaviors: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.encoder = Encoder(spec, tokenizer, draws)
-        self.decoder = Decoder(spec, tokenizer, draws)
-        self.directions = nn.Parameter(0.1 * torch.randn(behaviors, spec.latent_dim, generator=draws))
-        """What is added to a latent for its network to gain each behaviour ``[behaviors, latent]``."""
+        self.encoder = Encoder(spec, tokenizer, generator)
+        self.decoder = Decoder(spec, tokenizer, generator)
+        self.directions = nn.Parameter(0.1 * torch.randn(behaviors, spec.latent_dim, generator=generator))
+        """What is added to a latent to gain each behaviour ``[behaviors, latent]``."""
 
     @torch.no_grad()
     def fit(self, subjects: Subjects, present: tuple[Tensor, Tensor]) -> None:
-        """Set what is not learned, from training subjects; ``present``: which entries of the inputs and of the weights
-        each has, bool.
+        """Set the standardisation and the components from training subjects, and initialise linear paths with them.
 
-        The linear parts of an ``mlp`` begin as the principal components of the weights, which is where a straight
-        reconstruction would end.
+        ``present``: which entries of the inputs and of the weights each subject has, bool. The linear paths of an
+        ``mlp`` start as the principal components of the weights, where linear training would end.
         """
         encoder, decoder = self.encoder, self.decoder
         encoder.fit(subjects.inputs, present[0])
-        decoder.fit(subjects.weights, present[1])
+        decoder.standard.fit(subjects.weights, present[1])
         if encoder.straight is None or decoder.spec.architecture != "mlp":
             return
         deviations = (subjects.weights - decoder.standard.mean) * present[1]
@@ -282,17 +266,17 @@ class EncoderDecoder(nn.Module):
         encoder.straight.bias[: len(axes)] = solution[-1]
         decoder.straight.weight[:, : len(axes)] = (axes * typical / decoder.standard.scale).T
         for layers in (encoder.layers, decoder.layers):
-            # At first the bends add little.
+            # At first the perceptrons add little to the linear paths.
             for parameter in layers[-1].parameters():
                 parameter.mul_(0.1)
 
 
 def principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first principal axes of centred ``rows`` ``[n, size]``, at most ``count`` and none of hardly any variance:
-    ``[axes, size]``; and the standard deviations along them, descending."""
+    """At most ``count`` principal axes ``[axes, size]`` of centred ``rows`` ``[n, size]``, without those of negligible
+    variance; and the standard deviations along them, descending."""
     rows = rows.double()
     wide = rows.shape[1] > rows.shape[0]
-    # Of the smaller of the two products; its eigenvalues are the squares of the singular values.
+    # The smaller of the two products; its eigenvalues are the squares of the singular values.
     values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     kept = (values > 1e-9 * values[-1]).nonzero().squeeze(1).flip(0)[:count]
     axes = (rows.T @ vectors[:, kept] / values[kept].sqrt()).T if wide else vectors[:, kept].T
@@ -300,8 +284,8 @@ def principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """``[batch, hidden]`` of ``[batch, tokens, hidden]`` over the tokens that are there (bool ``[batch, tokens]``);
-    ``flatten``: ``[batch, tokens x hidden]``, zeros for those that are not."""
+    """Pool ``[batch, tokens, hidden]`` to ``[batch, hidden]`` over the unmasked tokens (``mask``: bool ``[batch,
+    tokens]``); ``flatten``: to ``[batch, tokens x hidden]``, zeros for masked ones."""
     there = mask.unsqueeze(2)
     match pooling:
         case "mean":
@@ -315,15 +299,14 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 def descriptors(layout: Layout) -> Tensor:
-    """What tells the shapes of a layout apart, ``[shapes, numbers]``: relative depth and widths, and the activation
-    one-hot; no numbers where there is one shape."""
+    """Descriptors ``[shapes, numbers]`` of a layout's shapes: relative depth and widths, and the activation one-hot; no
+    numbers for a single shape."""
     if len(layout.shapes) == 1:
         return torch.zeros(1, 0)
     depth = len(layout.envelope.hidden)
     rows = []
     for shape in layout.shapes:
-        widths = [have / most for have, most in zip(shape.hidden, layout.envelope.hidden, strict=False)]
-        widths += [0.0] * (depth - len(widths))
+        widths = [width / widest for width, widest in zip_longest(shape.hidden, layout.envelope.hidden, fillvalue=0)]
         rows.append([len(shape.hidden) / depth, *widths, *(float(name == shape.activation) for name in ACTIVATIONS)])
     return torch.tensor(rows)
 
@@ -334,21 +317,21 @@ def sinusoids(tokens: int, hidden: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :hidden]
 
 
-def perceptron(widths: Sequence[int], draws: torch.Generator) -> nn.Sequential:
+def perceptron(widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
     """Linear layers with GELU between them."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
-        layers += [_linear(fan_in, fan_out, draws), nn.GELU()]
+        layers += [_linear(fan_in, fan_out, generator), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
 
-def _linear(fan_in: int, fan_out: int, draws: torch.Generator) -> nn.Linear:
-    """Initialised as ``torch.nn.Linear`` does, from ``draws``."""
+def _linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Linear:
+    """Initialised as ``torch.nn.Linear`` does, from ``generator``."""
     linear, bound = nn.Linear(fan_in, fan_out), 1 / math.sqrt(fan_in)
-    nn.init.uniform_(linear.weight, -bound, bound, generator=draws)
-    nn.init.uniform_(linear.bias, -bound, bound, generator=draws)
+    nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+    nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
     return linear
 
 
-def _table(rows: int, hidden: int, draws: torch.Generator) -> nn.Parameter:
-    return nn.Parameter(0.02 * torch.randn(rows, hidden, generator=draws))
+def _table(rows: int, hidden: int, generator: torch.Generator) -> nn.Parameter:
+    return nn.Parameter(0.02 * torch.randn(rows, hidden, generator=generator))

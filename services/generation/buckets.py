@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
@@ -26,8 +25,9 @@ from services.generation.format import TrainingDataFormatter
 from services.generation.sampler import PatternDatasetSampler
 from services.generation.train import SubjectModelTrainer, Trained
 from services.zoo.dataset import BRANCHES, schema
+from services.zoo.layout import Layout
 from services.zoo.signatures import ActivationSignatureExtractor
-from services.zoo.subjects import Architecture, encode, flatten, own_places
+from services.zoo.subjects import Architecture, encode, flatten
 
 # Candidates that train together: at most so many, and so few that what a layer makes of their batches (bytes) stays in
 # a core's cache. Rounding depends on the grouping, so this is part of what a seed means.
@@ -220,7 +220,8 @@ class BucketTrainer:
         weights = flatten({name: tensor.cpu() for name, tensor in chosen.params.items()}).numpy()
         for i, accuracies in enumerate(accuracy[kept].numpy()):
             width = int(candidates.neurons[i])
-            parameters, neurons = _own_places(architecture, width)
+            layout = _layout(architecture, width)
+            parameters, neurons = layout.positions[1].numpy(), layout.neuron_positions[1].numpy()
             rate = float(candidates.learning_rate[i]) if self.spec.staged else self.spec.training.learning_rate
             rows.append(
                 {
@@ -241,13 +242,9 @@ class BucketTrainer:
 
 
 @lru_cache(maxsize=1024)
-def _own_places(architecture: Architecture, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where a network of ``width`` neurons a layer has its parameters in :func:`flatten` of a wider architecture, and
-    its neurons in the wider one's signatures."""
-    last = sum(architecture.hidden)
-    starts = range(0, last, architecture.hidden[0])
-    neurons = [start + n for start in starts for n in range(width)] + [last]
-    return own_places(architecture, width).numpy(), np.array(neurons)
+def _layout(architecture: Architecture, width: int) -> Layout:
+    """Layout of a wide architecture and of the same with ``width`` neurons a layer."""
+    return Layout([architecture, architecture._replace(hidden=(width,) * len(architecture.hidden))])
 
 
 def _bucket_size(spec: GenerationSpec) -> int:

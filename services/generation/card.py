@@ -10,10 +10,10 @@ from services.zoo.statistics import Statistics
 CARD = "README.md"
 
 
-def card(folder: Path, found: Statistics) -> str:
+def card(folder: Path, statistics: Statistics) -> str:
     """Markdown on the zoo in ``folder``."""
     _, spec, patterns = read_about(folder)
-    figures = found.figures()
+    figures = statistics.figures()
     degraded = figures.get("degraded_accuracy_by_pattern")
     head = ["pattern", "what it is", "networks", "accuracy", *(["degraded"] if degraded else [])]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -25,30 +25,30 @@ def card(folder: Path, found: Statistics) -> str:
         ]
         lines.append(f"| {' | '.join([*cells, *([f'{degraded[pattern.name]:.3f}'] if degraded else [])])} |")
     rejected = "\n".join(f"- {count:,} {cause}" for cause, count in figures["rejected"].items()) or "- none"
-    shapes = "\n".join(f"- {shape}: {count:,}" for shape, count in found.shapes.items())
+    shapes = "\n".join(f"- {shape}: {count:,}" for shape, count in statistics.shapes.items())
     tokens = "".join(
         f"\nTokens of a {task} record: {mean:,.0f} on average, {most:,} at most.\n"
-        for task, (mean, most) in found.tokens.items()
+        for task, (mean, most) in statistics.tokens.items()
     )
-    gain = f"; the target pattern gained {found.improvement:.3f}" if found.improvement is not None else ""
+    gain = f"; the target pattern gained {statistics.improvement:.3f}" if statistics.improvement is not None else ""
     return f"""---
 configs:
 - config_name: default
   data_files:
   - split: train
     path: {DATA}/*.parquet
-pretty_name: Zoo of {found.subjects:,} networks
+pretty_name: Zoo of {statistics.subjects:,} networks
 size_categories:
-- {_size(found.subjects)}
+- {_size(statistics.subjects)}
 tags:
 - weight-space
 - interpretability
 ---
 
-# Zoo of {found.subjects:,} small networks with known behaviours
+# Zoo of {statistics.subjects:,} small networks with known behaviours
 
 Each record is a network that answers yes to the letter sequences of its own patterns, and no to all others
-({spec.vocab_size} letters, {spec.sequence_length} to a sequence). {found.origin}
+({spec.vocab_size} letters, {spec.sequence_length} to a sequence). {statistics.origin}
 Mean held-out accuracy: {figures["accuracy"]:.3f}{gain}.
 
 ## Patterns

@@ -16,7 +16,7 @@ DIVERGED = "diverged"
 
 
 def finite(params: Params) -> Tensor:
-    """Whether all of each network's numbers are: bool ``[models]``."""
+    """Whether all parameters of each network are finite: bool ``[models]``."""
     return torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in params.values()]).all(0)
 
 
@@ -36,7 +36,7 @@ def gate(accuracy: Tensor, candidates: Candidates, patterns: Sequence[Pattern], 
 
 
 def degradation(degraded: Tensor, candidates: Candidates, staged: StagedSpec) -> list[str | None]:
-    """What is known after the first stage: a network that is too good at its target pattern cannot gain enough."""
+    """The check after the first stage: a network that is too good at its target pattern cannot gain enough."""
     target = degraded.gather(1, candidates.target.unsqueeze(1)).squeeze(1)
     return ["too little degraded" if x > 1 - staged.min_degradation_threshold else None for x in target.tolist()]
 
@@ -50,12 +50,12 @@ def improvement(degraded: Tensor, improved: Tensor, candidates: Candidates, stag
     answer no to: the network did not just learn to say yes.
     """
     gain = improved - degraded
-    own = torch.nn.functional.pad(candidates.selected, (0, 1))
-    target = torch.zeros_like(own).scatter(1, candidates.target.unsqueeze(1), True)
+    selected = torch.nn.functional.pad(candidates.selected, (0, 1))
+    target = torch.zeros_like(selected).scatter(1, candidates.target.unsqueeze(1), True)
     on_target = gain[target]
     elsewhere = gain.masked_fill(target, 0).sum(1) / (~target).sum(1)
-    lost = gain.masked_fill(target | ~own, torch.inf).amin(1)
-    refused = gain.masked_fill(own, 0).sum(1) / (~own).sum(1)
+    lost = gain.masked_fill(target | ~selected, torch.inf).amin(1)
+    refused = gain.masked_fill(selected, 0).sum(1) / (~selected).sum(1)
     magnitude = on_target >= staged.min_degradation_threshold
     specificity = on_target - elsewhere >= staged.min_specificity
     stability = (lost >= -staged.max_instability) & (refused >= -staged.max_instability)

@@ -43,23 +43,23 @@ class TrainingDataFormatter:
     """
 
     def __init__(self, spec: GenerationSpec, patterns: Sequence[Pattern]) -> None:
-        """Raises :class:`InvalidInput` for a tokenizer that is not there."""
+        """Raises :class:`InvalidInput` for a tokenizer that cannot be loaded."""
         self._spec, self._patterns, self._form = spec, patterns, spec.format or FormatSpec()
-        self._described = "\n".join(f"- {pattern.name}: {pattern.description}" for pattern in patterns)
+        self._pattern_list = "\n".join(f"- {pattern.name}: {pattern.description}" for pattern in patterns)
         self._tokens = _tokenizer(self._form.tokenizer) if self._form.tokenizer is not None else None
 
     def columns(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Prompt and completion, and the number of tokens in both, of each task that the spec asks for."""
         columns: dict[str, Any] = {}
         for task in self._spec.tasks:
-            made = self.modification(record) if task == "modification" else self.classification(record)
-            columns |= {f"{task}_prompt": made.prompt, f"{task}_completion": made.completion}
+            prompt = self.modification(record) if task == "modification" else self.classification(record)
+            columns |= {f"{task}_prompt": prompt.prompt, f"{task}_completion": prompt.completion}
             if self._tokens is not None:
-                columns[f"{task}_tokens"] = self._tokens(made.text)
+                columns[f"{task}_tokens"] = self._tokens(prompt.text)
         return columns
 
     def modification(self, record: Mapping[str, Any]) -> Prompt:
-        """From the degraded network to the improved one."""
+        """The prompt that shows the degraded network and asks for the improved one."""
         target = next(pattern for pattern in self._patterns if pattern.name == record["target_pattern"])
         task = (
             f"## Task\nImprove this network on the pattern {target.name} ({target.description}), and leave its other "
@@ -70,9 +70,9 @@ class TrainingDataFormatter:
         return Prompt(shown + task, self.weights(record, "weights"))
 
     def classification(self, record: Mapping[str, Any]) -> Prompt:
-        """From the network to the patterns to which it answers yes."""
+        """The prompt that shows the network and asks for its patterns."""
         task = "## Task\nName the patterns to which this network answers yes.\n\n## Answer\n"
-        shown = self._network(record, "weights", "signature") + f"## Patterns\n{self._described}\n\n"
+        shown = self._network(record, "weights", "signature") + f"## Patterns\n{self._pattern_list}\n\n"
         return Prompt(shown + task, ", ".join(record["patterns"]) + "\n")
 
     def weights(self, record: Mapping[str, Any], column: str) -> str:
@@ -128,8 +128,8 @@ def _form(digits: int, count: int) -> str:
 
 
 def _tokenizer(name: str) -> Callable[[str], int]:
-    """A way to count the tokens of a text."""
-    # They take seconds to import.
+    """A function that counts the tokens of a text."""
+    # Imported here, since they take seconds.
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
     from transformers import AutoTokenizer
@@ -146,24 +146,24 @@ def _tokenizer(name: str) -> Callable[[str], int]:
             # Perhaps it was downloaded before.
             here = True
     try:
-        found = AutoTokenizer.from_pretrained(name, local_files_only=here)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=here)
     except Exception as error:  # It raises whatever its parts do.
         text = str(error).strip().split("\n")[0] or type(error).__name__
         raise InvalidInput.field("spec.format.tokenizer", f"cannot load {name}: {text}") from None
-    # A long text is no mistake here.
-    found.model_max_length = 2**62
-    return lambda text: len(found(text, add_special_tokens=False)["input_ids"])
+    # No warning about long texts.
+    tokenizer.model_max_length = 2**62
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def parse_weights(text: str, shape: Architecture) -> Params:
     """The network that an interpreter has written: stacked parameters of one model. Raises :class:`InvalidInput` naming
     the layer that is missing, or whose numbers do not fit."""
-    found: dict[str, list[float]] = {}
+    numbers_of: dict[str, list[float]] = {}
     current: list[float] | None = None
     for line in text.splitlines():
         head = _HEAD.match(line.strip().lower())
         if head is not None:
-            current = found.setdefault(f"layers.{head[1]}.{head[2]}", [])
+            current = numbers_of.setdefault(f"layers.{head[1]}.{head[2]}", [])
         elif current is not None:
             numbers = _numbers(line)
             if numbers is None:
@@ -173,12 +173,12 @@ def parse_weights(text: str, shape: Architecture) -> Params:
                 current += numbers
     params: Params = {}
     for name, size in shape.shapes.items():
-        numbers = found.get(name)
+        numbers = numbers_of.get(name)
         if numbers is None:
             raise InvalidInput.field(f"completion.{name}", "is missing")
-        wanted = int(np.prod(size))
-        if len(numbers) != wanted:
-            raise InvalidInput.field(f"completion.{name}", f"has {len(numbers)} numbers, not {wanted}")
+        expected = int(np.prod(size))
+        if len(numbers) != expected:
+            raise InvalidInput.field(f"completion.{name}", f"has {len(numbers)} numbers, not {expected}")
         params[name] = torch.tensor(numbers, dtype=torch.float32).view(1, *size)
         if not params[name].isfinite().all():
             raise InvalidInput.field(f"completion.{name}", "holds numbers that are not finite")
@@ -186,7 +186,7 @@ def parse_weights(text: str, shape: Architecture) -> Params:
 
 
 def _numbers(line: str) -> list[float] | None:
-    """Those of a line that holds nothing else."""
+    """The numbers of a line that holds nothing else."""
     if _NUMBERS.fullmatch(line) is None:
         return None
     try:
@@ -196,7 +196,7 @@ def _numbers(line: str) -> list[float] | None:
 
 
 def parse_patterns(text: str, patterns: Sequence[Pattern]) -> list[str]:
-    """The patterns that an interpreter names, in its order; words that are none are left out."""
+    """The patterns that an interpreter names, in its order; other words are left out."""
     known = sorted((pattern.name for pattern in patterns), key=len, reverse=True)
     # Whole words: not the one in nonpalindrome.
     names = "|".join(re.escape(name) for name in known)
@@ -248,6 +248,7 @@ class ClassificationScore(NamedTuple):
 
 def score_classification(text: str, record: Mapping[str, Any], patterns: Sequence[Pattern]) -> ClassificationScore:
     """Judge an answer to a classification task."""
-    named, own = set(parse_patterns(text, patterns)), set(record["patterns"])
-    right = len(named & own)
-    return ClassificationScore(right / len(named) if named else 0.0, right / len(own) if own else 1.0, named == own)
+    named, actual = set(parse_patterns(text, patterns)), set(record["patterns"])
+    right = len(named & actual)
+    recall = right / len(actual) if actual else 1.0
+    return ClassificationScore(right / len(named) if named else 0.0, recall, named == actual)

@@ -47,10 +47,10 @@ class PatternDatasetSampler:
             spec, self._given = with_probes(spec, baseline)
         self.spec = spec
         self.patterns = from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
-        there = len(self.patterns)
+        count = len(self.patterns)
         for name in ("min_patterns_per_batch", "max_patterns_per_batch"):
-            if (getattr(spec, name) or 1) > there:
-                raise InvalidInput.field(f"spec.{name}", f"must be at most {there}, the number of patterns")
+            if (getattr(spec, name) or 1) > count:
+                raise InvalidInput.field(f"spec.{name}", f"must be at most {count}, the number of patterns")
         self.universe = Universe(spec.vocab_size, spec.sequence_length, self.patterns)
         self.universe.check()
         self.train = Pools.build(self.universe, TRAIN, seed=spec.seed, rarest_first=True)
@@ -71,8 +71,8 @@ class PatternDatasetSampler:
         if self.spec.staged is None:
             raise InvalidInput.field("spec.staged", "subjects have datasets of their own in staged training alone")
         indices = torch.tensor([index])
-        own = Candidates.draw(self.spec, indices, len(self.patterns))
-        examples = Examples.draw(self.spec.seed, "examples", own, self.spec.staged.examples, self.train)
+        candidate = Candidates.draw(self.spec, indices, len(self.patterns))
+        examples = Examples.draw(self.spec.seed, "examples", candidate, self.spec.staged.examples, self.train)
         wrong = examples.corrupted(self.spec.seed, indices, self.spec.staged.corruption_rate)
         rows = examples.rows[0]
         return Labelled(self.train.sequences[rows], self.train.membership[rows]), examples.labels[0], wrong[0]
@@ -87,9 +87,9 @@ class PatternDatasetSampler:
         return Labelled(chosen, self.universe.matches(chosen))
 
     def benchmark(self, per_pattern: int = JUDGED, none: int = JUDGED_NONE) -> Labelled:
-        """Held-out sequences with pattern labels, to evaluate networks on that an interpreter has written."""
-        found = Evaluation.build(self.universe, per_pattern, none, seed=self.spec.seed)
-        return Labelled(found.sequences, found.membership)
+        """Held-out sequences with pattern labels, to evaluate networks that an interpreter has written."""
+        held_out = Evaluation.build(self.universe, per_pattern, none, seed=self.spec.seed)
+        return Labelled(held_out.sequences, held_out.membership)
 
     def save_training(self, index: int, path: Path) -> None:
         """Write :meth:`training` as :meth:`save` does, each row with ``label`` and ``first_stage_label``."""

@@ -20,13 +20,13 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
     ``modification``: ``parsed`` (1 for a network of the right shape; anything else counts as no change), ``gain`` on
     the target pattern beside the record's own ``reference_gain``, and ``others``, the mean change elsewhere.
     ``classification``: ``precision``, ``recall`` and ``exact``. Raises :class:`InvalidInput` naming the answer that is
-    no answer.
+    malformed.
     """
     _, spec, patterns = read_about(zoo)
-    asked: dict[int, dict[str, Any]] = {}
+    records: dict[int, dict[str, Any]] = {}
     for i, answer in enumerate(answers):
         if not isinstance(answer, Mapping):
-            raise InvalidInput.field(f"answers.{i}", "is no object")
+            raise InvalidInput.field(f"answers.{i}", "must be an object")
         for name, kind in (("index", int), ("task", str), ("completion", str)):
             if not isinstance(answer.get(name), kind):
                 raise InvalidInput.field(f"answers.{i}.{name}", f"must be a {kind.__name__}")
@@ -36,22 +36,22 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
             raise InvalidInput.field(
                 f"answers.{i}.task", "the zoo was trained in one stage, so there is nothing to modify"
             )
-        asked[answer["index"]] = {}
+        records[answer["index"]] = {}
     for table in read_records(zoo):
         for record in table.to_pylist():
-            if record["index"] in asked:
-                asked[record["index"]] = record
+            if record["index"] in records:
+                records[record["index"]] = record
     benchmark = Evaluation.build(
         Universe(spec.vocab_size, spec.sequence_length, patterns), JUDGED, JUDGED_NONE, seed=spec.seed
     )
-    found = []
+    scores = []
     for i, answer in enumerate(answers):
-        record, text = asked[answer["index"]], answer["completion"]
+        record, text = records[answer["index"]], answer["completion"]
         if not record:
             raise InvalidInput.field(f"answers.{i}.index", f"the zoo has no record {answer['index']}")
         if answer["task"] == "classification":
-            named = score_classification(text, record, patterns)
-            row = {name: float(value) for name, value in named._asdict().items()}
+            score = score_classification(text, record, patterns)
+            row = {name: float(value) for name, value in score._asdict().items()}
         else:
             try:
                 scored = score_modification(text, record, spec, patterns, benchmark)
@@ -59,17 +59,17 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
             except InvalidInput:
                 row = {"parsed": 0.0, "gain": 0.0, "others": 0.0}
             row["reference_gain"] = record["improvement"]
-        found.append({"index": answer["index"], "task": answer["task"]} | row)
-    return found
+        scores.append({"index": answer["index"], "task": answer["task"]} | row)
+    return scores
 
 
 def means(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of what :func:`score_answers` finds, by task."""
+    """Mean scores by task, of what :func:`score_answers` returns."""
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
     return {
-        task: {"answers": len(own)}
-        | {name: fmean(row[name] for row in own) for name in own[0] if name not in ("index", "task")}
-        for task, own in by_task.items()
+        task: {"answers": len(scores)}
+        | {name: fmean(row[name] for row in scores) for name in scores[0] if name not in ("index", "task")}
+        for task, scores in by_task.items()
     }

@@ -50,7 +50,7 @@ class Degraded:
 
     trained: Trained
     state: State
-    """Where the second stage goes on."""
+    """Where the second stage starts."""
     examples: Examples
     judged: Examples
     """Validation sequences."""
@@ -85,19 +85,19 @@ class SubjectModelTrainer:
     def population(
         self, candidates: Candidates, start: tuple[Architecture, State] | None = None, rates: Tensor | None = None
     ) -> Population:
-        """Networks in training: fresh, or from where others were; ``rates``: learning rates of their own."""
+        """Networks in training: fresh, or from the state of others; ``rates``: a learning rate for each."""
         spec = self.spec
-        # Not of those that are left, but of those that began: the widest may have gone.
+        # The architecture of the first stage: its widest network may be rejected since.
         architecture, state = start or (self.architecture(candidates), None)
         if state is None:
             shared = spec.subject.init == "shared"
-            draws = keys(spec.seed, "init", torch.zeros_like(candidates.indices) if shared else candidates.indices)
+            seeds = keys(spec.seed, "init", torch.zeros_like(candidates.indices) if shared else candidates.indices)
             kaiming = spec.subject.weight_init == "kaiming"
-            state = state_of(init(architecture, draws, candidates.neurons, kaiming=kaiming))
+            state = state_of(init(architecture, seeds, candidates.neurons, kaiming=kaiming))
         dropout = None
         if spec.subject.dropout.max > 0:
-            own = keys(spec.seed, "dropped", candidates.indices)
-            dropout = Dropout(candidates.dropout.float().to(self.device), own.to(self.device))
+            seeds = keys(spec.seed, "dropped", candidates.indices)
+            dropout = Dropout(candidates.dropout.float().to(self.device), seeds.to(self.device))
         widths = candidates.neurons.to(self.device)
         state = [weight.to(self.device) for weight in state]
         rates = rates.to(self.device) if rates is not None else None
@@ -106,26 +106,27 @@ class SubjectModelTrainer:
     def train(self, candidates: Candidates) -> Trained:
         """Train in one stage, on fresh sequences at every step."""
         population = self.population(candidates)
-        self._fresh(population, candidates, "batches", self.spec.training.steps, candidates.selected)
-        return self._once(candidates, population)
+        self._on_fresh(population, candidates, "batches", self.spec.training.steps, candidates.selected)
+        return self._trained(candidates, population)
 
     def branch(self, candidates: Candidates) -> tuple[Trained, Trained, Trained]:
-        """Train in one stage, then on from there, with a fresh optimiser, to what each was to learn, to one pattern
-        more (``other``) and to one less (``target``). The three see the same sequences, and differ in the labels."""
+        """Train in one stage, then three branches from there with a fresh optimiser: on the candidate's own patterns,
+        on one more (``other``) and on one less (``target``). The three see the same sequences, and differ in the
+        labels."""
         assert self.spec.counterfactual is not None
         start, steps = self.population(candidates), self.spec.counterfactual.steps
-        self._fresh(start, candidates, "batches", self.spec.training.steps, candidates.selected)
+        self._on_fresh(start, candidates, "batches", self.spec.training.steps, candidates.selected)
         more = candidates.selected.scatter(1, candidates.other.unsqueeze(1), True)
         less = candidates.selected.scatter(1, candidates.target.unsqueeze(1), False)
         branches = []
         for selected in (candidates.selected, more, less):
-            own = replace(candidates, selected=selected)
+            relabelled = replace(candidates, selected=selected)
             population = self.population(candidates, (start.architecture, start.state))
-            self._fresh(population, own, "branches", steps, more)
-            branches.append(self._once(own, population))
+            self._on_fresh(population, relabelled, "branches", steps, more)
+            branches.append(self._trained(relabelled, population))
         return branches[0], branches[1], branches[2]
 
-    def _fresh(self, population: Population, candidates: Candidates, stream: str, steps: int, shown: Tensor) -> None:
+    def _on_fresh(self, population: Population, candidates: Candidates, stream: str, steps: int, shown: Tensor) -> None:
         """Train on fresh sequences at every step, drawn for the patterns ``shown`` (bool ``[n, patterns]``) and
         labelled by the candidates' own; ``stream`` names the draw."""
         training = self.spec.training
@@ -141,25 +142,24 @@ class SubjectModelTrainer:
                 self._check()
                 population.step(inputs(rows[i]), targets[i], cosine(first + i, steps, training.learning_rate))
 
-    def _once(self, candidates: Candidates, population: Population) -> Trained:
-        nothing = torch.zeros(len(candidates))
-        params = self._params(population.state)
-        return Trained(candidates, population.architecture, params, nothing.long(), nothing)
+    def _trained(self, candidates: Candidates, population: Population) -> Trained:
+        zeros = torch.zeros(len(candidates))
+        return Trained(candidates, population.architecture, self._params(population.state), zeros.long(), zeros)
 
     def degrade(self, candidates: Candidates) -> Degraded:
         """First stage of staged training: some labels of the target pattern are wrong."""
         staged, seed, indices = self._staged, self.spec.seed, candidates.indices
         examples = Examples.draw(seed, "examples", candidates, staged.examples, self._train)
         judged = Examples.draw(seed, "validation", candidates, VALIDATION_EXAMPLES, self._validation)
-        # What wrong labels teach is what it must get right now, so the validation labels are as wrong.
-        wrong = [one.corrupted(seed, indices, staged.corruption_rate) for one in (examples, judged)]
+        # This stage is to learn the wrong labels, so the validation labels are as wrong.
+        wrong = [part.corrupted(seed, indices, staged.corruption_rate) for part in (examples, judged)]
         lesson = self._lesson("first stage", staged.epochs, examples.rows, wrong[0], judged.rows, wrong[1])
         population = self.population(candidates, rates=candidates.learning_rate)
         trained, state = self._stage(candidates, population, lesson)
         return Degraded(trained, state, examples, judged)
 
     def improve(self, degraded: Degraded) -> Trained:
-        """Second stage: the same networks go on with right labels and a fresh optimiser."""
+        """Second stage: the same networks train on right labels with a fresh optimiser."""
         candidates, examples, judged = degraded.trained.candidates, degraded.examples, degraded.judged
         epochs = self._staged.improvement_epochs
         lesson = self._lesson("second stage", epochs, examples.rows, examples.labels, judged.rows, judged.labels)
@@ -174,30 +174,30 @@ class SubjectModelTrainer:
         return self.spec.staged
 
     def _lesson(self, name: str, epochs: int, *tensors: Tensor) -> _Lesson:
-        rows, labels, asked, expected = (tensor.to(self.device) for tensor in tensors)
-        questions = _Inputs(self._validation_table, asked.numel())(asked)
-        return _Lesson(name, epochs, rows, labels.float(), questions, expected.float())
+        rows, labels, held_out, expected = (tensor.to(self.device) for tensor in tensors)
+        inputs = _Inputs(self._validation_table, held_out.numel())(held_out)
+        return _Lesson(name, epochs, rows, labels.float(), inputs, expected.float())
 
     def _stage(self, candidates: Candidates, population: Population, lesson: _Lesson) -> tuple[Trained, State]:
         staged = self._staged
-        watch = _EarlyStopping(population, staged.patience)
+        stopping = _EarlyStopping(population, staged.patience)
         inputs = _Inputs(self._table, len(candidates) * min(staged.batch_size, staged.examples))
         for epoch in range(lesson.epochs):
-            active = watch.active
-            # A view where nobody has stopped yet.
-            own = slice(None) if len(active) == len(candidates) else active
+            active = stopping.active
+            # A view while none has stopped.
+            rows_left = slice(None) if len(active) == len(candidates) else active
             indices = candidates.indices[active.cpu()]
             orders = shuffled(self.spec.seed, lesson.name, indices, epoch, staged.examples).to(self.device)
-            rows, targets = lesson.rows[own].gather(1, orders), lesson.targets[own].gather(1, orders)
+            rows, targets = lesson.rows[rows_left].gather(1, orders), lesson.targets[rows_left].gather(1, orders)
             for start in range(0, staged.examples, staged.batch_size):
                 self._check()
                 batch = slice(start, start + staged.batch_size)
                 population.step(inputs(rows[:, batch]), targets[:, batch])
-            watch.see(population.loss(lesson.questions[own], lesson.answers[own]))
-            if not len(watch.active):
+            stopping.update(population.loss(lesson.validation_inputs[rows_left], lesson.validation_targets[rows_left]))
+            if not len(stopping.active):
                 break
-        params, epochs, loss = self._params(watch.best), watch.epochs.cpu(), watch.loss.cpu()
-        return Trained(candidates, population.architecture, params, epochs, loss), watch.best
+        params, epochs, loss = self._params(stopping.best), stopping.epochs.cpu(), stopping.loss.cpu()
+        return Trained(candidates, population.architecture, params, epochs, loss), stopping.best
 
     def _params(self, state: State) -> Params:
         subject = self.spec.subject
@@ -209,7 +209,7 @@ class SubjectModelTrainer:
 
 
 class _Lesson(NamedTuple):
-    """What a stage teaches each network, and what decides when it ends."""
+    """Data of one stage: what each network trains on, and what decides when it stops."""
 
     name: str
     epochs: int
@@ -217,9 +217,9 @@ class _Lesson(NamedTuple):
     """Of the training pools: int64 ``[models, examples]``."""
     targets: Tensor
     """float32 ``[models, examples]``."""
-    questions: Tensor
+    validation_inputs: Tensor
     """float32 ``[models, n, input_size + 1]``, with ones."""
-    answers: Tensor
+    validation_targets: Tensor
     """float32 ``[models, n]``."""
 
 
@@ -236,7 +236,7 @@ class _Table:
 
 
 class _Inputs:
-    """Rows of a table as network inputs, in room of its own."""
+    """Rows of a table as network inputs, in a buffer of its own."""
 
     def __init__(self, table: _Table, most: int) -> None:
         """At most ``most`` rows are picked at once."""
@@ -254,7 +254,7 @@ class _Inputs:
 
 
 class _EarlyStopping:
-    """Keeps the best state of each network of a population, and takes those out that no longer get better."""
+    """Keeps the best state of each network of a population, and removes networks that no longer improve."""
 
     def __init__(self, population: Population, patience: int) -> None:
         self._population, self._patience = population, patience
@@ -262,24 +262,24 @@ class _EarlyStopping:
         self.best = [weight.clone() for weight in population.state]
         self.loss = torch.full((models,), torch.inf, device=device)
         self.epochs = torch.zeros(models, dtype=torch.int64, device=device)
-        self._since = torch.zeros(models, dtype=torch.int64, device=device)
+        self._epochs_since_best = torch.zeros(models, dtype=torch.int64, device=device)
         self.active = torch.arange(models, device=device)
         """Networks that are still in the population, in its order."""
 
-    def see(self, loss: Tensor) -> None:
-        """An epoch is over; ``loss`` of the active networks."""
+    def update(self, loss: Tensor) -> None:
+        """Note the validation ``loss`` of the active networks after an epoch."""
         self.epochs[self.active] += 1
         better = loss < self.loss[self.active]
-        found = self.active[better]
+        improved = self.active[better]
         for best, weight in zip(self.best, self._population.state, strict=True):
-            if len(found) == len(best):
+            if len(improved) == len(best):
                 best.copy_(weight)
             else:
-                best[found] = weight[better]
-        self.loss[found] = loss[better]
-        self._since[self.active] += 1
-        self._since[found] = 0
-        going = self._since[self.active] < self._patience
-        if not going.all():
-            self.active = self.active[going]
-            self._population.keep(going)
+                best[improved] = weight[better]
+        self.loss[improved] = loss[better]
+        self._epochs_since_best[self.active] += 1
+        self._epochs_since_best[improved] = 0
+        remaining = self._epochs_since_best[self.active] < self._patience
+        if not remaining.all():
+            self.active = self.active[remaining]
+            self._population.keep(remaining)

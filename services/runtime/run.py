@@ -1,4 +1,4 @@
-"""What a running job is given: where to compute, what to go on from, and whom to tell.
+"""What a running job is given: where to compute, what to resume from, and where to report.
 
 The science takes a :class:`Run` as its last argument. The base class is silent and keeps nothing, so that the same
 functions work from a few lines of Python; a job's child process passes one that streams to the supervisor.
@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 class Waiting(Exception):
-    """The attempt ends here and the job goes on when its children have ended; raised out of :meth:`Run.children`."""
+    """The attempt ends here and the job resumes when its children have ended; raised out of :meth:`Run.children`."""
 
 
 @dataclass(frozen=True)
@@ -54,36 +54,36 @@ class Run:
     inputs: Mapping[str, Path] = MappingProxyType({})
     """Input artifacts as local folders, by spec path."""
     resume: Path | None = None
-    """Folder of the checkpoint to go on from, as :meth:`checkpoint` wrote it."""
+    """Folder of the checkpoint to resume from, as :meth:`checkpoint` wrote it."""
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
         """Begin a stage of ``total`` units."""
 
     def advance(self, done: int) -> None:
-        """``done`` units of the stage are done, counted from its beginning. Cheap: call it every step.
+        """Report that ``done`` units of the stage are done, counted from its start. Cheap: call it every step.
 
         Raises :class:`Cancelled` when the job was cancelled.
         """
 
     def metric(self, step: int, **values: float) -> None:
-        """Numbers at a step; they end in the job's ``metrics`` artifact."""
+        """Record metrics of a step; they end up in the job's ``metrics`` artifact."""
 
     def log(self, message: str, level: str = "info") -> None:
-        """A line for people."""
+        """Write a line to the log."""
 
     def checkpoint_due(self) -> bool:
         """Whether it is time to call :meth:`checkpoint`: enough time has passed, or the process is asked to leave."""
         return False
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        """Keep a state to go on from: ``write`` fills an empty folder, the run puts it into the store.
+        """Keep a state to resume from: ``write`` fills an empty folder, the run puts it into the store.
 
         Raises :class:`Stopped` when the process was asked to leave.
         """
 
     def children(self, parts: Mapping[str, tuple[str, Spec]]) -> Mapping[str, ChildJob] | None:
-        """Have ``parts`` (name to kind and spec) done by jobs of their own, on whatever workers are free; what became
-        of each, by name. ``None`` where there is no platform: the caller does the work itself.
+        """Run ``parts`` (name to kind and spec) as jobs of their own, on whatever workers are free. Returns what became
+        of each, by name; ``None`` where there is no platform: the caller does the work itself.
 
         The attempt ends while they run and its slot is free: the job's function is called again, from its last
         checkpoint, when all have ended. So call it with the same names each time, and before anything that is not kept.
