@@ -79,7 +79,7 @@ class AsyncClient:
         idempotency_key: str | None = None,
         **options: Unpack[SubmitOptions],
     ) -> Job:
-        """Queue a job and return it. The same ``idempotency_key`` with the same request returns the job made first."""
+        """Queue a job and return it. The same ``idempotency_key`` with the same request returns the first job."""
         body = transport.submission(kind, spec, options)
         return self._read(Job, await self._post_once("/v1/jobs", body, idempotency_key))
 
@@ -162,7 +162,7 @@ class AsyncClient:
                         yield event
                 if not follow:
                     return
-                # A gateway that shuts down ends its streams; another one, or the next, has the rest.
+                # A gateway that shuts down ends its streams; another gateway, or its successor, has the rest.
                 outcome: httpx.TransportError | httpx.Response = httpx.RemoteProtocolError("the stream ended")
             except httpx.TransportError as error:
                 outcome = error
@@ -209,7 +209,7 @@ class AsyncClient:
         return Artifact(id=answer["id"], name=name, type=type, size=manifest.size, manifest=manifest)
 
     async def get(self, id: str, destination: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> Path:
-        """Download an artifact into the folder ``destination``; files that are there already are kept.
+        """Download an artifact into the folder ``destination``; files that exist with the right digest are kept.
 
         Every file is checked against its digest. ``on_bytes`` is called with the number of bytes of each chunk; a
         negative number takes back those of a failed try.
@@ -232,7 +232,7 @@ class AsyncClient:
         return root
 
     async def delete_artifact(self, id: str) -> None:
-        """Delete an artifact that no job needs any more, with the retired models made of it."""
+        """Delete an artifact that no job needs any more, with its retired models."""
         await self._delete(f"/v1/artifacts/{part(id)}")
 
     async def publish(self, name: str, artifact: str, version: str | None = None) -> Model:

@@ -81,7 +81,7 @@ class Client:
         idempotency_key: str | None = None,
         **options: Unpack[SubmitOptions],
     ) -> Job:
-        """Queue a job and return it. The same ``idempotency_key`` with the same request returns the job made first."""
+        """Queue a job and return it. The same ``idempotency_key`` with the same request returns the first job."""
         body = transport.submission(kind, spec, options)
         return self._read(Job, self._post_once("/v1/jobs", body, idempotency_key))
 
@@ -162,7 +162,7 @@ class Client:
                         yield event
                 if not follow:
                     return
-                # A gateway that shuts down ends its streams; another one, or the next, has the rest.
+                # A gateway that shuts down ends its streams; another gateway, or its successor, has the rest.
                 outcome: httpx.TransportError | httpx.Response = httpx.RemoteProtocolError("the stream ended")
             except httpx.TransportError as error:
                 outcome = error
@@ -207,7 +207,7 @@ class Client:
         return Artifact(id=answer["id"], name=name, type=type, size=manifest.size, manifest=manifest)
 
     def get(self, id: str, destination: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> Path:
-        """Download an artifact into the folder ``destination``; files that are there already are kept.
+        """Download an artifact into the folder ``destination``; files that exist with the right digest are kept.
 
         Every file is checked against its digest. ``on_bytes`` is called with the number of bytes of each chunk; a
         negative number takes back those of a failed try.
@@ -230,7 +230,7 @@ class Client:
         return root
 
     def delete_artifact(self, id: str) -> None:
-        """Delete an artifact that no job needs any more, with the retired models made of it."""
+        """Delete an artifact that no job needs any more, with its retired models."""
         self._delete(f"/v1/artifacts/{part(id)}")
 
     def publish(self, name: str, artifact: str, version: str | None = None) -> Model:

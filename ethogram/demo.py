@@ -42,7 +42,7 @@ _SOURCES = {
     "crossmodal": ("ethogram/specs", "services/zoo", "services/crossmodal", "services/runtime"),
 }
 _SERVED_SECONDS = 30.0
-# Measured only by a run that does the work; a later one repeats what was measured then.
+# Measured only by a run that does the work; a later run repeats its values.
 _COSTS = ("seconds", "peak_rss_mib", "first_event_s")
 _BARS = {
     "agreement": (">=", 0.85),
@@ -98,7 +98,7 @@ class Served(NamedTuple):
 
 @dataclass
 class _Run:
-    """One run of the demo and what it has found so far."""
+    """State of one run of the demo."""
 
     client: Client
     sizes: Sizes

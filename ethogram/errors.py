@@ -1,4 +1,4 @@
-"""Every error that a user can meet, and its mapping to HTTP and gRPC.
+"""Every error that users see, and its mapping to HTTP and gRPC.
 
 Code anywhere in the platform raises one of these; the gateway turns it into ``application/problem+json``, a gRPC
 servicer into ``google.rpc.Status`` (see :mod:`ethogram.rpc`), and the client back into the same class.

@@ -23,7 +23,7 @@ from ethogram.plain import plain
 
 RETRY_SECONDS = 30.0
 FOLLOW_SECONDS = 60.0
-"""How long a stream of events that has begun waits for a platform that went away."""
+"""How long an open stream of events waits for a platform that went away."""
 SILENCE_SECONDS = 45.0
 """A stream of events that is silent for so long is broken: a gateway sends a keep-alive every 15 s."""
 PAGE = 200
@@ -136,7 +136,7 @@ def address(url: str | None, state: str | Path | None) -> tuple[str, bool]:
         valid = False
     if not valid or not parts.hostname:
         raise InvalidInput.field("url", f"{found!r} is not the URL of a platform; write http://HOST:PORT")
-    # A proxy of the user's environment has no way to this machine's own loopback.
+    # A proxy cannot reach this machine's loopback.
     loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
     return found, not loopback
 
@@ -183,7 +183,7 @@ def error_of(response: httpx.Response) -> EthogramError:
     violations = [Violation(str(item.get("field")), str(item.get("description"))) for item in items]
     cls = ERRORS.get(str(problem.get("reason")))
     if cls is None:
-        # Not our gateway's own answer: a proxy's, or a path that this server does not have.
+        # A proxy's answer, or a path that this server does not have.
         by_status = {ERRORS[reason].http_status: ERRORS[reason] for reason in _PLAIN}
         by_status |= {400: InvalidInput} | dict.fromkeys((*_BUSY, _REFUSED), Unavailable)
         cls = by_status.get(response.status_code, Internal)
@@ -203,7 +203,7 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def part(value: str) -> str:
-    """``value`` as one part of a path, whatever it holds."""
+    """``value`` quoted as one segment of a path."""
     if value in ("", ".", ".."):
         raise InvalidInput.field("id", f"{value!r} names nothing")
     return quote(value, safe="")
@@ -221,7 +221,7 @@ def files_in(path: str | Path) -> list[tuple[str, tuple[str, Upload]]]:
     root = Path(path)
     files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
     if not files:
-        raise InvalidInput.field("path", f"{root} is no file and no folder with files")
+        raise InvalidInput.field("path", f"{root} is neither a file nor a folder with files")
     names = [file.name if root.is_file() else file.relative_to(root).as_posix() for file in files]
     for name in names:
         if '"' in name or not name.isprintable():

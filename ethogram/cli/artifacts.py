@@ -31,9 +31,9 @@ def put(
     type: Annotated[str, typer.Option(help="Type of the artifact, e.g. zoo.")] = "file",
 ) -> Answer:
     """Upload a file or a folder."""
-    made = client.put(path, name=name or path.resolve().stem, type=type)
-    shown = {"artifact": made.id, "name": made.name, "type": made.type, "bytes": made.size}
-    return Answer(made, lambda: pairs(shown))
+    artifact = client.put(path, name=name or path.resolve().stem, type=type)
+    shown = {"artifact": artifact.id, "name": artifact.name, "type": artifact.type, "bytes": artifact.size}
+    return Answer(artifact, lambda: pairs(shown))
 
 
 @command(app, "ethogram artifacts ls --job job_abc", "ethogram artifacts ls --type codec --json")
@@ -69,7 +69,7 @@ def get(
 
 @command(app, "ethogram artifacts rm 3f9c...", "ethogram artifacts rm job_abc/zoo")
 def rm(client: Client, source: Source) -> Answer:
-    """Delete an artifact that no job needs, with the retired models made of it."""
+    """Delete an artifact that no job needs, with its retired models."""
     id = _resolve(client, source)
     client.delete_artifact(id)
     return Answer({"deleted": id}, lambda: pairs({"deleted": id}))
@@ -114,9 +114,9 @@ def models_get(client: Client, name: ModelName, version: Version = None) -> Answ
 def behaviors(client: Client, name: ModelName, version: Version = None) -> Answer:
     """List the behaviours that a model can steer."""
     with client.inference() as inference:
-        found, model, answered = inference.behaviors(name, version=version)
-    value = {"model": model, "version": answered, "behaviors": [behavior._asdict() for behavior in found]}
-    return Answer(value, lambda: table(["Behavior", "Meaning", "Positives"], found))
+        behaviors, model, served = inference.behaviors(name, version=version)
+    value = {"model": model, "version": served, "behaviors": [behavior._asdict() for behavior in behaviors]}
+    return Answer(value, lambda: table(["Behavior", "Meaning", "Positives"], behaviors))
 
 
 def _shown(model: Model) -> Answer:

@@ -119,12 +119,12 @@ def pipeline(
     if not isinstance(jobs, dict) or set(plan) != {"jobs"}:
         raise InvalidInput(f"{file} must hold `jobs:`, a mapping of names to jobs, and nothing else")
     with connect(url) as client:
-        made = client.pipeline(jobs)
+        queued = client.pipeline(jobs)
         if wait:
-            made = {name: _follow(client, job, name) for name, job in made.items()}
-    rows = [(name, job.id, job.kind, job.state) for name, job in made.items()]
-    succeeded = all(job.state == "SUCCEEDED" for job in made.values())
-    return Answer({"jobs": made}, lambda: table(["Name", "Job", "Kind", "State"], rows), ok=succeeded or not wait)
+            queued = {name: _follow(client, job, name) for name, job in queued.items()}
+    rows = [(name, job.id, job.kind, job.state) for name, job in queued.items()]
+    succeeded = all(job.state == "SUCCEEDED" for job in queued.values())
+    return Answer({"jobs": queued}, lambda: table(["Name", "Job", "Kind", "State"], rows), ok=succeeded or not wait)
 
 
 @command(app, "ethogram jobs list --kind generation --state FAILED", name="list")
@@ -179,6 +179,8 @@ def logs(
     out = console()
 
     def show(event: Event) -> None:
+        if event.type != "log":
+            return
         if as_json:
             print_json(event, indent=None)
         else:
@@ -196,8 +198,7 @@ def logs(
             show(event)
     if follow or tail is None:
         for event in client.events(id, after=after, follow=follow):
-            if event.type == "log":
-                show(event)
+            show(event)
 
 
 @command(app, "ethogram jobs cancel job_abc")

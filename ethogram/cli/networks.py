@@ -103,8 +103,7 @@ def steer(
     ] = "1",
     direction: Annotated[str, typer.Option(help="learned, mean_difference or classifier_normal.")] = "learned",
     report: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write an HTML report of the predicted and the measured effect."),
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML report of the predicted and the measured effect.")
     ] = None,
     activation: Activation = None,
     version: Version = None,
@@ -150,12 +149,7 @@ def _strength(text: str) -> float | str:
 
 @command(app, "ethogram evaluate my-codec steered.safetensors", "ethogram evaluate my-codec n.safetensors --json")
 def evaluate(
-    client: Client,
-    model: ModelName,
-    networks: NetworksFile,
-    *,
-    activation: Activation = None,
-    version: Version = None,
+    client: Client, model: ModelName, networks: NetworksFile, *, activation: Activation = None, version: Version = None
 ) -> Answer:
     """Run networks on held-out sequences and print their recall of each behaviour."""
     with client.inference() as inference:

@@ -47,7 +47,7 @@ SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", h
 def new_path(path: Path | None) -> Path | None:
     """Callback of an option: refuse a path that exists."""
     if path is not None and path.exists():
-        raise InvalidInput.field("--output", f"{path} is there already; name another one")
+        raise InvalidInput.field("--output", f"{path} exists already; name another folder or file")
     return path
 
 
@@ -56,8 +56,7 @@ Out = Annotated[
     typer.Option("--output", "-o", metavar="DIR", help="Folder of the run: artifacts, report, metrics, checkpoint."),
 ]
 NewFolder = Annotated[
-    Path,
-    typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not exist.", callback=new_path),
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not exist.", callback=new_path)
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")]
 ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
@@ -77,10 +76,10 @@ def seconds(text: str) -> float:
     """Seconds of a time limit such as 90, 30m or none (infinity)."""
     if text == "none":
         return math.inf
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    if found is None or float(found[1]) == 0:
-        raise typer.BadParameter(f"{text!r} is no time; write 90, 90s, 30m, 2h, 1d or none")
-    return float(found[1]) * _SECONDS[found[2]]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if match is None or float(match[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is not a time; write 90, 90s, 30m, 2h, 1d or none")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def assignment(option: str, text: str, form: str, *, empty: bool = False) -> tuple[str, str]:
@@ -117,7 +116,7 @@ def examples(*lines: str) -> str:
 
 
 class Answer(NamedTuple):
-    """What a command found."""
+    """The result of a command."""
 
     value: object
     """Printed with --json."""

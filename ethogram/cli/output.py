@@ -57,12 +57,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
 
     cells = [[_cell(value) for value in row] for row in rows]
     numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
-    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for name, right in zip(columns, numeric, strict=True):
-        made.add_column(name, justify="right" if right else "left", no_wrap=name.lower() in ("id", "job", "artifact"))
+        grid.add_column(name, justify="right" if right else "left", no_wrap=name.lower() in ("id", "job", "artifact"))
     for row in cells:
-        made.add_row(*(Text(cell) for cell in row))
-    console().print(made)
+        grid.add_row(*(Text(cell) for cell in row))
+    console().print(grid)
 
 
 def figures(values: Mapping[str, Any]) -> None:

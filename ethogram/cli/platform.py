@@ -10,7 +10,7 @@ import typer
 from ethogram.cli.options import Answer, Json, State, command, connect, examples
 from ethogram.cli.output import console, pairs, print_json, say, table
 from ethogram.errors import EthogramError, NotFound
-from ethogram.platform.defaults import PORT
+from ethogram.platform.state import PORT, StateDir
 
 app = typer.Typer()
 
@@ -26,7 +26,6 @@ def up(
     import threading
 
     from ethogram.platform.stack import Platform
-    from ethogram.platform.state import StateDir
 
     platform = Platform(StateDir.find(state), port=port, say=say)
     leave = threading.Event()
@@ -91,7 +90,6 @@ def demo(
 def doctor(state: State = None) -> Answer:
     """Check this machine for what the platform needs, and say what to do; exit code 1 if something is missing."""
     from ethogram.platform.doctor import examine
-    from ethogram.platform.state import StateDir
 
     findings = examine(StateDir.find(state))
 

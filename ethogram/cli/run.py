@@ -109,19 +109,19 @@ def run_command(
     path. ``lines``: examples. ``show``: prints the result."""
 
     def decorate(function: Callable[..., Request]) -> Callable[..., Request]:
-        own = inspect.signature(function, eval_str=True).parameters
+        parameters = inspect.signature(function, eval_str=True).parameters
         shared = inspect.signature(_shared, eval_str=True).parameters
         paths = {path.replace(".", "_"): path for path in flags}
         options = [inspect.Parameter(name, _KEYWORD, default=None, annotation=flags[paths[name]]) for name in paths]
 
         @wraps(function)
         def command(**given: Any) -> None:
-            request = function(**{name: given[name] for name in own})
+            request = function(**{name: given[name] for name in parameters})
             values = {path: given[name] for name, path in paths.items()} | dict(request.values)
             _run(kind, request._replace(values=values), **{name: given[name] for name in shared}, show=show)
 
-        rest = [shared[name] for name in shared if name not in own]
-        declare(app, command, [*own.values(), *options, *rest], lines)
+        rest = [shared[name] for name in shared if name not in parameters]
+        declare(app, command, [*parameters.values(), *options, *rest], lines)
         return function
 
     return decorate

@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from ethogram.errors import Conflict, EthogramError
 from ethogram.platform import redis
-from ethogram.platform.defaults import PORT
 from ethogram.platform.stack import check_port
-from ethogram.platform.state import StateDir
+from ethogram.platform.state import PORT, StateDir
 
 _SERVER_PACKAGES = ("fastapi", "uvicorn", "celery", "redis", "sqlalchemy", "alembic", "fsspec", "datasets")
 _INSTALL = "pip install -c constraints.txt -e '.[server]'"

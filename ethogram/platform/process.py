@@ -20,7 +20,7 @@ MAX_LOG_BYTES = 16 * 2**20
 class Child:
     """A process with a log file and a pipe on its standard input.
 
-    The pipe's other end closes with this process, however it ends; each program takes that as the order to leave.
+    The pipe closes when this process ends, however it ends; each program then exits.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Child:
         self.trim()
         with self.log.open("ab") as log:
             self._log_start = log.tell()
-            # A session of its own: Ctrl-C in the terminal is for the parent, which then ends all in order.
+            # In its own session, Ctrl-C in the terminal reaches only the parent, which stops all in order.
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ethogram.errors import Conflict, EthogramError, InvalidInput, Unavailable
-from ethogram.platform import defaults
 
+HOST, PORT, STATE = "127.0.0.1", 8321, "runs/state"
+"""Where an embedded platform runs by default."""
 _LEAVING_SECONDS = 20.0
 
 
@@ -26,7 +27,7 @@ class StateDir:
     @classmethod
     def find(cls, path: str | Path | None = None) -> StateDir:
         """``path``, else the one that ``ETHOGRAM_STATE`` names, else ``runs/state`` under the current folder."""
-        return cls(Path(path or os.environ.get("ETHOGRAM_STATE") or defaults.STATE).expanduser().absolute())
+        return cls(Path(path or os.environ.get("ETHOGRAM_STATE") or STATE).expanduser().absolute())
 
     def __post_init__(self) -> None:
         self.database_url = f"sqlite:///{self.root / 'registry.db'}"

@@ -28,10 +28,7 @@ app = system_app(
 
 
 @run_command(
-    app,
-    KINDS["policy"],
-    f"{_MODULE} policy -o my-policy",
-    f"{_MODULE} policy --set training.steps=200 -o my-policy",
+    app, KINDS["policy"], f"{_MODULE} policy -o my-policy", f"{_MODULE} policy --set training.steps=200 -o my-policy"
 )
 def policy() -> Request:
     """Train a policy that builds tours, and compare it with a solver. The same command resumes an interrupted run."""

@@ -13,6 +13,7 @@ from ethogram.cli.execute import execute
 from ethogram.cli.options import NewFolder, Public, examples, hub_spec, system_app
 from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
+from ethogram.specs.edits import OPERATIONS
 from ethogram.specs.kinds import KINDS
 
 _MODULE = "python -m services.crossmodal"
@@ -22,11 +23,9 @@ app = system_app(
     f"{_MODULE} train my-zoo -o my-run",
 )
 
-_OPERATIONS, _SHARES = ("add", "remove", "replace"), ("target_mean", "local_mean", "kept_mean", "all_gate")
-_HEADLINE = (
-    *("agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"),
-    *(f"{operation}.{share}" for operation in _OPERATIONS for share in _SHARES),
-)
+_SHARES = ("target_mean", "local_mean", "kept_mean", "all_gate")
+_HEADLINE = ["agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"]
+_HEADLINE += [f"{operation}.{share}" for operation in OPERATIONS for share in _SHARES]
 
 
 def _show(result: dict[str, Any]) -> None:

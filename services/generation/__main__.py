@@ -55,8 +55,7 @@ Baseline = Annotated[
 )
 def make(
     out: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder of the zoo: a new one, or an interrupted one."),
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the zoo: a new one, or an interrupted one.")
     ],
     baseline: Baseline = None,
 ) -> Request:

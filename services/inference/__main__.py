@@ -14,7 +14,7 @@ from services.runtime.lifetime import run_process
 
 async def serve(settings: InferenceSettings) -> None:
     """Serve until SIGTERM or SIGINT."""
-    # Here, so that a wrong setting is told before torch is imported.
+    # Imported here, so that a wrong setting is reported before torch is loaded.
     from services.inference.server import InferenceServer
 
     loop, leave = asyncio.get_running_loop(), asyncio.Event()

@@ -78,7 +78,8 @@ class ConsoleRun(Run):
         if self._metrics is not None:
             self._metrics.close()
         if self._output is not None and kind is None:
-            shutil.rmtree(self._output / CHECKPOINT, ignore_errors=True)
+            for suffix in ("", ".new", ".old"):
+                shutil.rmtree(self._output / f"{CHECKPOINT}{suffix}", ignore_errors=True)
 
     def checkpoint_due(self) -> bool:
         if self._seconds is None or self._metrics is None:
@@ -89,10 +90,14 @@ class ConsoleRun(Run):
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
         if self._output is None or self._seconds is None or self._metrics is None:
             return
-        checkpoint, fresh = self._output / CHECKPOINT, self._output / f"{CHECKPOINT}.new"
+        checkpoint, fresh, old = (self._output / f"{CHECKPOINT}{suffix}" for suffix in ("", ".new", ".old"))
         self._metrics.checkpoint(fresh, write)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        # By renaming: a process that is killed meanwhile must not leave a part of a checkpoint.
+        shutil.rmtree(old, ignore_errors=True)
+        if checkpoint.exists():
+            checkpoint.rename(old)
         fresh.rename(checkpoint)
+        shutil.rmtree(old, ignore_errors=True)
         self._next = time.monotonic() + self._seconds
         if self._leaving:
             raise KeyboardInterrupt

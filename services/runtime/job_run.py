@@ -125,8 +125,8 @@ class JobRun(Run):
     def output(self, child: ChildJob, name: str) -> Path:
         artifact = child.outputs.get(name)
         if artifact is None:
-            made = ", ".join(sorted(child.outputs)) or "none"
-            raise NotFound(f"child job {child.name} ({child.job}) has no output {name!r}; it has: {made}")
+            outputs = ", ".join(sorted(child.outputs)) or "none"
+            raise NotFound(f"child job {child.name} ({child.job}) has no output {name!r}; it has: {outputs}")
         folder = self._work / "children" / child.name / name
         return folder if folder.exists() else self._store.fetch(artifact, folder)
 

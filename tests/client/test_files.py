@@ -38,9 +38,9 @@ def test_yaml_is_read_as_yaml_1_2(tmp_path: Path) -> None:
         ("a: !!python/name:os.system x\n", "line 1: could not determine a constructor"),
         ("a: 1\n---\nb: 2\n", "spec.yaml"),
         (b"a: \xff\xfe\n", "not UTF-8"),
-        ("a: .nan\n", "spec.a: nan is no finite number"),
-        ("a: {b: [1, -.inf]}\n", "spec.a.b.1: -inf is no finite number"),
-        ("a: 2024-01-01\n", "spec.a: a date is no JSON value"),
+        ("a: .nan\n", "spec.a: nan is not a finite number"),
+        ("a: {b: [1, -.inf]}\n", "spec.a.b.1: -inf is not a finite number"),
+        ("a: 2024-01-01\n", "spec.a: a date is not a JSON value"),
         ("1: a\n", "spec: the key 1 must be a string"),
         ("a: &x [*x]\n", "spec.a"),
         ("a: " + "[" * 2000 + "]" * 2000, "spec"),
@@ -88,7 +88,7 @@ def test_set_puts_values_into_mappings_and_lists() -> None:
         ("patterns.x=c", "number its items from 0"),
         ("number.deeper=1", "spec.number: is a number, so 'deeper' cannot be set in it"),
         ("a=[1", "--set a=[1"),
-        ("a=.inf", "spec.a: inf is no finite number"),
+        ("a=.inf", "spec.a: inf is not a finite number"),
     ],
 )
 def test_a_wrong_set_is_explained(assignment: str, says: str) -> None:

@@ -98,4 +98,4 @@ def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert call(*given) == 0
     assert AttentionPolicy.load(tmp_path / "policy").nodes == 7
     assert call(*given) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err

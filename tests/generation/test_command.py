@@ -74,7 +74,7 @@ def test_the_report_says_what_its_numbers_are(zoo: Path) -> None:
 
 def test_what_is_there_is_not_overwritten(zoo: Path, spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("make", "-f", spec, "-o", zoo) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_what_was_interrupted_goes_on(

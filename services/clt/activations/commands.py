@@ -26,8 +26,7 @@ Store = Annotated[
     ),
 ]
 Pairs = Annotated[
-    list[str] | None,
-    typer.Option("--pair", metavar="A->B", help="Source and target hook point. Repeatable."),
+    list[str] | None, typer.Option("--pair", metavar="A->B", help="Source and target hook point. Repeatable.")
 ]
 
 
@@ -67,10 +66,7 @@ def _show_pairs(rows: list[dict[str, Any]]) -> None:
     f"{_MODULE} activations --language-model my-gpt2 --dataset texts.txt -o my-activations",
     flags={
         "language_model.model": flag(
-            str,
-            "--language-model",
-            metavar="NAME",
-            help="A causal language model instead: folder, or name on the Hub.",
+            str, "--language-model", metavar="NAME", help="A causal language model instead: folder, or name on the Hub."
         ),
         "language_model.dataset": flag(
             str, "--dataset", metavar="NAME", help="Its texts: a file, a folder, or a dataset on the Hub."
@@ -121,8 +117,7 @@ def export_pairs(
     out: NewFolder,
     pair: Pairs = None,
     instances: Annotated[
-        int | None,
-        typer.Option("--num-instances-per-pair", metavar="N", min=1, help="Only the first N instances."),
+        int | None, typer.Option("--num-instances-per-pair", metavar="N", min=1, help="Only the first N instances.")
     ] = None,
 ) -> Answer:
     """Write pairs of hook points as sources.pt and targets.pt with metadata.json, a folder for each."""
