@@ -20,7 +20,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ethogram.errors import EthogramError, IllegalState, NotFound
+from ethogram.errors import IllegalState, NotFound
 from services.artifacts.backends import blob_path
 from services.artifacts.remote import DEAD_SECONDS, MARKS, awake
 from services.artifacts.store import ArtifactStore, manifest_path
@@ -144,9 +144,8 @@ class Collector:
     def _manifests(self) -> dict[str, Known]:
         """All manifests by artifact. Raises :class:`IllegalState` when one of them cannot be read."""
         listed = {_artifact_of(path) for path in self._all("manifests", ".json")}
-        known = {id: found for id in listed if (found := self._known.get(id) or self._read(id)) is not None}
-        self._known = known
-        return known
+        self._known = {id: found for id in listed if (found := self._known.get(id) or self._read(id)) is not None}
+        return self._known
 
     def _read(self, id: str) -> Known | None:
         try:
@@ -154,9 +153,7 @@ class Collector:
         except NotFound:
             # Another collector was here.
             return None
-        except (EthogramError, ValueError) as error:
-            if isinstance(error, EthogramError) and not isinstance(error, IllegalState):
-                raise
+        except (IllegalState, ValueError) as error:
             raise IllegalState(
                 f"{manifest_path(id)} in the artifact store at {self._store.url} cannot be read, so nothing is deleted "
                 "there; restore it, or remove it if nobody needs that artifact"
