@@ -14,16 +14,15 @@ def card(folder: Path, statistics: Statistics) -> str:
     """Markdown on the zoo in ``folder``."""
     _, spec, patterns = read_about(folder)
     figures = statistics.figures()
-    degraded = figures.get("degraded_accuracy_by_pattern")
-    head = ["pattern", "what it is", "networks", "accuracy", *(["degraded"] if degraded else [])]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    columns = {"networks": "subjects_by_pattern", "accuracy": "accuracy_by_pattern"}
+    if statistics.degraded_accuracy is not None:
+        columns["degraded"] = "degraded_accuracy_by_pattern"
+    lines = [f"| pattern | what it is | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 2)}"]
     for pattern in patterns:
-        cells = [f"`{pattern.name}`", pattern.description.replace("|", "\\|")]
-        cells += [
-            f"{figures['subjects_by_pattern'][pattern.name]:,}",
-            f"{figures['accuracy_by_pattern'][pattern.name]:.3f}",
-        ]
-        lines.append(f"| {' | '.join([*cells, *([f'{degraded[pattern.name]:.3f}'] if degraded else [])])} |")
+        numbers = [figures[key][pattern.name] for key in columns.values()]
+        shown = [f"{number:,}" if isinstance(number, int) else f"{number:.3f}" for number in numbers]
+        description = pattern.description.replace("|", "\\|")
+        lines.append(f"| `{pattern.name}` | {description} | {' | '.join(shown)} |")
     rejected = "\n".join(f"- {count:,} {cause}" for cause, count in figures["rejected"].items()) or "- none"
     shapes = "\n".join(f"- {shape}: {count:,}" for shape, count in statistics.shapes.items())
     tokens = "".join(

@@ -50,17 +50,13 @@ class Progress:
         if self.candidates < max(PATIENCE, block_size) or self.accepted >= self.candidates * MIN_ACCEPTED:
             return
         causes = ", ".join(f"{cause}: {count}" for cause, count in self.rejected.most_common(4))
-        found = f"only {self.accepted} of {self.candidates} candidates"
+        field, goal = "spec.staged", "pass the checks"
+        advice = "lower min_degradation_threshold or min_accuracy, or flip more labels"
         if spec.staged is None:
-            text = (
-                f"{found} reach {spec.gate} ({causes}); lower it, train for more steps, use wider subjects or fewer "
-                "patterns"
-            )
-            raise InvalidInput.field("spec.min_accuracy", text)
-        text = (
-            f"{found} pass the checks ({causes}); lower min_degradation_threshold or min_accuracy, or flip more labels"
-        )
-        raise InvalidInput.field("spec.staged", text)
+            field, goal = "spec.min_accuracy", f"reach {spec.gate}"
+            advice = "lower it, train for more steps, use wider subjects or fewer patterns"
+        text = f"only {self.accepted} of {self.candidates} candidates {goal} ({causes}); {advice}"
+        raise InvalidInput.field(field, text)
 
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""

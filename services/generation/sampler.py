@@ -1,4 +1,4 @@
-"""Sequences to train, describe and judge subjects with: in memory, labelled exactly, each split for itself."""
+"""Sequences to train, describe and evaluate subjects with: in memory, labelled exactly, each split for itself."""
 
 from __future__ import annotations
 
@@ -94,24 +94,20 @@ class PatternDatasetSampler:
     def save_training(self, index: int, path: Path) -> None:
         """Write :meth:`training` as :meth:`save` does, each row with ``label`` and ``first_stage_label``."""
         dataset, right, first = self.training(index)
-        labels = zip(right.tolist(), first.tolist(), strict=True)
-        rows = [
-            row | {"label": label, "first_stage_label": other}
-            for row, (label, other) in zip(self.rows(dataset), labels, strict=True)
-        ]
-        self._write(rows, path)
+        self.save(dataset, path, label=right, first_stage_label=first)
 
-    def rows(self, dataset: Labelled) -> list[dict[str, Any]]:
-        """Its sequences as text; see :func:`services.zoo.dataset.labelled`."""
-        return labelled(dataset.sequences, dataset.membership, [pattern.name for pattern in self.patterns])
+    def rows(self, dataset: Labelled, **columns: Tensor) -> list[dict[str, Any]]:
+        """Its sequences as text (see :func:`services.zoo.dataset.labelled`), with more ``columns`` ``[n]``."""
+        rows = labelled(*dataset, [pattern.name for pattern in self.patterns])
+        for name, column in columns.items():
+            rows = [row | {name: value} for row, value in zip(rows, column.tolist(), strict=True)]
+        return rows
 
-    def save(self, dataset: Labelled, path: Path) -> None:
-        """Write a dataset as JSON, or as parquet if that is the suffix of ``path``."""
-        self._write(self.rows(dataset), path)
-
-    def _write(self, rows: list[dict[str, Any]], path: Path) -> None:
+    def save(self, dataset: Labelled, path: Path, **columns: Tensor) -> None:
+        """Write :meth:`rows` as JSON, or as parquet if that is the suffix of ``path``."""
         if path.suffix not in (".json", ".parquet"):
             raise InvalidInput.field(path.name, "must end in .json or .parquet")
+        rows = self.rows(dataset, **columns)
         if path.suffix == ".parquet":
             parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         else:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 import pyarrow
 import torch
@@ -25,6 +24,7 @@ from ethogram.specs.generation import REGISTERED, GenerationSpec
 from services.generation.buckets import Block, BucketTrainer
 from services.zoo.subjects import Architecture
 
+_CAUSES = b"causes"
 _ROOT = Path(__file__).resolve().parents[2]
 WORTH_PROCESSES = 8.0
 """Seconds of one core's work from which on processes are worth their start."""
@@ -71,11 +71,12 @@ class Workers:
     """``count`` processes that work on one spec, each on one core. :meth:`close` ends them."""
 
     def __init__(self, spec: GenerationSpec, count: int, baseline: Path | None = None) -> None:
-        self._task = json.dumps([spec.model_dump(mode="json"), str(baseline) if baseline is not None else None])
-        self._thread = threading.local()
+        self._task = json.dumps([spec.model_dump(mode="json"), None if baseline is None else str(baseline)])
         self._lock, self._closed = threading.Lock(), False
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="bucket")
+        # Each thread of the pool has a process.
+        self._thread = threading.local()
+        self._pool = ThreadPoolExecutor(count, "bucket", self._start)
 
     def submit(self, block: int, part: int) -> Future[Block]:
         """Train and check one bucket of a block."""
@@ -92,21 +93,18 @@ class Workers:
             process.communicate()
 
     def _ask(self, block: int, part: int) -> Block:
-        """The answer of this thread's own process."""
-        process = getattr(self._thread, "process", None)
-        if process is None:
-            process = self._thread.process = self._start()
-        assert process.stdin is not None and process.stdout is not None
+        process: subprocess.Popen[bytes] = self._thread.process
+        assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps([block, part]).encode() + b"\n")
-            process.stdin.flush()
-            head = json.loads(process.stdout.readline())
-            with pyarrow.ipc.open_stream(process.stdout.read(head["bytes"])) as stream:
-                return Block(stream.read_all(), head["causes"])
+            _send(process, json.dumps([block, part]))
+            with pyarrow.ipc.open_stream(process.stdout) as stream:
+                table = stream.read_all()
+            return Block(table.replace_schema_metadata(), json.loads(table.schema.metadata[_CAUSES]))
         except (OSError, ValueError):
             raise RuntimeError(f"a training process ended by itself ({process.wait(10)})") from None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
+        """Start the process of this thread."""
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         process = subprocess.Popen(
@@ -121,10 +119,14 @@ class Workers:
             self._processes.append(process)
             if self._closed:
                 process.kill()
-        assert process.stdin is not None
-        process.stdin.write(self._task.encode() + b"\n")
-        process.stdin.flush()
-        return process
+        self._thread.process = process
+        _send(process, self._task)
+
+
+def _send(process: subprocess.Popen[bytes], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line.encode() + b"\n")
+    process.stdin.flush()
 
 
 def main() -> None:
@@ -134,19 +136,16 @@ def main() -> None:
     # What libraries print must not end up among the answers.
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    requests: IO[bytes] = sys.stdin.buffer
+    requests = sys.stdin.buffer
     spec, baseline = json.loads(requests.readline())
     trainer = BucketTrainer(GenerationSpec.model_validate(spec), baseline=None if baseline is None else Path(baseline))
     for line in requests:
         block, part = json.loads(line)
         answer = trainer.train(trainer.buckets(block)[part])
-        sink = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(sink, answer.table.schema) as stream:
-            stream.write_table(answer.table)
-        data: Any = sink.getvalue()
+        table = answer.table.replace_schema_metadata({_CAUSES: json.dumps(answer.causes)})
         try:
-            answers.write(json.dumps({"causes": answer.causes, "bytes": data.size}).encode() + b"\n")
-            answers.write(data)
+            with pyarrow.ipc.new_stream(answers, table.schema) as stream:
+                stream.write_table(table)
             answers.flush()
         except BrokenPipeError:
             # The parent has died; at exit, Python would try to flush once more.
