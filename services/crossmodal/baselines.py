@@ -90,7 +90,7 @@ class FineTuning(Trainer):
         rows = self._queries.draw(self._patterns, FINE_QUERIES, self._generator)
         inputs = self._queries.network_inputs(rows).to(self.device)
         targets = self._queries.pools.labels(rows, self._labels.cpu()).to(self.device).float()
-        logits = self._codec.layout.answers(self.edited.unsqueeze(1), self._shape, inputs).squeeze(1)
+        logits = self._codec.layout.logits(self.edited.unsqueeze(1), self._shape, inputs).squeeze(1)
         # A sum over the subjects: each is trained as if alone.
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
         (self.edited.grad,) = torch.autograd.grad(loss, [self.edited])

@@ -57,7 +57,7 @@ class Canonicalizer:
         for which in torch.unique(shape).tolist():
             rows = (shape == which).nonzero().squeeze(1)
             own_index, own_factor = self._of_shape(self.layout.strip(vectors[rows], which), which)
-            places = self.layout.places[which].to(vectors.device)
+            places = self.layout.positions[which].to(vectors.device)
             index[rows.unsqueeze(1), places] = places[own_index]
             factor[rows.unsqueeze(1), places] = own_factor
         return Transform(index, factor)

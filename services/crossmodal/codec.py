@@ -377,7 +377,7 @@ class Codec:
         """Predicted classes of networks ``[models, size]`` on the evaluation set, or on the support set if that is
         ``held_out``: bool ``[models, n]``."""
         inputs = self._support_inputs if held_out is self.support else self.evaluation_inputs
-        return self.layout.answers(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
+        return self.layout.logits(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
 
     def signs(self, edits: Sequence[Edit]) -> Tensor:
         """-1 for behaviours that the edits remove, 1 for those that they add: ``[behaviors]``."""

@@ -330,7 +330,7 @@ def _run_edits(
             steered = decoded.latents[index] + (shift[chunk] if shift.dim() == 2 else shift)
             moved = codec.model.decoder(steered, shape)
             weights = torch.stack([edited(own, decoded.weights[index], moved, mode) for mode in MODES], 1)
-            predictions = codec.layout.answers(weights, shape, codec.evaluation_inputs) > 0
+            predictions = codec.layout.logits(weights, shape, codec.evaluation_inputs) > 0
             for i, mode in enumerate(MODES):
                 scores = score(predictions[:, i], source[index], edits.before[chunk], edits.after[chunk])
                 results[mode, name].append(scores)

@@ -92,7 +92,7 @@ class Tokenizer:
         return _form(
             [
                 (entries[places], _metadata(shape, SIGNATURE))
-                for shape, places in zip(self.layout.shapes, self.layout.neuron_places, strict=True)
+                for shape, places in zip(self.layout.shapes, self.layout.neuron_positions, strict=True)
             ],
         )
 
@@ -102,7 +102,7 @@ class Tokenizer:
         return _form(
             [
                 (_chunks(places, self.chunk) if self.granularity == "chunk" else _neurons(shape, places))
-                for shape, places in zip(self.layout.shapes, self.layout.places, strict=True)
+                for shape, places in zip(self.layout.shapes, self.layout.positions, strict=True)
             ]
         )
 

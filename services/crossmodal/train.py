@@ -158,13 +158,13 @@ class CodecTrainer(Trainer):
             rows = self.queries.draw(patterns.cpu(), self.spec.training.queries, rng)
             inputs = self.queries.network_inputs(rows).to(self.device)
             with torch.no_grad():
-                own = self.layout.answers(source.unsqueeze(1), shape, inputs).squeeze(1)
+                own = self.layout.logits(source.unsqueeze(1), shape, inputs).squeeze(1)
             variants = {"behavior": decoded} if weight.behavior else {}
             if moved is not None and weight.steering:
                 variants["steering"] = edited(source, decoded, moved, "residual")
             if moved is not None and weight.direct:
                 variants["direct"] = moved
-            logits = self.layout.answers(torch.stack(list(variants.values()), 1), shape, inputs).unbind(1)
+            logits = self.layout.logits(torch.stack(list(variants.values()), 1), shape, inputs).unbind(1)
             answered = dict(zip(variants, logits, strict=True))
             if weight.behavior:
                 terms["behavior"] = losses.behavior(answered.pop("behavior"), own)

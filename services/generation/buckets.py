@@ -199,13 +199,13 @@ class BucketTrainer:
         signatures = self.extractor.extract(chosen.params, architecture, candidates.neurons)
         signature_rows = {method: values.cpu().numpy() for method, values in signatures.items()}
         weights = flatten({name: tensor.cpu() for name, tensor in chosen.params.items()}).numpy()
-        # Without the padding to the widest.
+        # Records are without the padding to the widest.
         widths = {architecture.hidden[0], *candidates.neurons.tolist()}
         layout = Layout([architecture._replace(hidden=(width,) * len(architecture.hidden)) for width in widths])
-        positions = dict(zip(widths, zip(layout.places, layout.neuron_places, strict=True), strict=True))
+        positions = dict(zip(widths, zip(layout.positions, layout.neuron_positions, strict=True), strict=True))
         for i, accuracies in enumerate(accuracy[kept].numpy()):
             width = int(candidates.neurons[i])
-            parameters, neurons = positions[width]
+            parameters, neurons = (tensor.numpy() for tensor in positions[width])
             rate = float(candidates.learning_rate[i]) if self.spec.staged else self.spec.training.learning_rate
             rows.append(
                 {
