@@ -84,14 +84,14 @@ class LocalBackend(Backend):
     def add(self, source: Path) -> File:
         with self._temporary() as temporary:
             with source.open("rb") as reader, temporary.open("xb") as writer:
-                sha256, size = copy(reader, writer)
+                file = copy(reader, writer)
                 _sync(writer)
             temporary.chmod(0o444)
-            target = self.root / blob_path(sha256)
+            target = self.root / blob_path(file.sha256)
             # One that is there already is trusted only as far as its bytes: this repairs a damaged blob.
-            if not target.exists() or _digest(target) != sha256:
+            if not target.exists() or sha256_of(target) != file.sha256:
                 self._rename(temporary, target)
-        return File(sha256=sha256, size=size)
+        return file
 
     def open(self, path: str) -> BinaryIO:
         return (self.root / path).open("rb")
@@ -121,9 +121,9 @@ class LocalBackend(Backend):
     def materialise(self, path: str, destination: Path) -> str:
         # A link costs nothing.
         if _link(self.root / path, destination):
-            return _digest(destination)
+            return sha256_of(destination)
         with self.open(path) as reader, destination.open("xb") as writer:
-            return copy(reader, writer)[0]
+            return copy(reader, writer).sha256
 
     def delete(self, path: str) -> int:
         target = self.root / path
@@ -188,20 +188,20 @@ class LocalBackend(Backend):
             _sync_folder(folder.parent)
 
 
-def copy(reader: BinaryIO, writer: BinaryIO | None) -> tuple[str, int]:
-    """Copy by chunks, or only read; sha256 and number of bytes."""
+def copy(reader: BinaryIO, writer: BinaryIO) -> File:
+    """Copy by chunks; what was copied."""
     sha256, size = hashlib.sha256(), 0
     while chunk := reader.read(CHUNK):
         sha256.update(chunk)
         size += len(chunk)
-        if writer is not None:
-            writer.write(chunk)
-    return sha256.hexdigest(), size
+        writer.write(chunk)
+    return File(sha256=sha256.hexdigest(), size=size)
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of the bytes of a file, in hexadecimal digits."""
     with path.open("rb") as reader:
-        return copy(reader, None)[0]
+        return hashlib.file_digest(reader, "sha256").hexdigest()
 
 
 def disk_is_full(error: OSError) -> bool:

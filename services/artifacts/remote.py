@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from services.artifacts.backends import Backend, blob_path, copy
+from services.artifacts.backends import Backend, blob_path, copy, sha256_of
 from services.artifacts.manifest import File
 
 MARKS = "collecting"
@@ -45,12 +45,11 @@ class RemoteBackend(Backend):
         self._root = root.rstrip("/")
 
     def add(self, source: Path) -> File:
-        with source.open("rb") as reader:
-            sha256, size = copy(reader, None)
-        path = blob_path(sha256)
-        if self._size(self._path(path)) != size:
+        file = File(sha256=sha256_of(source), size=source.stat().st_size)
+        path = blob_path(file.sha256)
+        if self._size(self._path(path)) != file.size:
             self._fs.put_file(str(source), self._new(path))
-        return File(sha256=sha256, size=size)
+        return file
 
     def open(self, path: str) -> BinaryIO:
         return cast(BinaryIO, self._fs.open(self._path(path), "rb"))
@@ -83,7 +82,7 @@ class RemoteBackend(Backend):
 
     def materialise(self, path: str, destination: Path) -> str:
         with self.open(path) as reader, destination.open("xb") as writer:
-            return copy(reader, writer)[0]
+            return copy(reader, writer).sha256
 
     def delete(self, path: str) -> int:
         target = self._path(path)

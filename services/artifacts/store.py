@@ -97,18 +97,15 @@ class ArtifactStore:
             self.backend.write(manifest_path(id), data)
             if record is not None:
                 record(id, manifest)
-            self._write_again(id, manifest, sources)
+            # What a collector deleted, which did not know of the artifact yet, is written again.
+            by_blob = {blob_path(file.sha256): path for path, file in files.items()}
+            missing = self.backend.missing([*by_blob, manifest_path(id)])
+            for path in (by_blob[blob] for blob in missing if blob in by_blob):
+                if self.backend.add(sources[path]) != files[path]:
+                    raise Unavailable(f"{sources[path]} changed while it was put into the store; try again")
+            if manifest_path(id) in missing:
+                self.backend.write(manifest_path(id), data)
         return id, manifest
-
-    def _write_again(self, id: str, manifest: Manifest, sources: Mapping[str, Path]) -> None:
-        """Write again what a collector deleted because it did not know of the artifact ``id`` yet."""
-        by_blob = {blob_path(file.sha256): path for path, file in manifest.files.items()}
-        missing = self.backend.missing([*by_blob, manifest_path(id)])
-        for path in (by_blob[blob] for blob in missing if blob in by_blob):
-            if self.backend.add(sources[path]) != manifest.files[path]:
-                raise Unavailable(f"{sources[path]} changed while it was put into the store; try again")
-        if manifest_path(id) in missing:
-            self.backend.write(manifest_path(id), manifest.canonical())
 
     def manifest(self, id: str) -> Manifest:
         """What is in an artifact. Raises :class:`NotFound`."""

@@ -127,8 +127,7 @@ class BucketTrainer:
         """Records as a table, with prompts and completions where the spec asks for them."""
         if self._formatter is not None:
             rows = [row | self._formatter.columns(row) for row in rows]
-        columns = [_column([row[column.name] for row in rows], column.type) for column in self.schema]
-        return pyarrow.table(columns, self.schema)
+        return pyarrow.Table.from_pylist(rows, self.schema)
 
     def accuracy(self, trained: Trained) -> Tensor:
         """On held-out sequences, by stratum: float32 ``[models, patterns + 1]``; the last column is for sequences that
@@ -229,15 +228,3 @@ def _bucket_size(spec: GenerationSpec) -> int:
     batch = spec.staged.batch_size if spec.staged else spec.training.batch_size
     fitting = CACHE_BYTES // (4 * batch * spec.subject.neurons.max)
     return min(MOST_TOGETHER, max(16, 1 << (max(fitting, 1).bit_length() - 1)))
-
-
-def _column(values: list[Any], kind: Any) -> pyarrow.Array:
-    if pyarrow.types.is_struct(kind):
-        columns = [_column([value[field.name] for value in values], field.type) for field in kind]
-        return pyarrow.StructArray.from_arrays(columns, fields=list(kind))
-    if pyarrow.types.is_list(kind) and pyarrow.types.is_floating(kind.value_type):
-        # Arrow reads long lists number by number.
-        offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-        flat = np.concatenate([np.zeros(0, np.float32), *(np.asarray(value, np.float32) for value in values)])
-        return pyarrow.ListArray.from_arrays(offsets, pyarrow.array(flat))
-    return pyarrow.array(values, kind)

@@ -67,7 +67,7 @@ class DatasetGenerationPipeline:
         if self.spec.hub is not None:
             self._hub = HubUpload(self.spec.hub, run.log)
             self._write_about(folder, {})
-            self._hub.open(folder, self.spec)
+            self._hub.open(folder)
         progress = self._gather(folder, run) if self.spec.shards > 1 else None
         progress = progress or self._generate(folder, run)
         rejected = dict(progress.rejected.most_common())

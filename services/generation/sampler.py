@@ -42,9 +42,9 @@ class PatternDatasetSampler:
         patterns that cannot be trained or told apart."""
         if spec.signature.baseline is not None and baseline is None:
             raise InvalidInput.field("spec.signature.baseline", "no folder with it was given")
-        self._given: Tensor | None = None
+        chosen: Tensor | None = None
         if baseline is not None:
-            spec, self._given = with_probes(spec, baseline)
+            spec, chosen = with_probes(spec, baseline)
         self.spec = spec
         self.patterns = from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
         count = len(self.patterns)
@@ -59,6 +59,11 @@ class PatternDatasetSampler:
             if self.train.count[i] == 0 or not (self.evaluation.stratum == i).any():
                 few = f"{pattern.name} has {self.universe.counts[i]} sequences, too few to train and judge on"
                 raise InvalidInput.field(f"spec.patterns.{i}", f"{few}; leave it out")
+        if chosen is None:
+            chosen = probes(self.universe, spec.signature.probes, spec.seed)
+        self.baseline = Labelled(chosen, self.universe.matches(chosen))
+        """The signature dataset: the same probes for every subject of the zoo, of the validation split; or those of the
+        folder."""
 
     @cached_property
     def validation(self) -> Pools:
@@ -76,15 +81,6 @@ class PatternDatasetSampler:
         wrong = examples.corrupted(self.spec.seed, indices, self.spec.staged.corruption_rate)
         rows = examples.rows[0]
         return Labelled(self.train.sequences[rows], self.train.membership[rows]), examples.labels[0], wrong[0]
-
-    @cached_property
-    def baseline(self) -> Labelled:
-        """The signature dataset: the same probes for every subject of the zoo, of the validation split; or those of the
-        folder."""
-        chosen = self._given
-        if chosen is None:
-            chosen = probes(self.universe, self.spec.signature.probes, self.spec.seed)
-        return Labelled(chosen, self.universe.matches(chosen))
 
     def benchmark(self, per_pattern: int = JUDGED, none: int = JUDGED_NONE) -> Labelled:
         """Held-out sequences with pattern labels, to evaluate networks that an interpreter has written."""
