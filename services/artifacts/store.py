@@ -264,19 +264,9 @@ class ArtifactStore:
 
     def _published(self) -> list[ModelPointer]:
         """All pointers that are not deleted. Raises :class:`IllegalState` for one that cannot be read."""
-        pointers = []
         models = [(tenant, name) for tenant in self._names("models") for name in self._names(f"models/{tenant}")]
-        for tenant, name in models:
-            for version in self._version_names(tenant, name):
-                pointer = self._pointer(tenant, name, version)
-                if pointer is None:
-                    raise IllegalState(
-                        f"models/{tenant}/{name}/{version}.json in the artifact store at {self.url} cannot be read, so "
-                        "nothing can be deleted; restore it, or remove it if nobody uses that model"
-                    )
-                if not pointer.deleted:
-                    pointers.append(pointer)
-        return pointers
+        pointers = [pointer for tenant, name in models for pointer in self._versions(tenant, name, all_readable=True)]
+        return [pointer for pointer in pointers if not pointer.deleted]
 
     def _rewrite(self, pointer: ModelPointer, **changes: bool) -> ModelPointer:
         pointer = pointer.model_copy(update=changes)
@@ -288,9 +278,16 @@ class ArtifactStore:
         files = self._names(f"models/{tenant}/{name}")
         return [file.removesuffix(".json") for file in files if file.endswith(".json")]
 
-    def _versions(self, tenant: str, name: str) -> list[ModelPointer]:
-        pointers = [self._pointer(tenant, name, version) for version in self._version_names(tenant, name)]
-        return [pointer for pointer in pointers if pointer is not None]
+    def _versions(self, tenant: str, name: str, *, all_readable: bool = False) -> list[ModelPointer]:
+        """Pointers that can be read; with ``all_readable``, raises :class:`IllegalState` for another."""
+        pointers = {version: self._pointer(tenant, name, version) for version in self._version_names(tenant, name)}
+        unreadable = [version for version, pointer in pointers.items() if pointer is None]
+        if unreadable and all_readable:
+            raise IllegalState(
+                f"models/{tenant}/{name}/{unreadable[0]}.json in the artifact store at {self.url} cannot be read, so "
+                "nothing can be deleted; restore it, or remove it if nobody uses that model"
+            )
+        return [pointer for pointer in pointers.values() if pointer is not None]
 
     def _pointer(self, tenant: str, name: str, version: str) -> ModelPointer | None:
         data = self._read(f"models/{tenant}/{name}/{version}.json")

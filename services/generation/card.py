@@ -8,6 +8,7 @@ from services.zoo.dataset import DATA, read_about
 from services.zoo.statistics import Statistics
 
 CARD = "README.md"
+_SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 
 
 def card(folder: Path, statistics: Statistics) -> str:
@@ -29,6 +30,7 @@ def card(folder: Path, statistics: Statistics) -> str:
         f"\nTokens of a {task} record: {mean:,.0f} on average, {most:,} at most.\n"
         for task, (mean, most) in statistics.tokens.items()
     )
+    size = next((name for limit, name in _SIZES.items() if statistics.subjects < limit), "1M<n<10M")
     gain = f"; the target pattern gained {statistics.improvement:.3f}" if statistics.improvement is not None else ""
     return f"""---
 configs:
@@ -38,7 +40,7 @@ configs:
     path: {DATA}/*.parquet
 pretty_name: Zoo of {statistics.subjects:,} networks
 size_categories:
-- {_size(statistics.subjects)}
+- {size}
 tags:
 - weight-space
 - interpretability
@@ -73,10 +75,3 @@ from datasets import load_dataset
 zoo = load_dataset("parquet", data_files="{DATA}/*.parquet", split="train")
 ```
 """
-
-
-def _size(subjects: int) -> str:
-    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
-        if subjects < limit:
-            return name
-    return "1M<n<10M"

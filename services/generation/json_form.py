@@ -95,7 +95,8 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
         params = network_of(record, f"{prefix}weights", shape)
         weights = {"config": config, "weights": _named(params, record["dropout"] > 0)}
         row[f"{name}_model_weights"] = json.dumps(weights)
-    stages = zip(("degraded", "improved"), record["epochs"], record["validation_loss"], strict=True) if staged else ()
+    # Of an imported record they may be unknown.
+    stages = zip(("degraded", "improved"), record["epochs"], record["validation_loss"], strict=False) if staged else ()
     metrics = {name: {"epochs": epochs, "validation_loss": loss} for name, epochs, loss in stages}
     row["training_metrics"] = json.dumps(metrics, allow_nan=False)
     return row

@@ -59,11 +59,10 @@ class Progress:
         raise InvalidInput.field(field, text)
 
     def save(self, folder: Path) -> None:
-        """Write it into a checkpoint."""
+        """Write the progress into the checkpoint ``folder``."""
         (folder / _FILE).write_text(json.dumps(vars(self)))
 
     @classmethod
     def load(cls, folder: Path) -> Progress:
-        """Read what :meth:`save` wrote."""
         state = json.loads((folder / _FILE).read_text())
         return cls(**state | {"rejected": Counter(state["rejected"])})
