@@ -26,7 +26,7 @@ from services.generation.train import SubjectModelTrainer, Trained
 from services.zoo.dataset import BRANCHES, schema
 from services.zoo.layout import Layout
 from services.zoo.signatures import ActivationSignatureExtractor
-from services.zoo.subjects import Architecture, encode, flatten
+from services.zoo.subjects import encode, flatten
 
 # Candidates that train together: at most so many, and so few that what a layer makes of their batches (bytes) stays in
 # a core's cache. Rounding depends on the grouping, so this is part of what a seed means.
@@ -74,7 +74,7 @@ class BucketTrainer:
     def __init__(self, spec: GenerationSpec, device: str = "cpu", baseline: Path | None = None) -> None:
         """``baseline``: folder with the probes to take, where ``spec.signature.baseline`` says so. Raises
         :class:`InvalidInput` for a spec that cannot be met, and for probes of another vocabulary or length."""
-        self.sampler = PatternDatasetSampler(spec, baseline)
+        self.sampler, self.baseline = PatternDatasetSampler(spec, baseline), baseline
         # With the number of probes that the baseline has.
         self.spec = spec = self.sampler.spec
         self.patterns = self.sampler.patterns
@@ -83,7 +83,7 @@ class BucketTrainer:
             few = f"must leave one of the {len(self.patterns)} patterns for the counterfactual branch to learn"
             raise InvalidInput.field("spec.max_patterns_per_batch", few)
         self.subject_trainer = SubjectModelTrainer(spec, self.sampler.train, self.sampler.validation, device)
-        any_shape = Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), "relu")
+        any_shape = self.subject_trainer.shape
         self.probes, membership = self.sampler.baseline
         probe_inputs = encode(any_shape, self.probes).to(device)
         self.extractor = ActivationSignatureExtractor(spec.signature, probe_inputs, membership)

@@ -47,7 +47,7 @@ class DatasetGenerationPipeline:
 
     def __init__(self, spec: GenerationSpec, device: str = "cpu", baseline: Path | None = None) -> None:
         """Arguments and errors as of :class:`BucketTrainer`."""
-        self.bucket_trainer, self._baseline = BucketTrainer(spec, device, baseline), baseline
+        self.bucket_trainer = BucketTrainer(spec, device, baseline)
         self.spec, self.patterns = self.bucket_trainer.spec, self.bucket_trainer.patterns
         self._hub: HubUpload | None = None
         self._blocks_per_file = -(-SHARD // self.bucket_trainer.block_size)
@@ -120,16 +120,14 @@ class DatasetGenerationPipeline:
         with closing(self._blocks(progress)) as blocks:
             for block in blocks:
                 shard = pyarrow.concat_tables([shard, block.table])
-                rejected = dict(Counter(block.causes))
-                progress.add(len(block.table), rejected)
-                if not whole:
-                    progress.blocks.append((len(block.table), rejected))
+                progress.add(len(block.table), dict(Counter(block.causes)))
                 done = self._done(progress)
                 run.advance(min(done, goal))
                 run.metric(progress.candidates, accepted_share=progress.accepted / progress.candidates, **block.means())
                 if done >= goal or progress.next_block % self._blocks_per_file == 0:
-                    self._write(shard.slice(0, len(shard) - max(0, done - goal)), folder, progress.shard)
-                    progress.shard, shard = progress.shard + 1, self.bucket_trainer.schema.empty_table()
+                    file = (progress.next_block - 1) // self._blocks_per_file
+                    self._write(shard.slice(0, len(shard) - max(0, done - goal)), folder, file)
+                    shard = self.bucket_trainer.schema.empty_table()
                 if done < goal:
                     if whole:
                         progress.check_hope(self.spec, self.bucket_trainer.block_size)
@@ -142,7 +140,7 @@ class DatasetGenerationPipeline:
         trainer = self.bucket_trainer
         workers = torch.get_num_threads() if trainer.subject_trainer.device.type == "cpu" else 1
         pending: deque[list[Future[Block]]] = deque()
-        with side_by_side(trainer, self._goal, workers, self._baseline) as submit:
+        with side_by_side(trainer, self._goal, workers) as submit:
             number = progress.next_block
             while (missing := self._goal - self._done(progress)) > 0:
                 acceptance = progress.acceptance if self.spec.part is None else 1.0
@@ -220,9 +218,8 @@ class DatasetGenerationPipeline:
     def _resume(self, folder: Path, run: Run) -> tuple[Progress, pyarrow.Table]:
         """Progress and the unfinished data file: of the run's checkpoint, or at the start."""
         if run.resume is None:
-            first = self.spec.part.first if self.spec.part is not None else 0
-            empty = self.bucket_trainer.schema.empty_table()
-            return Progress(next_block=first * self._blocks_per_file, shard=first), empty
+            first_block = self.spec.part.first * self._blocks_per_file if self.spec.part is not None else 0
+            return Progress(first_block), self.bucket_trainer.schema.empty_table()
         for file in sorted((run.resume / DATA).iterdir()):
             self._copy(run.resume, folder, f"{DATA}/{file.name}")
         progress = Progress.load(run.resume)

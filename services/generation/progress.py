@@ -24,14 +24,13 @@ class Progress:
     next_block: int = 0
     accepted: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    shard: int = 0
-    """Number of the data file that is being filled."""
     blocks: list[tuple[int, dict[str, int]]] = field(default_factory=list)
-    """Of a part of a zoo: accepted and rejected of each block."""
+    """Accepted and rejected of each block."""
 
     def add(self, accepted: int, rejected: dict[str, int]) -> None:
         """Count one more block."""
         self.next_block += 1
+        self.blocks.append((accepted, rejected))
         self.accepted += accepted
         self.rejected.update(rejected)
 
@@ -65,4 +64,6 @@ class Progress:
     @classmethod
     def load(cls, folder: Path) -> Progress:
         state = json.loads((folder / _FILE).read_text())
+        # Earlier versions counted data files too.
+        state.pop("shard", None)
         return cls(**state | {"rejected": Counter(state["rejected"])})

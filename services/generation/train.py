@@ -75,15 +75,16 @@ class SubjectModelTrainer:
         self.stop = threading.Event()
         """When set, training ends with :class:`CancelledError` at the next step."""
         self._train, self._validation = train, validation
-        self._shape = Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), "relu")
+        self.shape = Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), "relu")
+        """What candidates of any architecture share."""
         self._table, self._validation_table = (
-            _Table(encode(self._shape, pools.sequences, torch.uint8), self.device) for pools in (train, validation)
+            _Table(encode(self.shape, pools.sequences, torch.uint8), self.device) for pools in (train, validation)
         )
 
     def architecture(self, candidates: Candidates) -> Architecture:
         """The architecture of the widest of ``candidates``, which share depth and activation."""
         hidden = (int(candidates.neurons.max()),) * int(candidates.layers[0])
-        return self._shape._replace(hidden=hidden, activation=activations_of(self.spec)[int(candidates.activation[0])])
+        return self.shape._replace(hidden=hidden, activation=activations_of(self.spec)[int(candidates.activation[0])])
 
     def _population(
         self, candidates: Candidates, start: tuple[Architecture, State] | None = None, rates: Tensor | None = None

@@ -22,7 +22,6 @@ import torch
 
 from ethogram.specs.generation import REGISTERED, GenerationSpec
 from services.generation.buckets import Block, BucketTrainer
-from services.zoo.subjects import Architecture
 
 _CAUSES = b"causes"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -36,12 +35,12 @@ Submit = Callable[[int, int], Future[Block]]
 
 
 @contextmanager
-def side_by_side(trainer: BucketTrainer, networks: int, workers: int, baseline: Path | None = None) -> Iterator[Submit]:
+def side_by_side(trainer: BucketTrainer, networks: int, workers: int) -> Iterator[Submit]:
     """A way to train ``workers`` buckets at a time of about ``networks`` networks, each on one core: products this
     small lose more in synchronisation than they gain. On leaving, what is in training ends at once."""
-    seconds = networks * _seconds_per_network(trainer.spec)
+    seconds = networks * _seconds_per_network(trainer)
     if workers > 1 and seconds > WORTH_PROCESSES and not REGISTERED.intersection(trainer.names):
-        with closing(Workers(trainer.spec, workers, baseline)) as processes:
+        with closing(Workers(trainer.spec, workers, trainer.baseline)) as processes:
             yield processes.submit
         return
     stop = trainer.subject_trainer.stop
@@ -54,11 +53,10 @@ def side_by_side(trainer: BucketTrainer, networks: int, workers: int, baseline: 
         pool.shutdown(cancel_futures=True)
 
 
-def _seconds_per_network(spec: GenerationSpec) -> float:
+def _seconds_per_network(trainer: BucketTrainer) -> float:
     """About how long one core trains a candidate."""
-    subject = spec.subject
-    hidden = (subject.neurons.max,) * subject.layers.max
-    widest = Architecture(spec.vocab_size, spec.sequence_length, subject.input_encoding, hidden, "relu")
+    spec = trainer.spec
+    widest = trainer.subject_trainer.shape._replace(hidden=(spec.subject.neurons.max,) * spec.subject.layers.max)
     if spec.staged is None:
         branches = 3 * spec.counterfactual.steps if spec.counterfactual is not None else 0
         sequences = (spec.training.steps + branches) * spec.training.batch_size
