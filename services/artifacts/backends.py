@@ -159,13 +159,8 @@ class LocalBackend(Backend):
                 time.sleep(LOOK_SECONDS)
             yield lambda: alone
 
-    @contextmanager
-    def _lock(self) -> Iterator[int]:
-        descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+    def _lock(self) -> AbstractContextManager[int]:
+        return _opened(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
 
     @contextmanager
     def _temporary(self, data: bytes | None = None) -> Iterator[Path]:
@@ -249,8 +244,14 @@ def _sync(writer: BinaryIO) -> None:
 
 def _sync_folder(folder: Path) -> None:
     # A rename is durable when the folder is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with _opened(folder, os.O_RDONLY) as descriptor:
         os.fsync(descriptor)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)

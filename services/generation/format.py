@@ -126,7 +126,7 @@ def _tokenizer(name: str) -> Callable[[str], int]:
     field, folder = "spec.format.tokenizer", Path(name)
     try:
         if not folder.is_dir():
-            folder = fetch(name, "model", ["*.json", "*.txt", "*.model"], ["*/*"], field=field)
+            folder = fetch(name, "model", ["*.json", "*.txt", "*.model", "*.jinja"], ["*/*"], field=field)
     except Unavailable:
         # Perhaps it was downloaded before.
         folder = Path(name)

@@ -90,7 +90,8 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
         row[f"{task}_completion"] = prompt and prompt.completion
         row[f"{task}_text"] = prompt and prompt.text
     row["degraded_signature"] = row["degraded_model_weights"] = None
-    for name, prefix in [("degraded", "degraded_"), ("improved", "")][0 if staged else 1 :]:
+    prefixes = {"degraded": "degraded_", "improved": ""} if staged else {"improved": ""}
+    for name, prefix in prefixes.items():
         row[f"{name}_signature"] = json.dumps(_signature(record, f"{prefix}signature", shape))
         params = network_of(record, f"{prefix}weights", shape)
         weights = {"config": config, "weights": _named(params, record["dropout"] > 0)}

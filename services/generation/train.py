@@ -108,31 +108,30 @@ class SubjectModelTrainer:
 
     def train(self, candidates: Candidates) -> Trained:
         """Train in one stage, on fresh sequences at every step."""
-        population = self._population(candidates)
-        self._on_fresh(population, candidates, "batches", self.spec.training.steps, candidates.selected)
-        return self._trained(candidates, population)
+        return self._on_fresh(self._population(candidates), candidates, "batches", candidates.selected)
 
     def branch(self, candidates: Candidates) -> list[Trained]:
         """Train in one stage, then three branches from there with a fresh optimiser: on the candidate's own patterns,
         on one more (``other``) and on one less (``target``). The three see the same sequences, and differ in the
         labels."""
         assert self.spec.counterfactual is not None
-        start, steps = self._population(candidates), self.spec.counterfactual.steps
-        self._on_fresh(start, candidates, "batches", self.spec.training.steps, candidates.selected)
+        steps, start = self.spec.counterfactual.steps, self._population(candidates)
+        self._on_fresh(start, candidates, "batches", candidates.selected)
         more = candidates.selected.scatter(1, candidates.other.unsqueeze(1), True)
         less = candidates.selected.scatter(1, candidates.target.unsqueeze(1), False)
         branches = []
         for selected in (candidates.selected, more, less):
             relabelled = replace(candidates, selected=selected)
             population = self._population(candidates, (start.architecture, start.state))
-            self._on_fresh(population, relabelled, "branches", steps, more)
-            branches.append(self._trained(relabelled, population))
+            branches.append(self._on_fresh(population, relabelled, "branches", more, steps))
         return branches
 
-    def _on_fresh(self, population: Population, candidates: Candidates, stream: str, steps: int, shown: Tensor) -> None:
+    def _on_fresh(
+        self, population: Population, candidates: Candidates, stream: str, shown: Tensor, steps: int | None = None
+    ) -> Trained:
         """Train on fresh sequences at every step, drawn for the patterns ``shown`` (bool ``[n, patterns]``) and
-        labelled by the candidates' own; ``stream`` names the draw."""
-        training = self.spec.training
+        labelled by the candidates' own. ``stream`` names the draw; ``steps``: those of the spec's training if None."""
+        training, steps = self.spec.training, steps or self.spec.training.steps
         batches = Batches(keys(self.spec.seed, stream, candidates.indices), shown, training.batch_size, self._train)
         pick = self._table.picker(len(candidates) * training.batch_size)
         for first in range(0, steps, _CHUNK):
@@ -142,8 +141,6 @@ class SubjectModelTrainer:
             for i in range(count):
                 self._check()
                 population.step(pick(rows[i]), targets[i], cosine(first + i, steps, training.learning_rate))
-
-    def _trained(self, candidates: Candidates, population: Population) -> Trained:
         return Trained.without_epochs(candidates, population.architecture, self._params(population.state))
 
     def degrade(self, candidates: Candidates) -> Degraded:
