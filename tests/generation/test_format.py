@@ -154,8 +154,8 @@ def test_a_tokenizer_that_is_not_there_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": {"include_modification": True}}, "takes staged training"),
-        ({"format": {"include_classification": False}}, "asks for no task"),
+        ({"format": {"include_modification": True}}, "needs staged training"),
+        ({"format": {"include_classification": False}}, "includes no task"),
     ],
 )
 def test_tasks_that_cannot_be_are_told(changes: dict[str, Any], said: str) -> None:
