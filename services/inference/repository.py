@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 from ethogram.errors import EthogramError, IllegalState, InvalidInput, NotFound, TooLarge
-from services.artifacts.manifest import check_names
-from services.artifacts.store import ArtifactStore, Deleted, ModelPointer
+from services.artifacts.manifest import ModelPointer, check_names
+from services.artifacts.store import ArtifactStore, Deleted
 
 M = TypeVar("M")
 
