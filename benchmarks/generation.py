@@ -31,7 +31,6 @@ from services.generation.data import Candidates, Examples
 from services.generation.pipeline import DatasetGenerationPipeline, generate
 from services.generation.sampler import PatternDatasetSampler
 from services.runtime.console import CHECKPOINT, ConsoleRun
-from services.runtime.run import Run
 from services.zoo.dataset import Zoo, read_records
 from services.zoo.oracle import canonical, recover
 from services.zoo.subjects import activations
@@ -167,8 +166,8 @@ def _oracle_error(zoo: Zoo) -> float:
 
 def generate_into(spec: GenerationSpec, folder: Path, checkpoints: Path | None = None) -> int:
     """In a process of its own: make a zoo, with a checkpoint after each block. Returns the peak memory, KiB."""
-    run = ConsoleRun(checkpoints, checkpoint_seconds=0) if checkpoints else Run()
-    DatasetGenerationPipeline(spec).run(folder, run)
+    with ConsoleRun(checkpoints, checkpoint_seconds=0) as run:
+        DatasetGenerationPipeline(spec).run(folder, run)
     # Its own, and that of the largest of the processes that trained for it.
     return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
