@@ -30,7 +30,8 @@ from services.runtime import scratch
 SERVICES = tuple(service.full_name for service in inference_pb2.DESCRIPTOR.services_by_name.values())
 LOADERS: dict[str, Callable[..., object]] = {"codec": ServedCodec.load}
 """By type of artifact: what makes a served model from ``(folder, device=...)``."""
-CHECKING_THREADS = 2
+THREADS = 2
+"""Threads that check requests and build answers."""
 # Beyond it gRPC itself refuses, before a message is read into memory.
 MAX_CALLS = 1024
 
@@ -46,7 +47,7 @@ class InferenceServer:
         self._scratch = ExitStack()
         # Each thread of Python has a number of its own.
         set_up_thread = partial(torch.set_num_threads, settings.threads)
-        self._checks = ThreadPoolExecutor(CHECKING_THREADS, "checks", initializer=set_up_thread)
+        self._threads = ThreadPoolExecutor(THREADS, "requests", initializer=set_up_thread)
         self._batcher = Batcher(
             max_rows=settings.max_batch,
             max_wait=settings.max_wait_seconds,
@@ -73,10 +74,8 @@ class InferenceServer:
         """Serve. Returns the address, ``host:port``; raises :class:`Conflict` when the port is taken."""
         limit = self._settings.max_message_bytes
         planes = [
-            Dataplane(
-                self._repository, self._batcher, self._checks, max_answer_bytes=limit - 64 * 1024, patient=patient
-            )
-            for patient in (False, True)
+            Dataplane(self._repository, self._batcher, self._threads, limit - 64 * 1024, wait_for_room)
+            for wait_for_room in (False, True)
         ]
         options = {
             **dict(CHANNEL_OPTIONS),
@@ -126,7 +125,7 @@ class InferenceServer:
             with suppress(asyncio.CancelledError):
                 await self._refreshing
         await self._batcher.stop()
-        await asyncio.to_thread(self._checks.shutdown)
+        await asyncio.to_thread(self._threads.shutdown)
         self._scratch.close()
         log.info("stopped")
 

@@ -1,4 +1,4 @@
-"""Devices that a user names."""
+"""The choice of a device."""
 
 from __future__ import annotations
 
@@ -7,32 +7,26 @@ import re
 from ethogram.errors import InvalidInput
 
 
-def check_device(device: str, field: str = "--device") -> None:
-    """Raise :class:`InvalidInput` for a ``device`` that does not exist or that this machine cannot compute on."""
-    import torch
-
-    if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:
-        raise InvalidInput.field(field, f"{device} is none of cpu, cuda, cuda:0, ..., mps")
-    try:
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise InvalidInput.field(field, f"{device} cannot be used on this machine ({why})") from None
-
-
 def chosen_device(device: str | None) -> str:
-    """What a user names, once it is checked; by default a GPU if there is one."""
+    """``device``, by default a GPU if there is one. Raises :class:`InvalidInput` for one that does not exist or that
+    this machine cannot compute on."""
     import torch
 
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:
+        raise InvalidInput.field("--device", f"{device} is none of cpu, cuda, cuda:0, ..., mps")
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise InvalidInput.field("--device", f"{device} cannot be used on this machine ({why})") from None
     return device
 
 
 def uses_bfloat16(precision: str, device: str) -> bool:
-    """Whether matrix products are in bfloat16; ``precision``: float32, bfloat16, or auto: where the device has units
-    for it."""
+    """Whether matrix products are in bfloat16. ``precision``: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on
+    devices with hardware for it."""
     import torch
 
     if precision != "auto":

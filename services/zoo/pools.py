@@ -140,7 +140,7 @@ class Evaluation:
 
     def labels(self, selected: Tensor) -> Tensor:
         """Exact labels ``[models, n]`` under ``selected``, bool ``[models, patterns]``."""
-        return (self.membership.float() @ selected.float().T > 0).T
+        return (self.membership.to(selected.device).float() @ selected.float().T > 0).T
 
     def by_stratum(self, correct: Tensor) -> Tensor:
         """Means of ``correct`` ``[models, n]`` over each stratum: float32 ``[models, patterns + 1]``; 1 where a stratum

@@ -8,7 +8,6 @@ split. They are in random order within blocks of :data:`BLOCK` shards. An interr
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Unavailable
+from services.artifacts.backends import disk_is_full
 from services.clt.activations.hooks import Pair, SourceKind, mlp_pairs
 from services.clt.activations.statistics import Moments, Statistics
 from services.runtime.reading import reading
@@ -421,7 +421,7 @@ class Writer:
         except OSError as error:
             rows = {split: self.manifest.rows(split) for split in SPLITS}
             kept = f"{rows[TRAIN]} training and {rows[VALIDATION]} validation rows are kept"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if disk_is_full(error):
                 text = f"{self.folder} has no space left; {kept} there. Free some space and run it again to resume"
                 raise Unavailable(text) from error
             raise Unavailable(f"{self.folder} cannot be written ({error.strerror}); {kept} there") from error
