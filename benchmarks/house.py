@@ -29,8 +29,8 @@ from ethogram.specs.kinds import KINDS
 from tests.contract.toy_kind import files_by_hand
 from tests.golden import record
 
-LINES_BEFORE = 34_996
-"""Lines of Python outside tests and the protobuf code, before the systems shared their common parts."""
+LINES_BEFORE = 34_586
+"""Lines of Python outside tests and generated code, before the systems shared their common parts."""
 GENERATED = ("ethogram/v1/", "ethogram/client.py")
 EQUAL_LINES = 10
 _SYSTEMS = sorted({".".join(kind.job.split(".")[:2]) for kind in KINDS.values()})
@@ -82,8 +82,8 @@ def modules(root: Path) -> dict[str, Module]:
 
 
 def lines(sources: Mapping[str, Module]) -> int:
-    """Lines of all modules but those of the protobuf code."""
-    counted = (module for module in sources.values() if not str(module.path).startswith(GENERATED[0]))
+    """Lines of all modules but generated ones."""
+    counted = (module for module in sources.values() if not str(module.path).startswith(GENERATED))
     return sum(len(module.text.splitlines()) for module in counted)
 
 

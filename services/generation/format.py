@@ -1,4 +1,4 @@
-"""Records as text: prompts and completions to train an interpreter on, and its answers read back and scored."""
+"""Records as text: prompts and completions to train an interpreter on, and its answers read back."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ethogram.errors import InvalidInput
+from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.generation import FormatSpec, GenerationSpec
+from services.artifacts.hub import fetch
 from services.zoo.dataset import architecture_of, network_of, signature_of
 from services.zoo.patterns import Pattern
-from services.zoo.pools import Evaluation
-from services.zoo.subjects import Architecture, Params, encode
+from services.zoo.subjects import Architecture, Params
 
 _HEAD = re.compile(r"[`*#\s]*layer (\d+) (weight|bias)s?\s*(?:\d+ ?x ?\d+)?[:`*\s]*$")
 _NUMBERS = re.compile(r"[-+0-9.eE,;\[\]\s]*")
@@ -92,30 +92,21 @@ class TrainingDataFormatter:
             f"{layers}, {record['activation']}; inputs: {spec.subject.input_encoding}; "
             "one output, positive for yes.\n\n"
         )
-        described = self._signatures(record, signature)
-        if self._form.style == "separate":
-            lines = [
-                f"layer {i} neuron {n}: {text}" for i, layer in enumerate(described) for n, text in enumerate(layer)
-            ]
-            signatures = "\n".join(lines)
-            return f"{about}## Weights\n{self.weights(record, weights)}\n## Activation signature\n{signatures}\n\n"
-        lines = []
-        for i, ((weight, bias), layer) in enumerate(zip(self._layers(record, weights), described, strict=True)):
-            for n, (row, offset, text) in enumerate(zip(weight.tolist(), bias.tolist(), layer, strict=True)):
-                lines.append(f"layer {i} neuron {n}: weights {self._row(row)} bias {self._row([offset])} {text}")
-        return f"{about}## Weights and activation signature\n" + "\n".join(lines) + "\n\n"
+        separate, lines = self._form.style == "separate", []
+        signatures = signature_of(record, signature, architecture_of(spec, record))
+        for i, ((weight, bias), neurons) in enumerate(zip(self._layers(record, weights), signatures, strict=True)):
+            for n, (row, offset, values) in enumerate(zip(weight.tolist(), bias.tolist(), neurons, strict=True)):
+                shown = "" if separate else f"weights {self._row(row)} bias {self._row([offset])} "
+                shown += " ".join(f"{method} {self._row(numbers)}" for method, numbers in values.items())
+                lines.append(f"layer {i} neuron {n}: {shown}\n")
+        title = "Activation signature" if separate else "Weights and activation signature"
+        head = f"## Weights\n{self.weights(record, weights)}\n" if separate else ""
+        return f"{about}{head}## {title}\n{''.join(lines)}\n"
 
     def _layers(self, record: Mapping[str, Any], column: str) -> list[tuple[Tensor, Tensor]]:
         params = network_of(record, column, architecture_of(self._spec, record))
         layers = range(len(params) // 2)
         return [(params[f"layers.{i}.weight"][0], params[f"layers.{i}.bias"][0]) for i in layers]
-
-    def _signatures(self, record: Mapping[str, Any], column: str) -> list[list[str]]:
-        """The signature of each layer and neuron as text."""
-        return [
-            [" ".join(f"{method} {self._row(values)}" for method, values in neuron.items()) for neuron in layer]
-            for layer in signature_of(record, column, architecture_of(self._spec, record))
-        ]
 
     def _row(self, numbers: Sequence[float]) -> str:
         # One format for all of them: several times as fast as one for each.
@@ -129,27 +120,21 @@ def _form(digits: int, count: int) -> str:
 
 def _tokenizer(name: str) -> Callable[[str], int]:
     """A function that counts the tokens of a text."""
-    # Imported here, since they take seconds.
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    # It takes seconds to import.
     from transformers import AutoTokenizer
 
-    here = Path(name).is_dir()
-    if not here:
-        try:
-            # Asked first, since the download tries each file several times where there is no network.
-            HfApi().model_info(name, timeout=10)
-        except HfHubHTTPError:
-            # The Hub answers, so the download fails at once too, and says more.
-            pass
-        except Exception:
-            # Perhaps it was downloaded before.
-            here = True
+    field, folder = "spec.format.tokenizer", Path(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=here)
+        if not folder.is_dir():
+            folder = fetch(name, "model", ["*.json", "*.txt", "*.model", "*.jinja"], ["*/*"], field=field)
+    except Unavailable:
+        # Perhaps it was downloaded before.
+        folder = Path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # It raises whatever its parts do.
         text = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InvalidInput.field("spec.format.tokenizer", f"cannot load {name}: {text}") from None
+        raise InvalidInput.field(field, f"cannot load {name}: {text}") from None
     # No warning about long texts.
     tokenizer.model_max_length = 2**62
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -164,13 +149,11 @@ def parse_weights(text: str, shape: Architecture) -> Params:
         head = _HEAD.match(line.strip().lower())
         if head is not None:
             current = numbers_of.setdefault(f"layers.{head[1]}.{head[2]}", [])
-        elif current is not None:
-            numbers = _numbers(line)
-            if numbers is None:
-                # Words: the layer has ended.
-                current = None
-            else:
-                current += numbers
+        elif current is not None and (numbers := _numbers(line)) is not None:
+            current += numbers
+        else:
+            # Words: the layer has ended.
+            current = None
     params: Params = {}
     for name, size in shape.shapes.items():
         numbers = numbers_of.get(name)
@@ -203,52 +186,3 @@ def parse_patterns(text: str, patterns: Sequence[Pattern]) -> list[str]:
     form = re.compile(rf"(?<![a-z0-9_])(?:{names})(?![a-z0-9_])", re.IGNORECASE)
     by_name = {name.lower(): name for name in known}
     return list(dict.fromkeys(by_name[match.lower()] for match in form.findall(text)))
-
-
-class ModificationScore(NamedTuple):
-    """What a network that an interpreter has written does on benchmark sequences."""
-
-    accuracy: Tensor
-    """By stratum: ``[patterns + 1]``."""
-    gain: float
-    """On the target pattern, over the degraded network."""
-    reference_gain: float
-    """That of the improved network of the record."""
-    others: float
-    """Mean change of accuracy on all other strata."""
-
-
-def score_modification(
-    text: str, record: Mapping[str, Any], spec: GenerationSpec, patterns: Sequence[Pattern], benchmark: Evaluation
-) -> ModificationScore:
-    """Judge an answer to a modification task. Raises what :func:`parse_weights` raises."""
-    shape = architecture_of(spec, record)
-    names = [pattern.name for pattern in patterns]
-    selected = torch.tensor([[name in record["patterns"] for name in names]])
-    questions = encode(shape, benchmark.sequences)
-
-    def accuracy(params: Params) -> Tensor:
-        return benchmark.accuracy(params, questions, shape.activation, selected)[0]
-
-    written = accuracy(parse_weights(text, shape))
-    before, after = (accuracy(network_of(record, column, shape)) for column in ("degraded_weights", "weights"))
-    target = names.index(record["target_pattern"])
-    change = written - before
-    rest = torch.cat([change[:target], change[target + 1 :]])
-    return ModificationScore(written, float(change[target]), float((after - before)[target]), float(rest.mean()))
-
-
-class ClassificationScore(NamedTuple):
-    """How the patterns that an interpreter names compare with the network's own."""
-
-    precision: float
-    recall: float
-    exact: bool
-
-
-def score_classification(text: str, record: Mapping[str, Any], patterns: Sequence[Pattern]) -> ClassificationScore:
-    """Judge an answer to a classification task."""
-    named, actual = set(parse_patterns(text, patterns)), set(record["patterns"])
-    right = len(named & actual)
-    recall = right / len(actual) if actual else 1.0
-    return ClassificationScore(right / len(named) if named else 0.0, recall, named == actual)

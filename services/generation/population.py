@@ -103,36 +103,27 @@ class Population:
         each network, int64 ``[models]``; None: all are as wide as ``architecture``. ``rates``: learning rate of each
         network, ``[models]``; None: 1."""
         self.architecture, self._dropout = architecture, dropout
-        self._weights = [weight.clone() for weight in state]
-        device = self._weights[0].device
+        self.state = [weight.clone() for weight in state]
+        """The parameters; a step changes them in place."""
+        device = self.state[0].device
         self._neurons: Tensor | None = None
         if widths is not None and architecture.activation == "sigmoid":
             # It makes 0.5 of a padded neuron's 0; the other activations leave it.
             neurons = torch.arange(max(architecture.hidden), device=device) < widths.unsqueeze(1)
-            self._neurons = neurons.unsqueeze(2).to(self._weights[0].dtype)
-        self._rates = rates.to(self._weights[0].dtype).view(-1, 1, 1) if rates is not None else None
+            self._neurons = neurons.unsqueeze(2).to(self.state[0].dtype)
+        self._rates = rates.to(self.state[0].dtype).view(-1, 1, 1) if rates is not None else None
         # Adam has one rate for all. Where networks have their own, it moves their weights divided by their rates, at 1.
-        self._scaled = self._weights if self._rates is None else [weight / self._rates for weight in self._weights]
-        self._mean, self._square = ([torch.zeros_like(weight) for weight in self._weights] for _ in range(2))
+        self._scaled = self.state if self._rates is None else [weight / self._rates for weight in self.state]
+        self._mean, self._square = ([torch.zeros_like(weight) for weight in self.state] for _ in range(2))
         self._steps, self._taken = torch.zeros((), device=device), 0
         self._allocate()
-
-    @property
-    def models(self) -> int:
-        """Networks."""
-        return len(self._weights[0])
-
-    @property
-    def state(self) -> State:
-        """The parameters; the next step changes them in place."""
-        return self._weights
 
     def keep(self, index: Tensor) -> None:
         """Keep only the networks at ``index``."""
         if self._rates is not None:
             self._rates = self._rates[index]
             self._scaled = [tensor[index] for tensor in self._scaled]
-        for tensors in (self._weights, self._mean, self._square):
+        for tensors in (self.state, self._mean, self._square):
             tensors[:] = [tensor[index] for tensor in tensors]
         if self._dropout is not None:
             self._dropout = self._dropout.select(index)
@@ -149,7 +140,7 @@ class Population:
         ``probability - target``, ``[models, n]``, a buffer that the next step overwrites.
         """
         n = targets.shape[1]
-        layers, last = self._buffers(n), len(self._weights) - 1
+        layers, last = self._buffers(n), len(self.state) - 1
         scales = self._forward(layers, inputs, drop=True)
         derivative = _DERIVATIVES[self.architecture.activation]
         grad = layers[last].grad
@@ -178,7 +169,7 @@ class Population:
     def _forward(self, layers: list[_Layer], inputs: Tensor, *, drop: bool) -> list[Tensor]:
         """Fill ``layers``. Returns the factors of dropout for each hidden layer, none without dropout."""
         function, hidden, scales = _FUNCTIONS[self.architecture.activation], inputs.transpose(1, 2), list[Tensor]()
-        for i, (weight, layer) in enumerate(zip(self._weights, layers, strict=True)):
+        for i, (weight, layer) in enumerate(zip(self.state, layers, strict=True)):
             torch.bmm(weight, hidden, out=layer.pre)
             if i == len(layers) - 1:
                 break
@@ -203,21 +194,21 @@ class Population:
 
     def _allocate(self) -> None:
         """Allocate what a step needs."""
-        self._gradients = [torch.zeros_like(weight) for weight in self._weights]
+        self._gradients = [torch.zeros_like(weight) for weight in self.state]
         # Without the biases; views, since making them each step takes as long as a small product.
-        self._turned = [weight[:, :, :-1].transpose(1, 2) for weight in self._weights]
+        self._turned = [weight[:, :, :-1].transpose(1, 2) for weight in self.state]
         self._layers: dict[int, list[_Layer]] = {}
 
     def _buffers(self, n: int) -> list[_Layer]:
         """Buffers for batches of ``n``."""
         if n not in self._layers:
-            widths, models = [fan_out for _, fan_out in self.architecture.layers], self.models
-            new = self._weights[0].new_empty
+            widths, models = [fan_out for _, fan_out in self.architecture.layers], len(self.state[0])
+            new = self.state[0].new_empty
             # A gradient is needed only until the one below is there: two buffers do, and stay in the cache.
             buffers = [new(models * n * max(widths)) for _ in range(2)]
             rows = []
             for i, width in enumerate(widths):
-                pre, hidden = new(models, width, n), self._weights[0].new_ones(models, width + 1, n)
+                pre, hidden = new(models, width, n), self.state[0].new_ones(models, width + 1, n)
                 out = hidden[:, :-1] if self._dropout is None else torch.empty_like(pre)
                 grad = buffers[i % 2][: pre.numel()].view_as(pre)
                 rows.append(_Layer(pre, out, hidden, hidden.transpose(1, 2), grad))
@@ -233,7 +224,7 @@ class Population:
             self._mean,
             self._square,
             [],
-            [self._steps] * len(self._weights),
+            [self._steps] * len(self.state),
             lr=learning_rate,
             beta1=0.9,
             beta2=0.999,
@@ -243,7 +234,7 @@ class Population:
             maximize=False,
         )
         if self._rates is not None:
-            for weight, scaled in zip(self._weights, self._scaled, strict=True):
+            for weight, scaled in zip(self.state, self._scaled, strict=True):
                 torch.mul(scaled, self._rates, out=weight)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 from ethogram.errors import EthogramError, IllegalState, InvalidInput, NotFound, TooLarge
-from services.artifacts.manifest import check_name
-from services.artifacts.store import ArtifactStore, Deleted, ModelPointer
+from services.artifacts.manifest import ModelPointer, check_names
+from services.artifacts.store import ArtifactStore, Deleted
 
 M = TypeVar("M")
 
@@ -127,10 +127,7 @@ class ModelRepository:
         log.info("model %s is retired or deleted", reference.name)
 
     async def _resolve(self, reference: Reference) -> ModelPointer:
-        check_name(reference.tenant, "model.tenant")
-        check_name(reference.name, "model.name")
-        if reference.version is not None:
-            check_name(reference.version, "model.version")
+        check_names("model.", **reference._asdict())
         return await asyncio.to_thread(self._store.model, *reference)
 
     async def _model(self, pointer: ModelPointer) -> _Loaded:

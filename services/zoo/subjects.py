@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ethogram.errors import InvalidInput
-from ethogram.specs.generation import GenerationSpec
 from services.zoo.hashing import mix
 
 Params = dict[str, Tensor]
@@ -42,19 +40,6 @@ class Architecture(NamedTuple):
     hidden: tuple[int, ...]
     """Widths of the hidden layers."""
     activation: str
-
-    @classmethod
-    def of(cls, spec: GenerationSpec) -> Architecture:
-        """The one architecture that a zoo's spec asks for. Raises :class:`InvalidInput` if it asks for several."""
-        subject = spec.subject
-        for name in ("layers", "neurons"):
-            if getattr(subject, name).size > 1:
-                raise InvalidInput.field(f"spec.subject.{name}", "the zoo's subjects differ in it; one shape is needed")
-        activations = set(subject.activations) or {"relu"}
-        if len(activations) > 1:
-            raise InvalidInput.field("spec.subject.activations", "the zoo's subjects differ in it; one is needed")
-        hidden = (subject.neurons.min,) * subject.layers.min
-        return cls(spec.vocab_size, spec.sequence_length, subject.input_encoding, hidden, activations.pop())
 
     @property
     def input_size(self) -> int:

@@ -15,14 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import FormatSpec, GenerationSpec
-from services.generation.format import (
-    TrainingDataFormatter,
-    parse_patterns,
-    parse_weights,
-    score_classification,
-    score_modification,
-)
+from services.generation.format import TrainingDataFormatter, parse_patterns, parse_weights
 from services.generation.pipeline import DatasetGenerationPipeline
+from services.generation.score import score_classification, score_modification
 from services.zoo.patterns import Pattern, from_specs
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, flatten
