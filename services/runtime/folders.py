@@ -17,7 +17,7 @@ from services.runtime.console import CHECKPOINT
 from services.runtime.metrics import METRICS
 
 SPEC, RESULT, REPORT = "spec.json", "result.json", "report"
-# A store of activations is resumed by its own manifest, which may lie where a pointer says.
+# Files of a store of activations, which is resumed by its own manifest, and may lie where the other one says.
 _STORE = ("manifest.json", "activation_store.json")
 
 
@@ -61,7 +61,7 @@ class RunFolder:
     def leave(self, error: BaseException, outputs: Iterable[str], unfinished: Collection[str]) -> str:
         """What to tell the user of a run that ended with ``error``. A run is kept when it has a checkpoint, a store of
         activations or one of its ``outputs`` in full; anything else is removed."""
-        if (self.root / CHECKPOINT).exists() or self._store:
+        if (self.root / CHECKPOINT).exists() or any(any(self.root.rglob(name)) for name in _STORE):
             return f"Run the same command again to resume from the last checkpoint, or delete {self._names}."
         complete = [name for name in outputs if name not in unfinished and self.place(name).exists()]
         if complete:
@@ -82,7 +82,8 @@ class RunFolder:
 
     @property
     def _store(self) -> bool:
-        return self.root.is_dir() and any(any(self.root.rglob(name)) for name in _STORE)
+        # Earlier versions wrote no spec beside it. A folder that has one further below is not its run.
+        return any((self.root / "activations" / name).exists() for name in _STORE)
 
     @property
     def _names(self) -> str:
