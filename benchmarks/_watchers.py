@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from benchmarks import _kit
 from ethogram.specs.generation import GenerationSpec
-from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import Notifier
 
 WATCHERS, EVENTS = 1000, 10_000
 _PROCESSES, _BATCH = 2, 20

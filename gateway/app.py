@@ -19,9 +19,8 @@ from gateway.services import Services
 from gateway.settings import GatewaySettings
 from gateway.tail import Tails
 from services.artifacts.store import ArtifactStore
-from services.jobs.bell import Bell
-from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import Bell, Notifier
 from services.runtime import scratch
 
 # Three parts are checked at once, and two probes may overlap.

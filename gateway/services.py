@@ -13,10 +13,9 @@ from gateway.metrics import GatewayMetrics
 from gateway.settings import GatewaySettings
 from gateway.tail import Tails
 from services.artifacts.store import ArtifactStore
-from services.jobs.bell import Bell
-from services.jobs.notify import Notifier
 from services.jobs.records import Job
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import Bell, Notifier
 
 TENANT = "default"
 """The one tenant; there is no sign-in yet."""

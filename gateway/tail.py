@@ -23,9 +23,9 @@ from redis.exceptions import RedisError
 
 from ethogram.errors import EthogramError, InvalidInput, NotFound, Unavailable
 from gateway.sse import KEEP_ALIVE, RETRY, frame
-from services.jobs.notify import CHANNEL
 from services.jobs.records import Job
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import CHANNEL
 
 logger = logging.getLogger(__name__)
 

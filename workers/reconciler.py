@@ -15,9 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ethogram.errors import StaleAttempt, Unavailable
-from services.jobs.bell import Bell
-from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import Bell, Notifier
 from workers import collector
 from workers.metrics import ReconcilerMetrics, serve_metrics
 from workers.settings import WorkerSettings

@@ -23,8 +23,8 @@ from ethogram.errors import EthogramError, Internal, InvalidInput, StaleAttempt,
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
 from ethogram.specs.kinds import Kind
 from ethogram.v1 import jobs_pb2
-from services.jobs.notify import Notifier
 from services.jobs.registry import Claim, Job, JobRegistry
+from services.jobs.signals import Notifier
 from services.kinds import request_type, spec_message
 from workers.ledger import Ledger, Outcome
 from workers.metrics import WorkerMetrics

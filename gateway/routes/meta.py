@@ -19,7 +19,7 @@ from ethogram.errors import EthogramError, Unavailable
 from ethogram.specs.kinds import KINDS
 from gateway.metrics import MEDIA_TYPE
 from gateway.services import Parts, Services
-from services.jobs.bell import without_password
+from services.jobs.signals import without_password
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from ethogram.errors import IllegalState, NotFound
 from services.jobs import tables, transitions
 from services.jobs.attempts import Attempts
 from services.jobs.database import change, retry_deadlocks
-from services.jobs.queries import artifact_of
 from services.jobs.records import ArtifactRow, Job
 from services.jobs.states import ACTIVE, TERMINAL, JobState
 
@@ -148,7 +147,7 @@ class Retention(Attempts):
         user = self._unfinished(session, job.id.in_(users))
         if user is not None:
             raise IllegalState(f"job {user} needs artifact {id} and has not ended: cancel that job, or wait")
-        return artifact_of(row)
+        return ArtifactRow.model_validate(row)
 
     def _delete(self, session: Session, id: str, published: set[str]) -> None:
         job, given, artifact, event = tables.Job, tables.Input, tables.Artifact, tables.Event

@@ -10,11 +10,11 @@ from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, case, func, insert, or_, select, update
+from sqlalchemy import and_, case, func, insert, or_, select
 from sqlalchemy.orm import Session
 
 from services.jobs import tables
-from services.jobs.database import change
+from services.jobs.database import set_values
 from services.jobs.records import Child, Event
 from services.jobs.states import LEGAL, UNFINISHED, JobState
 
@@ -44,12 +44,10 @@ def move(
     values["ready_at"] = now() if values["ready"] else None
     if to.terminal:
         values |= {"finished_at": now(), "attempt": None}
-    statement = update(tables.Job).where(tables.Job.id == job, tables.Job.state.in_(source))
-    if owner is not None:
-        statement = statement.where(tables.Job.attempt == owner)
-    seq = change(
-        session, statement.values(state=to, seq=tables.Job.seq + 1, **values).returning(tables.Job.seq)
-    ).scalar_one_or_none()
+    table = tables.Job
+    where = [table.id == job, table.state.in_(source), *([table.attempt == owner] if owner is not None else [])]
+    changed = set_values(session, table, *where, returning=[table.seq], state=to, seq=table.seq + 1, **values)
+    seq = changed.scalar_one_or_none()
     if seq is None:
         return False
     add_events(session, job, owner or values.get("attempt"), seq, [("state", {"state": to, **(note or {})})])
@@ -73,21 +71,14 @@ def add_events(
 
 def end_attempt(session: Session, attempt: str, outcome: str, message: str | None, seconds: float | None) -> None:
     """Close the attempt's row, and count its running time (``None``: as of its last heartbeat) to the job's."""
-    table = tables.Attempt
-    ended = change(
-        session,
-        update(table)
-        .where(table.id == attempt, table.ended_at.is_(None))
-        .values(ended_at=now(), outcome=outcome, message=message, seconds=table.seconds if seconds is None else seconds)
-        .returning(table.job, table.seconds),
-    ).one_or_none()
+    table, job = tables.Attempt, tables.Job
+    values = {"ended_at": now(), "outcome": outcome, "message": message}
+    if seconds is not None:
+        values["seconds"] = seconds
+    open_row = (table.id == attempt, table.ended_at.is_(None))
+    ended = set_values(session, table, *open_row, returning=[table.job, table.seconds], **values).one_or_none()
     if ended is not None:
-        change(
-            session,
-            update(tables.Job)
-            .where(tables.Job.id == ended.job)
-            .values(ran_seconds=tables.Job.ran_seconds + ended.seconds),
-        )
+        set_values(session, job, job.id == ended.job, ran_seconds=job.ran_seconds + ended.seconds)
 
 
 def lock(session: Session, job: str) -> None:
@@ -134,12 +125,9 @@ def count_children(session: Session, parent: str) -> None:
     # Of two children that end at the same time, the second must see that the first has ended.
     lock(session, parent)
     left = unfinished_children(session, parent)
-    change(
-        session,
-        update(tables.Job)
-        .where(tables.Job.id == parent, tables.Job.state == JobState.QUEUED, tables.Job.waiting > 0)
-        .values(waiting=left, ready=left == 0, ready_at=now()),
-    )
+    table = tables.Job
+    waits = (table.id == parent, table.state == JobState.QUEUED, table.waiting > 0)
+    set_values(session, table, *waits, waiting=left, ready=left == 0, ready_at=now())
 
 
 def cancel(session: Session, job: str) -> bool:
@@ -171,8 +159,8 @@ def settle(session: Session, job: str, state: JobState, error: dict[str, Any] | 
 def outputs(session: Session, job: str) -> dict[str, str]:
     """Name -> id of the artifacts that ``job`` made."""
     query = select(tables.Artifact.name, tables.Artifact.id)
-    rows = session.execute(query.where(tables.Artifact.job == job, tables.Artifact.superseded == tables.FALSE))
-    return {name: artifact for name, artifact in rows}
+    kept = query.where(tables.Artifact.job == job, tables.Artifact.superseded == tables.FALSE)
+    return dict(session.execute(kept).all())
 
 
 def settle_dependents(session: Session, job: str, state: JobState, error: dict[str, Any] | None = None) -> None:
@@ -223,16 +211,11 @@ def _waiting_for(session: Session, job: str) -> dict[str, list[tuple[str, str]]]
 
 def _give(session: Session, job: str, artifacts: dict[str, str]) -> None:
     for path, artifact in artifacts.items():
-        change(
-            session,
-            update(tables.Input).where(tables.Input.job == job, tables.Input.path == path).values(artifact=artifact),
-        )
+        set_values(session, tables.Input, tables.Input.job == job, tables.Input.path == path, artifact=artifact)
+    table = tables.Job
     # Count down rather than recount, since two inputs may finish at the same time.
-    left = tables.Job.waiting - len(artifacts)
-    due = or_(tables.Job.not_before.is_(None), tables.Job.not_before <= now())
-    change(
-        session,
-        update(tables.Job)
-        .where(tables.Job.id == job, tables.Job.state == JobState.QUEUED)
-        .values(waiting=left, ready=case((and_(left == 0, due), tables.TRUE), else_=tables.FALSE), ready_at=now()),
-    )
+    left = table.waiting - len(artifacts)
+    due = or_(table.not_before.is_(None), table.not_before <= now())
+    ready = case((and_(left == 0, due), tables.TRUE), else_=tables.FALSE)
+    queued = (table.id == job, table.state == JobState.QUEUED)
+    set_values(session, table, *queued, waiting=left, ready=ready, ready_at=now())
