@@ -200,7 +200,9 @@ class Attempts(Queries):
         result = text.clean(result)
         if len(json.dumps(result)) > MAX_RESULT_BYTES:
             raise TooLarge("the result is larger than 1 MiB: put it into an artifact and name that")
-        return self._end(attempt, JobState.SUCCEEDED, ACTIVE, "succeeded", seconds, result=result)
+        return self._end(
+            attempt, JobState.SUCCEEDED, source=ACTIVE, outcome="succeeded", seconds=seconds, result=result
+        )
 
     def fail(self, attempt: str, error: dict[str, Any], *, seconds: float | None = None) -> Job:
         """End the job as failed, for a reason that another attempt would meet again. Raises :class:`StaleAttempt`.
@@ -209,11 +211,12 @@ class Attempts(Queries):
         """
         error = {"reason": "INTERNAL", "message": "", "violations": [], **text.clean(error, text.MAX_TEXT)}
         outcome = "timed out" if error["reason"] == TimeLimit.reason else "failed"
-        return self._end(attempt, JobState.FAILED, ACTIVE, outcome, seconds, error=error)
+        return self._end(attempt, JobState.FAILED, source=ACTIVE, outcome=outcome, seconds=seconds, error=error)
 
     def cancelled(self, attempt: str, *, seconds: float | None = None) -> Job:
         """End the job as cancelled. Raises :class:`StaleAttempt`; :class:`IllegalState` when nobody cancelled it."""
-        return self._end(attempt, JobState.CANCELLED, [JobState.CANCELLING], "cancelled", seconds)
+        source = [JobState.CANCELLING]
+        return self._end(attempt, JobState.CANCELLED, source=source, outcome="cancelled", seconds=seconds)
 
     def release(self, attempt: str, reason: Reason, message: str = "", *, seconds: float | None = None) -> Job:
         """End the attempt, not the job. Raises :class:`StaleAttempt`.
@@ -294,18 +297,9 @@ class Attempts(Queries):
             raise _stale(attempt)
         return row.id, row.seq
 
-    def _end(
-        self,
-        attempt: str,
-        to: JobState,
-        source: Sequence[JobState],
-        outcome: str,
-        seconds: float | None,
-        **values: Any,
-    ) -> Job:
+    def _end(self, attempt: str, to: JobState, **values: Any) -> Job:
         with self._database.write() as session:
-            job = _lock_parent(session, attempt)
-            return self._end_in(session, job, attempt, to, source=source, outcome=outcome, seconds=seconds, **values)
+            return self._end_in(session, _lock_parent(session, attempt), attempt, to, **values)
 
     def _end_in(
         self,
