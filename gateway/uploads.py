@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,12 +58,8 @@ class Upload:
                 options[b"boundary"],
                 {
                     "on_part_begin": self._headers.clear,
-                    "on_header_field": lambda data, start, end: _grow(
-                        self._header_name, data[start:end], MAX_HEADER_BYTES
-                    ),
-                    "on_header_value": lambda data, start, end: _grow(
-                        self._header_value, data[start:end], MAX_HEADER_BYTES
-                    ),
+                    "on_header_field": partial(_grow, self._header_name, MAX_HEADER_BYTES),
+                    "on_header_value": partial(_grow, self._header_value, MAX_HEADER_BYTES),
                     "on_header_end": self._on_header_end,
                     "on_headers_finished": self._on_headers,
                     "on_part_data": self._on_data,
@@ -143,7 +140,7 @@ class Upload:
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         if self._file is None:
             assert self._field is not None
-            _grow(self._field, data[start:end], MAX_FIELD_BYTES)
+            _grow(self._field, MAX_FIELD_BYTES, data, start, end)
             return
         self._file.write(memoryview(data)[start:end])
 
@@ -156,10 +153,10 @@ class Upload:
         self._ended = True
 
 
-def _grow(target: bytearray, data: bytes, limit: int) -> None:
-    if len(target) + len(data) > limit:
+def _grow(target: bytearray, limit: int, data: bytes, start: int, end: int) -> None:
+    if len(target) + end - start > limit:
         raise InvalidInput.field("(root)", f"a field or header is longer than {limit} bytes")
-    target += data
+    target += data[start:end]
 
 
 def _text(value: bytes, field: str) -> str:

@@ -80,10 +80,10 @@ class Attempts(Queries):
         worker's monotonic clock. Raises :class:`StaleAttempt`."""
         with self._database.write() as session:
             row = tables.Attempt
-            where, beat = (row.id == attempt, row.ended_at.is_(None)), {"heartbeat": row.heartbeat + 1}
-            job = set_values(session, row, *where, returning=[row.job], **beat, seconds=seconds).scalar_one_or_none()
-            query = select(tables.Job.cancel_requested).where(tables.Job.id == job, tables.Job.attempt == attempt)
-            cancel = session.scalar(query)
+            open_row, values = (row.id == attempt, row.ended_at.is_(None)), {"heartbeat": row.heartbeat + 1}
+            renewed = set_values(session, row, *open_row, returning=[row.job], **values, seconds=seconds)
+            owned = (tables.Job.id == renewed.scalar_one_or_none(), tables.Job.attempt == attempt)
+            cancel = session.scalar(select(tables.Job.cancel_requested).where(*owned))
             if cancel is None:
                 raise _stale(attempt)
             return cancel
@@ -200,9 +200,8 @@ class Attempts(Queries):
         result = text.clean(result)
         if len(json.dumps(result)) > MAX_RESULT_BYTES:
             raise TooLarge("the result is larger than 1 MiB: put it into an artifact and name that")
-        return self._end(
-            attempt, JobState.SUCCEEDED, source=ACTIVE, outcome="succeeded", seconds=seconds, result=result
-        )
+        values = {"outcome": "succeeded", "seconds": seconds, "result": result}
+        return self._end(attempt, JobState.SUCCEEDED, source=ACTIVE, **values)
 
     def fail(self, attempt: str, error: dict[str, Any], *, seconds: float | None = None) -> Job:
         """End the job as failed, for a reason that another attempt would meet again. Raises :class:`StaleAttempt`.
@@ -230,11 +229,8 @@ class Attempts(Queries):
         message = text.clean(message, text.MAX_TEXT)
         with self._database.write() as session:
             job = _lock_parent(session, attempt)
-            row = session.execute(
-                select(tables.Job.state, tables.Job.attempts, tables.Job.max_attempts)
-                .where(tables.Job.attempt == attempt)
-                .with_for_update()
-            ).one_or_none()
+            query = select(tables.Job.state, tables.Job.attempts, tables.Job.max_attempts)
+            row = session.execute(query.where(tables.Job.attempt == attempt).with_for_update()).one_or_none()
             if row is None:
                 raise _stale(attempt)
             state, attempts, max_attempts = row

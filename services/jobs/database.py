@@ -222,11 +222,9 @@ class Database:
             if self._is_outage(error):
                 raise self._unavailable(str(error.orig)) from error
             raise
-        except OSError as error:
-            raise self._unavailable(str(error.strerror)) from error
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             # SQLAlchemy does not wrap errors of a new connection's first statements.
-            raise self._unavailable(str(error)) from error
+            raise self._unavailable(str(getattr(error, "strerror", error))) from error
 
     def _is_outage(self, error: DBAPIError) -> bool:
         if isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated:

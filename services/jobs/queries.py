@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import builtins
 import re
 from collections.abc import Mapping, Sequence
@@ -12,10 +14,12 @@ from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import Session, selectinload
 
 from ethogram.errors import InvalidInput, NotFound
-from services.jobs import cursors, submission, tables, text, transitions
+from services.jobs import submission, tables, text, transitions
 from services.jobs.database import Database
 from services.jobs.records import LABEL_KEY, ArtifactRow, BackingOff, Depth, Event, Job, RunningAttempt
 from services.jobs.states import ACTIVE, UNFINISHED, JobState
+
+MAX_LIMIT = 1000
 
 Row = TypeVar("Row", tables.Job, tables.Artifact)
 
@@ -67,7 +71,7 @@ class Queries:
             raise NotFound(f"there is no job {job!a}")
         query = select(tables.Event).where(tables.Event.job == job, tables.Event.seq > after)
         with self._database.read() as session:
-            rows = session.scalars(query.order_by(tables.Event.seq).limit(cursors.check_limit(limit))).all()
+            rows = session.scalars(query.order_by(tables.Event.seq).limit(_check_limit(limit))).all()
             if not rows and session.scalar(select(tables.Job.number).where(tables.Job.id == job)) is None:
                 raise NotFound(f"there is no job {job!r}")
             return [Event.model_validate(row) for row in rows]
@@ -189,14 +193,38 @@ def _filters(table: type[Row], tenant: str, **values: str | None) -> builtins.li
     return [getattr(table, name) == value for name, value in values.items() if value is not None]
 
 
+def encode_cursor(table: str, number: int) -> str:
+    """The cursor of the page after row ``number``: opaque text. Numbers never change, so pages are stable."""
+    return base64.urlsafe_b64encode(f"{table}:{number}".encode()).decode().rstrip("=")
+
+
+def decode_cursor(table: str, cursor: str) -> int:
+    """The number in a cursor of ``table``. Raises :class:`InvalidInput`."""
+    try:
+        content = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+        found, _, number = content.partition(":")
+        # Only what `encode_cursor` makes: int() alone takes signs, spaces and digits of other scripts.
+        if found == table and number.isascii() and number.isdecimal() and len(number) <= 18:
+            return int(number)
+    except (binascii.Error, ValueError):
+        pass
+    raise InvalidInput.field("cursor", "is not a cursor of this list; leave it out to start from the beginning")
+
+
+def _check_limit(limit: int) -> int:
+    if not 1 <= limit <= MAX_LIMIT:
+        raise InvalidInput.field("limit", f"must be from 1 to {MAX_LIMIT}")
+    return limit
+
+
 def _page(
     session: Session, query: Select[Row], table: type[Row], limit: int, cursor: str | None
 ) -> tuple[Sequence[Row], str | None]:
     """Rows of ``table``, newest first, and the cursor of the next page."""
     if cursor is not None:
-        query = query.where(table.number < cursors.decode(table.__tablename__, cursor))
-    rows = session.scalars(query.order_by(table.number.desc()).limit(cursors.check_limit(limit) + 1)).all()
-    more = cursors.encode(table.__tablename__, rows[limit - 1].number) if len(rows) > limit else None
+        query = query.where(table.number < decode_cursor(table.__tablename__, cursor))
+    rows = session.scalars(query.order_by(table.number.desc()).limit(_check_limit(limit) + 1)).all()
+    more = encode_cursor(table.__tablename__, rows[limit - 1].number) if len(rows) > limit else None
     return rows[:limit], more
 
 

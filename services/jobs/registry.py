@@ -173,8 +173,7 @@ class JobRegistry(Retention):
         )
         if not moved:
             raise IllegalState(f"job {job.id} was just retried by somebody else")
-        if job.parent is not None:
-            transitions.count_children(session, job.parent)
+        transitions.count_children(session, job.parent)
         for child in transitions.children(session, job.id):
             if child.state is JobState.CANCELLING:
                 raise IllegalState(f"its child {child.job} is still being cancelled: try again when that has ended")

@@ -218,20 +218,18 @@ def resolve(session: Session, path: str, ref: ArtifactRef, tenant: str, prefix: 
     if ref.job is None:
         query = select(tables.Artifact.id).where(tables.Artifact.id == ref.artifact, tables.Artifact.tenant == tenant)
         # The lock makes a deletion wait for us, so that it finds this job.
-        if session.execute(query.with_for_update(read=True)).scalar_one_or_none() is None:
+        if session.scalar(query.with_for_update(read=True)) is None:
             raise _wrong(NotFound, f"{prefix}spec.{path}.artifact", f"there is no artifact {ref.artifact!r}")
         return ResolvedInput(path, None, None, ref.artifact)
     # The lock makes a finishing job wait for us, so that it finds this dependent (SQLite: there is one writer anyway).
-    row = session.execute(
-        select(tables.Job.state).where(tables.Job.id == ref.job, tables.Job.tenant == tenant).with_for_update(read=True)
-    ).scalar_one_or_none()
-    if row is None:
+    made_by = select(tables.Job.state).where(tables.Job.id == ref.job, tables.Job.tenant == tenant)
+    state = session.scalar(made_by.with_for_update(read=True))
+    if state is None:
         raise _wrong(NotFound, f"{prefix}spec.{path}.job", f"there is no job {ref.job!r}")
-    state = JobState(row)
     if state in (JobState.FAILED, JobState.CANCELLED):
-        what = f"job {ref.job} has {'failed' if state is JobState.FAILED else 'been cancelled'}: retry it first"
+        what = f"job {ref.job} has {'failed' if state == JobState.FAILED else 'been cancelled'}: retry it first"
         raise _wrong(IllegalState, f"{prefix}spec.{path}.job", what)
-    if state is not JobState.SUCCEEDED:
+    if state != JobState.SUCCEEDED:
         return ResolvedInput(path, ref.job, ref.artifact, None)
     made = transitions.outputs(session, ref.job)
     if ref.artifact not in made:

@@ -89,25 +89,23 @@ def lock(session: Session, job: str) -> None:
 def lock_parent(session: Session, job: str) -> None:
     """Lock the parent of ``job``, if it has one, before the job itself is locked. So transactions that end a child and
     those that count or cancel a parent's children take turns, and never wait for each other in a circle."""
-    parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == job))
+    parent = _parent(session, job)
     if parent is not None:
         lock(session, parent)
+
+
+def _parent(session: Session, job: str) -> str | None:
+    return session.scalar(select(tables.Job.parent).where(tables.Job.id == job))
 
 
 def children(session: Session, parent: str) -> list[Child]:
     """The child jobs of ``parent``, by name."""
     table = tables.Job
-    query = select(table.name, table.id, table.state, table.result, table.error).where(table.parent == parent)
+    columns = (table.name, table.id.label("job"), table.state, table.result, table.error)
+    query = select(*columns).where(table.parent == parent)
     return [
-        Child(
-            name=name or "",
-            job=job,
-            state=JobState(state),
-            outputs=outputs(session, job) if state == JobState.SUCCEEDED else {},
-            result=result,
-            error=error,
-        )
-        for name, job, state, result, error in session.execute(query.order_by(table.name)).all()
+        Child(**row, outputs=outputs(session, row["job"]) if row["state"] == JobState.SUCCEEDED else {})
+        for row in session.execute(query.order_by(table.name)).mappings().all()
     ]
 
 
@@ -117,11 +115,13 @@ def unfinished_children(session: Session, parent: str) -> int:
     return session.scalars(query).one()
 
 
-def count_children(session: Session, parent: str) -> None:
-    """Make ``parent`` ready if it waits for its children and all have ended.
+def count_children(session: Session, parent: str | None) -> None:
+    """Make ``parent``, if there is one, ready if it waits for its children and all have ended.
 
     A parent has run, so its inputs are there, and all that it waits for are children.
     """
+    if parent is None:
+        return
     # Of two children that end at the same time, the second must see that the first has ended.
     lock(session, parent)
     left = unfinished_children(session, parent)
@@ -150,9 +150,7 @@ def settle(session: Session, job: str, state: JobState, error: dict[str, Any] | 
     for child in children(session, job):
         if not child.state.terminal:
             cancel(session, child.job)
-    parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == job))
-    if parent is not None:
-        count_children(session, parent)
+    count_children(session, _parent(session, job))
     settle_dependents(session, job, state, error)
 
 
@@ -189,24 +187,19 @@ def settle_dependents(session: Session, job: str, state: JobState, error: dict[s
             input_error = {"reason": "INPUT_FAILED", "message": cause, "violations": [violation]}
             note = {"message": cause}
             if move(session, dependent, end, source=[JobState.QUEUED], error=input_error, waiting=0, note=note):
-                parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == dependent))
-                if parent is not None:
-                    count_children(session, parent)
+                count_children(session, _parent(session, dependent))
                 # Pass on the first cause, not a sentence that grows with the length of the chain.
                 ended.append((dependent, end, error if state is JobState.FAILED else input_error))
 
 
 def _waiting_for(session: Session, job: str) -> dict[str, list[tuple[str, str]]]:
+    table = tables.Input
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    query = (
-        select(tables.Input.job, tables.Input.path, tables.Input.name)
-        .join(tables.Job, tables.Job.id == tables.Input.job)
-        .where(tables.Input.needs == job, tables.Input.artifact.is_(None), tables.Job.state == JobState.QUEUED)
-        .order_by(tables.Input.job, tables.Input.path)
-    )
-    for dependent, path, name in session.execute(query):
+    query = select(table.job, table.path, table.name).join(tables.Job, tables.Job.id == table.job)
+    query = query.where(table.needs == job, table.artifact.is_(None), tables.Job.state == JobState.QUEUED)
+    for dependent, path, name in session.execute(query.order_by(table.job, table.path)):
         found[dependent].append((path, name or ""))
-    return dict(found)
+    return found
 
 
 def _give(session: Session, job: str, artifacts: dict[str, str]) -> None:
