@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, func, insert, select
 
 from benchmarks._kit import say
 from ethogram.specs.generation import GenerationSpec
@@ -27,7 +27,7 @@ def claim_flat_ratio(urls: Sequence[str]) -> float:
         try:
             for tenants in (1, 20):
                 seconds: dict[int, list[float]] = {SHORT: [], LONG: []}
-                # In turns, so that whatever else the machine does falls on both.
+                # Alternate, so that whatever else the machine does affects both.
                 for turn in range(_ROUNDS):
                     for waiting in (SHORT, LONG) if turn % 2 else (LONG, SHORT):
                         _fill(registry, waiting, tenants)
@@ -53,7 +53,7 @@ def _claim(registry: JobRegistry) -> float:
 
 
 def _fill(registry: JobRegistry, waiting: int, tenants: int) -> None:
-    """An otherwise empty registry with so many queued jobs."""
+    """Empty the registry and queue ``waiting`` jobs."""
     database = registry._database
     with database.write() as session:
         for table in (tables.Event, tables.Attempt, tables.Turn, tables.Job):
@@ -71,16 +71,10 @@ def _fill(registry: JobRegistry, waiting: int, tenants: int) -> None:
             ],
         )
         if not database.sqlite:
-            session.execute(select(_next_number(waiting)))
+            # Move the counter past the rows that were inserted with a number.
+            sequence = func.pg_get_serial_sequence("jobs", "number")
+            session.execute(select(func.setval(sequence, select(func.max(job.c.number)).scalar_subquery())))
     if not database.sqlite:
-        # As its own housekeeping would, a moment later.
+        # PostgreSQL's autovacuum would do so a moment later.
         with database._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("ANALYZE jobs")
-
-
-def _next_number(waiting: int) -> Any:
-    """Move PostgreSQL's counter past the rows that were inserted with a number."""
-    from sqlalchemy import func
-
-    sequence = func.pg_get_serial_sequence("jobs", "number")
-    return func.setval(sequence, select(func.max(tables.Job.number)).scalar_subquery())

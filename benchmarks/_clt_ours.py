@@ -1,11 +1,12 @@
-"""Our side of the benchmark of sparse models: synthetic activation stores, steps on given batches, and measurements
-that need their own process: ``python -m benchmarks._clt_ours memory|loader JSON``."""
+"""Our side of the benchmark of sparse models: synthetic activation stores, steps on given batches, and memory. A
+process that imports no more measures that: ``python -m benchmarks._clt_ours memory|loader JSON``."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,24 +113,24 @@ class Steps:
         return time.perf_counter() - began
 
 
-def memory(case: dict[str, Any]) -> float:
-    """What ten steps take beyond data and parameters, MiB."""
-    steps = Steps(case, ActivationStore.open(case["store"]))
-    found = extra_mib(lambda: steps.take(10))
+def memory(case: dict[str, Any], store: str) -> float:
+    """Memory that ten steps take beyond data and parameters, MiB; for a process of its own."""
+    steps = Steps(case, ActivationStore.open(store))
+    mib = extra_mib(lambda: steps.take(10))
     steps.close()
-    return found
+    return mib
 
 
-def loader(case: dict[str, Any]) -> float:
-    """What going through a store takes, in shards."""
-    store = ActivationStore.open(case["store"])
+def loader(folder: str, batch: int) -> float:
+    """Memory that an epoch through a store takes, in shards; for a process of its own."""
+    store = ActivationStore.open(folder)
     hooks = store.hooks
     shard = store.shards("train")[0].rows * sum(store.widths[hook] for hook in hooks) * store.dtype.itemsize / 2**20
-    with Batches(store, hooks, case["batch"]) as first:
-        first.at(0)  # Whatever libraries take once.
+    with Batches(store, hooks, batch) as first:
+        first.at(0)  # What libraries take once.
 
     def through() -> None:
-        with Batches(store, hooks, case["batch"]) as batches:
+        with Batches(store, hooks, batch) as batches:
             for step in range(int(batches.steps_per_epoch) + 1):
                 batches.at(step)
 
@@ -137,4 +138,5 @@ def loader(case: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    print({"memory": memory, "loader": loader}[sys.argv[1]](json.loads(sys.argv[2])))
+    functions: dict[str, Callable[..., float]] = {"memory": memory, "loader": loader}
+    print(functions[sys.argv[1]](**json.loads(sys.argv[2])))

@@ -1,11 +1,7 @@
-"""Other people's transcoders, run in a virtual environment of their own and driven directly: no loop of theirs.
+"""Other people's transcoders, run in a process of their own and driven directly: no loop of theirs.
 
-Reads commands, a JSON object per line, and answers each with one. Tensors are in safetensors files.
-
-    {"do": "make", "kind": "pair" | "cross", "file": ..., "features": 2048, "k": 32, "threads": 2}
-    {"do": "steps", "count": 10}     on the batches of the file, in turn: {"seconds": ...}
-    {"do": "memory", "count": 10}    the same: {"mib": what they took beyond what was there before}
-    {"do": "train", "train": ..., "held_out": ..., "features": ..., "k": ..., "optimizer": "adam" | "signum", ...}
+Reads lines ``[function, {argument: value}]`` and answers each with a JSON object: ``make`` a model for the batches of
+a safetensors file, then take ``steps`` on them in turn or measure their ``memory``; or ``train`` and evaluate one.
 """
 
 from __future__ import annotations
@@ -93,63 +89,61 @@ class Cross(Pair):
         return found
 
 
-def make(order: dict[str, Any]) -> Pair:
-    """What to take steps of."""
-    torch.set_num_threads(order["threads"])
-    torch.manual_seed(0)
-    tensors = load_file(order["file"])
-    count = 1 + max(int(name.split(".")[2]) for name in tensors)
-    batches = [
-        {name.rpartition(".")[0]: one for name, one in tensors.items() if name.endswith(f".{number}")}
-        for number in range(count)
-    ]
-    return (Pair if order["kind"] == "pair" else Cross)(batches, order["features"], order["k"])
-
-
-def train(order: dict[str, Any]) -> dict[str, float]:
+def train(
+    *,
+    train: str,
+    held_out: str,
+    features: int,
+    k: int,
+    batch_size: int,
+    steps: int,
+    optimizer: str,
+    seed: int,
+    threads: int,
+) -> dict[str, float]:
     """Train a ``SparseCoder`` as its trainer does by default, with its own rates of learning, on so many rows, and
     judge it. Rows come in a new order in each epoch."""
-    torch.set_num_threads(order["threads"])
-    torch.manual_seed(order["seed"])
-    rows, size, steps, features = load_file(order["train"]), order["batch_size"], order["steps"], order["features"]
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    rows = load_file(train)
     inputs, targets = rows["input"], rows["target"]
-    model = pair(inputs.shape[1], features, order["k"])
-    rate = {"adam": 2e-4, "signum": 5e-3}[order["optimizer"]] / math.sqrt(features / 2**14)
-    optimizer: Any
-    if order["optimizer"] == "adam":
-        optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+    model = pair(inputs.shape[1], features, k)
+    rate = {"adam": 2e-4, "signum": 5e-3}[optimizer] / math.sqrt(features / 2**14)
+    stepper: Any
+    if optimizer == "adam":
+        stepper = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
         # Its default, in a run that is not short.
         rise = min(1000, steps // 10)
         falling = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(step / max(1, rise), (steps - step) / max(1, steps - rise))
+            stepper, lambda step: min(step / max(1, rise), (steps - step) / max(1, steps - rise))
         )
     else:
         signum = import_module("sparsify.sign_sgd").SignSGD(model.parameters(), lr=rate)
-        optimizer = import_module("schedulefree").ScheduleFreeWrapper(signum, momentum=0.95)
-        optimizer.train()
+        stepper = import_module("schedulefree").ScheduleFreeWrapper(signum, momentum=0.95)
+        stepper.train()
     # Its own start: the encoder is centred, and the decoder writes the mean.
     first = inputs[:65_536].float(), targets[:65_536].float()
     with torch.no_grad():
         model.encoder.bias.copy_(-first[0].mean(0) @ model.encoder.weight.T)
         model.b_dec.copy_(first[1].mean(0))
-    order_of = torch.Generator().manual_seed(order["seed"])
+    order = torch.Generator().manual_seed(seed)
     queue = torch.empty(0, dtype=torch.int64)
     began = time.perf_counter()
     for step in range(steps):
-        while len(queue) < size:
-            queue = torch.cat([queue, torch.randperm(len(inputs), generator=order_of)])
-        chosen, queue = queue[:size], queue[size:]
-        optimizer.zero_grad()
+        while len(queue) < batch_size:
+            queue = torch.cat([queue, torch.randperm(len(inputs), generator=order)])
+        chosen, queue = queue[:batch_size], queue[batch_size:]
+        stepper.zero_grad()
         model(inputs[chosen].float(), targets[chosen].float()).fvu.backward()
-        optimizer.step()
-        if order["optimizer"] == "adam":
+        stepper.step()
+        if optimizer == "adam":
             falling.step()
         if step % 100 == 0:
             sys.stderr.write(f"peer: step {step} of {steps}\n")
     seconds = time.perf_counter() - began
-    if order["optimizer"] != "adam":
-        optimizer.eval()
-    return {**judge(model, load_file(order["held_out"])), "seconds": seconds}
+    if optimizer != "adam":
+        stepper.eval()
+    return {**judge(model, load_file(held_out)), "seconds": seconds}
 
 
 @torch.no_grad()
@@ -166,32 +160,46 @@ def judge(model: nn.Module, rows: dict[str, Tensor]) -> dict[str, float]:
     return {"fvu": error / variance, "l0": active / len(targets)}
 
 
-def main() -> None:
-    """Answer until the input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    made: Pair | None = None
+MADE: list[Pair] = []
+"""The model that steps are taken of."""
 
-    def steps(count: int) -> None:
-        for _ in range(count):
-            assert made is not None
-            made.step()
 
-    for line in sys.stdin:
-        order = json.loads(line)
-        answer: dict[str, float] = {}
-        if order["do"] == "make":
-            made = make(order)
-        elif order["do"] == "steps":
-            began = time.perf_counter()
-            steps(order["count"])
-            answer = {"seconds": time.perf_counter() - began}
-        elif order["do"] == "memory":
-            answer = {"mib": extra_mib(lambda: steps(order["count"]))}  # noqa: B023
-        else:
-            answer = train(order)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+def take(count: int) -> None:
+    """Take steps."""
+    for _ in range(count):
+        MADE[0].step()
+
+
+def make(kind: str, file: str, features: int, k: int, threads: int) -> dict[str, float]:
+    """Make the model to take steps of."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    tensors = load_file(file)
+    count = 1 + max(int(name.split(".")[2]) for name in tensors)
+    batches = [
+        {name.rpartition(".")[0]: tensor for name, tensor in tensors.items() if name.endswith(f".{number}")}
+        for number in range(count)
+    ]
+    MADE[:] = [(Pair if kind == "pair" else Cross)(batches, features, k)]
+    return {}
+
+
+def steps(count: int) -> dict[str, float]:
+    """Seconds that so many steps take."""
+    began = time.perf_counter()
+    take(count)
+    return {"seconds": time.perf_counter() - began}
+
+
+def memory(count: int) -> dict[str, float]:
+    """Memory that so many steps take beyond what was there, MiB."""
+    return {"mib": extra_mib(lambda: take(count))}
 
 
 if __name__ == "__main__":
-    main()
+    functions: dict[str, Callable[..., dict[str, float]]]
+    functions = {"make": make, "steps": steps, "memory": memory, "train": train}
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        print(json.dumps(functions[name](**arguments)), file=answers, flush=True)

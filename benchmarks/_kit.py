@@ -1,4 +1,4 @@
-"""What benchmarks share: their commands, children, progress, and figures that are kept from one run to the next."""
+"""What benchmarks share: command lines, child processes, progress, and figures that are kept between runs."""
 
 from __future__ import annotations
 
@@ -10,56 +10,61 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from ethogram.bench import Figure, form, versions
 
+if TYPE_CHECKING:
+    from services.runtime.run import Run
+
+T = TypeVar("T")
 Figures = dict[str, Figure]
 Part = Callable[[argparse.Namespace], Figures]
 REPOSITORY = Path(__file__).parents[1]
 TIMES = ("minutes", "seconds")
-"""Figures that are never kept: a time is of the run that took it."""
-_BEGAN = time.monotonic()
+"""Figures that are never kept: a time belongs to the run that took it."""
+_STARTED = time.monotonic()
 
 
 def say(text: str) -> None:
-    """Progress, for people."""
-    sys.stderr.write(f"{time.monotonic() - _BEGAN:6.0f} s  {text}\n")
-    sys.stderr.flush()
+    """Print progress on standard error."""
+    print(f"{time.monotonic() - _STARTED:6.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 def parser(doc: str | None, parts: Collection[str] = ()) -> argparse.ArgumentParser:
     """A benchmark's command line, with ``--part`` where it has several."""
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{Path(sys.argv[0]).stem}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if parts:
-        made.add_argument("--part", choices=["all", *parts], default="all")
-    return made
+        parser.add_argument("--part", choices=["all", *parts], default="all")
+    return parser
 
 
-def run(bench: str, given: argparse.Namespace, parts: Mapping[str, Part]) -> NoReturn:
-    """Measure the parts that are asked for, print the form as the last line, and leave."""
+def run(bench: str, arguments: argparse.Namespace, parts: Mapping[str, Part]) -> NoReturn:
+    """Measure the requested parts, print the form as the last line, and exit."""
     figures: Figures = {}
     for name, part in parts.items():
-        if given.part in ("all", name):
-            figures |= part(given)
+        if arguments.part in ("all", name):
+            figures |= part(arguments)
     finish(bench, figures)
 
 
 def finish(bench: str, figures: Figures) -> NoReturn:
-    """Print the form and leave, with 1 where a bar is missed."""
-    whole = form(bench, figures)
-    print(json.dumps(whole))
-    sys.exit(0 if whole["ok"] else 1)
+    """Print the form and exit, with 1 where a bar is missed."""
+    result = form(bench, figures)
+    print(json.dumps(result))
+    sys.exit(0 if result["ok"] else 1)
 
 
 def start(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """A process of a module of the benchmarks, whose output can be read."""
+    """Start a module of the benchmarks as a process whose output can be read."""
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | dict(env or {}))
 
@@ -73,77 +78,83 @@ def call(module: str, *arguments: object, env: Mapping[str, str] | None = None) 
     return output
 
 
+def in_child(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function of a module returns in a new process, e.g. to measure its memory."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def trained(
+    folder: Path, train: Callable[[Run], T], evaluate: Callable[[T, Run], dict[str, float]]
+) -> dict[str, float]:
+    """Train in a run in ``folder``, which resumes there. Returns the figures of ``evaluate``, and the ``minutes`` of
+    training unless it resumed: then they are not known."""
+    from services.runtime.console import ConsoleRun
+
+    with ConsoleRun(folder, checkpoint_seconds=30) as run:
+        resumed, started = run.resume is not None, time.monotonic()
+        model = train(run)
+        minutes = {} if resumed else {"minutes": (time.monotonic() - started) / 60}
+        return evaluate(model, run) | minutes
+
+
 class Measured(NamedTuple):
     """Numbers by name."""
 
     numbers: dict[str, float]
     kept: bool
-    """Whether an earlier run measured them; there are no times then."""
+    """Whether an earlier run measured them; then there are no times."""
 
-    def figure(self, name: str, op: str | None = None, bar: float | None = None, **more: Any) -> Figure:
+    def figure(self, name: str, op: str | None = None, bar: float | None = None) -> Figure:
         """One of them as a figure; a time that this run has not taken is null and not judged."""
         if name in TIMES and name not in self.numbers:
             return Figure(None)
-        return Figure(self.numbers.get(name), op, bar, kept=self.kept, **more)
+        return Figure(self.numbers.get(name), op, bar, kept=self.kept)
 
 
 class Cache:
-    """What a benchmark keeps below ``runs/bench-NAME``: each thing in a folder of its own, whose name is the hash of
-    what was asked for and of all that the answer follows from."""
+    """What a benchmark keeps below ``runs/bench-NAME``. Each result has a folder, named by the hash of the request and
+    of everything that the result depends on."""
+
+    afresh = False
+    """Measure again what was measured before."""
 
     def __init__(self, bench: str) -> None:
         self.root = Path("runs", f"bench-{bench}")
 
-    def folder(self, name: str, asked: object, sources: Collection[str]) -> Path:
-        """Where the answer to ``asked`` is kept. It follows from the product's ``sources`` (files and folders), from
-        the benchmark's own files, and from versions, threads and the machine."""
-        key = json.dumps([asked, _code(sources), _setting()], sort_keys=True, default=_plain)
+    def folder(self, name: str, request: object, sources: Collection[str]) -> Path:
+        """Folder of the result of ``request`` (JSON with specs). It depends on the product's ``sources`` (files and
+        folders), on the benchmark's own files, and on versions, threads and the machine."""
+        key = json.dumps(
+            [request, _code(sources), _setting()], sort_keys=True, default=lambda spec: spec.model_dump(mode="json")
+        )
         return self.root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def measured(
-        self,
-        name: str,
-        asked: object,
-        sources: Collection[str],
-        measure: Callable[[Path], dict[str, float]],
-        *,
-        afresh: bool = False,
+        self, name: str, request: object, sources: Collection[str], measure: Callable[[Path], dict[str, float]]
     ) -> Measured:
-        """What ``measure`` gives, in that folder, or all of it but times from an earlier run."""
-        folder = self.folder(name, asked, sources)
+        """What ``measure`` returns, called with that folder; or all of it but times, from an earlier run."""
+        folder = self.folder(name, request, sources)
         file = folder / "figures.json"
-        if afresh:
+        if self.afresh:
             shutil.rmtree(folder, ignore_errors=True)
         if file.exists():
             say(f"{name}: kept from {folder}; --afresh measures again")
             return Measured(json.loads(file.read_text()), kept=True)
         folder.mkdir(parents=True, exist_ok=True)
-        found = measure(folder)
-        file.write_text(json.dumps({key: value for key, value in found.items() if key not in TIMES}, indent=2))
-        return Measured(found, kept=False)
-
-
-def _plain(value: Any) -> Any:
-    """A spec as JSON."""
-    return value.model_dump(mode="json")
+        numbers = measure(folder)
+        file.write_text(json.dumps({key: value for key, value in numbers.items() if key not in TIMES}, indent=2))
+        return Measured(numbers, kept=False)
 
 
 def _code(sources: Collection[str]) -> str:
-    """Hash of the code that figures follow from: ``sources``, and every module of the benchmarks that is loaded."""
-    files = {Path(module.__file__) for module in _own_modules() if module.__file__}
+    """Hash of the code that figures depend on: ``sources``, and every loaded module of the benchmarks."""
+    modules = (module for name, module in sys.modules.items() if name == "__main__" or name.startswith("benchmarks"))
+    files = {Path(file) for module in modules if (file := getattr(module, "__file__", None))}
     for source in (REPOSITORY / source for source in sources):
         source.stat()
         files |= {source} if source.is_file() else set(source.rglob("*.py"))
-    digest = hashlib.sha256()
-    for file in sorted(file.absolute() for file in files):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _own_modules() -> Iterator[Any]:
-    for name, module in sorted(sys.modules.items()):
-        if name == "__main__" or name.startswith("benchmarks"):
-            yield module
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(file.absolute() for file in files))).hexdigest()
 
 
 def _setting() -> list[object]:

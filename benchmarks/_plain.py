@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ethogram.specs.generation import GenerationSpec
 from services.generation import checks
 from services.generation.buckets import BucketTrainer
 from services.generation.data import Candidates, Examples, keys, shuffled
 from services.generation.train import VALIDATION_EXAMPLES
-from services.zoo.subjects import Params, flatten, init
+from services.zoo.subjects import flatten, init, unflatten
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -62,19 +63,20 @@ class PlainLoop:
         after = self._accuracy(network, own)
         if checks.improvement(before, after, own, staged)[0] is not None:
             return None
-        params = self._params(network)
-        self._trainer.extractor.extract(params, self._trainer.subject_trainer.architecture(own))
-        return Record(index, after[0].tolist(), flatten(params)[0].tolist())
+        weights = parameters_to_vector(network.parameters()).detach().unsqueeze(0)
+        architecture = self._trainer.subject_trainer.architecture(own)
+        self._trainer.extractor.extract(unflatten(weights, architecture), architecture)
+        return Record(index, after[0].tolist(), weights[0].tolist())
 
     def _network(self, own: Candidates) -> nn.Sequential:
         spec, architecture = self._spec, self._trainer.subject_trainer.architecture(own)
         params = init(architecture, keys(spec.seed, "init", own.indices), kaiming=spec.subject.weight_init == "kaiming")
         layers: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(architecture.layers):
-            linear = nn.Linear(fan_in, fan_out)
-            linear.load_state_dict({part: params[f"layers.{i}.{part}"][0] for part in ("weight", "bias")})
-            layers += [linear, _ACTIVATIONS[architecture.activation]()]
-        return nn.Sequential(*layers[:-1])
+        for fan_in, fan_out in architecture.layers:
+            layers += [nn.Linear(fan_in, fan_out), _ACTIVATIONS[architecture.activation]()]
+        network = nn.Sequential(*layers[:-1])
+        vector_to_parameters(flatten(params)[0], network.parameters())
+        return network
 
     def _stage(
         self,
@@ -116,15 +118,6 @@ class PlainLoop:
         if spec.subject.input_encoding == "index":
             return sequences.float()
         return F.one_hot(sequences, spec.vocab_size).flatten(1).float()
-
-    @staticmethod
-    def _params(network: nn.Sequential) -> Params:
-        linears = [layer for layer in network if isinstance(layer, nn.Linear)]
-        found = {}
-        for i, linear in enumerate(linears):
-            found[f"layers.{i}.weight"] = linear.weight.detach().unsqueeze(0)
-            found[f"layers.{i}.bias"] = linear.bias.detach().unsqueeze(0)
-        return found
 
 
 def _work(spec: str, first: int, step: int, count: int) -> tuple[float, list[Record]]:

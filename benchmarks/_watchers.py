@@ -13,9 +13,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from benchmarks import _kit
+from ethogram.platform.process import Child
+from ethogram.platform.stack import free_port
+from ethogram.platform.state import HOST
 from ethogram.specs.generation import GenerationSpec
 from services.jobs.registry import JobRegistry
 from services.jobs.signals import Notifier
@@ -26,28 +28,23 @@ _PROCESSES, _BATCH = 2, 20
 
 def watcher_events_lost(folder: Path, redis_url: str) -> int:
     """Events that were missed, doubled or out of order, over all watchers."""
-    state = folder / "watchers"
-    environment = {**os.environ, "ETHOGRAM_STATE": str(state), "ETHOGRAM_PORT": "0", "REDIS_URL": redis_url}
-    with (folder / "watchers-gateway.log").open("wb") as log:
-        gateway = subprocess.Popen(
-            [sys.executable, "-m", "gateway", "--parent-pipe"],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-    assert gateway.stdout is not None
-    assert gateway.stdin is not None
+    state, port = folder / "watchers", free_port()
+    environment = {**os.environ, "ETHOGRAM_STATE": str(state), "ETHOGRAM_PORT": str(port), "REDIS_URL": redis_url}
+    command = [sys.executable, "-m", "gateway", "--parent-pipe"]
+    gateway = Child("gateway", command, environment, folder / "watchers-gateway.log")
+    gateway.start()
     watchers: list[subprocess.Popen[str]] = []
     try:
-        parts = urlsplit(gateway.stdout.readline().split()[-1])
+        while not gateway.logged("gateway ready"):
+            if gateway.exit_code is not None:
+                raise RuntimeError(f"the gateway ended: {gateway.log_end()}")
+            time.sleep(0.05)
         registry, notifier = JobRegistry.open(f"sqlite:///{state.absolute() / 'registry.db'}"), Notifier(redis_url)
         job, _ = registry.submit("generation", GenerationSpec(), queue="watched")
         claim = registry.claim_next("watched", "bench", 3600.0)
         assert claim is not None
-        about = parts.hostname, parts.port, job.id, WATCHERS // _PROCESSES
-        watchers += [_kit.start("_watchers", *about) for _ in range(_PROCESSES)]
+        arguments = HOST, port, job.id, WATCHERS // _PROCESSES
+        watchers += [_kit.start("_watchers", *arguments) for _ in range(_PROCESSES)]
         for watcher in watchers:
             assert watcher.stdout is not None
             assert watcher.stdout.readline() == "connected\n"
@@ -61,9 +58,9 @@ def watcher_events_lost(folder: Path, redis_url: str) -> int:
         lost = 0
         for watcher in watchers:
             answer, _ = watcher.communicate(timeout=600)
-            found = json.loads(answer)
-            assert found["watchers"] == WATCHERS // _PROCESSES
-            lost += sum(abs(done.seq - seen) for seen in found["seen"]) + found["wrong"]
+            counts = json.loads(answer)
+            assert len(counts["seen"]) == WATCHERS // _PROCESSES
+            lost += sum(abs(done.seq - seen) for seen in counts["seen"]) + counts["wrong"]
         _kit.say(f"{WATCHERS} watchers of {done.seq} events: {lost} lost, {time.monotonic() - began:.0f} s")
         registry.close()
         notifier.close()
@@ -72,12 +69,8 @@ def watcher_events_lost(folder: Path, redis_url: str) -> int:
         for watcher in watchers:
             watcher.kill()
             watcher.wait()
-        gateway.stdin.close()
-        try:
-            gateway.wait(15)
-        except subprocess.TimeoutExpired:
-            gateway.kill()
-            gateway.wait()
+        gateway.terminate()
+        gateway.finish(time.monotonic() + 15)
 
 
 async def _watch(host: str, port: int, job: str, turn: asyncio.Semaphore, opened: asyncio.Event) -> tuple[int, int]:
@@ -107,9 +100,8 @@ async def _main(host: str, port: int, job: str, count: int) -> None:
         await event.wait()
     sys.stdout.write("connected\n")
     sys.stdout.flush()
-    found = await asyncio.gather(*tasks)
-    answer = {"watchers": len(found), "seen": [seen for seen, _ in found], "wrong": sum(wrong for _, wrong in found)}
-    sys.stdout.write(json.dumps(answer))
+    seen, wrong = zip(*await asyncio.gather(*tasks), strict=True)
+    sys.stdout.write(json.dumps({"seen": seen, "wrong": sum(wrong)}))
 
 
 if __name__ == "__main__":

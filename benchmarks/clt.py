@@ -22,11 +22,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,11 +43,13 @@ from services.clt.activations.store import ActivationStore
 from services.clt.policy.decode import greedy
 from services.clt.policy.evaluate import evaluation_instances
 from services.clt.policy.job import default_policy
+from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.train import train_policy
 from services.clt.policy.tsp import gaps, lengths, reference
 from services.clt.sparse.evaluate import evaluate
 from services.clt.sparse.train import SparseTrainer, train
 from services.runtime.console import ConsoleRun
+from services.runtime.run import Run
 
 CACHE = Cache("clt")
 ROOT = CACHE.root
@@ -62,6 +65,7 @@ PEERS = (
     "simple-parsing==0.1.9",
 )
 PEER = Path(__file__).with_name("_clt_peers.py")
+Ask = Callable[..., dict[str, float]]
 SOURCES = ("ethogram/specs/clt.py", "services/clt", "services/language", "services/runtime")
 BATCH, K, THREADS = 4096, 32, 2
 TURNS, TURN = 5, 10
@@ -79,58 +83,37 @@ PAIR = ("encoder_layer_1_pre_mlp", "encoder_layer_1_mlp")
 
 
 def peers() -> Path:
-    """The interpreter of the others' environment, which is made if it is not there."""
-    folder = ROOT / "peers"
-    python, stamp = folder / "bin" / "python", folder / "ready"
+    """The folder of the others' packages, installed if they are not there. All else, e.g. torch, is what is here."""
+    folder = (ROOT / "packages").absolute()
+    stamp = folder / "ready"
     if not stamp.exists() or stamp.read_text() != "\n".join(PEERS):
         say(f"installing {', '.join(PEERS[:2])}")
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", *PEERS],
-            check=True,
-            stdout=sys.stderr,
-        )
-        about = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        own = Path(subprocess.run([python, "-c", about], check=True, capture_output=True, text=True).stdout.strip())
-        # All else is what is here: its torch is the very same.
-        (own / "ours.pth").write_text(sysconfig.get_path("purelib"))
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*install, "--target", folder, *PEERS], check=True, stdout=sys.stderr)
         stamp.write_text("\n".join(PEERS))
-    return python
+    return folder
 
 
-class Peer:
-    """A process of others' code that does what it is asked, as a ``with`` block."""
+@contextmanager
+def peer() -> Iterator[Ask]:
+    """A process of others' code: calls a function of :mod:`benchmarks._clt_peers` by name and returns its result."""
+    hidden = {"PYTHONPATH": str(peers()), "SPARSIFY_DISABLE_TRITON": "1", "HF_HUB_OFFLINE": "1"}
+    # -P: this folder has a platform.py.
+    command, pipe = [sys.executable, "-P", str(PEER)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | hidden) as process:
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None and answers is not None
 
-    def __init__(self) -> None:
-        hidden = {"PYTHONPATH": "", "SPARSIFY_DISABLE_TRITON": "1", "HF_HUB_OFFLINE": "1"}
-        # -P: this folder has a platform.py.
-        self._process = subprocess.Popen(
-            [peers().absolute(), "-P", PEER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | hidden,
-        )
+        def ask(function: str, **arguments: Any) -> dict[str, float]:
+            print(json.dumps([function, arguments]), file=requests, flush=True)
+            answer = answers.readline()
+            if not answer:
+                raise RuntimeError(f"the others' process ended with {process.wait()}")
+            numbers: dict[str, float] = json.loads(answer)
+            return numbers
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def ask(self, do: str, **about: Any) -> dict[str, float]:
-        """Have it do something."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": do, **about}) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the others' process ended with {self._process.wait()}")
-        found: dict[str, float] = json.loads(answer)
-        return found
+        yield ask
 
 
 def case_of(name: str) -> dict[str, Any]:
@@ -145,23 +128,23 @@ def store_of(case: dict[str, Any]) -> ActivationStore:
     return made_up(folder, case["width"], case["layers"], 16 * 4096, 16_384)
 
 
-def ready(case: dict[str, Any], steps: Steps, peer: Peer) -> None:
-    """Have the peer make the model of a case, with the same batches."""
+def prepare(case: dict[str, Any], steps: Steps, ask: Ask) -> None:
+    """Have the others' process make the model of a case, with the same batches."""
     file = ROOT / "stores" / "batches.safetensors"
     steps.save(file)
     features, kind = case["expansion"] * case["width"], "pair" if case["kind"] == "pair" else "cross"
-    peer.ask("make", kind=kind, file=str(file), features=features, k=case["k"], threads=case["threads"])
+    ask("make", kind=kind, file=str(file), features=features, k=case["k"], threads=case["threads"])
 
 
 def speed_of(name: str) -> dict[str, float]:
     """Rows per second of a case, ours and theirs, in turns."""
     case = case_of(name)
     steps = Steps(case, store_of(case))
-    with Peer() as peer:
-        ready(case, steps, peer)
-        # Whatever happens once, and steps until encoders get a gradient.
-        steps.take(TURN), peer.ask("steps", count=TURN // 2)
-        turns = [(steps.take(TURN), peer.ask("steps", count=TURN)["seconds"]) for _ in range(TURNS)]
+    with peer() as ask:
+        prepare(case, steps, ask)
+        # Without what happens once, and the steps until encoders get a gradient.
+        steps.take(TURN), ask("steps", count=TURN // 2)
+        turns = [(steps.take(TURN), ask("steps", count=TURN)["seconds"]) for _ in range(TURNS)]
     steps.close()
     ours, theirs = (TURN * BATCH / statistics.median(side) for side in zip(*turns, strict=True))
     ratios = [b / a for a, b in turns]
@@ -184,11 +167,11 @@ def memory() -> Figures:
     case = case_of(name)
     store = store_of(case)
     steps = Steps(case, store)
-    with Peer() as peer:
-        ready(case, steps, peer)
-        theirs = peer.ask("memory", count=TURN)["mib"]
+    with peer() as ask:
+        prepare(case, steps, ask)
+        theirs = ask("memory", count=TURN)["mib"]
     steps.close()
-    ours = float(_kit.call("_clt_ours", "memory", json.dumps(case | {"store": str(store.folder)})))
+    ours = float(_kit.call("_clt_ours", "memory", json.dumps({"case": case, "store": str(store.folder)})))
     say(f"ten steps of {name} take {ours:.0f} MiB, others' {theirs:.0f}")
     return {"memory_ratio": Figure(ours, "<=", 0.5, theirs, judged="ratio")}
 
@@ -214,10 +197,10 @@ def loader() -> Figures:
     steps.close()
     load, train = statistics.median(loads), statistics.median(trains)
     say(f"loader: {load:.0f} rows/s, training {train:.0f}")
-    rss = _kit.call("_clt_ours", "loader", json.dumps({"store": str(store.folder), "batch": BATCH}))
+    shards = float(_kit.call("_clt_ours", "loader", json.dumps({"folder": str(store.folder), "batch": BATCH})))
     return {
         "loader_ratio": Figure(load, ">=", 3.0, train, judged="ratio"),
-        "loader_rss_shards": Figure(float(rss)),
+        "loader_rss_shards": Figure(shards),
         "resume_unequal": Figure(unequal(store, count), "==", 0.0),
     }
 
@@ -283,8 +266,8 @@ def theirs(store: ActivationStore, spec: CltSpec, optimizer: str, _: Path) -> di
             read, write = model.scaled([source], "read")[0], model.scaled([target], "write")[0]
             save_file({"input": read.half(), "target": write.half()}, file)
     assert spec.model.k is not None
-    with Peer() as peer:
-        return peer.ask(
+    with peer() as ask:
+        return ask(
             "train",
             train=str(files["train"]),
             held_out=str(files["validation"]),
@@ -298,7 +281,7 @@ def theirs(store: ActivationStore, spec: CltSpec, optimizer: str, _: Path) -> di
         )
 
 
-def quality(afresh: bool, quick: bool) -> Figures:
+def quality(quick: bool) -> Figures:
     """Share of the variance of held-out rows that is not explained, of models with as many active features."""
     store, steps = real(quick), 300 if quick else 4000
     figures: Figures = {}
@@ -306,9 +289,9 @@ def quality(afresh: bool, quick: bool) -> Figures:
     for k in QUALITY_K:
         spec = quality_spec(k, steps)
         asked = [store.digest, spec]
-        own = CACHE.measured(f"ours-k{k}", asked, SOURCES, partial(ours, store, spec), afresh=afresh)
+        own = CACHE.measured(f"ours-k{k}", asked, SOURCES, partial(ours, store, spec))
         others = {
-            name: CACHE.measured(f"theirs-{name}-k{k}", asked, (), partial(theirs, store, spec, name), afresh=afresh)
+            name: CACHE.measured(f"theirs-{name}-k{k}", asked, (), partial(theirs, store, spec, name))
             for name in ("adam", "signum")
         }
         rows = {name: one.numbers for name, one in {"ours": own, **others}.items()}
@@ -327,20 +310,19 @@ def trained_policy(folder: Path) -> dict[str, float]:
     share, and the minutes of the training unless it resumed."""
     spec = PolicySpec(evaluation=1000)
     say(f"training a policy: {spec.training.steps} steps of {spec.training.batch_size} instances")
-    with ConsoleRun(folder, checkpoint_seconds=30) as run:
-        resumed, began = run.resume is not None, time.monotonic()
-        trained = train_policy(spec, run)
-        minutes = (time.monotonic() - began) / 60
-    say(f"comparing its tours of {spec.evaluation} instances with the solver's")
-    cities = evaluation_instances(spec)
-    gap = float(gaps(lengths(cities, greedy(trained, cities)), lengths(cities, reference(cities))).mean())
-    return {"gap": gap} | ({} if resumed else {"minutes": minutes})
+
+    def gap(policy: AttentionPolicy, run: Run) -> dict[str, float]:
+        say(f"comparing its tours of {spec.evaluation} instances with the solver's")
+        cities = evaluation_instances(spec)
+        return {"gap": float(gaps(lengths(cities, greedy(policy, cities)), lengths(cities, reference(cities))).mean())}
+
+    return _kit.trained(folder, partial(train_policy, spec), gap)
 
 
-def policy(afresh: bool) -> Figures:
+def policy() -> Figures:
     """How long the default policy trains, and how far its tours are from a solver's."""
     sources = ("ethogram/specs/clt.py", "services/clt/policy", "services/runtime")
-    found = CACHE.measured("policy", PolicySpec(), sources, trained_policy, afresh=afresh)
+    found = CACHE.measured("policy", PolicySpec(), sources, trained_policy)
     return {
         "policy_gap": found.figure("gap", "<=", 0.03),
         "policy_minutes": found.figure("minutes", "<=", 20.0),
@@ -348,21 +330,23 @@ def policy(afresh: bool) -> Figures:
 
 
 PARTS: dict[str, _kit.Part] = {
-    "speed": lambda given: speed(),
-    "memory": lambda given: memory(),
-    "loader": lambda given: loader(),
-    "quality": lambda given: quality(given.afresh, given.quick),
-    "policy": lambda given: policy(given.afresh),
+    "speed": lambda _: speed(),
+    "memory": lambda _: memory(),
+    "loader": lambda _: loader(),
+    "quality": lambda arguments: quality(arguments.quick),
+    "policy": lambda _: policy(),
 }
 
 
 def main() -> None:
-    """The benchmark."""
+    """Run the benchmark."""
     parser = _kit.parser(__doc__, PARTS)
     parser.add_argument("--quick", action="store_true", help="a brief policy and few steps for the part quality")
     parser.add_argument("--afresh", action="store_true", help="measure again what was measured before")
+    arguments = parser.parse_args()
+    CACHE.afresh = arguments.afresh
     torch.manual_seed(0)
-    _kit.run("clt", parser.parse_args(), PARTS)
+    _kit.run("clt", arguments, PARTS)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,12 @@ The last line is one JSON object.
 
 from __future__ import annotations
 
-import os
 import random
 import resource
-import shutil
-import signal
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +30,7 @@ from services.generation.buckets import BucketTrainer
 from services.generation.data import Candidates, Examples
 from services.generation.pipeline import DatasetGenerationPipeline, generate
 from services.generation.sampler import PatternDatasetSampler
-from services.runtime.run import Run
+from services.runtime.console import CHECKPOINT, ConsoleRun
 from services.zoo.dataset import Zoo, read_records
 from services.zoo.oracle import canonical, recover
 from services.zoo.subjects import activations
@@ -168,38 +164,12 @@ def _oracle_error(zoo: Zoo) -> float:
     return worst
 
 
-class _Disk(Run):
-    """Checkpoints after each block into a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        kept = sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))
-        self.resume = kept[-1] if kept else None
-
-    def checkpoint_due(self) -> bool:
-        return True
-
-    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        making = self._folder / "making"
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir()
-        write(making)
-        making.rename(self._folder / str(step))
-
-
-def _make(spec: str, folder: str, checkpoints: str) -> None:
-    """In a process of its own: make a zoo, and say how much memory that took."""
-    parsed = GenerationSpec.model_validate_json(spec)
-    run = _Disk(Path(checkpoints)) if checkpoints else Run()
-    DatasetGenerationPipeline(parsed).run(Path(folder), run)
+def generate_into(spec: GenerationSpec, folder: Path, checkpoints: Path | None = None) -> int:
+    """In a process of its own: make a zoo, with a checkpoint after each block. Returns the peak memory, KiB."""
+    with ConsoleRun(checkpoints, checkpoint_seconds=0) as run:
+        DatasetGenerationPipeline(spec).run(folder, run)
     # Its own, and that of the largest of the processes that trained for it.
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    print(sum(resource.getrusage(one).ru_maxrss for one in who))
-
-
-def _arguments(spec: GenerationSpec, folder: Path, checkpoints: Path | None = None) -> list[str]:
-    """Of a process that makes a zoo."""
-    return ["generation", "--make", spec.model_dump_json(), str(folder), str(checkpoints or "")]
+    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def memory(records: int) -> Figures:
@@ -207,34 +177,35 @@ def memory(records: int) -> Figures:
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
         for times in (1, 4):
-            peaks.append(int(_kit.call(*_arguments(small(subjects=records * times), Path(folder) / str(times)))))
+            peaks.append(_kit.in_child(generate_into, small(subjects=records * times), Path(folder, str(times))))
             say(f"{records * times} records: {peaks[-1] / 1024:.0f} MiB")
     return {"rss_ratio_4x": Figure(peaks[1] / peaks[0], "<=", 1.2)}
 
 
 def resumption(seed: int) -> Figures:
-    """Killed at seeded moments and taken up again, how many zoos differ from the one that was not killed."""
+    """Killed at seeded moments and resumed, how many zoos differ from the one that was not killed."""
     spec, chance, unequal = small(subjects=1500), random.Random(seed), 0
     with tempfile.TemporaryDirectory() as scratch:
-        whole = Path(scratch) / "whole"
+        whole = Path(scratch, "whole")
         began = time.monotonic()
-        _kit.call(*_arguments(spec, whole))
+        _kit.in_child(generate_into, spec, whole)
         seconds = time.monotonic() - began
         tables = list(read_records(whole))
         for kill in range(KILLS):
-            checkpoints = Path(scratch) / f"checkpoints-{kill}"
-            checkpoints.mkdir()
-            making = _kit.start(*_arguments(spec, Path(scratch) / f"killed-{kill}", checkpoints))
+            checkpoints, resumed = Path(scratch, f"checkpoints-{kill}"), Path(scratch, f"resumed-{kill}")
+            making = get_context("spawn").Process(
+                target=generate_into, args=(spec, Path(scratch, f"killed-{kill}"), checkpoints)
+            )
+            making.start()
             time.sleep(chance.uniform(0.3, 1.0) * seconds)
-            os.kill(making.pid, signal.SIGKILL)
-            making.communicate()
-            taken = len(list(checkpoints.glob("[0-9]*")))
-            resumed = Path(scratch) / f"resumed-{kill}"
-            _kit.call(*_arguments(spec, resumed, checkpoints))
-            found = list(read_records(resumed))
-            same = len(found) == len(tables) and all(a.equals(b) for a, b in zip(found, tables, strict=True))
+            making.kill()
+            making.join()
+            kept = "a" if (checkpoints / CHECKPOINT).exists() else "no"
+            _kit.in_child(generate_into, spec, resumed, checkpoints)
+            records = list(read_records(resumed))
+            same = len(records) == len(tables) and all(a.equals(b) for a, b in zip(records, tables, strict=True))
             unequal += not same
-            say(f"killed with {taken} checkpoints: {'same' if same else 'DIFFERENT'}")
+            say(f"killed with {kept} checkpoint: {'same' if same else 'DIFFERENT'}")
     return {"resume_unequal": Figure(unequal, "==", 0)}
 
 
@@ -247,10 +218,7 @@ PARTS: dict[str, _kit.Part] = {
 
 
 def main() -> None:
-    """The benchmark."""
-    if sys.argv[1:2] == ["--make"]:
-        _make(*sys.argv[2:])
-        return
+    """Run the benchmark."""
     parser = _kit.parser(__doc__, PARTS)
     parser.add_argument("--records", type=int, default=5000, help="records of each preset (5000)")
     parser.add_argument("--candidates", type=int, default=800, help="candidates of the plain loop (800)")

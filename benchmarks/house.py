@@ -1,4 +1,4 @@
-"""Size, repetition, import arrows, training loops and test time of this repository, and whether results still match.
+"""Size, repetition, import directions, training loops and test time of this repository; whether results still match.
 
     make bench BENCH=house                      every figure; about the time of the tests
     make bench BENCH=house ARGS="--no-tests"    without running the tests: seconds
@@ -14,13 +14,12 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 from typing import NamedTuple
 
 import grimp
 import numpy as np
-from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from benchmarks import _kit
@@ -30,8 +29,8 @@ from ethogram.specs.kinds import KINDS
 from tests.contract.toy_kind import files_by_hand
 from tests.golden import record
 
-LINES_BEFORE = 34_996
-"""Lines of Python outside tests and the protobuf code, before common parts were made common."""
+LINES_BEFORE = 34_586
+"""Lines of Python outside tests and generated code, before the systems shared their common parts."""
 GENERATED = ("ethogram/v1/", "ethogram/client.py")
 EQUAL_LINES = 10
 _SYSTEMS = sorted({".".join(kind.job.split(".")[:2]) for kind in KINDS.values()})
@@ -50,7 +49,7 @@ ARROWS = {
 
 
 class Module(NamedTuple):
-    """A module's file and its tree."""
+    """A module's file, source and syntax tree."""
 
     path: Path
     text: str
@@ -58,7 +57,7 @@ class Module(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Lines of a file, both ends included."""
+    """Lines of a file, ``last`` included."""
 
     path: str
     first: int
@@ -83,75 +82,65 @@ def modules(root: Path) -> dict[str, Module]:
 
 
 def lines(sources: Mapping[str, Module]) -> int:
-    """Lines of all modules but those of the protobuf code."""
-    return sum(
-        len(module.text.splitlines()) for module in sources.values() if not str(module.path).startswith(GENERATED[0])
-    )
+    """Lines of all modules but generated ones."""
+    counted = (module for module in sources.values() if not str(module.path).startswith(GENERATED))
+    return sum(len(module.text.splitlines()) for module in counted)
 
 
 def statements(module: Module) -> list[tuple[int, str]]:
     """Line numbers and stripped lines, without imports, docstrings, comments, blank lines and field declarations."""
     left_out: set[int] = set()
     for node in ast.walk(module.tree):
-        aside: list[ast.stmt] = []
         if isinstance(node, ast.ClassDef):
-            aside = [field for field in node.body if isinstance(field, ast.AnnAssign)]
-        elif isinstance(node, ast.Import | ast.ImportFrom | ast.Expr):
-            aside = [] if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant) else [node]
-        for part in aside:
-            left_out.update(range(part.lineno, (part.end_lineno or part.lineno) + 1))
+            declarations: list[ast.stmt] = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            declarations = [node]
+        else:
+            declarations = [node] if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else []
+        for statement in declarations:
+            left_out.update(range(statement.lineno, (statement.end_lineno or statement.lineno) + 1))
     numbered = ((number, line.strip()) for number, line in enumerate(module.text.splitlines(), 1))
     return [(number, line) for number, line in numbered if line and line[0] != "#" and number not in left_out]
 
 
 def duplicates(sources: Mapping[str, Module], equal: int = EQUAL_LINES) -> list[tuple[Place, Place]]:
-    """Pairs of places of which at least ``equal`` lines in a row are the same but for their indentation. Each pair is
-    as long as it can be, and the two do not overlap."""
-    texts = {
-        str(module.path): statements(module)
-        for module in sources.values()
-        if not str(module.path).startswith(GENERATED)
-    }
+    """Pairs of places with at least ``equal`` successive lines that are the same but for their indentation. Each pair
+    is as long as it can be without overlap."""
+    texts = {str(module.path): statements(module) for module in sources.values()}
     windows: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
-    for path, kept in texts.items():
-        for start in range(len(kept) - equal + 1):
-            windows[tuple(line for _, line in kept[start : start + equal])].append((path, start))
+    for path, numbered in texts.items():
+        if not path.startswith(GENERATED):
+            for start in range(len(numbered) - equal + 1):
+                windows[tuple(line for _, line in numbered[start : start + equal])].append((path, start))
+    matches = {
+        (a, i, b, j)
+        for starts in windows.values()
+        for (a, i), (b, j) in combinations(starts, 2)
+        if a != b or j - i >= equal
+    }
     pairs = []
-    for starts in windows.values():
-        for (a, i), (b, j) in combinations(starts, 2):
-            ours, theirs = texts[a], texts[b]
-            if i and j and ours[i - 1][1] == theirs[j - 1][1] and (a != b or j - i >= equal):
-                continue
-            most = min(len(ours) - i, len(theirs) - j, j - i if a == b else len(ours))
-            length = 0
-            while length < most and ours[i + length][1] == theirs[j + length][1]:
-                length += 1
-            if length >= equal:
-                pairs.append(
-                    (
-                        Place(a, ours[i][0], ours[i + length - 1][0]),
-                        Place(b, theirs[j][0], theirs[j + length - 1][0]),
-                    )
-                )
+    for a, i, b, j in matches:
+        if (a, i - 1, b, j - 1) not in matches:
+            more = next(more for more in count(1) if (a, i + more, b, j + more) not in matches)
+            last = min(more + equal - 1, j - i if a == b else sys.maxsize) - 1
+            pairs.append(
+                (Place(a, texts[a][i][0], texts[a][i + last][0]), Place(b, texts[b][j][0], texts[b][j + last][0]))
+            )
     return sorted(pairs)
 
 
 def imports(*packages: str) -> dict[str, set[str]]:
-    """What modules of ``packages`` each of them imports, inside functions too, but not for type checkers alone."""
+    """For each module of ``packages``, those that it imports, inside functions too, but not only for type checkers."""
     graph = grimp.build_graph(*packages, exclude_type_checking_imports=True, cache_dir=None)
     return {module: graph.find_modules_directly_imported_by(module) for module in sorted(graph.modules)}
 
 
 def cycles(edges: Mapping[str, set[str]]) -> list[list[str]]:
-    """Groups of modules that import one another, directly or by way of others."""
-    place = {name: i for i, name in enumerate(edges)}
-    ends = [(place[name], place[target]) for name, targets in edges.items() for target in targets]
-    graph = coo_array((np.ones(len(ends)), np.array(ends).reshape(-1, 2).T), shape=(len(place), len(place)))
-    _, group_of = connected_components(graph, connection="strong")
-    groups: dict[int, list[str]] = defaultdict(list)
-    for name, i in place.items():
-        groups[group_of[i]].append(name)
-    return [group for group in groups.values() if len(group) > 1]
+    """Groups of modules that import one another, directly or through others."""
+    matrix = np.array([[target in targets for target in edges] for targets in edges.values()])
+    number, group_of = connected_components(matrix, connection="strong")
+    groups = [[name for name, own in zip(edges, group_of, strict=True) if own == group] for group in range(number)]
+    return sorted(group for group in groups if len(group) > 1)
 
 
 def upward(edges: Mapping[str, set[str]]) -> list[str]:
@@ -173,46 +162,43 @@ _LOOPS = (ast.While, ast.For, ast.AsyncFor, ast.ListComp, ast.SetComp, ast.DictC
 
 
 def loops(sources: Mapping[str, Module]) -> list[Place]:
-    """Training loops: those in which an optimiser or a trainer takes steps, either there or in a function of the same
-    module that is called there. Only of services; population training, which is of another kind, is left out."""
+    """Training loops of the services: those in which an optimiser or a trainer takes steps, there or in a called
+    function of the same module. Without population training, which is of another kind."""
     places = []
     for name, module in sources.items():
         if not name.startswith("services.") or name.startswith("services.generation."):
             continue
-        functions = [node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        nodes = list(ast.walk(module.tree))
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         steppers = {node.name for node in functions if _steps(node, set())}
         places += [
             Place(str(module.path), node.lineno, node.end_lineno or node.lineno)
-            for node in ast.walk(module.tree)
+            for node in nodes
             if isinstance(node, _LOOPS) and _steps(node, steppers)
         ]
     return places
 
 
 def _steps(node: ast.AST, steppers: set[str]) -> bool:
-    """Whether an optimiser's ``step``, a trainer's ``advance`` or one of ``steppers`` is called; not by inner loops."""
-    for part in ast.iter_child_nodes(node):
-        if isinstance(part, _LOOPS):
-            continue
-        if isinstance(part, ast.Call):
-            owner, _, name = ast.unparse(part.func).rpartition(".")
-            last = owner.rpartition(".")[2].lower()
-            stepped = (name == "step" and "optim" in last) or (name == "advance" and "trainer" in last)
-            if stepped or (owner in ("", "self", "cls") and name in steppers):
-                return True
-        if _steps(part, steppers):
+    """Whether an optimiser's ``step``, a trainer's ``advance`` or one of ``steppers`` is called outside inner loops."""
+    if isinstance(node, ast.Call):
+        owner, _, name = ast.unparse(node.func).rpartition(".")
+        last = owner.rpartition(".")[2].lower()
+        if (name == "step" and "optim" in last) or (name == "advance" and "trainer" in last):
             return True
-    return False
+        if owner in ("", "self", "cls") and name in steppers:
+            return True
+    return any(_steps(child, steppers) for child in ast.iter_child_nodes(node) if not isinstance(child, _LOOPS))
 
 
 def listed(title: str, rows: Sequence[object]) -> int:
-    """List ``rows`` for people. Returns how many there are."""
+    """Print ``rows`` on standard error. Returns how many there are."""
     _kit.say(f"{title}: {len(rows)}" + "".join(f"\n    {row}" for row in rows))
     return len(rows)
 
 
 def structure() -> Figures:
-    """Figures that follow from the source alone, of the current folder."""
+    """Figures of the source in the current folder."""
     sources = modules(Path())
     edges = imports("ethogram", "services", "workers", "gateway", "benchmarks", "scripts")
     pairs = [f"{a} = {b}" for a, b in duplicates(sources)]
@@ -244,15 +230,15 @@ def test_seconds() -> float:
 
 
 def main() -> None:
-    """The benchmark."""
+    """Run the benchmark."""
     parser = _kit.parser(__doc__)
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave out test_seconds")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     figures = structure()
     figures["new_kind_files"] = Figure(listed("files that a new kind touches by hand", files_by_hand()), "<=", 4)
-    differ = record.unequal(record.computed())
-    figures["golden_unequal"] = Figure(listed("results other than those recorded", differ), "==", 0)
-    figures["test_seconds"] = Figure(test_seconds(), "<=", 360) if given.tests else Figure(None)
+    unequal = record.unequal(record.computed())
+    figures["golden_unequal"] = Figure(listed("results other than those recorded", unequal), "==", 0)
+    figures["test_seconds"] = Figure(test_seconds(), "<=", 360) if arguments.tests else Figure(None)
     _kit.finish("house", figures)
 
 

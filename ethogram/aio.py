@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
@@ -22,28 +22,11 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from ethogram import sse
-from ethogram.errors import EthogramError, Internal, InvalidInput, NotFound, Unavailable
+from ethogram import sse, transport
+from ethogram.errors import Internal, InvalidInput, NotFound, Unavailable
 from ethogram.plain import plain
 from ethogram.resources import Artifact, Event, Job, Kind, Manifest, Model
-from ethogram.transport import (
-    PAGE,
-    RETRY_SECONDS,
-    SILENCE_SECONDS,
-    SubmitOptions,
-    Tries,
-    address,
-    body_of,
-    error_of,
-    files_in,
-    given,
-    header,
-    lost,
-    part,
-    sha256_of,
-    stranger,
-    submission,
-)
+from ethogram.transport import SubmitOptions, Tries, body_of, given, part
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -67,9 +50,9 @@ class AsyncClient:
         *,
         state: str | Path | None = None,
         timeout: float = 60.0,
-        retry_seconds: float = RETRY_SECONDS,
+        retry_seconds: float = transport.RETRY_SECONDS,
     ) -> None:
-        self.url, proxies = address(url, state)
+        self.url, proxies = transport.address(url, state)
         self._retry_seconds = retry_seconds
         self._timeout = timeout
         # Every stream that is followed holds a connection.
@@ -96,14 +79,15 @@ class AsyncClient:
         idempotency_key: str | None = None,
         **options: Unpack[SubmitOptions],
     ) -> Job:
-        """Queue a job and return it. The same ``idempotency_key`` with the same request returns the job made first."""
-        return self._read(Job, await self._post_once("/v1/jobs", submission(kind, spec, options), idempotency_key))
+        """Queue a job and return it. The same ``idempotency_key`` with the same request returns the first job."""
+        body = transport.submission(kind, spec, options)
+        return self._read(Job, await self._post_once("/v1/jobs", body, idempotency_key))
 
     async def dry_run(
         self, kind: str, spec: BaseModel | Mapping[str, Any], **options: Unpack[SubmitOptions]
     ) -> dict[str, Any]:
         """Check a submission as the server would, queue nothing, and return it with every default filled in."""
-        body = submission(kind, spec, options)
+        body = transport.submission(kind, spec, options)
         checked: dict[str, Any] = await self._json("POST", "/v1/jobs?dry_run=true", repeatable=True, json=body)
         return checked
 
@@ -133,8 +117,7 @@ class AsyncClient:
         """Jobs, newest first, that have all of ``labels``; ``parent``: only the children of this job; ``limit`` None:
         all."""
         label = [f"{key}={value}" for key, value in (labels or {}).items()] or None
-        found = self._pages("/v1/jobs", limit, kind=kind, state=state, label=label, parent=parent)
-        return [self._read(Job, item) async for item in found]
+        return await self._list(Job, "/v1/jobs", limit, kind=kind, state=state, label=label, parent=parent)
 
     async def cancel(self, id: str) -> Job:
         """Ask a job to end; a running one is ``CANCELLING`` until it has."""
@@ -179,7 +162,7 @@ class AsyncClient:
                         yield event
                 if not follow:
                     return
-                # A gateway that shuts down ends its streams; another one, or the next, has the rest.
+                # A gateway that shuts down ends its streams; another gateway, or its successor, has the rest.
                 outcome: httpx.TransportError | httpx.Response = httpx.RemoteProtocolError("the stream ended")
             except httpx.TransportError as error:
                 outcome = error
@@ -187,7 +170,9 @@ class AsyncClient:
                 outcome = error.response
             pause = tries.pause(outcome)
             if pause is None:
-                raise self._gave_up(outcome)
+                if isinstance(outcome, httpx.Response):
+                    raise transport.error_of(outcome)
+                raise transport.lost(self.url, outcome)
             await asyncio.sleep(pause)
 
     async def wait(self, id: str, on_event: Callable[[Event], None] | None = None) -> Job:
@@ -203,8 +188,7 @@ class AsyncClient:
         self, *, job: str | None = None, type: str | None = None, limit: int | None = 50
     ) -> list[Artifact]:
         """Artifacts, newest first; ``limit`` None: all."""
-        found = self._pages("/v1/artifacts", limit, job=job, type=type)
-        return [self._read(Artifact, item) async for item in found]
+        return await self._list(Artifact, "/v1/artifacts", limit, job=job, type=type)
 
     async def artifact(self, id: str) -> Artifact:
         """One artifact with its manifest."""
@@ -212,22 +196,20 @@ class AsyncClient:
 
     async def output(self, job: str, name: str) -> Artifact:
         """The output ``name`` of a job. Raises :class:`NotFound`, which lists the outputs that exist."""
-        found = await self.artifacts(job=job, limit=None)
-        for artifact in found:
-            if artifact.name == name:
-                return artifact
-        has = ", ".join(sorted({a.name for a in found})) or "none yet"
-        raise NotFound(f"job {job} has no artifact {name!r}; it has: {has}")
+        outputs = {artifact.name: artifact for artifact in reversed(await self.artifacts(job=job, limit=None))}
+        if name not in outputs:
+            raise NotFound(f"job {job} has no artifact {name!r}; it has: {', '.join(sorted(outputs)) or 'none yet'}")
+        return outputs[name]
 
     async def put(self, path: str | Path, *, name: str, type: str) -> Artifact:
         """Upload a file, or all files of a folder, as one artifact."""
-        files = await asyncio.to_thread(files_in, path)
+        files = await asyncio.to_thread(transport.files_in, path)
         answer = await self._json("POST", "/v1/artifacts", data={"name": name, "type": type}, files=files)
         manifest = self._read(Manifest, answer.get("manifest"))
         return Artifact(id=answer["id"], name=name, type=type, size=manifest.size, manifest=manifest)
 
     async def get(self, id: str, destination: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> Path:
-        """Download an artifact into the folder ``destination``; files that are there already are kept.
+        """Download an artifact into the folder ``destination``; files that exist with the right digest are kept.
 
         Every file is checked against its digest. ``on_bytes`` is called with the number of bytes of each chunk; a
         negative number takes back those of a failed try.
@@ -243,14 +225,14 @@ class AsyncClient:
             target = root / parts
             target.parent.mkdir(parents=True, exist_ok=True)
             there = target.is_file() and target.stat().st_size == file.size
-            if not there or await asyncio.to_thread(sha256_of, target) != file.sha256:
+            if not there or await asyncio.to_thread(transport.sha256_of, target) != file.sha256:
                 await self._download(f"/v1/artifacts/{part(id)}/files/{quote(name)}", target, file.sha256, on_bytes)
             elif on_bytes is not None:
                 on_bytes(file.size)
         return root
 
     async def delete_artifact(self, id: str) -> None:
-        """Delete an artifact that no job needs any more, with the retired models made of it."""
+        """Delete an artifact that no job needs any more, with its retired models."""
         await self._delete(f"/v1/artifacts/{part(id)}")
 
     async def publish(self, name: str, artifact: str, version: str | None = None) -> Model:
@@ -267,7 +249,7 @@ class AsyncClient:
 
     async def models(self) -> list[Model]:
         """All published models."""
-        return [self._read(Model, item) async for item in self._pages("/v1/models", None)]
+        return await self._list(Model, "/v1/models", None)
 
     async def model(self, name: str, version: str | None = None) -> Model:
         """A published model; without ``version``, its latest."""
@@ -301,26 +283,28 @@ class AsyncClient:
         try:
             return type.model_validate(answer)
         except ValidationError:
-            raise stranger(self.url) from None
+            raise transport.stranger(self.url) from None
 
     def _tries(self, *, repeatable: bool) -> Tries:
         return Tries(self.url, self._retry_seconds, repeatable=repeatable)
 
     async def _send(self, tries: Tries, method: str, path: str, **request: Any) -> httpx.Response:
         """The response, which may be an error. Raises :class:`Unavailable` when there is none."""
+        return await self._answer(tries, lambda: self._http.request(method, path, **request))
+
+    async def _answer(self, tries: Tries, attempt: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
+        """The last response of as many attempts as ``tries`` allows."""
         while True:
-            outcome: httpx.TransportError | httpx.Response
             try:
-                outcome = await self._http.request(method, path, **request)
+                response = await attempt()
+                pause = tries.pause(response)
+                if pause is None:
+                    return response
             except httpx.TransportError as error:
-                outcome = error
-            pause = tries.pause(outcome)
-            if pause is None:
-                break
+                pause = tries.pause(error)
+                if pause is None:
+                    raise transport.lost(self.url, error) from None
             await asyncio.sleep(pause)
-        if isinstance(outcome, httpx.Response):
-            return outcome
-        raise self._gave_up(outcome)
 
     async def _json(self, method: str, path: str, *, repeatable: bool | None = None, **request: Any) -> Any:
         """Body of the response."""
@@ -329,7 +313,7 @@ class AsyncClient:
 
     async def _post_once(self, path: str, body: dict[str, Any], key: str | None) -> Any:
         # With a key a second try can do no harm.
-        headers = {"Idempotency-Key": uuid.uuid4().hex if key is None else header(key, "idempotency_key")}
+        headers = {"Idempotency-Key": uuid.uuid4().hex if key is None else transport.header(key, "idempotency_key")}
         return await self._json("POST", path, repeatable=True, json=body, headers=headers)
 
     async def _delete(self, path: str) -> None:
@@ -339,26 +323,28 @@ class AsyncClient:
         if not (tries.unsure and response.status_code == HTTPStatus.NOT_FOUND):
             body_of(response, self.url)
 
-    async def _pages(self, path: str, limit: int | None, **filters: str | list[str] | None) -> AsyncIterator[Any]:
-        left, cursor = limit, None
-        while left is None or left > 0:
-            size = PAGE if left is None else min(left, PAGE)
+    async def _list(
+        self, resource: type[R], path: str, limit: int | None, **filters: str | list[str] | None
+    ) -> list[R]:
+        resources: list[R] = []
+        cursor = None
+        while limit is None or len(resources) < limit:
+            size = transport.PAGE if limit is None else min(limit - len(resources), transport.PAGE)
             page = await self._json("GET", path, params=given(**filters, limit=str(size), cursor=cursor))
             if not isinstance(page, dict) or not isinstance(page.get("items"), list):
-                raise stranger(self.url)
-            for item in page["items"]:
-                yield item
+                raise transport.stranger(self.url)
+            resources += [self._read(resource, item) for item in page["items"]]
             cursor = page.get("next_cursor")
             if cursor is None:
-                return
-            left = None if left is None else left - len(page["items"])
+                break
+        return resources
 
     async def _event_frames(self, id: str, last: int, follow: bool, tries: Tries) -> AsyncGenerator[sse.Frame]:
         """The events of one connection; each chunk of data resets ``tries``."""
         params = given(follow=None if follow else "false", after=str(last) if last else None)
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(last)} if last else {})
         parser, path = sse.Parser(), f"/v1/jobs/{part(id)}/events"
-        timeout = httpx.Timeout(self._timeout, read=max(self._timeout, SILENCE_SECONDS))
+        timeout = httpx.Timeout(self._timeout, read=max(self._timeout, transport.SILENCE_SECONDS))
         async with self._http.stream("GET", path, params=params, headers=headers, timeout=timeout) as response:
             if response.is_error:
                 await response.aread()
@@ -367,47 +353,44 @@ class AsyncClient:
             async for chunk in response.aiter_bytes():
                 tries.heard()
                 for frame in parser.feed(chunk):
-                    tries.gone_on()
+                    tries.progressed()
                     yield frame
 
     async def _download(self, path: str, target: Path, sha256: str, on_bytes: Callable[[int], None] | None) -> None:
         partial = target.with_name(f"{target.name}.part")
-        tries, furthest = self._tries(repeatable=True), 0
+        tries = self._tries(repeatable=True)
+        digest, came, furthest = hashlib.sha256(), 0, 0
+
+        async def attempt() -> httpx.Response:
+            nonlocal digest, came, furthest
+            if came and on_bytes is not None:
+                on_bytes(-came)
+            digest, came = hashlib.sha256(), 0
+            try:
+                async with self._http.stream("GET", path) as response:
+                    if response.is_error:
+                        await response.aread()
+                        return response
+                    with partial.open("wb") as file:
+                        async for chunk in response.aiter_bytes():
+                            digest.update(chunk)
+                            file.write(chunk)
+                            came += len(chunk)
+                            if on_bytes is not None:
+                                on_bytes(len(chunk))
+                    return response
+            except httpx.TransportError:
+                if came > furthest:
+                    furthest = came
+                    tries.heard()
+                raise
+
         try:
-            while True:
-                digest, came = hashlib.sha256(), 0
-                outcome: httpx.TransportError | httpx.Response
-                try:
-                    async with self._http.stream("GET", path) as response:
-                        outcome = response
-                        if response.is_error:
-                            await response.aread()
-                        else:
-                            with partial.open("wb") as file:
-                                async for chunk in response.aiter_bytes():
-                                    digest.update(chunk)
-                                    file.write(chunk)
-                                    came += len(chunk)
-                                    if on_bytes is not None:
-                                        on_bytes(len(chunk))
-                except httpx.TransportError as error:
-                    outcome = error
-                    if came > furthest:
-                        furthest = came
-                        tries.heard()
-                pause = tries.pause(outcome)
-                if pause is None:
-                    break
-                if on_bytes is not None:
-                    on_bytes(-came)
-                await asyncio.sleep(pause)
-            if not isinstance(outcome, httpx.Response) or outcome.is_error:
-                raise self._gave_up(outcome)
+            response = await self._answer(tries, attempt)
+            if response.is_error:
+                raise transport.error_of(response)
             if digest.hexdigest() != sha256:
                 raise Unavailable(f"{path} arrived incomplete or damaged; try again")
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
-
-    def _gave_up(self, outcome: httpx.TransportError | httpx.Response) -> EthogramError:
-        return error_of(outcome) if isinstance(outcome, httpx.Response) else lost(self.url, outcome)

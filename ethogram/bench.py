@@ -1,8 +1,8 @@
 """Measurements in one form, for the demo's report and for every benchmark.
 
 {"bench": NAME, "versions": {...}, "figures": {NAME: FIGURE}, "ok": BOOL}, where a FIGURE is
-{"value", "op", "bar", "ok", "peer", "ratio", "judged"}: ``judged`` says what the bar is on, ``value`` or ``ratio``. A
-figure that an earlier run measured has ``"kept": true`` too.
+{"value", "op", "bar", "ok", "peer", "ratio", "judged"}: ``judged`` says whether the bar applies to the ``value`` or the
+``ratio``. A figure that an earlier run measured has ``"kept": true`` too.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Figure(NamedTuple):
     bar: float | None = None
     peer: float | None = None
     judged: Literal["value", "ratio"] = "value"
-    """What the bar is on."""
+    """What the bar applies to."""
     kept: bool = False
-    """Whether an earlier run measured it."""
+    """Whether it was measured by an earlier run."""
 
     def dump(self) -> dict[str, Any]:
         """The figure's place in the form. A number that is missing or not finite passes no bar."""
@@ -48,7 +48,7 @@ class Figure(NamedTuple):
 
 
 def form(bench: str, figures: Mapping[str, Figure]) -> dict[str, Any]:
-    """The whole, ``ok`` when every figure is."""
+    """The complete form; ``ok`` when every figure is."""
     dumped = {name: figure.dump() for name, figure in figures.items()}
     return {
         "bench": bench,
@@ -59,12 +59,12 @@ def form(bench: str, figures: Mapping[str, Figure]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were taken with."""
-    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    """Versions of what the numbers were measured with."""
+    versions = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     for name in ("ethogram", "torch", "numpy"):
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 class PeakMemory:
@@ -97,13 +97,12 @@ class PeakMemory:
 def _resident(pids: set[int]) -> int:
     import psutil
 
-    total, seen = 0, set()
+    total, processes = 0, set()
     for pid in pids:
         with suppress(psutil.Error):
             root = psutil.Process(pid)
-            for process in (root, *root.children(recursive=True)):
-                if process.pid not in seen:
-                    seen.add(process.pid)
-                    with suppress(psutil.Error):
-                        total += process.memory_info().rss
+            processes |= {root, *root.children(recursive=True)}
+    for process in processes:
+        with suppress(psutil.Error):
+            total += process.memory_info().rss
     return total

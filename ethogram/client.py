@@ -24,28 +24,11 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from ethogram import sse
-from ethogram.errors import EthogramError, Internal, InvalidInput, NotFound, Unavailable
+from ethogram import sse, transport
+from ethogram.errors import Internal, InvalidInput, NotFound, Unavailable
 from ethogram.plain import plain
 from ethogram.resources import Artifact, Event, Job, Kind, Manifest, Model
-from ethogram.transport import (
-    PAGE,
-    RETRY_SECONDS,
-    SILENCE_SECONDS,
-    SubmitOptions,
-    Tries,
-    address,
-    body_of,
-    error_of,
-    files_in,
-    given,
-    header,
-    lost,
-    part,
-    sha256_of,
-    stranger,
-    submission,
-)
+from ethogram.transport import SubmitOptions, Tries, body_of, given, part
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -69,9 +52,9 @@ class Client:
         *,
         state: str | Path | None = None,
         timeout: float = 60.0,
-        retry_seconds: float = RETRY_SECONDS,
+        retry_seconds: float = transport.RETRY_SECONDS,
     ) -> None:
-        self.url, proxies = address(url, state)
+        self.url, proxies = transport.address(url, state)
         self._retry_seconds = retry_seconds
         self._timeout = timeout
         # Every stream that is followed holds a connection.
@@ -98,14 +81,15 @@ class Client:
         idempotency_key: str | None = None,
         **options: Unpack[SubmitOptions],
     ) -> Job:
-        """Queue a job and return it. The same ``idempotency_key`` with the same request returns the job made first."""
-        return self._read(Job, self._post_once("/v1/jobs", submission(kind, spec, options), idempotency_key))
+        """Queue a job and return it. The same ``idempotency_key`` with the same request returns the first job."""
+        body = transport.submission(kind, spec, options)
+        return self._read(Job, self._post_once("/v1/jobs", body, idempotency_key))
 
     def dry_run(
         self, kind: str, spec: BaseModel | Mapping[str, Any], **options: Unpack[SubmitOptions]
     ) -> dict[str, Any]:
         """Check a submission as the server would, queue nothing, and return it with every default filled in."""
-        body = submission(kind, spec, options)
+        body = transport.submission(kind, spec, options)
         checked: dict[str, Any] = self._json("POST", "/v1/jobs?dry_run=true", repeatable=True, json=body)
         return checked
 
@@ -133,8 +117,7 @@ class Client:
         """Jobs, newest first, that have all of ``labels``; ``parent``: only the children of this job; ``limit`` None:
         all."""
         label = [f"{key}={value}" for key, value in (labels or {}).items()] or None
-        found = self._pages("/v1/jobs", limit, kind=kind, state=state, label=label, parent=parent)
-        return [self._read(Job, item) for item in found]
+        return self._list(Job, "/v1/jobs", limit, kind=kind, state=state, label=label, parent=parent)
 
     def cancel(self, id: str) -> Job:
         """Ask a job to end; a running one is ``CANCELLING`` until it has."""
@@ -179,7 +162,7 @@ class Client:
                         yield event
                 if not follow:
                     return
-                # A gateway that shuts down ends its streams; another one, or the next, has the rest.
+                # A gateway that shuts down ends its streams; another gateway, or its successor, has the rest.
                 outcome: httpx.TransportError | httpx.Response = httpx.RemoteProtocolError("the stream ended")
             except httpx.TransportError as error:
                 outcome = error
@@ -187,7 +170,9 @@ class Client:
                 outcome = error.response
             pause = tries.pause(outcome)
             if pause is None:
-                raise self._gave_up(outcome)
+                if isinstance(outcome, httpx.Response):
+                    raise transport.error_of(outcome)
+                raise transport.lost(self.url, outcome)
             time.sleep(pause)
 
     def wait(self, id: str, on_event: Callable[[Event], None] | None = None) -> Job:
@@ -201,8 +186,7 @@ class Client:
 
     def artifacts(self, *, job: str | None = None, type: str | None = None, limit: int | None = 50) -> list[Artifact]:
         """Artifacts, newest first; ``limit`` None: all."""
-        found = self._pages("/v1/artifacts", limit, job=job, type=type)
-        return [self._read(Artifact, item) for item in found]
+        return self._list(Artifact, "/v1/artifacts", limit, job=job, type=type)
 
     def artifact(self, id: str) -> Artifact:
         """One artifact with its manifest."""
@@ -210,22 +194,20 @@ class Client:
 
     def output(self, job: str, name: str) -> Artifact:
         """The output ``name`` of a job. Raises :class:`NotFound`, which lists the outputs that exist."""
-        found = self.artifacts(job=job, limit=None)
-        for artifact in found:
-            if artifact.name == name:
-                return artifact
-        has = ", ".join(sorted({a.name for a in found})) or "none yet"
-        raise NotFound(f"job {job} has no artifact {name!r}; it has: {has}")
+        outputs = {artifact.name: artifact for artifact in reversed(self.artifacts(job=job, limit=None))}
+        if name not in outputs:
+            raise NotFound(f"job {job} has no artifact {name!r}; it has: {', '.join(sorted(outputs)) or 'none yet'}")
+        return outputs[name]
 
     def put(self, path: str | Path, *, name: str, type: str) -> Artifact:
         """Upload a file, or all files of a folder, as one artifact."""
-        files = files_in(path)
+        files = transport.files_in(path)
         answer = self._json("POST", "/v1/artifacts", data={"name": name, "type": type}, files=files)
         manifest = self._read(Manifest, answer.get("manifest"))
         return Artifact(id=answer["id"], name=name, type=type, size=manifest.size, manifest=manifest)
 
     def get(self, id: str, destination: str | Path, *, on_bytes: Callable[[int], None] | None = None) -> Path:
-        """Download an artifact into the folder ``destination``; files that are there already are kept.
+        """Download an artifact into the folder ``destination``; files that exist with the right digest are kept.
 
         Every file is checked against its digest. ``on_bytes`` is called with the number of bytes of each chunk; a
         negative number takes back those of a failed try.
@@ -241,14 +223,14 @@ class Client:
             target = root / parts
             target.parent.mkdir(parents=True, exist_ok=True)
             there = target.is_file() and target.stat().st_size == file.size
-            if not there or sha256_of(target) != file.sha256:
+            if not there or transport.sha256_of(target) != file.sha256:
                 self._download(f"/v1/artifacts/{part(id)}/files/{quote(name)}", target, file.sha256, on_bytes)
             elif on_bytes is not None:
                 on_bytes(file.size)
         return root
 
     def delete_artifact(self, id: str) -> None:
-        """Delete an artifact that no job needs any more, with the retired models made of it."""
+        """Delete an artifact that no job needs any more, with its retired models."""
         self._delete(f"/v1/artifacts/{part(id)}")
 
     def publish(self, name: str, artifact: str, version: str | None = None) -> Model:
@@ -265,7 +247,7 @@ class Client:
 
     def models(self) -> list[Model]:
         """All published models."""
-        return [self._read(Model, item) for item in self._pages("/v1/models", None)]
+        return self._list(Model, "/v1/models", None)
 
     def model(self, name: str, version: str | None = None) -> Model:
         """A published model; without ``version``, its latest."""
@@ -299,26 +281,28 @@ class Client:
         try:
             return type.model_validate(answer)
         except ValidationError:
-            raise stranger(self.url) from None
+            raise transport.stranger(self.url) from None
 
     def _tries(self, *, repeatable: bool) -> Tries:
         return Tries(self.url, self._retry_seconds, repeatable=repeatable)
 
     def _send(self, tries: Tries, method: str, path: str, **request: Any) -> httpx.Response:
         """The response, which may be an error. Raises :class:`Unavailable` when there is none."""
+        return self._answer(tries, lambda: self._http.request(method, path, **request))
+
+    def _answer(self, tries: Tries, attempt: Callable[[], httpx.Response]) -> httpx.Response:
+        """The last response of as many attempts as ``tries`` allows."""
         while True:
-            outcome: httpx.TransportError | httpx.Response
             try:
-                outcome = self._http.request(method, path, **request)
+                response = attempt()
+                pause = tries.pause(response)
+                if pause is None:
+                    return response
             except httpx.TransportError as error:
-                outcome = error
-            pause = tries.pause(outcome)
-            if pause is None:
-                break
+                pause = tries.pause(error)
+                if pause is None:
+                    raise transport.lost(self.url, error) from None
             time.sleep(pause)
-        if isinstance(outcome, httpx.Response):
-            return outcome
-        raise self._gave_up(outcome)
 
     def _json(self, method: str, path: str, *, repeatable: bool | None = None, **request: Any) -> Any:
         """Body of the response."""
@@ -327,7 +311,7 @@ class Client:
 
     def _post_once(self, path: str, body: dict[str, Any], key: str | None) -> Any:
         # With a key a second try can do no harm.
-        headers = {"Idempotency-Key": uuid.uuid4().hex if key is None else header(key, "idempotency_key")}
+        headers = {"Idempotency-Key": uuid.uuid4().hex if key is None else transport.header(key, "idempotency_key")}
         return self._json("POST", path, repeatable=True, json=body, headers=headers)
 
     def _delete(self, path: str) -> None:
@@ -337,25 +321,26 @@ class Client:
         if not (tries.unsure and response.status_code == HTTPStatus.NOT_FOUND):
             body_of(response, self.url)
 
-    def _pages(self, path: str, limit: int | None, **filters: str | list[str] | None) -> Iterator[Any]:
-        left, cursor = limit, None
-        while left is None or left > 0:
-            size = PAGE if left is None else min(left, PAGE)
+    def _list(self, resource: type[R], path: str, limit: int | None, **filters: str | list[str] | None) -> list[R]:
+        resources: list[R] = []
+        cursor = None
+        while limit is None or len(resources) < limit:
+            size = transport.PAGE if limit is None else min(limit - len(resources), transport.PAGE)
             page = self._json("GET", path, params=given(**filters, limit=str(size), cursor=cursor))
             if not isinstance(page, dict) or not isinstance(page.get("items"), list):
-                raise stranger(self.url)
-            yield from page["items"]
+                raise transport.stranger(self.url)
+            resources += [self._read(resource, item) for item in page["items"]]
             cursor = page.get("next_cursor")
             if cursor is None:
-                return
-            left = None if left is None else left - len(page["items"])
+                break
+        return resources
 
     def _event_frames(self, id: str, last: int, follow: bool, tries: Tries) -> Generator[sse.Frame, None, None]:
         """The events of one connection; each chunk of data resets ``tries``."""
         params = given(follow=None if follow else "false", after=str(last) if last else None)
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(last)} if last else {})
         parser, path = sse.Parser(), f"/v1/jobs/{part(id)}/events"
-        timeout = httpx.Timeout(self._timeout, read=max(self._timeout, SILENCE_SECONDS))
+        timeout = httpx.Timeout(self._timeout, read=max(self._timeout, transport.SILENCE_SECONDS))
         with self._http.stream("GET", path, params=params, headers=headers, timeout=timeout) as response:
             if response.is_error:
                 response.read()
@@ -364,47 +349,44 @@ class Client:
             for chunk in response.iter_bytes():
                 tries.heard()
                 for frame in parser.feed(chunk):
-                    tries.gone_on()
+                    tries.progressed()
                     yield frame
 
     def _download(self, path: str, target: Path, sha256: str, on_bytes: Callable[[int], None] | None) -> None:
         partial = target.with_name(f"{target.name}.part")
-        tries, furthest = self._tries(repeatable=True), 0
+        tries = self._tries(repeatable=True)
+        digest, came, furthest = hashlib.sha256(), 0, 0
+
+        def attempt() -> httpx.Response:
+            nonlocal digest, came, furthest
+            if came and on_bytes is not None:
+                on_bytes(-came)
+            digest, came = hashlib.sha256(), 0
+            try:
+                with self._http.stream("GET", path) as response:
+                    if response.is_error:
+                        response.read()
+                        return response
+                    with partial.open("wb") as file:
+                        for chunk in response.iter_bytes():
+                            digest.update(chunk)
+                            file.write(chunk)
+                            came += len(chunk)
+                            if on_bytes is not None:
+                                on_bytes(len(chunk))
+                    return response
+            except httpx.TransportError:
+                if came > furthest:
+                    furthest = came
+                    tries.heard()
+                raise
+
         try:
-            while True:
-                digest, came = hashlib.sha256(), 0
-                outcome: httpx.TransportError | httpx.Response
-                try:
-                    with self._http.stream("GET", path) as response:
-                        outcome = response
-                        if response.is_error:
-                            response.read()
-                        else:
-                            with partial.open("wb") as file:
-                                for chunk in response.iter_bytes():
-                                    digest.update(chunk)
-                                    file.write(chunk)
-                                    came += len(chunk)
-                                    if on_bytes is not None:
-                                        on_bytes(len(chunk))
-                except httpx.TransportError as error:
-                    outcome = error
-                    if came > furthest:
-                        furthest = came
-                        tries.heard()
-                pause = tries.pause(outcome)
-                if pause is None:
-                    break
-                if on_bytes is not None:
-                    on_bytes(-came)
-                time.sleep(pause)
-            if not isinstance(outcome, httpx.Response) or outcome.is_error:
-                raise self._gave_up(outcome)
+            response = self._answer(tries, attempt)
+            if response.is_error:
+                raise transport.error_of(response)
             if digest.hexdigest() != sha256:
                 raise Unavailable(f"{path} arrived incomplete or damaged; try again")
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
-
-    def _gave_up(self, outcome: httpx.TransportError | httpx.Response) -> EthogramError:
-        return error_of(outcome) if isinstance(outcome, httpx.Response) else lost(self.url, outcome)

@@ -1,7 +1,7 @@
-"""The main job from nothing to a report: make a zoo, train a codec, serve it, steer held-out networks.
+"""The demo, from nothing to a report: make a zoo, train a codec, serve it, steer held-out networks.
 
-Everything goes through a platform and its public interfaces, the same ones that any user has. What an earlier run made
-of the same specs with the same code is found again by its idempotency key and reused.
+Everything goes through a platform and its public interfaces, as for any user. The output of an earlier run of the same
+specs with the same code is found by its idempotency key and reused.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,14 +27,12 @@ from ethogram.client import Client
 from ethogram.errors import NotFound, Unavailable
 from ethogram.platform.stack import Platform
 from ethogram.platform.state import StateDir
-from ethogram.resources import TERMINAL, Artifact, Event, Job, Model
+from ethogram.resources import Event, Job, Model
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectTrainingSpec
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ethogram.inference import Inference
     from ethogram.specs.edits import Operation
 
@@ -43,8 +42,16 @@ _SOURCES = {
     "crossmodal": ("ethogram/specs", "services/zoo", "services/crossmodal", "services/runtime"),
 }
 _SERVED_SECONDS = 30.0
-# Measured only by a run that does the work; a later one repeats what was measured then.
+# Measured only by a run that does the work; a later run repeats its values.
 _COSTS = ("seconds", "peak_rss_mib", "first_event_s")
+_BARS = {
+    "agreement": (">=", 0.85),
+    "add.target_mean": (">=", 0.88),
+    "add.all_gate": (">=", 0.50),
+    "remove.target_mean": (">=", 0.85),
+    "remove.all_gate": (">=", 0.60),
+    "controls.max_all_gate": ("<=", 0.05),
+}
 
 
 class Sizes(NamedTuple):
@@ -91,7 +98,7 @@ class Served(NamedTuple):
 
 @dataclass
 class _Run:
-    """One run of the demo and what it has found so far."""
+    """State of one run of the demo."""
 
     client: Client
     sizes: Sizes
@@ -170,39 +177,36 @@ def _job(this: _Run, name: str, kind: str, spec: Spec) -> Job:
     """The finished job of ``spec``: an earlier one whose output is still there, else a new one, followed to its end."""
     key = f"{this.sizes.name}-{name}-{_digest(spec, kind)}"
     labels = {"name": name, "demo": this.sizes.name}
-    asked = time.monotonic()
-    job = this.client.submit(
-        kind, spec, labels=labels, idempotency_key=f"{key}-{uuid.uuid4().hex}" if this.fresh else key
-    )
-    if job.state in TERMINAL and not _valid(this.client, job, name):
-        # What was made for this key is of no use any more, so the key is not either.
-        asked = time.monotonic()
-        job = this.client.submit(kind, spec, labels=labels, idempotency_key=f"{key}-{uuid.uuid4().hex}")
+
+    def submit(key: str) -> tuple[Job, float]:
+        now = time.monotonic()
+        return this.client.submit(kind, spec, labels=labels, idempotency_key=key), now
+
+    job, submitted = submit(f"{key}-{uuid.uuid4().hex}" if this.fresh else key)
+    if job.terminal and not _valid(this.client, job, name):
+        # A job that failed, or whose output was deleted, keeps its key.
+        job, submitted = submit(f"{key}-{uuid.uuid4().hex}")
     if job.terminal:
         this.reused.append(name)
-        say(f"{name}: reusing what {job.id} made; --fresh makes it anew")
+        say(f"{name}: reusing the output of {job.id}; --fresh runs it again")
         return job
-    say(f"{name}: {'going on with' if job.attempts else 'started'} {job.id}")
+    say(f"{name}: {'resuming' if job.attempts else 'started'} {job.id}")
 
     with Watch(name) as shown:
 
         def see(event: Event) -> None:
             # The supervisor's own events come first; this is the first of the job's process.
             if this.first_event_s is None and event.type in ("progress", "log"):
-                this.first_event_s = time.monotonic() - asked
+                this.first_event_s = time.monotonic() - submitted
             shown.event(event)
 
         return this.client.wait(job.id, on_event=see).check()
 
 
 def _valid(client: Client, job: Job, output: str) -> bool:
-    if job.state != "SUCCEEDED":
-        return False
-    try:
-        client.artifact(client.output(job.id, output).id)
-    except NotFound:
-        return False
-    return True
+    with suppress(NotFound):
+        return job.state == "SUCCEEDED" and bool(client.artifact(client.output(job.id, output).id))
+    return False
 
 
 def _digest(spec: Spec, kind: str) -> str:
@@ -217,22 +221,18 @@ def _digest(spec: Spec, kind: str) -> str:
 
 
 def _publish(this: _Run, job: Job) -> Model:
-    artifact = this.client.output(job.id, "codec").id
-    for model in this.client.models():
-        if model.name == this.sizes.name and model.artifact == artifact and not model.retired:
-            say(f"model: {model.name} version {model.version} is published")
-            return model
-    model = this.client.publish(this.sizes.name, artifact)
-    say(f"model: published {model.name} version {model.version}")
+    name, artifact = this.sizes.name, this.client.output(job.id, "codec").id
+    published = [m for m in this.client.models() if (m.name, m.artifact, m.retired) == (name, artifact, False)]
+    model = published[0] if published else this.client.publish(name, artifact)
+    say(f"model: {'already' if published else 'now'} published as {model.name} version {model.version}")
     return model
 
 
 def _fetch_report(client: Client, job: Job, output: Path) -> dict[str, Any]:
     """Download the job's report into ``output``; its figures."""
     folder = output / "evaluation"
-    artifact: Artifact = client.output(job.id, "report")
     shutil.rmtree(folder, ignore_errors=True)
-    client.get(artifact.id, folder)
+    client.get(client.output(job.id, "report").id, folder)
     for file in ("latent_map.png", "steering.png", "steered.safetensors"):
         (folder / file).replace(output / file)
     evaluation: dict[str, Any] = json.loads((folder / "report.json").read_text())
@@ -268,75 +268,53 @@ def _steer_served(inference: Inference, model: Model, output: Path) -> dict[tupl
         f"{source[labels].mean():.2f} before, {again[labels].mean():.2f} after"
     )
     operations: tuple[Operation, ...] = ("add", "remove")
-    found: dict[tuple[Operation, str], Served] = {}
-    for column, name in enumerate(names):
-        for operation in operations:
-            who = _can(labels, column, operation)
-            if not who.any():
-                continue
-            chosen = {parameter: value[who] for parameter, value in tensors.items()}
-            steered = inference.steer(model.name, chosen, [(operation, name)], version=model.version).networks
-            recall = inference.evaluate(model.name, steered, version=model.version).recall[:, column]
-            found[operation, name] = Served(int(who.sum()), float(source[who, column].mean()), float(recall.mean()))
-    return found
+    measured: dict[tuple[Operation, str], Served] = {}
+    for (column, name), operation in product(enumerate(names), operations):
+        has = labels[:, column]
+        # Those without the behaviour can gain it; those with another one as well can lose it.
+        subjects = ~has if operation == "add" else has & (labels.sum(axis=1) >= 2)
+        if not subjects.any():
+            continue
+        chosen = {parameter: value[subjects] for parameter, value in tensors.items()}
+        steered = inference.steer(model.name, chosen, [(operation, name)], version=model.version).networks
+        recall = inference.evaluate(model.name, steered, version=model.version).recall[:, column]
+        before = float(source[subjects, column].mean())
+        measured[operation, name] = Served(int(subjects.sum()), before, float(recall.mean()))
+    return measured
 
 
-def _can(labels: NDArray[Any], column: int, operation: Operation) -> NDArray[Any]:
-    """The networks that can gain the behaviour, or lose it and keep another."""
-    has = labels[:, column]
-    return ~has if operation == "add" else has & (labels.sum(axis=1) >= 2)
-
-
-def _figures(found: Mapping[str, float], bars: bool) -> dict[str, Figure]:
-    """The science's figures with the bars of the full size; small sizes have none."""
-    wanted: dict[str, tuple[str, float]] = {
-        "agreement": (">=", 0.85),
-        "add.target_mean": (">=", 0.88),
-        "add.all_gate": (">=", 0.50),
-        "remove.target_mean": (">=", 0.85),
-        "remove.all_gate": (">=", 0.60),
-        "controls.max_all_gate": ("<=", 0.05),
-    }
-    return {
-        name: Figure(found.get(name), op, bar) if bars else Figure(found.get(name))
-        for name, (op, bar) in wanted.items()
-    }
+def _figures(measured: Mapping[str, float], bars: bool) -> dict[str, Figure]:
+    """The figures of the evaluation with the bars of the full size; small sizes have none."""
+    return {name: Figure(measured.get(name), *(bar if bars else ())) for name, bar in _BARS.items()}
 
 
 def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
-    """What the run that did the work measured, if its report is still here; nothing measured otherwise."""
-    try:
+    """The costs that the run which did the work measured, if its report is still here; else no values."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
         earlier = json.loads((output / "report.json").read_text())
-        same = earlier["jobs"] == dict(jobs)
-        return {
-            name: Figure(**{key: earlier["figures"][name][key] for key in ("value", "op", "bar")}, kept=True)
-            if same
-            else Figure(None)
-            for name in _COSTS
-        }
-    except (OSError, ValueError, KeyError, TypeError):
-        return {name: Figure(None) for name in _COSTS}
+        if earlier["jobs"] == dict(jobs):
+            figures = {name: earlier["figures"][name] for name in _COSTS}
+            return {name: Figure(old["value"], old["op"], old["bar"], kept=True) for name, old in figures.items()}
+    return {name: Figure(None) for name in _COSTS}
 
 
 def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Served], output: Path) -> None:
     """The table for people."""
     rows = [row for row in report["steering"] if row["edits"] and row["mode"] == "residual"]
+    all_gate = {(row["operation"], row["pattern"], row["variant"]): row["all_gate"] for row in rows}
     for operation in ("add", "remove"):
-        edits = [row for row in rows if row["operation"] == operation and row["variant"] == "edit"]
+        cells = []
+        for row in rows:
+            name = row["pattern"]
+            if row["operation"] != operation or row["variant"] != "edit":
+                continue
+            controls = [all_gate.get((operation, name, control)) for control in ("null", "random", "reverse")]
+            recall = served.get((row["operation"], name))
+            edit = (name, row["edits"], row["target_mean"], row["local_mean"], row["all_gate"])
+            cells.append((*edit, *controls, *((recall.before, recall.after) if recall else ("", ""))))
         table(
             ["Pattern", "Edits", "Target", "Local", "All-gate", "Null", "Random", "Reverse", "Recall", "Steered"],
-            [
-                (
-                    edit["pattern"],
-                    edit["edits"],
-                    edit["target_mean"],
-                    edit["local_mean"],
-                    edit["all_gate"],
-                    *_controls(rows, edit),
-                    *_recalls(served, edit),
-                )
-                for edit in edits
-            ],
+            cells,
             title=f"{operation.upper()} a behaviour: held-out networks, residual edits",
         )
     say(
@@ -347,25 +325,15 @@ def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Serv
     table(
         ["Figure", "Value", "Bar", ""],
         [
-            (name, one["value"], f"{one['op']} {one['bar']:g}" if one["op"] else "", "" if one["ok"] else "missed")
-            for name, one in report["figures"].items()
+            (
+                name,
+                figure["value"],
+                f"{figure['op']} {figure['bar']:g}" if figure["op"] else "",
+                "" if figure["ok"] else "missed",
+            )
+            for name, figure in report["figures"].items()
         ],
     )
     if report["reused"]:
         say(f"Reused from an earlier run: {', '.join(report['reused'])}; seconds and memory are of that run.")
     say(f"In {output}/: report.json, latent_map.png, steering.png, steered.safetensors, and evaluation/ with the rest")
-
-
-def _controls(rows: Iterable[Mapping[str, Any]], edit: Mapping[str, Any]) -> list[float | None]:
-    """``all_gate`` of each control of the same pattern and operation."""
-    same = {
-        row["variant"]: row["all_gate"]
-        for row in rows
-        if (row["pattern"], row["operation"]) == (edit["pattern"], edit["operation"])
-    }
-    return [same.get(name) for name in ("null", "random", "reverse")]
-
-
-def _recalls(served: Mapping[tuple[Operation, str], Served], edit: Mapping[str, Any]) -> tuple[object, object]:
-    found = served.get((edit["operation"], edit["pattern"]))
-    return (found.before, found.after) if found else ("", "")

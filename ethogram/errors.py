@@ -1,4 +1,4 @@
-"""Every error that a user can meet, and its mapping to HTTP and gRPC.
+"""Every error that users see, and its mapping to HTTP and gRPC.
 
 Code anywhere in the platform raises one of these; the gateway turns it into ``application/problem+json``, a gRPC
 servicer into ``google.rpc.Status`` (see :mod:`ethogram.rpc`), and the client back into the same class.
@@ -114,20 +114,7 @@ class Internal(EthogramError):
     """A defect. The message never contains an exception's text, which is in the log under the request's id."""
 
 
-ERRORS: dict[str, type[EthogramError]] = {
-    cls.reason: cls
-    for cls in (
-        InvalidInput,
-        NotFound,
-        Conflict,
-        IllegalState,
-        StaleAttempt,
-        TimeLimit,
-        TooLarge,
-        Unavailable,
-        Internal,
-    )
-}
+ERRORS: dict[str, type[EthogramError]] = {cls.reason: cls for cls in EthogramError.__subclasses__()}
 
 
 def printable(text: str) -> str:

@@ -140,21 +140,11 @@ class Inference(Channel):
         self, model: str, networks: Networks | str | Path, *, activation: str | None = None, version: str | None = None
     ) -> Encoded:
         """Latents of networks; their signatures are taken on the model's own probes."""
-        batch = _Batch.of(networks, activation)
-
-        def request(reference: pb.ModelRef, rows: slice) -> pb.EncodeRequest:
-            return pb.EncodeRequest(model=reference, networks=batch.networks(rows))
-
-        return self._encode(request, batch, model, version)
+        return self._encode(_Batch.of(networks, activation), model, version)
 
     def encode_signatures(self, model: str, signatures: ArrayLike, *, version: str | None = None) -> Encoded:
         """Latents of signatures ``[batch, neurons, values]`` (or ``[neurons, values]``) taken on the model's probes."""
-        batch = _Batch.of_array(signatures, 2, "signatures")
-
-        def request(reference: pb.ModelRef, rows: slice) -> pb.EncodeRequest:
-            return pb.EncodeRequest(model=reference, signatures=batch.tensor("signatures", rows))
-
-        return self._encode(request, batch, model, version)
+        return self._encode(_Batch.of_array(signatures, 2, "signatures"), model, version)
 
     def decode(
         self,
@@ -169,11 +159,8 @@ class Inference(Channel):
         the model knows networks of several shapes."""
         batch = _Batch.of_array(latents, 1, "latents")
         shape = pb.Architecture(hidden=hidden, activation=activation or "")
-
-        def request(reference: pb.ModelRef, rows: slice) -> pb.DecodeRequest:
-            return pb.DecodeRequest(model=reference, latents=batch.tensor("latents", rows), architecture=shape)
-
-        answers, name = self._run((self._codec.Decode, self._codec.DecodeStream), request, batch, model, version)
+        methods = self._codec.Decode, self._codec.DecodeStream
+        answers, name = self._run(methods, pb.DecodeRequest, batch, model, version, architecture=shape)
         return Decoded(_join_networks([answer.networks for answer in answers], batch.single), *name)
 
     def steer(
@@ -196,11 +183,8 @@ class Inference(Channel):
         """
         fields = fields_of(Steering.of(edits, mode, strength, direction))
         batch = _Batch.of(networks, activation)
-
-        def request(reference: pb.ModelRef, rows: slice) -> pb.SteerRequest:
-            return pb.SteerRequest(model=reference, networks=batch.networks(rows), **fields)
-
-        answers, name = self._run((self._steering.Steer, self._steering.SteerStream), request, batch, model, version)
+        methods = self._steering.Steer, self._steering.SteerStream
+        answers, name = self._run(methods, pb.SteerRequest, batch, model, version, **fields)
         latents = _join([answer.latents for answer in answers], "latents", batch.single)
         return Steered(batch.named([answer.networks for answer in answers]), latents, *name)
 
@@ -209,7 +193,8 @@ class Inference(Channel):
     ) -> Evaluated:
         """How networks behave on labelled sequences that no network of the model's zoo was trained on."""
         batch = _Batch.of(networks, activation)
-        answers, name = self._evaluate(model, batch, {}, version)
+        methods = self._steering.Evaluate, self._steering.EvaluateStream
+        answers, name = self._run(methods, pb.EvaluateRequest, batch, model, version)
         return Evaluated(
             list(answers[0].behaviors),
             _join([answer.recall for answer in answers], "recall", batch.single),
@@ -233,47 +218,36 @@ class Inference(Channel):
         held-out sequences."""
         batch = _Batch.of(networks, activation)
         steering = fields_of(Steering.of(edits, mode, strength, direction))
-        answers, name = self._evaluate(model, batch, steering, version)
-
+        methods = self._steering.Evaluate, self._steering.EvaluateStream
+        answers, name = self._run(methods, pb.EvaluateRequest, batch, model, version, **steering)
         names = ("latents", "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local")
         fields = {n: _join([getattr(answer.effect, n) for answer in answers], n, batch.single) for n in names}
         networks = batch.named([answer.effect.networks for answer in answers])
         joined: dict[str, Any] = {**fields, "had": fields["had"] > 0}
         return Effect(list(answers[0].behaviors), networks, **joined, model=name[0], version=name[1])
 
-    def _encode(
-        self,
-        request: Callable[[pb.ModelRef, slice], pb.EncodeRequest],
-        batch: _Batch,
-        model: str,
-        version: str | None,
-    ) -> Encoded:
-        answers, name = self._run((self._codec.Encode, self._codec.EncodeStream), request, batch, model, version)
+    def _encode(self, batch: _Batch, model: str, version: str | None) -> Encoded:
+        methods = self._codec.Encode, self._codec.EncodeStream
+        answers, name = self._run(methods, pb.EncodeRequest, batch, model, version)
         return Encoded(_join([answer.latents for answer in answers], "latents", batch.single), *name)
-
-    def _evaluate(
-        self, model: str, batch: _Batch, fields: Mapping[str, Any], version: str | None
-    ) -> tuple[list[pb.EvaluateResponse], tuple[str, str]]:
-        def request(reference: pb.ModelRef, rows: slice) -> pb.EvaluateRequest:
-            return pb.EvaluateRequest(model=reference, networks=batch.networks(rows), **fields)
-
-        return self._run((self._steering.Evaluate, self._steering.EvaluateStream), request, batch, model, version)
 
     def _run(
         self,
         methods: Methods[R],
-        request: Callable[[pb.ModelRef, slice], Message],
+        request: Callable[..., Message],
         batch: _Batch,
         model: str,
         version: str | None,
+        **fields: Any,
     ) -> tuple[list[R], tuple[str, str]]:
         """The answers to all parts of ``batch``, in order, and name and version of the model that gave them."""
-
-        def pinned() -> pb.ModelRef:
-            return _reference(model, version or self.behaviors(model).version)
-
         answers = self._run_parts(
-            methods, request, _reference(model, version), pinned, rows=batch.rows, row_bytes=batch.row_bytes
+            methods,
+            lambda reference, rows: request(model=reference, **batch.part(rows), **fields),
+            _reference(model, version),
+            lambda: _reference(model, version or self.behaviors(model).version),
+            rows=batch.rows,
+            row_bytes=batch.row_bytes,
         )
         answered = cast(Any, answers[0]).model
         return answers, (answered.name, answered.version)
@@ -322,19 +296,20 @@ class _Batch:
     def row_bytes(self) -> int:
         return sum(array.nbytes // max(len(array), 1) if array.ndim else array.nbytes for array in self.arrays.values())
 
-    def tensor(self, name: str, rows: slice, field: str | None = None) -> common_pb2.Tensor:
-        """Some of the rows of one array; ``field``: where it is in a request."""
+    def part(self, rows: slice) -> dict[str, common_pb2.Tensor | pb.Networks]:
+        """Some of the rows, as a field of a request."""
+        if not self.names:
+            return {name: self._tensor(name, rows, name) for name in self.arrays}
+        tensors = {name: self._tensor(name, rows, f"networks.parameters.{name}") for name in self.arrays}
+        return {"networks": pb.Networks(parameters=tensors, activation=self.activation or "")}
+
+    def _tensor(self, name: str, rows: slice, field: str) -> common_pb2.Tensor:
         array = self.arrays[name]
         try:
             # A parameter without axes is the server's to refuse.
             return to_tensor(array[rows] if array.ndim else array)
         except TypeError as error:
-            raise InvalidInput.field(field or name, str(error)) from None
-
-    def networks(self, rows: slice) -> pb.Networks:
-        """Some of the networks."""
-        tensors = {name: self.tensor(name, rows, f"networks.parameters.{name}") for name in self.arrays}
-        return pb.Networks(parameters=tensors, activation=self.activation or "")
+            raise InvalidInput.field(field, str(error)) from None
 
     def named(self, parts: Sequence[pb.Networks]) -> dict[str, Floats]:
         """Networks of an answer, with the caller's names."""

@@ -32,9 +32,9 @@ def load(path: str | Path) -> dict[str, NDArray[Any]]:
 
 
 def save(path: str | Path, networks: Networks) -> None:
-    """Write ``networks`` as a safetensors file; folders on the way are made. Raises ``OSError`` naming the file."""
+    """Write ``networks`` as a safetensors file; missing folders are created. Raises ``OSError`` naming the file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # The library's own function makes it a file that nobody else may read.
+    # The library's function creates files that only their owner can read.
     Path(path).write_bytes(serialized({name: np.ascontiguousarray(array) for name, array in networks.items()}))
 
 

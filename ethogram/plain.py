@@ -22,7 +22,7 @@ def plain(value: object, path: str, depth: int = 0) -> Any:
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise InvalidInput.field(path, f"{value} is no finite number")
+            raise InvalidInput.field(path, f"{value} is not a finite number")
         return value
     if isinstance(value, Mapping):
         for key in value:
@@ -31,4 +31,6 @@ def plain(value: object, path: str, depth: int = 0) -> Any:
         return {key: plain(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, f"{path}.{index}", depth + 1) for index, item in enumerate(value)]
-    raise InvalidInput.field(path, f"a {type(value).__name__} is no JSON value; put it in quotes to make it a string")
+    raise InvalidInput.field(
+        path, f"a {type(value).__name__} is not a JSON value; put it in quotes to make it a string"
+    )

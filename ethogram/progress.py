@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 15.0
-"""Seconds between lines of progress where there is no terminal to draw a bar on."""
+"""Seconds between lines of progress where there is no terminal for a bar."""
 
 
 class StageDisplay:

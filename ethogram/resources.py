@@ -34,7 +34,7 @@ class Job(Resource):
     attempts: int = 0
     max_attempts: int = 0
     parent: str | None = None
-    """Id of the job of which this is a child job, called ``name`` there."""
+    """Id of the parent job, which calls this one ``name``."""
     name: str | None = None
     time_limit_seconds: float | None = None
     stall_limit_seconds: float | None = None

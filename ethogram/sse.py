@@ -24,7 +24,7 @@ class Frame(NamedTuple):
 
 
 class Parser:
-    """Is fed bytes as they come; one that a broken connection cut is dropped with the parser."""
+    """Parses bytes as they arrive; an event that a broken connection cut is dropped with the parser."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -35,12 +35,12 @@ class Parser:
         """The events that ``chunk`` completes."""
         # Not str.splitlines: it also splits at U+2028 and others, which a line of JSON may hold.
         *lines, self._rest = (self._rest + chunk).split(b"\n")
-        found = []
+        frames = []
         for line in lines:
             text = line.removesuffix(b"\r").decode("utf-8", "replace")
             if not text:
                 if self._data:
-                    found.append(Frame(self._event, "\n".join(self._data), self._id))
+                    frames.append(Frame(self._event, "\n".join(self._data), self._id))
                 self._event, self._data = "message", []
                 continue
             name, _, value = text.partition(":")
@@ -51,4 +51,4 @@ class Parser:
                 self._data.append(value)
             elif name == "id":
                 self._id = value
-        return found
+        return frames

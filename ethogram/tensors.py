@@ -12,13 +12,8 @@ from ethogram.errors import InvalidInput
 from ethogram.v1 import common_pb2 as pb
 
 _DTYPES: dict[int, np.dtype[Any]] = {
-    pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
-    pb.DATA_TYPE_FLOAT64: np.dtype("<f8"),
-    pb.DATA_TYPE_FLOAT16: np.dtype("<f2"),
-    pb.DATA_TYPE_INT64: np.dtype("<i8"),
-    pb.DATA_TYPE_INT32: np.dtype("<i4"),
-    pb.DATA_TYPE_UINT8: np.dtype("u1"),
-    pb.DATA_TYPE_BOOL: np.dtype("?"),
+    pb.DataType.Value(f"DATA_TYPE_{name.upper()}"): np.dtype(name).newbyteorder("<")
+    for name in ("float32", "float64", "float16", "int64", "int32", "uint8", "bool")
 }
 _NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 _MAX_AXES = 16

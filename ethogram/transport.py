@@ -1,4 +1,4 @@
-"""What both clients are made of, and nothing waits here: forms of requests and answers, and when to send again."""
+"""What both clients share: the forms of requests and answers, and when to send again. Nothing here waits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -17,37 +18,29 @@ from urllib.parse import quote, urlsplit
 import httpx
 from pydantic import BaseModel
 
-from ethogram.errors import (
-    ERRORS,
-    Conflict,
-    EthogramError,
-    Internal,
-    InvalidInput,
-    NotFound,
-    TooLarge,
-    Unavailable,
-    Violation,
-)
+from ethogram.errors import ERRORS, EthogramError, Internal, InvalidInput, Unavailable, Violation
 from ethogram.plain import plain
 
 RETRY_SECONDS = 30.0
 FOLLOW_SECONDS = 60.0
-"""How long a stream of events that has begun waits for a platform that went away."""
+"""How long an open stream of events waits for a platform that went away."""
 SILENCE_SECONDS = 45.0
-"""A stream of events that says nothing for so long is broken: a gateway sends a sign of life each 15 s."""
+"""A stream of events that is silent for so long is broken: a gateway sends a keep-alive every 15 s."""
 PAGE = 200
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-# A silence shorter than this is no news to the user.
-_TELL_AFTER = 2.0
+# Silence is logged after this long.
+_LOG_AFTER = 2.0
 _BUSY = frozenset({502, 503, 504})
 _REFUSED = 429
+# Errors whose HTTP status alone tells them.
+_PLAIN = ("INVALID_INPUT", "NOT_FOUND", "CONFLICT", "RESOURCE_EXHAUSTED")
 
 logger = logging.getLogger("ethogram.client")
 
 
 class SubmitOptions(TypedDict, total=False):
-    """What a submission may say beside its kind and spec."""
+    """Options of a submission."""
 
     queue: str | None
     """Machine class; None: the kind's own."""
@@ -60,7 +53,7 @@ class SubmitOptions(TypedDict, total=False):
     time_limit_seconds: float | None
     """Running time, over all attempts, after which it fails; None: none."""
     stall_limit_seconds: float | None
-    """An attempt that says nothing for so long is ended and tried again; None: never. Left out: half an hour."""
+    """An attempt that is silent for so long is ended and retried; None: never. Left out: half an hour."""
     labels: Mapping[str, str] | None
     """For finding it again."""
 
@@ -68,23 +61,22 @@ class SubmitOptions(TypedDict, total=False):
 class Tries:
     """The tries of one request: whether to send it again, and when.
 
-    A request that never reached the platform is always sent again, and one that it refused as too many (429). One
-    whose fate is unknown (the connection broke, or 502, 503 or 504 came back) is sent again only if it is
-    ``repeatable``: doing it twice does no harm. Pauses grow, are drawn at random so that clients do not come all at
-    once (exponential back-off with full jitter), and are no shorter than the ``Retry-After`` of the answer. ``seconds``
-    after the first try, no other begins.
+    A request that never reached the platform, or that it refused as too many (429), is always sent again. One whose
+    outcome is unknown (the connection broke, or 502, 503 or 504 came back) is sent again only if it is ``repeatable``:
+    doing it twice does no harm. Pauses follow exponential back-off with full jitter, and are no shorter than the
+    ``Retry-After`` of the answer. ``seconds`` after the first try, no other begins.
     """
 
     def __init__(self, url: str, seconds: float, *, repeatable: bool) -> None:
         self._url, self._seconds, self._repeatable = url, seconds, repeatable
-        self._told = False
+        self._logged = False
         self.unsure = False
         """Whether an earlier try may have been carried out."""
         self._next = _FIRST_PAUSE
         self.heard()
 
     def heard(self) -> None:
-        """The platform is there: the time begins anew."""
+        """The platform answered: restart the clock."""
         self._began = time.monotonic()
 
     def following(self) -> None:
@@ -92,13 +84,13 @@ class Tries:
         self._seconds = max(self._seconds, FOLLOW_SECONDS)
         self.heard()
 
-    def gone_on(self) -> None:
-        """There is progress: pauses begin anew as well."""
+    def progressed(self) -> None:
+        """There is progress: restart the clock and the pauses."""
         self._next = _FIRST_PAUSE
         self.heard()
 
     def pause(self, outcome: httpx.TransportError | httpx.Response) -> float | None:
-        """Seconds to wait before the next try; None: ``outcome`` is the last word."""
+        """Seconds to wait before the next try; None: ``outcome`` is final."""
         wait = random.uniform(0, self._next)
         if isinstance(outcome, httpx.Response):
             unsure = outcome.status_code in _BUSY
@@ -116,23 +108,35 @@ class Tries:
         if silent + wait >= self._seconds:
             return None
         self.unsure |= unsure
-        if not self._told and silent > _TELL_AFTER:
-            self._told = True
+        if not self._logged and silent > _LOG_AFTER:
+            self._logged = True
             logger.warning("%s does not answer; trying again for %.0f s", self._url, self._seconds - silent)
         return wait
 
 
 def address(url: str | None, state: str | Path | None) -> tuple[str, bool]:
     """The platform's URL, given or found, and whether proxies of the environment may be used on the way to it."""
-    found = (url or os.environ.get("ETHOGRAM_URL") or _running(state)).rstrip("/")
+    found = url or os.environ.get("ETHOGRAM_URL")
+    if not found:
+        from ethogram.platform.state import StateDir
+
+        folder = StateDir.find(state)
+        record = folder.read_record()
+        if record is None:
+            raise Unavailable(
+                f"no platform runs in {folder.root}: start one with `ethogram up`, or name one with --url or "
+                "ETHOGRAM_URL"
+            )
+        found = str(record["url"])
+    found = found.rstrip("/")
     try:
         parts = urlsplit(found)
-        fine = parts.scheme in ("http", "https") and parts.port != 0 and bool(httpx.URL(found))
+        valid = parts.scheme in ("http", "https") and parts.port != 0 and bool(httpx.URL(found))
     except (ValueError, httpx.InvalidURL):
-        fine = False
-    if not fine or not parts.hostname:
-        raise InvalidInput.field("url", f"{found!r} is no URL of a platform; write http://HOST:PORT")
-    # A proxy of the user's environment has no way to this machine's own loopback.
+        valid = False
+    if not valid or not parts.hostname:
+        raise InvalidInput.field("url", f"{found!r} is not the URL of a platform; write http://HOST:PORT")
+    # A proxy cannot reach this machine's loopback.
     loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
     return found, not loopback
 
@@ -152,7 +156,7 @@ def submission(kind: str, spec: BaseModel | Mapping[str, Any], options: SubmitOp
 
 
 def body_of(response: httpx.Response, url: str) -> Any:
-    """What an answer holds; raises the error that it carries."""
+    """The body of an answer; raises the error that it carries."""
     if response.is_error:
         raise error_of(response)
     try:
@@ -162,31 +166,25 @@ def body_of(response: httpx.Response, url: str) -> Any:
 
 
 def stranger(url: str) -> Unavailable:
-    """What answers is something else."""
+    """Whatever answers is not a platform."""
     return Unavailable(f"{url} answers, but not as an Ethogram platform does; is the URL right?")
 
 
 def error_of(response: httpx.Response) -> EthogramError:
     """The error that an answer carries, in the class it was raised as."""
-    try:
+    problem: Any = None
+    with suppress(ValueError):
         problem = response.json()
-    except ValueError:
-        problem = None
     if not isinstance(problem, dict):
         problem = {}
     text = str(problem.get("detail") or problem.get("title") or f"the server answered {response.status_code}")
     listed = problem.get("violations")
-    violations = [
-        Violation(str(item.get("field")), str(item.get("description")))
-        for item in (listed if isinstance(listed, list) else [])
-        if isinstance(item, dict)
-    ]
+    items = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+    violations = [Violation(str(item.get("field")), str(item.get("description"))) for item in items]
     cls = ERRORS.get(str(problem.get("reason")))
     if cls is None:
-        # Not our gateway's own answer: a proxy's, or a path that this server does not have.
-        by_status: dict[int, type[EthogramError]] = {
-            c.http_status: c for c in (InvalidInput, NotFound, Conflict, TooLarge)
-        }
+        # A proxy's answer, or a path that this server does not have.
+        by_status = {ERRORS[reason].http_status: ERRORS[reason] for reason in _PLAIN}
         by_status |= {400: InvalidInput} | dict.fromkeys((*_BUSY, _REFUSED), Unavailable)
         cls = by_status.get(response.status_code, Internal)
     if cls is Internal and problem.get("request_id"):
@@ -205,7 +203,7 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def part(value: str) -> str:
-    """``value`` as one part of a path, whatever it holds."""
+    """``value`` quoted as one segment of a path."""
     if value in ("", ".", ".."):
         raise InvalidInput.field("id", f"{value!r} names nothing")
     return quote(value, safe="")
@@ -223,7 +221,7 @@ def files_in(path: str | Path) -> list[tuple[str, tuple[str, Upload]]]:
     root = Path(path)
     files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
     if not files:
-        raise InvalidInput.field("path", f"{root} is no file and no folder with files")
+        raise InvalidInput.field("path", f"{root} is neither a file nor a folder with files")
     names = [file.name if root.is_file() else file.relative_to(root).as_posix() for file in files]
     for name in names:
         if '"' in name or not name.isprintable():
@@ -232,7 +230,7 @@ def files_in(path: str | Path) -> list[tuple[str, tuple[str, Upload]]]:
 
 
 def sha256_of(file: Path) -> str:
-    """Of the bytes of ``file``."""
+    """SHA-256 of a file's bytes, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -271,26 +269,11 @@ class Upload:
             self._file = None
 
 
-def _running(state: str | Path | None) -> str:
-    from ethogram.platform.state import StateDir
-
-    folder = StateDir.find(state)
-    record = folder.read_record()
-    if record is None:
-        raise Unavailable(
-            f"no platform runs in {folder.root}: start one with `ethogram up`, or name one with --url or ETHOGRAM_URL"
-        )
-    return str(record["url"])
-
-
 def _retry_after(response: httpx.Response) -> float:
     """Seconds, or a date (RFC 9110, 10.2.3); 0 for neither."""
-    said = response.headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(said))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
-        return 0.0
+    value = response.headers.get("Retry-After", "")
+    with suppress(ValueError):
+        return max(0.0, float(value))
+    with suppress(TypeError, ValueError):
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    return 0.0

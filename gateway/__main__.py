@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import logging
 import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import uvicorn
 
-from ethogram.errors import Conflict, EthogramError, InvalidInput
+from ethogram.errors import Conflict, InvalidInput
 from gateway.app import create_app
 from gateway.settings import GatewaySettings
-from services.runtime import logs
-from services.runtime.lifetime import exit_on_eof
+from services.runtime.lifetime import run_process
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +44,13 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the gateway; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gateway", description="The HTTP gateway.")
-    parser.add_argument("--parent-pipe", action="store_true", help="exit when standard input closes")
-    given = parser.parse_args(arguments)
-    try:
-        settings = GatewaySettings.read()
-        logs.configure("gateway", settings.log_level)
-        for chatty in ("uvicorn.error", "alembic"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
-        # The port first: if it is taken, another gateway may be using the same database.
-        listener = _listen(settings.host, settings.port)
-        app = create_app(settings)
-    except EthogramError as error:
-        sys.stderr.write(f"gateway: {error.message}\n")
-        return 1
+def serve(settings: GatewaySettings) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    for chatty in ("uvicorn.error", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # The port first: if it is taken, another gateway may be using the same database.
+    listener = _listen(settings.host, settings.port)
+    app = create_app(settings)
     _allow_many_connections()
     config = uvicorn.Config(
         app,
@@ -74,11 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     server = Server(config, app.state.services.tails.close_streams)
     # uvicorn raises the signal again after its shutdown; a clean exit must not count as a failure.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    if given.parent_pipe:
-        exit_on_eof(lambda: setattr(server, "should_exit", True))
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     server.run(sockets=[listener])
-    return 0
+
+
+def main() -> None:
+    """``python -m gateway``."""
+    run_process("gateway", "gateway", GatewaySettings, serve)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -108,4 +99,4 @@ def _allow_many_connections() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -17,6 +17,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from ethogram.errors import InvalidInput, TooLarge, Unavailable
 from gateway.inputs import Name
+from services.artifacts.backends import disk_is_full
 from services.artifacts.manifest import check_path
 from services.artifacts.store import MAX_FILES
 
@@ -171,7 +172,6 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = "the gateway's disk has no space left for the upload; free some and send it again"
-            raise Unavailable(text) from None
-        raise
+        if not disk_is_full(error):
+            raise
+        raise Unavailable("the gateway's disk has no space left for the upload; free some and send it again") from None

@@ -45,8 +45,10 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """The whole platform as processes, as ``ethogram up`` starts it; it lives as long as the test session."""
     with pytest.MonkeyPatch.context() as patch:
         # Children must not see the developer's own platform.
-        for name in [name for name in os.environ if name.startswith("ETHOGRAM_")] + ["REDIS_URL"]:
+        for name in [name for name in os.environ if name.startswith("ETHOGRAM_")] + ["REDIS_URL", "ACTIVATIONS_ROOT"]:
             patch.delenv(name, raising=False)
+        # With more, two jobs on a busy machine wait for each other.
+        patch.setenv("ETHOGRAM_THREADS", "1")
         with Platform(StateDir(tmp_path_factory.mktemp("platform"))) as running:
             yield running
 

@@ -9,7 +9,7 @@ import queue
 import socket
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 import redis
@@ -24,10 +24,10 @@ from ethogram.specs.kinds import KINDS, Kind
 from services.jobs.registry import JobRegistry
 from services.jobs.signals import RING, Bell, Notifier, celery_app, celery_queue, redis_client, without_password
 from services.runtime import scratch
+from services.runtime.lifetime import run_process
+from workers.ledger import Context
 from workers.metrics import WorkerMetrics, serve_metrics
-from workers.settings import WorkerSettings
-from workers.slots import Slot, slots_of
-from workers.startup import run_process
+from workers.settings import Slot, WorkerSettings, slots_of
 from workers.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -39,43 +39,33 @@ TURN_SECONDS = 0.1
 class SlotRunner:
     """Claims jobs of a queue and runs them in a free slot, until none is left or the worker must leave."""
 
-    def __init__(
-        self,
-        registry: JobRegistry,
-        supervisor: Supervisor,
-        bell: Bell,
-        *,
-        slots: list[Slot],
-        stopping: threading.Event,
-        lease_seconds: float,
-        metrics: WorkerMetrics,
-    ) -> None:
-        self._metrics = metrics
-        self._registry, self._supervisor, self._bell = registry, supervisor, bell
-        self._stopping, self._lease_seconds = stopping, lease_seconds
+    def __init__(self, context: Context, bell: Bell) -> None:
+        self._context, self._bell = context, bell
+        self._supervisor = Supervisor(context)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         # Celery handles as many rings at once as there are slots, so none waits here for a free one.
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
-        for slot in slots:
+        for slot in slots_of(context.config):
             self._free.put(slot)
 
     def serve(self, queue_name: str) -> None:
         """Run the jobs of ``queue_name`` one after another in one slot."""
         slot = self._free.get()
-        self._metrics.rings.inc()
+        registry, metrics, lease = self._context.registry, self._context.metrics, self._context.config.lease_seconds
+        metrics.rings.inc()
         try:
-            while not self._stopping.is_set():
+            while not self._context.stopping.is_set():
                 try:
-                    claim = self._registry.claim_next(queue_name, self._name, self._lease_seconds)
+                    claim = registry.claim_next(queue_name, self._name, lease)
                 except Unavailable as error:
                     logger.warning(error.message)
                     return
                 if claim is None:
                     return
-                self._metrics.claims.labels(queue_name).inc()
+                metrics.claims.labels(queue_name).inc()
                 # Rings are merged: this one may stand for several jobs, and another slot may be idle.
                 with suppress(Unavailable):
-                    if self._registry.has_work(queue_name):
+                    if registry.has_work(queue_name):
                         self._bell.ring(queue_name)
                 self._supervisor.run(claim, slot)
             # Another worker takes the remaining jobs.
@@ -129,34 +119,16 @@ def serve(config: WorkerSettings, kinds: Mapping[str, Kind], stopping: threading
     """Run jobs until ``stopping``, which must come with Celery's ``should_stop``."""
     app = celery_app(config.redis_url)
     refuse_cluster(config.redis_url)
-    registry = JobRegistry.open(config.database)
-    bell, notifier = Bell(config.redis_url), Notifier(config.redis_url)
     metrics = WorkerMetrics(config.slots)
-    with serve_metrics(metrics, config), scratch.folder(config.work, "worker") as work:
-        supervisor = Supervisor(
-            registry,
-            notifier,
-            kinds,
-            metrics,
-            store=config.store_url,
-            work=work,
-            stopping=stopping,
-            checkpoint_seconds=config.checkpoint_seconds,
-            grace_seconds=config.grace_seconds,
-        )
-        runner = SlotRunner(
-            registry,
-            supervisor,
-            bell,
-            slots=slots_of(config),
-            stopping=stopping,
-            lease_seconds=config.lease_seconds,
-            metrics=metrics,
-        )
+    with (
+        closing(JobRegistry.open(config.database)) as registry,
+        serve_metrics(metrics, config),
+        scratch.folder(config.work, "worker") as work,
+        closing(Notifier(config.redis_url)) as notifier,
+        closing(Bell(config.redis_url)) as bell,
+    ):
+        runner = SlotRunner(Context(config, kinds, registry, notifier, metrics, work, stopping), bell)
         _listen(app, config, runner, bell)
-        bell.close()
-        notifier.close()
-    registry.close()
     logger.info("worker left")
 
 
@@ -169,9 +141,6 @@ def _listen(app: Any, config: WorkerSettings, runner: SlotRunner, bell: Bell) ->
         # Rings may have been lost while no worker was connected.
         for name in config.queues:
             bell.ring(name)
-
-    def keep_logging(**_: Any) -> None:
-        pass
 
     # Untyped.
     queue_type: Any = Queue
@@ -187,7 +156,8 @@ def _listen(app: Any, config: WorkerSettings, runner: SlotRunner, bell: Bell) ->
     )
     app.task(name=RING)(runner.serve)
     signals.worker_ready.connect(ready, weak=False)
-    signals.setup_logging.connect(keep_logging, weak=False)
+    # A receiver keeps Celery from configuring the logs.
+    signals.setup_logging.connect(lambda **_: None, weak=False)
     for noisy in ("celery.app.trace", "celery.worker.strategy"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     PlainWorker(
@@ -224,4 +194,4 @@ def main(kinds: Mapping[str, Kind] = KINDS) -> None:
         stopping.set()
         state.should_stop = os.EX_OK
 
-    run_process("workers", "worker", lambda config: serve(config, kinds, stopping), leave)
+    run_process("workers", "worker", WorkerSettings, lambda config: serve(config, kinds, stopping), leave, failure=2)

@@ -1,4 +1,4 @@
-"""Writes to the registry for one attempt: the events of its job, in order, and the outcome."""
+"""Writes to the registry for one attempt: heartbeats, the events of its job in order, and the outcome."""
 
 from __future__ import annotations
 
@@ -9,22 +9,40 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import ValidationError
 
-from ethogram.errors import EthogramError, InvalidInput, TooLarge, Unavailable
+from ethogram.errors import EthogramError, InvalidInput, StaleAttempt, TooLarge, Unavailable
 from ethogram.specs.kinds import Kind
 from ethogram.v1 import jobs_pb2
 from services.jobs.registry import Claim, Job, JobRegistry
 from services.jobs.signals import Notifier
 from workers.metrics import WorkerMetrics
+from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
+BEATS_PER_LEASE = 3
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
 
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the parts of one worker share."""
+
+    config: WorkerSettings
+    kinds: Mapping[str, Kind]
+    registry: JobRegistry
+    notifier: Notifier
+    metrics: WorkerMetrics
+    work: Path
+    """Folder for the jobs' scratch folders."""
+    stopping: threading.Event
+    """Set when the worker must leave."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +57,56 @@ class Outcome:
     """Reason of a failure."""
 
 
-class Ledger:
-    """Writes for one attempt. Every method raises :class:`StaleAttempt` once the attempt no longer owns the job."""
+class Pulse:
+    """Renews the lease on its own timer and learns whether the job is to be cancelled.
 
-    def __init__(
-        self,
-        registry: JobRegistry,
-        notifier: Notifier,
-        claim: Claim,
-        kinds: Mapping[str, Kind],
-        metrics: WorkerMetrics,
-        *,
-        stopping: threading.Event,
-        grace: float,
-    ) -> None:
-        self._registry, self._notifier, self._kinds, self._metrics = registry, notifier, kinds, metrics
+    Events of the job do not count: a job that compiles for minutes sends none, and is alive.
+    """
+
+    def __init__(self, context: Context, claim: Claim) -> None:
+        self.cancel, self.stale = threading.Event(), threading.Event()
+        self._context, self._attempt = context, claim.attempt
+        self._interval = claim.lease_seconds / BEATS_PER_LEASE
+        self._done = threading.Event()
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def seconds(self) -> float:
+        """How long the attempt has run."""
+        return time.monotonic() - self._began
+
+    def _beat(self) -> None:
+        while not self._done.wait(self._interval):
+            try:
+                if self._context.registry.heartbeat(self._attempt, self.seconds):
+                    self.cancel.set()
+            except StaleAttempt:
+                self.stale.set()
+                return
+            except Exception:
+                # The registry may answer at the next beat; if it does so too late, the fence protects the job.
+                self._context.metrics.missed.inc()
+                logger.warning("no heartbeat", extra={"attempt": self._attempt}, exc_info=True)
+
+
+class Ledger:
+    """Events and outcome of one attempt.
+
+    Every method raises :class:`StaleAttempt` once the attempt no longer owns the job.
+    """
+
+    def __init__(self, context: Context, claim: Claim) -> None:
+        self._context, self._registry, self._metrics = context, context.registry, context.metrics
         self._attempt, self._job = claim.attempt, claim.job.id
-        self._stopping, self._grace = stopping, grace
         self._latest: dict[str, float] = {}
         """Last value of each metric."""
         self.result: dict[str, Any] | None = None
@@ -104,7 +155,7 @@ class Ledger:
 
     def _notify(self, seq: int) -> None:
         self._seq = seq
-        self._notifier.notify(self._job, seq)
+        self._context.notifier.notify(self._job, seq)
 
     def _append(self, lines: list[tuple[str, dict[str, Any]]]) -> None:
         if lines:
@@ -126,15 +177,15 @@ class Ledger:
 
     def _spawn(self, part: jobs_pb2.Spawn) -> None:
         field = f"children.{part.name}"
-        kind = self._kinds.get(part.kind)
-        if kind is None:
-            raise InvalidInput.field(f"{field}.kind", f"is none of {', '.join(sorted(self._kinds))}")
+        kinds = self._context.kinds
+        if part.kind not in kinds:
+            raise InvalidInput.field(f"{field}.kind", f"is none of {', '.join(sorted(kinds))}")
         try:
-            spec = kind.spec.model_validate_json(part.spec_json)
+            spec = kinds[part.kind].spec.model_validate_json(part.spec_json)
         except ValidationError as error:
             raise InvalidInput.from_pydantic(error, f"{field}.spec") from None
         child = self._persist(partial(self._registry.spawn, self._attempt, part.name, part.kind, spec))
-        self._notifier.notify(child.id, child.seq)
+        self._context.notifier.notify(child.id, child.seq)
 
     def _progress(self, progress: jobs_pb2.Progress) -> None:
         state = {
@@ -177,8 +228,8 @@ class Ledger:
             try:
                 return write()
             except Unavailable as error:
-                if self._stopping.is_set():
-                    deadline = deadline or time.monotonic() + self._grace
+                if self._context.stopping.is_set():
+                    deadline = deadline or time.monotonic() + self._context.config.grace_seconds
                     if time.monotonic() > deadline:
                         raise
                 self._metrics.retries.inc()

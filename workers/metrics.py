@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -21,45 +22,36 @@ class WorkerMetrics:
 
     def __init__(self, slots: int) -> None:
         registry = self.registry = CollectorRegistry()
-        Gauge("ethogram_worker_slots", "Most jobs that this worker runs at once.", registry=registry).set(slots)
-        self.busy = Gauge("ethogram_worker_busy_slots", "Jobs that this worker runs now.", registry=registry)
-        self.rings = Counter("ethogram_worker_rings", "Rings received.", registry=registry)
-        self.claims = Counter("ethogram_worker_claims", "Jobs claimed.", ["queue"], registry=registry)
-        self.attempts = Counter(
-            "ethogram_worker_attempts",
-            "Attempts that ended, by outcome; taken: another worker has the job, or the end could not be written.",
-            ["kind", "outcome"],
-            registry=registry,
-        )
+        counter = partial(Counter, namespace="ethogram", subsystem="worker", registry=registry)
+        gauge = partial(Gauge, namespace="ethogram", subsystem="worker", registry=registry)
+        gauge("slots", "Most jobs that this worker runs at once.").set(slots)
+        self.busy = gauge("busy_slots", "Jobs that this worker runs now.")
+        self.rings = counter("rings", "Rings received.")
+        self.claims = counter("claims", "Jobs claimed.", ["queue"])
+        meaning = "Attempts that ended, by outcome; taken: another worker has the job, or the end could not be written."
+        self.attempts = counter("attempts", meaning, ["kind", "outcome"])
         self.seconds = Histogram(
-            "ethogram_worker_attempt_seconds",
-            "Running time of attempts.",
-            ["kind"],
-            buckets=_SECONDS,
-            registry=registry,
+            "ethogram_worker_attempt_seconds", "Run time of attempts.", ["kind"], buckets=_SECONDS, registry=registry
         )
-        self.events = Counter("ethogram_worker_events", "Log lines of jobs written to the registry.", registry=registry)
-        self.checkpoints = Counter("ethogram_worker_checkpoints", "Checkpoints committed.", registry=registry)
-        self.missed = Counter("ethogram_worker_missed_heartbeats", "Heartbeats that failed.", registry=registry)
-        self.retries = Counter(
-            "ethogram_worker_write_retries", "Writes to the registry that were tried again.", registry=registry
-        )
+        self.events = counter("events", "Log lines of jobs written to the registry.")
+        self.checkpoints = counter("checkpoints", "Checkpoints committed.")
+        self.missed = counter("missed_heartbeats", "Heartbeats that failed.")
+        self.retries = counter("write_retries", "Writes to the registry that were tried again.")
 
 
 class ReconcilerMetrics:
     """Metrics of one reconciler."""
 
     def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
-        self.looks = Counter("ethogram_reconciler_looks", "Looks at the registry.", registry=registry)
-        self.failures = Counter(
-            "ethogram_reconciler_failed_looks", "Looks that the registry did not answer.", registry=registry
-        )
-        self.lost = Counter("ethogram_reconciler_lost_attempts", "Attempts whose worker was gone.", registry=registry)
-        self.woken = Counter("ethogram_reconciler_ended_backoffs", "Back-offs ended.", registry=registry)
-        self.rings = Counter("ethogram_reconciler_rings", "Queues rung.", registry=registry)
-        self.collected = Counter("ethogram_collected_artifacts", "Artifacts deleted.", registry=registry)
-        self.freed = Counter("ethogram_collected_bytes", "Bytes freed in the store.", registry=registry)
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, namespace="ethogram", registry=self.registry)
+        self.looks = counter("reconciler_looks", "Looks at the registry.")
+        self.failures = counter("reconciler_failed_looks", "Looks that the registry did not answer.")
+        self.lost = counter("reconciler_lost_attempts", "Attempts whose worker was gone.")
+        self.woken = counter("reconciler_ended_backoffs", "Back-offs ended.")
+        self.rings = counter("reconciler_rings", "Queues rung.")
+        self.collected = counter("collected_artifacts", "Artifacts deleted.")
+        self.freed = counter("collected_bytes", "Bytes freed in the store.")
 
 
 @contextmanager

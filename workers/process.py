@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ethogram.platform.process import describe
 from ethogram.specs.kinds import Kind
-from workers.slots import Slot
+from workers.settings import Slot
 
 READY_SECONDS = 60.0
 TAIL_BYTES = 8192
@@ -26,25 +27,13 @@ MAX_SOCKET_PATH = 107
 
 # Variables of the worker's environment that a job may see: paths, the accelerator, and the credentials of stores and
 # hubs; not the registry and not the broker.
-ENVIRONMENT = frozenset(
-    (
-        *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
-        *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "ACTIVATIONS_ROOT"),
-        *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
-    )
-)
+ENVIRONMENT = {
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "ACTIVATIONS_ROOT"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+}
 ENVIRONMENT_PREFIXES = (
-    "LC_",
-    "NVIDIA_",
-    "NCCL_",
-    "TORCH_",
-    "PYTORCH_",
-    "HF_",
-    "WANDB_",
-    "AWS_",
-    "FSSPEC_",
-    "GOOGLE_",
-    "AZURE_",
+    *("LC_", "NVIDIA_", "NCCL_", "TORCH_", "PYTORCH_", "HF_", "WANDB_", "AWS_", "FSSPEC_", "GOOGLE_", "AZURE_"),
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # By default OpenMP's threads spin for milliseconds at each barrier. When another process wants a core, training with
@@ -58,13 +47,9 @@ class ChildFailed(Exception):
 
 def child_environment(slot: Slot, environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a job's process: the allowed part of ``environment`` and its slot's share of the machine."""
-    allowed = {
-        name: value
-        for name, value in environment.items()
-        if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)
-    }
+    allowed = {name for name in environment if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)}
     return {
-        **allowed,
+        **{name: environment[name] for name in allowed},
         **dict.fromkeys(THREAD_VARIABLES, str(slot.threads)),
         "GOMP_SPINCOUNT": SPIN_COUNT,
         "CUDA_VISIBLE_DEVICES": slot.gpus,
@@ -184,9 +169,6 @@ def describe_exit(status: int) -> str:
     """An exit status in words."""
     if status >= 0:
         return f"the job's process ended with status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
+    name = describe(status)
     hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
     return f"the job's process was killed by {name}{hint}"

@@ -12,15 +12,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from ethogram.errors import StaleAttempt, Unavailable
 from services.jobs.registry import JobRegistry
 from services.jobs.signals import Bell, Notifier
+from services.runtime.lifetime import run_process
 from workers import collector
 from workers.metrics import ReconcilerMetrics, serve_metrics
 from workers.settings import WorkerSettings
-from workers.startup import run_process
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ LEAVE_SECONDS = 2.0
 
 
 @dataclass
-class Watched:
+class Sighting:
     """An attempt as last seen."""
 
     heartbeat: int
@@ -52,7 +53,7 @@ class Reconciler:
     ) -> None:
         self._metrics = metrics
         self._registry, self._bell, self._notifier, self._clock = registry, bell, notifier, clock
-        self._watched: dict[str, Watched] = {}
+        self._watched: dict[str, Sighting] = {}
         self._waited: dict[tuple[str, int], float] = {}
         self._looked = clock()
         self.period = PERIOD_SECONDS
@@ -63,12 +64,13 @@ class Reconciler:
         # Time that this process itself slept does not count.
         elapsed, self._looked = min(now - self._looked, 2 * self.period), now
         running = self._registry.running_attempts()
-        seen: dict[str, Watched] = {}
+        seen: dict[str, Sighting] = {}
         for attempt in running:
             before = self._watched.get(attempt.attempt)
-            moved = before is None or before.heartbeat != attempt.heartbeat
-            still_seconds = 0.0 if before is None or moved else before.still_seconds + elapsed
-            seen[attempt.attempt] = Watched(attempt.heartbeat, still_seconds)
+            still_seconds = 0.0
+            if before is not None and before.heartbeat == attempt.heartbeat:
+                still_seconds = before.still_seconds + elapsed
+            seen[attempt.attempt] = Sighting(attempt.heartbeat, still_seconds)
             if still_seconds > attempt.lease_seconds:
                 self._release(attempt.attempt, attempt.worker, still_seconds)
         self._watched = seen
@@ -124,10 +126,13 @@ def run(reconciler: Reconciler, metrics: ReconcilerMetrics, stopping: threading.
 
 def serve(config: WorkerSettings, stopping: threading.Event) -> None:
     """Reconcile, and collect in a thread, until ``stopping``."""
-    registry = JobRegistry.open(config.database)
-    bell, notifier = Bell(config.redis_url), Notifier(config.redis_url)
     metrics = ReconcilerMetrics()
-    with serve_metrics(metrics, config):
+    with (
+        closing(JobRegistry.open(config.database)) as registry,
+        closing(Notifier(config.redis_url)) as notifier,
+        closing(Bell(config.redis_url)) as bell,
+        serve_metrics(metrics, config),
+    ):
         collecting = threading.Thread(
             target=collector.run, args=[registry, config, metrics, stopping], name="collector", daemon=True
         )
@@ -136,15 +141,19 @@ def serve(config: WorkerSettings, stopping: threading.Event) -> None:
         run(Reconciler(registry, bell, notifier, metrics), metrics, stopping)
         # A collection may take long; it can be interrupted at any point.
         collecting.join(LEAVE_SECONDS)
-    bell.close()
-    notifier.close()
-    registry.close()
 
 
 def main() -> None:
     """``python -m workers.reconciler``."""
     stopping = threading.Event()
-    run_process("workers.reconciler", "reconciler", lambda config: serve(config, stopping), stopping.set)
+    run_process(
+        "workers.reconciler",
+        "reconciler",
+        WorkerSettings,
+        lambda config: serve(config, stopping),
+        stopping.set,
+        failure=2,
+    )
 
 
 if __name__ == "__main__":

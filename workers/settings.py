@@ -1,8 +1,9 @@
-"""The settings of the worker and the reconciler."""
+"""The settings of the worker and the reconciler, and the slots of a worker."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -45,7 +46,25 @@ class WorkerSettings(ProcessSettings):
     def _split(cls, value: object) -> object:
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
-    @property
-    def threads_per_slot(self) -> int:
-        """CPU threads of one job."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.slots)
+
+@dataclass(frozen=True)
+class Slot:
+    """One job's share of the machine: a GPU or a number of CPU threads."""
+
+    index: int
+    device: str
+    """Torch device as the job sees it."""
+    threads: int
+    """CPU threads."""
+    gpus: str
+    """Value of ``CUDA_VISIBLE_DEVICES`` for the job."""
+
+
+def slots_of(settings: WorkerSettings) -> list[Slot]:
+    """The slots of a worker. A job in a GPU slot sees that GPU alone, as ``cuda:0``."""
+    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // settings.slots)
+    if settings.device == "cpu":
+        return [Slot(index, "cpu", threads, "") for index in range(settings.slots)]
+    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    gpus = [*visible, *map(str, range(len(visible), settings.slots))]
+    return [Slot(index, "cuda:0", threads, gpus[index]) for index in range(settings.slots)]

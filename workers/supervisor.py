@@ -9,7 +9,6 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +22,11 @@ from ethogram.errors import EthogramError, Internal, InvalidInput, StaleAttempt,
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
 from ethogram.specs.kinds import Kind
 from ethogram.v1 import jobs_pb2
-from services.jobs.registry import Claim, Job, JobRegistry
-from services.jobs.signals import Notifier
+from services.jobs.registry import Claim, Job
 from services.kinds import request_type, spec_message
-from workers.ledger import Ledger, Outcome
-from workers.metrics import WorkerMetrics
+from workers.ledger import Context, Ledger, Outcome, Pulse
 from workers.process import Child, ChildFailed, describe_exit
-from workers.pulse import Pulse
-from workers.slots import Slot
+from workers.settings import Slot
 
 logger = logging.getLogger(__name__)
 
@@ -43,43 +39,24 @@ LOOK_SECONDS = 0.2
 STOPPED = grpc.StatusCode.ABORTED
 
 
-@dataclass(frozen=True)
 class Supervisor:
     """Runs claimed jobs, each in its own process."""
 
-    registry: JobRegistry
-    notifier: Notifier
-    kinds: Mapping[str, Kind]
-    metrics: WorkerMetrics
-    store: str
-    """URL of the artifact store."""
-    work: Path
-    """Folder for the jobs' scratch folders."""
-    stopping: threading.Event
-    """Set when the worker must leave."""
-    checkpoint_seconds: float
-    grace_seconds: float
+    def __init__(self, context: Context) -> None:
+        self._context = context
 
     def run(self, claim: Claim, slot: Slot) -> None:
         """Run the attempt to its end. Returns when its process is gone; never raises."""
         labels = {"job": claim.job.id, "attempt": claim.attempt, "kind": claim.job.kind, "slot": slot.index}
         logger.info("attempt begins", extra=labels)
-        ledger = Ledger(
-            self.registry,
-            self.notifier,
-            claim,
-            self.kinds,
-            self.metrics,
-            stopping=self.stopping,
-            grace=self.grace_seconds,
-        )
-        work_dir = self.work / claim.attempt
+        ledger, metrics = Ledger(self._context, claim), self._context.metrics
+        work_dir = self._context.work / claim.attempt
         outcome_label = "taken"
         try:
-            with self.metrics.busy.track_inprogress(), Pulse(self.registry, claim, self.metrics) as pulse:
+            with metrics.busy.track_inprogress(), Pulse(self._context, claim) as pulse:
                 outcome = self._attempt(claim, slot, work_dir, ledger, pulse)
                 ledger.settle(outcome, pulse.seconds)
-                self.metrics.seconds.labels(claim.job.kind).observe(pulse.seconds)
+                metrics.seconds.labels(claim.job.kind).observe(pulse.seconds)
                 outcome_label = outcome.kind
             logger.info("attempt ends", extra={**labels, "outcome": outcome.kind, "detail": outcome.message})
         except StaleAttempt:
@@ -87,7 +64,7 @@ class Supervisor:
         except Exception:
             logger.exception("the attempt's end could not be written; the reconciler will release it", extra=labels)
         finally:
-            self.metrics.attempts.labels(claim.job.kind, outcome_label).inc()
+            metrics.attempts.labels(claim.job.kind, outcome_label).inc()
             shutil.rmtree(work_dir, ignore_errors=True)
 
     def _attempt(self, claim: Claim, slot: Slot, work_dir: Path, ledger: Ledger, pulse: Pulse) -> Outcome:
@@ -96,11 +73,9 @@ class Supervisor:
             work_dir.mkdir(parents=True, exist_ok=True)
             child = Child(kind, slot, work_dir)
             try:
-                limits = Limits.of(claim.job)
-                attempt = Attempt(child, ledger, pulse, limits, stopping=self.stopping, grace=self.grace_seconds)
-                return attempt.run(kind, request)
+                return Attempt(self._context, claim.job, child, ledger, pulse).run(kind, request)
             finally:
-                child.close(0.0 if pulse.stale.is_set() else self.grace_seconds)
+                child.close(0.0 if pulse.stale.is_set() else self._context.config.grace_seconds)
         except (StaleAttempt, Unavailable):
             raise
         except EthogramError as error:
@@ -113,8 +88,8 @@ class Supervisor:
             return Outcome("crashed", "the supervisor of the job failed; the worker's log says more")
 
     def _request(self, claim: Claim, slot: Slot, work_dir: Path) -> tuple[Kind, Message]:
-        job = claim.job
-        kind = self.kinds.get(job.kind)
+        job, config = claim.job, self._context.config
+        kind = self._context.kinds.get(job.kind)
         if kind is None:
             raise InvalidInput.field("kind", f"this worker knows no {job.kind!r}; is it older than the gateway?")
         try:
@@ -128,10 +103,10 @@ class Supervisor:
             device=slot.device,
             threads=slot.threads,
             work_dir=str(work_dir),
-            store=self.store,
+            store=config.store_url,
             inputs=job.inputs,
             checkpoint=job.checkpoint["artifact"] if job.checkpoint else "",
-            checkpoint_seconds=self.checkpoint_seconds,
+            checkpoint_seconds=config.checkpoint_seconds,
             children=[
                 jobs_pb2.ChildJob(
                     name=child.name,
@@ -149,25 +124,6 @@ class Supervisor:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Limits of an attempt, in seconds."""
-
-    time: float
-    """Run time left to this attempt."""
-    total_time: float
-    """Run time of the job over all attempts, as the user set it."""
-    stall: float
-    """Time without an event."""
-
-    @classmethod
-    def of(cls, job: Job) -> Limits:
-        """The limits of the next attempt at ``job``."""
-        time = math.inf if job.time_limit_seconds is None else job.time_limit_seconds
-        stall = math.inf if job.stall_limit_seconds is None else job.stall_limit_seconds
-        return cls(time - job.ran_seconds, time, stall)
-
-
-@dataclass(frozen=True)
 class Ended:
     """The end of the child's call."""
 
@@ -177,11 +133,14 @@ class Ended:
 class Attempt:
     """One attempt while its child runs."""
 
-    def __init__(
-        self, child: Child, ledger: Ledger, pulse: Pulse, limits: Limits, *, stopping: threading.Event, grace: float
-    ) -> None:
-        self._child, self._ledger, self._pulse, self._limits = child, ledger, pulse, limits
-        self._stopping, self._grace = stopping, grace
+    def __init__(self, context: Context, job: Job, child: Child, ledger: Ledger, pulse: Pulse) -> None:
+        self._child, self._ledger, self._pulse = child, ledger, pulse
+        self._stopping, self._grace = context.stopping, context.config.grace_seconds
+        self._time_limit = math.inf if job.time_limit_seconds is None else job.time_limit_seconds
+        """Run time of the job over all attempts, in seconds."""
+        self._ran_before = job.ran_seconds
+        self._stall_limit = math.inf if job.stall_limit_seconds is None else job.stall_limit_seconds
+        """Time without an event, in seconds."""
         self._reason: Literal["", "cancel", "stop", "time", "stall"] = ""
         """Why the child was asked to leave or killed."""
         self._queue: queue.Queue[jobs_pb2.JobEvent | Ended] = queue.Queue(1000)
@@ -251,10 +210,10 @@ class Attempt:
             elif self._reason:
                 if now > deadline:
                     self._child.kill()
-            elif self._stopping.is_set() or self._pulse.seconds > self._limits.time:
+            elif self._stopping.is_set() or self._ran_before + self._pulse.seconds > self._time_limit:
                 self._reason, deadline = "stop" if self._stopping.is_set() else "time", now + self._grace
                 self._child.ask_to_leave()
-            elif now - last_event > self._limits.stall:
+            elif now - last_event > self._stall_limit:
                 self._reason, deadline = "stall", now
                 self._child.dump_stacks()
 
@@ -284,10 +243,10 @@ class Attempt:
         if self._pulse.cancel.is_set():
             return Outcome("cancelled")
         if self._reason == "time":
-            limit = f"the job ran for {self._limits.total_time:g} s, its time limit"
+            limit = f"the job ran for {self._time_limit:g} s, its time limit"
             return Outcome("failed", limit, error=TimeLimit(f"{limit}; retry it to resume from its last checkpoint"))
         if self._reason == "stall":
-            return self._died(f"the job sent no event for {self._limits.stall:g} s, its stall limit", "stalled")
+            return self._died(f"the job sent no event for {self._stall_limit:g} s, its stall limit", "stalled")
         code = ended.error.code()
         if self._stopping.is_set() or code == STOPPED:
             return Outcome("stopped", "the worker was stopped")

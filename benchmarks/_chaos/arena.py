@@ -1,11 +1,10 @@
-"""The platform as processes that may be killed: each is started again, as ``ethogram up`` does."""
+"""A platform whose processes may be killed: each is started again, as ``ethogram up`` does."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ import redis
 from benchmarks._chaos import points
 from benchmarks._chaos.orphans import Orphans
 from ethogram.client import Client
+from ethogram.platform.process import Child
 from services.artifacts.store import ArtifactStore
 from services.jobs.registry import JobRegistry
 from tests.conftest import free_port
@@ -27,10 +27,13 @@ from tests.postgres_server import PostgresServer, start_postgres
 from tests.redis_server import start_redis
 
 LEASE = 2.0
-WORKERS, GATEWAYS, SLOTS = 2, 2, 2
-# After this a job's process that lost its worker must be gone: it may clean up for three seconds.
+"""Seconds."""
+WORKERS, GATEWAYS = ("worker-0", "worker-1"), ("gateway-0", "gateway-1")
+NAMES = (*WORKERS, *GATEWAYS, "reconciler")
+SLOTS = 2
+# A job's process that lost its worker may clean up for three seconds; after this it must be gone.
 ORPHAN_SECONDS = 8.0
-_MARK = "benchmarks._chaos"
+READY_SECONDS = 60.0
 
 
 class Arena:
@@ -41,90 +44,76 @@ class Arena:
         self._redis_folder = folder / "redis"
         for made in (self.logs, self.faults, self._redis_folder):
             made.mkdir(parents=True)
-        self.file = self.state / "registry.db"
-        """Of SQLite."""
+        self.sqlite_file = self.state / "registry.db"
         self.postgres: PostgresServer | None = start_postgres(folder) if database == "postgresql" else None
-        self.database = self.postgres.url if self.postgres else f"sqlite:///{self.file}"
-        self.redis_port = free_port()
-        self.redis_url = f"redis://127.0.0.1:{self.redis_port}/0"
-        self._redis = start_redis(self.redis_port, self._redis_folder, durable=True)
+        self.database = self.postgres.url if self.postgres else f"sqlite:///{self.sqlite_file}"
+        self._redis_port = free_port()
+        self._redis = start_redis(self._redis_port, self._redis_folder, durable=True)
         self.registry = JobRegistry.open(self.database)
         self.store = ArtifactStore(str(self.state / "store"))
-        self._ports = [free_port() for _ in range(GATEWAYS)]
-        self.clients = [Client(f"http://127.0.0.1:{port}") for port in self._ports]
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        ports = {name: free_port() for name in GATEWAYS}
+        self.clients = [Client(f"http://127.0.0.1:{port}") for port in ports.values()]
+        self._processes = {name: self._process(name, ports.get(name, 0)) for name in NAMES}
         self.started: dict[str, float] = {}
-        """When each was started last."""
-        self._said: dict[str, int] = {}
+        """When each process was last started, on the monotonic clock."""
         self.orphans = Orphans(self.state, ORPHAN_SECONDS)
         self._stopping = threading.Event()
-        for name in self.names:
+        for name in NAMES:
             self._start(name)
         self._keeper = threading.Thread(target=self._keep, daemon=True)
         self._keeper.start()
         self._wait_ready()
 
-    @property
-    def names(self) -> list[str]:
-        """The processes that the arena keeps alive."""
-        workers = [f"worker-{i}" for i in range(WORKERS)]
-        return [*workers, *(f"gateway-{i}" for i in range(GATEWAYS)), "reconciler"]
-
     def pid(self, name: str) -> int:
-        """Of one of them, which lives."""
-        while True:
-            process = self.processes[name]
-            if process.poll() is None:
-                return process.pid
+        """Process id of ``name``, once it lives."""
+        while (pid := self._processes[name].pid) is None:
             time.sleep(0.05)
+        return pid
 
     def kill(self, name: str) -> None:
         """``kill -9``."""
         os.kill(self.pid(name), signal.SIGKILL)
 
-    def children(self, name: str) -> list[psutil.Process]:
-        """The jobs' processes of a worker."""
-        with suppress(psutil.NoSuchProcess):
-            return [child for child in psutil.Process(self.processes[name].pid).children() if _alive(child)]
-        return []
+    def children(self) -> list[psutil.Process]:
+        """The jobs' processes of the workers."""
+        children: list[psutil.Process] = []
+        for pid in (self._processes[worker].pid for worker in WORKERS):
+            with suppress(psutil.NoSuchProcess):
+                children += psutil.Process(pid).children() if pid is not None else []
+        return [child for child in children if _alive(child)]
 
     def restart_redis(self, pause: float, *, empty: bool) -> None:
-        """Kill Redis, and start it ``pause`` seconds later: an empty one, or one that knows what it knew."""
+        """Kill Redis and start it again after ``pause`` seconds, with its data or ``empty``."""
         self._redis.kill()
         self._redis.wait()
         time.sleep(pause)
         if empty:
             shutil.rmtree(self._redis_folder)
             self._redis_folder.mkdir()
-        self._redis = start_redis(self.redis_port, self._redis_folder, durable=True)
+        self._redis = start_redis(self._redis_port, self._redis_folder, durable=True)
 
     def flush_redis(self) -> None:
         """FLUSHALL."""
-        with suppress(redis.RedisError), redis.Redis(port=self.redis_port) as client:
+        with suppress(redis.RedisError), redis.Redis(port=self._redis_port) as client:
             client.flushall()
 
     def ready(self, name: str) -> bool:
-        """Whether the process has said so since it was started last."""
-        said = (self.logs / f"{name}.log").read_bytes()[self._said[name] :]
-        return f"{name.partition('-')[0]} ready".encode() in said
+        """Whether the process has logged that it is ready since it was last started."""
+        return self._processes[name].logged(f"{name.partition('-')[0]} ready")
 
     def close(self) -> int:
-        """End it in order; how many processes of jobs are left."""
+        """End all processes in order; returns how many processes of jobs are left."""
         self._stopping.set()
         self._keeper.join()
-        for process in self.processes.values():
-            process.send_signal(signal.SIGCONT)
+        for process in self._processes.values():
+            if process.pid is not None:
+                os.kill(process.pid, signal.SIGCONT)
             process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for process in self._processes.values():
+            process.finish(time.monotonic() + 20)
         deadline = time.monotonic() + ORPHAN_SECONDS
-        while self.orphans.living() and time.monotonic() < deadline:
+        while (left := self.orphans.living()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        left = self.orphans.living()
         for orphan in left:
             with suppress(psutil.Error):
                 orphan.kill()
@@ -137,82 +126,60 @@ class Arena:
             self.postgres.close()
         return len(left)
 
-    def _start(self, name: str) -> None:
-        kind, _, number = name.partition("-")
+    def _process(self, name: str, port: int) -> Child:
         environment = {
             # The developer's own platform is none of this one's business.
             **{name: value for name, value in os.environ.items() if not name.startswith("ETHOGRAM_")},
             points.VARIABLE: str(self.faults),
-            "REDIS_URL": self.redis_url,
+            "REDIS_URL": f"redis://127.0.0.1:{self._redis_port}/0",
             "ETHOGRAM_STATE": str(self.state),
             "ETHOGRAM_DATABASE_URL": self.database,
+            "ETHOGRAM_PORT": str(port),
             "ETHOGRAM_SLOTS": str(SLOTS),
             "ETHOGRAM_LEASE_SECONDS": str(LEASE),
             "ETHOGRAM_CHECKPOINT_SECONDS": "0.4",
             "ETHOGRAM_GRACE_SECONDS": "3",
-            # Collecting all the time: what is needed must stay, whatever happens meanwhile.
+            # It collects all the time: what is needed must stay, whatever happens meanwhile.
             "ETHOGRAM_GC_GRACE_SECONDS": "2",
             "ETHOGRAM_GC_PERIOD_SECONDS": "1",
         }
-        if kind == "gateway":
-            environment["ETHOGRAM_PORT"] = str(self._ports[int(number)])
-        with (self.logs / f"{name}.log").open("ab") as log:
-            self._said[name] = log.tell()
-            command = [sys.executable, "-m", f"{_MARK}.{kind}", name, "--parent-pipe"]
-            self.processes[name] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
-            )
+        command = [sys.executable, "-m", "benchmarks._chaos.process", name, "--parent-pipe"]
+        return Child(name, command, environment, self.logs / f"{name}.log")
+
+    def _start(self, name: str) -> None:
+        self._processes[name].start()
         self.started[name] = time.monotonic()
 
     def _keep(self) -> None:
         looked = time.monotonic()
         while not self._stopping.wait(0.1):
-            for name in self.names:
-                if self.processes[name].poll() is not None:
-                    stdin = self.processes[name].stdin
-                    assert stdin is not None
-                    stdin.close()
+            for name, process in self._processes.items():
+                if process.exit_code is not None:
                     self._start(name)
             if time.monotonic() - looked > 0.5:
                 looked = time.monotonic()
-                self.orphans.look({process.pid for process in self.processes.values()})
+                self.orphans.look({process.pid for process in self._processes.values()})
 
     def _wait_ready(self) -> None:
-        deadline = time.monotonic() + 60
-        for client in self.clients:
-            wait(lambda client=client: _answers(client), deadline - time.monotonic(), "a gateway")  # type: ignore[misc]
-        for name in ("worker-0", "worker-1", "reconciler"):
-            wait(lambda name=name: self.ready(name), 60, name)  # type: ignore[misc]
+        deadline = time.monotonic() + READY_SECONDS
+        while not all(map(self.ready, NAMES)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the platform was not ready after {READY_SECONDS:.0f} s; its logs: {self.logs}")
+            time.sleep(0.05)
 
 
-def wait(check: Callable[[], object], seconds: float, what: str) -> None:
-    """Until ``check`` holds."""
-    deadline = time.monotonic() + seconds
-    while not check():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:.0f} s in vain for {what}")
-        time.sleep(0.05)
-
-
-def spawn(wrong: list[str], function: Callable[..., None], *words: Any) -> threading.Thread:
-    """``function`` in a thread; should it raise, that is added to ``wrong``."""
+def spawn(errors: list[str], function: Callable[..., None], *arguments: Any) -> threading.Thread:
+    """Run ``function`` in a thread; an exception that it raises is added to ``errors``."""
 
     def guarded() -> None:
         try:
-            function(*words)
+            function(*arguments)
         except Exception as error:
-            wrong.append(f"{function.__name__}: {error!r}")
+            errors.append(f"{function.__name__}: {error!r}")
 
     thread = threading.Thread(target=guarded, daemon=True)
     thread.start()
     return thread
-
-
-def _answers(client: Client) -> bool:
-    try:
-        return bool(client.info())
-    except Exception:
-        return False
 
 
 def _alive(process: psutil.Process) -> bool:

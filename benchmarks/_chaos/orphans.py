@@ -14,11 +14,11 @@ class Orphans:
     """Watches the processes that work in a folder, wherever they hang in the tree of processes."""
 
     def __init__(self, folder: Path, patience: float) -> None:
-        """``patience``: seconds in which who lost its parent may clean up."""
+        """``patience``: seconds that a process without its parent has to clean up."""
         self._folder, self._patience = folder.resolve(), patience
         self._since: dict[int, float] = {}
         self.found: dict[int, str] = {}
-        """Those that stayed longer, by process id."""
+        """Commands of those that stayed longer, by process id."""
 
     def living(self) -> list[psutil.Process]:
         """All processes that work in the folder."""
@@ -29,14 +29,14 @@ class Orphans:
                     found.append(process)
         return found
 
-    def look(self, parents: Container[int]) -> None:
-        """``parents``: process ids of those whose children are none."""
+    def look(self, parents: Container[int | None]) -> None:
+        """Record new orphans. ``parents``: process ids whose children are not orphans."""
         living = self.living()
         children = {process.pid for process in living}
         now, since = time.monotonic(), dict[int, float]()
         for process in living:
             with suppress(psutil.Error):
-                # What a job's process has started is its own to end, as long as it lives.
+                # As long as a job's process lives, it ends what it has started itself.
                 if process.ppid() in parents or process.ppid() in children:
                     continue
                 since[process.pid] = self._since.get(process.pid, now)

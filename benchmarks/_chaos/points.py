@@ -1,4 +1,4 @@
-"""Named points at which a process of the arena dies, or is told that something failed.
+"""Named points at which a process of the arena dies, or one of its calls fails.
 
 The platform has no hooks for faults: the arena's own entry modules wrap its functions. A point is armed by a file of
 its name in the arena's folder of faults; the process that removes the file takes the fault, so each happens once.
@@ -9,14 +9,17 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from services.artifacts.backends import LocalBackend
 
 VARIABLE = "CHAOS_FAULTS"
+"""Environment variable with the folder of faults."""
 
 POINTS = (
     # A worker dies.
@@ -25,7 +28,7 @@ POINTS = (
     "checkpoint uploaded, not committed",
     "before the terminal commit",
     "after the terminal commit",
-    # A gateway, the reconciler, a job's process.
+    # A gateway, the reconciler, or a job's process dies.
     "submission committed, bell not rung",
     "loss recorded, not told",
     "in the middle of an upload",
@@ -41,11 +44,9 @@ POINTS = (
     "child hangs",
 )
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 
 def take(folder: Path, name: str) -> bool:
-    """Whether the point is armed, and this caller the one that takes it."""
+    """Disarm the point; whether it was armed and this caller was the first to disarm it."""
     try:
         (folder / name).unlink()
     except OSError:
@@ -54,40 +55,29 @@ def take(folder: Path, name: str) -> bool:
 
 
 def die() -> None:
-    """As by ``kill -9``."""
+    """End this process as ``kill -9`` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def before(folder: Path, name: str, function: F) -> F:
-    """``function``, but that the process dies before it when the point is armed."""
+def die_at(folder: Path, owner: type, method: str, *, before: str = "", after: str = "") -> None:
+    """Kill the process before or after a call of ``owner.method`` when that point is armed."""
+    function = getattr(owner, method)
 
     @wraps(function)
-    def wrapped(*words: Any, **options: Any) -> Any:
-        if take(folder, name):
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if before and take(folder, before):
             die()
-        return function(*words, **options)
-
-    return wrapped  # type: ignore[return-value]
-
-
-def after(folder: Path, name: str, function: F) -> F:
-    """``function``, but that the process dies after it when the point is armed."""
-
-    @wraps(function)
-    def wrapped(*words: Any, **options: Any) -> Any:
-        answer = function(*words, **options)
-        # An idle worker's claim that found nothing is none.
-        if answer is not None and take(folder, name):
+        answer = function(*arguments, **options)
+        # A claim that finds no job is none.
+        if after and answer is not None and take(folder, after):
             die()
         return answer
 
-    return wrapped  # type: ignore[return-value]
+    setattr(owner, method, wrapped)
 
 
-def full_store(folder: Path, name: str) -> None:
-    """Writes to the artifact store find no space when the point is armed."""
-    from services.artifacts.backends import LocalBackend
-
+def fill_store(folder: Path, name: str) -> None:
+    """Make a write to the artifact store find no space when the point is armed."""
     add = LocalBackend.add
 
     def wrapped(self: Any, source: Path) -> Any:
@@ -98,39 +88,34 @@ def full_store(folder: Path, name: str) -> None:
     LocalBackend.add = wrapped  # type: ignore[method-assign]
 
 
-def failing_database(folder: Path, process: str) -> None:
-    """Write transactions that fail, and such that are committed and then seem to have failed."""
+def fail_database(folder: Path, role: str) -> None:
+    """Make a write transaction fail, or seem to fail after its commit, when those points of ``role`` are armed."""
     from services.jobs.database import Database
 
     write = Database.write
 
     @contextmanager
     def wrapped(self: Database) -> Iterator[Any]:
-        if take(folder, f"{process}: database full"):
+        if take(folder, f"{role}: database full"):
             raise self._unavailable("database or disk is full")
         with write(self) as session:
             yield session
-        if take(folder, f"{process}: answer of a commit lost"):
+        if take(folder, f"{role}: answer of a commit lost"):
             raise self._unavailable("the connection was lost")
 
     Database.write = wrapped  # type: ignore[method-assign]
 
 
-def stepped_clock(folder: Path, process: str) -> None:
-    """A wall clock that is wrong by as many seconds as the file ``clock of PROCESS`` says."""
+def step_clock(folder: Path, name: str) -> None:
+    """Shift the wall clock of process ``name`` by the seconds in the file ``clock of NAME``."""
     from services.jobs import transitions
 
-    said = folder / f"clock of {process}"
+    file = folder / f"clock of {name}"
 
     def now() -> datetime:
         try:
-            return datetime.now(UTC) + timedelta(seconds=float(said.read_text()))
+            return datetime.now(UTC) + timedelta(seconds=float(file.read_text()))
         except (OSError, ValueError):
             return datetime.now(UTC)
 
     transitions.now = now
-
-
-def folder_of_faults() -> Path:
-    """The arena's, as its processes are told."""
-    return Path(os.environ[VARIABLE])

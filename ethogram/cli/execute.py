@@ -36,12 +36,8 @@ def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
         if os.environ.get("ETHOGRAM_DEBUG"):
             raise
         problem = Internal(f"{type(error).__name__}: {error}. This is a defect; ETHOGRAM_DEBUG=1 shows the traceback.")
-    _fail(problem, "--json" in arguments)
-
-
-def _fail(problem: EthogramError, as_json: bool) -> NoReturn:
     output.error(problem)
-    if as_json:
+    if "--json" in arguments:
         violations = [violation._asdict() for violation in problem.violations]
         output.print_json({"error": {"reason": problem.reason, "message": problem.message, "violations": violations}})
     sys.exit(2 if isinstance(problem, InvalidInput) else 1)

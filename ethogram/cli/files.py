@@ -29,7 +29,7 @@ def read_mapping(path: Path | None, what: str) -> dict[str, Any]:
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InvalidInput(f"{path} is no UTF-8 text") from None
+        raise InvalidInput(f"{path} is not UTF-8 text") from None
     value = _load(text, str(path))
     if not isinstance(value, dict):
         found = "is empty" if value is None else f"holds a {_name(value)}"
@@ -46,25 +46,22 @@ def set_values(target: dict[str, Any], assignments: Iterable[str], what: str) ->
         if not equals or not all(names):
             raise InvalidInput(f"--set {assignment}: write PATH=VALUE, e.g. training.steps=500")
         value = plain(_load(text, f"--set {assignment}"), f"{what}.{path}")
-        place: Any = target
+        holder: Any = target
         for depth, name in enumerate(names):
             here = ".".join([what, *names[:depth]])
-            if isinstance(place, list):
-                if not name.isdecimal() or int(name) >= len(place):
-                    raise InvalidInput.field(
-                        f"{here}.{name}", f"{here} is a list of {len(place)}; use its places from 0"
-                    )
-                key: Any = int(name)
-            elif isinstance(place, dict):
-                key = name
-            else:
-                raise InvalidInput.field(here, f"is a {_name(place)}, so {name!r} cannot be set in it")
+            key: Any = name
+            if isinstance(holder, list):
+                if not name.isdecimal() or int(name) >= len(holder):
+                    text = f"{here} is a list of {len(holder)}; number its items from 0"
+                    raise InvalidInput.field(f"{here}.{name}", text)
+                key = int(name)
+            elif not isinstance(holder, dict):
+                raise InvalidInput.field(here, f"is a {_name(holder)}, so {name!r} cannot be set in it")
             if depth == len(names) - 1:
-                place[key] = value
-            else:
-                if isinstance(place, dict) and place.get(key) is None:
-                    place[key] = {}
-                place = place[key]
+                holder[key] = value
+            elif isinstance(holder, dict) and holder.get(key) is None:
+                holder[key] = {}
+            holder = holder[key]
     return target
 
 
@@ -76,16 +73,15 @@ def _load(text: str, source: str) -> Any:
         return YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f", line {mark.line + 1}" if mark is not None else ""
-        raise InvalidInput(f"{source}{place}: {error.problem or error.context or 'this is no YAML'}") from None
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise InvalidInput(f"{source}{line}: {error.problem or error.context or 'this is not YAML'}") from None
     except (YAMLError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{source}: this is no YAML ({str(error).splitlines()[0]})") from None
+        raise InvalidInput(f"{source}: this is not YAML ({str(error).splitlines()[0]})") from None
 
 
 def _name(value: object) -> str:
-    return {list: "list", dict: "mapping", str: "string", bool: "truth value", int: "number", float: "number"}.get(
-        type(value), type(value).__name__
-    )
+    names = {list: "list", dict: "mapping", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), type(value).__name__)
 
 
 def read_spec(

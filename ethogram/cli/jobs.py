@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ethogram.cli.files import read_mapping, set_values
-from ethogram.cli.options import Json, KindName, Limit, Set, Url, Wait, connect, examples, seconds, show_help
-from ethogram.cli.output import console, pairs, print_json, result, table
+from ethogram.cli.options import (
+    Answer,
+    Json,
+    KindName,
+    Limit,
+    Set,
+    Url,
+    Wait,
+    assignment,
+    command,
+    connect,
+    group,
+    seconds,
+)
+from ethogram.cli.output import console, pairs, print_json, table
 from ethogram.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -20,18 +33,19 @@ if TYPE_CHECKING:
 
 top = typer.Typer()
 """Commands without the word jobs."""
-app = typer.Typer(
-    help="List, show, follow, cancel, retry and delete jobs.", invoke_without_command=True, callback=show_help
+app = group(
+    "List, show, follow, cancel, retry and delete jobs.",
+    "ethogram jobs list --state RUNNING",
+    "ethogram jobs watch job_abc",
 )
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.", show_default=False)]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
 
 
-@top.command(
-    epilog=examples(
-        "ethogram submit generation -f zoo.yaml --set subjects=512 --wait",
-        "ethogram submit crossmodal --set zoo.job=job_abc --set zoo.artifact=zoo --label owner=me",
-        "ethogram submit generation --dry-run",
-    )
+@command(
+    top,
+    "ethogram submit generation -f zoo.yaml --set subjects=512 --wait",
+    "ethogram submit crossmodal --set zoo.job=job_abc --set zoo.artifact=zoo --label owner=me",
+    "ethogram submit generation --dry-run",
 )
 def submit(
     kind: KindName,
@@ -40,32 +54,24 @@ def submit(
         Path | None, typer.Option("--file", "-f", metavar="FILE", help="The spec as YAML; - for standard input.")
     ] = None,
     values: Set = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Value of the label `name`, to find the job again.")
-    ] = None,
-    label: Annotated[
-        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Label of the job. Repeatable.")
-    ] = None,
-    priority: Annotated[int, typer.Option("--priority", help="Jobs of higher priority run first.")] = 0,
-    queue: Annotated[str | None, typer.Option("--queue", help="Machine class; by default that of the kind.")] = None,
+    name: Annotated[str | None, typer.Option(help="Value of the label `name`, to find the job again.")] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label of the job. Repeatable.")] = None,
+    priority: Annotated[int, typer.Option(help="Jobs of higher priority run first.")] = 0,
+    queue: Annotated[str | None, typer.Option(help="Machine class; by default that of the kind.")] = None,
     max_attempts: Annotated[
-        int | None,
-        typer.Option("--max-attempts", help="Attempts before a job that crashes or stalls fails.", show_default="3"),
+        int | None, typer.Option(help="Attempts before a job that crashes or stalls fails.", show_default="3")
     ] = None,
     time_limit: Annotated[
         float | None,
         typer.Option(
-            "--time-limit",
             metavar="TIME",
             parser=seconds,
             help="Running time of all attempts after which the job fails: 90, 90s, 30m, 2h, 1d.",
-            show_default=False,
         ),
     ] = None,
     stall_limit: Annotated[
         float | None,
         typer.Option(
-            "--stall-limit",
             metavar="TIME",
             parser=seconds,
             help="Silence after which an attempt is ended and retried; none: never.",
@@ -77,13 +83,12 @@ def submit(
         bool, typer.Option("--dry-run", help="Check the job and print it with every default; queue nothing.")
     ] = False,
     url: Url = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Queue a job. Fields that neither the file nor --set gives have their defaults."""
     from ethogram.transport import SubmitOptions
 
     spec = set_values(read_mapping(file, "spec"), values or (), "spec")
-    labels = _labels(label or ()) | ({"name": name} if name is not None else {})
+    labels = _labels(label) | ({"name": name} if name is not None else {})
     options: SubmitOptions = {
         "priority": priority,
         "queue": queue,
@@ -96,145 +101,141 @@ def submit(
         options["stall_limit_seconds"] = _finite(stall_limit)
     with connect(url) as client:
         if dry_run:
-            print_json(client.dry_run(kind, spec, **options))
-            return
-        job = client.submit(kind, spec, **options)
-        if wait:
-            job = _follow(client, job, name or kind)
-    result(job, as_json, lambda: _show(job) if wait else pairs({"job": job.id, "state": job.state}))
-    if wait:
-        _exit_unless_succeeded([job])
+            checked = client.dry_run(kind, spec, **options)
+            return Answer(checked, lambda: print_json(checked))
+        return _queued(client, client.submit(kind, spec, **options), wait, name or kind)
 
 
-@top.command(epilog=examples("ethogram pipeline examples/main.yaml --set jobs.zoo.spec.subjects=256 --wait"))
+@command(top, "ethogram pipeline examples/main.yaml --set jobs.zoo.spec.subjects=256 --wait")
 def pipeline(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML with `jobs:`, name to kind and spec.")],
     values: Set = None,
     wait: Wait = False,
     url: Url = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Queue several jobs that use each other's outputs: all of them, or none if one is wrong."""
     plan = set_values(read_mapping(file, "pipeline"), values or (), "pipeline")
     jobs = plan.get("jobs")
     if not isinstance(jobs, dict) or set(plan) != {"jobs"}:
         raise InvalidInput(f"{file} must hold `jobs:`, a mapping of names to jobs, and nothing else")
     with connect(url) as client:
-        made = client.pipeline(jobs)
+        queued = client.pipeline(jobs)
         if wait:
-            made = {name: _follow(client, job, name) for name, job in made.items()}
-    rows = [(name, job.id, job.kind, job.state) for name, job in made.items()]
-    result({"jobs": made}, as_json, lambda: table(["Name", "Job", "Kind", "State"], rows))
-    if wait:
-        _exit_unless_succeeded(list(made.values()))
+            queued = {name: _follow(client, job, name) for name, job in queued.items()}
+    rows = [(name, job.id, job.kind, job.state) for name, job in queued.items()]
+    succeeded = all(job.state == "SUCCEEDED" for job in queued.values())
+    return Answer({"jobs": queued}, lambda: table(["Name", "Job", "Kind", "State"], rows), ok=succeeded or not wait)
 
 
-@app.command("list", epilog=examples("ethogram jobs list --kind generation --state FAILED"))
+@command(app, "ethogram jobs list --kind generation --state FAILED", name="list")
 def list_(
+    client: Client,
     *,
-    kind: Annotated[str | None, typer.Option("--kind", help="Only jobs of this kind.")] = None,
-    state: Annotated[str | None, typer.Option("--state", help="Only jobs in this state, e.g. RUNNING.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only jobs of this kind.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only jobs in this state, e.g. RUNNING.")] = None,
     label: Annotated[
-        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Only jobs with this label. Repeatable.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only jobs with this label. Repeatable.")
     ] = None,
-    parent: Annotated[str | None, typer.Option("--parent", metavar="JOB", help="Only child jobs of this job.")] = None,
+    parent: Annotated[str | None, typer.Option(metavar="JOB", help="Only child jobs of this job.")] = None,
     limit: Limit = 20,
-    url: Url = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """List jobs, newest first."""
-    with connect(url) as client:
-        state = state.upper() if state else None
-        jobs = client.jobs(kind=kind, state=state, labels=_labels(label or ()), parent=parent, limit=limit)
+    state = state.upper() if state else None
+    jobs = client.jobs(kind=kind, state=state, labels=_labels(label), parent=parent, limit=limit)
     rows = [(j.id, j.kind, j.name or j.labels.get("name", ""), j.state, _share(j), j.created_at) for j in jobs]
-    result(jobs, as_json, lambda: table(["Job", "Kind", "Name", "State", "Progress", "Created"], rows))
+    return Answer(jobs, lambda: table(["Job", "Kind", "Name", "State", "Progress", "Created"], rows))
 
 
-@app.command(epilog=examples("ethogram jobs get job_abc", "ethogram jobs get job_abc --json | jq .result"))
-def get(id: JobId, url: Url = None, as_json: Json = False) -> None:
+@command(app, "ethogram jobs get job_abc", "ethogram jobs get job_abc --json | jq .result")
+def get(client: Client, id: JobId) -> Answer:
     """Show one job."""
-    with connect(url) as client:
-        job = client.job(id)
-    result(job, as_json, lambda: _show(job))
+    return _shown(client.job(id))
 
 
-@app.command(epilog=examples("ethogram jobs watch job_abc", "ethogram jobs watch job_abc --json | jq .type"))
-def watch(id: JobId, url: Url = None, as_json: Json = False) -> None:
+@command(app, "ethogram jobs watch job_abc", "ethogram jobs watch job_abc --json | jq .type")
+def watch(client: Client, id: JobId, as_json: Json = False) -> None:
     """Follow a job to its end; exit code 1 unless it succeeds. With --json, print one event per line."""
-    with connect(url) as client:
-        if as_json:
-            job = client.wait(id, on_event=lambda event: print_json(event, indent=None))
-        else:
-            first = client.job(id)
-            job = _follow(client, first, first.labels.get("name") or first.kind)
-            _show(job)
-    _exit_unless_succeeded([job])
+    if as_json:
+        job = client.wait(id, on_event=lambda event: print_json(event, indent=None))
+    else:
+        first = client.job(id)
+        job = _follow(client, first, first.labels.get("name") or first.kind)
+        _shown(job).show()
+    if job.state != "SUCCEEDED":
+        raise typer.Exit(1)
 
 
-@app.command(epilog=examples("ethogram jobs logs job_abc", "ethogram jobs logs job_abc --follow --tail 20"))
+@command(app, "ethogram jobs logs job_abc", "ethogram jobs logs job_abc --follow --tail 20")
 def logs(
+    client: Client,
     id: JobId,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow until the job ends.")] = False,
     tail: Annotated[
         int | None, typer.Option("--tail", "-n", min=0, metavar="N", help="Begin with the last N lines.")
     ] = None,
-    url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Print the log of a job."""
     out = console()
 
     def show(event: Event) -> None:
+        if event.type != "log":
+            return
         if as_json:
             print_json(event, indent=None)
         else:
             time = event.time.astimezone().strftime("%H:%M:%S") if event.time else ""
             out.print(f"{time} {event.data.get('level', 'info'):<7} {event.data.get('message', '')}")
 
-    with connect(url) as client:
-        after = 0
-        if tail is not None:
-            last: deque[Event] = deque(maxlen=tail)
-            for event in client.events(id, follow=False):
-                after = event.seq or after
-                if event.type == "log":
-                    last.append(event)
-            for event in last:
-                show(event)
-        if follow or tail is None:
-            for event in client.events(id, after=after, follow=follow):
-                if event.type == "log":
-                    show(event)
+    after = 0
+    if tail is not None:
+        last: deque[Event] = deque(maxlen=tail)
+        for event in client.events(id, follow=False):
+            after = event.seq or after
+            if event.type == "log":
+                last.append(event)
+        for event in last:
+            show(event)
+    if follow or tail is None:
+        for event in client.events(id, after=after, follow=follow):
+            show(event)
 
 
-@app.command(epilog=examples("ethogram jobs cancel job_abc"))
-def cancel(id: JobId, url: Url = None, as_json: Json = False) -> None:
+@command(app, "ethogram jobs cancel job_abc")
+def cancel(client: Client, id: JobId) -> Answer:
     """Cancel a job."""
-    with connect(url) as client:
-        job = client.cancel(id)
-    result(job, as_json, lambda: pairs({"job": job.id, "state": job.state}))
+    return _shown(client.cancel(id), brief=True)
 
 
-@app.command(epilog=examples("ethogram jobs retry job_abc --wait", "ethogram jobs retry job_abc --from-start"))
+@command(app, "ethogram jobs retry job_abc --wait", "ethogram jobs retry job_abc --from-start")
 def retry(
+    client: Client,
     id: JobId,
     from_start: Annotated[bool, typer.Option("--from-start", help="Ignore the last checkpoint.")] = False,
     wait: Wait = False,
-    url: Url = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Queue a failed or cancelled job again; it resumes from its last checkpoint."""
-    with connect(url) as client:
-        job = client.retry(id, from_start=from_start)
-        if wait:
-            job = _follow(client, job, job.labels.get("name") or job.kind)
-    result(job, as_json, lambda: _show(job) if wait else pairs({"job": job.id, "state": job.state}))
-    if wait:
-        _exit_unless_succeeded([job])
+    job = client.retry(id, from_start=from_start)
+    return _queued(client, job, wait, job.labels.get("name") or job.kind)
+
+
+@command(app, "ethogram jobs rm job_abc")
+def rm(client: Client, id: JobId) -> Answer:
+    """Delete a job that has ended, with its events, outputs and child jobs; published outputs stay."""
+    client.delete_job(id)
+    return Answer({"deleted": id}, lambda: pairs({"deleted": id}))
 
 
 def _finite(seconds: float) -> float | None:
     return seconds if math.isfinite(seconds) else None
+
+
+def _queued(client: Client, job: Job, wait: bool, name: str) -> Answer:
+    """A job that was queued just now, or with ``wait`` has been followed to its end."""
+    if not wait:
+        return _shown(job, brief=True)
+    job = _follow(client, job, name)
+    return _shown(job)._replace(ok=job.state == "SUCCEEDED")
 
 
 def _follow(client: Client, job: Job, name: str) -> Job:
@@ -247,18 +248,10 @@ def _follow(client: Client, job: Job, name: str) -> Job:
     return client.job(job.id)
 
 
-def _exit_unless_succeeded(jobs: list[Job]) -> None:
-    if any(job.state != "SUCCEEDED" for job in jobs):
-        raise typer.Exit(1)
-
-
-def _show(job: Job) -> None:
-    error: dict[str, Any] = job.error or {}
-    pairs(
-        {
-            "job": job.id,
-            "kind": job.kind,
-            "state": job.state,
+def _shown(job: Job, brief: bool = False) -> Answer:
+    fields: dict[str, object] = {"job": job.id, "kind": "" if brief else job.kind, "state": job.state}
+    if not brief:
+        fields |= {
             "labels": " ".join(f"{key}={value}" for key, value in job.labels.items()),
             "queue": job.queue,
             "part of": f"{job.parent} ({job.name})" if job.parent else "",
@@ -273,9 +266,9 @@ def _show(job: Job) -> None:
             "spec": job.spec,
             "inputs": job.inputs,
             "result": job.result,
-            "error": error.get("message", ""),
+            "error": (job.error or {}).get("message", ""),
         }
-    )
+    return Answer(job, lambda: pairs(fields))
 
 
 def _share(job: Job) -> str:
@@ -285,19 +278,5 @@ def _share(job: Job) -> str:
     return f"{at.get('stage', '')} {at.get('done', 0)}/{at.get('total', 0)} {at.get('unit', '')}".strip()
 
 
-def _labels(given: list[str] | tuple[()]) -> dict[str, str]:
-    labels = {}
-    for item in given:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise InvalidInput(f"--label {item}: write KEY=VALUE, e.g. owner=me")
-        labels[key] = value
-    return labels
-
-
-@app.command(epilog=examples("ethogram jobs rm job_abc"))
-def rm(id: JobId, url: Url = None, as_json: Json = False) -> None:
-    """Delete a job that has ended, with its events, outputs and child jobs; published outputs stay."""
-    with connect(url) as client:
-        client.delete_job(id)
-    result({"deleted": id}, as_json, lambda: pairs({"deleted": id}))
+def _labels(given: list[str] | None) -> dict[str, str]:
+    return dict(assignment("--label", pair, "KEY=VALUE", empty=True) for pair in given or ())

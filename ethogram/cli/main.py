@@ -40,15 +40,11 @@ def _root(
     show_help(context)
 
 
-for commands in (local.app, platform.app, jobs.top):
+for commands in (local.app, platform.app, jobs.top, networks.app):
     app.add_typer(commands)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(artifacts.models, name="models")
-app.command(epilog=networks.encode_examples)(networks.encode)
-app.command(epilog=networks.steer_examples)(networks.steer)
-app.command(epilog=networks.decode_examples)(networks.decode)
-app.command(epilog=networks.evaluate_examples)(networks.evaluate)
 
 
 def run(arguments: list[str] | None = None) -> None:

@@ -14,48 +14,44 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ethogram.cli.options import Json, Output, Url, Version, connect, examples
+from ethogram.cli.options import Answer, Output, Url, Version, assignment, command, connect
+from ethogram.cli.output import say, table
+from ethogram.errors import InvalidInput
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ethogram.client import Client
     from ethogram.inference import Effect, Inference, Steered
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A published model.", show_default=False)]
-NetworksFile = Annotated[
-    Path, typer.Argument(metavar="NETWORKS", help="A safetensors file of networks.", show_default=False)
-]
+app = typer.Typer()
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A published model.")]
+NetworksFile = Annotated[Path, typer.Argument(metavar="NETWORKS", help="A safetensors file of networks.")]
 Activation = Annotated[
-    str | None,
-    typer.Option("--activation", help="Activation of the hidden layers, if the model knows this shape with several."),
+    str | None, typer.Option(help="Activation of the hidden layers, if the model knows this shape with several.")
 ]
 
 
+@command(app, "ethogram encode my-codec networks.safetensors -o latents.safetensors")
 def encode(
+    client: Client,
     model: ModelName,
     networks: NetworksFile,
     *,
     activation: Activation = None,
     output: Output = Path("latents.safetensors"),
     version: Version = None,
-    url: Url = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Encode networks to latents."""
-    with _inference(url) as inference:
+    with client.inference() as inference:
         answer = inference.encode(model, networks, activation=activation, version=version)
-    _write(output, {"latents": answer.latents}, as_json, model=answer.model, version=answer.version)
+    return _written(output, {"latents": answer.latents}, model=answer.model, version=answer.version)
 
 
-encode_examples = examples("ethogram encode my-codec networks.safetensors -o latents.safetensors")
-
-
+@command(app, "ethogram decode my-codec latents.safetensors -o networks.safetensors")
 def decode(
     model: ModelName,
-    latents: Annotated[
-        Path,
-        typer.Argument(metavar="LATENTS", help="A safetensors file with the tensor `latents`.", show_default=False),
-    ],
+    latents: Annotated[Path, typer.Argument(metavar="LATENTS", help="A safetensors file with the tensor `latents`.")],
     *,
     output: Output = Path("networks.safetensors"),
     hidden: Annotated[
@@ -65,81 +61,59 @@ def decode(
     activation: Activation = None,
     version: Version = None,
     url: Url = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Decode latents to networks."""
-    from ethogram.errors import InvalidInput
     from ethogram.networks import load
 
     tensors = load(latents)
     if "latents" not in tensors:
         raise InvalidInput(f"{latents} has no tensor `latents`; it has: {', '.join(sorted(tensors)) or 'none'}")
-    with _inference(url) as inference:
-        answer = inference.decode(
-            model, tensors["latents"], hidden=_widths(hidden), activation=activation, version=version
-        )
-    _write(output, answer.networks, as_json, model=answer.model, version=answer.version)
-
-
-def _widths(text: str | None) -> list[int]:
-    from ethogram.errors import InvalidInput
-
     try:
-        return [int(part) for part in text.split(",")] if text else []
+        widths = [int(width) for width in hidden.split(",")] if hidden else []
     except ValueError:
-        raise InvalidInput.field("--hidden", f"{text} is not a list of widths such as 16,16") from None
+        raise InvalidInput.field("--hidden", f"{hidden} is not a list of widths such as 16,16") from None
+    with _inference(url) as inference:
+        answer = inference.decode(model, tensors["latents"], hidden=widths, activation=activation, version=version)
+    return _written(output, answer.networks, model=answer.model, version=answer.version)
 
 
-decode_examples = examples("ethogram decode my-codec latents.safetensors -o networks.safetensors")
-
-
+@command(
+    app,
+    "ethogram steer my-codec networks.safetensors --add palindrome -o steered.safetensors",
+    "ethogram steer my-codec networks.safetensors --remove 'ends_with(C)' --add palindrome",
+    "ethogram steer my-codec mine.safetensors --replace palindrome=has_majority --strength auto --report effect.html",
+)
 def steer(
     model: ModelName,
     networks: NetworksFile,
     *,
     output: Output = Path("steered.safetensors"),
-    add: Annotated[
-        list[str] | None, typer.Option("--add", metavar="BEHAVIOR", help="Add a behaviour. Repeatable.")
-    ] = None,
+    add: Annotated[list[str] | None, typer.Option(metavar="BEHAVIOR", help="Add a behaviour. Repeatable.")] = None,
     remove: Annotated[
-        list[str] | None, typer.Option("--remove", metavar="BEHAVIOR", help="Remove a behaviour. Repeatable.")
+        list[str] | None, typer.Option(metavar="BEHAVIOR", help="Remove a behaviour. Repeatable.")
     ] = None,
     replace: Annotated[
-        list[str] | None,
-        typer.Option("--replace", metavar="OLD=NEW", help="Replace one behaviour by another. Repeatable."),
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="Replace one behaviour by another. Repeatable.")
     ] = None,
     direct: Annotated[
         bool, typer.Option("--direct", help="Write the decoded weights instead of adding their change to the source.")
     ] = False,
     strength: Annotated[
-        str,
-        typer.Option(
-            "--strength",
-            help="Scale of the edit: 1 as in training; auto: the best for each network.",
-        ),
+        str, typer.Option(help="Scale of the edit: 1 as in training; auto: the best for each network.")
     ] = "1",
-    direction: Annotated[
-        str, typer.Option("--direction", help="learned, mean_difference or classifier_normal.")
-    ] = "learned",
+    direction: Annotated[str, typer.Option(help="learned, mean_difference or classifier_normal.")] = "learned",
     report: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="FILE", help="Write an HTML report of the predicted and the measured effect."),
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML report of the predicted and the measured effect.")
     ] = None,
     activation: Activation = None,
     version: Version = None,
     url: Url = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Change the behaviours of networks, and write the changed networks."""
-    from ethogram.errors import InvalidInput
     from ethogram.specs.edits import Edit
 
     edits = [Edit("add", name) for name in add or ()] + [Edit("remove", name) for name in remove or ()]
-    for pair in replace or ():
-        old, sign, new = pair.partition("=")
-        if not sign or not new:
-            raise InvalidInput.field("--replace", f"{pair} is not of the form OLD=NEW")
-        edits.append(Edit("replace", old, new))
+    edits += [Edit("replace", *assignment("--replace", pair, "OLD=NEW")) for pair in replace or ()]
     if not edits:
         raise InvalidInput(
             "name what to change with --add BEHAVIOR, --remove BEHAVIOR or --replace OLD=NEW; `ethogram models "
@@ -163,60 +137,33 @@ def steer(
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text(effect_page(effect, edits, str(networks)))
             measured = summary(effect)
-    _write(output, answer.networks, as_json, model=answer.model, version=answer.version, **measured)
+    return _written(output, answer.networks, model=answer.model, version=answer.version, **measured)
 
 
 def _strength(text: str) -> float | str:
-    from ethogram.errors import InvalidInput
-
     try:
         return text if text == "auto" else float(text)
     except ValueError:
         raise InvalidInput.field("--strength", f"{text} is neither a number nor auto") from None
 
 
-steer_examples = examples(
-    "ethogram steer my-codec networks.safetensors --add palindrome -o steered.safetensors",
-    "ethogram steer my-codec networks.safetensors --remove 'ends_with(C)' --add palindrome",
-    "ethogram steer my-codec mine.safetensors --replace palindrome=has_majority --strength auto --report effect.html",
-)
-
-
+@command(app, "ethogram evaluate my-codec steered.safetensors", "ethogram evaluate my-codec n.safetensors --json")
 def evaluate(
-    model: ModelName,
-    networks: NetworksFile,
-    *,
-    activation: Activation = None,
-    version: Version = None,
-    url: Url = None,
-    as_json: Json = False,
-) -> None:
+    client: Client, model: ModelName, networks: NetworksFile, *, activation: Activation = None, version: Version = None
+) -> Answer:
     """Run networks on held-out sequences and print their recall of each behaviour."""
-    from ethogram.cli.output import result, table
-
-    with _inference(url) as inference:
+    with client.inference() as inference:
         answer = inference.evaluate(model, networks, activation=activation, version=version)
-    value = {
-        "behaviors": answer.behaviors,
+    value = answer._asdict() | {
         "recall": answer.recall.tolist(),
         "false_positive_rate": answer.false_positive_rate.tolist(),
-        "model": answer.model,
-        "version": answer.version,
     }
     # A batch is shown by its mean; a single network has no batch axis.
     recall = answer.recall.reshape(-1, len(answer.behaviors))
     rows = [(name, float(share)) for name, share in zip(answer.behaviors, recall.mean(axis=0), strict=True)]
     rows.append(("none of them", float(answer.false_positive_rate.mean())))
     columns = ["Sequences with", "Answered yes" if len(recall) == 1 else f"Answered yes, mean of {len(recall)}"]
-    result(value, as_json, lambda: table(columns, rows))
-
-
-evaluate_examples = examples(
-    "ethogram evaluate my-codec steered.safetensors", "ethogram evaluate my-codec n.safetensors --json"
-)
-
-
-_EFFECT = ("target", "local", "nothing_to_change", "strength")
+    return Answer(value, lambda: table(columns, rows))
 
 
 @contextmanager
@@ -225,8 +172,7 @@ def _inference(url: str | None) -> Iterator[Inference]:
         yield inference
 
 
-def _write(path: Path, tensors: Mapping[str, NDArray[Any]], as_json: bool, **more: Any) -> None:
-    from ethogram.cli.output import result, say
+def _written(path: Path, tensors: Mapping[str, NDArray[Any]], **more: Any) -> Answer:
     from ethogram.networks import save
 
     save(path, tensors)
@@ -235,8 +181,9 @@ def _write(path: Path, tensors: Mapping[str, NDArray[Any]], as_json: bool, **mor
     if "local" in more:
         strength = more["strength"]
         shown = more | ({"strength": _range(strength)} if isinstance(strength, list) else {})
-        lines.append("; ".join(f"{name.replace('_', ' ')}: {shown[name]}" for name in _EFFECT))
-    result(value, as_json, lambda: say("\n".join(lines)))
+        names = ("target", "local", "nothing_to_change", "strength")
+        lines.append("; ".join(f"{name.replace('_', ' ')}: {shown[name]}" for name in names))
+    return Answer(value, lambda: say("\n".join(lines)))
 
 
 def _range(strengths: Sequence[float]) -> str:

@@ -1,18 +1,24 @@
-"""Options that several commands share."""
+"""Options that several commands share, and how commands are declared."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
+from ethogram.cli.output import result
 from ethogram.errors import InvalidInput
 
 if TYPE_CHECKING:
     from ethogram.client import Client
+    from ethogram.specs.base import HubSpec
 
 # Shorter than the SDK's: someone waits at the terminal.
 _RETRY_SECONDS = 5.0
@@ -21,20 +27,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, an
 Url = Annotated[
     str | None,
     typer.Option(
-        "--url",
-        metavar="URL",
-        help="URL of the platform; by default ETHOGRAM_URL, else the one that runs in ETHOGRAM_STATE.",
-        show_default=False,
+        metavar="URL", help="URL of the platform; by default ETHOGRAM_URL, else the one that runs in ETHOGRAM_STATE."
     ),
 ]
 State = Annotated[
     str | None,
-    typer.Option(
-        "--state",
-        metavar="DIR",
-        help="Folder of the platform's state; by default ETHOGRAM_STATE, else runs/state.",
-        show_default=False,
-    ),
+    typer.Option(metavar="DIR", help="Folder of the platform's state; by default ETHOGRAM_STATE, else runs/state."),
 ]
 Set = Annotated[
     list[str] | None,
@@ -42,49 +40,34 @@ Set = Annotated[
         "--set", metavar="PATH=VALUE", help="Set one value, e.g. training.steps=500; read as YAML. Repeatable."
     ),
 ]
-KindName = Annotated[str, typer.Argument(metavar="KIND", help="See `ethogram kinds`.", show_default=False)]
+KindName = Annotated[str, typer.Argument(metavar="KIND", help="See `ethogram kinds`.")]
 SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
 
 
 def new_path(path: Path | None) -> Path | None:
     """Callback of an option: refuse a path that exists."""
     if path is not None and path.exists():
-        raise InvalidInput.field("--output", f"{path} is there already; name another one")
+        raise InvalidInput.field("--output", f"{path} exists already; name another folder or file")
     return path
 
 
 Out = Annotated[
     Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        help="Folder of the run: artifacts, report, metrics, checkpoint.",
-        show_default=False,
-    ),
+    typer.Option("--output", "-o", metavar="DIR", help="Folder of the run: artifacts, report, metrics, checkpoint."),
 ]
 NewFolder = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        help="Folder to write; it must not exist.",
-        callback=new_path,
-        show_default=False,
-    ),
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not exist.", callback=new_path)
 ]
-Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")
-]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")]
 ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="Show at most this many, newest first.")]
+Limit = Annotated[int, typer.Option(min=1, help="Show at most this many, newest first.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Follow the job to its end; exit code 1 when it fails.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")]
-Version = Annotated[
-    str | None, typer.Option("--version", metavar="VERSION", help="Version of the model; by default the latest.")
-]
+Version = Annotated[str | None, typer.Option(metavar="VERSION", help="Version of the model; by default the latest.")]
 
+Public = Annotated[bool, typer.Option("--public", help="Create it as a public repository.")]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -93,10 +76,19 @@ def seconds(text: str) -> float:
     """Seconds of a time limit such as 90, 30m or none (infinity)."""
     if text == "none":
         return math.inf
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    if found is None or float(found[1]) == 0:
-        raise typer.BadParameter(f"{text!r} is no time; write 90, 90s, 30m, 2h, 1d or none")
-    return float(found[1]) * _SECONDS[found[2]]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if match is None or float(match[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is not a time; write 90, 90s, 30m, 2h, 1d or none")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def assignment(option: str, text: str, form: str, *, empty: bool = False) -> tuple[str, str]:
+    """Both sides of ``text``, the value of ``option``, which must look like ``form``, e.g. OLD=NEW. ``empty``: whether
+    the right side may be."""
+    name, equals, value = text.partition("=")
+    if not name or not equals or not (value or empty):
+        raise InvalidInput.field(option, f"{text} is not of the form {form}")
+    return name, value
 
 
 def connect(url: str | None) -> Client:
@@ -106,9 +98,77 @@ def connect(url: str | None) -> Client:
     return Client(url, retry_seconds=_RETRY_SECONDS)
 
 
+def hub_spec(repo: str, public: bool, field: str) -> HubSpec:
+    """The upload to ``repo``, which the user named as ``field``."""
+    from pydantic import ValidationError
+
+    from ethogram.specs.base import HubSpec
+
+    try:
+        return HubSpec(repo=repo, private=not public)
+    except ValidationError:
+        raise InvalidInput.field(field, f"{repo} is not a name that the Hub allows, e.g. me/my-model") from None
+
+
 def examples(*lines: str) -> str:
     """The examples at the end of a command's help."""
     return "Examples:\n\n" + "\n\n".join(f"  $ {line}" for line in lines)
+
+
+class Answer(NamedTuple):
+    """The result of a command."""
+
+    value: object
+    """Printed with --json."""
+    show: Callable[[], None]
+    """Prints it for people otherwise."""
+    ok: bool = True
+    """Whether the command leaves with exit code 0, not 1."""
+
+
+def command(app: typer.Typer, *lines: str, name: str | None = None) -> Callable[[F], F]:
+    """Decorator: a command of ``app``, named and documented as the function, which takes the command's options and
+    returns an :class:`Answer`, or None when it has printed all. ``lines``: examples. The command has --json besides;
+    where the function takes a ``client``, --url, and the function gets a client of that platform."""
+
+    def decorate(function: F) -> F:
+        own = inspect.signature(function, eval_str=True, locals={"Client": object}).parameters
+        shared = inspect.signature(_shared, eval_str=True).parameters
+        wanted = shared if "client" in own else {"as_json": shared["as_json"]}
+
+        @wraps(function)
+        def run(**given: Any) -> None:
+            options = {name: given[name] for name in own if name != "client"}
+            with connect(given["url"]) if "client" in own else nullcontext() as client:
+                answer = function(**options, **({"client": client} if "client" in own else {}))
+            if answer is not None:
+                result(answer.value, given["as_json"], answer.show)
+                if not answer.ok:
+                    raise typer.Exit(1)
+
+        ours = [parameter for name, parameter in own.items() if name not in (*wanted, "client")]
+        declare(app, run, [*ours, *wanted.values()], lines, name)
+        return function
+
+    return decorate
+
+
+def _shared(url: Url = None, as_json: Json = False) -> None:
+    """The options of every command that asks a platform."""
+
+
+def declare(
+    app: typer.Typer,
+    command: Callable[..., None],
+    parameters: Iterable[inspect.Parameter],
+    lines: Iterable[str],
+    name: str | None = None,
+) -> None:
+    """Make ``command`` a command of ``app`` with these ``parameters``, which it takes by name."""
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    command.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in keywords}
+    app.command(name, epilog=examples(*lines))(command)
 
 
 def show_help(context: typer.Context) -> None:
@@ -117,8 +177,13 @@ def show_help(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-def system_app(name: str, text: str) -> typer.Typer:
-    """The commands of a system, ``python -m services.<name>``; ``text``: its help."""
+def group(text: str, *lines: str) -> typer.Typer:
+    """Commands below a word; ``text``: their help; ``lines``: examples."""
+    return typer.Typer(help=text, invoke_without_command=True, callback=show_help, epilog=examples(*lines))
+
+
+def system_app(name: str, text: str, *lines: str) -> typer.Typer:
+    """The commands of a system, ``python -m services.<name>``; ``text``: its help; ``lines``: examples."""
     return typer.Typer(
         name=name,
         rich_markup_mode="markdown",
@@ -131,4 +196,5 @@ def system_app(name: str, text: str) -> typer.Typer:
         callback=show_help,
         invoke_without_command=True,
         help=text,
+        epilog=examples(*lines),
     )

@@ -30,20 +30,14 @@ def console(stderr: bool = False) -> Console:
 
 def dump(value: object) -> Any:
     """``value`` with every resource in it as plain data."""
-    from pydantic import BaseModel
+    from pydantic_core import to_jsonable_python
 
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", by_alias=True)
-    if isinstance(value, Mapping):
-        return {key: dump(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [dump(item) for item in value]
-    return value
+    return to_jsonable_python(value, by_alias=True, fallback=str)
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:
     """Print ``value`` as JSON on standard output."""
-    sys.stdout.write(json.dumps(dump(value), indent=indent, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(dump(value), indent=indent, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 
@@ -63,12 +57,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
 
     cells = [[_cell(value) for value in row] for row in rows]
     numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
-    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for name, right in zip(columns, numeric, strict=True):
-        made.add_column(name, justify="right" if right else "left", no_wrap=name.lower() in ("id", "job", "artifact"))
+        grid.add_column(name, justify="right" if right else "left", no_wrap=name.lower() in ("id", "job", "artifact"))
     for row in cells:
-        made.add_row(*(Text(cell) for cell in row))
-    console().print(made)
+        grid.add_row(*(Text(cell) for cell in row))
+    console().print(grid)
 
 
 def figures(values: Mapping[str, Any]) -> None:
@@ -116,7 +110,7 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, Mapping | list | tuple):
-        return json.dumps(dump(value), ensure_ascii=False, default=str)
+        return json.dumps(dump(value), ensure_ascii=False)
     return str(value)
 
 

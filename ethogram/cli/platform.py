@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ethogram.cli.options import Json, State, connect, examples
-from ethogram.cli.output import console, pairs, print_json, result, say, table
+from ethogram.cli.options import Answer, Json, State, command, connect, examples
+from ethogram.cli.output import console, pairs, print_json, say, table
 from ethogram.errors import EthogramError, NotFound
-from ethogram.platform import defaults
+from ethogram.platform.state import PORT, StateDir
 
 app = typer.Typer()
 
@@ -18,9 +18,7 @@ app = typer.Typer()
 @app.command(epilog=examples("ethogram up", "ethogram up --state ~/zoos --port 9000", "ethogram up --port 0 --json"))
 def up(
     state: State = None,
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Port of the gateway; 0: any free one.")
-    ] = defaults.PORT,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the gateway; 0: any free one.")] = PORT,
     as_json: Json = False,
 ) -> None:
     """Run the whole platform on this machine until Ctrl-C."""
@@ -28,7 +26,6 @@ def up(
     import threading
 
     from ethogram.platform.stack import Platform
-    from ethogram.platform.state import StateDir
 
     platform = Platform(StateDir.find(state), port=port, say=say)
     leave = threading.Event()
@@ -73,7 +70,7 @@ def up(
 @app.command(epilog=examples("ethogram demo --quick", "ethogram demo --output runs/demo --fresh"))
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Use small sizes; takes about a minute.")] = False,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the report.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the report.")] = Path("runs/demo"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore earlier results.")] = False,
     state: State = None,
     as_json: Json = False,
@@ -89,36 +86,31 @@ def demo(
         print_json(report)
 
 
-@app.command(epilog=examples("ethogram doctor", "ethogram doctor --json"))
-def doctor(state: State = None, as_json: Json = False) -> None:
+@command(app, "ethogram doctor", "ethogram doctor --json")
+def doctor(state: State = None) -> Answer:
     """Check this machine for what the platform needs, and say what to do; exit code 1 if something is missing."""
     from ethogram.platform.doctor import examine
-    from ethogram.platform.state import StateDir
 
     findings = examine(StateDir.find(state))
 
     def show() -> None:
         out = console()
         for finding in findings:
-            mark, style = ("ok", "green") if finding.ok else ("no", "bold red")
-            out.print(f"{mark}  {finding.name:<8} {finding.found}", style=style if not finding.ok else "")
+            mark, style = ("ok", "") if finding.ok else ("no", "bold red")
+            out.print(f"{mark}  {finding.name:<8} {finding.found}", style=style)
             if not finding.ok:
                 out.print(f"             {finding.advice}")
 
-    result([finding._asdict() for finding in findings], as_json, show)
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(1)
+    return Answer([finding._asdict() for finding in findings], show, ok=all(finding.ok for finding in findings))
 
 
-@app.command(epilog=examples("ethogram kinds", "ethogram kinds generation", "ethogram kinds generation --json"))
+@command(app, "ethogram kinds", "ethogram kinds generation", "ethogram kinds generation --json")
 def kinds(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="Show the fields of this kind's spec.")] = None,
     url: Annotated[
-        str | None,
-        typer.Option("--url", metavar="URL", help="Ask the platform at this URL, which may be of another version."),
+        str | None, typer.Option(metavar="URL", help="Ask the platform at this URL, which may be of another version.")
     ] = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """List the kinds of jobs, or the fields of one kind's spec with their bounds, defaults and meaning. No platform is
     needed."""
     from ethogram.resources import Kind
@@ -127,19 +119,18 @@ def kinds(
     if url is None:
         from ethogram.specs.kinds import KINDS
 
-        found = [
-            Kind(name=one.name, summary=one.summary, queue=one.queue, schema=one.spec.model_json_schema())
-            for one in KINDS.values()
+        kinds = [
+            Kind(name=kind.name, summary=kind.summary, queue=kind.queue, schema=kind.spec.model_json_schema())
+            for kind in KINDS.values()
         ]
     else:
         with connect(url) as client:
-            found = client.kinds()
+            kinds = client.kinds()
     if kind is None:
-        rows = [(item.name, item.queue, item.summary) for item in found]
-        result(found, as_json, lambda: table(["Kind", "Queue", "Summary"], rows))
-        return
-    chosen = next((item for item in found if item.name == kind), None)
+        rows = [(known.name, known.queue, known.summary) for known in kinds]
+        return Answer(kinds, lambda: table(["Kind", "Queue", "Summary"], rows))
+    chosen = next((known for known in kinds if known.name == kind), None)
     if chosen is None:
-        raise NotFound(f"there is no kind {kind!r}; there are: {', '.join(item.name for item in found)}")
+        raise NotFound(f"there is no kind {kind!r}; there are: {', '.join(known.name for known in kinds)}")
     described = fields(chosen.spec_schema)
-    result(chosen, as_json, lambda: table(["Field", "Type", "Default", "Meaning"], described))
+    return Answer(chosen, lambda: table(["Field", "Type", "Default", "Meaning"], described))

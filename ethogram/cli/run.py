@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ethogram.cli.files import read_spec
-from ethogram.cli.options import Device, Json, KindName, Out, Set, SpecFile, examples
+from ethogram.cli.options import Device, Json, KindName, Out, Set, SpecFile, assignment, declare, examples
 from ethogram.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """Run a job of any kind in this process, without a platform.
 
-    This takes a server install. A checkpoint is kept every half minute and on Ctrl-C, and the same command resumes from
+    This needs a server install. A checkpoint is kept every half minute and on Ctrl-C, and the same command resumes from
     it. A finished run and a run of another spec are never overwritten. An input is an artifact's file or folder, or the
     folder of the run that made it. Under torchrun, each process trains on its share of every batch.
     """
@@ -84,9 +84,7 @@ def run(
         raise InvalidInput.field("KIND", f"there is no kind {kind!r}; there are: {', '.join(KINDS)}")
     inputs: dict[str, Path] = {}
     for given in input or ():
-        name, equals, path = given.partition("=")
-        if not equals or not path:
-            raise InvalidInput.field("--input", f"{given}: write NAME=PATH, e.g. zoo=my-zoo")
+        name, path = assignment("--input", given, "NAME=PATH, e.g. zoo=my-zoo")
         if name not in KINDS[kind].inputs:
             names = ", ".join(KINDS[kind].inputs) or "none"
             raise InvalidInput.field("--input", f"{kind} has no input {name!r}; its inputs: {names}")
@@ -111,22 +109,19 @@ def run_command(
     path. ``lines``: examples. ``show``: prints the result."""
 
     def decorate(function: Callable[..., Request]) -> Callable[..., Request]:
-        own = inspect.signature(function, eval_str=True).parameters
+        parameters = inspect.signature(function, eval_str=True).parameters
         shared = inspect.signature(_shared, eval_str=True).parameters
         paths = {path.replace(".", "_"): path for path in flags}
         options = [inspect.Parameter(name, _KEYWORD, default=None, annotation=flags[paths[name]]) for name in paths]
 
         @wraps(function)
         def command(**given: Any) -> None:
-            request = function(**{name: given[name] for name in own})
+            request = function(**{name: given[name] for name in parameters})
             values = {path: given[name] for name, path in paths.items()} | dict(request.values)
             _run(kind, request._replace(values=values), **{name: given[name] for name in shared}, show=show)
 
-        parameters = [*own.values(), *options, *(shared[name] for name in shared if name not in own)]
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [parameter.replace(kind=_KEYWORD) for parameter in parameters]
-        )
-        app.command(epilog=examples(*lines))(command)
+        rest = [shared[name] for name in shared if name not in parameters]
+        declare(app, command, [*parameters.values(), *options, *rest], lines)
         return function
 
     return decorate

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _FIRST_DELAY, _LAST_DELAY = 0.5, 30.0
@@ -19,7 +20,7 @@ MAX_LOG_BYTES = 16 * 2**20
 class Child:
     """A process with a log file and a pipe on its standard input.
 
-    The pipe's other end closes with this process, however it ends; each program takes that as the order to leave.
+    The pipe closes when this process ends, however it ends; each program then exits.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Child:
         self.trim()
         with self.log.open("ab") as log:
             self._log_start = log.tell()
-            # A session of its own: Ctrl-C in the terminal is for the parent, which then ends all in order.
+            # In its own session, Ctrl-C in the terminal reaches only the parent, which stops all in order.
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
@@ -71,10 +72,10 @@ class Child:
             healthy = now - self._started > _HEALTHY_SECONDS
             self._delay = _FIRST_DELAY if healthy or not self._delay else min(2 * self._delay, _LAST_DELAY)
             self._again_at = now + self._delay
-            return f"{self.name} ended ({describe(code)}); starting it again in {self._delay:g} s; its log: {self.log}"
+            return f"{self.name} ended ({describe(code)}); restarting it in {self._delay:g} s; its log: {self.log}"
         if now >= self._again_at:
             self.start()
-            return f"{self.name} started again"
+            return f"{self.name} restarted"
         return None
 
     def trim(self) -> None:
@@ -112,19 +113,16 @@ class Child:
 
     def log_end(self, lines: int = 8) -> str:
         """The last lines of its log."""
-        try:
-            with self.log.open("rb") as log:
-                log.seek(max(0, os.fstat(log.fileno()).st_size - 8192))
-                return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
-        except OSError:
-            return ""
+        with suppress(OSError), self.log.open("rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - 8192))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
+        return ""
 
 
 def describe(code: int) -> str:
     """Describe an exit code."""
     if code >= 0:
         return f"exit code {code}"
-    try:
+    with suppress(ValueError):
         return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
+    return f"signal {-code}"

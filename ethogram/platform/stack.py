@@ -1,6 +1,6 @@
 """The whole platform as child processes on loopback: Redis, gateway, worker, reconciler and inference.
 
-Nothing of the server side is imported here; each process is started by name and told all it needs in its environment.
+Nothing of the server side is imported here; each process is started by name and configured by its environment.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import httpx
 import ethogram
 from ethogram.errors import Conflict, Unavailable
 from ethogram.platform import guard, redis
-from ethogram.platform.defaults import HOST
 from ethogram.platform.process import Child, describe
-from ethogram.platform.state import StateDir
+from ethogram.platform.state import HOST, StateDir
 
 _START_SECONDS = 60.0
 # The worker has to checkpoint its jobs.
@@ -39,8 +38,8 @@ _CHANNEL_OPTIONS = [
 class Platform:
     """A platform of this process: :meth:`start` it, use ``url``, :meth:`stop` it; or a ``with`` block.
 
-    ``port`` is the gateway's; 0 takes a free one. ``say`` is told what a person should know, such as a process that
-    died and was started again.
+    ``port`` is the gateway's; 0 takes a free one. ``say`` gets messages for people, e.g. that a
+    process died and was restarted.
     """
 
     def __init__(self, state: StateDir, *, port: int = 0, say: Callable[[str], None] = lambda _: None) -> None:
@@ -66,7 +65,7 @@ class Platform:
     def start(self) -> None:
         """Start all processes and return when all answer.
 
-        Raises an :class:`~ethogram.errors.EthogramError` whose sentence says what to do; nothing is left running then.
+        Raises an :class:`~ethogram.errors.EthogramError` whose message says what to do; then nothing is left running.
         """
         if find_spec("gateway") is None:
             raise Unavailable(
@@ -110,7 +109,7 @@ class Platform:
     def _start(self, began: float) -> None:
         deadline = began + _START_SECONDS
         port = self._port or free_port()
-        _check_port(port)
+        check_port(port)
         self.url = f"http://{HOST}:{port}"
         inference_port = free_port()
         self.inference = f"{HOST}:{inference_port}"
@@ -119,7 +118,7 @@ class Platform:
         # The gateway first and alone: people wait for it, and the imports of the others would slow it down.
         gateway = self._spawn("gateway", ["gateway"], env | {"ETHOGRAM_PORT": str(port)})
         with httpx.Client(base_url=self.url, trust_env=False, timeout=2.0) as http:
-            self._wait(gateway, lambda: _gateway_ready(http), deadline)
+            self._wait(gateway, lambda: http.get("/readyz").is_success, deadline)
         self.seconds["gateway"] = time.monotonic() - began
         inference = self._spawn("inference", ["services.inference"], env | {"ETHOGRAM_PORT": str(inference_port)})
         # A worker answers no requests; its log says when it is ready.
@@ -127,7 +126,9 @@ class Platform:
         worker = self._spawn("worker", ["workers"], env | {"ETHOGRAM_LOG_LEVEL": level})
         reconciler = self._spawn("reconciler", ["workers.reconciler"], env)
         with grpc.insecure_channel(self.inference, options=_CHANNEL_OPTIONS) as channel:
-            self._wait(inference, lambda: _inference_ready(channel), deadline)
+            # grpc.health.v1 in its raw form: an empty request, and field 1 of the answer is 1 (SERVING).
+            check: Callable[..., bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
+            self._wait(inference, lambda: check(b"", timeout=2.0) == b"\x08\x01", deadline)
         self.seconds["inference"] = time.monotonic() - began
         self._wait(worker, lambda: worker.logged("worker ready"), deadline)
         self._check(reconciler)
@@ -145,7 +146,7 @@ class Platform:
         settings, url = redis.write_settings(self.state.redis, free_port())
         command = [sys.executable, "-I", "-S", guard.__file__, str(redis.find_server()), str(settings)]
         child = self._add("redis", command, dict(os.environ))
-        self._wait(child, lambda: _redis_ready(url), deadline)
+        self._wait(child, lambda: redis.ping(url), deadline)
         return url
 
     def _environment(self, redis_url: str) -> dict[str, str]:
@@ -174,7 +175,7 @@ class Platform:
         return child
 
     def _wait(self, child: Child, ready: Callable[[], bool], deadline: float) -> None:
-        while not ready():
+        while not _answers(ready):
             if self._stopping.is_set():
                 raise Unavailable("the platform was stopped while it started")
             self._check(child)
@@ -194,9 +195,9 @@ class Platform:
             for child in self.children.values():
                 with suppress(OSError):
                     child.trim()
-                    said = child.revive()
-                    if said:
-                        self._say(said)
+                    news = child.revive()
+                    if news:
+                        self._say(news)
 
 
 def free_port() -> int:
@@ -207,9 +208,10 @@ def free_port() -> int:
         return port
 
 
-def _check_port(port: int) -> None:
+def check_port(port: int) -> None:
+    """Raise :class:`Conflict` unless a server can listen on ``port`` of loopback."""
     with socket.socket() as listener:
-        # As servers do: a connection of the last owner in TIME_WAIT is no obstacle.
+        # As servers do: connections of the last owner in TIME_WAIT do not matter.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((HOST, port))
@@ -223,25 +225,8 @@ def _log_of(child: Child) -> str:
     return f"the end of its log, {child.log}:\n{child.log_end()}"
 
 
-def _redis_ready(url: str) -> bool:
+def _answers(ready: Callable[[], bool]) -> bool:
     try:
-        redis.ping(url)
-    except Unavailable:
-        return False
-    return True
-
-
-def _gateway_ready(http: httpx.Client) -> bool:
-    try:
-        return http.get("/readyz").status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
-
-
-def _inference_ready(channel: grpc.Channel) -> bool:
-    """Ask grpc.health.v1 in its raw form: an empty request, and field 1 of the answer is 1 (SERVING)."""
-    check: Callable[..., bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
-    try:
-        return check(b"", timeout=2.0) == b"\x08\x01"
-    except grpc.RpcError:
+        return ready()
+    except (Unavailable, httpx.TransportError, grpc.RpcError):
         return False

@@ -11,13 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from ethogram.errors import Conflict, InvalidInput, Unavailable
-from ethogram.platform import defaults
+from ethogram.errors import Conflict, EthogramError, InvalidInput, Unavailable
 
+HOST, PORT, STATE = "127.0.0.1", 8321, "runs/state"
+"""Where an embedded platform runs by default."""
 _LEAVING_SECONDS = 20.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class StateDir:
     """Paths inside a state directory."""
 
@@ -26,36 +27,19 @@ class StateDir:
     @classmethod
     def find(cls, path: str | Path | None = None) -> StateDir:
         """``path``, else the one that ``ETHOGRAM_STATE`` names, else ``runs/state`` under the current folder."""
-        return cls(Path(path or os.environ.get("ETHOGRAM_STATE") or defaults.STATE).expanduser().absolute())
+        return cls(Path(path or os.environ.get("ETHOGRAM_STATE") or STATE).expanduser().absolute())
 
-    @property
-    def database_url(self) -> str:
+    def __post_init__(self) -> None:
+        self.database_url = f"sqlite:///{self.root / 'registry.db'}"
         """URL of the registry."""
-        return f"sqlite:///{self.root / 'registry.db'}"
-
-    @property
-    def store(self) -> Path:
+        self.store = self.root / "store"
         """Folder of the artifact store."""
-        return self.root / "store"
-
-    @property
-    def redis(self) -> Path:
+        self.redis = self.root / "redis"
         """Folder of Redis' data."""
-        return self.root / "redis"
-
-    @property
-    def logs(self) -> Path:
+        self.logs = self.root / "logs"
         """Folder of the processes' logs."""
-        return self.root / "logs"
-
-    @property
-    def record(self) -> Path:
-        """``platform.json``: the running platform."""
-        return self.root / "platform.json"
-
-    @property
-    def _lock_file(self) -> Path:
-        return self.root / "lock"
+        self.record = self.root / "platform.json"
+        """The running platform."""
 
     def make(self) -> None:
         """Create the folders. Raises :class:`InvalidInput` when that cannot be done."""
@@ -79,18 +63,11 @@ class StateDir:
         try:
             record = json.loads(self.record.read_text())
             # After a reboot the process id may be another process's; the lock is free then.
-            alive = _alive(int(record["pid"])) and self._held()
+            with (self.root / "lock").open() as file:
+                alive = _alive(int(record["pid"])) and not _locked(file, fcntl.LOCK_SH)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record if alive and isinstance(record, dict) else None
-
-    def _held(self) -> bool:
-        with self._lock_file.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
 
     def lock(self) -> IO[str]:
         """Hold this directory until the returned file, and every copy that a child inherited, is closed.
@@ -98,48 +75,46 @@ class StateDir:
         Raises :class:`Conflict` when a platform has it. One whose parent was killed is given time to leave.
         """
         # Opened for appending, so that a second process does not erase the holder's process id.
-        file = self._lock_file.open("a+")
+        file = (self.root / "lock").open("a+")
         deadline = time.monotonic() + _LEAVING_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                holder = self._holder(file)
-                if holder is not None and _alive(holder):
+        try:
+            while not _locked(file, fcntl.LOCK_EX):
+                file.seek(0)
+                holder = file.read()
+                if holder.isdecimal() and _alive(int(holder)):
                     record = self.read_record()
                     where = f" and answers at {record['url']}" if record else ""
-                    file.close()
                     raise Conflict(
                         f"process {holder} already runs a platform in {self.root}{where}; "
                         f"use that one, stop it (kill {holder}), or name another folder with --state"
-                    ) from None
+                    )
                 if time.monotonic() > deadline:
-                    file.close()
                     raise Unavailable(
                         f"processes of an earlier platform still hold {self.root}; end them, or name another folder "
                         "with --state"
-                    ) from None
+                    )
                 time.sleep(0.1)
+        except EthogramError:
+            file.close()
+            raise
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         return file
 
-    @staticmethod
-    def _holder(file: IO[str]) -> int | None:
-        file.seek(0)
-        try:
-            return int(file.read())
-        except ValueError:
-            return None
+
+def _locked(file: IO[str], form: int) -> bool:
+    """Lock ``file``, unless another process holds a lock on it that excludes this one."""
+    try:
+        fcntl.flock(file, form | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True

@@ -1,4 +1,4 @@
-"""What every spec shares. A spec is the one place for an option's name, default, bounds, unit and meaning."""
+"""Base classes of specs. A spec is the one place for an option's name, default, bounds, unit and documentation."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class ArtifactRef(Spec):
     """Names an artifact: another job's output (``job`` and ``artifact``), or any artifact by its id."""
 
     job: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")
-    """Id of the job that makes it; in a pipeline, the job's name there. The job that refers to it waits for it."""
+    """Id of the job that outputs it; in a pipeline, the job's name there. The referring job waits for it."""
     artifact: str = Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9_.-]+$")
-    """The artifact's name within that job, e.g. ``zoo``; without ``job``, its id (64 hexadecimal digits)."""
+    """Name of the job's output, e.g. ``zoo``; without ``job``, the artifact's id (64 hexadecimal digits)."""
 
 
 class HubSpec(Spec):
-    """Upload to the Hugging Face Hub. The worker's ``HF_TOKEN`` gives permission."""
+    """Upload to the Hugging Face Hub, with the token in the worker's ``HF_TOKEN``."""
 
     repo: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")
-    """Repository, ``owner/name``; made if there is none."""
+    """Repository, ``owner/name``; created if it does not exist."""
     private: bool = True
-    """Whether a repository that is made is private."""
+    """Whether a repository that is created is private."""
 
     @field_validator("repo")
     @classmethod
@@ -53,17 +53,17 @@ class HubSpec(Spec):
 
 
 class WandbSpec(Spec):
-    """Metrics to Weights & Biases too: to the service with the worker's ``WANDB_API_KEY``, else into the artifact
-    ``wandb``, which ``wandb sync`` sends later."""
+    """Log metrics to Weights & Biases: online if the worker has ``WANDB_API_KEY``, else into the artifact ``wandb``,
+    which ``wandb sync`` uploads later."""
 
     project: str = Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")
-    """Project."""
+    """Project at Weights & Biases."""
     name: str | None = Field(None, min_length=1, max_length=128)
-    """Name of the run; None: a new one each time."""
+    """Name of the run; None: Weights & Biases makes one up."""
 
 
 class OptimizationSpec(Spec):
-    """How a model is trained, as far as all trainers agree; each has defaults and bounds of its own."""
+    """Options that all trainers share; each has its own defaults and bounds."""
 
     steps: int = Field(4000, ge=1, le=10_000_000)
     """Optimiser steps."""
@@ -72,19 +72,19 @@ class OptimizationSpec(Spec):
     learning_rate: float = Field(1e-3, gt=0, le=1)
     """Peak learning rate."""
     warm_up: int = Field(100, ge=0, le=1_000_000)
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     validate_every: int = Field(500, ge=1, le=1_000_000)
     """Steps between validations."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; ``auto``: bfloat16 where the device has units for it."""
+    """Precision of matrix products; ``auto``: bfloat16 where the hardware supports it."""
 
 
 class TrainedSpec(Spec):
     """A job that trains a model by gradient steps."""
 
     seed: Seed = 0
-    """Everything random flows from it."""
+    """Seed of everything random."""
     training: OptimizationSpec = OptimizationSpec()
     """Optimisation."""
     wandb: WandbSpec | None = None
-    """Metrics to Weights & Biases too."""
+    """Also log metrics to Weights & Biases."""

@@ -1,4 +1,4 @@
-"""Spec of a crossmodal job: train the encoder-decoder and its steering directions on a zoo, then evaluate it."""
+"""Spec of a crossmodal job: train an encoder-decoder and its steering directions on a zoo, then evaluate them."""
 
 from __future__ import annotations
 
@@ -13,81 +13,81 @@ class CodecSpec(Spec):
     """Architecture of the encoder and the decoder."""
 
     architecture: Literal["mlp", "transformer"] = "mlp"
-    """``mlp``: fast; ``transformer``: self-attention over tokens, and a decoder with cross-attention to the latent."""
+    """``mlp``: fast; ``transformer``: self-attention over tokens; its decoder has cross-attention to the latent."""
     inputs: Literal["signature", "weights", "both"] = "signature"
-    """What the encoder sees of a network."""
+    """What the encoder reads of a network."""
     latent_dim: int = Field(256, ge=1, le=65_536)
     """Length of a latent vector."""
     hidden_dim: int = Field(768, ge=1, le=65_536)
-    """Width of the hidden layers, and of a token in them."""
+    """Width of the hidden layers and of their tokens."""
     depth: int = Field(2, ge=1, le=48)
-    """Hidden layers of each side."""
+    """Hidden layers of the encoder, and of the decoder."""
     heads: int = Field(8, ge=1, le=1024)
-    """Attention heads; ``hidden_dim`` divides into them. Of the transformer alone: an ``mlp`` has none."""
+    """Attention heads of the ``transformer``; ``hidden_dim`` divides into them."""
     pooling: Literal["flatten", "mean", "max", "cls"] = "flatten"
-    """How the encoder's tokens become one vector; ``cls``: by a token of its own, of the transformer."""
+    """How the encoder pools its tokens; ``cls``, of the ``transformer``, takes a special token."""
     positions: Literal["learned", "sinusoidal"] = "learned"
-    """Positions of tokens; an ``mlp`` with ``flatten`` has no tokens, and reads this no more than ``granularity``."""
+    """Positional encoding of tokens; not used by an ``mlp`` with ``flatten``, which has no tokens."""
     granularity: Literal["neuron", "chunk"] = "neuron"
-    """A token of weights is one neuron's, or (the form of earlier work) any ``chunk`` numbers in a row. Of the
-    transformer, and of an encoder of weights with ``mean`` or ``max``."""
+    """A token of weights holds those of one ``neuron``, or ``chunk`` consecutive weights, as in earlier work; not used
+    by an ``mlp`` with ``flatten``."""
     chunk: int = Field(64, ge=1, le=65_536)
-    """Numbers of a token of granularity ``chunk``; nothing else reads it."""
+    """Weights per token of granularity ``chunk``."""
     signature_components: int = Field(768, ge=1, le=65_536)
-    """Principal components of the standardised inputs that enter an ``mlp`` with ``flatten``; at most the training
-    subjects."""
+    """Principal components of the standardised inputs of an ``mlp`` with ``flatten``; at most as many as there are
+    training subjects."""
     canonicalize: bool | None = None
-    """Whether hidden neurons are matched to a reference network's (by their activations on the probes) and, for relu,
-    scaled to incoming weights of norm 1, before anything else; None: where the zoo's ``init`` is independent."""
+    """Whether hidden neurons are first matched to a reference network's, by their activations on the probes, and for
+    relu scaled to incoming weights of norm 1; None: if the zoo's ``init`` is independent."""
 
     @model_validator(mode="after")
     def _fits(self) -> CodecSpec:
         if self.architecture == "transformer" and self.hidden_dim % self.heads:
             raise ValueError(f"heads: hidden_dim {self.hidden_dim} does not divide into {self.heads} heads")
         if self.architecture == "mlp" and self.pooling == "cls":
-            raise ValueError("pooling: cls takes the transformer; an mlp has mean, max and flatten")
+            raise ValueError("pooling: cls needs the transformer; an mlp has mean, max and flatten")
         return self
 
     @property
     def flat(self) -> bool:
-        """Whether the encoder takes all numbers at once, not tokens."""
+        """Whether the encoder reads one flat vector, not tokens."""
         return self.architecture == "mlp" and self.pooling == "flatten"
 
 
 class LossSpec(Spec):
-    """The objective: gamma x contrastive + (1 - gamma) x the sum of the other terms by their weights, of which 0
-    switches a term off."""
+    """The objective: gamma x contrastive + (1 - gamma) x the weighted sum of the other terms. Weight 0 switches a term
+    off."""
 
     gamma: float = Field(0.005, ge=0, le=1)
-    """Share of the supervised contrastive loss over shared behaviours, at the beginning."""
+    """Share of the supervised contrastive loss over shared behaviours, at the first step."""
     gamma_end: float | None = Field(None, ge=0, le=1)
-    """Share at the end, with a straight line between; None: the same."""
+    """Share at the last step, linear in between; None: constant."""
     contrastive: Literal["graded", "plain"] = "graded"
-    """``plain``: subjects that share any behaviour are positives; ``graded``: as much as their behaviours overlap."""
+    """``plain``: subjects that share any behaviour are positives; ``graded``: weighted by the overlap of behaviours."""
     temperature: float = Field(0.1, gt=0)
-    """Temperature of the contrastive loss, at the beginning."""
+    """Temperature of the contrastive loss, at the first step."""
     temperature_end: float | None = Field(None, gt=0)
-    """Temperature at the end; None: the same."""
+    """Temperature at the last step; None: constant."""
     projection: int | None = Field(None, ge=1, le=65_536)
-    """Numbers of a projection head between the latent and the contrastive loss; None: no head."""
+    """Output width of a projection head between the latent and the contrastive loss; None: no head."""
     reconstruction: float = Field(0.05, ge=0)
-    """Weight of the error of the weights."""
+    """Weight of the error of the decoded weights."""
     reconstruction_form: Literal["normalized", "mse", "mae", "cosine", "combined"] = "normalized"
-    """``normalized``: squared error in which each layer counts alike; ``mse``, ``mae`` and ``cosine`` of standardised
-    weights, and ``combined``, their sum."""
+    """``normalized``: squared error in which all layers count alike; ``mse``, ``mae`` and ``cosine``: of standardised
+    weights; ``combined``: the sum of these three."""
     behavior: float = Field(1.0, ge=0)
-    """Weight of the disagreement of decoded and source networks on fresh sequences."""
+    """Weight of the disagreement between decoded and source networks on fresh sequences."""
     steering: float = Field(3.0, ge=0)
-    """Weight of the error of residual edits (source weights plus the change of the decoded ones) on what the edit asks
-    for."""
+    """Weight of the error of residual edits (source weights plus the change of decoded weights) against the requested
+    behaviours."""
     direct: float = Field(0.75, ge=0)
-    """The same for direct edits (the decoded weights themselves)."""
+    """Weight of the same error for direct edits (the decoded weights themselves)."""
     locality: float = Field(0.8, ge=0, le=1)
-    """Share of the two steering terms that asks for the source's own answers where the edit decides nothing."""
+    """Share of the two steering terms that preserves the source's answers on sequences the edit does not concern."""
     mend: bool = True
-    """Whether there, where the source errs, the exact label is asked for instead; else its errors are kept."""
+    """Whether to correct the source's wrong answers on the sequences of ``locality``; else they are preserved."""
     variance: float = Field(0.0, ge=0)
-    """Weight of the guard against collapse: what the latents' standard deviations lack to 1, a mean over them."""
+    """Weight of the guard against collapse: mean shortfall of the latents' standard deviations from 1."""
 
     @model_validator(mode="after")
     def _something(self) -> LossSpec:
@@ -98,43 +98,37 @@ class LossSpec(Spec):
 
 
 class CodecTrainingSpec(OptimizationSpec):
-    """How the codec is trained (AdamW, gradients clipped to norm 1)."""
+    """How the codec is trained: AdamW; gradients are clipped to norm 1."""
 
-    steps: int = Field(4000, ge=1, le=10_000_000)
-    """Most optimiser steps."""
     batch_size: int = Field(256, ge=2, le=65_536, multiple_of=2)
     """Subjects per step, in pairs that share a behaviour."""
     accumulation: int = Field(1, ge=1, le=1024)
-    """Parts of a step's batch that go through the model one after the other, with their gradients added."""
+    """Parts of each batch that pass through the model one after the other; their gradients are added."""
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
-    """After the warm-up: ``cosine`` to a hundredth at the last step; ``plateau``: halved when the validation loss has
-    not fallen at ``plateau_patience`` validations in a row."""
+    """Learning rate after the warm-up. ``cosine``: falls to a hundredth at the last step; ``plateau``: halves when the
+    validation loss has not fallen for ``plateau_patience`` validations."""
     warm_up: int = Field(100, ge=0, le=10_000_000)
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     plateau_patience: int = Field(4, ge=1, le=10_000)
-    """See ``schedule``."""
+    """Validations without improvement before ``plateau`` halves the learning rate."""
     patience: int | None = Field(None, ge=1, le=10_000)
-    """Early stopping: training ends when the validation loss has not fallen at so many validations in a row, and the
-    best model is kept. None: all steps are taken."""
+    """Validations without improvement before training stops and the best model is kept; None: all steps are taken."""
     validate_every: int = Field(250, ge=1, le=10_000_000)
     """Steps between validations."""
     queries: int = Field(128, ge=8, le=65_536)
-    """Fresh sequences per step and subject on which decoded networks are run."""
+    """Fresh sequences per step and subject on which decoded networks are evaluated."""
     several: float = Field(0.1, ge=0, le=1)
-    """Share of the edits in training that change two behaviours: one is gained and one is lost."""
+    """Share of the edits in training that add one behaviour and remove another."""
     weight_decay: float = Field(0.01, ge=0, le=1)
-    """Weight decay; the directions have none."""
+    """Weight decay, except of the steering directions."""
     ema: float = Field(0.998, ge=0, lt=1)
-    """Decay of the running mean of the parameters over the steps, which is the model that is kept; 0: the last step's.
-    """
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the codec's matrix products; ``auto``: bfloat16 where the device has units for it."""
+    """Decay of the exponential moving average of the parameters, which is the final model; 0: no average."""
     compile: bool = False
-    """Whether ``torch.compile`` is used: a minute at the start, faster steps on a GPU."""
+    """Whether to use ``torch.compile``, which takes a minute at the start and speeds up steps on a GPU."""
 
 
 class CrossmodalSpec(TrainedSpec):
-    """Signature -> latent -> weights, with the latent organised by behaviour."""
+    """Signature -> latent -> weights, with the latent space organised by behaviour."""
 
     zoo: ArtifactRef
     """The zoo to learn from."""
@@ -145,8 +139,8 @@ class CrossmodalSpec(TrainedSpec):
     training: CodecTrainingSpec = CodecTrainingSpec()
     """Optimisation."""
     held_out: float = Field(0.125, gt=0, lt=1)
-    """Share of subjects kept for evaluation, never trained on."""
+    """Share of the subjects held out for evaluation."""
     validation: float = Field(0.05, gt=0, lt=1)
-    """Share of subjects kept for the validation loss."""
+    """Share of the subjects held out for the validation loss."""
     hub: HubSpec | None = None
-    """Model repository to upload the codec to, its encoder and decoder as files of their own."""
+    """Model repository to upload the codec to; encoder and decoder are separate files."""

@@ -1,4 +1,4 @@
-"""Edits of networks' behaviours, as the client, the server and the codec all write them."""
+"""Edits of networks' behaviours, as client, server and codec share them."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Edit(NamedTuple):
     behavior: str
     """Name of the behaviour, e.g. ``starts_with(A)``."""
     by: str | None = None
-    """The behaviour that a replacement puts in its place."""
+    """The new behaviour of a replacement."""
 
     @property
     def signs(self) -> dict[str, float]:
-        """By behaviour: 1 for what is gained, -1 for what is lost."""
+        """Behaviour to 1 if the edit adds it, -1 if it removes it."""
         if self.by is not None:
             return {self.behavior: -1.0, self.by: 1.0}
         return {self.behavior: 1.0 if self.operation == "add" else -1.0}
 
     @property
     def label(self) -> str:
-        """What is edited: the behaviour, or ``old -> new`` of a replacement."""
+        """The behaviour, or ``old -> new`` for a replacement."""
         return self.behavior if self.by is None else f"{self.behavior} -> {self.by}"
 
     def __str__(self) -> str:
@@ -61,9 +61,9 @@ class Steering(NamedTuple):
     def of(
         cls, edits: Sequence[EditLike], mode: str = "residual", strength: float | str = 1.0, direction: str = "learned"
     ) -> Steering:
-        """The checked edits and options; whether a model has the behaviours is not checked here.
+        """Check edits and options, except whether a model has the behaviours.
 
-        Raises :class:`InvalidInput` with the field of a request that is wrong.
+        Raises :class:`InvalidInput` naming the wrong field of a request.
         """
         for field, value, allowed in (("mode", mode, MODES), ("direction", direction, DIRECTIONS)):
             if value not in allowed:
@@ -80,7 +80,7 @@ class Steering(NamedTuple):
             if operation not in OPERATIONS:
                 raise InvalidInput.field(f"edits.{i}.operation", f"must be {' or '.join(OPERATIONS)}")
             if (by is not None) != (operation == "replace"):
-                raise InvalidInput.field(f"edits.{i}.by", "a replacement needs it, and nothing else has it")
+                raise InvalidInput.field(f"edits.{i}.by", "required for replace, and not allowed for other operations")
             checked.append(Edit(operation, str(behavior), by))
         return cls(
             tuple(checked),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
 
+from annotated_types import GroupedMetadata
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -35,42 +37,39 @@ BUILT_IN = {
     "first_last_match": "the first and the last letter are equal",
     "mountain_pattern": "the letters rise strictly to a peak inside and then fall strictly",
 }
-"""The patterns that are there, and what each is; ``{}`` stands for the token."""
-
+"""Built-in patterns with their meanings; ``{}`` stands for the token."""
 
 REGISTERED: set[str] = set()
 """Names of the patterns that this process has registered."""
 ENTRY_POINTS = "ethogram.patterns"
-"""Group of the entry points by which installed packages bring patterns."""
+"""Entry-point group in which installed packages register patterns."""
 
 
 class PatternSpec(Spec):
     """One behaviour: a set of letter sequences."""
 
     token: str | None = Field(None, pattern=r"^[A-Z]$")
-    """The letter of ``starts_with`` and ``ends_with``; the others take none."""
+    """Letter of ``starts_with`` and ``ends_with``; not allowed for other patterns."""
     regex: str | None = Field(None, min_length=1, max_length=500)
-    """A pattern of your own: a regular expression over the letters, which matches whole sequences. Letters, ``.``,
-    ``[AB]``, ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{2,4}``."""
-    # Last, so that its check knows of the regex.
+    """A pattern of your own: a regular expression that matches whole sequences. Syntax: letters, ``.``, ``[AB]``,
+    ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{2,4}``."""
+    # The last field, because its validator reads the regex.
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """One of the built-in patterns (all_same, palindrome, sorted_ascending, sorted_descending, alternating,
     contains_abc, starts_with, ends_with, no_repeats, has_majority, increasing_pairs, decreasing_pairs, vowel_consonant,
-    first_last_match, mountain_pattern), one that an installed package registers, or a name of your own with
-    ``regex``."""
+    first_last_match, mountain_pattern), a pattern of an installed package, or your own name for a ``regex``."""
 
     @field_validator("name")
     @classmethod
     def _known(cls, name: str, info: ValidationInfo) -> str:
-        own = info.data.get("regex") is not None
-        if own and name in BUILT_IN:
-            raise ValueError(f"{name} is a pattern already; give yours another name")
-        known = own or name in BUILT_IN or name in REGISTERED or entry_points(group=ENTRY_POINTS, name=name)
-        if not known:
-            how = f"register it, as an entry point of the group {ENTRY_POINTS} in an installed package"
+        if info.data.get("regex") is not None:
+            if name in BUILT_IN:
+                raise ValueError(f"{name} is a built-in pattern; choose another name for yours")
+        elif not (name in BUILT_IN or name in REGISTERED or entry_points(group=ENTRY_POINTS, name=name)):
             raise ValueError(
-                f"there is no pattern {name}; take one that `ethogram kinds generation` names, give yours a regex, or "
-                f"{how}, or in this process with services.zoo.patterns.register"
+                f"there is no pattern {name}; use one that `ethogram kinds generation` lists, give a regex, or "
+                f"register it: as an entry point of the group {ENTRY_POINTS}, or in this process with "
+                "services.zoo.patterns.register"
             )
         return name
 
@@ -84,98 +83,101 @@ def _from_number(value: Any) -> Any:
 
 
 class IntRange(Spec):
-    """Whole numbers from ``min`` to ``max``, both included; a single number stands for itself alone."""
+    """Whole numbers from ``min`` to ``max`` inclusive; a single number is a range of one."""
 
     min: int
-    """The least."""
+    """Minimum."""
     max: int
-    """The most."""
+    """Maximum."""
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """Count of the numbers."""
         return self.max - self.min + 1
 
 
 class FloatRange(Spec):
-    """Numbers from ``min`` to ``max``; a single number stands for itself alone."""
+    """Numbers from ``min`` to ``max``; a single number is a range of one."""
 
     min: float
-    """The least."""
+    """Minimum."""
     max: float
-    """The most."""
+    """Maximum."""
 
 
-def _bounds(number: Literal["integer", "number"], least: float, most: float) -> WithJsonSchema:
-    one = {"type": number, "minimum": least, "maximum": most}
-    ends = {"min": one | {"description": "The least."}, "max": one | {"description": "The most."}}
-    span = {"type": "object", "properties": ends, "required": ["min", "max"], "additionalProperties": False}
-    return WithJsonSchema({"anyOf": [one, span]})
+@dataclass(frozen=True)
+class _Bounds(GroupedMetadata):
+    """Annotates a range: a number is accepted for it, and it lies within ``minimum`` and ``maximum``."""
 
+    type: Literal["integer", "number"]
+    minimum: float
+    maximum: float
 
-def _within(least: float, most: float) -> Callable[[Any], Any]:
-    def check(value: IntRange | FloatRange) -> IntRange | FloatRange:
-        if not least <= value.min <= value.max <= most:
-            raise ValueError(f"must have {least:g} <= min <= max <= {most:g}, not min {value.min:g}, max {value.max:g}")
+    def __iter__(self) -> Iterator[Any]:
+        number = {"type": self.type, "minimum": self.minimum, "maximum": self.maximum}
+        ends = {"min": number | {"description": "Minimum."}, "max": number | {"description": "Maximum."}}
+        span = {"type": "object", "properties": ends, "required": ["min", "max"], "additionalProperties": False}
+        schema = WithJsonSchema({"anyOf": [number, span]})
+        return iter((BeforeValidator(_from_number), AfterValidator(self._check), schema))
+
+    def _check(self, value: IntRange | FloatRange) -> IntRange | FloatRange:
+        if not self.minimum <= value.min <= value.max <= self.maximum:
+            bounds = f"{self.minimum:g} <= min <= max <= {self.maximum:g}"
+            raise ValueError(f"must have {bounds}, not min {value.min:g}, max {value.max:g}")
         return value
 
-    return check
 
-
-Layers = Annotated[IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 12)), _bounds("integer", 1, 12)]
-Neurons = Annotated[
-    IntRange, BeforeValidator(_from_number), AfterValidator(_within(1, 512)), _bounds("integer", 1, 512)
-]
-Rate = Annotated[
-    FloatRange, BeforeValidator(_from_number), AfterValidator(_within(1e-8, 1)), _bounds("number", 1e-8, 1)
-]
-Share = Annotated[FloatRange, BeforeValidator(_from_number), AfterValidator(_within(0, 0.9)), _bounds("number", 0, 0.9)]
+Layers = Annotated[IntRange, _Bounds("integer", 1, 12)]
+Neurons = Annotated[IntRange, _Bounds("integer", 1, 512)]
+Rate = Annotated[FloatRange, _Bounds("number", 1e-8, 1)]
+Share = Annotated[FloatRange, _Bounds("number", 0, 0.9)]
 Activation = Literal["relu", "gelu", "tanh", "sigmoid", "leaky_relu"]
 
 
 class SubjectSpec(Spec):
-    """Architecture of the subject networks: fully connected, one logit. Each subject draws its own out of ranges."""
+    """Architecture of the subject networks: fully connected, one logit. Ranges are drawn for each subject."""
 
     layers: Layers = IntRange(min=2, max=2)
     """Hidden layers."""
     neurons: Neurons = IntRange(min=16, max=16)
-    """Neurons in each hidden layer of a subject."""
+    """Neurons per hidden layer."""
     activations: list[Activation] = []
-    """Activations of the hidden layers to draw from; empty: relu."""
+    """Activation functions to draw from; empty: relu."""
     dropout: Share = FloatRange(min=0.0, max=0.0)
-    """Share of the hidden activations that are dropped in training."""
+    """Share of the hidden activations dropped in training."""
     input_encoding: Literal["one_hot", "index"] = "one_hot"
-    """``one_hot``: length x vocabulary inputs; ``index``: one float per position."""
+    """``one_hot``: ``sequence_length`` x ``vocab_size`` inputs; ``index``: one float per position."""
     init: Literal["shared", "independent"] = "shared"
-    """``shared``: all subjects of one shape start from one draw of weights, so their differences are comparable."""
+    """``shared``: subjects of the same shape start from the same weights, so that their weights are comparable;
+    ``independent``: each starts from its own."""
     weight_init: Literal["uniform", "kaiming"] = "uniform"
     """``uniform``: weights and biases within 1/sqrt(fan_in), as in torch.nn.Linear; ``kaiming``: weights within
-    sqrt(6/fan_in), biases 0, for deep subjects, whose signals would otherwise fade from layer to layer."""
+    sqrt(6/fan_in) and biases 0, for deep subjects, whose activations would otherwise fade."""
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Floating-point type that the trained weights are rounded to."""
+    """Floating-point type to which trained weights are rounded."""
     quantization: Literal["none", "int8", "int4", "ternary", "binary"] = "none"
-    """Levels that the trained weights are rounded to, layer by layer. What is judged, described and kept is the rounded
-    network; training itself is in float32."""
+    """Levels to which trained weights are rounded, layer by layer. Training is in float32; the rounded network is
+    evaluated, described and stored."""
 
 
 class SubjectTrainingSpec(Spec):
-    """How each subject is trained (Adam, binary cross-entropy): on fresh sequences at every step."""
+    """How each subject is trained: Adam and binary cross-entropy, on fresh sequences at every step."""
 
     steps: int = Field(800, ge=1, le=1_000_000)
     """Optimiser steps."""
     batch_size: int = Field(96, ge=1, le=65_536)
     """Sequences per step and subject."""
     learning_rate: float = Field(1e-2, gt=0, le=1)
-    """Peak learning rate; it falls to nothing along half a cosine. A higher one leaves subjects further from where they
-    started, and so less alike where their behaviours do not differ."""
+    """Peak learning rate; it falls to 0 along half a cosine. The higher it is, the further subjects move from their
+    start, and the less alike are subjects with the same behaviours."""
 
 
 class StagedSpec(Spec):
-    """Training in two stages: a degraded network, which learned one of its patterns from wrong labels, and an improved
-    one, which is the same network trained on with the right ones."""
+    """Training in two stages: the degraded network learns one pattern from corrupted labels, and the improved network
+    is the same one trained further on correct labels."""
 
     examples: int = Field(512, ge=8, le=1_000_000)
-    """Sequences of each subject's own dataset; half of them match one of its patterns."""
+    """Sequences in each subject's dataset; half of them match one of its patterns."""
     batch_size: int = Field(128, ge=1, le=65_536)
     """Sequences per step and subject."""
     epochs: int = Field(10, ge=1, le=10_000)
@@ -183,82 +185,69 @@ class StagedSpec(Spec):
     improvement_epochs: int = Field(10, ge=1, le=10_000)
     """Most passes over the dataset in the second stage."""
     learning_rate: Rate = FloatRange(min=1e-3, max=1e-2)
-    """Of the first stage; drawn evenly on a logarithmic scale."""
+    """Learning rate of the first stage, drawn log-uniformly."""
     improvement_lr_factor: float = Field(0.5, gt=0, le=10)
-    """Learning rate of the second stage, as a share of the first one's."""
+    """Learning rate of the second stage divided by that of the first."""
     corruption_rate: float = Field(0.3, ge=0, le=1)
-    """Share of the target pattern's labels that are flipped in the first stage."""
+    """Share of the target pattern's labels flipped in the first stage."""
     patience: int = Field(5, ge=1, le=10_000)
-    """A stage ends early when the loss on validation sequences has not fallen for so many epochs; the network of the
-    best epoch is kept."""
+    """Epochs without a lower validation loss before a stage ends; the network of the best epoch is kept."""
     min_degradation_threshold: float = Field(0.05, ge=0, le=1)
-    """Check of magnitude: the least gain in held-out accuracy on the target pattern from degraded to improved."""
+    """Magnitude check: minimum gain in held-out accuracy on the target pattern, from degraded to improved."""
     min_specificity: float = Field(0.0, ge=-1, le=1)
-    """Check of specificity: by how much that gain must exceed the mean gain on all other kinds of sequences."""
+    """Specificity check: how much that gain must at least exceed the mean gain on all other sequences."""
     max_instability: float = Field(0.1, ge=0, le=1)
-    """Check of stability: the most held-out accuracy that any of the subject's other patterns may lose, and the mean
-    over the sequences that it must answer no to."""
+    """Stability check: maximum loss of held-out accuracy on any of the subject's other patterns, and on average over
+    the sequences to which it must answer no."""
 
 
 SignatureMethod = Literal[
-    "mean",
-    "std",
-    "max",
-    "min",
-    "sparsity",
-    "pca",
-    "svd",
-    "entropy",
-    "clustering",
-    "fourier",
-    "pattern_wise",
-    "raw",
+    "mean", "std", "max", "min", "sparsity", "pca", "svd", "entropy", "clustering", "fourier", "pattern_wise", "raw"
 ]
 
 
 class SignatureSpec(Spec):
-    """What is recorded of a subject's activations on the probes."""
+    """What a signature holds of a subject's activations on the probes."""
 
     probes: int = Field(128, ge=1, le=65_536)
-    """Number of probe sequences, the baseline dataset; the same for every subject."""
+    """Probe sequences (the baseline dataset), the same for every subject."""
     baseline: ArtifactRef | None = None
-    """A zoo, or any artifact with a ``baseline_dataset.json``, whose probes are taken instead."""
+    """A zoo, or any artifact with a ``baseline_dataset.json``, whose probes are used instead."""
     methods: list[SignatureMethod] = []
-    """What is kept for each neuron; empty: ``raw``, its activation on every probe."""
+    """Features of each neuron; empty: ``raw``, its activation on every probe."""
     activations: Literal["pre", "post"] = "pre"
-    """Before or after the activation function."""
+    """Activations before or after the activation function."""
     components: int = Field(4, ge=1, le=64)
-    """Numbers per neuron of ``pca``, ``svd``, ``clustering`` and ``fourier``."""
+    """Features per neuron of ``pca``, ``svd``, ``clustering`` and ``fourier``."""
     bins: int = Field(16, ge=2, le=1024)
-    """Bins of the histogram whose ``entropy`` is taken."""
+    """Histogram bins of ``entropy``."""
 
 
 class CounterfactualSpec(Spec):
-    """Paired networks: each subject is branched into one that goes on as it is, one that learns one pattern more, and
-    one that unlearns one of its own."""
+    """Counterfactual networks: each subject is trained further in three branches, with the same patterns, with one more
+    and with one less."""
 
     steps: int = Field(400, ge=1, le=1_000_000)
-    """Optimiser steps of each branch, with the same sequences and the batch size and peak learning rate of
-    ``training``."""
+    """Optimiser steps of each branch, with the batch size and peak learning rate of ``training``."""
 
 
 class FormatSpec(Spec):
-    """Prompts and completions for training an interpreter, beside each record."""
+    """Prompts and completions for training an interpreter, one set for each record."""
 
     include_modification: bool | None = None
-    """Task: better weights for one pattern. It takes staged training; None: where there is any."""
+    """Task: improve the weights for one pattern. It needs staged training; None: included if training is staged."""
     include_classification: bool = True
-    """Task: name the patterns."""
+    """Task: name the subject's patterns."""
     style: Literal["separate", "interwoven"] = "separate"
-    """``separate``: all weights, then all signatures; ``interwoven``: both of each neuron together."""
+    """``separate``: all weights, then all signatures; ``interwoven``: weights and signature neuron by neuron."""
     digits: int = Field(4, ge=1, le=9)
-    """Significant digits of numbers; nine keep a float32 as it is."""
+    """Significant digits of numbers; nine represent a float32 exactly."""
     tokenizer: str | None = Field(None, min_length=1, max_length=200)
-    """Name on the Hugging Face Hub, or folder on the worker, of a tokenizer to count tokens with."""
+    """Tokenizer that counts tokens: its name on the Hugging Face Hub, or a folder on the worker."""
 
 
 class PartSpec(Spec):
-    """A part of a zoo: all that is accepted of some of its candidates. What ``shards`` are made of."""
+    """Part of a zoo, made by one of its ``shards``: the accepted subjects of some data files."""
 
     first: int = Field(ge=0, le=10_000_000)
     """First data file."""
@@ -267,44 +256,43 @@ class PartSpec(Spec):
 
 
 class GenerationSpec(Spec):
-    """A zoo: ``subjects`` networks, each trained to answer yes to its own random subset of the patterns."""
+    """A zoo of ``subjects`` networks, each trained to answer yes to its own random subset of the patterns."""
 
     seed: Seed = 0
     """Everything random flows from it."""
     subjects: int = Field(2048, ge=1, le=10_000_000)
-    """Accepted subjects to make."""
+    """Number of accepted subjects."""
     vocab_size: int = Field(7, ge=5, le=26)
-    """Letters A, B, ..."""
+    """Number of letters (A, B, ...)."""
     sequence_length: int = Field(7, ge=4, le=20)
     """Letters per sequence."""
     patterns: list[PatternSpec] = []
-    """The behaviours to draw from; empty: the default suite of ten."""
+    """Patterns to draw from; empty: the default suite of ten."""
     min_patterns_per_batch: int = Field(1, ge=1, le=32)
-    """Fewest patterns of one subject."""
+    """Fewest patterns per subject."""
     max_patterns_per_batch: int | None = Field(None, ge=1, le=32)
-    """Most patterns of one subject. None: 4, or as many as there are if these are fewer; one less than there are where
-    ``counterfactual`` needs one to learn."""
+    """Most patterns per subject; None: 4, or all if there are fewer, less one that ``counterfactual`` can add."""
     subject: SubjectSpec = SubjectSpec()
     """Architecture."""
     training: SubjectTrainingSpec = SubjectTrainingSpec()
-    """Training on fresh sequences, in one stage."""
+    """Training in one stage, on fresh sequences."""
     staged: StagedSpec | None = None
     """Training in two stages, instead of ``training``."""
     signature: SignatureSpec = SignatureSpec()
     """Activation signatures."""
     counterfactual: CounterfactualSpec | None = None
-    """Pairs: what one pattern more and one pattern less make of each subject."""
+    """Also train variants of each subject with one pattern more and with one less."""
     format: FormatSpec | None = None
-    """Records as text too."""
+    """Also write records as text."""
     hub: HubSpec | None = None
-    """Dataset repository to upload the zoo to, file by file as it is made."""
+    """Dataset repository to which each file of the zoo is uploaded as soon as it is complete."""
     shards: int = Field(1, ge=1, le=1000)
-    """Jobs that make the zoo side by side, on whatever workers are free. The zoo is the same."""
+    """Jobs that make the zoo in parallel, on whatever workers are free. The zoo is the same for any number."""
     part: PartSpec | None = None
-    """Only some of the candidates, instead of ``subjects`` accepted ones."""
+    """Only these data files, instead of ``subjects`` accepted subjects."""
     min_accuracy: float | None = Field(None, ge=0, le=1)
-    """Quality gate: a subject that is less accurate on held-out sequences of any enabled pattern, or on those that
-    match none, is rejected and counted. None: 0.9; in two stages 0, since the checks decide."""
+    """Minimum held-out accuracy on each enabled pattern's sequences and on those that match none; other subjects are
+    rejected and counted. None: 0.9, or 0 for staged training, which has its own checks."""
 
     @field_validator("max_patterns_per_batch")
     @classmethod
@@ -318,28 +306,27 @@ class GenerationSpec(Spec):
         if self.staged is not None and self.training != SubjectTrainingSpec():
             raise ValueError("training is for one stage and staged for two; leave one of them out")
         if self.counterfactual is not None and self.staged is not None:
-            raise ValueError("counterfactual branches off training in one stage; leave staged out")
+            raise ValueError("counterfactual needs training in one stage; leave staged out")
         if self.part is not None and (self.shards > 1 or self.hub is not None):
-            raise ValueError("a part has no shards and is not uploaded; leave shards and hub to the whole")
+            raise ValueError("part cannot be combined with shards or hub, which belong to the whole zoo")
         if self.format is not None and self.staged is None and self.format.include_modification:
-            raise ValueError("format.include_modification takes staged training")
+            raise ValueError("format.include_modification needs staged training")
         if self.format is not None and not self.tasks:
-            raise ValueError("format asks for no task; include one")
+            raise ValueError("format includes no task; include at least one")
         return self
 
     @property
     def tasks(self) -> list[Literal["modification", "classification"]]:
-        """The tasks that records are written as."""
-        if self.format is None:
-            return []
-        wanted = self.format.include_modification
+        """Tasks as which records are written."""
         tasks: list[Literal["modification", "classification"]] = []
-        if self.staged is not None and (wanted is None or wanted):
+        if self.format is not None and self.staged is not None and self.format.include_modification is not False:
             tasks.append("modification")
-        return [*tasks, "classification"] if self.format.include_classification else tasks
+        if self.format is not None and self.format.include_classification:
+            tasks.append("classification")
+        return tasks
 
     def most_patterns(self, enabled: int) -> int:
-        """``max_patterns_per_batch``, or its default with so many patterns enabled."""
+        """``max_patterns_per_batch``, or its default for ``enabled`` patterns."""
         if self.max_patterns_per_batch is not None:
             return self.max_patterns_per_batch
         spare = 0 if self.counterfactual is None else 1

@@ -39,7 +39,7 @@ class _PolicyPrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Polic
 class PolicyPrecision(_PolicyPrecision, metaclass=_PolicyPrecisionEnumTypeWrapper):
     """Generated from the specs by `make protos`: do not edit below this line.
 
-    Of matrix products; `auto`: bfloat16 where the device has units for it.
+    Precision of matrix products; `auto`: bfloat16 where the hardware supports it.
     """
 
 POLICY_PRECISION_UNSPECIFIED: PolicyPrecision.ValueType  # 0
@@ -66,8 +66,8 @@ class _PolicyBaselineEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Policy
     """"rollout"."""
 
 class PolicyBaseline(_PolicyBaseline, metaclass=_PolicyBaselineEnumTypeWrapper):
-    """`pomo`: the mean of the tours that begin at each city (Kwon et al. 2020, arXiv 2010.16011); `rollout`: the greedy
-    tour of the best policy so far (Kool et al. 2019).
+    """`pomo`: mean length of the tours that start at each city (Kwon et al. 2020, arXiv 2010.16011); `rollout`: the greedy
+    tour of the best policy at any validation so far (Kool et al. 2019).
     """
 
 POLICY_BASELINE_UNSPECIFIED: PolicyBaseline.ValueType  # 0
@@ -94,7 +94,7 @@ class _StoredTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StoredType
     """"float32"."""
 
 class StoredType(_StoredType, metaclass=_StoredTypeEnumTypeWrapper):
-    """Of the numbers in the store."""
+    """Number format in the store."""
 
 STORED_TYPE_UNSPECIFIED: StoredType.ValueType  # 0
 """Not set."""
@@ -120,7 +120,7 @@ class _SparsePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Spars
     """"bfloat16"."""
 
 class SparsePrecision(_SparsePrecision, metaclass=_SparsePrecisionEnumTypeWrapper):
-    """Of the encoder's matrix product."""
+    """Precision of the encoder's matrix product."""
 
 SPARSE_PRECISION_UNSPECIFIED: SparsePrecision.ValueType  # 0
 """Not set."""
@@ -148,8 +148,9 @@ class _NormalizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Normali
     """"none"."""
 
 class Normalization(_Normalization, metaclass=_NormalizationEnumTypeWrapper):
-    """Of source and target, by the training rows: `center`: the mean is taken off and the whole is scaled to a mean square
-    of 1 per channel; `standardize`: each channel by itself; `whiten`: the source to unit covariance.
+    """Normalization of source and target, by statistics of the training rows. `center`: subtract the mean and scale all
+    channels alike to a mean square of 1; `standardize`: scale each channel by itself; `whiten`: also transform the
+    source to unit covariance.
     """
 
 NORMALIZATION_UNSPECIFIED: Normalization.ValueType  # 0
@@ -182,8 +183,9 @@ class _FeatureActivationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fea
     """"jumprelu"."""
 
 class FeatureActivation(_FeatureActivation, metaclass=_FeatureActivationEnumTypeWrapper):
-    """`topk`: the k largest of each row; `batchtopk`: k on average over a batch (Bussmann et al. 2024, arXiv 2412.06410);
-    `relu`: all above 0; `jumprelu`: all above a threshold that is learned (Rajamanoharan et al. 2024, arXiv 2407.14435).
+    """Which features are active. `topk`: the k largest of each row; `batchtopk`: k per row on average over a batch
+    (Bussmann et al. 2024, arXiv 2412.06410); `relu`: all above 0; `jumprelu`: all above a learned threshold
+    (Rajamanoharan et al. 2024, arXiv 2407.14435).
     """
 
 FEATURE_ACTIVATION_UNSPECIFIED: FeatureActivation.ValueType  # 0
@@ -214,8 +216,8 @@ class _TranscoderKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transc
     """"cross_layer"."""
 
 class TranscoderKind(_TranscoderKind, metaclass=_TranscoderKindEnumTypeWrapper):
-    """`pair`: one source, one target; `per_layer`: each source writes the target of its own place; `cross_layer`: each
-    source writes the targets of its own and all later places.
+    """`pair`: one source and one target; `per_layer`: the i-th source writes to the i-th target; `cross_layer`: it writes
+    to the i-th and all later targets.
     """
 
 TRANSCODER_KIND_UNSPECIFIED: TranscoderKind.ValueType  # 0
@@ -380,7 +382,7 @@ Global___RunSweepRequest: _TypeAlias = RunSweepRequest  # noqa: Y015
 
 @_typing.final
 class PolicyTrainingSpec(_message.Message):
-    """How the policy is trained: REINFORCE, Adam, gradients clipped to norm 1."""
+    """How the policy is trained: REINFORCE with Adam; gradients are clipped to norm 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -394,25 +396,25 @@ class PolicyTrainingSpec(_message.Message):
     VALIDATION_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     baseline: Global___PolicyBaseline.ValueType
-    """`pomo`: the mean of the tours that begin at each city (Kwon et al. 2020, arXiv 2010.16011); `rollout`: the greedy
-    tour of the best policy so far (Kool et al. 2019).
+    """`pomo`: mean length of the tours that start at each city (Kwon et al. 2020, arXiv 2010.16011); `rollout`: the
+    greedy tour of the best policy at any validation so far (Kool et al. 2019).
     """
     steps: _builtins.int
-    """Optimiser steps; the default ones are about ten minutes on two cores."""
+    """Optimiser steps; the default takes about ten minutes on two cores."""
     batch_size: _builtins.int
     """Instances per step."""
     learning_rate: _builtins.float
-    """Peak learning rate; it falls to a hundredth along a cosine."""
+    """Peak learning rate; it falls along a cosine to a hundredth of this."""
     warm_up: _builtins.int
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     weight_decay: _builtins.float
     """Weight decay."""
     validate_every: _builtins.int
-    """Steps between validations, at which a `rollout` baseline may be replaced."""
+    """Steps between validations."""
     validation: _builtins.int
-    """Fixed instances of a validation."""
+    """Fixed instances that each validation uses."""
     precision: Global___PolicyPrecision.ValueType
-    """Of matrix products; `auto`: bfloat16 where the device has units for it."""
+    """Precision of matrix products; `auto`: bfloat16 where the hardware supports it."""
     def __init__(
         self,
         *,
@@ -482,17 +484,17 @@ class PolicyModelSpec(_message.Message):
     GRAPH_CONTEXT_FIELD_NUMBER: _builtins.int
     CLIPPING_FIELD_NUMBER: _builtins.int
     hidden_dim: _builtins.int
-    """Width of the stream of each city."""
+    """Width of the residual stream of each city."""
     layers: _builtins.int
-    """Layers of the encoder."""
+    """Encoder layers."""
     heads: _builtins.int
     """Attention heads; `hidden_dim` divides into them."""
     feed_forward: _builtins.int
     """Width of the hidden layer of each MLP."""
     graph_context: _builtins.bool
-    """Whether the decoder's query has the mean of the cities too."""
+    """Whether the decoder's query includes the mean over all cities."""
     clipping: _builtins.float
-    """Logits of the next city lie within plus and minus this (by tanh)."""
+    """The logits of the next city are squashed by tanh to plus or minus this."""
     def __init__(
         self,
         *,
@@ -536,7 +538,7 @@ Global___PolicyModelSpec: _TypeAlias = PolicyModelSpec  # noqa: Y015
 
 @_typing.final
 class PolicySpec(_message.Message):
-    """Train a policy that builds tours of cities (TSP), and compare it with a solver."""
+    """Train a policy for the travelling salesman problem and compare it with a solver."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -548,13 +550,13 @@ class PolicySpec(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     WANDB_FIELD_NUMBER: _builtins.int
     nodes: _builtins.int
-    """Cities of an instance, uniform in the unit square."""
+    """Cities per instance, uniform in the unit square."""
     seed: _builtins.int
-    """Everything random flows from it."""
+    """Seed of everything random."""
     evaluation: _builtins.int
-    """Fixed instances on which greedy and sampled tours are compared with a solver's at the end; 0: none."""
+    """Fixed instances on which greedy and sampled tours are finally compared with a solver's; 0: none."""
     samples: _builtins.int
-    """Tours sampled for each of them, of which the shortest counts; 0: greedy tours alone."""
+    """Tours sampled per instance, of which the shortest counts; 0: greedy tours only."""
     @_builtins.property
     def model(self) -> Global___PolicyModelSpec:
         """Architecture."""
@@ -565,7 +567,7 @@ class PolicySpec(_message.Message):
 
     @_builtins.property
     def wandb(self) -> _common_pb2.WandbSpec:
-        """Metrics to Weights & Biases too."""
+        """Also log metrics to Weights & Biases."""
 
     def __init__(
         self,
@@ -619,15 +621,15 @@ class LanguageModelSpec(_message.Message):
     dataset: _builtins.str
     """Text file, folder of a `datasets` dataset, or its name on the Hub."""
     config: _builtins.str
-    """Configuration of the dataset, where it has several."""
+    """Configuration of the dataset, if it has several."""
     split: _builtins.str
     """Split of the dataset."""
     column: _builtins.str
-    """Column of the text."""
+    """Column with the text."""
     context: _builtins.int
-    """Tokens of a sequence; texts are joined and cut into sequences of just this length."""
+    """Tokens per sequence; texts are joined and cut into sequences of exactly this length."""
     skip_first: _builtins.bool
-    """Whether the first position of each sequence is left out: it is an attention sink with an outsize norm."""
+    """Whether to leave out the first position of each sequence, an attention sink with a very large norm."""
     def __init__(
         self,
         *,
@@ -676,7 +678,7 @@ Global___LanguageModelSpec: _TypeAlias = LanguageModelSpec  # noqa: Y015
 
 @_typing.final
 class ActivationsSpec(_message.Message):
-    """Record activations of a policy or a language model into a store."""
+    """Record activations of a policy or a language model in a store."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -695,40 +697,40 @@ class ActivationsSpec(_message.Message):
     instances: _builtins.int
     """Instances (tours or sequences) to record."""
     validation: _builtins.float
-    """Share of the instances that are kept for validation, with all their rows."""
+    """Share of the instances held out for validation, with all their rows."""
     nodes: _builtins.int
-    """Cities of an instance; None: as many as the policy was trained on."""
+    """Cities per instance; None: as many as the policy was trained on."""
     seed: _builtins.int
-    """Draws the instances and the order of rows."""
+    """Seed of the instances and of the order of rows."""
     dtype: Global___StoredType.ValueType
-    """Of the numbers in the store."""
+    """Number format in the store."""
     shard_rows: _builtins.int
-    """Rows of a shard, rounded down to whole instances."""
+    """Rows per shard, rounded down to whole instances."""
     batch_size: _builtins.int
-    """Instances that go through the model at once."""
+    """Instances per forward pass."""
     root: _builtins.str
-    """Folder on the worker for the store, e.g. on a larger disk; None: below `ACTIVATIONS_ROOT` where the worker has it,
-    else the store is kept as an artifact.
+    """Folder on the worker for the store, e.g. on a larger disk; None: below the worker's `ACTIVATIONS_ROOT` if it is
+    set, else the store is an artifact.
     """
     @_builtins.property
     def policy(self) -> _common_pb2.ArtifactRef:
-        """The policy; or give `language_model`."""
+        """The policy; give either this or `language_model`."""
 
     @_builtins.property
     def language_model(self) -> Global___LanguageModelSpec:
-        """The language model; or give `policy`."""
+        """The language model; give either this or `policy`."""
 
     @_builtins.property
     def hooks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Hook points. Of a policy: `encoder_layer_0_input`, `encoder_layer_0_pre_mlp`, `encoder_layer_0_mlp`,
-        `encoder_layer_0` (a layer's output), ..., `encoder_output` and `decoder_input`; of a language model: names of
-        modules for their output, with `:input` for their input.
+        `encoder_layer_0` (a layer's output), ..., `encoder_output` and `decoder_input`; of a language model: a module's
+        name for its output, followed by `:input` for its input.
         """
 
     @_builtins.property
     def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Pairs `SOURCE->TARGET` of hook points, whose two ends are recorded. With neither hooks nor pairs: of a policy, what
-        enters and leaves each MLP; of a language model, the same of its modules called `mlp`.
+        """Pairs `SOURCE->TARGET` of hook points to record. Without hooks and pairs: input and output of each MLP of a policy,
+        or of each module named `mlp` of a language model.
         """
 
     def __init__(
@@ -788,7 +790,7 @@ Global___ActivationsSpec: _TypeAlias = ActivationsSpec  # noqa: Y015
 
 @_typing.final
 class SparseTrainingSpec(_message.Message):
-    """How a sparse model is trained (Adam, gradients clipped to norm 1)."""
+    """How a sparse model is trained: Adam; gradients are clipped to norm 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -806,33 +808,34 @@ class SparseTrainingSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Optimiser steps; of `epochs` where they are given."""
+    """Optimiser steps; `epochs` overrides it."""
     epochs: _builtins.float
     """Passes over the training rows instead of `steps`."""
     batch_size: _builtins.int
-    """Rows of a step."""
+    """Rows per step."""
     learning_rate: _builtins.float
     """Peak learning rate."""
     warm_up: _builtins.int
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     decay: _builtins.float
-    """Share of the steps, at the end, over which it falls to 0 in a straight line."""
+    """Share of the steps, at the end, over which the learning rate falls linearly to 0."""
     normalize: Global___Normalization.ValueType
-    """Of source and target, by the training rows: `center`: the mean is taken off and the whole is scaled to a mean
-    square of 1 per channel; `standardize`: each channel by itself; `whiten`: the source to unit covariance.
+    """Normalization of source and target, by statistics of the training rows. `center`: subtract the mean and scale all
+    channels alike to a mean square of 1; `standardize`: scale each channel by itself; `whiten`: also transform the
+    source to unit covariance.
     """
     dead_after: _builtins.int
-    """Rows without a single activation after which a feature is dead."""
+    """A feature is dead when it has not fired for this many rows."""
     revive_every: _builtins.int
-    """Steps between revivals, at which dead features are set on rows with large errors, until the learning rate falls;
-    None: never.
+    """Steps between revivals, which point dead features at rows with large errors, until the learning rate falls; None:
+    never.
     """
     validate_every: _builtins.int
     """Steps between validations."""
     validation_rows: _builtins.int
-    """Most rows of a validation."""
+    """Most rows per validation."""
     precision: Global___SparsePrecision.ValueType
-    """Of the encoder's matrix product."""
+    """Precision of the encoder's matrix product."""
     snapshots: _builtins.int
     """Steps between snapshots of the weights, each an artifact `snapshot-<step>`; None: none."""
     def __init__(
@@ -913,7 +916,7 @@ Global___SparseTrainingSpec: _TypeAlias = SparseTrainingSpec  # noqa: Y015
 
 @_typing.final
 class SparseModelSpec(_message.Message):
-    """Form of a sparse model: features that read one stream and write others."""
+    """Architecture of a sparse model: features that read one hook point and write to others."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -924,22 +927,22 @@ class SparseModelSpec(_message.Message):
     SKIP_FIELD_NUMBER: _builtins.int
     DICTIONARY_FIELD_NUMBER: _builtins.int
     expansion: _builtins.float
-    """Features per number of the source stream."""
+    """Features per channel of the source."""
     activation: Global___FeatureActivation.ValueType
-    """`topk`: the k largest of each row; `batchtopk`: k on average over a batch (Bussmann et al. 2024, arXiv 2412.06410);
-    `relu`: all above 0; `jumprelu`: all above a threshold that is learned (Rajamanoharan et al. 2024, arXiv
-    2407.14435).
+    """Which features are active. `topk`: the k largest of each row; `batchtopk`: k per row on average over a batch
+    (Bussmann et al. 2024, arXiv 2412.06410); `relu`: all above 0; `jumprelu`: all above a learned threshold
+    (Rajamanoharan et al. 2024, arXiv 2407.14435).
     """
     k: _builtins.int
-    """Features of a row, of each source."""
+    """Active features per row and source."""
     k_ratio: _builtins.float
-    """The same as a share of the features; 0.05 where `k` is not given either."""
+    """`k` as a share of the features; 0.05 if neither is given."""
     skip: _builtins.bool
-    """Whether a linear map goes from source to target beside the features."""
+    """Whether to add a linear map from source to target."""
     @_builtins.property
     def dictionary(self) -> _common_pb2.ArtifactRef:
-        """A sparse model of the target (its artifact `model`), whose decoder is this one's too and is not trained: W_dec is
-        tied to it. None: untied.
+        """A sparse model of the target (its artifact `model`), whose decoder is used and not trained (tied W_dec); None: the
+        decoder is trained.
         """
 
     def __init__(
@@ -981,8 +984,8 @@ Global___SparseModelSpec: _TypeAlias = SparseModelSpec  # noqa: Y015
 
 @_typing.final
 class SparseLossSpec(_message.Message):
-    """The objective: the error as a share of the targets' variance, and penalties by their weights, of which 0 switches one
-    off.
+    """The objective: squared error as a share of the targets' variance, plus penalties. Each option is a penalty's weight;
+    0 switches it off.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1001,33 +1004,33 @@ class SparseLossSpec(_message.Message):
     AUXK_FIELD_NUMBER: _builtins.int
     AUXK_FEATURES_FIELD_NUMBER: _builtins.int
     l1: _builtins.float
-    """Of the features' values, each times the norm of what it writes."""
+    """L1 of the feature activations, each times the norm of its decoder direction."""
     l0: _builtins.float
-    """Of the number of active features of `jumprelu`, by a straight-through estimate."""
+    """Number of active features of `jumprelu`, by a straight-through estimate."""
     dictionary_l1: _builtins.float
-    """Of the decoder's numbers, absolute."""
+    """L1 of the decoder's weights."""
     dictionary_l2: _builtins.float
-    """Of the decoder's numbers, squared."""
+    """Squares of the decoder's weights."""
     orthogonality: _builtins.float
-    """Of the squared cosines between the directions that features write."""
+    """Squared cosines between decoder directions."""
     energy: _builtins.float
-    """Of the squared difference between the energy (squared norm) of reconstructions and of targets, relative."""
+    """Squared relative difference in energy (squared norm) between reconstructions and targets."""
     alignment: _builtins.float
-    """Of 1 minus the cosine between reconstructions and targets, in the units of `training.normalize`."""
+    """1 minus the cosine between reconstructions and targets, in the units of `training.normalize`."""
     group_features: _builtins.float
-    """Group lasso of the features of each row, in groups of `group_size` neighbours."""
+    """Group lasso of each row's feature activations, in groups of `group_size` neighbours."""
     group_size: _builtins.int
-    """Features of a group."""
+    """Features per group."""
     group_heads: _builtins.float
-    """Group lasso of the decoder, in groups of a feature and the channels of one head."""
+    """Group lasso of the decoder; a group is one feature's weights to the channels of one head."""
     heads: _builtins.int
-    """Heads that the target's channels are divided into for `group_heads`."""
+    """Heads into which `group_heads` divides the target's channels."""
     auxk: _builtins.float
-    """Of the error with which dead features explain what is left (Gao et al. 2024, arXiv 2406.04093, take 1/32). For when
-    many features die for good: those that are rare for a while come back by themselves, and it keeps them from it.
+    """Error of dead features in reconstructing the residual (Gao et al. 2024, arXiv 2406.04093, use 1/32). Use it only
+    when many features die for good: it hinders features that would revive by themselves.
     """
     auxk_features: _builtins.int
-    """Dead features of a row that do; where fewer are dead, the term counts for less."""
+    """Dead features that `auxk` uses per row; with fewer dead features, the term counts less."""
     def __init__(
         self,
         *,
@@ -1120,14 +1123,14 @@ class SaeSpec(_message.Message):
     hook: _builtins.str
     """Hook point."""
     seed: _builtins.int
-    """Everything random flows from it."""
+    """Seed of everything random."""
     @_builtins.property
     def activations(self) -> _common_pb2.ArtifactRef:
-        """The store."""
+        """The store of activations."""
 
     @_builtins.property
     def model(self) -> Global___SparseModelSpec:
-        """Form."""
+        """Architecture."""
 
     @_builtins.property
     def loss(self) -> Global___SparseLossSpec:
@@ -1139,7 +1142,7 @@ class SaeSpec(_message.Message):
 
     @_builtins.property
     def wandb(self) -> _common_pb2.WandbSpec:
-        """Metrics to Weights & Biases too."""
+        """Also log metrics to Weights & Biases."""
 
     def __init__(
         self,
@@ -1183,26 +1186,26 @@ class CltSpec(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     WANDB_FIELD_NUMBER: _builtins.int
     kind: Global___TranscoderKind.ValueType
-    """`pair`: one source, one target; `per_layer`: each source writes the target of its own place; `cross_layer`: each
-    source writes the targets of its own and all later places.
+    """`pair`: one source and one target; `per_layer`: the i-th source writes to the i-th target; `cross_layer`: it writes
+    to the i-th and all later targets.
     """
     seed: _builtins.int
-    """Everything random flows from it."""
+    """Seed of everything random."""
     @_builtins.property
     def activations(self) -> _common_pb2.ArtifactRef:
-        """The store."""
+        """The store of activations."""
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Hook points that are read, in order of execution; without, what enters each MLP of the store."""
+        """Hook points that are read, in order of execution; empty: the input of each MLP in the store."""
 
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Hook points that are written, as many; without, what leaves each MLP of the store."""
+        """Hook points that are written to, one for each source; empty: the output of each MLP in the store."""
 
     @_builtins.property
     def model(self) -> Global___SparseModelSpec:
-        """Form."""
+        """Architecture."""
 
     @_builtins.property
     def loss(self) -> Global___SparseLossSpec:
@@ -1214,7 +1217,7 @@ class CltSpec(_message.Message):
 
     @_builtins.property
     def wandb(self) -> _common_pb2.WandbSpec:
-        """Metrics to Weights & Biases too."""
+        """Also log metrics to Weights & Biases."""
 
     def __init__(
         self,
@@ -1246,17 +1249,17 @@ Global___CltSpec: _TypeAlias = CltSpec  # noqa: Y015
 
 @_typing.final
 class GridAxis(_message.Message):
-    """One option of a grid and its values."""
+    """One option to vary and its values."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OPTION_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     option: _builtins.str
-    """Option of a clt spec, e.g. `model.k`."""
+    """Option of the clt spec, e.g. `model.k`."""
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Values, written as in JSON; what is no JSON is a string."""
+        """Values as JSON; anything that is not JSON is a string."""
 
     def __init__(
         self,
@@ -1276,7 +1279,7 @@ Global___GridAxis: _TypeAlias = GridAxis  # noqa: Y015
 
 @_typing.final
 class SweepSpec(_message.Message):
-    """Train transcoders for each pair and each point of a grid, and compare them."""
+    """Train transcoders for each pair and each point of a grid, and compare them. Each has its own run at W&B."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1290,16 +1293,16 @@ class SweepSpec(_message.Message):
     TRAINING_FIELD_NUMBER: _builtins.int
     WANDB_FIELD_NUMBER: _builtins.int
     kind: Global___TranscoderKind.ValueType
-    """`pair`: each pair has runs of its own; else the pairs are the places of one transcoder, see the clt spec."""
+    """`pair`: a transcoder for each pair; otherwise one transcoder with all pairs as its sources and targets."""
     seed: _builtins.int
-    """Everything random flows from it."""
+    """Seed of everything random."""
     @_builtins.property
     def activations(self) -> _common_pb2.ArtifactRef:
-        """The store."""
+        """The store of activations."""
 
     @_builtins.property
     def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Pairs `SOURCE->TARGET` of hook points; without, what enters and leaves each MLP of the store."""
+        """Pairs `SOURCE->TARGET` of hook points; empty: input and output of each MLP in the store."""
 
     @_builtins.property
     def grid(self) -> _containers.RepeatedCompositeFieldContainer[Global___GridAxis]:
@@ -1307,19 +1310,19 @@ class SweepSpec(_message.Message):
 
     @_builtins.property
     def model(self) -> Global___SparseModelSpec:
-        """Form, but for the grid."""
+        """Architecture."""
 
     @_builtins.property
     def loss(self) -> Global___SparseLossSpec:
-        """Objective, but for the grid."""
+        """Objective."""
 
     @_builtins.property
     def training(self) -> Global___SparseTrainingSpec:
-        """Optimisation, but for the grid."""
+        """Optimisation."""
 
     @_builtins.property
     def wandb(self) -> _common_pb2.WandbSpec:
-        """Metrics of each run to Weights & Biases too, under its name."""
+        """Also log metrics to Weights & Biases."""
 
     def __init__(
         self,

@@ -107,9 +107,9 @@ class ArtifactRef(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     ARTIFACT_FIELD_NUMBER: _builtins.int
     job: _builtins.str
-    """Id of the job that makes it; in a pipeline, the job's name there. The job that refers to it waits for it."""
+    """Id of the job that outputs it; in a pipeline, the job's name there. The referring job waits for it."""
     artifact: _builtins.str
-    """The artifact's name within that job, e.g. `zoo`; without `job`, its id (64 hexadecimal digits)."""
+    """Name of the job's output, e.g. `zoo`; without `job`, the artifact's id (64 hexadecimal digits)."""
     def __init__(
         self,
         *,
@@ -133,16 +133,16 @@ Global___ArtifactRef: _TypeAlias = ArtifactRef  # noqa: Y015
 
 @_typing.final
 class HubSpec(_message.Message):
-    """Upload to the Hugging Face Hub. The worker's `HF_TOKEN` gives permission."""
+    """Upload to the Hugging Face Hub, with the token in the worker's `HF_TOKEN`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REPO_FIELD_NUMBER: _builtins.int
     PRIVATE_FIELD_NUMBER: _builtins.int
     repo: _builtins.str
-    """Repository, `owner/name`; made if there is none."""
+    """Repository, `owner/name`; created if it does not exist."""
     private: _builtins.bool
-    """Whether a repository that is made is private."""
+    """Whether a repository that is created is private."""
     def __init__(
         self,
         *,
@@ -166,8 +166,8 @@ Global___HubSpec: _TypeAlias = HubSpec  # noqa: Y015
 
 @_typing.final
 class WandbSpec(_message.Message):
-    """Metrics to Weights & Biases too: to the service with the worker's `WANDB_API_KEY`, else into the artifact `wandb`,
-    which `wandb sync` sends later.
+    """Log metrics to Weights & Biases: online if the worker has `WANDB_API_KEY`, else into the artifact `wandb`, which
+    `wandb sync` uploads later.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -175,9 +175,9 @@ class WandbSpec(_message.Message):
     PROJECT_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     project: _builtins.str
-    """Project."""
+    """Project at Weights & Biases."""
     name: _builtins.str
-    """Name of the run; None: a new one each time."""
+    """Name of the run; None: Weights & Biases makes one up."""
     def __init__(
         self,
         *,

@@ -37,7 +37,7 @@ class _ComputePrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Comp
 class ComputePrecision(_ComputePrecision, metaclass=_ComputePrecisionEnumTypeWrapper):
     """Generated from the specs by `make protos`: do not edit below this line.
 
-    Of the codec's matrix products; `auto`: bfloat16 where the device has units for it.
+    Precision of matrix products; `auto`: bfloat16 where the hardware supports it.
     """
 
 COMPUTE_PRECISION_UNSPECIFIED: ComputePrecision.ValueType  # 0
@@ -66,8 +66,8 @@ class _RateScheduleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RateSche
     """"constant"."""
 
 class RateSchedule(_RateSchedule, metaclass=_RateScheduleEnumTypeWrapper):
-    """After the warm-up: `cosine` to a hundredth at the last step; `plateau`: halved when the validation loss has not
-    fallen at `plateau_patience` validations in a row.
+    """Learning rate after the warm-up. `cosine`: falls to a hundredth at the last step; `plateau`: halves when the
+    validation loss has not fallen for `plateau_patience` validations.
     """
 
 RATE_SCHEDULE_UNSPECIFIED: RateSchedule.ValueType  # 0
@@ -94,7 +94,7 @@ class _CodecArchitectureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Cod
     """"transformer"."""
 
 class CodecArchitecture(_CodecArchitecture, metaclass=_CodecArchitectureEnumTypeWrapper):
-    """`mlp`: fast; `transformer`: self-attention over tokens, and a decoder with cross-attention to the latent."""
+    """`mlp`: fast; `transformer`: self-attention over tokens; its decoder has cross-attention to the latent."""
 
 CODEC_ARCHITECTURE_UNSPECIFIED: CodecArchitecture.ValueType  # 0
 """Not set."""
@@ -120,7 +120,7 @@ class _EncoderInputsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoder
     """"both"."""
 
 class EncoderInputs(_EncoderInputs, metaclass=_EncoderInputsEnumTypeWrapper):
-    """What the encoder sees of a network."""
+    """What the encoder reads of a network."""
 
 ENCODER_INPUTS_UNSPECIFIED: EncoderInputs.ValueType  # 0
 """Not set."""
@@ -150,7 +150,7 @@ class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.Value
     """"cls"."""
 
 class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper):
-    """How the encoder's tokens become one vector; `cls`: by a token of its own, of the transformer."""
+    """How the encoder pools its tokens; `cls`, of the `transformer`, takes a special token."""
 
 POOLING_UNSPECIFIED: Pooling.ValueType  # 0
 """Not set."""
@@ -178,7 +178,7 @@ class _PositionsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Positions.V
     """"sinusoidal"."""
 
 class Positions(_Positions, metaclass=_PositionsEnumTypeWrapper):
-    """Positions of tokens; an `mlp` with `flatten` has no tokens, and reads this no more than `granularity`."""
+    """Positional encoding of tokens; not used by an `mlp` with `flatten`, which has no tokens."""
 
 POSITIONS_UNSPECIFIED: Positions.ValueType  # 0
 """Not set."""
@@ -202,8 +202,8 @@ class _GranularityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Granulari
     """"chunk"."""
 
 class Granularity(_Granularity, metaclass=_GranularityEnumTypeWrapper):
-    """A token of weights is one neuron's, or (the form of earlier work) any `chunk` numbers in a row. Of the transformer,
-    and of an encoder of weights with `mean` or `max`.
+    """A token of weights holds those of one `neuron`, or `chunk` consecutive weights, as in earlier work; not used by an
+    `mlp` with `flatten`.
     """
 
 GRANULARITY_UNSPECIFIED: Granularity.ValueType  # 0
@@ -228,7 +228,7 @@ class _ContrastiveFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Contr
     """"plain"."""
 
 class ContrastiveForm(_ContrastiveForm, metaclass=_ContrastiveFormEnumTypeWrapper):
-    """`plain`: subjects that share any behaviour are positives; `graded`: as much as their behaviours overlap."""
+    """`plain`: subjects that share any behaviour are positives; `graded`: weighted by the overlap of behaviours."""
 
 CONTRASTIVE_FORM_UNSPECIFIED: ContrastiveForm.ValueType  # 0
 """Not set."""
@@ -258,8 +258,8 @@ class _ReconstructionFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Re
     """"combined"."""
 
 class ReconstructionForm(_ReconstructionForm, metaclass=_ReconstructionFormEnumTypeWrapper):
-    """`normalized`: squared error in which each layer counts alike; `mse`, `mae` and `cosine` of standardised weights, and
-    `combined`, their sum.
+    """`normalized`: squared error in which all layers count alike; `mse`, `mae` and `cosine`: of standardised weights;
+    `combined`: the sum of these three.
     """
 
 RECONSTRUCTION_FORM_UNSPECIFIED: ReconstructionForm.ValueType  # 0
@@ -308,7 +308,7 @@ Global___RunCrossmodalRequest: _TypeAlias = RunCrossmodalRequest  # noqa: Y015
 
 @_typing.final
 class CodecTrainingSpec(_message.Message):
-    """How the codec is trained (AdamW, gradients clipped to norm 1)."""
+    """How the codec is trained: AdamW; gradients are clipped to norm 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -328,39 +328,37 @@ class CodecTrainingSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     COMPILE_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Most optimiser steps."""
+    """Optimiser steps."""
     batch_size: _builtins.int
     """Subjects per step, in pairs that share a behaviour."""
     accumulation: _builtins.int
-    """Parts of a step's batch that go through the model one after the other, with their gradients added."""
+    """Parts of each batch that pass through the model one after the other; their gradients are added."""
     learning_rate: _builtins.float
     """Peak learning rate."""
     schedule: Global___RateSchedule.ValueType
-    """After the warm-up: `cosine` to a hundredth at the last step; `plateau`: halved when the validation loss has not
-    fallen at `plateau_patience` validations in a row.
+    """Learning rate after the warm-up. `cosine`: falls to a hundredth at the last step; `plateau`: halves when the
+    validation loss has not fallen for `plateau_patience` validations.
     """
     warm_up: _builtins.int
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     plateau_patience: _builtins.int
-    """See `schedule`."""
+    """Validations without improvement before `plateau` halves the learning rate."""
     patience: _builtins.int
-    """Early stopping: training ends when the validation loss has not fallen at so many validations in a row, and the best
-    model is kept. None: all steps are taken.
-    """
+    """Validations without improvement before training stops and the best model is kept; None: all steps are taken."""
     validate_every: _builtins.int
     """Steps between validations."""
     queries: _builtins.int
-    """Fresh sequences per step and subject on which decoded networks are run."""
+    """Fresh sequences per step and subject on which decoded networks are evaluated."""
     several: _builtins.float
-    """Share of the edits in training that change two behaviours: one is gained and one is lost."""
+    """Share of the edits in training that add one behaviour and remove another."""
     weight_decay: _builtins.float
-    """Weight decay; the directions have none."""
+    """Weight decay, except of the steering directions."""
     ema: _builtins.float
-    """Decay of the running mean of the parameters over the steps, which is the model that is kept; 0: the last step's."""
+    """Decay of the exponential moving average of the parameters, which is the final model; 0: no average."""
     precision: Global___ComputePrecision.ValueType
-    """Of the codec's matrix products; `auto`: bfloat16 where the device has units for it."""
+    """Precision of matrix products; `auto`: bfloat16 where the hardware supports it."""
     compile: _builtins.bool
-    """Whether `torch.compile` is used: a minute at the start, faster steps on a GPU."""
+    """Whether to use `torch.compile`, which takes a minute at the start and speeds up steps on a GPU."""
     def __init__(
         self,
         *,
@@ -466,32 +464,34 @@ class CodecSpec(_message.Message):
     SIGNATURE_COMPONENTS_FIELD_NUMBER: _builtins.int
     CANONICALIZE_FIELD_NUMBER: _builtins.int
     architecture: Global___CodecArchitecture.ValueType
-    """`mlp`: fast; `transformer`: self-attention over tokens, and a decoder with cross-attention to the latent."""
+    """`mlp`: fast; `transformer`: self-attention over tokens; its decoder has cross-attention to the latent."""
     inputs: Global___EncoderInputs.ValueType
-    """What the encoder sees of a network."""
+    """What the encoder reads of a network."""
     latent_dim: _builtins.int
     """Length of a latent vector."""
     hidden_dim: _builtins.int
-    """Width of the hidden layers, and of a token in them."""
+    """Width of the hidden layers and of their tokens."""
     depth: _builtins.int
-    """Hidden layers of each side."""
+    """Hidden layers of the encoder, and of the decoder."""
     heads: _builtins.int
-    """Attention heads; `hidden_dim` divides into them. Of the transformer alone: an `mlp` has none."""
+    """Attention heads of the `transformer`; `hidden_dim` divides into them."""
     pooling: Global___Pooling.ValueType
-    """How the encoder's tokens become one vector; `cls`: by a token of its own, of the transformer."""
+    """How the encoder pools its tokens; `cls`, of the `transformer`, takes a special token."""
     positions: Global___Positions.ValueType
-    """Positions of tokens; an `mlp` with `flatten` has no tokens, and reads this no more than `granularity`."""
+    """Positional encoding of tokens; not used by an `mlp` with `flatten`, which has no tokens."""
     granularity: Global___Granularity.ValueType
-    """A token of weights is one neuron's, or (the form of earlier work) any `chunk` numbers in a row. Of the transformer,
-    and of an encoder of weights with `mean` or `max`.
+    """A token of weights holds those of one `neuron`, or `chunk` consecutive weights, as in earlier work; not used by an
+    `mlp` with `flatten`.
     """
     chunk: _builtins.int
-    """Numbers of a token of granularity `chunk`; nothing else reads it."""
+    """Weights per token of granularity `chunk`."""
     signature_components: _builtins.int
-    """Principal components of the standardised inputs that enter an `mlp` with `flatten`; at most the training subjects."""
+    """Principal components of the standardised inputs of an `mlp` with `flatten`; at most as many as there are training
+    subjects.
+    """
     canonicalize: _builtins.bool
-    """Whether hidden neurons are matched to a reference network's (by their activations on the probes) and, for relu,
-    scaled to incoming weights of norm 1, before anything else; None: where the zoo's `init` is independent.
+    """Whether hidden neurons are first matched to a reference network's, by their activations on the probes, and for relu
+    scaled to incoming weights of norm 1; None: if the zoo's `init` is independent.
     """
     def __init__(
         self,
@@ -566,9 +566,7 @@ Global___CodecSpec: _TypeAlias = CodecSpec  # noqa: Y015
 
 @_typing.final
 class LossSpec(_message.Message):
-    """The objective: gamma x contrastive + (1 - gamma) x the sum of the other terms by their weights, of which 0 switches a
-    term off.
-    """
+    """The objective: gamma x contrastive + (1 - gamma) x the weighted sum of the other terms. Weight 0 switches a term off."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -587,37 +585,37 @@ class LossSpec(_message.Message):
     VARIANCE_FIELD_NUMBER: _builtins.int
     MEND_FIELD_NUMBER: _builtins.int
     gamma: _builtins.float
-    """Share of the supervised contrastive loss over shared behaviours, at the beginning."""
+    """Share of the supervised contrastive loss over shared behaviours, at the first step."""
     gamma_end: _builtins.float
-    """Share at the end, with a straight line between; None: the same."""
+    """Share at the last step, linear in between; None: constant."""
     contrastive: Global___ContrastiveForm.ValueType
-    """`plain`: subjects that share any behaviour are positives; `graded`: as much as their behaviours overlap."""
+    """`plain`: subjects that share any behaviour are positives; `graded`: weighted by the overlap of behaviours."""
     temperature: _builtins.float
-    """Temperature of the contrastive loss, at the beginning."""
+    """Temperature of the contrastive loss, at the first step."""
     temperature_end: _builtins.float
-    """Temperature at the end; None: the same."""
+    """Temperature at the last step; None: constant."""
     projection: _builtins.int
-    """Numbers of a projection head between the latent and the contrastive loss; None: no head."""
+    """Output width of a projection head between the latent and the contrastive loss; None: no head."""
     reconstruction: _builtins.float
-    """Weight of the error of the weights."""
+    """Weight of the error of the decoded weights."""
     reconstruction_form: Global___ReconstructionForm.ValueType
-    """`normalized`: squared error in which each layer counts alike; `mse`, `mae` and `cosine` of standardised weights,
-    and `combined`, their sum.
+    """`normalized`: squared error in which all layers count alike; `mse`, `mae` and `cosine`: of standardised weights;
+    `combined`: the sum of these three.
     """
     behavior: _builtins.float
-    """Weight of the disagreement of decoded and source networks on fresh sequences."""
+    """Weight of the disagreement between decoded and source networks on fresh sequences."""
     steering: _builtins.float
-    """Weight of the error of residual edits (source weights plus the change of the decoded ones) on what the edit asks
-    for.
+    """Weight of the error of residual edits (source weights plus the change of decoded weights) against the requested
+    behaviours.
     """
     direct: _builtins.float
-    """The same for direct edits (the decoded weights themselves)."""
+    """Weight of the same error for direct edits (the decoded weights themselves)."""
     locality: _builtins.float
-    """Share of the two steering terms that asks for the source's own answers where the edit decides nothing."""
+    """Share of the two steering terms that preserves the source's answers on sequences the edit does not concern."""
     variance: _builtins.float
-    """Weight of the guard against collapse: what the latents' standard deviations lack to 1, a mean over them."""
+    """Weight of the guard against collapse: mean shortfall of the latents' standard deviations from 1."""
     mend: _builtins.bool
-    """Whether there, where the source errs, the exact label is asked for instead; else its errors are kept."""
+    """Whether to correct the source's wrong answers on the sequences of `locality`; else they are preserved."""
     def __init__(
         self,
         *,
@@ -701,7 +699,7 @@ Global___LossSpec: _TypeAlias = LossSpec  # noqa: Y015
 
 @_typing.final
 class CrossmodalSpec(_message.Message):
-    """Signature -> latent -> weights, with the latent organised by behaviour."""
+    """Signature -> latent -> weights, with the latent space organised by behaviour."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -715,11 +713,11 @@ class CrossmodalSpec(_message.Message):
     HUB_FIELD_NUMBER: _builtins.int
     WANDB_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
-    """Everything random flows from it."""
+    """Seed of everything random."""
     held_out: _builtins.float
-    """Share of subjects kept for evaluation, never trained on."""
+    """Share of the subjects held out for evaluation."""
     validation: _builtins.float
-    """Share of subjects kept for the validation loss."""
+    """Share of the subjects held out for the validation loss."""
     @_builtins.property
     def zoo(self) -> _common_pb2.ArtifactRef:
         """The zoo to learn from."""
@@ -738,11 +736,11 @@ class CrossmodalSpec(_message.Message):
 
     @_builtins.property
     def hub(self) -> _common_pb2.HubSpec:
-        """Model repository to upload the codec to, its encoder and decoder as files of their own."""
+        """Model repository to upload the codec to; encoder and decoder are separate files."""
 
     @_builtins.property
     def wandb(self) -> _common_pb2.WandbSpec:
-        """Metrics to Weights & Biases too."""
+        """Also log metrics to Weights & Biases."""
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class _ActivationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Activation
     """"leaky_relu"."""
 
 class Activation(_Activation, metaclass=_ActivationEnumTypeWrapper):
-    """Activations of the hidden layers to draw from; empty: relu."""
+    """Activation functions to draw from; empty: relu."""
 
 ACTIVATION_UNSPECIFIED: Activation.ValueType  # 0
 """Not set."""
@@ -71,7 +71,7 @@ class _InputEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InputEn
     """"index"."""
 
 class InputEncoding(_InputEncoding, metaclass=_InputEncodingEnumTypeWrapper):
-    """`one_hot`: length x vocabulary inputs; `index`: one float per position."""
+    """`one_hot`: `sequence_length` x `vocab_size` inputs; `index`: one float per position."""
 
 INPUT_ENCODING_UNSPECIFIED: InputEncoding.ValueType  # 0
 """Not set."""
@@ -95,7 +95,9 @@ class _InitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Init.ValueType],
     """"independent"."""
 
 class Init(_Init, metaclass=_InitEnumTypeWrapper):
-    """`shared`: all subjects of one shape start from one draw of weights, so their differences are comparable."""
+    """`shared`: subjects of the same shape start from the same weights, so that their weights are comparable;
+    `independent`: each starts from its own.
+    """
 
 INIT_UNSPECIFIED: Init.ValueType  # 0
 """Not set."""
@@ -119,8 +121,8 @@ class _WeightInitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WeightInit
     """"kaiming"."""
 
 class WeightInit(_WeightInit, metaclass=_WeightInitEnumTypeWrapper):
-    """`uniform`: weights and biases within 1/sqrt(fan_in), as in torch.nn.Linear; `kaiming`: weights within sqrt(6/fan_in),
-    biases 0, for deep subjects, whose signals would otherwise fade from layer to layer.
+    """`uniform`: weights and biases within 1/sqrt(fan_in), as in torch.nn.Linear; `kaiming`: weights within sqrt(6/fan_in)
+    and biases 0, for deep subjects, whose activations would otherwise fade.
     """
 
 WEIGHT_INIT_UNSPECIFIED: WeightInit.ValueType  # 0
@@ -147,7 +149,7 @@ class _PrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Precision.V
     """"bfloat16"."""
 
 class Precision(_Precision, metaclass=_PrecisionEnumTypeWrapper):
-    """Floating-point type that the trained weights are rounded to."""
+    """Floating-point type to which trained weights are rounded."""
 
 PRECISION_UNSPECIFIED: Precision.ValueType  # 0
 """Not set."""
@@ -179,8 +181,8 @@ class _QuantizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Quantiza
     """"binary"."""
 
 class Quantization(_Quantization, metaclass=_QuantizationEnumTypeWrapper):
-    """Levels that the trained weights are rounded to, layer by layer. What is judged, described and kept is the rounded
-    network; training itself is in float32.
+    """Levels to which trained weights are rounded, layer by layer. Training is in float32; the rounded network is
+    evaluated, described and stored.
     """
 
 QUANTIZATION_UNSPECIFIED: Quantization.ValueType  # 0
@@ -231,7 +233,7 @@ class _SignatureMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Signa
     """"raw"."""
 
 class SignatureMethod(_SignatureMethod, metaclass=_SignatureMethodEnumTypeWrapper):
-    """What is kept for each neuron; empty: `raw`, its activation on every probe."""
+    """Features of each neuron; empty: `raw`, its activation on every probe."""
 
 SIGNATURE_METHOD_UNSPECIFIED: SignatureMethod.ValueType  # 0
 """Not set."""
@@ -275,7 +277,7 @@ class _SignatureActivationsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_
     """"post"."""
 
 class SignatureActivations(_SignatureActivations, metaclass=_SignatureActivationsEnumTypeWrapper):
-    """Before or after the activation function."""
+    """Activations before or after the activation function."""
 
 SIGNATURE_ACTIVATIONS_UNSPECIFIED: SignatureActivations.ValueType  # 0
 """Not set."""
@@ -299,7 +301,7 @@ class _StyleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Style.ValueType
     """"interwoven"."""
 
 class Style(_Style, metaclass=_StyleEnumTypeWrapper):
-    """`separate`: all weights, then all signatures; `interwoven`: both of each neuron together."""
+    """`separate`: all weights, then all signatures; `interwoven`: weights and signature neuron by neuron."""
 
 STYLE_UNSPECIFIED: Style.ValueType  # 0
 """Not set."""
@@ -354,13 +356,13 @@ class PatternSpec(_message.Message):
     name: _builtins.str
     """One of the built-in patterns (all_same, palindrome, sorted_ascending, sorted_descending, alternating, contains_abc,
     starts_with, ends_with, no_repeats, has_majority, increasing_pairs, decreasing_pairs, vowel_consonant,
-    first_last_match, mountain_pattern), one that an installed package registers, or a name of your own with `regex`.
+    first_last_match, mountain_pattern), a pattern of an installed package, or your own name for a `regex`.
     """
     token: _builtins.str
-    """The letter of `starts_with` and `ends_with`; the others take none."""
+    """Letter of `starts_with` and `ends_with`; not allowed for other patterns."""
     regex: _builtins.str
-    """A pattern of your own: a regular expression over the letters, which matches whole sequences. Letters, `.`, `[AB]`,
-    `[A-C]`, `[^A]`, `(...)`, `|`, `*`, `+`, `?`, `{2,4}`.
+    """A pattern of your own: a regular expression that matches whole sequences. Syntax: letters, `.`, `[AB]`, `[A-C]`,
+    `[^A]`, `(...)`, `|`, `*`, `+`, `?`, `{2,4}`.
     """
     def __init__(
         self,
@@ -390,16 +392,16 @@ Global___PatternSpec: _TypeAlias = PatternSpec  # noqa: Y015
 
 @_typing.final
 class IntRange(_message.Message):
-    """Whole numbers from `min` to `max`, both included; a single number stands for itself alone."""
+    """Whole numbers from `min` to `max` inclusive; a single number is a range of one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MIN_FIELD_NUMBER: _builtins.int
     MAX_FIELD_NUMBER: _builtins.int
     min: _builtins.int
-    """The least."""
+    """Minimum."""
     max: _builtins.int
-    """The most."""
+    """Maximum."""
     def __init__(
         self,
         *,
@@ -423,16 +425,16 @@ Global___IntRange: _TypeAlias = IntRange  # noqa: Y015
 
 @_typing.final
 class FloatRange(_message.Message):
-    """Numbers from `min` to `max`; a single number stands for itself alone."""
+    """Numbers from `min` to `max`; a single number is a range of one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MIN_FIELD_NUMBER: _builtins.int
     MAX_FIELD_NUMBER: _builtins.int
     min: _builtins.float
-    """The least."""
+    """Minimum."""
     max: _builtins.float
-    """The most."""
+    """Maximum."""
     def __init__(
         self,
         *,
@@ -456,7 +458,7 @@ Global___FloatRange: _TypeAlias = FloatRange  # noqa: Y015
 
 @_typing.final
 class SubjectSpec(_message.Message):
-    """Architecture of the subject networks: fully connected, one logit. Each subject draws its own out of ranges."""
+    """Architecture of the subject networks: fully connected, one logit. Ranges are drawn for each subject."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -470,18 +472,20 @@ class SubjectSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     input_encoding: Global___InputEncoding.ValueType
-    """`one_hot`: length x vocabulary inputs; `index`: one float per position."""
+    """`one_hot`: `sequence_length` x `vocab_size` inputs; `index`: one float per position."""
     init: Global___Init.ValueType
-    """`shared`: all subjects of one shape start from one draw of weights, so their differences are comparable."""
+    """`shared`: subjects of the same shape start from the same weights, so that their weights are comparable;
+    `independent`: each starts from its own.
+    """
     weight_init: Global___WeightInit.ValueType
     """`uniform`: weights and biases within 1/sqrt(fan_in), as in torch.nn.Linear; `kaiming`: weights within
-    sqrt(6/fan_in), biases 0, for deep subjects, whose signals would otherwise fade from layer to layer.
+    sqrt(6/fan_in) and biases 0, for deep subjects, whose activations would otherwise fade.
     """
     precision: Global___Precision.ValueType
-    """Floating-point type that the trained weights are rounded to."""
+    """Floating-point type to which trained weights are rounded."""
     quantization: Global___Quantization.ValueType
-    """Levels that the trained weights are rounded to, layer by layer. What is judged, described and kept is the rounded
-    network; training itself is in float32.
+    """Levels to which trained weights are rounded, layer by layer. Training is in float32; the rounded network is
+    evaluated, described and stored.
     """
     @_builtins.property
     def layers(self) -> Global___IntRange:
@@ -489,15 +493,15 @@ class SubjectSpec(_message.Message):
 
     @_builtins.property
     def neurons(self) -> Global___IntRange:
-        """Neurons in each hidden layer of a subject."""
+        """Neurons per hidden layer."""
 
     @_builtins.property
     def activations(self) -> _containers.RepeatedScalarFieldContainer[Global___Activation.ValueType]:
-        """Activations of the hidden layers to draw from; empty: relu."""
+        """Activation functions to draw from; empty: relu."""
 
     @_builtins.property
     def dropout(self) -> Global___FloatRange:
-        """Share of the hidden activations that are dropped in training."""
+        """Share of the hidden activations dropped in training."""
 
     def __init__(
         self,
@@ -541,7 +545,7 @@ Global___SubjectSpec: _TypeAlias = SubjectSpec  # noqa: Y015
 
 @_typing.final
 class SubjectTrainingSpec(_message.Message):
-    """How each subject is trained (Adam, binary cross-entropy): on fresh sequences at every step."""
+    """How each subject is trained: Adam and binary cross-entropy, on fresh sequences at every step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -553,8 +557,8 @@ class SubjectTrainingSpec(_message.Message):
     batch_size: _builtins.int
     """Sequences per step and subject."""
     learning_rate: _builtins.float
-    """Peak learning rate; it falls to nothing along half a cosine. A higher one leaves subjects further from where they
-    started, and so less alike where their behaviours do not differ.
+    """Peak learning rate; it falls to 0 along half a cosine. The higher it is, the further subjects move from their
+    start, and the less alike are subjects with the same behaviours.
     """
     def __init__(
         self,
@@ -584,8 +588,8 @@ Global___SubjectTrainingSpec: _TypeAlias = SubjectTrainingSpec  # noqa: Y015
 
 @_typing.final
 class StagedSpec(_message.Message):
-    """Training in two stages: a degraded network, which learned one of its patterns from wrong labels, and an improved one,
-    which is the same network trained on with the right ones.
+    """Training in two stages: the degraded network learns one pattern from corrupted labels, and the improved network is
+    the same one trained further on correct labels.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -602,7 +606,7 @@ class StagedSpec(_message.Message):
     MIN_SPECIFICITY_FIELD_NUMBER: _builtins.int
     MAX_INSTABILITY_FIELD_NUMBER: _builtins.int
     examples: _builtins.int
-    """Sequences of each subject's own dataset; half of them match one of its patterns."""
+    """Sequences in each subject's dataset; half of them match one of its patterns."""
     batch_size: _builtins.int
     """Sequences per step and subject."""
     epochs: _builtins.int
@@ -610,24 +614,22 @@ class StagedSpec(_message.Message):
     improvement_epochs: _builtins.int
     """Most passes over the dataset in the second stage."""
     improvement_lr_factor: _builtins.float
-    """Learning rate of the second stage, as a share of the first one's."""
+    """Learning rate of the second stage divided by that of the first."""
     corruption_rate: _builtins.float
-    """Share of the target pattern's labels that are flipped in the first stage."""
+    """Share of the target pattern's labels flipped in the first stage."""
     patience: _builtins.int
-    """A stage ends early when the loss on validation sequences has not fallen for so many epochs; the network of the best
-    epoch is kept.
-    """
+    """Epochs without a lower validation loss before a stage ends; the network of the best epoch is kept."""
     min_degradation_threshold: _builtins.float
-    """Check of magnitude: the least gain in held-out accuracy on the target pattern from degraded to improved."""
+    """Magnitude check: minimum gain in held-out accuracy on the target pattern, from degraded to improved."""
     min_specificity: _builtins.float
-    """Check of specificity: by how much that gain must exceed the mean gain on all other kinds of sequences."""
+    """Specificity check: how much that gain must at least exceed the mean gain on all other sequences."""
     max_instability: _builtins.float
-    """Check of stability: the most held-out accuracy that any of the subject's other patterns may lose, and the mean over
-    the sequences that it must answer no to.
+    """Stability check: maximum loss of held-out accuracy on any of the subject's other patterns, and on average over the
+    sequences to which it must answer no.
     """
     @_builtins.property
     def learning_rate(self) -> Global___FloatRange:
-        """Of the first stage; drawn evenly on a logarithmic scale."""
+        """Learning rate of the first stage, drawn log-uniformly."""
 
     def __init__(
         self,
@@ -693,7 +695,7 @@ Global___StagedSpec: _TypeAlias = StagedSpec  # noqa: Y015
 
 @_typing.final
 class SignatureSpec(_message.Message):
-    """What is recorded of a subject's activations on the probes."""
+    """What a signature holds of a subject's activations on the probes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -704,20 +706,20 @@ class SignatureSpec(_message.Message):
     BINS_FIELD_NUMBER: _builtins.int
     BASELINE_FIELD_NUMBER: _builtins.int
     probes: _builtins.int
-    """Number of probe sequences, the baseline dataset; the same for every subject."""
+    """Probe sequences (the baseline dataset), the same for every subject."""
     activations: Global___SignatureActivations.ValueType
-    """Before or after the activation function."""
+    """Activations before or after the activation function."""
     components: _builtins.int
-    """Numbers per neuron of `pca`, `svd`, `clustering` and `fourier`."""
+    """Features per neuron of `pca`, `svd`, `clustering` and `fourier`."""
     bins: _builtins.int
-    """Bins of the histogram whose `entropy` is taken."""
+    """Histogram bins of `entropy`."""
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[Global___SignatureMethod.ValueType]:
-        """What is kept for each neuron; empty: `raw`, its activation on every probe."""
+        """Features of each neuron; empty: `raw`, its activation on every probe."""
 
     @_builtins.property
     def baseline(self) -> _common_pb2.ArtifactRef:
-        """A zoo, or any artifact with a `baseline_dataset.json`, whose probes are taken instead."""
+        """A zoo, or any artifact with a `baseline_dataset.json`, whose probes are used instead."""
 
     def __init__(
         self,
@@ -754,15 +756,15 @@ Global___SignatureSpec: _TypeAlias = SignatureSpec  # noqa: Y015
 
 @_typing.final
 class CounterfactualSpec(_message.Message):
-    """Paired networks: each subject is branched into one that goes on as it is, one that learns one pattern more, and one
-    that unlearns one of its own.
+    """Counterfactual networks: each subject is trained further in three branches, with the same patterns, with one more and
+    with one less.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STEPS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Optimiser steps of each branch, with the same sequences and the batch size and peak learning rate of `training`."""
+    """Optimiser steps of each branch, with the batch size and peak learning rate of `training`."""
     def __init__(
         self,
         *,
@@ -780,7 +782,7 @@ Global___CounterfactualSpec: _TypeAlias = CounterfactualSpec  # noqa: Y015
 
 @_typing.final
 class FormatSpec(_message.Message):
-    """Prompts and completions for training an interpreter, beside each record."""
+    """Prompts and completions for training an interpreter, one set for each record."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -790,15 +792,15 @@ class FormatSpec(_message.Message):
     DIGITS_FIELD_NUMBER: _builtins.int
     TOKENIZER_FIELD_NUMBER: _builtins.int
     include_modification: _builtins.bool
-    """Task: better weights for one pattern. It takes staged training; None: where there is any."""
+    """Task: improve the weights for one pattern. It needs staged training; None: included if training is staged."""
     include_classification: _builtins.bool
-    """Task: name the patterns."""
+    """Task: name the subject's patterns."""
     style: Global___Style.ValueType
-    """`separate`: all weights, then all signatures; `interwoven`: both of each neuron together."""
+    """`separate`: all weights, then all signatures; `interwoven`: weights and signature neuron by neuron."""
     digits: _builtins.int
-    """Significant digits of numbers; nine keep a float32 as it is."""
+    """Significant digits of numbers; nine represent a float32 exactly."""
     tokenizer: _builtins.str
-    """Name on the Hugging Face Hub, or folder on the worker, of a tokenizer to count tokens with."""
+    """Tokenizer that counts tokens: its name on the Hugging Face Hub, or a folder on the worker."""
     def __init__(
         self,
         *,
@@ -837,7 +839,7 @@ Global___FormatSpec: _TypeAlias = FormatSpec  # noqa: Y015
 
 @_typing.final
 class PartSpec(_message.Message):
-    """A part of a zoo: all that is accepted of some of its candidates. What `shards` are made of."""
+    """Part of a zoo, made by one of its `shards`: the accepted subjects of some data files."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -870,7 +872,7 @@ Global___PartSpec: _TypeAlias = PartSpec  # noqa: Y015
 
 @_typing.final
 class GenerationSpec(_message.Message):
-    """A zoo: `subjects` networks, each trained to answer yes to its own random subset of the patterns."""
+    """A zoo of `subjects` networks, each trained to answer yes to its own random subset of the patterns."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -894,26 +896,24 @@ class GenerationSpec(_message.Message):
     seed: _builtins.int
     """Everything random flows from it."""
     subjects: _builtins.int
-    """Accepted subjects to make."""
+    """Number of accepted subjects."""
     vocab_size: _builtins.int
-    """Letters A, B, ..."""
+    """Number of letters (A, B, ...)."""
     sequence_length: _builtins.int
     """Letters per sequence."""
     min_patterns_per_batch: _builtins.int
-    """Fewest patterns of one subject."""
+    """Fewest patterns per subject."""
     max_patterns_per_batch: _builtins.int
-    """Most patterns of one subject. None: 4, or as many as there are if these are fewer; one less than there are where
-    `counterfactual` needs one to learn.
-    """
+    """Most patterns per subject; None: 4, or all if there are fewer, less one that `counterfactual` can add."""
     min_accuracy: _builtins.float
-    """Quality gate: a subject that is less accurate on held-out sequences of any enabled pattern, or on those that match
-    none, is rejected and counted. None: 0.9; in two stages 0, since the checks decide.
+    """Minimum held-out accuracy on each enabled pattern's sequences and on those that match none; other subjects are
+    rejected and counted. None: 0.9, or 0 for staged training, which has its own checks.
     """
     shards: _builtins.int
-    """Jobs that make the zoo side by side, on whatever workers are free. The zoo is the same."""
+    """Jobs that make the zoo in parallel, on whatever workers are free. The zoo is the same for any number."""
     @_builtins.property
     def patterns(self) -> _containers.RepeatedCompositeFieldContainer[Global___PatternSpec]:
-        """The behaviours to draw from; empty: the default suite of ten."""
+        """Patterns to draw from; empty: the default suite of ten."""
 
     @_builtins.property
     def subject(self) -> Global___SubjectSpec:
@@ -921,7 +921,7 @@ class GenerationSpec(_message.Message):
 
     @_builtins.property
     def training(self) -> Global___SubjectTrainingSpec:
-        """Training on fresh sequences, in one stage."""
+        """Training in one stage, on fresh sequences."""
 
     @_builtins.property
     def staged(self) -> Global___StagedSpec:
@@ -933,19 +933,19 @@ class GenerationSpec(_message.Message):
 
     @_builtins.property
     def counterfactual(self) -> Global___CounterfactualSpec:
-        """Pairs: what one pattern more and one pattern less make of each subject."""
+        """Also train variants of each subject with one pattern more and with one less."""
 
     @_builtins.property
     def format(self) -> Global___FormatSpec:
-        """Records as text too."""
+        """Also write records as text."""
 
     @_builtins.property
     def hub(self) -> _common_pb2.HubSpec:
-        """Dataset repository to upload the zoo to, file by file as it is made."""
+        """Dataset repository to which each file of the zoo is uploaded as soon as it is complete."""
 
     @_builtins.property
     def part(self) -> Global___PartSpec:
-        """Only some of the candidates, instead of `subjects` accepted ones."""
+        """Only these data files, instead of `subjects` accepted subjects."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from ethogram.errors import NotFound
 from gateway.inputs import Cursor, Id, Limit, Page
 from gateway.services import TENANT, Parts, Services
 from gateway.uploads import Upload
-from services.artifacts.store import Manifest
+from services.artifacts.manifest import Manifest
 from services.jobs.records import ArtifactRow
 
 router = APIRouter(prefix="/v1", tags=["artifacts"])

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ethogram.errors import NotFound
 from gateway.inputs import Id, Name, Page
 from gateway.services import TENANT, Parts
-from services.artifacts.store import ModelPointer
+from services.artifacts.manifest import ModelPointer
 
 router = APIRouter(prefix="/v1", tags=["models"])
 

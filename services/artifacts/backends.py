@@ -1,36 +1,38 @@
 """Where the store keeps its bytes: a local folder here, anything else in :mod:`services.artifacts.remote`.
 
-Both know nothing of artifacts: they keep blobs under their sha256, and small files under paths. A reader sees a whole
-file or none.
+A backend knows nothing of artifacts: it keeps blobs under their sha256, and small files under paths. A reader sees a
+whole file or none.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from services.artifacts import locks
+from ethogram.errors import Unavailable
 from services.artifacts.manifest import File
 
 CHUNK = 2**20
-# How long a collector looks for a moment in which nobody writes.
-ALONE_SECONDS = 30.0
-# What link() answers on file systems that cannot: other device, not supported, too many links.
+# How long a collector waits for a moment without writers, and between two looks.
+ALONE_SECONDS, LOOK_SECONDS = 30.0, 0.005
+# Errors of link() where hard links are impossible: other device, not supported, too many links.
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class Backend(Protocol):
     """The operations that the store is built from. Paths are relative, with ``/``."""
 
     def add(self, source: Path) -> File:
-        """Keep the bytes of ``source``, once, and durably."""
+        """Keep a copy of the bytes of ``source``, once, and durably."""
 
     def open(self, path: str) -> BinaryIO:
         """Read. Raises ``FileNotFoundError``."""
@@ -45,25 +47,25 @@ class Backend(Protocol):
         """Create a small file. Raises ``FileExistsError``; of several callers at once, one succeeds."""
 
     def names(self, path: str) -> list[str]:
-        """What a folder holds; empty when there is none."""
+        """Names in a folder, sorted; empty when there is none."""
 
     def materialise(self, path: str, destination: Path) -> str:
-        """Make ``destination`` a file with these bytes; their sha256."""
+        """Make ``destination`` a file with these bytes; returns their sha256."""
 
     def delete(self, path: str) -> int:
-        """Remove a file, if it is there; the bytes that it had."""
+        """Remove a file if it is there; returns its size in bytes."""
 
     def writing(self) -> AbstractContextManager[None]:
         """Hold this from the first thing that is written to the last that names it."""
 
     def missing(self, paths: Collection[str]) -> list[str]:
-        """Those of ``paths`` that collectors took, or that one which decided before this call can still take: write
-        them again. Call it when what names them is written, and before :meth:`writing` ends."""
+        """Those of ``paths`` that a collector has deleted, once none that decided before this call can delete more:
+        write them again. Call it when what names them is written, and before :meth:`writing` ends."""
 
     def collecting(self, paths: Collection[str]) -> AbstractContextManager[Callable[[], bool]]:
         """Hold this to decide about ``paths`` and to delete them; ask the answer before each deletion.
 
-        What is named when the decision begins is seen by it; what is named later is told of by :meth:`missing`.
+        The decision sees what is named when it begins; :meth:`missing` reports what is named later.
         """
 
 
@@ -72,7 +74,7 @@ def blob_path(sha256: str) -> str:
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """A folder. Files are written under a temporary name, synced and renamed."""
 
     def __init__(self, root: Path) -> None:
@@ -80,99 +82,92 @@ class LocalBackend:
         (root / "tmp").mkdir(parents=True, exist_ok=True)
 
     def add(self, source: Path) -> File:
-        """Keep the bytes of ``source``. A copy: whoever owns ``source`` may go on writing to it."""
         with self._temporary() as temporary:
             with source.open("rb") as reader, temporary.open("xb") as writer:
-                sha256, size = copy(reader, writer)
+                file = copy(reader, writer)
                 _sync(writer)
             temporary.chmod(0o444)
-            target = self.root / blob_path(sha256)
+            target = self.root / blob_path(file.sha256)
             # One that is there already is trusted only as far as its bytes: this repairs a damaged blob.
-            if not target.exists() or _digest(target) != sha256:
+            if not target.exists() or sha256_of(target) != file.sha256:
                 self._rename(temporary, target)
-        return File(sha256=sha256, size=size)
+        return file
 
     def open(self, path: str) -> BinaryIO:
-        """Read."""
         return (self.root / path).open("rb")
 
     def read(self, path: str) -> bytes:
-        """All of a small file."""
         return (self.root / path).read_bytes()
 
     def write(self, path: str, data: bytes) -> None:
-        """Create or replace a small file."""
         with self._temporary(data) as temporary:
             self._rename(temporary, self.root / path)
 
     def create(self, path: str, data: bytes) -> None:
-        """Create a small file, whole from the beginning: a hard link to it appears, or fails to."""
         target = self.root / path
         self._make(target.parent)
+        # By a link it is whole from the beginning.
         with self._temporary(data) as temporary:
-            try:
-                os.link(temporary, target)
-            except FileExistsError:
-                raise
-            except OSError as error:
-                if error.errno not in _NO_LINK:
-                    raise
-                with target.open("xb") as writer:
-                    writer.write(data)
-                    _sync(writer)
+            if not _link(temporary, target):
+                _write(target, data)
         _sync_folder(target.parent)
 
     def names(self, path: str) -> list[str]:
-        """What a folder holds."""
         try:
             return sorted(os.listdir(self.root / path))  # noqa: PTH208  (names are wanted, not paths)
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def materialise(self, path: str, destination: Path) -> str:
-        """Link to the blob, which costs nothing; copy where links are not possible."""
-        source = self.root / path
-        try:
-            os.link(source, destination)
-        except OSError as error:
-            if error.errno not in _NO_LINK:
-                raise
-            with source.open("rb") as reader, destination.open("xb") as writer:
-                return copy(reader, writer)[0]
-        return _digest(destination)
+        # A link costs nothing.
+        if _link(self.root / path, destination):
+            return sha256_of(destination)
+        with self.open(path) as reader, destination.open("xb") as writer:
+            return copy(reader, writer).sha256
 
     def delete(self, path: str) -> int:
-        """Remove a file."""
         target = self.root / path
         try:
             size = target.stat().st_size
             target.unlink()
+            return size
         except FileNotFoundError:
             return 0
-        return size
 
-    def writing(self) -> AbstractContextManager[None]:
-        """Keep collectors away."""
-        return locks.shared(self.root / "lock")
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        # Writers share the lock. It is the kernel's, and ends with its holder, however that ends.
+        with self._lock() as descriptor:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            yield
 
     def missing(self, paths: Collection[str]) -> list[str]:
-        """Nothing: collectors are kept away."""
+        # Writers keep collectors away.
         return []
 
-    @contextlib.contextmanager
+    @contextmanager
     def collecting(self, paths: Collection[str]) -> Iterator[Callable[[], bool]]:
-        """Keep writers away; the answer is False when they leave no gap."""
-        with locks.alone(self.root / "lock", ALONE_SECONDS) as held:
-            yield lambda: held
+        """Keep writers away; the answer is False when they leave no gap. Raises :class:`Unavailable` on a file system
+        without locks: nothing is ever collected there."""
+        deadline = time.monotonic() + ALONE_SECONDS
+        with self._lock() as descriptor:
+            while not (alone := _locked_alone(descriptor, self.root)) and time.monotonic() <= deadline:
+                time.sleep(LOOK_SECONDS)
+            yield lambda: alone
 
-    @contextlib.contextmanager
+    def _lock(self) -> AbstractContextManager[int]:
+        return _opened(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+
+    @contextmanager
     def _temporary(self, data: bytes | None = None) -> Iterator[Path]:
         path = self.root / "tmp" / secrets.token_hex(12)
         try:
             if data is not None:
-                with path.open("xb") as writer:
-                    writer.write(data)
-                    _sync(writer)
+                _write(path, data)
             yield path
         finally:
             path.unlink(missing_ok=True)
@@ -188,20 +183,58 @@ class LocalBackend:
             _sync_folder(folder.parent)
 
 
-def copy(reader: BinaryIO, writer: BinaryIO | None) -> tuple[str, int]:
-    """Copy by chunks, or only read; sha256 and number of bytes."""
+def copy(reader: BinaryIO, writer: BinaryIO) -> File:
+    """Copy by chunks; what was copied."""
     sha256, size = hashlib.sha256(), 0
     while chunk := reader.read(CHUNK):
         sha256.update(chunk)
         size += len(chunk)
-        if writer is not None:
-            writer.write(chunk)
-    return sha256.hexdigest(), size
+        writer.write(chunk)
+    return File(sha256=sha256.hexdigest(), size=size)
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of the bytes of a file, in hexadecimal digits."""
     with path.open("rb") as reader:
-        return copy(reader, None)[0]
+        return hashlib.file_digest(reader, "sha256").hexdigest()
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether a write failed for lack of space, or of quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _locked_alone(descriptor: int, folder: Path) -> bool:
+    """Take the lock if nobody holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise Unavailable(
+            f"the file system of {folder} has no locks, so nothing is collected there; keep the store on another one, "
+            "or set ETHOGRAM_GC_PERIOD_SECONDS=0"
+        ) from None
+    return True
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give a file a second name; False where that is not possible."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        return False
+    return True
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as writer:
+        writer.write(data)
+        _sync(writer)
 
 
 def _sync(writer: BinaryIO) -> None:
@@ -211,8 +244,14 @@ def _sync(writer: BinaryIO) -> None:
 
 def _sync_folder(folder: Path) -> None:
     # A rename is durable when the folder is.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with _opened(folder, os.O_RDONLY) as descriptor:
         os.fsync(descriptor)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)

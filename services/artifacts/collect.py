@@ -1,13 +1,12 @@
-"""Garbage collection: the store keeps what somebody needs, and gives back the room of all else.
+"""Garbage collection: the store keeps what somebody needs, and deletes the rest.
 
-Garbage is an artifact that the registry does not name, that no running attempt can still commit, and of which no model
-is published; and a file that no manifest names. It is deleted when it has been garbage in every look for a time on the
-collector's own clock, which is never set; a collector that starts anew begins to watch anew. The manifest goes first,
-and the files that only it named follow when they have been watched as long.
+Garbage is an artifact that the registry does not name, that no running attempt can still commit, and that no published
+model is made of; and a file that no manifest names. It is deleted when every pass of the grace period saw it as
+garbage, by a clock that nobody sets; a new collector starts over. The manifest goes first, and files that only it named
+follow after another grace period.
 
-What is deleted is decided once more at that moment, in a way that no writer can slip by (see
-:meth:`Backend.collecting`), so it is right whatever happened since the look: no time to wait is too short for what is
-committed in the end. The time is for people, and for defects.
+Each deletion is decided once more when it happens, in a way that no writer can slip by (see
+:meth:`Backend.collecting`), so it is right however short the grace period is. That is for people, and for defects.
 
 A pass that cannot see everything (a manifest or a model's pointer that cannot be read, a folder that cannot be listed)
 raises and deletes nothing. Any number of collectors may run; each may be killed at any point.
@@ -20,25 +19,25 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ethogram.errors import EthogramError, IllegalState, NotFound
+from ethogram.errors import IllegalState, NotFound
 from services.artifacts.backends import blob_path
 from services.artifacts.remote import DEAD_SECONDS, MARKS, awake
 from services.artifacts.store import ArtifactStore, manifest_path
 
 BATCH = 200
-"""So many are deleted at a time; between batches writers have their turn."""
+"""Deletions at a time; between batches writers have their turn."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the registry says of artifacts, by id."""
+    """Which artifacts the registry needs, by id."""
 
     live: AbstractSet[str]
     """Named by it: these stay."""
     attempts: AbstractSet[str]
-    """Attempts that run: what they wrote may be committed yet, ..."""
+    """Running attempts: what they wrote may still be committed, ..."""
     spent: AbstractSet[str]
-    """... but for these, which were committed and have since been replaced."""
+    """... except these, which were committed and have since been replaced."""
 
 
 @dataclass
@@ -52,25 +51,24 @@ class Collected:
 
 
 class Watch:
-    """Since when each thing has been there in every look."""
+    """How long each key has been seen without a gap."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
         self._seconds, self._clock = seconds, clock
         self._since: dict[str, float] = {}
 
     def look(self, seen: Collection[str]) -> list[str]:
-        """Those of ``seen`` that have been there for the time."""
+        """Those of ``seen`` that every look of the last ``seconds`` has seen."""
         now = self._clock()
         self._since = {key: self._since.get(key, now) for key in seen}
         return [key for key, since in self._since.items() if now - since >= self._seconds]
 
 
 class Known(NamedTuple):
-    """What matters here of a manifest, which never changes."""
+    """The attempt and the paths of the blobs in a manifest, which never changes."""
 
     attempt: str | None
     blobs: frozenset[str]
-    """Paths."""
 
 
 class Collector:
@@ -85,8 +83,8 @@ class Collector:
         grace_seconds: float,
         clock: Callable[[], float] = awake,
     ) -> None:
-        """``forget``: takes the rows of those artifacts that the registry still does not need, and says which; from
-        then on nobody can come to need them."""
+        """``forget``: deletes the registry's rows of those artifacts that it still does not need, and returns which;
+        nothing can need them from then on."""
         self._store, self._needs, self._forget = store, needs, forget
         self._artifacts = Watch(grace_seconds, clock)
         self._files = Watch(grace_seconds, clock)
@@ -138,15 +136,14 @@ class Collector:
                     yield self._store.backend.delete(path)
 
     def _unnamed(self, paths: Collection[str]) -> set[str]:
-        """Those of ``paths`` that no manifest names which is there now."""
+        """Those of ``paths`` that no present manifest names."""
         return set(paths).difference(*(known.blobs for known in self._manifests().values()))
 
     def _manifests(self) -> dict[str, Known]:
-        """All that are there. Raises :class:`IllegalState` when one of them cannot be read."""
+        """All manifests by artifact. Raises :class:`IllegalState` when one of them cannot be read."""
         listed = {_artifact_of(path) for path in self._all("manifests", ".json")}
-        known = {id: found for id in listed if (found := self._known.get(id) or self._read(id)) is not None}
-        self._known = known
-        return known
+        self._known = {id: found for id in listed if (found := self._known.get(id) or self._read(id)) is not None}
+        return self._known
 
     def _read(self, id: str) -> Known | None:
         try:
@@ -154,9 +151,7 @@ class Collector:
         except NotFound:
             # Another collector was here.
             return None
-        except (EthogramError, ValueError) as error:
-            if isinstance(error, EthogramError) and not isinstance(error, IllegalState):
-                raise
+        except (IllegalState, ValueError) as error:
             raise IllegalState(
                 f"{manifest_path(id)} in the artifact store at {self._store.url} cannot be read, so nothing is deleted "
                 "there; restore it, or remove it if nobody needs that artifact"

@@ -84,18 +84,12 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def check_name(value: str, field: str) -> str:
-    """``value`` if it can be a name. Raises :class:`InvalidInput` that names ``field``."""
-    if not _NAME.fullmatch(value):
-        raise InvalidInput.field(field, "must be 1 to 80 letters, digits, '_', '-' or '.', and not dots alone")
-    return value
-
-
-def check_names(**names: str | None) -> None:
-    """Check those that are given, each under the name of its field; see :func:`check_name`."""
+def check_names(prefix: str = "", **names: str | None) -> None:
+    """Raise :class:`InvalidInput` that names the field, after ``prefix``, of a value that cannot be a name."""
     for field, value in names.items():
-        if value is not None:
-            check_name(value, field)
+        if value is not None and not _NAME.fullmatch(value):
+            text = "must be 1 to 80 letters, digits, '_', '-' or '.', and not dots alone"
+            raise InvalidInput.field(prefix + field, text)
 
 
 def check_path(path: str, field: str = "path") -> str:

@@ -24,11 +24,11 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from services.artifacts.backends import blob_path, copy
+from services.artifacts.backends import Backend, blob_path, copy, sha256_of
 from services.artifacts.manifest import File
 
 MARKS = "collecting"
@@ -37,7 +37,7 @@ DEAD_SECONDS = 900.0
 LOOK_SECONDS = 0.25
 
 
-class RemoteBackend:
+class RemoteBackend(Backend):
     """Any fsspec file system."""
 
     def __init__(self, fs: Any, root: str) -> None:
@@ -45,35 +45,26 @@ class RemoteBackend:
         self._root = root.rstrip("/")
 
     def add(self, source: Path) -> File:
-        """Keep the bytes of ``source``."""
-        with source.open("rb") as reader:
-            sha256, size = copy(reader, None)
-        target = self._path(blob_path(sha256))
-        if self._size(target) != size:
-            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._fs.put_file(str(source), target)
-        return File(sha256=sha256, size=size)
+        file = File(sha256=sha256_of(source), size=source.stat().st_size)
+        path = blob_path(file.sha256)
+        if self._size(self._path(path)) != file.size:
+            self._fs.put_file(str(source), self._new(path))
+        return file
 
     def open(self, path: str) -> BinaryIO:
-        """Read."""
         return cast(BinaryIO, self._fs.open(self._path(path), "rb"))
 
     def read(self, path: str) -> bytes:
-        """All of a small file."""
         self._fs.invalidate_cache()
         return cast(bytes, self._fs.cat_file(self._path(path)))
 
     def write(self, path: str, data: bytes) -> None:
-        """Create or replace a small file."""
-        target = self._path(path)
-        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        self._fs.pipe_file(target, data)
+        self._fs.pipe_file(self._new(path), data)
 
     def create(self, path: str, data: bytes) -> None:
         """Create a small file, exclusively where the file system can; else after a look."""
-        target = self._path(path)
         self._fs.invalidate_cache()
-        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        target = self._new(path)
         if self._fs.exists(target):
             raise FileExistsError(target)
         try:
@@ -82,28 +73,24 @@ class RemoteBackend:
             self._fs.pipe_file(target, data)
 
     def names(self, path: str) -> list[str]:
-        """What a folder holds."""
         self._fs.invalidate_cache()
         try:
             found = self._fs.ls(self._path(path), detail=False)
+            return sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
 
     def materialise(self, path: str, destination: Path) -> str:
-        """Download."""
         with self.open(path) as reader, destination.open("xb") as writer:
-            return copy(reader, writer)[0]
+            return copy(reader, writer).sha256
 
     def delete(self, path: str) -> int:
-        """Remove a file."""
         target = self._path(path)
         size = self._size(target)
-        try:
+        with suppress(FileNotFoundError):
             self._fs.rm_file(target)
-        except FileNotFoundError:
-            return 0
-        return size or 0
+            return size or 0
+        return 0
 
     def writing(self) -> AbstractContextManager[None]:
         """Nothing can be held here; see :meth:`missing`."""
@@ -153,6 +140,12 @@ class RemoteBackend:
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+    def _new(self, path: str) -> str:
+        """Full path of a file to write; its folder is made."""
+        target = self._path(path)
+        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        return target
 
 
 def awake() -> float:

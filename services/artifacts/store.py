@@ -11,7 +11,6 @@ use from several threads and processes at once, also while :mod:`services.artifa
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
@@ -27,18 +26,8 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from ethogram.errors import Conflict, EthogramError, IllegalState, InvalidInput, NotFound, Unavailable
-from services.artifacts.backends import Backend, LocalBackend, blob_path
-from services.artifacts.manifest import (
-    File,
-    Manifest,
-    ModelPointer,
-    canonical_json,
-    check_names,
-    check_path,
-    digest,
-)
-
-__all__ = ["ArtifactStore", "Deleted", "File", "Manifest", "ModelPointer"]
+from services.artifacts.backends import Backend, LocalBackend, blob_path, disk_is_full
+from services.artifacts.manifest import Manifest, ModelPointer, canonical_json, check_names, check_path, digest
 
 PUBLISHABLE = frozenset({"codec"})
 """Types of artifacts that the inference server can serve."""
@@ -48,14 +37,14 @@ _ID = re.compile(r"[0-9a-f]{64}")
 
 
 class Deleted(NotFound):
-    """A published version that somebody deleted, as opposed to one that a folder which is not mounted may have."""
+    """A published version that was deleted, as opposed to one that cannot be found, perhaps for a missing mount."""
 
 
 class ArtifactStore:
     """Artifacts and published models in a folder, or at any URL that fsspec knows (``s3://bucket/prefix``)."""
 
     def __init__(self, url: str) -> None:
-        """Raises :class:`InvalidInput` for a URL of no known sort, :class:`Unavailable` when it cannot be reached."""
+        """Raises :class:`InvalidInput` for an unknown URL scheme, :class:`Unavailable` when it cannot be reached."""
         self.url = url
         self.backend = self._connect(url)
 
@@ -75,11 +64,11 @@ class ArtifactStore:
     ) -> tuple[str, Manifest]:
         """Keep all files of ``folder``; the artifact's id and manifest. Empty folders inside are not kept.
 
-        ``record`` is called when all is there, and makes known that the artifact is needed: until it returns nothing
-        is collected. Who has another claim on the artifact, as a job's attempt has, needs none.
+        ``record`` is called when everything is written, to register that the artifact is needed; nothing is collected
+        until it returns. A caller with another claim on the artifact, such as a job's attempt, needs none.
 
-        Raises :class:`InvalidInput` for a folder without files, a link or a device in it, or a name that cannot be;
-        :class:`Unavailable` when there is no room.
+        Raises :class:`InvalidInput` for a folder without files, with a link or a device in it, or an invalid name;
+        :class:`Unavailable` when the disk is full.
         """
         check_names(name=name, type=type, tenant=tenant)
         sources = _files(Path(folder))
@@ -108,34 +97,29 @@ class ArtifactStore:
             self.backend.write(manifest_path(id), data)
             if record is not None:
                 record(id, manifest)
-            self._write_again(id, manifest, sources)
+            # What a collector deleted, which did not know of the artifact yet, is written again.
+            by_blob = {blob_path(file.sha256): path for path, file in files.items()}
+            missing = self.backend.missing([*by_blob, manifest_path(id)])
+            for path in (by_blob[blob] for blob in missing if blob in by_blob):
+                if self.backend.add(sources[path]) != files[path]:
+                    raise Unavailable(f"{sources[path]} changed while it was put into the store; try again")
+            if manifest_path(id) in missing:
+                self.backend.write(manifest_path(id), data)
         return id, manifest
-
-    def _write_again(self, id: str, manifest: Manifest, sources: Mapping[str, Path]) -> None:
-        """What a collector took that did not know yet of the artifact ``id``."""
-        by_blob = {blob_path(file.sha256): path for path, file in manifest.files.items()}
-        missing = self.backend.missing([*by_blob, manifest_path(id)])
-        for path in (by_blob[blob] for blob in missing if blob in by_blob):
-            if self.backend.add(sources[path]) != manifest.files[path]:
-                raise Unavailable(f"{sources[path]} changed while it was put into the store; try again")
-        if manifest_path(id) in missing:
-            self.backend.write(manifest_path(id), manifest.canonical())
 
     def manifest(self, id: str) -> Manifest:
         """What is in an artifact. Raises :class:`NotFound`."""
         if not _ID.fullmatch(id):
             raise NotFound(f"there is no artifact {id[:80]!r}: an id has 64 hexadecimal digits")
-        with self.trouble():
-            try:
-                data = self.backend.read(manifest_path(id))
-            except FileNotFoundError:
-                raise NotFound(f"there is no artifact {id} in the store") from None
+        data = self._read(manifest_path(id))
+        if data is None:
+            raise NotFound(f"there is no artifact {id} in the store")
         if digest(data) != id:
             raise self._damaged(id, "its manifest")
         return Manifest.model_validate_json(data)
 
     def open(self, id: str, path: str) -> BinaryIO:
-        """One file of an artifact, to read and to close. Raises :class:`NotFound`, :class:`InvalidInput`."""
+        """Open one file of an artifact. Raises :class:`NotFound`, :class:`InvalidInput`."""
         check_path(path)
         file = self.manifest(id).files.get(path)
         if file is None:
@@ -147,14 +131,13 @@ class ArtifactStore:
                 raise self._damaged(id, path) from None
 
     def fetch(self, id: str, destination: Path) -> Path:
-        """All files of an artifact as the folder ``destination``, which must not exist or be empty. Read only: from a
-        local store they are links to its own bytes.
+        """Write all files of an artifact into the folder ``destination``, which must be empty or not exist. They are
+        read only: from a local store they are links to its own bytes.
 
         Every byte is verified. Raises :class:`NotFound`, :class:`Conflict` when there is something at
         ``destination``, :class:`IllegalState` when the store's copy is damaged.
         """
         manifest = self.manifest(id)
-        destination = Path(destination)
         with self.trouble(at=destination):
             if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
                 raise Conflict(f"{destination} is not an empty folder: fetch to another place")
@@ -185,36 +168,32 @@ class ArtifactStore:
         """
         check_names(tenant=tenant, name=name, version=version)
         with self._writing():
-            return self._publish(tenant, name, artifact_id, version)
-
-    def _publish(self, tenant: str, name: str, artifact_id: str, version: str | None) -> ModelPointer:
-        manifest = self.manifest(artifact_id)
-        if manifest.tenant != tenant:
-            raise NotFound(f"there is no artifact {artifact_id} in the store")
-        if manifest.type not in PUBLISHABLE:
-            kinds = ", ".join(sorted(PUBLISHABLE))
-            raise InvalidInput.field("artifact", f"is of type {manifest.type!r}, which cannot be served ({kinds} can)")
-        while True:
-            existing = self._versions(tenant, name)
-            # A clock that was set back must not make the new one look older.
-            created = max([_now(), *(_time(pointer) + timedelta(microseconds=1) for pointer in existing)])
-            pointer = ModelPointer(
-                tenant=tenant,
-                name=name,
-                version=version or str(max([0, *map(_number, self._version_names(tenant, name))]) + 1),
-                artifact=artifact_id,
-                created=created.isoformat(),
-            )
-            try:
-                self.backend.create(_pointer_path(pointer), canonical_json(pointer.model_dump()))
-            except FileExistsError:
-                if version is None:
-                    continue
-                raise Conflict(
-                    f"model {name} has a version {version} already: leave the version out for the next one"
-                ) from None
+            manifest = self.manifest(artifact_id)
+            if manifest.tenant != tenant:
+                raise NotFound(f"there is no artifact {artifact_id} in the store")
+            if manifest.type not in PUBLISHABLE:
+                text = f"is of type {manifest.type!r}, which cannot be served ({', '.join(sorted(PUBLISHABLE))} can)"
+                raise InvalidInput.field("artifact", text)
+            while True:
+                taken = self._version_names(tenant, name)
+                # A clock that was set back must not make the new one look older.
+                times = [_time(pointer) + timedelta(microseconds=1) for pointer in self._versions(tenant, name)]
+                pointer = ModelPointer(
+                    tenant=tenant,
+                    name=name,
+                    version=version or str(max([0, *map(_number, taken)]) + 1),
+                    artifact=artifact_id,
+                    created=max([_now(), *times]).isoformat(),
+                )
+                try:
+                    self.backend.create(_pointer_path(pointer), canonical_json(pointer.model_dump()))
+                    break
+                except FileExistsError:
+                    if version is not None:
+                        text = f"model {name} has a version {version} already: leave the version out for the next one"
+                        raise Conflict(text) from None
             if self.backend.missing([manifest_path(artifact_id)]):
-                self._rewrite(pointer.model_copy(update={"retired": True, "deleted": True}))
+                self._rewrite(pointer, retired=True, deleted=True)
                 raise NotFound(f"artifact {artifact_id} was deleted at this moment")
             return pointer
 
@@ -222,12 +201,12 @@ class ArtifactStore:
         """A published model; without ``version`` the one published last and not retired. Raises :class:`NotFound`."""
         check_names(tenant=tenant, name=name, version=version)
         if version is not None:
-            found = self._pointer(tenant, name, version)
-            if found is None:
+            pointer = self._pointer(tenant, name, version)
+            if pointer is None:
                 raise NotFound(f"there is no model {name} version {version}")
-            if found.deleted:
+            if pointer.deleted:
                 raise Deleted(f"model {name} version {version} was deleted")
-            return found
+            return pointer
         current = [pointer for pointer in self._versions(tenant, name) if not pointer.retired]
         if not current:
             raise NotFound(f"there is no model {name}: publish one first")
@@ -236,42 +215,38 @@ class ArtifactStore:
     def models(self, tenant: str) -> list[ModelPointer]:
         """All published models, by name, and by age within a name; the retired ones too."""
         check_names(tenant=tenant)
-        with self.trouble():
-            names = self.backend.names(f"models/{tenant}")
+        names = self._names(f"models/{tenant}")
         versions = [pointer for name in names for pointer in sorted(self._versions(tenant, name), key=_age)]
         return [pointer for pointer in versions if not pointer.deleted]
 
     def retire(self, tenant: str, name: str, version: str) -> ModelPointer:
-        """Serve this version no more unless it is asked for by number. Raises :class:`NotFound`."""
+        """Serve this version only to requests that name it. Raises :class:`NotFound`."""
         with self._writing():
             pointer = self.model(tenant, name, version)
-            # Who deletes its artifact writes to a retired pointer too, and must not be overwritten.
-            return pointer if pointer.retired else self._rewrite(pointer.model_copy(update={"retired": True}))
+            # A retired pointer may be marked as deleted at this moment, which must not be overwritten.
+            return pointer if pointer.retired else self._rewrite(pointer, retired=True)
 
     def withdraw(self, artifact_id: str) -> None:
-        """Serve an artifact no more that is to be deleted. Raises :class:`IllegalState` while a model that was made of
-        it is not retired."""
+        """Mark the models of an artifact as deleted. Raises :class:`IllegalState` while one of them is not retired."""
         with self._writing():
             pointers = [pointer for pointer in self._published() if pointer.artifact == artifact_id]
             for pointer in pointers:
                 if not pointer.retired:
-                    raise IllegalState(
-                        f"artifact {artifact_id} is published as model {pointer.name} version {pointer.version}: "
-                        "retire that first"
-                    )
+                    model = f"model {pointer.name} version {pointer.version}"
+                    raise IllegalState(f"artifact {artifact_id} is published as {model}: retire that first")
             for pointer in pointers:
-                self._rewrite(pointer.model_copy(update={"deleted": True}))
+                self._rewrite(pointer, deleted=True)
 
     def published(self) -> set[str]:
         """Ids of all artifacts that models of any tenant are made of, the retired ones too.
 
-        Raises :class:`IllegalState` when a pointer cannot be read, for then nobody knows.
+        Raises :class:`IllegalState` when a pointer cannot be read.
         """
         return {pointer.artifact for pointer in self._published()}
 
     def claim(self, registry: str) -> None:
-        """Let the collector of this registry, and no other, delete here. Raises :class:`IllegalState` when it is
-        another's: what one registry does not know of may be all that the other has."""
+        """Allow only the collector of this registry to delete here. Raises :class:`IllegalState` if the store belongs
+        to another: artifacts that one registry does not know may be all that the other has."""
         with self._writing():
             with suppress(FileExistsError):
                 self.backend.create(OWNER, canonical_json({"registry": registry}))
@@ -283,56 +258,53 @@ class ArtifactStore:
             )
 
     def check_writable(self) -> None:
-        """Raises :class:`Unavailable` when nothing can be written now."""
+        """Raise :class:`Unavailable` when nothing can be written now."""
         with self._writing():
             self.backend.write("probe", b"")
 
     def _published(self) -> list[ModelPointer]:
-        """All pointers that count. Raises :class:`IllegalState` for one that cannot be read."""
-        with self.trouble():
-            places = [
-                (tenant, name)
-                for tenant in self.backend.names("models")
-                for name in self.backend.names(f"models/{tenant}")
-            ]
-        found = []
-        for tenant, name in places:
-            for version in self._version_names(tenant, name):
-                pointer = self._pointer(tenant, name, version)
-                if pointer is None:
-                    raise IllegalState(
-                        f"models/{tenant}/{name}/{version}.json in the artifact store at {self.url} cannot be read, so "
-                        "nothing can be deleted; restore it, or remove it if nobody uses that model"
-                    )
-                if not pointer.deleted:
-                    found.append(pointer)
-        return found
+        """All pointers that are not deleted. Raises :class:`IllegalState` for one that cannot be read."""
+        models = [(tenant, name) for tenant in self._names("models") for name in self._names(f"models/{tenant}")]
+        pointers = [pointer for tenant, name in models for pointer in self._versions(tenant, name, all_readable=True)]
+        return [pointer for pointer in pointers if not pointer.deleted]
 
-    def _rewrite(self, pointer: ModelPointer) -> ModelPointer:
+    def _rewrite(self, pointer: ModelPointer, **changes: bool) -> ModelPointer:
+        pointer = pointer.model_copy(update=changes)
         self.backend.write(_pointer_path(pointer), canonical_json(pointer.model_dump()))
         return pointer
 
     def _version_names(self, tenant: str, name: str) -> list[str]:
         """Versions that are taken, those that cannot be read too."""
-        with self.trouble():
-            found = self.backend.names(f"models/{tenant}/{name}")
-        return [file.removesuffix(".json") for file in found if file.endswith(".json")]
+        files = self._names(f"models/{tenant}/{name}")
+        return [file.removesuffix(".json") for file in files if file.endswith(".json")]
 
-    def _versions(self, tenant: str, name: str) -> list[ModelPointer]:
-        pointers = [self._pointer(tenant, name, version) for version in self._version_names(tenant, name)]
-        return [pointer for pointer in pointers if pointer is not None]
+    def _versions(self, tenant: str, name: str, *, all_readable: bool = False) -> list[ModelPointer]:
+        """Pointers that can be read; with ``all_readable``, raises :class:`IllegalState` for another."""
+        pointers = {version: self._pointer(tenant, name, version) for version in self._version_names(tenant, name)}
+        unreadable = [version for version, pointer in pointers.items() if pointer is None]
+        if unreadable and all_readable:
+            raise IllegalState(
+                f"models/{tenant}/{name}/{unreadable[0]}.json in the artifact store at {self.url} cannot be read, so "
+                "nothing can be deleted; restore it, or remove it if nobody uses that model"
+            )
+        return [pointer for pointer in pointers.values() if pointer is not None]
 
     def _pointer(self, tenant: str, name: str, version: str) -> ModelPointer | None:
-        with self.trouble():
-            try:
-                data = self.backend.read(f"models/{tenant}/{name}/{version}.json")
-            except FileNotFoundError:
-                return None
+        data = self._read(f"models/{tenant}/{name}/{version}.json")
         try:
-            return ModelPointer.model_validate_json(data)
+            return None if data is None else ModelPointer.model_validate_json(data)
         except ValidationError:
             # On file systems without links a pointer exists for a moment before its text does; after a crash, for good.
             return None
+
+    def _read(self, path: str) -> bytes | None:
+        with self.trouble(), suppress(FileNotFoundError):
+            return self.backend.read(path)
+        return None
+
+    def _names(self, path: str) -> list[str]:
+        with self.trouble():
+            return self.backend.names(path)
 
     def _connect(self, url: str) -> Backend:
         with self.trouble():
@@ -359,7 +331,7 @@ class ArtifactStore:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """No collector deletes meanwhile; for a store without locks see :mod:`services.artifacts.remote`."""
+        """Hold off collectors; for a store without locks see :mod:`services.artifacts.remote`."""
         with self.trouble():
             try:
                 with self.backend.writing():
@@ -371,17 +343,17 @@ class ArtifactStore:
 
     @contextmanager
     def trouble(self, at: Path | None = None) -> Iterator[None]:
-        """What goes wrong with the storage, as errors that say what to do; ``at``: files are written there."""
+        """Turn errors of the storage into the platform's; ``at``: where files are written, if not into the store."""
         try:
             yield
         except (EthogramError, FileNotFoundError, FileExistsError):
             raise
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                place = f"{at} has" if at is not None else f"the artifact store at {self.url} has"
-                raise Unavailable(f"{place} no space left; free some and retry the job") from error
+            store = f"the artifact store at {self.url}"
+            if disk_is_full(error):
+                raise Unavailable(f"{at or store} has no space left; free some and retry the job") from error
             cause = os.strerror(error.errno) if error.errno else str(error)
-            raise Unavailable(f"the artifact store at {self.url} cannot be used ({cause}): see that it can") from error
+            raise Unavailable(f"{store} cannot be used ({cause}): see that it can") from error
 
 
 def _files(folder: Path) -> dict[str, Path]:

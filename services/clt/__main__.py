@@ -9,24 +9,26 @@ import typer
 
 from ethogram.cli import output
 from ethogram.cli.execute import execute
-from ethogram.cli.options import Device, Json, NewFolder, examples, system_app
+from ethogram.cli.options import Answer, Device, NewFolder, command, examples, system_app
 from ethogram.cli.run import Request, run_command
 from ethogram.specs.clt import PolicySpec
 from ethogram.specs.kinds import KINDS
 from services.clt.activations.commands import POLICY
-from services.clt.activations.commands import add_commands as activation_commands
-from services.clt.sparse.commands import add_commands as sparse_commands
-
-app = system_app("clt", "Train routing policies, and sparse models of their activations; no platform is needed.")
+from services.clt.activations.commands import app as activation_commands
+from services.clt.sparse.commands import app as sparse_commands
 
 _MODULE = "python -m services.clt"
+app = system_app(
+    "clt",
+    "Train routing policies, and sparse models of their activations; no platform is needed.",
+    f"{_MODULE} policy -o my-policy",
+    f"{_MODULE} activations my-policy -o my-activations",
+    f"{_MODULE} train my-activations --kind cross_layer -o my-clt",
+)
 
 
 @run_command(
-    app,
-    KINDS["policy"],
-    f"{_MODULE} policy -o my-policy",
-    f"{_MODULE} policy --set training.steps=200 -o my-policy",
+    app, KINDS["policy"], f"{_MODULE} policy -o my-policy", f"{_MODULE} policy --set training.steps=200 -o my-policy"
 )
 def policy() -> Request:
     """Train a policy that builds tours, and compare it with a solver. The same command resumes an interrupted run."""
@@ -57,7 +59,7 @@ def import_policy(
     output.say(f"policy: {out}; `gap {out}` compares it with a solver")
 
 
-@app.command(epilog=examples(f"{_MODULE} gap my-run/policy", f"{_MODULE} gap my-policy --cities cities.npy"))
+@command(app, f"{_MODULE} gap my-run/policy", f"{_MODULE} gap my-policy --cities cities.npy")
 def gap(
     policy: Annotated[str, POLICY],
     cities: Annotated[
@@ -73,9 +75,8 @@ def gap(
     ] = 16,
     seed: Annotated[int, typer.Option(help="Seed of instances and tours.", min=0, max=2**63 - 1)] = 0,
     device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Compare a policy's tours with a solver's: by which share they are longer."""
+) -> Answer:
+    """Compare a policy's tours with a solver's: how much longer they are."""
     from services.clt.policy.evaluate import evaluate, evaluation_instances
     from services.clt.policy.job import named
     from services.clt.policy.model import AttentionPolicy
@@ -91,11 +92,11 @@ def gap(
         tsp = evaluation_instances(PolicySpec(nodes=loaded.nodes, seed=seed, evaluation=instances))
     with ConsoleRun() as run:
         figures = evaluate(loaded, tsp, samples, seed, run).figures
-    output.result({"figures": figures}, as_json, lambda: output.figures(figures))
+    return Answer({"figures": figures}, lambda: output.figures(figures))
 
 
-activation_commands(app)
-sparse_commands(app)
+app.add_typer(activation_commands)
+app.add_typer(sparse_commands)
 
 
 if __name__ == "__main__":

@@ -7,24 +7,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from ethogram.cli import output
 from ethogram.cli.execute import execute
-from ethogram.cli.options import NewFolder, examples, system_app
+from ethogram.cli.options import NewFolder, Public, examples, hub_spec, system_app
 from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
-from ethogram.specs.base import HubSpec
+from ethogram.specs.edits import OPERATIONS
 from ethogram.specs.kinds import KINDS
 
-app = system_app("crossmodal", "Train codecs, and exchange them with the Hugging Face Hub; no platform is needed.")
-
 _MODULE = "python -m services.crossmodal"
-_OPERATIONS, _SHARES = ("add", "remove", "replace"), ("target_mean", "local_mean", "kept_mean", "all_gate")
-_HEADLINE = (
-    *("agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"),
-    *(f"{operation}.{share}" for operation in _OPERATIONS for share in _SHARES),
+app = system_app(
+    "crossmodal",
+    "Train codecs, and exchange them with the Hugging Face Hub; no platform is needed.",
+    f"{_MODULE} train my-zoo -o my-run",
 )
+
+_SHARES = ("target_mean", "local_mean", "kept_mean", "all_gate")
+_HEADLINE = ["agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"]
+_HEADLINE += [f"{operation}.{share}" for operation in OPERATIONS for share in _SHARES]
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -49,8 +50,8 @@ def train(
         ),
     ],
 ) -> Request:
-    """Train a codec on a zoo and evaluate it. The same command resumes an interrupted run; torchrun shares it between
-    processes."""
+    """Train a codec on a zoo and evaluate it. The same command resumes an interrupted run. Under torchrun, several
+    processes train together."""
 
     def locate(device: str) -> Path:
         from services.zoo.source import locate
@@ -67,16 +68,12 @@ def push(
         str, typer.Argument(metavar="REPO", help="Model repository, owner/name; created if it does not exist.")
     ],
     *,
-    public: Annotated[bool, typer.Option("--public", help="Create it as a public repository.")] = False,
+    public: Public = False,
 ) -> None:
     """Upload a codec to the Hugging Face Hub, with the token in HF_TOKEN."""
     from services.crossmodal import hub
 
-    try:
-        spec = HubSpec(repo=repo, private=not public)
-    except ValidationError as error:
-        raise InvalidInput.from_pydantic(error) from None
-    hub.push(codec, spec, "REPO")
+    hub.push(codec, hub_spec(repo, public, "REPO"), "REPO")
     output.say(f"uploaded {codec} to {repo}")
 
 

@@ -1,4 +1,4 @@
-"""Other ways to the edits of a codec, to compare it with."""
+"""Other ways to make the edits of a codec, to compare it with."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ FINE_STEPS, FINE_RATE, FINE_QUERIES = 100, 1e-2, 128
 
 
 class Baselines:
-    """Edits subjects without the codec's directions:
+    """Edits subjects in other ways:
 
-    - ``same_label``: another network, one of training with just the behaviours that are asked for;
-    - ``nearest_train``: the network of training whose latent is nearest to the steered one;
-    - ``centroid``: the decoded mean latent of the networks of training with those behaviours;
+    - ``same_label``: a training network with exactly the requested behaviours;
+    - ``nearest_train``: the training network whose latent is nearest to the steered one;
+    - ``centroid``: the decoded mean latent of the training networks with those behaviours;
     - ``task_arithmetic``: the source plus the difference of the mean weights with and without the behaviour (Ilharco et
       al. 2022, arXiv 2212.04089);
-    - ``fine_tuning``: the source trained for ``FINE_STEPS`` steps on the labels after the edit; an oracle, since it
-      sees them.
+    - ``fine_tuning``: the source trained for ``FINE_STEPS`` steps on the labels after the edit, which makes it an
+      oracle.
     """
 
     def __init__(self, codec: Codec, train: Subjects, queries: Queries) -> None:
@@ -38,8 +38,8 @@ class Baselines:
         self._differences = mean_differences(train.weights, train.labels)
 
     def edit(self, subjects: Subjects, latents: Tensor, edit: Edit) -> dict[str, tuple[Tensor, Tensor]]:
-        """By name, the edited weights ``[subjects, size]`` of ``subjects``, whose latents are ``latents``, and for
-        which of them there are any, bool ``[subjects]``."""
+        """By name, the edited weights ``[subjects, size]`` of ``subjects``, and for which of them there are any, bool
+        ``[subjects]``; ``latents``: theirs, ``[subjects, latent]``."""
         codec, train, shape = self._codec, self._train, subjects.shape
         signs = codec.signs([edit])
         labels = subjects.labels & ~(signs < 0) | (signs > 0)
@@ -50,7 +50,7 @@ class Baselines:
             centroid = alike.float() @ self._latents / alike.sum(1, keepdim=True).clamp_min(1)
             same_shape = (shape.unsqueeze(1) == train.shape).float()
             partner = (alike * same_shape).argmax(1)
-            # A network of another shape is infinitely far.
+            # Division by 0 makes networks of other shapes infinitely far.
             nearest = (torch.cdist(steered, self._latents) / same_shape).argmin(1)
             present = codec.layout.present.to(codec.device)[shape]
             comparable = same_shape.any(1)
@@ -90,7 +90,7 @@ class FineTuning(Trainer):
         rows = self._queries.draw(self._patterns, FINE_QUERIES, self._generator)
         inputs = self._queries.network_inputs(rows).to(self.device)
         targets = self._queries.pools.labels(rows, self._labels.cpu()).to(self.device).float()
-        logits = self._codec.layout.answers(self.edited.unsqueeze(1), self._shape, inputs).squeeze(1)
+        logits = self._codec.layout.logits(self.edited.unsqueeze(1), self._shape, inputs).squeeze(1)
         # A sum over the subjects: each is trained as if alone.
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
         (self.edited.grad,) = torch.autograd.grad(loss, [self.edited])

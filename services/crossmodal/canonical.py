@@ -24,7 +24,7 @@ HOMOGENEOUS = ("relu", "leaky_relu")
 
 
 class Transform(NamedTuple):
-    """What was done to each of some vectors ``[models, size]``: new[i] = old[entry[i]] x factor[i]."""
+    """A change of vectors ``[models, size]`` of the same shape as its tensors: new[i] = old[entry[i]] x factor[i]."""
 
     entry: Tensor
     factor: Tensor
@@ -43,8 +43,7 @@ class Canonicalizer:
 
     def __init__(self, layout: Layout, inputs: Tensor, references: Sequence[Params]) -> None:
         """``inputs``: encoded probes ``[probes, input_size]``; ``references``: one network of each shape, in order."""
-        self.layout, self.references = layout, list(references)
-        self._inputs = inputs
+        self.layout, self.references, self._inputs = layout, list(references), inputs
         self._targets = [
             [_unit(layer[0]) for layer in activations(network, inputs, shape.activation)[:-1]]
             for network, shape in zip(references, layout.shapes, strict=True)
@@ -56,41 +55,37 @@ class Canonicalizer:
         factor = torch.ones_like(vectors)
         for which in torch.unique(shape).tolist():
             rows = (shape == which).nonzero().squeeze(1)
-            own_index, own_factor = self._of_shape(self.layout.strip(vectors[rows], which), which)
-            places = self.layout.places[which].to(vectors.device)
-            index[rows.unsqueeze(1), places] = places[own_index]
-            factor[rows.unsqueeze(1), places] = own_factor
+            entries, factors = self._of_shape(self.layout.strip(vectors[rows], which), which)
+            positions = self.layout.positions[which].to(vectors.device)
+            index[rows.unsqueeze(1), positions] = positions[entries]
+            factor[rows.unsqueeze(1), positions] = factors
         return Transform(index, factor)
 
     def _of_shape(self, flat: Tensor, which: int) -> tuple[Tensor, Tensor]:
+        """Entries and factors, ``[models, size]`` each, of flat networks ``[models, size]`` of one shape."""
         architecture = self.layout.shapes[which]
         networks = unflatten(flat, architecture)
-        count = len(flat)
-        inputs = self._inputs.to(flat.device)
-        layers = activations(networks, inputs, architecture.activation)[:-1]
-        # What was done so far, and the networks after it.
-        entries = unflatten(torch.arange(flat.shape[1], device=flat.device).repeat(count, 1), architecture)
-        factors, done = unflatten(torch.ones_like(flat), architecture), dict(networks)
+        layers = activations(networks, self._inputs.to(flat.device), architecture.activation)[:-1]
+        # The transform so far, and the networks after it.
+        entries = unflatten(torch.arange(flat.shape[1], device=flat.device).repeat(len(flat), 1), architecture)
+        factors, transformed = unflatten(torch.ones_like(flat), architecture), dict(networks)
         for i, (layer, target) in enumerate(zip(layers, self._targets[which], strict=True)):
-            likeness = torch.einsum("pr,mpn->mrn", target.to(flat.device), _unit(layer)).cpu().double().numpy()
-            # A mean of numbers close to float32's largest is none.
-            likeness = np.nan_to_num(likeness)
-            order = torch.stack(
-                [torch.from_numpy(linear_sum_assignment(one, maximize=True)[1]) for one in likeness]
-            ).to(flat.device)
+            similarity = torch.einsum("pr,mpn->mrn", target.to(flat.device), _unit(layer)).cpu().double().numpy()
+            # The means of activations near float32's largest number are infinite.
+            matches = [linear_sum_assignment(matrix, maximize=True)[1] for matrix in np.nan_to_num(similarity)]
+            order = torch.from_numpy(np.stack(matches)).to(flat.device)
+            weight, bias, onward = f"layers.{i}.weight", f"layers.{i}.bias", f"layers.{i + 1}.weight"
             scale = torch.ones_like(order, dtype=flat.dtype)
             if architecture.activation in HOMOGENEOUS:
-                norm = done[f"layers.{i}.weight"].norm(dim=2).clamp_min(1e-6)
-                scale = 1 / norm.gather(1, order)
-            weight, bias, onward = f"layers.{i}.weight", f"layers.{i}.bias", f"layers.{i + 1}.weight"
-            for parts in (entries, factors, done):
-                parts[weight] = parts[weight].gather(1, order.unsqueeze(2).expand(-1, -1, parts[weight].shape[2]))
-                parts[bias] = parts[bias].gather(1, order)
-                parts[onward] = parts[onward].gather(2, order.unsqueeze(1).expand(-1, parts[onward].shape[1], -1))
-            for parts in (factors, done):
-                parts[weight] = parts[weight] * scale.unsqueeze(2)
-                parts[bias] = parts[bias] * scale
-                parts[onward] = parts[onward] / scale.unsqueeze(1)
+                scale = 1 / transformed[weight].norm(dim=2).clamp_min(1e-6).gather(1, order)
+            for params in (entries, factors, transformed):
+                params[weight] = params[weight].gather(1, order.unsqueeze(2).expand(-1, -1, params[weight].shape[2]))
+                params[bias] = params[bias].gather(1, order)
+                params[onward] = params[onward].gather(2, order.unsqueeze(1).expand(-1, params[onward].shape[1], -1))
+            for params in (factors, transformed):
+                params[weight] = params[weight] * scale.unsqueeze(2)
+                params[bias] = params[bias] * scale
+                params[onward] = params[onward] / scale.unsqueeze(1)
         return flatten(entries), flatten(factors)
 
 

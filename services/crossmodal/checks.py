@@ -1,4 +1,4 @@
-"""Checks of what is given to a codec; each error names its field as a request does."""
+"""Checks of input to a codec; each error names its field as a request does."""
 
 from __future__ import annotations
 
@@ -17,54 +17,49 @@ class NotFinite(InvalidInput):
 
 
 def networks(params: Mapping[str, Tensor], layout: Layout, activation: str | None = None) -> tuple[Params, int]:
-    """Stacked networks as float32 with the parameters in order, and which of the layout's shapes they have; or
+    """Stacked networks as float32 with the parameters in order, and the index of their shape in the layout; or
     :class:`InvalidInput`. ``activation``: of their hidden layers, where the layout has several."""
     path = "networks.parameters"
-    named = layout.shapes if activation is None else [s for s in layout.shapes if s.activation == activation]
-    if not named:
+    candidates = [shape for shape in layout.shapes if activation in (None, shape.activation)]
+    if not candidates:
         known = ", ".join(sorted({shape.activation for shape in layout.shapes}))
         raise InvalidInput.field("networks.activation", f"no network of this model has {activation}; it knows {known}")
-    fitting = [shape for shape in named if len(shape.layers) == len(params) / 2] or named[:1]
-    names = fitting[0].shapes
-    violations = [Violation(f"{path}.{name}", "missing") for name in names if name not in params]
-    violations += [
-        Violation(f"{path}.{name}", "the model has no such parameter") for name in params if name not in names
-    ]
+    shape = next((shape for shape in candidates if len(shape.shapes) == len(params)), candidates[0])
+    violations = [Violation(f"{path}.{name}", "missing") for name in shape.shapes if name not in params]
+    unknown = "the model has no such parameter"
+    violations += [Violation(f"{path}.{name}", unknown) for name in params if name not in shape.shapes]
     if violations:
         first = violations[0]
-        raise InvalidInput(f"{first.field}: {first.description}; {_known(named)}", violations)
-    if len(named) > 1:
-        given = {name: tuple(params[name].shape[1:]) for name in names}
-        matching = [shape for shape in named if shape.shapes == given]
-        if not matching:
-            raise InvalidInput.field(path, f"an architecture that the model was not trained on; {_known(named)}")
-        if len(matching) > 1:
-            known = ", ".join(shape.activation for shape in matching)
-            raise InvalidInput.field("networks.activation", f"networks of this shape have {known}; say which")
-        fitting = matching
-    checked = {name: batch(params[name], shape, f"{path}.{name}") for name, shape in fitting[0].shapes.items()}
+        raise InvalidInput(f"{first.field}: {first.description}; {_known(candidates)}", violations)
+    if len(candidates) > 1:
+        shapes = {name: tuple(params[name].shape[1:]) for name in shape.shapes}
+        shape = _only([s for s in candidates if s.shapes == shapes], path, "networks.activation", candidates)
+    checked = {name: batch(params[name], size, f"{path}.{name}") for name, size in shape.shapes.items()}
     first_name, count = next((name, len(tensor)) for name, tensor in checked.items())
     for name, tensor in checked.items():
         if len(tensor) != count:
             raise InvalidInput.field(f"{path}.{name}", f"a batch of {len(tensor)}, but {first_name} has {count}")
-    return checked, layout.shapes.index(fitting[0])
+    return checked, layout.shapes.index(shape)
 
 
 def shape(hidden: Sequence[int], activation: str | None, layout: Layout) -> Architecture:
-    """The one of the layout's shapes with these widths of hidden layers, and this activation where there are several,
-    or :class:`InvalidInput`; no widths are for a layout of one shape."""
+    """The layout's shape with these widths of hidden layers (empty: the only one) and this activation, or
+    :class:`InvalidInput`."""
     if not hidden and len(layout.shapes) > 1:
         raise InvalidInput.field("architecture", f"say which; {_known(layout.shapes)}")
-    fitting = [
-        one
-        for one in layout.shapes
-        if (not hidden or one.hidden == tuple(hidden)) and activation in (None, one.activation)
-    ]
+    widths = tuple(hidden)
+    fitting = [s for s in layout.shapes if widths in ((), s.hidden) and activation in (None, s.activation)]
+    return _only(fitting, "architecture", "architecture.activation", layout.shapes)
+
+
+def _only(fitting: Sequence[Architecture], field: str, activation: str, known: Sequence[Architecture]) -> Architecture:
+    """The only shape of ``fitting``, or :class:`InvalidInput` of ``field`` if there is none, of ``activation`` if there
+    are several."""
     if not fitting:
-        raise InvalidInput.field("architecture", f"one that the model was not trained on; {_known(layout.shapes)}")
+        raise InvalidInput.field(field, f"an architecture that the model was not trained on; {_known(known)}")
     if len(fitting) > 1:
-        known = ", ".join(one.activation for one in fitting)
-        raise InvalidInput.field("architecture.activation", f"networks of this shape have {known}; say which")
+        activations = ", ".join(shape.activation for shape in fitting)
+        raise InvalidInput.field(activation, f"networks of this shape have {activations}; say which")
     return fitting[0]
 
 
@@ -94,7 +89,7 @@ def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:
 
 
 def finite(tensor: Tensor, field: str) -> Tensor:
-    """What a model made of ``field``, or :class:`InvalidInput` where that is no number."""
+    """What a model made of ``field``, or :class:`InvalidInput` where that is NaN or infinite."""
     if not bool(tensor.isfinite().all()):
         raise InvalidInput.field(field, "values so large that activations overflow; send smaller ones")
     return tensor
@@ -102,11 +97,11 @@ def finite(tensor: Tensor, field: str) -> Tensor:
 
 def edits(edits: Sequence[Edit], behaviors: Sequence[str]) -> None:
     """Raise :class:`InvalidInput` unless each edit is of ``behaviors``, and none is edited twice."""
-    place: dict[str, int] = {}
+    position: dict[str, int] = {}
     for i, edit in enumerate(edits):
         for field, name in (("behavior", edit.behavior), *([("by", edit.by)] if edit.by is not None else [])):
             if name not in behaviors:
                 raise InvalidInput.field(f"edits.{i}.{field}", f"unknown; this model has {', '.join(behaviors)}")
-            if name in place:
-                raise InvalidInput.field(f"edits.{i}.{field}", f"{name} is in edits.{place[name]} already")
-            place[name] = i
+            if name in position:
+                raise InvalidInput.field(f"edits.{i}.{field}", f"{name} is in edits.{position[name]} already")
+            position[name] = i

@@ -16,7 +16,7 @@ from ethogram.specs.edits import Direction, Edit, EditLike, Mode, Steering, Stre
 from services.crossmodal import checks
 from services.crossmodal.codec_files import PARTS, Contents, Part, read, write
 from services.crossmodal.data import Prepared, Preprocessor, Subjects
-from services.crossmodal.model import Decoder, Encoder, EncoderDecoder
+from services.crossmodal.model import Encoder, EncoderDecoder
 from services.crossmodal.steering import (
     LOCAL_GATE,
     TARGET_GATE,
@@ -34,7 +34,6 @@ from services.zoo.universe import VALIDATION
 
 CHUNK = 256
 """Networks that go through encoder or decoder at once, which bounds a transformer's memory."""
-
 AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)
 """Strengths that ``auto`` chooses from."""
 MIN_RECALL = 0.5
@@ -96,12 +95,11 @@ class Codec:
 
     def __init__(self, contents: Contents, device: str = "cpu") -> None:
         self.contents, self.device = contents, device
-        self.spec, self.zoo, self.signature = contents.spec, contents.zoo, contents.signature
+        self.spec, self.zoo, self.preprocessor = contents.spec, contents.zoo, contents.preprocessor
         self.patterns, self.positives = contents.patterns, contents.positives
-        self.probes, self.preprocessor = contents.probes, contents.preprocessor
         self.evaluation, self.support = contents.evaluation, contents.support
         self.history: list[dict[str, float]] = []
-        """Loss, terms and validations of the training that made it, each with its ``step``; not kept in its files."""
+        """Loss, terms and validations of its training, each row with its ``step``; not kept in its files."""
         self.probe = Probe(*(tensor.to(device) for tensor in contents.probe))
         self.layout = contents.preprocessor.layout
         self.model = contents.model.to(device).eval().requires_grad_(False)
@@ -111,14 +109,9 @@ class Codec:
 
     @classmethod
     def of(
-        cls,
-        spec: CrossmodalSpec,
-        zoo: Zoo,
-        preprocessor: Preprocessor,
-        model: EncoderDecoder,
-        subjects: Subjects,
+        cls, spec: CrossmodalSpec, zoo: Zoo, preprocessor: Preprocessor, model: EncoderDecoder, subjects: Subjects
     ) -> Codec:
-        """The codec of a model trained on ``subjects``, with what it must carry from its zoo."""
+        """The codec of a model trained on ``subjects`` of ``zoo``."""
         latents = encoded(model.encoder, subjects.inputs, subjects.shape)
         contents = Contents(
             spec,
@@ -153,8 +146,7 @@ class Codec:
         return cls(read(Path(folder), parts), device)
 
     def check_zoo(self, zoo: Zoo) -> None:
-        """Raise :class:`InvalidInput` for another zoo than the codec was trained on, whose held-out subjects are not
-        known."""
+        """Raise :class:`InvalidInput` for a zoo that the codec was not trained on."""
         if zoo.digest != self.zoo:
             raise InvalidInput.field("zoo", "is not the zoo that the codec was trained on; give that one")
 
@@ -168,21 +160,18 @@ class Codec:
         """What can be added and removed, in the order of ``directions``."""
         return [Behavior(p.name, p.description, n) for p, n in zip(self.patterns, self.positives, strict=True)]
 
-    @property
-    def signature_shape(self) -> tuple[int, int]:
-        """(neurons, values) of one signature."""
-        return self.layout.neurons, self.preprocessor.extractor.values
-
     def latents(self, inputs: Tensor, shape: Tensor) -> Tensor:
         """Latents ``[batch, latent]`` of the encoder's flat inputs ``[batch, inputs]`` of networks of the shapes
         ``shape`` (int64 ``[batch]``)."""
         self._need("encoder")
         return encoded(self.model.encoder, inputs, shape)
 
+    @torch.no_grad()
     def decodings(self, latents: Tensor, shape: Tensor) -> Tensor:
         """Networks in the model's form ``[batch, size]`` of latents ``[batch, latent]``; ``shape`` as above."""
         self._need("decoder")
-        return decoded(self.model.decoder, latents, shape)
+        chunks = zip(torch.split(latents, CHUNK), torch.split(shape, CHUNK), strict=True)
+        return torch.cat([self.model.decoder(rows, shapes) for rows, shapes in chunks])
 
     def check_networks(self, networks: Params, activation: str | None = None) -> Batch:
         """``networks`` as rows for :meth:`encode`, :meth:`steer`, :meth:`effect` and :meth:`evaluate`."""
@@ -192,12 +181,12 @@ class Codec:
     def check_signatures(self, signatures: Tensor) -> Batch:
         """``signatures`` as rows for :meth:`encode_signatures`."""
         if self.spec.codec.inputs != "signature":
-            raise InvalidInput.field(
-                "signatures", f"this model's encoder takes {self.spec.codec.inputs}; send networks"
-            )
+            text = f"this model's encoder takes {self.spec.codec.inputs}; send networks"
+            raise InvalidInput.field("signatures", text)
         if len(self.layout.shapes) > 1 or self.preprocessor.canonicalizer is not None:
             raise InvalidInput.field("signatures", "this model must see the networks themselves; send networks")
-        return Batch(checks.batch(signatures, self.signature_shape, "signatures").flatten(1), 0)
+        shape = (self.layout.neurons, self.preprocessor.extractor.values)
+        return Batch(checks.batch(signatures, shape, "signatures").flatten(1), 0)
 
     def check_latents(self, latents: Tensor, shape: Architecture | None = None) -> Batch:
         """``latents`` as rows for :meth:`decode`."""
@@ -245,15 +234,12 @@ class Codec:
     ) -> tuple[Params, Tensor]:
         """Networks after ``edits``, all applied to each, and their latents ``[batch, latent]`` after the edit.
 
-        With a checked :class:`Steering` for ``edits`` the options are taken from there.
-
-        ``strength`` scales the direction; 1 is what it was trained for, 0 with ``residual`` returns the very same
-        weights, ``auto`` takes for each network whichever of ``AUTO`` does best on the support set (sequences that are
-        neither trained nor judged on).
+        ``edits`` may be a checked :class:`Steering`, which has the options too. ``strength`` scales the direction; 1 is
+        what it was trained for, 0 with ``residual`` returns the very same weights, ``auto`` takes for each network
+        whichever of ``AUTO`` does best on the support set (sequences that are neither trained nor judged on).
         """
-        if not isinstance(edits, Steering):
-            edits = self.check_edits(Steering.of(edits, mode, strength, direction))
-        steered = self._steer(*self._vectors(networks, activation), edits)
+        steering = edits if isinstance(edits, Steering) else Steering.of(edits, mode, strength, direction)
+        steered = self._steer(networks, activation, steering)
         return self._networks(steered.vectors, int(steered.shape[0])), steered.latents
 
     @torch.no_grad()
@@ -269,13 +255,12 @@ class Codec:
     ) -> Effect:
         """What ``edits`` do to networks: predicted from their latents, and measured on held-out sequences. Arguments as
         in :meth:`steer`."""
-        if not isinstance(edits, Steering):
-            edits = self.check_edits(Steering.of(edits, mode, strength, direction))
-        steered = self._steer(*self._vectors(networks, activation), edits)
+        steering = edits if isinstance(edits, Steering) else Steering.of(edits, mode, strength, direction)
+        steered = self._steer(networks, activation, steering)
         source, edited = (self.yes(vectors, steered.shape) for vectors in (steered.source, steered.vectors))
-        shares = torch.stack([self._by_stratum(predictions) for predictions in (source, edited)], 1)
+        shares = torch.stack([self.evaluation.by_stratum(predictions) for predictions in (source, edited)], 1)
         predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (steered.before, steered.latents)], 1)
-        before, after = (self._labels(self.evaluation, has) for has in (steered.had, steered.wanted))
+        before, after = map(self.evaluation.labels, (steered.had, steered.requested))
         scores = score(edited, source, before, after)
         target = scores.target.masked_fill((before == after).all(1), float("nan"))
         return Effect(
@@ -289,17 +274,17 @@ class Codec:
             scores._replace(target=target),
         )
 
-    @torch.no_grad()
-    def _steer(self, vectors: Tensor, shape: Tensor, steering: Steering) -> _Steered:
+    def _steer(self, networks: Params | Batch, activation: str | None, steering: Steering) -> _Steered:
+        edits, mode, strength, direction = self.check_edits(steering)
+        vectors, shape = self._vectors(networks, activation)
         self._need("decoder")
-        edits, mode, alpha, direction = steering
         change = self.signs(edits)
         prepared, latents = self._encoded(vectors, shape)
         source_decoded = self.decodings(latents, shape)
         shift = change @ self.directions[direction]
 
-        def moved(by: float) -> tuple[Tensor, Tensor]:
-            steered = latents + by * shift
+        def moved(strength: float) -> tuple[Tensor, Tensor]:
+            steered = latents + strength * shift
             decoded = self.decodings(steered, shape)
             # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
             weights = prepared.undo(decoded) if mode == "direct" else vectors + prepared.undo(decoded - source_decoded)
@@ -310,37 +295,33 @@ class Codec:
         had = source.float() @ decisive.T / decisive.sum(1).clamp_min(1) >= MIN_RECALL
         # Where all sequences of a behaviour are probes, the support set has none: the latent decides.
         had = torch.where(decisive.any(1), had, self.probe(latents) > 0)
-        wanted = had & ~(change < 0) | (change > 0)
-        if alpha != "auto":
-            weights, steered = moved(alpha)
-            chosen = torch.full((len(vectors),), alpha, device=self.device)
-            return _Steered(vectors, shape, latents, weights, steered, chosen, had, wanted)
-        labels = [self._labels(self.support, has) for has in (had, wanted)]
-        tried = [moved(by) for by in AUTO]
+        requested = had & ~(change < 0) | (change > 0)
+        if strength != "auto":
+            weights, steered = moved(strength)
+            strengths = torch.full((len(vectors),), strength, device=self.device)
+            return _Steered(vectors, shape, latents, weights, steered, strengths, had, requested)
+        before, after = map(self.support.labels, (had, requested))
+        trials = [moved(factor) for factor in AUTO]
         margins = []
-        for weights, _ in tried:
-            scores = score(self.yes(weights, shape, self.support), source, *labels)
+        for weights, _ in trials:
+            scores = score(self.yes(weights, shape, self.support), source, before, after)
             margins.append(torch.minimum(scores.target - TARGET_GATE, scores.local - LOCAL_GATE))
         # Of equal strengths the first, which is nearest to 1.
         best = torch.stack(margins).argmax(0)
         rows = torch.arange(len(best), device=self.device)
-        weights, steered = (torch.stack(parts)[best, rows] for parts in zip(*tried, strict=True))
-        chosen = torch.tensor(AUTO, device=self.device)[best]
+        weights, steered = (torch.stack(tensors)[best, rows] for tensors in zip(*trials, strict=True))
         # Where nothing is to change, nothing does.
-        same = (labels[0] == labels[1]).all(1)
-        chosen = torch.where(same, 0.0, chosen)
+        same = (before == after).all(1)
+        strengths = torch.where(same, 0.0, torch.tensor(AUTO, device=self.device)[best])
         weights = torch.where(same.unsqueeze(1), moved(0.0)[0], weights)
         steered = torch.where(same.unsqueeze(1), latents, steered)
-        return _Steered(vectors, shape, latents, weights, steered, chosen, had, wanted)
+        return _Steered(vectors, shape, latents, weights, steered, strengths, had, requested)
 
     @torch.no_grad()
     def evaluate(self, networks: Params | Batch, activation: str | None = None) -> tuple[Tensor, Tensor]:
-        """How networks behave on held-out sequences, as two float32 tensors.
-
-        ``recall`` ``[batch, behaviors]``: share of the sequences with the behaviour that the network answers yes to;
-        ``false_positive_rate`` ``[batch]``: that share of the sequences without any behaviour.
-        """
-        shares = self._by_stratum(self.yes(*self._vectors(networks, activation)))
+        """``recall`` ``[batch, behaviors]`` and ``false_positive_rate`` ``[batch]`` of networks, as in
+        :class:`Effect`."""
+        shares = self.evaluation.by_stratum(self.yes(*self._vectors(networks, activation)))
         return shares[:, :-1], shares[:, -1]
 
     @cached_property
@@ -364,20 +345,11 @@ class Codec:
     def _inputs(self, held_out: Evaluation) -> Tensor:
         return encode(self.layout.envelope, held_out.sequences.to(self.device)).T.contiguous()
 
-    def _labels(self, held_out: Evaluation, has: Tensor) -> Tensor:
-        """Exact labels of networks with the behaviours ``has`` (bool ``[batch, behaviors]``): bool ``[batch, n]``."""
-        return held_out.labels(has.cpu()).to(self.device)
-
-    def _by_stratum(self, predictions: Tensor) -> Tensor:
-        """Share of yes among ``predictions`` on each stratum of the evaluation set, the last that of no behaviour:
-        ``[batch, behaviors + 1]``."""
-        return self.evaluation.by_stratum(predictions.cpu()).to(self.device)
-
     def yes(self, vectors: Tensor, shape: Tensor, held_out: Evaluation | None = None) -> Tensor:
         """Predicted classes of networks ``[models, size]`` on the evaluation set, or on the support set if that is
         ``held_out``: bool ``[models, n]``."""
         inputs = self._support_inputs if held_out is self.support else self.evaluation_inputs
-        return self.layout.answers(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
+        return self.layout.logits(vectors.unsqueeze(1), shape, inputs).squeeze(1) > 0
 
     def signs(self, edits: Sequence[Edit]) -> Tensor:
         """-1 for behaviours that the edits remove, 1 for those that they add: ``[behaviors]``."""
@@ -419,13 +391,6 @@ def encoded(encoder: Encoder, inputs: Tensor, shape: Tensor) -> Tensor:
     return torch.cat([encoder(encoder.features(rows), shapes) for rows, shapes in chunks])
 
 
-@torch.no_grad()
-def decoded(decoder: Decoder, latents: Tensor, shape: Tensor) -> Tensor:
-    """Networks of latents, see :meth:`Codec.decodings`."""
-    chunks = zip(torch.split(latents, CHUNK), torch.split(shape, CHUNK), strict=True)
-    return torch.cat([decoder(rows, shapes) for rows, shapes in chunks])
-
-
 class _Steered(NamedTuple):
     """Networks before and after an edit."""
 
@@ -438,5 +403,5 @@ class _Steered(NamedTuple):
     latents: Tensor
     strength: Tensor
     had: Tensor
-    wanted: Tensor
+    requested: Tensor
     """Behaviours that the edit asks for: bool ``[batch, behaviors]``."""

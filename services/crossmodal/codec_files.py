@@ -72,11 +72,8 @@ def write(contents: Contents, folder: Path) -> None:
     for name, state in states.items():
         write_tensors(folder / f"{name}.safetensors", state, run)
     directions: dict[str, Tensor] = dict(contents.fixed.items())
-    directions |= {
-        "learned": contents.model.directions,
-        "probe": contents.probe.weights,
-        "probe_bias": contents.probe.bias,
-    }
+    directions |= {"probe": contents.probe.weights, "probe_bias": contents.probe.bias}
+    directions["learned"] = contents.model.directions
     write_tensors(folder / "directions.safetensors", directions, run)
     sequences = {"probes": contents.probes}
     for kind, held_out in (("evaluation", contents.evaluation), ("support", contents.support)):
@@ -84,8 +81,8 @@ def write(contents: Contents, folder: Path) -> None:
     write_tensors(folder / "sequences.safetensors", sequences, run)
     canonicalizer = contents.preprocessor.canonicalizer
     if canonicalizer is not None:
-        references = [flatten(network)[0] for network in canonicalizer.references]
-        write_tensors(folder / "references.safetensors", {str(i): flat for i, flat in enumerate(references)}, run)
+        references = {str(i): flatten(network)[0] for i, network in enumerate(canonicalizer.references)}
+        write_tensors(folder / "references.safetensors", references, run)
     config = {
         "format": FORMAT,
         **run,
@@ -95,13 +92,8 @@ def write(contents: Contents, folder: Path) -> None:
         "signature": contents.signature.model_dump(mode="json"),
         "canonical": canonicalizer is not None,
         "behaviors": [
-            {
-                "pattern": pattern.spec.model_dump(mode="json"),
-                "name": pattern.name,
-                "description": pattern.description,
-                "positives": positives,
-            }
-            for pattern, positives in zip(contents.patterns, contents.positives, strict=True)
+            {"pattern": p.spec.model_dump(mode="json"), "name": p.name, "description": p.description, "positives": n}
+            for p, n in zip(contents.patterns, contents.positives, strict=True)
         ],
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -165,9 +157,8 @@ def _load(path: Path, run: str) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         written_by = (file.metadata() or {}).get("run")
     if written_by != run:
-        raise InvalidInput.field(
-            path.name, f"is of another run ({written_by}) than config.json ({run}); take both of one"
-        )
+        text = f"is of another run ({written_by}) than config.json ({run}); take both of one"
+        raise InvalidInput.field(path.name, text)
     return load_file(path)
 
 

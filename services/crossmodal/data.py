@@ -1,4 +1,4 @@
-"""What training reads: subjects as vectors, who is held out, and fresh sequences with exact labels."""
+"""Training data: subjects as vectors, the split, and fresh sequences with exact labels."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ POOL = 4096
 
 
 class Subjects(NamedTuple):
-    """Networks as the model sees them, and what is known of them; the first axis is the subjects'."""
+    """Networks as the model sees them, and their labels; the first axis is the subjects'."""
 
     inputs: Tensor
     """What the encoder takes, flat: float32 ``[subjects, inputs]``."""
     weights: Tensor
-    """Networks as vectors ``[subjects, size]``, canonical where that is asked for."""
+    """Networks as vectors ``[subjects, size]``, canonical if the codec canonicalises."""
     shape: Tensor
     """Which of the layout's shapes each has: int64 ``[subjects]``."""
     labels: Tensor
-    """Own patterns: bool ``[subjects, patterns]``."""
+    """Behaviours: bool ``[subjects, patterns]``."""
 
     def at(self, index: Tensor) -> Subjects:
         """The subjects at ``index``."""
@@ -41,12 +41,12 @@ class Subjects(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Networks on the way into the encoder."""
+    """The encoder's inputs and the weights of networks, as in :class:`Subjects`."""
 
     inputs: Tensor
     weights: Tensor
     transform: Transform | None
-    """What made ``weights`` canonical; None where nothing was asked for."""
+    """What made ``weights`` canonical; None if the codec does not canonicalise."""
 
     def undo(self, vectors: Tensor) -> Tensor:
         """Vectors in the model's form, back in the networks' own."""
@@ -54,7 +54,7 @@ class Prepared(NamedTuple):
 
 
 class Preprocessor:
-    """From networks to what the encoder takes: canonical form, signatures on the codec's own probes, weights."""
+    """From networks to the encoder's inputs: canonical form, signatures on the codec's own probes, weights."""
 
     def __init__(
         self,
@@ -67,15 +67,14 @@ class Preprocessor:
 
     @classmethod
     def of(cls, spec: CrossmodalSpec, zoo: Zoo, train: Tensor) -> Preprocessor:
-        """As ``spec`` asks for; references for canonical form are the first of the subjects ``train`` (int64) of each
-        shape."""
-        wanted = spec.codec.canonicalize
+        """The preprocessor of ``spec``; the reference of each shape is the first of the subjects ``train`` (int64)."""
+        canonicalize = spec.codec.canonicalize
         canonicalizer = None
-        if wanted if wanted is not None else zoo.spec.subject.init == "independent":
+        if canonicalize if canonicalize is not None else zoo.spec.subject.init == "independent":
             references = []
             for which, shape in enumerate(zoo.layout.shapes):
-                own = train[zoo.shape[train] == which]
-                references.append(unflatten(zoo.layout.strip(zoo.weights[own[:1]], which), shape))
+                first = train[zoo.shape[train] == which][:1]
+                references.append(unflatten(zoo.layout.strip(zoo.weights[first], which), shape))
             canonicalizer = Canonicalizer(zoo.layout, zoo.extractor.inputs, references)
         return cls(spec.codec.inputs, zoo.layout, zoo.extractor, canonicalizer)
 
@@ -90,20 +89,19 @@ class Preprocessor:
         return Prepared(inputs, weights, transform)
 
     def present(self, shape: Tensor) -> tuple[Tensor, Tensor]:
-        """Which entries of the inputs and of the weights networks of the shapes ``shape`` have: bool ``[models, ...]``
-        each."""
+        """Which entries of the inputs and of the weights networks have: bool ``[models, ...]`` each; ``shape`` as
+        above."""
         weights = self.layout.present.to(shape.device)[shape]
         neurons = self.layout.present_neurons.to(shape.device)[shape]
         signatures = neurons.repeat_interleave(self.extractor.values, 1)
-        parts = {"weights": [weights], "signature": [signatures], "both": [signatures, weights]}[self.inputs]
-        return torch.cat(parts, 1), weights
+        inputs = {"weights": [weights], "signature": [signatures], "both": [signatures, weights]}[self.inputs]
+        return torch.cat(inputs, 1), weights
 
     def subjects(self, zoo: Zoo, index: Tensor, device: str = "cpu") -> Subjects:
         """The subjects at ``index`` (int64) of a zoo."""
         shape = zoo.shape[index]
-        prepared = self(zoo.weights[index], shape)
-        parts = (prepared.inputs, prepared.weights, shape, zoo.labels[index])
-        return Subjects(*(part.to(device) for part in parts))
+        inputs, weights, _ = self(zoo.weights[index], shape)
+        return Subjects(*(tensor.to(device) for tensor in (inputs, weights, shape, zoo.labels[index])))
 
 
 class Split(NamedTuple):
@@ -115,32 +113,32 @@ class Split(NamedTuple):
 
 
 def split_subjects(labels: Tensor, shape: Tensor, spec: CrossmodalSpec) -> Split:
-    """Set aside the shares ``held_out`` and ``validation`` of the subjects, at least one each, stratified: of each set
-    of behaviours as near to its share as can be. Of several shapes one subject each is always trained on.
+    """Set aside the shares ``held_out`` and ``validation`` of the subjects, at least one each, stratified by their sets
+    of behaviours. Of several shapes, one subject each is always trained on.
 
     ``labels``: bool ``[subjects, patterns]``; ``shape``: which shape each has, int64 ``[subjects]``.
     """
     order = torch.randperm(len(labels), generator=generator(spec.seed, "held-out"))
     kept = torch.zeros(len(labels), dtype=torch.bool)
     if len(shapes := torch.unique(shape)) > 1:
-        kept[order[torch.stack([(shape[order] == one).nonzero()[0, 0] for one in shapes])]] = True
+        kept[order[torch.stack([(shape[order] == which).nonzero()[0, 0] for which in shapes])]] = True
     order = order[bits(labels[order]).argsort(stable=True)]
     order, always = order[~kept[order]], order[kept[order]]
-    held_out, order = _every(order, spec.held_out * len(labels))
-    validation, train = _every(order, spec.validation * len(labels))
+    held_out, order = _evenly(order, spec.held_out * len(labels))
+    validation, train = _evenly(order, spec.validation * len(labels))
     return Split(*(part.sort().values for part in (torch.cat([train, always]), validation, held_out)))
 
 
-def _every(order: Tensor, wanted: float) -> tuple[Tensor, Tensor]:
-    """About ``wanted`` of ``order``, at least one and evenly spaced; and the others."""
-    count = min(max(1, round(wanted)), len(order))
+def _evenly(order: Tensor, number: float) -> tuple[Tensor, Tensor]:
+    """About ``number`` of ``order``, at least one and evenly spaced; and the others."""
+    count = min(max(1, round(number)), len(order))
     taken = torch.zeros(len(order), dtype=torch.bool)
     taken[((torch.arange(count) + 0.5) * len(order) / count).long()] = True
     return order[taken], order[~taken]
 
 
 def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
-    """Raise :class:`InvalidInput` for a zoo from which nothing can be learned."""
+    """Raise :class:`InvalidInput` for a zoo from which no codec can be trained."""
     if len(zoo.patterns) < 2:
         text = "steering needs a zoo with at least two behaviours; make one with more patterns"
         raise InvalidInput.field("zoo.patterns", text)
@@ -150,38 +148,27 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
         finite = getattr(zoo, name).flatten(1).isfinite().all(1)
         if not bool(finite.all()):
             bad = zoo.index[~finite]
-            text = f"subject {int(bad[0])} holds NaN or infinity; leave such out, of which there are {len(bad)}"
+            text = f"subject {int(bad[0])} holds NaN or infinity; leave out all such subjects ({len(bad)} in the zoo)"
             raise InvalidInput.field(f"zoo.{name}", text)
     train, validation, held_out = split_subjects(zoo.labels, zoo.shape, spec)
     if len(validation) == 0 or len(held_out) == 0:
         text = f"its {len(zoo)} subjects have {len(zoo.layout.shapes)} shapes, so none can be held out; add subjects"
         raise InvalidInput.field("zoo", text)
     if len(train) < 2:
-        raise InvalidInput.field(
-            "spec.held_out",
-            f"with the validation share this leaves {len(train)} of {len(zoo)} subjects to train on; needs 2",
-        )
-    for pattern, on in zip(zoo.patterns, zoo.labels[train].any(0).tolist(), strict=True):
-        if not on:
+        text = f"with the validation share this leaves {len(train)} of {len(zoo)} subjects to train on; needs 2"
+        raise InvalidInput.field("spec.held_out", text)
+    for pattern, trained in zip(zoo.patterns, zoo.labels[train].any(0).tolist(), strict=True):
+        if not trained:
             text = f"no subject to train on has {pattern.name}; make the zoo with more subjects, or without the pattern"
             raise InvalidInput.field("zoo.labels", text)
-    _check_distinct(zoo)
-
-
-def _check_distinct(zoo: Zoo) -> None:
-    """Raise :class:`InvalidInput` where two subjects are one network: they could be on both sides of the split."""
+    # Equal networks could be on both sides of the split.
     first: dict[tuple[int, bytes], int] = {}
-    repeats: list[tuple[int, int]] = []
-    for place, (shape, weights) in enumerate(zip(zoo.shape.tolist(), zoo.weights.numpy(), strict=True)):
-        known = first.setdefault((shape, weights.tobytes()), place)
-        if known != place:
-            repeats.append((known, place))
-    if repeats:
-        one, other = zoo.index[list(repeats[0])].tolist()
-        raise InvalidInput.field(
-            "zoo.weights",
-            f"subjects {one} and {other} are the same network; leave repeats out, of which there are {len(repeats)}",
-        )
+    networks = zip(zoo.shape.tolist(), zoo.weights.numpy(), strict=True)
+    firsts = [first.setdefault((shape, weights.tobytes()), i) for i, (shape, weights) in enumerate(networks)]
+    if repeats := [(original, i) for i, original in enumerate(firsts) if original != i]:
+        subject, copy = zoo.index[list(repeats[0])].tolist()
+        text = f"subjects {subject} and {copy} are the same network; leave out all repeats ({len(repeats)} in the zoo)"
+        raise InvalidInput.field("zoo.weights", text)
 
 
 @dataclass(frozen=True)
@@ -206,27 +193,27 @@ class Queries:
         return cls(pools, encode(architecture, pools.sequences), near)
 
     def draw(self, pattern: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Rows ``[subjects, count]`` for edits of some patterns each (``pattern``: int64 ``[subjects, edited]``).
+        """Rows ``[subjects, count]`` for edits of ``pattern`` (int64 ``[subjects, edited]``).
 
-        A quarter matches the edited patterns; of the others about five in eight match a random pattern, one in eight is
-        a near miss (half of them of an edited pattern) and a quarter matches nothing: the places where an edit can do
-        harm.
+        A quarter matches the edited patterns. Of the others, where an edit can do harm, about five in eight match a
+        random pattern, one in eight is a near miss (half of them of an edited pattern) and a quarter matches nothing.
         """
         subjects, patterns = len(pattern), self.pools.membership.shape[1]
-        own = count // 4
-        rest = count - own
+        matching = count // 4
+        rest = count - matching
         near, none = rest // 8, rest // 4
         anywhere = torch.randint(patterns, (subjects, rest - near - none), generator=generator)
-        groups = [_repeated(pattern, own), anywhere]
+        groups = [_repeated(pattern, matching), anywhere]
         if len(self.near):
             misses = self.near[torch.randint(len(self.near), (subjects, near), generator=generator)]
             closest = _repeated(pattern, near // 2) + patterns + 1
             closest = torch.where(self.pools.count[closest] > 0, closest, misses[:, : near // 2])
-            groups.append(torch.cat([closest, misses[:, near // 2 :]], 1))
+            groups += [closest, misses[:, near // 2 :]]
         groups.append(torch.full((subjects, count - sum(group.shape[1] for group in groups)), patterns))
         group = torch.cat(groups, 1)
-        place = torch.rand(group.shape, generator=generator, dtype=torch.float64) * self.pools.count[group]
-        return self.pools.start[group] + place.long().minimum(self.pools.count[group] - 1)
+        count_of_group = self.pools.count[group]
+        index = torch.rand(group.shape, generator=generator, dtype=torch.float64) * count_of_group
+        return self.pools.start[group] + index.long().minimum(count_of_group - 1)
 
     def network_inputs(self, rows: Tensor) -> Tensor:
         """Inputs ``[subjects, input_size, n]`` of rows ``[subjects, n]``, examples as columns."""

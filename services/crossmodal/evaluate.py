@@ -1,4 +1,4 @@
-"""Judges a codec on held-out subjects and held-out sequences, beside its controls.
+"""Evaluation of a codec on held-out subjects and held-out sequences, beside its controls.
 
 *Agreement*: share of equal predicted classes of decoded and source network, a mean over the strata of the evaluation
 set (one for each pattern, one for none) with equal weight.
@@ -18,7 +18,8 @@ the nearest training subject's own weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +29,7 @@ from ethogram.specs.edits import DIRECTIONS, MODES, OPERATIONS, Direction, Edit,
 from services.crossmodal.baselines import Baselines
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects, split_subjects
-from services.crossmodal.steering import (
-    Probe,
-    Scores,
-    edited,
-    every_edit,
-    score,
-    share,
-)
+from services.crossmodal.steering import Probe, Scores, edited, every_edit, score, share
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
@@ -96,14 +90,13 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     figures |= summary(rows)
     baselines = Baselines(codec, train, Queries.build(zoo.universe, codec.layout.envelope, codec.spec.seed))
     others = judge_others(codec, subjects, decoded, source, edits, baselines=baselines)
-    for name in dict.fromkeys(row["variant"] for row in others):
-        for operation in dict.fromkeys(row["operation"] for row in others):
-            gates = [r["all_gate"] for r in others if (r["variant"], r["operation"]) == (name, operation)]
-            if gates:
-                figures[f"{operation}.{name}.all_gate"] = sum(gates) / len(gates)
+    ways = product(*(dict.fromkeys(row[key] for row in others) for key in ("variant", "operation")))
+    for variant, operation in ways:
+        if group := [row for row in others if (row["variant"], row["operation"]) == (variant, operation)]:
+            figures[f"{operation}.{variant}.all_gate"] = _mean(group, "all_gate")
     probes = judge_probes(codec, train, subjects, decoded)
     for name in ("balanced_accuracy", "auc") if probes else ():
-        figures[f"probes.{name}"] = sum(row[name] for row in probes.values()) / len(probes)
+        figures[f"probes.{name}"] = _mean(list(probes.values()), name)
     return {
         "figures": figures,
         "reconstruction": judge_reconstruction(codec, subjects, decoded),
@@ -140,8 +133,7 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
         spread = torch.pdist(weights).mean() / torch.pdist(subjects.weights).mean().clamp_min(1e-12)
         figures["spread"] = float(spread)
     other = same_label_partner(subjects.labels)
-    # On the CPU, where the agreement is.
-    have = (other >= 0).cpu()
+    have = other >= 0
     if bool(have.any()):
         swapped = _agreement(evaluation, decoded[other[have]] == source[have])
         figures["same_label.agreement"] = float(swapped.mean())
@@ -162,19 +154,18 @@ def judge_reconstruction(codec: Codec, subjects: Subjects, decoded: Decoded) -> 
     """
     present = codec.layout.present.to(subjects.shape.device)[subjects.shape]
     mean = codec.model.decoder.standard.mean
-    columns = {"all": slice(None)}
-    start = 0
+    columns, start = {"all": slice(None)}, 0
     for layer, (fan_in, fan_out) in enumerate(codec.layout.envelope.layers):
-        columns[f"layers.{layer}"] = slice(start, start + (fan_in + 1) * fan_out)
-        start += (fan_in + 1) * fan_out
+        end = start + (fan_in + 1) * fan_out
+        columns[f"layers.{layer}"], start = slice(start, end), end
     errors = {}
     for name, column in columns.items():
         mask = present[:, column]
         if not bool(mask.any()):
-            # A layer of deeper networks than those that are judged.
+            # Only networks deeper than the held-out ones have this layer.
             continue
-        source, own = subjects.weights[:, column] * mask, decoded.weights[:, column] * mask
-        difference = own - source
+        source, output = subjects.weights[:, column] * mask, decoded.weights[:, column] * mask
+        difference = output - source
         squared, count = float(difference.square().sum()), int(mask.sum())
         spread = float(((source - mean[column]) * mask).square().sum())
         norms, have = source.norm(dim=1), mask.any(1)
@@ -182,7 +173,7 @@ def judge_reconstruction(codec: Codec, subjects: Subjects, decoded: Decoded) -> 
             "mse": squared / count,
             "mae": float(difference.abs().sum()) / count,
             "rmse": (squared / count) ** 0.5,
-            "cosine": float(torch.cosine_similarity(own, source, dim=1)[have].mean()),
+            "cosine": float(torch.cosine_similarity(output, source, dim=1)[have].mean()),
             "relative_error": float((difference.norm(dim=1) / norms.clamp_min(1e-12))[have].mean()),
             "r2": 1 - squared / max(spread, 1e-12),
         }
@@ -223,53 +214,60 @@ def judge_curves(
                 scores = score(codec.yes(weights, chosen.shape), source[index], possible.before, possible.after)
                 by_point.setdefault((edit.operation, kind, strength), []).append(_means(scores))
     return [
-        {
-            "operation": operation,
-            "direction": kind,
-            "strength": strength,
-            **{name: sum(row[name] for row in means) / len(means) for name in means[0]},
-        }
-        for (operation, kind, strength), means in by_point.items()
+        {"operation": operation, "direction": kind, "strength": strength, **{n: _mean(rows, n) for n in rows[0]}}
+        for (operation, kind, strength), rows in by_point.items()
     ]
 
 
 def judge_others(
-    codec: Codec,
-    subjects: Subjects,
-    decoded: Decoded,
-    source: Tensor,
-    edits: Sequence[Edit],
-    *,
-    baselines: Baselines,
+    codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edits: Sequence[Edit], *, baselines: Baselines
 ) -> list[dict[str, Any]]:
     """What the :class:`Baselines` reach, on at most ``CHUNK`` subjects each; a row for each edit and baseline."""
     rows: list[dict[str, Any]] = []
     for edit, possible in _samples(codec, subjects, source, edits):
         chosen = subjects.at(possible.subject)
-        edited = baselines.edit(chosen, decoded.latents[possible.subject], edit)
-        for name, (weights, available) in edited.items():
+        labels = (source[possible.subject], possible.before, possible.after)
+        for name, (weights, available) in baselines.edit(chosen, decoded.latents[possible.subject], edit).items():
             if bool(available.any()):
                 predictions = codec.yes(weights[available], chosen.shape[available])
-                labels = (source[possible.subject], possible.before, possible.after)
                 scores = score(predictions, *(tensor[available] for tensor in labels))
                 row = {"pattern": edit.label, "operation": edit.operation, "variant": name}
                 rows.append({**row, "edits": int(available.sum()), **_means(scores)})
     return rows
 
 
+@torch.no_grad()
 def judge_edit(codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edit: Edit) -> list[dict[str, Any]]:
-    """The rows of one edit; ``source``: the subjects' own answers, bool ``[subjects, n]``."""
-    possible = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit]))
-    row = {
-        "pattern": edit.label,
-        "operation": edit.operation,
-        "edits": len(possible.subject),
-        "skipped": possible.skipped,
-    }
-    if not len(possible.subject):
+    """The rows of one edit and its controls, in both modes; ``source``: the subjects' own answers, bool ``[subjects,
+    n]``."""
+    signs = codec.signs([edit])
+    possible = possible_edits(codec.evaluation, subjects.labels, source, edit, signs)
+    count = len(possible.subject)
+    row = {"pattern": edit.label, "operation": edit.operation, "edits": count, "skipped": possible.skipped}
+    if not count:
         return [row]
-    scores = _run_edits(codec, subjects, decoded, source, possible, edit=edit)
-    return [{**row, "mode": mode, "variant": variant, **_means(score)} for (mode, variant), score in scores.items()]
+    direction = signs @ codec.directions["learned"]
+    noise_generator = generator(codec.spec.seed, "random direction", edit.label, edit.operation)
+    noise = torch.randn(count, len(direction), generator=noise_generator).to(direction)
+    noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
+    shifts = {"edit": direction, "null": 0 * direction, "random": noise, "reverse": -direction}
+    shifts |= {kind: signs @ codec.directions[kind] for kind in OTHERS}
+    results: dict[tuple[Mode, str], list[Scores]] = {(mode, name): [] for mode in MODES for name in VARIANTS}
+    for chunk in torch.split(torch.arange(count, device=direction.device), CHUNK):
+        index = possible.subject[chunk]
+        weights, shape = subjects.weights[index], subjects.shape[index]
+        for name, shift in shifts.items():
+            moved = decoded.latents[index] + (shift[chunk] if shift.dim() == 2 else shift)
+            steered = codec.model.decoder(moved, shape)
+            variants = torch.stack([edited(weights, decoded.weights[index], steered, mode) for mode in MODES], 1)
+            predictions = codec.layout.logits(variants, shape, codec.evaluation_inputs) > 0
+            for i, mode in enumerate(MODES):
+                scores = score(predictions[:, i], source[index], possible.before[chunk], possible.after[chunk])
+                results[mode, name].append(scores)
+    return [
+        {**row, "mode": mode, "variant": variant, **_means(Scores(*map(torch.cat, zip(*chunks, strict=True))))}
+        for (mode, variant), chunks in results.items()
+    ]
 
 
 def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit: Edit, signs: Tensor) -> PossibleEdits:
@@ -284,8 +282,7 @@ def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit:
         fits &= labels.sum(1) >= 2
     subject = fits.nonzero().squeeze(1)
     selected = labels[subject]
-    before = evaluation.labels(selected.cpu()).to(labels.device)
-    after = evaluation.labels((selected & ~lost | gained).cpu()).to(labels.device)
+    before, after = evaluation.labels(selected), evaluation.labels(selected & ~lost | gained)
     decided = before != after
     keep = decided.sum(1) >= MIN_DECIDED
     if edit.operation == "remove":
@@ -304,61 +301,29 @@ def _samples(
             yield edit, PossibleEdits(subject[:CHUNK], before[:CHUNK], after[:CHUNK], skipped)
 
 
-@torch.no_grad()
-def _run_edits(
-    codec: Codec,
-    subjects: Subjects,
-    decoded: Decoded,
-    source: Tensor,
-    edits: PossibleEdits,
-    *,
-    edit: Edit,
-) -> dict[tuple[Mode, str], Scores]:
-    """Apply the edits and their controls, in both modes, and score them."""
-    signs = codec.signs([edit])
-    direction = signs @ codec.directions["learned"]
-    noise_generator = generator(codec.spec.seed, "random direction", edit.label, edit.operation)
-    noise = torch.randn(len(edits.subject), len(direction), generator=noise_generator).to(direction)
-    noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
-    shifts = {"edit": direction, "null": 0 * direction, "random": noise, "reverse": -direction}
-    shifts |= {kind: signs @ codec.directions[kind] for kind in OTHERS}
-    results: dict[tuple[Mode, str], list[Scores]] = {(mode, name): [] for mode in MODES for name in VARIANTS}
-    for chunk in torch.split(torch.arange(len(edits.subject), device=direction.device), CHUNK):
-        index = edits.subject[chunk]
-        own, shape = subjects.weights[index], subjects.shape[index]
-        for name, shift in shifts.items():
-            steered = decoded.latents[index] + (shift[chunk] if shift.dim() == 2 else shift)
-            moved = codec.model.decoder(steered, shape)
-            weights = torch.stack([edited(own, decoded.weights[index], moved, mode) for mode in MODES], 1)
-            predictions = codec.layout.answers(weights, shape, codec.evaluation_inputs) > 0
-            for i, mode in enumerate(MODES):
-                scores = score(predictions[:, i], source[index], edits.before[chunk], edits.after[chunk])
-                results[mode, name].append(scores)
-    return {key: Scores(*map(torch.cat, zip(*chunks, strict=True))) for key, chunks in results.items()}
-
-
-def summary(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Macro means over the patterns, and the highest all_gate of any control."""
-    rows = [row for row in rows if row["edits"]]
     figures: dict[str, float] = {}
-    for mode in MODES:
-        for operation in OPERATIONS:
-            for variant in VARIANTS:
-                chosen = [r for r in rows if (r["mode"], r["operation"], r["variant"]) == (mode, operation, variant)]
-                if not chosen:
-                    continue
-                direct, control = ("direct",) * (mode == "direct"), (variant,) * (variant != "edit")
-                prefix = ".".join([*direct, operation, *control])
-                for name in ("target_mean", "target_gate", "local_mean", "kept_mean", "all_gate"):
-                    figures[f"{prefix}.{name}"] = sum(r[name] for r in chosen) / len(chosen)
-                if variant == "edit":
-                    figures[f"{prefix}.min_pattern_all_gate"] = min(r["all_gate"] for r in chosen)
+    for mode, operation, variant in product(MODES, OPERATIONS, VARIANTS):
+        key = (mode, operation, variant)
+        chosen = [row for row in rows if row["edits"] and (row["mode"], row["operation"], row["variant"]) == key]
+        if not chosen:
+            continue
+        direct, control = ("direct",) * (mode == "direct"), (variant,) * (variant != "edit")
+        prefix = ".".join([*direct, operation, *control])
+        for name in ("target_mean", "target_gate", "local_mean", "kept_mean", "all_gate"):
+            figures[f"{prefix}.{name}"] = _mean(chosen, name)
+        if variant == "edit":
+            figures[f"{prefix}.min_pattern_all_gate"] = min(row["all_gate"] for row in chosen)
     controls = [
         value for name, value in figures.items() if name.endswith("all_gate") and name.split(".")[-2] in CONTROLS
     ]
-    if controls:
-        figures["controls.max_all_gate"] = max(controls)
-    return figures
+    return figures | ({"controls.max_all_gate": max(controls)} if controls else {})
+
+
+def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    """Mean of the column ``name``."""
+    return sum(row[name] for row in rows) / len(rows)
 
 
 def same_label_partner(labels: Tensor) -> Tensor:
@@ -373,7 +338,7 @@ def same_label_partner(labels: Tensor) -> Tensor:
 
 def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:
     """Mean over the strata that have sequences, ``[subjects]``."""
-    strata = evaluation.by_stratum(equal.cpu())
+    strata = evaluation.by_stratum(equal)
     return strata[:, torch.unique(evaluation.stratum)].mean(1)
 
 

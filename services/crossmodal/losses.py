@@ -1,5 +1,4 @@
-"""The terms of the objective. All are means over the batch, 0 where nothing is left to improve (but for the
-contrastive one)."""
+"""The terms of the objective: means over the batch; all but the contrastive one have the minimum 0."""
 
 from __future__ import annotations
 
@@ -12,11 +11,10 @@ def layer_weights(deviations: Tensor, layer: Tensor) -> Tensor:
     """Weight of each coordinate in :func:`reconstruction`, so that each layer counts alike: ``[size]``.
 
     ``deviations``: training weights minus their mean ``[subjects, size]``; ``layer``: the layer of each coordinate,
-    int64 ``[size]``. A decoder that always answers the mean has a loss of 1.
+    int64 ``[size]``. A decoder that always returns the mean has a loss of 1.
     """
-    total = torch.zeros(int(layer.max()) + 1, device=deviations.device).index_add_(
-        0, layer, deviations.square().mean(0)
-    )
+    total = torch.zeros(int(layer.max()) + 1, device=deviations.device)
+    total.index_add_(0, layer, deviations.square().mean(0))
     return 1 / (total.clamp_min(1e-12)[layer] * len(total))
 
 
@@ -39,8 +37,8 @@ def elementwise(decoded: Tensor, source: Tensor, present: Tensor, form: str) -> 
 
 
 def variance(latents: Tensor) -> Tensor:
-    """Guard against collapse: what the standard deviations over the batch ``[batch, latent]`` lack to 1 (Bardes et al.
-    2021, arXiv 2105.04906, eq. 1), a mean over the latent's numbers; 0 for a batch of one, which says nothing."""
+    """Guard against collapse: how far the standard deviations over the batch ``[batch, latent]`` are below 1, a mean
+    over the latent dimensions (Bardes et al. 2021, arXiv 2105.04906, eq. 1); 0 for a batch of one."""
     if len(latents) < 2:
         return latents.new_zeros(())
     return F.relu(1 - (latents.var(0) + 1e-4).sqrt()).mean()
@@ -60,17 +58,17 @@ def behavior(logits: Tensor, source: Tensor) -> Tensor:
 def steering(logits: Tensor, source: Tensor, before: Tensor, after: Tensor, locality: float, *, mend: bool) -> Tensor:
     """How far steered networks are from what the edit asks for; all ``[batch, n]``.
 
-    Where the exact label differs ``before`` and ``after`` the edit (bool), the label after it is asked for; elsewhere
-    the source's own answer (``source``: its logits), or where that is wrong and is to ``mend``, the exact label. In
-    each network the sequences elsewhere weigh ``locality`` together and the others the rest, so that a behaviour with
-    few sequences is not drowned; a side without sequences has no weight.
+    Where the exact labels (bool) ``before`` and ``after`` the edit differ, the target is the label after it; elsewhere
+    the source's own answer (``source``: its logits), or with ``mend``, where that is wrong, the exact label. In each
+    network the sequences elsewhere have the total weight ``locality`` and the others the rest, so that a behaviour with
+    few sequences counts; where a network has only one kind of them, that has all the weight.
     """
     decided = before != after
     exact = decided | ((source > 0) != before) if mend else decided
     target = torch.where(exact, after.to(source.dtype), torch.sigmoid(source))
-    inside, outside = decided.to(source.dtype), (~decided).to(source.dtype)
-    shares = [side / side.sum(1, keepdim=True).clamp_min(1) for side in (inside, outside)]
-    weights = (1 - locality) * shares[0] + locality * shares[1]
+    groups = (decided.to(source.dtype), (~decided).to(source.dtype))
+    inside, outside = (group / group.sum(1, keepdim=True).clamp_min(1) for group in groups)
+    weights = (1 - locality) * inside + locality * outside
     weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
     return (divergence(logits, target) * weights).sum(1).mean()
 
@@ -78,9 +76,9 @@ def steering(logits: Tensor, source: Tensor, before: Tensor, after: Tensor, loca
 def contrastive(latents: Tensor, labels: Tensor, temperature: float, *, graded: bool = True) -> Tensor:
     """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, L_out).
 
-    Positives are the subjects that share a behaviour. ``graded``: each weighs by the Jaccard index of the two sets of
-    behaviours: with several behaviours each, most pairs share one, so sharing alone says little. ``latents`` ``[batch,
-    latent]``, ``labels`` bool ``[batch, behaviors]``. A subject that shares nothing with any other adds nothing.
+    Positives are subjects that share a behaviour; ``graded``: weighted by the Jaccard index of their behaviours, since
+    with several behaviours each, most pairs share one. ``latents``: ``[batch, latent]``; ``labels``: bool ``[batch,
+    behaviors]``. A subject without positives adds 0.
     """
     unit, member = F.normalize(latents, dim=1), labels.to(latents.dtype)
     shared = member @ member.T
@@ -89,6 +87,6 @@ def contrastive(latents: Tensor, labels: Tensor, temperature: float, *, graded: 
     itself = torch.eye(len(latents), dtype=torch.bool, device=latents.device)
     positive = shared / union.clamp_min(1) if graded else (shared > 0).to(latents.dtype)
     positive = positive.masked_fill(itself, 0)
-    likeness = (unit @ unit.T / temperature).masked_fill(itself, float("-inf"))
-    log_share = likeness.log_softmax(1).masked_fill(itself, 0)
+    similarity = (unit @ unit.T / temperature).masked_fill(itself, float("-inf"))
+    log_share = similarity.log_softmax(1).masked_fill(itself, 0)
     return -((positive * log_share).sum(1) / positive.sum(1).clamp_min(1e-12)).mean()

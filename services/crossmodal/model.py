@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -90,16 +90,12 @@ class Encoder(nn.Module):
     def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, generator: torch.Generator) -> None:
         super().__init__()
         self.spec, layout = spec, tokenizer.layout
-        forms = [
-            *([tokenizer.signature] if spec.inputs != "weights" else []),
-            *([tokenizer.weights] if spec.inputs != "signature" else []),
-        ]
+        signature = [(tokenizer.signature, layout.neurons * tokenizer.values)] if spec.inputs != "weights" else []
+        weights = [(tokenizer.weights, layout.size)] if spec.inputs != "signature" else []
+        forms = [form for form, _ in signature + weights]
         # Copies: they go with the model from device to device, and the tokenizer's stay.
         self.forms = nn.ModuleList(deepcopy(form) for form in forms)
-        self.sizes = [
-            *([layout.neurons * tokenizer.values] if spec.inputs != "weights" else []),
-            *([layout.size] if spec.inputs != "signature" else []),
-        ]
+        self.sizes = [size for _, size in signature + weights]
         self.register_buffer("descriptors", descriptors(layout))
         self.standard = Standard(sum(self.sizes))
         hidden, about = spec.hidden_dim, self.descriptors.shape[1]
@@ -112,14 +108,11 @@ class Encoder(nn.Module):
             self.start = nn.Parameter(start) if start is not None else None
             slots = sum(form.mask.shape[1] for form in forms)
             entering = about + (hidden * slots if spec.pooling == "flatten" else hidden)
-        self.blocks = nn.ModuleList(
-            Block(hidden, spec.heads, generator) for _ in range(spec.depth if spec.architecture == "transformer" else 0)
-        )
-        if spec.architecture == "transformer":
-            self.layers = perceptron([entering, spec.latent_dim], generator)
-        else:
-            self.layers = perceptron([entering, *[hidden] * spec.depth, spec.latent_dim], generator)
-        # Beside the perceptron, so that a network's own particulars need not pass its bends.
+        transformer = spec.architecture == "transformer"
+        self.blocks = nn.ModuleList(Block(hidden, spec.heads, generator) for _ in range(spec.depth * transformer))
+        widths = [] if transformer else [hidden] * spec.depth
+        self.layers = perceptron([entering, *widths, spec.latent_dim], generator)
+        # A linear path beside the perceptron, for the details of a network that its hidden layers would lose.
         self.straight = _linear(entering, spec.latent_dim, generator) if spec.flat else None
 
     def fit(self, vectors: Tensor, present: Tensor) -> None:
@@ -143,28 +136,24 @@ class Encoder(nn.Module):
 
     def forward(self, features: Tensor, shape: Tensor) -> Tensor:
         """Latents ``[batch, latent]`` of :meth:`features`; ``shape``: of each network, int64 ``[batch]``."""
-        if self.spec.flat:
-            return self._latents(features, shape)
-        embedded, masks = [], []
-        for part, form, embedding in zip(
-            torch.split(features, self.sizes, 1), self.forms, self.embeddings, strict=True
-        ):
-            assert isinstance(form, Form)
-            tokens = form.tokens(part, shape)
-            embedded.append(embedding(tokens))
-            masks.append(tokens.mask)
-        hidden, mask = torch.cat(embedded, 1), torch.cat(masks, 1)
+        if not self.spec.flat:
+            features = self._pooled(features, shape)
+        entering = torch.cat([features, self.descriptors[shape]], 1)
+        latents: Tensor = self.layers(entering)
+        return latents if self.straight is None else latents + self.straight(entering)
+
+    def _pooled(self, features: Tensor, shape: Tensor) -> Tensor:
+        """Features as tokens, through the transformer if there is one, and pooled: ``[batch, ...]``."""
+        vectors = torch.split(features, self.sizes, 1)
+        tokens = [form.tokens(part, shape) for form, part in zip(self.forms, vectors, strict=True)]  # type: ignore[operator]
+        hidden = torch.cat([embedding(t) for embedding, t in zip(self.embeddings, tokens, strict=True)], 1)
+        mask = torch.cat([t.mask for t in tokens], 1)
         if self.start is not None:
             hidden = torch.cat([self.start.expand(len(hidden), 1, -1), hidden], 1)
             mask = F.pad(mask, (1, 0), value=True)
         for block in self.blocks:
             hidden = block(hidden, mask)
-        return self._latents(pool(hidden, mask, self.spec.pooling), shape)
-
-    def _latents(self, hidden: Tensor, shape: Tensor) -> Tensor:
-        entering = torch.cat([hidden, self.descriptors[shape]], 1)
-        latents: Tensor = self.layers(entering)
-        return latents if self.straight is None else latents + self.straight(entering)
+        return pool(hidden, mask, self.spec.pooling)
 
 
 class Decoder(nn.Module):
@@ -191,13 +180,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden, spec.heads, generator, cross=True) for _ in range(spec.depth))
         self.values = _linear(hidden, self.form.entry.shape[2], generator)
 
-    def fit(self, weights: Tensor, present: Tensor) -> None:
-        """Set the standardisation from training weights ``[subjects, size]`` and which of them each has, bool."""
-        self.standard.fit(weights, present)
-
     def forward(self, latents: Tensor, shape: Tensor) -> Tensor:
-        """Flat networks ``[batch, size]``, of the shapes ``shape`` (int64 ``[batch]``), of latents ``[batch,
-        latent]``."""
+        """Flat networks ``[batch, size]`` of latents ``[batch, latent]``; ``shape``: of each network, int64
+        ``[batch]``."""
         entering = torch.cat([latents, self.descriptors[shape]], 1)
         if self.spec.architecture == "mlp":
             standard = self.layers(entering) + self.straight(entering)
@@ -213,8 +198,8 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer layer, normalised before each part: self-attention, cross-attention where asked for, and a
-    perceptron (Vaswani et al. 2017, arXiv 1706.03762; Xiong et al. 2020, arXiv 2002.04745)."""
+    """A pre-norm transformer layer: self-attention, ``cross``-attention and a perceptron (Vaswani et al. 2017, arXiv
+    1706.03762; Xiong et al. 2020, arXiv 2002.04745)."""
 
     def __init__(self, hidden: int, heads: int, generator: torch.Generator, *, cross: bool = False) -> None:
         super().__init__()
@@ -228,44 +213,41 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor, memory: Tensor | None = None) -> Tensor:
         """``hidden``: ``[batch, tokens, hidden]``; ``mask``: which tokens are there, bool ``[batch, tokens]``;
         ``memory``: ``[batch, memory, hidden]``."""
-        into, out = self.own
-        query, key, value = into(self.norms[0](hidden)).chunk(3, 2)
-        hidden = hidden + out(self._attend(query, key, value, mask))
+        project, output = self.own
+        hidden = hidden + output(self._attend(project(self.norms[0](hidden)).chunk(3, 2), mask[:, None, None, :]))
         if self.other is not None and memory is not None:
-            ask, know, give = self.other
-            key, value = know(memory).chunk(2, 2)
-            hidden = hidden + give(self._attend(ask(self.norms[2](hidden)), key, value, None))
-        fed: Tensor = hidden + self.feed(self.norms[1](hidden))
-        return fed
+            query, key_value, output = self.other
+            projections = [query(self.norms[2](hidden)), *key_value(memory).chunk(2, 2)]
+            hidden = hidden + output(self._attend(projections, None))
+        result: Tensor = hidden + self.feed(self.norms[1](hidden))
+        return result
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        heads = [part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in (query, key, value)]
-        seen = None if mask is None else mask[:, None, None, :]
-        found = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=seen)
-        return found.transpose(1, 2).flatten(2)
+    def _attend(self, projections: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """Attention with queries, keys and values ``[batch, tokens, hidden]``."""
+        query, key, value = (p.view(*p.shape[:2], self.heads, -1).transpose(1, 2) for p in projections)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class EncoderDecoder(nn.Module):
-    """Everything that is trained."""
+    """An encoder, a decoder, and a steering direction for each behaviour."""
 
     def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, behaviors: int, generator: torch.Generator) -> None:
         super().__init__()
         self.encoder = Encoder(spec, tokenizer, generator)
         self.decoder = Decoder(spec, tokenizer, generator)
         self.directions = nn.Parameter(0.1 * torch.randn(behaviors, spec.latent_dim, generator=generator))
-        """What is added to a latent for its network to gain each behaviour ``[behaviors, latent]``."""
+        """What is added to a latent to gain each behaviour ``[behaviors, latent]``."""
 
     @torch.no_grad()
     def fit(self, subjects: Subjects, present: tuple[Tensor, Tensor]) -> None:
-        """Set what is not learned, from training subjects; ``present``: which entries of the inputs and of the weights
-        each has, bool.
+        """Set the standardisation and the components from training subjects, and initialise linear paths with them.
 
-        The linear parts of an ``mlp`` begin as the principal components of the weights, which is where a straight
-        reconstruction would end.
+        ``present``: which entries of the inputs and of the weights each subject has, bool. The linear paths of an
+        ``mlp`` start as the principal components of the weights, where linear training would end.
         """
         encoder, decoder = self.encoder, self.decoder
         encoder.fit(subjects.inputs, present[0])
-        decoder.fit(subjects.weights, present[1])
+        decoder.standard.fit(subjects.weights, present[1])
         if encoder.straight is None or decoder.spec.architecture != "mlp":
             return
         deviations = (subjects.weights - decoder.standard.mean) * present[1]
@@ -284,17 +266,17 @@ class EncoderDecoder(nn.Module):
         encoder.straight.bias[: len(axes)] = solution[-1]
         decoder.straight.weight[:, : len(axes)] = (axes * typical / decoder.standard.scale).T
         for layers in (encoder.layers, decoder.layers):
-            # At first the bends add little.
+            # At first the perceptrons add little to the linear paths.
             for parameter in layers[-1].parameters():
                 parameter.mul_(0.1)
 
 
 def principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first principal axes of centred ``rows`` ``[n, size]``, at most ``count`` and none of hardly any variance:
-    ``[axes, size]``; and the standard deviations along them, descending."""
+    """At most ``count`` principal axes ``[axes, size]`` of centred ``rows`` ``[n, size]``, without those of negligible
+    variance; and the standard deviations along them, descending."""
     rows = rows.double()
     wide = rows.shape[1] > rows.shape[0]
-    # Of the smaller of the two products; its eigenvalues are the squares of the singular values.
+    # The smaller of the two products; its eigenvalues are the squares of the singular values.
     values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     kept = (values > 1e-9 * values[-1]).nonzero().squeeze(1).flip(0)[:count]
     axes = (rows.T @ vectors[:, kept] / values[kept].sqrt()).T if wide else vectors[:, kept].T
@@ -302,8 +284,8 @@ def principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """``[batch, hidden]`` of ``[batch, tokens, hidden]`` over the tokens that are there (bool ``[batch, tokens]``);
-    ``flatten``: ``[batch, tokens x hidden]``, zeros for those that are not."""
+    """Pool ``[batch, tokens, hidden]`` to ``[batch, hidden]`` over the unmasked tokens (``mask``: bool ``[batch,
+    tokens]``); ``flatten``: to ``[batch, tokens x hidden]``, zeros for masked ones."""
     there = mask.unsqueeze(2)
     match pooling:
         case "mean":
@@ -317,15 +299,14 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 def descriptors(layout: Layout) -> Tensor:
-    """What tells the shapes of a layout apart, ``[shapes, numbers]``: relative depth and widths, and the activation
-    one-hot; no numbers where there is one shape."""
+    """Descriptors ``[shapes, numbers]`` of a layout's shapes: relative depth and widths, and the activation one-hot; no
+    numbers for a single shape."""
     if len(layout.shapes) == 1:
         return torch.zeros(1, 0)
     depth = len(layout.envelope.hidden)
     rows = []
     for shape in layout.shapes:
-        widths = [have / most for have, most in zip(shape.hidden, layout.envelope.hidden, strict=False)]
-        widths += [0.0] * (depth - len(widths))
+        widths = [width / widest for width, widest in zip_longest(shape.hidden, layout.envelope.hidden, fillvalue=0)]
         rows.append([len(shape.hidden) / depth, *widths, *(float(name == shape.activation) for name in ACTIVATIONS)])
     return torch.tensor(rows)
 

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ethogram.specs.edits import DIRECTIONS, OPERATIONS, Edit
+from ethogram.specs.edits import DIRECTIONS, OPERATIONS, Edit, Operation
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CONTROLS, OTHERS
@@ -28,14 +28,10 @@ LEAST_FOR_UMAP = 500
 def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any]) -> None:
     """Write the report of ``codec`` on ``zoo`` into ``folder``; ``evaluation`` is what ``evaluate`` returned.
 
-    ``report.json``: the evaluation, and in ``examples`` the networks of ``steered.safetensors``, which holds
-    ``source.<parameter>`` and ``steered.<parameter>``, stacked in the order of the examples. ``held_out.safetensors``
-    has the parameters of all held-out subjects, stacked; ``held_out_labels.safetensors`` their ``labels``, bool
-    ``[subjects, behaviors]``. In a zoo of several shapes these files have subjects of the most common one.
-    ``report.html`` shows the figures and these pictures: ``history.png``, the losses of training, where the codec comes
-    from training and not from a file; ``steering.png``, the behaviours before and after each edit; ``curves.png``, the
-    effect of strength; ``latent_map.png``, the latents by behaviour; ``clusters.png``, the same by UMAP, of many
-    subjects.
+    Beside ``report.html`` and its pictures: ``report.json``, the evaluation, with ``examples`` that describe the
+    networks of ``steered.safetensors`` (``source.<parameter>`` and ``steered.<parameter>``, stacked in that order);
+    ``held_out.safetensors``, the stacked parameters of all held-out subjects; ``held_out_labels.safetensors``, their
+    ``labels``, bool ``[subjects, behaviors]``. Of several shapes these files have subjects of the most common one.
 
     Raises :class:`InvalidInput` for another zoo than the codec was trained on.
     """
@@ -56,9 +52,8 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     report.section("Training", _training_summary(codec))
     if codec.history:
         report.figure("history", _history_plot(codec.history), "Losses over the steps of training")
-    report.section("Edits").figure(
-        "steering", steering_plot(evaluation), "Steering: target, locality and gates by behaviour"
-    )
+    alt = "Steering: target, locality and gates by behaviour"
+    report.section("Edits").figure("steering", steering_plot(evaluation), alt)
     report.text(
         f"""**target**: accuracy where the edit decides; **local**: change of accuracy everywhere else; **kept**: the
         share of answers there that are still the source's. An edit passes the **target gate** at {TARGET_GATE}, and
@@ -76,19 +71,19 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
         requested labels, which makes it an oracle.""",
     )
     report.table(*_other_ways(evaluation))
-    report.section("Strength").figure(
-        "curves", curves_plot(evaluation), "Target and locality over the strength of edits, and one against the other"
-    )
+    alt = "Target and locality over the strength of edits, and one against the other"
+    report.section("Strength").figure("curves", curves_plot(evaluation), alt)
     latents = all_latents(codec, zoo)
-    report.section("Latents").figure(
-        "latent_map",
-        latent_map(codec, zoo, *principal_places(latents)),
-        "Latents by behaviour, principal components",
-    )
+    picture = latent_map(codec, zoo, *principal_positions(latents))
+    report.section("Latents").figure("latent_map", picture, "Latents by behaviour, principal components")
     if len(zoo) >= LEAST_FOR_UMAP:
-        title = f"Latents of {len(zoo):,} networks, by behaviour (UMAP)"
-        umap = latent_map(codec, zoo, umap_places(latents, codec.spec.seed), title)
-        report.figure("clusters", umap, "Latents by behaviour, UMAP")
+        # McInnes et al. 2018, arXiv 1802.03426. Importing it takes seconds.
+        from umap import UMAP
+
+        umap = UMAP(random_state=codec.spec.seed % 2**32, n_jobs=1)
+        positions = torch.from_numpy(umap.fit_transform(latents.cpu().numpy()))
+        picture = latent_map(codec, zoo, positions, f"Latents of {len(zoo):,} networks, by behaviour (UMAP)")
+        report.figure("clusters", picture, "Latents by behaviour, UMAP")
     report.text("How well a linear probe reads each behaviour from the latent of a held-out network:")
     probes = ([name, *row.values()] for name, row in evaluation["probes"].items())
     report.table(["behaviour", "balanced accuracy", "area under the curve"], probes)
@@ -113,12 +108,11 @@ def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[s
     Returns a description of each example and the tensors of ``steered.safetensors``.
     """
     held_out, networks, shape = held_out_networks(codec, zoo)
-    names = [behavior.name for behavior in codec.behaviors]
+    names, labels = [pattern.name for pattern in codec.patterns], zoo.labels[held_out]
     chosen: list[tuple[int, Edit]] = []
-    for column, name in enumerate(names):
-        for operation in ("add", "remove"):
-            labels = zoo.labels[held_out]
-            fits = ~labels[:, column] if operation == "add" else labels[:, column] & (labels.sum(1) >= 2)
+    for name, has in zip(names, labels.T, strict=True):
+        fitting: dict[Operation, Tensor] = {"add": ~has, "remove": has & (labels.sum(1) >= 2)}
+        for operation, fits in fitting.items():
             chosen += [(row, Edit(operation, name)) for row in fits.nonzero().flatten()[:1].tolist()]
     if not chosen:
         return [], {}
@@ -129,22 +123,19 @@ def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[s
         for i, (_, edit) in enumerate(chosen)
     ]
     steered = {name: torch.cat([result[name] for result in results]) for name in source}
-    recalls = [
-        [dict(zip(names, row, strict=True)) for row in codec.evaluate(params, shape.activation)[0].tolist()]
-        for params in (source, steered)
-    ]
+    recalls = [codec.evaluate(params, shape.activation)[0].tolist() for params in (source, steered)]
     examples = [
         {
             "subject": int(held_out[row]),
-            "patterns": [name for name, has in zip(names, zoo.labels[held_out[row]].tolist(), strict=True) if has],
+            "patterns": [name for name, has in zip(names, labels[row].tolist(), strict=True) if has],
             "edit": edit._asdict(),
-            "recall_before": before,
-            "recall_after": after,
+            "recall_before": dict(zip(names, before, strict=True)),
+            "recall_after": dict(zip(names, after, strict=True)),
         }
         for (row, edit), before, after in zip(chosen, *recalls, strict=True)
     ]
-    tensors = {f"source.{name}": tensor.cpu().contiguous() for name, tensor in source.items()}
-    return examples, tensors | {f"steered.{name}": tensor.cpu().contiguous() for name, tensor in steered.items()}
+    variants = {"source": source, "steered": steered}
+    return examples, {f"{v}.{name}": tensor.cpu() for v, params in variants.items() for name, tensor in params.items()}
 
 
 @torch.no_grad()
@@ -154,7 +145,7 @@ def all_latents(codec: Codec, zoo: Zoo) -> Tensor:
     return codec.latents(subjects.inputs, subjects.shape)
 
 
-def principal_places(latents: Tensor) -> tuple[Tensor, str]:
+def principal_positions(latents: Tensor) -> tuple[Tensor, str]:
     """Positions of latents on their first two principal components, ``[subjects, 2]``, and a title for their plot."""
     centred = (latents - latents.mean(0)).double()
     # A latent may have a single dimension, and all latents may be equal: the missing axes are zero.
@@ -165,20 +156,11 @@ def principal_places(latents: Tensor) -> tuple[Tensor, str]:
     return (centred @ vectors[:, -2:].flip(1)).float().cpu(), title
 
 
-def umap_places(latents: Tensor, seed: int) -> Tensor:
-    """Positions of latents by UMAP (McInnes et al. 2018, arXiv 1802.03426), ``[subjects, 2]``."""
-    # Importing it takes seconds.
-    from umap import UMAP
-
-    return torch.from_numpy(UMAP(random_state=seed % 2**32, n_jobs=1).fit_transform(latents.cpu().numpy()))
-
-
 @plot
-def latent_map(codec: Codec, zoo: Zoo, places: Tensor, title: str) -> Figure:
-    """Latents at ``places`` ``[subjects, 2]``: an overview and a panel for each behaviour."""
+def latent_map(codec: Codec, zoo: Zoo, positions: Tensor, title: str) -> Figure:
+    """Latents at ``positions`` ``[subjects, 2]``: an overview and a panel for each behaviour."""
     labels, names = zoo.labels, [pattern.name for pattern in codec.patterns]
     palette = mpl.colormaps["tab10" if len(names) <= 10 else "tab20"]
-    colors = [palette(i % palette.N) for i in range(len(names))]
     columns = 4
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(13.5, max(5.6, 1.85 * rows + 1.2)))
@@ -186,19 +168,18 @@ def latent_map(codec: Codec, zoo: Zoo, places: Tensor, title: str) -> Figure:
     figure.suptitle(title)
     overview = halves[0].subplots()
     single = labels.sum(1) == 1
-    overview.scatter(*places[~single].T, s=7, c=FAINT, linewidths=0, label="several behaviours")
-    for column, (name, color) in enumerate(zip(names, colors, strict=True)):
-        overview.scatter(*places[single & labels[:, column]].T, s=16, color=color, linewidths=0, label=name)
-    overview.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, handletextpad=0.1, markerscale=1.6)
-    overview.set_title("networks with one behaviour, coloured by it")
+    overview.scatter(*positions[~single].T, s=7, c=FAINT, linewidths=0, label="several behaviours")
     panels = halves[1].subplots(rows, columns, squeeze=False).flatten().tolist()
     for panel in panels[len(names) :]:
         panel.set_axis_off()
-    for column, (name, color, panel) in enumerate(zip(names, colors, panels, strict=False)):
-        has = labels[:, column]
-        panel.scatter(*places[~has].T, s=3, c=FAINT, linewidths=0)
-        panel.scatter(*places[has].T, s=4, color=color, linewidths=0)
+    for i, (name, has, panel) in enumerate(zip(names, labels.T, panels, strict=False)):
+        color = palette(i % palette.N)
+        overview.scatter(*positions[single & has].T, s=16, color=color, linewidths=0, label=name)
+        panel.scatter(*positions[~has].T, s=3, c=FAINT, linewidths=0)
+        panel.scatter(*positions[has].T, s=4, color=color, linewidths=0)
         panel.set_title(f"{name}  ({int(has.sum())})", fontsize=8.5)
+    overview.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, handletextpad=0.1, markerscale=1.6)
+    overview.set_title("networks with one behaviour, coloured by it")
     for panel in (overview, *panels):
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(True)
@@ -208,36 +189,27 @@ def latent_map(codec: Codec, zoo: Zoo, places: Tensor, title: str) -> Figure:
 @plot
 def steering_plot(evaluation: dict[str, Any]) -> Figure:
     """Residual edits of held-out subjects: the behaviour before and after, other accuracy, and the share that pass."""
-    rows = {
-        (row["operation"], row["pattern"], row["variant"]): row
-        for row in evaluation["steering"]
-        if row.get("mode") == "residual"
-    }
-    # Operations that some subject could be asked for; replacements are of pairs, the others of single behaviours.
+    steering = evaluation["steering"]
+    rows = {(r["operation"], r["pattern"], r["variant"]): r for r in steering if r.get("mode") == "residual"}
+    # Operations with edits to judge; replacements are of pairs, the others of single behaviours.
     behaviors = {
-        operation: list(
-            dict.fromkeys(row["pattern"] for row in evaluation["steering"] if row["operation"] == operation)
-        )
+        operation: list(dict.fromkeys(row["pattern"] for row in steering if row["operation"] == operation))
         for operation in OPERATIONS
-        if any(operation == known for known, _, _ in rows)
+        if any(operation == judged for judged, _, _ in rows)
     }
     heights = [0.4 + 0.25 * len(names) for names in behaviors.values()]
     figure = Figure(figsize=(13.5, 1.6 + sum(heights)))
     figure.suptitle("Steering held-out networks: residual edits, held-out sequences")
-    axes = figure.subplots(
-        max(1, len(behaviors)),
-        3,
-        sharey="row",
-        width_ratios=(1.25, 1, 1),
-        height_ratios=heights or None,
-        squeeze=False,
-    )
+    ratios: dict[str, Any] = {"width_ratios": (1.25, 1, 1), "height_ratios": heights or None}
+    axes = figure.subplots(max(1, len(behaviors)), 3, sharey="row", squeeze=False, **ratios)
     for (target, local, gate), (operation, names) in zip(axes, behaviors.items(), strict=False):
-        known = [(y, name) for y, name in enumerate(reversed(names)) if (operation, name, "edit") in rows]
-        ys = [y for y, _ in known]
-        edits = [rows[operation, name, "edit"] for _, name in known]
-        before = [rows[operation, name, "null"]["target_mean"] for _, name in known]
-        after, change, passed = ([edit[key] for edit in edits] for key in ("target_mean", "local_mean", "all_gate"))
+        judged = {y: name for y, name in enumerate(reversed(names)) if (operation, name, "edit") in rows}
+        ys = list(judged)
+        before = [rows[operation, name, "null"]["target_mean"] for name in judged.values()]
+        after, change, passed = (
+            [rows[operation, name, "edit"][key] for name in judged.values()]
+            for key in ("target_mean", "local_mean", "all_gate")
+        )
         target.hlines(ys, before, after, color=FAINT, lw=3, zorder=1)
         target.scatter(before, ys, s=34, color=BEFORE, zorder=2, label="before")
         target.scatter(after, ys, s=34, color=AFTER, zorder=3, label="after")
@@ -252,7 +224,7 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
         reach = 1.15 * max(0.05, *(abs(value) for value in change)) if change else 0.05
         local.set_xlim(-reach, reach)
         local.locator_params(axis="x", nbins=5)
-        control = [max(rows[operation, name, variant]["all_gate"] for variant in CONTROLS) for _, name in known]
+        control = [max(rows[operation, name, variant]["all_gate"] for variant in CONTROLS) for name in judged.values()]
         gate.barh(ys, passed, height=0.62, color=AFTER, label="edit")
         gate.barh(ys, control, height=0.62, color=CONTROL, label="worst control")
         for y, value, other in zip(ys, passed, control, strict=True):
@@ -313,19 +285,10 @@ def _gate_line(draw: Callable[..., object], gate: float) -> None:
 
 
 def _history_plot(history: Sequence[Mapping[str, float]]) -> Figure:
-    terms = dict.fromkeys(name for row in history for name in row if name.startswith("validation_"))
-    terms.pop("validation_loss", None)
-    return history_plot(
-        history,
-        [
-            Panel("loss", {"validation_loss": "validation", "loss": "training"}, log=True),
-            Panel(
-                "its terms on validation subjects",
-                {name: _label(name.removeprefix("validation_")) for name in terms},
-                log=True,
-            ),
-        ],
-    )
+    names = dict.fromkeys(name for row in history for name in row if name.startswith("validation_"))
+    terms = {name: _label(name.removeprefix("validation_")) for name in names if name != "validation_loss"}
+    loss = Panel("loss", {"validation_loss": "validation", "loss": "training"}, log=True)
+    return history_plot(history, [loss, Panel("its terms on validation subjects", terms, log=True)])
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -349,21 +312,19 @@ def _training_summary(codec: Codec) -> str:
 
 def _gates(evaluation: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Head and rows of the table of edits."""
-    by_key = {
+    numbers = ("edits", "target_mean", "local_mean", "kept_mean", "target_gate", "all_gate")
+    variants = (*CONTROLS, *OTHERS)
+    table = {
         (row["operation"], row["pattern"], row["mode"], row["variant"]): row
         for row in evaluation["steering"]
         if row["edits"]
     }
-    numbers, variants = (
-        ("edits", "target_mean", "local_mean", "kept_mean", "target_gate", "all_gate"),
-        (*CONTROLS, *OTHERS),
-    )
     rows = []
-    for (operation, pattern, mode, variant), row in by_key.items():
-        if (mode, variant) == ("residual", "edit"):
-            direct = by_key[operation, pattern, "direct", "edit"]["all_gate"]
-            others = [by_key[operation, pattern, "residual", other]["all_gate"] for other in variants]
-            rows.append([operation, pattern, *(row[name] for name in numbers), direct, *others])
+    for operation, pattern in dict.fromkeys(key[:2] for key in table):
+        direct = table[operation, pattern, "direct", "edit"]["all_gate"]
+        others = [table[operation, pattern, "residual", variant]["all_gate"] for variant in variants]
+        row = table[operation, pattern, "residual", "edit"]
+        rows.append([operation, pattern, *(row[name] for name in numbers), direct, *others])
     head = ["edit", "behaviour", "edits", "target", "local", "kept", "target gate", "all gates", "direct"]
     return [*head, *map(_label, variants)], rows
 

@@ -13,10 +13,10 @@ from services.runtime.seeds import generator
 
 class BehaviorAwareBatchSampler:
     """Batches of subjects in pairs of *buddies* that share a behaviour, so that every one has a positive for the
-    contrastive loss wherever a batch is cut between pairs: in each micro-batch and on each rank.
+    contrastive loss in each micro-batch and on each rank, which have whole pairs.
 
-    An epoch shows every subject at least once; one that is left over when its behaviour's subjects are paired is given
-    a buddy from them a second time. Everything follows from ``seed`` and the number of the batch.
+    An epoch shows every subject at least once; one that is left over when its behaviour's subjects are paired gets a
+    buddy that has another one already. Everything follows from ``seed`` and the number of the batch.
     """
 
     def __init__(self, labels: Tensor, batch_size: int, seed: int, names: Sequence[str] = ()) -> None:
@@ -29,23 +29,19 @@ class BehaviorAwareBatchSampler:
         if not bool(partners.all()):
             alone = int((~partners).nonzero()[0])
             behaviors = self.labels[alone].nonzero().flatten().tolist()
-            named = [names[p] if names else f"behaviour {p}" for p in behaviors] or ["no pattern"]
-            raise InvalidInput.field(
-                "zoo.labels",
-                f"no positive pair for subject {alone} of the training split: no other has {' or '.join(named)}; add "
-                "subjects, or leave the pattern out",
-            )
-        # An epoch has at most one pair more for each behaviour; how many there are is drawn, so it is fixed by padding.
+            shared = " or ".join(names[p] if names else f"behaviour {p}" for p in behaviors) or "no pattern"
+            text = f"no positive pair for subject {alone} of the training split: no other has {shared}"
+            raise InvalidInput.field("zoo.labels", f"{text}; add subjects, or leave the pattern out")
+        # An odd subject of a behaviour makes one more pair. How many do is random, so epochs are padded to the most.
         self.pairs = -(-len(labels) // 2) + labels.shape[1]
-        # Of a batch: half of batch_size, or an epoch's where that is less.
         self.pairs_of_batch = min(batch_size // 2, self.pairs)
         self._epochs: dict[int, Tensor] = {}
 
     def batch(self, number: int) -> Tensor:
-        """Batch ``number`` of a run: positions of subjects, int64, buddies side by side.
+        """Indices of the subjects of batch ``number`` of a run, int64, buddies side by side.
 
-        All batches have ``batch_size`` subjects, or an epoch's where that is less; one can begin in one epoch and end
-        in the next, so that none is small and its step a jump.
+        All batches have ``batch_size`` subjects, or all of an epoch if it has fewer; a batch may begin in one epoch and
+        end in the next.
         """
         first, last = number * self.pairs_of_batch, (number + 1) * self.pairs_of_batch - 1
         epochs = range(first // self.pairs, last // self.pairs + 1)
@@ -58,7 +54,7 @@ class BehaviorAwareBatchSampler:
     def epoch(self, number: int) -> Tensor:
         """The pairs of an epoch in order: int64 ``[pairs, 2]``."""
         rng = generator(self.seed, "pairs", number)
-        # Each subject under one of its behaviours that another has too; shuffled, then side by side by behaviour.
+        # Sort the shuffled subjects by one behaviour of each that another subject has too.
         shared = self.labels & (self.labels.sum(0) > 1)
         key = torch.multinomial(shared.float(), 1, generator=rng).squeeze(1)
         order = torch.randperm(len(key), generator=rng)
@@ -70,8 +66,8 @@ class BehaviorAwareBatchSampler:
                 others = others[others != group[-1]]
                 group = torch.cat([group, others[torch.randint(len(others), (1,), generator=rng)]])
             pairs.append(group.view(-1, 2))
-        every = torch.cat(pairs)
-        # The same number of pairs in each epoch, so that a batch's number tells its epoch.
-        again = torch.randint(len(every), (self.pairs - len(every),), generator=rng)
-        every = torch.cat([every, every[again]])
-        return every[torch.randperm(len(every), generator=rng)]
+        epoch = torch.cat(pairs)
+        # Every epoch has the same number of pairs, so that a batch's number tells its epoch.
+        repeated = torch.randint(len(epoch), (self.pairs - len(epoch),), generator=rng)
+        epoch = torch.cat([epoch, epoch[repeated]])
+        return epoch[torch.randperm(len(epoch), generator=rng)]

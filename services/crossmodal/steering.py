@@ -1,4 +1,4 @@
-"""Edits: what they ask for, and how decoded networks are run to see whether they got it."""
+"""Edits of behaviours: directions and probes in latent space, what an edit asks for, and how well it was done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ethogram.specs.edits import Edit, Mode
 REMOVALS = 0.4
 """Share of removals among the edits of training."""
 TARGET_GATE, LOCAL_GATE = 0.85, -0.02
-"""What an edit must reach where it decides, and what it may cost elsewhere."""
+"""Least accuracy where an edit decides, and least change of accuracy elsewhere, for it to pass."""
 RIDGE = 1.0
 """Regularisation of linear probes, in subjects."""
 
@@ -34,12 +34,12 @@ class Probe(NamedTuple):
         rows, has = (latents - mean).double(), labels.double()
         # Both classes count alike, however rare a behaviour is.
         share = has.mean(0).clamp(1e-6, 1 - 1e-6)
-        wanted = has / share - (1 - has) / (1 - share)
+        targets = has / share - (1 - has) / (1 - share)
         gram = rows.T @ rows + RIDGE * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-        weights = torch.linalg.solve(gram, rows.T @ wanted).float()
+        weights = torch.linalg.solve(gram, rows.T @ targets).float()
         # Half way between the classes' means.
         scores = (latents - mean) @ weights
-        middle = sum((scores * one).sum(0) / one.sum(0).clamp_min(1) for one in (labels, ~labels)) / 2
+        middle = sum((scores * members).sum(0) / members.sum(0).clamp_min(1) for members in (labels, ~labels)) / 2
         return cls(weights, -middle - mean @ weights)
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -56,11 +56,11 @@ class Probe(NamedTuple):
         for _ in range(25):
             chance = torch.sigmoid(slope * x + offset)
             error, weight = chance - has, chance * (1 - chance)
-            # A little regularisation: where a line separates the classes the slope would grow for ever.
+            # Regularised: where a line separates the classes, the slope would grow without bound.
             first = torch.stack([(error * x).sum(0) + slope - 1, error.sum(0)], 1)
             cross = (weight * x).sum(0)
-            rows = [torch.stack([(weight * x * x).sum(0) + 1, cross], 1), torch.stack([cross, weight.sum(0) + 1e-6], 1)]
-            step = torch.linalg.solve(torch.stack(rows, 1), first)
+            second = torch.stack([(weight * x * x).sum(0) + 1, cross, cross, weight.sum(0) + 1e-6], 1).view(-1, 2, 2)
+            step = torch.linalg.solve(second, first)
             slope, offset = slope - step[:, 0], offset - step[:, 1]
         factor = (slope / scale).float()
         return Probe(self.weights * factor, (self.bias - shift.float()) * factor + offset.float())
@@ -69,9 +69,9 @@ class Probe(NamedTuple):
 def mean_differences(latents: Tensor, labels: Tensor) -> Tensor:
     """For each behaviour, the mean latent of the subjects that have it minus that of those that lack it:
     ``[behaviors, latent]``."""
-    has, lacks = (one.to(latents.dtype) for one in (labels, ~labels))
-    means = [one.T @ latents / one.sum(0).clamp_min(1).unsqueeze(1) for one in (has, lacks)]
-    return means[0] - means[1]
+    classes = (members.to(latents.dtype) for members in (labels, ~labels))
+    has, lacks = (members.T @ latents / members.sum(0).clamp_min(1).unsqueeze(1) for members in classes)
+    return has - lacks
 
 
 def classifier_normals(latents: Tensor, labels: Tensor) -> Tensor:
@@ -79,22 +79,21 @@ def classifier_normals(latents: Tensor, labels: Tensor) -> Tensor:
     the classes' means are apart along it: ``[behaviors, latent]`` (the edit directions of Dravid et al. 2024, arXiv
     2406.09413)."""
     normals = Probe.fit(latents, labels).weights.T
-    apart, found = mean_differences(latents, labels), []
-    for own, normal in enumerate(normals):
-        others = normals[torch.arange(len(normals), device=normals.device) != own]
-        basis = torch.linalg.qr(others.T).Q
+    directions = []
+    for i, (normal, difference) in enumerate(zip(normals, mean_differences(latents, labels), strict=True)):
+        basis = torch.linalg.qr(torch.cat([normals[:i], normals[i + 1 :]]).T).Q
         alone = normal - basis @ (basis.T @ normal)
-        found.append(alone * (apart[own] @ alone) / alone.square().sum().clamp_min(1e-12))
-    return torch.stack(found)
+        directions.append(alone * (difference @ alone) / alone.square().sum().clamp_min(1e-12))
+    return torch.stack(directions)
 
 
 def signs(edits: Sequence[Edit], behaviors: Sequence[str]) -> Tensor:
-    """-1 for the behaviours that the edits take away and 1 for those that they give: float32 ``[behaviors]``."""
-    found = torch.zeros(len(behaviors))
+    """-1 for the behaviours that the edits remove and 1 for those that they add: float32 ``[behaviors]``."""
+    signs = torch.zeros(len(behaviors))
     for edit in edits:
         for name, sign in edit.signs.items():
-            found[behaviors.index(name)] = sign
-    return found
+            signs[behaviors.index(name)] = sign
+    return signs
 
 
 def every_edit(behaviors: Sequence[str], *, replace: bool) -> list[Edit]:
@@ -103,30 +102,28 @@ def every_edit(behaviors: Sequence[str], *, replace: bool) -> list[Edit]:
     return edits + [Edit("replace", old, new) for old, new in permutations(behaviors if replace else (), 2)]
 
 
-def choose(selected: Tensor, several: float, draws: torch.Generator) -> Tensor:
-    """Behaviours for each subject to gain or lose, int64 ``[subjects, 2]``; both columns are the same where it is one.
+def choose(selected: Tensor, several: float, generator: torch.Generator) -> Tensor:
+    """Draw behaviours for each subject to gain or lose, int64 ``[subjects, 2]``; a single one is in both columns.
 
     ``selected``: bool ``[subjects, patterns]``. Drawn evenly, subjects with few patterns would hardly ever lose one:
-    the first is one of their own in ``REMOVALS`` of the cases. In the share ``several`` a second changes as well, which
-    is one to gain where the first is lost, and one to lose where it is gained, if there is any.
+    the first is one that the subject has in ``REMOVALS`` of the cases. In the share ``several`` a second changes the
+    other way, if there is such a behaviour: one is lost and one is gained.
     """
-    own = selected.sum(1, keepdim=True)
-    other = selected.shape[1] - own
-    odds = torch.where(selected, REMOVALS / own.clamp_min(1), (1 - REMOVALS) / other.clamp_min(1))
-    first = torch.multinomial(odds, 1, generator=draws)
+    count = selected.sum(1, keepdim=True)
+    lacking = selected.shape[1] - count
+    odds = torch.where(selected, REMOVALS / count.clamp_min(1), (1 - REMOVALS) / lacking.clamp_min(1))
+    first = torch.multinomial(odds, 1, generator=generator)
     opposite = selected != selected.gather(1, first)
-    second = torch.multinomial(opposite + 1e-9 * torch.ones_like(odds), 1, generator=draws)
-    both = (torch.rand(first.shape, generator=draws) < several) & opposite.any(1, keepdim=True)
+    second = torch.multinomial(opposite + 1e-9 * torch.ones_like(odds), 1, generator=generator)
+    both = (torch.rand(first.shape, generator=generator) < several) & opposite.any(1, keepdim=True)
     return torch.cat([first, torch.where(both, second, first)], 1)
 
 
 def toggle(selected: Tensor, patterns: Tensor) -> tuple[Tensor, Tensor]:
-    """Each subject's behaviours with some of them added where it lacks them, removed where it has them.
+    """Remove ``patterns`` from the subjects' behaviours where they have them, and add them elsewhere.
 
-    ``selected``: bool ``[subjects, patterns]``; ``patterns``: int64 ``[subjects, edited]``, the same one twice is one.
-    Returns the behaviours after the edit and the signs of the directions, -1, 0 or 1 ``[subjects, patterns]``. Labels
-    after the edit are those of the exact union of the patterns that remain, so a sequence that another selected pattern
-    claims keeps its label.
+    ``selected``: bool ``[subjects, patterns]``; ``patterns``: int64 ``[subjects, edited]``; repeats count once. Returns
+    the behaviours after the edit, and the signs of the directions, -1, 0 or 1 ``[subjects, patterns]``.
     """
     edited = torch.zeros_like(selected).scatter_(1, patterns, torch.ones_like(patterns, dtype=torch.bool))
     return selected ^ edited, edited * (1.0 - 2.0 * selected.float())

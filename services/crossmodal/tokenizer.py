@@ -1,8 +1,8 @@
-"""Networks and signatures as sequences of tokens, with what each token is, and back.
+"""Networks and signatures as sequences of tokens with metadata, and back.
 
 Granularity ``neuron``: a token is one neuron, layer after layer, the output neuron last: for a signature its values,
-for weights its incoming weights and then its bias. ``chunk``, the form of earlier work, cuts the flat numbers of a
-network into pieces of one length, whatever neuron they belong to; it takes weights alone.
+for weights its incoming weights and then its bias. ``chunk``: weights are cut into pieces of one length, whatever
+neuron they belong to.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ethogram.specs.crossmodal import CodecSpec
 from services.crossmodal.data import Preprocessor
 from services.zoo.layout import Layout
-from services.zoo.subjects import Architecture, Params, flatten, unflatten
+from services.zoo.subjects import Architecture, unflatten
 
 METADATA = ("layer", "parameter", "position", "fan_out", "fan_in", "token")
-"""Columns of :attr:`Tokens.metadata`: the layer's index; 0 for signatures, 1 for weights and 2 for chunks; the neuron's
-place in its layer (of a chunk, the place of its first number in the flat network); the layer's shape; the token's
-index."""
+"""Columns of :attr:`Tokens.metadata`: the layer's index; ``SIGNATURE``, ``WEIGHT`` or ``CHUNK``; the neuron's index in
+its layer (of a chunk, the index of its first number in the flat network); the layer's shape; the token's index."""
 SIGNATURE, WEIGHT, CHUNK = range(3)
 
 
@@ -38,9 +39,9 @@ class Tokens(NamedTuple):
 
 
 class Form(nn.Module):
-    """How the networks of each shape of a layout become tokens; the first axis is the shapes'.
+    """How the networks of each shape of a layout become tokens; the first axis of its tables is the shapes'.
 
-    A module, so that its tables are wherever the model is that holds it; none is part of its state.
+    It is a module so that its tables follow the model to a device; none is part of the state.
     """
 
     entry: Tensor
@@ -62,7 +63,7 @@ class Form(nn.Module):
     def vectors(self, values: Tensor, shape: Tensor, size: int) -> Tensor:
         """The inverse: vectors ``[batch, size]`` of token values ``[batch, tokens, width]``; padding is not read."""
         index = self.entry[shape].flatten(1)
-        # What is padding goes to one entry more, which is dropped.
+        # Padding goes to an additional entry, which is dropped.
         target = torch.where(index < 0, size, index)
         return values.new_zeros(len(values), size + 1).scatter(1, target, values.flatten(1))[:, :size]
 
@@ -71,11 +72,7 @@ class Tokenizer:
     """Tokens of the networks of a layout and of their signatures."""
 
     def __init__(
-        self,
-        layout: Layout,
-        values: int,
-        granularity: Literal["neuron", "chunk"] = "neuron",
-        chunk: int = 64,
+        self, layout: Layout, values: int, granularity: Literal["neuron", "chunk"] = "neuron", chunk: int = 64
     ) -> None:
         """``values``: numbers of a signature for each neuron; ``chunk``: numbers of a chunk."""
         self.layout, self.values, self.granularity, self.chunk = layout, values, granularity, chunk
@@ -89,35 +86,20 @@ class Tokenizer:
     def signature(self) -> Form:
         """For signatures, flat ``[batch, neurons x values]``."""
         entries = torch.arange(self.layout.neurons * self.values).view(self.layout.neurons, self.values)
-        return _form(
-            [
-                (entries[places], _metadata(shape, SIGNATURE))
-                for shape, places in zip(self.layout.shapes, self.layout.neuron_places, strict=True)
-            ],
-        )
+        shapes = zip(self.layout.shapes, self.layout.neuron_positions, strict=True)
+        return _form([(entries[positions], _metadata(shape, SIGNATURE)) for shape, positions in shapes])
 
     @cached_property
     def weights(self) -> Form:
         """For flat networks ``[batch, layout.size]``."""
-        return _form(
-            [
-                (_chunks(places, self.chunk) if self.granularity == "chunk" else _neurons(shape, places))
-                for shape, places in zip(self.layout.shapes, self.layout.places, strict=True)
-            ]
-        )
-
-    def tokenize(self, networks: Params, shape: int = 0) -> Tokens:
-        """Tokens of stacked networks, all of one of the layout's shapes."""
-        rows = torch.full((len(networks["layers.0.weight"]),), shape)
-        return self.weights.tokens(self.layout.pad(flatten(networks), shape), rows)
-
-    def detokenize(self, tokens: Tensor, shape: int = 0) -> Params:
-        """The networks of token values ``[batch, tokens, width]``: exactly those that were tokenized."""
-        vectors = self.weights.vectors(tokens, torch.full((len(tokens),), shape), self.layout.size)
-        return unflatten(self.layout.strip(vectors, shape), self.layout.shapes[shape])
+        shapes = zip(self.layout.shapes, self.layout.positions, strict=True)
+        if self.granularity == "chunk":
+            return _form([_chunks(positions, self.chunk) for _, positions in shapes])
+        return _form([_neurons(shape, positions) for shape, positions in shapes])
 
 
 def _metadata(shape: Architecture, parameter: int) -> Tensor:
+    """Metadata of a token for each neuron of a network, ``[neurons, len(METADATA)]``."""
     rows = [
         (layer, parameter, position, fan_out, fan_in)
         for layer, (fan_in, fan_out) in enumerate(shape.layers)
@@ -126,32 +108,30 @@ def _metadata(shape: Architecture, parameter: int) -> Tensor:
     return torch.tensor([(*row, token) for token, row in enumerate(rows)])
 
 
-def _neurons(shape: Architecture, places: Tensor) -> tuple[Tensor, Tensor]:
+def _neurons(shape: Architecture, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries ``[neurons, width]`` of a network's neurons, and their metadata."""
     widest = max(fan_in for fan_in, _ in shape.layers) + 1
     rows = []
-    network = unflatten(places.unsqueeze(0), shape)
+    network = unflatten(positions.unsqueeze(0), shape)
     for layer in range(len(shape.layers)):
-        weight, bias = network[f"layers.{layer}.weight"][0], network[f"layers.{layer}.bias"][0]
-        neurons = torch.cat([weight, bias.unsqueeze(1)], 1)
-        rows.append(torch.nn.functional.pad(neurons, (0, widest - neurons.shape[1]), value=-1))
+        weight, bias = network[f"layers.{layer}.weight"][0], network[f"layers.{layer}.bias"]
+        rows.append(F.pad(torch.cat([weight, bias.T], 1), (0, widest - weight.shape[1] - 1), value=-1))
     return torch.cat(rows), _metadata(shape, WEIGHT)
 
 
-def _chunks(places: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    count = -(-len(places) // length)
-    index = torch.nn.functional.pad(places, (0, count * length - len(places)), value=-1).view(count, length)
-    token = torch.arange(count)
-    metadata = torch.zeros(count, len(METADATA), dtype=torch.int64)
-    metadata[:, 1], metadata[:, 2], metadata[:, 3], metadata[:, 5] = CHUNK, token * length, length, token
-    return index, metadata
+def _chunks(positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Entries ``[chunks, length]`` of a network's chunks, and their metadata."""
+    count = -(-len(positions) // length)
+    entries = F.pad(positions, (0, count * length - len(positions)), value=-1).view(count, length)
+    token, zero = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    columns = (zero, zero + CHUNK, token * length, zero + length, zero, token)
+    return entries, torch.stack(columns, 1)
 
 
 def _form(tables: Sequence[tuple[Tensor, Tensor]]) -> Form:
-    tokens, width = max(len(index) for index, _ in tables), max(index.shape[1] for index, _ in tables)
-    index = torch.full((len(tables), tokens, width), -1)
-    metadata = torch.zeros(len(tables), tokens, len(METADATA), dtype=torch.int64)
-    mask = torch.zeros(len(tables), tokens, dtype=torch.bool)
-    for row, (entries, about) in enumerate(tables):
-        count = len(entries)
-        index[row, :count, : entries.shape[1]], metadata[row, :count], mask[row, :count] = entries, about, True
-    return Form(index, metadata, mask)
+    """The form of shapes whose entries and metadata are ``tables``, padded to the largest."""
+    entries, metadata = zip(*tables, strict=True)
+    width = max(table.shape[1] for table in entries)
+    padded = [F.pad(table, (0, width - table.shape[1]), value=-1) for table in entries]
+    mask = pad_sequence([torch.ones(len(table), dtype=torch.bool) for table in entries], batch_first=True)
+    return Form(pad_sequence(padded, True, -1), pad_sequence(list(metadata), True), mask)

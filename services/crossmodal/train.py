@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
@@ -30,12 +30,14 @@ from services.runtime.training import Optimization, Progress, Trainer, constant,
 from services.zoo.dataset import Zoo
 
 MAX_VALIDATED = 512
-"""Most subjects of a validation."""
+"""Most subjects in a validation."""
 
 
 def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World = ALONE) -> Codec:
-    """Train a codec on the subjects of ``zoo`` that ``spec`` does not hold out, see
-    :func:`services.runtime.training.fit`. Raises :class:`InvalidInput` for a zoo that cannot be learned from too."""
+    """Train a codec on the subjects of ``zoo`` that ``spec`` does not hold out.
+
+    Raises :class:`InvalidInput` for an unsuitable zoo, and as :func:`services.runtime.training.fit` does.
+    """
     run = run or Run()
     check(zoo, spec)
     trainer = CodecTrainer(spec, zoo, run.device, world)
@@ -44,7 +46,7 @@ def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World =
 
 
 class CodecTrainer(Trainer):
-    """Trains the encoder-decoder; what is kept is the running mean of its parameters."""
+    """Trains the encoder-decoder, of which the running mean of the parameters is kept."""
 
     spec: CrossmodalSpec
     monitor = "validation_loss"
@@ -54,7 +56,7 @@ class CodecTrainer(Trainer):
         self.step, self.progress = 0, Progress()
         training = spec.training
         self.steps, self.validate_every, self.patience = training.steps, training.validate_every, training.patience
-        # With early stopping the best model is kept, which the last may be.
+        # With early stopping the best model is kept, and the last one may be it.
         self.keep_best = self.validate_last = training.patience is not None
         split = split_subjects(zoo.labels, zoo.shape, spec)
         self.preprocessor = Preprocessor.of(spec, zoo, split.train)
@@ -64,12 +66,12 @@ class CodecTrainer(Trainer):
         self.sampler = BehaviorAwareBatchSampler(
             self.subjects.labels, training.batch_size, spec.seed, [pattern.name for pattern in zoo.patterns]
         )
-        parts = training.accumulation * world.size
-        if self.sampler.pairs_of_batch < parts:
+        micro_batch_count = training.accumulation * world.size
+        if self.sampler.pairs_of_batch < micro_batch_count:
             raise InvalidInput.field(
                 "spec.training.batch_size",
-                f"a batch's {self.sampler.pairs_of_batch} pairs of subjects are fewer than the {parts} parts that "
-                f"accumulation and processes ask for; take larger batches or fewer parts",
+                f"a batch has {self.sampler.pairs_of_batch} pairs of subjects, too few for {micro_batch_count} parts "
+                "(accumulation x processes); take larger batches or fewer parts",
             )
         self.queries = Queries.build(zoo.universe, zoo.layout.envelope, spec.seed)
         init = generator(spec.seed, "init")
@@ -77,16 +79,15 @@ class CodecTrainer(Trainer):
         self.model = EncoderDecoder(spec.codec, tokenizer, len(zoo.patterns), init).to(device)
         self.present = self.preprocessor.present(self.subjects.shape)
         self.model.fit(self.subjects, self.present)
-        wide = spec.loss.projection
-        self.projection = perceptron([spec.codec.latent_dim, spec.codec.latent_dim, wide], init) if wide else None
-        head = list(self.projection.to(device).parameters()) if self.projection else []
-        groups: list[dict[str, Any]] = [
-            {"params": [*self.model.encoder.parameters(), *self.model.decoder.parameters(), *head]},
-            # Directions have no weight decay: a behaviour that is hard to change needs a long one.
-            {"params": [self.model.directions], "weight_decay": 0.0},
-        ]
+        latent, width = spec.codec.latent_dim, spec.loss.projection
+        self.projection = (perceptron([latent, latent, width], init) if width else nn.Identity()).to(device)
+        decayed = (self.model.encoder, self.model.decoder, self.projection)
         self.optimization = Optimization(
-            groups,
+            [
+                {"params": [parameter for module in decayed for parameter in module.parameters()]},
+                # Directions have no weight decay: a behaviour that is hard to change needs a long one.
+                {"params": [self.model.directions], "weight_decay": 0.0},
+            ],
             training,
             cosine(training.steps) if training.schedule == "cosine" else constant,
             world,
@@ -103,7 +104,7 @@ class CodecTrainer(Trainer):
         self._prepare()
 
     def _prepare(self) -> None:
-        """Compute what follows from the standardisation, which is part of the model's state."""
+        """Compute what depends on the standardisation, which is part of the model's state."""
         sizes = [(fan_in + 1) * fan_out for fan_in, fan_out in self.layout.envelope.layers]
         layer = torch.arange(len(sizes), device=self.device).repeat_interleave(torch.tensor(sizes, device=self.device))
         with torch.no_grad():
@@ -130,49 +131,52 @@ class CodecTrainer(Trainer):
         self.optimization.update(self.step, metrics)
         self.step += 1
         with torch.no_grad():
-            # A short memory first, so that the beginning is forgotten.
+            # The mean is short at first, so that it forgets the initial parameters.
             decay = min(training.ema, self.step / (self.step + 9))
             torch._foreach_lerp_(self.mean, [p.detach() for p in self.optimization.parameters], 1 - decay)
         return metrics
 
     def terms(self, subjects: Subjects, features: Tensor, rng: torch.Generator, progress: float) -> dict[str, Tensor]:
-        """The loss and its terms on some subjects, of whom each gains or loses behaviours. ``features``: of the encoder
-        (:meth:`services.crossmodal.model.Encoder.features`); ``progress``: from 0 to 1, where the schedules of the loss
-        are. Terms without weight are not computed."""
+        """The loss and its terms, each of which is computed only if it has a weight.
+
+        ``features``: of the encoder (:meth:`services.crossmodal.model.Encoder.features`); ``rng``: for the behaviours
+        that each subject gains or loses, and for the sequences; ``progress``: from 0 to 1, for the schedules.
+        """
         weight, model = self.spec.loss, self.model
         gamma = between(weight.gamma, weight.gamma_end, progress)
         source, labels, shape = subjects.weights, subjects.labels, subjects.shape
         edits = weight.steering > 0 or weight.direct > 0
         terms: dict[str, Tensor] = {}
         patterns = choose(labels.cpu(), self.spec.training.several, rng).to(self.device)
-        selected, signs = toggle(labels, patterns)
+        labels_after, signs = toggle(labels, patterns)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
             latents = self._encode(features, shape)
-            asked = [latents, latents + signs @ model.directions] if edits else [latents]
-            decodings = self._decode(torch.cat(asked), shape.repeat(len(asked)))
-            projected = latents if self.projection is None else self.projection(latents)
-        decoded, moved = decodings.float().chunk(2) if edits else (decodings.float(), None)
+            moved = [latents, latents + signs @ model.directions] if edits else [latents]
+            decodings = self._decode(torch.cat(moved), shape.repeat(len(moved)))
+            projected = self.projection(latents)
+        decoded, steered = decodings.float().chunk(2) if edits else (decodings.float(), decodings)
         if weight.reconstruction:
             terms["reconstruction"] = self._reconstruction(decoded, source, shape)
-        if weight.behavior or edits:
+        networks = {"behavior": decoded} if weight.behavior else {}
+        if weight.steering:
+            networks["steering"] = edited(source, decoded, steered, "residual")
+        if weight.direct:
+            networks["direct"] = steered
+        if networks:
             rows = self.queries.draw(patterns.cpu(), self.spec.training.queries, rng)
             inputs = self.queries.network_inputs(rows).to(self.device)
             with torch.no_grad():
-                own = self.layout.answers(source.unsqueeze(1), shape, inputs).squeeze(1)
-            variants = {"behavior": decoded} if weight.behavior else {}
-            if moved is not None and weight.steering:
-                variants["steering"] = edited(source, decoded, moved, "residual")
-            if moved is not None and weight.direct:
-                variants["direct"] = moved
-            logits = self.layout.answers(torch.stack(list(variants.values()), 1), shape, inputs).unbind(1)
-            answered = dict(zip(variants, logits, strict=True))
+                source_logits = self.layout.logits(source.unsqueeze(1), shape, inputs).squeeze(1)
+            answers = self.layout.logits(torch.stack(list(networks.values()), 1), shape, inputs).unbind(1)
+            logits = dict(zip(networks, answers, strict=True))
             if weight.behavior:
-                terms["behavior"] = losses.behavior(answered.pop("behavior"), own)
-            if edits:
-                pools = self.queries.pools
-                before, after = (pools.labels(rows, chosen.cpu()).to(self.device) for chosen in (labels, selected))
-                for name, said in answered.items():
-                    terms[name] = losses.steering(said, own, before, after, weight.locality, mend=weight.mend)
+                terms["behavior"] = losses.behavior(logits.pop("behavior"), source_logits)
+            if logits:
+                pools, sets = self.queries.pools, (labels, labels_after)
+                before, after = (pools.labels(rows, behaviors.cpu()).to(self.device) for behaviors in sets)
+                for name, edit_logits in logits.items():
+                    labeled = (edit_logits, source_logits, before, after)
+                    terms[name] = losses.steering(*labeled, weight.locality, mend=weight.mend)
         if weight.variance:
             terms["variance"] = losses.variance(latents.float())
         rest = torch.stack([getattr(weight, name) * term for name, term in terms.items()]).sum() if terms else 0.0
@@ -197,20 +201,20 @@ class CodecTrainer(Trainer):
     def validate(self) -> dict[str, float]:
         """The validation loss and its terms, of the running mean."""
         with self._running_mean():
-            # At the schedules' end throughout: values of different objectives could not be compared.
+            # Always at the schedules' end: values of different objectives could not be compared.
             rng = generator(self.spec.seed, "validation")
             terms = self.terms(self.validation, self.validation_features, rng, progress=1.0)
         return {f"validation_{name}": float(value) for name, value in terms.items()}
 
     @contextmanager
     def _running_mean(self) -> Iterator[None]:
-        """The model with the running mean for its parameters."""
+        """Use the running mean as the model's parameters."""
         parameters = self.optimization.parameters
         current = [parameter.detach().clone() for parameter in parameters]
         with torch.no_grad():
-            _copy(parameters, self.mean)
+            torch._foreach_copy_(parameters, self.mean)
             yield
-            _copy(parameters, current)
+            torch._foreach_copy_(parameters, current)
 
     def codec(self) -> Codec:
         """The codec of the running mean."""
@@ -230,36 +234,31 @@ class CodecTrainer(Trainer):
         self.mean = [tensors[str(i)] for i in range(len(self.mean))]
 
     def state(self) -> dict[str, Tensor]:
-        tensors = checkpoints.part("model", self.model.state_dict())
-        if self.projection is not None:
-            tensors |= checkpoints.part("projection", self.projection.state_dict())
-        tensors |= checkpoints.part("mean", self.weights())
-        tensors |= checkpoints.part("optimization", self.optimization.state())
-        return tensors | {"weighting": self.weighting}
+        return {
+            "weighting": self.weighting,
+            **checkpoints.part("model", self.model.state_dict()),
+            **checkpoints.part("projection", self.projection.state_dict()),
+            **checkpoints.part("mean", self.weights()),
+            **checkpoints.part("optimization", self.optimization.state()),
+        }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         parts = checkpoints.parts(tensors)
         self.model.load_state_dict(parts["model"])
-        if self.projection is not None:
-            self.projection.load_state_dict(parts["projection"])
+        self.projection.load_state_dict(parts.get("projection", {}))
         self.take_weights(parts["mean"])
         self.optimization.restore(parts["optimization"])
         self._prepare()
         self.weighting = tensors["weighting"]
 
 
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
-
-
-def micro_batches(batch: Tensor, parts: int) -> list[Tensor]:
-    """A batch in ``parts`` parts of similar size, cut between buddies."""
-    return [part.flatten() for part in batch.view(-1, 2).tensor_split(parts)]
+def micro_batches(batch: Tensor, count: int) -> list[Tensor]:
+    """Split a batch into ``count`` micro-batches of similar size; buddies stay together."""
+    return [pairs.flatten() for pairs in batch.view(-1, 2).tensor_split(count)]
 
 
 def between(start: float, end: float | None, progress: float) -> float:
-    """On the straight line from ``start`` to ``end`` over ``progress`` from 0 to 1; ``start`` where there is no end."""
+    """Linear interpolation from ``start`` to ``end`` by ``progress`` from 0 to 1; ``start`` if ``end`` is None."""
     return start if end is None else start + (end - start) * progress
 
 

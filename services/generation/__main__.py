@@ -7,31 +7,44 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from pydantic import ValidationError
 
 from ethogram.cli import output
 from ethogram.cli.execute import execute
 from ethogram.cli.files import read_mapping, read_spec
-from ethogram.cli.options import Json, NewFolder, Set, SpecFile, ZooFolder, examples, new_path, system_app
+from ethogram.cli.options import (
+    Answer,
+    NewFolder,
+    Public,
+    Set,
+    SpecFile,
+    ZooFolder,
+    assignment,
+    command,
+    examples,
+    hub_spec,
+    new_path,
+    system_app,
+)
 from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
-from ethogram.specs.base import HubSpec
 from ethogram.specs.generation import GenerationSpec
 from ethogram.specs.kinds import KINDS
 from services.zoo.dataset import BASELINE
 
+_MODULE = "python -m services.generation"
 app = system_app(
-    "generation", "Make zoos, report on them, and convert them from and to other forms; no platform is needed."
+    "generation",
+    "Make zoos, report on them, and convert them from and to other forms; no platform is needed.",
+    f"{_MODULE} make --set subjects=64 -o my-zoo",
 )
 
 Baseline = Annotated[
     Path | None,
     typer.Option(metavar="ZOO", help="Zoo whose probes (baseline_dataset.json) to use.", exists=True, file_okay=False),
 ]
-_MODULE = "python -m services.generation"
 
 
 @run_command(
@@ -42,14 +55,13 @@ _MODULE = "python -m services.generation"
 )
 def make(
     out: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder of the zoo: a new one, or an interrupted one."),
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the zoo: a new one, or an interrupted one.")
     ],
     baseline: Baseline = None,
 ) -> Request:
-    """Make a zoo in the folder --output: records, dataset card, and a report in its folder report. The run's folder is
-    beside it, with the same name and -run at its end. The same command resumes an interrupted run, and the zoo is the
-    same. What fails before the first checkpoint leaves neither folder."""
+    """Make a zoo in the folder --output: records, a dataset card, and a report in its folder `report`. The run is kept
+    beside it, in a folder of the same name with -run at its end. The same command resumes an interrupted run and gives
+    the same zoo. A run that fails before its first checkpoint leaves neither folder."""
     return Request(
         {} if baseline is None else {"signature.baseline": baseline},
         check=lambda spec: _check_baseline(spec, baseline),
@@ -78,26 +90,23 @@ def export(zoo: ZooFolder, out: NewFolder) -> None:
         export_json(zoo, out, run)
 
 
-@app.command(
-    "import",
-    epilog=examples(
-        f"{_MODULE} import dataset.parquet -o my-zoo",
-        f"{_MODULE} import owner/name -f patterns.yaml --rename starts_with=starts_with_a -o my-zoo",
-    ),
+@command(
+    app,
+    f"{_MODULE} import dataset.parquet -o my-zoo",
+    f"{_MODULE} import owner/name -f patterns.yaml --rename starts_with=starts_with_a -o my-zoo",
+    name="import",
 )
 def import_(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="File, folder, or dataset owner/name on the Hub.")],
     out: NewFolder,
     file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", metavar="FILE", help="YAML file with `patterns` as in a spec."),
+        Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML file with `patterns` as in a spec.")
     ] = None,
     rename: Annotated[
         list[str] | None,
-        typer.Option(metavar="THEIRS=OURS", help="Pattern's name in the records, and here. Repeatable."),
+        typer.Option(metavar="THEIRS=OURS", help="A pattern's name in the records, and in the zoo. Repeatable."),
     ] = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Convert a dataset with JSON text in its columns to a zoo. docs/generation.md says what is kept."""
     from services.generation.json_form import import_json
     from services.runtime.console import ConsoleRun
@@ -106,28 +115,23 @@ def import_(
 
     given = read_mapping(file, "spec")
     patterns = None if given.get("patterns") is None else patterns_in(given, "patterns")
-    names = {}
-    for pair in rename or []:
-        theirs, equals, ours = pair.partition("=")
-        if not equals:
-            raise InvalidInput(f"--rename {pair}: write THEIRS=OURS")
-        names[theirs] = ours
+    names = dict(assignment("--rename", pair, "THEIRS=OURS") for pair in rename or ())
     with _new(out), ConsoleRun() as run:
         figures = import_json(locate(source, "SOURCE"), out, patterns=patterns, rename=names, run=run)
-    output.result(figures, as_json, lambda: output.figures(figures))
+    return Answer(figures, lambda: output.figures(figures))
 
 
 @app.command(epilog=examples(f"HF_TOKEN=... {_MODULE} upload my-zoo me/my-zoo"))
 def upload(
     zoo: ZooFolder,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Dataset repository; created if it is missing.")],
-    public: Annotated[bool, typer.Option("--public", help="Create it as a public repository.")] = False,
+    public: Public = False,
 ) -> None:
     """Upload a zoo to the Hugging Face Hub; files that are there already are not sent again."""
     from services.generation.hub import HubUpload
 
     field = "OWNER/NAME"
-    HubUpload(_repo(field, repo, public=public), lambda text, _: output.say(text), field).whole(zoo)
+    HubUpload(hub_spec(repo, public, field), lambda text, _: output.say(text), field).whole(zoo)
 
 
 @app.command(
@@ -161,7 +165,7 @@ def dataset(
         sampler.save(sampler.baseline if which == "baseline" else sampler.benchmark(per_pattern), out)
 
 
-@app.command(epilog=examples(f"{_MODULE} score my-zoo answers.jsonl"))
+@command(app, f"{_MODULE} score my-zoo answers.jsonl")
 def score(
     zoo: ZooFolder,
     answers: Annotated[
@@ -179,8 +183,7 @@ def score(
             "--output", "-o", metavar="FILE", help="New file for the figures of each answer.", callback=new_path
         ),
     ] = None,
-    as_json: Json = False,
-) -> None:
+) -> Answer:
     """Score an interpreter's answers: parse each completion and run the networks in it.
 
     Figures are means over the answers of a task. Modification: parsed, the share of answers that are a network of the
@@ -192,35 +195,19 @@ def score(
     patterns that are named; exact, the share of answers that name exactly these. An answer without a pattern counts 0.
     """
     from services.generation.score import means, score_answers
+    from services.language.tables import Malformed, read_rows
 
-    rows = score_answers(zoo, _lines(answers))
+    lines = list(read_rows(answers, form=".jsonl"))
+    for number, line in lines:
+        if isinstance(line, Malformed):
+            raise InvalidInput.field(f"{answers.name}:{number}", line)
+    if not lines:
+        raise InvalidInput.field(answers.name, "holds no answers")
+    rows = score_answers(zoo, [answer for _, answer in lines if not isinstance(answer, Malformed)])
     if out is not None:
         out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     figures = means(rows)
-    output.result(figures, as_json, lambda: output.figures(figures))
-
-
-def _lines(file: Path) -> list[Any]:
-    try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise InvalidInput.field(str(file), "cannot be read as text") from None
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise InvalidInput.field(f"answers.{number}", f"is no JSON: {line[:60]}") from None
-    if not rows:
-        raise InvalidInput.field(str(file), "holds no answers")
-    return rows
-
-
-def _repo(field: str, name: str, *, public: bool) -> HubSpec:
-    try:
-        return HubSpec(repo=name, private=not public)
-    except ValidationError:
-        raise InvalidInput.field(field, f"{name} is no name that the Hub allows, e.g. me/my-zoo") from None
+    return Answer(figures, lambda: output.figures(figures))
 
 
 def _check_baseline(spec: GenerationSpec, baseline: Path | None) -> None:

@@ -8,47 +8,48 @@ from services.zoo.dataset import DATA, read_about
 from services.zoo.statistics import Statistics
 
 CARD = "README.md"
+_SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 
 
-def card(folder: Path, found: Statistics) -> str:
+def card(folder: Path, statistics: Statistics) -> str:
     """Markdown on the zoo in ``folder``."""
     _, spec, patterns = read_about(folder)
-    figures = found.figures()
-    degraded = figures.get("degraded_accuracy_by_pattern")
-    head = ["pattern", "what it is", "networks", "accuracy", *(["degraded"] if degraded else [])]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    figures = statistics.figures()
+    columns = {"networks": "subjects_by_pattern", "accuracy": "accuracy_by_pattern"}
+    if statistics.degraded_accuracy is not None:
+        columns["degraded"] = "degraded_accuracy_by_pattern"
+    lines = [f"| pattern | what it is | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 2)}"]
     for pattern in patterns:
-        cells = [f"`{pattern.name}`", pattern.description.replace("|", "\\|")]
-        cells += [
-            f"{figures['subjects_by_pattern'][pattern.name]:,}",
-            f"{figures['accuracy_by_pattern'][pattern.name]:.3f}",
-        ]
-        lines.append(f"| {' | '.join([*cells, *([f'{degraded[pattern.name]:.3f}'] if degraded else [])])} |")
+        numbers = [figures[key][pattern.name] for key in columns.values()]
+        shown = [f"{number:,}" if isinstance(number, int) else f"{number:.3f}" for number in numbers]
+        description = pattern.description.replace("|", "\\|")
+        lines.append(f"| `{pattern.name}` | {description} | {' | '.join(shown)} |")
     rejected = "\n".join(f"- {count:,} {cause}" for cause, count in figures["rejected"].items()) or "- none"
-    shapes = "\n".join(f"- {shape}: {count:,}" for shape, count in found.shapes.items())
+    shapes = "\n".join(f"- {shape}: {count:,}" for shape, count in statistics.shapes.items())
     tokens = "".join(
         f"\nTokens of a {task} record: {mean:,.0f} on average, {most:,} at most.\n"
-        for task, (mean, most) in found.tokens.items()
+        for task, (mean, most) in statistics.tokens.items()
     )
-    gain = f"; the target pattern gained {found.improvement:.3f}" if found.improvement is not None else ""
+    size = next((name for limit, name in _SIZES.items() if statistics.subjects < limit), "1M<n<10M")
+    gain = f"; the target pattern gained {statistics.improvement:.3f}" if statistics.improvement is not None else ""
     return f"""---
 configs:
 - config_name: default
   data_files:
   - split: train
     path: {DATA}/*.parquet
-pretty_name: Zoo of {found.subjects:,} networks
+pretty_name: Zoo of {statistics.subjects:,} networks
 size_categories:
-- {_size(found.subjects)}
+- {size}
 tags:
 - weight-space
 - interpretability
 ---
 
-# Zoo of {found.subjects:,} small networks with known behaviours
+# Zoo of {statistics.subjects:,} small networks with known behaviours
 
 Each record is a network that answers yes to the letter sequences of its own patterns, and no to all others
-({spec.vocab_size} letters, {spec.sequence_length} to a sequence). {found.origin}
+({spec.vocab_size} letters, {spec.sequence_length} to a sequence). {statistics.origin}
 Mean held-out accuracy: {figures["accuracy"]:.3f}{gain}.
 
 ## Patterns
@@ -74,10 +75,3 @@ from datasets import load_dataset
 zoo = load_dataset("parquet", data_files="{DATA}/*.parquet", split="train")
 ```
 """
-
-
-def _size(subjects: int) -> str:
-    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
-        if subjects < limit:
-            return name
-    return "1M<n<10M"

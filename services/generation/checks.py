@@ -9,36 +9,29 @@ from torch import Tensor
 
 from ethogram.specs.generation import StagedSpec
 from services.generation.data import Candidates
-from services.zoo.patterns import Pattern
-from services.zoo.subjects import Params
 
 DIVERGED = "diverged"
 
 
-def finite(params: Params) -> Tensor:
-    """Whether all of each network's numbers are: bool ``[models]``."""
-    return torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in params.values()]).all(0)
-
-
-def gate(accuracy: Tensor, candidates: Candidates, patterns: Sequence[Pattern], least: float) -> list[str | None]:
+def gate(accuracy: Tensor, candidates: Candidates, names: Sequence[str], least: float) -> list[str | None]:
     """The stratum on which each candidate does worst, if it does worse than ``least`` there.
 
     ``accuracy``: held-out, by stratum, ``[models, patterns + 1]``; the last is for sequences that match nothing.
+    ``names``: of the patterns.
     """
-    names = [*(pattern.name for pattern in patterns), "others"]
     causes: list[str | None] = []
-    worst, strata = accuracy.min(1)
-    for i, stratum in enumerate(strata.tolist()):
-        missed = stratum < len(patterns) and bool(candidates.selected[i, stratum])
-        cause = f"{'misses' if missed else 'false alarms on'} {names[stratum]}"
-        causes.append(None if worst[i] >= least else cause)
+    for selected, worst, stratum in zip(candidates.selected, *accuracy.min(1), strict=True):
+        missed = stratum < len(names) and bool(selected[stratum])
+        cause = f"{'misses' if missed else 'false alarms on'} {[*names, 'others'][stratum]}"
+        causes.append(None if worst >= least else cause)
     return causes
 
 
 def degradation(degraded: Tensor, candidates: Candidates, staged: StagedSpec) -> list[str | None]:
-    """What is known after the first stage: a network that is too good at its target pattern cannot gain enough."""
-    target = degraded.gather(1, candidates.target.unsqueeze(1)).squeeze(1)
-    return ["too little degraded" if x > 1 - staged.min_degradation_threshold else None for x in target.tolist()]
+    """The check after the first stage: a network that is too good at its target pattern cannot gain enough."""
+    most = 1 - staged.min_degradation_threshold
+    accuracies = degraded.gather(1, candidates.target.unsqueeze(1)).squeeze(1).tolist()
+    return ["too little degraded" if accuracy > most else None for accuracy in accuracies]
 
 
 def improvement(degraded: Tensor, improved: Tensor, candidates: Candidates, staged: StagedSpec) -> list[str | None]:
@@ -50,16 +43,16 @@ def improvement(degraded: Tensor, improved: Tensor, candidates: Candidates, stag
     answer no to: the network did not just learn to say yes.
     """
     gain = improved - degraded
-    own = torch.nn.functional.pad(candidates.selected, (0, 1))
-    target = torch.zeros_like(own).scatter(1, candidates.target.unsqueeze(1), True)
+    selected = torch.nn.functional.pad(candidates.selected, (0, 1))
+    target = torch.zeros_like(selected).scatter(1, candidates.target.unsqueeze(1), True)
     on_target = gain[target]
     elsewhere = gain.masked_fill(target, 0).sum(1) / (~target).sum(1)
-    lost = gain.masked_fill(target | ~own, torch.inf).amin(1)
-    refused = gain.masked_fill(own, 0).sum(1) / (~own).sum(1)
-    magnitude = on_target >= staged.min_degradation_threshold
-    specificity = on_target - elsewhere >= staged.min_specificity
-    stability = (lost >= -staged.max_instability) & (refused >= -staged.max_instability)
-    return [
-        None if m and p and s else "magnitude" if not m else "specificity" if not p else "stability"
-        for m, p, s in zip(magnitude.tolist(), specificity.tolist(), stability.tolist(), strict=True)
-    ]
+    lost = gain.masked_fill(target | ~selected, torch.inf).amin(1)
+    refused = gain.masked_fill(selected, 0).sum(1) / (~selected).sum(1)
+    passed = {
+        "magnitude": on_target >= staged.min_degradation_threshold,
+        "specificity": on_target - elsewhere >= staged.min_specificity,
+        "stability": (lost >= -staged.max_instability) & (refused >= -staged.max_instability),
+    }
+    rows = zip(*(check.tolist() for check in passed.values()), strict=True)
+    return [next((cause for cause, fine in zip(passed, row, strict=True) if not fine), None) for row in rows]

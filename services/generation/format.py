@@ -1,4 +1,4 @@
-"""Records as text: prompts and completions to train an interpreter on, and its answers read back and scored."""
+"""Records as text: prompts and completions to train an interpreter on, and its answers read back."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ethogram.errors import InvalidInput
+from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.generation import FormatSpec, GenerationSpec
+from services.artifacts.hub import fetch
 from services.zoo.dataset import architecture_of, network_of, signature_of
 from services.zoo.patterns import Pattern
-from services.zoo.pools import Evaluation
-from services.zoo.subjects import Architecture, Params, encode
+from services.zoo.subjects import Architecture, Params
 
 _HEAD = re.compile(r"[`*#\s]*layer (\d+) (weight|bias)s?\s*(?:\d+ ?x ?\d+)?[:`*\s]*$")
 _NUMBERS = re.compile(r"[-+0-9.eE,;\[\]\s]*")
@@ -43,23 +43,23 @@ class TrainingDataFormatter:
     """
 
     def __init__(self, spec: GenerationSpec, patterns: Sequence[Pattern]) -> None:
-        """Raises :class:`InvalidInput` for a tokenizer that is not there."""
+        """Raises :class:`InvalidInput` for a tokenizer that cannot be loaded."""
         self._spec, self._patterns, self._form = spec, patterns, spec.format or FormatSpec()
-        self._described = "\n".join(f"- {pattern.name}: {pattern.description}" for pattern in patterns)
+        self._pattern_list = "\n".join(f"- {pattern.name}: {pattern.description}" for pattern in patterns)
         self._tokens = _tokenizer(self._form.tokenizer) if self._form.tokenizer is not None else None
 
     def columns(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Prompt and completion, and the number of tokens in both, of each task that the spec asks for."""
         columns: dict[str, Any] = {}
         for task in self._spec.tasks:
-            made = self.modification(record) if task == "modification" else self.classification(record)
-            columns |= {f"{task}_prompt": made.prompt, f"{task}_completion": made.completion}
+            prompt = self.modification(record) if task == "modification" else self.classification(record)
+            columns |= {f"{task}_prompt": prompt.prompt, f"{task}_completion": prompt.completion}
             if self._tokens is not None:
-                columns[f"{task}_tokens"] = self._tokens(made.text)
+                columns[f"{task}_tokens"] = self._tokens(prompt.text)
         return columns
 
     def modification(self, record: Mapping[str, Any]) -> Prompt:
-        """From the degraded network to the improved one."""
+        """The prompt that shows the degraded network and asks for the improved one."""
         target = next(pattern for pattern in self._patterns if pattern.name == record["target_pattern"])
         task = (
             f"## Task\nImprove this network on the pattern {target.name} ({target.description}), and leave its other "
@@ -70,9 +70,9 @@ class TrainingDataFormatter:
         return Prompt(shown + task, self.weights(record, "weights"))
 
     def classification(self, record: Mapping[str, Any]) -> Prompt:
-        """From the network to the patterns to which it answers yes."""
+        """The prompt that shows the network and asks for its patterns."""
         task = "## Task\nName the patterns to which this network answers yes.\n\n## Answer\n"
-        shown = self._network(record, "weights", "signature") + f"## Patterns\n{self._described}\n\n"
+        shown = self._network(record, "weights", "signature") + f"## Patterns\n{self._pattern_list}\n\n"
         return Prompt(shown + task, ", ".join(record["patterns"]) + "\n")
 
     def weights(self, record: Mapping[str, Any], column: str) -> str:
@@ -92,30 +92,21 @@ class TrainingDataFormatter:
             f"{layers}, {record['activation']}; inputs: {spec.subject.input_encoding}; "
             "one output, positive for yes.\n\n"
         )
-        described = self._signatures(record, signature)
-        if self._form.style == "separate":
-            lines = [
-                f"layer {i} neuron {n}: {text}" for i, layer in enumerate(described) for n, text in enumerate(layer)
-            ]
-            signatures = "\n".join(lines)
-            return f"{about}## Weights\n{self.weights(record, weights)}\n## Activation signature\n{signatures}\n\n"
-        lines = []
-        for i, ((weight, bias), layer) in enumerate(zip(self._layers(record, weights), described, strict=True)):
-            for n, (row, offset, text) in enumerate(zip(weight.tolist(), bias.tolist(), layer, strict=True)):
-                lines.append(f"layer {i} neuron {n}: weights {self._row(row)} bias {self._row([offset])} {text}")
-        return f"{about}## Weights and activation signature\n" + "\n".join(lines) + "\n\n"
+        separate, lines = self._form.style == "separate", []
+        signatures = signature_of(record, signature, architecture_of(spec, record))
+        for i, ((weight, bias), neurons) in enumerate(zip(self._layers(record, weights), signatures, strict=True)):
+            for n, (row, offset, values) in enumerate(zip(weight.tolist(), bias.tolist(), neurons, strict=True)):
+                shown = "" if separate else f"weights {self._row(row)} bias {self._row([offset])} "
+                shown += " ".join(f"{method} {self._row(numbers)}" for method, numbers in values.items())
+                lines.append(f"layer {i} neuron {n}: {shown}\n")
+        title = "Activation signature" if separate else "Weights and activation signature"
+        head = f"## Weights\n{self.weights(record, weights)}\n" if separate else ""
+        return f"{about}{head}## {title}\n{''.join(lines)}\n"
 
     def _layers(self, record: Mapping[str, Any], column: str) -> list[tuple[Tensor, Tensor]]:
         params = network_of(record, column, architecture_of(self._spec, record))
         layers = range(len(params) // 2)
         return [(params[f"layers.{i}.weight"][0], params[f"layers.{i}.bias"][0]) for i in layers]
-
-    def _signatures(self, record: Mapping[str, Any], column: str) -> list[list[str]]:
-        """The signature of each layer and neuron as text."""
-        return [
-            [" ".join(f"{method} {self._row(values)}" for method, values in neuron.items()) for neuron in layer]
-            for layer in signature_of(record, column, architecture_of(self._spec, record))
-        ]
 
     def _row(self, numbers: Sequence[float]) -> str:
         # One format for all of them: several times as fast as one for each.
@@ -128,57 +119,49 @@ def _form(digits: int, count: int) -> str:
 
 
 def _tokenizer(name: str) -> Callable[[str], int]:
-    """A way to count the tokens of a text."""
-    # They take seconds to import.
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    """A function that counts the tokens of a text."""
+    # It takes seconds to import.
     from transformers import AutoTokenizer
 
-    here = Path(name).is_dir()
-    if not here:
-        try:
-            # Asked first, since the download tries each file several times where there is no network.
-            HfApi().model_info(name, timeout=10)
-        except HfHubHTTPError:
-            # The Hub answers, so the download fails at once too, and says more.
-            pass
-        except Exception:
-            # Perhaps it was downloaded before.
-            here = True
+    field, folder = "spec.format.tokenizer", Path(name)
     try:
-        found = AutoTokenizer.from_pretrained(name, local_files_only=here)
+        if not folder.is_dir():
+            folder = fetch(name, "model", ["*.json", "*.txt", "*.model", "*.jinja"], ["*/*"], field=field)
+    except Unavailable:
+        # Perhaps it was downloaded before.
+        folder = Path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # It raises whatever its parts do.
         text = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InvalidInput.field("spec.format.tokenizer", f"cannot load {name}: {text}") from None
-    # A long text is no mistake here.
-    found.model_max_length = 2**62
-    return lambda text: len(found(text, add_special_tokens=False)["input_ids"])
+        raise InvalidInput.field(field, f"cannot load {name}: {text}") from None
+    # No warning about long texts.
+    tokenizer.model_max_length = 2**62
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def parse_weights(text: str, shape: Architecture) -> Params:
     """The network that an interpreter has written: stacked parameters of one model. Raises :class:`InvalidInput` naming
     the layer that is missing, or whose numbers do not fit."""
-    found: dict[str, list[float]] = {}
+    numbers_of: dict[str, list[float]] = {}
     current: list[float] | None = None
     for line in text.splitlines():
         head = _HEAD.match(line.strip().lower())
         if head is not None:
-            current = found.setdefault(f"layers.{head[1]}.{head[2]}", [])
-        elif current is not None:
-            numbers = _numbers(line)
-            if numbers is None:
-                # Words: the layer has ended.
-                current = None
-            else:
-                current += numbers
+            current = numbers_of.setdefault(f"layers.{head[1]}.{head[2]}", [])
+        elif current is not None and (numbers := _numbers(line)) is not None:
+            current += numbers
+        else:
+            # Words: the layer has ended.
+            current = None
     params: Params = {}
     for name, size in shape.shapes.items():
-        numbers = found.get(name)
+        numbers = numbers_of.get(name)
         if numbers is None:
             raise InvalidInput.field(f"completion.{name}", "is missing")
-        wanted = int(np.prod(size))
-        if len(numbers) != wanted:
-            raise InvalidInput.field(f"completion.{name}", f"has {len(numbers)} numbers, not {wanted}")
+        expected = int(np.prod(size))
+        if len(numbers) != expected:
+            raise InvalidInput.field(f"completion.{name}", f"has {len(numbers)} numbers, not {expected}")
         params[name] = torch.tensor(numbers, dtype=torch.float32).view(1, *size)
         if not params[name].isfinite().all():
             raise InvalidInput.field(f"completion.{name}", "holds numbers that are not finite")
@@ -186,7 +169,7 @@ def parse_weights(text: str, shape: Architecture) -> Params:
 
 
 def _numbers(line: str) -> list[float] | None:
-    """Those of a line that holds nothing else."""
+    """The numbers of a line that holds nothing else."""
     if _NUMBERS.fullmatch(line) is None:
         return None
     try:
@@ -196,58 +179,10 @@ def _numbers(line: str) -> list[float] | None:
 
 
 def parse_patterns(text: str, patterns: Sequence[Pattern]) -> list[str]:
-    """The patterns that an interpreter names, in its order; words that are none are left out."""
+    """The patterns that an interpreter names, in its order; other words are left out."""
     known = sorted((pattern.name for pattern in patterns), key=len, reverse=True)
     # Whole words: not the one in nonpalindrome.
     names = "|".join(re.escape(name) for name in known)
     form = re.compile(rf"(?<![a-z0-9_])(?:{names})(?![a-z0-9_])", re.IGNORECASE)
     by_name = {name.lower(): name for name in known}
     return list(dict.fromkeys(by_name[match.lower()] for match in form.findall(text)))
-
-
-class ModificationScore(NamedTuple):
-    """What a network that an interpreter has written does on benchmark sequences."""
-
-    accuracy: Tensor
-    """By stratum: ``[patterns + 1]``."""
-    gain: float
-    """On the target pattern, over the degraded network."""
-    reference_gain: float
-    """That of the improved network of the record."""
-    others: float
-    """Mean change of accuracy on all other strata."""
-
-
-def score_modification(
-    text: str, record: Mapping[str, Any], spec: GenerationSpec, patterns: Sequence[Pattern], benchmark: Evaluation
-) -> ModificationScore:
-    """Judge an answer to a modification task. Raises what :func:`parse_weights` raises."""
-    shape = architecture_of(spec, record)
-    names = [pattern.name for pattern in patterns]
-    selected = torch.tensor([[name in record["patterns"] for name in names]])
-    questions = encode(shape, benchmark.sequences)
-
-    def accuracy(params: Params) -> Tensor:
-        return benchmark.accuracy(params, questions, shape.activation, selected)[0]
-
-    written = accuracy(parse_weights(text, shape))
-    before, after = (accuracy(network_of(record, column, shape)) for column in ("degraded_weights", "weights"))
-    target = names.index(record["target_pattern"])
-    change = written - before
-    rest = torch.cat([change[:target], change[target + 1 :]])
-    return ModificationScore(written, float(change[target]), float((after - before)[target]), float(rest.mean()))
-
-
-class ClassificationScore(NamedTuple):
-    """How the patterns that an interpreter names compare with the network's own."""
-
-    precision: float
-    recall: float
-    exact: bool
-
-
-def score_classification(text: str, record: Mapping[str, Any], patterns: Sequence[Pattern]) -> ClassificationScore:
-    """Judge an answer to a classification task."""
-    named, own = set(parse_patterns(text, patterns)), set(record["patterns"])
-    right = len(named & own)
-    return ClassificationScore(right / len(named) if named else 0.0, right / len(own) if own else 1.0, named == own)

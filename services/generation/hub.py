@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ethogram.errors import EthogramError, InvalidInput, Unavailable
 from ethogram.specs.base import HubSpec
-from ethogram.specs.generation import GenerationSpec
 from services.artifacts.hub import Repository
 from services.zoo.dataset import ABOUT, BASELINE, DATA, read_about
 
@@ -29,21 +28,22 @@ class HubUpload:
         self.sent = 0
         """Data files that are uploaded."""
 
-    def open(self, folder: Path, spec: GenerationSpec) -> None:
+    def open(self, folder: Path) -> None:
         """Create the repository, unless it exists, and upload what is known of the zoo in ``folder`` before any record.
 
         Raises :class:`InvalidInput` for a repository that holds another zoo.
         """
         self._repository.open()
         about = self._repository.read(ABOUT)
-        if about is not None and _spec_in(about) != _compared(spec.model_dump(mode="json")):
+        if about is not None and _compared(about) != _compared((folder / ABOUT).read_text()):
             text = f"{self._repository.spec.repo} holds a zoo of another spec; name another one"
             raise InvalidInput.field(self._repository.field, text)
         self._repository.upload({name: folder / name for name in (ABOUT, BASELINE)}, "Begin a zoo")
 
     def whole(self, folder: Path) -> None:
         """Upload a finished zoo."""
-        self.open(folder, read_about(folder)[1])
+        read_about(folder)
+        self.open(folder)
         self._waiting |= {f"{DATA}/{file.name}": file for file in sorted((folder / DATA).iterdir())}
         self.close(folder)
 
@@ -76,14 +76,9 @@ class HubUpload:
             self.sent += 1
 
 
-def _spec_in(about: str) -> object:
+def _compared(about: str) -> dict[str, object] | None:
+    """The part of a ``zoo.json`` that decides whether two zoos are the same; None for another file."""
     try:
-        found = json.loads(about)
-    except ValueError:
+        return {key: value for key, value in json.loads(about)["spec"].items() if key not in _NOT_COMPARED}
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    return _compared(found.get("spec")) if isinstance(found, dict) else None
-
-
-def _compared(spec: object) -> object:
-    """The part of a spec's JSON that decides whether two zoos are the same."""
-    return {key: value for key, value in spec.items() if key not in _NOT_COMPARED} if isinstance(spec, dict) else spec

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
             run.advance(done)
         parquet.write_table(pyarrow.Table.from_pylist(rows), target / data_file(number))
     (target / BASELINE).write_bytes((zoo / BASELINE).read_bytes())
-    meanings = {"patterns": [pattern.model_dump() for pattern in spec.patterns]}
     if spec.patterns:
+        meanings = {"patterns": [pattern.model_dump() for pattern in spec.patterns]}
         (target / PATTERNS).write_text(json.dumps(meanings, indent=1))
     if spec.counterfactual is not None:
         run.log("this form has no place for counterfactual branches; they are left out", "warning")
@@ -88,17 +89,17 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
         row[f"{task}_prompt"] = prompt and prompt.prompt
         row[f"{task}_completion"] = prompt and prompt.completion
         row[f"{task}_text"] = prompt and prompt.text
-    for name, prefix, present in (("degraded", "degraded_", staged), ("improved", "", True)):
-        row[f"{name}_signature"] = row[f"{name}_model_weights"] = None
-        if not present:
-            continue
+    row["degraded_signature"] = row["degraded_model_weights"] = None
+    prefixes = {"degraded": "degraded_", "improved": ""} if staged else {"improved": ""}
+    for name, prefix in prefixes.items():
         row[f"{name}_signature"] = json.dumps(_signature(record, f"{prefix}signature", shape))
         params = network_of(record, f"{prefix}weights", shape)
         weights = {"config": config, "weights": _named(params, record["dropout"] > 0)}
         row[f"{name}_model_weights"] = json.dumps(weights)
-    stages = zip(record["epochs"], record["validation_loss"], strict=True) if staged else ()
-    metrics = [{"epochs": epochs, "validation_loss": loss} for epochs, loss in stages]
-    row["training_metrics"] = json.dumps(dict(zip(("degraded", "improved"), metrics, strict=False)), allow_nan=False)
+    # Of an imported record they may be unknown.
+    stages = zip(("degraded", "improved"), record["epochs"], record["validation_loss"], strict=False) if staged else ()
+    metrics = {name: {"epochs": epochs, "validation_loss": loss} for name, epochs, loss in stages}
+    row["training_metrics"] = json.dumps(metrics, allow_nan=False)
     return row
 
 
@@ -153,32 +154,18 @@ def import_json(
         for done, (index, record) in enumerate(records, 1):
             rows.append(_row(index, record, pipeline))
             run.advance(done)
-            if len(rows) == SHARD:
+            if len(rows) == SHARD or done == len(records):
                 yield pipeline.bucket_trainer.table(rows)
                 rows = []
-        if rows:
-            yield pipeline.bucket_trainer.table(rows)
 
     return pipeline.write(folder, shards(), {"imported": source.name})
 
 
 def _row(index: int, record: Record, pipeline: DatasetGenerationPipeline) -> dict[str, Any]:
-    candidate = _candidate(index, record, pipeline)
-    improved = _trained(candidate, record.shape, record.improved)
-    degraded = _trained(candidate, record.shape, record.degraded) if record.degraded is not None else None
-    (row,) = pipeline.bucket_trainer.describe(improved, degraded)
-    row["learning_rate"] = record.learning_rate
-    if degraded is not None:
-        row["epochs"] = [int(count) for count in record.by_stage("epochs")]
-        row["validation_loss"] = record.by_stage("validation_loss")
-    return row
-
-
-def _candidate(index: int, record: Record, pipeline: DatasetGenerationPipeline) -> Candidates:
     names = [pattern.name for pattern in pipeline.patterns]
     target = names.index(record.target if record.target is not None else record.patterns[0])
     activation = activations_of(pipeline.spec).index(record.shape.activation)  # type: ignore[arg-type]
-    return Candidates(
+    candidate = Candidates(
         indices=torch.tensor([index]),
         selected=torch.tensor([[name in record.patterns for name in names]]),
         target=torch.tensor([target]),
@@ -189,7 +176,11 @@ def _candidate(index: int, record: Record, pipeline: DatasetGenerationPipeline) 
         learning_rate=torch.tensor([float("nan")]),
         dropout=torch.tensor([record.dropout]),
     )
-
-
-def _trained(candidate: Candidates, shape: Architecture, params: Params) -> Trained:
-    return Trained(candidate, shape, params, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    trained = partial(Trained.without_epochs, candidate, record.shape)
+    degraded = None if record.degraded is None else trained(record.degraded)
+    (row,) = pipeline.bucket_trainer.describe(trained(record.improved), degraded)
+    row["learning_rate"] = record.learning_rate
+    if degraded is not None:
+        row["epochs"] = [int(count) for count in record.by_stage("epochs")]
+        row["validation_loss"] = record.by_stage("validation_loss")
+    return row

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from services.zoo.dataset import DATA, Zoo, data_file, read_about, write_about
 from services.zoo.statistics import Statistics
 
 SHARD = 1024
-"""Candidates to a data file."""
+"""Candidates to a data file, at least."""
 BASELINE_INPUT = "signature.baseline"
 """Where a run has the probes that the spec names."""
 
@@ -46,16 +47,14 @@ class DatasetGenerationPipeline:
 
     def __init__(self, spec: GenerationSpec, device: str = "cpu", baseline: Path | None = None) -> None:
         """Arguments and errors as of :class:`BucketTrainer`."""
-        self.bucket_trainer, self._baseline = BucketTrainer(spec, device, baseline), baseline
+        self.bucket_trainer = BucketTrainer(spec, device, baseline)
         self.spec, self.patterns = self.bucket_trainer.spec, self.bucket_trainer.patterns
         self._hub: HubUpload | None = None
         self._blocks_per_file = -(-SHARD // self.bucket_trainer.block_size)
-        self._first = self.spec.part.first if self.spec.part is not None else 0
-        """The first data file."""
-        self._goal = self.spec.subjects
+        self._file_size = self._blocks_per_file * self.bucket_trainer.block_size
+        """Candidates to a data file."""
+        self._goal = self.spec.subjects if self.spec.part is None else self.spec.part.count * self._file_size
         """Accepted candidates that are needed; of a part, candidates that are to be trained."""
-        if self.spec.part is not None:
-            self._goal = self.spec.part.count * self._blocks_per_file * self.bucket_trainer.block_size
 
     def run(self, folder: Path, run: Run | None = None) -> dict[str, Any]:
         """Write the zoo into the new ``folder`` (see :mod:`services.zoo.dataset`); its figures.
@@ -68,20 +67,19 @@ class DatasetGenerationPipeline:
         if self.spec.hub is not None:
             self._hub = HubUpload(self.spec.hub, run.log)
             self._write_about(folder, {})
-            self._hub.open(folder, self.spec)
+            self._hub.open(folder)
         progress = self._gather(folder, run) if self.spec.shards > 1 else None
-        if progress is None:
-            progress = self._generate(folder, run)
+        progress = progress or self._generate(folder, run)
         rejected = dict(progress.rejected.most_common())
         causes = ", ".join(f"{count} {cause}" for cause, count in rejected.items()) or "none"
         subjects = self.spec.subjects if self.spec.part is None else progress.accepted
         kept = f", the first {subjects} of them kept" if progress.accepted > subjects else ""
         run.log(f"{progress.accepted} of {progress.candidates} candidates accepted{kept}; rejected: {causes}")
         facts: dict[str, Any] = {"subjects": subjects, "candidates": progress.candidates, "rejected": rejected}
-        if self.spec.part is not None:
-            self._write_about(folder, facts | {"blocks": progress.blocks})
-            return facts
-        return self._describe(folder, facts)
+        if self.spec.part is None:
+            return self._describe(folder, facts)
+        self._write_about(folder, facts | {"blocks": progress.blocks})
+        return facts
 
     def write(self, folder: Path, shards: Iterable[pyarrow.Table], facts: dict[str, Any]) -> dict[str, Any]:
         """Write a zoo of records from elsewhere into the new ``folder``; its figures."""
@@ -122,16 +120,14 @@ class DatasetGenerationPipeline:
         with closing(self._blocks(progress)) as blocks:
             for block in blocks:
                 shard = pyarrow.concat_tables([shard, block.table])
-                rejected = dict(Counter(block.causes))
-                progress.add(len(block.table), rejected)
-                if not whole:
-                    progress.blocks.append((len(block.table), rejected))
+                progress.add(len(block.table), dict(Counter(block.causes)))
                 done = self._done(progress)
                 run.advance(min(done, goal))
                 run.metric(progress.candidates, accepted_share=progress.accepted / progress.candidates, **block.means())
                 if done >= goal or progress.next_block % self._blocks_per_file == 0:
-                    self._write(shard.slice(0, len(shard) - max(0, done - goal)), folder, progress.shard)
-                    progress.shard, shard = progress.shard + 1, self.bucket_trainer.schema.empty_table()
+                    file = (progress.next_block - 1) // self._blocks_per_file
+                    self._write(shard.slice(0, len(shard) - max(0, done - goal)), folder, file)
+                    shard = self.bucket_trainer.schema.empty_table()
                 if done < goal:
                     if whole:
                         progress.check_hope(self.spec, self.bucket_trainer.block_size)
@@ -144,7 +140,7 @@ class DatasetGenerationPipeline:
         trainer = self.bucket_trainer
         workers = torch.get_num_threads() if trainer.subject_trainer.device.type == "cpu" else 1
         pending: deque[list[Future[Block]]] = deque()
-        with side_by_side(trainer, self._goal, workers, self._baseline) as submit:
+        with side_by_side(trainer, self._goal, workers) as submit:
             number = progress.next_block
             while (missing := self._goal - self._done(progress)) > 0:
                 acceptance = progress.acceptance if self.spec.part is None else 1.0
@@ -162,17 +158,16 @@ class DatasetGenerationPipeline:
         spec, progress, files = self.spec, Progress(), 0
         while progress.accepted < spec.subjects:
             missing = (spec.subjects - progress.accepted) / progress.acceptance
-            needed = math.ceil(missing / (self._blocks_per_file * self.bucket_trainer.block_size))
-            files_per_part = -(-needed // spec.shards)
+            first, files = files, files + math.ceil(missing / self._file_size)
+            files_per_part = -(-(files - first) // spec.shards)
             parts: dict[str, tuple[str, Spec]] = {}
-            for first in range(files, files + needed, files_per_part):
-                part = PartSpec(first=first, count=min(files_per_part, files + needed - first))
+            for start in range(first, files, files_per_part):
+                part = PartSpec(first=start, count=min(files_per_part, files - start))
                 changes = {"part": part, "shards": 1, "hub": None}
-                parts[f"files-{first:05}"] = ("generation", spec.model_copy(update=changes))
+                parts[f"files-{start:05}"] = ("generation", spec.model_copy(update=changes))
             children = run.children(parts)
             if children is None:
                 return None
-            files += needed
             run.stage("gather", spec.subjects, "subjects")
             for name in parts:
                 child = children[name]
@@ -187,24 +182,18 @@ class DatasetGenerationPipeline:
 
     def _take(self, part: Path, folder: Path, progress: Progress) -> None:
         """Take as many of a part's records as are missing."""
-        blocks = read_about(part)[0]["blocks"]
-        size, subjects = self._blocks_per_file, self.spec.subjects
-        first = progress.next_block // size
-        for start in range(0, len(blocks), size):
-            if progress.accepted >= subjects:
-                return
-            before = progress.accepted
-            for accepted, rejected in blocks[start : start + size]:
+        subjects, blocks = self.spec.subjects, iter(read_about(part)[0]["blocks"])
+        while progress.accepted < subjects and (file_blocks := list(islice(blocks, self._blocks_per_file))):
+            before, file = progress.accepted, progress.next_block // self._blocks_per_file
+            for accepted, rejected in file_blocks:
                 if progress.accepted < subjects:
                     progress.add(accepted, rejected)
-            file = first + start // size
             name = data_file(file)
             if progress.accepted > subjects:
                 with reading(part, name, "zoo") as path:
                     self._write(parquet.read_table(path).slice(0, subjects - before), folder, file)
             elif (part / name).exists():
-                shutil.copyfile(part / name, folder / name)
-                self._upload(folder, name)
+                self._copy(part, folder, name)
 
     def _write(self, shard: pyarrow.Table, folder: Path, number: int) -> None:
         """Write a data file, if it holds anything."""
@@ -212,34 +201,34 @@ class DatasetGenerationPipeline:
             parquet.write_table(shard, folder / data_file(number))
             self._upload(folder, data_file(number))
 
+    def _copy(self, source: Path, folder: Path, name: str) -> None:
+        shutil.copyfile(source / name, folder / name)
+        self._upload(folder, name)
+
     def _upload(self, folder: Path, name: str) -> None:
         if self._hub is not None:
             self._hub.add(folder, name)
 
     def _save(self, folder: Path, progress: Progress, shard: pyarrow.Table, target: Path) -> None:
         """Write a checkpoint: the data files so far, and what there is of the next."""
-        (target / DATA).mkdir()
-        for file in (folder / DATA).iterdir():
-            _link(file, target / DATA / file.name)
+        shutil.copytree(folder / DATA, target / DATA, copy_function=_link)
         parquet.write_table(shard, target / "shard.parquet")
         progress.save(target)
 
     def _resume(self, folder: Path, run: Run) -> tuple[Progress, pyarrow.Table]:
         """Progress and the unfinished data file: of the run's checkpoint, or at the start."""
         if run.resume is None:
-            first_block = self._first * self._blocks_per_file
-            return Progress(next_block=first_block, shard=self._first), self.bucket_trainer.schema.empty_table()
+            first_block = self.spec.part.first * self._blocks_per_file if self.spec.part is not None else 0
+            return Progress(first_block), self.bucket_trainer.schema.empty_table()
         for file in sorted((run.resume / DATA).iterdir()):
-            name = f"{DATA}/{file.name}"
-            shutil.copyfile(file, folder / name)
-            self._upload(folder, name)
+            self._copy(run.resume, folder, f"{DATA}/{file.name}")
         progress = Progress.load(run.resume)
         run.log(f"resumed from a checkpoint: {progress.accepted} of {progress.candidates} candidates accepted so far")
         return progress, parquet.read_table(run.resume / "shard.parquet")
 
 
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where that is on another disk."""
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it to another disk."""
     try:
         os.link(source, target)
     except OSError:

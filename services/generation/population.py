@@ -1,7 +1,7 @@
 """Training many subject networks at once: stacked weights, batched matrix products, one Adam for all.
 
-The backward pass is written by hand into preallocated buffers; autograd spends as long on its own as the products of
-networks this small take. A population's result equals training each network alone, up to rounding.
+The backward pass is written by hand into preallocated buffers; autograd takes as long by itself as the products of
+networks this small. A population's result equals training each network alone, up to rounding.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LEVELS = 2**16
 
 
 class _Layer(NamedTuple):
-    """Room for what one layer makes of a batch."""
+    """Buffers for what one layer makes of a batch."""
 
     pre: Tensor
     """Pre-activations ``[models, width, n]``; contiguous, or the product would be copied there."""
@@ -76,11 +76,11 @@ class Dropout:
     def scales(self, step: int, layer: int, width: int, n: int, dtype: torch.dtype) -> Tensor:
         """What to multiply activations by: ``[models, width, n]``, 0 or ``1 / (1 - rate)``."""
         count = -(-n * width // 4)
-        places = torch.arange(count, device=self.keys.device)
-        hashed = mix(mix(self.keys + (step << 8) + layer).unsqueeze(1) + places)
-        draws = hashed.view(torch.int16)[:, : n * width].view(-1, width, n)
+        positions = torch.arange(count, device=self.keys.device)
+        hashed = mix(mix(self.keys + (step << 8) + layer).unsqueeze(1) + positions)
+        levels = hashed.view(torch.int16)[:, : n * width].view(-1, width, n)
         # int16 counts from -2^15.
-        kept = draws >= (self.rates * _LEVELS).round().sub(_LEVELS // 2).view(-1, 1, 1)
+        kept = levels >= (self.rates * _LEVELS).round().sub(_LEVELS // 2).view(-1, 1, 1)
         return kept.to(dtype) / (1 - self.rates).to(dtype).view(-1, 1, 1)
 
 
@@ -103,53 +103,44 @@ class Population:
         each network, int64 ``[models]``; None: all are as wide as ``architecture``. ``rates``: learning rate of each
         network, ``[models]``; None: 1."""
         self.architecture, self._dropout = architecture, dropout
-        self._weights = [weight.clone() for weight in state]
-        device = self._weights[0].device
+        self.state = [weight.clone() for weight in state]
+        """The parameters; a step changes them in place."""
+        device = self.state[0].device
         self._neurons: Tensor | None = None
         if widths is not None and architecture.activation == "sigmoid":
             # It makes 0.5 of a padded neuron's 0; the other activations leave it.
             neurons = torch.arange(max(architecture.hidden), device=device) < widths.unsqueeze(1)
-            self._neurons = neurons.unsqueeze(2).to(self._weights[0].dtype)
-        self._rates = rates.to(self._weights[0].dtype).view(-1, 1, 1) if rates is not None else None
-        # One Adam has one rate for all. Where networks have their own, it moves the weights over the rates, by one.
-        self._scaled = self._weights if self._rates is None else [weight / self._rates for weight in self._weights]
-        self._mean, self._square = ([torch.zeros_like(weight) for weight in self._weights] for _ in range(2))
+            self._neurons = neurons.unsqueeze(2).to(self.state[0].dtype)
+        self._rates = rates.to(self.state[0].dtype).view(-1, 1, 1) if rates is not None else None
+        # Adam has one rate for all. Where networks have their own, it moves their weights divided by their rates, at 1.
+        self._scaled = self.state if self._rates is None else [weight / self._rates for weight in self.state]
+        self._mean, self._square = ([torch.zeros_like(weight) for weight in self.state] for _ in range(2))
         self._steps, self._taken = torch.zeros((), device=device), 0
-        self._link()
-
-    @property
-    def models(self) -> int:
-        """Networks."""
-        return len(self._weights[0])
-
-    @property
-    def state(self) -> State:
-        """The parameters; the next step changes them in place."""
-        return self._weights
+        self._allocate()
 
     def keep(self, index: Tensor) -> None:
-        """Go on with the networks at ``index`` alone."""
+        """Keep only the networks at ``index``."""
         if self._rates is not None:
             self._rates = self._rates[index]
             self._scaled = [tensor[index] for tensor in self._scaled]
-        for tensors in (self._weights, self._mean, self._square):
+        for tensors in (self.state, self._mean, self._square):
             tensors[:] = [tensor[index] for tensor in tensors]
         if self._dropout is not None:
             self._dropout = self._dropout.select(index)
         if self._neurons is not None:
             self._neurons = self._neurons[index]
-        self._link()
+        self._allocate()
 
     @torch.no_grad()
     def step(self, inputs: Tensor, targets: Tensor, learning_rate: float = 1.0) -> Tensor:
         """One step of every network, each on its own batch.
 
         ``inputs``: ``[models, n, input_size + 1]``, as :func:`with_ones` makes them; ``targets``: ``[models, n]`` of 0
-        and 1, both in the parameters' type; ``learning_rate``: for all, times each one's own. Returns ``probability -
-        target``, ``[models, n]``, a buffer that the next step overwrites.
+        and 1, both in the parameters' type; ``learning_rate``: of all, times each network's own. Returns
+        ``probability - target``, ``[models, n]``, a buffer that the next step overwrites.
         """
         n = targets.shape[1]
-        layers, last = self._layers_for(n), len(self._weights) - 1
+        layers, last = self._buffers(n), len(self.state) - 1
         scales = self._forward(layers, inputs, drop=True)
         derivative = _DERIVATIVES[self.architecture.activation]
         grad = layers[last].grad
@@ -170,15 +161,15 @@ class Population:
     @torch.no_grad()
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Binary cross-entropy of each network on its own examples, shapes as in :meth:`step`: ``[models]``."""
-        layers = self._layers_for(targets.shape[1])
+        layers = self._buffers(targets.shape[1])
         self._forward(layers, inputs, drop=False)
         logits = layers[-1].pre.squeeze(1)
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
     def _forward(self, layers: list[_Layer], inputs: Tensor, *, drop: bool) -> list[Tensor]:
-        """Fill ``layers``; what was multiplied by for dropout, if it was."""
+        """Fill ``layers``. Returns the factors of dropout for each hidden layer, none without dropout."""
         function, hidden, scales = _FUNCTIONS[self.architecture.activation], inputs.transpose(1, 2), list[Tensor]()
-        for i, (weight, layer) in enumerate(zip(self._weights, layers, strict=True)):
+        for i, (weight, layer) in enumerate(zip(self.state, layers, strict=True)):
             torch.bmm(weight, hidden, out=layer.pre)
             if i == len(layers) - 1:
                 break
@@ -195,33 +186,33 @@ class Population:
                 if drop:
                     _, width, n = layer.out.shape
                     scales.append(self._dropout.scales(self._taken, i, width, n, layer.out.dtype))
-                    # The derivative of tanh and sigmoid is told by the output before it.
+                    # The derivative of tanh and sigmoid follows from the output before dropout.
                     torch.mul(layer.out, scales[i], out=kept)
                 else:
                     kept.copy_(layer.out)
         return scales
 
-    def _link(self) -> None:
-        """Room for what a step needs."""
-        self._gradients = [torch.zeros_like(weight) for weight in self._weights]
+    def _allocate(self) -> None:
+        """Allocate what a step needs."""
+        self._gradients = [torch.zeros_like(weight) for weight in self.state]
         # Without the biases; views, since making them each step takes as long as a small product.
-        self._turned = [weight[:, :, :-1].transpose(1, 2) for weight in self._weights]
+        self._turned = [weight[:, :, :-1].transpose(1, 2) for weight in self.state]
         self._layers: dict[int, list[_Layer]] = {}
 
-    def _layers_for(self, n: int) -> list[_Layer]:
-        """Room for batches of ``n``."""
+    def _buffers(self, n: int) -> list[_Layer]:
+        """Buffers for batches of ``n``."""
         if n not in self._layers:
-            widths, models = [fan_out for _, fan_out in self.architecture.layers], self.models
-            new = self._weights[0].new_empty
-            # A gradient is needed only until the one below is there: two rooms do, and stay in the cache.
-            room = [new(models * n * max(widths)) for _ in range(2)]
-            made = []
+            widths, models = [fan_out for _, fan_out in self.architecture.layers], len(self.state[0])
+            new = self.state[0].new_empty
+            # A gradient is needed only until the one below is there: two buffers do, and stay in the cache.
+            buffers = [new(models * n * max(widths)) for _ in range(2)]
+            rows = []
             for i, width in enumerate(widths):
-                pre, hidden = new(models, width, n), self._weights[0].new_ones(models, width + 1, n)
+                pre, hidden = new(models, width, n), self.state[0].new_ones(models, width + 1, n)
                 out = hidden[:, :-1] if self._dropout is None else torch.empty_like(pre)
-                grad = room[i % 2][: pre.numel()].view_as(pre)
-                made.append(_Layer(pre, out, hidden, hidden.transpose(1, 2), grad))
-            self._layers[n] = made
+                grad = buffers[i % 2][: pre.numel()].view_as(pre)
+                rows.append(_Layer(pre, out, hidden, hidden.transpose(1, 2), grad))
+            self._layers[n] = rows
         return self._layers[n]
 
     def _adam(self, learning_rate: float) -> None:
@@ -233,7 +224,7 @@ class Population:
             self._mean,
             self._square,
             [],
-            [self._steps] * len(self._weights),
+            [self._steps] * len(self.state),
             lr=learning_rate,
             beta1=0.9,
             beta2=0.999,
@@ -243,7 +234,7 @@ class Population:
             maximize=False,
         )
         if self._rates is not None:
-            for weight, scaled in zip(self._weights, self._scaled, strict=True):
+            for weight, scaled in zip(self.state, self._scaled, strict=True):
                 torch.mul(scaled, self._rates, out=weight)
 
 

@@ -24,14 +24,13 @@ class Progress:
     next_block: int = 0
     accepted: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    shard: int = 0
-    """Number of the data file that is being filled."""
     blocks: list[tuple[int, dict[str, int]]] = field(default_factory=list)
-    """Of a part of a zoo: accepted and rejected of each block."""
+    """Accepted and rejected of each block."""
 
     def add(self, accepted: int, rejected: dict[str, int]) -> None:
         """Count one more block."""
         self.next_block += 1
+        self.blocks.append((accepted, rejected))
         self.accepted += accepted
         self.rejected.update(rejected)
 
@@ -50,24 +49,21 @@ class Progress:
         if self.candidates < max(PATIENCE, block_size) or self.accepted >= self.candidates * MIN_ACCEPTED:
             return
         causes = ", ".join(f"{cause}: {count}" for cause, count in self.rejected.most_common(4))
-        found = f"only {self.accepted} of {self.candidates} candidates"
+        field, goal = "spec.staged", "pass the checks"
+        advice = "lower min_degradation_threshold or min_accuracy, or flip more labels"
         if spec.staged is None:
-            text = (
-                f"{found} reach {spec.gate} ({causes}); lower it, train for more steps, use wider subjects or fewer "
-                "patterns"
-            )
-            raise InvalidInput.field("spec.min_accuracy", text)
-        text = (
-            f"{found} pass the checks ({causes}); lower min_degradation_threshold or min_accuracy, or flip more labels"
-        )
-        raise InvalidInput.field("spec.staged", text)
+            field, goal = "spec.min_accuracy", f"reach {spec.gate}"
+            advice = "lower it, train for more steps, use wider subjects or fewer patterns"
+        text = f"only {self.accepted} of {self.candidates} candidates {goal} ({causes}); {advice}"
+        raise InvalidInput.field(field, text)
 
     def save(self, folder: Path) -> None:
-        """Write it into a checkpoint."""
+        """Write the progress into the checkpoint ``folder``."""
         (folder / _FILE).write_text(json.dumps(vars(self)))
 
     @classmethod
     def load(cls, folder: Path) -> Progress:
-        """Read what :meth:`save` wrote."""
         state = json.loads((folder / _FILE).read_text())
+        # Earlier versions counted data files too.
+        state.pop("shard", None)
         return cls(**state | {"rejected": Counter(state["rejected"])})

@@ -34,11 +34,8 @@ def write_report(zoo: Path, folder: Path) -> None:
     together = ([name, *row] for name, row in zip(names, statistics.together.tolist(), strict=True))
     report = Report(f"Zoo of {statistics.subjects:,} networks")
     report.text(f"{statistics.origin} Mean held-out accuracy: {statistics.accuracy.mean():.3f}.")
-    report.figure(
-        "zoo",
-        _figure(statistics, zoo),
-        "Accuracy by pattern, rejections by cause, co-occurrence of patterns, one signature",
-    )
+    alt = "Accuracy by pattern, rejections by cause, co-occurrence of patterns, one signature"
+    report.figure("zoo", _figure(statistics, zoo), alt)
     report.section(
         "Patterns",
         f"""**Accuracy** is the share of correct answers on held-out sequences that match the pattern, over all
@@ -114,15 +111,14 @@ def _together(axes: Axes, statistics: Statistics) -> None:
 
 def _signature(axes: Axes, zoo: Path) -> None:
     """Of the first record: a row for each number, a column for each neuron."""
-    first = next(iter(read_records(zoo, ["index", "layers", "neurons", "signature"]))).slice(0, 1)
-    record = first.to_pylist()[0]
+    table = next(read_records(zoo, ["index", "layers", "neurons", "signature"]))
+    record = table.slice(0, 1).to_pylist()[0]
     neurons = record["layers"] * record["neurons"] + 1
     rows: list[NDArray[np.float32]] = []
     starts: dict[str, int] = {}
     for method, values in record["signature"].items():
-        numbers = np.asarray(values, np.float32).reshape(neurons, -1).T
         starts[method] = len(rows)
-        rows += list(numbers[:, :_MOST_NEURONS])
+        rows += list(np.asarray(values, np.float32).reshape(neurons, -1).T[:, :_MOST_NEURONS])
     scaled = np.stack([row / max(np.abs(row).max(), 1e-9) for row in rows])
     axes.grid(False)
     axes.imshow(scaled, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")

@@ -1,4 +1,4 @@
-"""Sequences to train, describe and judge subjects with: in memory, labelled exactly, each split for itself."""
+"""Sequences to train, describe and evaluate subjects with: in memory, labelled exactly, each split for itself."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class PatternDatasetSampler:
         patterns that cannot be trained or told apart."""
         if spec.signature.baseline is not None and baseline is None:
             raise InvalidInput.field("spec.signature.baseline", "no folder with it was given")
-        self._given: Tensor | None = None
+        chosen: Tensor | None = None
         if baseline is not None:
-            spec, self._given = with_probes(spec, baseline)
+            spec, chosen = with_probes(spec, baseline)
         self.spec = spec
         self.patterns = from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
-        there = len(self.patterns)
+        count = len(self.patterns)
         for name in ("min_patterns_per_batch", "max_patterns_per_batch"):
-            if (getattr(spec, name) or 1) > there:
-                raise InvalidInput.field(f"spec.{name}", f"must be at most {there}, the number of patterns")
+            if (getattr(spec, name) or 1) > count:
+                raise InvalidInput.field(f"spec.{name}", f"must be at most {count}, the number of patterns")
         self.universe = Universe(spec.vocab_size, spec.sequence_length, self.patterns)
         self.universe.check()
         self.train = Pools.build(self.universe, TRAIN, seed=spec.seed, rarest_first=True)
@@ -59,6 +59,11 @@ class PatternDatasetSampler:
             if self.train.count[i] == 0 or not (self.evaluation.stratum == i).any():
                 few = f"{pattern.name} has {self.universe.counts[i]} sequences, too few to train and judge on"
                 raise InvalidInput.field(f"spec.patterns.{i}", f"{few}; leave it out")
+        if chosen is None:
+            chosen = probes(self.universe, spec.signature.probes, spec.seed)
+        self.baseline = Labelled(chosen, self.universe.matches(chosen))
+        """The signature dataset: the same probes for every subject of the zoo, of the validation split; or those of the
+        folder."""
 
     @cached_property
     def validation(self) -> Pools:
@@ -71,47 +76,34 @@ class PatternDatasetSampler:
         if self.spec.staged is None:
             raise InvalidInput.field("spec.staged", "subjects have datasets of their own in staged training alone")
         indices = torch.tensor([index])
-        own = Candidates.draw(self.spec, indices, len(self.patterns))
-        examples = Examples.draw(self.spec.seed, "examples", own, self.spec.staged.examples, self.train)
+        candidate = Candidates.draw(self.spec, indices, len(self.patterns))
+        examples = Examples.draw(self.spec.seed, "examples", candidate, self.spec.staged.examples, self.train)
         wrong = examples.corrupted(self.spec.seed, indices, self.spec.staged.corruption_rate)
         rows = examples.rows[0]
         return Labelled(self.train.sequences[rows], self.train.membership[rows]), examples.labels[0], wrong[0]
 
-    @cached_property
-    def baseline(self) -> Labelled:
-        """The signature dataset: the same probes for every subject of the zoo, of the validation split; or those of the
-        folder."""
-        chosen = self._given
-        if chosen is None:
-            chosen = probes(self.universe, self.spec.signature.probes, self.spec.seed)
-        return Labelled(chosen, self.universe.matches(chosen))
-
     def benchmark(self, per_pattern: int = JUDGED, none: int = JUDGED_NONE) -> Labelled:
-        """Held-out sequences with pattern labels, to evaluate networks on that an interpreter has written."""
-        found = Evaluation.build(self.universe, per_pattern, none, seed=self.spec.seed)
-        return Labelled(found.sequences, found.membership)
+        """Held-out sequences with pattern labels, to evaluate networks that an interpreter has written."""
+        held_out = Evaluation.build(self.universe, per_pattern, none, seed=self.spec.seed)
+        return Labelled(held_out.sequences, held_out.membership)
 
     def save_training(self, index: int, path: Path) -> None:
         """Write :meth:`training` as :meth:`save` does, each row with ``label`` and ``first_stage_label``."""
         dataset, right, first = self.training(index)
-        labels = zip(right.tolist(), first.tolist(), strict=True)
-        rows = [
-            row | {"label": label, "first_stage_label": other}
-            for row, (label, other) in zip(self.rows(dataset), labels, strict=True)
-        ]
-        self._write(rows, path)
+        self.save(dataset, path, label=right, first_stage_label=first)
 
-    def rows(self, dataset: Labelled) -> list[dict[str, Any]]:
-        """Its sequences as text; see :func:`services.zoo.dataset.labelled`."""
-        return labelled(dataset.sequences, dataset.membership, [pattern.name for pattern in self.patterns])
+    def rows(self, dataset: Labelled, **columns: Tensor) -> list[dict[str, Any]]:
+        """Its sequences as text (see :func:`services.zoo.dataset.labelled`), with more ``columns`` ``[n]``."""
+        rows = labelled(*dataset, [pattern.name for pattern in self.patterns])
+        for name, column in columns.items():
+            rows = [row | {name: value} for row, value in zip(rows, column.tolist(), strict=True)]
+        return rows
 
-    def save(self, dataset: Labelled, path: Path) -> None:
-        """Write a dataset as JSON, or as parquet if that is the suffix of ``path``."""
-        self._write(self.rows(dataset), path)
-
-    def _write(self, rows: list[dict[str, Any]], path: Path) -> None:
+    def save(self, dataset: Labelled, path: Path, **columns: Tensor) -> None:
+        """Write :meth:`rows` as JSON, or as parquet if that is the suffix of ``path``."""
         if path.suffix not in (".json", ".parquet"):
             raise InvalidInput.field(path.name, "must end in .json or .parquet")
+        rows = self.rows(dataset, **columns)
         if path.suffix == ".parquet":
             parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         else:

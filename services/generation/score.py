@@ -3,15 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from services.generation.format import score_classification, score_modification
-from services.zoo.dataset import read_about, read_records
+from ethogram.specs.generation import GenerationSpec
+from services.generation.format import parse_patterns, parse_weights
+from services.zoo.dataset import architecture_of, network_of, read_about, read_records
+from services.zoo.patterns import Pattern
 from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation
+from services.zoo.subjects import Params, encode
 from services.zoo.universe import Universe
+
+
+class ModificationScore(NamedTuple):
+    """What a network that an interpreter has written does on benchmark sequences."""
+
+    gain: float
+    """On the target pattern, over the degraded network."""
+    reference_gain: float
+    """That of the improved network of the record."""
+    others: float
+    """Mean change of accuracy on all other strata."""
+
+
+class ClassificationScore(NamedTuple):
+    """How the patterns that an interpreter names compare with the network's own."""
+
+    precision: float
+    recall: float
+    exact: bool
+
+
+def score_modification(
+    text: str, record: Mapping[str, Any], spec: GenerationSpec, patterns: Sequence[Pattern], benchmark: Evaluation
+) -> ModificationScore:
+    """Score an answer to a modification task. Raises what :func:`parse_weights` raises."""
+    shape, names = architecture_of(spec, record), [pattern.name for pattern in patterns]
+    selected = torch.tensor([[name in record["patterns"] for name in names]])
+    inputs = encode(shape, benchmark.sequences)
+
+    def accuracy(params: Params) -> Tensor:
+        return benchmark.accuracy(params, inputs, shape.activation, selected)[0]
+
+    written = accuracy(parse_weights(text, shape))
+    before, after = (accuracy(network_of(record, column, shape)) for column in ("degraded_weights", "weights"))
+    target = names.index(record["target_pattern"])
+    change = written - before
+    rest = torch.cat([change[:target], change[target + 1 :]])
+    return ModificationScore(float(change[target]), float((after - before)[target]), float(rest.mean()))
+
+
+def score_classification(text: str, record: Mapping[str, Any], patterns: Sequence[Pattern]) -> ClassificationScore:
+    """Score an answer to a classification task."""
+    named, actual = set(parse_patterns(text, patterns)), set(record["patterns"])
+    right = len(named & actual)
+    recall = right / len(actual) if actual else 1.0
+    return ClassificationScore(right / len(named) if named else 0.0, recall, named == actual)
 
 
 def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -20,56 +73,52 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
     ``modification``: ``parsed`` (1 for a network of the right shape; anything else counts as no change), ``gain`` on
     the target pattern beside the record's own ``reference_gain``, and ``others``, the mean change elsewhere.
     ``classification``: ``precision``, ``recall`` and ``exact``. Raises :class:`InvalidInput` naming the answer that is
-    no answer.
+    malformed.
     """
     _, spec, patterns = read_about(zoo)
-    asked: dict[int, dict[str, Any]] = {}
+    records: dict[int, dict[str, Any]] = {}
     for i, answer in enumerate(answers):
         if not isinstance(answer, Mapping):
-            raise InvalidInput.field(f"answers.{i}", "is no object")
+            raise InvalidInput.field(f"answers.{i}", "must be an object")
         for name, kind in (("index", int), ("task", str), ("completion", str)):
             if not isinstance(answer.get(name), kind):
                 raise InvalidInput.field(f"answers.{i}.{name}", f"must be a {kind.__name__}")
         if answer["task"] not in ("modification", "classification"):
             raise InvalidInput.field(f"answers.{i}.task", "must be modification or classification")
         if answer["task"] == "modification" and spec.staged is None:
-            raise InvalidInput.field(
-                f"answers.{i}.task", "the zoo was trained in one stage, so there is nothing to modify"
-            )
-        asked[answer["index"]] = {}
+            text = "the zoo was trained in one stage, so there is nothing to modify"
+            raise InvalidInput.field(f"answers.{i}.task", text)
+        records[answer["index"]] = {}
     for table in read_records(zoo):
-        for record in table.to_pylist():
-            if record["index"] in asked:
-                asked[record["index"]] = record
-    benchmark = Evaluation.build(
-        Universe(spec.vocab_size, spec.sequence_length, patterns), JUDGED, JUDGED_NONE, seed=spec.seed
-    )
-    found = []
+        records |= {row["index"]: row for row in table.to_pylist() if row["index"] in records}
+    universe = Universe(spec.vocab_size, spec.sequence_length, patterns)
+    benchmark = Evaluation.build(universe, JUDGED, JUDGED_NONE, seed=spec.seed)
+    scores: list[dict[str, Any]] = []
     for i, answer in enumerate(answers):
-        record, text = asked[answer["index"]], answer["completion"]
+        record, text = records[answer["index"]], answer["completion"]
         if not record:
             raise InvalidInput.field(f"answers.{i}.index", f"the zoo has no record {answer['index']}")
+        score: dict[str, float] = {"parsed": 0.0, "gain": 0.0, "others": 0.0}
         if answer["task"] == "classification":
-            named = score_classification(text, record, patterns)
-            row = {name: float(value) for name, value in named._asdict().items()}
+            score = {
+                name: float(value) for name, value in score_classification(text, record, patterns)._asdict().items()
+            }
         else:
-            try:
+            with suppress(InvalidInput):
                 scored = score_modification(text, record, spec, patterns, benchmark)
-                row = {"parsed": 1.0, "gain": scored.gain, "others": scored.others}
-            except InvalidInput:
-                row = {"parsed": 0.0, "gain": 0.0, "others": 0.0}
-            row["reference_gain"] = record["improvement"]
-        found.append({"index": answer["index"], "task": answer["task"]} | row)
-    return found
+                score = {"parsed": 1.0, "gain": scored.gain, "others": scored.others}
+            score["reference_gain"] = record["improvement"]
+        scores.append({"index": answer["index"], "task": answer["task"]} | score)
+    return scores
 
 
 def means(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of what :func:`score_answers` finds, by task."""
+    """Mean scores by task, of what :func:`score_answers` returns."""
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
     return {
-        task: {"answers": len(own)}
-        | {name: fmean(row[name] for row in own) for name in own[0] if name not in ("index", "task")}
-        for task, own in by_task.items()
+        task: {"answers": len(scores)}
+        | {name: fmean(row[name] for row in scores) for name in scores[0] if name not in ("index", "task")}
+        for task, scores in by_task.items()
     }

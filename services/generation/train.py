@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from services.generation.data import Batches, Candidates, Examples, activations_
 from services.generation.population import Dropout, Population, State, cosine, params_of, state_of, with_ones
 from services.zoo.pools import Pools
 from services.zoo.quantize import rounded
-from services.zoo.subjects import Architecture, Params, encode, init
+from services.zoo.subjects import Architecture, Params, encode, init, select
 
 # Steps whose batches are drawn at once.
 _CHUNK = 16
@@ -38,9 +38,15 @@ class Trained:
     loss: Tensor
     """Validation loss of the network that was kept: float32 ``[n]``."""
 
+    @classmethod
+    def without_epochs(cls, candidates: Candidates, architecture: Architecture, params: Params) -> Trained:
+        """Candidates of which no epochs were counted."""
+        zeros = torch.zeros(len(candidates))
+        return cls(candidates, architecture, params, zeros.long(), zeros)
+
     def select(self, index: Tensor) -> Trained:
         """Those at ``index``, a mask."""
-        params = {name: tensor[index.to(tensor.device)] for name, tensor in self.params.items()}
+        params = select(self.params, index.to(next(iter(self.params.values())).device))
         return Trained(self.candidates.select(index), self.architecture, params, self.epochs[index], self.loss[index])
 
 
@@ -50,15 +56,14 @@ class Degraded:
 
     trained: Trained
     state: State
-    """Where the second stage goes on."""
-    examples: Examples
-    judged: Examples
-    """Validation sequences."""
+    """Where the second stage starts."""
+    data: list[Examples]
+    """What to train on, and validation sequences."""
 
     def select(self, index: Tensor) -> Degraded:
         """Those at ``index``, a mask."""
         state = [weight[index.to(weight.device)] for weight in self.state]
-        return Degraded(self.trained.select(index), state, self.examples.select(index), self.judged.select(index))
+        return Degraded(self.trained.select(index), state, [examples.select(index) for examples in self.data])
 
 
 class SubjectModelTrainer:
@@ -68,36 +73,34 @@ class SubjectModelTrainer:
         """``train``, ``validation``: sequences of these splits."""
         self.spec, self.device = spec, torch.device(device)
         self.stop = threading.Event()
-        """Set, training ends with :class:`CancelledError` at the next step."""
+        """When set, training ends with :class:`CancelledError` at the next step."""
         self._train, self._validation = train, validation
-        any_shape = Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), "relu")
+        self.shape = Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), "relu")
+        """What candidates of any architecture share."""
         self._table, self._validation_table = (
-            _Table(encode(any_shape, pools.sequences, torch.uint8), self.device) for pools in (train, validation)
+            _Table(encode(self.shape, pools.sequences, torch.uint8), self.device) for pools in (train, validation)
         )
 
     def architecture(self, candidates: Candidates) -> Architecture:
-        """That of the widest of ``candidates``, which share depth and activation."""
-        spec = self.spec
+        """The architecture of the widest of ``candidates``, which share depth and activation."""
         hidden = (int(candidates.neurons.max()),) * int(candidates.layers[0])
-        activation = activations_of(spec)[int(candidates.activation[0])]
-        return Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, hidden, activation)
+        return self.shape._replace(hidden=hidden, activation=activations_of(self.spec)[int(candidates.activation[0])])
 
-    def population(
+    def _population(
         self, candidates: Candidates, start: tuple[Architecture, State] | None = None, rates: Tensor | None = None
     ) -> Population:
-        """Networks in training: fresh, or from where others were; ``rates``: learning rates of their own."""
-        spec = self.spec
-        # Not of those that are left, but of those that began: the widest may have gone.
+        """Networks in training: fresh, or from the state of others; ``rates``: a learning rate for each."""
+        subject, seed, indices = self.spec.subject, self.spec.seed, candidates.indices
+        # The architecture of the first stage: its widest network may be rejected since.
         architecture, state = start or (self.architecture(candidates), None)
         if state is None:
-            shared = spec.subject.init == "shared"
-            draws = keys(spec.seed, "init", torch.zeros_like(candidates.indices) if shared else candidates.indices)
-            kaiming = spec.subject.weight_init == "kaiming"
-            state = state_of(init(architecture, draws, candidates.neurons, kaiming=kaiming))
+            seeds = keys(seed, "init", torch.zeros_like(indices) if subject.init == "shared" else indices)
+            kaiming = subject.weight_init == "kaiming"
+            state = state_of(init(architecture, seeds, candidates.neurons, kaiming=kaiming))
         dropout = None
-        if spec.subject.dropout.max > 0:
-            own = keys(spec.seed, "dropped", candidates.indices)
-            dropout = Dropout(candidates.dropout.float().to(self.device), own.to(self.device))
+        if subject.dropout.max > 0:
+            masks = keys(seed, "dropped", indices).to(self.device)
+            dropout = Dropout(candidates.dropout.float().to(self.device), masks)
         widths = candidates.neurons.to(self.device)
         state = [weight.to(self.device) for weight in state]
         rates = rates.to(self.device) if rates is not None else None
@@ -105,99 +108,94 @@ class SubjectModelTrainer:
 
     def train(self, candidates: Candidates) -> Trained:
         """Train in one stage, on fresh sequences at every step."""
-        population = self.population(candidates)
-        self._fresh(population, candidates, "batches", self.spec.training.steps, candidates.selected)
-        return self._once(candidates, population)
+        return self._on_fresh(self._population(candidates), candidates, "batches", candidates.selected)
 
-    def branch(self, candidates: Candidates) -> tuple[Trained, Trained, Trained]:
-        """Train in one stage, then on from there, with a fresh optimiser, to what each was to learn, to one pattern
-        more (``other``) and to one less (``target``). The three see the same sequences, and differ in the labels."""
+    def branch(self, candidates: Candidates) -> list[Trained]:
+        """Train in one stage, then three branches from there with a fresh optimiser: on the candidate's own patterns,
+        on one more (``other``) and on one less (``target``). The three see the same sequences, and differ in the
+        labels."""
         assert self.spec.counterfactual is not None
-        start, steps = self.population(candidates), self.spec.counterfactual.steps
-        self._fresh(start, candidates, "batches", self.spec.training.steps, candidates.selected)
+        steps, start = self.spec.counterfactual.steps, self._population(candidates)
+        self._on_fresh(start, candidates, "batches", candidates.selected)
         more = candidates.selected.scatter(1, candidates.other.unsqueeze(1), True)
         less = candidates.selected.scatter(1, candidates.target.unsqueeze(1), False)
         branches = []
         for selected in (candidates.selected, more, less):
-            own = replace(candidates, selected=selected)
-            population = self.population(candidates, (start.architecture, start.state))
-            self._fresh(population, own, "branches", steps, more)
-            branches.append(self._once(own, population))
-        return branches[0], branches[1], branches[2]
+            relabelled = replace(candidates, selected=selected)
+            population = self._population(candidates, (start.architecture, start.state))
+            branches.append(self._on_fresh(population, relabelled, "branches", more, steps))
+        return branches
 
-    def _fresh(self, population: Population, candidates: Candidates, stream: str, steps: int, shown: Tensor) -> None:
+    def _on_fresh(
+        self, population: Population, candidates: Candidates, stream: str, shown: Tensor, steps: int | None = None
+    ) -> Trained:
         """Train on fresh sequences at every step, drawn for the patterns ``shown`` (bool ``[n, patterns]``) and
-        labelled by the candidates' own; ``stream`` names the draw."""
-        training = self.spec.training
-        size, pools = training.batch_size, self._train
-        batches = Batches(keys(self.spec.seed, stream, candidates.indices), shown, size, pools)
-        inputs = _Inputs(self._table, len(candidates) * size)
+        labelled by the candidates' own. ``stream`` names the draw; ``steps``: those of the spec's training if None."""
+        training, steps = self.spec.training, steps or self.spec.training.steps
+        batches = Batches(keys(self.spec.seed, stream, candidates.indices), shown, training.batch_size, self._train)
+        pick = self._table.picker(len(candidates) * training.batch_size)
         for first in range(0, steps, _CHUNK):
             count = min(_CHUNK, steps - first)
-            drawn = batches.draw(first, count, candidates.selected)
-            rows, labels = (tensor.to(self.device) for tensor in drawn)
+            rows, labels = (tensor.to(self.device) for tensor in batches.draw(first, count, candidates.selected))
             targets = labels.float()
             for i in range(count):
                 self._check()
-                population.step(inputs(rows[i]), targets[i], cosine(first + i, steps, training.learning_rate))
-
-    def _once(self, candidates: Candidates, population: Population) -> Trained:
-        nothing = torch.zeros(len(candidates))
-        params = self._params(population.state)
-        return Trained(candidates, population.architecture, params, nothing.long(), nothing)
+                population.step(pick(rows[i]), targets[i], cosine(first + i, steps, training.learning_rate))
+        return Trained.without_epochs(candidates, population.architecture, self._params(population.state))
 
     def degrade(self, candidates: Candidates) -> Degraded:
         """First stage of staged training: some labels of the target pattern are wrong."""
-        staged, seed, indices = self._staged, self.spec.seed, candidates.indices
-        examples = Examples.draw(seed, "examples", candidates, staged.examples, self._train)
-        judged = Examples.draw(seed, "validation", candidates, VALIDATION_EXAMPLES, self._validation)
-        # What wrong labels teach is what it must get right now, so the validation labels are as wrong.
-        wrong = [one.corrupted(seed, indices, staged.corruption_rate) for one in (examples, judged)]
-        lesson = self._lesson("first stage", staged.epochs, examples.rows, wrong[0], judged.rows, wrong[1])
-        population = self.population(candidates, rates=candidates.learning_rate)
-        trained, state = self._stage(candidates, population, lesson)
-        return Degraded(trained, state, examples, judged)
+        staged, seed = self._staged, self.spec.seed
+        data = [
+            Examples.draw(seed, "examples", candidates, staged.examples, self._train),
+            Examples.draw(seed, "validation", candidates, VALIDATION_EXAMPLES, self._validation),
+        ]
+        # This stage is to learn the wrong labels, so the validation labels are as wrong.
+        rate, indices = staged.corruption_rate, candidates.indices
+        wrong = [replace(examples, labels=examples.corrupted(seed, indices, rate)) for examples in data]
+        population = self._population(candidates, rates=candidates.learning_rate)
+        return Degraded(*self._stage("first stage", candidates, population, wrong, epochs=staged.epochs), data)
 
     def improve(self, degraded: Degraded) -> Trained:
-        """Second stage: the same networks go on with right labels and a fresh optimiser."""
-        candidates, examples, judged = degraded.trained.candidates, degraded.examples, degraded.judged
-        epochs = self._staged.improvement_epochs
-        lesson = self._lesson("second stage", epochs, examples.rows, examples.labels, judged.rows, judged.labels)
-        rates = candidates.learning_rate * self._staged.improvement_lr_factor
-        start = (degraded.trained.architecture, degraded.state)
-        population = self.population(candidates, start, rates)
-        return self._stage(candidates, population, lesson)[0]
+        """Second stage: the same networks train on right labels with a fresh optimiser."""
+        staged, candidates = self._staged, degraded.trained.candidates
+        rates = candidates.learning_rate * staged.improvement_lr_factor
+        population = self._population(candidates, (degraded.trained.architecture, degraded.state), rates)
+        epochs = staged.improvement_epochs
+        return self._stage("second stage", candidates, population, degraded.data, epochs=epochs)[0]
 
     @property
     def _staged(self) -> StagedSpec:
         assert self.spec.staged is not None
         return self.spec.staged
 
-    def _lesson(self, name: str, epochs: int, *tensors: Tensor) -> _Lesson:
-        rows, labels, asked, expected = (tensor.to(self.device) for tensor in tensors)
-        questions = _Inputs(self._validation_table, asked.numel())(asked)
-        return _Lesson(name, epochs, rows, labels.float(), questions, expected.float())
-
-    def _stage(self, candidates: Candidates, population: Population, lesson: _Lesson) -> tuple[Trained, State]:
-        staged = self._staged
-        watch = _EarlyStopping(population, staged.patience)
-        inputs = _Inputs(self._table, len(candidates) * min(staged.batch_size, staged.examples))
-        for epoch in range(lesson.epochs):
-            active = watch.active
-            # A view where nobody has stopped yet.
-            own = slice(None) if len(active) == len(candidates) else active
+    def _stage(
+        self, name: str, candidates: Candidates, population: Population, data: list[Examples], *, epochs: int
+    ) -> tuple[Trained, State]:
+        """Train until the validation loss no longer improves. Returns the best networks, and their state before
+        rounding. ``name``: of the draw; ``data``: as in :class:`Degraded`."""
+        (examples, judged), staged = data, self._staged
+        stopping = _EarlyStopping(population, staged.patience)
+        rows, targets = examples.rows.to(self.device), examples.labels.to(self.device).float()
+        held_out, expected = judged.rows.to(self.device), judged.labels.to(self.device).float()
+        held_out_inputs = self._validation_table.picker(held_out.numel())(held_out)
+        pick = self._table.picker(len(candidates) * min(staged.batch_size, staged.examples))
+        for epoch in range(epochs):
+            active = stopping.active
+            # A view while none has stopped.
+            left = slice(None) if len(active) == len(candidates) else active
             indices = candidates.indices[active.cpu()]
-            orders = shuffled(self.spec.seed, lesson.name, indices, epoch, staged.examples).to(self.device)
-            rows, targets = lesson.rows[own].gather(1, orders), lesson.targets[own].gather(1, orders)
+            orders = shuffled(self.spec.seed, name, indices, epoch, staged.examples).to(self.device)
+            ordered_rows, ordered_targets = rows[left].gather(1, orders), targets[left].gather(1, orders)
             for start in range(0, staged.examples, staged.batch_size):
                 self._check()
                 batch = slice(start, start + staged.batch_size)
-                population.step(inputs(rows[:, batch]), targets[:, batch])
-            watch.see(population.loss(lesson.questions[own], lesson.answers[own]))
-            if not len(watch.active):
+                population.step(pick(ordered_rows[:, batch]), ordered_targets[:, batch])
+            stopping.update(population.loss(held_out_inputs[left], expected[left]))
+            if not len(stopping.active):
                 break
-        params, epochs, loss = self._params(watch.best), watch.epochs.cpu(), watch.loss.cpu()
-        return Trained(candidates, population.architecture, params, epochs, loss), watch.best
+        best, passes, loss = stopping.best, stopping.epochs.cpu(), stopping.loss.cpu()
+        return Trained(candidates, population.architecture, self._params(best), passes, loss), best
 
     def _params(self, state: State) -> Params:
         subject = self.spec.subject
@@ -208,21 +206,6 @@ class SubjectModelTrainer:
             raise CancelledError
 
 
-class _Lesson(NamedTuple):
-    """What a stage teaches each network, and what decides when it ends."""
-
-    name: str
-    epochs: int
-    rows: Tensor
-    """Of the training pools: int64 ``[models, examples]``."""
-    targets: Tensor
-    """float32 ``[models, examples]``."""
-    questions: Tensor
-    """float32 ``[models, n, input_size + 1]``, with ones."""
-    answers: Tensor
-    """float32 ``[models, n]``."""
-
-
 class _Table:
     """Sequences as network inputs with ones, to pick rows of."""
 
@@ -231,55 +214,49 @@ class _Table:
         # One byte per number: rows are picked at random, and four times as many bytes take four times as long. Whole
         # words of them are picked, which takes a fraction of the time.
         table = with_ones(inputs)
-        self.columns = table.shape[1]
-        self.words = F.pad(table, (0, -self.columns % 8)).view(torch.int64).squeeze(1).to(device)
+        self._columns = table.shape[1]
+        self._words = F.pad(table, (0, -self._columns % 8)).view(torch.int64).squeeze(1).to(device)
 
+    def picker(self, most: int) -> Callable[[Tensor], Tensor]:
+        """A function from rows, int64 ``[models, n]``, at most ``most`` at once, to their inputs, float32 ``[models, n,
+        input_size + 1]``, in a buffer that its next call overwrites."""
+        word_buffer = self._words.new_empty(most, *self._words.shape[1:])
+        buffer = torch.empty(most, self._columns, device=self._words.device)
 
-class _Inputs:
-    """Rows of a table as network inputs, in room of its own."""
+        def pick(rows: Tensor) -> Tensor:
+            words, numbers = word_buffer[: rows.numel()], buffer[: rows.numel()]
+            torch.index_select(self._words, 0, rows.flatten(), out=words)
+            picked = words.view(torch.uint8).view(len(words), -1)[:, : self._columns]
+            return numbers.copy_(picked).view(*rows.shape, -1)
 
-    def __init__(self, table: _Table, most: int) -> None:
-        """At most ``most`` rows are picked at once."""
-        self._table = table
-        self._words = table.words.new_empty(most, *table.words.shape[1:])
-        self._numbers = torch.empty(most, table.columns, device=table.words.device)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """``rows``: int64 ``[models, n]``. Returns float32 ``[models, n, input_size + 1]``, which the next call
-        overwrites."""
-        words, numbers = self._words[: rows.numel()], self._numbers[: rows.numel()]
-        torch.index_select(self._table.words, 0, rows.flatten(), out=words)
-        picked = words.view(torch.uint8).view(len(words), -1)[:, : self._table.columns]
-        return numbers.copy_(picked).view(*rows.shape, -1)
+        return pick
 
 
 class _EarlyStopping:
-    """Keeps the best state of each network of a population, and takes those out that no longer get better."""
+    """Keeps the best state of each network of a population, and removes networks that no longer improve."""
 
     def __init__(self, population: Population, patience: int) -> None:
         self._population, self._patience = population, patience
-        models, device = population.models, population.state[0].device
         self.best = [weight.clone() for weight in population.state]
-        self.loss = torch.full((models,), torch.inf, device=device)
-        self.epochs = torch.zeros(models, dtype=torch.int64, device=device)
-        self._since = torch.zeros(models, dtype=torch.int64, device=device)
-        self.active = torch.arange(models, device=device)
+        self.active = torch.arange(len(self.best[0]), device=self.best[0].device)
         """Networks that are still in the population, in its order."""
+        self.loss = torch.full_like(self.active, torch.inf, dtype=torch.float32)
+        self.epochs, self._epochs_since_best = torch.zeros_like(self.active), torch.zeros_like(self.active)
 
-    def see(self, loss: Tensor) -> None:
-        """An epoch is over; ``loss`` of the active networks."""
+    def update(self, loss: Tensor) -> None:
+        """Note the validation ``loss`` of the active networks after an epoch."""
         self.epochs[self.active] += 1
+        self._epochs_since_best[self.active] += 1
         better = loss < self.loss[self.active]
-        found = self.active[better]
+        improved = self.active[better]
         for best, weight in zip(self.best, self._population.state, strict=True):
-            if len(found) == len(best):
+            if len(improved) == len(best):
                 best.copy_(weight)
             else:
-                best[found] = weight[better]
-        self.loss[found] = loss[better]
-        self._since[self.active] += 1
-        self._since[found] = 0
-        going = self._since[self.active] < self._patience
-        if not going.all():
-            self.active = self.active[going]
-            self._population.keep(going)
+                best[improved] = weight[better]
+        self.loss[improved] = loss[better]
+        self._epochs_since_best[improved] = 0
+        remaining = self._epochs_since_best[self.active] < self._patience
+        if not remaining.all():
+            self.active = self.active[remaining]
+            self._population.keep(remaining)

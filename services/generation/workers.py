@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 import pyarrow
 import torch
 
 from ethogram.specs.generation import REGISTERED, GenerationSpec
 from services.generation.buckets import Block, BucketTrainer
-from services.zoo.subjects import Architecture
 
+_CAUSES = b"causes"
 _ROOT = Path(__file__).resolve().parents[2]
 WORTH_PROCESSES = 8.0
 """Seconds of one core's work from which on processes are worth their start."""
@@ -36,12 +35,12 @@ Submit = Callable[[int, int], Future[Block]]
 
 
 @contextmanager
-def side_by_side(trainer: BucketTrainer, networks: int, workers: int, baseline: Path | None = None) -> Iterator[Submit]:
+def side_by_side(trainer: BucketTrainer, networks: int, workers: int) -> Iterator[Submit]:
     """A way to train ``workers`` buckets at a time of about ``networks`` networks, each on one core: products this
     small lose more in synchronisation than they gain. On leaving, what is in training ends at once."""
-    seconds = networks * _seconds_per_network(trainer.spec)
+    seconds = networks * _seconds_per_network(trainer)
     if workers > 1 and seconds > WORTH_PROCESSES and not REGISTERED.intersection(trainer.names):
-        with closing(Workers(trainer.spec, workers, baseline)) as processes:
+        with closing(Workers(trainer.spec, workers, trainer.baseline)) as processes:
             yield processes.submit
         return
     stop = trainer.subject_trainer.stop
@@ -54,11 +53,10 @@ def side_by_side(trainer: BucketTrainer, networks: int, workers: int, baseline: 
         pool.shutdown(cancel_futures=True)
 
 
-def _seconds_per_network(spec: GenerationSpec) -> float:
+def _seconds_per_network(trainer: BucketTrainer) -> float:
     """About how long one core trains a candidate."""
-    subject = spec.subject
-    hidden = (subject.neurons.max,) * subject.layers.max
-    widest = Architecture(spec.vocab_size, spec.sequence_length, subject.input_encoding, hidden, "relu")
+    spec = trainer.spec
+    widest = trainer.subject_trainer.shape._replace(hidden=(spec.subject.neurons.max,) * spec.subject.layers.max)
     if spec.staged is None:
         branches = 3 * spec.counterfactual.steps if spec.counterfactual is not None else 0
         sequences = (spec.training.steps + branches) * spec.training.batch_size
@@ -71,11 +69,12 @@ class Workers:
     """``count`` processes that work on one spec, each on one core. :meth:`close` ends them."""
 
     def __init__(self, spec: GenerationSpec, count: int, baseline: Path | None = None) -> None:
-        self._task = json.dumps([spec.model_dump(mode="json"), str(baseline) if baseline is not None else None])
-        self._thread = threading.local()
+        self._task = json.dumps([spec.model_dump(mode="json"), None if baseline is None else str(baseline)])
         self._lock, self._closed = threading.Lock(), False
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="bucket")
+        # Each thread of the pool has a process.
+        self._thread = threading.local()
+        self._pool = ThreadPoolExecutor(count, "bucket", self._start)
 
     def submit(self, block: int, part: int) -> Future[Block]:
         """Train and check one bucket of a block."""
@@ -92,21 +91,18 @@ class Workers:
             process.communicate()
 
     def _ask(self, block: int, part: int) -> Block:
-        """The answer of this thread's own process."""
-        process = getattr(self._thread, "process", None)
-        if process is None:
-            process = self._thread.process = self._start()
-        assert process.stdin is not None and process.stdout is not None
+        process: subprocess.Popen[bytes] = self._thread.process
+        assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps([block, part]).encode() + b"\n")
-            process.stdin.flush()
-            head = json.loads(process.stdout.readline())
-            with pyarrow.ipc.open_stream(process.stdout.read(head["bytes"])) as stream:
-                return Block(stream.read_all(), head["causes"])
+            _send(process, json.dumps([block, part]))
+            with pyarrow.ipc.open_stream(process.stdout) as stream:
+                table = stream.read_all()
+            return Block(table.replace_schema_metadata(), json.loads(table.schema.metadata[_CAUSES]))
         except (OSError, ValueError):
             raise RuntimeError(f"a training process ended by itself ({process.wait(10)})") from None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
+        """Start the process of this thread."""
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         process = subprocess.Popen(
@@ -121,10 +117,14 @@ class Workers:
             self._processes.append(process)
             if self._closed:
                 process.kill()
-        assert process.stdin is not None
-        process.stdin.write(self._task.encode() + b"\n")
-        process.stdin.flush()
-        return process
+        self._thread.process = process
+        _send(process, self._task)
+
+
+def _send(process: subprocess.Popen[bytes], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line.encode() + b"\n")
+    process.stdin.flush()
 
 
 def main() -> None:
@@ -134,19 +134,16 @@ def main() -> None:
     # What libraries print must not end up among the answers.
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    requests: IO[bytes] = sys.stdin.buffer
+    requests = sys.stdin.buffer
     spec, baseline = json.loads(requests.readline())
     trainer = BucketTrainer(GenerationSpec.model_validate(spec), baseline=None if baseline is None else Path(baseline))
     for line in requests:
         block, part = json.loads(line)
         answer = trainer.train(trainer.buckets(block)[part])
-        sink = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(sink, answer.table.schema) as stream:
-            stream.write_table(answer.table)
-        data: Any = sink.getvalue()
+        table = answer.table.replace_schema_metadata({_CAUSES: json.dumps(answer.causes)})
         try:
-            answers.write(json.dumps({"causes": answer.causes, "bytes": data.size}).encode() + b"\n")
-            answers.write(data)
+            with pyarrow.ipc.new_stream(answers, table.schema) as stream:
+                stream.write_table(table)
             answers.flush()
         except BrokenPipeError:
             # The parent has died; at exit, Python would try to flush once more.

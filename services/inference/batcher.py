@@ -1,4 +1,4 @@
-"""Gathers compatible requests into batches and runs them on the device, one batch at a time.
+"""Gather compatible requests into batches and run them on the device, one batch at a time.
 
 It knows neither gRPC nor torch: a request is a dictionary of arrays that share their first axis, and a function from
 such a dictionary to another.
@@ -71,7 +71,7 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to run batches; call it on the event loop."""
+        """Start running batches; call it on the event loop."""
         self._task = asyncio.get_running_loop().create_task(self._dispatch())
 
     async def stop(self) -> None:
@@ -91,13 +91,13 @@ class Batcher:
         arrays: Arrays,
         *,
         name: str = "request",
-        patient: bool = False,
+        wait_for_room: bool = False,
     ) -> Arrays:
         """``function(arrays)``, computed together with other requests of an equal ``key``.
 
         All arrays share their first axis, in and out, and a row's result must not depend on the other rows. ``name``
-        is the field to blame when there are too many rows. A ``patient`` request waits while the queue is full: one of
-        a stream, whose sender is held back meanwhile. Cancelling takes this request's rows out of the queue, or drops
+        is the field to blame when there are too many rows. ``wait_for_room``: wait while the queue is full, for a
+        stream, whose sender is held back meanwhile. Cancelling takes this request's rows out of the queue, or drops
         their result, and leaves the others alone.
 
         Raises :class:`TooLarge` when the queue is full, or the device's memory cannot hold one row.
@@ -107,11 +107,10 @@ class Batcher:
             description = f"{rows} rows in one request, at most {self._max_pending}; send several, or use a stream"
             raise TooLarge(f"{name}: {description}", [Violation(name, description)])
         while self._pending + rows > self._max_pending:
-            if patient:
-                self._room.clear()
-                await self._room.wait()
-                continue
-            raise TooLarge(f"the server is busy: {self._pending} rows are waiting already; try again shortly")
+            if not wait_for_room:
+                raise TooLarge(f"the server is busy: {self._pending} rows are waiting already; try again shortly")
+            self._room.clear()
+            await self._room.wait()
         self._pending += rows
         try:
             results = []

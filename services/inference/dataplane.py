@@ -13,6 +13,7 @@ from services.inference.batcher import Arrays, Batcher
 from services.inference.repository import ModelRepository, Reference, Served
 
 M = TypeVar("M")
+A = TypeVar("A")
 
 
 class Request(NamedTuple):
@@ -28,42 +29,43 @@ class Request(NamedTuple):
     """About how many bytes the answer to one row takes."""
 
 
-class Dataplane:
-    """Runs requests on the repository's models.
+class Dataplane(NamedTuple):
+    """Runs requests on the models of a repository."""
 
-    Raises :class:`InvalidInput` with the field that is wrong, :class:`NotFound` for an unknown model, and
-    :class:`TooLarge` for a full queue (unless ``patient``) or an answer of more than ``max_answer_bytes``.
-    """
-
-    def __init__(
-        self,
-        repository: ModelRepository,
-        batcher: Batcher,
-        checks: Executor,
-        *,
-        max_answer_bytes: int = 2**62,
-        patient: bool = False,
-    ) -> None:
-        self.repository, self._batcher, self._checks = repository, batcher, checks
-        self._max_answer_bytes, self._patient = max_answer_bytes, patient
+    repository: ModelRepository
+    batcher: Batcher
+    threads: Executor
+    """Check requests and build answers, off the event loop."""
+    max_answer_bytes: int = 2**62
+    wait_for_room: bool = False
+    """Whether a request waits while the queue is full; otherwise it is refused."""
 
     async def run(
-        self, reference: Reference, model_type: type[M], check: Callable[[M], Request], method: Callable[..., Arrays]
-    ) -> tuple[Arrays, Served[M]]:
-        """What ``method`` of the model that ``reference`` names computes from a request, and the model.
+        self,
+        reference: Reference,
+        model_type: type[M],
+        check: Callable[[M], Request],
+        method: Callable[..., Arrays],
+        answer: Callable[[Arrays, Served[M]], A],
+    ) -> A:
+        """The answer to a request of the model that ``reference`` names.
 
-        ``check`` reads and checks the request for the model; it runs once, on a checking thread and so off the event
-        loop. ``method`` is called as ``method(model, arrays, **options)`` on the device's thread.
+        ``check`` reads and checks the request for the model, once. ``method`` computes, called as ``method(model,
+        arrays, **options)`` on the device's thread. ``answer`` makes a message of its result.
+
+        Raises :class:`InvalidInput` with the field that is wrong, :class:`NotFound` for an unknown model, and
+        :class:`TooLarge` for a full queue or an answer of more than ``max_answer_bytes``.
         """
+        loop = asyncio.get_running_loop()
         served = await self.repository.get(reference, model_type)
-        request = await asyncio.get_running_loop().run_in_executor(self._checks, check, served.model)
+        request = await loop.run_in_executor(self.threads, check, served.model)
         size = len(next(iter(request.arrays.values()))) * request.answer_bytes
-        if size > self._max_answer_bytes:
-            description = (
-                f"the answer would take {size} bytes, at most {self._max_answer_bytes}; send fewer, or a stream"
-            )
-            raise TooLarge(f"{request.field}: {description}", [Violation(request.field, description)])
+        if size > self.max_answer_bytes:
+            text = f"the answer would take {size} bytes, at most {self.max_answer_bytes}; send fewer, or a stream"
+            raise TooLarge(f"{request.field}: {text}", [Violation(request.field, text)])
         key = (served.pointer.artifact, method.__name__, *request.options.values())
         function = partial(method, served.model, **request.options)
-        arrays = await self._batcher.run(key, function, request.arrays, name=request.field, patient=self._patient)
-        return arrays, served
+        arrays = await self.batcher.run(
+            key, function, request.arrays, name=request.field, wait_for_room=self.wait_for_room
+        )
+        return await loop.run_in_executor(self.threads, answer, arrays, served)

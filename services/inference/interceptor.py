@@ -1,4 +1,4 @@
-"""One wrapper around every method of ours: errors become statuses, and the server knows when it is idle."""
+"""A wrapper around every method of ours: errors become statuses, and the server knows when it is idle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """Maps what a servicer raises to ``google.rpc.Status``, refuses unknown fields, and counts calls under way."""
+    """Maps exceptions to ``google.rpc.Status``, refuses unknown fields, and counts running calls."""
 
     def __init__(self) -> None:
         self._active = 0
@@ -31,7 +31,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         self._idle.set()
 
     async def idle(self) -> None:
-        """Wait until no call of ours is under way."""
+        """Wait until no call of ours is running."""
         await self._idle.wait()
 
     async def intercept_service(
@@ -40,7 +40,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler: Any = await continuation(handler_call_details)
-        # Health and reflection are the library's own; their watches last for ever.
+        # Health and reflection are the library's; their watches never end.
         if handler is None or not str(handler_call_details.method).startswith("/ethogram."):
             return handler  # type: ignore[no-any-return]
         coders = (handler.request_deserializer, handler.response_serializer)

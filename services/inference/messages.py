@@ -1,8 +1,8 @@
-"""What all services read from a request."""
+"""Parts of a request that all services read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf.message import Message
@@ -28,24 +28,18 @@ def required(request: Message, field: str) -> Any:
 
 
 def check_known(message: Message, path: str = "") -> None:
-    """Refuse fields that this version does not know; protobuf itself would keep them in silence."""
+    """Raise :class:`InvalidInput` for fields that this version does not know; protobuf itself silently keeps them."""
     if len(UnknownFieldSet(message)):
         number = UnknownFieldSet(message)[0].field_number
         raise InvalidInput.field(path or "(root)", f"unknown protobuf field number {number}; is the client newer?")
-    for name, child in _messages(message):
-        check_known(child, f"{path}.{name}" if path else name)
-
-
-def _messages(message: Message) -> Iterator[tuple[str, Message]]:
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
+        children: Iterable[tuple[Any, Any]] = [("", value)]
         if field.message_type.GetOptions().map_entry:
-            for key, item in value.items():
-                if isinstance(item, Message):
-                    yield f"{field.name}.{key}", item
+            children = value.items()
         elif field.is_repeated:
-            for i, item in enumerate(value):
-                yield f"{field.name}.{i}", item
-        else:
-            yield field.name, value
+            children = enumerate(value)
+        for key, child in children:
+            if isinstance(child, Message):
+                check_known(child, ".".join(filter(None, (path, field.name, str(key)))))

@@ -1,4 +1,4 @@
-"""The models that this process serves: found in the store when first asked for, kept up to date, evicted."""
+"""The models that this process serves: loaded from the store on first use, kept up to date, and evicted."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 from ethogram.errors import EthogramError, IllegalState, InvalidInput, NotFound, TooLarge
-from services.artifacts.manifest import check_name
-from services.artifacts.store import ArtifactStore, Deleted, ModelPointer
+from services.artifacts.manifest import ModelPointer, check_names
+from services.artifacts.store import ArtifactStore, Deleted
 
 M = TypeVar("M")
 
@@ -31,7 +31,7 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class Served(Generic[M]):
-    """A loaded model and the version that it is."""
+    """A loaded model and its version."""
 
     pointer: ModelPointer
     model: M
@@ -48,8 +48,8 @@ class _Loaded:
 class ModelRepository:
     """Published models by name, loaded at most once each and off the event loop.
 
-    ``loaders`` says, by type of artifact, what makes a model of an artifact's folder, which is gone afterwards. A new
-    version is loaded before it takes over, so no request waits for it.
+    ``loaders``: functions that load a model from an artifact's folder, which is deleted afterwards, by type of
+    artifact. A new version is loaded before it takes over, so no request waits for it.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ModelRepository:
         return Served(pointer, loaded.model)
 
     async def refresh(self) -> None:
-        """Look again at what each known reference names: later versions take over from older and retired ones."""
+        """Look up each known reference again: later versions take over from older and retired ones."""
         for reference in list(self._pointers):
             try:
                 pointer = await self._resolve(reference)
@@ -98,21 +98,21 @@ class ModelRepository:
                     self._pointers[reference] = pointer
                     log.info("model %s is now version %s", pointer.name, pointer.version)
             except NotFound:
-                await self._leave_if_retired(reference)
+                await self._drop_if_retired(reference)
             except Exception as error:
-                # What is in memory is still right; the store may be back in two seconds.
+                # The model in memory is still right, and the store may be back in two seconds.
                 log.warning("model %s could not be looked up again: %s", reference.name, error)
         used = {pointer.artifact for pointer in self._pointers.values()}
         for artifact in [artifact for artifact in self._loaded if artifact not in used]:
             del self._loaded[artifact]
 
     async def keep_fresh(self, seconds: float) -> None:
-        """Refresh for ever."""
+        """Refresh every so many ``seconds``, until cancelled."""
         while True:
             await asyncio.sleep(seconds)
             await self.refresh()
 
-    async def _leave_if_retired(self, reference: Reference) -> None:
+    async def _drop_if_retired(self, reference: Reference) -> None:
         pointer = self._pointers.get(reference)
         try:
             if pointer is None or not (await self._resolve(reference._replace(version=pointer.version))).retired:
@@ -120,17 +120,14 @@ class ModelRepository:
         except Deleted:
             pass
         except EthogramError:
-            # Nobody deleted it: this is a folder that is not mounted now.
+            # Nobody deleted it: its folder is not mounted now.
             log.warning("model %s is missing in the store; it is served from memory", reference.name)
             return
         self._pointers.pop(reference, None)
         log.info("model %s is retired or deleted", reference.name)
 
     async def _resolve(self, reference: Reference) -> ModelPointer:
-        check_name(reference.tenant, "model.tenant")
-        check_name(reference.name, "model.name")
-        if reference.version is not None:
-            check_name(reference.version, "model.version")
+        check_names("model.", **reference._asdict())
         return await asyncio.to_thread(self._store.model, *reference)
 
     async def _model(self, pointer: ModelPointer) -> _Loaded:
@@ -144,9 +141,9 @@ class ModelRepository:
         if task is None:
             task = asyncio.create_task(self._load_once(pointer))
             self._loading[pointer.artifact] = task
-            # Whoever waits gets the exception; if all have left, nobody needs to.
+            # Whoever waits gets the exception; it is not reported where nobody does.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        # One caller's cancellation must not end what the others wait for.
+        # One caller's cancellation must not cancel the load that others wait for.
         return await asyncio.shield(task)
 
     async def _load_once(self, pointer: ModelPointer) -> _Loaded:
@@ -178,7 +175,7 @@ class ModelRepository:
                 except Exception as error:
                     if not self._is_out_of_memory(error):
                         log.exception("model %s version %s cannot be loaded", pointer.name, pointer.version)
-                        raise self._refuse(pointer, f"its artifact is no valid {type}") from None
+                        raise self._refuse(pointer, f"its artifact is not a valid {type}") from None
             # Past the handler, so that the traceback no longer keeps the device's tensors alive.
             if attempt == 1:
                 log.warning("no memory to load model %s; the others leave", pointer.name)

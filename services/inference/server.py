@@ -1,4 +1,4 @@
-"""The inference server put together: repository, batcher, services, health and reflection on one port."""
+"""The inference server: repository, batcher, services, health and reflection on one port."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ethogram.errors import Conflict, InvalidInput
+from ethogram.errors import Conflict
 from ethogram.rpc import CHANNEL_OPTIONS
 from ethogram.v1 import inference_pb2, inference_pb2_grpc
 from services.artifacts.store import ArtifactStore
@@ -26,11 +26,13 @@ from services.inference.interceptor import Boundary
 from services.inference.repository import ModelRepository
 from services.inference.settings import InferenceSettings
 from services.runtime import scratch
+from services.runtime.devices import chosen_device
 
 SERVICES = tuple(service.full_name for service in inference_pb2.DESCRIPTOR.services_by_name.values())
 LOADERS: dict[str, Callable[..., object]] = {"codec": ServedCodec.load}
-"""By type of artifact: what makes a served model from ``(folder, device=...)``."""
-CHECKING_THREADS = 2
+"""Functions ``(folder, device=...)`` that load a served model, by type of artifact."""
+THREADS = 2
+"""Threads that check requests and build answers."""
 # Beyond it gRPC itself refuses, before a message is read into memory.
 MAX_CALLS = 1024
 
@@ -42,11 +44,11 @@ class InferenceServer:
 
     def __init__(self, settings: InferenceSettings) -> None:
         self._settings = settings
-        self._device = device_of(settings.device)
+        self._device = chosen_device(None if settings.device == "auto" else settings.device, "ETHOGRAM_DEVICE")
         self._scratch = ExitStack()
-        # Each thread of Python has a number of its own.
+        # Each Python thread has its own setting.
         set_up_thread = partial(torch.set_num_threads, settings.threads)
-        self._checks = ThreadPoolExecutor(CHECKING_THREADS, "checks", initializer=set_up_thread)
+        self._threads = ThreadPoolExecutor(THREADS, "requests", initializer=set_up_thread)
         self._batcher = Batcher(
             max_rows=settings.max_batch,
             max_wait=settings.max_wait_seconds,
@@ -73,16 +75,14 @@ class InferenceServer:
         """Serve. Returns the address, ``host:port``; raises :class:`Conflict` when the port is taken."""
         limit = self._settings.max_message_bytes
         planes = [
-            Dataplane(
-                self._repository, self._batcher, self._checks, max_answer_bytes=limit - 64 * 1024, patient=patient
-            )
-            for patient in (False, True)
+            Dataplane(self._repository, self._batcher, self._threads, limit - 64 * 1024, wait_for_room)
+            for wait_for_room in (False, True)
         ]
         options = {
             **dict(CHANNEL_OPTIONS),
             "grpc.max_receive_message_length": limit,
             "grpc.max_send_message_length": limit,
-            # Without it a second server on the same port would take half of the calls in silence.
+            # Otherwise a second server on the same port would silently take half of the calls.
             "grpc.so_reuseport": 0,
         }
         server = grpc.aio.server(
@@ -98,8 +98,8 @@ class InferenceServer:
         except RuntimeError:
             self._scratch.close()
             raise Conflict(
-                f"cannot listen on {host}:{self._settings.port}: the port is taken, or the address is not of this "
-                "machine; set ETHOGRAM_PORT (0: any free port) or ETHOGRAM_HOST"
+                f"cannot listen on {host}:{self._settings.port}: the port is taken, or this machine does not have the "
+                "address; set ETHOGRAM_PORT (0: any free port) or ETHOGRAM_HOST"
             ) from None
         self._batcher.start()
         await server.start()
@@ -111,7 +111,7 @@ class InferenceServer:
         return f"{host}:{port}"
 
     async def stop(self) -> None:
-        """Tell the health service's watchers, let calls under way finish within the grace period, and end."""
+        """Tell the watchers of the health service, let running calls finish within the grace period, and end."""
         assert self._server is not None
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.create_task(self._server.stop(self._settings.grace_seconds))
@@ -126,22 +126,9 @@ class InferenceServer:
             with suppress(asyncio.CancelledError):
                 await self._refreshing
         await self._batcher.stop()
-        await asyncio.to_thread(self._checks.shutdown)
+        await asyncio.to_thread(self._threads.shutdown)
         self._scratch.close()
         log.info("stopped")
-
-
-def device_of(asked: str) -> str:
-    """The torch device that ``asked`` means. Raises :class:`InvalidInput`."""
-    if asked == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=asked)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InvalidInput.field(
-            "device", f"this machine has no {asked!r}; set ETHOGRAM_DEVICE to cpu or auto"
-        ) from None
-    return asked
 
 
 def is_out_of_memory(error: Exception) -> bool:

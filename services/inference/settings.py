@@ -9,7 +9,7 @@ from services.runtime.settings import ProcessSettings
 
 
 class InferenceSettings(ProcessSettings):
-    """What the inference server is told. Time in seconds, memory in bytes.
+    """Settings of the inference server. Time in seconds, memory in bytes.
 
     ``inference.json`` in the state folder says where the server listens while it does.
     """
@@ -21,13 +21,13 @@ class InferenceSettings(ProcessSettings):
     device: str = "auto"
     """Torch device of this process: ``cpu``, ``cuda:0``, ...; ``auto``: the first GPU, if there is one."""
     threads: int = Field(1, ge=1)
-    """CPU threads of torch. Those of a small model wait for each other longer than they work."""
+    """CPU threads of torch. With a small model threads wait for each other longer than they work."""
     max_batch: int = Field(256, ge=1)
     """Most networks that are computed at a time."""
     max_wait_seconds: float = Field(0.002, ge=0, le=1)
     """How long a request waits for others to share a batch with."""
     max_pending: int = Field(16_384, ge=1)
-    """Most networks that wait or are computed; requests past it are refused with RESOURCE_EXHAUSTED."""
+    """Most networks that wait or are computed; more are refused with RESOURCE_EXHAUSTED."""
     max_models: int = Field(8, ge=1)
     """Most models in memory; the least recently used leaves first."""
     max_model_bytes: int = Field(8 * 2**30, ge=1)
@@ -37,4 +37,4 @@ class InferenceSettings(ProcessSettings):
     refresh_seconds: float = Field(2.0, gt=0)
     """How often newly published and retired versions are looked up."""
     grace_seconds: float = Field(10.0, ge=0)
-    """How long requests under way may take to finish when the server is asked to leave."""
+    """How long running requests may take to finish when the server is asked to stop."""

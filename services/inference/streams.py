@@ -1,4 +1,4 @@
-"""Streaming calls: several requests of one stream are under way at a time, and answered in order."""
+"""Streaming calls: several requests of one stream run at a time and are answered in order."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from google.protobuf.message import Message
 from ethogram.errors import EthogramError, Violation
 from services.inference.messages import check_known
 
-# Requests of one stream that are under way: the next is read and checked while the device computes.
 WINDOW = 4
+"""Requests of one stream that run at a time: the next is read and checked while the device computes."""
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R")
 
 
 async def in_order(requests: AsyncIterator[Q], answer: Callable[[Q], Awaitable[R]]) -> AsyncIterator[R]:
-    """One answer per request, in order; an error names the request that it belongs to."""
+    """One answer per request, in order; an error names its request."""
 
     async def numbered(number: int, request: Q) -> R:
         try:
@@ -36,24 +36,24 @@ async def in_order(requests: AsyncIterator[Q], answer: Callable[[Q], Awaitable[R
         return await anext(incoming, None)
 
     number = 0
-    under_way: deque[asyncio.Task[R]] = deque()
+    running: deque[asyncio.Task[R]] = deque()
     read: asyncio.Task[Q | None] | None = asyncio.create_task(following())
     try:
-        while read is not None or under_way:
+        while read is not None or running:
             # A client may wait for an answer before it sends more: neither side is waited for alone.
-            reading = [read] if read is not None and len(under_way) < WINDOW else []
-            await asyncio.wait([*reading, *list(under_way)[:1]], return_when=asyncio.FIRST_COMPLETED)
-            if under_way and under_way[0].done():
-                yield under_way.popleft().result()
+            reading = [read] if read is not None and len(running) < WINDOW else []
+            await asyncio.wait([*reading, *list(running)[:1]], return_when=asyncio.FIRST_COMPLETED)
+            if running and running[0].done():
+                yield running.popleft().result()
             elif read is not None and read.done():
                 request = read.result()
                 read = None
                 if request is not None:
-                    under_way.append(asyncio.create_task(numbered(number, request)))
+                    running.append(asyncio.create_task(numbered(number, request)))
                     number += 1
                     read = asyncio.create_task(following())
     finally:
-        left: list[asyncio.Task[Any]] = [*under_way, *([read] if read is not None else [])]
+        left: list[asyncio.Task[Any]] = [*running, *([read] if read is not None else [])]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)

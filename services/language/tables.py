@@ -41,20 +41,22 @@ def read_columns(file: Path, field: str | None = None) -> list[str] | None:
 
 
 def read_rows(
-    file: Path, columns: Collection[str] | None = None, field: str | None = None
+    file: Path, columns: Collection[str] | None = None, field: str | None = None, form: str | None = None
 ) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
     """Each row's number and its values by column, or a :class:`Malformed`.
 
     Values of a CSV file are text. Empty cells, and nulls of a parquet file, are left out; blank lines are skipped.
-    ``columns``: the only ones that are read of a parquet file, where it has them. Raises :class:`InvalidInput` of
-    ``field`` (by default the file's name) for a file that is missing or not of the form that its suffix says.
+    ``columns``: the only ones that are read of a parquet file, where it has them. ``form``: by default the file's
+    suffix. Raises :class:`InvalidInput` of ``field`` (by default the file's name) for a file that is missing or not of
+    that form.
     """
+    form = form or file.suffix
     with _opening(file, field):
-        if file.suffix == ".csv":
+        if form == ".csv":
             yield from _csv_rows(file)
-        elif file.suffix == ".jsonl":
+        elif form == ".jsonl":
             yield from _json_rows(file)
-        elif file.suffix == ".parquet":
+        elif form == ".parquet":
             yield from _parquet_rows(file, columns)
         else:
             raise InvalidInput.field(field or file.name, f"{file} is none of {', '.join(SUFFIXES)}")

@@ -21,17 +21,17 @@ Named = Mapping[str, Tensor]
 
 
 def part(name: str, tensors: Named) -> dict[str, Tensor]:
-    """``tensors`` as the part ``name`` of a state."""
+    """``tensors`` as the part ``name`` of a state: with ``name.`` before each key."""
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
 
 def parts(tensors: Named) -> dict[str, dict[str, Tensor]]:
     """The parts of a state, by name."""
-    found: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        first, _, rest = name.partition(".")
-        found.setdefault(first, {})[rest] = value
-    return found
+        part, _, key = name.partition(".")
+        parts.setdefault(part, {})[key] = value
+    return parts
 
 
 def write(folder: Path, tensors: Named, about: Mapping[str, Any]) -> None:
@@ -42,12 +42,12 @@ def write(folder: Path, tensors: Named, about: Mapping[str, Any]) -> None:
 
 @contextmanager
 def reading(folder: Path, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """What :func:`write` wrote, to restore inside the block: ``about``, and the tensors on ``device``.
+    """Read what :func:`write` wrote: ``about``, and the tensors on ``device``.
 
-    Errors inside the block because files are cut off, changed or missing become :class:`InvalidInput`.
+    Errors inside the block from files that are truncated, changed or missing become :class:`InvalidInput`.
     """
     try:
-        # Copies, whose memory is aligned: MKL rounds otherwise where it is not, as a file's need not be.
+        # Copies are aligned in memory, which a file's tensors need not be; MKL rounds differently where they are not.
         tensors = {name: tensor.clone() for name, tensor in load_file(folder / STATE, device=device).items()}
         yield json.loads((folder / ABOUT).read_text()), tensors
     except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

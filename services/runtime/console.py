@@ -41,10 +41,10 @@ class ConsoleRun(Run):
     ) -> None:
         self.device, self.inputs, self._output, self._places = device, inputs, output, places
         self.unfinished: set[str] = set()
-        """Artifacts that are being written in their place."""
+        """Artifacts that are being written where they are kept."""
         self._seconds = checkpoint_seconds
         self._next = time.monotonic() + (checkpoint_seconds or 0.0)
-        # The present stage, and whether it keeps checkpoints.
+        # The current stage, and whether it keeps checkpoints.
         self._stage, self._keeps = "", False
         self._leaving = False
         self._handler: Any = None
@@ -78,10 +78,11 @@ class ConsoleRun(Run):
         if self._metrics is not None:
             self._metrics.close()
         if self._output is not None and kind is None:
-            shutil.rmtree(self._output / CHECKPOINT, ignore_errors=True)
+            for suffix in ("", ".new", ".old"):
+                shutil.rmtree(self._output / f"{CHECKPOINT}{suffix}", ignore_errors=True)
 
     def checkpoint_due(self) -> bool:
-        if self._seconds is None or self._output is None:
+        if self._seconds is None or self._metrics is None:
             return False
         self._keeps = True
         return self._leaving or time.monotonic() >= self._next
@@ -89,10 +90,14 @@ class ConsoleRun(Run):
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
         if self._output is None or self._seconds is None or self._metrics is None:
             return
-        checkpoint, fresh = self._output / CHECKPOINT, self._output / f"{CHECKPOINT}.new"
+        checkpoint, fresh, old = (self._output / f"{CHECKPOINT}{suffix}" for suffix in ("", ".new", ".old"))
         self._metrics.checkpoint(fresh, write)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        # By renaming: a process that is killed meanwhile must not leave a part of a checkpoint.
+        shutil.rmtree(old, ignore_errors=True)
+        if checkpoint.exists():
+            checkpoint.rename(old)
         fresh.rename(checkpoint)
+        shutil.rmtree(old, ignore_errors=True)
         self._next = time.monotonic() + self._seconds
         if self._leaving:
             raise KeyboardInterrupt
@@ -120,15 +125,12 @@ class ConsoleRun(Run):
                 yield folder
             return
         self.unfinished.add(name)
-        yield self._place(name, self._output)
+        yield self._places.get(name, self._output / name)
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
         if self._output is None:
             return
-        place = self._place(name, self._output)
-        if folder.resolve() != place.resolve():
-            shutil.copytree(folder, place, dirs_exist_ok=True)
+        kept = self._places.get(name, self._output / name)
+        if folder.resolve() != kept.resolve():
+            shutil.copytree(folder, kept, dirs_exist_ok=True)
         self.unfinished.discard(name)
-
-    def _place(self, name: str, output: Path) -> Path:
-        return self._places.get(name, output / name)

@@ -1,4 +1,4 @@
-"""Devices that a user names."""
+"""The choice of a device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import re
 from ethogram.errors import InvalidInput
 
 
-def check_device(device: str, field: str = "--device") -> None:
-    """Raise :class:`InvalidInput` for a ``device`` that does not exist or that this machine cannot compute on."""
+def chosen_device(device: str | None, field: str = "--device") -> str:
+    """``device``, by default a GPU if there is one. Raises :class:`InvalidInput`, of ``field``, for one that does not
+    exist or that this machine cannot compute on."""
     import torch
 
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:
         raise InvalidInput.field(field, f"{device} is none of cpu, cuda, cuda:0, ..., mps")
     try:
@@ -18,21 +21,12 @@ def check_device(device: str, field: str = "--device") -> None:
     except (AssertionError, RuntimeError) as error:
         why = str(error).strip().partition("\n")[0]
         raise InvalidInput.field(field, f"{device} cannot be used on this machine ({why})") from None
-
-
-def chosen_device(device: str | None) -> str:
-    """What a user names, once it is checked; by default a GPU if there is one."""
-    import torch
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
     return device
 
 
 def uses_bfloat16(precision: str, device: str) -> bool:
-    """Whether matrix products are in bfloat16; ``precision``: float32, bfloat16, or auto: where the device has units
-    for it."""
+    """Whether matrix products are in bfloat16. ``precision``: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on
+    devices with hardware for it."""
     import torch
 
     if precision != "auto":

@@ -1,4 +1,4 @@
-"""Folders of runs in this process: begun, resumed, finished, and never overwritten."""
+"""Folders of runs in this process: started, resumed, finished, and never overwritten."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from services.runtime.console import CHECKPOINT
 from services.runtime.metrics import METRICS
 
 SPEC, RESULT, REPORT = "spec.json", "result.json", "report"
-# A store of activations is read and resumed by its own manifest, or from where its pointer says.
+# A store of activations is resumed by its own manifest, which may lie where a pointer says.
 _STORE = ("manifest.json", "activation_store.json")
 
 
 class RunFolder:
-    """``spec.json``, metrics, the last checkpoint while the run goes on, ``result.json`` at its end, and the artifacts,
+    """``spec.json``, metrics, the last checkpoint until the run ends, ``result.json`` at its end, and the artifacts,
     each in a folder of its name or where ``places`` says."""
 
     def __init__(self, root: Path, places: Mapping[str, Path] = MappingProxyType({})) -> None:
@@ -39,18 +39,18 @@ class RunFolder:
         a run of another spec, or anything else."""
         first, about = self._folders[0], self.root / SPEC
         if self.places and about.exists() and not any(folder.exists() for folder in self._folders[:-1]):
-            # What it made was moved elsewhere.
+            # Its artifacts were moved elsewhere.
             shutil.rmtree(self.root)
         if self._finished and not self._store:
-            text = f"{first} is there already and holds a finished run; name another folder"
+            text = f"{first} exists already and holds a finished run; name another folder"
             raise InvalidInput.field("--output", text)
         if about.exists() and not _same(about, spec):
-            text = f"{first} was begun with another spec; name another folder, or delete {self._names}"
+            text = f"{first} holds a run of another spec; name another folder, or delete {self._names}"
             raise InvalidInput.field("--output", text)
         for folder in self._folders:
             empty = not folder.exists() or (not self.places and folder.is_dir() and not any(folder.iterdir()))
             if not (empty or about.exists() or self._store):
-                raise InvalidInput.field("--output", f"{folder} is there already, and is no run; name another folder")
+                raise InvalidInput.field("--output", f"{folder} exists already and is not a run; name another folder")
         self.root.mkdir(parents=True, exist_ok=True)
         about.write_text(spec.model_dump_json(indent=2))
 
@@ -66,11 +66,13 @@ class RunFolder:
         complete = [name for name in outputs if name not in unfinished and self.place(name).exists()]
         if complete:
             return f"The run did not finish; {', '.join(f'its {name} is in {self.place(name)}' for name in complete)}."
-        began = (self.root / METRICS).exists()
+        started = (self.root / METRICS).exists()
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
-        # What could not begin is explained by its own message.
-        return "" if isinstance(error, InvalidInput) and not began else "Nothing is kept: there was no checkpoint yet."
+        # An error before the start explains itself.
+        return (
+            "" if isinstance(error, InvalidInput) and not started else "Nothing is kept: there was no checkpoint yet."
+        )
 
     @property
     def _finished(self) -> bool:
@@ -89,7 +91,7 @@ class RunFolder:
 
 def _same(about: Path, spec: Spec) -> bool:
     try:
-        begun = type(spec).model_validate_json(about.read_text())
+        earlier = type(spec).model_validate_json(about.read_text())
     except ValidationError:
         return False
-    return begun.model_dump() == spec.model_dump()
+    return earlier.model_dump() == spec.model_dump()

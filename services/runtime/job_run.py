@@ -110,23 +110,23 @@ class JobRun(Run):
         if missing or any(known[name].state not in TERMINAL for name in parts):
             raise Waiting
         return {
-            name: ChildJob(
-                name=name,
-                job=child.job,
-                state=child.state,
-                outputs=dict(child.outputs),
-                result=json.loads(child.result_json or "{}"),
-                error=child.error,
+            child.name: ChildJob(
+                child.name,
+                child.job,
+                child.state,
+                dict(child.outputs),
+                json.loads(child.result_json or "{}"),
+                child.error,
             )
-            for name, child in known.items()
-            if name in parts
+            for child in self._context.children
+            if child.name in parts
         }
 
     def output(self, child: ChildJob, name: str) -> Path:
         artifact = child.outputs.get(name)
         if artifact is None:
-            made = ", ".join(sorted(child.outputs)) or "none"
-            raise NotFound(f"child job {child.name} ({child.job}) has no output {name!r}; it has: {made}")
+            outputs = ", ".join(sorted(child.outputs)) or "none"
+            raise NotFound(f"child job {child.name} ({child.job}) has no output {name!r}; it has: {outputs}")
         folder = self._work / "children" / child.name / name
         return folder if folder.exists() else self._store.fetch(artifact, folder)
 
@@ -162,11 +162,8 @@ class JobRun(Run):
         wait = max(self._context.checkpoint_seconds, cost / CHECKPOINT_SHARE)
         self._next_checkpoint = time.monotonic() + wait
 
-    def _gathered(self) -> set[str]:
-        """Artifacts of the child jobs: parents of this job's artifacts."""
-        return {artifact for child in self._context.children for artifact in child.outputs.values()}
-
     def _put(self, folder: Path, name: str, type: str) -> tuple[str, int]:
+        gathered = {artifact for child in self._context.children for artifact in child.outputs.values()}
         artifact, manifest = self._store.put(
             folder,
             name=name,
@@ -175,6 +172,6 @@ class JobRun(Run):
             job=self._context.job,
             attempt=self._context.attempt,
             spec=self._spec,
-            parents=sorted({*self._context.inputs.values(), *self._gathered()}),
+            parents=sorted({*self._context.inputs.values(), *gathered}),
         )
         return artifact, manifest.size

@@ -33,18 +33,18 @@ def run(
     :class:`InvalidInput` for a device that cannot be used, and as :meth:`RunFolder.begin` does.
     """
     world, device = join(chosen_device(device))
-    found = {path: given if isinstance(given, Path) else given(device) for path, given in inputs.items()}
-    found = {path: artifact_in(source, kind.inputs[path]) for path, source in found.items()}
+    files = {path: given if isinstance(given, Path) else given(device) for path, given in inputs.items()}
+    files = {path: artifact_in(source, kind.inputs[path]) for path, source in files.items()}
     job = kind.load_job()
     shared = {"world": world} if "world" in inspect.signature(job).parameters else {}
     if not world.first:
         silent = Run()
-        silent.device, silent.inputs = device, found
+        silent.device, silent.inputs = device, files
         if shared:
             job(spec, silent, **shared)
         return None
     folder.begin(spec)
-    run = ConsoleRun(folder.root, device, found, checkpoint_seconds=CHECKPOINT_SECONDS, places=folder.places)
+    run = ConsoleRun(folder.root, device, files, checkpoint_seconds=CHECKPOINT_SECONDS, places=folder.places)
     try:
         with run:
             result = job(spec, run, **shared)
@@ -60,6 +60,6 @@ def artifact_in(source: Path, type: str) -> Path:
     """The artifact of ``type`` in ``source``, which is the artifact itself or the folder of the run that made it.
     Raises :class:`InvalidInput` where there is nothing."""
     if not source.exists():
-        raise InvalidInput.field("--input", f"{source} is no file or folder")
+        raise InvalidInput.field("--input", f"{source} is not a file or folder")
     names = {name for kind in KINDS.values() for name, made in kind.outputs.items() if made == type}
     return next((source / name for name in sorted(names) if (source / name).is_dir()), source)

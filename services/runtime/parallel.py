@@ -1,6 +1,6 @@
 """Training on several devices: each process computes its part of every batch, and gradients are summed.
 
-All start from the first one's state and go by its validations, so that they stay one model and stop together.
+All start from the first process's state and go by its validations, so that they stay equal and stop together.
 
 torchrun --nproc-per-node 2 -m services.crossmodal train my-zoo -o my-run
 """
@@ -36,7 +36,7 @@ class World(NamedTuple):
         if self.size == 1:
             return
         tensors = list(gradients)
-        # One message: many small ones would each wait for the slowest process.
+        # One message, because each one waits for the slowest process.
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         torch.distributed.all_reduce(flat)
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
@@ -50,7 +50,7 @@ class World(NamedTuple):
         return values[0]
 
     def broadcast(self, tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
-        """The first process's ``tensors``, in every process on its ``device``; those of the others are not read."""
+        """The first process's ``tensors`` in every process, on its ``device``; those of the others are ignored."""
         if self.size == 1:
             return dict(tensors)
         forms = self.share_object({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
@@ -66,8 +66,8 @@ ALONE = World()
 
 
 def join(device: str | None = None) -> tuple[World, str]:
-    """Join the processes that ``torchrun`` started. Returns them and this one's device: of the kind of ``device``, by
-    default a GPU if there is one. Without ``torchrun`` it is a world of one."""
+    """Join the processes that ``torchrun`` started; without it, a world of one. Returns the world and this process's
+    device, of the kind of ``device``, by default a GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "WORLD_SIZE" not in os.environ:
         return World(), device

@@ -24,16 +24,16 @@ def folder(base: Path, process: str) -> Iterator[Path]:
     :class:`Unavailable` when it cannot be created.
     """
     try:
-        own, lock = _make(base, process)
+        scratch, lock = _make(base, process)
     except OSError as error:
         raise Unavailable(
             f"{base} cannot be written ({error.strerror}): free some space, or name another folder in ETHOGRAM_STATE"
         ) from None
     with lock:
         try:
-            yield own
+            yield scratch
         finally:
-            shutil.rmtree(own, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _make(base: Path, process: str) -> tuple[Path, IO[str]]:
@@ -43,16 +43,12 @@ def _make(base: Path, process: str) -> tuple[Path, IO[str]]:
         # One at a time: nobody takes a folder for an orphan before its owner has locked it.
         fcntl.flock(turn, fcntl.LOCK_EX)
         for sibling in base.iterdir():
-            _remove_orphan(sibling)
-        own = Path(tempfile.mkdtemp(prefix=f"{process}-", dir=base))
-        lock = (own / LOCK).open("w")
+            with suppress(OSError), (sibling / LOCK).open("r+") as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(sibling, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{process}-", dir=base))
+        lock = (scratch / LOCK).open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return own, lock
+        return scratch, lock
     finally:
         os.close(turn)
-
-
-def _remove_orphan(sibling: Path) -> None:
-    with suppress(OSError), (sibling / LOCK).open("r+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(sibling, ignore_errors=True)

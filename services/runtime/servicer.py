@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import Message
@@ -34,21 +34,8 @@ STOPPED = grpc.StatusCode.ABORTED
 MAX_WAITING = 1000
 
 
-class RunRequest(Protocol):
-    """A request message of any kind of job."""
-
-    @property
-    def context(self) -> jobs_pb2.RunContext:
-        """What the job is given."""
-
-    @property
-    def spec(self) -> Message:
-        """What it is to do."""
-
-
 def add_to_server(server: grpc.Server, kind: Kind, request: type[Message]) -> None:
     """Serve ``kind.rpc``, whose request message is ``request``, on ``server``."""
-
     service, method = kind.rpc.removeprefix("/").split("/")
     handler = grpc.unary_stream_rpc_method_handler(
         partial(_stream_job, kind),
@@ -58,12 +45,12 @@ def add_to_server(server: grpc.Server, kind: Kind, request: type[Message]) -> No
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
 
 
-def _stream_job(kind: Kind, request: RunRequest, context: grpc.ServicerContext) -> Iterator[jobs_pb2.JobEvent]:
-    """Run the job's function in a thread and yield its events.
+def _stream_job(kind: Kind, request: Any, context: grpc.ServicerContext) -> Iterator[jobs_pb2.JobEvent]:
+    """Run the job's function in a thread and yield its events. ``request`` has the fields ``context`` and ``spec``.
 
-    Its module is imported in that thread, so that the child answers before torch is loaded. An :class:`EthogramError`
-    travels to the supervisor as it is; the traceback of any other exception goes to the job's log, and the call ends
-    with INTERNAL.
+    The function's module is imported in that thread, so that the child answers before torch is loaded. An
+    :class:`EthogramError` travels to the supervisor as it is; the traceback of any other exception goes to the job's
+    log, and the call ends with INTERNAL.
     """
     try:
         spec = from_proto(request.spec, kind.spec)
@@ -109,8 +96,8 @@ def _stream_job(kind: Kind, request: RunRequest, context: grpc.ServicerContext) 
             context.abort(grpc.StatusCode.CANCELLED, "the job was cancelled")
         case [Stopped()]:
             context.abort(STOPPED, "the process was asked to leave; the job's last checkpoint is in the store")
-        case [EthogramError() as meant]:
-            _abort(context, meant)
+        case [EthogramError() as job_error]:
+            _abort(context, job_error)
         case _:
             _abort(context, Internal(f"the job's code raised {type(ended[0]).__name__}; its log says more"))
 

@@ -19,20 +19,20 @@ ARTIFACT = "wandb"
 
 
 class Log:
-    """Logs metrics of a step; silent without a ``session``."""
+    """Logs the metrics of a step; does nothing without a ``session``."""
 
     def __init__(self, session: Any = None) -> None:
         self._session = session
         self.id: str | None = session.id if session is not None else None
-        """Id of the run there, to continue it later."""
+        """Id of the run at Weights & Biases, to continue it later."""
 
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Log ``values``."""
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log ``metrics``."""
         if self._session is not None:
-            self._session.log(dict(values), step=step)
+            self._session.log(dict(metrics), step=step)
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
-        """Log how ``values`` are distributed."""
+        """Log a histogram of ``values``."""
         if self._session is not None:
             import wandb
 
@@ -44,12 +44,12 @@ def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run, id: str
     """Log metrics to Weights & Biases; does nothing without a ``spec``. ``id``: of a run to continue.
 
     With ``WANDB_API_KEY`` in the environment it logs to the service, unless ``WANDB_MODE`` says otherwise. Without, it
-    writes what ``wandb sync`` sends later, and keeps it as the artifact ``wandb``, of a run that fails too.
+    writes files for ``wandb sync`` and keeps them as the artifact ``wandb``, also if the run fails.
     """
     if spec is None:
         yield Log()
         return
-    # It takes seconds to import.
+    # Importing it takes seconds.
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")

@@ -39,19 +39,15 @@ Decay = Callable[[int], float]
 class Diverged(InvalidInput):
     """A loss, a gradient or a validation metric is NaN or infinite; weights are as before the step."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, step: int, name: str, value: float, note: str = "") -> None:
+        text = f"the {name} became {value:g} at step {step}; lower the learning rate{note}"
         super().__init__(f"{LEARNING_RATE}: {text}", [Violation(LEARNING_RATE, text)])
-        self.text = text
-
-    @classmethod
-    def at(cls, step: int, name: str, value: float) -> Diverged:
-        """``name`` is ``value`` at ``step``."""
-        return cls(f"the {name} became {value:g} at step {step}; lower the learning rate")
+        self.cause = (step, name, value)
 
 
 @contextmanager
 def restored_if_refused(buffers: Iterable[Tensor]) -> Iterator[None]:
-    """Run a step whose forward pass changes ``buffers``, e.g. running means; where it diverges they are as before."""
+    """Run a step whose forward pass changes ``buffers``, e.g. running means, and undo that if it diverges."""
     pairs = [(buffer, buffer.clone()) for buffer in buffers]
     try:
         yield
@@ -84,8 +80,8 @@ def steps_of_epochs(epochs: float, rows: int, batch_size: int) -> int:
 class Optimization:
     """AdamW with clipped gradients and a schedule, for every process of ``world``.
 
-    ``groups``: parameter groups as torch takes them. ``plateau``: the learning rate is halved each time that the
-    monitored metric has not fallen at so many validations in a row.
+    ``groups``: parameter groups as torch takes them. ``plateau``: halve the learning rate after so many validations in
+    a row in which the monitored metric has not fallen.
     """
 
     def __init__(
@@ -100,9 +96,8 @@ class Optimization:
     ) -> None:
         self.training, self.decay, self.world, self.plateau = training, decay, world, plateau
         self.halvings = 0
-        self.optimizer: torch.optim.Adam = torch.optim.AdamW(
-            list(groups), lr=training.learning_rate, weight_decay=weight_decay, fused=True
-        )
+        rate = training.learning_rate
+        self.optimizer: torch.optim.Adam = torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay, fused=True)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def rate(self, step: int) -> float:
@@ -117,19 +112,19 @@ class Optimization:
         them, before weights are changed, where the loss or a gradient is NaN or infinite.
         """
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        # The metrics too: what one process must stop for, all must.
+        # The metrics too, so that all processes stop for the loss of one.
         self.world.add([*gradients, *metrics.values(), *sums])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
         loss = metrics["loss"]
         if not bool(torch.isfinite(loss + norm)):
             name, value = ("gradient", norm) if bool(torch.isfinite(loss)) else ("loss", loss)
-            raise Diverged.at(step + 1, name, float(value))
+            raise Diverged(step + 1, name, float(value))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         self.optimizer.step()
 
     def after_validation(self, stale: int) -> None:
-        """Follow the plateau schedule. ``stale``: validations since the monitored metric was lowest."""
+        """Apply the plateau schedule. ``stale``: validations since the monitored metric was lowest."""
         if self.plateau is not None and stale and stale % self.plateau == 0:
             self.halvings += 1
 
@@ -141,29 +136,26 @@ class Optimization:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state`."""
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            index, _, name = key.partition(".")
-            if name:
-                moments.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.halvings = int(tensors["halvings"])
+        moments = checkpoints.parts(tensors)
+        self.halvings = int(moments.pop("halvings")[""])
+        state = {int(index): entry for index, entry in moments.items()}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 
 @dataclass
 class Progress:
-    """What :func:`fit` keeps of a training beside the trainer's own state."""
+    """What :func:`fit` keeps of a training beside the state of the trainer."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics and validations, each row with its ``step``."""
     wandb: str | None = None
     """Id of the run at Weights & Biases."""
     lowest: float = math.inf
-    """The monitored metric at its best validation,"""
+    """The monitored metric at its best validation."""
     best_step: int = 0
-    """the step of that validation,"""
+    """The step of the best validation."""
     stale: int = 0
-    """and how many validations came after it."""
+    """Validations since then."""
 
 
 class Trainer(Protocol):
@@ -184,13 +176,13 @@ class Trainer(Protocol):
     """Steps between validations; those of an epoch where each is validated."""
     progress: Progress
     monitor: str
-    """The validation metric that is minimised: early stopping, the best weights and the plateau schedule follow it."""
+    """The validation metric to minimise, by which early stopping, the best weights and the plateau schedule go."""
     report_every: int = 20
     """Steps between rows of metrics."""
     validate_last: bool = True
     """Whether the last step is validated, whatever its number."""
     patience: int | None = None
-    """Early stopping: training ends when the metric has not fallen at so many validations in a row."""
+    """Early stopping: training ends after so many validations in a row in which the metric has not fallen."""
     keep_best: bool = False
     """Whether the weights of the best validation are those at the end."""
     snapshots: int | None = None
@@ -204,7 +196,7 @@ class Trainer(Protocol):
         ...
 
     def validate(self) -> dict[str, float]:
-        """Validation metrics; asked of the first process alone."""
+        """Validation metrics; called in the first process alone."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -216,8 +208,8 @@ class Trainer(Protocol):
         ...
 
     def identity(self) -> dict[str, str]:
-        """Digests of the data and of frozen models, by name. Only a training with the same ones, the same spec and as
-        many processes resumes."""
+        """Digests of the data and of frozen models, by name. A checkpoint is only resumed with the same digests, spec
+        and number of processes."""
         return {}
 
     def start(self) -> None:
@@ -244,10 +236,10 @@ class Trainer(Protocol):
 def fit(trainer: Trainer, run: Run | None = None, world: World = ALONE) -> None:
     """Take the steps of ``trainer`` that are left.
 
-    Resumes from ``run.resume`` where there is one, to the same result, to the bit, as an uninterrupted run on the same
-    machine. With several processes each calls this with its own trainer; the first one's ``run`` reports, keeps
-    checkpoints and says what to resume from. Raises :class:`InvalidInput` for the checkpoint of another training, and
-    :class:`Diverged`.
+    Resumes from ``run.resume`` if there is one; the result is bit-equal to that of an uninterrupted run on the same
+    machine. With several processes each calls this with its own trainer, and the ``run`` of the first one reports,
+    keeps checkpoints and has the one to resume from. Raises :class:`Diverged`, and :class:`InvalidInput` for the
+    checkpoint of another training.
     """
     run, spec, progress = run or Run(), trainer.spec, trainer.progress
     saved, best = _begin(trainer, run, world)
@@ -262,7 +254,7 @@ def fit(trainer: Trainer, run: Run | None = None, world: World = ALONE) -> None:
                 if not world.first:
                     raise
                 kept = "there is no checkpoint" if saved is None else f"the last good checkpoint is of step {saved}"
-                raise Diverged(f"{error.text} ({kept})") from None
+                raise Diverged(*error.cause, f" ({kept})") from None
             step = trainer.step
             if trainer.keep_best and progress.best_step == step:
                 best = trainer.weights()
@@ -289,22 +281,21 @@ def _metrics(trainer: Trainer, world: World, log: Log) -> dict[str, float]:
     """Take a step. Returns the metrics that are due after it."""
     values = trainer.advance()
     step, last, progress = trainer.step, trainer.step == trainer.steps, trainer.progress
-    metrics: dict[str, float] = {}
-    if step % trainer.report_every == 0 or last:
-        metrics = {name: float(value) for name, value in values.items()}
+    reported = step % trainer.report_every == 0 or last
+    metrics = {name: float(value) for name, value in values.items()} if reported else {}
     if step % trainer.validate_every == 0 or (last and trainer.validate_last):
-        # The first process alone measures, and all go by it, so that they stop together.
+        # All processes go by the first one's validation, so that they stop together.
         measured = world.share_object(trainer.validate() if world.first else {})
         value = measured[trainer.monitor]
         if not math.isfinite(value):
-            raise Diverged.at(step, trainer.monitor.replace("_", " "), value)
+            raise Diverged(step, trainer.monitor.replace("_", " "), value)
         if value < progress.lowest:
             progress.lowest, progress.best_step, progress.stale = value, step, 0
         else:
             progress.stale += 1
         trainer.optimization.after_validation(progress.stale)
-        for name, values_ in trainer.histograms().items():
-            log.histogram(step, name, values_)
+        for name, distribution in trainer.histograms().items():
+            log.histogram(step, name, distribution)
         metrics |= measured
     return metrics
 
@@ -316,8 +307,8 @@ def share(trainer: Trainer, world: World) -> None:
 
 
 def _begin(trainer: Trainer, run: Run, world: World) -> tuple[int | None, dict[str, Tensor]]:
-    """Start or resume in the first process, and have the others follow. Returns the step of the checkpoint, if there
-    is one, and the best weights so far."""
+    """Start or resume in the first process, and copy its state to the others. Returns the step of the checkpoint, if
+    there is one, and the best weights so far."""
     saved, best = None, dict[str, Tensor]()
     if world.first and run.resume is not None:
         best = read_checkpoint(trainer, world, run.resume)
@@ -345,10 +336,9 @@ def write_checkpoint(trainer: Trainer, world: World, best: Mapping[str, Tensor],
 
 
 def read_checkpoint(trainer: Trainer, world: World, folder: Path) -> dict[str, Tensor]:
-    """Take the state that :func:`write_checkpoint` wrote. Returns the best weights.
+    """Restore the state that :func:`write_checkpoint` wrote. Returns the best weights.
 
-    Raises :class:`InvalidInput` for the checkpoint of another spec, other data or another number of processes, and for
-    one that cannot be read.
+    Raises :class:`InvalidInput` for a checkpoint of another training, and for one that cannot be read.
     """
     with checkpoints.reading(folder, trainer.device) as (about, tensors):
         _check(trainer, world, about)
@@ -360,7 +350,7 @@ def read_checkpoint(trainer: Trainer, world: World, folder: Path) -> dict[str, T
 
 
 def _check(trainer: Trainer, world: World, about: Mapping[str, Any]) -> None:
-    """Raise :class:`InvalidInput`, which names what differs, unless a checkpoint is of this training."""
+    """Raise :class:`InvalidInput`, which names the differences, for a checkpoint of another training."""
     # Validated, so that a field that was added since has its default.
     then, now = type(trainer.spec).model_validate(about["spec"]), trainer.spec
     identity, processes = trainer.identity(), about["processes"]
@@ -380,9 +370,9 @@ def _check(trainer: Trainer, world: World, about: Mapping[str, Any]) -> None:
 
 def _differing(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
     """Dotted paths of the values that differ."""
-    for name in now:
-        one, two = then.get(name), now[name]
-        if isinstance(one, Mapping) and isinstance(two, Mapping):
-            yield from _differing(one, two, f"{prefix}{name}.")
-        elif one != two:
+    for name, value in now.items():
+        former = then.get(name)
+        if isinstance(former, Mapping) and isinstance(value, Mapping):
+            yield from _differing(former, value, f"{prefix}{name}.")
+        elif former != value:
             yield prefix + name

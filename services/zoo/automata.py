@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ _MAX_REPEATS = 100
 # Letters of an expression with all its repeats written out.
 _MAX_LETTERS = 500
 
-# A regular expression as a term: ("none",), ("empty",), ("one", letters), ("then", a, b), ("or", terms), ("many", a).
+# Minimum and maximum repeats.
+_QUANTIFIERS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+
+# A regular expression is a term: ("none",), ("empty",), ("letter", letters), ("then", a, b), ("or", terms) or
+# ("many", a).
 Term = tuple[Any, ...]
 NONE: Term = ("none",)
 EMPTY: Term = ("empty",)
@@ -54,13 +59,14 @@ class Members:
 
     def __init__(self, automaton: Automaton, vocab_size: int, length: int) -> None:
         step = [row[:vocab_size] for row in automaton.step]
+        # ways[left][state]: accepted completions of ``left`` letters.
         ways = [[int(state in automaton.accepting) for state in range(len(step))]]
         for _ in range(length):
-            ways.append([sum(ways[-1][after] for after in row) for row in step])
+            ways.append([sum(ways[-1][successor] for successor in row) for row in step])
         self.total = ways[length][0]
         """Exact number of accepted sequences."""
         self._step = torch.tensor(step)
-        # Exact integers, made relative only now: a state's letters need no more than their ratios.
+        # Ratios of exact integers: sampling needs no more.
         self._weights = torch.tensor(
             [
                 [[ways[left][after] / max(ways[left + 1][state], 1) for after in row] for state, row in enumerate(step)]
@@ -84,34 +90,28 @@ def compiled(expression: str) -> Automaton:
     """The automaton of a regular expression, by derivatives (Brzozowski 1964). It must match a whole sequence.
 
     Letters A to Z, ``.``, ``[AB]``, ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{3}``, ``{2,}``,
-    ``{2,4}``. Raises :class:`InvalidInput` naming ``regex`` and the place of a mistake.
+    ``{2,4}``. Raises :class:`InvalidInput` naming ``regex`` and the position of a mistake.
     """
     start = _Parser(expression).parse()
-    states, rows = {start: 0}, list[tuple[int, ...]]()
-    pending = [start]
-    while pending:
-        term = pending.pop(0)
-        row = []
-        for letter in range(len(LETTERS)):
-            after = _derivative(term, letter)
-            if after not in states:
+    numbers, states, rows = {start: 0}, [start], list[tuple[int, ...]]()
+    # The list grows while it is gone through: breadth first.
+    for state in states:
+        successors = [_derivative(state, letter) for letter in range(len(LETTERS))]
+        for successor in successors:
+            if successor not in numbers:
                 if len(states) == MAX_STATES:
                     raise InvalidInput.field("regex", f"needs more than {MAX_STATES} states; make it simpler")
-                states[after] = len(states)
-                pending.append(after)
-            row.append(states[after])
-        rows.append(tuple(row))
-    return Automaton(tuple(rows), frozenset(number for term, number in states.items() if _nullable(term)))
+                numbers[successor] = len(states)
+                states.append(successor)
+        rows.append(tuple(numbers[successor] for successor in successors))
+    return Automaton(tuple(rows), frozenset(number for number, state in enumerate(states) if _nullable(state)))
 
 
-def _letters(term: Term, known: dict[int, int]) -> int:
-    """Letters of a term, written out; ``known``: counts so far, since terms share parts."""
-    if term[0] == "one":
+def _count_letters(term: Term) -> int:
+    """Letters of a term with all its repeats written out."""
+    if term[0] == "letter":
         return 1
-    if id(term) not in known:
-        parts = term[1] if term[0] == "or" else term[1:]
-        known[id(term)] = sum(_letters(part, known) for part in parts)
-    return known[id(term)]
+    return sum(map(_count_letters, term[1] if term[0] == "or" else term[1:]))
 
 
 class _Parser:
@@ -120,9 +120,9 @@ class _Parser:
 
     def parse(self) -> Term:
         term = self._either()
-        self._limit(_letters(term, {}))
+        self._limit(_count_letters(term))
         if self._at < len(self._text):
-            raise self._error("has no opening parenthesis" if self._next == ")" else "cannot stand here")
+            raise self._error("has no opening parenthesis" if self._next == ")" else "is not allowed here")
         return term
 
     @property
@@ -130,13 +130,13 @@ class _Parser:
         return self._text[self._at : self._at + 1]
 
     def _error(self, what: str) -> InvalidInput:
-        place = f"{self._next!r} at character {self._at + 1}" if self._next else "the end"
-        return InvalidInput.field("regex", f"{place} {what}")
+        position = f"{self._next!r} at character {self._at + 1}" if self._next else "the end"
+        return InvalidInput.field("regex", f"{position} {what}")
 
     def _take(self, text: str) -> bool:
-        found = self._next == text
-        self._at += found
-        return found
+        matches = self._next == text
+        self._at += matches
+        return matches
 
     def _either(self) -> Term:
         terms = [self._sequence()]
@@ -153,24 +153,10 @@ class _Parser:
     def _repeated(self) -> Term:
         term = self._atom()
         while self._next and self._next in "*+?{":
-            if self._take("*"):
-                term = _many(term)
-            elif self._take("+"):
-                term = _then(term, _many(term))
-            elif self._take("?"):
-                term = _or([EMPTY, term])
-            else:
-                least, most = self._bounds()
-                self._limit(_letters(term, {}) * max(least + (most is None), most or 0))
-                found = EMPTY
-                for _ in range(least):
-                    found = _then(found, term)
-                if most is None:
-                    found = _then(found, _many(term))
-                else:
-                    for _ in range(most - least):
-                        found = _then(found, _or([EMPTY, term]))
-                term = found
+            least, most = self._bounds()
+            self._limit(_count_letters(term) * max(least + (most is None), most or 0))
+            repeats = [term] * least + ([_many(term)] if most is None else [_or([EMPTY, term])] * (most - least))
+            term = reduce(_then, repeats, EMPTY)
         return term
 
     def _limit(self, letters: int) -> None:
@@ -179,7 +165,10 @@ class _Parser:
             raise InvalidInput.field("regex", text)
 
     def _bounds(self) -> tuple[int, int | None]:
-        self._take("{")
+        quantifier = self._next
+        self._at += 1
+        if quantifier in _QUANTIFIERS:
+            return _QUANTIFIERS[quantifier]
         least = self._number()
         most: int | None = least
         if self._take(","):
@@ -208,31 +197,32 @@ class _Parser:
                 raise self._error("should be )")
             return term
         if self._take("."):
-            return _one(frozenset(range(len(LETTERS))))
+            return _letter(range(len(LETTERS)))
         if self._take("["):
             return self._set()
-        return _one(frozenset({self._letter()}))
+        return _letter([self._index()])
 
     def _set(self) -> Term:
-        negative, found = self._take("^"), set[int]()
+        negated, letters = self._take("^"), set[int]()
         while not self._take("]"):
-            first = last = self._letter()
+            first = last = self._index()
             if self._take("-"):
-                last = self._letter()
+                last = self._index()
             if last < first:
                 raise InvalidInput.field("regex", f"[{LETTERS[first]}-{LETTERS[last]}] is the wrong way round")
-            found |= set(range(first, last + 1))
-        return _one(frozenset(range(len(LETTERS))) - found if negative else frozenset(found))
+            letters |= set(range(first, last + 1))
+        return _letter(set(range(len(LETTERS))) - letters if negated else letters)
 
-    def _letter(self) -> int:
+    def _index(self) -> int:
         if not self._next or self._next not in LETTERS:
             raise self._error("should be a letter A to Z")
         self._at += 1
         return LETTERS.index(self._text[self._at - 1])
 
 
-def _one(letters: frozenset[int]) -> Term:
-    return ("one", letters) if letters else NONE
+def _letter(letters: Iterable[int]) -> Term:
+    """One letter out of ``letters``."""
+    return ("letter", frozenset(letters)) if letters else NONE
 
 
 def _then(a: Term, b: Term) -> Term:
@@ -267,7 +257,7 @@ def _nullable(term: Term) -> bool:
         case ("then", a, b):
             return _nullable(a) and _nullable(b)
         case ("or", terms):
-            return any(_nullable(part) for part in terms)
+            return any(map(_nullable, terms))
     return False
 
 
@@ -275,13 +265,13 @@ def _nullable(term: Term) -> bool:
 def _derivative(term: Term, letter: int) -> Term:
     """The sequences that may follow ``letter`` (Brzozowski's derivative)."""
     match term:
-        case ("one", letters):
+        case ("letter", letters):
             return EMPTY if letter in letters else NONE
         case ("then", a, b):
             first = _then(_derivative(a, letter), b)
             return _or([first, _derivative(b, letter)]) if _nullable(a) else first
         case ("or", terms):
-            return _or([_derivative(part, letter) for part in terms])
+            return _or([_derivative(alternative, letter) for alternative in terms])
         case ("many", a):
             return _then(_derivative(a, letter), term)
     return NONE

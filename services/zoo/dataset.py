@@ -32,7 +32,7 @@ from services.zoo.layout import Layout
 from services.zoo.patterns import Pattern, from_specs, membership
 from services.zoo.sequences import from_letters, to_letters
 from services.zoo.signatures import ActivationSignatureExtractor
-from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, flatten, unflatten
+from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, unflatten
 from services.zoo.universe import Universe
 
 FORMAT = 2
@@ -92,7 +92,7 @@ def data_file(shard: int) -> str:
 def write_about(
     folder: Path, spec: GenerationSpec, patterns: Sequence[Pattern], probes: Tensor, facts: dict[str, Any]
 ) -> None:
-    """Write ``zoo.json`` and ``baseline_dataset.json``. ``facts``: counts and the like."""
+    """Write ``zoo.json``, with ``facts`` such as counts, and ``baseline_dataset.json``."""
     names = [pattern.name for pattern in patterns]
     about = {
         "format": FORMAT,
@@ -112,7 +112,7 @@ def write_about(
 
 
 def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Pattern]]:
-    """The contents of ``zoo.json``, with its spec and patterns."""
+    """Contents, spec and patterns of ``zoo.json``."""
     with reading(folder, ABOUT, "zoo") as path:
         about = json.loads(path.read_text())
         if about["format"] != FORMAT:
@@ -127,17 +127,17 @@ def read_probes(folder: Path, spec: GenerationSpec, file: str = BASELINE) -> Ten
     with reading(folder, file, "zoo") as path:
         about = json.loads(path.read_text())
         for name in ("vocab_size", "sequence_length"):
-            if about[name] != (wanted := getattr(spec, name)):
-                raise InvalidInput.field(f"{file}.{name}", f"is {about[name]}, but the spec's is {wanted}")
+            if about[name] != getattr(spec, name):
+                raise InvalidInput.field(f"{file}.{name}", f"is {about[name]}, but the spec's is {getattr(spec, name)}")
         words = [row["sequence"] for row in about["sequences"]]
         return from_letters(words, spec.vocab_size, spec.sequence_length, f"{file}.sequences")
 
 
 def with_probes(spec: GenerationSpec, folder: Path) -> tuple[GenerationSpec, Tensor]:
-    """The probes in ``folder``, and the spec with as many; see :func:`read_probes`."""
-    chosen = read_probes(folder, spec)
-    signature = spec.signature.model_copy(update={"probes": len(chosen)})
-    return spec.model_copy(update={"signature": signature}), chosen
+    """The probes in ``folder``, and the spec with their number; see :func:`read_probes`."""
+    probes = read_probes(folder, spec)
+    signature = spec.signature.model_copy(update={"probes": len(probes)})
+    return spec.model_copy(update={"signature": signature}), probes
 
 
 def read_records(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
@@ -155,7 +155,7 @@ class Zoo:
     """Accepted subjects in memory, in the order of their candidate index."""
 
     spec: GenerationSpec
-    """What was asked for."""
+    """The spec that the zoo was generated from."""
     index: Tensor
     """Candidate index of each subject: int64 ``[models]``."""
     layout: Layout
@@ -165,7 +165,7 @@ class Zoo:
     weights: Tensor
     """Networks as vectors of the layout: float32 ``[models, layout.size]``."""
     labels: Tensor
-    """Each subject's own patterns: bool ``[models, patterns]``."""
+    """Each subject's patterns: bool ``[models, patterns]``."""
     accuracy: Tensor
     """Held-out accuracy on the members of each pattern, and last on sequences that match none: float32
     ``[models, patterns + 1]``."""
@@ -187,8 +187,11 @@ class Zoo:
 
     @cached_property
     def extractor(self) -> ActivationSignatureExtractor:
-        """Takes the signatures that the zoo's spec asks for, on its probes."""
-        return extractor_of(self.spec, self.patterns, self.probes)
+        """Computes the signatures that the spec asks for, on the zoo's probes."""
+        spec = self.spec
+        shape = Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), "")
+        matches = membership(self.patterns, self.probes)
+        return ActivationSignatureExtractor(spec.signature, encode(shape, self.probes), matches)
 
     @cached_property
     def signatures(self) -> Tensor:
@@ -221,14 +224,6 @@ class Zoo:
         return self.extractor.inputs
 
     @classmethod
-    def of(
-        cls, spec: GenerationSpec, index: Tensor, params: Params, *, labels: Tensor, accuracy: Tensor, probes: Tensor
-    ) -> Zoo:
-        """A zoo of networks that share the one shape that ``spec`` asks for."""
-        shape = torch.zeros(len(index), dtype=torch.int64)
-        return cls(spec, index, Layout([Architecture.of(spec)]), shape, flatten(params), labels, accuracy, probes)
-
-    @classmethod
     def of_shapes(
         cls,
         spec: GenerationSpec,
@@ -239,14 +234,15 @@ class Zoo:
         accuracy: Tensor,
         probes: Tensor,
     ) -> Zoo:
-        """A zoo of networks of one shape or several: each one's, and its parameters as :func:`flatten` orders them."""
+        """A zoo of networks of one shape or several; ``networks``: shape and flat parameters of each, as
+        :func:`services.zoo.subjects.flatten` orders them."""
         layout = Layout(sorted({shape for shape, _ in networks}))
-        which = torch.tensor([layout.shapes.index(shape) for shape, _ in networks])
+        shapes = torch.tensor([layout.shapes.index(shape) for shape, _ in networks])
         weights = torch.zeros(len(networks), layout.size)
         for shape in range(len(layout.shapes)):
-            rows = (which == shape).nonzero().squeeze(1)
+            rows = (shapes == shape).nonzero().squeeze(1)
             weights[rows] = layout.pad(torch.stack([networks[row][1] for row in rows.tolist()]), shape)
-        return cls(spec, index, layout, which, weights, labels, accuracy, probes)
+        return cls(spec, index, layout, shapes, weights, labels, accuracy, probes)
 
     def save(self, folder: Path) -> None:
         """Write the zoo, in one shard."""
@@ -255,9 +251,8 @@ class Zoo:
         methods = self.extractor.methods
         rows = []
         for row, index in enumerate(self.index.tolist()):
-            which = int(self.shape[row])
-            shape = self.layout.shapes[which]
-            weights = self.layout.strip(self.weights[row : row + 1], which)
+            shape = self.layout.shapes[self.shape[row]]
+            weights = self.layout.strip(self.weights[row : row + 1], int(self.shape[row]))
             signature = self.extractor.extract(unflatten(weights.float(), shape), shape)
             rows.append(
                 {
@@ -291,10 +286,10 @@ class Zoo:
             for name in columns:
                 if table[name].null_count:
                     raise InvalidInput.field(f"{DATA}.{name}", "has a row without a value; make the zoo again")
-            found = table["patterns"].to_pylist()
-            if unknown := {str(name) for row in found for name in row} - set(names):
+            selected = table["patterns"].to_pylist()
+            if unknown := {str(name) for row in selected for name in row} - set(names):
                 raise InvalidInput.field(f"{DATA}.patterns", f"{min(unknown)} is no pattern of {ABOUT}'s spec")
-            labels.append(torch.tensor([[name in row for name in names] for row in found]).view(-1, len(names)))
+            labels.append(torch.tensor([[name in row for name in names] for row in selected]).view(-1, len(names)))
             index.append(torch.tensor(table["index"].to_pylist(), dtype=torch.int64))
             accuracy.append(matrix(table, "accuracy", len(names) + 1))
             networks += _networks(table, spec)
@@ -305,16 +300,10 @@ class Zoo:
         )
 
 
-def extractor_of(spec: GenerationSpec, patterns: Sequence[Pattern], probes: Tensor) -> ActivationSignatureExtractor:
-    """Takes the signatures that a zoo's spec asks for, on its ``probes`` (int64 ``[probes, length]``)."""
-    inputs = encode(Architecture(spec.vocab_size, spec.sequence_length, spec.subject.input_encoding, (), ""), probes)
-    return ActivationSignatureExtractor(spec.signature, inputs, membership(patterns, probes))
-
-
 def _networks(table: pyarrow.Table, spec: GenerationSpec) -> list[tuple[Architecture, Tensor]]:
     """Shape and flat weights of each record."""
     lists = table["weights"].combine_chunks()
-    flat = torch.from_numpy(lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32))
+    flat = _flat(lists)
     sizes = pyarrow.compute.list_value_length(lists).to_pylist()
     shapes = [architecture_of(spec, row) for row in table.select(["layers", "neurons", "activation"]).to_pylist()]
     for shape, size in zip(shapes, sizes, strict=True):
@@ -337,7 +326,7 @@ def architecture_of(spec: GenerationSpec, record: Mapping[str, Any]) -> Architec
 
 
 def network_of(record: Mapping[str, Any], column: str, architecture: Architecture) -> Params:
-    """The network in one column of weights of a record: stacked parameters of one model."""
+    """The network in a record's column of weights: stacked parameters of one model."""
     return unflatten(torch.as_tensor(np.asarray(record[column], np.float32)).view(1, -1), architecture)
 
 
@@ -371,4 +360,8 @@ def matrix(table: pyarrow.Table, column: str, width: int) -> Tensor:
     lengths = np.unique(pyarrow.compute.list_value_length(lists).to_numpy(zero_copy_only=False))
     if len(lengths) > 1 or (len(lengths) and lengths[0] != width):
         raise InvalidInput.field(f"{DATA}.{column}", f"has rows of {lengths.tolist()} numbers, not of {width}")
-    return torch.from_numpy(lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32)).view(-1, width)
+    return _flat(lists).view(-1, width)
+
+
+def _flat(lists: pyarrow.ListArray) -> Tensor:
+    return torch.from_numpy(lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32))

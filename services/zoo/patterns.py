@@ -6,8 +6,7 @@ enumerate whole universes and check that no two are equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import NamedTuple
@@ -19,7 +18,6 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.generation import BUILT_IN, ENTRY_POINTS, REGISTERED, PatternSpec
 from services.zoo.automata import LETTERS, compiled
 
-VOWELS = tuple(LETTERS.index(letter) for letter in "AEIOU")
 Predicate = Callable[[Tensor], Tensor]
 TAKES_TOKEN = frozenset({"starts_with", "ends_with"})
 
@@ -33,18 +31,6 @@ def _counts(s: Tensor) -> Tensor:
     return (s.unsqueeze(1) == s.unsqueeze(2)).sum(2).amax(1)
 
 
-def _alternating(s: Tensor) -> Tensor:
-    return (s[:, 2:] == s[:, :-2]).all(1) & (s[:, 0] != s[:, 1])
-
-
-def _contains_abc(s: Tensor) -> Tensor:
-    return ((s[:, :-2] == 0) & (s[:, 1:-1] == 1) & (s[:, 2:] == 2)).any(1)
-
-
-def _no_repeats(s: Tensor) -> Tensor:
-    return _counts(s) == 1
-
-
 def _pairs(s: Tensor) -> Tensor:
     """Second minus first letter of the disjoint pairs (1st, 2nd), (3rd, 4th), ...; an odd last letter is free."""
     even = s.shape[1] // 2 * 2
@@ -52,7 +38,7 @@ def _pairs(s: Tensor) -> Tensor:
 
 
 def _vowel_consonant(s: Tensor) -> Tensor:
-    vowel = (s.unsqueeze(-1) == torch.tensor(VOWELS, device=s.device)).any(-1)
+    vowel = torch.isin(s, torch.tensor([LETTERS.index(letter) for letter in "AEIOU"], dtype=s.dtype, device=s.device))
     return (vowel[:, 1:] != vowel[:, :-1]).all(1)
 
 
@@ -67,14 +53,14 @@ def _mountain(s: Tensor) -> Tensor:
     )
 
 
-_PREDICATES: dict[str, Callable[[Tensor], Tensor]] = {
+_PREDICATES: dict[str, Predicate] = {
     "all_same": lambda s: (s == s[:, :1]).all(1),
     "palindrome": lambda s: (s == s.flip(1)).all(1),
     "sorted_ascending": lambda s: (_steps(s) >= 0).all(1),
     "sorted_descending": lambda s: (_steps(s) <= 0).all(1),
-    "alternating": _alternating,
-    "contains_abc": _contains_abc,
-    "no_repeats": _no_repeats,
+    "alternating": lambda s: (s[:, 2:] == s[:, :-2]).all(1) & (s[:, 0] != s[:, 1]),
+    "contains_abc": lambda s: ((s[:, :-2] == 0) & (s[:, 1:-1] == 1) & (s[:, 2:] == 2)).any(1),
+    "no_repeats": lambda s: _counts(s) == 1,
     "has_majority": lambda s: _counts(s) * 2 > s.shape[1],
     "increasing_pairs": lambda s: (_pairs(s) > 0).all(1),
     "decreasing_pairs": lambda s: (_pairs(s) < 0).all(1),
@@ -88,34 +74,34 @@ class Registered(NamedTuple):
     """A predicate that the user registered."""
 
     name: str
-    predicate: Callable[[Tensor], Tensor]
+    predicate: Predicate
     description: str
 
     def __call__(self, sequences: Tensor) -> Tensor:
         """Whether each row of ``sequences`` matches."""
-        found = self.predicate(sequences)
-        if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != sequences.shape[:1]:
+        matches = self.predicate(sequences)
+        if not isinstance(matches, Tensor) or matches.dtype != torch.bool or matches.shape != sequences.shape[:1]:
             raise InvalidInput.field(f"patterns.{self.name}", "its predicate must return a bool tensor of shape [n]")
-        return found
+        return matches
 
 
 _REGISTERED: dict[str, Registered] = {}
 
 
 def register(name: str, description: str) -> Callable[[Predicate], Predicate]:
-    """Make a predicate of one's own a pattern: ``[n, length]`` letter indices to bool ``[n]``.
+    """Register a predicate as a pattern: ``[n, length]`` letter indices to bool ``[n]``.
 
         @register("two_bs", "B occurs exactly twice")
         def two_bs(sequences):
             return (sequences == 1).sum(1) == 2
 
-    Jobs run in processes of their own: for them, name the function as an entry point of the group
-    ``ethogram.patterns`` in a package that is installed where workers run (its docstring is the description).
+    Jobs run in other processes. For them, declare the function as an entry point of the group ``ethogram.patterns``
+    in a package that is installed where workers run; its docstring is the description.
     """
 
     def add(predicate: Predicate) -> Predicate:
         if name in BUILT_IN or not name.isidentifier():
-            raise InvalidInput.field("name", f"{name!r} is no free name for a pattern")
+            raise InvalidInput.field("name", f"{name!r} is taken or not an identifier; choose another name")
         _REGISTERED[name] = Registered(name, predicate, description)
         REGISTERED.add(name)
         return predicate
@@ -124,7 +110,7 @@ def register(name: str, description: str) -> Callable[[Predicate], Predicate]:
 
 
 def registered(name: str) -> Registered:
-    """A predicate of that name. Raises :class:`InvalidInput`."""
+    """The predicate registered as ``name``. Raises :class:`InvalidInput`."""
     if name not in _REGISTERED:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             predicate = entry.load()
@@ -152,17 +138,17 @@ class Pattern:
 
     @property
     def spec(self) -> PatternSpec:
-        """What a spec says of it; the inverse of :func:`from_specs`."""
+        """The pattern as an entry of a spec; the inverse of :func:`from_specs`."""
         return PatternSpec(name=self.kind, token=None if self.token is None else LETTERS[self.token], regex=self.regex)
 
     @property
     def regular(self) -> bool:
-        """Whether the set is counted exactly at any size; that of a registered predicate is estimated."""
+        """Whether the set can be counted exactly at any size; a registered predicate's may be estimated."""
         return self.regex is not None or self.kind in BUILT_IN
 
     @property
     def description(self) -> str:
-        """One clause for people."""
+        """A clause that describes the pattern to people."""
         if self.regex is not None:
             return f"the whole sequence matches the regular expression {self.regex}"
         if self.kind not in BUILT_IN:
@@ -186,7 +172,7 @@ def membership(patterns: Sequence[Pattern], sequences: Tensor) -> Tensor:
 
 
 def default_suite(vocab_size: int = 7, length: int = 7) -> list[Pattern]:
-    """Ten behaviours that differ in what a network must look at: places, order, counts, symmetry, substrings."""
+    """Ten behaviours that differ in what a network must look at: positions, order, counts, symmetry, substrings."""
     # Left out: alternating (42 sequences at 7 x 7, too few to learn from and be judged on), no_repeats
     # (beyond 16 neurons), first_last_match (contains palindrome).
     kinds = ("palindrome", "sorted_ascending", "sorted_descending", "contains_abc", "has_majority", "vowel_consonant")
@@ -203,35 +189,28 @@ def from_specs(
         return default_suite(vocab_size, length)
     patterns: list[Pattern] = []
     for i, spec in enumerate(specs):
-        if (spec.token is not None) != (spec.name in TAKES_TOKEN):
-            needs = "needs a token, e.g. A" if spec.name in TAKES_TOKEN else "takes no token"
-            raise InvalidInput.field(f"{field}.{i}.token", f"{spec.name} {needs}")
-        token = None if spec.token is None else LETTERS.index(spec.token)
-        if token is not None and token >= vocab_size:
-            last = LETTERS[vocab_size - 1]
-            raise InvalidInput.field(f"{field}.{i}.token", f"with vocab_size {vocab_size} the letters are A to {last}")
-        pattern = Pattern(spec.name, token, spec.regex)
-        with _under(f"{field}.{i}"):
-            if spec.regex is not None:
-                compiled(spec.regex)
-                if beyond := {letter for letter in spec.regex if letter in LETTERS[vocab_size:]}:
-                    last = LETTERS[vocab_size - 1]
-                    raise InvalidInput.field(
-                        "regex", f"{min(beyond)}: with vocab_size {vocab_size} the letters are A to {last}"
-                    )
-            elif spec.name not in BUILT_IN:
-                registered(spec.name)
+        try:
+            pattern = _from_spec(spec, vocab_size)
+        except InvalidInput as error:
+            (violation,) = error.violations
+            raise InvalidInput.field(f"{field}.{i}.{violation.field}", violation.description) from None
         if pattern.name in [other.name for other in patterns]:
             raise InvalidInput.field(f"{field}.{i}", f"{pattern.name} is listed twice")
         patterns.append(pattern)
     return patterns
 
 
-@contextmanager
-def _under(field: str) -> Iterator[None]:
-    """Prefix the field of errors inside the block with ``field``."""
-    try:
-        yield
-    except InvalidInput as error:
-        (violation,) = error.violations
-        raise InvalidInput.field(f"{field}.{violation.field}", violation.description) from None
+def _from_spec(spec: PatternSpec, vocab_size: int) -> Pattern:
+    alphabet = f"with vocab_size {vocab_size} the letters are A to {LETTERS[vocab_size - 1]}"
+    if (spec.token is not None) != (spec.name in TAKES_TOKEN):
+        needs = "needs a token, e.g. A" if spec.name in TAKES_TOKEN else "takes no token"
+        raise InvalidInput.field("token", f"{spec.name} {needs}")
+    if spec.token is not None and spec.token in LETTERS[vocab_size:]:
+        raise InvalidInput.field("token", alphabet)
+    if spec.regex is not None:
+        compiled(spec.regex)
+        if beyond := {letter for letter in spec.regex if letter in LETTERS[vocab_size:]}:
+            raise InvalidInput.field("regex", f"{min(beyond)}: {alphabet}")
+    elif spec.name not in BUILT_IN:
+        registered(spec.name)
+    return Pattern(spec.name, None if spec.token is None else LETTERS.index(spec.token), spec.regex)

@@ -14,7 +14,7 @@ from services.zoo.hashing import hash_sequences
 from services.zoo.subjects import Params, forward
 from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION, Universe, distinct
 
-# A pattern with at most this many times the wanted number is listed in full, so that none of it is missed.
+# A pattern with at most this many times the requested number is listed in full, so that no member is missed.
 _ALL_IF_BELOW = 4
 # Held-out sequences for the evaluation of a subject: of each pattern, and of none.
 JUDGED, JUDGED_NONE = 128, 256
@@ -59,31 +59,30 @@ class Pools:
             rarer = [other for other in patterns if (universe.counts[other], other) < (universe.counts[p], p)]
 
             def of_no_rarer(sequences: Tensor) -> Tensor:
-                found = in_split(sequences)
-                return found[~universe.matches(found)[:, rarer].any(1)] if rarest_first and rarer else found
+                return sequences[~universe.matches(sequences)[:, rarer].any(1)] if rarest_first and rarer else sequences
 
             if universe.counts[p] <= _ALL_IF_BELOW * limit:
-                every = universe.all_members(p)
-                found = of_no_rarer(every)
-                return _take(found if len(found) else in_split(every), limit, generator)
-            found = _gather(lambda n: of_no_rarer(universe.members(p, n, generator)), limit, generator)
-            return (
-                found
-                if len(found)
-                else _gather(lambda n: in_split(universe.members(p, n, generator)), limit, generator)
-            )
+                every_member = in_split(universe.all_members(p))
+                chosen = of_no_rarer(every_member)
+                return _take(chosen if len(chosen) else every_member, limit, generator)
+
+            def draw(n: int) -> Tensor:
+                return in_split(universe.members(p, n, generator))
+
+            chosen = _gather(lambda n: of_no_rarer(draw(n)), limit, generator)
+            return chosen if len(chosen) else _gather(draw, limit, generator)
 
         def nothing(n: int) -> Tensor:
             sequences = in_split(universe.uniform(n, generator))
             return sequences[~universe.matches(sequences).any(1)]
 
-        def near(p: int, found: Tensor) -> Tensor:
-            close = distinct(in_split(_mutate(found, universe.vocab_size, 8 * limit, generator)))
-            return _take(close[~universe.patterns[p].matches(close)], limit, generator)
+        def near_misses(p: int, members: Tensor) -> Tensor:
+            mutants = distinct(in_split(_mutate(members, universe.vocab_size, 8 * limit, generator)))
+            return _take(mutants[~universe.patterns[p].matches(mutants)], limit, generator)
 
         groups = [members(p) for p in patterns]
         groups.append(_gather(nothing, 4 * limit, generator))
-        groups += [near(p, groups[p]) for p in patterns]
+        groups += [near_misses(p, groups[p]) for p in patterns]
         sequences, count = torch.cat(groups), torch.tensor([len(group) for group in groups])
         return cls(sequences, universe.matches(sequences), count.cumsum(0) - count, count)
 
@@ -133,15 +132,15 @@ class Evaluation:
         pools = Pools.build(universe, split, max(per_pattern, none) + len(left_out), seed)
         free = ~torch.isin(hash_sequences(pools.sequences), left_out)
         strata = []
-        for p, wanted in enumerate([per_pattern] * patterns + [none]):
+        for p, limit in enumerate([per_pattern] * patterns + [none]):
             group = torch.arange(int(pools.count[p])) + pools.start[p]
-            strata.append(group[free[group]][:wanted])
+            strata.append(group[free[group]][:limit])
         rows, sizes = torch.cat(strata), torch.tensor([len(stratum) for stratum in strata])
         return cls(pools.sequences[rows], pools.membership[rows], torch.arange(patterns + 1).repeat_interleave(sizes))
 
     def labels(self, selected: Tensor) -> Tensor:
         """Exact labels ``[models, n]`` under ``selected``, bool ``[models, patterns]``."""
-        return (self.membership.float() @ selected.float().T > 0).T
+        return (self.membership.to(selected.device).float() @ selected.float().T > 0).T
 
     def by_stratum(self, correct: Tensor) -> Tensor:
         """Means of ``correct`` ``[models, n]`` over each stratum: float32 ``[models, patterns + 1]``; 1 where a stratum
@@ -158,9 +157,9 @@ class Evaluation:
 
 
 def probes(universe: Universe, count: int, seed: int = 0) -> Tensor:
-    """``count`` sequences ``[count, length]`` of the validation split, the patterns and "matches none" in turn.
+    """``count`` sequences ``[count, length]`` of the validation split, of each pattern and of none in turn.
 
-    They are used neither for training nor for evaluation. Distinct as far as the split has enough.
+    They are used neither for training nor for evaluation, and are distinct if the split has enough sequences.
     """
     pools = Pools.build(universe, VALIDATION, count, seed)
     groups = len(universe.patterns) + 1
@@ -171,9 +170,9 @@ def probes(universe: Universe, count: int, seed: int = 0) -> Tensor:
         ]
     )
     rows = pools.sequences[order[order[:, 0].argsort(), 1]]
-    hashes, place = hash_sequences(rows).sort(stable=True)
+    hashes, position = hash_sequences(rows).sort(stable=True)
     fresh = torch.ones(len(rows), dtype=torch.bool)
-    fresh[place[1:]] = hashes[1:] != hashes[:-1]
+    fresh[position[1:]] = hashes[1:] != hashes[:-1]
     chosen = torch.cat([rows[fresh], rows[~fresh]])[:count]
     return chosen.repeat(-(-count // len(chosen)), 1)[:count]
 
@@ -188,24 +187,24 @@ def _take(sequences: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     return sequences[torch.randperm(len(sequences), generator=generator)[:limit]]
 
 
-def _gather(draw: Callable[[int], Tensor], wanted: int, generator: torch.Generator) -> Tensor:
-    """``wanted`` distinct sequences out of repeated draws; fewer where there hardly are more."""
-    found = distinct(draw(3 * wanted))
+def _gather(draw: Callable[[int], Tensor], limit: int, generator: torch.Generator) -> Tensor:
+    """``limit`` distinct sequences from repeated draws, or fewer after 7 draws."""
+    sequences = distinct(draw(3 * limit))
     for _ in range(6):
-        if len(found) >= wanted:
+        if len(sequences) >= limit:
             break
-        found = distinct(torch.cat([found, draw(3 * wanted)]))
-    return _take(found, wanted, generator)
+        sequences = distinct(torch.cat([sequences, draw(3 * limit)]))
+    return _take(sequences, limit, generator)
 
 
 def _mutate(sequences: Tensor, vocab_size: int, limit: int, generator: torch.Generator) -> Tensor:
     """Sequences one letter away from one of ``sequences``: each of them once, or ``limit`` draws if they are more."""
     n, length = sequences.shape
-    places = length * (vocab_size - 1)
-    every = n * places <= limit
-    which = torch.arange(n * places) if every else torch.randint(n * places, (limit,), generator=generator)
-    mutants = sequences[which // places].clone()
-    position, shift = which % places // (vocab_size - 1), which % (vocab_size - 1) + 1
+    changes = length * (vocab_size - 1)
+    total = n * changes
+    which = torch.arange(total) if total <= limit else torch.randint(total, (limit,), generator=generator)
+    mutants = sequences[which // changes].clone()
+    position, shift = which % changes // (vocab_size - 1), which % (vocab_size - 1) + 1
     rows = torch.arange(len(mutants))
     mutants[rows, position] = (mutants[rows, position] + shift) % vocab_size
     return mutants

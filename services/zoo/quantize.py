@@ -25,11 +25,11 @@ def rounded(params: Params, precision: str = "float32", quantization: str = "non
     """
     if precision == "float32" and quantization == "none":
         return params
-    found = {}
+    quantized = {}
     for name, tensor in params.items():
         kind = "int8" if quantization in ("ternary", "binary") and name.endswith("bias") else quantization
-        found[name] = _quantized(tensor, kind).to(_TYPES[precision]).to(tensor.dtype)
-    return found
+        quantized[name] = _quantized(tensor, kind).to(_TYPES[precision]).to(tensor.dtype)
+    return quantized
 
 
 def _quantized(tensor: Tensor, kind: str) -> Tensor:

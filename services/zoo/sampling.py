@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from services.runtime import seeds
-from services.zoo.automata import Automaton, Members, compiled
-from services.zoo.patterns import VOWELS, Pattern
+from services.zoo.automata import LETTERS, Automaton, Members, compiled
+from services.zoo.patterns import Pattern
 
 MAX_ENUMERATED = 5_000_000
-# Sequences drawn at once by rejection sampling, and at most.
+_REGEX = {"contains_abc": ".*ABC.*", "vowel_consonant": "[AEIOU]?([^AEIOU][AEIOU])*[^AEIOU]?"}
+# Sequences per draw of rejection sampling, and in all.
 _DRAWS = 2**17
 _MAX_DRAWS = 2**27
 
@@ -40,10 +40,10 @@ def count(pattern: Pattern, vocab_size: int, length: int) -> int:
             return v * sum(_majority_weights(v, n))
         case "increasing_pairs" | "decreasing_pairs":
             return int(math.comb(v, 2) ** (n // 2) * v ** (n % 2))
-        case _ if pattern.regex is not None or pattern.kind in _AUTOMATA:
+        case _ if _regular(pattern):
             return _members(pattern, v, n).total
         case _:
-            return _found(pattern, v, n)[1]
+            return _enumerated(pattern, v, n)[1]
 
 
 def sample(pattern: Pattern, vocab_size: int, length: int, n: int, generator: torch.Generator) -> Tensor:
@@ -89,14 +89,14 @@ def sample(pattern: Pattern, vocab_size: int, length: int, n: int, generator: to
             pairs = torch.combinations(torch.arange(v))[letters(n, length // 2, below=math.comb(v, 2))]
             pairs = pairs if pattern.kind == "increasing_pairs" else pairs.flip(2)
             return torch.cat([pairs.flatten(1), letters(n, length % 2)], 1)
-        case _ if pattern.regex is not None or pattern.kind in _AUTOMATA:
+        case _ if _regular(pattern):
             return _members(pattern, v, length).sample(n, generator)
         case _:
-            return _rejected(pattern, v, length, n, generator)
+            return _sample_by_rejection(pattern, v, length, n, generator)
 
 
 def _multisets(v: int, length: int, n: int, generator: torch.Generator) -> Tensor:
-    """Uniform non-decreasing rows, by stars and bars: a ``length``-subset of ``v + length - 1`` places."""
+    """Uniform non-decreasing rows, by stars and bars: a ``length``-subset of ``v + length - 1`` positions."""
     subsets = torch.rand(n, v + length - 1, generator=generator).argsort(1)[:, :length].sort(1).values
     return subsets - torch.arange(length)
 
@@ -106,68 +106,58 @@ def _majority_weights(v: int, n: int) -> list[int]:
     return [math.comb(n, k) * (v - 1) ** (n - k) for k in range(n // 2 + 1, n + 1)]
 
 
+def _regular(pattern: Pattern) -> bool:
+    return pattern.regex is not None or pattern.kind in (*_REGEX, "mountain_pattern")
+
+
 @lru_cache(maxsize=256)
 def _members(pattern: Pattern, v: int, length: int) -> Members:
-    automaton = compiled(pattern.regex) if pattern.regex is not None else Automaton(*_AUTOMATA[pattern.kind](26))
-    return Members(automaton, v, length)
+    regex = pattern.regex or _REGEX.get(pattern.kind)
+    return Members(_mountain() if regex is None else compiled(regex), v, length)
+
+
+def enumerate_sequences(v: int, length: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """The sequences from ``start`` to before ``stop`` (by default all) in alphabetical order: int64 ``[n, length]``."""
+    codes = torch.arange(start, v**length if stop is None else min(stop, v**length))
+    return codes.unsqueeze(1) // v ** torch.arange(length - 1, -1, -1) % v
 
 
 @lru_cache(maxsize=64)
-def _found(pattern: Pattern, v: int, length: int) -> tuple[Tensor | None, int]:
-    """Members of a registered predicate's set, where all sequences can be enumerated, and their number."""
+def _enumerated(pattern: Pattern, v: int, length: int) -> tuple[Tensor | None, int]:
+    """Members of a registered predicate's set, None where there are too many sequences to enumerate, and their
+    number."""
     size = v**length
     if size <= MAX_ENUMERATED:
-        places = v ** torch.arange(length - 1, -1, -1)
-        parts = torch.split(torch.arange(size), 2**16)
-        rows = [part.unsqueeze(1) // places % v for part in parts]
-        members = torch.cat([row[pattern.matches(row)] for row in rows])
+        chunks = (enumerate_sequences(v, length, start, start + 2**16) for start in range(0, size, 2**16))
+        members = torch.cat([chunk[pattern.matches(chunk)] for chunk in chunks])
         return members, len(members)
     drawn = torch.randint(v, (_DRAWS, length), generator=seeds.generator(0, "share", pattern.name))
     return None, round(float(pattern.matches(drawn).double().mean()) * size)
 
 
-def _rejected(pattern: Pattern, v: int, length: int, n: int, generator: torch.Generator) -> Tensor:
-    members, _ = _found(pattern, v, length)
+def _sample_by_rejection(pattern: Pattern, v: int, length: int, n: int, generator: torch.Generator) -> Tensor:
+    members, _ = _enumerated(pattern, v, length)
     if members is not None:
         return members[torch.randint(len(members), (n,), generator=generator)]
-    found, total = [torch.zeros(0, length, dtype=torch.int64)], 0
-    while sum(map(len, found)) < n:
+    members = torch.zeros(0, length, dtype=torch.int64)
+    for _ in range(_MAX_DRAWS // _DRAWS):
+        if len(members) >= n:
+            break
         drawn = torch.randint(v, (_DRAWS, length), generator=generator)
-        found.append(drawn[pattern.matches(drawn)])
-        total += _DRAWS
-        if total >= _MAX_DRAWS and sum(map(len, found)) < n:
-            raise InvalidInput.field(
-                "spec.patterns", f"{pattern.name} is too rare to be drawn at this length; write it as a regex"
-            )
-    return torch.cat(found)[:n]
+        members = torch.cat([members, drawn[pattern.matches(drawn)]])
+    if len(members) < n:
+        raise InvalidInput.field(
+            "spec.patterns", f"{pattern.name} is too rare to sample at this length; write it as a regex"
+        )
+    return members[:n]
 
 
-def _abc(v: int) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
-    """States: how much of A, B, C has just been read; 3 is never left."""
-    step = [[1 if letter == 0 else 0 for letter in range(v)] for _ in range(3)] + [[3] * v]
-    step[1][1], step[2][2] = 2, 3
-    return tuple(map(tuple, step)), frozenset({3})
-
-
-def _vowels(v: int) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
-    """States: start, after a vowel, after a consonant, failed."""
-    kinds = tuple(1 if letter in VOWELS else 2 for letter in range(v))
-    after_vowel, after_consonant = (tuple(k if k != last else 3 for k in kinds) for last in (1, 2))
-    return (kinds, after_vowel, after_consonant, (3,) * v), frozenset({1, 2})
-
-
-def _mountain(v: int) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
+def _mountain() -> Automaton:
     """States: start, failed, then three for each letter just read: first, on the way up, on the way down."""
+    v = len(LETTERS)
     step = [[2 + 3 * letter for letter in range(v)], [1] * v]
-    for here in range(v):
-        up = [3 + 3 * letter if letter > here else 1 for letter in range(v)]
-        down = [4 + 3 * letter if letter < here else 1 for letter in range(v)]
+    for last in range(v):
+        up = [3 + 3 * letter if letter > last else 1 for letter in range(v)]
+        down = [4 + 3 * letter if letter < last else 1 for letter in range(v)]
         step += [up, [max(pair) for pair in zip(up, down, strict=True)], down]
-    return tuple(map(tuple, step)), frozenset(4 + 3 * letter for letter in range(v))
-
-
-_AUTOMATA: dict[str, Callable[[int], tuple[tuple[tuple[int, ...], ...], frozenset[int]]]] = {
-    "contains_abc": _abc,
-    "vowel_consonant": _vowels,
-    "mountain_pattern": _mountain,
-}
+    return Automaton(tuple(map(tuple, step)), frozenset(4 + 3 * letter for letter in range(v)))

@@ -18,8 +18,8 @@ def to_letters(sequences: Tensor) -> list[str]:
 
 
 def from_letters(words: Sequence[str], vocab_size: int, length: int, field: str = "sequences") -> Tensor:
-    """Words as rows of letter indices, int64 ``[n, length]``. Raises :class:`InvalidInput` for one that is no sequence
-    of this vocabulary and length."""
+    """Words as rows of letter indices, int64 ``[n, length]``. Raises :class:`InvalidInput` for a word of another
+    vocabulary or length."""
     rows = []
     for i, word in enumerate(words):
         row = [ord(letter) - ord("A") for letter in word]

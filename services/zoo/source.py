@@ -1,4 +1,4 @@
-"""Zoos from wherever they are: in our own form or the JSON-string form, here or on the Hugging Face Hub."""
+"""Open zoos in either form (ours, or records with JSON text), from a folder or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def locate(source: str, field: str) -> Path:
         text = f"{source} is no file or folder here, and no name of a dataset on the Hub, e.g. me/my-zoo"
         raise InvalidInput.field(field, text)
     include = [*(f"*{suffix}" for suffix in SUFFIXES), ABOUT, BASELINE, PATTERNS]
-    # It may be a folder's name with a slip.
+    # The name may be a misspelt folder.
     return fetch(source, "dataset", include, field=field, described=f"{source}, which is no file or folder here")
 
 
 def _allowed(name: str) -> bool:
-    """Whether a repository can have this name."""
+    """Whether a repository on the Hub can have this name."""
     try:
         HubSpec(repo=name)
     except ValidationError:
@@ -52,12 +52,9 @@ def open_zoo(source: Path, run: Run | None = None) -> Zoo:
         return Zoo.load(source)
     if not files_in(source):
         raise InvalidInput.field("zoo", f"{source} has neither {ABOUT} nor .parquet or .jsonl files")
-    return _of_records(JsonRecords(source, run=run), run or Run())
-
-
-def _of_records(records: JsonRecords, run: Run) -> Zoo:
-    """A zoo of the improved networks. What the records do not say is as an import to our own form has it: accuracies
-    are measured, and where no probes are beside the records there are fresh ones."""
+    run = run or Run()
+    records = JsonRecords(source, run=run)
+    # The rest is as an import to our own form has it: accuracies are measured, and missing probes drawn.
     spec = records.spec
     universe = Universe(spec.vocab_size, spec.sequence_length, records.patterns)
     universe.check()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ethogram.errors import InvalidInput
-from ethogram.specs.generation import GenerationSpec
 from services.zoo.hashing import mix
 
 Params = dict[str, Tensor]
 
-# Inputs that go through a population at once: what a layer makes of them stays in the cache.
+# Inputs that go through a population at once, so that the activations stay in the cache.
 _CHUNK = 512
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,19 +40,6 @@ class Architecture(NamedTuple):
     hidden: tuple[int, ...]
     """Widths of the hidden layers."""
     activation: str
-
-    @classmethod
-    def of(cls, spec: GenerationSpec) -> Architecture:
-        """The one architecture that a zoo's spec asks for. Raises :class:`InvalidInput` if it asks for several."""
-        subject = spec.subject
-        for name in ("layers", "neurons"):
-            if getattr(subject, name).size > 1:
-                raise InvalidInput.field(f"spec.subject.{name}", "the zoo's subjects differ in it; one shape is needed")
-        activations = set(subject.activations) or {"relu"}
-        if len(activations) > 1:
-            raise InvalidInput.field("spec.subject.activations", "the zoo's subjects differ in it; one is needed")
-        hidden = (subject.neurons.min,) * subject.layers.min
-        return cls(spec.vocab_size, spec.sequence_length, subject.input_encoding, hidden, activations.pop())
 
     @property
     def input_size(self) -> int:
@@ -118,29 +102,17 @@ def init(
     for i, (fan_in, fan_out) in enumerate(architecture.layers):
         inputs = torch.full_like(keys, fan_in) if i == 0 or widths is None else widths
         outputs = torch.full_like(keys, fan_out) if i == last or widths is None else widths
-        inside = torch.arange(fan_in) < inputs.unsqueeze(1)
-        outside = torch.arange(fan_out) < outputs.unsqueeze(1)
-        # By place, so that a narrow network's draw is a part of a wide one's; column 0 is for the biases.
-        places = torch.arange(fan_out).unsqueeze(1) * 2**20 + torch.arange(fan_in + 1)
-        hashed = mix(mix(keys + i).view(-1, 1, 1) + places)
+        has_input = torch.arange(fan_in) < inputs.unsqueeze(1)
+        has_output = torch.arange(fan_out) < outputs.unsqueeze(1)
+        # By position, so that a narrow network's draw is a part of a wide one's; column 0 is for the biases.
+        positions = torch.arange(fan_out).unsqueeze(1) * 2**20 + torch.arange(fan_in + 1)
+        hashed = mix(mix(keys + i).view(-1, 1, 1) + positions)
         unit = ((hashed >> 11) & (2**53 - 1)).double() / 2**53
         drawn = (unit * 2 - 1) / inputs.double().sqrt().view(-1, 1, 1)
-        weight = drawn[:, :, 1:] * (outside.unsqueeze(2) & inside.unsqueeze(1))
+        weight = drawn[:, :, 1:] * (has_output.unsqueeze(2) & has_input.unsqueeze(1))
         params[f"layers.{i}.weight"] = (weight * (math.sqrt(6) if kaiming else 1.0)).to(dtype)
-        params[f"layers.{i}.bias"] = (drawn[:, :, 0] * outside * (0.0 if kaiming else 1.0)).to(dtype)
+        params[f"layers.{i}.bias"] = (drawn[:, :, 0] * has_output * (0.0 if kaiming else 1.0)).to(dtype)
     return params
-
-
-@lru_cache(maxsize=1024)
-def own_places(architecture: Architecture, width: int) -> Tensor:
-    """Positions in :func:`flatten` of ``architecture`` of the parameters of a network ``width`` neurons wide: int64."""
-    marked = {name: torch.zeros(1, *shape, dtype=torch.bool) for name, shape in architecture.shapes.items()}
-    last = len(architecture.layers) - 1
-    for i in range(last + 1):
-        out = slice(1 if i == last else width)
-        marked[f"layers.{i}.weight"][0, out, slice(None) if i == 0 else slice(width)] = True
-        marked[f"layers.{i}.bias"][0, out] = True
-    return flatten(marked)[0].nonzero().squeeze(1)
 
 
 def depth(params: Params) -> int:
@@ -163,7 +135,7 @@ def activations(params: Params, inputs: Tensor, activation: str = "relu") -> lis
             pre = (weight.reshape(-1, weight.shape[-1]) @ hidden).view(*weight.shape[:2], -1)
         else:
             pre = torch.bmm(weight, hidden)
-        # Apart: baddbmm would first spread the bias over the output, which costs more than this.
+        # Not baddbmm, which would first spread the bias over the output and costs more.
         pre += bias.unsqueeze(2)
         layers.append(pre.transpose(1, 2))
         hidden = function(pre)
@@ -172,24 +144,22 @@ def activations(params: Params, inputs: Tensor, activation: str = "relu") -> lis
 
 def forward(params: Params, inputs: Tensor, activation: str = "relu") -> Tensor:
     """Logits ``[models, n]``; positive means yes. ``inputs`` as in :func:`activations`."""
-    parts = torch.split(inputs, _CHUNK, -2)
-    return torch.cat([activations(params, part, activation)[-1].squeeze(-1) for part in parts], 1)
+    chunks = torch.split(inputs, _CHUNK, -2)
+    return torch.cat([activations(params, chunk, activation)[-1].squeeze(-1) for chunk in chunks], 1)
 
 
 def flatten(params: Params) -> Tensor:
     """Parameters as vectors ``[models, size]``, in layer order, weight before bias."""
-    names = [f"layers.{i}.{part}" for i in range(depth(params)) for part in ("weight", "bias")]
+    names = [f"layers.{i}.{kind}" for i in range(depth(params)) for kind in ("weight", "bias")]
     return torch.cat([params[name].flatten(1) for name in names], 1)
 
 
 def unflatten(flat: Tensor, architecture: Architecture) -> Params:
     """The inverse of :func:`flatten`; ``flat`` is ``[models, size]``. The parameters are views."""
-    params, start = {}, 0
-    for name, shape in architecture.shapes.items():
-        stop = start + math.prod(shape)
-        params[name] = flat[:, start:stop].reshape(-1, *shape)
-        start = stop
-    return params
+    shapes = architecture.shapes
+    # Split rather than sliced, so that the gradient is assembled once, not once for each parameter.
+    parameters = torch.split(flat, [math.prod(shape) for shape in shapes.values()], 1)
+    return {name: p.reshape(-1, *shape) for (name, shape), p in zip(shapes.items(), parameters, strict=True)}
 
 
 def select(params: Params, index: Tensor) -> Params:

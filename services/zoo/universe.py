@@ -13,7 +13,7 @@ from ethogram.errors import InvalidInput
 from services.runtime import seeds
 from services.zoo.hashing import hash_sequences
 from services.zoo.patterns import Pattern, membership
-from services.zoo.sampling import MAX_ENUMERATED, count, sample
+from services.zoo.sampling import MAX_ENUMERATED, count, enumerate_sequences, sample
 
 TRAIN, VALIDATION, HELD_OUT = 0, 1, 2
 # Held-out is large so that a pattern of 42 sequences still has 17 for evaluation.
@@ -21,7 +21,8 @@ SHARES = (0.5, 0.1, 0.4)
 _QUICKLY_ENUMERATED = 1_000_000
 # A pattern with fewer sequences than this is split by rank, so that its shares are exact.
 SMALL = 4096
-_PROBES_OF_EQUALITY = 4096
+# Members on which two patterns are compared.
+_COMPARED = 4096
 
 
 class Universe:
@@ -36,15 +37,14 @@ class Universe:
 
     @property
     def enumerated(self) -> bool:
-        """Whether all sequences fit in memory."""
+        """Whether the universe is small enough to enumerate."""
         return self.size <= MAX_ENUMERATED
 
     @cached_property
     def sequences(self) -> Tensor:
         """Every sequence in alphabetical order: int64 ``[size, length]``."""
         assert self.enumerated
-        places = self.vocab_size ** torch.arange(self.length - 1, -1, -1)
-        return torch.arange(self.size).unsqueeze(1) // places % self.vocab_size
+        return enumerate_sequences(self.vocab_size, self.length)
 
     @cached_property
     def membership(self) -> Tensor:
@@ -82,21 +82,21 @@ class Universe:
     def all_members(self, pattern: int) -> Tensor:
         """Every member of a small pattern: int64 ``[count, length]``, in the order of their hashes."""
         if self.size <= _QUICKLY_ENUMERATED:
-            found = self.sequences[self.membership[:, pattern]]
+            members = self.sequences[self.membership[:, pattern]]
         else:
             # Draw until all were seen. A set of n takes about n ln n draws; the size may be estimated.
-            generator, wanted = seeds.generator(0, "members", self.patterns[pattern].name), self.counts[pattern]
-            found, before = self.members(pattern, 0, generator), -1
-            while len(found) < wanted if self.exact(pattern) else len(found) > before:
-                before = len(found)
-                found = distinct(torch.cat([found, self.members(pattern, 4 * wanted, generator)]))
-        return found[hash_sequences(found).argsort()]
+            generator, size = seeds.generator(0, "members", self.patterns[pattern].name), self.counts[pattern]
+            members, before = self.members(pattern, 0, generator), -1
+            while len(members) < size if self.exact(pattern) else len(members) > before:
+                before = len(members)
+                members = distinct(torch.cat([members, self.members(pattern, 4 * size, generator)]))
+        return members[hash_sequences(members).argsort()]
 
     def split_of(self, sequences: Tensor) -> Tensor:
-        """The split of each sequence ``[n, length]``: uint8 ``[n]``. It depends on nothing but the sequence.
+        """The split of each sequence ``[n, length]``: uint8 ``[n]``. It depends on nothing but the sequence's hash.
 
-        By its hash; but the members of each small pattern are ranked by their hash first, the rarest pattern
-        deciding, so that each split has its share of every pattern, however small.
+        The members of a small pattern are ranked by their hash, rarest pattern first, so that each split has its share
+        of every pattern, however small.
         """
         hashes = hash_sequences(sequences)
         # 24 bits of the hash as a fraction.
@@ -104,8 +104,8 @@ class Universe:
         splits = _by_fraction(fraction)
         known, ranked = self._ranked
         if len(known):
-            place = torch.searchsorted(known, hashes).clamp_(max=len(known) - 1)
-            splits = torch.where(known[place] == hashes, ranked[place], splits)
+            index = torch.searchsorted(known, hashes).clamp_(max=len(known) - 1)
+            splits = torch.where(known[index] == hashes, ranked[index], splits)
         return splits
 
     @cached_property
@@ -122,25 +122,23 @@ class Universe:
         return hashes[order], splits[order]
 
     def check(self, field: str = "spec.patterns") -> None:
-        """Raise :class:`InvalidInput` where a pattern is empty, everything, or the same set as another."""
-        place = f"at vocab_size {self.vocab_size} and sequence_length {self.length}"
+        """Raise :class:`InvalidInput` where a pattern matches nothing, everything, or the same set as another."""
+        here = f"at vocab_size {self.vocab_size} and sequence_length {self.length}"
         for i, (pattern, size) in enumerate(zip(self.patterns, self.counts, strict=True)):
-            if size == 0:
-                raise InvalidInput.field(f"{field}.{i}", f"no sequence matches {pattern.name} {place}; leave it out")
-            if size == self.size:
-                raise InvalidInput.field(f"{field}.{i}", f"every sequence matches {pattern.name} {place}; leave it out")
+            if size in (0, self.size):
+                text = f"{'every' if size else 'no'} sequence matches {pattern.name} {here}; leave it out"
+                raise InvalidInput.field(f"{field}.{i}", text)
         for j, i in combinations(range(len(self.patterns)), 2):
-            alike = self.counts[i] == self.counts[j] or not (self.exact(i) and self.exact(j))
-            if alike and self._same_set(i, j):
+            possible = self.counts[i] == self.counts[j] or not (self.exact(i) and self.exact(j))
+            if possible and self._same_set(i, j):
                 names = f"{self.patterns[i].name} and {self.patterns[j].name}"
-                raise InvalidInput.field(f"{field}.{i}", f"{names} are the same set {place}; drop one")
+                raise InvalidInput.field(f"{field}.{i}", f"{names} are the same set {here}; drop one")
 
     def _same_set(self, i: int, j: int) -> bool:
-        """Whether two patterns of equal size are the same set: judged by members of each, and exactly where the
-        universe is enumerated."""
+        """Whether two patterns are the same set: exact where the universe is enumerated, else by sampled members."""
         generator = seeds.generator(0, "equality")
         for a, b in ((i, j), (j, i)):
-            if not self.patterns[b].matches(self.members(a, _PROBES_OF_EQUALITY, generator)).all():
+            if not self.patterns[b].matches(self.members(a, _COMPARED, generator)).all():
                 return False
         return not self.enumerated or torch.equal(self.membership[:, i], self.membership[:, j])
 

@@ -13,7 +13,8 @@ import pytest
 
 from ethogram.errors import Conflict, InvalidInput, NotFound
 from services.artifacts import store as store_module
-from services.artifacts.store import ArtifactStore, ModelPointer
+from services.artifacts.manifest import ModelPointer
+from services.artifacts.store import ArtifactStore
 
 
 @pytest.fixture(params=["folder", "memory"])

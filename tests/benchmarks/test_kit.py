@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
+import os
 import subprocess
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from benchmarks import _kit
 from ethogram.bench import Figure
 from ethogram.specs.clt import PolicySpec
+from services.runtime.run import Run
 
 
 @pytest.fixture
@@ -31,7 +34,8 @@ def test_figures_are_kept_but_no_times(cache: _kit.Cache) -> None:
         return {"gap": 0.5, "minutes": 3.0, "seconds": 180.0}
 
     def measured(afresh: bool = False) -> _kit.Measured:
-        return cache.measured("part", [PolicySpec()], [str(Path("source").absolute())], measure, afresh=afresh)
+        cache.afresh = afresh
+        return cache.measured("part", [PolicySpec()], [str(Path("source").absolute())], measure)
 
     first, again = measured(), measured()
     assert len(calls) == 1 and first.numbers["minutes"] == 3.0 and not first.kept
@@ -89,3 +93,23 @@ def test_children() -> None:
     assert json.loads(_kit.call("_kit") or "0") == 0
     with pytest.raises(subprocess.CalledProcessError):
         _kit.call("_direct")
+    assert _kit.in_child(os.getpid) != os.getpid()
+    with pytest.raises(ZeroDivisionError):
+        _kit.in_child(operator.truediv, 1, 0)
+
+
+def test_minutes_of_a_resumed_training_are_not_known(tmp_path: Path) -> None:
+    def train(run: Run) -> str:
+        if run.resume is None:
+            run.checkpoint(1, lambda folder: (folder / "state.json").touch())
+        return "model"
+
+    def evaluate(model: str, run: Run) -> dict[str, float]:
+        if run.resume is None:
+            raise KeyboardInterrupt
+        return {"gap": 0.5}
+
+    assert _kit.trained(tmp_path / "whole", train, lambda model, run: {"gap": 1.0}).keys() == {"gap", "minutes"}
+    with pytest.raises(KeyboardInterrupt):
+        _kit.trained(tmp_path / "interrupted", train, evaluate)
+    assert _kit.trained(tmp_path / "interrupted", train, evaluate) == {"gap": 0.5}

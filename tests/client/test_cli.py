@@ -114,7 +114,7 @@ def test_a_dry_run_shows_every_default_and_queues_nothing(cli: Cli, client: Clie
         (["submit", "generation"], "a: [\n", "line 2"),
         (["submit", "generation", "--set", "training.steps=many"], None, "spec.training.steps"),
         (["submit", "generation", "--set", "training.steps"], None, "write PATH=VALUE"),
-        (["submit", "generation", "--label", "x"], None, "write KEY=VALUE"),
+        (["submit", "generation", "--label", "x"], None, "--label: x is not of the form KEY=VALUE"),
         (["submit", "generation", "--priority", "high"], None, "--priority"),
         (["submit", "generation", "--nothing"], None, "--nothing"),
         (["submit", "generation", "-f", "nowhere.yaml"], None, "nowhere.yaml cannot be read"),

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ethogram.cli.networks import _write
+from ethogram.cli.networks import _written
+from ethogram.cli.output import result
 from ethogram.networks import load, save
 
 
@@ -28,10 +29,12 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_many_strengths_are_summarised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = {"target": 0.9, "local": 0.0, "nothing_to_change": 1, "strength": [0.0, 1.0, 1.25, 2.0]}
-    _write(tmp_path / "out.safetensors", {"weight": np.zeros((4, 3))}, False, **more)
+    networks = {"weight": np.zeros((4, 3))}
+    _written(tmp_path / "out.safetensors", networks, **more).show()
     said = "".join(capsys.readouterr())
     assert "strength: 0 to 2, median 1.125, 0 for 1 of 4 networks" in said
-    _write(tmp_path / "out.safetensors", {"weight": np.zeros((4, 3))}, False, **more | {"strength": 1.0})
+    _written(tmp_path / "out.safetensors", networks, **more | {"strength": 1.0}).show()
     assert "strength: 1.0" in "".join(capsys.readouterr())
-    _write(tmp_path / "out.safetensors", {"weight": np.zeros((4, 3))}, True, **more)
+    answer = _written(tmp_path / "out.safetensors", networks, **more)
+    result(answer.value, True, answer.show)
     assert json.loads(capsys.readouterr().out)["strength"] == more["strength"]

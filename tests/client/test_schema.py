@@ -41,7 +41,7 @@ def test_every_field_is_listed_with_its_meaning(kind: Kind) -> None:
 
 def test_ranges_and_optional_parts_have_bounds_and_defaults() -> None:
     found = {field.path: field for field in fields(KINDS["generation"].spec.model_json_schema())}
-    assert found["subject.neurons.max"] == Field("subject.neurons.max", "integer, >= 1, <= 512", "16", "The most.")
+    assert found["subject.neurons.max"] == Field("subject.neurons.max", "integer, >= 1, <= 512", "16", "Maximum.")
     assert found["staged.learning_rate.min"].default == "0.001"
     assert found["staged.corruption_rate"].default == "0.3"
     assert found["hub.repo"].default == "(required)"

@@ -14,7 +14,7 @@ from ethogram.cli.execute import execute
 from ethogram.cli.options import system_app
 from ethogram.errors import InvalidInput
 from services.clt.activations.collect import ROOT, collect
-from services.clt.activations.commands import add_commands
+from services.clt.activations.commands import app as activation_commands
 from services.clt.activations.loader import everything
 from services.clt.activations.pairs import export, inspect, pair_name, pairs_of
 from services.clt.activations.sources import CHUNK
@@ -103,7 +103,7 @@ def test_an_export_of_a_part_has_whole_instances_alone(store: ActivationStore, t
 
 def run_command(*arguments: str) -> int:
     app = system_app("clt", "Commands.")
-    add_commands(app)
+    app.add_typer(activation_commands)
     with pytest.raises(SystemExit) as left:
         execute(app, "clt", list(arguments))
     return int(left.value.code or 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from services.clt.policy import decode
-from services.clt.policy.decode import greedy, log_likelihood, multistart, sample
+from services.clt.policy.decode import greedy, log_likelihood, multistart, sample, tables
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import instances
 from services.runtime.seeds import generator
@@ -37,7 +37,7 @@ def step_logits(policy: AttentionPolicy, cities: Tensor, tour: list[int]) -> Ten
 def test_likelihood_is_that_of_the_steps(cities: Tensor, chosen: bool, graph_context: bool) -> None:
     policy = small_policy(graph_context=graph_context)
     tours = sample(policy, cities, 3, generator(0, "tours"), start=2)
-    whole = log_likelihood(policy, cities, tours, chosen=chosen)
+    whole = log_likelihood(tables(policy, policy.encoder(cities)), tours, chosen)
     for index, tour in enumerate(tours[0].tolist()):
         steps = range(0 if chosen else 1, NODES)
         alone = sum(float(step_logits(policy, cities, tour[:k]).log_softmax(-1)[tour[k]]) for k in steps)
@@ -80,7 +80,7 @@ def test_samples_come_as_often_as_the_policy_says() -> None:
     cities = instances(1, 4, generator(3, "cities"))
     tours = sample(policy, cities, 4000, generator(0, "tours"))[0]
     kinds, counts = torch.unique(tours, dim=0, return_counts=True)
-    chances = log_likelihood(policy, cities, kinds.unsqueeze(0))[0].exp()
+    chances = log_likelihood(tables(policy, policy.encoder(cities)), kinds.unsqueeze(0), True)[0].exp()
     assert float((counts / 4000 - chances).abs().max()) < 5 * math.sqrt(0.25 / 4000)
     # Of all 24 tours, those that never came are rare.
     assert float(chances.sum()) > 0.98
@@ -89,7 +89,8 @@ def test_samples_come_as_often_as_the_policy_says() -> None:
 
 def test_gradients_reach_encoder_and_decoder(cities: Tensor) -> None:
     policy = small_policy().train().requires_grad_(True)
-    log_likelihood(policy, cities, multistart(policy, cities), chosen=True).sum().backward()  # type: ignore[no-untyped-call]
+    known = tables(policy, policy.encoder(cities))
+    log_likelihood(known, multistart(policy, cities), True).sum().backward()  # type: ignore[no-untyped-call]
     for name, parameter in policy.named_parameters():
         # Queries and keys see no difference of what is added to all keys.
         assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), name

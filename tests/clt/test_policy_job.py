@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def test_gap_of_an_exact_solver_is_none(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_default_policy_is_trained_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
-    first = job.default_policy(run=recorder, spec=policy_spec())
+    monkeypatch.setattr(job, "ConsoleRun", lambda *_, **__: nullcontext(recorder))
+    first = job.default_policy(spec=policy_spec())
     assert recorder.stage_names == ["train"] and recorder.done[-1] == 6
     monkeypatch.setattr(job, "PolicyTrainer", None)
     # The evaluation has no part in it.
@@ -96,4 +98,4 @@ def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert call(*given) == 0
     assert AttentionPolicy.load(tmp_path / "policy").nodes == 7
     assert call(*given) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err

@@ -120,13 +120,14 @@ from services.clt.sparse import kernels
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_kernels_do_all_rows_whatever_the_threads(threads: int) -> None:
+def test_the_kernels_do_all_rows_whatever_the_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     seen = np.zeros(37, np.int64)
 
     def kernel(begin: int, end: int, out: Any) -> None:
         out[begin:end] += 1
 
-    kernels.spread(kernel, 37, threads, seen)
+    kernels.spread(kernel, 37, seen)
     assert (seen == 1).all()
 
 

@@ -21,7 +21,7 @@ from scripts.contracts import SYSTEMS
 from services.artifacts.store import ArtifactStore
 from services.kinds import input_refs, request_type, spec_message
 from workers.process import Child
-from workers.slots import Slot
+from workers.settings import Slot
 
 
 def check_rest(kind: Kind) -> None:

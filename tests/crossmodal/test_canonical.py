@@ -43,7 +43,7 @@ def test_copies_in_another_order_and_scale_become_one(which: int) -> None:
     canonical = first.apply(plain)
     torch.testing.assert_close(canonical, second.apply(other), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(second.undo(canonical), other, rtol=1e-4, atol=1e-5)
-    said = layout.answers(canonical.unsqueeze(1), rows, inputs.T).squeeze(1)
+    said = layout.logits(canonical.unsqueeze(1), rows, inputs.T).squeeze(1)
     torch.testing.assert_close(said, forward(networks, inputs, shape.activation), rtol=1e-4, atol=1e-5)
     if shape.activation == "relu":
         norms = layout.strip(canonical, which)[:, : shape.input_size * 6].view(3, 6, -1).norm(dim=2)

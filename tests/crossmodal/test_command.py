@@ -117,13 +117,13 @@ def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     RunFolder(out).begin(tiny_spec(seed=1))
     RunFolder(out).begin(tiny_spec(seed=1))
     (out / "spec.json").write_text(tiny_spec(seed=2).model_dump_json(indent=2))
-    refused(out, "begun with another spec")
+    refused(out, "holds a run of another spec")
     RunFolder(tmp_path / "other").begin(tiny_spec(seed=1))
     (tmp_path / "other" / "report").mkdir()
     refused(tmp_path / "other", "holds a finished run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    refused(tmp_path / "mine", "is no run")
+    refused(tmp_path / "mine", "is not a run")
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def test_parts_keep_buddies_together() -> None:
 
 def test_a_part_without_a_pair_is_refused(zoo: Zoo) -> None:
     CodecTrainer(tiny_spec(training={"batch_size": 8, "accumulation": 2}), zoo, world=World(1, 2))
-    with pytest.raises(InvalidInput, match="4 pairs of subjects are fewer than the 6 parts") as caught:
+    with pytest.raises(InvalidInput, match="4 pairs of subjects, too few for 6 parts") as caught:
         CodecTrainer(tiny_spec(training={"batch_size": 8, "accumulation": 3}), zoo, world=World(1, 2))
     assert caught.value.violations[0].field == "spec.training.batch_size"
 

@@ -13,7 +13,7 @@ from ethogram.errors import InvalidInput
 from services.crossmodal import report
 from services.crossmodal.codec import Codec
 from services.crossmodal.evaluate import STRENGTHS, evaluate
-from services.crossmodal.report import pareto, principal_places, write_report
+from services.crossmodal.report import pareto, principal_positions, write_report
 from services.zoo.dataset import Zoo
 
 
@@ -64,14 +64,14 @@ def test_pareto_front_is_what_no_other_point_beats() -> None:
     assert pareto(points) == [(-0.5, 1.0), (-0.05, 0.9), (0.0, 0.1)]
 
 
-def test_principal_places_keep_the_widest_spread() -> None:
+def test_principal_positions_keep_the_widest_spread() -> None:
     latents = torch.randn(200, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 9.0, 0.1, 3.0, 0.1])
-    places, title = principal_places(latents)
-    assert places.shape == (200, 2)
-    assert float(places[:, 0].std()) == pytest.approx(9, rel=0.2)
+    positions, title = principal_positions(latents)
+    assert positions.shape == (200, 2)
+    assert float(positions[:, 0].std()) == pytest.approx(9, rel=0.2)
     assert "PCA: 9" in title or "PCA: 8" in title
-    line, title = principal_places(latents[:, :1])
+    line, title = principal_positions(latents[:, :1])
     assert torch.equal(line[:, 1], torch.zeros(200)) and float(line[:, 0].std()) > 0
     assert "PCA: 100% and 0%" in title
-    nowhere, title = principal_places(torch.ones(4, 3))
+    nowhere, title = principal_positions(torch.ones(4, 3))
     assert torch.equal(nowhere, torch.zeros(4, 2)) and "PCA: 0% and 0%" in title

@@ -19,7 +19,7 @@ from services.crossmodal.steering import (
     toggle,
 )
 from services.zoo.dataset import Zoo
-from services.zoo.layout import answers
+from services.zoo.layout import logits_of
 from services.zoo.subjects import encode, flatten, forward, select
 from services.zoo.universe import TRAIN
 
@@ -91,9 +91,9 @@ def test_answers_equal_the_plain_forward_pass(zoo: Zoo) -> None:
     weights = flatten(select(zoo.params, torch.arange(6)))
     inputs = zoo.probe_inputs
     plain = forward(select(zoo.params, torch.arange(6)), inputs)
-    shared = answers(weights.view(3, 2, -1), inputs.T, zoo.architecture)
+    shared = logits_of(weights.view(3, 2, -1), inputs.T, zoo.architecture)
     torch.testing.assert_close(shared.reshape(6, -1), plain, rtol=1e-4, atol=1e-4)
-    own = answers(weights.view(3, 2, -1), inputs.T.expand(3, -1, -1), zoo.architecture)
+    own = logits_of(weights.view(3, 2, -1), inputs.T.expand(3, -1, -1), zoo.architecture)
     torch.testing.assert_close(own.reshape(6, -1), plain, rtol=1e-4, atol=1e-4)
 
 

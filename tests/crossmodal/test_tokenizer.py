@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from services.crossmodal.tokenizer import METADATA, Tokenizer
 from services.zoo.layout import Layout
-from services.zoo.subjects import Architecture, flatten, init
+from services.zoo.subjects import Architecture, flatten, init, unflatten
 from tests.zoo.test_layout import architectures
 
 COLUMN = {name: i for i, name in enumerate(METADATA)}
@@ -30,8 +30,8 @@ def test_round_trip_is_exact_whatever_the_shapes_of_a_batch(
     assert bool((tokens.values[~tokens.mask] == 0).all()) and bool((tokens.metadata[~tokens.mask] == 0).all())
     for i, shape in enumerate(shapes):
         params = init(shape, torch.arange(2))
-        alone = tokenizer.tokenize(params, i)
-        back = tokenizer.detokenize(alone.values, i)
+        alone = tokenizer.weights.tokens(layout.pad(flatten(params), i), rows[rows == i])
+        back = unflatten(layout.strip(tokenizer.weights.vectors(alone.values, rows[rows == i], layout.size), i), shape)
         assert all(torch.equal(back[name], params[name]) for name in params)
         assert torch.equal(alone.values, tokens.values[rows == i])
 

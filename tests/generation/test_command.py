@@ -74,7 +74,7 @@ def test_the_report_says_what_its_numbers_are(zoo: Path) -> None:
 
 def test_what_is_there_is_not_overwritten(zoo: Path, spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("make", "-f", spec, "-o", zoo) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_what_was_interrupted_goes_on(
@@ -141,7 +141,7 @@ def test_what_fails_leaves_nothing_behind(
     assert call("import", "them/set", "-o", tmp_path / "new") == 1
     assert "SOURCE: the Hugging Face Hub cannot be reached" in capsys.readouterr().err
     assert call("upload", zoo, "zoo") == 2
-    assert "OWNER/NAME: zoo is no name" in capsys.readouterr().err
+    assert "OWNER/NAME: zoo is not a name that the Hub allows" in capsys.readouterr().err
     shutil.copytree(zoo, tmp_path / "broken")
     (tmp_path / "broken" / "data" / "train-000000.parquet").write_bytes(b"PAR1")
     assert call("report", tmp_path / "broken", "-o", tmp_path / "new") == 2

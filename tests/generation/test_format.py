@@ -15,14 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import FormatSpec, GenerationSpec
-from services.generation.format import (
-    TrainingDataFormatter,
-    parse_patterns,
-    parse_weights,
-    score_classification,
-    score_modification,
-)
+from services.generation.format import TrainingDataFormatter, parse_patterns, parse_weights
 from services.generation.pipeline import DatasetGenerationPipeline
+from services.generation.score import score_classification, score_modification
 from services.zoo.patterns import Pattern, from_specs
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, flatten
@@ -159,8 +154,8 @@ def test_a_tokenizer_that_is_not_there_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": {"include_modification": True}}, "takes staged training"),
-        ({"format": {"include_classification": False}}, "asks for no task"),
+        ({"format": {"include_modification": True}}, "needs staged training"),
+        ({"format": {"include_classification": False}}, "includes no task"),
     ],
 )
 def test_tasks_that_cannot_be_are_told(changes: dict[str, Any], said: str) -> None:

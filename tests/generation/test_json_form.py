@@ -145,7 +145,7 @@ def test_names_are_given_a_meaning(tmp_path: Path) -> None:
     metadata = json.dumps({"selected_patterns": ["starts_with"], "target_pattern": "starts_with"})
     file = tmp_path / "set.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([published(metadata=metadata)]), file)
-    with pytest.raises(InvalidInput, match="say what it is with patterns"):
+    with pytest.raises(InvalidInput, match="starts_with is not a built-in pattern; define it with patterns"):
         import_json(file, tmp_path / "zoo")
     patterns = [PatternSpec(name="starts_with", token="C"), PatternSpec(name="no_repeats")]
     import_json(
@@ -196,7 +196,7 @@ def test_a_record_that_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any]
 
 
 def test_files_that_are_none_are_told(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="no file"):
+    with pytest.raises(InvalidInput, match="neither a file nor a folder"):
         import_json(tmp_path / "nothing", tmp_path / "zoo")
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     with pytest.raises(InvalidInput, match="cannot be read"):

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from services.generation.data import Batches, keys, select_patterns, slots
 from services.generation.population import Dropout, Population, cosine, params_of, state_of, with_ones
+from services.zoo.layout import Layout
 from services.zoo.patterns import from_specs
 from services.zoo.pools import Pools
-from services.zoo.subjects import Architecture, encode, flatten, init, own_places
+from services.zoo.subjects import Architecture, encode, flatten, init
 from services.zoo.universe import TRAIN, Universe
 from tests.generation.conftest import PATTERNS
 from tests.zoo.test_subjects import MODULES, module
@@ -83,7 +84,7 @@ def test_widths_and_rates_of_ones_own_equal_training_alone(activation: str, drop
 
     together, losses = train(torch.arange(4), wide, draws)
     for model, width in enumerate(widths.tolist()):
-        own = own_places(wide, width)
+        own = Layout([wide, wide._replace(hidden=(width,) * 3)]).positions[1]
         beyond = torch.ones(wide.size, dtype=torch.bool)
         beyond[own] = False
         assert not together[model, beyond].any(), "padding is no longer exactly zero"

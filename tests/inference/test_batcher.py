@@ -161,18 +161,18 @@ async def test_the_queue_is_bounded_and_room_comes_back() -> None:
         await batches.run("a", double, rows(1, 2, 3, 4))
 
 
-async def test_a_patient_request_waits_for_room() -> None:
+async def test_a_waiting_request_waits_for_room() -> None:
     double = Doubler()
     double.gate.clear()
     async with batcher(max_wait=0, max_pending_rows=4) as batches:
         first = asyncio.create_task(batches.run("a", double, rows(1, 2, 3)))
         await entered(double)
-        patient = [asyncio.create_task(batches.run("a", double, rows(i, i), patient=True)) for i in (4, 5, 6)]
+        waiting = [asyncio.create_task(batches.run("a", double, rows(i, i), wait_for_room=True)) for i in (4, 5, 6)]
         await asyncio.sleep(0.01)
-        patient[1].cancel()
+        waiting[1].cancel()
         double.gate.set()
         await first
-        answers = await asyncio.gather(*patient, return_exceptions=True)
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
     assert isinstance(answers[1], asyncio.CancelledError)
     assert [answer["y"].tolist() for answer in answers if isinstance(answer, dict)] == [[8, 8], [12, 12]]
 

@@ -122,7 +122,7 @@ def test_networks_of_several_shapes_are_steered_and_decoded(
             client.encode("mixed", arrays(params))
         with pytest.raises(InvalidInput, match=r"architecture: say which; this model knows 20-5-1 relu"):
             client.decode("mixed", latents.numpy())
-        with pytest.raises(InvalidInput, match=r"architecture: one that the model was not trained on"):
+        with pytest.raises(InvalidInput, match=r"architecture: an architecture that the model was not trained on"):
             client.decode("mixed", latents.numpy(), hidden=[7])
 
 

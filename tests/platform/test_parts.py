@@ -150,9 +150,9 @@ def test_a_child_that_dies_is_started_again_after_ever_longer_pauses(tmp_path: P
         assert child.revive() is None
         os.kill(first, signal.SIGKILL)
         until(lambda: child.exit_code is not None)
-        assert "worker ended (SIGKILL); starting it again in 0.5 s" in (child.revive() or "")
+        assert "worker ended (SIGKILL); restarting it in 0.5 s" in (child.revive() or "")
         assert child.pid is None
-        until(lambda: child.revive() == "worker started again")
+        until(lambda: child.revive() == "worker restarted")
         second = child.pid
         assert second not in (None, first)
         os.kill(second or 0, signal.SIGKILL)

@@ -136,7 +136,7 @@ def test_processes_that_die_are_started_again(running: tuple[subprocess.Popen[st
         return all(f"{name} ended" in spoken for name in ("redis", "gateway", "worker", "reconciler", "inference"))
 
     until(all_said, 10)
-    assert "starting it again in 0.5 s; its log: " in spoken
+    assert "restarting it in 0.5 s; its log: " in spoken
 
     def whole() -> bool:
         try:

@@ -112,7 +112,7 @@ def test_a_run_leaves_its_artifacts_metrics_spec_and_result(tmp_path: Path, caps
     kept = files(Path("out"))
     for steps in ("2", "4"):
         assert call("toy", "-i", "table=table", "--set", f"steps={steps}", "-o", "out") == 2
-        assert "--output: out is there already and holds a finished run" in capsys.readouterr().err
+        assert "--output: out exists already and holds a finished run" in capsys.readouterr().err
     assert files(Path("out")) == kept
 
 
@@ -125,7 +125,7 @@ def test_an_interrupted_run_resumes_and_is_no_other_runs(
     assert "Run the same command again to resume from the last checkpoint, or delete out." in capsys.readouterr().err
     kept = files(Path("out"))
     assert call(*typed, "--set", "steps=7") == 2
-    assert "--output: out was begun with another spec" in capsys.readouterr().err
+    assert "--output: out holds a run of another spec" in capsys.readouterr().err
     assert files(Path("out")) == kept
     # The same spec, written otherwise.
     spec = Path("out/spec.json")
@@ -155,9 +155,9 @@ def test_what_ends_before_a_checkpoint_leaves_nothing_but_a_store(capsys: pytest
     [
         (["toi"], "KIND: there is no kind 'toi'; there are: generation,"),
         (["toy", "--input", "tabel=table"], "--input: toy has no input 'tabel'; its inputs: table, hint"),
-        (["toy", "--input", "table"], "--input: table: write NAME=PATH"),
+        (["toy", "--input", "table"], "--input: table is not of the form NAME=PATH"),
         (["toy"], "--input: toy needs a file or folder for table, as table=PATH"),
-        (["toy", "--input", "table=nowhere"], "--input: nowhere is no file or folder"),
+        (["toy", "--input", "table=nowhere"], "--input: nowhere is not a file or folder"),
         (["toy", "-i", "table=table", "--set", "hint.artifact=x"], "spec.hint: names an artifact of a platform"),
         (["toy", "-i", "table=table", "--set", "step=1"], "spec.step: there is no such field"),
         (["toy", "-i", "table=table", "--device", "gpu"], "--device: gpu is none of cpu"),
@@ -176,7 +176,7 @@ def test_a_folder_of_something_else_is_left_alone(capsys: pytest.CaptureFixture[
     Path("out").mkdir()
     Path("out/thesis.txt").write_text("all of it")
     assert call("toy", "-i", "table=table", "-o", "out") == 2
-    assert "is no run" in capsys.readouterr().err
+    assert "is not a run" in capsys.readouterr().err
     assert [file.name for file in Path("out").iterdir()] == ["thesis.txt"]
 
 

@@ -23,8 +23,7 @@ from tests.conftest import free_port
 from workers.metrics import ReconcilerMetrics
 from workers.process import MAX_SOCKET_PATH, Child, child_environment, describe_exit
 from workers.reconciler import Reconciler
-from workers.settings import WorkerSettings
-from workers.slots import Slot, slots_of
+from workers.settings import Slot, WorkerSettings, slots_of
 
 SLOT = Slot(0, "cpu", 2, "")
 

@@ -31,13 +31,13 @@ SPEC = GenerationSpec(
 
 @pytest.fixture(scope="module")
 def zoo() -> Zoo:
-    architecture = Architecture.of(SPEC)
+    architecture = Architecture(5, 4, SPEC.subject.input_encoding, (3,), "relu")
     universe = Universe(5, 4, from_specs(SPEC.patterns, 5, 4))
-    params = init(architecture, torch.arange(4))
+    networks = [(architecture, row) for row in flatten(init(architecture, torch.arange(4)))]
     chosen = probes(universe, 6)
     labels = torch.tensor([[True, False], [False, True], [True, True], [False, False]])
     accuracy = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
-    return Zoo.of(SPEC, torch.tensor([0, 2, 5, 9]), params, labels=labels, accuracy=accuracy, probes=chosen)
+    return Zoo.of_shapes(SPEC, torch.tensor([0, 2, 5, 9]), networks, labels=labels, accuracy=accuracy, probes=chosen)
 
 
 def test_round_trip(zoo: Zoo, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_padding_and_stripping_are_inverse_and_keep_what_networks_compute(shapes
     assert bool((vectors[~layout.present[rows]] == 0).all())
     inputs = torch.rand(20, 7)
     order = torch.randperm(len(rows))
-    found = layout.answers(vectors[order].unsqueeze(1), rows[order], inputs).squeeze(1)
+    found = layout.logits(vectors[order].unsqueeze(1), rows[order], inputs).squeeze(1)
     for i, shape in enumerate(shapes):
         plain = forward(unflatten(own[i], shape), inputs.T, shape.activation)
         torch.testing.assert_close(
@@ -59,7 +59,7 @@ def test_gradients_reach_every_variant_of_every_shape() -> None:
     layout = Layout(shapes)
     vectors = torch.stack([layout.pad(flatten(networks(shape, 1)), i)[0] for i, shape in enumerate(shapes)])
     variants = vectors.unsqueeze(1).repeat(1, 2, 1).requires_grad_()
-    layout.answers(variants, torch.arange(4), torch.rand(4, 20, 9)).sum().backward()  # type: ignore[no-untyped-call]
+    layout.logits(variants, torch.arange(4), torch.rand(4, 20, 9)).sum().backward()  # type: ignore[no-untyped-call]
     assert variants.grad is not None
     reached = variants.grad.abs().sum((1, 2)) > 0
     assert reached.tolist() == [True] * 4

@@ -1,5 +1,4 @@
-"""Hook points: places in a model whose activations can be recorded, and the order in which a forward pass meets
-them."""
+"""Hook points of a model, where activations can be recorded, and the order in which a forward pass reaches them."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ _MLP_SUFFIXES: dict[SourceKind, Pair] = {"policy": ("_pre_mlp", "_mlp"), "langua
 
 @dataclass(frozen=True)
 class HookPoint:
-    """One place of a model."""
+    """Input or output of one module of a model."""
 
     name: str
     module: str
@@ -131,12 +131,10 @@ def trace(
     for field, point in points:
         shapes = [seen for other, seen in met if other == point]
         if not shapes:
-            text = f"no tensor passes {point.name} in a forward pass; hook another module"
-            raise InvalidInput.field(field, text)
+            raise InvalidInput.field(field, f"no tensor passes {point.name} in a forward pass; hook another module")
         if len(shapes) > 1:
-            raise InvalidInput.field(
-                field, f"{point.name} runs several times in a forward pass; hook what is around it"
-            )
+            text = f"{point.name} runs several times in a forward pass; hook the module around it"
+            raise InvalidInput.field(field, text)
         if len(shapes[0]) != 3 or shapes[0][:2] != shape:
             text = f"{point.name} has shape {list(shapes[0])} for {shape[0]} instances of {shape[1]} positions"
             raise InvalidInput.field(field, f"{text}, not a vector for each position; hook another module")
@@ -162,30 +160,25 @@ def _watching(
 ) -> Iterator[None]:
     """Call ``on_tensor`` whenever a forward pass meets a point."""
 
-    def before(point: HookPoint) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensor = _first([*args, kwargs.get("hidden_states"), *kwargs.values()])
-            if tensor is not None:
-                on_tensor(point, tensor)
+    def watch(point: HookPoint, value: object) -> None:
+        tensor = _first(value)
+        if tensor is not None:
+            on_tensor(point, tensor)
 
-        return hook
+    def on_input(point: HookPoint, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watch(point, [*args, kwargs.get("hidden_states"), *kwargs.values()])
 
-    def after(point: HookPoint) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            tensor = _first(output)
-            if tensor is not None:
-                on_tensor(point, tensor)
-
-        return hook
+    def on_output(point: HookPoint, _: nn.Module, args: object, output: object) -> None:
+        watch(point, output)
 
     handles = []
     try:
         for point in points:
             module = model.get_submodule(point.module)
             if point.side == "input":
-                handles.append(module.register_forward_pre_hook(before(point), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(partial(on_input, point), with_kwargs=True))
             else:
-                handles.append(module.register_forward_hook(after(point)))
+                handles.append(module.register_forward_hook(partial(on_output, point)))
         yield
     finally:
         for handle in handles:
@@ -196,8 +189,8 @@ def _first(value: object) -> Tensor | None:
     """The first tensor of a module's arguments or result."""
     if isinstance(value, Tensor):
         return value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return next((part for part in parts if isinstance(part, Tensor)), None)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return next((item for item in items if isinstance(item, Tensor)), None)
 
 
 def unknown_point(field: str, name: str, names: Sequence[str]) -> InvalidInput:

@@ -43,7 +43,7 @@ class Group(NamedTuple):
     """The order in which they come, int64 ``[rows]``; the same for all hook points."""
 
 
-class Coming(NamedTuple):
+class PendingGroup(NamedTuple):
     """A group that is being read into ``memory``."""
 
     key: tuple[int, int]
@@ -59,9 +59,9 @@ class Batches:
     too, so a batch may lie across them and none is short. :meth:`at` is a pure function of seed and step, so
     a run resumes from its step alone.
 
-    In memory there is the present group, half the size of a shard of the asked hook points, and with ``prefetch`` the
-    next one, which a thread reads meanwhile: with what is read and copied, less than two shards in all. Use it as a
-    context manager, or call :meth:`close`.
+    The current group, half the size of a shard of the requested hook points, is in memory, and with ``prefetch`` the
+    next one, which a thread reads meanwhile: less than two shards in all, copies included. Use it as a context manager,
+    or call :meth:`close`.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Batches:
             raise InvalidInput.field("activations", f"the store has no {split} rows; record more instances")
         self._store, self._hooks, self._size, self._split, self._seed = store, list(hooks), batch_size, split, seed
         self._epoch = lru_cache(maxsize=2)(self._plan)
-        self._here: Group | None = None
-        self._next: Coming | None = None
-        self._pool = ThreadPoolExecutor(1, "batches") if prefetch else None
-        # The same throughout: what threads free is not given back to the system.
+        self._current: Group | None = None
+        self._next: PendingGroup | None = None
+        self._prefetch, self._pool = prefetch, ThreadPoolExecutor(1, "batches")
+        # Allocated once: what threads free is not given back to the system.
         most = 2 * max(-(-shard.rows // 4) for shard in store.shards(split))
         self._free = [
             [torch.empty(most, store.widths[hook], dtype=store.dtype) for hook in hooks] for _ in range(1 + prefetch)
@@ -103,10 +103,9 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """End the thread and let go of the rows."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        self._pool = self._here = self._next = None
+        """End the thread and free the rows."""
+        self._pool.shutdown(cancel_futures=True)
+        self._current = self._next = None
         self._free.clear()
 
     def at(self, step: int, rank: int = 0, size: int = 1) -> list[Tensor]:
@@ -114,19 +113,19 @@ class Batches:
         is process ``rank``'s of ``size``."""
         start = step * self._size + self._size * rank // size
         stop = step * self._size + self._size * (rank + 1) // size
-        made = [torch.empty(stop - start, self._store.widths[hook]) for hook in self._hooks]
+        batches = [torch.empty(stop - start, self._store.widths[hook]) for hook in self._hooks]
         row = start
         while row < stop:
-            epoch, inside = divmod(row, self.rows)
+            epoch, position = divmod(row, self.rows)
             starts = self._epoch(epoch).starts
-            number = bisect_right(starts, inside) - 1
+            number = bisect_right(starts, position) - 1
             group = self._group(epoch, number)
-            first = inside - starts[number]
+            first = position - starts[number]
             chosen = group.order[first : first + stop - row]
-            for batch, rows in zip(made, group.memory, strict=True):
+            for batch, rows in zip(batches, group.memory, strict=True):
                 batch[row - start : row - start + len(chosen)] = rows.index_select(0, chosen)
             row += len(chosen)
-        return made
+        return batches
 
     def _plan(self, epoch: int) -> Epoch:
         shards = self._store.shards(self._split)
@@ -143,42 +142,34 @@ class Batches:
 
     def _group(self, epoch: int, number: int) -> Group:
         key = (epoch, number)
-        if self._here is None or self._here.key != key:
-            if self._here is not None:
-                self._free.append(self._here.memory)
-                self._here = None
-            coming, self._next = self._next, None
-            if coming is None:
-                coming = self._begin(key, ahead=False)
-            elif coming.key != key:
-                self._give_up(coming)
-                coming = self._begin(key, ahead=False)
+        if self._current is None or self._current.key != key:
+            if self._current is not None:
+                self._free.append(self._current.memory)
+                self._current = None
+            pending, self._next = self._next, None
+            if pending is not None and pending.key != key:
+                self._discard(pending)
+                pending = None
+            pending = pending or self._begin(key)
             try:
-                self._here = coming.group.result()
+                self._current = pending.group.result()
             except BaseException:
-                self._give_up(coming)
+                self._discard(pending)
                 raise
-            if self._pool is not None:
+            if self._prefetch:
                 last = number + 1 == len(self._epoch(epoch).groups)
-                self._next = self._begin((epoch + 1, 0) if last else (epoch, number + 1), ahead=True)
-        return self._here
+                self._next = self._begin((epoch + 1, 0) if last else (epoch, number + 1))
+        return self._current
 
-    def _begin(self, key: tuple[int, int], *, ahead: bool) -> Coming:
+    def _begin(self, key: tuple[int, int]) -> PendingGroup:
         memory = self._free.pop()
-        if ahead and self._pool is not None:
-            return Coming(key, memory, self._pool.submit(self._load, key, memory))
-        group: Future[Group] = Future()
-        try:
-            group.set_result(self._load(key, memory))
-        except BaseException as error:
-            group.set_exception(error)
-        return Coming(key, memory, group)
+        return PendingGroup(key, memory, self._pool.submit(self._load, key, memory))
 
-    def _give_up(self, coming: Coming) -> None:
+    def _discard(self, pending: PendingGroup) -> None:
         """Take back the memory of a group that is not needed."""
-        if not coming.group.cancel():
-            coming.group.exception()
-        self._free.append(coming.memory)
+        if not pending.group.cancel():
+            pending.group.exception()
+        self._free.append(pending.memory)
 
     def _load(self, key: tuple[int, int], memory: list[Tensor]) -> Group:
         epoch, number = key
@@ -197,12 +188,12 @@ def everything(store: ActivationStore, hooks: Sequence[str], split: str, limit: 
     """The first ``limit`` rows of a split in the order of the files, float32 ``[rows, d]`` of each hook point."""
     store.require_hooks(hooks, "hooks")
     total = min(store.rows(split), store.rows(split) if limit is None else limit)
-    made, done = [torch.empty(total, store.widths[hook]) for hook in hooks], 0
+    tensors, done = [torch.empty(total, store.widths[hook]) for hook in hooks], 0
     for number, shard in enumerate(store.shards(split)):
         count = min(shard.rows, total - done)
         if count <= 0:
             break
-        for whole, hook in zip(made, hooks, strict=True):
-            whole[done : done + count] = store.read(split, number, [hook], 0, count)[0]
+        for tensor, hook in zip(tensors, hooks, strict=True):
+            tensor[done : done + count] = store.read(split, number, [hook], 0, count)[0]
         done += count
-    return made
+    return tensors

@@ -36,11 +36,6 @@ def pair_name(source: str, target: str) -> str:
     return f"clt_{begin}_to_{end}"
 
 
-def tensor_names(source: str, target: str) -> tuple[str, str]:
-    """Names of a pair's two tensors."""
-    return f"source_{source}", f"target_{target}"
-
-
 def pairs_of(store: ActivationStore, names: Sequence[str] = (), field: str = "--pair") -> list[Pair]:
     """The pairs ``SOURCE->TARGET`` of ``names``; without, those that were asked for when the store was made, or else
     what enters and leaves each MLP. Raises :class:`InvalidInput` for those that are not possible."""
@@ -121,7 +116,7 @@ def export(
     Rows are in the order of instances and positions, of both splits, of the first ``instances`` instances. Raises
     :class:`InvalidInput` when there are not as many.
     """
-    chosen = _instances(store)
+    chosen = _complete_instances(store)
     if instances is not None:
         if len(chosen) < instances:
             text = f"the store has {len(chosen)} whole instances; ask for at most as many"
@@ -132,13 +127,19 @@ def export(
     for source, target in pairs:
         pair_folder = folder / pair_name(source, target)
         pair_folder.mkdir(parents=True, exist_ok=True)
-        names, sides = tensor_names(source, target), dict[str, Any]()
-        for name, hook, file in zip(names, (source, target), ("sources.pt", "targets.pt"), strict=True):
+        sides = dict[str, Any]()
+        for side, hook in (("source", source), ("target", target)):
             rows = _ordered(store, hook, chosen)
+            file = f"{side}s.pt"
             torch.save(rows, pair_folder / file)
-            about = {"name": name, "hook": hook, "file": file, "shape": list(rows.shape)}
-            mean, std = rows.double().mean(0), rows.double().std(0, correction=0)
-            sides[name.partition("_")[0]] = about | {"mean": mean.tolist(), "std": std.tolist()}
+            sides[side] = {
+                "name": f"{side}_{hook}",
+                "hook": hook,
+                "file": file,
+                "shape": list(rows.shape),
+                "mean": rows.double().mean(0).tolist(),
+                "std": rows.double().std(0, correction=0).tolist(),
+            }
         manifest = store.manifest
         metadata: dict[str, Any] = {
             "format": 1,
@@ -150,40 +151,36 @@ def export(
             "first_position": manifest.first_position,
             "policy": manifest.source.model_dump(),
             "dtype": {"stored": manifest.dtype, "exported": "float32"},
-            "validation_instances": sorted(set(chosen.tolist()) & set(_of_split(store, VALIDATION))),
+            "validation_instances": sorted(set(chosen.tolist()) & set(_instance_ids(store, VALIDATION).tolist())),
         }
         (pair_folder / "metadata.json").write_text(json.dumps(metadata, indent=1))
         written.append(metadata)
     return written
 
 
-def _column(store: ActivationStore, split: str, name: str) -> Tensor:
-    parts = [store.read(split, number, [name])[0] for number in range(len(store.shards(split)))]
-    return torch.cat([torch.empty(0, dtype=torch.int32), *parts])
+def _instance_ids(store: ActivationStore, split: str) -> Tensor:
+    """The instance of each row of a split: int32 ``[rows]``."""
+    shards = [store.read(split, number, ["instance"])[0] for number in range(len(store.shards(split)))]
+    return torch.cat([torch.empty(0, dtype=torch.int32), *shards])
 
 
-def _of_split(store: ActivationStore, split: str) -> list[int]:
-    found: list[int] = np.unique(_column(store, split, "instance").numpy()).tolist()
-    return found
-
-
-def _instances(store: ActivationStore) -> Tensor:
-    """Ids of the instances all of whose rows are there, ascending: an interruption leaves others too."""
-    every = torch.cat([_column(store, split, "instance") for split in SPLITS])
-    ids, counts = np.unique(every.numpy(), return_counts=True)
+def _complete_instances(store: ActivationStore) -> Tensor:
+    """Ids of the instances with all their rows, ascending; an interrupted recording has others too."""
+    rows = torch.cat([_instance_ids(store, split) for split in SPLITS])
+    ids, counts = np.unique(rows.numpy(), return_counts=True)
     return torch.from_numpy(ids[counts == store.manifest.rows_per_instance])
 
 
 def _ordered(store: ActivationStore, hook: str, chosen: Tensor) -> Tensor:
-    """Rows of the instances ``chosen``, which are ascending, in their order and that of the positions."""
-    each, first = store.manifest.rows_per_instance, store.manifest.first_position
-    found = torch.empty(len(chosen) * each, store.widths[hook])
+    """Rows of the instances ``chosen`` (ascending), ordered by instance and position."""
+    per_instance, first = store.manifest.rows_per_instance, store.manifest.first_position
+    ordered = torch.empty(len(chosen) * per_instance, store.widths[hook])
     for split in SPLITS:
         for number in range(len(store.shards(split))):
             ids, positions = store.read(split, number, ["instance", "position"])
-            place = torch.searchsorted(chosen, ids).clamp(max=len(chosen) - 1)
-            wanted = chosen[place] == ids
-            if bool(wanted.any()):
-                rows = store.read(split, number, [hook])[0][wanted]
-                found[place[wanted] * each + positions[wanted] - first] = rows.float()
-    return found
+            index = torch.searchsorted(chosen, ids).clamp(max=len(chosen) - 1)
+            selected = chosen[index] == ids
+            if bool(selected.any()):
+                rows = store.read(split, number, [hook])[0][selected]
+                ordered[index[selected] * per_instance + positions[selected] - first] = rows.float()
+    return ordered

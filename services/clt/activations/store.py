@@ -8,7 +8,6 @@ split. They are in random order within blocks of :data:`BLOCK` shards. An interr
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Unavailable
+from services.artifacts.backends import disk_is_full
 from services.clt.activations.hooks import Pair, SourceKind, mlp_pairs
 from services.clt.activations.statistics import Moments, Statistics
 from services.runtime.reading import reading
@@ -252,7 +252,7 @@ class Writer:
         self.folder, self.manifest = folder, manifest
         self._widths = {hook.name: hook.width for hook in manifest.hooks}
         self._block = BLOCK * manifest.shard_instances
-        self._instances = {split: self._kept(split) for split in SPLITS}
+        self._instances = {split: self._written(split) for split in SPLITS}
         self._buffers: dict[str, dict[str, Tensor]] = {}
         self._filled = dict.fromkeys(SPLITS, 0)
         self._moments = load_moments(ActivationStore(folder, manifest), device)
@@ -313,7 +313,7 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder; rows of blocks that are not full are lost."""
+        """Unlock the folder; rows of blocks that are not full are lost."""
         self._buffers.clear()
         if self._lock is not None:
             os.close(self._lock)
@@ -336,18 +336,20 @@ class Writer:
         Raises :class:`InvalidInput` for numbers that are not finite in the store's precision, and :class:`Unavailable`
         when the disk is full.
         """
-        count, each = len(instances), self.manifest.rows_per_instance
+        count, per_instance = len(instances), self.manifest.rows_per_instance
         assert count <= self.room(split)
-        buffers = self._buffers.get(split) or self._buffers.setdefault(split, self._new(split))
-        start, stop = self._filled[split], self._filled[split] + count * each
+        buffers = self._buffers.get(split) or self._buffers.setdefault(split, self._new_buffers(split))
+        start, stop = self._filled[split], self._filled[split] + count * per_instance
         for name in self._widths:
             rows = values[name].flatten(0, 1)
             if not bool(rows.isfinite().all()):
-                raise InvalidInput.field("spec.hooks", self._not_finite(name))
+                half = self.manifest.dtype == "float16"
+                hint = " in float16; set dtype to bfloat16 or float32" if half else "; check the model's weights"
+                raise InvalidInput.field("spec.hooks", f"{name} has numbers that are not finite{hint}")
             buffers[name][start:stop] = rows
         first = self.manifest.first_position
-        buffers["instance"][start:stop] = instances.repeat_interleave(each)
-        buffers["position"][start:stop] = torch.arange(first, first + each).repeat(count)
+        buffers["instance"][start:stop] = instances.repeat_interleave(per_instance)
+        buffers["position"][start:stop] = torch.arange(first, first + per_instance).repeat(count)
         self._filled[split] = stop
         if self.room(split) == 0:
             self._flush(split)
@@ -357,7 +359,7 @@ class Writer:
         assert all(self.instances(split) == self.manifest.wanted(split) for split in SPLITS)
         if not self.manifest.complete:
             self.manifest.complete = True
-            self._note()
+            self._write_manifest()
         return ActivationStore(self.folder, self.manifest)
 
     def files(self) -> list[Path]:
@@ -365,19 +367,14 @@ class Writer:
         names = [shard.file for split in SPLITS for shard in self.manifest.splits[split]]
         return [path for name in (*names, STATISTICS, MANIFEST) if (path := self.folder / name).exists()]
 
-    def _kept(self, split: str) -> int:
+    def _written(self, split: str) -> int:
         return self.manifest.rows(split) // self.manifest.rows_per_instance
 
-    def _new(self, split: str) -> dict[str, Tensor]:
+    def _new_buffers(self, split: str) -> dict[str, Tensor]:
         rows = self.room(split) * self.manifest.rows_per_instance
-        made = {name: torch.empty(rows, dtype=torch.int32) for name in ("instance", "position")}
+        buffers = {name: torch.empty(rows, dtype=torch.int32) for name in ("instance", "position")}
         dtype = DTYPES[self.manifest.dtype]
-        return made | {name: torch.empty(rows, width, dtype=dtype) for name, width in self._widths.items()}
-
-    def _not_finite(self, name: str) -> str:
-        if self.manifest.dtype == "float16":
-            return f"{name} has numbers that are not finite in float16; set dtype to bfloat16 or float32"
-        return f"{name} has numbers that are not finite; see that the model's weights are"
+        return buffers | {name: torch.empty(rows, width, dtype=dtype) for name, width in self._widths.items()}
 
     def _flush(self, split: str) -> None:
         """Write a block: its rows in random order."""
@@ -395,22 +392,26 @@ class Writer:
             with self._writing():
                 size, sha256 = write_shard(self.folder / file, columns, index, add_moments)
             shards.append(Shard(file=file, rows=len(index), bytes=size, sha256=sha256))
-            self._note()
+            self._write_manifest()
         if split == TRAIN:
             self._save_moments()
-        self._instances[split] = self._kept(split)
+        self._instances[split] = self._written(split)
         self._filled[split] = 0
         del self._buffers[split]
 
-    def _note(self) -> None:
+    def _write_manifest(self) -> None:
         with self._writing():
             write_durably(self.folder / MANIFEST, [self.manifest.model_dump_json(indent=1).encode()])
 
     def _save_moments(self) -> None:
-        found = {f"{hook}|{name}": t for hook, one in self._moments.items() for name, t in one.tensors().items()}
+        tensors = {
+            f"{hook}|{name}": tensor
+            for hook, moments in self._moments.items()
+            for name, tensor in moments.tensors().items()
+        }
         with self._writing():
-            _, self.manifest.statistics = write_durably(self.folder / STATISTICS, [save(found)])
-        self._note()
+            _, self.manifest.statistics = write_durably(self.folder / STATISTICS, [save(tensors)])
+        self._write_manifest()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -420,30 +421,29 @@ class Writer:
         except OSError as error:
             rows = {split: self.manifest.rows(split) for split in SPLITS}
             kept = f"{rows[TRAIN]} training and {rows[VALIDATION]} validation rows are kept"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if disk_is_full(error):
                 text = f"{self.folder} has no space left; {kept} there. Free some space and run it again to resume"
                 raise Unavailable(text) from error
             raise Unavailable(f"{self.folder} cannot be written ({error.strerror}); {kept} there") from error
 
 
 def load_moments(store: ActivationStore, device: str = "cpu") -> dict[str, Moments]:
-    """Moments of the training rows that the manifest names: those in the file, or where it is missing, tells of other
-    rows, as an interruption leaves it, or has other bytes than were written, those of the shards."""
-    rows, found, path = store.rows(TRAIN), dict[str, Moments](), store.folder / STATISTICS
-    known = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(known).hexdigest() == store.manifest.statistics:
-        tensors = load(known)
-        for hook in store.hooks:
-            own = {name.rpartition("|")[2]: t for name, t in tensors.items() if name.rpartition("|")[0] == hook}
-            if own:
-                found[hook] = Moments.of(own, device)
-    if found.keys() == set(store.hooks) and all(moments.rows == rows for moments in found.values()):
-        return found
-    found = {hook: Moments(width, device) for hook, width in store.widths.items()}
+    """Moments of the training rows, by hook point: those in the file, or computed from the shards if it is missing, has
+    other bytes than were written or, after an interruption, covers other rows."""
+    path, by_hook = store.folder / STATISTICS, dict[str, dict[str, Tensor]]()
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() == store.manifest.statistics:
+        for name, tensor in load(content).items():
+            hook, _, kind = name.rpartition("|")
+            by_hook.setdefault(hook, {})[kind] = tensor
+    saved = {hook: Moments.of(tensors, device) for hook, tensors in by_hook.items()}
+    if saved.keys() == set(store.hooks) and all(moments.rows == store.rows(TRAIN) for moments in saved.values()):
+        return saved
+    computed = {hook: Moments(width, device) for hook, width in store.widths.items()}
     for number in range(len(store.shards(TRAIN))):
-        for hook, moments in found.items():
+        for hook, moments in computed.items():
             moments.add(store.read(TRAIN, number, [hook])[0])
-    return found
+    return computed
 
 
 def follow(folder: Path) -> Path:

@@ -19,23 +19,22 @@ _CHUNK = 100
 
 
 class Evaluation(NamedTuple):
-    """Lengths of tours of the same instances."""
+    """Tours of the same instances by the policy and by the solver."""
 
     cities: Tensor
     """``[instances, nodes, 2]``."""
     shortest: Tensor
     """The solver's tours, ``[instances, 1, nodes]``."""
     tours: Tensor
-    """The policy's greedy ones from one start, ``[instances, 1, nodes]``."""
+    """The policy's greedy tours from one start, ``[instances, 1, nodes]``."""
     gaps: dict[str, Tensor]
-    """By how they were found, how much longer than the solver's they are, as a share, ``[instances]``, float64:
-    ``greedy`` from one start, ``multistart``: the shortest of those from each city, ``sampled``: of several drawn."""
+    """How much longer than the solver's the policy's tours are, as a share, ``[instances]``, float64: ``greedy`` tours
+    from one start, ``multistart``: the shortest of those from each city, ``sampled``: the shortest sample."""
 
     @property
     def figures(self) -> dict[str, float]:
-        """Means over the instances, and mean lengths."""
-        found = {f"gap_{name}": float(values.mean()) for name, values in self.gaps.items()}
-        return found | {
+        """Mean gap by kind of tour, ``gap_<kind>``, and mean lengths."""
+        return {f"gap_{kind}": float(values.mean()) for kind, values in self.gaps.items()} | {
             "length_greedy": float(lengths(self.cities, self.tours).mean()),
             "length_solver": float(lengths(self.cities, self.shortest).mean()),
         }
@@ -47,27 +46,25 @@ def evaluation_instances(spec: PolicySpec) -> Tensor:
 
 
 def evaluate(policy: AttentionPolicy, cities: Tensor, samples: int, seed: int, run: Run | None = None) -> Evaluation:
-    """Compare the policy's tours of ``cities`` with the solver's; of ``samples`` drawn ones too, unless 0."""
+    """Compare the policy's tours of ``cities`` ``[instances, nodes, 2]`` with the solver's; also ``samples`` sampled
+    tours per instance, unless 0."""
     run = run or Run()
     run.stage("solve", len(cities), "instances")
     shortest = reference(cities, run.advance)
     run.advance(len(cities))
     run.stage("evaluate", len(cities), "instances")
     device = next(policy.parameters()).device
-    rng = generator(seed, "samples")
-    one, found = [], []
+    sampling = generator(seed, "samples")
+    greedy_tours, chunks = [], []
     for begin in range(0, len(cities), _CHUNK):
-        part = cities[begin : begin + _CHUNK].to(device)
-        stream = policy.encoder(part)
-        ways = {
-            "greedy": (tours := greedy(policy, part, stream=stream)),
-            "multistart": multistart(policy, part, stream),
-        }
+        chunk = cities[begin : begin + _CHUNK].to(device)
+        stream = policy.encoder(chunk)
+        tours = {"greedy": greedy(policy, chunk, stream=stream), "multistart": multistart(policy, chunk, stream)}
         if samples:
-            ways["sampled"] = sample(policy, part, samples, rng, stream=stream)
-        one.append(tours.cpu())
-        found.append({name: lengths(part, tours).amin(1).cpu() for name, tours in ways.items()})
-        run.advance(begin + len(part))
+            tours["sampled"] = sample(policy, chunk, samples, sampling, stream=stream)
+        greedy_tours.append(tours["greedy"].cpu())
+        chunks.append({kind: lengths(chunk, paths).amin(1).cpu() for kind, paths in tours.items()})
+        run.advance(begin + len(chunk))
     least = lengths(cities, shortest)[:, 0]
-    by_way = {name: gaps(torch.cat([part[name] for part in found]), least) for name in found[0]}
-    return Evaluation(cities, shortest, torch.cat(one), by_way)
+    by_kind = {kind: gaps(torch.cat([chunk[kind] for chunk in chunks]), least) for kind in chunks[0]}
+    return Evaluation(cities, shortest, torch.cat(greedy_tours), by_kind)

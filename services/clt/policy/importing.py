@@ -12,7 +12,6 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -57,63 +56,61 @@ def import_rl4co(
     """Write the policy in ``source``, a Lightning checkpoint of rl4co's ``AttentionModel`` or ``POMO`` or its state
     dict, into ``folder``.
 
-    ``nodes``: cities that it was trained on, where its settings do not say; ``heads``: the same, else 8;
-    ``graph_context``: whether its query has the mean of the cities; None: as its settings say, else that it has. A
-    policy that was trained from each city, as POMO is, is given its first city; others choose it. Raises
-    :class:`InvalidInput` for what is no such checkpoint, with the weights that are unknown or missing.
+    ``nodes``: cities per training instance, used if the settings do not give them. ``heads`` and ``graph_context``
+    (whether the query contains the mean of the cities) override the settings; without either, 8 and True. A policy
+    trained from every start city, as POMO is, is given its first city; others choose it. Raises :class:`InvalidInput`
+    for anything but such a checkpoint, naming the unknown or missing weights.
     """
-    about: Any = read_checkpoint(source) if isinstance(source, Path) else source
-    if not isinstance(about, Mapping):
+    checkpoint: Any = read_checkpoint(source) if isinstance(source, Path) else source
+    if not isinstance(checkpoint, Mapping):
         raise InvalidInput.field(_FIELD, "holds no mapping; give a Lightning checkpoint of rl4co or its state dict")
-    settings = about.get("hyper_parameters", {})
-    state = about.get("state_dict", about)
+    state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise InvalidInput.field(_FIELD, "holds no weights; give a Lightning checkpoint of rl4co or its state dict")
-    options = _options(settings)
+    settings = _settings(checkpoint)
     weights = _renamed(state)
     try:
-        embed, wide = weights["encoder.embed.weight"], weights["encoder.layers.0.mlp.0.weight"]
-        layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layers."))
+        embedding, feed_forward = weights["encoder.embed.weight"], weights["encoder.layers.0.mlp.0.weight"]
         spec = PolicyModelSpec(
-            hidden_dim=embed.shape[0],
-            layers=layers,
-            heads=heads or _number(options.get("num_heads")) or 8,
-            feed_forward=wide.shape[0],
-            graph_context=bool(options.get("use_graph_context", True)) if graph_context is None else graph_context,
-            clipping=clipping if isinstance(clipping := options.get("tanh_clipping"), int | float) else 10.0,
+            hidden_dim=len(embedding),
+            layers=1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layers.")),
+            heads=heads or _number(settings.get("num_heads")) or 8,
+            feed_forward=len(feed_forward),
+            graph_context=bool(settings.get("use_graph_context", True)) if graph_context is None else graph_context,
+            clipping=clipping if isinstance(clipping := settings.get("tanh_clipping"), int | float) else 10.0,
         )
     except KeyError as error:
         raise InvalidInput.field(_FIELD, f"has no {error.args[0]}, so it is no attention model of rl4co") from None
     except ValidationError as error:
         raise InvalidInput.from_pydantic(error, _FIELD) from None
-    policy = AttentionPolicy(spec, _number(options.get("num_loc")) or nodes)
-    pomo = "num_starts" in options or options.get("baseline") == "shared"
+    policy = AttentionPolicy(spec, _number(settings.get("num_loc")) or nodes)
+    pomo = "num_starts" in settings or settings.get("baseline") == "shared"
     policy.chooses_start = not pomo and spec.graph_context
-    wanted = policy.state_dict()
+    initial = policy.state_dict()
     # A POMO policy has these two, but uses neither.
-    missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
-    if not policy.chooses_start:
-        missing = [name for name in missing if name not in ("decoder.placeholder", "decoder.fixed.weight")]
+    unused = () if policy.chooses_start else ("decoder.placeholder", "decoder.fixed.weight")
+    missing = [name for name in initial.keys() - weights.keys() - {*unused} if "num_batches_tracked" not in name]
     if any("running_" in name for name in missing):
-        what = "has no running means, so it was trained with instance normalisation; a policy has batch normalisation"
-        raise InvalidInput.field(_FIELD, f"{what}: train with normalization=batch")
+        text = "has no running means, so it was trained with instance normalisation; a policy has batch normalisation"
+        raise InvalidInput.field(_FIELD, f"{text}: train with normalization=batch")
     if missing:
-        raise InvalidInput.field(_FIELD, f"lacks {', '.join(missing[:5])}")
+        raise InvalidInput.field(_FIELD, f"lacks {', '.join(sorted(missing)[:5])}")
     for name, value in weights.items():
-        if name in wanted and value.shape != wanted[name].shape:
-            shapes = f"has shape {list(value.shape)} instead of {list(wanted[name].shape)}"
+        if name in initial and value.shape != initial[name].shape:
+            shapes = f"has shape {list(value.shape)} instead of {list(initial[name].shape)}"
             raise InvalidInput.field(_FIELD, f"{name} {shapes}")
-    policy.load_state_dict(wanted | weights)
+    policy.load_state_dict(initial | weights)
     policy.eval().requires_grad_(False)
     policy.save(folder, {"source": "rl4co"})
     return policy
 
 
-def _options(settings: object) -> dict[str, Any]:
-    """The settings as far as they can be read, those of the policy among them."""
-    found = dict(settings) if isinstance(settings, Mapping) else {}
-    inner = found.get("policy_kwargs")
-    return found | (dict(inner) if isinstance(inner, Mapping) else {})
+def _settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The readable hyperparameters, including the policy's."""
+    settings = checkpoint.get("hyper_parameters")
+    settings = dict(settings) if isinstance(settings, Mapping) else {}
+    policy = settings.get("policy_kwargs")
+    return settings | (dict(policy) if isinstance(policy, Mapping) else {})
 
 
 def _number(value: object) -> int | None:
@@ -121,74 +118,56 @@ def _number(value: object) -> int | None:
 
 
 def _renamed(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The policy's weights by our names. Raises :class:`InvalidInput` for one that is unknown."""
-    inside = any(str(name).startswith("policy.") for name in state)
-    found: dict[str, Tensor] = {}
+    """The policy's weights under our names. Raises :class:`InvalidInput` for unknown weights."""
+    names = {str(name): value for name, value in state.items() if not str(name).startswith("baseline.")}
+    prefix = "policy." if any(name.startswith("policy.") for name in names) else ""
+    weights: dict[str, Tensor] = {}
     unknown = []
-    for name, value in state.items():
-        if str(name).startswith("baseline."):
-            continue
-        own = _own(str(name).removeprefix("policy.")) if str(name).startswith("policy.") or not inside else None
-        if own is None or not isinstance(value, Tensor):
-            unknown.append(str(name))
+    for name, value in names.items():
+        ours = _our_name(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if ours is None or not isinstance(value, Tensor):
+            unknown.append(name)
         else:
-            found[own] = value.detach() if own.endswith("num_batches_tracked") else value.detach().float()
+            weights[ours] = value.detach() if ours.endswith("num_batches_tracked") else value.detach().float()
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise InvalidInput.field(
             _FIELD, f"has weights that no attention model of rl4co has: {', '.join(unknown[:5])}{more}"
         )
-    return found
+    return weights
 
 
-def _own(name: str) -> str | None:
+def _our_name(name: str) -> str | None:
     if name in _PLAIN:
         return _PLAIN[name]
     module, _, kind = name.rpartition(".")
     if module in _PLAIN:
         return f"{_PLAIN[module]}.{kind}"
     layer = _LAYER.fullmatch(module)
-    inside = _IN_LAYER.get(layer[2]) if layer else None
-    return f"encoder.layers.{layer[1]}.{inside}.{kind}" if layer and inside else None
+    part = _IN_LAYER.get(layer[2]) if layer else None
+    return f"encoder.layers.{layer[1]}.{part}.{kind}" if layer and part else None
 
 
 class _Placeholder:
-    """Stands for an object of any class, which is not made."""
+    """Stands for an object of any class, which is not built; ignores whatever a pickle does to it."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
-    def __call__(self, *_: object, **__: object) -> _Placeholder:
-        return self
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-    # Objects that a pickle fills after making them, as lists and mappings are.
-    def append(self, _: object) -> None:
-        pass
-
-    def extend(self, _: object) -> None:
-        pass
-
-    def __setitem__(self, _: object, __: object) -> None:
-        pass
+    append = extend = __setitem__ = __init__
 
 
 _STORAGES = {
-    f"{name}Storage": dtype
-    for name, dtype in {
-        "Float": torch.float32,
-        "Double": torch.float64,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Long": torch.int64,
-        "Int": torch.int32,
-        "Short": torch.int16,
-        "Char": torch.int8,
-        "Byte": torch.uint8,
-        "Bool": torch.bool,
-    }.items()
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }
 
 
@@ -198,37 +177,29 @@ def _rebuild(storage: object, offset: int, size: tuple[int, ...], stride: tuple[
     return torch.as_strided(storage, size, stride, offset).clone()
 
 
-def _parameter(data: object, *_: object) -> object:
-    return data
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "_rebuild_tensor": _rebuild,
+    "_rebuild_tensor_v2": _rebuild,
+    "_rebuild_parameter": lambda tensor, *_: tensor,
 }
 
 
-def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*given: Any) -> Any:
-        return function(*given)
-
-    return call
-
-
 class _Unpickler(pickle.Unpickler):
-    """Makes tensors and plain containers."""
+    """Builds tensors and plain containers."""
 
     def __init__(self, file: Any, record: Callable[[str], bytes]) -> None:
         super().__init__(file, encoding="utf-8")
         self._record = record
 
     def find_class(self, module: str, name: str) -> Any:
-        found = _ALLOWED.get((module, name), _Placeholder)
-        # A pickle can set attributes of what it is given: it gets a function of its own.
-        return _own_copy(found) if isinstance(found, FunctionType) else found
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch._utils" and name in _FUNCTIONS:
+            # A new function each time, as a pickle can set attributes of what it is given.
+            return lambda *args: _FUNCTIONS[name](*args)  # noqa: PLW0108
+        return _Placeholder
 
     def persistent_load(self, pid: Any) -> Tensor:
         kind, dtype, key, _, count = pid
@@ -240,7 +211,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_checkpoint(file: Path) -> Any:
-    """What ``torch.save`` wrote into ``file``, made of tensors and plain containers. Raises :class:`InvalidInput`."""
+    """Contents of a file of ``torch.save``, as tensors and plain containers. Raises :class:`InvalidInput`."""
     try:
         with zipfile.ZipFile(file) as archive:
             prefix = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")

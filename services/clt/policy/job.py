@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicySpec
@@ -19,7 +16,7 @@ from services.clt.policy.evaluate import evaluate, evaluation_instances
 from services.clt.policy.model import CONFIG, FORMAT, AttentionPolicy
 from services.clt.policy.report import write_report
 from services.clt.policy.train import PolicyTrainer, train_policy
-from services.clt.policy.tsp import cache
+from services.clt.policy.tsp import cache_folder
 from services.runtime.console import ConsoleRun
 from services.runtime.run import Run
 from services.runtime.training import fit
@@ -37,36 +34,44 @@ def run(spec: PolicySpec, run: Run) -> dict[str, Any]:
         policy.save(Path(scratch, "policy"), {"spec": spec.model_dump(mode="json")})
         # First, so that nothing that fails later costs it.
         run.artifact("policy", "policy", Path(scratch, "policy"))
-        found = None
+        evaluation = None
         if spec.evaluation:
-            found = evaluate(policy, evaluation_instances(spec), spec.samples, spec.seed, run)
-        write_report(Path(scratch, "report"), spec, trainer.progress.history, found)
+            evaluation = evaluate(policy, evaluation_instances(spec), spec.samples, spec.seed, run)
+        write_report(Path(scratch, "report"), spec, trainer.progress.history, evaluation)
         run.artifact("report", "report", Path(scratch, "report"))
-    return {"figures": found.figures if found else {}}
+    return {"figures": evaluation.figures if evaluation else {}}
 
 
-def default_policy(device: str = "cpu", run: Run | None = None, spec: PolicySpec | None = None) -> AttentionPolicy:
+def default_policy(device: str = "cpu", spec: PolicySpec | None = None) -> AttentionPolicy:
     """The policy in :func:`default_folder`."""
-    return AttentionPolicy.load(default_folder(device, run, spec), device)
+    return AttentionPolicy.load(default_folder(device, spec), device)
 
 
-def default_folder(device: str = "cpu", run: Run | None = None, spec: PolicySpec | None = None) -> Path:
-    """Folder of the policy of the default spec (or of ``spec``, without its evaluation): trained once, with progress
-    and with checkpoints from which the next call goes on, and kept in the cache."""
+def default_folder(device: str = "cpu", spec: PolicySpec | None = None) -> Path:
+    """Folder of the policy of ``spec``, by default the default spec, without its evaluation.
+
+    It is trained once, resuming from checkpoints where a call was interrupted, and kept in the cache.
+    """
     spec = spec or PolicySpec()
-    kept = cache() / "policies" / _key(spec)
+    trained = json.dumps(spec.model_dump(mode="json", exclude={"evaluation", "samples", "wandb"}), sort_keys=True)
+    kept = cache_folder() / "policies" / hashlib.sha256(f"{FORMAT} {trained}".encode()).hexdigest()[:32]
     if not (kept / "policy" / CONFIG).exists():
         kept.mkdir(parents=True, exist_ok=True)
         with (kept / "lock").open("w") as lock:
-            # One process trains, others wait for what it makes.
+            # One process trains, others wait for its policy.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (kept / "policy" / CONFIG).exists():
-                _train_into(kept, spec, device, run)
+                with ConsoleRun(kept, device, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
+                    policy = train_policy(spec, run)
+                    fresh = kept / "policy.new"
+                    shutil.rmtree(fresh, ignore_errors=True)
+                    policy.save(fresh, {"spec": spec.model_dump(mode="json")})
+                    fresh.rename(kept / "policy")
     return kept / "policy"
 
 
 def named(name: str, device: str = "cpu") -> Path:
-    """The folder of the policy that a user means: a policy's, that of its run, or ``default``. Raises
+    """The folder of the policy that a user names: a policy's, that of its run, or ``default``. Raises
     :class:`InvalidInput` where there is none."""
     folder = Path(name)
     if name == "default" and not folder.exists():
@@ -75,35 +80,3 @@ def named(name: str, device: str = "cpu") -> Path:
         raise InvalidInput.field("POLICY", f"there is no folder {name}; name that of a policy, or `default`")
     within = folder / "policy"
     return within if not (folder / CONFIG).exists() and (within / CONFIG).exists() else folder
-
-
-def _train_into(kept: Path, spec: PolicySpec, device: str, run: Run | None) -> None:
-    with _Cached(kept, device, run) as own:
-        policy = train_policy(spec, own)
-        fresh = kept / "policy.new"
-        shutil.rmtree(fresh, ignore_errors=True)
-        policy.save(fresh, {"spec": spec.model_dump(mode="json")})
-        fresh.rename(kept / "policy")
-
-
-def _key(spec: PolicySpec) -> str:
-    """What the weights follow from."""
-    trained = json.dumps(spec.model_dump(mode="json", exclude={"evaluation", "samples", "wandb"}), sort_keys=True)
-    return hashlib.sha256(f"{FORMAT} {trained}".encode()).hexdigest()[:32]
-
-
-class _Cached(ConsoleRun):
-    """Keeps checkpoints in the cache, and tells another run, if there is one, instead of the terminal."""
-
-    def __init__(self, kept: Path, device: str, told: Run | None) -> None:
-        silent = None if told is None else Console(file=io.StringIO(), force_terminal=False)
-        super().__init__(kept, device, console=silent, checkpoint_seconds=_CHECKPOINT_SECONDS)
-        self._told = told or Run()
-
-    def stage(self, name: str, total: int, unit: str = "steps") -> None:
-        super().stage(name, total, unit)
-        self._told.stage(name, total, unit)
-
-    def advance(self, done: int) -> None:
-        super().advance(done)
-        self._told.advance(done)

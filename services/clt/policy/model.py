@@ -1,9 +1,8 @@
 """The attention model for the travelling salesman problem (Kool et al. 2019, arXiv 1803.08475).
 
 Cities are points of the unit square, ``[batch, nodes, 2]``. Each layer of the encoder is attention and an MLP, each
-with a skip and a batch normalisation after it, so at evaluation the stream passes a layer by an affine map and the two
-additions. The decoder builds a tour city by city: a query of the tour's first and last city attends to the cities that
-are left, and what it finds is compared with each of them.
+with a residual connection and batch normalisation after it. The decoder builds a tour city by city: a query of the
+tour's first and last city attends to the cities that are left, and the result, the glimpse, is compared with each.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ CONFIG, WEIGHTS = "policy.json", "policy.safetensors"
 
 
 class Attention(nn.Module):
-    """Multi-head attention of all cities to all."""
+    """Multi-head self-attention of all cities."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -40,12 +39,12 @@ class Attention(nn.Module):
     def forward(self, stream: Tensor) -> Tensor:
         """``[batch, nodes, width]`` to the same."""
         batch, nodes, width = stream.shape
-        parts = self.qkv(stream).view(batch, nodes, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        query, key, value = parts.unbind(0)
+        heads = self.qkv(stream).view(batch, nodes, 3, self.heads, width // self.heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
         # In bfloat16 the gradient of so small an attention takes ten times as long on a CPU.
         with torch.autocast(stream.device.type, enabled=False):
-            found = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
-        attended: Tensor = self.out(found.transpose(1, 2).reshape(batch, nodes, width))
+            mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+        attended: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, nodes, width))
         return attended
 
 
@@ -58,21 +57,21 @@ class Norm(nn.BatchNorm1d):
 
 
 class Layer(nn.Module):
-    """Attention and an MLP, each with a skip and a normalisation after it."""
+    """Attention and an MLP, each with a residual connection and normalisation after it."""
 
     def __init__(self, spec: PolicyModelSpec) -> None:
         super().__init__()
-        width, wide = spec.hidden_dim, spec.feed_forward
+        width = spec.hidden_dim
         self.attention = Attention(width, spec.heads)
         self.norm1 = Norm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, wide), nn.ReLU(), nn.Linear(wide, width))
+        self.mlp = nn.Sequential(nn.Linear(width, spec.feed_forward), nn.ReLU(), nn.Linear(spec.feed_forward, width))
         self.norm2 = Norm(width)
 
     def forward(self, stream: Tensor) -> Tensor:
         """``[batch, nodes, width]`` to the same."""
         stream = self.norm1(stream + self.attention(stream))
-        written: Tensor = self.norm2(stream + self.mlp(stream))
-        return written
+        stream = self.norm2(stream + self.mlp(stream))
+        return stream
 
 
 class PolicyEncoder(nn.Module):
@@ -92,26 +91,26 @@ class PolicyEncoder(nn.Module):
 
 
 class Memory(NamedTuple):
-    """What the decoder keeps of the cities of each instance."""
+    """What the decoder computes once per instance."""
 
     first: Tensor
-    """What each city adds to the query as the tour's first, ``[batch, nodes, width]``."""
+    """Query term of each city as the tour's first, ``[batch, nodes, width]``."""
     last: Tensor
-    """The same as the tour's last."""
+    """Query term of each city as the tour's last, same shape."""
     fixed: Tensor
-    """What the query has throughout, ``[batch, 1, width]``."""
+    """Query term of every step, ``[batch, 1, width]``."""
     start: Tensor
-    """What the query of an empty tour has instead of first and last, ``[width]``."""
+    """Query term of an empty tour, in place of first and last, ``[width]``."""
     key: Tensor
     """``[batch, heads, nodes, width / heads]``."""
     value: Tensor
-    """The same."""
+    """Same shape as ``key``."""
     compare: Tensor
-    """``[batch, nodes, width]``."""
+    """Keys that the glimpse is compared with, ``[batch, nodes, width]``."""
 
 
 class PolicyDecoder(nn.Module):
-    """The chance of each city to be the next."""
+    """Logits of the next city of a tour."""
 
     def __init__(self, spec: PolicyModelSpec) -> None:
         super().__init__()
@@ -124,42 +123,42 @@ class PolicyDecoder(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def memory(self, stream: Tensor) -> Memory:
-        """What is the same at every step, of the encoder's output ``[batch, nodes, width]``."""
+        """Memory of the encoder's output ``[batch, nodes, width]``."""
         batch, nodes, width = stream.shape
         key, value, compare = self.project(stream).chunk(3, -1)
         first, last = self.context.weight.chunk(2, 1)
         mean = self.fixed(stream.mean(1, keepdim=True)) if self.graph_context else stream.new_zeros(batch, 1, width)
-        key, value = (part.view(batch, nodes, self.heads, -1).transpose(1, 2) for part in (key, value))
+        key, value = (vectors.view(batch, nodes, self.heads, -1).transpose(1, 2) for vectors in (key, value))
         return Memory(stream @ first.T, stream @ last.T, mean, self.context(self.placeholder), key, value, compare)
 
     def logits(self, memory: Memory, query: Tensor, left: Tensor) -> Tensor:
-        """Logits ``[batch, queries, nodes]`` of the next city; ``query`` ``[batch, queries, width]``; ``left``: the
+        """Logits of the next city, ``[batch, queries, nodes]``. ``query``: ``[batch, queries, width]``; ``left``: the
         cities that are not yet in the tour, bool ``[batch, queries, nodes]``."""
         batch, queries, width = query.shape
         heads = query.view(batch, queries, self.heads, -1).transpose(1, 2)
-        found = F.scaled_dot_product_attention(heads, memory.key, memory.value, attn_mask=left.unsqueeze(1))
-        glimpse = self.out(found.transpose(1, 2).reshape(batch, queries, width))
-        likeness = glimpse @ memory.compare.transpose(1, 2) / math.sqrt(width)
-        return (self.clipping * torch.tanh(likeness.float())).masked_fill(~left, float("-inf"))
+        mixed = F.scaled_dot_product_attention(heads, memory.key, memory.value, attn_mask=left.unsqueeze(1))
+        glimpse = self.out(mixed.transpose(1, 2).reshape(batch, queries, width))
+        compatibility = glimpse @ memory.compare.transpose(1, 2) / math.sqrt(width)
+        return (self.clipping * torch.tanh(compatibility.float())).masked_fill(~left, float("-inf"))
 
 
 class AttentionPolicy(nn.Module):
-    """A policy for instances of ``nodes`` cities; it takes any other number too."""
+    """A policy trained on instances of ``nodes`` cities; it takes any other number too."""
 
     def __init__(self, spec: PolicyModelSpec, nodes: int) -> None:
         super().__init__()
         self.spec, self.nodes = spec, nodes
         self.chooses_start = False
-        """Whether it was trained to choose the first city too; else that is given."""
+        """Whether it was trained to choose the first city too; otherwise that is given."""
         self.encoder, self.decoder = PolicyEncoder(spec), PolicyDecoder(spec)
 
     @property
     def digest(self) -> str:
-        """Hash of architecture and weights."""
-        found = hashlib.sha256(f"{self.spec.model_dump_json()}{self.chooses_start}".encode())
+        """SHA-256 of architecture and weights."""
+        digest = hashlib.sha256(f"{self.spec.model_dump_json()}{self.chooses_start}".encode())
         for name, tensor in sorted(self.state_dict().items()):
-            found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, folder: Path, about: Mapping[str, object] | None = None) -> None:
         """Write ``policy.json`` and ``policy.safetensors``; ``about`` is kept in the former."""

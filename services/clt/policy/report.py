@@ -1,4 +1,4 @@
-"""The report of a policy: how training went, how far its tours are from the shortest, and some of both."""
+"""The report of a policy: its training, the gaps of its tours to the solver's, and some tours of both."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ethogram.specs.clt import PolicySpec
-from services.clt.policy.decode import construct, greedy, gumbel, tables, tour_log_likelihood
+from services.clt.policy.decode import construct, greedy, gumbel, log_likelihood, tables
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import instances, lengths
 from services.runtime import checkpoints
@@ -24,7 +24,7 @@ SIGNIFICANCE = 0.05
 
 
 def train_policy(spec: PolicySpec, run: Run | None = None) -> AttentionPolicy:
-    """Train a policy, see :func:`services.runtime.training.fit`."""
+    """Train a policy with :func:`services.runtime.training.fit`."""
     run = run or Run()
     trainer = PolicyTrainer(spec, run.device)
     fit(trainer, run)
@@ -32,7 +32,11 @@ def train_policy(spec: PolicySpec, run: Run | None = None) -> AttentionPolicy:
 
 
 class PolicyTrainer(Trainer):
-    """Trains the policy, and replaces a rollout baseline at validations."""
+    """Trains a policy by REINFORCE (Kool et al. 2019, arXiv 1803.08475).
+
+    The baseline is the mean length of the tours from all cities (POMO, Kwon et al. 2020, arXiv 2010.16011), or the
+    greedy rollout of the best policy so far, which validations replace.
+    """
 
     spec: PolicySpec
     monitor = "validation_length"
@@ -45,10 +49,8 @@ class PolicyTrainer(Trainer):
         initialize(self.policy, generator(spec.seed, "init"))
         self.policy.to(device).train()
         self.policy.chooses_start = training.baseline == "rollout"
-        self.baseline: AttentionPolicy | None = None
-        """The best policy so far, of a rollout baseline."""
-        if self.policy.chooses_start:
-            self.baseline = frozen(self.policy)
+        self.baseline = frozen(self.policy) if self.policy.chooses_start else None
+        """The best policy so far, for a rollout baseline."""
         self.optimization = Optimization(
             [{"params": list(self.policy.parameters())}],
             training,
@@ -73,17 +75,16 @@ class PolicyTrainer(Trainer):
         count = nodes if self.baseline is None else 1
         noise = gumbel(batch_size, count, nodes, generator(seed, "tours", self.step), self.device)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
-            # Once: sampling and learning must agree on the normalisation.
+            # Once: sampling and learning must agree on the batch normalisation.
             stream = self.policy.encoder(cities).float()
         known = tables(self.policy, stream)
         start = torch.arange(nodes, device=self.device).expand(batch_size, nodes) if self.baseline is None else None
-        tours = construct(known.detached(), start, noise)
+        tours = construct(known, start, noise)
         length = lengths(cities, tours)
-        if self.baseline is None:
-            expected = length.mean(1, keepdim=True)
-        else:
+        expected = length.mean(1, keepdim=True)
+        if self.baseline is not None:
             expected = lengths(cities, greedy(self.baseline, cities))
-        likelihood = tour_log_likelihood(known, tours, self.policy.chooses_start)
+        likelihood = log_likelihood(known, tours, self.policy.chooses_start)
         loss = ((length - expected) * likelihood).mean()
         self.optimization.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -127,7 +128,7 @@ class PolicyTrainer(Trainer):
 
 
 def initialize(policy: AttentionPolicy, generator: torch.Generator) -> None:
-    """Draw the weights: uniform within 1/sqrt(inputs), the placeholder within 1."""
+    """Draw the weights uniformly, within 1 / sqrt(inputs) of 0, and the placeholder within 1."""
     with torch.no_grad():
         for module in policy.modules():
             if isinstance(module, nn.Linear):
@@ -143,10 +144,10 @@ def frozen(policy: AttentionPolicy) -> AttentionPolicy:
 
 
 def better(new: Tensor, old: Tensor) -> bool:
-    """Whether tour lengths are smaller than others of the same instances, by a one-sided paired t-test."""
+    """Whether tour lengths are smaller than ``old`` ones of the same instances, by a one-sided paired t-test."""
     from scipy.stats import ttest_rel
 
-    if not bool((new != old).any()):
+    if torch.equal(new, old):
         return False
     test = ttest_rel(new.cpu().double().numpy(), old.cpu().double().numpy(), alternative="less")
     return bool(test.pvalue < SIGNIFICANCE)

@@ -1,4 +1,4 @@
-"""The travelling salesman problem: random instances, the length of tours, and what the shortest ones are.
+"""The travelling salesman problem: random instances, lengths of tours, and solvers.
 
 Instances are cities ``[batch, nodes, 2]``, tours are permutations of them ``[batch, tours, nodes]``, closed: the last
 city is followed by the first.
@@ -27,16 +27,16 @@ Distribution = Literal["uniform", "clustered"]
 
 MIN_CITIES, MAX_EXACT = 4, 12
 _SCALE = 10**6
-"""Distances go to the solver as integers, the instance's extent being this."""
+"""The solver takes distances as integers; this is an instance's extent."""
 _CLUSTERS, _SPREAD = 3, 0.07
 _SLACK = 1e-5
-_TOLD_EVERY = 50
+_PROGRESS_EVERY = 50
 
 
 def instances(
     count: int, nodes: int, generator: torch.Generator, distribution: Distribution = "uniform", device: str = "cpu"
 ) -> Tensor:
-    """Random cities in the unit square, ``[count, nodes, 2]``; ``clustered``: normally around three random centres."""
+    """Random cities in the unit square, ``[count, nodes, 2]``; ``clustered``: Gaussian around three random centres."""
     if distribution == "uniform":
         return torch.rand(count, nodes, 2, generator=generator).to(device)
     centres = 0.2 + 0.6 * torch.rand(count, _CLUSTERS, 2, generator=generator)
@@ -46,35 +46,32 @@ def instances(
 
 
 def lengths(cities: Tensor, tours: Tensor) -> Tensor:
-    """Length of each tour, ``[batch, tours]``."""
+    """Length of each closed tour, ``[batch, tours]``."""
     batch, count, nodes = tours.shape
-    places = cities.gather(1, tours.reshape(batch, -1, 1).expand(-1, -1, 2)).view(batch, count, nodes, 2)
-    return (places - places.roll(-1, 2)).square().sum(-1).sqrt().sum(-1)
+    path = cities.gather(1, tours.reshape(batch, -1, 1).expand(-1, -1, 2)).view(batch, count, nodes, 2)
+    return (path - path.roll(-1, 2)).square().sum(-1).sqrt().sum(-1)
 
 
 def check_cities(cities: Tensor, field: str = "cities") -> Tensor:
-    """The cities in float32. Raises :class:`InvalidInput` for what is no batch of instances: ``[batch, nodes, 2]``, at
-    least 4 cities, finite and in the unit square, no two at the same place."""
+    """The cities in float32. Raises :class:`InvalidInput` unless they are ``[batch, nodes, 2]`` with at least 4 cities,
+    finite and in the unit square, and no two at the same place."""
     if cities.ndim != 3 or cities.shape[-1] != 2 or not len(cities):
         raise InvalidInput.field(field, f"must be [instances, cities, 2], not {list(cities.shape)}")
     if cities.shape[1] < MIN_CITIES:
         raise InvalidInput.field(field, f"has instances of {cities.shape[1]} cities; give at least {MIN_CITIES}")
     if not cities.is_floating_point():
-        raise InvalidInput.field(
-            field, f"must be floating-point numbers, not {str(cities.dtype).removeprefix('torch.')}"
-        )
+        dtype = str(cities.dtype).removeprefix("torch.")
+        raise InvalidInput.field(field, f"must be floating-point numbers, not {dtype}")
     cities = cities.float()
     # Lengths are sums of squares, which overflow before coordinates do.
     finite = cities.square().sum((1, 2)).isfinite()
     if not bool(finite.all()):
-        raise InvalidInput.field(field, f"instance {_first(~finite)} has a coordinate that is no finite number")
+        raise InvalidInput.field(field, f"instance {_first(~finite)} has a coordinate that is NaN or infinite")
     inside = ((cities >= -_SLACK) & (cities <= 1 + _SLACK)).all(2).all(1)
     if not bool(inside.all()):
-        text = (
-            f"instance {_first(~inside)} leaves the unit square, where policies are trained; scale the cities into it"
-        )
-        raise InvalidInput.field(field, text)
-    # Few instances have two cities of one abscissa, so few are looked at closely.
+        text = "leaves the unit square, where policies are trained; scale the cities into it"
+        raise InvalidInput.field(field, f"instance {_first(~inside)} {text}")
+    # Few instances have two cities with the same x, so few are compared pair by pair.
     by_x = cities[..., 0].sort(1).values
     for index in (by_x[:, 1:] == by_x[:, :-1]).any(1).nonzero().flatten().tolist():
         if len(torch.unique(cities[index], dim=0)) < cities.shape[1]:
@@ -83,7 +80,7 @@ def check_cities(cities: Tensor, field: str = "cities") -> Tensor:
 
 
 def read_cities(file: Path) -> Tensor:
-    """Cities that a user brings: a ``.npy`` file, or a ``.safetensors`` file with the tensor ``cities``. Raises
+    """Read cities from a ``.npy`` file, or a ``.safetensors`` file with the tensor ``cities``. Raises
     :class:`InvalidInput` that names the file."""
     try:
         # Never pickled objects, which numpy refuses by default.
@@ -93,7 +90,7 @@ def read_cities(file: Path) -> Tensor:
     except KeyError:
         raise InvalidInput.field(str(file), "has no tensor `cities`") from None
     except (OSError, ValueError, TypeError, EOFError, AttributeError, SafetensorError) as error:
-        what = "is no .npy or .safetensors file of numbers that can be read"
+        what = "is not a .npy or .safetensors file of numbers that can be read"
         raise InvalidInput.field(str(file), f"{what} ({type(error).__name__})") from None
     return check_cities(cities, str(file))
 
@@ -103,18 +100,18 @@ def _first(wrong: Tensor) -> int:
 
 
 def solve(cities: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
-    """A tour of each instance by LKH (Helsgaun 2000), ``[batch, 1, nodes]``; of so few cities as these are all but
-    always the shortest. ``progress`` is told how many instances are done."""
+    """A tour of each instance by LKH (Helsgaun 2000), ``[batch, 1, nodes]``: for few cities almost always the shortest.
+    ``progress`` gets the number of instances done."""
     import elkai
 
-    found = []
-    for number, places in enumerate(cities.detach().cpu().double().numpy()):
-        extent = float(np.ptp(places, axis=0).max())
-        distances = np.linalg.norm(places[:, None] - places[None], axis=-1) / extent * _SCALE
-        found.append(elkai.DistanceMatrix(np.rint(distances).astype(int).tolist()).solve_tsp()[:-1])
-        if progress is not None and (number + 1) % _TOLD_EVERY == 0:
+    tours = []
+    for number, points in enumerate(cities.detach().cpu().double().numpy()):
+        extent = float(np.ptp(points, axis=0).max())
+        distances = np.linalg.norm(points[:, None] - points[None], axis=-1) / extent * _SCALE
+        tours.append(elkai.DistanceMatrix(np.rint(distances).astype(int).tolist()).solve_tsp()[:-1])
+        if progress is not None and (number + 1) % _PROGRESS_EVERY == 0:
             progress(number + 1)
-    return torch.tensor(found, device=cities.device).unsqueeze(1)
+    return torch.tensor(tours, device=cities.device).unsqueeze(1)
 
 
 def solve_exactly(cities: Tensor) -> Tensor:
@@ -123,18 +120,18 @@ def solve_exactly(cities: Tensor) -> Tensor:
     if nodes > MAX_EXACT:
         raise InvalidInput.field("cities", f"the exact solver takes at most {MAX_EXACT} cities, not {nodes}")
     tours = []
-    for places in cities.detach().cpu().double():
-        apart = torch.cdist(places, places).tolist()
-        # By the set of cities passed (bits, without city 0) and the last of them: the length, and the one before.
-        best = {(1 << last, last): (apart[0][last], 0) for last in range(1, nodes)}
+    for points in cities.detach().cpu().double():
+        distance = torch.cdist(points, points).tolist()
+        # By the set of cities passed (bits, without city 0) and the last of them: the length, and the city before.
+        best = {(1 << last, last): (distance[0][last], 0) for last in range(1, nodes)}
         for size in range(2, nodes):
             for subset in combinations(range(1, nodes), size):
                 passed = sum(1 << city for city in subset)
                 for last in subset:
                     rest = passed ^ 1 << last
-                    best[passed, last] = min((best[rest, k][0] + apart[k][last], k) for k in subset if k != last)
+                    best[passed, last] = min((best[rest, k][0] + distance[k][last], k) for k in subset if k != last)
         passed = (1 << nodes) - 2
-        last = min(range(1, nodes), key=lambda city: best[passed, city][0] + apart[city][0])
+        last = min(range(1, nodes), key=lambda city: best[passed, city][0] + distance[city][0])
         tour = []
         while last:
             tour.append(last)
@@ -143,15 +140,15 @@ def solve_exactly(cities: Tensor) -> Tensor:
     return torch.tensor(tours, device=cities.device).unsqueeze(1)
 
 
-def cache() -> Path:
-    """Folder of what costs time to find and never changes: ``ETHOGRAM_CACHE``, or ``~/.cache/ethogram``."""
+def cache_folder() -> Path:
+    """Folder of results that are slow to compute and never change: ``ETHOGRAM_CACHE``, or ``~/.cache/ethogram``."""
     return Path(os.environ.get("ETHOGRAM_CACHE") or Path("~/.cache/ethogram")).expanduser()
 
 
 def reference(cities: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
-    """What :func:`solve` finds, kept in the cache."""
+    """The tours of :func:`solve`, kept in the cache."""
     digest = hashlib.sha256(repr((1, cities.shape)).encode() + cities.cpu().contiguous().numpy().tobytes()).hexdigest()
-    file = cache() / "tours" / f"{digest}.safetensors"
+    file = cache_folder() / "tours" / f"{digest}.safetensors"
     try:
         tours = load_file(file)["tours"]
         if tours.shape == (len(cities), 1, cities.shape[1]):
@@ -160,13 +157,13 @@ def reference(cities: Tensor, progress: Callable[[int], None] | None = None) -> 
         pass
     tours = solve(cities, progress)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Two runs may solve the same instances: each writes a file of its own, and a rename is whole.
+    # Two runs may solve the same instances: each writes its own file, and a rename is atomic.
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         write_tensors(Path(scratch, "tours"), {"tours": tours.cpu()})
         Path(scratch, "tours").replace(file)
     return tours
 
 
-def gaps(found: Tensor, shortest: Tensor) -> Tensor:
-    """How much longer tours are than the shortest, as a share of these; float64."""
-    return found.double() / shortest.double() - 1
+def gaps(length: Tensor, shortest: Tensor) -> Tensor:
+    """How much longer tours are than the shortest, as a share of the shortest length; float64."""
+    return length.double() / shortest.double() - 1

@@ -1,13 +1,14 @@
-"""What features say of some rows, in the form that is cheapest: all numbers, or those of the active features alone.
+"""Feature activations of a batch of rows, dense or sparse, whichever is cheaper.
 
-The sparse form has kernels of its own on a CPU (:mod:`services.clt.sparse.kernels`): its products cost by active
-features, forward and backward, and no array of rows by features is ever kept. Elsewhere, and where many features are
-active, codes are dense and products are torch's.
+On a CPU the sparse form has its own kernels (:mod:`services.clt.sparse.kernels`): the cost of its products, forward and
+backward, grows with the active features, and no array of rows by features is kept. Elsewhere, and where many features
+are active, codes are dense and products are torch's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from torch import Tensor
 from services.clt.sparse import kernels
 
 CHUNK = 512
-"""Rows whose pre-activations are there at once: they stay in a core's cache."""
+"""Rows whose pre-activations are computed at once, so that they stay in a core's cache."""
 SPARSE_BELOW = 0.07
-"""Share of active features up to which the sparse form is faster."""
+"""Share of active features below which the sparse form is faster."""
 
 
 class Pattern:
@@ -27,50 +28,49 @@ class Pattern:
 
     def __init__(self, ptr: kernels.Longs, cols: kernels.Ints, features: int) -> None:
         self.ptr, self.cols, self.features = ptr, cols, features
-        self._by_feature: tuple[kernels.Longs, kernels.Longs, kernels.Ints] | None = None
 
-    @property
+    @cached_property
     def by_feature(self) -> tuple[kernels.Longs, kernels.Longs, kernels.Ints]:
         """The same by features, see :func:`services.clt.sparse.kernels.by_feature`."""
-        if self._by_feature is None:
-            self._by_feature = kernels.by_feature(self.ptr, self.cols, self.features)
-        return self._by_feature
+        by_feature: tuple[kernels.Longs, kernels.Longs, kernels.Ints]
+        by_feature = kernels.by_feature(self.ptr, self.cols, self.features)
+        return by_feature
 
 
 class Code:
-    """Values of features: dense ``[rows, features]``, or with a ``pattern`` those of its entries ``[entries]``.
-    ``pre``: of a jumprelu, the pre-activations ``[rows, features]``."""
+    """Feature activations: dense ``[rows, features]``, or with a ``pattern`` those of its entries, ``[entries]``.
+    ``pre``: the pre-activations of a jumprelu, ``[rows, features]``."""
 
     def __init__(self, values: Tensor, pattern: Pattern | None = None, pre: Tensor | None = None) -> None:
         self.values, self.pattern, self.pre = values, pattern, pre
 
     @property
     def rows(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.values) if self.pattern is None else len(self.pattern.ptr) - 1
 
-    def decode(self, dictionary: Tensor) -> Tensor:
-        """Code times ``dictionary`` ``[features, width]``: ``[rows, width]``."""
+    def decode(self, decoder: Tensor) -> Tensor:
+        """Code times ``decoder`` ``[features, width]``: ``[rows, width]``."""
         if self.pattern is None:
-            return self.values @ dictionary.to(self.values.dtype)
-        found: Tensor = _Decode.apply(self.values, dictionary, self.pattern)  # type: ignore[no-untyped-call]
-        return found
+            return self.values @ decoder.to(self.values.dtype)
+        output: Tensor = _Decode.apply(self.values, decoder, self.pattern)  # type: ignore[no-untyped-call]
+        return output
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """Sum of all values, each times its feature's weight (``[features]``)."""
+        """Sum of all activations, each times its feature's weight (``[features]``)."""
         if self.pattern is None:
             return (self.values * weights).sum()
         return (self.values * weights[torch.from_numpy(self.pattern.cols).long()]).sum()
 
     def counts(self) -> Tensor:
-        """In how many rows each feature is above 0, int64 ``[features]``."""
+        """Number of rows in which each feature is active, int64 ``[features]``."""
         if self.pattern is None:
             return (self.values > 0).sum(0)
         active = torch.from_numpy(self.pattern.cols)[self.values.detach() > 0]
         return torch.bincount(active, minlength=self.pattern.features)
 
     def dense(self) -> Tensor:
-        """Values as ``[rows, features]``."""
+        """Activations as ``[rows, features]``."""
         if self.pattern is None:
             return self.values
         out = self.values.new_zeros(self.rows, self.pattern.features)
@@ -79,7 +79,7 @@ class Code:
         return out.index_put((rows, torch.from_numpy(self.pattern.cols).long()), self.values, accumulate=True)
 
     def groups(self, size: int) -> Tensor:
-        """Sum over rows and groups of ``size`` neighbouring features of the groups' norms."""
+        """Norms of groups of ``size`` neighbouring features, summed over groups and rows."""
         values = self.dense()
         short = -values.shape[1] % size
         grouped = torch.nn.functional.pad(values, (0, short)).view(len(values), -1, size)
@@ -93,7 +93,7 @@ def top(inputs: Tensor, weight: Tensor, bias: Tensor, k: int, *, bfloat16: bool 
     cols, vals = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
     for begin, pre in _pre_activations(inputs, weight, bias, bfloat16):
         end = begin + len(pre)
-        _spread(kernels.largest, len(pre), pre, k, cols[begin:end], vals[begin:end])
+        kernels.spread(kernels.largest, len(pre), pre, k, cols[begin:end], vals[begin:end])
     pattern = Pattern(np.arange(rows + 1, dtype=np.int64) * k, cols.ravel(), len(weight))
     return _coded(torch.from_numpy(vals.ravel()), inputs, weight, bias, pattern)
 
@@ -115,44 +115,41 @@ def batch_top(
     inputs: Tensor, weight: Tensor, bias: Tensor, k: int, *, guess: float, bfloat16: bool = False
 ) -> tuple[Code, float]:
     """The ``k`` x rows largest pre-activations above 0 of all rows together, sparse, and the least of them. ``guess``:
-    a number that few more than these are expected to be above; a bad one costs time alone."""
-    wanted = k * len(inputs)
+    a threshold that few more than these are expected to exceed; a bad one only costs time."""
+    count = k * len(inputs)
     code = above(inputs, weight, bias, guess, bfloat16=bfloat16)
-    if len(code.values) < wanted and guess > 0:
+    if len(code.values) < count and guess > 0:
         code = above(inputs, weight, bias, 0.0, bfloat16=bfloat16)
     assert code.pattern is not None
     values = code.values.detach().numpy()
-    if len(values) <= wanted:
+    if len(values) <= count:
         return code, float(values.min(initial=0.0))
-    least = float(np.partition(values, len(values) - wanted)[len(values) - wanted])
+    least = float(np.partition(values, len(values) - count)[len(values) - count])
     kept = values >= least
     running = np.concatenate([[0], np.cumsum(kept)])
     pattern = Pattern(running[code.pattern.ptr].astype(np.int64), code.pattern.cols[kept], len(weight))
     return _coded(torch.from_numpy(values[kept]), inputs, weight, bias, pattern), least
 
 
-def _pre_activations(inputs: Tensor, weight: Tensor, bias: Tensor, bfloat16: bool) -> Any:
-    """Where each chunk begins, and its pre-activations as an array that the next one overwrites."""
+def _pre_activations(
+    inputs: Tensor, weight: Tensor, bias: Tensor, bfloat16: bool
+) -> Iterator[tuple[int, kernels.Floats]]:
+    """The first row of each chunk, and the chunk's pre-activations in an array that the next one overwrites."""
     with torch.no_grad():
-        turned, buffer = weight.detach().T, torch.empty(min(CHUNK, len(inputs)), len(weight))
-        halved = turned.bfloat16() if bfloat16 else None
+        transposed, buffer = weight.detach().T, torch.empty(min(CHUNK, len(inputs)), len(weight))
+        half = transposed.bfloat16() if bfloat16 else None
         for begin in range(0, len(inputs), CHUNK):
-            part = inputs[begin : begin + CHUNK]
-            pre = buffer[: len(part)]
-            if halved is not None:
-                torch.add((part.bfloat16() @ halved).float(), bias.detach(), out=pre)
+            chunk = inputs[begin : begin + CHUNK]
+            pre = buffer[: len(chunk)]
+            if half is not None:
+                torch.add((chunk.bfloat16() @ half).float(), bias.detach(), out=pre)
             else:
-                torch.addmm(bias.detach(), part, turned, out=pre)
+                torch.addmm(bias.detach(), chunk, transposed, out=pre)
             yield begin, pre.numpy()
 
 
 def _coded(values: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, pattern: Pattern) -> Code:
-    given: Tensor = _Encode.apply(values, inputs, weight, bias, pattern)  # type: ignore[no-untyped-call]
-    return Code(given, pattern)
-
-
-def _spread(kernel: Callable[..., None], count: int, *arguments: object) -> None:
-    kernels.spread(kernel, count, torch.get_num_threads(), *arguments)
+    return Code(_Encode.apply(values, inputs, weight, bias, pattern), pattern)  # type: ignore[no-untyped-call]
 
 
 def _array(tensor: Tensor) -> Any:
@@ -160,7 +157,7 @@ def _array(tensor: Tensor) -> Any:
 
 
 class _Encode(torch.autograd.Function):
-    """Values of entries that are known already, with their gradients for the encoder's parameters."""
+    """Activations that are known already, with gradients for the encoder's parameters."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 (apply takes them by place)
@@ -173,36 +170,37 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         values, inputs = ctx.saved_tensors
-        given = _array(gradients[0] * (values > 0))
+        gradient = _array(gradients[0] * (values > 0))
         start, entry, row = ctx.pattern.by_feature
         weight, bias = np.empty(ctx.shape, np.float32), np.empty(ctx.shape[0], np.float32)
-        _spread(kernels.gather, len(weight), start, entry, row, given, _array(inputs), weight)
-        kernels.sums(start, entry, given, bias)
+        kernels.spread(kernels.gather, len(weight), start, entry, row, gradient, _array(inputs), weight)
+        kernels.sums(start, entry, gradient, bias)
         return None, None, torch.from_numpy(weight), torch.from_numpy(bias), None
 
 
 class _Decode(torch.autograd.Function):
-    """A sparse code times a dictionary."""
+    """A sparse code times a decoder ``[features, width]``."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, dictionary: Tensor, pattern: Pattern) -> Tensor:
+    def forward(ctx: Any, values: Tensor, decoder: Tensor, pattern: Pattern) -> Tensor:
         ctx.pattern = pattern
-        ctx.save_for_backward(values, dictionary)
-        out = torch.zeros(len(pattern.ptr) - 1, dictionary.shape[1])
-        arrays = pattern.ptr, pattern.cols, _array(values), _array(dictionary), out.numpy()
-        _spread(kernels.decode, len(out), *arrays)
+        ctx.save_for_backward(values, decoder)
+        out = torch.zeros(len(pattern.ptr) - 1, decoder.shape[1])
+        arrays = pattern.ptr, pattern.cols, _array(values), _array(decoder), out.numpy()
+        kernels.spread(kernels.decode, len(out), *arrays)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, dictionary = ctx.saved_tensors
-        pattern, given = ctx.pattern, _array(gradients[0])
-        by_value = by_word = None
+        values, decoder = ctx.saved_tensors
+        pattern, gradient = ctx.pattern, _array(gradients[0])
+        to_values = to_decoder = None
         if ctx.needs_input_grad[0]:
-            by_value = torch.empty_like(values)
-            arrays = pattern.ptr, pattern.cols, given, _array(dictionary), by_value.numpy()
-            _spread(kernels.products, len(given), *arrays)
+            to_values = torch.empty_like(values)
+            arrays = pattern.ptr, pattern.cols, gradient, _array(decoder), to_values.numpy()
+            kernels.spread(kernels.products, len(gradient), *arrays)
         if ctx.needs_input_grad[1]:
-            by_word = torch.empty_like(dictionary)
-            _spread(kernels.gather, len(by_word), *pattern.by_feature, _array(values), given, by_word.numpy())
-        return by_value, by_word, None
+            to_decoder = torch.empty_like(decoder)
+            arrays = *pattern.by_feature, _array(values), gradient, to_decoder.numpy()
+            kernels.spread(kernels.gather, len(to_decoder), *arrays)
+        return to_values, to_decoder, None

@@ -8,19 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from ethogram.cli import output
+from ethogram.cli.options import assignment
 from ethogram.cli.run import Request, flag, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.kinds import KINDS
+from services.clt.activations.commands import Store
 
+app = typer.Typer()
 _MODULE = "python -m services.clt"
 _HEADLINE = ("fvu", "explained_variance", "cosine", "l0", "dead", "silent")
 
-Store = Annotated[
-    Path,
-    typer.Argument(
-        metavar="STORE", help="Folder of a store, or of the run that made it.", exists=True, file_okay=False
-    ),
-]
 KIND: dict[str, Any] = {"kind": flag(str, "--kind", help="pair, per_layer or cross_layer.")}
 FLAGS: dict[str, Any] = {
     "model.expansion": flag(float, "--expansion", "--expansion-factor", help="Features per channel of the source."),
@@ -39,93 +36,6 @@ FLAGS: dict[str, Any] = {
 """Options of every training, by the field of the spec that they set."""
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add the commands of this module to ``app``."""
-
-    @run_command(
-        app,
-        KINDS["sae"],
-        f"{_MODULE} sae my-activations --hook encoder_layer_2 --k 32 -o my-sae",
-        f"{_MODULE} sae my-activations --hook encoder_layer_2 --set model.activation=jumprelu --set loss.l0=1e-3 "
-        "-o my-sae",
-        flags={"hook": flag(str, "--hook", help="Hook point."), **FLAGS},
-        show=_show,
-    )
-    def sae(store: Store) -> Request:
-        """Train a sparse autoencoder of one hook point. The same command resumes an interrupted run."""
-        return Request({"activations": store})
-
-    @run_command(
-        app,
-        KINDS["clt"],
-        f'{_MODULE} train my-activations --pair "encoder_layer_0->encoder_layer_2" --k 32 -o clt_L0_to_L2',
-        f"{_MODULE} train my-activations --kind cross_layer --expansion 16 --k 32 -o my-clt",
-        "torchrun --nproc-per-node 2 -m services.clt train my-activations --kind per_layer -o my-run",
-        flags=KIND | FLAGS,
-        show=_show,
-    )
-    def train(
-        store: Store,
-        pair: Annotated[
-            str | None, typer.Option("--pair", metavar="A->B", help="Source and target hook point of a single pair.")
-        ] = None,
-        *,
-        dictionary: Annotated[
-            Path | None,
-            typer.Option(
-                metavar="MODEL",
-                help="Sparse autoencoder of the target; the transcoder uses its decoder and does not train it.",
-                exists=True,
-                file_okay=False,
-            ),
-        ] = None,
-    ) -> Request:
-        """Train transcoders from source to target hook points: of a pair, or of all MLPs in the store with --kind
-        per_layer or cross_layer. The same command resumes an interrupted run; torchrun shares it between processes."""
-        inputs = {"activations": store} | ({"model.dictionary": dictionary} if dictionary is not None else {})
-        values: dict[str, Any] = {}
-        if pair is not None:
-            from services.clt.activations.hooks import parse_pair
-
-            source, target = parse_pair(pair, "--pair")
-            values = {"sources": [source], "targets": [target]}
-
-        def check(spec: Any) -> None:
-            if pair is not None and spec.kind != "pair":
-                text = f"is for --kind pair; {spec.kind} takes all MLPs, or spec.sources and spec.targets"
-                raise InvalidInput.field("--pair", text)
-
-        return Request(inputs, values, check)
-
-    @run_command(
-        app,
-        KINDS["sweep"],
-        f"{_MODULE} sweep my-activations --grid model.k=8,16,32 --grid training.learning_rate=1e-3,3e-4 -o my-sweep",
-        flags=KIND | FLAGS,
-        show=_show_sweep,
-    )
-    def sweep(
-        store: Store,
-        *,
-        pair: Annotated[
-            list[str] | None, typer.Option("--pair", metavar="A->B", help="A pair of hook points. Repeatable.")
-        ] = None,
-        grid: Annotated[
-            list[str] | None,
-            typer.Option("--grid", metavar="OPTION=A,B", help="Values of an option, e.g. model.k=8,16,32. Repeatable."),
-        ] = None,
-    ) -> Request:
-        """Train transcoders for each pair and each point of a grid, and compare them."""
-        axes = []
-        for axis in grid or ():
-            option, equals, values = axis.partition("=")
-            if not equals:
-                raise InvalidInput.field("--grid", f"{axis} is not of the form OPTION=A,B")
-            axes.append({"option": option, "values": values.split(",")})
-        pairs = [name for listed in pair or () for name in listed.split(",")]
-        return Request({"activations": store}, {"pairs": pairs or None, "grid": axes or None})
-
-
 def _show(result: dict[str, Any]) -> None:
     output.figures({name: result["figures"][name] for name in _HEADLINE})
 
@@ -135,3 +45,85 @@ def _show_sweep(result: dict[str, Any]) -> None:
     output.table(["run", *_HEADLINE], rows)
     for name, why in result["failed"].items():
         output.say(f"{name} failed: {why}")
+
+
+@run_command(
+    app,
+    KINDS["sae"],
+    f"{_MODULE} sae my-activations --hook encoder_layer_2 --k 32 -o my-sae",
+    f"{_MODULE} sae my-activations --hook encoder_layer_2 --set model.activation=jumprelu --set loss.l0=1e-3 -o my-sae",
+    flags={"hook": flag(str, "--hook", help="Hook point."), **FLAGS},
+    show=_show,
+)
+def sae(store: Store) -> Request:
+    """Train a sparse autoencoder of one hook point. The same command resumes an interrupted run."""
+    return Request({"activations": store})
+
+
+@run_command(
+    app,
+    KINDS["clt"],
+    f'{_MODULE} train my-activations --pair "encoder_layer_0->encoder_layer_2" --k 32 -o clt_L0_to_L2',
+    f"{_MODULE} train my-activations --kind cross_layer --expansion 16 --k 32 -o my-clt",
+    "torchrun --nproc-per-node 2 -m services.clt train my-activations --kind per_layer -o my-run",
+    flags=KIND | FLAGS,
+    show=_show,
+)
+def train(
+    store: Store,
+    pair: Annotated[
+        str | None, typer.Option("--pair", metavar="A->B", help="Source and target hook point of a single pair.")
+    ] = None,
+    *,
+    dictionary: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Sparse autoencoder of the target; the transcoder uses its decoder and does not train it.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+) -> Request:
+    """Train transcoders from source to target hook points: of a pair, or of all MLPs in the store with --kind
+    per_layer or cross_layer. The same command resumes an interrupted run. Under torchrun, several processes train
+    together."""
+    inputs = {"activations": store} | ({"model.dictionary": dictionary} if dictionary is not None else {})
+    values: dict[str, Any] = {}
+    if pair is not None:
+        from services.clt.activations.hooks import parse_pair
+
+        source, target = parse_pair(pair, "--pair")
+        values = {"sources": [source], "targets": [target]}
+
+    def check(spec: Any) -> None:
+        if pair is not None and spec.kind != "pair":
+            text = f"is for --kind pair; {spec.kind} takes all MLPs, or spec.sources and spec.targets"
+            raise InvalidInput.field("--pair", text)
+
+    return Request(inputs, values, check)
+
+
+@run_command(
+    app,
+    KINDS["sweep"],
+    f"{_MODULE} sweep my-activations --grid model.k=8,16,32 --grid training.learning_rate=1e-3,3e-4 -o my-sweep",
+    flags=KIND | FLAGS,
+    show=_show_sweep,
+)
+def sweep(
+    store: Store,
+    *,
+    pair: Annotated[
+        list[str] | None, typer.Option("--pair", metavar="A->B", help="A pair of hook points. Repeatable.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="OPTION=A,B", help="Values of an option, e.g. model.k=8,16,32. Repeatable."),
+    ] = None,
+) -> Request:
+    """Train transcoders for each pair and each point of a grid, and compare them."""
+    given = [assignment("--grid", axis, "OPTION=A,B") for axis in grid or ()]
+    axes = [{"option": option, "values": values.split(",")} for option, values in given]
+    pairs = [name for listed in pair or () for name in listed.split(",")]
+    return Request({"activations": store}, {"pairs": pairs or None, "grid": axes or None})

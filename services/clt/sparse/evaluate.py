@@ -1,4 +1,4 @@
-"""How well a sparse model reconstructs, and what its features do, on rows that training never saw."""
+"""How well a sparse model reconstructs validation rows, and how often its features are active there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.clt.activations.store import ActivationStore
 from services.clt.sparse.model import SparseModel
 
 CHUNK = 2048
-"""Rows that go through the model at once: where codes are dense, those of all sources are there together."""
+"""Rows that go through the model at once; where codes are dense, those of all sources are in memory together."""
 
 
 def _chunks(store: ActivationStore, hooks: list[str], rows: int) -> Iterator[list[Tensor]]:
@@ -20,7 +20,7 @@ def _chunks(store: ActivationStore, hooks: list[str], rows: int) -> Iterator[lis
     for number, shard in enumerate(store.shards("validation")):
         for start in range(0, min(shard.rows, left), CHUNK):
             stop = min(start + CHUNK, shard.rows, start + left)
-            yield [part.float() for part in store.read("validation", number, hooks, start, stop)]
+            yield [stream.float() for stream in store.read("validation", number, hooks, start, stop)]
             left -= stop - start
 
 
@@ -29,10 +29,10 @@ def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dic
     """Figures on at most ``rows`` validation rows, and the share of rows in which each feature is active,
     ``[features]`` of all sources in turn.
 
-    ``fvu``: squared error over the variance, sums over rows and channels, a mean over the targets (of each target
-    ``fvu.<hook>``); ``explained_variance``: 1 less that; ``mse``; ``cosine``: of reconstruction and target, both less
-    the target's mean; ``l0``: active features of a row, a mean over the sources; ``density``: the same as a share;
-    ``silent``: share of features that are active in none of these rows.
+    ``fvu``: fraction of variance unexplained, i.e. squared error over variance, each summed over rows and channels,
+    averaged over the targets (and ``fvu.<hook>`` of each); ``explained_variance``: 1 - ``fvu``; ``mse``; ``cosine``: of
+    reconstruction and target, the target's mean subtracted; ``l0``: active features per row, averaged over the sources;
+    ``density``: the same as a share; ``silent``: share of features active in none of these rows.
     """
     was_training = model.training
     model.eval()
@@ -44,23 +44,23 @@ def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dic
     sums = [torch.zeros(width, dtype=torch.float64) for width in streams.target_widths]
     seen = 0
     for chunk in _chunks(store, hooks, rows):
-        by_hook = {hook: part.to(device) for hook, part in zip(hooks, chunk, strict=True)}
+        by_hook = {hook: stream.to(device) for hook, stream in zip(hooks, chunk, strict=True)}
         inputs = model.scaled([by_hook[hook] for hook in streams.sources], "read")
         code = model.encode(inputs)
-        found = [scale.undo(part) for scale, part in zip(scales, model.decode(code, inputs), strict=True)]
-        for own, count in zip(code, counts, strict=True):
-            count += own.counts().cpu()
-        for t, (hook, one) in enumerate(zip(streams.targets, found, strict=True)):
+        outputs = [scale.undo(output) for scale, output in zip(scales, model.decode(code, inputs), strict=True)]
+        for features, count in zip(code, counts, strict=True):
+            count += features.counts().cpu()
+        for t, (hook, output) in enumerate(zip(streams.targets, outputs, strict=True)):
             target, centre = by_hook[hook], centres[t]
             # Not every device has double precision.
-            errors[t] += (one - target).square().sum(0).cpu().double().sum()
+            errors[t] += (output - target).square().sum(0).cpu().double().sum()
             squares[t] += (target - centre).square().sum(0).cpu().double().sum()
             sums[t] += (target - centre).sum(0).cpu().double()
-            near = torch.nn.functional.cosine_similarity(one - centre, target - centre, dim=1)
-            cosines[t] += near.sum().cpu().double()
+            cosine = torch.nn.functional.cosine_similarity(output - centre, target - centre, dim=1)
+            cosines[t] += cosine.sum().cpu().double()
         seen += len(chunk[0])
     model.train(was_training)
-    # About the mean of these rows, which is not quite that of the training rows.
+    # Around the mean of these rows, which differs from that of the training rows.
     variance = squares - torch.stack([total.square().sum() / seen for total in sums])
     fvu = errors / variance.clamp_min(1e-12)
     active = torch.cat(counts)
@@ -74,5 +74,5 @@ def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dic
         "silent": float((active == 0).float().mean()),
     }
     if len(streams.targets) > 1:
-        figures |= {f"fvu.{hook}": float(one) for hook, one in zip(streams.targets, fvu, strict=True)}
+        figures |= {f"fvu.{hook}": float(share) for hook, share in zip(streams.targets, fvu, strict=True)}
     return figures, active.double() / seen

@@ -1,4 +1,4 @@
-"""The sae and clt jobs: train a sparse model on a store, judge it, and keep it and its report."""
+"""The sae and clt jobs: train a sparse model on a store, evaluate it, and keep it and its report."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from services.clt.sparse.train import SparseTrainer, train
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 
-DICTIONARY_INPUT = "model.dictionary"
-
 
 def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
     """Artifacts: ``model`` and ``report``. Returns the ``figures`` of
-    :func:`services.clt.sparse.evaluate.evaluate` and what was trained."""
+    :func:`services.clt.sparse.evaluate.evaluate`, the streams and the number of features and steps."""
     store = ActivationStore.open(run.inputs["activations"])
-    given = run.inputs.get(DICTIONARY_INPUT)
-    dictionary = SparseModel.load(given) if given is not None else None
+    folder = run.inputs.get("model.dictionary")
+    dictionary = None if folder is None else SparseModel.load(folder)
     with SparseTrainer(spec, store, run.device, world, dictionary) as trainer:
         model = train(trainer, run)
         if not world.first:
@@ -32,21 +30,14 @@ def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, An
             trainer.validate()
         figures = trainer.figures
         if max(value for name, value in figures.items() if name.startswith("fvu")) > 1:
-            run.log(
-                "the model explains less than the mean does: it needs more steps, or another learning rate", "warning"
-            )
+            text = "the model explains less than the mean does; take more steps, or another learning rate"
+            run.log(text, "warning")
         with tempfile.TemporaryDirectory() as scratch:
             model.save(Path(scratch, "model"), {**trainer.about, "figures": figures})
             # First, so that nothing that fails later costs it.
             run.artifact("model", "sparse-model", Path(scratch, "model"))
-            write_report(
-                Path(scratch, "report"),
-                model,
-                spec,
-                figures=figures,
-                density=trainer.density,
-                history=trainer.progress.history,
-            )
+            history, density = trainer.progress.history, trainer.density
+            write_report(Path(scratch, "report"), model, spec, figures=figures, density=density, history=history)
             run.artifact("report", "report", Path(scratch, "report"))
     return {
         "figures": {**figures, "dead": trainer.dead_share},

@@ -1,9 +1,9 @@
-"""Sparse codes on a CPU: the largest of each row, and products that touch active features alone.
+"""Sparse codes on a CPU: the largest values of each row, and products that touch active features alone.
 
 A code is kept by rows: row ``i`` has the entries ``ptr[i]`` to ``ptr[i + 1]`` of ``cols`` (features) and ``vals``. The
 backward pass needs it by features too, which :func:`by_feature` finds once for all products. All numbers are float32
-and all arrays contiguous. A kernel does the rows, or features, from ``begin`` to before ``end``: :func:`spread` has
-threads do all of them.
+and all arrays contiguous. A kernel does the rows, or features, from ``begin`` to before ``end``: :func:`spread` divides
+all of them between threads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit
 from numpy.typing import NDArray
 
@@ -34,19 +35,20 @@ def _compile(**options: Any) -> Callable[[Any], Any]:
 
 
 _products = _compile(fastmath=True)
-# What orders numbers: fast mathematics may take it that none is NaN, and then runs out of an array where one is.
+# Sorting: fast mathematics may assume that no number is NaN, and then overruns an array where one is.
 _ordering = _compile()
 
 _PARTS = 4
-"""Parts of the work for each thread: they take unequal times."""
+"""Parts of the work per thread, as they take unequal times."""
 
 
-def spread(kernel: Callable[..., None], count: int, threads: int, *arguments: object) -> None:
-    """Call ``kernel`` for the rows 0 to ``count``, by ``threads`` threads.
+def spread(kernel: Callable[..., None], count: int, *arguments: object) -> None:
+    """Call ``kernel`` for the rows 0 to ``count``, on as many threads as torch has.
 
-    Numba's own threads wait for each other by spinning, beside torch's that do the same: where a machine has other work
-    to do, a step then takes ten times as long.
+    Numba's own threads wait for each other by spinning, as torch's do: on a busy machine a step then takes ten times as
+    long.
     """
+    threads = torch.get_num_threads()
     if threads == 1 or count < 2 * threads:
         kernel(0, count, *arguments)
         return
@@ -62,7 +64,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @_ordering
 def _keep_largest(vals: Floats, cols: Ints, count: int, k: int) -> None:  # pragma: no cover
-    """Bring the ``k`` largest of the first ``count`` numbers to the front (Hoare's selection)."""
+    """Bring the ``k`` largest of the first ``count`` numbers to the front (Hoare 1961, quickselect)."""
     left, right = 0, count - 1
     while left < right:
         pivot = vals[(left + right) // 2]
@@ -90,59 +92,59 @@ def largest(begin: int, end: int, pre: Floats, k: int, cols: Ints, vals: Floats)
     """The ``k`` largest numbers above 0 of each row of ``pre`` ``[rows, features]`` into ``cols`` and ``vals`` ``[rows,
     k]``; where there are fewer, the rest has the value 0."""
     features, room = pre.shape[1], 4 * k
-    found, where = np.empty(room, np.float32), np.empty(room, np.int32)
+    kept, where = np.empty(room, np.float32), np.empty(room, np.int32)
     for i in range(begin, end):
         count, least = 0, np.float32(0)
         for j in range(features):
             value = pre[i, j]
             if value > least:
-                found[count], where[count] = value, j
+                kept[count], where[count] = value, j
                 count += 1
                 if count == room:
-                    _keep_largest(found, where, count, k)
-                    count, least = k, found[:k].min()
+                    _keep_largest(kept, where, count, k)
+                    count, least = k, kept[:k].min()
         if count > k:
-            _keep_largest(found, where, count, k)
+            _keep_largest(kept, where, count, k)
             count = k
         for e in range(count):
-            vals[i, e], cols[i, e] = found[e], where[e]
+            vals[i, e], cols[i, e] = kept[e], where[e]
         for e in range(count, k):
             vals[i, e], cols[i, e] = 0, 0
 
 
 @_products
 def decode(
-    begin: int, end: int, ptr: Longs, cols: Ints, vals: Floats, dictionary: Floats, out: Floats
+    begin: int, end: int, ptr: Longs, cols: Ints, vals: Floats, decoder: Floats, out: Floats
 ) -> None:  # pragma: no cover
-    """Add code times ``dictionary`` ``[features, width]`` to ``out`` ``[rows, width]``."""
-    width = dictionary.shape[1]
+    """Add code times ``decoder`` ``[features, width]`` to ``out`` ``[rows, width]``."""
+    width = decoder.shape[1]
     for i in range(begin, end):
         row = out[i]
         for e in range(ptr[i], ptr[i + 1]):
-            value, word = vals[e], dictionary[cols[e]]
+            value, direction = vals[e], decoder[cols[e]]
             if value != 0:
                 for j in range(width):
-                    row[j] += value * word[j]
+                    row[j] += value * direction[j]
 
 
 @_products
 def products(
-    begin: int, end: int, ptr: Longs, cols: Ints, given: Floats, dictionary: Floats, out: Floats
+    begin: int, end: int, ptr: Longs, cols: Ints, gradient: Floats, decoder: Floats, out: Floats
 ) -> None:  # pragma: no cover
-    """For each entry, the product of its row of ``given`` ``[rows, width]`` and its feature's word."""
-    width = dictionary.shape[1]
+    """For each entry, the product of its row of ``gradient`` ``[rows, width]`` and its feature's decoder direction."""
+    width = decoder.shape[1]
     for i in range(begin, end):
-        row = given[i]
+        row = gradient[i]
         for e in range(ptr[i], ptr[i + 1]):
-            word, total = dictionary[cols[e]], np.float32(0)
+            direction, total = decoder[cols[e]], np.float32(0)
             for j in range(width):
-                total += row[j] * word[j]
+                total += row[j] * direction[j]
             out[e] = total
 
 
 @_products
 def by_feature(ptr: Longs, cols: Ints, features: int) -> tuple[Longs, Longs, Ints]:  # pragma: no cover
-    """The code by features: where each begins ``[features + 1]``, and of its entries their places and rows."""
+    """The code by features: where each begins ``[features + 1]``, and the index and the row of each of its entries."""
     start = np.zeros(features + 1, np.int64)
     for e in range(len(cols)):
         start[cols[e] + 1] += 1
@@ -152,24 +154,24 @@ def by_feature(ptr: Longs, cols: Ints, features: int) -> tuple[Longs, Longs, Int
     entry, row = np.empty(len(cols), np.int64), np.empty(len(cols), np.int32)
     for i in range(len(ptr) - 1):
         for e in range(ptr[i], ptr[i + 1]):
-            place = at[cols[e]]
-            entry[place], row[place] = e, i
+            index = at[cols[e]]
+            entry[index], row[index] = e, i
             at[cols[e]] += 1
     return start, entry, row
 
 
 @_products
 def gather(
-    begin: int, end: int, start: Longs, entry: Longs, row: Ints, vals: Floats, given: Floats, out: Floats
+    begin: int, end: int, start: Longs, entry: Longs, row: Ints, vals: Floats, rows: Floats, out: Floats
 ) -> None:  # pragma: no cover
-    """For each feature, the sum over its entries of their value times their row of ``given`` ``[rows, width]``, into
+    """For each feature, the sum over its entries of their value times their row of ``rows`` ``[rows, width]``, into
     ``out`` ``[features, width]``."""
-    width = given.shape[1]
+    width = rows.shape[1]
     for f in range(begin, end):
         total = out[f]
         total[:] = 0
-        for place in range(start[f], start[f + 1]):
-            value, source = vals[entry[place]], given[row[place]]
+        for index in range(start[f], start[f + 1]):
+            value, source = vals[entry[index]], rows[row[index]]
             if value != 0:
                 for j in range(width):
                     total[j] += value * source[j]
@@ -180,6 +182,6 @@ def sums(start: Longs, entry: Longs, vals: Floats, out: Floats) -> None:  # prag
     """For each feature, the sum of its values."""
     for f in range(len(start) - 1):
         total = np.float32(0)
-        for place in range(start[f], start[f + 1]):
-            total += vals[entry[place]]
+        for index in range(start[f], start[f + 1]):
+            total += vals[entry[index]]
         out[f] = total

@@ -1,8 +1,8 @@
-"""The objective of sparse models, term by term."""
+"""The loss of sparse models, term by term."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +14,23 @@ from services.clt.sparse.model import SparseModel, Step
 
 
 def error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Squared error of reconstructions as a share of the targets' variance, a mean over the targets. All in the model's
-    units, ``[rows, width]`` each, where each channel has a mean square of 1 over the training rows."""
+    """Squared error of reconstructions as a share of the targets' variance, averaged over the targets.
+
+    All in the model's units, ``[rows, width]`` each: each channel has a mean square of 1 over the training rows.
+    """
     return torch.stack(
         [(output - target).square().mean() for output, target in zip(outputs, targets, strict=True)]
     ).mean()
 
 
 def l1(model: SparseModel, code: Sequence[Code]) -> Tensor:
-    """Sum over features of their value times the norm of what they write, a mean over rows."""
+    """Sum over features of their activation times the norm of their decoder direction, averaged over rows."""
     parts = [features.weighted(decoder.norm(dim=1)) for features, decoder in zip(code, model.decoders, strict=True)]
     return torch.stack(parts).sum() / code[0].rows
 
 
 def l0(model: SparseModel, code: Sequence[Code]) -> Tensor:
-    """Active features of a jumprelu, a mean over rows; gradient for the thresholds alone (Rajamanoharan et al. 2024,
+    """Active features of a jumprelu, averaged over rows; gradient for the thresholds alone (Rajamanoharan et al. 2024,
     equation 11)."""
     parts: list[Tensor] = [
         Step.apply(features.pre, log.exp()).sum()  # type: ignore[no-untyped-call]
@@ -38,13 +40,13 @@ def l0(model: SparseModel, code: Sequence[Code]) -> Tensor:
 
 
 def orthogonality(model: SparseModel) -> Tensor:
-    """Squared cosines between the decoder directions of different features, a mean over pairs and sources."""
+    """Squared cosines between the decoder directions of different features, averaged over pairs and sources."""
     parts = []
     for decoder in model.decoders:
         unit, count = F.normalize(decoder, dim=1, eps=1e-6), len(decoder)
-        # The sum over pairs is the squared norm of a width x width matrix, less what each has with itself.
-        together = (unit.T @ unit).square().sum() - unit.square().sum(1).square().sum()
-        parts.append(together / max(1, count * (count - 1)))
+        # The sum over pairs is the squared norm of a width x width matrix, less each feature's term with itself.
+        total = (unit.T @ unit).square().sum() - unit.square().sum(1).square().sum()
+        parts.append(total / max(1, count * (count - 1)))
     return torch.stack(parts).mean()
 
 
@@ -53,8 +55,8 @@ def energy(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     width, in the model's units."""
     parts = []
     for output, target in zip(outputs, targets, strict=True):
-        has = target.square().sum(1)
-        parts.append(((output.square().sum(1) - has) / target.shape[1]).square().mean())
+        difference = output.square().sum(1) - target.square().sum(1)
+        parts.append((difference / target.shape[1]).square().mean())
     return torch.stack(parts).mean()
 
 
@@ -67,30 +69,30 @@ def alignment(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 
 def group_heads(model: SparseModel, heads: int) -> Tensor:
-    """Group lasso of the decoder: the norms of each feature's channels of one head, summed, a mean over features."""
-    parts = [
-        (directions.view(len(directions), heads, -1).square().sum(2) + 1e-12).sqrt().sum(1).mean()
-        for directions in _directions(model)
-    ]
+    """Group lasso of the decoder: norms of each feature's channels of one head, summed, averaged over features."""
+    parts = []
+    for source in range(len(model.streams.sources)):
+        for target in model.streams.written(source):
+            directions = model.decoder_directions(source, target)
+            norms = (directions.view(len(directions), heads, -1).square().sum(2) + 1e-12).sqrt()
+            parts.append(norms.sum(1).mean())
     return torch.stack(parts).sum()
-
-
-def _directions(model: SparseModel) -> list[Tensor]:
-    streams = model.streams
-    return [model.decoder_directions(s, t) for s in range(len(streams.sources)) for t in streams.written(s)]
 
 
 def auxiliary(
     model: SparseModel,
     inputs: Sequence[Tensor],
-    left: Sequence[Tensor],
+    residuals: Sequence[Tensor],
     dead: Sequence[Tensor],
     features: int,
 ) -> Tensor:
-    """How badly dead features explain what the others leave (``left``, of each target), as a share of its variance; the
-    ``features`` largest of them take part in each row (Gao et al. 2024, arXiv 2406.04093, A.2). ``dead``: bool
-    ``[features]`` of each source. Where fewer are dead it counts for less, as all of them take part in every row: they
-    would grow large and displace living ones. 0 where none is dead."""
+    """Squared error of reconstructing the residuals of the targets from dead features alone, as a share of the
+    residuals' variance; the ``features`` largest take part in each row (Gao et al. 2024, arXiv 2406.04093, A.2).
+
+    ``residuals``: of each target; ``dead``: bool ``[features]`` of each source. With fewer dead features the term
+    weighs less, as all of them take part in every row: they would grow large and displace living ones. 0 where none
+    is dead.
+    """
     parts = []
     for s, (stream, mask) in enumerate(zip(inputs, dead, strict=True)):
         if not bool(mask.any()):
@@ -103,7 +105,9 @@ def auxiliary(
         outputs = (values @ model.decoders[s][which]).split([model.streams.target_widths[t] for t in written], 1)
         share = min(1.0, len(which) / features)
         for t, output in zip(written, outputs, strict=True):
-            parts.append(share * (output - left[t]).square().mean() / left[t].square().mean().clamp_min(1e-12))
+            parts.append(
+                share * (output - residuals[t]).square().mean() / residuals[t].square().mean().clamp_min(1e-12)
+            )
     return torch.stack(parts).mean() if parts else torch.zeros((), device=inputs[0].device)
 
 
@@ -116,33 +120,28 @@ def terms(
     *,
     bfloat16: bool = False,
 ) -> tuple[dict[str, Tensor], list[Code], list[Tensor]]:
-    """The ``loss`` and its terms, the codes, and the reconstructions. Terms without weight are not computed."""
+    """The ``loss`` and its terms, the codes, and the reconstructions. Terms of weight 0 are not computed.
+
+    ``inputs``, ``targets``: in the model's units, ``[rows, width]`` each; ``dead``: see :func:`auxiliary`.
+    """
     code = model.encode(inputs, bfloat16=bfloat16)
     outputs = model.decode(code, inputs)
+    forms: dict[str, Callable[[], Tensor]] = {
+        "l1": lambda: l1(model, code),
+        "l0": lambda: l0(model, code),
+        "dictionary_l1": lambda: torch.stack([decoder.abs().sum(1).mean() for decoder in model.decoders]).sum(),
+        "dictionary_l2": lambda: torch.stack([decoder.square().sum(1).mean() for decoder in model.decoders]).sum(),
+        "orthogonality": lambda: orthogonality(model),
+        "energy": lambda: energy(outputs, targets),
+        "alignment": lambda: alignment(outputs, targets),
+        "group_features": lambda: torch.stack([c.groups(weight.group_size) for c in code]).sum() / code[0].rows,
+        "group_heads": lambda: group_heads(model, weight.heads),
+    }
     values = {"error": error(outputs, targets)}
-    if weight.l1:
-        values["l1"] = l1(model, code)
-    if weight.l0:
-        values["l0"] = l0(model, code)
-    if weight.dictionary_l1:
-        values["dictionary_l1"] = torch.stack([decoder.abs().sum(1).mean() for decoder in model.decoders]).sum()
-    if weight.dictionary_l2:
-        values["dictionary_l2"] = torch.stack([decoder.square().sum(1).mean() for decoder in model.decoders]).sum()
-    if weight.orthogonality:
-        values["orthogonality"] = orthogonality(model)
-    if weight.energy:
-        values["energy"] = energy(outputs, targets)
-    if weight.alignment:
-        values["alignment"] = alignment(outputs, targets)
-    if weight.group_features:
-        values["group_features"] = (
-            torch.stack([features.groups(weight.group_size) for features in code]).sum() / code[0].rows
-        )
-    if weight.group_heads:
-        values["group_heads"] = group_heads(model, weight.heads)
+    values |= {name: form() for name, form in forms.items() if getattr(weight, name)}
     if weight.auxk and any(bool(mask.any()) for mask in dead):
-        left = [target - output.detach() for output, target in zip(outputs, targets, strict=True)]
-        values["auxk"] = auxiliary(model, inputs, left, dead, weight.auxk_features)
+        residuals = [target - output.detach() for output, target in zip(outputs, targets, strict=True)]
+        values["auxk"] = auxiliary(model, inputs, residuals, dead, weight.auxk_features)
     factors = {name: 1.0 if name == "error" else float(getattr(weight, name)) for name in values}
     loss = torch.stack([factors[name] * value for name, value in values.items()]).sum()
     return {"loss": loss, **values}, code, outputs

@@ -1,9 +1,9 @@
 """Sparse models: features that read some streams and write others.
 
-One form covers all. A source is read by its own features, and writes the targets from its own place on: in an
-autoencoder and a pair there is one place, in per-layer transcoders each source writes its own target alone, in a
-cross-layer transcoder (Ameisen et al. 2025, "Circuit Tracing") all later ones too. Streams come and go in the numbers
-of the store; what takes them to the model's own units, where each channel has a mean square of 1, is part of it.
+One form covers all. Each source has its own features. They write one target in an autoencoder, a pair and per-layer
+transcoders, and the targets of all later layers too in a cross-layer transcoder (Ameisen et al. 2025, "Circuit
+Tracing"). Streams come and go in the units of the store. The maps to the model's units, where each channel has a mean
+square of 1, are part of the model.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from services.runtime.tensors import write_tensors
 FORMAT = 2
 CONFIG, WEIGHTS = "model.json", "model.safetensors"
 JUMP_WIDTH = 0.05
-"""Width of the kernel of the straight-through estimate of a jump (in pre-activations of a standard deviation of 1)."""
+"""Width of the kernel of the straight-through estimate of a jump, for pre-activations of standard deviation 1."""
 FIRST_THRESHOLD = 0.03
 DEFAULT_K_RATIO = 0.05
 _SCALE = ("mean", "factor", "back")
 
 
 class Streams(NamedTuple):
-    """What a model reads and writes."""
+    """The streams that a model reads and writes."""
 
     kind: Literal["sae", "pair", "per_layer", "cross_layer"]
     sources: list[str]
-    """Hook points, in order of execution."""
+    """Hook points, in the order of the model."""
     targets: list[str]
-    """As many as sources; in an autoencoder the source itself."""
+    """As many hook points as sources; in an autoencoder the source itself."""
     source_widths: list[int]
     target_widths: list[int]
 
     def written(self, source: int) -> range:
-        """Indices of the targets that a source writes."""
+        """Indices of the targets that a source's features write."""
         return range(source, len(self.targets) if self.kind == "cross_layer" else source + 1)
 
 
 class Scale(nn.Module):
-    """A stream in the model's units: (x - mean) times ``factor``, a number, one for each channel, or a matrix."""
+    """Maps a stream to the model's units: (x - ``mean``) times ``factor``, a scalar, one per channel, or a matrix."""
 
     mean: Tensor
     factor: Tensor
@@ -61,9 +61,8 @@ class Scale(nn.Module):
         super().__init__()
         if back is None:
             back = torch.linalg.pinv(factor) if factor.ndim == 2 else 1 / factor
-        self.register_buffer("mean", mean.float().contiguous())
-        self.register_buffer("factor", factor.float().contiguous())
-        self.register_buffer("back", back.float().contiguous())
+        for name, tensor in zip(_SCALE, (mean, factor, back), strict=True):
+            self.register_buffer(name, tensor.float().contiguous())
 
     def copied(self) -> Scale:
         """A copy on the CPU."""
@@ -100,7 +99,7 @@ class SparseModel(nn.Module):
         super().__init__()
         self.spec, self.streams = spec, streams
         self.about: dict[str, object] = {}
-        """What the file records of the model's training; empty unless it was loaded."""
+        """The file's record of the model's training; empty unless it was loaded."""
         self.read, self.write = nn.ModuleList(scales[0]), nn.ModuleList(scales[1])
         self.features = [max(1, round(spec.expansion * width)) for width in streams.source_widths]
         if dictionary is not None:
@@ -121,7 +120,7 @@ class SparseModel(nn.Module):
         self.encoders = nn.ParameterList(encoders)
         self.encoder_biases = nn.ParameterList(torch.zeros(count) for count in self.features)
         if streams.kind == "sae":
-            # Tied at the start, so that a feature writes what it reads.
+            # Tied at the start, so that a feature writes the direction that it reads.
             decoders = [encoder.clone() for encoder in encoders]
         elif dictionary is not None:
             decoders = [dictionary.clone()]
@@ -139,18 +138,18 @@ class SparseModel(nn.Module):
         self.log_thresholds = nn.ParameterList(
             torch.full((count,), FIRST_THRESHOLD).log() for count in self.features if spec.activation == "jumprelu"
         )
-        # Of batchtopk: replaces the batch's k-th value in evaluation.
+        # A batchtopk's running mean of the smallest active value, for evaluation, and the batches that it is of.
         self.register_buffer("threshold", torch.zeros(len(encoders)))
         self.register_buffer("batches", torch.zeros(len(encoders)))
 
     def sparse(self, source: int) -> bool:
-        """Whether a source's codes are kept by active features."""
+        """Whether a source's codes are sparse."""
         few = self.k[source] <= SPARSE_BELOW * self.features[source]
         on_cpu = self.encoders[0].device.type == "cpu"
         return on_cpu and few and self.spec.activation in ("topk", "batchtopk")
 
     def scales(self, side: Literal["read", "write"]) -> list[Scale]:
-        """What takes the sources, or the targets, to the model's units."""
+        """The maps of the sources, or of the targets, to the model's units."""
         modules = self.read if side == "read" else self.write
         return [module for module in modules if isinstance(module, Scale)]
 
@@ -159,7 +158,7 @@ class SparseModel(nn.Module):
         return [scale(stream) for scale, stream in zip(self.scales(side), streams, strict=True)]
 
     def encode(self, inputs: Sequence[Tensor], *, bfloat16: bool = False) -> list[Code]:
-        """Codes of sources in the model's units, ``[rows, width]`` each."""
+        """The codes of sources in the model's units, ``[rows, width]`` each."""
         return [self._encode(s, stream, bfloat16) for s, stream in enumerate(inputs)]
 
     def _encode(self, s: int, stream: Tensor, bfloat16: bool) -> Code:
@@ -193,24 +192,24 @@ class SparseModel(nn.Module):
         return Code(positive)
 
     def least_active(self, s: int, stream: Tensor) -> Tensor:
-        """What a pre-activation must reach for its feature to be active, of each row of a source: ``[rows]``. Of a
-        jumprelu at first, as each feature has a threshold of its own."""
+        """The pre-activation from which a feature is active in each row of a source, ``[rows]``; that of the start of
+        training in a jumprelu, whose features have their own thresholds."""
         kind = self.spec.activation
         if kind == "topk":
             pre = stream @ self.encoders[s].T + self.encoder_biases[s]
             least: Tensor = pre.topk(self.k[s], dim=1).values[:, -1].relu()
             return least
-        fixed = {"batchtopk": float(self.threshold[s]), "jumprelu": FIRST_THRESHOLD}.get(kind, 0.0)
-        return stream.new_full((len(stream),), fixed)
+        threshold = {"batchtopk": float(self.threshold[s]), "jumprelu": FIRST_THRESHOLD}.get(kind, 0.0)
+        return stream.new_full((len(stream),), threshold)
 
     @torch.no_grad()
     def _remember(self, s: int, least: float) -> None:
-        # A short memory first: the first batch is one of many.
+        # A short memory at first: the first batches are not typical.
         self.batches[s] += 1
         self.threshold[s] += max(0.01, 1 / float(self.batches[s])) * (least - float(self.threshold[s]))
 
     def decode(self, code: Sequence[Code], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Targets in the model's units, of codes and, where there is a skip, of the sources too."""
+        """Targets in the model's units, ``[rows, width]`` each, from codes and, with a skip, from the sources."""
         rows = len(inputs[0])
         targets = [bias.expand(rows, -1) for bias in self.decoder_biases]
         for s, (features, decoder) in enumerate(zip(code, self.decoders, strict=True)):
@@ -224,13 +223,13 @@ class SparseModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        """Targets, of sources; both in the numbers of the store, ``[rows, width]`` each."""
+        """Reconstruct the targets from the sources, both in the units of the store, ``[rows, width]`` each."""
         inputs = self.scaled(sources, "read")
         targets = self.decode(self.encode(inputs), inputs)
         return [scale.undo(target) for scale, target in zip(self.scales("write"), targets, strict=True)]
 
     def decoder_directions(self, source: int, target: int) -> Tensor:
-        """Directions that a source's features write to a target, ``[features, target width]``."""
+        """Directions in which a source's features write to a target, ``[features, target width]``."""
         written = self.streams.written(source)
         begin = sum(self.streams.target_widths[t] for t in written if t < target)
         directions: Tensor = self.decoders[source].narrow(1, begin, self.streams.target_widths[target])
@@ -238,18 +237,18 @@ class SparseModel(nn.Module):
 
     def words(self, source: int, target: int) -> Tensor:
         """The old name of :meth:`decoder_directions`."""
-        warnings.warn("SparseModel.words is decoder_directions now", DeprecationWarning, stacklevel=2)
+        warnings.warn("SparseModel.words was renamed decoder_directions", DeprecationWarning, stacklevel=2)
         return self.decoder_directions(source, target)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Make the decoder directions of an autoencoder unit vectors: long ones would evade penalties of the code."""
+        """Make an autoencoder's decoder directions unit vectors: long ones would evade penalties of the code."""
         if self.streams.kind == "sae":
             for decoder in self.decoders:
                 decoder.div_(decoder.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
     def save(self, folder: Path, about: Mapping[str, object] | None = None) -> None:
-        """Write ``model.json`` and ``model.safetensors``; ``about`` is kept in the former."""
+        """Write ``model.json``, which holds ``about`` too, and ``model.safetensors``."""
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS, self.state_dict())
         config = {
@@ -264,7 +263,7 @@ class SparseModel(nn.Module):
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu") -> SparseModel:
-        """Read what :meth:`save` wrote, ready for evaluation. Raises :class:`InvalidInput` where it cannot."""
+        """Load a saved model for evaluation. Raises :class:`InvalidInput` for a missing or broken file."""
         folder = Path(folder)
         with reading(folder, CONFIG, "sparse model", "model") as path:
             config = json.loads(path.read_text())
@@ -273,7 +272,7 @@ class SparseModel(nn.Module):
             state = load_file(folder / WEIGHTS)
             streams = Streams(**config["streams"])
             scales = [
-                [Scale(*(state[f"{side}.{i}.{part}"] for part in _SCALE)) for i in range(len(streams.sources))]
+                [Scale(*(state[f"{side}.{i}.{name}"] for name in _SCALE)) for i in range(len(streams.sources))]
                 for side in ("read", "write")
             ]
             decoder = torch.zeros(config["features"][0], streams.target_widths[0]) if config["tied"] else None
@@ -285,7 +284,8 @@ class SparseModel(nn.Module):
 
 
 class _Jump(torch.autograd.Function):
-    """z = pre where pre is above the threshold, else 0; the threshold's gradient by a rectangular kernel."""
+    """JumpReLU: pre where it is above the threshold, else 0. The threshold's gradient is a straight-through estimate
+    with a rectangular kernel (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, pre: Tensor, threshold: Tensor) -> Tensor:
@@ -295,13 +295,12 @@ class _Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         pre, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
-        near = ((pre - threshold).abs() < JUMP_WIDTH / 2).to(pre.dtype) / JUMP_WIDTH
-        return gradients[0] * (pre > threshold), -(gradients[0] * threshold * near).sum(0)
+        return gradients[0] * (pre > threshold), -(gradients[0] * threshold * _near(pre, threshold)).sum(0)
 
 
 class Step(torch.autograd.Function):
-    """1 where pre is above the threshold, else 0; gradient for the threshold alone, by the same kernel. What the number
-    of active features of a jumprelu is, for its penalty."""
+    """1 where pre is above the threshold, else 0, for the penalty of active features of a JumpReLU; gradient for the
+    threshold alone, by the same kernel."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, pre: Tensor, threshold: Tensor) -> Tensor:
@@ -311,5 +310,8 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[None, Tensor]:
         pre, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
-        near = ((pre - threshold).abs() < JUMP_WIDTH / 2).to(pre.dtype) / JUMP_WIDTH
-        return None, -(gradients[0] * near).sum(0)
+        return None, -(gradients[0] * _near(pre, threshold)).sum(0)
+
+
+def _near(pre: Tensor, threshold: Tensor) -> Tensor:
+    return ((pre - threshold).abs() < JUMP_WIDTH / 2).to(pre.dtype) / JUMP_WIDTH

@@ -1,4 +1,4 @@
-"""The report of a sparse model: how training went, and how its features are used."""
+"""The report of a sparse model: its training, and how its features are used."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Which streams of a store a spec asks for, and in what units a model takes them."""
+"""The streams of a store that a spec names, and the units in which a model takes them."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,39 +14,40 @@ from services.clt.activations.store import ActivationStore
 from services.clt.sparse.model import Scale, Streams
 
 SMALLEST = 1e-6
-"""Share of the mean variance below which a direction is taken for constant."""
+"""Share of the mean variance below which a direction counts as constant."""
 
 
 def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
-    """The streams of a spec. Raises :class:`InvalidInput` that names the field of a hook point that the store has not,
-    or of a target that does not come after its source."""
+    """The streams of a spec. Raises :class:`InvalidInput` that names the field of a hook point that the store lacks, or
+    of a target that does not come after its source."""
     widths = store.widths
     if isinstance(spec, SaeSpec):
         store.require_hooks([spec.hook], "spec.hook")
         return Streams("sae", [spec.hook], [spec.hook], [widths[spec.hook]], [widths[spec.hook]])
     sources, targets = spec.sources, spec.targets
     if not sources:
-        found = store.mlp_pairs()
-        sources, targets = [source for source, _ in found], [target for _, target in found]
-        if not found:
+        pairs = store.mlp_pairs()
+        sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
+        if not pairs:
             what = "no module's input and output are both in the store; name sources and targets"
             raise InvalidInput.field("spec.sources", f"{what} among: {', '.join(widths)}")
-    for side, named in (("sources", sources), ("targets", targets)):
-        for number, hook in enumerate(named):
+    sides = {"sources": sources, "targets": targets}
+    for side, hooks in sides.items():
+        for number, hook in enumerate(hooks):
             store.require_hooks([hook], f"spec.{side}.{number}")
     order = list(widths)
     for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
         check_pair(order, source, target, f"spec.targets.{number}")
-    for side, named in (("sources", sources), ("targets", targets)):
-        for number, hook in enumerate(named[1:], 1):
-            if order.index(hook) <= order.index(named[number - 1]):
-                what = f"{hook} does not come after {named[number - 1]}; name them in the order of the model"
+    for side, hooks in sides.items():
+        for number, (before, hook) in enumerate(pairwise(hooks), 1):
+            if order.index(hook) <= order.index(before):
+                what = f"{hook} does not come after {before}; name them in the order of the model"
                 raise InvalidInput.field(f"spec.{side}.{number}", what)
     return Streams(spec.kind, sources, targets, [widths[hook] for hook in sources], [widths[hook] for hook in targets])
 
 
 def scales_of(spec: SaeSpec | CltSpec, store: ActivationStore, streams: Streams) -> tuple[list[Scale], list[Scale]]:
-    """What takes sources and targets to the model's units, from the statistics of the training rows."""
+    """The maps of sources and of targets to the model's units, from the statistics of the training rows."""
     read = [_scale(store, hook, spec.training.normalize, source=True) for hook in streams.sources]
     if streams.kind == "sae":
         return read, [scale.copied() for scale in read]
@@ -52,21 +55,21 @@ def scales_of(spec: SaeSpec | CltSpec, store: ActivationStore, streams: Streams)
 
 
 def _scale(store: ActivationStore, hook: str, form: str, *, source: bool) -> Scale:
-    found = store.statistics(hook)
-    mean, deviation = found.mean.double(), found.std.double()
+    statistics = store.statistics(hook)
+    mean, deviation = statistics.mean.double(), statistics.std.double()
     spread = deviation.square().mean().sqrt().clamp_min(1e-12)
     if form == "none":
-        # The mean square of the whole is 1 still: losses of different streams and rates of learning must compare.
+        # The mean square of the whole is still 1, so that losses and learning rates of different streams compare.
         return Scale(torch.zeros_like(mean), 1 / (deviation.square() + mean.square()).mean().sqrt().clamp_min(1e-12))
     if form == "standardize":
         return Scale(mean, 1 / deviation.clamp_min(spread * SMALLEST**0.5))
     if form == "whiten" and source:
-        return Scale(mean, _whitening(found.covariance, hook))
+        return Scale(mean, _whitening(statistics.covariance, hook))
     return Scale(mean, 1 / spread)
 
 
 def _whitening(covariance: Tensor | None, hook: str) -> Tensor:
-    """The symmetric matrix that takes a stream to unit covariance (ZCA)."""
+    """The symmetric matrix that takes a stream to unit covariance (ZCA, Bell and Sejnowski 1997)."""
     if covariance is None:
         raise InvalidInput.field("spec.training.normalize", f"{hook} is too wide to be whitened; take standardize")
     values, vectors = torch.linalg.eigh(covariance.double())

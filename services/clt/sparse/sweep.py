@@ -1,4 +1,4 @@
-"""Sweeps: transcoders for each pair and each point of a grid, and how they compare."""
+"""Sweeps: train transcoders for each pair and each point of a grid, and compare them."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from services.runtime.run import ChildJob, Run
 
 TABLE = "sweep.csv"
 SPARSITY = ("model.k", "model.k_ratio", "loss.l1", "loss.l0")
-"""Options by which more or fewer features are active."""
-SAME = {"model.k": "model.k_ratio", "model.k_ratio": "model.k"}
-"""Options that say the same: the one that a grid varies replaces the other."""
+"""Options that change how many features are active."""
+EQUIVALENT = {"model.k": "model.k_ratio", "model.k_ratio": "model.k"}
+"""Options that set the same thing: the one that a grid varies replaces the other."""
 MOST_NAMED = 15
-"""Most lines of a plot that its legend names."""
+"""A plot of more lines has no legend."""
 STATE, PRESENT = "sweep.json", "present"
 Row = dict[str, Any]
 
 
 def run_specs(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
-    """Specs of the runs of a sweep by name: the pair's, then the values of the grid. Raises :class:`InvalidInput`,
-    before any run, for hook points that do not fit and options that are wrong."""
-    pairs = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(spec.pairs)]
-    if not pairs:
-        pairs = store.mlp_pairs()
+    """Specs of the runs of a sweep, by name: that of the pair, then the values of the grid. Raises
+    :class:`InvalidInput` for hook points that do not fit and for wrong options."""
+    pairs = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(spec.pairs)] or store.mlp_pairs()
     if not pairs:
         raise InvalidInput.field("spec.pairs", "no module's input and output are both in the store; name the pairs")
-    places = [[pair] for pair in pairs] if spec.kind == "pair" else [pairs]
+    subjects = [[pair] for pair in pairs] if spec.kind == "pair" else [pairs]
     points = itertools.product(*([(axis.option, value) for value in axis.values] for axis in spec.grid))
     specs: dict[str, CltSpec] = {}
-    for point, ends in itertools.product(list(points), places):
+    for point, ends in itertools.product(points, subjects):
         fields = spec.model_dump(mode="json", exclude={"pairs", "grid"})
         fields |= {"sources": [source for source, _ in ends], "targets": [target for _, target in ends]}
         for option, value in point:
-            other = SAME.get(option)
+            other = EQUIVALENT.get(option)
             if other is not None and all(axis.option != other for axis in spec.grid):
                 _set(fields, other, "null")
             _set(fields, option, value)
         name = pair_name(*ends[0]) if spec.kind == "pair" else f"clt_{spec.kind}"
-        name = "-".join([name, *(f"{option.rpartition('.')[2]}_{_plain(value)}" for option, value in point)])
+        # Without what a folder's name may not have.
+        values = [f"{option.rpartition('.')[2]}_{re.sub(r'[^A-Za-z0-9_.+-]', '', value)}" for option, value in point]
+        name = "-".join([name, *values])
         if name in specs:
             raise InvalidInput.field("spec", f"two runs would be called {name}; take one of the pairs or values out")
         if fields["wandb"] is not None:
@@ -69,38 +69,34 @@ def run_specs(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
     return specs
 
 
-def _plain(value: str) -> str:
-    """``value`` without what a folder's name may not have."""
-    return re.sub(r"[^A-Za-z0-9_.+-]", "", value)
-
-
 def _set(fields: dict[str, Any], option: str, text: str) -> None:
     try:
         value = json.loads(text)
     except ValueError:
         value = text
-    *above, last = option.split(".")
-    for name in above:
-        fields = fields[name]
-    if last not in fields:
+    section, _, name = option.rpartition(".")
+    section_fields = _get(fields, section) if section else fields
+    if name not in section_fields:
         raise InvalidInput.field("spec.grid", f"there is no option {option}")
-    fields[last] = value
+    section_fields[name] = value
 
 
 def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
     """Artifacts: ``models``, a folder for each run with its model and report, and ``report``, the comparison.
 
-    On a platform each run is a job of its own; elsewhere they follow one another. Raises :class:`InvalidInput` when
-    all of them failed.
+    On a platform each run is a job of its own; elsewhere they run one after the other. Raises :class:`InvalidInput`
+    when all of them failed.
     """
     store = ActivationStore.open(run.inputs["activations"])
     specs = run_specs(spec, store)
-    children = run.children({name: ("clt", part) for name, part in specs.items()})
+    children = run.children({name: ("clt", child) for name, child in specs.items()})
     with tempfile.TemporaryDirectory() as scratch:
         models = Path(scratch, "models")
-        results = Results(models) if children is None else _gathered(children, run, models)
+        results = Results(models)
         if children is None:
-            results.take(specs, run)
+            results.train(specs, run)
+        else:
+            results.gather(children, run)
         if not results.rows:
             name, why = next(iter(results.failed.items()))
             raise InvalidInput.field("spec.grid", f"all runs failed, {name}: {why}")
@@ -111,21 +107,8 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
     return {"runs": {name: row["figures"] for name, row in results.rows.items()}, "failed": results.failed}
 
 
-def _gathered(children: Mapping[str, ChildJob], run: Run, models: Path) -> Results:
-    """Results of child jobs."""
-    results = Results(models)
-    for name, child in children.items():
-        if child.state == "SUCCEEDED":
-            results.rows[name] = dict(child.result)
-            for output in ("model", "report"):
-                shutil.copytree(run.output(child, output), models / name / output)
-        else:
-            results.fail(name, child.error, run)
-    return results
-
-
 class Results:
-    """What the runs of a sweep gave so far; models and reports are in ``models``."""
+    """Results of the runs of a sweep so far; models and reports are in the folder ``models``."""
 
     def __init__(self, models: Path) -> None:
         self.models = models
@@ -139,8 +122,18 @@ class Results:
         self.failed[name] = why
         run.log(f"{name} failed: {why}", "error")
 
-    def take(self, specs: Mapping[str, CltSpec], run: Run) -> None:
-        """Do the runs one after the other. A checkpoint holds the finished ones and that of the present one."""
+    def gather(self, children: Mapping[str, ChildJob], run: Run) -> None:
+        """Take the results of child jobs."""
+        for name, child in children.items():
+            if child.state == "SUCCEEDED":
+                self.rows[name] = dict(child.result)
+                for output in ("model", "report"):
+                    shutil.copytree(run.output(child, output), self.models / name / output)
+            else:
+                self.fail(name, child.error, run)
+
+    def train(self, specs: Mapping[str, CltSpec], run: Run) -> None:
+        """Run one after the other. A checkpoint holds the finished runs and the checkpoint of the present one."""
         resume = None
         if run.resume is not None:
             kept = json.loads((run.resume / STATE).read_text())
@@ -149,12 +142,12 @@ class Results:
                 shutil.copytree(run.resume / "models", self.models)
             resume = run.resume / PRESENT
         run.stage("sweep", len(specs), "runs")
-        for name, part in specs.items():
+        for name, spec in specs.items():
             if name not in self.rows and name not in self.failed:
                 resumed = resume is not None and resume.exists() and name == self.present
                 self.present = name
                 try:
-                    self.rows[name] = job.run(part, SweptRun(run, self, resume if resumed else None))
+                    self.rows[name] = job.run(spec, SweptRun(run, self, resume if resumed else None))
                 except InvalidInput as error:
                     self.fail(name, error.message, run)
                 run.checkpoint(len(self.rows), self.save)
@@ -172,7 +165,7 @@ class Results:
 
 
 class SweptRun(Run):
-    """One of several runs in this process: its artifacts are folders beside those of the others."""
+    """One run of a sweep in this process: its artifacts are folders of the sweep's."""
 
     def __init__(self, run: Run, results: Results, resume: Path | None) -> None:
         self.device, self.inputs, self.resume = run.device, run.inputs, resume
@@ -196,7 +189,7 @@ class SweptRun(Run):
 
 
 def compare(folder: Path, specs: Mapping[str, CltSpec], rows: Mapping[str, Row], spec: SweepSpec) -> None:
-    """Write the comparison of the runs into ``folder``: the report, with ``sweep.png``, and ``sweep.csv``."""
+    """Write the report that compares the runs into ``folder``, with ``sweep.png`` and ``sweep.csv``."""
     options = [axis.option for axis in spec.grid]
     head = ["run", *options, "fvu", "l0", "dead", "cosine", "features"]
     values = [
@@ -209,7 +202,7 @@ def compare(folder: Path, specs: Mapping[str, CltSpec], rows: Mapping[str, Row],
         for name, row in rows.items()
     ]
     report = Report(f"Sweep over {len(rows)} runs")
-    alt = "Share of the variance that is left, over active features"
+    alt = "Fraction of variance unexplained, over active features"
     report.figure("sweep", tradeoff(specs, rows, options), alt).table(head, values).spec(spec)
     report.write(folder, {"runs": {name: row["figures"] for name, row in rows.items()}}, former="sweep.html")
     with (folder / TABLE).open("w", newline="") as file:
@@ -225,23 +218,22 @@ def _get(fields: Mapping[str, Any], option: str) -> Any:
 
 @plot
 def tradeoff(specs: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Sequence[str]) -> Figure:
-    """What is left over the active features, a line for each pair and each setting of the ``options`` of the grid but
-    the one that changes how many are active."""
+    """Fraction of variance unexplained over active features: a line for each pair and each setting of the grid's
+    ``options`` but the one that changes how many features are active."""
     along = next((option for option in options if option in SPARSITY), None)
     others = [option for option in options if option != along]
     figure = Figure(figsize=(9, 5))
     axis = figure.subplots()
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, row in rows.items():
-        asked = specs[name].model_dump()
-        own = [f"{option.rpartition('.')[2]} {_get(asked, option)}" for option in others]
-        line = ", ".join([f"{asked['sources'][0]} to {asked['targets'][-1]}", *own])
+        fields = specs[name].model_dump()
+        settings = [f"{option.rpartition('.')[2]} {_get(fields, option)}" for option in others]
+        line = ", ".join([f"{fields['sources'][0]} to {fields['targets'][-1]}", *settings])
         lines.setdefault(line, []).append((row["figures"]["l0"], row["figures"]["fvu"]))
     for name, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axis.set_title("variance that is left, over active features")
-    axis.set_xlabel("active features of a row")
-    axis.set_ylabel("share of the variance that is left (validation)")
+    axis.set(title="variance unexplained, over active features", xlabel="active features per row")
+    axis.set_ylabel("fraction of variance unexplained (validation)")
     if len(lines) <= MOST_NAMED:
         axis.legend()
     return figure

@@ -42,16 +42,16 @@ REVIVED_LEAD = 1.1
 
 
 def train(trainer: SparseTrainer, run: Run | None = None) -> SparseModel:
-    """Take the steps of ``trainer``, see :func:`services.runtime.training.fit`, and return its model."""
+    """Run :func:`services.runtime.training.fit` and return the trained model."""
     fit(trainer, run, trainer.world)
     return trainer.finished()
 
 
 class SparseTrainer(Trainer):
-    """Trains a sparse model on the training rows of a store. Use it as a context manager: the loader reads ahead in a
-    thread.
+    """Trains a sparse model on the training rows of a store. A context manager: the loader reads ahead in a thread.
 
-    ``dictionary``: the model that the decoder is tied to. Raises :class:`InvalidInput` for hook points that do not fit.
+    ``dictionary``: the model whose decoder is used, and not trained. Raises :class:`InvalidInput` for a spec that does
+    not fit the store or the dictionary.
     """
 
     spec: SaeSpec | CltSpec
@@ -102,9 +102,9 @@ class SparseTrainer(Trainer):
         self.rows_since_fired = [torch.zeros(count, dtype=torch.int64, device=device) for count in self.model.features]
         """Rows since each feature was active, ``[features]`` of each source."""
         self.figures: dict[str, float] = {}
-        """Of the last validation, see :func:`services.clt.sparse.evaluate.evaluate`,"""
+        """Figures of the last validation, see :func:`services.clt.sparse.evaluate.evaluate`."""
         self.density = torch.zeros(sum(self.model.features))
-        """and the share of its rows in which each feature is active."""
+        """Share of the rows of the last validation in which each feature is active, ``[features]``."""
 
     def __enter__(self) -> SparseTrainer:
         return self
@@ -116,8 +116,8 @@ class SparseTrainer(Trainer):
     def start(self) -> None:
         """Set each feature's encoder direction to a training row, and in an autoencoder its decoder direction too.
 
-        Streams are far from isotropic: most features in random directions would never be among the largest of any row,
-        and die at once.
+        Streams are far from isotropic: most random directions would never be among the largest of any row, and die at
+        once.
         """
         count, batches, step = max(self.model.features), list[list[Tensor]](), 0
         while sum(len(batch[0]) for batch in batches) < count:
@@ -126,8 +126,8 @@ class SparseTrainer(Trainer):
         for s, (encoder, decoder) in enumerate(zip(self.model.encoders, self.model.decoders, strict=True)):
             rows = torch.cat([batch[s] for batch in batches])[: len(encoder)]
             # A row at the mean has no direction.
-            known = rows.norm(dim=1) > SMALLEST_ROW
-            encoder[known] = torch.nn.functional.normalize(rows[known], dim=1)
+            has_direction = rows.norm(dim=1) > SMALLEST_ROW
+            encoder[has_direction] = torch.nn.functional.normalize(rows[has_direction], dim=1)
             if self.streams.kind == "sae":
                 decoder.copy_(encoder)
         if bool(self.model.decoders[0].any()):
@@ -135,8 +135,8 @@ class SparseTrainer(Trainer):
 
     @torch.no_grad()
     def _scale_encoder(self) -> None:
-        """Scale the encoder so that the first reconstructions, of an autoencoder or with a dictionary, have the
-        least-squares scale: rows are alike, and so are features that read them, of which many are active together."""
+        """Give the first reconstructions of an autoencoder, or with a dictionary, the least-squares scale: rows are
+        alike, so that many features that read them are active together."""
         model = self.model
         inputs, targets = self._sides(self._batches.at(0, rank=0, size=self.world.size))
         (reconstruction,) = model.decode(model.encode(inputs), inputs)
@@ -144,15 +144,15 @@ class SparseTrainer(Trainer):
         factor = dot / square if dot > 0 else SMALLEST_SCALE
         model.encoders[0] *= factor
         for thresholds in model.log_thresholds:
-            # As many are active as before.
+            # So that as many features are active as before.
             thresholds += math.log(factor)
-        # This batch is no part of the training.
+        # This batch is not part of the training.
         model.threshold.zero_()
         model.batches.zero_()
 
     @property
     def about(self) -> dict[str, object]:
-        """What a model's file records of its training."""
+        """The record of the training in the model's file."""
         return {
             "spec": self.spec.model_dump(mode="json"),
             "source": self.store.manifest.source.model_dump(),
@@ -162,7 +162,7 @@ class SparseTrainer(Trainer):
 
     @property
     def dead(self) -> list[Tensor]:
-        """Features that have not been active for ``dead_after`` rows, of each source: bool ``[features]``."""
+        """Which features have not been active for ``dead_after`` rows, bool ``[features]`` of each source."""
         return [rows >= self.spec.training.dead_after for rows in self.rows_since_fired]
 
     def _sides(self, streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -170,23 +170,20 @@ class SparseTrainer(Trainer):
         return self.model.scaled(sources, "read"), self.model.scaled(targets, "write")
 
     def advance(self) -> dict[str, Tensor]:
-        """Take one step. Returns the loss, its terms, and the mean number of ``active`` features of a row."""
+        """Take one step. Returns the loss, its terms, and the mean number of ``active`` features per row."""
         batch = self._batches.at(self.step, rank=self.world.rank, size=self.world.size)
         return self.learn(*self._sides(batch))
 
     def learn(self, inputs: list[Tensor], targets: list[Tensor]) -> dict[str, Tensor]:
-        """The same with this process's part of a batch, in the model's units."""
+        """Take one step with this process's part of a batch, in the model's units, ``[rows, width]`` each."""
         with restored_if_refused([self.model.threshold, self.model.batches]):
             metrics, reconstructions = self._learn(inputs, targets)
         self.model.normalize_decoder()
         self.step += 1
         training = self.spec.training
-        # Not while the rate falls: they would not learn any more.
-        if (
-            training.revive_every is not None
-            and self.step % training.revive_every == 0
-            and self.steps - self.step > self._falling
-        ):
+        due = training.revive_every is not None and self.step % training.revive_every == 0
+        # Not while the learning rate falls: revived features would not learn any more.
+        if due and self.steps - self.step > self._falling:
             self._revive(inputs, targets, reconstructions)
         return metrics
 
@@ -203,10 +200,10 @@ class SparseTrainer(Trainer):
         metrics["active"] = torch.stack([count.sum() for count in counts]).sum() / (training.batch_size * len(counts))
         fired = [(count > 0).float() for count in counts]
         for parameter in self.optimization.parameters:
-            # All processes must send the same: a term may not reach a parameter in one of them.
+            # All processes must send the same tensors: a term may not reach a parameter in one of them.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        # A running mean of this process's batches: that of all is the mean over the processes.
+        # A running mean over this process's batches; that over all batches is the mean of the processes'.
         threshold = self.model.threshold / self.world.size
         self.optimization.update(self.step, metrics, [*fired, threshold])
         self.model.threshold.copy_(threshold)
@@ -217,36 +214,37 @@ class SparseTrainer(Trainer):
 
     @torch.no_grad()
     def _revive(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], reconstructions: Sequence[Tensor]) -> None:
-        """Set some dead features on rows with large errors (after Bricken et al. 2023, "Towards Monosemanticity",
-        appendix): each reads a row of its own so that it is active there, and begins to write as at the start of
-        training: nothing, or in an autoencoder what it reads. Where the decoder is a dictionary's, its row is the one
-        whose error is most like the feature's decoder direction.
+        """Point some dead features at rows with large errors (after Bricken et al. 2023, "Towards Monosemanticity",
+        appendix).
 
-        A few at a time: rows are alike, and what is active for one takes the place of others in many.
+        Each reads a row of its own, so that it is active there, and writes as at the start of training: nothing, or in
+        an autoencoder the direction that it reads. Where the decoder is a dictionary's, its row is the one whose error
+        is most like the feature's decoder direction. A few at a time: rows are alike, and a feature that is active in
+        one row displaces others in many.
         """
         errors = torch.stack([(t - f).square().sum(1) for t, f in zip(targets, reconstructions, strict=True)]).sum(0)
-        rng = generator(self.spec.seed, "revive", self.step)
+        sampling = generator(self.spec.seed, "revive", self.step)
         for s, dead in enumerate(self.dead):
             which = dead.nonzero().squeeze(1)[: min(len(errors), max(1, self.model.k[s] // 2))]
             if not len(which):
                 continue
             encoder, bias, decoder = self.model.encoders[s], self.model.encoder_biases[s], self.model.decoders[s]
-            left = torch.cat([targets[t] - reconstructions[t] for t in self.streams.written(s)], 1)
+            residual = torch.cat([targets[t] - reconstructions[t] for t in self.streams.written(s)], 1)
             if decoder.requires_grad:
-                # Two of one row would be the same feature for good.
-                rows = torch.multinomial(errors.square().cpu() + 1e-12, len(which), generator=rng).to(self.device)
+                # Two features of one row would stay the same feature.
+                rows = torch.multinomial(errors.square().cpu() + 1e-12, len(which), generator=sampling).to(self.device)
             else:
-                rows = (left @ decoder[which].T).argmax(0)
-            seen = inputs[s][rows]
-            value = torch.maximum(left[rows].norm(dim=1), REVIVED_LEAD * self.model.least_active(s, seen))
+                rows = (residual @ decoder[which].T).argmax(0)
+            read_rows = inputs[s][rows]
+            value = torch.maximum(residual[rows].norm(dim=1), REVIVED_LEAD * self.model.least_active(s, read_rows))
             # A small row may not make a large feature.
-            norm = seen.norm(dim=1).clamp_min(0.1 * float(inputs[s].norm(dim=1).mean()) + SMALLEST_ROW)
-            read = torch.nn.functional.normalize(seen, dim=1)
-            encoder[which] = (value / norm).unsqueeze(1) * read
+            norm = read_rows.norm(dim=1).clamp_min(0.1 * float(inputs[s].norm(dim=1).mean()) + SMALLEST_ROW)
+            direction = torch.nn.functional.normalize(read_rows, dim=1)
+            encoder[which] = (value / norm).unsqueeze(1) * direction
             bias[which] = 0
             changed = [encoder, bias]
             if decoder.requires_grad:
-                decoder[which] = read if self.streams.kind == "sae" else 0
+                decoder[which] = direction if self.streams.kind == "sae" else 0
                 changed.append(decoder)
             if self.model.log_thresholds:
                 self.model.log_thresholds[s][which] = math.log(FIRST_THRESHOLD)
@@ -254,17 +252,16 @@ class SparseTrainer(Trainer):
             for parameter in changed:
                 moments = self.optimization.optimizer.state[parameter]
                 moments["exp_avg"][which] = 0
-                # Of 0 the first steps would be several times as long as the others': Adam takes it for a beginning's
-                # at the first step alone.
+                # With 0 the first steps would be several times too long: Adam corrects for it only at step 0.
                 squares = moments["exp_avg_sq"]
                 squares[which] = squares[~dead].mean(0) if bool((~dead).any()) else squares.mean()
             self.rows_since_fired[s][which] = 0
-        # Others would draw from other rows.
+        # Other processes would draw from other rows.
         share(self, self.world)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Figures on the validation rows, see :func:`services.clt.sparse.evaluate.evaluate`."""
+        """Measure the validation rows, see :func:`services.clt.sparse.evaluate.evaluate`."""
         self.figures, self.density = evaluate(self.model, self.store, self.spec.training.validation_rows)
         metrics = {f"validation_{name}": self.figures[name] for name in ("fvu", "l0", "cosine", "mse")}
         return metrics | {"dead": self.dead_share}
@@ -275,7 +272,7 @@ class SparseTrainer(Trainer):
         return sum(int(dead.sum()) for dead in self.dead) / sum(self.model.features)
 
     def finished(self) -> SparseModel:
-        """A copy of the model as it is now, for evaluation."""
+        """A copy of the model for evaluation."""
         return copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def histograms(self) -> dict[str, Tensor]:
@@ -303,7 +300,7 @@ class SparseTrainer(Trainer):
 
 
 def check_heads(spec: SaeSpec | CltSpec, streams: Streams) -> None:
-    """Raise :class:`InvalidInput` for heads that a target's channels do not divide into."""
+    """Raise :class:`InvalidInput` unless each target's channels divide into the heads of the loss."""
     for target, width in zip(streams.targets, streams.target_widths, strict=True):
         if spec.loss.group_heads and width % spec.loss.heads:
             text = f"the {width} channels of {target} do not divide into {spec.loss.heads} heads"
@@ -311,7 +308,7 @@ def check_heads(spec: SaeSpec | CltSpec, streams: Streams) -> None:
 
 
 def dictionary_scale(dictionary: SparseModel, streams: Streams, store: ActivationStore) -> Scale:
-    """In whose units a dictionary writes. Raises :class:`InvalidInput` for one of another stream or network."""
+    """The map to a dictionary's units. Raises :class:`InvalidInput` for a dictionary of another stream or network."""
     if dictionary.streams.kind != "sae" or dictionary.streams.targets != streams.targets:
         has = f"a {dictionary.streams.kind} of {', '.join(dictionary.streams.targets)}"
         raise InvalidInput.field("spec.model.dictionary", f"is {has}; take an autoencoder of {streams.targets[0]}")

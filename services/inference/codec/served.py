@@ -23,15 +23,15 @@ LATENTS, ROWS = "latents", "rows"
 class ServedCodec:
     """A loaded codec.
 
-    The ``check_`` methods, and what is read in ``__init__``, are for any thread. The others are for the device's thread
-    alone; they take and give arrays whose first axis is the batch, and a row's result does not depend on other rows.
+    The ``check_`` methods and the attributes are for any thread. The other methods are for the device's thread alone;
+    they take and return arrays whose first axis is the batch, and a row's result does not depend on other rows.
     """
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self._network_bytes, self._latent_bytes = 4 * codec.layout.size, 4 * codec.latent_dim
         self.behaviors: tuple[Behavior, ...] = tuple(codec.behaviors)
-        """What it can steer, in the model's order."""
+        """The behaviours that it can steer, in the model's order."""
 
     @classmethod
     def load(cls, folder: Path, device: str) -> ServedCodec:
@@ -41,7 +41,7 @@ class ServedCodec:
     def check_networks(
         self, networks: Arrays, activation: str | None = None, steering: Steering | None = None
     ) -> Request:
-        """Networks, and that the codec has the behaviours of ``steering``; or :class:`InvalidInput`."""
+        """Check networks, and that the codec has the behaviours of ``steering``. Raises :class:`InvalidInput`."""
         check = partial(self._codec.check_networks, _tensors(networks), activation)
         if steering is None:
             return _request(check, "networks")
@@ -49,12 +49,11 @@ class ServedCodec:
         return _request(check, "networks", self._network_bytes + self._latent_bytes, steering)
 
     def check_signatures(self, signatures: NDArray[Any]) -> Request:
-        """Signatures ``[batch, neurons, values]``, or :class:`InvalidInput`."""
+        """Check signatures ``[batch, neurons, values]``. Raises :class:`InvalidInput`."""
         return _request(partial(self._codec.check_signatures, torch.tensor(signatures)), "signatures")
 
     def check_latents(self, latents: NDArray[Any], hidden: Sequence[int], activation: str | None) -> Request:
-        """Latents ``[batch, latent]`` and the shape of their networks, of those the model knows; or
-        :class:`InvalidInput`."""
+        """Check latents ``[batch, latent]`` and the shape of their networks. Raises :class:`InvalidInput`."""
         shape = checks.shape(hidden, activation, self._codec.layout)
         check = partial(self._codec.check_latents, torch.tensor(latents), shape)
         return _request(check, "latents", self._network_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from ethogram.v1 import inference_pb2 as pb
 from ethogram.wire import steering_of
 from services.inference.batcher import Arrays
 from services.inference.codec.served import LATENTS, ServedCodec
-from services.inference.dataplane import Dataplane
+from services.inference.dataplane import Dataplane, Request
 from services.inference.messages import reference, required
 from services.inference.repository import Served
 from services.inference.streams import in_order
@@ -23,125 +23,117 @@ from services.inference.streams import in_order
 EFFECT = (LATENTS, "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local")
 
 
-class _Servicer:
-    def __init__(self, dataplane: Dataplane, patient: Dataplane) -> None:
-        """``patient`` is for streams: it waits where ``dataplane`` refuses."""
-        self._dataplane, self._patient = dataplane, patient
-
-
-class CodecServicer(_Servicer, inference_pb2_grpc.CodecServiceServicer):
-    """Encode and Decode."""
-
-    async def Encode(self, request: pb.EncodeRequest, context: object) -> pb.EncodeResponse:
-        return await _encode(self._dataplane, request)
-
-    async def Decode(self, request: pb.DecodeRequest, context: object) -> pb.DecodeResponse:
-        return await _decode(self._dataplane, request)
-
-    def EncodeStream(
-        self, request_iterator: AsyncIterator[pb.EncodeRequest], context: object
-    ) -> AsyncIterator[pb.EncodeResponse]:
-        return in_order(request_iterator, partial(_encode, self._patient))
-
-    def DecodeStream(
-        self, request_iterator: AsyncIterator[pb.DecodeRequest], context: object
-    ) -> AsyncIterator[pb.DecodeResponse]:
-        return in_order(request_iterator, partial(_decode, self._patient))
-
-
-class SteeringServicer(_Servicer, inference_pb2_grpc.SteeringServiceServicer):
-    """ListBehaviors, Steer and Evaluate."""
-
-    async def ListBehaviors(self, request: pb.ListBehaviorsRequest, context: object) -> pb.ListBehaviorsResponse:
-        served = await self._dataplane.repository.get(reference(request.model), ServedCodec)
-        behaviors = [pb.Behavior(**behavior._asdict()) for behavior in served.model.behaviors]
-        return pb.ListBehaviorsResponse(behaviors=behaviors, model=_model(served))
-
-    async def Steer(self, request: pb.SteerRequest, context: object) -> pb.SteerResponse:
-        return await _steer(self._dataplane, request)
-
-    async def Evaluate(self, request: pb.EvaluateRequest, context: object) -> pb.EvaluateResponse:
-        return await _evaluate(self._dataplane, request)
-
-    def SteerStream(
-        self, request_iterator: AsyncIterator[pb.SteerRequest], context: object
-    ) -> AsyncIterator[pb.SteerResponse]:
-        return in_order(request_iterator, partial(_steer, self._patient))
-
-    def EvaluateStream(
-        self, request_iterator: AsyncIterator[pb.EvaluateRequest], context: object
-    ) -> AsyncIterator[pb.EvaluateResponse]:
-        return in_order(request_iterator, partial(_evaluate, self._patient))
+async def _list_behaviors(dataplane: Dataplane, request: pb.ListBehaviorsRequest) -> pb.ListBehaviorsResponse:
+    served = await dataplane.repository.get(reference(request.model), ServedCodec)
+    behaviors = [pb.Behavior(**behavior._asdict()) for behavior in served.model.behaviors]
+    return pb.ListBehaviorsResponse(behaviors=behaviors, model=_model(served))
 
 
 async def _encode(dataplane: Dataplane, request: pb.EncodeRequest) -> pb.EncodeResponse:
-    model, networks = reference(request.model), request.networks
+    model = reference(request.model)
+    method: Callable[..., Arrays]
     match request.WhichOneof("input"):
         case "networks":
-            arrays, served = await dataplane.run(
-                model, ServedCodec, lambda codec: codec.check_networks(*_read(networks)), ServedCodec.encode
-            )
+            method = ServedCodec.encode
+
+            def check(codec: ServedCodec) -> Request:
+                return codec.check_networks(*_read(request.networks))
         case "signatures":
-            arrays, served = await dataplane.run(
-                model,
-                ServedCodec,
-                lambda codec: codec.check_signatures(_array(request.signatures, "signatures")),
-                ServedCodec.encode_signatures,
-            )
+            method = ServedCodec.encode_signatures
+
+            def check(codec: ServedCodec) -> Request:
+                return codec.check_signatures(_array(request.signatures, "signatures"))
         case _:
             raise InvalidInput.field("input", "missing; set networks or signatures")
-    return pb.EncodeResponse(latents=to_tensor(arrays[LATENTS]), model=_model(served))
+
+    def answer(arrays: Arrays, served: Served[ServedCodec]) -> pb.EncodeResponse:
+        return pb.EncodeResponse(latents=to_tensor(arrays[LATENTS]), model=_model(served))
+
+    return await dataplane.run(model, ServedCodec, check, method, answer)
 
 
 async def _decode(dataplane: Dataplane, request: pb.DecodeRequest) -> pb.DecodeResponse:
     latents, shape = required(request, "latents"), request.architecture
-    arrays, served = await dataplane.run(
-        reference(request.model),
-        ServedCodec,
-        lambda codec: codec.check_latents(_array(latents, "latents"), tuple(shape.hidden), shape.activation or None),
-        ServedCodec.decode,
-    )
-    return pb.DecodeResponse(networks=_networks(arrays), model=_model(served))
+
+    def check(codec: ServedCodec) -> Request:
+        return codec.check_latents(_array(latents, "latents"), tuple(shape.hidden), shape.activation or None)
+
+    def answer(arrays: Arrays, served: Served[ServedCodec]) -> pb.DecodeResponse:
+        return pb.DecodeResponse(networks=_networks(arrays), model=_model(served))
+
+    return await dataplane.run(reference(request.model), ServedCodec, check, ServedCodec.decode, answer)
 
 
 async def _steer(dataplane: Dataplane, request: pb.SteerRequest) -> pb.SteerResponse:
-    arrays, served = await _on_networks(dataplane, request, ServedCodec.steer, steers=True)
-    latents = to_tensor(arrays.pop(LATENTS))
-    return pb.SteerResponse(networks=_networks(arrays), latents=latents, model=_model(served))
+    def answer(arrays: Arrays, served: Served[ServedCodec]) -> pb.SteerResponse:
+        latents = to_tensor(arrays.pop(LATENTS))
+        return pb.SteerResponse(networks=_networks(arrays), latents=latents, model=_model(served))
+
+    model, check = reference(request.model), _network_check(request, steers=True)
+    return await dataplane.run(model, ServedCodec, check, ServedCodec.steer, answer)
 
 
 async def _evaluate(dataplane: Dataplane, request: pb.EvaluateRequest) -> pb.EvaluateResponse:
-    effect = None
-    if request.edits:
-        arrays, served = await _on_networks(dataplane, request, ServedCodec.effect, steers=True)
-        fields = {name: arrays.pop(name) for name in EFFECT}
-        effect = pb.Effect(networks=_networks(arrays), **{name: to_tensor(array) for name, array in fields.items()})
-        # What was measured before the edit is what there is without one.
-        recall, rate = fields["recall"][:, 0], fields["false_positive_rate"][:, 0]
-    else:
-        arrays, served = await _on_networks(dataplane, request, ServedCodec.evaluate, steers=False)
-        recall, rate = arrays["recall"], arrays["false_positive_rate"]
-    return pb.EvaluateResponse(
-        behaviors=[behavior.name for behavior in served.model.behaviors],
-        recall=to_tensor(recall),
-        false_positive_rate=to_tensor(rate),
-        model=_model(served),
-        effect=effect,
-    )
+    steers = bool(request.edits)
+
+    def answer(arrays: Arrays, served: Served[ServedCodec]) -> pb.EvaluateResponse:
+        effect, recall, rate = None, arrays["recall"], arrays["false_positive_rate"]
+        if steers:
+            fields = {name: to_tensor(arrays.pop(name)) for name in EFFECT}
+            effect = pb.Effect(networks=_networks(arrays), **fields)
+            # What was measured before the edit is what there is without one.
+            recall, rate = recall[:, 0], rate[:, 0]
+        return pb.EvaluateResponse(
+            behaviors=[behavior.name for behavior in served.model.behaviors],
+            recall=to_tensor(recall),
+            false_positive_rate=to_tensor(rate),
+            model=_model(served),
+            effect=effect,
+        )
+
+    model, check = reference(request.model), _network_check(request, steers=steers)
+    method = ServedCodec.effect if steers else ServedCodec.evaluate
+    return await dataplane.run(model, ServedCodec, check, method, answer)
 
 
-async def _on_networks(
-    dataplane: Dataplane,
-    request: pb.SteerRequest | pb.EvaluateRequest,
-    method: Callable[..., Arrays],
-    *,
-    steers: bool,
-) -> tuple[Arrays, Served[ServedCodec]]:
+def _calls(method: Callable[[Dataplane, Any], Awaitable[Any]]) -> tuple[Any, Any]:
+    """The unary and the streaming RPC that answer each request by ``method``."""
+
+    async def unary(servicer: _Servicer, request: Any, context: object) -> Any:
+        return await method(servicer._dataplane, request)
+
+    def stream(servicer: _Servicer, request_iterator: Any, context: object) -> Any:
+        return in_order(request_iterator, partial(method, servicer._waiting))
+
+    return unary, stream
+
+
+class _Servicer:
+    def __init__(self, dataplane: Dataplane, waiting: Dataplane) -> None:
+        """``waiting`` is for streams: it waits for room in the queue where ``dataplane`` refuses."""
+        self._dataplane, self._waiting = dataplane, waiting
+
+
+class CodecServicer(_Servicer, inference_pb2_grpc.CodecServiceServicer):
+    """Encode and Decode, as single calls and as streams."""
+
+    Encode, EncodeStream = _calls(_encode)
+    Decode, DecodeStream = _calls(_decode)
+
+
+class SteeringServicer(_Servicer, inference_pb2_grpc.SteeringServiceServicer):
+    """ListBehaviors; Steer and Evaluate, as single calls and as streams."""
+
+    ListBehaviors = _calls(_list_behaviors)[0]
+    Steer, SteerStream = _calls(_steer)
+    Evaluate, EvaluateStream = _calls(_evaluate)
+
+
+def _network_check(request: pb.SteerRequest | pb.EvaluateRequest, *, steers: bool) -> Callable[[ServedCodec], Request]:
+    """What reads and checks the networks of a request and, if it ``steers``, its edits."""
     networks: pb.Networks = required(request, "networks")
     steering = steering_of(request) if steers else None
-    return await dataplane.run(
-        reference(request.model), ServedCodec, lambda codec: codec.check_networks(*_read(networks), steering), method
-    )
+    return lambda codec: codec.check_networks(*_read(networks), steering)
 
 
 def _model(served: Served[ServedCodec]) -> pb.ModelRef:

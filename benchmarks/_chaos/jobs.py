@@ -1,0 +1,82 @@
+"""The arena's jobs: sums of random numbers in which each step depends on all before it.
+
+The platform's own specs carry them: ``training.steps`` steps of ``training.learning_rate`` seconds; ``subjects`` above
+1 are parts that child jobs compute.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks._chaos import points
+from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.generation import GenerationSpec
+from services.artifacts.backends import LocalBackend
+from services.runtime.run import Run
+from tests.workers.science import count, write_total
+
+OUTPUT, FILE = "answer", "total.txt"
+
+
+def expected_total(spec: GenerationSpec) -> float:
+    """The result of :func:`generation` without interruption or platform."""
+    if spec.subjects > 1:
+        return sum(expected_total(part) for part in parts(spec).values())
+    stream, total = random.Random(spec.seed), 0.0
+    for _ in range(spec.training.steps):
+        total += stream.random()
+    return total
+
+
+def parts(spec: GenerationSpec) -> dict[str, GenerationSpec]:
+    """The child jobs of a parent."""
+    return {f"part-{i}": spec.model_copy(update={"subjects": 1, "seed": spec.seed + i}) for i in range(spec.subjects)}
+
+
+def consumed(number: float) -> float:
+    """The result of :func:`crossmodal` on an input that holds ``number``."""
+    return 2 * number + 1
+
+
+def generation(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+    """Count, or gather what the parts counted."""
+    _arm_points()
+    if spec.subjects == 1:
+        return count(spec, run)
+    children = run.children({name: ("generation", part) for name, part in parts(spec).items()})
+    assert children is not None
+    total = 0.0
+    for child in children.values():
+        if child.state != "SUCCEEDED":
+            raise RuntimeError(f"{child.name} is {child.state}: {child.error}")
+        total += float((run.output(child, OUTPUT) / FILE).read_text())
+    return write_total(run, total)
+
+
+def crossmodal(spec: CrossmodalSpec, run: Run) -> dict[str, Any]:
+    """Use the output of another job."""
+    _arm_points()
+    return write_total(run, consumed(float((run.inputs["zoo"] / FILE).read_text())))
+
+
+def _arm_points() -> None:
+    # tensorboardX imports torch if it can, which takes seconds; these jobs are to be quick to start.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    # A job's process does not see its worker's environment, but works in a folder beside the folder of faults.
+    folder = next(above / "faults" for above in Path.cwd().parents if (above / "faults").is_dir())
+    write = LocalBackend.write
+
+    def wrapped(self: LocalBackend, path: str, data: bytes) -> None:
+        # The blobs are there, the manifest is not.
+        if path.startswith("manifests/") and points.take(folder, "in the middle of an upload"):
+            points.die()
+        if points.take(folder, "child hangs"):
+            time.sleep(3600)
+        write(self, path, data)
+
+    LocalBackend.write = wrapped  # type: ignore[method-assign]
+    points.fill_store(folder, "child: store full")
