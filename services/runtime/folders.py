@@ -38,9 +38,13 @@ class RunFolder:
         """Prepare a new run of ``spec``, or resume one. Raises :class:`InvalidInput` for a folder with a finished run,
         a run of another spec, or anything else."""
         first, about = self._folders[0], self.root / SPEC
-        if self.places and about.exists() and not any(folder.exists() for folder in self._folders[:-1]):
-            # Its artifacts were moved elsewhere.
-            shutil.rmtree(self.root)
+        if self.places and about.exists():
+            if any((self.root / name).exists() for name in self.places):
+                text = f"{self.root}, which {first} needs for its run, holds another run; name another folder"
+                raise InvalidInput.field("--output", text)
+            if not any(folder.exists() for folder in self._folders[:-1]):
+                # Its artifacts were moved elsewhere.
+                shutil.rmtree(self.root)
         if self._finished and not self._store:
             text = f"{first} exists already and holds a finished run; name another folder"
             raise InvalidInput.field("--output", text)
