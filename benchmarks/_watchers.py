@@ -19,8 +19,8 @@ from ethogram.platform.process import Child
 from ethogram.platform.stack import free_port
 from ethogram.platform.state import HOST
 from ethogram.specs.generation import GenerationSpec
-from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import Notifier
 
 WATCHERS, EVENTS = 1000, 10_000
 _PROCESSES, _BATCH = 2, 20

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 
 import anyio.to_thread
 from fastapi import Depends, FastAPI
@@ -12,20 +11,11 @@ from fastapi.routing import APIRoute
 
 from gateway import problems
 from gateway.inputs import storable
-from gateway.metrics import GatewayMetrics
 from gateway.middleware import BodyLimit, RequestContext
-from gateway.routes import artifacts, events, jobs, meta, models
+from gateway.routes import artifacts, jobs, meta, models
 from gateway.services import Services
 from gateway.settings import GatewaySettings
-from gateway.tail import Tails
-from services.artifacts.store import ArtifactStore
-from services.jobs.bell import Bell
-from services.jobs.notify import Notifier
-from services.jobs.registry import JobRegistry
-from services.runtime import scratch
 
-# Three parts are checked at once, and two probes may overlap.
-CHECKERS = 6
 _ERROR = {"model": problems.Problem, "content": {problems.MEDIA_TYPE: {}}}
 
 
@@ -34,23 +24,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 
     Raises :class:`EthogramError` when the database or the store cannot be used, or the Redis URL is invalid.
     """
-    stack = ExitStack()
-    registry = JobRegistry.open(settings.database)
-    tails = Tails(registry, settings.redis_url, settings.stream_limit)
-    metrics = GatewayMetrics(registry, lambda: tails.streams)
-    checks = stack.enter_context(ThreadPoolExecutor(CHECKERS, thread_name_prefix="readyz"))
-    services = Services(
-        settings=settings,
-        registry=registry,
-        store=ArtifactStore(settings.store_url),
-        bell=Bell(settings.redis_url),
-        notifier=Notifier(settings.redis_url),
-        tails=tails,
-        metrics=metrics,
-        checks=checks,
-        checking={},
-        work=stack.enter_context(scratch.folder(settings.work, "gateway")),
-    )
+    services = Services(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -59,9 +33,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             yield
         finally:
             await services.tails.stop()
-            for part in (services.bell, services.notifier, registry):
-                await anyio.to_thread.run_sync(part.close)
-            stack.close()
+            await anyio.to_thread.run_sync(services.close)
 
     app = FastAPI(
         title="Ethogram",
@@ -75,12 +47,12 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         },
     )
     app.state.services = services
-    for module in (jobs, events, artifacts, models, meta):
+    for module in (jobs, artifacts, models, meta):
         app.include_router(module.router)
     problems.install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=settings.body_limit, exceptions={"/v1/artifacts": settings.upload_limit})
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=services.metrics)
     return app
 
 

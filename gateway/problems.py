@@ -58,23 +58,16 @@ def problem(error: EthogramError, request_id: str, *, status: int = 0, reason: s
 def install(app: FastAPI) -> None:
     """Answer every error of ``app`` with a problem; unexpected exceptions are left to the request context."""
 
-    async def domain(request: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            return _http_problem(request, error)
+        if isinstance(error, RequestValidationError):
+            error = invalid_request(error.errors(), error.body)
         assert isinstance(error, EthogramError)
         return problem(error, request_id_of(request))
 
-    async def validation(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return problem(invalid_request(error.errors(), error.body), request_id_of(request))
-
-    async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        answer = _http_problem(request, error)
-        answer.headers.update(error.headers or {})
-        return answer
-
-    app.add_exception_handler(EthogramError, domain)
-    app.add_exception_handler(RequestValidationError, validation)
-    app.add_exception_handler(HTTPException, http)
+    for kind in (EthogramError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)
 
 
 def request_id_of(request: Request) -> str:
@@ -84,18 +77,21 @@ def request_id_of(request: Request) -> str:
 
 
 def _http_problem(request: Request, error: HTTPException) -> Response:
-    request_id, status = request_id_of(request), error.status_code
-    if status == HTTPStatus.NOT_FOUND:
-        return problem(NotFound(f"there is nothing at {request.url.path}; /docs lists what there is"), request_id)
-    if status == HTTPStatus.BAD_REQUEST:
+    request_id, status, detail = request_id_of(request), error.status_code, str(error.detail)
+    known = {
+        HTTPStatus.NOT_FOUND: NotFound(f"there is nothing at {request.url.path}; /docs lists what there is"),
         # The framework's status for a body that it cannot parse: not UTF-8, too deep, too long integers.
-        return problem(InvalidInput.field("(root)", "the body cannot be read as JSON"), request_id)
-    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        return problem(TooLarge(str(error.detail)), request_id)
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        return problem(Unavailable(str(error.detail)), request_id)
-    name = HTTPStatus(status).name
-    return problem(EthogramError(f"{request.method}: {error.detail}"), request_id, status=status, reason=name)
+        HTTPStatus.BAD_REQUEST: InvalidInput.field("(root)", "the body cannot be read as JSON"),
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: TooLarge(detail),
+        HTTPStatus.SERVICE_UNAVAILABLE: Unavailable(detail),
+    }
+    if status in known:
+        answer = problem(known[HTTPStatus(status)], request_id)
+    else:
+        name = HTTPStatus(status).name
+        answer = problem(EthogramError(f"{request.method}: {detail}"), request_id, status=status, reason=name)
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -13,32 +12,41 @@ from gateway.metrics import GatewayMetrics
 from gateway.settings import GatewaySettings
 from gateway.tail import Tails
 from services.artifacts.store import ArtifactStore
-from services.jobs.bell import Bell
-from services.jobs.notify import Notifier
 from services.jobs.records import Job
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import Bell, Notifier
+from services.runtime import scratch
 
 TENANT = "default"
 """The one tenant; there is no sign-in yet."""
+# Three parts are checked at once, and two probes may overlap.
+CHECKERS = 6
 
 
-@dataclass(frozen=True)
 class Services:
     """Registry, store, queue and streams of one gateway."""
 
-    settings: GatewaySettings
-    registry: JobRegistry
-    store: ArtifactStore
-    bell: Bell
-    notifier: Notifier
-    tails: Tails
-    metrics: GatewayMetrics
-    checks: ThreadPoolExecutor
-    """Threads for readiness checks, so that a probe answers even when a part hangs."""
-    checking: dict[str, Future[Any]]
-    """The last check of each part; it may still run."""
-    work: Path
-    """Scratch folder of uploads."""
+    def __init__(self, settings: GatewaySettings) -> None:
+        """Open all and migrate the database. Raises :class:`EthogramError` when the database or the store cannot be
+        used, or the Redis URL is invalid."""
+        self._stack = ExitStack()
+        self.settings = settings
+        self.registry = JobRegistry.open(settings.database)
+        self.tails = Tails(self.registry, settings.redis_url, settings.stream_limit)
+        self.metrics = GatewayMetrics(self.registry, lambda: self.tails.streams)
+        self.checks = self._stack.enter_context(ThreadPoolExecutor(CHECKERS, thread_name_prefix="readyz"))
+        """Threads for readiness checks, so that a probe answers even when a part hangs."""
+        self.checking: dict[str, Future[Any]] = {}
+        """The last check of each part; it may still run."""
+        self.store = ArtifactStore(settings.store_url)
+        self.bell, self.notifier = Bell(settings.redis_url), Notifier(settings.redis_url)
+        self.work = self._stack.enter_context(scratch.folder(settings.work, "gateway"))
+        """Scratch folder of uploads."""
+
+    def close(self) -> None:
+        """Close all but the streams."""
+        for part in (self.bell, self.notifier, self.registry, self._stack):
+            part.close()
 
     def announce(self, job: Job) -> None:
         """Announce a committed change to watchers here, other gateways and idle workers. Never waits for Redis."""

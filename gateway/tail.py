@@ -23,9 +23,9 @@ from redis.exceptions import RedisError
 
 from ethogram.errors import EthogramError, InvalidInput, NotFound, Unavailable
 from gateway.sse import KEEP_ALIVE, RETRY, frame
-from services.jobs.notify import CHANNEL
 from services.jobs.records import Job
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import CHANNEL
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +82,8 @@ class _Tail:
 
     def update(self, job: Job) -> None:
         """Store the job's newest row, and wake the watchers if it differs."""
-        same = (job.seq, job.state, job.progress) == (self.job.seq, self.job.state, self.job.progress)
-        self.job = job
-        if not same:
+        known, self.job = self.job, job
+        if (job.seq, job.state, job.progress) != (known.seq, known.state, known.progress):
             self.notify()
 
     def notify(self) -> None:
@@ -103,7 +102,8 @@ class Tails:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener: asyncio.Task[None] | None = None
         self._readers: anyio.CapacityLimiter | None = None
-        self._streams = 0
+        self.streams = 0
+        """Number of open streams."""
 
     def start(self) -> None:
         """Subscribe to Redis."""
@@ -111,11 +111,6 @@ class Tails:
         # Own threads, so that watchers that catch up do not delay other routes.
         self._readers = anyio.CapacityLimiter(READERS)
         self._listener = asyncio.create_task(self._listen())
-
-    @property
-    def streams(self) -> int:
-        """Number of open streams."""
-        return self._streams
 
     def close_streams(self) -> None:
         """End all streams so that the server can stop; clients reconnect elsewhere and resume where they were."""
@@ -146,7 +141,7 @@ class Tails:
         job = await self._read(lambda: self._registry.get(job_id))
         if after > job.seq:
             raise InvalidInput.field("after", f"the job's newest event is {job.seq}")
-        if self._streams >= self._limit:
+        if self.streams >= self._limit:
             raise Unavailable(f"this gateway already serves {self._limit} event streams; try another gateway, or later")
         return self._follow(job, after) if follow else self._replay(job, after)
 
@@ -194,11 +189,11 @@ class Tails:
             tail.job = job
             tail.wake.set()
         tail.watchers += 1
-        self._streams += 1
+        self.streams += 1
         try:
             yield tail
         finally:
-            self._streams -= 1
+            self.streams -= 1
             tail.watchers -= 1
             if not tail.watchers:
                 del self._tails[job.id]

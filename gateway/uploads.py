@@ -7,8 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from python_multipart.exceptions import FormParserError
@@ -24,20 +25,13 @@ MAX_FIELD_BYTES = 1024
 MAX_HEADER_BYTES = 16_384
 
 
-class _Fields(BaseModel):
+class UploadFields(BaseModel):
+    """The fields of an upload besides its files."""
+
     model_config = ConfigDict(extra="forbid")
 
     name: Name
     type: Name
-
-
-class Form(NamedTuple):
-    """A complete upload."""
-
-    name: str
-    type: str
-    folder: Path
-    """Holds the files and nothing else."""
 
 
 class Upload:
@@ -59,14 +53,14 @@ class Upload:
         self._file: BinaryIO | None = None
         self._ended = False
         with _clear_errors():
-            self._folder = Path(tempfile.mkdtemp(prefix="upload-", dir=work))
+            self.folder = Path(tempfile.mkdtemp(prefix="upload-", dir=work))
         try:
             self._parser = MultipartParser(
                 options[b"boundary"],
                 {
-                    "on_part_begin": self._begin,
-                    "on_header_field": self._on_header_field,
-                    "on_header_value": self._on_header_value,
+                    "on_part_begin": self._headers.clear,
+                    "on_header_field": partial(_grow, self._header_name, MAX_HEADER_BYTES),
+                    "on_header_value": partial(_grow, self._header_value, MAX_HEADER_BYTES),
                     "on_header_end": self._on_header_end,
                     "on_headers_finished": self._on_headers,
                     "on_part_data": self._on_data,
@@ -86,35 +80,29 @@ class Upload:
             except FormParserError as error:
                 raise InvalidInput.field("(root)", f"is not multipart/form-data: {error}") from None
 
-    def finish(self) -> Form:
-        """The complete upload. Raises :class:`InvalidInput` when something is missing."""
+    def finish(self) -> UploadFields:
+        """The fields of the complete upload; ``folder`` then holds the files and nothing else.
+
+        Raises :class:`InvalidInput` when something is missing.
+        """
         if not self._ended:
             raise InvalidInput.field("(root)", "the body ends before the multipart data does")
         try:
-            fields = _Fields.model_validate({name: bytes(value) for name, value in self._fields.items()})
+            fields = UploadFields.model_validate({name: bytes(value) for name, value in self._fields.items()})
         except ValidationError as error:
             raise InvalidInput.from_pydantic(error) from None
         if not self._files:
             raise InvalidInput.field("files", "send one part `files`, with a file name, for each file")
-        return Form(fields.name, fields.type, self._folder)
+        return fields
 
     def discard(self) -> None:
         """Remove the files from disk."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-    # Callbacks of the parser, in the order of a part: begin, headers, data, end.
-
-    def _begin(self) -> None:
-        self._headers = {}
-
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._grow(self._header_name, data[start:end], MAX_HEADER_BYTES)
-
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._grow(self._header_value, data[start:end], MAX_HEADER_BYTES)
+    # Callbacks of the parser, in the order of a part: headers, data, end.
 
     def _on_header_end(self) -> None:
         self._headers[bytes(self._header_name).lower()] = bytes(self._header_value)
@@ -127,7 +115,7 @@ class Upload:
         if b"filename" not in options:
             if name in self._fields:
                 raise InvalidInput.field(name, "is there twice")
-            if name not in _Fields.model_fields:
+            if name not in UploadFields.model_fields:
                 raise InvalidInput.field(name or "(root)", "is no field of an upload; there are: name, type, files")
             self._field = self._fields[name] = bytearray()
             return
@@ -137,7 +125,7 @@ class Upload:
         path = check_path(_text(options[b"filename"], field), field)
         if self._files >= MAX_FILES:
             raise TooLarge(f"an artifact holds at most {MAX_FILES} files; put them into fewer, larger ones")
-        target = self._folder / path
+        target = self.folder / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._file = target.open("xb")
@@ -153,7 +141,7 @@ class Upload:
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         if self._file is None:
             assert self._field is not None
-            self._grow(self._field, data[start:end], MAX_FIELD_BYTES)
+            _grow(self._field, MAX_FIELD_BYTES, data, start, end)
             return
         self._file.write(memoryview(data)[start:end])
 
@@ -165,11 +153,11 @@ class Upload:
     def _on_end(self) -> None:
         self._ended = True
 
-    @staticmethod
-    def _grow(target: bytearray, data: bytes, limit: int) -> None:
-        if len(target) + len(data) > limit:
-            raise InvalidInput.field("(root)", f"a field or header is longer than {limit} bytes")
-        target += data
+
+def _grow(target: bytearray, limit: int, data: bytes, start: int, end: int) -> None:
+    if len(target) + end - start > limit:
+        raise InvalidInput.field("(root)", f"a field or header is longer than {limit} bytes")
+    target += data[start:end]
 
 
 def _text(value: bytes, field: str) -> str:

@@ -21,9 +21,8 @@ from kombu.entity import Queue
 
 from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.kinds import KINDS, Kind
-from services.jobs.bell import RING, Bell, celery_app, celery_queue, redis_client, without_password
-from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import RING, Bell, Notifier, celery_app, celery_queue, redis_client, without_password
 from services.runtime import scratch
 from services.runtime.lifetime import run_process
 from workers.ledger import Context

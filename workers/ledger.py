@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from ethogram.errors import EthogramError, InvalidInput, StaleAttempt, TooLarge, Unavailable
 from ethogram.specs.kinds import Kind
 from ethogram.v1 import jobs_pb2
-from services.jobs.notify import Notifier
 from services.jobs.registry import Claim, Job, JobRegistry
+from services.jobs.signals import Notifier
 from workers.metrics import WorkerMetrics
 from workers.settings import WorkerSettings
 

@@ -16,9 +16,8 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from ethogram.errors import StaleAttempt, Unavailable
-from services.jobs.bell import Bell
-from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import Bell, Notifier
 from services.runtime.lifetime import run_process
 from workers import collector
 from workers.metrics import ReconcilerMetrics, serve_metrics

@@ -7,7 +7,6 @@ The platform's own specs carry them: ``training.steps`` steps of ``training.lear
 from __future__ import annotations
 
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -64,8 +63,6 @@ def crossmodal(spec: CrossmodalSpec, run: Run) -> dict[str, Any]:
 
 
 def _arm_points() -> None:
-    # tensorboardX imports torch if it can, which takes seconds; these jobs are to be quick to start.
-    sys.modules["torch"] = None  # type: ignore[assignment]
     # A job's process does not see its worker's environment, but works in a folder beside the folder of faults.
     folder = next(above / "faults" for above in Path.cwd().parents if (above / "faults").is_dir())
     write = LocalBackend.write

@@ -162,7 +162,8 @@ def _run(
         if (place := folder.place(name)).exists():
             page = place / "report.html"
             output.say(f"{name}: {page if page.exists() else place}")
-    output.say(f"metrics: {folder.root}")
+    if (folder.root / folders.METRICS).exists():
+        output.say(f"metrics: {folder.root}")
 
 
 def _spec(kind: Kind, request: Request, file: Path | None, values: list[str]) -> Spec:

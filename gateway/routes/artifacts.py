@@ -133,12 +133,13 @@ def download(
 
 
 def _keep(receiver: Upload, services: Services) -> Uploaded:
-    form = receiver.finish()
+    fields = receiver.finish()
+    name, type = fields.name, fields.type
 
     def record(id: str, manifest: Manifest) -> None:
-        services.registry.add_artifact(id, form.name, form.type, manifest.size, tenant=TENANT)
+        services.registry.add_artifact(id, name, type, manifest.size, tenant=TENANT)
 
-    id, manifest = services.store.put(form.folder, name=form.name, type=form.type, tenant=TENANT, record=record)
+    id, manifest = services.store.put(receiver.folder, name=name, type=type, tenant=TENANT, record=record)
     return Uploaded(id=id, manifest=manifest)
 
 

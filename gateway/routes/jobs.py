@@ -1,22 +1,26 @@
-"""Jobs: submit, list, show, cancel, retry, delete."""
+"""Jobs: submit, list, show, cancel, retry, delete, and the stream of their events."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import APIRouter, Body, Header, Query, Request, Response
 from pydantic import BaseModel, Field
+from starlette.responses import StreamingResponse
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.kinds import KINDS
 from gateway.inputs import Cursor, Id, IdempotencyKey, Limit, Page
 from gateway.problems import request_id_of
 from gateway.services import TENANT, Parts
+from gateway.sse import EventStream
 from gateway.submissions import JOB_EXAMPLES, PIPELINE_EXAMPLES, Pipeline, Submission
 from services.jobs.records import Job
 from services.jobs.states import JobState
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
+
+MAX_SEQ = 2**53
 
 
 class PipelineJobs(BaseModel):
@@ -156,3 +160,32 @@ def retry(
 def delete(job_id: Id, services: Parts) -> Job:
     """Delete a job that has ended, with its events, outputs and children. Published models stay."""
     return services.registry.delete_job(job_id, services.store.published())
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_class=StreamingResponse,
+    responses={
+        200: {
+            "description": "A stream of: `state`, `log`, `checkpoint` and `artifact`, whose `id` is the event's `seq` "
+            "and whose `data` is the Event; `progress`, without an id, whose `data` is the newest progress; "
+            "finally `end`, when the job has ended and all events were sent.",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        }
+    },
+)
+async def events(
+    job_id: Id,
+    services: Parts,
+    after: Annotated[int, Query(ge=0, le=MAX_SEQ, description="Skip events up to this `seq`.")] = 0,
+    follow: Annotated[bool, Query(description="False: send the events so far, then `end`.")] = True,
+    last_event_id: Annotated[
+        str | None, Header(description="Like `after`, and takes precedence; browsers send it.")
+    ] = None,
+) -> EventStream:
+    """All events of a job, once each and in order, past ones first. A broken stream resumes after `Last-Event-ID`."""
+    if last_event_id:
+        if not (last_event_id.isascii() and last_event_id.isdecimal() and len(last_event_id) <= len(str(MAX_SEQ))):
+            raise InvalidInput.field("Last-Event-ID", "must be the id of an event of this stream, a whole number")
+        after = int(last_event_id)
+    return EventStream(await services.tails.open(job_id, after, follow))

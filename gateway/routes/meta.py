@@ -18,8 +18,8 @@ from redis.retry import Retry
 from ethogram.errors import EthogramError, Unavailable
 from ethogram.specs.kinds import KINDS
 from gateway.metrics import MEDIA_TYPE
-from gateway.services import Parts, Services
-from services.jobs.bell import without_password
+from gateway.services import Parts
+from services.jobs.signals import without_password
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,15 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz", responses={503: {"model": Readiness, "description": "Some part is missing"}})
 def readyz(services: Parts, response: Response) -> Readiness:
     """Whether the database, the artifact store and Redis can be used, and what to do about each that cannot."""
-    checks = {"database": _database, "store": _store, "redis": _redis}
+    checks: dict[str, Callable[[], object]] = {
+        "database": lambda: services.registry.has_work("cpu"),
+        "store": services.store.check_writable,
+        "redis": lambda: _check_redis(services.settings.redis_url),
+    }
     for name, check in checks.items():
         # A check that still runs is not started again: a hanging part must not take the threads of the others.
         if name not in services.checking or services.checking[name].done():
-            services.checking[name] = services.checks.submit(_check, name, check, services)
+            services.checking[name] = services.checks.submit(_check, name, check)
     futures = dict(services.checking)
     wait(futures.values(), CHECK_SECONDS)
     late = f"did not answer within {CHECK_SECONDS:g} s: see that it runs and is not overloaded"
@@ -93,9 +97,13 @@ def metrics(services: Parts) -> Response:
 
 
 @router.get("/v1/kinds")
+@lru_cache(maxsize=1)
 def kinds() -> list[KindOut]:
     """The kinds of jobs, with the JSON Schema of their specs."""
-    return _kinds()
+    return [
+        KindOut(name=kind.name, summary=kind.summary, queue=kind.queue, spec_schema=kind.spec.model_json_schema())
+        for kind in KINDS.values()
+    ]
 
 
 @router.get("/v1/info")
@@ -108,17 +116,9 @@ def info(services: Parts) -> Info:
     return Info(version=number, inference=services.settings.inference)
 
 
-@lru_cache(maxsize=1)
-def _kinds() -> list[KindOut]:
-    return [
-        KindOut(name=kind.name, summary=kind.summary, queue=kind.queue, spec_schema=kind.spec.model_json_schema())
-        for kind in KINDS.values()
-    ]
-
-
-def _check(name: str, check: Callable[[Services], None], services: Services) -> Check:
+def _check(name: str, check: Callable[[], object]) -> Check:
     try:
-        check(services)
+        check()
     except EthogramError as error:
         return Check(name=name, ok=False, detail=error.message)
     except Exception:
@@ -127,20 +127,10 @@ def _check(name: str, check: Callable[[Services], None], services: Services) -> 
     return Check(name=name, ok=True, detail="")
 
 
-def _database(services: Services) -> None:
-    services.registry.has_work("cpu")
-
-
-def _store(services: Services) -> None:
-    services.store.check_writable()
-
-
-def _redis(services: Services) -> None:
-    url = services.settings.redis_url
+def _check_redis(url: str) -> None:
+    options: dict[str, Any] = {"socket_connect_timeout": 1, "socket_timeout": 1, "retry": Retry(NoBackoff(), 0)}
     try:
-        with redis.Redis.from_url(
-            url, socket_connect_timeout=1, socket_timeout=1, retry=Retry(NoBackoff(), 0)
-        ) as client:
+        with redis.Redis.from_url(url, **options) as client:
             client.ping()
     except (redis.RedisError, OSError) as error:
         raise Unavailable(

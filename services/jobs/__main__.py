@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 from ethogram.errors import EthogramError
 from services.jobs.database import Database
@@ -26,11 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     given = _parser().parse_args(arguments)
     try:
-        database = Database(given.database_url or ProcessSettings.read().database, upgrade=False)
-        try:
+        with closing(Database(given.database_url or ProcessSettings.read().database, upgrade=False)) as database:
             return _run(database, given)
-        finally:
-            database.close()
     except EthogramError as error:
         sys.stderr.write(f"services.jobs: {error.message}\n")
         return 1

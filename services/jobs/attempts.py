@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, get_args
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
-from ethogram.errors import IllegalState, InvalidInput, StaleAttempt, TimeLimit, TooLarge
+from ethogram.errors import Conflict, IllegalState, InvalidInput, StaleAttempt, TimeLimit, TooLarge
 from ethogram.specs.base import Spec
-from services.jobs import artifacts, shares, submission, tables, text, transitions
-from services.jobs.database import change
+from services.jobs import shares, submission, tables, text, transitions
+from services.jobs.database import insert_for, set_values
 from services.jobs.queries import Queries, due
 from services.jobs.records import ArtifactRow, Claim, Event, Job, Options
 from services.jobs.states import ACTIVE, JobState
 
 MAX_BACKOFF_SECONDS = 300.0
 MAX_RESULT_BYTES = 2**20
+
+_ARTIFACT_ID = re.compile(r"[0-9a-f]{64}")
+# What an ArtifactRef can name.
+_ARTIFACT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 
 Reason = Literal["crashed", "stalled", "lost", "stopped", "waiting"]
 """How an attempt may end without ending its job."""
@@ -62,39 +67,23 @@ class Attempts(Queries):
                     continue
                 shares.served(session, queue, tenant)
                 number = session.scalars(select(tables.Job.claims).where(tables.Job.id == id)).one()
+                values = {"number": number, "lease_seconds": lease_seconds}
                 session.execute(
-                    insert(tables.Attempt).values(
-                        id=attempt,
-                        job=id,
-                        number=number,
-                        worker=worker,
-                        lease_seconds=lease_seconds,
-                        heartbeat=0,
-                        started_at=time,
-                    )
+                    insert(tables.Attempt).values(id=attempt, job=id, worker=worker, started_at=time, **values)
                 )
-                return Claim(
-                    job=self._job(session, id),
-                    attempt=attempt,
-                    number=number,
-                    lease_seconds=lease_seconds,
-                    children=transitions.children(session, id),
-                )
+                children = transitions.children(session, id)
+                return Claim(job=self._job(session, id), attempt=attempt, children=children, **values)
             return None
 
     def heartbeat(self, attempt: str, seconds: float = 0.0) -> bool:
         """Renew the lease; return whether the job is to be cancelled. ``seconds``: running time of the attempt, by the
         worker's monotonic clock. Raises :class:`StaleAttempt`."""
         with self._database.write() as session:
-            job = change(
-                session,
-                update(tables.Attempt)
-                .where(tables.Attempt.id == attempt, tables.Attempt.ended_at.is_(None))
-                .values(heartbeat=tables.Attempt.heartbeat + 1, seconds=seconds)
-                .returning(tables.Attempt.job),
-            ).scalar_one_or_none()
-            query = select(tables.Job.cancel_requested).where(tables.Job.id == job, tables.Job.attempt == attempt)
-            cancel = session.scalar(query)
+            row = tables.Attempt
+            open_row, values = (row.id == attempt, row.ended_at.is_(None)), {"heartbeat": row.heartbeat + 1}
+            renewed = set_values(session, row, *open_row, returning=[row.job], **values, seconds=seconds)
+            owned = (tables.Job.id == renewed.scalar_one_or_none(), tables.Job.attempt == attempt)
+            cancel = session.scalar(select(tables.Job.cancel_requested).where(*owned))
             if cancel is None:
                 raise _stale(attempt)
             return cancel
@@ -116,7 +105,9 @@ class Attempts(Queries):
             if batch is not None:
                 # Lock the job before the attempt, in the order in which an attempt ends.
                 self._touch(session, attempt, count=0)
-                if not self._is_new(session, attempt, batch):
+                row = tables.Attempt
+                new = set_values(session, row, row.id == attempt, row.batch < batch, returning=[row.id], batch=batch)
+                if new.one_or_none() is None:
                     return []
             job, last = self._touch(session, attempt, count=len(events))
             return transitions.add_events(session, job, attempt, last, cleaned)
@@ -131,12 +122,12 @@ class Attempts(Queries):
 
         Raises :class:`StaleAttempt`.
         """
+        table = tables.Event
         with self._database.write() as session:
             job, last = self._touch(session, attempt, count=0)
-            table = tables.Event
             if session.scalars(select(tables.Job.checkpoint_artifact).where(tables.Job.id == job)).one() == artifact_id:
                 query = select(table).where(table.job == job, table.type == "checkpoint").order_by(table.seq.desc())
-                return Event.model_validate(session.scalars(query.limit(1)).one(), from_attributes=True)
+                return Event.model_validate(session.scalars(query.limit(1)).one())
             _, last = self._touch(session, attempt, 1, checkpoint_artifact=artifact_id, checkpoint_step=step)
             data = {"artifact": artifact_id, "step": step}
             return transitions.add_events(session, job, attempt, last, [("checkpoint", data)])[0]
@@ -146,14 +137,42 @@ class Attempts(Queries):
         with self._database.write() as session:
             job, _ = self._touch(session, attempt, count=0)
             tenant = session.scalars(select(tables.Job.tenant).where(tables.Job.id == job)).one()
-            row, new = artifacts.add(
-                session, id=artifact_id, name=name, type=type, size=size, tenant=tenant, job=job, attempt=attempt
+            row, new = self._add_artifact(
+                session, artifact_id, tenant, name=name, type=type, size=size, job=job, attempt=attempt
             )
             if new:
                 _, last = self._touch(session, attempt, count=1)
                 data = {"name": name, "type": type, "id": artifact_id, "size": size}
                 transitions.add_events(session, job, attempt, last, [("artifact", data)])
             return row
+
+    def _add_artifact(
+        self, session: Session, id: str, tenant: str, *, name: str, type: str, job: str | None = None, **values: Any
+    ) -> tuple[ArtifactRow, bool]:
+        """Insert the row of an artifact; return it, and whether it is new. It replaces the job's earlier output of that
+        name.
+
+        Raises :class:`InvalidInput`, and :class:`Conflict` when the id is there with another name or job.
+        """
+        if not _ARTIFACT_ID.fullmatch(id):
+            raise InvalidInput.field("artifact", "is not an artifact id (64 hexadecimal digits)")
+        for value, field in ((name, "name"), (type, "type")):
+            if not _ARTIFACT_NAME.fullmatch(value):
+                raise InvalidInput.field(field, "must be 1 to 80 letters, digits, '_', '-' or '.'")
+        table = tables.Artifact
+        insert = insert_for(session, table).values(
+            id=id, name=name, type=type, tenant=tenant, job=job, created_at=transitions.now(), **values
+        )
+        new = False
+        # Locked, so that nobody deletes it meanwhile; another upload of it may insert it at the same time.
+        while (row := session.scalar(select(table).where(table.id == id).with_for_update(read=True))) is None:
+            new = session.execute(insert.on_conflict_do_nothing().returning(table.number)).one_or_none() is not None
+        if not new:
+            if (row.tenant, row.job, row.name) != (tenant, job, name):
+                raise Conflict(f"artifact {id} is already there as {row.name!r} of {row.job or 'an upload'}")
+        elif job is not None:
+            set_values(session, table, table.job == job, table.name == name, table.id != id, superseded=True)
+        return ArtifactRow.model_validate(row), new
 
     def spawn(self, attempt: str, name: str, kind: str, spec: Spec) -> Job:
         """Queue a child job that does a part of the work, with its parent's queue, labels and limits. The same name
@@ -181,7 +200,8 @@ class Attempts(Queries):
         result = text.clean(result)
         if len(json.dumps(result)) > MAX_RESULT_BYTES:
             raise TooLarge("the result is larger than 1 MiB: put it into an artifact and name that")
-        return self._end(attempt, JobState.SUCCEEDED, ACTIVE, "succeeded", seconds, result=result)
+        values = {"outcome": "succeeded", "seconds": seconds, "result": result}
+        return self._end(attempt, JobState.SUCCEEDED, source=ACTIVE, **values)
 
     def fail(self, attempt: str, error: dict[str, Any], *, seconds: float | None = None) -> Job:
         """End the job as failed, for a reason that another attempt would meet again. Raises :class:`StaleAttempt`.
@@ -190,11 +210,12 @@ class Attempts(Queries):
         """
         error = {"reason": "INTERNAL", "message": "", "violations": [], **text.clean(error, text.MAX_TEXT)}
         outcome = "timed out" if error["reason"] == TimeLimit.reason else "failed"
-        return self._end(attempt, JobState.FAILED, ACTIVE, outcome, seconds, error=error)
+        return self._end(attempt, JobState.FAILED, source=ACTIVE, outcome=outcome, seconds=seconds, error=error)
 
     def cancelled(self, attempt: str, *, seconds: float | None = None) -> Job:
         """End the job as cancelled. Raises :class:`StaleAttempt`; :class:`IllegalState` when nobody cancelled it."""
-        return self._end(attempt, JobState.CANCELLED, [JobState.CANCELLING], "cancelled", seconds)
+        source = [JobState.CANCELLING]
+        return self._end(attempt, JobState.CANCELLED, source=source, outcome="cancelled", seconds=seconds)
 
     def release(self, attempt: str, reason: Reason, message: str = "", *, seconds: float | None = None) -> Job:
         """End the attempt, not the job. Raises :class:`StaleAttempt`.
@@ -208,11 +229,8 @@ class Attempts(Queries):
         message = text.clean(message, text.MAX_TEXT)
         with self._database.write() as session:
             job = _lock_parent(session, attempt)
-            row = session.execute(
-                select(tables.Job.state, tables.Job.attempts, tables.Job.max_attempts)
-                .where(tables.Job.attempt == attempt)
-                .with_for_update()
-            ).one_or_none()
+            query = select(tables.Job.state, tables.Job.attempts, tables.Job.max_attempts)
+            row = session.execute(query.where(tables.Job.attempt == attempt).with_for_update()).one_or_none()
             if row is None:
                 raise _stale(attempt)
             state, attempts, max_attempts = row
@@ -242,10 +260,8 @@ class Attempts(Queries):
                 # The row is locked, so a child that ends now is counted afterwards.
                 left = transitions.unfinished_children(session, job)
                 values |= {"waiting": left, "ready": left == 0}
-            moved = transitions.move(
-                session, job, JobState.QUEUED, source=[JobState.RUNNING], owner=attempt, note=note, **values
-            )
-            if not moved:
+            values |= {"source": [JobState.RUNNING], "owner": attempt, "note": note}
+            if not transitions.move(session, job, JobState.QUEUED, **values):
                 raise _stale(attempt)
             transitions.end_attempt(session, attempt, reason, message, seconds)
             return self._job(session, job)
@@ -255,58 +271,31 @@ class Attempts(Queries):
         ``claims``. For a caller that timed the back-off by its own monotonic clock."""
         table = tables.Job
         with self._database.write() as session:
-            woken = change(
-                session,
-                update(table)
-                .where(table.id == job, table.state == JobState.QUEUED, table.claims == claims)
-                .where(table.backoff_seconds.is_not(None), table.waiting == 0)
-                .values(ready=True, ready_at=transitions.now(), backoff_seconds=None, not_before=None)
-                .returning(table.id),
-            ).one_or_none()
+            where = [table.id == job, table.state == JobState.QUEUED, table.claims == claims, table.waiting == 0]
+            where.append(table.backoff_seconds.is_not(None))
+            values = {"ready": True, "ready_at": transitions.now(), "backoff_seconds": None, "not_before": None}
+            woken = set_values(session, table, *where, returning=[table.id], **values).one_or_none()
             return None if woken is None else self._job(session, job)
 
     def _wake(self, session: Session, queue: str) -> None:
         """Mark jobs ready whose ``not_before`` has passed, so that a claim is one lookup in one index."""
         # Skip rows that another claim has locked: they are woken next time, and claims never wait for each other.
-        free = select(tables.Job.number).where(due(queue)).with_for_update(skip_locked=True)
-        change(
-            session,
-            update(tables.Job).where(tables.Job.number.in_(free)).values(ready=True, ready_at=tables.Job.not_before),
-        )
-
-    def _is_new(self, session: Session, attempt: str, batch: int) -> bool:
-        table = tables.Attempt
-        marked = change(
-            session,
-            update(table).where(table.id == attempt, table.batch < batch).values(batch=batch).returning(table.id),
-        )
-        return marked.one_or_none() is not None
+        table = tables.Job
+        free = select(table.number).where(due(queue)).with_for_update(skip_locked=True)
+        set_values(session, table, table.number.in_(free), ready=True, ready_at=table.not_before)
 
     def _touch(self, session: Session, attempt: str, count: int, **values: Any) -> tuple[str, int]:
         """Write to the job that ``attempt`` owns and count ``count`` events; return its id and the last ``seq``."""
-        row = change(
-            session,
-            update(tables.Job)
-            .where(tables.Job.attempt == attempt, tables.Job.state.in_(ACTIVE))
-            .values(seq=tables.Job.seq + count, **values)
-            .returning(tables.Job.id, tables.Job.seq),
-        ).one_or_none()
+        table = tables.Job
+        owned, returning = (table.attempt == attempt, table.state.in_(ACTIVE)), [table.id, table.seq]
+        row = set_values(session, table, *owned, returning=returning, seq=table.seq + count, **values).one_or_none()
         if row is None:
             raise _stale(attempt)
         return row.id, row.seq
 
-    def _end(
-        self,
-        attempt: str,
-        to: JobState,
-        source: Sequence[JobState],
-        outcome: str,
-        seconds: float | None,
-        **values: Any,
-    ) -> Job:
+    def _end(self, attempt: str, to: JobState, **values: Any) -> Job:
         with self._database.write() as session:
-            job = _lock_parent(session, attempt)
-            return self._end_in(session, job, attempt, to, source=source, outcome=outcome, seconds=seconds, **values)
+            return self._end_in(session, _lock_parent(session, attempt), attempt, to, **values)
 
     def _end_in(
         self,
@@ -322,15 +311,13 @@ class Attempts(Queries):
         note: dict[str, Any] | None = None,
         **values: Any,
     ) -> Job:
-        error = values.get("error")
-        if error is not None:
+        if (error := values.get("error")) is not None:
             note = {**(note or {}), "message": error["message"]}
         if not transitions.move(session, job, to, source=source, owner=attempt, note=note, **values):
             if session.scalar(select(tables.Job.number).where(tables.Job.attempt == attempt)) is None:
                 # Somebody else has ended it meanwhile.
                 raise _stale(attempt)
-            found = self._job(session, job)
-            raise IllegalState(f"job {job} is {found.state}: it cannot become {to} now")
+            raise IllegalState(f"job {job} is {self._job(session, job).state}: it cannot become {to} now")
         transitions.end_attempt(session, attempt, outcome, message, seconds)
         transitions.settle(session, job, to, error)
         return self._job(session, job)

@@ -15,17 +15,18 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, Engine, Executable, Result, create_engine, event
+from sqlalchemy import Connection, Engine, Executable, Result, create_engine, event, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Session
 
 from ethogram.errors import IllegalState, InvalidInput, Unavailable
 from services.jobs import migrate
@@ -90,6 +91,20 @@ def retry_deadlocks(method: Callable[P, R]) -> Callable[P, R]:
 def change(session: Session, statement: Executable) -> Result[Any]:
     """Execute an UPDATE or DELETE; objects that the session has loaded already keep their old values."""
     return session.execute(statement, execution_options={"synchronize_session": False})
+
+
+def set_values(
+    session: Session, table: type[DeclarativeBase], *where: Any, returning: Sequence[Any] = (), **values: Any
+) -> Result[Any]:
+    """Execute ``UPDATE table SET values WHERE all of where RETURNING returning``, as :func:`change` does."""
+    statement = update(table).where(*where).values(**values)
+    return change(session, statement.returning(*returning) if returning else statement)
+
+
+def insert_for(session: Session, table: type[DeclarativeBase]) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT in the dialect of the session's database, for ``ON CONFLICT``."""
+    on_sqlite = session.get_bind().dialect.name == "sqlite"
+    return sqlite.insert(table) if on_sqlite else postgresql.insert(table)
 
 
 class Database:
@@ -207,11 +222,9 @@ class Database:
             if self._is_outage(error):
                 raise self._unavailable(str(error.orig)) from error
             raise
-        except OSError as error:
-            raise self._unavailable(str(error.strerror)) from error
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             # SQLAlchemy does not wrap errors of a new connection's first statements.
-            raise self._unavailable(str(error)) from error
+            raise self._unavailable(str(getattr(error, "strerror", error))) from error
 
     def _is_outage(self, error: DBAPIError) -> bool:
         if isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import Connection, MetaData, func, inspect, select, text
+from sqlalchemy import Connection, MetaData, func, select, text
 
 from ethogram.errors import InvalidInput
 
@@ -34,7 +34,7 @@ def revision(connection: Connection) -> str | None:
     """The revision of the tables; ``None`` for an empty database."""
     if not connection.dialect.has_table(connection, _OWN_TABLE):
         return None
-    found: str | None = connection.execute(text(f"SELECT version_num FROM {_OWN_TABLE}")).scalar()
+    found: str | None = connection.scalar(text(f"SELECT version_num FROM {_OWN_TABLE}"))
     return found
 
 
@@ -69,16 +69,15 @@ def downgrade(connection: Connection, to: str) -> list[Loss]:
     if to not in known[: known.index(now) + 1]:
         earlier = ", ".join(known[: known.index(now) + 1])
         raise InvalidInput.field("revision", f"{to!r} is not a revision at or before {now}; use one of: {earlier}")
-    before, rows = _shape(connection), _rows(connection)
+    before = _rows(connection)
     command.downgrade(_config(connection), to)
-    after = _shape(connection)
-    lost = []
-    for table, columns in before.items():
-        if table not in after:
-            lost.append(Loss(f"table {table}", rows[table, None]))
-        else:
-            lost += [Loss(f"column {table}.{name}", rows[table, name]) for name in columns if name not in after[table]]
-    return lost
+    after = _rows(connection)
+    dropped = {table for table, column in before.keys() - after.keys() if column is None}
+    return [
+        Loss(f"table {table}" if column is None else f"column {table}.{column}", rows)
+        for (table, column), rows in before.items()
+        if (table, column) not in after and (column is None or table not in dropped)
+    ]
 
 
 def _config(connection: Connection | None = None) -> Config:
@@ -91,22 +90,13 @@ def _config(connection: Connection | None = None) -> Config:
     return config
 
 
-def _shape(connection: Connection) -> dict[str, list[str]]:
-    found = inspect(connection)
-    return {
-        table: [column["name"] for column in found.get_columns(table)]
-        for table in found.get_table_names()
-        if table not in (_OWN_TABLE, "sqlite_sequence")
-    }
-
-
 def _rows(connection: Connection) -> dict[tuple[str, str | None], int]:
-    """The number of rows of each table, and for each column the number in which it is not null."""
+    """The number of rows of each table, and for each column the number in which it is not null; tables by name."""
     metadata = MetaData()
-    metadata.reflect(connection)
+    metadata.reflect(connection, only=lambda name, _: name not in (_OWN_TABLE, "sqlite_sequence"))
     counts: dict[tuple[str, str | None], int] = {}
-    for table in metadata.tables.values():
+    for name, table in sorted(metadata.tables.items()):
         columns: list[Any] = [func.count(), *(func.count(column) for column in table.columns)]
         found = connection.execute(select(*columns).select_from(table)).one()
-        counts.update(zip([(table.name, None), *((table.name, c.name) for c in table.columns)], found, strict=True))
+        counts.update(zip([(name, None), *((name, column.name) for column in table.columns)], found, strict=True))
     return counts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import builtins
 import re
 from collections.abc import Mapping, Sequence
@@ -12,10 +14,12 @@ from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import Session, selectinload
 
 from ethogram.errors import InvalidInput, NotFound
-from services.jobs import cursors, submission, tables, text, transitions
+from services.jobs import submission, tables, text, transitions
 from services.jobs.database import Database
 from services.jobs.records import LABEL_KEY, ArtifactRow, BackingOff, Depth, Event, Job, RunningAttempt
 from services.jobs.states import ACTIVE, UNFINISHED, JobState
+
+MAX_LIMIT = 1000
 
 Row = TypeVar("Row", tables.Job, tables.Artifact)
 
@@ -47,18 +51,9 @@ class Queries:
 
         Raises :class:`InvalidInput` for an unknown state, and for a limit or cursor that is not valid.
         """
-        submission.check_tenant(tenant)
-        text.check(kind, "kind")
-        where: builtins.list[ColumnElement[bool]] = [tables.Job.tenant == tenant]
-        if kind is not None:
-            where.append(tables.Job.kind == kind)
-        if state is not None:
-            if state not in builtins.list(JobState):
-                raise InvalidInput.field("state", f"must be one of {', '.join(JobState)}")
-            where.append(tables.Job.state == str(state))
-        if parent is not None:
-            text.check(parent, "parent")
-            where.append(tables.Job.parent == parent)
+        if state is not None and state not in builtins.list(JobState):
+            raise InvalidInput.field("state", f"must be one of {', '.join(JobState)}")
+        where = _filters(tables.Job, tenant, kind=kind, state=state, parent=parent)
         for key, value in (labels or {}).items():
             if not re.fullmatch(LABEL_KEY, key):
                 raise InvalidInput.field("labels", f"{key!a} is not a valid label name")
@@ -76,10 +71,10 @@ class Queries:
             raise NotFound(f"there is no job {job!a}")
         query = select(tables.Event).where(tables.Event.job == job, tables.Event.seq > after)
         with self._database.read() as session:
-            rows = session.scalars(query.order_by(tables.Event.seq).limit(cursors.check_limit(limit))).all()
+            rows = session.scalars(query.order_by(tables.Event.seq).limit(_check_limit(limit))).all()
             if not rows and session.scalar(select(tables.Job.number).where(tables.Job.id == job)) is None:
                 raise NotFound(f"there is no job {job!r}")
-            return [Event.model_validate(row, from_attributes=True) for row in rows]
+            return [Event.model_validate(row) for row in rows]
 
     def artifacts(
         self,
@@ -90,23 +85,16 @@ class Queries:
         cursor: str | None = None,
     ) -> tuple[builtins.list[ArtifactRow], str | None]:
         """Artifacts, newest first, and the cursor of the next page; of a job's outputs of one name, only the last."""
-        submission.check_tenant(tenant)
-        text.check(job, "job")
-        text.check(type, "type")
         table = tables.Artifact
-        where: builtins.list[ColumnElement[bool]] = [table.tenant == tenant, table.superseded == tables.FALSE]
-        if job is not None:
-            where.append(table.job == job)
-        if type is not None:
-            where.append(table.type == type)
+        where = [*_filters(table, tenant, job=job, type=type), table.superseded == tables.FALSE]
         with self._database.read() as session:
             rows, more = _page(session, select(table).where(*where), table, limit, cursor)
-            return [artifact_of(row) for row in rows], more
+            return [ArtifactRow.model_validate(row) for row in rows], more
 
     def artifact(self, id: str) -> ArtifactRow:
         """The row of an artifact. Raises :class:`NotFound`."""
         with self._database.read() as session:
-            return artifact_of(self._artifact(session, id))
+            return ArtifactRow.model_validate(self._artifact(session, id))
 
     def depths(self) -> builtins.list[Depth]:
         """What is in each queue with jobs that have not ended. The cost grows with the number of such jobs."""
@@ -118,49 +106,41 @@ class Queries:
         now = transitions.now()
         found: dict[str, Depth] = {}
 
-        def ready_since(depth: Depth, time: datetime | None) -> None:
-            age = 0.0 if time is None else (now - time).total_seconds()
+        def add_ready(depth: Depth, count: int, since: datetime | None) -> None:
+            age = 0.0 if since is None else (now - since).total_seconds()
+            depth.ready += count
             depth.oldest_ready_seconds = max(depth.oldest_ready_seconds, age)
 
         with self._database.read() as session:
             for queue, state, ready, count, since in session.execute(query).all():
                 depth = found.setdefault(queue, Depth(queue=queue))
-                if state != JobState.QUEUED:
-                    field = "running" if state == JobState.RUNNING else "cancelling"
-                    setattr(depth, field, getattr(depth, field) + count)
-                elif not ready:
-                    depth.held += count
+                if state == JobState.QUEUED and ready:
+                    add_ready(depth, count, since)
                 else:
-                    depth.ready += count
-                    ready_since(depth, since)
+                    field = "held" if state == JobState.QUEUED else state.lower()
+                    setattr(depth, field, getattr(depth, field) + count)
             for queue, count, since in session.execute(late).all():
                 found[queue].held -= count
-                found[queue].ready += count
-                ready_since(found[queue], since)
+                add_ready(found[queue], count, since)
         return sorted(found.values(), key=lambda depth: depth.queue)
 
     def backing_off(self) -> builtins.list[BackingOff]:
         """Jobs that wait after a crash; the reconciler ends the wait by :meth:`Attempts.wake`."""
         job = tables.Job
-        query = select(job.id, job.queue, job.claims, job.backoff_seconds).where(
+        query = select(job.id.label("job"), job.queue, job.claims, job.backoff_seconds.label("seconds")).where(
             job.state == JobState.QUEUED, job.ready == tables.FALSE, job.backoff_seconds.is_not(None)
         )
         with self._database.read() as session:
-            return [
-                BackingOff(job=id, queue=queue, claims=claims, seconds=seconds)
-                for id, queue, claims, seconds in session.execute(query)
-            ]
+            return [BackingOff(**row) for row in session.execute(query).mappings()]
 
     def running_attempts(self) -> builtins.list[RunningAttempt]:
         """All attempts that have not ended, for the reconciler to watch."""
         job, attempt = tables.Job, tables.Attempt
-        query = select(attempt.id, job.id, job.queue, attempt.worker, attempt.heartbeat, attempt.lease_seconds)
-        query = query.join(attempt, attempt.id == job.attempt).where(job.state.in_(ACTIVE)).order_by(job.number)
+        columns = (attempt.worker, attempt.heartbeat, attempt.lease_seconds)
+        query = select(job.attempt, job.id.label("job"), job.queue, *columns)
+        query = query.join(attempt, attempt.id == job.attempt).where(job.state.in_(ACTIVE))
         with self._database.read() as session:
-            return [
-                RunningAttempt(attempt=a, job=j, queue=q, worker=w, heartbeat=beat, lease_seconds=lease)
-                for a, j, q, w, beat, lease in session.execute(query)
-            ]
+            return [RunningAttempt(**row) for row in session.execute(query.order_by(job.number)).mappings()]
 
     def has_work(self, queue: str) -> bool:
         """Whether a job of ``queue`` could be claimed now. The cost does not depend on the length of the queue."""
@@ -191,19 +171,50 @@ class Queries:
 def due(queue: str | None = None) -> ColumnElement[bool]:
     """Queued jobs that only their ``not_before`` held back, now that it has passed."""
     job = tables.Job
-    where = [job.state == JobState.QUEUED, job.ready == tables.FALSE, job.waiting == 0]
-    if queue is not None:
-        where.append(job.queue == queue)
-    return and_(*where, job.not_before <= transitions.now())
+    return and_(_queued(queue, job.ready == tables.FALSE), job.waiting == 0, job.not_before <= transitions.now())
 
 
 def ready(queue: str | None = None) -> ColumnElement[bool]:
     """Queued jobs that nothing holds back; with ``priority`` and ``number`` this is the order of an index."""
+    return _queued(queue, tables.Job.ready == tables.TRUE)
+
+
+def _queued(queue: str | None, ready: ColumnElement[bool]) -> ColumnElement[bool]:
     job = tables.Job
-    where = [job.state == JobState.QUEUED, job.ready == tables.TRUE]
-    if queue is not None:
-        where.append(job.queue == queue)
-    return and_(*where)
+    return and_(job.state == JobState.QUEUED, ready, *([job.queue == queue] if queue is not None else []))
+
+
+def _filters(table: type[Row], tenant: str, **values: str | None) -> builtins.list[ColumnElement[bool]]:
+    """Conditions that each column in ``values`` has its value, if that is not None. Raises :class:`InvalidInput`."""
+    submission.check_name(tenant, "tenant")
+    for name, value in values.items():
+        text.check(value, name)
+    values["tenant"] = tenant
+    return [getattr(table, name) == value for name, value in values.items() if value is not None]
+
+
+def encode_cursor(table: str, number: int) -> str:
+    """The cursor of the page after row ``number``: opaque text. Numbers never change, so pages are stable."""
+    return base64.urlsafe_b64encode(f"{table}:{number}".encode()).decode().rstrip("=")
+
+
+def decode_cursor(table: str, cursor: str) -> int:
+    """The number in a cursor of ``table``. Raises :class:`InvalidInput`."""
+    try:
+        content = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+        found, _, number = content.partition(":")
+        # Only what `encode_cursor` makes: int() alone takes signs, spaces and digits of other scripts.
+        if found == table and number.isascii() and number.isdecimal() and len(number) <= 18:
+            return int(number)
+    except (binascii.Error, ValueError):
+        pass
+    raise InvalidInput.field("cursor", "is not a cursor of this list; leave it out to start from the beginning")
+
+
+def _check_limit(limit: int) -> int:
+    if not 1 <= limit <= MAX_LIMIT:
+        raise InvalidInput.field("limit", f"must be from 1 to {MAX_LIMIT}")
+    return limit
 
 
 def _page(
@@ -211,14 +222,10 @@ def _page(
 ) -> tuple[Sequence[Row], str | None]:
     """Rows of ``table``, newest first, and the cursor of the next page."""
     if cursor is not None:
-        query = query.where(table.number < cursors.decode(table.__tablename__, cursor))
-    rows = session.scalars(query.order_by(table.number.desc()).limit(cursors.check_limit(limit) + 1)).all()
-    more = cursors.encode(table.__tablename__, rows[limit - 1].number) if len(rows) > limit else None
+        query = query.where(table.number < decode_cursor(table.__tablename__, cursor))
+    rows = session.scalars(query.order_by(table.number.desc()).limit(_check_limit(limit) + 1)).all()
+    more = encode_cursor(table.__tablename__, rows[limit - 1].number) if len(rows) > limit else None
     return rows[:limit], more
-
-
-def artifact_of(row: tables.Artifact) -> ArtifactRow:
-    return ArtifactRow.model_validate(row, from_attributes=True)
 
 
 def _unfinished_children(session: Session, rows: Sequence[tables.Job]) -> dict[str, builtins.list[str]]:

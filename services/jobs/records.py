@@ -95,6 +95,8 @@ class Job(BaseModel):
 class Event(BaseModel):
     """An event of a job. ``seq`` counts from 1 without gaps."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     job: str
     seq: int
     attempt: str | None
@@ -105,6 +107,8 @@ class Event(BaseModel):
 
 class ArtifactRow(BaseModel):
     """An artifact as the registry lists it; its manifest in the store lists its files."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     id: str
     name: str

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from ethogram.errors import IllegalState
 from ethogram.specs.base import ArtifactRef, Spec
-from services.jobs import artifacts, submission, tables, transitions
-from services.jobs.database import Database, change, retry_deadlocks
+from services.jobs import submission, tables, transitions
+from services.jobs.database import Database, retry_deadlocks, set_values
 from services.jobs.records import ArtifactRow, Claim, Depth, Event, Job, Options, RunningAttempt
 from services.jobs.retention import Retention
 from services.jobs.states import JobState
@@ -66,7 +66,7 @@ class JobRegistry(Retention):
 
     def check(self, kind: str, spec: Spec, *, tenant: str = "default", **options: Any) -> None:
         """Raise what :meth:`submit` would now raise for this job; queue nothing."""
-        submission.check_tenant(tenant)
+        submission.check_name(tenant, "tenant")
         request = submission.Request.make(kind, spec, options)
         # In a write transaction, since a submission takes locks.
         with self._database.write() as session:
@@ -94,7 +94,7 @@ class JobRegistry(Retention):
     def _submit(
         self, requests: Mapping[str, submission.Request], body: Any, tenant: str, key: str | None, trace: str | None
     ) -> tuple[dict[str, Job], bool]:
-        submission.check_tenant(tenant)
+        submission.check_name(tenant, "tenant")
         submission.check_key(key)
         digest = submission.body_hash(body)
         for last in (False, True):
@@ -106,8 +106,6 @@ class JobRegistry(Retention):
                         ids = submission.insert_pipeline(session, requests, tenant=tenant, trace=trace)
                         if key is not None:
                             submission.remember(session, tenant, key, digest, ids)
-                    if not created:
-                        submission.check_kept(session, ids)
                     return {name: self._job(session, job) for name, job in ids.items()}, created
             except IntegrityError:
                 # Another request with this key was committed meanwhile; the second try sees it.
@@ -153,9 +151,7 @@ class JobRegistry(Retention):
                 raise IllegalState(f"job {job.id} waits for {name!r} of a job that was deleted: submit it again")
             found = submission.resolve(session, path, ArtifactRef(job=needs, artifact=name or ""), job.tenant)
             waiting += found.artifact is None
-            change(
-                session, update(table).where(table.job == job.id, table.path == path).values(artifact=found.artifact)
-            )
+            set_values(session, table, table.job == job.id, table.path == path, artifact=found.artifact)
         forget = {"checkpoint_artifact": None, "checkpoint_step": None} if from_start else {}
         moved = transitions.move(
             session,
@@ -177,8 +173,7 @@ class JobRegistry(Retention):
         )
         if not moved:
             raise IllegalState(f"job {job.id} was just retried by somebody else")
-        if job.parent is not None:
-            transitions.count_children(session, job.parent)
+        transitions.count_children(session, job.parent)
         for child in transitions.children(session, job.id):
             if child.state is JobState.CANCELLING:
                 raise IllegalState(f"its child {child.job} is still being cancelled: try again when that has ended")
@@ -189,6 +184,6 @@ class JobRegistry(Retention):
         self, artifact_id: str, name: str, type: str, size: int, *, tenant: str = "default"
     ) -> ArtifactRow:
         """Record an upload, which is in the store already. The same artifact again changes nothing."""
-        submission.check_tenant(tenant)
+        submission.check_name(tenant, "tenant")
         with self._database.write() as session:
-            return artifacts.add(session, id=artifact_id, name=name, type=type, size=size, tenant=tenant)[0]
+            return self._add_artifact(session, artifact_id, tenant, name=name, type=type, size=size)[0]

@@ -12,14 +12,13 @@ from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, delete, or_, select, update
+from sqlalchemy import ColumnElement, Select, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from ethogram.errors import IllegalState, NotFound
 from services.jobs import tables, transitions
 from services.jobs.attempts import Attempts
 from services.jobs.database import change, retry_deadlocks
-from services.jobs.queries import artifact_of
 from services.jobs.records import ArtifactRow, Job
 from services.jobs.states import ACTIVE, TERMINAL, JobState
 
@@ -40,11 +39,7 @@ class Retention(Attempts):
             return {
                 *session.scalars(select(artifact.id).where(artifact.superseded == tables.FALSE)),
                 *session.scalars(select(tables.Input.artifact).where(tables.Input.artifact.is_not(None)).distinct()),
-                *session.scalars(
-                    select(job.checkpoint_artifact).where(
-                        job.checkpoint_artifact.is_not(None), job.state != JobState.SUCCEEDED
-                    )
-                ),
+                *session.scalars(_checkpoints(job.checkpoint_artifact.is_not(None))),
             }
 
     def spent_artifacts(self) -> set[str]:
@@ -73,22 +68,12 @@ class Retention(Attempts):
         attempt may still commit one of ``ids``."""
         artifact, given, job = tables.Artifact, tables.Input, tables.Job
         with self._database.write() as session:
-            rows = session.execute(
-                select(artifact.id, artifact.superseded)
-                .where(artifact.id.in_(ids))
-                .order_by(artifact.id)
-                .with_for_update()
-            ).all()
+            query = select(artifact.id, artifact.superseded).where(artifact.id.in_(ids)).order_by(artifact.id)
+            rows = session.execute(query.with_for_update()).all()
             # After the rows are locked: a job that wants to name one either has, or waits for us.
             dead = set(ids) - {id for id, superseded in rows if not superseded}
             dead -= {*session.scalars(select(given.artifact).where(given.artifact.in_(dead)))}
-            dead -= {
-                *session.scalars(
-                    select(job.checkpoint_artifact).where(
-                        job.checkpoint_artifact.in_(dead), job.state != JobState.SUCCEEDED
-                    )
-                )
-            }
+            dead -= {*session.scalars(_checkpoints(job.checkpoint_artifact.in_(dead)))}
             change(session, delete(artifact).where(artifact.id.in_(dead)))
             return dead
 
@@ -148,7 +133,7 @@ class Retention(Attempts):
         user = self._unfinished(session, job.id.in_(users))
         if user is not None:
             raise IllegalState(f"job {user} needs artifact {id} and has not ended: cancel that job, or wait")
-        return artifact_of(row)
+        return ArtifactRow.model_validate(row)
 
     def _delete(self, session: Session, id: str, published: set[str]) -> None:
         job, given, artifact, event = tables.Job, tables.Input, tables.Artifact, tables.Event
@@ -179,18 +164,19 @@ class Retention(Attempts):
             delete(job).where(job.id == id),
         ):
             change(session, statement)
-        self._forget_keys(session, id)
-
-    def _forget_keys(self, session: Session, id: str) -> None:
-        """Delete the idempotency key that made a job once all jobs of that key are deleted."""
-        key, made = tables.Submission, tables.SubmissionJob
-        found = change(session, delete(made).where(made.job == id).returning(made.tenant, made.key)).one_or_none()
-        if found is None:
-            return
-        others = select(made.job).where(made.tenant == found.tenant, made.key == found.key).limit(1)
-        if session.scalar(others) is None:
-            change(session, delete(key).where(key.tenant == found.tenant, key.key == found.key))
+        # The idempotency key that made the job goes once all its jobs are deleted.
+        key, by_key = tables.Submission, tables.SubmissionJob
+        deleted = delete(by_key).where(by_key.job == id).returning(by_key.tenant, by_key.key)
+        if (found := change(session, deleted).one_or_none()) is not None:
+            others = select(by_key.job).where(by_key.tenant == found.tenant, by_key.key == found.key).limit(1)
+            if session.scalar(others) is None:
+                change(session, delete(key).where(key.tenant == found.tenant, key.key == found.key))
 
     def _unfinished(self, session: Session, where: ColumnElement[bool]) -> str | None:
         """Id of a job among these that has not ended."""
         return session.scalar(select(tables.Job.id).where(where, tables.Job.state.not_in(TERMINAL)).limit(1))
+
+
+def _checkpoints(where: ColumnElement[bool]) -> Select[str | None]:
+    """The last checkpoints, of those that ``where`` selects, that a retry could resume from."""
+    return select(tables.Job.checkpoint_artifact).where(where, tables.Job.state != JobState.SUCCEEDED)

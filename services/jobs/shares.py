@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from sqlalchemy import ColumnElement, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from services.jobs import tables
+from services.jobs.database import insert_for
 from services.jobs.queries import ready
 from services.jobs.states import ACTIVE
 
@@ -39,11 +39,8 @@ def candidates(session: Session, queue: str) -> Iterator[tuple[str, str]]:
 def served(session: Session, queue: str, tenant: str) -> None:
     """Record that ``tenant`` was served last in ``queue``."""
     last = select(func.coalesce(func.max(turn.turn), 0) + 1).where(turn.queue == queue).scalar_subquery()
-    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    values = dialect.insert(turn).values(queue=queue, tenant=tenant, turn=last)
-    session.execute(
-        values.on_conflict_do_update(index_elements=["queue", "tenant"], set_={"turn": values.excluded.turn})
-    )
+    row = insert_for(session, turn).values(queue=queue, tenant=tenant, turn=last)
+    session.execute(row.on_conflict_do_update(index_elements=["queue", "tenant"], set_={"turn": row.excluded.turn}))
 
 
 def _tenants(session: Session, equal: Sequence[ColumnElement[bool]]) -> list[str]:
@@ -59,8 +56,6 @@ def _in_turn(session: Session, queue: str, tenants: list[str]) -> list[str]:
     if len(tenants) < 2:
         return tenants
     count = select(job.tenant, func.count()).where(job.state.in_(ACTIVE), job.queue == queue).group_by(job.tenant)
-    running = {tenant: number for tenant, number in session.execute(count)}
-    turns = {
-        tenant: last for tenant, last in session.execute(select(turn.tenant, turn.turn).where(turn.queue == queue))
-    }
+    running = dict(session.execute(count).all())
+    turns = dict(session.execute(select(turn.tenant, turn.turn).where(turn.queue == queue)).all())
     return sorted(tenants, key=lambda tenant: (running.get(tenant, 0), turns.get(tenant, 0), tenant))

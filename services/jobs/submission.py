@@ -13,7 +13,6 @@ import secrets
 from base64 import b32encode
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -83,23 +82,15 @@ class ResolvedInput(NamedTuple):
     artifact: str | None
 
 
-def check_tenant(tenant: str) -> None:
-    """Raise :class:`InvalidInput` for a tenant that is not a plain name."""
-    if not _NAME.fullmatch(tenant):
-        raise InvalidInput.field("tenant", "must be 1 to 64 letters, digits, '_' or '-'")
-
-
 def check_name(name: str, field: str) -> None:
-    """Raise :class:`InvalidInput` for a job name that is not plain."""
+    """Raise :class:`InvalidInput` for the name of a job or tenant that is not plain."""
     if not _NAME.fullmatch(name):
         raise InvalidInput.field(field, f"the name {name[:80]!r} must be 1 to 64 letters, digits, '_' or '-'")
 
 
 def check_key(key: str | None) -> None:
     """Raise :class:`InvalidInput` for an idempotency key that cannot be stored."""
-    if key is None:
-        return
-    if not 1 <= len(key) <= 255:
+    if key is not None and not 1 <= len(key) <= 255:
         raise InvalidInput.field("idempotency_key", "must be 1 to 255 characters long")
     text.check(key, "idempotency_key")
 
@@ -110,31 +101,24 @@ def body_hash(body: Any) -> str:
 
 
 def seen(session: Session, tenant: str, key: str, digest: str) -> dict[str, str] | None:
-    """The jobs (name -> id) that this key made before. Raises :class:`Conflict` if that was for another body."""
+    """The jobs (name -> id) that this key made before. Raises :class:`Conflict` if that was for another body, or if
+    some of them were deleted."""
     row = session.get(tables.Submission, (tenant, key))
     if row is None:
         return None
     if row.body_hash != digest:
         raise Conflict(f"the idempotency key {key!r} was used with another request: send a new key for a new request")
-    return dict(row.jobs)
-
-
-def check_kept(session: Session, jobs: Mapping[str, str]) -> None:
-    """Raise :class:`Conflict` if some of the jobs that a key made were deleted."""
-    there = set(session.scalars(select(tables.Job.id).where(tables.Job.id.in_(jobs.values()))))
-    if gone := set(jobs.values()) - there:
+    there = session.scalars(select(tables.Job.id).where(tables.Job.id.in_(row.jobs.values())))
+    if gone := set(row.jobs.values()) - set(there):
         raise Conflict(f"job {min(gone)}, which this idempotency key made, was deleted: send a new key")
+    return dict(row.jobs)
 
 
 def remember(session: Session, tenant: str, key: str, digest: str, jobs: Mapping[str, str]) -> None:
     """Record the jobs that this key made."""
-    session.execute(
-        insert(tables.Submission).values(
-            tenant=tenant, key=key, body_hash=digest, jobs=dict(jobs), created_at=transitions.now()
-        )
-    )
-    rows = [{"job": job, "tenant": tenant, "key": key} for job in jobs.values()]
-    session.execute(insert(tables.SubmissionJob), rows)
+    row = {"tenant": tenant, "key": key, "body_hash": digest, "jobs": dict(jobs), "created_at": transitions.now()}
+    session.execute(insert(tables.Submission).values(**row))
+    session.execute(insert(tables.SubmissionJob), [{"job": job, "tenant": tenant, "key": key} for job in jobs.values()])
 
 
 def resolve_inputs(
@@ -144,10 +128,11 @@ def resolve_inputs(
 
     Raises :class:`NotFound` for an input that does not exist, :class:`IllegalState` for one that will never be.
     """
-    return [
-        resolve(session, path, _by_id(ref, names or {}), tenant, request.prefix)
-        for path, ref in input_refs(request.spec).items()
-    ]
+    inputs = []
+    for path, ref in input_refs(request.spec).items():
+        job = names.get(ref.job, ref.job) if names and ref.job is not None else ref.job
+        inputs.append(resolve(session, path, ref.model_copy(update={"job": job}), tenant, request.prefix))
+    return inputs
 
 
 def insert_job(
@@ -161,7 +146,7 @@ def insert_job(
             _set(spec, f"{found.path}.job", found.needs)
     waiting = sum(found.artifact is None for found in inputs)
     options, time, job = request.options, transitions.now(), new_id("job")
-    ready = waiting == 0 and is_due(options.not_before, time)
+    ready = waiting == 0 and (options.not_before is None or options.not_before <= time)
     session.execute(
         insert(tables.Job).values(
             id=job,
@@ -194,7 +179,10 @@ def insert_pipeline(
 
     Raises :class:`InvalidInput` for a circle, and what :func:`insert_job` raises.
     """
-    needs = {name: _needs(request) & requests.keys() for name, request in requests.items()}
+    needs = {
+        name: {ref.job for ref in input_refs(request.spec).values() if ref.job is not None} & requests.keys()
+        for name, request in requests.items()
+    }
     try:
         order = list(graphlib.TopologicalSorter(needs).static_order())
     except graphlib.CycleError as error:
@@ -230,20 +218,18 @@ def resolve(session: Session, path: str, ref: ArtifactRef, tenant: str, prefix: 
     if ref.job is None:
         query = select(tables.Artifact.id).where(tables.Artifact.id == ref.artifact, tables.Artifact.tenant == tenant)
         # The lock makes a deletion wait for us, so that it finds this job.
-        if session.execute(query.with_for_update(read=True)).scalar_one_or_none() is None:
+        if session.scalar(query.with_for_update(read=True)) is None:
             raise _wrong(NotFound, f"{prefix}spec.{path}.artifact", f"there is no artifact {ref.artifact!r}")
         return ResolvedInput(path, None, None, ref.artifact)
     # The lock makes a finishing job wait for us, so that it finds this dependent (SQLite: there is one writer anyway).
-    row = session.execute(
-        select(tables.Job.state).where(tables.Job.id == ref.job, tables.Job.tenant == tenant).with_for_update(read=True)
-    ).scalar_one_or_none()
-    if row is None:
+    made_by = select(tables.Job.state).where(tables.Job.id == ref.job, tables.Job.tenant == tenant)
+    state = session.scalar(made_by.with_for_update(read=True))
+    if state is None:
         raise _wrong(NotFound, f"{prefix}spec.{path}.job", f"there is no job {ref.job!r}")
-    state = JobState(row)
     if state in (JobState.FAILED, JobState.CANCELLED):
-        what = f"job {ref.job} has {'failed' if state is JobState.FAILED else 'been cancelled'}: retry it first"
+        what = f"job {ref.job} has {'failed' if state == JobState.FAILED else 'been cancelled'}: retry it first"
         raise _wrong(IllegalState, f"{prefix}spec.{path}.job", what)
-    if state is not JobState.SUCCEEDED:
+    if state != JobState.SUCCEEDED:
         return ResolvedInput(path, ref.job, ref.artifact, None)
     made = transitions.outputs(session, ref.job)
     if ref.artifact not in made:
@@ -252,21 +238,8 @@ def resolve(session: Session, path: str, ref: ArtifactRef, tenant: str, prefix: 
     return ResolvedInput(path, ref.job, ref.artifact, made[ref.artifact])
 
 
-def is_due(not_before: datetime | None, time: datetime) -> bool:
-    """Whether a job may start at ``time``."""
-    return not_before is None or not_before <= time
-
-
 def _wrong(kind: type[NotFound] | type[IllegalState], field: str, description: str) -> NotFound | IllegalState:
     return kind(f"{field}: {description}", [Violation(field, description)])
-
-
-def _needs(request: Request) -> set[str]:
-    return {ref.job for ref in input_refs(request.spec).values() if ref.job is not None}
-
-
-def _by_id(ref: ArtifactRef, names: Mapping[str, str]) -> ArtifactRef:
-    return ref if ref.job is None or ref.job not in names else ref.model_copy(update={"job": names[ref.job]})
 
 
 def _set(values: Any, path: str, value: str | None) -> None:

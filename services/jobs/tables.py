@@ -5,43 +5,27 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    DateTime,
-    Dialect,
-    Double,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    Text,
-    TypeDecorator,
-    UniqueConstraint,
-    false,
-    text,
-    true,
-)
+import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 REVISION = "0004"
 """The migration that these tables correspond to."""
 
 
-class UtcDateTime(TypeDecorator[datetime]):
+class UtcDateTime(sa.TypeDecorator[datetime]):
     """Aware UTC datetimes on every database; SQLite alone would drop the time zone."""
 
-    impl = DateTime(timezone=True)
+    impl = sa.DateTime(timezone=True)
     cache_ok = True
 
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         """To the database."""
         if value is None:
             return None
         value = value.astimezone(UTC)
         return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
 
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         """From the database."""
         if value is None:
             return None
@@ -49,15 +33,15 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 # SQLite increments only a column that is exactly INTEGER.
-Serial = BigInteger().with_variant(Integer, "sqlite")
-Json = JSON(none_as_null=True)
+Serial = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+Json = sa.JSON(none_as_null=True)
 
 
 class Base(DeclarativeBase):
     """Base of the tables."""
 
     # Later migrations can change only constraints that have names.
-    metadata = MetaData(
+    metadata = sa.MetaData(
         naming_convention={
             "pk": "pk_%(table_name)s",
             "fk": "fk_%(table_name)s_%(column_0_name)s",
@@ -66,9 +50,9 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map = {
-        str: Text(),
-        int: BigInteger(),
-        float: Double(),
+        str: sa.Text(),
+        int: sa.BigInteger(),
+        float: sa.Double(),
         datetime: UtcDateTime(),
         dict[str, Any]: Json,
     }
@@ -109,7 +93,7 @@ class Job(Base):
     name: Mapped[str | None]
     time_limit_seconds: Mapped[float | None]
     stall_limit_seconds: Mapped[float | None]
-    ran_seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
+    ran_seconds: Mapped[float] = mapped_column(default=0.0, server_default=sa.text("0"))
     """Running time of the attempts that have ended, since the submission or the last retry."""
     backoff_seconds: Mapped[float | None]
     """How long a queued job waits after a crash; ``not_before`` is the same by the wall clock."""
@@ -129,13 +113,13 @@ class Job(Base):
 
 
 # The first serves claims (see services.jobs.shares) and all queries by state.
-Index("ix_jobs_claim", Job.state, Job.queue, Job.ready, Job.priority.desc(), Job.tenant, Job.number)
-Index("ix_jobs_parent", Job.parent, Job.name, unique=True)
-Index("ix_jobs_due", Job.state, Job.queue, Job.ready, Job.waiting, Job.not_before)
-Index("ix_jobs_checkpoint", Job.checkpoint_artifact)
-Index("ix_jobs_tenant", Job.tenant, Job.number)
-Index("ix_jobs_tenant_kind", Job.tenant, Job.kind, Job.number)
-Index("ix_jobs_tenant_state", Job.tenant, Job.state, Job.number)
+sa.Index("ix_jobs_claim", Job.state, Job.queue, Job.ready, Job.priority.desc(), Job.tenant, Job.number)
+sa.Index("ix_jobs_parent", Job.parent, Job.name, unique=True)
+sa.Index("ix_jobs_due", Job.state, Job.queue, Job.ready, Job.waiting, Job.not_before)
+sa.Index("ix_jobs_checkpoint", Job.checkpoint_artifact)
+sa.Index("ix_jobs_tenant", Job.tenant, Job.number)
+sa.Index("ix_jobs_tenant_kind", Job.tenant, Job.kind, Job.number)
+sa.Index("ix_jobs_tenant_state", Job.tenant, Job.state, Job.number)
 
 
 class Input(Base):
@@ -143,9 +127,9 @@ class Input(Base):
 
     __tablename__ = "inputs"
 
-    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    job: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id"), primary_key=True)
     path: Mapped[str] = mapped_column(primary_key=True)
-    needs: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)
+    needs: Mapped[str | None] = mapped_column(sa.ForeignKey("jobs.id"), index=True)
     name: Mapped[str | None]
     artifact: Mapped[str | None] = mapped_column(index=True)
 
@@ -154,18 +138,18 @@ class Attempt(Base):
     """One attempt of a worker to run a job."""
 
     __tablename__ = "attempts"
-    __table_args__ = (UniqueConstraint("job", "number"),)
+    __table_args__ = (sa.UniqueConstraint("job", "number"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    job: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id"))
     number: Mapped[int]
     worker: Mapped[str]
     lease_seconds: Mapped[float]
     heartbeat: Mapped[int] = mapped_column(default=0)
     """Counts up; the reconciler watches it change, by its own clock."""
-    seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
+    seconds: Mapped[float] = mapped_column(default=0.0, server_default=sa.text("0"))
     """Running time by the worker's monotonic clock, as of the last heartbeat."""
-    batch: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    batch: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
     """Number of the last batch of events that was recorded."""
     started_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
@@ -180,7 +164,7 @@ class Event(Base):
 
     __tablename__ = "events"
 
-    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    job: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id"), primary_key=True)
     seq: Mapped[int] = mapped_column(primary_key=True)
     attempt: Mapped[str | None]
     type: Mapped[str]
@@ -199,7 +183,7 @@ class Artifact(Base):
     name: Mapped[str]
     type: Mapped[str]
     tenant: Mapped[str]
-    job: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
+    job: Mapped[str | None] = mapped_column(sa.ForeignKey("jobs.id"))
     attempt: Mapped[str | None]
     size: Mapped[int]
     superseded: Mapped[bool] = mapped_column(default=False)
@@ -207,9 +191,9 @@ class Artifact(Base):
     created_at: Mapped[datetime]
 
 
-Index("ix_artifacts_job", Artifact.job, Artifact.name)
-Index("ix_artifacts_tenant", Artifact.tenant, Artifact.number)
-Index("ix_artifacts_tenant_type", Artifact.tenant, Artifact.type, Artifact.number)
+sa.Index("ix_artifacts_job", Artifact.job, Artifact.name)
+sa.Index("ix_artifacts_tenant", Artifact.tenant, Artifact.number)
+sa.Index("ix_artifacts_tenant_type", Artifact.tenant, Artifact.type, Artifact.number)
 
 
 class Submission(Base):
@@ -235,7 +219,7 @@ class SubmissionJob(Base):
     key: Mapped[str]
 
 
-Index("ix_submission_jobs_key", SubmissionJob.tenant, SubmissionJob.key)
+sa.Index("ix_submission_jobs_key", SubmissionJob.tenant, SubmissionJob.key)
 
 
 class Turn(Base):
@@ -256,4 +240,4 @@ class Identity(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
 
 
-TRUE, FALSE = true(), false()
+TRUE, FALSE = sa.true(), sa.false()

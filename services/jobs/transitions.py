@@ -10,11 +10,11 @@ from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, case, func, insert, or_, select, update
+from sqlalchemy import and_, case, func, insert, or_, select
 from sqlalchemy.orm import Session
 
 from services.jobs import tables
-from services.jobs.database import change
+from services.jobs.database import set_values
 from services.jobs.records import Child, Event
 from services.jobs.states import LEGAL, UNFINISHED, JobState
 
@@ -44,12 +44,10 @@ def move(
     values["ready_at"] = now() if values["ready"] else None
     if to.terminal:
         values |= {"finished_at": now(), "attempt": None}
-    statement = update(tables.Job).where(tables.Job.id == job, tables.Job.state.in_(source))
-    if owner is not None:
-        statement = statement.where(tables.Job.attempt == owner)
-    seq = change(
-        session, statement.values(state=to, seq=tables.Job.seq + 1, **values).returning(tables.Job.seq)
-    ).scalar_one_or_none()
+    table = tables.Job
+    where = [table.id == job, table.state.in_(source), *([table.attempt == owner] if owner is not None else [])]
+    changed = set_values(session, table, *where, returning=[table.seq], state=to, seq=table.seq + 1, **values)
+    seq = changed.scalar_one_or_none()
     if seq is None:
         return False
     add_events(session, job, owner or values.get("attempt"), seq, [("state", {"state": to, **(note or {})})])
@@ -73,21 +71,14 @@ def add_events(
 
 def end_attempt(session: Session, attempt: str, outcome: str, message: str | None, seconds: float | None) -> None:
     """Close the attempt's row, and count its running time (``None``: as of its last heartbeat) to the job's."""
-    table = tables.Attempt
-    ended = change(
-        session,
-        update(table)
-        .where(table.id == attempt, table.ended_at.is_(None))
-        .values(ended_at=now(), outcome=outcome, message=message, seconds=table.seconds if seconds is None else seconds)
-        .returning(table.job, table.seconds),
-    ).one_or_none()
+    table, job = tables.Attempt, tables.Job
+    values = {"ended_at": now(), "outcome": outcome, "message": message}
+    if seconds is not None:
+        values["seconds"] = seconds
+    open_row = (table.id == attempt, table.ended_at.is_(None))
+    ended = set_values(session, table, *open_row, returning=[table.job, table.seconds], **values).one_or_none()
     if ended is not None:
-        change(
-            session,
-            update(tables.Job)
-            .where(tables.Job.id == ended.job)
-            .values(ran_seconds=tables.Job.ran_seconds + ended.seconds),
-        )
+        set_values(session, job, job.id == ended.job, ran_seconds=job.ran_seconds + ended.seconds)
 
 
 def lock(session: Session, job: str) -> None:
@@ -98,25 +89,23 @@ def lock(session: Session, job: str) -> None:
 def lock_parent(session: Session, job: str) -> None:
     """Lock the parent of ``job``, if it has one, before the job itself is locked. So transactions that end a child and
     those that count or cancel a parent's children take turns, and never wait for each other in a circle."""
-    parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == job))
+    parent = _parent(session, job)
     if parent is not None:
         lock(session, parent)
+
+
+def _parent(session: Session, job: str) -> str | None:
+    return session.scalar(select(tables.Job.parent).where(tables.Job.id == job))
 
 
 def children(session: Session, parent: str) -> list[Child]:
     """The child jobs of ``parent``, by name."""
     table = tables.Job
-    query = select(table.name, table.id, table.state, table.result, table.error).where(table.parent == parent)
+    columns = (table.name, table.id.label("job"), table.state, table.result, table.error)
+    query = select(*columns).where(table.parent == parent)
     return [
-        Child(
-            name=name or "",
-            job=job,
-            state=JobState(state),
-            outputs=outputs(session, job) if state == JobState.SUCCEEDED else {},
-            result=result,
-            error=error,
-        )
-        for name, job, state, result, error in session.execute(query.order_by(table.name)).all()
+        Child(**row, outputs=outputs(session, row["job"]) if row["state"] == JobState.SUCCEEDED else {})
+        for row in session.execute(query.order_by(table.name)).mappings().all()
     ]
 
 
@@ -126,20 +115,19 @@ def unfinished_children(session: Session, parent: str) -> int:
     return session.scalars(query).one()
 
 
-def count_children(session: Session, parent: str) -> None:
-    """Make ``parent`` ready if it waits for its children and all have ended.
+def count_children(session: Session, parent: str | None) -> None:
+    """Make ``parent``, if there is one, ready if it waits for its children and all have ended.
 
     A parent has run, so its inputs are there, and all that it waits for are children.
     """
+    if parent is None:
+        return
     # Of two children that end at the same time, the second must see that the first has ended.
     lock(session, parent)
     left = unfinished_children(session, parent)
-    change(
-        session,
-        update(tables.Job)
-        .where(tables.Job.id == parent, tables.Job.state == JobState.QUEUED, tables.Job.waiting > 0)
-        .values(waiting=left, ready=left == 0, ready_at=now()),
-    )
+    table = tables.Job
+    waits = (table.id == parent, table.state == JobState.QUEUED, table.waiting > 0)
+    set_values(session, table, *waits, waiting=left, ready=left == 0, ready_at=now())
 
 
 def cancel(session: Session, job: str) -> bool:
@@ -162,17 +150,15 @@ def settle(session: Session, job: str, state: JobState, error: dict[str, Any] | 
     for child in children(session, job):
         if not child.state.terminal:
             cancel(session, child.job)
-    parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == job))
-    if parent is not None:
-        count_children(session, parent)
+    count_children(session, _parent(session, job))
     settle_dependents(session, job, state, error)
 
 
 def outputs(session: Session, job: str) -> dict[str, str]:
     """Name -> id of the artifacts that ``job`` made."""
     query = select(tables.Artifact.name, tables.Artifact.id)
-    rows = session.execute(query.where(tables.Artifact.job == job, tables.Artifact.superseded == tables.FALSE))
-    return {name: artifact for name, artifact in rows}
+    kept = query.where(tables.Artifact.job == job, tables.Artifact.superseded == tables.FALSE)
+    return dict(session.execute(kept).all())
 
 
 def settle_dependents(session: Session, job: str, state: JobState, error: dict[str, Any] | None = None) -> None:
@@ -201,38 +187,28 @@ def settle_dependents(session: Session, job: str, state: JobState, error: dict[s
             input_error = {"reason": "INPUT_FAILED", "message": cause, "violations": [violation]}
             note = {"message": cause}
             if move(session, dependent, end, source=[JobState.QUEUED], error=input_error, waiting=0, note=note):
-                parent = session.scalar(select(tables.Job.parent).where(tables.Job.id == dependent))
-                if parent is not None:
-                    count_children(session, parent)
+                count_children(session, _parent(session, dependent))
                 # Pass on the first cause, not a sentence that grows with the length of the chain.
                 ended.append((dependent, end, error if state is JobState.FAILED else input_error))
 
 
 def _waiting_for(session: Session, job: str) -> dict[str, list[tuple[str, str]]]:
+    table = tables.Input
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    query = (
-        select(tables.Input.job, tables.Input.path, tables.Input.name)
-        .join(tables.Job, tables.Job.id == tables.Input.job)
-        .where(tables.Input.needs == job, tables.Input.artifact.is_(None), tables.Job.state == JobState.QUEUED)
-        .order_by(tables.Input.job, tables.Input.path)
-    )
-    for dependent, path, name in session.execute(query):
+    query = select(table.job, table.path, table.name).join(tables.Job, tables.Job.id == table.job)
+    query = query.where(table.needs == job, table.artifact.is_(None), tables.Job.state == JobState.QUEUED)
+    for dependent, path, name in session.execute(query.order_by(table.job, table.path)):
         found[dependent].append((path, name or ""))
-    return dict(found)
+    return found
 
 
 def _give(session: Session, job: str, artifacts: dict[str, str]) -> None:
     for path, artifact in artifacts.items():
-        change(
-            session,
-            update(tables.Input).where(tables.Input.job == job, tables.Input.path == path).values(artifact=artifact),
-        )
+        set_values(session, tables.Input, tables.Input.job == job, tables.Input.path == path, artifact=artifact)
+    table = tables.Job
     # Count down rather than recount, since two inputs may finish at the same time.
-    left = tables.Job.waiting - len(artifacts)
-    due = or_(tables.Job.not_before.is_(None), tables.Job.not_before <= now())
-    change(
-        session,
-        update(tables.Job)
-        .where(tables.Job.id == job, tables.Job.state == JobState.QUEUED)
-        .values(waiting=left, ready=case((and_(left == 0, due), tables.TRUE), else_=tables.FALSE), ready_at=now()),
-    )
+    left = table.waiting - len(artifacts)
+    due = or_(table.not_before.is_(None), table.not_before <= now())
+    ready = case((and_(left == 0, due), tables.TRUE), else_=tables.FALSE)
+    queued = (table.id == job, table.state == JobState.QUEUED)
+    set_values(session, table, *queued, waiting=left, ready=ready, ready_at=now())

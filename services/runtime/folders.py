@@ -17,7 +17,7 @@ from services.runtime.console import CHECKPOINT
 from services.runtime.metrics import METRICS
 
 SPEC, RESULT, REPORT = "spec.json", "result.json", "report"
-# A store of activations is resumed by its own manifest, which may lie where a pointer says.
+# Files of a store of activations, which is resumed by its own manifest, and may lie where the other one says.
 _STORE = ("manifest.json", "activation_store.json")
 
 
@@ -38,9 +38,13 @@ class RunFolder:
         """Prepare a new run of ``spec``, or resume one. Raises :class:`InvalidInput` for a folder with a finished run,
         a run of another spec, or anything else."""
         first, about = self._folders[0], self.root / SPEC
-        if self.places and about.exists() and not any(folder.exists() for folder in self._folders[:-1]):
-            # Its artifacts were moved elsewhere.
-            shutil.rmtree(self.root)
+        if self.places and about.exists():
+            if any((self.root / name).exists() for name in self.places):
+                text = f"{self.root}, which {first} needs for its run, holds another run; name another folder"
+                raise InvalidInput.field("--output", text)
+            if not any(folder.exists() for folder in self._folders[:-1]):
+                # Its artifacts were moved elsewhere.
+                shutil.rmtree(self.root)
         if self._finished and not self._store:
             text = f"{first} exists already and holds a finished run; name another folder"
             raise InvalidInput.field("--output", text)
@@ -61,7 +65,7 @@ class RunFolder:
     def leave(self, error: BaseException, outputs: Iterable[str], unfinished: Collection[str]) -> str:
         """What to tell the user of a run that ended with ``error``. A run is kept when it has a checkpoint, a store of
         activations or one of its ``outputs`` in full; anything else is removed."""
-        if (self.root / CHECKPOINT).exists() or self._store:
+        if (self.root / CHECKPOINT).exists() or any(any(self.root.rglob(name)) for name in _STORE):
             return f"Run the same command again to resume from the last checkpoint, or delete {self._names}."
         complete = [name for name in outputs if name not in unfinished and self.place(name).exists()]
         if complete:
@@ -82,7 +86,8 @@ class RunFolder:
 
     @property
     def _store(self) -> bool:
-        return self.root.is_dir() and any(any(self.root.rglob(name)) for name in _STORE)
+        # Earlier versions wrote no spec beside it. A folder that has one further below is not its run.
+        return any((self.root / "activations" / name).exists() for name in _STORE)
 
     @property
     def _names(self) -> str:

@@ -7,11 +7,11 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from services.runtime.scalars import ScalarsFile
 
 METRICS, STATE = "metrics.jsonl", "state"
-# A chart that is at most so old is live.
-_FLUSH_SECONDS = 2
 
 
 class MetricsWriter:
@@ -23,7 +23,7 @@ class MetricsWriter:
         """Replace the metrics in ``folder``; with ``resume``, the folder of a checkpoint, by those up to then."""
         self.folder, self.file = folder, folder / METRICS
         self._lines: IO[str] | None = None
-        self._scalars: Any = None
+        self._scalars: ScalarsFile | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for file in (self.file, *folder.glob("events.out.tfevents*")):
             file.unlink(missing_ok=True)
@@ -37,9 +37,9 @@ class MetricsWriter:
             self._lines = self.file.open("a", buffering=1)
         self._lines.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
         if self._scalars is None:
-            self._write_scalars()
+            self._scalars = self._begin_scalars()
         else:
-            self._add(stage, step, finite)
+            _add(self._scalars, stage, step, finite)
 
     def checkpoint(self, folder: Path, write: Callable[[Path], None]) -> None:
         """Make ``folder`` a checkpoint: what ``write`` puts into ``folder/state``, and the metrics so far."""
@@ -52,23 +52,22 @@ class MetricsWriter:
     def close(self) -> None:
         """Complete the files."""
         if self._scalars is None and self.file.exists():
-            self._write_scalars()
+            self._scalars = self._begin_scalars()
         for file in (self._lines, self._scalars):
             if file is not None:
                 file.close()
 
-    def _write_scalars(self) -> None:
-        """Begin an event file with all metrics so far: those of earlier attempts are in it once."""
-        # It takes a while to import, and many runs have no metrics.
-        from tensorboardX import SummaryWriter
-
-        self._scalars = SummaryWriter(str(self.folder), flush_secs=_FLUSH_SECONDS)
+    def _begin_scalars(self) -> ScalarsFile:
+        """An event file with all metrics so far: those of earlier attempts are in it once."""
+        scalars = ScalarsFile(self.folder)
         for line in self.file.read_text().splitlines():
             row = json.loads(line)
             # Checkpoints of earlier versions have lines without a stage.
-            self._add(row.pop("stage", ""), row.pop("step"), row)
+            _add(scalars, row.pop("stage", ""), row.pop("step"), row)
+        return scalars
 
-    def _add(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
-        for name, value in metrics.items():
-            if value is not None:
-                self._scalars.add_scalar(f"{stage}/{name}" if stage else name, value, step)
+
+def _add(scalars: ScalarsFile, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
+    for name, value in metrics.items():
+        if value is not None:
+            scalars.add(f"{stage}/{name}" if stage else name, step, value)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from gateway import tail
-from services.jobs.notify import Notifier
+from services.jobs.signals import Notifier
 from tests.conftest import free_port
 from tests.gateway.running import Gateway, fields, frames_of, running, seqs, stream, submit
 

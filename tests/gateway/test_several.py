@@ -20,8 +20,8 @@ import pytest
 import redis
 
 from ethogram.specs.generation import GenerationSpec
-from services.jobs.notify import Notifier
 from services.jobs.registry import JobRegistry
+from services.jobs.signals import Notifier
 from tests.conftest import free_port
 from tests.redis_server import start_redis
 

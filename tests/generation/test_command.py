@@ -15,10 +15,12 @@ import pytest
 from pyarrow import parquet
 
 from ethogram.cli.execute import execute
+from ethogram.specs.generation import GenerationSpec
 from services.generation import buckets
 from services.generation.__main__ import app
 from services.generation.json_form import export_json
 from services.runtime.console import ConsoleRun
+from services.runtime.folders import RunFolder
 from tests.generation.test_staged import records, staged_spec
 from tests.hub_server import reach, serve
 
@@ -75,6 +77,15 @@ def test_the_report_says_what_its_numbers_are(zoo: Path) -> None:
 def test_what_is_there_is_not_overwritten(zoo: Path, spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("make", "-f", spec, "-o", zoo) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_the_run_folder_of_another_command_is_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "zoo-run"
+    RunFolder(other).begin(GenerationSpec(subjects=8))
+    (other / "zoo").mkdir()
+    assert call("make", "--set", "subjects=8", "--device", "cpu", "-o", tmp_path / "zoo") == 2
+    assert f"--output: {other}, which {tmp_path / 'zoo'} needs" in capsys.readouterr().err.replace("\n", "")
+    assert (other / "spec.json").exists() and (other / "zoo").exists() and not (tmp_path / "zoo").exists()
 
 
 def test_what_was_interrupted_goes_on(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ethogram.errors import IllegalState, NotFound, StaleAttempt
-from services.jobs import artifacts, transitions
+from services.jobs import transitions
 from services.jobs.records import Job
 from services.jobs.registry import Claim, JobRegistry, JobState
 from services.jobs.states import LEGAL
@@ -205,7 +205,7 @@ def test_the_same_upload_twice(registry: JobRegistry) -> None:
 
     second = threading.Thread(target=upload)
     with registry._database.write() as session:
-        artifacts.add(session, id=artifact_id(1), name="zoo", type="zoo", size=1, tenant="default")
+        registry._add_artifact(session, artifact_id(1), "default", name="zoo", type="zoo", size=1)
         second.start()
         time.sleep(0.15)
     second.join()

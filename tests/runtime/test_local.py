@@ -143,11 +143,18 @@ def test_what_ends_before_a_checkpoint_leaves_nothing_but_a_store(capsys: pytest
     assert "Nothing is kept" in capsys.readouterr().err
     assert not Path("out").exists()
     # A store is read and resumed by its own manifest.
-    Path("out/sum").mkdir(parents=True)
-    Path("out/sum/manifest.json").write_text("{}")
+    Path("out/activations").mkdir(parents=True)
+    Path("out/activations/manifest.json").write_text("{}")
     assert call(*typed) == 130
     assert "Run the same command again" in capsys.readouterr().err
-    assert Path("out/sum/manifest.json").exists()
+    assert Path("out/activations/manifest.json").exists()
+    # The store of another run, further below, does not make its folder a run.
+    Path("home").mkdir()
+    Path("out").rename("home/recording")
+    kept = files(Path("home"))
+    assert call(*typed[:-3], "home", *typed[-2:]) == 2
+    assert "--output: home exists already and is not a run" in capsys.readouterr().err
+    assert files(Path("home")) == kept
 
 
 @pytest.mark.parametrize(

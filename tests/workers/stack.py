@@ -17,8 +17,8 @@ import psutil
 
 from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
 from services.artifacts.store import ArtifactStore
-from services.jobs.bell import Bell
 from services.jobs.registry import Job, JobRegistry
+from services.jobs.signals import Bell
 
 LEASE = 1.5
 

@@ -13,8 +13,8 @@ import pytest
 import redis as redis_client
 
 from ethogram.errors import StaleAttempt
-from services.jobs.bell import Bell
 from services.jobs.registry import JobState
+from services.jobs.signals import Bell
 from tests.conftest import free_port
 from tests.redis_server import start_redis
 from tests.workers.stack import LEASE, Stack, gone, wait_for

@@ -15,9 +15,8 @@ from ethogram.errors import IllegalState
 from ethogram.specs.generation import GenerationSpec
 from services.artifacts.store import ArtifactStore
 from services.jobs import transitions
-from services.jobs.bell import Bell, celery_queue
-from services.jobs.notify import Notifier
 from services.jobs.registry import Job, JobRegistry, JobState
+from services.jobs.signals import Bell, Notifier, celery_queue
 from tests.workers.stack import Stack, wait_for
 from workers.collector import Housekeeper
 from workers.metrics import ReconcilerMetrics

@@ -10,8 +10,8 @@ from typing import Any
 
 import redis as redis_client
 
-from services.jobs.notify import CHANNEL
 from services.jobs.registry import JobState
+from services.jobs.signals import CHANNEL
 from tests.workers.stack import Stack
 
 

@@ -16,9 +16,8 @@ import redis as redis_client
 from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.generation import GenerationSpec
 from ethogram.specs.kinds import KINDS
-from services.jobs.bell import Bell, celery_queue, checked_redis_url
-from services.jobs.notify import CHANNEL, Notifier
 from services.jobs.registry import JobRegistry, JobState
+from services.jobs.signals import CHANNEL, Bell, Notifier, celery_queue, checked_redis_url
 from services.runtime import scratch
 from tests.conftest import free_port
 from workers.metrics import ReconcilerMetrics
