@@ -76,7 +76,9 @@ class Steering(NamedTuple):
             raise InvalidInput.field("edits", "empty; give at least one")
         checked = []
         for i, edit in enumerate(edits):
-            operation, behavior, by = (*edit, None)[:3] if len(edit) in (2, 3) else ("", "", None)
+            if len(edit) not in (2, 3):
+                raise InvalidInput.field(f"edits.{i}", "must be (operation, behavior) or (replace, behavior, by)")
+            operation, behavior, by = (*edit, None)[:3]
             if operation not in OPERATIONS:
                 raise InvalidInput.field(f"edits.{i}.operation", f"must be {' or '.join(OPERATIONS)}")
             if (by is not None) != (operation == "replace"):

@@ -2,8 +2,8 @@
 
 import warnings
 
-from services.crossmodal.codec import Codec
+from services.crossmodal.codec import AUTO, PARTS, Behavior, Codec, Effect, Part, Strength
 
-__all__ = ["Codec"]
+__all__ = ["AUTO", "PARTS", "Behavior", "Codec", "Effect", "Part", "Strength"]
 
 warnings.warn("services.crossmodal.bundle is now services.crossmodal.codec", DeprecationWarning, stacklevel=2)

@@ -237,13 +237,14 @@ def test_networks_whose_activations_overflow(
         ([], {}, "edits"),
         ([("add", "palindrome")], {}, "edits.0.behavior"),
         ([("add", "has_majority"), ("turn", "has_majority")], {}, "edits.1.operation"),
+        ([("add", "has_majority"), ("remove",)], {}, "edits.1"),
         ([("add", "has_majority"), ("remove", "has_majority")], {}, "edits.1.behavior"),
         ([("add", "has_majority")], {"mode": "sideways"}, "mode"),
         ([("add", "has_majority")], {"strength": float("inf")}, "strength"),
     ],
 )
 def test_wrong_edits(
-    untrained: Codec, networks: Params, edits: list[tuple[str, str]], options: dict[str, object], field: str
+    untrained: Codec, networks: Params, edits: list[tuple[str, ...]], options: dict[str, object], field: str
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
         untrained.steer(networks, edits, **options)  # type: ignore[arg-type]
@@ -309,3 +310,5 @@ def test_the_former_module_warns() -> None:
     with pytest.warns(DeprecationWarning, match=r"services\.crossmodal\.codec"):
         former = importlib.import_module("services.crossmodal.bundle")
     assert former.Codec is Codec
+    assert former.Effect is codec_module.Effect
+    assert former.Behavior is codec_module.Behavior
