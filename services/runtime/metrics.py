@@ -53,9 +53,10 @@ class MetricsWriter:
         """Complete the files."""
         if self._scalars is None and self.file.exists():
             self._scalars = self._begin_scalars()
-        for file in (self._lines, self._scalars):
-            if file is not None:
-                file.close()
+        if self._lines is not None:
+            self._lines.close()
+        if self._scalars is not None:
+            self._scalars.close()
 
     def _begin_scalars(self) -> ScalarsFile:
         """An event file with all metrics so far: those of earlier attempts are in it once."""
