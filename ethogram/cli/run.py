@@ -88,7 +88,7 @@ def run(
         if name not in KINDS[kind].inputs:
             names = ", ".join(KINDS[kind].inputs) or "none"
             raise InvalidInput.field("--input", f"{kind} has no input {name!r}; its inputs: {names}")
-        inputs[name] = Path(path)
+        inputs[name] = Path(path).expanduser()
     _run(KINDS[kind], Request(inputs), file=file, values=values, out=out, device=device, as_json=as_json)
 
 

@@ -16,9 +16,10 @@ from services.clt.policy import evaluate as evaluation
 from services.clt.policy import job
 from services.clt.policy.evaluate import evaluate
 from services.clt.policy.model import AttentionPolicy
-from services.clt.policy.tsp import instances, solve_exactly
+from services.clt.policy.tsp import instances
 from services.runtime.seeds import generator
 from tests.clt.conftest import policy_spec, small_policy
+from tests.clt.held_karp import solve_exactly
 from tests.recorder import Recorder
 
 

@@ -11,8 +11,9 @@ import torch
 
 from ethogram.errors import InvalidInput
 from services.clt.policy import tsp
-from services.clt.policy.tsp import check_cities, gaps, instances, lengths, read_cities, reference, solve, solve_exactly
+from services.clt.policy.tsp import check_cities, gaps, instances, lengths, read_cities, reference, solve
 from services.runtime.seeds import generator
+from tests.clt.held_karp import solve_exactly
 
 
 def test_length_of_a_square() -> None:

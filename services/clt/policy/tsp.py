@@ -10,7 +10,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,7 @@ from services.runtime.tensors import write_tensors
 
 Distribution = Literal["uniform", "clustered"]
 
-MIN_CITIES, MAX_EXACT = 4, 12
+MIN_CITIES = 4
 _SCALE = 10**6
 """The solver takes distances as integers; this is an instance's extent."""
 _CLUSTERS, _SPREAD = 3, 0.07
@@ -111,32 +110,6 @@ def solve(cities: Tensor, progress: Callable[[int], None] | None = None) -> Tens
         tours.append(elkai.DistanceMatrix(np.rint(distances).astype(int).tolist()).solve_tsp()[:-1])
         if progress is not None and (number + 1) % _PROGRESS_EVERY == 0:
             progress(number + 1)
-    return torch.tensor(tours, device=cities.device).unsqueeze(1)
-
-
-def solve_exactly(cities: Tensor) -> Tensor:
-    """The shortest tours of at most 12 cities, ``[batch, 1, nodes]``, by dynamic programming (Held and Karp 1962)."""
-    nodes = cities.shape[1]
-    if nodes > MAX_EXACT:
-        raise InvalidInput.field("cities", f"the exact solver takes at most {MAX_EXACT} cities, not {nodes}")
-    tours = []
-    for points in cities.detach().cpu().double():
-        distance = torch.cdist(points, points).tolist()
-        # By the set of cities passed (bits, without city 0) and the last of them: the length, and the city before.
-        best = {(1 << last, last): (distance[0][last], 0) for last in range(1, nodes)}
-        for size in range(2, nodes):
-            for subset in combinations(range(1, nodes), size):
-                passed = sum(1 << city for city in subset)
-                for last in subset:
-                    rest = passed ^ 1 << last
-                    best[passed, last] = min((best[rest, k][0] + distance[k][last], k) for k in subset if k != last)
-        passed = (1 << nodes) - 2
-        last = min(range(1, nodes), key=lambda city: best[passed, city][0] + distance[city][0])
-        tour = []
-        while last:
-            tour.append(last)
-            passed, last = passed ^ 1 << last, best[passed, last][1]
-        tours.append([0, *reversed(tour)])
     return torch.tensor(tours, device=cities.device).unsqueeze(1)
 
 
