@@ -2,7 +2,9 @@
 
 import warnings
 
-from services.crossmodal.codec import AUTO, PARTS, Behavior, Codec, Effect, Part, Strength
+from ethogram.specs.edits import Strength
+from services.crossmodal.codec import AUTO, Behavior, Codec, Effect
+from services.crossmodal.codec_files import PARTS, Part
 
 __all__ = ["AUTO", "PARTS", "Behavior", "Codec", "Effect", "Part", "Strength"]
 
