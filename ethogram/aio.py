@@ -195,9 +195,11 @@ class AsyncClient:
         return self._read(Artifact, await self._json("GET", f"/v1/artifacts/{part(id)}"))
 
     async def output(self, job: str, name: str) -> Artifact:
-        """The output ``name`` of a job. Raises :class:`NotFound`, which lists the outputs that exist."""
+        """The output ``name`` of a job. Raises :class:`NotFound`, which lists the outputs that exist, or says that
+        there is no such job."""
         outputs = {artifact.name: artifact for artifact in reversed(await self.artifacts(job=job, limit=None))}
         if name not in outputs:
+            await self.job(job)
             raise NotFound(f"job {job} has no artifact {name!r}; it has: {', '.join(sorted(outputs)) or 'none yet'}")
         return outputs[name]
 

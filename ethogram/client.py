@@ -193,9 +193,11 @@ class Client:
         return self._read(Artifact, self._json("GET", f"/v1/artifacts/{part(id)}"))
 
     def output(self, job: str, name: str) -> Artifact:
-        """The output ``name`` of a job. Raises :class:`NotFound`, which lists the outputs that exist."""
+        """The output ``name`` of a job. Raises :class:`NotFound`, which lists the outputs that exist, or says that
+        there is no such job."""
         outputs = {artifact.name: artifact for artifact in reversed(self.artifacts(job=job, limit=None))}
         if name not in outputs:
+            self.job(job)
             raise NotFound(f"job {job} has no artifact {name!r}; it has: {', '.join(sorted(outputs)) or 'none yet'}")
         return outputs[name]
 

@@ -243,8 +243,13 @@ def _follow(client: Client, job: Job, name: str) -> Job:
 
     # The events of the earlier attempts of a retried job are not shown again.
     with Watch(name) as shown:
-        for event in client.events(job.id, after=job.seq):
-            shown.event(event)
+        shown.log(f"{job.id} {job.state} in the queue {job.queue}")
+        try:
+            for event in client.events(job.id, after=job.seq):
+                shown.event(event)
+        except KeyboardInterrupt:
+            shown.log(f"the job goes on: `ethogram jobs watch {job.id}` follows it, `ethogram jobs cancel` ends it")
+            raise
     return client.job(job.id)
 
 

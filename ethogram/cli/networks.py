@@ -28,7 +28,8 @@ app = typer.Typer()
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A published model.")]
 NetworksFile = Annotated[Path, typer.Argument(metavar="NETWORKS", help="A safetensors file of networks.")]
 Activation = Annotated[
-    str | None, typer.Option(help="Activation of the hidden layers, if the model knows this shape with several.")
+    str | None,
+    typer.Option(help="Activation of the hidden layers, if the model has this shape with several."),
 ]
 
 

@@ -61,7 +61,7 @@ NewFolder = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")]
 ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
 Limit = Annotated[int, typer.Option(min=1, help="Show at most this many, newest first.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Follow the job to its end; exit code 1 when it fails.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Follow to the end; exit code 1 when a job fails.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")]
 Version = Annotated[str | None, typer.Option(metavar="VERSION", help="Version of the model; by default the latest.")]
 

@@ -172,7 +172,7 @@ class ArtifactStore:
             if manifest.tenant != tenant:
                 raise NotFound(f"there is no artifact {artifact_id} in the store")
             if manifest.type not in PUBLISHABLE:
-                text = f"is of type {manifest.type!r}, which cannot be served ({', '.join(sorted(PUBLISHABLE))} can)"
+                text = f"an artifact of type {manifest.type!r} cannot be served, only {', '.join(sorted(PUBLISHABLE))}"
                 raise InvalidInput.field("artifact", text)
             while True:
                 taken = self._version_names(tenant, name)

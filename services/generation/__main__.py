@@ -141,7 +141,10 @@ def upload(
     )
 )
 def dataset(
-    which: Annotated[Literal["baseline", "benchmark", "training"], typer.Argument(help="Which sequences.")],
+    which: Annotated[
+        Literal["baseline", "benchmark", "training"],
+        typer.Argument(metavar="WHICH", help="baseline, benchmark or training."),
+    ],
     out: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="New .json or .parquet file.", callback=new_path)
     ],

@@ -74,7 +74,7 @@ class PatternDatasetSampler:
         """The dataset of the subject ``index`` in staged training: sequences, the right labels (bool ``[examples]``)
         and those of the first stage."""
         if self.spec.staged is None:
-            raise InvalidInput.field("spec.staged", "subjects have datasets of their own in staged training alone")
+            raise InvalidInput.field("spec.staged", "training sequences of a subject need a spec with `staged`")
         indices = torch.tensor([index])
         candidate = Candidates.draw(self.spec, indices, len(self.patterns))
         examples = Examples.draw(self.spec.seed, "examples", candidate, self.spec.staged.examples, self.train)

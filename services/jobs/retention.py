@@ -141,7 +141,8 @@ class Retention(Attempts):
         if state is None:
             raise NotFound(f"there is no job {id!a}")
         if not JobState(state).terminal:
-            raise IllegalState(f"job {id} is {state}: cancel it first, or wait until it has ended")
+            advice = "wait" if state == JobState.CANCELLING else "cancel it first, or wait"
+            raise IllegalState(f"job {id} is {state}: {advice} until it has ended")
         # A submission that names one of them holds the lock on its row until it commits.
         session.execute(select(artifact.number).where(artifact.job == id).order_by(artifact.id).with_for_update()).all()
         made = select(artifact.id).where(artifact.job == id)

@@ -23,7 +23,9 @@ def reading(folder: Path, file: str, what: str, field: str | None = None) -> Ite
     subject = "" if field is None else f"{folder / file} "
     field = field or file
     if not (folder / file).is_file():
-        raise InvalidInput.field(field, f"{subject}is missing; is {folder if subject else 'this folder'} a {what}?")
+        inner = next((path.parent for path in sorted(folder.glob(f"*/{file}"))), None)
+        hint = f"is {folder} a {what}?" if inner is None else f"did you mean {inner}?"
+        raise InvalidInput.field(field, f"{subject}is missing; {hint if folder.exists() else f'there is no {folder}'}")
     try:
         yield folder / file
     except FileNotFoundError as error:

@@ -243,6 +243,8 @@ def fit(trainer: Trainer, run: Run | None = None, world: World = ALONE) -> None:
     """
     run, spec, progress = run or Run(), trainer.spec, trainer.progress
     saved, best = _begin(trainer, run, world)
+    if saved is not None:
+        run.log(f"resumed from the checkpoint of step {saved}")
     run.stage("train", trainer.steps)
     run.advance(trainer.step)
     with tracked(spec.wandb if world.first else None, spec.model_dump(mode="json"), run, progress.wandb) as log:

@@ -51,7 +51,8 @@ def test_a_deleted_job_leaves_nothing(registry: JobRegistry) -> None:
 @pytest.mark.parametrize("state", [state for state in JobState if not state.terminal])
 def test_only_what_has_ended_can_be_deleted(registry: JobRegistry, state: JobState) -> None:
     job, _ = job_in(registry, state)
-    with pytest.raises(IllegalState, match=f"is {state}: cancel it first"):
+    advice = "wait until it has ended" if state is JobState.CANCELLING else "cancel it first"
+    with pytest.raises(IllegalState, match=f"is {state}: {advice}"):
         registry.delete_job(job.id)
     assert registry.get(job.id) == job
 

@@ -196,8 +196,10 @@ class ActivationStore:
         """Raise :class:`InvalidInput` of ``field`` for a hook point that is not in the store."""
         for name in names:
             if name not in self.widths:
-                near = get_close_matches(name, self.hooks, 3) or self.hooks
-                raise InvalidInput.field(field, f"the store has no {name}; it has: {', '.join(near)}")
+                near = get_close_matches(name, self.hooks, 3)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                text = f"the store has no {name}; it has: {', '.join(self.hooks)}{hint}"
+                raise InvalidInput.field(field, text)
 
     def read(
         self, split: str, number: int, names: Sequence[str], start: int = 0, stop: int | None = None

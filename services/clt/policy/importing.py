@@ -221,5 +221,5 @@ def read_checkpoint(file: Path) -> Any:
         raise InvalidInput.field(_FIELD, f"{file} cannot be read: {error.strerror or error}") from None
     # A broken file, or a pickle made to break its reader, may raise anything.
     except Exception as error:
-        text = f"{file} is no file of torch.save that can be read ({type(error).__name__})"
+        text = f"{file} cannot be read as a file written by torch.save ({type(error).__name__})"
         raise InvalidInput.field(_FIELD, f"{text}; save it again with torch 1.6 or later") from None

@@ -77,7 +77,7 @@ def _set(fields: dict[str, Any], option: str, text: str) -> None:
     section, _, name = option.rpartition(".")
     section_fields = _get(fields, section) if section else fields
     if name not in section_fields:
-        raise InvalidInput.field("spec.grid", f"there is no option {option}")
+        raise InvalidInput.field("spec.grid", f"there is no option {option}; there are {', '.join(section_fields)}")
     section_fields[name] = value
 
 
