@@ -25,7 +25,8 @@ def reading(folder: Path, file: str, what: str, field: str | None = None) -> Ite
     if not (folder / file).is_file():
         inner = next((path.parent for path in sorted(folder.glob(f"*/{file}"))), None)
         hint = f"is {folder} a {what}?" if inner is None else f"did you mean {inner}?"
-        raise InvalidInput.field(field, f"{subject}is missing; {hint if folder.exists() else f'there is no {folder}'}")
+        text = f"{subject}is missing; {hint}" if folder.exists() else f"{folder} does not exist"
+        raise InvalidInput.field(field, text)
     try:
         yield folder / file
     except FileNotFoundError as error:

@@ -144,5 +144,5 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for broken in (b"", b"nothing", whole[:-30], whole[: len(whole) // 2]):
         file.write_bytes(broken)
-        with pytest.raises(InvalidInput, match=r"is no file of torch\.save"):
+        with pytest.raises(InvalidInput, match=r"cannot be read as a file written by torch\.save"):
             import_rl4co(file, tmp_path / "policy")

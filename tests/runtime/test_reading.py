@@ -45,7 +45,7 @@ def test_what_is_wrong_is_told_of_the_file_or_of_the_field_that_named_its_folder
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(InvalidInput) as caught:
         read(tmp_path)
-    assert str(caught.value).startswith(f"config.json: {wrong.format(folder='this folder')}")
+    assert str(caught.value).startswith(f"config.json: {wrong.format(folder=tmp_path)}")
     assert caught.value.violations[0].field == "config.json"
     with pytest.raises(InvalidInput) as caught:
         read(tmp_path, "spec.thing")
@@ -60,3 +60,12 @@ def test_a_field_that_pydantic_refuses_and_errors_that_are_ours(tmp_path: Path) 
     assert read(tmp_path).width == 3
     with pytest.raises(InvalidInput, match=r"^mine: as it was$"), reading(tmp_path, "config.json", "thing"):
         raise InvalidInput.field("mine", "as it was")
+
+
+def test_a_folder_that_is_not_there_or_one_too_high_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"nowhere does not exist$"):
+        read(tmp_path / "nowhere")
+    (tmp_path / "run" / "thing").mkdir(parents=True)
+    (tmp_path / "run" / "thing" / "config.json").write_text("{}")
+    with pytest.raises(InvalidInput, match=r"is missing; did you mean .*run/thing\?$"):
+        read(tmp_path / "run")
