@@ -229,6 +229,9 @@ def test_shards_that_are_cut_off_corrupt_or_gone_are_named(tmp_path: Path) -> No
     (tmp_path / MANIFEST).write_text("{}")
     with pytest.raises(InvalidInput, match=r"manifest\.json"):
         ActivationStore.open(tmp_path)
+    with pytest.raises(InvalidInput, match=r"manifest\.json: .*other does not exist"):
+        ActivationStore.open(tmp_path / "other")
+    (tmp_path / "other").mkdir()
     with pytest.raises(InvalidInput, match=r"manifest\.json: is missing"):
         ActivationStore.open(tmp_path / "other")
 
