@@ -33,6 +33,8 @@ LOADERS: dict[str, Callable[..., object]] = {"codec": ServedCodec.load}
 """Functions ``(folder, device=...)`` that load a served model, by type of artifact."""
 THREADS = 2
 """Threads that check requests and build answers."""
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+"""Errors of a device, or this machine, without enough memory."""
 # Beyond it gRPC itself refuses, before a message is read into memory.
 MAX_CALLS = 1024
 
@@ -53,8 +55,8 @@ class InferenceServer:
             max_rows=settings.max_batch,
             max_wait=settings.max_wait_seconds,
             max_pending_rows=settings.max_pending,
-            is_out_of_memory=is_out_of_memory,
-            release_memory=release_memory,
+            out_of_memory=OUT_OF_MEMORY,
+            release_memory=torch.cuda.empty_cache,
             set_up_thread=set_up_thread,
         )
         self._repository = ModelRepository(
@@ -63,8 +65,8 @@ class InferenceServer:
             scratch=self._scratch.enter_context(scratch.folder(settings.work, "inference")),
             max_models=settings.max_models,
             max_bytes=settings.max_model_bytes,
-            is_out_of_memory=is_out_of_memory,
-            release_memory=release_memory,
+            out_of_memory=OUT_OF_MEMORY,
+            release_memory=torch.cuda.empty_cache,
         )
         self._boundary = Boundary()
         self._health = health.aio.HealthServicer()
@@ -129,14 +131,3 @@ class InferenceServer:
         await asyncio.to_thread(self._threads.shutdown)
         self._scratch.close()
         log.info("stopped")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device, or this machine, has no memory for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def release_memory() -> None:
-    """Give cached blocks back to the device."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
