@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 
 import grpc
@@ -76,10 +76,7 @@ class InferenceServer:
     async def start(self) -> str:
         """Serve. Returns the address, ``host:port``; raises :class:`Conflict` when the port is taken."""
         limit = self._settings.max_message_bytes
-        planes = [
-            Dataplane(self._repository, self._batcher, self._threads, limit - 64 * 1024, wait_for_room)
-            for wait_for_room in (False, True)
-        ]
+        dataplane = Dataplane(self._repository, self._batcher, self._threads, limit - 64 * 1024)
         options = {
             **dict(CHANNEL_OPTIONS),
             "grpc.max_receive_message_length": limit,
@@ -90,8 +87,8 @@ class InferenceServer:
         server = grpc.aio.server(
             interceptors=[self._boundary], options=list(options.items()), maximum_concurrent_rpcs=MAX_CALLS
         )
-        inference_pb2_grpc.add_CodecServiceServicer_to_server(CodecServicer(*planes), server)
-        inference_pb2_grpc.add_SteeringServiceServicer_to_server(SteeringServicer(*planes), server)
+        inference_pb2_grpc.add_CodecServiceServicer_to_server(CodecServicer(dataplane), server)
+        inference_pb2_grpc.add_SteeringServiceServicer_to_server(SteeringServicer(dataplane), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
@@ -114,7 +111,7 @@ class InferenceServer:
 
     async def stop(self) -> None:
         """Tell the watchers of the health service, let running calls finish within the grace period, and end."""
-        assert self._server is not None
+        assert self._server is not None and self._refreshing is not None
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.create_task(self._server.stop(self._settings.grace_seconds))
         # Watches of the health service never end by themselves; they must not use up the grace period.
@@ -123,10 +120,8 @@ class InferenceServer:
         idle.cancel()
         await self._server.stop(0)
         await stopping
-        if self._refreshing is not None:
-            self._refreshing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._refreshing
+        self._refreshing.cancel()
+        await asyncio.gather(self._refreshing, return_exceptions=True)
         await self._batcher.stop()
         await asyncio.to_thread(self._threads.shutdown)
         self._scratch.close()
