@@ -38,22 +38,25 @@ class RunFolder:
     def check(self, spec: Spec) -> None:
         """Raise :class:`InvalidInput` for a folder in which no run of ``spec`` can begin or resume: one with a finished
         run, a run of another spec, or anything else."""
+        if reason := self._reason_against(spec):
+            raise InvalidInput.field("--output", reason)
+
+    def _reason_against(self, spec: Spec) -> str | None:
         first, about = self._folders[0], self.root / SPEC
-        if self.places and about.exists() and any((self.root / name).exists() for name in self.places):
-            text = f"{self.root}, which {first} needs for its run, holds another run; name another folder"
-            raise InvalidInput.field("--output", text)
+        if about.exists() and any((self.root / name).exists() for name in self.places):
+            return f"{self.root}, which {first} needs for its run, holds another run; name another folder"
         if self._moved:
-            return
+            return None
         if self._finished and not self._store:
-            text = f"{first} exists already and holds a finished run; name another folder"
-            raise InvalidInput.field("--output", text)
-        if about.exists() and not _same(about, spec):
-            text = f"{first} holds a run of another spec; name another folder, or delete {self._names}"
-            raise InvalidInput.field("--output", text)
+            return f"{first} exists already and holds a finished run; name another folder"
+        if about.exists():
+            other = f"{first} holds a run of another spec; name another folder, or delete {self._names}"
+            return None if _same(about, spec) else other
         for folder in self._folders:
             empty = not folder.exists() or (not self.places and folder.is_dir() and not any(folder.iterdir()))
-            if not (empty or about.exists() or self._store):
-                raise InvalidInput.field("--output", f"{folder} exists already and is not a run; name another folder")
+            if not (empty or self._store):
+                return f"{folder} exists already and is not a run; name another folder"
+        return None
 
     def begin(self, spec: Spec) -> None:
         """Prepare a new run of ``spec``, or resume one. Raises as :meth:`check` does."""
