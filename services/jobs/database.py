@@ -294,8 +294,8 @@ def _use_wal(engine: Engine) -> None:
         try:
             with closing(engine.raw_connection()) as raw, closing(raw.cursor()) as cursor:
                 cursor.execute("PRAGMA journal_mode = WAL")
-                (mode,) = cursor.fetchone()
-            if mode != "wal":
+                mode = cursor.fetchone()
+            if mode is None or mode[0] != "wal":
                 raise OSError(0, f"its file system does not support write-ahead logging (journal mode {mode})")
             return
         except sqlite3.OperationalError as error:

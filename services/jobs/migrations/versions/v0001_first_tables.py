@@ -11,9 +11,10 @@ revision = "0001"
 down_revision: str | None = None
 
 SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-TEXT, INTEGER, FLOAT, BOOLEAN, TIME = sa.Text(), sa.BigInteger(), sa.Double(), sa.Boolean(), sa.DateTime(timezone=True)
+TEXT, INTEGER, BOOLEAN, TIME = sa.Text(), sa.BigInteger(), sa.Boolean(), sa.DateTime(timezone=True)
+FLOAT: sa.Double[float] = sa.Double()
 JSON = sa.JSON(none_as_null=True)
-CLAIM = ("state", "queue", "ready", sa.literal_column("priority DESC"), "number")
+CLAIM: tuple[Any, ...] = ("state", "queue", "ready", sa.literal_column("priority DESC"), "number")
 
 
 def columns(type_: Any, *names: str, nullable: bool = False) -> list[sa.Column[Any]]:
