@@ -84,7 +84,7 @@ class ArtifactStore:
                     attempt=attempt,
                     spec=dict(spec) if spec is not None else None,
                     parents=list(parents),
-                    code_version=_code_version(),
+                    code_version=code_version(),
                     created=_now().isoformat(),
                     meta=dict(meta or {}),
                 )
@@ -399,7 +399,8 @@ def _now() -> datetime:
 
 
 @cache
-def _code_version() -> str:
+def code_version() -> str:
+    """The installed version of Ethogram, ``unknown`` in a tree that is not installed."""
     try:
         return metadata.version("ethogram")
     except metadata.PackageNotFoundError:
