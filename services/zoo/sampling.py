@@ -160,4 +160,5 @@ def _mountain() -> Automaton:
         up = [3 + 3 * letter if letter > last else 1 for letter in range(v)]
         down = [4 + 3 * letter if letter < last else 1 for letter in range(v)]
         step += [up, [max(pair) for pair in zip(up, down, strict=True)], down]
-    return Automaton(tuple(map(tuple, step)), frozenset(4 + 3 * letter for letter in range(v)))
+    states = torch.arange(len(step))
+    return Automaton(torch.tensor(step), (states > 1) & (states % 3 == 1))
