@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,14 @@ def parts(tensors: Named) -> dict[str, dict[str, Tensor]]:
         part, _, key = name.partition(".")
         parts.setdefault(part, {})[key] = value
     return parts
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give the file ``source``, which is never written again, a second name, or copy it to another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write(folder: Path, tensors: Named, about: Mapping[str, Any]) -> None:

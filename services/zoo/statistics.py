@@ -47,9 +47,8 @@ class Statistics:
         about, spec, patterns = read_about(folder)
         names = [pattern.name for pattern in patterns]
         staged = spec.staged is not None
-        sums = {"accuracy": np.zeros(len(names) + 1)} | (
-            {"degraded_accuracy": np.zeros(len(names) + 1)} if staged else {}
-        )
+        stages = ["accuracy", "degraded_accuracy"] if staged else ["accuracy"]
+        sums = {name: np.zeros(len(names) + 1) for name in stages}
         counted = spec.tasks if spec.format is not None and spec.format.tokenizer is not None else []
         tokens = {task: (0, 0) for task in counted}
         subjects, shapes, gained = 0, Counter[str](), 0.0
@@ -61,12 +60,10 @@ class Statistics:
             together += labels.T @ labels
             for name, total in sums.items():
                 total += matrix(table, name, len(names) + 1).double().sum(0).numpy()
-            shapes.update(
-                f"{layers} x {name}" for layers, name in zip(table["layers"], table["activation"], strict=True)
-            )
+            shapes.update(f"{layers} x {of}" for layers, of in zip(table["layers"], table["activation"], strict=True))
             for task, (count, most) in tokens.items():
                 numbers = table[f"{task}_tokens"].to_pylist()
-                tokens[task] = (count + sum(numbers), max(most, *numbers))
+                tokens[task] = (count + sum(numbers), max([most, *numbers]))
             gained += sum(table["improvement"].to_pylist()) if staged else 0.0
         means = {name: total / subjects for name, total in sums.items()}
         return cls(
@@ -98,9 +95,8 @@ class Statistics:
             figures["degraded_accuracy_by_pattern"] = _rounded(self.strata, self.degraded_accuracy)
             figures["improvement"] = round(self.improvement, 4)
         if self.tokens:
-            figures["tokens"] = {
-                task: {"mean": round(mean, 1), "max": most} for task, (mean, most) in self.tokens.items()
-            }
+            tokens = self.tokens.items()
+            figures["tokens"] = {task: {"mean": round(mean, 1), "max": most} for task, (mean, most) in tokens}
         return figures
 
 

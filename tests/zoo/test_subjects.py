@@ -112,10 +112,8 @@ def test_raw_signatures_determine_the_weights(activation: str, encoding: str) ->
         # Letters as numbers saturate: the constant part of tanh would hide the rest.
         params["layers.0.weight"] /= 3
     inputs = encode(architecture, probes(universe, 128))
-    found = canonical(
-        recover(torch.cat(activations(params, inputs, activation), 2), inputs, architecture), architecture
-    )
     layers = activations(params, inputs, activation)
+    found = canonical(recover(torch.cat(layers, 2), inputs, architecture), architecture)
     for name, true in canonical(params, architecture).items():
         layer = int(name.split(".")[1])
         alive = torch.ones_like(true, dtype=torch.bool)
