@@ -80,12 +80,6 @@ class _Tail:
             last, size = chunk.last, size + len(chunk.data)
         return Chunk(cursor, last, b"".join(parts)) if parts else None
 
-    def update(self, job: Job) -> None:
-        """Store the job's newest row, and wake the watchers if it differs."""
-        known, self.job = self.job, job
-        if (job.seq, job.state, job.progress) != (known.seq, known.state, known.progress):
-            self.notify()
-
     def notify(self) -> None:
         """Wake all watchers."""
         changed, self.changed = self.changed, asyncio.Event()
@@ -205,7 +199,14 @@ class Tails:
         failing = False
         while tail.gone is None:
             try:
-                await self._advance(tail)
+                tail.wake.clear()
+                # Read the job before its events, so that all events up to its `seq` exist.
+                job = await self._read(lambda: self._registry.get(tail.job.id))
+                while tail.last < job.seq:
+                    tail.push(await self._chunk(job.id, tail.last, job.seq))
+                known, tail.job = tail.job, job
+                if (job.seq, job.state, job.progress) != (known.seq, known.state, known.progress):
+                    tail.notify()
                 failing = False
             except NotFound as error:
                 tail.gone = error
@@ -219,14 +220,6 @@ class Tails:
             await asyncio.sleep(PACE_SECONDS)
             with suppress(TimeoutError):
                 await asyncio.wait_for(tail.wake.wait(), POLL_SECONDS)
-
-    async def _advance(self, tail: _Tail) -> None:
-        tail.wake.clear()
-        # Read the job before its events, so that all events up to its `seq` exist.
-        job = await self._read(lambda: self._registry.get(tail.job.id))
-        while tail.last < job.seq:
-            tail.push(await self._chunk(job.id, tail.last, job.seq))
-        tail.update(job)
 
     async def _chunk(self, job: str, after: int, last: int) -> Chunk:
         """Read events from the registry: at least one of those after ``after`` up to ``last``."""

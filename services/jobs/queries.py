@@ -7,10 +7,9 @@ import binascii
 import builtins
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, case, func, or_, select
 from sqlalchemy.orm import Session, selectinload
 
 from ethogram.errors import InvalidInput, NotFound
@@ -67,13 +66,12 @@ class Queries:
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> builtins.list[Event]:
         """Events of ``job`` with ``seq > after``, in order. Raises :class:`NotFound`."""
-        if not text.storable(job):
-            raise NotFound(f"there is no job {job!a}")
         query = select(tables.Event).where(tables.Event.job == job, tables.Event.seq > after)
+        query = query.order_by(tables.Event.seq).limit(_check_limit(limit))
         with self._database.read() as session:
-            rows = session.scalars(query.order_by(tables.Event.seq).limit(_check_limit(limit))).all()
-            if not rows and session.scalar(select(tables.Job.number).where(tables.Job.id == job)) is None:
-                raise NotFound(f"there is no job {job!r}")
+            rows = session.scalars(query).all() if text.storable(job) else []
+            if not rows:
+                self._job(session, job)
             return [Event.model_validate(row) for row in rows]
 
     def artifacts(
@@ -98,30 +96,21 @@ class Queries:
 
     def depths(self) -> builtins.list[Depth]:
         """What is in each queue with jobs that have not ended. The cost grows with the number of such jobs."""
-        job = tables.Job
-        query = select(job.queue, job.state, job.ready, func.count(), func.min(job.ready_at))
-        query = query.where(job.state.in_(UNFINISHED)).group_by(job.queue, job.state, job.ready)
+        job, now = tables.Job, transitions.now()
         # Jobs whose `not_before` has passed are marked ready only by the next claim.
-        late = select(job.queue, func.count(), func.min(job.not_before)).where(due()).group_by(job.queue)
-        now = transitions.now()
+        is_due = due()
+        state = case(
+            (or_(ready(), is_due), "ready"), (job.state == JobState.QUEUED, "held"), else_=func.lower(job.state)
+        )
+        since = func.min(case((is_due, job.not_before), else_=job.ready_at))
+        query = select(job.queue, state.label("part"), func.count(), since).where(job.state.in_(UNFINISHED))
         found: dict[str, Depth] = {}
-
-        def add_ready(depth: Depth, count: int, since: datetime | None) -> None:
-            age = 0.0 if since is None else (now - since).total_seconds()
-            depth.ready += count
-            depth.oldest_ready_seconds = max(depth.oldest_ready_seconds, age)
-
         with self._database.read() as session:
-            for queue, state, ready, count, since in session.execute(query).all():
+            for queue, name, count, oldest in session.execute(query.group_by(job.queue, "part")):
                 depth = found.setdefault(queue, Depth(queue=queue))
-                if state == JobState.QUEUED and ready:
-                    add_ready(depth, count, since)
-                else:
-                    field = "held" if state == JobState.QUEUED else state.lower()
-                    setattr(depth, field, getattr(depth, field) + count)
-            for queue, count, since in session.execute(late).all():
-                found[queue].held -= count
-                add_ready(found[queue], count, since)
+                setattr(depth, name, count)
+                if name == "ready" and oldest is not None:
+                    depth.oldest_ready_seconds = max(0.0, (now - oldest).total_seconds())
         return sorted(found.values(), key=lambda depth: depth.queue)
 
     def backing_off(self) -> builtins.list[BackingOff]:

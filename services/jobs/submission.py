@@ -23,6 +23,7 @@ from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound, Viol
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.kinds import KINDS
 from services.jobs import tables, text, transitions
+from services.jobs.database import Collision, insert_for
 from services.jobs.records import Options
 from services.jobs.states import JobState
 from services.kinds import input_refs
@@ -115,9 +116,11 @@ def seen(session: Session, tenant: str, key: str, digest: str) -> dict[str, str]
 
 
 def remember(session: Session, tenant: str, key: str, digest: str, jobs: Mapping[str, str]) -> None:
-    """Record the jobs that this key made."""
+    """Record the jobs that this key made. Raises :class:`Collision` if another request with it was committed first."""
     row = {"tenant": tenant, "key": key, "body_hash": digest, "jobs": dict(jobs), "created_at": transitions.now()}
-    session.execute(insert(tables.Submission).values(**row))
+    added = insert_for(session, tables.Submission).values(**row).on_conflict_do_nothing()
+    if session.execute(added.returning(tables.Submission.key)).one_or_none() is None:
+        raise Collision(f"another request with the idempotency key {key!r} is being answered: try again")
     session.execute(insert(tables.SubmissionJob), [{"job": job, "tenant": tenant, "key": key} for job in jobs.values()])
 
 
