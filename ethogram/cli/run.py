@@ -150,11 +150,10 @@ def _run(
     output.say("Preparing: loading the libraries.")
     try:
         folders, local = (import_module(f"services.runtime.{name}") for name in ("folders", "local"))
-        kind.load_job()
+        folder = folders.RunFolder(request.folder or out, request.places)
+        result = local.run(kind, spec, folder, request.inputs, device)
     except ModuleNotFoundError as error:
         raise Unavailable(f"running jobs here needs {error.name}, which is not installed: {_INSTALL}") from None
-    folder = folders.RunFolder(request.folder or out, request.places)
-    result = local.run(kind, spec, folder, request.inputs, device)
     if result is None:
         return
     output.result(result, as_json, lambda: (show or output.figures)(result))

@@ -12,7 +12,8 @@ from ethogram.cli import run as command
 from ethogram.cli.main import run as run_cli
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.kinds import KINDS, Kind
-from services.runtime import local
+from services.runtime import local, parallel
+from services.runtime.devices import chosen_device
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 
@@ -179,6 +180,32 @@ def test_what_is_wrong_is_said_and_leaves_nothing(
     assert not Path("out").exists()
 
 
+def test_the_command_is_checked_before_the_libraries_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Kind, "load_job", lambda _: pytest.fail("the job was imported"))
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("all of it")
+    Path("wrong/zoo").mkdir(parents=True)
+    Path("wrong/spec.json").write_text("{}")
+    for table, out, device, error in (
+        ("table", "full", "cpu", "--output: full exists already and is not a run"),
+        ("wrong", "out", "cpu", "--input: wrong is the folder of a run, with zoo in it; name a sum"),
+        ("table", "out", "gpu", "--device: gpu is none of cpu"),
+    ):
+        assert call("toy", "-i", f"table={table}", "-o", out, "--device", device) == 2
+        assert error in capsys.readouterr().err
+
+
+def test_a_gpu_is_tried_on_the_one_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr("torch.zeros", lambda _, device: tried.append(device))
+    assert chosen_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (chosen_device("cuda"), chosen_device("cuda:3"), chosen_device("cpu")) == ("cuda", "cuda:3", "cpu")
+    assert tried == ["cuda:0", "cuda:1", "cuda:3", "cpu"]
+
+
 def test_a_folder_of_something_else_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     Path("out/thesis.txt").write_text("all of it")
@@ -190,7 +217,7 @@ def test_a_folder_of_something_else_is_left_alone(capsys: pytest.CaptureFixture[
 def test_the_first_process_of_torchrun_reports_and_the_others_are_silent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(local, "join", lambda device: (World(1, 2), device))
+    monkeypatch.setattr(parallel, "join", lambda device: (World(1, 2), device))
     assert call("toy", "-i", "table=table", "-o", "out", "--device", "cpu", "--json") == 0
     assert [("cpu", {"table": Path("table")}, 0)] == SEEN
     assert capsys.readouterr().out == "" and not Path("out").exists()

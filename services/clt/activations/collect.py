@@ -73,32 +73,29 @@ def collect(
 
 
 def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoint], Manifest]:
-    """The hook points to record, in the order of execution, and the manifest of an empty store. Raises
-    :class:`InvalidInput` for hook points and pairs that are not possible, and where a split has no instances."""
+    """The hook points to record, and the manifest of an empty store. Raises :class:`InvalidInput` for hook points and
+    pairs that are not possible, and where a split has no instances."""
     named, pairs = source.select(spec.hooks, spec.pairs)
-    example = source.example()
-    points = [point for _, point in named]
-    traced = trace(source.model, named, lambda: source.forward(example, points), (len(example), source.positions))
-    order = [seen.point.name for seen in traced]
+    example, points = source.example(), [point for _, point in named]
+    widths = trace(source.model, named, lambda: source.forward(example, points), (len(example), source.positions))
     for number, (begin, end) in enumerate(pairs):
-        check_pair(order, begin, end, f"spec.pairs.{number}")
-    rows = source.positions - source.first
+        check_pair(list(widths), begin, end, f"spec.pairs.{number}")
     validation = _count(spec, VALIDATION, spec.instances)
     if not 0 < validation < spec.instances:
         few = f"{spec.instances} with validation {spec.validation:g} leave none for training; ask for more instances"
         raise InvalidInput.field("spec.instances", few)
-    size = sum(seen.width for seen in traced) * DTYPES[spec.dtype].itemsize
-    manifest = Manifest(
+    rows, row_bytes = source.positions - source.first, sum(widths.values()) * DTYPES[spec.dtype].itemsize
+    return points, Manifest(
         source=Source(kind=source.kind, digest=source.digest, name=source.name),
         # Neither changes what is recorded.
         spec=spec.model_dump(mode="json", exclude={"policy", "root"}),
         seed=spec.seed,
         dtype=spec.dtype,
-        hooks=[Hook(name=seen.point.name, width=seen.width) for seen in traced],
+        hooks=[Hook(name=name, width=width) for name, width in widths.items()],
         pairs=pairs,
         rows_per_instance=rows,
         first_position=source.first,
-        shard_instances=max(1, min(spec.shard_rows, SHARD_BYTES // size) // rows),
+        shard_instances=max(1, min(spec.shard_rows, SHARD_BYTES // row_bytes) // rows),
         instances=Instances(
             total=spec.instances,
             validation=validation,
@@ -106,7 +103,6 @@ def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoin
             'permutation of generator(seed, "split", chunk)',
         ),
     )
-    return [seen.point for seen in traced], manifest
 
 
 def store_name(manifest: Manifest) -> str:

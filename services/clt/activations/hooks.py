@@ -37,14 +37,6 @@ class HookPoint:
     side: Literal["input", "output"]
 
 
-@dataclass(frozen=True)
-class Traced:
-    """A hook point that a forward pass has reached."""
-
-    point: HookPoint
-    width: int
-
-
 def policy_points(policy: AttentionPolicy) -> dict[str, HookPoint]:
     """All points of a policy by name, in the order of execution.
 
@@ -117,8 +109,9 @@ def capture(
 
 def trace(
     model: nn.Module, points: Sequence[tuple[str, HookPoint]], drive: Callable[[], object], shape: tuple[int, int]
-) -> list[Traced]:
-    """The points in the order in which ``drive``, a forward pass of ``shape`` (instances, positions), reaches them.
+) -> dict[str, int]:
+    """Width of each point, by name, in the order in which ``drive``, a forward pass of ``shape`` (instances,
+    positions), reaches them.
 
     ``points``: each with the field that names it. Raises :class:`InvalidInput` for a point that is not reached exactly
     once, or that has no vector for each position.
@@ -136,7 +129,7 @@ def trace(
         if len(shapes[0]) != 3 or shapes[0][:2] != shape:
             text = f"{point.name} has shape {list(shapes[0])} for {shape[0]} instances of {shape[1]} positions"
             raise InvalidInput.field(field, f"{text}, not a vector for each position; hook another module")
-    return [Traced(point, size[-1]) for point, size in reached]
+    return {point.name: size[-1] for point, size in reached}
 
 
 def check_pair(order: Sequence[str], source: str, target: str, field: str = "spec.pairs.0") -> None:
