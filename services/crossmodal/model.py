@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from itertools import pairwise, zip_longest
 
 import torch
@@ -93,8 +92,7 @@ class Encoder(nn.Module):
         signature = [(tokenizer.signature, layout.neurons * tokenizer.values)] if spec.inputs != "weights" else []
         weights = [(tokenizer.weights, layout.size)] if spec.inputs != "signature" else []
         forms = [form for form, _ in signature + weights]
-        # Copies: they go with the model from device to device, and the tokenizer's stay.
-        self.forms = nn.ModuleList(deepcopy(form) for form in forms)
+        self.forms = nn.ModuleList(forms)
         self.sizes = [size for _, size in signature + weights]
         self.register_buffer("descriptors", descriptors(layout))
         self.standard = Standard(sum(self.sizes))
@@ -174,7 +172,7 @@ class Decoder(nn.Module):
             self.layers = perceptron([entering, *[hidden] * spec.depth, layout.size], generator)
             self.straight = _linear(entering, layout.size, generator)
             return
-        self.form = deepcopy(tokenizer.weights)
+        self.form = tokenizer.weights
         self.queries = TokenEmbedding(0, self.form, spec, generator)
         self.memory = _linear(entering, MEMORY * hidden, generator)
         self.blocks = nn.ModuleList(Block(hidden, spec.heads, generator, cross=True) for _ in range(spec.depth))

@@ -8,7 +8,6 @@ neuron they belong to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -82,14 +81,14 @@ class Tokenizer:
         """The tokenizer that ``spec`` asks for."""
         return cls(preprocessor.layout, preprocessor.extractor.values, spec.granularity, spec.chunk)
 
-    @cached_property
+    @property
     def signature(self) -> Form:
         """For signatures, flat ``[batch, neurons x values]``."""
         entries = torch.arange(self.layout.neurons * self.values).view(self.layout.neurons, self.values)
         shapes = zip(self.layout.shapes, self.layout.neuron_positions, strict=True)
         return _form([(entries[positions], _metadata(shape, SIGNATURE)) for shape, positions in shapes])
 
-    @cached_property
+    @property
     def weights(self) -> Form:
         """For flat networks ``[batch, layout.size]``."""
         shapes = zip(self.layout.shapes, self.layout.positions, strict=True)

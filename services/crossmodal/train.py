@@ -156,7 +156,12 @@ class CodecTrainer(Trainer):
             projected = self.projection(latents)
         decoded, steered = decodings.float().chunk(2) if edits else (decodings.float(), decodings)
         if weight.reconstruction:
-            terms["reconstruction"] = self._reconstruction(decoded, source, shape)
+            form, standard = weight.reconstruction_form, model.decoder.standard
+            terms["reconstruction"] = (
+                losses.reconstruction(decoded, source, self.weighting)
+                if form == "normalized"
+                else losses.elementwise(standard(decoded), standard(source), model.decoder.present[shape], form)
+            )
         networks = {"behavior": decoded} if weight.behavior else {}
         if weight.steering:
             networks["steering"] = edited(source, decoded, steered, "residual")
@@ -189,13 +194,6 @@ class CodecTrainer(Trainer):
             )
             rest = gamma * terms["contrastive"] + (1 - gamma) * rest
         return {"loss": torch.as_tensor(rest), **terms}
-
-    def _reconstruction(self, decoded: Tensor, source: Tensor, shape: Tensor) -> Tensor:
-        form, decoder = self.spec.loss.reconstruction_form, self.model.decoder
-        if form == "normalized":
-            return losses.reconstruction(decoded, source, self.weighting)
-        standard = decoder.standard
-        return losses.elementwise(standard(decoded), standard(source), decoder.present[shape], form)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
