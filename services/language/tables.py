@@ -68,9 +68,9 @@ def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterato
     Text of a CSV file is converted to the fields' types; a field that is missing or empty has its default. The model
     says whether other columns (``extra``) and NaN and infinity (``allow_inf_nan``) are allowed.
 
-    Rows are yielded while all are right. After the first that is wrong the rest is only checked, and
-    :class:`InvalidInput` lists what is wrong, up to :data:`ethogram.errors.MAX_VIOLATIONS` values: fields are
-    ``FILE:ROW.COLUMN``. Missing and unknown columns of CSV and parquet files are found before any row is read.
+    Rows are yielded while all are right. After the first wrong one the rest is only checked, and :class:`InvalidInput`
+    lists up to :data:`ethogram.errors.MAX_VIOLATIONS` wrong values, each with the field ``FILE:ROW.COLUMN``. Missing
+    and unknown columns of CSV and parquet files are found before any row is read.
     """
     columns = {info.alias or name: info for name, info in row.model_fields.items()}
     violations: list[Violation] = []
@@ -147,22 +147,17 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, strict=True)
         names = _header(reader)
-        while True:
-            number = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                # Where this row ends is not known.
-                yield number, Malformed(f"is not CSV ({error})")
-                return
-            if cells is None:
-                return
-            if _blank(cells):
-                continue
-            if len(cells) != len(names):
-                yield number, Malformed(f"has {len(cells)} cells for {len(names)} columns")
-            else:
-                yield number, {name: cell for name, cell in zip(names, cells, strict=True) if cell.strip()}
+        number = reader.line_num + 1
+        try:
+            for cells in reader:
+                if len(cells) == len(names) and not _blank(cells):
+                    yield number, {name: cell for name, cell in zip(names, cells, strict=True) if cell.strip()}
+                elif not _blank(cells):
+                    yield number, Malformed(f"has {len(cells)} cells for {len(names)} columns")
+                number = reader.line_num + 1
+        except csv.Error as error:
+            # Where this row ends is not known.
+            yield number, Malformed(f"is not CSV ({error})")
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
@@ -173,9 +168,8 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield number, Malformed(f"is not JSON ({error})")
-            else:
-                yield number, value if isinstance(value, dict) else Malformed("is not a JSON object")
+                value = Malformed(f"is not JSON ({error})")
+            yield number, value if isinstance(value, dict | Malformed) else Malformed("is not a JSON object")
 
 
 def _parquet_rows(file: Path, columns: Collection[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
