@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from ethogram.errors import IllegalState, NotFound
 from services.artifacts.backends import blob_path
-from services.artifacts.remote import DEAD_SECONDS, MARKS, awake
+from services.artifacts.remote import DEAD_SECONDS, MARKS, uptime
 from services.artifacts.store import ArtifactStore, manifest_path
 
 BATCH = 200
@@ -81,7 +81,7 @@ class Collector:
         forget: Callable[[AbstractSet[str]], AbstractSet[str]],
         *,
         grace_seconds: float,
-        clock: Callable[[], float] = awake,
+        clock: Callable[[], float] = uptime,
     ) -> None:
         """``forget``: deletes the registry's rows of those artifacts that it still does not need, and returns which;
         nothing can need them from then on."""

@@ -66,8 +66,8 @@ class TensorCache:
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # Nobody else writes now: files that are half written are those of processes that died.
-            for half in self.folder.glob("*.new"):
-                half.unlink()
+            for unfinished in self.folder.glob("*.new"):
+                unfinished.unlink()
             write_durably(shard, [data])
         self._known.add(shard)
         self._shard_of |= dict.fromkeys(content, shard)

@@ -51,9 +51,9 @@ def load_language_model(
     folder = Path(name)
     if not folder.exists():
         if folder.is_absolute() or name.count("/") > 1:
-            raise InvalidInput.field(field, f"{name} is not there")
+            raise InvalidInput.field(field, f"{name} does not exist")
         include = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-        folder = fetch(name, "model", include, ["*/*"], field=field, described=f"{name}, which is no folder here")
+        folder = fetch(name, "model", include, ["*/*"], field=field, described=f"{name}, which is not a folder here")
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safe)

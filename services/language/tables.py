@@ -85,25 +85,25 @@ def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterato
         if violations:
             raise _invalid(violations)
     for number, values in read_rows(file, columns, field):
-        place = f"{file.name}:{number}"
+        location = f"{file.name}:{number}"
         try:
             if isinstance(values, Malformed):
-                violations.append(Violation(place, values))
+                violations.append(Violation(location, values))
             else:
                 checked = row.model_validate(values, strict=False if file.suffix == ".csv" else None)
                 if not violations:
                     yield checked
         except ValidationError as error:
-            violations += [_violation(place, detail) for detail in error.errors(include_url=False)]
+            violations += [_violation(location, detail) for detail in error.errors(include_url=False)]
         if len(violations) >= MAX_VIOLATIONS:
             break
     if violations:
         raise _invalid(violations)
 
 
-def _violation(place: str, detail: Any) -> Violation:
+def _violation(location: str, detail: Any) -> Violation:
     """Pydantic's finding about one value."""
-    column = ".".join([place, *(str(part) for part in detail["loc"])])
+    column = ".".join([location, *(str(part) for part in detail["loc"])])
     if detail["type"] == "extra_forbidden":
         return Violation(column, "there is no such column")
     if detail["type"] == "missing" or detail["input"] is None:
@@ -124,7 +124,7 @@ def opening(file: Path, field: str | None) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise InvalidInput.field(field, f"{file} is not there") from None
+        raise InvalidInput.field(field, f"{file} does not exist") from None
     except UnicodeDecodeError as error:
         raise InvalidInput.field(field, f"{file} cannot be read as UTF-8 text (byte {error.start})") from None
     except (OSError, ValueError, csv.Error, ArrowException) as error:
