@@ -13,7 +13,7 @@ from ethogram.cli.options import Answer, Device, NewFolder, assignment, command,
 from ethogram.cli.run import Request, flag, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicySpec
-from ethogram.specs.kinds import KINDS
+from ethogram.specs.kinds import KINDS, SPARSE_HEADLINE
 
 _MODULE = "python -m services.clt"
 app = system_app(
@@ -23,8 +23,6 @@ app = system_app(
     f"{_MODULE} activations my-policy -o my-activations",
     f"{_MODULE} train my-activations --kind cross_layer -o my-clt",
 )
-
-
 POLICY = typer.Argument(
     metavar="POLICY",
     help="Folder of a policy or of its run; or `default`: TSP of 20 cities, trained once, in ten minutes.",
@@ -38,10 +36,6 @@ Store = Annotated[
 Pairs = Annotated[
     list[str] | None, typer.Option("--pair", metavar="A->B", help="Source and target hook point. Repeatable.")
 ]
-
-
-_HEADLINE = ("fvu", "explained_variance", "cosine", "l0", "dead", "silent")
-
 KIND: dict[str, Any] = {"kind": flag(str, "--kind", help="pair, per_layer or cross_layer.")}
 FLAGS: dict[str, Any] = {
     "model.expansion": flag(float, "--expansion", "--expansion-factor", help="Features per channel of the source."),
@@ -87,13 +81,9 @@ def _show_pairs(rows: list[dict[str, Any]]) -> None:
     output.say("norms, the mean norm of a row. r: absolute correlation of a source channel with a target channel.")
 
 
-def _show_model(result: dict[str, Any]) -> None:
-    output.figures({name: result["figures"][name] for name in _HEADLINE})
-
-
 def _show_sweep(result: dict[str, Any]) -> None:
-    rows = [[name, *(f"{figures[key]:.4f}" for key in _HEADLINE)] for name, figures in result["runs"].items()]
-    output.table(["run", *_HEADLINE], rows)
+    rows = [[name, *(f"{figures[key]:.4f}" for key in SPARSE_HEADLINE)] for name, figures in result["runs"].items()]
+    output.table(["run", *SPARSE_HEADLINE], rows)
     for name, why in result["failed"].items():
         output.say(f"{name} failed: {why}")
 
@@ -247,7 +237,6 @@ def export_pairs(
     f"{_MODULE} sae my-activations --hook encoder_layer_2 --k 32 -o my-sae",
     f"{_MODULE} sae my-activations --hook encoder_layer_2 --set model.activation=jumprelu --set loss.l0=1e-3 -o my-sae",
     flags={"hook": flag(str, "--hook", help="Hook point."), **FLAGS},
-    show=_show_model,
 )
 def sae(store: Store) -> Request:
     """Train a sparse autoencoder of one hook point. The same command resumes an interrupted run."""
@@ -261,7 +250,6 @@ def sae(store: Store) -> Request:
     f"{_MODULE} train my-activations --kind cross_layer --expansion 16 --k 32 -o my-clt",
     "torchrun --nproc-per-node 2 -m services.clt train my-activations --kind per_layer -o my-run",
     flags=KIND | FLAGS,
-    show=_show_model,
 )
 def train(
     store: Store,

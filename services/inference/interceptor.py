@@ -11,10 +11,9 @@ from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import Message
-from grpc_status import rpc_status
 
 from ethogram.errors import EthogramError, Internal
-from ethogram.rpc import status_of
+from ethogram.rpc import grpc_status_of
 from services.inference.messages import check_known
 
 log = logging.getLogger(__name__)
@@ -27,12 +26,9 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def __init__(self) -> None:
         self._active = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    async def idle(self) -> None:
-        """Wait until no call of ours is running."""
-        await self._idle.wait()
+        self.idle = asyncio.Event()
+        """Set while no call of ours is running."""
+        self.idle.set()
 
     async def intercept_service(
         self,
@@ -67,7 +63,7 @@ class Boundary(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _guarded(self, context: Context) -> AsyncIterator[None]:
         self._active += 1
-        self._idle.clear()
+        self.idle.clear()
         try:
             yield
         except EthogramError as error:
@@ -81,10 +77,10 @@ class Boundary(grpc.aio.ServerInterceptor):
         finally:
             self._active -= 1
             if not self._active:
-                self._idle.set()
+                self.idle.set()
 
 
 async def _abort(context: Context, error: EthogramError) -> NoReturn:
-    status = rpc_status.to_status(status_of(error))
+    status = grpc_status_of(error)
     await context.abort(status.code, status.details, status.trailing_metadata)
     raise AssertionError("abort returned")

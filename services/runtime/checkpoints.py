@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -19,3 +22,11 @@ def parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         part, _, key = name.partition(".")
         parts.setdefault(part, {})[key] = value
     return parts
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give the file ``source``, which is never written again, a second name, or copy it to another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
