@@ -7,15 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from ethogram.errors import Unavailable
 from services.jobs.registry import Depth, JobRegistry
 
-MEDIA_TYPE = CONTENT_TYPE_LATEST
 UNKNOWN = "unknown"
 """Label of requests that no route takes, so that arbitrary paths do not become labels."""
 _KEEP_SECONDS = 1.0
@@ -36,16 +34,6 @@ class GatewayMetrics:
         self.sent = counter("stream_bytes", "Bytes of events sent to watchers.")
         Gauge("ethogram_streams", "Open event streams.", registry=self.registry).set_function(streams)
         self.registry.register(QueueCollector(registry))
-
-    def answered(self, method: str, route: str, status: int, seconds: float, streamed: bool) -> None:
-        """Count one request."""
-        self.requests.labels(method, route, str(status)).inc()
-        if not streamed:
-            self.seconds.labels(method, route).observe(seconds)
-
-    def exposition(self) -> bytes:
-        """All metrics in the text format."""
-        return generate_latest(self.registry)
 
 
 class QueueCollector(Collector):

@@ -61,7 +61,7 @@ class _Tail:
         self.watchers = 0
         self.wake = asyncio.Event()
         self.changed = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None]
 
     def push(self, chunk: Chunk) -> None:
         """Append the events after ``last``."""
@@ -93,8 +93,8 @@ class Tails:
         self._registry, self._redis_url, self._limit = registry, redis_url, limit
         self._tails: dict[str, _Tail] = {}
         self._closing = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._listener: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._listener: asyncio.Task[None]
         self._readers: anyio.CapacityLimiter | None = None
         self.streams = 0
         """Number of open streams."""
@@ -115,14 +115,13 @@ class Tails:
     async def stop(self) -> None:
         """End all streams and tasks."""
         self.close_streams()
-        tasks = [task for task in (self._listener, *(t.task for t in self._tails.values())) if task is not None]
+        tasks = [self._listener, *(tail.task for tail in self._tails.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def wake(self, job: str) -> None:
         """Read the new events of ``job``. May be called from any thread."""
-        assert self._loop is not None
         with suppress(RuntimeError):  # The loop is closed, so nobody watches.
             self._loop.call_soon_threadsafe(self._wake, job)
 
@@ -191,7 +190,6 @@ class Tails:
             tail.watchers -= 1
             if not tail.watchers:
                 del self._tails[job.id]
-                assert tail.task is not None
                 tail.task.cancel()
 
     async def _run(self, tail: _Tail) -> None:

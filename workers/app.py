@@ -141,8 +141,6 @@ def _listen(app: Any, config: WorkerSettings, runner: SlotRunner, bell: Bell) ->
         for name in config.queues:
             bell.ring(name)
 
-    # Untyped.
-    queue_type: Any = Queue
     app.conf.update(
         # With prefetching, a busy worker would hold rings that an idle one could answer.
         worker_disable_prefetch=True,
@@ -150,7 +148,7 @@ def _listen(app: Any, config: WorkerSettings, runner: SlotRunner, bell: Bell) ->
         worker_enable_remote_control=False,
         worker_send_task_events=False,
         worker_redirect_stdouts=False,
-        task_queues=[queue_type(celery_queue(name)) for name in config.queues],
+        task_queues=[Queue(celery_queue(name)) for name in config.queues],  # type: ignore[no-untyped-call]
         task_create_missing_queues=False,
     )
     app.task(name=RING)(runner.serve)

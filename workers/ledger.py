@@ -194,26 +194,21 @@ class Ledger:
         self._notify(self._seq)
 
     def _settle(self, outcome: Outcome, seconds: float) -> Job:
-        registry, attempt = self._registry, self._attempt
-        match outcome:
-            case Outcome("succeeded"):
+        registry, attempt, error = self._registry, self._attempt, outcome.error
+        match outcome.kind:
+            case "succeeded":
                 try:
                     return registry.succeed(attempt, outcome.result, seconds=seconds)
-                except TooLarge as error:
-                    return self._fail(error, seconds)
-            case Outcome("failed", error=EthogramError() as error):
-                return self._fail(error, seconds)
-            case Outcome("cancelled"):
+                except TooLarge as too_large:
+                    error = too_large
+            case "cancelled":
                 return registry.cancelled(attempt, seconds=seconds)
-            case Outcome("stopped" | "waiting" | "stalled" as reason):
+            case "stopped" | "waiting" | "crashed" | "stalled" as reason:
                 return registry.release(attempt, reason, outcome.message, seconds=seconds)
-            case _:
-                return registry.release(attempt, "crashed", outcome.message, seconds=seconds)
-
-    def _fail(self, error: EthogramError, seconds: float) -> Job:
+        assert error is not None, "a failure has a reason"
         violations = [violation._asdict() for violation in error.violations]
         details = {"reason": error.reason, "message": error.message, "violations": violations}
-        return self._registry.fail(self._attempt, details, seconds=seconds)
+        return registry.fail(attempt, details, seconds=seconds)
 
     def _persist(self, write: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call ``write``, again while the registry does not answer; a stopping worker gives up after the grace."""

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import redis
 from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
 from ethogram.errors import EthogramError, Unavailable
 from ethogram.specs.kinds import KINDS
-from gateway.metrics import MEDIA_TYPE
 from gateway.services import Parts
 from services.artifacts.store import code_version
 from services.jobs.signals import without_password
@@ -88,10 +88,10 @@ def readyz(services: Parts, response: Response) -> Readiness:
     return Readiness(status="ready" if ready else "not ready", checks=results)
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {MEDIA_TYPE: {}}}})
+@router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})
 def metrics(services: Parts) -> Response:
     """Prometheus metrics of this gateway and of the queues."""
-    return Response(services.metrics.exposition(), media_type=MEDIA_TYPE)
+    return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/kinds")

@@ -33,6 +33,8 @@ from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, Params, activations, encode, flatten, unflatten
 from services.zoo.universe import VALIDATION
 
+__all__ = ["AUTO", "Batch", "Behavior", "Codec", "Effect", "encoded"]
+
 CHUNK = 256
 """Networks that go through encoder or decoder at once, which bounds a transformer's memory."""
 AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ethogram.errors import TooLarge, Violation
+from ethogram.errors import TooLarge
 
 Arrays = dict[str, NDArray[Any]]
 """Arrays by name; the batch is the first axis of each."""
@@ -98,7 +98,7 @@ class Batcher:
         rows = len(next(iter(arrays.values())))
         if rows > self._max_pending:
             description = f"{rows} rows in one request, at most {self._max_pending}; send several, or use a stream"
-            raise TooLarge(f"{name}: {description}", [Violation(name, description)])
+            raise TooLarge.field(name, description)
         while self._pending + rows > self._max_pending:
             if not wait_for_room:
                 raise TooLarge(f"the server is busy: {self._pending} rows are waiting already; try again shortly")

@@ -1,7 +1,6 @@
 """The registry of jobs: what is to be done, who does it, and what came of it.
 
-Safe to use from several threads and several processes at once. A worker names its attempt in each write; a write of an
-attempt that no longer owns its job raises :class:`StaleAttempt` and changes nothing.
+Safe to use from several threads and several processes at once.
 """
 
 from __future__ import annotations
