@@ -160,9 +160,8 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
             raise InvalidInput.field("zoo.labels", text)
     # Equal networks could be on both sides of the split.
     first: dict[tuple[int, bytes], int] = {}
-    networks = zip(zoo.shape.tolist(), zoo.weights.numpy(), strict=True)
-    firsts = [first.setdefault((shape, weights.tobytes()), i) for i, (shape, weights) in enumerate(networks)]
-    if repeats := [(original, i) for i, original in enumerate(firsts) if original != i]:
+    networks = enumerate(zip(zoo.shape.tolist(), (weights.tobytes() for weights in zoo.weights.numpy()), strict=True))
+    if repeats := [(first[network], i) for i, network in networks if first.setdefault(network, i) != i]:
         subject, copy = zoo.index[list(repeats[0])].tolist()
         text = f"subjects {subject} and {copy} are the same network; leave out all repeats ({len(repeats)} in the zoo)"
         raise InvalidInput.field("zoo.weights", text)

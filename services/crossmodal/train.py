@@ -160,11 +160,8 @@ class CodecTrainer(Trainer):
                 if form == "normalized"
                 else losses.elementwise(standard(decoded), standard(source), model.decoder.present[shape], form)
             )
-        networks = {"behavior": decoded} if weight.behavior else {}
-        if weight.steering:
-            networks["steering"] = edited(source, decoded, steered, "residual")
-        if weight.direct:
-            networks["direct"] = steered
+        variants = {"behavior": decoded, "steering": edited(source, decoded, steered, "residual"), "direct": steered}
+        networks = {name: vectors for name, vectors in variants.items() if getattr(weight, name)}
         if networks:
             rows = self.queries.draw(patterns.cpu(), self.spec.training.queries, rng)
             inputs = self.queries.network_inputs(rows).to(self.device)
