@@ -46,10 +46,8 @@ def watcher_events_lost(folder: Path, redis_url: str) -> int:
         claim = registry.claim_next("watched", "bench", 3600.0)
         assert claim is not None
         watchers = [pool.submit(_watch_all, port, job.id, WATCHERS // _PROCESSES) for _ in range(_PROCESSES)]
-        while (
-            f"\nethogram_streams {WATCHERS:.1f}\n"
-            not in httpx.get(f"http://{HOST}:{port}/metrics", trust_env=False).text
-        ):
+        metrics, all_watch = f"http://{HOST}:{port}/metrics", f"\nethogram_streams {WATCHERS:.1f}\n"
+        while all_watch not in httpx.get(metrics, trust_env=False).text:
             for watcher in watchers:
                 if watcher.done():
                     raise RuntimeError("watchers ended before the first event") from watcher.exception()
