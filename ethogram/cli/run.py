@@ -156,7 +156,9 @@ def _run(
         raise Unavailable(f"running jobs here needs {error.name}, which is not installed: {_INSTALL}") from None
     if result is None:
         return
-    output.result(result, as_json, lambda: (show or output.figures)(result))
+    figures = result.get("figures", result)
+    headline = {name: figures[name] for name in kind.headline if name in figures}
+    output.result(result, as_json, lambda: show(result) if show else output.figures(headline or figures))
     for name in kind.outputs:
         if (place := folder.place(name)).exists():
             page = place / "report.html"

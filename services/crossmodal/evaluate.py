@@ -151,7 +151,7 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
     constant = max(float(_agreement(evaluation, source == answer).mean()) for answer in (True, False))
     figures = {
         "agreement": float(matched.mean()),
-        "agreement_balanced": float(_balanced(decoded, source).mean()),
+        "agreement_balanced": float(((share(decoded, source) + share(~decoded, ~source)) / 2).mean()),
         "agreement_constant": constant,
     }
     if len(weights) > 1:
@@ -342,11 +342,6 @@ def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:
     """Mean over the strata that have sequences, ``[subjects]``."""
     strata = evaluation.by_stratum(equal)
     return strata[:, torch.unique(evaluation.stratum)].mean(1)
-
-
-def _balanced(predictions: Tensor, source: Tensor) -> Tensor:
-    """Mean of the agreement where the source says yes and where it says no, ``[subjects]``."""
-    return (share(predictions, source) + share(~predictions, ~source)) / 2
 
 
 def _means(scores: Scores) -> dict[str, float]:

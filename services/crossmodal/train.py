@@ -20,7 +20,6 @@ from services.crossmodal.data import Preprocessor, Queries, Subjects, check, spl
 from services.crossmodal.model import EncoderDecoder, perceptron
 from services.crossmodal.sampler import BehaviorAwareBatchSampler
 from services.crossmodal.steering import choose, edited, toggle
-from services.crossmodal.tokenizer import Tokenizer
 from services.runtime import checkpoints
 from services.runtime.devices import uses_bfloat16
 from services.runtime.parallel import ALONE, World
@@ -75,8 +74,7 @@ class CodecTrainer(Trainer):
             )
         self.queries = Queries.build(zoo.universe, zoo.layout.envelope, spec.seed)
         init = generator(spec.seed, "init")
-        tokenizer = Tokenizer.of(spec.codec, self.preprocessor)
-        self.model = EncoderDecoder(spec.codec, tokenizer, len(zoo.patterns), init).to(device)
+        self.model = EncoderDecoder(spec.codec, self.preprocessor, len(zoo.patterns), init).to(device)
         self.present = self.preprocessor.present(self.subjects.shape)
         self.model.fit(self.subjects, self.present)
         latent, width = spec.codec.latent_dim, spec.loss.projection

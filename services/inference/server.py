@@ -115,7 +115,7 @@ class InferenceServer:
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.create_task(self._server.stop(self._settings.grace_seconds))
         # Watches of the health service never end by themselves; they must not use up the grace period.
-        idle = asyncio.create_task(self._boundary.idle())
+        idle = asyncio.create_task(self._boundary.idle.wait())
         await asyncio.wait([stopping, idle], return_when=asyncio.FIRST_COMPLETED)
         idle.cancel()
         await self._server.stop(0)

@@ -41,6 +41,8 @@ class ConsoleRun(Run):
         places: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         self.device, self.inputs, self._output, self._places = device, inputs, output, places
+        self.artifacts: set[tuple[str, str]] = set()
+        """Name and type of each artifact."""
         self.unfinished: set[str] = set()
         """Artifacts that are being written where they are kept."""
         self._seconds, self._next = checkpoint_seconds, time.monotonic() + checkpoint_seconds
@@ -123,6 +125,7 @@ class ConsoleRun(Run):
         yield self._places.get(name, self._output / name)
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
+        self.artifacts.add((name, type))
         if self._output is None:
             return
         kept = self._places.get(name, self._output / name)

@@ -16,6 +16,7 @@ from ethogram.resources import TERMINAL
 from ethogram.specs.base import Spec
 from ethogram.v1 import jobs_pb2
 from services.artifacts.store import ArtifactStore
+from services.runtime import lifetime
 from services.runtime.metrics import STATE, MetricsWriter
 from services.runtime.run import Cancelled, ChildJob, Run, Stopped, Waiting
 
@@ -34,24 +35,21 @@ class JobRun(Run):
 
     def __init__(
         self,
+        spec: Spec,
         context: jobs_pb2.RunContext,
-        spec: dict[str, Any],
-        store: ArtifactStore,
-        *,
         send: Callable[[jobs_pb2.JobEvent], None],
         cancelled: threading.Event,
-        stopping: threading.Event,
     ) -> None:
         self.device = context.device or "cpu"
-        self._context, self._spec, self._store, self._send = context, spec, store, send
-        self._cancelled, self._stopping = cancelled, stopping
-        self._work = Path(context.work_dir)
+        self._spec, self._context = spec.model_dump(mode="json"), context
+        self._send, self._cancelled = send, cancelled
+        self._work, self._store = Path(context.work_dir), ArtifactStore(context.store)
         self._progress, self._metric, self._unsent = jobs_pb2.Progress(), jobs_pb2.Metric(), False
         self._next_report = self._next_checkpoint = 0.0
         self.inputs = {
-            path: store.fetch(artifact, self._work / "inputs" / path) for path, artifact in context.inputs.items()
+            path: self._store.fetch(artifact, self._work / "inputs" / path) for path, artifact in context.inputs.items()
         }
-        checkpoint = store.fetch(context.checkpoint, self._work / "resume") if context.checkpoint else None
+        checkpoint = self._store.fetch(context.checkpoint, self._work / "resume") if context.checkpoint else None
         if checkpoint is not None:
             self.resume = checkpoint / STATE
         self._metrics = MetricsWriter(self._work / "metrics", checkpoint)
@@ -81,7 +79,7 @@ class JobRun(Run):
         self._send(jobs_pb2.JobEvent(log=jobs_pb2.Log(level=level, message=printable(message)[:MAX_LOG])))
 
     def checkpoint_due(self) -> bool:
-        return self._stopping.is_set() or time.monotonic() >= self._next_checkpoint
+        return lifetime.stopping.is_set() or time.monotonic() >= self._next_checkpoint
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
         if self._cancelled.is_set():
@@ -94,7 +92,7 @@ class JobRun(Run):
         self._report()
         self._send(jobs_pb2.JobEvent(checkpoint=jobs_pb2.Checkpoint(artifact=artifact, step=step)))
         self._schedule_checkpoint(cost=time.monotonic() - began)
-        if self._stopping.is_set():
+        if lifetime.stopping.is_set():
             raise Stopped
 
     def children(self, parts: Mapping[str, tuple[str, Spec]]) -> Mapping[str, ChildJob]:

@@ -52,6 +52,7 @@ def run(
     try:
         with run:
             result = job(spec, run, **shared)
+            assert all(kind.makes(*artifact) for artifact in run.artifacts), f"{kind.name} made {run.artifacts}"
             folder.finish(result)
     except BaseException as error:
         if note := folder.leave(error, kind.outputs, run.unfinished):

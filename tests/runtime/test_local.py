@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_run_leaves_its_artifacts_metrics_spec_and_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_its_artifacts_metrics_spec_and_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert call("toy", "-i", "table=table", "--set", "steps=2", "-o", "out", "--device", "cpu", "--json") == 0
     out, err = capsys.readouterr()
     assert (
@@ -111,6 +114,14 @@ def test_a_run_leaves_its_artifacts_metrics_spec_and_result(tmp_path: Path, caps
     assert "of.steps" in capsys.readouterr().out
 
     kept = files(Path("out"))
+    # Of a kind with headline figures only those are shown; --json has all.
+    monkeypatch.setitem(KINDS, "toy", replace(KINDS["toy"], headline=("sum", "none")))
+    assert call("toy", "-i", "table=out", "--set", "steps=2", "-o", "third", "--device", "cpu") == 0
+    shown = capsys.readouterr().out
+    assert "sum" in shown and "of.steps" not in shown
+    monkeypatch.setitem(KINDS, "toy", replace(KINDS["toy"], outputs={"sum": "number"}))
+    assert call("toy", "-i", "table=table", "--set", "steps=2", "-o", "fourth", "--device", "cpu") not in (0, 2)
+    assert "toy made {('sum', 'sum')}" in capsys.readouterr().err
     for steps in ("2", "4"):
         assert call("toy", "-i", "table=table", "--set", f"steps={steps}", "-o", "out") == 2
         assert "--output: out exists already and holds a finished run" in capsys.readouterr().err

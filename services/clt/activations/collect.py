@@ -58,10 +58,12 @@ def collect(
     with torch.no_grad():
         source = open_source(spec, run.device, policy, name)
         points, manifest = plan(spec, source)
-        root = spec.root or os.environ.get(ROOT)
-        target = folder if root is None else Path(root) / store_name(manifest)
-        # A store that is there already is at least as far as the checkpoint.
-        if root is None and run.resume is not None and not (folder / MANIFEST).exists():
+        root, target = spec.root or os.environ.get(ROOT), folder
+        if root is not None:
+            identity = json.dumps([source.digest, manifest.identity], sort_keys=True)
+            target = Path(root) / f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        elif run.resume is not None and not (folder / MANIFEST).exists():
+            # A store that is there already would be at least as far as the checkpoint.
             folder.mkdir(parents=True, exist_ok=True)
             _link(run.resume.iterdir(), folder)
         with Writer.open(target, manifest, run.device) as writer:
@@ -103,12 +105,6 @@ def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoin
             'permutation of generator(seed, "split", chunk)',
         ),
     )
-
-
-def store_name(manifest: Manifest) -> str:
-    """Name of the store's folder below a root; stores with the same contents have the same name."""
-    identity = json.dumps([manifest.source.digest, manifest.identity], sort_keys=True)
-    return f"{manifest.source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def validation_mask(spec: ActivationsSpec, chunk: int) -> Tensor:
@@ -156,9 +152,10 @@ def _record(
         while recorded() < spec.instances:
             drawn, mask = next(chunks), validation_mask(spec, start // CHUNK)
             if len(drawn) < len(mask):
-                text = f"the texts make {start + len(drawn)} sequences of {source.positions} tokens"
-                text = f"{text}, not {spec.instances}; ask for at most as many, or give more texts"
-                raise InvalidInput.field("spec.instances", text)
+                few = (
+                    f"the texts make {start + len(drawn)} sequences of {source.positions} tokens, not {spec.instances}"
+                )
+                raise InvalidInput.field("spec.instances", f"{few}; ask for at most as many, or give more texts")
             stop = start + len(mask)
             for split in SPLITS:
                 chosen = (mask == (split == VALIDATION)).nonzero().flatten()
