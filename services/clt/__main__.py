@@ -84,8 +84,8 @@ def _show_pairs(rows: list[dict[str, Any]]) -> None:
 def _show_sweep(result: dict[str, Any]) -> None:
     rows = [[name, *(f"{figures[key]:.4f}" for key in SPARSE_HEADLINE)] for name, figures in result["runs"].items()]
     output.table(["run", *SPARSE_HEADLINE], rows)
-    for name, why in result["failed"].items():
-        output.say(f"{name} failed: {why}")
+    for name, reason in result["failed"].items():
+        output.say(f"{name} failed: {reason}")
 
 
 @run_command(
