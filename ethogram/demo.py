@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ethogram.bench import Figure, PeakMemory, form, versions
 from ethogram.cli.output import say, table
-from ethogram.cli.watch import Watch
 from ethogram.client import Client
 from ethogram.errors import NotFound, Unavailable
 from ethogram.platform.stack import Platform
 from ethogram.platform.state import StateDir
+from ethogram.progress import Watch
 from ethogram.resources import Event, Job, Model
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec

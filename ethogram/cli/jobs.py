@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,7 @@ app = group(
     "ethogram jobs list --state RUNNING",
     "ethogram jobs watch job_abc",
 )
+_TIME = partial(typer.Option, metavar="TIME", parser=seconds)
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
 
 
@@ -62,21 +64,11 @@ def submit(
         int | None, typer.Option(help="Attempts before a job that crashes or stalls fails.", show_default="3")
     ] = None,
     time_limit: Annotated[
-        float | None,
-        typer.Option(
-            metavar="TIME",
-            parser=seconds,
-            help="Running time of all attempts after which the job fails: 90, 90s, 30m, 2h, 1d.",
-        ),
+        float | None, _TIME(help="Running time of all attempts after which the job fails: 90, 90s, 30m, 2h, 1d.")
     ] = None,
     stall_limit: Annotated[
         float | None,
-        typer.Option(
-            metavar="TIME",
-            parser=seconds,
-            help="Silence after which an attempt is ended and retried; none: never.",
-            show_default="30m",
-        ),
+        _TIME(help="Silence after which an attempt is ended and retried, or none.", show_default="30m"),
     ] = None,
     wait: Wait = False,
     dry_run: Annotated[
@@ -89,16 +81,11 @@ def submit(
 
     spec = set_values(read_mapping(file, "spec"), values or (), "spec")
     labels = _labels(label) | ({"name": name} if name is not None else {})
-    options: SubmitOptions = {
-        "priority": priority,
-        "queue": queue,
-        "max_attempts": max_attempts,
-        "labels": labels or None,
-    }
-    if time_limit is not None:
-        options["time_limit_seconds"] = _finite(time_limit)
+    options: SubmitOptions = {"priority": priority, "queue": queue, "max_attempts": max_attempts, "labels": labels}
+    if time_limit not in (None, math.inf):
+        options["time_limit_seconds"] = time_limit
     if stall_limit is not None:
-        options["stall_limit_seconds"] = _finite(stall_limit)
+        options["stall_limit_seconds"] = stall_limit if math.isfinite(stall_limit) else None
     with connect(url) as client:
         if dry_run:
             checked = client.dry_run(kind, spec, **options)
@@ -226,10 +213,6 @@ def rm(client: Client, id: JobId) -> Answer:
     return Answer({"deleted": id}, lambda: pairs({"deleted": id}))
 
 
-def _finite(seconds: float) -> float | None:
-    return seconds if math.isfinite(seconds) else None
-
-
 def _queued(client: Client, job: Job, wait: bool, name: str) -> Answer:
     """A job that was queued just now, or with ``wait`` has been followed to its end."""
     if not wait:
@@ -239,7 +222,7 @@ def _queued(client: Client, job: Job, wait: bool, name: str) -> Answer:
 
 
 def _follow(client: Client, job: Job, name: str) -> Job:
-    from ethogram.cli.watch import Watch
+    from ethogram.progress import Watch
 
     # The events of the earlier attempts of a retried job are not shown again.
     with Watch(name) as shown:

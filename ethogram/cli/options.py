@@ -63,6 +63,7 @@ ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.
 Limit = Annotated[int, typer.Option(min=1, help="Show at most this many, newest first.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Follow to the end; exit code 1 when a job fails.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
 Version = Annotated[str | None, typer.Option(metavar="VERSION", help="Version of the model; by default the latest.")]
 
 Public = Annotated[bool, typer.Option("--public", help="Create it as a public repository.")]
@@ -177,24 +178,14 @@ def show_help(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-def group(text: str, *lines: str) -> typer.Typer:
+def group(text: str, *lines: str, **settings: Any) -> typer.Typer:
     """Commands below a word; ``text``: their help; ``lines``: examples."""
-    return typer.Typer(help=text, invoke_without_command=True, callback=show_help, epilog=examples(*lines))
+    return typer.Typer(help=text, invoke_without_command=True, callback=show_help, epilog=examples(*lines), **settings)
 
 
 def system_app(name: str, text: str, *lines: str) -> typer.Typer:
-    """The commands of a system, ``python -m services.<name>``; ``text``: its help; ``lines``: examples."""
-    return typer.Typer(
-        name=name,
-        rich_markup_mode="markdown",
-        pretty_exceptions_enable=False,
-        # Options may also be written with underscores.
-        context_settings={
-            "help_option_names": ["-h", "--help"],
-            "token_normalize_func": lambda token: token.replace("_", "-"),
-        },
-        callback=show_help,
-        invoke_without_command=True,
-        help=text,
-        epilog=examples(*lines),
-    )
+    """A whole command line, ``ethogram`` or ``python -m services.<name>``; ``text``: its help; ``lines``: examples."""
+    # Options may also be written with underscores.
+    settings = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-")}
+    more = {"rich_markup_mode": "markdown", "pretty_exceptions_enable": False, "context_settings": settings}
+    return group(text, *lines, name=name, **more)

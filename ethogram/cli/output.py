@@ -68,19 +68,16 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
 def figures(values: Mapping[str, Any]) -> None:
     """Print the numbers in a job's result as a table; nested ones by dotted names."""
 
-    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, f"{value:.4f}" if isinstance(value, float) else value
-
-    table(["figure", "value"], flat(values.get("figures", values)))
+    rows = _flat(values.get("figures", values))
+    table(["figure", "value"], [(name, f"{v:.4f}" if isinstance(v, float) else v) for name, v in rows])
 
 
 def pairs(values: Mapping[str, object]) -> None:
-    """Print names and values below each other; empty values are left out."""
-    shown = {name: _cell(value) for name, value in values.items() if value not in (None, "", {}, [])}
+    """Print names and values below each other; empty values are left out. On a terminal, a mapping's values have lines
+    of their own, with dotted names; elsewhere it is JSON."""
+    rows = _flat(values) if sys.stdout.isatty() else values.items()
+    filled = [(name, value) for name, value in rows if value not in (None, "", {}, [])]
+    shown = {name: f"{value:g}" if isinstance(value, float) else _cell(value) for name, value in filled}
     width = max(map(len, shown), default=0)
     out = console()
     for name, value in shown.items():
@@ -100,6 +97,14 @@ def error(problem: EthogramError) -> None:
     if len(problem.violations) > 1 or any(v.field not in problem.message for v in problem.violations):
         for violation in problem.violations:
             out.print(f"  {violation.field}: {violation.description}")
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _cell(value: object) -> str:
