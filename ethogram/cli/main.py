@@ -9,8 +9,8 @@ import typer
 
 from ethogram.cli import artifacts, jobs, networks, platform
 from ethogram.cli import run as local
-from ethogram.cli.execute import execute
 from ethogram.cli.options import show_help, system_app
+from ethogram.cli.output import execute
 
 app = system_app(
     "ethogram",

@@ -1,20 +1,58 @@
-"""What commands print: results on standard output, everything else on standard error."""
+"""Run commands and print: results on standard output, everything else on standard error; errors and exit codes."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ethogram.errors import EthogramError
+import typer
+
+from ethogram.errors import EthogramError, Internal, InvalidInput
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 # Wide enough for a row of ids when the output goes to a file or a pipe.
 _PIPE_WIDTH = 200
+
+
+def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
+    """Run ``app`` and exit: 0; 2 for bad input; 1 for any other failure. Errors become a message, never a traceback.
+
+    ``arguments``: by default the process's.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    problem: EthogramError
+    try:
+        code = app(arguments, standalone_mode=False, prog_name=name)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.TyperException as failure:
+        problem = InvalidInput(failure.format_message())
+    except EthogramError as failure:
+        problem = failure
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has left, e.g. `| head`. Nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as failure:
+        problem = Internal(f"{failure.filename or 'the system'}: {failure.strerror or failure}")
+    except Exception as failure:
+        if os.environ.get("ETHOGRAM_DEBUG"):
+            raise
+        text = f"{type(failure).__name__}: {failure}. This is a defect; ETHOGRAM_DEBUG=1 shows the traceback."
+        problem = Internal(text)
+    error(problem)
+    if "--json" in arguments:
+        violations = [violation._asdict() for violation in problem.violations]
+        print_json({"error": {"reason": problem.reason, "message": problem.message, "violations": violations}})
+    sys.exit(2 if isinstance(problem, InvalidInput) else 1)
 
 
 def console(stderr: bool = False) -> Console:

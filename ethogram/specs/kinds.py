@@ -128,10 +128,7 @@ KINDS: dict[str, Kind] = {
             rpc="/ethogram.v1.CltService/RunSweep",
             inputs={"activations": "activations", "model.dictionary": "sparse-model"},
             outputs={"models": "sparse-models", "report": "report"},
-            example={
-                "activations": _output("activations"),
-                "grid": [{"option": "model.k", "values": ["8", "32"]}],
-            },
+            example={"activations": _output("activations"), "grid": [{"option": "model.k", "values": ["8", "32"]}]},
         ),
     )
 }

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ethogram.cli import output
-from ethogram.cli.execute import execute
 from ethogram.cli.options import Answer, Device, NewFolder, command, examples, system_app
 from ethogram.cli.run import Request, run_command
 from ethogram.specs.clt import PolicySpec
@@ -100,4 +99,4 @@ app.add_typer(sparse_commands)
 
 
 if __name__ == "__main__":
-    execute(app, _MODULE)
+    output.execute(app, _MODULE)

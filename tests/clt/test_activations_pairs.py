@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ethogram.cli.execute import execute
 from ethogram.cli.options import system_app
+from ethogram.cli.output import execute
 from ethogram.errors import InvalidInput
 from services.clt.activations.collect import ROOT, collect
 from services.clt.activations.commands import app as activation_commands

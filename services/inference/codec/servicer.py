@@ -9,10 +9,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ethogram.errors import InvalidInput
-from ethogram.tensors import from_tensor, to_tensor
 from ethogram.v1 import common_pb2, inference_pb2_grpc
 from ethogram.v1 import inference_pb2 as pb
-from ethogram.wire import steering_of
+from ethogram.wire import from_tensor, steering_of, to_tensor
 from services.inference.batcher import Arrays
 from services.inference.codec.served import LATENTS, ServedCodec
 from services.inference.dataplane import Dataplane, Request
