@@ -355,7 +355,7 @@ class AsyncClient:
             async for chunk in response.aiter_bytes():
                 tries.heard()
                 for frame in parser.feed(chunk):
-                    tries.progressed()
+                    tries.heard(progress=True)
                     yield frame
 
     async def _download(self, path: str, target: Path, sha256: str, on_bytes: Callable[[int], None] | None) -> None:

@@ -351,7 +351,7 @@ class Client:
             for chunk in response.iter_bytes():
                 tries.heard()
                 for frame in parser.feed(chunk):
-                    tries.progressed()
+                    tries.heard(progress=True)
                     yield frame
 
     def _download(self, path: str, target: Path, sha256: str, on_bytes: Callable[[int], None] | None) -> None:

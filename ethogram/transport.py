@@ -73,21 +73,17 @@ class Tries:
         self._logged = False
         self.unsure = False
         """Whether an earlier try may have been carried out."""
-        self._next = _FIRST_PAUSE
-        self.heard()
+        self.heard(progress=True)
 
-    def heard(self) -> None:
-        """The platform answered: restart the clock."""
+    def heard(self, *, progress: bool = False) -> None:
+        """The platform answered: restart the clock, and with ``progress`` also the pauses."""
         self._began = time.monotonic()
+        if progress:
+            self._next = _FIRST_PAUSE
 
     def following(self) -> None:
         """A stream has been opened, which may wait for longer from now on."""
         self._seconds = max(self._seconds, FOLLOW_SECONDS)
-        self.heard()
-
-    def progressed(self) -> None:
-        """There is progress: restart the clock and the pauses."""
-        self._next = _FIRST_PAUSE
         self.heard()
 
     def pause(self, outcome: httpx.TransportError | httpx.Response) -> float | None:

@@ -157,16 +157,12 @@ def evaluate(
     """Run networks on held-out sequences and print their recall of each behaviour."""
     with client.inference() as inference:
         answer = inference.evaluate(model, networks, activation=activation, version=version)
-    value = answer._asdict() | {
-        "recall": answer.recall.tolist(),
-        "false_positive_rate": answer.false_positive_rate.tolist(),
-    }
     # A batch is shown by its mean; a single network has no batch axis.
     recall = answer.recall.reshape(-1, len(answer.behaviors))
     rows = [(name, float(share)) for name, share in zip(answer.behaviors, recall.mean(axis=0), strict=True)]
     rows.append(("none of them", float(answer.false_positive_rate.mean())))
     columns = ["Sequences with", "Answered yes" if len(recall) == 1 else f"Answered yes, mean of {len(recall)}"]
-    return Answer(value, lambda: table(columns, rows))
+    return Answer(answer._asdict(), lambda: table(columns, rows))
 
 
 def _written(path: Path, tensors: Mapping[str, NDArray[Any]], **more: Any) -> Answer:

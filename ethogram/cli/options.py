@@ -133,22 +133,22 @@ def command(app: typer.Typer, *lines: str, name: str | None = None) -> Callable[
     where the function takes a ``client``, --url, and the function gets a client of that platform."""
 
     def decorate(function: F) -> F:
-        own = inspect.signature(function, eval_str=True, locals={"Client": object}).parameters
-        shared = inspect.signature(_shared, eval_str=True).parameters
-        wanted = shared if "client" in own else {"as_json": shared["as_json"]}
+        own = dict(inspect.signature(function, eval_str=True, locals={"Client": object}).parameters)
+        shared = dict(inspect.signature(_shared, eval_str=True).parameters)
+        if own.pop("client", None) is None:
+            del shared["url"]
 
         @wraps(function)
         def run(**given: Any) -> None:
-            options = {name: given[name] for name in own if name != "client"}
-            with connect(given["url"]) if "client" in own else nullcontext() as client:
-                answer = function(**options, **({"client": client} if "client" in own else {}))
+            with connect(given["url"]) if "url" in shared else nullcontext() as client:
+                options = {"client": client} if "url" in shared else {}
+                answer = function(**options, **{name: given[name] for name in own})
             if answer is not None:
                 result(answer.value, given["as_json"], answer.show)
                 if not answer.ok:
                     raise typer.Exit(1)
 
-        ours = [parameter for name, parameter in own.items() if name not in (*wanted, "client")]
-        declare(app, run, [*ours, *wanted.values()], lines, name)
+        declare(app, run, (own | shared).values(), lines, name)
         return function
 
     return decorate

@@ -67,10 +67,10 @@ def console(stderr: bool = False) -> Console:
 
 
 def dump(value: object) -> Any:
-    """``value`` with every resource in it as plain data."""
+    """``value`` with every resource and array in it as plain data."""
     from pydantic_core import to_jsonable_python
 
-    return to_jsonable_python(value, by_alias=True, fallback=str)
+    return to_jsonable_python(value, by_alias=True, fallback=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:

@@ -11,10 +11,9 @@ from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import Message
-from grpc_status import rpc_status
 
 from ethogram.errors import EthogramError, Internal
-from ethogram.rpc import status_of
+from ethogram.rpc import grpc_status_of
 from services.inference.messages import check_known
 
 log = logging.getLogger(__name__)
@@ -85,6 +84,6 @@ class Boundary(grpc.aio.ServerInterceptor):
 
 
 async def _abort(context: Context, error: EthogramError) -> NoReturn:
-    status = rpc_status.to_status(status_of(error))
+    status = grpc_status_of(error)
     await context.abort(status.code, status.details, status.trailing_metadata)
     raise AssertionError("abort returned")
