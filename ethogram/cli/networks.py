@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ethogram.client import Client
+    from ethogram.inference import Effect
     from ethogram.specs.edits import Edit
 
 app = typer.Typer()
@@ -134,9 +135,10 @@ def steer(
     if report is not None:
         from ethogram.effect import effect_page, summary
 
+        effect = cast("Effect", steered)
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(effect_page(steered, edits, str(networks)))
-        measured = summary(steered)
+        report.write_text(effect_page(effect, edits, str(networks)))
+        measured = summary(effect)
     return _written(output, steered.networks, model=steered.model, version=steered.version, **measured)
 
 

@@ -75,8 +75,8 @@ def run_command(
     show: Callable[[dict[str, Any]], None] | None = None,
 ) -> Callable[[Callable[..., Request]], Callable[..., Request]]:
     """Decorator: a command of ``app`` that runs a ``kind`` (None: the request's), named and documented as the function,
-    which makes a :class:`Request` of its own parameters. ``flags``: annotations of options that set one value of the spec, by its
-    path. ``lines``: examples. ``show``: prints the result."""
+    which makes a :class:`Request` of its own parameters. ``flags``: annotations of options that set one value of the
+    spec, by its path. ``lines``: examples. ``show``: prints the result."""
 
     def decorate(function: Callable[..., Request]) -> Callable[..., Request]:
         parameters = inspect.signature(function, eval_str=True).parameters
