@@ -29,12 +29,10 @@ lint: $(STAMP)  ## ruff, mypy, import arrows, protobuf style and compatibility, 
 	$(BIN)/lint-imports
 	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against contract.binpb
 	$(BIN)/python -m scripts.protos --check
-	$(BIN)/python -m scripts.kinds --check
 	$(BIN)/python -m scripts.sync_client --check
 
 protos: $(STAMP)  ## regenerate what follows from specs, kinds and protos: spec messages, ethogram/v1, a table in the docs
 	$(BIN)/python -m scripts.protos
-	$(BIN)/python -m scripts.kinds
 
 contract: $(STAMP)  ## at a release: make today's protos the contract that `make lint` compares later ones with
 	cd protos && ../$(BIN)/buf build --exclude-source-info -o contract.binpb

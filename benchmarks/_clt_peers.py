@@ -10,8 +10,10 @@ import json
 import math
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _ROWS_AT_ONCE = 8192
+Loss = Callable[[dict[str, Tensor]], Tensor]
+"""Of a batch: ``input.LAYER`` and ``target.LAYER``, each ``[rows, width]``."""
 
 
 def resident(name: str) -> float:
@@ -38,76 +42,45 @@ def extra_mib(work: Callable[[], object]) -> float:
     return resident("VmHWM") - before
 
 
-def pair(width: int, features: int, k: int) -> Any:
-    """A ``SparseCoder`` in its transcoder form."""
+def pair(width: int, features: int, k: int) -> tuple[Any, Loss]:
+    """A ``SparseCoder`` in its transcoder form, and its own share of unexplained variance."""
     sparsify = import_module("sparsify")
     config = sparsify.SparseCoderConfig(num_latents=features, k=k, transcode=True)
-    return sparsify.SparseCoder(width, config)
+    model = sparsify.SparseCoder(width, config)
+    return model, lambda batch: model(batch["input.0"], batch["target.0"]).fvu
 
 
-class Pair:
-    """Steps of a ``SparseCoder``: its own share of unexplained variance, and Adam."""
+def cross(width: int, features: int, k: int, layers: int) -> tuple[Any, Loss]:
+    """A ``CrossLayerTranscoder``, and its own error of reconstruction without its penalties."""
+    config = import_module("clt.config")
+    # It takes the largest of all layers together.
+    form = config.CLTConfig(
+        num_features=features, num_layers=layers, d_model=width, activation_fn="topk", topk_k=k * layers
+    )
+    training = config.TrainingConfig(
+        learning_rate=1e-3, training_steps=1000, normalization_method="none", activation_path="none"
+    )
+    models, losses = import_module("clt.models.clt"), import_module("clt.training.losses").LossManager(training)
+    model = models.CrossLayerTranscoder(form, process_group=None, device=torch.device("cpu"))
 
-    def __init__(self, batches: list[dict[str, Tensor]], features: int, k: int) -> None:
-        self.batches, self.done = batches, 0
-        self.model = pair(batches[0]["input.0"].shape[1], features, k)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=True)
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        inputs, targets = ({i: batch[f"{side}.{i}"] for i in range(layers)} for side in ("input", "target"))
+        error: Tensor = losses.compute_reconstruction_loss(model(inputs), targets)
+        return error
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        found: Tensor = self.model(batch["input.0"], batch["target.0"]).fvu
-        return found
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        self.loss(self.batches[self.done % len(self.batches)]).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.done += 1
-
-
-class Cross(Pair):
-    """Steps of a ``CrossLayerTranscoder``: its own error of reconstruction, without its penalties, and Adam."""
-
-    def __init__(self, batches: list[dict[str, Tensor]], features: int, k: int) -> None:
-        self.batches, self.done = batches, 0
-        self.layers, width = len(batches[0]) // 2, batches[0]["input.0"].shape[1]
-        config = import_module("clt.config")
-        # It takes the largest of all layers together.
-        form = config.CLTConfig(
-            num_features=features, num_layers=self.layers, d_model=width, activation_fn="topk", topk_k=k * self.layers
-        )
-        training = config.TrainingConfig(
-            learning_rate=1e-3, training_steps=1000, normalization_method="none", activation_path="none"
-        )
-        model = import_module("clt.models.clt")
-        self.model = model.CrossLayerTranscoder(form, process_group=None, device=torch.device("cpu"))
-        self.losses = import_module("clt.training.losses").LossManager(training)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=True)
-
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs, targets = ({i: batch[f"{side}.{i}"] for i in range(self.layers)} for side in ("input", "target"))
-        found: Tensor = self.losses.compute_reconstruction_loss(self.model(inputs), targets)
-        return found
+    return model, loss
 
 
 def train(
-    *,
-    train: str,
-    held_out: str,
-    features: int,
-    k: int,
-    batch_size: int,
-    steps: int,
-    optimizer: str,
-    seed: int,
-    threads: int,
+    *, train: str, held_out: str, features: int, k: int, batch_size: int, steps: int, optimizer: str, threads: int
 ) -> dict[str, float]:
     """Train a ``SparseCoder`` as its trainer does by default, with its own rates of learning, on so many rows, and
     judge it. Rows come in a new order in each epoch."""
     torch.set_num_threads(threads)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     rows = load_file(train)
     inputs, targets = rows["input"], rows["target"]
-    model = pair(inputs.shape[1], features, k)
+    model, _ = pair(inputs.shape[1], features, k)
     rate = {"adam": 2e-4, "signum": 5e-3}[optimizer] / math.sqrt(features / 2**14)
     stepper: Any
     if optimizer == "adam":
@@ -126,9 +99,8 @@ def train(
     with torch.no_grad():
         model.encoder.bias.copy_(-first[0].mean(0) @ model.encoder.weight.T)
         model.b_dec.copy_(first[1].mean(0))
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator().manual_seed(0)
     queue = torch.empty(0, dtype=torch.int64)
-    began = time.perf_counter()
     for step in range(steps):
         while len(queue) < batch_size:
             queue = torch.cat([queue, torch.randperm(len(inputs), generator=order)])
@@ -140,10 +112,9 @@ def train(
             falling.step()
         if step % 100 == 0:
             sys.stderr.write(f"peer: step {step} of {steps}\n")
-    seconds = time.perf_counter() - began
     if optimizer != "adam":
         stepper.eval()
-    return {**judge(model, load_file(held_out)), "seconds": seconds}
+    return judge(model, load_file(held_out))
 
 
 @torch.no_grad()
@@ -160,27 +131,35 @@ def judge(model: nn.Module, rows: dict[str, Tensor]) -> dict[str, float]:
     return {"fvu": error / variance, "l0": active / len(targets)}
 
 
-MADE: list[Pair] = []
-"""The model that steps are taken of."""
+STEPS: list[Callable[[], None]] = []
+"""Takes a step with the model that :func:`make` made."""
 
 
 def take(count: int) -> None:
     """Take steps."""
     for _ in range(count):
-        MADE[0].step()
+        STEPS[0]()
 
 
-def make(kind: str, file: str, features: int, k: int, threads: int) -> dict[str, float]:
-    """Make the model to take steps of."""
+def make(file: str, features: int, k: int, threads: int) -> dict[str, float]:
+    """Make the model of which Adam takes steps, on the batches of ``file`` in turn."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    tensors = load_file(file)
-    count = 1 + max(int(name.split(".")[2]) for name in tensors)
-    batches = [
-        {name.rpartition(".")[0]: tensor for name, tensor in tensors.items() if name.endswith(f".{number}")}
-        for number in range(count)
-    ]
-    MADE[:] = [(Pair if kind == "pair" else Cross)(batches, features, k)]
+    batches: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in load_file(file).items():
+        stream, _, number = name.rpartition(".")
+        batches[number][stream] = tensor
+    layers, width = len(batches["0"]) // 2, batches["0"]["input.0"].shape[1]
+    model, loss = pair(width, features, k) if layers == 1 else cross(width, features, k, layers)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    turns = cycle([batches[number] for number in sorted(batches)])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(next(turns)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    STEPS[:] = [step]
     return {}
 
 

@@ -63,19 +63,12 @@ def finish(bench: str, figures: Figures) -> NoReturn:
     sys.exit(0 if result["ok"] else 1)
 
 
-def start(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start a module of the benchmarks as a process whose output can be read."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | dict(env or {}))
-
-
 def call(module: str, *arguments: object, env: Mapping[str, str] | None = None) -> str:
-    """The output of such a process. Raises :class:`subprocess.CalledProcessError` where it fails."""
-    with start(module, *arguments, env=env) as process:
-        output, _ = process.communicate()
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
-    return output
+    """The output of a module of the benchmarks, run as a process with ``env`` beside this process's environment.
+    Raises :class:`subprocess.CalledProcessError` where it fails."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | dict(env or {}))
+    return done.stdout
 
 
 def in_child(function: Callable[..., T], *arguments: Any) -> T:

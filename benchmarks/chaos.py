@@ -163,18 +163,11 @@ def _databases(arguments: argparse.Namespace) -> tuple[str, ...]:
     return DATABASES if arguments.database == "both" else (arguments.database,)
 
 
-PARTS: dict[str, _kit.Part] = {"claims": claims, "watchers": watchers, "faults": faults}
-
-
-def main() -> None:
-    """The benchmark."""
-    parser = _kit.parser(__doc__, PARTS)
+if __name__ == "__main__":
+    parts = dict(claims=claims, watchers=watchers, faults=faults)
+    parser = _kit.parser(__doc__, parts)
     parser.add_argument("--faults", type=int, default=200, help="number of faults in all (200)")
     parser.add_argument("--jobs", type=int, default=50, help="least number of jobs in all (50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws of faults and jobs (0)")
     parser.add_argument("--database", choices=["both", *DATABASES], default="both")
-    _kit.run("chaos", parser.parse_args(), PARTS)
-
-
-if __name__ == "__main__":
-    main()
+    _kit.run("chaos", parser.parse_args(), parts)

@@ -4,9 +4,9 @@
     make bench BENCH=clt ARGS="--part speed"      or memory, loader, quality, policy
     make bench BENCH=clt ARGS="--quick"           quality on a policy and with sparse models that are trained briefly
 
-Others are installed below runs/bench-clt/peers, with the torch that is here. What quality and policy give stays there
-too (see benchmarks/_kit.py), so a benchmark that was interrupted resumes; --afresh measures again. Times are always
-those of this run.
+Others are installed below runs/bench-clt/packages, with the torch that is here. What quality and policy give stays
+in runs/bench-clt too (see benchmarks/_kit.py), so an interrupted benchmark resumes; --afresh measures again. Times are
+always those of this run.
 
 Speed: both sides take steps on the same batches (float32, Adam, 4096 rows, two threads), in turns of ten, so that both
 meet the same disturbances; the figure is the median of five turns, in rows per second. Ours are whole steps of
@@ -16,6 +16,7 @@ batches of 4096; of the others the best of their optimisers, each with its own r
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -23,23 +24,25 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from benchmarks import _kit
-from benchmarks._clt_ours import ANY, Steps, made_up
+from benchmarks._clt_peers import extra_mib
 from benchmarks._kit import Cache, Figures, say
 from ethogram.bench import Figure
+from ethogram.specs.base import ArtifactRef
 from ethogram.specs.clt import ActivationsSpec, CltSpec, PolicySpec
 from services.clt.activations.collect import collect
 from services.clt.activations.loader import Batches, everything
-from services.clt.activations.store import ActivationStore
+from services.clt.activations.store import SPLITS, ActivationStore, Hook, Instances, Manifest, Source, Writer
 from services.clt.policy.decode import greedy
 from services.clt.policy.evaluate import evaluation_instances
 from services.clt.policy.job import default_policy
@@ -67,14 +70,27 @@ PEERS = (
 PEER = Path(__file__).with_name("_clt_peers.py")
 Ask = Callable[..., dict[str, float]]
 SOURCES = ("ethogram/specs/clt.py", "services/clt", "services/language", "services/runtime")
+ANY = ArtifactRef(artifact="activations")
+ROWS = 16
+"""Of an instance of a store that is made up."""
 BATCH, K, THREADS = 4096, 32, 2
 TURNS, TURN = 5, 10
-SPEED: dict[str, tuple[dict[str, Any], float | None]] = {
-    "pair_d128_e4": ({"width": 128, "expansion": 4}, 1.0),
-    "pair_d128_e16": ({"width": 128, "expansion": 16}, 1.5),
-    "pair_d128_e32": ({"width": 128, "expansion": 32}, None),
-    "pair_d256_e16": ({"width": 256, "expansion": 16}, 1.5),
-    "true_clt": ({"width": 128, "expansion": 16, "kind": "cross_layer", "layers": 3}, 2.0),
+
+
+class Case(NamedTuple):
+    """A sparse model to measure steps of: of one pair, or across ``layers``."""
+
+    width: int
+    expansion: int
+    layers: int = 1
+
+
+SPEED: dict[str, tuple[Case, float | None]] = {
+    "pair_d128_e4": (Case(128, 4), 1.0),
+    "pair_d128_e16": (Case(128, 16), 1.5),
+    "pair_d128_e32": (Case(128, 32), None),
+    "pair_d256_e16": (Case(256, 16), 1.5),
+    "true_clt": (Case(128, 16, layers=3), 2.0),
 }
 """Cases, and the least ratio to the others' rows per second."""
 LOADED_ROWS = 524_288
@@ -116,72 +132,142 @@ def peer() -> Iterator[Ask]:
         yield ask
 
 
-def case_of(name: str) -> dict[str, Any]:
-    """A case of the part on speed."""
-    common = {"kind": "pair", "layers": 1, "k": K, "batch": BATCH, "threads": THREADS, "batches": 4}
-    return common | SPEED[name][0]
+def spec_of(sources: Sequence[str], targets: Sequence[str], expansion: int, k: int, steps: int) -> CltSpec:
+    """A spec with the default of every other field."""
+    return CltSpec.model_validate(
+        {
+            "activations": ANY,
+            "kind": "pair" if len(sources) == 1 else "cross_layer",
+            "sources": list(sources),
+            "targets": list(targets),
+            "model": {"expansion": expansion, "k": k},
+            "training": {"steps": steps, "batch_size": BATCH},
+        }
+    )
 
 
-def store_of(case: dict[str, Any]) -> ActivationStore:
-    """A small store for a case."""
-    folder = ROOT / "stores" / f"{case['width']}x{case['layers']}"
-    return made_up(folder, case["width"], case["layers"], 16 * 4096, 16_384)
+def made_up(width: int, layers: int, rows: int, shard_rows: int) -> ActivationStore:
+    """A store of ``layers`` pairs, made unless it is there: sources are sums of a few of many directions, targets a map
+    of them."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(8 * width, width, generator=generator), dim=1)
+    maps = torch.randn(layers, width, width, generator=generator) / width**0.5
+    hooks = [f"layer_{layer}_{side}" for layer in range(layers) for side in ("pre_mlp", "mlp")]
+    instances = rows // ROWS
+    manifest = Manifest(
+        source=Source(kind="policy", digest="0", name="made up"),
+        spec={"width": width, "rows": rows},
+        seed=0,
+        dtype="float16",
+        hooks=[Hook(name=hook, width=width) for hook in hooks],
+        pairs=[],
+        rows_per_instance=ROWS,
+        first_position=0,
+        shard_instances=shard_rows // ROWS,
+        instances=Instances(total=instances + 64, validation=64, drawn="the first"),
+    )
+    with Writer.open(ROOT / "stores" / f"{width}x{layers}-{rows}", manifest) as writer:
+        for split in SPLITS:
+            while (room := min(writer.room(split), 512)) > 0:
+                values: dict[str, Tensor] = {}
+                first = writer.instances(split)
+                for layer in range(layers):
+                    active = torch.randint(len(directions), (room * ROWS, 24), generator=generator)
+                    sizes = torch.rand(room * ROWS, 24, generator=generator)
+                    source = torch.nn.functional.embedding_bag(active, directions, per_sample_weights=sizes, mode="sum")
+                    values[hooks[2 * layer]] = source.view(room, ROWS, width)
+                    values[hooks[2 * layer + 1]] = (source @ maps[layer]).tanh().view(room, ROWS, width)
+                writer.add(split, torch.arange(first, first + room), values)
+        return writer.finish()
 
 
-def prepare(case: dict[str, Any], steps: Steps, ask: Ask) -> None:
-    """Have the others' process make the model of a case, with the same batches."""
-    file = ROOT / "stores" / "batches.safetensors"
-    steps.save(file)
-    features, kind = case["expansion"] * case["width"], "pair" if case["kind"] == "pair" else "cross"
-    ask("make", kind=kind, file=str(file), features=features, k=case["k"], threads=case["threads"])
+class Steps:
+    """Training steps of a case, on a few batches in turn."""
+
+    def __init__(self, case: Case, store: ActivationStore | None = None) -> None:
+        self.case = case
+        sources, targets = ([f"layer_{layer}_{side}" for layer in range(case.layers)] for side in ("pre_mlp", "mlp"))
+        spec = spec_of(sources, targets, case.expansion, K, steps=1_000_000)
+        torch.set_num_threads(THREADS)
+        with SparseTrainer(spec, store or made_up(case.width, case.layers, 16 * 4096, 16_384)) as self.trainer:
+            self.trainer.start()
+            self.batches = [self.trainer._sides(self.trainer._batches.at(step)) for step in range(4)]
+
+    def make_peer(self, ask: Ask) -> None:
+        """Have the others' process make the model of the case, with the same batches."""
+        tensors = {
+            f"{side}.{layer}.{number}": one.contiguous()
+            for number, batch in enumerate(self.batches)
+            for side, streams in zip(("input", "target"), batch, strict=True)
+            for layer, one in enumerate(streams)
+        }
+        file = ROOT / "stores" / "batches.safetensors"
+        save_file(tensors, file)
+        ask("make", file=str(file), features=self.case.expansion * self.case.width, k=K, threads=THREADS)
+
+    def take(self, count: int) -> float:
+        """Take steps; the seconds that they took."""
+        began = time.perf_counter()
+        for _ in range(count):
+            self.trainer.learn(*self.batches[self.trainer.step % len(self.batches)])
+        return time.perf_counter() - began
 
 
-def speed_of(name: str) -> dict[str, float]:
-    """Rows per second of a case, ours and theirs, in turns."""
-    case = case_of(name)
-    steps = Steps(case, store_of(case))
-    with peer() as ask:
-        prepare(case, steps, ask)
-        # Without what happens once, and the steps until encoders get a gradient.
-        steps.take(TURN), ask("steps", count=TURN // 2)
-        turns = [(steps.take(TURN), ask("steps", count=TURN)["seconds"]) for _ in range(TURNS)]
-    steps.close()
-    ours, theirs = (TURN * BATCH / statistics.median(side) for side in zip(*turns, strict=True))
-    ratios = [b / a for a, b in turns]
-    say(f"{name}: {ours:.0f} rows/s, others {theirs:.0f}; by turns {', '.join(f'{one:.2f}' for one in ratios)} x")
-    return {"ours": ours, "theirs": theirs}
-
-
-def speed() -> Figures:
-    """How fast steps are."""
+def speed(_: argparse.Namespace) -> Figures:
+    """How fast steps are: rows per second of each case, ours and theirs, in turns."""
     figures = {}
-    for name, (_, bar) in SPEED.items():
-        found = speed_of(name)
-        figures[name] = Figure(found["ours"], ">=" if bar else None, bar, found["theirs"], judged="ratio")
+    for name, (case, bar) in SPEED.items():
+        steps = Steps(case)
+        with peer() as ask:
+            steps.make_peer(ask)
+            # Without what happens once, and the steps until encoders get a gradient.
+            steps.take(TURN), ask("steps", count=TURN // 2)
+            turns = [(steps.take(TURN), ask("steps", count=TURN)["seconds"]) for _ in range(TURNS)]
+        ours, theirs = (TURN * BATCH / statistics.median(side) for side in zip(*turns, strict=True))
+        ratios = ", ".join(f"{b / a:.2f}" for a, b in turns)
+        say(f"{name}: {ours:.0f} rows/s, others {theirs:.0f}; by turns {ratios} x")
+        figures[name] = Figure(ours, ">=" if bar else None, bar, theirs, judged="ratio")
     return figures
 
 
-def memory() -> Figures:
+def memory(_: argparse.Namespace) -> Figures:
     """Memory that ten steps take beyond data and parameters, MiB."""
     name = "pair_d256_e16"
-    case = case_of(name)
-    store = store_of(case)
-    steps = Steps(case, store)
     with peer() as ask:
-        prepare(case, steps, ask)
+        Steps(SPEED[name][0]).make_peer(ask)
         theirs = ask("memory", count=TURN)["mib"]
-    steps.close()
-    ours = float(_kit.call("_clt_ours", "memory", json.dumps({"case": case, "store": str(store.folder)})))
+    ours = _kit.in_child(memory_of_steps, SPEED[name][0])
     say(f"ten steps of {name} take {ours:.0f} MiB, others' {theirs:.0f}")
     return {"memory_ratio": Figure(ours, "<=", 0.5, theirs, judged="ratio")}
 
 
-def loader() -> Figures:
+def memory_of_steps(case: Case) -> float:
+    """Memory that ten steps of ours take, MiB; for a process of its own."""
+    steps = Steps(case)
+    return extra_mib(lambda: steps.take(TURN))
+
+
+def memory_of_epoch(folder: Path) -> float:
+    """Memory that an epoch through a store takes, in shards; for a process of its own."""
+    store = ActivationStore.open(folder)
+    hooks = store.hooks
+    shard = store.shards("train")[0].rows * sum(store.widths[hook] for hook in hooks) * store.dtype.itemsize / 2**20
+    with Batches(store, hooks, BATCH) as first:
+        first.at(0)  # What libraries take once.
+
+    def through() -> None:
+        with Batches(store, hooks, BATCH) as batches:
+            for step in range(int(batches.steps_per_epoch) + 1):
+                batches.at(step)
+
+    return extra_mib(through) / shard
+
+
+def loader(_: argparse.Namespace) -> Figures:
     """How fast batches come, in what memory, and whether they are the same after resuming. The store is not in the
     memory of its process."""
-    case = case_of("pair_d128_e16")
-    store = made_up(ROOT / "stores" / "loaded", 128, 1, LOADED_ROWS, 32_768)
-    steps = Steps(case, store)
+    store = made_up(128, 1, LOADED_ROWS, 32_768)
+    steps = Steps(SPEED["pair_d128_e16"][0], store)
     steps.take(TURN)
     with Batches(store, store.hooks, BATCH) as batches:
         batches.at(0)
@@ -194,13 +280,11 @@ def loader() -> Figures:
                 batches.at(step)
             loads.append(count * BATCH / (time.perf_counter() - began))
             trains.append(TURN * BATCH / steps.take(TURN))
-    steps.close()
     load, train = statistics.median(loads), statistics.median(trains)
     say(f"loader: {load:.0f} rows/s, training {train:.0f}")
-    shards = float(_kit.call("_clt_ours", "loader", json.dumps({"folder": str(store.folder), "batch": BATCH})))
     return {
         "loader_ratio": Figure(load, ">=", 3.0, train, judged="ratio"),
-        "loader_rss_shards": Figure(shards),
+        "loader_rss_shards": Figure(_kit.in_child(memory_of_epoch, store.folder)),
         "resume_unequal": Figure(unequal(store, count), "==", 0.0),
     }
 
@@ -230,19 +314,6 @@ def real(quick: bool) -> ActivationStore:
     with ConsoleRun() as run:
         folder = CACHE.folder("store", [policy.digest, asked], SOURCES)
         return collect(asked, folder, run, policy)
-
-
-def quality_spec(k: int, steps: int) -> CltSpec:
-    """All but k, expansion and steps as it is by default."""
-    return CltSpec.model_validate(
-        {
-            "activations": ANY,
-            "sources": [PAIR[0]],
-            "targets": [PAIR[1]],
-            "model": {"expansion": 8, "k": k},
-            "training": {"steps": steps, "batch_size": BATCH},
-        }
-    )
 
 
 def ours(store: ActivationStore, spec: CltSpec, _: Path) -> dict[str, float]:
@@ -276,18 +347,17 @@ def theirs(store: ActivationStore, spec: CltSpec, optimizer: str, _: Path) -> di
             batch_size=spec.training.batch_size,
             steps=spec.training.steps,
             optimizer=optimizer,
-            seed=0,
             threads=THREADS,
         )
 
 
-def quality(quick: bool) -> Figures:
+def quality(arguments: argparse.Namespace) -> Figures:
     """Share of the variance of held-out rows that is not explained, of models with as many active features."""
-    store, steps = real(quick), 300 if quick else 4000
+    store, steps = real(arguments.quick), 300 if arguments.quick else 4000
     figures: Figures = {}
     dead = []
     for k in QUALITY_K:
-        spec = quality_spec(k, steps)
+        spec = spec_of(PAIR[:1], PAIR[1:], 8, k, steps)
         asked = [store.digest, spec]
         own = CACHE.measured(f"ours-k{k}", asked, SOURCES, partial(ours, store, spec))
         others = {
@@ -319,7 +389,7 @@ def trained_policy(folder: Path) -> dict[str, float]:
     return _kit.trained(folder, partial(train_policy, spec), gap)
 
 
-def policy() -> Figures:
+def policy(_: argparse.Namespace) -> Figures:
     """How long the default policy trains, and how far its tours are from a solver's."""
     sources = ("ethogram/specs/clt.py", "services/clt/policy", "services/runtime")
     found = CACHE.measured("policy", PolicySpec(), sources, trained_policy)
@@ -329,25 +399,12 @@ def policy() -> Figures:
     }
 
 
-PARTS: dict[str, _kit.Part] = {
-    "speed": lambda _: speed(),
-    "memory": lambda _: memory(),
-    "loader": lambda _: loader(),
-    "quality": lambda arguments: quality(arguments.quick),
-    "policy": lambda _: policy(),
-}
-
-
-def main() -> None:
-    """Run the benchmark."""
-    parser = _kit.parser(__doc__, PARTS)
+if __name__ == "__main__":
+    parts = dict(speed=speed, memory=memory, loader=loader, quality=quality, policy=policy)
+    parser = _kit.parser(__doc__, parts)
     parser.add_argument("--quick", action="store_true", help="a brief policy and few steps for the part quality")
     parser.add_argument("--afresh", action="store_true", help="measure again what was measured before")
     arguments = parser.parse_args()
     CACHE.afresh = arguments.afresh
     torch.manual_seed(0)
-    _kit.run("clt", arguments, PARTS)
-
-
-if __name__ == "__main__":
-    main()
+    _kit.run("clt", arguments, parts)

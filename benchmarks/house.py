@@ -25,7 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from benchmarks import _kit
 from benchmarks._kit import Figures
 from ethogram.bench import Figure
-from ethogram.specs.kinds import KINDS
+from scripts.contracts import SYSTEMS
 from tests.contract.toy_kind import files_by_hand
 from tests.golden import record
 
@@ -33,15 +33,14 @@ LINES_BEFORE = 34_586
 """Lines of Python outside tests and generated code, before the systems shared their common parts."""
 GENERATED = ("ethogram/v1/", "ethogram/client.py")
 EQUAL_LINES = 10
-_SYSTEMS = sorted({".".join(kind.job.split(".")[:2]) for kind in KINDS.values()})
 ARROWS = {
     "ethogram": ("services", "workers", "gateway", "benchmarks", "tests"),
     "services": ("workers", "gateway", "benchmarks", "tests"),
-    "services.runtime": (*_SYSTEMS, "services.zoo", "services.language", "services.inference", "ethogram.cli"),
-    "services.zoo": (*_SYSTEMS, "services.inference", "services.jobs"),
-    "services.language": (*_SYSTEMS, "services.zoo", "services.inference", "services.jobs"),
-    "services.artifacts": (*_SYSTEMS, "services.zoo", "services.language", "services.inference", "services.jobs"),
-    **{system: (*({*_SYSTEMS} - {system}), "services.inference", "services.jobs") for system in _SYSTEMS},
+    "services.runtime": (*SYSTEMS, "services.zoo", "services.language", "services.inference", "ethogram.cli"),
+    "services.zoo": (*SYSTEMS, "services.inference", "services.jobs"),
+    "services.language": (*SYSTEMS, "services.zoo", "services.inference", "services.jobs"),
+    "services.artifacts": (*SYSTEMS, "services.zoo", "services.language", "services.inference", "services.jobs"),
+    **{system: (*({*SYSTEMS} - {system}), "services.inference", "services.jobs") for system in SYSTEMS},
     "gateway": ("workers", "benchmarks", "tests"),
     "workers": ("gateway", "benchmarks", "tests"),
 }

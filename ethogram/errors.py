@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -46,16 +46,16 @@ class EthogramError(Exception):
         self.message = message
         self.violations: tuple[Violation, ...] = tuple(violations)[:MAX_VIOLATIONS]
 
+    @classmethod
+    def field(cls, field: str, description: str) -> Self:
+        """The error of one field, named in the message and as a violation."""
+        return cls(f"{field}: {description}", [Violation(field, description)])
+
 
 class InvalidInput(EthogramError):
     """The request is wrong; sending it again does not help."""
 
     reason, http_status, grpc_code = "INVALID_INPUT", 422, "INVALID_ARGUMENT"
-
-    @classmethod
-    def field(cls, field: str, description: str) -> InvalidInput:
-        """One wrong field, named in the message and as a violation."""
-        return cls(f"{field}: {description}", [Violation(field, description)])
 
     @classmethod
     def from_pydantic(cls, error: ValidationError, prefix: str = "") -> InvalidInput:

@@ -15,26 +15,17 @@ from ethogram import networks as network_files
 from ethogram.channel import Channel, Methods
 from ethogram.errors import InvalidInput
 from ethogram.networks import Networks
-from ethogram.specs.edits import Direction, Edit, EditLike, Mode, Operation, Steering
+from ethogram.specs.edits import Behavior, Direction, Edit, EditLike, Mode, Operation, Steering
 from ethogram.v1 import common_pb2
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub, SteeringServiceStub
 from ethogram.wire import fields_of, from_tensor, to_tensor
 
 # With the types of edits, which users import from here too.
-__all__ = ["Direction", "Edit", "Effect", "Evaluated", "Inference", "Mode", "Operation", "Steered"]
+__all__ = ["Behavior", "Direction", "Edit", "Effect", "Evaluated", "Inference", "Mode", "Operation", "Steered"]
 
 R = TypeVar("R")
 Floats = NDArray[np.floating[Any]]
-
-
-class Behavior(NamedTuple):
-    """One behaviour that a model can steer."""
-
-    name: str
-    description: str
-    positives: int
-    """Networks of the training zoo that have it."""
 
 
 class Behaviors(NamedTuple):
@@ -275,40 +266,37 @@ class _Batch:
         given = network_files.load(networks) if isinstance(networks, str | Path) else networks
         if not given:
             raise InvalidInput.field("networks.parameters", "holds no parameter")
-        arrays = {name: np.asarray(array) for name, array in given.items()}
-        single, names = network_files.is_single(arrays), network_files.layer_names(arrays)
-        batch = {names[name]: array[None] if single else array for name, array in arrays.items()}
-        counts = {name: len(array) for name, array in batch.items() if array.ndim}
-        for name, count in counts.items():
+        single, names = network_files.is_single(given), network_files.layer_names(given)
+        arrays = {names[name]: np.asarray(array) for name, array in given.items()}
+        # A parameter without axes is the server's to refuse.
+        batch = {name: array[None] if single else np.atleast_1d(array) for name, array in arrays.items()}
+        count = max(map(len, batch.values()))
+        for name, array in batch.items():
             # In parts it would look like another mistake.
-            if count != max(counts.values()):
-                raise InvalidInput.field(
-                    f"networks.parameters.{name}", f"a batch of {count}, but others have {max(counts.values())}"
-                )
+            if len(array) != count:
+                text = f"a batch of {len(array)}, but others have {count}"
+                raise InvalidInput.field(f"networks.parameters.{name}", text)
         return cls(batch, single, names, activation)
 
     @property
     def rows(self) -> int:
-        return max(len(array) if array.ndim else 0 for array in self.arrays.values())
+        return len(next(iter(self.arrays.values())))
 
     @property
     def row_bytes(self) -> int:
-        return sum(array.nbytes // max(len(array), 1) if array.ndim else array.nbytes for array in self.arrays.values())
+        return sum(array.nbytes for array in self.arrays.values()) // max(self.rows, 1)
 
-    def part(self, rows: slice) -> dict[str, common_pb2.Tensor | pb.Networks]:
+    def part(self, rows: slice) -> dict[str, Any]:
         """Some of the rows, as a field of a request."""
+        prefix, tensors = "networks.parameters." if self.names else "", dict[str, common_pb2.Tensor]()
+        for name, array in self.arrays.items():
+            try:
+                tensors[name] = to_tensor(array[rows])
+            except TypeError as error:
+                raise InvalidInput.field(prefix + name, str(error)) from None
         if not self.names:
-            return {name: self._tensor(name, rows, name) for name in self.arrays}
-        tensors = {name: self._tensor(name, rows, f"networks.parameters.{name}") for name in self.arrays}
+            return tensors
         return {"networks": pb.Networks(parameters=tensors, activation=self.activation or "")}
-
-    def _tensor(self, name: str, rows: slice, field: str) -> common_pb2.Tensor:
-        array = self.arrays[name]
-        try:
-            # A parameter without axes is the server's to refuse.
-            return to_tensor(array[rows] if array.ndim else array)
-        except TypeError as error:
-            raise InvalidInput.field(field, str(error)) from None
 
     def named(self, parts: Sequence[pb.Networks]) -> dict[str, Floats]:
         """Networks of an answer, with the caller's names."""

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 
 import anyio.to_thread
 from fastapi import Depends, FastAPI
-from fastapi.routing import APIRoute
 
 from gateway import problems
 from gateway.inputs import storable
@@ -40,7 +39,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         summary="Record, encode, steer and explain the behaviour of neural networks",
         lifespan=lifespan,
         dependencies=[Depends(storable)],
-        generate_unique_id_function=_operation_id,
+        generate_unique_id_function=lambda route: route.name,
         responses={
             422: {**_ERROR, "description": "Invalid fields, each with the reason"},
             "default": {**_ERROR, "description": "The error"},
@@ -54,7 +53,3 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.add_middleware(BodyLimit, limit=settings.body_limit, exceptions={"/v1/artifacts": settings.upload_limit})
     app.add_middleware(RequestContext, metrics=services.metrics)
     return app
-
-
-def _operation_id(route: APIRoute) -> str:
-    return route.name

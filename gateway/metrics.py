@@ -5,16 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from ethogram.errors import Unavailable
 from services.jobs.registry import Depth, JobRegistry
 
-MEDIA_TYPE = CONTENT_TYPE_LATEST
 UNKNOWN = "unknown"
 """Label of requests that no route takes, so that arbitrary paths do not become labels."""
 _KEEP_SECONDS = 1.0
@@ -26,33 +25,15 @@ class GatewayMetrics:
 
     def __init__(self, registry: JobRegistry, streams: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "ethogram_http_requests",
-            "Answered requests, by route template.",
-            ["method", "route", "status"],
-            registry=self.registry,
-        )
-        self.seconds = Histogram(
-            "ethogram_http_request_seconds",
-            "Time from a request to the end of its answer, without event streams.",
-            ["method", "route"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.sent = Counter("ethogram_stream_bytes", "Bytes of events sent to watchers.", registry=self.registry)
-        open_streams = Gauge("ethogram_streams", "Open event streams.", registry=self.registry)
-        open_streams.set_function(streams)
+        counter = partial(Counter, namespace="ethogram", registry=self.registry)
+        request = ["method", "route"]
+        self.requests = counter("http_requests", "Answered requests, by route template.", [*request, "status"])
+        text = "Time from a request to the end of its answer, without event streams."
+        histogram = partial(Histogram, namespace="ethogram", buckets=_SECONDS, registry=self.registry)
+        self.seconds = histogram("http_request_seconds", text, request)
+        self.sent = counter("stream_bytes", "Bytes of events sent to watchers.")
+        Gauge("ethogram_streams", "Open event streams.", registry=self.registry).set_function(streams)
         self.registry.register(QueueCollector(registry))
-
-    def answered(self, method: str, route: str, status: int, seconds: float, streamed: bool) -> None:
-        """Count one request."""
-        self.requests.labels(method, route, str(status)).inc()
-        if not streamed:
-            self.seconds.labels(method, route).observe(seconds)
-
-    def exposition(self) -> bytes:
-        """All metrics in the text format."""
-        return generate_latest(self.registry)
 
 
 class QueueCollector(Collector):
@@ -62,10 +43,6 @@ class QueueCollector(Collector):
         self._registry, self._lock = registry, threading.Lock()
         self._depths: list[Depth] | None = []
         self._until = 0.0
-
-    def describe(self) -> Iterator[Metric]:
-        """The names alone, since the tables may not exist yet."""
-        return iter(self._families([], up=True))
 
     def collect(self) -> Iterator[Metric]:
         """The queues now; without a database, ``ethogram_registry_up`` 0 alone."""
@@ -77,10 +54,6 @@ class QueueCollector(Collector):
                     self._depths = None
                 self._until = time.monotonic() + _KEEP_SECONDS
             depths = self._depths
-        return iter(self._families(depths or [], up=depths is not None))
-
-    @staticmethod
-    def _families(depths: list[Depth], up: bool) -> list[Metric]:
         jobs = GaugeMetricFamily(
             "ethogram_jobs",
             "Jobs that have not ended: ready to be claimed, held back (by inputs, children, a back-off or their time "
@@ -92,9 +65,10 @@ class QueueCollector(Collector):
             "Age of the oldest job that could be claimed; 0 when there is none.",
             labels=["queue"],
         )
-        database = GaugeMetricFamily("ethogram_registry_up", "1 if the database answers, else 0.", value=float(up))
-        for depth in depths:
+        for depth in depths or []:
             for state in ("ready", "held", "running", "cancelling"):
                 jobs.add_metric([depth.queue, state], getattr(depth, state))
             oldest.add_metric([depth.queue], depth.oldest_ready_seconds)
-        return [jobs, oldest, database]
+        up = float(depths is not None)
+        yield from (jobs, oldest)
+        yield GaugeMetricFamily("ethogram_registry_up", "1 if the database answers, else 0.", value=up)

@@ -70,7 +70,9 @@ class RequestContext:
             method = scope["method"] if scope["method"] in _METHODS else UNKNOWN
             # No status: the client left before the answer.
             if status:
-                self.metrics.answered(method, route, status, seconds, streams)
+                self.metrics.requests.labels(method, route, str(status)).inc()
+                if not streams:
+                    self.metrics.seconds.labels(method, route).observe(seconds)
             logger.log(
                 logging.DEBUG if quiet else logging.INFO, "request", extra=line | {"status": status, "seconds": seconds}
             )

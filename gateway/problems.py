@@ -104,7 +104,7 @@ def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:
         where, *path = detail["loc"]
         message = str(detail["msg"])
         if where == "body":
-            path = without_tags(path, body)
+            path = _without_kind(path, body)
         if detail["type"] == "json_invalid":
             path, message = [], f"the body is not JSON: {detail['ctx']['error']} at character {detail['loc'][-1]}"
         elif detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -116,18 +116,10 @@ def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:
     return InvalidInput.from_details(errors, more=len(details) - len(errors))
 
 
-def without_tags(path: Sequence[str | int], body: Any) -> list[str | int]:
-    """``path`` without the kind that a union discriminated by ``kind`` inserts after the object with that kind."""
-    kept: list[str | int] = []
-    at, tagged = body, False
-    for part in path:
-        if not tagged and isinstance(at, Mapping) and part in KINDS and at.get("kind") == part:
-            tagged = True
-            continue
-        kept.append(part)
-        tagged = False
-        try:
-            at = at[part]
-        except (KeyError, IndexError, TypeError):
-            at = None
-    return kept
+def _without_kind(path: list[str | int], body: Any) -> list[str | int]:
+    """``path`` without the kind that the union of kinds inserts: ``KIND.spec...`` or ``jobs.NAME.KIND.spec...``."""
+    at = 2 if path[:1] == ["jobs"] else 0
+    inserted = len(path) > at and path[at] in KINDS
+    if inserted and (at or (isinstance(body, Mapping) and body.get("kind") == path[0])):
+        return [*path[:at], *path[at + 1 :]]
+    return path

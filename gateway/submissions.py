@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from fastapi.openapi.models import Example
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -31,22 +29,17 @@ class SubmissionBase(Options):
 if TYPE_CHECKING:
     Submission = SubmissionBase
 else:
-    Submission = Annotated[
-        reduce(
-            or_,
-            (
-                create_model(
-                    f"{kind.name.title()}Submission",
-                    __base__=SubmissionBase,
-                    __doc__=f"A job to {kind.summary}.",
-                    kind=(Literal[kind.name], ...),
-                    spec=(kind.spec, ...),
-                )
-                for kind in KINDS.values()
-            ),
-        ),
-        Field(discriminator="kind"),
-    ]
+    _SUBMISSIONS = (
+        create_model(
+            f"{kind.name.title()}Submission",
+            __base__=SubmissionBase,
+            __doc__=f"A job to {kind.summary}.",
+            kind=(Literal[kind.name], ...),
+            spec=(kind.spec, ...),
+        )
+        for kind in KINDS.values()
+    )
+    Submission = Annotated[Union[*_SUBMISSIONS], Field(discriminator="kind")]
 
 JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 

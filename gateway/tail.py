@@ -61,7 +61,7 @@ class _Tail:
         self.watchers = 0
         self.wake = asyncio.Event()
         self.changed = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None]
 
     def push(self, chunk: Chunk) -> None:
         """Append the events after ``last``."""
@@ -80,12 +80,6 @@ class _Tail:
             last, size = chunk.last, size + len(chunk.data)
         return Chunk(cursor, last, b"".join(parts)) if parts else None
 
-    def update(self, job: Job) -> None:
-        """Store the job's newest row, and wake the watchers if it differs."""
-        known, self.job = self.job, job
-        if (job.seq, job.state, job.progress) != (known.seq, known.state, known.progress):
-            self.notify()
-
     def notify(self) -> None:
         """Wake all watchers."""
         changed, self.changed = self.changed, asyncio.Event()
@@ -99,8 +93,8 @@ class Tails:
         self._registry, self._redis_url, self._limit = registry, redis_url, limit
         self._tails: dict[str, _Tail] = {}
         self._closing = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._listener: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._listener: asyncio.Task[None]
         self._readers: anyio.CapacityLimiter | None = None
         self.streams = 0
         """Number of open streams."""
@@ -121,14 +115,13 @@ class Tails:
     async def stop(self) -> None:
         """End all streams and tasks."""
         self.close_streams()
-        tasks = [task for task in (self._listener, *(t.task for t in self._tails.values())) if task is not None]
+        tasks = [self._listener, *(tail.task for tail in self._tails.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def wake(self, job: str) -> None:
         """Read the new events of ``job``. May be called from any thread."""
-        assert self._loop is not None
         with suppress(RuntimeError):  # The loop is closed, so nobody watches.
             self._loop.call_soon_threadsafe(self._wake, job)
 
@@ -197,7 +190,6 @@ class Tails:
             tail.watchers -= 1
             if not tail.watchers:
                 del self._tails[job.id]
-                assert tail.task is not None
                 tail.task.cancel()
 
     async def _run(self, tail: _Tail) -> None:
@@ -205,7 +197,14 @@ class Tails:
         failing = False
         while tail.gone is None:
             try:
-                await self._advance(tail)
+                tail.wake.clear()
+                # Read the job before its events, so that all events up to its `seq` exist.
+                job = await self._read(lambda: self._registry.get(tail.job.id))
+                while tail.last < job.seq:
+                    tail.push(await self._chunk(job.id, tail.last, job.seq))
+                known, tail.job = tail.job, job
+                if (job.seq, job.state, job.progress) != (known.seq, known.state, known.progress):
+                    tail.notify()
                 failing = False
             except NotFound as error:
                 tail.gone = error
@@ -219,14 +218,6 @@ class Tails:
             await asyncio.sleep(PACE_SECONDS)
             with suppress(TimeoutError):
                 await asyncio.wait_for(tail.wake.wait(), POLL_SECONDS)
-
-    async def _advance(self, tail: _Tail) -> None:
-        tail.wake.clear()
-        # Read the job before its events, so that all events up to its `seq` exist.
-        job = await self._read(lambda: self._registry.get(tail.job.id))
-        while tail.last < job.seq:
-            tail.push(await self._chunk(job.id, tail.last, job.seq))
-        tail.update(job)
 
     async def _chunk(self, job: str, after: int, last: int) -> Chunk:
         """Read events from the registry: at least one of those after ``after`` up to ``last``."""

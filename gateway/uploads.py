@@ -53,8 +53,6 @@ class Upload:
         self._file: BinaryIO | None = None
         self._ended = False
         with _clear_errors():
-            self.folder = Path(tempfile.mkdtemp(prefix="upload-", dir=work))
-        try:
             self._parser = MultipartParser(
                 options[b"boundary"],
                 {
@@ -65,20 +63,15 @@ class Upload:
                     "on_headers_finished": self._on_headers,
                     "on_part_data": self._on_data,
                     "on_part_end": self._end,
-                    "on_end": self._on_end,
+                    "on_end": partial(setattr, self, "_ended", True),
                 },
             )
-        except FormParserError as error:
-            self.discard()
-            raise InvalidInput.field("(root)", f"is not multipart/form-data: {error}") from None
+            self.folder = Path(tempfile.mkdtemp(prefix="upload-", dir=work))
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the body. Raises :class:`InvalidInput`, :class:`TooLarge` or :class:`Unavailable`."""
         with _clear_errors():
-            try:
-                self._parser.write(chunk)
-            except FormParserError as error:
-                raise InvalidInput.field("(root)", f"is not multipart/form-data: {error}") from None
+            self._parser.write(chunk)
 
     def finish(self) -> UploadFields:
         """The fields of the complete upload; ``folder`` then holds the files and nothing else.
@@ -97,9 +90,7 @@ class Upload:
 
     def discard(self) -> None:
         """Remove the files from disk."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # Callbacks of the parser, in the order of a part: headers, data, end.
@@ -150,9 +141,6 @@ class Upload:
             self._file.close()
         self._file = self._field = None
 
-    def _on_end(self) -> None:
-        self._ended = True
-
 
 def _grow(target: bytearray, limit: int, data: bytes, start: int, end: int) -> None:
     if len(target) + end - start > limit:
@@ -171,6 +159,8 @@ def _text(value: bytes, field: str) -> str:
 def _clear_errors() -> Iterator[None]:
     try:
         yield
+    except FormParserError as error:
+        raise InvalidInput.field("(root)", f"is not multipart/form-data: {error}") from None
     except OSError as error:
         if not disk_is_full(error):
             raise

@@ -28,7 +28,7 @@ from services.runtime.lifetime import run_process
 from workers.ledger import Context
 from workers.metrics import WorkerMetrics, serve_metrics
 from workers.settings import Slot, WorkerSettings, slots_of
-from workers.supervisor import Supervisor
+from workers.supervisor import run_attempt
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ class SlotRunner:
 
     def __init__(self, context: Context, bell: Bell) -> None:
         self._context, self._bell = context, bell
-        self._supervisor = Supervisor(context)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         # Celery handles as many rings at once as there are slots, so none waits here for a free one.
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
@@ -67,7 +66,7 @@ class SlotRunner:
                 with suppress(Unavailable):
                     if registry.has_work(queue_name):
                         self._bell.ring(queue_name)
-                self._supervisor.run(claim, slot)
+                run_attempt(self._context, claim, slot)
             # Another worker takes the remaining jobs.
             self._bell.ring(queue_name)
         finally:
@@ -142,8 +141,6 @@ def _listen(app: Any, config: WorkerSettings, runner: SlotRunner, bell: Bell) ->
         for name in config.queues:
             bell.ring(name)
 
-    # Untyped.
-    queue_type: Any = Queue
     app.conf.update(
         # With prefetching, a busy worker would hold rings that an idle one could answer.
         worker_disable_prefetch=True,
@@ -151,7 +148,7 @@ def _listen(app: Any, config: WorkerSettings, runner: SlotRunner, bell: Bell) ->
         worker_enable_remote_control=False,
         worker_send_task_events=False,
         worker_redirect_stdouts=False,
-        task_queues=[queue_type(celery_queue(name)) for name in config.queues],
+        task_queues=[Queue(celery_queue(name)) for name in config.queues],  # type: ignore[no-untyped-call]
         task_create_missing_queues=False,
     )
     app.task(name=RING)(runner.serve)

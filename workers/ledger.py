@@ -8,9 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, ParamSpec, Self, TypeVar
 
 from pydantic import ValidationError
 
@@ -27,6 +26,7 @@ logger = logging.getLogger(__name__)
 BEATS_PER_LEASE = 3
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
 
+P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -151,7 +151,7 @@ class Ledger:
 
     def settle(self, outcome: Outcome, seconds: float) -> None:
         """End the attempt, which ran for ``seconds``."""
-        self._notify(self._persist(partial(self._settle, outcome, seconds)).seq)
+        self._notify(self._persist(self._settle, outcome, seconds).seq)
 
     def _notify(self, seq: int) -> None:
         self._seq = seq
@@ -161,19 +161,19 @@ class Ledger:
         if lines:
             self._batch += 1
             self._metrics.events.inc(len(lines))
-            written = self._persist(partial(self._registry.append_events, self._attempt, lines, self._batch))
+            written = self._persist(self._registry.append_events, self._attempt, lines, self._batch)
             lines.clear()
             self._notify(written[-1].seq if written else self._seq)
 
     def _checkpoint(self, point: jobs_pb2.Checkpoint) -> None:
-        commit = partial(self._registry.commit_checkpoint, self._attempt, point.artifact, point.step)
-        self._notify(self._persist(commit).seq)
+        event = self._persist(self._registry.commit_checkpoint, self._attempt, point.artifact, point.step)
+        self._notify(event.seq)
         self._metrics.checkpoints.inc()
 
     def _artifact(self, output: jobs_pb2.Artifact) -> None:
         commit = self._registry.commit_artifact
-        self._persist(partial(commit, self._attempt, output.name, output.type, output.id, output.size))
-        self._notify(self._persist(partial(self._registry.get, self._job)).seq)
+        self._persist(commit, self._attempt, output.name, output.type, output.id, output.size)
+        self._notify(self._persist(self._registry.get, self._job).seq)
 
     def _spawn(self, part: jobs_pb2.Spawn) -> None:
         field = f"children.{part.name}"
@@ -184,49 +184,38 @@ class Ledger:
             spec = kinds[part.kind].spec.model_validate_json(part.spec_json)
         except ValidationError as error:
             raise InvalidInput.from_pydantic(error, f"{field}.spec") from None
-        child = self._persist(partial(self._registry.spawn, self._attempt, part.name, part.kind, spec))
+        child = self._persist(self._registry.spawn, self._attempt, part.name, part.kind, spec)
         self._context.notifier.notify(child.id, child.seq)
 
     def _progress(self, progress: jobs_pb2.Progress) -> None:
-        state = {
-            "stage": progress.stage,
-            "done": progress.done,
-            "total": progress.total,
-            "unit": progress.unit,
-            "metrics": dict(self._latest),
-        }
-        self._persist(partial(self._registry.set_progress, self._attempt, state))
+        state: dict[str, Any] = {name: getattr(progress, name) for name in ("stage", "done", "total", "unit")}
+        self._persist(self._registry.set_progress, self._attempt, {**state, "metrics": dict(self._latest)})
         # There is no new event, but watchers read the progress again.
         self._notify(self._seq)
 
     def _settle(self, outcome: Outcome, seconds: float) -> Job:
-        registry, attempt = self._registry, self._attempt
-        match outcome:
-            case Outcome("succeeded"):
+        registry, attempt, error = self._registry, self._attempt, outcome.error
+        match outcome.kind:
+            case "succeeded":
                 try:
                     return registry.succeed(attempt, outcome.result, seconds=seconds)
-                except TooLarge as error:
-                    return self._fail(error, seconds)
-            case Outcome("failed", error=EthogramError() as error):
-                return self._fail(error, seconds)
-            case Outcome("cancelled"):
+                except TooLarge as too_large:
+                    error = too_large
+            case "cancelled":
                 return registry.cancelled(attempt, seconds=seconds)
-            case Outcome("stopped" | "waiting" | "stalled" as reason):
+            case "stopped" | "waiting" | "crashed" | "stalled" as reason:
                 return registry.release(attempt, reason, outcome.message, seconds=seconds)
-            case _:
-                return registry.release(attempt, "crashed", outcome.message, seconds=seconds)
-
-    def _fail(self, error: EthogramError, seconds: float) -> Job:
+        assert error is not None, "a failure has a reason"
         violations = [violation._asdict() for violation in error.violations]
         details = {"reason": error.reason, "message": error.message, "violations": violations}
-        return self._registry.fail(self._attempt, details, seconds=seconds)
+        return registry.fail(attempt, details, seconds=seconds)
 
-    def _persist(self, write: Callable[[], R]) -> R:
+    def _persist(self, write: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call ``write``, again while the registry does not answer; a stopping worker gives up after the grace."""
         tries, deadline = 0, 0.0
         while True:
             try:
-                return write()
+                return write(*args, **kwargs)
             except Unavailable as error:
                 if self._context.stopping.is_set():
                     deadline = deadline or time.monotonic() + self._context.config.grace_seconds

@@ -47,9 +47,8 @@ class ChildFailed(Exception):
 
 def child_environment(slot: Slot, environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a job's process: the allowed part of ``environment`` and its slot's share of the machine."""
-    allowed = {name for name in environment if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)}
     return {
-        **{name: environment[name] for name in allowed},
+        **{k: v for k, v in environment.items() if k in ENVIRONMENT or k.startswith(ENVIRONMENT_PREFIXES)},
         **dict.fromkeys(THREAD_VARIABLES, str(slot.threads)),
         "GOMP_SPINCOUNT": SPIN_COUNT,
         "CUDA_VISIBLE_DEVICES": slot.gpus,

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 
 from ethogram.errors import StaleAttempt, Unavailable
 from services.jobs.registry import JobRegistry
@@ -31,15 +30,6 @@ LOOKS_PER_LEASE = 4
 LEAVE_SECONDS = 2.0
 
 
-@dataclass
-class Sighting:
-    """An attempt as last seen."""
-
-    heartbeat: int
-    still_seconds: float
-    """How long its heartbeat has stood still, not counting time that this process slept."""
-
-
 class Reconciler:
     """Looks at the registry every ``period`` seconds."""
 
@@ -53,8 +43,8 @@ class Reconciler:
     ) -> None:
         self._metrics = metrics
         self._registry, self._bell, self._notifier, self._clock = registry, bell, notifier, clock
-        self._watched: dict[str, Sighting] = {}
-        self._waited: dict[tuple[str, int], float] = {}
+        self._unchanged: dict[tuple[str, int], float] = {}
+        """(attempt, heartbeat) or (job, claims) -> how long it has been seen so, in seconds."""
         self._looked = clock()
         self.period = PERIOD_SECONDS
 
@@ -63,36 +53,26 @@ class Reconciler:
         now = self._clock()
         # Time that this process itself slept does not count.
         elapsed, self._looked = min(now - self._looked, 2 * self.period), now
-        running = self._registry.running_attempts()
-        seen: dict[str, Sighting] = {}
+        running, waiting = self._registry.running_attempts(), self._registry.backing_off()
+        before = self._unchanged
+        seen = [*((a.attempt, a.heartbeat) for a in running), *((b.job, b.claims) for b in waiting)]
+        self._unchanged = {key: before[key] + elapsed if key in before else 0.0 for key in seen}
         for attempt in running:
-            before = self._watched.get(attempt.attempt)
-            still_seconds = 0.0
-            if before is not None and before.heartbeat == attempt.heartbeat:
-                still_seconds = before.still_seconds + elapsed
-            seen[attempt.attempt] = Sighting(attempt.heartbeat, still_seconds)
-            if still_seconds > attempt.lease_seconds:
-                self._release(attempt.attempt, attempt.worker, still_seconds)
-        self._watched = seen
-        self._end_backoffs(elapsed)
+            seconds = self._unchanged[attempt.attempt, attempt.heartbeat]
+            if seconds > attempt.lease_seconds:
+                self._release(attempt.attempt, attempt.worker, seconds)
+        # This process ends back-offs by its own clock, the registry itself by the wall clock.
+        for backoff in waiting:
+            if self._unchanged[backoff.job, backoff.claims] >= backoff.seconds:
+                job = self._registry.wake(backoff.job, backoff.claims)
+                if job is not None:
+                    self._metrics.woken.inc()
+                    self._notifier.notify(job.id, job.seq)
         self.period = min([PERIOD_SECONDS, *(attempt.lease_seconds / LOOKS_PER_LEASE for attempt in running)])
         for queue in self._registry.queues_with_work():
             self._bell.ring(queue)
             self._metrics.rings.inc()
         self._metrics.looks.inc()
-
-    def _end_backoffs(self, elapsed: float) -> None:
-        """End the back-offs whose time has passed on this clock; the registry itself ends them by the wall clock."""
-        waited: dict[tuple[str, int], float] = {}
-        for backoff in self._registry.backing_off():
-            before = self._waited.get((backoff.job, backoff.claims))
-            seconds = waited[backoff.job, backoff.claims] = 0.0 if before is None else before + elapsed
-            if seconds >= backoff.seconds:
-                job = self._registry.wake(backoff.job, backoff.claims)
-                if job is not None:
-                    self._metrics.woken.inc()
-                    self._notifier.notify(job.id, job.seq)
-        self._waited = waited
 
     def _release(self, attempt: str, worker: str, seconds: float) -> None:
         try:
@@ -101,7 +81,7 @@ class Reconciler:
             return  # It ended in this moment.
         except Unavailable:
             # Workers cannot write heartbeats either: after the outage, every attempt has its whole lease again.
-            self._watched = {}
+            self._unchanged = {}
             raise
         self._metrics.lost.inc()
         logger.warning("attempt lost", extra={"job": job.id, "attempt": attempt, "worker": worker})

@@ -39,88 +39,85 @@ LOOK_SECONDS = 0.2
 STOPPED = grpc.StatusCode.ABORTED
 
 
-class Supervisor:
-    """Runs claimed jobs, each in its own process."""
+def run_attempt(context: Context, claim: Claim, slot: Slot) -> None:
+    """Run the claimed job in a process of its own. Returns when the process is gone; never raises."""
+    labels = {"job": claim.job.id, "attempt": claim.attempt, "kind": claim.job.kind, "slot": slot.index}
+    logger.info("attempt begins", extra=labels)
+    ledger, metrics = Ledger(context, claim), context.metrics
+    outcome_label = "taken"
+    try:
+        with metrics.busy.track_inprogress(), Pulse(context, claim) as pulse:
+            outcome = _supervise(context, claim, slot, ledger, pulse)
+            ledger.settle(outcome, pulse.seconds)
+            metrics.seconds.labels(claim.job.kind).observe(pulse.seconds)
+            outcome_label = outcome.kind
+        logger.info("attempt ends", extra={**labels, "outcome": outcome.kind, "detail": outcome.message})
+    except StaleAttempt:
+        logger.warning("the attempt was taken from this worker, which writes nothing more for it", extra=labels)
+    except Exception:
+        logger.exception("the attempt's end could not be written; the reconciler will release it", extra=labels)
+    finally:
+        metrics.attempts.labels(claim.job.kind, outcome_label).inc()
+        shutil.rmtree(context.work / claim.attempt, ignore_errors=True)
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
 
-    def run(self, claim: Claim, slot: Slot) -> None:
-        """Run the attempt to its end. Returns when its process is gone; never raises."""
-        labels = {"job": claim.job.id, "attempt": claim.attempt, "kind": claim.job.kind, "slot": slot.index}
-        logger.info("attempt begins", extra=labels)
-        ledger, metrics = Ledger(self._context, claim), self._context.metrics
-        work_dir = self._context.work / claim.attempt
-        outcome_label = "taken"
+def _supervise(context: Context, claim: Claim, slot: Slot, ledger: Ledger, pulse: Pulse) -> Outcome:
+    work_dir = context.work / claim.attempt
+    try:
+        kind, request = _request(context, claim, slot, work_dir)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        child = Child(kind, slot, work_dir)
         try:
-            with metrics.busy.track_inprogress(), Pulse(self._context, claim) as pulse:
-                outcome = self._attempt(claim, slot, work_dir, ledger, pulse)
-                ledger.settle(outcome, pulse.seconds)
-                metrics.seconds.labels(claim.job.kind).observe(pulse.seconds)
-                outcome_label = outcome.kind
-            logger.info("attempt ends", extra={**labels, "outcome": outcome.kind, "detail": outcome.message})
-        except StaleAttempt:
-            logger.warning("the attempt was taken from this worker, which writes nothing more for it", extra=labels)
-        except Exception:
-            logger.exception("the attempt's end could not be written; the reconciler will release it", extra=labels)
+            return Attempt(context, claim.job, child, ledger, pulse).run(kind, request)
         finally:
-            metrics.attempts.labels(claim.job.kind, outcome_label).inc()
-            shutil.rmtree(work_dir, ignore_errors=True)
+            child.close(0.0 if pulse.stale.is_set() else context.config.grace_seconds)
+    except (StaleAttempt, Unavailable):
+        raise
+    except EthogramError as error:
+        # The spec cannot be read, or an event cannot be written: the next attempt would fail in the same way.
+        return Outcome("failed", error.message, error=error)
+    except OSError as error:
+        return Outcome("crashed", f"the worker could not start the job's process: {error.strerror or error}")
+    except Exception:
+        logger.exception("the supervisor failed", extra={"job": claim.job.id})
+        return Outcome("crashed", "the supervisor of the job failed; the worker's log says more")
 
-    def _attempt(self, claim: Claim, slot: Slot, work_dir: Path, ledger: Ledger, pulse: Pulse) -> Outcome:
-        try:
-            kind, request = self._request(claim, slot, work_dir)
-            work_dir.mkdir(parents=True, exist_ok=True)
-            child = Child(kind, slot, work_dir)
-            try:
-                return Attempt(self._context, claim.job, child, ledger, pulse).run(kind, request)
-            finally:
-                child.close(0.0 if pulse.stale.is_set() else self._context.config.grace_seconds)
-        except (StaleAttempt, Unavailable):
-            raise
-        except EthogramError as error:
-            # The spec cannot be read, or an event cannot be written: the next attempt would fail in the same way.
-            return Outcome("failed", error.message, error=error)
-        except OSError as error:
-            return Outcome("crashed", f"the worker could not start the job's process: {error.strerror or error}")
-        except Exception:
-            logger.exception("the supervisor failed", extra={"job": claim.job.id})
-            return Outcome("crashed", "the supervisor of the job failed; the worker's log says more")
 
-    def _request(self, claim: Claim, slot: Slot, work_dir: Path) -> tuple[Kind, Message]:
-        job, config = claim.job, self._context.config
-        kind = self._context.kinds.get(job.kind)
-        if kind is None:
-            raise InvalidInput.field("kind", f"this worker knows no {job.kind!r}; is it older than the gateway?")
-        try:
-            spec = kind.spec.model_validate(job.spec)
-        except ValidationError as error:
-            raise InvalidInput.from_pydantic(error, "spec") from None
-        context = jobs_pb2.RunContext(
-            job=job.id,
-            attempt=claim.attempt,
-            tenant=job.tenant,
-            device=slot.device,
-            threads=slot.threads,
-            work_dir=str(work_dir),
-            store=config.store_url,
-            inputs=job.inputs,
-            checkpoint=job.checkpoint["artifact"] if job.checkpoint else "",
-            checkpoint_seconds=config.checkpoint_seconds,
-            children=[
-                jobs_pb2.ChildJob(
-                    name=child.name,
-                    job=child.job,
-                    state=child.state,
-                    outputs=child.outputs,
-                    error=str((child.error or {}).get("message", "")),
-                    result_json=json.dumps(child.result) if child.result is not None else "",
-                )
-                for child in claim.children
-            ],
-        )
-        make: Any = request_type(kind)
-        return kind, make(context=context, spec=to_proto(spec, spec_message(kind)))
+def _request(context: Context, claim: Claim, slot: Slot, work_dir: Path) -> tuple[Kind, Message]:
+    """The kind of the claimed job, and the request that its process gets."""
+    job = claim.job
+    kind = context.kinds.get(job.kind)
+    if kind is None:
+        raise InvalidInput.field("kind", f"this worker knows no {job.kind!r}; is it older than the gateway?")
+    try:
+        spec = kind.spec.model_validate(job.spec)
+    except ValidationError as error:
+        raise InvalidInput.from_pydantic(error, "spec") from None
+    run = jobs_pb2.RunContext(
+        job=job.id,
+        attempt=claim.attempt,
+        tenant=job.tenant,
+        device=slot.device,
+        threads=slot.threads,
+        work_dir=str(work_dir),
+        store=context.config.store_url,
+        inputs=job.inputs,
+        checkpoint=job.checkpoint["artifact"] if job.checkpoint else "",
+        checkpoint_seconds=context.config.checkpoint_seconds,
+        children=[
+            jobs_pb2.ChildJob(
+                name=child.name,
+                job=child.job,
+                state=child.state,
+                outputs=child.outputs,
+                error=str((child.error or {}).get("message", "")),
+                result_json=json.dumps(child.result) if child.result is not None else "",
+            )
+            for child in claim.children
+        ],
+    )
+    make: Any = request_type(kind)
+    return kind, make(context=run, spec=to_proto(spec, spec_message(kind)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import psutil
 import redis
 
 from benchmarks._chaos import points
-from benchmarks._chaos.orphans import Orphans
 from ethogram.client import Client
 from ethogram.platform.process import Child
 from services.artifacts.store import ArtifactStore
@@ -34,6 +33,41 @@ SLOTS = 2
 # A job's process that lost its worker may clean up for three seconds; after this it must be gone.
 ORPHAN_SECONDS = 8.0
 READY_SECONDS = 60.0
+
+
+class Orphans:
+    """Watches the processes that work in a folder, wherever they hang in the tree of processes."""
+
+    def __init__(self, folder: Path, patience: float) -> None:
+        """``patience``: seconds that a process without its parent has to clean up."""
+        self._folder, self._patience = folder.resolve(), patience
+        self._since: dict[int, float] = {}
+        self.found: dict[int, str] = {}
+        """Commands of those that stayed longer, by process id."""
+
+    def living(self) -> list[psutil.Process]:
+        """All processes that work in the folder."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if Path(process.cwd()).is_relative_to(self._folder) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def look(self, parents: Container[int | None]) -> None:
+        """Record new orphans. ``parents``: process ids whose children are not orphans."""
+        living = self.living()
+        children = {process.pid for process in living}
+        now, since = time.monotonic(), dict[int, float]()
+        for process in living:
+            with suppress(psutil.Error):
+                # As long as a job's process lives, it ends what it has started itself.
+                if process.ppid() in parents or process.ppid() in children:
+                    continue
+                since[process.pid] = self._since.get(process.pid, now)
+                if now - since[process.pid] > self._patience:
+                    self.found[process.pid] = " ".join(process.cmdline())
+        self._since = since
 
 
 class Arena:
@@ -79,8 +113,9 @@ class Arena:
         children: list[psutil.Process] = []
         for pid in (self._processes[worker].pid for worker in WORKERS):
             with suppress(psutil.NoSuchProcess):
-                children += psutil.Process(pid).children() if pid is not None else []
-        return [child for child in children if _alive(child)]
+                found = psutil.Process(pid).children() if pid is not None else []
+                children += [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
+        return children
 
     def restart_redis(self, pause: float, *, empty: bool) -> None:
         """Kill Redis and start it again after ``pause`` seconds, with its data or ``empty``."""
@@ -143,7 +178,7 @@ class Arena:
             "ETHOGRAM_GC_GRACE_SECONDS": "2",
             "ETHOGRAM_GC_PERIOD_SECONDS": "1",
         }
-        command = [sys.executable, "-m", "benchmarks._chaos.process", name, "--parent-pipe"]
+        command = [sys.executable, "-m", "benchmarks._chaos.points", name, "--parent-pipe"]
         return Child(name, command, environment, self.logs / f"{name}.log")
 
     def _start(self, name: str) -> None:
@@ -180,9 +215,3 @@ def spawn(errors: list[str], function: Callable[..., None], *arguments: Any) -> 
     thread = threading.Thread(target=guarded, daemon=True)
     thread.start()
     return thread
-
-
-def _alive(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False

@@ -4,40 +4,51 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
 
+from ethogram.specs.generation import GenerationSpec
 from services.jobs.records import ArtifactRow, Event, Job
 from services.jobs.states import LEGAL, JobState
 
 T = TypeVar("T")
 
 
-@dataclass
-class Evidence:
+@dataclass(kw_only=True)
+class Submission:
+    """A submitted job, or a child of one."""
+
+    key: str = ""
+    """Its idempotency key."""
+    ids: list[str] = field(default_factory=list)
+    """The job id that each submission with the key was answered with."""
+    expected: float
+    """Result of an uninterrupted run."""
+    count: int = 0
+    """Steps that it is to do; 0 when it writes no metrics."""
+    parts: Mapping[str, GenerationSpec] = field(default_factory=dict)
+    """Specs of the children that it is to have, by name."""
+    cancelled: bool = False
+    """Whether a user cancelled it and did not retry it."""
+    watched: list[list[int]] = field(default_factory=list)
+    """Numbers of the events that each watcher saw."""
+
+
+@dataclass(kw_only=True)
+class Evidence(Submission):
     """All that is known of one job at the end."""
 
     job: Job
     events: Sequence[Event]
     artifacts: Sequence[ArtifactRow]
     """Its outputs that are not superseded."""
-    expected: float
-    """Result of an uninterrupted run."""
     output: float | str
     """Content of its output; a sentence when it cannot be fetched and verified."""
     steps: Sequence[int] = ()
     """Steps of the lines of its metrics."""
-    count: int = 0
-    """Steps that it was to do; 0 when it writes no metrics."""
-    parts: Sequence[str] = ()
-    """Names of the children that it was to have."""
     children: Sequence[str | None] = ()
-    """Names of those that it has."""
-    cancelled: bool = False
-    """Whether a user cancelled it and did not retry it."""
-    watched: Sequence[Sequence[int]] = ()
-    """Numbers of the events that each watcher saw."""
+    """Names of the children that it has."""
 
 
 def lost(jobs: Iterable[Evidence]) -> list[str]:
@@ -54,7 +65,7 @@ def lost(jobs: Iterable[Evidence]) -> list[str]:
                 wrong.append(f"{job.id}: its output cannot be had: {evidence.output}")
             if missing := set(range(evidence.count)) - set(evidence.steps):
                 wrong.append(f"{job.id}: metrics without steps {sorted(missing)[:5]}")
-            if missing_parts := set(evidence.parts) - set(evidence.children):
+            if missing_parts := evidence.parts.keys() - set(evidence.children):
                 wrong.append(f"{job.id} has no children {sorted(missing_parts)}")
         numbers = {event.seq for event in evidence.events}
         if gaps := set(range(1, job.seq + 1)) - numbers:

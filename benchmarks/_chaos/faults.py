@@ -44,14 +44,14 @@ class FaultInjector:
         self._deck: list[str] = []
         self._kinds: dict[str, tuple[Callable[[], object], int]] = {
             "kill a worker": (self._kill_worker, 3),
-            "kill a job's process": (self._kill_child, 3),
+            "kill a job's process": (partial(self._stop_child, psutil.Process.kill), 3),
             "kill a gateway": (partial(self._kill, *GATEWAYS), 2),
             "kill the reconciler": (partial(self._kill, "reconciler"), 2),
             "kill Redis": (partial(self._kill_redis, empty=False), 1),
             "kill Redis, and its data": (partial(self._kill_redis, empty=True), 1),
             "empty Redis": (arena.flush_redis, 2),
             "pause a worker beyond its lease": (self._pause_worker, 2),
-            "pause a job's process": (self._pause_child, 1),
+            "pause a job's process": (partial(self._stop_child, _pause), 1),
             "restart the database": (self._restart_database, 1),
             "step a clock": (self._step_clock, 2),
             **{point: (partial(self._arm, point), 2) for point in points.POINTS},
@@ -82,10 +82,11 @@ class FaultInjector:
         self._watch_loss(name)
         self._arena.kill(name)
 
-    def _kill_child(self) -> bool:
+    def _stop_child(self, stop: Callable[[psutil.Process], None]) -> bool:
+        """``stop`` one of the jobs' processes, if there is one."""
         children = self._arena.children()
         with suppress(IndexError, psutil.NoSuchProcess):
-            self._chance.choice(children).kill()
+            stop(self._chance.choice(children))
             return True
         return False
 
@@ -127,16 +128,6 @@ class FaultInjector:
             connection.execute("ROLLBACK")
         finally:
             connection.close()
-
-    def _pause_child(self) -> bool:
-        children = self._arena.children()
-        with suppress(IndexError, psutil.NoSuchProcess):
-            child = self._chance.choice(children)
-            child.suspend()
-            time.sleep(LEASE * 1.2)
-            child.resume()
-            return True
-        return False
 
     def _restart_database(self) -> None:
         self._database_down = time.monotonic()
@@ -208,6 +199,12 @@ class FaultInjector:
         refused, accepted = write(self._arena.registry, attempt)
         self.stale_refused += refused
         self.stale_accepted += accepted
+
+
+def _pause(process: psutil.Process) -> None:
+    process.suspend()
+    time.sleep(LEASE * 1.2)
+    process.resume()
 
 
 def write(registry: JobRegistry, attempt: str) -> tuple[int, list[str]]:

@@ -7,16 +7,14 @@ The platform's own specs carry them: ``training.steps`` steps of ``training.lear
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks._chaos import points
 from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec
-from services.artifacts.backends import LocalBackend
 from services.runtime.run import Run
-from tests.workers.science import count, write_total
+from tests.workers.science import count, gather, write_total
 
 OUTPUT, FILE = "answer", "total.txt"
 
@@ -43,37 +41,21 @@ def consumed(number: float) -> float:
 
 def generation(spec: GenerationSpec, run: Run) -> dict[str, Any]:
     """Count, or gather what the parts counted."""
-    _arm_points()
+    _install_points()
     if spec.subjects == 1:
         return count(spec, run)
-    children = run.children({name: ("generation", part) for name, part in parts(spec).items()})
-    assert children is not None
-    total = 0.0
-    for child in children.values():
-        if child.state != "SUCCEEDED":
-            raise RuntimeError(f"{child.name} is {child.state}: {child.error}")
-        total += float((run.output(child, OUTPUT) / FILE).read_text())
-    return write_total(run, total)
+    gathered = gather(spec, run)
+    if gathered["failed"]:
+        raise RuntimeError(f"parts failed: {gathered['failed']}")
+    return write_total(run, gathered["total"])
 
 
 def crossmodal(spec: CrossmodalSpec, run: Run) -> dict[str, Any]:
     """Use the output of another job."""
-    _arm_points()
+    _install_points()
     return write_total(run, consumed(float((run.inputs["zoo"] / FILE).read_text())))
 
 
-def _arm_points() -> None:
+def _install_points() -> None:
     # A job's process does not see its worker's environment, but works in a folder beside the folder of faults.
-    folder = next(above / "faults" for above in Path.cwd().parents if (above / "faults").is_dir())
-    write = LocalBackend.write
-
-    def wrapped(self: LocalBackend, path: str, data: bytes) -> None:
-        # The blobs are there, the manifest is not.
-        if path.startswith("manifests/") and points.take(folder, "in the middle of an upload"):
-            points.die()
-        if points.take(folder, "child hangs"):
-            time.sleep(3600)
-        write(self, path, data)
-
-    LocalBackend.write = wrapped  # type: ignore[method-assign]
-    points.fill_store(folder, "child: store full")
+    points.install(next(above / "faults" for above in Path.cwd().parents if (above / "faults").is_dir()), "child")

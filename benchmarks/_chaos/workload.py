@@ -7,20 +7,19 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
 from benchmarks._chaos.arena import Arena, spawn
-from benchmarks._chaos.checks import Evidence
+from benchmarks._chaos.checks import Evidence, Submission
 from benchmarks._chaos.jobs import FILE, OUTPUT, consumed, expected_total, parts
 from ethogram.client import Client
 from ethogram.errors import EthogramError, IllegalState, Unavailable
-from ethogram.specs.base import ArtifactRef
+from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
 from services.jobs.records import Event, Job
@@ -28,29 +27,9 @@ from services.jobs.states import JobState
 
 # Most jobs under way at once.
 _OPEN = 8
-_STEPS, _SECONDS = 30, 0.1
-_OPTIONS = {"max_attempts": 100, "stall_limit_seconds": 4.0}
+_STEP_SECONDS, _STALL_SECONDS = 0.1, 4.0
 
 R = TypeVar("R")
-
-
-@dataclass
-class Submission:
-    """A submitted job."""
-
-    key: str
-    """Its idempotency key."""
-    expected: float
-    """Its result."""
-    steps: int = 0
-    """Steps that its metrics must have; 0: none."""
-    parts: dict[str, GenerationSpec] = field(default_factory=dict)
-    """Specs of its children."""
-    ids: list[str] = field(default_factory=list)
-    """The job id that each submission with the key was answered with."""
-    cancelled: bool = False
-    watched: list[list[int]] = field(default_factory=list)
-    """Numbers of the events that each watcher saw."""
 
 
 class Workload:
@@ -84,8 +63,7 @@ class Workload:
                     upload, number = list(self.uploads.items())[-1]
                     job = self._submit_consume(ArtifactRef(artifact=upload), number)
                 case "parent":
-                    spec = self._spec(subjects=self._chance.randint(2, 3), steps=8)
-                    job = self._submit("generation", spec, expected_total(spec), parts=parts(spec))
+                    job = self._submit_count(subjects=self._chance.randint(2, 3), steps=8)
                 case _:
                     job = self._submit_count()
             under_way.append(job)
@@ -120,14 +98,13 @@ class Workload:
             jobs.append(self._evidence(submission, scratch, [child.name for child in children]))
             for child in children:
                 if spec := submission.parts.get(str(child.name)):
-                    part = Submission("", expected_total(spec), spec.training.steps, ids=[child.id])
-                    part.cancelled = submission.cancelled
+                    part = _count(spec, ids=[child.id], cancelled=submission.cancelled)
                     jobs.append(self._evidence(part, scratch))
         return jobs
 
     def fetched(self, scratch: Path) -> dict[str, float | str]:
         """What the uploads hold now; a sentence where one cannot be fetched and verified."""
-        known = {row.id for row in self._pages(self._arena.registry.artifacts)}
+        known = {artifact.id for artifact in self._insist(lambda client: client.artifacts(limit=None))}
         return {
             id: self._number(id, scratch / f"upload-{id}") if id in known else "the registry does not know it"
             for id in self.uploads
@@ -135,15 +112,7 @@ class Workload:
 
     def roots(self) -> list[str]:
         """All jobs in the registry that are no children."""
-        return [job.id for job in self._pages(self._arena.registry.list) if job.parent is None]
-
-    @staticmethod
-    def _pages(read: Callable[..., tuple[list[R], str | None]]) -> Iterator[R]:
-        page, cursor = read(limit=500)
-        yield from page
-        while cursor is not None:
-            page, cursor = read(limit=500, cursor=cursor)
-            yield from page
+        return [job.id for job in self._insist(lambda client: client.jobs(limit=None)) if job.parent is None]
 
     def _evidence(self, submission: Submission, scratch: Path, children: Sequence[str | None] = ()) -> Evidence:
         registry = self._arena.registry
@@ -161,19 +130,8 @@ class Workload:
                 output = float((folder / FILE).read_text())
             elif row.name == "metrics":
                 steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return Evidence(
-            job=job,
-            events=self._events(job),
-            artifacts=rows,
-            expected=submission.expected,
-            output=output,
-            steps=steps,
-            count=submission.steps if job.state is JobState.SUCCEEDED else 0,
-            parts=list(submission.parts),
-            children=children,
-            cancelled=submission.cancelled,
-            watched=submission.watched,
-        )
+        found: dict[str, Any] = {"events": self._events(job), "artifacts": rows, "output": output, "steps": steps}
+        return Evidence(**vars(submission), job=job, children=children, **found)
 
     def _number(self, id: str, folder: Path) -> float | str:
         try:
@@ -187,30 +145,22 @@ class Workload:
             events += page
         return events
 
-    def _submit_count(self) -> Submission:
-        spec = self._spec()
-        return self._submit("generation", spec, expected_total(spec), spec.training.steps)
+    def _submit_count(self, subjects: int = 1, steps: int = 30) -> Submission:
+        training = SubjectTrainingSpec(steps=steps, learning_rate=_STEP_SECONDS)
+        spec = GenerationSpec(seed=self._chance.randrange(2**31), subjects=subjects, training=training)
+        return self._submit("generation", spec, _count(spec))
 
     def _submit_consume(self, source: ArtifactRef, number: float) -> Submission:
-        return self._submit("crossmodal", CrossmodalSpec(zoo=source), consumed(number))
+        return self._submit("crossmodal", CrossmodalSpec(zoo=source), Submission(expected=consumed(number)))
 
-    def _spec(self, subjects: int = 1, steps: int = _STEPS) -> GenerationSpec:
-        training = SubjectTrainingSpec(steps=steps, learning_rate=_SECONDS)
-        return GenerationSpec(seed=self._chance.randrange(2**31), subjects=subjects, training=training)
-
-    def _submit(
-        self,
-        kind: Literal["generation", "crossmodal"],
-        spec: GenerationSpec | CrossmodalSpec,
-        expected: float,
-        steps: int = 0,
-        parts: dict[str, GenerationSpec] | None = None,
-    ) -> Submission:
-        submission = Submission(f"key-{len(self.submissions)}", expected, steps, parts or {})
-        body: dict[str, Any] = spec.model_dump(mode="json", exclude_defaults=True)
+    def _submit(self, kind: str, spec: Spec, submission: Submission) -> Submission:
+        submission.key = f"key-{len(self.submissions)}"
 
         def send(client: Client) -> str:
-            return client.submit(kind, body, idempotency_key=submission.key, **_OPTIONS).id  # type: ignore[arg-type]
+            job = client.submit(
+                kind, spec, idempotency_key=submission.key, max_attempts=100, stall_limit_seconds=_STALL_SECONDS
+            )
+            return job.id
 
         submission.ids.append(self._insist(send))
         if self._chance.random() < 0.3:
@@ -279,3 +229,10 @@ class Workload:
 
     def _spawn(self, function: Callable[..., None], *arguments: Any) -> None:
         self._threads.append(spawn(self.errors, function, *arguments))
+
+
+def _count(spec: GenerationSpec, **values: Any) -> Submission:
+    """What a job with ``spec`` must come to."""
+    if spec.subjects > 1:
+        return Submission(expected=expected_total(spec), parts=parts(spec), **values)
+    return Submission(expected=expected_total(spec), count=spec.training.steps, **values)

@@ -59,7 +59,6 @@ NewFolder = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; it must not exist.", callback=new_path)
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")]
-ZooFolder = Annotated[Path, typer.Argument(metavar="ZOO", help="Folder of a zoo.", exists=True, file_okay=False)]
 Limit = Annotated[int, typer.Option(min=1, help="Show at most this many, newest first.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Follow to the end; exit code 1 when a job fails.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")]

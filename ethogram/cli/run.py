@@ -145,14 +145,15 @@ def _run(kind: Kind, request: Request, options: _Options, show: Callable[[dict[s
     output.say("Preparing: loading the libraries.")
     try:
         folders, local = (import_module(f"services.runtime.{name}") for name in ("folders", "local"))
-        kind.load_job()
+        folder = folders.RunFolder(request.folder or options.out, request.places)
+        result = local.run(kind, spec, folder, request.inputs, options.device)
     except ModuleNotFoundError as error:
         raise Unavailable(f"running jobs here needs {error.name}, which is not installed: {_INSTALL}") from None
-    folder = folders.RunFolder(request.folder or options.out, request.places)
-    result = local.run(kind, spec, folder, request.inputs, options.device)
     if result is None:
         return
-    output.result(result, options.as_json, lambda: (show or output.figures)(result))
+    figures = result.get("figures", result)
+    headline = {name: figures[name] for name in kind.headline if name in figures}
+    output.result(result, options.as_json, lambda: show(result) if show else output.figures(headline or figures))
     for name in kind.outputs:
         if (place := folder.place(name)).exists():
             page = place / "report.html"

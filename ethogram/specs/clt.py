@@ -282,14 +282,8 @@ class GridAxis(Spec):
 
     option: str = Field(min_length=1, max_length=200, pattern=r"^(model|loss|training)\.[a-z0-9_]+$|^seed$")
     """Option of the clt spec, e.g. ``model.k``."""
-    values: list[str] = Field(default=[], max_length=1000)
+    values: list[str] = Field(default=[], min_length=1, max_length=1000)
     """Values as JSON; anything that is not JSON is a string."""
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> GridAxis:
-        if not self.values:
-            raise ValueError("values: give at least one")
-        return self
 
 
 class SweepSpec(SparseSpec):

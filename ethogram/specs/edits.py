@@ -20,6 +20,15 @@ MAX_STRENGTH = 100.0
 """Far beyond what a model was trained for, and far below what overflows."""
 
 
+class Behavior(NamedTuple):
+    """One behaviour that a model can steer."""
+
+    name: str
+    description: str
+    positives: int
+    """Networks of the training zoo that have it."""
+
+
 class Edit(NamedTuple):
     """One change of a network's behaviour."""
 

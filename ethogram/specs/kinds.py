@@ -4,7 +4,7 @@ tests derive from it; a job function and an RPC are named here, and imported by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
@@ -12,10 +12,14 @@ from typing import Any
 from ethogram.specs.base import Spec
 from ethogram.specs.clt import ActivationsSpec, CltSpec, PolicySpec, SaeSpec, SweepSpec
 from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.edits import OPERATIONS
 from ethogram.specs.generation import GenerationSpec
 
 EXAMPLE_JOB = "job_aaaaaaaaaaaaaaaaaaaa"
 """Placeholder in examples for the id of the user's own job."""
+
+
+SPARSE_HEADLINE = ("fvu", "explained_variance", "cosine", "l0", "dead", "silent")
 
 
 def _output(artifact: str) -> dict[str, str]:
@@ -45,6 +49,13 @@ class Kind:
     """Output artifacts: name to artifact type, the main one first; ``metrics`` and ``wandb`` come with any kind."""
     example: Mapping[str, Any]
     """A small spec."""
+    headline: Sequence[str] = ()
+    """The figures to show at the end of a run here; by default all."""
+
+    def makes(self, artifact: str, type: str) -> bool:
+        """Whether a job of this kind may make the ``artifact``: an output, what any kind makes, or a snapshot."""
+        snapshot = artifact.startswith("snapshot-") and type in self.outputs.values()
+        return self.outputs.get(artifact) == type or artifact in ("metrics", "wandb") or snapshot
 
     @property
     def system(self) -> str:
@@ -79,6 +90,10 @@ KINDS: dict[str, Kind] = {
             inputs={"zoo": "zoo"},
             outputs={"codec": "codec", "report": "report"},
             example={"zoo": _output("zoo"), "training": {"steps": 1000}},
+            headline=[
+                *("agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"),
+                *(f"{edit}.{n}" for edit in OPERATIONS for n in ("target_mean", "local_mean", "kept_mean", "all_gate")),
+            ],
         ),
         Kind(
             name="policy",
@@ -108,6 +123,7 @@ KINDS: dict[str, Kind] = {
             inputs={"activations": "activations"},
             outputs={"model": "sparse-model", "report": "report"},
             example={"activations": _output("activations"), "hook": "encoder_layer_2_mlp"},
+            headline=SPARSE_HEADLINE,
         ),
         Kind(
             name="clt",
@@ -118,6 +134,7 @@ KINDS: dict[str, Kind] = {
             inputs={"activations": "activations", "model.dictionary": "sparse-model"},
             outputs={"model": "sparse-model", "report": "report"},
             example={"activations": _output("activations"), "kind": "cross_layer"},
+            headline=SPARSE_HEADLINE,
         ),
         Kind(
             name="sweep",

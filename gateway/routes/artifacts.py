@@ -133,13 +133,12 @@ def download(
 
 
 def _keep(receiver: Upload, services: Services) -> Uploaded:
-    fields = receiver.finish()
-    name, type = fields.name, fields.type
+    fields = receiver.finish().model_dump()
 
     def record(id: str, manifest: Manifest) -> None:
-        services.registry.add_artifact(id, name, type, manifest.size, tenant=TENANT)
+        services.registry.add_artifact(id, size=manifest.size, tenant=TENANT, **fields)
 
-    id, manifest = services.store.put(receiver.folder, name=name, type=type, tenant=TENANT, record=record)
+    id, manifest = services.store.put(receiver.folder, tenant=TENANT, record=record, **fields)
     return Uploaded(id=id, manifest=manifest)
 
 

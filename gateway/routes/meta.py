@@ -6,19 +6,17 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import wait
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import redis
 from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from ethogram.errors import EthogramError, Unavailable
 from ethogram.specs.kinds import KINDS
-from gateway.metrics import MEDIA_TYPE
 from gateway.services import Parts
+from services.artifacts.store import code_version
 from services.jobs.signals import without_password
 
 logger = logging.getLogger(__name__)
@@ -90,10 +88,10 @@ def readyz(services: Parts, response: Response) -> Readiness:
     return Readiness(status="ready" if ready else "not ready", checks=results)
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {MEDIA_TYPE: {}}}})
+@router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})
 def metrics(services: Parts) -> Response:
     """Prometheus metrics of this gateway and of the queues."""
-    return Response(services.metrics.exposition(), media_type=MEDIA_TYPE)
+    return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/kinds")
@@ -109,11 +107,7 @@ def kinds() -> list[KindOut]:
 @router.get("/v1/info")
 def info(services: Parts) -> Info:
     """The platform's version and the address of its inference service."""
-    try:
-        number = version("ethogram")
-    except PackageNotFoundError:
-        number = "unknown"
-    return Info(version=number, inference=services.settings.inference)
+    return Info(version=code_version(), inference=services.settings.inference)
 
 
 def _check(name: str, check: Callable[[], object]) -> Check:
@@ -128,9 +122,8 @@ def _check(name: str, check: Callable[[], object]) -> Check:
 
 
 def _check_redis(url: str) -> None:
-    options: dict[str, Any] = {"socket_connect_timeout": 1, "socket_timeout": 1, "retry": Retry(NoBackoff(), 0)}
     try:
-        with redis.Redis.from_url(url, **options) as client:
+        with redis.Redis.from_url(url, socket_connect_timeout=1, socket_timeout=1, retry=None) as client:
             client.ping()
     except (redis.RedisError, OSError) as error:
         raise Unavailable(

@@ -138,11 +138,7 @@ class LocalBackend(Backend):
     def writing(self) -> Iterator[None]:
         # Writers share the lock. It is the kernel's, and ends with its holder, however that ends.
         with self._lock() as descriptor:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
+            _locked(descriptor, fcntl.LOCK_SH)
             yield
 
     def missing(self, paths: Collection[str]) -> list[str]:
@@ -155,8 +151,15 @@ class LocalBackend(Backend):
         without locks: nothing is ever collected there."""
         deadline = time.monotonic() + ALONE_SECONDS
         with self._lock() as descriptor:
-            while not (alone := _locked_alone(descriptor, self.root)) and time.monotonic() <= deadline:
+            while (
+                alone := _locked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ) is False and time.monotonic() <= deadline:
                 time.sleep(LOOK_SECONDS)
+            if alone is None:
+                raise Unavailable(
+                    f"the file system of {self.root} has no locks, so nothing is collected there; keep the store on "
+                    "another one, or set ETHOGRAM_GC_PERIOD_SECONDS=0"
+                )
             yield lambda: alone
 
     def _lock(self) -> AbstractContextManager[int]:
@@ -204,19 +207,16 @@ def disk_is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _locked_alone(descriptor: int, folder: Path) -> bool:
-    """Take the lock if nobody holds it."""
+def _locked(descriptor: int, operation: int) -> bool | None:
+    """Take a lock: whether it was free, or None on a file system without locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation)
     except BlockingIOError:
         return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        raise Unavailable(
-            f"the file system of {folder} has no locks, so nothing is collected there; keep the store on another one, "
-            "or set ETHOGRAM_GC_PERIOD_SECONDS=0"
-        ) from None
+        return None
     return True
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from ethogram.errors import InvalidInput, Unavailable, Violation
+from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.base import HubSpec
 
 RepositoryType = Literal["dataset", "model"]
@@ -91,7 +91,7 @@ def hub_errors(repo: str, field: str, action: str = "write to") -> Iterator[None
 
     def unreachable(reason: str) -> Unavailable:
         text = f"the Hugging Face Hub cannot be reached ({reason}) to {action} {repo}"
-        return Unavailable(f"{field}: {text}", [Violation(field, text)])
+        return Unavailable.field(field, text)
 
     try:
         yield

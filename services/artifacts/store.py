@@ -84,7 +84,7 @@ class ArtifactStore:
                     attempt=attempt,
                     spec=dict(spec) if spec is not None else None,
                     parents=list(parents),
-                    code_version=_code_version(),
+                    code_version=code_version(),
                     created=_now().isoformat(),
                     meta=dict(meta or {}),
                 )
@@ -175,13 +175,13 @@ class ArtifactStore:
                 text = f"an artifact of type {manifest.type!r} cannot be served, only {', '.join(sorted(PUBLISHABLE))}"
                 raise InvalidInput.field("artifact", text)
             while True:
-                taken = self._version_names(tenant, name)
+                earlier = self._versions(tenant, name)
                 # A clock that was set back must not make the new one look older.
-                times = [_time(pointer) + timedelta(microseconds=1) for pointer in self._versions(tenant, name)]
+                times = [_time(pointer) + timedelta(microseconds=1) for pointer in earlier.values() if pointer]
                 pointer = ModelPointer(
                     tenant=tenant,
                     name=name,
-                    version=version or str(max([0, *map(_number, taken)]) + 1),
+                    version=version or str(max([0, *map(_number, earlier)]) + 1),
                     artifact=artifact_id,
                     created=max([_now(), *times]).isoformat(),
                 )
@@ -207,7 +207,7 @@ class ArtifactStore:
             if pointer.deleted:
                 raise Deleted(f"model {name} version {version} was deleted")
             return pointer
-        current = [pointer for pointer in self._versions(tenant, name) if not pointer.retired]
+        current = [pointer for pointer in self._versions(tenant, name).values() if pointer and not pointer.retired]
         if not current:
             raise NotFound(f"there is no model {name}: publish one first")
         return max(current, key=_age)
@@ -215,9 +215,12 @@ class ArtifactStore:
     def models(self, tenant: str) -> list[ModelPointer]:
         """All published models, by name, and by age within a name; the retired ones too."""
         check_names(tenant=tenant)
-        names = self._names(f"models/{tenant}")
-        versions = [pointer for name in names for pointer in sorted(self._versions(tenant, name), key=_age)]
-        return [pointer for pointer in versions if not pointer.deleted]
+        versions = [
+            pointer for name in self._names(f"models/{tenant}") for pointer in self._versions(tenant, name).values()
+        ]
+        return sorted(
+            (pointer for pointer in versions if pointer and not pointer.deleted), key=lambda p: (p.name, _age(p))
+        )
 
     def retire(self, tenant: str, name: str, version: str) -> ModelPointer:
         """Serve this version only to requests that name it. Raises :class:`NotFound`."""
@@ -265,7 +268,15 @@ class ArtifactStore:
     def _published(self) -> list[ModelPointer]:
         """All pointers that are not deleted. Raises :class:`IllegalState` for one that cannot be read."""
         models = [(tenant, name) for tenant in self._names("models") for name in self._names(f"models/{tenant}")]
-        pointers = [pointer for tenant, name in models for pointer in self._versions(tenant, name, all_readable=True)]
+        pointers = []
+        for tenant, name in models:
+            for version, pointer in self._versions(tenant, name).items():
+                if pointer is None:
+                    raise IllegalState(
+                        f"models/{tenant}/{name}/{version}.json in the artifact store at {self.url} cannot be read, so "
+                        "nothing can be deleted; restore it, or remove it if nobody uses that model"
+                    )
+                pointers.append(pointer)
         return [pointer for pointer in pointers if not pointer.deleted]
 
     def _rewrite(self, pointer: ModelPointer, **changes: bool) -> ModelPointer:
@@ -273,21 +284,11 @@ class ArtifactStore:
         self.backend.write(_pointer_path(pointer), canonical_json(pointer.model_dump()))
         return pointer
 
-    def _version_names(self, tenant: str, name: str) -> list[str]:
-        """Versions that are taken, those that cannot be read too."""
+    def _versions(self, tenant: str, name: str) -> dict[str, ModelPointer | None]:
+        """The pointer of each version that is taken; None where it cannot be read."""
         files = self._names(f"models/{tenant}/{name}")
-        return [file.removesuffix(".json") for file in files if file.endswith(".json")]
-
-    def _versions(self, tenant: str, name: str, *, all_readable: bool = False) -> list[ModelPointer]:
-        """Pointers that can be read; with ``all_readable``, raises :class:`IllegalState` for another."""
-        pointers = {version: self._pointer(tenant, name, version) for version in self._version_names(tenant, name)}
-        unreadable = [version for version, pointer in pointers.items() if pointer is None]
-        if unreadable and all_readable:
-            raise IllegalState(
-                f"models/{tenant}/{name}/{unreadable[0]}.json in the artifact store at {self.url} cannot be read, so "
-                "nothing can be deleted; restore it, or remove it if nobody uses that model"
-            )
-        return [pointer for pointer in pointers.values() if pointer is not None]
+        versions = [file.removesuffix(".json") for file in files if file.endswith(".json")]
+        return {version: self._pointer(tenant, name, version) for version in versions}
 
     def _pointer(self, tenant: str, name: str, version: str) -> ModelPointer | None:
         data = self._read(f"models/{tenant}/{name}/{version}.json")
@@ -398,7 +399,8 @@ def _now() -> datetime:
 
 
 @cache
-def _code_version() -> str:
+def code_version() -> str:
+    """The installed version of Ethogram, ``unknown`` in a tree that is not installed."""
     try:
         return metadata.version("ethogram")
     except metadata.PackageNotFoundError:

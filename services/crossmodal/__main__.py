@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,7 +12,6 @@ from ethogram.cli import output
 from ethogram.cli.options import NewFolder, Public, examples, hub_spec, system_app
 from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
-from ethogram.specs.edits import OPERATIONS
 from ethogram.specs.kinds import KINDS
 
 _MODULE = "python -m services.crossmodal"
@@ -22,14 +21,6 @@ app = system_app(
     f"{_MODULE} train my-zoo -o my-run",
 )
 
-_SHARES = ("target_mean", "local_mean", "kept_mean", "all_gate")
-_HEADLINE = ["agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"]
-_HEADLINE += [f"{operation}.{share}" for operation in OPERATIONS for share in _SHARES]
-
-
-def _show(result: dict[str, Any]) -> None:
-    output.figures({name: result["figures"][name] for name in _HEADLINE if name in result["figures"]})
-
 
 @run_command(
     app,
@@ -38,7 +29,6 @@ def _show(result: dict[str, Any]) -> None:
     f"{_MODULE} train my-zoo -f examples/plain.yaml --set training.steps=2000 -o my-run",
     f"{_MODULE} train owner/name -o my-run",
     "torchrun --nproc-per-node 2 -m services.crossmodal train my-zoo -o my-run",
-    show=_show,
 )
 def train(
     zoo: Annotated[

@@ -2,8 +2,8 @@
 
 import warnings
 
-from ethogram.specs.edits import Strength
-from services.crossmodal.codec import AUTO, Behavior, Codec, Effect
+from ethogram.specs.edits import Behavior, Strength
+from services.crossmodal.codec import AUTO, Codec, Effect
 from services.crossmodal.codec_files import PARTS, Part
 
 __all__ = ["AUTO", "PARTS", "Behavior", "Codec", "Effect", "Part", "Strength"]

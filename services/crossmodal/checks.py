@@ -12,10 +12,6 @@ from services.zoo.layout import Layout
 from services.zoo.subjects import Architecture, Params
 
 
-class NotFinite(InvalidInput):
-    """A field holds NaN or infinity."""
-
-
 def networks(params: Mapping[str, Tensor], layout: Layout, activation: str | None = None) -> tuple[Params, int]:
     """Stacked networks as float32 with the parameters in order, and the index of their shape in the layout; or
     :class:`InvalidInput`. ``activation``: of their hidden layers, where the layout has several."""
@@ -83,8 +79,7 @@ def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:
         raise InvalidInput.field(field, "an empty batch; send at least one")
     single = tensor.float()
     if not bool(single.isfinite().all()):
-        error = InvalidInput if bool(tensor.isfinite().all()) else NotFinite
-        raise error.field(field, "holds NaN, infinity or a number that float32 cannot hold")
+        raise InvalidInput.field(field, "holds NaN, infinity or a number that float32 cannot hold")
     return single
 
 

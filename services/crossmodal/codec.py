@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
-from ethogram.specs.edits import Direction, Edit, EditLike, Mode, Steering, Strength
+from ethogram.specs.edits import Behavior, Direction, Edit, EditLike, Mode, Steering, Strength
 from services.crossmodal import checks
 from services.crossmodal.codec_files import PARTS, Contents, Part, read, write
 from services.crossmodal.data import Prepared, Preprocessor, Subjects
@@ -32,6 +33,8 @@ from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, Params, activations, encode, flatten, unflatten
 from services.zoo.universe import VALIDATION
 
+__all__ = ["AUTO", "Batch", "Behavior", "Codec", "Effect", "encoded"]
+
 CHUNK = 256
 """Networks that go through encoder or decoder at once, which bounds a transformer's memory."""
 AUTO = (1.0, 1.25, 0.75, 1.5, 0.5, 2.0)
@@ -40,15 +43,6 @@ MIN_RECALL = 0.5
 """Minimum recall on a behaviour's sequences for a network to count as having it."""
 MIN_EXCLUSIVE = 8
 """Fewest sequences that match one behaviour alone for these to decide who has it."""
-
-
-class Behavior(NamedTuple):
-    """One behaviour that a codec can steer."""
-
-    name: str
-    description: str
-    positives: int
-    """Training subjects that have it."""
 
 
 class Batch(NamedTuple):
@@ -97,6 +91,7 @@ class Codec:
         self.contents, self.device = contents, device
         self.spec, self.zoo, self.preprocessor = contents.spec, contents.zoo, contents.preprocessor
         self.patterns, self.positives = contents.patterns, contents.positives
+        self.signature, self.probes = contents.signature, contents.probes
         self.evaluation, self.support = contents.evaluation, contents.support
         self.history: list[dict[str, float]] = []
         """Loss, terms and validations of its training, each row with its ``step``; not kept in its files."""
@@ -160,6 +155,17 @@ class Codec:
         """What can be added and removed, in the order of ``directions``."""
         return [Behavior(p.name, p.description, n) for p, n in zip(self.patterns, self.positives, strict=True)]
 
+    @property
+    def course(self) -> list[dict[str, float]]:
+        """The former name of ``history``."""
+        warnings.warn("Codec.course is now Codec.history", DeprecationWarning, stacklevel=2)
+        return self.history
+
+    @property
+    def signature_shape(self) -> tuple[int, int]:
+        """Neurons and values of a signature."""
+        return self.layout.neurons, self.preprocessor.extractor.values
+
     def latents(self, inputs: Tensor, shape: Tensor) -> Tensor:
         """Latents ``[batch, latent]`` of the encoder's flat inputs ``[batch, inputs]`` of networks of the shapes
         ``shape`` (int64 ``[batch]``)."""
@@ -185,8 +191,7 @@ class Codec:
             raise InvalidInput.field("signatures", text)
         if len(self.layout.shapes) > 1 or self.preprocessor.canonicalizer is not None:
             raise InvalidInput.field("signatures", "this model must see the networks themselves; send networks")
-        shape = (self.layout.neurons, self.preprocessor.extractor.values)
-        return Batch(checks.batch(signatures, shape, "signatures").flatten(1), 0)
+        return Batch(checks.batch(signatures, self.signature_shape, "signatures").flatten(1), 0)
 
     def check_latents(self, latents: Tensor, shape: Architecture | None = None) -> Batch:
         """``latents`` as rows for :meth:`decode`."""
@@ -283,8 +288,8 @@ class Codec:
         source_decoded = self.decodings(latents, shape)
         shift = change @ self.directions[direction]
 
-        def moved(strength: float) -> tuple[Tensor, Tensor]:
-            steered = latents + strength * shift
+        def moved(strength: Tensor) -> tuple[Tensor, Tensor]:
+            steered = latents + strength.unsqueeze(1) * shift
             decoded = self.decodings(steered, shape)
             # The difference is undone, not the sum: the source's own weights stay what they are to the bit.
             weights = prepared.undo(decoded) if mode == "direct" else vectors + prepared.undo(decoded - source_decoded)
@@ -296,26 +301,19 @@ class Codec:
         # Where all sequences of a behaviour are probes, the support set has none: the latent decides.
         had = torch.where(decisive.any(1), had, self.probe(latents) > 0)
         requested = had & ~(change < 0) | (change > 0)
-        if strength != "auto":
-            weights, steered = moved(strength)
+        if strength == "auto":
+            before, after = map(self.support.labels, (had, requested))
+            choices, margins = torch.tensor(AUTO, device=self.device), []
+            for choice in choices:
+                weights, _ = moved(choice.expand(len(vectors)))
+                scores = score(self.yes(weights, shape, self.support), source, before, after)
+                margins.append(torch.minimum(scores.target - TARGET_GATE, scores.local - LOCAL_GATE))
+            # Of equal strengths the first, which is nearest to 1. Where nothing is to change, nothing does.
+            best = choices[torch.stack(margins).argmax(0)]
+            strengths = torch.where((before == after).all(1), 0.0, best)
+        else:
             strengths = torch.full((len(vectors),), strength, device=self.device)
-            return _Steered(vectors, shape, latents, weights, steered, strengths, had, requested)
-        before, after = map(self.support.labels, (had, requested))
-        trials = [moved(factor) for factor in AUTO]
-        margins = []
-        for weights, _ in trials:
-            scores = score(self.yes(weights, shape, self.support), source, before, after)
-            margins.append(torch.minimum(scores.target - TARGET_GATE, scores.local - LOCAL_GATE))
-        # Of equal strengths the first, which is nearest to 1.
-        best = torch.stack(margins).argmax(0)
-        rows = torch.arange(len(best), device=self.device)
-        weights, steered = (torch.stack(tensors)[best, rows] for tensors in zip(*trials, strict=True))
-        # Where nothing is to change, nothing does.
-        same = (before == after).all(1)
-        strengths = torch.where(same, 0.0, torch.tensor(AUTO, device=self.device)[best])
-        weights = torch.where(same.unsqueeze(1), moved(0.0)[0], weights)
-        steered = torch.where(same.unsqueeze(1), latents, steered)
-        return _Steered(vectors, shape, latents, weights, steered, strengths, had, requested)
+        return _Steered(vectors, shape, latents, *moved(strengths), strengths, had, requested)
 
     @torch.no_grad()
     def evaluate(self, networks: Params | Batch, activation: str | None = None) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ from services.crossmodal.canonical import Canonicalizer
 from services.crossmodal.data import Preprocessor
 from services.crossmodal.model import EncoderDecoder
 from services.crossmodal.steering import Probe
-from services.crossmodal.tokenizer import Tokenizer
 from services.runtime.reading import reading
 from services.runtime.tensors import write_tensors
 from services.zoo.layout import Layout
@@ -133,7 +132,7 @@ def read(folder: Path, parts: Sequence[Part] = PARTS) -> Contents:
             references = [unflatten(flat[str(i)].unsqueeze(0), shape) for i, shape in enumerate(shapes)]
             canonicalizer = Canonicalizer(layout, inputs, references)
     preprocessor = Preprocessor(spec.codec.inputs, layout, extractor, canonicalizer)
-    model = EncoderDecoder(spec.codec, Tokenizer.of(spec.codec, preprocessor), len(patterns), torch.Generator())
+    model = EncoderDecoder(spec.codec, preprocessor, len(patterns), torch.Generator())
     for name in PARTS:
         if name not in parts:
             delattr(model, name)

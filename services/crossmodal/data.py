@@ -53,17 +53,14 @@ class Prepared(NamedTuple):
         return vectors if self.transform is None else self.transform.undo(vectors)
 
 
+@dataclass(frozen=True)
 class Preprocessor:
     """From networks to the encoder's inputs: canonical form, signatures on the codec's own probes, weights."""
 
-    def __init__(
-        self,
-        inputs: Literal["signature", "weights", "both"],
-        layout: Layout,
-        extractor: ActivationSignatureExtractor,
-        canonicalizer: Canonicalizer | None,
-    ) -> None:
-        self.inputs, self.layout, self.extractor, self.canonicalizer = inputs, layout, extractor, canonicalizer
+    inputs: Literal["signature", "weights", "both"]
+    layout: Layout
+    extractor: ActivationSignatureExtractor
+    canonicalizer: Canonicalizer | None
 
     @classmethod
     def of(cls, spec: CrossmodalSpec, zoo: Zoo, train: Tensor) -> Preprocessor:

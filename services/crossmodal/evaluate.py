@@ -18,14 +18,14 @@ the nearest training subject's own weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ethogram.specs.edits import DIRECTIONS, MODES, OPERATIONS, Direction, Edit, Mode
+from ethogram.specs.edits import DIRECTIONS, MODES, OPERATIONS, Direction, Edit
 from services.crossmodal.baselines import Baselines
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects, split_subjects
@@ -39,10 +39,31 @@ MIN_DECIDED, MIN_OWN_ACCURACY = 16, 0.8
 CONTROLS = ("null", "random", "reverse")
 OTHERS: tuple[Direction, ...] = ("mean_difference", "classifier_normal")
 VARIANTS = ("edit", *CONTROLS, *OTHERS)
+_SCORES = ("target_mean", "target_gate", "local_mean", "kept_mean", "all_gate")
 CHUNK = 64
 """Edits that are run at once, and most edits of one kind that a curve is taken of."""
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Of the curves."""
+
+
+class Decoded(NamedTuple):
+    """Judged subjects after the codec: latents ``[subjects, latent]``, their decodings ``[subjects, size]``."""
+
+    latents: Tensor
+    weights: Tensor
+
+
+class Sample(NamedTuple):
+    """At most ``CHUNK`` edits of one kind; the first axis is the edits'."""
+
+    subjects: Subjects
+    decoded: Decoded
+    source: Tensor
+    """The subjects' own answers: bool ``[edits, n]``."""
+    before: Tensor
+    """Exact labels before: bool ``[edits, n]``."""
+    after: Tensor
+    """Exact labels after."""
 
 
 class PossibleEdits(NamedTuple):
@@ -51,11 +72,19 @@ class PossibleEdits(NamedTuple):
     subject: Tensor
     """Positions among the judged subjects: int64 ``[edits]``."""
     before: Tensor
-    """Exact labels before: bool ``[edits, n]``."""
+    """Exact labels, as in :class:`Sample`."""
     after: Tensor
-    """Exact labels after."""
     skipped: int
     """Edits left out: too few sequences that decide, or a subject too weak."""
+
+    def samples(self, subjects: Subjects, decoded: Decoded, source: Tensor) -> list[Sample]:
+        """The edits in chunks; ``source``: the judged subjects' own answers, bool ``[subjects, n]``."""
+        chunks = zip(*(torch.split(tensor, CHUNK) for tensor in self[:3]), strict=True)
+        return [
+            Sample(subjects.at(index), Decoded(*(tensor[index] for tensor in decoded)), source[index], *labels)
+            for index, *labels in chunks
+            if len(index)
+        ]
 
 
 def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
@@ -83,17 +112,20 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     run.stage("evaluate", len(edits) + 1, "edits")
     figures, decoded = judge_decoding(codec, train, subjects)
     run.advance(1)
-    rows: list[dict[str, Any]] = []
-    for done, edit in enumerate(edits, 2):
-        rows += judge_edit(codec, subjects, decoded, source, edit)
-        run.advance(done)
-    figures |= summary(rows)
     baselines = Baselines(codec, train, Queries.build(zoo.universe, codec.layout.envelope, codec.spec.seed))
-    others = judge_others(codec, subjects, decoded, source, edits, baselines=baselines)
-    ways = product(*(dict.fromkeys(row[key] for row in others) for key in ("variant", "operation")))
-    for variant, operation in ways:
-        if group := [row for row in others if (row["variant"], row["operation"]) == (variant, operation)]:
-            figures[f"{operation}.{variant}.all_gate"] = _mean(group, "all_gate")
+    steering: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
+    for done, edit in enumerate(edits, 2):
+        possible = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit]))
+        samples = possible.samples(subjects, decoded, source)
+        steering += judge_edit(codec, edit, samples, possible.skipped)
+        others += judge_others(codec, edit, samples[0], baselines) if samples else []
+        curves += judge_strengths(codec, edit, samples[0]) if samples else []
+        run.advance(done)
+    figures |= summary(steering)
+    by_way, by_strength = _groups(others, "variant", "operation"), _groups(curves, "operation", "direction", "strength")
+    figures |= {f"{operation}.{way}.all_gate": _mean(rows, "all_gate") for (way, operation), rows in by_way.items()}
     probes = judge_probes(codec, train, subjects, decoded)
     for name in ("balanced_accuracy", "auc") if probes else ():
         figures[f"probes.{name}"] = _mean(list(probes.values()), name)
@@ -102,17 +134,10 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
         "reconstruction": judge_reconstruction(codec, subjects, decoded),
         "probes": probes,
         "others": others,
-        "curves": judge_curves(codec, subjects, decoded, source, edits),
-        "steering": rows,
+        "curves": [rows[0] | {name: _mean(rows, name) for name in _SCORES} for rows in by_strength.values()],
+        "steering": steering,
         "subjects": {"train": len(split.train), "held_out": len(split.held_out)},
     }
-
-
-class Decoded(NamedTuple):
-    """Judged subjects after the codec: latents ``[subjects, latent]``, their decodings ``[subjects, size]``."""
-
-    latents: Tensor
-    weights: Tensor
 
 
 @torch.no_grad()
@@ -126,7 +151,7 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
     constant = max(float(_agreement(evaluation, source == answer).mean()) for answer in (True, False))
     figures = {
         "agreement": float(matched.mean()),
-        "agreement_balanced": float(_balanced(decoded, source).mean()),
+        "agreement_balanced": float(((share(decoded, source) + share(~decoded, ~source)) / 2).mean()),
         "agreement_constant": constant,
     }
     if len(weights) > 1:
@@ -197,76 +222,58 @@ def judge_probes(codec: Codec, train: Subjects, subjects: Subjects, decoded: Dec
 
 
 @torch.no_grad()
-def judge_curves(
-    codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edits: Sequence[Edit]
-) -> list[dict[str, float | str]]:
-    """What residual edits of each kind of direction do as they grow stronger: macro means over ``edits``, of each
-    operation; ``source``: the subjects' own answers, bool ``[subjects, n]``."""
-    by_point: dict[tuple[str, str, float], list[dict[str, float]]] = {}
-    for edit, possible in _samples(codec, subjects, source, edits):
-        index = possible.subject
-        chosen = subjects.at(index)
-        for kind in DIRECTIONS:
-            shift = codec.signs([edit]) @ codec.directions[kind]
-            for strength in STRENGTHS:
-                steered = codec.model.decoder(decoded.latents[index] + strength * shift, chosen.shape)
-                weights = edited(chosen.weights, decoded.weights[index], steered, "residual")
-                scores = score(codec.yes(weights, chosen.shape), source[index], possible.before, possible.after)
-                by_point.setdefault((edit.operation, kind, strength), []).append(_means(scores))
-    return [
-        {"operation": operation, "direction": kind, "strength": strength, **{n: _mean(rows, n) for n in rows[0]}}
-        for (operation, kind, strength), rows in by_point.items()
-    ]
+def judge_strengths(codec: Codec, edit: Edit, sample: Sample) -> list[dict[str, Any]]:
+    """What residual edits of each kind of direction do as they grow stronger: a row for each direction and strength."""
+    (_, weights, shape, _), decoded = sample.subjects, sample.decoded
+    rows = []
+    for kind, strength in product(DIRECTIONS, STRENGTHS):
+        shift = codec.signs([edit]) @ codec.directions[kind]
+        steered = codec.model.decoder(decoded.latents + strength * shift, shape)
+        predictions = codec.yes(edited(weights, decoded.weights, steered, "residual"), shape)
+        row = {"operation": edit.operation, "direction": kind, "strength": strength}
+        rows.append(row | _means(score(predictions, *sample[2:])))
+    return rows
 
 
-def judge_others(
-    codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edits: Sequence[Edit], *, baselines: Baselines
-) -> list[dict[str, Any]]:
-    """What the :class:`Baselines` reach, on at most ``CHUNK`` subjects each; a row for each edit and baseline."""
+def judge_others(codec: Codec, edit: Edit, sample: Sample, baselines: Baselines) -> list[dict[str, Any]]:
+    """What each of the :class:`Baselines` reaches, a row each."""
     rows: list[dict[str, Any]] = []
-    for edit, possible in _samples(codec, subjects, source, edits):
-        chosen = subjects.at(possible.subject)
-        labels = (source[possible.subject], possible.before, possible.after)
-        for name, (weights, available) in baselines.edit(chosen, decoded.latents[possible.subject], edit).items():
-            if bool(available.any()):
-                predictions = codec.yes(weights[available], chosen.shape[available])
-                scores = score(predictions, *(tensor[available] for tensor in labels))
-                row = {"pattern": edit.label, "operation": edit.operation, "variant": name}
-                rows.append({**row, "edits": int(available.sum()), **_means(scores)})
+    subjects = sample.subjects
+    for name, (weights, available) in baselines.edit(subjects, sample.decoded.latents, edit).items():
+        if bool(available.any()):
+            predictions = codec.yes(weights[available], subjects.shape[available])
+            scores = score(predictions, *(tensor[available] for tensor in sample[2:]))
+            row = {"pattern": edit.label, "operation": edit.operation, "variant": name}
+            rows.append({**row, "edits": int(available.sum()), **_means(scores)})
     return rows
 
 
 @torch.no_grad()
-def judge_edit(codec: Codec, subjects: Subjects, decoded: Decoded, source: Tensor, edit: Edit) -> list[dict[str, Any]]:
-    """The rows of one edit and its controls, in both modes; ``source``: the subjects' own answers, bool ``[subjects,
-    n]``."""
-    signs = codec.signs([edit])
-    possible = possible_edits(codec.evaluation, subjects.labels, source, edit, signs)
-    count = len(possible.subject)
-    row = {"pattern": edit.label, "operation": edit.operation, "edits": count, "skipped": possible.skipped}
+def judge_edit(codec: Codec, edit: Edit, samples: Sequence[Sample], skipped: int) -> list[dict[str, Any]]:
+    """The rows of one edit and its controls, in both modes."""
+    count = sum(len(sample.source) for sample in samples)
+    row = {"pattern": edit.label, "operation": edit.operation, "edits": count, "skipped": skipped}
     if not count:
         return [row]
+    signs = codec.signs([edit])
     direction = signs @ codec.directions["learned"]
     noise_generator = generator(codec.spec.seed, "random direction", edit.label, edit.operation)
     noise = torch.randn(count, len(direction), generator=noise_generator).to(direction)
     noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
     shifts = {"edit": direction, "null": 0 * direction, "random": noise, "reverse": -direction}
     shifts |= {kind: signs @ codec.directions[kind] for kind in OTHERS}
-    results: dict[tuple[Mode, str], list[Scores]] = {(mode, name): [] for mode in MODES for name in VARIANTS}
-    for chunk in torch.split(torch.arange(count, device=direction.device), CHUNK):
-        index = possible.subject[chunk]
-        weights, shape = subjects.weights[index], subjects.shape[index]
-        for name, shift in shifts.items():
-            moved = decoded.latents[index] + (shift[chunk] if shift.dim() == 2 else shift)
-            steered = codec.model.decoder(moved, shape)
-            variants = torch.stack([edited(weights, decoded.weights[index], steered, mode) for mode in MODES], 1)
+    scores: dict[tuple[str, str], list[Scores]] = {key: [] for key in product(MODES, VARIANTS)}
+    for name, shift in shifts.items():
+        for sample, part in zip(samples, torch.split(shift.expand(count, -1), CHUNK), strict=True):
+            (_, weights, shape, _), decoded = sample.subjects, sample.decoded
+            steered = codec.model.decoder(decoded.latents + part, shape)
+            variants = torch.stack([edited(weights, decoded.weights, steered, mode) for mode in MODES], 1)
             predictions = codec.layout.logits(variants, shape, codec.evaluation_inputs) > 0
-            for i, mode in enumerate(MODES):
-                scores = score(predictions[:, i], source[index], possible.before[chunk], possible.after[chunk])
-                results[mode, name].append(scores)
+            for mode, answers in zip(MODES, predictions.unbind(1), strict=True):
+                scores[mode, name].append(score(answers, *sample[2:]))
     return [
         {**row, "mode": mode, "variant": variant, **_means(Scores(*map(torch.cat, zip(*chunks, strict=True))))}
-        for (mode, variant), chunks in results.items()
+        for (mode, variant), chunks in scores.items()
     ]
 
 
@@ -290,35 +297,30 @@ def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit:
     return PossibleEdits(subject[keep], before[keep], after[keep], int((~keep).sum()))
 
 
-def _samples(
-    codec: Codec, subjects: Subjects, source: Tensor, edits: Sequence[Edit]
-) -> Iterator[tuple[Edit, PossibleEdits]]:
-    """The first ``CHUNK`` edits of each kind that can be judged, if there are any."""
-    for edit in edits:
-        possible = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit]))
-        if len(possible.subject):
-            subject, before, after, skipped = possible
-            yield edit, PossibleEdits(subject[:CHUNK], before[:CHUNK], after[:CHUNK], skipped)
-
-
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Macro means over the patterns, and the highest all_gate of any control."""
     figures: dict[str, float] = {}
+    groups = _groups([row for row in rows if row["edits"]], "mode", "operation", "variant")
     for mode, operation, variant in product(MODES, OPERATIONS, VARIANTS):
-        key = (mode, operation, variant)
-        chosen = [row for row in rows if row["edits"] and (row["mode"], row["operation"], row["variant"]) == key]
-        if not chosen:
+        if (chosen := groups.get((mode, operation, variant))) is None:
             continue
         direct, control = ("direct",) * (mode == "direct"), (variant,) * (variant != "edit")
         prefix = ".".join([*direct, operation, *control])
-        for name in ("target_mean", "target_gate", "local_mean", "kept_mean", "all_gate"):
-            figures[f"{prefix}.{name}"] = _mean(chosen, name)
+        figures |= {f"{prefix}.{name}": _mean(chosen, name) for name in _SCORES}
         if variant == "edit":
             figures[f"{prefix}.min_pattern_all_gate"] = min(row["all_gate"] for row in chosen)
     controls = [
         value for name, value in figures.items() if name.endswith("all_gate") and name.split(".")[-2] in CONTROLS
     ]
     return figures | ({"controls.max_all_gate": max(controls)} if controls else {})
+
+
+def _groups(rows: Sequence[dict[str, Any]], *columns: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Rows by their values in ``columns``."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return groups
 
 
 def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
@@ -342,16 +344,6 @@ def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:
     return strata[:, torch.unique(evaluation.stratum)].mean(1)
 
 
-def _balanced(predictions: Tensor, source: Tensor) -> Tensor:
-    """Mean of the agreement where the source says yes and where it says no, ``[subjects]``."""
-    return (share(predictions, source) + share(~predictions, ~source)) / 2
-
-
 def _means(scores: Scores) -> dict[str, float]:
-    return {
-        "target_mean": float(scores.target.mean()),
-        "target_gate": float(scores.target_gate.float().mean()),
-        "local_mean": float(scores.local.mean()),
-        "kept_mean": float(scores.kept.mean()),
-        "all_gate": float(scores.all_gate.float().mean()),
-    }
+    columns = (scores.target, scores.target_gate, scores.local, scores.kept, scores.all_gate)
+    return {name: float(column.float().mean()) for name, column in zip(_SCORES, columns, strict=True)}

@@ -1,4 +1,5 @@
-"""Codecs on the Hugging Face Hub: one model repository each, encoder and decoder as files of their own."""
+"""Upload codecs to the Hugging Face Hub and download them: a model repository each, encoder and decoder in separate
+files."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ tags:
 
 # {repo}
 
-An encoder-decoder from what small networks do ({inputs}) through a latent of {latent} numbers to their weights, with a
-direction for each of {count} behaviours: {behaviors}.
+An encoder-decoder of small networks: it encodes a network's {inputs} into a latent of {latent} numbers, and decodes
+latents into weights. It has a steering direction for each of {count} behaviours: {behaviors}.
 
 ```python
 from services.crossmodal.codec import Codec
@@ -33,16 +34,17 @@ steered, latents = codec.steer(networks, [("add", "{first}")])
 
 
 def push(folder: Path, spec: HubSpec, field: str = "spec.hub.repo") -> None:
-    """Upload the codec in ``folder`` with a model card, in one commit; ``field``: where the repository was named.
+    """Upload the codec in ``folder`` with a model card, in one commit. ``field``: where the repository was named, for
+    error messages.
 
     Raises :class:`InvalidInput` for a folder that is not a codec and without permission, and :class:`Unavailable`
-    without a Hub.
+    if the Hub cannot be reached.
     """
     codec = Codec.load(folder, parts=())
     names = [behavior.name for behavior in codec.behaviors]
     card = CARD.format(
         repo=spec.repo,
-        inputs=codec.spec.codec.inputs,
+        inputs=codec.spec.codec.inputs.replace("both", "signature and weights"),
         latent=codec.latent_dim,
         count=len(names),
         behaviors=", ".join(names),
@@ -55,6 +57,6 @@ def push(folder: Path, spec: HubSpec, field: str = "spec.hub.repo") -> None:
 
 
 def pull(repo: str, parts: Sequence[Part] = PARTS, field: str = "REPO") -> Path:
-    """Download a codec, of encoder and decoder only ``parts``: its folder in the Hub's cache."""
+    """Download a codec, of encoder and decoder only ``parts``. Returns its folder in the Hub's cache."""
     exclude = [f"{part}.safetensors" for part in PARTS if part not in parts]
     return fetch(repo, "model", ["*.safetensors", "config.json"], exclude, field=field)

@@ -22,7 +22,7 @@ def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
     and the numbers of ``subjects``; the rows behind them are in the report (see
     :func:`services.crossmodal.evaluate.evaluate`)."""
     if spec.hub is not None and world.first:
-        # Permission and network are checked before any training.
+        # Fail before training, not after it, without a network or permission.
         Repository(spec.hub, "model").open()
     zoo = open_zoo(run.inputs["zoo"], run)
     codec = train(spec, zoo, run, world)
@@ -30,7 +30,7 @@ def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         return {}
     with tempfile.TemporaryDirectory() as scratch:
         codec.save(Path(scratch, "codec"))
-        # First, so that nothing that fails later costs it.
+        # Before the evaluation, so that the codec is kept if a later step fails.
         run.artifact("codec", "codec", Path(scratch, "codec"))
         evaluation = evaluate(codec, zoo, run)
         write_report(Path(scratch, "report"), codec, zoo, evaluation)

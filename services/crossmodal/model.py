@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from itertools import pairwise, zip_longest
 
 import torch
@@ -16,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ethogram.specs.crossmodal import CodecSpec
-from services.crossmodal.data import Subjects
-from services.crossmodal.tokenizer import Form, Tokenizer, Tokens
+from services.crossmodal.data import Preprocessor, Subjects
+from services.crossmodal.tokenizer import Form, Tokens, signature_form, weights_form
 from services.zoo.layout import Layout
 from services.zoo.subjects import ACTIVATIONS
 
@@ -87,15 +86,18 @@ class Encoder(nn.Module):
     descriptors: Tensor
     components: Tensor
 
-    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, generator: torch.Generator) -> None:
+    def __init__(self, spec: CodecSpec, layout: Layout, values: int, generator: torch.Generator) -> None:
+        """``values``: numbers of a signature for each neuron."""
         super().__init__()
-        self.spec, layout = spec, tokenizer.layout
-        signature = [(tokenizer.signature, layout.neurons * tokenizer.values)] if spec.inputs != "weights" else []
-        weights = [(tokenizer.weights, layout.size)] if spec.inputs != "signature" else []
-        forms = [form for form, _ in signature + weights]
-        # Copies: they go with the model from device to device, and the tokenizer's stay.
-        self.forms = nn.ModuleList(deepcopy(form) for form in forms)
-        self.sizes = [size for _, size in signature + weights]
+        self.spec = spec
+        forms, self.sizes = list[Form](), list[int]()
+        if spec.inputs != "weights":
+            forms.append(signature_form(layout, values))
+            self.sizes.append(layout.neurons * values)
+        if spec.inputs != "signature":
+            forms.append(weights_form(layout, spec.granularity, spec.chunk))
+            self.sizes.append(layout.size)
+        self.forms = nn.ModuleList(forms)
         self.register_buffer("descriptors", descriptors(layout))
         self.standard = Standard(sum(self.sizes))
         hidden, about = spec.hidden_dim, self.descriptors.shape[1]
@@ -162,10 +164,9 @@ class Decoder(nn.Module):
     descriptors: Tensor
     present: Tensor
 
-    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, generator: torch.Generator) -> None:
+    def __init__(self, spec: CodecSpec, layout: Layout, generator: torch.Generator) -> None:
         super().__init__()
-        self.spec, layout = spec, tokenizer.layout
-        self.size = layout.size
+        self.spec, self.size = spec, layout.size
         self.register_buffer("descriptors", descriptors(layout))
         self.register_buffer("present", layout.present.float(), persistent=False)
         self.standard = Standard(layout.size)
@@ -174,7 +175,7 @@ class Decoder(nn.Module):
             self.layers = perceptron([entering, *[hidden] * spec.depth, layout.size], generator)
             self.straight = _linear(entering, layout.size, generator)
             return
-        self.form = deepcopy(tokenizer.weights)
+        self.form = weights_form(layout, spec.granularity, spec.chunk)
         self.queries = TokenEmbedding(0, self.form, spec, generator)
         self.memory = _linear(entering, MEMORY * hidden, generator)
         self.blocks = nn.ModuleList(Block(hidden, spec.heads, generator, cross=True) for _ in range(spec.depth))
@@ -231,10 +232,10 @@ class Block(nn.Module):
 class EncoderDecoder(nn.Module):
     """An encoder, a decoder, and a steering direction for each behaviour."""
 
-    def __init__(self, spec: CodecSpec, tokenizer: Tokenizer, behaviors: int, generator: torch.Generator) -> None:
+    def __init__(self, spec: CodecSpec, preprocessor: Preprocessor, behaviors: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.encoder = Encoder(spec, tokenizer, generator)
-        self.decoder = Decoder(spec, tokenizer, generator)
+        self.encoder = Encoder(spec, preprocessor.layout, preprocessor.extractor.values, generator)
+        self.decoder = Decoder(spec, preprocessor.layout, generator)
         self.directions = nn.Parameter(0.1 * torch.randn(behaviors, spec.latent_dim, generator=generator))
         """What is added to a latent to gain each behaviour ``[behaviors, latent]``."""
 

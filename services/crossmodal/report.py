@@ -116,26 +116,23 @@ def steer_examples(codec: Codec, zoo: Zoo) -> tuple[list[dict[str, Any]], dict[s
             chosen += [(row, Edit(operation, name)) for row in fits.nonzero().flatten()[:1].tolist()]
     if not chosen:
         return [], {}
-    index = torch.tensor([row for row, _ in chosen])
-    source = {name: tensor.to(codec.device) for name, tensor in select(networks, index).items()}
-    results = [
-        codec.steer(select(source, torch.tensor([i])), [edit], activation=shape.activation)[0]
-        for i, (_, edit) in enumerate(chosen)
+    source = select(networks, torch.tensor([row for row, _ in chosen]))
+    effects = [
+        codec.effect(select(networks, torch.tensor([row])), [edit], activation=shape.activation) for row, edit in chosen
     ]
-    steered = {name: torch.cat([result[name] for result in results]) for name in source}
-    recalls = [codec.evaluate(params, shape.activation)[0].tolist() for params in (source, steered)]
     examples = [
         {
             "subject": int(held_out[row]),
             "patterns": [name for name, has in zip(names, labels[row].tolist(), strict=True) if has],
             "edit": edit._asdict(),
-            "recall_before": dict(zip(names, before, strict=True)),
-            "recall_after": dict(zip(names, after, strict=True)),
+            "recall_before": dict(zip(names, effect.recall[0, 0].tolist(), strict=True)),
+            "recall_after": dict(zip(names, effect.recall[0, 1].tolist(), strict=True)),
         }
-        for (row, edit), before, after in zip(chosen, *recalls, strict=True)
+        for (row, edit), effect in zip(chosen, effects, strict=True)
     ]
+    steered = {name: torch.cat([effect.networks[name] for effect in effects]).cpu() for name in source}
     variants = {"source": source, "steered": steered}
-    return examples, {f"{v}.{name}": tensor.cpu() for v, params in variants.items() for name, tensor in params.items()}
+    return examples, {f"{v}.{name}": tensor for v, params in variants.items() for name, tensor in params.items()}
 
 
 @torch.no_grad()

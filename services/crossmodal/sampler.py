@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class BehaviorAwareBatchSampler:
         # An odd subject of a behaviour makes one more pair. How many do is random, so epochs are padded to the most.
         self.pairs = -(-len(labels) // 2) + labels.shape[1]
         self.pairs_of_batch = min(batch_size // 2, self.pairs)
-        self._epochs: dict[int, Tensor] = {}
+        # A batch has pairs of at most two epochs.
+        self._epoch = lru_cache(2)(self.epoch)
 
     def batch(self, number: int) -> Tensor:
         """Indices of the subjects of batch ``number`` of a run, int64, buddies side by side.
@@ -45,9 +47,7 @@ class BehaviorAwareBatchSampler:
         """
         first, last = number * self.pairs_of_batch, (number + 1) * self.pairs_of_batch - 1
         epochs = range(first // self.pairs, last // self.pairs + 1)
-        kept = self._epochs
-        self._epochs = {epoch: kept[epoch] if epoch in kept else self.epoch(epoch) for epoch in epochs}
-        pairs = torch.cat([self._epochs[epoch] for epoch in epochs])
+        pairs = torch.cat([self._epoch(epoch) for epoch in epochs])
         start = first - epochs[0] * self.pairs
         return pairs[start : start + self.pairs_of_batch].flatten()
 

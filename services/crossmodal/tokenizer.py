@@ -8,7 +8,6 @@ neuron they belong to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ethogram.specs.crossmodal import CodecSpec
-from services.crossmodal.data import Preprocessor
 from services.zoo.layout import Layout
 from services.zoo.subjects import Architecture, unflatten
 
@@ -49,10 +46,16 @@ class Form(nn.Module):
     metadata: Tensor
     mask: Tensor
 
-    def __init__(self, entry: Tensor, metadata: Tensor, mask: Tensor) -> None:
+    def __init__(self, tables: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """``tables``: of each shape, the entries ``[tokens, width]`` and the metadata of its tokens."""
         super().__init__()
-        for name, table in (("entry", entry), ("metadata", metadata), ("mask", mask)):
-            self.register_buffer(name, table, persistent=False)
+        entries, metadata = zip(*tables, strict=True)
+        width = max(table.shape[1] for table in entries)
+        padded = [F.pad(table, (0, width - table.shape[1]), value=-1) for table in entries]
+        self.register_buffer("entry", pad_sequence(padded, True, -1), persistent=False)
+        self.register_buffer("metadata", pad_sequence(list(metadata), True), persistent=False)
+        mask = pad_sequence([torch.ones(len(table), dtype=torch.bool) for table in entries], batch_first=True)
+        self.register_buffer("mask", mask, persistent=False)
 
     def tokens(self, vectors: Tensor, shape: Tensor) -> Tokens:
         """``vectors`` ``[batch, size]`` of networks of the shapes ``shape`` (int64 ``[batch]``) as tokens."""
@@ -68,34 +71,18 @@ class Form(nn.Module):
         return values.new_zeros(len(values), size + 1).scatter(1, target, values.flatten(1))[:, :size]
 
 
-class Tokenizer:
-    """Tokens of the networks of a layout and of their signatures."""
+def signature_form(layout: Layout, values: int) -> Form:
+    """The form of signatures, flat ``[batch, neurons x values]``."""
+    entries = torch.arange(layout.neurons * values).view(layout.neurons, values)
+    shapes = zip(layout.shapes, layout.neuron_positions, strict=True)
+    return Form([(entries[positions], _metadata(shape, SIGNATURE)) for shape, positions in shapes])
 
-    def __init__(
-        self, layout: Layout, values: int, granularity: Literal["neuron", "chunk"] = "neuron", chunk: int = 64
-    ) -> None:
-        """``values``: numbers of a signature for each neuron; ``chunk``: numbers of a chunk."""
-        self.layout, self.values, self.granularity, self.chunk = layout, values, granularity, chunk
 
-    @classmethod
-    def of(cls, spec: CodecSpec, preprocessor: Preprocessor) -> Tokenizer:
-        """The tokenizer that ``spec`` asks for."""
-        return cls(preprocessor.layout, preprocessor.extractor.values, spec.granularity, spec.chunk)
-
-    @cached_property
-    def signature(self) -> Form:
-        """For signatures, flat ``[batch, neurons x values]``."""
-        entries = torch.arange(self.layout.neurons * self.values).view(self.layout.neurons, self.values)
-        shapes = zip(self.layout.shapes, self.layout.neuron_positions, strict=True)
-        return _form([(entries[positions], _metadata(shape, SIGNATURE)) for shape, positions in shapes])
-
-    @cached_property
-    def weights(self) -> Form:
-        """For flat networks ``[batch, layout.size]``."""
-        shapes = zip(self.layout.shapes, self.layout.positions, strict=True)
-        if self.granularity == "chunk":
-            return _form([_chunks(positions, self.chunk) for _, positions in shapes])
-        return _form([_neurons(shape, positions) for shape, positions in shapes])
+def weights_form(layout: Layout, granularity: Literal["neuron", "chunk"] = "neuron", chunk: int = 64) -> Form:
+    """The form of flat networks ``[batch, layout.size]``; ``chunk``: numbers of a chunk."""
+    if granularity == "chunk":
+        return Form([_chunks(positions, chunk) for positions in layout.positions])
+    return Form([_neurons(*table) for table in zip(layout.shapes, layout.positions, strict=True)])
 
 
 def _metadata(shape: Architecture, parameter: int) -> Tensor:
@@ -126,12 +113,3 @@ def _chunks(positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     token, zero = torch.arange(count), torch.zeros(count, dtype=torch.int64)
     columns = (zero, zero + CHUNK, token * length, zero + length, zero, token)
     return entries, torch.stack(columns, 1)
-
-
-def _form(tables: Sequence[tuple[Tensor, Tensor]]) -> Form:
-    """The form of shapes whose entries and metadata are ``tables``, padded to the largest."""
-    entries, metadata = zip(*tables, strict=True)
-    width = max(table.shape[1] for table in entries)
-    padded = [F.pad(table, (0, width - table.shape[1]), value=-1) for table in entries]
-    mask = pad_sequence([torch.ones(len(table), dtype=torch.bool) for table in entries], batch_first=True)
-    return Form(pad_sequence(padded, True, -1), pad_sequence(list(metadata), True), mask)

@@ -20,7 +20,6 @@ from services.crossmodal.data import Preprocessor, Queries, Subjects, check, spl
 from services.crossmodal.model import EncoderDecoder, perceptron
 from services.crossmodal.sampler import BehaviorAwareBatchSampler
 from services.crossmodal.steering import choose, edited, toggle
-from services.crossmodal.tokenizer import Tokenizer
 from services.runtime import checkpoints
 from services.runtime.devices import uses_bfloat16
 from services.runtime.parallel import ALONE, World
@@ -75,8 +74,7 @@ class CodecTrainer(Trainer):
             )
         self.queries = Queries.build(zoo.universe, zoo.layout.envelope, spec.seed)
         init = generator(spec.seed, "init")
-        tokenizer = Tokenizer.of(spec.codec, self.preprocessor)
-        self.model = EncoderDecoder(spec.codec, tokenizer, len(zoo.patterns), init).to(device)
+        self.model = EncoderDecoder(spec.codec, self.preprocessor, len(zoo.patterns), init).to(device)
         self.present = self.preprocessor.present(self.subjects.shape)
         self.model.fit(self.subjects, self.present)
         latent, width = spec.codec.latent_dim, spec.loss.projection
@@ -156,7 +154,12 @@ class CodecTrainer(Trainer):
             projected = self.projection(latents)
         decoded, steered = decodings.float().chunk(2) if edits else (decodings.float(), decodings)
         if weight.reconstruction:
-            terms["reconstruction"] = self._reconstruction(decoded, source, shape)
+            form, standard = weight.reconstruction_form, model.decoder.standard
+            terms["reconstruction"] = (
+                losses.reconstruction(decoded, source, self.weighting)
+                if form == "normalized"
+                else losses.elementwise(standard(decoded), standard(source), model.decoder.present[shape], form)
+            )
         networks = {"behavior": decoded} if weight.behavior else {}
         if weight.steering:
             networks["steering"] = edited(source, decoded, steered, "residual")
@@ -189,13 +192,6 @@ class CodecTrainer(Trainer):
             )
             rest = gamma * terms["contrastive"] + (1 - gamma) * rest
         return {"loss": torch.as_tensor(rest), **terms}
-
-    def _reconstruction(self, decoded: Tensor, source: Tensor, shape: Tensor) -> Tensor:
-        form, decoder = self.spec.loss.reconstruction_form, self.model.decoder
-        if form == "normalized":
-            return losses.reconstruction(decoded, source, self.weighting)
-        standard = decoder.standard
-        return losses.elementwise(standard(decoded), standard(source), decoder.present[shape], form)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

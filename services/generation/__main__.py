@@ -19,7 +19,6 @@ from ethogram.cli.options import (
     Public,
     Set,
     SpecFile,
-    ZooFolder,
     assignment,
     command,
     examples,
@@ -31,7 +30,16 @@ from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
 from ethogram.specs.kinds import KINDS
+from services.generation.hub import HubUpload
+from services.generation.json_form import export_json, import_json
+from services.generation.sampler import PatternDatasetSampler
+from services.generation.score import means, score_answers
+from services.language.tables import Malformed, read_rows
+from services.runtime.console import ConsoleRun
+from services.runtime.local import artifact_in
 from services.zoo.dataset import BASELINE
+from services.zoo.json_records import patterns_in
+from services.zoo.source import locate
 
 _MODULE = "python -m services.generation"
 app = system_app(
@@ -40,9 +48,34 @@ app = system_app(
     f"{_MODULE} make --set subjects=64 -o my-zoo",
 )
 
+
+def _zoo(folder: Path) -> Path:
+    """Callback of an argument: the zoo in ``folder``, which may also be the folder of the run that made it."""
+    return artifact_in(folder, "zoo")
+
+
+def _probes(folder: Path | None) -> Path | None:
+    """Callback of --baseline: as :func:`_zoo`, where there are probes."""
+    if folder is not None and not ((folder := _zoo(folder)) / BASELINE).is_file():
+        raise InvalidInput.field("--baseline", f"{folder} has no {BASELINE}")
+    return folder
+
+
+Zoo = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ZOO", help="Folder of a zoo, or of a run that made one.", exists=True, file_okay=False, callback=_zoo
+    ),
+]
 Baseline = Annotated[
     Path | None,
-    typer.Option(metavar="ZOO", help="Zoo whose probes (baseline_dataset.json) to use.", exists=True, file_okay=False),
+    typer.Option(
+        metavar="ZOO",
+        help="Zoo whose probes (baseline_dataset.json) to use.",
+        exists=True,
+        file_okay=False,
+        callback=_probes,
+    ),
 ]
 
 
@@ -63,7 +96,7 @@ def make(
     the same zoo. A run that fails before its first checkpoint leaves neither folder."""
     return Request(
         {} if baseline is None else {"signature.baseline": baseline},
-        check=lambda spec: _check_baseline(spec, baseline),
+        check=lambda spec: _check_one_baseline(spec, baseline),
         refer=False,
         folder=out.with_name(f"{out.name}-run"),
         places={"zoo": out, "report": out / "report"},
@@ -71,8 +104,9 @@ def make(
 
 
 @app.command(epilog=examples(f"{_MODULE} report my-zoo -o my-zoo-report"))
-def report(zoo: ZooFolder, out: NewFolder) -> None:
+def report(zoo: Zoo, out: NewFolder) -> None:
     """Write a report on a zoo."""
+    # It takes a while to import.
     from services.generation.report import write_report
 
     with _new(out):
@@ -80,11 +114,8 @@ def report(zoo: ZooFolder, out: NewFolder) -> None:
 
 
 @app.command(epilog=examples(f"{_MODULE} export my-zoo -o my-zoo-json"))
-def export(zoo: ZooFolder, out: NewFolder) -> None:
+def export(zoo: Zoo, out: NewFolder) -> None:
     """Write a zoo with JSON text in its columns, the form in which such datasets were first published."""
-    from services.generation.json_form import export_json
-    from services.runtime.console import ConsoleRun
-
     with _new(out), ConsoleRun() as run:
         export_json(zoo, out, run)
 
@@ -107,11 +138,6 @@ def import_(
     ] = None,
 ) -> Answer:
     """Convert a dataset with JSON text in its columns to a zoo. docs/generation.md says what is kept."""
-    from services.generation.json_form import import_json
-    from services.runtime.console import ConsoleRun
-    from services.zoo.json_records import patterns_in
-    from services.zoo.source import locate
-
     given = read_mapping(file, "spec")
     patterns = None if given.get("patterns") is None else patterns_in(given, "patterns")
     names = dict(assignment("--rename", pair, "THEIRS=OURS") for pair in rename or ())
@@ -122,13 +148,11 @@ def import_(
 
 @app.command(epilog=examples(f"HF_TOKEN=... {_MODULE} upload my-zoo me/my-zoo"))
 def upload(
-    zoo: ZooFolder,
+    zoo: Zoo,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Dataset repository; created if it is missing.")],
     public: Public = False,
 ) -> None:
     """Upload a zoo to the Hugging Face Hub; files that are there already are not sent again."""
-    from services.generation.hub import HubUpload
-
     field = "OWNER/NAME"
     HubUpload(hub_spec(repo, public, field), lambda text, _: output.say(text), field).whole(zoo)
 
@@ -156,10 +180,8 @@ def dataset(
 ) -> None:
     """Write sequences with pattern labels: the probes of the signatures, a held-out benchmark, or a subject's training
     data."""
-    from services.generation.sampler import PatternDatasetSampler
-
     spec = read_spec(GenerationSpec, file, values)
-    _check_baseline(spec, baseline)
+    _check_one_baseline(spec, baseline)
     sampler = PatternDatasetSampler(spec, baseline)
     if which == "training":
         sampler.save_training(index, out)
@@ -169,7 +191,7 @@ def dataset(
 
 @command(app, f"{_MODULE} score my-zoo answers.jsonl")
 def score(
-    zoo: ZooFolder,
+    zoo: Zoo,
     answers: Annotated[
         Path,
         typer.Argument(
@@ -196,9 +218,6 @@ def score(
     Classification: precision, the share of the named patterns that the network has; recall, the share of the network's
     patterns that are named; exact, the share of answers that name exactly these. An answer without a pattern counts 0.
     """
-    from services.generation.score import means, score_answers
-    from services.language.tables import Malformed, read_rows
-
     lines = list(read_rows(answers, form=".jsonl"))
     for number, line in lines:
         if isinstance(line, Malformed):
@@ -212,15 +231,10 @@ def score(
     return Answer(figures, lambda: output.figures(figures))
 
 
-def _check_baseline(spec: GenerationSpec, baseline: Path | None) -> None:
-    """Raise :class:`InvalidInput` unless the spec and --baseline go together."""
+def _check_one_baseline(spec: GenerationSpec, baseline: Path | None) -> None:
+    """Raise :class:`InvalidInput` where both the spec and --baseline name probes."""
     if spec.signature.baseline is not None and baseline is not None:
         raise InvalidInput.field("--baseline", "the spec names spec.signature.baseline too; leave one of them out")
-    if spec.signature.baseline is not None:
-        text = "names an artifact of a platform; leave it out here, and give a folder with --baseline"
-        raise InvalidInput.field("spec.signature.baseline", text)
-    if baseline is not None and not (baseline / BASELINE).is_file():
-        raise InvalidInput.field("--baseline", f"{baseline} has no {BASELINE}")
 
 
 @contextmanager

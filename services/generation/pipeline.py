@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 from collections import Counter, deque
@@ -27,6 +26,7 @@ from services.generation.card import CARD, card
 from services.generation.hub import HubUpload
 from services.generation.progress import Progress
 from services.generation.workers import side_by_side
+from services.runtime.checkpoints import link_or_copy
 from services.runtime.reading import reading
 from services.runtime.run import Run
 from services.zoo.dataset import DATA, Zoo, data_file, read_about, write_about
@@ -211,7 +211,7 @@ class DatasetGenerationPipeline:
 
     def _save(self, folder: Path, progress: Progress, shard: pyarrow.Table, target: Path) -> None:
         """Write a checkpoint: the data files so far, and what there is of the next."""
-        shutil.copytree(folder / DATA, target / DATA, copy_function=_link)
+        shutil.copytree(folder / DATA, target / DATA, copy_function=link_or_copy)
         parquet.write_table(shard, target / "shard.parquet")
         progress.save(target)
 
@@ -225,14 +225,6 @@ class DatasetGenerationPipeline:
         progress = Progress.load(run.resume)
         run.log(f"resumed from a checkpoint: {progress.accepted} of {progress.candidates} candidates accepted so far")
         return progress, parquet.read_table(run.resume / "shard.parquet")
-
-
-def _link(source: str, target: str) -> None:
-    """Give a file a second name, or copy it to another disk."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def generate(spec: GenerationSpec, run: Run | None = None) -> Zoo:

@@ -41,7 +41,7 @@ class PatternDatasetSampler:
         """``baseline``: folder of a ``baseline_dataset.json``, for :attr:`baseline`. Raises :class:`InvalidInput` for
         patterns that cannot be trained or told apart."""
         if spec.signature.baseline is not None and baseline is None:
-            raise InvalidInput.field("spec.signature.baseline", "no folder with it was given")
+            raise InvalidInput.field("spec.signature.baseline", "names an artifact; its folder must be given too")
         chosen: Tensor | None = None
         if baseline is not None:
             spec, chosen = with_probes(spec, baseline)

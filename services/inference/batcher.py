@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ethogram.errors import TooLarge, Violation
+from ethogram.errors import TooLarge
 
 Arrays = dict[str, NDArray[Any]]
 """Arrays by name; the batch is the first axis of each."""
@@ -29,19 +29,12 @@ log = logging.getLogger(__name__)
 class _Piece:
     """At most a batch's worth of rows of one request."""
 
+    key: Hashable
     function: Callable[[Arrays], Arrays]
     arrays: Arrays
     rows: int
     arrived: float
     result: asyncio.Future[Arrays]
-
-
-@dataclass
-class _Group:
-    """Pieces that may share a batch, oldest first."""
-
-    pieces: deque[_Piece] = field(default_factory=deque)
-    rows: int = 0
 
 
 class Batcher:
@@ -58,13 +51,14 @@ class Batcher:
         max_rows: int = 256,
         max_wait: float = 0.002,
         max_pending_rows: int = 16_384,
-        is_out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError),
+        out_of_memory: tuple[type[Exception], ...] = (MemoryError,),
         release_memory: Callable[[], None] = lambda: None,
         set_up_thread: Callable[[], object] = lambda: None,
     ) -> None:
         self._max_rows, self._max_wait, self._max_pending = max_rows, max_wait, max_pending_rows
-        self._is_out_of_memory, self._release_memory = is_out_of_memory, release_memory
-        self._groups: dict[Hashable, _Group] = {}
+        self._out_of_memory, self._release_memory = out_of_memory, release_memory
+        # Not yet on the device, oldest first: the keys of a dictionary.
+        self._waiting: dict[_Piece, None] = {}
         self._pending = 0
         self._changed, self._room = asyncio.Event(), asyncio.Event()
         self._executor = ThreadPoolExecutor(1, "device", initializer=set_up_thread)
@@ -79,9 +73,8 @@ class Batcher:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for group in self._groups.values():
-            for piece in group.pieces:
-                piece.result.cancel()
+        for piece in self._waiting:
+            piece.result.cancel()
         await asyncio.to_thread(self._executor.shutdown)
 
     async def run(
@@ -105,7 +98,7 @@ class Batcher:
         rows = len(next(iter(arrays.values())))
         if rows > self._max_pending:
             description = f"{rows} rows in one request, at most {self._max_pending}; send several, or use a stream"
-            raise TooLarge(f"{name}: {description}", [Violation(name, description)])
+            raise TooLarge.field(name, description)
         while self._pending + rows > self._max_pending:
             if not wait_for_room:
                 raise TooLarge(f"the server is busy: {self._pending} rows are waiting already; try again shortly")
@@ -123,18 +116,14 @@ class Batcher:
 
     async def _submit(self, key: Hashable, function: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
         loop = asyncio.get_running_loop()
-        piece = _Piece(function, arrays, len(next(iter(arrays.values()))), loop.time(), loop.create_future())
-        group = self._groups.setdefault(key, _Group())
-        group.pieces.append(piece)
-        group.rows += piece.rows
+        rows = len(next(iter(arrays.values())))
+        piece = _Piece(key, function, arrays, rows, loop.time(), loop.create_future())
+        self._waiting[piece] = None
         self._changed.set()
         try:
             return await piece.result
         finally:
-            if piece in group.pieces:
-                group.pieces.remove(piece)
-                group.rows -= piece.rows
-                self._forget_if_empty(key, group)
+            self._waiting.pop(piece, None)
 
     async def _dispatch(self) -> None:
         while True:
@@ -152,29 +141,19 @@ class Batcher:
     def _take(self) -> tuple[list[_Piece], float | None]:
         """The pieces of the next batch; or none, and the seconds until one is due, None for "when one arrives"."""
         now = asyncio.get_running_loop().time()
-        ready, due = None, None
-        for key, group in self._groups.items():
-            arrived = group.pieces[0].arrived
-            if group.rows >= self._max_rows or now - arrived >= self._max_wait:
-                if ready is None or arrived < ready[0]:
-                    ready = (arrived, key, group)
-            elif due is None or arrived < due:
-                due = arrived
-        if ready is None:
-            return [], None if due is None else max(due + self._max_wait - now, 0)
-        _, key, group = ready
-        pieces, rows = [], 0
-        while group.pieces and rows + group.pieces[0].rows <= self._max_rows:
-            piece = group.pieces.popleft()
-            pieces.append(piece)
-            rows += piece.rows
-        group.rows -= rows
-        self._forget_if_empty(key, group)
-        return pieces, None
-
-    def _forget_if_empty(self, key: Hashable, group: _Group) -> None:
-        if not group.pieces and self._groups.get(key) is group:
-            del self._groups[key]
+        groups: dict[Hashable, list[_Piece]] = {}
+        for piece in self._waiting:
+            groups.setdefault(piece.key, []).append(piece)
+        # In the order of their oldest pieces.
+        for pieces in groups.values():
+            rows = list(accumulate(piece.rows for piece in pieces))
+            if rows[-1] >= self._max_rows or now - pieces[0].arrived >= self._max_wait:
+                batch = [piece for piece, end in zip(pieces, rows, strict=True) if end <= self._max_rows]
+                for piece in batch:
+                    del self._waiting[piece]
+                return batch, None
+        oldest = next(iter(self._waiting), None)
+        return [], None if oldest is None else max(oldest.arrived + self._max_wait - now, 0)
 
     async def _run_batch(self, pieces: Sequence[_Piece]) -> None:
         pieces = [piece for piece in pieces if not piece.result.done()]
@@ -201,13 +180,9 @@ class Batcher:
                 piece.result.set_result(result)
 
     def _compute_batch(self, pieces: Sequence[_Piece]) -> list[Arrays]:
-        rows = sum(piece.rows for piece in pieces)
-        result = self._compute(pieces[0].function, _join([piece.arrays for piece in pieces]), rows)
-        parts, start = [], 0
-        for piece in pieces:
-            parts.append(_rows(result, start, start + piece.rows))
-            start += piece.rows
-        return parts
+        ends = list(accumulate(piece.rows for piece in pieces))
+        result = self._compute(pieces[0].function, _join([piece.arrays for piece in pieces]), ends[-1])
+        return [_rows(result, end - piece.rows, end) for piece, end in zip(pieces, ends, strict=True)]
 
     def _compute(self, function: Callable[[Arrays], Arrays], arrays: Arrays, rows: int) -> Arrays:
         try:
@@ -215,21 +190,15 @@ class Batcher:
             if any(len(array) != rows for array in result.values()):
                 raise ValueError("a batch function must answer with as many rows as it is given")
             return result
-        except Exception as error:
-            if not self._is_out_of_memory(error):
-                raise
+        except self._out_of_memory:
+            pass
         # Past the handler, so that the traceback no longer keeps the device's tensors alive.
         self._release_memory()
         if rows == 1:
             raise TooLarge("the device's memory cannot hold even one network now; try again, or use a smaller model")
         log.warning("the device is out of memory for a batch of %d rows; halving it", rows)
-        half = rows // 2
-        return _join(
-            [
-                self._compute(function, _rows(arrays, 0, half), half),
-                self._compute(function, _rows(arrays, half, rows), rows - half),
-            ]
-        )
+        halves = ((0, rows // 2), (rows // 2, rows))
+        return _join([self._compute(function, _rows(arrays, start, end), end - start) for start, end in halves])
 
 
 def _rows(arrays: Arrays, start: int, stop: int) -> Arrays:

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-from ethogram.errors import TooLarge, Violation
+from ethogram.errors import TooLarge
 from services.inference.batcher import Arrays, Batcher
 from services.inference.repository import ModelRepository, Reference, Served
 
@@ -62,7 +62,7 @@ class Dataplane(NamedTuple):
         size = len(next(iter(request.arrays.values()))) * request.answer_bytes
         if size > self.max_answer_bytes:
             text = f"the answer would take {size} bytes, at most {self.max_answer_bytes}; send fewer, or a stream"
-            raise TooLarge(f"{request.field}: {text}", [Violation(request.field, text)])
+            raise TooLarge.field(request.field, text)
         key = (served.pointer.artifact, method.__name__, *request.options.values())
         function = partial(method, served.model, **request.options)
         arrays = await self.batcher.run(

@@ -26,12 +26,9 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     def __init__(self) -> None:
         self._active = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    async def idle(self) -> None:
-        """Wait until no call of ours is running."""
-        await self._idle.wait()
+        self.idle = asyncio.Event()
+        """Set while no call of ours is running."""
+        self.idle.set()
 
     async def intercept_service(
         self,
@@ -66,7 +63,7 @@ class Boundary(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _guarded(self, context: Context) -> AsyncIterator[None]:
         self._active += 1
-        self._idle.clear()
+        self.idle.clear()
         try:
             yield
         except EthogramError as error:
@@ -80,7 +77,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         finally:
             self._active -= 1
             if not self._active:
-                self._idle.set()
+                self.idle.set()
 
 
 async def _abort(context: Context, error: EthogramError) -> NoReturn:

@@ -60,12 +60,12 @@ class ModelRepository:
         scratch: Path,
         max_models: int = 8,
         max_bytes: int = 8 * 2**30,
-        is_out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError),
+        out_of_memory: tuple[type[Exception], ...] = (MemoryError,),
         release_memory: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._loaders, self._scratch = store, loaders, scratch
         self._max_models, self._max_bytes = max_models, max_bytes
-        self._is_out_of_memory, self._release_memory = is_out_of_memory, release_memory
+        self._out_of_memory, self._release_memory = out_of_memory, release_memory
         self._pointers: dict[Reference, ModelPointer] = {}
         # By artifact id, least recently used first.
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
@@ -172,10 +172,11 @@ class ModelRepository:
                 bundle = await asyncio.to_thread(self._store.fetch, pointer.artifact, Path(folder) / "bundle")
                 try:
                     return await asyncio.to_thread(self._loaders[type], bundle)
-                except Exception as error:
-                    if not self._is_out_of_memory(error):
-                        log.exception("model %s version %s cannot be loaded", pointer.name, pointer.version)
-                        raise self._refuse(pointer, f"its artifact is not a valid {type}") from None
+                except self._out_of_memory:
+                    pass
+                except Exception:
+                    log.exception("model %s version %s cannot be loaded", pointer.name, pointer.version)
+                    raise self._refuse(pointer, f"its artifact is not a valid {type}") from None
             # Past the handler, so that the traceback no longer keeps the device's tensors alive.
             if attempt == 1:
                 log.warning("no memory to load model %s; the others leave", pointer.name)
@@ -191,9 +192,8 @@ class ModelRepository:
         return error
 
     def _evict(self) -> None:
-        while (
-            len(self._loaded) > self._max_models or sum(item.size for item in self._loaded.values()) > self._max_bytes
-        ):
-            artifact, _ = self._loaded.popitem(last=False)
+        loaded = self._loaded
+        while len(loaded) > self._max_models or sum(item.size for item in loaded.values()) > self._max_bytes:
+            artifact, _ = loaded.popitem(last=False)
             self._pointers = {key: pointer for key, pointer in self._pointers.items() if pointer.artifact != artifact}
             log.info("evicted a model", extra={"artifact": artifact})

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 
 import grpc
@@ -33,6 +33,8 @@ LOADERS: dict[str, Callable[..., object]] = {"codec": ServedCodec.load}
 """Functions ``(folder, device=...)`` that load a served model, by type of artifact."""
 THREADS = 2
 """Threads that check requests and build answers."""
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+"""Errors of a device, or this machine, without enough memory."""
 # Beyond it gRPC itself refuses, before a message is read into memory.
 MAX_CALLS = 1024
 
@@ -53,8 +55,8 @@ class InferenceServer:
             max_rows=settings.max_batch,
             max_wait=settings.max_wait_seconds,
             max_pending_rows=settings.max_pending,
-            is_out_of_memory=is_out_of_memory,
-            release_memory=release_memory,
+            out_of_memory=OUT_OF_MEMORY,
+            release_memory=torch.cuda.empty_cache,
             set_up_thread=set_up_thread,
         )
         self._repository = ModelRepository(
@@ -63,8 +65,8 @@ class InferenceServer:
             scratch=self._scratch.enter_context(scratch.folder(settings.work, "inference")),
             max_models=settings.max_models,
             max_bytes=settings.max_model_bytes,
-            is_out_of_memory=is_out_of_memory,
-            release_memory=release_memory,
+            out_of_memory=OUT_OF_MEMORY,
+            release_memory=torch.cuda.empty_cache,
         )
         self._boundary = Boundary()
         self._health = health.aio.HealthServicer()
@@ -74,10 +76,7 @@ class InferenceServer:
     async def start(self) -> str:
         """Serve. Returns the address, ``host:port``; raises :class:`Conflict` when the port is taken."""
         limit = self._settings.max_message_bytes
-        planes = [
-            Dataplane(self._repository, self._batcher, self._threads, limit - 64 * 1024, wait_for_room)
-            for wait_for_room in (False, True)
-        ]
+        dataplane = Dataplane(self._repository, self._batcher, self._threads, limit - 64 * 1024)
         options = {
             **dict(CHANNEL_OPTIONS),
             "grpc.max_receive_message_length": limit,
@@ -88,8 +87,8 @@ class InferenceServer:
         server = grpc.aio.server(
             interceptors=[self._boundary], options=list(options.items()), maximum_concurrent_rpcs=MAX_CALLS
         )
-        inference_pb2_grpc.add_CodecServiceServicer_to_server(CodecServicer(*planes), server)
-        inference_pb2_grpc.add_SteeringServiceServicer_to_server(SteeringServicer(*planes), server)
+        inference_pb2_grpc.add_CodecServiceServicer_to_server(CodecServicer(dataplane), server)
+        inference_pb2_grpc.add_SteeringServiceServicer_to_server(SteeringServicer(dataplane), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
@@ -112,31 +111,18 @@ class InferenceServer:
 
     async def stop(self) -> None:
         """Tell the watchers of the health service, let running calls finish within the grace period, and end."""
-        assert self._server is not None
+        assert self._server is not None and self._refreshing is not None
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.create_task(self._server.stop(self._settings.grace_seconds))
         # Watches of the health service never end by themselves; they must not use up the grace period.
-        idle = asyncio.create_task(self._boundary.idle())
+        idle = asyncio.create_task(self._boundary.idle.wait())
         await asyncio.wait([stopping, idle], return_when=asyncio.FIRST_COMPLETED)
         idle.cancel()
         await self._server.stop(0)
         await stopping
-        if self._refreshing is not None:
-            self._refreshing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._refreshing
+        self._refreshing.cancel()
+        await asyncio.gather(self._refreshing, return_exceptions=True)
         await self._batcher.stop()
         await asyncio.to_thread(self._threads.shutdown)
         self._scratch.close()
         log.info("stopped")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the device, or this machine, has no memory for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def release_memory() -> None:
-    """Give cached blocks back to the device."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
@@ -30,30 +29,29 @@ async def in_order(requests: AsyncIterator[Q], answer: Callable[[Q], Awaitable[R
             violations = [Violation(f"requests.{number}.{v.field}", v.description) for v in error.violations]
             raise type(error)(f"request {number} of the stream: {error.message}", violations) from None
 
-    incoming = aiter(requests)
+    room, running = asyncio.Semaphore(WINDOW), asyncio.Queue[asyncio.Task[R] | None]()
 
-    async def following() -> Q | None:
-        return await anext(incoming, None)
+    async def read() -> None:
+        number = 0
+        try:
+            async for request in requests:
+                await room.acquire()
+                running.put_nowait(asyncio.create_task(numbered(number, request)))
+                number += 1
+        finally:
+            running.put_nowait(None)
 
-    number = 0
-    running: deque[asyncio.Task[R]] = deque()
-    read: asyncio.Task[Q | None] | None = asyncio.create_task(following())
+    # A client may wait for an answer before it sends more, so both sides go on by themselves.
+    reading = asyncio.create_task(read())
     try:
-        while read is not None or running:
-            # A client may wait for an answer before it sends more: neither side is waited for alone.
-            reading = [read] if read is not None and len(running) < WINDOW else []
-            await asyncio.wait([*reading, *list(running)[:1]], return_when=asyncio.FIRST_COMPLETED)
-            if running and running[0].done():
-                yield running.popleft().result()
-            elif read is not None and read.done():
-                request = read.result()
-                read = None
-                if request is not None:
-                    running.append(asyncio.create_task(numbered(number, request)))
-                    number += 1
-                    read = asyncio.create_task(following())
+        while (task := await running.get()) is not None:
+            yield await task
+            room.release()
+        await reading
     finally:
-        left: list[asyncio.Task[Any]] = [*running, *([read] if read is not None else [])]
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        left = [task for _ in range(running.qsize()) if (task := running.get_nowait())]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)

@@ -23,7 +23,7 @@ from services.jobs import shares, submission, tables, text, transitions
 from services.jobs.database import insert_for, set_values
 from services.jobs.queries import Queries, due
 from services.jobs.records import ArtifactRow, Claim, Event, Job, Options
-from services.jobs.states import ACTIVE, JobState
+from services.jobs.states import ACTIVE, LEGAL, JobState
 
 MAX_BACKOFF_SECONDS = 300.0
 MAX_RESULT_BYTES = 2**20
@@ -50,30 +50,29 @@ class Attempts(Queries):
             return None
         with self._database.write() as session:
             self._wake(session, queue)
-            attempt = submission.new_id("att")
-            for id, tenant in shares.candidates(session, queue):
-                time = transitions.now()
-                if not transitions.move(
-                    session,
-                    id,
-                    JobState.RUNNING,
-                    source=[JobState.QUEUED],
-                    note={"worker": worker},
-                    attempt=attempt,
-                    attempts=tables.Job.attempts + 1,
-                    claims=tables.Job.claims + 1,
-                    started_at=func.coalesce(tables.Job.started_at, time),
-                ):
-                    continue
-                shares.served(session, queue, tenant)
-                number = session.scalars(select(tables.Job.claims).where(tables.Job.id == id)).one()
-                values = {"number": number, "lease_seconds": lease_seconds}
-                session.execute(
-                    insert(tables.Attempt).values(id=attempt, job=id, worker=worker, started_at=time, **values)
-                )
-                children = transitions.children(session, id)
-                return Claim(job=self._job(session, id), attempt=attempt, children=children, **values)
-            return None
+            found = shares.lock_next(session, queue)
+            if found is None:
+                return None
+            id, tenant = found
+            attempt, time, table = submission.new_id("att"), transitions.now(), tables.Job
+            moved = transitions.move(
+                session,
+                id,
+                JobState.RUNNING,
+                source=[JobState.QUEUED],
+                note={"worker": worker},
+                attempt=attempt,
+                attempts=table.attempts + 1,
+                claims=table.claims + 1,
+                started_at=func.coalesce(table.started_at, time),
+            )
+            assert moved, "the job is locked, and was queued then"
+            shares.served(session, queue, tenant)
+            number = session.scalars(select(table.claims).where(table.id == id)).one()
+            values = {"number": number, "lease_seconds": lease_seconds}
+            session.execute(insert(tables.Attempt).values(id=attempt, job=id, worker=worker, started_at=time, **values))
+            children = transitions.children(session, id)
+            return Claim(job=self._job(session, id), attempt=attempt, children=children, **values)
 
     def heartbeat(self, attempt: str, seconds: float = 0.0) -> bool:
         """Renew the lease; return whether the job is to be cancelled. ``seconds``: running time of the attempt, by the
@@ -200,8 +199,7 @@ class Attempts(Queries):
         result = text.clean(result)
         if len(json.dumps(result)) > MAX_RESULT_BYTES:
             raise TooLarge("the result is larger than 1 MiB: put it into an artifact and name that")
-        values = {"outcome": "succeeded", "seconds": seconds, "result": result}
-        return self._end(attempt, JobState.SUCCEEDED, source=ACTIVE, **values)
+        return self._end(attempt, JobState.SUCCEEDED, outcome="succeeded", seconds=seconds, result=result)
 
     def fail(self, attempt: str, error: dict[str, Any], *, seconds: float | None = None) -> Job:
         """End the job as failed, for a reason that another attempt would meet again. Raises :class:`StaleAttempt`.
@@ -210,12 +208,11 @@ class Attempts(Queries):
         """
         error = {"reason": "INTERNAL", "message": "", "violations": [], **text.clean(error, text.MAX_TEXT)}
         outcome = "timed out" if error["reason"] == TimeLimit.reason else "failed"
-        return self._end(attempt, JobState.FAILED, source=ACTIVE, outcome=outcome, seconds=seconds, error=error)
+        return self._end(attempt, JobState.FAILED, outcome=outcome, seconds=seconds, error=error)
 
     def cancelled(self, attempt: str, *, seconds: float | None = None) -> Job:
         """End the job as cancelled. Raises :class:`StaleAttempt`; :class:`IllegalState` when nobody cancelled it."""
-        source = [JobState.CANCELLING]
-        return self._end(attempt, JobState.CANCELLED, source=source, outcome="cancelled", seconds=seconds)
+        return self._end(attempt, JobState.CANCELLED, outcome="cancelled", seconds=seconds)
 
     def release(self, attempt: str, reason: Reason, message: str = "", *, seconds: float | None = None) -> Job:
         """End the attempt, not the job. Raises :class:`StaleAttempt`.
@@ -237,7 +234,7 @@ class Attempts(Queries):
             note: dict[str, Any] = {"reason": reason, "message": message}
             end = partial(self._end_in, session, job, attempt, outcome=reason, message=message, seconds=seconds)
             if state == JobState.CANCELLING:
-                return end(JobState.CANCELLED, source=[JobState.CANCELLING], note=note)
+                return end(JobState.CANCELLED, note=note)
             counts = reason not in ("stopped", "waiting")
             if counts and attempts >= max_attempts:
                 tries = "its only attempt" if attempts == 1 else f"all its {attempts} attempts"
@@ -247,20 +244,16 @@ class Attempts(Queries):
                     f"{': ' + message if message else ''}. Retry the job to resume it from its last checkpoint",
                     "violations": [],
                 }
-                return end(JobState.FAILED, source=[JobState.RUNNING], note=note, error=error)
-            values: dict[str, Any] = {"attempt": None, "ready": True, "not_before": None}
+                return end(JobState.FAILED, note=note, error=error)
             if counts:
-                delay = min(2.0 ** (attempts - 1), MAX_BACKOFF_SECONDS)
-                note["retry_in_seconds"] = delay
+                delay = note["retry_in_seconds"] = min(2.0 ** (attempts - 1), MAX_BACKOFF_SECONDS)
                 later = transitions.now() + timedelta(seconds=delay)
-                values |= {"ready": False, "not_before": later, "backoff_seconds": delay}
+                values: dict[str, Any] = {"not_before": later, "backoff_seconds": delay}
             else:
-                values["attempts"] = attempts - 1
-            if reason == "waiting":
                 # The row is locked, so a child that ends now is counted afterwards.
-                left = transitions.unfinished_children(session, job)
-                values |= {"waiting": left, "ready": left == 0}
-            values |= {"source": [JobState.RUNNING], "owner": attempt, "note": note}
+                left = transitions.unfinished_children(session, job) if reason == "waiting" else 0
+                values = {"attempts": attempts - 1, "waiting": left, "ready": left == 0, "not_before": None}
+            values |= {"source": [JobState.RUNNING], "owner": attempt, "note": note, "attempt": None}
             if not transitions.move(session, job, JobState.QUEUED, **values):
                 raise _stale(attempt)
             transitions.end_attempt(session, attempt, reason, message, seconds)
@@ -304,7 +297,6 @@ class Attempts(Queries):
         attempt: str,
         to: JobState,
         *,
-        source: Sequence[JobState],
         outcome: str,
         seconds: float | None,
         message: str | None = None,
@@ -313,6 +305,7 @@ class Attempts(Queries):
     ) -> Job:
         if (error := values.get("error")) is not None:
             note = {**(note or {}), "message": error["message"]}
+        source = [state for state in ACTIVE if to in LEGAL[state]]
         if not transitions.move(session, job, to, source=source, owner=attempt, note=note, **values):
             if session.scalar(select(tables.Job.number).where(tables.Job.attempt == attempt)) is None:
                 # Somebody else has ended it meanwhile.

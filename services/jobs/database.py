@@ -16,7 +16,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -38,7 +38,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BUSY_SECONDS = 30.0
-_DEADLOCKS = 4
+_RETRIES = 4
 # Options of a PostgreSQL connection, unless the URL sets them (``?connect_timeout=30``). A server behind a broken
 # network is given up after 15 s (the last is in milliseconds).
 _CONNECTION = {
@@ -66,22 +66,23 @@ _DEADLOCK = "40P01"
 _NOT_ALLOWED = "42501"
 
 
-class Deadlock(Unavailable):
-    """Two transactions waited for each other, and the database undid this one."""
+class Collision(Unavailable):
+    """Two transactions were in each other's way, and this one was undone; a repetition sees what the other did."""
 
 
-def retry_deadlocks(method: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a method that is one transaction: repeat it when the database undoes it to resolve a deadlock.
+def retry_collisions(method: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a method that is one transaction: repeat it when it is undone by a :class:`Collision`.
 
-    Jobs that need each other's outputs can be locked in a circle, whatever the order, since locks follow as jobs end.
+    Jobs that need each other's outputs can be locked in a circle, whatever the order, since locks follow as jobs end;
+    the database then undoes one of the transactions.
     """
 
     @wraps(method)
     def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
-        for _ in range(_DEADLOCKS):
+        for _ in range(_RETRIES):
             try:
                 return method(*args, **kwargs)
-            except Deadlock:
+            except Collision:
                 time.sleep(random.uniform(0.0, 0.05))
         return method(*args, **kwargs)
 
@@ -218,7 +219,7 @@ class Database:
             raise self._unavailable("all its connections are in use") from error
         except DBAPIError as error:
             if getattr(error.orig, "sqlstate", None) == _DEADLOCK:
-                raise Deadlock(self._unavailable(str(error.orig)).message) from error
+                raise Collision(self._unavailable(str(error.orig)).message) from error
             if self._is_outage(error):
                 raise self._unavailable(str(error.orig)) from error
             raise
@@ -290,20 +291,14 @@ def _use_wal(engine: Engine) -> None:
     """Set the file to write-ahead logging. Unlike other statements, this one does not wait for other connections."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
-        raw = engine.raw_connection()
         try:
-            cursor = raw.cursor()
-            cursor.execute("PRAGMA journal_mode = WAL")
-            mode = cursor.fetchone()
-            cursor.close()
-            if mode is not None and mode[0] == "wal":
-                return
-            raise OSError(0, f"its file system does not support write-ahead logging (journal mode {mode})")
-        except Exception as error:
+            with closing(engine.raw_connection()) as raw, closing(raw.cursor()) as cursor:
+                cursor.execute("PRAGMA journal_mode = WAL")
+                mode = cursor.fetchone()
+            if mode is None or mode[0] != "wal":
+                raise OSError(0, f"its file system does not support write-ahead logging (journal mode {mode})")
+            return
+        except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
-                if isinstance(error, OSError):
-                    raise
-                raise OSError(0, str(error)) from error
-        finally:
-            raw.close()
+                raise
         time.sleep(0.02)

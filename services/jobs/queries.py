@@ -6,12 +6,12 @@ import base64
 import binascii
 import builtins
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, func, or_, select
-from sqlalchemy.orm import Session, selectinload
+from sqlalchemy import ColumnElement, and_, case, func, or_, select
+from sqlalchemy.orm import Session
 
 from ethogram.errors import InvalidInput, NotFound
 from services.jobs import submission, tables, text, transitions
@@ -59,21 +59,18 @@ class Queries:
                 raise InvalidInput.field("labels", f"{key!a} is not a valid label name")
             text.check(value, f"labels.{key}")
             where.append(tables.Job.labels[key].as_string() == value)
-        query = select(tables.Job).where(*where).options(selectinload(tables.Job.inputs))
         with self._database.read() as session:
-            rows, more = _page(session, query, tables.Job, limit, cursor)
-            children = _unfinished_children(session, rows)
-            return [job_of(row, children.get(row.id, [])) for row in rows], more
+            rows, more = _page(session, tables.Job, where, limit, cursor)
+            return _records(session, rows), more
 
     def events(self, job: str, after: int = 0, limit: int = 1000) -> builtins.list[Event]:
         """Events of ``job`` with ``seq > after``, in order. Raises :class:`NotFound`."""
-        if not text.storable(job):
-            raise NotFound(f"there is no job {job!a}")
         query = select(tables.Event).where(tables.Event.job == job, tables.Event.seq > after)
+        query = query.order_by(tables.Event.seq).limit(_check_limit(limit))
         with self._database.read() as session:
-            rows = session.scalars(query.order_by(tables.Event.seq).limit(_check_limit(limit))).all()
-            if not rows and session.scalar(select(tables.Job.number).where(tables.Job.id == job)) is None:
-                raise NotFound(f"there is no job {job!r}")
+            rows = session.scalars(query).all() if text.storable(job) else []
+            if not rows:
+                self._job(session, job)
             return [Event.model_validate(row) for row in rows]
 
     def artifacts(
@@ -88,7 +85,7 @@ class Queries:
         table = tables.Artifact
         where = [*_filters(table, tenant, job=job, type=type), table.superseded == tables.FALSE]
         with self._database.read() as session:
-            rows, more = _page(session, select(table).where(*where), table, limit, cursor)
+            rows, more = _page(session, table, where, limit, cursor)
             return [ArtifactRow.model_validate(row) for row in rows], more
 
     def artifact(self, id: str) -> ArtifactRow:
@@ -98,30 +95,21 @@ class Queries:
 
     def depths(self) -> builtins.list[Depth]:
         """What is in each queue with jobs that have not ended. The cost grows with the number of such jobs."""
-        job = tables.Job
-        query = select(job.queue, job.state, job.ready, func.count(), func.min(job.ready_at))
-        query = query.where(job.state.in_(UNFINISHED)).group_by(job.queue, job.state, job.ready)
+        job, now = tables.Job, transitions.now()
         # Jobs whose `not_before` has passed are marked ready only by the next claim.
-        late = select(job.queue, func.count(), func.min(job.not_before)).where(due()).group_by(job.queue)
-        now = transitions.now()
+        is_due = due()
+        state = case(
+            (or_(ready(), is_due), "ready"), (job.state == JobState.QUEUED, "held"), else_=func.lower(job.state)
+        )
+        since = func.min(case((is_due, job.not_before), else_=job.ready_at))
+        query = select(job.queue, state.label("part"), func.count(), since).where(job.state.in_(UNFINISHED))
         found: dict[str, Depth] = {}
-
-        def add_ready(depth: Depth, count: int, since: datetime | None) -> None:
-            age = 0.0 if since is None else (now - since).total_seconds()
-            depth.ready += count
-            depth.oldest_ready_seconds = max(depth.oldest_ready_seconds, age)
-
         with self._database.read() as session:
-            for queue, state, ready, count, since in session.execute(query).all():
+            for queue, name, count, oldest in session.execute(query.group_by(job.queue, "part")):
                 depth = found.setdefault(queue, Depth(queue=queue))
-                if state == JobState.QUEUED and ready:
-                    add_ready(depth, count, since)
-                else:
-                    field = "held" if state == JobState.QUEUED else state.lower()
-                    setattr(depth, field, getattr(depth, field) + count)
-            for queue, count, since in session.execute(late).all():
-                found[queue].held -= count
-                add_ready(found[queue], count, since)
+                setattr(depth, name, count)
+                if name == "ready" and oldest is not None:
+                    depth.oldest_ready_seconds = max(0.0, (now - oldest).total_seconds())
         return sorted(found.values(), key=lambda depth: depth.queue)
 
     def backing_off(self) -> builtins.list[BackingOff]:
@@ -155,11 +143,11 @@ class Queries:
             return builtins.list(session.scalars(query))
 
     def _job(self, session: Session, id: str) -> Job:
-        query = select(tables.Job).where(tables.Job.id == id).options(selectinload(tables.Job.inputs))
-        row = session.scalar(query.execution_options(populate_existing=True)) if text.storable(id) else None
-        if row is None:
+        query = select(tables.Job).where(tables.Job.id == id).execution_options(populate_existing=True)
+        rows = session.scalars(query).all() if text.storable(id) else []
+        if not rows:
             raise NotFound(f"there is no job {id!a}")
-        return job_of(row, _unfinished_children(session, [row]).get(id, []))
+        return _records(session, rows)[0]
 
     def _artifact(self, session: Session, id: str) -> tables.Artifact:
         row = session.scalar(select(tables.Artifact).where(tables.Artifact.id == id)) if text.storable(id) else None
@@ -218,36 +206,34 @@ def _check_limit(limit: int) -> int:
 
 
 def _page(
-    session: Session, query: Select[Row], table: type[Row], limit: int, cursor: str | None
+    session: Session, table: type[Row], where: Sequence[ColumnElement[bool]], limit: int, cursor: str | None
 ) -> tuple[Sequence[Row], str | None]:
-    """Rows of ``table``, newest first, and the cursor of the next page."""
-    if cursor is not None:
-        query = query.where(table.number < decode_cursor(table.__tablename__, cursor))
-    rows = session.scalars(query.order_by(table.number.desc()).limit(_check_limit(limit) + 1)).all()
+    """Rows of ``table`` that ``where`` selects, newest first, and the cursor of the next page."""
+    older = [table.number < decode_cursor(table.__tablename__, cursor)] if cursor is not None else []
+    query = select(table).where(*where, *older).order_by(table.number.desc()).limit(_check_limit(limit) + 1)
+    rows = session.scalars(query).all()
     more = encode_cursor(table.__tablename__, rows[limit - 1].number) if len(rows) > limit else None
     return rows[:limit], more
 
 
-def _unfinished_children(session: Session, rows: Sequence[tables.Job]) -> dict[str, builtins.list[str]]:
-    """Parent -> children that have not ended, for those of ``rows`` that may wait for some."""
-    found: dict[str, builtins.list[str]] = {}
-    parents = [row.id for row in rows if row.waiting]
-    if parents:
-        table = tables.Job
+def _records(session: Session, rows: Sequence[tables.Job]) -> builtins.list[Job]:
+    """The records of rows."""
+    table, records = tables.Job, []
+    # Those that have not ended.
+    children: dict[str | None, builtins.list[str]] = defaultdict(builtins.list)
+    if parents := [row.id for row in rows if row.waiting]:
         query = select(table.parent, table.id).where(table.parent.in_(parents), table.state.in_(UNFINISHED))
         for parent, child in session.execute(query.order_by(table.number)):
-            found.setdefault(str(parent), []).append(child)
-    return found
-
-
-def job_of(row: tables.Job, children: Sequence[str] = ()) -> Job:
-    """The record of a row; ``children``: those it waits for."""
-    computed = {"inputs", "waits_for", "checkpoint"}
-    waits_for = {given.needs for given in row.inputs if given.artifact is None and given.needs is not None}
-    checkpoint = {"artifact": row.checkpoint_artifact, "step": row.checkpoint_step}
-    return Job(
-        inputs={given.path: given.artifact for given in row.inputs if given.artifact is not None},
-        waits_for=[] if JobState(row.state).terminal else [*sorted(waits_for), *children],
-        checkpoint=None if row.checkpoint_artifact is None else checkpoint,
-        **{name: getattr(row, name) for name in Job.model_fields.keys() - computed},
-    )
+            children[parent].append(child)
+    copied = Job.model_fields.keys() - {"inputs", "waits_for", "checkpoint"}
+    for row in rows:
+        needs = {given.needs for given in row.inputs if given.artifact is None and given.needs is not None}
+        checkpoint = {"artifact": row.checkpoint_artifact, "step": row.checkpoint_step}
+        record = Job(
+            inputs={given.path: given.artifact for given in row.inputs if given.artifact is not None},
+            waits_for=[] if JobState(row.state).terminal else [*sorted(needs), *children[row.id]],
+            checkpoint=None if row.checkpoint_artifact is None else checkpoint,
+            **{name: getattr(row, name) for name in copied},
+        )
+        records.append(record)
+    return records

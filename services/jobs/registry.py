@@ -1,7 +1,6 @@
 """The registry of jobs: what is to be done, who does it, and what came of it.
 
-Safe to use from several threads and several processes at once. A worker names its attempt in each write; a write of an
-attempt that no longer owns its job raises :class:`StaleAttempt` and changes nothing.
+Safe to use from several threads and several processes at once.
 """
 
 from __future__ import annotations
@@ -10,13 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from ethogram.errors import IllegalState
 from ethogram.specs.base import ArtifactRef, Spec
 from services.jobs import submission, tables, transitions
-from services.jobs.database import Database, retry_deadlocks, set_values
+from services.jobs.database import Database, retry_collisions, set_values
 from services.jobs.records import ArtifactRow, Claim, Depth, Event, Job, Options, RunningAttempt
 from services.jobs.retention import Retention
 from services.jobs.states import JobState
@@ -90,30 +88,23 @@ class JobRegistry(Retention):
         body = {"pipeline": {name: request.body for name, request in requests.items()}}
         return self._submit(requests, body, tenant, idempotency_key, trace)
 
-    @retry_deadlocks
+    @retry_collisions
     def _submit(
         self, requests: Mapping[str, submission.Request], body: Any, tenant: str, key: str | None, trace: str | None
     ) -> tuple[dict[str, Job], bool]:
         submission.check_name(tenant, "tenant")
         submission.check_key(key)
         digest = submission.body_hash(body)
-        for last in (False, True):
-            try:
-                with self._database.write() as session:
-                    ids = submission.seen(session, tenant, key, digest) if key is not None else None
-                    created = ids is None
-                    if ids is None:
-                        ids = submission.insert_pipeline(session, requests, tenant=tenant, trace=trace)
-                        if key is not None:
-                            submission.remember(session, tenant, key, digest, ids)
-                    return {name: self._job(session, job) for name, job in ids.items()}, created
-            except IntegrityError:
-                # Another request with this key was committed meanwhile; the second try sees it.
-                if last:
-                    raise
-        raise AssertionError
+        with self._database.write() as session:
+            ids = submission.seen(session, tenant, key, digest) if key is not None else None
+            created = ids is None
+            if ids is None:
+                ids = submission.insert_pipeline(session, requests, tenant=tenant, trace=trace)
+                if key is not None:
+                    submission.remember(session, tenant, key, digest, ids)
+            return {name: self._job(session, job) for name, job in ids.items()}, created
 
-    @retry_deadlocks
+    @retry_collisions
     def request_cancel(self, id: str) -> Job:
         """Cancel the job and its children: queued ones at once, running ones at their worker's next heartbeat.
 
@@ -126,7 +117,7 @@ class JobRegistry(Retention):
                 raise IllegalState(f"job {id} has already ended ({self._job(session, id).state}): nothing to cancel")
             return self._job(session, id)
 
-    @retry_deadlocks
+    @retry_collisions
     def retry(self, id: str, *, from_start: bool = False) -> Job:
         """Queue a failed or cancelled job again, with all its attempts; it resumes from its last checkpoint, or starts
         over with ``from_start``. Its children that did not succeed are queued again as well.

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from ethogram.errors import IllegalState, NotFound
 from services.jobs import tables, transitions
 from services.jobs.attempts import Attempts
-from services.jobs.database import change, retry_deadlocks
+from services.jobs.database import change, retry_collisions
 from services.jobs.records import ArtifactRow, Job
 from services.jobs.states import ACTIVE, TERMINAL, JobState
 
@@ -62,7 +62,7 @@ class Retention(Attempts):
                 ),
             }
 
-    @retry_deadlocks
+    @retry_collisions
     def forget(self, ids: AbstractSet[str]) -> set[str]:
         """Delete the rows of those of ``ids`` that nothing needs; return their ids, and those without a row. No running
         attempt may still commit one of ``ids``."""
@@ -82,7 +82,7 @@ class Retention(Attempts):
         with self._database.write() as session:
             return self._deletable(session, id)
 
-    @retry_deadlocks
+    @retry_collisions
     def delete_artifact(self, id: str) -> ArtifactRow:
         """Delete the row of an artifact, so that no new job can name it. Jobs that have ended keep what they used.
 
@@ -93,7 +93,7 @@ class Retention(Attempts):
             change(session, delete(tables.Artifact).where(tables.Artifact.id == id))
             return row
 
-    @retry_deadlocks
+    @retry_collisions
     def delete_job(self, id: str, published: Collection[str] = ()) -> Job:
         """Delete a job that has ended, with its events, outputs and children; return the job as it was.
 

@@ -8,7 +8,7 @@ transaction of the caller.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
@@ -21,9 +21,9 @@ from services.jobs.states import ACTIVE
 job, turn = tables.Job, tables.Turn
 
 
-def candidates(session: Session, queue: str) -> Iterator[tuple[str, str]]:
-    """Yield ``(job, tenant)`` of the jobs of ``queue`` that may be claimed now, best first: each locked, and without
-    those that other claims hold."""
+def lock_next(session: Session, queue: str) -> tuple[str, str] | None:
+    """Lock the first job of ``queue`` that may be claimed now and that no other claim holds; return it and its tenant,
+    or ``None`` when there is none."""
     lower: list[ColumnElement[bool]] = []
     top = select(job.priority).where(ready(queue)).order_by(job.priority.desc()).limit(1)
     while (priority := session.scalar(top.where(*lower))) is not None:
@@ -32,8 +32,9 @@ def candidates(session: Session, queue: str) -> Iterator[tuple[str, str]]:
             oldest = select(job.id).where(*equal, job.tenant == tenant).order_by(job.number).limit(1)
             found = session.scalar(oldest.with_for_update(skip_locked=True))
             if found is not None:
-                yield found, tenant
+                return found, tenant
         lower = [job.priority < priority]
+    return None
 
 
 def served(session: Session, queue: str, tenant: str) -> None:

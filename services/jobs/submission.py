@@ -19,10 +19,11 @@ from pydantic import ValidationError
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound, Violation
+from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.kinds import KINDS
 from services.jobs import tables, text, transitions
+from services.jobs.database import Collision, insert_for
 from services.jobs.records import Options
 from services.jobs.states import JobState
 from services.kinds import input_refs
@@ -115,9 +116,11 @@ def seen(session: Session, tenant: str, key: str, digest: str) -> dict[str, str]
 
 
 def remember(session: Session, tenant: str, key: str, digest: str, jobs: Mapping[str, str]) -> None:
-    """Record the jobs that this key made."""
+    """Record the jobs that this key made. Raises :class:`Collision` if another request with it was committed first."""
     row = {"tenant": tenant, "key": key, "body_hash": digest, "jobs": dict(jobs), "created_at": transitions.now()}
-    session.execute(insert(tables.Submission).values(**row))
+    added = insert_for(session, tables.Submission).values(**row).on_conflict_do_nothing()
+    if session.execute(added.returning(tables.Submission.key)).one_or_none() is None:
+        raise Collision(f"another request with the idempotency key {key!r} is being answered: try again")
     session.execute(insert(tables.SubmissionJob), [{"job": job, "tenant": tenant, "key": key} for job in jobs.values()])
 
 
@@ -219,27 +222,23 @@ def resolve(session: Session, path: str, ref: ArtifactRef, tenant: str, prefix: 
         query = select(tables.Artifact.id).where(tables.Artifact.id == ref.artifact, tables.Artifact.tenant == tenant)
         # The lock makes a deletion wait for us, so that it finds this job.
         if session.scalar(query.with_for_update(read=True)) is None:
-            raise _wrong(NotFound, f"{prefix}spec.{path}.artifact", f"there is no artifact {ref.artifact!r}")
+            raise NotFound.field(f"{prefix}spec.{path}.artifact", f"there is no artifact {ref.artifact!r}")
         return ResolvedInput(path, None, None, ref.artifact)
     # The lock makes a finishing job wait for us, so that it finds this dependent (SQLite: there is one writer anyway).
     made_by = select(tables.Job.state).where(tables.Job.id == ref.job, tables.Job.tenant == tenant)
     state = session.scalar(made_by.with_for_update(read=True))
     if state is None:
-        raise _wrong(NotFound, f"{prefix}spec.{path}.job", f"there is no job {ref.job!r}")
+        raise NotFound.field(f"{prefix}spec.{path}.job", f"there is no job {ref.job!r}")
     if state in (JobState.FAILED, JobState.CANCELLED):
         what = f"job {ref.job} has {'failed' if state == JobState.FAILED else 'been cancelled'}: retry it first"
-        raise _wrong(IllegalState, f"{prefix}spec.{path}.job", what)
+        raise IllegalState.field(f"{prefix}spec.{path}.job", what)
     if state != JobState.SUCCEEDED:
         return ResolvedInput(path, ref.job, ref.artifact, None)
     made = transitions.outputs(session, ref.job)
     if ref.artifact not in made:
         what = f"job {ref.job} made no artifact named {ref.artifact!r}; it made: {', '.join(sorted(made)) or 'none'}"
-        raise _wrong(NotFound, f"{prefix}spec.{path}.artifact", what)
+        raise NotFound.field(f"{prefix}spec.{path}.artifact", what)
     return ResolvedInput(path, ref.job, ref.artifact, made[ref.artifact])
-
-
-def _wrong(kind: type[NotFound] | type[IllegalState], field: str, description: str) -> NotFound | IllegalState:
-    return kind(f"{field}: {description}", [Violation(field, description)])
 
 
 def _set(values: Any, path: str, value: str | None) -> None:

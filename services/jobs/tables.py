@@ -109,7 +109,7 @@ class Job(Base):
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
-    inputs: Mapped[list[Input]] = relationship(lazy="raise", order_by="Input.path", foreign_keys="Input.job")
+    inputs: Mapped[list[Input]] = relationship(lazy="selectin", order_by="Input.path", foreign_keys="Input.job")
 
 
 # The first serves claims (see services.jobs.shares) and all queries by state.

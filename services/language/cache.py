@@ -12,12 +12,14 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from services.artifacts.backends import sha256_of
 from services.runtime.tensors import write_durably
 
 _log = logging.getLogger(__name__)
@@ -41,15 +43,12 @@ class TensorCache:
         keys = [_key(text) for text in texts]
         if any(key not in self._shard_of for key in keys):
             self._read_new_shards()
-        by_shard: dict[Path, set[str]] = {}
-        for key in keys:
-            if key in self._shard_of:
-                by_shard.setdefault(self._shard_of[key], set()).add(key)
+        shard_of = {key: self._shard_of[key] for key in keys if key in self._shard_of}
         tensors: dict[str, Tensor] = {}
-        for shard, wanted in by_shard.items():
+        for shard, group in groupby(sorted(shard_of, key=shard_of.__getitem__), shard_of.__getitem__):
             try:
                 with safe_open(shard, "pt") as file:
-                    tensors |= {key: file.get_tensor(key) for key in wanted}
+                    tensors |= {key: file.get_tensor(key) for key in group}
             except (OSError, SafetensorError) as error:
                 self._forget(shard, str(error))
         self.hits += sum(key in tensors for key in keys)
@@ -85,9 +84,8 @@ class TensorCache:
         for shard in sorted(set(self.folder.glob("*.safetensors")) - self._known):
             self._known.add(shard)
             try:
-                with shard.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != shard.stem:
-                        raise ValueError("its bytes are not those that were written")
+                if sha256_of(shard) != shard.stem:
+                    raise ValueError("its bytes are not those that were written")
                 with safe_open(shard, "pt") as file:
                     self._shard_of |= dict.fromkeys(file.keys(), shard)
             except (OSError, ValueError, SafetensorError) as error:

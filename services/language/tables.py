@@ -31,7 +31,7 @@ class Malformed(str):
 
 def read_columns(file: Path, field: str | None = None) -> list[str] | None:
     """Names of a table's columns; None of JSON lines, where each row has its own. Raises as :func:`read_rows` does."""
-    with _opening(file, field):
+    with opening(file, field):
         if file.suffix == ".csv":
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 return _header(csv.reader(lines, strict=True))
@@ -51,7 +51,7 @@ def read_rows(
     that form.
     """
     form = form or file.suffix
-    with _opening(file, field):
+    with opening(file, field):
         if form == ".csv":
             yield from _csv_rows(file)
         elif form == ".jsonl":
@@ -118,7 +118,7 @@ def _invalid(violations: list[Violation]) -> InvalidInput:
 
 
 @contextmanager
-def _opening(file: Path, field: str | None) -> Iterator[None]:
+def opening(file: Path, field: str | None) -> Iterator[None]:
     """Raise what goes wrong with the whole file as :class:`InvalidInput`."""
     field = field or file.name
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ethogram.errors import InvalidInput
 from services.artifacts.hub import hub_errors
-from services.language.tables import Malformed, read_columns, read_rows
+from services.language.tables import Malformed, opening, read_columns, read_rows
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 # Files of a folder that datasets.save_to_disk wrote.
@@ -37,9 +37,25 @@ class Texts:
     """Where errors say that these four fields are."""
 
     def __iter__(self) -> Iterator[str]:
+        for source, row in self._rows():
+            text = row.get(self.column)
+            if not isinstance(text, str):
+                raise self._no_column(source, row)
+            if text:
+                yield text
+
+    def _error(self, name: str, text: str) -> InvalidInput:
+        return InvalidInput.field(f"{self.field}.{name}", text)
+
+    def _no_column(self, source: object, names: Iterable[str]) -> InvalidInput:
+        there = f"; there are {', '.join(names)}" if names else ""
+        return self._error("column", f"{source} has no text in a column {self.column}{there}")
+
+    def _rows(self) -> Iterator[tuple[object, Mapping[str, Any]]]:
+        """The file, folder or dataset of each row, and its values by column."""
         path = Path(self.dataset)
         if path.is_dir() and any((path / name).is_file() for name in _SAVED):
-            yield from self._of_rows(self._saved(path), str(path))
+            yield from ((path, row) for row in self._saved(path))
         elif path.is_dir():
             files = [file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES]
             if not files:
@@ -53,41 +69,21 @@ class Texts:
         else:
             yield from self._of_hub()
 
-    def _error(self, name: str, text: str) -> InvalidInput:
-        return InvalidInput.field(f"{self.field}.{name}", text)
-
-    def _of_file(self, file: Path) -> Iterator[str]:
-        if file.suffix == ".txt":
-            try:
-                with file.open(encoding="utf-8-sig") as lines:
-                    yield from (line.strip() for line in lines if line.strip())
-            except (UnicodeDecodeError, OSError) as error:
-                raise self._error("dataset", f"{file} cannot be read as UTF-8 text ({error})") from None
-        elif file.suffix in SUFFIXES:
-            field = f"{self.field}.dataset"
-            columns = read_columns(file, field)
-            if columns is not None and self.column not in columns:
-                raise self._no_column(str(file), columns)
-            yield from self._of_rows(self._well_formed(file, field), str(file))
-        else:
+    def _of_file(self, file: Path) -> Iterator[tuple[object, Mapping[str, Any]]]:
+        field = f"{self.field}.dataset"
+        if file.suffix not in SUFFIXES:
             raise self._error("dataset", f"{file} is none of {', '.join(SUFFIXES)}")
-
-    def _well_formed(self, file: Path, field: str) -> Iterator[dict[str, Any]]:
-        for number, values in read_rows(file, [self.column], field):
-            if isinstance(values, Malformed):
-                raise InvalidInput.field(field, f"{file}:{number} {values}")
-            yield values
-
-    def _of_rows(self, rows: Iterable[Any], source: str) -> Iterator[str]:
-        for row in rows:
-            if not isinstance(row.get(self.column), str):
-                raise self._no_column(source, list(row))
-            if row[self.column]:
-                yield row[self.column]
-
-    def _no_column(self, source: str, names: list[str]) -> InvalidInput:
-        there = f"; there are {', '.join(names)}" if names else ""
-        return self._error("column", f"{source} has no text in a column {self.column}{there}")
+        if file.suffix == ".txt":
+            with opening(file, field), file.open(encoding="utf-8-sig") as lines:
+                yield from ((file, {self.column: line.strip()}) for line in lines)
+            return
+        columns = read_columns(file, field)
+        if columns is not None and self.column not in columns:
+            raise self._no_column(file, columns)
+        for number, row in read_rows(file, [self.column], field):
+            if isinstance(row, Malformed):
+                raise self._error("dataset", f"{file}:{number} {row}")
+            yield file, row
 
     def _saved(self, folder: Path) -> Any:
         import datasets
@@ -95,16 +91,15 @@ class Texts:
         try:
             saved = datasets.load_from_disk(str(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._error(
-                "dataset", f"{folder} cannot be read as a saved dataset ({type(error).__name__})"
-            ) from None
+            text = f"{folder} cannot be read as a saved dataset ({type(error).__name__})"
+            raise self._error("dataset", text) from None
         if not isinstance(saved, Mapping):
             return saved
         if self.split not in saved:
             raise self._error("split", f"{folder} has no {self.split}; there are {', '.join(saved)}")
         return saved[self.split]
 
-    def _of_hub(self) -> Iterator[str]:
+    def _of_hub(self) -> Iterator[tuple[object, Mapping[str, Any]]]:
         import datasets
 
         with hub_errors(self.dataset, f"{self.field}.dataset", "read"):
@@ -112,4 +107,4 @@ class Texts:
                 rows = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
             except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
                 raise self._error("dataset", str(error).splitlines()[0]) from None
-            yield from self._of_rows(rows, self.dataset)
+            yield from ((self.dataset, row) for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import threading
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -22,11 +23,11 @@ CHECKPOINT = "checkpoint"
 
 
 class ConsoleRun(Run):
-    """Shows each stage as a bar, or in a log as a line now and then. Keeps artifacts as folders ``output/<name>``, or
-    where ``places`` says, and metrics in ``output``; see :class:`MetricsWriter`.
+    """Shows each stage as a bar, or in a log as a line now and then. Use it as a context manager, so that bars end.
 
-    Use it as a context manager, so that the bars end with it. With ``checkpoint_seconds`` it also keeps a checkpoint in
-    ``output``, that often and on Ctrl-C, and resumes from one that is there.
+    With ``output`` it keeps metrics there (see :class:`MetricsWriter`), artifacts as folders ``output/<name>``, or
+    where ``places`` says, and a checkpoint every ``checkpoint_seconds`` and on Ctrl-C. It resumes from one that is
+    there.
     """
 
     def __init__(
@@ -36,14 +37,15 @@ class ConsoleRun(Run):
         inputs: Mapping[str, Path] = MappingProxyType({}),
         console: Console | None = None,
         *,
-        checkpoint_seconds: float | None = None,
+        checkpoint_seconds: float = math.inf,
         places: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         self.device, self.inputs, self._output, self._places = device, inputs, output, places
+        self.artifacts: set[tuple[str, str]] = set()
+        """Name and type of each artifact."""
         self.unfinished: set[str] = set()
         """Artifacts that are being written where they are kept."""
-        self._seconds = checkpoint_seconds
-        self._next = time.monotonic() + (checkpoint_seconds or 0.0)
+        self._seconds, self._next = checkpoint_seconds, time.monotonic() + checkpoint_seconds
         # The current stage, and whether it keeps checkpoints.
         self._stage, self._keeps = "", False
         self._leaving = False
@@ -51,14 +53,13 @@ class ConsoleRun(Run):
         self._metrics: MetricsWriter | None = None
         if output is not None:
             checkpoint = output / CHECKPOINT
-            resumes = checkpoint_seconds is not None and checkpoint.exists()
-            self._metrics = MetricsWriter(output, checkpoint if resumes else None)
-            self.resume = checkpoint / STATE if resumes else None
+            self.resume = checkpoint / STATE if checkpoint.exists() else None
+            self._metrics = MetricsWriter(output, checkpoint)
         self._display = StageDisplay(console)
 
     def __enter__(self) -> ConsoleRun:
         self._display.__enter__()
-        if self._seconds is not None and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGINT, self._interrupted)
         return self
 
@@ -69,28 +70,24 @@ class ConsoleRun(Run):
         self._leaving = True
         self.log("Ending at the next checkpoint; press Ctrl-C again to end at once.")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._display.__exit__()
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
         if self._metrics is not None:
             self._metrics.close()
-        if self._output is not None and kind is None:
-            for suffix in ("", ".new", ".old"):
-                shutil.rmtree(self._output / f"{CHECKPOINT}{suffix}", ignore_errors=True)
+            if kind is None:
+                for folder in _checkpoints(self._metrics.folder):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def checkpoint_due(self) -> bool:
-        if self._seconds is None or self._metrics is None:
-            return False
-        self._keeps = True
-        return self._leaving or time.monotonic() >= self._next
+        self._keeps = self._metrics is not None
+        return self._keeps and (self._leaving or time.monotonic() >= self._next)
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        if self._output is None or self._seconds is None or self._metrics is None:
+        if self._metrics is None:
             return
-        checkpoint, fresh, old = (self._output / f"{CHECKPOINT}{suffix}" for suffix in ("", ".new", ".old"))
+        checkpoint, fresh, old = _checkpoints(self._metrics.folder)
         self._metrics.checkpoint(fresh, write)
         # By renaming: a process that is killed meanwhile must not leave a part of a checkpoint.
         shutil.rmtree(old, ignore_errors=True)
@@ -128,9 +125,15 @@ class ConsoleRun(Run):
         yield self._places.get(name, self._output / name)
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
+        self.artifacts.add((name, type))
         if self._output is None:
             return
         kept = self._places.get(name, self._output / name)
         if folder.resolve() != kept.resolve():
             shutil.copytree(folder, kept, dirs_exist_ok=True)
         self.unfinished.discard(name)
+
+
+def _checkpoints(output: Path) -> tuple[Path, Path, Path]:
+    """The checkpoint, the one that is being written, and the one that it replaces."""
+    return output / CHECKPOINT, output / f"{CHECKPOINT}.new", output / f"{CHECKPOINT}.old"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from ethogram.errors import InvalidInput
@@ -10,14 +11,15 @@ from ethogram.errors import InvalidInput
 def chosen_device(device: str | None, field: str = "--device") -> str:
     """``device``, by default a GPU if there is one. Raises :class:`InvalidInput`, of ``field``, for one that does not
     exist or that this machine cannot compute on."""
+    if device is not None and re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) is None:
+        raise InvalidInput.field(field, f"{device} is none of cpu, cuda, cuda:0, ..., mps")
     import torch
 
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "mps") and re.fullmatch(r"cuda(:\d+)?", device) is None:
-        raise InvalidInput.field(field, f"{device} is none of cpu, cuda, cuda:0, ..., mps")
     try:
-        torch.zeros(1, device=device)
+        # Each process of torchrun has a GPU of its own.
+        torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
     except (AssertionError, RuntimeError) as error:
         why = str(error).strip().partition("\n")[0]
         raise InvalidInput.field(field, f"{device} cannot be used on this machine ({why})") from None

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import Spec
+from ethogram.specs.kinds import KINDS
 from services.runtime.console import CHECKPOINT
 from services.runtime.metrics import METRICS
 
@@ -34,29 +35,36 @@ class RunFolder:
         """Folder of an artifact."""
         return self.places.get(artifact, self.root / artifact)
 
-    def begin(self, spec: Spec) -> None:
-        """Prepare a new run of ``spec``, or resume one. Raises :class:`InvalidInput` for a folder with a finished run,
-        a run of another spec, or anything else."""
+    def check(self, spec: Spec) -> None:
+        """Raise :class:`InvalidInput` for a folder in which no run of ``spec`` can begin or resume: one with a finished
+        run, a run of another spec, or anything else."""
+        if reason := self._reason_against(spec):
+            raise InvalidInput.field("--output", reason)
+
+    def _reason_against(self, spec: Spec) -> str | None:
         first, about = self._folders[0], self.root / SPEC
-        if self.places and about.exists():
-            if any((self.root / name).exists() for name in self.places):
-                text = f"{self.root}, which {first} needs for its run, holds another run; name another folder"
-                raise InvalidInput.field("--output", text)
-            if not any(folder.exists() for folder in self._folders[:-1]):
-                # Its artifacts were moved elsewhere.
-                shutil.rmtree(self.root)
+        if about.exists() and any((self.root / name).exists() for name in self.places):
+            return f"{self.root}, which {first} needs for its run, holds another run; name another folder"
+        if self._moved:
+            return None
         if self._finished and not self._store:
-            text = f"{first} exists already and holds a finished run; name another folder"
-            raise InvalidInput.field("--output", text)
-        if about.exists() and not _same(about, spec):
-            text = f"{first} holds a run of another spec; name another folder, or delete {self._names}"
-            raise InvalidInput.field("--output", text)
+            return f"{first} exists already and holds a finished run; name another folder"
+        if about.exists():
+            other = f"{first} holds a run of another spec; name another folder, or delete {self._names}"
+            return None if _same(about, spec) else other
         for folder in self._folders:
             empty = not folder.exists() or (not self.places and folder.is_dir() and not any(folder.iterdir()))
-            if not (empty or about.exists() or self._store):
-                raise InvalidInput.field("--output", f"{folder} exists already and is not a run; name another folder")
+            if not (empty or self._store):
+                return f"{folder} exists already and is not a run; name another folder"
+        return None
+
+    def begin(self, spec: Spec) -> None:
+        """Prepare a new run of ``spec``, or resume one. Raises as :meth:`check` does."""
+        self.check(spec)
+        if self._moved:
+            shutil.rmtree(self.root)
         self.root.mkdir(parents=True, exist_ok=True)
-        about.write_text(spec.model_dump_json(indent=2))
+        (self.root / SPEC).write_text(spec.model_dump_json(indent=2))
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
@@ -79,6 +87,12 @@ class RunFolder:
         )
 
     @property
+    def _moved(self) -> bool:
+        """Whether this was a run whose artifacts have been moved elsewhere."""
+        kept = not self.places or any(folder.exists() for folder in self._folders[:-1])
+        return not kept and (self.root / SPEC).exists()
+
+    @property
     def _finished(self) -> bool:
         # Earlier versions wrote no result.
         reported = self.place(REPORT).exists() and not (self.root / CHECKPOINT).exists()
@@ -92,6 +106,19 @@ class RunFolder:
     @property
     def _names(self) -> str:
         return " and ".join(map(str, self._folders))
+
+
+def artifact_in(source: Path, type: str) -> Path:
+    """The artifact of ``type`` in ``source``, which is the artifact itself or the folder of the run that made it.
+    Raises :class:`InvalidInput` where there is nothing, and for the folder of a run that made no such artifact."""
+    if not source.exists():
+        raise InvalidInput.field("--input", f"{source} is not a file or folder")
+    made = sorted({item for kind in KINDS.values() for item in kind.outputs.items() if (source / item[0]).is_dir()})
+    fitting = [name for name, made_type in made if made_type == type]
+    if not fitting and (source / SPEC).is_file():
+        contents = ", ".join(dict.fromkeys(name for name, _ in made)) or "no artifact"
+        raise InvalidInput.field("--input", f"{source} is the folder of a run, with {contents} in it; name a {type}")
+    return source / fitting[0] if fitting else source
 
 
 def _same(about: Path, spec: Spec) -> bool:

@@ -16,6 +16,7 @@ from ethogram.resources import TERMINAL
 from ethogram.specs.base import Spec
 from ethogram.v1 import jobs_pb2
 from services.artifacts.store import ArtifactStore
+from services.runtime import lifetime
 from services.runtime.metrics import STATE, MetricsWriter
 from services.runtime.run import Cancelled, ChildJob, Run, Stopped, Waiting
 
@@ -34,26 +35,21 @@ class JobRun(Run):
 
     def __init__(
         self,
+        spec: Spec,
         context: jobs_pb2.RunContext,
-        spec: dict[str, Any],
-        store: ArtifactStore,
-        *,
         send: Callable[[jobs_pb2.JobEvent], None],
         cancelled: threading.Event,
-        stopping: threading.Event,
     ) -> None:
         self.device = context.device or "cpu"
-        self._context, self._spec, self._store, self._send = context, spec, store, send
-        self._cancelled, self._stopping = cancelled, stopping
-        self._work = Path(context.work_dir)
-        self._stage, self._total, self._unit, self._done = "", 0, "", 0
-        self._step, self._values = 0, dict[str, float]()
-        self._unsent = False
+        self._spec, self._context = spec.model_dump(mode="json"), context
+        self._send, self._cancelled = send, cancelled
+        self._work, self._store = Path(context.work_dir), ArtifactStore(context.store)
+        self._progress, self._metric, self._unsent = jobs_pb2.Progress(), jobs_pb2.Metric(), False
         self._next_report = self._next_checkpoint = 0.0
         self.inputs = {
-            path: store.fetch(artifact, self._work / "inputs" / path) for path, artifact in context.inputs.items()
+            path: self._store.fetch(artifact, self._work / "inputs" / path) for path, artifact in context.inputs.items()
         }
-        checkpoint = store.fetch(context.checkpoint, self._work / "resume") if context.checkpoint else None
+        checkpoint = self._store.fetch(context.checkpoint, self._work / "resume") if context.checkpoint else None
         if checkpoint is not None:
             self.resume = checkpoint / STATE
         self._metrics = MetricsWriter(self._work / "metrics", checkpoint)
@@ -61,22 +57,21 @@ class JobRun(Run):
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
         self._report()
-        self._stage, self._total, self._unit, self._done = name, total, unit, 0
-        self._unsent = True
+        self._progress, self._unsent = jobs_pb2.Progress(stage=name, total=total, unit=unit), True
         self._report()
 
     def advance(self, done: int) -> None:
         if self._cancelled.is_set():
             raise Cancelled
-        self._done, self._unsent = done, True
-        if done >= self._total or time.monotonic() >= self._next_report:
+        self._progress.done, self._unsent = done, True
+        if done >= self._progress.total or time.monotonic() >= self._next_report:
             self._report()
 
     def metric(self, step: int, **values: float) -> None:
         metrics = {name: float(value) for name, value in values.items()}
-        self._metrics.write(self._stage, step, metrics)
-        self._step, self._unsent = step, True
-        self._values.update({name: value for name, value in metrics.items() if math.isfinite(value)})
+        self._metrics.write(self._progress.stage, step, metrics)
+        self._metric.step, self._unsent = step, True
+        self._metric.values.update({name: value for name, value in metrics.items() if math.isfinite(value)})
         if time.monotonic() >= self._next_report:
             self._report()
 
@@ -84,7 +79,7 @@ class JobRun(Run):
         self._send(jobs_pb2.JobEvent(log=jobs_pb2.Log(level=level, message=printable(message)[:MAX_LOG])))
 
     def checkpoint_due(self) -> bool:
-        return self._stopping.is_set() or time.monotonic() >= self._next_checkpoint
+        return lifetime.stopping.is_set() or time.monotonic() >= self._next_checkpoint
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
         if self._cancelled.is_set():
@@ -97,7 +92,7 @@ class JobRun(Run):
         self._report()
         self._send(jobs_pb2.JobEvent(checkpoint=jobs_pb2.Checkpoint(artifact=artifact, step=step)))
         self._schedule_checkpoint(cost=time.monotonic() - began)
-        if self._stopping.is_set():
+        if lifetime.stopping.is_set():
             raise Stopped
 
     def children(self, parts: Mapping[str, tuple[str, Spec]]) -> Mapping[str, ChildJob]:
@@ -152,11 +147,10 @@ class JobRun(Run):
         if not self._unsent:
             return
         self._unsent, self._next_report = False, time.monotonic() + PROGRESS_SECONDS
-        if self._values:
-            self._send(jobs_pb2.JobEvent(metric=jobs_pb2.Metric(step=self._step, values=self._values)))
-        if self._stage:
-            progress = jobs_pb2.Progress(stage=self._stage, done=self._done, total=self._total, unit=self._unit)
-            self._send(jobs_pb2.JobEvent(progress=progress))
+        if self._metric.values:
+            self._send(jobs_pb2.JobEvent(metric=self._metric))
+        if self._progress.stage:
+            self._send(jobs_pb2.JobEvent(progress=self._progress))
 
     def _schedule_checkpoint(self, cost: float) -> None:
         wait = max(self._context.checkpoint_seconds, cost / CHECKPOINT_SHARE)

@@ -7,13 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ethogram.errors import InvalidInput
 from ethogram.specs.base import Spec
-from ethogram.specs.kinds import KINDS, Kind
+from ethogram.specs.kinds import Kind
 from services.runtime.console import ConsoleRun
 from services.runtime.devices import chosen_device
-from services.runtime.folders import RunFolder
-from services.runtime.parallel import join
+from services.runtime.folders import RunFolder, artifact_in
 from services.runtime.run import Run
 
 CHECKPOINT_SECONDS = 30.0
@@ -30,11 +28,17 @@ def run(
 
     ``inputs``: by spec path, a file or folder, or what finds it, called with the device. ``device``: by default a GPU
     if there is one. Of several processes of torchrun the first reports and keeps; the others return None. Raises
-    :class:`InvalidInput` for a device that cannot be used, and as :meth:`RunFolder.begin` does.
+    :class:`InvalidInput` for a device that cannot be used, and as :meth:`RunFolder.check` and :func:`artifact_in` do.
     """
-    world, device = join(chosen_device(device))
-    files = {path: given if isinstance(given, Path) else given(device) for path, given in inputs.items()}
-    files = {path: artifact_in(source, kind.inputs[path]) for path, source in files.items()}
+    # What can be checked without torch and the job's code comes first: their import takes seconds.
+    folder.check(spec)
+    files = {path: artifact_in(given, kind.inputs[path]) for path, given in inputs.items() if isinstance(given, Path)}
+    device = chosen_device(device)
+    from services.runtime.parallel import join
+
+    world, device = join(device)
+    found = {path: given(device) for path, given in inputs.items() if not isinstance(given, Path)}
+    files |= {path: artifact_in(source, kind.inputs[path]) for path, source in found.items()}
     job = kind.load_job()
     shared = {"world": world} if "world" in inspect.signature(job).parameters else {}
     if not world.first:
@@ -48,18 +52,10 @@ def run(
     try:
         with run:
             result = job(spec, run, **shared)
+            assert all(kind.makes(*artifact) for artifact in run.artifacts), f"{kind.name} made {run.artifacts}"
             folder.finish(result)
     except BaseException as error:
         if note := folder.leave(error, kind.outputs, run.unfinished):
             run.log(note)
         raise
     return result
-
-
-def artifact_in(source: Path, type: str) -> Path:
-    """The artifact of ``type`` in ``source``, which is the artifact itself or the folder of the run that made it.
-    Raises :class:`InvalidInput` where there is nothing."""
-    if not source.exists():
-        raise InvalidInput.field("--input", f"{source} is not a file or folder")
-    names = {name for kind in KINDS.values() for name, made in kind.outputs.items() if made == type}
-    return next((source / name for name in sorted(names) if (source / name).is_dir()), source)

@@ -22,8 +22,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, resume: Path | None = None) -> None:
         """Replace the metrics in ``folder``; with ``resume``, the folder of a checkpoint, by those up to then."""
         self.folder, self.file = folder, folder / METRICS
-        self._lines: IO[str] | None = None
-        self._scalars: ScalarsFile | None = None
+        self._files: tuple[IO[str], ScalarsFile] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for file in (self.file, *folder.glob("events.out.tfevents*")):
             file.unlink(missing_ok=True)
@@ -33,13 +32,9 @@ class MetricsWriter:
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Add the numbers of one step."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        if self._lines is None:
-            self._lines = self.file.open("a", buffering=1)
-        self._lines.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
-        if self._scalars is None:
-            self._scalars = self._begin_scalars()
-        else:
-            _add(self._scalars, stage, step, finite)
+        lines, scalars = self._files or self._open()
+        lines.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
+        scalars.add(stage, step, finite)
 
     def checkpoint(self, folder: Path, write: Callable[[Path], None]) -> None:
         """Make ``folder`` a checkpoint: what ``write`` puts into ``folder/state``, and the metrics so far."""
@@ -51,24 +46,16 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Complete the files."""
-        if self._scalars is None and self.file.exists():
-            self._scalars = self._begin_scalars()
-        if self._lines is not None:
-            self._lines.close()
-        if self._scalars is not None:
-            self._scalars.close()
+        if self._files is None and self.file.exists():
+            self._open()
+        for file in self._files or ():
+            file.close()
 
-    def _begin_scalars(self) -> ScalarsFile:
-        """An event file with all metrics so far: those of earlier attempts are in it once."""
-        scalars = ScalarsFile(self.folder)
-        for line in self.file.read_text().splitlines():
-            row = json.loads(line)
+    def _open(self) -> tuple[IO[str], ScalarsFile]:
+        """Open the files; the event file begins with the metrics of earlier attempts."""
+        earlier = self.file.read_text().splitlines() if self.file.exists() else []
+        self._files = lines, scalars = self.file.open("a", buffering=1), ScalarsFile(self.folder)
+        for row in map(json.loads, earlier):
             # Checkpoints of earlier versions have lines without a stage.
-            _add(scalars, row.pop("stage", ""), row.pop("step"), row)
-        return scalars
-
-
-def _add(scalars: ScalarsFile, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
-    for name, value in metrics.items():
-        if value is not None:
-            scalars.add(f"{stage}/{name}" if stage else name, step, value)
+            scalars.add(row.pop("stage", ""), row.pop("step"), row)
+        return lines, scalars

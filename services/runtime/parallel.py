@@ -16,6 +16,7 @@ import torch.distributed
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
+from services.runtime.devices import chosen_device
 
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ ALONE = World()
 def join(device: str | None = None) -> tuple[World, str]:
     """Join the processes that ``torchrun`` started; without it, a world of one. Returns the world and this process's
     device, of the kind of ``device``, by default a GPU if there is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or chosen_device(None)
     if "WORLD_SIZE" not in os.environ:
         return World(), device
     size, (kind, _, index) = int(os.environ["WORLD_SIZE"]), device.partition(":")

@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -22,12 +23,14 @@ class ScalarsFile:
         self._file = (folder / name).open("wb", buffering=0)
         self._write(_field(3, b"brain.Event:2"))
 
-    def add(self, tag: str, step: int, value: float) -> None:
-        """Add a scalar."""
-        tag = re.sub(r"[^-/\w.]", "_", tag)
-        # An array, because struct refuses numbers that exceed a float32.
-        scalar = _field(1, tag.encode()) + b"\x15" + array("f", [value]).tobytes()
-        self._write(b"\x10" + _varint(step) + _field(5, _field(1, scalar)))
+    def add(self, stage: str, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Add a scalar ``stage/name`` for each number."""
+        for name, value in metrics.items():
+            if value is not None:
+                tag = re.sub(r"[^-/\w.]", "_", f"{stage}/{name}" if stage else name)
+                # An array, because struct refuses numbers that exceed a float32.
+                scalar = _field(1, tag.encode()) + b"\x15" + array("f", [value]).tobytes()
+                self._write(b"\x10" + _varint(step) + _field(5, _field(1, scalar)))
 
     def close(self) -> None:
         """Close the file."""

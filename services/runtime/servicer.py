@@ -7,9 +7,9 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
@@ -17,11 +17,8 @@ from google.protobuf.message import Message
 from ethogram.convert import from_proto
 from ethogram.errors import EthogramError, Internal, printable
 from ethogram.rpc import grpc_status_of
-from ethogram.specs.base import Spec
 from ethogram.specs.kinds import Kind
 from ethogram.v1 import jobs_pb2
-from services.artifacts.store import ArtifactStore
-from services.runtime import lifetime
 from services.runtime.job_run import MAX_LOG, JobRun
 from services.runtime.run import Cancelled, Stopped, Waiting
 
@@ -55,7 +52,7 @@ def _stream_job(kind: Kind, request: Any, context: grpc.ServicerContext) -> Iter
     try:
         spec = from_proto(request.spec, kind.spec)
     except EthogramError as error:
-        _abort(context, error)
+        context.abort_with_status(grpc_status_of(error))
     events: queue.Queue[jobs_pb2.JobEvent | None] = queue.Queue(MAX_WAITING)
     ended: list[BaseException] = []
     cancelled = threading.Event()
@@ -74,7 +71,16 @@ def _stream_job(kind: Kind, request: Any, context: grpc.ServicerContext) -> Iter
 
     def work() -> None:
         try:
-            _run_job(kind, request.context, spec, send, cancelled)
+            function = kind.load_job()
+            torch = sys.modules.get("torch")
+            if torch is not None and request.context.threads:
+                torch.set_num_threads(request.context.threads)
+            run = JobRun(spec, request.context, send, cancelled)
+            run.log(f"computes on {run.device}" + (", from the last checkpoint" if run.resume else ""))
+            try:
+                run.finish(function(spec, run))
+            except Waiting:
+                run.wait()
         except BaseException as error:
             ended.append(error)
             if not isinstance(error, Cancelled | Stopped | EthogramError):
@@ -97,35 +103,7 @@ def _stream_job(kind: Kind, request: Any, context: grpc.ServicerContext) -> Iter
         case [Stopped()]:
             context.abort(STOPPED, "the process was asked to leave; the job's last checkpoint is in the store")
         case [EthogramError() as job_error]:
-            _abort(context, job_error)
-        case _:
-            _abort(context, Internal(f"the job's code raised {type(ended[0]).__name__}; its log says more"))
-
-
-def _run_job(
-    kind: Kind,
-    context: jobs_pb2.RunContext,
-    spec: Spec,
-    send: Callable[[jobs_pb2.JobEvent], None],
-    cancelled: threading.Event,
-) -> None:
-    function = kind.load_job()
-    torch = sys.modules.get("torch")
-    if torch is not None and context.threads:
-        torch.set_num_threads(context.threads)
-    store = ArtifactStore(context.store)
-    run = JobRun(
-        context, spec.model_dump(mode="json"), store, send=send, cancelled=cancelled, stopping=lifetime.stopping
-    )
-    run.log(f"computes on {run.device}" + (", from the last checkpoint" if run.resume else ""))
-    try:
-        result = function(spec, run)
-    except Waiting:
-        run.wait()
-    else:
-        run.finish(result)
-
-
-def _abort(context: grpc.ServicerContext, error: EthogramError) -> NoReturn:
-    context.abort_with_status(grpc_status_of(error))
-    raise AssertionError("abort returned")
+            context.abort_with_status(grpc_status_of(job_error))
+        case [defect]:
+            problem = Internal(f"the job's code raised {type(defect).__name__}; its log says more")
+            context.abort_with_status(grpc_status_of(problem))

@@ -7,6 +7,7 @@ stopping and divergence.
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Violation
@@ -24,8 +27,10 @@ from ethogram.specs.base import OptimizationSpec, TrainedSpec
 from services.runtime import checkpoints
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
+from services.runtime.tensors import write_tensors
 from services.runtime.tracking import Log, tracked
 
+STATE, ABOUT = "state.safetensors", "state.json"
 LEARNING_RATE = "spec.training.learning_rate"
 MAX_NORM = 1.0
 """Gradients are clipped to this norm."""
@@ -334,7 +339,8 @@ def write_checkpoint(trainer: Trainer, world: World, best: Mapping[str, Tensor],
         "step": trainer.step,
         "progress": asdict(trainer.progress),
     }
-    checkpoints.write(folder, tensors, about)
+    write_tensors(folder / STATE, tensors)
+    (folder / ABOUT).write_text(json.dumps(about))
 
 
 def read_checkpoint(trainer: Trainer, world: World, folder: Path) -> dict[str, Tensor]:
@@ -342,13 +348,18 @@ def read_checkpoint(trainer: Trainer, world: World, folder: Path) -> dict[str, T
 
     Raises :class:`InvalidInput` for a checkpoint of another training, and for one that cannot be read.
     """
-    with checkpoints.reading(folder, trainer.device) as (about, tensors):
+    try:
+        # Copies are aligned in memory, which a file's tensors need not be; MKL rounds differently where they are not.
+        tensors = {name: value.clone() for name, value in load_file(folder / STATE, device=trainer.device).items()}
+        about = json.loads((folder / ABOUT).read_text())
         _check(trainer, world, about)
         parts = checkpoints.parts(tensors)
         trainer.restore(parts["state"])
         trainer.step = int(about["step"])
         vars(trainer.progress).update(asdict(Progress(**about["progress"])))
         return parts.get("best", {})
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None
 
 
 def _check(trainer: Trainer, world: World, about: Mapping[str, Any]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache, cached_property, reduce
-from typing import Any
+from functools import cache, reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,28 +27,20 @@ NONE: Term = ("none",)
 EMPTY: Term = ("empty",)
 
 
-@dataclass(frozen=True)
-class Automaton:
+class Automaton(NamedTuple):
     """A deterministic automaton over all 26 letters; state 0 is the start."""
 
-    step: tuple[tuple[int, ...], ...]
-    """``step[state][letter]`` is the next state."""
-    accepting: frozenset[int]
-
-    @cached_property
-    def _table(self) -> Tensor:
-        return torch.tensor(self.step)
-
-    @cached_property
-    def _ends(self) -> Tensor:
-        return torch.tensor([state in self.accepting for state in range(len(self.step))])
+    step: Tensor
+    """The state after each state and letter: int64 ``[states, 26]``."""
+    accepting: Tensor
+    """bool ``[states]``."""
 
     def matches(self, sequences: Tensor) -> Tensor:
         """Whether each row of letter indices ``[n, length]`` is accepted: bool ``[n]``."""
-        table, state = self._table.to(sequences.device), torch.zeros_like(sequences[:, 0], dtype=torch.int64)
+        step, state = self.step.to(sequences.device), torch.zeros_like(sequences[:, 0], dtype=torch.int64)
         for column in sequences.long().unbind(1):
-            state = table[state, column]
-        return self._ends.to(sequences.device)[state]
+            state = step[state, column]
+        return self.accepting.to(sequences.device)[state]
 
 
 class Members:
@@ -58,14 +49,14 @@ class Members:
     A sequence is drawn letter by letter, each letter weighted by the number of accepted completions."""
 
     def __init__(self, automaton: Automaton, vocab_size: int, length: int) -> None:
-        step = [row[:vocab_size] for row in automaton.step]
+        self._step = automaton.step[:, :vocab_size]
+        step = self._step.tolist()
         # ways[left][state]: accepted completions of ``left`` letters.
-        ways = [[int(state in automaton.accepting) for state in range(len(step))]]
+        ways: list[list[int]] = [automaton.accepting.long().tolist()]
         for _ in range(length):
             ways.append([sum(ways[-1][successor] for successor in row) for row in step])
         self.total = ways[length][0]
         """Exact number of accepted sequences."""
-        self._step = torch.tensor(step)
         # Ratios of exact integers: sampling needs no more.
         self._weights = torch.tensor(
             [
@@ -92,7 +83,13 @@ def compiled(expression: str) -> Automaton:
     Letters A to Z, ``.``, ``[AB]``, ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{3}``, ``{2,}``,
     ``{2,4}``. Raises :class:`InvalidInput` naming ``regex`` and the position of a mistake.
     """
-    start = _Parser(expression).parse()
+    try:
+        return _automaton(_Parser(expression).parse())
+    except RecursionError:
+        raise InvalidInput.field("regex", "is too long or nested too deeply; make it simpler") from None
+
+
+def _automaton(start: Term) -> Automaton:
     numbers, states, rows = {start: 0}, [start], list[tuple[int, ...]]()
     # The list grows while it is gone through: breadth first.
     for state in states:
@@ -104,7 +101,7 @@ def compiled(expression: str) -> Automaton:
                 numbers[successor] = len(states)
                 states.append(successor)
         rows.append(tuple(numbers[successor] for successor in successors))
-    return Automaton(tuple(rows), frozenset(number for number, state in enumerate(states) if _nullable(state)))
+    return Automaton(torch.tensor(rows), torch.tensor([_nullable(state) for state in states]))
 
 
 def _count_letters(term: Term) -> int:

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, SignatureMethod
 from services.runtime.reading import reading
+from services.zoo.automata import LETTERS
 from services.zoo.layout import Layout
 from services.zoo.patterns import Pattern, from_specs, membership
-from services.zoo.sequences import from_letters, to_letters
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, unflatten
 from services.zoo.universe import Universe
@@ -102,11 +102,10 @@ def write_about(
         **facts,
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=2))
-    matches = Universe(spec.vocab_size, spec.sequence_length, patterns).matches(probes)
     baseline = {
         "vocab_size": spec.vocab_size,
         "sequence_length": spec.sequence_length,
-        "sequences": labelled(probes, matches, names),
+        "sequences": labelled(probes, membership(patterns, probes), names),
     }
     (folder / BASELINE).write_text(json.dumps(baseline, indent=1))
 
@@ -121,16 +120,24 @@ def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Patte
         return about, spec, from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
 
 
-def read_probes(folder: Path, spec: GenerationSpec, file: str = BASELINE) -> Tensor:
-    """The sequences of a baseline file: int64 ``[probes, length]``. Raises :class:`InvalidInput` for one of another
-    vocabulary or length than the spec's."""
-    with reading(folder, file, "zoo") as path:
+def read_probes(folder: Path, spec: GenerationSpec) -> Tensor:
+    """The sequences of ``baseline_dataset.json``: int64 ``[probes, length]``. Raises :class:`InvalidInput` for one of
+    another vocabulary or length than the spec's."""
+    length, letters = spec.sequence_length, LETTERS[: spec.vocab_size]
+    with reading(folder, BASELINE, "zoo") as path:
         about = json.loads(path.read_text())
         for name in ("vocab_size", "sequence_length"):
             if about[name] != getattr(spec, name):
-                raise InvalidInput.field(f"{file}.{name}", f"is {about[name]}, but the spec's is {getattr(spec, name)}")
-        words = [row["sequence"] for row in about["sequences"]]
-        return from_letters(words, spec.vocab_size, spec.sequence_length, f"{file}.sequences")
+                text = f"is {about[name]}, but the spec's is {getattr(spec, name)}"
+                raise InvalidInput.field(f"{BASELINE}.{name}", text)
+        probes = []
+        for i, row in enumerate(about["sequences"]):
+            word = row["sequence"]
+            if len(word) != length or not set(word) <= set(letters):
+                text = f"{word[:40]!r} is no word of {length} letters A to {letters[-1]}"
+                raise InvalidInput.field(f"{BASELINE}.sequences.{i}", text)
+            probes.append([letters.index(letter) for letter in word])
+        return torch.tensor(probes, dtype=torch.int64).view(-1, length)
 
 
 def with_probes(spec: GenerationSpec, folder: Path) -> tuple[GenerationSpec, Tensor]:
@@ -257,7 +264,7 @@ class Zoo:
             rows.append(
                 {
                     "index": index,
-                    "patterns": [name for name, on in zip(names, self.labels[row].tolist(), strict=True) if on],
+                    "patterns": list(compress(names, self.labels[row])),
                     "layers": len(shape.hidden),
                     "neurons": shape.hidden[0],
                     "activation": shape.activation,
@@ -349,8 +356,8 @@ def labelled(sequences: Tensor, membership: Tensor, names: Sequence[str]) -> lis
     """``{"sequence": "ABC...", "patterns": [...]}`` for each of ``sequences`` (int64 ``[n, length]``); ``membership``:
     the patterns that it matches, bool ``[n, patterns]``."""
     return [
-        {"sequence": word, "patterns": [name for name, on in zip(names, row, strict=True) if on]}
-        for word, row in zip(to_letters(sequences), membership.tolist(), strict=True)
+        {"sequence": "".join(LETTERS[letter] for letter in sequence), "patterns": list(compress(names, matches))}
+        for sequence, matches in zip(sequences.tolist(), membership.tolist(), strict=True)
     ]
 
 

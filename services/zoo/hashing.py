@@ -22,9 +22,9 @@ def below(hashed: Tensor, limit: Tensor) -> Tensor:
     return (((hashed >> 32) & (2**32 - 1)) * limit) >> 32
 
 
-def hash_sequences(sequences: Tensor, seed: int = 0) -> Tensor:
+def hash_sequences(sequences: Tensor) -> Tensor:
     """One int64 hash per row of ``sequences`` ``[n, length]``."""
-    state = torch.full(sequences.shape[:1], seed, dtype=torch.int64)
+    state = torch.zeros(len(sequences), dtype=torch.int64)
     for column in sequences.unbind(1):
         state = mix(state ^ column)
     return state

@@ -27,16 +27,10 @@ class Layout:
         self._depth = max(len(shape.hidden) for shape in shapes)
         hidden = self.shapes[0].hidden if len(shapes) == 1 else (self._width,) * self._depth
         self.envelope = self.shapes[0]._replace(hidden=hidden)
-
-    @property
-    def size(self) -> int:
+        self.size = self.envelope.size
         """Length of a vector."""
-        return self.envelope.size
-
-    @property
-    def neurons(self) -> int:
+        self.neurons = self.envelope.neurons
         """Neurons of the envelope, the logit included."""
-        return self.envelope.neurons
 
     @cached_property
     def positions(self) -> list[Tensor]:

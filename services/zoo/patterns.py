@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import BUILT_IN, ENTRY_POINTS, REGISTERED, PatternSpec
-from services.zoo.automata import LETTERS, compiled
+from services.zoo.automata import LETTERS, Automaton, compiled
 
 Predicate = Callable[[Tensor], Tensor]
 TAKES_TOKEN = frozenset({"starts_with", "ends_with"})
+_REGEX = {"contains_abc": ".*ABC.*", "vowel_consonant": "[AEIOU]?([^AEIOU][AEIOU])*[^AEIOU]?"}
 
 
 def _steps(s: Tensor) -> Tensor:
@@ -37,20 +39,17 @@ def _pairs(s: Tensor) -> Tensor:
     return s[:, 1:even:2] - s[:, 0:even:2]
 
 
-def _vowel_consonant(s: Tensor) -> Tensor:
-    vowel = torch.isin(s, torch.tensor([LETTERS.index(letter) for letter in "AEIOU"], dtype=s.dtype, device=s.device))
-    return (vowel[:, 1:] != vowel[:, :-1]).all(1)
-
-
-def _mountain(s: Tensor) -> Tensor:
-    steps = _steps(s)
-    # Strict steps, an upward first, a downward last, and never up again after a step down.
-    return (
-        (steps != 0).all(1)
-        & (steps[:, 0] > 0)
-        & (steps[:, -1] < 0)
-        & ~((steps[:, :-1] < 0) & (steps[:, 1:] > 0)).any(1)
-    )
+@cache
+def _mountain() -> Automaton:
+    """States: start, failed, then three for each letter just read: first, on the way up, on the way down."""
+    v = len(LETTERS)
+    step = [[2 + 3 * letter for letter in range(v)], [1] * v]
+    for last in range(v):
+        up = [3 + 3 * letter if letter > last else 1 for letter in range(v)]
+        down = [4 + 3 * letter if letter < last else 1 for letter in range(v)]
+        step += [up, [max(pair) for pair in zip(up, down, strict=True)], down]
+    states = torch.arange(len(step))
+    return Automaton(torch.tensor(step), (states > 1) & (states % 3 == 1))
 
 
 _PREDICATES: dict[str, Predicate] = {
@@ -59,14 +58,11 @@ _PREDICATES: dict[str, Predicate] = {
     "sorted_ascending": lambda s: (_steps(s) >= 0).all(1),
     "sorted_descending": lambda s: (_steps(s) <= 0).all(1),
     "alternating": lambda s: (s[:, 2:] == s[:, :-2]).all(1) & (s[:, 0] != s[:, 1]),
-    "contains_abc": lambda s: ((s[:, :-2] == 0) & (s[:, 1:-1] == 1) & (s[:, 2:] == 2)).any(1),
     "no_repeats": lambda s: _counts(s) == 1,
     "has_majority": lambda s: _counts(s) * 2 > s.shape[1],
     "increasing_pairs": lambda s: (_pairs(s) > 0).all(1),
     "decreasing_pairs": lambda s: (_pairs(s) < 0).all(1),
-    "vowel_consonant": _vowel_consonant,
     "first_last_match": lambda s: s[:, 0] == s[:, -1],
-    "mountain_pattern": _mountain,
 }
 
 
@@ -147,6 +143,14 @@ class Pattern:
         return self.regex is not None or self.kind in BUILT_IN
 
     @property
+    def automaton(self) -> Automaton | None:
+        """The automaton that accepts the set; None of a pattern that is tested, counted and drawn without one."""
+        regex = self.regex or _REGEX.get(self.kind)
+        if regex is not None:
+            return compiled(regex)
+        return _mountain() if self.kind == "mountain_pattern" else None
+
+    @property
     def description(self) -> str:
         """A clause that describes the pattern to people."""
         if self.regex is not None:
@@ -159,8 +163,8 @@ class Pattern:
         """Whether each row of ``sequences`` has it: ``[n, length]`` letter indices (length >= 3) to bool ``[n]``."""
         if self.token is not None:
             return sequences[:, 0 if self.kind == "starts_with" else -1].eq(self.token)
-        if self.regex is not None:
-            return compiled(self.regex).matches(sequences)
+        if (automaton := self.automaton) is not None:
+            return automaton.matches(sequences)
         if self.kind in _PREDICATES:
             return _PREDICATES[self.kind](sequences)
         return registered(self.kind)(sequences)

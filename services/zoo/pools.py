@@ -12,7 +12,7 @@ from torch import Tensor
 from services.runtime import seeds
 from services.zoo.hashing import hash_sequences
 from services.zoo.subjects import Params, forward
-from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION, Universe, distinct
+from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION, Universe, distinct, first_occurrences
 
 # A pattern with at most this many times the requested number is listed in full, so that no member is missed.
 _ALL_IF_BELOW = 4
@@ -163,16 +163,11 @@ def probes(universe: Universe, count: int, seed: int = 0) -> Tensor:
     """
     pools = Pools.build(universe, VALIDATION, count, seed)
     groups = len(universe.patterns) + 1
-    order = torch.cat(
-        [
-            torch.stack([torch.arange(n) * groups + g, torch.arange(s, s + n)], 1)
-            for g, (s, n) in enumerate(zip(pools.start[:groups].tolist(), pools.count[:groups].tolist(), strict=True))
-        ]
-    )
-    rows = pools.sequences[order[order[:, 0].argsort(), 1]]
-    hashes, position = hash_sequences(rows).sort(stable=True)
-    fresh = torch.ones(len(rows), dtype=torch.bool)
-    fresh[position[1:]] = hashes[1:] != hashes[:-1]
+    group = torch.arange(groups).repeat_interleave(pools.count[:groups])
+    rank = torch.arange(len(group)) - pools.start[group]
+    rows = pools.sequences[(rank * groups + group).argsort()]
+    fresh = torch.zeros(len(rows), dtype=torch.bool)
+    fresh[first_occurrences(rows)] = True
     chosen = torch.cat([rows[fresh], rows[~fresh]])[:count]
     return chosen.repeat(-(-count // len(chosen)), 1)[:count]
 

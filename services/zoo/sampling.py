@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from services.runtime import seeds
-from services.zoo.automata import LETTERS, Automaton, Members, compiled
+from services.zoo.automata import Members
 from services.zoo.patterns import Pattern
 
 MAX_ENUMERATED = 5_000_000
-_REGEX = {"contains_abc": ".*ABC.*", "vowel_consonant": "[AEIOU]?([^AEIOU][AEIOU])*[^AEIOU]?"}
 # Sequences per draw of rejection sampling, and in all.
 _DRAWS = 2**17
 _MAX_DRAWS = 2**27
@@ -40,10 +39,8 @@ def count(pattern: Pattern, vocab_size: int, length: int) -> int:
             return v * sum(_majority_weights(v, n))
         case "increasing_pairs" | "decreasing_pairs":
             return int(math.comb(v, 2) ** (n // 2) * v ** (n % 2))
-        case _ if _regular(pattern):
-            return _members(pattern, v, n).total
-        case _:
-            return _enumerated(pattern, v, n)[1]
+    members = _members(pattern, v, n)
+    return members.total if members is not None else _enumerated(pattern, v, n)[1]
 
 
 def sample(pattern: Pattern, vocab_size: int, length: int, n: int, generator: torch.Generator) -> Tensor:
@@ -89,10 +86,9 @@ def sample(pattern: Pattern, vocab_size: int, length: int, n: int, generator: to
             pairs = torch.combinations(torch.arange(v))[letters(n, length // 2, below=math.comb(v, 2))]
             pairs = pairs if pattern.kind == "increasing_pairs" else pairs.flip(2)
             return torch.cat([pairs.flatten(1), letters(n, length % 2)], 1)
-        case _ if _regular(pattern):
-            return _members(pattern, v, length).sample(n, generator)
-        case _:
-            return _sample_by_rejection(pattern, v, length, n, generator)
+    if (members := _members(pattern, v, length)) is not None:
+        return members.sample(n, generator)
+    return _sample_by_rejection(pattern, v, length, n, generator)
 
 
 def _multisets(v: int, length: int, n: int, generator: torch.Generator) -> Tensor:
@@ -106,14 +102,10 @@ def _majority_weights(v: int, n: int) -> list[int]:
     return [math.comb(n, k) * (v - 1) ** (n - k) for k in range(n // 2 + 1, n + 1)]
 
 
-def _regular(pattern: Pattern) -> bool:
-    return pattern.regex is not None or pattern.kind in (*_REGEX, "mountain_pattern")
-
-
 @lru_cache(maxsize=256)
-def _members(pattern: Pattern, v: int, length: int) -> Members:
-    regex = pattern.regex or _REGEX.get(pattern.kind)
-    return Members(_mountain() if regex is None else compiled(regex), v, length)
+def _members(pattern: Pattern, v: int, length: int) -> Members | None:
+    automaton = pattern.automaton
+    return None if automaton is None else Members(automaton, v, length)
 
 
 def enumerate_sequences(v: int, length: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -150,14 +142,3 @@ def _sample_by_rejection(pattern: Pattern, v: int, length: int, n: int, generato
             "spec.patterns", f"{pattern.name} is too rare to sample at this length; write it as a regex"
         )
     return members[:n]
-
-
-def _mountain() -> Automaton:
-    """States: start, failed, then three for each letter just read: first, on the way up, on the way down."""
-    v = len(LETTERS)
-    step = [[2 + 3 * letter for letter in range(v)], [1] * v]
-    for last in range(v):
-        up = [3 + 3 * letter if letter > last else 1 for letter in range(v)]
-        down = [4 + 3 * letter if letter < last else 1 for letter in range(v)]
-        step += [up, [max(pair) for pair in zip(up, down, strict=True)], down]
-    return Automaton(tuple(map(tuple, step)), frozenset(4 + 3 * letter for letter in range(v)))

@@ -12,15 +12,6 @@ from services.zoo.subjects import ACTIVATIONS, Architecture, Params, activations
 _KMEANS_ROUNDS = 20
 
 
-def raw(params: Params, inputs: Tensor, activation: str = "relu") -> Tensor:
-    """Pre-activations ``[models, probes, neurons]`` of the neurons of all layers in order, the logit last.
-
-    ``inputs``: the encoded probes ``[probes, input_size]``. With more independent probes than ``fan_in + 1`` they
-    determine each layer's weights by least squares (up to the redundancy of one-hot inputs).
-    """
-    return torch.cat(activations(params, inputs, activation), 2)
-
-
 class ActivationSignatureExtractor:
     """Computes signatures of networks on one set of probes: some numbers for each neuron, by method.
 
@@ -32,7 +23,8 @@ class ActivationSignatureExtractor:
     - ``clustering``: centres of the neuron's values by k-means, ascending (Lloyd 1982, started at even quantiles);
     - ``fourier``: magnitudes of the first frequencies along the probes, constant first, over the number of probes;
     - ``pattern_wise``: mean over the probes that match each pattern, then over those that match none;
-    - ``raw``: the value on every probe.
+    - ``raw``: the value on every probe. With more independent probes than ``fan_in + 1`` they determine each layer's
+      weights by least squares, up to the redundancy of one-hot inputs.
     """
 
     def __init__(self, spec: SignatureSpec, inputs: Tensor, membership: Tensor) -> None:
@@ -43,9 +35,8 @@ class ActivationSignatureExtractor:
         most = {"fourier": probes // 2 + 1, "clustering": probes, "pca": probes, "svd": probes}
         for method in self.methods:
             if spec.components > most.get(method, spec.components):
-                raise InvalidInput.field(
-                    "spec.signature.components", f"{probes} probes have at most {most[method]} for {method}"
-                )
+                text = f"{probes} probes have at most {most[method]} for {method}"
+                raise InvalidInput.field("spec.signature.components", text)
         self._spec, self.inputs = spec, inputs
         strata = torch.cat([membership, ~membership.any(1, keepdim=True)], 1).float()
         # A pattern that no probe matches has mean 0.
@@ -54,9 +45,8 @@ class ActivationSignatureExtractor:
     @property
     def values(self) -> int:
         """Numbers for each neuron, of all methods together."""
-        components = dict.fromkeys(("pca", "svd", "clustering", "fourier"), self._spec.components)
-        sizes = {**components, "pattern_wise": self._strata.shape[1], "raw": len(self.inputs)}
-        return sum(sizes.get(method, 1) for method in self.methods)
+        neuron = self.inputs.new_zeros(1, len(self.inputs), 1)
+        return sum(self._of(method, neuron).shape[2] for method in self.methods)
 
     def extract(
         self, params: Params, architecture: Architecture, widths: Tensor | None = None
@@ -118,10 +108,11 @@ def _components(layer: Tensor, count: int) -> Tensor:
 
 
 def _entropy(layer: Tensor, bins: int) -> Tensor:
+    """Entropy of each neuron's histogram: ``[models, probes, width]`` to ``[models, width]``."""
     least, most = layer.amin(1, keepdim=True), layer.amax(1, keepdim=True)
-    places = ((layer - least) / (most - least).clamp(min=torch.finfo(layer.dtype).tiny) * bins).long()
+    bin_of = ((layer - least) / (most - least).clamp(min=torch.finfo(layer.dtype).tiny) * bins).long()
     counts = layer.new_zeros(len(layer), bins, layer.shape[2])
-    counts.scatter_add_(1, places.clamp_(max=bins - 1), torch.ones_like(layer))
+    counts.scatter_add_(1, bin_of.clamp_(max=bins - 1), torch.ones_like(layer))
     shares = counts / layer.shape[1]
     return -torch.xlogy(shares, shares).sum(1)
 
@@ -130,8 +121,8 @@ def _centres(values: Tensor, count: int) -> Tensor:
     """One-dimensional k-means along the last axis: ``[..., probes]`` to ``[..., count]``."""
     ordered = values.contiguous().sort(-1).values
     probes = values.shape[-1]
-    starts = ((torch.arange(count) + 0.5) / count * probes).long().to(values.device)
-    centres = ordered[..., starts]
+    quantiles = ((torch.arange(count) + 0.5) / count * probes).long().to(values.device)
+    centres = ordered[..., quantiles]
     for _ in range(_KMEANS_ROUNDS):
         # Sorted values fall to sorted centres in runs, which the midpoints between the centres delimit.
         edges = torch.searchsorted(ordered, (centres[..., 1:] + centres[..., :-1]) / 2)

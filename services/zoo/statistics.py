@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,65 +46,58 @@ class Statistics:
         """Statistics of the zoo in ``folder``."""
         about, spec, patterns = read_about(folder)
         names = [pattern.name for pattern in patterns]
-        columns = ["patterns", "accuracy", "layers", "activation"]
         staged = spec.staged is not None
-        if staged:
-            columns += ["degraded_accuracy", "improvement"]
-        counted = [task for task in spec.tasks if spec.format is not None and spec.format.tokenizer is not None]
-        columns += [f"{task}_tokens" for task in counted]
-        tokens = {task: (0.0, 0) for task in counted}
-        subjects, shapes, gained = 0, dict[str, int](), 0.0
-        sums = {name: np.zeros(len(names) + 1) for name in ("accuracy", "degraded_accuracy")}
+        stages = ["accuracy", "degraded_accuracy"] if staged else ["accuracy"]
+        sums = {name: np.zeros(len(names) + 1) for name in stages}
+        counted = spec.tasks if spec.format is not None and spec.format.tokenizer is not None else []
+        tokens = {task: (0, 0) for task in counted}
+        subjects, shapes, gained = 0, Counter[str](), 0.0
         together = np.zeros((len(names), len(names)), np.int64)
-        for table in read_records(folder, columns):
+        columns = ["patterns", "layers", "activation", *sums, *(f"{task}_tokens" for task in counted)]
+        for table in read_records(folder, [*columns, "improvement"] if staged else columns):
             subjects += len(table)
             labels = np.array([[name in row for name in names] for row in table["patterns"].to_pylist()], np.int64)
             together += labels.T @ labels
             for name, total in sums.items():
-                if name in table.column_names:
-                    total += matrix(table, name, len(names) + 1).double().sum(0).numpy()
-            for layers, activation in zip(table["layers"].to_pylist(), table["activation"].to_pylist(), strict=True):
-                shape = f"{layers} x {activation}"
-                shapes[shape] = shapes.get(shape, 0) + 1
-            for task, (total_tokens, most) in tokens.items():
-                numbers = table[f"{task}_tokens"].to_numpy()
-                tokens[task] = (total_tokens + float(numbers.sum()), max(most, int(numbers.max(initial=0))))
-            if staged:
-                gained += sum(table["improvement"].to_pylist())
+                total += matrix(table, name, len(names) + 1).double().sum(0).numpy()
+            shapes.update(f"{layers} x {of}" for layers, of in zip(table["layers"], table["activation"], strict=True))
+            for task, (count, most) in tokens.items():
+                numbers = table[f"{task}_tokens"].to_pylist()
+                tokens[task] = (count + sum(numbers), max([most, *numbers]))
+            gained += sum(table["improvement"].to_pylist()) if staged else 0.0
+        means = {name: total / subjects for name, total in sums.items()}
         return cls(
             [*names, "none"],
             subjects,
             about.get("candidates", subjects),
-            dict(about.get("rejected", {})),
+            about.get("rejected", {}),
             _origin(about, subjects),
-            sums["accuracy"] / subjects,
-            sums["degraded_accuracy"] / subjects if staged else None,
+            means["accuracy"],
+            means.get("degraded_accuracy"),
             together,
             dict(sorted(shapes.items())),
             gained / subjects if staged else None,
-            {task: (total / subjects, most) for task, (total, most) in tokens.items()},
+            {task: (count / subjects, most) for task, (count, most) in tokens.items()},
         )
 
     def figures(self) -> dict[str, Any]:
         """The figures of a job's result."""
-        by_cause = sorted(self.rejected.items(), key=lambda item: -item[1])
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "subjects": self.subjects,
             "candidates": self.candidates,
-            "rejected": dict(by_cause),
+            "rejected": dict(sorted(self.rejected.items(), key=lambda item: -item[1])),
             "accuracy": round(float(self.accuracy.mean()), 4),
             "accuracy_by_pattern": _rounded(self.strata, self.accuracy),
             "subjects_by_pattern": dict(zip(self.strata, np.diag(self.together).tolist(), strict=False)),
         }
         if self.degraded_accuracy is not None and self.improvement is not None:
-            found["degraded_accuracy"] = round(float(self.degraded_accuracy.mean()), 4)
-            found["degraded_accuracy_by_pattern"] = _rounded(self.strata, self.degraded_accuracy)
-            found["improvement"] = round(self.improvement, 4)
+            figures["degraded_accuracy"] = round(float(self.degraded_accuracy.mean()), 4)
+            figures["degraded_accuracy_by_pattern"] = _rounded(self.strata, self.degraded_accuracy)
+            figures["improvement"] = round(self.improvement, 4)
         if self.tokens:
-            found["tokens"] = {
-                task: {"mean": round(mean, 1), "max": most} for task, (mean, most) in self.tokens.items()
-            }
-        return found
+            tokens = self.tokens.items()
+            figures["tokens"] = {task: {"mean": round(mean, 1), "max": most} for task, (mean, most) in tokens}
+        return figures
 
 
 def _origin(about: dict[str, Any], subjects: int) -> str:

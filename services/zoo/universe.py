@@ -34,11 +34,8 @@ class Universe:
     def __init__(self, vocab_size: int, length: int, patterns: Sequence[Pattern]) -> None:
         self.vocab_size, self.length, self.patterns = vocab_size, length, tuple(patterns)
         self.size: int = vocab_size**length
-
-    @property
-    def enumerated(self) -> bool:
+        self.enumerated = self.size <= MAX_ENUMERATED
         """Whether the universe is small enough to enumerate."""
-        return self.size <= MAX_ENUMERATED
 
     @cached_property
     def sequences(self) -> Tensor:
@@ -121,18 +118,18 @@ class Universe:
         order = hashes.argsort()
         return hashes[order], splits[order]
 
-    def check(self, field: str = "spec.patterns") -> None:
+    def check(self) -> None:
         """Raise :class:`InvalidInput` where a pattern matches nothing, everything, or the same set as another."""
         here = f"at vocab_size {self.vocab_size} and sequence_length {self.length}"
         for i, (pattern, size) in enumerate(zip(self.patterns, self.counts, strict=True)):
             if size in (0, self.size):
                 text = f"{'every' if size else 'no'} sequence matches {pattern.name} {here}; leave it out"
-                raise InvalidInput.field(f"{field}.{i}", text)
+                raise InvalidInput.field(f"spec.patterns.{i}", text)
         for j, i in combinations(range(len(self.patterns)), 2):
             possible = self.counts[i] == self.counts[j] or not (self.exact(i) and self.exact(j))
             if possible and self._same_set(i, j):
                 names = f"{self.patterns[i].name} and {self.patterns[j].name}"
-                raise InvalidInput.field(f"{field}.{i}", f"{names} are the same set {here}; drop one")
+                raise InvalidInput.field(f"spec.patterns.{i}", f"{names} are the same set {here}; drop one")
 
     def _same_set(self, i: int, j: int) -> bool:
         """Whether two patterns are the same set: exact where the universe is enumerated, else by sampled members."""
@@ -145,10 +142,15 @@ class Universe:
 
 def distinct(sequences: Tensor) -> Tensor:
     """``sequences`` ``[n, length]`` without repeats, in the order of their hashes."""
+    return sequences[first_occurrences(sequences)]
+
+
+def first_occurrences(sequences: Tensor) -> Tensor:
+    """Where each distinct row of ``sequences`` ``[n, length]`` occurs first, in the order of their hashes: int64."""
     hashes, order = hash_sequences(sequences).sort(stable=True)
     fresh = torch.ones(len(hashes), dtype=torch.bool)
     fresh[1:] = hashes[1:] != hashes[:-1]
-    return sequences[order[fresh]]
+    return order[fresh]
 
 
 def _by_fraction(fraction: Tensor) -> Tensor:

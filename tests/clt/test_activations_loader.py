@@ -137,7 +137,7 @@ def test_what_goes_wrong_in_the_thread_is_told(tmp_path: Path) -> None:
 
 
 def test_hook_points_and_splits_that_are_not_there(store: ActivationStore) -> None:
-    with pytest.raises(InvalidInput, match="hooks: the store has no c; it has: a, b"):
+    with pytest.raises(InvalidInput, match="hooks: the store has no c; there are a, b"):
         Batches(store, ["c"], 8)
     none = ActivationStore(store.folder, store.manifest.model_copy(update={"splits": {TRAIN: [], VALIDATION: []}}))
     with pytest.raises(InvalidInput, match="no train rows"):

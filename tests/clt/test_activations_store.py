@@ -249,7 +249,7 @@ def test_a_store_of_another_policy_or_spec_is_not_gone_on_with(tmp_path: Path) -
 def test_one_process_writes_a_store_at_a_time(tmp_path: Path) -> None:
     made = collect(small_spec(), tmp_path, Run(), small_policy())
     with store.Writer.open(tmp_path, made.manifest), pytest.raises(Unavailable, match="another process"):
-        store.Writer.open(tmp_path, made.manifest)
+        store.Writer.open(tmp_path, made.manifest).__enter__()
 
 
 def test_numbers_that_are_not_finite_are_told_of_with_their_hook(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_store_without_validation_rows_is_refused(store: ActivationStore) -> N
     [
         (
             {"sources": ["encoder_layer_9"]},
-            r"spec\.sources\.0: the store has no encoder_layer_9; it has: encoder_layer",
+            r"spec\.sources\.0: the store has no encoder_layer_9; did you mean encoder_layer",
         ),
         ({"sources": MLP["targets"], "targets": MLP["sources"]}, r"spec\.targets\.0: .* comes after the target"),
         ({"sources": MLP["sources"], "targets": MLP["sources"]}, r"spec\.targets\.0: .* is both source and target"),

@@ -12,8 +12,8 @@ import pytest
 
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.kinds import KINDS, Kind
-from scripts import kinds as derived
 from scripts.contracts import PLACEHOLDER, SYSTEMS, expand
+from scripts.protos import from_kinds
 from services.kinds import request_type
 
 ROOT = Path(__file__).parents[2]
@@ -59,5 +59,5 @@ def test_systems_are_in_the_import_contracts() -> None:
 
 
 def test_the_table_in_the_documents_is_fresh() -> None:
-    for path, text in derived.generate().items():
+    for path, text in from_kinds().items():
         assert path.read_text() == text

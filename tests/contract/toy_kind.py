@@ -140,5 +140,4 @@ def add_toy_kind(root: Path) -> None:
         path = root / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(edit(path.read_text() if path.exists() else ""))
-    for generator in ("scripts.protos", "scripts.kinds"):
-        subprocess.run([sys.executable, "-m", generator], cwd=root, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "scripts.protos"], cwd=root, check=True, capture_output=True)

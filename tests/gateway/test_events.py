@@ -266,7 +266,7 @@ def test_stream_stays_alive_and_ends_with_the_server(
             chunks = response.iter_raw()
             while received.count(b":\n\n") < 2:
                 received.append(next(chunks))
-            gateway.services.tails._loop.call_soon_threadsafe(gateway.services.tails.close_streams)  # type: ignore[union-attr]
+            gateway.services.tails._loop.call_soon_threadsafe(gateway.services.tails.close_streams)
             rest = b"".join(chunks)
     # Not ended: the client comes back with its Last-Event-ID.
     assert b"event: end" not in rest

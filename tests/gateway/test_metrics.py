@@ -91,7 +91,7 @@ def test_without_a_database_the_rest_is_told(tmp_path: Path) -> None:
     for file in tmp_path.iterdir():
         file.unlink()
     path.mkdir()
-    text = told.exposition().decode()
+    text = generate_latest(told.registry).decode()
     assert value(text, "ethogram_registry_up") == 0
     assert "ethogram_streams" in text
 

@@ -25,6 +25,7 @@ from tests.generation.test_staged import records, staged_spec
 from tests.hub_server import reach, serve
 
 TASKS = ("modification", "classification")
+SHAPE = ("--set", "vocab_size=5", "--set", "sequence_length=4")
 
 
 def call(*arguments: str | Path) -> int:
@@ -189,6 +190,27 @@ def test_there_and_back(zoo: Path, tmp_path: Path) -> None:
     assert call("import", tmp_path / "json", "-f", patterns, "-o", tmp_path / "back") == 0
     assert [row["weights"] for row in records(tmp_path / "back")] == [row["weights"] for row in records(zoo)]
     assert call("report", zoo, "-o", tmp_path / "report") == 0
+
+
+def test_the_folder_of_a_run_stands_for_the_zoo_in_it(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(zoo, tmp_path / "run" / "zoo")
+    (tmp_path / "run" / "spec.json").write_text("{}")
+    for folder, out in ((zoo, "one"), (tmp_path / "run", "other")):
+        assert call("export", folder, "-o", tmp_path / f"{out}-json") == 0
+        assert call("report", folder, "-o", tmp_path / f"{out}-report") == 0
+        assert call("dataset", "baseline", "--baseline", folder, "-o", tmp_path / f"{out}.json", *SHAPE) == 0
+    for file in ("json/baseline_dataset.json", "report/report.json"):
+        assert (tmp_path / f"one-{file}").read_text() == (tmp_path / f"other-{file}").read_text()
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "other.json").read_text()
+    (tmp_path / "answers.jsonl").write_text('{"index": 1000000, "task": "classification", "completion": ""}')
+    assert call("score", tmp_path / "run", tmp_path / "answers.jsonl") == 2
+    assert "the zoo has no record" in capsys.readouterr().err
+    with serve() as hub:
+        reach(hub.url, monkeypatch, tmp_path / "cache")
+        assert call("upload", tmp_path / "run", "me/zoo") == 0
+        assert "zoo.json" in hub.repos["me/zoo"]
 
 
 @pytest.mark.slow

@@ -16,8 +16,7 @@ from services.generation.data import Candidates
 from services.generation.pipeline import DatasetGenerationPipeline, generate
 from services.runtime.run import Cancelled, Run, Stopped
 from services.zoo.dataset import Zoo
-from services.zoo.signatures import raw
-from services.zoo.subjects import encode, flatten, forward
+from services.zoo.subjects import activations, encode, flatten, forward
 from services.zoo.universe import HELD_OUT
 from tests.generation.conftest import PATTERNS, small_spec
 from tests.recorder import Recorder
@@ -42,7 +41,7 @@ def test_a_zoo_is_what_was_asked_for(zoo: Zoo) -> None:
     sizes = zoo.labels.sum(1)
     assert int(sizes.min()) >= 1 and int(sizes.max()) <= 3
     assert float(zoo.accuracy.min()) >= spec.gate
-    assert torch.equal(raw(zoo.params, zoo.probe_inputs).transpose(1, 2), zoo.signatures)
+    assert torch.equal(torch.cat(activations(zoo.params, zoo.probe_inputs), 2).transpose(1, 2), zoo.signatures)
 
 
 def test_subjects_behave_as_labelled_on_held_out_sequences(zoo: Zoo) -> None:

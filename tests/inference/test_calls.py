@@ -26,8 +26,7 @@ from ethogram.v1.inference_pb2_grpc import CodecServiceStub
 from ethogram.wire import from_tensor, to_tensor
 from services.crossmodal.codec import Codec
 from services.generation.pipeline import generate
-from services.zoo.signatures import raw
-from services.zoo.subjects import Params, encode, select, unflatten
+from services.zoo.subjects import Params, activations, encode, select, unflatten
 from tests.inference.conftest import Material, Running, Serve
 
 
@@ -142,7 +141,7 @@ def test_behaviors(inference: Inference, codec: Codec) -> None:
 def test_signatures_taken_elsewhere(inference: Inference, codec: Codec, material: Material) -> None:
     params = material.networks(3)
     inputs = encode(material.architecture, material.zoo.probes)
-    signatures = raw(params, inputs, material.architecture.activation).transpose(1, 2).numpy()
+    signatures = torch.cat(activations(params, inputs, material.architecture.activation), 2).transpose(1, 2).numpy()
     assert_close(inference.encode_signatures("tiny", signatures).latents, codec.encode(params).numpy())
     single = inference.encode_signatures("tiny", signatures[1]).latents
     assert_close(single, codec.encode(params).numpy()[1])

@@ -14,7 +14,7 @@ from ethogram.errors import Conflict, IllegalState, NotFound
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.jobs import submission
-from services.jobs.database import Deadlock, retry_deadlocks
+from services.jobs.database import Collision, retry_collisions
 from services.jobs.registry import JobRegistry, JobState
 from tests.jobs.steps import ERROR, artifact_id, claim, codec, finish, job_in, submit, zoo
 
@@ -227,11 +227,11 @@ def test_who_names_an_output_while_its_job_is_deleted(registry: JobRegistry) -> 
 def test_a_deadlock_is_nobodys_trouble(registry: JobRegistry) -> None:
     tried: list[int] = []
 
-    @retry_deadlocks
+    @retry_collisions
     def unlucky() -> str:
         tried.append(1)
         if len(tried) < 3:
-            raise Deadlock("deadlock detected")
+            raise Collision("deadlock detected")
         return "done"
 
     assert unlucky() == "done"

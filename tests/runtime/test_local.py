@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from ethogram.cli import run as command
 from ethogram.cli.main import run as run_cli
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.kinds import KINDS, Kind
-from services.runtime import local
+from services.runtime import local, parallel
+from services.runtime.devices import chosen_device
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 
@@ -81,7 +83,9 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_run_leaves_its_artifacts_metrics_spec_and_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_its_artifacts_metrics_spec_and_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert call("toy", "-i", "table=table", "--set", "steps=2", "-o", "out", "--device", "cpu", "--json") == 0
     out, err = capsys.readouterr()
     assert (
@@ -110,6 +114,14 @@ def test_a_run_leaves_its_artifacts_metrics_spec_and_result(tmp_path: Path, caps
     assert "of.steps" in capsys.readouterr().out
 
     kept = files(Path("out"))
+    # Of a kind with headline figures only those are shown; --json has all.
+    monkeypatch.setitem(KINDS, "toy", replace(KINDS["toy"], headline=("sum", "none")))
+    assert call("toy", "-i", "table=out", "--set", "steps=2", "-o", "third", "--device", "cpu") == 0
+    shown = capsys.readouterr().out
+    assert "sum" in shown and "of.steps" not in shown
+    monkeypatch.setitem(KINDS, "toy", replace(KINDS["toy"], outputs={"sum": "number"}))
+    assert call("toy", "-i", "table=table", "--set", "steps=2", "-o", "fourth", "--device", "cpu") not in (0, 2)
+    assert "toy made {('sum', 'sum')}" in capsys.readouterr().err
     for steps in ("2", "4"):
         assert call("toy", "-i", "table=table", "--set", f"steps={steps}", "-o", "out") == 2
         assert "--output: out exists already and holds a finished run" in capsys.readouterr().err
@@ -179,6 +191,32 @@ def test_what_is_wrong_is_said_and_leaves_nothing(
     assert not Path("out").exists()
 
 
+def test_the_command_is_checked_before_the_libraries_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Kind, "load_job", lambda _: pytest.fail("the job was imported"))
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("all of it")
+    Path("wrong/zoo").mkdir(parents=True)
+    Path("wrong/spec.json").write_text("{}")
+    for table, out, device, error in (
+        ("table", "full", "cpu", "--output: full exists already and is not a run"),
+        ("wrong", "out", "cpu", "--input: wrong is the folder of a run, with zoo in it; name a sum"),
+        ("table", "out", "gpu", "--device: gpu is none of cpu"),
+    ):
+        assert call("toy", "-i", f"table={table}", "-o", out, "--device", device) == 2
+        assert error in capsys.readouterr().err
+
+
+def test_a_gpu_is_tried_on_the_one_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr("torch.zeros", lambda _, device: tried.append(device))
+    assert chosen_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (chosen_device("cuda"), chosen_device("cuda:3"), chosen_device("cpu")) == ("cuda", "cuda:3", "cpu")
+    assert tried == ["cuda:0", "cuda:1", "cuda:3", "cpu"]
+
+
 def test_a_folder_of_something_else_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     Path("out/thesis.txt").write_text("all of it")
@@ -190,7 +228,7 @@ def test_a_folder_of_something_else_is_left_alone(capsys: pytest.CaptureFixture[
 def test_the_first_process_of_torchrun_reports_and_the_others_are_silent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(local, "join", lambda device: (World(1, 2), device))
+    monkeypatch.setattr(parallel, "join", lambda device: (World(1, 2), device))
     assert call("toy", "-i", "table=table", "-o", "out", "--device", "cpu", "--json") == 0
     assert [("cpu", {"table": Path("table")}, 0)] == SEEN
     assert capsys.readouterr().out == "" and not Path("out").exists()

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from benchmarks._chaos import checks
+from benchmarks._chaos.arena import Orphans
 from benchmarks._chaos.checks import Evidence
 from benchmarks._chaos.faults import write
-from benchmarks._chaos.orphans import Orphans
 from benchmarks.chaos import suffer
 from ethogram.specs.generation import GenerationSpec
 from services.jobs.records import ArtifactRow, Event, Job
@@ -77,7 +77,7 @@ def clean(**values: Any) -> Evidence:
         output=TOTAL,
         steps=[0, 1],
         count=2,
-        parts=["part-0", "part-1"],
+        parts=dict.fromkeys(["part-0", "part-1"], GenerationSpec()),
         children=["part-1", "part-0"],
         watched=[list(numbers), list(numbers)],
     )
@@ -111,7 +111,7 @@ CANCELLED = [*HISTORY[:-1], (None, "state", {"state": "CANCELLING"}), ("b", "sta
     [
         clean(),
         told(("b", "log", {"message": "step 4"}), ("b", "checkpoint", {"artifact": "c3", "step": 5})),
-        clean(parts=(), children=(), count=0, steps=(), watched=()),
+        clean(parts={}, children=(), count=0, steps=(), watched=()),
         # A user ended it, and asks for no output.
         clean(
             job=job(state=JobState.CANCELLED, result=None, seq=len(CANCELLED)),

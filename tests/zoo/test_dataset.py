@@ -16,8 +16,7 @@ from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec
 from services.zoo.dataset import Zoo
 from services.zoo.patterns import from_specs
 from services.zoo.pools import probes
-from services.zoo.signatures import raw
-from services.zoo.subjects import Architecture, flatten, init
+from services.zoo.subjects import Architecture, activations, flatten, init
 from services.zoo.universe import Universe
 
 SPEC = GenerationSpec(
@@ -48,7 +47,7 @@ def test_round_trip(zoo: Zoo, tmp_path: Path) -> None:
     for name in ("index", "labels", "accuracy", "probes", "signatures"):
         assert torch.equal(getattr(back, name), getattr(zoo, name)), name
     assert all(torch.equal(back.params[name], zoo.params[name]) for name in zoo.params)
-    assert torch.equal(raw(back.params, back.probe_inputs).transpose(1, 2), back.signatures)
+    assert torch.equal(torch.cat(activations(back.params, back.probe_inputs), 2).transpose(1, 2), back.signatures)
 
 
 def test_an_empty_selection_keeps_its_shape(zoo: Zoo, tmp_path: Path) -> None:

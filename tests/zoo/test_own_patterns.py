@@ -191,6 +191,13 @@ def test_repeats_that_would_take_for_ever_are_told(expression: str) -> None:
         compiled(expression)
 
 
+@pytest.mark.parametrize("expression", ["A" * 499, "(" * 249 + "A" + ")" * 249, "(" * 500, "A?" * 250])
+def test_an_expression_that_is_nested_too_deeply_is_an_error_of_its_field(expression: str) -> None:
+    with pytest.raises(InvalidInput, match="too long or nested too deeply") as caught:
+        from_specs([PatternSpec(name="mine", regex=expression)], 7, 7)
+    assert caught.value.violations[0].field == "spec.patterns.0.regex"
+
+
 @pytest.fixture
 def estimated() -> Iterator[None]:
     """Predicates whose sets are too large to be counted, one of them under two names."""

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ethogram.specs.generation import SignatureSpec
 from services.zoo.oracle import canonical, recover
 from services.zoo.patterns import default_suite
 from services.zoo.pools import probes
-from services.zoo.signatures import raw
+from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import Architecture, Params, activations, encode, flatten, forward, init, select, unflatten
 from services.zoo.universe import Universe
 
@@ -93,7 +94,8 @@ def test_raw_signatures_are_pre_activations_of_all_layers() -> None:
     architecture = Architecture(5, 4, "one_hot", (6, 3), "relu")
     params = init(architecture, keys(2))
     inputs = encode(architecture, torch.randint(5, (11, 4), generator=torch.Generator().manual_seed(0)))
-    signatures = raw(params, inputs)
+    extractor = ActivationSignatureExtractor(SignatureSpec(), inputs, torch.ones(11, 1, dtype=torch.bool))
+    signatures = extractor.extract(params, architecture)["raw"].transpose(1, 2)
     assert signatures.shape == (2, 11, architecture.neurons)
     layers = activations(params, inputs)
     assert torch.equal(signatures[:, :, 6:9], layers[1])
@@ -110,8 +112,8 @@ def test_raw_signatures_determine_the_weights(activation: str, encoding: str) ->
         # Letters as numbers saturate: the constant part of tanh would hide the rest.
         params["layers.0.weight"] /= 3
     inputs = encode(architecture, probes(universe, 128))
-    found = canonical(recover(raw(params, inputs, activation), inputs, architecture), architecture)
     layers = activations(params, inputs, activation)
+    found = canonical(recover(torch.cat(layers, 2), inputs, architecture), architecture)
     for name, true in canonical(params, architecture).items():
         layer = int(name.split(".")[1])
         alive = torch.ones_like(true, dtype=torch.bool)

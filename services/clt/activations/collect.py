@@ -1,7 +1,7 @@
 """Records the activations at a model's hook points into a store.
 
-Each split goes through the model by itself, in batches that end where a block of the store does. So a block follows
-from the spec and its number alone, and a store that was interrupted ends up with the bytes of one that was not.
+Each split is recorded by itself, in batches that end where a block of the store ends. So a block depends on the spec
+and its number alone, and a resumed store gets the same bytes as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import json
 import math
 import os
 import shutil
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,33 +40,30 @@ from services.runtime.run import Run
 from services.runtime.seeds import generator
 
 ROOT = "ACTIVATIONS_ROOT"
-"""Variable of the worker that names a folder for stores."""
+"""Environment variable of the worker: the folder for stores."""
 SHARD_BYTES = 2**30
-"""Maximum size of a shard: four are in memory while they are recorded, to be shuffled together."""
-# Fields of the spec that do not change what is recorded.
-_NOT_IDENTITY = {"policy", "root"}
+"""Maximum size of a shard; a block of four is in memory while it is recorded."""
 
 
 def collect(
     spec: ActivationsSpec, folder: Path, run: Run, policy: AttentionPolicy | None = None, name: str = "policy"
 ) -> ActivationStore:
-    """Record what ``spec`` asks for into ``folder``, or resume there. ``policy``: the model, called ``name``, unless it
-    is a language model.
+    """Record a store into ``folder``, or resume it. ``policy``: the model, called ``name``, unless ``spec`` names a
+    language model.
 
     With ``spec.root`` or ``ACTIVATIONS_ROOT`` the store is in a folder below that, which is resumed too, and ``folder``
-    holds its path. Raises :class:`InvalidInput` for hook points that are not there, numbers that are not finite and too
-    few texts, and :class:`ethogram.errors.Unavailable` when the disk is full.
+    holds its path. Raises :class:`InvalidInput` for unknown hook points, numbers that are not finite and too few texts,
+    and :class:`ethogram.errors.Unavailable` when the disk is full.
     """
     with torch.no_grad():
         source = open_source(spec, run.device, policy, name)
         points, manifest = plan(spec, source)
         root = spec.root or os.environ.get(ROOT)
         target = folder if root is None else Path(root) / store_name(manifest)
-        # What is in the folder is at least as far as the checkpoint.
-        resume = run.resume if root is None and not (folder / MANIFEST).exists() else None
-        if resume is not None and (resume / MANIFEST).exists():
+        # A store that is there already is at least as far as the checkpoint.
+        if root is None and run.resume is not None and not (folder / MANIFEST).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _copy(list(resume.iterdir()), folder)
+            _link(run.resume.iterdir(), folder)
         with Writer.open(target, manifest, run.device) as writer:
             store = _record(spec, source, points, writer, run, checkpoints=root is None)
     if root is not None:
@@ -77,31 +73,29 @@ def collect(
 
 
 def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoint], Manifest]:
-    """The points to record, in the order of execution, and the manifest of a store without rows. Raises
-    :class:`InvalidInput` for points and pairs that are not possible, and where a split has no instances."""
+    """The hook points to record, and the manifest of an empty store. Raises :class:`InvalidInput` for hook points and
+    pairs that are not possible, and where a split has no instances."""
     named, pairs = source.select(spec.hooks, spec.pairs)
-    example = source.example()
-    points = [point for _, point in named]
-    traced = trace(source.model, named, lambda: source.forward(example, points), (len(example), source.positions))
-    order = [seen.point.name for seen in traced]
+    example, points = source.example(), [point for _, point in named]
+    widths = trace(source.model, named, lambda: source.forward(example, points), (len(example), source.positions))
     for number, (begin, end) in enumerate(pairs):
-        check_pair(order, begin, end, f"spec.pairs.{number}")
-    rows = source.positions - source.first
-    validation = _held_out(spec, spec.instances)
+        check_pair(list(widths), begin, end, f"spec.pairs.{number}")
+    validation = _count(spec, VALIDATION, spec.instances)
     if not 0 < validation < spec.instances:
         few = f"{spec.instances} with validation {spec.validation:g} leave none for training; ask for more instances"
         raise InvalidInput.field("spec.instances", few)
-    size = sum(seen.width for seen in traced) * DTYPES[spec.dtype].itemsize
-    manifest = Manifest(
+    rows, row_bytes = source.positions - source.first, sum(widths.values()) * DTYPES[spec.dtype].itemsize
+    return points, Manifest(
         source=Source(kind=source.kind, digest=source.digest, name=source.name),
-        spec=spec.model_dump(mode="json", exclude=_NOT_IDENTITY),
+        # Neither changes what is recorded.
+        spec=spec.model_dump(mode="json", exclude={"policy", "root"}),
         seed=spec.seed,
         dtype=spec.dtype,
-        hooks=[Hook(name=seen.point.name, width=seen.width) for seen in traced],
+        hooks=[Hook(name=name, width=width) for name, width in widths.items()],
         pairs=pairs,
         rows_per_instance=rows,
         first_position=source.first,
-        shard_instances=max(1, min(spec.shard_rows, SHARD_BYTES // size) // rows),
+        shard_instances=max(1, min(spec.shard_rows, SHARD_BYTES // row_bytes) // rows),
         instances=Instances(
             total=spec.instances,
             validation=validation,
@@ -109,7 +103,6 @@ def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoin
             'permutation of generator(seed, "split", chunk)',
         ),
     )
-    return [seen.point for seen in traced], manifest
 
 
 def store_name(manifest: Manifest) -> str:
@@ -119,45 +112,19 @@ def store_name(manifest: Manifest) -> str:
 
 
 def validation_mask(spec: ActivationsSpec, chunk: int) -> Tensor:
-    """Which of the instances of a chunk are for validation, bool ``[CHUNK]`` or as many as the last one has."""
+    """Which instances of a chunk are for validation, bool ``[CHUNK]``; the last chunk may be shorter."""
     start, stop = chunk * CHUNK, min((chunk + 1) * CHUNK, spec.instances)
     mask = torch.zeros(stop - start, dtype=torch.bool)
     order = torch.randperm(stop - start, generator=generator(spec.seed, "split", chunk))
-    mask[order[: _held_out(spec, stop) - _held_out(spec, start)]] = True
+    mask[order[: _count(spec, VALIDATION, stop) - _count(spec, VALIDATION, start)]] = True
     return mask
 
 
-def _held_out(spec: ActivationsSpec, instances: int) -> int:
-    """How many of the first ``instances`` are for validation."""
-    # As it is written: 0.07 * 100 is more than 7.
-    return math.ceil(Fraction(str(spec.validation)) * instances)
-
-
-class Queue:
-    """Instances of a split on their way to the model."""
-
-    def __init__(self, passed: int, written: int) -> None:
-        """``passed``: instances of the split before the first that will be added, of which ``written`` of the whole
-        split are in the store."""
-        self.passed, self._written = passed, written
-        self._ids, self._instances = torch.empty(0, dtype=torch.long), torch.empty(0)
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def add(self, ids: Tensor, instances: Tensor) -> None:
-        """Append instances, less those that are in the store."""
-        known = min(max(0, self._written - self.passed), len(ids))
-        self.passed += len(ids)
-        old = [self._instances] if len(self) else []
-        self._ids = torch.cat([self._ids, ids[known:]])
-        self._instances = torch.cat([*old, instances[known:]])
-
-    def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first ``count`` ids and instances, or as many as there are."""
-        ids, self._ids = self._ids[:count], self._ids[count:]
-        instances, self._instances = self._instances[:count], self._instances[count:]
-        return ids, instances
+def _count(spec: ActivationsSpec, split: str, instances: int) -> int:
+    """How many of the first ``instances`` are in a split."""
+    # The decimal number: 0.07 * 100 is more than 7 in floating point.
+    validation = math.ceil(Fraction(str(spec.validation)) * instances)
+    return validation if split == VALIDATION else instances - validation
 
 
 def _record(
@@ -169,65 +136,52 @@ def _record(
     *,
     checkpoints: bool,
 ) -> ActivationStore:
-    """``checkpoints``: the run's checkpoints hold the store, which would be lost otherwise."""
+    """``checkpoints``: whether the run's checkpoints hold the store, which would be lost otherwise."""
 
     def recorded() -> int:
         return sum(writer.instances(split) for split in SPLITS)
 
     run.stage("record", spec.instances, "instances")
-    if recorded() == spec.instances:
-        return writer.finish()
-    if recorded():
+    if 0 < recorded() < spec.instances:
         run.log(f"resuming: {recorded()} of {spec.instances} instances are in the store")
         run.advance(recorded())
-    # All chunks before this one are in the store.
-    chunk = min(_chunk_of(spec, split, writer.instances(split)) for split in SPLITS)
-    queues = {split: Queue(_before(spec, split, chunk), writer.instances(split)) for split in SPLITS}
+    written = {split: writer.instances(split) for split in SPLITS}
+    # Begin with the first chunk of which an instance is missing.
+    start = 0
+    while all(_count(spec, split, start + CHUNK) <= written[split] for split in SPLITS):
+        start += CHUNK
+    chunks = source.chunks(start // CHUNK)
+    waiting: dict[str, list[tuple[int, Tensor]]] = {split: [] for split in SPLITS}
     with capture(source.model, points, DTYPES[spec.dtype]) as activations:
-        for drawn in source.chunks(chunk):
-            mask = validation_mask(spec, chunk)
+        while recorded() < spec.instances:
+            drawn, mask = next(chunks), validation_mask(spec, start // CHUNK)
             if len(drawn) < len(mask):
-                raise _few(spec, chunk * CHUNK + len(drawn), source.positions)
-            ids = torch.arange(chunk * CHUNK, chunk * CHUNK + len(mask))
+                text = f"the texts make {start + len(drawn)} sequences of {source.positions} tokens"
+                text = f"{text}, not {spec.instances}; ask for at most as many, or give more texts"
+                raise InvalidInput.field("spec.instances", text)
+            stop = start + len(mask)
             for split in SPLITS:
-                chosen, queue = (mask if split == VALIDATION else ~mask), queues[split]
-                queue.add(ids[chosen], drawn[: len(mask)][chosen])
-                last = queue.passed == writer.manifest.wanted(split)
-                while len(queue) and (last or len(queue) >= min(spec.batch_size, writer.room(split))):
-                    numbers, instances = queue.take(min(spec.batch_size, writer.room(split)))
-                    source.forward(instances, points)
-                    writer.add(
-                        split, numbers, {name: value[:, source.first :].cpu() for name, value in activations.items()}
-                    )
+                chosen = (mask == (split == VALIDATION)).nonzero().flatten()
+                chosen = chosen[max(0, written[split] - _count(spec, split, start)) :]
+                queue = waiting[split]
+                queue += zip((start + chosen).tolist(), drawn[chosen], strict=True)
+                last = _count(spec, split, stop) == writer.manifest.size(split)
+                while queue and (last or len(queue) >= min(spec.batch_size, writer.room(split))):
+                    size = min(spec.batch_size, writer.room(split))
+                    ids, instances = zip(*queue[:size], strict=True)
+                    del queue[:size]
+                    source.forward(torch.stack(instances), points)
+                    rows = {name: value[:, source.first :].cpu() for name, value in activations.items()}
+                    writer.add(split, torch.tensor(ids), rows)
                     run.advance(recorded())
                     if checkpoints and run.checkpoint_due():
-                        run.checkpoint(recorded(), lambda target: _copy(writer.files(), target))
-            chunk += 1
-            if recorded() == spec.instances:
-                return writer.finish()
-    raise _few(spec, chunk * CHUNK, source.positions)
+                        run.checkpoint(recorded(), lambda target: _link(writer.files(), target))
+            start = stop
+    return writer.finish()
 
 
-def _few(spec: ActivationsSpec, there: int, positions: int) -> InvalidInput:
-    text = f"the texts make {there} sequences of {positions} tokens, not {spec.instances}"
-    return InvalidInput.field("spec.instances", f"{text}; ask for at most as many, or give more texts")
-
-
-def _before(spec: ActivationsSpec, split: str, chunk: int) -> int:
-    """Instances of a split before a chunk."""
-    instances = min(chunk * CHUNK, spec.instances)
-    validation = _held_out(spec, instances)
-    return validation if split == VALIDATION else instances - validation
-
-
-def _chunk_of(spec: ActivationsSpec, split: str, number: int) -> int:
-    """The chunk of instance ``number`` of a split, counted from 0."""
-    chunks = range(-(-spec.instances // CHUNK) + 1)
-    return bisect_right(chunks, number, key=lambda chunk: _before(spec, split, chunk)) - 1
-
-
-def _copy(files: Sequence[Path], folder: Path) -> None:
-    """The same files in ``folder``: they are never written again, so links do."""
+def _link(files: Iterable[Path], folder: Path) -> None:
+    """Put ``files`` into ``folder``. Links will do, as the files are never changed in place."""
     for file in files:
         target = folder / file.name
         target.unlink(missing_ok=True)

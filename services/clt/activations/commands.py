@@ -103,7 +103,7 @@ def inspect_pairs(store: Store, *, pair: Pairs = None) -> Answer:
     source explains."""
     from services.clt.activations.pairs import inspect, pairs_of
     from services.clt.activations.store import ActivationStore
-    from services.runtime.local import artifact_in
+    from services.runtime.folders import artifact_in
 
     opened = ActivationStore.open(artifact_in(store, "activations"))
     inspected = inspect(opened, pairs_of(opened, pair or ()))
@@ -123,7 +123,7 @@ def export_pairs(
     """Write pairs of hook points as sources.pt and targets.pt with metadata.json, a folder for each."""
     from services.clt.activations.pairs import export, pairs_of
     from services.clt.activations.store import ActivationStore
-    from services.runtime.local import artifact_in
+    from services.runtime.folders import artifact_in
 
     opened = ActivationStore.open(artifact_in(store, "activations"))
     written = export(opened, pairs_of(opened, pair or ()), out, instances)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -35,14 +35,6 @@ class HookPoint:
     module: str
     """Dotted path of the module in the model."""
     side: Literal["input", "output"]
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A point that a forward pass has met."""
-
-    point: HookPoint
-    width: int
 
 
 def policy_points(policy: AttentionPolicy) -> dict[str, HookPoint]:
@@ -117,19 +109,18 @@ def capture(
 
 def trace(
     model: nn.Module, points: Sequence[tuple[str, HookPoint]], drive: Callable[[], object], shape: tuple[int, int]
-) -> list[Traced]:
-    """The points in the order in which ``drive``, a forward pass of ``shape`` (instances, positions), meets them.
+) -> dict[str, int]:
+    """Width of each point, by name, in the order in which ``drive``, a forward pass of ``shape`` (instances,
+    positions), reaches them.
 
-    ``points``: each with the field that names it. Raises :class:`InvalidInput` for a point that is not met exactly
+    ``points``: each with the field that names it. Raises :class:`InvalidInput` for a point that is not reached exactly
     once, or that has no vector for each position.
     """
-    met: list[tuple[HookPoint, tuple[int, ...]]] = []
-    with _watching(
-        model, [point for _, point in points], lambda point, tensor: met.append((point, tuple(tensor.shape)))
-    ):
+    reached: list[tuple[HookPoint, torch.Size]] = []
+    with _watching(model, [point for _, point in points], lambda point, tensor: reached.append((point, tensor.shape))):
         drive()
     for field, point in points:
-        shapes = [seen for other, seen in met if other == point]
+        shapes = [size for other, size in reached if other == point]
         if not shapes:
             raise InvalidInput.field(field, f"no tensor passes {point.name} in a forward pass; hook another module")
         if len(shapes) > 1:
@@ -138,7 +129,7 @@ def trace(
         if len(shapes[0]) != 3 or shapes[0][:2] != shape:
             text = f"{point.name} has shape {list(shapes[0])} for {shape[0]} instances of {shape[1]} positions"
             raise InvalidInput.field(field, f"{text}, not a vector for each position; hook another module")
-    return [Traced(point, seen[-1]) for point, seen in met]
+    return {point.name: size[-1] for point, size in reached}
 
 
 def check_pair(order: Sequence[str], source: str, target: str, field: str = "spec.pairs.0") -> None:
@@ -158,7 +149,7 @@ def check_pair(order: Sequence[str], source: str, target: str, field: str = "spe
 def _watching(
     model: nn.Module, points: Sequence[HookPoint], on_tensor: Callable[[HookPoint, Tensor], None]
 ) -> Iterator[None]:
-    """Call ``on_tensor`` whenever a forward pass meets a point."""
+    """Call ``on_tensor`` whenever a forward pass reaches a point."""
 
     def watch(point: HookPoint, value: object) -> None:
         tensor = _first(value)
@@ -171,18 +162,15 @@ def _watching(
     def on_output(point: HookPoint, _: nn.Module, args: object, output: object) -> None:
         watch(point, output)
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for point in points:
             module = model.get_submodule(point.module)
             if point.side == "input":
-                handles.append(module.register_forward_pre_hook(partial(on_input, point), with_kwargs=True))
+                handle = module.register_forward_pre_hook(partial(on_input, point), with_kwargs=True)
             else:
-                handles.append(module.register_forward_hook(partial(on_output, point)))
+                handle = module.register_forward_hook(partial(on_output, point))
+            stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first(value: object) -> Tensor | None:
@@ -193,12 +181,11 @@ def _first(value: object) -> Tensor | None:
     return next((item for item in items if isinstance(item, Tensor)), None)
 
 
-def unknown_point(field: str, name: str, names: Sequence[str]) -> InvalidInput:
+def unknown_point(field: str, name: str, names: Sequence[str], missing: str = "there is no hook point") -> InvalidInput:
     """The error for a hook point ``name`` that is none of ``names``."""
     similar = difflib.get_close_matches(name, names, 5, 0.7)
-    if similar:
-        return InvalidInput.field(field, f"there is no hook point {name}; did you mean {', '.join(similar)}?")
-    return InvalidInput.field(field, f"there is no hook point {name}; {listed(names)}")
+    hint = f"did you mean {', '.join(similar)}?" if similar else listed(names)
+    return InvalidInput.field(field, f"{missing} {name}; {hint}")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,9 +1,9 @@
-"""Batches from a store, in an order that follows from the seed and the step alone."""
+"""Batches from a store, in an order that depends on the seed and the step alone."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
@@ -26,38 +26,28 @@ class Part(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """The mixing groups of an epoch, and the rows before each and at the end."""
+    """The groups of an epoch, and the number of rows before each of them and in all."""
 
     groups: list[tuple[Part, Part]]
     starts: list[int]
 
 
 class Group(NamedTuple):
-    """A mixing group in memory."""
+    """A group in memory, or one that a thread is reading."""
 
-    key: tuple[int, int]
-    """Its epoch and its number there."""
-    memory: list[Tensor]
-    """Rows of each hook point as they lie in the store, ``[at least as many as the group has, d]``."""
-    order: Tensor
-    """The order in which they come, int64 ``[rows]``; the same for all hook points."""
-
-
-class PendingGroup(NamedTuple):
-    """A group that is being read into ``memory``."""
-
-    key: tuple[int, int]
-    memory: list[Tensor]
-    group: Future[Group]
+    rows: list[Tensor]
+    """Rows at each hook point as they are in the store, ``[at least as many as the group has, d]``."""
+    order: Future[Tensor]
+    """The order in which the rows are used, int64 ``[rows]``; the same for all hook points."""
 
 
 class Batches:
-    """Rows of several hook points, in batches: the same rows in the same order of each.
+    """Rows of several hook points, in batches: the same rows in the same order at each hook point.
 
-    Each epoch goes through the shards in an order of its own. A quarter of each shard (of its first half) and a quarter
-    of the next (of its second half) are a group, whose rows are permuted together; groups follow each other and epochs
-    too, so a batch may lie across them and none is short. :meth:`at` is a pure function of seed and step, so
-    a run resumes from its step alone.
+    Each epoch visits the shards in a random order. A quarter of a shard (from its first half) and a quarter of the next
+    one (from its second half) are a group, whose rows are shuffled together. Groups and epochs follow each other
+    without gaps, so a batch may span several and none is short. :meth:`at` is a pure function of seed and step: a run
+    resumes from its step alone.
 
     The current group, half the size of a shard of the requested hook points, is in memory, and with ``prefetch`` the
     next one, which a thread reads meanwhile: less than two shards in all, copies included. Use it as a context manager,
@@ -77,15 +67,15 @@ class Batches:
         """Raises :class:`InvalidInput` for hook points that the store does not have, and for a split without rows."""
         store.require_hooks(hooks, "hooks")
         self.rows = store.rows(split)
-        """Of the split."""
+        """Rows of the split."""
         if not self.rows:
             raise InvalidInput.field("activations", f"the store has no {split} rows; record more instances")
         self._store, self._hooks, self._size, self._split, self._seed = store, list(hooks), batch_size, split, seed
         self._epoch = lru_cache(maxsize=2)(self._plan)
-        self._current: Group | None = None
-        self._next: PendingGroup | None = None
+        self._groups: dict[tuple[int, int], Group] = {}
+        """The current group and the next one, by epoch and number."""
         self._prefetch, self._pool = prefetch, ThreadPoolExecutor(1, "batches")
-        # Allocated once: what threads free is not given back to the system.
+        # Allocated once: memory that threads free is not returned to the system.
         most = 2 * max(-(-shard.rows // 4) for shard in store.shards(split))
         self._free = [
             [torch.empty(most, store.widths[hook], dtype=store.dtype) for hook in hooks] for _ in range(1 + prefetch)
@@ -105,12 +95,12 @@ class Batches:
     def close(self) -> None:
         """End the thread and free the rows."""
         self._pool.shutdown(cancel_futures=True)
-        self._current = self._next = None
+        self._groups.clear()
         self._free.clear()
 
     def at(self, step: int, rank: int = 0, size: int = 1) -> list[Tensor]:
-        """The batch of ``step``, float32 ``[batch, d]`` of each hook point; with several processes the part of it that
-        is process ``rank``'s of ``size``."""
+        """The batch of ``step``, float32 ``[batch, d]`` at each hook point; with several processes the part for process
+        ``rank`` of ``size``."""
         start = step * self._size + self._size * rank // size
         stop = step * self._size + self._size * (rank + 1) // size
         batches = [torch.empty(stop - start, self._store.widths[hook]) for hook in self._hooks]
@@ -121,8 +111,8 @@ class Batches:
             number = bisect_right(starts, position) - 1
             group = self._group(epoch, number)
             first = position - starts[number]
-            chosen = group.order[first : first + stop - row]
-            for batch, rows in zip(batches, group.memory, strict=True):
+            chosen = group.order.result()[first : first + stop - row]
+            for batch, rows in zip(batches, group.rows, strict=True):
                 batch[row - start : row - start + len(chosen)] = rows.index_select(0, chosen)
             row += len(chosen)
         return batches
@@ -141,47 +131,45 @@ class Batches:
         return Epoch(groups, [0, *accumulate(sizes)])
 
     def _group(self, epoch: int, number: int) -> Group:
-        key = (epoch, number)
-        if self._current is None or self._current.key != key:
-            if self._current is not None:
-                self._free.append(self._current.memory)
-                self._current = None
-            pending, self._next = self._next, None
-            if pending is not None and pending.key != key:
-                self._discard(pending)
-                pending = None
-            pending = pending or self._begin(key)
-            try:
-                self._current = pending.group.result()
-            except BaseException:
-                self._discard(pending)
-                raise
-            if self._prefetch:
-                last = number + 1 == len(self._epoch(epoch).groups)
-                self._next = self._begin((epoch + 1, 0) if last else (epoch, number + 1))
-        return self._current
+        """A group, which is in memory, or soon will be. Reads the next one meanwhile."""
+        keys = [(epoch, number)]
+        if self._prefetch:
+            last = number + 1 == len(self._epoch(epoch).groups)
+            keys.append((epoch + 1, 0) if last else (epoch, number + 1))
+        for key in self._groups.keys() - {*keys}:
+            group = self._groups.pop(key)
+            if not group.order.cancel():
+                # The thread must not write the rows any more.
+                group.order.exception()
+            self._free.append(group.rows)
+        for key in keys:
+            if key not in self._groups:
+                rows = self._free.pop()
+                self._groups[key] = Group(rows, self._pool.submit(self._load, key, rows))
+        return self._groups[keys[0]]
 
-    def _begin(self, key: tuple[int, int]) -> PendingGroup:
-        memory = self._free.pop()
-        return PendingGroup(key, memory, self._pool.submit(self._load, key, memory))
-
-    def _discard(self, pending: PendingGroup) -> None:
-        """Take back the memory of a group that is not needed."""
-        if not pending.group.cancel():
-            pending.group.exception()
-        self._free.append(pending.memory)
-
-    def _load(self, key: tuple[int, int], memory: list[Tensor]) -> Group:
+    def _load(self, key: tuple[int, int], rows: list[Tensor]) -> Tensor:
+        """Read a group into ``rows``. Returns its order."""
         epoch, number = key
-        parts = self._epoch(epoch).groups[number]
-        rows = 0
-        for part in parts:
-            after = rows + part.stop - part.start
-            for hook, whole in zip(self._hooks, memory, strict=True):
-                whole[rows:after] = self._store.read(self._split, part.shard, [hook], part.start, part.stop)[0]
-            rows = after
-        order = torch.randperm(rows, generator=generator(self._seed, "mix", epoch, number))
-        return Group(key, memory, order)
+        count = 0
+        for part in self._epoch(epoch).groups[number]:
+            after = count + part.stop - part.start
+            for hook, whole in zip(self._hooks, rows, strict=True):
+                whole[count:after] = self._store.read(self._split, part.shard, [hook], part.start, part.stop)[0]
+            count = after
+        return torch.randperm(count, generator=generator(self._seed, "mix", epoch, number))
+
+
+def chunks(
+    store: ActivationStore, hooks: Sequence[str], split: str, limit: int, size: int = 2**16
+) -> Iterator[list[Tensor]]:
+    """The first ``limit`` rows of a split in the order of the files, at most ``size`` at once: float32 ``[rows, d]`` of
+    each hook point."""
+    for number, shard in enumerate(store.shards(split)):
+        for start in range(0, min(shard.rows, limit), size):
+            stop = min(start + size, shard.rows, limit)
+            yield [rows.float() for rows in store.read(split, number, hooks, start, stop)]
+        limit -= shard.rows
 
 
 def everything(store: ActivationStore, hooks: Sequence[str], split: str, limit: int | None = None) -> list[Tensor]:
@@ -189,11 +177,8 @@ def everything(store: ActivationStore, hooks: Sequence[str], split: str, limit: 
     store.require_hooks(hooks, "hooks")
     total = min(store.rows(split), store.rows(split) if limit is None else limit)
     tensors, done = [torch.empty(total, store.widths[hook]) for hook in hooks], 0
-    for number, shard in enumerate(store.shards(split)):
-        count = min(shard.rows, total - done)
-        if count <= 0:
-            break
-        for tensor, hook in zip(tensors, hooks, strict=True):
-            tensor[done : done + count] = store.read(split, number, [hook], 0, count)[0]
-        done += count
+    for chunk in chunks(store, hooks, split, total):
+        for tensor, rows in zip(tensors, chunk, strict=True):
+            tensor[done : done + len(rows)] = rows
+        done += len(chunk[0])
     return tensors

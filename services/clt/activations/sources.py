@@ -32,14 +32,14 @@ from services.runtime.seeds import generator
 CHUNK = 1024
 """Instances that are drawn together."""
 ROW_COLUMNS = ("instance", "position")
-"""Columns of a store beside the hook points."""
-# Texts that are tokenised together.
+"""Columns of a store that are not hook points."""
+# Number of texts to tokenise at once.
 _TEXTS = 256
 _FIELD = "spec.language_model"
 
 
 class ActivationSource(ABC):
-    """A model with its hook points, and the instances that go through it."""
+    """A model with its hook points, and the instances to run it on."""
 
     kind: SourceKind
     model: nn.Module
@@ -47,9 +47,9 @@ class ActivationSource(ABC):
     """SHA-256 of the model's architecture and weights."""
     name: str
     positions: int
-    """Positions of an instance."""
+    """Number of positions of an instance."""
     first: int = 0
-    """The first position that is recorded."""
+    """The first position to record."""
 
     @abstractmethod
     def points(self) -> dict[str, HookPoint]:
@@ -57,22 +57,22 @@ class ActivationSource(ABC):
 
     @abstractmethod
     def chunks(self, first: int) -> Iterator[Tensor]:
-        """Instances by :data:`CHUNK`, from chunk ``first`` on: ``[instances, positions, ...]``; the last may be
-        shorter."""
+        """Chunks of :data:`CHUNK` instances, from number ``first`` on: ``[instances, positions, ...]``. If the
+        instances end, a shorter chunk, which may be empty, is the last."""
 
     @abstractmethod
     def forward(self, instances: Tensor, points: Sequence[HookPoint]) -> None:
-        """Run a forward pass that meets all ``points``."""
+        """Run a forward pass that reaches all ``points``."""
 
     @abstractmethod
     def example(self) -> Tensor:
-        """Two instances."""
+        """Two instances, for a trial run."""
 
     def select(self, hooks: Sequence[str], pairs: Sequence[str]) -> tuple[list[tuple[str, HookPoint]], list[Pair]]:
-        """The points that ``hooks`` and ``pairs`` (``SOURCE->TARGET``) name, each once and with the field that names it
-        first, and the pairs. With neither, what enters and leaves each MLP.
+        """The hook points of ``hooks`` and ``pairs`` (``SOURCE->TARGET``), each once, with the first field that names
+        it, and the pairs. Without either, input and output of each MLP.
 
-        Raises :class:`InvalidInput` for a name that the model does not have, and where it has no MLP.
+        Raises :class:`InvalidInput` for unknown hook points, and if the model has no MLP.
         """
         points = self.points()
         ends = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(pairs)]
@@ -95,7 +95,7 @@ class ActivationSource(ABC):
 
 
 class PolicySource(ActivationSource):
-    """A policy on uniform cities; chunk ``c`` is drawn from ``generator(seed, "instances", c)``."""
+    """A policy on uniform random cities; chunk ``c`` is drawn from ``generator(seed, "instances", c)``."""
 
     kind = "policy"
 
@@ -128,13 +128,13 @@ class PolicySource(ActivationSource):
 
 
 class LanguageModelSource(ActivationSource):
-    """A causal language model on texts, which are joined with the end-of-text token and cut into sequences."""
+    """A causal language model on texts, joined with the end-of-text token and cut into sequences."""
 
     kind = "language_model"
 
     def __init__(self, spec: LanguageModelSpec, device: str) -> None:
-        """Raises :class:`InvalidInput` for what ``transformers`` cannot load without code of its own, and for a context
-        that the model does not have."""
+        """Raises :class:`InvalidInput` for a model that ``transformers`` cannot load without running its code, and for
+        a context that is too long for it."""
         self.spec, self.device, self.name = spec, device, spec.model
         loaded = load_language_model(spec.model, device, field=f"{_FIELD}.model")
         self.model: Any = loaded.model
@@ -154,12 +154,10 @@ class LanguageModelSource(ActivationSource):
         return language_points(self.model)
 
     def chunks(self, first: int) -> Iterator[Tensor]:
-        sequences, number = self._sequences(), 0
         # Where a chunk begins is known only from the texts before it.
-        while chunk := list(islice(sequences, CHUNK)):
-            if number >= first:
-                yield torch.tensor(chunk)
-            number += 1
+        sequences = islice(self._sequences(), first * CHUNK, None)
+        while True:
+            yield torch.tensor(list(islice(sequences, CHUNK)))
 
     def _sequences(self) -> Iterator[list[int]]:
         spec, context, rest = self.spec, self.spec.context, list[int]()
@@ -172,7 +170,7 @@ class LanguageModelSource(ActivationSource):
             rest = rest[whole:]
 
     def forward(self, instances: Tensor, points: Sequence[HookPoint]) -> None:
-        # Logits of a large vocabulary take more memory than all else.
+        # Skip the logits if possible: those of a large vocabulary take more memory than everything else.
         prefix = f"{self.model.base_model_prefix}."
         inner = all(point.module.startswith(prefix) for point in points)
         (self.model.base_model if inner else self.model)(input_ids=instances.to(self.device), use_cache=False)
@@ -182,7 +180,8 @@ class LanguageModelSource(ActivationSource):
 
 
 def open_source(spec: ActivationsSpec, device: str, policy: AttentionPolicy | None, name: str = "") -> ActivationSource:
-    """The source that ``spec`` names; ``policy``: where it is one, and ``name`` its name for people."""
+    """The source of ``spec``. ``policy``: the model, unless the spec names a language model; ``name``: its name in the
+    store."""
     if spec.language_model is not None:
         return LanguageModelSource(spec.language_model, device)
     if policy is None:

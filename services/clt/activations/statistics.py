@@ -1,50 +1,32 @@
-"""Moments of rows, added part by part (Chan, Golub and LeVeque 1983, The American Statistician 37)."""
+"""Statistics of the rows at a hook point, updated batch by batch (Chan, Golub and LeVeque 1983, The American
+Statistician 37)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 WIDEST = 2048
-"""Widest point whose covariance is kept."""
+"""Widest hook point whose covariance is kept."""
 # Rows that are in double precision at once.
 _ROWS = 4096
 
 
-@dataclass(frozen=True)
 class Statistics:
-    """Of the training rows at one hook point, in float64."""
+    """Means and squared deviations in float64.
 
-    rows: int
-    mean: Tensor
-    """``[d]``."""
-    std: Tensor
-    """``[d]``; the root of the mean squared deviation."""
-    square_norm: float
-    """Mean squared norm of the rows."""
-    norm: float
-    """Mean norm of the rows."""
-    zeros: float
-    """Share of the numbers that are exactly 0."""
-    covariance: Tensor | None
-    """``[d, d]``, divided by the rows; None for points wider than :data:`WIDEST`."""
-
-
-class Moments:
-    """Sums from which :class:`Statistics` follow.
-
-    Means and squared deviations are in float64. The products of the covariance are of float32, of rows less the mean of
-    their part, and summed in float64.
+    The covariance is the sum of float32 products of rows less the mean of their batch, accumulated in float64.
     """
 
     def __init__(self, width: int, device: str = "cpu") -> None:
-        # A GPU of Apple has no float64.
+        # Apple's GPUs have no float64.
         self.rows, self.device = 0, "cpu" if device == "mps" else device
         self.mean, self.squares = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-        # Sums of squared norms, of norms and of zeros.
+        """``[d]``; ``squares``: sums of squared deviations from the mean."""
         self.sums = torch.zeros(3, dtype=torch.float64)
+        """Sums of squared norms, of norms, and of the numbers of zeros."""
         self.scatter = torch.zeros(width, width, dtype=torch.float64) if width <= WIDEST else None
 
     def add(self, rows: Tensor) -> None:
@@ -54,41 +36,52 @@ class Moments:
             count, mean = len(values), values.mean(0)
             centred = values - mean
             norms = values.square().sum(1)
-            sums = torch.stack([norms.sum(), norms.sqrt().sum(), (values == 0).sum()])
-            scatter = (centred.float().T @ centred.float()).cpu().double() if self.scatter is not None else None
-            self._merge(count, mean.cpu(), centred.square().sum(0).cpu(), sums.cpu(), scatter)
-
-    def _merge(self, count: int, mean: Tensor, squares: Tensor, sums: Tensor, scatter: Tensor | None) -> None:
-        total = self.rows + count
-        apart, share = mean - self.mean, self.rows * count / total
-        self.squares += squares + apart.square() * share
-        if self.scatter is not None and scatter is not None:
-            self.scatter += scatter
-            self.scatter.addr_(apart, apart, alpha=share)
-        self.mean += apart * (count / total)
-        self.sums += sums
-        self.rows = total
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The state, to save it; :meth:`of` restores it."""
-        found = {"rows": torch.tensor(self.rows), "mean": self.mean, "squares": self.squares, "sums": self.sums}
-        found["std"] = (self.squares / max(self.rows, 1)).sqrt()
-        found["square_norm"] = self.sums[0] / max(self.rows, 1)
-        return found if self.scatter is None else found | {"scatter": self.scatter}
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor], device: str = "cpu") -> Moments:
-        """Moments from what :meth:`tensors` returned."""
-        found = cls(0, device)
-        found.rows, found.mean, found.squares = int(tensors["rows"]), tensors["mean"], tensors["squares"]
-        found.sums, found.scatter = tensors["sums"], tensors.get("scatter")
-        return found
+            shift, total = mean.cpu() - self.mean, self.rows + count
+            weight = self.rows * count / total
+            self.squares += centred.square().sum(0).cpu() + shift.square() * weight
+            if self.scatter is not None:
+                self.scatter += (centred.float().T @ centred.float()).cpu().double()
+                self.scatter.addr_(shift, shift, alpha=weight)
+            self.mean += shift * (count / total)
+            self.sums += torch.stack([norms.sum(), norms.sqrt().sum(), (values == 0).sum()]).cpu()
+            self.rows = total
 
     @property
-    def statistics(self) -> Statistics:
-        """The statistics of all rows so far."""
-        rows, width = max(self.rows, 1), len(self.mean)
-        square_norm, norm, zeros = (self.sums / rows).tolist()
-        covariance = None if self.scatter is None else self.scatter / rows
-        std = (self.squares / rows).sqrt()
-        return Statistics(self.rows, self.mean, std, square_norm, norm, zeros / max(width, 1), covariance)
+    def std(self) -> Tensor:
+        """The root of the mean squared deviation, ``[d]``."""
+        return (self.squares / max(self.rows, 1)).sqrt()
+
+    @property
+    def covariance(self) -> Tensor | None:
+        """``[d, d]``, divided by the number of rows; None for hook points wider than :data:`WIDEST`."""
+        return None if self.scatter is None else self.scatter / max(self.rows, 1)
+
+    @property
+    def square_norm(self) -> float:
+        """Mean squared norm of the rows."""
+        return float(self.sums[0] / max(self.rows, 1))
+
+    @property
+    def norm(self) -> float:
+        """Mean norm of the rows."""
+        return float(self.sums[1] / max(self.rows, 1))
+
+    @property
+    def zeros(self) -> float:
+        """Share of the numbers that are exactly 0."""
+        return float(self.sums[2] / max(self.rows, 1)) / len(self.mean)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as tensors; :meth:`of` restores it."""
+        state = {"rows": torch.tensor(self.rows), "mean": self.mean, "squares": self.squares, "sums": self.sums}
+        state |= {"std": self.std, "square_norm": torch.tensor(self.square_norm, dtype=torch.float64)}
+        return state if self.scatter is None else state | {"scatter": self.scatter}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: str = "cpu") -> Statistics:
+        """Statistics from what :meth:`tensors` returned."""
+        statistics = cls(0, device)
+        statistics.rows, statistics.mean = int(tensors["rows"]), tensors["mean"]
+        statistics.squares, statistics.sums = tensors["squares"], tensors["sums"]
+        statistics.scatter = tensors.get("scatter")
+        return statistics

@@ -1,9 +1,9 @@
-"""A store of activations: shards of rows of several hook points; a pair of points is a view of it.
+"""A store of activations: shards of rows, each with the activations at several hook points.
 
-The folder has ``manifest.json``, which alone says what counts; ``statistics.safetensors``, moments of the training
+The folder has ``manifest.json``, which lists what is valid; ``statistics.safetensors``, statistics of the training
 rows; and shards ``train-00000.safetensors`` and ``validation-00000.safetensors``: for each hook point a tensor
 ``[rows, d]``, and of each row its ``instance`` and ``position``, int32 ``[rows]``. All rows of an instance are in one
-split. They are in random order within blocks of :data:`BLOCK` shards. An interrupted store can be read, and resumed.
+split. Rows are shuffled within blocks of :data:`BLOCK` shards. An interrupted store can be read, and resumed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +25,8 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput, Unavailable
 from services.artifacts.backends import disk_is_full
-from services.clt.activations.hooks import Pair, SourceKind, mlp_pairs
-from services.clt.activations.statistics import Moments, Statistics
+from services.clt.activations.hooks import Pair, SourceKind, mlp_pairs, unknown_point
+from services.clt.activations.statistics import Statistics
 from services.runtime.reading import reading
 from services.runtime.seeds import generator
 from services.runtime.tensors import write_durably
@@ -36,12 +34,13 @@ from services.runtime.tensors import write_durably
 FORMAT = 1
 MANIFEST, STATISTICS, POINTER = "manifest.json", "statistics.safetensors", "activation_store.json"
 BLOCK = 4
-"""Shards whose rows are permuted together."""
+"""Shards whose rows are shuffled together."""
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
-# Shards whose hash this process has compared, by path and hash.
+_STORE = "store of activations"
+# Path and hash of the shards whose bytes this process has checked.
 _verified: set[tuple[str, str]] = set()
 
 
@@ -62,7 +61,7 @@ class Hook(BaseModel):
 
 
 class Source(BaseModel):
-    """The model that the activations are of."""
+    """The model whose activations are recorded."""
 
     kind: SourceKind
     digest: str
@@ -71,11 +70,11 @@ class Source(BaseModel):
 
 
 class Instances(BaseModel):
-    """Instances that are asked for; their ids are 0, 1, ..."""
+    """Instances of a complete store; their ids are 0, 1, ..."""
 
     total: int
     validation: int
-    """How many of them are kept for validation."""
+    """How many of them are held out for validation."""
     drawn: str
     """How the split is drawn."""
 
@@ -86,13 +85,13 @@ class Manifest(BaseModel):
     format: int = FORMAT
     source: Source
     spec: dict[str, Any]
-    """What was asked for, less where the source and the store are."""
+    """The spec of the recording, without the fields that say where the source and the store are."""
     seed: int
     dtype: Literal["float16", "bfloat16", "float32"]
     hooks: list[Hook]
     """In the order of execution."""
     pairs: list[tuple[str, str]]
-    """Pairs that were asked for."""
+    """Pairs that the spec names."""
     rows_per_instance: int
     first_position: int
     """Position of the first row of an instance."""
@@ -101,21 +100,21 @@ class Manifest(BaseModel):
     instances: Instances
     splits: dict[str, list[Shard]] = {TRAIN: [], VALIDATION: []}
     statistics: str = ""
-    """SHA-256 of the file of moments; of another one they are had from the shards again."""
+    """SHA-256 of the file of statistics. They are computed from the shards where the file has another hash."""
     complete: bool = False
 
-    def wanted(self, split: str) -> int:
-        """Instances that the split has in the end."""
+    def size(self, split: str) -> int:
+        """Instances of a split of the complete store."""
         validation = self.instances.validation
         return validation if split == VALIDATION else self.instances.total - validation
 
     def rows(self, split: str) -> int:
-        """Rows that are there."""
+        """Rows of a split that are written."""
         return sum(shard.rows for shard in self.splits[split])
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All but the source and what was written so far: stores of one source and identity hold the same."""
+        """All fields but the source and what is written; stores with equal source and identity become equal."""
         return self.model_dump(mode="json", exclude={"source", "splits", "statistics", "complete"})
 
 
@@ -127,10 +126,17 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> ActivationStore:
-        """The store in ``folder``, or where the ``activation_store.json`` in it says. Raises :class:`InvalidInput` for
-        what is no store, for shards that are missing or cut off, and where the store is gone."""
-        folder = follow(Path(folder))
-        with reading(folder, MANIFEST, "store of activations") as path:
+        """The store in ``folder``, or where the ``activation_store.json`` in it points. Raises :class:`InvalidInput`
+        for a folder without a store, a store that was moved or deleted, and shards that are missing or cut off."""
+        folder = Path(folder)
+        if (folder / POINTER).is_file():
+            with reading(folder, POINTER, _STORE) as path:
+                folder = Path(json.loads(path.read_text())["path"])
+            if not (folder / MANIFEST).is_file():
+                raise InvalidInput.field(
+                    "activations", f"the store was kept in {folder}, which is gone; record it again"
+                )
+        with reading(folder, MANIFEST, _STORE) as path:
             manifest = Manifest.model_validate_json(path.read_text())
         if manifest.format != FORMAT:
             raise InvalidInput.field(MANIFEST, f"has format {manifest.format}; this version reads {FORMAT}")
@@ -145,12 +151,12 @@ class ActivationStore:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Numbers of a row, by hook point."""
+        """Width of a row at each hook point."""
         return {hook.name: hook.width for hook in self.manifest.hooks}
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers."""
+        """Precision of the activations."""
         return DTYPES[self.manifest.dtype]
 
     @property
@@ -160,11 +166,11 @@ class ActivationStore:
 
     @property
     def digest(self) -> str:
-        """Hash of what is in the store."""
+        """SHA-256 of the manifest, which has the hashes of all files."""
         return hashlib.sha256(self.manifest.model_dump_json().encode()).hexdigest()
 
     def rows(self, split: str = TRAIN) -> int:
-        """Rows of a split."""
+        """Number of rows of a split."""
         return self.manifest.rows(split)
 
     def shards(self, split: str) -> list[Shard]:
@@ -172,8 +178,8 @@ class ActivationStore:
         return self.manifest.splits[split]
 
     def check(self, verify: bool = False) -> None:
-        """Raise :class:`InvalidInput` for a shard that is missing or cut off, and with ``verify`` for one whose bytes
-        are not those that were written."""
+        """Raise :class:`InvalidInput` for a shard that is missing or cut off, and with ``verify`` also for one whose
+        bytes have changed."""
         for shard in (shard for split in SPLITS for shard in self.shards(split)):
             path = self.folder / shard.file
             size = path.stat().st_size if path.is_file() else None
@@ -196,47 +202,44 @@ class ActivationStore:
         """Raise :class:`InvalidInput` of ``field`` for a hook point that is not in the store."""
         for name in names:
             if name not in self.widths:
-                near = get_close_matches(name, self.hooks, 3)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                text = f"the store has no {name}; it has: {', '.join(self.hooks)}{hint}"
-                raise InvalidInput.field(field, text)
+                raise unknown_point(field, name, self.hooks, "the store has no")
 
     def read(
         self, split: str, number: int, names: Sequence[str], start: int = 0, stop: int | None = None
     ) -> list[Tensor]:
         """Rows from ``start`` to before ``stop`` of shard ``number``: ``[rows, d]`` for each hook point of ``names``,
         in the store's precision; ``instance`` and ``position`` are int32 ``[rows]``. Raises :class:`InvalidInput` for
-        a file that is not what was written."""
+        a file whose bytes have changed."""
         shard = self.shards(split)[number]
         self._verify(shard)
-        found = []
+        tensors = []
         for name in names:
-            # A file of its own for each, so that what it maps is let go of.
-            with reading(self.folder, shard.file, "store of activations") as path, safe_open(path, "pt") as file:
-                found.append(file.get_slice(name)[start : shard.rows if stop is None else stop])
-        return found
+            # Opened for each tensor, so that its memory map is released.
+            with reading(self.folder, shard.file, _STORE) as path, safe_open(path, "pt") as file:
+                tensors.append(file.get_slice(name)[start : shard.rows if stop is None else stop])
+        return tensors
 
     def mlp_pairs(self) -> list[Pair]:
-        """What enters and leaves each MLP, as far as both are in the store."""
+        """Input and output of each MLP, where both are in the store."""
         return mlp_pairs(self.manifest.source.kind, self.hooks)
 
     def statistics(self, hook: str) -> Statistics:
-        """Of the training rows at a hook point."""
+        """Statistics of the training rows at a hook point."""
         self.require_hooks([hook], "hook")
-        return self._moments[hook].statistics
+        return self._statistics[hook]
 
     @cached_property
-    def _moments(self) -> dict[str, Moments]:
-        return load_moments(self)
+    def _statistics(self) -> dict[str, Statistics]:
+        return load_statistics(self)
 
     def _verify(self, shard: Shard) -> None:
         path = self.folder / shard.file
         key = (str(path.resolve()), shard.sha256)
         if key in _verified:
             return
-        with reading(self.folder, shard.file, "store of activations"), path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.sha256:
+        with reading(self.folder, shard.file, _STORE), path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != shard.sha256:
             text = f"of {self.folder} does not have the bytes that were written; record the activations again"
             raise InvalidInput.field(shard.file, text)
         _verified.add(key)
@@ -245,120 +248,101 @@ class ActivationStore:
 class Writer:
     """Writes a store, block by block; a resumed writer keeps whole blocks only.
 
-    A block is :data:`BLOCK` shards of one split. Its rows are in memory until it is full. Use it as a context manager:
-    it holds a lock on the folder.
+    A block is :data:`BLOCK` shards of one split. Its rows are in memory until it is full.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str = "cpu") -> None:
-        """Of a folder that :meth:`open` has made ready."""
+    def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
+        """For a ``folder`` that :meth:`open` has locked; it holds the shards of ``manifest``."""
         self.folder, self.manifest = folder, manifest
-        self._widths = {hook.name: hook.width for hook in manifest.hooks}
-        self._block = BLOCK * manifest.shard_instances
-        self._instances = {split: self._written(split) for split in SPLITS}
         self._buffers: dict[str, dict[str, Tensor]] = {}
+        # Instances in the buffers.
         self._filled = dict.fromkeys(SPLITS, 0)
-        self._moments = load_moments(ActivationStore(folder, manifest), device)
-        self._lock: int | None = None
+        self._statistics = load_statistics(ActivationStore(folder, manifest), device)
 
     @classmethod
-    def open(cls, folder: Path, manifest: Manifest, device: str = "cpu") -> Writer:
-        """A writer into ``folder``, which resumes after the last whole block of a store of the same identity; a
-        complete store needs no more rows. ``device`` computes the covariances.
+    @contextmanager
+    def open(cls, folder: Path, manifest: Manifest, device: str = "cpu") -> Iterator[Writer]:
+        """Lock ``folder`` and write the store of ``manifest``, which has no shards yet, or resume it after its last
+        whole block. ``device`` computes the covariances.
 
         Raises :class:`InvalidInput` for a store of another model or spec, and :class:`Unavailable` while another
         process writes it, or where nothing can be written.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = (folder / "lock").open("a")
         except OSError as error:
             raise Unavailable(f"{folder} cannot be written ({error.strerror}); name another folder") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise Unavailable(f"another process writes the store in {folder}; wait until it is done") from None
-        try:
-            writer = cls(folder, cls._resumed(folder, manifest), device)
-        except BaseException:
-            os.close(lock)
-            raise
-        writer._lock = lock
-        return writer
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise Unavailable(f"another process writes the store in {folder}; wait until it is done") from None
+            yield cls(folder, cls._resumed(folder, manifest), device)
 
     @staticmethod
     def _resumed(folder: Path, manifest: Manifest) -> Manifest:
         if not (folder / MANIFEST).exists():
-            fresh: dict[str, Any] = {"splits": {split: [] for split in SPLITS}, "statistics": "", "complete": False}
-            return manifest.model_copy(update=fresh)
-        # Shards that were cut off are found here.
-        there = ActivationStore.open(folder).manifest
-        if there.source.digest != manifest.source.digest:
-            text = f"{folder} holds activations of another model, {there.source.name}; name another folder"
+            return manifest.model_copy(deep=True)
+        # Raises for shards that were cut off.
+        earlier = ActivationStore.open(folder).manifest
+        if earlier.source.digest != manifest.source.digest:
+            text = f"{folder} holds activations of another model, {earlier.source.name}; name another folder"
             raise InvalidInput.field("activations", text)
-        old, new = there.identity, manifest.identity
+        old, new = earlier.identity, manifest.identity
         names = [name for name in new if old[name] != new[name]]
         if "spec" in names:
             names = [f"spec.{name}" for name in new["spec"] if old["spec"].get(name) != new["spec"][name]] or names
         if names:
             text = f"{folder} holds activations of another spec ({', '.join(names)}); name another folder, or delete it"
             raise InvalidInput.field("activations", text)
-        if there.complete:
-            return there
-        whole = {split: shards[: len(shards) // BLOCK * BLOCK] for split, shards in there.splits.items()}
-        return there.model_copy(update={"splits": whole})
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Unlock the folder; rows of blocks that are not full are lost."""
-        self._buffers.clear()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if earlier.complete:
+            return earlier
+        whole = {split: shards[: len(shards) // BLOCK * BLOCK] for split, shards in earlier.splits.items()}
+        return earlier.model_copy(update={"splits": whole})
 
     def instances(self, split: str) -> int:
-        """Instances of a split that are there or were added."""
-        return self._instances[split] + self._filled[split] // self.manifest.rows_per_instance
+        """Instances of a split that are written or in memory."""
+        return self._written(split) + self._filled[split]
 
     def room(self, split: str) -> int:
-        """Instances until the present block is full, or the split has all."""
-        return min(self._block, self.manifest.wanted(split) - self._instances[split]) - (
-            self._filled[split] // self.manifest.rows_per_instance
-        )
+        """Instances until the present block is full, or the split complete."""
+        left = self.manifest.size(split) - self._written(split)
+        return min(BLOCK * self.manifest.shard_instances, left) - self._filled[split]
 
     def add(self, split: str, instances: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Rows of more instances, at most as many as there is :meth:`room` for: ids int64 ``[n]`` and ``[n, rows, d]``
-        for each hook point.
+        """Add the rows of at most :meth:`room` instances: their ids, int64 ``[n]``, and ``[n, rows, d]`` for each hook
+        point.
 
         Raises :class:`InvalidInput` for numbers that are not finite in the store's precision, and :class:`Unavailable`
         when the disk is full.
         """
-        count, per_instance = len(instances), self.manifest.rows_per_instance
+        manifest, count = self.manifest, len(instances)
         assert count <= self.room(split)
-        buffers = self._buffers.get(split) or self._buffers.setdefault(split, self._new_buffers(split))
-        start, stop = self._filled[split], self._filled[split] + count * per_instance
-        for name in self._widths:
-            rows = values[name].flatten(0, 1)
-            if not bool(rows.isfinite().all()):
-                half = self.manifest.dtype == "float16"
+        first, per_instance = manifest.first_position, manifest.rows_per_instance
+        if split not in self._buffers:
+            rows, dtype = self.room(split) * per_instance, DTYPES[manifest.dtype]
+            buffers = {name: torch.empty(rows, dtype=torch.int32) for name in ("instance", "position")}
+            buffers |= {hook.name: torch.empty(rows, hook.width, dtype=dtype) for hook in manifest.hooks}
+            self._buffers[split] = buffers
+        columns = {hook.name: values[hook.name].flatten(0, 1) for hook in manifest.hooks}
+        for name, column in columns.items():
+            if not bool(column.isfinite().all()):
+                half = manifest.dtype == "float16"
                 hint = " in float16; set dtype to bfloat16 or float32" if half else "; check the model's weights"
                 raise InvalidInput.field("spec.hooks", f"{name} has numbers that are not finite{hint}")
-            buffers[name][start:stop] = rows
-        first = self.manifest.first_position
-        buffers["instance"][start:stop] = instances.repeat_interleave(per_instance)
-        buffers["position"][start:stop] = torch.arange(first, first + per_instance).repeat(count)
-        self._filled[split] = stop
+        columns["instance"] = instances.repeat_interleave(per_instance)
+        columns["position"] = torch.arange(first, first + per_instance).repeat(count)
+        start = self._filled[split] * per_instance
+        for name, column in columns.items():
+            self._buffers[split][name][start : start + len(column)] = column
+        self._filled[split] += count
         if self.room(split) == 0:
             self._flush(split)
 
     def finish(self) -> ActivationStore:
-        """The store, complete."""
-        assert all(self.instances(split) == self.manifest.wanted(split) for split in SPLITS)
+        """Mark the store as complete and return it."""
+        assert all(self.instances(split) == self.manifest.size(split) for split in SPLITS)
         if not self.manifest.complete:
             self.manifest.complete = True
             self._write_manifest()
@@ -372,54 +356,37 @@ class Writer:
     def _written(self, split: str) -> int:
         return self.manifest.rows(split) // self.manifest.rows_per_instance
 
-    def _new_buffers(self, split: str) -> dict[str, Tensor]:
-        rows = self.room(split) * self.manifest.rows_per_instance
-        buffers = {name: torch.empty(rows, dtype=torch.int32) for name in ("instance", "position")}
-        dtype = DTYPES[self.manifest.dtype]
-        return buffers | {name: torch.empty(rows, width, dtype=dtype) for name, width in self._widths.items()}
-
     def _flush(self, split: str) -> None:
-        """Write a block: its rows in random order."""
-        columns, rows = self._buffers[split], self._filled[split]
-        shards, each = self.manifest.splits[split], self.manifest.shard_instances * self.manifest.rows_per_instance
-        order = torch.randperm(rows, generator=generator(self.manifest.seed, "rows", split, len(shards) // BLOCK))
-        for start in range(0, rows, each):
-            index = order[start : start + each]
+        """Write a block, its rows in random order."""
+        columns, manifest = self._buffers.pop(split), self.manifest
+        shards, shard_rows = manifest.splits[split], manifest.shard_instances * manifest.rows_per_instance
+        rows = self._filled[split] * manifest.rows_per_instance
+        order = torch.randperm(rows, generator=generator(manifest.seed, "rows", split, len(shards) // BLOCK))
+        self._filled[split] = 0
+        for index in torch.split(order, shard_rows):
             file = f"{split}-{len(shards):05}.safetensors"
-
-            def add_moments(name: str, values: Tensor) -> None:
-                if split == TRAIN and name in self._moments:
-                    self._moments[name].add(values)
-
-            with self._writing():
-                size, sha256 = write_shard(self.folder / file, columns, index, add_moments)
+            size, sha256 = self._write(file, shard_parts(columns, index))
+            if split == TRAIN:
+                for hook, statistics in self._statistics.items():
+                    statistics.add(columns[hook].index_select(0, index))
             shards.append(Shard(file=file, rows=len(index), bytes=size, sha256=sha256))
             self._write_manifest()
         if split == TRAIN:
-            self._save_moments()
-        self._instances[split] = self._written(split)
-        self._filled[split] = 0
-        del self._buffers[split]
+            tensors = {
+                f"{hook}|{name}": tensor
+                for hook, statistics in self._statistics.items()
+                for name, tensor in statistics.tensors().items()
+            }
+            _, manifest.statistics = self._write(STATISTICS, [save(tensors)])
+            self._write_manifest()
 
     def _write_manifest(self) -> None:
-        with self._writing():
-            write_durably(self.folder / MANIFEST, [self.manifest.model_dump_json(indent=1).encode()])
+        self._write(MANIFEST, [self.manifest.model_dump_json(indent=1).encode()])
 
-    def _save_moments(self) -> None:
-        tensors = {
-            f"{hook}|{name}": tensor
-            for hook, moments in self._moments.items()
-            for name, tensor in moments.tensors().items()
-        }
-        with self._writing():
-            _, self.manifest.statistics = write_durably(self.folder / STATISTICS, [save(tensors)])
-        self._write_manifest()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Raise errors of the disk as :class:`Unavailable`, with what is kept."""
+    def _write(self, file: str, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
+        """Write a file; its size in bytes and its SHA-256. Raises :class:`Unavailable`, with what is kept."""
         try:
-            yield
+            return write_durably(self.folder / file, parts)
         except OSError as error:
             rows = {split: self.manifest.rows(split) for split in SPLITS}
             kept = f"{rows[TRAIN]} training and {rows[VALIDATION]} validation rows are kept"
@@ -429,34 +396,23 @@ class Writer:
             raise Unavailable(f"{self.folder} cannot be written ({error.strerror}); {kept} there") from error
 
 
-def load_moments(store: ActivationStore, device: str = "cpu") -> dict[str, Moments]:
-    """Moments of the training rows, by hook point: those in the file, or computed from the shards if it is missing, has
-    other bytes than were written or, after an interruption, covers other rows."""
+def load_statistics(store: ActivationStore, device: str = "cpu") -> dict[str, Statistics]:
+    """Statistics of the training rows, by hook point: those of the file, or computed from the shards where the file is
+    missing, has changed or, after an interruption, covers other rows."""
     path, by_hook = store.folder / STATISTICS, dict[str, dict[str, Tensor]]()
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() == store.manifest.statistics:
         for name, tensor in load(content).items():
             hook, _, kind = name.rpartition("|")
             by_hook.setdefault(hook, {})[kind] = tensor
-    saved = {hook: Moments.of(tensors, device) for hook, tensors in by_hook.items()}
-    if saved.keys() == set(store.hooks) and all(moments.rows == store.rows(TRAIN) for moments in saved.values()):
+    saved = {hook: Statistics.of(tensors, device) for hook, tensors in by_hook.items()}
+    if saved.keys() == set(store.hooks) and all(found.rows == store.rows(TRAIN) for found in saved.values()):
         return saved
-    computed = {hook: Moments(width, device) for hook, width in store.widths.items()}
+    computed = {hook: Statistics(width, device) for hook, width in store.widths.items()}
     for number in range(len(store.shards(TRAIN))):
-        for hook, moments in computed.items():
-            moments.add(store.read(TRAIN, number, [hook])[0])
+        for hook, statistics in computed.items():
+            statistics.add(store.read(TRAIN, number, [hook])[0])
     return computed
-
-
-def follow(folder: Path) -> Path:
-    """The folder of the store that ``folder`` is or points to. Raises :class:`InvalidInput` where that is gone."""
-    if not (folder / POINTER).is_file():
-        return folder
-    with reading(folder, POINTER, "store of activations") as path:
-        place = Path(json.loads(path.read_text())["path"])
-    if not (place / MANIFEST).is_file():
-        raise InvalidInput.field("activations", f"the store was kept in {place}, which is gone; record it again")
-    return place
 
 
 def write_pointer(folder: Path, store: ActivationStore) -> None:
@@ -466,11 +422,8 @@ def write_pointer(folder: Path, store: ActivationStore) -> None:
     (folder / POINTER).write_text(json.dumps(about, indent=1))
 
 
-def write_shard(
-    path: Path, columns: Mapping[str, Tensor], index: Tensor, on_column: Callable[[str, Tensor], None]
-) -> tuple[int, str]:
-    """Write the rows ``index`` of each column as a safetensors file; its size in bytes and its SHA-256. ``on_column``
-    is called with what is written of each column. One column is in memory at a time.
+def shard_parts(columns: Mapping[str, Tensor], index: Tensor) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file with the rows ``index`` of each column. One column is in memory at a time.
 
     The format is 8 bytes of the header's length, a JSON header padded with spaces, and the tensors.
     """
@@ -481,12 +434,6 @@ def write_shard(
         header[name] = {"dtype": _CODES[column.dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-
-    def parts() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
-        for name, column in columns.items():
-            values = column.index_select(0, index)
-            on_column(name, values)
-            yield values.view(torch.uint8).numpy().data
-
-    return write_durably(path, parts())
+    yield len(text).to_bytes(8, "little") + text
+    for column in columns.values():
+        yield column.index_select(0, index).view(torch.uint8).numpy().data

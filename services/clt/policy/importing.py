@@ -23,26 +23,26 @@ from ethogram.specs.clt import PolicyModelSpec
 from services.clt.policy.model import AttentionPolicy
 
 _FIELD = "checkpoint"
-_PLAIN = {
-    "encoder.init_embedding.init_embed": "encoder.embed",
+# Parts of the names of its weights, in several versions, and of ours. They are replaced in this order.
+_NAMES = {
+    "encoder.init_embedding.init_embed.": "encoder.embed.",
+    "encoder.net.layers.": "encoder.layers.",
+    ".0.module.Wqkv.": ".attention.qkv.",
+    ".0.module.out_proj.": ".attention.out.",
+    ".1.normalizer.": ".norm1.",
+    ".2.module.lins.0.": ".mlp.0.",
+    ".2.module.lins.1.": ".mlp.2.",
+    ".2.module.0.": ".mlp.0.",
+    ".2.module.2.": ".mlp.2.",
+    ".3.normalizer.": ".norm2.",
     "decoder.context_embedding.W_placeholder": "decoder.placeholder",
-    "decoder.context_embedding.project_context": "decoder.context",
-    "decoder.project_node_embeddings": "decoder.project",
-    "decoder.project_fixed_context": "decoder.fixed",
-    "decoder.pointer.project_out": "decoder.out",
-    "decoder.logit_attention.project_out": "decoder.out",
+    "decoder.context_embedding.project_context.": "decoder.context.",
+    "decoder.project_node_embeddings.": "decoder.project.",
+    "decoder.project_fixed_context.": "decoder.fixed.",
+    "decoder.pointer.project_out.": "decoder.out.",
+    "decoder.logit_attention.project_out.": "decoder.out.",
 }
-_LAYER = re.compile(r"encoder\.net\.layers\.(\d+)\.(.+)")
-_IN_LAYER = {
-    "0.module.Wqkv": "attention.qkv",
-    "0.module.out_proj": "attention.out",
-    "1.normalizer": "norm1",
-    "2.module.lins.0": "mlp.0",
-    "2.module.lins.1": "mlp.2",
-    "2.module.0": "mlp.0",
-    "2.module.2": "mlp.2",
-    "3.normalizer": "norm2",
-}
+_LAYER = re.compile(r"encoder\.layers\.(\d{1,4})\.")
 
 
 def import_rl4co(
@@ -65,17 +65,19 @@ def import_rl4co(
     if not isinstance(checkpoint, Mapping):
         raise InvalidInput.field(_FIELD, "holds no mapping; give a Lightning checkpoint of rl4co or its state dict")
     state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+    state = state if isinstance(state, Mapping) else {}
+    tensors = {str(name): value.detach() for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
         raise InvalidInput.field(_FIELD, "holds no weights; give a Lightning checkpoint of rl4co or its state dict")
+    names = {_our_name(name): name for name in tensors if not name.startswith("baseline.")}
+    weights = {ours: tensors[name] for ours, name in names.items()}
     settings = _settings(checkpoint)
-    weights = _renamed(state)
     try:
-        embedding, feed_forward = weights["encoder.embed.weight"], weights["encoder.layers.0.mlp.0.weight"]
         spec = PolicyModelSpec(
-            hidden_dim=len(embedding),
-            layers=1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layers.")),
+            hidden_dim=len(weights["encoder.embed.weight"]),
+            layers=1 + max((int(match[1]) for name in weights if (match := _LAYER.match(name))), default=0),
             heads=heads or _number(settings.get("num_heads")) or 8,
-            feed_forward=len(feed_forward),
+            feed_forward=len(weights["encoder.layers.0.mlp.0.weight"]),
             graph_context=bool(settings.get("use_graph_context", True)) if graph_context is None else graph_context,
             clipping=clipping if isinstance(clipping := settings.get("tanh_clipping"), int | float) else 10.0,
         )
@@ -84,9 +86,13 @@ def import_rl4co(
     except ValidationError as error:
         raise InvalidInput.from_pydantic(error, _FIELD) from None
     policy = AttentionPolicy(spec, _number(settings.get("num_loc")) or nodes)
+    initial = policy.state_dict()
+    if unknown := [name for ours, name in names.items() if ours not in initial]:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        text = f"has weights that no attention model of rl4co has: {', '.join(unknown[:5])}{more}"
+        raise InvalidInput.field(_FIELD, text)
     pomo = "num_starts" in settings or settings.get("baseline") == "shared"
     policy.chooses_start = not pomo and spec.graph_context
-    initial = policy.state_dict()
     # A POMO policy has these two, but uses neither.
     unused = () if policy.chooses_start else ("decoder.placeholder", "decoder.fixed.weight")
     missing = [name for name in initial.keys() - weights.keys() - {*unused} if "num_batches_tracked" not in name]
@@ -96,13 +102,20 @@ def import_rl4co(
     if missing:
         raise InvalidInput.field(_FIELD, f"lacks {', '.join(sorted(missing)[:5])}")
     for name, value in weights.items():
-        if name in initial and value.shape != initial[name].shape:
+        if value.shape != initial[name].shape:
             shapes = f"has shape {list(value.shape)} instead of {list(initial[name].shape)}"
             raise InvalidInput.field(_FIELD, f"{name} {shapes}")
     policy.load_state_dict(initial | weights)
     policy.eval().requires_grad_(False)
     policy.save(folder, {"source": "rl4co"})
     return policy
+
+
+def _our_name(name: str) -> str:
+    name = name.removeprefix("policy.")
+    for theirs, ours in _NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,37 +128,6 @@ def _settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(value: object) -> int | None:
     return value if isinstance(value, int) else None
-
-
-def _renamed(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The policy's weights under our names. Raises :class:`InvalidInput` for unknown weights."""
-    names = {str(name): value for name, value in state.items() if not str(name).startswith("baseline.")}
-    prefix = "policy." if any(name.startswith("policy.") for name in names) else ""
-    weights: dict[str, Tensor] = {}
-    unknown = []
-    for name, value in names.items():
-        ours = _our_name(name.removeprefix(prefix)) if name.startswith(prefix) else None
-        if ours is None or not isinstance(value, Tensor):
-            unknown.append(name)
-        else:
-            weights[ours] = value.detach() if ours.endswith("num_batches_tracked") else value.detach().float()
-    if unknown:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise InvalidInput.field(
-            _FIELD, f"has weights that no attention model of rl4co has: {', '.join(unknown[:5])}{more}"
-        )
-    return weights
-
-
-def _our_name(name: str) -> str | None:
-    if name in _PLAIN:
-        return _PLAIN[name]
-    module, _, kind = name.rpartition(".")
-    if module in _PLAIN:
-        return f"{_PLAIN[module]}.{kind}"
-    layer = _LAYER.fullmatch(module)
-    part = _IN_LAYER.get(layer[2]) if layer else None
-    return f"encoder.layers.{layer[1]}.{part}.{kind}" if layer and part else None
 
 
 class _Placeholder:

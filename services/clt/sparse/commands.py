@@ -11,12 +11,11 @@ from ethogram.cli import output
 from ethogram.cli.options import assignment
 from ethogram.cli.run import Request, flag, run_command
 from ethogram.errors import InvalidInput
-from ethogram.specs.kinds import KINDS
+from ethogram.specs.kinds import KINDS, SPARSE_HEADLINE
 from services.clt.activations.commands import Store
 
 app = typer.Typer()
 _MODULE = "python -m services.clt"
-_HEADLINE = ("fvu", "explained_variance", "cosine", "l0", "dead", "silent")
 
 KIND: dict[str, Any] = {"kind": flag(str, "--kind", help="pair, per_layer or cross_layer.")}
 FLAGS: dict[str, Any] = {
@@ -36,13 +35,9 @@ FLAGS: dict[str, Any] = {
 """Options of every training, by the field of the spec that they set."""
 
 
-def _show(result: dict[str, Any]) -> None:
-    output.figures({name: result["figures"][name] for name in _HEADLINE})
-
-
 def _show_sweep(result: dict[str, Any]) -> None:
-    rows = [[name, *(f"{figures[key]:.4f}" for key in _HEADLINE)] for name, figures in result["runs"].items()]
-    output.table(["run", *_HEADLINE], rows)
+    rows = [[name, *(f"{figures[key]:.4f}" for key in SPARSE_HEADLINE)] for name, figures in result["runs"].items()]
+    output.table(["run", *SPARSE_HEADLINE], rows)
     for name, why in result["failed"].items():
         output.say(f"{name} failed: {why}")
 
@@ -53,7 +48,6 @@ def _show_sweep(result: dict[str, Any]) -> None:
     f"{_MODULE} sae my-activations --hook encoder_layer_2 --k 32 -o my-sae",
     f"{_MODULE} sae my-activations --hook encoder_layer_2 --set model.activation=jumprelu --set loss.l0=1e-3 -o my-sae",
     flags={"hook": flag(str, "--hook", help="Hook point."), **FLAGS},
-    show=_show,
 )
 def sae(store: Store) -> Request:
     """Train a sparse autoencoder of one hook point. The same command resumes an interrupted run."""
@@ -67,7 +61,6 @@ def sae(store: Store) -> Request:
     f"{_MODULE} train my-activations --kind cross_layer --expansion 16 --k 32 -o my-clt",
     "torchrun --nproc-per-node 2 -m services.clt train my-activations --kind per_layer -o my-run",
     flags=KIND | FLAGS,
-    show=_show,
 )
 def train(
     store: Store,

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from services.clt.activations.store import ActivationStore
+from services.clt.activations.loader import chunks
+from services.clt.activations.store import VALIDATION, ActivationStore
 from services.clt.sparse.model import SparseModel
 
 CHUNK = 2048
 """Rows that go through the model at once; where codes are dense, those of all sources are in memory together."""
-
-
-def _chunks(store: ActivationStore, hooks: list[str], rows: int) -> Iterator[list[Tensor]]:
-    """The first validation rows, float32 ``[chunk, width]`` of each hook point."""
-    left = rows
-    for number, shard in enumerate(store.shards("validation")):
-        for start in range(0, min(shard.rows, left), CHUNK):
-            stop = min(start + CHUNK, shard.rows, start + left)
-            yield [stream.float() for stream in store.read("validation", number, hooks, start, stop)]
-            left -= stop - start
 
 
 @torch.no_grad()
@@ -43,7 +32,7 @@ def evaluate(model: SparseModel, store: ActivationStore, rows: int) -> tuple[dic
     errors, squares, cosines = (torch.zeros(len(streams.targets), dtype=torch.float64) for _ in range(3))
     sums = [torch.zeros(width, dtype=torch.float64) for width in streams.target_widths]
     seen = 0
-    for chunk in _chunks(store, hooks, rows):
+    for chunk in chunks(store, hooks, VALIDATION, rows, CHUNK):
         by_hook = {hook: stream.to(device) for hook, stream in zip(hooks, chunk, strict=True)}
         inputs = model.scaled([by_hook[hook] for hook in streams.sources], "read")
         code = model.encode(inputs)

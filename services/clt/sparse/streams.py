@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -29,20 +27,16 @@ def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
         pairs = store.mlp_pairs()
         sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
         if not pairs:
-            what = "no module's input and output are both in the store; name sources and targets"
-            raise InvalidInput.field("spec.sources", f"{what} among: {', '.join(widths)}")
-    sides = {"sources": sources, "targets": targets}
-    for side, hooks in sides.items():
+            text = "no module's input and output are both in the store; name sources and targets"
+            raise InvalidInput.field("spec.sources", f"{text} among: {', '.join(widths)}")
+    for side, hooks in (("sources", sources), ("targets", targets)):
         for number, hook in enumerate(hooks):
             store.require_hooks([hook], f"spec.{side}.{number}")
-    order = list(widths)
+            if number and store.hooks.index(hook) <= store.hooks.index(hooks[number - 1]):
+                text = f"{hook} does not come after {hooks[number - 1]}; name them in the order of the model"
+                raise InvalidInput.field(f"spec.{side}.{number}", text)
     for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        check_pair(order, source, target, f"spec.targets.{number}")
-    for side, hooks in sides.items():
-        for number, (before, hook) in enumerate(pairwise(hooks), 1):
-            if order.index(hook) <= order.index(before):
-                what = f"{hook} does not come after {before}; name them in the order of the model"
-                raise InvalidInput.field(f"spec.{side}.{number}", what)
+        check_pair(store.hooks, source, target, f"spec.targets.{number}")
     return Streams(spec.kind, sources, targets, [widths[hook] for hook in sources], [widths[hook] for hook in targets])
 
 

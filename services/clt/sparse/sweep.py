@@ -91,67 +91,71 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
     specs = run_specs(spec, store)
     children = run.children({name: ("clt", child) for name, child in specs.items()})
     with tempfile.TemporaryDirectory() as scratch:
-        models = Path(scratch, "models")
-        results = Results(models)
+        sweep = Sweep(run, Path(scratch, "models"))
         if children is None:
-            results.train(specs, run)
+            sweep.train(specs)
         else:
-            results.gather(children, run)
-        if not results.rows:
-            name, why = next(iter(results.failed.items()))
+            sweep.gather(children)
+        if not sweep.rows:
+            name, why = next(iter(sweep.failed.items()))
             raise InvalidInput.field("spec.grid", f"all runs failed, {name}: {why}")
         report = Path(scratch, "report")
-        compare(report, specs, results.rows, spec)
-        run.artifact("models", "sparse-models", models)
+        compare(report, specs, sweep.rows, spec)
+        run.artifact("models", "sparse-models", sweep.models)
         run.artifact("report", "report", report)
-    return {"runs": {name: row["figures"] for name, row in results.rows.items()}, "failed": results.failed}
+    return {"runs": {name: row["figures"] for name, row in sweep.rows.items()}, "failed": sweep.failed}
 
 
-class Results:
-    """Results of the runs of a sweep so far; models and reports are in the folder ``models``."""
+class Sweep(Run):
+    """The results of a sweep so far; models and reports are in the folder ``models``.
 
-    def __init__(self, models: Path) -> None:
-        self.models = models
+    Runs in this process are given this run, which passes on what they log and keep.
+    """
+
+    def __init__(self, run: Run, models: Path) -> None:
+        self.device, self.inputs, self.models = run.device, run.inputs, models
         self.rows: dict[str, Row] = {}
         self.failed: dict[str, str] = {}
         self.present = ""
         """Name of the run in progress."""
+        self._run = run
 
-    def fail(self, name: str, why: str, run: Run) -> None:
-        """Record that a run failed; the others go on."""
+    def fail(self, name: str, why: str) -> None:
+        """Record that a run failed; the others continue."""
         self.failed[name] = why
-        run.log(f"{name} failed: {why}", "error")
+        self._run.log(f"{name} failed: {why}", "error")
 
-    def gather(self, children: Mapping[str, ChildJob], run: Run) -> None:
+    def gather(self, children: Mapping[str, ChildJob]) -> None:
         """Take the results of child jobs."""
         for name, child in children.items():
             if child.state == "SUCCEEDED":
                 self.rows[name] = dict(child.result)
                 for output in ("model", "report"):
-                    shutil.copytree(run.output(child, output), self.models / name / output)
+                    shutil.copytree(self._run.output(child, output), self.models / name / output)
             else:
-                self.fail(name, child.error, run)
+                self.fail(name, child.error)
 
-    def train(self, specs: Mapping[str, CltSpec], run: Run) -> None:
+    def train(self, specs: Mapping[str, CltSpec]) -> None:
         """Run one after the other. A checkpoint holds the finished runs and the checkpoint of the present one."""
-        resume = None
-        if run.resume is not None:
-            kept = json.loads((run.resume / STATE).read_text())
-            self.rows, self.failed, self.present = kept["rows"], kept["failed"], kept["present"]
-            if (run.resume / "models").exists():
-                shutil.copytree(run.resume / "models", self.models)
-            resume = run.resume / PRESENT
-        run.stage("sweep", len(specs), "runs")
+        checkpoint, interrupted = self._run.resume, None
+        if checkpoint is not None:
+            kept = json.loads((checkpoint / STATE).read_text())
+            self.rows, self.failed = kept["rows"], kept["failed"]
+            if (checkpoint / "models").exists():
+                shutil.copytree(checkpoint / "models", self.models)
+            if (checkpoint / PRESENT).exists():
+                interrupted = kept["present"]
+        self._run.stage("sweep", len(specs), "runs")
         for name, spec in specs.items():
             if name not in self.rows and name not in self.failed:
-                resumed = resume is not None and resume.exists() and name == self.present
                 self.present = name
+                self.resume = checkpoint / PRESENT if checkpoint is not None and name == interrupted else None
                 try:
-                    self.rows[name] = job.run(spec, SweptRun(run, self, resume if resumed else None))
+                    self.rows[name] = job.run(spec, self)
                 except InvalidInput as error:
-                    self.fail(name, error.message, run)
-                run.checkpoint(len(self.rows), self.save)
-            run.advance(len(self.rows) + len(self.failed))
+                    self.fail(name, error.message)
+                self._run.checkpoint(len(self.rows), self.save)
+            self._run.advance(len(self.rows) + len(self.failed))
 
     def save(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
         """Write the finished runs into ``folder``; ``write`` writes the checkpoint of the present one."""
@@ -163,29 +167,21 @@ class Results:
             (folder / PRESENT).mkdir()
             write(folder / PRESENT)
 
-
-class SweptRun(Run):
-    """One run of a sweep in this process: its artifacts are folders of the sweep's."""
-
-    def __init__(self, run: Run, results: Results, resume: Path | None) -> None:
-        self.device, self.inputs, self.resume = run.device, run.inputs, resume
-        self._run, self._results, self._name = run, results, results.present
-
     def advance(self, done: int) -> None:
         if done % 100 == 0:
-            self._run.log(f"{self._name}: step {done}")
+            self.log(f"step {done}")
 
     def log(self, message: str, level: str = "info") -> None:
-        self._run.log(f"{self._name}: {message}", level)
+        self._run.log(f"{self.present}: {message}", level)
 
     def checkpoint_due(self) -> bool:
         return self._run.checkpoint_due()
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        self._run.checkpoint(step, lambda folder: self._results.save(folder, write))
+        self._run.checkpoint(step, lambda folder: self.save(folder, write))
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
-        shutil.copytree(folder, self._results.models / self._name / name, dirs_exist_ok=True)
+        shutil.copytree(folder, self.models / self.present / name, dirs_exist_ok=True)
 
 
 def compare(folder: Path, specs: Mapping[str, CltSpec], rows: Mapping[str, Row], spec: SweepSpec) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from ethogram.errors import InvalidInput
-from ethogram.specs.edits import Steering
+from ethogram.specs.edits import Behavior, Steering
 from services.crossmodal import checks
-from services.crossmodal.codec import Batch, Behavior, Codec
+from services.crossmodal.codec import Batch, Codec
 from services.inference.batcher import Arrays
 from services.inference.dataplane import Request
 
@@ -42,21 +40,23 @@ class ServedCodec:
         self, networks: Arrays, activation: str | None = None, steering: Steering | None = None
     ) -> Request:
         """Check networks, and that the codec has the behaviours of ``steering``. Raises :class:`InvalidInput`."""
-        check = partial(self._codec.check_networks, _tensors(networks), activation)
-        if steering is None:
-            return _request(check, "networks")
-        self._codec.check_edits(steering)
-        return _request(check, "networks", self._network_bytes + self._latent_bytes, steering)
+        answer_bytes = 0
+        if steering is not None:
+            self._codec.check_edits(steering)
+            answer_bytes = self._network_bytes + self._latent_bytes
+        # Copies: what comes from the wire are read-only views of a message.
+        tensors = {name: torch.tensor(array) for name, array in networks.items()}
+        batch = self._codec.check_networks(tensors, activation)
+        return _request(batch, "networks", answer_bytes, steering)
 
     def check_signatures(self, signatures: NDArray[Any]) -> Request:
         """Check signatures ``[batch, neurons, values]``. Raises :class:`InvalidInput`."""
-        return _request(partial(self._codec.check_signatures, torch.tensor(signatures)), "signatures")
+        return _request(self._codec.check_signatures(torch.tensor(signatures)), "signatures")
 
     def check_latents(self, latents: NDArray[Any], hidden: Sequence[int], activation: str | None) -> Request:
         """Check latents ``[batch, latent]`` and the shape of their networks. Raises :class:`InvalidInput`."""
         shape = checks.shape(hidden, activation, self._codec.layout)
-        check = partial(self._codec.check_latents, torch.tensor(latents), shape)
-        return _request(check, "latents", self._network_bytes)
+        return _request(self._codec.check_latents(torch.tensor(latents), shape), "latents", self._network_bytes)
 
     @torch.inference_mode()
     def encode(self, arrays: Arrays, shape: int) -> Arrays:
@@ -93,26 +93,13 @@ class ServedCodec:
         return _arrays({"recall": recall, "false_positive_rate": rate})
 
 
-def _request(
-    check: Callable[[], Batch], field: str, answer_bytes: int = 0, steering: Steering | None = None
-) -> Request:
-    try:
-        batch = check()
-    except checks.NotFinite as error:
-        # A request's numbers are in the field `data` of a tensor.
-        path, description = error.violations[0]
-        raise InvalidInput.field(f"{path}.data", description) from None
+def _request(batch: Batch, field: str, answer_bytes: int = 0, steering: Steering | None = None) -> Request:
     options: dict[str, Hashable] = {"shape": batch.shape} | ({} if steering is None else {"steering": steering})
     return Request({ROWS: batch.rows.numpy()}, field, options, answer_bytes)
 
 
 def _batch(arrays: Arrays, shape: int) -> Batch:
     return Batch(torch.from_numpy(arrays[ROWS]), shape)
-
-
-def _tensors(arrays: Arrays) -> dict[str, torch.Tensor]:
-    # A copy: what comes from the wire is a read-only view of a message.
-    return {name: torch.tensor(array) for name, array in arrays.items()}
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:

@@ -6,11 +6,9 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from numpy.typing import NDArray
-
 from ethogram.errors import InvalidInput
-from ethogram.v1 import common_pb2, inference_pb2_grpc
 from ethogram.v1 import inference_pb2 as pb
+from ethogram.v1 import inference_pb2_grpc
 from ethogram.wire import from_tensor, steering_of, to_tensor
 from services.inference.batcher import Arrays
 from services.inference.codec.served import LATENTS, ServedCodec
@@ -41,7 +39,7 @@ async def _encode(dataplane: Dataplane, request: pb.EncodeRequest) -> pb.EncodeR
             method = ServedCodec.encode_signatures
 
             def check(codec: ServedCodec) -> Request:
-                return codec.check_signatures(_array(request.signatures, "signatures"))
+                return codec.check_signatures(from_tensor(request.signatures, "signatures"))
         case _:
             raise InvalidInput.field("input", "missing; set networks or signatures")
 
@@ -55,7 +53,7 @@ async def _decode(dataplane: Dataplane, request: pb.DecodeRequest) -> pb.DecodeR
     latents, shape = required(request, "latents"), request.architecture
 
     def check(codec: ServedCodec) -> Request:
-        return codec.check_latents(_array(latents, "latents"), tuple(shape.hidden), shape.activation or None)
+        return codec.check_latents(from_tensor(latents, "latents"), tuple(shape.hidden), shape.activation or None)
 
     def answer(arrays: Arrays, served: Served[ServedCodec]) -> pb.DecodeResponse:
         return pb.DecodeResponse(networks=_networks(arrays), model=_model(served))
@@ -102,15 +100,15 @@ def _calls(method: Callable[[Dataplane, Any], Awaitable[Any]]) -> tuple[Any, Any
         return await method(servicer._dataplane, request)
 
     def stream(servicer: _Servicer, request_iterator: Any, context: object) -> Any:
-        return in_order(request_iterator, partial(method, servicer._waiting))
+        # The sender of a stream is held back while the queue is full.
+        return in_order(request_iterator, partial(method, servicer._dataplane._replace(wait_for_room=True)))
 
     return unary, stream
 
 
 class _Servicer:
-    def __init__(self, dataplane: Dataplane, waiting: Dataplane) -> None:
-        """``waiting`` is for streams: it waits for room in the queue where ``dataplane`` refuses."""
-        self._dataplane, self._waiting = dataplane, waiting
+    def __init__(self, dataplane: Dataplane) -> None:
+        self._dataplane = dataplane
 
 
 class CodecServicer(_Servicer, inference_pb2_grpc.CodecServiceServicer):
@@ -140,15 +138,10 @@ def _model(served: Served[ServedCodec]) -> pb.ModelRef:
     return pb.ModelRef(name=pointer.name, version=pointer.version, tenant=pointer.tenant)
 
 
-def _array(tensor: common_pb2.Tensor, field: str) -> NDArray[Any]:
-    # Whether the numbers are finite is checked with the rest.
-    return from_tensor(tensor, field, finite=False)
-
-
 def _read(networks: pb.Networks) -> tuple[Arrays, str | None]:
     """Parameters by name, and the activation where one is named."""
     parameters = networks.parameters.items()
-    arrays = {name: _array(tensor, f"networks.parameters.{name}") for name, tensor in parameters}
+    arrays = {name: from_tensor(tensor, f"networks.parameters.{name}") for name, tensor in parameters}
     return arrays, networks.activation or None
 
 

@@ -2,83 +2,65 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0001"
 down_revision: str | None = None
-branch_labels = None
-depends_on = None
 
 SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-TIME = sa.DateTime(timezone=True)
+TEXT, INTEGER, BOOLEAN, TIME = sa.Text(), sa.BigInteger(), sa.Boolean(), sa.DateTime(timezone=True)
+FLOAT: sa.Double[float] = sa.Double()
 JSON = sa.JSON(none_as_null=True)
+CLAIM: tuple[Any, ...] = ("state", "queue", "ready", sa.literal_column("priority DESC"), "number")
+
+
+def columns(type_: Any, *names: str, nullable: bool = False) -> list[sa.Column[Any]]:
+    """Columns of one type."""
+    return [sa.Column(name, type_, nullable=nullable) for name in names]
 
 
 def upgrade() -> None:
     """From an empty database."""
     op.create_table(
         "jobs",
-        sa.Column("number", SERIAL, nullable=False),
-        sa.Column("id", sa.Text(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("kind", sa.Text(), nullable=False),
-        sa.Column("queue", sa.Text(), nullable=False),
-        sa.Column("spec", JSON, nullable=False),
-        sa.Column("labels", JSON, nullable=False),
-        sa.Column("priority", sa.BigInteger(), nullable=False),
-        sa.Column("state", sa.Text(), nullable=False),
-        sa.Column("ready", sa.Boolean(), nullable=False),
-        sa.Column("waiting", sa.BigInteger(), nullable=False),
-        sa.Column("not_before", TIME, nullable=True),
-        sa.Column("attempt", sa.Text(), nullable=True),
-        sa.Column("attempts", sa.BigInteger(), nullable=False),
-        sa.Column("claims", sa.BigInteger(), nullable=False),
-        sa.Column("max_attempts", sa.BigInteger(), nullable=False),
-        sa.Column("cancel_requested", sa.Boolean(), nullable=False),
-        sa.Column("progress", JSON, nullable=True),
-        sa.Column("checkpoint_artifact", sa.Text(), nullable=True),
-        sa.Column("checkpoint_step", sa.BigInteger(), nullable=True),
-        sa.Column("result", JSON, nullable=True),
-        sa.Column("error", JSON, nullable=True),
-        sa.Column("trace", sa.Text(), nullable=True),
-        sa.Column("seq", sa.BigInteger(), nullable=False),
-        sa.Column("created_at", TIME, nullable=False),
-        sa.Column("started_at", TIME, nullable=True),
-        sa.Column("finished_at", TIME, nullable=True),
+        *columns(SERIAL, "number"),
+        *columns(TEXT, "id", "tenant", "kind", "queue", "state"),
+        *columns(JSON, "spec", "labels"),
+        *columns(INTEGER, "priority", "waiting", "attempts", "claims", "max_attempts", "seq"),
+        *columns(BOOLEAN, "ready", "cancel_requested"),
+        *columns(TIME, "created_at"),
+        *columns(TIME, "not_before", "started_at", "finished_at", nullable=True),
+        *columns(TEXT, "attempt", "checkpoint_artifact", "trace", nullable=True),
+        *columns(INTEGER, "checkpoint_step", nullable=True),
+        *columns(JSON, "progress", "result", "error", nullable=True),
         sa.PrimaryKeyConstraint("number", name=op.f("pk_jobs")),
         sa.UniqueConstraint("attempt", name=op.f("uq_jobs_attempt")),
         sa.UniqueConstraint("id", name=op.f("uq_jobs_id")),
         sqlite_autoincrement=True,
     )
-    op.create_index(
-        "ix_jobs_claim", "jobs", ["state", "queue", "ready", sa.literal_column("priority DESC"), "number"], unique=False
-    )
+    op.create_index("ix_jobs_claim", "jobs", CLAIM)
     op.create_index("ix_jobs_due", "jobs", ["state", "queue", "ready", "waiting", "not_before"])
     op.create_index("ix_jobs_tenant", "jobs", ["tenant", "number"])
     op.create_index("ix_jobs_tenant_kind", "jobs", ["tenant", "kind", "number"])
     op.create_index("ix_jobs_tenant_state", "jobs", ["tenant", "state", "number"])
     op.create_table(
         "submissions",
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("key", sa.Text(), nullable=False),
-        sa.Column("body_hash", sa.Text(), nullable=False),
-        sa.Column("jobs", JSON, nullable=False),
-        sa.Column("created_at", TIME, nullable=False),
+        *columns(TEXT, "tenant", "key", "body_hash"),
+        *columns(JSON, "jobs"),
+        *columns(TIME, "created_at"),
         sa.PrimaryKeyConstraint("tenant", "key", name=op.f("pk_submissions")),
     )
     op.create_table(
         "artifacts",
-        sa.Column("number", SERIAL, nullable=False),
-        sa.Column("id", sa.Text(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("type", sa.Text(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("job", sa.Text(), nullable=True),
-        sa.Column("attempt", sa.Text(), nullable=True),
-        sa.Column("size", sa.BigInteger(), nullable=False),
-        sa.Column("superseded", sa.Boolean(), nullable=False),
-        sa.Column("created_at", TIME, nullable=False),
+        *columns(SERIAL, "number"),
+        *columns(TEXT, "id", "name", "type", "tenant"),
+        *columns(TEXT, "job", "attempt", nullable=True),
+        *columns(INTEGER, "size"),
+        *columns(BOOLEAN, "superseded"),
+        *columns(TIME, "created_at"),
         sa.ForeignKeyConstraint(["job"], ["jobs.id"], name=op.f("fk_artifacts_job")),
         sa.PrimaryKeyConstraint("number", name=op.f("pk_artifacts")),
         sa.UniqueConstraint("id", name=op.f("uq_artifacts_id")),
@@ -89,38 +71,30 @@ def upgrade() -> None:
     op.create_index("ix_artifacts_tenant_type", "artifacts", ["tenant", "type", "number"])
     op.create_table(
         "attempts",
-        sa.Column("id", sa.Text(), nullable=False),
-        sa.Column("job", sa.Text(), nullable=False),
-        sa.Column("number", sa.BigInteger(), nullable=False),
-        sa.Column("worker", sa.Text(), nullable=False),
-        sa.Column("lease_seconds", sa.Double(), nullable=False),
-        sa.Column("heartbeat", sa.BigInteger(), nullable=False),
-        sa.Column("started_at", TIME, nullable=False),
-        sa.Column("ended_at", TIME, nullable=True),
-        sa.Column("outcome", sa.Text(), nullable=True),
-        sa.Column("message", sa.Text(), nullable=True),
+        *columns(TEXT, "id", "job", "worker"),
+        *columns(INTEGER, "number", "heartbeat"),
+        *columns(FLOAT, "lease_seconds"),
+        *columns(TIME, "started_at"),
+        *columns(TIME, "ended_at", nullable=True),
+        *columns(TEXT, "outcome", "message", nullable=True),
         sa.ForeignKeyConstraint(["job"], ["jobs.id"], name=op.f("fk_attempts_job")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_attempts")),
         sa.UniqueConstraint("job", "number", name=op.f("uq_attempts_job")),
     )
     op.create_table(
         "events",
-        sa.Column("job", sa.Text(), nullable=False),
-        sa.Column("seq", sa.BigInteger(), nullable=False),
-        sa.Column("attempt", sa.Text(), nullable=True),
-        sa.Column("type", sa.Text(), nullable=False),
-        sa.Column("data", JSON, nullable=False),
-        sa.Column("time", TIME, nullable=False),
+        *columns(TEXT, "job", "type"),
+        *columns(INTEGER, "seq"),
+        *columns(TEXT, "attempt", nullable=True),
+        *columns(JSON, "data"),
+        *columns(TIME, "time"),
         sa.ForeignKeyConstraint(["job"], ["jobs.id"], name=op.f("fk_events_job")),
         sa.PrimaryKeyConstraint("job", "seq", name=op.f("pk_events")),
     )
     op.create_table(
         "inputs",
-        sa.Column("job", sa.Text(), nullable=False),
-        sa.Column("path", sa.Text(), nullable=False),
-        sa.Column("needs", sa.Text(), nullable=True),
-        sa.Column("name", sa.Text(), nullable=True),
-        sa.Column("artifact", sa.Text(), nullable=True),
+        *columns(TEXT, "job", "path"),
+        *columns(TEXT, "needs", "name", "artifact", nullable=True),
         sa.ForeignKeyConstraint(["job"], ["jobs.id"], name=op.f("fk_inputs_job")),
         sa.ForeignKeyConstraint(["needs"], ["jobs.id"], name=op.f("fk_inputs_needs")),
         sa.PrimaryKeyConstraint("job", "path", name=op.f("pk_inputs")),

@@ -5,32 +5,30 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from services.jobs.migrations.versions.v0001_first_tables import CLAIM, FLOAT, INTEGER, TEXT, columns
+
 revision = "0002"
-down_revision: str | None = "0001"
-branch_labels = None
-depends_on = None
+down_revision = "0001"
 
 
 def upgrade() -> None:
     """From 0001."""
-    op.add_column("jobs", sa.Column("parent", sa.Text(), nullable=True))
-    op.add_column("jobs", sa.Column("name", sa.Text(), nullable=True))
-    op.add_column("jobs", sa.Column("time_limit_seconds", sa.Double(), nullable=True))
-    op.add_column("jobs", sa.Column("stall_limit_seconds", sa.Double(), nullable=True))
-    op.add_column("jobs", sa.Column("ran_seconds", sa.Double(), nullable=False, server_default=sa.text("0")))
-    op.add_column("jobs", sa.Column("backoff_seconds", sa.Double(), nullable=True))
-    op.add_column("attempts", sa.Column("seconds", sa.Double(), nullable=False, server_default=sa.text("0")))
-    op.add_column("attempts", sa.Column("batch", sa.BigInteger(), nullable=False, server_default=sa.text("0")))
+    zero = sa.text("0")
+    for column in (
+        *columns(TEXT, "parent", "name", nullable=True),
+        *columns(FLOAT, "time_limit_seconds", "stall_limit_seconds", "backoff_seconds", nullable=True),
+        sa.Column("ran_seconds", FLOAT, nullable=False, server_default=zero),
+    ):
+        op.add_column("jobs", column)
+    op.add_column("attempts", sa.Column("seconds", FLOAT, nullable=False, server_default=zero))
+    op.add_column("attempts", sa.Column("batch", INTEGER, nullable=False, server_default=zero))
     op.create_index("ix_jobs_parent", "jobs", ["parent", "name"], unique=True)
     op.drop_index("ix_jobs_claim", "jobs")
-    op.create_index(
-        "ix_jobs_claim", "jobs", ["state", "queue", "ready", sa.literal_column("priority DESC"), "tenant", "number"]
-    )
+    op.create_index("ix_jobs_claim", "jobs", [*CLAIM[:-1], "tenant", "number"])
     op.create_table(
         "turns",
-        sa.Column("queue", sa.Text(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("turn", sa.BigInteger(), nullable=False),
+        *columns(TEXT, "queue", "tenant"),
+        *columns(INTEGER, "turn"),
         sa.PrimaryKeyConstraint("queue", "tenant", name=op.f("pk_turns")),
     )
 
@@ -39,9 +37,7 @@ def downgrade() -> None:
     """Back to 0001."""
     op.drop_table("turns")
     op.drop_index("ix_jobs_claim", "jobs")
-    op.create_index(
-        "ix_jobs_claim", "jobs", ["state", "queue", "ready", sa.literal_column("priority DESC"), "number"], unique=False
-    )
+    op.create_index("ix_jobs_claim", "jobs", CLAIM)
     op.drop_index("ix_jobs_parent", "jobs")
     for column in ("batch", "seconds"):
         op.drop_column("attempts", column)
