@@ -36,7 +36,7 @@ from services.generation.sampler import PatternDatasetSampler
 from services.generation.score import means, score_answers
 from services.language.tables import Malformed, read_rows
 from services.runtime.console import ConsoleRun
-from services.runtime.local import artifact_in
+from services.runtime.folders import artifact_in
 from services.zoo.dataset import BASELINE
 from services.zoo.json_records import patterns_in
 from services.zoo.source import locate
