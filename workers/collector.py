@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 from ethogram.errors import EthogramError, IllegalState, NotFound
 from services.artifacts.collect import Collector, Needs
-from services.artifacts.remote import awake
+from services.artifacts.remote import uptime
 from services.artifacts.store import ArtifactStore
 from services.jobs.registry import JobRegistry
 from workers.metrics import ReconcilerMetrics
@@ -38,7 +38,7 @@ class Housekeeper:
         config: WorkerSettings,
         metrics: ReconcilerMetrics,
         *,
-        clock: Callable[[], float] = awake,
+        clock: Callable[[], float] = uptime,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._registry, self._store, self._config, self._metrics = registry, store, config, metrics

@@ -51,6 +51,8 @@ class Backend(Protocol):
 
     def materialise(self, path: str, destination: Path) -> str:
         """Make ``destination`` a file with these bytes; returns their sha256."""
+        with self.open(path) as reader, destination.open("xb") as writer:
+            return copy(reader, writer).sha256
 
     def delete(self, path: str) -> int:
         """Remove a file if it is there; returns its size in bytes."""
@@ -122,8 +124,7 @@ class LocalBackend(Backend):
         # A link costs nothing.
         if _link(self.root / path, destination):
             return sha256_of(destination)
-        with self.open(path) as reader, destination.open("xb") as writer:
-            return copy(reader, writer).sha256
+        return super().materialise(path, destination)
 
     def delete(self, path: str) -> int:
         target = self.root / path

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from ethogram.errors import IllegalState, NotFound
 from services.artifacts.backends import blob_path
-from services.artifacts.remote import DEAD_SECONDS, MARKS, awake
+from services.artifacts.remote import DEAD_SECONDS, MARKS, uptime
 from services.artifacts.store import ArtifactStore, manifest_path
 
 BATCH = 200
@@ -81,7 +81,7 @@ class Collector:
         forget: Callable[[AbstractSet[str]], AbstractSet[str]],
         *,
         grace_seconds: float,
-        clock: Callable[[], float] = awake,
+        clock: Callable[[], float] = uptime,
     ) -> None:
         """``forget``: deletes the registry's rows of those artifacts that it still does not need, and returns which;
         nothing can need them from then on."""
@@ -95,7 +95,8 @@ class Collector:
         """One pass. Raises :class:`Unavailable`, and :class:`IllegalState` for a store that cannot be understood."""
         done = Collected()
         with self._store.trouble():
-            self._remove_dead_marks()
+            for mark in self._marks.look(self._store.backend.names(MARKS)):
+                self._store.backend.delete(f"{MARKS}/{mark}")
             self._collect_artifacts(done)
             self._collect_files(done)
         return done
@@ -164,10 +165,6 @@ class Collector:
             for name in self._store.backend.names(f"{folder}/{part}"):
                 if name.startswith(part) and name.endswith(suffix) and len(name) == 64 + len(suffix):
                     yield f"{folder}/{part}/{name}"
-
-    def _remove_dead_marks(self) -> None:
-        for mark in self._marks.look(self._store.backend.names(MARKS)):
-            self._store.backend.delete(f"{MARKS}/{mark}")
 
 
 def _artifact_of(path: str) -> str:

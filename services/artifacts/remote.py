@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from services.artifacts.backends import Backend, blob_path, copy, sha256_of
+from services.artifacts.backends import Backend, blob_path, sha256_of
 from services.artifacts.manifest import File
 
 MARKS = "collecting"
@@ -75,14 +75,10 @@ class RemoteBackend(Backend):
     def names(self, path: str) -> list[str]:
         self._fs.invalidate_cache()
         try:
-            found = self._fs.ls(self._path(path), detail=False)
-            return sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
+            paths = self._fs.ls(self._path(path), detail=False)
+            return sorted(str(path).rstrip("/").rpartition("/")[2] for path in paths)
         except (FileNotFoundError, NotADirectoryError):
             return []
-
-    def materialise(self, path: str, destination: Path) -> str:
-        with self.open(path) as reader, destination.open("xb") as writer:
-            return copy(reader, writer).sha256
 
     def delete(self, path: str) -> int:
         target = self._path(path)
@@ -111,11 +107,11 @@ class RemoteBackend(Backend):
     @contextmanager
     def collecting(self, paths: Collection[str]) -> Iterator[Callable[[], bool]]:
         """Mark ``paths``; the answer is False when that was too long ago."""
-        began = awake()
+        began = uptime()
         mark = f"{MARKS}/{secrets.token_hex(12)}.json"
         self.write(mark, json.dumps(sorted(paths)).encode())
         try:
-            yield lambda: awake() - began < MARK_SECONDS
+            yield lambda: uptime() - began < MARK_SECONDS
         finally:
             self.delete(mark)
 
@@ -148,6 +144,6 @@ class RemoteBackend(Backend):
         return target
 
 
-def awake() -> float:
-    """Seconds, those included in which the machine slept: others did not wait for it."""
+def uptime() -> float:
+    """Seconds of a clock that nobody sets, and that also counts while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ethogram.cli import output
-from ethogram.cli.options import Answer, Device, NewFolder, command, examples, system_app
-from ethogram.cli.run import Request, run_command
+from ethogram.cli.options import Answer, Device, NewFolder, assignment, command, examples, system_app
+from ethogram.cli.run import Request, flag, run_command
+from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicySpec
-from ethogram.specs.kinds import KINDS
-from services.clt.activations.commands import POLICY
-from services.clt.activations.commands import app as activation_commands
-from services.clt.sparse.commands import app as sparse_commands
+from ethogram.specs.kinds import KINDS, SPARSE_HEADLINE
 
 _MODULE = "python -m services.clt"
 app = system_app(
@@ -24,6 +22,69 @@ app = system_app(
     f"{_MODULE} activations my-policy -o my-activations",
     f"{_MODULE} train my-activations --kind cross_layer -o my-clt",
 )
+POLICY = typer.Argument(
+    metavar="POLICY",
+    help="Folder of a policy or of its run; or `default`: TSP of 20 cities, trained once, in ten minutes.",
+)
+Store = Annotated[
+    Path,
+    typer.Argument(
+        metavar="STORE", help="Folder of a store, or of the run that made it.", exists=True, file_okay=False
+    ),
+]
+Pairs = Annotated[
+    list[str] | None, typer.Option("--pair", metavar="A->B", help="Source and target hook point. Repeatable.")
+]
+KIND: dict[str, Any] = {"kind": flag(str, "--kind", help="pair, per_layer or cross_layer.")}
+FLAGS: dict[str, Any] = {
+    "model.expansion": flag(float, "--expansion", "--expansion-factor", help="Features per channel of the source."),
+    "model.k": flag(int, "--k", help="Active features per row."),
+    "model.k_ratio": flag(float, "--k-ratio", help="Active features per row, as a share of all."),
+    "training.learning_rate": flag(float, "--learning-rate", "--lr", help="Peak learning rate."),
+    "training.steps": flag(int, "--steps", help="Optimizer steps."),
+    "training.epochs": flag(float, "--epochs", "--num-epochs", help="Passes over the store, instead of --steps."),
+    "wandb.project": flag(
+        str, "--wandb", "--wandb-project", metavar="PROJECT", help="Log metrics to this project at Weights & Biases."
+    ),
+    "wandb.name": flag(
+        str, "--wandb-name", "--wandb-run-name", metavar="NAME", help="Name of the run at Weights & Biases."
+    ),
+}
+"""Options of every training, by the field of the spec that they set."""
+
+
+def _show_store(result: dict[str, Any]) -> None:
+    figures = result["figures"]
+    rows = ", ".join(f"{count} {split}" for split, count in figures["rows"].items())
+    output.pairs({"instances": figures["instances"], "rows": rows, "bytes": figures["bytes"]})
+    hooks = [[name, hook["width"], hook["norm"], hook["sparsity"]] for name, hook in figures["hooks"].items()]
+    output.table(["hook", "width", "mean norm", "share of zeros"], hooks)
+
+
+def _show_pairs(rows: list[dict[str, Any]]) -> None:
+    names = ("width", "zeros", "small", "norm_mean")
+    table = [
+        [
+            row["pair"],
+            *(" / ".join(f"{row[side][name]:.3g}" for side in ("source", "target")) for name in names),
+            row["mean_correlation"],
+            row["top_correlations"][0]["value"],
+            row["linear_r2"],
+        ]
+        for row in rows
+    ]
+    output.table(["pair", "widths", "zeros", "small", "norms", "mean |r|", "largest r", "linear R2"], table)
+    output.say(
+        "source / target: zeros, share of zeros; small, share of numbers below a hundredth of the root mean square;"
+    )
+    output.say("norms, the mean norm of a row. r: absolute correlation of a source channel with a target channel.")
+
+
+def _show_sweep(result: dict[str, Any]) -> None:
+    rows = [[name, *(f"{figures[key]:.4f}" for key in SPARSE_HEADLINE)] for name, figures in result["runs"].items()]
+    output.table(["run", *SPARSE_HEADLINE], rows)
+    for name, why in result["failed"].items():
+        output.say(f"{name} failed: {why}")
 
 
 @run_command(
@@ -94,8 +155,157 @@ def gap(
     return Answer({"figures": figures}, lambda: output.figures(figures))
 
 
-app.add_typer(activation_commands)
-app.add_typer(sparse_commands)
+@run_command(
+    app,
+    KINDS["activations"],
+    f"{_MODULE} activations my-run/policy --instances 10000 -o my-activations",
+    f"{_MODULE} activations default -o my-activations",
+    f'{_MODULE} activations my-run/policy --pair "encoder_layer_0->encoder_layer_2" -o my-activations',
+    f"{_MODULE} activations --language-model my-gpt2 --dataset texts.txt -o my-activations",
+    flags={
+        "language_model.model": flag(
+            str, "--language-model", metavar="NAME", help="A causal language model instead: folder, or name on the Hub."
+        ),
+        "language_model.dataset": flag(
+            str, "--dataset", metavar="NAME", help="Its texts: a file, a folder, or a dataset on the Hub."
+        ),
+        "instances": flag(
+            int, "--instances", "--num-instances-per-pair", metavar="N", help="Tours or sequences to record."
+        ),
+    },
+    show=_show_store,
+)
+def activations(
+    policy: Annotated[str | None, POLICY] = None,
+    *,
+    pair: Pairs = None,
+    layer_pairs: Annotated[str | None, typer.Option(metavar="A->B,C->D", hidden=True)] = None,
+) -> Request:
+    """Record activations of a policy, or of a language model on texts, into a store. The same command resumes an
+    interrupted recording, and its store can be read meanwhile."""
+    pairs = [*(pair or ()), *(name for name in (layer_pairs or "").split(",") if name)]
+    if policy is None:
+        return Request(values={"pairs": pairs or None})
+
+    def find(device: str) -> Path:
+        from services.clt.policy.job import named
+
+        return named(policy, device)
+
+    return Request({"policy": find}, {"pairs": pairs or None})
+
+
+@command(app, f"{_MODULE} inspect-pairs my-activations --json")
+def inspect_pairs(store: Store, *, pair: Pairs = None) -> Answer:
+    """Describe pairs of hook points: sparsity, norms, correlations, and how much of the target a linear map of the
+    source explains."""
+    from services.clt.activations.pairs import inspect, pairs_of
+    from services.clt.activations.store import ActivationStore
+    from services.runtime.folders import artifact_in
+
+    opened = ActivationStore.open(artifact_in(store, "activations", "STORE"))
+    inspected = inspect(opened, pairs_of(opened, pair or ()))
+    return Answer(inspected, lambda: _show_pairs(inspected))
+
+
+@command(app, f"{_MODULE} export-pairs my-activations -o my-pairs --num-instances-per-pair 100")
+def export_pairs(
+    store: Store,
+    *,
+    out: NewFolder,
+    pair: Pairs = None,
+    instances: Annotated[
+        int | None, typer.Option("--num-instances-per-pair", metavar="N", min=1, help="Only the first N instances.")
+    ] = None,
+) -> Answer:
+    """Write pairs of hook points as sources.pt and targets.pt with metadata.json, a folder for each."""
+    from services.clt.activations.pairs import export, pairs_of
+    from services.clt.activations.store import ActivationStore
+    from services.runtime.folders import artifact_in
+
+    opened = ActivationStore.open(artifact_in(store, "activations", "STORE"))
+    written = export(opened, pairs_of(opened, pair or ()), out, instances)
+    rows = [[row["pair"], row["source"]["hook"], row["target"]["hook"], row["samples"]] for row in written]
+    output.say(f"the pairs are in {out}")
+    return Answer(written, lambda: output.table(["pair", "source", "target", "rows"], rows))
+
+
+@run_command(
+    app,
+    KINDS["sae"],
+    f"{_MODULE} sae my-activations --hook encoder_layer_2 --k 32 -o my-sae",
+    f"{_MODULE} sae my-activations --hook encoder_layer_2 --set model.activation=jumprelu --set loss.l0=1e-3 -o my-sae",
+    flags={"hook": flag(str, "--hook", help="Hook point."), **FLAGS},
+)
+def sae(store: Store) -> Request:
+    """Train a sparse autoencoder of one hook point. The same command resumes an interrupted run."""
+    return Request({"activations": store})
+
+
+@run_command(
+    app,
+    KINDS["clt"],
+    f'{_MODULE} train my-activations --pair "encoder_layer_0->encoder_layer_2" --k 32 -o clt_L0_to_L2',
+    f"{_MODULE} train my-activations --kind cross_layer --expansion 16 --k 32 -o my-clt",
+    "torchrun --nproc-per-node 2 -m services.clt train my-activations --kind per_layer -o my-run",
+    flags=KIND | FLAGS,
+)
+def train(
+    store: Store,
+    pair: Annotated[
+        str | None, typer.Option("--pair", metavar="A->B", help="Source and target hook point of a single pair.")
+    ] = None,
+    *,
+    dictionary: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Sparse autoencoder of the target; the transcoder uses its decoder and does not train it.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+) -> Request:
+    """Train transcoders from source to target hook points: of a pair, or of all MLPs in the store with --kind
+    per_layer or cross_layer. The same command resumes an interrupted run. Under torchrun, several processes train
+    together."""
+    inputs = {"activations": store} | ({"model.dictionary": dictionary} if dictionary is not None else {})
+    values: dict[str, Any] = {}
+    if pair is not None:
+        from services.clt.activations.hooks import parse_pair
+
+        source, target = parse_pair(pair, "--pair")
+        values = {"sources": [source], "targets": [target]}
+
+    def check(spec: Any) -> None:
+        if pair is not None and spec.kind != "pair":
+            text = f"is for --kind pair; {spec.kind} takes all MLPs, or spec.sources and spec.targets"
+            raise InvalidInput.field("--pair", text)
+
+    return Request(inputs, values, check)
+
+
+@run_command(
+    app,
+    KINDS["sweep"],
+    f"{_MODULE} sweep my-activations --grid model.k=8,16,32 --grid training.learning_rate=1e-3,3e-4 -o my-sweep",
+    flags=KIND | FLAGS,
+    show=_show_sweep,
+)
+def sweep(
+    store: Store,
+    *,
+    pair: Pairs = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="OPTION=A,B", help="Values of an option, e.g. model.k=8,16,32. Repeatable."),
+    ] = None,
+) -> Request:
+    """Train transcoders for each pair and each point of a grid, and compare them."""
+    given = [assignment("--grid", axis, "OPTION=A,B") for axis in grid or ()]
+    axes = [{"option": option, "values": values.split(",")} for option, values in given]
+    pairs = [name for listed in pair or () for name in listed.split(",")]
+    return Request({"activations": store}, {"pairs": pairs or None, "grid": axes or None})
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -51,8 +50,8 @@ class TensorCache:
                     tensors |= {key: file.get_tensor(key) for key in group}
             except (OSError, SafetensorError) as error:
                 self._forget(shard, str(error))
-        self.hits += sum(key in tensors for key in keys)
-        self.misses += sum(key not in tensors for key in keys)
+        hits = sum(key in tensors for key in keys)
+        self.hits, self.misses = self.hits + hits, self.misses + len(keys) - hits
         return [tensors.get(key) for key in keys]
 
     def put_many(self, texts: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -64,7 +63,11 @@ class TensorCache:
             return
         data = save(content)
         shard = self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
-        with self._writing():
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Nobody else writes now: files that are half written are those of processes that died.
+            for unfinished in self.folder.glob("*.new"):
+                unfinished.unlink()
             write_durably(shard, [data])
         self._known.add(shard)
         self._shard_of |= dict.fromkeys(content, shard)
@@ -96,15 +99,6 @@ class TensorCache:
         shard.unlink(missing_ok=True)
         self._known.discard(shard)
         self._shard_of = {key: other for key, other in self._shard_of.items() if other != shard}
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Hold the folder's lock, so that files which are half written are those of processes that died."""
-        with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for half in self.folder.glob("*.new"):
-                half.unlink()
-            yield
 
 
 def _key(text: str) -> str:

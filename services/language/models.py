@@ -48,7 +48,12 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = _folder(name, field)
+    folder = Path(name)
+    if not folder.exists():
+        if folder.is_absolute() or name.count("/") > 1:
+            raise InvalidInput.field(field, f"{name} does not exist")
+        include = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        folder = fetch(name, "model", include, ["*/*"], field=field, described=f"{name}, which is not a folder here")
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safe)
@@ -62,14 +67,3 @@ def load_language_model(
         text = f"its tokenizer has {tokens} tokens and the model {embeddings}; give a model with its own tokenizer"
         raise InvalidInput.field(field, text)
     return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer)
-
-
-def _folder(name: str, field: str) -> Path:
-    """The model's folder: on this machine, or in the Hub's cache."""
-    folder = Path(name)
-    if folder.exists():
-        return folder
-    if folder.is_absolute() or name.count("/") > 1:
-        raise InvalidInput.field(field, f"{name} is not there")
-    include = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    return fetch(name, "model", include, ["*/*"], field=field, described=f"{name}, which is no folder here")

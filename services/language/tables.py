@@ -68,9 +68,9 @@ def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterato
     Text of a CSV file is converted to the fields' types; a field that is missing or empty has its default. The model
     says whether other columns (``extra``) and NaN and infinity (``allow_inf_nan``) are allowed.
 
-    Rows are yielded while all are right. After the first that is wrong the rest is only checked, and
-    :class:`InvalidInput` lists what is wrong, up to :data:`ethogram.errors.MAX_VIOLATIONS` values: fields are
-    ``FILE:ROW.COLUMN``. Missing and unknown columns of CSV and parquet files are found before any row is read.
+    Rows are yielded while all are right. After the first wrong one the rest is only checked, and :class:`InvalidInput`
+    lists up to :data:`ethogram.errors.MAX_VIOLATIONS` wrong values, each with the field ``FILE:ROW.COLUMN``. Missing
+    and unknown columns of CSV and parquet files are found before any row is read.
     """
     columns = {info.alias or name: info for name, info in row.model_fields.items()}
     violations: list[Violation] = []
@@ -85,25 +85,25 @@ def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterato
         if violations:
             raise _invalid(violations)
     for number, values in read_rows(file, columns, field):
-        place = f"{file.name}:{number}"
+        location = f"{file.name}:{number}"
         try:
             if isinstance(values, Malformed):
-                violations.append(Violation(place, values))
+                violations.append(Violation(location, values))
             else:
                 checked = row.model_validate(values, strict=False if file.suffix == ".csv" else None)
                 if not violations:
                     yield checked
         except ValidationError as error:
-            violations += [_violation(place, detail) for detail in error.errors(include_url=False)]
+            violations += [_violation(location, detail) for detail in error.errors(include_url=False)]
         if len(violations) >= MAX_VIOLATIONS:
             break
     if violations:
         raise _invalid(violations)
 
 
-def _violation(place: str, detail: Any) -> Violation:
+def _violation(location: str, detail: Any) -> Violation:
     """Pydantic's finding about one value."""
-    column = ".".join([place, *(str(part) for part in detail["loc"])])
+    column = ".".join([location, *(str(part) for part in detail["loc"])])
     if detail["type"] == "extra_forbidden":
         return Violation(column, "there is no such column")
     if detail["type"] == "missing" or detail["input"] is None:
@@ -124,7 +124,7 @@ def opening(file: Path, field: str | None) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise InvalidInput.field(field, f"{file} is not there") from None
+        raise InvalidInput.field(field, f"{file} does not exist") from None
     except UnicodeDecodeError as error:
         raise InvalidInput.field(field, f"{file} cannot be read as UTF-8 text (byte {error.start})") from None
     except (OSError, ValueError, csv.Error, ArrowException) as error:
@@ -147,22 +147,17 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, strict=True)
         names = _header(reader)
-        while True:
-            number = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                # Where this row ends is not known.
-                yield number, Malformed(f"is not CSV ({error})")
-                return
-            if cells is None:
-                return
-            if _blank(cells):
-                continue
-            if len(cells) != len(names):
-                yield number, Malformed(f"has {len(cells)} cells for {len(names)} columns")
-            else:
-                yield number, {name: cell for name, cell in zip(names, cells, strict=True) if cell.strip()}
+        number = reader.line_num + 1
+        try:
+            for cells in reader:
+                if len(cells) == len(names) and not _blank(cells):
+                    yield number, {name: cell for name, cell in zip(names, cells, strict=True) if cell.strip()}
+                elif not _blank(cells):
+                    yield number, Malformed(f"has {len(cells)} cells for {len(names)} columns")
+                number = reader.line_num + 1
+        except csv.Error as error:
+            # Where this row ends is not known.
+            yield number, Malformed(f"is not CSV ({error})")
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
@@ -173,9 +168,8 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield number, Malformed(f"is not JSON ({error})")
-            else:
-                yield number, value if isinstance(value, dict) else Malformed("is not a JSON object")
+                value = Malformed(f"is not JSON ({error})")
+            yield number, value if isinstance(value, dict | Malformed) else Malformed("is not a JSON object")
 
 
 def _parquet_rows(file: Path, columns: Collection[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:

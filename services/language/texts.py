@@ -65,7 +65,7 @@ class Texts:
         elif path.is_file():
             yield from self._of_file(path)
         elif path.suffix in SUFFIXES or path.is_absolute():
-            raise self._error("dataset", f"{path} is not there")
+            raise self._error("dataset", f"{path} does not exist")
         else:
             yield from self._of_hub()
 

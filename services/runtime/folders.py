@@ -108,16 +108,16 @@ class RunFolder:
         return " and ".join(map(str, self._folders))
 
 
-def artifact_in(source: Path, type: str) -> Path:
+def artifact_in(source: Path, type: str, field: str = "--input") -> Path:
     """The artifact of ``type`` in ``source``, which is the artifact itself or the folder of the run that made it.
-    Raises :class:`InvalidInput` where there is nothing, and for the folder of a run that made no such artifact."""
+    Raises :class:`InvalidInput` of ``field`` if there is nothing, or the folder of a run without such an artifact."""
     if not source.exists():
-        raise InvalidInput.field("--input", f"{source} is not a file or folder")
+        raise InvalidInput.field(field, f"{source} is not a file or folder")
     made = sorted({item for kind in KINDS.values() for item in kind.outputs.items() if (source / item[0]).is_dir()})
     fitting = [name for name, made_type in made if made_type == type]
     if not fitting and (source / SPEC).is_file():
         contents = ", ".join(dict.fromkeys(name for name, _ in made)) or "no artifact"
-        raise InvalidInput.field("--input", f"{source} is the folder of a run, with {contents} in it; name a {type}")
+        raise InvalidInput.field(field, f"{source} is the folder of a run, with {contents} in it; name a {type}")
     return source / fitting[0] if fitting else source
 
 

@@ -35,13 +35,10 @@ class ProcessSettings(BaseSettings):
         try:
             return cls()
         except ValidationError as error:
-            details = [
-                {
-                    **detail,
-                    "loc": tuple(part if part == "REDIS_URL" else f"ETHOGRAM_{part}".upper() for part in detail["loc"]),
-                }
-                for detail in error.errors(include_url=False, include_context=False, include_input=False)
-            ]
+            details = error.errors(include_url=False, include_context=False, include_input=False)
+            for detail in details:
+                parts = (part if part == "REDIS_URL" else f"ETHOGRAM_{part}".upper() for part in detail["loc"])
+                detail["loc"] = tuple(parts)
             raise InvalidInput.from_details(details) from None
 
     @property

@@ -119,8 +119,8 @@ def test_any_module_can_be_hooked_and_the_first_position_kept(gpt2: Path, lines:
         ({"pairs": ["transformer.h.1->transformer.h.0"]}, r"spec\.pairs\.0: .*comes after"),
         ({"instances": 4000}, r"spec\.instances: the texts make \d+ sequences of 8 tokens, not 4000"),
         ({"language": {"context": 17}}, r"spec\.language_model\.context: the model has 16 positions"),
-        ({"language": {"model": "/nowhere"}}, r"spec\.language_model\.model: /nowhere is not there"),
-        ({"language": {"dataset": "/nowhere.txt"}}, r"spec\.language_model\.dataset: /nowhere\.txt is not there"),
+        ({"language": {"model": "/nowhere"}}, r"spec\.language_model\.model: /nowhere does not exist"),
+        ({"language": {"dataset": "/nowhere.txt"}}, r"spec\.language_model\.dataset: /nowhere\.txt does not exist"),
     ],
 )
 def test_what_is_not_possible_is_told(

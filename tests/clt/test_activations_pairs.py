@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ethogram.cli.options import system_app
 from ethogram.cli.output import execute
 from ethogram.errors import InvalidInput
+from services.clt.__main__ import app
 from services.clt.activations.collect import ROOT, collect
-from services.clt.activations.commands import app as activation_commands
 from services.clt.activations.loader import everything
 from services.clt.activations.pairs import export, inspect, pair_name, pairs_of
 from services.clt.activations.sources import CHUNK
@@ -102,8 +101,6 @@ def test_an_export_of_a_part_has_whole_instances_alone(store: ActivationStore, t
 
 
 def run_command(*arguments: str) -> int:
-    app = system_app("clt", "Commands.")
-    app.add_typer(activation_commands)
     with pytest.raises(SystemExit) as left:
         execute(app, "clt", list(arguments))
     return int(left.value.code or 0)

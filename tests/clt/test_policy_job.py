@@ -87,8 +87,10 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"cities": torch.rand(4, 9, 2)}, tmp_path / "mine.safetensors")
     assert call("gap", run, "--cities", tmp_path / "mine.safetensors", "--samples", "0") == 0
     assert "gap_multistart" in capsys.readouterr().out
+    assert call("gap", run / "report") == 2
+    assert f"policy.json is missing; is {run / 'report'} a policy?" in " ".join(capsys.readouterr().err.split())
     assert call("gap", tmp_path) == 2
-    assert f"policy.json is missing; is {tmp_path} a policy?" in " ".join(capsys.readouterr().err.split())
+    assert f"POLICY: {tmp_path} is the folder of a run, with no artifact" in " ".join(capsys.readouterr().err.split())
 
 
 def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

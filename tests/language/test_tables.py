@@ -154,7 +154,7 @@ def test_columns_that_are_missing_or_unknown_are_told_once(suffix: str, tmp_path
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
-        ("none.csv", None, "none.csv is not there"),
+        ("none.csv", None, "none.csv does not exist"),
         ("a.xlsx", b"", r"is none of \.csv, \.jsonl, \.parquet"),
         ("a.csv", b"", r"cannot be read as \.csv \(its first line must name the columns"),
         ("a.csv", b"a,a\n1,2\n", "each differently"),

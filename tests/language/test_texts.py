@@ -62,7 +62,7 @@ def test_files_that_hold_no_texts(tmp_path: Path) -> None:
         assert caught.value.violations[0].field == "spec.language_model.dataset"
 
     refused(tmp_path, r"has neither \.txt, \.jsonl, \.parquet files nor a saved dataset")
-    refused(tmp_path / "nowhere.jsonl", "nowhere.jsonl is not there")
+    refused(tmp_path / "nowhere.jsonl", "nowhere.jsonl does not exist")
     (tmp_path / "a.md").write_text("text")
     refused(tmp_path / "a.md", r"is none of \.txt, \.jsonl, \.parquet")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")

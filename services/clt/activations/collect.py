@@ -58,8 +58,10 @@ def collect(
     with torch.no_grad():
         source = open_source(spec, run.device, policy, name)
         points, manifest = plan(spec, source)
-        root = spec.root or os.environ.get(ROOT)
-        target = folder if root is None else Path(root) / store_name(manifest)
+        root, target = spec.root or os.environ.get(ROOT), folder
+        if root is not None:
+            identity = json.dumps([source.digest, manifest.identity], sort_keys=True)
+            target = Path(root) / f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         # A store that is there already is at least as far as the checkpoint.
         if root is None and run.resume is not None and not (folder / MANIFEST).exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -103,12 +105,6 @@ def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoin
             'permutation of generator(seed, "split", chunk)',
         ),
     )
-
-
-def store_name(manifest: Manifest) -> str:
-    """Name of the store's folder below a root; stores with the same contents have the same name."""
-    identity = json.dumps([manifest.source.digest, manifest.identity], sort_keys=True)
-    return f"{manifest.source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def validation_mask(spec: ActivationsSpec, chunk: int) -> Tensor:

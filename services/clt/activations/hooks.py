@@ -151,25 +151,19 @@ def _watching(
 ) -> Iterator[None]:
     """Call ``on_tensor`` whenever a forward pass reaches a point."""
 
-    def watch(point: HookPoint, value: object) -> None:
-        tensor = _first(value)
+    def watch(
+        point: HookPoint, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *outputs: object
+    ) -> None:
+        # A forward hook is given what the module returns; a pre-hook is not.
+        tensor = _first(outputs[0] if outputs else [*args, kwargs.get("hidden_states"), *kwargs.values()])
         if tensor is not None:
             on_tensor(point, tensor)
-
-    def on_input(point: HookPoint, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch(point, [*args, kwargs.get("hidden_states"), *kwargs.values()])
-
-    def on_output(point: HookPoint, _: nn.Module, args: object, output: object) -> None:
-        watch(point, output)
 
     with ExitStack() as stack:
         for point in points:
             module = model.get_submodule(point.module)
-            if point.side == "input":
-                handle = module.register_forward_pre_hook(partial(on_input, point), with_kwargs=True)
-            else:
-                handle = module.register_forward_hook(partial(on_output, point))
-            stack.callback(handle.remove)
+            register = module.register_forward_pre_hook if point.side == "input" else module.register_forward_hook
+            stack.callback(register(partial(watch, point), with_kwargs=True).remove)
         yield
 
 

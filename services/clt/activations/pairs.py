@@ -18,11 +18,12 @@ from services.clt.activations.loader import everything
 from services.clt.activations.store import SPLITS, TRAIN, VALIDATION, ActivationStore, write_pointer
 
 SMALL = 0.01
-"""A number is small below this share of the root mean square of its side."""
+"""A number is small below this share of the root mean square at its hook point."""
 ROWS = 16_384
 """Maximum rows of each split for the statistics of a pair."""
-# Of the mean variance of the source's channels.
+# Penalty of the regression, as a share of the mean variance of the source's channels.
 _RIDGE = 1e-5
+# Correlations to list.
 _TOP = 10
 
 
@@ -37,8 +38,8 @@ def pair_name(source: str, target: str) -> str:
 
 
 def pairs_of(store: ActivationStore, names: Sequence[str] = (), field: str = "--pair") -> list[Pair]:
-    """The pairs ``SOURCE->TARGET`` of ``names``; without, those that were asked for when the store was made, or else
-    what enters and leaves each MLP. Raises :class:`InvalidInput` for those that are not possible."""
+    """The pairs ``SOURCE->TARGET`` of ``names``; without names those of the store's spec, or else input and output of
+    each MLP. Raises :class:`InvalidInput` for pairs that are not possible."""
     pairs = [parse_pair(name, field) for name in names] or list(store.manifest.pairs) or store.mlp_pairs()
     if not pairs:
         text = f"the store has no pairs; name one as SOURCE->TARGET of {', '.join(store.hooks)}"
@@ -51,51 +52,48 @@ def pairs_of(store: ActivationStore, names: Sequence[str] = (), field: str = "--
 def inspect(store: ActivationStore, pairs: Sequence[Pair], rows: int = ROWS) -> list[dict[str, Any]]:
     """Statistics of pairs, for a table or JSON.
 
-    Of both sides width, share of zeros and of numbers below :data:`SMALL` root mean squares, and mean and deviation of
-    the norm; of the pair mean absolute and largest correlations of a source channel with a target channel, and
-    ``linear_r2``: the share of the target's variance over the validation rows that a ridge regression on the training
-    rows explains. At most ``rows`` rows of each split, in the order of the files.
+    Of source and target: the width, the shares of zeros and of numbers below :data:`SMALL` root mean squares, and mean
+    and deviation of the norm. Of the pair: the mean absolute correlation of a source channel with a target channel, the
+    largest correlations, and ``linear_r2``, the share of the target's variance over the validation rows that a ridge
+    regression on the training rows explains. At most ``rows`` rows of each split, in the order of the files.
     """
-    return [_inspected(store, source, target, rows) for source, target in pairs]
+    return [_inspect(store, source, target, rows) for source, target in pairs]
 
 
-def _inspected(store: ActivationStore, source: str, target: str, limit: int) -> dict[str, Any]:
+def _inspect(store: ActivationStore, source: str, target: str, limit: int) -> dict[str, Any]:
     x, y = everything(store, [source, target], TRAIN, limit)
-    mean, other = x.mean(0), y.mean(0)
-    x, y = x - mean, y - other
-    correlation = (x / _deviation(x)).T @ (y / _deviation(y)) / len(x)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    deviations = (centred.square().mean(0).sqrt() for centred in (x, y))
+    # A channel that never changes is correlated with nothing.
+    x_std, y_std = (torch.where(deviation > 0, deviation, torch.inf) for deviation in deviations)
+    correlation = (x / x_std).T @ (y / y_std) / len(x)
     largest = correlation.abs().flatten().topk(min(_TOP, correlation.numel())).indices
-    held = everything(store, [source, target], VALIDATION, limit)
     penalty = _RIDGE * x.square().mean() * len(x)
     gram = (x.T @ x).double() + penalty.double() * torch.eye(x.shape[1], dtype=torch.float64)
-    weights = torch.linalg.solve(gram, (x.T @ y).double()).float() if bool(penalty > 0) else torch.zeros(len(mean), 1)
-    about: dict[str, Any] = {
+    weights = torch.linalg.solve(gram, (x.T @ y).double()).float() if bool(penalty > 0) else torch.zeros(x.shape[1], 1)
+    inputs, targets = everything(store, [source, target], VALIDATION, limit)
+    linear_r2 = None
+    if len(inputs):
+        targets = targets - y_mean
+        error = (targets - (inputs - x_mean) @ weights).square().sum()
+        variance = (targets - targets.mean(0)).square().sum()
+        linear_r2 = float(1 - error / variance) if bool(variance > 0) else None
+    return {
         "pair": pair_name(source, target),
-        "source": _side(source, x + mean),
-        "target": _side(target, y + other),
+        "source": _describe(source, x + x_mean),
+        "target": _describe(target, y + y_mean),
         "rows": {split: store.rows(split) for split in SPLITS},
         "mean_correlation": float(correlation.abs().mean()),
         "top_correlations": [
-            {"source": place // y.shape[1], "target": place % y.shape[1], "value": float(correlation.flatten()[place])}
-            for place in largest.tolist()
+            {"source": index // y.shape[1], "target": index % y.shape[1], "value": float(correlation.flatten()[index])}
+            for index in largest.tolist()
         ],
-        "linear_r2": None,
+        "linear_r2": linear_r2,
     }
-    if len(held[0]):
-        wanted = held[1] - other
-        rest = (wanted - (held[0] - mean) @ weights).square().sum()
-        spread = (wanted - wanted.mean(0)).square().sum()
-        about["linear_r2"] = float(1 - rest / spread) if bool(spread > 0) else None
-    return about
 
 
-def _deviation(centred: Tensor) -> Tensor:
-    # A channel that never changes is correlated with nothing.
-    deviation = centred.square().mean(0).sqrt()
-    return torch.where(deviation > 0, deviation, torch.inf)
-
-
-def _side(name: str, rows: Tensor) -> dict[str, Any]:
+def _describe(name: str, rows: Tensor) -> dict[str, Any]:
     norms, scale = rows.norm(dim=1), rows.square().mean().sqrt()
     return {
         "hook": name,
@@ -111,10 +109,10 @@ def export(
     store: ActivationStore, pairs: Sequence[Pair], folder: Path, instances: int | None = None
 ) -> list[dict[str, Any]]:
     """Write each pair as ``<folder>/<its name>/sources.pt`` and ``targets.pt``, plain float32 tensors ``[rows, d]``,
-    with ``metadata.json``; beside them ``activation_store.json``, which tells where the store is. Their metadata.
+    with ``metadata.json``; beside them ``activation_store.json``, which says where the store is. Returns the metadata.
 
-    Rows are in the order of instances and positions, of both splits, of the first ``instances`` instances. Raises
-    :class:`InvalidInput` when there are not as many.
+    The rows are those of the first ``instances`` instances of both splits, by instance and position. Raises
+    :class:`InvalidInput` if the store has fewer.
     """
     chosen = _complete_instances(store)
     if instances is not None:
@@ -165,7 +163,7 @@ def _instance_ids(store: ActivationStore, split: str) -> Tensor:
 
 
 def _complete_instances(store: ActivationStore) -> Tensor:
-    """Ids of the instances with all their rows, ascending; an interrupted recording has others too."""
+    """Ids of the instances that have all their rows, ascending; an interrupted recording has others too."""
     rows = torch.cat([_instance_ids(store, split) for split in SPLITS])
     ids, counts = np.unique(rows.numpy(), return_counts=True)
     return torch.from_numpy(ids[counts == store.manifest.rows_per_instance])

@@ -18,6 +18,7 @@ from services.clt.policy.report import write_report
 from services.clt.policy.train import PolicyTrainer, train_policy
 from services.clt.policy.tsp import cache_folder
 from services.runtime.console import ConsoleRun
+from services.runtime.folders import artifact_in
 from services.runtime.run import Run
 from services.runtime.training import fit
 
@@ -78,5 +79,4 @@ def named(name: str, device: str = "cpu") -> Path:
         return default_folder(device)
     if not folder.is_dir():
         raise InvalidInput.field("POLICY", f"there is no folder {name}; name that of a policy, or `default`")
-    within = folder / "policy"
-    return within if not (folder / CONFIG).exists() and (within / CONFIG).exists() else folder
+    return artifact_in(folder, "policy", "POLICY")

@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _set(fields: dict[str, Any], option: str, text: str) -> None:
     except ValueError:
         value = text
     section, _, name = option.rpartition(".")
-    section_fields = _get(fields, section) if section else fields
+    section_fields = fields[section] if section else fields
     if name not in section_fields:
         raise InvalidInput.field("spec.grid", f"there is no option {option}; there are {', '.join(section_fields)}")
     section_fields[name] = value
@@ -191,7 +192,7 @@ def compare(folder: Path, specs: Mapping[str, CltSpec], rows: Mapping[str, Row],
     values = [
         [
             name,
-            *(_get(specs[name].model_dump(), option) for option in options),
+            *(attrgetter(option)(specs[name]) for option in options),
             *(row["figures"][key] for key in ("fvu", "l0", "dead", "cosine")),
             row["features"],
         ]
@@ -205,13 +206,6 @@ def compare(folder: Path, specs: Mapping[str, CltSpec], rows: Mapping[str, Row],
         csv.writer(file).writerows([head, *values])
 
 
-def _get(fields: Mapping[str, Any], option: str) -> Any:
-    value: Any = fields
-    for name in option.split("."):
-        value = value[name]
-    return value
-
-
 @plot
 def tradeoff(specs: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Sequence[str]) -> Figure:
     """Fraction of variance unexplained over active features: a line for each pair and each setting of the grid's
@@ -222,9 +216,9 @@ def tradeoff(specs: Mapping[str, CltSpec], rows: Mapping[str, Row], options: Seq
     axis = figure.subplots()
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, row in rows.items():
-        fields = specs[name].model_dump()
-        settings = [f"{option.rpartition('.')[2]} {_get(fields, option)}" for option in others]
-        line = ", ".join([f"{fields['sources'][0]} to {fields['targets'][-1]}", *settings])
+        spec = specs[name]
+        settings = [f"{option.rpartition('.')[2]} {attrgetter(option)(spec)}" for option in others]
+        line = ", ".join([f"{spec.sources[0]} to {spec.targets[-1]}", *settings])
         lines.setdefault(line, []).append((row["figures"]["l0"], row["figures"]["fvu"]))
     for name, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
