@@ -184,7 +184,8 @@ def dataset(
     _check_one_baseline(spec, baseline)
     sampler = PatternDatasetSampler(spec, baseline)
     if which == "training":
-        sampler.save_training(index, out)
+        sequences, right, first = sampler.training(index)
+        sampler.save(sequences, out, label=right, first_stage_label=first)
     else:
         sampler.save(sampler.baseline if which == "baseline" else sampler.benchmark(per_pattern), out)
 
@@ -218,13 +219,14 @@ def score(
     Classification: precision, the share of the named patterns that the network has; recall, the share of the network's
     patterns that are named; exact, the share of answers that name exactly these. An answer without a pattern counts 0.
     """
-    lines = list(read_rows(answers, form=".jsonl"))
-    for number, line in lines:
-        if isinstance(line, Malformed):
-            raise InvalidInput.field(f"{answers.name}:{number}", line)
-    if not lines:
+    given = []
+    for number, answer in read_rows(answers, form=".jsonl"):
+        if isinstance(answer, Malformed):
+            raise InvalidInput.field(f"{answers.name}:{number}", answer)
+        given.append(answer)
+    if not given:
         raise InvalidInput.field(answers.name, "holds no answers")
-    rows = score_answers(zoo, [answer for _, answer in lines if not isinstance(answer, Malformed)])
+    rows = score_answers(zoo, given)
     if out is not None:
         out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     figures = means(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,6 @@ class BucketTrainer:
         rows, causes = self._single(candidates) if staged is None else self._staged(candidates, staged)
         return Block(self.table(rows), causes)
 
-    def describe(self, trained: Trained, degraded: Trained | None = None) -> list[Row]:
-        """Records of networks from elsewhere, without any check; ``degraded``: their first stages."""
-        after = self.accuracy(trained)
-        every = torch.ones(len(after), dtype=torch.bool)
-        if degraded is None:
-            return self._rows(trained, after, every)
-        return self._pairs(degraded, trained, self.accuracy(degraded), after, every)
-
     def table(self, rows: list[Row]) -> pyarrow.Table:
         """Records as a table, with prompts and completions where the spec asks for them."""
         if self._formatter is not None:
@@ -148,8 +141,7 @@ class BucketTrainer:
         changed = (candidates.other[kept], candidates.target[kept])
         for name, branch_rows, patterns in zip(BRANCHES, others, changed, strict=False):
             for row, branch_row, pattern in zip(rows, branch_rows, patterns.tolist(), strict=True):
-                row |= {f"{name}_{column}": branch_row[column] for column in ("accuracy", "weights", "signature")}
-                row[f"{name}_pattern"] = self.names[pattern]
+                row |= _prefixed(f"{name}_", branch_row) | {f"{name}_pattern": self.names[pattern]}
         return rows, list(filter(None, causes))
 
     def _staged(self, candidates: Candidates, staged: StagedSpec) -> tuple[list[Row], list[str]]:
@@ -165,23 +157,17 @@ class BucketTrainer:
         gate, improvement = self._gate(improved, after), checks.improvement(before, after, improved.candidates, staged)
         late = [cause or other for cause, other in zip(gate, improvement, strict=True)]
         kept = torch.tensor([cause is None for cause in late])
-        return self._pairs(degraded.trained, improved, before, after, kept), list(filter(None, early + late))
-
-    def _pairs(self, first: Trained, second: Trained, before: Tensor, after: Tensor, kept: Tensor) -> list[Row]:
-        """Records of the networks at ``kept`` (bool ``[models]``), after both stages."""
-        rows = self._rows(second, after, kept)
-        gains = (after - before)[kept].gather(1, second.candidates.target[kept].unsqueeze(1)).squeeze(1)
-        positions = kept.nonzero().flatten().tolist()
-        degraded_rows = self._rows(first, before, kept)
-        for row, i, gain, degraded in zip(rows, positions, gains.tolist(), degraded_rows, strict=True):
+        rows, first = self._rows(improved, after, kept), degraded.trained
+        for row, i, other in zip(rows, kept.nonzero().flatten(), self._rows(first, before, kept), strict=True):
+            target = int(first.candidates.target[i])
             row |= {
-                "target_pattern": self.names[int(second.candidates.target[i])],
-                "improvement": gain,
-                "epochs": [int(first.epochs[i]), int(second.epochs[i])],
-                "validation_loss": [float(first.loss[i]), float(second.loss[i])],
+                "target_pattern": self.names[target],
+                "improvement": float((after - before)[i, target]),
+                "epochs": [int(first.epochs[i]), int(improved.epochs[i])],
+                "validation_loss": [float(first.loss[i]), float(improved.loss[i])],
             }
-            row |= {f"degraded_{column}": degraded[column] for column in ("accuracy", "weights", "signature")}
-        return rows
+            row |= _prefixed("degraded_", other)
+        return rows, list(filter(None, early + late))
 
     def _gate(self, trained: Trained, accuracy: Tensor) -> list[str | None]:
         """Why each network is rejected, whatever its stages: it diverged, or fails on a stratum."""
@@ -209,7 +195,7 @@ class BucketTrainer:
             rows.append(
                 {
                     "index": int(candidates.indices[i]),
-                    "patterns": [n for n, on in zip(self.names, candidates.selected[i].tolist(), strict=True) if on],
+                    "patterns": list(compress(self.names, candidates.selected[i])),
                     "layers": int(candidates.layers[i]),
                     "neurons": width,
                     "activation": architecture.activation,
@@ -222,6 +208,11 @@ class BucketTrainer:
                 }
             )
         return rows
+
+
+def _prefixed(prefix: str, row: Row) -> Row:
+    """What a record says of the network itself, as another network of the same candidate."""
+    return {f"{prefix}{column}": row[column] for column in ("accuracy", "weights", "signature")}
 
 
 def _bucket_size(spec: GenerationSpec) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ import torch
 from pyarrow import parquet
 
 from ethogram.specs.generation import FormatSpec, GenerationSpec, PatternSpec
-from services.generation.data import Candidates, activations_of
+from services.generation.buckets import BucketTrainer
 from services.generation.format import TrainingDataFormatter
 from services.generation.pipeline import SHARD, DatasetGenerationPipeline
-from services.generation.train import Trained
 from services.runtime.run import Run
 from services.zoo.dataset import (
     BASELINE,
@@ -31,7 +30,7 @@ from services.zoo.dataset import (
     signature_of,
 )
 from services.zoo.json_records import PATTERNS, JsonRecords, Record
-from services.zoo.subjects import Architecture, Params
+from services.zoo.subjects import Architecture, Params, encode, flatten
 
 
 def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
@@ -152,7 +151,7 @@ def import_json(
     def shards() -> Iterator[pyarrow.Table]:
         rows: list[dict[str, Any]] = []
         for done, (index, record) in enumerate(records, 1):
-            rows.append(_row(index, record, pipeline))
+            rows.append(_row(index, record, pipeline.bucket_trainer))
             run.advance(done)
             if len(rows) == SHARD or done == len(records):
                 yield pipeline.bucket_trainer.table(rows)
@@ -161,26 +160,34 @@ def import_json(
     return pipeline.write(folder, shards(), {"imported": source.name})
 
 
-def _row(index: int, record: Record, pipeline: DatasetGenerationPipeline) -> dict[str, Any]:
-    names = [pattern.name for pattern in pipeline.patterns]
-    target = names.index(record.target if record.target is not None else record.patterns[0])
-    activation = activations_of(pipeline.spec).index(record.shape.activation)  # type: ignore[arg-type]
-    candidate = Candidates(
-        indices=torch.tensor([index]),
-        selected=torch.tensor([[name in record.patterns for name in names]]),
-        target=torch.tensor([target]),
-        other=torch.tensor([0]),
-        layers=torch.tensor([len(record.shape.hidden)]),
-        neurons=torch.tensor([record.shape.hidden[0]]),
-        activation=torch.tensor([activation]),
-        learning_rate=torch.tensor([float("nan")]),
-        dropout=torch.tensor([record.dropout]),
-    )
-    trained = partial(Trained.without_epochs, candidate, record.shape)
-    degraded = None if record.degraded is None else trained(record.degraded)
-    (row,) = pipeline.bucket_trainer.describe(trained(record.improved), degraded)
-    row["learning_rate"] = record.learning_rate
-    if degraded is not None:
-        row["epochs"] = [int(count) for count in record.by_stage("epochs")]
+def _row(index: int, record: Record, trainer: BucketTrainer) -> dict[str, Any]:
+    shape, names, evaluation = record.shape, trainer.names, trainer.sampler.evaluation
+    selected = torch.tensor([[name in record.patterns for name in names]])
+    inputs = encode(shape, evaluation.sequences)
+
+    def network(params: Params, prefix: str) -> dict[str, Any]:
+        signature = trainer.extractor.extract(params, shape)
+        return {
+            f"{prefix}accuracy": evaluation.accuracy(params, inputs, shape.activation, selected)[0].numpy(),
+            f"{prefix}weights": flatten(params)[0].numpy(),
+            f"{prefix}signature": {method: values.flatten().numpy() for method, values in signature.items()},
+        }
+
+    row = {
+        "index": index,
+        "patterns": list(compress(names, selected[0])),
+        "layers": len(shape.hidden),
+        "neurons": shape.hidden[0],
+        "activation": shape.activation,
+        "learning_rate": record.learning_rate,
+        "dropout": record.dropout,
+        **network(record.improved, ""),
+    }
+    row["worst_accuracy"] = row["accuracy"].min()
+    if record.degraded is not None and record.target is not None:
+        row |= network(record.degraded, "degraded_")
+        target = names.index(record.target)
+        row["target_pattern"], row["epochs"] = record.target, [int(count) for count in record.by_stage("epochs")]
+        row["improvement"] = row["accuracy"][target] - row["degraded_accuracy"][target]
         row["validation_loss"] = record.by_stage("validation_loss")
     return row

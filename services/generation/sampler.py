@@ -87,11 +87,6 @@ class PatternDatasetSampler:
         held_out = Evaluation.build(self.universe, per_pattern, none, seed=self.spec.seed)
         return Labelled(held_out.sequences, held_out.membership)
 
-    def save_training(self, index: int, path: Path) -> None:
-        """Write :meth:`training` as :meth:`save` does, each row with ``label`` and ``first_stage_label``."""
-        dataset, right, first = self.training(index)
-        self.save(dataset, path, label=right, first_stage_label=first)
-
     def rows(self, dataset: Labelled, **columns: Tensor) -> list[dict[str, Any]]:
         """Its sequences as text (see :func:`services.zoo.dataset.labelled`), with more ``columns`` ``[n]``."""
         rows = labelled(*dataset, [pattern.name for pattern in self.patterns])

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
@@ -19,6 +20,17 @@ from services.zoo.patterns import Pattern
 from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation
 from services.zoo.subjects import Params, encode
 from services.zoo.universe import Universe
+
+
+class Answer(BaseModel, strict=True):
+    """How an interpreter completed the prompt of one task of one record."""
+
+    index: int
+    task: Literal["modification", "classification"]
+    completion: str
+
+
+_ANSWERS = TypeAdapter(list[Answer])
 
 
 class ModificationScore(NamedTuple):
@@ -76,39 +88,34 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
     malformed.
     """
     _, spec, patterns = read_about(zoo)
+    try:
+        checked = _ANSWERS.validate_python(answers)
+    except ValidationError as error:
+        raise InvalidInput.from_pydantic(error, "answers") from None
+    indices = {answer.index for answer in checked}
     records: dict[int, dict[str, Any]] = {}
-    for i, answer in enumerate(answers):
-        if not isinstance(answer, Mapping):
-            raise InvalidInput.field(f"answers.{i}", "must be an object")
-        for name, kind in (("index", int), ("task", str), ("completion", str)):
-            if not isinstance(answer.get(name), kind):
-                raise InvalidInput.field(f"answers.{i}.{name}", f"must be a {kind.__name__}")
-        if answer["task"] not in ("modification", "classification"):
-            raise InvalidInput.field(f"answers.{i}.task", "must be modification or classification")
-        if answer["task"] == "modification" and spec.staged is None:
-            text = "the zoo was trained in one stage, so there is nothing to modify"
-            raise InvalidInput.field(f"answers.{i}.task", text)
-        records[answer["index"]] = {}
     for table in read_records(zoo):
-        records |= {row["index"]: row for row in table.to_pylist() if row["index"] in records}
+        records |= {row["index"]: row for row in table.to_pylist() if row["index"] in indices}
     universe = Universe(spec.vocab_size, spec.sequence_length, patterns)
     benchmark = Evaluation.build(universe, JUDGED, JUDGED_NONE, seed=spec.seed)
     scores: list[dict[str, Any]] = []
-    for i, answer in enumerate(answers):
-        record, text = records[answer["index"]], answer["completion"]
-        if not record:
-            raise InvalidInput.field(f"answers.{i}.index", f"the zoo has no record {answer['index']}")
+    for i, answer in enumerate(checked):
+        record, text = records.get(answer.index), answer.completion
+        if record is None:
+            raise InvalidInput.field(f"answers.{i}.index", f"the zoo has no record {answer.index}")
         score: dict[str, float] = {"parsed": 0.0, "gain": 0.0, "others": 0.0}
-        if answer["task"] == "classification":
-            score = {
-                name: float(value) for name, value in score_classification(text, record, patterns)._asdict().items()
-            }
+        if answer.task == "classification":
+            scores_of = score_classification(text, record, patterns)._asdict()
+            score = {name: float(value) for name, value in scores_of.items()}
+        elif spec.staged is None:
+            one_stage = "the zoo was trained in one stage, so there is nothing to modify"
+            raise InvalidInput.field(f"answers.{i}.task", one_stage)
         else:
             with suppress(InvalidInput):
                 scored = score_modification(text, record, spec, patterns, benchmark)
                 score = {"parsed": 1.0, "gain": scored.gain, "others": scored.others}
             score["reference_gain"] = record["improvement"]
-        scores.append({"index": answer["index"], "task": answer["task"]} | score)
+        scores.append({"index": answer.index, "task": answer.task} | score)
     return scores
 
 

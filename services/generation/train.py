@@ -38,12 +38,6 @@ class Trained:
     loss: Tensor
     """Validation loss of the network that was kept: float32 ``[n]``."""
 
-    @classmethod
-    def without_epochs(cls, candidates: Candidates, architecture: Architecture, params: Params) -> Trained:
-        """Candidates of which no epochs were counted."""
-        zeros = torch.zeros(len(candidates))
-        return cls(candidates, architecture, params, zeros.long(), zeros)
-
     def select(self, index: Tensor) -> Trained:
         """Those at ``index``, a mask."""
         params = select(self.params, index.to(next(iter(self.params.values())).device))
@@ -141,7 +135,9 @@ class SubjectModelTrainer:
             for i in range(count):
                 self._check()
                 population.step(pick(rows[i]), targets[i], cosine(first + i, steps, training.learning_rate))
-        return Trained.without_epochs(candidates, population.architecture, self._params(population.state))
+        # Neither epochs nor losses are counted here.
+        zeros = torch.zeros(len(candidates))
+        return Trained(candidates, population.architecture, self._params(population.state), zeros.long(), zeros)
 
     def degrade(self, candidates: Candidates) -> Degraded:
         """First stage of staged training: some labels of the target pattern are wrong."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,22 +65,8 @@ _PREDICATES: dict[str, Predicate] = {
 }
 
 
-class Registered(NamedTuple):
-    """A predicate that the user registered."""
-
-    name: str
-    predicate: Predicate
-    description: str
-
-    def __call__(self, sequences: Tensor) -> Tensor:
-        """Whether each row of ``sequences`` matches."""
-        matches = self.predicate(sequences)
-        if not isinstance(matches, Tensor) or matches.dtype != torch.bool or matches.shape != sequences.shape[:1]:
-            raise InvalidInput.field(f"patterns.{self.name}", "its predicate must return a bool tensor of shape [n]")
-        return matches
-
-
-_REGISTERED: dict[str, Registered] = {}
+_REGISTERED: dict[str, tuple[Predicate, str]] = {}
+"""Predicate and description of each pattern that the user registered."""
 
 
 def register(name: str, description: str) -> Callable[[Predicate], Predicate]:
@@ -98,19 +83,19 @@ def register(name: str, description: str) -> Callable[[Predicate], Predicate]:
     def add(predicate: Predicate) -> Predicate:
         if name in BUILT_IN or not name.isidentifier():
             raise InvalidInput.field("name", f"{name!r} is taken or not an identifier; choose another name")
-        _REGISTERED[name] = Registered(name, predicate, description)
+        _REGISTERED[name] = predicate, description
         REGISTERED.add(name)
         return predicate
 
     return add
 
 
-def registered(name: str) -> Registered:
-    """The predicate registered as ``name``. Raises :class:`InvalidInput`."""
+def registered(name: str) -> tuple[Predicate, str]:
+    """Predicate and description of the pattern registered as ``name``. Raises :class:`InvalidInput`."""
     if name not in _REGISTERED:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             predicate = entry.load()
-            _REGISTERED[name] = Registered(name, predicate, " ".join((predicate.__doc__ or name).split()))
+            _REGISTERED[name] = predicate, " ".join((predicate.__doc__ or name).split())
     if name not in _REGISTERED:
         raise InvalidInput.field("name", f"there is no pattern {name}; give it a regex, or register it")
     return _REGISTERED[name]
@@ -156,7 +141,7 @@ class Pattern:
         if self.regex is not None:
             return f"the whole sequence matches the regular expression {self.regex}"
         if self.kind not in BUILT_IN:
-            return registered(self.kind).description
+            return registered(self.kind)[1]
         return BUILT_IN[self.kind].format("" if self.token is None else LETTERS[self.token])
 
     def matches(self, sequences: Tensor) -> Tensor:
@@ -167,7 +152,10 @@ class Pattern:
             return automaton.matches(sequences)
         if self.kind in _PREDICATES:
             return _PREDICATES[self.kind](sequences)
-        return registered(self.kind)(sequences)
+        matches = registered(self.kind)[0](sequences)
+        if not isinstance(matches, Tensor) or matches.dtype != torch.bool or matches.shape != sequences.shape[:1]:
+            raise InvalidInput.field(f"patterns.{self.kind}", "its predicate must return a bool tensor of shape [n]")
+        return matches
 
 
 def membership(patterns: Sequence[Pattern], sequences: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Pools:
             return chosen if len(chosen) else _gather(draw, limit, generator)
 
         def nothing(n: int) -> Tensor:
-            sequences = in_split(universe.uniform(n, generator))
+            sequences = in_split(torch.randint(universe.vocab_size, (n, universe.length), generator=generator))
             return sequences[~universe.matches(sequences).any(1)]
 
         def near_misses(p: int, members: Tensor) -> Tensor:

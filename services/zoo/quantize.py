@@ -11,7 +11,6 @@ from services.zoo.subjects import Params
 _CODES = {"int8": 127, "int4": 7}
 # Ternary weights (Li et al. 2016) with the threshold as a share of the largest weight.
 _TERNARY_ZERO = 0.2
-_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def rounded(params: Params, precision: str = "float32", quantization: str = "none") -> Params:
@@ -28,7 +27,7 @@ def rounded(params: Params, precision: str = "float32", quantization: str = "non
     quantized = {}
     for name, tensor in params.items():
         kind = "int8" if quantization in ("ternary", "binary") and name.endswith("bias") else quantization
-        quantized[name] = _quantized(tensor, kind).to(_TYPES[precision]).to(tensor.dtype)
+        quantized[name] = _quantized(tensor, kind).to(getattr(torch, precision)).to(tensor.dtype)
     return quantized
 
 

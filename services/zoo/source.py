@@ -28,21 +28,14 @@ def locate(source: str, field: str) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if path.suffix in SUFFIXES or not _allowed(source):
+    try:
+        repo = HubSpec(repo="" if path.suffix in SUFFIXES else source).repo
+    except ValidationError:
         text = f"{source} is no file or folder here, and no name of a dataset on the Hub, e.g. me/my-zoo"
-        raise InvalidInput.field(field, text)
+        raise InvalidInput.field(field, text) from None
     include = [*(f"*{suffix}" for suffix in SUFFIXES), ABOUT, BASELINE, PATTERNS]
     # The name may be a misspelt folder.
-    return fetch(source, "dataset", include, field=field, described=f"{source}, which is no file or folder here")
-
-
-def _allowed(name: str) -> bool:
-    """Whether a repository on the Hub can have this name."""
-    try:
-        HubSpec(repo=name)
-    except ValidationError:
-        return False
-    return True
+    return fetch(repo, "dataset", include, field=field, described=f"{source}, which is no file or folder here")
 
 
 def open_zoo(source: Path, run: Run | None = None) -> Zoo:

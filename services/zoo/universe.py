@@ -68,10 +68,6 @@ class Universe:
         chunks = torch.split(sequences.to(torch.int8), 2**14)
         return torch.cat([membership(self.patterns, chunk) for chunk in chunks])
 
-    def uniform(self, n: int, generator: torch.Generator) -> Tensor:
-        """``n`` independent uniform sequences: int64 ``[n, length]``."""
-        return torch.randint(self.vocab_size, (n, self.length), generator=generator)
-
     def members(self, pattern: int, n: int, generator: torch.Generator) -> Tensor:
         """``n`` independent uniform members of a pattern: int64 ``[n, length]``."""
         return sample(self.patterns[pattern], self.vocab_size, self.length, n, generator)
