@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from google.protobuf.message import Message
@@ -16,16 +16,14 @@ from ethogram.channel import Channel, Methods
 from ethogram.errors import InvalidInput
 from ethogram.networks import Networks
 from ethogram.specs.edits import Behavior, Direction, Edit, EditLike, Mode, Operation, Steering
-from ethogram.tensors import from_tensor, to_tensor
 from ethogram.v1 import common_pb2
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub, SteeringServiceStub
-from ethogram.wire import fields_of
+from ethogram.wire import fields_of, from_tensor, to_tensor
 
 # With the types of edits, which users import from here too.
 __all__ = ["Behavior", "Direction", "Edit", "Effect", "Evaluated", "Inference", "Mode", "Operation", "Steered"]
 
-R = TypeVar("R")
 Floats = NDArray[np.floating[Any]]
 
 
@@ -119,11 +117,18 @@ class Inference(Channel):
 
     def __init__(self, target: str, *, timeout: float = 60.0) -> None:
         super().__init__(target, timeout=timeout)
-        self._codec, self._steering = CodecServiceStub(self._channel), SteeringServiceStub(self._channel)
+        codec, steering = CodecServiceStub(self._channel), SteeringServiceStub(self._channel)
+        self._list_behaviors = steering.ListBehaviors
+        self._methods: dict[type[Message], Methods[Any]] = {
+            pb.EncodeRequest: (codec.Encode, codec.EncodeStream),
+            pb.DecodeRequest: (codec.Decode, codec.DecodeStream),
+            pb.SteerRequest: (steering.Steer, steering.SteerStream),
+            pb.EvaluateRequest: (steering.Evaluate, steering.EvaluateStream),
+        }
 
     def behaviors(self, model: str, *, version: str | None = None) -> Behaviors:
         """The behaviours that ``model`` can steer."""
-        answer = self._call(self._steering.ListBehaviors, pb.ListBehaviorsRequest(model=_reference(model, version)))
+        answer = self._call(self._list_behaviors, pb.ListBehaviorsRequest(model=_reference(model, version)))
         behaviors = [Behavior(b.name, b.description, b.positives) for b in answer.behaviors]
         return Behaviors(behaviors, answer.model.name, answer.model.version)
 
@@ -150,9 +155,8 @@ class Inference(Channel):
         the model knows networks of several shapes."""
         batch = _Batch.of_array(latents, 1, "latents")
         shape = pb.Architecture(hidden=hidden, activation=activation or "")
-        methods = self._codec.Decode, self._codec.DecodeStream
-        answers, name = self._run(methods, pb.DecodeRequest, batch, model, version, architecture=shape)
-        return Decoded(_join_networks([answer.networks for answer in answers], batch.single), *name)
+        answers, name = self._run(pb.DecodeRequest, batch, model, version, architecture=shape)
+        return Decoded(batch.networks(answers), *name)
 
     def steer(
         self,
@@ -174,24 +178,17 @@ class Inference(Channel):
         """
         fields = fields_of(Steering.of(edits, mode, strength, direction))
         batch = _Batch.of(networks, activation)
-        methods = self._steering.Steer, self._steering.SteerStream
-        answers, name = self._run(methods, pb.SteerRequest, batch, model, version, **fields)
-        latents = _join([answer.latents for answer in answers], "latents", batch.single)
-        return Steered(batch.named([answer.networks for answer in answers]), latents, *name)
+        answers, name = self._run(pb.SteerRequest, batch, model, version, **fields)
+        return Steered(batch.networks(answers), batch.join(answers, "latents"), *name)
 
     def evaluate(
         self, model: str, networks: Networks | str | Path, *, activation: str | None = None, version: str | None = None
     ) -> Evaluated:
         """How networks behave on labelled sequences that no network of the model's zoo was trained on."""
         batch = _Batch.of(networks, activation)
-        methods = self._steering.Evaluate, self._steering.EvaluateStream
-        answers, name = self._run(methods, pb.EvaluateRequest, batch, model, version)
-        return Evaluated(
-            list(answers[0].behaviors),
-            _join([answer.recall for answer in answers], "recall", batch.single),
-            _join([answer.false_positive_rate for answer in answers], "false_positive_rate", batch.single),
-            *name,
-        )
+        answers, name = self._run(pb.EvaluateRequest, batch, model, version)
+        recall, rate = batch.join(answers, "recall"), batch.join(answers, "false_positive_rate")
+        return Evaluated(list(answers[0].behaviors), recall, rate, *name)
 
     def effect(
         self,
@@ -209,38 +206,30 @@ class Inference(Channel):
         held-out sequences."""
         batch = _Batch.of(networks, activation)
         steering = fields_of(Steering.of(edits, mode, strength, direction))
-        methods = self._steering.Evaluate, self._steering.EvaluateStream
-        answers, name = self._run(methods, pb.EvaluateRequest, batch, model, version, **steering)
+        answers, name = self._run(pb.EvaluateRequest, batch, model, version, **steering)
         names = ("latents", "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local")
-        fields = {n: _join([getattr(answer.effect, n) for answer in answers], n, batch.single) for n in names}
-        networks = batch.named([answer.effect.networks for answer in answers])
-        joined: dict[str, Any] = {**fields, "had": fields["had"] > 0}
-        return Effect(list(answers[0].behaviors), networks, **joined, model=name[0], version=name[1])
+        effects = [answer.effect for answer in answers]
+        fields: dict[str, Any] = {field: batch.join(effects, field) for field in names}
+        fields["had"] = fields["had"] > 0
+        return Effect(list(answers[0].behaviors), batch.networks(effects), **fields, model=name[0], version=name[1])
 
     def _encode(self, batch: _Batch, model: str, version: str | None) -> Encoded:
-        methods = self._codec.Encode, self._codec.EncodeStream
-        answers, name = self._run(methods, pb.EncodeRequest, batch, model, version)
-        return Encoded(_join([answer.latents for answer in answers], "latents", batch.single), *name)
+        answers, name = self._run(pb.EncodeRequest, batch, model, version)
+        return Encoded(batch.join(answers, "latents"), *name)
 
     def _run(
-        self,
-        methods: Methods[R],
-        request: Callable[..., Message],
-        batch: _Batch,
-        model: str,
-        version: str | None,
-        **fields: Any,
-    ) -> tuple[list[R], tuple[str, str]]:
+        self, request: type[Message], batch: _Batch, model: str, version: str | None, **fields: Any
+    ) -> tuple[list[Any], tuple[str, str]]:
         """The answers to all parts of ``batch``, in order, and name and version of the model that gave them."""
         answers = self._run_parts(
-            methods,
+            self._methods[request],
             lambda reference, rows: request(model=reference, **batch.part(rows), **fields),
             _reference(model, version),
             lambda: _reference(model, version or self.behaviors(model).version),
             rows=batch.rows,
             row_bytes=batch.row_bytes,
         )
-        answered = cast(Any, answers[0]).model
+        answered = answers[0].model
         return answers, (answered.name, answered.version)
 
 
@@ -299,21 +288,20 @@ class _Batch:
             return tensors
         return {"networks": pb.Networks(parameters=tensors, activation=self.activation or "")}
 
-    def named(self, parts: Sequence[pb.Networks]) -> dict[str, Floats]:
-        """Networks of an answer, with the caller's names."""
-        joined = _join_networks(parts, self.single)
-        return {name: joined[wire] for name, wire in self.names.items()}
+    def join(self, messages: Sequence[Any], field: str) -> Floats:
+        """The tensor ``field`` of all answers, without a batch axis if the caller gave none."""
+        return self._joined([getattr(message, field) for message in messages], field)
+
+    def networks(self, messages: Sequence[Any]) -> dict[str, Floats]:
+        """The ``networks`` of all answers, with the caller's names of the parameters if networks were given."""
+        parts = [message.networks.parameters for message in messages]
+        names = self.names or {name: name for name in network_files.in_order(parts[0])}
+        return {name: self._joined([part[wire] for part in parts], wire) for name, wire in names.items()}
+
+    def _joined(self, tensors: Sequence[common_pb2.Tensor], field: str) -> Floats:
+        joined = np.concatenate([from_tensor(tensor, field, finite=False) for tensor in tensors])
+        return cast(Floats, joined[0] if self.single else joined)
 
 
 def _reference(name: str, version: str | None) -> pb.ModelRef:
     return pb.ModelRef(name=name, version=version or "")
-
-
-def _join(tensors: Sequence[common_pb2.Tensor], field: str, single: bool) -> Floats:
-    joined = np.concatenate([from_tensor(tensor, field, finite=False) for tensor in tensors])
-    return cast(Floats, joined[0] if single else joined)
-
-
-def _join_networks(parts: Sequence[pb.Networks], single: bool) -> dict[str, Floats]:
-    names = network_files.in_order(parts[0].parameters)
-    return {name: _join([part.parameters[name] for part in parts], name, single) for name in names}

@@ -33,7 +33,7 @@ from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, Params, activations, encode, flatten, unflatten
 from services.zoo.universe import VALIDATION
 
-__all__ = ["AUTO", "Batch", "Behavior", "Codec", "Effect", "encoded"]
+__all__ = ["AUTO", "Batch", "Behavior", "Codec", "Effect"]
 
 CHUNK = 256
 """Networks that go through encoder or decoder at once, which bounds a transformer's memory."""
@@ -202,10 +202,9 @@ class Codec:
             raise InvalidInput.field("shape", "an architecture that the model was not trained on")
         return Batch(checked, 0 if shape is None else self.layout.shapes.index(shape))
 
-    def check_edits(self, steering: Steering) -> Steering:
-        """``steering``, of behaviours that this codec has."""
-        checks.edits(steering.edits, [behavior.name for behavior in self.behaviors])
-        return steering
+    def check_edits(self, edits: Sequence[Edit]) -> None:
+        """Raise :class:`InvalidInput` unless the edits are of behaviours that this codec has, each at most once."""
+        checks.edits(edits, [behavior.name for behavior in self.behaviors])
 
     @torch.no_grad()
     def encode(self, networks: Params | Batch, activation: str | None = None) -> Tensor:
@@ -217,20 +216,20 @@ class Codec:
         """Latents of signatures ``[batch, neurons, values]``, taken on the codec's probes, of a codec for networks of
         one shape whose encoder takes nothing else."""
         batch = signatures if isinstance(signatures, Batch) else self.check_signatures(signatures)
-        rows, shape = self._placed(batch)
+        rows, shape = self._on_device(batch)
         return checks.finite(self.latents(rows, shape), "signatures")
 
     @torch.no_grad()
     def decode(self, latents: Tensor | Batch, shape: Architecture | None = None) -> Params:
         """Networks of latents ``[batch, latent]``; ``shape``: theirs, of a codec that knows several."""
         batch = latents if isinstance(latents, Batch) else self.check_latents(latents, shape)
-        return self._networks(checks.finite(self.decodings(*self._placed(batch)), "latents"), batch.shape)
+        return self._networks(checks.finite(self.decodings(*self._on_device(batch)), "latents"), batch.shape)
 
     @torch.no_grad()
     def steer(
         self,
         networks: Params | Batch,
-        edits: Sequence[EditLike] | Steering,
+        edits: Sequence[EditLike],
         mode: Mode = "residual",
         strength: Strength = 1.0,
         *,
@@ -239,19 +238,18 @@ class Codec:
     ) -> tuple[Params, Tensor]:
         """Networks after ``edits``, all applied to each, and their latents ``[batch, latent]`` after the edit.
 
-        ``edits`` may be a checked :class:`Steering`, which has the options too. ``strength`` scales the direction; 1 is
-        what it was trained for, 0 with ``residual`` returns the very same weights, ``auto`` takes for each network
-        whichever of ``AUTO`` does best on the support set (sequences that are neither trained nor judged on).
+        ``strength`` scales the direction; 1 is what it was trained for, 0 with ``residual`` returns the very same
+        weights, ``auto`` takes for each network whichever of ``AUTO`` does best on the support set (sequences that are
+        neither trained nor judged on).
         """
-        steering = edits if isinstance(edits, Steering) else Steering.of(edits, mode, strength, direction)
-        steered = self._steer(networks, activation, steering)
+        steered = self._steer(networks, activation, Steering.of(edits, mode, strength, direction))
         return self._networks(steered.vectors, int(steered.shape[0])), steered.latents
 
     @torch.no_grad()
     def effect(
         self,
         networks: Params | Batch,
-        edits: Sequence[EditLike] | Steering,
+        edits: Sequence[EditLike],
         mode: Mode = "residual",
         strength: Strength = 1.0,
         *,
@@ -260,8 +258,7 @@ class Codec:
     ) -> Effect:
         """What ``edits`` do to networks: predicted from their latents, and measured on held-out sequences. Arguments as
         in :meth:`steer`."""
-        steering = edits if isinstance(edits, Steering) else Steering.of(edits, mode, strength, direction)
-        steered = self._steer(networks, activation, steering)
+        steered = self._steer(networks, activation, Steering.of(edits, mode, strength, direction))
         source, edited = (self.yes(vectors, steered.shape) for vectors in (steered.source, steered.vectors))
         shares = torch.stack([self.evaluation.by_stratum(predictions) for predictions in (source, edited)], 1)
         predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (steered.before, steered.latents)], 1)
@@ -280,7 +277,8 @@ class Codec:
         )
 
     def _steer(self, networks: Params | Batch, activation: str | None, steering: Steering) -> _Steered:
-        edits, mode, strength, direction = self.check_edits(steering)
+        edits, mode, strength, direction = steering
+        self.check_edits(edits)
         vectors, shape = self._vectors(networks, activation)
         self._need("decoder")
         change = self.signs(edits)
@@ -353,14 +351,14 @@ class Codec:
         """-1 for behaviours that the edits remove, 1 for those that they add: ``[behaviors]``."""
         return signs(edits, [behavior.name for behavior in self.behaviors]).to(self.device)
 
-    def _placed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows on the device, and the shape of each, int64 ``[batch]``."""
         return batch.rows.to(self.device), torch.full((len(batch.rows),), batch.shape, device=self.device)
 
     def _vectors(self, networks: Params | Batch, activation: str | None) -> tuple[Tensor, Tensor]:
         """``networks`` checked, as float32 vectors on the device, and their shape, int64 ``[batch]``."""
         batch = networks if isinstance(networks, Batch) else self.check_networks(networks, activation)
-        (rows, shapes), which = self._placed(batch), batch.shape
+        (rows, shapes), which = self._on_device(batch), batch.shape
         vectors = self.layout.pad(rows, which)
         # Checked first: signatures of infinite activations may be NaN, or look like ordinary numbers.
         inputs, shape = self.preprocessor.extractor.inputs.to(self.device), self.layout.shapes[which]

@@ -74,10 +74,9 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         layer, parameter, position, fan_out, fan_in, token = tokens.metadata.unbind(-1)
-        embedded = self.layer[layer] + self.parameter[parameter] + self.position[token]
+        embedded: Tensor = self.layer[layer] + self.parameter[parameter] + self.position[token]
         embedded = embedded + self.shape(torch.stack([position, fan_out, fan_in], -1).float().log1p())
-        known: Tensor = embedded if self.values is None else embedded + self.values(tokens.values)
-        return known
+        return embedded if self.values is None else embedded + self.values(tokens.values)
 
 
 class Encoder(nn.Module):
@@ -132,9 +131,8 @@ class Encoder(nn.Module):
 
     def features(self, vectors: Tensor) -> Tensor:
         """What enters the learned part, from flat inputs ``[batch, inputs]``; nothing learned, so it is kept."""
-        standard = self.standard(vectors)
-        entering: Tensor = standard @ self.components if self.spec.flat else standard
-        return entering
+        standard: Tensor = self.standard(vectors)
+        return standard @ self.components if self.spec.flat else standard
 
     def forward(self, features: Tensor, shape: Tensor) -> Tensor:
         """Latents ``[batch, latent]`` of :meth:`features`; ``shape``: of each network, int64 ``[batch]``."""

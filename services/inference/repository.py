@@ -160,7 +160,10 @@ class ModelRepository:
                 )
             loaded = _Loaded(manifest.type, await self._load_with_room(pointer, manifest.type), manifest.size)
             self._loaded[artifact] = loaded
-            self._evict()
+            while len(self._loaded) > self._max_models or sum(m.size for m in self._loaded.values()) > self._max_bytes:
+                evicted, _ = self._loaded.popitem(last=False)
+                self._pointers = {key: kept for key, kept in self._pointers.items() if kept.artifact != evicted}
+                log.info("evicted a model", extra={"artifact": evicted})
             log.info("loaded model %s version %s", pointer.name, pointer.version, extra={"bytes": manifest.size})
             return loaded
         finally:
@@ -190,10 +193,3 @@ class ModelRepository:
         )
         self._broken[pointer.artifact] = error
         return error
-
-    def _evict(self) -> None:
-        loaded = self._loaded
-        while len(loaded) > self._max_models or sum(item.size for item in loaded.values()) > self._max_bytes:
-            artifact, _ = loaded.popitem(last=False)
-            self._pointers = {key: pointer for key, pointer in self._pointers.items() if pointer.artifact != artifact}
-            log.info("evicted a model", extra={"artifact": artifact})

@@ -306,6 +306,13 @@ def test_broken_files(untrained: Codec, tmp_path: Path) -> None:
             Codec.load(tmp_path)
 
 
+def test_former_attributes_still_work(zoo: Zoo, untrained: Codec) -> None:
+    with pytest.warns(DeprecationWarning, match=r"Codec\.history"):
+        assert untrained.course is untrained.history
+    assert untrained.signature == zoo.spec.signature and torch.equal(untrained.probes, zoo.probes)
+    assert untrained.signature_shape == (zoo.layout.neurons, zoo.extractor.values)
+
+
 def test_the_former_module_warns() -> None:
     with pytest.warns(DeprecationWarning, match=r"services\.crossmodal\.codec"):
         former = importlib.import_module("services.crossmodal.bundle")

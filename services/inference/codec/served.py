@@ -42,7 +42,7 @@ class ServedCodec:
         """Check networks, and that the codec has the behaviours of ``steering``. Raises :class:`InvalidInput`."""
         answer_bytes = 0
         if steering is not None:
-            self._codec.check_edits(steering)
+            self._codec.check_edits(steering.edits)
             answer_bytes = self._network_bytes + self._latent_bytes
         # Copies: what comes from the wire are read-only views of a message.
         tensors = {name: torch.tensor(array) for name, array in networks.items()}
@@ -58,35 +58,29 @@ class ServedCodec:
         shape = checks.shape(hidden, activation, self._codec.layout)
         return _request(self._codec.check_latents(torch.tensor(latents), shape), "latents", self._network_bytes)
 
-    @torch.inference_mode()
     def encode(self, arrays: Arrays, shape: int) -> Arrays:
         """Networks to ``latents``."""
         return _arrays({LATENTS: self._codec.encode(_batch(arrays, shape))})
 
-    @torch.inference_mode()
     def encode_signatures(self, arrays: Arrays, shape: int) -> Arrays:
         """Signatures to ``latents``."""
         return _arrays({LATENTS: self._codec.encode_signatures(_batch(arrays, shape))})
 
-    @torch.inference_mode()
     def decode(self, arrays: Arrays, shape: int) -> Arrays:
         """Latents to parameters."""
         return _arrays(self._codec.decode(_batch(arrays, shape)))
 
-    @torch.inference_mode()
     def steer(self, arrays: Arrays, shape: int, steering: Steering) -> Arrays:
         """Networks to steered parameters, and ``latents``."""
-        params, latents = self._codec.steer(_batch(arrays, shape), steering)
+        params, latents = self._codec.steer(_batch(arrays, shape), *steering[:3], direction=steering.direction)
         return _arrays(params | {LATENTS: latents})
 
-    @torch.inference_mode()
     def effect(self, arrays: Arrays, shape: int, steering: Steering) -> Arrays:
         """Networks to steered parameters, and the fields of :class:`services.crossmodal.codec.Effect` by name."""
-        effect = self._codec.effect(_batch(arrays, shape), steering)
+        effect = self._codec.effect(_batch(arrays, shape), *steering[:3], direction=steering.direction)
         fields = {name: value for name, value in effect._asdict().items() if name not in ("networks", "scores")}
         return _arrays(effect.networks | fields | effect.scores._asdict())
 
-    @torch.inference_mode()
     def evaluate(self, arrays: Arrays, shape: int) -> Arrays:
         """Networks to ``recall`` and ``false_positive_rate``."""
         recall, rate = self._codec.evaluate(_batch(arrays, shape))
