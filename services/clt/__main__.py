@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ethogram.cli import output
-from ethogram.cli.execute import execute
 from ethogram.cli.options import Answer, Device, NewFolder, assignment, command, examples, system_app
 from ethogram.cli.run import Request, flag, run_command
 from ethogram.errors import InvalidInput
@@ -310,4 +309,4 @@ def sweep(
 
 
 if __name__ == "__main__":
-    execute(app, _MODULE)
+    output.execute(app, _MODULE)
