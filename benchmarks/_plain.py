@@ -35,42 +35,46 @@ class PlainLoop:
     """The same candidates, the same data and the same checks as the product's; another way of training."""
 
     def __init__(self, spec: GenerationSpec) -> None:
-        self._trainer = BucketTrainer(spec)
-        self._spec, self._sampler = spec, self._trainer.sampler
+        assert spec.staged is not None
+        self._spec, self._staged, self._trainer = spec, spec.staged, BucketTrainer(spec)
+        self._sampler = self._trainer.sampler
 
     def subject(self, index: int) -> Record | None:
-        """Train, check and describe one."""
-        spec, staged = self._spec, self._spec.staged
-        assert staged is not None
-        indices = torch.tensor([index])
-        own = Candidates.draw(spec, indices, len(self._trainer.patterns))
-        network = self._network(own)
-        train = Examples.draw(spec.seed, "examples", own, staged.examples, self._sampler.train)
-        judge = Examples.draw(spec.seed, "validation", own, VALIDATION_EXAMPLES, self._sampler.validation)
-        rate = float(own.learning_rate[0])
-        wrong, expected = (one.corrupted(spec.seed, indices, staged.corruption_rate) for one in (train, judge))
-        inputs = self._inputs(self._sampler.train.sequences[train.rows[0]])
-        questions = self._inputs(self._sampler.validation.sequences[judge.rows[0]])
-        first = (shuffled(spec.seed, "first stage", indices, e, staged.examples)[0] for e in range(staged.epochs))
-        self._stage(network, (inputs, wrong[0].float()), (questions, expected[0].float()), rate, first)
-        before = self._accuracy(network, own)
-        if checks.degradation(before, own, staged)[0] is not None:
+        """Train, check and describe one; None where a check fails."""
+        seed, staged, indices = self._spec.seed, self._staged, torch.tensor([index])
+        candidate = Candidates.draw(self._spec, indices, len(self._trainer.patterns))
+        network = self._network(candidate)
+        training = Examples.draw(seed, "examples", candidate, staged.examples, self._sampler.train)
+        validation = Examples.draw(seed, "validation", candidate, VALIDATION_EXAMPLES, self._sampler.validation)
+        inputs = self._inputs(self._sampler.train.sequences[training.rows[0]])
+        held_out = self._inputs(self._sampler.validation.sequences[validation.rows[0]])
+
+        def stage(name: str, targets: Tensor, answers: Tensor, epochs: int, rate: float) -> Tensor:
+            """Train with these labels; the held-out accuracy by stratum."""
+            orders = (shuffled(seed, name, indices, epoch, staged.examples)[0] for epoch in range(epochs))
+            self._train(network, (inputs, targets[0].float()), (held_out, answers[0].float()), rate, orders)
+            return self._accuracy(network, candidate)
+
+        rate = float(candidate.learning_rate[0])
+        targets, answers = (
+            examples.corrupted(seed, indices, staged.corruption_rate) for examples in (training, validation)
+        )
+        before = stage("first stage", targets, answers, staged.epochs, rate)
+        if checks.degradation(before, candidate, staged)[0] is not None:
             return None
         rate *= staged.improvement_lr_factor
-        epochs = range(staged.improvement_epochs)
-        second = (shuffled(spec.seed, "second stage", indices, e, staged.examples)[0] for e in epochs)
-        self._stage(network, (inputs, train.labels[0].float()), (questions, judge.labels[0].float()), rate, second)
-        after = self._accuracy(network, own)
-        if checks.improvement(before, after, own, staged)[0] is not None:
+        after = stage("second stage", training.labels, validation.labels, staged.improvement_epochs, rate)
+        if checks.improvement(before, after, candidate, staged)[0] is not None:
             return None
         weights = parameters_to_vector(network.parameters()).detach().unsqueeze(0)
-        architecture = self._trainer.subject_trainer.architecture(own)
+        architecture = self._trainer.subject_trainer.architecture(candidate)
         self._trainer.extractor.extract(unflatten(weights, architecture), architecture)
         return Record(index, after[0].tolist(), weights[0].tolist())
 
-    def _network(self, own: Candidates) -> nn.Sequential:
-        spec, architecture = self._spec, self._trainer.subject_trainer.architecture(own)
-        params = init(architecture, keys(spec.seed, "init", own.indices), kaiming=spec.subject.weight_init == "kaiming")
+    def _network(self, candidate: Candidates) -> nn.Sequential:
+        spec, architecture = self._spec, self._trainer.subject_trainer.architecture(candidate)
+        seeds = keys(spec.seed, "init", candidate.indices)
+        params = init(architecture, seeds, kaiming=spec.subject.weight_init == "kaiming")
         layers: list[nn.Module] = []
         for fan_in, fan_out in architecture.layers:
             layers += [nn.Linear(fan_in, fan_out), _ACTIVATIONS[architecture.activation]()]
@@ -78,46 +82,44 @@ class PlainLoop:
         vector_to_parameters(flatten(params)[0], network.parameters())
         return network
 
-    def _stage(
+    def _train(
         self,
         network: nn.Sequential,
-        lesson: tuple[Tensor, Tensor],
-        judge: tuple[Tensor, Tensor],
+        training: tuple[Tensor, Tensor],
+        validation: tuple[Tensor, Tensor],
         rate: float,
         orders: Iterable[Tensor],
     ) -> None:
-        staged, (inputs, targets), (questions, answers) = self._spec.staged, lesson, judge
-        assert staged is not None
+        """Train for an epoch in each of ``orders``, stop early, and keep the best."""
+        staged, (inputs, targets), (held_out, answers) = self._staged, training, validation
         optimizer = torch.optim.Adam(network.parameters(), lr=rate)
         best, best_state, since = float("inf"), network.state_dict(), 0
         for order in orders:
-            for start in range(0, len(inputs), staged.batch_size):
-                batch = order[start : start + staged.batch_size]
+            for batch in torch.split(order, staged.batch_size):
                 optimizer.zero_grad()
                 loss = F.binary_cross_entropy_with_logits(network(inputs[batch]).squeeze(1), targets[batch])
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             with torch.no_grad():
-                validation = float(F.binary_cross_entropy_with_logits(network(questions).squeeze(1), answers))
+                held_out_loss = float(F.binary_cross_entropy_with_logits(network(held_out).squeeze(1), answers))
             since += 1
-            if validation < best:
-                best, since = validation, 0
+            if held_out_loss < best:
+                best, since = held_out_loss, 0
                 best_state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
             if since >= staged.patience:
                 break
         network.load_state_dict(best_state)
 
-    def _accuracy(self, network: nn.Sequential, own: Candidates) -> Tensor:
+    def _accuracy(self, network: nn.Sequential, candidate: Candidates) -> Tensor:
         evaluation = self._sampler.evaluation
         with torch.no_grad():
             answers = network(self._inputs(evaluation.sequences)).T > 0
-        return evaluation.by_stratum(answers == evaluation.labels(own.selected))
+        return evaluation.by_stratum(answers == evaluation.labels(candidate.selected))
 
     def _inputs(self, sequences: Tensor) -> Tensor:
-        spec = self._spec
-        if spec.subject.input_encoding == "index":
+        if self._spec.subject.input_encoding == "index":
             return sequences.float()
-        return F.one_hot(sequences, spec.vocab_size).flatten(1).float()
+        return F.one_hot(sequences, self._spec.vocab_size).flatten(1).float()
 
 
 def _work(spec: str, first: int, step: int, count: int) -> tuple[float, list[Record]]:
@@ -125,8 +127,8 @@ def _work(spec: str, first: int, step: int, count: int) -> tuple[float, list[Rec
     loop = PlainLoop(GenerationSpec.model_validate_json(spec))
     loop.subject(first)
     began = time.monotonic()
-    found = [loop.subject(index) for index in range(first, first + step * count, step)]
-    return time.monotonic() - began, [record for record in found if record is not None]
+    records = [loop.subject(index) for index in range(first, first + step * count, step)]
+    return time.monotonic() - began, [record for record in records if record is not None]
 
 
 def plain_loop(spec: GenerationSpec, candidates: int) -> tuple[float, list[Record]]:

@@ -228,8 +228,7 @@ def test_seconds() -> float:
     return float("inf") if failed else time.monotonic() - began
 
 
-def main() -> None:
-    """Run the benchmark."""
+if __name__ == "__main__":
     parser = _kit.parser(__doc__)
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave out test_seconds")
     arguments = parser.parse_args()
@@ -239,7 +238,3 @@ def main() -> None:
     figures["golden_unequal"] = Figure(listed("results other than those recorded", unequal), "==", 0)
     figures["test_seconds"] = Figure(test_seconds(), "<=", 360) if arguments.tests else Figure(None)
     _kit.finish("house", figures)
-
-
-if __name__ == "__main__":
-    main()

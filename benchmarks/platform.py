@@ -7,7 +7,6 @@ which take turns at what comes first.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from ethogram.platform.state import StateDir
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
+from services.artifacts.backends import sha256_of
 from workers.process import SPIN_COUNT, THREAD_VARIABLES
 
 ZOO = GenerationSpec(subjects=256, training=SubjectTrainingSpec(steps=300), min_accuracy=0.0)
@@ -65,6 +65,7 @@ def overhead(client: Client, folder: Path) -> Figures:
     client.get(client.output(zoo.id, "zoo").id, folder / "zoo")
     spec = CrossmodalSpec(zoo=ArtifactRef(job=zoo.id, artifact="zoo"), codec=CODEC, training=TRAINING)
     (folder / "spec.json").write_text(spec.model_dump_json())
+    threads = dict.fromkeys(THREAD_VARIABLES, os.environ["ETHOGRAM_THREADS"]) | {"GOMP_SPINCOUNT": SPIN_COUNT}
     jobs, scripts, identical = [], [], True
     for number in range(ROUNDS):
         # The machine's speed drifts, so a round compares its own two, and rounds take turns at which is first.
@@ -74,7 +75,7 @@ def overhead(client: Client, folder: Path) -> Figures:
                 job = client.wait(client.submit("crossmodal", spec).id).check()
                 jobs.append(time.monotonic() - began)
             else:
-                run_script(folder / "zoo", folder / "spec.json", folder / f"direct-{number}")
+                _kit.call("_direct", folder / "zoo", folder / "spec.json", folder / f"direct-{number}", env=threads)
                 scripts.append(time.monotonic() - began)
         manifest = client.artifact(client.output(job.id, "codec").id).manifest
         if manifest is None:
@@ -89,16 +90,9 @@ def overhead(client: Client, folder: Path) -> Figures:
     }
 
 
-def run_script(zoo: Path, spec: Path, output: Path) -> None:
-    """One run of :mod:`benchmarks._direct`."""
-    threads = dict.fromkeys(THREAD_VARIABLES, os.environ["ETHOGRAM_THREADS"]) | {"GOMP_SPINCOUNT": SPIN_COUNT}
-    _kit.call("_direct", zoo, spec, output, env=threads)
-
-
 def digests(folder: Path) -> dict[str, str]:
     """Path below ``folder`` to sha256."""
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {file.relative_to(folder).as_posix(): sha256_of(file) for file in folder.rglob("*") if file.is_file()}
 
 
 if __name__ == "__main__":

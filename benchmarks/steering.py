@@ -9,9 +9,10 @@ measures again. The minutes of a training are those of this run, and null where 
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,11 +81,6 @@ def zoo_of(spec: GenerationSpec) -> Zoo:
     return Zoo.load(folder.place("zoo"))
 
 
-def first(zoo: Zoo, count: int) -> Tensor:
-    """The first ``count`` subjects (bool ``[models]``)."""
-    return torch.arange(len(zoo)) < count
-
-
 def first_of_each(zoo: Zoo) -> Tensor:
     """The first :data:`EARLIER` subjects of each behaviour (bool ``[models]``)."""
     if bool((zoo.labels.sum(0) < EARLIER).any()):
@@ -92,16 +88,15 @@ def first_of_each(zoo: Zoo) -> Tensor:
     return (zoo.labels & (zoo.labels.cumsum(0) <= EARLIER)).any(1)
 
 
-def judged(name: str, specs: Specs, subjects: Callable[[Zoo], Tensor] | None = None) -> Measured:
+def judged(name: str, specs: Specs, subjects: Callable[[Zoo], Tensor] | slice = slice(None)) -> Measured:
     """Figures of :func:`services.crossmodal.evaluate.evaluate` of a codec that is trained on the ``subjects`` of a zoo
     (all by default), and the minutes of its training."""
 
     def measure(folder: Path) -> dict[str, float]:
         zoo = zoo_of(specs.zoo)
-        if subjects is not None:
-            rows = subjects(zoo)
-            columns = ("index", "shape", "weights", "labels", "accuracy")
-            zoo = replace(zoo, **{column: getattr(zoo, column)[rows] for column in columns})
+        rows = subjects if isinstance(subjects, slice) else subjects(zoo)
+        columns = ("index", "shape", "weights", "labels", "accuracy")
+        zoo = replace(zoo, **{column: getattr(zoo, column)[rows] for column in columns})
 
         def evaluated(codec: Codec, run: Run) -> dict[str, float]:
             report = evaluate(codec, zoo, run)
@@ -116,24 +111,26 @@ def judged(name: str, specs: Specs, subjects: Callable[[Zoo], Tensor] | None = N
     return CACHE.measured(name, specs, SOURCES, measure)
 
 
-def shared(seeds: Sequence[int]) -> Figures:
+def shared(arguments: argparse.Namespace) -> Figures:
     """The part on shared initialisation."""
-    return over_seeds([judged(f"shared-{seed}", ten_behaviors(seed, "shared")) for seed in seeds], SHARED)
+    rows = [judged(f"shared-{seed}", ten_behaviors(seed, "shared")) for seed in arguments.seeds]
+    return over_seeds(rows, SHARED)
 
 
-def earlier(seeds: Sequence[int]) -> Figures:
+def earlier(arguments: argparse.Namespace) -> Figures:
     """The setting of earlier work."""
-    rows = [judged(f"earlier-{seed}", specs("few-subjects", seed), first_of_each) for seed in seeds]
+    rows = [judged(f"earlier-{seed}", specs("few-subjects", seed), first_of_each) for seed in arguments.seeds]
     return over_seeds(rows, EARLIER_FIGURES)
 
 
-def independent(seed: int) -> Figures:
+def independent(arguments: argparse.Namespace) -> Figures:
     """The part on independent initialisations, and what steps and subjects buy there."""
     figures: Figures = {}
+    seed = arguments.seeds[0]
     for steps, subjects in ((STEPS, 16_384), (STEPS // 2, 16_384), (STEPS // 4, 16_384), (STEPS // 4, 4096)):
         zoo, codec = ten_behaviors(seed, "independent", steps)
-        asked = Specs(zoo, codec.model_copy(update={"held_out": HELD_OUT / subjects}))
-        row = judged(f"independent-{seed}-{steps}-{subjects}", asked, partial(first, count=subjects))
+        pair = Specs(zoo, codec.model_copy(update={"held_out": HELD_OUT / subjects}))
+        row = judged(f"independent-{seed}-{steps}-{subjects}", pair, slice(subjects))
         for name, (key, op, bar) in INDEPENDENT.items():
             if steps == STEPS:
                 figures[name] = row.figure(key, op, bar)
@@ -143,7 +140,7 @@ def independent(seed: int) -> Figures:
     return figures
 
 
-def step(seconds: float) -> Figures:
+def step(arguments: argparse.Namespace) -> Figures:
     """Training subjects per second with the plain recipe, beside a plain implementation of it: perceptrons of the same
     latent, width and depth, about as many inputs, float32. The bar is on batches of our default size against its 16."""
     # As many numbers of a signature as there are components.
@@ -155,12 +152,12 @@ def step(seconds: float) -> Figures:
         trainer = CodecTrainer(CrossmodalSpec.model_validate({"zoo": _ANY, "loss": loss, "training": training}), zoo)
         trainer.advance()
         done, started = 0, time.perf_counter()
-        while time.perf_counter() - started < seconds:
+        while time.perf_counter() - started < arguments.seconds:
             done += len(trainer.sampler.batch(trainer.step))
             trainer.advance()
         return done / (time.perf_counter() - started)
 
-    peer = examples_per_second(zoo, CodecSpec(), seconds)
+    peer = examples_per_second(zoo, CodecSpec(), arguments.seconds)
     default, small = ours(CodecTrainingSpec().batch_size), ours(16)
     say(f"training step: {default:.0f} subjects/s with the default batch, {small:.0f} with 16, plain loop {peer:.0f}")
     return {
@@ -213,17 +210,9 @@ def over_seeds(rows: list[Measured], table: Bars) -> Figures:
     return figures
 
 
-PARTS: dict[str, _kit.Part] = {
-    "shared": lambda arguments: shared(arguments.seeds),
-    "earlier": lambda arguments: earlier(arguments.seeds),
-    "independent": lambda arguments: independent(arguments.seeds[0]),
-    "step": lambda arguments: step(arguments.seconds),
-}
-
-
-def main() -> None:
-    """Run the benchmark."""
-    parser = _kit.parser(__doc__, PARTS)
+if __name__ == "__main__":
+    parts = dict(shared=shared, earlier=earlier, independent=independent, step=step)
+    parser = _kit.parser(__doc__, parts)
     parser.add_argument("--seed", type=int, choices=SEEDS, help="only this seed (all three; of independent the first)")
     parser.add_argument("--afresh", action="store_true", help="measure again what was measured before")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each side of the part step (20)")
@@ -231,8 +220,4 @@ def main() -> None:
     arguments.seeds = SEEDS if arguments.seed is None else (arguments.seed,)
     CACHE.afresh = arguments.afresh
     torch.manual_seed(0)
-    _kit.run("steering", arguments, PARTS)
-
-
-if __name__ == "__main__":
-    main()
+    _kit.run("steering", arguments, parts)

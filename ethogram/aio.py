@@ -152,14 +152,13 @@ class AsyncClient:
                     async for frame in frames:
                         if frame.event == "end":
                             return
+                        data = frame.json()
                         if frame.event == "progress":
-                            yield Event(type="progress", data=frame.json(), job=id)
-                            continue
-                        event = Event.model_validate(frame.json())
-                        if event.seq is not None and event.seq <= last:
-                            continue
-                        last = event.seq if event.seq is not None else last
-                        yield event
+                            data = {"type": "progress", "data": data, "job": id}
+                        event = Event.model_validate(data)
+                        if event.seq is None or event.seq > last:
+                            last = event.seq or last
+                            yield event
                 if not follow:
                     return
                 # A gateway that shuts down ends its streams; another gateway, or its successor, has the rest.
@@ -355,7 +354,7 @@ class AsyncClient:
             async for chunk in response.aiter_bytes():
                 tries.heard()
                 for frame in parser.feed(chunk):
-                    tries.progressed()
+                    tries.heard(progress=True)
                     yield frame
 
     async def _download(self, path: str, target: Path, sha256: str, on_bytes: Callable[[int], None] | None) -> None:

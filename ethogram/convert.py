@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
-from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.unknown_fields import UnknownFieldSet
 from pydantic import BaseModel, ValidationError
 
@@ -52,7 +51,7 @@ def _message_fields(values: Mapping[str, Any], descriptor: Descriptor) -> dict[s
 
 def _to_wire(field: Field, value: Any, _: str) -> Any:
     if field.message_type is not None:
-        return GetMessageClass(field.message_type)(**_message_fields(value, field.message_type))
+        return _message_fields(value, field.message_type)
     return enum_prefix(field.enum_type.name) + value.upper() if field.enum_type is not None else value
 
 

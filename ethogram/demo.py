@@ -13,34 +13,31 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import ethogram
 from ethogram.bench import Figure, PeakMemory, form, versions
 from ethogram.cli.output import say, table
-from ethogram.cli.watch import Watch
 from ethogram.client import Client
 from ethogram.errors import NotFound, Unavailable
 from ethogram.platform.stack import Platform
 from ethogram.platform.state import StateDir
+from ethogram.progress import Watch
 from ethogram.resources import Event, Job, Model
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectTrainingSpec
+from ethogram.specs.kinds import KINDS
 
 if TYPE_CHECKING:
     from ethogram.inference import Inference
     from ethogram.specs.edits import Operation
 
-# What a job's outcome depends on, beside its spec and the libraries.
-_SOURCES = {
-    "generation": ("ethogram/specs", "services/zoo", "services/generation", "services/runtime"),
-    "crossmodal": ("ethogram/specs", "services/zoo", "services/crossmodal", "services/runtime"),
-}
+_OPERATIONS: tuple[Operation, ...] = ("add", "remove")
 _SERVED_SECONDS = 30.0
 # Measured only by a run that does the work; a later run repeats its values.
 _COSTS = ("seconds", "peak_rss_mib", "first_event_s")
@@ -128,7 +125,9 @@ def run(
         with client.inference() as inference:
             _until_served(inference, model)
             served = _steer_served(inference, model, output)
-    figures = _figures(evaluation["figures"], bars=not quick)
+    # Only the full size has bars.
+    measured = evaluation["figures"]
+    figures = {name: Figure(measured.get(name), *(() if quick else bar)) for name, bar in _BARS.items()}
     figures |= {
         "seconds": Figure(time.monotonic() - began, "<=", 600.0),
         "peak_rss_mib": Figure(memory.mib, "<=", 4096.0),
@@ -158,18 +157,17 @@ def _platform(state: StateDir) -> Iterator[tuple[Client, float | None, int]]:
 
     Beside it the seconds until that one was up (None for one that ran already) and the platform's process.
     """
-    with ExitStack() as stack:
-        record = state.read_record()
-        if os.environ.get("ETHOGRAM_URL") or record is not None:
-            client = stack.enter_context(Client(state=state.root))
+    record = state.read_record()
+    if os.environ.get("ETHOGRAM_URL") or record is not None:
+        with Client(state=state.root) as client:
             say(f"using the platform at {client.url}")
             yield client, None, int(record["pid"]) if record else os.getpid()
-            return
-        say("starting a platform")
-        platform = stack.enter_context(Platform(state, say=say))
+        return
+    say("starting a platform")
+    with Platform(state, say=say) as platform, Client(platform.url) as client:
         seconds = platform.seconds["platform"]
         say(f"platform up in {seconds:.1f} s: {platform.url}")
-        yield stack.enter_context(Client(platform.url)), seconds, os.getpid()
+        yield client, seconds, os.getpid()
         say("stopping the platform")
 
 
@@ -177,15 +175,13 @@ def _job(this: _Run, name: str, kind: str, spec: Spec) -> Job:
     """The finished job of ``spec``: an earlier one whose output is still there, else a new one, followed to its end."""
     key = f"{this.sizes.name}-{name}-{_digest(spec, kind)}"
     labels = {"name": name, "demo": this.sizes.name}
-
-    def submit(key: str) -> tuple[Job, float]:
-        now = time.monotonic()
-        return this.client.submit(kind, spec, labels=labels, idempotency_key=key), now
-
-    job, submitted = submit(f"{key}-{uuid.uuid4().hex}" if this.fresh else key)
+    new_key = f"{key}-{uuid.uuid4().hex}"
+    submitted = time.monotonic()
+    job = this.client.submit(kind, spec, labels=labels, idempotency_key=new_key if this.fresh else key)
     if job.terminal and not _valid(this.client, job, name):
         # A job that failed, or whose output was deleted, keeps its key.
-        job, submitted = submit(f"{key}-{uuid.uuid4().hex}")
+        submitted = time.monotonic()
+        job = this.client.submit(kind, spec, labels=labels, idempotency_key=new_key)
     if job.terminal:
         this.reused.append(name)
         say(f"{name}: reusing the output of {job.id}; --fresh runs it again")
@@ -212,9 +208,8 @@ def _valid(client: Client, job: Job, output: str) -> bool:
 def _digest(spec: Spec, kind: str) -> str:
     """What the outcome depends on: the spec, the code that runs, and the libraries that it computes with."""
     digest = hashlib.sha256(json.dumps([spec.model_dump(mode="json"), versions()], sort_keys=True).encode())
-    services = find_spec("services")
-    root = Path((services.submodule_search_locations or ["."])[0]).parent if services else Path()
-    for folder in _SOURCES[kind] if services else ():
+    root = Path(ethogram.__file__).parents[1]
+    for folder in ("ethogram/specs", "services/zoo", f"services/{KINDS[kind].system}", "services/runtime"):
         for file in sorted((root / folder).rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:24]
@@ -267,9 +262,8 @@ def _steer_served(inference: Inference, model: Model, output: Path) -> dict[tupl
         f"served: {len(labels)} held-out networks encoded and decoded; recall of their own behaviours "
         f"{source[labels].mean():.2f} before, {again[labels].mean():.2f} after"
     )
-    operations: tuple[Operation, ...] = ("add", "remove")
     measured: dict[tuple[Operation, str], Served] = {}
-    for (column, name), operation in product(enumerate(names), operations):
+    for (column, name), operation in product(enumerate(names), _OPERATIONS):
         has = labels[:, column]
         # Those without the behaviour can gain it; those with another one as well can lose it.
         subjects = ~has if operation == "add" else has & (labels.sum(axis=1) >= 2)
@@ -281,11 +275,6 @@ def _steer_served(inference: Inference, model: Model, output: Path) -> dict[tupl
         before = float(source[subjects, column].mean())
         measured[operation, name] = Served(int(subjects.sum()), before, float(recall.mean()))
     return measured
-
-
-def _figures(measured: Mapping[str, float], bars: bool) -> dict[str, Figure]:
-    """The figures of the evaluation with the bars of the full size; small sizes have none."""
-    return {name: Figure(measured.get(name), *(bar if bars else ())) for name, bar in _BARS.items()}
 
 
 def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
@@ -302,16 +291,15 @@ def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Serv
     """The table for people."""
     rows = [row for row in report["steering"] if row["edits"] and row["mode"] == "residual"]
     all_gate = {(row["operation"], row["pattern"], row["variant"]): row["all_gate"] for row in rows}
-    for operation in ("add", "remove"):
+    columns = ("pattern", "edits", "target_mean", "local_mean", "all_gate")
+    for operation in _OPERATIONS:
         cells = []
         for row in rows:
-            name = row["pattern"]
-            if row["operation"] != operation or row["variant"] != "edit":
-                continue
-            controls = [all_gate.get((operation, name, control)) for control in ("null", "random", "reverse")]
-            recall = served.get((row["operation"], name))
-            edit = (name, row["edits"], row["target_mean"], row["local_mean"], row["all_gate"])
-            cells.append((*edit, *controls, *((recall.before, recall.after) if recall else ("", ""))))
+            if row["operation"] == operation and row["variant"] == "edit":
+                name = row["pattern"]
+                controls = (all_gate.get((operation, name, control)) for control in ("null", "random", "reverse"))
+                recall = served.get((operation, name))
+                cells.append([*map(row.get, columns), *controls, *(recall[1:] if recall else ("", ""))])
         table(
             ["Pattern", "Edits", "Target", "Local", "All-gate", "Null", "Random", "Reverse", "Recall", "Steered"],
             cells,
@@ -325,13 +313,8 @@ def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Serv
     table(
         ["Figure", "Value", "Bar", ""],
         [
-            (
-                name,
-                figure["value"],
-                f"{figure['op']} {figure['bar']:g}" if figure["op"] else "",
-                "" if figure["ok"] else "missed",
-            )
-            for name, figure in report["figures"].items()
+            (name, f["value"], f"{f['op']} {f['bar']:g}" if f["op"] else "", "" if f["ok"] else "missed")
+            for name, f in report["figures"].items()
         ],
     )
     if report["reused"]:

@@ -29,14 +29,12 @@ def effect_page(effect: Effect, edits: Sequence[EditLike], networks: str) -> str
     rows = []
     for column, name in enumerate(effect.behaviors):
         share = f"{had[:, column].mean():.0%}" if count > 1 else ("yes" if had[0, column] else "no")
-        cells = [name, share, *_bars(predicted[:, :, column]), *_bars(recall[:, :, column])]
-        rows.append(cells)
+        rows.append([name, share, *_bars(predicted[:, :, column]), *_bars(recall[:, :, column])])
     rows.append(["none of them", "", "", "", *_bars(rate)])
     head = ["behaviour", "had it", "predicted before", "predicted after", "measured before", "measured after"]
     title = ", ".join(str(Edit(*edit)) for edit in edits)
-    network_rows = [
-        [str(i), f"{strength[i]:g}", _number(target[i]), f"{local[i]:+.3f}"] for i in range(min(count, _MAX_NETWORKS))
-    ]
+    shown = range(min(count, _MAX_NETWORKS))
+    network_rows = [[str(i), f"{strength[i]:g}", _number(target[i]), f"{local[i]:+.3f}"] for i in shown]
     more = f"<p>and {count - _MAX_NETWORKS} more</p>" if count > _MAX_NETWORKS else ""
     of = "1 network" if count == 1 else f"{count:,} networks; means"
     return f"""<!doctype html>
@@ -70,10 +68,8 @@ def summary(effect: Effect) -> dict[str, object]:
 
 def _bars(values: Floats) -> list[str]:
     """Means over the networks before and after (``[networks, 2]``), each as a number and a bar."""
-    cells = []
-    for kind, value in zip(("before", "after"), values.mean(axis=0).tolist(), strict=True):
-        cells.append(f'<i class="{kind}" style="width:{6 * value:.2f}rem"></i> {value:.2f}')
-    return cells
+    means = zip(("before", "after"), values.mean(axis=0).tolist(), strict=True)
+    return [f'<i class="{kind}" style="width:{6 * mean:.2f}rem"></i> {mean:.2f}' for kind, mean in means]
 
 
 def _mean(values: Floats) -> float:

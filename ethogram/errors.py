@@ -6,6 +6,7 @@ servicer into ``google.rpc.Status`` (see :mod:`ethogram.rpc`), and the client ba
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
 # A status detail larger than 16 KiB turns a gRPC answer into RESOURCE_EXHAUSTED, so long lists are cut.
 MAX_VIOLATIONS = 20
 MAX_DESCRIPTION = 300
+# Pydantic's words, and ours.
+_WORDS = {
+    r"^Value error, ": "",
+    r"^(Input|String|List|Dictionary) should ": "must ",
+    r"^Field required$": "is missing",
+    r"^Extra inputs are not permitted$": "there is no such field",
+    r"a valid dictionary( or instance of \w+)?": "a mapping",
+    r" after validation": "",
+}
 
 
 class Violation(NamedTuple):
@@ -59,9 +69,9 @@ class InvalidInput(EthogramError):
         for detail in details:
             assert isinstance(detail, dict)
             path = ".".join(str(part) for part in (*filter(None, [prefix]), *detail["loc"]))
-            text = printable(str(detail["msg"])).removeprefix("Value error, ")
-            if detail["type"] == "extra_forbidden":
-                text = "there is no such field"
+            text = printable(str(detail["msg"]))
+            for theirs, ours in _WORDS.items():
+                text = re.sub(theirs, ours, text)
             violations.append(Violation(path or "(root)", text[:MAX_DESCRIPTION]))
         first = violations[0]
         rest = len(violations) - 1 + more

@@ -16,11 +16,10 @@ from ethogram.channel import Channel, Methods
 from ethogram.errors import InvalidInput
 from ethogram.networks import Networks
 from ethogram.specs.edits import Behavior, Direction, Edit, EditLike, Mode, Operation, Steering
-from ethogram.tensors import from_tensor, to_tensor
 from ethogram.v1 import common_pb2
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub, SteeringServiceStub
-from ethogram.wire import fields_of
+from ethogram.wire import fields_of, from_tensor, to_tensor
 
 # With the types of edits, which users import from here too.
 __all__ = ["Behavior", "Direction", "Edit", "Effect", "Evaluated", "Inference", "Mode", "Operation", "Steered"]

@@ -9,6 +9,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ethogram.resources import Event
+
 LINE_SECONDS = 15.0
 """Seconds between lines of progress where there is no terminal for a bar."""
 
@@ -19,8 +21,8 @@ class StageDisplay:
 
     def __init__(self, console: Console | None = None, prefix: str = "") -> None:
         """``prefix``: put before each stage and message."""
-        self.console, self._prefix = console or Console(stderr=True), prefix
-        self.terminal = self.console.is_terminal
+        self._console, self._prefix = console or Console(stderr=True, emoji=False), prefix
+        self.terminal = self._console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(20),
@@ -28,11 +30,11 @@ class StageDisplay:
             TextColumn("{task.fields[unit]}", markup=False),
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}", markup=False),
-            console=self.console,
+            console=self._console,
             disable=not self.terminal,
         )
-        # As many as fit beside the bar.
-        self._shown = max(1, (self.console.width - 60) // 20)
+        # As many as fit beside the bar, or in a line of a log.
+        self._shown = max(1, ((self._console.width if self.terminal else 200) - 60) // 20)
         self._task: TaskID | None = None
         self._next_line = 0.0
 
@@ -72,4 +74,40 @@ class StageDisplay:
         self._print(self._prefix + message, "yellow" if level == "warning" else None)
 
     def _print(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class Watch(StageDisplay):
+    """Shows the events of the job that people know as ``name``, as a ``with`` block."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(prefix=f"{name}: ")
+        self._stage: str | None = None
+        self._total_left = 0
+        """Total of a stage that has not been shown to its end, else 0."""
+
+    def event(self, event: Event) -> None:
+        """Show one event."""
+        data = event.data
+        if event.type == "progress":
+            done, total = data.get("done", 0), data.get("total") or 0
+            if data.get("stage") != self._stage:
+                self._fill()
+                self._stage = data.get("stage")
+                self.stage(str(self._stage), total or None, data.get("unit", ""))
+            self.metrics(data.get("metrics") or {})
+            self.advance(done)
+            self._total_left = total if done < total else 0
+        elif event.type == "state":
+            if data.get("state") == "SUCCEEDED":
+                self._fill()
+            if not self.terminal:
+                self.log(str(data.get("state", "")))
+        elif event.type == "log":
+            self.log(str(data.get("message", "")), str(data.get("level", "info")))
+
+    def _fill(self) -> None:
+        # Progress is throttled, so the end of a stage is rarely sent.
+        if self._total_left:
+            self.advance(self._total_left)
+        self._total_left = 0

@@ -34,8 +34,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
-def status_of(error: EthogramError) -> Status:
-    """``error`` as a status message, without the field violations that exceed the size of details."""
+def grpc_status_of(error: EthogramError) -> grpc.Status:
+    """``error`` for ``abort_with_status`` of a context, without the violations that exceed the size of details."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     bad = error_details_pb2.BadRequest()
     for violation in error.violations:
@@ -49,12 +49,7 @@ def status_of(error: EthogramError) -> Status:
         packed.Pack(detail)
         details.append(packed)
     message = printable(error.message).encode()[:MAX_MESSAGE_TEXT].decode(errors="ignore")
-    return Status(code=code_pb2.Code.Value(error.grpc_code), message=message, details=details)
-
-
-def grpc_status_of(error: EthogramError) -> grpc.Status:
-    """``error`` for ``context.abort_with_status`` of a synchronous servicer."""
-    return rpc_status.to_status(status_of(error))
+    return rpc_status.to_status(Status(code=code_pb2.Code.Value(error.grpc_code), message=message, details=details))
 
 
 def error_of(call: grpc.RpcError) -> EthogramError:

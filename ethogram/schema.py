@@ -27,14 +27,14 @@ class Field(NamedTuple):
 
 
 def fields(schema: dict[str, Any]) -> list[Field]:
-    """Every field of ``schema`` at any depth, nested ones by their dotted path; N is a place in a list."""
+    """Every field of ``schema`` at any depth, nested ones by their dotted path; N is an index into a list."""
     return list(_fields(schema, schema.get("$defs", {}), "", {}))
 
 
 def _fields(
     schema: dict[str, Any], definitions: dict[str, Any], prefix: str, defaults: dict[str, Any]
 ) -> Iterator[Field]:
-    """``defaults``: what is there when all of ``schema`` is left out."""
+    """``defaults``: values of the fields where all of ``schema`` is left out."""
     required = set(schema.get("required", ()))
     for name, field in schema.get("properties", {}).items():
         path = f"{prefix}{name}"
@@ -51,10 +51,7 @@ def _fields(
 
 
 def _resolve(field: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    reference = field.get("$ref")
-    if reference is None and len(field.get("allOf", ())) == 1:
-        reference = field["allOf"][0].get("$ref")
-    return definitions.get(str(reference).rpartition("/")[2], {}) if reference else field
+    return definitions.get(field["$ref"].rpartition("/")[2], {}) if "$ref" in field else field
 
 
 def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:

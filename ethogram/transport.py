@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel
@@ -33,8 +33,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _LOG_AFTER = 2.0
 _BUSY = frozenset({502, 503, 504})
 _REFUSED = 429
-# Errors whose HTTP status alone tells them.
-_PLAIN = ("INVALID_INPUT", "NOT_FOUND", "CONFLICT", "RESOURCE_EXHAUSTED")
+# For an answer without a reason: a proxy's, or one to a path that this server does not have.
+_BY_STATUS = {cls.http_status: cls for cls in reversed(ERRORS.values())} | {400: InvalidInput}
+_BY_STATUS |= dict.fromkeys((*_BUSY, _REFUSED), Unavailable)
 
 logger = logging.getLogger("ethogram.client")
 
@@ -72,21 +73,17 @@ class Tries:
         self._logged = False
         self.unsure = False
         """Whether an earlier try may have been carried out."""
-        self._next = _FIRST_PAUSE
-        self.heard()
+        self.heard(progress=True)
 
-    def heard(self) -> None:
-        """The platform answered: restart the clock."""
+    def heard(self, *, progress: bool = False) -> None:
+        """The platform answered: restart the clock, and with ``progress`` also the pauses."""
         self._began = time.monotonic()
+        if progress:
+            self._next = _FIRST_PAUSE
 
     def following(self) -> None:
         """A stream has been opened, which may wait for longer from now on."""
         self._seconds = max(self._seconds, FOLLOW_SECONDS)
-        self.heard()
-
-    def progressed(self) -> None:
-        """There is progress: restart the clock and the pauses."""
-        self._next = _FIRST_PAUSE
         self.heard()
 
     def pause(self, outcome: httpx.TransportError | httpx.Response) -> float | None:
@@ -130,15 +127,14 @@ def address(url: str | None, state: str | Path | None) -> tuple[str, bool]:
         found = str(record["url"])
     found = found.rstrip("/")
     try:
-        parts = urlsplit(found)
-        valid = parts.scheme in ("http", "https") and parts.port != 0 and bool(httpx.URL(found))
-    except (ValueError, httpx.InvalidURL):
-        valid = False
-    if not valid or not parts.hostname:
+        parts = httpx.URL(found)
+    except httpx.InvalidURL:
+        parts = httpx.URL()
+    port = 80 if parts.port is None else parts.port
+    if parts.scheme not in ("http", "https") or not parts.host or not 0 < port < 2**16:
         raise InvalidInput.field("url", f"{found!r} is not the URL of a platform; write http://HOST:PORT")
     # A proxy cannot reach this machine's loopback.
-    loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-    return found, not loopback
+    return found, not (parts.host in ("localhost", "::1") or parts.host.startswith("127."))
 
 
 def submission(kind: str, spec: BaseModel | Mapping[str, Any], options: SubmitOptions) -> dict[str, Any]:
@@ -175,18 +171,12 @@ def error_of(response: httpx.Response) -> EthogramError:
     problem: Any = None
     with suppress(ValueError):
         problem = response.json()
-    if not isinstance(problem, dict):
-        problem = {}
+    problem = problem if isinstance(problem, dict) else {}
     text = str(problem.get("detail") or problem.get("title") or f"the server answered {response.status_code}")
     listed = problem.get("violations")
     items = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
     violations = [Violation(str(item.get("field")), str(item.get("description"))) for item in items]
-    cls = ERRORS.get(str(problem.get("reason")))
-    if cls is None:
-        # A proxy's answer, or a path that this server does not have.
-        by_status = {ERRORS[reason].http_status: ERRORS[reason] for reason in _PLAIN}
-        by_status |= {400: InvalidInput} | dict.fromkeys((*_BUSY, _REFUSED), Unavailable)
-        cls = by_status.get(response.status_code, Internal)
+    cls = ERRORS.get(str(problem.get("reason"))) or _BY_STATUS.get(response.status_code, Internal)
     if cls is Internal and problem.get("request_id"):
         text += f" (request {problem['request_id']}; the gateway's log has it)"
     return cls(text, violations)

@@ -31,7 +31,7 @@ class Problem(BaseModel):
     type: str = Field(examples=["about:blank"])
     title: str = Field(examples=["Unprocessable Entity"])
     status: int = Field(examples=[422])
-    detail: str = Field(examples=["spec.training.steps: Input should be greater than or equal to 1"])
+    detail: str = Field(examples=["spec.training.steps: must be greater than or equal to 1"])
     reason: str = Field(examples=["INVALID_INPUT"])
     violations: list[ViolationOut] = []
     request_id: str

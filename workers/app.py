@@ -54,11 +54,7 @@ class SlotRunner:
         metrics.rings.inc()
         try:
             while not self._context.stopping.is_set():
-                try:
-                    claim = registry.claim_next(queue_name, self._name, lease)
-                except Unavailable as error:
-                    logger.warning(error.message)
-                    return
+                claim = registry.claim_next(queue_name, self._name, lease)
                 if claim is None:
                     return
                 metrics.claims.labels(queue_name).inc()
@@ -69,6 +65,8 @@ class SlotRunner:
                 run_attempt(self._context, claim, slot)
             # Another worker takes the remaining jobs.
             self._bell.ring(queue_name)
+        except Unavailable as error:
+            logger.warning(error.message)
         finally:
             self._free.put(slot)
 

@@ -32,9 +32,7 @@ ENVIRONMENT = {
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "ACTIVATIONS_ROOT"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
 }
-ENVIRONMENT_PREFIXES = (
-    *("LC_", "NVIDIA_", "NCCL_", "TORCH_", "PYTORCH_", "HF_", "WANDB_", "AWS_", "FSSPEC_", "GOOGLE_", "AZURE_"),
-)
+PREFIXES = ("LC_", "NVIDIA_", "NCCL_", "TORCH_", "PYTORCH_", "HF_", "WANDB_", "AWS_", "FSSPEC_", "GOOGLE_", "AZURE_")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # By default OpenMP's threads spin for milliseconds at each barrier. When another process wants a core, training with
 # small matrix products then takes ten times as long; with a short spin it is hardly slower.
@@ -48,7 +46,7 @@ class ChildFailed(Exception):
 def child_environment(slot: Slot, environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a job's process: the allowed part of ``environment`` and its slot's share of the machine."""
     return {
-        **{k: v for k, v in environment.items() if k in ENVIRONMENT or k.startswith(ENVIRONMENT_PREFIXES)},
+        **{k: v for k, v in environment.items() if k in ENVIRONMENT or k.startswith(PREFIXES)},
         **dict.fromkeys(THREAD_VARIABLES, str(slot.threads)),
         "GOMP_SPINCOUNT": SPIN_COUNT,
         "CUDA_VISIBLE_DEVICES": slot.gpus,

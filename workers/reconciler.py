@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 from ethogram.errors import StaleAttempt, Unavailable
 from services.jobs.registry import JobRegistry
@@ -126,14 +127,8 @@ def serve(config: WorkerSettings, stopping: threading.Event) -> None:
 def main() -> None:
     """``python -m workers.reconciler``."""
     stopping = threading.Event()
-    run_process(
-        "workers.reconciler",
-        "reconciler",
-        WorkerSettings,
-        lambda config: serve(config, stopping),
-        stopping.set,
-        failure=2,
-    )
+    start = partial(serve, stopping=stopping)
+    run_process("workers.reconciler", "reconciler", WorkerSettings, start, stopping.set, failure=2)
 
 
 if __name__ == "__main__":

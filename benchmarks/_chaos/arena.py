@@ -96,7 +96,11 @@ class Arena:
             self._start(name)
         self._keeper = threading.Thread(target=self._keep, daemon=True)
         self._keeper.start()
-        self._wait_ready()
+        deadline = time.monotonic() + READY_SECONDS
+        while not all(map(self.ready, NAMES)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the platform was not ready after {READY_SECONDS:.0f} s; its logs: {self.logs}")
+            time.sleep(0.05)
 
     def pid(self, name: str) -> int:
         """Process id of ``name``, once it lives."""
@@ -194,13 +198,6 @@ class Arena:
             if time.monotonic() - looked > 0.5:
                 looked = time.monotonic()
                 self.orphans.look({process.pid for process in self._processes.values()})
-
-    def _wait_ready(self) -> None:
-        deadline = time.monotonic() + READY_SECONDS
-        while not all(map(self.ready, NAMES)):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the platform was not ready after {READY_SECONDS:.0f} s; its logs: {self.logs}")
-            time.sleep(0.05)
 
 
 def spawn(errors: list[str], function: Callable[..., None], *arguments: Any) -> threading.Thread:

@@ -104,11 +104,14 @@ class Workload:
 
     def fetched(self, scratch: Path) -> dict[str, float | str]:
         """What the uploads hold now; a sentence where one cannot be fetched and verified."""
+        found: dict[str, float | str] = dict.fromkeys(self.uploads, "the registry does not know it")
         known = {artifact.id for artifact in self._insist(lambda client: client.artifacts(limit=None))}
-        return {
-            id: self._number(id, scratch / f"upload-{id}") if id in known else "the registry does not know it"
-            for id in self.uploads
-        }
+        for id in known & found.keys():
+            try:
+                found[id] = float((self._arena.store.fetch(id, scratch / f"upload-{id}") / FILE).read_text())
+            except EthogramError as error:
+                found[id] = error.message
+        return found
 
     def roots(self) -> list[str]:
         """All jobs in the registry that are no children."""
@@ -132,12 +135,6 @@ class Workload:
                 steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found: dict[str, Any] = {"events": self._events(job), "artifacts": rows, "output": output, "steps": steps}
         return Evidence(**vars(submission), job=job, children=children, **found)
-
-    def _number(self, id: str, folder: Path) -> float | str:
-        try:
-            return float((self._arena.store.fetch(id, folder) / FILE).read_text())
-        except EthogramError as error:
-            return error.message
 
     def _events(self, job: Job) -> list[Event]:
         events: list[Event] = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ethogram.cli.options import Answer, Limit, Version, command, group
+from ethogram.cli.options import Answer, Limit, ModelName, Version, command, group
 from ethogram.cli.output import pairs, say, table
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ models = group(
 )
 
 Source = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Id of an artifact, or JOB/NAME: a job's output.")]
-ModelName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.")]
 
 
 @command(app, "ethogram artifacts put my-zoo/ --name zoo --type zoo")
@@ -45,6 +45,8 @@ def ls(
 ) -> Answer:
     """List artifacts, newest first."""
     artifacts = client.artifacts(job=job, type=type, limit=limit)
+    if job and not artifacts:
+        client.job(job)  # raises if there is no such job
     rows = [(a.id, a.name, a.type, a.size, a.job, a.created_at) for a in artifacts]
     return Answer(artifacts, lambda: table(["Artifact", "Name", "Type", "Bytes", "Job", "Created"], rows))
 
@@ -59,11 +61,11 @@ def get(
     ] = None,
 ) -> Answer:
     """Download an artifact; every file is checked against its digest."""
-    artifact = client.artifact(_resolve(client, source))
-    name = artifact.manifest.name if artifact.manifest else artifact.name
-    folder = client.get(artifact.id, output or Path(Path(name).name or artifact.id))
-    files = sorted(artifact.manifest.files) if artifact.manifest else []
-    answer = {"artifact": artifact.id, "folder": str(folder), "files": files}
+    id = _resolve(client, source)
+    manifest = client.artifact(id).manifest
+    folder = client.get(id, output or Path(Path(manifest.name if manifest else id).name or id))
+    files = sorted(manifest.files) if manifest else []
+    answer = {"artifact": id, "folder": str(folder), "files": files}
     return Answer(answer, lambda: say(f"{len(files)} files in {folder}"))
 
 
@@ -100,7 +102,9 @@ def retire(
 def models_ls(client: Client) -> Answer:
     """List published models."""
     models = client.models()
-    rows = [(m.name, m.version, m.artifact, m.created, "retired" if m.retired else "") for m in models]
+    times = [datetime.fromisoformat(str(model.created)) if model.created else None for model in models]
+    states = ["retired" if model.retired else "" for model in models]
+    rows = [(m.name, m.version, m.artifact, *more) for m, *more in zip(models, times, states, strict=True)]
     return Answer(models, lambda: table(["Name", "Version", "Artifact", "Created", ""], rows))
 
 

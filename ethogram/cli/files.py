@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ethogram.errors import InvalidInput
@@ -84,13 +83,11 @@ def _name(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def read_spec(
-    spec: type[S], file: Path | None, values: Iterable[str] | None, given: Mapping[str, Any] = MappingProxyType({})
-) -> S:
-    """The spec in ``file``, on top of ``given`` and with ``values`` (``PATH=VALUE``) set, or :class:`InvalidInput`."""
+def read_spec(spec: type[S], file: Path | None, values: Iterable[str] | None) -> S:
+    """The spec in ``file`` with ``values`` (``PATH=VALUE``) set, or :class:`InvalidInput`."""
     from pydantic import ValidationError
 
     try:
-        return spec.model_validate(set_values({**given, **read_mapping(file, "spec")}, values or (), "spec"))
+        return spec.model_validate(set_values(read_mapping(file, "spec"), values or (), "spec"))
     except ValidationError as error:
         raise InvalidInput.from_pydantic(error, "spec") from None

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ethogram.cli.files import read_mapping, set_values
-from ethogram.cli.options import (
-    Answer,
-    Json,
-    KindName,
-    Limit,
-    Set,
-    Url,
-    Wait,
-    assignment,
-    command,
-    connect,
-    group,
-    seconds,
-)
+from ethogram.cli.options import Answer, Json, KindName, Limit, Set, Wait, assignment, command, group, seconds
 from ethogram.cli.output import console, pairs, print_json, table
 from ethogram.errors import InvalidInput
 
@@ -38,6 +26,7 @@ app = group(
     "ethogram jobs list --state RUNNING",
     "ethogram jobs watch job_abc",
 )
+_TIME = partial(typer.Option, metavar="TIME", parser=seconds)
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
 
 
@@ -48,6 +37,7 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
     "ethogram submit generation --dry-run",
 )
 def submit(
+    client: Client,
     kind: KindName,
     *,
     file: Annotated[
@@ -62,66 +52,48 @@ def submit(
         int | None, typer.Option(help="Attempts before a job that crashes or stalls fails.", show_default="3")
     ] = None,
     time_limit: Annotated[
-        float | None,
-        typer.Option(
-            metavar="TIME",
-            parser=seconds,
-            help="Running time of all attempts after which the job fails: 90, 90s, 30m, 2h, 1d.",
-        ),
+        float | None, _TIME(help="Running time of all attempts after which the job fails: 90, 90s, 30m, 2h, 1d.")
     ] = None,
     stall_limit: Annotated[
         float | None,
-        typer.Option(
-            metavar="TIME",
-            parser=seconds,
-            help="Silence after which an attempt is ended and retried; none: never.",
-            show_default="30m",
-        ),
+        _TIME(help="Silence after which an attempt is ended and retried, or none.", show_default="30m"),
     ] = None,
     wait: Wait = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the job and print it with every default; queue nothing.")
     ] = False,
-    url: Url = None,
 ) -> Answer:
     """Queue a job. Fields that neither the file nor --set gives have their defaults."""
     from ethogram.transport import SubmitOptions
 
     spec = set_values(read_mapping(file, "spec"), values or (), "spec")
     labels = _labels(label) | ({"name": name} if name is not None else {})
-    options: SubmitOptions = {
-        "priority": priority,
-        "queue": queue,
-        "max_attempts": max_attempts,
-        "labels": labels or None,
-    }
-    if time_limit is not None:
-        options["time_limit_seconds"] = _finite(time_limit)
+    options: SubmitOptions = {"priority": priority, "queue": queue, "max_attempts": max_attempts, "labels": labels}
+    if time_limit not in (None, math.inf):
+        options["time_limit_seconds"] = time_limit
     if stall_limit is not None:
-        options["stall_limit_seconds"] = _finite(stall_limit)
-    with connect(url) as client:
-        if dry_run:
-            checked = client.dry_run(kind, spec, **options)
-            return Answer(checked, lambda: print_json(checked))
-        return _queued(client, client.submit(kind, spec, **options), wait, name or kind)
+        options["stall_limit_seconds"] = stall_limit if math.isfinite(stall_limit) else None
+    if dry_run:
+        checked = client.dry_run(kind, spec, **options)
+        return Answer(checked, lambda: print_json(checked))
+    return _queued(client, client.submit(kind, spec, **options), wait)
 
 
 @command(top, "ethogram pipeline examples/main.yaml --set jobs.zoo.spec.subjects=256 --wait")
 def pipeline(
+    client: Client,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML with `jobs:`, name to kind and spec.")],
     values: Set = None,
     wait: Wait = False,
-    url: Url = None,
 ) -> Answer:
     """Queue several jobs that use each other's outputs: all of them, or none if one is wrong."""
     plan = set_values(read_mapping(file, "pipeline"), values or (), "pipeline")
     jobs = plan.get("jobs")
     if not isinstance(jobs, dict) or set(plan) != {"jobs"}:
         raise InvalidInput(f"{file} must hold `jobs:`, a mapping of names to jobs, and nothing else")
-    with connect(url) as client:
-        queued = client.pipeline(jobs)
-        if wait:
-            queued = {name: _follow(client, job, name) for name, job in queued.items()}
+    queued = client.pipeline(jobs)
+    if wait:
+        queued = {name: _follow(client, job, name) for name, job in queued.items()}
     rows = [(name, job.id, job.kind, job.state) for name, job in queued.items()]
     succeeded = all(job.state == "SUCCEEDED" for job in queued.values())
     return Answer({"jobs": queued}, lambda: table(["Name", "Job", "Kind", "State"], rows), ok=succeeded or not wait)
@@ -158,8 +130,7 @@ def watch(client: Client, id: JobId, as_json: Json = False) -> None:
     if as_json:
         job = client.wait(id, on_event=lambda event: print_json(event, indent=None))
     else:
-        first = client.job(id)
-        job = _follow(client, first, first.labels.get("name") or first.kind)
+        job = _follow(client, client.job(id))
         _shown(job).show()
     if job.state != "SUCCEEDED":
         raise typer.Exit(1)
@@ -215,8 +186,7 @@ def retry(
     wait: Wait = False,
 ) -> Answer:
     """Queue a failed or cancelled job again; it resumes from its last checkpoint."""
-    job = client.retry(id, from_start=from_start)
-    return _queued(client, job, wait, job.labels.get("name") or job.kind)
+    return _queued(client, client.retry(id, from_start=from_start), wait)
 
 
 @command(app, "ethogram jobs rm job_abc")
@@ -226,23 +196,19 @@ def rm(client: Client, id: JobId) -> Answer:
     return Answer({"deleted": id}, lambda: pairs({"deleted": id}))
 
 
-def _finite(seconds: float) -> float | None:
-    return seconds if math.isfinite(seconds) else None
-
-
-def _queued(client: Client, job: Job, wait: bool, name: str) -> Answer:
+def _queued(client: Client, job: Job, wait: bool) -> Answer:
     """A job that was queued just now, or with ``wait`` has been followed to its end."""
     if not wait:
         return _shown(job, brief=True)
-    job = _follow(client, job, name)
+    job = _follow(client, job)
     return _shown(job)._replace(ok=job.state == "SUCCEEDED")
 
 
-def _follow(client: Client, job: Job, name: str) -> Job:
-    from ethogram.cli.watch import Watch
+def _follow(client: Client, job: Job, name: str | None = None) -> Job:
+    from ethogram.progress import Watch
 
     # The events of the earlier attempts of a retried job are not shown again.
-    with Watch(name) as shown:
+    with Watch(name or job.labels.get("name") or job.kind) as shown:
         shown.log(f"{job.id} {job.state} in the queue {job.queue}")
         try:
             for event in client.events(job.id, after=job.seq):

@@ -9,15 +9,15 @@ import typer
 
 from ethogram.cli import artifacts, jobs, networks, platform
 from ethogram.cli import run as local
-from ethogram.cli.execute import execute
-from ethogram.cli.options import examples, show_help
+from ethogram.cli.options import show_help, system_app
+from ethogram.cli.output import execute
 
-app = typer.Typer(
-    name="ethogram",
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=examples("ethogram demo --quick", "ethogram up", "ethogram submit generation -f zoo.yaml --wait"),
+app = system_app(
+    "ethogram",
+    "Record, encode, steer and explain the behaviour of neural networks.",
+    "ethogram demo --quick",
+    "ethogram up",
+    "ethogram submit generation -f zoo.yaml --wait",
 )
 
 
@@ -36,7 +36,6 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Record, encode, steer and explain the behaviour of neural networks."""
     show_help(context)
 
 

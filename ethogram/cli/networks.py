@@ -6,30 +6,29 @@ A file of networks holds one tensor per parameter: a batch, or the state dict of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ethogram.cli.options import Answer, Output, Url, Version, assignment, command, connect
+from ethogram.cli.options import Answer, ModelName, Output, Version, assignment, command
 from ethogram.cli.output import say, table
-from ethogram.errors import InvalidInput
+from ethogram.errors import InvalidInput, Violation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ethogram.client import Client
-    from ethogram.inference import Effect, Inference, Steered
+    from ethogram.inference import Effect
+    from ethogram.specs.edits import Edit
 
 app = typer.Typer()
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A published model.")]
 NetworksFile = Annotated[Path, typer.Argument(metavar="NETWORKS", help="A safetensors file of networks.")]
 Activation = Annotated[
-    str | None,
-    typer.Option(help="Activation of the hidden layers, if the model has this shape with several."),
+    str | None, typer.Option(help="Activation of the hidden layers, if the model has this shape with several.")
 ]
 
 
@@ -51,6 +50,7 @@ def encode(
 
 @command(app, "ethogram decode my-codec latents.safetensors -o networks.safetensors")
 def decode(
+    client: Client,
     model: ModelName,
     latents: Annotated[Path, typer.Argument(metavar="LATENTS", help="A safetensors file with the tensor `latents`.")],
     *,
@@ -61,7 +61,6 @@ def decode(
     ] = None,
     activation: Activation = None,
     version: Version = None,
-    url: Url = None,
 ) -> Answer:
     """Decode latents to networks."""
     from ethogram.networks import load
@@ -73,7 +72,7 @@ def decode(
         widths = [int(width) for width in hidden.split(",")] if hidden else []
     except ValueError:
         raise InvalidInput.field("--hidden", f"{hidden} is not a list of widths such as 16,16") from None
-    with _inference(url) as inference:
+    with client.inference() as inference:
         answer = inference.decode(model, tensors["latents"], hidden=widths, activation=activation, version=version)
     return _written(output, answer.networks, model=answer.model, version=answer.version)
 
@@ -85,6 +84,7 @@ def decode(
     "ethogram steer my-codec mine.safetensors --replace palindrome=has_majority --strength auto --report effect.html",
 )
 def steer(
+    client: Client,
     model: ModelName,
     networks: NetworksFile,
     *,
@@ -108,7 +108,6 @@ def steer(
     ] = None,
     activation: Activation = None,
     version: Version = None,
-    url: Url = None,
 ) -> Answer:
     """Change the behaviours of networks, and write the changed networks."""
     from ethogram.specs.edits import Edit
@@ -120,32 +119,37 @@ def steer(
             "name what to change with --add BEHAVIOR, --remove BEHAVIOR or --replace OLD=NEW; `ethogram models "
             "behaviors` lists them"
         )
-    options: dict[str, Any] = {
-        "mode": "direct" if direct else "residual",
-        "strength": _strength(strength),
-        "direction": direction,
-        "activation": activation,
-        "version": version,
-    }
-    measured: dict[str, Any] = {}
-    with _inference(url) as inference:
-        if report is None:
-            answer: Steered | Effect = inference.steer(model, networks, edits, **options)
-        else:
-            from ethogram.effect import effect_page, summary
-
-            answer = effect = inference.effect(model, networks, edits, **options)
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(effect_page(effect, edits, str(networks)))
-            measured = summary(effect)
-    return _written(output, answer.networks, model=answer.model, version=answer.version, **measured)
-
-
-def _strength(text: str) -> float | str:
     try:
-        return text if text == "auto" else float(text)
+        scale = strength if strength == "auto" else float(strength)
     except ValueError:
-        raise InvalidInput.field("--strength", f"{text} is neither a number nor auto") from None
+        raise InvalidInput.field("--strength", f"{strength} is neither a number nor auto") from None
+    options: dict[str, Any] = {"mode": "direct" if direct else "residual", "strength": scale, "direction": direction}
+    options |= {"activation": activation, "version": version}
+    measured: dict[str, Any] = {}
+    try:
+        with client.inference() as inference:
+            steered = (inference.effect if report else inference.steer)(model, networks, edits, **options)
+    except InvalidInput as error:
+        wrong = [Violation(*(_with_options(text, edits) for text in violation)) for violation in error.violations]
+        raise InvalidInput(_with_options(error.message, edits), wrong) from None
+    if report is not None:
+        from ethogram.effect import effect_page, summary
+
+        effect = cast("Effect", steered)
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(effect_page(effect, edits, str(networks)))
+        measured = summary(effect)
+    return _written(output, steered.networks, model=steered.model, version=steered.version, **measured)
+
+
+def _with_options(text: str, edits: Sequence[Edit]) -> str:
+    """``text`` with the options that gave the edits, in place of the paths of the request: ``edits.0.behavior``."""
+
+    def option(path: re.Match[str]) -> str:
+        edit = edits[int(path[1])]
+        return f"--{edit.operation} {getattr(edit, path[2] or 'behavior')}"
+
+    return re.sub(r"\bedits\.(\d+)(?:\.(behavior|by))?", option, text)
 
 
 @command(app, "ethogram evaluate my-codec steered.safetensors", "ethogram evaluate my-codec n.safetensors --json")
@@ -155,22 +159,12 @@ def evaluate(
     """Run networks on held-out sequences and print their recall of each behaviour."""
     with client.inference() as inference:
         answer = inference.evaluate(model, networks, activation=activation, version=version)
-    value = answer._asdict() | {
-        "recall": answer.recall.tolist(),
-        "false_positive_rate": answer.false_positive_rate.tolist(),
-    }
     # A batch is shown by its mean; a single network has no batch axis.
     recall = answer.recall.reshape(-1, len(answer.behaviors))
     rows = [(name, float(share)) for name, share in zip(answer.behaviors, recall.mean(axis=0), strict=True)]
     rows.append(("none of them", float(answer.false_positive_rate.mean())))
     columns = ["Sequences with", "Answered yes" if len(recall) == 1 else f"Answered yes, mean of {len(recall)}"]
-    return Answer(value, lambda: table(columns, rows))
-
-
-@contextmanager
-def _inference(url: str | None) -> Iterator[Inference]:
-    with connect(url) as client, client.inference() as inference:
-        yield inference
+    return Answer(answer._asdict(), lambda: table(columns, rows))
 
 
 def _written(path: Path, tensors: Mapping[str, NDArray[Any]], **more: Any) -> Answer:

@@ -62,6 +62,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; by d
 Limit = Annotated[int, typer.Option(min=1, help="Show at most this many, newest first.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Follow to the end; exit code 1 when a job fails.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
 Version = Annotated[str | None, typer.Option(metavar="VERSION", help="Version of the model; by default the latest.")]
 
 Public = Annotated[bool, typer.Option("--public", help="Create it as a public repository.")]
@@ -131,22 +132,22 @@ def command(app: typer.Typer, *lines: str, name: str | None = None) -> Callable[
     where the function takes a ``client``, --url, and the function gets a client of that platform."""
 
     def decorate(function: F) -> F:
-        own = inspect.signature(function, eval_str=True, locals={"Client": object}).parameters
-        shared = inspect.signature(_shared, eval_str=True).parameters
-        wanted = shared if "client" in own else {"as_json": shared["as_json"]}
+        own = dict(inspect.signature(function, eval_str=True, locals={"Client": object}).parameters)
+        shared = dict(inspect.signature(_shared, eval_str=True).parameters)
+        if own.pop("client", None) is None:
+            del shared["url"]
 
         @wraps(function)
         def run(**given: Any) -> None:
-            options = {name: given[name] for name in own if name != "client"}
-            with connect(given["url"]) if "client" in own else nullcontext() as client:
-                answer = function(**options, **({"client": client} if "client" in own else {}))
+            with connect(given["url"]) if "url" in shared else nullcontext() as client:
+                options = {"client": client} if "url" in shared else {}
+                answer = function(**options, **{name: given[name] for name in own})
             if answer is not None:
                 result(answer.value, given["as_json"], answer.show)
                 if not answer.ok:
                     raise typer.Exit(1)
 
-        ours = [parameter for name, parameter in own.items() if name not in (*wanted, "client")]
-        declare(app, run, [*ours, *wanted.values()], lines, name)
+        declare(app, run, (own | shared).values(), lines, name)
         return function
 
     return decorate
@@ -176,24 +177,14 @@ def show_help(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-def group(text: str, *lines: str) -> typer.Typer:
+def group(text: str, *lines: str, **settings: Any) -> typer.Typer:
     """Commands below a word; ``text``: their help; ``lines``: examples."""
-    return typer.Typer(help=text, invoke_without_command=True, callback=show_help, epilog=examples(*lines))
+    return typer.Typer(help=text, invoke_without_command=True, callback=show_help, epilog=examples(*lines), **settings)
 
 
 def system_app(name: str, text: str, *lines: str) -> typer.Typer:
-    """The commands of a system, ``python -m services.<name>``; ``text``: its help; ``lines``: examples."""
-    return typer.Typer(
-        name=name,
-        rich_markup_mode="markdown",
-        pretty_exceptions_enable=False,
-        # Options may also be written with underscores.
-        context_settings={
-            "help_option_names": ["-h", "--help"],
-            "token_normalize_func": lambda token: token.replace("_", "-"),
-        },
-        callback=show_help,
-        invoke_without_command=True,
-        help=text,
-        epilog=examples(*lines),
-    )
+    """A whole command line, ``ethogram`` or ``python -m services.<name>``; ``text``: its help; ``lines``: examples."""
+    # Options may also be written with underscores.
+    settings = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-")}
+    more = {"rich_markup_mode": "markdown", "pretty_exceptions_enable": False, "context_settings": settings}
+    return group(text, *lines, name=name, **more)

@@ -1,20 +1,58 @@
-"""What commands print: results on standard output, everything else on standard error."""
+"""Run commands and print: results on standard output, everything else on standard error; errors and exit codes."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ethogram.errors import EthogramError
+import typer
+
+from ethogram.errors import EthogramError, Internal, InvalidInput
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 # Wide enough for a row of ids when the output goes to a file or a pipe.
 _PIPE_WIDTH = 200
+
+
+def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> NoReturn:
+    """Run ``app`` and exit: 0; 2 for bad input; 1 for any other failure. Errors become a message, never a traceback.
+
+    ``arguments``: by default the process's.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    problem: EthogramError
+    try:
+        code = app(arguments, standalone_mode=False, prog_name=name)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.TyperException as failure:
+        problem = InvalidInput(failure.format_message())
+    except EthogramError as failure:
+        problem = failure
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has left, e.g. `| head`. Nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as failure:
+        problem = Internal(f"{failure.filename or 'the system'}: {failure.strerror or failure}")
+    except Exception as failure:
+        if os.environ.get("ETHOGRAM_DEBUG"):
+            raise
+        text = f"{type(failure).__name__}: {failure}. This is a defect; ETHOGRAM_DEBUG=1 shows the traceback."
+        problem = Internal(text)
+    error(problem)
+    if "--json" in arguments:
+        violations = [violation._asdict() for violation in problem.violations]
+        print_json({"error": {"reason": problem.reason, "message": problem.message, "violations": violations}})
+    sys.exit(2 if isinstance(problem, InvalidInput) else 1)
 
 
 def console(stderr: bool = False) -> Console:
@@ -29,10 +67,10 @@ def console(stderr: bool = False) -> Console:
 
 
 def dump(value: object) -> Any:
-    """``value`` with every resource in it as plain data."""
+    """``value`` with every resource and array in it as plain data."""
     from pydantic_core import to_jsonable_python
 
-    return to_jsonable_python(value, by_alias=True, fallback=str)
+    return to_jsonable_python(value, by_alias=True, fallback=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:
@@ -68,19 +106,16 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
 def figures(values: Mapping[str, Any]) -> None:
     """Print the numbers in a job's result as a table; nested ones by dotted names."""
 
-    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, f"{value:.4f}" if isinstance(value, float) else value
-
-    table(["figure", "value"], flat(values.get("figures", values)))
+    rows = _flat(values.get("figures", values))
+    table(["figure", "value"], [(name, f"{v:.4f}" if isinstance(v, float) else v) for name, v in rows])
 
 
 def pairs(values: Mapping[str, object]) -> None:
-    """Print names and values below each other; empty values are left out."""
-    shown = {name: _cell(value) for name, value in values.items() if value not in (None, "", {}, [])}
+    """Print names and values below each other; empty values are left out. On a terminal, a mapping's values have lines
+    of their own, with dotted names; elsewhere it is JSON."""
+    rows = _flat(values) if sys.stdout.isatty() else values.items()
+    filled = [(name, value) for name, value in rows if value not in (None, "", {}, [])]
+    shown = {name: f"{value:g}" if isinstance(value, float) else _cell(value) for name, value in filled}
     width = max(map(len, shown), default=0)
     out = console()
     for name, value in shown.items():
@@ -100,6 +135,14 @@ def error(problem: EthogramError) -> None:
     if len(problem.violations) > 1 or any(v.field not in problem.message for v in problem.violations):
         for violation in problem.violations:
             out.print(f"  {violation.field}: {violation.description}")
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _cell(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from operator import attrgetter
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from ethogram.cli.files import read_spec
-from ethogram.cli.options import Device, Json, KindName, Out, Set, SpecFile, assignment, declare, examples
+from ethogram.cli.options import Device, Json, KindName, Out, Set, SpecFile, assignment, declare
 from ethogram.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -46,32 +47,77 @@ class Request(NamedTuple):
     """Whether the spec gets a reference to each input."""
     places: Mapping[str, Path] = _EMPTY
     """Where artifacts go that are not in the run's folder, by name."""
+    kind: Kind | None = None
+    """Kind of the job, if the command does not have one."""
 
 
-@app.command(
-    epilog=examples(
-        "ethogram run generation --set subjects=200 -o my-run",
-        "ethogram run crossmodal --input zoo=my-run -f examples/plain.yaml -o my-codec",
-        "ethogram run activations --input policy=my-policy --set instances=5000 -o my-activations --device cuda",
-        "torchrun --nproc-per-node 2 --no-python ethogram run clt --input activations=my-activations "
-        "--set kind=cross_layer -o my-clt",
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Options of every command that runs a job."""
+
+    file: SpecFile = None
+    values: Set = None
+    out: Out
+    device: Device = None
+    as_json: Json = False
+
+
+def flag(type: Any, *names: str, help: str, metavar: str | None = None) -> Any:
+    """Annotation of an option that sets one value of a spec; see :func:`run_command`."""
+    return Annotated[type | None, typer.Option(*names, help=help, metavar=metavar)]
+
+
+def run_command(
+    app: typer.Typer,
+    kind: Kind | None,
+    *lines: str,
+    flags: Mapping[str, Any] = _EMPTY,
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> Callable[[Callable[..., Request]], Callable[..., Request]]:
+    """Decorator: a command of ``app`` that runs a ``kind`` (None: the request's), named and documented as the function,
+    which makes a :class:`Request` of its own parameters. ``flags``: annotations of options that set one value of the
+    spec, by its path. ``lines``: examples. ``show``: prints the result."""
+
+    def decorate(function: Callable[..., Request]) -> Callable[..., Request]:
+        parameters = inspect.signature(function, eval_str=True).parameters
+        shared = inspect.signature(_Options, eval_str=True).parameters
+        paths = {path.replace(".", "_"): path for path in flags}
+        flagged = [inspect.Parameter(name, _KEYWORD, default=None, annotation=flags[paths[name]]) for name in paths]
+
+        @wraps(function)
+        def command(**given: Any) -> None:
+            request = function(**{name: given[name] for name in parameters})
+            values = {path: given[name] for name, path in paths.items()} | dict(request.values)
+            options = _Options(**{name: given[name] for name in shared})
+            known = kind or request.kind
+            assert known is not None
+            _run(known, request._replace(values=values), options, show)
+
+        rest = [shared[name] for name in shared if name not in parameters]
+        declare(app, command, [*parameters.values(), *flagged, *rest], lines)
+        return function
+
+    return decorate
+
+
+@run_command(
+    app,
+    None,
+    "ethogram run generation --set subjects=200 -o my-run",
+    "ethogram run crossmodal --input zoo=my-run -f examples/plain.yaml -o my-codec",
+    "ethogram run activations --input policy=my-policy --set instances=5000 -o my-activations --device cuda",
+    "torchrun --nproc-per-node 2 --no-python ethogram run clt --input activations=my-activations "
+    "--set kind=cross_layer -o my-clt",
 )
 def run(
     kind: KindName,
-    file: SpecFile = None,
-    values: Set = None,
-    *,
-    out: Out,
     input: Annotated[
         list[str] | None,
         typer.Option(
             "--input", "-i", metavar="NAME=PATH", help="File or folder of an input, by spec path. Repeatable."
         ),
     ] = None,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
+) -> Request:
     """Run a job of any kind in this process, without a platform.
 
     This needs a server install. A checkpoint is kept every half minute and on Ctrl-C, and the same command resumes from
@@ -89,76 +135,25 @@ def run(
             names = ", ".join(KINDS[kind].inputs) or "none"
             raise InvalidInput.field("--input", f"{kind} has no input {name!r}; its inputs: {names}")
         inputs[name] = Path(path).expanduser()
-    _run(KINDS[kind], Request(inputs), file=file, values=values, out=out, device=device, as_json=as_json)
+    return Request(inputs, kind=KINDS[kind])
 
 
-def flag(type: Any, *names: str, help: str, metavar: str | None = None) -> Any:
-    """Annotation of an option that sets one value of a spec; see :func:`run_command`."""
-    return Annotated[type | None, typer.Option(*names, help=help, metavar=metavar)]
-
-
-def run_command(
-    app: typer.Typer,
-    kind: Kind,
-    *lines: str,
-    flags: Mapping[str, Any] = _EMPTY,
-    show: Callable[[dict[str, Any]], None] | None = None,
-) -> Callable[[Callable[..., Request]], Callable[..., Request]]:
-    """Decorator: a command of ``app`` that runs a ``kind``, named and documented as the function, which makes a
-    :class:`Request` of its own parameters. ``flags``: annotations of options that set one value of the spec, by its
-    path. ``lines``: examples. ``show``: prints the result."""
-
-    def decorate(function: Callable[..., Request]) -> Callable[..., Request]:
-        parameters = inspect.signature(function, eval_str=True).parameters
-        shared = inspect.signature(_shared, eval_str=True).parameters
-        paths = {path.replace(".", "_"): path for path in flags}
-        options = [inspect.Parameter(name, _KEYWORD, default=None, annotation=flags[paths[name]]) for name in paths]
-
-        @wraps(function)
-        def command(**given: Any) -> None:
-            request = function(**{name: given[name] for name in parameters})
-            values = {path: given[name] for name, path in paths.items()} | dict(request.values)
-            _run(kind, request._replace(values=values), **{name: given[name] for name in shared}, show=show)
-
-        rest = [shared[name] for name in shared if name not in parameters]
-        declare(app, command, [*parameters.values(), *options, *rest], lines)
-        return function
-
-    return decorate
-
-
-def _shared(
-    file: SpecFile = None, values: Set = None, *, out: Out, device: Device = None, as_json: Json = False
-) -> None:
-    """The options of every command that runs a job."""
-
-
-def _run(
-    kind: Kind,
-    request: Request,
-    *,
-    file: Path | None,
-    values: list[str] | None,
-    out: Path,
-    device: str | None,
-    as_json: bool,
-    show: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
+def _run(kind: Kind, request: Request, options: _Options, show: Callable[[dict[str, Any]], None] | None) -> None:
     from ethogram.cli import output
 
-    spec = _spec(kind, request, file, values or [])
+    spec = _spec(kind, request, options.file, options.values or [])
     output.say("Preparing: loading the libraries.")
     try:
         folders, local = (import_module(f"services.runtime.{name}") for name in ("folders", "local"))
-        folder = folders.RunFolder(request.folder or out, request.places)
-        result = local.run(kind, spec, folder, request.inputs, device)
+        folder = folders.RunFolder(request.folder or options.out, request.places)
+        result = local.run(kind, spec, folder, request.inputs, options.device)
     except ModuleNotFoundError as error:
         raise Unavailable(f"running jobs here needs {error.name}, which is not installed: {_INSTALL}") from None
     if result is None:
         return
     figures = result.get("figures", result)
     headline = {name: figures[name] for name in kind.headline if name in figures}
-    output.result(result, as_json, lambda: show(result) if show else output.figures(headline or figures))
+    output.result(result, options.as_json, lambda: show(result) if show else output.figures(headline or figures))
     for name in kind.outputs:
         if (place := folder.place(name)).exists():
             page = place / "report.html"

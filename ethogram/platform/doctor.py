@@ -6,11 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from ethogram.bench import versions
 from ethogram.errors import Conflict, EthogramError
 from ethogram.platform import redis
 from ethogram.platform.stack import check_port
@@ -34,13 +34,13 @@ class Finding(NamedTuple):
 
 def examine(state: StateDir) -> list[Finding]:
     """Check everything that ``ethogram up`` and its jobs need. Starts nothing and changes nothing."""
-    python = ".".join(map(str, sys.version_info[:3]))
     folder = next(folder for folder in (state.root, *state.root.parents) if folder.exists())
     free = shutil.disk_usage(folder).free
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    torch = _version("torch")
+    installed = versions()
+    torch = installed.get("torch")
     return [
-        Finding("python", sys.version_info >= (3, 11), python, "run Ethogram with Python 3.11 or newer"),
+        Finding("python", sys.version_info >= (3, 11), installed["python"], "run Ethogram with Python 3.11 or newer"),
         _server(),
         Finding("torch", torch is not None, torch or "not installed", _INSTALL),
         _redis(),
@@ -50,13 +50,6 @@ def examine(state: StateDir) -> list[Finding]:
         _port(state),
         _gpu(torch),
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _server() -> Finding:

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,22 +116,22 @@ class Platform:
         env = self._environment(self._start_redis(deadline))
 
         # The gateway first and alone: people wait for it, and the imports of the others would slow it down.
-        gateway = self._spawn("gateway", ["gateway"], env | {"ETHOGRAM_PORT": str(port)})
+        gateway = self._spawn("gateway", "gateway", env | {"ETHOGRAM_PORT": str(port)})
         with httpx.Client(base_url=self.url, trust_env=False, timeout=2.0) as http:
             self._wait(gateway, lambda: http.get("/readyz").is_success, deadline)
         self.seconds["gateway"] = time.monotonic() - began
-        inference = self._spawn("inference", ["services.inference"], env | {"ETHOGRAM_PORT": str(inference_port)})
+        inference = self._spawn("inference", "services.inference", env | {"ETHOGRAM_PORT": str(inference_port)})
         # A worker answers no requests; its log says when it is ready.
         level = "DEBUG" if env.get("ETHOGRAM_LOG_LEVEL") == "DEBUG" else "INFO"
-        worker = self._spawn("worker", ["workers"], env | {"ETHOGRAM_LOG_LEVEL": level})
-        reconciler = self._spawn("reconciler", ["workers.reconciler"], env)
+        worker = self._spawn("worker", "workers", env | {"ETHOGRAM_LOG_LEVEL": level})
+        reconciler = self._spawn("reconciler", "workers.reconciler", env)
         with grpc.insecure_channel(self.inference, options=_CHANNEL_OPTIONS) as channel:
             # grpc.health.v1 in its raw form: an empty request, and field 1 of the answer is 1 (SERVING).
             check: Callable[..., bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
             self._wait(inference, lambda: check(b"", timeout=2.0) == b"\x08\x01", deadline)
         self.seconds["inference"] = time.monotonic() - began
         self._wait(worker, lambda: worker.logged("worker ready"), deadline)
-        self._check(reconciler)
+        self._wait(reconciler, lambda: True, deadline)
         self.seconds["platform"] = time.monotonic() - began
         self.state.write_record(self.url, self.inference)
         self._watcher = threading.Thread(target=self._watch, name="platform-watch", daemon=True)
@@ -163,8 +163,8 @@ class Platform:
             "ETHOGRAM_INFERENCE": self.inference,
         }
 
-    def _spawn(self, name: str, module: Sequence[str], env: dict[str, str]) -> Child:
-        return self._add(name, [sys.executable, "-m", *module, "--parent-pipe"], env)
+    def _spawn(self, name: str, module: str, env: dict[str, str]) -> Child:
+        return self._add(name, [sys.executable, "-m", module, "--parent-pipe"], env)
 
     def _add(self, name: str, command: list[str], env: dict[str, str]) -> Child:
         assert self._lock is not None
@@ -175,20 +175,21 @@ class Platform:
         return child
 
     def _wait(self, child: Child, ready: Callable[[], bool], deadline: float) -> None:
-        while not _answers(ready):
-            if self._stopping.is_set():
+        """Return when ``child`` runs and ``ready`` is true. Raises :class:`Unavailable` with the end of its log."""
+        problem = ""
+        while not problem:
+            answered = False
+            with suppress(Unavailable, httpx.TransportError, grpc.RpcError):
+                answered = ready()
+            if child.exit_code is not None:
+                problem = f"{child.name} ended while the platform started ({describe(child.exit_code)})"
+            elif answered:
+                return
+            elif time.monotonic() > deadline:
+                problem = f"{child.name} did not answer within {_START_SECONDS:g} s"
+            elif self._stopping.wait(0.02):
                 raise Unavailable("the platform was stopped while it started")
-            self._check(child)
-            if time.monotonic() > deadline:
-                raise Unavailable(f"{child.name} did not answer within {_START_SECONDS:g} s\n{_log_of(child)}")
-            time.sleep(0.02)
-        self._check(child)
-
-    @staticmethod
-    def _check(child: Child) -> None:
-        code = child.exit_code
-        if code is not None:
-            raise Unavailable(f"{child.name} ended while the platform started ({describe(code)})\n{_log_of(child)}")
+        raise Unavailable(f"{problem}\nthe end of its log, {child.log}:\n{child.log_end()}")
 
     def _watch(self) -> None:
         while not self._stopping.wait(0.2):
@@ -219,14 +220,3 @@ def check_port(port: int) -> None:
             raise Conflict(
                 f"port {port} cannot be used ({error.strerror}); name another with --port, or --port 0 for any free one"
             ) from None
-
-
-def _log_of(child: Child) -> str:
-    return f"the end of its log, {child.log}:\n{child.log_end()}"
-
-
-def _answers(ready: Callable[[], bool]) -> bool:
-    try:
-        return ready()
-    except (Unavailable, httpx.TransportError, grpc.RpcError):
-        return False

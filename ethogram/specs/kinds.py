@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from ethogram.specs.base import Spec
@@ -64,8 +64,7 @@ class Kind:
 
     def load_job(self) -> Callable[..., dict[str, Any]]:
         """Import the job's function; takes a server install."""
-        module, name = self.job.split(":")
-        function: Callable[..., dict[str, Any]] = getattr(import_module(module), name)
+        function: Callable[..., dict[str, Any]] = resolve_name(self.job)
         return function
 
 
@@ -145,10 +144,7 @@ KINDS: dict[str, Kind] = {
             rpc="/ethogram.v1.CltService/RunSweep",
             inputs={"activations": "activations", "model.dictionary": "sparse-model"},
             outputs={"models": "sparse-models", "report": "report"},
-            example={
-                "activations": _output("activations"),
-                "grid": [{"option": "model.k", "values": ["8", "32"]}],
-            },
+            example={"activations": _output("activations"), "grid": [{"option": "model.k", "values": ["8", "32"]}]},
         ),
     )
 }

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ethogram.cli import output
-from ethogram.cli.execute import execute
 from ethogram.cli.options import Answer, Device, NewFolder, assignment, command, examples, system_app
 from ethogram.cli.run import Request, flag, run_command
 from ethogram.errors import InvalidInput
@@ -84,8 +83,8 @@ def _show_pairs(rows: list[dict[str, Any]]) -> None:
 def _show_sweep(result: dict[str, Any]) -> None:
     rows = [[name, *(f"{figures[key]:.4f}" for key in SPARSE_HEADLINE)] for name, figures in result["runs"].items()]
     output.table(["run", *SPARSE_HEADLINE], rows)
-    for name, why in result["failed"].items():
-        output.say(f"{name} failed: {why}")
+    for name, reason in result["failed"].items():
+        output.say(f"{name} failed: {reason}")
 
 
 @run_command(
@@ -310,4 +309,4 @@ def sweep(
 
 
 if __name__ == "__main__":
-    execute(app, _MODULE)
+    output.execute(app, _MODULE)

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from ethogram.cli import output
-from ethogram.cli.execute import execute
 from ethogram.cli.options import NewFolder, Public, examples, hub_spec, system_app
 from ethogram.cli.run import Request, run_command
 from ethogram.errors import InvalidInput
@@ -90,4 +89,4 @@ def pull(
 
 
 if __name__ == "__main__":
-    execute(app, _MODULE)
+    output.execute(app, _MODULE)

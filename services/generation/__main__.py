@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 import typer
 
 from ethogram.cli import output
-from ethogram.cli.execute import execute
 from ethogram.cli.files import read_mapping, read_spec
 from ethogram.cli.options import (
     Answer,
@@ -251,4 +250,4 @@ def _new(folder: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    execute(app, _MODULE)
+    output.execute(app, _MODULE)

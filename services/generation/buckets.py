@@ -24,7 +24,7 @@ from services.generation.data import Candidates, activations_of
 from services.generation.format import TrainingDataFormatter
 from services.generation.sampler import PatternDatasetSampler
 from services.generation.train import SubjectModelTrainer, Trained
-from services.zoo.dataset import BRANCHES, schema
+from services.zoo.dataset import BRANCHES, prefixed, record_of, schema
 from services.zoo.layout import Layout
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import encode, flatten
@@ -141,7 +141,7 @@ class BucketTrainer:
         changed = (candidates.other[kept], candidates.target[kept])
         for name, branch_rows, patterns in zip(BRANCHES, others, changed, strict=False):
             for row, branch_row, pattern in zip(rows, branch_rows, patterns.tolist(), strict=True):
-                row |= _prefixed(f"{name}_", branch_row) | {f"{name}_pattern": self.names[pattern]}
+                row |= prefixed(f"{name}_", branch_row) | {f"{name}_pattern": self.names[pattern]}
         return rows, list(filter(None, causes))
 
     def _staged(self, candidates: Candidates, staged: StagedSpec) -> tuple[list[Row], list[str]]:
@@ -166,7 +166,7 @@ class BucketTrainer:
                 "epochs": [int(first.epochs[i]), int(improved.epochs[i])],
                 "validation_loss": [float(first.loss[i]), float(improved.loss[i])],
             }
-            row |= _prefixed("degraded_", other)
+            row |= prefixed("degraded_", other)
         return rows, list(filter(None, early + late))
 
     def _gate(self, trained: Trained, accuracy: Tensor) -> list[str | None]:
@@ -187,32 +187,17 @@ class BucketTrainer:
         # Records are without the padding to the widest.
         widths = {architecture.hidden[0], *candidates.neurons.tolist()}
         layout = Layout([architecture._replace(hidden=(width,) * len(architecture.hidden)) for width in widths])
-        positions = dict(zip(widths, zip(layout.positions, layout.neuron_positions, strict=True), strict=True))
+        narrow = zip(layout.shapes, layout.positions, layout.neuron_positions, strict=True)
+        by_width = {shape.hidden[0]: (shape, own.numpy(), neurons.numpy()) for shape, own, neurons in narrow}
         for i, accuracies in enumerate(accuracy[kept].numpy()):
-            width = int(candidates.neurons[i])
-            parameters, neurons = (tensor.numpy() for tensor in positions[width])
+            shape, parameters, neurons = by_width[int(candidates.neurons[i])]
             rate = float(candidates.learning_rate[i]) if self.spec.staged else self.spec.training.learning_rate
-            rows.append(
-                {
-                    "index": int(candidates.indices[i]),
-                    "patterns": list(compress(self.names, candidates.selected[i])),
-                    "layers": int(candidates.layers[i]),
-                    "neurons": width,
-                    "activation": architecture.activation,
-                    "learning_rate": rate,
-                    "dropout": float(candidates.dropout[i]),
-                    "accuracy": accuracies,
-                    "worst_accuracy": accuracies.min(),
-                    "weights": weights[i, parameters],
-                    "signature": {method: values[i, neurons].ravel() for method, values in signature_rows.items()},
-                }
-            )
+            signature = {method: values[i, neurons].ravel() for method, values in signature_rows.items()}
+            network = {"accuracy": accuracies, "weights": weights[i, parameters], "signature": signature}
+            index, patterns = int(candidates.indices[i]), compress(self.names, candidates.selected[i])
+            dropout = float(candidates.dropout[i])
+            rows.append(record_of(index, patterns, shape, network, learning_rate=rate, dropout=dropout))
         return rows
-
-
-def _prefixed(prefix: str, row: Row) -> Row:
-    """What a record says of the network itself, as another network of the same candidate."""
-    return {f"{prefix}{column}": row[column] for column in ("accuracy", "weights", "signature")}
 
 
 def _bucket_size(spec: GenerationSpec) -> int:

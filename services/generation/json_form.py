@@ -24,13 +24,16 @@ from services.zoo.dataset import (
     DATA,
     architecture_of,
     data_file,
+    network_columns,
     network_of,
+    prefixed,
     read_about,
     read_records,
+    record_of,
     signature_of,
 )
 from services.zoo.json_records import PATTERNS, JsonRecords, Record
-from services.zoo.subjects import Architecture, Params, encode, flatten
+from services.zoo.subjects import Architecture, Params, encode
 
 
 def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
@@ -165,27 +168,15 @@ def _row(index: int, record: Record, trainer: BucketTrainer) -> dict[str, Any]:
     selected = torch.tensor([[name in record.patterns for name in names]])
     inputs = encode(shape, evaluation.sequences)
 
-    def network(params: Params, prefix: str) -> dict[str, Any]:
-        signature = trainer.extractor.extract(params, shape)
-        return {
-            f"{prefix}accuracy": evaluation.accuracy(params, inputs, shape.activation, selected)[0].numpy(),
-            f"{prefix}weights": flatten(params)[0].numpy(),
-            f"{prefix}signature": {method: values.flatten().numpy() for method, values in signature.items()},
-        }
+    def network(params: Params) -> dict[str, Any]:
+        accuracy = evaluation.accuracy(params, inputs, shape.activation, selected)[0]
+        return network_columns(params, shape, accuracy, trainer.extractor)
 
-    row = {
-        "index": index,
-        "patterns": list(compress(names, selected[0])),
-        "layers": len(shape.hidden),
-        "neurons": shape.hidden[0],
-        "activation": shape.activation,
-        "learning_rate": record.learning_rate,
-        "dropout": record.dropout,
-        **network(record.improved, ""),
-    }
-    row["worst_accuracy"] = row["accuracy"].min()
+    patterns, improved = compress(names, selected[0]), network(record.improved)
+    rate, dropout = record.learning_rate, record.dropout
+    row = record_of(index, patterns, shape, improved, learning_rate=rate, dropout=dropout)
     if record.degraded is not None and record.target is not None:
-        row |= network(record.degraded, "degraded_")
+        row |= prefixed("degraded_", network(record.degraded))
         target = names.index(record.target)
         row["target_pattern"], row["epochs"] = record.target, [int(count) for count in record.by_stage("epochs")]
         row["improvement"] = row["accuracy"][target] - row["degraded_accuracy"][target]

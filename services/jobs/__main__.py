@@ -37,18 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(database: Database, given: argparse.Namespace) -> int:
     before = database.revision() or BASE
     if given.command == "current":
-        _say(before if before == REVISION else f"{before} (this version of Ethogram: {REVISION})")
+        line = before if before == REVISION else f"{before} (this version of Ethogram: {REVISION})"
     elif given.command == "upgrade":
         database.upgrade()
-        _say(f"{database.name}: {before} -> {REVISION}" if before != REVISION else f"{database.name}: {REVISION}")
+        line = f"{database.name}: {before} -> {REVISION}" if before != REVISION else f"{database.name}: {REVISION}"
     else:
-        lost = database.downgrade(given.revision, commit=given.yes)
-        for name, rows in lost:
-            _say(f"{'dropped' if given.yes else 'would drop'} {name} ({rows} row{'' if rows == 1 else 's'})")
+        done = "dropped" if given.yes else "would drop"
+        for name, rows in database.downgrade(given.revision, commit=given.yes):
+            sys.stdout.write(f"{done} {name} ({rows} row{'' if rows == 1 else 's'})\n")
         if not given.yes and given.revision != before:
             sys.stderr.write("nothing was changed; add --yes to do it\n")
             return 1
-        _say(f"{database.name}: {before} -> {given.revision}")
+        line = f"{database.name}: {before} -> {given.revision}"
+    sys.stdout.write(f"{line}\n")
     return 0
 
 
@@ -70,10 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     down.add_argument("revision", metavar="REVISION", help=f"such as 0001, or {BASE} for no tables at all")
     down.add_argument("--yes", action="store_true", help="do it; otherwise only list what it would delete")
     return parser
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
 
 
 if __name__ == "__main__":

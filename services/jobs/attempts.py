@@ -55,17 +55,9 @@ class Attempts(Queries):
                 return None
             id, tenant = found
             attempt, time, table = submission.new_id("att"), transitions.now(), tables.Job
-            moved = transitions.move(
-                session,
-                id,
-                JobState.RUNNING,
-                source=[JobState.QUEUED],
-                note={"worker": worker},
-                attempt=attempt,
-                attempts=table.attempts + 1,
-                claims=table.claims + 1,
-                started_at=func.coalesce(table.started_at, time),
-            )
+            started: dict[str, Any] = {"attempt": attempt, "started_at": func.coalesce(table.started_at, time)}
+            started |= {"attempts": table.attempts + 1, "claims": table.claims + 1, "note": {"worker": worker}}
+            moved = transitions.move(session, id, JobState.RUNNING, source=[JobState.QUEUED], **started)
             assert moved, "the job is locked, and was queued then"
             shares.served(session, queue, tenant)
             number = session.scalars(select(table.claims).where(table.id == id)).one()

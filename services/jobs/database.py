@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import sqlite3
 import threading
 import time
@@ -64,6 +65,15 @@ _FOR_NOW = ("08", "25006", "40", "53", "55", "57", "58", "XX001", "XX002")
 _DEADLOCK = "40P01"
 # No permission, which an operator can grant.
 _NOT_ALLOWED = "42501"
+
+# Pattern in the driver's text -> what to do about it; the first that matches.
+_HINTS = {
+    "full|space": "free some space",
+    "permission denied": "let this user make tables there (GRANT CREATE, USAGE ON SCHEMA public)",
+    "too many clients|connection slots": "raise its max_connections (a process of the platform takes up to 40)",
+    "deadlock|timeout": "other transactions were in the way",
+    "": "check that it runs and is writable",
+}
 
 
 class Collision(Unavailable):
@@ -121,19 +131,17 @@ class Database:
         self.name = self.url.render_as_string(hide_password=True)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         self._turn = threading.Lock()
-        with self._clear_errors():
-            try:
-                self._engine = self._connect()
-            except (ValueError, TypeError) as error:
-                raise InvalidInput.field("database_url", f"has an option that the driver refuses: {error}") from None
-            self._reader = self._engine
-            if not self.sqlite:
-                self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ")
-            self._writer = self._engine.execution_options(ethogram_write=True)
         try:
+            with self._clear_errors():
+                self._engine = self._connect()
+            reading = {} if self.sqlite else {"isolation_level": "REPEATABLE READ"}
+            self._reader = self._engine.execution_options(**reading)
+            self._writer = self._engine.execution_options(ethogram_write=True)
             revision = self.revision()
-        except ProgrammingError as error:
-            raise InvalidInput.field("database_url", f"is refused by the driver: {error.orig}") from None
+        except (ValueError, TypeError, ProgrammingError) as error:
+            raise InvalidInput.field(
+                "database_url", f"the driver refuses it: {getattr(error, 'orig', error)}"
+            ) from None
         if upgrade and revision != REVISION:
             self.upgrade()
 
@@ -238,15 +246,7 @@ class Database:
 
     def _unavailable(self, cause: str) -> Unavailable:
         cause = " ".join(cause.split())
-        hint = "check that it runs and is writable"
-        if "full" in cause or "space" in cause:
-            hint = "free some space"
-        elif "permission denied" in cause:
-            hint = "let this user make tables there (GRANT CREATE, USAGE ON SCHEMA public)"
-        elif "too many clients" in cause or "connection slots" in cause:
-            hint = "raise its max_connections (a process of the platform takes up to 40)"
-        elif "deadlock" in cause or "timeout" in cause:
-            hint = "other transactions were in the way"
+        hint = next(hint for pattern, hint in _HINTS.items() if re.search(pattern, cause))
         return Unavailable(f"the database {self.name} cannot be used ({cause}): {hint}, then try again")
 
 
@@ -276,10 +276,8 @@ def _parse(url: str) -> URL:
 def _configure_sqlite(connection: Any, _record: Any) -> None:
     # Otherwise the driver begins transactions itself, as readers.
     connection.isolation_level = None
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.execute("PRAGMA synchronous = FULL")
-    cursor.close()
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA synchronous = FULL")
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -115,9 +115,8 @@ class Queries:
     def backing_off(self) -> builtins.list[BackingOff]:
         """Jobs that wait after a crash; the reconciler ends the wait by :meth:`Attempts.wake`."""
         job = tables.Job
-        query = select(job.id.label("job"), job.queue, job.claims, job.backoff_seconds.label("seconds")).where(
-            job.state == JobState.QUEUED, job.ready == tables.FALSE, job.backoff_seconds.is_not(None)
-        )
+        query = select(job.id.label("job"), job.queue, job.claims, job.backoff_seconds.label("seconds"))
+        query = query.where(_queued(None, job.ready == tables.FALSE), job.backoff_seconds.is_not(None))
         with self._database.read() as session:
             return [BackingOff(**row) for row in session.execute(query).mappings()]
 

@@ -17,7 +17,6 @@ def _to_utc(value: datetime) -> datetime:
         raise ValueError("must lie between the years 1 and 9999 in UTC") from None
 
 
-EventType = Literal["state", "log", "checkpoint", "artifact"]
 LABEL_KEY = r"^[A-Za-z0-9_./-]{1,63}$"
 LabelKey = Annotated[str, StringConstraints(pattern=LABEL_KEY)]
 LabelValue = Annotated[str, StringConstraints(max_length=255)]
@@ -100,7 +99,7 @@ class Event(BaseModel):
     job: str
     seq: int
     attempt: str | None
-    type: EventType
+    type: Literal["state", "log", "checkpoint", "artifact"]
     data: dict[str, Any]
     time: datetime
 

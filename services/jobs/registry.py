@@ -17,7 +17,7 @@ from services.jobs import submission, tables, transitions
 from services.jobs.database import Database, retry_collisions, set_values
 from services.jobs.records import ArtifactRow, Claim, Depth, Event, Job, Options, RunningAttempt
 from services.jobs.retention import Retention
-from services.jobs.states import JobState
+from services.jobs.states import UNSUCCESSFUL, JobState
 
 __all__ = ["ArtifactRow", "Claim", "Depth", "Event", "Job", "JobRegistry", "JobState", "Options", "RunningAttempt"]
 
@@ -126,7 +126,7 @@ class JobRegistry(Retention):
         """
         with self._database.write() as session:
             job = self._job(session, id)
-            if job.state not in (JobState.FAILED, JobState.CANCELLED):
+            if job.state not in UNSUCCESSFUL:
                 raise IllegalState(f"job {id} is {job.state}: only a failed or cancelled job can be retried")
             transitions.lock_parent(session, id)
             self._retry(session, job, from_start)
@@ -143,32 +143,18 @@ class JobRegistry(Retention):
             found = submission.resolve(session, path, ArtifactRef(job=needs, artifact=name or ""), job.tenant)
             waiting += found.artifact is None
             set_values(session, table, table.job == job.id, table.path == path, artifact=found.artifact)
-        forget = {"checkpoint_artifact": None, "checkpoint_step": None} if from_start else {}
-        moved = transitions.move(
-            session,
-            job.id,
-            JobState.QUEUED,
-            source=[JobState.FAILED, JobState.CANCELLED],
-            ready=waiting == 0,
-            waiting=waiting,
-            attempts=0,
-            ran_seconds=0.0,
-            cancel_requested=False,
-            not_before=None,
-            progress=None,
-            result=None,
-            error=None,
-            finished_at=None,
-            note={"reason": "retried"},
-            **forget,
-        )
-        if not moved:
+        cleared = ["not_before", "progress", "result", "error", "finished_at"]
+        cleared += ["checkpoint_artifact", "checkpoint_step"] if from_start else []
+        values: dict[str, Any] = dict.fromkeys(cleared)
+        values |= {"attempts": 0, "ran_seconds": 0.0, "cancel_requested": False}
+        values |= {"ready": waiting == 0, "waiting": waiting, "note": {"reason": "retried"}}
+        if not transitions.move(session, job.id, JobState.QUEUED, source=UNSUCCESSFUL, **values):
             raise IllegalState(f"job {job.id} was just retried by somebody else")
         transitions.count_children(session, job.parent)
         for child in transitions.children(session, job.id):
             if child.state is JobState.CANCELLING:
                 raise IllegalState(f"its child {child.job} is still being cancelled: try again when that has ended")
-            if child.state in (JobState.FAILED, JobState.CANCELLED):
+            if child.state in UNSUCCESSFUL:
                 self._retry(session, self._job(session, child.job), from_start)
 
     def add_artifact(

@@ -47,20 +47,12 @@ class Retention(Attempts):
         that they made."""
         job, artifact, event = tables.Job, tables.Artifact, tables.Event
         id = event.data["artifact"].as_string()
+        outputs = select(artifact.id).join(job, job.attempt == artifact.attempt)
+        outputs = outputs.where(job.state.in_(ACTIVE), artifact.superseded == tables.TRUE)
+        checkpoints = select(id).join(job, job.attempt == event.attempt).where(event.job == job.id)
+        older = checkpoints.where(job.state.in_(ACTIVE), event.type == "checkpoint", id != job.checkpoint_artifact)
         with self._database.read() as session:
-            return {
-                *session.scalars(
-                    select(artifact.id)
-                    .join(job, job.attempt == artifact.attempt)
-                    .where(job.state.in_(ACTIVE), artifact.superseded == tables.TRUE)
-                ),
-                *session.scalars(
-                    select(id)
-                    .join(job, job.attempt == event.attempt)
-                    .where(job.state.in_(ACTIVE), event.job == job.id, event.type == "checkpoint")
-                    .where(id != job.checkpoint_artifact)
-                ),
-            }
+            return {*session.scalars(outputs), *session.scalars(older)}
 
     @retry_collisions
     def forget(self, ids: AbstractSet[str]) -> set[str]:

@@ -32,17 +32,15 @@ def checked_redis_url(url: str) -> str:
     """``url`` if Celery can use it. Raises :class:`InvalidInput` otherwise."""
     try:
         parts = urlsplit(url)
-    except ValueError as error:
-        raise InvalidInput.field("REDIS_URL", str(error)) from None
-    if "cluster" in parts.scheme or "," in parts.netloc or ";" in url:
+        cluster = "cluster" in parts.scheme or "," in parts.netloc or ";" in url
+        valid = cluster or (parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0)
+    except ValueError:
+        cluster = valid = False
+    if cluster:
         raise InvalidInput.field(
             "REDIS_URL",
             "Redis Cluster cannot carry Celery's queues; give the URL of one Redis server (redis://host:6379/0)",
         )
-    try:
-        valid = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
-    except ValueError:
-        valid = False
     if not valid:
         raise InvalidInput.field("REDIS_URL", "must look like redis://host:6379/0, or rediss:// for TLS")
     return url
@@ -98,8 +96,7 @@ class Outbox:
         self._url = checked_redis_url(redis_url)
         self._waiting: dict[str, int] = {}
         self._changed = threading.Condition()
-        self._busy = self._broken = self._closed = False
-        self._redis: redis.Redis | None = None
+        self._busy = self._closed = False
         self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
         self._thread.start()
 
@@ -126,6 +123,8 @@ class Outbox:
         raise NotImplementedError
 
     def _work(self) -> None:
+        client: redis.Redis | None = None
+        broken = False
         while True:
             with self._changed:
                 self._busy = False
@@ -135,21 +134,21 @@ class Outbox:
                     return
                 waiting, self._waiting, self._busy = self._waiting, {}, True
             try:
-                self._redis = self._redis or redis_client(self._url)
+                client = client or redis_client(self._url)
                 for key, number in waiting.items():
-                    self._deliver(self._redis, key, number)
-                if self._broken:
+                    self._deliver(client, key, number)
+                if broken:
                     logger.info("Redis answers again", extra={"outbox": self.name})
-                self._broken = False
+                broken = False
             except Exception as error:
-                if not self._broken:
+                if not broken:
                     logger.warning(
                         "Redis does not answer, so the %s cannot be sent. Nothing is lost: jobs start and show later. "
                         "Start Redis again, or set REDIS_URL",
                         self.name,
                         extra={"error": str(error)[:300]},
                     )
-                self._broken = True
+                broken = True
                 time.sleep(0.2)
 
 

@@ -21,7 +21,8 @@ class JobState(StrEnum):
         return self in TERMINAL
 
 
-TERMINAL = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+UNSUCCESSFUL = (JobState.FAILED, JobState.CANCELLED)
+TERMINAL = (JobState.SUCCEEDED, *UNSUCCESSFUL)
 ACTIVE = (JobState.RUNNING, JobState.CANCELLING)
 UNFINISHED = (JobState.QUEUED, *ACTIVE)
 

@@ -25,7 +25,7 @@ from ethogram.specs.kinds import KINDS
 from services.jobs import tables, text, transitions
 from services.jobs.database import Collision, insert_for
 from services.jobs.records import Options
-from services.jobs.states import JobState
+from services.jobs.states import UNSUCCESSFUL, JobState
 from services.kinds import input_refs
 
 MAX_PIPELINE = 1000
@@ -229,7 +229,7 @@ def resolve(session: Session, path: str, ref: ArtifactRef, tenant: str, prefix: 
     state = session.scalar(made_by.with_for_update(read=True))
     if state is None:
         raise NotFound.field(f"{prefix}spec.{path}.job", f"there is no job {ref.job!r}")
-    if state in (JobState.FAILED, JobState.CANCELLED):
+    if state in UNSUCCESSFUL:
         what = f"job {ref.job} has {'failed' if state == JobState.FAILED else 'been cancelled'}: retry it first"
         raise IllegalState.field(f"{prefix}spec.{path}.job", what)
     if state != JobState.SUCCEEDED:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress, islice
@@ -32,7 +32,7 @@ from services.zoo.automata import LETTERS
 from services.zoo.layout import Layout
 from services.zoo.patterns import Pattern, from_specs, membership
 from services.zoo.signatures import ActivationSignatureExtractor
-from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, unflatten
+from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, flatten, unflatten
 from services.zoo.universe import Universe
 
 FORMAT = 2
@@ -260,21 +260,10 @@ class Zoo:
         for row, index in enumerate(self.index.tolist()):
             shape = self.layout.shapes[self.shape[row]]
             weights = self.layout.strip(self.weights[row : row + 1], int(self.shape[row]))
-            signature = self.extractor.extract(unflatten(weights.float(), shape), shape)
+            params, patterns = unflatten(weights.float(), shape), compress(names, self.labels[row])
+            network = network_columns(params, shape, self.accuracy[row], self.extractor)
             rows.append(
-                {
-                    "index": index,
-                    "patterns": list(compress(names, self.labels[row])),
-                    "layers": len(shape.hidden),
-                    "neurons": shape.hidden[0],
-                    "activation": shape.activation,
-                    "learning_rate": self.spec.training.learning_rate,
-                    "dropout": 0.0,
-                    "accuracy": self.accuracy[row].numpy(),
-                    "worst_accuracy": float(self.accuracy[row].min()),
-                    "weights": weights[0].numpy(),
-                    "signature": {method: values[0].flatten().numpy() for method, values in signature.items()},
-                }
+                record_of(index, patterns, shape, network, learning_rate=self.spec.training.learning_rate, dropout=0.0)
             )
         parquet.write_table(pyarrow.Table.from_pylist(rows, schema(GenerationSpec(), methods)), folder / data_file(0))
         write_about(folder, self.spec, self.patterns, self.probes, {"subjects": len(self)})
@@ -317,6 +306,42 @@ def _networks(table: pyarrow.Table, spec: GenerationSpec) -> list[tuple[Architec
         if shape.size != size:
             raise InvalidInput.field(f"{DATA}.weights", f"has a row of {size} numbers, not of {shape.size}")
     return list(zip(shapes, torch.split(flat, sizes), strict=True))
+
+
+def network_columns(
+    params: Params, shape: Architecture, accuracy: Tensor, extractor: ActivationSignatureExtractor
+) -> dict[str, Any]:
+    """What a record says of a network: its ``accuracy`` by stratum, weights and signature. ``params``: of one model."""
+    signature = {method: values.flatten().numpy() for method, values in extractor.extract(params, shape).items()}
+    return {"accuracy": accuracy.numpy(), "weights": flatten(params)[0].numpy(), "signature": signature}
+
+
+def prefixed(prefix: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The :func:`network_columns` of a record as those of another network of the same subject."""
+    return {f"{prefix}{column}": record[column] for column in ("accuracy", "weights", "signature")}
+
+
+def record_of(
+    index: int,
+    patterns: Iterable[str],
+    shape: Architecture,
+    network: Mapping[str, Any],
+    *,
+    learning_rate: float | None,
+    dropout: float,
+) -> dict[str, Any]:
+    """The columns that the records of every zoo have; ``network``: as :func:`network_columns` makes them."""
+    return {
+        "index": index,
+        "patterns": list(patterns),
+        "layers": len(shape.hidden),
+        "neurons": shape.hidden[0],
+        "activation": shape.activation,
+        "learning_rate": learning_rate,
+        "dropout": dropout,
+        "worst_accuracy": network["accuracy"].min(),
+        **network,
+    }
 
 
 def architecture_of(spec: GenerationSpec, record: Mapping[str, Any]) -> Architecture:

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ethogram.cli.main import run
+from ethogram.cli.output import pairs
 from ethogram.client import Client
 from ethogram.platform.stack import Platform, free_port
 
@@ -151,6 +152,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
         ["jobs", "watch", "job_none"],
         ["artifacts", "get", "0" * 64],
         ["artifacts", "get", "job_none/zoo"],
+        ["artifacts", "ls", "--job", "job_none"],
         ["models", "get", "none"],
         ["models", "behaviors", "none"],
         ["models", "publish", "x", "0" * 64],
@@ -165,6 +167,20 @@ def test_what_does_not_exist_is_exit_code_1(cli: Cli, arguments: list[str]) -> N
 def test_several_wrong_fields_are_all_listed(cli: Cli, tmp_path: Path) -> None:
     answer = cli("submit", "generation", "-f", write(tmp_path, "subjects: 0\nseed: -1\nnothing: 1\n"))
     assert all(f"spec.{name}: " in answer.err for name in ("subjects", "seed", "nothing"))
+    assert "spec.subjects: must be greater than or equal to 1" in answer.err
+    assert "spec.nothing: there is no such field" in answer.err
+
+
+def test_mappings_are_json_in_a_pipe_and_lines_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"job": "job_abc", "spec": {"subjects": 7, "training": {"learning_rate": 3e-4}}, "inputs": {}}
+    pairs(fields)
+    assert '{"subjects": 7, "training": {"learning_rate": 0.0003}}' in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    pairs(fields)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["job", "job_abc"], ["spec.subjects", "7"], ["spec.training.learning_rate", "0.0003"]]
 
 
 def test_artifacts_and_models_go_round(cli: Cli, tmp_path: Path) -> None:

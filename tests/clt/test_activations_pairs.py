@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ethogram.cli.execute import execute
+from ethogram.cli.output import execute
 from ethogram.errors import InvalidInput
 from services.clt.__main__ import app
 from services.clt.activations.collect import ROOT, collect

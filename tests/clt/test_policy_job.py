@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ethogram.cli.execute import execute
+from ethogram.cli.output import execute
 from services.clt import __main__ as command
 from services.clt.policy import evaluate as evaluation
 from services.clt.policy import job

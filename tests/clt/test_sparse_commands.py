@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ethogram.cli.execute import execute
+from ethogram.cli.output import execute
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.clt import ActivationsSpec
 from services.clt.__main__ import app

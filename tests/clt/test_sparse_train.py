@@ -192,7 +192,7 @@ def test_a_tied_decoder_is_the_dictionary_of_its_target(store: ActivationStore, 
     assert torch.equal(SparseModel.load(tmp_path / "tied").decoders[0], dictionary.decoders[0])
     with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: is a sae of encoder_layer_1_mlp"):
         SparseTrainer(clt(model={"dictionary": {"artifact": "x"}}), store, dictionary=dictionary)
-    with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: is given, and not asked for"):
+    with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: is not set, but one was given"):
         SparseTrainer(clt(), store, dictionary=dictionary)
     dictionary.about = {"source": {"digest": "0" * 64}}
     with pytest.raises(InvalidInput, match=r"spec\.model\.dictionary: the store has activations of policy"):
@@ -221,7 +221,7 @@ def test_a_store_without_validation_rows_is_refused(store: ActivationStore) -> N
             {"loss": {"group_heads": 0.1, "heads": 3}},
             r"spec\.loss\.heads: the 16 channels of encoder_layer_0_mlp",
         ),
-        ({"model": {"dictionary": {"artifact": "x"}}}, r"spec\.model\.dictionary: is asked for, and not given"),
+        ({"model": {"dictionary": {"artifact": "x"}}}, r"spec\.model\.dictionary: is set, but none was given"),
         (
             {"training": {"learning_rate": 1.0, "warm_up": 0, "normalize": "none"}, "loss": {"energy": 1e30}},
             "the (loss|gradient) became (inf|nan) at step",

@@ -12,8 +12,8 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from ethogram.errors import InvalidInput
-from ethogram.tensors import from_tensor, to_tensor
 from ethogram.v1 import common_pb2 as pb
+from ethogram.wire import from_tensor, to_tensor
 
 DTYPES = ["<f4", "<f8", "<f2", ">f4", "<i8", "<i4", "u1", "?"]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from ethogram.cli.execute import execute
+from ethogram.cli.output import execute
 from ethogram.errors import InvalidInput
 from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal import __main__ as command

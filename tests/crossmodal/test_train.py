@@ -86,7 +86,7 @@ def test_bfloat16_stays_close_to_float32(zoo: Zoo) -> None:
 
 def test_the_plain_recipe_trains(zoo: Zoo) -> None:
     file = Path(__file__).parents[2] / "examples" / "plain.yaml"
-    spec = read_spec(CrossmodalSpec, file, ["training.steps=2", "codec.hidden_dim=64"], {"zoo": {"artifact": "folder"}})
+    spec = read_spec(CrossmodalSpec, file, ["training.steps=2", "codec.hidden_dim=64", "zoo.artifact=folder"])
     run = Recorder()
     assert train(spec, zoo, run).latent_dim == 256
     assert run.metrics[2].keys() >= {"loss", "reconstruction", "contrastive", "validation_loss"}

@@ -115,4 +115,4 @@ def use_the_published_model(url: str, folder: Path, held_out: Path) -> None:
         check=False,
     )
     assert wrong.returncode == 2
-    assert "edits.0.behavior" in wrong.stderr
+    assert "--add nothing: unknown; this model has" in wrong.stderr

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from ethogram.cli.execute import execute
+from ethogram.cli.output import execute
 from ethogram.specs.generation import GenerationSpec
 from services.generation import buckets
 from services.generation.__main__ import app

@@ -13,10 +13,10 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from ethogram.errors import EthogramError, IllegalState, Internal, InvalidInput, NotFound, TooLarge, Unavailable
 from ethogram.inference import Inference
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
-from ethogram.tensors import to_tensor
 from ethogram.v1 import common_pb2
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub, SteeringServiceStub
+from ethogram.wire import to_tensor
 from services.artifacts.store import ArtifactStore
 from services.crossmodal.codec import Codec
 from services.inference.codec.served import ServedCodec

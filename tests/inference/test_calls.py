@@ -21,9 +21,9 @@ from ethogram.errors import InvalidInput
 from ethogram.inference import Inference
 from ethogram.rpc import CHANNEL_OPTIONS
 from ethogram.specs.generation import SubjectSpec
-from ethogram.tensors import from_tensor, to_tensor
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub
+from ethogram.wire import from_tensor, to_tensor
 from services.crossmodal.codec import Codec
 from services.generation.pipeline import generate
 from services.zoo.subjects import Params, activations, encode, select, unflatten

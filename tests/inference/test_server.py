@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from ethogram.inference import Inference
 from ethogram.rpc import error_of
-from ethogram.tensors import to_tensor
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub
+from ethogram.wire import to_tensor
 from services.artifacts.store import ArtifactStore
 from services.crossmodal.codec import Codec
 from services.inference.batcher import Arrays

@@ -210,7 +210,7 @@ def test_a_worker_waits_for_redis_and_leaves_while_it_waits(
     [
         ({"redis": "redis+cluster://127.0.0.1:7000"}, "Redis Cluster cannot carry"),
         ({"redis": "127.0.0.1:6379"}, "must look like redis://host:6379/0"),
-        ({"slots": "0"}, "ETHOGRAM_SLOTS: Input should be greater than or equal to 1"),
+        ({"slots": "0"}, "ETHOGRAM_SLOTS: must be greater than or equal to 1"),
     ],
 )
 def test_wrong_settings_are_refused_at_start(stack: Stack, settings: dict[str, str], sentence: str) -> None:

@@ -62,8 +62,8 @@ def collect(
         if root is not None:
             identity = json.dumps([source.digest, manifest.identity], sort_keys=True)
             target = Path(root) / f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-        # A store that is there already is at least as far as the checkpoint.
-        if root is None and run.resume is not None and not (folder / MANIFEST).exists():
+        elif run.resume is not None and not (folder / MANIFEST).exists():
+            # A store that is there already would be at least as far as the checkpoint.
             folder.mkdir(parents=True, exist_ok=True)
             _link(run.resume.iterdir(), folder)
         with Writer.open(target, manifest, run.device) as writer:
@@ -152,9 +152,10 @@ def _record(
         while recorded() < spec.instances:
             drawn, mask = next(chunks), validation_mask(spec, start // CHUNK)
             if len(drawn) < len(mask):
-                text = f"the texts make {start + len(drawn)} sequences of {source.positions} tokens"
-                text = f"{text}, not {spec.instances}; ask for at most as many, or give more texts"
-                raise InvalidInput.field("spec.instances", text)
+                few = (
+                    f"the texts make {start + len(drawn)} sequences of {source.positions} tokens, not {spec.instances}"
+                )
+                raise InvalidInput.field("spec.instances", f"{few}; ask for at most as many, or give more texts")
             stop = start + len(mask)
             for split in SPLITS:
                 chosen = (mask == (split == VALIDATION)).nonzero().flatten()

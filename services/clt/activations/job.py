@@ -12,29 +12,27 @@ from services.runtime.run import Run
 
 
 def run(spec: ActivationsSpec, run: Run) -> dict[str, Any]:
-    """Artifact: ``activations``, the store or, where that is kept below a root, its path. Returns its
-    :func:`figures`."""
-    policy = None
+    """Artifact: ``activations``, the store or, if that is kept below a root, its path. Returns its :func:`figures`."""
+    policy, name = None, ""
     if spec.policy is not None:
-        policy = AttentionPolicy.load(run.inputs["policy"], run.device)
+        policy, name = AttentionPolicy.load(run.inputs["policy"], run.device), spec.policy.artifact
     with run.output_folder("activations") as folder:
-        collect(spec, folder, run, policy, spec.policy.artifact if spec.policy is not None else "")
-        # The lock is no part of the artifact.
+        collect(spec, folder, run, policy, name)
+        # The lock is not part of the artifact.
         (folder / "lock").unlink(missing_ok=True)
         run.artifact("activations", "activations", folder)
         return {"figures": figures(ActivationStore.open(folder))}
 
 
 def figures(store: ActivationStore) -> dict[str, Any]:
-    """Numbers of a store: of the training rows at each hook point the width, the mean norm and the share of zeros."""
-    hooks = {}
-    for name, width in store.widths.items():
-        found = store.statistics(name)
-        hooks[name] = {"width": width, "norm": found.norm, "sparsity": found.zeros}
-    manifest = store.manifest
+    """Size of a store, and at each hook point the width, the mean norm of the training rows and the share of zeros."""
+    manifest, statistics = store.manifest, {name: store.statistics(name) for name in store.hooks}
     return {
         "instances": sum(manifest.rows(split) for split in SPLITS) // manifest.rows_per_instance,
         "rows": {split: store.rows(split) for split in SPLITS},
         "bytes": store.bytes,
-        "hooks": hooks,
+        "hooks": {
+            name: {"width": len(found.mean), "norm": found.norm, "sparsity": found.zeros}
+            for name, found in statistics.items()
+        },
     }

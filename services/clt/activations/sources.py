@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -115,9 +115,8 @@ class PolicySource(ActivationSource):
         return policy_points(self.model)
 
     def chunks(self, first: int) -> Iterator[Tensor]:
-        while True:
-            yield instances(CHUNK, self.positions, generator(self._seed, "instances", first))
-            first += 1
+        for number in count(first):
+            yield instances(CHUNK, self.positions, generator(self._seed, "instances", number))
 
     def forward(self, instances: Tensor, points: Sequence[HookPoint]) -> None:
         policy = self.model

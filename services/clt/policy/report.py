@@ -76,7 +76,7 @@ def tour_plot(evaluation: Evaluation) -> Figure:
     """Tours of the policy above, of the solver below, for instances from the smallest gap to the largest."""
     order = evaluation.gaps["greedy"].argsort().tolist()
     count = min(_TOURS, len(order))
-    shown = [order[round(place * (len(order) - 1) / max(1, count - 1))] for place in range(count)]
+    shown = [order[round(rank * (len(order) - 1) / max(1, count - 1))] for rank in range(count)]
     figure = Figure(figsize=(2.6 * count, 5.4))
     rows = figure.subplots(2, count, squeeze=False)
     ways = (("policy", AFTER, evaluation.tours), ("solver", BEFORE, evaluation.shortest))

@@ -89,8 +89,8 @@ def read_cities(file: Path) -> Tensor:
     except KeyError:
         raise InvalidInput.field(str(file), "has no tensor `cities`") from None
     except (OSError, ValueError, TypeError, EOFError, AttributeError, SafetensorError) as error:
-        what = "is not a .npy or .safetensors file of numbers that can be read"
-        raise InvalidInput.field(str(file), f"{what} ({type(error).__name__})") from None
+        text = "is not a .npy or .safetensors file of numbers that can be read"
+        raise InvalidInput.field(str(file), f"{text} ({type(error).__name__})") from None
     return check_cities(cities, str(file))
 
 

@@ -87,5 +87,5 @@ def _title(model: SparseModel) -> str:
     streams = model.streams
     if streams.kind == "sae":
         return f"Autoencoder of {streams.sources[0]}"
-    what = {"pair": "Transcoder", "per_layer": "Per-layer transcoders", "cross_layer": "Cross-layer transcoder"}
-    return f"{what[streams.kind]} from {', '.join(streams.sources)} to {', '.join(streams.targets)}"
+    titles = {"pair": "Transcoder", "per_layer": "Per-layer transcoders", "cross_layer": "Cross-layer transcoder"}
+    return f"{titles[streams.kind]} from {', '.join(streams.sources)} to {', '.join(streams.targets)}"

@@ -55,11 +55,11 @@ def run_specs(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
                 _set(fields, other, "null")
             _set(fields, option, value)
         name = pair_name(*ends[0]) if spec.kind == "pair" else f"clt_{spec.kind}"
-        # Without what a folder's name may not have.
+        # Only characters that are allowed in the name of a folder.
         values = [f"{option.rpartition('.')[2]}_{re.sub(r'[^A-Za-z0-9_.+-]', '', value)}" for option, value in point]
         name = "-".join([name, *values])
         if name in specs:
-            raise InvalidInput.field("spec", f"two runs would be called {name}; take one of the pairs or values out")
+            raise InvalidInput.field("spec", f"two runs would be called {name}; remove one of the pairs or values")
         if fields["wandb"] is not None:
             fields["wandb"]["name"] = name
         try:
@@ -98,8 +98,8 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
         else:
             sweep.gather(children)
         if not sweep.rows:
-            name, why = next(iter(sweep.failed.items()))
-            raise InvalidInput.field("spec.grid", f"all runs failed, {name}: {why}")
+            name, reason = next(iter(sweep.failed.items()))
+            raise InvalidInput.field("spec.grid", f"all runs failed, {name}: {reason}")
         report = Path(scratch, "report")
         compare(report, specs, sweep.rows, spec)
         run.artifact("models", "sparse-models", sweep.models)
@@ -110,7 +110,7 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
 class Sweep(Run):
     """The results of a sweep so far; models and reports are in the folder ``models``.
 
-    Runs in this process are given this run, which passes on what they log and keep.
+    It is also the :class:`Run` of the runs in this process: it passes on what they log and adds to what they keep.
     """
 
     def __init__(self, run: Run, models: Path) -> None:
@@ -121,10 +121,10 @@ class Sweep(Run):
         """Name of the run in progress."""
         self._run = run
 
-    def fail(self, name: str, why: str) -> None:
+    def fail(self, name: str, reason: str) -> None:
         """Record that a run failed; the others continue."""
-        self.failed[name] = why
-        self._run.log(f"{name} failed: {why}", "error")
+        self.failed[name] = reason
+        self._run.log(f"{name} failed: {reason}", "error")
 
     def gather(self, children: Mapping[str, ChildJob]) -> None:
         """Take the results of child jobs."""

@@ -75,13 +75,13 @@ class SparseTrainer(Trainer):
             self.steps = steps_of_epochs(training.epochs, store.rows("train"), training.batch_size)
         self._falling = math.ceil(training.decay * self.steps)
         if world.size > training.batch_size:
-            raise InvalidInput.field("spec.training.batch_size", f"is less than the {world.size} processes")
+            raise InvalidInput.field("spec.training.batch_size", f"is less than the number of processes, {world.size}")
         if not store.rows("validation"):
             text = "the store has no validation rows: its recording was interrupted; the same command resumes it"
             raise InvalidInput.field("activations", text)
         check_heads(spec, self.streams)
         if (spec.model.dictionary is None) != (dictionary is None):
-            text = "is asked for, and not given" if dictionary is None else "is given, and not asked for"
+            text = "is set, but none was given" if dictionary is None else "is not set, but one was given"
             raise InvalidInput.field("spec.model.dictionary", text)
         hooks = list(dict.fromkeys([*self.streams.sources, *self.streams.targets]))
         self._columns = [[hooks.index(hook) for hook in side] for side in (self.streams.sources, self.streams.targets)]

@@ -7,10 +7,9 @@ from functools import partial
 from typing import Any
 
 from ethogram.errors import InvalidInput
-from ethogram.tensors import from_tensor, to_tensor
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1 import inference_pb2_grpc
-from ethogram.wire import steering_of
+from ethogram.wire import from_tensor, steering_of, to_tensor
 from services.inference.batcher import Arrays
 from services.inference.codec.served import LATENTS, ServedCodec
 from services.inference.dataplane import Dataplane, Request

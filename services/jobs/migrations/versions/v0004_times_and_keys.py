@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from services.jobs.migrations.versions.v0001_first_tables import TEXT, columns
+
 revision = "0004"
 down_revision = "0003"
 
@@ -16,9 +18,7 @@ def upgrade() -> None:
     op.create_index("ix_jobs_checkpoint", "jobs", ["checkpoint_artifact"])
     made = op.create_table(
         "submission_jobs",
-        sa.Column("job", sa.Text(), nullable=False),
-        sa.Column("tenant", sa.Text(), nullable=False),
-        sa.Column("key", sa.Text(), nullable=False),
+        *columns(TEXT, "job", "tenant", "key"),
         sa.PrimaryKeyConstraint("job", name=op.f("pk_submission_jobs")),
     )
     op.create_index("ix_submission_jobs_key", "submission_jobs", ["tenant", "key"])
