@@ -67,10 +67,13 @@ def console(stderr: bool = False) -> Console:
 
 
 def dump(value: object) -> Any:
-    """``value`` with every resource and array in it as plain data."""
+    """``value`` with every resource and array in it as plain data; NaN and infinities become null."""
     from pydantic_core import to_jsonable_python
 
-    return to_jsonable_python(value, by_alias=True, fallback=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
+    def listed(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    return to_jsonable_python(value, by_alias=True, fallback=listed, inf_nan_mode="null")
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:

@@ -75,8 +75,8 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
     metadata = {
         "target_pattern": record.get("target_pattern"),
         "selected_patterns": record["patterns"],
-        "degraded_accuracy": float(np.mean(record["degraded_accuracy"])) if staged else None,
-        "improved_accuracy": float(np.mean(record["accuracy"])),
+        "degraded_accuracy": float(np.nanmean(record["degraded_accuracy"])) if staged else None,
+        "improved_accuracy": float(np.nanmean(record["accuracy"])),
         "improvement": record.get("improvement"),
         "model_config": config,
         "corruption_stats": {"corruption_rate": spec.staged.corruption_rate} if spec.staged is not None else {},
