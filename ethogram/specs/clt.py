@@ -24,6 +24,10 @@ class PolicyModelSpec(Spec):
     """Attention heads; ``hidden_dim`` divides into them."""
     feed_forward: int = Field(512, ge=1, le=65_536)
     """Width of the hidden layer of each MLP."""
+    normalization: Literal["batch", "instance", "layer"] = "batch"
+    """Normalization after attention and MLP. ``batch``: of each channel over all cities of a batch, with running
+    statistics after training; ``instance``: of each channel over the cities of an instance, as in rl4co's POMO;
+    ``layer``: over all channels and cities of an instance, without parameters, as rl4co has it."""
     graph_context: bool = True
     """Whether the decoder's query includes the mean over all cities."""
     clipping: float = Field(10.0, gt=0)

@@ -78,6 +78,37 @@ POLICY_BASELINE_ROLLOUT: PolicyBaseline.ValueType  # 2
 """"rollout"."""
 Global___PolicyBaseline: _TypeAlias = PolicyBaseline  # noqa: Y015
 
+class _PolicyModelNormalization:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PolicyModelNormalizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyModelNormalization.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POLICY_MODEL_NORMALIZATION_UNSPECIFIED: _PolicyModelNormalization.ValueType  # 0
+    """Not set."""
+    POLICY_MODEL_NORMALIZATION_BATCH: _PolicyModelNormalization.ValueType  # 1
+    """"batch"."""
+    POLICY_MODEL_NORMALIZATION_INSTANCE: _PolicyModelNormalization.ValueType  # 2
+    """"instance"."""
+    POLICY_MODEL_NORMALIZATION_LAYER: _PolicyModelNormalization.ValueType  # 3
+    """"layer"."""
+
+class PolicyModelNormalization(_PolicyModelNormalization, metaclass=_PolicyModelNormalizationEnumTypeWrapper):
+    """Normalization after attention and MLP. `batch`: of each channel over all cities of a batch, with running statistics
+    after training; `instance`: of each channel over the cities of an instance, as in rl4co's POMO; `layer`: over all
+    channels and cities of an instance, without parameters, as rl4co has it.
+    """
+
+POLICY_MODEL_NORMALIZATION_UNSPECIFIED: PolicyModelNormalization.ValueType  # 0
+"""Not set."""
+POLICY_MODEL_NORMALIZATION_BATCH: PolicyModelNormalization.ValueType  # 1
+""""batch"."""
+POLICY_MODEL_NORMALIZATION_INSTANCE: PolicyModelNormalization.ValueType  # 2
+""""instance"."""
+POLICY_MODEL_NORMALIZATION_LAYER: PolicyModelNormalization.ValueType  # 3
+""""layer"."""
+Global___PolicyModelNormalization: _TypeAlias = PolicyModelNormalization  # noqa: Y015
+
 class _StoredType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -483,6 +514,7 @@ class PolicyModelSpec(_message.Message):
     FEED_FORWARD_FIELD_NUMBER: _builtins.int
     GRAPH_CONTEXT_FIELD_NUMBER: _builtins.int
     CLIPPING_FIELD_NUMBER: _builtins.int
+    NORMALIZATION_FIELD_NUMBER: _builtins.int
     hidden_dim: _builtins.int
     """Width of the residual stream of each city."""
     layers: _builtins.int
@@ -495,6 +527,11 @@ class PolicyModelSpec(_message.Message):
     """Whether the decoder's query includes the mean over all cities."""
     clipping: _builtins.float
     """The logits of the next city are squashed by tanh to plus or minus this."""
+    normalization: Global___PolicyModelNormalization.ValueType
+    """Normalization after attention and MLP. `batch`: of each channel over all cities of a batch, with running statistics
+    after training; `instance`: of each channel over the cities of an instance, as in rl4co's POMO; `layer`: over all
+    channels and cities of an instance, without parameters, as rl4co has it.
+    """
     def __init__(
         self,
         *,
@@ -504,10 +541,11 @@ class PolicyModelSpec(_message.Message):
         feed_forward: _builtins.int | None = ...,
         graph_context: _builtins.bool | None = ...,
         clipping: _builtins.float | None = ...,
+        normalization: Global___PolicyModelNormalization.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "_normalization", b"_normalization", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers", "normalization", b"normalization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "_normalization", b"_normalization", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers", "normalization", b"normalization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clipping: _TypeAlias = _typing.Literal["clipping"]  # noqa: Y015
     _WhichOneofArgType__clipping: _TypeAlias = _typing.Literal["_clipping", b"_clipping"]  # noqa: Y015
@@ -521,6 +559,8 @@ class PolicyModelSpec(_message.Message):
     _WhichOneofArgType__hidden_dim: _TypeAlias = _typing.Literal["_hidden_dim", b"_hidden_dim"]  # noqa: Y015
     _WhichOneofReturnType__layers: _TypeAlias = _typing.Literal["layers"]  # noqa: Y015
     _WhichOneofArgType__layers: _TypeAlias = _typing.Literal["_layers", b"_layers"]  # noqa: Y015
+    _WhichOneofReturnType__normalization: _TypeAlias = _typing.Literal["normalization"]  # noqa: Y015
+    _WhichOneofArgType__normalization: _TypeAlias = _typing.Literal["_normalization", b"_normalization"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clipping) -> _WhichOneofReturnType__clipping | None: ...
     @_typing.overload
@@ -533,6 +573,8 @@ class PolicyModelSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_dim) -> _WhichOneofReturnType__hidden_dim | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__layers) -> _WhichOneofReturnType__layers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalization) -> _WhichOneofReturnType__normalization | None: ...
 
 Global___PolicyModelSpec: _TypeAlias = PolicyModelSpec  # noqa: Y015
 

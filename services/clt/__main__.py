@@ -99,14 +99,12 @@ def policy() -> Request:
 def import_policy(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CKPT", help="Lightning checkpoint of rl4co's AttentionModel or POMO (batch norm)."),
+        typer.Argument(metavar="CKPT", help="Lightning checkpoint of rl4co's AttentionModel or POMO."),
     ],
     out: NewFolder,
     *,
     nodes: Annotated[int, typer.Option(help="Cities per training instance, if the checkpoint lacks it.", min=4)] = 20,
-    heads: Annotated[
-        int | None, typer.Option(help="Attention heads, if the checkpoint lacks their number; else 8.")
-    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads; by default as in the checkpoint.")] = None,
     graph_context: Annotated[
         bool | None,
         typer.Option(help="Whether the query includes the mean of the cities; by default as in the checkpoint."),
@@ -114,8 +112,10 @@ def import_policy(
 ) -> None:
     """Convert a policy that rl4co has trained. No code in the checkpoint is run."""
     from services.clt.policy.importing import import_rl4co
+    from services.runtime.console import ConsoleRun
 
-    import_rl4co(checkpoint, out, nodes=nodes, heads=heads, graph_context=graph_context)
+    with ConsoleRun() as run:
+        import_rl4co(checkpoint, out, nodes=nodes, heads=heads, graph_context=graph_context, run=run)
     output.say(f"policy: {out}; `gap {out}` compares it with a solver")
 
 
