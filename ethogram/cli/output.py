@@ -134,9 +134,9 @@ def error(problem: EthogramError) -> None:
     """Print an error's message in red, and the fields that are wrong."""
     out = console(stderr=True)
     out.print(problem.message, style="bold red")
-    # One violation is the sentence itself.
-    if len(problem.violations) > 1 or any(v.field not in problem.message for v in problem.violations):
-        for violation in problem.violations:
+    for violation in problem.violations:
+        # One is usually the sentence itself, and of several the first.
+        if violation.field not in problem.message or violation.description not in problem.message:
             out.print(f"  {violation.field}: {violation.description}")
 
 

@@ -229,6 +229,14 @@ class SparseTrainingSpec(OptimizationSpec):
     """Precision of the encoder's matrix product."""
     snapshots: int | None = Field(None, ge=1)
     """Steps between snapshots of the weights, each an artifact ``snapshot-<step>``; None: none."""
+    snapshot_epochs: float | None = Field(None, gt=0, le=10_000)
+    """Passes over the training rows between snapshots, instead of ``snapshots``."""
+
+    @model_validator(mode="after")
+    def _snapshots(self) -> SparseTrainingSpec:
+        if self.snapshots is not None and self.snapshot_epochs is not None:
+            raise ValueError("snapshot_epochs: means the same as snapshots; give one of them")
+        return self
 
 
 class SparseSpec(TrainedSpec):

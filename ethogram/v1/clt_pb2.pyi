@@ -849,6 +849,7 @@ class SparseTrainingSpec(_message.Message):
     VALIDATION_ROWS_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_EPOCHS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Optimiser steps; `epochs` overrides it."""
     epochs: _builtins.float
@@ -880,6 +881,8 @@ class SparseTrainingSpec(_message.Message):
     """Precision of the encoder's matrix product."""
     snapshots: _builtins.int
     """Steps between snapshots of the weights, each an artifact `snapshot-<step>`; None: none."""
+    snapshot_epochs: _builtins.float
+    """Passes over the training rows between snapshots, instead of `snapshots`."""
     def __init__(
         self,
         *,
@@ -896,10 +899,11 @@ class SparseTrainingSpec(_message.Message):
         validation_rows: _builtins.int | None = ...,
         precision: Global___SparsePrecision.ValueType | None = ...,
         snapshots: _builtins.int | None = ...,
+        snapshot_epochs: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshot_epochs", b"_snapshot_epochs", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshot_epochs", b"snapshot_epochs", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshot_epochs", b"_snapshot_epochs", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshot_epochs", b"snapshot_epochs", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -917,6 +921,8 @@ class SparseTrainingSpec(_message.Message):
     _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
     _WhichOneofReturnType__revive_every: _TypeAlias = _typing.Literal["revive_every"]  # noqa: Y015
     _WhichOneofArgType__revive_every: _TypeAlias = _typing.Literal["_revive_every", b"_revive_every"]  # noqa: Y015
+    _WhichOneofReturnType__snapshot_epochs: _TypeAlias = _typing.Literal["snapshot_epochs"]  # noqa: Y015
+    _WhichOneofArgType__snapshot_epochs: _TypeAlias = _typing.Literal["_snapshot_epochs", b"_snapshot_epochs"]  # noqa: Y015
     _WhichOneofReturnType__snapshots: _TypeAlias = _typing.Literal["snapshots"]  # noqa: Y015
     _WhichOneofArgType__snapshots: _TypeAlias = _typing.Literal["_snapshots", b"_snapshots"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
@@ -943,6 +949,8 @@ class SparseTrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__revive_every) -> _WhichOneofReturnType__revive_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshot_epochs) -> _WhichOneofReturnType__snapshot_epochs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshots) -> _WhichOneofReturnType__snapshots | None: ...
     @_typing.overload

@@ -70,8 +70,11 @@ class SparseTrainer(Trainer):
         self.streams = streams_of(spec, store)
         training = spec.training
         self.steps, self.validate_every, self.snapshots = training.steps, training.validate_every, training.snapshots
+        rows, batch_size = store.rows("train"), training.batch_size
         if training.epochs is not None:
-            self.steps = steps_of_epochs(training.epochs, store.rows("train"), training.batch_size)
+            self.steps = steps_of_epochs(training.epochs, rows, batch_size)
+        if training.snapshot_epochs is not None:
+            self.snapshots = steps_of_epochs(training.snapshot_epochs, rows, batch_size)
         self._falling = math.ceil(training.decay * self.steps)
         if world.size > training.batch_size:
             raise InvalidInput.field("spec.training.batch_size", f"is less than the number of processes, {world.size}")
