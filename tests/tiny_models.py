@@ -64,12 +64,13 @@ def _gemma3() -> Any:
 def _qwen2_vl() -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
     text = {**_LLAMA, "vocab_size": len(WORDS) + _ROOM, "rope_scaling": rope, "rope_parameters": rope}
-    tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens: dict[str, Any] = {name: len(WORDS) + number for number, name in enumerate(names)}
     return transformers.Qwen2VLForConditionalGeneration(
         transformers.Qwen2VLConfig(
             text_config=text,
             vision_config={"depth": 1, "embed_dim": 8, "hidden_size": 8, "num_heads": 2, "mlp_ratio": 2},
-            **{name: len(WORDS) + number for number, name in enumerate(tokens)},
+            **tokens,
         )
     )
 

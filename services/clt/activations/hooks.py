@@ -49,7 +49,7 @@ class HookPoint:
         """``tensor`` as ``[instances, positions, width]``, or None unless it has one vector for each position of
         ``shape`` (instances, positions). Models may flatten them to ``[instances * positions, width]``."""
         if tensor.ndim == 2 and len(tensor) == shape[0] * shape[1]:
-            return tensor.unflatten(0, shape)
+            return tensor.reshape(*shape, tensor.shape[1])
         if tensor.ndim != 3:
             return None
         tensor = tensor.transpose(0, 1) if self.positions_first else tensor
