@@ -60,6 +60,9 @@ class WandbSpec(Spec):
     """Project at Weights & Biases."""
     name: str | None = Field(None, min_length=1, max_length=128)
     """Name of the run; None: Weights & Biases makes one up."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """Where metrics go; None: as the worker's ``WANDB_MODE`` says, else online if it has ``WANDB_API_KEY``, else
+    offline."""
 
 
 class OptimizationSpec(Spec):

@@ -12,11 +12,14 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    GetCoreSchemaHandler,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from ethogram.specs.base import ArtifactRef, HubSpec, Seed, Spec
 
@@ -74,8 +77,12 @@ class PatternSpec(Spec):
         return name
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _from_number(value: Any) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if _is_number(value):
         return {"min": value, "max": value}
     if not isinstance(value, dict | IntRange | FloatRange):
         raise ValueError("must be a number or a range, e.g. 8 or {min: 3, max: 8}")
@@ -131,6 +138,25 @@ Layers = Annotated[IntRange, _Bounds("integer", 1, 12)]
 Neurons = Annotated[IntRange, _Bounds("integer", 1, 512)]
 Rate = Annotated[FloatRange, _Bounds("number", 1e-8, 1)]
 Share = Annotated[FloatRange, _Bounds("number", 0, 0.9)]
+
+
+class _NumberStays:
+    """Annotates a :data:`Rate` that may be a number too: it is kept as the number, so that the spec keeps its form."""
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        as_it_is = core_schema.plain_serializer_function_ser_schema(lambda rate: rate)
+        rate = handler.generate_schema(Rate)
+        return core_schema.no_info_wrap_validator_function(self._validate, rate, serialization=as_it_is)
+
+    def _validate(self, value: Any, ranged: ValidatorFunctionWrapHandler) -> Any:
+        if not _is_number(value):
+            return ranged(value)
+        if not 0 < value <= 1:
+            raise ValueError("must be greater than 0, and at most 1")
+        return float(value)
+
+
+NumberOrRate = Annotated[float | FloatRange, _NumberStays()]
 Activation = Literal["relu", "gelu", "tanh", "sigmoid", "leaky_relu"]
 
 
@@ -167,9 +193,16 @@ class SubjectTrainingSpec(Spec):
     """Optimiser steps."""
     batch_size: int = Field(96, ge=1, le=65_536)
     """Sequences per step and subject."""
-    learning_rate: float = Field(1e-2, gt=0, le=1)
-    """Peak learning rate; it falls to 0 along half a cosine. The higher it is, the further subjects move from their
-    start, and the less alike are subjects with the same behaviours."""
+    learning_rate: NumberOrRate = 1e-2
+    """Peak learning rate, of all subjects, or a range from which each draws its own log-uniformly; it falls to 0 along
+    half a cosine. The higher it is, the further subjects move from their start, and the less alike are subjects with
+    the same behaviours."""
+
+    @property
+    def rates(self) -> FloatRange:
+        """``learning_rate`` as a range."""
+        rate = self.learning_rate
+        return rate if isinstance(rate, FloatRange) else FloatRange(min=rate, max=rate)
 
 
 class StagedSpec(Spec):

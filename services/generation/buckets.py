@@ -163,9 +163,8 @@ class BucketTrainer:
             row |= {
                 "target_pattern": self.names[target],
                 "improvement": float((after - before)[i, target]),
-                "epochs": [int(first.epochs[i]), int(improved.epochs[i])],
-                "validation_loss": [float(first.loss[i]), float(improved.loss[i])],
             }
+            row |= {metric: other[metric] + row[metric] for metric in first.metrics}
             row |= prefixed("degraded_", other)
         return rows, list(filter(None, early + late))
 
@@ -191,12 +190,13 @@ class BucketTrainer:
         by_width = {shape.hidden[0]: (shape, own.numpy(), neurons.numpy()) for shape, own, neurons in narrow}
         for i, accuracies in enumerate(accuracy[kept].numpy()):
             shape, parameters, neurons = by_width[int(candidates.neurons[i])]
-            rate = float(candidates.learning_rate[i]) if self.spec.staged else self.spec.training.learning_rate
+            rate = float(candidates.learning_rate[i])
             signature = {method: values[i, neurons].ravel() for method, values in signature_rows.items()}
             network = {"accuracy": accuracies, "weights": weights[i, parameters], "signature": signature}
             index, patterns = int(candidates.indices[i]), compress(self.names, candidates.selected[i])
             dropout = float(candidates.dropout[i])
-            rows.append(record_of(index, patterns, shape, network, learning_rate=rate, dropout=dropout))
+            metrics = {name: [values[i].item()] for name, values in chosen.metrics.items()}
+            rows.append(record_of(index, patterns, shape, network, learning_rate=rate, dropout=dropout) | metrics)
         return rows
 
 

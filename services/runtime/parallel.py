@@ -43,6 +43,20 @@ class World(NamedTuple):
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The ``rows`` of all processes, in the order of the processes; each may have another number of them."""
+        if self.size == 1:
+            return rows
+        count = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(count) for _ in range(self.size)]
+        torch.distributed.all_gather(counts, count)
+        # A message has the same size in all processes.
+        padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[: int(number)] for part, number in zip(parts, counts, strict=True)])
+
     def share_object(self, value: T) -> T:
         """The first process's ``value``, which can be pickled, in every process."""
         values = [value]

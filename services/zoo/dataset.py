@@ -47,8 +47,8 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
 
     ``weights``: layer after layer, weights (``[fan_out, fan_in]``, row by row) before biases. ``signature``: for each
     method, neuron after neuron and layer after layer, the logit last. ``accuracy``: held-out, by stratum (see
-    ``zoo.json``). ``epochs`` and ``validation_loss``: by stage. ``degraded_...`` are those of the first of two stages;
-    ``plus_...`` and ``minus_...`` those of the branches with one pattern more and one less.
+    ``zoo.json``). ``epochs``, ``validation_loss`` and ``training_loss``: by stage. ``degraded_...`` are those of the
+    first of two stages; ``plus_...`` and ``minus_...`` those of the branches with one pattern more and one less.
     """
     signature = pyarrow.struct([(method, _NUMBERS) for method in methods])
 
@@ -64,6 +64,7 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
         ("learning_rate", pyarrow.float64()),
         ("dropout", pyarrow.float64()),
         ("worst_accuracy", pyarrow.float32()),
+        ("validation_loss", _NUMBERS),
         *network(""),
     ]
     if spec.staged is not None:
@@ -71,9 +72,10 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
             ("target_pattern", pyarrow.string()),
             ("improvement", pyarrow.float32()),
             ("epochs", pyarrow.list_(pyarrow.int32())),
-            ("validation_loss", _NUMBERS),
             *network("degraded_"),
         ]
+    else:
+        columns.append(("training_loss", _NUMBERS))
     if spec.counterfactual is not None:
         for branch in BRANCHES:
             columns += [(f"{branch}_pattern", pyarrow.string()), *network(f"{branch}_")]
@@ -255,16 +257,16 @@ class Zoo:
         """Write the zoo, in one shard."""
         (folder / DATA).mkdir(parents=True, exist_ok=True)
         names = [pattern.name for pattern in self.patterns]
-        methods = self.extractor.methods
+        methods, rate = self.extractor.methods, self.spec.training.learning_rate
         rows = []
         for row, index in enumerate(self.index.tolist()):
             shape = self.layout.shapes[self.shape[row]]
             weights = self.layout.strip(self.weights[row : row + 1], int(self.shape[row]))
             params, patterns = unflatten(weights.float(), shape), compress(names, self.labels[row])
             network = network_columns(params, shape, self.accuracy[row], self.extractor)
-            rows.append(
-                record_of(index, patterns, shape, network, learning_rate=self.spec.training.learning_rate, dropout=0.0)
-            )
+            # Where each drew its own, it is not known any more.
+            own_rate = rate if isinstance(rate, float) else None
+            rows.append(record_of(index, patterns, shape, network, learning_rate=own_rate, dropout=0.0))
         parquet.write_table(pyarrow.Table.from_pylist(rows, schema(GenerationSpec(), methods)), folder / data_file(0))
         write_about(folder, self.spec, self.patterns, self.probes, {"subjects": len(self)})
 

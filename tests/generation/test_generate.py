@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
 import torch
 from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import GenerationSpec, PatternSpec, SubjectSpec, SubjectTrainingSpec
+from ethogram.specs.generation import (
+    CounterfactualSpec,
+    FloatRange,
+    GenerationSpec,
+    PatternSpec,
+    SubjectSpec,
+    SubjectTrainingSpec,
+)
 from services.generation import checks, job, progress
 from services.generation.buckets import BucketTrainer
-from services.generation.data import Candidates
+from services.generation.data import Candidates, Examples
 from services.generation.pipeline import DatasetGenerationPipeline, generate
+from services.generation.sampler import PatternDatasetSampler
+from services.generation.train import VALIDATION_EXAMPLES
 from services.runtime.run import Cancelled, Run, Stopped
-from services.zoo.dataset import Zoo
+from services.zoo.dataset import Zoo, architecture_of, network_of, read_records
 from services.zoo.subjects import activations, encode, flatten, forward
 from services.zoo.universe import HELD_OUT
 from tests.generation.conftest import PATTERNS, small_spec
@@ -224,3 +236,45 @@ def test_the_job_keeps_the_zoo_and_reports_figures(zoo: Zoo) -> None:
     told = Recorder()
     without = [name for name, count in job.run(few, told)["subjects_by_pattern"].items() if not count]
     assert f"no subject has {', '.join(without)}: " in " ".join(told.logs)
+
+
+def test_each_subject_draws_its_own_rate_from_a_range(tmp_path: Path) -> None:
+    training = SubjectTrainingSpec(steps=40, batch_size=32, learning_rate=FloatRange(min=1e-3, max=0.1))
+    spec = small_spec(subjects=24, training=training, min_accuracy=0.0)
+    DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
+    rows = pyarrow.concat_tables(read_records(tmp_path / "zoo")).to_pylist()
+    rates = [row["learning_rate"] for row in rows]
+    assert len(set(rates)) == 24 and 1e-3 <= min(rates) < 5e-3 and 2e-2 < max(rates) <= 0.1
+    # Each moves as far from the shared start as its own rate allows: as in a zoo where it is the rate of all.
+    for row in (rows[rates.index(rate)] for rate in (min(rates), max(rates))):
+        alone = with_one_rate(spec, row["learning_rate"])
+        (same,) = (one for one in alone if one["index"] == row["index"])
+        assert row["weights"] == pytest.approx(same["weights"], abs=1e-3)
+
+
+def with_one_rate(spec: GenerationSpec, rate: float) -> list[dict[str, Any]]:
+    """The records of the same zoo where ``rate`` is that of all."""
+    training = spec.training.model_copy(update={"learning_rate": rate})
+    trainer = BucketTrainer(spec.model_copy(update={"training": training}))
+    rows: list[dict[str, Any]] = trainer.train(trainer.buckets(0)[0]).table.to_pylist()
+    return rows
+
+
+@pytest.mark.parametrize("counterfactual", [None, CounterfactualSpec(steps=5)])
+def test_training_in_one_stage_records_losses(tmp_path: Path, counterfactual: CounterfactualSpec | None) -> None:
+    spec = small_spec(subjects=12, min_accuracy=0.0, counterfactual=counterfactual)
+    DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
+    table = pyarrow.concat_tables(read_records(tmp_path / "zoo"))
+    assert "epochs" not in table.column_names
+    sampler = PatternDatasetSampler(spec)
+    for row in table.to_pylist():
+        own = Candidates.draw(spec, torch.tensor([row["index"]]), 4)
+        judged = Examples.draw(spec.seed, "validation", own, VALIDATION_EXAMPLES, sampler.validation)
+        shape = architecture_of(spec, row)
+        inputs = encode(shape, sampler.validation.sequences[judged.rows[0]])
+        logits = forward(network_of(row, "weights", shape), inputs, shape.activation)
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, judged.labels.float())
+        assert row["validation_loss"] == [pytest.approx(float(expected), rel=1e-3)]
+        assert len(row["training_loss"]) == 1
+    # At the start a network knows nothing: log 2.
+    assert 0 < float(np.median(table["training_loss"].to_pylist())) < 0.3
