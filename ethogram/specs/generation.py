@@ -55,7 +55,8 @@ class PatternSpec(Spec):
     """Letter of ``starts_with`` and ``ends_with``; not allowed for other patterns."""
     regex: str | None = Field(None, min_length=1, max_length=500)
     """A pattern of your own: a regular expression that matches whole sequences. Syntax: letters, ``.``, ``[AB]``,
-    ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{2,4}``."""
+    ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{2,4}``. ``^`` and ``$`` at the ends change
+    nothing."""
     # The last field, because its validator reads the regex.
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """One of the built-in patterns (all_same, palindrome, sorted_ascending, sorted_descending, alternating,
@@ -324,8 +325,9 @@ class GenerationSpec(Spec):
     part: PartSpec | None = None
     """Only these data files, instead of ``subjects`` accepted subjects."""
     min_accuracy: float | None = Field(None, ge=0, le=1)
-    """Minimum held-out accuracy on each enabled pattern's sequences and on those that match none; other subjects are
-    rejected and counted. None: 0.9, or 0 for staged training, which has its own checks."""
+    """Minimum accuracy on each enabled pattern's sequences and on those that match none; other subjects are rejected
+    and counted. The sequences are neither trained on nor those of the reported accuracy. None: 0.9, or 0 for staged
+    training, which has its own checks."""
 
     @field_validator("max_patterns_per_batch")
     @classmethod

@@ -362,7 +362,7 @@ class PatternSpec(_message.Message):
     """Letter of `starts_with` and `ends_with`; not allowed for other patterns."""
     regex: _builtins.str
     """A pattern of your own: a regular expression that matches whole sequences. Syntax: letters, `.`, `[AB]`, `[A-C]`,
-    `[^A]`, `(...)`, `|`, `*`, `+`, `?`, `{2,4}`.
+    `[^A]`, `(...)`, `|`, `*`, `+`, `?`, `{2,4}`. `^` and `$` at the ends change nothing.
     """
     def __init__(
         self,
@@ -916,8 +916,9 @@ class GenerationSpec(_message.Message):
     max_patterns_per_batch: _builtins.int
     """Most patterns per subject; None: 4, or all if there are fewer, less one that `counterfactual` can add."""
     min_accuracy: _builtins.float
-    """Minimum held-out accuracy on each enabled pattern's sequences and on those that match none; other subjects are
-    rejected and counted. None: 0.9, or 0 for staged training, which has its own checks.
+    """Minimum accuracy on each enabled pattern's sequences and on those that match none; other subjects are rejected and
+    counted. The sequences are neither trained on nor those of the reported accuracy. None: 0.9, or 0 for staged
+    training, which has its own checks.
     """
     shards: _builtins.int
     """Jobs that make the zoo in parallel, on whatever workers are free. The zoo is the same for any number."""

@@ -262,8 +262,8 @@ def export_pairs(
 @run_command(
     app,
     KINDS["sae"],
-    f"{_MODULE} sae my-activations --hook encoder_layer_2 --k 32 -o my-sae",
-    f"{_MODULE} sae my-activations --hook encoder_layer_2 --set model.activation=jumprelu --set loss.l0=1e-3 -o my-sae",
+    f"{_MODULE} sae my-activations --hook encoder_layer_2_mlp --k 32 -o my-sae",
+    f"{_MODULE} sae my-activations --hook encoder_layer_2_mlp --set model.activation=jumprelu --set loss.l0=.001",
     flags={"hook": flag(str, "--hook", help="Hook point."), **FLAGS},
 )
 def sae(store: Store = None, *, run_dir: RunDir = None) -> Request:
@@ -274,7 +274,7 @@ def sae(store: Store = None, *, run_dir: RunDir = None) -> Request:
 @run_command(
     app,
     KINDS["clt"],
-    f'{_MODULE} train my-activations --pair "encoder_layer_0->encoder_layer_2" --k 32 -o clt_L0_to_L2',
+    f'{_MODULE} train my-activations --pair "encoder_layer_0_mlp->encoder_layer_2_mlp" --k 32 -o clt_L0_to_L2',
     f"{_MODULE} train my-activations --kind cross_layer --expansion 16 --k 32 -o my-clt",
     "torchrun --nproc-per-node 2 -m services.clt train my-activations --kind per_layer -o my-run",
     flags=KIND | FLAGS,

@@ -211,7 +211,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
-    with file.open(encoding="utf-8-sig") as lines:
+    # A line ends at a line feed alone: others are white space, or part of a text.
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -35,7 +35,9 @@ from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, flatten, unflatten
 from services.zoo.universe import Universe
 
-FORMAT = 2
+FORMAT = 3
+FORMER = 2
+"""Format of zoos whose split depended on the enabled patterns; they can still be read."""
 ABOUT, BASELINE, DATA = "zoo.json", "baseline_dataset.json", "data"
 BRANCHES = ("plus", "minus")
 
@@ -47,8 +49,9 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
 
     ``weights``: layer after layer, weights (``[fan_out, fan_in]``, row by row) before biases. ``signature``: for each
     method, neuron after neuron and layer after layer, the logit last. ``accuracy``: held-out, by stratum (see
-    ``zoo.json``). ``epochs``, ``validation_loss`` and ``training_loss``: by stage. ``degraded_...`` are those of the
-    first of two stages; ``plus_...`` and ``minus_...`` those of the branches with one pattern more and one less.
+    ``zoo.json``), NaN of one without sequences. ``epochs``, ``validation_loss`` and ``training_loss``: by stage.
+    ``degraded_...`` are those of the first of two stages; ``plus_...`` and ``minus_...`` those of the branches with one
+    pattern more and one less.
     """
     signature = pyarrow.struct([(method, _NUMBERS) for method in methods])
 
@@ -115,8 +118,8 @@ def write_about(
 def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Pattern]]:
     """Contents, spec and patterns of ``zoo.json``."""
     with reading(folder, ABOUT, "zoo") as path:
-        about = json.loads(path.read_text())
-        if about["format"] != FORMAT:
+        about = json.loads(path.read_bytes())
+        if about["format"] not in (FORMER, FORMAT):
             raise InvalidInput.field(ABOUT, f"has format {about['format']}; this version reads {FORMAT}")
         spec = GenerationSpec.model_validate(about["spec"])
         return about, spec, from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
@@ -127,7 +130,7 @@ def read_probes(folder: Path, spec: GenerationSpec) -> Tensor:
     another vocabulary or length than the spec's."""
     length, letters = spec.sequence_length, LETTERS[: spec.vocab_size]
     with reading(folder, BASELINE, "zoo") as path:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_bytes())
         for name in ("vocab_size", "sequence_length"):
             if about[name] != getattr(spec, name):
                 text = f"is {about[name]}, but the spec's is {getattr(spec, name)}"
@@ -176,8 +179,8 @@ class Zoo:
     labels: Tensor
     """Each subject's patterns: bool ``[models, patterns]``."""
     accuracy: Tensor
-    """Held-out accuracy on the members of each pattern, and last on sequences that match none: float32
-    ``[models, patterns + 1]``."""
+    """Held-out accuracy on the members of each pattern, and last on sequences that match none; NaN where there are no
+    such sequences: float32 ``[models, patterns + 1]``."""
     probes: Tensor
     """Probe sequences: int64 ``[probes, length]``."""
 
@@ -341,7 +344,7 @@ def record_of(
         "activation": shape.activation,
         "learning_rate": learning_rate,
         "dropout": dropout,
-        "worst_accuracy": network["accuracy"].min(),
+        "worst_accuracy": np.nanmin(network["accuracy"]),
         **network,
     }
 

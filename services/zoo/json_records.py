@@ -124,7 +124,7 @@ class JsonRecords:
         folder = source if source.is_dir() else source.parent
         if patterns is None and (folder / PATTERNS).exists():
             with reading(folder, PATTERNS, "dataset") as path:
-                patterns = patterns_in(json.loads(path.read_text()), PATTERNS)
+                patterns = patterns_in(json.loads(path.read_bytes()), PATTERNS)
         self.spec = _spec(survey, patterns)
         """Spec of a zoo of these records."""
         self.patterns = from_specs(self.spec.patterns, self.spec.vocab_size, self.spec.sequence_length)

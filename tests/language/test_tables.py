@@ -172,6 +172,16 @@ def test_files_that_are_no_tables(name: str, content: bytes | None, error: str, 
         list(read_table(tmp_path / name, Profile, "spec.profile"))
 
 
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\u00a0b", "\ufeffa", "é"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_of_json_ends_at_a_line_feed_alone(text: str, end: str, tmp_path: Path) -> None:
+    """As JSON is written elsewhere: text as it is, and a carriage return as white space between values."""
+    file = tmp_path / "a.jsonl"
+    lines = [json.dumps({"name": text, "latency": 1.0}, ensure_ascii=False), '{"name": "b",\r "latency": 2}', ""]
+    file.write_bytes(end.join(lines).encode())
+    assert [(row.name, row.latency) for row in read_table(file, Profile)] == [(text, 1.0), ("b", 2.0)]
+
+
 def test_a_large_table_is_read_as_it_goes(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("name,latency\n" + "a,1\n" * 10_000 + "a,x\n")

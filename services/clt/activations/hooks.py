@@ -205,11 +205,13 @@ def _first(value: object) -> Tensor | None:
     return next((item for item in items if isinstance(item, Tensor)), None)
 
 
-def unknown_point(field: str, name: str, names: Sequence[str], missing: str = "there is no hook point") -> InvalidInput:
+def unknown_point(
+    field: str, name: str, names: Sequence[str], missing: str = "there is no hook point", advice: str = ""
+) -> InvalidInput:
     """The error for a hook point ``name`` that is none of ``names``."""
     similar = difflib.get_close_matches(name, names, 5, 0.7)
     hint = f"did you mean {', '.join(similar)}?" if similar else listed(names)
-    return InvalidInput.field(field, f"{missing} {name}; {hint}")
+    return InvalidInput.field(field, f"{missing} {name}; {hint}{advice}")
 
 
 def listed(names: Sequence[str]) -> str:
