@@ -110,8 +110,9 @@ class ActivationsSpec(Spec):
     ``encoder_layer_0`` (a layer's output), ..., ``encoder_output`` and ``decoder_input``; of a language model: a
     module's name for its output, followed by ``:input`` for its input."""
     pairs: list[str] = Field(default=[], max_length=1000)
-    """Pairs ``SOURCE->TARGET`` of hook points to record. Without hooks and pairs: input and output of each MLP of a
-    policy, or of each module named ``mlp`` of a language model."""
+    """Pairs ``SOURCE->TARGET`` of hook points to record. Without hooks and pairs: input and output of each MLP. Of a
+    language model those are modules with the usual names (``mlp``, ``ffn``, ``fc1`` to ``fc2``, ...) that text
+    passes."""
     instances: int = Field(10_000, ge=1, le=1_000_000_000)
     """Instances (tours or sequences) to record."""
     validation: float = Field(0.05, gt=0, lt=1)

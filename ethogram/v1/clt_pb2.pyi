@@ -771,8 +771,8 @@ class ActivationsSpec(_message.Message):
 
     @_builtins.property
     def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Pairs `SOURCE->TARGET` of hook points to record. Without hooks and pairs: input and output of each MLP of a policy,
-        or of each module named `mlp` of a language model.
+        """Pairs `SOURCE->TARGET` of hook points to record. Without hooks and pairs: input and output of each MLP. Of a
+        language model those are modules with the usual names (`mlp`, `ffn`, `fc1` to `fc2`, ...) that text passes.
         """
 
     def __init__(

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, PatternSpec
-from services.language.tables import Malformed, read_rows
+from services.language.tables import Malformed, files_below, read_rows
 from services.runtime.reading import reading
 from services.runtime.run import Run
 from services.zoo.dataset import BASELINE
@@ -176,7 +176,7 @@ def files_in(source: Path) -> list[Path]:
     """The files of records in ``source``: itself, or those in a folder."""
     if source.is_file():
         return [source]
-    return sorted(file for suffix in SUFFIXES for file in source.rglob(f"*{suffix}"))
+    return files_below(source, SUFFIXES, str(source))[0] if source.is_dir() else []
 
 
 def _record(row: Mapping[str, Any], location: str, rename: Mapping[str, str]) -> Record:

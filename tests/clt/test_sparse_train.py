@@ -391,3 +391,45 @@ def test_an_interrupted_sweep_goes_on(store: ActivationStore, tmp_path: Path, mo
             load_file(tmp_path / run / "models" / name / "model" / "model.safetensors") for run in ("whole", "parts")
         )
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+
+
+def constant_store(folder: Path, value: float, channels: int = 16) -> ActivationStore:
+    """A store in which ``channels`` of the MLP's 16 outputs in layer 0 are the same in all rows."""
+    policy = small_policy()
+    layers: Any = policy.encoder.layers
+    last = layers[0].mlp[-1]
+    last.weight[:channels], last.bias[:channels] = 0, value
+    spec = ActivationsSpec(policy=ANY, instances=300, validation=0.2, shard_rows=700)
+    return collect(spec, folder, Run(), policy)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_a_stream_that_never_changes_is_refused_by_its_field(value: float, tmp_path: Path) -> None:
+    constant = constant_store(tmp_path, value)
+    text = r"encoder_layer_0_mlp is the same in all 1680 training rows, so there is nothing to learn; name other"
+    read = {"sources": ["encoder_layer_0_mlp"], "targets": ["encoder_layer_1_mlp"]}
+    for normalize in ("center", "standardize", "whiten", "none"):
+        training = {"normalize": normalize}
+        given = sae(training=training).model_dump()
+        faults: list[tuple[CltSpec | SaeSpec, str]] = [
+            (SaeSpec.model_validate({**given, "hook": "encoder_layer_0_mlp"}), r"spec\.hook"),
+            (clt(training=training), r"spec\.targets\.0"),
+            (CltSpec.model_validate({**clt(training=training).model_dump(), **read}), r"spec\.sources\.0"),
+            (clt(kind="cross_layer", training=training), r"spec\.targets"),
+        ]
+        for spec, field in faults:
+            with pytest.raises(InvalidInput, match=rf"^{field}: {text}"):
+                SparseTrainer(spec, constant)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+@pytest.mark.parametrize("normalize", ["center", "standardize", "whiten", "none"])
+def test_channels_that_never_change_are_no_harm(value: float, normalize: str, tmp_path: Path) -> None:
+    constant = constant_store(tmp_path, value, channels=8)
+    given = sae(training={"steps": 150, "normalize": normalize}).model_dump()
+    with SparseTrainer(SaeSpec.model_validate({**given, "hook": "encoder_layer_0_mlp"}), constant) as trainer:
+        model = train(trainer)
+    figures, _ = evaluate(model, constant, 2000)
+    assert figures["fvu"] < 0.6
+    (rows,) = constant.read("validation", 0, ["encoder_layer_0_mlp"])
+    torch.testing.assert_close(model([rows.float()])[0][:, :8], rows[:, :8].float(), rtol=0, atol=0.05)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from ethogram.errors import MAX_VIOLATIONS, InvalidInput
 from ethogram.specs.base import Spec
 from services.language.tables import read_columns, read_table
+from services.zoo.json_records import files_in
 
 ROWS = [
     {"name": "small", "latency (ms)": 1.5, "gpus": 1, "_note": None},
@@ -187,3 +188,28 @@ def test_a_large_table_is_read_as_it_goes(tmp_path: Path) -> None:
     rows = read_table(file, Profile)
     assert next(rows).name == "a"
     rows.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".CSV"])
+def test_long_cells_and_suffixes_in_capitals(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"table{suffix}"
+    file.write_text(f"name,latency\n{'a' * 300_000},1\n")
+    (row,) = read_table(file, Profile)
+    assert len(row.name) == 300_000 and row.latency == 1
+
+
+def test_where_a_table_is_not_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"name,latency\n" + b"a,1\n" * 9000 + b"caf\xe9,1\n")
+    with pytest.raises(InvalidInput, match=r"cannot be read as UTF-8 text \(line 9002, byte 4\)"):
+        list(read_table(file, Profile))
+    file.write_bytes("name,latency\na,1\n".encode("utf-16"))
+    with pytest.raises(InvalidInput, match="it is UTF-16: save it as UTF-8"):
+        list(read_table(file, Profile))
+
+
+def test_json_records_ignore_hidden_files(tmp_path: Path) -> None:
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("b.jsonl", "a.parquet", "._b.jsonl", ".ipynb_checkpoints/b-checkpoint.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff")
+    assert files_in(tmp_path) == [tmp_path / "a.parquet", tmp_path / "b.jsonl"]
