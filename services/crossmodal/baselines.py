@@ -12,7 +12,7 @@ from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects
 from services.crossmodal.steering import mean_differences
 from services.runtime.seeds import generator
-from services.runtime.training import Optimization, Progress, Trainer, constant, fit
+from services.runtime.training import Adam, Optimization, Progress, Trainer, constant, fit
 
 FINE_STEPS, FINE_RATE, FINE_QUERIES = 100, 1e-2, 128
 """Steps, learning rate and sequences per step of short fine-tuning."""
@@ -84,7 +84,7 @@ class FineTuning(Trainer):
         self.edited = subjects.weights.clone().requires_grad_()
         self.optimization = Optimization([{"params": [self.edited]}], codec.spec.training, constant)
         # Not clipped: the norm of all subjects' gradients would couple them.
-        self.optimization.optimizer = torch.optim.Adam([self.edited], FINE_RATE)
+        self.optimization.optimizer = Adam([self.edited], FINE_RATE)
 
     def advance(self) -> dict[str, Tensor]:
         rows = self._queries.draw(self._patterns, FINE_QUERIES, self._generator)
