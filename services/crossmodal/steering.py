@@ -89,8 +89,10 @@ def classifier_normals(latents: Tensor, labels: Tensor) -> Tensor:
 
 def signs(edits: Sequence[Edit], behaviors: Sequence[str]) -> Tensor:
     """-1 for the behaviours that the edits remove and 1 for those that they add: float32 ``[behaviors]``."""
-    signs = {name: sign for edit in edits for name, sign in edit.signs.items()}
-    return torch.tensor([signs.get(name, 0.0) for name in behaviors])
+    signs = torch.zeros(len(behaviors))
+    for name, sign in (change for edit in edits for change in edit.signs.items()):
+        signs[behaviors.index(name)] = sign
+    return signs
 
 
 def every_edit(behaviors: Sequence[str], *, replace: bool) -> list[Edit]:

@@ -51,12 +51,12 @@ app = system_app(
 
 def _zoo(folder: Path) -> Path:
     """Callback of an argument: the zoo in ``folder``, which may also be the folder of the run that made it."""
-    return artifact_in(folder, "zoo")
+    return artifact_in(folder, "zoo", "ZOO")
 
 
 def _probes(folder: Path | None) -> Path | None:
     """Callback of --baseline: as :func:`_zoo`, where there are probes."""
-    if folder is not None and not ((folder := _zoo(folder)) / BASELINE).is_file():
+    if folder is not None and not ((folder := artifact_in(folder, "zoo", "--baseline")) / BASELINE).is_file():
         raise InvalidInput.field("--baseline", f"{folder} has no {BASELINE}")
     return folder
 
@@ -96,7 +96,7 @@ def make(
     the same zoo. A run that fails before its first checkpoint leaves neither folder."""
     return Request(
         {} if baseline is None else {"signature.baseline": baseline},
-        check=lambda spec: _check_one_baseline(spec, baseline),
+        check=_check_baseline,
         refer=False,
         folder=out.with_name(f"{out.name}-run"),
         places={"zoo": out, "report": out / "report"},
@@ -181,7 +181,7 @@ def dataset(
     """Write sequences with pattern labels: the probes of the signatures, a held-out benchmark, or a subject's training
     data."""
     spec = read_spec(GenerationSpec, file, values)
-    _check_one_baseline(spec, baseline)
+    _check_baseline(spec)
     sampler = PatternDatasetSampler(spec, baseline)
     if which == "training":
         sequences, right, first = sampler.training(index)
@@ -233,10 +233,11 @@ def score(
     return Answer(figures, lambda: output.figures(figures))
 
 
-def _check_one_baseline(spec: GenerationSpec, baseline: Path | None) -> None:
-    """Raise :class:`InvalidInput` where both the spec and --baseline name probes."""
-    if spec.signature.baseline is not None and baseline is not None:
-        raise InvalidInput.field("--baseline", "the spec names spec.signature.baseline too; leave one of them out")
+def _check_baseline(spec: GenerationSpec) -> None:
+    """Raise :class:`InvalidInput` where the spec names probes: here --baseline does."""
+    if spec.signature.baseline is not None:
+        text = "names an artifact of a platform; leave it out here, and give its folder with --baseline"
+        raise InvalidInput.field("spec.signature.baseline", text)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ class ActivationSignatureExtractor:
         # A pattern that no probe matches has mean 0.
         self._strata = strata / strata.sum(0).clamp(min=1)
 
-    @property
+    @cached_property
     def values(self) -> int:
         """Numbers for each neuron, of all methods together."""
         neuron = self.inputs.new_zeros(1, len(self.inputs), 1)

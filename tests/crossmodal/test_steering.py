@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.edits import DIRECTIONS
+from ethogram.specs.edits import DIRECTIONS, Edit
 from services.crossmodal.codec import AUTO, Codec
 from services.crossmodal.data import Queries
 from services.crossmodal.steering import (
@@ -16,6 +16,7 @@ from services.crossmodal.steering import (
     classifier_normals,
     edited,
     mean_differences,
+    signs,
     toggle,
 )
 from services.zoo.dataset import Zoo
@@ -24,11 +25,18 @@ from services.zoo.subjects import encode, flatten, forward, select
 from services.zoo.universe import TRAIN
 
 
+def test_signs_are_of_behaviors_that_are_known() -> None:
+    names = ["a", "b", "c", "d"]
+    assert signs([Edit("add", "a"), Edit("replace", "b", "c")], names).tolist() == [1, -1, 1, 0]
+    with pytest.raises(ValueError, match="not in list"):
+        signs([Edit("add", "a"), Edit("remove", "e")], names)
+
+
 def test_toggle_adds_what_is_missing_and_removes_what_is_there() -> None:
     selected = torch.tensor([[True, False, True], [False, False, True]])
-    after, signs = toggle(selected, torch.tensor([[0, 0], [1, 2]]))
+    after, changes = toggle(selected, torch.tensor([[0, 0], [1, 2]]))
     assert after.tolist() == [[False, False, True], [False, True, False]]
-    assert signs.tolist() == [[-1, 0, 0], [0, 1, -1]]
+    assert changes.tolist() == [[-1, 0, 0], [0, 1, -1]]
     assert selected.tolist() == [[True, False, True], [False, False, True]]
 
 

@@ -175,9 +175,10 @@ def test_the_probes_of_another_zoo(zoo: Path, spec: Path, tmp_path: Path, capsys
     assert call("make", "-f", spec, *changed, "--baseline", zoo, "-o", tmp_path / "zoo") == 0
     one, other = (json.loads((folder / "baseline_dataset.json").read_text()) for folder in (zoo, tmp_path / "zoo"))
     assert one == other
-    twice = ["--set", "signature.baseline.artifact=zoo", "--baseline", str(zoo)]
-    assert call("make", "-f", spec, *changed, *twice, "-o", tmp_path / "other") == 2
-    assert "leave one of them out" in capsys.readouterr().err
+    artifact = ("--set", "signature.baseline.artifact=zoo")
+    for command in (["make"], ["make", "--baseline", zoo], ["dataset", "baseline"]):
+        assert call(*command, "-f", spec, *artifact, "-o", tmp_path / "other.json") == 2
+        assert "leave it out here, and give its folder with --baseline" in " ".join(capsys.readouterr().err.split())
     changed += ["--set", "vocab_size=6"]
     assert call("make", "-f", spec, *changed, "--baseline", zoo, "-o", tmp_path / "other") == 2
     assert "baseline_dataset.json.vocab_size: is 5, but the spec's is 6" in capsys.readouterr().err
@@ -204,6 +205,12 @@ def test_the_folder_of_a_run_stands_for_the_zoo_in_it(
     for file in ("json/baseline_dataset.json", "report/report.json"):
         assert (tmp_path / f"one-{file}").read_text() == (tmp_path / f"other-{file}").read_text()
     assert (tmp_path / "one.json").read_text() == (tmp_path / "other.json").read_text()
+    (tmp_path / "codec-run" / "codec").mkdir(parents=True)
+    (tmp_path / "codec-run" / "spec.json").write_text("{}")
+    other = "is the folder of a run, with codec in it; name a zoo"
+    for arguments, field in ((["report"], "ZOO"), (["make", "--baseline"], "--baseline")):
+        assert call(*arguments, tmp_path / "codec-run", "-o", tmp_path / "no") == 2
+        assert f"{field}: {tmp_path / 'codec-run'} {other}" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "answers.jsonl").write_text('{"index": 1000000, "task": "classification", "completion": ""}')
     assert call("score", tmp_path / "run", tmp_path / "answers.jsonl") == 2
     assert "the zoo has no record" in capsys.readouterr().err

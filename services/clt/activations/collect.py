@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +35,7 @@ from services.clt.activations.store import (
     write_pointer,
 )
 from services.clt.policy.model import AttentionPolicy
+from services.runtime.checkpoints import link_or_copy
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 
@@ -182,7 +182,4 @@ def _link(files: Iterable[Path], folder: Path) -> None:
     for file in files:
         target = folder / file.name
         target.unlink(missing_ok=True)
-        try:
-            os.link(file, target)
-        except OSError:
-            shutil.copyfile(file, target)
+        link_or_copy(file, target)
