@@ -16,6 +16,7 @@ from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CONTROLS, OTHERS
 from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
+from services.runtime.devices import double
 from services.runtime.report import AFTER, BEFORE, CONTROL, FAINT, INK, SOFT, Panel, Report, history_plot, plot
 from services.runtime.tensors import write_tensors
 from services.zoo.dataset import Zoo
@@ -144,7 +145,7 @@ def all_latents(codec: Codec, zoo: Zoo) -> Tensor:
 
 def principal_positions(latents: Tensor) -> tuple[Tensor, str]:
     """Positions of latents on their first two principal components, ``[subjects, 2]``, and a title for their plot."""
-    centred = (latents - latents.mean(0)).double()
+    centred = double(latents - latents.mean(0))
     # A latent may have a single dimension, and all latents may be equal: the missing axes are zero.
     centred = torch.nn.functional.pad(centred, (0, max(0, 2 - centred.shape[1])))
     values, vectors = torch.linalg.eigh(centred.T @ centred)
