@@ -82,7 +82,7 @@ class Effect(NamedTuple):
     each behaviour as read from the latent, before and after; ``recall`` ``[batch, 2, behaviours]`` and
     ``false_positive_rate`` ``[batch, 2]``: measured on held-out sequences, before and after; ``target`` ``[batch]``:
     accuracy where the edit decides, NaN where it decides nothing; ``local`` ``[batch]``: change of accuracy everywhere
-    else.
+    else; ``kept`` ``[batch]``: share of the answers there that are still those before.
     """
 
     behaviors: list[str]
@@ -95,6 +95,7 @@ class Effect(NamedTuple):
     false_positive_rate: Floats
     target: Floats
     local: Floats
+    kept: Floats
     model: str
     version: str
 
@@ -208,7 +209,7 @@ class Inference(Channel):
         batch = _Batch.of(networks, activation)
         steering = fields_of(Steering.of(edits, mode, strength, direction))
         answers, name = self._run(pb.EvaluateRequest, batch, model, version, **steering)
-        names = ("latents", "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local")
+        names = ("latents", "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local", "kept")
         effects = [answer.effect for answer in answers]
         fields: dict[str, Any] = {field: batch.join(effects, field) for field in names}
         fields["had"] = fields["had"] > 0

@@ -40,7 +40,7 @@ class ActivationSignatureExtractor:
             if spec.components > most.get(method, spec.components):
                 text = f"{probes} probes have at most {most[method]} for {method}"
                 raise InvalidInput.field("spec.signature.components", text)
-        self._spec, self.inputs = spec, inputs
+        self._spec, self.inputs, self.activations = spec, inputs, spec.activations
         strata = torch.cat([membership, ~membership.any(1, keepdim=True)], 1).float()
         # A pattern that no probe matches has mean 0.
         self._strata = strata / strata.sum(0).clamp(min=1)
@@ -57,7 +57,7 @@ class ActivationSignatureExtractor:
         """Of each method ``[models, neurons, values]``, layer after layer, the logit last. ``widths``: neurons in each
         hidden layer of each network, where some are narrower than ``architecture``; what they lack holds zeros."""
         layers = activations(params, self.inputs.to(params["layers.0.weight"].device), architecture.activation)
-        if self._spec.activations == "post":
+        if self.activations == "post":
             layers = [*map(ACTIVATIONS[architecture.activation], layers[:-1]), layers[-1]]
         if widths is not None:
             for layer in layers[:-1]:

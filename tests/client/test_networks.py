@@ -58,7 +58,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_many_strengths_are_summarised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = {"target": 0.9, "local": 0.0, "nothing_to_change": 1, "strength": [0.0, 1.0, 1.25, 2.0]}
+    more = {"target": 0.9, "local": 0.0, "kept": 1.0, "nothing_to_change": 1, "strength": [0.0, 1.0, 1.25, 2.0]}
     networks = {"weight": np.zeros((4, 3))}
     _written(tmp_path / "out.safetensors", networks, **more).show()
     said = "".join(capsys.readouterr())

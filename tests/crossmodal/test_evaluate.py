@@ -16,7 +16,6 @@ from services.crossmodal.baselines import fine_tuned
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, split_subjects
 from services.crossmodal.evaluate import (
-    Decoded,
     evaluate,
     judge_decoding,
     judge_reconstruction,
@@ -213,7 +212,7 @@ def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(zoo: Zoo, un
 def test_errors_of_reconstruction_against_loops(zoo: Zoo, untrained: Codec) -> None:
     subjects = untrained.preprocessor.subjects(zoo, torch.arange(5))
     weights = subjects.weights + 0.1 * torch.randn(subjects.weights.shape, generator=torch.Generator().manual_seed(0))
-    found = judge_reconstruction(untrained, subjects, Decoded(torch.zeros(5, 24), weights))
+    found = judge_reconstruction(untrained, subjects, weights)
     last = subjects.weights[:, -13:], weights[:, -13:]
     mean = untrained.model.decoder.standard.mean[-13:]
     pairs = [(float(s), float(w)) for s, w in zip(last[0].flatten(), last[1].flatten(), strict=True)]
@@ -228,7 +227,7 @@ def test_errors_of_reconstruction_against_loops(zoo: Zoo, untrained: Codec) -> N
     assert own["cosine"] == pytest.approx(sum(cosine) / 5, rel=1e-4)
     around = sum(float((s - mean).square().sum()) for s in last[0])
     assert own["r2"] == pytest.approx(1 - sum(squared) / around, rel=1e-4)
-    perfect = judge_reconstruction(untrained, subjects, Decoded(torch.zeros(5, 24), subjects.weights))["all"]
+    perfect = judge_reconstruction(untrained, subjects, subjects.weights)["all"]
     assert (perfect["mse"], perfect["relative_error"], perfect["r2"]) == (0, 0, 1)
     assert perfect["cosine"] == pytest.approx(1)
 

@@ -87,10 +87,12 @@ def test_effect_is_the_codecs(
         assert_close(getattr(found, name), getattr(expected, name).numpy())
     assert_close(found.target, expected.scores.target.numpy())
     assert_close(found.local, expected.scores.local.numpy())
+    assert_close(found.kept, expected.scores.kept.numpy())
     steered = inference.steer("tiny", arrays(params), edits, **options)
     assert_networks(steered.networks, expected.networks)
 
     short = summary(found)
+    assert short["kept"] == pytest.approx(float(expected.scores.kept.mean()), abs=1e-4)
     assert short["local"] == pytest.approx(float(expected.scores.local.mean()), abs=1e-4)
     assert short["nothing_to_change"] == int(expected.scores.target.isnan().sum())
     page = effect_page(found, edits, "networks.safetensors")

@@ -1,0 +1,70 @@
+"""What an evaluation says, in sentences that are derived from its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ethogram.specs.crossmodal import CrossmodalSpec
+from ethogram.specs.edits import OPERATIONS
+from services.crossmodal.baselines import LOOKUPS
+from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
+
+SAME = 0.005
+"""Figures that differ by less count as equal."""
+_COMPARED = {"all_gate": "both gates", "target_mean": "target", "kept_mean": "kept"}
+
+
+def prefixes(figures: Mapping[str, float], spec: CrossmodalSpec) -> dict[str, str]:
+    """Of each operation with edits, the prefix of its figures: direct edits where training was on these alone."""
+    mode = "direct." if spec.loss.direct and not spec.loss.steering else ""
+    return {name: f"{mode}{name}" for name in OPERATIONS if f"{mode}{name}.all_gate" in figures}
+
+
+def findings(figures: Mapping[str, float], spec: CrossmodalSpec, ambiguity: str) -> list[str]:
+    """Sentences on how many edits pass, beside controls and lookups; what the edit does better and worse than the
+    lookup that passes most; and what the signature determines (``ambiguity``: :func:`services.zoo.oracle.ambiguity`).
+    """
+    sentences, compared = [], dict[str, tuple[float, float, str]]()
+    for operation, prefix in prefixes(figures, spec).items():
+        controls = max(figures[f"{prefix}.{name}.all_gate"] for name in ("null", "random", "reverse"))
+        lookups = {way: figures[name] for way in LOOKUPS if (name := f"{operation}.{way}.all_gate") in figures}
+        passed, kept = (figures[f"{prefix}.{name}"] for name in ("all_gate", "kept_mean"))
+        sentences.append(
+            f"{operation}: {passed:.3f} of the edits pass both gates (target >= {TARGET_GATE}, local >= {LOCAL_GATE}), "
+            f"and they keep {kept:.3f} of the source's other answers. Of the controls at most {controls:.3f} pass"
+            + "".join(f", of {way} {share:.3f}" for way, share in lookups.items())
+            + "."
+        )
+        if lookups:
+            best = max(lookups, key=lambda way: lookups[way])
+            for name, label in _COMPARED.items():
+                pair = figures[f"{prefix}.{name}"], figures[f"{operation}.{best}.{name}"]
+                compared[f"{operation}: {label}"] = (*pair, best)
+            if (share := figures[f"{operation}.{best}.available"]) < 1:
+                sentences.append(f"{best} has a network for {share:.3f} of these edits, and is judged on them alone.")
+    if "nearest_train.agreement" in figures:
+        pair = figures["agreement"], figures["nearest_train.agreement"]
+        compared["agreement without an edit"] = (*pair, "nearest_train")
+    for title, sign in (("better", 1), ("worse", -1)):
+        cases = [
+            f"{label} ({own:.3f} against {other:.3f} of {way})"
+            for label, (own, other, way) in compared.items()
+            if sign * (own - other) >= SAME
+        ]
+        if compared:
+            sentences.append(f"What the codec does {title} than a lookup: {'; '.join(cases) or 'nothing of this'}.")
+    if (solved := figures.get("oracle.agreement")) is not None:
+        sentences.append(
+            f"Least squares from the raw signatures, without learning, agrees with the source in {solved:.3f} of the "
+            f"answers, the codec's decoding in {figures['agreement']:.3f}."
+        )
+    return [*sentences, *([warning(ambiguity)] if ambiguity and spec.codec.inputs == "signature" else [])]
+
+
+def warning(ambiguity: str) -> str:
+    """What to know, and to do, about a codec whose encoder sees signatures that cannot determine the weights."""
+    return (
+        f"The encoder sees signatures alone, and they cannot determine the weights: {ambiguity}. Decoded weights are a "
+        "guess from similar networks. Make the zoo with signature.methods=[] (raw) on enough probes, or set "
+        "codec.inputs=both."
+    )
