@@ -149,7 +149,8 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
             text = f"subject {int(bad[0])} holds NaN or infinity; leave out all such subjects ({len(bad)} in the zoo)"
             raise InvalidInput.field(f"zoo.{name}", text)
     if spec.codec.inputs == "signature" and not varies(zoo.extractor):
-        text = f"the zoo's signature ({', '.join(zoo.extractor.methods)}) is the same for many networks; set both"
+        methods = ", ".join(zoo.extractor.methods)
+        text = f"the zoo's signature ({methods}) does not change with small changes of the weights; set both"
         raise InvalidInput.field("spec.codec.inputs", text)
     train, validation, held_out = split_subjects(zoo.labels, zoo.shape, spec)
     if len(validation) == 0 or len(held_out) == 0:

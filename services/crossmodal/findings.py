@@ -12,6 +12,7 @@ from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
 SAME = 0.005
 """Figures that differ by less count as equal."""
 _COMPARED = {"all_gate": "both gates", "target_mean": "target", "kept_mean": "kept"}
+"""Figures of an edit and of a lookup that are compared, and how they are called."""
 
 
 def prefixes(figures: Mapping[str, float], spec: CrossmodalSpec) -> dict[str, str]:
@@ -23,6 +24,8 @@ def prefixes(figures: Mapping[str, float], spec: CrossmodalSpec) -> dict[str, st
 def findings(figures: Mapping[str, float], spec: CrossmodalSpec, ambiguity: str) -> list[str]:
     """Sentences on how many edits pass, beside controls and lookups; what the edit does better and worse than the
     lookup that passes most; and what the signature determines (``ambiguity``: :func:`services.zoo.oracle.ambiguity`).
+
+    An edit that changes nothing keeps everything: ``kept`` is better only where the target gate is passed as often.
     """
     sentences, compared = [], dict[str, tuple[float, float, str]]()
     for operation, prefix in prefixes(figures, spec).items():
@@ -37,9 +40,14 @@ def findings(figures: Mapping[str, float], spec: CrossmodalSpec, ambiguity: str)
         )
         if lookups:
             best = max(lookups, key=lambda way: lookups[way])
-            for name, label in _COMPARED.items():
-                pair = figures[f"{prefix}.{name}"], figures[f"{operation}.{best}.{name}"]
-                compared[f"{operation}: {label}"] = (*pair, best)
+            pairs = {
+                name: (figures[f"{prefix}.{name}"], figures[f"{operation}.{best}.{name}"])
+                for name in (*_COMPARED, "target_gate")
+            }
+            own, other = pairs.pop("target_gate")
+            if own <= other - SAME and pairs["kept_mean"][0] > pairs["kept_mean"][1]:
+                del pairs["kept_mean"]
+            compared |= {f"{operation}: {_COMPARED[name]}": (*pair, best) for name, pair in pairs.items()}
             if (share := figures[f"{operation}.{best}.available"]) < 1:
                 sentences.append(f"{best} has a network for {share:.3f} of these edits, and is judged on them alone.")
     if "nearest_train.agreement" in figures:

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from ethogram.specs.edits import Edit
-from services.crossmodal.baselines import fine_tuned
+from ethogram.specs.generation import SignatureSpec
+from services.crossmodal import baselines
+from services.crossmodal import evaluate as judging
+from services.crossmodal.baselines import Baselines, fine_tuned
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, split_subjects
 from services.crossmodal.evaluate import (
@@ -165,6 +168,70 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
     assert {(row["operation"], row["mode"]) for row in edits} >= {("add", "residual"), ("add", "direct")}
     assert all(0 <= row["all_gate"] <= row["target_gate"] <= 1 for row in edits)
     assert evaluate(untrained, zoo) == result
+    # Least squares needs no training; what no probe shows of a network of relu stays unknown.
+    assert figures["oracle.agreement"] > 0.97 > figures["agreement"]
+    assert set(result["oracle"]) == {"all", "layers.0", "layers.1", "layers.2"}
+    solved, decoded = (result[name]["layers.0"]["relative_error"] for name in ("oracle", "reconstruction"))
+    assert solved < 1e-3 < decoded
+    # It keeps what it does not change, which is no merit.
+    assert "better than a lookup: nothing of this" in result["summary"][-3] and "Least squares" in result["summary"][-1]
+
+
+def test_lookups_are_judged_on_all_edits_and_tuning_on_some(
+    zoo: Zoo, untrained: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "FINE_STEPS", 1)
+    every = evaluate(untrained, zoo)
+    monkeypatch.setattr(judging, "CHUNK", 5)
+    result = evaluate(untrained, zoo)
+    edits = {(r["operation"], r["pattern"]): r["edits"] for r in result["steering"] if r.get("variant") == "edit"}
+    assert max(edits.values()) > 10
+    for row in result["others"]:
+        count = edits[row["operation"], row["pattern"]]
+        if row["variant"] == "fine_tuning":
+            assert row["edits"] == min(5, count)
+        elif row["variant"] not in ("same_label", "centroid"):
+            assert row["edits"] == count
+    for way in ("same_label", "nearest_train", "centroid", "task_arithmetic"):
+        found, expected = ([row for row in r["others"] if row["variant"] == way] for r in (result, every))
+        assert found == [pytest.approx(row) for row in expected]
+        for name in ("all_gate", "target_mean", "kept_mean", "local_mean"):
+            of_add = [row[name] for row in found if row["operation"] == "add"]
+            assert result["figures"][f"add.{way}.{name}"] == pytest.approx(sum(of_add) / len(of_add))
+    asked = sum(count for (operation, _), count in edits.items() if operation == "add")
+    looked_up = sum(
+        row["edits"] for row in result["others"] if (row["operation"], row["variant"]) == ("add", "same_label")
+    )
+    assert result["figures"]["add.same_label.available"] == pytest.approx(looked_up / asked)
+    # An addition asks for up to three behaviours, and training networks have one or two.
+    assert looked_up < asked
+
+
+def test_a_network_of_another_shape_is_never_the_nearest(zoo: Zoo, untrained: Codec) -> None:
+    subjects = untrained.preprocessor.subjects(zoo, torch.arange(20))
+    edit, _ = next((one, 0) for one in every_edit([p.name for p in zoo.patterns], replace=False))
+    # At a distance of 0, but of a shape that is not the edited networks'.
+    others = subjects._replace(shape=torch.ones(20, dtype=torch.int64))
+    ways = Baselines(untrained, others, Queries.build(zoo.universe, zoo.architecture, 0))
+    latents = ways._latents - untrained.signs([edit]) @ untrained.directions["learned"]
+    assert not ways.edit(subjects, latents, edit, tune=False)["nearest_train"][1].any()
+
+
+@pytest.mark.parametrize("signature", [{"methods": ["mean", "std"]}, {"activations": "post"}])
+def test_without_raw_activations_there_is_nothing_to_solve(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signature: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(baselines, "FINE_STEPS", 1)
+    spec = zoo.spec.model_copy(update={"signature": SignatureSpec(probes=len(zoo.probes), **signature)})
+    other = replace(zoo, spec=spec)
+    codec = CodecTrainer(tiny_spec(), other).codec()
+    result = evaluate(codec, other)
+    assert result["oracle"] == {} and "oracle.agreement" not in result["figures"]
+    unclear = "methods" in signature
+    assert ("cannot determine the weights" in result["summary"][-1]) == unclear
+    write_report(tmp_path, codec, other, result)
+    page = (tmp_path / "report.html").read_text()
+    assert ("cannot determine the weights" in page) == unclear and "least squares" not in page
 
 
 def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
