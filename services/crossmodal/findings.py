@@ -32,12 +32,16 @@ def findings(figures: Mapping[str, float], spec: CrossmodalSpec, ambiguity: str)
         controls = max(figures[f"{prefix}.{name}.all_gate"] for name in ("null", "random", "reverse"))
         lookups = {way: figures[name] for way in LOOKUPS if (name := f"{operation}.{way}.all_gate") in figures}
         passed, kept = (figures[f"{prefix}.{name}"] for name in ("all_gate", "kept_mean"))
-        sentences.append(
+        sentence = (
             f"{operation}: {passed:.3f} of the edits pass both gates (target >= {TARGET_GATE}, local >= {LOCAL_GATE}), "
-            f"and they keep {kept:.3f} of the source's other answers. Of the controls at most {controls:.3f} pass"
-            + "".join(f", of {way} {share:.3f}" for way, share in lookups.items())
-            + "."
+            f"and they keep {kept:.3f} of the source's other answers. At most {controls:.3f} of the controls pass"
         )
+        ways = []
+        for way, share in lookups.items():
+            available = figures[f"{operation}.{way}.available"]
+            some = f" (of the {available:.3f} for which it has a network)" if available < 1 else ""
+            ways.append(f"{way} {share:.3f}{some}")
+        sentences.append(f"{sentence}; of the lookups {', '.join(ways)}." if ways else f"{sentence}.")
         if lookups:
             best = max(lookups, key=lambda way: lookups[way])
             pairs = {
@@ -48,8 +52,6 @@ def findings(figures: Mapping[str, float], spec: CrossmodalSpec, ambiguity: str)
             if own <= other - SAME and pairs["kept_mean"][0] > pairs["kept_mean"][1]:
                 del pairs["kept_mean"]
             compared |= {f"{operation}: {_COMPARED[name]}": (*pair, best) for name, pair in pairs.items()}
-            if (share := figures[f"{operation}.{best}.available"]) < 1:
-                sentences.append(f"{best} has a network for {share:.3f} of these edits, and is judged on them alone.")
     if "nearest_train.agreement" in figures:
         pair = figures["agreement"], figures["nearest_train.agreement"]
         compared["agreement without an edit"] = (*pair, "nearest_train")

@@ -244,10 +244,8 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
         looked_up = {y: max(shares) for y, name in judged.items() if (shares := lookups.get((operation, name)))}
         gate.scatter(looked_up.values(), looked_up.keys(), s=60, color=INK, marker="|", zorder=3, label="best lookup")
         for y, value, other in zip(ys, passed, control, strict=True):
-            # Beside the longest, so that nothing lies under it.
-            gate.text(
-                max(value, other, looked_up.get(y, 0)) + 0.02, y, f"{value:.2f}", va="center", fontsize=8, color=SOFT
-            )
+            # Beside the longer bar, so that neither lies under it.
+            gate.text(max(value, other) + 0.015, y, f"{value:.2f}", va="center", fontsize=8, color=SOFT)
         # Room for the legend beside the longest bar.
         gate.set(xlim=(0, 1.65), xticks=[0, 0.25, 0.5, 0.75, 1])
         target.set_title(f"{operation.upper()}: accuracy where the edit decides")

@@ -102,7 +102,7 @@ class DatasetGenerationPipeline:
         """Write what goes with the records; their figures."""
         self._write_about(folder, facts)
         statistics = Statistics.of(folder)
-        (folder / CARD).write_text(card(folder, statistics))
+        (folder / CARD).write_text(card(folder, statistics), encoding="utf-8")
         return statistics.figures()
 
     def _write_about(self, folder: Path, facts: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ class MetricsWriter:
 
     def _open(self) -> tuple[IO[str], ScalarsFile]:
         """Open the files; the event file begins with the metrics of earlier attempts."""
-        earlier = self.file.read_text().splitlines() if self.file.exists() else []
+        earlier = self.file.read_bytes().splitlines() if self.file.exists() else []
         self._files = lines, scalars = self.file.open("a", buffering=1), ScalarsFile(self.folder)
         for row in map(json.loads, earlier):
             # Checkpoints of earlier versions have lines without a stage.

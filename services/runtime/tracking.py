@@ -43,8 +43,8 @@ class Log:
 def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run, id: str | None = None) -> Iterator[Log]:
     """Log metrics to Weights & Biases; does nothing without a ``spec``. ``id``: of a run to continue.
 
-    With ``WANDB_API_KEY`` in the environment it logs to the service, unless ``WANDB_MODE`` says otherwise. Without, it
-    writes files for ``wandb sync`` and keeps them as the artifact ``wandb``, also if the run fails.
+    With ``WANDB_API_KEY`` in the environment it logs to the service, unless ``spec`` or ``WANDB_MODE`` says otherwise.
+    Without, it writes files for ``wandb sync`` and keeps them as the artifact ``wandb``, also if the run fails.
     """
     if spec is None:
         yield Log()
@@ -52,7 +52,9 @@ def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run, id: str
     # Importing it takes seconds.
     import wandb
 
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    mode: Any = (
+        spec.mode or os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    )
     with tempfile.TemporaryDirectory() as scratch:
         session = wandb.init(
             project=spec.project,

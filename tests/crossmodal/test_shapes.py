@@ -13,7 +13,7 @@ import torch
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import SubjectSpec
 from services.crossmodal.codec import Codec
-from services.crossmodal.evaluate import Decoded, evaluate, judge_reconstruction
+from services.crossmodal.evaluate import evaluate, judge_reconstruction
 from services.crossmodal.job import run as run_job
 from services.crossmodal.train import CodecTrainer, train
 from services.generation.pipeline import generate
@@ -131,7 +131,7 @@ def test_judged_subjects_have_the_layers_and_neurons_of_their_own_shapes(
     shallow = torch.tensor([len(mixed.layout.shapes[which].hidden) == 1 for which in mixed.shape.tolist()])
     subjects = codec.preprocessor.subjects(mixed, shallow.nonzero().squeeze(1))
     latents = codec.latents(subjects.inputs, subjects.shape)
-    errors = judge_reconstruction(codec, subjects, Decoded(latents, codec.decodings(latents, subjects.shape)))
+    errors = judge_reconstruction(codec, subjects, codec.decodings(latents, subjects.shape))
     assert set(errors) == {"all", "layers.0", "layers.2"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -32,6 +33,18 @@ def test_without_credentials_it_is_kept_to_be_sent_later(tmp_path: Path, monkeyp
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     kept = payload(file.read_bytes())
     assert all(text in kept for text in (b"zoos", b"mine", b"loss", b"0.515625", b"0.2578125"))
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("offline", True), ("disabled", False)])
+def test_the_spec_says_where_metrics_go(
+    mode: Literal["offline", "disabled"], kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the environment says."""
+    monkeypatch.setenv("WANDB_MODE", "offline" if mode == "disabled" else "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with tracked(WandbSpec(project="zoos", mode=mode), {}, Recorder(tmp_path)) as log:
+        log(1, {"loss": 0.5})
+    assert any((tmp_path / "wandb").glob("offline-run-*/*.wandb")) == kept
 
 
 def test_without_a_spec_nothing_happens(tmp_path: Path) -> None:
