@@ -38,7 +38,7 @@ def load(path: str | Path) -> dict[str, NDArray[Any]]:
     """The tensors of a safetensors file. Raises :class:`InvalidInput` that names the file when it is none, and the
     tensor whose elements are of no type that can be taken."""
     try:
-        tensors = deserialize(Path(path).read_bytes())
+        tensors = deserialize(Path(path).read_bytes())  # type: ignore[no-untyped-call]
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:

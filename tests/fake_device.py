@@ -4,7 +4,7 @@ Apple's GPUs."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -25,16 +25,16 @@ def fake_mps() -> Iterator[str]:
     run = threading.Thread.run
 
     def with_device(thread: threading.Thread) -> None:
-        with _Mode():
+        with _Mode():  # type: ignore[no-untyped-call]
             run(thread)
 
     # torch.tensor makes its tensor on the CPU first, where the mode sees it move.
-    torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
+    torch._C._set_only_lift_cpu_tensors(True)
     try:
-        with patch.object(threading.Thread, "run", with_device), _Mode():
+        with patch.object(threading.Thread, "run", with_device), _Mode():  # type: ignore[no-untyped-call]
             yield str(MPS)
     finally:
-        torch._C._set_only_lift_cpu_tensors(False)  # type: ignore[attr-defined]
+        torch._C._set_only_lift_cpu_tensors(False)
 
 
 class _OnDevice(Tensor):
@@ -46,8 +46,8 @@ class _OnDevice(Tensor):
     def __new__(cls, held: Tensor) -> _OnDevice:
         if held.dtype in (torch.float64, torch.complex128):
             raise TypeError(f"MPS has no {held.dtype}")
-        wrapper: _OnDevice = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device="meta"
+        wrapper: _OnDevice = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=torch.device("meta")
         )
         wrapper.held = held
         return wrapper
@@ -67,11 +67,11 @@ class _OnDevice(Tensor):
         return f"_OnDevice({self.held})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
 

@@ -367,8 +367,12 @@ def _by_variant(evaluation: dict[str, Any]) -> tuple[dict[tuple[str, ...], Any],
     """Rows of edits by operation, pattern, mode and variant; of other ways the share that passes, by the first two and
     the way."""
     columns = ("operation", "pattern", "mode", "variant")
-    table = {tuple(row[name] for name in columns): row for row in evaluation["steering"] if row["edits"]}
-    others = {(row["operation"], row["pattern"], row["variant"]): row["all_gate"] for row in evaluation["others"]}
+    table: dict[tuple[str, ...], Any] = {
+        tuple(row[name] for name in columns): row for row in evaluation["steering"] if row["edits"]
+    }
+    others: dict[tuple[str, ...], float] = {
+        (row["operation"], row["pattern"], row["variant"]): row["all_gate"] for row in evaluation["others"]
+    }
     return table, others
 
 

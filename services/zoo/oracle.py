@@ -106,7 +106,11 @@ def _alike(params: Params, others: Params, architecture: Architecture) -> Params
 
 def _means(params: Params, architecture: Architecture) -> Tensor:
     """Mean weight of the letters at each position, ``[models, width, length]``."""
-    return params["layers.0.weight"].unflatten(2, (architecture.length, -1)).mean(3)
+    return _by_position(params["layers.0.weight"], architecture).mean(3)
+
+
+def _by_position(weight: Tensor, architecture: Architecture) -> Tensor:
+    return weight.reshape(*weight.shape[:2], architecture.length, -1)
 
 
 def _shifted(params: Params, shift: Tensor, architecture: Architecture) -> Params:
@@ -117,6 +121,6 @@ def _shifted(params: Params, shift: Tensor, architecture: Architecture) -> Param
     weight = params["layers.0.weight"]
     return {
         **params,
-        "layers.0.weight": (weight.unflatten(2, (architecture.length, -1)) + shift.unsqueeze(3)).flatten(2),
+        "layers.0.weight": (_by_position(weight, architecture) + shift.unsqueeze(3)).flatten(2),
         "layers.0.bias": params["layers.0.bias"] - shift.sum(2),
     }

@@ -414,9 +414,9 @@ def test_numbers_that_are_no_floats_are_refused_by_name(
 def test_a_codec_in_python_refuses_them_too(codec: Codec, material: Material, spoil: str) -> None:
     networks = material.networks(2)
     tensor = networks[WEIGHT]
-    wrong = {
-        "qint8": lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
-        "sparse": tensor.to_sparse,
-    }.get(spoil, lambda: tensor.to(getattr(torch, spoil)))()
+    if spoil == "qint8":
+        wrong = torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+    else:
+        wrong = tensor.to_sparse() if spoil == "sparse" else tensor.to(getattr(torch, spoil))
     with pytest.raises(InvalidInput, match=f"{spoil} elements; send float32"):
         codec.encode(networks | {WEIGHT: wrong})

@@ -207,7 +207,7 @@ def test_bfloat16_is_the_network_that_it_is(
     np.testing.assert_array_equal(inference.encode("tiny", given).latents, inference.encode("tiny", exact).latents)
     pairs = (
         (inference.steer("tiny", given, edits), inference.steer("tiny", exact, edits)),
-        (inference.decode("tiny", latents), inference.decode("tiny", latents.float().numpy())),  # type: ignore[arg-type]
+        (inference.decode("tiny", latents), inference.decode("tiny", latents.float().numpy())),
         (inference.effect("tiny", given, edits), inference.effect("tiny", exact, edits)),
     )
     for found, expected in pairs:
