@@ -67,7 +67,9 @@ class _OnDevice(Tensor):
         return f"_OnDevice({self.held})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _call(func, args, kwargs or {})
 
 
