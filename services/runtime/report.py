@@ -27,7 +27,8 @@ table{{display:block;width:fit-content;max-width:100%;max-height:80vh;overflow:a
 border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}}
 td,th{{padding:.25rem .7rem;text-align:left;border-bottom:1px solid {FAINT}}}
 th{{position:sticky;top:0;background:#fff;vertical-align:bottom}}
-pre{{background:#f6f7f9;padding:1rem;overflow:auto}}"""
+pre{{background:#f6f7f9;padding:1rem;overflow:auto}}
+@media print{{table{{max-height:none}}}}"""
 _FEW_POINTS = 8
 """A curve with fewer points than this has a marker at each of them."""
 

@@ -20,6 +20,7 @@ from services.crossmodal.baselines import Baselines, fine_tuned
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, split_subjects
 from services.crossmodal.evaluate import (
+    CONTROLS,
     evaluate,
     judge_decoding,
     judge_reconstruction,
@@ -184,7 +185,9 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
     assert result["subjects"] == {"train": 120, "held_out": 32}
     assert figures["add.null.target_mean"] < 0.4
     assert figures["add.null.local_mean"] == 0
-    assert figures["controls.max_all_gate"] <= 0.1
+    # What an untrained codec decodes has lost behaviours, so direct removals need no edit.
+    residual_and_added = [f"{edit}.{name}" for edit in ("add", "remove", "direct.add") for name in CONTROLS]
+    assert max(figures[f"{name}.all_gate"] for name in residual_and_added) <= 0.05
     assert set(result["reconstruction"]) == {"all", "layers.0", "layers.1", "layers.2"}
     assert set(result["probes"]) == {"starts_with(A)", "ends_with(B)", "sorted_ascending", "has_majority"}
     assert all(0 <= row["auc"] <= 1 for row in result["probes"].values())
