@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -517,9 +518,10 @@ def test_a_plateau_halves_the_learning_rate(tmp_path: Path) -> None:
 
 def test_our_adam_is_torchs() -> None:
     trained = []
-    for kind, options in ((Adam, {"decoupled_weight_decay": True}), (torch.optim.AdamW, {})):
+    options: Any = {"lr": 0.1, "weight_decay": 0.2, "fused": True}
+    for kind in (partial(Adam, decoupled_weight_decay=True), torch.optim.AdamW):
         weight = torch.nn.Parameter(torch.randn(5, 3, generator=generator(0, "weight")))
-        optimizer = kind([{"params": [weight]}], lr=0.1, weight_decay=0.2, fused=True, **options)
+        optimizer = kind([{"params": [weight]}], **options)
         for step in range(4):
             optimizer.zero_grad()
             assert weight.grad is None
