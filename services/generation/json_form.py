@@ -160,7 +160,7 @@ def import_json(
                 yield pipeline.bucket_trainer.table(rows)
                 rows = []
 
-    return pipeline.write(folder, shards(), {"imported": source.name})
+    return pipeline.write(folder, shards(), {"imported": source.name}, run)
 
 
 def _row(index: int, record: Record, trainer: BucketTrainer) -> dict[str, Any]:
