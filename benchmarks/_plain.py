@@ -17,6 +17,7 @@ from services.generation import checks
 from services.generation.buckets import BucketTrainer
 from services.generation.data import Candidates, Examples, keys, shuffled
 from services.generation.train import VALIDATION_EXAMPLES
+from services.zoo.pools import Evaluation
 from services.zoo.subjects import flatten, init, unflatten
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -50,10 +51,10 @@ class PlainLoop:
         held_out = self._inputs(self._sampler.validation.sequences[validation.rows[0]])
 
         def stage(name: str, targets: Tensor, answers: Tensor, epochs: int, rate: float) -> Tensor:
-            """Train with these labels; the held-out accuracy by stratum."""
+            """Train with these labels; the accuracy by stratum that the checks are of."""
             orders = (shuffled(seed, name, indices, epoch, staged.examples)[0] for epoch in range(epochs))
             self._train(network, (inputs, targets[0].float()), (held_out, answers[0].float()), rate, orders)
-            return self._accuracy(network, candidate)
+            return self._accuracy(network, candidate, self._sampler.selection)
 
         rate = float(candidate.learning_rate[0])
         targets, answers = (
@@ -69,7 +70,8 @@ class PlainLoop:
         weights = parameters_to_vector(network.parameters()).detach().unsqueeze(0)
         architecture = self._trainer.subject_trainer.architecture(candidate)
         self._trainer.extractor.extract(unflatten(weights, architecture), architecture)
-        return Record(index, after[0].tolist(), weights[0].tolist())
+        accuracy = self._accuracy(network, candidate, self._sampler.evaluation)
+        return Record(index, accuracy[0].tolist(), weights[0].tolist())
 
     def _network(self, candidate: Candidates) -> nn.Sequential:
         spec, architecture = self._spec, self._trainer.subject_trainer.architecture(candidate)
@@ -110,8 +112,7 @@ class PlainLoop:
                 break
         network.load_state_dict(best_state)
 
-    def _accuracy(self, network: nn.Sequential, candidate: Candidates) -> Tensor:
-        evaluation = self._sampler.evaluation
+    def _accuracy(self, network: nn.Sequential, candidate: Candidates, evaluation: Evaluation) -> Tensor:
         with torch.no_grad():
             answers = network(self._inputs(evaluation.sequences)).T > 0
         return evaluation.by_stratum(answers == evaluation.labels(candidate.selected))

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from services.runtime.console import CHECKPOINT, ConsoleRun
 from services.zoo.dataset import Zoo, read_records
 from services.zoo.oracle import canonical, recover
 from services.zoo.subjects import activations
-from services.zoo.universe import HELD_OUT, TRAIN
+from services.zoo.universe import HELD_OUT, SELECTION, TRAIN, VALIDATION
 from tests.zoo.oracles import ORACLES
 
 EXAMPLE = Path("examples/staged.yaml")
@@ -135,14 +136,18 @@ def truth(_: argparse.Namespace) -> Figures:
     for i in range(64):
         matches = universe.membership[numbers(sampler.train.sequences[examples.rows[i]])]
         wrong += int((examples.labels[i] != (matches & candidates.selected[i]).any(1)).sum())
-    trained, judged, probed = (
-        set(numbers(sample.sequences)) for sample in (sampler.train, sampler.evaluation, sampler.baseline)
-    )
-    split = universe.split
-    stray = sum(int(split[i]) != TRAIN for i in trained) + sum(int(split[i]) != HELD_OUT for i in judged)
+    sequences = {
+        TRAIN: sampler.train.sequences,
+        VALIDATION: sampler.baseline.sequences,
+        SELECTION: sampler.selection.sequences,
+        HELD_OUT: sampler.evaluation.sequences,
+    }
+    used = {split: set(numbers(rows)) for split, rows in sequences.items()}
+    overlap = sum(len(one & other) for one, other in combinations(used.values(), 2))
+    overlap += sum(int(universe.split[i]) != split for split, found in used.items() for i in found)
     return {
         "mislabelled": Figure(wrong, "==", 0),
-        "overlap": Figure(len(trained & judged) + len(trained & probed) + len(judged & probed) + stray, "==", 0),
+        "overlap": Figure(overlap, "==", 0),
         "oracle_error": Figure(_oracle_error(generate(GenerationSpec(subjects=64))), "<=", 1e-3),
     }
 

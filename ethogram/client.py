@@ -54,12 +54,10 @@ class Client:
         timeout: float = 60.0,
         retry_seconds: float = transport.RETRY_SECONDS,
     ) -> None:
-        self.url, proxies = transport.address(url, state)
+        self.url = transport.address(url, state)
         self._retry_seconds = retry_seconds
         self._timeout = timeout
-        # Every stream that is followed holds a connection.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, limits=limits, trust_env=proxies)
+        self._http = httpx.Client(**transport.connection(self.url, timeout))
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@
 
 A spec's field and its message's field share their name. Scalars are ``optional`` in protobuf, so that ``0``, ``False``
 and ``""`` survive; ``None`` is an unset field; a ``Literal`` of strings is an enum whose members carry the enum's name
-as prefix (``Init.shared`` is ``INIT_SHARED``).
+as prefix (``Init.shared`` is ``INIT_SHARED``). A number or a range is one of two fields, ``rate`` and ``rate_range``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ Field = Any
 Descriptor = Any
 M = TypeVar("M", bound=Message)
 S = TypeVar("S", bound=BaseModel)
+RANGE = "_range"
+"""End of the name of the field that carries a range where a spec takes a number or a range."""
 
 
 def to_proto(spec: BaseModel, message_type: type[M]) -> M:
@@ -45,8 +47,16 @@ def _message_fields(values: Mapping[str, Any], descriptor: Descriptor) -> dict[s
     if missing := values.keys() - fields.keys():
         raise TypeError(f"{descriptor.full_name} has no field for {sorted(missing)}")
     return {
-        name: _each_item(fields[name], value, name, _to_wire) for name, value in values.items() if value is not None
+        field.name: _each_item(field, value, field.name, _to_wire)
+        for field, value in ((_carrier(fields, name, value), value) for name, value in values.items())
+        if value is not None
     }
+
+
+def _carrier(fields: Mapping[str, Field], name: str, value: Any) -> Field:
+    """The field that carries ``value`` of the spec's field ``name``."""
+    as_range = isinstance(value, Mapping) and fields[name].message_type is None
+    return fields[name + RANGE if as_range else name]
 
 
 def _to_wire(field: Field, value: Any, _: str) -> Any:
@@ -62,11 +72,16 @@ def _spec_fields(message: Message, path: str) -> dict[str, Any]:
         raise InvalidInput.field(
             path, f"unknown protobuf field number {numbers[0]}; is the client newer than the server?"
         )
-    return {
-        field.name: _each_item(field, getattr(message, field.name), f"{path}.{field.name}", _from_wire)
-        for field in message.DESCRIPTOR.fields
-        if field.is_repeated or message.HasField(field.name)
-    }
+    values: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        if not field.is_repeated and not message.HasField(field.name):
+            continue
+        number = field.name.removesuffix(RANGE)
+        name = number if number in message.DESCRIPTOR.fields_by_name else field.name
+        if name in values:
+            raise InvalidInput.field(f"{path}.{name}", f"is given twice, as {name} and as {field.name}")
+        values[name] = _each_item(field, getattr(message, field.name), f"{path}.{name}", _from_wire)
+    return values
 
 
 def _from_wire(field: Field, value: Any, path: str) -> Any:

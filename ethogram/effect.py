@@ -69,7 +69,10 @@ def summary(effect: Effect) -> dict[str, object]:
 def _bars(values: Floats) -> list[str]:
     """Means over the networks before and after (``[networks, 2]``), each as a number and a bar."""
     means = zip(("before", "after"), values.mean(axis=0).tolist(), strict=True)
-    return [f'<i class="{kind}" style="width:{6 * mean:.2f}rem"></i> {mean:.2f}' for kind, mean in means]
+    return [
+        "no sequences" if math.isnan(mean) else f'<i class="{kind}" style="width:{6 * mean:.2f}rem"></i> {mean:.2f}'
+        for kind, mean in means
+    ]
 
 
 def _mean(values: Floats) -> float:

@@ -78,6 +78,12 @@ class InvalidInput(EthogramError):
         return cls(f"{first.field}: {first.description}{f' (and {rest} more)' if rest else ''}", violations)
 
 
+class Forbidden(EthogramError):
+    """The gateway does not take this request from where it comes."""
+
+    reason, http_status, grpc_code = "FORBIDDEN", 403, "PERMISSION_DENIED"
+
+
 class NotFound(EthogramError):
     """A job, artifact, model or behaviour that does not exist."""
 

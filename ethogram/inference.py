@@ -63,8 +63,9 @@ class Steered(NamedTuple):
 class Evaluated(NamedTuple):
     """How networks answer held-out sequences.
 
-    ``recall`` ``[batch, behaviours]``: share of the sequences with a behaviour that a network answers yes to;
-    ``false_positive_rate`` ``[batch]``: share of the sequences without any. No batch axis for a single network.
+    ``recall`` ``[batch, behaviours]``: share of the sequences with a behaviour that a network answers yes to, NaN of a
+    behaviour without any; ``false_positive_rate`` ``[batch]``: share of the sequences without any behaviour. No batch
+    axis for a single network.
     """
 
     behaviors: list[str]

@@ -11,13 +11,27 @@ from ethogram.errors import InvalidInput
 _MAX_DEPTH = 64
 
 
+def python_value(value: Any, depth: int = 2) -> Any:
+    """``value`` with NumPy's and torch's numbers and arrays as Python's, also those in dictionaries and lists, at most
+    ``depth`` of them deep."""
+    if depth and isinstance(value, dict):
+        return {key: python_value(item, depth - 1) for key, item in value.items()}
+    if depth and isinstance(value, list):
+        return [python_value(item, depth - 1) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def plain(value: object, path: str, depth: int = 0) -> Any:
     """``value`` as dictionaries with string keys, lists, strings, finite numbers, booleans and None.
 
-    Raises :class:`InvalidInput` naming the place below ``path`` that is none of these.
+    NumPy's and torch's numbers and arrays are taken as Python's.
+
+    Raises :class:`InvalidInput` that names the place below ``path`` that is none of these.
     """
     if depth > _MAX_DEPTH:
         raise InvalidInput.field(path, f"nested deeper than {_MAX_DEPTH} levels")
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -32,5 +46,7 @@ def plain(value: object, path: str, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item, f"{path}.{index}", depth + 1) for index, item in enumerate(value)]
     raise InvalidInput.field(
-        path, f"a {type(value).__name__} is not a JSON value; put it in quotes to make it a string"
+        path,
+        f"a {type(value).__name__} is not a JSON value; give a number, a string, a list or a mapping "
+        "(in YAML, quotes make it a string)",
     )

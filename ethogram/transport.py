@@ -6,14 +6,17 @@ import hashlib
 import logging
 import os
 import random
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address, ip_network
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypedDict
 from urllib.parse import quote
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from pydantic import BaseModel
@@ -112,8 +115,8 @@ class Tries:
         return wait
 
 
-def address(url: str | None, state: str | Path | None) -> tuple[str, bool]:
-    """The platform's URL, given or found, and whether proxies of the environment may be used on the way to it."""
+def address(url: str | None, state: str | Path | None) -> str:
+    """The platform's URL, given or found."""
     found = url or os.environ.get("ETHOGRAM_URL")
     if not found:
         from ethogram.platform.state import StateDir
@@ -134,8 +137,63 @@ def address(url: str | None, state: str | Path | None) -> tuple[str, bool]:
     port = 80 if parts.port is None else parts.port
     if parts.scheme not in ("http", "https") or not parts.host or not 0 < port < 2**16:
         raise InvalidInput.field("url", f"{found!r} is not the URL of a platform; write http://HOST:PORT")
-    # A proxy cannot reach this machine's loopback.
-    return found, not (parts.host in ("localhost", "::1") or parts.host.startswith("127."))
+    return found
+
+
+def connection(url: str, timeout: float) -> dict[str, Any]:
+    """Options of an httpx client of the platform at ``url``. Raises :class:`InvalidInput` for a variable of the
+    environment, such as a proxy, that cannot be used."""
+    try:
+        verify = httpx.create_ssl_context()
+    except OSError as error:
+        name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
+        text = f"{os.environ.get(name)} holds no certificates that can be read ({error.strerror})"
+        raise InvalidInput.field(name, text) from None
+    return {
+        "base_url": url,
+        "timeout": timeout,
+        # Every stream that is followed holds a connection.
+        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=20),
+        "verify": verify,
+        "proxy": _proxy(httpx.URL(url), verify),
+        # It would read the proxies of other hosts and schemes too, and refuse all for one that it cannot use.
+        "trust_env": False,
+    }
+
+
+def _proxy(url: httpx.URL, verify: ssl.SSLContext) -> httpx.Proxy | None:
+    proxies = getproxies()
+    given = proxies.get(url.scheme) or proxies.get("all")
+    if not given or _without_proxy(url, proxies.get("no", "")):
+        return None
+    try:
+        proxy = httpx.Proxy(given if "://" in given else f"http://{given}")
+        if not proxy.url.host or not 0 < (proxy.url.port or 1) < 2**16:
+            raise ValueError("it has no host, or no such port")
+        httpx.HTTPTransport(proxy=proxy, verify=verify).close()
+        return proxy
+    except (ValueError, ImportError, httpx.InvalidURL) as error:
+        names = (spelling for low in (f"{url.scheme}_proxy", "all_proxy") for spelling in (low, low.upper()))
+        scheme, separator, rest = given.rpartition("://")
+        shown = f"{scheme}{separator}{rest.rpartition('@')[2]}"
+        raise InvalidInput.field(
+            next(filter(os.environ.get, names), "proxy"),
+            f"{shown} cannot be used as a proxy ({error}); write http://HOST:PORT, or put {url.host} into NO_PROXY",
+        ) from None
+
+
+def _without_proxy(url: httpx.URL, no_proxy: str) -> bool:
+    """Whether ``url`` is on this machine, which no proxy can reach, or on the list ``no_proxy`` of names with their
+    subdomains, addresses and networks."""
+    with suppress(ValueError):
+        here = ip_address(url.host)
+        if here.is_loopback:
+            return True
+        for item in no_proxy.split(","):
+            with suppress(ValueError):
+                if here in ip_network(item.strip(" []"), strict=False):
+                    return True
+    return url.host == "localhost" or proxy_bypass(url.host) or proxy_bypass(f"{url.host}:{url.port}")
 
 
 def submission(kind: str, spec: BaseModel | Mapping[str, Any], options: SubmitOptions) -> dict[str, Any]:
@@ -144,11 +202,10 @@ def submission(kind: str, spec: BaseModel | Mapping[str, Any], options: SubmitOp
     rest = given(**options)
     if "not_before" in rest:
         rest["not_before"] = rest["not_before"].isoformat()
-    if "labels" in rest:
-        rest["labels"] = plain(rest["labels"], "labels")
+    rest = {name: plain(value, name) for name, value in rest.items()}
     if "stall_limit_seconds" in options:
         # None is a value of its own here: there shall be no limit.
-        rest["stall_limit_seconds"] = options["stall_limit_seconds"]
+        rest["stall_limit_seconds"] = plain(options["stall_limit_seconds"], "stall_limit_seconds")
     return {"kind": kind, "spec": plain(values, "spec")} | rest
 
 

@@ -14,7 +14,7 @@ import uvicorn
 
 from ethogram.errors import Conflict, InvalidInput
 from gateway.app import create_app
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, is_loopback
 from services.runtime.lifetime import run_process
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,11 @@ def serve(settings: GatewaySettings) -> None:
     listener = _listen(settings.host, settings.port)
     app = create_app(settings)
     _allow_many_connections()
+    if not settings.hosts and not is_loopback(settings.host):
+        logger.warning(
+            "answers to any name, so web pages can reach it by DNS rebinding; set ETHOGRAM_HOSTS to the names by which "
+            "clients reach it"
+        )
     config = uvicorn.Config(
         app,
         lifespan="on",

@@ -10,10 +10,10 @@ from fastapi import Depends, FastAPI
 
 from gateway import problems
 from gateway.inputs import storable
-from gateway.middleware import BodyLimit, RequestContext
+from gateway.middleware import BodyLimit, Doorkeeper, RequestContext
 from gateway.routes import artifacts, jobs, meta, models
 from gateway.services import Services
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, is_loopback
 
 _ERROR = {"model": problems.Problem, "content": {problems.MEDIA_TYPE: {}}}
 
@@ -51,5 +51,6 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     problems.install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=settings.body_limit, exceptions={"/v1/artifacts": settings.upload_limit})
+    app.add_middleware(Doorkeeper, hosts=settings.hosts, on_loopback=is_loopback(settings.host))
     app.add_middleware(RequestContext, metrics=services.metrics)
     return app

@@ -242,8 +242,10 @@ class Tails:
     async def _listen(self) -> None:
         """Receive from Redis which jobs have new events, for as long as the process lives."""
         client = redis.asyncio.Redis.from_url(
-            self._redis_url, socket_connect_timeout=2, socket_timeout=None, socket_keepalive=True, retry=None
+            self._redis_url, socket_connect_timeout=2, socket_keepalive=True, retry=None
         )
+        # A subscriber waits for as long as nothing happens, whatever the URL says of single commands.
+        client.connection_pool.connection_kwargs["socket_timeout"] = None
         failing = False
         while True:
             try:

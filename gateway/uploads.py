@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote_to_bytes
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from ethogram.errors import InvalidInput, TooLarge, Unavailable
+from ethogram.errors import InvalidInput, TooLarge, Unavailable, printable
 from gateway.inputs import Name
 from services.artifacts.backends import disk_is_full
 from services.artifacts.manifest import check_path
@@ -23,6 +25,8 @@ from services.artifacts.store import MAX_FILES
 
 MAX_FIELD_BYTES = 1024
 MAX_HEADER_BYTES = 16_384
+_PARAMETER = re.compile(rb";\s*([^\s=;]+)\s*=\s*(\"(?:\\.|[^\"\\])*\"|[^;]*)")
+_EXTENDED = re.compile(rb"(UTF-8|ISO-8859-1)'[^']*'(.*)", re.IGNORECASE)
 
 
 class UploadFields(BaseModel):
@@ -101,7 +105,7 @@ class Upload:
         self._header_value.clear()
 
     def _on_headers(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        options = _parameters(self._headers.get(b"content-disposition", b""))
         name = _text(options.get(b"name", b""), "(root)")
         if b"filename" not in options:
             if name in self._fields:
@@ -140,6 +144,23 @@ class Upload:
         if self._file is not None:
             self._file.close()
         self._file = self._field = None
+
+
+def _parameters(header: bytes) -> dict[bytes, bytes]:
+    """The parameters of a Content-Disposition, with those in the extended form (``filename*=UTF-8''%C3%B6``; RFC 8187),
+    which take precedence: RFC 7578 forbids it in forms, and clients send it nevertheless."""
+    _, options = parse_options_header(header)
+    for key, value in _PARAMETER.findall(header):
+        if key.endswith(b"*"):
+            match = _EXTENDED.fullmatch(value.strip(b' \t"'))
+            if match is None:
+                raise InvalidInput.field(
+                    "(root)", f"{printable(key.decode('latin-1'))} must be UTF-8''NAME, percent-encoded"
+                )
+            text = unquote_to_bytes(match[2])
+            latin = match[1].upper() != b"UTF-8"
+            options[key[:-1].lower()] = text.decode("latin-1").encode() if latin else text
+    return options
 
 
 def _grow(target: bytearray, limit: int, data: bytes, start: int, end: int) -> None:

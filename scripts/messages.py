@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ethogram.convert import enum_prefix
+from ethogram.convert import RANGE, enum_prefix
 from ethogram.specs.base import Spec
 from ethogram.specs.kinds import KINDS
 
@@ -71,14 +71,18 @@ class Messages:
         module = spec.__module__.rpartition(".")[2]
         file = self._files.setdefault(name, "common" if module == "base" else module)
         lines = {}
-        for field, info in spec.model_fields.items():
-            meaning = info.description or ""
-            label, type_name = self._type(info.annotation, file, name, field, meaning)
+        fields = {
+            field: (annotation, info.description or "")
+            for of_spec, info in spec.model_fields.items()
+            for field, annotation in _fields(of_spec, info.annotation).items()
+        }
+        for field, (annotation, meaning) in fields.items():
+            label, type_name = self._type(annotation, file, name, field, meaning)
             locked, number = self._number(name, field, type_name)
             if locked.replace("int32", "int64") != type_name:
                 raise SystemExit(f"{name}.{field} was {locked} and is {type_name}: give the new field another name")
             lines[number] = f"{_comment(meaning, '  ')}  {label}{locked} {field} = {number};\n"
-        reserved = self._reserved(name, spec.model_fields)
+        reserved = self._reserved(name, fields)
         body = "".join(lines[number] for number in sorted(lines))
         self.blocks[file].append(f"{_comment(spec.__doc__ or '')}message {name} {{\n{reserved}{body}}}\n")
         return name
@@ -135,6 +139,15 @@ class Messages:
             return ""
         names = (f'"{prefix}{name.upper() if prefix else name}"' for name in gone.values())
         return f"  reserved {', '.join(map(str, gone))};\n  reserved {', '.join(names)};\n"
+
+
+def _fields(field: str, annotation: Any) -> dict[str, Any]:
+    """Fields of the message, with their annotations, for a spec's: two for a number or a range, else one."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = [option for option in typing.get_args(annotation) if union and option is not type(None)]
+    if len(options) < 2:
+        return {field: annotation}
+    return {field if option is float else field + RANGE: option for option in options}
 
 
 def _comment(text: str, indent: str = "") -> str:

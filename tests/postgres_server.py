@@ -68,7 +68,7 @@ class PostgresServer:
         words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (self._folder / "postgres.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [self._bin / "postgres", "-D", self._data, *words], stdout=log, stderr=log, **self._as_user()
+                [self._bin / "postgres", "-D", self._data, *words], stdout=log, stderr=log, **self.as_user()
             )
         deadline = time.monotonic() + _SECONDS
         while True:
@@ -145,12 +145,20 @@ class PostgresServer:
         # A plain password is quick to check; the C locale is on every machine.
         options = ["--username=postgres", f"--pwfile={secret}", "--auth=password", "--encoding=UTF8", "--locale=C"]
         done = subprocess.run(
-            [self._bin / "initdb", "-D", self._data, "--no-sync", *options], capture_output=True, **self._as_user()
+            [self._bin / "initdb", "-D", self._data, "--no-sync", *options], capture_output=True, **self.as_user()
         )
         if done.returncode:
             raise RuntimeError(f"initdb failed: {(done.stderr or done.stdout).decode(errors='replace')}")
 
-    def _as_user(self) -> dict[str, Any]:
+    def private_folder(self) -> Path:
+        """A new folder of the server's user."""
+        folder = Path(tempfile.mkdtemp(dir=self._home))
+        if self._user is not None:
+            os.chown(folder, self._user.pw_uid, self._user.pw_gid)
+        return folder
+
+    def as_user(self) -> dict[str, Any]:
+        """Arguments of :mod:`subprocess` that start a program as the server's user."""
         # A session of its own: the terminal's Ctrl-C is for the tests.
         who = {} if self._user is None else {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []}
         environment = {"PATH": os.defpath, "LANG": "C", "HOME": str(self._home)}
@@ -176,7 +184,7 @@ class PostgresServer:
             return self._home / folder.relative_to(package.parent)
 
     def _runs(self, binary: Path) -> bool:
-        return subprocess.run([binary, "--version"], capture_output=True, **self._as_user()).returncode == 0
+        return subprocess.run([binary, "--version"], capture_output=True, **self.as_user()).returncode == 0
 
 
 def start_postgres(folder: Path, *, durable: bool = True) -> PostgresServer:

@@ -24,9 +24,10 @@ from ethogram.specs.kinds import KINDS, Kind
 from services.jobs.registry import JobRegistry
 from services.jobs.signals import RING, Bell, Notifier, celery_app, celery_queue, redis_client, without_password
 from services.runtime import scratch
+from services.runtime.exporter import serve_metrics
 from services.runtime.lifetime import run_process
 from workers.ledger import Context
-from workers.metrics import WorkerMetrics, serve_metrics
+from workers.metrics import WorkerMetrics
 from workers.settings import Slot, WorkerSettings, slots_of
 from workers.supervisor import run_attempt
 
@@ -119,7 +120,7 @@ def serve(config: WorkerSettings, kinds: Mapping[str, Kind], stopping: threading
     metrics = WorkerMetrics(config.slots)
     with (
         closing(JobRegistry.open(config.database)) as registry,
-        serve_metrics(metrics, config),
+        serve_metrics(metrics.registry, config),
         scratch.folder(config.work, "worker") as work,
         closing(Notifier(config.redis_url)) as notifier,
         closing(Bell(config.redis_url)) as bell,

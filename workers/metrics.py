@@ -1,18 +1,10 @@
-"""Prometheus metrics of workers and reconcilers, each on a port of its own (``ETHOGRAM_METRICS_PORT``)."""
+"""Prometheus metrics of workers and reconcilers."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-
-from ethogram.errors import Conflict
-from workers.settings import WorkerSettings
-
-logger = logging.getLogger(__name__)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 
@@ -52,27 +44,3 @@ class ReconcilerMetrics:
         self.rings = counter("reconciler_rings", "Queues rung.")
         self.collected = counter("collected_artifacts", "Artifacts deleted.")
         self.freed = counter("collected_bytes", "Bytes freed in the store.")
-
-
-@contextmanager
-def serve_metrics(metrics: WorkerMetrics | ReconcilerMetrics, settings: WorkerSettings) -> Iterator[int]:
-    """Serve ``metrics`` within the block; yields the port, 0 when none is set.
-
-    Raises :class:`Conflict` when the port is taken.
-    """
-    if not settings.metrics_port:
-        yield 0
-        return
-    try:
-        server, thread = start_http_server(settings.metrics_port, settings.metrics_host, registry=metrics.registry)
-    except OSError as error:
-        raise Conflict(
-            f"metrics cannot be served on {settings.metrics_host}:{settings.metrics_port} ({error.strerror}): set "
-            "ETHOGRAM_METRICS_PORT to a free port, or to 0 for none"
-        ) from None
-    logger.info("metrics", extra={"port": server.server_port})
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        thread.join()

@@ -6,8 +6,8 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -16,23 +16,27 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ethogram.platform.process import describe
+from ethogram.platform.process import describe, module_command
 from ethogram.specs.kinds import Kind
 from workers.settings import Slot
 
 READY_SECONDS = 60.0
 TAIL_BYTES = 8192
-# sun_path of a unix socket is 108 bytes with its NUL.
-MAX_SOCKET_PATH = 107
+SHARED_TMP = "/tmp"
+# sun_path of a unix socket, with its NUL: 108 bytes on Linux, 104 on macOS.
+MAX_SOCKET_PATH = 103
 
-# Variables of the worker's environment that a job may see: paths, the accelerator, and the credentials of stores and
-# hubs; not the registry and not the broker.
+# Variables of the worker's environment that a job may see: paths, caches, the accelerator, and the credentials of
+# stores and hubs; not the registry and not the broker.
 ENVIRONMENT = {
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"),
-    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "ACTIVATIONS_ROOT"),
-    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "ACTIVATIONS_ROOT", "ETHOGRAM_CACHE", "MPLCONFIGDIR"),
+    *(name for proxy in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for name in (proxy, proxy.upper())),
 }
-PREFIXES = ("LC_", "NVIDIA_", "NCCL_", "TORCH_", "PYTORCH_", "HF_", "WANDB_", "AWS_", "FSSPEC_", "GOOGLE_", "AZURE_")
+PREFIXES = (
+    *("LC_", "XDG_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "NUMBA_"),
+    *("HF_", "WANDB_", "AWS_", "FSSPEC_", "GOOGLE_", "AZURE_"),
+)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # By default OpenMP's threads spin for milliseconds at each barrier. When another process wants a core, training with
 # small matrix products then takes ten times as long; with a short spin it is hardly slower.
@@ -61,16 +65,13 @@ class Child:
     """A process that runs one job, in its own session."""
 
     def __init__(self, kind: Kind, slot: Slot, work_dir: Path) -> None:
-        # Its path is short wherever the state folder is, and its mode keeps other users out.
-        base = "/tmp" if os.path.isdir("/tmp") else None  # noqa: PTH112
-        self._folder = Path(tempfile.mkdtemp(prefix="ethogram-", dir=base))
+        """Start it. Raises :class:`ChildFailed` when no folder can have its socket, and :class:`OSError`."""
+        self._folder = _socket_folder()
         self.socket = self._folder / "s"
-        if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
-            raise ChildFailed(f"{self.socket} is too long for a unix socket; set TMPDIR to a shorter folder")
         try:
             options = ["--kind", kind.name, "--job", kind.job, "--socket", str(self.socket)]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "workers.child", *options],
+                module_command("workers.child", *options),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -160,6 +161,32 @@ class Child:
         with suppress(ValueError, OSError):
             while chunk := self._process.stderr.readline(TAIL_BYTES):
                 self._tail.append(chunk)
+
+
+def _socket_folder() -> Path:
+    """A new folder that is closed to other users and can have a socket, wherever the state folder is."""
+    problems = []
+    for base in dict.fromkeys((os.environ.get("TMPDIR"), SHARED_TMP, os.environ.get("XDG_RUNTIME_DIR"))):
+        if not base:
+            continue
+        folder = None
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="ethogram-", dir=Path(base).absolute()))
+            if len(os.fsencode(folder / "s")) > MAX_SOCKET_PATH:
+                raise OSError(0, "its path is too long for a unix socket")
+            # Some file systems have no sockets.
+            with socket.socket(socket.AF_UNIX) as trial:
+                trial.bind(str(folder / "s"))
+            (folder / "s").unlink()
+            return folder
+        except OSError as error:
+            problems.append(f"{base}: {error.strerror or error}")
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+    raise ChildFailed(
+        f"no folder can have the socket of the job's process ({'; '.join(problems)}); set TMPDIR to one with a short "
+        "path that this user can write"
+    )
 
 
 def describe_exit(status: int) -> str:

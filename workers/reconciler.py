@@ -18,9 +18,10 @@ from functools import partial
 from ethogram.errors import StaleAttempt, Unavailable
 from services.jobs.registry import JobRegistry
 from services.jobs.signals import Bell, Notifier
+from services.runtime.exporter import serve_metrics
 from services.runtime.lifetime import run_process
 from workers import collector
-from workers.metrics import ReconcilerMetrics, serve_metrics
+from workers.metrics import ReconcilerMetrics
 from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def serve(config: WorkerSettings, stopping: threading.Event) -> None:
         closing(JobRegistry.open(config.database)) as registry,
         closing(Notifier(config.redis_url)) as notifier,
         closing(Bell(config.redis_url)) as bell,
-        serve_metrics(metrics, config),
+        serve_metrics(metrics.registry, config),
     ):
         collecting = threading.Thread(
             target=collector.run, args=[registry, config, metrics, stopping], name="collector", daemon=True

@@ -6,16 +6,15 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
-from pydantic_settings import NoDecode
+from pydantic import Field
 
-from services.runtime.settings import ProcessSettings
+from services.runtime.settings import ExporterSettings, Names
 
 
-class WorkerSettings(ProcessSettings):
+class WorkerSettings(ExporterSettings):
     """Queues, slots, devices and timeouts."""
 
-    queues: Annotated[list[str], NoDecode, Field(min_length=1)] = ["cpu"]
+    queues: Annotated[Names, Field(min_length=1)] = ["cpu"]
     """Queues (machine classes) that this worker serves, separated by commas."""
     slots: int = Field(1, ge=1, le=256)
     """Jobs that run at the same time."""
@@ -35,16 +34,6 @@ class WorkerSettings(ProcessSettings):
     """Time between collections; 0: nothing is ever deleted."""
     retention_days: float = Field(0.0, ge=0, le=100_000)
     """Jobs that ended longer ago are deleted with the artifacts that only they need; 0: never."""
-
-    metrics_port: int = Field(0, ge=0, le=65_535)
-    """TCP port of this process's Prometheus metrics; 0: none."""
-    metrics_host: str = "127.0.0.1"
-    """Address of that port; ``0.0.0.0`` for all."""
-
-    @field_validator("queues", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ def _supervise(context: Context, claim: Claim, slot: Slot, ledger: Ledger, pulse
     except EthogramError as error:
         # The spec cannot be read, or an event cannot be written: the next attempt would fail in the same way.
         return Outcome("failed", error.message, error=error)
+    except ChildFailed as failure:
+        return Outcome("crashed", str(failure))
     except OSError as error:
         return Outcome("crashed", f"the worker could not start the job's process: {error.strerror or error}")
     except Exception:

@@ -33,6 +33,8 @@ def read_mapping(path: Path | None, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         found = "is empty" if value is None else f"holds a {_name(value)}"
         raise InvalidInput(f"{path} {found}; a {what} is a mapping, lines of `name: value`")
+    if what == "spec" and "jobs" in value:
+        raise InvalidInput(f"{path} is a pipeline, not the spec of one job; submit it with `ethogram pipeline`")
     checked: dict[str, Any] = plain(value, what)
     return checked
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -164,8 +165,9 @@ def evaluate(
         answer = inference.evaluate(model, networks, activation=activation, version=version)
     # A batch is shown by its mean; a single network has no batch axis.
     recall = answer.recall.reshape(-1, len(answer.behaviors))
-    rows = [(name, float(share)) for name, share in zip(answer.behaviors, recall.mean(axis=0), strict=True)]
-    rows.append(("none of them", float(answer.false_positive_rate.mean())))
+    shares = [*recall.mean(axis=0).tolist(), float(answer.false_positive_rate.mean())]
+    shown = ["no sequences" if isnan(share) else share for share in shares]
+    rows = list(zip([*answer.behaviors, "none of them"], shown, strict=True))
     columns = ["Sequences with", "Answered yes" if len(recall) == 1 else f"Answered yes, mean of {len(recall)}"]
     return Answer(answer._asdict(), lambda: table(columns, rows))
 

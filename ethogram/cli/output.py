@@ -67,10 +67,13 @@ def console(stderr: bool = False) -> Console:
 
 
 def dump(value: object) -> Any:
-    """``value`` with every resource and array in it as plain data."""
+    """``value`` with every resource and array in it as plain data; NaN and infinities become null."""
     from pydantic_core import to_jsonable_python
 
-    return to_jsonable_python(value, by_alias=True, fallback=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
+    def listed(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    return to_jsonable_python(value, by_alias=True, fallback=listed, inf_nan_mode="null")
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:
@@ -131,9 +134,9 @@ def error(problem: EthogramError) -> None:
     """Print an error's message in red, and the fields that are wrong."""
     out = console(stderr=True)
     out.print(problem.message, style="bold red")
-    # One violation is the sentence itself.
-    if len(problem.violations) > 1 or any(v.field not in problem.message for v in problem.violations):
-        for violation in problem.violations:
+    for violation in problem.violations:
+        # One is usually the sentence itself, and of several the first.
+        if violation.field not in problem.message or violation.description not in problem.message:
             out.print(f"  {violation.field}: {violation.description}")
 
 

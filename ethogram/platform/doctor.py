@@ -64,7 +64,7 @@ def _redis() -> Finding:
     url = os.environ.get("REDIS_URL")
     try:
         if url:
-            redis.ping(url)
+            redis.check(url)
             return Finding("redis", True, "the server that REDIS_URL names answers")
         binary = redis.find_server()
         return Finding("redis", True, f"{binary} {redis.server_version(binary)}")

@@ -6,15 +6,30 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import ethogram
+
 _FIRST_DELAY, _LAST_DELAY = 0.5, 30.0
 # A process that lived this long has recovered: the pauses start over.
 _HEALTHY_SECONDS = 60.0
 MAX_LOG_BYTES = 16 * 2**20
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of the server side; with :func:`server_environment`, whatever modules of the same
+    names are in the current folder."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def server_environment() -> dict[str, str]:
+    """This process's environment, in which the server side is found beside this package."""
+    roots = [str(Path(ethogram.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
 
 
 class Child:

@@ -1,21 +1,23 @@
 """The Redis of an embedded platform: the server to run, its settings, and whether it answers.
 
-Speaks the two commands of the protocol that it needs: the client side does not depend on a Redis library.
+The client side does not depend on a Redis library.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import socket
-import ssl
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import NamedTuple
 
 from ethogram.errors import InvalidInput, Unavailable
+from ethogram.platform.process import module_command, server_environment
 
+_CHECK_SECONDS = 20.0
 _SETTINGS = """\
 bind 127.0.0.1
 port {port}
@@ -55,45 +57,61 @@ def server_version(binary: Path) -> str:
     return next((word[2:] for word in output.split() if word.startswith("v=")), "unknown version")
 
 
-def write_settings(folder: Path, port: int) -> tuple[Path, str]:
-    """Write ``redis.conf`` into ``folder``; the file and the URL, whose password only this user can read."""
+class OwnServer(NamedTuple):
+    """A server of this platform, on loopback."""
+
+    settings: Path
+    port: int
+    password: str
+
+    @property
+    def url(self) -> str:
+        """Its URL."""
+        return f"redis://:{self.password}@127.0.0.1:{self.port}/0"
+
+
+def write_settings(folder: Path, port: int) -> OwnServer:
+    """Write ``redis.conf`` into ``folder``, with a password that only this user can read."""
     password = secrets.token_urlsafe(24)
     file = folder / "redis.conf"
     file.touch(mode=0o600)
     quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
     file.write_text(_SETTINGS.format(port=port, password=password, folder=f'"{quoted}"'))
-    return file, f"redis://:{password}@127.0.0.1:{port}/0"
+    return OwnServer(file, port, password)
 
 
-def ping(url: str, timeout: float = 2.0) -> bool:
-    """Return True when the server at ``url`` answers.
+def check(url: str) -> None:
+    """Ask the server at ``url`` by the client that the platform's processes use, in a process, so that every option of
+    the URL means what it means to them.
 
-    Raises :class:`Unavailable` when it does not, :class:`InvalidInput` when ``url`` is not a Redis URL.
+    Raises :class:`Unavailable` when it does not answer, :class:`InvalidInput` when ``url`` is not a Redis URL.
     """
     try:
-        parts = urlsplit(url)
-        shown = f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
-    except ValueError as error:
-        raise InvalidInput.field("REDIS_URL", f"{error}; write redis://HOST:PORT/0") from None
-    if parts.scheme not in ("redis", "rediss"):
-        raise InvalidInput.field("REDIS_URL", f"{shown} is not a Redis URL; write redis://HOST:PORT/0")
+        done = subprocess.run(
+            module_command("services.jobs.signals"),
+            env=server_environment() | {"REDIS_URL": url},
+            capture_output=True,
+            text=True,
+            timeout=_CHECK_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"Redis did not answer within {_CHECK_SECONDS:g} s; start it, or correct REDIS_URL") from None
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
+        if "No module named" in said:
+            said = f"Redis cannot be asked ({said}): run `make up` in a clone of the repository"
+        raise (InvalidInput if done.returncode == os.EX_USAGE else Unavailable)(said)
+
+
+def ping(port: int, password: str, timeout: float = 2.0) -> bool:
+    """Return True when the server on ``port`` of this machine answers. Raises :class:`Unavailable` when it does not."""
     try:
-        with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 6379), timeout) as plain:
-            link = plain
-            if parts.scheme == "rediss":
-                link = ssl.create_default_context().wrap_socket(plain, server_hostname=parts.hostname)
-            if parts.password:
-                words = ["AUTH", *([unquote(parts.username)] if parts.username else []), unquote(parts.password)]
-                _ask(link, words)
-            _ask(link, ["PING"])
+        with socket.create_connection(("127.0.0.1", port), timeout) as link:
+            for words in (["AUTH", password], ["PING"]):
+                link.sendall(" ".join(words).encode() + b"\r\n")
+                answer = link.recv(4096)
+                if not answer.startswith(b"+"):
+                    raise OSError(answer.decode(errors="replace").strip().lstrip("-") or "it closed the connection")
         return True
-    except (OSError, ValueError) as error:
-        raise Unavailable(f"Redis at {shown} does not answer ({error}); start it, or correct REDIS_URL") from None
-
-
-def _ask(link: socket.socket, words: list[str]) -> None:
-    encoded = [word.encode() for word in words]
-    link.sendall(b"*%d\r\n" % len(encoded) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in encoded))
-    answer = link.recv(4096)
-    if not answer.startswith(b"+"):
-        raise ValueError(answer.decode(errors="replace").strip().lstrip("-") or "it closed the connection")
+    except OSError as error:
+        raise Unavailable(f"Redis on port {port} does not answer ({error})") from None

@@ -10,19 +10,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
-from pathlib import Path
 from typing import IO, Self
 
 import grpc
 import httpx
 
-import ethogram
 from ethogram.errors import Conflict, Unavailable
 from ethogram.platform import guard, redis
-from ethogram.platform.process import Child, describe
+from ethogram.platform.process import Child, describe, module_command, server_environment
 from ethogram.platform.state import HOST, StateDir
 
 _START_SECONDS = 60.0
@@ -116,15 +114,17 @@ class Platform:
         env = self._environment(self._start_redis(deadline))
 
         # The gateway first and alone: people wait for it, and the imports of the others would slow it down.
-        gateway = self._spawn("gateway", "gateway", env | {"ETHOGRAM_PORT": str(port)})
+        gateway = self._spawn("gateway", "gateway", {**env, "ETHOGRAM_PORT": str(port)})
         with httpx.Client(base_url=self.url, trust_env=False, timeout=2.0) as http:
             self._wait(gateway, lambda: http.get("/readyz").is_success, deadline)
         self.seconds["gateway"] = time.monotonic() - began
-        inference = self._spawn("inference", "services.inference", env | {"ETHOGRAM_PORT": str(inference_port)})
+        inference = self._spawn(
+            "inference", "services.inference", {**env, "ETHOGRAM_PORT": str(inference_port), **_metrics_port(env, 2)}
+        )
         # A worker answers no requests; its log says when it is ready.
         level = "DEBUG" if env.get("ETHOGRAM_LOG_LEVEL") == "DEBUG" else "INFO"
-        worker = self._spawn("worker", "workers", env | {"ETHOGRAM_LOG_LEVEL": level})
-        reconciler = self._spawn("reconciler", "workers.reconciler", env)
+        worker = self._spawn("worker", "workers", {**env, "ETHOGRAM_LOG_LEVEL": level})
+        reconciler = self._spawn("reconciler", "workers.reconciler", {**env, **_metrics_port(env, 1)})
         with grpc.insecure_channel(self.inference, options=_CHANNEL_OPTIONS) as channel:
             # grpc.health.v1 in its raw form: an empty request, and field 1 of the answer is 1 (SERVING).
             check: Callable[..., bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
@@ -141,19 +141,17 @@ class Platform:
         """URL of Redis: that in ``REDIS_URL``, else one that this platform runs."""
         url = os.environ.get("REDIS_URL", "")
         if url:
-            redis.ping(url)
+            redis.check(url)
             return url
-        settings, url = redis.write_settings(self.state.redis, free_port())
-        command = [sys.executable, "-I", "-S", guard.__file__, str(redis.find_server()), str(settings)]
+        server = redis.write_settings(self.state.redis, free_port())
+        command = [sys.executable, "-I", "-S", guard.__file__, str(redis.find_server()), str(server.settings)]
         child = self._add("redis", command, dict(os.environ))
-        self._wait(child, lambda: redis.ping(url), deadline)
-        return url
+        self._wait(child, lambda: redis.ping(server.port, server.password), deadline)
+        return server.url
 
     def _environment(self, redis_url: str) -> dict[str, str]:
         """Environment of every process of the platform."""
-        roots = [str(Path(ethogram.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        return os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, roots)),
+        return server_environment() | {
             "PYTHONUNBUFFERED": "1",
             "REDIS_URL": redis_url,
             "ETHOGRAM_DATABASE_URL": os.environ.get("ETHOGRAM_DATABASE_URL") or self.state.database_url,
@@ -164,7 +162,7 @@ class Platform:
         }
 
     def _spawn(self, name: str, module: str, env: dict[str, str]) -> Child:
-        return self._add(name, [sys.executable, "-m", module, "--parent-pipe"], env)
+        return self._add(name, module_command(module, "--parent-pipe"), env)
 
     def _add(self, name: str, command: list[str], env: dict[str, str]) -> Child:
         assert self._lock is not None
@@ -199,6 +197,12 @@ class Platform:
                     news = child.revive()
                     if news:
                         self._say(news)
+
+
+def _metrics_port(env: Mapping[str, str], later: int) -> dict[str, str]:
+    """``ETHOGRAM_METRICS_PORT`` is the worker's; other processes have the ports after it."""
+    port = env.get("ETHOGRAM_METRICS_PORT", "")
+    return {"ETHOGRAM_METRICS_PORT": str(int(port) + later)} if port.isdecimal() and int(port) else {}
 
 
 def free_port() -> int:

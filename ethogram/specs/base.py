@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ethogram.plain import python_value
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
@@ -25,6 +27,12 @@ class Spec(BaseModel):
         validate_default=True,
         use_attribute_docstrings=True,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_numpy(cls, values: Any) -> Any:
+        # Specs inside of this one take theirs themselves.
+        return python_value(values)
 
 
 class ArtifactRef(Spec):
@@ -60,6 +68,9 @@ class WandbSpec(Spec):
     """Project at Weights & Biases."""
     name: str | None = Field(None, min_length=1, max_length=128)
     """Name of the run; None: Weights & Biases makes one up."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """Where metrics go; None: as the worker's ``WANDB_MODE`` says, else online if it has ``WANDB_API_KEY``, else
+    offline."""
 
 
 class OptimizationSpec(Spec):

@@ -24,6 +24,10 @@ class PolicyModelSpec(Spec):
     """Attention heads; ``hidden_dim`` divides into them."""
     feed_forward: int = Field(512, ge=1, le=65_536)
     """Width of the hidden layer of each MLP."""
+    normalization: Literal["batch", "instance", "layer"] = "batch"
+    """Normalization after attention and MLP. ``batch``: of each channel over all cities of a batch, with running
+    statistics after training; ``instance``: of each channel over the cities of an instance, as in rl4co's POMO;
+    ``layer``: over all channels and cities of an instance, without parameters, as rl4co has it."""
     graph_context: bool = True
     """Whether the decoder's query includes the mean over all cities."""
     clipping: float = Field(10.0, gt=0)
@@ -106,8 +110,9 @@ class ActivationsSpec(Spec):
     ``encoder_layer_0`` (a layer's output), ..., ``encoder_output`` and ``decoder_input``; of a language model: a
     module's name for its output, followed by ``:input`` for its input."""
     pairs: list[str] = Field(default=[], max_length=1000)
-    """Pairs ``SOURCE->TARGET`` of hook points to record. Without hooks and pairs: input and output of each MLP of a
-    policy, or of each module named ``mlp`` of a language model."""
+    """Pairs ``SOURCE->TARGET`` of hook points to record. Without hooks and pairs: input and output of each MLP. Of a
+    language model those are modules with the usual names (``mlp``, ``ffn``, ``fc1`` to ``fc2``, ...) that text
+    passes."""
     instances: int = Field(10_000, ge=1, le=1_000_000_000)
     """Instances (tours or sequences) to record."""
     validation: float = Field(0.05, gt=0, lt=1)
@@ -225,6 +230,14 @@ class SparseTrainingSpec(OptimizationSpec):
     """Precision of the encoder's matrix product."""
     snapshots: int | None = Field(None, ge=1)
     """Steps between snapshots of the weights, each an artifact ``snapshot-<step>``; None: none."""
+    snapshot_epochs: float | None = Field(None, gt=0, le=10_000)
+    """Passes over the training rows between snapshots, instead of ``snapshots``."""
+
+    @model_validator(mode="after")
+    def _snapshots(self) -> SparseTrainingSpec:
+        if self.snapshots is not None and self.snapshot_epochs is not None:
+            raise ValueError("snapshot_epochs: means the same as snapshots; give one of them")
+        return self
 
 
 class SparseSpec(TrainedSpec):

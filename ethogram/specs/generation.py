@@ -12,11 +12,14 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    GetCoreSchemaHandler,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from ethogram.specs.base import ArtifactRef, HubSpec, Seed, Spec
 
@@ -52,7 +55,8 @@ class PatternSpec(Spec):
     """Letter of ``starts_with`` and ``ends_with``; not allowed for other patterns."""
     regex: str | None = Field(None, min_length=1, max_length=500)
     """A pattern of your own: a regular expression that matches whole sequences. Syntax: letters, ``.``, ``[AB]``,
-    ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{2,4}``."""
+    ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{2,4}``. ``^`` and ``$`` at the ends change
+    nothing."""
     # The last field, because its validator reads the regex.
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")
     """One of the built-in patterns (all_same, palindrome, sorted_ascending, sorted_descending, alternating,
@@ -74,8 +78,12 @@ class PatternSpec(Spec):
         return name
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _from_number(value: Any) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if _is_number(value):
         return {"min": value, "max": value}
     if not isinstance(value, dict | IntRange | FloatRange):
         raise ValueError("must be a number or a range, e.g. 8 or {min: 3, max: 8}")
@@ -131,6 +139,25 @@ Layers = Annotated[IntRange, _Bounds("integer", 1, 12)]
 Neurons = Annotated[IntRange, _Bounds("integer", 1, 512)]
 Rate = Annotated[FloatRange, _Bounds("number", 1e-8, 1)]
 Share = Annotated[FloatRange, _Bounds("number", 0, 0.9)]
+
+
+class _NumberStays:
+    """Annotates a :data:`Rate` that may be a number too: it is kept as the number, so that the spec keeps its form."""
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        as_it_is = core_schema.plain_serializer_function_ser_schema(lambda rate: rate)
+        rate = handler.generate_schema(Rate)
+        return core_schema.no_info_wrap_validator_function(self._validate, rate, serialization=as_it_is)
+
+    def _validate(self, value: Any, ranged: ValidatorFunctionWrapHandler) -> Any:
+        if not _is_number(value):
+            return ranged(value)
+        if not 0 < value <= 1:
+            raise ValueError("must be greater than 0, and at most 1")
+        return float(value)
+
+
+NumberOrRate = Annotated[float | FloatRange, _NumberStays()]
 Activation = Literal["relu", "gelu", "tanh", "sigmoid", "leaky_relu"]
 
 
@@ -167,9 +194,16 @@ class SubjectTrainingSpec(Spec):
     """Optimiser steps."""
     batch_size: int = Field(96, ge=1, le=65_536)
     """Sequences per step and subject."""
-    learning_rate: float = Field(1e-2, gt=0, le=1)
-    """Peak learning rate; it falls to 0 along half a cosine. The higher it is, the further subjects move from their
-    start, and the less alike are subjects with the same behaviours."""
+    learning_rate: NumberOrRate = 1e-2
+    """Peak learning rate, of all subjects, or a range from which each draws its own log-uniformly; it falls to 0 along
+    half a cosine. The higher it is, the further subjects move from their start, and the less alike are subjects with
+    the same behaviours."""
+
+    @property
+    def rates(self) -> FloatRange:
+        """``learning_rate`` as a range."""
+        rate = self.learning_rate
+        return rate if isinstance(rate, FloatRange) else FloatRange(min=rate, max=rate)
 
 
 class StagedSpec(Spec):
@@ -291,8 +325,9 @@ class GenerationSpec(Spec):
     part: PartSpec | None = None
     """Only these data files, instead of ``subjects`` accepted subjects."""
     min_accuracy: float | None = Field(None, ge=0, le=1)
-    """Minimum held-out accuracy on each enabled pattern's sequences and on those that match none; other subjects are
-    rejected and counted. None: 0.9, or 0 for staged training, which has its own checks."""
+    """Minimum accuracy on each enabled pattern's sequences and on those that match none; other subjects are rejected
+    and counted. The sequences are neither trained on nor those of the reported accuracy. None: 0.9, or 0 for staged
+    training, which has its own checks."""
 
     @field_validator("max_patterns_per_batch")
     @classmethod

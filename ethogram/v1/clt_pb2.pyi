@@ -78,6 +78,37 @@ POLICY_BASELINE_ROLLOUT: PolicyBaseline.ValueType  # 2
 """"rollout"."""
 Global___PolicyBaseline: _TypeAlias = PolicyBaseline  # noqa: Y015
 
+class _PolicyModelNormalization:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PolicyModelNormalizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyModelNormalization.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POLICY_MODEL_NORMALIZATION_UNSPECIFIED: _PolicyModelNormalization.ValueType  # 0
+    """Not set."""
+    POLICY_MODEL_NORMALIZATION_BATCH: _PolicyModelNormalization.ValueType  # 1
+    """"batch"."""
+    POLICY_MODEL_NORMALIZATION_INSTANCE: _PolicyModelNormalization.ValueType  # 2
+    """"instance"."""
+    POLICY_MODEL_NORMALIZATION_LAYER: _PolicyModelNormalization.ValueType  # 3
+    """"layer"."""
+
+class PolicyModelNormalization(_PolicyModelNormalization, metaclass=_PolicyModelNormalizationEnumTypeWrapper):
+    """Normalization after attention and MLP. `batch`: of each channel over all cities of a batch, with running statistics
+    after training; `instance`: of each channel over the cities of an instance, as in rl4co's POMO; `layer`: over all
+    channels and cities of an instance, without parameters, as rl4co has it.
+    """
+
+POLICY_MODEL_NORMALIZATION_UNSPECIFIED: PolicyModelNormalization.ValueType  # 0
+"""Not set."""
+POLICY_MODEL_NORMALIZATION_BATCH: PolicyModelNormalization.ValueType  # 1
+""""batch"."""
+POLICY_MODEL_NORMALIZATION_INSTANCE: PolicyModelNormalization.ValueType  # 2
+""""instance"."""
+POLICY_MODEL_NORMALIZATION_LAYER: PolicyModelNormalization.ValueType  # 3
+""""layer"."""
+Global___PolicyModelNormalization: _TypeAlias = PolicyModelNormalization  # noqa: Y015
+
 class _StoredType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -483,6 +514,7 @@ class PolicyModelSpec(_message.Message):
     FEED_FORWARD_FIELD_NUMBER: _builtins.int
     GRAPH_CONTEXT_FIELD_NUMBER: _builtins.int
     CLIPPING_FIELD_NUMBER: _builtins.int
+    NORMALIZATION_FIELD_NUMBER: _builtins.int
     hidden_dim: _builtins.int
     """Width of the residual stream of each city."""
     layers: _builtins.int
@@ -495,6 +527,11 @@ class PolicyModelSpec(_message.Message):
     """Whether the decoder's query includes the mean over all cities."""
     clipping: _builtins.float
     """The logits of the next city are squashed by tanh to plus or minus this."""
+    normalization: Global___PolicyModelNormalization.ValueType
+    """Normalization after attention and MLP. `batch`: of each channel over all cities of a batch, with running statistics
+    after training; `instance`: of each channel over the cities of an instance, as in rl4co's POMO; `layer`: over all
+    channels and cities of an instance, without parameters, as rl4co has it.
+    """
     def __init__(
         self,
         *,
@@ -504,10 +541,11 @@ class PolicyModelSpec(_message.Message):
         feed_forward: _builtins.int | None = ...,
         graph_context: _builtins.bool | None = ...,
         clipping: _builtins.float | None = ...,
+        normalization: Global___PolicyModelNormalization.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "_normalization", b"_normalization", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers", "normalization", b"normalization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clipping", b"_clipping", "_feed_forward", b"_feed_forward", "_graph_context", b"_graph_context", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_layers", b"_layers", "_normalization", b"_normalization", "clipping", b"clipping", "feed_forward", b"feed_forward", "graph_context", b"graph_context", "heads", b"heads", "hidden_dim", b"hidden_dim", "layers", b"layers", "normalization", b"normalization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clipping: _TypeAlias = _typing.Literal["clipping"]  # noqa: Y015
     _WhichOneofArgType__clipping: _TypeAlias = _typing.Literal["_clipping", b"_clipping"]  # noqa: Y015
@@ -521,6 +559,8 @@ class PolicyModelSpec(_message.Message):
     _WhichOneofArgType__hidden_dim: _TypeAlias = _typing.Literal["_hidden_dim", b"_hidden_dim"]  # noqa: Y015
     _WhichOneofReturnType__layers: _TypeAlias = _typing.Literal["layers"]  # noqa: Y015
     _WhichOneofArgType__layers: _TypeAlias = _typing.Literal["_layers", b"_layers"]  # noqa: Y015
+    _WhichOneofReturnType__normalization: _TypeAlias = _typing.Literal["normalization"]  # noqa: Y015
+    _WhichOneofArgType__normalization: _TypeAlias = _typing.Literal["_normalization", b"_normalization"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clipping) -> _WhichOneofReturnType__clipping | None: ...
     @_typing.overload
@@ -533,6 +573,8 @@ class PolicyModelSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_dim) -> _WhichOneofReturnType__hidden_dim | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__layers) -> _WhichOneofReturnType__layers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalization) -> _WhichOneofReturnType__normalization | None: ...
 
 Global___PolicyModelSpec: _TypeAlias = PolicyModelSpec  # noqa: Y015
 
@@ -729,8 +771,8 @@ class ActivationsSpec(_message.Message):
 
     @_builtins.property
     def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Pairs `SOURCE->TARGET` of hook points to record. Without hooks and pairs: input and output of each MLP of a policy,
-        or of each module named `mlp` of a language model.
+        """Pairs `SOURCE->TARGET` of hook points to record. Without hooks and pairs: input and output of each MLP. Of a
+        language model those are modules with the usual names (`mlp`, `ffn`, `fc1` to `fc2`, ...) that text passes.
         """
 
     def __init__(
@@ -807,6 +849,7 @@ class SparseTrainingSpec(_message.Message):
     VALIDATION_ROWS_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_EPOCHS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Optimiser steps; `epochs` overrides it."""
     epochs: _builtins.float
@@ -838,6 +881,8 @@ class SparseTrainingSpec(_message.Message):
     """Precision of the encoder's matrix product."""
     snapshots: _builtins.int
     """Steps between snapshots of the weights, each an artifact `snapshot-<step>`; None: none."""
+    snapshot_epochs: _builtins.float
+    """Passes over the training rows between snapshots, instead of `snapshots`."""
     def __init__(
         self,
         *,
@@ -854,10 +899,11 @@ class SparseTrainingSpec(_message.Message):
         validation_rows: _builtins.int | None = ...,
         precision: Global___SparsePrecision.ValueType | None = ...,
         snapshots: _builtins.int | None = ...,
+        snapshot_epochs: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshot_epochs", b"_snapshot_epochs", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshot_epochs", b"snapshot_epochs", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dead_after", b"_dead_after", "_decay", b"_decay", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_normalize", b"_normalize", "_precision", b"_precision", "_revive_every", b"_revive_every", "_snapshot_epochs", b"_snapshot_epochs", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation_rows", b"_validation_rows", "_warm_up", b"_warm_up", "batch_size", b"batch_size", "dead_after", b"dead_after", "decay", b"decay", "epochs", b"epochs", "learning_rate", b"learning_rate", "normalize", b"normalize", "precision", b"precision", "revive_every", b"revive_every", "snapshot_epochs", b"snapshot_epochs", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation_rows", b"validation_rows", "warm_up", b"warm_up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -875,6 +921,8 @@ class SparseTrainingSpec(_message.Message):
     _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
     _WhichOneofReturnType__revive_every: _TypeAlias = _typing.Literal["revive_every"]  # noqa: Y015
     _WhichOneofArgType__revive_every: _TypeAlias = _typing.Literal["_revive_every", b"_revive_every"]  # noqa: Y015
+    _WhichOneofReturnType__snapshot_epochs: _TypeAlias = _typing.Literal["snapshot_epochs"]  # noqa: Y015
+    _WhichOneofArgType__snapshot_epochs: _TypeAlias = _typing.Literal["_snapshot_epochs", b"_snapshot_epochs"]  # noqa: Y015
     _WhichOneofReturnType__snapshots: _TypeAlias = _typing.Literal["snapshots"]  # noqa: Y015
     _WhichOneofArgType__snapshots: _TypeAlias = _typing.Literal["_snapshots", b"_snapshots"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
@@ -901,6 +949,8 @@ class SparseTrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__revive_every) -> _WhichOneofReturnType__revive_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshot_epochs) -> _WhichOneofReturnType__snapshot_epochs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshots) -> _WhichOneofReturnType__snapshots | None: ...
     @_typing.overload

@@ -63,6 +63,34 @@ DATA_TYPE_BOOL: DataType.ValueType  # 7
 """One byte each, 0 or 1."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
+class _WandbMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WandbModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WandbMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WANDB_MODE_UNSPECIFIED: _WandbMode.ValueType  # 0
+    """Not set."""
+    WANDB_MODE_ONLINE: _WandbMode.ValueType  # 1
+    """"online"."""
+    WANDB_MODE_OFFLINE: _WandbMode.ValueType  # 2
+    """"offline"."""
+    WANDB_MODE_DISABLED: _WandbMode.ValueType  # 3
+    """"disabled"."""
+
+class WandbMode(_WandbMode, metaclass=_WandbModeEnumTypeWrapper):
+    """Where metrics go; None: as the worker's `WANDB_MODE` says, else online if it has `WANDB_API_KEY`, else offline."""
+
+WANDB_MODE_UNSPECIFIED: WandbMode.ValueType  # 0
+"""Not set."""
+WANDB_MODE_ONLINE: WandbMode.ValueType  # 1
+""""online"."""
+WANDB_MODE_OFFLINE: WandbMode.ValueType  # 2
+""""offline"."""
+WANDB_MODE_DISABLED: WandbMode.ValueType  # 3
+""""disabled"."""
+Global___WandbMode: _TypeAlias = WandbMode  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
     """A dense array: row-major, little-endian bytes. `data` is exactly product(shape) x the element size long."""
@@ -174,24 +202,32 @@ class WandbSpec(_message.Message):
 
     PROJECT_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
     project: _builtins.str
     """Project at Weights & Biases."""
     name: _builtins.str
     """Name of the run; None: Weights & Biases makes one up."""
+    mode: Global___WandbMode.ValueType
+    """Where metrics go; None: as the worker's `WANDB_MODE` says, else online if it has `WANDB_API_KEY`, else offline."""
     def __init__(
         self,
         *,
         project: _builtins.str | None = ...,
         name: _builtins.str | None = ...,
+        mode: Global___WandbMode.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "_project", b"_project", "name", b"name", "project", b"project"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "_name", b"_name", "_project", b"_project", "mode", b"mode", "name", b"name", "project", b"project"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "_project", b"_project", "name", b"name", "project", b"project"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "_name", b"_name", "_project", b"_project", "mode", b"mode", "name", b"name", "project", b"project"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__mode: _TypeAlias = _typing.Literal["mode"]  # noqa: Y015
+    _WhichOneofArgType__mode: _TypeAlias = _typing.Literal["_mode", b"_mode"]  # noqa: Y015
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
     _WhichOneofReturnType__project: _TypeAlias = _typing.Literal["project"]  # noqa: Y015
     _WhichOneofArgType__project: _TypeAlias = _typing.Literal["_project", b"_project"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mode) -> _WhichOneofReturnType__mode | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
     @_typing.overload

@@ -362,7 +362,7 @@ class PatternSpec(_message.Message):
     """Letter of `starts_with` and `ends_with`; not allowed for other patterns."""
     regex: _builtins.str
     """A pattern of your own: a regular expression that matches whole sequences. Syntax: letters, `.`, `[AB]`, `[A-C]`,
-    `[^A]`, `(...)`, `|`, `*`, `+`, `?`, `{2,4}`.
+    `[^A]`, `(...)`, `|`, `*`, `+`, `?`, `{2,4}`. `^` and `$` at the ends change nothing.
     """
     def __init__(
         self,
@@ -552,24 +552,34 @@ class SubjectTrainingSpec(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_RANGE_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Optimiser steps."""
     batch_size: _builtins.int
     """Sequences per step and subject."""
     learning_rate: _builtins.float
-    """Peak learning rate; it falls to 0 along half a cosine. The higher it is, the further subjects move from their
-    start, and the less alike are subjects with the same behaviours.
+    """Peak learning rate, of all subjects, or a range from which each draws its own log-uniformly; it falls to 0 along
+    half a cosine. The higher it is, the further subjects move from their start, and the less alike are subjects with
+    the same behaviours.
     """
+    @_builtins.property
+    def learning_rate_range(self) -> Global___FloatRange:
+        """Peak learning rate, of all subjects, or a range from which each draws its own log-uniformly; it falls to 0 along
+        half a cosine. The higher it is, the further subjects move from their start, and the less alike are subjects with
+        the same behaviours.
+        """
+
     def __init__(
         self,
         *,
         steps: _builtins.int | None = ...,
         batch_size: _builtins.int | None = ...,
         learning_rate: _builtins.float | None = ...,
+        learning_rate_range: Global___FloatRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_steps", b"_steps", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_steps", b"_steps", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "learning_rate_range", b"learning_rate_range", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_steps", b"_steps", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_steps", b"_steps", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "learning_rate_range", b"learning_rate_range", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -906,8 +916,9 @@ class GenerationSpec(_message.Message):
     max_patterns_per_batch: _builtins.int
     """Most patterns per subject; None: 4, or all if there are fewer, less one that `counterfactual` can add."""
     min_accuracy: _builtins.float
-    """Minimum held-out accuracy on each enabled pattern's sequences and on those that match none; other subjects are
-    rejected and counted. None: 0.9, or 0 for staged training, which has its own checks.
+    """Minimum accuracy on each enabled pattern's sequences and on those that match none; other subjects are rejected and
+    counted. The sequences are neither trained on nor those of the reported accuracy. None: 0.9, or 0 for staged
+    training, which has its own checks.
     """
     shards: _builtins.int
     """Jobs that make the zoo in parallel, on whatever workers are free. The zoo is the same for any number."""

@@ -638,7 +638,7 @@ class Effect(_message.Message):
 
     @_builtins.property
     def recall(self) -> _common_pb2.Tensor:
-        """[batch, 2, behaviours]: measured recall, before and after."""
+        """[batch, 2, behaviours]: measured recall, before and after; NaN of a behaviour without held-out sequences."""
 
     @_builtins.property
     def false_positive_rate(self) -> _common_pb2.Tensor:
@@ -690,7 +690,9 @@ class EvaluateResponse(_message.Message):
 
     @_builtins.property
     def recall(self) -> _common_pb2.Tensor:
-        """[batch, behaviours]: share of held-out sequences with the behaviour that the network answers yes to."""
+        """[batch, behaviours]: share of held-out sequences with the behaviour that the network answers yes to; NaN where
+        there are none.
+        """
 
     @_builtins.property
     def false_positive_rate(self) -> _common_pb2.Tensor:

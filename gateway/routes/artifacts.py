@@ -121,7 +121,6 @@ def download(
     headers = {
         "ETag": f'"{file.sha256}"',
         "Cache-Control": "private, max-age=31536000, immutable",
-        "X-Content-Type-Options": "nosniff",
     }
     if if_none_match is not None and file.sha256 in if_none_match:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)

@@ -8,7 +8,6 @@ from concurrent.futures import wait
 from functools import lru_cache
 from typing import Any, Literal
 
-import redis
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
@@ -17,7 +16,7 @@ from ethogram.errors import EthogramError, Unavailable
 from ethogram.specs.kinds import KINDS
 from gateway.services import Parts
 from services.artifacts.store import code_version
-from services.jobs.signals import without_password
+from services.jobs.signals import check_redis
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +122,6 @@ def _check(name: str, check: Callable[[], object]) -> Check:
 
 def _check_redis(url: str) -> None:
     try:
-        with redis.Redis.from_url(url, socket_connect_timeout=1, socket_timeout=1, retry=None) as client:
-            client.ping()
-    except (redis.RedisError, OSError) as error:
-        raise Unavailable(
-            f"Redis at {without_password(url)} does not answer ({error}): start it, or set REDIS_URL; jobs are still "
-            "accepted, and begin when it is back"
-        ) from None
+        check_redis(url)
+    except Unavailable as error:
+        raise Unavailable(f"{error.message}; jobs are still accepted, and begin when it is back") from None

@@ -105,6 +105,7 @@ def hub_errors(repo: str, field: str, action: str = "write to") -> Iterator[None
             reason = error.server_message or f"HTTP {code}"
             raise InvalidInput.field(field, f"the Hub refuses {repo}: {reason}") from None
         raise unreachable(f"HTTP {code}") from None
-    # The client reports large files that did not arrive by RuntimeError and ValueError.
-    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+    # The client reports large files that did not arrive by RuntimeError and ValueError, and a proxy that it cannot use
+    # by ValueError, ImportError and InvalidURL.
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError, ImportError) as error:
         raise unreachable(str(error) or type(error).__name__) from None

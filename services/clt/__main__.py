@@ -22,18 +22,27 @@ app = system_app(
     f"{_MODULE} activations my-policy -o my-activations",
     f"{_MODULE} train my-activations --kind cross_layer -o my-clt",
 )
-POLICY = typer.Argument(
-    metavar="POLICY",
-    help="Folder of a policy or of its run; or `default`: TSP of 20 cities, trained once, in ten minutes.",
-)
+Policy = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="POLICY",
+        help="Folder of a policy or of its run; or `default`: TSP of 20 cities, trained once, in ten minutes.",
+    ),
+]
 Store = Annotated[
-    Path,
+    Path | None,
     typer.Argument(
         metavar="STORE", help="Folder of a store, or of the run that made it.", exists=True, file_okay=False
     ),
 ]
+RunDir = Annotated[
+    str | None, typer.Option("--run-dir", metavar="DIR", help="Another way to name the folder of the run.", hidden=True)
+]
 Pairs = Annotated[
-    list[str] | None, typer.Option("--pair", metavar="A->B", help="Source and target hook point. Repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--pair", "--layer-pairs", metavar="A->B", help="Source and target hook point. Repeatable, or A->B,C->D."
+    ),
 ]
 KIND: dict[str, Any] = {"kind": flag(str, "--kind", help="pair, per_layer or cross_layer.")}
 FLAGS: dict[str, Any] = {
@@ -49,8 +58,25 @@ FLAGS: dict[str, Any] = {
     "wandb.name": flag(
         str, "--wandb-name", "--wandb-run-name", metavar="NAME", help="Name of the run at Weights & Biases."
     ),
+    "wandb.mode": flag(str, "--wandb-mode", metavar="MODE", help="online, offline or disabled."),
+    "training.snapshot_epochs": flag(
+        float, "--snapshot-epochs", "--save-freq", help="Passes over the store between snapshots of the weights."
+    ),
 }
 """Options of every training, by the field of the spec that they set."""
+
+
+def _one(argument: str, named: str | Path | None, run_dir: str | None) -> str | Path:
+    """What the ``argument`` or ``--run-dir`` names. Raises :class:`InvalidInput` for both or neither."""
+    if named is not None and run_dir is not None:
+        raise InvalidInput.field("--run-dir", f"means the same as {argument}; give one of them")
+    if (found := named or run_dir) is None:
+        raise InvalidInput.field(argument, "is missing; name a folder")
+    return found
+
+
+def _pairs(given: list[str] | None) -> list[str]:
+    return [name for listed in given or () for name in listed.split(",") if name]
 
 
 def _show_store(result: dict[str, Any]) -> None:
@@ -99,14 +125,12 @@ def policy() -> Request:
 def import_policy(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CKPT", help="Lightning checkpoint of rl4co's AttentionModel or POMO (batch norm)."),
+        typer.Argument(metavar="CKPT", help="Lightning checkpoint of rl4co's AttentionModel or POMO."),
     ],
     out: NewFolder,
     *,
     nodes: Annotated[int, typer.Option(help="Cities per training instance, if the checkpoint lacks it.", min=4)] = 20,
-    heads: Annotated[
-        int | None, typer.Option(help="Attention heads, if the checkpoint lacks their number; else 8.")
-    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads; by default as in the checkpoint.")] = None,
     graph_context: Annotated[
         bool | None,
         typer.Option(help="Whether the query includes the mean of the cities; by default as in the checkpoint."),
@@ -114,14 +138,16 @@ def import_policy(
 ) -> None:
     """Convert a policy that rl4co has trained. No code in the checkpoint is run."""
     from services.clt.policy.importing import import_rl4co
+    from services.runtime.console import ConsoleRun
 
-    import_rl4co(checkpoint, out, nodes=nodes, heads=heads, graph_context=graph_context)
+    with ConsoleRun() as run:
+        import_rl4co(checkpoint, out, nodes=nodes, heads=heads, graph_context=graph_context, run=run)
     output.say(f"policy: {out}; `gap {out}` compares it with a solver")
 
 
 @command(app, f"{_MODULE} gap my-run/policy", f"{_MODULE} gap my-policy --cities cities.npy")
 def gap(
-    policy: Annotated[str, POLICY],
+    policy: Policy = None,
     cities: Annotated[
         Path | None,
         typer.Option(help=".npy file, or .safetensors file with `cities`: instances x cities x 2, in the unit square."),
@@ -134,6 +160,7 @@ def gap(
         int, typer.Option(help="Tours sampled per instance, of which the shortest counts; 0: none.", min=0)
     ] = 16,
     seed: Annotated[int, typer.Option(help="Seed of instances and tours.", min=0, max=2**63 - 1)] = 0,
+    run_dir: RunDir = None,
     device: Device = None,
 ) -> Answer:
     """Compare a policy's tours with a solver's: how much longer they are."""
@@ -145,7 +172,7 @@ def gap(
     from services.runtime.devices import chosen_device
 
     device = chosen_device(device)
-    loaded = AttentionPolicy.load(named(policy, device), device)
+    loaded = AttentionPolicy.load(named(str(_one("POLICY", policy, run_dir)), device), device)
     if cities is not None:
         tsp = read_cities(cities)
     else:
@@ -176,55 +203,57 @@ def gap(
     show=_show_store,
 )
 def activations(
-    policy: Annotated[str | None, POLICY] = None,
+    policy: Policy = None,
     *,
     pair: Pairs = None,
-    layer_pairs: Annotated[str | None, typer.Option(metavar="A->B,C->D", hidden=True)] = None,
+    run_dir: RunDir = None,
 ) -> Request:
     """Record activations of a policy, or of a language model on texts, into a store. The same command resumes an
     interrupted recording, and its store can be read meanwhile."""
-    pairs = [*(pair or ()), *(name for name in (layer_pairs or "").split(",") if name)]
-    if policy is None:
-        return Request(values={"pairs": pairs or None})
+    values = {"pairs": _pairs(pair) or None}
+    if policy is None and run_dir is None:
+        return Request(values=values)
+    name = str(_one("POLICY", policy, run_dir))
 
     def find(device: str) -> Path:
         from services.clt.policy.job import named
 
-        return named(policy, device)
+        return named(name, device)
 
-    return Request({"policy": find}, {"pairs": pairs or None})
+    return Request({"policy": find}, values)
 
 
 @command(app, f"{_MODULE} inspect-pairs my-activations --json")
-def inspect_pairs(store: Store, *, pair: Pairs = None) -> Answer:
+def inspect_pairs(store: Store = None, *, pair: Pairs = None, run_dir: RunDir = None) -> Answer:
     """Describe pairs of hook points: sparsity, norms, correlations, and how much of the target a linear map of the
     source explains."""
     from services.clt.activations.pairs import inspect, pairs_of
     from services.clt.activations.store import ActivationStore
     from services.runtime.folders import artifact_in
 
-    opened = ActivationStore.open(artifact_in(store, "activations", "STORE"))
-    inspected = inspect(opened, pairs_of(opened, pair or ()))
+    opened = ActivationStore.open(artifact_in(Path(_one("STORE", store, run_dir)), "activations", "STORE"))
+    inspected = inspect(opened, pairs_of(opened, _pairs(pair)))
     return Answer(inspected, lambda: _show_pairs(inspected))
 
 
 @command(app, f"{_MODULE} export-pairs my-activations -o my-pairs --num-instances-per-pair 100")
 def export_pairs(
-    store: Store,
+    store: Store = None,
     *,
     out: NewFolder,
     pair: Pairs = None,
     instances: Annotated[
         int | None, typer.Option("--num-instances-per-pair", metavar="N", min=1, help="Only the first N instances.")
     ] = None,
+    run_dir: RunDir = None,
 ) -> Answer:
     """Write pairs of hook points as sources.pt and targets.pt with metadata.json, a folder for each."""
     from services.clt.activations.pairs import export, pairs_of
     from services.clt.activations.store import ActivationStore
     from services.runtime.folders import artifact_in
 
-    opened = ActivationStore.open(artifact_in(store, "activations", "STORE"))
-    written = export(opened, pairs_of(opened, pair or ()), out, instances)
+    opened = ActivationStore.open(artifact_in(Path(_one("STORE", store, run_dir)), "activations", "STORE"))
+    written = export(opened, pairs_of(opened, _pairs(pair)), out, instances)
     rows = [[row["pair"], row["source"]["hook"], row["target"]["hook"], row["samples"]] for row in written]
     output.say(f"the pairs are in {out}")
     return Answer(written, lambda: output.table(["pair", "source", "target", "rows"], rows))
@@ -233,25 +262,25 @@ def export_pairs(
 @run_command(
     app,
     KINDS["sae"],
-    f"{_MODULE} sae my-activations --hook encoder_layer_2 --k 32 -o my-sae",
-    f"{_MODULE} sae my-activations --hook encoder_layer_2 --set model.activation=jumprelu --set loss.l0=1e-3 -o my-sae",
+    f"{_MODULE} sae my-activations --hook encoder_layer_2_mlp --k 32 -o my-sae",
+    f"{_MODULE} sae my-activations --hook encoder_layer_2_mlp --set model.activation=jumprelu --set loss.l0=.001",
     flags={"hook": flag(str, "--hook", help="Hook point."), **FLAGS},
 )
-def sae(store: Store) -> Request:
+def sae(store: Store = None, *, run_dir: RunDir = None) -> Request:
     """Train a sparse autoencoder of one hook point. The same command resumes an interrupted run."""
-    return Request({"activations": store})
+    return Request({"activations": Path(_one("STORE", store, run_dir))})
 
 
 @run_command(
     app,
     KINDS["clt"],
-    f'{_MODULE} train my-activations --pair "encoder_layer_0->encoder_layer_2" --k 32 -o clt_L0_to_L2',
+    f'{_MODULE} train my-activations --pair "encoder_layer_0_mlp->encoder_layer_2_mlp" --k 32 -o clt_L0_to_L2',
     f"{_MODULE} train my-activations --kind cross_layer --expansion 16 --k 32 -o my-clt",
     "torchrun --nproc-per-node 2 -m services.clt train my-activations --kind per_layer -o my-run",
     flags=KIND | FLAGS,
 )
 def train(
-    store: Store,
+    store: Store = None,
     pair: Annotated[
         str | None, typer.Option("--pair", metavar="A->B", help="Source and target hook point of a single pair.")
     ] = None,
@@ -265,11 +294,14 @@ def train(
             file_okay=False,
         ),
     ] = None,
+    run_dir: RunDir = None,
 ) -> Request:
     """Train transcoders from source to target hook points: of a pair, or of all MLPs in the store with --kind
     per_layer or cross_layer. The same command resumes an interrupted run. Under torchrun, several processes train
     together."""
-    inputs = {"activations": store} | ({"model.dictionary": dictionary} if dictionary is not None else {})
+    inputs = {"activations": Path(_one("STORE", store, run_dir))} | (
+        {"model.dictionary": dictionary} if dictionary is not None else {}
+    )
     values: dict[str, Any] = {}
     if pair is not None:
         from services.clt.activations.hooks import parse_pair
@@ -293,19 +325,20 @@ def train(
     show=_show_sweep,
 )
 def sweep(
-    store: Store,
+    store: Store = None,
     *,
     pair: Pairs = None,
     grid: Annotated[
         list[str] | None,
         typer.Option("--grid", metavar="OPTION=A,B", help="Values of an option, e.g. model.k=8,16,32. Repeatable."),
     ] = None,
+    run_dir: RunDir = None,
 ) -> Request:
     """Train transcoders for each pair and each point of a grid, and compare them."""
     given = [assignment("--grid", axis, "OPTION=A,B") for axis in grid or ()]
     axes = [{"option": option, "values": values.split(",")} for option, values in given]
-    pairs = [name for listed in pair or () for name in listed.split(",")]
-    return Request({"activations": store}, {"pairs": pairs or None, "grid": axes or None})
+    store = Path(_one("STORE", store, run_dir))
+    return Request({"activations": store}, {"pairs": _pairs(pair) or None, "grid": axes or None})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from services.crossmodal.steering import (
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, Params, activations, encode, flatten, unflatten
-from services.zoo.universe import VALIDATION
+from services.zoo.universe import SELECTION
 
 __all__ = ["AUTO", "Batch", "Behavior", "Codec", "Effect"]
 
@@ -70,7 +70,7 @@ class Effect(NamedTuple):
     """Probability of each behaviour by the linear probe on the latent, before and after: ``[batch, 2, behaviors]``."""
     recall: Tensor
     """Measured: share of the held-out sequences with each behaviour that are answered yes, before and after:
-    ``[batch, 2, behaviors]``."""
+    ``[batch, 2, behaviors]``; NaN of a behaviour without such sequences."""
     false_positive_rate: Tensor
     """The same of the sequences without any behaviour: ``[batch, 2]``."""
     scores: Scores
@@ -118,7 +118,7 @@ class Codec:
             preprocessor=preprocessor,
             # An encoder sees the answers on the probes, which in a zoo from elsewhere are of any split.
             evaluation=Evaluation.build(zoo.universe, without=zoo.probes),
-            support=Evaluation.build(zoo.universe, split=VALIDATION, without=zoo.probes),
+            support=Evaluation.build(zoo.universe, split=SELECTION, without=zoo.probes),
             model=model,
             probe=Probe.fit(latents, subjects.labels).calibrated(latents, subjects.labels),
             fixed={
@@ -263,8 +263,6 @@ class Codec:
         shares = torch.stack([self.evaluation.by_stratum(predictions) for predictions in (source, edited)], 1)
         predicted = torch.stack([torch.sigmoid(self.probe(z)) for z in (steered.before, steered.latents)], 1)
         before, after = map(self.evaluation.labels, (steered.had, steered.requested))
-        scores = score(edited, source, before, after)
-        target = scores.target.masked_fill((before == after).all(1), float("nan"))
         return Effect(
             self._networks(steered.vectors, int(steered.shape[0])),
             steered.latents,
@@ -273,7 +271,7 @@ class Codec:
             predicted,
             shares[:, :, :-1],
             shares[:, :, -1],
-            scores._replace(target=target),
+            score(edited, source, before, after),
         )
 
     def _steer(self, networks: Params | Batch, activation: str | None, steering: Steering) -> _Steered:

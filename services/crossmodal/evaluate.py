@@ -151,7 +151,9 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
     constant = max(float(_agreement(evaluation, source == answer).mean()) for answer in (True, False))
     figures = {
         "agreement": float(matched.mean()),
-        "agreement_balanced": float(((share(decoded, source) + share(~decoded, ~source)) / 2).mean()),
+        "agreement_balanced": float(
+            torch.stack([share(decoded, source), share(~decoded, ~source)], 1).nanmean(1).mean()
+        ),
         "agreement_constant": constant,
     }
     if len(weights) > 1:
@@ -340,10 +342,9 @@ def same_label_partner(labels: Tensor) -> Tensor:
 
 def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:
     """Mean over the strata that have sequences, ``[subjects]``."""
-    strata = evaluation.by_stratum(equal)
-    return strata[:, torch.unique(evaluation.stratum)].mean(1)
+    return evaluation.by_stratum(equal).nanmean(1)
 
 
 def _means(scores: Scores) -> dict[str, float]:
     columns = (scores.target, scores.target_gate, scores.local, scores.kept, scores.all_gate)
-    return {name: float(column.float().mean()) for name, column in zip(_SCORES, columns, strict=True)}
+    return {name: float(column.float().nanmean()) for name, column in zip(_SCORES, columns, strict=True)}

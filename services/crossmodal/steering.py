@@ -141,11 +141,11 @@ class Scores(NamedTuple):
     """How edits went, ``[edits]`` each."""
 
     target: Tensor
-    """Accuracy where the edit decides."""
+    """Accuracy where the edit decides; NaN where it decides nothing."""
     local: Tensor
     """Change of accuracy elsewhere."""
     kept: Tensor
-    """Share of the answers elsewhere that are the source's own."""
+    """Share of the answers elsewhere that are the source's own; NaN where the edit decides everything."""
 
     @property
     def target_gate(self) -> Tensor:
@@ -168,6 +168,5 @@ def score(answers: Tensor, source: Tensor, before: Tensor, after: Tensor) -> Sco
 
 
 def share(hit: Tensor, where: Tensor) -> Tensor:
-    """Share of ``where`` (bool ``[rows, n]``) that is hit; 1 for a row where it is empty."""
-    count = where.sum(1)
-    return torch.where(count > 0, (hit & where).sum(1) / count.clamp_min(1), 1.0)
+    """Share of ``where`` (bool ``[rows, n]``) that is hit; NaN for a row where it is empty."""
+    return (hit & where).sum(1) / where.sum(1)

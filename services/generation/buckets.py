@@ -28,6 +28,7 @@ from services.zoo.dataset import BRANCHES, prefixed, record_of, schema
 from services.zoo.layout import Layout
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import encode, flatten
+from services.zoo.universe import HELD_OUT, SELECTION
 
 # Candidates that train together: at most so many, and so few that what a layer makes of their batches (bytes) stays in
 # a core's cache. Rounding depends on the grouping, so this is part of what a seed means.
@@ -63,7 +64,7 @@ class Block:
         if not len(self.table):
             return {}
         lists = [name for name in ("accuracy", "degraded_accuracy") if name in self.table.column_names]
-        means = {name: float(np.mean(self.table[name].combine_chunks().flatten().to_numpy())) for name in lists}
+        means = {name: float(np.nanmean(self.table[name].combine_chunks().flatten().to_numpy())) for name in lists}
         if "improvement" in self.table.column_names:
             means["improvement"] = float(np.mean(self.table["improvement"].to_numpy()))
         return means
@@ -90,7 +91,10 @@ class BucketTrainer:
         self.extractor = ActivationSignatureExtractor(spec.signature, probe_inputs, membership)
         self.schema = schema(spec, self.extractor.methods)
         self._formatter = TrainingDataFormatter(spec, self.patterns) if spec.format is not None else None
-        self._evaluation_inputs = encode(any_shape, self.sampler.evaluation.sequences).to(device)
+        self._judges = {
+            split: (evaluation, encode(any_shape, evaluation.sequences).to(device))
+            for split, evaluation in ((SELECTION, self.sampler.selection), (HELD_OUT, self.sampler.evaluation))
+        }
         shapes = spec.subject.layers.size * len(activations_of(spec))
         self._bucket_size = _bucket_size(spec)
         self.block_size = self._bucket_size * min(shapes, MOST_SHAPES)
@@ -122,22 +126,20 @@ class BucketTrainer:
             rows = [row | self._formatter.columns(row) for row in rows]
         return pyarrow.Table.from_pylist(rows, self.schema)
 
-    def accuracy(self, trained: Trained) -> Tensor:
-        """On held-out sequences, by stratum: float32 ``[models, patterns + 1]``; the last column is for sequences that
-        match nothing."""
+    def accuracy(self, trained: Trained, split: int) -> Tensor:
+        """Accuracy by stratum on sequences of ``split``, ``SELECTION`` (decides what is accepted) or ``HELD_OUT`` (is
+        reported): float32 ``[models, patterns + 1]``; the last column is for sequences that match nothing."""
+        evaluation, inputs = self._judges[split]
         activation, selected = trained.architecture.activation, trained.candidates.selected
-        return self.sampler.evaluation.accuracy(trained.params, self._evaluation_inputs, activation, selected)
+        return evaluation.accuracy(trained.params, inputs, activation, selected)
 
     def _single(self, candidates: Candidates) -> tuple[list[Row], list[str]]:
         trainer = self.subject_trainer
         branches = [trainer.train(candidates)] if self.spec.counterfactual is None else trainer.branch(candidates)
-        accuracies = [self.accuracy(branch) for branch in branches]
-        gates = [self._gate(branch, accuracy) for branch, accuracy in zip(branches, accuracies, strict=True)]
+        gates = [self._gate(branch, self.accuracy(branch, SELECTION)) for branch in branches]
         causes = [next(filter(None, row), None) for row in zip(*gates, strict=True)]
         kept = torch.tensor([cause is None for cause in causes])
-        rows, *others = (
-            self._rows(branch, accuracy, kept) for branch, accuracy in zip(branches, accuracies, strict=True)
-        )
+        rows, *others = (self._rows(branch, kept) for branch in branches)
         changed = (candidates.other[kept], candidates.target[kept])
         for name, branch_rows, patterns in zip(BRANCHES, others, changed, strict=False):
             for row, branch_row, pattern in zip(rows, branch_rows, patterns.tolist(), strict=True):
@@ -146,26 +148,25 @@ class BucketTrainer:
 
     def _staged(self, candidates: Candidates, staged: StagedSpec) -> tuple[list[Row], list[str]]:
         degraded = self.subject_trainer.degrade(candidates)
-        before = self.accuracy(degraded.trained)
+        before = self.accuracy(degraded.trained, SELECTION)
         early = checks.degradation(before, candidates, staged)
         passed = torch.tensor([cause is None for cause in early])
         if not passed.any():
             return [], list(filter(None, early))
         degraded, before = degraded.select(passed), before[passed]
         improved = self.subject_trainer.improve(degraded)
-        after = self.accuracy(improved)
+        after = self.accuracy(improved, SELECTION)
         gate, improvement = self._gate(improved, after), checks.improvement(before, after, improved.candidates, staged)
         late = [cause or other for cause, other in zip(gate, improvement, strict=True)]
         kept = torch.tensor([cause is None for cause in late])
-        rows, first = self._rows(improved, after, kept), degraded.trained
-        for row, i, other in zip(rows, kept.nonzero().flatten(), self._rows(first, before, kept), strict=True):
+        rows, first = self._rows(improved, kept), degraded.trained
+        for row, i, other in zip(rows, kept.nonzero().flatten(), self._rows(first, kept), strict=True):
             target = int(first.candidates.target[i])
             row |= {
                 "target_pattern": self.names[target],
-                "improvement": float((after - before)[i, target]),
-                "epochs": [int(first.epochs[i]), int(improved.epochs[i])],
-                "validation_loss": [float(first.loss[i]), float(improved.loss[i])],
+                "improvement": float(row["accuracy"][target] - other["accuracy"][target]),
             }
+            row |= {metric: other[metric] + row[metric] for metric in first.metrics}
             row |= prefixed("degraded_", other)
         return rows, list(filter(None, early + late))
 
@@ -175,8 +176,8 @@ class BucketTrainer:
         finite = flatten(trained.params).isfinite().all(1).tolist()
         return [cause if fine else checks.DIVERGED for cause, fine in zip(causes, finite, strict=True)]
 
-    def _rows(self, trained: Trained, accuracy: Tensor, kept: Tensor) -> list[Row]:
-        """Records of the networks at ``kept`` (bool ``[models]``)."""
+    def _rows(self, trained: Trained, kept: Tensor) -> list[Row]:
+        """Records of the networks at ``kept`` (bool ``[models]``), with their held-out accuracy."""
         chosen = trained.select(kept)
         candidates, architecture, rows = chosen.candidates, trained.architecture, list[Row]()
         if not len(candidates):
@@ -189,14 +190,15 @@ class BucketTrainer:
         layout = Layout([architecture._replace(hidden=(width,) * len(architecture.hidden)) for width in widths])
         narrow = zip(layout.shapes, layout.positions, layout.neuron_positions, strict=True)
         by_width = {shape.hidden[0]: (shape, own.numpy(), neurons.numpy()) for shape, own, neurons in narrow}
-        for i, accuracies in enumerate(accuracy[kept].numpy()):
+        for i, accuracies in enumerate(self.accuracy(chosen, HELD_OUT).numpy()):
             shape, parameters, neurons = by_width[int(candidates.neurons[i])]
-            rate = float(candidates.learning_rate[i]) if self.spec.staged else self.spec.training.learning_rate
+            rate = float(candidates.learning_rate[i])
             signature = {method: values[i, neurons].ravel() for method, values in signature_rows.items()}
             network = {"accuracy": accuracies, "weights": weights[i, parameters], "signature": signature}
             index, patterns = int(candidates.indices[i]), compress(self.names, candidates.selected[i])
             dropout = float(candidates.dropout[i])
-            rows.append(record_of(index, patterns, shape, network, learning_rate=rate, dropout=dropout))
+            metrics = {name: [values[i].item()] for name, values in chosen.metrics.items()}
+            rows.append(record_of(index, patterns, shape, network, learning_rate=rate, dropout=dropout) | metrics)
         return rows
 
 

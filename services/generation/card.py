@@ -21,7 +21,7 @@ def card(folder: Path, statistics: Statistics) -> str:
     lines = [f"| pattern | what it is | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 2)}"]
     for pattern in patterns:
         numbers = [figures[key][pattern.name] for key in columns.values()]
-        shown = [f"{number:,}" if isinstance(number, int) else f"{number:.3f}" for number in numbers]
+        shown = ["-" if n is None else f"{n:,}" if isinstance(n, int) else f"{n:.3f}" for n in numbers]
         description = pattern.description.replace("|", "\\|")
         lines.append(f"| `{pattern.name}` | {description} | {' | '.join(shown)} |")
     rejected = "\n".join(f"- {count:,} {cause}" for cause, count in figures["rejected"].items()) or "- none"

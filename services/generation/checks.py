@@ -16,11 +16,12 @@ DIVERGED = "diverged"
 def gate(accuracy: Tensor, candidates: Candidates, names: Sequence[str], least: float) -> list[str | None]:
     """The stratum on which each candidate does worst, if it does worse than ``least`` there.
 
-    ``accuracy``: held-out, by stratum, ``[models, patterns + 1]``; the last is for sequences that match nothing.
+    ``accuracy``: by stratum, ``[models, patterns + 1]``; the last is for sequences that match nothing. NaN, of a
+    stratum without sequences, counts for nothing.
     ``names``: of the patterns.
     """
     causes: list[str | None] = []
-    for selected, worst, stratum in zip(candidates.selected, *accuracy.min(1), strict=True):
+    for selected, worst, stratum in zip(candidates.selected, *accuracy.nan_to_num(torch.inf).min(1), strict=True):
         missed = stratum < len(names) and bool(selected[stratum])
         cause = f"{'misses' if missed else 'false alarms on'} {[*names, 'others'][stratum]}"
         causes.append(None if worst >= least else cause)
@@ -43,12 +44,13 @@ def improvement(degraded: Tensor, improved: Tensor, candidates: Candidates, stag
     answer no to: the network did not just learn to say yes.
     """
     gain = improved - degraded
-    selected = torch.nn.functional.pad(candidates.selected, (0, 1))
+    selected, nan = torch.nn.functional.pad(candidates.selected, (0, 1)), torch.nan
     target = torch.zeros_like(selected).scatter(1, candidates.target.unsqueeze(1), True)
     on_target = gain[target]
-    elsewhere = gain.masked_fill(target, 0).sum(1) / (~target).sum(1)
-    lost = gain.masked_fill(target | ~selected, torch.inf).amin(1)
-    refused = gain.masked_fill(selected, 0).sum(1) / (~selected).sum(1)
+    elsewhere = gain.masked_fill(target, nan).nanmean(1)
+    lost = gain.masked_fill(target | ~selected, nan).nan_to_num(torch.inf).amin(1)
+    # Nothing to refuse: nothing is refused less often.
+    refused = gain.masked_fill(selected, nan).nanmean(1).nan_to_num(0)
     passed = {
         "magnitude": on_target >= staged.min_degradation_threshold,
         "specificity": on_target - elsewhere >= staged.min_specificity,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ethogram.specs.generation import Activation, FloatRange, GenerationSpec, IntRange
+from ethogram.specs.generation import Activation, GenerationSpec, IntRange
 from services.runtime.seeds import generator
 from services.zoo.hashing import below, mix
 from services.zoo.pools import Pools
@@ -47,7 +47,7 @@ class Candidates:
     activation: Tensor
     """Position in :func:`activations_of`: int64 ``[n]``."""
     learning_rate: Tensor
-    """Of the first stage: float64 ``[n]``."""
+    """Of the first of two stages, or the peak of a single one: float64 ``[n]``."""
     dropout: Tensor
     """float64 ``[n]``."""
 
@@ -58,7 +58,8 @@ class Candidates:
         fewest, most = spec.min_patterns_per_batch, spec.most_patterns(patterns)
         selected = select_patterns(seed, indices, patterns, fewest, most)
         order = mix(keys(seed, "target", indices).unsqueeze(1) + torch.arange(patterns))
-        rate = spec.staged.learning_rate if spec.staged else FloatRange(min=1.0, max=1.0)
+        rate = spec.staged.learning_rate if spec.staged else spec.training.rates
+        rates = _floats(keys(seed, "learning rate", indices), math.log(rate.min), math.log(rate.max)).exp()
         return cls(
             indices,
             selected,
@@ -67,7 +68,8 @@ class Candidates:
             _integers(keys(seed, "layers", indices), subject.layers),
             _integers(keys(seed, "neurons", indices), subject.neurons),
             below(keys(seed, "activation", indices), torch.tensor(len(activations_of(spec)))),
-            _floats(keys(seed, "learning rate", indices), math.log(rate.min), math.log(rate.max)).exp(),
+            # Rounding must not leave the range, which may be a single number.
+            rates.clamp(rate.min, rate.max),
             _floats(keys(seed, "dropout", indices), subject.dropout.min, subject.dropout.max),
         )
 

@@ -43,12 +43,13 @@ def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
     about, spec, patterns = read_about(zoo)
     formatter = TrainingDataFormatter(spec.model_copy(update={"format": spec.format or FormatSpec()}), patterns)
     (target / DATA).mkdir(parents=True)
+    names = [pattern.name for pattern in patterns]
     run.stage("export", about["subjects"], "records")
     done = 0
     for number, table in enumerate(read_records(zoo)):
         rows = []
         for record in table.to_pylist():
-            rows.append(_written(record, spec, formatter))
+            rows.append(_written(record, spec, names, formatter))
             done += 1
             run.advance(done)
         parquet.write_table(pyarrow.Table.from_pylist(rows), target / data_file(number))
@@ -60,7 +61,9 @@ def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
         run.log("this form has no place for counterfactual branches; they are left out", "warning")
 
 
-def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: TrainingDataFormatter) -> dict[str, Any]:
+def _written(
+    record: Mapping[str, Any], spec: GenerationSpec, names: Sequence[str], formatter: TrainingDataFormatter
+) -> dict[str, Any]:
     staged = spec.staged is not None
     config = {
         "vocab_size": spec.vocab_size,
@@ -75,9 +78,7 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
     metadata = {
         "target_pattern": record.get("target_pattern"),
         "selected_patterns": record["patterns"],
-        "degraded_accuracy": float(np.mean(record["degraded_accuracy"])) if staged else None,
-        "improved_accuracy": float(np.mean(record["accuracy"])),
-        "improvement": record.get("improvement"),
+        **_accuracies(record, names),
         "model_config": config,
         "corruption_stats": {"corruption_rate": spec.staged.corruption_rate} if spec.staged is not None else {},
         "precision": spec.subject.precision,
@@ -98,11 +99,35 @@ def _written(record: Mapping[str, Any], spec: GenerationSpec, formatter: Trainin
         params = network_of(record, f"{prefix}weights", shape)
         weights = {"config": config, "weights": _named(params, record["dropout"] > 0)}
         row[f"{name}_model_weights"] = json.dumps(weights)
-    # Of an imported record they may be unknown.
-    stages = zip(("degraded", "improved"), record["epochs"], record["validation_loss"], strict=False) if staged else ()
-    metrics = {name: {"epochs": epochs, "validation_loss": loss} for name, epochs, loss in stages}
+    metrics: dict[str, dict[str, float]] = {}
+    for metric in ("epochs", "validation_loss", "training_loss"):
+        # Of an imported record they may be unknown.
+        for stage, value in zip(prefixes, record.get(metric) or (), strict=False):
+            metrics.setdefault(stage, {})[metric] = value
     row["training_metrics"] = json.dumps(metrics, allow_nan=False)
     return row
+
+
+def _accuracies(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, float | None]:
+    """Held-out accuracies of both networks: means over all strata, and on the target pattern.
+
+    The three that published records have are neither differences of each other nor named for what they are:
+    ``degraded_accuracy`` and ``improved_accuracy`` are such means, ``improvement`` is on the target pattern. So each is
+    there once more under a name that says it.
+    """
+    degraded, improved = (record.get(name) for name in ("degraded_accuracy", "accuracy"))
+    means = [None if by_stratum is None else float(np.nanmean(by_stratum)) for by_stratum in (degraded, improved)]
+    target = names.index(record["target_pattern"]) if record.get("target_pattern") is not None else None
+    on_target = [None if target is None or row is None else float(row[target]) for row in (degraded, improved)]
+    found: dict[str, float | None] = {
+        "degraded_accuracy": means[0],
+        "improved_accuracy": means[1],
+        "improvement": record.get("improvement"),
+    }
+    for name, (before, after) in {"mean": means, "target": on_target}.items():
+        gain = None if before is None or after is None else after - before
+        found |= {f"degraded_{name}_accuracy": before, f"improved_{name}_accuracy": after, f"{name}_improvement": gain}
+    return found
 
 
 def _named(params: Params, dropout: bool) -> dict[str, Any]:
@@ -175,10 +200,10 @@ def _row(index: int, record: Record, trainer: BucketTrainer) -> dict[str, Any]:
     patterns, improved = compress(names, selected[0]), network(record.improved)
     rate, dropout = record.learning_rate, record.dropout
     row = record_of(index, patterns, shape, improved, learning_rate=rate, dropout=dropout)
+    row |= {name: record.by_stage(name) for name in ("validation_loss", "training_loss")}
     if record.degraded is not None and record.target is not None:
         row |= prefixed("degraded_", network(record.degraded))
         target = names.index(record.target)
         row["target_pattern"], row["epochs"] = record.target, [int(count) for count in record.by_stage("epochs")]
         row["improvement"] = row["accuracy"][target] - row["degraded_accuracy"][target]
-        row["validation_loss"] = record.by_stage("validation_loss")
     return row

@@ -108,7 +108,7 @@ class DatasetGenerationPipeline:
         self._write_about(folder, facts)
         statistics = Statistics.of(folder)
         with run.side_output("the dataset card"):
-            (folder / CARD).write_text(card(folder, statistics))
+            (folder / CARD).write_text(card(folder, statistics), encoding="utf-8")
         return statistics.figures()
 
     def _write_about(self, folder: Path, facts: dict[str, Any]) -> None:

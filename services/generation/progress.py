@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
+from services.zoo.dataset import FORMAT, FORMER
 
 PATIENCE = 512
 """Candidates after which a hopeless spec is given up."""
@@ -59,11 +60,14 @@ class Progress:
 
     def save(self, folder: Path) -> None:
         """Write the progress into the checkpoint ``folder``."""
-        (folder / _FILE).write_text(json.dumps(vars(self)))
+        (folder / _FILE).write_text(json.dumps(vars(self) | {"format": FORMAT}))
 
     @classmethod
     def load(cls, folder: Path) -> Progress:
+        """Read the checkpoint ``folder``. Raises :class:`InvalidInput` for one of an earlier version, whose subjects
+        were trained on another split."""
         state = json.loads((folder / _FILE).read_text())
-        # Earlier versions counted data files too.
-        state.pop("shard", None)
+        if state.pop("format", FORMER) != FORMAT:
+            text = "was written by another version, which split sequences differently; make the zoo anew"
+            raise InvalidInput.field("checkpoint", text)
         return cls(**state | {"rejected": Counter(state["rejected"])})

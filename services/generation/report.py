@@ -33,7 +33,7 @@ def write_report(zoo: Path, folder: Path) -> None:
     accuracies = zip(statistics.strata, meanings, networks, *(stage.tolist() for stage in stages.values()), strict=True)
     together = ([name, *row] for name, row in zip(names, statistics.together.tolist(), strict=True))
     report = Report(f"Zoo of {statistics.subjects:,} networks")
-    report.text(f"{statistics.origin} Mean held-out accuracy: {statistics.accuracy.mean():.3f}.")
+    report.text(f"{statistics.origin} Mean held-out accuracy: {np.nanmean(statistics.accuracy):.3f}.")
     alt = "Accuracy by pattern, rejections by cause, co-occurrence of patterns, one signature"
     report.figure("zoo", _figure(statistics, zoo), alt)
     report.section(
@@ -80,7 +80,9 @@ def _accuracy(axes: Axes, statistics: Statistics) -> None:
     else:
         axes.barh(positions, statistics.accuracy, 0.7, color=AFTER)
     for position, value in zip(positions, statistics.accuracy, strict=True):
-        axes.text(value + 0.01, position, f"{value:.2f}", va="center", fontsize=8, color=SOFT)
+        known = not np.isnan(value)
+        text = f"{value:.2f}" if known else "no sequences"
+        axes.text(value + 0.01 if known else 0.01, position, text, va="center", fontsize=8, color=SOFT)
     axes.set_yticks(positions, statistics.strata)
     axes.set_xlim(0, 1.08)
 

@@ -18,7 +18,7 @@ from services.generation.data import Candidates, Examples
 from services.zoo.dataset import labelled, with_probes
 from services.zoo.patterns import from_specs
 from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation, Pools, probes
-from services.zoo.universe import TRAIN, VALIDATION, Universe
+from services.zoo.universe import HELD_OUT, SELECTION, TRAIN, VALIDATION, Universe
 
 
 class Labelled(NamedTuple):
@@ -33,8 +33,8 @@ class Labelled(NamedTuple):
 class PatternDatasetSampler:
     """Pools of sequences for each pattern of a spec, and datasets drawn from them.
 
-    A sequence that matches several patterns is in the pool of the rarest. Nothing that is trained on is judged on:
-    every sequence belongs to one split, by its hash.
+    A sequence that matches several patterns is in the pool of the rarest. Nothing that is trained on is judged on,
+    and what a subject is accepted by is not what is reported of it: every sequence belongs to one split.
     """
 
     def __init__(self, spec: GenerationSpec, baseline: Path | None = None) -> None:
@@ -54,9 +54,13 @@ class PatternDatasetSampler:
         self.universe = Universe(spec.vocab_size, spec.sequence_length, self.patterns)
         self.universe.check()
         self.train = Pools.build(self.universe, TRAIN, seed=spec.seed, rarest_first=True)
-        self.evaluation = Evaluation.build(self.universe, JUDGED, JUDGED_NONE, seed=spec.seed)
+        self.selection, self.evaluation = (
+            Evaluation.build(self.universe, JUDGED, JUDGED_NONE, split, spec.seed) for split in (SELECTION, HELD_OUT)
+        )
+        """The sequences that subjects are accepted by, and those that their reported accuracy is measured on."""
         for i, pattern in enumerate(self.patterns):
-            if self.train.count[i] == 0 or not (self.evaluation.stratum == i).any():
+            judged = all((evaluation.stratum == i).any() for evaluation in (self.selection, self.evaluation))
+            if self.train.count[i] == 0 or not judged:
                 few = f"{pattern.name} has {self.universe.counts[i]} sequences, too few to train and judge on"
                 raise InvalidInput.field(f"spec.patterns.{i}", f"{few}; leave it out")
         if chosen is None:

@@ -48,7 +48,8 @@ class ClassificationScore(NamedTuple):
     """How the patterns that an interpreter names compare with the network's own."""
 
     precision: float
-    recall: float
+    recall: float | None
+    """None of a network without patterns."""
     exact: bool
 
 
@@ -68,14 +69,14 @@ def score_modification(
     target = names.index(record["target_pattern"])
     change = written - before
     rest = torch.cat([change[:target], change[target + 1 :]])
-    return ModificationScore(float(change[target]), float((after - before)[target]), float(rest.mean()))
+    return ModificationScore(float(change[target]), float((after - before)[target]), float(rest.nanmean()))
 
 
 def score_classification(text: str, record: Mapping[str, Any], patterns: Sequence[Pattern]) -> ClassificationScore:
     """Score an answer to a classification task."""
     named, actual = set(parse_patterns(text, patterns)), set(record["patterns"])
     right = len(named & actual)
-    recall = right / len(actual) if actual else 1.0
+    recall = right / len(actual) if actual else None
     return ClassificationScore(right / len(named) if named else 0.0, recall, named == actual)
 
 
@@ -103,10 +104,10 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
         record, text = records.get(answer.index), answer.completion
         if record is None:
             raise InvalidInput.field(f"answers.{i}.index", f"the zoo has no record {answer.index}")
-        score: dict[str, float] = {"parsed": 0.0, "gain": 0.0, "others": 0.0}
+        score: dict[str, float | None] = {"parsed": 0.0, "gain": 0.0, "others": 0.0}
         if answer.task == "classification":
             scores_of = score_classification(text, record, patterns)._asdict()
-            score = {name: float(value) for name, value in scores_of.items()}
+            score = {name: None if value is None else float(value) for name, value in scores_of.items()}
         elif spec.staged is None:
             one_stage = "the zoo was trained in one stage, so there is nothing to modify"
             raise InvalidInput.field(f"answers.{i}.task", one_stage)
@@ -120,12 +121,17 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
 
 
 def means(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean scores by task, of what :func:`score_answers` returns."""
+    """Mean scores by task, of what :func:`score_answers` returns, each over the answers that have one."""
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
     return {
         task: {"answers": len(scores)}
-        | {name: fmean(row[name] for row in scores) for name in scores[0] if name not in ("index", "task")}
+        | {name: _mean(row[name] for row in scores) for name in scores[0] if name not in ("index", "task")}
         for task, scores in by_task.items()
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

@@ -33,15 +33,16 @@ class Trained:
     """Of the widest."""
     params: Params
     """Rounded as the spec says; narrower networks are padded with zeros."""
-    epochs: Tensor
-    """Passes over the data, those after the best one included: int64 ``[n]``."""
-    loss: Tensor
-    """Validation loss of the network that was kept: float32 ``[n]``."""
+    metrics: dict[str, Tensor]
+    """By name, ``[n]``: ``validation_loss`` of the network that was kept, before rounding. Of a stage also ``epochs``,
+    its passes over the data, those after the best one included; on fresh sequences ``training_loss``, on the last
+    batch."""
 
     def select(self, index: Tensor) -> Trained:
         """Those at ``index``, a mask."""
         params = select(self.params, index.to(next(iter(self.params.values())).device))
-        return Trained(self.candidates.select(index), self.architecture, params, self.epochs[index], self.loss[index])
+        metrics = {name: values[index] for name, values in self.metrics.items()}
+        return Trained(self.candidates.select(index), self.architecture, params, metrics)
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,23 @@ class SubjectModelTrainer:
 
     def train(self, candidates: Candidates) -> Trained:
         """Train in one stage, on fresh sequences at every step."""
-        return self._on_fresh(self._population(candidates), candidates, "batches", candidates.selected)
+        population = self._population(candidates, rates=self._own_rates(candidates))
+        return self._on_fresh(population, candidates, "batches", candidates.selected)
 
     def branch(self, candidates: Candidates) -> list[Trained]:
         """Train in one stage, then three branches from there with a fresh optimiser: on the candidate's own patterns,
         on one more (``other``) and on one less (``target``). The three see the same sequences, and differ in the
         labels."""
         assert self.spec.counterfactual is not None
-        steps, start = self.spec.counterfactual.steps, self._population(candidates)
+        steps, rates = self.spec.counterfactual.steps, self._own_rates(candidates)
+        start = self._population(candidates, rates=rates)
         self._on_fresh(start, candidates, "batches", candidates.selected)
         more = candidates.selected.scatter(1, candidates.other.unsqueeze(1), True)
         less = candidates.selected.scatter(1, candidates.target.unsqueeze(1), False)
         branches = []
         for selected in (candidates.selected, more, less):
             relabelled = replace(candidates, selected=selected)
-            population = self._population(candidates, (start.architecture, start.state))
+            population = self._population(candidates, (start.architecture, start.state), rates)
             branches.append(self._on_fresh(population, relabelled, "branches", more, steps))
         return branches
 
@@ -126,6 +129,8 @@ class SubjectModelTrainer:
         """Train on fresh sequences at every step, drawn for the patterns ``shown`` (bool ``[n, patterns]``) and
         labelled by the candidates' own. ``stream`` names the draw; ``steps``: those of the spec's training if None."""
         training, steps = self.spec.training, steps or self.spec.training.steps
+        # The populations of candidates that draw their own rates have them.
+        peak = training.learning_rate if isinstance(training.learning_rate, float) else 1.0
         batches = Batches(keys(self.spec.seed, stream, candidates.indices), shown, training.batch_size, self._train)
         pick = self._table.picker(len(candidates) * training.batch_size)
         for first in range(0, steps, _CHUNK):
@@ -134,10 +139,18 @@ class SubjectModelTrainer:
             targets = labels.float()
             for i in range(count):
                 self._check()
-                population.step(pick(rows[i]), targets[i], cosine(first + i, steps, training.learning_rate))
-        # Neither epochs nor losses are counted here.
-        zeros = torch.zeros(len(candidates))
-        return Trained(candidates, population.architecture, self._params(population.state), zeros.long(), zeros)
+                population.step(pick(rows[i]), targets[i], cosine(first + i, steps, peak))
+        judged = Examples.draw(self.spec.seed, "validation", candidates, VALIDATION_EXAMPLES, self._validation)
+        inputs = self._validation_table.picker(judged.rows.numel())(judged.rows.to(self.device))
+        metrics = {
+            "training_loss": population.loss(pick(rows[-1]), targets[-1]).cpu(),
+            "validation_loss": population.loss(inputs, judged.labels.to(self.device).float()).cpu(),
+        }
+        return Trained(candidates, population.architecture, self._params(population.state), metrics)
+
+    def _own_rates(self, candidates: Candidates) -> Tensor | None:
+        """Peak rates of candidates that draw their own; None where one number is that of all."""
+        return None if isinstance(self.spec.training.learning_rate, float) else candidates.learning_rate
 
     def degrade(self, candidates: Candidates) -> Degraded:
         """First stage of staged training: some labels of the target pattern are wrong."""
@@ -190,8 +203,8 @@ class SubjectModelTrainer:
             stopping.update(population.loss(held_out_inputs[left], expected[left]))
             if not len(stopping.active):
                 break
-        best, passes, loss = stopping.best, stopping.epochs.cpu(), stopping.loss.cpu()
-        return Trained(candidates, population.architecture, self._params(best), passes, loss), best
+        best, metrics = stopping.best, {"epochs": stopping.epochs.cpu(), "validation_loss": stopping.loss.cpu()}
+        return Trained(candidates, population.architecture, self._params(best), metrics), best
 
     def _params(self, state: State) -> Params:
         subject = self.spec.subject

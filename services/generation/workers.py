@@ -20,11 +20,11 @@ from pathlib import Path
 import pyarrow
 import torch
 
+from ethogram.platform.process import module_command, server_environment
 from ethogram.specs.generation import REGISTERED, GenerationSpec
 from services.generation.buckets import Block, BucketTrainer
 
 _CAUSES = b"causes"
-_ROOT = Path(__file__).resolve().parents[2]
 WORTH_PROCESSES = 8.0
 """Seconds of one core's work from which on processes are worth their start."""
 # What a core takes of a training step, in seconds: for each sequence and parameter, and for each sequence and neuron.
@@ -103,13 +103,11 @@ class Workers:
 
     def _start(self) -> None:
         """Start the process of this thread."""
-        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.generation.workers"],
+            module_command("services.generation.workers"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=server_environment() | {"OMP_NUM_THREADS": "1"},
             # Ctrl-C reaches the process that started this one, which ends it then.
             start_new_session=True,
         )

@@ -54,7 +54,11 @@ class Batcher:
         out_of_memory: tuple[type[Exception], ...] = (MemoryError,),
         release_memory: Callable[[], None] = lambda: None,
         set_up_thread: Callable[[], object] = lambda: None,
+        observe: Callable[[Sequence[float], float, int], object] = lambda *_: None,
     ) -> None:
+        """``observe`` is told of each batch that was computed: how long its pieces waited and it took, in seconds, and
+        its rows."""
+        self._observe = observe
         self._max_rows, self._max_wait, self._max_pending = max_rows, max_wait, max_pending_rows
         self._out_of_memory, self._release_memory = out_of_memory, release_memory
         # Not yet on the device, oldest first: the keys of a dictionary.
@@ -63,6 +67,11 @@ class Batcher:
         self._changed, self._room = asyncio.Event(), asyncio.Event()
         self._executor = ThreadPoolExecutor(1, "device", initializer=set_up_thread)
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def pending(self) -> int:
+        """Rows that wait or are computed."""
+        return self._pending
 
     def start(self) -> None:
         """Start running batches; call it on the event loop."""
@@ -160,6 +169,7 @@ class Batcher:
         if not pieces:
             return
         loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             results = await loop.run_in_executor(self._executor, self._compute_batch, pieces)
         except asyncio.CancelledError:
@@ -175,6 +185,8 @@ class Batcher:
             elif not pieces[0].result.done():
                 pieces[0].result.set_exception(error)
             return
+        waits = [began - piece.arrived for piece in pieces]
+        self._observe(waits, loop.time() - began, sum(piece.rows for piece in pieces))
         for piece, result in zip(pieces, results, strict=True):
             if not piece.result.done():
                 piece.result.set_result(result)

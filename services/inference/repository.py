@@ -73,6 +73,10 @@ class ModelRepository:
         # An artifact never changes, so one that cannot be loaded never can.
         self._broken: dict[str, EthogramError] = {}
 
+    def __len__(self) -> int:
+        """Models in memory."""
+        return len(self._loaded)
+
     async def get(self, reference: Reference, model_type: type[M]) -> Served[M]:
         """The model that ``reference`` names.
 

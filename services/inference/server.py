@@ -23,10 +23,12 @@ from services.inference.codec.served import ServedCodec
 from services.inference.codec.servicer import CodecServicer, SteeringServicer
 from services.inference.dataplane import Dataplane
 from services.inference.interceptor import Boundary
+from services.inference.metrics import InferenceMetrics
 from services.inference.repository import ModelRepository
 from services.inference.settings import InferenceSettings
 from services.runtime import scratch
 from services.runtime.devices import chosen_device
+from services.runtime.exporter import serve_metrics
 
 SERVICES = tuple(service.full_name for service in inference_pb2.DESCRIPTOR.services_by_name.values())
 LOADERS: dict[str, Callable[..., object]] = {"codec": ServedCodec.load}
@@ -47,10 +49,11 @@ class InferenceServer:
     def __init__(self, settings: InferenceSettings) -> None:
         self._settings = settings
         self._device = chosen_device(None if settings.device == "auto" else settings.device, "ETHOGRAM_DEVICE")
-        self._scratch = ExitStack()
+        self._stack = ExitStack()
         # Each Python thread has its own setting.
         set_up_thread = partial(torch.set_num_threads, settings.threads)
         self._threads = ThreadPoolExecutor(THREADS, "requests", initializer=set_up_thread)
+        self._metrics = InferenceMetrics(models=lambda: len(self._repository), pending=lambda: self._batcher.pending)
         self._batcher = Batcher(
             max_rows=settings.max_batch,
             max_wait=settings.max_wait_seconds,
@@ -58,17 +61,18 @@ class InferenceServer:
             out_of_memory=OUT_OF_MEMORY,
             release_memory=torch.cuda.empty_cache,
             set_up_thread=set_up_thread,
+            observe=self._metrics.batch,
         )
         self._repository = ModelRepository(
             ArtifactStore(settings.store_url),
             {name: partial(load, device=self._device) for name, load in LOADERS.items()},
-            scratch=self._scratch.enter_context(scratch.folder(settings.work, "inference")),
+            scratch=self._stack.enter_context(scratch.folder(settings.work, "inference")),
             max_models=settings.max_models,
             max_bytes=settings.max_model_bytes,
             out_of_memory=OUT_OF_MEMORY,
             release_memory=torch.cuda.empty_cache,
         )
-        self._boundary = Boundary()
+        self._boundary = Boundary(self._metrics)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._refreshing: asyncio.Task[None] | None = None
@@ -95,11 +99,16 @@ class InferenceServer:
         try:
             port = server.add_insecure_port(f"{host}:{self._settings.port}")
         except RuntimeError:
-            self._scratch.close()
+            self._stack.close()
             raise Conflict(
                 f"cannot listen on {host}:{self._settings.port}: the port is taken, or this machine does not have the "
                 "address; set ETHOGRAM_PORT (0: any free port) or ETHOGRAM_HOST"
             ) from None
+        try:
+            self._stack.enter_context(serve_metrics(self._metrics.registry, self._settings))
+        except Conflict:
+            self._stack.close()
+            raise
         self._batcher.start()
         await server.start()
         self._server = server
@@ -124,5 +133,5 @@ class InferenceServer:
         await asyncio.gather(self._refreshing, return_exceptions=True)
         await self._batcher.stop()
         await asyncio.to_thread(self._threads.shutdown)
-        self._scratch.close()
+        self._stack.close()
         log.info("stopped")

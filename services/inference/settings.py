@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from ethogram.rpc import MAX_MESSAGE_BYTES
-from services.runtime.settings import ProcessSettings
+from services.runtime.settings import ExporterSettings
 
 
-class InferenceSettings(ProcessSettings):
+class InferenceSettings(ExporterSettings):
     """Settings of the inference server. Time in seconds, memory in bytes.
 
     ``inference.json`` in the state folder says where the server listens while it does.

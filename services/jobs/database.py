@@ -18,11 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, Engine, Executable, Result, create_engine, event, update
+from sqlalchemy import Connection, Engine, Executable, Result, create_engine, event, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError, ProgrammingError
@@ -58,6 +58,12 @@ _SESSION = {
     "statement_timeout": 60_000,
     "idle_in_transaction_session_timeout": 15_000,
 }
+# A setting of ours. A session that has it got the options of its connection; poolers such as PgBouncer refuse them or
+# drop them.
+_MARK = "ethogram.direct"
+# Arguments of the driver that a URL must not set: they take no text, and the registry relies on their defaults.
+_DRIVERS_OWN = ("autocommit", "context", "cursor_factory", "row_factory")
+_OPTION = re.compile(r"(?:-c\s*|--)([\w.-]+)=((?:\\.|\S)+)")
 # SQLSTATEs, or classes of them, after which a retry may succeed: connection lost, read-only (a standby that
 # has not taken over yet), transaction rolled back, no resources, not in this state, ended by an operator, input/output,
 # damaged files.
@@ -206,17 +212,41 @@ class Database:
 
     def _connect(self) -> Engine:
         if not self.sqlite:
-            given = self.url.query
-            session = " ".join(f"-c {name}={value}" for name, value in _SESSION.items())
-            options = {name: value for name, value in _CONNECTION.items() if name not in given}
-            options["options"] = f"{session} {given.get('options', '')}"
-            return create_engine(self.url, pool_size=8, max_overflow=32, pool_pre_ping=True, connect_args=options)
+            return self._connect_to_postgresql()
         assert self.url.database is not None
         Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(self.url, pool_size=8, max_overflow=56, connect_args={"timeout": BUSY_SECONDS})
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         _use_wal(engine)
+        return engine
+
+    def _connect_to_postgresql(self) -> Engine:
+        """Give each session its settings as it begins. Behind a pooler, where clients share sessions, each transaction
+        sets them for itself, and no statement is prepared."""
+        options: dict[str, Any] = {name: value for name, value in _CONNECTION.items() if name not in self.url.query}
+        given = str(self.url.query.get("options", ""))
+        session = {**_SESSION, **{name.replace("-", "_"): value for name, value in _OPTION.findall(given)}}
+        words = " ".join(f"-c {name}={value}" for name, value in {**session, _MARK: "on"}.items())
+        url = self.url.difference_update_query(["options", "prepare_threshold"])
+        if own := [name for name in _DRIVERS_OWN if name in self.url.query]:
+            raise InvalidInput.field("database_url", f"{own[0]} cannot be set; leave it out")
+        threshold = _prepare_threshold(self.url)
+        make = partial(create_engine, url, pool_size=8, max_overflow=32, pool_pre_ping=True)
+        engine = make(connect_args={**options, **threshold, "options": f"{words} {_OPTION.sub('', given)}".strip()})
+        try:
+            with engine.connect() as connection:
+                if connection.scalar(text(f"SELECT current_setting('{_MARK}', true)")) == "on":
+                    return engine
+        except OperationalError as error:
+            if not re.search("startup parameter|options", str(error.orig)):
+                raise
+        engine.dispose()
+        engine = make(connect_args={**options, "prepare_threshold": None})
+        statement = f"SELECT {', '.join(['set_config(%s, %s, true)'] * len(session))}"
+        values = tuple(str(item).replace("\\", "") for pair in session.items() for item in pair)
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(statement, values))
+        log.info("a pooler is in front of the database %s: transactions bring their settings along", self.name)
         return engine
 
     @contextmanager
@@ -271,6 +301,16 @@ def _parse(url: str) -> URL:
             "database_url", f"{parsed.drivername}:// is not supported; use sqlite:/// or postgresql://"
         )
     return parsed
+
+
+def _prepare_threshold(url: URL) -> dict[str, int | None]:
+    """The driver's argument of that name, if ``url`` has it: the driver itself takes no text."""
+    given = str(url.query.get("prepare_threshold", ""))
+    if not given:
+        return {}
+    if not re.fullmatch(r"\d{1,9}|none", given, re.IGNORECASE | re.ASCII):
+        raise InvalidInput.field("database_url", f"prepare_threshold={given}: must be a whole number, or none")
+    return {"prepare_threshold": None if given.lower() == "none" else int(given)}
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
-from ethogram.errors import InvalidInput
+from ethogram.errors import EthogramError, InvalidInput, Unavailable
 
 if TYPE_CHECKING:
     import redis
@@ -19,6 +21,11 @@ logger = logging.getLogger(__name__)
 
 RING = "ethogram.ring"
 """Name of the one Celery task; its argument is the queue."""
+_BROKER_OPTIONS = (
+    *("socket_timeout", "socket_connect_timeout", "socket_keepalive", "health_check_interval", "retry_on_timeout"),
+    *("client_name", "max_connections"),
+)
+"""Options of a Redis URL that Celery's transport has too."""
 CHANNEL = "ethogram:events"
 """Redis channel; each message is ``{"job": id, "seq": newest event}``."""
 
@@ -29,7 +36,9 @@ def celery_queue(queue: str) -> str:
 
 
 def checked_redis_url(url: str) -> str:
-    """``url`` if Celery can use it. Raises :class:`InvalidInput` otherwise."""
+    """``url`` if Celery and Redis' client can use it. Raises :class:`InvalidInput` otherwise."""
+    import redis
+
     try:
         parts = urlsplit(url)
         cluster = "cluster" in parts.scheme or "," in parts.netloc or ";" in url
@@ -43,13 +52,17 @@ def checked_redis_url(url: str) -> str:
         )
     if not valid:
         raise InvalidInput.field("REDIS_URL", "must look like redis://host:6379/0, or rediss:// for TLS")
+    try:
+        redis.ConnectionPool.from_url(url).make_connection()
+    except (TypeError, ValueError, redis.RedisError) as error:
+        raise InvalidInput.field("REDIS_URL", f"has an option that is wrong or unknown: {error}") from None
     return url
 
 
 def without_password(url: str) -> str:
-    """``url`` without user and password, to show."""
+    """``url`` without user, password and options, to show."""
     parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
 
 
 def redis_client(url: str) -> redis.Redis:
@@ -59,11 +72,38 @@ def redis_client(url: str) -> redis.Redis:
     return redis.Redis.from_url(checked_redis_url(url), socket_timeout=5, socket_connect_timeout=2)
 
 
+def check_redis(url: str) -> None:
+    """Raise :class:`Unavailable` when Redis does not answer."""
+    import redis
+
+    try:
+        with redis.Redis.from_url(
+            checked_redis_url(url), socket_connect_timeout=1, socket_timeout=1, retry=None
+        ) as client:
+            client.ping()
+    except (redis.RedisError, OSError) as error:
+        raise Unavailable(
+            f"Redis at {without_password(url)} does not answer ({error}): start it, or correct REDIS_URL"
+        ) from None
+
+
 def celery_app(redis_url: str) -> Any:
     """A Celery application with the settings that senders and workers share."""
     from celery import Celery
+    from redis.connection import parse_url
 
-    app = Celery("ethogram", broker=checked_redis_url(redis_url), set_as_current=False)
+    # Celery reads the options of a URL in its own way: it refuses some, and takes TLS without options for TLS
+    # without verification.
+    parts = urlsplit(checked_redis_url(redis_url))
+    options: dict[str, Any] = parse_url(redis_url)  # type: ignore[no-untyped-call]
+    name, password = (quote(options.get(part, ""), safe="") for part in ("username", "password"))
+    place = parts.netloc.rpartition("@")[2]
+    app = Celery(
+        "ethogram",
+        broker=f"{parts.scheme}://{name}:{password}@{place}/{options.get('db', 0)}",
+        set_as_current=False,
+    )
+    tls = {"ssl_cert_reqs": "required"} | {name: value for name, value in options.items() if name.startswith("ssl_")}
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
@@ -72,6 +112,7 @@ def celery_app(redis_url: str) -> Any:
         broker_connection_timeout=2,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_use_ssl=tls if parts.scheme == "rediss" else None,
         broker_transport_options={
             "socket_timeout": 10,
             "socket_connect_timeout": 2,
@@ -79,6 +120,7 @@ def celery_app(redis_url: str) -> Any:
             "health_check_interval": 25,
             # Tasks are acknowledged when they are taken, so this is never reached.
             "visibility_timeout": 3600,
+            **{name: options[name] for name in _BROKER_OPTIONS if name in options},
         },
     )
     return app
@@ -182,3 +224,16 @@ class Notifier(Outbox):
 
     def _deliver(self, client: redis.Redis, key: str, number: int) -> None:
         client.publish(CHANNEL, json.dumps({"job": key, "seq": number}))
+
+
+def main() -> None:
+    """``python -m services.jobs.signals``: exit with a message unless the Redis of ``REDIS_URL`` answers."""
+    try:
+        check_redis(os.environ.get("REDIS_URL", ""))
+    except EthogramError as error:
+        sys.stderr.write(f"{error.message}\n")
+        raise SystemExit(os.EX_USAGE if isinstance(error, InvalidInput) else os.EX_UNAVAILABLE) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,8 @@
 
 The folder of a model holds safetensors shards, each written in one step and named by the SHA-256 of its bytes; the name
 of a tensor is the SHA-256 of its text. So a crash loses at most what was not written yet, processes that share a folder
-see each other's shards, and a shard that was changed is recognised.
+see each other's shards, and a shard that was changed is recognised. In a folder that cannot be written, or on a full
+disk, nothing is kept and everything is computed again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from services.artifacts.backends import sha256_of
+from services.runtime.cache import best_effort
 from services.runtime.tensors import write_durably
 
 _log = logging.getLogger(__name__)
@@ -31,7 +34,8 @@ class TensorCache:
         """Cache in the folder ``model_digest`` of ``root``. The digest must stand for all that a tensor depends on
         besides its text: the model, the layer, the pooling, the precision."""
         self.folder = root / model_digest
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with best_effort():
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.hits, self.misses = 0, 0
         self._shard_of: dict[str, Path] = {}
         """Shard of each tensor, by the hash of its text."""
@@ -63,14 +67,14 @@ class TensorCache:
             return
         data = save(content)
         shard = self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
-        with (self.folder / "lock").open("w") as lock:
+        with best_effort(), (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # Nobody else writes now: files that are half written are those of processes that died.
             for unfinished in self.folder.glob("*.new"):
                 unfinished.unlink()
             write_durably(shard, [data])
-        self._known.add(shard)
-        self._shard_of |= dict.fromkeys(content, shard)
+            self._known.add(shard)
+            self._shard_of |= dict.fromkeys(content, shard)
 
     def get_or_compute(self, texts: Sequence[str], compute: Callable[[list[str]], Sequence[Tensor]]) -> list[Tensor]:
         """The tensor of each text; ``compute`` is called once with the distinct texts that are not in the cache, and
@@ -96,7 +100,8 @@ class TensorCache:
 
     def _forget(self, shard: Path, reason: str) -> None:
         _log.warning("%s is left out of the cache (%s); its tensors are computed again", shard, reason)
-        shard.unlink(missing_ok=True)
+        with suppress(OSError):
+            shard.unlink()
         self._known.discard(shard)
         self._shard_of = {key: other for key, other in self._shard_of.items() if other != shard}
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from ethogram.errors import InvalidInput
 from services.artifacts.hub import fetch
-
-# Raised by transformers for files that are missing, broken, or hold something else.
-_LOAD_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, ImportError, RuntimeError, SafetensorError)
+from services.runtime.reading import first_line
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,43 @@ class LanguageModel:
     model: Any
     """``transformers`` model, in evaluation mode; no parameter requires a gradient."""
     tokenizer: Any
+    field: str
+    """Where errors say that it was named."""
+    embeddings: int
+    """Tokens that the model has embeddings of, from 0 on."""
+    missing: Sequence[str]
+    """Weights of the model's head that its files lack: they are random."""
+
+    @property
+    def end_of_text(self) -> int:
+        """The token between two texts. Raises :class:`InvalidInput` for a tokenizer that has none."""
+        for token in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
+            if token is not None:
+                self._check([token])
+                return int(token)
+        raise InvalidInput.field(self.field, "its tokenizer has no token for the end of a text (eos_token, sep_token)")
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, without special ones. Raises :class:`InvalidInput` for texts that the tokenizer
+        cannot process, and for tokens that the model has no embedding of."""
+        try:
+            tokens: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        # The library of tokenizers raises the base class.
+        except Exception as error:
+            raise InvalidInput.field(self.field, f"its tokenizer fails on a text ({first_line(error)})") from None
+        for row in tokens:
+            self._check(row)
+        return tokens
+
+    def _check(self, tokens: Sequence[int | None]) -> None:
+        for token in tokens:
+            # A tokenizer that is larger than its model does no harm until such a token occurs.
+            if token is None or not 0 <= token < self.embeddings:
+                name = "None" if token is None else f"{self.tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+                text = (
+                    f"its tokenizer gives the token {name}, and the model has embeddings of 0 to {self.embeddings - 1}"
+                )
+                raise InvalidInput.field(self.field, f"{text}; give a model with its own tokenizer")
 
     @cached_property
     def digest(self) -> str:
@@ -43,10 +78,18 @@ def load_language_model(
 ) -> LanguageModel:
     """Load the model ``name`` onto ``device``; ``dtype`` ``auto``: the precision that its weights were saved in.
 
-    Only safetensors weights are read, and no code of the repository runs. Raises :class:`InvalidInput` of ``field`` for
-    what cannot be loaded, and :class:`ethogram.errors.Unavailable` without a Hub.
+    Of a model that processes images too its whole is loaded. Only safetensors weights are read, and no code of the
+    repository runs. Raises :class:`InvalidInput` of ``field`` for what cannot be loaded or has not all its weights but
+    those of the head, and :class:`ethogram.errors.Unavailable` without a Hub.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
 
     folder = Path(name)
     if not folder.exists():
@@ -56,14 +99,20 @@ def load_language_model(
         folder = fetch(name, "model", include, ["*/*"], field=field, described=f"{name}, which is not a folder here")
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
+        config: Any = type(AutoConfig.from_pretrained(folder, **safe))
+        images = config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config not in MODEL_FOR_CAUSAL_LM_MAPPING
+        loader: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, **safe)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=dtype, **safe)
-    except _LOAD_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        text = f"{name} cannot be loaded as a causal language model with safetensors weights ({reason})"
+        safe |= {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+        model, info = loader.from_pretrained(folder, **safe)
+        embeddings = len(model.get_input_embeddings().weight)
+    # Files that are missing, broken, or hold something else: the libraries raise anything, the base class too.
+    except Exception as error:
+        text = f"{name} cannot be loaded as a causal language model with safetensors weights ({first_line(error)})"
         raise InvalidInput.field(field, text) from None
-    tokens, embeddings = len(tokenizer), model.get_input_embeddings().num_embeddings
-    if tokens > embeddings:
-        text = f"its tokenizer has {tokens} tokens and the model {embeddings}; give a model with its own tokenizer"
-        raise InvalidInput.field(field, text)
-    return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer)
+    tensors, missing = model.state_dict(keep_vars=True), sorted(info["missing_keys"])
+    inner = {id(tensor) for tensor in model.base_model.state_dict(keep_vars=True).values()}
+    if lacking := [weight for weight in missing if id(tensors.get(weight)) in inner]:
+        text = f"{name} lacks {len(lacking)} of the weights of {type(model).__name__}, first {lacking[0]}"
+        raise InvalidInput.field(field, f"{text}; give a folder with all of them")
+    return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer, field, embeddings, missing)

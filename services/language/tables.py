@@ -6,8 +6,10 @@ shows it; the rows of a parquet file count from 1.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +19,12 @@ from pyarrow import ArrowException, parquet
 from pydantic import BaseModel, ValidationError
 
 from ethogram.errors import MAX_VIOLATIONS, InvalidInput, Violation
+from services.runtime.reading import first_line
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 # Rows of a parquet file that are in memory at once; they may be large.
 _BATCH = 64
+MARK = "\ufeff"
 
 RowT = TypeVar("RowT", bound=BaseModel)
 
@@ -32,10 +36,10 @@ class Malformed(str):
 def read_columns(file: Path, field: str | None = None) -> list[str] | None:
     """Names of a table's columns; None of JSON lines, where each row has its own. Raises as :func:`read_rows` does."""
     with opening(file, field):
-        if file.suffix == ".csv":
+        if file.suffix.lower() == ".csv":
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 return _header(csv.reader(lines, strict=True))
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             return list(parquet.read_schema(file).names)
     return None
 
@@ -50,7 +54,7 @@ def read_rows(
     suffix. Raises :class:`InvalidInput` of ``field`` (by default the file's name) for a file that is missing or not of
     that form.
     """
-    form = form or file.suffix
+    form = form or file.suffix.lower()
     with opening(file, field):
         if form == ".csv":
             yield from _csv_rows(file)
@@ -90,7 +94,7 @@ def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterato
             if isinstance(values, Malformed):
                 violations.append(Violation(location, values))
             else:
-                checked = row.model_validate(values, strict=False if file.suffix == ".csv" else None)
+                checked = row.model_validate(values, strict=False if file.suffix.lower() == ".csv" else None)
                 if not violations:
                     yield checked
         except ValidationError as error:
@@ -126,10 +130,54 @@ def opening(file: Path, field: str | None) -> Iterator[None]:
     except FileNotFoundError:
         raise InvalidInput.field(field, f"{file} does not exist") from None
     except UnicodeDecodeError as error:
-        raise InvalidInput.field(field, f"{file} cannot be read as UTF-8 text (byte {error.start})") from None
+        where = first_line(error) if file.suffix.lower() == ".parquet" else _undecodable(file)
+        raise InvalidInput.field(field, f"{file} cannot be read as UTF-8 text ({where})") from None
     except (OSError, ValueError, csv.Error, ArrowException) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InvalidInput.field(field, f"{file} cannot be read as {file.suffix} ({reason})") from None
+        form = f" as {file.suffix}" if file.suffix else ""
+        raise InvalidInput.field(field, f"{file} cannot be read{form} ({first_line(error)})") from None
+
+
+def _undecodable(file: Path) -> str:
+    """Where a file is not UTF-8, and what it may be."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return "it is UTF-16: save it as UTF-8"
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}, byte {error.start + 1}"
+    return "it changed meanwhile"
+
+
+def files_below(folder: Path, suffixes: Collection[str], field: str) -> tuple[list[Path], list[Path]]:
+    """The files of ``folder`` and the folders in it that have one of ``suffixes`` (in any case), and the others; each
+    in the order of their paths.
+
+    Links are followed, and a folder is read once. Files and folders whose names begin with a dot are left out: they are
+    an editor's or the system's. Raises :class:`InvalidInput` of ``field`` for a file with one of ``suffixes`` that
+    cannot be opened as one, e.g. a link to nothing, and for a folder that cannot be read.
+    """
+    files, others, folders, seen = list[Path](), list[Path](), [folder], set[Path]()
+    while folders:
+        here = folders.pop()
+        if here.resolve() in seen:
+            continue
+        seen.add(here.resolve())
+        with opening(here, field):
+            inner = [path for path in here.iterdir() if not path.name.startswith(".")]
+        for path in sorted(inner):
+            if path.is_dir():
+                # Links last: what can be had without them is read by its own path.
+                folders.insert(0 if path.is_symlink() else len(folders), path)
+            elif path.suffix.lower() not in suffixes:
+                others.append(path)
+            elif path.is_file():
+                files.append(path)
+            else:
+                what = "is a link to nothing" if path.is_symlink() else "is not a regular file"
+                raise InvalidInput.field(field, f"{path} {what}; remove it, or put the file there")
+    return sorted(files), sorted(others)
 
 
 def _header(reader: Iterator[list[str]]) -> list[str]:
@@ -145,6 +193,8 @@ def _blank(cells: list[str]) -> bool:
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
+        # A cell may be a whole document; the default is 128 KiB.
+        csv.field_size_limit(sys.maxsize)
         reader = csv.reader(lines, strict=True)
         names = _header(reader)
         number = reader.line_num + 1
@@ -161,12 +211,14 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
-    with file.open(encoding="utf-8-sig") as lines:
+    # A line ends at a line feed alone: others are white space, or part of a text.
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
+                # Files that were joined have byte order marks inside.
+                value = json.loads(line.removeprefix(MARK))
             except (ValueError, RecursionError) as error:
                 value = Malformed(f"is not JSON ({error})")
             yield number, value if isinstance(value, dict | Malformed) else Malformed("is not a JSON object")

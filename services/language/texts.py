@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ethogram.errors import InvalidInput
 from services.artifacts.hub import hub_errors
-from services.language.tables import Malformed, opening, read_columns, read_rows
+from services.language.tables import MARK, Malformed, files_below, opening, read_columns, read_rows
+from services.runtime.reading import first_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 # Files of a folder that datasets.save_to_disk wrote.
 _SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
+_STRINGS = ("string", "large_string", "string_view")
 
 
 @dataclass(frozen=True)
 class Texts:
     """The texts of a dataset, in order.
 
-    Of a ``.txt`` file each line that is not blank is one; of others it is a column of each row. Going through them
-    raises :class:`InvalidInput` for what cannot be read or has no such column, and
+    Of a ``.txt`` file each line that is not blank is one; of others it is a column of each row. Rows without a text,
+    and files of a folder that have another form or lack the column, are left out and counted: see :meth:`left_out`.
+    Going through them raises :class:`InvalidInput` for what cannot be read, and where there is no text at all, and
     :class:`ethogram.errors.Unavailable` without a Hub.
     """
 
@@ -35,76 +39,133 @@ class Texts:
     """Column of the text."""
     field: str = "texts"
     """Where errors say that these four fields are."""
+    _counts: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    """What was left out: how many, and the first of them."""
 
     def __iter__(self) -> Iterator[str]:
-        for source, row in self._rows():
-            text = row.get(self.column)
-            if not isinstance(text, str):
-                raise self._no_column(source, row)
-            if text:
+        self._counts.clear()
+        found, columns = False, list[str]()
+        for source, text, names in self._values():
+            columns = columns or list(names)
+            if text is None or text == "":
+                self._leave_out("rows without a text", source)
+            elif not isinstance(text, str):
+                self._leave_out(f"rows whose {self.column} is not a text", source)
+            elif not _is_unicode(text):
+                self._leave_out("texts with half a surrogate pair, which no tokenizer takes", source)
+            else:
+                found = True
                 yield text
+        if not found and self._counts:
+            raise self._no_column(self.dataset, columns)
+        if not found:
+            raise self._error("dataset", f"{self.dataset} has no texts")
+
+    def left_out(self) -> str:
+        """What was left out when the texts were last gone through, counted; empty if nothing was."""
+        return "; ".join(f"{count} {what} (first: {first})" for what, (count, first) in self._counts.items())
+
+    def _leave_out(self, what: str, source: object) -> None:
+        count, first = self._counts.get(what, (0, str(source)))
+        self._counts[what] = count + 1, first
 
     def _error(self, name: str, text: str) -> InvalidInput:
         return InvalidInput.field(f"{self.field}.{name}", text)
 
-    def _no_column(self, source: object, names: Iterable[str]) -> InvalidInput:
+    def _no_column(self, source: object, names: Collection[str]) -> InvalidInput:
         there = f"; there are {', '.join(names)}" if names else ""
-        return self._error("column", f"{source} has no text in a column {self.column}{there}")
+        left_out = f" (left out: {self.left_out()})" if self._counts else ""
+        return self._error("column", f"{source} has no text in a column {self.column}{there}{left_out}")
 
-    def _rows(self) -> Iterator[tuple[object, Mapping[str, Any]]]:
-        """The file, folder or dataset of each row, and its values by column."""
+    def _values(self) -> Iterator[tuple[object, Any, Collection[str]]]:
+        """The source of each row, what it has as text, and the names of its columns."""
         path = Path(self.dataset)
         if path.is_dir() and any((path / name).is_file() for name in _SAVED):
-            yield from ((path, row) for row in self._saved(path))
+            yield from self._saved(path)
         elif path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES]
+            files, others = files_below(path, SUFFIXES, f"{self.field}.dataset")
             if not files:
                 raise self._error("dataset", f"{path} has neither {', '.join(SUFFIXES)} files nor a saved dataset")
+            for file in others:
+                self._leave_out(f"files other than {', '.join(SUFFIXES)}", file)
             for file in files:
                 yield from self._of_file(file)
         elif path.is_file():
+            if path.suffix.lower() not in SUFFIXES:
+                raise self._error("dataset", f"{path} is none of {', '.join(SUFFIXES)}")
             yield from self._of_file(path)
-        elif path.suffix in SUFFIXES or path.is_absolute():
-            raise self._error("dataset", f"{path} does not exist")
+        elif path.suffix.lower() in SUFFIXES or path.is_absolute():
+            text = "is not a regular file" if path.exists() else "does not exist"
+            raise self._error("dataset", f"{path} {text}")
         else:
             yield from self._of_hub()
 
-    def _of_file(self, file: Path) -> Iterator[tuple[object, Mapping[str, Any]]]:
+    def _of_file(self, file: Path) -> Iterator[tuple[object, Any, Collection[str]]]:
         field = f"{self.field}.dataset"
-        if file.suffix not in SUFFIXES:
-            raise self._error("dataset", f"{file} is none of {', '.join(SUFFIXES)}")
-        if file.suffix == ".txt":
+        if file.suffix.lower() == ".txt":
             with opening(file, field), file.open(encoding="utf-8-sig") as lines:
-                yield from ((file, {self.column: line.strip()}) for line in lines)
+                texts = (line.removeprefix(MARK).strip() for line in lines)
+                yield from ((file, text, ()) for text in texts if text)
             return
         columns = read_columns(file, field)
         if columns is not None and self.column not in columns:
-            raise self._no_column(file, columns)
+            if str(file) == self.dataset:
+                raise self._no_column(file, columns)
+            self._leave_out(f"files without a column {self.column}", f"{file}, which has {', '.join(columns)}")
+            return
         for number, row in read_rows(file, [self.column], field):
             if isinstance(row, Malformed):
                 raise self._error("dataset", f"{file}:{number} {row}")
-            yield file, row
+            yield f"{file}:{number}", row.get(self.column), columns or row
 
-    def _saved(self, folder: Path) -> Any:
+    def _saved(self, folder: Path) -> Iterator[tuple[object, Any, Collection[str]]]:
         import datasets
 
         try:
             saved = datasets.load_from_disk(str(folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            text = f"{folder} cannot be read as a saved dataset ({type(error).__name__})"
+            if isinstance(saved, Mapping):
+                if self.split not in saved:
+                    raise self._error("split", f"{folder} has no {self.split}; there are {', '.join(saved)}")
+                saved = saved[self.split]
+            yield from self._of_dataset(saved)
+        except InvalidInput:
+            raise
+        # Files that are missing, broken, or hold something else.
+        except Exception as error:
+            text = f"{folder} cannot be read as a saved dataset ({type(error).__name__}: {first_line(error)})"
             raise self._error("dataset", text) from None
-        if not isinstance(saved, Mapping):
-            return saved
-        if self.split not in saved:
-            raise self._error("split", f"{folder} has no {self.split}; there are {', '.join(saved)}")
-        return saved[self.split]
 
-    def _of_hub(self) -> Iterator[tuple[object, Mapping[str, Any]]]:
+    def _of_hub(self) -> Iterator[tuple[object, Any, Collection[str]]]:
         import datasets
 
         with hub_errors(self.dataset, f"{self.field}.dataset", "read"):
             try:
                 rows = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)
-            except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-                raise self._error("dataset", str(error).splitlines()[0]) from None
-            yield from ((self.dataset, row) for row in rows)
+            except (ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
+                raise self._error("dataset", first_line(error)) from None
+            yield from self._of_dataset(rows)
+
+    def _of_dataset(self, rows: Any) -> Iterator[tuple[object, Any, Collection[str]]]:
+        """Rows of ``datasets``. What its columns are is known before any row, often."""
+        features = rows.features
+        if features is not None:
+            if self.column not in features:
+                raise self._no_column(self.dataset, features)
+            feature = features[self.column]
+            if getattr(feature, "dtype", None) not in _STRINGS:
+                raise self._error("column", f"{self.dataset} has no text in its column {self.column}, but {feature}")
+            # Others may need libraries of images or sound.
+            rows = rows.select_columns([self.column])
+        for number, row in enumerate(rows, 1):
+            if self.column not in row:
+                raise self._no_column(self.dataset, row)
+            yield f"{self.dataset}:{number}", row[self.column], row
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 has it; JSON may hold half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

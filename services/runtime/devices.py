@@ -4,8 +4,44 @@ from __future__ import annotations
 
 import os
 import re
+from typing import NamedTuple
 
 from ethogram.errors import InvalidInput
+
+# Each of them: other programs set some, and then nothing was started together.
+_TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Launch(NamedTuple):
+    """This process's place among those that torchrun started."""
+
+    size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    """Among those on this machine."""
+
+
+def launch() -> Launch:
+    """What torchrun says in the environment; without all of its variables, one process. Raises :class:`InvalidInput`,
+    of the variable, for a value that torchrun does not set."""
+    if missing_torchrun_variables():
+        return Launch()
+    size, rank, local_rank = (_count(name) for name in _TORCHRUN[:3])
+    if rank >= size:
+        raise InvalidInput.field("RANK", f"{rank} is not below WORLD_SIZE, {size}; start the processes with torchrun")
+    return Launch(size, rank, local_rank)
+
+
+def missing_torchrun_variables() -> list[str]:
+    """Those of torchrun's variables that are not set."""
+    return [name for name in _TORCHRUN if not os.environ.get(name)]
+
+
+def _count(name: str) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdecimal()) or (name == "WORLD_SIZE" and int(text) == 0):
+        raise InvalidInput.field(name, f"{text!r} is not a number of torchrun's; unset it, or use torchrun")
+    return int(text)
 
 
 def chosen_device(device: str | None, field: str = "--device") -> str:
@@ -19,7 +55,7 @@ def chosen_device(device: str | None, field: str = "--device") -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         # Each process of torchrun has a GPU of its own.
-        torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
+        torch.zeros(1, device=f"cuda:{launch().local_rank}" if device == "cuda" else device)
     except (AssertionError, RuntimeError) as error:
         why = str(error).strip().partition("\n")[0]
         raise InvalidInput.field(field, f"{device} cannot be used on this machine ({why})") from None

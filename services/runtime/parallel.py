@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 -m services.crossmodal train my-zoo -o my-run
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
@@ -15,8 +16,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ethogram.errors import InvalidInput
-from services.runtime.devices import chosen_device
+from ethogram.errors import InvalidInput, Unavailable
+from services.runtime.devices import chosen_device, launch, missing_torchrun_variables
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -43,6 +46,20 @@ class World(NamedTuple):
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The ``rows`` of all processes, in the order of the processes; each may have another number of them."""
+        if self.size == 1:
+            return rows
+        count = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(count) for _ in range(self.size)]
+        torch.distributed.all_gather(counts, count)
+        # A message has the same size in all processes.
+        padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[: int(number)] for part, number in zip(parts, counts, strict=True)])
+
     def share_object(self, value: T) -> T:
         """The first process's ``value``, which can be pickled, in every process."""
         values = [value]
@@ -67,16 +84,32 @@ ALONE = World()
 
 
 def join(device: str | None = None) -> tuple[World, str]:
-    """Join the processes that ``torchrun`` started; without it, a world of one. Returns the world and this process's
-    device, of the kind of ``device``, by default a GPU if there is one."""
+    """Join the processes that ``torchrun`` started; without all of its variables in the environment, a world of one.
+    Returns the world and this process's device, of the kind of ``device``, by default a GPU if there is one.
+
+    Raises :class:`InvalidInput` for a variable, or a device, that cannot be, and :class:`Unavailable` when the
+    processes do not find each other.
+    """
     device = device or chosen_device(None)
-    if "WORLD_SIZE" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") != "1" and (missing := missing_torchrun_variables()):
+        logger.warning(
+            "WORLD_SIZE is %s, but there is no %s: this process computes alone. Use torchrun for several",
+            os.environ["WORLD_SIZE"],
+            ", ".join(missing),
+        )
+    here, (kind, _, index) = launch(), device.partition(":")
+    if here.size == 1:
         return World(), device
-    size, (kind, _, index) = int(os.environ["WORLD_SIZE"]), device.partition(":")
-    if index and size > 1:
-        raise InvalidInput.field("--device", f"{device} is one device for {size} processes; say {kind}, each takes one")
+    if index:
+        text = f"{device} is one device for {here.size} processes; say {kind}, each takes one"
+        raise InvalidInput.field("--device", text)
     if kind == "cuda":
-        device = device if index else f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{here.local_rank}"
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return World(torch.distributed.get_rank(), size), device
+    try:
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    except (torch.distributed.DistError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+        why = str(error).strip().partition("\n")[0]
+        raise Unavailable(f"the {here.size} processes do not find each other at {where}: {why}") from None
+    return World(here.rank, here.size), device

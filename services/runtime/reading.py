@@ -42,3 +42,8 @@ def reading(folder: Path, file: str, what: str, field: str | None = None) -> Ite
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         text = f"cannot be read, or does not fit the other files ({type(error).__name__}); make the {what} again"
         raise InvalidInput.field(field, subject + text) from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, short enough for one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

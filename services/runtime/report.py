@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ class Report:
         return self
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[object]]) -> Self:
-        """Add a table; floats are shown with three decimals."""
+        """Add a table; floats are shown with three decimals, and NaN, of what was not measured, as a dash."""
         lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
         lines += ["".join(f"<td>{_cell(cell)}</td>" for cell in row) for row in rows]
         self._body.append(f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>")
@@ -100,11 +101,11 @@ class Report:
         for name, picture in self._pictures.items():
             (folder / f"{name}.png").write_bytes(picture)
         (folder / PAGE).write_text(
-            _HEAD.format(title=title) + f"<style>{_CSS}</style>\n<h1>{title}</h1>\n{body}</html>\n"
+            _HEAD.format(title=title) + f"<style>{_CSS}</style>\n<h1>{title}</h1>\n{body}</html>\n", encoding="utf-8"
         )
         if former is not None:
             link = f'<meta http-equiv="refresh" content="0; url={PAGE}">\n<a href="{PAGE}">{PAGE}</a></html>\n'
-            (folder / former).write_text(_HEAD.format(title=title) + link)
+            (folder / former).write_text(_HEAD.format(title=title) + link, encoding="utf-8")
 
 
 _HEAD = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
@@ -112,7 +113,7 @@ _HEAD = '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.3f}"
+        return "-" if math.isnan(value) else f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
 
 

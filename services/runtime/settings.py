@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ethogram.errors import InvalidInput
+
+logger = logging.getLogger(__name__)
+
+
+def _split(value: object) -> object:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+"""Names, separated by commas."""
 
 
 class ProcessSettings(BaseSettings):
@@ -28,6 +40,25 @@ class ProcessSettings(BaseSettings):
     """Redis, which carries hints of new jobs and events."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Minimum level that is logged."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_service_links(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Kubernetes sets ``ETHOGRAM_PORT=tcp://10.0.0.1:80`` in every pod beside a Service named ``ethogram``, and
+        ``ETHOGRAM_METRICS_PORT`` beside one named ``ethogram-metrics``."""
+        links = {
+            name
+            for name, value in values.items()
+            if name.endswith("port") and re.match("(tcp|udp|sctp)://", str(value))
+        }
+        for name in sorted(links):
+            logger.warning(
+                "ETHOGRAM_%s is ignored: %s is the address of a Kubernetes Service, not a port. Give the container a "
+                "value of its own, or set enableServiceLinks: false in the pod",
+                name.upper(),
+                values[name],
+            )
+        return {name: value for name, value in values.items() if name not in links}
 
     @classmethod
     def read(cls) -> Self:
@@ -60,3 +91,12 @@ class ProcessSettings(BaseSettings):
     @property
     def _root(self) -> Path:
         return self.state.expanduser().resolve()
+
+
+class ExporterSettings(ProcessSettings):
+    """Those of a process that has no HTTP server but for its metrics."""
+
+    metrics_port: int = Field(0, ge=0, le=65_535)
+    """TCP port of this process's Prometheus metrics; 0: none."""
+    metrics_host: str = "127.0.0.1"
+    """Address of that port; ``0.0.0.0`` for all."""

@@ -76,9 +76,9 @@ def tracked(spec: WandbSpec | None, config: Mapping[str, Any], run: Run, id: str
     """Log metrics to Weights & Biases; does nothing without a ``spec``. ``id``: of a run to continue, by default one
     that follows from the run's own.
 
-    With ``WANDB_API_KEY`` in the environment it logs to the service, unless ``WANDB_MODE`` says otherwise. Without, and
-    where the service does not answer, it writes files for ``wandb sync`` and keeps them as the artifact ``wandb``, also
-    if the run fails.
+    With ``WANDB_API_KEY`` in the environment it logs to the service, unless ``spec`` or ``WANDB_MODE`` says otherwise.
+    Without, and where the service does not answer, it writes files for ``wandb sync`` and keeps them as the artifact
+    ``wandb``, also if the run fails.
     """
     if spec is None:
         yield Log()
@@ -103,7 +103,7 @@ def _start(spec: WandbSpec, config: Mapping[str, Any], run: Run, folder: Path, i
     # Importing it takes seconds.
     import wandb
 
-    given = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    given = spec.mode or os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     mode = _MODES.get(given.strip().lower(), "offline")
     if given.strip().lower() not in _MODES:
         run.log(f"WANDB_MODE={given} is none of {', '.join(_MODES)}; taken as offline", "warning")

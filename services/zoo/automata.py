@@ -81,7 +81,8 @@ def compiled(expression: str) -> Automaton:
     """The automaton of a regular expression, by derivatives (Brzozowski 1964). It must match a whole sequence.
 
     Letters A to Z, ``.``, ``[AB]``, ``[A-C]``, ``[^A]``, ``(...)``, ``|``, ``*``, ``+``, ``?``, ``{3}``, ``{2,}``,
-    ``{2,4}``. Raises :class:`InvalidInput` naming ``regex`` and the position of a mistake.
+    ``{2,4}``, and ``(?:...)``. As it matches whole sequences, ``^`` and ``$`` at the ends change nothing. Raises
+    :class:`InvalidInput` naming ``regex`` and the position of a mistake.
     """
     try:
         return _automaton(_Parser(expression).parse())
@@ -116,7 +117,7 @@ class _Parser:
         self._text, self._at = text, 0
 
     def parse(self) -> Term:
-        term = self._either()
+        term = self._either(anchored=True)
         self._limit(_count_letters(term))
         if self._at < len(self._text):
             raise self._error("has no opening parenthesis" if self._next == ")" else "is not allowed here")
@@ -128,6 +129,8 @@ class _Parser:
 
     def _error(self, what: str) -> InvalidInput:
         position = f"{self._next!r} at character {self._at + 1}" if self._next else "the end"
+        if self._next and self._next in "^$":
+            what = "is allowed at the ends alone: patterns match whole sequences; leave out ^ and $"
         return InvalidInput.field("regex", f"{position} {what}")
 
     def _take(self, text: str) -> bool:
@@ -135,15 +138,20 @@ class _Parser:
         self._at += matches
         return matches
 
-    def _either(self) -> Term:
-        terms = [self._sequence()]
-        while self._take("|"):
+    def _either(self, *, anchored: bool = False) -> Term:
+        """Alternatives; those of the whole expression may be ``anchored``."""
+        terms = list[Term]()
+        while not terms or self._take("|"):
+            if anchored:
+                self._take("^")
             terms.append(self._sequence())
+            if anchored and self._text[self._at + 1 : self._at + 2] in ("", "|"):
+                self._take("$")
         return _or(terms)
 
     def _sequence(self) -> Term:
         term = EMPTY
-        while self._next and self._next not in "|)":
+        while self._next and self._next not in "|)$":
             term = _then(term, self._repeated())
         return term
 
@@ -189,6 +197,8 @@ class _Parser:
 
     def _atom(self) -> Term:
         if self._take("("):
+            if self._text.startswith("?:", self._at):
+                self._at += 2
             term = self._either()
             if not self._take(")"):
                 raise self._error("should be )")

@@ -35,7 +35,9 @@ from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, flatten, unflatten
 from services.zoo.universe import Universe
 
-FORMAT = 2
+FORMAT = 3
+FORMER = 2
+"""Format of zoos whose split depended on the enabled patterns; they can still be read."""
 ABOUT, BASELINE, DATA = "zoo.json", "baseline_dataset.json", "data"
 BRANCHES = ("plus", "minus")
 
@@ -47,8 +49,9 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
 
     ``weights``: layer after layer, weights (``[fan_out, fan_in]``, row by row) before biases. ``signature``: for each
     method, neuron after neuron and layer after layer, the logit last. ``accuracy``: held-out, by stratum (see
-    ``zoo.json``). ``epochs`` and ``validation_loss``: by stage. ``degraded_...`` are those of the first of two stages;
-    ``plus_...`` and ``minus_...`` those of the branches with one pattern more and one less.
+    ``zoo.json``), NaN of one without sequences. ``epochs``, ``validation_loss`` and ``training_loss``: by stage.
+    ``degraded_...`` are those of the first of two stages; ``plus_...`` and ``minus_...`` those of the branches with one
+    pattern more and one less.
     """
     signature = pyarrow.struct([(method, _NUMBERS) for method in methods])
 
@@ -64,6 +67,7 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
         ("learning_rate", pyarrow.float64()),
         ("dropout", pyarrow.float64()),
         ("worst_accuracy", pyarrow.float32()),
+        ("validation_loss", _NUMBERS),
         *network(""),
     ]
     if spec.staged is not None:
@@ -71,9 +75,10 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
             ("target_pattern", pyarrow.string()),
             ("improvement", pyarrow.float32()),
             ("epochs", pyarrow.list_(pyarrow.int32())),
-            ("validation_loss", _NUMBERS),
             *network("degraded_"),
         ]
+    else:
+        columns.append(("training_loss", _NUMBERS))
     if spec.counterfactual is not None:
         for branch in BRANCHES:
             columns += [(f"{branch}_pattern", pyarrow.string()), *network(f"{branch}_")]
@@ -113,8 +118,8 @@ def write_about(
 def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Pattern]]:
     """Contents, spec and patterns of ``zoo.json``."""
     with reading(folder, ABOUT, "zoo") as path:
-        about = json.loads(path.read_text())
-        if about["format"] != FORMAT:
+        about = json.loads(path.read_bytes())
+        if about["format"] not in (FORMER, FORMAT):
             raise InvalidInput.field(ABOUT, f"has format {about['format']}; this version reads {FORMAT}")
         spec = GenerationSpec.model_validate(about["spec"])
         return about, spec, from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
@@ -125,7 +130,7 @@ def read_probes(folder: Path, spec: GenerationSpec) -> Tensor:
     another vocabulary or length than the spec's."""
     length, letters = spec.sequence_length, LETTERS[: spec.vocab_size]
     with reading(folder, BASELINE, "zoo") as path:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_bytes())
         for name in ("vocab_size", "sequence_length"):
             if about[name] != getattr(spec, name):
                 text = f"is {about[name]}, but the spec's is {getattr(spec, name)}"
@@ -174,8 +179,8 @@ class Zoo:
     labels: Tensor
     """Each subject's patterns: bool ``[models, patterns]``."""
     accuracy: Tensor
-    """Held-out accuracy on the members of each pattern, and last on sequences that match none: float32
-    ``[models, patterns + 1]``."""
+    """Held-out accuracy on the members of each pattern, and last on sequences that match none; NaN where there are no
+    such sequences: float32 ``[models, patterns + 1]``."""
     probes: Tensor
     """Probe sequences: int64 ``[probes, length]``."""
 
@@ -255,16 +260,16 @@ class Zoo:
         """Write the zoo, in one shard."""
         (folder / DATA).mkdir(parents=True, exist_ok=True)
         names = [pattern.name for pattern in self.patterns]
-        methods = self.extractor.methods
+        methods, rate = self.extractor.methods, self.spec.training.learning_rate
         rows = []
         for row, index in enumerate(self.index.tolist()):
             shape = self.layout.shapes[self.shape[row]]
             weights = self.layout.strip(self.weights[row : row + 1], int(self.shape[row]))
             params, patterns = unflatten(weights.float(), shape), compress(names, self.labels[row])
             network = network_columns(params, shape, self.accuracy[row], self.extractor)
-            rows.append(
-                record_of(index, patterns, shape, network, learning_rate=self.spec.training.learning_rate, dropout=0.0)
-            )
+            # Where each drew its own, it is not known any more.
+            own_rate = rate if isinstance(rate, float) else None
+            rows.append(record_of(index, patterns, shape, network, learning_rate=own_rate, dropout=0.0))
         parquet.write_table(pyarrow.Table.from_pylist(rows, schema(GenerationSpec(), methods)), folder / data_file(0))
         write_about(folder, self.spec, self.patterns, self.probes, {"subjects": len(self)})
 
@@ -339,7 +344,7 @@ def record_of(
         "activation": shape.activation,
         "learning_rate": learning_rate,
         "dropout": dropout,
-        "worst_accuracy": network["accuracy"].min(),
+        "worst_accuracy": np.nanmin(network["accuracy"]),
         **network,
     }
 

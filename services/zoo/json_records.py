@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import BUILT_IN, GenerationSpec, PatternSpec
-from services.language.tables import Malformed, read_rows
+from services.language.tables import Malformed, files_below, read_rows
 from services.runtime.reading import reading
 from services.runtime.run import Run
 from services.zoo.dataset import BASELINE
@@ -124,7 +124,7 @@ class JsonRecords:
         folder = source if source.is_dir() else source.parent
         if patterns is None and (folder / PATTERNS).exists():
             with reading(folder, PATTERNS, "dataset") as path:
-                patterns = patterns_in(json.loads(path.read_text()), PATTERNS)
+                patterns = patterns_in(json.loads(path.read_bytes()), PATTERNS)
         self.spec = _spec(survey, patterns)
         """Spec of a zoo of these records."""
         self.patterns = from_specs(self.spec.patterns, self.spec.vocab_size, self.spec.sequence_length)
@@ -168,7 +168,7 @@ def files_in(source: Path) -> list[Path]:
     """The files of records in ``source``: itself, or those in a folder."""
     if source.is_file():
         return [source]
-    return sorted(file for suffix in SUFFIXES for file in source.rglob(f"*{suffix}"))
+    return files_below(source, SUFFIXES, str(source))[0] if source.is_dir() else []
 
 
 def _record(row: Mapping[str, Any], location: str, rename: Mapping[str, str]) -> Record:

@@ -163,6 +163,12 @@ def membership(patterns: Sequence[Pattern], sequences: Tensor) -> Tensor:
     return torch.stack([pattern.matches(sequences) for pattern in patterns], 1)
 
 
+def built_in(vocab_size: int) -> list[Pattern]:
+    """Every built-in pattern, those with a token once for each letter."""
+    letters: list[int | None] = list(range(vocab_size))
+    return [Pattern(kind, token) for kind in BUILT_IN for token in (letters if kind in TAKES_TOKEN else [None])]
+
+
 def default_suite(vocab_size: int = 7, length: int = 7) -> list[Pattern]:
     """Ten behaviours that differ in what a network must look at: positions, order, counts, symmetry, substrings."""
     # Left out: alternating (42 sequences at 7 x 7, too few to learn from and be judged on), no_repeats

@@ -16,7 +16,7 @@ from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION, Universe, distinc
 
 # A pattern with at most this many times the requested number is listed in full, so that no member is missed.
 _ALL_IF_BELOW = 4
-# Held-out sequences for the evaluation of a subject: of each pattern, and of none.
+# Sequences for the evaluation of a subject: of each pattern, and of none.
 JUDGED, JUDGED_NONE = 128, 256
 
 
@@ -102,7 +102,7 @@ class Pools:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out sequences to evaluate networks on, by stratum: one for each pattern, then one of no pattern."""
+    """Sequences of one split to evaluate networks on, by stratum: one for each pattern, then one of no pattern."""
 
     sequences: Tensor
     """int64 ``[n, length]``, stratum after stratum."""
@@ -143,11 +143,10 @@ class Evaluation:
         return (self.membership.to(selected.device).float() @ selected.float().T > 0).T
 
     def by_stratum(self, correct: Tensor) -> Tensor:
-        """Means of ``correct`` ``[models, n]`` over each stratum: float32 ``[models, patterns + 1]``; 1 where a stratum
-        is empty."""
+        """Means of ``correct`` ``[models, n]`` over each stratum: float32 ``[models, patterns + 1]``; NaN of a stratum
+        without sequences."""
         strata = torch.nn.functional.one_hot(self.stratum, self.membership.shape[1] + 1).float().to(correct.device)
-        sizes = strata.sum(0)
-        return torch.where(sizes > 0, correct.float() @ strata / sizes.clamp(min=1), 1.0)
+        return correct.float() @ strata / strata.sum(0)
 
     def accuracy(self, params: Params, inputs: Tensor, activation: str, selected: Tensor) -> Tensor:
         """Accuracy of networks by stratum, as :meth:`by_stratum`. ``selected``: the patterns of each, bool ``[models,

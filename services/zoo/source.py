@@ -11,7 +11,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
 from services.artifacts.hub import fetch
 from services.runtime.run import Run
-from services.zoo.dataset import ABOUT, BASELINE, Zoo, with_probes
+from services.zoo.dataset import ABOUT, BASELINE, FORMER, Zoo, read_about, with_probes
 from services.zoo.json_records import PATTERNS, SUFFIXES, JsonRecords, files_in
 from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation, probes
 from services.zoo.subjects import encode, flatten
@@ -41,11 +41,15 @@ def locate(source: str, field: str) -> Path:
 def open_zoo(source: Path, run: Run | None = None) -> Zoo:
     """The zoo in ``source``: a folder in our own form, or records in the JSON-string form, a file or a folder of them
     (see :mod:`services.zoo.json_records`). Raises :class:`InvalidInput` naming what is missing or wrong."""
+    run = run or Run()
     if (source / ABOUT).is_file():
+        about, _, _ = read_about(source)
+        if about["format"] == FORMER and "imported" not in about:
+            text = "an earlier version split sequences differently: a few that are held out now were trained on"
+            run.log(f"{ABOUT}: {text}; make the zoo again for figures that hold", "warning")
         return Zoo.load(source)
     if not files_in(source):
         raise InvalidInput.field("zoo", f"{source} has neither {ABOUT} nor .parquet or .jsonl files")
-    run = run or Run()
     records = JsonRecords(source, run=run)
     # The rest is as an import to our own form has it: accuracies are measured, and missing probes drawn.
     spec = records.spec

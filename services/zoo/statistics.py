@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Statistics:
     origin: str
     """Where the subjects come from, as a sentence."""
     accuracy: Numbers
-    """Mean held-out accuracy by stratum ``[patterns + 1]``."""
+    """Mean held-out accuracy by stratum ``[patterns + 1]``; NaN of one without sequences."""
     degraded_accuracy: Numbers | None
     """The same after the first of two stages."""
     together: NDArray[np.int64]
@@ -49,6 +50,7 @@ class Statistics:
         staged = spec.staged is not None
         stages = ["accuracy", "degraded_accuracy"] if staged else ["accuracy"]
         sums = {name: np.zeros(len(names) + 1) for name in stages}
+        measured = {name: np.zeros(len(names) + 1) for name in stages}
         counted = spec.tasks if spec.format is not None and spec.format.tokenizer is not None else []
         tokens = {task: (0, 0) for task in counted}
         subjects, shapes, gained = 0, Counter[str](), 0.0
@@ -59,13 +61,17 @@ class Statistics:
             labels = np.array([[name in row for name in names] for row in table["patterns"].to_pylist()], np.int64)
             together += labels.T @ labels
             for name, total in sums.items():
-                total += matrix(table, name, len(names) + 1).double().sum(0).numpy()
+                values = matrix(table, name, len(names) + 1).double()
+                total += values.nansum(0).numpy()
+                measured[name] += (~values.isnan()).sum(0).numpy()
             shapes.update(f"{layers} x {of}" for layers, of in zip(table["layers"], table["activation"], strict=True))
             for task, (count, most) in tokens.items():
                 numbers = table[f"{task}_tokens"].to_pylist()
                 tokens[task] = (count + sum(numbers), max([most, *numbers]))
             gained += sum(table["improvement"].to_pylist()) if staged else 0.0
-        means = {name: total / subjects for name, total in sums.items()}
+        # NaN of a stratum without sequences.
+        with np.errstate(invalid="ignore"):
+            means = {name: total / measured[name] for name, total in sums.items()}
         return cls(
             [*names, "none"],
             subjects,
@@ -86,12 +92,12 @@ class Statistics:
             "subjects": self.subjects,
             "candidates": self.candidates,
             "rejected": dict(sorted(self.rejected.items(), key=lambda item: -item[1])),
-            "accuracy": round(float(self.accuracy.mean()), 4),
+            "accuracy": round(float(np.nanmean(self.accuracy)), 4),
             "accuracy_by_pattern": _rounded(self.strata, self.accuracy),
             "subjects_by_pattern": dict(zip(self.strata, np.diag(self.together).tolist(), strict=False)),
         }
         if self.degraded_accuracy is not None and self.improvement is not None:
-            figures["degraded_accuracy"] = round(float(self.degraded_accuracy.mean()), 4)
+            figures["degraded_accuracy"] = round(float(np.nanmean(self.degraded_accuracy)), 4)
             figures["degraded_accuracy_by_pattern"] = _rounded(self.strata, self.degraded_accuracy)
             figures["improvement"] = round(self.improvement, 4)
         if self.tokens:
@@ -109,5 +115,6 @@ def _origin(about: dict[str, Any], subjects: int) -> str:
     return f"{candidates:,} candidates were trained, {accepted:,} passed the checks, and {kept} are kept."
 
 
-def _rounded(names: list[str], values: Numbers) -> dict[str, float]:
-    return dict(zip(names, [round(value, 4) for value in values.tolist()], strict=True))
+def _rounded(names: list[str], values: Numbers) -> dict[str, float | None]:
+    rounded = [None if math.isnan(value) else round(value, 4) for value in values.tolist()]
+    return dict(zip(names, rounded, strict=True))

@@ -1,10 +1,10 @@
-"""All sequences of a zoo, with their fixed split into train, validation and held-out."""
+"""All sequences of a zoo, with their fixed split into train, validation, selection and held-out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from itertools import combinations
+from functools import cached_property, lru_cache
+from itertools import accumulate, combinations
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from services.runtime import seeds
 from services.zoo.hashing import hash_sequences
-from services.zoo.patterns import Pattern, membership
+from services.zoo.patterns import Pattern, built_in, membership
 from services.zoo.sampling import MAX_ENUMERATED, count, enumerate_sequences, sample
 
-TRAIN, VALIDATION, HELD_OUT = 0, 1, 2
-# Held-out is large so that a pattern of 42 sequences still has 17 for evaluation.
-SHARES = (0.5, 0.1, 0.4)
+# Subjects are accepted on the selection split; what is reported of them is measured on the held-out split.
+TRAIN, VALIDATION, SELECTION, HELD_OUT = range(4)
+SHARES = (0.5, 0.1, 0.2, 0.2)
 _QUICKLY_ENUMERATED = 1_000_000
-# A pattern with fewer sequences than this is split by rank, so that its shares are exact.
+# A built-in pattern with fewer sequences than this is split by rank, so that its shares are exact.
 SMALL = 4096
 # Members on which two patterns are compared.
 _COMPARED = 4096
@@ -50,7 +50,7 @@ class Universe:
 
     @cached_property
     def split(self) -> Tensor:
-        """``TRAIN``, ``VALIDATION`` or ``HELD_OUT`` of every sequence: uint8 ``[size]``."""
+        """``TRAIN``, ``VALIDATION``, ``SELECTION`` or ``HELD_OUT`` of every sequence: uint8 ``[size]``."""
         return self.split_of(self.sequences)
 
     @cached_property
@@ -86,33 +86,21 @@ class Universe:
         return members[hash_sequences(members).argsort()]
 
     def split_of(self, sequences: Tensor) -> Tensor:
-        """The split of each sequence ``[n, length]``: uint8 ``[n]``. It depends on nothing but the sequence's hash.
+        """The split of each sequence ``[n, length]``: uint8 ``[n]``. It depends on the sequence, the vocabulary and the
+        length alone: not on :attr:`patterns`.
 
-        The members of a small pattern are ranked by their hash, rarest pattern first, so that each split has its share
-        of every pattern, however small.
+        The members of small built-in patterns are ranked, so that each split has its share of every such pattern,
+        however small; all other sequences are split by their hash.
         """
         hashes = hash_sequences(sequences)
         # 24 bits of the hash as a fraction.
         fraction = ((hashes >> 40) & (2**24 - 1)).double() / 2**24
         splits = _by_fraction(fraction)
-        known, ranked = self._ranked
+        known, ranked = _ranked(self.vocab_size, self.length)
         if len(known):
             index = torch.searchsorted(known, hashes).clamp_(max=len(known) - 1)
             splits = torch.where(known[index] == hashes, ranked[index], splits)
         return splits
-
-    @cached_property
-    def _ranked(self) -> tuple[Tensor, Tensor]:
-        """Hashes of the members of small patterns, ascending, and their splits."""
-        small = sorted((n, p) for p, n in enumerate(self.counts) if n < SMALL)
-        hashes, splits = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
-        for _, pattern in small:
-            fresh = hash_sequences(self.all_members(pattern))
-            fresh = fresh[~torch.isin(fresh, hashes)]
-            hashes = torch.cat([hashes, fresh])
-            splits = torch.cat([splits, _by_fraction((torch.arange(len(fresh)) + 0.5) / max(len(fresh), 1))])
-        order = hashes.argsort()
-        return hashes[order], splits[order]
 
     def check(self) -> None:
         """Raise :class:`InvalidInput` where a pattern matches nothing, everything, or the same set as another."""
@@ -149,7 +137,27 @@ def first_occurrences(sequences: Tensor) -> Tensor:
     return order[fresh]
 
 
+@lru_cache(maxsize=32)
+def _ranked(vocab_size: int, length: int) -> tuple[Tensor, Tensor]:
+    """Hashes of the members of small built-in patterns, ascending, and their splits.
+
+    The rarest pattern comes first, and each pattern ranks those that no rarer one has ranked by their hash. A new
+    built-in pattern changes the split of its members, so zoos must then be made again.
+    """
+    sizes = {pattern: count(pattern, vocab_size, length) for pattern in built_in(vocab_size)}
+    small = sorted((p for p, size in sizes.items() if 0 < size < SMALL), key=lambda p: (sizes[p], p.name))
+    universe = Universe(vocab_size, length, small)
+    hashes, splits = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
+    for i in range(len(small)):
+        fresh = hash_sequences(universe.all_members(i))
+        fresh = fresh[~torch.isin(fresh, hashes)]
+        hashes = torch.cat([hashes, fresh])
+        splits = torch.cat([splits, _by_fraction((torch.arange(len(fresh)) + 0.5) / max(len(fresh), 1))])
+    order = hashes.argsort()
+    return hashes[order], splits[order]
+
+
 def _by_fraction(fraction: Tensor) -> Tensor:
     """Fractions in [0, 1) to splits."""
-    edges = torch.tensor([SHARES[TRAIN], SHARES[TRAIN] + SHARES[VALIDATION]], dtype=torch.float64)
+    edges = torch.tensor(list(accumulate(SHARES[:-1])), dtype=torch.float64)
     return torch.bucketize(fraction.double(), edges, right=True).to(torch.uint8)

@@ -169,6 +169,13 @@ def test_several_wrong_fields_are_all_listed(cli: Cli, tmp_path: Path) -> None:
     assert all(f"spec.{name}: " in answer.err for name in ("subjects", "seed", "nothing"))
     assert "spec.subjects: must be greater than or equal to 1" in answer.err
     assert "spec.nothing: there is no such field" in answer.err
+    assert answer.err.count("spec.subjects: ") == 1
+
+
+def test_a_pipeline_given_as_a_spec_is_said_to_be_one(cli: Cli, tmp_path: Path) -> None:
+    answer = cli("submit", "generation", "-f", write(tmp_path, "jobs:\n  zoo: {kind: generation}\n"))
+    assert answer.code != 0
+    assert "is a pipeline" in answer.err and "`ethogram pipeline`" in answer.err
 
 
 def test_mappings_are_json_in_a_pipe_and_lines_on_a_terminal(

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ethogram.aio import AsyncClient
 from ethogram.client import Client
-from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound, Unavailable
+from ethogram.errors import Conflict, Forbidden, IllegalState, InvalidInput, NotFound, Unavailable
 from ethogram.platform.stack import Platform, free_port
 from ethogram.resources import Event, Job
 from ethogram.specs.generation import GenerationSpec
@@ -205,3 +206,77 @@ def test_a_failed_job_raises_why() -> None:
     with pytest.raises(InvalidInput, match="generation job job_x failed: no") as caught:
         job.check()
     assert caught.value.violations[0].field == "zoo"
+
+
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ALL_PROXY", "socks://127.0.0.1:1080/"),
+        ("all_proxy", "socks5://127.0.0.1:1080"),
+        ("HTTP_PROXY", "socks4://name:secret@proxy.example:1080"),
+        ("http_proxy", "http://name:secret@proxy.example:port"),
+        ("HTTP_PROXY", "proxy.example:99999"),
+        ("HTTP_PROXY", "http://"),
+        ("ALL_PROXY", "[::1"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_named(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    for client in (Client, AsyncClient):
+        with pytest.raises(InvalidInput, match=f"^{variable}: .* cannot be used as a proxy .*NO_PROXY$") as caught:
+            client("http://zoos.example")
+        assert "secret" not in caught.value.message
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize(
+    ("url", "no_proxy"),
+    [
+        ("http://127.0.0.1:8321", ""),
+        ("http://127.9.9.9:8321", ""),
+        ("http://[::1]:8321", ""),
+        ("http://localhost:8321", ""),
+        ("http://zoos.example", "*"),
+        ("http://zoos.example", " other.example , .example"),
+        ("http://zoos.example", "zoos.example"),
+        ("http://zoos.example:8321", "zoos.example:8321"),
+        ("http://10.1.2.3:8321", "localhost,10.0.0.0/8"),
+        ("http://10.1.2.3", "10.1.2.3"),
+        ("http://[fd00::7]:8321", "fd00::/8"),
+        ("http://[fd00::7]:8321", "[fd00::7]"),
+    ],
+)
+def test_a_proxy_that_is_not_used_does_no_harm(url: str, no_proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080/")
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    Client(url).close()
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_the_proxy_of_the_scheme_is_used(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The platform itself stands in for a proxy: it says that it is not the host that it is asked for."""
+    monkeypatch.setenv("HTTPS_PROXY", "socks://127.0.0.1:1080/")
+    monkeypatch.setenv("HTTP_PROXY", platform.url.removeprefix("http://"))
+    monkeypatch.setenv("NO_PROXY", "elsewhere.example,,[::1],192.168.0.0/16,bad/99")
+    with (
+        Client("http://zoos.example:9", retry_seconds=0) as client,
+        pytest.raises(Forbidden, match=r"'zoos\.example:9'"),
+    ):
+        client.info()
+
+
+def test_certificates_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
+    with pytest.raises(InvalidInput, match=r"SSL_CERT_FILE: /nowhere/ca.pem holds no certificates"):
+        Client("https://zoos.example")

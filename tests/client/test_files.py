@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from pydantic import ValidationError
 
 from ethogram.cli.files import read_mapping, set_values
 from ethogram.errors import InvalidInput
+from ethogram.plain import plain
+from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
+from ethogram.transport import submission
 
 
 def read(folder: Path, text: str | bytes) -> dict[str, Any]:
@@ -95,3 +102,38 @@ def test_a_wrong_set_is_explained(assignment: str, says: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         set_values({"patterns": [{}], "number": 3}, [assignment], "spec")
     assert says in caught.value.message
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    given = {
+        "int": np.int64(4),
+        "float": np.float32(0.5),
+        "flag": np.bool_(True),
+        "word": np.str_("a"),
+        "list": [np.uint8(1), {"deep": np.float64(2.5)}],
+        "array": np.array([[1, 2], [3, 4]]),
+        "tensor": torch.tensor(3),
+    }
+    values = plain(given, "spec")
+    assert json.dumps(values) == (
+        '{"int": 4, "float": 0.5, "flag": true, "word": "a", "list": [1, {"deep": 2.5}], "array": [[1, 2], [3, 4]], '
+        '"tensor": 3}'
+    )
+    for wrong, says in (
+        (np.float32("nan"), "nan is not a finite"),
+        (np.longdouble(1), "longdouble is not a JSON value"),
+    ):
+        with pytest.raises(InvalidInput, match=says):
+            plain({"a": wrong}, "spec")
+
+
+def test_specs_and_options_take_numbers_of_numpy() -> None:
+    training = {"steps": np.int32(5), "learning_rate": np.float64(0.01)}
+    spec = GenerationSpec(subjects=np.int64(4), seed=np.uint8(3), training=training)  # type: ignore[arg-type]
+    assert spec == GenerationSpec(subjects=4, seed=3, training=SubjectTrainingSpec(steps=5, learning_rate=0.01))
+    assert type(spec.subjects) is type(spec.training.steps) is int
+    body = submission("generation", spec, {"priority": np.int64(2), "time_limit_seconds": np.float32(60)})  # type: ignore[typeddict-item]
+    assert (body["priority"], body["time_limit_seconds"]) == (2, 60.0)
+    json.dumps(body)
+    with pytest.raises(ValidationError, match="valid integer"):
+        GenerationSpec(subjects=np.float64(4))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -54,9 +55,10 @@ def test_points_are_traced_in_the_order_of_execution() -> None:
     names = list(policy_points(policy))
     named, _ = PolicySource(policy).select(list(reversed(names)), [])
     cities = torch.rand(2, 6, 2)
-    traced = trace(policy, named, lambda: policy.decoder.memory(policy.encoder(cities)), (2, 6))
+    points = [point for _, point in named]
+    traced = trace(policy, points, lambda: policy.decoder.memory(policy.encoder(cities)), (2, 6))
     assert list(traced) == names
-    assert traced["decoder_input"] == 48
+    assert traced["decoder_input"] == (HookPoint("decoder_input", "decoder.project", "output"), 48)
 
 
 def test_without_hooks_and_pairs_what_enters_and_leaves_each_mlp() -> None:
@@ -120,5 +122,28 @@ def test_tuples_keywords_and_work_in_place() -> None:
 @pytest.mark.parametrize(("name", "error"), [("never", "no tensor"), ("twice", "several"), ("flat", "not a vector")])
 def test_points_that_have_no_row_for_each_position(name: str, error: str) -> None:
     model = Tuples()
-    with torch.no_grad(), pytest.raises(InvalidInput, match=rf"spec\.hooks\.3: .*{error}"):
-        trace(model, [("spec.hooks.3", HookPoint(name, name, "output"))], lambda: model(torch.rand(2, 3, 4)), (2, 3))
+    with torch.no_grad():
+        traced = trace(model, [HookPoint(name, name, "output")], lambda: model(torch.rand(2, 3, 4)), (2, 3))
+    assert error in str(traced[name])
+
+
+@pytest.mark.parametrize(
+    ("shape", "positions_first", "expected"),
+    [
+        ((2, 3, 4), False, [[0, 1, 2], [3, 4, 5]]),
+        # Flattened by the model.
+        ((6, 4), False, [[0, 1, 2], [3, 4, 5]]),
+        ((3, 2, 4), True, [[0, 2, 4], [1, 3, 5]]),
+        # An expert's share of the positions, a head for each, and other things.
+        ((5, 4), False, None),
+        ((3, 8), False, None),
+        ((3, 2, 4), False, None),
+        ((2, 3, 2, 2), False, None),
+        ((24,), False, None),
+    ],
+)
+def test_vectors_by_position(shape: tuple[int, ...], positions_first: bool, expected: list[list[int]] | None) -> None:
+    point = HookPoint("a", "a", "output", positions_first)
+    rows = torch.arange(math.prod(shape[:-1])).unsqueeze(1).expand(-1, shape[-1]).reshape(shape)
+    found = point.by_position(rows, (2, 3))
+    assert (None if found is None else found[..., 0].tolist()) == expected

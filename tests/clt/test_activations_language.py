@@ -7,17 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import ActivationsSpec
@@ -26,30 +16,7 @@ from services.clt.activations.hooks import capture, language_points
 from services.clt.activations.sources import LanguageModelSource
 from services.clt.activations.store import SPLITS, TRAIN, ActivationStore
 from services.runtime.run import Run
-
-WORDS = ["<end>", *"abcdefghijklmnopqrst"]
-TEXTS = [" ".join(WORDS[1 + (i * j) % 20] for j in range(1, 3 + i % 9)) for i in range(1, 90)]
-
-
-def save_model(folder: Path, kind: str) -> Path:
-    """A tiny model with a tokenizer of words."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": len(WORDS), "bos_token_id": 0, "eos_token_id": 0}
-    if kind == "gpt2":
-        GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=16, **sizes)).save_pretrained(folder)
-    else:
-        shape: dict[str, Any] = {
-            "hidden_size": 8,
-            "intermediate_size": 12,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        }
-        LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=32, **sizes)).save_pretrained(folder)
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<end>"))
-    words.pre_tokenizer = Whitespace()
-    made: Any = PreTrainedTokenizerFast
-    made(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
-    return folder
+from tests.tiny_models import TEXTS, WORDS, save_model, token_sequences
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +39,6 @@ def spec_of(model: Path, dataset: Path, **changes: Any) -> ActivationsSpec:
     return ActivationsSpec.model_validate({"language_model": language, **given})
 
 
-def sequences(context: int) -> torch.Tensor:
-    """Tokens of the texts, each with its end, cut."""
-    stream = [WORDS.index(word) for text in TEXTS for word in [*text.split(), "<end>"]]
-    return torch.tensor(stream[: len(stream) // context * context]).view(-1, context)
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_what_enters_and_leaves_each_mlp_of_each_token(kind: str, lines: Path, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", kind)
@@ -92,7 +53,7 @@ def test_what_enters_and_leaves_each_mlp_of_each_token(kind: str, lines: Path, t
     model.eval()
     points = language_points(model)
     with torch.no_grad(), capture(model, [points[name] for name in found.hooks]) as by_hand:
-        model(input_ids=sequences(8)[:40])
+        model(input_ids=token_sequences(8)[:40])
     for split in SPLITS:
         for number in range(len(found.shards(split))):
             instance, position, *rows = found.read(split, number, ["instance", "position", *found.hooks])
@@ -129,7 +90,7 @@ def test_what_is_not_possible_is_told(
     with pytest.raises(InvalidInput, match=error) as told:
         collect(spec_of(gpt2, lines, **changes), tmp_path / "store", Run())
     if "instances" in changes:
-        assert f" {len(sequences(8))} " in str(told.value)
+        assert f" {len(token_sequences(8))} " in str(told.value)
 
 
 def test_a_model_without_mlps_needs_hooks(gpt2: Path, lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +103,9 @@ def test_a_model_without_mlps_needs_hooks(gpt2: Path, lines: Path, monkeypatch: 
             block.feed = block._modules.pop("mlp")
 
     monkeypatch.setattr(source, "_check", renamed)
-    with pytest.raises(InvalidInput, match=r"spec\.hooks: the model has no modules called mlp.*transformer"):
+    with pytest.raises(
+        InvalidInput, match=r"spec\.hooks: no module of the model has the usual name of an MLP.*transformer"
+    ):
         collect(spec_of(gpt2, lines), lines.parent / "store", Run())
 
 

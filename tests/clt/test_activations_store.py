@@ -107,7 +107,7 @@ def test_wide_shards_have_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = collect(small_spec(), tmp_path, Run(), policy)
     assert found.manifest.shard_instances * found.manifest.rows_per_instance == 18
     monkeypatch.setattr("services.clt.activations.collect.SHARD_BYTES", 1)
-    assert plan(small_spec(), open_source(small_spec(), "cpu", policy))[1].shard_instances == 1
+    assert plan(small_spec(), open_source(small_spec(), "cpu", policy), Run())[1].shard_instances == 1
 
 
 def full_after(monkeypatch: pytest.MonkeyPatch, shards: int, error: Callable[[], BaseException]) -> None:

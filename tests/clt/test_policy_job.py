@@ -20,6 +20,7 @@ from services.clt.policy.tsp import instances
 from services.runtime.seeds import generator
 from tests.clt.conftest import policy_spec, small_policy
 from tests.clt.held_karp import solve_exactly
+from tests.clt.rl4co import state_dict
 from tests.recorder import Recorder
 
 
@@ -94,11 +95,12 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_import_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.clt.test_policy_import import theirs
-
-    torch.save({"state_dict": theirs(small_policy())}, tmp_path / "last.ckpt")
-    given = ("import-policy", tmp_path / "last.ckpt", "-o", tmp_path / "policy", "--heads", "4", "--nodes", "7")
-    assert call(*given) == 0
+    torch.save({"state_dict": state_dict("instance")}, tmp_path / "last.ckpt")
+    given = ("import-policy", tmp_path / "last.ckpt", "-o", tmp_path / "policy", "--heads", "2", "--nodes", "7")
+    assert call(*given) == 2
+    assert "give --graph-context or --no-graph-context" in " ".join(capsys.readouterr().err.split())
+    assert call(*given, "--no-graph-context") == 0
+    assert "left out, as they serve training alone: baseline." in " ".join(capsys.readouterr().err.split())
     assert AttentionPolicy.load(tmp_path / "policy").nodes == 7
     assert call(*given) == 2
     assert "exists already" in capsys.readouterr().err

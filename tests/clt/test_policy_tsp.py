@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import permutations
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from ethogram.errors import InvalidInput
 from services.clt.policy import tsp
 from services.clt.policy.tsp import check_cities, gaps, instances, lengths, read_cities, reference, solve
+from services.runtime.cache import cache_folder, writable_folder
 from services.runtime.seeds import generator
 from tests.clt.held_karp import solve_exactly
 
@@ -53,6 +55,59 @@ def test_reference_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == [50]
     monkeypatch.setattr(tsp, "solve", None)
     assert reference(cities).equal(first)
+
+
+def without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is not in the password file."""
+    for name in ("ETHOGRAM_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+@pytest.mark.parametrize("state", ["a file", "below a file", "full", "no home"])
+def test_a_cache_that_cannot_be_used_costs_only_time(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    if state == "no home":
+        without_a_home(monkeypatch)
+    else:
+        monkeypatch.setenv("ETHOGRAM_CACHE", str(cache / "below" if state == "below a file" else cache))
+    if state == "full":
+        # The one file that is always full.
+        (cache / "tours").mkdir(parents=True)
+
+        def write_bytes(_: Path, data: bytes) -> None:
+            with Path("/dev/full").open("wb", 0) as full:
+                full.write(data)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    else:
+        cache.touch()
+    cities = instances(2, 5, generator(2, "test"))
+    assert reference(cities).equal(solve(cities))
+    assert "nothing is cached. Name a folder in ETHOGRAM_CACHE" in caplog.text
+    told: list[str] = []
+    reference(cities, warn=told.append)
+    assert len(told) == 1
+    lasting = writable_folder("policies/mine")
+    if state != "full":
+        assert lasting.is_dir() and not lasting.is_relative_to(cache)
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("ETHOGRAM_CACHE", "~/mine")
+    assert cache_folder("tours") == tmp_path / "mine" / "tours"
+    monkeypatch.delenv("ETHOGRAM_CACHE")
+    assert cache_folder("tours") == tmp_path / "xdg" / "ethogram" / "tours"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder("tours") == tmp_path / ".cache" / "ethogram" / "tours"
 
 
 def test_a_broken_cache_is_made_again(own_cache: Path) -> None:

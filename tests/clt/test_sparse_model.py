@@ -18,6 +18,7 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import SparseLossSpec, SparseModelSpec
 from services.clt.sparse import kernels
+from services.clt.sparse.code import CHUNK
 from services.clt.sparse.losses import group_heads, orthogonality, terms
 from services.clt.sparse.model import JUMP_WIDTH, Scale, SparseModel, Streams
 
@@ -107,6 +108,22 @@ for k in (1, 7, 30):
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_rows_with_a_nan_stay_so(activation: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for sparse in (True, False):
+        monkeypatch.setattr(SparseModel, "sparse", lambda self, source, sparse=sparse: sparse)
+        model = model_of(activation=activation).train(training)
+        # Many chunks of rows; NaN in rows of three of them, and once an infinite sum of numbers.
+        inputs, _ = rows(model, 3 * CHUNK)
+        inputs[0][[0, CHUNK + 9, 3 * CHUNK - 1], 2] = float("nan")
+        inputs[0][5] = 3e38
+        made = model.decode(model.encode(inputs), inputs)[0]
+        found.append(made.isnan().any(1).nonzero().flatten().tolist())
+    assert found[0] == found[1] and {0, CHUNK + 9, 3 * CHUNK - 1} <= {*found[0]} and len(found[0]) <= 4
 
 
 def test_kernels_need_no_folder_to_be_kept_in() -> None:

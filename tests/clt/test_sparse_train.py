@@ -25,6 +25,7 @@ from services.clt.sparse.model import SparseModel
 from services.clt.sparse.train import SparseTrainer, train
 from services.runtime.console import ConsoleRun
 from services.runtime.run import Run
+from services.runtime.training import Diverged
 from tests.clt.conftest import small_policy
 from tests.recorder import Interrupted, Recorder
 
@@ -299,30 +300,61 @@ def test_a_sweep_is_every_pair_at_every_point(store: ActivationStore, tmp_path: 
         sweep.run(wrong, run)
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.slow
+DYING = {"dead_after": 200, "batch_size": 127, "steps": 24}
+"""Of an odd number of rows, so that the processes' shares differ."""
+TOGETHER: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "batchtopk": {"model": {"activation": "batchtopk"}},
+    "batchtopk, dense": {"model": {"activation": "batchtopk", "k": 40}},
+    "batchtopk, more than there are": {"model": {"activation": "batchtopk", "k": 120}},
+    "auxk": {"loss": {"auxk": 1.0}},
+    "revival": {"training": {"revive_every": 5, "decay": 0.1}},
+    "cross_layer": {"kind": "cross_layer", "model": {"activation": "batchtopk"}, "loss": {"l1": 1e-3, "energy": 0.1}},
+}
+
+
 def test_two_processes_train_the_model_of_one(store: ActivationStore, tmp_path: Path) -> None:
-    train_it = [
-        "-m",
-        "services.clt",
-        "train",
-        str(store.folder),
-        "--pair",
-        "->".join([*MLP["sources"], *MLP["targets"]]),
+    """Whatever goes over a whole batch goes over that of both: real processes, which meet over gloo."""
+    specs = {
+        name: clt(**{**sections, "training": DYING | sections.get("training", {})})
+        for name, sections in TOGETHER.items()
+    }
+    dumped = {name: spec.model_dump(mode="json") for name, spec in specs.items()}
+    (tmp_path / "specs.json").write_text(json.dumps(dumped))
+    program = [sys.executable, "-m", "tests.clt.together", str(store.folder), str(tmp_path / "specs.json")]
+    both = [
+        subprocess.Popen([*program, str(tmp_path), rank, "2"], stderr=subprocess.PIPE, text=True) for rank in ("0", "1")
     ]
-    options = ["--k", "6", "--steps", "20", "--set", "training.batch_size=128", "--device", "cpu"]
-    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, command in (("one", train_it), ("two", [*together, *train_it])):
-        done = subprocess.run(
-            [sys.executable, *command, *options, "-o", str(tmp_path / name)],
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
-    mine, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    for key, tensor in mine.items():
-        torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4, msg=key)
+    alone = {}
+    for name, spec in specs.items():
+        with SparseTrainer(spec, store) as trainer:
+            alone[name] = train(trainer).state_dict()
+            # What is to be the same is there at all.
+            assert name not in ("auxk", "revival") or trainer.dead_share > 0
+    for process in both:
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 0, said[-3000:]
+    for name, mine in alone.items():
+        theirs = load_file(tmp_path / f"{name}.safetensors")
+        for key, tensor in mine.items():
+            torch.testing.assert_close(
+                tensor, theirs[key], rtol=1e-3, atol=1e-4, msg=lambda text, at=f"{name}: {key}": f"{at}: {text}"
+            )
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize("k", [2, 40])
+def test_a_nan_stops_the_training_whatever_the_form(store: ActivationStore, activation: str, k: int) -> None:
+    """Codes of few features have kernels of their own, in which a NaN was no number above 0, and so nothing."""
+    with started(clt(model={"activation": activation, "k": k}), store) as trainer:
+        trainer.advance()
+        kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        kept["encoders.0"][3, 5] = kept["encoder_biases.0"][100] = float("nan")
+        trainer.model.load_state_dict(kept)
+        with pytest.raises(Diverged, match=r"spec\.training\.learning_rate: the loss became nan at step 2"):
+            trainer.advance()
+        # As before the step, a threshold too.
+        torch.testing.assert_close(trainer.model.state_dict(), kept, equal_nan=True, rtol=0, atol=0)
 
 
 def test_an_interrupted_sweep_goes_on(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,3 +391,45 @@ def test_an_interrupted_sweep_goes_on(store: ActivationStore, tmp_path: Path, mo
             load_file(tmp_path / run / "models" / name / "model" / "model.safetensors") for run in ("whole", "parts")
         )
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+
+
+def constant_store(folder: Path, value: float, channels: int = 16) -> ActivationStore:
+    """A store in which ``channels`` of the MLP's 16 outputs in layer 0 are the same in all rows."""
+    policy = small_policy()
+    layers: Any = policy.encoder.layers
+    last = layers[0].mlp[-1]
+    last.weight[:channels], last.bias[:channels] = 0, value
+    spec = ActivationsSpec(policy=ANY, instances=300, validation=0.2, shard_rows=700)
+    return collect(spec, folder, Run(), policy)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_a_stream_that_never_changes_is_refused_by_its_field(value: float, tmp_path: Path) -> None:
+    constant = constant_store(tmp_path, value)
+    text = r"encoder_layer_0_mlp is the same in all 1680 training rows, so there is nothing to learn; name other"
+    read = {"sources": ["encoder_layer_0_mlp"], "targets": ["encoder_layer_1_mlp"]}
+    for normalize in ("center", "standardize", "whiten", "none"):
+        training = {"normalize": normalize}
+        given = sae(training=training).model_dump()
+        faults: list[tuple[CltSpec | SaeSpec, str]] = [
+            (SaeSpec.model_validate({**given, "hook": "encoder_layer_0_mlp"}), r"spec\.hook"),
+            (clt(training=training), r"spec\.targets\.0"),
+            (CltSpec.model_validate({**clt(training=training).model_dump(), **read}), r"spec\.sources\.0"),
+            (clt(kind="cross_layer", training=training), r"spec\.targets"),
+        ]
+        for spec, field in faults:
+            with pytest.raises(InvalidInput, match=rf"^{field}: {text}"):
+                SparseTrainer(spec, constant)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+@pytest.mark.parametrize("normalize", ["center", "standardize", "whiten", "none"])
+def test_channels_that_never_change_are_no_harm(value: float, normalize: str, tmp_path: Path) -> None:
+    constant = constant_store(tmp_path, value, channels=8)
+    given = sae(training={"steps": 150, "normalize": normalize}).model_dump()
+    with SparseTrainer(SaeSpec.model_validate({**given, "hook": "encoder_layer_0_mlp"}), constant) as trainer:
+        model = train(trainer)
+    figures, _ = evaluate(model, constant, 2000)
+    assert figures["fvu"] < 0.6
+    (rows,) = constant.read("validation", 0, ["encoder_layer_0_mlp"])
+    torch.testing.assert_close(model([rows.float()])[0][:, :8], rows[:, :8].float(), rtol=0, atol=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from typing import Any
 
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from ethogram.convert import from_proto, to_proto
+from ethogram.convert import RANGE, from_proto, to_proto
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import Spec
-from ethogram.specs.generation import GenerationSpec
+from ethogram.specs.generation import FloatRange, GenerationSpec, SubjectTrainingSpec
 from ethogram.specs.kinds import KINDS, Kind
 from services.kinds import spec_message
 
@@ -35,9 +36,8 @@ def values_of(annotation: Any, field: FieldInfo | None = None) -> st.SearchStrat
         return st.lists(values_of(arguments[0]), max_size=3)
     if origin is dict:
         return st.dictionaries(st.text("ab", min_size=1), values_of(arguments[1]), max_size=3)
-    if type(None) in arguments:
-        inner = next(a for a in arguments if a is not type(None))
-        return st.none() | values_of(inner, field)
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of(st.none() if option is type(None) else values_of(option, field) for option in arguments)
     if isinstance(annotation, type) and issubclass(annotation, Spec):
         return specs_of(annotation)
     low: Any = None
@@ -74,6 +74,12 @@ def specs_of(spec: type[Spec]) -> st.SearchStrategy[Any]:
     return st.fixed_dictionaries(required, optional=optional).map(build).filter(lambda made: made is not None)
 
 
+def spec_field(field: Any) -> str:
+    """The spec's field that a message's carries: two carry a number or a range."""
+    number = str(field.name.removesuffix(RANGE))
+    return number if number in field.containing_type.fields_by_name else str(field.name)
+
+
 @kinds
 def test_round_trip(kind: Kind) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -93,13 +99,13 @@ def test_message_and_spec_have_the_same_fields(kind: Kind) -> None:
 
     def compare(spec: type[Spec], message: Any) -> None:
         nonlocal compared
-        assert {f.name for f in message.fields} == set(spec.model_fields), message.full_name
+        assert {spec_field(f) for f in message.fields} == set(spec.model_fields), message.full_name
         for field in message.fields:
-            info = spec.model_fields[field.name]
+            info = spec.model_fields[spec_field(field)]
             inner = [a for a in (info.annotation, *typing.get_args(info.annotation)) if isinstance(a, type)]
             nested = next((a for a in inner if issubclass(a, Spec)), None)
             compared += 1
-            if nested is not None:
+            if nested is not None and field.message_type is not None:
                 compare(nested, field.message_type)
             elif not field.is_repeated:
                 assert field.has_presence, f"{field.full_name} must be optional, or falsy values are lost"
@@ -114,13 +120,13 @@ def test_message_and_spec_have_the_same_fields(kind: Kind) -> None:
 def test_every_enum_member_is_a_literal(kind: Kind) -> None:
     def literals(spec: type[Spec], message: Any) -> None:
         for field in message.fields:
-            info = spec.model_fields[field.name]
+            info = spec.model_fields[spec_field(field)]
             candidates = (info.annotation, *typing.get_args(info.annotation))
             if field.type == FieldDescriptor.TYPE_ENUM:
                 literal = next(a for a in candidates if typing.get_origin(a) is typing.Literal)
                 assert len(field.enum_type.values) == 1 + len(typing.get_args(literal)), field.full_name
             for nested in candidates:
-                if isinstance(nested, type) and issubclass(nested, Spec):
+                if field.message_type is not None and isinstance(nested, type) and issubclass(nested, Spec):
                     literals(nested, field.message_type)
 
     literals(kind.spec, spec_message(kind).DESCRIPTOR)
@@ -161,3 +167,20 @@ def test_fields_and_members_of_a_newer_client_are_refused() -> None:
     with pytest.raises(InvalidInput) as caught:
         from_proto(member, GenerationSpec)
     assert caught.value.violations[0].field == "spec.subject.activations.0"
+
+
+@pytest.mark.parametrize("rate", [0.02, 1e-9, FloatRange(min=1e-3, max=1e-2), FloatRange(min=1e-3, max=1e-3)])
+def test_a_number_or_a_range_stays_what_it_is(rate: float | FloatRange) -> None:
+    spec = GenerationSpec(training=SubjectTrainingSpec(learning_rate=rate))
+    message = to_proto(spec, spec_message(KINDS["generation"]))
+    assert from_proto(message, GenerationSpec) == spec
+    assert GenerationSpec.model_validate(spec.model_dump(mode="json")) == spec
+    assert type(spec.training.learning_rate) is type(rate)
+
+
+def test_a_number_and_a_range_are_refused() -> None:
+    message: Any = generation_message()
+    message.training.learning_rate, message.training.learning_rate_range.min = 0.1, 0.2
+    with pytest.raises(InvalidInput) as caught:
+        from_proto(message, GenerationSpec)
+    assert caught.value.violations[0].field == "spec.training.learning_rate"

@@ -23,7 +23,7 @@ from services.zoo.dataset import Zoo
 from services.zoo.hashing import hash_sequences
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, Params, flatten, init, select
-from services.zoo.universe import HELD_OUT, VALIDATION
+from services.zoo.universe import HELD_OUT, SELECTION
 from tests.crossmodal.conftest import tiny_spec
 
 
@@ -71,9 +71,10 @@ def test_round_trip_with_patterns_of_ones_own(zoo: Zoo, networks: Params, tmp_pa
 def test_probes_are_neither_judged_on_nor_in_the_support_set(zoo: Zoo, networks: Params) -> None:
     # A zoo from elsewhere: half of its probes are what the codec would be judged on, and they are all that the support
     # set has of a behaviour.
-    own = [Evaluation.build(zoo.universe, split=split) for split in (HELD_OUT, VALIDATION)]
+    own = [Evaluation.build(zoo.universe, split=split) for split in (HELD_OUT, SELECTION)]
     sorted_ones = own[1].sequences[own[1].stratum == 2]
-    probes = torch.cat([own[0].sequences[:: len(own[0].sequences) // 24][:24], sorted_ones, zoo.probes])[:48]
+    assert 0 < len(sorted_ones) < 30
+    probes = torch.cat([sorted_ones, own[0].sequences[:: len(own[0].sequences) // 24]])[:48]
     spec = tiny_spec(codec={"inputs": "weights"})
     codec = CodecTrainer(spec, replace(zoo, probes=probes)).codec()
     hashes = hash_sequences(probes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,29 @@ def test_a_perfect_edit_passes_and_a_null_edit_does_not() -> None:
     null = score(before, before, before, after)
     assert (float(null.target), float(null.local), null.all_gate.tolist()) == (0, 0, [False])
     assert float(null.kept) == 1
+    # Where the edit decides nothing, or everything, there is nothing to measure.
+    none = score(after, before, before, before)
+    assert bool(none.target.isnan().all()) and none.all_gate.tolist() == [False]
+    assert bool(score(~before, before, before, ~before).kept.isnan().all())
+
+
+def test_behaviours_without_sequences_count_in_no_mean(zoo: Zoo, untrained: Codec) -> None:
+    contents = replace(untrained.contents, evaluation=without(untrained.evaluation, 2))
+    codec, networks = Codec(contents), select(zoo.params, torch.arange(5))
+    recall, _ = codec.evaluate(networks)
+    assert recall[:, 2].isnan().all() and not recall[:, [0, 1, 3]].isnan().any()
+    effect = codec.effect(networks, [("add", "has_majority")])
+    assert effect.recall[:, :, 2].isnan().all() and not effect.recall[:, :, 3].isnan().any()
+    result = evaluate(codec, zoo)
+    assert all(isfinite(value) for value in result["figures"].values())
+    # An edit that no sequence decides is none that failed, and none that passed.
+    assert {row["pattern"] for row in result["steering"] if not row["edits"]} == {"sorted_ascending"}
+
+
+def without(evaluation: Evaluation, pattern: int) -> Evaluation:
+    """The evaluation set without the sequences that match ``pattern``."""
+    rows = ~evaluation.membership[:, pattern]
+    return Evaluation(*(getattr(evaluation, name)[rows] for name in ("sequences", "membership", "stratum")))
 
 
 def made_by_hand(counts: dict[tuple[int, ...], int], patterns: int) -> Evaluation:
@@ -158,7 +182,7 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
     assert result["subjects"] == {"train": 120, "held_out": 32}
     assert figures["add.null.target_mean"] < 0.4
     assert figures["add.null.local_mean"] == 0
-    assert figures["controls.max_all_gate"] <= 0.05
+    assert figures["controls.max_all_gate"] <= 0.1
     assert set(result["reconstruction"]) == {"all", "layers.0", "layers.1", "layers.2"}
     assert set(result["probes"]) == {"starts_with(A)", "ends_with(B)", "sorted_ascending", "has_majority"}
     assert all(0 <= row["auc"] <= 1 for row in result["probes"].values())

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ethogram.errors import InvalidInput
+from ethogram.errors import InvalidInput, Unavailable
 from services.crossmodal.train import CodecTrainer, micro_batches
+from services.runtime.devices import chosen_device, launch
 from services.runtime.parallel import World, join
 from services.zoo.dataset import Zoo
 from tests.crossmodal.conftest import tiny_spec
@@ -45,35 +46,79 @@ def test_a_part_without_a_pair_is_refused(zoo: Zoo) -> None:
     assert caught.value.violations[0].field == "spec.training.batch_size"
 
 
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("torchrun")
 @pytest.mark.parametrize(
-    ("asked", "processes", "backend", "device"),
-    [
-        (None, 2, "nccl", "cuda:1"),
-        ("cuda", 2, "nccl", "cuda:1"),
-        ("cpu", 2, "gloo", "cpu"),
-        ("cuda:3", 1, "nccl", "cuda:3"),
-    ],
+    ("asked", "backend", "device"), [(None, "nccl", "cuda:1"), ("cuda", "nccl", "cuda:1"), ("cpu", "gloo", "cpu")]
 )
 def test_processes_talk_as_their_device_can(
-    asked: str | None, processes: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+    asked: str | None, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     done: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_device", done.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", done.append)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    assert join(asked) == (World(0, processes), device)
+    assert join(asked) == (World(0, 2), device)
     assert done == [*([device] if backend == "nccl" else []), backend]
 
 
+@pytest.mark.usefixtures("torchrun")
 def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InvalidInput, match="--device: cuda:1 is one device for 2 processes; say cuda"):
         join("cuda:1")
     monkeypatch.delenv("WORLD_SIZE")
     assert join("cuda:1") == (World(), "cuda:1")
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        ["WORLD_SIZE"],
+        ["RANK", "LOCAL_RANK"],
+        ["MASTER_ADDR", "MASTER_PORT"],
+        ["WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"],
+    ],
+)
+def test_a_part_of_torchruns_variables_is_one_process(
+    there: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Schedulers and notebooks set some of them."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name in there:
+        monkeypatch.setenv(name, TORCHRUN[name])
+    assert launch() == (1, 0, 0)
+    assert join("cpu") == (World(), "cpu")
+    assert ("computes alone" in caplog.text) == ("WORLD_SIZE" in there)
+    assert chosen_device("cpu") == "cpu"
+
+
+@pytest.mark.usefixtures("torchrun")
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE: 'two' is not a number"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE: '0' is not a number"),
+        ("RANK", "-1", "RANK: '-1' is not a number"),
+        ("RANK", "2", "RANK: 2 is not below WORLD_SIZE, 2"),
+        ("LOCAL_RANK", "1.5", "LOCAL_RANK: '1.5' is not a number"),
+        ("MASTER_PORT", "http", r"127\.0\.0\.1:http \(MASTER_ADDR, MASTER_PORT\)"),
+    ],
+)
+def test_a_wrong_variable_of_torchrun_is_named(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises((InvalidInput, Unavailable), match=said):
+        join("cpu")
 
 
 @pytest.mark.slow

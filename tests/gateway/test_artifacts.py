@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -87,16 +88,56 @@ def test_path_that_is_there_twice(gateway: Gateway, paths: tuple[str, str]) -> N
     assert fields(put(gateway, [(path, b"") for path in paths])) == ["files.1"]
 
 
+@pytest.mark.parametrize(
+    ("names", "path"),
+    [
+        (b"filename*=UTF-8''tables%2F%C3%B6%20%22b%22.json", 'tables/ö "b".json'),
+        (b"filename=\"o.json\"; filename*=utf-8'de'%C3%B6.json", "ö.json"),
+        # As .NET writes it, unquoted and with a fallback that is not one.
+        (b"filename=\"=?utf-8?B?w7YuanNvbg==?=\"; filename*=utf-8''%C3%B6.json", "ö.json"),
+        (b"FileName*=iso-8859-1''%F6.json", "ö.json"),
+        (b"filename=\"a; filename*=UTF-8''b.json\"", "a; filename*=UTF-8''b.json"),
+        (b"filename*=\"UTF-8''%C3%B6.json\"", "ö.json"),
+    ],
+)
+def test_extended_file_names(gateway: Gateway, names: bytes, path: str) -> None:
+    answer = post_raw(gateway, FORM_HEAD + part(b"name=files; " + names) + b"--b--\r\n")
+    assert answer.status_code == 201, answer.text
+    assert list(answer.json()["manifest"]["files"]) == [path]
+
+
+@pytest.mark.parametrize(
+    ("names", "field"),
+    [
+        (b"filename*=%C3%B6.json", "(root)"),
+        (b"filename*=KOI8-R''%C3", "(root)"),
+        (b"filename*=UTF-8''%FF", "files.0"),
+        (b"filename*=UTF-8''..%2F..%2Fa", "files.0"),
+        (b"filename*=UTF-8''a%00b", "files.0"),
+    ],
+)
+def test_wrong_extended_file_names(gateway: Gateway, names: bytes, field: str) -> None:
+    answer = post_raw(gateway, FORM_HEAD + part(b'name="files"; ' + names) + b"--b--\r\n")
+    assert fields(answer) == [field] and work_is_empty(gateway)
+
+
+def part(disposition: bytes, data: bytes = b"1") -> bytes:
+    return b"--b\r\nContent-Disposition: form-data; " + disposition + b"\r\n\r\n" + data + b"\r\n"
+
+
+FORM_HEAD = part(b'name="name"', b"zoo") + part(b'name="type"', b"zoo")
+
+
+def post_raw(gateway: Gateway, body: bytes, kind: str = "multipart/form-data; boundary=b") -> httpx.Response:
+    return gateway.http.post("/v1/artifacts", content=body, headers={"Content-Type": kind})
+
+
 def test_wrong_forms(gateway: Gateway) -> None:
-    http = gateway.http
+    head = FORM_HEAD
 
-    def raw(body: bytes, kind: str = "multipart/form-data; boundary=b") -> list[str]:
-        return fields(http.post("/v1/artifacts", content=body, headers={"Content-Type": kind}))
+    def raw(*body: Any) -> list[str]:
+        return fields(post_raw(gateway, *body))
 
-    def part(disposition: bytes, data: bytes = b"1") -> bytes:
-        return b"--b\r\nContent-Disposition: form-data; " + disposition + b"\r\n\r\n" + data + b"\r\n"
-
-    head = part(b'name="name"', b"zoo") + part(b'name="type"', b"zoo")
     assert raw(head + part(b'name="files"; filename="a\0b"') + b"--b--\r\n") == ["files.0"]
     assert raw(head + part(b'name="files"; filename="\xff"') + b"--b--\r\n") == ["files.0"]
     assert raw(head + part(b'name="files"; filename="a"')) == ["(root)"]
@@ -111,7 +152,7 @@ def test_wrong_forms(gateway: Gateway) -> None:
     assert fields(put(gateway, {"a": b""}, name="../x")) == ["name"]
     assert fields(put(gateway, {"a": b""}, name="n" * 5000)) == ["(root)"]
     assert fields(put(gateway, {"a": b""}, type="a b")) == ["type"]
-    assert fields(http.post("/v1/artifacts", files=[("files", ("a", b""))])) == ["name", "type"]
+    assert fields(gateway.http.post("/v1/artifacts", files=[("files", ("a", b""))])) == ["name", "type"]
     assert work_is_empty(gateway)
 
 

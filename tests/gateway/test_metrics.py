@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ethogram.specs.generation import GenerationSpec
 from gateway import metrics
+from services.inference.metrics import InferenceMetrics
 from services.jobs.registry import JobRegistry
 from tests.conftest import free_port
 from tests.gateway.running import Gateway, stream, submit
@@ -128,12 +129,13 @@ def test_workers_and_reconcilers_tell_of_themselves(tmp_path: Path, redis_url: s
         stack.close()
 
 
-@pytest.mark.parametrize("process", ["gateway", "worker", "reconciler"])
+@pytest.mark.parametrize("process", ["gateway", "worker", "reconciler", "inference"])
 def test_the_document_names_every_metric(gateway: Gateway, process: str) -> None:
     text = {
         "gateway": lambda: gateway.http.get("/metrics").text,
         "worker": lambda: generate_latest(WorkerMetrics(1).registry).decode(),
         "reconciler": lambda: generate_latest(ReconcilerMetrics().registry).decode(),
+        "inference": lambda: generate_latest(InferenceMetrics(models=int, pending=int).registry).decode(),
     }[process]()
     exposed = {
         family.name + ("_total" if family.type == "counter" else "")

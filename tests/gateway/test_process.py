@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -133,6 +133,34 @@ def test_wrong_settings(tmp_path: Path, redis_url: str, env: dict[str, str], sai
     assert child.returncode == 1
     last = error.strip().splitlines()[-1]
     assert last.startswith("gateway: ") and said in last, error
+
+
+def test_what_kubernetes_sets_for_services_is_ignored(tmp_path: Path, redis_url: str) -> None:
+    """For Services named ``ethogram``, ``ethogram-inference`` and ``ethogram-state``."""
+    links = {
+        f"ETHOGRAM_{service}{name}": value
+        for service in ("", "INFERENCE_", "STATE_")
+        for name, value in {
+            "SERVICE_HOST": "10.0.0.1",
+            "SERVICE_PORT": "80",
+            "SERVICE_PORT_HTTP": "80",
+            "PORT": "tcp://10.0.0.1:80",
+            "PORT_80_TCP": "tcp://10.0.0.1:80",
+            "PORT_80_TCP_PROTO": "tcp",
+            "PORT_80_TCP_PORT": "80",
+            "PORT_80_TCP_ADDR": "10.0.0.1",
+        }.items()
+    }
+    with socket.socket() as taken:
+        # Nothing is started twice on the default port, whoever has it.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with suppress(OSError):
+            taken.bind(("127.0.0.1", 8321))
+            taken.listen()
+        with process(tmp_path, redis_url, **links) as child:
+            _, error = child.communicate(timeout=20)
+    assert "ETHOGRAM_PORT is ignored: tcp://10.0.0.1:80 is the address of a Kubernetes Service" in error
+    assert error.strip().splitlines()[-1].startswith("gateway: port 8321 on 127.0.0.1 is taken")
 
 
 def test_imports_nothing_heavy() -> None:

@@ -280,6 +280,11 @@ def test_answers_are_scored(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert modified["answers"] == 9 and modified["parsed"] == pytest.approx(8 / 9)
     total = sum(row["improvement"] for row in rows)
     assert modified["gain"] == pytest.approx(total / 9, abs=1e-4)
+    # Raw separators that end no line of JSON.
+    prose = [line | {"completion": f"Here\u2028it is:\x85\n{line['completion']}"} for line in lines[:2]]
+    answers.write_bytes("\n".join(json.dumps(line, ensure_ascii=False) for line in prose).encode())
+    assert call("score", zoo, answers, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["modification"]["parsed"] == 1.0
     answers.write_text("\n")
     assert call("score", zoo, answers) == 2
     assert "holds no answers" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from ethogram.specs.generation import GenerationSpec
 from services.generation.buckets import BucketTrainer
 from services.generation.data import Batches, Candidates
 from services.generation.pipeline import DatasetGenerationPipeline, generate
+from services.generation.train import VALIDATION_EXAMPLES
 from services.zoo.dataset import Zoo, architecture_of
 from services.zoo.subjects import encode, forward, unflatten
 from services.zoo.universe import HELD_OUT
@@ -49,7 +50,8 @@ def test_each_branch_does_what_it_was_to_learn(folder: Path) -> None:
             params = unflatten(torch.tensor(row[f"{prefix}weights"]).unsqueeze(0), shape)
             right = (forward(params, encode(shape, sequences))[0] > 0) == labels
             assert right.float().mean() > 0.8
-            assert min(row[f"{prefix}accuracy"]) >= 0.75
+            # The sequences that it was accepted by are others.
+            assert min(row[f"{prefix}accuracy"]) >= 0.65
 
 
 def test_branches_stay_nearer_to_each_other_than_other_networks_do(folder: Path) -> None:
@@ -89,7 +91,8 @@ def test_branches_begin_where_one_network_was_and_see_the_same_sequences(monkeyp
 
     def draw(self: Batches, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         found = original(self, *arguments)
-        drawn.append(found)
+        if found[0].shape[2] != VALIDATION_EXAMPLES:
+            drawn.append(found)
         return found
 
     monkeypatch.setattr(Batches, "draw", draw)

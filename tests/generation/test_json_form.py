@@ -71,6 +71,14 @@ def test_what_is_written_is_what_such_sets_have(zoo: Path, exported: Path, tmp_p
         assert profile["mean"] == record["degraded_signature"]["mean"][0] and len(profile["raw"]) == 12
         assert row["modification_text"] == row["modification_prompt"] + row["modification_completion"]
         assert set(json.loads(row["training_metrics"])) == {"degraded", "improved"}
+        target = [pattern.name for pattern in read_about(zoo)[2]].index(record["target_pattern"])
+        for name, of in (("degraded", "degraded_accuracy"), ("improved", "accuracy")):
+            assert metadata[f"{name}_target_accuracy"] == record[of][target]
+            assert metadata[f"{name}_mean_accuracy"] == metadata[f"{name}_accuracy"] == np.mean(record[of])
+        for name, old in (("target", metadata["improvement"]), ("mean", metadata["improved_accuracy"])):
+            gain = metadata[f"improved_{name}_accuracy"] - metadata[f"degraded_{name}_accuracy"]
+            assert metadata[f"{name}_improvement"] == gain
+            assert old == pytest.approx(gain if name == "target" else np.mean(record["accuracy"]), abs=1e-6)
 
 
 def test_there_and_back(zoo: Path, exported: Path, tmp_path: Path) -> None:
@@ -94,8 +102,14 @@ def test_a_zoo_of_one_stage(tmp_path: Path) -> None:
     export_json(tmp_path / "zoo", tmp_path / "out")
     import_json(tmp_path / "out", tmp_path / "back", patterns=small_spec().patterns)
     before, after = records(tmp_path / "zoo"), records(tmp_path / "back")
-    assert [row["weights"] for row in before] == [row["weights"] for row in after]
-    assert "degraded_weights" not in after[0]
+    for name in ("weights", "training_loss", "validation_loss", "learning_rate"):
+        assert [row[name] for row in before] == [row[name] for row in after]
+    assert "degraded_weights" not in after[0] and before[0]["training_loss"]
+    (row, *_) = parquet.read_table(tmp_path / "out" / "data").to_pylist()
+    metadata = json.loads(row["metadata"])
+    assert (
+        metadata["improved_mean_accuracy"] == metadata["improved_accuracy"] and metadata["target_improvement"] is None
+    )
 
 
 def published(**changes: Any) -> dict[str, Any]:

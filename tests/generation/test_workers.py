@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,15 @@ def test_the_same_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert same(Zoo.load(tmp_path / "there-too"), Zoo.load(tmp_path / "here-too"))
     mine = psutil.Process().children(recursive=True)
     assert not [child for child in mine if "services.generation.workers" in child.cmdline()]
+
+
+def test_modules_of_the_users_own_are_not_mistaken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "services").mkdir()
+    for file in ("services/__init__.py", "types.py", "ethogram.py"):
+        (tmp_path / file).write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    with closing(Workers(small_spec(), 1)) as pool:
+        assert pool.submit(0, 0).result().table.num_rows
 
 
 def test_a_process_that_dies_is_told_and_leaves_no_others() -> None:

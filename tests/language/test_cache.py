@@ -38,6 +38,17 @@ def test_what_is_computed_once_is_had_again(tmp_path: Path) -> None:
     assert TensorCache(tmp_path, "other").get_many(["a"]) == [None]
 
 
+@pytest.mark.parametrize("root", ["file", "/proc/none"])
+def test_a_folder_that_cannot_be_written_costs_only_time(
+    root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    cache = TensorCache(tmp_path / root, "model")
+    for _ in range(2):
+        assert same(cache.get_or_compute(TEXTS, embed), TEXTS)
+    assert cache.misses == 2 * len(TEXTS) and "nothing is cached" in caplog.text
+
+
 def test_types_and_shapes_stay(tmp_path: Path) -> None:
     tensors = [torch.randn(3, 4).T.bfloat16(), torch.tensor(5), torch.zeros(0, 7, dtype=torch.float16)]
     TensorCache(tmp_path, "m").put_many(["x", "y", "z"], tensors)

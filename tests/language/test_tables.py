@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from ethogram.errors import MAX_VIOLATIONS, InvalidInput
 from ethogram.specs.base import Spec
 from services.language.tables import read_columns, read_table
+from services.zoo.json_records import files_in
 
 ROWS = [
     {"name": "small", "latency (ms)": 1.5, "gpus": 1, "_note": None},
@@ -171,9 +172,44 @@ def test_files_that_are_no_tables(name: str, content: bytes | None, error: str, 
         list(read_table(tmp_path / name, Profile, "spec.profile"))
 
 
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\u00a0b", "\ufeffa", "é"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_of_json_ends_at_a_line_feed_alone(text: str, end: str, tmp_path: Path) -> None:
+    """As JSON is written elsewhere: text as it is, and a carriage return as white space between values."""
+    file = tmp_path / "a.jsonl"
+    lines = [json.dumps({"name": text, "latency": 1.0}, ensure_ascii=False), '{"name": "b",\r "latency": 2}', ""]
+    file.write_bytes(end.join(lines).encode())
+    assert [(row.name, row.latency) for row in read_table(file, Profile)] == [(text, 1.0), ("b", 2.0)]
+
+
 def test_a_large_table_is_read_as_it_goes(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("name,latency\n" + "a,1\n" * 10_000 + "a,x\n")
     rows = read_table(file, Profile)
     assert next(rows).name == "a"
     rows.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".CSV"])
+def test_long_cells_and_suffixes_in_capitals(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"table{suffix}"
+    file.write_text(f"name,latency\n{'a' * 300_000},1\n")
+    (row,) = read_table(file, Profile)
+    assert len(row.name) == 300_000 and row.latency == 1
+
+
+def test_where_a_table_is_not_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"name,latency\n" + b"a,1\n" * 9000 + b"caf\xe9,1\n")
+    with pytest.raises(InvalidInput, match=r"cannot be read as UTF-8 text \(line 9002, byte 4\)"):
+        list(read_table(file, Profile))
+    file.write_bytes("name,latency\na,1\n".encode("utf-16"))
+    with pytest.raises(InvalidInput, match="it is UTF-16: save it as UTF-8"):
+        list(read_table(file, Profile))
+
+
+def test_json_records_ignore_hidden_files(tmp_path: Path) -> None:
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("b.jsonl", "a.parquet", "._b.jsonl", ".ipynb_checkpoints/b-checkpoint.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff")
+    assert files_in(tmp_path) == [tmp_path / "a.parquet", tmp_path / "b.jsonl"]

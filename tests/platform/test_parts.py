@@ -109,24 +109,26 @@ def test_a_state_directory_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 def test_redis_runs_with_our_settings_and_a_password(tmp_path: Path) -> None:
     folder = tmp_path / 'with "quotes" and spaces'
     folder.mkdir()
-    file, url = redis.write_settings(folder, free_port())
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    child = Child("redis", [str(redis.find_server()), str(file)], dict(os.environ), tmp_path / "redis.log")
+    server = redis.write_settings(folder, free_port())
+    assert stat.S_IMODE(server.settings.stat().st_mode) == 0o600
+    child = Child("redis", [str(redis.find_server()), str(server.settings)], dict(os.environ), tmp_path / "redis.log")
     child.start()
     try:
 
         def answers() -> bool:
             try:
-                redis.ping(url)
+                return redis.ping(server.port, server.password)
             except Unavailable:
                 return False
-            return True
 
         until(answers)
         # Servers before Redis 7 keep one file, later ones a folder of them.
         assert any(folder.rglob("appendonly.aof*"))
-        with pytest.raises(Unavailable, match="NOAUTH"):
-            redis.ping(url.replace(url[len("redis://") : url.index("@") + 1], ""))
+        with pytest.raises(Unavailable, match=r"WRONGPASS|invalid"):
+            redis.ping(server.port, "another")
+        redis.check(server.url)
+        with pytest.raises(Unavailable, match="start it, or correct REDIS_URL"):
+            redis.check(f"redis://127.0.0.1:{server.port}/0")
     finally:
         child.terminate()
         assert child.finish(time.monotonic() + 10)
@@ -134,11 +136,11 @@ def test_redis_runs_with_our_settings_and_a_password(tmp_path: Path) -> None:
 
 def test_a_redis_that_is_not_there_is_said() -> None:
     with pytest.raises(Unavailable, match="REDIS_URL") as caught:
-        redis.ping(f"redis://:secret@127.0.0.1:{free_port()}/0")
+        redis.check(f"redis://:secret@127.0.0.1:{free_port()}/0?client_name=secret")
     assert "secret" not in caught.value.message
     for url in ("http://127.0.0.1", "redis://127.0.0.1:99999", "redis://[::1"):
-        with pytest.raises(InvalidInput, match="redis://HOST:PORT/0"):
-            redis.ping(url)
+        with pytest.raises(InvalidInput, match="redis://host:6379/0"):
+            redis.check(url)
 
 
 def test_a_child_that_dies_is_started_again_after_ever_longer_pauses(tmp_path: Path) -> None:

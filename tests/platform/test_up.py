@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from ethogram.client import Client
-from ethogram.platform.stack import free_port
+from ethogram.platform.stack import Platform, free_port
+from ethogram.platform.state import StateDir
 from tests.platform.test_parts import gone, until
 
 UP_SECONDS = 8.0
@@ -32,7 +33,8 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from ethogram.cli.main import run; run()", *arguments]
+    # As the installed command: without the current folder on the path.
+    return [sys.executable, "-P", "-c", "from ethogram.cli.main import run; run()", *arguments]
 
 
 @contextmanager
@@ -165,6 +167,30 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=60, env=environment(**env), check=False
     )
+
+
+@pytest.mark.parametrize("starter", ["up", "demo"])
+def test_modules_of_the_users_own_are_not_mistaken_for_ours(
+    starter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process is started in the user's current folder, which may be a project with modules of these names."""
+    (tmp_path / "services").mkdir()
+    names = ("services/__init__", "workers", "gateway", "types", "ethogram", "redis", "grpc", "numpy", "sitecustomize")
+    for name in names:
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    if starter == "demo":
+        with Platform(StateDir(tmp_path / "state")) as platform:
+            run_a_job(platform.url)
+        return
+    with up(tmp_path / "state") as (_, said):
+        run_a_job(said["url"])
+
+
+def run_a_job(url: str) -> None:
+    with Client(url) as client:
+        job = client.submit("generation", {"subjects": 4, "min_accuracy": 0.0, "training": {"steps": 5}})
+        assert client.wait(job.id).check().state == "SUCCEEDED"
 
 
 def test_a_second_platform_says_who_has_the_directory(

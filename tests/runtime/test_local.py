@@ -213,8 +213,11 @@ def test_a_gpu_is_tried_on_the_one_of_the_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.zeros", lambda _, device: tried.append(device))
     assert chosen_device("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "1")
+    assert chosen_device("cuda") == "cuda"
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert (chosen_device("cuda"), chosen_device("cuda:3"), chosen_device("cpu")) == ("cuda", "cuda:3", "cpu")
-    assert tried == ["cuda:0", "cuda:1", "cuda:3", "cpu"]
+    assert tried == ["cuda:0", "cuda:0", "cuda:1", "cuda:3", "cpu"]
 
 
 def test_a_folder_of_something_else_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:

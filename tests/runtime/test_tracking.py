@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -68,6 +69,18 @@ def test_without_credentials_it_is_kept_to_be_sent_later(tmp_path: Path) -> None
     assert run.logs == []
     # The store takes plain files alone.
     ArtifactStore(str(tmp_path / "store")).put(tmp_path / "wandb", name="wandb", type="wandb")
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("offline", True), ("disabled", False)])
+def test_the_spec_says_where_metrics_go(
+    mode: Literal["offline", "disabled"], kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the environment says."""
+    monkeypatch.setenv("WANDB_MODE", "offline" if mode == "disabled" else "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with tracked(WandbSpec(project="zoos", mode=mode), {}, Recorder(tmp_path)) as log:
+        log(1, {"loss": 0.5})
+    assert any((tmp_path / "wandb").glob("offline-run-*/*.wandb")) == kept
 
 
 def test_without_a_spec_nothing_happens(tmp_path: Path) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,10 +24,13 @@ from services.jobs.registry import JobRegistry, JobState
 from services.jobs.signals import CHANNEL, Bell, Notifier, celery_queue, checked_redis_url
 from services.runtime import scratch
 from tests.conftest import free_port
-from workers.metrics import ReconcilerMetrics
+from workers import process
+from workers.ledger import Context
+from workers.metrics import ReconcilerMetrics, WorkerMetrics
 from workers.process import MAX_SOCKET_PATH, Child, child_environment, describe_exit
 from workers.reconciler import Reconciler
 from workers.settings import Slot, WorkerSettings, slots_of
+from workers.supervisor import run_attempt
 
 SLOT = Slot(0, "cpu", 2, "")
 
@@ -153,10 +160,20 @@ def test_slots_own_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_environment_of_a_child() -> None:
-    given = {"PATH": "/bin", "LC_ALL": "C", "HF_TOKEN": "t", "REDIS_URL": "r", "ETHOGRAM_DATABASE_URL": "d", "X": "y"}
-    made = child_environment(SLOT, given)
-    assert {"PATH", "LC_ALL", "HF_TOKEN"} <= made.keys()
-    assert not {"REDIS_URL", "ETHOGRAM_DATABASE_URL", "X"} & made.keys()
+    seen = {
+        "PATH": "/bin",
+        "LC_ALL": "C",
+        "HF_TOKEN": "t",
+        "ALL_PROXY": "p",
+        "no_proxy": "n",
+        "CUDA_DEVICE_ORDER": "PCI",
+    }
+    seen |= {"ETHOGRAM_CACHE": "c", "XDG_CACHE_HOME": "x", "MPLCONFIGDIR": "m", "NUMBA_CACHE_DIR": "n"}
+    seen |= {"TORCHINDUCTOR_CACHE_DIR": "t", "TRITON_CACHE_DIR": "t", "XDG_RUNTIME_DIR": "r", "TMPDIR": "t"}
+    hidden = {"REDIS_URL": "r", "ETHOGRAM_DATABASE_URL": "d", "ETHOGRAM_STATE": "s", "X": "y"}
+    made = child_environment(SLOT, seen | hidden)
+    assert seen.items() <= made.items()
+    assert not hidden.keys() & made.keys()
     assert made["OMP_NUM_THREADS"] == "2"
     assert made["CUDA_VISIBLE_DEVICES"] == ""
 
@@ -172,6 +189,68 @@ def test_a_child_answers_before_torch_is_loaded_and_leaves_nothing(tmp_path: Pat
     child.close(grace=3)
     assert not child.socket.parent.exists()
     assert not Path(f"/proc/{child.pid}").exists()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("tmpdir", "shared", "chosen"),
+    [
+        ("own", "shared", "own"),
+        (None, "shared", "shared"),
+        ("nowhere", "shared", "shared"),
+        ("long" * 30, "shared", "shared"),
+        ("nowhere", "nowhere", "run"),
+        ("long" * 30, "file", "run"),
+    ],
+)
+def test_the_socket_is_where_it_can_be(
+    tmpdir: str | None, shared: str, chosen: str, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("own", "run", "shared", "long" * 30):
+        (short_folder / name).mkdir()
+    (short_folder / "file").touch()
+    monkeypatch.delenv("TMPDIR", raising=False)
+    if tmpdir is not None:
+        monkeypatch.setenv("TMPDIR", str(short_folder / tmpdir))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_folder / "run"))
+    monkeypatch.setattr(process, "SHARED_TMP", str(short_folder / shared))
+    child = Child(KINDS["generation"], SLOT, short_folder)
+    assert child.socket.parent.parent == short_folder / chosen
+    child.wait_ready(lambda: False)
+    child.close(grace=3)
+    assert not any(path.name.startswith("ethogram-") for path in short_folder.glob("*/*"))
+
+
+def test_no_room_for_a_socket_is_a_crash_that_says_what_to_do(
+    short_folder: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = short_folder / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(process, "SHARED_TMP", str(short_folder / "nowhere"))
+    registry = JobRegistry.open(f"sqlite:///{short_folder / 'registry.db'}")
+    job, _ = registry.submit("generation", GenerationSpec(), queue="no-room", max_attempts=1)
+    claim = registry.claim_next("no-room", "w", lease_seconds=10)
+    assert claim is not None
+    config = WorkerSettings(state=short_folder, redis_url=redis_url)
+    with closing(Notifier(redis_url)) as notifier:
+        metrics = WorkerMetrics(1)
+        run_attempt(
+            Context(config, KINDS, registry, notifier, metrics, short_folder / "work", threading.Event()), claim, SLOT
+        )
+    error = registry.get(job.id).error
+    assert error is not None
+    assert "no folder can have the socket of the job's process" in error["message"]
+    assert f"{long}: its path is too long for a unix socket" in error["message"]
+    assert "nowhere: No such file or directory); set TMPDIR" in error["message"]
+    assert not list(long.iterdir())
+    registry.close()
 
 
 def test_scratch_of_dead_workers_is_removed_and_of_living_ones_kept(tmp_path: Path) -> None:

@@ -51,6 +51,15 @@ def test_a_regular_expression_means_what_it_means_in_python(expression: str) -> 
     assert Members(automaton, V, LENGTH).total == sum(expected)
 
 
+@given(st.lists(st.tuples(st.sampled_from(["", "^"]), expressions, st.sampled_from(["", "$"])), min_size=1, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_anchors_at_the_ends_and_plain_groups_change_nothing(parts: list[tuple[str, str, str]]) -> None:
+    plain = "|".join(f"({inner})" for _, inner, _ in parts)
+    anchored = "|".join(f"{start}(?:{inner}){end}" for start, inner, end in parts)
+    assert compiled(anchored).matches(EVERY).tolist() == compiled(plain).matches(EVERY).tolist()
+    assert compiled(anchored).matches(EVERY).tolist() == [re.fullmatch(anchored, word) is not None for word in WORDS]
+
+
 def test_draws_from_a_regular_expression_are_uniform_members() -> None:
     pattern = Pattern("mine", regex="(AB|B.)+C?[^A]*")
     members = {tuple(row) for row in EVERY[pattern.matches(EVERY)].tolist()}
@@ -77,6 +86,12 @@ def test_beyond_enumeration_counts_are_exact() -> None:
     [
         ("A(B", "should be )"),
         ("A)", "no opening parenthesis"),
+        ("A^B", "'^' at character 2 is allowed at the ends alone: patterns match whole sequences; leave out ^ and $"),
+        ("AB$C", "'$' at character 3 is allowed at the ends alone"),
+        ("A(B$)", "'$' at character 4 is allowed at the ends alone"),
+        ("(^A|B)", "'^' at character 2 is allowed at the ends alone"),
+        ("^^A", "'^' at character 2 is allowed at the ends alone"),
+        ("^*A", "should be a letter"),
         ("*A", "should be a letter"),
         ("a", "should be a letter"),
         ("[A", "should be a letter"),

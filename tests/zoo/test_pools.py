@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 
-from services.zoo.patterns import Pattern, default_suite
+from services.zoo.patterns import Pattern, built_in, default_suite, register
 from services.zoo.pools import Evaluation, Pools, probes
-from services.zoo.universe import HELD_OUT, SHARES, SMALL, TRAIN, VALIDATION, Universe, distinct
+from services.zoo.sampling import count
+from services.zoo.universe import HELD_OUT, SELECTION, SHARES, SMALL, TRAIN, VALIDATION, Universe, distinct
 from tests.zoo.oracles import ALL, oracle
 
 SIZES = [(7, 7), (5, 4), (26, 20)]
@@ -30,29 +33,49 @@ def test_every_pattern_has_its_share_of_each_split() -> None:
             slack = 4 if size < SMALL else 5 * (size * share * (1 - share)) ** 0.5
             assert abs(got - share * size) <= slack
     alternating = universe.membership[:, 10]
-    assert torch.bincount(universe.split[alternating].long()).tolist() == [21, 4, 17]
+    assert torch.bincount(universe.split[alternating].long()).tolist() == [21, 4, 9, 8]
 
 
-def test_the_split_of_a_sequence_depends_on_nothing_else() -> None:
-    universe = universe_of(7, 7)
-    some = torch.arange(0, universe.size, 997)
-    assert torch.equal(universe.split_of(universe.sequences[some]), universe.split[some])
-    assert torch.equal(universe.split_of(universe.sequences[some].flip(0)), universe.split[some].flip(0))
+@pytest.mark.parametrize(
+    ("vocab_size", "length"), [(7, 7), (5, 4), (5, 5), (10, 5), (6, 8), (5, 20), (26, 4), (12, 9), (26, 20)]
+)
+def test_the_split_depends_on_sequence_vocabulary_and_length_alone(vocab_size: int, length: int) -> None:
+    """Whichever patterns are enabled, in whichever order, of whichever kind: a regex, a predicate, none at all."""
+    every = built_in(vocab_size)
+    register("two_bs", "B occurs exactly twice")(lambda s: (s == 1).sum(1) == 2)
+    rare = [Pattern("few", regex="AB.{2}.*"), Pattern("one", regex="A{4,}"), Pattern("two_bs")]
+    suites = [default_suite(vocab_size, length), [], every, every[::-1], every[::5], rare, [*rare, *every[3:7]]]
+    small = [p for p in every if 0 < count(p, vocab_size, length) < SMALL]
+    universe = Universe(vocab_size, length, small)
+    generator = torch.Generator().manual_seed(0)
+    sequences = torch.cat(
+        [torch.randint(vocab_size, (4096, length), generator=generator), *map(universe.all_members, range(len(small)))]
+    )
+    splits = universe.split_of(sequences)
+    assert torch.equal(universe.split_of(sequences.flip(0)), splits.flip(0))
+    for suite in suites:
+        assert torch.equal(Universe(vocab_size, length, suite).split_of(sequences), splits)
+    for i, size in enumerate(universe.counts):
+        shares = torch.bincount(universe.split_of(universe.all_members(i)).long(), minlength=len(SHARES))
+        for got, share in zip(shares.tolist(), SHARES, strict=True):
+            # What a pattern shares with rarer ones is ranked with those, so its own shares are a little off.
+            assert abs(got - share * size) <= 1 + 2.5 * (size * share * (1 - share)) ** 0.5
 
 
 def test_small_patterns_of_a_large_universe_are_listed_in_full() -> None:
     universe = Universe(26, 20, [Pattern("alternating"), Pattern("all_same"), Pattern("palindrome")])
     listed = universe.all_members(0)
     assert len(rows(listed)) == len(listed) == 650
-    assert torch.bincount(universe.split_of(listed).long()).tolist() == [325, 65, 260]
+    assert torch.bincount(universe.split_of(listed).long()).tolist() == [325, 65, 130, 130]
 
 
 @pytest.mark.parametrize(("vocab_size", "length"), SIZES)
 def test_pools_of_different_splits_share_no_sequence(vocab_size: int, length: int) -> None:
     universe = universe_of(vocab_size, length)
-    pools = {split: Pools.build(universe, split, limit=512) for split in (TRAIN, VALIDATION, HELD_OUT)}
-    seen = [rows(pool.sequences) for pool in pools.values()]
-    assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
+    splits = (TRAIN, VALIDATION, SELECTION, HELD_OUT)
+    pools = {split: Pools.build(universe, split, limit=512) for split in splits}
+    for one, other in combinations(pools.values(), 2):
+        assert not rows(one.sequences) & rows(other.sequences)
     for split, pool in pools.items():
         assert (universe.split_of(pool.sequences) == split).all()
 
@@ -75,7 +98,7 @@ def test_groups_hold_what_they_say(vocab_size: int, length: int) -> None:
 def test_small_patterns_are_taken_whole_and_large_ones_evenly() -> None:
     universe = universe_of(7, 7)
     pools = Pools.build(universe, limit=2048)
-    assert int(pools.count[1]) == 858
+    assert int(pools.count[1]) == 857
     starts = pools.sequences[int(pools.start[7]) : int(pools.start[7] + pools.count[7])]
     # ends_with(C): the other letters are uniform, not the first of the alphabet.
     shares = torch.nn.functional.one_hot(starts[:, :-1], 7).double().mean(0)
@@ -97,8 +120,10 @@ def test_labels_are_computed_from_the_predicates() -> None:
 def test_evaluation_is_held_out_and_stratified() -> None:
     universe = Universe(7, 7, [*default_suite(), Pattern("alternating")])
     evaluation = Evaluation.build(universe)
-    assert evaluation.stratum.bincount().tolist() == [*[64] * 10, 17, 192]
+    assert evaluation.stratum.bincount().tolist() == [*[64] * 10, 8, 192]
     assert (universe.split_of(evaluation.sequences) == HELD_OUT).all()
+    selection = Evaluation.build(universe, split=SELECTION)
+    assert (universe.split_of(selection.sequences) == SELECTION).all() and len(selection.sequences) == 64 * 10 + 9 + 192
     stands_for = torch.cat([evaluation.membership, ~evaluation.membership.any(1, keepdim=True)], 1)
     assert stands_for.gather(1, evaluation.stratum.unsqueeze(1)).all()
     selected = torch.eye(11, dtype=torch.bool)
@@ -107,6 +132,15 @@ def test_evaluation_is_held_out_and_stratified() -> None:
     # Always no: right wherever the pattern is not; nowhere on its own stratum.
     accuracy = evaluation.by_stratum(~labels)
     assert (accuracy.diagonal() == 0).all() and (accuracy[:, -1] == 1).all()
+
+
+def test_a_stratum_without_sequences_is_not_measured() -> None:
+    # Every sequence begins with one of the letters.
+    universe = Universe(5, 4, [Pattern("starts_with", token) for token in range(5)])
+    evaluation = Evaluation.build(universe)
+    assert not (evaluation.stratum == 5).any()
+    accuracy = evaluation.by_stratum(evaluation.labels(torch.eye(5, dtype=torch.bool)))
+    assert accuracy[:, 5].isnan().all() and torch.equal(accuracy[:, :5], torch.eye(5))
 
 
 def test_evaluation_without_some_sequences() -> None:

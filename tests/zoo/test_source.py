@@ -23,6 +23,7 @@ from services.zoo.source import locate, open_zoo
 from services.zoo.subjects import Architecture, flatten, init
 from services.zoo.universe import Universe
 from tests.hub_server import Hub, reach, serve
+from tests.recorder import Recorder
 
 SPEC = GenerationSpec.model_validate(
     {
@@ -124,6 +125,17 @@ def test_a_dataset_of_the_hub_in_either_form(own: Path, exported: Path, hub: Hub
         assert set(files(found)) == set(files(folder)) - {"README.md"}
         same(open_zoo(found), open_zoo(folder))
     assert locate(str(own), "ZOO") == own
+
+
+def test_a_zoo_of_an_earlier_version_says_that_it_was_split_otherwise(own: Path, tmp_path: Path) -> None:
+    shutil.copytree(own, tmp_path / "former")
+    about = json.loads((own / "zoo.json").read_text())
+    assert about["format"] == 3
+    (tmp_path / "former" / "zoo.json").write_text(json.dumps(about | {"format": 2}))
+    for folder, says in ((own, False), (tmp_path / "former", True)):
+        told = Recorder()
+        same(open_zoo(folder, told), open_zoo(own))
+        assert any("make the zoo again" in line for line in told.logs) == says
 
 
 @pytest.mark.parametrize("source", ["nowhere", "./some/zoo", "them/set.parquet", "me/x..y", "a/b/c"])

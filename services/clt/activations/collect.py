@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import ActivationsSpec
-from services.clt.activations.hooks import HookPoint, capture, check_pair, trace
+from services.clt.activations.hooks import HookPoint, capture, check_pair, misshapen, trace
 from services.clt.activations.sources import CHUNK, ActivationSource, open_source
 from services.clt.activations.store import (
     DTYPES,
@@ -57,7 +57,7 @@ def collect(
     """
     with torch.no_grad():
         source = open_source(spec, run.device, policy, name)
-        points, manifest = plan(spec, source)
+        points, manifest = plan(spec, source, run)
         root, target = spec.root or os.environ.get(ROOT), folder
         if root is not None:
             identity = json.dumps([source.digest, manifest.identity], sort_keys=True)
@@ -74,12 +74,32 @@ def collect(
     return store
 
 
-def plan(spec: ActivationsSpec, source: ActivationSource) -> tuple[list[HookPoint], Manifest]:
+def plan(spec: ActivationsSpec, source: ActivationSource, run: Run) -> tuple[list[HookPoint], Manifest]:
     """The hook points to record, and the manifest of an empty store. Raises :class:`InvalidInput` for hook points and
     pairs that are not possible, and where a split has no instances."""
     named, pairs = source.select(spec.hooks, spec.pairs)
     example, points = source.example(), [point for _, point in named]
-    widths = trace(source.model, named, lambda: source.forward(example, points), (len(example), source.positions))
+    shape = (len(example), source.positions)
+    traced = trace(source.model, points, lambda: source.trial(example, points), shape)
+    fields = {point.name: field for field, point in named}
+    if not spec.hooks and not spec.pairs:
+        # Text does not pass, say, the vision part of a vision-language model.
+        faults = [found for found in traced.values() if isinstance(found, str)]
+        every, pairs = pairs, [pair for pair in pairs if not any(isinstance(traced[end], str) for end in pair)]
+        if not pairs:
+            raise InvalidInput.field("spec.hooks", f"none of the {len(every)} MLPs can be recorded: {faults[0]}")
+        if faults:
+            reason = faults[0].partition(";")[0]
+            run.log(f"{len(every) - len(pairs)} of {len(every)} MLPs are left out ({reason}, ...)", "warning")
+        fields = {end: "spec.hooks" for pair in pairs for end in pair}
+    points, widths = [], dict[str, int]()
+    for name, found in traced.items():
+        if name not in fields:
+            continue
+        if isinstance(found, str):
+            raise InvalidInput.field(fields[name], found)
+        points.append(found[0])
+        widths[name] = found[1]
     for number, (begin, end) in enumerate(pairs):
         check_pair(list(widths), begin, end, f"spec.pairs.{number}")
     validation = _count(spec, VALIDATION, spec.instances)
@@ -152,10 +172,10 @@ def _record(
         while recorded() < spec.instances:
             drawn, mask = next(chunks), validation_mask(spec, start // CHUNK)
             if len(drawn) < len(mask):
-                few = (
-                    f"the texts make {start + len(drawn)} sequences of {source.positions} tokens, not {spec.instances}"
-                )
-                raise InvalidInput.field("spec.instances", f"{few}; ask for at most as many, or give more texts")
+                few = f"the texts make {start + len(drawn)} sequences of {source.positions} tokens"
+                left_out = f" (left out: {source.left_out()})" if source.left_out() else ""
+                hint = "ask for at most as many, or give more texts"
+                raise InvalidInput.field("spec.instances", f"{few}, not {spec.instances}{left_out}; {hint}")
             stop = start + len(mask)
             for split in SPLITS:
                 chosen = (mask == (split == VALIDATION)).nonzero().flatten()
@@ -167,14 +187,33 @@ def _record(
                     size = min(spec.batch_size, writer.room(split))
                     ids, instances = zip(*queue[:size], strict=True)
                     del queue[:size]
+                    # What the last batch left would pass for this one's.
+                    activations.clear()
                     source.forward(torch.stack(instances), points)
-                    rows = {name: value[:, source.first :].cpu() for name, value in activations.items()}
+                    rows = _rows(points, activations, (size, source.positions))
+                    rows = {name: value[:, source.first :].cpu() for name, value in rows.items()}
                     writer.add(split, torch.tensor(ids), rows)
                     run.advance(recorded())
                     if checkpoints and run.checkpoint_due():
                         run.checkpoint(recorded(), lambda target: _link(writer.files(), target))
             start = stop
+    if source.left_out():
+        run.log(f"left out of the texts: {source.left_out()}", "warning")
     return writer.finish()
+
+
+def _rows(points: Sequence[HookPoint], activations: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Activations as ``[instances, positions, width]``. Raises :class:`InvalidInput` for a hook point that was reached
+    in the trial, but for which a batch has not as many vectors as positions: an expert of a mixture."""
+    rows = {}
+    for point in points:
+        tensor = activations.get(point.name)
+        value = None if tensor is None else point.by_position(tensor, shape)
+        if value is None:
+            size = torch.Size([0]) if tensor is None else tensor.shape
+            raise InvalidInput.field("spec.hooks", misshapen(point, size, shape))
+        rows[point.name] = value
+    return rows
 
 
 def _link(files: Iterable[Path], folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,8 +23,15 @@ _LISTED = 12
 Pair = tuple[str, str]
 """Names of a source and a target."""
 SourceKind = Literal["policy", "language_model"]
-# Ends of the names of an MLP's input and output.
-_MLP_SUFFIXES: dict[SourceKind, Pair] = {"policy": ("_pre_mlp", "_mlp"), "language_model": (f"mlp{INPUT}", "mlp")}
+# Ends of the names of an MLP's input and output; in a language model whole names of modules.
+_MLPS: dict[SourceKind, list[Pair]] = {
+    "policy": [("_pre_mlp", "_mlp")],
+    "language_model": [
+        *((f"{module}{INPUT}", module) for module in ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe")),
+        (f"fc1{INPUT}", "fc2"),
+        (f"intermediate{INPUT}", "output.dense"),
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,18 @@ class HookPoint:
     module: str
     """Dotted path of the module in the model."""
     side: Literal["input", "output"]
+    positions_first: bool = False
+    """Whether the model has ``[positions, instances, width]`` here."""
+
+    def by_position(self, tensor: Tensor, shape: tuple[int, int]) -> Tensor | None:
+        """``tensor`` as ``[instances, positions, width]``, or None unless it has one vector for each position of
+        ``shape`` (instances, positions). Models may flatten them to ``[instances * positions, width]``."""
+        if tensor.ndim == 2 and len(tensor) == shape[0] * shape[1]:
+            return tensor.reshape(*shape, tensor.shape[1])
+        if tensor.ndim != 3:
+            return None
+        tensor = tensor.transpose(0, 1) if self.positions_first else tensor
+        return tensor if tensor.shape[:2] == shape else None
 
 
 def policy_points(policy: AttentionPolicy) -> dict[str, HookPoint]:
@@ -70,15 +89,17 @@ def language_points(model: nn.Module) -> dict[str, HookPoint]:
 
 
 def mlp_pairs(kind: SourceKind, names: Sequence[str]) -> list[Pair]:
-    """What enters and leaves each MLP, of the hook points ``names`` of a source of this kind."""
-    input_suffix, output_suffix = _MLP_SUFFIXES[kind]
-    pairs = []
-    for name in names:
-        stem = name.removesuffix(output_suffix)
-        # Of a language model's module the whole name must be mlp.
-        if name.endswith(output_suffix) and (kind == "policy" or stem[-1:] in ("", ".")):
-            pairs.append((stem + input_suffix, name))
-    return [pair for pair in pairs if pair[0] in names]
+    """What enters and leaves each MLP, of the hook points ``names`` of a source of this kind, in their order. An MLP
+    inside another one is left out."""
+    pairs, known = dict[str, Pair](), set(names)
+    for begin, end in _MLPS[kind]:
+        for name in names:
+            stem = name.removesuffix(end)
+            if not name.endswith(end) or stem + begin not in known or (kind != "policy" and stem[-1:] not in ("", ".")):
+                continue
+            if not any(name.startswith(f"{outer}.") for outer in pairs):
+                pairs[name] = (stem + begin, name)
+    return [pairs[name] for name in names if name in pairs]
 
 
 def parse_pair(text: str, field: str) -> Pair:
@@ -108,28 +129,37 @@ def capture(
 
 
 def trace(
-    model: nn.Module, points: Sequence[tuple[str, HookPoint]], drive: Callable[[], object], shape: tuple[int, int]
-) -> dict[str, int]:
-    """Width of each point, by name, in the order in which ``drive``, a forward pass of ``shape`` (instances,
-    positions), reaches them.
+    model: nn.Module, points: Sequence[HookPoint], drive: Callable[[], object], shape: tuple[int, int]
+) -> dict[str, tuple[HookPoint, int] | str]:
+    """The points, by name, each with the width of its vectors, in the order in which ``drive`` reaches them: a forward
+    pass of ``shape`` (instances, positions), two different numbers.
 
-    ``points``: each with the field that names it. Raises :class:`InvalidInput` for a point that is not reached exactly
-    once, or that has no vector for each position.
+    A string instead says why a point cannot be recorded: it is not reached exactly once, or has no vector for each
+    position. Points that are not reached are last.
     """
-    reached: list[tuple[HookPoint, torch.Size]] = []
-    with _watching(model, [point for _, point in points], lambda point, tensor: reached.append((point, tensor.shape))):
+    reached: dict[str, list[torch.Size]] = {}
+    with _watching(model, points, lambda point, tensor: reached.setdefault(point.name, []).append(tensor.shape)):
         drive()
-    for field, point in points:
-        shapes = [size for other, size in reached if other == point]
-        if not shapes:
-            raise InvalidInput.field(field, f"no tensor passes {point.name} in a forward pass; hook another module")
-        if len(shapes) > 1:
-            text = f"{point.name} runs several times in a forward pass; hook the module around it"
-            raise InvalidInput.field(field, text)
-        if len(shapes[0]) != 3 or shapes[0][:2] != shape:
-            text = f"{point.name} has shape {list(shapes[0])} for {shape[0]} instances of {shape[1]} positions"
-            raise InvalidInput.field(field, f"{text}, not a vector for each position; hook another module")
-    return {point.name: size[-1] for point, size in reached}
+    order = {name: number for number, name in enumerate(reached)}
+    points = sorted(points, key=lambda point: order.get(point.name, len(order)))
+    return {point.name: _traced(point, reached.get(point.name, []), shape) for point in points}
+
+
+def _traced(point: HookPoint, sizes: Sequence[torch.Size], shape: tuple[int, int]) -> tuple[HookPoint, int] | str:
+    if not sizes:
+        return f"no tensor passes {point.name} in a forward pass; hook another module"
+    if len(sizes) > 1:
+        return f"{point.name} runs several times in a forward pass; hook the module around it"
+    for form in (point, replace(point, positions_first=True)):
+        if (rows := form.by_position(torch.empty(sizes[0], device="meta"), shape)) is not None:
+            return form, rows.shape[-1]
+    return misshapen(point, sizes[0], shape)
+
+
+def misshapen(point: HookPoint, size: torch.Size, shape: tuple[int, int]) -> str:
+    """What is wrong with a point that has a tensor of ``size`` in a forward pass of ``shape``."""
+    text = f"{point.name} has shape {list(size)} for {shape[0]} instances of {shape[1]} positions"
+    return f"{text}, not a vector for each position; hook another module"
 
 
 def check_pair(order: Sequence[str], source: str, target: str, field: str = "spec.pairs.0") -> None:
@@ -175,11 +205,13 @@ def _first(value: object) -> Tensor | None:
     return next((item for item in items if isinstance(item, Tensor)), None)
 
 
-def unknown_point(field: str, name: str, names: Sequence[str], missing: str = "there is no hook point") -> InvalidInput:
+def unknown_point(
+    field: str, name: str, names: Sequence[str], missing: str = "there is no hook point", advice: str = ""
+) -> InvalidInput:
     """The error for a hook point ``name`` that is none of ``names``."""
     similar = difflib.get_close_matches(name, names, 5, 0.7)
     hint = f"did you mean {', '.join(similar)}?" if similar else listed(names)
-    return InvalidInput.field(field, f"{missing} {name}; {hint}")
+    return InvalidInput.field(field, f"{missing} {name}; {hint}{advice}")
 
 
 def listed(names: Sequence[str]) -> str:

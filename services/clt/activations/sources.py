@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count, islice
 from typing import Any
 
@@ -27,6 +28,7 @@ from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import instances
 from services.language.models import load_language_model
 from services.language.texts import Texts
+from services.runtime.reading import first_line
 from services.runtime.seeds import generator
 
 CHUNK = 1024
@@ -66,7 +68,15 @@ class ActivationSource(ABC):
 
     @abstractmethod
     def example(self) -> Tensor:
-        """Two instances, for a trial run."""
+        """Two or three instances, unlike the number of positions, for a trial run."""
+
+    def trial(self, instances: Tensor, points: Sequence[HookPoint]) -> None:
+        """As :meth:`forward`, but :class:`InvalidInput` says what the model cannot process."""
+        self.forward(instances, points)
+
+    def left_out(self) -> str:
+        """What of the data so far has no part in the instances; empty if nothing."""
+        return ""
 
     def select(self, hooks: Sequence[str], pairs: Sequence[str]) -> tuple[list[tuple[str, HookPoint]], list[Pair]]:
         """The hook points of ``hooks`` and ``pairs`` (``SOURCE->TARGET``), each once, with the first field that names
@@ -82,7 +92,7 @@ class ActivationSource(ABC):
             ends = mlp_pairs(self.kind, list(points))
             requested = [("spec.hooks", name) for pair in ends for name in pair]
         if not requested:
-            text = "the model has no modules called mlp, so name the hooks or pairs to record"
+            text = "no module of the model has the usual name of an MLP, so name the hooks or pairs to record"
             raise InvalidInput.field("spec.hooks", f"{text}; {listed(list(points))}")
         selected: dict[str, tuple[str, HookPoint]] = {}
         for field, name in requested:
@@ -135,47 +145,73 @@ class LanguageModelSource(ActivationSource):
         """Raises :class:`InvalidInput` for a model that ``transformers`` cannot load without running its code, and for
         a context that is too long for it."""
         self.spec, self.device, self.name = spec, device, spec.model
-        loaded = load_language_model(spec.model, device, field=f"{_FIELD}.model")
-        self.model: Any = loaded.model
-        self.tokenizer = loaded.tokenizer
+        self._loaded = load_language_model(spec.model, device, field=f"{_FIELD}.model")
+        self.model: Any = self._loaded.model
         self.positions, self.first = spec.context, int(spec.skip_first)
+        self._texts = Texts(spec.dataset, spec.config, spec.split, spec.column, _FIELD)
         self._check()
-        self.digest = loaded.digest
+        self.digest = self._loaded.digest
 
     def _check(self) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and self.spec.context > limit:
+        # XLNet has -1 and some have none.
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or -1
+        if 0 < limit < self.spec.context:
             raise InvalidInput.field(f"{_FIELD}.context", f"the model has {limit} positions; ask for at most as many")
-        if self.tokenizer.eos_token_id is None:
-            raise InvalidInput.field(f"{_FIELD}.model", "its tokenizer has no token for the end of a text")
+        with self._processing("model", "give a model that processes text alone"):
+            self.forward(torch.zeros(1, 2, dtype=torch.long), [])
+
+    @contextmanager
+    def _processing(self, field: str, hint: str) -> Iterator[None]:
+        """Raise what goes wrong in a forward pass as :class:`InvalidInput` of ``field``."""
+        try:
+            yield
+            if self.device != "cpu":
+                # Until here for what went wrong on the device.
+                torch.accelerator.synchronize()
+        except Exception as error:
+            text = f"the model fails in a forward pass ({type(error).__name__}: {first_line(error)}); {hint}"
+            raise InvalidInput.field(f"{_FIELD}.{field}", text) from error
 
     def points(self) -> dict[str, HookPoint]:
         return language_points(self.model)
 
     def chunks(self, first: int) -> Iterator[Tensor]:
         # Where a chunk begins is known only from the texts before it.
-        sequences = islice(self._sequences(), first * CHUNK, None)
+        sequences = islice(self._sequences(_TEXTS), first * CHUNK, None)
         while True:
             yield torch.tensor(list(islice(sequences, CHUNK)))
 
-    def _sequences(self) -> Iterator[list[int]]:
-        spec, context, rest = self.spec, self.spec.context, list[int]()
-        texts = iter(Texts(spec.dataset, spec.config, spec.split, spec.column, _FIELD))
-        while batch := list(islice(texts, _TEXTS)):
-            for tokens in self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                rest += [*tokens, self.tokenizer.eos_token_id]
+    def _sequences(self, texts_at_once: int) -> Iterator[list[int]]:
+        context, end, rest, texts = self.spec.context, self._loaded.end_of_text, list[int](), iter(self._texts)
+        while batch := list(islice(texts, texts_at_once)):
+            for tokens in self._loaded.tokenize(batch):
+                rest += [*tokens, end]
             whole = len(rest) // context * context
             yield from (rest[start : start + context] for start in range(0, whole, context))
             rest = rest[whole:]
 
     def forward(self, instances: Tensor, points: Sequence[HookPoint]) -> None:
         # Skip the logits if possible: those of a large vocabulary take more memory than everything else.
-        prefix = f"{self.model.base_model_prefix}."
-        inner = all(point.module.startswith(prefix) for point in points)
-        (self.model.base_model if inner else self.model)(input_ids=instances.to(self.device), use_cache=False)
+        model = self.model.base_model if self._in_base(points) else self.model
+        model(input_ids=instances.to(self.device), use_cache=False)
+
+    def _in_base(self, points: Sequence[HookPoint]) -> bool:
+        return all(point.module.startswith(f"{self.model.base_model_prefix}.") for point in points)
+
+    def trial(self, instances: Tensor, points: Sequence[HookPoint]) -> None:
+        if self._loaded.missing and not self._in_base(points):
+            text = f"{self.name} has no weights for {self._loaded.missing[0]}"
+            raise InvalidInput.field("spec.hooks", f"{text}; hook modules of {self.model.base_model_prefix} alone")
+        with self._processing("context", f"it processes 2 tokens, but not {self.positions}; ask for fewer"):
+            self.forward(instances, points)
 
     def example(self) -> Tensor:
-        return torch.zeros(2, self.positions, dtype=torch.long)
+        size = 3 if self.positions == 2 else 2
+        sequences = list(islice(self._sequences(1), size)) or [[0] * self.positions]
+        return torch.tensor((sequences * size)[:size])
+
+    def left_out(self) -> str:
+        return self._texts.left_out()
 
 
 def open_source(spec: ActivationsSpec, device: str, policy: AttentionPolicy | None, name: str = "") -> ActivationSource:

@@ -202,7 +202,9 @@ class ActivationStore:
         """Raise :class:`InvalidInput` of ``field`` for a hook point that is not in the store."""
         for name in names:
             if name not in self.widths:
-                raise unknown_point(field, name, self.hooks, "the store has no")
+                raise unknown_point(
+                    field, name, self.hooks, "the store has no", "; others are recorded by `activations --pair`"
+                )
 
     def read(
         self, split: str, number: int, names: Sequence[str], start: int = 0, stop: int | None = None

@@ -50,7 +50,7 @@ def evaluate(policy: AttentionPolicy, cities: Tensor, samples: int, seed: int, r
     tours per instance, unless 0."""
     run = run or Run()
     run.stage("solve", len(cities), "instances")
-    shortest = reference(cities, run.advance)
+    shortest = reference(cities, run.advance, warn=lambda text: run.log(text, "warning"))
     run.advance(len(cities))
     run.stage("evaluate", len(cities), "instances")
     device = next(policy.parameters()).device

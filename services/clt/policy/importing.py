@@ -1,7 +1,7 @@
 """Attention models that were trained by rl4co (https://github.com/ai4co/rl4co), as policies.
 
 Its checkpoints are pickles. They are read without running anything that is in them: tensors and plain containers are
-built, and every other object becomes an empty placeholder.
+built, and every other object becomes a placeholder with its attributes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import collections
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicyModelSpec
 from services.clt.policy.model import AttentionPolicy
+from services.runtime.run import Run
 
 _FIELD = "checkpoint"
 # Parts of the names of its weights, in several versions, and of ours. They are replaced in this order.
@@ -43,6 +44,19 @@ _NAMES = {
     "decoder.logit_attention.project_out.": "decoder.out.",
 }
 _LAYER = re.compile(r"encoder\.layers\.(\d{1,4})\.")
+# What it says of a policy, and of which types that is.
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "num_heads": (int,),
+    "use_graph_context": (bool,),
+    "normalization": (str,),
+    "tanh_clipping": (int, float),
+    "temperature": (int, float),
+    "mask_inner": (bool,),
+    "mask_logits": (bool,),
+    "num_loc": (int,),
+}
+# Weights that an error lists.
+_LISTED = 5
 
 
 def import_rl4co(
@@ -52,55 +66,65 @@ def import_rl4co(
     nodes: int = 20,
     heads: int | None = None,
     graph_context: bool | None = None,
+    run: Run | None = None,
 ) -> AttentionPolicy:
     """Write the policy in ``source``, a Lightning checkpoint of rl4co's ``AttentionModel`` or ``POMO`` or its state
     dict, into ``folder``.
 
     ``nodes``: cities per training instance, used if the settings do not give them. ``heads`` and ``graph_context``
-    (whether the query contains the mean of the cities) override the settings; without either, 8 and True. A policy
-    trained from every start city, as POMO is, is given its first city; others choose it. Raises :class:`InvalidInput`
-    for anything but such a checkpoint, naming the unknown or missing weights.
+    (whether the query contains the mean of the cities) override the settings; a state dict has none, so give both. A
+    policy trained from every start city, as POMO is, is given its first city; others choose it. ``run`` logs what is
+    not part of a policy here. Raises :class:`InvalidInput` for anything but such a checkpoint, naming the weights that
+    are unknown or missing.
     """
+    run = run or Run()
     checkpoint: Any = read_checkpoint(source) if isinstance(source, Path) else source
     if not isinstance(checkpoint, Mapping):
         raise InvalidInput.field(_FIELD, "holds no mapping; give a Lightning checkpoint of rl4co or its state dict")
-    state = checkpoint.get("state_dict", checkpoint)
-    state = state if isinstance(state, Mapping) else {}
-    tensors = {str(name): value.detach() for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise InvalidInput.field(_FIELD, "holds no weights; give a Lightning checkpoint of rl4co or its state dict")
-    names = {_our_name(name): name for name in tensors if not name.startswith("baseline.")}
+    tensors = _weights(checkpoint, run)
+    names = {_our_name(name): name for name in tensors}
     weights = {ours: tensors[name] for ours, name in names.items()}
+    if twice := [name for name in tensors if name not in names.values()]:
+        raise InvalidInput.field(_FIELD, f"has weights twice, under other names: {_listed(twice)}")
     settings = _settings(checkpoint)
+    if settings.get("mask_inner") is False or settings.get("mask_logits") is False:
+        raise InvalidInput.field(
+            _FIELD, "attends to visited cities (mask_inner or mask_logits is off), unlike a policy"
+        )
+    if settings.get("temperature", 1) != 1:
+        run.log(f"tours are sampled at temperature 1, not {settings['temperature']} as in the checkpoint", "warning")
+    if "tanh_clipping" not in settings:
+        run.log("does not say how logits are clipped: 10, rl4co's default, is taken; greedy tours do not depend on it")
+    heads = heads or settings.get("num_heads")
+    graph_context = settings.get("use_graph_context") if graph_context is None else graph_context
+    for option, value in (("--heads", heads), ("--graph-context or --no-graph-context", graph_context)):
+        if value is None:
+            text = "its settings do not say" if settings else "it holds weights alone, and no settings that say"
+            raise InvalidInput.field(_FIELD, f"{text} what the policy is like; give {option}")
     try:
         spec = PolicyModelSpec(
             hidden_dim=len(weights["encoder.embed.weight"]),
             layers=1 + max((int(match[1]) for name in weights if (match := _LAYER.match(name))), default=0),
-            heads=heads or _number(settings.get("num_heads")) or 8,
+            heads=heads,
             feed_forward=len(weights["encoder.layers.0.mlp.0.weight"]),
-            graph_context=bool(settings.get("use_graph_context", True)) if graph_context is None else graph_context,
-            clipping=clipping if isinstance(clipping := settings.get("tanh_clipping"), int | float) else 10.0,
+            normalization=_normalization(weights, settings),
+            graph_context=graph_context,
+            clipping=settings.get("tanh_clipping", 10.0),
         )
     except KeyError as error:
         raise InvalidInput.field(_FIELD, f"has no {error.args[0]}, so it is no attention model of rl4co") from None
     except ValidationError as error:
         raise InvalidInput.from_pydantic(error, _FIELD) from None
-    policy = AttentionPolicy(spec, _number(settings.get("num_loc")) or nodes)
+    policy = AttentionPolicy(spec, settings.get("num_loc", nodes))
     initial = policy.state_dict()
     if unknown := [name for ours, name in names.items() if ours not in initial]:
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        text = f"has weights that no attention model of rl4co has: {', '.join(unknown[:5])}{more}"
-        raise InvalidInput.field(_FIELD, text)
-    pomo = "num_starts" in settings or settings.get("baseline") == "shared"
-    policy.chooses_start = not pomo and spec.graph_context
-    # A POMO policy has these two, but uses neither.
-    unused = () if policy.chooses_start else ("decoder.placeholder", "decoder.fixed.weight")
-    missing = [name for name in initial.keys() - weights.keys() - {*unused} if "num_batches_tracked" not in name]
-    if any("running_" in name for name in missing):
-        text = "has no running means, so it was trained with instance normalisation; a policy has batch normalisation"
-        raise InvalidInput.field(_FIELD, f"{text}: train with normalization=batch")
+        raise InvalidInput.field(_FIELD, f"has weights that no attention model of rl4co has: {_listed(unknown)}")
+    policy.chooses_start = not settings.get("pomo", not graph_context)
+    # A POMO policy has them all the same.
+    used = {"decoder.placeholder": policy.chooses_start, "decoder.fixed.weight": graph_context}
+    missing = [name for name in initial.keys() - weights.keys() if "num_batches" not in name and used.get(name, True)]
     if missing:
-        raise InvalidInput.field(_FIELD, f"lacks {', '.join(sorted(missing)[:5])}")
+        raise InvalidInput.field(_FIELD, f"lacks {_listed(sorted(missing))}")
     for name, value in weights.items():
         if value.shape != initial[name].shape:
             shapes = f"has shape {list(value.shape)} instead of {list(initial[name].shape)}"
@@ -111,6 +135,25 @@ def import_rl4co(
     return policy
 
 
+def _weights(checkpoint: Mapping[str, Any], run: Run) -> dict[str, Tensor]:
+    """The tensors of the policy. Raises :class:`InvalidInput` for an entry that is something else."""
+    state = checkpoint.get("state_dict", checkpoint)
+    state = {str(name): value for name, value in state.items()} if isinstance(state, Mapping) else {}
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        raise InvalidInput.field(_FIELD, "holds no weights; give a Lightning checkpoint of rl4co or its state dict")
+    left_out = [name for name in state if name.startswith("baseline.")]
+    if left_out:
+        run.log(f"left out, as they serve training alone: {_listed(left_out)}")
+    if other := [name for name in state.keys() - left_out if not isinstance(state[name], Tensor)]:
+        raise InvalidInput.field(_FIELD, f"has entries among its weights that are no tensors: {_listed(sorted(other))}")
+    return {name: value.detach() for name, value in state.items() if name not in left_out}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{', '.join(names[:_LISTED])}{more}"
+
+
 def _our_name(name: str) -> str:
     name = name.removeprefix("policy.")
     for theirs, ours in _NAMES.items():
@@ -118,23 +161,61 @@ def _our_name(name: str) -> str:
     return name
 
 
+def _normalization(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Any:
+    if "encoder.layers.0.norm1.running_mean" in weights:
+        return "batch"
+    if "encoder.layers.0.norm1.weight" in weights:
+        return "instance"
+    if settings.get("normalization") == "layer":
+        return "layer"
+    text = "has no weights of normalization, and no settings with normalization=layer, which has none"
+    raise InvalidInput.field(_FIELD, f"{text}; batch, instance and layer can be imported")
+
+
 def _settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The readable hyperparameters, including the policy's."""
-    settings = checkpoint.get("hyper_parameters")
-    settings = dict(settings) if isinstance(settings, Mapping) else {}
-    policy = settings.get("policy_kwargs")
-    return settings | (dict(policy) if isinstance(policy, Mapping) else {})
+    """What the checkpoint says of the policy, under rl4co's names, and whether it is a ``pomo`` policy: from the policy
+    that is in the settings, or from the options that it was made of, with the library's defaults. Empty for weights
+    alone."""
+    given = checkpoint.get("hyper_parameters")
+    if not isinstance(given, Mapping):
+        return {}
+    pomo = "num_starts" in given or given.get("baseline") == "shared"
+    policy, env, options = given.get("policy"), given.get("env"), given.get("policy_kwargs")
+    if policy is None:
+        defaults = {"num_heads": 8, "use_graph_context": not pomo, "tanh_clipping": 10.0}
+        found = defaults | (dict(options) if isinstance(options, Mapping) else {})
+    else:
+        decoder = _attribute(policy, "decoder")
+        places = (policy, decoder, *(_attribute(decoder, name) for name in ("pointer", "logit_attention")))
+        found = {name: _first(_attribute(place, name) for place in places) for name in _SETTINGS}
+        found["normalization"] = _attribute(policy, "encoder", "net", "layers", "0", "1", "normalizer")
+    cities = [given.get("num_loc"), _attribute(env, "generator", "num_loc"), _attribute(env, "num_loc")]
+    found["num_loc"] = _first(cities)
+    return {"pomo": pomo} | {name: found[name] for name, types in _SETTINGS.items() if type(found.get(name)) in types}
 
 
-def _number(value: object) -> int | None:
-    return value if isinstance(value, int) else None
+def _first(values: Iterable[Any]) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _attribute(value: object, *path: str) -> Any:
+    """What is at ``path`` in an object; None if there is nothing."""
+    for name in path:
+        attributes = getattr(value, "__dict__", {})
+        modules = attributes.get("_modules")
+        value = attributes.get(name, modules.get(name) if isinstance(modules, Mapping) else None)
+    return value
 
 
 class _Placeholder:
-    """Stands for an object of any class, which is not built; ignores whatever a pickle does to it."""
+    """Stands for an object of any class, which is not built; keeps its attributes, and ignores whatever else a pickle
+    does to it."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
+
+    def __setstate__(self, state: object) -> None:
+        self.__dict__ = state if isinstance(state, dict) else {}
 
     append = extend = __setitem__ = __init__
 

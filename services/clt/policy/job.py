@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from services.clt.policy.evaluate import evaluate, evaluation_instances
 from services.clt.policy.model import CONFIG, FORMAT, AttentionPolicy
 from services.clt.policy.report import write_report
 from services.clt.policy.train import PolicyTrainer, train_policy
-from services.clt.policy.tsp import cache_folder
+from services.runtime.cache import cache_folder, writable_folder
 from services.runtime.console import ConsoleRun
 from services.runtime.folders import artifact_in
 from services.runtime.run import Run
@@ -56,9 +57,12 @@ def default_folder(device: str = "cpu", spec: PolicySpec | None = None) -> Path:
     """
     spec = spec or PolicySpec()
     trained = json.dumps(spec.model_dump(mode="json", exclude={"evaluation", "samples", "wandb"}), sort_keys=True)
-    kept = cache_folder() / "policies" / hashlib.sha256(f"{FORMAT} {trained}".encode()).hexdigest()[:32]
+    name = f"policies/{hashlib.sha256(f'{FORMAT} {trained}'.encode()).hexdigest()[:32]}"
+    with suppress(OSError):
+        if (cache_folder(name) / "policy" / CONFIG).exists():
+            return cache_folder(name) / "policy"
+    kept = writable_folder(name)
     if not (kept / "policy" / CONFIG).exists():
-        kept.mkdir(parents=True, exist_ok=True)
         with (kept / "lock").open("w") as lock:
             # One process trains, others wait for its policy.
             fcntl.flock(lock, fcntl.LOCK_EX)

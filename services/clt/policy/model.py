@@ -1,7 +1,7 @@
 """The attention model for the travelling salesman problem (Kool et al. 2019, arXiv 1803.08475).
 
 Cities are points of the unit square, ``[batch, nodes, 2]``. Each layer of the encoder is attention and an MLP, each
-with a residual connection and batch normalisation after it. The decoder builds a tour city by city: a query of the
+with a residual connection and normalisation after it. The decoder builds a tour city by city: a query of the
 tour's first and last city attends to the cities that are left, and the result, the glimpse, is compared with each.
 """
 
@@ -48,12 +48,36 @@ class Attention(nn.Module):
         return attended
 
 
-class Norm(nn.BatchNorm1d):
-    """Batch normalisation over all cities of all instances."""
+class BatchNorm(nn.BatchNorm1d):
+    """Normalisation of each channel over all cities of all instances."""
 
     def forward(self, stream: Tensor) -> Tensor:
         """``[batch, nodes, width]`` to the same."""
         return super().forward(stream.flatten(0, 1)).view_as(stream)
+
+
+class InstanceNorm(nn.InstanceNorm1d):
+    """Normalisation of each channel over the cities of an instance."""
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """``[batch, nodes, width]`` to the same."""
+        return super().forward(stream.transpose(1, 2)).transpose(1, 2)
+
+
+class LayerNorm(nn.Module):
+    """Normalisation over all cities and channels of an instance, without parameters, as in rl4co."""
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """``[batch, nodes, width]`` to the same."""
+        variance, mean = torch.var_mean(stream, (1, 2), keepdim=True)
+        return (stream - mean) / (variance + 1e-5).sqrt()
+
+
+def norm(spec: PolicyModelSpec) -> nn.Module:
+    """The normalisation that ``spec`` names."""
+    if spec.normalization == "layer":
+        return LayerNorm()
+    return BatchNorm(spec.hidden_dim) if spec.normalization == "batch" else InstanceNorm(spec.hidden_dim, affine=True)
 
 
 class Layer(nn.Module):
@@ -63,9 +87,9 @@ class Layer(nn.Module):
         super().__init__()
         width = spec.hidden_dim
         self.attention = Attention(width, spec.heads)
-        self.norm1 = Norm(width)
+        self.norm1 = norm(spec)
         self.mlp = nn.Sequential(nn.Linear(width, spec.feed_forward), nn.ReLU(), nn.Linear(spec.feed_forward, width))
-        self.norm2 = Norm(width)
+        self.norm2 = norm(spec)
 
     def forward(self, stream: Tensor) -> Tensor:
         """``[batch, nodes, width]`` to the same."""
@@ -155,7 +179,9 @@ class AttentionPolicy(nn.Module):
     @property
     def digest(self) -> str:
         """SHA-256 of architecture and weights."""
-        digest = hashlib.sha256(f"{self.spec.model_dump_json()}{self.chooses_start}".encode())
+        # As of a version that knew no other normalisation, so that its stores stay those of its policies.
+        spec = self.spec.model_dump_json(exclude={"normalization"} if self.spec.normalization == "batch" else None)
+        digest = hashlib.sha256(f"{spec}{self.chooses_start}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()

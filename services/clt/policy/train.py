@@ -75,7 +75,7 @@ class PolicyTrainer(Trainer):
         count = nodes if self.baseline is None else 1
         noise = gumbel(batch_size, count, nodes, generator(seed, "tours", self.step), self.device)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
-            # Once: sampling and learning must agree on the batch normalisation.
+            # Once: sampling and learning must agree on the normalisation.
             stream = self.policy.encoder(cities).float()
         known = tables(self.policy, stream)
         start = torch.arange(nodes, device=self.device).expand(batch_size, nodes) if self.baseline is None else None

@@ -7,20 +7,23 @@ city is followed by the first.
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from services.runtime.tensors import write_tensors
+from services.runtime.cache import best_effort, cache_folder
+
+logger = logging.getLogger(__name__)
 
 Distribution = Literal["uniform", "clustered"]
 
@@ -113,27 +116,24 @@ def solve(cities: Tensor, progress: Callable[[int], None] | None = None) -> Tens
     return torch.tensor(tours, device=cities.device).unsqueeze(1)
 
 
-def cache_folder() -> Path:
-    """Folder of results that are slow to compute and never change: ``ETHOGRAM_CACHE``, or ``~/.cache/ethogram``."""
-    return Path(os.environ.get("ETHOGRAM_CACHE") or Path("~/.cache/ethogram")).expanduser()
-
-
-def reference(cities: Tensor, progress: Callable[[int], None] | None = None) -> Tensor:
-    """The tours of :func:`solve`, kept in the cache."""
+def reference(
+    cities: Tensor, progress: Callable[[int], None] | None = None, warn: Callable[[str], None] = logger.warning
+) -> Tensor:
+    """The tours of :func:`solve`, kept in the cache; ``warn`` is told where that is not possible."""
     digest = hashlib.sha256(repr((1, cities.shape)).encode() + cities.cpu().contiguous().numpy().tobytes()).hexdigest()
-    file = cache_folder() / "tours" / f"{digest}.safetensors"
-    try:
-        tours = load_file(file)["tours"]
+    name = f"{digest}.safetensors"
+    with suppress(OSError, KeyError, SafetensorError):
+        tours = load_file(cache_folder("tours") / name)["tours"]
         if tours.shape == (len(cities), 1, cities.shape[1]):
             return tours.to(cities.device)
-    except (FileNotFoundError, KeyError, SafetensorError):
-        pass
     tours = solve(cities, progress)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Two runs may solve the same instances: each writes its own file, and a rename is atomic.
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        write_tensors(Path(scratch, "tours"), {"tours": tours.cpu()})
-        Path(scratch, "tours").replace(file)
+    with best_effort(warn):
+        folder = cache_folder("tours")
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two runs may solve the same instances: each writes its own file, and a rename is atomic.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            Path(scratch, "tours").write_bytes(save({"tours": tours.cpu()}))
+            Path(scratch, "tours").replace(folder / name)
     return tours
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from services.clt.sparse import kernels
+from services.runtime.parallel import ALONE, World
 
 CHUNK = 512
 """Rows whose pre-activations are computed at once, so that they stay in a core's cache."""
@@ -87,22 +88,26 @@ class Code:
 
 
 def top(inputs: Tensor, weight: Tensor, bias: Tensor, k: int, *, bfloat16: bool = False) -> Code:
-    """The ``k`` largest pre-activations above 0 of each row, sparse. ``inputs`` ``[rows, width]``, ``weight``
-    ``[features, width]``, ``bias`` ``[features]``; inputs get no gradient."""
+    """The ``k`` largest pre-activations above 0 of each row, sparse; a row with a NaN has one. ``inputs`` ``[rows,
+    width]``, ``weight`` ``[features, width]``, ``bias`` ``[features]``; inputs get no gradient."""
     rows = len(inputs)
     cols, vals = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
-    for begin, pre in _pre_activations(inputs, weight, bias, bfloat16):
+    for begin, pre, nan in _pre_activations(inputs, weight, bias, bfloat16):
         end = begin + len(pre)
         kernels.spread(kernels.largest, len(pre), pre, k, cols[begin:end], vals[begin:end])
+        if nan is not None:
+            vals[begin:end, 0][nan.any(1)] = np.nan
     pattern = Pattern(np.arange(rows + 1, dtype=np.int64) * k, cols.ravel(), len(weight))
     return _coded(torch.from_numpy(vals.ravel()), inputs, weight, bias, pattern)
 
 
 def above(inputs: Tensor, weight: Tensor, bias: Tensor, threshold: float, *, bfloat16: bool = False) -> Code:
-    """The pre-activations above ``threshold`` (at least 0), sparse."""
+    """The pre-activations above ``threshold`` (at least 0) or NaN, sparse."""
     counts, cols, vals = [], [], []
-    for _, pre in _pre_activations(inputs, weight, bias, bfloat16):
+    for _, pre, nan in _pre_activations(inputs, weight, bias, bfloat16):
         active = pre > max(threshold, 0.0)
+        if nan is not None:
+            active |= nan
         counts.append(active.sum(1))
         cols.append(np.nonzero(active)[1].astype(np.int32))
         vals.append(pre[active])
@@ -112,29 +117,56 @@ def above(inputs: Tensor, weight: Tensor, bias: Tensor, threshold: float, *, bfl
 
 
 def batch_top(
-    inputs: Tensor, weight: Tensor, bias: Tensor, k: int, *, guess: float, bfloat16: bool = False
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    *,
+    guess: float,
+    bfloat16: bool = False,
+    world: World = ALONE,
 ) -> tuple[Code, float]:
-    """The ``k`` x rows largest pre-activations above 0 of all rows together, sparse, and the least of them. ``guess``:
-    a threshold that few more than these are expected to exceed; a bad one only costs time."""
-    count = k * len(inputs)
-    code = above(inputs, weight, bias, guess, bfloat16=bfloat16)
-    if len(code.values) < count and guess > 0:
-        code = above(inputs, weight, bias, 0.0, bfloat16=bfloat16)
+    """The ``k`` x rows largest pre-activations above 0 of all rows of all processes together, sparse, and the least of
+    them. ``guess``: a threshold that few more than these are expected to exceed; a bad one only costs time."""
+    for threshold in dict.fromkeys((max(guess, 0.0), 0.0)):
+        code = above(inputs, weight, bias, threshold, bfloat16=bfloat16)
+        count, found = totals(k * len(inputs), len(code.values), device=inputs.device, world=world)
+        if found >= count:
+            break
+    else:
+        return code, 0.0
     assert code.pattern is not None
+    least = kth_largest(code.values.detach(), count, world)
     values = code.values.detach().numpy()
-    if len(values) <= count:
-        return code, float(values.min(initial=0.0))
-    least = float(np.partition(values, len(values) - count)[len(values) - count])
-    kept = values >= least
+    # A NaN is kept.
+    kept = ~(values < least)
     running = np.concatenate([[0], np.cumsum(kept)])
     pattern = Pattern(running[code.pattern.ptr].astype(np.int64), code.pattern.cols[kept], len(weight))
     return _coded(torch.from_numpy(values[kept]), inputs, weight, bias, pattern), least
 
 
+def totals(*numbers: int, device: torch.device, world: World) -> list[int]:
+    """The sum of each number over the processes."""
+    sums = torch.tensor(numbers, device=device)
+    world.add([sums])
+    return [int(total) for total in sums.tolist()]
+
+
+def kth_largest(values: Tensor, k: int, world: World) -> float:
+    """The ``k``-th largest of the ``values`` of all processes; NaN counts as the largest number."""
+    if world.size > 1:
+        values = world.gather(values if len(values) <= k else values.topk(k, sorted=False).values)
+    if values.device.type == "cpu":
+        # In half the time.
+        return float(np.partition(values.numpy(), len(values) - k)[len(values) - k])
+    return float(values.topk(k, sorted=False).values.min())
+
+
 def _pre_activations(
     inputs: Tensor, weight: Tensor, bias: Tensor, bfloat16: bool
-) -> Iterator[tuple[int, kernels.Floats]]:
-    """The first row of each chunk, and the chunk's pre-activations in an array that the next one overwrites."""
+) -> Iterator[tuple[int, kernels.Floats, Any]]:
+    """The first row of each chunk, the chunk's pre-activations in an array that the next one overwrites, and which of
+    them are NaN (None: none)."""
     with torch.no_grad():
         transposed, buffer = weight.detach().T, torch.empty(min(CHUNK, len(inputs)), len(weight))
         half = transposed.bfloat16() if bfloat16 else None
@@ -145,7 +177,8 @@ def _pre_activations(
                 torch.add((chunk.bfloat16() @ half).float(), bias.detach(), out=pre)
             else:
                 torch.addmm(bias.detach(), chunk, transposed, out=pre)
-            yield begin, pre.numpy()
+            # The sum is NaN where a number is, and cheaper than a look at each.
+            yield begin, pre.numpy(), pre.isnan().numpy() if bool(pre.sum().isnan()) else None
 
 
 def _coded(values: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, pattern: Pattern) -> Code:

@@ -34,7 +34,8 @@ def _compile(**options: Any) -> Callable[[Any], Any]:
     return compiled
 
 
-_products = _compile(fastmath=True)
+# Not all of fast mathematics: a NaN must stay one.
+_products = _compile(fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 # Sorting: fast mathematics may assume that no number is NaN, and then overruns an array where one is.
 _ordering = _compile()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ethogram.specs.clt import SparseLossSpec
 from services.clt.sparse.code import Code
 from services.clt.sparse.model import SparseModel, Step
+from services.runtime.parallel import ALONE, World
 
 
 def error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -84,12 +85,15 @@ def auxiliary(
     inputs: Sequence[Tensor],
     residuals: Sequence[Tensor],
     dead: Sequence[Tensor],
+    *,
     features: int,
+    variances: Tensor,
 ) -> Tensor:
     """Squared error of reconstructing the residuals of the targets from dead features alone, as a share of the
     residuals' variance; the ``features`` largest take part in each row (Gao et al. 2024, arXiv 2406.04093, A.2).
 
-    ``residuals``: of each target; ``dead``: bool ``[features]`` of each source. With fewer dead features the term
+    ``residuals``: of each target, and ``variances``: their mean squares over the whole batch, ``[targets]``; ``dead``:
+    bool ``[features]`` of each source. With fewer dead features the term
     weighs less, as all of them take part in every row: they would grow large and displace living ones. 0 where none
     is dead.
     """
@@ -105,9 +109,7 @@ def auxiliary(
         outputs = (values @ model.decoders[s][which]).split([model.streams.target_widths[t] for t in written], 1)
         share = min(1.0, len(which) / features)
         for t, output in zip(written, outputs, strict=True):
-            parts.append(
-                share * (output - residuals[t]).square().mean() / residuals[t].square().mean().clamp_min(1e-12)
-            )
+            parts.append(share * (output - residuals[t]).square().mean() / variances[t].clamp_min(1e-12))
     return torch.stack(parts).mean() if parts else torch.zeros((), device=inputs[0].device)
 
 
@@ -119,12 +121,16 @@ def terms(
     dead: Sequence[Tensor],
     *,
     bfloat16: bool = False,
+    world: World = ALONE,
+    share: float = 1.0,
 ) -> tuple[dict[str, Tensor], list[Code], list[Tensor]]:
     """The ``loss`` and its terms, the codes, and the reconstructions. Terms of weight 0 are not computed.
 
-    ``inputs``, ``targets``: in the model's units, ``[rows, width]`` each; ``dead``: see :func:`auxiliary`.
+    ``inputs``, ``targets``: in the model's units, ``[rows, width]`` each; ``dead``: see :func:`auxiliary`. In each
+    process of a ``world`` they are the ``share`` of a batch, and the terms are such that their sum, each times its
+    process's share, is that of the whole batch.
     """
-    code = model.encode(inputs, bfloat16=bfloat16)
+    code = model.encode(inputs, bfloat16=bfloat16, world=world)
     outputs = model.decode(code, inputs)
     forms: dict[str, Callable[[], Tensor]] = {
         "l1": lambda: l1(model, code),
@@ -141,7 +147,11 @@ def terms(
     values |= {name: form() for name, form in forms.items() if getattr(weight, name)}
     if weight.auxk and any(bool(mask.any()) for mask in dead):
         residuals = [target - output.detach() for output, target in zip(outputs, targets, strict=True)]
-        values["auxk"] = auxiliary(model, inputs, residuals, dead, weight.auxk_features)
+        variances = torch.stack([share * residual.square().mean() for residual in residuals])
+        world.add([variances])
+        values["auxk"] = auxiliary(
+            *(model, inputs, residuals, dead), features=weight.auxk_features, variances=variances
+        )
     factors = {name: 1.0 if name == "error" else float(getattr(weight, name)) for name in values}
     loss = torch.stack([factors[name] * value for name, value in values.items()]).sum()
     return {"loss": loss, **values}, code, outputs

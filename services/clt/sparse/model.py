@@ -22,6 +22,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.clt import SparseModelSpec
 from services.clt.sparse import code as codes
 from services.clt.sparse.code import SPARSE_BELOW, Code
+from services.runtime.parallel import ALONE, World
 from services.runtime.reading import reading
 from services.runtime.tensors import write_tensors
 
@@ -157,20 +158,20 @@ class SparseModel(nn.Module):
         """Sources or targets in the model's units."""
         return [scale(stream) for scale, stream in zip(self.scales(side), streams, strict=True)]
 
-    def encode(self, inputs: Sequence[Tensor], *, bfloat16: bool = False) -> list[Code]:
-        """The codes of sources in the model's units, ``[rows, width]`` each."""
-        return [self._encode(s, stream, bfloat16) for s, stream in enumerate(inputs)]
+    def encode(self, inputs: Sequence[Tensor], *, bfloat16: bool = False, world: World = ALONE) -> list[Code]:
+        """The codes of sources in the model's units, ``[rows, width]`` each. ``world``: the processes among which the
+        rows of a batch are divided in training."""
+        return [self._encode(s, stream, bfloat16, world) for s, stream in enumerate(inputs)]
 
-    def _encode(self, s: int, stream: Tensor, bfloat16: bool) -> Code:
+    def _encode(self, s: int, stream: Tensor, bfloat16: bool, world: World) -> Code:
         weight, bias, k, kind = self.encoders[s], self.encoder_biases[s], self.k[s], self.spec.activation
         if self.sparse(s):
             if kind == "topk":
                 return codes.top(stream, weight, bias, k, bfloat16=bfloat16)
             if not self.training:
                 return codes.above(stream, weight, bias, float(self.threshold[s]), bfloat16=bfloat16)
-            code, least = codes.batch_top(
-                stream, weight, bias, k, guess=0.8 * float(self.threshold[s]), bfloat16=bfloat16
-            )
+            guess = 0.8 * float(self.threshold[s])
+            code, least = codes.batch_top(stream, weight, bias, k, guess=guess, bfloat16=bfloat16, world=world)
             self._remember(s, least)
             return code
         with torch.autocast(stream.device.type, torch.bfloat16, enabled=bfloat16):
@@ -185,8 +186,8 @@ class SparseModel(nn.Module):
         if kind == "batchtopk":
             least = float(self.threshold[s])
             if self.training:
-                count = min(k * len(stream), positive.numel())
-                least = float(positive.detach().flatten().topk(count, sorted=False).values.min())
+                count, numbers = codes.totals(k * len(stream), positive.numel(), device=stream.device, world=world)
+                least = codes.kth_largest(positive.detach().flatten(), min(count, numbers), world)
                 self._remember(s, least)
             return Code(positive * (positive.detach() >= least))
         return Code(positive)

@@ -13,6 +13,8 @@ from services.clt.sparse.model import Scale, Streams
 
 SMALLEST = 1e-6
 """Share of the mean variance below which a direction counts as constant."""
+CONSTANT = 1e-6
+"""Share of a stream's root mean square below which its standard deviation is rounding in float32."""
 
 
 def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
@@ -41,11 +43,25 @@ def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
 
 
 def scales_of(spec: SaeSpec | CltSpec, store: ActivationStore, streams: Streams) -> tuple[list[Scale], list[Scale]]:
-    """The maps of sources and of targets to the model's units, from the statistics of the training rows."""
+    """The maps of sources and of targets to the model's units, from the statistics of the training rows. Raises
+    :class:`InvalidInput` that names the field of a stream that does not vary, or of a way that does not fit it."""
+    _check_varying(spec, store, streams)
     read = [_scale(store, hook, spec.training.normalize, source=True) for hook in streams.sources]
     if streams.kind == "sae":
         return read, [scale.copied() for scale in read]
     return read, [_scale(store, hook, spec.training.normalize, source=False) for hook in streams.targets]
+
+
+def _check_varying(spec: SaeSpec | CltSpec, store: ActivationStore, streams: Streams) -> None:
+    for side, hooks in (("sources", streams.sources), ("targets", streams.targets)):
+        for number, hook in enumerate(hooks):
+            statistics = store.statistics(hook)
+            variance, mean = statistics.std.square().mean(), statistics.mean.square().mean()
+            if variance.sqrt() <= CONSTANT * (variance + mean).sqrt():
+                named = f"spec.{side}.{number}" if getattr(spec, side, None) else f"spec.{side}"
+                text = f"{hook} is the same in all {statistics.rows} training rows, so there is nothing to learn"
+                field = "spec.hook" if isinstance(spec, SaeSpec) else named
+                raise InvalidInput.field(field, f"{text}; name other hook points")
 
 
 def _scale(store: ActivationStore, hook: str, form: str, *, source: bool) -> Scale:

@@ -29,7 +29,6 @@ from services.runtime.training import (
     fit,
     linear,
     restored_if_refused,
-    share,
     steps_of_epochs,
 )
 
@@ -71,8 +70,11 @@ class SparseTrainer(Trainer):
         self.streams = streams_of(spec, store)
         training = spec.training
         self.steps, self.validate_every, self.snapshots = training.steps, training.validate_every, training.snapshots
+        rows, batch_size = store.rows("train"), training.batch_size
         if training.epochs is not None:
-            self.steps = steps_of_epochs(training.epochs, store.rows("train"), training.batch_size)
+            self.steps = steps_of_epochs(training.epochs, rows, batch_size)
+        if training.snapshot_epochs is not None:
+            self.snapshots = steps_of_epochs(training.snapshot_epochs, rows, batch_size)
         self._falling = math.ceil(training.decay * self.steps)
         if world.size > training.batch_size:
             raise InvalidInput.field("spec.training.batch_size", f"is less than the number of processes, {world.size}")
@@ -138,7 +140,7 @@ class SparseTrainer(Trainer):
         """Give the first reconstructions of an autoencoder, or with a dictionary, the least-squares scale: rows are
         alike, so that many features that read them are active together."""
         model = self.model
-        inputs, targets = self._sides(self._batches.at(0, rank=0, size=self.world.size))
+        inputs, targets = self._sides(self._batches.at(0))
         (reconstruction,) = model.decode(model.encode(inputs), inputs)
         dot, square = float((reconstruction * targets[0]).sum()), float(reconstruction.square().sum())
         factor = dot / square if dot > 0 else SMALLEST_SCALE
@@ -190,10 +192,13 @@ class SparseTrainer(Trainer):
     def _learn(self, inputs: list[Tensor], targets: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         training = self.spec.training
         self.optimization.optimizer.zero_grad()
-        values, code, reconstructions = terms(
-            self.model, inputs, targets, self.spec.loss, self.dead, bfloat16=training.precision == "bfloat16"
-        )
         share = len(inputs[0]) / training.batch_size
+        values, code, reconstructions = terms(
+            *(self.model, inputs, targets, self.spec.loss, self.dead),
+            bfloat16=training.precision == "bfloat16",
+            world=self.world,
+            share=share,
+        )
         (values["loss"] * share).backward()  # type: ignore[no-untyped-call]
         metrics = {name: value.detach() * share for name, value in values.items()}
         counts = [features.counts().to(self.device) for features in code]
@@ -203,10 +208,7 @@ class SparseTrainer(Trainer):
             # All processes must send the same tensors: a term may not reach a parameter in one of them.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        # A running mean over this process's batches; that over all batches is the mean of the processes'.
-        threshold = self.model.threshold / self.world.size
-        self.optimization.update(self.step, metrics, [*fired, threshold])
-        self.model.threshold.copy_(threshold)
+        self.optimization.update(self.step, metrics, fired)
         for rows, active in zip(self.rows_since_fired, fired, strict=True):
             rows += training.batch_size
             rows[active > 0] = 0
@@ -220,8 +222,11 @@ class SparseTrainer(Trainer):
         Each reads a row of its own, so that it is active there, and writes as at the start of training: nothing, or in
         an autoencoder the direction that it reads. Where the decoder is a dictionary's, its row is the one whose error
         is most like the feature's decoder direction. A few at a time: rows are alike, and a feature that is active in
-        one row displaces others in many.
+        one row displaces others in many. The rows are those of the whole batch, so that all processes do the same.
         """
+        inputs, targets, reconstructions = (
+            [self.world.gather(rows.detach()) for rows in side] for side in (inputs, targets, reconstructions)
+        )
         errors = torch.stack([(t - f).square().sum(1) for t, f in zip(targets, reconstructions, strict=True)]).sum(0)
         sampling = generator(self.spec.seed, "revive", self.step)
         for s, dead in enumerate(self.dead):
@@ -256,8 +261,6 @@ class SparseTrainer(Trainer):
                 squares = moments["exp_avg_sq"]
                 squares[which] = squares[~dead].mean(0) if bool((~dead).any()) else squares.mean()
             self.rows_since_fired[s][which] = 0
-        # Other processes would draw from other rows.
-        share(self, self.world)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
