@@ -61,8 +61,9 @@ class Log:
         try:
             import wandb
 
+            make: Any = wandb.Histogram
             values = {
-                name: value if isinstance(value, float | int) else wandb.Histogram(np_histogram=tuple(value))
+                name: value if isinstance(value, float | int) else make(np_histogram=tuple(value))
                 for name, value in metrics.items()
             }
             self._session.log(values, step=step)
