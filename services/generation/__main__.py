@@ -38,7 +38,7 @@ from services.language.tables import Malformed, read_rows
 from services.runtime.console import ConsoleRun
 from services.runtime.folders import artifact_in
 from services.zoo.dataset import BASELINE
-from services.zoo.json_records import patterns_in
+from services.zoo.meanings import patterns_in
 from services.zoo.source import locate
 
 _MODULE = "python -m services.generation"

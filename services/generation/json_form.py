@@ -32,7 +32,9 @@ from services.zoo.dataset import (
     record_of,
     signature_of,
 )
-from services.zoo.json_records import PATTERNS, JsonRecords, Record
+from services.zoo.json_records import DEFINITIONS, JsonRecords, Record
+from services.zoo.meanings import PATTERNS
+from services.zoo.patterns import Pattern
 from services.zoo.subjects import Architecture, Params, encode
 
 
@@ -43,26 +45,25 @@ def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
     about, spec, patterns = read_about(zoo)
     formatter = TrainingDataFormatter(spec.model_copy(update={"format": spec.format or FormatSpec()}), patterns)
     (target / DATA).mkdir(parents=True)
-    names = [pattern.name for pattern in patterns]
     run.stage("export", about["subjects"], "records")
     done = 0
     for number, table in enumerate(read_records(zoo)):
         rows = []
         for record in table.to_pylist():
-            rows.append(_written(record, spec, names, formatter))
+            rows.append(_written(record, spec, patterns, formatter))
             done += 1
             run.advance(done)
         parquet.write_table(pyarrow.Table.from_pylist(rows), target / data_file(number))
     (target / BASELINE).write_bytes((zoo / BASELINE).read_bytes())
-    if spec.patterns:
-        meanings = {"patterns": [pattern.model_dump() for pattern in spec.patterns]}
-        (target / PATTERNS).write_text(json.dumps(meanings, indent=1))
+    # Names alone would be read as earlier work meant them.
+    definitions = {"patterns": [pattern.spec.model_dump() for pattern in patterns]}
+    (target / PATTERNS).write_text(json.dumps(definitions, indent=1))
     if spec.counterfactual is not None:
         run.log("this form has no place for counterfactual branches; they are left out", "warning")
 
 
 def _written(
-    record: Mapping[str, Any], spec: GenerationSpec, names: Sequence[str], formatter: TrainingDataFormatter
+    record: Mapping[str, Any], spec: GenerationSpec, patterns: Sequence[Pattern], formatter: TrainingDataFormatter
 ) -> dict[str, Any]:
     staged = spec.staged is not None
     config = {
@@ -78,7 +79,8 @@ def _written(
     metadata = {
         "target_pattern": record.get("target_pattern"),
         "selected_patterns": record["patterns"],
-        **_accuracies(record, names),
+        DEFINITIONS: [pattern.spec.model_dump() for pattern in patterns],
+        **_accuracies(record, [pattern.name for pattern in patterns]),
         "model_config": config,
         "corruption_stats": {"corruption_rate": spec.staged.corruption_rate} if spec.staged is not None else {},
         "precision": spec.subject.precision,
@@ -167,9 +169,10 @@ def import_json(
     Weights, labels and what is known of the training are kept. Signatures are taken again, as their probes are not in
     the records: on those of a ``baseline_dataset.json`` beside them, or on fresh ones; accuracies are measured again.
 
-    ``patterns``: what the names in the records mean; None: what a ``patterns.json`` beside them says, or else the
-    built-in patterns of these names. ``rename``: names in the records to names of ``patterns``. Raises
-    :class:`InvalidInput` naming the file, row and column that is wrong, before anything is written.
+    ``patterns``: what the names in the records mean; None: what a ``patterns.json`` beside them or their metadata says,
+    or else what earlier work meant by them (see :func:`services.zoo.meanings.undefined`). ``rename``: names in the
+    records to names of ``patterns``. Raises :class:`InvalidInput` naming the file, row and column that is wrong, before
+    anything is written.
     """
     run = run or Run()
     records = JsonRecords(source, patterns=patterns, rename=rename, run=run)

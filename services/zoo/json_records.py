@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,22 +23,22 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import BUILT_IN, GenerationSpec, PatternSpec
+from ethogram.specs.generation import GenerationSpec, PatternSpec
 from services.language.tables import Malformed, files_below, read_rows
 from services.runtime.reading import reading
 from services.runtime.run import Run
 from services.zoo.dataset import BASELINE
-from services.zoo.patterns import TAKES_TOKEN, Pattern, from_specs
+from services.zoo.meanings import PATTERNS, defined, named, patterns_in, undefined
+from services.zoo.patterns import from_specs
 from services.zoo.subjects import ACTIVATIONS, Architecture, Params
 
 _WEIGHT = re.compile(r"(?:.*\.)?(\d+)\.(weight|bias)$")
-_NAME = re.compile(r"(\w+)(?:\(([A-Z])\))?")
 # Columns that are read.
 _COLUMNS = ("example_id", "metadata", "improved_model_weights", "degraded_model_weights", "training_metrics")
 SUFFIXES = (".parquet", ".jsonl")
 """Suffixes of files of records."""
-PATTERNS = "patterns.json"
-"""File beside the records that defines their patterns' names."""
+DEFINITIONS = "pattern_definitions"
+"""Key of a record's metadata: the patterns of its zoo, as in a spec."""
 
 
 class Record(NamedTuple):
@@ -81,7 +80,8 @@ class _Survey:
     ids: set[int] = field(default_factory=set)
     records: int = 0
     shapes: set[Architecture] = field(default_factory=set)
-    counts: set[int] = field(default_factory=set)
+    selections: set[frozenset[str]] = field(default_factory=set)
+    """The sets of patterns."""
     dropouts: set[float] = field(default_factory=set)
 
     def add(self, record: Record) -> None:
@@ -93,12 +93,12 @@ class _Survey:
         if record.degraded is not None and record.target is None:
             raise InvalidInput.field(f"{record.location}.metadata.target_pattern", "is missing")
         for name in (*record.patterns, *filter(None, [record.target])):
-            self.names.setdefault(name, record.location)
+            self.names.setdefault(name, f"{record.location}.metadata.selected_patterns")
         if record.id is not None:
             self.ids.add(record.id)
         self.records += 1
         self.shapes.add(record.shape)
-        self.counts.add(len(record.patterns))
+        self.selections.add(frozenset(record.patterns))
         self.dropouts.add(record.dropout)
 
 
@@ -114,23 +114,31 @@ class JsonRecords:
         rename: Mapping[str, str] | None = None,
         run: Run | None = None,
     ) -> None:
-        """``patterns``: definitions of the names in the records; None: those of a ``patterns.json`` beside them, or
-        else the built-in patterns of these names. ``rename``: names in the records to names of ``patterns``. Raises
-        :class:`InvalidInput` naming the file, row and column that is wrong."""
+        """``patterns``: definitions of the names in the records; None: those of a ``patterns.json`` beside them or in
+        their metadata, or else what :func:`services.zoo.meanings.undefined` says. ``rename``: names in the records to
+        names of ``patterns``. Raises :class:`InvalidInput` naming the file, row and column that is wrong."""
         self._files, self._rename = files_in(source), dict(rename or {})
         if not self._files:
             raise InvalidInput.field(str(source), "is neither a file nor a folder with .parquet or .jsonl files")
-        survey = self._survey(source, run or Run())
+        run = run or Run()
+        survey = self._survey(source, run)
         folder = source if source.is_dir() else source.parent
-        if patterns is None and (folder / PATTERNS).exists():
-            with reading(folder, PATTERNS, "dataset") as path:
-                patterns = patterns_in(json.loads(path.read_bytes()), PATTERNS)
-        self.spec = _spec(survey, patterns)
+        if patterns is None:
+            patterns = _definitions(survey.first, folder)
+        sizes = _spec({"vocab_size": survey.first.shape.vocab_size, "sequence_length": survey.first.shape.length})
+        if patterns is None:
+            meanings = undefined(survey.names, sizes, folder, self._rename, run)
+            # Two names may be one set.
+            patterns = list({named(pattern): pattern for pattern in meanings.values()}.values())
+        else:
+            suite = [pattern.spec for pattern in from_specs(patterns, sizes.vocab_size, sizes.sequence_length)]
+            meanings = defined(survey.names, suite)
+        self._names = {name: named(pattern) for name, pattern in meanings.items()}
+        self.spec = _spec(_described(survey, patterns, self._names))
         """Spec of a zoo of these records."""
         self.patterns = from_specs(self.spec.patterns, self.spec.vocab_size, self.spec.sequence_length)
         self.baseline = folder if (folder / BASELINE).exists() else None
         """Folder with the probes of the records, if there is one."""
-        self._names = _pattern_names(survey, self.patterns)
         self._numbered = len(survey.ids) == survey.records
 
     def __len__(self) -> int:
@@ -140,7 +148,7 @@ class JsonRecords:
         """Each record, with the names of :attr:`patterns`, and its index: its id if all ids differ, else its row."""
         for row, record in enumerate(record for file in self._files for record in self._records(file)):
             index = record.id if self._numbered and record.id is not None else row
-            patterns = [self._names[name] for name in record.patterns]
+            patterns = list(dict.fromkeys(self._names[name] for name in record.patterns))
             target = None if record.target is None else self._names[record.target]
             yield index, record._replace(patterns=patterns, target=target)
 
@@ -263,42 +271,31 @@ def _network(value: Mapping[str, Any], location: str) -> tuple[Architecture, Par
     return Architecture(vocabulary, length, encoding, tuple(widths[:-1]), activation), params
 
 
-def patterns_in(value: Any, location: str) -> list[PatternSpec]:
-    """The patterns of ``{"patterns": [...]}``, as in a spec; ``location`` is for error messages."""
-    try:
-        return [PatternSpec.model_validate(pattern) for pattern in value["patterns"]]
-    except ValidationError as error:
-        raise InvalidInput.from_pydantic(error, location) from None
-    except (KeyError, TypeError):
-        raise InvalidInput.field(location, 'must be {"patterns": [...]}, as in a spec') from None
+def _definitions(record: Record, folder: Path) -> list[PatternSpec] | None:
+    """The definitions of pattern names beside the records, or in the metadata of one, if there are any."""
+    if (folder / PATTERNS).exists():
+        with reading(folder, PATTERNS, "dataset") as path:
+            return patterns_in(json.loads(path.read_bytes()), PATTERNS)
+    if DEFINITIONS in record.metadata:
+        return patterns_in({"patterns": record.metadata[DEFINITIONS]}, f"{record.location}.metadata.{DEFINITIONS}")
+    return None
 
 
-def _built_in(survey: _Survey) -> list[PatternSpec]:
-    """The built-in patterns that the names in the records stand for."""
-    patterns = []
-    for name, location in survey.names.items():
-        match = _NAME.fullmatch(name)
-        if match is None or match[1] not in BUILT_IN or (match[1] in TAKES_TOKEN) != bool(match[2]):
-            text = f"{name} is not a built-in pattern; define it with patterns"
-            raise InvalidInput.field(f"{location}.metadata.selected_patterns", text)
-        patterns.append(PatternSpec(name=match[1], token=match[2]))
-    return patterns
-
-
-def _spec(survey: _Survey, patterns: Sequence[PatternSpec] | None) -> GenerationSpec:
-    """The spec of a zoo of these records."""
+def _described(survey: _Survey, patterns: Sequence[PatternSpec], names: Mapping[str, str]) -> dict[str, Any]:
+    """The spec of a zoo of these records; ``names``: the zoo's name of each pattern."""
     first, metadata = survey.first.shape, survey.first.metadata
     staged: dict[str, Any] | None = None
     if survey.first.degraded is not None:
         rate = _mapping(metadata.get("corruption_stats")).get("corruption_rate")
         staged = {"corruption_rate": rate} if _is_number(rate) else {}
-    config = {
+    counts = {len({names[name] for name in selection}) for selection in survey.selections}
+    return {
         "subjects": survey.records,
         "vocab_size": first.vocab_size,
         "sequence_length": first.length,
-        "patterns": [pattern.model_dump() for pattern in (_built_in(survey) if patterns is None else patterns)],
-        "min_patterns_per_batch": min(survey.counts),
-        "max_patterns_per_batch": max(survey.counts),
+        "patterns": [pattern.model_dump() for pattern in patterns],
+        "min_patterns_per_batch": min(counts),
+        "max_patterns_per_batch": max(counts),
         "subject": {
             "layers": _range({len(shape.hidden) for shape in survey.shapes}),
             "neurons": _range({shape.hidden[0] for shape in survey.shapes}),
@@ -312,23 +309,14 @@ def _spec(survey: _Survey, patterns: Sequence[PatternSpec] | None) -> Generation
         "staged": staged,
         "min_accuracy": 0.0,
     }
+
+
+def _spec(values: Mapping[str, Any]) -> GenerationSpec:
     try:
-        return GenerationSpec.model_validate(config)
+        return GenerationSpec.model_validate(values)
     except ValidationError as error:
         raise InvalidInput.from_pydantic(error, "records") from None
 
 
 def _range(values: set[Any]) -> dict[str, Any]:
     return {"min": min(values), "max": max(values)}
-
-
-def _pattern_names(survey: _Survey, patterns: Sequence[Pattern]) -> dict[str, str]:
-    """Pattern of each name in the records; ``starts_with`` alone is enough if there is one such pattern."""
-    kinds = Counter(pattern.kind for pattern in patterns)
-    names = {pattern.kind: pattern.name for pattern in patterns if kinds[pattern.kind] == 1}
-    names |= {pattern.name: pattern.name for pattern in patterns}
-    for name, location in survey.names.items():
-        if name not in names:
-            text = f"{name} is none of the patterns: {', '.join(pattern.name for pattern in patterns)}"
-            raise InvalidInput.field(f"{location}.metadata.selected_patterns", text)
-    return names

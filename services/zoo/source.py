@@ -12,7 +12,8 @@ from ethogram.specs.base import HubSpec
 from services.artifacts.hub import fetch
 from services.runtime.run import Run
 from services.zoo.dataset import ABOUT, BASELINE, FORMER, Zoo, read_about, with_probes
-from services.zoo.json_records import PATTERNS, SUFFIXES, JsonRecords, files_in
+from services.zoo.json_records import SUFFIXES, JsonRecords, files_in
+from services.zoo.meanings import PATTERNS
 from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation, probes
 from services.zoo.subjects import encode, flatten
 from services.zoo.universe import Universe

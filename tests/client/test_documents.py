@@ -59,8 +59,23 @@ def test_the_examples_are_valid(path: Path) -> None:
     kind.spec.model_validate(inputs | content)
 
 
-def test_the_example_of_a_staged_zoo_is_valid() -> None:
+def test_zoos_of_the_examples_record_what_a_codec_needs() -> None:
+    """Each neuron's activation, before the activation function, on more probes than it has weights and a bias."""
     from ethogram.cli.files import read_mapping
     from ethogram.specs.generation import GenerationSpec
 
-    assert GenerationSpec.model_validate(read_mapping(ROOT / "examples" / "staged.yaml", "spec")).staged is not None
+    contents = {path.name: read_mapping(path, "example") for path in (ROOT / "examples").glob("*.yaml")}
+    zoos = [(name, content) for name, content in contents.items() if "subjects" in content]
+    zoos += [
+        (name, job["spec"])
+        for name, content in contents.items()
+        for job in content.get("jobs", {}).values()
+        if job["kind"] == "generation"
+    ]
+    assert {name for name, _ in zoos} >= {"main.yaml", "staged.yaml", "ten-behaviors.yaml"}
+    for name, values in zoos:
+        spec = GenerationSpec.model_validate(values)
+        one_hot = spec.subject.input_encoding == "one_hot"
+        inputs = spec.sequence_length * (spec.vocab_size if one_hot else 1)
+        assert "raw" in (spec.signature.methods or ["raw"]) and spec.signature.activations == "pre", name
+        assert spec.signature.probes > max(inputs, spec.subject.neurons.max) + 1, name
