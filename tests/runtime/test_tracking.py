@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -190,3 +191,20 @@ def test_files_of_a_killed_attempt_are_replaced_by_the_whole_run(tmp_path: Path)
     mine.rmdir()
     assert logged(tmp_path / "wandb")[:1] == ["0.515625"]
     assert json.dumps(sorted(run.artifacts)) == '[["wandb", "wandb"]]'
+
+
+@pytest.mark.parametrize("checkpoints", [["yes"], []])
+def test_after_a_kill_all_steps_are_in_one_run(tmp_path: Path, checkpoints: list[str]) -> None:
+    def attempt(folder: str, *more: str) -> int:
+        command = [sys.executable, "-m", "tests.runtime.killed", str(tmp_path / folder), *more]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    assert attempt("whole") == 0
+    assert attempt("run", "7", *checkpoints) == -signal.SIGKILL
+    # What was logged until then is in the run's own folder, not in one that went with the process.
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+    assert (tmp_path / "run" / "checkpoint").exists() is bool(checkpoints)
+    assert attempt("run") == 0
+    id = json.loads((tmp_path / "run" / "run.json").read_text())["id"]
+    assert [path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")] == [id]
+    assert logged(tmp_path / "run" / "wandb") == logged(tmp_path / "whole" / "wandb")

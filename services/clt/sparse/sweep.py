@@ -125,6 +125,12 @@ class Sweep(Run):
         """Name of the run in progress."""
         self._run = run
 
+    def begin(self, name: str) -> None:
+        """Go on to the run ``name``."""
+        self.present = name
+        # The same in every attempt, so that a resumed run continues that at Weights & Biases.
+        self.id = hashlib.sha256(f"{self._run.id} {name}".encode()).hexdigest()[:16] if self._run.id else ""
+
     def fail(self, name: str, reason: str) -> None:
         """Record that a run failed; the others continue."""
         self.failed[name] = reason
@@ -152,9 +158,7 @@ class Sweep(Run):
                 interrupted = kept["present"]
         for number, (name, spec) in enumerate(specs.items(), 1):
             if name not in self.rows and name not in self.failed:
-                self.present = name
-                # The same in every attempt, so that a resumed run continues that at Weights & Biases.
-                self.id = hashlib.sha256(f"{self._run.id} {name}".encode()).hexdigest()[:16] if self._run.id else ""
+                self.begin(name)
                 self._run.log(f"{name}: run {number} of {len(specs)}")
                 self.resume = checkpoint / PRESENT if checkpoint is not None and name == interrupted else None
                 try:
