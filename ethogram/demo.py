@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _OPERATIONS: tuple[Operation, ...] = ("add", "remove")
 _SERVED_SECONDS = 30.0
+_LOOKUPS, _CONTROLS = ("same_label", "nearest_train", "centroid"), ("null", "random", "reverse")
 # Measured only by a run that does the work; a later run repeats its values.
 _COSTS = ("seconds", "peak_rss_mib", "first_event_s")
 _BARS = {
@@ -66,6 +67,7 @@ class Sizes(NamedTuple):
 
 
 _ANY_ZOO = ArtifactRef(artifact="zoo")
+# As in examples/demo.yaml.
 FULL = Sizes("demo", GenerationSpec(), CrossmodalSpec(zoo=_ANY_ZOO))
 QUICK = Sizes(
     "demo-quick",
@@ -136,6 +138,11 @@ def run(
     # Only the full size has bars.
     measured = evaluation["figures"]
     figures = {name: Figure(measured.get(name), *(() if quick else bar)) for name, bar in _BARS.items()}
+    for operation in _OPERATIONS:
+        figures[f"{operation}.kept_mean"] = Figure(measured.get(f"{operation}.kept_mean"))
+        for name in (f"{operation}.{way}.{figure}" for way in _LOOKUPS for figure in ("all_gate", "kept_mean")):
+            figures[name] = Figure(measured.get(name))
+    figures["nearest_train.agreement"] = Figure(measured.get("nearest_train.agreement"))
     figures |= {
         "seconds": Figure(time.monotonic() - began, "<=", 600.0),
         "peak_rss_mib": Figure(memory.mib, "<=", 4096.0),
@@ -150,7 +157,9 @@ def run(
         "reused": this.reused,
         "model": {"name": model.name, "version": model.version, "artifact": model.artifact},
         "subjects": evaluation["subjects"],
+        "summary": evaluation["summary"],
         "steering": evaluation["steering"],
+        "others": evaluation["others"],
         "served": {f"{operation} {name}": value._asdict() for (operation, name), value in served.items()},
     }
     (output / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -312,25 +321,30 @@ def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
 def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Served], output: Path) -> None:
     """The table for people."""
     rows = [row for row in report["steering"] if row["edits"] and row["mode"] == "residual"]
-    all_gate = {(row["operation"], row["pattern"], row["variant"]): row["all_gate"] for row in rows}
-    columns = ("pattern", "edits", "target_mean", "local_mean", "all_gate")
+    passed = {(r["operation"], r["pattern"], r["variant"]): r["all_gate"] for r in [*rows, *report["others"]]}
+    columns = ("pattern", "edits", "target_mean", "local_mean", "kept_mean", "all_gate")
     for operation in _OPERATIONS:
         cells = []
         for row in rows:
             if row["operation"] == operation and row["variant"] == "edit":
-                name = row["pattern"]
-                controls = (all_gate.get((operation, name, control)) for control in ("null", "random", "reverse"))
-                recall = served.get((operation, name))
-                cells.append([*map(row.get, columns), *controls, *(recall[1:] if recall else ("", ""))])
-        table(
-            ["Pattern", "Edits", "Target", "Local", "All-gate", "Null", "Random", "Reverse", "Recall", "Steered"],
-            cells,
-            title=f"{operation.upper()} a behaviour: held-out networks, residual edits",
-        )
+                lookups = (passed.get((operation, row["pattern"], way)) for way in _LOOKUPS)
+                control = max(passed[operation, row["pattern"], name] for name in _CONTROLS)
+                cells.append([*map(row.get, columns), *lookups, control])
+        head = ["Pattern", "Edits", "Target", "Local", "Kept", "Both gates"]
+        title = f"{operation.upper()} a behaviour: held-out networks, residual edits"
+        table([*head, "Same label", "Nearest train", "Centroid", "Best control"], cells, title=title)
     say(
-        "Target: accuracy where the edit decides. Local: change of accuracy elsewhere. All-gate: share of edits with\n"
-        "target >= 0.85 and local >= -0.02; beside it that of the controls. Recall, Steered: what the inference\n"
-        "service measured before and after it steered them."
+        "Target: accuracy where the edit decides. Local: change of accuracy elsewhere. Kept: share of the answers\n"
+        "elsewhere that are still the source's. Both gates: share of edits with target >= 0.85 and local >= -0.02;\n"
+        "beside it that of lookups (a training network with the requested labels; the one nearest to the steered\n"
+        "latent; the decoded centroid) and of the best control (no edit, a random direction, the reverse direction)."
+    )
+    for sentence in report["summary"]:
+        say(f"- {sentence}")
+    table(
+        ["Edit", "Networks", "Recall before", "After"],
+        [(f"{operation} {name}", *value) for (operation, name), value in served.items()],
+        title="Recall of the behaviour, measured by the inference service before and after it steered the networks",
     )
     table(
         ["Figure", "Value", "Bar", ""],
@@ -341,4 +355,6 @@ def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Serv
     )
     if report["reused"]:
         say(f"Reused from an earlier run: {', '.join(report['reused'])}; seconds and memory are of that run.")
+    if report["size"] == FULL.name:
+        say("The same zoo and codec as a pipeline: ethogram pipeline examples/demo.yaml --wait")
     say(f"In {output}/: report.json, latent_map.png, steering.png, steered.safetensors, and evaluation/ with the rest")

@@ -181,7 +181,7 @@ def _written(path: Path, tensors: Mapping[str, NDArray[Any]], **more: Any) -> An
     if "local" in more:
         strength = more["strength"]
         shown = more | ({"strength": _range(strength)} if isinstance(strength, list) else {})
-        names = ("target", "local", "nothing_to_change", "strength")
+        names = ("target", "local", "kept", "nothing_to_change", "strength")
         lines.append("; ".join(f"{name.replace('_', ' ')}: {shown[name]}" for name in names))
     return Answer(value, lambda: say("\n".join(lines)))
 

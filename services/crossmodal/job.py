@@ -18,8 +18,8 @@ from services.zoo.source import open_zoo
 
 
 def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
-    """Artifacts: ``codec`` and ``report``; with ``spec.hub`` the codec is uploaded at the end. Returns the ``figures``
-    and the numbers of ``subjects``; the rows behind them are in the report (see
+    """Artifacts: ``codec`` and ``report``; with ``spec.hub`` the codec is uploaded at the end. Returns the ``summary``,
+    the ``figures`` and the numbers of ``subjects``; the rows behind them are in the report (see
     :func:`services.crossmodal.evaluate.evaluate`)."""
     if spec.hub is not None and world.first and run.resume is None:
         # Fail before training, not after it, without a network or permission.
@@ -40,4 +40,4 @@ def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
             again = f"`python -m services.crossmodal push CODEC {spec.hub.repo}` tries again"
             with run.side_output("the upload of the codec", f"it is kept; {again}"):
                 push(Path(scratch, "codec"), spec.hub)
-    return {name: evaluation[name] for name in ("figures", "subjects")}
+    return {name: evaluation[name] for name in ("summary", "figures", "subjects")}

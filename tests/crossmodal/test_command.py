@@ -64,7 +64,7 @@ def test_an_interrupted_run_on_a_dataset_of_the_hub_goes_on(
     typed = ("train", "them/zoo", "-f", spec, "-o", tmp_path / "run", "--device", "cpu")
     monkeypatch.setattr(local, "CHECKPOINT_SECONDS", 0.0)
     # What comes after training takes its time, and is tested elsewhere.
-    monkeypatch.setattr(job, "evaluate", lambda *_: {"figures": {}, "subjects": {}})
+    monkeypatch.setattr(job, "evaluate", lambda *_: {"summary": [], "figures": {}, "subjects": {}})
     monkeypatch.setattr(job, "write_report", lambda folder, *_: folder.mkdir())
     advance, trained = ConsoleRun.advance, list[int]()
     stages: list[str] = []

@@ -1,4 +1,4 @@
-"""A run in the folder of the first argument; it kills its own process after the step of the second, where there is one."""
+"""Trains in the folder of the first argument, with checkpoints ``often`` or ``never``, and ends as by ``kill -9``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from tests.runtime.test_training import ToyTrainer, toy_spec
 
 
 class Killed(ToyTrainer):
-    """Ends as by ``kill -9``."""
+    """Ends its process at the seventh step."""
 
     def advance(self) -> dict[str, Tensor]:
-        if len(sys.argv) > 2 and self.step == int(sys.argv[2]):
+        if self.step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().advance()
 
 
-if __name__ == "__main__":
-    spec = toy_spec(steps=12, validate_every=4).model_validate(
-        toy_spec(steps=12, validate_every=4).model_dump() | {"wandb": {"project": "zoos"}}
-    )
-    folder = RunFolder(Path(sys.argv[1]))
+def train(root: Path, trainer: type[ToyTrainer], checkpoint_seconds: float = 600.0) -> str:
+    """Train, or resume, in the run folder ``root``; the run's id."""
+    plain = toy_spec(steps=12, validate_every=4)
+    spec = plain.model_validate(plain.model_dump() | {"wandb": {"project": "zoos"}})
+    folder = RunFolder(root)
     folder.begin(spec)
-    # The third argument: checkpoints at every chance.
-    with ConsoleRun(folder.root, checkpoint_seconds=0.0 if len(sys.argv) > 3 else 600.0, id=folder.id) as run:
-        fit(Killed(spec), run)
+    with ConsoleRun(folder.root, checkpoint_seconds=checkpoint_seconds, id=folder.id) as run:
+        fit(trainer(spec), run)
+    return run.id
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), Killed, 0.0 if sys.argv[2] == "often" else 600.0)

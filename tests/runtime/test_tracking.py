@@ -21,6 +21,8 @@ from services.runtime import tracking
 from services.runtime.console import ConsoleRun
 from services.runtime.tracking import tracked
 from tests.recorder import Recorder
+from tests.runtime import killed
+from tests.runtime.test_training import ToyTrainer
 from tests.wandb_server import KEY, serve
 
 SPEC = WandbSpec(project="zoos", name="mine")
@@ -193,18 +195,14 @@ def test_files_of_a_killed_attempt_are_replaced_by_the_whole_run(tmp_path: Path)
     assert json.dumps(sorted(run.artifacts)) == '[["wandb", "wandb"]]'
 
 
-@pytest.mark.parametrize("checkpoints", [["yes"], []])
-def test_after_a_kill_all_steps_are_in_one_run(tmp_path: Path, checkpoints: list[str]) -> None:
-    def attempt(folder: str, *more: str) -> int:
-        command = [sys.executable, "-m", "tests.runtime.killed", str(tmp_path / folder), *more]
-        return subprocess.run(command, capture_output=True, check=False).returncode
-
-    assert attempt("whole") == 0
-    assert attempt("run", "7", *checkpoints) == -signal.SIGKILL
+@pytest.mark.parametrize("checkpoints", ["often", pytest.param("never", marks=pytest.mark.slow)])
+def test_after_a_kill_all_steps_are_in_one_run(tmp_path: Path, checkpoints: str) -> None:
+    command = [sys.executable, "-m", "tests.runtime.killed", str(tmp_path / "run"), checkpoints]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
     # What was logged until then is in the run's own folder, not in one that went with the process.
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
-    assert (tmp_path / "run" / "checkpoint").exists() is bool(checkpoints)
-    assert attempt("run") == 0
-    id = json.loads((tmp_path / "run" / "run.json").read_text())["id"]
+    assert (tmp_path / "run" / "checkpoint").exists() is (checkpoints == "often")
+    id = killed.train(tmp_path / "run", ToyTrainer)
     assert [path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")] == [id]
+    killed.train(tmp_path / "whole", ToyTrainer)
     assert logged(tmp_path / "run" / "wandb") == logged(tmp_path / "whole" / "wandb")
