@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from inspect import unwrap
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from services.runtime import checkpoints
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 from services.runtime.tensors import write_tensors
-from services.runtime.tracking import Log, tracked
+from services.runtime.tracking import Log, histogram, tracked
 
 STATE, ABOUT = "state.safetensors", "state.json"
 LEARNING_RATE = "spec.training.learning_rate"
@@ -164,6 +165,8 @@ class Progress:
 
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics and validations, each row with its ``step``."""
+    histograms: list[dict[str, Any]] = field(default_factory=list)
+    """What Weights & Biases gets beside the history: rows of ``step`` and histograms by name."""
     wandb: str | None = None
     """Id of the run at Weights & Biases."""
     lowest: float = math.inf
@@ -264,7 +267,10 @@ def fit(trainer: Trainer, run: Run | None = None, world: World = ALONE) -> None:
     run.stage("train", trainer.steps)
     run.advance(trainer.step)
     with tracked(spec.wandb if world.first else None, spec.model_dump(mode="json"), run, progress.wandb) as log:
-        progress.wandb = log.id
+        progress.wandb = log.id or progress.wandb
+        # A resumed run logs to the same one, which may lack what a killed attempt had not sent.
+        for row in sorted([*progress.history, *progress.histograms], key=itemgetter("step")):
+            log(row["step"], {name: value for name, value in row.items() if name != "step"})
         while trainer.step < trainer.steps and (trainer.patience is None or progress.stale < trainer.patience):
             try:
                 metrics = _metrics(trainer, world, log)
@@ -312,8 +318,10 @@ def _metrics(trainer: Trainer, world: World, log: Log) -> dict[str, float]:
         else:
             progress.stale += 1
         trainer.optimization.after_validation(progress.stale)
-        for name, distribution in trainer.histograms().items():
-            log.histogram(step, name, distribution)
+        if log.id is not None and (distributions := trainer.histograms()):
+            histograms = {name: histogram(values) for name, values in distributions.items()}
+            progress.histograms.append({"step": step, **histograms})
+            log(step, histograms)
         metrics |= measured
     return metrics
 
