@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from ethogram.client import Client
 from ethogram.platform.stack import Platform
@@ -19,6 +21,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+ON_THE_PLATFORM = {
+    *(f"tests/client/test_{name}.py" for name in ("cli", "client", "deletion", "retries")),
+    "tests/e2e/test_clt.py",
+}
+
 
 def free_port() -> int:
     """A TCP port that was free a moment ago."""
@@ -26,6 +33,26 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """A file of tests goes to one process, and the files that need ``platform`` to the same one: it starts once."""
+    return _Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+class _Scheduling(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "platform" if file in ON_THE_PLATFORM else file
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of other things than reports: their pictures are made but not drawn, which takes half a second."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: file.write(b"not drawn"))
 
 
 @pytest.fixture(scope="session")
