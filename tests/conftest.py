@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 from ethogram.client import Client
 from ethogram.platform.stack import Platform
@@ -36,15 +35,16 @@ def free_port() -> int:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file of tests goes to one process, and the files that need ``platform`` to the same one: it starts once."""
-    return _Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+    from xdist.scheduler import LoadFileScheduling
 
-
-class _Scheduling(LoadFileScheduling):
-    def _split_scope(self, nodeid: str) -> str:
-        file: str = super()._split_scope(nodeid)
-        return "platform" if file in ON_THE_PLATFORM else file
+    if config.getvalue("dist") != "loadfile":
+        return None
+    scheduler = LoadFileScheduling(config, log)
+    file_of = scheduler._split_scope
+    scheduler._split_scope = lambda test: "platform" if file_of(test) in ON_THE_PLATFORM else file_of(test)
+    return scheduler
 
 
 @pytest.fixture
