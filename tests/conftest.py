@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,12 +48,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return scheduler
 
 
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of other things than reports: their pictures are made but not drawn, which takes half a second."""
-    from matplotlib.figure import Figure
-
-    monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: file.write(b"not drawn"))
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of other things than pictures make those of a report but do not draw them, which takes half a second."""
+    if "matplotlib.figure" in sys.modules and "pictures" not in request.keywords:
+        figure = sys.modules["matplotlib.figure"].Figure
+        monkeypatch.setattr(figure, "savefig", lambda _, file, **__: file.write(b"not drawn"))
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,6 @@ from services.clt.activations.collect import collect
 from services.runtime.run import Run
 from tests.clt.conftest import small_policy
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 PAGE = Path(__file__).parents[2] / "docs" / "requirements.md"
 SOURCE, TARGET = "encoder_layer_0_pre_mlp", "encoder_layer_0_mlp"
 PAIR = f"{SOURCE}->{TARGET}"

@@ -17,8 +17,6 @@ from services.clt.sparse.model import SparseModel
 from services.runtime.run import Run
 from tests.clt.conftest import small_policy
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 PAIR = "encoder_layer_0_pre_mlp->encoder_layer_0_mlp"
 SHORT = ["--set", "training.batch_size=64", "--steps", "10", "--device", "cpu"]
 

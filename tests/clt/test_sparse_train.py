@@ -249,6 +249,7 @@ def test_mlps_are_told_from_blocks() -> None:
     assert mlp_pairs("policy", ["a_pre_mlp", "a_mlp", "a"]) == [("a_pre_mlp", "a_mlp")]
 
 
+@pytest.mark.pictures
 def test_the_job_keeps_model_and_report(store: ActivationStore, tmp_path: Path) -> None:
     run = Recorder(tmp_path, inputs={"activations": store.folder})
     result = job.run(clt(kind="per_layer", training={"snapshots": 20}), run)
@@ -266,7 +267,6 @@ def test_the_job_keeps_model_and_report(store: ActivationStore, tmp_path: Path) 
     assert about["source"]["digest"] == store.manifest.source.digest
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_sweep_is_every_pair_at_every_point(store: ActivationStore, tmp_path: Path) -> None:
     pairs = ["encoder_layer_0_pre_mlp->encoder_layer_0_mlp", "encoder_layer_0_mlp->encoder_layer_1_mlp"]
     base = clt().model_dump(include={"activations", "model", "training"})
@@ -356,7 +356,6 @@ def test_a_nan_stops_the_training_whatever_the_form(store: ActivationStore, acti
         torch.testing.assert_close(trainer.model.state_dict(), kept, equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_sweep_goes_on(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = clt().model_dump(include={"activations", "model", "training"})
     grid = [{"option": "model.k", "values": ["2", "4", "1000", "6"]}]

@@ -20,8 +20,6 @@ from tests.crossmodal.conftest import tiny_spec
 from tests.hub_server import Hub, reach, serve
 from tests.recorder import Recorder
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 MINE = HubSpec(repo="me/codec")
 
 

@@ -23,8 +23,6 @@ from tests.generation.test_staged import staged_spec
 from tests.hub_server import TOKEN, Hub, reach, serve
 from tests.recorder import Recorder
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:

@@ -18,8 +18,6 @@ from services.runtime.run import ChildJob, Run
 from services.zoo.dataset import read_about, read_records
 from tests.generation.test_staged import staged_spec
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 class Parent(Run):
     """Does what its children would, when it is asked for them."""
