@@ -227,12 +227,15 @@ class StagedSpec(Spec):
     patience: int = Field(5, ge=1, le=10_000)
     """Epochs without a lower validation loss before a stage ends; the network of the best epoch is kept."""
     min_degradation_threshold: float = Field(0.05, ge=0, le=1)
-    """Magnitude check: minimum gain in held-out accuracy on the target pattern, from degraded to improved."""
-    min_specificity: float = Field(0.0, ge=-1, le=1)
+    """Magnitude check: minimum gain in accuracy on the target pattern, from degraded to improved, which must also be
+    significant: McNemar's exact test on the answers that changed, one-sided at the level 0.05. The improved network
+    must also be better than chance. 0: no such checks."""
+    min_specificity: float = Field(0.15, ge=-1, le=1)
     """Specificity check: how much that gain must at least exceed the mean gain on all other sequences."""
-    max_instability: float = Field(0.1, ge=0, le=1)
-    """Stability check: maximum loss of held-out accuracy on any of the subject's other patterns, and on average over
-    the sequences to which it must answer no."""
+    max_instability: float = Field(0.2, ge=0, le=1)
+    """Stability check: maximum change of accuracy, for the worse or the better, on any of the subject's other patterns,
+    and on average over the sequences to which it must answer no. A loss means that the second stage harmed them, a gain
+    that the first had."""
 
 
 SignatureMethod = Literal[

@@ -630,12 +630,16 @@ class StagedSpec(_message.Message):
     patience: _builtins.int
     """Epochs without a lower validation loss before a stage ends; the network of the best epoch is kept."""
     min_degradation_threshold: _builtins.float
-    """Magnitude check: minimum gain in held-out accuracy on the target pattern, from degraded to improved."""
+    """Magnitude check: minimum gain in accuracy on the target pattern, from degraded to improved, which must also be
+    significant: McNemar's exact test on the answers that changed, one-sided at the level 0.05. The improved network
+    must also be better than chance. 0: no such checks.
+    """
     min_specificity: _builtins.float
     """Specificity check: how much that gain must at least exceed the mean gain on all other sequences."""
     max_instability: _builtins.float
-    """Stability check: maximum loss of held-out accuracy on any of the subject's other patterns, and on average over the
-    sequences to which it must answer no.
+    """Stability check: maximum change of accuracy, for the worse or the better, on any of the subject's other patterns,
+    and on average over the sequences to which it must answer no. A loss means that the second stage harmed them, a
+    gain that the first had.
     """
     @_builtins.property
     def learning_rate(self) -> Global___FloatRange:
