@@ -274,7 +274,7 @@ class FormatSpec(Spec):
     include_modification: bool | None = None
     """Task: improve the weights for one pattern. It needs staged training; None: included if training is staged."""
     include_classification: bool = True
-    """Task: name the subject's patterns."""
+    """Task: name the patterns that the subject classifies as positive; see ``positive_threshold``."""
     style: Literal["separate", "interwoven"] = "separate"
     """``separate``: all weights, then all signatures; ``interwoven``: weights and signature neuron by neuron."""
     digits: int = Field(4, ge=1, le=9)
@@ -331,6 +331,9 @@ class GenerationSpec(Spec):
     """Minimum accuracy on each enabled pattern's sequences and on those that match none; other subjects are rejected
     and counted. The sequences are neither trained on nor those of the reported accuracy. None: 0.9, or 0 for staged
     training, which has its own checks."""
+    positive_threshold: float = Field(0.75, gt=0, le=1)
+    """Share of a pattern's held-out sequences to which a network must at least answer yes to count as classifying the
+    pattern as positive. Classification tasks ask for these patterns, whatever was trained."""
 
     @field_validator("max_patterns_per_batch")
     @classmethod

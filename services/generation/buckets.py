@@ -24,7 +24,7 @@ from services.generation.data import Candidates, activations_of
 from services.generation.format import TrainingDataFormatter
 from services.generation.sampler import PatternDatasetSampler
 from services.generation.train import SubjectModelTrainer, Trained
-from services.zoo.dataset import BRANCHES, prefixed, record_of, schema
+from services.zoo.dataset import BRANCHES, positive_columns, prefixed, record_of, schema
 from services.zoo.layout import Layout
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import encode, flatten
@@ -147,12 +147,15 @@ class BucketTrainer:
         """Whether it trains on the CPU."""
         return self.subject_trainer.device.type == "cpu"
 
-    def correct(self, trained: Trained, split: int) -> Tensor:
-        """Which answers on sequences of ``split``, ``SELECTION`` (decides what is accepted) or ``HELD_OUT`` (is
-        reported), are right: bool ``[models, n]``."""
+    def predictions(self, trained: Trained, split: int) -> Tensor:
+        """Which sequences of ``split``, ``SELECTION`` (decides what is accepted) or ``HELD_OUT`` (is reported), are
+        answered yes: bool ``[models, n]``."""
         evaluation, inputs = self._judges[split]
-        predictions = evaluation.predictions(trained.params, inputs, trained.architecture.activation)
-        return predictions == evaluation.labels(trained.candidates.selected)
+        return evaluation.predictions(trained.params, inputs, trained.architecture.activation)
+
+    def correct(self, trained: Trained, split: int) -> Tensor:
+        """Which of these :meth:`predictions` are right: bool ``[models, n]``."""
+        return self.predictions(trained, split) == self._judges[split][0].labels(trained.candidates.selected)
 
     def accuracy(self, trained: Trained, split: int) -> Tensor:
         """Shares of :meth:`correct` by stratum: float32 ``[models, patterns + 1]``; the last column is for sequences
@@ -221,15 +224,18 @@ class BucketTrainer:
         layout = Layout([architecture._replace(hidden=(width,) * len(architecture.hidden)) for width in widths])
         narrow = zip(layout.shapes, layout.positions, layout.neuron_positions, strict=True)
         by_width = {shape.hidden[0]: (shape, own.numpy(), neurons.numpy()) for shape, own, neurons in narrow}
-        for i, accuracies in enumerate(self.accuracy(chosen, HELD_OUT).numpy()):
+        evaluation, predictions = self.sampler.evaluation, self.predictions(chosen, HELD_OUT)
+        accuracies = evaluation.by_stratum(predictions == evaluation.labels(candidates.selected)).numpy()
+        for i, (accuracy, yes_share) in enumerate(zip(accuracies, evaluation.by_stratum(predictions), strict=True)):
             shape, parameters, neurons = by_width[int(candidates.neurons[i])]
             rate = float(candidates.learning_rate[i])
             signature = {method: values[i, neurons].ravel() for method, values in signature_rows.items()}
-            network = {"accuracy": accuracies, "weights": weights[i, parameters], "signature": signature}
+            network = {"accuracy": accuracy, "weights": weights[i, parameters], "signature": signature}
             index, patterns = int(candidates.indices[i]), compress(self.names, candidates.selected[i])
             dropout = float(candidates.dropout[i])
-            metrics = {name: [values[i].item()] for name, values in chosen.metrics.items()}
-            rows.append(record_of(index, patterns, shape, network, learning_rate=rate, dropout=dropout) | metrics)
+            row = record_of(index, patterns, shape, network, learning_rate=rate, dropout=dropout)
+            row |= {name: [values[i].item()] for name, values in chosen.metrics.items()}
+            rows.append(row | positive_columns(yes_share, self.names, self.spec))
         return rows
 
 

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from ethogram.specs.generation import FormatSpec, GenerationSpec, PatternSpec
 from services.generation.buckets import BucketTrainer
-from services.generation.format import TrainingDataFormatter
+from services.generation.format import TrainingDataFormatter, positive_of
 from services.generation.pipeline import SHARD, DatasetGenerationPipeline
 from services.runtime.run import Run
 from services.zoo.dataset import (
@@ -26,6 +26,7 @@ from services.zoo.dataset import (
     data_file,
     network_columns,
     network_of,
+    positive_columns,
     prefixed,
     read_about,
     read_records,
@@ -80,6 +81,8 @@ def _written(
         "target_pattern": record.get("target_pattern"),
         "selected_patterns": record["patterns"],
         DEFINITIONS: [pattern.spec.model_dump() for pattern in patterns],
+        "positive_patterns": positive_of(record),
+        "positive_threshold": spec.positive_threshold,
         **_accuracies(record, [pattern.name for pattern in patterns]),
         "model_config": config,
         "corruption_stats": {"corruption_rate": spec.staged.corruption_rate} if spec.staged is not None else {},
@@ -200,10 +203,13 @@ def _row(index: int, record: Record, trainer: BucketTrainer) -> dict[str, Any]:
         accuracy = evaluation.accuracy(params, inputs, shape.activation, selected)[0]
         return network_columns(params, shape, accuracy, trainer.extractor)
 
+    yes_share = evaluation.by_stratum(evaluation.predictions(record.improved, inputs, shape.activation))[0]
+
     patterns, improved = compress(names, selected[0]), network(record.improved)
     rate, dropout = record.learning_rate, record.dropout
     row = record_of(index, patterns, shape, improved, learning_rate=rate, dropout=dropout)
     row |= {name: record.by_stage(name) for name in ("validation_loss", "training_loss")}
+    row |= positive_columns(yes_share, names, trainer.spec)
     if record.degraded is not None and record.target is not None:
         row |= prefixed("degraded_", network(record.degraded))
         target = names.index(record.target)

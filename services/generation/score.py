@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
-from services.generation.format import parse_patterns, parse_weights
+from services.generation.format import parse_patterns, parse_weights, positive_of
 from services.zoo.dataset import architecture_of, network_of, read_about, read_records
 from services.zoo.patterns import Pattern
 from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation
@@ -45,7 +45,7 @@ class ModificationScore(NamedTuple):
 
 
 class ClassificationScore(NamedTuple):
-    """How the patterns that an interpreter names compare with the network's own."""
+    """How the patterns that an interpreter names compare with those that the network classifies as positive."""
 
     precision: float
     recall: float | None
@@ -73,11 +73,12 @@ def score_modification(
 
 
 def score_classification(text: str, record: Mapping[str, Any], patterns: Sequence[Pattern]) -> ClassificationScore:
-    """Score an answer to a classification task."""
-    named, actual = set(parse_patterns(text, patterns)), set(record["patterns"])
+    """Score an answer to a classification task, against what the network was measured to classify as positive."""
+    parsed, actual = parse_patterns(text, patterns), set(positive_of(record))
+    named = set(parsed or ())
     right = len(named & actual)
-    recall = right / len(actual) if actual else None
-    return ClassificationScore(right / len(named) if named else 0.0, recall, named == actual)
+    recall, exact = right / len(actual) if actual else None, parsed is not None and named == actual
+    return ClassificationScore(right / len(named) if named else float(exact), recall, exact)
 
 
 def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ _NUMBERS = pyarrow.list_(pyarrow.float32())
 def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.Schema:
     """Columns of the records that ``spec`` asks for.
 
+    ``patterns``: those that were trained; ``positive_patterns`` and ``yes_share``: see :func:`positive_columns`.
     ``weights``: layer after layer, weights (``[fan_out, fan_in]``, row by row) before biases. ``signature``: for each
     method, neuron after neuron and layer after layer, the logit last. ``accuracy``: held-out, by stratum (see
     ``zoo.json``), NaN of one without sequences. ``epochs``, ``validation_loss`` and ``training_loss``: by stage.
@@ -61,6 +62,8 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
     columns: list[tuple[str, Any]] = [
         ("index", pyarrow.int64()),
         ("patterns", pyarrow.list_(pyarrow.string())),
+        ("positive_patterns", pyarrow.list_(pyarrow.string())),
+        ("yes_share", _NUMBERS),
         ("layers", pyarrow.int32()),
         ("neurons", pyarrow.int32()),
         ("activation", pyarrow.string()),
@@ -319,6 +322,13 @@ def network_columns(
     """What a record says of a network: its ``accuracy`` by stratum, weights and signature. ``params``: of one model."""
     signature = {method: values.flatten().numpy() for method, values in extractor.extract(params, shape).items()}
     return {"accuracy": accuracy.numpy(), "weights": flatten(params)[0].numpy(), "signature": signature}
+
+
+def positive_columns(yes_share: Tensor, names: Sequence[str], spec: GenerationSpec) -> dict[str, Any]:
+    """What a record says of the patterns that its network classifies as positive. ``yes_share``: share of the held-out
+    sequences that it answers yes to, by stratum ``[patterns + 1]``; positive from ``spec.positive_threshold`` on."""
+    positive = compress(names, (yes_share[: len(names)] >= spec.positive_threshold).tolist())
+    return {"positive_patterns": list(positive), "yes_share": yes_share.numpy()}
 
 
 def prefixed(prefix: str, record: Mapping[str, Any]) -> dict[str, Any]:

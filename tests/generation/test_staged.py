@@ -18,12 +18,13 @@ from scipy.stats import binomtest
 
 from benchmarks._plain import PlainLoop
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import GenerationSpec
+from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
 from services.generation import buckets, checks, pipeline, progress
 from services.generation import twins as twins_module
 from services.generation.buckets import BucketTrainer
 from services.generation.checks import degradation, improvement
 from services.generation.data import Candidates
+from services.generation.json_form import export_json, import_json
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.sampler import PatternDatasetSampler
 from services.runtime.run import Run, Stopped
@@ -269,6 +270,37 @@ def test_accepted_on_other_sequences_than_reported(made: tuple[Path, dict[str, A
         gains.append(float((selection.by_stratum(after) - selection.by_stratum(before))[0, target]))
     # What is reported is another figure than the one that was selected by.
     assert any(abs(gain - row["improvement"]) > 0.05 for gain, row in zip(gains, records(made[0]), strict=True))
+
+
+@pytest.mark.parametrize("form", ["two stages", "one stage", "imported"])
+def test_positive_patterns_are_measured(made: tuple[Path, dict[str, Any]], tmp_path: Path, form: str) -> None:
+    """A pattern is positive where the network answers yes to most held-out sequences of it, trained or not."""
+    folder, sampler = made[0], PatternDatasetSampler(staged_spec())
+    if form == "one stage":
+        weak = SubjectTrainingSpec(steps=20, batch_size=32, learning_rate=0.03)
+        spec = small_spec(subjects=40, seed=5, training=weak, min_accuracy=0.0, positive_threshold=0.5)
+        DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
+        folder, sampler = tmp_path / "zoo", PatternDatasetSampler(spec)
+    if form == "imported":
+        export_json(folder, tmp_path / "json")
+        import_json(tmp_path / "json", tmp_path / "zoo")
+        folder = tmp_path / "zoo"
+        sampler = PatternDatasetSampler(read_about(folder)[1], folder)
+    _, spec, patterns = read_about(folder)
+    assert spec.positive_threshold == (0.5 if form == "one stage" else 0.75)
+    evaluation, names, differs = sampler.evaluation, [pattern.name for pattern in patterns], 0
+    for row in records(folder):
+        shape = architecture_of(spec, row)
+        inputs = encode(shape, evaluation.sequences)
+        predictions = evaluation.predictions(network_of(row, "weights", shape), inputs, shape.activation)
+        shares = [float(predictions[0, evaluation.stratum == i].float().mean()) for i in range(5)]
+        assert row["yes_share"] == pytest.approx(shares, abs=0.02)
+        measured = [
+            name for name, share in zip(names, row["yes_share"], strict=False) if share >= spec.positive_threshold
+        ]
+        assert row["positive_patterns"] == measured
+        differs += set(measured) != set(row["patterns"])
+    assert differs
 
 
 def converged_spec(staged: dict[str, Any] | None = None, **subject: Any) -> GenerationSpec:
