@@ -15,7 +15,7 @@ from torch import Tensor
 from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.generation import FormatSpec, GenerationSpec
 from services.artifacts.hub import fetch
-from services.zoo.dataset import DATA, architecture_of, network_of, signature_of
+from services.zoo.dataset import architecture_of, network_of, signature_of
 from services.zoo.patterns import Pattern
 from services.zoo.subjects import Architecture, Params
 
@@ -25,15 +25,6 @@ _NUMBERS = re.compile(r"[-+0-9.eE,;\[\]\s]*")
 
 NO_PATTERNS = "none"
 """Answer to a classification task where the network classifies no pattern as positive."""
-
-
-def positive_of(record: Mapping[str, Any]) -> list[str]:
-    """The patterns that a record's network classifies as positive. Raises :class:`InvalidInput` where that was not
-    measured."""
-    positive: list[str] | None = record.get("positive_patterns")
-    if positive is None:
-        raise InvalidInput.field(f"{DATA}.positive_patterns", "is missing; make the zoo again")
-    return positive
 
 
 class Prompt(NamedTuple):
@@ -91,7 +82,7 @@ class TrainingDataFormatter:
             f"sequences. Write {NO_PATTERNS} if there are none.\n\n## Answer\n"
         )
         shown = self._network(record, "weights", "signature") + f"## Patterns\n{self._pattern_list}\n\n"
-        return Prompt(shown + task, (", ".join(positive_of(record)) or NO_PATTERNS) + "\n")
+        return Prompt(shown + task, (", ".join(record["positive_patterns"]) or NO_PATTERNS) + "\n")
 
     def weights(self, record: Mapping[str, Any], column: str) -> str:
         """The weights of one column as text; :func:`parse_weights` reads it."""

@@ -17,7 +17,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.generation import FormatSpec, GenerationSpec
 from services.generation.format import TrainingDataFormatter, parse_patterns, parse_weights
 from services.generation.pipeline import DatasetGenerationPipeline
-from services.generation.score import score_classification, score_modification
+from services.generation.score import benchmark_of, score_classification, score_modification, with_positive
 from services.zoo.patterns import Pattern, from_specs
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, flatten
@@ -94,8 +94,10 @@ def test_classification_answers_are_scored_by_what_was_measured(rows: list[dict[
     assert score_classification("none\n", nothing, PATTERNS) == (1.0, None, True)
     assert score_classification("no idea", nothing, PATTERNS) == (0.0, None, False)
     assert score_classification(names[0], nothing, PATTERNS) == (0.0, None, False)
-    with pytest.raises(InvalidInput, match="make the zoo again"):
-        score_classification("none", row | {"positive_patterns": None}, PATTERNS)
+    # Where it was not recorded it is measured.
+    unknown = rows[0] | {"positive_patterns": None, "yes_share": None}
+    found = with_positive(unknown, SPEC, PATTERNS, lambda: benchmark_of(SPEC, PATTERNS))
+    assert found["positive_patterns"] == rows[0]["positive_patterns"]
 
 
 @pytest.mark.parametrize(
