@@ -91,21 +91,26 @@ class Linear:
         self.weight, self.bias = state[f"{name}.weight"], state.get(f"{name}.bias", 0.0)
 
     def __call__(self, rows: NDArray[Any]) -> NDArray[Any]:
-        return rows @ self.weight.T + self.bias
+        out: NDArray[Any] = rows @ self.weight.T + self.bias
+        return out
 
 
 def softmax(scores: NDArray[Any]) -> NDArray[Any]:
-    powers = np.exp(scores - scores.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
+    powers: NDArray[Any] = np.exp(scores - scores.max(-1, keepdims=True))
+    powers /= powers.sum(-1, keepdims=True)
+    return powers
 
 
 def normalized(state: Mapping[str, NDArray[Any]], name: str, rows: NDArray[Any], normalization: str) -> NDArray[Any]:
+    scaled: NDArray[Any]
     if normalization == "layer":
-        return (rows - rows.mean()) / np.sqrt(rows.var(ddof=1) + 1e-5)
+        scaled = (rows - rows.mean()) / np.sqrt(rows.var(ddof=1) + 1e-5)
+        return scaled
     mean, variance = rows.mean(0), rows.var(0)
     if normalization == "batch":
         mean, variance = state[f"{name}.running_mean"], state[f"{name}.running_var"]
-    return (rows - mean) / np.sqrt(variance + 1e-5) * state[f"{name}.weight"] + state[f"{name}.bias"]
+    scaled = (rows - mean) / np.sqrt(variance + 1e-5) * state[f"{name}.weight"] + state[f"{name}.bias"]
+    return scaled
 
 
 def encode(state: Mapping[str, NDArray[Any]], cities: NDArray[Any], normalization: str) -> NDArray[Any]:

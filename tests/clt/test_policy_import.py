@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def test_an_imported_policy_builds_the_tours_of_the_library(
 
 def test_weights_alone_do_not_say_what_the_policy_is_like(tmp_path: Path) -> None:
     state = state_dict("instance")
-    for options in ({}, {"heads": HEADS}, {"graph_context": False}):
+    cases: list[dict[str, Any]] = [{}, {"heads": HEADS}, {"graph_context": False}]
+    for options in cases:
         wanted = "give --graph-context or --no-graph-context" if "heads" in options else "give --heads"
         with pytest.raises(InvalidInput, match=f"checkpoint: it holds weights alone, and no settings.*{wanted}"):
             import_rl4co(state, tmp_path / "policy", **options)
@@ -98,7 +100,8 @@ def test_weights_alone_do_not_say_what_the_policy_is_like(tmp_path: Path) -> Non
     torch.save(unreadable, tmp_path / "last.ckpt")
     with pytest.raises(InvalidInput, match="its settings do not say what the policy is like; give --heads"):
         import_rl4co(tmp_path / "last.ckpt", tmp_path / "policy")
-    for number, source in enumerate((state, tmp_path / "last.ckpt")):
+    sources: list[Path | Mapping[str, Any]] = [state, tmp_path / "last.ckpt"]
+    for number, source in enumerate(sources):
         policy = import_rl4co(source, tmp_path / str(number), heads=HEADS, graph_context=False)
         assert multistart(policy, CITIES).equal(tours(state, CITIES, "instance", graph_context=False, starts=True))
 

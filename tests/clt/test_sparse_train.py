@@ -337,9 +337,7 @@ def test_two_processes_train_the_model_of_one(store: ActivationStore, tmp_path: 
     for name, mine in alone.items():
         theirs = load_file(tmp_path / f"{name}.safetensors")
         for key, tensor in mine.items():
-            torch.testing.assert_close(
-                tensor, theirs[key], rtol=1e-3, atol=1e-4, msg=lambda text, at=f"{name}: {key}": f"{at}: {text}"
-            )
+            torch.testing.assert_close(tensor, theirs[key], rtol=1e-3, atol=1e-4, msg=f"{name}: {key}")
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu", "jumprelu"])

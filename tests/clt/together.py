@@ -33,4 +33,5 @@ def main(store: str, specs: str, folder: str, rank: int, size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *map(int, sys.argv[4:6]))  # type: ignore[call-arg]
+    store, specs, folder, rank, size = sys.argv[1:6]
+    main(store, specs, folder, int(rank), int(size))

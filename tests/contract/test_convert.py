@@ -37,7 +37,10 @@ def values_of(annotation: Any, field: FieldInfo | None = None) -> st.SearchStrat
     if origin is dict:
         return st.dictionaries(st.text("ab", min_size=1), values_of(arguments[1]), max_size=3)
     if origin in (typing.Union, types.UnionType):
-        return st.one_of(st.none() if option is type(None) else values_of(option, field) for option in arguments)
+        options: list[st.SearchStrategy[Any]] = [
+            st.none() if option is type(None) else values_of(option, field) for option in arguments
+        ]
+        return st.one_of(options)
     if isinstance(annotation, type) and issubclass(annotation, Spec):
         return specs_of(annotation)
     low: Any = None

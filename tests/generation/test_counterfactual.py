@@ -108,5 +108,5 @@ def test_branches_begin_where_one_network_was_and_see_the_same_sequences(monkeyp
     flat = [torch.cat([tensor.flatten(1) for tensor in one.params.values()], 1) for one in (same, more, less)]
     start = torch.cat([tensor.flatten(1) for tensor in trainer.train(own).params.values()], 1)
     # Adam's first step moves no weight by more than the learning rate.
-    assert all(float((one - start).abs().max()) <= spec.training.learning_rate * 1.01 for one in flat)
+    assert all(float((one - start).abs().max()) <= spec.training.rates.max * 1.01 for one in flat)
     assert all(float((one - flat[0]).abs().max()) > 0 for one in flat[1:])

@@ -34,7 +34,7 @@ def count(spec: GenerationSpec, run: Run) -> dict[str, Any]:
 
     run.stage("count", spec.training.steps)
     for step in range(first, spec.training.steps):
-        time.sleep(spec.training.learning_rate)
+        time.sleep(spec.training.rates.max)
         total += stream.random()
         run.metric(step, total=total)
         run.advance(step + 1)
@@ -95,7 +95,7 @@ def look_around(spec: GenerationSpec, run: Run) -> dict[str, Any]:
 def silent(spec: GenerationSpec, run: Run) -> dict[str, Any]:
     """Says one thing, then nothing, for ``training.steps`` times ``training.learning_rate`` seconds."""
     run.log("begins")
-    time.sleep(spec.training.steps * spec.training.learning_rate)
+    time.sleep(spec.training.steps * spec.training.rates.max)
     return {}
 
 

@@ -101,6 +101,7 @@ def import_rl4co(
         if value is None:
             text = "its settings do not say" if settings else "it holds weights alone, and no settings that say"
             raise InvalidInput.field(_FIELD, f"{text} what the policy is like; give {option}")
+    assert heads is not None and graph_context is not None
     try:
         spec = PolicyModelSpec(
             hidden_dim=len(weights["encoder.embed.weight"]),
