@@ -229,7 +229,7 @@ class StagedSpec(Spec):
     min_degradation_threshold: float = Field(0.05, ge=0, le=1)
     """Magnitude check: minimum gain in accuracy on the target pattern, from degraded to improved, which must also be
     significant: McNemar's exact test on the answers that changed, one-sided at the level 0.05. The improved network
-    must also be better than chance. 0: no such checks."""
+    must also be better than chance. 0: the gain must not be negative, and that is all."""
     min_specificity: float = Field(0.15, ge=-1, le=1)
     """Specificity check: how much that gain must at least exceed the mean gain on all other sequences."""
     max_instability: float = Field(0.2, ge=0, le=1)

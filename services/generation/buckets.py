@@ -132,15 +132,16 @@ class BucketTrainer:
             rows = [row | self._formatter.columns(row) for row in rows]
         return pyarrow.Table.from_pylist(rows, self.schema)
 
-    def twins(self, candidates: Candidates) -> tuple[Tensor, list[bool]]:
-        """Train in both stages without corruption. Held-out accuracy after each, by stratum, float32 ``[models, 2,
-        patterns + 1]``, and whether each passes the checks."""
+    def two_stages(self, candidates: Candidates, *, corrupted: bool) -> tuple[Tensor, Tensor]:
+        """Train in both stages, whatever the checks say of the first. Held-out accuracy on the target pattern after
+        each, float32 ``[models, 2]``, and whether the checks pass, bool ``[models]``."""
         assert self.spec.staged is not None
-        first = self.subject_trainer.degrade(candidates, corrupted=False)
+        first = self.subject_trainer.degrade(candidates, corrupted=corrupted)
         second = self.subject_trainer.improve(first)
         causes = self._late(self.correct(first.trained, SELECTION), second, self.spec.staged)
-        accuracies = torch.stack([self.accuracy(stage, HELD_OUT) for stage in (first.trained, second)], 1)
-        return accuracies, [cause is None for cause in causes]
+        accuracy = torch.stack([self.accuracy(stage, HELD_OUT) for stage in (first.trained, second)], 1)
+        of_target = accuracy[torch.arange(len(candidates)), :, candidates.target]
+        return of_target, torch.tensor([cause is None for cause in causes])
 
     @property
     def on_cpu(self) -> bool:

@@ -62,7 +62,7 @@ def improvement(
     ``max_instability``, nor does the mean over the strata that it must answer no to: the network did not just learn to
     say yes. Others degraded: neither gains more than that: the first stage left them alone. No better than chance: the
     improved network answers most of the target pattern's sequences right, and most of those that it must answer no to.
-    Without ``min_degradation_threshold`` neither the first check is made nor the last.
+    Where ``min_degradation_threshold`` is 0 there is neither the test of the first nor the last.
     """
     accuracy, most = selection.by_stratum(improved), staged.max_instability + _ROUNDING
     gain = accuracy - selection.by_stratum(degraded)
@@ -73,17 +73,16 @@ def improvement(
     refused, has_refused = _mean(gain, ~selected & measured), (~selected & measured).any(1)
     lost, gained = torch.minimum(others.amin(1), refused), torch.maximum(others.amax(1), refused)
     of_target = selection.stratum == candidates.target.unsqueeze(1)
-    large = on_target >= staged.min_degradation_threshold - _ROUNDING
     works = (accuracy[target] > 0.5) & (~has_refused | (_mean(accuracy, ~selected & measured) > 0.5))
     passed = {
-        "magnitude": large & significant(degraded, improved, of_target),
+        "magnitude": on_target >= staged.min_degradation_threshold - _ROUNDING,
         "specificity": on_target - _mean(gain, ~target & measured) >= staged.min_specificity - _ROUNDING,
         "stability": lost >= -most,
         "others degraded": gained <= most,
-        "no better than chance": works,
     }
-    if not checked(staged):
-        del passed["magnitude"], passed["no better than chance"]
+    if checked(staged):
+        passed["magnitude"] &= significant(degraded, improved, of_target)
+        passed["no better than chance"] = works
     rows = zip(*(check.tolist() for check in passed.values()), strict=True)
     return [next((cause for cause, fine in zip(passed, row, strict=True) if not fine), None) for row in rows]
 

@@ -78,7 +78,7 @@ class DatasetGenerationPipeline:
         run.log(f"{progress.accepted} of {progress.candidates} candidates accepted{kept}; rejected: {causes}")
         facts: dict[str, Any] = {"subjects": subjects, "candidates": progress.candidates, "rejected": rejected}
         if self.spec.part is None:
-            twins = {} if self.spec.staged is None else {"twins": paired_effect(folder, self.bucket_trainer, run)}
+            twins = {} if self.spec.staged is None else {"twins": paired_effect(self.bucket_trainer, run)}
             return self._describe(folder, facts | twins)
         self._write_about(folder, facts | {"blocks": progress.blocks})
         return facts

@@ -42,7 +42,7 @@ class Statistics:
     tokens: dict[str, tuple[float, int]]
     """Of each task whose tokens were counted: mean and most of a record."""
     twins: dict[str, Any] | None
-    """How staged subjects differ from twins that were trained without corruption, as in ``zoo.json``."""
+    """How staged candidates differ from twins that were trained without corruption, as in ``zoo.json``."""
 
     @classmethod
     def of(cls, folder: Path) -> Statistics:
@@ -96,10 +96,11 @@ class Statistics:
             return ""
         degraded, improvement = (_interval(self.twins[name]) for name in ("degraded_accuracy", "improvement"))
         return (
-            f"The first {self.twins['subjects']:,} were trained once more without corruption, from the same start and "
-            "in the same order. On the target pattern, corruption changed the accuracy after the first stage by "
-            f"{degraded} and the gain of the second by {improvement}, held-out and with 95 % confidence intervals; "
-            f"{self.twins['accepted']:.0%} of the twins would be accepted."
+            f"The first {self.twins['candidates']:,} candidates, accepted or not, were trained once more without "
+            "corruption, from the same start and in the same order. On the target pattern, corruption changed the "
+            f"accuracy after the first stage by {degraded} and the gain of the second by {improvement}, held-out and "
+            f"with 95 % confidence intervals. {self.twins['accepted']:.0%} of these candidates pass the checks, and "
+            f"{self.twins['twins_accepted']:.0%} of their twins."
         )
 
     def figures(self) -> dict[str, Any]:
