@@ -632,7 +632,7 @@ class StagedSpec(_message.Message):
     min_degradation_threshold: _builtins.float
     """Magnitude check: minimum gain in accuracy on the target pattern, from degraded to improved, which must also be
     significant: McNemar's exact test on the answers that changed, one-sided at the level 0.05. The improved network
-    must also be better than chance. 0: no such checks.
+    must also be better than chance. 0: the gain must not be negative, and that is all.
     """
     min_specificity: _builtins.float
     """Specificity check: how much that gain must at least exceed the mean gain on all other sequences."""

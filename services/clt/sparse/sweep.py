@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import CltSpec, SweepSpec
-from services.clt.activations.hooks import parse_pair
+from services.clt.activations.hooks import named_pairs
 from services.clt.activations.pairs import pair_name
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job
@@ -40,7 +40,8 @@ Row = dict[str, Any]
 def run_specs(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
     """Specs of the runs of a sweep, by name: that of the pair, then the values of the grid. Raises
     :class:`InvalidInput` for hook points that do not fit and for wrong options."""
-    pairs = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(spec.pairs)] or store.mlp_pairs()
+    named = named_pairs(spec.pairs, store.manifest.source.kind, store.hooks, "spec.pairs.{}")
+    pairs = [pair for _, pair in named] or store.mlp_pairs()
     if not pairs:
         raise InvalidInput.field("spec.pairs", "no module's input and output are both in the store; name the pairs")
     subjects = [[pair] for pair in pairs] if spec.kind == "pair" else [pairs]
