@@ -179,14 +179,13 @@ def import_json(
     records = JsonRecords(source, patterns=patterns, rename=rename, run=run)
     pipeline = DatasetGenerationPipeline(records.spec, run.device, records.baseline)
     trainer = pipeline.bucket_trainer
+    evaluation, extractor = trainer.sampler.evaluation, trainer.extractor
     run.stage("import", len(records), "records")
 
     def shards() -> Iterator[pyarrow.Table]:
         rows: list[dict[str, Any]] = []
         for done, (index, record) in enumerate(records, 1):
-            rows.append(
-                row_of(index, record, trainer.spec, trainer.names, trainer.sampler.evaluation, trainer.extractor)
-            )
+            rows.append(row_of(index, record, trainer.spec, trainer.names, evaluation, extractor=extractor))
             run.advance(done)
             if len(rows) == SHARD or done == len(records):
                 yield trainer.table(rows)

@@ -107,10 +107,11 @@ def row_of(
     spec: GenerationSpec,
     names: Sequence[str],
     evaluation: Evaluation,
+    *,
     extractor: ActivationSignatureExtractor | None = None,
 ) -> dict[str, Any]:
-    """A record in our own form, with accuracies on ``evaluation`` and, with an ``extractor``, signatures. ``names``: of
-    the patterns."""
+    """A record of a zoo of ``spec`` in our own form, with accuracies on ``evaluation`` and, with an ``extractor``,
+    signatures. ``names``: of the patterns."""
     shape, selected = record.shape, torch.tensor([[name in record.patterns for name in names]])
     inputs = encode(shape, evaluation.sequences)
 
