@@ -29,6 +29,7 @@ from services.generation.json_form import export_json, import_json
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.report import write_report
 from services.generation.sampler import PatternDatasetSampler
+from services.generation.workers import threads
 from services.runtime.run import Run, Stopped
 from services.zoo.dataset import Zoo, architecture_of, network_of, read_about, read_records
 from services.zoo.pools import Evaluation
@@ -130,10 +131,10 @@ def test_a_subject_equals_a_plain_pytorch_loop(tmp_path: Path) -> None:
         np.testing.assert_allclose(np.array(alone.weights), np.array(row["weights"]), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_same_whatever_the_scheduling(made: tuple[Path, dict[str, Any]], tmp_path: Path, threads: int) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_same_whatever_the_scheduling(made: tuple[Path, dict[str, Any]], tmp_path: Path, workers: int) -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(workers)
     try:
         DatasetGenerationPipeline(staged_spec()).run(tmp_path / "again")
     finally:
@@ -345,7 +346,8 @@ def test_noise_is_hardly_ever_accepted() -> None:
     def accepted(spec: GenerationSpec, candidates: int) -> float:
         trainer = BucketTrainer(spec)
         drawn = trainer.group(trainer.candidates(torch.arange(candidates)))
-        return sum(len(trainer.train(bucket).table) for bucket in drawn) / candidates
+        with threads(trainer, 2) as pool:
+            return sum(len(block.table) for block in pool.map(trainer.train, drawn)) / candidates
 
     assert accepted(converged_spec(), 64) > 0.35
     assert accepted(converged_spec({"corruption_rate": 0.0}), 128) < 0.05
@@ -492,7 +494,7 @@ def test_checkpoints_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pipeline, "SHARD", 1)
     monkeypatch.setattr(buckets, "MOST_SHAPES", 1)
     monkeypatch.setattr(buckets, "CACHE_BYTES", 1)
-    spec = staged_spec(subjects=40)
+    spec = staged_spec(subjects=20)
     first = Recorder(tmp_path / "checkpoints", every=True, stop_after=2)
     with pytest.raises(Stopped):
         DatasetGenerationPipeline(spec).run(tmp_path / "cut", first)
