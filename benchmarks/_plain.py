@@ -115,7 +115,7 @@ class PlainLoop:
 
     def _correct(self, network: nn.Sequential, candidate: Candidates, evaluation: Evaluation) -> Tensor:
         with torch.no_grad():
-            answers = network(self._inputs(evaluation.sequences)).T > 0
+            answers: Tensor = network(self._inputs(evaluation.sequences)).T > 0
         return answers == evaluation.labels(candidate.selected)
 
     def _inputs(self, sequences: Tensor) -> Tensor:
