@@ -17,13 +17,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ethogram
 from ethogram.bench import Figure, PeakMemory, form, versions
 from ethogram.cli.output import say, table
 from ethogram.client import Client
-from ethogram.errors import NotFound, Unavailable
+from ethogram.errors import InvalidInput, NotFound, Unavailable
 from ethogram.platform.stack import Platform
 from ethogram.platform.state import StateDir
 from ethogram.progress import Watch
@@ -50,6 +51,11 @@ _BARS = {
     "remove.all_gate": (">=", 0.60),
     "controls.max_all_gate": ("<=", 0.05),
 }
+
+
+_REPORT, _EVALUATION = "report.json", "evaluation"
+_FILES = ("latent_map.png", "steering.png", "steered.safetensors")
+"""Moved from the report of the codec's job."""
 
 
 class Sizes(NamedTuple):
@@ -111,10 +117,12 @@ def run(
 ) -> dict[str, Any]:
     """Do it all and return the report that lies in ``output``. ``quiet``: print nothing on standard output.
 
-    Raises an :class:`~ethogram.errors.EthogramError` when a part of it fails.
+    Raises an :class:`~ethogram.errors.EthogramError` when a part of it fails, and :class:`InvalidInput` where
+    ``output`` has files of other making that the demo would replace.
     """
     began = time.monotonic()
     sizes = QUICK if quick else FULL
+    _check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     with _platform(StateDir.find(state)) as (client, up_s, pid), PeakMemory(os.getpid(), pid) as memory:
         this = _Run(client, sizes, fresh)
@@ -154,7 +162,7 @@ def run(
         "others": evaluation["others"],
         "served": {f"{operation} {name}": value._asdict() for (operation, name), value in served.items()},
     }
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (output / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
     if not quiet:
         _show(report, served, output)
     return report
@@ -232,14 +240,28 @@ def _publish(this: _Run, job: Job) -> Model:
     return model
 
 
+def _check_output(output: Path) -> None:
+    """Raise :class:`InvalidInput` where ``output`` has what a demo would replace, and is not a demo's."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads((output / _REPORT).read_text())["bench"] == "demo":
+            return
+    there = [name for name in (_REPORT, _EVALUATION, *_FILES) if os.path.lexists(output / name)]
+    if there:
+        raise InvalidInput.field("--output", f"{output} has a {there[0]} that no demo made; name another folder")
+
+
 def _fetch_report(client: Client, job: Job, output: Path) -> dict[str, Any]:
     """Download the job's report into ``output``; its figures."""
-    folder = output / "evaluation"
-    shutil.rmtree(folder, ignore_errors=True)
-    client.get(client.output(job.id, "report").id, folder)
-    for file in ("latent_map.png", "steering.png", "steered.safetensors"):
-        (folder / file).replace(output / file)
-    evaluation: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    with TemporaryDirectory(prefix="evaluation-", dir=output) as scratch:
+        fresh, folder = client.get(client.output(job.id, "report").id, Path(scratch, "report")), output / _EVALUATION
+        evaluation: dict[str, Any] = json.loads((fresh / _REPORT).read_text())
+        if not (output / _REPORT).exists():
+            # From now on the folder is a demo's, also if this process ends before it writes the rest.
+            (output / _REPORT).write_text(json.dumps({"bench": "demo"}))
+        shutil.rmtree(folder, ignore_errors=True)
+        for file in _FILES:
+            (fresh / file).replace(output / file)
+        fresh.replace(folder)
     return evaluation
 
 
@@ -289,7 +311,7 @@ def _steer_served(inference: Inference, model: Model, output: Path) -> dict[tupl
 def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
     """The costs that the run which did the work measured, if its report is still here; else no values."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        earlier = json.loads((output / "report.json").read_text())
+        earlier = json.loads((output / _REPORT).read_text())
         if earlier["jobs"] == dict(jobs):
             figures = {name: earlier["figures"][name] for name in _COSTS}
             return {name: Figure(old["value"], old["op"], old["bar"], kept=True) for name, old in figures.items()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ethogram.cli.options import Answer, ModelName, Output, Version, assignment, command
+from ethogram.cli.options import Answer, ModelName, Output, Version, assignment, command, new_path
 from ethogram.cli.output import say, table
 from ethogram.errors import InvalidInput, Violation
 
@@ -105,7 +105,10 @@ def steer(
     ] = "1",
     direction: Annotated[str, typer.Option(help="learned, mean_difference or classifier_normal.")] = "learned",
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write an HTML report of the predicted and the measured effect.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="New HTML file for a report of the predicted and measured effect.", callback=new_path
+        ),
     ] = None,
     activation: Activation = None,
     version: Version = None,

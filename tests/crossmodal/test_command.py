@@ -119,7 +119,7 @@ def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     (out / "spec.json").write_text(tiny_spec(seed=2).model_dump_json(indent=2))
     refused(out, "holds a run of another spec")
     RunFolder(tmp_path / "other").begin(tiny_spec(seed=1))
-    (tmp_path / "other" / "report").mkdir()
+    (tmp_path / "other" / "result.json").write_text("{}")
     refused(tmp_path / "other", "holds a finished run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
