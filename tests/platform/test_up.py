@@ -244,6 +244,7 @@ def test_the_users_own_redis_is_used(tmp_path: Path, redis_url: str) -> None:
 
 
 def test_a_broken_registry_is_said_with_the_log(tmp_path: Path) -> None:
+    StateDir(tmp_path).make()
     (tmp_path / "registry.db").write_bytes(b"this is no database, " * 100)
     answer = run("up", "--state", str(tmp_path), "--port", "0")
     assert answer.returncode == 1
