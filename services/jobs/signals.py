@@ -82,9 +82,13 @@ def check_redis(url: str) -> None:
         ) as client:
             client.ping()
     except (redis.RedisError, OSError) as error:
-        raise Unavailable(
-            f"Redis at {without_password(url)} does not answer ({error}): start it, or correct REDIS_URL"
-        ) from None
+        advice = "start it, or correct REDIS_URL"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            advice = (
+                "trust its certificate with ?ssl_ca_certs=FILE at the end of REDIS_URL, or do without verification "
+                "with ?ssl_cert_reqs=none"
+            )
+        raise Unavailable(f"Redis at {without_password(url)} does not answer ({error}): {advice}") from None
 
 
 def celery_app(redis_url: str) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
+from ethogram.paths import user_path
 from ethogram.specs.clt import ActivationsSpec
 from services.clt.activations.hooks import HookPoint, capture, check_pair, misshapen, trace
 from services.clt.activations.sources import CHUNK, ActivationSource, open_source
@@ -58,10 +59,13 @@ def collect(
     with torch.no_grad():
         source = open_source(spec, run.device, policy, name)
         points, manifest = plan(spec, source, run)
-        root, target = spec.root or os.environ.get(ROOT), folder
+        root, target = spec.root or os.environ.get(ROOT) or None, folder
         if root is not None:
             identity = json.dumps([source.digest, manifest.identity], sort_keys=True)
-            target = Path(root) / f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+            target = (
+                user_path(root, "spec.root" if spec.root else ROOT)
+                / f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+            )
         elif run.resume is not None and not (folder / MANIFEST).exists():
             # A store that is there already would be at least as far as the checkpoint.
             folder.mkdir(parents=True, exist_ok=True)
