@@ -11,6 +11,16 @@ from ethogram.specs.base import ArtifactRef, OptimizationSpec, Seed, Spec, Train
 
 MAX_RUNS = 1000
 """Most runs of a sweep."""
+MAX_NODES = 200
+"""Most cities of an instance on which a policy is trained."""
+PAIR_SETS = {
+    "mlp": "input and output of each MLP",
+    "adjacent": "the output of each layer and that of the next",
+    "jumps": "the output of each layer and those of all but the next",
+    "output": "the output of each layer but the last, and that of a policy's encoder",
+    "decoder": "the output of a policy's encoder, and the input of its decoder",
+}
+"""Sets of candidate pairs, which may be named instead of a pair."""
 
 
 class PolicyModelSpec(Spec):
@@ -56,13 +66,24 @@ class PolicyTrainingSpec(OptimizationSpec):
     """Weight decay."""
     validation: int = Field(512, ge=1, le=100_000)
     """Fixed instances that each validation uses."""
+    snapshots: int | None = Field(None, ge=1)
+    """Steps between snapshots of the policy, each an artifact ``snapshot-<step>``; None: none."""
+
+
+Distribution = Literal["uniform", "clustered"]
 
 
 class PolicySpec(TrainedSpec):
     """Train a policy for the travelling salesman problem and compare it with a solver."""
 
-    nodes: int = Field(20, ge=4, le=200)
-    """Cities per instance, uniform in the unit square."""
+    nodes: int = Field(20, ge=4, le=MAX_NODES)
+    """Cities per instance; with ``cities``, as many as its instances have."""
+    distribution: Distribution = "uniform"
+    """How cities are drawn in the unit square. ``clustered``: Gaussian around three random centres per instance."""
+    cities: ArtifactRef | None = None
+    """Instances of your own instead of random ones: a ``.npy`` file, or a ``.safetensors`` file with ``cities``, of
+    numbers ``[instances, cities, 2]`` in the unit square. The first ``training.validation`` are for validations and the
+    next ``evaluation`` for the comparison; training draws from the others."""
     model: PolicyModelSpec = PolicyModelSpec()
     """Architecture."""
     training: PolicyTrainingSpec = PolicyTrainingSpec()
@@ -71,6 +92,14 @@ class PolicySpec(TrainedSpec):
     """Fixed instances on which greedy and sampled tours are finally compared with a solver's; 0: none."""
     samples: int = Field(16, ge=0, le=10_000)
     """Tours sampled per instance, of which the shortest counts; 0: greedy tours only."""
+
+    @model_validator(mode="after")
+    def _instances(self) -> PolicySpec:
+        if self.cities is not None:
+            for name in ("nodes", "distribution"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: has no effect, because instances are those of `cities`; leave it out")
+        return self
 
 
 class LanguageModelSpec(Spec):
@@ -94,8 +123,9 @@ class LanguageModelSpec(Spec):
 
 def _check_pairs(pairs: list[str]) -> None:
     for number, pair in enumerate(pairs):
-        if len([end for end in pair.split("->") if end]) != 2:
-            raise ValueError(f"pairs.{number}: {pair} is not of the form SOURCE->TARGET")
+        if pair not in PAIR_SETS and len([end for end in pair.split("->") if end]) != 2:
+            sets = ", ".join(PAIR_SETS)
+            raise ValueError(f"pairs.{number}: {pair} is neither of the form SOURCE->TARGET nor one of {sets}")
 
 
 class ActivationsSpec(Spec):
@@ -110,15 +140,21 @@ class ActivationsSpec(Spec):
     ``encoder_layer_0`` (a layer's output), ..., ``encoder_output`` and ``decoder_input``; of a language model: a
     module's name for its output, followed by ``:input`` for its input."""
     pairs: list[str] = Field(default=[], max_length=1000)
-    """Pairs ``SOURCE->TARGET`` of hook points to record. Without hooks and pairs: input and output of each MLP. Of a
-    language model those are modules with the usual names (``mlp``, ``ffn``, ``fc1`` to ``fc2``, ...) that text
-    passes."""
+    """Pairs ``SOURCE->TARGET`` of hook points to record, or sets of them: ``mlp``, input and output of each MLP;
+    ``adjacent``, the outputs of each layer and the next; ``jumps``, of each layer and all but the next; ``output``, of
+    each layer and the encoder; ``decoder``, of encoder and decoder's input. Without hooks and pairs: ``mlp``. MLPs of a
+    language model are modules with the usual names (``mlp``, ``ffn``, ``fc1`` to ``fc2``, ...) that text passes."""
     instances: int = Field(10_000, ge=1, le=1_000_000_000)
     """Instances (tours or sequences) to record."""
     validation: float = Field(0.05, gt=0, lt=1)
     """Share of the instances held out for validation, with all their rows."""
     nodes: int | None = Field(None, ge=4, le=1000)
     """Cities per instance; None: as many as the policy was trained on."""
+    distribution: Distribution = "uniform"
+    """How cities are drawn in the unit square. ``clustered``: Gaussian around three random centres per instance."""
+    cities: ArtifactRef | None = None
+    """Instances of your own instead of random ones, in their order: a ``.npy`` file, or a ``.safetensors`` file with
+    ``cities``, of numbers ``[instances, cities, 2]`` in the unit square."""
     seed: Seed = 0
     """Seed of the instances and of the order of rows."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -137,6 +173,12 @@ class ActivationsSpec(Spec):
             raise ValueError("give either policy or language_model")
         if self.language_model is not None and self.nodes is not None:
             raise ValueError("nodes: instances of a language model have `context` tokens, not cities")
+        if self.language_model is not None and (self.cities is not None or self.distribution != "uniform"):
+            name = "distribution" if self.cities is None else "cities"
+            raise ValueError(f"{name}: instances of a language model are texts, not cities")
+        if self.cities is not None and (self.nodes is not None or self.distribution != "uniform"):
+            name = "distribution" if self.nodes is None else "nodes"
+            raise ValueError(f"{name}: has no effect, because instances are those of `cities`; leave it out")
         _check_pairs(self.pairs)
         return self
 
@@ -305,7 +347,8 @@ class SweepSpec(SparseSpec):
     kind: Literal["pair", "per_layer", "cross_layer"] = "pair"
     """``pair``: a transcoder for each pair; otherwise one transcoder with all pairs as its sources and targets."""
     pairs: list[str] = Field(default=[], max_length=1000)
-    """Pairs ``SOURCE->TARGET`` of hook points; empty: input and output of each MLP in the store."""
+    """Pairs ``SOURCE->TARGET`` of hook points, or sets of them, as in activations; empty: input and output of each MLP
+    in the store."""
     grid: list[GridAxis] = Field(default=[], max_length=20)
     """Options to vary; every combination is trained."""
 

@@ -78,6 +78,30 @@ POLICY_BASELINE_ROLLOUT: PolicyBaseline.ValueType  # 2
 """"rollout"."""
 Global___PolicyBaseline: _TypeAlias = PolicyBaseline  # noqa: Y015
 
+class _PolicyDistribution:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PolicyDistributionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyDistribution.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POLICY_DISTRIBUTION_UNSPECIFIED: _PolicyDistribution.ValueType  # 0
+    """Not set."""
+    POLICY_DISTRIBUTION_UNIFORM: _PolicyDistribution.ValueType  # 1
+    """"uniform"."""
+    POLICY_DISTRIBUTION_CLUSTERED: _PolicyDistribution.ValueType  # 2
+    """"clustered"."""
+
+class PolicyDistribution(_PolicyDistribution, metaclass=_PolicyDistributionEnumTypeWrapper):
+    """How cities are drawn in the unit square. `clustered`: Gaussian around three random centres per instance."""
+
+POLICY_DISTRIBUTION_UNSPECIFIED: PolicyDistribution.ValueType  # 0
+"""Not set."""
+POLICY_DISTRIBUTION_UNIFORM: PolicyDistribution.ValueType  # 1
+""""uniform"."""
+POLICY_DISTRIBUTION_CLUSTERED: PolicyDistribution.ValueType  # 2
+""""clustered"."""
+Global___PolicyDistribution: _TypeAlias = PolicyDistribution  # noqa: Y015
+
 class _PolicyModelNormalization:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -108,6 +132,30 @@ POLICY_MODEL_NORMALIZATION_INSTANCE: PolicyModelNormalization.ValueType  # 2
 POLICY_MODEL_NORMALIZATION_LAYER: PolicyModelNormalization.ValueType  # 3
 """"layer"."""
 Global___PolicyModelNormalization: _TypeAlias = PolicyModelNormalization  # noqa: Y015
+
+class _ActivationsDistribution:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ActivationsDistributionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ActivationsDistribution.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ACTIVATIONS_DISTRIBUTION_UNSPECIFIED: _ActivationsDistribution.ValueType  # 0
+    """Not set."""
+    ACTIVATIONS_DISTRIBUTION_UNIFORM: _ActivationsDistribution.ValueType  # 1
+    """"uniform"."""
+    ACTIVATIONS_DISTRIBUTION_CLUSTERED: _ActivationsDistribution.ValueType  # 2
+    """"clustered"."""
+
+class ActivationsDistribution(_ActivationsDistribution, metaclass=_ActivationsDistributionEnumTypeWrapper):
+    """How cities are drawn in the unit square. `clustered`: Gaussian around three random centres per instance."""
+
+ACTIVATIONS_DISTRIBUTION_UNSPECIFIED: ActivationsDistribution.ValueType  # 0
+"""Not set."""
+ACTIVATIONS_DISTRIBUTION_UNIFORM: ActivationsDistribution.ValueType  # 1
+""""uniform"."""
+ACTIVATIONS_DISTRIBUTION_CLUSTERED: ActivationsDistribution.ValueType  # 2
+""""clustered"."""
+Global___ActivationsDistribution: _TypeAlias = ActivationsDistribution  # noqa: Y015
 
 class _StoredType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -426,6 +474,7 @@ class PolicyTrainingSpec(_message.Message):
     VALIDATE_EVERY_FIELD_NUMBER: _builtins.int
     VALIDATION_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_FIELD_NUMBER: _builtins.int
     baseline: Global___PolicyBaseline.ValueType
     """`pomo`: mean length of the tours that start at each city (Kwon et al. 2020, arXiv 2010.16011); `rollout`: the
     greedy tour of the best policy at any validation so far (Kool et al. 2019).
@@ -446,6 +495,8 @@ class PolicyTrainingSpec(_message.Message):
     """Fixed instances that each validation uses."""
     precision: Global___PolicyPrecision.ValueType
     """Precision of matrix products; `auto`: bfloat16 where the hardware supports it."""
+    snapshots: _builtins.int
+    """Steps between snapshots of the policy, each an artifact `snapshot-<step>`; None: none."""
     def __init__(
         self,
         *,
@@ -458,10 +509,11 @@ class PolicyTrainingSpec(_message.Message):
         validate_every: _builtins.int | None = ...,
         validation: _builtins.int | None = ...,
         precision: Global___PolicyPrecision.ValueType | None = ...,
+        snapshots: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_baseline", b"_baseline", "_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_precision", b"_precision", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation", b"_validation", "_warm_up", b"_warm_up", "_weight_decay", b"_weight_decay", "baseline", b"baseline", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "precision", b"precision", "steps", b"steps", "validate_every", b"validate_every", "validation", b"validation", "warm_up", b"warm_up", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_baseline", b"_baseline", "_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_precision", b"_precision", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation", b"_validation", "_warm_up", b"_warm_up", "_weight_decay", b"_weight_decay", "baseline", b"baseline", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "precision", b"precision", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation", b"validation", "warm_up", b"warm_up", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_baseline", b"_baseline", "_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_precision", b"_precision", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation", b"_validation", "_warm_up", b"_warm_up", "_weight_decay", b"_weight_decay", "baseline", b"baseline", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "precision", b"precision", "steps", b"steps", "validate_every", b"validate_every", "validation", b"validation", "warm_up", b"warm_up", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_baseline", b"_baseline", "_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_precision", b"_precision", "_snapshots", b"_snapshots", "_steps", b"_steps", "_validate_every", b"_validate_every", "_validation", b"_validation", "_warm_up", b"_warm_up", "_weight_decay", b"_weight_decay", "baseline", b"baseline", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "precision", b"precision", "snapshots", b"snapshots", "steps", b"steps", "validate_every", b"validate_every", "validation", b"validation", "warm_up", b"warm_up", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__baseline: _TypeAlias = _typing.Literal["baseline"]  # noqa: Y015
     _WhichOneofArgType__baseline: _TypeAlias = _typing.Literal["_baseline", b"_baseline"]  # noqa: Y015
@@ -471,6 +523,8 @@ class PolicyTrainingSpec(_message.Message):
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
     _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
+    _WhichOneofReturnType__snapshots: _TypeAlias = _typing.Literal["snapshots"]  # noqa: Y015
+    _WhichOneofArgType__snapshots: _TypeAlias = _typing.Literal["_snapshots", b"_snapshots"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
     _WhichOneofReturnType__validate_every: _TypeAlias = _typing.Literal["validate_every"]  # noqa: Y015
@@ -489,6 +543,8 @@ class PolicyTrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshots) -> _WhichOneofReturnType__snapshots | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
     @_typing.overload
@@ -591,14 +647,18 @@ class PolicySpec(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     WANDB_FIELD_NUMBER: _builtins.int
+    DISTRIBUTION_FIELD_NUMBER: _builtins.int
+    CITIES_FIELD_NUMBER: _builtins.int
     nodes: _builtins.int
-    """Cities per instance, uniform in the unit square."""
+    """Cities per instance; with `cities`, as many as its instances have."""
     seed: _builtins.int
     """Seed of everything random."""
     evaluation: _builtins.int
     """Fixed instances on which greedy and sampled tours are finally compared with a solver's; 0: none."""
     samples: _builtins.int
     """Tours sampled per instance, of which the shortest counts; 0: greedy tours only."""
+    distribution: Global___PolicyDistribution.ValueType
+    """How cities are drawn in the unit square. `clustered`: Gaussian around three random centres per instance."""
     @_builtins.property
     def model(self) -> Global___PolicyModelSpec:
         """Architecture."""
@@ -611,6 +671,13 @@ class PolicySpec(_message.Message):
     def wandb(self) -> _common_pb2.WandbSpec:
         """Also log metrics to Weights & Biases."""
 
+    @_builtins.property
+    def cities(self) -> _common_pb2.ArtifactRef:
+        """Instances of your own instead of random ones: a `.npy` file, or a `.safetensors` file with `cities`, of numbers
+        `[instances, cities, 2]` in the unit square. The first `training.validation` are for validations and the next
+        `evaluation` for the comparison; training draws from the others.
+        """
+
     def __init__(
         self,
         *,
@@ -621,11 +688,15 @@ class PolicySpec(_message.Message):
         evaluation: _builtins.int | None = ...,
         samples: _builtins.int | None = ...,
         wandb: _common_pb2.WandbSpec | None = ...,
+        distribution: Global___PolicyDistribution.ValueType | None = ...,
+        cities: _common_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_nodes", b"_nodes", "_samples", b"_samples", "_seed", b"_seed", "evaluation", b"evaluation", "model", b"model", "nodes", b"nodes", "samples", b"samples", "seed", b"seed", "training", b"training", "wandb", b"wandb"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_distribution", b"_distribution", "_evaluation", b"_evaluation", "_nodes", b"_nodes", "_samples", b"_samples", "_seed", b"_seed", "cities", b"cities", "distribution", b"distribution", "evaluation", b"evaluation", "model", b"model", "nodes", b"nodes", "samples", b"samples", "seed", b"seed", "training", b"training", "wandb", b"wandb"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_nodes", b"_nodes", "_samples", b"_samples", "_seed", b"_seed", "evaluation", b"evaluation", "model", b"model", "nodes", b"nodes", "samples", b"samples", "seed", b"seed", "training", b"training", "wandb", b"wandb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distribution", b"_distribution", "_evaluation", b"_evaluation", "_nodes", b"_nodes", "_samples", b"_samples", "_seed", b"_seed", "cities", b"cities", "distribution", b"distribution", "evaluation", b"evaluation", "model", b"model", "nodes", b"nodes", "samples", b"samples", "seed", b"seed", "training", b"training", "wandb", b"wandb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__distribution: _TypeAlias = _typing.Literal["distribution"]  # noqa: Y015
+    _WhichOneofArgType__distribution: _TypeAlias = _typing.Literal["_distribution", b"_distribution"]  # noqa: Y015
     _WhichOneofReturnType__evaluation: _TypeAlias = _typing.Literal["evaluation"]  # noqa: Y015
     _WhichOneofArgType__evaluation: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation"]  # noqa: Y015
     _WhichOneofReturnType__nodes: _TypeAlias = _typing.Literal["nodes"]  # noqa: Y015
@@ -634,6 +705,8 @@ class PolicySpec(_message.Message):
     _WhichOneofArgType__samples: _TypeAlias = _typing.Literal["_samples", b"_samples"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__distribution) -> _WhichOneofReturnType__distribution | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation) -> _WhichOneofReturnType__evaluation | None: ...
     @_typing.overload
@@ -736,6 +809,8 @@ class ActivationsSpec(_message.Message):
     SHARD_ROWS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
+    DISTRIBUTION_FIELD_NUMBER: _builtins.int
+    CITIES_FIELD_NUMBER: _builtins.int
     instances: _builtins.int
     """Instances (tours or sequences) to record."""
     validation: _builtins.float
@@ -754,6 +829,8 @@ class ActivationsSpec(_message.Message):
     """Folder on the worker for the store, e.g. on a larger disk; None: below the worker's `ACTIVATIONS_ROOT` if it is
     set, else the store is an artifact.
     """
+    distribution: Global___ActivationsDistribution.ValueType
+    """How cities are drawn in the unit square. `clustered`: Gaussian around three random centres per instance."""
     @_builtins.property
     def policy(self) -> _common_pb2.ArtifactRef:
         """The policy; give either this or `language_model`."""
@@ -771,8 +848,16 @@ class ActivationsSpec(_message.Message):
 
     @_builtins.property
     def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Pairs `SOURCE->TARGET` of hook points to record. Without hooks and pairs: input and output of each MLP. Of a
-        language model those are modules with the usual names (`mlp`, `ffn`, `fc1` to `fc2`, ...) that text passes.
+        """Pairs `SOURCE->TARGET` of hook points to record, or sets of them: `mlp`, input and output of each MLP; `adjacent`,
+        the outputs of each layer and the next; `jumps`, of each layer and all but the next; `output`, of each layer and
+        the encoder; `decoder`, of encoder and decoder's input. Without hooks and pairs: `mlp`. MLPs of a language model
+        are modules with the usual names (`mlp`, `ffn`, `fc1` to `fc2`, ...) that text passes.
+        """
+
+    @_builtins.property
+    def cities(self) -> _common_pb2.ArtifactRef:
+        """Instances of your own instead of random ones, in their order: a `.npy` file, or a `.safetensors` file with
+        `cities`, of numbers `[instances, cities, 2]` in the unit square.
         """
 
     def __init__(
@@ -790,13 +875,17 @@ class ActivationsSpec(_message.Message):
         shard_rows: _builtins.int | None = ...,
         batch_size: _builtins.int | None = ...,
         root: _builtins.str | None = ...,
+        distribution: Global___ActivationsDistribution.ValueType | None = ...,
+        cities: _common_pb2.ArtifactRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dtype", b"_dtype", "_instances", b"_instances", "_nodes", b"_nodes", "_root", b"_root", "_seed", b"_seed", "_shard_rows", b"_shard_rows", "_validation", b"_validation", "batch_size", b"batch_size", "dtype", b"dtype", "instances", b"instances", "language_model", b"language_model", "nodes", b"nodes", "policy", b"policy", "root", b"root", "seed", b"seed", "shard_rows", b"shard_rows", "validation", b"validation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_distribution", b"_distribution", "_dtype", b"_dtype", "_instances", b"_instances", "_nodes", b"_nodes", "_root", b"_root", "_seed", b"_seed", "_shard_rows", b"_shard_rows", "_validation", b"_validation", "batch_size", b"batch_size", "cities", b"cities", "distribution", b"distribution", "dtype", b"dtype", "instances", b"instances", "language_model", b"language_model", "nodes", b"nodes", "policy", b"policy", "root", b"root", "seed", b"seed", "shard_rows", b"shard_rows", "validation", b"validation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dtype", b"_dtype", "_instances", b"_instances", "_nodes", b"_nodes", "_root", b"_root", "_seed", b"_seed", "_shard_rows", b"_shard_rows", "_validation", b"_validation", "batch_size", b"batch_size", "dtype", b"dtype", "hooks", b"hooks", "instances", b"instances", "language_model", b"language_model", "nodes", b"nodes", "pairs", b"pairs", "policy", b"policy", "root", b"root", "seed", b"seed", "shard_rows", b"shard_rows", "validation", b"validation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_distribution", b"_distribution", "_dtype", b"_dtype", "_instances", b"_instances", "_nodes", b"_nodes", "_root", b"_root", "_seed", b"_seed", "_shard_rows", b"_shard_rows", "_validation", b"_validation", "batch_size", b"batch_size", "cities", b"cities", "distribution", b"distribution", "dtype", b"dtype", "hooks", b"hooks", "instances", b"instances", "language_model", b"language_model", "nodes", b"nodes", "pairs", b"pairs", "policy", b"policy", "root", b"root", "seed", b"seed", "shard_rows", b"shard_rows", "validation", b"validation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__distribution: _TypeAlias = _typing.Literal["distribution"]  # noqa: Y015
+    _WhichOneofArgType__distribution: _TypeAlias = _typing.Literal["_distribution", b"_distribution"]  # noqa: Y015
     _WhichOneofReturnType__dtype: _TypeAlias = _typing.Literal["dtype"]  # noqa: Y015
     _WhichOneofArgType__dtype: _TypeAlias = _typing.Literal["_dtype", b"_dtype"]  # noqa: Y015
     _WhichOneofReturnType__instances: _TypeAlias = _typing.Literal["instances"]  # noqa: Y015
@@ -813,6 +902,8 @@ class ActivationsSpec(_message.Message):
     _WhichOneofArgType__validation: _TypeAlias = _typing.Literal["_validation", b"_validation"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__distribution) -> _WhichOneofReturnType__distribution | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dtype) -> _WhichOneofReturnType__dtype | None: ...
     @_typing.overload
@@ -1352,7 +1443,9 @@ class SweepSpec(_message.Message):
 
     @_builtins.property
     def pairs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Pairs `SOURCE->TARGET` of hook points; empty: input and output of each MLP in the store."""
+        """Pairs `SOURCE->TARGET` of hook points, or sets of them, as in activations; empty: input and output of each MLP in
+        the store.
+        """
 
     @_builtins.property
     def grid(self) -> _containers.RepeatedCompositeFieldContainer[Global___GridAxis]:

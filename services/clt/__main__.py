@@ -35,6 +35,12 @@ Store = Annotated[
         metavar="STORE", help="Folder of a store, or of the run that made it.", exists=True, file_okay=False
     ),
 ]
+Cities = Annotated[
+    Path | None,
+    typer.Option(
+        help=".npy file, or .safetensors file with `cities`: instances x cities x 2, in the unit square.", exists=True
+    ),
+]
 RunDir = Annotated[
     str | None, typer.Option("--run-dir", metavar="DIR", help="Another way to name the folder of the run.", hidden=True)
 ]
@@ -116,9 +122,9 @@ def _show_sweep(result: dict[str, Any]) -> None:
 @run_command(
     app, KINDS["policy"], f"{_MODULE} policy -o my-policy", f"{_MODULE} policy --set training.steps=200 -o my-policy"
 )
-def policy() -> Request:
+def policy(*, cities: Cities = None) -> Request:
     """Train a policy that builds tours, and compare it with a solver. The same command resumes an interrupted run."""
-    return Request()
+    return Request({} if cities is None else {"cities": cities})
 
 
 @app.command(epilog=examples(f"{_MODULE} import-policy last.ckpt -o my-policy"))
@@ -148,10 +154,7 @@ def import_policy(
 @command(app, f"{_MODULE} gap my-run/policy", f"{_MODULE} gap my-policy --cities cities.npy")
 def gap(
     policy: Policy = None,
-    cities: Annotated[
-        Path | None,
-        typer.Option(help=".npy file, or .safetensors file with `cities`: instances x cities x 2, in the unit square."),
-    ] = None,
+    cities: Cities = None,
     *,
     instances: Annotated[
         int, typer.Option(help="Uniform random instances, without --cities.", min=1, max=10**6)
@@ -167,14 +170,14 @@ def gap(
     from services.clt.policy.evaluate import evaluate, evaluation_instances
     from services.clt.policy.job import named
     from services.clt.policy.model import AttentionPolicy
-    from services.clt.policy.tsp import read_cities
+    from services.clt.policy.tsp import cities_in
     from services.runtime.console import ConsoleRun
     from services.runtime.devices import chosen_device
 
     device = chosen_device(device)
     loaded = AttentionPolicy.load(named(str(_one("POLICY", policy, run_dir)), device), device)
     if cities is not None:
-        tsp = read_cities(cities)
+        tsp = cities_in(cities)
     else:
         tsp = evaluation_instances(PolicySpec(nodes=loaded.nodes, seed=seed, evaluation=instances))
     with ConsoleRun() as run:
@@ -206,13 +209,15 @@ def activations(
     policy: Policy = None,
     *,
     pair: Pairs = None,
+    cities: Cities = None,
     run_dir: RunDir = None,
 ) -> Request:
     """Record activations of a policy, or of a language model on texts, into a store. The same command resumes an
     interrupted recording, and its store can be read meanwhile."""
     values = {"pairs": _pairs(pair) or None}
+    given = {} if cities is None else {"cities": cities}
     if policy is None and run_dir is None:
-        return Request(values=values)
+        return Request(given, values)
     name = str(_one("POLICY", policy, run_dir))
 
     def find(device: str) -> Path:
@@ -220,7 +225,19 @@ def activations(
 
         return named(name, device)
 
-    return Request({"policy": find}, values)
+    return Request({"policy": find, **given}, values)
+
+
+@command(app, f"{_MODULE} list-pairs my-policy", f"{_MODULE} list-pairs my-activations")
+def list_pairs(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A policy or a store, or the run that made it.")],
+) -> Answer:
+    """List candidate pairs of hook points by set. --pair takes the name of a set, too."""
+    from services.clt.activations.pairs import candidates_in
+
+    found = candidates_in(source)
+    rows = [(pair["set"], f"{pair['source']}->{pair['target']}", pair["name"]) for pair in found]
+    return Answer(found, lambda: output.table(["set", "pair", "name"], rows))
 
 
 @command(app, f"{_MODULE} inspect-pairs my-activations --json")

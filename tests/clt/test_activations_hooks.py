@@ -10,16 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.clt import PolicyModelSpec
-from services.clt.activations.hooks import HookPoint, capture, check_pair, policy_points, trace
+from ethogram.specs.base import ArtifactRef
+from ethogram.specs.clt import PAIR_SETS, ActivationsSpec, PolicyModelSpec
+from services.clt.activations.hooks import (
+    HookPoint,
+    candidate_pairs,
+    capture,
+    check_pair,
+    mlp_pairs,
+    policy_points,
+    trace,
+)
 from services.clt.activations.sources import PolicySource
 from services.clt.policy.model import AttentionPolicy
 
+SPEC = ActivationsSpec(policy=ArtifactRef(artifact="policy"))
 
-def small_policy(seed: int = 0, nodes: int = 6) -> AttentionPolicy:
-    """Two layers of width 16, with statistics of batches that are not the default ones."""
+
+def small_policy(seed: int = 0, nodes: int = 6, layers: int = 2) -> AttentionPolicy:
+    """Layers of width 16, with statistics of batches that are not the default ones."""
     torch.manual_seed(seed)
-    policy = AttentionPolicy(PolicyModelSpec(hidden_dim=16, layers=2, heads=2, feed_forward=32), nodes)
+    policy = AttentionPolicy(PolicyModelSpec(hidden_dim=16, layers=layers, heads=2, feed_forward=32), nodes)
     policy.train()
     policy.encoder(torch.rand(64, nodes, 2))
     return policy.eval().requires_grad_(False)
@@ -53,7 +64,7 @@ def test_captured_values_are_those_of_a_forward_by_hand() -> None:
 def test_points_are_traced_in_the_order_of_execution() -> None:
     policy = small_policy()
     names = list(policy_points(policy))
-    named, _ = PolicySource(policy).select(list(reversed(names)), [])
+    named, _ = PolicySource(policy, SPEC).select(list(reversed(names)), [])
     cities = torch.rand(2, 6, 2)
     points = [point for _, point in named]
     traced = trace(policy, points, lambda: policy.decoder.memory(policy.encoder(cities)), (2, 6))
@@ -62,9 +73,55 @@ def test_points_are_traced_in_the_order_of_execution() -> None:
 
 
 def test_without_hooks_and_pairs_what_enters_and_leaves_each_mlp() -> None:
-    named, pairs = PolicySource(small_policy()).select([], [])
-    assert pairs == [(f"encoder_layer_{i}_pre_mlp", f"encoder_layer_{i}_mlp") for i in range(2)]
-    assert [point.name for _, point in named] == [end for pair in pairs for end in pair]
+    named, pairs = PolicySource(small_policy(), SPEC).select([], [])
+    assert pairs == [("spec.hooks", (f"encoder_layer_{i}_pre_mlp", f"encoder_layer_{i}_mlp")) for i in range(2)]
+    assert [point.name for _, point in named] == [end for _, pair in pairs for end in pair]
+
+
+def test_candidate_pairs_of_a_policy() -> None:
+    """The document's: adjacent layers, a few longer jumps, and the encoder's output."""
+    names = list(policy_points(small_policy(layers=4)))
+    found = candidate_pairs("policy", names)
+    assert set(found) == set(PAIR_SETS)
+    layers = [f"encoder_layer_{i}" for i in range(4)]
+    assert found["adjacent"] == [(layers[0], layers[1]), (layers[1], layers[2]), (layers[2], layers[3])]
+    assert found["jumps"] == [(layers[0], layers[2]), (layers[0], layers[3]), (layers[1], layers[3])]
+    assert found["output"] == [(layer, "encoder_output") for layer in layers[:3]]
+    assert found["decoder"] == [("encoder_output", "decoder_input")]
+    assert found["mlp"] == mlp_pairs("policy", names)
+    for pairs in found.values():
+        for pair in pairs:
+            check_pair(names, *pair)
+    # Of what a store has.
+    assert candidate_pairs("policy", layers[1:])["jumps"] == [(layers[1], layers[3])]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("h.{}", "h.{}.mlp:input", "h.{}.mlp"),
+        ("decoder.layers.{}", "decoder.layers.{}.fc1:input", "decoder.layers.{}.fc2"),
+        ("encoder.layer.{}", "encoder.layer.{}.intermediate:input", "encoder.layer.{}.output.dense"),
+    ],
+)
+def test_candidate_pairs_of_a_language_model(parts: tuple[str, str, str]) -> None:
+    names = [part.format(i) for i in range(3) for part in (*parts[1:], parts[0])]
+    layers = [parts[0].format(i) for i in range(3)]
+    found = candidate_pairs("language_model", names)
+    assert found["adjacent"] == [(layers[0], layers[1]), (layers[1], layers[2])]
+    assert found["jumps"] == [(layers[0], layers[2])] and not found["output"] and not found["decoder"]
+
+
+def test_a_set_of_pairs_is_its_pairs() -> None:
+    source = PolicySource(small_policy(layers=3), SPEC)
+    named, pairs = source.select([], ["jumps", "encoder_layer_0_input->encoder_layer_1"])
+    assert pairs == [
+        ("spec.pairs.0", ("encoder_layer_0", "encoder_layer_2")),
+        ("spec.pairs.1", ("encoder_layer_0_input", "encoder_layer_1")),
+    ]
+    assert {point.name for _, point in named} == {end for _, pair in pairs for end in pair}
+    with pytest.raises(InvalidInput, match=r"spec\.pairs\.0: there are no pairs of the set jumps \(the output of each"):
+        PolicySource(small_policy(layers=2), SPEC).select([], ["jumps"])
 
 
 @pytest.mark.parametrize(
@@ -78,7 +135,7 @@ def test_without_hooks_and_pairs_what_enters_and_leaves_each_mlp() -> None:
 )
 def test_unknown_points_are_named_with_those_that_are_near(hooks: list[str], pairs: list[str], error: str) -> None:
     with pytest.raises(InvalidInput, match=error):
-        PolicySource(small_policy()).select(hooks, pairs)
+        PolicySource(small_policy(), SPEC).select(hooks, pairs)
 
 
 def test_a_source_comes_before_its_target() -> None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from services.clt.activations.store import (
     write_pointer,
 )
 from services.clt.policy.model import AttentionPolicy
+from services.clt.policy.tsp import digest
 from services.runtime.checkpoints import link_or_copy
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -47,25 +49,31 @@ SHARD_BYTES = 2**30
 
 
 def collect(
-    spec: ActivationsSpec, folder: Path, run: Run, policy: AttentionPolicy | None = None, name: str = "policy"
+    spec: ActivationsSpec,
+    folder: Path,
+    run: Run,
+    policy: AttentionPolicy | None = None,
+    name: str = "policy",
+    *,
+    cities: Tensor | None = None,
 ) -> ActivationStore:
     """Record a store into ``folder``, or resume it. ``policy``: the model, called ``name``, unless ``spec`` names a
-    language model.
+    language model; ``cities``: the instances ``[instances, nodes, 2]``, if it names some.
 
     With ``spec.root`` or ``ACTIVATIONS_ROOT`` the store is in a folder below that, which is resumed too, and ``folder``
     holds its path. Raises :class:`InvalidInput` for unknown hook points, numbers that are not finite and too few texts,
     and :class:`ethogram.errors.Unavailable` when the disk is full.
     """
     with torch.no_grad():
-        source = open_source(spec, run.device, policy, name)
+        source = open_source(spec, run.device, policy, name, cities)
         points, manifest = plan(spec, source, run)
+        if cities is not None:
+            manifest.spec["cities"] = digest(cities)
         root, target = spec.root or os.environ.get(ROOT) or None, folder
         if root is not None:
             identity = json.dumps([source.digest, manifest.identity], sort_keys=True)
-            target = (
-                user_path(root, "spec.root" if spec.root else ROOT)
-                / f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-            )
+            name = f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+            target = user_path(root, "spec.root" if spec.root else ROOT) / name
         elif run.resume is not None and not (folder / MANIFEST).exists():
             # A store that is there already would be at least as far as the checkpoint.
             folder.mkdir(parents=True, exist_ok=True)
@@ -89,13 +97,13 @@ def plan(spec: ActivationsSpec, source: ActivationSource, run: Run) -> tuple[lis
     if not spec.hooks and not spec.pairs:
         # Text does not pass, say, the vision part of a vision-language model.
         faults = [found for found in traced.values() if isinstance(found, str)]
-        every, pairs = pairs, [pair for pair in pairs if not any(isinstance(traced[end], str) for end in pair)]
+        every, pairs = pairs, [item for item in pairs if not any(isinstance(traced[end], str) for end in item[1])]
         if not pairs:
             raise InvalidInput.field("spec.hooks", f"none of the {len(every)} MLPs can be recorded: {faults[0]}")
         if faults:
             reason = faults[0].partition(";")[0]
             run.log(f"{len(every) - len(pairs)} of {len(every)} MLPs are left out ({reason}, ...)", "warning")
-        fields = {end: "spec.hooks" for pair in pairs for end in pair}
+        fields = {end: "spec.hooks" for _, pair in pairs for end in pair}
     points, widths = [], dict[str, int]()
     for name, found in traced.items():
         if name not in fields:
@@ -104,8 +112,8 @@ def plan(spec: ActivationsSpec, source: ActivationSource, run: Run) -> tuple[lis
             raise InvalidInput.field(fields[name], found)
         points.append(found[0])
         widths[name] = found[1]
-    for number, (begin, end) in enumerate(pairs):
-        check_pair(list(widths), begin, end, f"spec.pairs.{number}")
+    for field, (begin, end) in pairs:
+        check_pair(list(widths), begin, end, field)
     validation = _count(spec, VALIDATION, spec.instances)
     if not 0 < validation < spec.instances:
         few = f"{spec.instances} with validation {spec.validation:g} leave none for training; ask for more instances"
@@ -113,12 +121,11 @@ def plan(spec: ActivationsSpec, source: ActivationSource, run: Run) -> tuple[lis
     rows, row_bytes = source.positions - source.first, sum(widths.values()) * DTYPES[spec.dtype].itemsize
     return points, Manifest(
         source=Source(kind=source.kind, digest=source.digest, name=source.name),
-        # Neither changes what is recorded.
-        spec=spec.model_dump(mode="json", exclude={"policy", "root"}),
+        spec=_recorded(spec),
         seed=spec.seed,
         dtype=spec.dtype,
         hooks=[Hook(name=name, width=width) for name, width in widths.items()],
-        pairs=pairs,
+        pairs=[pair for _, pair in pairs],
         rows_per_instance=rows,
         first_position=source.first,
         shard_instances=max(1, min(spec.shard_rows, SHARD_BYTES // row_bytes) // rows),
@@ -129,6 +136,15 @@ def plan(spec: ActivationsSpec, source: ActivationSource, run: Run) -> tuple[lis
             'permutation of generator(seed, "split", chunk)',
         ),
     )
+
+
+def _recorded(spec: ActivationsSpec) -> dict[str, Any]:
+    """The fields that change what is recorded."""
+    fields = spec.model_dump(mode="json", exclude={"policy", "root", "cities"})
+    if spec.distribution == "uniform":
+        # As of a version that had no other, whose stores can be resumed.
+        del fields["distribution"]
+    return fields
 
 
 def validation_mask(spec: ActivationsSpec, chunk: int) -> Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
+from ethogram.specs.clt import PAIR_SETS
 from services.clt.policy.model import AttentionPolicy
 
 INPUT = ":input"
@@ -100,6 +103,45 @@ def mlp_pairs(kind: SourceKind, names: Sequence[str]) -> list[Pair]:
             if not any(name.startswith(f"{outer}.") for outer in pairs):
                 pairs[name] = (stem + begin, name)
     return [pairs[name] for name in names if name in pairs]
+
+
+def candidate_pairs(kind: SourceKind, names: Sequence[str]) -> dict[str, list[Pair]]:
+    """The pairs of each set of :data:`ethogram.specs.clt.PAIR_SETS`, of the hook points ``names`` of a source of this
+    kind in the order of execution."""
+    mlps, known = mlp_pairs(kind, names), {*names}
+    if kind == "policy":
+        layers = [name for name in names if re.fullmatch(r"encoder_layer_\d+", name)]
+    else:
+        around = {_layer_of(pair) for pair in mlps}
+        layers = [name for name in names if name in around]
+    found = {
+        "mlp": mlps,
+        "adjacent": list(pairwise(layers)),
+        "jumps": [(layer, later) for number, layer in enumerate(layers) for later in layers[number + 2 :]],
+        "output": [(layer, "encoder_output") for layer in layers[:-1]],
+        "decoder": [("encoder_output", "decoder_input")],
+    }
+    return {name: [pair for pair in pairs if {*pair} <= known] for name, pairs in found.items()}
+
+
+def _layer_of(mlp: Pair) -> str:
+    """The module around an MLP of a language model."""
+    begin, end = (name.removesuffix(INPUT).split(".")[:-1] for name in mlp)
+    return ".".join(part for part, other in zip(begin, end, strict=False) if part == other)
+
+
+def named_pairs(entries: Sequence[str], kind: SourceKind, names: Sequence[str], field: str) -> list[tuple[str, Pair]]:
+    """The pairs of ``entries``, each ``SOURCE->TARGET`` or the name of a set, with the field of its entry: ``field``,
+    with the entry's number for ``{}``. Raises :class:`InvalidInput`."""
+    pairs: list[tuple[str, Pair]] = []
+    for number, entry in enumerate(entries):
+        here = field.format(number)
+        chosen = candidate_pairs(kind, names)[entry] if entry in PAIR_SETS else [parse_pair(entry, here)]
+        if not chosen:
+            text = f"there are no pairs of the set {entry} ({PAIR_SETS[entry]})"
+            raise InvalidInput.field(here, f"{text}; {listed(names)}")
+        pairs += [(here, pair) for pair in chosen]
+    return pairs
 
 
 def parse_pair(text: str, field: str) -> Pair:

@@ -8,6 +8,7 @@ from ethogram.specs.clt import ActivationsSpec
 from services.clt.activations.collect import collect
 from services.clt.activations.store import SPLITS, ActivationStore
 from services.clt.policy.model import AttentionPolicy
+from services.clt.policy.tsp import cities_in
 from services.runtime.run import Run
 
 
@@ -16,8 +17,9 @@ def run(spec: ActivationsSpec, run: Run) -> dict[str, Any]:
     policy, name = None, ""
     if spec.policy is not None:
         policy, name = AttentionPolicy.load(run.inputs["policy"], run.device), spec.policy.artifact
+    cities = None if spec.cities is None else cities_in(run.inputs["cities"])
     with run.output_folder("activations") as folder:
-        collect(spec, folder, run, policy, name)
+        collect(spec, folder, run, policy, name, cities=cities)
         # The lock is not part of the artifact.
         (folder / "lock").unlink(missing_ok=True)
         run.artifact("activations", "activations", folder)

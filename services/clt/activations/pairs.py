@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from services.clt.activations.hooks import Pair, check_pair, parse_pair
+from services.clt.activations.hooks import Pair, candidate_pairs, check_pair, named_pairs, policy_points
 from services.clt.activations.loader import everything
 from services.clt.activations.store import SPLITS, TRAIN, VALIDATION, ActivationStore, write_pointer
+from services.clt.policy.model import CONFIG, AttentionPolicy
+from services.runtime.folders import artifact_in
 
 SMALL = 0.01
 """A number is small below this share of the root mean square at its hook point."""
@@ -38,15 +40,32 @@ def pair_name(source: str, target: str) -> str:
 
 
 def pairs_of(store: ActivationStore, names: Sequence[str] = (), field: str = "--pair") -> list[Pair]:
-    """The pairs ``SOURCE->TARGET`` of ``names``; without names those of the store's spec, or else input and output of
-    each MLP. Raises :class:`InvalidInput` for pairs that are not possible."""
-    pairs = [parse_pair(name, field) for name in names] or list(store.manifest.pairs) or store.mlp_pairs()
+    """The pairs of ``names``, each ``SOURCE->TARGET`` or a set; without names those of the store's spec, or else input
+    and output of each MLP. Raises :class:`InvalidInput` for pairs that are not possible."""
+    named = named_pairs(names, store.manifest.source.kind, store.hooks, field)
+    pairs = [pair for _, pair in named] or list(store.manifest.pairs) or store.mlp_pairs()
     if not pairs:
         text = f"the store has no pairs; name one as SOURCE->TARGET of {', '.join(store.hooks)}"
         raise InvalidInput.field(field, text)
     for source, target in pairs:
         check_pair(store.hooks, source, target, field)
     return pairs
+
+
+def candidates_in(folder: Path) -> list[dict[str, str]]:
+    """Candidate pairs of a policy's hook points, or of those in a store, with their set and name, for a table or JSON.
+    ``folder``: of the policy, of the store, or of the run that made it."""
+    if (folder / CONFIG).is_file() or (folder / "policy").is_dir():
+        policy = AttentionPolicy.load(artifact_in(folder, "policy", "FOLDER"))
+        candidates = candidate_pairs("policy", list(policy_points(policy)))
+    else:
+        store = ActivationStore.open(artifact_in(folder, "activations", "FOLDER"))
+        candidates = candidate_pairs(store.manifest.source.kind, store.hooks)
+    return [
+        {"set": name, "source": source, "target": target, "name": pair_name(source, target)}
+        for name, pairs in candidates.items()
+        for source, target in pairs
+    ]
 
 
 def inspect(store: ActivationStore, pairs: Sequence[Pair], rows: int = ROWS) -> list[dict[str, Any]]:

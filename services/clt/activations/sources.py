@@ -20,7 +20,7 @@ from services.clt.activations.hooks import (
     language_points,
     listed,
     mlp_pairs,
-    parse_pair,
+    named_pairs,
     policy_points,
     unknown_point,
 )
@@ -78,19 +78,20 @@ class ActivationSource(ABC):
         """What of the data so far has no part in the instances; empty if nothing."""
         return ""
 
-    def select(self, hooks: Sequence[str], pairs: Sequence[str]) -> tuple[list[tuple[str, HookPoint]], list[Pair]]:
-        """The hook points of ``hooks`` and ``pairs`` (``SOURCE->TARGET``), each once, with the first field that names
-        it, and the pairs. Without either, input and output of each MLP.
+    def select(
+        self, hooks: Sequence[str], pairs: Sequence[str]
+    ) -> tuple[list[tuple[str, HookPoint]], list[tuple[str, Pair]]]:
+        """The hook points of ``hooks`` and ``pairs`` (``SOURCE->TARGET`` or a set), each once, with the first field
+        that names it, and the pairs with their fields. Without either, input and output of each MLP.
 
         Raises :class:`InvalidInput` for unknown hook points, and if the model has no MLP.
         """
         points = self.points()
-        ends = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(pairs)]
+        ends = named_pairs(pairs, self.kind, list(points), "spec.pairs.{}")
         requested = [(f"spec.hooks.{number}", name) for number, name in enumerate(hooks)]
-        requested += [(f"spec.pairs.{number}", name) for number, pair in enumerate(ends) for name in pair]
-        if not requested:
-            ends = mlp_pairs(self.kind, list(points))
-            requested = [("spec.hooks", name) for pair in ends for name in pair]
+        if not hooks and not pairs:
+            ends = [("spec.hooks", pair) for pair in mlp_pairs(self.kind, list(points))]
+        requested += [(field, name) for field, pair in ends for name in pair]
         if not requested:
             text = "no module of the model has the usual name of an MLP, so name the hooks or pairs to record"
             raise InvalidInput.field("spec.hooks", f"{text}; {listed(list(points))}")
@@ -105,28 +106,37 @@ class ActivationSource(ABC):
 
 
 class PolicySource(ActivationSource):
-    """A policy on uniform random cities; chunk ``c`` is drawn from ``generator(seed, "instances", c)``."""
+    """A policy on the instances of a spec: ``cities`` in their order, or random ones; chunk ``c`` is drawn from
+    ``generator(seed, "instances", c)``."""
 
     kind = "policy"
 
     def __init__(
         self,
         policy: AttentionPolicy,
-        nodes: int | None = None,
-        seed: int = 0,
+        spec: ActivationsSpec,
+        cities: Tensor | None = None,
         name: str = "policy",
         device: str = "cpu",
     ) -> None:
+        """Raises :class:`InvalidInput` for more instances than there are ``cities``."""
+        if cities is not None and len(cities) < spec.instances:
+            text = f"there are {len(cities)} in cities, not {spec.instances}; ask for at most as many"
+            raise InvalidInput.field("spec.instances", text)
         self.model: AttentionPolicy = policy.to(device).eval()
-        self.digest, self.name, self.device, self._seed = policy.digest, name, device, seed
-        self.positions = nodes or policy.nodes
+        self.digest, self.name, self.device, self._spec, self._cities = policy.digest, name, device, spec, cities
+        self.positions = (spec.nodes or policy.nodes) if cities is None else cities.shape[1]
 
     def points(self) -> dict[str, HookPoint]:
         return policy_points(self.model)
 
     def chunks(self, first: int) -> Iterator[Tensor]:
         for number in count(first):
-            yield instances(CHUNK, self.positions, generator(self._seed, "instances", number))
+            if self._cities is not None:
+                yield self._cities[number * CHUNK : (number + 1) * CHUNK]
+            else:
+                draws = generator(self._spec.seed, "instances", number)
+                yield instances(CHUNK, self.positions, draws, self._spec.distribution)
 
     def forward(self, instances: Tensor, points: Sequence[HookPoint]) -> None:
         policy = self.model
@@ -214,11 +224,13 @@ class LanguageModelSource(ActivationSource):
         return self._texts.left_out()
 
 
-def open_source(spec: ActivationsSpec, device: str, policy: AttentionPolicy | None, name: str = "") -> ActivationSource:
+def open_source(
+    spec: ActivationsSpec, device: str, policy: AttentionPolicy | None, name: str = "", cities: Tensor | None = None
+) -> ActivationSource:
     """The source of ``spec``. ``policy``: the model, unless the spec names a language model; ``name``: its name in the
-    store."""
+    store; ``cities``: the instances, if the spec names some."""
     if spec.language_model is not None:
         return LanguageModelSource(spec.language_model, device)
     if policy is None:
         raise InvalidInput.field("spec.policy", "there is no policy to record")
-    return PolicySource(policy, spec.nodes, spec.seed, name or "policy", device)
+    return PolicySource(policy, spec, cities, name or "policy", device)

@@ -294,7 +294,8 @@ class Writer:
         old, new = earlier.identity, manifest.identity
         names = [name for name in new if old[name] != new[name]]
         if "spec" in names:
-            names = [f"spec.{name}" for name in new["spec"] if old["spec"].get(name) != new["spec"][name]] or names
+            fields = sorted(new["spec"].keys() | old["spec"].keys())
+            names = [f"spec.{name}" for name in fields if old["spec"].get(name) != new["spec"].get(name)] or names
         if names:
             text = f"{folder} holds activations of another spec ({', '.join(names)}); name another folder, or delete it"
             raise InvalidInput.field("activations", text)

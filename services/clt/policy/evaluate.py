@@ -40,9 +40,11 @@ class Evaluation(NamedTuple):
         }
 
 
-def evaluation_instances(spec: PolicySpec) -> Tensor:
-    """The fixed instances of a spec, none of which training draws, ``[evaluation, nodes, 2]``."""
-    return instances(spec.evaluation, spec.nodes, generator(spec.seed, "evaluation"))
+def evaluation_instances(spec: PolicySpec, cities: Tensor | None = None) -> Tensor:
+    """The fixed instances of a spec, or of ``cities``, none of which training draws, ``[evaluation, nodes, 2]``."""
+    if cities is not None:
+        return cities[spec.training.validation :][: spec.evaluation]
+    return instances(spec.evaluation, spec.nodes, generator(spec.seed, "evaluation"), spec.distribution)
 
 
 def evaluate(policy: AttentionPolicy, cities: Tensor, samples: int, seed: int, run: Run | None = None) -> Evaluation:

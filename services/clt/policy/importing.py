@@ -95,21 +95,22 @@ def import_rl4co(
         run.log(f"tours are sampled at temperature 1, not {settings['temperature']} as in the checkpoint", "warning")
     if "tanh_clipping" not in settings:
         run.log("does not say how logits are clipped: 10, rl4co's default, is taken; greedy tours do not depend on it")
-    heads = heads or settings.get("num_heads")
-    graph_context = settings.get("use_graph_context") if graph_context is None else graph_context
-    for option, value in (("--heads", heads), ("--graph-context or --no-graph-context", graph_context)):
-        if value is None:
-            text = "its settings do not say" if settings else "it holds weights alone, and no settings that say"
+    asked = {"num_heads": heads, "use_graph_context": graph_context}
+    settings |= {name: value for name, value in asked.items() if value is not None}
+    for option, name in (("--heads", "num_heads"), ("--graph-context or --no-graph-context", "use_graph_context")):
+        if name not in settings:
+            text = (
+                "its settings do not say" if "pomo" in settings else "it holds weights alone, and no settings that say"
+            )
             raise InvalidInput.field(_FIELD, f"{text} what the policy is like; give {option}")
-    assert heads is not None and graph_context is not None
     try:
         spec = PolicyModelSpec(
             hidden_dim=len(weights["encoder.embed.weight"]),
             layers=1 + max((int(match[1]) for name in weights if (match := _LAYER.match(name))), default=0),
-            heads=heads,
+            heads=settings["num_heads"],
             feed_forward=len(weights["encoder.layers.0.mlp.0.weight"]),
             normalization=_normalization(weights, settings),
-            graph_context=graph_context,
+            graph_context=settings["use_graph_context"],
             clipping=settings.get("tanh_clipping", 10.0),
         )
     except KeyError as error:
@@ -120,9 +121,9 @@ def import_rl4co(
     initial = policy.state_dict()
     if unknown := [name for ours, name in names.items() if ours not in initial]:
         raise InvalidInput.field(_FIELD, f"has weights that no attention model of rl4co has: {_listed(unknown)}")
-    policy.chooses_start = not settings.get("pomo", not graph_context)
+    policy.chooses_start = not settings.get("pomo", not spec.graph_context)
     # A POMO policy has them all the same.
-    used = {"decoder.placeholder": policy.chooses_start, "decoder.fixed.weight": graph_context}
+    used = {"decoder.placeholder": policy.chooses_start, "decoder.fixed.weight": spec.graph_context}
     missing = [name for name in initial.keys() - weights.keys() if "num_batches" not in name and used.get(name, True)]
     if missing:
         raise InvalidInput.field(_FIELD, f"lacks {_listed(sorted(missing))}")

@@ -17,6 +17,7 @@ from services.clt.policy.evaluate import evaluate, evaluation_instances
 from services.clt.policy.model import CONFIG, FORMAT, AttentionPolicy
 from services.clt.policy.report import write_report
 from services.clt.policy.train import PolicyTrainer, train_policy
+from services.clt.policy.tsp import cities_in
 from services.runtime.cache import cache_folder, writable_folder
 from services.runtime.console import ConsoleRun
 from services.runtime.folders import artifact_in
@@ -27,20 +28,22 @@ _CHECKPOINT_SECONDS = 30.0
 
 
 def run(spec: PolicySpec, run: Run) -> dict[str, Any]:
-    """Artifacts: ``policy`` (see :meth:`AttentionPolicy.save`) and ``report``. Returns the ``figures``: mean gaps to
-    the solver, as shares, and mean lengths."""
-    trainer = PolicyTrainer(spec, run.device)
+    """Artifacts: ``policy`` (see :meth:`AttentionPolicy.save`), ``report`` and the snapshots. Returns the ``figures``:
+    mean gaps to the solver, as shares, and mean lengths."""
+    cities = None if spec.cities is None else cities_in(run.inputs["cities"])
+    trainer = PolicyTrainer(spec, run.device, cities)
     fit(trainer, run)
     policy = trainer.finished()
     with tempfile.TemporaryDirectory() as scratch:
         policy.save(Path(scratch, "policy"), {"spec": spec.model_dump(mode="json")})
-        # First, so that nothing that fails later costs it.
+        # First, so that it is kept if the evaluation fails.
         run.artifact("policy", "policy", Path(scratch, "policy"))
         evaluation = None
         if spec.evaluation:
-            evaluation = evaluate(policy, evaluation_instances(spec), spec.samples, spec.seed, run)
-        write_report(Path(scratch, "report"), spec, trainer.progress.history, evaluation)
-        run.artifact("report", "report", Path(scratch, "report"))
+            evaluation = evaluate(policy, evaluation_instances(spec, cities), spec.samples, spec.seed, run)
+        with run.side_output("the report"):
+            write_report(Path(scratch, "report"), spec, trainer.nodes, trainer.progress.history, evaluation)
+            run.artifact("report", "report", Path(scratch, "report"))
     return {"figures": evaluation.figures if evaluation else {}}
 
 
@@ -55,7 +58,13 @@ def default_folder(device: str = "cpu", spec: PolicySpec | None = None) -> Path:
     It is trained once, resuming from checkpoints where a call was interrupted, and kept in the cache.
     """
     spec = spec or PolicySpec()
-    trained = json.dumps(spec.model_dump(mode="json", exclude={"evaluation", "samples", "wandb"}), sort_keys=True)
+    fields = spec.model_dump(mode="json", exclude={"evaluation": True, "samples": True, "wandb": True, "cities": True})
+    del fields["training"]["snapshots"]
+    # As of versions without these, whose policies stay in the cache.
+    for section, name, default in ((fields, "distribution", "uniform"), (fields["model"], "normalization", "batch")):
+        if section[name] == default:
+            del section[name]
+    trained = json.dumps(fields, sort_keys=True)
     name = f"policies/{hashlib.sha256(f'{FORMAT} {trained}'.encode()).hexdigest()[:32]}"
     with suppress(OSError):
         if (cache_folder(name) / "policy" / CONFIG).exists():

@@ -20,7 +20,11 @@ _TOURS = 4
 
 
 def write_report(
-    folder: Path, spec: PolicySpec, history: Sequence[Mapping[str, float]], evaluation: Evaluation | None
+    folder: Path,
+    spec: PolicySpec,
+    nodes: int,
+    history: Sequence[Mapping[str, float]],
+    evaluation: Evaluation | None,
 ) -> None:
     """Write ``report.html``, its pictures, and the numbers behind them in ``report.json``."""
     figures = evaluation.figures if evaluation else {}
@@ -30,8 +34,9 @@ def write_report(
         Panel("length of a tour", {"validation_length": "greedy", "length": "sampled"}, level=solver),
         Panel("entropy of a tour, in nats", {"entropy": "entropy"}),
     ]
-    report = Report(f"A policy for tours of {spec.nodes} cities")
-    report.text(f"{spec.training.steps:,} steps of {spec.training.batch_size:,} instances of {spec.nodes} cities.")
+    kind = spec.distribution if spec.cities is None else "given"
+    report = Report(f"A policy for tours of {nodes} cities")
+    report.text(f"{spec.training.steps:,} steps of {spec.training.batch_size:,} {kind} instances of {nodes} cities.")
     report.section("Training").figure("history", history_plot(history, panels), "Length and entropy over the steps")
     if evaluation is not None:
         report.section(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ethogram.specs.clt import PolicySpec
+from ethogram.errors import InvalidInput
+from ethogram.specs.clt import MAX_NODES, PolicySpec
 from services.clt.policy.decode import construct, greedy, gumbel, log_likelihood, tables
 from services.clt.policy.model import AttentionPolicy
-from services.clt.policy.tsp import instances, lengths
+from services.clt.policy.tsp import digest, drawn, instances, lengths
 from services.runtime import checkpoints
 from services.runtime.devices import uses_bfloat16
 from services.runtime.run import Run
@@ -35,17 +37,21 @@ class PolicyTrainer(Trainer):
     """Trains a policy by REINFORCE (Kool et al. 2019, arXiv 1803.08475).
 
     The baseline is the mean length of the tours from all cities (POMO, Kwon et al. 2020, arXiv 2010.16011), or the
-    greedy rollout of the best policy so far, which validations replace.
+    greedy rollout of the best policy so far, which validations replace. ``cities``: the instances of a spec that names
+    some, ``[instances, nodes, 2]``. Raises :class:`InvalidInput` where they do not suffice.
     """
 
     spec: PolicySpec
     monitor = "validation_length"
 
-    def __init__(self, spec: PolicySpec, device: str = "cpu") -> None:
+    def __init__(self, spec: PolicySpec, device: str = "cpu", cities: Tensor | None = None) -> None:
         self.spec, self.device, self.step, self.progress = spec, device, 0, Progress()
         training = spec.training
-        self.steps, self.validate_every = training.steps, training.validate_every
-        self.policy = AttentionPolicy(spec.model, spec.nodes)
+        self.steps, self.validate_every, self.snapshots = training.steps, training.validate_every, training.snapshots
+        self.nodes = spec.nodes if cities is None else cities.shape[1]
+        self._given = None if cities is None else cities[held_out(spec, cities) :]
+        self._digest = None if cities is None else digest(cities)
+        self.policy = AttentionPolicy(spec.model, self.nodes)
         initialize(self.policy, generator(spec.seed, "init"))
         self.policy.to(device).train()
         self.policy.chooses_start = training.baseline == "rollout"
@@ -58,7 +64,15 @@ class PolicyTrainer(Trainer):
             weight_decay=training.weight_decay,
         )
         self.bfloat16 = uses_bfloat16(training.precision, device)
-        self.validation = instances(training.validation, spec.nodes, generator(spec.seed, "validation"), device=device)
+        self.validation = self._instances(training.validation, "validation")
+        if cities is not None:
+            self.validation = cities[: training.validation].to(device)
+
+    def _instances(self, count: int, *purpose: str | int) -> Tensor:
+        draws = generator(self.spec.seed, *purpose)
+        if self._given is not None:
+            return drawn(self._given, count, draws, self.device)
+        return instances(count, self.nodes, draws, self.spec.distribution, self.device)
 
     def advance(self) -> dict[str, Tensor]:
         """Take one step. Returns the loss, the mean length of the sampled tours, and an estimate of their entropy in
@@ -69,9 +83,9 @@ class PolicyTrainer(Trainer):
         return metrics
 
     def _learn(self) -> dict[str, Tensor]:
-        nodes, seed = self.spec.nodes, self.spec.seed
+        nodes, seed = self.nodes, self.spec.seed
         batch_size = self.spec.training.batch_size
-        cities = instances(batch_size, nodes, generator(seed, "instances", self.step), device=self.device)
+        cities = self._instances(batch_size, "instances", self.step)
         count = nodes if self.baseline is None else 1
         noise = gumbel(batch_size, count, nodes, generator(seed, "tours", self.step), self.device)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
@@ -101,8 +115,7 @@ class PolicyTrainer(Trainer):
         self.policy.eval()
         length = float(lengths(self.validation, greedy(self.policy, self.validation)).mean())
         if self.baseline is not None:
-            rng = generator(self.spec.seed, "challenge", self.step)
-            cities = instances(len(self.validation), self.spec.nodes, rng, device=self.device)
+            cities = self._instances(len(self.validation), "challenge", self.step)
             new, old = (lengths(cities, greedy(policy, cities)).flatten() for policy in (self.policy, self.baseline))
             if better(new, old):
                 self.baseline = frozen(self.policy)
@@ -112,6 +125,13 @@ class PolicyTrainer(Trainer):
     def finished(self) -> AttentionPolicy:
         """A copy of the policy as it is now, for evaluation."""
         return frozen(self.policy)
+
+    def snapshot(self, folder: Path) -> str:
+        self.finished().save(folder, {"spec": self.spec.model_dump(mode="json"), "step": self.step})
+        return "policy"
+
+    def identity(self) -> dict[str, str]:
+        return {} if self._digest is None else {"cities": self._digest}
 
     def state(self) -> dict[str, Tensor]:
         tensors = checkpoints.part("policy", self.policy.state_dict())
@@ -125,6 +145,19 @@ class PolicyTrainer(Trainer):
         if self.baseline is not None:
             self.baseline.load_state_dict(parts["baseline"])
         self.optimization.restore(parts["optimization"])
+
+
+def held_out(spec: PolicySpec, cities: Tensor) -> int:
+    """How many of ``cities`` no training may use. Raises :class:`InvalidInput` where none is left, and for more cities
+    per instance than a policy can be trained on."""
+    count = spec.training.validation + spec.evaluation
+    if len(cities) <= count:
+        text = f"has {len(cities)} instances, and training.validation and evaluation hold out {count}"
+        raise InvalidInput.field("spec.cities", f"{text}; give more, or hold out fewer")
+    if cities.shape[1] > MAX_NODES:
+        text = f"has instances of {cities.shape[1]} cities; policies are trained on at most {MAX_NODES}"
+        raise InvalidInput.field("spec.cities", text)
+    return count
 
 
 def initialize(policy: AttentionPolicy, generator: torch.Generator) -> None:

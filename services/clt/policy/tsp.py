@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,11 +20,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
+from ethogram.specs.clt import Distribution
 from services.runtime.cache import best_effort, cache_folder
 
 logger = logging.getLogger(__name__)
-
-Distribution = Literal["uniform", "clustered"]
 
 MIN_CITIES = 4
 _SCALE = 10**6
@@ -45,6 +43,11 @@ def instances(
     chosen = torch.randint(_CLUSTERS, (count, nodes), generator=generator)
     offsets = _SPREAD * torch.randn(count, nodes, 2, generator=generator)
     return (centres[torch.arange(count).unsqueeze(1), chosen] + offsets).clamp(0, 1).to(device)
+
+
+def drawn(given: Tensor, count: int, generator: torch.Generator, device: str = "cpu") -> Tensor:
+    """``count`` of the ``given`` instances, with repetitions."""
+    return given[torch.randint(len(given), (count,), generator=generator)].to(device)
 
 
 def lengths(cities: Tensor, tours: Tensor) -> Tensor:
@@ -95,6 +98,22 @@ def read_cities(file: Path) -> Tensor:
         text = "is not a .npy or .safetensors file of numbers that can be read"
         raise InvalidInput.field(str(file), f"{text} ({type(error).__name__})") from None
     return check_cities(cities, str(file))
+
+
+def cities_in(source: Path) -> Tensor:
+    """The instances of an artifact: a file that :func:`read_cities` reads, or a folder with one such file. Raises
+    :class:`InvalidInput`."""
+    if source.is_file():
+        return read_cities(source)
+    files = [path for path in sorted(source.glob("[!.]*")) if path.suffix in (".npy", ".safetensors")]
+    if len(files) != 1:
+        raise InvalidInput.field("cities", f"{source} has {len(files)} .npy and .safetensors files; give one of them")
+    return read_cities(files[0])
+
+
+def digest(cities: Tensor) -> str:
+    """SHA-256 of instances."""
+    return hashlib.sha256(repr(tuple(cities.shape)).encode() + cities.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _first(wrong: Tensor) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import CltSpec, SweepSpec
-from services.clt.activations.hooks import parse_pair
+from services.clt.activations.hooks import named_pairs
 from services.clt.activations.pairs import pair_name
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job
@@ -41,7 +43,8 @@ Row = dict[str, Any]
 def run_specs(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
     """Specs of the runs of a sweep, by name: that of the pair, then the values of the grid. Raises
     :class:`InvalidInput` for hook points that do not fit and for wrong options."""
-    pairs = [parse_pair(pair, f"spec.pairs.{number}") for number, pair in enumerate(spec.pairs)] or store.mlp_pairs()
+    named = named_pairs(spec.pairs, store.manifest.source.kind, store.hooks, "spec.pairs.{}")
+    pairs = [pair for _, pair in named] or store.mlp_pairs()
     if not pairs:
         raise InvalidInput.field("spec.pairs", "no module's input and output are both in the store; name the pairs")
     subjects = [[pair] for pair in pairs] if spec.kind == "pair" else [pairs]
@@ -92,8 +95,8 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
     store = ActivationStore.open(run.inputs["activations"])
     specs = run_specs(spec, store)
     children = run.children({name: ("clt", child) for name, child in specs.items()})
-    with tempfile.TemporaryDirectory() as scratch:
-        sweep = Sweep(run, Path(scratch, "models"))
+    with run.output_folder("models") as models, tempfile.TemporaryDirectory() as scratch:
+        sweep = Sweep(run, models)
         if children is None:
             sweep.train(specs)
         else:
@@ -101,26 +104,34 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
         if not sweep.rows:
             name, reason = next(iter(sweep.failed.items()))
             raise InvalidInput.field("spec.grid", f"all runs failed, {name}: {reason}")
-        report = Path(scratch, "report")
-        compare(report, specs, sweep.rows, spec)
         run.artifact("models", "sparse-models", sweep.models)
-        run.artifact("report", "report", report)
+        with run.side_output("the report"):
+            compare(Path(scratch, "report"), specs, sweep.rows, spec)
+            run.artifact("report", "report", Path(scratch, "report"))
     return {"runs": {name: row["figures"] for name, row in sweep.rows.items()}, "failed": sweep.failed}
 
 
 class Sweep(Run):
     """The results of a sweep so far; models and reports are in the folder ``models``.
 
-    It is also the :class:`Run` of the runs in this process: it passes on what they log and adds to what they keep.
+    It is also the :class:`Run` of the runs in this process: it passes on what they report, each of their stages as
+    ``run/stage``, and adds to what they keep.
     """
 
     def __init__(self, run: Run, models: Path) -> None:
+        models.mkdir(parents=True, exist_ok=True)
         self.device, self.inputs, self.models = run.device, run.inputs, models
         self.rows: dict[str, Row] = {}
         self.failed: dict[str, str] = {}
         self.present = ""
         """Name of the run in progress."""
         self._run = run
+
+    def begin(self, name: str) -> None:
+        """Go on to the run ``name``."""
+        self.present = name
+        # The same in every attempt, so that a resumed run continues that at Weights & Biases.
+        self.id = hashlib.sha256(f"{self._run.id} {name}".encode()).hexdigest()[:16] if self._run.id else ""
 
     def fail(self, name: str, reason: str) -> None:
         """Record that a run failed; the others continue."""
@@ -145,20 +156,19 @@ class Sweep(Run):
                 kept = json.loads((checkpoint / STATE).read_text())
                 self.rows, self.failed = kept["rows"], kept["failed"]
             if (checkpoint / "models").exists():
-                shutil.copytree(checkpoint / "models", self.models)
+                shutil.copytree(checkpoint / "models", self.models, dirs_exist_ok=True)
             if (checkpoint / PRESENT).exists():
                 interrupted = kept["present"]
-        self._run.stage("sweep", len(specs), "runs")
-        for name, spec in specs.items():
+        for number, (name, spec) in enumerate(specs.items(), 1):
             if name not in self.rows and name not in self.failed:
-                self.present = name
+                self.begin(name)
+                self._run.log(f"{name}: run {number} of {len(specs)}")
                 self.resume = checkpoint / PRESENT if checkpoint is not None and name == interrupted else None
                 try:
                     self.rows[name] = job.run(spec, self)
                 except InvalidInput as error:
                     self.fail(name, error.message)
                 self._run.checkpoint(len(self.rows), self.save)
-            self._run.advance(len(self.rows) + len(self.failed))
 
     def save(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
         """Write the finished runs into ``folder``; ``write`` writes the checkpoint of the present one."""
@@ -170,9 +180,14 @@ class Sweep(Run):
             (folder / PRESENT).mkdir()
             write(folder / PRESENT)
 
+    def stage(self, name: str, total: int, unit: str = "steps") -> None:
+        self._run.stage(f"{self.present}/{name}", total, unit)
+
     def advance(self, done: int) -> None:
-        if done % 100 == 0:
-            self.log(f"step {done}")
+        self._run.advance(done)
+
+    def metric(self, step: int, **values: float) -> None:
+        self._run.metric(step, **values)
 
     def log(self, message: str, level: str = "info") -> None:
         self._run.log(f"{self.present}: {message}", level)
@@ -183,8 +198,14 @@ class Sweep(Run):
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
         self._run.checkpoint(step, lambda folder: self.save(folder, write))
 
+    @contextmanager
+    def output_folder(self, name: str) -> Iterator[Path]:
+        yield self.models / self.present / name
+
     def artifact(self, name: str, type: str, folder: Path) -> None:
-        shutil.copytree(folder, self.models / self.present / name, dirs_exist_ok=True)
+        kept = self.models / self.present / name
+        if folder != kept:
+            shutil.copytree(folder, kept, dirs_exist_ok=True)
 
 
 def compare(folder: Path, specs: Mapping[str, CltSpec], rows: Mapping[str, Row], spec: SweepSpec) -> None:
