@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -83,7 +84,7 @@ def check_redis(url: str) -> None:
             client.ping()
     except (redis.RedisError, OSError) as error:
         advice = "start it, or correct REDIS_URL"
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        if url.startswith("rediss:") and re.search("certificate verify failed|No such file", str(error)):
             advice = (
                 "trust its certificate with ?ssl_ca_certs=FILE at the end of REDIS_URL, or do without verification "
                 "with ?ssl_cert_reqs=none"
