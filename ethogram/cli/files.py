@@ -72,7 +72,7 @@ def set_values(target: dict[str, Any], assignments: Iterable[str], what: str) ->
 
 def _load(text: str, source: str, wrong: str = "this is not YAML") -> Any:
     from ruamel.yaml import YAML
-    from ruamel.yaml.constructor import ConstructorError
+    from ruamel.yaml.constructor import ConstructorError, DuplicateKeyError
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
@@ -81,7 +81,7 @@ def _load(text: str, source: str, wrong: str = "this is not YAML") -> Any:
         mark = error.problem_mark
         line = f", line {mark.line + 1}" if mark is not None else ""
         reason = error.problem or error.context
-        if reason and isinstance(error, ConstructorError):
+        if reason and isinstance(error, ConstructorError | DuplicateKeyError):
             # It is YAML, with a name twice say.
             raise InvalidInput(f"{source}{line}: {reason}") from None
         raise InvalidInput(f"{source}{line}: {wrong}{f' ({reason})' if reason else ''}") from None

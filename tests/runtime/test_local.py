@@ -250,7 +250,6 @@ def test_a_client_install_says_what_to_install(
 def test_a_module_that_the_users_own_package_needs_is_not_asked_of_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("table").mkdir()
     (tmp_path / "their_own_code.py").write_text("import surely_not_installed\n")
     monkeypatch.syspath_prepend(tmp_path)
 
