@@ -12,7 +12,7 @@ from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects
 from services.crossmodal.steering import mean_differences
 from services.runtime.seeds import generator
-from services.runtime.training import Optimization, Progress, Trainer, constant, fit
+from services.runtime.training import Adam, Optimization, Progress, Trainer, constant, fit
 
 LOOKUPS = ("same_label", "nearest_train", "centroid")
 """Ways that take what is there, and change no network."""
@@ -90,7 +90,7 @@ class FineTuning(Trainer):
         self.edited = subjects.weights.clone().requires_grad_()
         self.optimization = Optimization([{"params": [self.edited]}], codec.spec.training, constant)
         # Not clipped: the norm of all subjects' gradients would couple them.
-        self.optimization.optimizer = torch.optim.Adam([self.edited], FINE_RATE)
+        self.optimization.optimizer = Adam([self.edited], FINE_RATE)
 
     def advance(self) -> dict[str, Tensor]:
         rows = self._queries.draw(self._patterns, FINE_QUERIES, self._generator)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from inspect import unwrap
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,6 +84,16 @@ def steps_of_epochs(epochs: float, rows: int, batch_size: int) -> int:
     return max(1, round(epochs * rows / batch_size))
 
 
+class Adam(torch.optim.Adam):
+    """PyTorch's Adam, but that it does not load PyTorch's compiler, which takes longer than many a training."""
+
+    add_param_group = unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = unwrap(torch.optim.Adam.zero_grad)
+    state_dict = unwrap(torch.optim.Adam.state_dict)
+    load_state_dict = unwrap(torch.optim.Adam.load_state_dict)
+    step = torch.no_grad()(unwrap(torch.optim.Adam.step))
+
+
 class Optimization:
     """AdamW with clipped gradients and a schedule, for every process of ``world``.
 
@@ -103,7 +114,7 @@ class Optimization:
         self.training, self.decay, self.world, self.plateau = training, decay, world, plateau
         self.halvings = 0
         rate = training.learning_rate
-        self.optimizer: torch.optim.Adam = torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay, fused=True)
+        self.optimizer = Adam(groups, lr=rate, weight_decay=weight_decay, decoupled_weight_decay=True, fused=True)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def rate(self, step: int) -> float:
