@@ -34,6 +34,8 @@ class JobRun(Run):
     an uninterrupted one.
     """
 
+    in_scratch = True
+
     def __init__(
         self,
         spec: Spec,
