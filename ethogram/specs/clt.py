@@ -177,8 +177,8 @@ class ActivationsSpec(Spec):
     batch_size: int = Field(256, ge=1, le=65_536)
     """Instances per forward pass."""
     root: str | None = Field(None, min_length=1, max_length=4096)
-    """Absolute path on the worker of a folder for the store, e.g. on a larger disk; None: below the worker's ``ACTIVATIONS_ROOT`` if it is
-    set, else the store is an artifact."""
+    """Absolute path on the worker of a folder for the store, e.g. on a larger disk; None: below the worker's
+    ``ACTIVATIONS_ROOT`` if it is set, else the store is an artifact."""
 
     @model_validator(mode="after")
     def _source(self) -> ActivationsSpec:

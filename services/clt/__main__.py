@@ -72,7 +72,7 @@ FLAGS: dict[str, Any] = {
 """Options of every training, by the field of the spec that they set."""
 
 
-def _folder_argument(argument: str, named: str | Path | None, run_dir: str | None) -> str | Path:
+def folder_argument(argument: str, named: str | Path | None, run_dir: str | None) -> str | Path:
     """What the ``argument`` or ``--run-dir`` names. Raises :class:`InvalidInput` for both or neither."""
     if named is not None and run_dir is not None:
         raise InvalidInput.field("--run-dir", f"means the same as {argument}; give one of them")
@@ -175,7 +175,7 @@ def gap(
     from services.runtime.devices import chosen_device
 
     device = chosen_device(device)
-    loaded = AttentionPolicy.load(named(str(_folder_argument("POLICY", policy, run_dir)), device), device)
+    loaded = AttentionPolicy.load(named(str(folder_argument("POLICY", policy, run_dir)), device), device)
     if cities is not None:
         tsp = cities_in(cities)
     else:
@@ -218,7 +218,7 @@ def activations(
     given = {} if cities is None else {"cities": cities}
     if policy is None and run_dir is None:
         return Request(given, values)
-    name = str(_folder_argument("POLICY", policy, run_dir))
+    name = str(folder_argument("POLICY", policy, run_dir))
 
     def find(device: str) -> Path:
         from services.clt.policy.job import named
@@ -249,7 +249,7 @@ def inspect_pairs(store: Store = None, *, pair: Pairs = None, run_dir: RunDir = 
     from services.clt.activations.store import ActivationStore
     from services.runtime.folders import artifact_in
 
-    opened = ActivationStore.open(artifact_in(Path(_folder_argument("STORE", store, run_dir)), "activations", "STORE"))
+    opened = ActivationStore.open(artifact_in(Path(folder_argument("STORE", store, run_dir)), "activations", "STORE"))
     inspected = inspect(opened, pairs_of(opened, _pairs(pair)))
     return Answer(inspected, lambda: _show_pairs(inspected))
 
@@ -270,7 +270,7 @@ def export_pairs(
     from services.clt.activations.store import ActivationStore
     from services.runtime.folders import artifact_in
 
-    opened = ActivationStore.open(artifact_in(Path(_folder_argument("STORE", store, run_dir)), "activations", "STORE"))
+    opened = ActivationStore.open(artifact_in(Path(folder_argument("STORE", store, run_dir)), "activations", "STORE"))
     written = export(opened, pairs_of(opened, _pairs(pair)), out, instances)
     rows = [[row["pair"], row["source"]["hook"], row["target"]["hook"], row["samples"]] for row in written]
     output.say(f"the pairs are in {out}")
@@ -287,7 +287,7 @@ def export_pairs(
 )
 def sae(store: Store = None, *, run_dir: RunDir = None) -> Request:
     """Train a sparse autoencoder of one hook point. The same command resumes an interrupted run."""
-    return Request({"activations": Path(_folder_argument("STORE", store, run_dir))})
+    return Request({"activations": Path(folder_argument("STORE", store, run_dir))})
 
 
 @run_command(
@@ -319,7 +319,7 @@ def train(
     """Train transcoders from source to target hook points: of a pair, or of all MLPs in the store with --kind
     per_layer or cross_layer. The same command resumes an interrupted run. Under torchrun, several processes train
     together."""
-    inputs = {"activations": Path(_folder_argument("STORE", store, run_dir))} | (
+    inputs = {"activations": Path(folder_argument("STORE", store, run_dir))} | (
         {"model.dictionary": dictionary} if dictionary is not None else {}
     )
     values: dict[str, Any] = {}
@@ -360,7 +360,7 @@ def sweep(
     """Train transcoders for each pair and each point of a grid, and compare them."""
     given = [assignment("--grid", axis, "OPTION=A,B") for axis in grid or ()]
     axes = [{"option": option, "values": values.split(",")} for option, values in given]
-    store = Path(_folder_argument("STORE", store, run_dir))
+    store = Path(folder_argument("STORE", store, run_dir))
     return Request({"activations": store}, {"pairs": _pairs(pair) or None, "grid": axes or None})
 
 

@@ -144,8 +144,11 @@ def test_a_job_keeps_no_store_in_its_current_folder(
     policy, manifest = stack.store.put(tmp_path / "policy", name="policy", type="policy")
     stack.registry.add_artifact(policy, "policy", "policy", manifest.size)
     given = {"policy": {"artifact": policy}, "instances": 20, "validation": 0.2}
-    for field, root in (("ACTIVATIONS_ROOT", {}), ("spec.root", {"root": "stores"})):
-        job, _ = stack.registry.submit("activations", ActivationsSpec(**given, **root), queue=stack.queue)
+    roots: list[tuple[str, dict[str, Any]]] = [("ACTIVATIONS_ROOT", {}), ("spec.root", {"root": "stores"})]
+    for field, root in roots:
+        job, _ = stack.registry.submit(
+            "activations", ActivationsSpec.model_validate({**given, **root}), queue=stack.queue
+        )
         stack.bell.ring(stack.queue)
         job = stack.wait(job)
         assert job.state is JobState.FAILED and job.error is not None
