@@ -153,15 +153,15 @@ class SubjectModelTrainer:
         """Peak rates of candidates that draw their own; None where one number is that of all."""
         return None if isinstance(self.spec.training.learning_rate, float) else candidates.learning_rate
 
-    def degrade(self, candidates: Candidates) -> Degraded:
-        """First stage of staged training: some labels of the target pattern are wrong."""
+    def degrade(self, candidates: Candidates, *, corrupted: bool = True) -> Degraded:
+        """First stage of staged training: some labels of the target pattern are wrong, unless not ``corrupted``."""
         staged, seed = self._staged, self.spec.seed
         data = [
             Examples.draw(seed, "examples", candidates, staged.examples, self._train),
             Examples.draw(seed, "validation", candidates, VALIDATION_EXAMPLES, self._validation),
         ]
         # This stage is to learn the wrong labels, so the validation labels are as wrong.
-        rate, indices = staged.corruption_rate, candidates.indices
+        rate, indices = staged.corruption_rate if corrupted else 0.0, candidates.indices
         wrong = [replace(examples, labels=examples.corrupted(seed, indices, rate)) for examples in data]
         population = self._population(candidates, rates=candidates.learning_rate)
         return Degraded(*self._stage("first stage", candidates, population, wrong, epochs=staged.epochs), data)
@@ -225,19 +225,22 @@ class _Table:
         # words of them are picked, which takes a fraction of the time.
         table = with_ones(inputs)
         self._columns = table.shape[1]
-        self._words = F.pad(table, (0, -self._columns % 8)).view(torch.int64).squeeze(1).to(device)
+        padded = F.pad(table, (0, -self._columns % 8))
+        self._row_bytes = padded.shape[1]
+        self._words = padded.view(torch.int64).squeeze(1).to(device)
 
     def picker(self, most: int) -> Callable[[Tensor], Tensor]:
         """A function from rows, int64 ``[models, n]``, at most ``most`` at once, to their inputs, float32 ``[models, n,
         input_size + 1]``, in a buffer that its next call overwrites."""
         word_buffer = self._words.new_empty(most, *self._words.shape[1:])
-        buffer = torch.empty(most, self._columns, device=self._words.device)
+        # Whole words become numbers: a copy of some of their bytes takes several times as long.
+        buffer = torch.empty(most, self._row_bytes, device=self._words.device)
 
         def pick(rows: Tensor) -> Tensor:
             words, numbers = word_buffer[: rows.numel()], buffer[: rows.numel()]
             torch.index_select(self._words, 0, rows.flatten(), out=words)
-            picked = words.view(torch.uint8).view(len(words), -1)[:, : self._columns]
-            return numbers.copy_(picked).view(*rows.shape, -1)
+            numbers.copy_(words.view(torch.uint8).view(len(words), -1))
+            return numbers.view(*rows.shape, -1)[..., : self._columns]
 
         return pick
 
@@ -260,8 +263,8 @@ class _EarlyStopping:
         better = loss < self.loss[self.active]
         improved = self.active[better]
         for best, weight in zip(self.best, self._population.state, strict=True):
-            if len(improved) == len(best):
-                best.copy_(weight)
+            if len(weight) == len(best):
+                torch.where(better.view(-1, 1, 1), weight, best, out=best)
             else:
                 best[improved] = weight[better]
         self.loss[improved] = loss[better]
