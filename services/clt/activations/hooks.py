@@ -208,7 +208,7 @@ def check_pair(order: Sequence[str], source: str, target: str, field: str = "spe
     execution."""
     for name in (source, target):
         if name not in order:
-            raise unknown_point(field, name, order)
+            raise InvalidInput.field(field, unknown_point(name, order))
     if source == target:
         raise InvalidInput.field(field, f"{source} is both source and target; name two different points")
     if order.index(source) > order.index(target):
@@ -246,11 +246,11 @@ def _first(value: object) -> Tensor | None:
     return next((item for item in items if isinstance(item, Tensor)), None)
 
 
-def unknown_point(field: str, name: str, names: Sequence[str], missing: str = "there is no hook point") -> InvalidInput:
-    """The error for a hook point ``name`` that is none of ``names``."""
+def unknown_point(name: str, names: Sequence[str], missing: str = "there is no hook point") -> str:
+    """What is wrong with a hook point ``name`` that is none of ``names``."""
     similar = difflib.get_close_matches(name, names, 5, 0.7)
     hint = f"did you mean {', '.join(similar)}?" if similar else listed(names)
-    return InvalidInput.field(field, f"{missing} {name}; {hint}")
+    return f"{missing} {name}; {hint}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -202,8 +202,8 @@ class ActivationStore:
         """Raise :class:`InvalidInput` of ``field`` for a hook point that is not in the store."""
         for name in names:
             if name not in self.widths:
-                missing = "the store has only what `activations --pair` recorded, and no"
-                raise unknown_point(field, name, self.hooks, missing)
+                text = unknown_point(name, self.hooks, "the store has no")
+                raise InvalidInput.field(field, f"{text}; others are recorded by `activations --pair`")
 
     def read(
         self, split: str, number: int, names: Sequence[str], start: int = 0, stop: int | None = None
