@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -33,6 +35,32 @@ class Spec(BaseModel):
     def _take_numpy(cls, values: Any) -> Any:
         # Specs inside of this one take theirs themselves.
         return python_value(values)
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Fields that have no effect because of others: each with its path below this spec, and why."""
+        yield from ()
+
+    def advice(self) -> Iterator[str]:
+        """What else is hardly meant: each a sentence that names its field."""
+        yield from ()
+
+    def warnings(self, prefix: str = "") -> list[str]:
+        """What a job of this spec warns of: fields that were set and have no effect, here and in specs inside, and
+        :meth:`advice`. ``prefix``: put before each path."""
+        idle = {path: why for path, why in self.idle() if self._is_set(path)}
+        found = [f"{prefix}{path}: has no effect, because {why}" for path, why in idle.items()]
+        found += [f"{prefix}{sentence}" for sentence in self.advice()]
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Spec):
+                found += value.warnings(f"{prefix}{name}.")
+        return found
+
+    def _is_set(self, path: str) -> bool:
+        """Whether a field differs from its default."""
+        parents, _, name = path.rpartition(".")
+        spec: Spec = attrgetter(parents)(self) if parents else self
+        return bool(getattr(spec, name) != type(spec).model_fields[name].get_default(call_default_factory=True))
 
 
 class ArtifactRef(Spec):

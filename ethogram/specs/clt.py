@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -92,6 +95,12 @@ class PolicySpec(TrainedSpec):
     """Fixed instances on which greedy and sampled tours are finally compared with a solver's; 0: none."""
     samples: int = Field(16, ge=0, le=10_000)
     """Tours sampled per instance, of which the shortest counts; 0: greedy tours only."""
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if not self.evaluation:
+            yield "samples", "evaluation is 0"
+        if self.training.snapshots is not None and self.training.snapshots > self.training.steps:
+            yield "training.snapshots", f"there are {self.training.steps} steps"
 
     @model_validator(mode="after")
     def _instances(self) -> PolicySpec:
@@ -294,6 +303,59 @@ class SparseSpec(TrainedSpec):
     training: SparseTrainingSpec = SparseTrainingSpec()
     """Optimisation."""
 
+    def idle(self) -> Iterator[tuple[str, str]]:
+        model, loss, training = self.model, self.loss, self.training
+        if model.activation in ("relu", "jumprelu") and training.revive_every is None:
+            for name in ("k", "k_ratio"):
+                yield f"model.{name}", f"a {model.activation} has any number of active features"
+        if model.activation != "jumprelu":
+            yield "loss.l0", "only a jumprelu has thresholds to learn"
+        if model.dictionary is not None:
+            yield "model.expansion", "the features are those of the dictionary"
+            for name in ("dictionary_l1", "dictionary_l2", "orthogonality", "group_heads"):
+                yield f"loss.{name}", "the decoder is the dictionary's, and not trained"
+        if not loss.group_features:
+            yield "loss.group_size", "group_features is 0"
+        if not loss.group_heads or model.dictionary is not None:
+            yield "loss.heads", "group_heads is 0, or has no effect"
+        if not loss.auxk:
+            yield "loss.auxk_features", "auxk is 0"
+        if training.epochs is not None:
+            yield "training.steps", "epochs says how many"
+            if training.snapshot_epochs is not None and training.snapshot_epochs > training.epochs:
+                yield "training.snapshot_epochs", f"there are {training.epochs:g} epochs"
+        yield from self._idle_in_time()
+
+    def _idle_in_time(self) -> Iterator[tuple[str, str]]:
+        """What comes after the last step, or too late."""
+        training = self.training
+        # How many steps are in an epoch, only the store says.
+        steps = training.steps if training.epochs is None else None
+        if steps is not None and training.snapshots is not None and training.snapshots > steps:
+            yield "training.snapshots", f"there are {steps} steps"
+        if steps is not None and (steps - 1) * training.batch_size < training.dead_after:
+            why = f"no feature can be dead within {steps} steps: dead_after is {training.dead_after} rows"
+            yield "loss.auxk", why
+            yield "loss.auxk_features", why
+        if training.revive_every is not None and (steps is not None or training.decay == 1):
+            every, last = training.revive_every, 0
+            if steps is not None:
+                last = (steps - math.ceil(training.decay * steps) - 1) // every * every
+            if last < 1:
+                yield "training.revive_every", "nothing is revived once the learning rate falls"
+            elif last * training.batch_size < training.dead_after:
+                yield (
+                    "training.revive_every",
+                    f"no feature can be dead by then: dead_after is {training.dead_after} rows",
+                )
+
+    def advice(self) -> Iterator[str]:
+        loss, kind = self.loss, self.model.activation
+        penalties = {"relu": [loss.l1, loss.group_features], "jumprelu": [loss.l0, loss.l1, loss.group_features]}
+        if kind in penalties and not any(penalties[kind]):
+            name = "l1" if kind == "relu" else "l0"
+            yield f"loss.{name}: is 0, so nothing makes the features of a {kind} sparse; set it, e.g. to 1e-3"
+
 
 class SaeSpec(SparseSpec):
     """Train a sparse autoencoder of one hook point."""
@@ -351,6 +413,35 @@ class SweepSpec(SparseSpec):
     in the store."""
     grid: list[GridAxis] = Field(default=[], max_length=20)
     """Options to vary; every combination is trained."""
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        runs = list(self._points())
+        by_run = [dict(SparseSpec.idle(run)) for run in runs]
+        # What is used in one of them is not idle; what the grid sets is, unless it is the default in all of them.
+        for path, why in by_run[0].items() if by_run else ():
+            if all(path in idle for idle in by_run):
+                yield path, why
+
+    def _is_set(self, path: str) -> bool:
+        return any(axis.option == path for axis in self.grid) or super()._is_set(path)
+
+    def advice(self) -> Iterator[str]:
+        yield from dict.fromkeys(sentence for run in self._points() for sentence in SparseSpec.advice(run))
+
+    def _points(self) -> Iterator[SweepSpec]:
+        """This spec with each point of the grid in place of its options; points that are no specs are left out."""
+        for point in itertools.product(*([(axis.option, value) for value in axis.values] for axis in self.grid)):
+            fields = self.model_dump(mode="json", exclude={"grid"})
+            for option, text in point:
+                section, _, name = option.rpartition(".")
+                try:
+                    (fields[section] if section else fields)[name] = json.loads(text)
+                except ValueError:
+                    fields[section][name] = text
+            try:
+                yield SweepSpec.model_validate(fields)
+            except ValueError:
+                continue
 
     @model_validator(mode="after")
     def _fits(self) -> SweepSpec:

@@ -12,7 +12,7 @@ from ethogram.specs.kinds import Kind
 from services.runtime.console import ConsoleRun
 from services.runtime.devices import chosen_device
 from services.runtime.folders import RunFolder, artifact_in
-from services.runtime.run import Run
+from services.runtime.run import Run, warn
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -51,6 +51,7 @@ def run(
     run = ConsoleRun(folder.root, device, files, checkpoint_seconds=CHECKPOINT_SECONDS, places=folder.places)
     try:
         with run:
+            warn(spec, run)
             result = job(spec, run, **shared)
             assert all(kind.makes(*artifact) for artifact in run.artifacts), f"{kind.name} made {run.artifacts}"
             folder.finish(result)
