@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import anyio.to_thread
 from fastapi import Depends, FastAPI
 
-from gateway import problems
+from gateway import openapi, problems
 from gateway.inputs import storable
 from gateway.middleware import BodyLimit, Doorkeeper, RequestContext
 from gateway.routes import artifacts, jobs, meta, models
@@ -49,6 +49,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     for module in (jobs, artifacts, models, meta):
         app.include_router(module.router)
     problems.install(app)
+    openapi.install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=settings.body_limit, exceptions={"/v1/artifacts": settings.upload_limit})
     app.add_middleware(Doorkeeper, hosts=settings.hosts, on_loopback=is_loopback(settings.host))

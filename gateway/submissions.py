@@ -15,8 +15,6 @@ from services.jobs.records import Options
 class SubmissionBase(Options):
     """A job: its kind, its spec and how it is queued."""
 
-    model_config = ConfigDict(title="Submission")
-
     kind: str
     spec: Spec
 

@@ -39,6 +39,7 @@ class ArtifactDetail(ArtifactRow):
     manifest: Manifest
 
 
+_BINARY = {"type": "string", "format": "binary"}
 _FORM = {
     "required": True,
     "content": {
@@ -51,7 +52,7 @@ _FORM = {
                     "type": {"type": "string", "description": "Its type: `zoo`, `codec`, ..."},
                     "files": {
                         "type": "array",
-                        "items": {"type": "string", "format": "binary"},
+                        "items": _BINARY,
                         "description": "Its files; the file name of a part is the path inside the artifact.",
                     },
                 },
@@ -106,7 +107,10 @@ def delete_artifact(artifact_id: Id, services: Parts) -> ArtifactRow:
 @router.get(
     "/artifacts/{artifact_id}/files/{path:path}",
     response_class=StreamingResponse,
-    responses={200: {"description": "The file", "content": {"application/octet-stream": {}}}, 304: {}},
+    responses={
+        200: {"description": "The file", "content": {"application/octet-stream": {"schema": _BINARY}}},
+        304: {"description": "It is the one that `If-None-Match` names"},
+    },
 )
 def download(
     artifact_id: Id, path: str, services: Parts, if_none_match: Annotated[str | None, Header()] = None

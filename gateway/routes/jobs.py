@@ -23,7 +23,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"])
 MAX_SEQ = 2**53
 
 
-class PipelineJobs(BaseModel):
+class SubmittedPipeline(BaseModel):
     """The jobs of a pipeline, by their names in it."""
 
     jobs: dict[str, Job]
@@ -88,7 +88,7 @@ def submit_pipeline(
     request: Request,
     response: Response,
     idempotency_key: IdempotencyKey = None,
-) -> PipelineJobs:
+) -> SubmittedPipeline:
     """Queue several jobs, all or none. Answers 200 instead of 201 for a repeated `Idempotency-Key`."""
     jobs, created = services.registry.submit_pipeline(
         {name: (job.kind, job.spec, job.options) for name, job in pipeline.jobs.items()},
@@ -101,7 +101,7 @@ def submit_pipeline(
             services.announce(job)
     else:
         response.status_code = 200
-    return PipelineJobs(jobs=jobs)
+    return SubmittedPipeline(jobs=jobs)
 
 
 @router.get("/jobs")

@@ -87,7 +87,9 @@ def readyz(services: Parts, response: Response) -> Readiness:
     return Readiness(status="ready" if ready else "not ready", checks=results)
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})
+@router.get(
+    "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+)
 def metrics(services: Parts) -> Response:
     """Prometheus metrics of this gateway and of the queues."""
     return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow
-import torch
 from pyarrow import parquet
 
 from ethogram.specs.generation import FormatSpec, GenerationSpec, PatternSpec
-from services.generation.buckets import BucketTrainer
 from services.generation.format import TrainingDataFormatter
 from services.generation.pipeline import SHARD, DatasetGenerationPipeline
 from services.runtime.run import Run
@@ -24,18 +21,16 @@ from services.zoo.dataset import (
     DATA,
     architecture_of,
     data_file,
-    network_columns,
     network_of,
-    prefixed,
     read_about,
-    read_records,
-    record_of,
+    read_networks,
     signature_of,
 )
-from services.zoo.json_records import DEFINITIONS, JsonRecords, Record
+from services.zoo.json_records import DEFINITIONS, JsonRecords
 from services.zoo.meanings import PATTERNS
 from services.zoo.patterns import Pattern
-from services.zoo.subjects import Architecture, Params, encode
+from services.zoo.source import row_of
+from services.zoo.subjects import Architecture, Params
 
 
 def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
@@ -47,7 +42,7 @@ def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
     (target / DATA).mkdir(parents=True)
     run.stage("export", about["subjects"], "records")
     done = 0
-    for number, table in enumerate(read_records(zoo)):
+    for number, table in enumerate(read_networks(zoo, spec)):
         rows = []
         for record in table.to_pylist():
             rows.append(_written(record, spec, patterns, formatter))
@@ -177,36 +172,16 @@ def import_json(
     run = run or Run()
     records = JsonRecords(source, patterns=patterns, rename=rename, run=run)
     pipeline = DatasetGenerationPipeline(records.spec, run.device, records.baseline)
+    trainer = pipeline.bucket_trainer
     run.stage("import", len(records), "records")
 
     def shards() -> Iterator[pyarrow.Table]:
         rows: list[dict[str, Any]] = []
         for done, (index, record) in enumerate(records, 1):
-            rows.append(_row(index, record, pipeline.bucket_trainer))
+            rows.append(row_of(index, record, trainer.names, trainer.sampler.evaluation, trainer.extractor))
             run.advance(done)
             if len(rows) == SHARD or done == len(records):
-                yield pipeline.bucket_trainer.table(rows)
+                yield trainer.table(rows)
                 rows = []
 
     return pipeline.write(folder, shards(), {"imported": source.name})
-
-
-def _row(index: int, record: Record, trainer: BucketTrainer) -> dict[str, Any]:
-    shape, names, evaluation = record.shape, trainer.names, trainer.sampler.evaluation
-    selected = torch.tensor([[name in record.patterns for name in names]])
-    inputs = encode(shape, evaluation.sequences)
-
-    def network(params: Params) -> dict[str, Any]:
-        accuracy = evaluation.accuracy(params, inputs, shape.activation, selected)[0]
-        return network_columns(params, shape, accuracy, trainer.extractor)
-
-    patterns, improved = compress(names, selected[0]), network(record.improved)
-    rate, dropout = record.learning_rate, record.dropout
-    row = record_of(index, patterns, shape, improved, learning_rate=rate, dropout=dropout)
-    row |= {name: record.by_stage(name) for name in ("validation_loss", "training_loss")}
-    if record.degraded is not None and record.target is not None:
-        row |= prefixed("degraded_", network(record.degraded))
-        target = names.index(record.target)
-        row["target_pattern"], row["epochs"] = record.target, [int(count) for count in record.by_stage("epochs")]
-        row["improvement"] = row["accuracy"][target] - row["degraded_accuracy"][target]
-    return row

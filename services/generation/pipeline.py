@@ -233,4 +233,4 @@ def generate(spec: GenerationSpec, run: Run | None = None) -> Zoo:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "zoo"
         DatasetGenerationPipeline(spec, run.device, run.inputs.get(BASELINE_INPUT)).run(folder, run)
-        return Zoo.load(folder)
+        return Zoo.load(folder).with_rest()

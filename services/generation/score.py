@@ -15,7 +15,7 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
 from services.generation.format import parse_patterns, parse_weights
-from services.zoo.dataset import architecture_of, network_of, read_about, read_records
+from services.zoo.dataset import architecture_of, network_of, read_about, read_networks
 from services.zoo.patterns import Pattern
 from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation
 from services.zoo.subjects import Params, encode
@@ -95,7 +95,7 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
         raise InvalidInput.from_pydantic(error, "answers") from None
     indices = {answer.index for answer in checked}
     records: dict[int, dict[str, Any]] = {}
-    for table in read_records(zoo):
+    for table in read_networks(zoo, spec):
         records |= {row["index"]: row for row in table.to_pylist() if row["index"] in indices}
     universe = Universe(spec.vocab_size, spec.sequence_length, patterns)
     benchmark = Evaluation.build(universe, JUDGED, JUDGED_NONE, seed=spec.seed)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress, islice
 from pathlib import Path
@@ -42,6 +42,9 @@ ABOUT, BASELINE, DATA = "zoo.json", "baseline_dataset.json", "data"
 BRANCHES = ("plus", "minus")
 
 _NUMBERS = pyarrow.list_(pyarrow.float32())
+# Columns that a zoo in memory has as tensors, and those that are not known of every record.
+_HELD = {"patterns", "layers", "neurons", "activation", "worst_accuracy", "accuracy", "weights"}
+_OPTIONAL = {"epochs", "validation_loss", "training_loss"}
 
 
 def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.Schema:
@@ -87,6 +90,11 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
         if spec.format is not None and spec.format.tokenizer is not None:
             columns.append((f"{task}_tokens", pyarrow.int32()))
     return pyarrow.schema(columns)
+
+
+def is_rest(column: str) -> bool:
+    """Whether a column of the records is in :attr:`Zoo.rest`."""
+    return column not in _HELD and not column.endswith("signature")
 
 
 def data_file(shard: int) -> str:
@@ -145,6 +153,19 @@ def read_probes(folder: Path, spec: GenerationSpec) -> Tensor:
         return torch.tensor(probes, dtype=torch.int64).view(-1, length)
 
 
+def read_networks(folder: Path, spec: GenerationSpec) -> Iterator[pyarrow.Table]:
+    """As :func:`read_records`, all columns. Raises :class:`InvalidInput` where networks that the spec asks for are
+    missing."""
+    needed = schema(spec.model_copy(update={"format": None}), []).names
+    for table in read_records(folder):
+        for name in needed:
+            if name not in _OPTIONAL and name not in table.column_names:
+                raise InvalidInput.field(
+                    f"{DATA}.{name}", "is missing, though the spec asks for it; make the zoo again"
+                )
+        yield table
+
+
 def with_probes(spec: GenerationSpec, folder: Path) -> tuple[GenerationSpec, Tensor]:
     """The probes in ``folder``, and the spec with their number; see :func:`read_probes`."""
     probes = read_probes(folder, spec)
@@ -152,14 +173,15 @@ def with_probes(spec: GenerationSpec, folder: Path) -> tuple[GenerationSpec, Ten
     return spec.model_copy(update={"signature": signature}), probes
 
 
-def read_records(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
-    """The records of a zoo, a shard at a time."""
+def read_records(folder: Path, columns: Sequence[str] | Callable[[str], bool] | None = None) -> Iterator[pyarrow.Table]:
+    """The records of a zoo, a shard at a time. ``columns``: the only ones to read, or which of them; None: all."""
     files = sorted((folder / DATA).glob("*.parquet"))
     if not files:
         raise InvalidInput.field(DATA, "holds no parquet files; is this folder a zoo?")
     for file in files:
         with reading(folder, f"{DATA}/{file.name}", "zoo") as path:
-            yield parquet.read_table(path, columns=columns)
+            names = list(filter(columns, parquet.read_schema(path).names)) if callable(columns) else columns
+            yield parquet.read_table(path, columns=names)
 
 
 @dataclass
@@ -183,6 +205,11 @@ class Zoo:
     such sequences: float32 ``[models, patterns + 1]``."""
     probes: Tensor
     """Probe sequences: int64 ``[probes, length]``."""
+    rest: pyarrow.Table | Path | None = None
+    """What else the records hold, by column, with their ``index``; or the folder of the records, which is read when it
+    is needed. Signatures are not in it: they follow from the networks."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else ``zoo.json`` says: its format, counts, where the records come from."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -257,26 +284,60 @@ class Zoo:
         return cls(spec, index, layout, shapes, weights, labels, accuracy, probes)
 
     def save(self, folder: Path) -> None:
-        """Write the zoo, in one shard."""
-        (folder / DATA).mkdir(parents=True, exist_ok=True)
-        names = [pattern.name for pattern in self.patterns]
-        methods, rate = self.extractor.methods, self.spec.training.learning_rate
-        rows = []
+        """Write the zoo, in one shard, with all that the records which it was loaded from hold. Raises
+        :class:`InvalidInput` for a folder with records of another zoo, and where the spec asks for networks or prompts
+        that this zoo does not have."""
+        others = {file.name for file in (folder / DATA).glob("*.parquet")} - {Path(data_file(0)).name}
+        if others:
+            raise InvalidInput.field(DATA, f"{folder / DATA} holds {min(others)} already; save into a new folder")
+        columns = schema(self.spec, self.extractor.methods)
+        names, rest, rows = [pattern.name for pattern in self.patterns], self._rest(columns), list[dict[str, Any]]()
         for row, index in enumerate(self.index.tolist()):
-            shape = self.layout.shapes[self.shape[row]]
+            shape, more = self.layout.shapes[self.shape[row]], rest[index]
             weights = self.layout.strip(self.weights[row : row + 1], int(self.shape[row]))
             params, patterns = unflatten(weights.float(), shape), compress(names, self.labels[row])
             network = network_columns(params, shape, self.accuracy[row], self.extractor)
-            # Where each drew its own, it is not known any more.
-            own_rate = rate if isinstance(rate, float) else None
-            rows.append(record_of(index, patterns, shape, network, learning_rate=own_rate, dropout=0.0))
-        parquet.write_table(pyarrow.Table.from_pylist(rows, schema(GenerationSpec(), methods)), folder / data_file(0))
-        write_about(folder, self.spec, self.patterns, self.probes, {"subjects": len(self)})
+            rates = {name: more[name] for name in ("learning_rate", "dropout")}
+            record = record_of(index, patterns, shape, network, **rates) | more
+            for column in columns.names:
+                if column.endswith("_signature"):
+                    other = network_of(record, column.replace("signature", "weights"), shape)
+                    record[column] = signature_column(other, shape, self.extractor)
+            rows.append(record)
+        (folder / DATA).mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows, columns), folder / data_file(0))
+        write_about(folder, self.spec, self.patterns, self.probes, {**self.facts, "subjects": len(self)})
+
+    def with_rest(self) -> Zoo:
+        """The zoo with the :attr:`rest` of its records in memory."""
+        if not isinstance(self.rest, Path):
+            return self
+        tables = list(read_records(self.rest, is_rest))
+        return replace(self, rest=pyarrow.concat_tables(tables))
+
+    def _rest(self, columns: pyarrow.Schema) -> dict[int, dict[str, Any]]:
+        """The rest of each record, by index; of one that was made in memory, what the spec says. Raises
+        :class:`InvalidInput` where some of ``columns`` is missing."""
+        rate, table = self.spec.training.learning_rate, self.with_rest().rest
+        # Where each drew its own, it is not known any more.
+        made = {"learning_rate": rate if isinstance(rate, float) else None, "dropout": 0.0}
+        rest = {} if not isinstance(table, pyarrow.Table) else {row["index"]: row for row in table.to_pylist()}
+        needed = set(filter(is_rest, columns.names)) - _OPTIONAL
+        rest = {
+            index: {name: value for name, value in row.items() if name in columns.names} for index, row in rest.items()
+        }
+        for index in self.index.tolist():
+            if missing := needed - rest.setdefault(index, {"index": index, **made}).keys():
+                text = (
+                    f"is not known of subject {index}, though the spec asks for it; copy the folder of the zoo instead"
+                )
+                raise InvalidInput.field(f"zoo.{min(missing)}", text)
+        return rest
 
     @classmethod
     def load(cls, folder: Path) -> Zoo:
         """Read a zoo. Raises :class:`InvalidInput` naming the file or field that is missing or wrong."""
-        _, spec, patterns = read_about(folder)
+        about, spec, patterns = read_about(folder)
         names = [pattern.name for pattern in patterns]
         probes = read_probes(folder, spec)
         if len(probes) != spec.signature.probes:
@@ -296,8 +357,13 @@ class Zoo:
             networks += _networks(table, spec)
         if not networks:
             raise InvalidInput.field(DATA, "holds no records; make the zoo again")
-        return cls.of_shapes(
-            spec, torch.cat(index), networks, labels=torch.cat(labels), accuracy=torch.cat(accuracy), probes=probes
+        own = {"spec", "patterns", "strata", "subjects"}
+        return replace(
+            cls.of_shapes(
+                spec, torch.cat(index), networks, labels=torch.cat(labels), accuracy=torch.cat(accuracy), probes=probes
+            ),
+            rest=folder,
+            facts={name: value for name, value in about.items() if name not in own},
         )
 
 
@@ -314,16 +380,24 @@ def _networks(table: pyarrow.Table, spec: GenerationSpec) -> list[tuple[Architec
 
 
 def network_columns(
-    params: Params, shape: Architecture, accuracy: Tensor, extractor: ActivationSignatureExtractor
+    params: Params, shape: Architecture, accuracy: Tensor, extractor: ActivationSignatureExtractor | None
 ) -> dict[str, Any]:
-    """What a record says of a network: its ``accuracy`` by stratum, weights and signature. ``params``: of one model."""
-    signature = {method: values.flatten().numpy() for method, values in extractor.extract(params, shape).items()}
-    return {"accuracy": accuracy.numpy(), "weights": flatten(params)[0].numpy(), "signature": signature}
+    """What a record says of a network: its ``accuracy`` by stratum, weights and, with an ``extractor``, signature.
+    ``params``: of one model."""
+    columns = {"accuracy": accuracy.numpy(), "weights": flatten(params)[0].numpy()}
+    return columns if extractor is None else columns | {"signature": signature_column(params, shape, extractor)}
+
+
+def signature_column(
+    params: Params, shape: Architecture, extractor: ActivationSignatureExtractor
+) -> dict[SignatureMethod, Any]:
+    """The signature of one network as records have it: of each method, all numbers."""
+    return {method: values.flatten().numpy() for method, values in extractor.extract(params, shape).items()}
 
 
 def prefixed(prefix: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """The :func:`network_columns` of a record as those of another network of the same subject."""
-    return {f"{prefix}{column}": record[column] for column in ("accuracy", "weights", "signature")}
+    return {f"{prefix}{column}": record[column] for column in ("accuracy", "weights", "signature") if column in record}
 
 
 def record_of(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow
 import torch
 from pydantic import ValidationError
 
@@ -11,11 +17,24 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
 from services.artifacts.hub import fetch
 from services.runtime.run import Run
-from services.zoo.dataset import ABOUT, BASELINE, FORMER, Zoo, read_about, with_probes
-from services.zoo.json_records import SUFFIXES, JsonRecords, files_in
+from services.zoo.dataset import (
+    ABOUT,
+    BASELINE,
+    FORMER,
+    Zoo,
+    is_rest,
+    network_columns,
+    prefixed,
+    read_about,
+    record_of,
+    schema,
+    with_probes,
+)
+from services.zoo.json_records import SUFFIXES, JsonRecords, Record, files_in
 from services.zoo.meanings import PATTERNS
 from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation, probes
-from services.zoo.subjects import encode, flatten
+from services.zoo.signatures import ActivationSignatureExtractor
+from services.zoo.subjects import Params, encode, flatten
 from services.zoo.universe import Universe
 
 
@@ -62,15 +81,47 @@ def open_zoo(source: Path, run: Run | None = None) -> Zoo:
         chosen = probes(universe, spec.signature.probes, spec.seed)
     evaluation = Evaluation.build(universe, JUDGED, JUDGED_NONE, seed=spec.seed)
     run.stage("judge", len(records), "records")
-    indices, labels, accuracy, networks = [], [], [], []
+    names, rows, networks = [pattern.name for pattern in records.patterns], list[dict[str, Any]](), []
     for done, (index, record) in enumerate(records, 1):
-        selected = torch.tensor([[pattern.name in record.patterns for pattern in records.patterns]])
-        questions = encode(record.shape, evaluation.sequences)
-        indices.append(index)
-        labels.append(selected)
-        accuracy.append(evaluation.accuracy(record.improved, questions, record.shape.activation, selected))
+        rows.append(row_of(index, record, names, evaluation))
         networks.append((record.shape, flatten(record.improved)[0]))
         run.advance(done)
-    return Zoo.of_shapes(
-        spec, torch.tensor(indices), networks, labels=torch.cat(labels), accuracy=torch.cat(accuracy), probes=chosen
+    zoo = Zoo.of_shapes(
+        spec,
+        torch.tensor([row["index"] for row in rows]),
+        networks,
+        labels=torch.tensor([[name in row["patterns"] for name in names] for row in rows]),
+        accuracy=torch.from_numpy(np.stack([row["accuracy"] for row in rows])),
+        probes=chosen,
     )
+    columns = schema(spec, [])
+    rest = pyarrow.Table.from_pylist(rows, columns).select(list(filter(is_rest, columns.names)))
+    return replace(zoo, rest=rest, facts={"candidates": len(rows), "rejected": {}, "imported": source.name})
+
+
+def row_of(
+    index: int,
+    record: Record,
+    names: Sequence[str],
+    evaluation: Evaluation,
+    extractor: ActivationSignatureExtractor | None = None,
+) -> dict[str, Any]:
+    """A record in our own form, with accuracies on ``evaluation`` and, with an ``extractor``, signatures. ``names``: of
+    the patterns."""
+    shape, selected = record.shape, torch.tensor([[name in record.patterns for name in names]])
+    inputs = encode(shape, evaluation.sequences)
+
+    def network(params: Params) -> dict[str, Any]:
+        accuracy = evaluation.accuracy(params, inputs, shape.activation, selected)[0]
+        return network_columns(params, shape, accuracy, extractor)
+
+    patterns, improved = compress(names, selected[0]), network(record.improved)
+    rate, dropout = record.learning_rate, record.dropout
+    row = record_of(index, patterns, shape, improved, learning_rate=rate, dropout=dropout)
+    row |= {name: record.by_stage(name) for name in ("validation_loss", "training_loss")}
+    if record.degraded is not None and record.target is not None:
+        row |= prefixed("degraded_", network(record.degraded))
+        target = names.index(record.target)
+        row["target_pattern"], row["epochs"] = record.target, [int(count) for count in record.by_stage("epochs")]
+        row["improvement"] = row["accuracy"][target] - row["degraded_accuracy"][target]
+    return row

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ethogram.errors import InvalidInput
+from ethogram.specs.clt import Distribution
 from services.clt.policy import tsp
 from services.clt.policy.tsp import check_cities, gaps, instances, lengths, read_cities, reference, solve
 from services.runtime.cache import cache_folder, writable_folder
@@ -33,7 +34,7 @@ def test_exact_solver_finds_the_shortest_of_all_tours() -> None:
 
 @pytest.mark.parametrize("nodes", [4, 5, 9])
 @pytest.mark.parametrize("distribution", ["uniform", "clustered"])
-def test_solver_is_as_good_as_the_exact_one(nodes: int, distribution: tsp.Distribution) -> None:
+def test_solver_is_as_good_as_the_exact_one(nodes: int, distribution: Distribution) -> None:
     cities = check_cities(instances(5, nodes, generator(1, "test"), distribution))
     tours = solve(cities)
     assert tours.sort(-1).values.equal(torch.arange(nodes).expand(5, 1, nodes))

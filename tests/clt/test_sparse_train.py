@@ -420,6 +420,14 @@ def test_a_stream_that_never_changes_is_refused_by_its_field(value: float, tmp_p
                 SparseTrainer(spec, constant)
 
 
+def test_validation_rows_that_are_all_the_same_cannot_judge(store: ActivationStore) -> None:
+    for spec in (clt(training={"validation_rows": 1}), sae(training={"validation_rows": 1})):
+        with pytest.raises(InvalidInput, match=r"^spec\.training\.validation_rows: .*same in all 1 validation rows"):
+            SparseTrainer(spec, store)
+    with SparseTrainer(clt(training={"validation_rows": 2}), store) as trainer:
+        assert trainer.validate()["validation_fvu"] > 0
+
+
 @pytest.mark.parametrize("value", [0.0, 0.3])
 @pytest.mark.parametrize("normalize", ["center", "standardize", "whiten", "none"])
 def test_channels_that_never_change_are_no_harm(value: float, normalize: str, tmp_path: Path) -> None:

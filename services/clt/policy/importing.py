@@ -103,7 +103,6 @@ def import_rl4co(
                 "its settings do not say" if "pomo" in settings else "it holds weights alone, and no settings that say"
             )
             raise InvalidInput.field(_FIELD, f"{text} what the policy is like; give {option}")
-    assert heads is not None and graph_context is not None
     try:
         spec = PolicyModelSpec(
             hidden_dim=len(weights["encoder.embed.weight"]),

@@ -8,13 +8,16 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import CltSpec, SaeSpec
 from services.clt.activations.hooks import check_pair
-from services.clt.activations.store import ActivationStore
+from services.clt.activations.loader import chunks
+from services.clt.activations.store import VALIDATION, ActivationStore
 from services.clt.sparse.model import Scale, Streams
 
 SMALLEST = 1e-6
 """Share of the mean variance below which a direction counts as constant."""
 CONSTANT = 1e-6
 """Share of a stream's root mean square below which its standard deviation is rounding in float32."""
+# Validation rows that are compared at once.
+_ROWS = 2048
 
 
 def streams_of(spec: SaeSpec | CltSpec, store: ActivationStore) -> Streams:
@@ -62,6 +65,17 @@ def _check_varying(spec: SaeSpec | CltSpec, store: ActivationStore, streams: Str
                 text = f"{hook} is the same in all {statistics.rows} training rows, so there is nothing to learn"
                 field = "spec.hook" if isinstance(spec, SaeSpec) else named
                 raise InvalidInput.field(field, f"{text}; name other hook points")
+    limit, same = spec.training.validation_rows, set(streams.targets)
+    first = dict(zip(streams.targets, store.read(VALIDATION, 0, streams.targets, 0, 1), strict=True))
+    for chunk in chunks(store, streams.targets, VALIDATION, limit, _ROWS):
+        rows_of = dict(zip(streams.targets, chunk, strict=True))
+        same = {hook for hook in same if bool((rows_of[hook] == first[hook]).all())}
+        if not same:
+            return
+    few = limit < store.rows(VALIDATION)
+    field, hint = ("spec.training.validation_rows", "take more") if few else ("activations", "record more instances")
+    text = f"{min(same)} is the same in all {min(limit, store.rows(VALIDATION))} validation rows"
+    raise InvalidInput.field(field, f"{text}, so nothing can be measured; {hint}")
 
 
 def _scale(store: ActivationStore, hook: str, form: str, *, source: bool) -> Scale:
