@@ -5,17 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ethogram.errors import InvalidInput
 from ethogram.specs.base import ArtifactRef, OptimizationSpec, Seed, Spec, TrainedSpec
 
 MAX_RUNS = 1000
 """Most runs of a sweep."""
 MAX_NODES = 200
 """Most cities of an instance on which a policy is trained."""
+EQUIVALENT = {"model.k": "model.k_ratio", "model.k_ratio": "model.k"}
+"""Options that set the same thing: the one that a grid varies replaces the other."""
 PAIR_SETS = {
     "mlp": "input and output of each MLP",
     "adjacent": "the output of each layer and that of the next",
@@ -96,11 +100,9 @@ class PolicySpec(TrainedSpec):
     samples: int = Field(16, ge=0, le=10_000)
     """Tours sampled per instance, of which the shortest counts; 0: greedy tours only."""
 
-    def idle(self) -> Iterator[tuple[str, str]]:
-        if not self.evaluation:
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if self.samples and not self.evaluation:
             yield "samples", "evaluation is 0"
-        if self.training.snapshots is not None and self.training.snapshots > self.training.steps:
-            yield "training.snapshots", f"there are {self.training.steps} steps"
 
     @model_validator(mode="after")
     def _instances(self) -> PolicySpec:
@@ -255,7 +257,7 @@ class SparseTrainingSpec(OptimizationSpec):
     """How a sparse model is trained: Adam; gradients are clipped to norm 1."""
 
     steps: int = Field(4000, ge=1, le=100_000_000)
-    """Optimiser steps; ``epochs`` overrides it."""
+    """Optimiser steps; without ``epochs``."""
     epochs: float | None = Field(None, gt=0, le=10_000)
     """Passes over the training rows instead of ``steps``."""
     batch_size: int = Field(4096, ge=1, le=1_048_576)
@@ -303,58 +305,32 @@ class SparseSpec(TrainedSpec):
     training: SparseTrainingSpec = SparseTrainingSpec()
     """Optimisation."""
 
-    def idle(self) -> Iterator[tuple[str, str]]:
+    def unused(self) -> Iterator[tuple[str, str]]:
         model, loss, training = self.model, self.loss, self.training
         if model.activation in ("relu", "jumprelu") and training.revive_every is None:
             for name in ("k", "k_ratio"):
-                yield f"model.{name}", f"a {model.activation} has any number of active features"
+                yield f"model.{name}", f"with activation {model.activation} any number of features is active"
         if model.activation != "jumprelu":
-            yield "loss.l0", "only a jumprelu has thresholds to learn"
+            yield "loss.l0", f"model.activation is {model.activation}, and only jumprelu learns thresholds"
         if model.dictionary is not None:
-            yield "model.expansion", "the features are those of the dictionary"
+            yield "model.expansion", "the features are those of model.dictionary"
             for name in ("dictionary_l1", "dictionary_l2", "orthogonality", "group_heads"):
-                yield f"loss.{name}", "the decoder is the dictionary's, and not trained"
+                yield f"loss.{name}", "the decoder is that of model.dictionary, and not trained"
         if not loss.group_features:
-            yield "loss.group_size", "group_features is 0"
+            yield "loss.group_size", "loss.group_features is 0"
         if not loss.group_heads or model.dictionary is not None:
-            yield "loss.heads", "group_heads is 0, or has no effect"
+            yield "loss.heads", "loss.group_heads is 0, or without effect itself"
         if not loss.auxk:
-            yield "loss.auxk_features", "auxk is 0"
+            yield "loss.auxk_features", "loss.auxk is 0"
         if training.epochs is not None:
-            yield "training.steps", "epochs says how many"
-            if training.snapshot_epochs is not None and training.snapshot_epochs > training.epochs:
-                yield "training.snapshot_epochs", f"there are {training.epochs:g} epochs"
-        yield from self._idle_in_time()
+            yield "training.steps", "training.epochs says how many there are"
 
-    def _idle_in_time(self) -> Iterator[tuple[str, str]]:
-        """What comes after the last step, or too late."""
-        training = self.training
-        # How many steps are in an epoch, only the store says.
-        steps = training.steps if training.epochs is None else None
-        if steps is not None and training.snapshots is not None and training.snapshots > steps:
-            yield "training.snapshots", f"there are {steps} steps"
-        if steps is not None and (steps - 1) * training.batch_size < training.dead_after:
-            why = f"no feature can be dead within {steps} steps: dead_after is {training.dead_after} rows"
-            yield "loss.auxk", why
-            yield "loss.auxk_features", why
-        if training.revive_every is not None and (steps is not None or training.decay == 1):
-            every, last = training.revive_every, 0
-            if steps is not None:
-                last = (steps - math.ceil(training.decay * steps) - 1) // every * every
-            if last < 1:
-                yield "training.revive_every", "nothing is revived once the learning rate falls"
-            elif last * training.batch_size < training.dead_after:
-                yield (
-                    "training.revive_every",
-                    f"no feature can be dead by then: dead_after is {training.dead_after} rows",
-                )
-
-    def advice(self) -> Iterator[str]:
+    def doubts(self) -> Iterator[tuple[str, str]]:
         loss, kind = self.loss, self.model.activation
         penalties = {"relu": [loss.l1, loss.group_features], "jumprelu": [loss.l0, loss.l1, loss.group_features]}
         if kind in penalties and not any(penalties[kind]):
             name = "l1" if kind == "relu" else "l0"
-            yield f"loss.{name}: is 0, so nothing makes the features of a {kind} sparse; set it, e.g. to 1e-3"
+            yield f"loss.{name}", f"is 0, so nothing makes the features of {kind} sparse; set it, e.g. to 1e-3"
 
 
 class SaeSpec(SparseSpec):
@@ -414,34 +390,48 @@ class SweepSpec(SparseSpec):
     grid: list[GridAxis] = Field(default=[], max_length=20)
     """Options to vary; every combination is trained."""
 
-    def idle(self) -> Iterator[tuple[str, str]]:
-        runs = list(self._points())
-        by_run = [dict(SparseSpec.idle(run)) for run in runs]
-        # What is used in one of them is not idle; what the grid sets is, unless it is the default in all of them.
-        for path, why in by_run[0].items() if by_run else ():
-            if all(path in idle for idle in by_run):
-                yield path, why
+    def points(self) -> Iterator[tuple[tuple[tuple[str, str], ...], dict[str, Any]]]:
+        """Each point of the grid, its options with their values, and the fields of its runs, without hook points.
+        Raises :class:`InvalidInput` for an option that there is not."""
+        options = {axis.option for axis in self.grid}
+        for point in itertools.product(*([(axis.option, value) for value in axis.values] for axis in self.grid)):
+            fields = self.model_dump(mode="json", exclude={"pairs", "grid"})
+            for option, value in point:
+                other = EQUIVALENT.get(option)
+                if other is not None and other not in options:
+                    _set(fields, other, "null")
+                _set(fields, option, value)
+            yield point, fields
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        by_run = [dict(run.unused()) for run in self._runs()]
+        # What is used at one point has an effect.
+        unused = {path: why for path, why in by_run[0].items() if all(path in run for run in by_run)} if by_run else {}
+        yield from unused.items()
+        for number, axis in enumerate(self.grid):
+            if axis.option in unused:
+                yield f"grid.{number}", f"it varies {axis.option}, and {unused[axis.option]}"
+            for option in filter(None, (axis.option, EQUIVALENT.get(axis.option))):
+                yield option, f"the grid varies {axis.option}"
+        if self.wandb is not None:
+            yield "wandb.name", "each run has a name of its own"
+
+    def doubts(self) -> Iterator[tuple[str, str]]:
+        runs = list(self._runs())
+        yield from dict.fromkeys(doubt for run in runs for doubt in run.doubts())
+        different = {json.dumps(_without(run, [path for path, _ in run.unused()])) for run in runs}
+        if same := len(runs) - len(different):
+            text = f"{same} of its {len(runs)} points are the same as others: an option has no effect there"
+            yield "grid", f"{text}; sweep over these options apart"
 
     def _is_set(self, path: str) -> bool:
-        return any(axis.option == path for axis in self.grid) or super()._is_set(path)
+        return path.startswith("grid.") or super()._is_set(path)
 
-    def advice(self) -> Iterator[str]:
-        yield from dict.fromkeys(sentence for run in self._points() for sentence in SparseSpec.advice(run))
-
-    def _points(self) -> Iterator[SweepSpec]:
-        """This spec with each point of the grid in place of its options; points that are no specs are left out."""
-        for point in itertools.product(*([(axis.option, value) for value in axis.values] for axis in self.grid)):
-            fields = self.model_dump(mode="json", exclude={"grid"})
-            for option, text in point:
-                section, _, name = option.rpartition(".")
-                try:
-                    (fields[section] if section else fields)[name] = json.loads(text)
-                except ValueError:
-                    fields[section][name] = text
-            try:
-                yield SweepSpec.model_validate(fields)
-            except ValueError:
-                continue
+    def _runs(self) -> Iterator[SparseSpec]:
+        """What the runs at each point have in common; points that are no specs are left out."""
+        for _, fields in self.points():
+            with suppress(ValueError):
+                yield SparseSpec.model_validate({name: fields[name] for name in SparseSpec.model_fields})
 
     @model_validator(mode="after")
     def _fits(self) -> SweepSpec:
@@ -453,3 +443,23 @@ class SweepSpec(SparseSpec):
         if math.prod(len(axis.values) for axis in self.grid) > MAX_RUNS:
             raise ValueError(f"grid: has more than {MAX_RUNS} points")
         return self
+
+
+def _set(fields: dict[str, Any], option: str, text: str) -> None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    section, _, name = option.rpartition(".")
+    section_fields = fields[section] if section else fields
+    if name not in section_fields:
+        raise InvalidInput.field("spec.grid", f"there is no option {option}; there are {', '.join(section_fields)}")
+    section_fields[name] = value
+
+
+def _without(spec: Spec, paths: Iterable[str]) -> dict[str, Any]:
+    fields = spec.model_dump(mode="json")
+    for path in paths:
+        section, _, name = path.partition(".")
+        fields[section].pop(name, None)
+    return fields

@@ -49,7 +49,7 @@ class CodecSpec(Spec):
             raise ValueError("pooling: cls needs the transformer; an mlp has mean, max and flatten")
         return self
 
-    def idle(self) -> Iterator[tuple[str, str]]:
+    def unused(self) -> Iterator[tuple[str, str]]:
         mlp = self.architecture == "mlp"
         if mlp:
             yield "heads", "an mlp has no attention"
@@ -104,23 +104,30 @@ class LossSpec(Spec):
     variance: float = Field(0.0, ge=0)
     """Weight of the guard against collapse: mean shortfall of the latents' standard deviations from 1."""
 
-    def idle(self) -> Iterator[tuple[str, str]]:
+    def unused(self) -> Iterator[tuple[str, str]]:
         if not self.gamma and not self.gamma_end:
             for name in ("contrastive", "temperature", "temperature_end", "projection"):
                 yield name, "gamma is 0"
-        if self.gamma == 1 and self.gamma_end in (None, 1):
+        if self.contrastive_alone:
             for name in ("reconstruction", "behavior", "steering", "direct", "variance"):
-                yield name, "gamma is 1, so the contrastive loss is all"
-        if not self.reconstruction:
-            yield "reconstruction_form", "reconstruction is 0"
-        if not self.steering and not self.direct:
-            yield "locality", "steering and direct are 0"
-            yield "mend", "steering and direct are 0"
+                # 0 switches a term off, which is what happens to it.
+                if getattr(self, name):
+                    yield name, "gamma is 1, so that the contrastive loss is all"
+        if not self.reconstruction or self.contrastive_alone:
+            yield "reconstruction_form", "there is no reconstruction in the loss"
+        if not (self.steering or self.direct) or self.contrastive_alone:
+            for name in ("locality", "mend"):
+                yield name, "there is neither steering nor direct in the loss"
+
+    @property
+    def contrastive_alone(self) -> bool:
+        """Whether the other terms never count."""
+        return self.gamma == 1 and self.gamma_end in (None, 1)
 
     @property
     def runs_networks(self) -> bool:
-        """Whether decoded networks are run on sequences."""
-        return any((self.behavior, self.steering, self.direct))
+        """Whether it depends on what decoded networks answer."""
+        return any((self.behavior, self.steering, self.direct)) and not self.contrastive_alone
 
     @model_validator(mode="after")
     def _something(self) -> LossSpec:
@@ -159,7 +166,7 @@ class CodecTrainingSpec(OptimizationSpec):
     compile: bool = False
     """Whether to use ``torch.compile``, which takes a minute at the start and speeds up steps on a GPU."""
 
-    def idle(self) -> Iterator[tuple[str, str]]:
+    def unused(self) -> Iterator[tuple[str, str]]:
         if self.schedule != "plateau":
             yield "plateau_patience", "schedule is not plateau"
 
@@ -182,7 +189,7 @@ class CrossmodalSpec(TrainedSpec):
     hub: HubSpec | None = None
     """Model repository to upload the codec to; encoder and decoder are separate files."""
 
-    def idle(self) -> Iterator[tuple[str, str]]:
+    def unused(self) -> Iterator[tuple[str, str]]:
         if not self.loss.runs_networks:
             for name in ("queries", "several"):
-                yield f"training.{name}", "behavior, steering and direct are 0"
+                yield f"training.{name}", "there is neither behavior nor steering nor direct in the loss"

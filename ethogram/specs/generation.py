@@ -256,7 +256,7 @@ class SignatureSpec(Spec):
     bins: int = Field(16, ge=2, le=1024)
     """Histogram bins of ``entropy``."""
 
-    def idle(self) -> Iterator[tuple[str, str]]:
+    def unused(self) -> Iterator[tuple[str, str]]:
         if self.baseline is not None:
             yield "probes", "the probes are those of baseline"
         if not {"pca", "svd", "clustering", "fourier"} & {*self.methods}:

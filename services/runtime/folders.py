@@ -58,6 +58,11 @@ class RunFolder:
                 return f"{folder} exists already and is not a run; name another folder"
         return None
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a run that is there would be resumed."""
+        return not self._moved and ((self.root / SPEC).exists() or self._store)
+
     def begin(self, spec: Spec) -> None:
         """Prepare a new run of ``spec``, or resume one. Raises as :meth:`check` does."""
         self.check(spec)

@@ -28,10 +28,13 @@ def run(
 
     ``inputs``: by spec path, a file or folder, or what finds it, called with the device. ``device``: by default a GPU
     if there is one. Of several processes of torchrun the first reports and keeps; the others return None. Raises
-    :class:`InvalidInput` for a device that cannot be used, and as :meth:`RunFolder.check` and :func:`artifact_in` do.
+    :class:`InvalidInput` for a device that cannot be used, for a new run of a spec with fields that have no effect, and
+    as :meth:`RunFolder.check` and :func:`artifact_in` do.
     """
     # What can be checked without torch and the job's code comes first: their import takes seconds.
     folder.check(spec)
+    if not folder.resumes:
+        spec.refuse_ignored()
     files = {path: artifact_in(given, kind.inputs[path]) for path, given in inputs.items() if isinstance(given, Path)}
     device = chosen_device(device)
     from services.runtime.parallel import join

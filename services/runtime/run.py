@@ -49,7 +49,7 @@ class ChildJob:
 def warn(spec: Spec, run: Run) -> None:
     """Log what ``spec`` has that has no effect, once: not again when the run resumes."""
     if run.resume is None:
-        for text in spec.warnings("spec."):
+        for text in spec.warnings():
             run.log(text, "warning")
 
 
