@@ -3,8 +3,10 @@
     make bench BENCH=steering                               every part and seed; what was measured before is kept
     make bench BENCH=steering ARGS="--part shared --seed 0" or earlier, independent, step
 
-Figures and zoos stay below runs/bench-steering (see benchmarks/_kit.py), so an interrupted benchmark resumes; --afresh
-measures again. The minutes of a training are those of this run, and null where an earlier run took part in it.
+The parts shared, independent and earlier are examples/ten-behaviors.yaml, examples/independent.yaml and
+examples/few-subjects.yaml. Figures and zoos stay below runs/bench-steering (see benchmarks/_kit.py), so an interrupted
+benchmark resumes; --afresh measures again. The minutes of a training are those of this run, and null where an earlier
+run took part in it.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ from ethogram.bench import Figure
 from ethogram.cli.files import read_mapping
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
+from ethogram.specs.edits import OPERATIONS
 from ethogram.specs.generation import GenerationSpec
 from ethogram.specs.kinds import KINDS
+from services.crossmodal.baselines import LOOKUPS
 from services.crossmodal.codec import Codec
 from services.crossmodal.evaluate import evaluate
 from services.crossmodal.train import CodecTrainer, train
@@ -54,15 +58,6 @@ class Specs(NamedTuple):
 
     zoo: GenerationSpec
     codec: CrossmodalSpec
-
-
-def ten_behaviors(seed: int, init: str, steps: int = STEPS) -> Specs:
-    """Subjects of one to four of ten behaviours each. Eight thousand steps are less than a quarter of an hour on two
-    cores."""
-    zoo, codec = specs("ten-behaviors", seed)
-    training = codec.training.model_copy(update={"steps": steps})
-    subject = zoo.subject.model_validate(zoo.subject.model_dump() | {"init": init})
-    return Specs(zoo.model_copy(update={"subject": subject}), codec.model_copy(update={"training": training}))
 
 
 def specs(example: str, seed: int) -> Specs:
@@ -113,14 +108,14 @@ def judged(name: str, specs: Specs, subjects: Callable[[Zoo], Tensor] | slice = 
 
 def shared(arguments: argparse.Namespace) -> Figures:
     """The part on shared initialisation."""
-    rows = [judged(f"shared-{seed}", ten_behaviors(seed, "shared")) for seed in arguments.seeds]
-    return over_seeds(rows, SHARED)
+    rows = [judged(f"shared-{seed}", specs("ten-behaviors", seed)) for seed in arguments.seeds]
+    return over_seeds(rows, SHARED) | beside(rows, "shared")
 
 
 def earlier(arguments: argparse.Namespace) -> Figures:
     """The setting of earlier work."""
     rows = [judged(f"earlier-{seed}", specs("few-subjects", seed), first_of_each) for seed in arguments.seeds]
-    return over_seeds(rows, EARLIER_FIGURES)
+    return over_seeds(rows, EARLIER_FIGURES) | beside(rows, "earlier")
 
 
 def independent(arguments: argparse.Namespace) -> Figures:
@@ -128,9 +123,12 @@ def independent(arguments: argparse.Namespace) -> Figures:
     figures: Figures = {}
     seed = arguments.seeds[0]
     for steps, subjects in ((STEPS, 16_384), (STEPS // 2, 16_384), (STEPS // 4, 16_384), (STEPS // 4, 4096)):
-        zoo, codec = ten_behaviors(seed, "independent", steps)
-        pair = Specs(zoo, codec.model_copy(update={"held_out": HELD_OUT / subjects}))
+        zoo, codec = specs("independent", seed)
+        training = codec.training.model_copy(update={"steps": steps})
+        pair = Specs(zoo, codec.model_copy(update={"training": training, "held_out": HELD_OUT / subjects}))
         row = judged(f"independent-{seed}-{steps}-{subjects}", pair, slice(subjects))
+        if steps == STEPS:
+            figures |= beside([row], "independent")
         for name, (key, op, bar) in INDEPENDENT.items():
             if steps == STEPS:
                 figures[name] = row.figure(key, op, bar)
@@ -207,6 +205,19 @@ def over_seeds(rows: list[Measured], table: Bars) -> Figures:
             # A figure that a seed lacks passes no bar, but a time that this run has not taken is not judged.
             figures[name] = Figure(None) if key in TIMES else Figure(None, op, bar)
             figures[f"{name}.worst"] = Figure(None)
+    return figures
+
+
+def beside(rows: list[Measured], part: str) -> Figures:
+    """What stands beside the judged figures, without bars: what edits keep, lookups, and least squares; means over the
+    seeds."""
+    names = [f"{mode}{edit}.kept_mean" for mode in ("", "direct.") for edit in OPERATIONS]
+    names += [f"{edit}.{way}.{n}" for edit in OPERATIONS for way in LOOKUPS for n in ("all_gate", "kept_mean")]
+    figures: Figures = {}
+    for name in (*names, "nearest_train.agreement", "oracle.agreement"):
+        values = [row.numbers[name] for row in rows if name in row.numbers]
+        if values:
+            figures[f"{part}.{name}"] = Figure(sum(values) / len(values), kept=any(row.kept for row in rows))
     return figures
 
 

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 from urllib.parse import quote
 
@@ -23,7 +23,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from ethogram import sse, transport
-from ethogram.errors import Internal, InvalidInput, NotFound, Unavailable
+from ethogram.errors import Internal, NotFound, Unavailable
 from ethogram.plain import plain
 from ethogram.resources import Artifact, Event, Job, Kind, Manifest, Model
 from ethogram.transport import SubmitOptions, Tries, body_of, given, part
@@ -211,21 +211,19 @@ class AsyncClient:
         """Download an artifact into the folder ``destination``; files that exist with the right digest are kept.
 
         Every file is checked against its digest. ``on_bytes`` is called with the number of bytes of each chunk; a
-        negative number takes back those of a failed try.
+        negative number takes back those of a failed try. Raises :class:`Conflict` where there is something else; then
+        nothing is downloaded.
         """
         manifest = (await self.artifact(id)).manifest
         if manifest is None:
             raise Internal(f"the server sent no manifest of artifact {id}")
         root = Path(destination)
+        there = await asyncio.to_thread(transport.present_files, root, manifest)
         for name, file in manifest.files.items():
-            parts = PurePosixPath(name)
-            if parts.is_absolute() or ".." in parts.parts or "\\" in name:
-                raise InvalidInput.field(f"files.{name}", "an artifact's path must stay inside its folder")
-            target = root / parts
-            target.parent.mkdir(parents=True, exist_ok=True)
-            there = target.is_file() and target.stat().st_size == file.size
-            if not there or await asyncio.to_thread(transport.sha256_of, target) != file.sha256:
-                await self._download(f"/v1/artifacts/{part(id)}/files/{quote(name)}", target, file.sha256, on_bytes)
+            if name not in there:
+                target, path = root / name, f"/v1/artifacts/{part(id)}/files/{quote(name)}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                await self._download(path, target, file.sha256, on_bytes)
             elif on_bytes is not None:
                 on_bytes(file.size)
         return root
@@ -356,7 +354,7 @@ class AsyncClient:
                     yield frame
 
     async def _download(self, path: str, target: Path, sha256: str, on_bytes: Callable[[int], None] | None) -> None:
-        partial = target.with_name(f"{target.name}.part")
+        partial = target.with_name(f".{uuid.uuid4().hex}.part")
         tries = self._tries(repeatable=True)
         digest, came, furthest = hashlib.sha256(), 0, 0
 

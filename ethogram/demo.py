@@ -17,13 +17,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ethogram
 from ethogram.bench import Figure, PeakMemory, form, versions
 from ethogram.cli.output import say, table
 from ethogram.client import Client
-from ethogram.errors import NotFound, Unavailable
+from ethogram.errors import InvalidInput, NotFound, Unavailable
 from ethogram.platform.stack import Platform
 from ethogram.platform.state import StateDir
 from ethogram.progress import Watch
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _OPERATIONS: tuple[Operation, ...] = ("add", "remove")
 _SERVED_SECONDS = 30.0
+_LOOKUPS, _CONTROLS = ("same_label", "nearest_train", "centroid"), ("null", "random", "reverse")
 # Measured only by a run that does the work; a later run repeats its values.
 _COSTS = ("seconds", "peak_rss_mib", "first_event_s")
 _BARS = {
@@ -51,6 +53,11 @@ _BARS = {
 }
 
 
+_REPORT, _EVALUATION = "report.json", "evaluation"
+_FILES = ("latent_map.png", "steering.png", "steered.safetensors")
+"""Moved from the report of the codec's job."""
+
+
 class Sizes(NamedTuple):
     """One size of the demo."""
 
@@ -60,6 +67,7 @@ class Sizes(NamedTuple):
 
 
 _ANY_ZOO = ArtifactRef(artifact="zoo")
+# As in examples/demo.yaml.
 FULL = Sizes("demo", GenerationSpec(), CrossmodalSpec(zoo=_ANY_ZOO))
 QUICK = Sizes(
     "demo-quick",
@@ -109,10 +117,12 @@ def run(
 ) -> dict[str, Any]:
     """Do it all and return the report that lies in ``output``. ``quiet``: print nothing on standard output.
 
-    Raises an :class:`~ethogram.errors.EthogramError` when a part of it fails.
+    Raises an :class:`~ethogram.errors.EthogramError` when a part of it fails, and :class:`InvalidInput` where
+    ``output`` has files of other making that the demo would replace.
     """
     began = time.monotonic()
     sizes = QUICK if quick else FULL
+    _check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     with _platform(StateDir.find(state)) as (client, up_s, pid), PeakMemory(os.getpid(), pid) as memory:
         this = _Run(client, sizes, fresh)
@@ -128,6 +138,11 @@ def run(
     # Only the full size has bars.
     measured = evaluation["figures"]
     figures = {name: Figure(measured.get(name), *(() if quick else bar)) for name, bar in _BARS.items()}
+    for operation in _OPERATIONS:
+        figures[f"{operation}.kept_mean"] = Figure(measured.get(f"{operation}.kept_mean"))
+        for name in (f"{operation}.{way}.{figure}" for way in _LOOKUPS for figure in ("all_gate", "kept_mean")):
+            figures[name] = Figure(measured.get(name))
+    figures["nearest_train.agreement"] = Figure(measured.get("nearest_train.agreement"))
     figures |= {
         "seconds": Figure(time.monotonic() - began, "<=", 600.0),
         "peak_rss_mib": Figure(memory.mib, "<=", 4096.0),
@@ -142,10 +157,12 @@ def run(
         "reused": this.reused,
         "model": {"name": model.name, "version": model.version, "artifact": model.artifact},
         "subjects": evaluation["subjects"],
+        "summary": evaluation["summary"],
         "steering": evaluation["steering"],
+        "others": evaluation["others"],
         "served": {f"{operation} {name}": value._asdict() for (operation, name), value in served.items()},
     }
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (output / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
     if not quiet:
         _show(report, served, output)
     return report
@@ -223,14 +240,28 @@ def _publish(this: _Run, job: Job) -> Model:
     return model
 
 
+def _check_output(output: Path) -> None:
+    """Raise :class:`InvalidInput` where ``output`` has what a demo would replace, and is not a demo's."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads((output / _REPORT).read_text())["bench"] == "demo":
+            return
+    there = [name for name in (_REPORT, _EVALUATION, *_FILES) if os.path.lexists(output / name)]
+    if there:
+        raise InvalidInput.field("--output", f"{output} has a {there[0]} that no demo made; name another folder")
+
+
 def _fetch_report(client: Client, job: Job, output: Path) -> dict[str, Any]:
     """Download the job's report into ``output``; its figures."""
-    folder = output / "evaluation"
-    shutil.rmtree(folder, ignore_errors=True)
-    client.get(client.output(job.id, "report").id, folder)
-    for file in ("latent_map.png", "steering.png", "steered.safetensors"):
-        (folder / file).replace(output / file)
-    evaluation: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    with TemporaryDirectory(prefix="evaluation-", dir=output) as scratch:
+        fresh, folder = client.get(client.output(job.id, "report").id, Path(scratch, "report")), output / _EVALUATION
+        evaluation: dict[str, Any] = json.loads((fresh / _REPORT).read_text())
+        if not (output / _REPORT).exists():
+            # From now on the folder is a demo's, also if this process ends before it writes the rest.
+            (output / _REPORT).write_text(json.dumps({"bench": "demo"}))
+        shutil.rmtree(folder, ignore_errors=True)
+        for file in _FILES:
+            (fresh / file).replace(output / file)
+        fresh.replace(folder)
     return evaluation
 
 
@@ -280,7 +311,7 @@ def _steer_served(inference: Inference, model: Model, output: Path) -> dict[tupl
 def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
     """The costs that the run which did the work measured, if its report is still here; else no values."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        earlier = json.loads((output / "report.json").read_text())
+        earlier = json.loads((output / _REPORT).read_text())
         if earlier["jobs"] == dict(jobs):
             figures = {name: earlier["figures"][name] for name in _COSTS}
             return {name: Figure(old["value"], old["op"], old["bar"], kept=True) for name, old in figures.items()}
@@ -290,25 +321,30 @@ def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
 def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Served], output: Path) -> None:
     """The table for people."""
     rows = [row for row in report["steering"] if row["edits"] and row["mode"] == "residual"]
-    all_gate = {(row["operation"], row["pattern"], row["variant"]): row["all_gate"] for row in rows}
-    columns = ("pattern", "edits", "target_mean", "local_mean", "all_gate")
+    passed = {(r["operation"], r["pattern"], r["variant"]): r["all_gate"] for r in [*rows, *report["others"]]}
+    columns = ("pattern", "edits", "target_mean", "local_mean", "kept_mean", "all_gate")
     for operation in _OPERATIONS:
         cells = []
         for row in rows:
             if row["operation"] == operation and row["variant"] == "edit":
-                name = row["pattern"]
-                controls = (all_gate.get((operation, name, control)) for control in ("null", "random", "reverse"))
-                recall = served.get((operation, name))
-                cells.append([*map(row.get, columns), *controls, *(recall[1:] if recall else ("", ""))])
-        table(
-            ["Pattern", "Edits", "Target", "Local", "All-gate", "Null", "Random", "Reverse", "Recall", "Steered"],
-            cells,
-            title=f"{operation.upper()} a behaviour: held-out networks, residual edits",
-        )
+                lookups = (passed.get((operation, row["pattern"], way)) for way in _LOOKUPS)
+                control = max(passed[operation, row["pattern"], name] for name in _CONTROLS)
+                cells.append([*map(row.get, columns), *lookups, control])
+        head = ["Pattern", "Edits", "Target", "Local", "Kept", "Both gates"]
+        title = f"{operation.upper()} a behaviour: held-out networks, residual edits"
+        table([*head, "Same label", "Nearest train", "Centroid", "Best control"], cells, title=title)
     say(
-        "Target: accuracy where the edit decides. Local: change of accuracy elsewhere. All-gate: share of edits with\n"
-        "target >= 0.85 and local >= -0.02; beside it that of the controls. Recall, Steered: what the inference\n"
-        "service measured before and after it steered them."
+        "Target: accuracy where the edit decides. Local: change of accuracy elsewhere. Kept: share of the answers\n"
+        "elsewhere that are still the source's. Both gates: share of edits with target >= 0.85 and local >= -0.02;\n"
+        "beside it that of lookups (a training network with the requested labels; the one nearest to the steered\n"
+        "latent; the decoded centroid) and of the best control (no edit, a random direction, the reverse direction)."
+    )
+    for sentence in report["summary"]:
+        say(f"- {sentence}")
+    table(
+        ["Edit", "Networks", "Recall before", "After"],
+        [(f"{operation} {name}", *value) for (operation, name), value in served.items()],
+        title="Recall of the behaviour, measured by the inference service before and after it steered the networks",
     )
     table(
         ["Figure", "Value", "Bar", ""],
@@ -319,4 +355,6 @@ def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Serv
     )
     if report["reused"]:
         say(f"Reused from an earlier run: {', '.join(report['reused'])}; seconds and memory are of that run.")
+    if report["size"] == FULL.name:
+        say("The same zoo and codec as a pipeline: ethogram pipeline examples/demo.yaml --wait")
     say(f"In {output}/: report.json, latent_map.png, steering.png, steered.safetensors, and evaluation/ with the rest")

@@ -14,14 +14,16 @@ from ethogram.specs.edits import Edit, EditLike
 _MAX_NETWORKS = 200
 """Maximum number of networks in the table."""
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#1f2430;max-width:70rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;text-align:left;border-bottom:1px solid #d8dce3}
+table{display:block;width:fit-content;max-width:100%;overflow:auto;border-collapse:collapse;margin:1rem 0}
+td,th{padding:.25rem .8rem;text-align:left;border-bottom:1px solid #d8dce3}
 i{display:inline-block;height:.7rem;vertical-align:middle;background:#9aa3b2}i.after{background:#0f766e}"""
 
 
 def effect_page(effect: Effect, edits: Sequence[EditLike], networks: str) -> str:
     """``effect`` of ``edits`` as a self-contained HTML page; ``networks`` names what was edited."""
     single = effect.local.ndim == 0
-    strength, target, local = (np.atleast_1d(array) for array in (effect.strength, effect.target, effect.local))
+    numbers = (effect.strength, effect.target, effect.local, effect.kept)
+    strength, target, local, kept = (np.atleast_1d(array) for array in numbers)
     measured = (effect.predicted, effect.recall, effect.false_positive_rate)
     predicted, recall, rate = (array[None] if single else array for array in measured)
     had = effect.had[None] if single else effect.had
@@ -34,7 +36,9 @@ def effect_page(effect: Effect, edits: Sequence[EditLike], networks: str) -> str
     head = ["behaviour", "had it", "predicted before", "predicted after", "measured before", "measured after"]
     title = ", ".join(str(Edit(*edit)) for edit in edits)
     shown = range(min(count, _MAX_NETWORKS))
-    network_rows = [[str(i), f"{strength[i]:g}", _number(target[i]), f"{local[i]:+.3f}"] for i in shown]
+    network_rows = [
+        [str(i), f"{strength[i]:g}", _number(target[i]), f"{local[i]:+.3f}", f"{kept[i]:.3f}"] for i in shown
+    ]
     more = f"<p>and {count - _MAX_NETWORKS} more</p>" if count > _MAX_NETWORKS else ""
     of = "1 network" if count == 1 else f"{count:,} networks; means"
     return f"""<!doctype html>
@@ -43,24 +47,26 @@ def effect_page(effect: Effect, edits: Sequence[EditLike], networks: str) -> str
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(networks)}: {of}. Model {html.escape(effect.model)}, version {html.escape(effect.version)}.</p>
 <p><b>Target</b>, accuracy where the edit decides: {_number(_mean(target))}. <b>Local</b>, change of accuracy everywhere
-else: {local.mean():+.3f}. Both are on held-out sequences, with the behaviours that each network
+else: {local.mean():+.3f}. <b>Kept</b>, share of the answers there that are still those before: {kept.mean():.3f}.
+All are on held-out sequences, with the behaviours that each network
 has by measurement.</p>
 <h2>Behaviours</h2>
 <p><b>predicted</b>: probability of the behaviour, by a linear probe on the latent. <b>measured</b>: share of the
 held-out sequences with the behaviour (in the last row: without any) that the network accepts.</p>
 {_table(head, rows)}
-<h2>Networks</h2>{_table(["network", "strength", "target", "local"], network_rows)}{more}</html>
+<h2>Networks</h2>{_table(["network", "strength", "target", "local", "kept"], network_rows)}{more}</html>
 """
 
 
 def summary(effect: Effect) -> dict[str, object]:
-    """Summary of ``effect``: mean ``target`` and ``local``, the number of networks with ``nothing_to_change``, and the
-    ``strength`` of each, or one number if all are equal."""
-    target, local, strength = (np.atleast_1d(array) for array in (effect.target, effect.local, effect.strength))
+    """Summary of ``effect``: mean ``target``, ``local`` and ``kept``, the number of networks with
+    ``nothing_to_change``, and the ``strength`` of each, or one number if all are equal."""
+    target, strength = np.atleast_1d(effect.target), np.atleast_1d(effect.strength)
     mean, strengths = _mean(target), strength.tolist()
     return {
         "target": None if math.isnan(mean) else round(mean, 4),
-        "local": round(float(local.mean()), 4),
+        "local": round(float(effect.local.mean()), 4),
+        "kept": round(float(effect.kept.mean()), 4),
         "nothing_to_change": int(np.isnan(target).sum()),
         "strength": strengths[0] if len(set(strengths)) == 1 else strengths,
     }

@@ -83,7 +83,7 @@ class Effect(NamedTuple):
     each behaviour as read from the latent, before and after; ``recall`` ``[batch, 2, behaviours]`` and
     ``false_positive_rate`` ``[batch, 2]``: measured on held-out sequences, before and after; ``target`` ``[batch]``:
     accuracy where the edit decides, NaN where it decides nothing; ``local`` ``[batch]``: change of accuracy everywhere
-    else.
+    else; ``kept`` ``[batch]``: share of the answers there that are still those before.
     """
 
     behaviors: list[str]
@@ -96,6 +96,7 @@ class Effect(NamedTuple):
     false_positive_rate: Floats
     target: Floats
     local: Floats
+    kept: Floats
     model: str
     version: str
 
@@ -105,8 +106,9 @@ class Inference(Channel):
 
     Networks are dictionaries of arrays, or the path of a safetensors file: a batch (first axis of every parameter), or
     one network without a batch axis, which gets answers without one. Parameters are named ``layers.0.weight``,
-    ``layers.0.bias``, ...; a state dict of ``torch.nn.Sequential`` (``0.weight``, ``2.weight``, ...) works too. Sets of
-    any size can be given: large ones travel in parts. A model that was trained on networks of several shapes takes any
+    ``layers.0.bias``, ...; a state dict of ``torch.nn.Sequential`` (``0.weight``, ``2.weight``, ...) works too, as do
+    tensors of PyTorch. Numbers are float32, float64, float16 or bfloat16; answers are float32. Sets of any size can be
+    given: large ones travel in parts. A model that was trained on networks of several shapes takes any
     of them, one shape per call; ``activation`` says which where shapes differ in it alone. Edits are
     ``("add", behavior)``, ``("remove", behavior)``, ``("replace", behavior, by)`` or
     :class:`~ethogram.specs.edits.Edit`.
@@ -208,7 +210,7 @@ class Inference(Channel):
         batch = _Batch.of(networks, activation)
         steering = fields_of(Steering.of(edits, mode, strength, direction))
         answers, name = self._run(pb.EvaluateRequest, batch, model, version, **steering)
-        names = ("latents", "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local")
+        names = ("latents", "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local", "kept")
         effects = [answer.effect for answer in answers]
         fields: dict[str, Any] = {field: batch.join(effects, field) for field in names}
         fields["had"] = fields["had"] > 0
@@ -248,17 +250,23 @@ class _Batch:
     @classmethod
     def of_array(cls, values: ArrayLike, axes: int, name: str) -> _Batch:
         """``values``, with a batch axis before its ``axes`` axes if they lack one."""
-        array = np.asarray(values)
+        array = network_files.floats(values, name)
         single = array.ndim <= axes
         return cls({name: array[None] if single else array}, single)
 
     @classmethod
     def of(cls, networks: Networks | str | Path, activation: str | None) -> _Batch:
         given = network_files.load(networks) if isinstance(networks, str | Path) else networks
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            text = "needs arrays by parameter name, or a safetensors file; of a torch module send its state_dict()"
+            raise InvalidInput.field("networks", text)
         if not given:
             raise InvalidInput.field("networks.parameters", "holds no parameter")
-        single, names = network_files.is_single(given), network_files.layer_names(given)
-        arrays = {names[name]: np.asarray(array) for name, array in given.items()}
+        names = network_files.layer_names(given)
+        arrays = {
+            names[name]: network_files.floats(array, f"networks.parameters.{name}") for name, array in given.items()
+        }
+        single = network_files.is_single(arrays)
         # A parameter without axes is the server's to refuse.
         batch = {name: array[None] if single else np.atleast_1d(array) for name, array in arrays.items()}
         count = max(map(len, batch.values()))
@@ -279,12 +287,7 @@ class _Batch:
 
     def part(self, rows: slice) -> dict[str, Any]:
         """Some of the rows, as a field of a request."""
-        prefix, tensors = "networks.parameters." if self.names else "", dict[str, common_pb2.Tensor]()
-        for name, array in self.arrays.items():
-            try:
-                tensors[name] = to_tensor(array[rows])
-            except TypeError as error:
-                raise InvalidInput.field(prefix + name, str(error)) from None
+        tensors = {name: to_tensor(array[rows]) for name, array in self.arrays.items()}
         if not self.names:
             return tensors
         return {"networks": pb.Networks(parameters=tensors, activation=self.activation or "")}

@@ -1,4 +1,8 @@
-"""Networks as the client takes them: dictionaries of arrays, from a safetensors file or a framework's state dict."""
+"""Networks as the client takes them: dictionaries of arrays, from a safetensors file or a framework's state dict.
+
+Numbers are float32, float64, float16 or bfloat16. NumPy has no bfloat16: it becomes float32, which holds the same
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as serialized
 
 from ethogram.errors import InvalidInput
@@ -19,16 +22,55 @@ Networks = Mapping[str, NDArray[Any]]
 """Parameter name to array. A batch has the batch as its first axis; one network has none."""
 
 _NUMBER = re.compile(r"(\d+)")
+_STORED = {
+    **{f"F{bits}": f"<f{bits // 8}" for bits in (16, 32, 64)},
+    **{f"{sign}{bits}": f"<{sign.lower()}{bits // 8}" for sign in "IU" for bits in (8, 16, 32, 64)},
+    "BOOL": "bool",
+    "C64": "<c8",
+    # As its bits.
+    "BF16": "<u2",
+}
+"""NumPy's element types of those of safetensors files."""
+_TAKEN = "send a dense array of float32, float64, float16 or bfloat16"
 
 
 def load(path: str | Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors file. Raises :class:`InvalidInput` naming the file when it is none."""
+    """The tensors of a safetensors file. Raises :class:`InvalidInput` that names the file when it is none, and the
+    tensor whose elements are of no type that can be taken."""
     try:
-        return dict(load_file(path))
+        tensors = deserialize(Path(path).read_bytes())  # type: ignore[no-untyped-call]
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, TypeError, ValueError, KeyError) as error:
-        raise InvalidInput(f"{path} is no safetensors file of numbers ({error})") from None
+    except SafetensorError as error:
+        raise InvalidInput(f"{path} is no safetensors file ({error})") from None
+    arrays = {}
+    for name, tensor in tensors:
+        if tensor["dtype"] not in _STORED:
+            raise InvalidInput(f"{path}: {name} has {tensor['dtype']} elements; {_TAKEN}")
+        flat = np.frombuffer(tensor["data"], _STORED[tensor["dtype"]])
+        # A bfloat16 is the higher half of a float32.
+        flat = (flat.astype("<u4") << 16).view("<f4") if tensor["dtype"] == "BF16" else flat.copy()
+        arrays[name] = flat.reshape(tensor["shape"])
+    return arrays
+
+
+def floats(value: Any, field: str) -> NDArray[Any]:
+    """``value``, an array, nested lists or a tensor of a framework on any device, as an array of floats. Raises
+    :class:`InvalidInput` of ``field`` for what is none or cannot be sent: float8, integers, sparse tensors."""
+    kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+    try:
+        # A tensor of PyTorch, which may require a gradient or be on a GPU.
+        value = value.detach().cpu() if hasattr(value, "detach") else value
+        value = value.float() if kind == "bfloat16" and hasattr(value, "float") else value
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise InvalidInput.field(field, f"{kind} elements ({why}); {_TAKEN}") from None
+    if array.dtype.name == "bfloat16":
+        array = array.astype(np.float32)
+    if array.dtype.name not in ("float32", "float64", "float16"):
+        raise InvalidInput.field(field, f"{array.dtype.name} elements; {_TAKEN}")
+    return array
 
 
 def save(path: str | Path, networks: Networks) -> None:

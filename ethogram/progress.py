@@ -13,6 +13,8 @@ from ethogram.resources import Event
 
 LINE_SECONDS = 15.0
 """Seconds between lines of progress where there is no terminal for a bar."""
+MOST_BARS = 12
+"""Stages whose bars stay on the terminal; the earliest make room."""
 
 
 class StageDisplay:
@@ -47,6 +49,8 @@ class StageDisplay:
 
     def stage(self, name: str, total: int | None, unit: str) -> None:
         """Begin a stage of ``total`` units; None: of an unknown number."""
+        for task in self._progress.tasks[: 1 - MOST_BARS]:
+            self._progress.remove_task(task.id)
         self._task = self._progress.add_task(self._prefix + name, total=total, unit=unit, metrics="")
         self._next_line = time.monotonic() + LINE_SECONDS
 
@@ -61,7 +65,7 @@ class StageDisplay:
         if self._task is None:
             return
         self._progress.update(self._task, completed=done)
-        task = self._progress.tasks[self._task]
+        task = self._progress.tasks[-1]
         if not self.terminal and (task.finished or time.monotonic() >= self._next_line):
             self._next_line = time.monotonic() + LINE_SECONDS
             total = "?" if task.total is None else f"{task.total:.0f}"

@@ -8,12 +8,12 @@ import os
 import random
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address, ip_network
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypedDict
 from urllib.parse import quote
 from urllib.request import getproxies, proxy_bypass
@@ -21,8 +21,9 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 from pydantic import BaseModel
 
-from ethogram.errors import ERRORS, EthogramError, Internal, InvalidInput, Unavailable, Violation
+from ethogram.errors import ERRORS, Conflict, EthogramError, Internal, InvalidInput, Unavailable, Violation
 from ethogram.plain import plain
+from ethogram.resources import Manifest
 
 RETRY_SECONDS = 30.0
 FOLLOW_SECONDS = 60.0
@@ -264,9 +265,10 @@ def header(value: str, field: str) -> str:
 
 
 def files_in(path: str | Path) -> list[tuple[str, tuple[str, Upload]]]:
-    """A file, or all files of a folder, as parts of an upload."""
+    """A file, or all files of a folder, as parts of an upload. Links are followed. Raises :class:`InvalidInput` for one
+    that leads nowhere or to a folder that it is in, and for devices and the like."""
     root = Path(path)
-    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    files = [root] if root.is_file() else sorted(_files_below(root)) if root.is_dir() else []
     if not files:
         raise InvalidInput.field("path", f"{root} is neither a file nor a folder with files")
     names = [file.name if root.is_file() else file.relative_to(root).as_posix() for file in files]
@@ -274,6 +276,38 @@ def files_in(path: str | Path) -> list[tuple[str, tuple[str, Upload]]]:
         if '"' in name or not name.isprintable():
             raise InvalidInput.field("path", f"{name!r} has a quote or a control character in its name: rename it")
     return [("files", (name, Upload(file))) for name, file in zip(names, files, strict=True)]
+
+
+def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    above = (*above, folder.resolve())
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            if entry.resolve() in above:
+                raise InvalidInput.field("path", f"{entry} is a link to a folder that it is in: remove it")
+            yield from _files_below(entry, above)
+        elif entry.is_file():
+            yield entry
+        else:
+            what = "a link that leads nowhere" if entry.is_symlink() else "neither a file nor a folder"
+            raise InvalidInput.field("path", f"{entry} is {what}: remove it, or put the file there")
+
+
+def present_files(root: Path, manifest: Manifest) -> set[str]:
+    """Paths of the files of an artifact that are in the folder ``root`` already. Raises :class:`Conflict` where
+    something else is at one of its paths, and :class:`InvalidInput` for a path that leads out of the folder."""
+    if os.path.lexists(root) and not root.is_dir():
+        raise Conflict(f"{root} exists already and is not a folder; name another one")
+    there = set[str]()
+    for name, file in manifest.files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise InvalidInput.field(f"files.{name}", "an artifact's path must stay inside its folder")
+        target = root / path
+        if os.path.lexists(target):
+            if not target.is_file() or target.stat().st_size != file.size or sha256_of(target) != file.sha256:
+                raise Conflict(f"{target} exists already and is not the artifact's; name another folder")
+            there.add(name)
+    return there
 
 
 def sha256_of(file: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Generic, TypeVar
 
 import anyio.to_thread
 from fastapi import Header, Query, Request
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from ethogram.errors import InvalidInput, NotFound
 from services.jobs import text
@@ -23,9 +23,25 @@ def _check_id(value: str) -> str:
     return value
 
 
+def explained(pattern: str, rule: str) -> BeforeValidator:
+    """Beside a ``pattern`` of a text: what it says, for people."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and not re.fullmatch(pattern, value):
+            raise ValueError(rule)
+        return value
+
+    return BeforeValidator(check)
+
+
 Id = Annotated[str, AfterValidator(_check_id)]
 """An id or name in a path; an ill-formed one is answered with 404."""
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,79}$", examples=["zoo"])]
+_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,79}$"
+Name = Annotated[
+    str,
+    Field(pattern=_NAME, examples=["zoo"]),
+    explained(_NAME, "must be 1 to 80 letters, digits, '_', '-' or '.', and not begin with '.'"),
+]
 """A name that the user chooses for an artifact, a model, a type or a version."""
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most items of the page.")]
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the previous page.")]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ethogram.specs.base import Spec
 from ethogram.specs.kinds import EXAMPLE_JOB, KINDS
+from gateway.inputs import explained
 from services.jobs.records import Options
 
 
@@ -39,7 +40,10 @@ else:
     )
     Submission = Annotated[Union[*_SUBMISSIONS], Field(discriminator="kind")]
 
-JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+_JOB_NAME = r"^[A-Za-z0-9_-]{1,64}$"
+JobName = Annotated[
+    str, Field(pattern=_JOB_NAME), explained(_JOB_NAME, "a job's name must be 1 to 64 letters, digits, '_' or '-'")
+]
 
 
 class Pipeline(BaseModel):

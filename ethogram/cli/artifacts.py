@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import unicodedata
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +34,7 @@ def put(
     type: Annotated[str, typer.Option(help="Type of the artifact, e.g. zoo.")] = "file",
 ) -> Answer:
     """Upload a file or a folder."""
-    artifact = client.put(path, name=name or path.resolve().stem, type=type)
+    artifact = client.put(path, name=name or _name(path, type), type=type)
     shown = {"artifact": artifact.id, "name": artifact.name, "type": artifact.type, "bytes": artifact.size}
     return Answer(artifact, lambda: pairs(shown))
 
@@ -127,6 +130,17 @@ def _shown(model: Model) -> Answer:
     state = "retired" if model.retired else ""
     shown = {"model": model.name, "version": model.version, "artifact": model.artifact, "state": state}
     return Answer(model, lambda: pairs(shown))
+
+
+def _name(path: Path, type: str) -> str:
+    """The name of the file or folder as it was typed; where no artifact can have it, one like it, which is said."""
+    typed = Path(os.path.abspath(path)).name  # noqa: PTH100  (resolve() would follow a link)
+    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,79}", typed):
+        return typed
+    letters = unicodedata.normalize("NFKD", typed).encode("ascii", "ignore").decode()
+    made = re.sub(r"[^A-Za-z0-9_.-]+", "-", letters).strip("-.")[:80] or type
+    say(f"{typed!r} cannot be the name of an artifact, so this one is called {made}; --name gives it another")
+    return made
 
 
 def _resolve(client: Client, source: str) -> str:

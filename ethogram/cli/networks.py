@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ethogram.cli.options import Answer, ModelName, Output, Version, assignment, command
+from ethogram.cli.options import Answer, ModelName, Output, Version, assignment, command, new_path
 from ethogram.cli.output import say, table
 from ethogram.errors import InvalidInput, Violation
 
@@ -105,7 +105,10 @@ def steer(
     ] = "1",
     direction: Annotated[str, typer.Option(help="learned, mean_difference or classifier_normal.")] = "learned",
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write an HTML report of the predicted and the measured effect.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="New HTML file for a report of the predicted and measured effect.", callback=new_path
+        ),
     ] = None,
     activation: Activation = None,
     version: Version = None,
@@ -178,7 +181,7 @@ def _written(path: Path, tensors: Mapping[str, NDArray[Any]], **more: Any) -> An
     if "local" in more:
         strength = more["strength"]
         shown = more | ({"strength": _range(strength)} if isinstance(strength, list) else {})
-        names = ("target", "local", "nothing_to_change", "strength")
+        names = ("target", "local", "kept", "nothing_to_change", "strength")
         lines.append("; ".join(f"{name.replace('_', ' ')}: {shown[name]}" for name in names))
     return Answer(value, lambda: say("\n".join(lines)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -44,10 +45,10 @@ KindName = Annotated[str, typer.Argument(metavar="KIND", help="See `ethogram kin
 SpecFile = Annotated[Path | None, typer.Option("--file", "-f", metavar="FILE", help="YAML or JSON file of the spec.")]
 
 
-def new_path(path: Path | None) -> Path | None:
-    """Callback of an option: refuse a path that exists."""
-    if path is not None and path.exists():
-        raise InvalidInput.field("--output", f"{path} exists already; name another folder or file")
+def new_path(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Callback of an option: refuse a path where there is something, be it a link that leads nowhere."""
+    if path is not None and os.path.lexists(path):
+        raise InvalidInput.field(option.opts[0], f"{path} exists already; name another folder or file")
     return path
 
 
@@ -61,7 +62,10 @@ NewFolder = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")]
 Limit = Annotated[int, typer.Option(min=1, help="Show at most this many, newest first.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Follow to the end; exit code 1 when a job fails.")]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="FILE", help="New safetensors file to write.", callback=new_path),
+]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
 Version = Annotated[str | None, typer.Option(metavar="VERSION", help="Version of the model; by default the latest.")]
 

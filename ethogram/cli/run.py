@@ -154,6 +154,8 @@ def _run(kind: Kind, request: Request, options: _Options, show: Callable[[dict[s
     figures = result.get("figures", result)
     headline = {name: figures[name] for name in kind.headline if name in figures}
     output.result(result, options.as_json, lambda: show(result) if show else output.figures(headline or figures))
+    for sentence in result.get("summary", ()):
+        output.say(f"- {sentence}")
     for name in kind.outputs:
         if (place := folder.place(name)).exists():
             page = place / "report.html"

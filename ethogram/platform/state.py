@@ -42,9 +42,17 @@ class StateDir:
         """The running platform."""
 
     def make(self) -> None:
-        """Create the folders. Raises :class:`InvalidInput` when that cannot be done."""
+        """Create the folders. Raises :class:`InvalidInput` when that cannot be done, and for a folder with files that
+        are no platform's."""
+        parts = (self.store, self.redis, self.logs, self.root / "work")
         try:
-            for folder in (self.root, self.store, self.redis, self.logs, self.root / "work"):
+            there = [path.name for path in self.root.iterdir()] if self.root.exists() else []
+            # A new disk has a folder of its own.
+            others = [name for name in there if not name.startswith(".") and name != "lost+found"]
+            if others and not all(folder.is_dir() for folder in parts):
+                text = f"{self.root} holds other files ({others[0]}); name another folder with --state"
+                raise InvalidInput.field("state", text)
+            for folder in (self.root, *parts):
                 folder.mkdir(parents=True, exist_ok=True)
             self.redis.chmod(0o700)
         except OSError as error:

@@ -91,8 +91,14 @@ KINDS: dict[str, Kind] = {
             outputs={"codec": "codec", "report": "report"},
             example={"zoo": _output("zoo"), "training": {"steps": 1000}},
             headline=[
-                *("agreement", "matched_beats_same_label", "spread", "controls.max_all_gate"),
+                *("agreement", "nearest_train.agreement", "oracle.agreement", "matched_beats_same_label", "spread"),
                 *(f"{edit}.{n}" for edit in OPERATIONS for n in ("target_mean", "local_mean", "kept_mean", "all_gate")),
+                *(
+                    f"{edit}.{way}.all_gate"
+                    for edit in OPERATIONS
+                    for way in ("same_label", "nearest_train", "centroid")
+                ),
+                "controls.max_all_gate",
             ],
         ),
         Kind(

@@ -616,6 +616,7 @@ class Effect(_message.Message):
     FALSE_POSITIVE_RATE_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     LOCAL_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def networks(self) -> Global___Networks:
         """The steered networks."""
@@ -652,6 +653,10 @@ class Effect(_message.Message):
     def local(self) -> _common_pb2.Tensor:
         """[batch]: change of the accuracy on all others."""
 
+    @_builtins.property
+    def kept(self) -> _common_pb2.Tensor:
+        """[batch]: share of the answers on all others that are still those before."""
+
     def __init__(
         self,
         *,
@@ -664,10 +669,11 @@ class Effect(_message.Message):
         false_positive_rate: _common_pb2.Tensor | None = ...,
         target: _common_pb2.Tensor | None = ...,
         local: _common_pb2.Tensor | None = ...,
+        kept: _common_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["false_positive_rate", b"false_positive_rate", "had", b"had", "latents", b"latents", "local", b"local", "networks", b"networks", "predicted", b"predicted", "recall", b"recall", "strength", b"strength", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["false_positive_rate", b"false_positive_rate", "had", b"had", "kept", b"kept", "latents", b"latents", "local", b"local", "networks", b"networks", "predicted", b"predicted", "recall", b"recall", "strength", b"strength", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["false_positive_rate", b"false_positive_rate", "had", b"had", "latents", b"latents", "local", b"local", "networks", b"networks", "predicted", b"predicted", "recall", b"recall", "strength", b"strength", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["false_positive_rate", b"false_positive_rate", "had", b"had", "kept", b"kept", "latents", b"latents", "local", b"local", "networks", b"networks", "predicted", b"predicted", "recall", b"recall", "strength", b"strength", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,8 +12,11 @@ from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects
 from services.crossmodal.steering import mean_differences
 from services.runtime.seeds import generator
-from services.runtime.training import Optimization, Progress, Trainer, constant, fit
+from services.runtime.training import Adam, Optimization, Progress, Trainer, constant, fit
 
+LOOKUPS = ("same_label", "nearest_train", "centroid")
+"""Ways that take what is there, and change no network."""
+WAYS = (*LOOKUPS, "task_arithmetic", "fine_tuning")
 FINE_STEPS, FINE_RATE, FINE_QUERIES = 100, 1e-2, 128
 """Steps, learning rate and sequences per step of short fine-tuning."""
 
@@ -37,9 +40,12 @@ class Baselines:
             self._latents = codec.latents(train.inputs, train.shape)
         self._differences = mean_differences(train.weights, train.labels)
 
-    def edit(self, subjects: Subjects, latents: Tensor, edit: Edit) -> dict[str, tuple[Tensor, Tensor]]:
+    def edit(
+        self, subjects: Subjects, latents: Tensor, edit: Edit, *, tune: bool = True
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """By name, the edited weights ``[subjects, size]`` of ``subjects``, and for which of them there are any, bool
-        ``[subjects]``; ``latents``: theirs, ``[subjects, latent]``."""
+        ``[subjects]``; ``latents``: theirs, ``[subjects, latent]``. ``tune``: whether ``fine_tuning``, which takes
+        longest, is among them."""
         codec, train, shape = self._codec, self._train, subjects.shape
         signs = codec.signs([edit])
         labels = subjects.labels & ~(signs < 0) | (signs > 0)
@@ -50,8 +56,7 @@ class Baselines:
             centroid = alike.float() @ self._latents / alike.sum(1, keepdim=True).clamp_min(1)
             same_shape = (shape.unsqueeze(1) == train.shape).float()
             partner = (alike * same_shape).argmax(1)
-            # Division by 0 makes networks of other shapes infinitely far.
-            nearest = (torch.cdist(steered, self._latents) / same_shape).argmin(1)
+            nearest = torch.cdist(steered, self._latents).masked_fill(same_shape == 0, torch.inf).argmin(1)
             present = codec.layout.present.to(codec.device)[shape]
             comparable = same_shape.any(1)
             edited = {
@@ -60,7 +65,8 @@ class Baselines:
                 "centroid": (codec.model.decoder(centroid, shape), alike.any(1)),
                 "task_arithmetic": (subjects.weights + (signs @ self._differences) * present, comparable),
             }
-        edited["fine_tuning"] = (fine_tuned(codec, self._queries, subjects, labels, edit), comparable)
+        if tune:
+            edited["fine_tuning"] = (fine_tuned(codec, self._queries, subjects, labels, edit), comparable)
         return edited
 
 
@@ -84,7 +90,7 @@ class FineTuning(Trainer):
         self.edited = subjects.weights.clone().requires_grad_()
         self.optimization = Optimization([{"params": [self.edited]}], codec.spec.training, constant)
         # Not clipped: the norm of all subjects' gradients would couple them.
-        self.optimization.optimizer = torch.optim.Adam([self.edited], FINE_RATE)
+        self.optimization.optimizer = Adam([self.edited], FINE_RATE)
 
     def advance(self) -> dict[str, Tensor]:
         rows = self._queries.draw(self._patterns, FINE_QUERIES, self._generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Violation
@@ -69,9 +70,10 @@ def _known(shapes: Sequence[Architecture]) -> str:
 
 def batch(tensor: Tensor, shape: tuple[int, ...], field: str) -> Tensor:
     """A finite, non-empty batch of ``shape`` as float32, or :class:`InvalidInput`."""
-    if not tensor.is_floating_point():
-        name = str(tensor.dtype).removeprefix("torch.")
-        raise InvalidInput.field(field, f"{name} elements; send float32, float64 or float16")
+    # Numbers of float8 come with scales, which are not here.
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or tensor.layout is not torch.strided:
+        name = "sparse" if tensor.layout is not torch.strided else str(tensor.dtype).removeprefix("torch.")
+        raise InvalidInput.field(field, f"{name} elements; send float32, float64 or float16, dense")
     if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != shape:
         expected = ", ".join(["batch", *map(str, shape)])
         raise InvalidInput.field(field, f"shape {list(tensor.shape)}, but this model takes [{expected}]")

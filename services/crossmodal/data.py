@@ -14,6 +14,7 @@ from services.crossmodal.canonical import Canonicalizer, Transform
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
 from services.zoo.layout import Layout
+from services.zoo.oracle import varies
 from services.zoo.pools import Pools, bits
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import Architecture, encode, unflatten
@@ -147,6 +148,10 @@ def check(zoo: Zoo, spec: CrossmodalSpec) -> None:
             bad = zoo.index[~finite]
             text = f"subject {int(bad[0])} holds NaN or infinity; leave out all such subjects ({len(bad)} in the zoo)"
             raise InvalidInput.field(f"zoo.{name}", text)
+    if spec.codec.inputs == "signature" and not varies(zoo.extractor):
+        methods = ", ".join(zoo.extractor.methods)
+        text = f"the zoo's signature ({methods}) does not change with small changes of the weights; set both"
+        raise InvalidInput.field("spec.codec.inputs", text)
     train, validation, held_out = split_subjects(zoo.labels, zoo.shape, spec)
     if len(validation) == 0 or len(held_out) == 0:
         text = f"its {len(zoo)} subjects have {len(zoo.layout.shapes)} shapes, so none can be held out; add subjects"

@@ -13,7 +13,10 @@ Figures are macro means over the patterns that have edits.
 
 *Controls* of edits: ``null`` (no shift), ``random`` (a direction of the same norm, drawn for each edit), ``reverse``
 (the direction the other way). Controls of decoding: the latent of another held-out subject with the same patterns, and
-the nearest training subject's own weights.
+the nearest training subject's own weights. *Lookups* of edits (:class:`services.crossmodal.baselines.Baselines`) are
+judged on the same edits, where there is a network to look up; ``available`` is the share of the edits for which there
+is. The *oracle* solves the weights from raw signatures by least squares (:mod:`services.zoo.oracle`): the bar for an
+encoder of signatures.
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ from ethogram.specs.edits import DIRECTIONS, MODES, OPERATIONS, Direction, Edit
 from services.crossmodal.baselines import Baselines
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects, split_subjects
+from services.crossmodal.findings import findings
 from services.crossmodal.steering import Probe, Scores, edited, every_edit, score, share
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.zoo.dataset import Zoo
+from services.zoo.oracle import ambiguity, recovered, solvable
 from services.zoo.pools import Evaluation
 
 MIN_DECIDED, MIN_OWN_ACCURACY = 16, 0.8
@@ -97,10 +102,13 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
       direction);
     - ``reconstruction``: of ``all`` weights and of each layer, ``mse``, ``mae``, ``rmse``, ``cosine``,
       ``relative_error`` and ``r2``;
+    - ``oracle``: the same of the networks that least squares finds from raw signatures; empty if the signatures hold
+      none, or of activations;
     - ``others``: other ways to the same edits, see :class:`services.crossmodal.baselines.Baselines`;
     - ``curves``: target and local over the strength of residual edits, by operation and kind of direction;
     - ``probes``: for each behaviour, how well a linear probe reads it from the latent (``balanced_accuracy``, ``auc``);
-    - ``subjects``: how many were trained on and judged.
+    - ``subjects``: how many were trained on and judged;
+    - ``summary``: what all this says, in sentences (:func:`services.crossmodal.findings.findings`).
     """
     run = run or Run()
     codec.check_zoo(zoo)
@@ -111,6 +119,8 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     edits = every_edit([p.name for p in codec.patterns], replace=bool((zoo.labels.sum(1) == 1).all()))
     run.stage("evaluate", len(edits) + 1, "edits")
     figures, decoded = judge_decoding(codec, train, subjects)
+    of_oracle, oracle = judge_oracle(codec, subjects, source)
+    figures |= of_oracle
     run.advance(1)
     baselines = Baselines(codec, train, Queries.build(zoo.universe, codec.layout.envelope, codec.spec.seed))
     steering: list[dict[str, Any]] = []
@@ -120,18 +130,25 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
         possible = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit]))
         samples = possible.samples(subjects, decoded, source)
         steering += judge_edit(codec, edit, samples, possible.skipped)
-        others += judge_others(codec, edit, samples[0], baselines) if samples else []
+        others += judge_others(codec, edit, samples, baselines)
         curves += judge_strengths(codec, edit, samples[0]) if samples else []
         run.advance(done)
     figures |= summary(steering)
     by_way, by_strength = _groups(others, "variant", "operation"), _groups(curves, "operation", "direction", "strength")
-    figures |= {f"{operation}.{way}.all_gate": _mean(rows, "all_gate") for (way, operation), rows in by_way.items()}
+    judged = _groups([row for row in steering if row["edits"]], "mode", "variant", "operation")
+    for (way, operation), rows in by_way.items():
+        figures |= {f"{operation}.{way}.{name}": _mean(rows, name) for name in _SCORES}
+        had, asked = (sum(row["edits"] for row in part) for part in (rows, judged["residual", "edit", operation]))
+        figures[f"{operation}.{way}.available"] = had / asked
     probes = judge_probes(codec, train, subjects, decoded)
     for name in ("balanced_accuracy", "auc") if probes else ():
         figures[f"probes.{name}"] = _mean(list(probes.values()), name)
+    why = ambiguity(codec.preprocessor.extractor, codec.layout)
     return {
         "figures": figures,
-        "reconstruction": judge_reconstruction(codec, subjects, decoded),
+        "summary": findings(figures, codec.spec, why),
+        "reconstruction": judge_reconstruction(codec, subjects, decoded.weights),
+        "oracle": oracle,
         "probes": probes,
         "others": others,
         "curves": [rows[0] | {name: _mean(rows, name) for name in _SCORES} for rows in by_strength.values()],
@@ -172,9 +189,22 @@ def judge_decoding(codec: Codec, train: Subjects, subjects: Subjects) -> tuple[d
     return figures, Decoded(latents, weights)
 
 
+def judge_oracle(codec: Codec, subjects: Subjects, source: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures, and errors as in :func:`judge_reconstruction`, of the networks that least squares finds from the raw
+    signatures of ``subjects``; ``source``: their own answers. Empty where the signatures do not hold what that needs.
+    """
+    extractor = codec.preprocessor.extractor
+    if not solvable(extractor):
+        return {}, {}
+    found = recovered(subjects.weights, subjects.shape, codec.layout, extractor).to(codec.device)
+    agreement = _agreement(codec.evaluation, codec.yes(found, subjects.shape) == source)
+    return {"oracle.agreement": float(agreement.mean())}, judge_reconstruction(codec, subjects, found)
+
+
 @torch.no_grad()
-def judge_reconstruction(codec: Codec, subjects: Subjects, decoded: Decoded) -> dict[str, dict[str, float]]:
-    """Errors of decoded weights, of ``all`` and of each layer that any network has, over the weights that each has.
+def judge_reconstruction(codec: Codec, subjects: Subjects, weights: Tensor) -> dict[str, dict[str, float]]:
+    """Errors of ``weights`` against those of ``subjects``, of ``all`` and of each layer that any network has, over the
+    weights that each has.
 
     ``cosine`` and ``relative_error`` (norm of the difference over the source's norm) are means over the networks;
     ``r2`` is against the training mean.
@@ -191,7 +221,7 @@ def judge_reconstruction(codec: Codec, subjects: Subjects, decoded: Decoded) -> 
         if not bool(mask.any()):
             # Only networks deeper than the held-out ones have this layer.
             continue
-        source, output = subjects.weights[:, column] * mask, decoded.weights[:, column] * mask
+        source, output = subjects.weights[:, column] * mask, weights[:, column] * mask
         difference = output - source
         squared, count = float(difference.square().sum()), int(mask.sum())
         spread = float(((source - mean[column]) * mask).square().sum())
@@ -237,17 +267,22 @@ def judge_strengths(codec: Codec, edit: Edit, sample: Sample) -> list[dict[str, 
     return rows
 
 
-def judge_others(codec: Codec, edit: Edit, sample: Sample, baselines: Baselines) -> list[dict[str, Any]]:
-    """What each of the :class:`Baselines` reaches, a row each."""
-    rows: list[dict[str, Any]] = []
-    subjects = sample.subjects
-    for name, (weights, available) in baselines.edit(subjects, sample.decoded.latents, edit).items():
-        if bool(available.any()):
-            predictions = codec.yes(weights[available], subjects.shape[available])
-            scores = score(predictions, *(tensor[available] for tensor in sample[2:]))
-            row = {"pattern": edit.label, "operation": edit.operation, "variant": name}
-            rows.append({**row, "edits": int(available.sum()), **_means(scores)})
-    return rows
+def judge_others(codec: Codec, edit: Edit, samples: Sequence[Sample], baselines: Baselines) -> list[dict[str, Any]]:
+    """What each of the :class:`Baselines` reaches, a row each; fine-tuning on the first of the samples alone."""
+    scores: dict[str, list[Scores]] = {}
+    for number, sample in enumerate(samples):
+        subjects = sample.subjects
+        ways = baselines.edit(subjects, sample.decoded.latents, edit, tune=number == 0)
+        for name, (weights, available) in ways.items():
+            if bool(available.any()):
+                predictions = codec.yes(weights[available], subjects.shape[available])
+                scored = score(predictions, *(tensor[available] for tensor in sample[2:]))
+                scores.setdefault(name, []).append(scored)
+    row = {"pattern": edit.label, "operation": edit.operation}
+    return [
+        {**row, "variant": name, "edits": sum(len(part.target) for part in parts), **_means(_joined(parts))}
+        for name, parts in scores.items()
+    ]
 
 
 @torch.no_grad()
@@ -274,7 +309,7 @@ def judge_edit(codec: Codec, edit: Edit, samples: Sequence[Sample], skipped: int
             for mode, answers in zip(MODES, predictions.unbind(1), strict=True):
                 scores[mode, name].append(score(answers, *sample[2:]))
     return [
-        {**row, "mode": mode, "variant": variant, **_means(Scores(*map(torch.cat, zip(*chunks, strict=True))))}
+        {**row, "mode": mode, "variant": variant, **_means(_joined(chunks))}
         for (mode, variant), chunks in scores.items()
     ]
 
@@ -343,6 +378,10 @@ def same_label_partner(labels: Tensor) -> Tensor:
 def _agreement(evaluation: Evaluation, equal: Tensor) -> Tensor:
     """Mean over the strata that have sequences, ``[subjects]``."""
     return evaluation.by_stratum(equal).nanmean(1)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return Scores(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _means(scores: Scores) -> dict[str, float]:

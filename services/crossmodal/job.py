@@ -18,10 +18,10 @@ from services.zoo.source import open_zoo
 
 
 def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
-    """Artifacts: ``codec`` and ``report``; with ``spec.hub`` the codec is uploaded at the end. Returns the ``figures``
-    and the numbers of ``subjects``; the rows behind them are in the report (see
+    """Artifacts: ``codec`` and ``report``; with ``spec.hub`` the codec is uploaded at the end. Returns the ``summary``,
+    the ``figures`` and the numbers of ``subjects``; the rows behind them are in the report (see
     :func:`services.crossmodal.evaluate.evaluate`)."""
-    if spec.hub is not None and world.first:
+    if spec.hub is not None and world.first and run.resume is None:
         # Fail before training, not after it, without a network or permission.
         Repository(spec.hub, "model").open()
     zoo = open_zoo(run.inputs["zoo"], run)
@@ -33,8 +33,11 @@ def run(spec: CrossmodalSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         # Before the evaluation, so that the codec is kept if a later step fails.
         run.artifact("codec", "codec", Path(scratch, "codec"))
         evaluation = evaluate(codec, zoo, run)
-        write_report(Path(scratch, "report"), codec, zoo, evaluation)
-        run.artifact("report", "report", Path(scratch, "report"))
+        with run.side_output("the report"):
+            write_report(Path(scratch, "report"), codec, zoo, evaluation)
+            run.artifact("report", "report", Path(scratch, "report"))
         if spec.hub is not None:
-            push(Path(scratch, "codec"), spec.hub)
-    return {name: evaluation[name] for name in ("figures", "subjects")}
+            again = f"`python -m services.crossmodal push CODEC {spec.hub.repo}` tries again"
+            with run.side_output("the upload of the codec", f"it is kept; {again}"):
+                push(Path(scratch, "codec"), spec.hub)
+    return {name: evaluation[name] for name in ("summary", "figures", "subjects")}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ethogram.specs.crossmodal import CodecSpec
 from services.crossmodal.data import Preprocessor, Subjects
 from services.crossmodal.tokenizer import Form, Tokens, signature_form, weights_form
+from services.runtime.devices import double
 from services.zoo.layout import Layout
 from services.zoo.subjects import ACTIVATIONS
 
@@ -255,9 +256,9 @@ class EncoderDecoder(nn.Module):
         scores = deviations @ axes.T
         typical = scores.std().clamp_min(1e-12)
         features = torch.cat([encoder.features(subjects.inputs), encoder.descriptors[subjects.shape]], 1)
-        rows = F.pad(features, (0, 1), value=1.0).double()
+        rows = double(F.pad(features, (0, 1), value=1.0))
         gram = rows.T @ rows + RIDGE * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-        solution = torch.linalg.solve(gram, rows.T @ (scores / typical).double()).float()
+        solution = torch.linalg.solve(gram, rows.T @ double(scores / typical)).to(features)
         for linear in (encoder.straight, decoder.straight):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -273,13 +274,14 @@ class EncoderDecoder(nn.Module):
 def principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """At most ``count`` principal axes ``[axes, size]`` of centred ``rows`` ``[n, size]``, without those of negligible
     variance; and the standard deviations along them, descending."""
-    rows = rows.double()
+    device, rows = rows.device, double(rows)
     wide = rows.shape[1] > rows.shape[0]
     # The smaller of the two products; its eigenvalues are the squares of the singular values.
     values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     kept = (values > 1e-9 * values[-1]).nonzero().squeeze(1).flip(0)[:count]
     axes = (rows.T @ vectors[:, kept] / values[kept].sqrt()).T if wide else vectors[:, kept].T
-    return axes.float().contiguous(), (values[kept] / len(rows)).sqrt().float()
+    sizes = (values[kept] / len(rows)).sqrt()
+    return axes.float().contiguous().to(device), sizes.float().to(device)
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:

@@ -12,10 +12,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ethogram.specs.edits import DIRECTIONS, OPERATIONS, Edit, Operation
+from services.crossmodal.baselines import LOOKUPS, WAYS
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
-from services.crossmodal.evaluate import CONTROLS, OTHERS
+from services.crossmodal.evaluate import CHUNK, CONTROLS, OTHERS
+from services.crossmodal.findings import prefixes
 from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
+from services.runtime.devices import double
 from services.runtime.report import AFTER, BEFORE, CONTROL, FAINT, INK, SOFT, Panel, Report, history_plot, plot
 from services.runtime.tensors import write_tensors
 from services.zoo.dataset import Zoo
@@ -47,28 +50,27 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     report = Report("Steering of networks by behaviour")
     report.text(
         f"""Trained on {counts["train"]:,} networks; evaluated on {counts["held_out"]:,} others and on sequences that
-        training never saw. Decoded networks agree with their sources on {figures["agreement"]:.1%} of the sequences."""
-    )
-    report.section("Training", _training_summary(codec))
-    if codec.history:
-        report.figure("history", _history_plot(codec.history), "Losses over the steps of training")
-    alt = "Steering: target, locality and gates by behaviour"
-    report.section("Edits").figure("steering", steering_plot(evaluation), alt)
+        training never saw. Figures of edits are means over the behaviours."""
+    ).points(evaluation["summary"])
+    for operation, prefix in prefixes(figures, codec.spec).items():
+        report.section(f"How many edits pass: {operation}").table(*_ways(figures, operation, prefix))
     report.text(
         f"""**target**: accuracy where the edit decides; **local**: change of accuracy everywhere else; **kept**: the
         share of answers there that are still the source's. An edit passes the **target gate** at {TARGET_GATE}, and
-        **all gates** if local is at least {LOCAL_GATE} too. **direct** is the share of direct edits that pass all
-        gates. The last columns are that share for controls (no edit, a random direction, the reverse direction) and
-        for directions that were not trained."""
+        **both gates** if local is at least {LOCAL_GATE} too. Lookups: **same label**, a training network with exactly
+        the requested behaviours; **nearest train**, the training network whose latent is nearest to the steered one;
+        **centroid**, the decoded mean latent of the training networks with those behaviours. **Task arithmetic**: the
+        source plus the difference of the mean weights with and without the behaviour. **Fine tuning**: the source,
+        trained briefly on the requested labels, which makes it an oracle; on at most {CHUNK} edits of each kind.
+        Controls: no edit (**null**), a **random** direction, the **reverse** direction. **Available**: the share of the
+        edits for which there is such a network, on which alone it is judged."""
     )
+    alt = "Steering: target, locality and gates by behaviour"
+    report.section("Edits by behaviour").figure("steering", steering_plot(evaluation), alt)
     report.table(*_gates(evaluation))
-    report.section(
-        "Other ways to the same edits",
-        """Share of edits that pass all gates. **same label**: another training network with exactly the requested
-        behaviours; **nearest train**: the training network whose latent is nearest to the steered one; **centroid**:
-        the decoded mean latent of networks with those behaviours; **task arithmetic**: the source plus the difference
-        of the mean weights with and without the behaviour; **fine tuning**: the source, trained briefly on the
-        requested labels, which makes it an oracle.""",
+    report.text(
+        """Share of edits that pass both gates: of the three controls, of directions that were not trained, and of other
+        ways to the same edits."""
     )
     report.table(*_other_ways(evaluation))
     alt = "Target and locality over the strength of edits, and one against the other"
@@ -90,6 +92,17 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     errors = ([name, *row.values()] for name, row in evaluation["reconstruction"].items())
     report.section("Decoded weights")
     report.table(["layer", "MSE", "MAE", "RMSE", "cosine", "relative error", "R2"], errors)
+    if evaluation["oracle"]:
+        report.text(
+            f"""The same of networks that least squares finds from the raw signatures, without learning. They agree with
+            the sources in {figures["oracle.agreement"]:.3f} of the answers, the decoded ones in
+            {figures["agreement"]:.3f}. Of equal functions of one-hot inputs the one like the source is taken."""
+        )
+        errors = ([name, *row.values()] for name, row in evaluation["oracle"].items())
+        report.table(["layer", "MSE", "MAE", "RMSE", "cosine", "relative error", "R2"], errors)
+    report.section("Training", _training_summary(codec))
+    if codec.history:
+        report.figure("history", _history_plot(codec.history), "Losses over the steps of training")
     report.figures(figures).spec(codec.spec).write(folder, {**evaluation, "examples": examples})
 
 
@@ -144,7 +157,7 @@ def all_latents(codec: Codec, zoo: Zoo) -> Tensor:
 
 def principal_positions(latents: Tensor) -> tuple[Tensor, str]:
     """Positions of latents on their first two principal components, ``[subjects, 2]``, and a title for their plot."""
-    centred = (latents - latents.mean(0)).double()
+    centred = double(latents - latents.mean(0))
     # A latent may have a single dimension, and all latents may be equal: the missing axes are zero.
     centred = torch.nn.functional.pad(centred, (0, max(0, 2 - centred.shape[1])))
     values, vectors = torch.linalg.eigh(centred.T @ centred)
@@ -188,6 +201,10 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
     """Residual edits of held-out subjects: the behaviour before and after, other accuracy, and the share that pass."""
     steering = evaluation["steering"]
     rows = {(r["operation"], r["pattern"], r["variant"]): r for r in steering if r.get("mode") == "residual"}
+    lookups: dict[tuple[str, str], list[float]] = {}
+    for row in evaluation["others"]:
+        if row["variant"] in LOOKUPS:
+            lookups.setdefault((row["operation"], row["pattern"]), []).append(row["all_gate"])
     # Operations with edits to judge; replacements are of pairs, the others of single behaviours.
     behaviors = {
         operation: list(dict.fromkeys(row["pattern"] for row in steering if row["operation"] == operation))
@@ -223,7 +240,9 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
         local.locator_params(axis="x", nbins=5)
         control = [max(rows[operation, name, variant]["all_gate"] for variant in CONTROLS) for name in judged.values()]
         gate.barh(ys, passed, height=0.62, color=AFTER, label="edit")
-        gate.barh(ys, control, height=0.62, color=CONTROL, label="worst control")
+        gate.barh(ys, control, height=0.62, color=CONTROL, label="best control")
+        looked_up = {y: max(shares) for y, name in judged.items() if (shares := lookups.get((operation, name)))}
+        gate.scatter(looked_up.values(), looked_up.keys(), s=60, color=INK, marker="|", zorder=3, label="best lookup")
         for y, value, other in zip(ys, passed, control, strict=True):
             # Beside the longer bar, so that neither lies under it.
             gate.text(max(value, other) + 0.015, y, f"{value:.2f}", va="center", fontsize=8, color=SOFT)
@@ -307,32 +326,54 @@ def _training_summary(codec: Codec) -> str:
     return text
 
 
+def _ways(figures: Mapping[str, float], operation: str, prefix: str) -> tuple[list[str], list[list[Any]]]:
+    """Head and rows of the table of one operation: the edit, lookups, other ways and controls."""
+    numbers = ("all_gate", "target_gate", "target_mean", "local_mean", "kept_mean", "available")
+    rows = [["edit", *(figures.get(f"{prefix}.{name}", "") for name in numbers)]]
+    for way in (*WAYS, *CONTROLS):
+        start = f"{prefix if way in CONTROLS else operation}.{way}"
+        if f"{start}.all_gate" in figures:
+            rows.append([_label(way), *(figures.get(f"{start}.{name}", "") for name in numbers)])
+    return ["way", "both gates", "target gate", "target", "local", "kept", "available"], rows
+
+
 def _gates(evaluation: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Head and rows of the table of edits."""
+    """Head and rows of the table of edits by behaviour, beside lookups and the best control."""
     numbers = ("edits", "target_mean", "local_mean", "kept_mean", "target_gate", "all_gate")
-    variants = (*CONTROLS, *OTHERS)
-    table = {
-        (row["operation"], row["pattern"], row["mode"], row["variant"]): row
-        for row in evaluation["steering"]
-        if row["edits"]
-    }
+    table, others = _by_variant(evaluation)
     rows = []
     for operation, pattern in dict.fromkeys(key[:2] for key in table):
         direct = table[operation, pattern, "direct", "edit"]["all_gate"]
-        others = [table[operation, pattern, "residual", variant]["all_gate"] for variant in variants]
+        control = max(table[operation, pattern, "residual", variant]["all_gate"] for variant in CONTROLS)
+        lookups = [others.get((operation, pattern, way), "") for way in LOOKUPS]
         row = table[operation, pattern, "residual", "edit"]
-        rows.append([operation, pattern, *(row[name] for name in numbers), direct, *others])
-    head = ["edit", "behaviour", "edits", "target", "local", "kept", "target gate", "all gates", "direct"]
-    return [*head, *map(_label, variants)], rows
+        rows.append([operation, pattern, *(row[name] for name in numbers), *lookups, control, direct])
+    head = ["edit", "behaviour", "edits", "target", "local", "kept", "target gate", "both gates"]
+    return [*head, *map(_label, LOOKUPS), "best control", "direct edit"], rows
 
 
 def _other_ways(evaluation: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Head and rows of the table of other ways to the same edits."""
-    edits = list(dict.fromkeys((row["operation"], row["pattern"]) for row in evaluation["steering"]))
-    ways = list(dict.fromkeys(row["variant"] for row in evaluation["others"]))
-    reached = {(row["operation"], row["pattern"], row["variant"]): row["all_gate"] for row in evaluation["others"]}
-    rows = [[*edit, *(reached.get((*edit, way), "") for way in ways)] for edit in edits]
-    return ["edit", "behaviour", *map(_label, ways)], rows
+    """Head and rows of the table of controls, other directions, and other ways to the same edits."""
+    variants, ways = (*CONTROLS, *OTHERS), [way for way in WAYS if way not in LOOKUPS]
+    table, others = _by_variant(evaluation)
+    rows = []
+    for edit in dict.fromkeys(key[:2] for key in table):
+        gates = [table[*edit, "residual", variant]["all_gate"] for variant in variants]
+        rows.append([*edit, *gates, *(others.get((*edit, way), "") for way in ways)])
+    return ["edit", "behaviour", *map(_label, (*variants, *ways))], rows
+
+
+def _by_variant(evaluation: dict[str, Any]) -> tuple[dict[tuple[str, ...], Any], dict[tuple[str, ...], float]]:
+    """Rows of edits by operation, pattern, mode and variant; of other ways the share that passes, by the first two and
+    the way."""
+    columns = ("operation", "pattern", "mode", "variant")
+    table: dict[tuple[str, ...], Any] = {
+        tuple(row[name] for name in columns): row for row in evaluation["steering"] if row["edits"]
+    }
+    others: dict[tuple[str, ...], float] = {
+        (row["operation"], row["pattern"], row["variant"]): row["all_gate"] for row in evaluation["others"]
+    }
+    return table, others
 
 
 def _label(name: str) -> str:

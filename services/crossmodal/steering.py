@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ethogram.specs.edits import Edit, Mode
+from services.runtime.devices import double
 
 REMOVALS = 0.4
 """Share of removals among the edits of training."""
@@ -31,12 +32,12 @@ class Probe(NamedTuple):
     def fit(cls, latents: Tensor, labels: Tensor) -> Probe:
         """From latents ``[subjects, latent]`` and behaviours, bool ``[subjects, behaviors]``."""
         mean = latents.mean(0)
-        rows, has = (latents - mean).double(), labels.double()
+        rows, has = double(latents - mean), double(labels)
         # Both classes count alike, however rare a behaviour is.
         share = has.mean(0).clamp(1e-6, 1 - 1e-6)
         targets = has / share - (1 - has) / (1 - share)
         gram = rows.T @ rows + RIDGE * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-        weights = torch.linalg.solve(gram, rows.T @ targets).float()
+        weights = torch.linalg.solve(gram, rows.T @ targets).to(latents)
         # Half way between the classes' means.
         scores = (latents - mean) @ weights
         middle = sum((scores * members).sum(0) / members.sum(0).clamp_min(1) for members in (labels, ~labels)) / 2
@@ -49,7 +50,7 @@ class Probe(NamedTuple):
     def calibrated(self, latents: Tensor, labels: Tensor) -> Probe:
         """The probe whose scores are the log-odds of having each behaviour (Platt 1999: a logistic regression on the
         scores, here by Newton's method), from subjects as in :meth:`fit`."""
-        scores, has = self(latents).double(), labels.double()
+        scores, has = double(self(latents)), double(labels)
         scale, shift = scores.std(0).clamp_min(1e-12), scores.mean(0)
         x = (scores - shift) / scale
         slope, offset = torch.ones_like(scale), torch.zeros_like(scale)
@@ -62,8 +63,8 @@ class Probe(NamedTuple):
             second = torch.stack([(weight * x * x).sum(0) + 1, cross, cross, weight.sum(0) + 1e-6], 1).view(-1, 2, 2)
             step = torch.linalg.solve(second, first)
             slope, offset = slope - step[:, 0], offset - step[:, 1]
-        factor = (slope / scale).float()
-        return Probe(self.weights * factor, (self.bias - shift.float()) * factor + offset.float())
+        factor, shift, offset = (tensor.to(latents) for tensor in (slope / scale, shift, offset))
+        return Probe(self.weights * factor, (self.bias - shift) * factor + offset)
 
 
 def mean_differences(latents: Tensor, labels: Tensor) -> Tensor:

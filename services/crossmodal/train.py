@@ -17,6 +17,7 @@ from ethogram.specs.crossmodal import CrossmodalSpec
 from services.crossmodal import losses
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Preprocessor, Queries, Subjects, check, split_subjects
+from services.crossmodal.findings import warning
 from services.crossmodal.model import EncoderDecoder, perceptron
 from services.crossmodal.sampler import BehaviorAwareBatchSampler
 from services.crossmodal.steering import choose, edited, toggle
@@ -27,6 +28,7 @@ from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.runtime.training import Optimization, Progress, Trainer, constant, cosine, fit
 from services.zoo.dataset import Zoo
+from services.zoo.oracle import ambiguity
 
 MAX_VALIDATED = 512
 """Most subjects in a validation."""
@@ -39,6 +41,8 @@ def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World =
     """
     run = run or Run()
     check(zoo, spec)
+    if spec.codec.inputs == "signature" and (why := ambiguity(zoo.extractor, zoo.layout)):
+        run.log(warning(why), "warning")
     trainer = CodecTrainer(spec, zoo, run.device, world)
     fit(trainer, run, world)
     return trainer.codec()

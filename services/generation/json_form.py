@@ -184,4 +184,4 @@ def import_json(
                 yield trainer.table(rows)
                 rows = []
 
-    return pipeline.write(folder, shards(), {"imported": source.name})
+    return pipeline.write(folder, shards(), {"imported": source.name}, run)

@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -67,7 +67,9 @@ class DatasetGenerationPipeline:
         if self.spec.hub is not None:
             self._hub = HubUpload(self.spec.hub, run.log)
             self._write_about(folder, {})
-            self._hub.open(folder)
+            # A run that begins fails at once without a network or permission; one that resumes has something to lose.
+            with nullcontext() if run.resume is None else run.side_output("opening the repository on the Hub"):
+                self._hub.open(folder)
         progress = self._gather(folder, run) if self.spec.shards > 1 else None
         progress = progress or self._generate(folder, run)
         rejected = dict(progress.rejected.most_common())
@@ -77,18 +79,21 @@ class DatasetGenerationPipeline:
         run.log(f"{progress.accepted} of {progress.candidates} candidates accepted{kept}; rejected: {causes}")
         facts: dict[str, Any] = {"subjects": subjects, "candidates": progress.candidates, "rejected": rejected}
         if self.spec.part is None:
-            return self._describe(folder, facts)
+            return self._describe(folder, facts, run)
         self._write_about(folder, facts | {"blocks": progress.blocks})
         return facts
 
-    def write(self, folder: Path, shards: Iterable[pyarrow.Table], facts: dict[str, Any]) -> dict[str, Any]:
+    def write(
+        self, folder: Path, shards: Iterable[pyarrow.Table], facts: dict[str, Any], run: Run | None = None
+    ) -> dict[str, Any]:
         """Write a zoo of records from elsewhere into the new ``folder``; its figures."""
         (folder / DATA).mkdir(parents=True)
         subjects = 0
         for number, shard in enumerate(shards):
             self._write(shard, folder, number)
             subjects += len(shard)
-        return self._describe(folder, {"subjects": subjects, "candidates": subjects, "rejected": {}} | facts)
+        facts = {"subjects": subjects, "candidates": subjects, "rejected": {}} | facts
+        return self._describe(folder, facts, run or Run())
 
     def publish(self, folder: Path) -> dict[str, Any]:
         """Upload what is not on the Hub yet, where ``spec.hub`` asks for it; what is there then. Raises
@@ -98,11 +103,12 @@ class DatasetGenerationPipeline:
         self._hub.close(folder)
         return {"hub": {"repo": self.spec.hub.repo, "files": self._hub.sent}}
 
-    def _describe(self, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    def _describe(self, folder: Path, facts: dict[str, Any], run: Run) -> dict[str, Any]:
         """Write what goes with the records; their figures."""
         self._write_about(folder, facts)
         statistics = Statistics.of(folder)
-        (folder / CARD).write_text(card(folder, statistics), encoding="utf-8")
+        with run.side_output("the dataset card"):
+            (folder / CARD).write_text(card(folder, statistics), encoding="utf-8")
         return statistics.figures()
 
     def _write_about(self, folder: Path, facts: dict[str, Any]) -> None:

@@ -98,7 +98,8 @@ class SubjectModelTrainer:
             dropout = Dropout(candidates.dropout.float().to(self.device), masks)
         widths = candidates.neurons.to(self.device)
         state = [weight.to(self.device) for weight in state]
-        rates = rates.to(self.device) if rates is not None else None
+        # As float32 first: they come in float64, which an Apple GPU does not have.
+        rates = rates.to(state[0].dtype).to(self.device) if rates is not None else None
         return Population(architecture, state, widths=widths, dropout=dropout, rates=rates)
 
     def train(self, candidates: Candidates) -> Trained:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,9 +26,8 @@ CHECKPOINT = "checkpoint"
 class ConsoleRun(Run):
     """Shows each stage as a bar, or in a log as a line now and then. Use it as a context manager, so that bars end.
 
-    With ``output`` it keeps metrics there (see :class:`MetricsWriter`), artifacts as folders ``output/<name>``, or
-    where ``places`` says, and a checkpoint every ``checkpoint_seconds`` and on Ctrl-C. It resumes from one that is
-    there.
+    With ``output`` it keeps metrics there (see :class:`MetricsWriter`), artifacts as folders ``output/<name>``, and a
+    checkpoint every ``checkpoint_seconds`` and on Ctrl-C. It resumes from one that is there.
     """
 
     def __init__(
@@ -38,9 +38,10 @@ class ConsoleRun(Run):
         console: Console | None = None,
         *,
         checkpoint_seconds: float = math.inf,
-        places: Mapping[str, Path] = MappingProxyType({}),
+        id: str = "",
     ) -> None:
-        self.device, self.inputs, self._output, self._places = device, inputs, output, places
+        self.id, self.device, self.inputs, self._output = id, device, inputs, output
+        self._display = StageDisplay(console)
         self.artifacts: set[tuple[str, str]] = set()
         """Name and type of each artifact."""
         self.unfinished: set[str] = set()
@@ -54,8 +55,7 @@ class ConsoleRun(Run):
         if output is not None:
             checkpoint = output / CHECKPOINT
             self.resume = checkpoint / STATE if checkpoint.exists() else None
-            self._metrics = MetricsWriter(output, checkpoint)
-        self._display = StageDisplay(console)
+            self._metrics = MetricsWriter(output, checkpoint, partial(self.log, level="warning"))
 
     def __enter__(self) -> ConsoleRun:
         self._display.__enter__()
@@ -77,8 +77,8 @@ class ConsoleRun(Run):
         if self._metrics is not None:
             self._metrics.close()
             if kind is None:
-                for folder in _checkpoints(self._metrics.folder):
-                    shutil.rmtree(folder, ignore_errors=True)
+                for folder in checkpoints(self._metrics.folder):
+                    remove(folder)
 
     def checkpoint_due(self) -> bool:
         self._keeps = self._metrics is not None
@@ -87,14 +87,14 @@ class ConsoleRun(Run):
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
         if self._metrics is None:
             return
-        checkpoint, fresh, old = _checkpoints(self._metrics.folder)
+        checkpoint, fresh, old = checkpoints(self._metrics.folder)
         self._metrics.checkpoint(fresh, write)
         # By renaming: a process that is killed meanwhile must not leave a part of a checkpoint.
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         if checkpoint.exists():
             checkpoint.rename(old)
         fresh.rename(checkpoint)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         self._next = time.monotonic() + self._seconds
         if self._leaving:
             raise KeyboardInterrupt
@@ -122,18 +122,26 @@ class ConsoleRun(Run):
                 yield folder
             return
         self.unfinished.add(name)
-        yield self._places.get(name, self._output / name)
+        yield self._output / name
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
         self.artifacts.add((name, type))
         if self._output is None:
             return
-        kept = self._places.get(name, self._output / name)
+        kept = self._output / name
         if folder.resolve() != kept.resolve():
             shutil.copytree(folder, kept, dirs_exist_ok=True)
         self.unfinished.discard(name)
 
 
-def _checkpoints(output: Path) -> tuple[Path, Path, Path]:
+def checkpoints(output: Path) -> tuple[Path, Path, Path]:
     """The checkpoint, the one that is being written, and the one that it replaces."""
     return output / CHECKPOINT, output / f"{CHECKPOINT}.new", output / f"{CHECKPOINT}.old"
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,12 +1,15 @@
-"""The choice of a device."""
+"""The choice of a device, and what it can do."""
 
 from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ethogram.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Each of them: other programs set some, and then nothing was started together.
 _TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -49,6 +52,9 @@ def chosen_device(device: str | None, field: str = "--device") -> str:
     exist or that this machine cannot compute on."""
     if device is not None and re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) is None:
         raise InvalidInput.field(field, f"{device} is none of cpu, cuda, cuda:0, ..., mps")
+    if device == "mps":
+        # What PyTorch lacks there (torch.linalg.qr) goes to the CPU. It reads this when it is imported.
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     import torch
 
     if device is None:
@@ -72,3 +78,8 @@ def uses_bfloat16(precision: str, device: str) -> bool:
     if torch.device(device).type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported())
+
+
+def double(tensor: Tensor) -> Tensor:
+    """``tensor`` in float64: on its device, or on the CPU if that is an Apple GPU, which has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class JobRun(Run):
         send: Callable[[jobs_pb2.JobEvent], None],
         cancelled: threading.Event,
     ) -> None:
-        self.device = context.device or "cpu"
+        self.id, self.device = context.job, context.device or "cpu"
         self._spec, self._context = spec.model_dump(mode="json"), context
         self._send, self._cancelled = send, cancelled
         self._work, self._store = Path(context.work_dir), ArtifactStore(context.store)
@@ -52,7 +53,7 @@ class JobRun(Run):
         checkpoint = self._store.fetch(context.checkpoint, self._work / "resume") if context.checkpoint else None
         if checkpoint is not None:
             self.resume = checkpoint / STATE
-        self._metrics = MetricsWriter(self._work / "metrics", checkpoint)
+        self._metrics = MetricsWriter(self._work / "metrics", checkpoint, partial(self.log, level="warning"))
         self._schedule_checkpoint(cost=0.0)
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
@@ -139,7 +140,8 @@ class JobRun(Run):
         self._report()
         self._metrics.close()
         if self._metrics.file.exists():
-            self.artifact("metrics", "metrics", self._metrics.folder)
+            with self.side_output("keeping the metrics"):
+                self.artifact("metrics", "metrics", self._metrics.folder)
         answer = json.dumps(result, allow_nan=False)
         self._send(jobs_pb2.JobEvent(result=jobs_pb2.Result(json=answer)))
 

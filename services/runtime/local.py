@@ -13,6 +13,7 @@ from services.runtime.console import ConsoleRun
 from services.runtime.devices import chosen_device
 from services.runtime.folders import RunFolder, artifact_in
 from services.runtime.run import Run, warn
+from services.runtime.tracking import ARTIFACT
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -51,15 +52,16 @@ def run(
             job(spec, silent, **shared)
         return None
     folder.begin(spec)
-    run = ConsoleRun(folder.root, device, files, checkpoint_seconds=CHECKPOINT_SECONDS, places=folder.places)
+    run = ConsoleRun(folder.root, device, files, checkpoint_seconds=CHECKPOINT_SECONDS, id=folder.id)
     try:
         with run:
             warn(spec, run)
             result = job(spec, run, **shared)
             assert all(kind.makes(*artifact) for artifact in run.artifacts), f"{kind.name} made {run.artifacts}"
-            folder.finish(result)
+            folder.finish(result, {name for name, _ in run.artifacts}, run.log)
     except BaseException as error:
-        if note := folder.leave(error, kind.outputs, run.unfinished):
+        artifacts = {name for name, _ in run.artifacts} - {ARTIFACT}
+        if note := folder.leave(error, artifacts, run.unfinished):
             run.log(note)
         raise
     return result

@@ -22,9 +22,13 @@ _COLORS = _STYLE["axes.prop_cycle"].by_key()["color"]
 AFTER, BEFORE, CONTROL = _COLORS[:3]
 INK, SOFT, FAINT = (_STYLE[name] for name in ("text.color", "xtick.labelcolor", "grid.color"))
 _CSS = f"""body{{font:15px/1.5 system-ui,sans-serif;color:{INK};max-width:70rem;margin:2rem auto;padding:0 1rem}}
-img{{max-width:100%}}table{{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}}
-td,th{{padding:.25rem .8rem;text-align:left;border-bottom:1px solid {FAINT}}}
-pre{{background:#f6f7f9;padding:1rem;overflow:auto}}"""
+img{{max-width:100%}}
+table{{display:block;width:fit-content;max-width:100%;max-height:80vh;overflow:auto;
+border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}}
+td,th{{padding:.25rem .7rem;text-align:left;border-bottom:1px solid {FAINT}}}
+th{{position:sticky;top:0;background:#fff;vertical-align:bottom}}
+pre{{background:#f6f7f9;padding:1rem;overflow:auto}}
+@media print{{table{{max-height:none}}}}"""
 _FEW_POINTS = 8
 """A curve with fewer points than this has a marker at each of them."""
 
@@ -72,8 +76,14 @@ class Report:
         self._body.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
         return self
 
+    def points(self, texts: Iterable[str]) -> Self:
+        """Add a list of sentences."""
+        self._body.append(f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in texts)}</ul>")
+        return self
+
     def table(self, head: Sequence[str], rows: Iterable[Sequence[object]]) -> Self:
-        """Add a table; floats are shown with three decimals, and NaN, of what was not measured, as a dash."""
+        """Add a table; floats are shown with three decimals, and NaN, of what was not measured, as a dash. One that is
+        wider than the page, or long, scrolls."""
         lines = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
         lines += ["".join(f"<td>{_cell(cell)}</td>" for cell in row) for row in rows]
         self._body.append(f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>")

@@ -7,6 +7,7 @@ functions work from a few lines of Python; a job's child process passes one that
 from __future__ import annotations
 
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ethogram.errors import NotFound
+from ethogram.errors import EthogramError, NotFound
 from ethogram.specs.base import Spec
 
 
@@ -56,6 +57,8 @@ def warn(spec: Spec, run: Run) -> None:
 class Run:
     """A run that reports to nobody."""
 
+    id: str = ""
+    """Names the run, in every attempt at it; empty where nothing keeps a name."""
     device: str = "cpu"
     """Torch device to compute on."""
     inputs: Mapping[str, Path] = MappingProxyType({})
@@ -106,8 +109,21 @@ class Run:
     def output_folder(self, name: str) -> Iterator[Path]:
         """Where to write a large output ``name`` before :meth:`artifact` keeps it. In a run folder that is its place
         there, which may hold what an interrupted run has written."""
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             yield Path(scratch, name)
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
         """Keep ``folder`` as the output ``name``."""
+
+    @contextmanager
+    def side_output(self, what: str, advice: str = "everything else is kept") -> Iterator[None]:
+        """Make ``what``, which is no part of the result: a report, an upload, a log elsewhere. Its failure is a warning
+        that ends in ``advice``, and the run continues. Artifacts are kept before, each as it is made."""
+        try:
+            yield
+        except (Cancelled, Stopped, Waiting):
+            raise
+        except (EthogramError, OSError) as error:
+            self.log(f"{what} failed ({error}); {advice}", "warning")
+        except Exception:
+            self.log(f"{what} failed, which is a defect; {advice}. {traceback.format_exc()}", "warning")

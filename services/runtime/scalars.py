@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import socket
 import struct
 import time
 from array import array
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 class ScalarsFile:
@@ -39,7 +43,19 @@ class ScalarsFile:
     def _write(self, fields: bytes) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + fields
         length = struct.pack("<Q", len(event))
-        self._file.write(length + _checksum(length) + event + _checksum(event))
+        append(self._file, length + _checksum(length) + event + _checksum(event))
+
+
+def append(file: BinaryIO, data: bytes) -> None:
+    """Write ``data`` at the end of an unbuffered file, or raise :class:`OSError` and leave it as it was."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with suppress(OSError):
+            file.truncate(end)
+        raise
 
 
 def _field(number: int, data: bytes) -> bytes:

@@ -13,7 +13,8 @@ from typing import IO
 
 from ethogram.errors import Unavailable
 
-LOCK = "lock"
+LOCK = "ethogram.lock"
+"""File of a scratch folder; a folder without one is not."""
 
 
 @contextmanager

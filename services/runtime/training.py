@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from inspect import unwrap
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +30,7 @@ from services.runtime import checkpoints
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 from services.runtime.tensors import write_tensors
-from services.runtime.tracking import Log, tracked
+from services.runtime.tracking import Log, histogram, tracked
 
 STATE, ABOUT = "state.safetensors", "state.json"
 LEARNING_RATE = "spec.training.learning_rate"
@@ -82,6 +84,16 @@ def steps_of_epochs(epochs: float, rows: int, batch_size: int) -> int:
     return max(1, round(epochs * rows / batch_size))
 
 
+class Adam(torch.optim.Adam):
+    """PyTorch's Adam, but that it does not load PyTorch's compiler, which takes longer than many a training."""
+
+    add_param_group = unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = unwrap(torch.optim.Adam.zero_grad)
+    state_dict = unwrap(torch.optim.Adam.state_dict)
+    load_state_dict = unwrap(torch.optim.Adam.load_state_dict)
+    step = torch.no_grad()(unwrap(torch.optim.Adam.step))
+
+
 class Optimization:
     """AdamW with clipped gradients and a schedule, for every process of ``world``.
 
@@ -102,7 +114,7 @@ class Optimization:
         self.training, self.decay, self.world, self.plateau = training, decay, world, plateau
         self.halvings = 0
         rate = training.learning_rate
-        self.optimizer: torch.optim.Adam = torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay, fused=True)
+        self.optimizer = Adam(groups, lr=rate, weight_decay=weight_decay, decoupled_weight_decay=True, fused=True)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def rate(self, step: int) -> float:
@@ -153,6 +165,8 @@ class Progress:
 
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics and validations, each row with its ``step``."""
+    histograms: list[dict[str, Any]] = field(default_factory=list)
+    """What Weights & Biases gets beside the history: rows of ``step`` and histograms by name."""
     wandb: str | None = None
     """Id of the run at Weights & Biases."""
     lowest: float = math.inf
@@ -256,7 +270,10 @@ def fit(trainer: Trainer, run: Run | None = None, world: World = ALONE) -> None:
     run.stage("train", trainer.steps)
     run.advance(trainer.step)
     with tracked(spec.wandb if world.first else None, spec.model_dump(mode="json"), run, progress.wandb) as log:
-        progress.wandb = log.id
+        progress.wandb = log.id or progress.wandb
+        # A resumed run logs to the same one, which may lack what a killed attempt had not sent.
+        for row in sorted([*progress.history, *progress.histograms], key=itemgetter("step")):
+            log(row["step"], {name: value for name, value in row.items() if name != "step"})
         while trainer.step < trainer.steps and (trainer.patience is None or progress.stale < trainer.patience):
             try:
                 metrics = _metrics(trainer, world, log)
@@ -304,8 +321,10 @@ def _metrics(trainer: Trainer, world: World, log: Log) -> dict[str, float]:
         else:
             progress.stale += 1
         trainer.optimization.after_validation(progress.stale)
-        for name, distribution in trainer.histograms().items():
-            log.histogram(step, name, distribution)
+        if log.id is not None and (distributions := trainer.histograms()):
+            histograms = {name: histogram(values) for name, values in distributions.items()}
+            progress.histograms.append({"step": step, **histograms})
+            log(step, histograms)
         metrics |= measured
     return metrics
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import SignatureMethod, SignatureSpec
+from services.runtime.devices import double
 from services.zoo.subjects import ACTIVATIONS, Architecture, Params, activations
 
 _KMEANS_ROUNDS = 20
@@ -39,7 +40,7 @@ class ActivationSignatureExtractor:
             if spec.components > most.get(method, spec.components):
                 text = f"{probes} probes have at most {most[method]} for {method}"
                 raise InvalidInput.field("spec.signature.components", text)
-        self._spec, self.inputs = spec, inputs
+        self._spec, self.inputs, self.activations = spec, inputs, spec.activations
         strata = torch.cat([membership, ~membership.any(1, keepdim=True)], 1).float()
         # A pattern that no probe matches has mean 0.
         self._strata = strata / strata.sum(0).clamp(min=1)
@@ -56,7 +57,7 @@ class ActivationSignatureExtractor:
         """Of each method ``[models, neurons, values]``, layer after layer, the logit last. ``widths``: neurons in each
         hidden layer of each network, where some are narrower than ``architecture``; what they lack holds zeros."""
         layers = activations(params, self.inputs.to(params["layers.0.weight"].device), architecture.activation)
-        if self._spec.activations == "post":
+        if self.activations == "post":
             layers = [*map(ACTIVATIONS[architecture.activation], layers[:-1]), layers[-1]]
         if widths is not None:
             for layer in layers[:-1]:
@@ -100,13 +101,13 @@ def _components(layer: Tensor, count: int) -> Tensor:
     count]``; components that a narrow layer does not have are 0."""
     probes, width = layer.shape[1:]
     # In double precision: the eigenvalues of the Gram matrix are the squares of the singular values.
-    values, vectors = torch.linalg.eigh((layer.transpose(1, 2) @ layer).double() / probes)
+    values, vectors = torch.linalg.eigh(double(layer.transpose(1, 2) @ layer) / probes)
     kept = min(count, width)
     scale = values[:, -kept:].flip(1).clamp(min=0).sqrt()
     loadings = vectors[:, :, -kept:].flip(2) * scale.unsqueeze(1)
     largest = loadings.gather(1, loadings.abs().argmax(1, keepdim=True))
     loadings = loadings * torch.where(largest < 0, -1.0, 1.0)
-    return torch.nn.functional.pad(loadings, (0, count - kept)).to(layer.dtype)
+    return torch.nn.functional.pad(loadings, (0, count - kept)).to(layer)
 
 
 def _entropy(layer: Tensor, bins: int) -> Tensor:
@@ -125,12 +126,12 @@ def _centres(values: Tensor, count: int) -> Tensor:
     probes = values.shape[-1]
     quantiles = ((torch.arange(count) + 0.5) / count * probes).long().to(values.device)
     centres = ordered[..., quantiles]
+    totals = torch.nn.functional.pad(double(ordered).cumsum(-1), (1, 0))
     for _ in range(_KMEANS_ROUNDS):
         # Sorted values fall to sorted centres in runs, which the midpoints between the centres delimit.
         edges = torch.searchsorted(ordered, (centres[..., 1:] + centres[..., :-1]) / 2)
         first = torch.zeros_like(edges[..., :1])
         bounds = torch.cat([first, edges, first + probes], -1)
-        sums = torch.nn.functional.pad(ordered.double().cumsum(-1), (1, 0)).gather(-1, bounds).diff(dim=-1)
-        sizes = bounds.diff(dim=-1)
-        centres = torch.where(sizes > 0, (sums / sizes.clamp(min=1)).to(values.dtype), centres)
+        sums, sizes = totals.gather(-1, bounds.to(totals.device)).diff(dim=-1), bounds.diff(dim=-1)
+        centres = torch.where(sizes > 0, (sums / sizes.clamp(min=1).to(sums.device)).to(values), centres)
     return centres

@@ -124,13 +124,45 @@ def test_artifacts_go_up_and_come_down_unchanged(client: Client, tmp_path: Path)
     assert sum(came) == made.size == 300_003
     for file in ("a b.txt", "deep/ü.bin"):
         assert (folder / file).read_bytes() == (source / file).read_bytes()
-    # What is whole is kept, what is damaged is fetched again.
+    # What is there already is kept, and something else is never replaced.
     kept = (folder / "a b.txt").stat().st_mtime_ns
-    (folder / "deep" / "ü.bin").write_bytes(b"broken")
+    (folder / "deep" / "ü.bin").unlink()
     client.get(made.id, folder)
     assert (folder / "a b.txt").stat().st_mtime_ns == kept
     assert (folder / "deep" / "ü.bin").read_bytes() == (source / "deep" / "ü.bin").read_bytes()
     assert not list(folder.rglob("*.part"))
+    (folder / "a b.txt").unlink()
+    (folder / "deep" / "ü.bin").write_bytes(b"mine")
+    with pytest.raises(Conflict, match=r"ü\.bin exists already"):
+        client.get(made.id, folder)
+    assert (folder / "deep" / "ü.bin").read_bytes() == b"mine" and not (folder / "a b.txt").exists()
+    with pytest.raises(Conflict, match="is not a folder"):
+        client.get(made.id, source / "a b.txt")
+
+
+def test_links_are_followed_and_what_is_no_file_is_named(client: Client, tmp_path: Path) -> None:
+    other, mine = tmp_path / "other disk", tmp_path / "mine"
+    for folder in (other, mine):
+        folder.mkdir()
+    (other / "far.txt").write_text("far")
+    (mine / "near.txt").write_text("near")
+    (mine / "linked").symlink_to(other)
+    (mine / "one.txt").symlink_to(other / "far.txt")
+    made = client.put(mine, name="links", type="file")
+    assert made.manifest is not None and set(made.manifest.files) == {"near.txt", "one.txt", "linked/far.txt"}
+    odd = mine / "odd"
+    for target, why in (
+        (tmp_path / "nothing", "a link that leads nowhere"),
+        (None, "neither a file nor a folder"),
+        (mine, "a link to a folder that it is in"),
+    ):
+        if target is None:
+            os.mkfifo(odd)
+        else:
+            odd.symlink_to(target)
+        with pytest.raises(InvalidInput, match=f"{odd} is {why}"):
+            client.put(mine, name="links", type="file")
+        odd.unlink()
 
 
 def test_a_single_file_is_an_artifact_too_and_nothing_is_none(client: Client, tmp_path: Path) -> None:

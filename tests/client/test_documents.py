@@ -15,7 +15,7 @@ from ethogram.cli.main import app
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     line
-    for file in ("README.md", "examples/main.yaml", "examples/clt.yaml")
+    for file in ("README.md", *(f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.yaml"))))
     for line in re.findall(r"^(?:\$|#)\s+(ethogram [a-z].*)$", (ROOT / file).read_text(), re.MULTILINE)
 ]
 
@@ -57,6 +57,24 @@ def test_the_examples_are_valid(path: Path) -> None:
     (kind,) = [kind for kind in KINDS.values() if f"submit {kind.name} " in head or f"services.{kind.name} " in head]
     inputs = {name: {"artifact": type} for name, type in kind.inputs.items() if "." not in name}
     kind.spec.model_validate(inputs | content)
+
+
+def test_the_example_of_the_demo_is_what_the_demo_runs() -> None:
+    from ethogram.cli.files import read_mapping
+    from ethogram.demo import FULL
+    from ethogram.specs.kinds import KINDS
+
+    jobs = read_mapping(ROOT / "examples" / "demo.yaml", "pipeline")["jobs"]
+    zoo, codec = (KINDS[jobs[name]["kind"]].spec.model_validate(jobs[name]["spec"]) for name in ("zoo", "codec"))
+    assert zoo == FULL.zoo
+    assert codec.model_copy(update={"zoo": FULL.codec.zoo}) == FULL.codec
+
+
+def test_every_file_that_a_document_names_in_examples_is_there() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.yaml")]
+    named = {name for page in pages for name in re.findall(r"examples/[\w.-]+\w", page.read_text())}
+    assert len(named) > 5
+    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_zoos_of_the_examples_record_what_a_codec_needs() -> None:

@@ -384,6 +384,10 @@ def test_an_interrupted_sweep_goes_on(store: ActivationStore, tmp_path: Path, mo
     assert swept(tmp_path / "parts") == whole and len(whole["runs"]) == 3 and len(whole["failed"]) == 1
     # Only what was left of the last run is done.
     assert trained == list(range(23, 40))
+    # Metrics of each run are in the sweep's, once.
+    metrics = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in metrics} == {f"{name}/train" for name in whole["runs"]}
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
     for name in whole["runs"]:
         mine, theirs = (
             load_file(tmp_path / run / "models" / name / "model" / "model.safetensors") for run in ("whole", "parts")
@@ -439,3 +443,17 @@ def test_channels_that_never_change_are_no_harm(value: float, normalize: str, tm
     assert figures["fvu"] < 0.6
     (rows,) = constant.read("validation", 0, ["encoder_layer_0_mlp"])
     torch.testing.assert_close(model([rows.float()])[0][:, :8], rows[:, :8].float(), rtol=0, atol=0.05)
+
+
+def test_runs_of_a_sweep_have_the_same_names_at_weights_and_biases_in_every_attempt(tmp_path: Path) -> None:
+    def ids(run_id: str) -> list[str]:
+        run = Run()
+        run.id = run_id
+        made = sweep.Sweep(run, tmp_path / "models")
+        found = []
+        for name in ("one", "two"):
+            made.begin(name)
+            found.append(made.id)
+        return found
+
+    assert ids("a") == ids("a") and len({*ids("a"), *ids("b")}) == 4 and ids("") == ["", ""]

@@ -30,6 +30,8 @@ def main(store: str, specs: str, folder: str, rank: int, size: int) -> None:
         if rank == 0:
             save_file(model.state_dict(), Path(folder, f"{name}.safetensors"))
     torch.distributed.destroy_process_group()
+    # The compiler's import takes longer than many a training.
+    assert "torch._dynamo" not in sys.modules
 
 
 if __name__ == "__main__":

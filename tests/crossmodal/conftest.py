@@ -19,7 +19,7 @@ from services.zoo.dataset import Zoo
 ZOO = GenerationSpec(
     subjects=160,
     vocab_size=5,
-    sequence_length=5,
+    sequence_length=6,
     patterns=[
         PatternSpec(name="starts_with", token="A"),
         PatternSpec(name="ends_with", token="B"),

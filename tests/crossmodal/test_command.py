@@ -64,7 +64,7 @@ def test_an_interrupted_run_on_a_dataset_of_the_hub_goes_on(
     typed = ("train", "them/zoo", "-f", spec, "-o", tmp_path / "run", "--device", "cpu")
     monkeypatch.setattr(local, "CHECKPOINT_SECONDS", 0.0)
     # What comes after training takes its time, and is tested elsewhere.
-    monkeypatch.setattr(job, "evaluate", lambda *_: {"figures": {}, "subjects": {}})
+    monkeypatch.setattr(job, "evaluate", lambda *_: {"summary": [], "figures": {}, "subjects": {}})
     monkeypatch.setattr(job, "write_report", lambda folder, *_: folder.mkdir())
     advance, trained = ConsoleRun.advance, list[int]()
     stages: list[str] = []
@@ -119,7 +119,7 @@ def test_a_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     (out / "spec.json").write_text(tiny_spec(seed=2).model_dump_json(indent=2))
     refused(out, "holds a run of another spec")
     RunFolder(tmp_path / "other").begin(tiny_spec(seed=1))
-    (tmp_path / "other" / "report").mkdir()
+    (tmp_path / "other" / "result.json").write_text("{}")
     refused(tmp_path / "other", "holds a finished run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from ethogram.specs.edits import Edit
-from services.crossmodal.baselines import fine_tuned
+from ethogram.specs.generation import SignatureSpec
+from services.crossmodal import baselines
+from services.crossmodal import evaluate as judging
+from services.crossmodal.baselines import Baselines, fine_tuned
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, split_subjects
 from services.crossmodal.evaluate import (
-    Decoded,
+    CONTROLS,
     evaluate,
     judge_decoding,
     judge_reconstruction,
@@ -182,7 +185,9 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
     assert result["subjects"] == {"train": 120, "held_out": 32}
     assert figures["add.null.target_mean"] < 0.4
     assert figures["add.null.local_mean"] == 0
-    assert figures["controls.max_all_gate"] <= 0.1
+    # What an untrained codec decodes has lost behaviours, so direct removals need no edit.
+    residual_and_added = [f"{edit}.{name}" for edit in ("add", "remove", "direct.add") for name in CONTROLS]
+    assert max(figures[f"{name}.all_gate"] for name in residual_and_added) <= 0.05
     assert set(result["reconstruction"]) == {"all", "layers.0", "layers.1", "layers.2"}
     assert set(result["probes"]) == {"starts_with(A)", "ends_with(B)", "sorted_ascending", "has_majority"}
     assert all(0 <= row["auc"] <= 1 for row in result["probes"].values())
@@ -190,6 +195,70 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
     assert {(row["operation"], row["mode"]) for row in edits} >= {("add", "residual"), ("add", "direct")}
     assert all(0 <= row["all_gate"] <= row["target_gate"] <= 1 for row in edits)
     assert evaluate(untrained, zoo) == result
+    # Least squares needs no training; what no probe shows of a network of relu stays unknown.
+    assert figures["oracle.agreement"] > 0.97 > figures["agreement"]
+    assert set(result["oracle"]) == {"all", "layers.0", "layers.1", "layers.2"}
+    solved, decoded = (result[name]["layers.0"]["relative_error"] for name in ("oracle", "reconstruction"))
+    assert solved < 1e-3 < decoded
+    # It keeps what it does not change, which is no merit.
+    assert "better than a lookup: nothing of this" in result["summary"][-3] and "Least squares" in result["summary"][-1]
+
+
+def test_lookups_are_judged_on_all_edits_and_tuning_on_some(
+    zoo: Zoo, untrained: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "FINE_STEPS", 1)
+    every = evaluate(untrained, zoo)
+    monkeypatch.setattr(judging, "CHUNK", 5)
+    result = evaluate(untrained, zoo)
+    edits = {(r["operation"], r["pattern"]): r["edits"] for r in result["steering"] if r.get("variant") == "edit"}
+    assert max(edits.values()) > 10
+    for row in result["others"]:
+        count = edits[row["operation"], row["pattern"]]
+        if row["variant"] == "fine_tuning":
+            assert row["edits"] == min(5, count)
+        elif row["variant"] not in ("same_label", "centroid"):
+            assert row["edits"] == count
+    for way in ("same_label", "nearest_train", "centroid", "task_arithmetic"):
+        found, expected = ([row for row in r["others"] if row["variant"] == way] for r in (result, every))
+        assert found == [pytest.approx(row) for row in expected]
+        for name in ("all_gate", "target_mean", "kept_mean", "local_mean"):
+            of_add = [row[name] for row in found if row["operation"] == "add"]
+            assert result["figures"][f"add.{way}.{name}"] == pytest.approx(sum(of_add) / len(of_add))
+    asked = sum(count for (operation, _), count in edits.items() if operation == "add")
+    looked_up = sum(
+        row["edits"] for row in result["others"] if (row["operation"], row["variant"]) == ("add", "same_label")
+    )
+    assert result["figures"]["add.same_label.available"] == pytest.approx(looked_up / asked)
+    # An addition asks for up to three behaviours, and training networks have one or two.
+    assert looked_up < asked
+
+
+def test_a_network_of_another_shape_is_never_the_nearest(zoo: Zoo, untrained: Codec) -> None:
+    subjects = untrained.preprocessor.subjects(zoo, torch.arange(20))
+    edit, _ = next((one, 0) for one in every_edit([p.name for p in zoo.patterns], replace=False))
+    # At a distance of 0, but of a shape that is not the edited networks'.
+    others = subjects._replace(shape=torch.ones(20, dtype=torch.int64))
+    ways = Baselines(untrained, others, Queries.build(zoo.universe, zoo.architecture, 0))
+    latents = ways._latents - untrained.signs([edit]) @ untrained.directions["learned"]
+    assert not ways.edit(subjects, latents, edit, tune=False)["nearest_train"][1].any()
+
+
+@pytest.mark.parametrize("signature", [{"methods": ["mean", "std"]}, {"activations": "post"}])
+def test_without_raw_activations_there_is_nothing_to_solve(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signature: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(baselines, "FINE_STEPS", 1)
+    spec = zoo.spec.model_copy(update={"signature": SignatureSpec(probes=len(zoo.probes), **signature)})
+    other = replace(zoo, spec=spec)
+    codec = CodecTrainer(tiny_spec(), other).codec()
+    result = evaluate(codec, other)
+    assert result["oracle"] == {} and "oracle.agreement" not in result["figures"]
+    unclear = "methods" in signature
+    assert ("cannot determine the weights" in result["summary"][-1]) == unclear
+    write_report(tmp_path, codec, other, result)
+    page = (tmp_path / "report.html").read_text()
+    assert ("cannot determine the weights" in page) == unclear and "least squares" not in page
 
 
 def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
@@ -237,7 +306,7 @@ def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(zoo: Zoo, un
 def test_errors_of_reconstruction_against_loops(zoo: Zoo, untrained: Codec) -> None:
     subjects = untrained.preprocessor.subjects(zoo, torch.arange(5))
     weights = subjects.weights + 0.1 * torch.randn(subjects.weights.shape, generator=torch.Generator().manual_seed(0))
-    found = judge_reconstruction(untrained, subjects, Decoded(torch.zeros(5, 24), weights))
+    found = judge_reconstruction(untrained, subjects, weights)
     last = subjects.weights[:, -13:], weights[:, -13:]
     mean = untrained.model.decoder.standard.mean[-13:]
     pairs = [(float(s), float(w)) for s, w in zip(last[0].flatten(), last[1].flatten(), strict=True)]
@@ -252,7 +321,7 @@ def test_errors_of_reconstruction_against_loops(zoo: Zoo, untrained: Codec) -> N
     assert own["cosine"] == pytest.approx(sum(cosine) / 5, rel=1e-4)
     around = sum(float((s - mean).square().sum()) for s in last[0])
     assert own["r2"] == pytest.approx(1 - sum(squared) / around, rel=1e-4)
-    perfect = judge_reconstruction(untrained, subjects, Decoded(torch.zeros(5, 24), subjects.weights))["all"]
+    perfect = judge_reconstruction(untrained, subjects, subjects.weights)["all"]
     assert (perfect["mse"], perfect["relative_error"], perfect["r2"]) == (0, 0, 1)
     assert perfect["cosine"] == pytest.approx(1)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +38,30 @@ def test_a_report_has_its_pictures_and_numbers(zoo: Zoo, untrained: Codec, tmp_p
     }
     assert all(row["local_mean"] == 0 for row in still)
     assert len(kept["curves"]) == len(still) * len(STRENGTHS)
+    assert kept["summary"] == found["summary"] and all(html.escape(text) in page for text in found["summary"])
+
+
+def test_what_a_reader_wants_first_comes_first_and_fits(zoo: Zoo, untrained: Codec, tmp_path: Path) -> None:
+    found = evaluate(untrained, zoo)
+    write_report(tmp_path, untrained, zoo, found)
+    page = (tmp_path / "report.html").read_text()
+    sections = re.findall(r"<h2>(.*?)</h2>", page)
+    assert sections[:3] == ["How many edits pass: add", "How many edits pass: remove", "Edits by behaviour"]
+    assert sections.index("Training") > sections.index("Decoded weights") > 3
+    first = page[page.index(sections[0]) : page.index(sections[1])]
+    ways = re.findall(r"<tr><td>([\w ]+)</td>", first)
+    assert ways == [
+        *("edit", "same label", "nearest train", "centroid", "task arithmetic", "fine tuning"),
+        *("null", "random", "reverse"),
+    ]
+    figures = found["figures"]
+    numbers = [figures[f"add.same_label.{n}"] for n in ("all_gate", "target_gate", "target_mean", "local_mean")]
+    row = "".join(f"<td>{number:.3f}</td>" for number in numbers)
+    assert f"<tr><td>same label</td>{row}<td>{figures['add.same_label.kept_mean']:.3f}</td>" in first
+    # At 1,300 pixels the page has 1,120, and a table has a column of 80 or scrolls.
+    heads = re.findall(r"<table><tr>(.*?)</tr>", page)
+    assert max(head.count("<th>") for head in heads) <= 13
+    assert "<th>kept</th>" in first and "max-width:100%;max-height:80vh;overflow:auto" in page
 
 
 def test_another_zoo_is_refused(zoo: Zoo, untrained: Codec, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import SubjectSpec
 from services.crossmodal.codec import Codec
-from services.crossmodal.evaluate import Decoded, evaluate, judge_reconstruction
+from services.crossmodal.evaluate import evaluate, judge_reconstruction
 from services.crossmodal.job import run as run_job
 from services.crossmodal.train import CodecTrainer, train
 from services.generation.pipeline import generate
@@ -105,7 +105,7 @@ def test_a_zoo_of_several_shapes(mixed: Zoo, form: dict[str, Any], tmp_path: Pat
     with pytest.raises(InvalidInput, match=r"networks\.activation.*it knows relu, tanh"):
         codec.encode(networks, "gelu")
     wide = {name: torch.zeros(1, *[20 if n == 8 else n for n in shape]) for name, shape in shape.shapes.items()}
-    with pytest.raises(InvalidInput, match="not trained on; this model knows 25-7-1 relu"):
+    with pytest.raises(InvalidInput, match="not trained on; this model knows 30-7-1 relu"):
         codec.encode(wide)
     with pytest.raises(InvalidInput, match=r"shape: .*say which"):
         codec.decode(latents)
@@ -131,7 +131,7 @@ def test_judged_subjects_have_the_layers_and_neurons_of_their_own_shapes(
     shallow = torch.tensor([len(mixed.layout.shapes[which].hidden) == 1 for which in mixed.shape.tolist()])
     subjects = codec.preprocessor.subjects(mixed, shallow.nonzero().squeeze(1))
     latents = codec.latents(subjects.inputs, subjects.shape)
-    errors = judge_reconstruction(codec, subjects, Decoded(latents, codec.decodings(latents, subjects.shape)))
+    errors = judge_reconstruction(codec, subjects, codec.decodings(latents, subjects.shape))
     assert set(errors) == {"all", "layers.0", "layers.2"}
 
 

@@ -16,6 +16,13 @@ from tests.platform.test_up import command, environment, leftovers, up
 FIGURES = {
     *("agreement", "add.target_mean", "add.all_gate", "remove.target_mean", "remove.all_gate"),
     *("controls.max_all_gate", "seconds", "peak_rss_mib", "up_s", "first_event_s"),
+    *("add.kept_mean", "remove.kept_mean", "nearest_train.agreement"),
+    *(
+        f"{edit}.{way}.{name}"
+        for edit in ("add", "remove")
+        for way in ("same_label", "nearest_train", "centroid")
+        for name in ("all_gate", "kept_mean")
+    ),
 }
 
 
@@ -58,6 +65,9 @@ def test_from_nothing_to_a_report_and_again(tmp_path: Path) -> None:
     assert all(one["after"] < one["before"] for key, one in served.items() if key.startswith("remove"))
     assert all(one["after"] > one["before"] for key, one in served.items() if key.startswith("add"))
     assert "starts_with(A)" in first.stdout
+    assert all(name in first.stdout for name in ("Kept", "Same label", "Nearest train", "Centroid", "Best control"))
+    assert any("better than a lookup" in sentence for sentence in report["summary"])
+    assert all(" ".join(sentence.split()) in " ".join(first.stderr.split()) for sentence in report["summary"])
     assert leftovers(state) == []
 
     second = demo(state, output, "--json")

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import torch
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ethogram.errors import EthogramError, IllegalState, Internal, InvalidInput, NotFound, TooLarge, Unavailable
@@ -361,8 +362,61 @@ def test_what_the_client_itself_refuses(inference: Inference, material: Material
         (lambda: inference.encode("tiny", {}), "networks.parameters"),
         (lambda: inference.encode("tiny", networks | {WEIGHT: np.array([["a"]] * 2)}), WEIGHT),
         (lambda: inference.encode("tiny", networks | {BIAS: networks[BIAS][:1]}), f"{BIAS}: a batch of 1"),
+        (lambda: inference.encode("tiny", {0: networks[BIAS]}), "arrays by parameter name"),  # type: ignore[dict-item]
+        (lambda: inference.encode("tiny", torch.nn.Linear(2, 1)), r"send its state_dict\(\)"),  # type: ignore[arg-type]
         (lambda: inference.steer("tiny", networks, edits), "edits.0.operation"),
         (lambda: inference.steer("tiny", networks, [("add", "palindrome")], mode="odd"), "mode"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InvalidInput, match=says):
             call()
+
+
+FLOATS = "send a dense array of float32, float64, float16 or bfloat16"
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "spoil"),
+    [
+        ("float8_e4m3fn", lambda tensor: tensor.to(torch.float8_e4m3fn)),
+        ("float8_e5m2", lambda tensor: tensor.to(torch.float8_e5m2)),
+        ("qint8", lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)),
+        ("int8", lambda tensor: tensor.to(torch.int8)),
+        ("int64", lambda tensor: tensor.long().numpy()),
+        ("bool", lambda tensor: tensor > 0),
+        ("complex64", lambda tensor: tensor.to(torch.complex64)),
+        ("Sparse", lambda tensor: tensor.to_sparse()),
+        ("object", lambda tensor: {"state_dict": tensor}),
+        ("list", lambda tensor: [[1.0], [2.0, 3.0]]),
+        ("float32.*meta", lambda tensor: tensor.to("meta")),
+    ],
+)
+def test_numbers_that_are_no_floats_are_refused_by_name(
+    inference: Inference, material: Material, kind: str, spoil: Callable[[torch.Tensor], Any]
+) -> None:
+    networks: dict[str, Any] = {name: tensor.numpy() for name, tensor in material.networks(2).items()}
+    networks[WEIGHT] = spoil(material.networks(2)[WEIGHT])
+    edits: list[Any] = [("add", "palindrome")]
+    for call, field in (
+        (lambda: inference.encode("tiny", networks), f"networks.parameters.{WEIGHT}"),
+        (lambda: inference.steer("tiny", networks, edits), f"networks.parameters.{WEIGHT}"),
+        (lambda: inference.evaluate("tiny", networks), f"networks.parameters.{WEIGHT}"),
+        (lambda: inference.decode("tiny", networks[WEIGHT]), "latents"),
+        (lambda: inference.encode_signatures("tiny", networks[WEIGHT]), "signatures"),
+    ):
+        with pytest.raises(InvalidInput, match=f"{kind}.*{FLOATS}") as caught:
+            call()
+        assert caught.value.violations[0].field == field
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
+@pytest.mark.parametrize("spoil", ["float8_e4m3fn", "qint8", "int16", "sparse"])
+def test_a_codec_in_python_refuses_them_too(codec: Codec, material: Material, spoil: str) -> None:
+    networks = material.networks(2)
+    tensor = networks[WEIGHT]
+    if spoil == "qint8":
+        wrong = torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+    else:
+        wrong = tensor.to_sparse() if spoil == "sparse" else tensor.to(getattr(torch, spoil))
+    with pytest.raises(InvalidInput, match=f"{spoil} elements; send float32"):
+        codec.encode(networks | {WEIGHT: wrong})

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from ethogram import channel
 from ethogram import networks as network_files
@@ -86,10 +87,12 @@ def test_effect_is_the_codecs(
         assert_close(getattr(found, name), getattr(expected, name).numpy())
     assert_close(found.target, expected.scores.target.numpy())
     assert_close(found.local, expected.scores.local.numpy())
+    assert_close(found.kept, expected.scores.kept.numpy())
     steered = inference.steer("tiny", arrays(params), edits, **options)
     assert_networks(steered.networks, expected.networks)
 
     short = summary(found)
+    assert short["kept"] == pytest.approx(float(expected.scores.kept.mean()), abs=1e-4)
     assert short["local"] == pytest.approx(float(expected.scores.local.mean()), abs=1e-4)
     assert short["nothing_to_change"] == int(expected.scores.target.isnan().sum())
     page = effect_page(found, edits, "networks.safetensors")
@@ -187,6 +190,38 @@ def test_other_floats_are_taken(inference: Inference, material: Material, dtype:
     latents = inference.encode("tiny", {name: array.astype(dtype) for name, array in networks.items()}).latents
     assert latents.dtype == np.float32
     np.testing.assert_allclose(latents, inference.encode("tiny", networks).latents, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_bfloat16_is_the_network_that_it_is(
+    inference: Inference, material: Material, tmp_path: Path, save: bool
+) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in material.networks(2).items()}
+    exact = {name: tensor.float().numpy() for name, tensor in half.items()}
+    latents = torch.from_numpy(inference.encode("tiny", exact).latents).bfloat16()
+    given: Any = half
+    if save:
+        save_file(half, tmp_path / "half.safetensors")
+        given = tmp_path / "half.safetensors"
+    edits: list[Any] = [("add", "sorted_ascending")]
+    np.testing.assert_array_equal(inference.encode("tiny", given).latents, inference.encode("tiny", exact).latents)
+    pairs = (
+        (inference.steer("tiny", given, edits), inference.steer("tiny", exact, edits)),
+        (inference.decode("tiny", latents), inference.decode("tiny", latents.float().numpy())),
+        (inference.effect("tiny", given, edits), inference.effect("tiny", exact, edits)),
+    )
+    for found, expected in pairs:
+        for name, array in found.networks.items():
+            np.testing.assert_array_equal(array, expected.networks[name])
+    same = inference.steer("tiny", given, edits, strength=0.0).networks
+    assert all(np.array_equal(same[name], exact[name]) for name in exact)
+
+
+def test_tensors_of_a_model_that_trains_are_taken(inference: Inference, material: Material) -> None:
+    one = select(material.networks(1), torch.tensor(0))
+    trained: Any = {name: torch.nn.Parameter(tensor) for name, tensor in one.items()}
+    expected = inference.encode("tiny", arrays(one)).latents
+    np.testing.assert_array_equal(inference.encode("tiny", trained).latents, expected)
 
 
 def test_a_batched_result_equals_the_single_one(server: Running, codec: Codec, material: Material) -> None:

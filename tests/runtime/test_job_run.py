@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,9 @@ import grpc
 import pytest
 
 from ethogram.convert import to_proto
-from ethogram.errors import InvalidInput, NotFound
+from ethogram.errors import InvalidInput, NotFound, Unavailable
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
+from ethogram.specs.base import WandbSpec
 from ethogram.specs.generation import GenerationSpec
 from ethogram.specs.kinds import KINDS
 from ethogram.v1 import generation_pb2, generation_pb2_grpc, jobs_pb2
@@ -24,6 +26,8 @@ from services.artifacts.store import ArtifactStore
 from services.runtime import lifetime
 from services.runtime.run import Run
 from services.runtime.servicer import STOPPED, add_to_server
+from services.runtime.tracking import tracked
+from tests.runtime.test_scalars import scalars
 
 Job = Callable[[GenerationSpec, Run], dict[str, Any]]
 Call = Callable[..., Any]
@@ -229,3 +233,54 @@ def test_a_result_that_is_no_json_is_a_defect(call: Call) -> None:
     with pytest.raises(grpc.RpcError) as broken:
         list(call(lambda spec, run: {"loss": float("nan")}))
     assert broken.value.code() == grpc.StatusCode.INTERNAL
+
+
+def test_events_are_there_while_a_job_runs(call: Call, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        run.stage("train", 2)
+        run.metric(1, loss=0.5)
+        # Below the worker's state folder, where TensorBoard finds them.
+        seen.extend(scalars(tmp_path / "work1" / "metrics"))
+        return {}
+
+    list(call(run_job))
+    assert seen == [("train/loss", 1, 0.5)]
+
+
+def test_weights_and_biases_of_a_job_are_an_artifact_and_one_run_in_all_attempts(
+    call: Call, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        with tracked(WandbSpec(project="zoos"), {}, run) as log:
+            log(1, {"loss": 0.5})
+        return {"id": log.id}
+
+    for _ in range(2):
+        events = list(call(run_job))
+        (made,) = [event.artifact for event in events if event.WhichOneof("event") == "artifact"]
+        assert (made.name, made.type) == ("wandb", "wandb")
+        assert any(path.endswith("/run-job_1.wandb") for path in store.manifest(made.id).files)
+        assert json.loads(events[-1].result.json) == {"id": "job_1"}
+
+
+def test_a_metrics_artifact_that_cannot_be_kept_costs_no_result(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = ArtifactStore.put
+
+    def full(self: ArtifactStore, folder: Path, **given: Any) -> Any:
+        if given["name"] == "metrics":
+            raise Unavailable("the artifact store has no space left")
+        return put(self, folder, **given)
+
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        run.metric(1, loss=0.5)
+        return {"done": True}
+
+    monkeypatch.setattr(ArtifactStore, "put", full)
+    events = list(call(run_job))
+    assert json.loads(events[-1].result.json) == {"done": True}
+    assert any(e.log.level == "warning" and "no space left" in e.log.message for e in events)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.runtime.training import (
+    Adam,
     Diverged,
     Optimization,
     Progress,
@@ -512,6 +514,23 @@ def test_a_plateau_halves_the_learning_rate(tmp_path: Path) -> None:
     again = made(losses[4:])
     fit(again, Recorder(resume=run.checkpoints[0]))
     same(again, trainer)
+
+
+def test_our_adam_is_torchs() -> None:
+    trained = []
+    options: Any = {"lr": 0.1, "weight_decay": 0.2, "fused": True}
+    for kind in (partial(Adam, decoupled_weight_decay=True), torch.optim.AdamW):
+        weight = torch.nn.Parameter(torch.randn(5, 3, generator=generator(0, "weight")))
+        optimizer = kind([{"params": [weight]}], **options)
+        for step in range(4):
+            optimizer.zero_grad()
+            assert weight.grad is None
+            weight.grad = torch.randn(5, 3, generator=generator(step, "gradient"))
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        assert torch.is_grad_enabled() and weight.requires_grad
+        trained.append([weight, *optimizer.state[weight].values()])
+    assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True)) and len(trained[0]) == 4
 
 
 def test_schedules() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from services.runtime.devices import double
+
 WIDEST = 2048
 """Widest hook point whose covariance is kept."""
 # Rows that are in double precision at once.
@@ -21,8 +23,7 @@ class Statistics:
     """
 
     def __init__(self, width: int, device: str = "cpu") -> None:
-        # Apple's GPUs have no float64.
-        self.rows, self.device = 0, "cpu" if device == "mps" else device
+        self.rows, self.device = 0, device
         self.mean, self.squares = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
         """``[d]``; ``squares``: sums of squared deviations from the mean."""
         self.sums = torch.zeros(3, dtype=torch.float64)
@@ -32,7 +33,7 @@ class Statistics:
     def add(self, rows: Tensor) -> None:
         """Add rows ``[rows, d]`` of any precision."""
         for start in range(0, len(rows), _ROWS):
-            values = rows[start : start + _ROWS].to(self.device).double()
+            values = double(rows[start : start + _ROWS].to(self.device))
             count, mean = len(values), values.mean(0)
             centred = values - mean
             norms = values.square().sum(1)

@@ -36,13 +36,14 @@ def run(spec: PolicySpec, run: Run) -> dict[str, Any]:
     policy = trainer.finished()
     with tempfile.TemporaryDirectory() as scratch:
         policy.save(Path(scratch, "policy"), {"spec": spec.model_dump(mode="json")})
-        # First, so that nothing that fails later costs it.
+        # First, so that it is kept if the evaluation fails.
         run.artifact("policy", "policy", Path(scratch, "policy"))
         evaluation = None
         if spec.evaluation:
             evaluation = evaluate(policy, evaluation_instances(spec, cities), spec.samples, spec.seed, run)
-        write_report(Path(scratch, "report"), spec, trainer.nodes, trainer.progress.history, evaluation)
-        run.artifact("report", "report", Path(scratch, "report"))
+        with run.side_output("the report"):
+            write_report(Path(scratch, "report"), spec, trainer.nodes, trainer.progress.history, evaluation)
+            run.artifact("report", "report", Path(scratch, "report"))
     return {"figures": evaluation.figures if evaluation else {}}
 
 

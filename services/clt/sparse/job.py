@@ -34,11 +34,11 @@ def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, An
             run.log(text, "warning")
         with tempfile.TemporaryDirectory() as scratch:
             model.save(Path(scratch, "model"), {**trainer.about, "figures": figures})
-            # First, so that nothing that fails later costs it.
             run.artifact("model", "sparse-model", Path(scratch, "model"))
-            history, density = trainer.progress.history, trainer.density
-            write_report(Path(scratch, "report"), model, spec, figures=figures, density=density, history=history)
-            run.artifact("report", "report", Path(scratch, "report"))
+            with run.side_output("the report"):
+                history, density = trainer.progress.history, trainer.density
+                write_report(Path(scratch, "report"), model, spec, figures=figures, density=density, history=history)
+                run.artifact("report", "report", Path(scratch, "report"))
     return {
         "figures": {**figures, "dead": trainer.dead_share},
         "kind": model.streams.kind,

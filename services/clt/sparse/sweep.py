@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -71,8 +73,8 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
     store = ActivationStore.open(run.inputs["activations"])
     specs = run_specs(spec, store)
     children = run.children({name: ("clt", child) for name, child in specs.items()})
-    with tempfile.TemporaryDirectory() as scratch:
-        sweep = Sweep(run, Path(scratch, "models"))
+    with run.output_folder("models") as models, tempfile.TemporaryDirectory() as scratch:
+        sweep = Sweep(run, models)
         if children is None:
             sweep.train(specs)
         else:
@@ -80,26 +82,34 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
         if not sweep.rows:
             name, reason = next(iter(sweep.failed.items()))
             raise InvalidInput.field("spec.grid", f"all runs failed, {name}: {reason}")
-        report = Path(scratch, "report")
-        compare(report, specs, sweep.rows, spec)
         run.artifact("models", "sparse-models", sweep.models)
-        run.artifact("report", "report", report)
+        with run.side_output("the report"):
+            compare(Path(scratch, "report"), specs, sweep.rows, spec)
+            run.artifact("report", "report", Path(scratch, "report"))
     return {"runs": {name: row["figures"] for name, row in sweep.rows.items()}, "failed": sweep.failed}
 
 
 class Sweep(Run):
     """The results of a sweep so far; models and reports are in the folder ``models``.
 
-    It is also the :class:`Run` of the runs in this process: it passes on what they log and adds to what they keep.
+    It is also the :class:`Run` of the runs in this process: it passes on what they report, each of their stages as
+    ``run/stage``, and adds to what they keep.
     """
 
     def __init__(self, run: Run, models: Path) -> None:
+        models.mkdir(parents=True, exist_ok=True)
         self.device, self.inputs, self.models = run.device, run.inputs, models
         self.rows: dict[str, Row] = {}
         self.failed: dict[str, str] = {}
         self.present = ""
         """Name of the run in progress."""
         self._run = run
+
+    def begin(self, name: str) -> None:
+        """Go on to the run ``name``."""
+        self.present = name
+        # The same in every attempt, so that a resumed run continues that at Weights & Biases.
+        self.id = hashlib.sha256(f"{self._run.id} {name}".encode()).hexdigest()[:16] if self._run.id else ""
 
     def fail(self, name: str, reason: str) -> None:
         """Record that a run failed; the others continue."""
@@ -123,20 +133,19 @@ class Sweep(Run):
             kept = json.loads((checkpoint / STATE).read_text())
             self.rows, self.failed = kept["rows"], kept["failed"]
             if (checkpoint / "models").exists():
-                shutil.copytree(checkpoint / "models", self.models)
+                shutil.copytree(checkpoint / "models", self.models, dirs_exist_ok=True)
             if (checkpoint / PRESENT).exists():
                 interrupted = kept["present"]
-        self._run.stage("sweep", len(specs), "runs")
-        for name, spec in specs.items():
+        for number, (name, spec) in enumerate(specs.items(), 1):
             if name not in self.rows and name not in self.failed:
-                self.present = name
+                self.begin(name)
+                self._run.log(f"{name}: run {number} of {len(specs)}")
                 self.resume = checkpoint / PRESENT if checkpoint is not None and name == interrupted else None
                 try:
                     self.rows[name] = job.run(spec, self)
                 except InvalidInput as error:
                     self.fail(name, error.message)
                 self._run.checkpoint(len(self.rows), self.save)
-            self._run.advance(len(self.rows) + len(self.failed))
 
     def save(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
         """Write the finished runs into ``folder``; ``write`` writes the checkpoint of the present one."""
@@ -148,9 +157,14 @@ class Sweep(Run):
             (folder / PRESENT).mkdir()
             write(folder / PRESENT)
 
+    def stage(self, name: str, total: int, unit: str = "steps") -> None:
+        self._run.stage(f"{self.present}/{name}", total, unit)
+
     def advance(self, done: int) -> None:
-        if done % 100 == 0:
-            self.log(f"step {done}")
+        self._run.advance(done)
+
+    def metric(self, step: int, **values: float) -> None:
+        self._run.metric(step, **values)
 
     def log(self, message: str, level: str = "info") -> None:
         self._run.log(f"{self.present}: {message}", level)
@@ -161,8 +175,14 @@ class Sweep(Run):
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
         self._run.checkpoint(step, lambda folder: self.save(folder, write))
 
+    @contextmanager
+    def output_folder(self, name: str) -> Iterator[Path]:
+        yield self.models / self.present / name
+
     def artifact(self, name: str, type: str, folder: Path) -> None:
-        shutil.copytree(folder, self.models / self.present / name, dirs_exist_ok=True)
+        kept = self.models / self.present / name
+        if folder != kept:
+            shutil.copytree(folder, kept, dirs_exist_ok=True)
 
 
 def compare(folder: Path, specs: Mapping[str, CltSpec], rows: Mapping[str, Row], spec: SweepSpec) -> None:

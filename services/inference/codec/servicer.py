@@ -17,7 +17,7 @@ from services.inference.messages import reference, required
 from services.inference.repository import Served
 from services.inference.streams import in_order
 
-EFFECT = (LATENTS, "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local")
+EFFECT = (LATENTS, "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local", "kept")
 
 
 async def _list_behaviors(dataplane: Dataplane, request: pb.ListBehaviorsRequest) -> pb.ListBehaviorsResponse:
