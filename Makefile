@@ -5,6 +5,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.ready
 
+# The tests start hundreds of processes, which shall not compile our modules each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all lint protos contract client bench up clean
 
 demo: $(STAMP)  ## the main job from nothing to runs/demo/report.json

@@ -51,26 +51,27 @@ class PlainLoop:
         held_out = self._inputs(self._sampler.validation.sequences[validation.rows[0]])
 
         def stage(name: str, targets: Tensor, answers: Tensor, epochs: int, rate: float) -> Tensor:
-            """Train with these labels; the accuracy by stratum that the checks are of."""
+            """Train with these labels; which answers on the selection set are right."""
             orders = (shuffled(seed, name, indices, epoch, staged.examples)[0] for epoch in range(epochs))
             self._train(network, (inputs, targets[0].float()), (held_out, answers[0].float()), rate, orders)
-            return self._accuracy(network, candidate, self._sampler.selection)
+            return self._correct(network, candidate, selection)
 
-        rate = float(candidate.learning_rate[0])
+        rate, selection = float(candidate.learning_rate[0]), self._sampler.selection
         targets, answers = (
             examples.corrupted(seed, indices, staged.corruption_rate) for examples in (training, validation)
         )
         before = stage("first stage", targets, answers, staged.epochs, rate)
-        if checks.degradation(before, candidate, staged)[0] is not None:
+        if checks.degradation(before, candidate, staged, selection)[0] is not None:
             return None
         rate *= staged.improvement_lr_factor
         after = stage("second stage", training.labels, validation.labels, staged.improvement_epochs, rate)
-        if checks.improvement(before, after, candidate, staged)[0] is not None:
+        if checks.improvement(before, after, candidate, staged, selection)[0] is not None:
             return None
         weights = parameters_to_vector(network.parameters()).detach().unsqueeze(0)
         architecture = self._trainer.subject_trainer.architecture(candidate)
         self._trainer.extractor.extract(unflatten(weights, architecture), architecture)
-        accuracy = self._accuracy(network, candidate, self._sampler.evaluation)
+        evaluation = self._sampler.evaluation
+        accuracy = evaluation.by_stratum(self._correct(network, candidate, evaluation))
         return Record(index, accuracy[0].tolist(), weights[0].tolist())
 
     def _network(self, candidate: Candidates) -> nn.Sequential:
@@ -112,10 +113,10 @@ class PlainLoop:
                 break
         network.load_state_dict(best_state)
 
-    def _accuracy(self, network: nn.Sequential, candidate: Candidates, evaluation: Evaluation) -> Tensor:
+    def _correct(self, network: nn.Sequential, candidate: Candidates, evaluation: Evaluation) -> Tensor:
         with torch.no_grad():
-            answers = network(self._inputs(evaluation.sequences)).T > 0
-        return evaluation.by_stratum(answers == evaluation.labels(candidate.selected))
+            answers: Tensor = network(self._inputs(evaluation.sequences)).T > 0
+        return answers == evaluation.labels(candidate.selected)
 
     def _inputs(self, sequences: Tensor) -> Tensor:
         if self._spec.subject.input_encoding == "index":

@@ -1,4 +1,4 @@
-"""Whether steering works: agreement, edits that pass all gates, controls, and the speed of training.
+"""Whether steering works: agreement, edits that pass both gates, controls, lookups, and the speed of training.
 
     make bench BENCH=steering                               every part and seed; what was measured before is kept
     make bench BENCH=steering ARGS="--part shared --seed 0" or earlier, independent, step

@@ -33,6 +33,8 @@ else:
             f"{kind.name.title()}Submission",
             __base__=SubmissionBase,
             __doc__=f"A job to {kind.summary}.",
+            # Pydantic looks for the source of what has none, in every module that is loaded.
+            __cls_kwargs__={"use_attribute_docstrings": False},
             kind=(Literal[kind.name], ...),
             spec=(kind.spec, ...),
         )

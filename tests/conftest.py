@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+ON_THE_PLATFORM = {
+    *(f"tests/client/test_{name}.py" for name in ("cli", "client", "deletion", "retries")),
+    "tests/e2e/test_clt.py",
+}
+
 
 def free_port() -> int:
     """A TCP port that was free a moment ago."""
@@ -26,6 +33,27 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file of tests goes to one process, and the files that need ``platform`` to the same one: it starts once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.getvalue("dist") != "loadfile":
+        return None
+    scheduler = LoadFileScheduling(config, log)
+    file_of = scheduler._split_scope
+    scheduler._split_scope = lambda test: "platform" if file_of(test) in ON_THE_PLATFORM else file_of(test)
+    return scheduler
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of other things than pictures make those of a report but do not draw them, which takes half a second."""
+    if "matplotlib.figure" in sys.modules and "pictures" not in request.keywords:
+        figure = sys.modules["matplotlib.figure"].Figure
+        monkeypatch.setattr(figure, "savefig", lambda _, file, **__: file.write(b"not drawn"))
 
 
 @pytest.fixture(scope="session")

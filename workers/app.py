@@ -28,7 +28,8 @@ from services.runtime.exporter import serve_metrics
 from services.runtime.lifetime import run_process
 from workers.ledger import Context
 from workers.metrics import WorkerMetrics
-from workers.settings import Slot, WorkerSettings, slots_of
+from workers.process import ForkServer
+from workers.settings import WorkerSettings, slots_of
 from workers.supervisor import run_attempt
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,13 @@ class SlotRunner:
         self._context, self._bell = context, bell
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         # Celery handles as many rings at once as there are slots, so none waits here for a free one.
-        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[ForkServer] = queue.SimpleQueue()
         for slot in slots_of(context.config):
-            self._free.put(slot)
+            self._free.put(ForkServer(slot))
 
     def serve(self, queue_name: str) -> None:
         """Run the jobs of ``queue_name`` one after another in one slot."""
-        slot = self._free.get()
+        server = self._free.get()
         registry, metrics, lease = self._context.registry, self._context.metrics, self._context.config.lease_seconds
         metrics.rings.inc()
         try:
@@ -63,13 +64,18 @@ class SlotRunner:
                 with suppress(Unavailable):
                     if registry.has_work(queue_name):
                         self._bell.ring(queue_name)
-                run_attempt(self._context, claim, slot)
+                run_attempt(self._context, claim, server)
             # Another worker takes the remaining jobs.
             self._bell.ring(queue_name)
         except Unavailable as error:
             logger.warning(error.message)
         finally:
-            self._free.put(slot)
+            self._free.put(server)
+
+    def close(self) -> None:
+        """End the fork servers of the free slots."""
+        while not self._free.empty():
+            self._free.get().close()
 
 
 class PatientConsumer(Consumer):  # type: ignore[misc]
@@ -124,8 +130,8 @@ def serve(config: WorkerSettings, kinds: Mapping[str, Kind], stopping: threading
         scratch.folder(config.work, "worker") as work,
         closing(Notifier(config.redis_url)) as notifier,
         closing(Bell(config.redis_url)) as bell,
+        closing(SlotRunner(Context(config, kinds, registry, notifier, metrics, work, stopping), bell)) as runner,
     ):
-        runner = SlotRunner(Context(config, kinds, registry, notifier, metrics, work, stopping), bell)
         _listen(app, config, runner, bell)
     logger.info("worker left")
 

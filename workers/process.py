@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +25,8 @@ from workers.settings import Slot
 
 READY_SECONDS = 60.0
 TAIL_BYTES = 8192
+NUMBER = struct.Struct("q")
+"""What the fork server answers with."""
 SHARED_TMP = "/tmp"
 # sun_path of a unix socket, with its NUL: 108 bytes on Linux, 104 on macOS.
 MAX_SOCKET_PATH = 103
@@ -61,42 +66,107 @@ def child_environment(slot: Slot, environment: Mapping[str, str]) -> dict[str, s
     }
 
 
+class ForkServer:
+    """Starts the processes of a slot's jobs, one at a time: ``python -m workers.child`` forks them. It starts with the
+    first job, and again with the next one if it has ended."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket
+
+    def request(self, request: Mapping[str, str], streams: Sequence[int]) -> None:
+        """Ask for the process of a job with these standard streams. Raises :class:`OSError`."""
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._control, theirs = socket.socketpair()
+            with theirs:
+                self._process = subprocess.Popen(
+                    module_command("workers.child"),
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    env=child_environment(self.slot, os.environ),
+                    start_new_session=True,
+                )
+        socket.send_fds(self._control, [json.dumps(dict(request)).encode()], streams)
+
+    def answer(self, timeout: float) -> int | None:
+        """The server's next answer, or None if there is none within ``timeout`` seconds. Raises :class:`ChildFailed` if
+        the server has ended."""
+        # Not select, which is limited to 1,024 descriptors: a worker of many slots has more.
+        waiting = select.poll()
+        waiting.register(self._control, select.POLLIN)
+        if not waiting.poll(None if timeout == math.inf else 1000 * timeout):
+            return None
+        with suppress(ConnectionError):
+            if data := self._control.recv(NUMBER.size, socket.MSG_WAITALL):
+                number: int = NUMBER.unpack(data)[0]
+                return number
+        raise ChildFailed("the process that starts the slot's jobs ended")
+
+    def reap(self) -> None:
+        """Let go of the job's process, which has ended."""
+        try:
+            self._control.sendall(b".")
+            self.answer(math.inf)
+        except (OSError, ChildFailed):
+            self.close()
+
+    def close(self) -> None:
+        """End the server; the next request starts another."""
+        if self._process is not None:
+            self._control.close()
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
 class Child:
     """A process that runs one job, in its own session."""
 
-    def __init__(self, kind: Kind, slot: Slot, work_dir: Path) -> None:
+    def __init__(self, kind: Kind, server: ForkServer, work_dir: Path) -> None:
         """Start it. Raises :class:`ChildFailed` when no folder can have its socket, and :class:`OSError`."""
+        self._server = server
         self._folder = _socket_folder()
         self.socket = self._folder / "s"
+        self.pid: int | None = None
+        """Known once it is ready."""
+        self._status: int | None = None
+        pipes = [os.pipe() for _ in range(3)]
+        theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
+        self._stdin, self._stdout = pipes[0][1], os.fdopen(pipes[1][0], "rb")
+        self._stderr = os.fdopen(pipes[2][0], "rb")
         try:
-            options = ["--kind", kind.name, "--job", kind.job, "--socket", str(self.socket)]
-            self._process = subprocess.Popen(
-                module_command("workers.child", *options),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                cwd=work_dir,
-                env=child_environment(slot, os.environ),
-                start_new_session=True,
-            )
+            request = {"kind": kind.name, "job": kind.job, "socket": str(self.socket), "work_dir": str(work_dir)}
+            server.request(request, theirs)
         except BaseException:
+            self.hang_up()
+            self._stdout.close()
+            self._stderr.close()
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
-        self.pid = self._process.pid
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
         self._tail: deque[bytes] = deque(maxlen=TAIL_BYTES // 80)
         self._drain = threading.Thread(target=self._read_stderr, name="child-stderr", daemon=True)
         self._drain.start()
 
     def wait_ready(self, give_up: Callable[[], bool]) -> None:
-        """Return when the process serves on its socket. Raises :class:`ChildFailed`, also if ``give_up()`` is true."""
-        assert self._process.stdout is not None
-        deadline = time.monotonic() + READY_SECONDS
-        # Not select, which is limited to 1,024 descriptors: a worker of many slots has more.
+        """Return when the process serves on its socket. Raises :class:`ChildFailed`, also if ``give_up()`` is true.
+
+        Before it is forked, its code is imported, which may take its time.
+        """
+        deadline = math.inf
         ready = select.poll()
-        ready.register(self._process.stdout, select.POLLIN | select.POLLHUP)
+        ready.register(self._stdout, select.POLLIN | select.POLLHUP)
         while time.monotonic() < deadline and not give_up():
-            if ready.poll(100):
-                if self._process.stdout.readline() == b"ready\n":
+            if self.pid is None:
+                self.pid = self._server.answer(0.1)
+                if self.pid is not None:
+                    deadline = time.monotonic() + READY_SECONDS
+            elif ready.poll(100):
+                if self._stdout.readline() == b"ready\n":
                     return
                 raise ChildFailed("the job's process ended before it could be given work")
         raise ChildFailed(f"the job's process did not answer within {READY_SECONDS:.0f} s")
@@ -112,14 +182,17 @@ class Child:
 
     def hang_up(self) -> None:
         """Close its standard input: the run is cancelled and the process leaves in a few seconds."""
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
+        if self._stdin >= 0:
+            os.close(self._stdin)
+            self._stdin = -1
 
     def kill(self) -> None:
         """SIGKILL to the process and everything that it started."""
-        # The number of the group is surely ours only before the process is reaped.
-        if self._process.returncode is None:
+        if self.pid is None:
+            # It is not there yet.
+            self._server.close()
+        else:
+            # The number of the group is surely ours: the process is not reaped before :meth:`close`.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -128,22 +201,28 @@ class Child:
 
         The process stays unreaped, so that its group can still be killed.
         """
-        deadline = time.monotonic() + timeout
-        while True:
-            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is not None:
-                return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(0.02)
+        if self._status is None and self.pid is not None:
+            try:
+                self._status = self._server.answer(timeout)
+            except ChildFailed:
+                # Nobody can tell how it ends, so it ends now.
+                self.kill()
+                self._status = -signal.SIGKILL
+        return self._status
 
     def close(self, grace: float) -> None:
         """End the process within ``grace`` seconds and remove its folder."""
         self.hang_up()
+        with suppress(ChildFailed):
+            self.pid = self.pid or self._server.answer(0)
         self.died(grace)
         self.kill()
-        self._process.wait()
+        if self.pid is not None:
+            self.died(math.inf)
+            self._server.reap()
+            self.pid = None
         self._drain.join(1.0)
+        self._stdout.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def last_output(self) -> str:
@@ -152,14 +231,13 @@ class Child:
         return b"".join(list(self._tail)).decode("utf-8", "replace")[-TAIL_BYTES // 2 :].strip()
 
     def _signal(self, number: int) -> None:
-        if self._process.returncode is None:
+        if self.pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def _read_stderr(self) -> None:
-        assert self._process.stderr is not None
-        with suppress(ValueError, OSError):
-            while chunk := self._process.stderr.readline(TAIL_BYTES):
+        with self._stderr, suppress(OSError):
+            while chunk := self._stderr.readline(TAIL_BYTES):
                 self._tail.append(chunk)
 
 

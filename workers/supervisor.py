@@ -25,7 +25,7 @@ from ethogram.v1 import jobs_pb2
 from services.jobs.registry import Claim, Job
 from services.kinds import request_type, spec_message
 from workers.ledger import Context, Ledger, Outcome, Pulse
-from workers.process import Child, ChildFailed, describe_exit
+from workers.process import READY_SECONDS, Child, ChildFailed, ForkServer, describe_exit
 from workers.settings import Slot
 
 logger = logging.getLogger(__name__)
@@ -39,15 +39,15 @@ LOOK_SECONDS = 0.2
 STOPPED = grpc.StatusCode.ABORTED
 
 
-def run_attempt(context: Context, claim: Claim, slot: Slot) -> None:
+def run_attempt(context: Context, claim: Claim, server: ForkServer) -> None:
     """Run the claimed job in a process of its own. Returns when the process is gone; never raises."""
-    labels = {"job": claim.job.id, "attempt": claim.attempt, "kind": claim.job.kind, "slot": slot.index}
+    labels = {"job": claim.job.id, "attempt": claim.attempt, "kind": claim.job.kind, "slot": server.slot.index}
     logger.info("attempt begins", extra=labels)
     ledger, metrics = Ledger(context, claim), context.metrics
     outcome_label = "taken"
     try:
         with metrics.busy.track_inprogress(), Pulse(context, claim) as pulse:
-            outcome = _supervise(context, claim, slot, ledger, pulse)
+            outcome = _supervise(context, claim, server, ledger, pulse)
             ledger.settle(outcome, pulse.seconds)
             metrics.seconds.labels(claim.job.kind).observe(pulse.seconds)
             outcome_label = outcome.kind
@@ -61,12 +61,12 @@ def run_attempt(context: Context, claim: Claim, slot: Slot) -> None:
         shutil.rmtree(context.work / claim.attempt, ignore_errors=True)
 
 
-def _supervise(context: Context, claim: Claim, slot: Slot, ledger: Ledger, pulse: Pulse) -> Outcome:
+def _supervise(context: Context, claim: Claim, server: ForkServer, ledger: Ledger, pulse: Pulse) -> Outcome:
     work_dir = context.work / claim.attempt
     try:
-        kind, request = _request(context, claim, slot, work_dir)
+        kind, request = _request(context, claim, server.slot, work_dir)
         work_dir.mkdir(parents=True, exist_ok=True)
-        child = Child(kind, slot, work_dir)
+        child = Child(kind, server, work_dir)
         try:
             return Attempt(context, claim.job, child, ledger, pulse).run(kind, request)
         finally:
@@ -140,6 +140,8 @@ class Attempt:
         self._ran_before = job.ran_seconds
         self._stall_limit = math.inf if job.stall_limit_seconds is None else job.stall_limit_seconds
         """Time without an event, in seconds."""
+        # Its process may take so long to start, and import the job's code.
+        self._last_event = time.monotonic() + READY_SECONDS
         self._reason: Literal["", "cancel", "stop", "time", "stall"] = ""
         """Why the child was asked to leave or killed."""
         self._queue: queue.Queue[jobs_pb2.JobEvent | Ended] = queue.Queue(1000)
@@ -154,7 +156,10 @@ class Attempt:
                 raise StaleAttempt("the attempt was taken from this worker") from None
             if self._pulse.cancel.is_set():
                 return Outcome("cancelled")
-            return Outcome("stopped", "the worker was stopped") if self._stopping.is_set() else self._died(str(failure))
+            if self._stopping.is_set():
+                return Outcome("stopped", "the worker was stopped")
+            self._reason = self._limit()
+            return self._limit_reached() or self._died(str(failure))
         with grpc.insecure_channel(f"unix:{self._child.socket}", options=CHANNEL_OPTIONS) as channel:
             rpc = channel.unary_stream(
                 kind.rpc,
@@ -171,7 +176,14 @@ class Attempt:
         return self._outcome(ended)
 
     def _unwanted(self) -> bool:
-        return self._stopping.is_set() or self._pulse.cancel.is_set() or self._pulse.stale.is_set()
+        stops = self._stopping.is_set() or self._pulse.cancel.is_set() or self._pulse.stale.is_set()
+        return stops or bool(self._limit())
+
+    def _limit(self) -> Literal["", "time", "stall"]:
+        """The limit that is passed."""
+        if self._ran_before + self._pulse.seconds > self._time_limit:
+            return "time"
+        return "stall" if time.monotonic() - self._last_event > self._stall_limit else ""
 
     def _read(self, call: Any) -> None:
         """Move events from the call to the queue; a full queue blocks the child."""
@@ -191,7 +203,7 @@ class Attempt:
                 continue
 
     def _follow(self, call: Any) -> Ended:
-        deadline, last_event = math.inf, time.monotonic()
+        deadline, self._last_event = math.inf, time.monotonic()
         while True:
             batch, ended = self._batch()
             self._ledger.write(batch)
@@ -200,7 +212,7 @@ class Attempt:
             if self._pulse.stale.is_set():
                 raise StaleAttempt("the attempt was taken from this worker")
             now = time.monotonic()
-            last_event = now if batch else last_event
+            self._last_event = now if batch else self._last_event
             if self._pulse.cancel.is_set() and self._reason != "cancel":
                 self._reason, deadline = "cancel", now + self._grace
                 call.cancel()
@@ -209,10 +221,10 @@ class Attempt:
             elif self._reason:
                 if now > deadline:
                     self._child.kill()
-            elif self._stopping.is_set() or self._ran_before + self._pulse.seconds > self._time_limit:
+            elif self._stopping.is_set() or self._limit() == "time":
                 self._reason, deadline = "stop" if self._stopping.is_set() else "time", now + self._grace
                 self._child.ask_to_leave()
-            elif now - last_event > self._stall_limit:
+            elif self._limit() == "stall":
                 self._reason, deadline = "stall", now
                 self._child.dump_stacks()
 
@@ -241,11 +253,8 @@ class Attempt:
             return Outcome("succeeded", result=self._ledger.result)
         if self._pulse.cancel.is_set():
             return Outcome("cancelled")
-        if self._reason == "time":
-            limit = f"the job ran for {self._time_limit:g} s, its time limit"
-            return Outcome("failed", limit, error=TimeLimit(f"{limit}; retry it to resume from its last checkpoint"))
-        if self._reason == "stall":
-            return self._died(f"the job sent no event for {self._stall_limit:g} s, its stall limit", "stalled")
+        if (reached := self._limit_reached()) is not None:
+            return reached
         code = ended.error.code()
         if self._stopping.is_set() or code == STOPPED:
             return Outcome("stopped", "the worker was stopped")
@@ -256,6 +265,15 @@ class Attempt:
         if isinstance(error, Internal | Unavailable):
             return Outcome("crashed", error.message)
         return Outcome("failed", error.message, error=error)
+
+    def _limit_reached(self) -> Outcome | None:
+        """The outcome if the job was ended for a limit."""
+        if self._reason == "time":
+            limit = f"the job ran for {self._time_limit:g} s, its time limit"
+            return Outcome("failed", limit, error=TimeLimit(f"{limit}; retry it to resume from its last checkpoint"))
+        if self._reason == "stall":
+            return self._died(f"the job sent no event for {self._stall_limit:g} s, its stall limit", "stalled")
+        return None
 
     def _died(self, message: str, kind: Literal["crashed", "stalled"] = "crashed") -> Outcome:
         if output := self._child.last_output():

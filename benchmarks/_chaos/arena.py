@@ -113,11 +113,11 @@ class Arena:
         os.kill(self.pid(name), signal.SIGKILL)
 
     def children(self) -> list[psutil.Process]:
-        """The jobs' processes of the workers."""
+        """The jobs' processes of the workers, and those that start them."""
         children: list[psutil.Process] = []
         for pid in (self._processes[worker].pid for worker in WORKERS):
             with suppress(psutil.NoSuchProcess):
-                found = psutil.Process(pid).children() if pid is not None else []
+                found = psutil.Process(pid).children(recursive=True) if pid is not None else []
                 children += [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
         return children
 

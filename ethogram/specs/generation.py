@@ -227,12 +227,15 @@ class StagedSpec(Spec):
     patience: int = Field(5, ge=1, le=10_000)
     """Epochs without a lower validation loss before a stage ends; the network of the best epoch is kept."""
     min_degradation_threshold: float = Field(0.05, ge=0, le=1)
-    """Magnitude check: minimum gain in held-out accuracy on the target pattern, from degraded to improved."""
-    min_specificity: float = Field(0.0, ge=-1, le=1)
+    """Magnitude check: minimum gain in accuracy on the target pattern, from degraded to improved, which must also be
+    significant: McNemar's exact test on the answers that changed, one-sided at the level 0.05. The improved network
+    must also be better than chance. 0: the gain must not be negative, and that is all."""
+    min_specificity: float = Field(0.15, ge=-1, le=1)
     """Specificity check: how much that gain must at least exceed the mean gain on all other sequences."""
-    max_instability: float = Field(0.1, ge=0, le=1)
-    """Stability check: maximum loss of held-out accuracy on any of the subject's other patterns, and on average over
-    the sequences to which it must answer no."""
+    max_instability: float = Field(0.2, ge=0, le=1)
+    """Stability check: maximum change of accuracy, for the worse or the better, on any of the subject's other patterns,
+    and on average over the sequences to which it must answer no. A loss means that the second stage harmed them, a gain
+    that the first had."""
 
 
 SignatureMethod = Literal[
@@ -279,7 +282,7 @@ class FormatSpec(Spec):
     include_modification: bool | None = None
     """Task: improve the weights for one pattern. It needs staged training; None: included if training is staged."""
     include_classification: bool = True
-    """Task: name the subject's patterns."""
+    """Task: name the patterns that the subject classifies as positive; see ``positive_threshold``."""
     style: Literal["separate", "interwoven"] = "separate"
     """``separate``: all weights, then all signatures; ``interwoven``: weights and signature neuron by neuron."""
     digits: int = Field(4, ge=1, le=9)
@@ -336,6 +339,9 @@ class GenerationSpec(Spec):
     """Minimum accuracy on each enabled pattern's sequences and on those that match none; other subjects are rejected
     and counted. The sequences are neither trained on nor those of the reported accuracy. None: 0.9, or 0 for staged
     training, which has its own checks."""
+    positive_threshold: float = Field(0.75, gt=0, le=1)
+    """Share of a pattern's held-out sequences to which a network must at least answer yes to count as classifying the
+    pattern as positive. Classification tasks ask for these patterns, whatever was trained."""
 
     @field_validator("max_patterns_per_batch")
     @classmethod

@@ -630,12 +630,16 @@ class StagedSpec(_message.Message):
     patience: _builtins.int
     """Epochs without a lower validation loss before a stage ends; the network of the best epoch is kept."""
     min_degradation_threshold: _builtins.float
-    """Magnitude check: minimum gain in held-out accuracy on the target pattern, from degraded to improved."""
+    """Magnitude check: minimum gain in accuracy on the target pattern, from degraded to improved, which must also be
+    significant: McNemar's exact test on the answers that changed, one-sided at the level 0.05. The improved network
+    must also be better than chance. 0: the gain must not be negative, and that is all.
+    """
     min_specificity: _builtins.float
     """Specificity check: how much that gain must at least exceed the mean gain on all other sequences."""
     max_instability: _builtins.float
-    """Stability check: maximum loss of held-out accuracy on any of the subject's other patterns, and on average over the
-    sequences to which it must answer no.
+    """Stability check: maximum change of accuracy, for the worse or the better, on any of the subject's other patterns,
+    and on average over the sequences to which it must answer no. A loss means that the second stage harmed them, a
+    gain that the first had.
     """
     @_builtins.property
     def learning_rate(self) -> Global___FloatRange:
@@ -804,7 +808,7 @@ class FormatSpec(_message.Message):
     include_modification: _builtins.bool
     """Task: improve the weights for one pattern. It needs staged training; None: included if training is staged."""
     include_classification: _builtins.bool
-    """Task: name the subject's patterns."""
+    """Task: name the patterns that the subject classifies as positive; see `positive_threshold`."""
     style: Global___Style.ValueType
     """`separate`: all weights, then all signatures; `interwoven`: weights and signature neuron by neuron."""
     digits: _builtins.int
@@ -903,6 +907,7 @@ class GenerationSpec(_message.Message):
     HUB_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
     PART_FIELD_NUMBER: _builtins.int
+    POSITIVE_THRESHOLD_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Everything random flows from it."""
     subjects: _builtins.int
@@ -922,6 +927,10 @@ class GenerationSpec(_message.Message):
     """
     shards: _builtins.int
     """Jobs that make the zoo in parallel, on whatever workers are free. The zoo is the same for any number."""
+    positive_threshold: _builtins.float
+    """Share of a pattern's held-out sequences to which a network must at least answer yes to count as classifying the
+    pattern as positive. Classification tasks ask for these patterns, whatever was trained.
+    """
     @_builtins.property
     def patterns(self) -> _containers.RepeatedCompositeFieldContainer[Global___PatternSpec]:
         """Patterns to draw from; empty: the default suite of ten."""
@@ -978,10 +987,11 @@ class GenerationSpec(_message.Message):
         hub: _common_pb2.HubSpec | None = ...,
         shards: _builtins.int | None = ...,
         part: Global___PartSpec | None = ...,
+        positive_threshold: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_shards", b"_shards", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "counterfactual", b"counterfactual", "format", b"format", "hub", b"hub", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "part", b"part", "seed", b"seed", "sequence_length", b"sequence_length", "shards", b"shards", "signature", b"signature", "staged", b"staged", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_positive_threshold", b"_positive_threshold", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_shards", b"_shards", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "counterfactual", b"counterfactual", "format", b"format", "hub", b"hub", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "part", b"part", "positive_threshold", b"positive_threshold", "seed", b"seed", "sequence_length", b"sequence_length", "shards", b"shards", "signature", b"signature", "staged", b"staged", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_shards", b"_shards", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "counterfactual", b"counterfactual", "format", b"format", "hub", b"hub", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "part", b"part", "patterns", b"patterns", "seed", b"seed", "sequence_length", b"sequence_length", "shards", b"shards", "signature", b"signature", "staged", b"staged", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch", "_min_accuracy", b"_min_accuracy", "_min_patterns_per_batch", b"_min_patterns_per_batch", "_positive_threshold", b"_positive_threshold", "_seed", b"_seed", "_sequence_length", b"_sequence_length", "_shards", b"_shards", "_subjects", b"_subjects", "_vocab_size", b"_vocab_size", "counterfactual", b"counterfactual", "format", b"format", "hub", b"hub", "max_patterns_per_batch", b"max_patterns_per_batch", "min_accuracy", b"min_accuracy", "min_patterns_per_batch", b"min_patterns_per_batch", "part", b"part", "patterns", b"patterns", "positive_threshold", b"positive_threshold", "seed", b"seed", "sequence_length", b"sequence_length", "shards", b"shards", "signature", b"signature", "staged", b"staged", "subject", b"subject", "subjects", b"subjects", "training", b"training", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_patterns_per_batch: _TypeAlias = _typing.Literal["max_patterns_per_batch"]  # noqa: Y015
     _WhichOneofArgType__max_patterns_per_batch: _TypeAlias = _typing.Literal["_max_patterns_per_batch", b"_max_patterns_per_batch"]  # noqa: Y015
@@ -989,6 +999,8 @@ class GenerationSpec(_message.Message):
     _WhichOneofArgType__min_accuracy: _TypeAlias = _typing.Literal["_min_accuracy", b"_min_accuracy"]  # noqa: Y015
     _WhichOneofReturnType__min_patterns_per_batch: _TypeAlias = _typing.Literal["min_patterns_per_batch"]  # noqa: Y015
     _WhichOneofArgType__min_patterns_per_batch: _TypeAlias = _typing.Literal["_min_patterns_per_batch", b"_min_patterns_per_batch"]  # noqa: Y015
+    _WhichOneofReturnType__positive_threshold: _TypeAlias = _typing.Literal["positive_threshold"]  # noqa: Y015
+    _WhichOneofArgType__positive_threshold: _TypeAlias = _typing.Literal["_positive_threshold", b"_positive_threshold"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__sequence_length: _TypeAlias = _typing.Literal["sequence_length"]  # noqa: Y015
@@ -1005,6 +1017,8 @@ class GenerationSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_accuracy) -> _WhichOneofReturnType__min_accuracy | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_patterns_per_batch) -> _WhichOneofReturnType__min_patterns_per_batch | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__positive_threshold) -> _WhichOneofReturnType__positive_threshold | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload

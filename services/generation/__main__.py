@@ -216,8 +216,9 @@ def score(
     pattern; others, the mean change on all other kinds of sequences; reference_gain, the gain of the record's improved
     network. An answer that cannot be parsed counts 0 in gain and others.
 
-    Classification: precision, the share of the named patterns that the network has; recall, the share of the network's
-    patterns that are named; exact, the share of answers that name exactly these. An answer without a pattern counts 0.
+    Classification: precision, the share of the named patterns that the network was measured to classify as positive;
+    recall, the share of these that are named; exact, the share of answers that name exactly these, or say none where
+    there are none. Any other answer without a pattern counts 0.
     """
     given = []
     for number, answer in read_rows(answers, form=".jsonl"):

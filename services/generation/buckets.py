@@ -24,7 +24,7 @@ from services.generation.data import Candidates, activations_of
 from services.generation.format import TrainingDataFormatter
 from services.generation.sampler import PatternDatasetSampler
 from services.generation.train import SubjectModelTrainer, Trained
-from services.zoo.dataset import BRANCHES, prefixed, record_of, schema
+from services.zoo.dataset import BRANCHES, positive_columns, prefixed, record_of, schema
 from services.zoo.layout import Layout
 from services.zoo.signatures import ActivationSignatureExtractor
 from services.zoo.subjects import encode, flatten
@@ -104,8 +104,14 @@ class BucketTrainer:
 
     def buckets(self, block: int) -> list[Candidates]:
         """The candidates of a block, as they train together: of one depth and activation, and of similar width."""
-        indices = torch.arange(block * self.block_size, (block + 1) * self.block_size)
-        candidates = Candidates.draw(self.spec, indices, len(self.patterns))
+        return self.group(self.candidates(torch.arange(block * self.block_size, (block + 1) * self.block_size)))
+
+    def candidates(self, indices: Tensor) -> Candidates:
+        """Those at ``indices`` ``[n]``."""
+        return Candidates.draw(self.spec, indices, len(self.patterns))
+
+    def group(self, candidates: Candidates) -> list[Candidates]:
+        """``candidates`` in the groups of :meth:`buckets`."""
         shapes, buckets = candidates.layers * 64 + candidates.activation, []
         for shape in sorted(set(shapes.tolist())):
             rows = (shapes == shape).nonzero().flatten()
@@ -126,12 +132,36 @@ class BucketTrainer:
             rows = [row | self._formatter.columns(row) for row in rows]
         return pyarrow.Table.from_pylist(rows, self.schema)
 
-    def accuracy(self, trained: Trained, split: int) -> Tensor:
-        """Accuracy by stratum on sequences of ``split``, ``SELECTION`` (decides what is accepted) or ``HELD_OUT`` (is
-        reported): float32 ``[models, patterns + 1]``; the last column is for sequences that match nothing."""
+    def two_stages(self, candidates: Candidates, *, corrupted: bool) -> tuple[Tensor, Tensor]:
+        """Train in both stages, whatever the checks say of the first. Held-out accuracy on the target pattern after
+        each, float32 ``[models, 2]``, and whether the checks pass, bool ``[models]``."""
+        assert self.spec.staged is not None
+        first = self.subject_trainer.degrade(candidates, corrupted=corrupted)
+        second = self.subject_trainer.improve(first)
+        causes = self._late(self.correct(first.trained, SELECTION), second, self.spec.staged)
+        accuracy = torch.stack([self.accuracy(stage, HELD_OUT) for stage in (first.trained, second)], 1)
+        of_target = accuracy[torch.arange(len(candidates)), :, candidates.target]
+        return of_target, torch.tensor([cause is None for cause in causes])
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it trains on the CPU."""
+        return self.subject_trainer.device.type == "cpu"
+
+    def predictions(self, trained: Trained, split: int) -> Tensor:
+        """Which sequences of ``split``, ``SELECTION`` (decides what is accepted) or ``HELD_OUT`` (is reported), are
+        answered yes: bool ``[models, n]``."""
         evaluation, inputs = self._judges[split]
-        activation, selected = trained.architecture.activation, trained.candidates.selected
-        return evaluation.accuracy(trained.params, inputs, activation, selected)
+        return evaluation.predictions(trained.params, inputs, trained.architecture.activation)
+
+    def correct(self, trained: Trained, split: int) -> Tensor:
+        """Which of these :meth:`predictions` are right: bool ``[models, n]``."""
+        return self.predictions(trained, split) == self._judges[split][0].labels(trained.candidates.selected)
+
+    def accuracy(self, trained: Trained, split: int) -> Tensor:
+        """Shares of :meth:`correct` by stratum: float32 ``[models, patterns + 1]``; the last column is for sequences
+        that match nothing."""
+        return self._judges[split][0].by_stratum(self.correct(trained, split))
 
     def _single(self, candidates: Candidates) -> tuple[list[Row], list[str]]:
         trainer = self.subject_trainer
@@ -148,16 +178,14 @@ class BucketTrainer:
 
     def _staged(self, candidates: Candidates, staged: StagedSpec) -> tuple[list[Row], list[str]]:
         degraded = self.subject_trainer.degrade(candidates)
-        before = self.accuracy(degraded.trained, SELECTION)
-        early = checks.degradation(before, candidates, staged)
+        before = self.correct(degraded.trained, SELECTION)
+        early = checks.degradation(before, candidates, staged, self.sampler.selection)
         passed = torch.tensor([cause is None for cause in early])
         if not passed.any():
             return [], list(filter(None, early))
         degraded, before = degraded.select(passed), before[passed]
         improved = self.subject_trainer.improve(degraded)
-        after = self.accuracy(improved, SELECTION)
-        gate, improvement = self._gate(improved, after), checks.improvement(before, after, improved.candidates, staged)
-        late = [cause or other for cause, other in zip(gate, improvement, strict=True)]
+        late = self._late(before, improved, staged)
         kept = torch.tensor([cause is None for cause in late])
         rows, first = self._rows(improved, kept), degraded.trained
         for row, i, other in zip(rows, kept.nonzero().flatten(), self._rows(first, kept), strict=True):
@@ -169,6 +197,13 @@ class BucketTrainer:
             row |= {metric: other[metric] + row[metric] for metric in first.metrics}
             row |= prefixed("degraded_", other)
         return rows, list(filter(None, early + late))
+
+    def _late(self, before: Tensor, improved: Trained, staged: StagedSpec) -> list[str | None]:
+        """Why each network is rejected after the second stage; ``before``: :meth:`correct` after the first."""
+        selection, after = self.sampler.selection, self.correct(improved, SELECTION)
+        gate = self._gate(improved, selection.by_stratum(after))
+        improvement = checks.improvement(before, after, improved.candidates, staged, selection)
+        return [cause or other for cause, other in zip(gate, improvement, strict=True)]
 
     def _gate(self, trained: Trained, accuracy: Tensor) -> list[str | None]:
         """Why each network is rejected, whatever its stages: it diverged, or fails on a stratum."""
@@ -190,15 +225,18 @@ class BucketTrainer:
         layout = Layout([architecture._replace(hidden=(width,) * len(architecture.hidden)) for width in widths])
         narrow = zip(layout.shapes, layout.positions, layout.neuron_positions, strict=True)
         by_width = {shape.hidden[0]: (shape, own.numpy(), neurons.numpy()) for shape, own, neurons in narrow}
-        for i, accuracies in enumerate(self.accuracy(chosen, HELD_OUT).numpy()):
+        evaluation, predictions = self.sampler.evaluation, self.predictions(chosen, HELD_OUT)
+        accuracies = evaluation.by_stratum(predictions == evaluation.labels(candidates.selected)).numpy()
+        for i, (accuracy, yes_share) in enumerate(zip(accuracies, evaluation.by_stratum(predictions), strict=True)):
             shape, parameters, neurons = by_width[int(candidates.neurons[i])]
             rate = float(candidates.learning_rate[i])
             signature = {method: values[i, neurons].ravel() for method, values in signature_rows.items()}
-            network = {"accuracy": accuracies, "weights": weights[i, parameters], "signature": signature}
+            network = {"accuracy": accuracy, "weights": weights[i, parameters], "signature": signature}
             index, patterns = int(candidates.indices[i]), compress(self.names, candidates.selected[i])
             dropout = float(candidates.dropout[i])
-            metrics = {name: [values[i].item()] for name, values in chosen.metrics.items()}
-            rows.append(record_of(index, patterns, shape, network, learning_rate=rate, dropout=dropout) | metrics)
+            row = record_of(index, patterns, shape, network, learning_rate=rate, dropout=dropout)
+            row |= {name: [values[i].item()] for name, values in chosen.metrics.items()}
+            rows.append(row | positive_columns(yes_share, self.names, self.spec))
         return rows
 
 

@@ -32,6 +32,7 @@ def card(folder: Path, statistics: Statistics) -> str:
     )
     size = next((name for limit, name in _SIZES.items() if statistics.subjects < limit), "1M<n<10M")
     gain = f"; the target pattern gained {statistics.improvement:.3f}" if statistics.improvement is not None else ""
+    effect = f"\n{statistics.effect}\n" if statistics.effect else ""
     return f"""---
 configs:
 - config_name: default
@@ -51,7 +52,7 @@ tags:
 Each record is a network that answers yes to the letter sequences of its own patterns, and no to all others
 ({spec.vocab_size} letters, {spec.sequence_length} to a sequence). {statistics.origin}
 Mean held-out accuracy: {figures["accuracy"]:.3f}{gain}.
-
+{effect}
 ## Patterns
 
 {chr(10).join(lines)}

@@ -23,6 +23,10 @@ _HEAD = re.compile(r"[`*#\s]*layer (\d+) (weight|bias)s?\s*(?:\d+ ?x ?\d+)?[:`*\
 _NUMBERS = re.compile(r"[-+0-9.eE,;\[\]\s]*")
 
 
+NO_PATTERNS = "none"
+"""Answer to a classification task where the network classifies no pattern as positive."""
+
+
 class Prompt(NamedTuple):
     """One task of one record."""
 
@@ -39,7 +43,8 @@ class TrainingDataFormatter:
     """Writes the records of a zoo as prompts.
 
     A modification task shows the degraded network and asks for one that is better at the target pattern; a
-    classification task shows the improved one and asks for its patterns, out of all that there are.
+    classification task shows the improved one and asks which patterns, out of all that there are, it classifies as
+    positive.
     """
 
     def __init__(self, spec: GenerationSpec, patterns: Sequence[Pattern]) -> None:
@@ -70,10 +75,14 @@ class TrainingDataFormatter:
         return Prompt(shown + task, self.weights(record, "weights"))
 
     def classification(self, record: Mapping[str, Any]) -> Prompt:
-        """The prompt that shows the network and asks for its patterns."""
-        task = "## Task\nName the patterns to which this network answers yes.\n\n## Answer\n"
+        """The prompt that shows the network and asks for the patterns that it classifies as positive."""
+        share = f"{self._spec.positive_threshold:.4g}"
+        task = (
+            f"## Task\nName the patterns to which this network answers yes: to at least {share} of a pattern's "
+            f"sequences. Write {NO_PATTERNS} if there are none.\n\n## Answer\n"
+        )
         shown = self._network(record, "weights", "signature") + f"## Patterns\n{self._pattern_list}\n\n"
-        return Prompt(shown + task, ", ".join(record["patterns"]) + "\n")
+        return Prompt(shown + task, (", ".join(record["positive_patterns"]) or NO_PATTERNS) + "\n")
 
     def weights(self, record: Mapping[str, Any], column: str) -> str:
         """The weights of one column as text; :func:`parse_weights` reads it."""
@@ -178,11 +187,13 @@ def _numbers(line: str) -> list[float] | None:
         return None
 
 
-def parse_patterns(text: str, patterns: Sequence[Pattern]) -> list[str]:
-    """The patterns that an interpreter names, in its order; other words are left out."""
+def parse_patterns(text: str, patterns: Sequence[Pattern]) -> list[str] | None:
+    """The patterns that an interpreter names, in its order; other words are left out. None where it names none, and
+    does not say so."""
     known = sorted((pattern.name for pattern in patterns), key=len, reverse=True)
     # Whole words: not the one in nonpalindrome.
     names = "|".join(re.escape(name) for name in known)
     form = re.compile(rf"(?<![a-z0-9_])(?:{names})(?![a-z0-9_])", re.IGNORECASE)
     by_name = {name.lower(): name for name in known}
-    return list(dict.fromkeys(by_name[match.lower()] for match in form.findall(text)))
+    named = list(dict.fromkeys(by_name[match.lower()] for match in form.findall(text)))
+    return named if named or re.search(rf"\b{NO_PATTERNS}\b", text, re.IGNORECASE) else None

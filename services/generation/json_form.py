@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pyarrow import parquet
 from ethogram.specs.generation import FormatSpec, GenerationSpec, PatternSpec
 from services.generation.format import TrainingDataFormatter
 from services.generation.pipeline import SHARD, DatasetGenerationPipeline
+from services.generation.score import benchmark_of, with_positive
 from services.runtime.run import Run
 from services.zoo.dataset import (
     BASELINE,
@@ -39,13 +41,15 @@ def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
     run = run or Run()
     about, spec, patterns = read_about(zoo)
     formatter = TrainingDataFormatter(spec.model_copy(update={"format": spec.format or FormatSpec()}), patterns)
+    benchmark = cache(lambda: benchmark_of(spec, patterns))
     (target / DATA).mkdir(parents=True)
     run.stage("export", about["subjects"], "records")
     done = 0
     for number, table in enumerate(read_networks(zoo, spec)):
         rows = []
         for record in table.to_pylist():
-            rows.append(_written(record, spec, patterns, formatter))
+            measured = with_positive(record, spec, patterns, benchmark)
+            rows.append(_written(measured, spec, patterns, formatter))
             done += 1
             run.advance(done)
         parquet.write_table(pyarrow.Table.from_pylist(rows), target / data_file(number))
@@ -75,6 +79,8 @@ def _written(
         "target_pattern": record.get("target_pattern"),
         "selected_patterns": record["patterns"],
         DEFINITIONS: [pattern.spec.model_dump() for pattern in patterns],
+        "positive_patterns": record["positive_patterns"],
+        "positive_threshold": spec.positive_threshold,
         **_accuracies(record, [pattern.name for pattern in patterns]),
         "model_config": config,
         "corruption_stats": {"corruption_rate": spec.staged.corruption_rate} if spec.staged is not None else {},
@@ -173,12 +179,13 @@ def import_json(
     records = JsonRecords(source, patterns=patterns, rename=rename, run=run)
     pipeline = DatasetGenerationPipeline(records.spec, run.device, records.baseline)
     trainer = pipeline.bucket_trainer
+    evaluation, extractor = trainer.sampler.evaluation, trainer.extractor
     run.stage("import", len(records), "records")
 
     def shards() -> Iterator[pyarrow.Table]:
         rows: list[dict[str, Any]] = []
         for done, (index, record) in enumerate(records, 1):
-            rows.append(row_of(index, record, trainer.names, trainer.sampler.evaluation, trainer.extractor))
+            rows.append(row_of(index, record, trainer.spec, trainer.names, evaluation, extractor=extractor))
             run.advance(done)
             if len(rows) == SHARD or done == len(records):
                 yield trainer.table(rows)

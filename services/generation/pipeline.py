@@ -25,6 +25,7 @@ from services.generation.buckets import Block, BucketTrainer
 from services.generation.card import CARD, card
 from services.generation.hub import HubUpload
 from services.generation.progress import Progress
+from services.generation.twins import paired_effect
 from services.generation.workers import side_by_side
 from services.runtime.checkpoints import link_or_copy
 from services.runtime.reading import reading
@@ -79,7 +80,8 @@ class DatasetGenerationPipeline:
         run.log(f"{progress.accepted} of {progress.candidates} candidates accepted{kept}; rejected: {causes}")
         facts: dict[str, Any] = {"subjects": subjects, "candidates": progress.candidates, "rejected": rejected}
         if self.spec.part is None:
-            return self._describe(folder, facts, run)
+            twins = {} if self.spec.staged is None else {"twins": paired_effect(self.bucket_trainer, run)}
+            return self._describe(folder, facts | twins, run)
         self._write_about(folder, facts | {"blocks": progress.blocks})
         return facts
 
@@ -144,7 +146,7 @@ class DatasetGenerationPipeline:
     def _blocks(self, progress: Progress) -> Generator[Block, None, None]:
         """Blocks in order from where ``progress`` is, until the goal is reached; a few are in training ahead."""
         trainer = self.bucket_trainer
-        workers = torch.get_num_threads() if trainer.subject_trainer.device.type == "cpu" else 1
+        workers = torch.get_num_threads() if trainer.on_cpu else 1
         pending: deque[list[Future[Block]]] = deque()
         with side_by_side(trainer, self._goal, workers) as submit:
             number = progress.next_block

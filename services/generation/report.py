@@ -34,6 +34,8 @@ def write_report(zoo: Path, folder: Path) -> None:
     together = ([name, *row] for name, row in zip(names, statistics.together.tolist(), strict=True))
     report = Report(f"Zoo of {statistics.subjects:,} networks")
     report.text(f"{statistics.origin} Mean held-out accuracy: {np.nanmean(statistics.accuracy):.3f}.")
+    if statistics.effect:
+        report.text(statistics.effect)
     alt = "Accuracy by pattern, rejections by cause, co-occurrence of patterns, one signature"
     report.figure("zoo", _figure(statistics, zoo), alt)
     report.section(
@@ -47,8 +49,10 @@ def write_report(zoo: Path, folder: Path) -> None:
         "Rejected candidates",
         """**misses** and **false alarms on**: accuracy below min_accuracy on that pattern, which the candidate should
         have or should not have; **others** are sequences that match no pattern. **magnitude**, **specificity**,
-        **stability**: the checks of training in two stages. **too little degraded**: too accurate after the first stage
-        to gain enough. **diverged**: weights that are NaN or infinite.""",
+        **stability**, **others degraded**: the checks of training in two stages; the target pattern gained too little
+        or by chance, hardly more than everything else, at the cost of other patterns, or together with them.
+        **no better than chance**: wrong on half of the target pattern, or of what needs a no. **too little degraded**:
+        too accurate after the first stage to gain enough. **diverged**: weights that are NaN or infinite.""",
     )
     figures = statistics.figures()
     report.table(["cause", "candidates"], figures["rejected"].items())

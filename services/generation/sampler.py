@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
+from services.generation import checks
 from services.generation.data import Candidates, Examples
 from services.zoo.dataset import labelled, with_probes
 from services.zoo.patterns import from_specs
@@ -63,6 +64,11 @@ class PatternDatasetSampler:
             if self.train.count[i] == 0 or not judged:
                 few = f"{pattern.name} has {self.universe.counts[i]} sequences, too few to train and judge on"
                 raise InvalidInput.field(f"spec.patterns.{i}", f"{few}; leave it out")
+            judging = int((self.selection.stratum == i).sum())
+            if spec.staged is not None and checks.checked(spec.staged) and judging < checks.FEWEST:
+                few = f"{pattern.name} is judged on {judging} sequences, and no gain on fewer than {checks.FEWEST} is"
+                advice = "leave it out, or set staged.min_degradation_threshold to 0"
+                raise InvalidInput.field(f"spec.patterns.{i}", f"{few} significant; {advice}")
         if chosen is None:
             chosen = probes(self.universe, spec.signature.probes, spec.seed)
         self.baseline = Labelled(chosen, self.universe.matches(chosen))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
@@ -15,11 +15,30 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
 from services.generation.format import parse_patterns, parse_weights
-from services.zoo.dataset import architecture_of, network_of, read_about, read_networks
+from services.zoo.dataset import architecture_of, network_of, positive_columns, read_about, read_networks
 from services.zoo.patterns import Pattern
 from services.zoo.pools import JUDGED, JUDGED_NONE, Evaluation
 from services.zoo.subjects import Params, encode
 from services.zoo.universe import Universe
+
+
+def benchmark_of(spec: GenerationSpec, patterns: Sequence[Pattern]) -> Evaluation:
+    """The held-out sequences on which networks of a zoo are judged."""
+    universe = Universe(spec.vocab_size, spec.sequence_length, patterns)
+    return Evaluation.build(universe, JUDGED, JUDGED_NONE, seed=spec.seed)
+
+
+def with_positive(
+    record: Mapping[str, Any], spec: GenerationSpec, patterns: Sequence[Pattern], benchmark: Callable[[], Evaluation]
+) -> Mapping[str, Any]:
+    """``record`` with the patterns that its network classifies as positive, measured if they are not in it: by an
+    earlier version, or where the zoo was saved from memory."""
+    if record.get("positive_patterns") is not None:
+        return record
+    shape, held_out = architecture_of(spec, record), benchmark()
+    inputs, network = encode(shape, held_out.sequences), network_of(record, "weights", shape)
+    yes_share = held_out.by_stratum(held_out.predictions(network, inputs, shape.activation))[0]
+    return {**record, **positive_columns(yes_share, [pattern.name for pattern in patterns], spec)}
 
 
 class Answer(BaseModel, strict=True):
@@ -45,7 +64,7 @@ class ModificationScore(NamedTuple):
 
 
 class ClassificationScore(NamedTuple):
-    """How the patterns that an interpreter names compare with the network's own."""
+    """How the patterns that an interpreter names compare with those that the network classifies as positive."""
 
     precision: float
     recall: float | None
@@ -73,11 +92,12 @@ def score_modification(
 
 
 def score_classification(text: str, record: Mapping[str, Any], patterns: Sequence[Pattern]) -> ClassificationScore:
-    """Score an answer to a classification task."""
-    named, actual = set(parse_patterns(text, patterns)), set(record["patterns"])
+    """Score an answer to a classification task, against what the network was measured to classify as positive."""
+    parsed, actual = parse_patterns(text, patterns), set(record["positive_patterns"])
+    named = set(parsed or ())
     right = len(named & actual)
-    recall = right / len(actual) if actual else None
-    return ClassificationScore(right / len(named) if named else 0.0, recall, named == actual)
+    recall, exact = right / len(actual) if actual else None, parsed is not None and named == actual
+    return ClassificationScore(right / len(named) if named else float(exact), recall, exact)
 
 
 def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -97,8 +117,7 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
     records: dict[int, dict[str, Any]] = {}
     for table in read_networks(zoo, spec):
         records |= {row["index"]: row for row in table.to_pylist() if row["index"] in indices}
-    universe = Universe(spec.vocab_size, spec.sequence_length, patterns)
-    benchmark = Evaluation.build(universe, JUDGED, JUDGED_NONE, seed=spec.seed)
+    benchmark = benchmark_of(spec, patterns)
     scores: list[dict[str, Any]] = []
     for i, answer in enumerate(checked):
         record, text = records.get(answer.index), answer.completion
@@ -106,7 +125,8 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
             raise InvalidInput.field(f"answers.{i}.index", f"the zoo has no record {answer.index}")
         score: dict[str, float | None] = {"parsed": 0.0, "gain": 0.0, "others": 0.0}
         if answer.task == "classification":
-            scores_of = score_classification(text, record, patterns)._asdict()
+            measured = with_positive(record, spec, patterns, lambda: benchmark)
+            scores_of = score_classification(text, measured, patterns)._asdict()
             score = {name: None if value is None else float(value) for name, value in scores_of.items()}
         elif spec.staged is None:
             one_stage = "the zoo was trained in one stage, so there is nothing to modify"

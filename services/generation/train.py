@@ -153,15 +153,15 @@ class SubjectModelTrainer:
         """Peak rates of candidates that draw their own; None where one number is that of all."""
         return None if isinstance(self.spec.training.learning_rate, float) else candidates.learning_rate
 
-    def degrade(self, candidates: Candidates) -> Degraded:
-        """First stage of staged training: some labels of the target pattern are wrong."""
+    def degrade(self, candidates: Candidates, *, corrupted: bool = True) -> Degraded:
+        """First stage of staged training: some labels of the target pattern are wrong, unless not ``corrupted``."""
         staged, seed = self._staged, self.spec.seed
         data = [
             Examples.draw(seed, "examples", candidates, staged.examples, self._train),
             Examples.draw(seed, "validation", candidates, VALIDATION_EXAMPLES, self._validation),
         ]
         # This stage is to learn the wrong labels, so the validation labels are as wrong.
-        rate, indices = staged.corruption_rate, candidates.indices
+        rate, indices = staged.corruption_rate if corrupted else 0.0, candidates.indices
         wrong = [replace(examples, labels=examples.corrupted(seed, indices, rate)) for examples in data]
         population = self._population(candidates, rates=candidates.learning_rate)
         return Degraded(*self._stage("first stage", candidates, population, wrong, epochs=staged.epochs), data)

@@ -43,11 +43,18 @@ def side_by_side(trainer: BucketTrainer, networks: int, workers: int) -> Iterato
         with closing(Workers(trainer.spec, workers, trainer.baseline)) as processes:
             yield processes.submit
         return
+    with threads(trainer, workers) as pool:
+        yield lambda block, part: pool.submit(trainer.train, trainer.buckets(block)[part])
+
+
+@contextmanager
+def threads(trainer: BucketTrainer, count: int) -> Iterator[ThreadPoolExecutor]:
+    """``count`` threads that train, each on one core. On leaving, what is in training ends at once."""
     stop = trainer.subject_trainer.stop
     stop.clear()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield lambda block, part: pool.submit(trainer.train, trainer.buckets(block)[part])
+        yield pool
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

@@ -7,7 +7,9 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,10 +49,16 @@ class JobRun(Run):
         self._work, self._store = Path(context.work_dir), ArtifactStore(context.store)
         self._progress, self._metric, self._unsent = jobs_pb2.Progress(), jobs_pb2.Metric(), False
         self._next_report = self._next_checkpoint = 0.0
-        self.inputs = {
-            path: self._store.fetch(artifact, self._work / "inputs" / path) for path, artifact in context.inputs.items()
-        }
-        checkpoint = self._store.fetch(context.checkpoint, self._work / "resume") if context.checkpoint else None
+        self.seconds = {"imports": 0.0, "inputs": 0.0, "checkpoints": 0.0, "outputs": 0.0}
+        """How long the job has waited for the platform in this attempt."""
+        self._keeper = ThreadPoolExecutor(1, "checkpoint")
+        self._keeping: Future[None] | None = None
+        with self._timed("inputs"):
+            self.inputs = {
+                path: self._store.fetch(artifact, self._work / "inputs" / path)
+                for path, artifact in context.inputs.items()
+            }
+            checkpoint = self._store.fetch(context.checkpoint, self._work / "resume") if context.checkpoint else None
         if checkpoint is not None:
             self.resume = checkpoint / STATE
         self._metrics = MetricsWriter(self._work / "metrics", checkpoint, partial(self.log, level="warning"))
@@ -86,15 +94,32 @@ class JobRun(Run):
         if self._cancelled.is_set():
             raise Cancelled
         began = time.monotonic()
-        folder = self._work / "checkpoint"
-        self._metrics.checkpoint(folder, write)
-        artifact, _ = self._put(folder, "checkpoint", "checkpoint")
-        shutil.rmtree(folder)
-        self._report()
-        self._send(jobs_pb2.JobEvent(checkpoint=jobs_pb2.Checkpoint(artifact=artifact, step=step)))
-        self._schedule_checkpoint(cost=time.monotonic() - began)
-        if lifetime.stopping.is_set():
-            raise Stopped
+        with self._timed("checkpoints"):
+            self.keep_checkpoint()
+            folder = self._work / "checkpoint"
+            self._metrics.checkpoint(folder, write)
+            self._report()
+            # Writing to the disk takes most of the time and none of the processor's: the job goes on meanwhile.
+            self._next_checkpoint = math.inf
+            self._keeping = self._keeper.submit(self._keep, folder, step, time.monotonic() - began)
+            if lifetime.stopping.is_set():
+                self.keep_checkpoint()
+                raise Stopped
+
+    def keep_checkpoint(self) -> None:
+        """Wait until the last checkpoint is in the store. Raises what that raised."""
+        keeping, self._keeping = self._keeping, None
+        if keeping is not None:
+            keeping.result()
+
+    def _keep(self, folder: Path, step: int, cost: float) -> None:
+        began = time.monotonic()
+        try:
+            artifact, _ = self._put(folder, "checkpoint", "checkpoint")
+            self._send(jobs_pb2.JobEvent(checkpoint=jobs_pb2.Checkpoint(artifact=artifact, step=step)))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._schedule_checkpoint(cost + time.monotonic() - began)
 
     def children(self, parts: Mapping[str, tuple[str, Spec]]) -> Mapping[str, ChildJob]:
         known = {child.name: child for child in self._context.children}
@@ -127,23 +152,36 @@ class JobRun(Run):
         return folder if folder.exists() else self._store.fetch(artifact, folder)
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
-        artifact, size = self._put(folder, name, type)
+        with self._timed("outputs"):
+            artifact, size = self._put(folder, name, type)
         self._send(jobs_pb2.JobEvent(artifact=jobs_pb2.Artifact(name=name, type=type, id=artifact, size=size)))
 
     def wait(self) -> None:
         """Send the last progress, and that the attempt ends until its child jobs have ended."""
+        self.keep_checkpoint()
         self._report()
         self._send(jobs_pb2.JobEvent(wait=jobs_pb2.Wait()))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Send the last progress, the metrics as an artifact, and the job's result."""
+        """Send the last progress, the metrics as an artifact, what the platform took, and the job's result."""
+        with self._timed("checkpoints"), self.side_output("keeping the last checkpoint"):
+            self.keep_checkpoint()
         self._report()
         self._metrics.close()
         if self._metrics.file.exists():
             with self.side_output("keeping the metrics"):
                 self.artifact("metrics", "metrics", self._metrics.folder)
         answer = json.dumps(result, allow_nan=False)
+        self.log("apart from the work: " + ", ".join(f"{name} {took:.2f} s" for name, took in self.seconds.items()))
         self._send(jobs_pb2.JobEvent(result=jobs_pb2.Result(json=answer)))
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.monotonic() - began
 
     def _report(self) -> None:
         if not self._unsent:

@@ -6,8 +6,10 @@ import logging
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -45,8 +47,7 @@ def add_to_server(server: grpc.Server, kind: Kind, request: type[Message]) -> No
 def _stream_job(kind: Kind, request: Any, context: grpc.ServicerContext) -> Iterator[jobs_pb2.JobEvent]:
     """Run the job's function in a thread and yield its events. ``request`` has the fields ``context`` and ``spec``.
 
-    The function's module is imported in that thread, so that the child answers before torch is loaded. An
-    :class:`EthogramError` travels to the supervisor as it is; the traceback of any other exception goes to the job's
+    An :class:`EthogramError` travels to the supervisor as it is; the traceback of any other exception goes to the job's
     log, and the call ends with INTERNAL.
     """
     try:
@@ -71,17 +72,26 @@ def _stream_job(kind: Kind, request: Any, context: grpc.ServicerContext) -> Iter
 
     def work() -> None:
         try:
+            began = time.monotonic()
             function = kind.load_job()
+            imported = time.monotonic()
             torch = sys.modules.get("torch")
             if torch is not None and request.context.threads:
                 torch.set_num_threads(request.context.threads)
             run = JobRun(spec, request.context, send, cancelled)
+            run.seconds["imports"] = imported - began
             run.log(f"computes on {run.device}" + (", from the last checkpoint" if run.resume else ""))
             warn(spec, run)
             try:
                 run.finish(function(spec, run))
             except Waiting:
                 run.wait()
+            except BaseException:
+                # A later attempt resumes from it.
+                if not cancelled.is_set():
+                    with suppress(EthogramError, OSError):
+                        run.keep_checkpoint()
+                raise
         except BaseException as error:
             ended.append(error)
             if not isinstance(error, Cancelled | Stopped | EthogramError):

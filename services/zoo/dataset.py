@@ -44,17 +44,18 @@ BRANCHES = ("plus", "minus")
 _NUMBERS = pyarrow.list_(pyarrow.float32())
 # Columns that a zoo in memory has as tensors, and those that are not known of every record.
 _HELD = {"patterns", "layers", "neurons", "activation", "worst_accuracy", "accuracy", "weights"}
-_OPTIONAL = {"epochs", "validation_loss", "training_loss"}
+_OPTIONAL = {"epochs", "validation_loss", "training_loss", "positive_patterns", "yes_share", "positive_threshold"}
 
 
 def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.Schema:
     """Columns of the records that ``spec`` asks for.
 
-    ``weights``: layer after layer, weights (``[fan_out, fan_in]``, row by row) before biases. ``signature``: for each
-    method, neuron after neuron and layer after layer, the logit last. ``accuracy``: held-out, by stratum (see
-    ``zoo.json``), NaN of one without sequences. ``epochs``, ``validation_loss`` and ``training_loss``: by stage.
-    ``degraded_...`` are those of the first of two stages; ``plus_...`` and ``minus_...`` those of the branches with one
-    pattern more and one less.
+    ``patterns``: those that were trained; ``positive_patterns``, ``yes_share`` and ``positive_threshold``: see
+    :func:`positive_columns`. ``weights``: layer after layer, weights (``[fan_out, fan_in]``, row by row) before biases.
+    ``signature``: for each method, neuron after neuron and layer after layer, the logit last. ``accuracy``: held-out,
+    by stratum (see ``zoo.json``), NaN of one without sequences. ``epochs``, ``validation_loss`` and ``training_loss``:
+    by stage. ``degraded_...`` are those of the first of two stages; ``plus_...`` and ``minus_...`` those of the
+    branches with one pattern more and one less.
     """
     signature = pyarrow.struct([(method, _NUMBERS) for method in methods])
 
@@ -64,6 +65,9 @@ def schema(spec: GenerationSpec, methods: Sequence[SignatureMethod]) -> pyarrow.
     columns: list[tuple[str, Any]] = [
         ("index", pyarrow.int64()),
         ("patterns", pyarrow.list_(pyarrow.string())),
+        ("positive_patterns", pyarrow.list_(pyarrow.string())),
+        ("yes_share", _NUMBERS),
+        ("positive_threshold", pyarrow.float64()),
         ("layers", pyarrow.int32()),
         ("neurons", pyarrow.int32()),
         ("activation", pyarrow.string()),
@@ -240,7 +244,8 @@ class Zoo:
     @cached_property
     def digest(self) -> str:
         """Hash of the spec, networks, labels and probes."""
-        digest = hashlib.sha256(self.spec.model_dump_json().encode())
+        # Without what came later and changes no network: a codec must still know its zoo.
+        digest = hashlib.sha256(self.spec.model_dump_json(exclude={"positive_threshold"}).encode())
         for tensor in (self.index, self.shape, self.weights, self.labels, self.probes):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -393,6 +398,14 @@ def signature_column(
 ) -> dict[SignatureMethod, Any]:
     """The signature of one network as records have it: of each method, all numbers."""
     return {method: values.flatten().numpy() for method, values in extractor.extract(params, shape).items()}
+
+
+def positive_columns(yes_share: Tensor, names: Sequence[str], spec: GenerationSpec) -> dict[str, Any]:
+    """What a record says of the patterns that its network classifies as positive. ``yes_share``: share of the held-out
+    sequences that it answers yes to, by stratum ``[patterns + 1]``; positive from ``spec.positive_threshold`` on."""
+    threshold = spec.positive_threshold
+    positive = list(compress(names, (yes_share[: len(names)] >= threshold).tolist()))
+    return {"positive_patterns": positive, "yes_share": yes_share.numpy(), "positive_threshold": threshold}
 
 
 def prefixed(prefix: str, record: Mapping[str, Any]) -> dict[str, Any]:

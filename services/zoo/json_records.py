@@ -287,7 +287,9 @@ def _described(survey: _Survey, patterns: Sequence[PatternSpec], names: Mapping[
     staged: dict[str, Any] | None = None
     if survey.first.degraded is not None:
         rate = _mapping(metadata.get("corruption_stats")).get("corruption_rate")
-        staged = {"corruption_rate": rate} if _is_number(rate) else {}
+        # They were accepted elsewhere.
+        staged = {"min_degradation_threshold": 0.0} | ({"corruption_rate": rate} if _is_number(rate) else {})
+    threshold = metadata.get("positive_threshold")
     counts = {len({names[name] for name in selection}) for selection in survey.selections}
     return {
         "subjects": survey.records,
@@ -308,6 +310,7 @@ def _described(survey: _Survey, patterns: Sequence[PatternSpec], names: Mapping[
         },
         "staged": staged,
         "min_accuracy": 0.0,
+        **({"positive_threshold": threshold} if _is_number(threshold) else {}),
     }
 
 

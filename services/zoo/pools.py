@@ -151,8 +151,12 @@ class Evaluation:
     def accuracy(self, params: Params, inputs: Tensor, activation: str, selected: Tensor) -> Tensor:
         """Accuracy of networks by stratum, as :meth:`by_stratum`. ``selected``: the patterns of each, bool ``[models,
         patterns]``; ``inputs``: the sequences as network inputs ``[n, input_size]``."""
-        predictions = forward(params, inputs, activation).cpu() > 0
-        return self.by_stratum(predictions == self.labels(selected))
+        return self.by_stratum(self.predictions(params, inputs, activation) == self.labels(selected))
+
+    def predictions(self, params: Params, inputs: Tensor, activation: str) -> Tensor:
+        """Which sequences networks answer yes to: bool ``[models, n]``, on the CPU; ``inputs`` as for
+        :meth:`accuracy`."""
+        return forward(params, inputs, activation).cpu() > 0
 
 
 def probes(universe: Universe, count: int, seed: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
+from ethogram.specs.generation import GenerationSpec
 from services.artifacts.hub import fetch
 from services.runtime.run import Run
 from services.zoo.dataset import (
@@ -24,6 +25,7 @@ from services.zoo.dataset import (
     Zoo,
     is_rest,
     network_columns,
+    positive_columns,
     prefixed,
     read_about,
     record_of,
@@ -83,7 +85,7 @@ def open_zoo(source: Path, run: Run | None = None) -> Zoo:
     run.stage("judge", len(records), "records")
     names, rows, networks = [pattern.name for pattern in records.patterns], list[dict[str, Any]](), []
     for done, (index, record) in enumerate(records, 1):
-        rows.append(row_of(index, record, names, evaluation))
+        rows.append(row_of(index, record, spec, names, evaluation))
         networks.append((record.shape, flatten(record.improved)[0]))
         run.advance(done)
     zoo = Zoo.of_shapes(
@@ -102,12 +104,14 @@ def open_zoo(source: Path, run: Run | None = None) -> Zoo:
 def row_of(
     index: int,
     record: Record,
+    spec: GenerationSpec,
     names: Sequence[str],
     evaluation: Evaluation,
+    *,
     extractor: ActivationSignatureExtractor | None = None,
 ) -> dict[str, Any]:
-    """A record in our own form, with accuracies on ``evaluation`` and, with an ``extractor``, signatures. ``names``: of
-    the patterns."""
+    """A record of a zoo of ``spec`` in our own form, with accuracies on ``evaluation`` and, with an ``extractor``,
+    signatures. ``names``: of the patterns."""
     shape, selected = record.shape, torch.tensor([[name in record.patterns for name in names]])
     inputs = encode(shape, evaluation.sequences)
 
@@ -119,6 +123,8 @@ def row_of(
     rate, dropout = record.learning_rate, record.dropout
     row = record_of(index, patterns, shape, improved, learning_rate=rate, dropout=dropout)
     row |= {name: record.by_stage(name) for name in ("validation_loss", "training_loss")}
+    yes_share = evaluation.by_stratum(evaluation.predictions(record.improved, inputs, shape.activation))[0]
+    row |= positive_columns(yes_share, names, spec)
     if record.degraded is not None and record.target is not None:
         row |= prefixed("degraded_", network(record.degraded))
         target = names.index(record.target)

@@ -41,6 +41,8 @@ class Statistics:
     """Mean gain on the target pattern."""
     tokens: dict[str, tuple[float, int]]
     """Of each task whose tokens were counted: mean and most of a record."""
+    twins: dict[str, Any] | None
+    """How staged candidates differ from twins that were trained without corruption, as in ``zoo.json``."""
 
     @classmethod
     def of(cls, folder: Path) -> Statistics:
@@ -84,6 +86,21 @@ class Statistics:
             dict(sorted(shapes.items())),
             gained / subjects if staged else None,
             {task: (count / subjects, most) for task, (count, most) in tokens.items()},
+            about.get("twins"),
+        )
+
+    @property
+    def effect(self) -> str:
+        """What corruption does, in words; nothing where there are no twins."""
+        if self.twins is None:
+            return ""
+        degraded, improvement = (_interval(self.twins[name]) for name in ("degraded_accuracy", "improvement"))
+        return (
+            f"The first {self.twins['candidates']:,} candidates, accepted or not, were trained once more without "
+            "corruption, from the same start and in the same order. On the target pattern, corruption changed the "
+            f"accuracy after the first stage by {degraded} and the gain of the second by {improvement}, held-out and "
+            f"with 95 % confidence intervals. {self.twins['accepted']:.0%} of these candidates pass the checks, and "
+            f"{self.twins['twins_accepted']:.0%} of their twins."
         )
 
     def figures(self) -> dict[str, Any]:
@@ -100,6 +117,8 @@ class Statistics:
             figures["degraded_accuracy"] = round(float(np.nanmean(self.degraded_accuracy)), 4)
             figures["degraded_accuracy_by_pattern"] = _rounded(self.strata, self.degraded_accuracy)
             figures["improvement"] = round(self.improvement, 4)
+        if self.twins is not None:
+            figures["twins"] = self.twins
         if self.tokens:
             tokens = self.tokens.items()
             figures["tokens"] = {task: {"mean": round(mean, 1), "max": most} for task, (mean, most) in tokens}
@@ -113,6 +132,12 @@ def _origin(about: dict[str, Any], subjects: int) -> str:
     accepted = candidates - sum(about.get("rejected", {}).values())
     kept = "all of these" if accepted == subjects else f"the first {subjects:,} of these"
     return f"{candidates:,} candidates were trained, {accepted:,} passed the checks, and {kept} are kept."
+
+
+def _interval(effect: dict[str, float | None]) -> str:
+    mean, *ends = (effect[name] for name in ("mean", "low", "high"))
+    text = f"{mean:+.3f}"
+    return text if None in ends else f"{text} ({ends[0]:+.3f} to {ends[1]:+.3f})"
 
 
 def _rounded(names: list[str], values: Numbers) -> dict[str, float | None]:

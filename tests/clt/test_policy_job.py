@@ -32,6 +32,7 @@ def call(*arguments: str | Path) -> int:
     return code
 
 
+@pytest.mark.pictures
 def test_job_keeps_a_policy_and_a_report(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     result = job.run(policy_spec(), recorder)

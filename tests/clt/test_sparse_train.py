@@ -249,6 +249,7 @@ def test_mlps_are_told_from_blocks() -> None:
     assert mlp_pairs("policy", ["a_pre_mlp", "a_mlp", "a"]) == [("a_pre_mlp", "a_mlp")]
 
 
+@pytest.mark.pictures
 def test_the_job_keeps_model_and_report(store: ActivationStore, tmp_path: Path) -> None:
     run = Recorder(tmp_path, inputs={"activations": store.folder})
     result = job.run(clt(kind="per_layer", training={"snapshots": 20}), run)

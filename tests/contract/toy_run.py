@@ -20,7 +20,7 @@ from gateway.submissions import JOB_EXAMPLES, Submission
 from scripts.contracts import SYSTEMS
 from services.artifacts.store import ArtifactStore
 from services.kinds import input_refs, request_type, spec_message
-from workers.process import Child
+from workers.process import Child, ForkServer
 from workers.settings import Slot
 
 
@@ -43,7 +43,8 @@ def check_messages(kind: Kind) -> None:
 
 def check_child(kind: Kind, folder: Path) -> None:
     """A real child process runs the job over a real channel."""
-    child = Child(kind, Slot(0, "cpu", 1, ""), folder)
+    server = ForkServer(Slot(0, "cpu", 1, ""))
+    child = Child(kind, server, folder)
     try:
         child.wait_ready(lambda: False)
         make: Any = request_type(kind)
@@ -65,6 +66,7 @@ def check_child(kind: Kind, folder: Path) -> None:
             events = list(call(request, timeout=60))
     finally:
         child.close(grace=3.0)
+        server.close()
     assert json.loads(events[-1].result.json) == {"total": 1.5}
     made = {e.artifact.name: e.artifact for e in events if e.WhichOneof("event") == "artifact"}
     assert {name: artifact.type for name, artifact in made.items()} == kind.outputs

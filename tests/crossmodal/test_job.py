@@ -18,6 +18,7 @@ from tests.crossmodal.conftest import tiny_spec
 from tests.recorder import Recorder
 
 
+@pytest.mark.pictures
 def test_job_keeps_a_codec_and_a_report(zoo: Zoo, tmp_path: Path) -> None:
     zoo.save(tmp_path / "zoo")
     recorder = Recorder(tmp_path, inputs={"zoo": tmp_path / "zoo"})

@@ -18,6 +18,8 @@ from services.crossmodal.evaluate import STRENGTHS, evaluate
 from services.crossmodal.report import pareto, principal_positions, write_report
 from services.zoo.dataset import Zoo
 
+pytestmark = pytest.mark.pictures
+
 
 def test_a_report_has_its_pictures_and_numbers(zoo: Zoo, untrained: Codec, tmp_path: Path) -> None:
     found = evaluate(untrained, zoo)

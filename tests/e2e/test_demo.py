@@ -70,17 +70,17 @@ def test_from_nothing_to_a_report_and_again(tmp_path: Path) -> None:
     assert all(" ".join(sentence.split()) in " ".join(first.stderr.split()) for sentence in report["summary"])
     assert leftovers(state) == []
 
-    second = demo(state, output, "--json")
+    with up(state) as (_, said):
+        second = demo(state, output, "--json")
+        use_the_published_model(said["url"], tmp_path, output / "evaluation" / "held_out.safetensors")
+    assert leftovers(state) == []
+    assert f"using the platform at {said['url']}" in second.stderr
     again = json.loads(second.stdout)
     assert again["reused"] == ["zoo", "codec"]
     assert (again["jobs"], again["model"]) == (report["jobs"], report["model"])
     assert again["figures"]["agreement"] == report["figures"]["agreement"]
     assert again["figures"]["seconds"] == {**report["figures"]["seconds"], "kept": True}
     assert "reusing" in second.stderr
-
-    with up(state) as (_, said):
-        use_the_published_model(said["url"], tmp_path, output / "evaluation" / "held_out.safetensors")
-    assert leftovers(state) == []
 
 
 def names(tensors: dict[str, Any]) -> list[str]:

@@ -49,6 +49,7 @@ def zoo(spec: Path) -> Path:
     return spec.with_name("zoo")
 
 
+@pytest.mark.pictures
 def test_make_leaves_a_zoo_a_card_a_report_and_metrics(zoo: Path) -> None:
     assert len(records(zoo)) == 8
     assert {"README.md", "zoo.json", "baseline_dataset.json", "data", "report"} == {file.name for file in zoo.iterdir()}

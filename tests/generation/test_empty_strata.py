@@ -23,7 +23,7 @@ from services.zoo.dataset import Zoo
 from services.zoo.patterns import Pattern
 from services.zoo.source import open_zoo
 from services.zoo.statistics import Statistics
-from tests.generation.test_staged import records, staged_spec
+from tests.generation.test_staged import answers, records, selection_of, staged_spec
 
 # Every sequence begins with one of these, so that none is left that matches no pattern.
 EVERY = [*(PatternSpec(name="starts_with", token=token) for token in "ABCDE"), PatternSpec(name="palindrome")]
@@ -67,8 +67,8 @@ def test_other_forms_and_scores_leave_it_out_too(made: tuple[Path, dict[str, Any
     again = records(tmp_path / "imported")
     for row, other in zip(rows, again, strict=True):
         assert other["improvement"] == pytest.approx(row["improvement"], abs=1e-5)
-    answers = [{"index": row["index"], "task": "classification", "completion": ""} for row in rows]
-    assert means(score_answers(folder, answers))["classification"]["recall"] == 0.0
+    given = [{"index": row["index"], "task": "classification", "completion": ""} for row in rows]
+    assert means(score_answers(folder, given))["classification"]["recall"] == 0.0
 
 
 def test_checks_are_on_what_there_is() -> None:
@@ -79,15 +79,17 @@ def test_checks_are_on_what_there_is() -> None:
     accuracy = torch.tensor([[0.9, nan, 0.8, 0.9, nan], [0.9, 0.95, nan, 0.7, 1.0]])
     assert [cause is None for cause in gate(accuracy, own, list("abcd"), 0.75)] == [True, False]
     assert str(gate(accuracy, own, list("abcd"), 0.75)[1]).endswith(" d")
-    target = torch.zeros(2, dtype=torch.int64)
     selected = torch.tensor([[True, True, False, False]] * 2)
-    own = replace(own, selected=selected, target=target)
-    gains = torch.tensor([[0.3, nan, 0.0, 0.0, nan], [0.3, 0.0, nan, nan, nan]])
-    assert improvement(torch.full((2, 5), 0.5), 0.5 + gains, own, spec.staged) == [None, None]
+    own = replace(own, selected=selected, target=torch.zeros(2, dtype=torch.int64))
+    for sizes in ([100, 0, 100, 100, 0], [100, 100, 0, 0, 0]):
+        selection = selection_of(sizes)
+        before = answers(selection, [40, *(size * 3 // 5 for size in sizes[1:])]).expand(2, -1)
+        after = answers(selection, [80, *(size * 3 // 5 for size in sizes[1:])]).expand(2, -1)
+        assert improvement(before, after, own, spec.staged, selection) == [None, None]
 
 
 def test_a_network_without_patterns_has_no_recall() -> None:
-    assert score_classification("nothing", {"patterns": []}, [Pattern("palindrome")]).recall is None
+    assert score_classification("nothing", {"positive_patterns": []}, [Pattern("palindrome")]).recall is None
     rows = [
         {"index": 0, "task": "classification", "precision": 0.0, "recall": None, "exact": 1.0},
         {"index": 1, "task": "classification", "precision": 1.0, "recall": 0.5, "exact": 0.0},

@@ -17,7 +17,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.generation import FormatSpec, GenerationSpec
 from services.generation.format import TrainingDataFormatter, parse_patterns, parse_weights
 from services.generation.pipeline import DatasetGenerationPipeline
-from services.generation.score import score_classification, score_modification
+from services.generation.score import benchmark_of, score_classification, score_modification, with_positive
 from services.zoo.patterns import Pattern, from_specs
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, flatten
@@ -66,7 +66,7 @@ def test_prompts_hold_what_the_task_needs_and_not_its_answer(rows: list[dict[str
         assert f"mean {row['signature']['mean'][0]:.4g}" in classification.prompt
         for pattern in PATTERNS:
             assert f"- {pattern.name}: {pattern.description}" in classification.prompt
-        assert parse_patterns(classification.completion, PATTERNS) == row["patterns"]
+        assert parse_patterns(classification.completion, PATTERNS) == row["positive_patterns"]
         assert modification.text == modification.prompt + modification.completion
 
 
@@ -78,14 +78,26 @@ def test_answers_are_scored(rows: list[dict[str, Any]]) -> None:
         assert perfect.gain == pytest.approx(perfect.reference_gain, abs=1e-6)
         idle = score_modification(made.weights(row, "degraded_weights"), row, SPEC, PATTERNS, benchmark)
         assert idle.gain == idle.others == 0.0
-        assert score_classification(", ".join(row["patterns"]), row, PATTERNS).exact
-        one = row["patterns"][0]
-        assert score_classification(f"I think it is {one.upper()}.", row, PATTERNS) == (
-            1.0,
-            1 / len(row["patterns"]),
-            False,
-        )
-        assert score_classification("no idea", row, PATTERNS) == (0.0, 0.0, False)
+
+
+def test_classification_answers_are_scored_by_what_was_measured(rows: list[dict[str, Any]]) -> None:
+    names = [pattern.name for pattern in PATTERNS]
+    row = rows[0] | {"patterns": names[:2], "positive_patterns": names[1:3]}
+    assert score_classification(", ".join(names[1:3]), row, PATTERNS) == (1.0, 1.0, True)
+    assert score_classification(", ".join(names[:2]), row, PATTERNS) == (0.5, 0.5, False)
+    assert score_classification(f"I think it is {names[1].upper()}.", row, PATTERNS) == (1.0, 0.5, False)
+    assert score_classification("no idea", row, PATTERNS) == score_classification("None.", row, PATTERNS)
+    assert score_classification("no idea", row, PATTERNS) == (0.0, 0.0, False)
+    # A network that classifies nothing as positive, trained or not: that must be said.
+    nothing = row | {"positive_patterns": []}
+    assert formatter().classification(nothing).completion == "none\n"
+    assert score_classification("none\n", nothing, PATTERNS) == (1.0, None, True)
+    assert score_classification("no idea", nothing, PATTERNS) == (0.0, None, False)
+    assert score_classification(names[0], nothing, PATTERNS) == (0.0, None, False)
+    # Where it was not recorded it is measured.
+    unknown = rows[0] | {"positive_patterns": None, "yes_share": None}
+    found = with_positive(unknown, SPEC, PATTERNS, lambda: benchmark_of(SPEC, PATTERNS))
+    assert found["positive_patterns"] == rows[0]["positive_patterns"]
 
 
 @pytest.mark.parametrize(

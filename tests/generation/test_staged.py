@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,27 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from scipy.stats import binomtest
 
 from benchmarks._plain import PlainLoop
 from ethogram.errors import InvalidInput
-from ethogram.specs.generation import GenerationSpec
-from services.generation import buckets, pipeline, progress
+from ethogram.specs.generation import GenerationSpec, StagedSpec, SubjectTrainingSpec
+from services.generation import buckets, checks, pipeline, progress
+from services.generation import twins as twins_module
 from services.generation.buckets import BucketTrainer
 from services.generation.checks import degradation, improvement
 from services.generation.data import Candidates
+from services.generation.json_form import export_json, import_json
 from services.generation.pipeline import DatasetGenerationPipeline
+from services.generation.report import write_report
 from services.generation.sampler import PatternDatasetSampler
-from services.runtime.run import Stopped
-from services.zoo.dataset import Zoo, read_records
+from services.generation.workers import threads
+from services.runtime.run import Run, Stopped
+from services.zoo.dataset import Zoo, architecture_of, network_of, read_about, read_records
+from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, encode, forward, unflatten
-from services.zoo.universe import HELD_OUT, TRAIN, VALIDATION
-from tests.generation.conftest import PATTERNS
+from services.zoo.universe import HELD_OUT, SELECTION, TRAIN, VALIDATION
+from tests.generation.conftest import PATTERNS, small_spec
 from tests.recorder import Recorder
 
 
@@ -48,7 +55,14 @@ def staged_spec(staged: dict[str, Any] | None = None, **changes: Any) -> Generat
             "init": "independent",
             "weight_init": "kaiming",
         },
-        "staged": {"examples": 96, "batch_size": 32, "learning_rate": {"min": 5e-3, "max": 2e-2}, **(staged or {})},
+        "staged": {
+            "examples": 96,
+            "batch_size": 32,
+            "learning_rate": {"min": 5e-3, "max": 2e-2},
+            "min_specificity": 0.05,
+            "max_instability": 0.3,
+            **(staged or {}),
+        },
         "signature": {"probes": 12, "methods": ["mean", "std"]},
     }
     return GenerationSpec.model_validate({**fields, **changes})
@@ -117,10 +131,10 @@ def test_a_subject_equals_a_plain_pytorch_loop(tmp_path: Path) -> None:
         np.testing.assert_allclose(np.array(alone.weights), np.array(row["weights"]), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_same_whatever_the_scheduling(made: tuple[Path, dict[str, Any]], tmp_path: Path, threads: int) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_same_whatever_the_scheduling(made: tuple[Path, dict[str, Any]], tmp_path: Path, workers: int) -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(workers)
     try:
         DatasetGenerationPipeline(staged_spec()).run(tmp_path / "again")
     finally:
@@ -131,7 +145,7 @@ def test_the_same_whatever_the_scheduling(made: tuple[Path, dict[str, Any]], tmp
 def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "MOST_TOGETHER", 32)
     monkeypatch.setattr(pipeline, "SHARD", 256)
-    spec = staged_spec().model_copy(update={"subjects": 400})
+    spec = staged_spec().model_copy(update={"subjects": 200})
     figures = DatasetGenerationPipeline(spec).run(tmp_path / "whole")
     stopped = Recorder(tmp_path / "checkpoints", every=True, stop_after=2)
     with pytest.raises(Stopped):
@@ -167,28 +181,212 @@ def test_a_stage_ends_when_it_gets_no_better(tmp_path: Path) -> None:
     assert epochs.min() >= 3 and (epochs[:, 0] < 60).any()
 
 
-def test_the_three_checks() -> None:
+def selection_of(sizes: list[int]) -> Evaluation:
+    """Sequences of four patterns and of none, as many as ``sizes`` says; only their strata matter to the checks."""
+    stratum = torch.arange(5).repeat_interleave(torch.tensor(sizes))
+    return Evaluation(torch.zeros(len(stratum), 4), torch.zeros(len(stratum), 4, dtype=torch.bool), stratum)
+
+
+def answers(selection: Evaluation, right: list[int]) -> torch.Tensor:
+    """Answers of one network of which the first ``right`` of each stratum are right."""
+    return torch.cat([torch.arange(int((selection.stratum == i).sum())) < n for i, n in enumerate(right)])
+
+
+def test_the_checks() -> None:
     spec = staged_spec({"min_degradation_threshold": 0.1, "min_specificity": 0.05, "max_instability": 0.1})
     assert spec.staged is not None
-    own = Candidates.draw(spec, torch.zeros(7, dtype=torch.int64), 4)
-    both = torch.tensor([[True, True, False, False]]).expand(7, -1)
-    own = replace(own, selected=both, target=torch.zeros(7, dtype=torch.int64))
-    before = torch.full((7, 5), 0.5)
-    gains = torch.tensor(
-        [
-            [0.30, 0.00, 0.00, 0.00, 0.00],
-            [0.05, 0.00, 0.00, 0.00, 0.00],
-            [0.30, 0.30, 0.30, 0.30, 0.30],
-            [0.30, -0.15, 0.0, 0.00, 0.00],
-            [0.30, -0.05, 0.0, 0.00, -0.2],
-            [0.30, 0.00, -0.2, -0.2, -0.2],
-            [0.10, -0.1, 0.0, 0.00, 0.00],
+    selection = selection_of([100] * 5)
+    # Right answers of 100 after the second stage; 50 after the first. Own patterns: the first, which is the target, and
+    # the second.
+    cases: list[tuple[list[int], str | None]] = [
+        ([80, 50, 51, 50, 50], None),
+        ([55, 50, 50, 50, 50], "magnitude"),
+        ([80, 80, 80, 80, 80], "specificity"),
+        ([80, 35, 50, 50, 50], "stability"),
+        ([80, 45, 60, 60, 31], None),
+        ([80, 50, 30, 30, 30], "stability"),
+        ([80, 65, 50, 50, 50], "others degraded"),
+        ([80, 50, 65, 65, 65], "others degraded"),
+        ([80, 60, 60, 60, 60], None),
+        ([80, 50, 44, 44, 44], "no better than chance"),
+    ]
+    own = Candidates.draw(spec, torch.zeros(len(cases), dtype=torch.int64), 4)
+    both = torch.tensor([[True, True, False, False]]).expand(len(cases), -1)
+    own = replace(own, selected=both, target=torch.zeros(len(cases), dtype=torch.int64))
+    before = answers(selection, [50] * 5).expand(len(cases), -1)
+    after = torch.stack([answers(selection, right) for right, _ in cases])
+    assert improvement(before, after, own, spec.staged, selection) == [cause for _, cause in cases]
+    unchecked = spec.staged.model_copy(update={"min_degradation_threshold": 0.0, "min_specificity": -1.0})
+    for target, cause in ((51, None), (50, None), (49, "magnitude")):
+        after = answers(selection, [target, 50, 45, 45, 45]).unsqueeze(0)
+        assert improvement(before[:1], after, own.select(torch.arange(1)), unchecked, selection) == [cause]
+    early = [answers(selection, [right, 0, 0, 0, 0]) for right in (100, 91, 90, 50)]
+    own = own.select(torch.arange(4))
+    causes = degradation(torch.stack(early), own, spec.staged, selection)
+    assert causes == ["too little degraded"] * 2 + [None] * 2
+    # By default, as much better everywhere is no mending of one pattern.
+    plain, every = (answers(selection, [right] * 5).unsqueeze(0) for right in (50, 80))
+    assert improvement(plain, every, own.select(torch.arange(1)), StagedSpec(), selection) == ["specificity"]
+    # One sequence of 17 is more than the threshold, and noise.
+    rare = selection_of([17, 100, 100, 100, 100])
+    before, after = (answers(rare, [right, 50, 50, 50, 60]).unsqueeze(0) for right in (10, 11))
+    assert improvement(before, after, own.select(torch.arange(1)), StagedSpec(), rare) == ["magnitude"]
+    # Nothing is measured on strata without sequences.
+    selection = selection_of([100, 100, 0, 0, 0])
+    before, after = answers(selection, [50, 50, 0, 0, 0]), answers(selection, [80, 50, 0, 0, 0])
+    own = own.select(torch.arange(1))
+    assert improvement(before.unsqueeze(0), after.unsqueeze(0), own, spec.staged, selection) == [None]
+
+
+def test_a_gain_by_chance_is_none() -> None:
+    """The test of the magnitude check, against scipy's, whatever changed."""
+    pairs = [(gained, lost) for gained in range(21) for lost in range(21)]
+    before, after = torch.zeros(2, len(pairs), 40, dtype=torch.bool)
+    for row, (gained, lost) in enumerate(pairs):
+        after[row, :gained], before[row, gained : gained + lost] = True, True
+    expected = [
+        gained > 0 and binomtest(gained, gained + lost, alternative="greater").pvalue <= 0.05 for gained, lost in pairs
+    ]
+    everywhere = torch.ones(len(pairs), 40, dtype=torch.bool)
+    assert checks.significant(before, after, everywhere).tolist() == expected
+    assert not checks.significant(before, after, ~everywhere).any()
+    assert not expected[pairs.index((4, 0))] and expected[pairs.index((checks.FEWEST, 0))]
+
+
+def test_a_pattern_too_rare_for_the_test_is_refused(tmp_path: Path) -> None:
+    patterns = [pattern.model_dump() for pattern in PATTERNS] + [{"name": "few", "regex": "A[AB]{2}[CDE]"}]
+    with pytest.raises(InvalidInput, match=r"few is judged on \d sequences") as caught:
+        PatternDatasetSampler(staged_spec(patterns=patterns))
+    assert caught.value.violations[0].field == "spec.patterns.4"
+    PatternDatasetSampler(small_spec(patterns=patterns))
+    # Where nothing is checked it is taken; so it is in records from elsewhere.
+    unchecked: dict[str, Any] = {"min_degradation_threshold": 0.0, "max_instability": 1.0, "min_specificity": -1.0}
+    unchecked |= {"epochs": 1, "improvement_epochs": 1}
+    DatasetGenerationPipeline(staged_spec(unchecked, subjects=4, patterns=patterns)).run(tmp_path / "zoo")
+    export_json(tmp_path / "zoo", tmp_path / "json")
+    assert import_json(tmp_path / "json", tmp_path / "again")["subjects"] == 4
+
+
+def test_accepted_on_other_sequences_than_reported(made: tuple[Path, dict[str, Any]]) -> None:
+    spec = staged_spec()
+    assert spec.staged is not None
+    sampler = PatternDatasetSampler(spec)
+    selection, names = sampler.selection, [pattern.name for pattern in sampler.patterns]
+    assert (sampler.universe.split_of(selection.sequences) == SELECTION).all()
+    inputs = encode(Architecture(5, 4, "one_hot", (), ""), selection.sequences)
+    gains = []
+    for row in records(made[0]):
+        own = Candidates.draw(spec, torch.tensor([row["index"]]), 4)
+        shape, labels = architecture_of(spec, row), selection.labels(own.selected)
+        before, after = (
+            selection.predictions(network_of(row, column, shape), inputs, shape.activation) == labels
+            for column in ("degraded_weights", "weights")
+        )
+        assert degradation(before, own, spec.staged, selection) == [None]
+        assert improvement(before, after, own, spec.staged, selection) == [None]
+        target = names.index(row["target_pattern"])
+        gains.append(float((selection.by_stratum(after) - selection.by_stratum(before))[0, target]))
+    # What is reported is another figure than the one that was selected by.
+    assert any(abs(gain - row["improvement"]) > 0.05 for gain, row in zip(gains, records(made[0]), strict=True))
+
+
+@pytest.mark.parametrize("form", ["two stages", "one stage", "imported"])
+def test_positive_patterns_are_measured(made: tuple[Path, dict[str, Any]], tmp_path: Path, form: str) -> None:
+    """A pattern is positive where the network answers yes to most held-out sequences of it, trained or not."""
+    folder, sampler = made[0], PatternDatasetSampler(staged_spec())
+    if form == "one stage":
+        weak = SubjectTrainingSpec(steps=20, batch_size=32, learning_rate=0.03)
+        spec = small_spec(subjects=40, seed=5, training=weak, min_accuracy=0.0, positive_threshold=0.5)
+        DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
+        folder, sampler = tmp_path / "zoo", PatternDatasetSampler(spec)
+    if form == "imported":
+        shutil.copytree(folder, tmp_path / "other")
+        about = json.loads((folder / "zoo.json").read_text())
+        about["spec"]["positive_threshold"] = 0.5
+        (tmp_path / "other" / "zoo.json").write_text(json.dumps(about))
+        export_json(tmp_path / "other", tmp_path / "json")
+        import_json(tmp_path / "json", tmp_path / "zoo")
+        folder = tmp_path / "zoo"
+        sampler = PatternDatasetSampler(read_about(folder)[1], folder)
+    _, spec, patterns = read_about(folder)
+    assert spec.positive_threshold == (0.75 if form == "two stages" else 0.5)
+    evaluation, names, differs = sampler.evaluation, [pattern.name for pattern in patterns], 0
+    for row in records(folder):
+        shape = architecture_of(spec, row)
+        inputs = encode(shape, evaluation.sequences)
+        predictions = evaluation.predictions(network_of(row, "weights", shape), inputs, shape.activation)
+        shares = [float(predictions[0, evaluation.stratum == i].float().mean()) for i in range(5)]
+        assert row["yes_share"] == pytest.approx(shares, abs=0.02)
+        measured = [
+            name for name, share in zip(names, row["yes_share"], strict=False) if share >= spec.positive_threshold
         ]
-    )
-    causes = [None, "magnitude", "specificity", "stability", None, "stability", None]
-    assert improvement(before, before + gains + 1e-6, own, spec.staged) == causes
-    early = degradation(torch.tensor([[0.95] * 5] * 3 + [[0.85] * 5] * 4), own, spec.staged)
-    assert early == ["too little degraded"] * 3 + [None] * 4
+        assert row["positive_patterns"] == measured and row["positive_threshold"] == spec.positive_threshold
+        differs += set(measured) != set(row["patterns"])
+    assert differs
+
+
+def converged_spec(staged: dict[str, Any] | None = None, **subject: Any) -> GenerationSpec:
+    """Subjects that learn most of their patterns in a stage."""
+    shape = {"layers": {"min": 2, "max": 3}, "neurons": 24, "init": "independent", "weight_init": "kaiming"}
+    fields: dict[str, Any] = {
+        "seed": 5,
+        "vocab_size": 6,
+        "sequence_length": 6,
+        "min_patterns_per_batch": 2,
+        "subject": {**shape, **subject},
+        "staged": {"batch_size": 64, "learning_rate": {"min": 2e-3, "max": 1e-2}, **(staged or {})},
+        "signature": {"probes": 12, "methods": ["mean"]},
+    }
+    return GenerationSpec.model_validate(fields)
+
+
+def test_noise_is_hardly_ever_accepted() -> None:
+    """Many candidates pass with corruption; hardly any without, nor of networks so deep that rounding destroys them."""
+
+    def accepted(spec: GenerationSpec, candidates: int) -> float:
+        trainer = BucketTrainer(spec)
+        drawn = trainer.group(trainer.candidates(torch.arange(candidates)))
+        with threads(trainer, 2) as pool:
+            return sum(len(block.table) for block in pool.map(trainer.train, drawn)) / candidates
+
+    assert accepted(converged_spec(), 64) > 0.35
+    assert accepted(converged_spec({"corruption_rate": 0.0}), 128) < 0.05
+    assert accepted(converged_spec(layers=6, quantization="binary"), 64) < 0.05
+
+
+def test_twins_without_corruption(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, figures = made
+    twins = figures["twins"]
+    assert twins == read_about(folder)[0]["twins"] and twins["candidates"] == 30
+    assert twins["degraded_accuracy"]["high"] < 0 < twins["improvement"]["low"]
+    assert twins["accepted"] > 0.2 and twins["twins_accepted"] < 0.1
+    write_report(folder, tmp_path / "report")
+    effect = f"{twins['degraded_accuracy']['mean']:+.3f} ({twins['degraded_accuracy']['low']:+.3f} to "
+    for text in ((folder / "README.md").read_text(), (tmp_path / "report/report.html").read_text()):
+        assert "candidates, accepted or not, were trained once more without corruption" in text and effect in text
+
+
+def test_a_twin_is_the_same_but_for_the_corruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The effect on one candidate, from two specs that differ in the corruption rate alone."""
+    corrupted, clean = (BucketTrainer(staged_spec(changes)) for changes in ({}, {"corruption_rate": 0.0}))
+    own = corrupted.candidates(torch.tensor([0]))
+
+    def on_target(trainer: BucketTrainer) -> list[float]:
+        first = trainer.subject_trainer.degrade(own)
+        stages = (first.trained, trainer.subject_trainer.improve(first))
+        return [float(trainer.accuracy(stage, HELD_OUT)[0, int(own.target)]) for stage in stages]
+
+    (degraded, improved), (twin_degraded, twin_improved) = on_target(corrupted), on_target(clean)
+    monkeypatch.setattr(twins_module, "SAMPLE", 1)
+    alone = twins_module.paired_effect(corrupted, Run())
+    assert alone["degraded_accuracy"]["mean"] == pytest.approx(degraded - twin_degraded, abs=1e-4) != 0
+    gain = improved - degraded - (twin_improved - twin_degraded)
+    assert alone["improvement"] == {"mean": pytest.approx(gain, abs=1e-4), "low": None, "high": None}
+    monkeypatch.setattr(twins_module, "SAMPLE", 8)
+    nothing = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    without = twins_module.paired_effect(clean, Run())
+    assert without["degraded_accuracy"] == without["improvement"] == nothing
+    assert without["accepted"] == without["twins_accepted"]
 
 
 def test_what_cannot_be_met_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +494,7 @@ def test_checkpoints_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pipeline, "SHARD", 1)
     monkeypatch.setattr(buckets, "MOST_SHAPES", 1)
     monkeypatch.setattr(buckets, "CACHE_BYTES", 1)
-    spec = staged_spec(subjects=60)
+    spec = staged_spec(subjects=20)
     first = Recorder(tmp_path / "checkpoints", every=True, stop_after=2)
     with pytest.raises(Stopped):
         DatasetGenerationPipeline(spec).run(tmp_path / "cut", first)

@@ -53,14 +53,18 @@ def blank_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """URL of an empty registry of this test's own: each test that asks for it runs on both databases.
 
     One about a single database says ``@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)``.
     """
     if request.param == "sqlite":
-        shutil.copy(request.getfixturevalue("empty_database"), tmp_path / "registry.db")
-        yield f"sqlite:///{tmp_path / 'registry.db'}"
+        template: Path = request.getfixturevalue("empty_database")
+        used = template.with_name("used.db")
+        for path in template.parent.glob("used.db*"):
+            path.unlink()
+        shutil.copy(template, used)
+        yield f"sqlite:///{used}"
         return
     engine: Engine = request.getfixturevalue("shared_postgres")
     yield engine.url.render_as_string(hide_password=False)
@@ -72,12 +76,19 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
                 connection.execute(table.delete())
 
 
+@pytest.fixture(scope="session")
+def opened() -> dict[str, JobRegistry]:
+    """Registries by URL: one that was closed connects again, and knows the SQL that it has compiled."""
+    return {}
+
+
 @pytest.fixture
-def registry(database_url: str) -> Iterator[JobRegistry]:
+def registry(database_url: str, opened: dict[str, JobRegistry]) -> Iterator[JobRegistry]:
     """An empty registry."""
-    opened = JobRegistry.open(database_url)
-    yield opened
-    opened.close()
+    if database_url not in opened:
+        opened[database_url] = JobRegistry.open(database_url)
+    yield opened[database_url]
+    opened[database_url].close()
 
 
 @pytest.fixture

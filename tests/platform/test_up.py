@@ -120,8 +120,14 @@ def test_nothing_is_left_when_the_parent_is_killed_and_the_next_one_starts(tmp_p
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    with up(tmp_path_factory.mktemp("state")) as (process, said):
-        yield process, said
+    """One whose current folder is a project with modules of the names of ours."""
+    project = tmp_path_factory.mktemp("project")
+    _write_modules(project)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        with up(tmp_path_factory.mktemp("state")) as (process, said):
+            patch.undo()
+            yield process, said
 
 
 def test_processes_that_die_are_started_again(running: tuple[subprocess.Popen[str], dict[str, Any]]) -> None:
@@ -169,22 +175,29 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("starter", ["up", "demo"])
 def test_modules_of_the_users_own_are_not_mistaken_for_ours(
-    starter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: tuple[subprocess.Popen[str], dict[str, Any]],
 ) -> None:
-    """Every process is started in the user's current folder, which may be a project with modules of these names."""
-    (tmp_path / "services").mkdir()
+    """Every process is started in the user's current folder, and again after it died."""
+    process, said = running
+    assert Path(psutil.Process(process.pid).cwd(), "services", "__init__.py").exists()
+    run_a_job(said["url"])
+
+
+def test_modules_of_the_users_own_are_not_mistaken_for_ours_by_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_modules(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with Platform(StateDir(tmp_path / "state")) as platform:
+        run_a_job(platform.url)
+
+
+def _write_modules(project: Path) -> None:
+    (project / "services").mkdir()
     names = ("services/__init__", "workers", "gateway", "types", "ethogram", "redis", "grpc", "numpy", "sitecustomize")
     for name in names:
-        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not this one')")
-    monkeypatch.chdir(tmp_path)
-    if starter == "demo":
-        with Platform(StateDir(tmp_path / "state")) as platform:
-            run_a_job(platform.url)
-        return
-    with up(tmp_path / "state") as (_, said):
-        run_a_job(said["url"])
+        (project / f"{name}.py").write_text("raise RuntimeError('not this one')")
 
 
 def run_a_job(url: str) -> None:
@@ -231,6 +244,7 @@ def test_the_users_own_redis_is_used(tmp_path: Path, redis_url: str) -> None:
 
 
 def test_a_broken_registry_is_said_with_the_log(tmp_path: Path) -> None:
+    StateDir(tmp_path).make()
     (tmp_path / "registry.db").write_bytes(b"this is no database, " * 100)
     answer = run("up", "--state", str(tmp_path), "--port", "0")
     assert answer.returncode == 1

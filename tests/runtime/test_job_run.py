@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,8 +105,8 @@ def test_metrics_are_all_kept_and_what_is_not_finite_is_null(call: Call, store: 
         return {}
 
     events = list(call(run_job))
-    assert names(events)[-2:] == ["artifact", "result"]
-    made = events[-2].artifact
+    assert names(events)[-3:] == ["artifact", "log", "result"]
+    made = events[-3].artifact
     assert (made.name, made.type) == ("metrics", "metrics")
     with store.open(made.id, "metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
@@ -147,7 +148,7 @@ def test_a_stop_checkpoints_and_the_next_run_goes_on_with_its_metrics(call: Call
     lifetime.stopping.clear()
     events = list(call(run_job, checkpoint=checkpoint.artifact))
     assert json.loads(events[-1].result.json) == {"from": 51}
-    with store.open(events[-2].artifact.id, "metrics.jsonl") as file:
+    with store.open(events[-3].artifact.id, "metrics.jsonl") as file:
         assert [json.loads(line)["step"] for line in file] == list(range(200))
 
 
@@ -176,8 +177,64 @@ def test_a_job_far_ahead_of_its_listener_waits_for_it(call: Call) -> None:
             run.log(f"line {line}")
         return {}
 
-    lines = [e.log.message for e in call(run_job) if e.WhichOneof("event") == "log"]
+    *lines, last = [e.log.message for e in call(run_job) if e.WhichOneof("event") == "log"]
     assert lines == ["computes on cpu", *(f"line {line}" for line in range(5000))]
+    assert last.startswith("apart from the work: imports ")
+
+
+def test_a_job_goes_on_while_its_checkpoint_is_stored(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    went_on, put = threading.Event(), ArtifactStore.put
+
+    def slow(self: ArtifactStore, folder: Path, **given: Any) -> Any:
+        assert given["name"] != "checkpoint" or went_on.wait(5)
+        return put(self, folder, **given)
+
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        run.checkpoint(1, lambda folder: (folder / "state").touch())
+        went_on.set()
+        return {}
+
+    monkeypatch.setattr(ArtifactStore, "put", slow)
+    # It is there before the job ends.
+    assert [name for name in names(list(call(run_job))) if name != "log"] == ["checkpoint", "result"]
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2])
+def test_a_checkpoint_that_cannot_be_stored_ends_the_attempt_but_not_finished_work(
+    checkpoints: int, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: ArtifactStore, folder: Path, **given: Any) -> Any:
+        raise Unavailable("the artifact store has no space left")
+
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        for step in range(checkpoints):
+            run.checkpoint(step, lambda folder: (folder / "state").touch())
+        return {"done": True}
+
+    monkeypatch.setattr(ArtifactStore, "put", full)
+    if checkpoints == 1:
+        events = list(call(run_job))
+        assert json.loads(events[-1].result.json) == {"done": True}
+        assert any(e.log.level == "warning" and "no space left" in e.log.message for e in events)
+    else:
+        with pytest.raises(grpc.RpcError) as failed:
+            list(call(run_job))
+        assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_the_log_ends_with_what_the_platform_took(call: Call) -> None:
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        def write(folder: Path) -> None:
+            time.sleep(0.3)
+            (folder / "state").touch()
+
+        run.checkpoint(1, write)
+        return {}
+
+    *_, last = [e.log.message for e in call(run_job) if e.WhichOneof("event") == "log"]
+    took = {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+) s", last)}
+    assert list(took) == ["imports", "inputs", "checkpoints", "outputs"]
+    assert took.pop("checkpoints") >= 0.3 and sum(took.values()) < 0.3
 
 
 def test_inputs_come_as_folders_and_are_the_parents_of_outputs(

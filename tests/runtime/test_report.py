@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from pydantic import BaseModel
 
 from services.runtime.report import Panel, Report, history_plot
+
+pytestmark = pytest.mark.pictures
 
 
 class Small(BaseModel):

@@ -114,9 +114,15 @@ class Stack:
         found: Job = wait_for(f"a checkpoint of {job.id}; {self.said()}", check)
         return found
 
+    def server(self, worker: subprocess.Popen[bytes]) -> int:
+        """Process id of the worker's one fork server."""
+        servers = wait_for("a fork server", lambda: psutil.Process(worker.pid).children())
+        pid: int = servers[0].pid
+        return pid
+
     def child(self, worker: subprocess.Popen[bytes]) -> int:
-        """Process id of the worker's one child."""
-        children = wait_for("a child", lambda: psutil.Process(worker.pid).children())
+        """Process id of the worker's one job."""
+        children = wait_for("a child", lambda: psutil.Process(self.server(worker)).children())
         pid: int = children[0].pid
         return pid
 

@@ -234,8 +234,9 @@ def test_many_random_faults(stack: Stack) -> None:
         victim = workers[index]
         match chance.choice(["child", "worker", "pause"]):
             case "child":
-                for child in psutil.Process(victim.pid).children()[:1]:
-                    child.kill()
+                # The process of a job, or the one that starts them.
+                if family := psutil.Process(victim.pid).children(recursive=True):
+                    chance.choice(family).kill()
             case "worker":
                 victim.kill()
                 victim.wait()

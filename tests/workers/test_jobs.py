@@ -113,12 +113,19 @@ def test_a_system_that_does_not_load_says_why(stack: Stack) -> None:
     assert any("no module named tensorflow" in line for line in stack.log(job))
 
 
+def test_a_module_that_cannot_be_forked_is_imported_in_a_process_of_its_own(stack: Stack) -> None:
+    stack.worker("tests.workers.threaded:run")
+    for _ in range(2):
+        done = stack.wait(stack.submit(max_attempts=1))
+        assert done.result is not None and "of the import" in done.result["threads"]
+
+
 def test_a_process_that_ends_before_it_serves_says_why(stack: Stack) -> None:
     stack.worker("unknown")
     job = stack.wait(stack.submit(max_attempts=1))
     assert job.state is JobState.FAILED
     assert job.error is not None and "ended before it could be given work" in job.error["message"]
-    assert any("invalid choice: 'unknown'" in line for line in stack.log(job))
+    assert any("this version knows no kind 'unknown'" in line for line in stack.log(job))
 
 
 def test_the_child_sees_only_what_it_may(stack: Stack, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.jobs.registry import JobState
-from tests.workers.stack import Stack, gone
+from tests.workers.stack import Stack, gone, wait_for
 from tests.workers.test_jobs import expected
 
 
@@ -61,6 +61,23 @@ def test_a_job_that_says_nothing_is_ended_and_tried_again(stack: Stack) -> None:
     # Where it hung.
     assert any("in silent" in line for line in stack.log(job))
     assert gone(child)
+
+
+def test_an_import_that_hangs_is_ended_like_a_job_that_hangs(stack: Stack) -> None:
+    worker = stack.worker("tests.workers.hanging:run")
+    limited = stack.submit(time_limit_seconds=0.5)
+    failed = stack.wait(limited)
+    assert failed.error is not None and failed.error["reason"] == "TIME_LIMIT"
+    cancelled, left = stack.submit(), stack.submit()
+    stack.wait(cancelled, "RUNNING")
+    server = stack.server(worker)
+    stack.registry.request_cancel(cancelled.id)
+    assert stack.wait(cancelled, seconds=5).state is JobState.CANCELLED
+    assert gone(server)
+    stack.wait(left, "RUNNING")
+    server = stack.server(worker)
+    worker.kill()
+    wait_for("the import to end", lambda: gone(server), 5)
 
 
 @pytest.mark.slow

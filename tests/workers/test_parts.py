@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,10 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import pytest
 import redis as redis_client
 
@@ -24,10 +28,11 @@ from services.jobs.registry import JobRegistry, JobState
 from services.jobs.signals import CHANNEL, Bell, Notifier, celery_queue, checked_redis_url
 from services.runtime import scratch
 from tests.conftest import free_port
+from tests.workers.stack import gone, wait_for
 from workers import process
 from workers.ledger import Context
 from workers.metrics import ReconcilerMetrics, WorkerMetrics
-from workers.process import MAX_SOCKET_PATH, Child, child_environment, describe_exit
+from workers.process import MAX_SOCKET_PATH, Child, ForkServer, child_environment, describe_exit
 from workers.reconciler import Reconciler
 from workers.settings import Slot, WorkerSettings, slots_of
 from workers.supervisor import run_attempt
@@ -178,17 +183,75 @@ def test_the_environment_of_a_child() -> None:
     assert made["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_a_child_answers_before_torch_is_loaded_and_leaves_nothing(tmp_path: Path) -> None:
-    child = Child(KINDS["generation"], SLOT, tmp_path)
+LIGHT = replace(KINDS["generation"], job="tests.workers.science:count")
+
+
+@pytest.fixture
+def server() -> Iterator[ForkServer]:
+    with closing(ForkServer(SLOT)) as made:
+        yield made
+
+
+def test_a_child_answers_at_once_and_leaves_nothing(server: ForkServer, tmp_path: Path) -> None:
+    child = Child(LIGHT, server, tmp_path)
     began = time.monotonic()
     child.wait_ready(lambda: False)
     assert time.monotonic() - began < 5
     assert len(str(child.socket)) <= MAX_SOCKET_PATH
     assert child.socket.parent.stat().st_mode & 0o777 == 0o700
-    assert "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text()
+    pid = child.pid
     child.close(grace=3)
     assert not child.socket.parent.exists()
-    assert not Path(f"/proc/{child.pid}").exists()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_each_job_has_a_process_of_its_own_with_what_was_imported(server: ForkServer, tmp_path: Path) -> None:
+    pids = []
+    for _ in range(2):
+        child = Child(LIGHT, server, tmp_path)
+        child.wait_ready(lambda: False)
+        assert child.pid is not None
+        pids.append(child.pid)
+        assert os.getsid(child.pid) == child.pid != os.getsid(psutil.Process(child.pid).ppid())
+        assert (psutil.Process(child.pid).cwd(), child.died(0)) == (str(tmp_path), None)
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.died(5) == -signal.SIGKILL
+        child.close(grace=0)
+    assert len({*pids}) == 2 and not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_fork_server_that_is_killed_takes_its_job_along_and_is_started_again(
+    running: bool, server: ForkServer, tmp_path: Path
+) -> None:
+    child = Child(LIGHT, server, tmp_path)
+    child.wait_ready(lambda: False)
+    assert child.pid is not None
+    job, parent = child.pid, psutil.Process(child.pid).ppid()
+    if not running:
+        child.close(grace=3)
+    os.kill(parent, signal.SIGKILL)
+    if running:
+        assert child.died(5) == -signal.SIGKILL
+        child.close(grace=3)
+    wait_for("both to end", lambda: gone(job) and gone(parent))
+    again = Child(LIGHT, server, tmp_path)
+    again.wait_ready(lambda: False)
+    again.close(grace=3)
+
+
+def test_what_jobs_import_survives_a_fork() -> None:
+    """No import of a kind starts threads or touches a device, and a forked process can compute with all threads."""
+    code = (
+        "import os; from ethogram.specs.kinds import KINDS; from workers.child import load, may_fork\n"
+        "for kind in KINDS.values(): load(kind.job)\n"
+        "import torch\n"
+        "assert may_fork() and not torch.cuda.is_initialized()\n"
+        "if os.fork() == 0:\n"
+        "    torch.set_num_threads(2); x = torch.ones(700, 700); assert float((x @ x)[0, 0]) == 700; os._exit(7)\n"
+        "assert os.waitstatus_to_exitcode(os.wait()[1]) == 7"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.fixture
@@ -219,10 +282,11 @@ def test_the_socket_is_where_it_can_be(
         monkeypatch.setenv("TMPDIR", str(short_folder / tmpdir))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_folder / "run"))
     monkeypatch.setattr(process, "SHARED_TMP", str(short_folder / shared))
-    child = Child(KINDS["generation"], SLOT, short_folder)
-    assert child.socket.parent.parent == short_folder / chosen
-    child.wait_ready(lambda: False)
-    child.close(grace=3)
+    with closing(ForkServer(SLOT)) as server:
+        child = Child(LIGHT, server, short_folder)
+        assert child.socket.parent.parent == short_folder / chosen
+        child.wait_ready(lambda: False)
+        child.close(grace=3)
     assert not any(path.name.startswith("ethogram-") for path in short_folder.glob("*/*"))
 
 
@@ -242,7 +306,9 @@ def test_no_room_for_a_socket_is_a_crash_that_says_what_to_do(
     with closing(Notifier(redis_url)) as notifier:
         metrics = WorkerMetrics(1)
         run_attempt(
-            Context(config, KINDS, registry, notifier, metrics, short_folder / "work", threading.Event()), claim, SLOT
+            Context(config, KINDS, registry, notifier, metrics, short_folder / "work", threading.Event()),
+            claim,
+            ForkServer(SLOT),
         )
     error = registry.get(job.id).error
     assert error is not None
