@@ -621,8 +621,8 @@ def test_examples_have_no_field_without_effect() -> None:
     assert len(specs) > len(KINDS) + 5
     for size in (FULL, QUICK):
         assert not size.zoo.warnings() and not size.codec.warnings()
-    for kind, fields in specs:
-        assert not kind.spec.model_validate(fields).warnings(), fields
+    for kind, example in specs:
+        assert not kind.spec.model_validate(example).warnings(), example
 
 
 def test_what_is_exempt_exists() -> None:
