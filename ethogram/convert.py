@@ -39,7 +39,7 @@ def from_proto(message: Message, spec_type: type[S], path: str = "spec") -> S:
     try:
         return spec_type.model_validate(_spec_fields(message, path))
     except ValidationError as error:
-        raise InvalidInput.from_pydantic(error, path) from None
+        raise InvalidInput.from_pydantic(error, path, spec_type) from None
 
 
 def _message_fields(values: Mapping[str, Any], descriptor: Descriptor) -> dict[str, Any]:

@@ -6,12 +6,13 @@ servicer into ``google.rpc.Status`` (see :mod:`ethogram.rpc`), and the client ba
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, get_args
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
 
 # A status detail larger than 16 KiB turns a gRPC answer into RESOURCE_EXHAUSTED, so long lists are cut.
 MAX_VIOLATIONS = 20
@@ -58,13 +59,18 @@ class InvalidInput(EthogramError):
     reason, http_status, grpc_code = "INVALID_INPUT", 422, "INVALID_ARGUMENT"
 
     @classmethod
-    def from_pydantic(cls, error: ValidationError, prefix: str = "") -> InvalidInput:
-        """Pydantic's errors as violations; ``prefix`` is put before each path."""
-        return cls.from_details(error.errors(include_url=False, include_context=False, include_input=False), prefix)
+    def from_pydantic(
+        cls, error: ValidationError, prefix: str = "", model: type[BaseModel] | None = None
+    ) -> InvalidInput:
+        """Pydantic's errors as violations; ``prefix`` is put before each path. ``model``: what was validated, for
+        advice about names that are missing or unknown."""
+        details = error.errors(include_url=False, include_context=False, include_input=False)
+        return cls.from_details([detail | {"advice": advice(model, detail)} for detail in details], prefix)
 
     @classmethod
     def from_details(cls, details: Sequence[object], prefix: str = "", more: int = 0) -> InvalidInput:
-        """The same from pydantic's list of error dictionaries, which ``more`` errors are missing from."""
+        """The same from pydantic's list of error dictionaries, which ``more`` errors are missing from. One may have
+        ``advice``, which follows its text."""
         violations = []
         for detail in details:
             assert isinstance(detail, dict)
@@ -72,6 +78,7 @@ class InvalidInput(EthogramError):
             text = printable(str(detail["msg"]))
             for theirs, ours in _WORDS.items():
                 text = re.sub(theirs, ours, text)
+            text += detail.get("advice", "")
             violations.append(Violation(path or "(root)", text[:MAX_DESCRIPTION]))
         first = violations[0]
         rest = len(violations) - 1 + more
@@ -131,6 +138,38 @@ class Internal(EthogramError):
 
 
 ERRORS: dict[str, type[EthogramError]] = {cls.reason: cls for cls in EthogramError.__subclasses__()}
+
+
+def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.7) -> str:
+    """``; did you mean X?`` where ``name`` is like one or more of the names ``known``, else nothing."""
+    near = difflib.get_close_matches(name, list(known), 3, likeness)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def advice(model: type[BaseModel] | None, detail: Mapping[str, Any]) -> str:
+    """What to add to pydantic's error ``detail`` about a value of ``model``: names like an unknown one, or how to give
+    what is missing, if its model says so (``how_to_give``)."""
+    *parents, name = detail["loc"] or ("",)
+    for parent in parents:
+        # Numbers and keys are those of lists and mappings.
+        if model is not None and parent in model.model_fields:
+            model = _model_in(model.model_fields[parent].annotation)
+    if model is None:
+        return ""
+    if detail["type"] == "extra_forbidden":
+        return did_you_mean(str(name), model.model_fields)
+    if detail["type"] == "missing" and name in model.model_fields:
+        how: str = getattr(_model_in(model.model_fields[name].annotation), "how_to_give", "")
+        return how and f"; {how}"
+    return ""
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model in a field's annotation, which may be optional, a list or a mapping."""
+    if hasattr(annotation, "model_fields"):
+        model: type[BaseModel] = annotation
+        return model
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def printable(text: str) -> str:

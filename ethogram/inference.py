@@ -257,9 +257,11 @@ class _Batch:
     @classmethod
     def of(cls, networks: Networks | str | Path, activation: str | None) -> _Batch:
         given = network_files.load(networks) if isinstance(networks, str | Path) else networks
-        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        if not isinstance(given, Mapping):
             text = "needs arrays by parameter name, or a safetensors file; of a torch module send its state_dict()"
             raise InvalidInput.field("networks", text)
+        if wrong := [name for name in given if not isinstance(name, str)]:
+            raise InvalidInput.field("networks", f"{wrong[0]!r} is no parameter's name, such as 'layers.0.weight'")
         if not given:
             raise InvalidInput.field("networks.parameters", "holds no parameter")
         names = network_files.layer_names(given)
@@ -273,7 +275,7 @@ class _Batch:
         for name, array in batch.items():
             # In parts it would look like another mistake.
             if len(array) != count:
-                text = f"a batch of {len(array)}, but others have {count}"
+                text = f"has the shape {list(array.shape)}, so a batch of {len(array)}, but others have {count}"
                 raise InvalidInput.field(f"networks.parameters.{name}", text)
         return cls(batch, single, names, activation)
 

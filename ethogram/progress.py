@@ -64,9 +64,11 @@ class StageDisplay:
         """``done`` units of the stage are done."""
         if self._task is None:
             return
-        self._progress.update(self._task, completed=done)
         task = self._progress.tasks[-1]
-        if not self.terminal and (task.finished or time.monotonic() >= self._next_line):
+        before = task.completed
+        self._progress.update(self._task, completed=done)
+        ended = task.finished and done != before
+        if not self.terminal and (ended or time.monotonic() >= self._next_line):
             self._next_line = time.monotonic() + LINE_SECONDS
             total = "?" if task.total is None else f"{task.total:.0f}"
             self._print(

@@ -12,8 +12,19 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from ethogram.errors import MAX_VIOLATIONS, EthogramError, InvalidInput, NotFound, TooLarge, Unavailable, printable
+from ethogram.errors import (
+    MAX_VIOLATIONS,
+    EthogramError,
+    InvalidInput,
+    NotFound,
+    TooLarge,
+    Unavailable,
+    advice,
+    did_you_mean,
+    printable,
+)
 from ethogram.specs.kinds import KINDS
+from gateway.submissions import SubmissionBase
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -102,18 +113,29 @@ def invalid_request(details: Sequence[Any], body: Any) -> InvalidInput:
     errors = []
     for detail in details[:MAX_VIOLATIONS]:
         where, *path = detail["loc"]
-        message = str(detail["msg"])
+        message, more_to_say = str(detail["msg"]), _advice(detail)
         if where == "body":
             path = _without_kind(path, body)
         if detail["type"] == "json_invalid":
             path, message = [], f"the body is not JSON: {detail['ctx']['error']} at character {detail['loc'][-1]}"
         elif detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            tag = str((detail.get("ctx") or {}).get("tag", ""))
             given = "missing" if detail["type"] == "union_tag_not_found" else "unknown kind"
-            path, message = [*path, "kind"], f"{given}; there are: {', '.join(KINDS)}"
+            path, message = [*path, "kind"], f"{given}; there are: {', '.join(KINDS)}{did_you_mean(tag, KINDS)}"
         elif detail["type"] in ("model_attributes_type", "model_type") and not path:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
-        errors.append({"type": detail["type"], "loc": path, "msg": message})
+        errors.append({"type": detail["type"], "loc": path, "msg": message, "advice": more_to_say})
     return InvalidInput.from_details(errors, more=len(details) - len(errors))
+
+
+def _advice(detail: Mapping[str, Any]) -> str:
+    """See :func:`ethogram.errors.advice`."""
+    path = detail["loc"][3:] if detail["loc"][1:2] == ("jobs",) else detail["loc"][1:]
+    if detail["loc"][0] != "body" or path[:1] == () or path[0] not in KINDS:
+        return ""
+    if path[1:2] == ("spec",) and path[2:]:
+        return advice(KINDS[path[0]].spec, {**detail, "loc": path[2:]})
+    return advice(SubmissionBase, {**detail, "loc": path[1:]})
 
 
 def _without_kind(path: list[str | int], body: Any) -> list[str | int]:

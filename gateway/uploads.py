@@ -87,7 +87,7 @@ class Upload:
         try:
             fields = UploadFields.model_validate({name: bytes(value) for name, value in self._fields.items()})
         except ValidationError as error:
-            raise InvalidInput.from_pydantic(error) from None
+            raise InvalidInput.from_pydantic(error, model=UploadFields) from None
         if not self._files:
             raise InvalidInput.field("files", "send one part `files`, with a file name, for each file")
         return fields

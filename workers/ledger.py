@@ -183,7 +183,7 @@ class Ledger:
         try:
             spec = kinds[part.kind].spec.model_validate_json(part.spec_json)
         except ValidationError as error:
-            raise InvalidInput.from_pydantic(error, f"{field}.spec") from None
+            raise InvalidInput.from_pydantic(error, f"{field}.spec", kinds[part.kind].spec) from None
         child = self._persist(self._registry.spawn, self._attempt, part.name, part.kind, spec)
         self._context.notifier.notify(child.id, child.seq)
 

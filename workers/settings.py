@@ -20,7 +20,7 @@ class WorkerSettings(ExporterSettings):
     """Jobs that run at the same time."""
     device: Literal["cpu", "cuda"] = "cpu"
     """``cuda``: slot i owns the i-th visible GPU."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=4096)
     """CPU threads of each job; 0: the machine's, divided by the slots."""
     lease_seconds: float = Field(10.0, gt=0)
     """An attempt without a heartbeat for this long is lost. A worker sends three in this time."""

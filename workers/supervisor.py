@@ -94,7 +94,7 @@ def _request(context: Context, claim: Claim, slot: Slot, work_dir: Path) -> tupl
     try:
         spec = kind.spec.model_validate(job.spec)
     except ValidationError as error:
-        raise InvalidInput.from_pydantic(error, "spec") from None
+        raise InvalidInput.from_pydantic(error, "spec", kind.spec) from None
     run = jobs_pb2.RunContext(
         job=job.id,
         attempt=claim.attempt,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ethogram.cli.files import read_mapping, set_values
+from ethogram.cli.files import in_options, read_mapping, set_values
 from ethogram.cli.options import Answer, Json, KindName, Limit, Set, Wait, assignment, command, group, seconds
 from ethogram.cli.output import console, pairs, print_json, table
 from ethogram.errors import InvalidInput
@@ -73,10 +73,12 @@ def submit(
         options["time_limit_seconds"] = time_limit
     if stall_limit is not None:
         options["stall_limit_seconds"] = stall_limit if math.isfinite(stall_limit) else None
-    if dry_run:
-        checked = client.dry_run(kind, spec, **options)
-        return Answer(checked, lambda: print_json(checked))
-    return _queued(client, client.submit(kind, spec, **options), wait)
+    with in_options("spec."):
+        if dry_run:
+            checked = client.dry_run(kind, spec, **options)
+            return Answer(checked, lambda: print_json(checked))
+        job = client.submit(kind, spec, **options)
+    return _queued(client, job, wait)
 
 
 @command(top, "ethogram pipeline examples/main.yaml --set jobs.zoo.spec.subjects=256 --wait")
@@ -91,7 +93,8 @@ def pipeline(
     jobs = plan.get("jobs")
     if not isinstance(jobs, dict) or set(plan) != {"jobs"}:
         raise InvalidInput(f"{file} must hold `jobs:`, a mapping of names to jobs, and nothing else")
-    queued = client.pipeline(jobs)
+    with in_options(""):
+        queued = client.pipeline(jobs)
     if wait:
         queued = {name: _follow(client, job, name) for name, job in queued.items()}
     rows = [(name, job.id, job.kind, job.state) for name, job in queued.items()]

@@ -6,8 +6,8 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 import typer
 
 from ethogram.cli.output import result
-from ethogram.errors import InvalidInput
+from ethogram.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
     from ethogram.client import Client
@@ -102,6 +102,21 @@ def connect(url: str | None) -> Client:
     return Client(url, retry_seconds=_RETRY_SECONDS)
 
 
+@contextmanager
+def naming(client: Client, job: str) -> Iterator[None]:
+    """Where ``job`` is not the id of a job but the name of some, say their ids."""
+    try:
+        yield
+    except NotFound as error:
+        if job.startswith("job_") or job not in error.message:
+            raise
+        ids = [found.id for found in client.jobs(labels={"name": job}, limit=3)]
+        hint = (
+            f"; did you mean {' or '.join(ids)}, which has the name {job}?" if ids else "; `ethogram jobs list` has ids"
+        )
+        raise NotFound(error.message + hint, error.violations) from None
+
+
 def hub_spec(repo: str, public: bool, field: str) -> HubSpec:
     """The upload to ``repo``, which the user named as ``field``."""
     from pydantic import ValidationError
@@ -145,7 +160,9 @@ def command(app: typer.Typer, *lines: str, name: str | None = None) -> Callable[
         def run(**given: Any) -> None:
             with connect(given["url"]) if "url" in shared else nullcontext() as client:
                 options = {"client": client} if "url" in shared else {}
-                answer = function(**options, **{name: given[name] for name in own})
+                job = str(given.get("id") or given.get("job") or given.get("source") or "").partition("/")[0]
+                with naming(client, job) if client and job else nullcontext():
+                    answer = function(**options, **{name: given[name] for name in own})
             if answer is not None:
                 result(answer.value, given["as_json"], answer.show)
                 if not answer.ok:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from ethogram.errors import EthogramError, Internal, InvalidInput
+from ethogram.errors import EthogramError, Internal, InvalidInput, Unavailable, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,7 @@ def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except typer.TyperException as failure:
-        problem = InvalidInput(failure.format_message())
+        problem = InvalidInput(failure.format_message().removesuffix(".") + _hint(app, failure, arguments))
     except EthogramError as failure:
         problem = failure
     except (KeyboardInterrupt, typer.Abort):
@@ -42,7 +42,7 @@ def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as failure:
-        problem = Internal(f"{failure.filename or 'the system'}: {failure.strerror or failure}")
+        problem = Unavailable(f"{failure.filename or 'the system'}: {failure.strerror or failure}")
     except Exception as failure:
         if os.environ.get("ETHOGRAM_DEBUG"):
             raise
@@ -53,6 +53,29 @@ def execute(app: typer.Typer, name: str, arguments: list[str] | None = None) -> 
         violations = [violation._asdict() for violation in problem.violations]
         print_json({"error": {"reason": problem.reason, "message": problem.message, "violations": violations}})
     sys.exit(2 if isinstance(problem, InvalidInput) else 1)
+
+
+def _hint(app: typer.Typer, failure: typer.TyperException, arguments: Sequence[str]) -> str:
+    """What to write instead, where a command line has a word that means nothing in its place."""
+    message, context = failure.format_message(), getattr(failure, "ctx", None)
+    word = next((word for word in arguments if f"'{word}'" in message or f"({word}" in message), "")
+    if message.startswith("No such command") and "Did you mean" not in message:
+        groups = {group.name: group.typer_instance for group in app.registered_groups if group.name}
+        return did_you_mean(word, (f"{name} {word}" for name, group in groups.items() if word in _names(group)), 0)
+    if message.startswith("Got unexpected extra argument") and context is not None:
+        options = {name: option for option in context.command.params for name in option.opts if name.startswith("--")}
+        if word.startswith("job_") and "--job" in options:
+            return f"; did you mean --job {word}?"
+        taking = [name for name, option in options.items() if not getattr(option, "is_flag", False)]
+        return f"; options that take a value: {', '.join(taking)}" if taking else ""
+    return ""
+
+
+def _names(commands: typer.Typer | None) -> set[str]:
+    return {
+        command.name or getattr(command.callback, "__name__", "").strip("_").replace("_", "-")
+        for command in (commands.registered_commands if commands else ())
+    }
 
 
 def console(stderr: bool = False) -> Console:

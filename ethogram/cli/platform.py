@@ -9,7 +9,7 @@ import typer
 
 from ethogram.cli.options import Answer, Json, State, command, connect, examples
 from ethogram.cli.output import console, pairs, print_json, say, table
-from ethogram.errors import EthogramError, NotFound
+from ethogram.errors import EthogramError, NotFound, did_you_mean
 from ethogram.platform.state import PORT, StateDir
 
 app = typer.Typer()
@@ -131,6 +131,7 @@ def kinds(
         return Answer(kinds, lambda: table(["Kind", "Queue", "Summary"], rows))
     chosen = next((known for known in kinds if known.name == kind), None)
     if chosen is None:
-        raise NotFound(f"there is no kind {kind!r}; there are: {', '.join(known.name for known in kinds)}")
+        names = [known.name for known in kinds]
+        raise NotFound(f"there is no kind {kind!r}; there are: {', '.join(names)}{did_you_mean(kind, names)}")
     described = fields(chosen.spec_schema)
     return Answer(chosen, lambda: table(["Field", "Type", "Default", "Meaning"], described))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+import ethogram
 from ethogram.cli.files import read_spec
 from ethogram.cli.options import Device, Json, KindName, Out, Set, SpecFile, assignment, declare
-from ethogram.errors import InvalidInput, Unavailable
+from ethogram.errors import InvalidInput, Unavailable, did_you_mean
+from ethogram.paths import user_path
 
 if TYPE_CHECKING:
     from ethogram.specs.base import Spec
@@ -49,6 +52,8 @@ class Request(NamedTuple):
     """Where artifacts go that are not in the run's folder, by name."""
     kind: Kind | None = None
     """Kind of the job, if the command does not have one."""
+    flags: Mapping[str, str] = _EMPTY
+    """The command's options that set one value of the spec, by its path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,8 @@ def run_command(
         parameters = inspect.signature(function, eval_str=True).parameters
         shared = inspect.signature(_Options, eval_str=True).parameters
         paths = {path.replace(".", "_"): path for path in flags}
+        # Typer keeps the first name as the default.
+        option_names = {path: annotation.__metadata__[0].default for path, annotation in flags.items()}
         flagged = [inspect.Parameter(name, _KEYWORD, default=None, annotation=flags[paths[name]]) for name in paths]
 
         @wraps(function)
@@ -91,7 +98,7 @@ def run_command(
             options = _Options(**{name: given[name] for name in shared})
             known = kind or request.kind
             assert known is not None
-            _run(known, request._replace(values=values), options, show)
+            _run(known, request._replace(values=values, flags=option_names), options, show)
 
         rest = [shared[name] for name in shared if name not in parameters]
         declare(app, command, [*parameters.values(), *flagged, *rest], lines)
@@ -127,14 +134,15 @@ def run(
     from ethogram.specs.kinds import KINDS
 
     if kind not in KINDS:
-        raise InvalidInput.field("KIND", f"there is no kind {kind!r}; there are: {', '.join(KINDS)}")
+        text = f"there is no kind {kind!r}; there are: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        raise InvalidInput.field("KIND", text)
     inputs: dict[str, Path] = {}
     for given in input or ():
         name, path = assignment("--input", given, "NAME=PATH, e.g. zoo=my-zoo")
         if name not in KINDS[kind].inputs:
             names = ", ".join(KINDS[kind].inputs) or "none"
             raise InvalidInput.field("--input", f"{kind} has no input {name!r}; its inputs: {names}")
-        inputs[name] = Path(path).expanduser()
+        inputs[name] = user_path(path, "--input")
     return Request(inputs, kind=KINDS[kind])
 
 
@@ -144,11 +152,15 @@ def _run(kind: Kind, request: Request, options: _Options, show: Callable[[dict[s
     spec = _spec(kind, request, options.file, options.values or [])
     output.say("Preparing: loading the libraries.")
     try:
-        folders, local = (import_module(f"services.runtime.{name}") for name in ("folders", "local"))
+        folders, local = (importlib.import_module(f"services.runtime.{name}") for name in ("folders", "local"))
         folder = folders.RunFolder(request.folder or options.out, request.places)
         result = local.run(kind, spec, folder, request.inputs, options.device)
     except ModuleNotFoundError as error:
-        raise Unavailable(f"running jobs here needs {error.name}, which is not installed: {_INSTALL}") from None
+        importer, root = _importer(error), Path(ethogram.__file__).parents[1]
+        if any(importer.is_relative_to(root / package) for package in ("ethogram", "services", "workers")):
+            raise Unavailable(f"running jobs here needs {error.name}, which is not installed: {_INSTALL}") from None
+        # A package of the user's, or one that is not complete.
+        raise Unavailable(f"{importer} imports {error.name}, which is not installed here: install it") from None
     if result is None:
         return
     figures = result.get("figures", result)
@@ -164,6 +176,14 @@ def _run(kind: Kind, request: Request, options: _Options, show: Callable[[dict[s
         output.say(f"metrics: {folder.root}")
 
 
+def _importer(error: ModuleNotFoundError) -> Path:
+    """The file whose import failed."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return Path(
+        next(file for file in reversed(files) if not file.startswith("<frozen ") and file != importlib.__file__)
+    )
+
+
 def _spec(kind: Kind, request: Request, file: Path | None, values: list[str]) -> Spec:
     """The spec, with a reference to each input."""
     given = {path: value for path, value in request.values.items() if value is not None}
@@ -173,7 +193,8 @@ def _spec(kind: Kind, request: Request, file: Path | None, values: list[str]) ->
         field = kind.spec.model_fields.get(path)
         if field is not None and field.is_required() and path not in request.inputs:
             raise InvalidInput.field("--input", f"{kind.name} needs a file or folder for {path}, as {path}=PATH")
-    spec = read_spec(kind.spec, file, [*(f"{path}={json.dumps(value)}" for path, value in given.items()), *values])
+    assigned = [f"{path}={json.dumps(value)}" for path, value in given.items()]
+    spec = read_spec(kind.spec, file, [*assigned, *values], request.flags)
     if request.check is not None:
         request.check(spec)
     for path in kind.inputs:

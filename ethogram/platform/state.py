@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ethogram.errors import Conflict, EthogramError, InvalidInput, Unavailable
+from ethogram.paths import user_path
 
 HOST, PORT, STATE = "127.0.0.1", 8321, "runs/state"
 """Where an embedded platform runs by default."""
@@ -27,7 +28,8 @@ class StateDir:
     @classmethod
     def find(cls, path: str | Path | None = None) -> StateDir:
         """``path``, else the one that ``ETHOGRAM_STATE`` names, else ``runs/state`` under the current folder."""
-        return cls(Path(path or os.environ.get("ETHOGRAM_STATE") or STATE).expanduser().absolute())
+        field = "--state" if path else "ETHOGRAM_STATE"
+        return cls(user_path(path or os.environ.get("ETHOGRAM_STATE") or STATE, field).absolute())
 
     def __post_init__(self) -> None:
         self.database_url = f"sqlite:///{self.root / 'registry.db'}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import attrgetter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -81,6 +81,8 @@ class Spec(BaseModel):
 
 class ArtifactRef(Spec):
     """Names an artifact: another job's output (``job`` and ``artifact``), or any artifact by its id."""
+
+    how_to_give: ClassVar[str] = 'give {"job": "job_...", "artifact": NAME}, or {"artifact": ID}'
 
     job: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")
     """Id of the job that outputs it; in a pipeline, the job's name there. The referring job waits for it."""

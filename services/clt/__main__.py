@@ -97,7 +97,7 @@ def _show_pairs(rows: list[dict[str, Any]]) -> None:
     names = ("width", "zeros", "small", "norm_mean")
     table = [
         [
-            row["pair"],
+            f"{row['source']['hook']}->{row['target']['hook']}",
             *(" / ".join(f"{row[side][name]:.3g}" for side in ("source", "target")) for name in names),
             row["mean_correlation"],
             row["top_correlations"][0]["value"],

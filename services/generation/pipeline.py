@@ -28,7 +28,7 @@ from services.generation.progress import Progress
 from services.generation.twins import paired_effect
 from services.generation.workers import side_by_side
 from services.runtime.checkpoints import link_or_copy
-from services.runtime.reading import reading
+from services.runtime.reading import reading, reading_checkpoint
 from services.runtime.run import Run
 from services.zoo.dataset import DATA, Zoo, data_file, read_about, write_about
 from services.zoo.statistics import Statistics
@@ -199,7 +199,8 @@ class DatasetGenerationPipeline:
             name = data_file(file)
             if progress.accepted > subjects:
                 with reading(part, name, "zoo") as path:
-                    self._write(parquet.read_table(path).slice(0, subjects - before), folder, file)
+                    table = parquet.read_table(path)
+                self._write(table.slice(0, subjects - before), folder, file)
             elif (part / name).exists():
                 self._copy(part, folder, name)
 
@@ -228,11 +229,13 @@ class DatasetGenerationPipeline:
         if run.resume is None:
             first_block = self.spec.part.first * self._blocks_per_file if self.spec.part is not None else 0
             return Progress(first_block), self.bucket_trainer.schema.empty_table()
-        for file in sorted((run.resume / DATA).iterdir()):
-            self._copy(run.resume, folder, f"{DATA}/{file.name}")
         progress = Progress.load(run.resume)
+        with reading_checkpoint():
+            files, shard = sorted((run.resume / DATA).iterdir()), parquet.read_table(run.resume / "shard.parquet")
+        for file in files:
+            self._copy(run.resume, folder, f"{DATA}/{file.name}")
         run.log(f"resumed from a checkpoint: {progress.accepted} of {progress.candidates} candidates accepted so far")
-        return progress, parquet.read_table(run.resume / "shard.parquet")
+        return progress, shard
 
 
 def generate(spec: GenerationSpec, run: Run | None = None) -> Zoo:

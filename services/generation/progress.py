@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
+from services.runtime.reading import reading_checkpoint
 from services.zoo.dataset import FORMAT, FORMER
 
 PATIENCE = 512
@@ -66,8 +67,11 @@ class Progress:
     def load(cls, folder: Path) -> Progress:
         """Read the checkpoint ``folder``. Raises :class:`InvalidInput` for one of an earlier version, whose subjects
         were trained on another split."""
-        state = json.loads((folder / _FILE).read_text())
+        with reading_checkpoint():
+            state = json.loads((folder / _FILE).read_text())
+            rejected = Counter(state["rejected"])
         if state.pop("format", FORMER) != FORMAT:
             text = "was written by another version, which split sequences differently; make the zoo anew"
             raise InvalidInput.field("checkpoint", text)
-        return cls(**state | {"rejected": Counter(state["rejected"])})
+        with reading_checkpoint():
+            return cls(**state | {"rejected": rejected})

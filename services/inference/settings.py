@@ -20,7 +20,7 @@ class InferenceSettings(ExporterSettings):
     """Port; 0: any free one."""
     device: str = "auto"
     """Torch device of this process: ``cpu``, ``cuda:0``, ...; ``auto``: the first GPU, if there is one."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=4096)
     """CPU threads of torch. With a small model threads wait for each other longer than they work."""
     max_batch: int = Field(256, ge=1)
     """Most networks that are computed at a time."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -82,9 +83,13 @@ def check_redis(url: str) -> None:
         ) as client:
             client.ping()
     except (redis.RedisError, OSError) as error:
-        raise Unavailable(
-            f"Redis at {without_password(url)} does not answer ({error}): start it, or correct REDIS_URL"
-        ) from None
+        advice = "start it, or correct REDIS_URL"
+        if url.startswith("rediss:") and re.search("certificate verify failed|No such file", str(error)):
+            advice = (
+                "trust its certificate with ?ssl_ca_certs=FILE at the end of REDIS_URL, or do without verification "
+                "with ?ssl_cert_reqs=none"
+            )
+        raise Unavailable(f"Redis at {without_password(url)} does not answer ({error}): {advice}") from None
 
 
 def celery_app(redis_url: str) -> Any:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound
+from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound, did_you_mean
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.kinds import KINDS
 from services.jobs import tables, text, transitions
@@ -62,13 +62,15 @@ class Request:
     ) -> Request:
         """Check everything except its inputs. Raises :class:`InvalidInput`."""
         if kind not in KINDS:
-            raise InvalidInput.field(f"{prefix}kind", f"is none of {', '.join(sorted(KINDS))}")
+            raise InvalidInput.field(
+                f"{prefix}kind", f"is none of {', '.join(sorted(KINDS))}{did_you_mean(kind, KINDS)}"
+            )
         if not isinstance(spec, KINDS[kind].spec):
             raise InvalidInput.field(f"{prefix}spec", f"is a {type(spec).__name__}, not the spec of a {kind} job")
         try:
             made = cls(kind, spec, Options.model_validate(dict(options)), prefix, parent, name)
         except ValidationError as error:
-            raise InvalidInput.from_pydantic(error, prefix.rstrip(".")) from None
+            raise InvalidInput.from_pydantic(error, prefix.rstrip("."), Options) from None
         if parent is None:
             # A child's spec follows from its parent's.
             spec.refuse_ignored(f"{prefix}spec.")

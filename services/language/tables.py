@@ -19,7 +19,7 @@ from pyarrow import ArrowException, parquet
 from pydantic import BaseModel, ValidationError
 
 from ethogram.errors import MAX_VIOLATIONS, InvalidInput, Violation
-from services.runtime.reading import first_line
+from services.runtime.reading import first_line, reason_of
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 # Rows of a parquet file that are in memory at once; they may be large.
@@ -51,7 +51,7 @@ def read_rows(
 
     Values of a CSV file are text. Empty cells, and nulls of a parquet file, are left out; blank lines are skipped.
     ``columns``: the only ones that are read of a parquet file, where it has them. ``form``: by default the file's
-    suffix. Raises :class:`InvalidInput` of ``field`` (by default the file's name) for a file that is missing or not of
+    suffix. Raises :class:`InvalidInput` of ``field`` (by default the file itself) for a file that is missing or not of
     that form.
     """
     form = form or file.suffix.lower()
@@ -63,7 +63,7 @@ def read_rows(
         elif form == ".parquet":
             yield from _parquet_rows(file, columns)
         else:
-            raise InvalidInput.field(field or file.name, f"{file} is none of {', '.join(SUFFIXES)}")
+            raise _wrong(file, field, f"is none of {', '.join(SUFFIXES)}")
 
 
 def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterator[RowT]:
@@ -124,17 +124,20 @@ def _invalid(violations: list[Violation]) -> InvalidInput:
 @contextmanager
 def opening(file: Path, field: str | None) -> Iterator[None]:
     """Raise what goes wrong with the whole file as :class:`InvalidInput`."""
-    field = field or file.name
     try:
         yield
     except FileNotFoundError:
-        raise InvalidInput.field(field, f"{file} does not exist") from None
+        raise _wrong(file, field, "does not exist") from None
     except UnicodeDecodeError as error:
         where = first_line(error) if file.suffix.lower() == ".parquet" else _undecodable(file)
-        raise InvalidInput.field(field, f"{file} cannot be read as UTF-8 text ({where})") from None
+        raise _wrong(file, field, f"cannot be read as UTF-8 text ({where})") from None
     except (OSError, ValueError, csv.Error, ArrowException) as error:
         form = f" as {file.suffix}" if file.suffix else ""
-        raise InvalidInput.field(field, f"{file} cannot be read{form} ({first_line(error)})") from None
+        raise _wrong(file, field, f"cannot be read{form} ({reason_of(error)})") from None
+
+
+def _wrong(file: Path, field: str | None, text: str) -> InvalidInput:
+    return InvalidInput.field(field, f"{file} {text}") if field else InvalidInput.field(str(file), text)
 
 
 def _undecodable(file: Path) -> str:

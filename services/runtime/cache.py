@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 def cache_folder(name: str) -> Path:
     """The folder ``name`` of the cache: in ``ETHOGRAM_CACHE``, or ``ethogram`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
     Raises :class:`OSError` for a user without a home."""
+    given = os.environ.get("ETHOGRAM_CACHE")
+    root = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ethogram")
     try:
-        given = os.environ.get("ETHOGRAM_CACHE")
-        root = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ethogram")
         return root.expanduser().absolute() / name
     except RuntimeError as error:
-        raise OSError(0, str(error)) from None
+        raise OSError(0, str(error), str(root)) from None
 
 
 @contextmanager

@@ -11,6 +11,12 @@ from safetensors import SafetensorError
 
 from ethogram.errors import InvalidInput
 
+BROKEN = (
+    *(ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, EOFError, MemoryError),
+    SafetensorError,
+)
+"""What parsers raise for contents that are not what they should be."""
+
 
 @contextmanager
 def reading(folder: Path, file: str, what: str, field: str | None = None) -> Iterator[Path]:
@@ -35,13 +41,30 @@ def reading(folder: Path, file: str, what: str, field: str | None = None) -> Ite
         raise InvalidInput.field(field, f"{subject}needs {other}, which is missing; make the {what} again") from None
     except KeyError as error:
         raise InvalidInput.field(field, f"{subject}has no {error.args[0]}") from None
+    # It is a folder, say, or not this user's.
+    except OSError as error:
+        raise InvalidInput.field(field, f"{subject}cannot be read ({reason_of(error)})") from None
     # A spec names what is wrong, a pattern that is not registered here say.
     except ValidationError as error:
         raise InvalidInput.from_pydantic(error, field) from None
     # torch raises RuntimeError for shapes that do not fit; Arrow's errors are ValueErrors.
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except BROKEN as error:
         text = f"cannot be read, or does not fit the other files ({type(error).__name__}); make the {what} again"
         raise InvalidInput.field(field, subject + text) from None
+
+
+@contextmanager
+def reading_checkpoint() -> Iterator[None]:
+    """Whatever is wrong with the files of a checkpoint becomes :class:`InvalidInput` of the field ``checkpoint``."""
+    try:
+        yield
+    except (OSError, *BROKEN) as error:
+        raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong with a file, without its name."""
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ethogram.errors import InvalidInput
+from ethogram.paths import user_path
 
 logger = logging.getLogger(__name__)
+
+_LONGEST, _LARGEST = 1e9, 2**53
 
 
 def _split(value: object) -> object:
@@ -60,17 +63,30 @@ class ProcessSettings(BaseSettings):
             )
         return {name: value for name, value in values.items() if name not in links}
 
+    @field_validator("*")
+    @classmethod
+    def _within_bounds(cls, value: object) -> object:
+        # Sums and differences of times must stay dates.
+        if isinstance(value, float) and not value <= _LONGEST:
+            raise ValueError(f"must be at most {_LONGEST:g}")
+        if isinstance(value, int) and value > _LARGEST:
+            raise ValueError(f"must be at most {_LARGEST}")
+        return value
+
     @classmethod
     def read(cls) -> Self:
         """Read the environment. Raises :class:`InvalidInput`, which names the variable."""
         try:
-            return cls()
+            settings = cls()
         except ValidationError as error:
             details = error.errors(include_url=False, include_context=False, include_input=False)
             for detail in details:
                 parts = (part if part == "REDIS_URL" else f"ETHOGRAM_{part}".upper() for part in detail["loc"])
                 detail["loc"] = tuple(parts)
             raise InvalidInput.from_details(details) from None
+        # Wrong paths are found now, not by the first job.
+        _ = settings.work, settings.store_url
+        return settings
 
     @property
     def database(self) -> str:
@@ -81,7 +97,7 @@ class ProcessSettings(BaseSettings):
     def store_url(self) -> str:
         """URL or absolute path of the store: a job's process has another current folder."""
         store = self.store or str(self._root / "store")
-        return store if "://" in store else str(Path(store).expanduser().resolve())
+        return store if "://" in store else str(user_path(store, "ETHOGRAM_STORE").resolve())
 
     @property
     def work(self) -> Path:
@@ -90,7 +106,7 @@ class ProcessSettings(BaseSettings):
 
     @property
     def _root(self) -> Path:
-        return self.state.expanduser().resolve()
+        return user_path(self.state, "ETHOGRAM_STATE").resolve()
 
 
 class ExporterSettings(ProcessSettings):

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from ethogram.errors import InvalidInput, Violation
 from ethogram.specs.base import OptimizationSpec, TrainedSpec
 from services.runtime import checkpoints
 from services.runtime.parallel import ALONE, World
+from services.runtime.reading import reading_checkpoint
 from services.runtime.run import Run
 from services.runtime.tensors import write_tensors
 from services.runtime.tracking import Log, histogram, tracked
@@ -370,7 +370,7 @@ def read_checkpoint(trainer: Trainer, world: World, folder: Path) -> dict[str, T
 
     Raises :class:`InvalidInput` for a checkpoint of another training, and for one that cannot be read.
     """
-    try:
+    with reading_checkpoint():
         # Copies are aligned in memory, which a file's tensors need not be; MKL rounds differently where they are not.
         tensors = {name: value.clone() for name, value in load_file(folder / STATE, device=trainer.device).items()}
         about = json.loads((folder / ABOUT).read_text())
@@ -380,8 +380,6 @@ def read_checkpoint(trainer: Trainer, world: World, folder: Path) -> dict[str, T
         trainer.step = int(about["step"])
         vars(trainer.progress).update(asdict(Progress(**about["progress"])))
         return parts.get("best", {})
-    except (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InvalidInput.field("checkpoint", f"cannot be read ({type(error).__name__}); start afresh") from None
 
 
 def _check(trainer: Trainer, world: World, about: Mapping[str, Any]) -> None:

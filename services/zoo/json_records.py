@@ -10,8 +10,8 @@ signatures ``{"neuron_activations": {layer: {"neuron_profiles": {neuron: {method
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,7 +218,7 @@ def _parsed(row: Mapping[str, Any], column: str, location: str) -> dict[str, Any
     value = row.get(column)
     try:
         value = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput.field(f"{location}.{column}", f"is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidInput.field(f"{location}.{column}", "is missing" if value is None else "is not a JSON object")
@@ -230,7 +230,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # An integer of JSON may be larger than any float.
+    return abs(value) <= sys.float_info.max
 
 
 def _network(value: Mapping[str, Any], location: str) -> tuple[Architecture, Params]:
@@ -242,7 +245,7 @@ def _network(value: Mapping[str, Any], location: str) -> tuple[Architecture, Par
         match = _WEIGHT.match(name)
         try:
             array = np.array(numbers, np.float32)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             array = np.zeros(0, np.float32)
         if match is None or array.ndim != (2 if match[2] == "weight" else 1) or not np.isfinite(array).all():
             raise InvalidInput.field(

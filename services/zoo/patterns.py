@@ -6,7 +6,9 @@ enumerate whole universes and check that no two are equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -14,7 +16,7 @@ from importlib.metadata import entry_points
 import torch
 from torch import Tensor
 
-from ethogram.errors import InvalidInput
+from ethogram.errors import EthogramError, InvalidInput
 from ethogram.specs.generation import BUILT_IN, ENTRY_POINTS, REGISTERED, PatternSpec
 from services.zoo.automata import LETTERS, Automaton, compiled
 
@@ -90,11 +92,25 @@ def register(name: str, description: str) -> Callable[[Predicate], Predicate]:
     return add
 
 
+@contextmanager
+def _users_code(field: str, what: str) -> Iterator[None]:
+    """Whatever code of the user's raises is :class:`InvalidInput`, with its place."""
+    try:
+        yield
+    except EthogramError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{what}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        raise InvalidInput.field(field, text) from error
+
+
 def registered(name: str) -> tuple[Predicate, str]:
     """Predicate and description of the pattern registered as ``name``. Raises :class:`InvalidInput`."""
     if name not in _REGISTERED:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
-            predicate = entry.load()
+            with _users_code(f"patterns.{name}", f"the entry point {entry.value} cannot be loaded"):
+                predicate = entry.load()
             _REGISTERED[name] = predicate, " ".join((predicate.__doc__ or name).split())
     if name not in _REGISTERED:
         raise InvalidInput.field("name", f"there is no pattern {name}; give it a regex, or register it")
@@ -152,7 +168,9 @@ class Pattern:
             return automaton.matches(sequences)
         if self.kind in _PREDICATES:
             return _PREDICATES[self.kind](sequences)
-        matches = registered(self.kind)[0](sequences)
+        predicate = registered(self.kind)[0]
+        with _users_code(f"patterns.{self.kind}", "its predicate failed"):
+            matches = predicate(sequences)
         if not isinstance(matches, Tensor) or matches.dtype != torch.bool or matches.shape != sequences.shape[:1]:
             raise InvalidInput.field(f"patterns.{self.kind}", "its predicate must return a bool tensor of shape [n]")
         return matches

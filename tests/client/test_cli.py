@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from ethogram.cli.main import run
 from ethogram.cli.output import pairs
 from ethogram.client import Client
+from ethogram.errors import InvalidInput
 from ethogram.platform.stack import Platform, free_port
 
 IDLE = ("--queue", "nobody")
@@ -162,6 +163,56 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_what_does_not_exist_is_exit_code_1(cli: Cli, arguments: list[str]) -> None:
     assert cli(*arguments).code == 1
     assert cli(*arguments, "--json").json["error"]["reason"] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["watch", "job_abc"], "No such command 'watch'; did you mean jobs watch?"),
+        (["put", "zoo"], "did you mean artifacts put?"),
+        (["publish", "m", "x"], "did you mean models publish?"),
+        (["jobs", "gett", "job_abc"], "Did you mean 'get'?"),
+        (["artifacts", "ls", "job_abc"], "did you mean --job job_abc?"),
+        (["jobs", "list", "generation"], "options that take a value: --kind, --state,"),
+        (["submit", "genration"], "did you mean generation?"),
+        (["kinds", "genration"], "did you mean generation?"),
+        (["submit", "generation", "--set", "subjcts=3"], "spec.subjcts: there is no such field; did you mean subjects"),
+        (
+            ["submit", "clt", "--set", "training.step=3"],
+            "spec.training.step: there is no such field; did you mean steps",
+        ),
+        (
+            ["submit", "clt"],
+            "spec.activations: is missing; give it with --set activations.job=JOB --set activations.artifact",
+        ),
+        (["submit", "sae"], "spec.hook: is missing; give it with --set hook=VALUE, or in the file"),
+        (["submit", "generation", "-f", "README.md"], "README.md, line 6: this is not the YAML or JSON of a spec"),
+    ],
+)
+def test_what_is_nearly_right_is_told_how_to_write_it(cli: Cli, arguments: list[str], says: str) -> None:
+    answer = cli(*arguments)
+    assert answer.code in (1, 2) and says in " ".join(answer.err.split())
+
+
+def test_in_a_pipeline_missing_inputs_are_told_with_their_paths(cli: Cli, tmp_path: Path) -> None:
+    answer = cli("pipeline", write(tmp_path, "jobs: {c: {kind: crossmodal, spec: {}, label: {}}}\n"))
+    said = " ".join(answer.err.split())
+    assert "--set jobs.c.spec.zoo.job=JOB --set jobs.c.spec.zoo.artifact=NAME" in said
+    assert "jobs.c.label: there is no such field; did you mean labels?" in said
+
+
+def test_over_rest_a_missing_input_is_told_as_json(client: Client) -> None:
+    with pytest.raises(InvalidInput, match=r'^spec\.zoo: is missing; give \{"job": "job_\.\.\.", "artifact": NAME\}'):
+        client.submit("crossmodal", {})
+
+
+def test_the_name_of_a_job_in_place_of_its_id_is_told_its_id(cli: Cli) -> None:
+    id = cli("submit", "generation", "--name", "my-zoo", *IDLE, "--json").json["id"]
+    for command in (["jobs", "get"], ["jobs", "watch"], ["jobs", "cancel"], ["jobs", "logs"]):
+        assert f"did you mean {id}, which has the name my-zoo?" in " ".join(cli(*command, "my-zoo").err.split())
+    for arguments in (["artifacts", "get", "my-zoo/zoo"], ["artifacts", "ls", "--job", "my-zoo"]):
+        assert f"did you mean {id}" in " ".join(cli(*arguments).err.split())
+    assert "`ethogram jobs list` has ids" in " ".join(cli("jobs", "get", "nobody").err.split())
 
 
 def test_several_wrong_fields_are_all_listed(cli: Cli, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -124,6 +126,24 @@ def test_rows_with_a_nan_stay_so(activation: str, training: bool, monkeypatch: p
         made = model.decode(model.encode(inputs), inputs)[0]
         found.append(made.isnan().any(1).nonzero().flatten().tolist())
     assert found[0] == found[1] and {0, CHUNK + 9, 3 * CHUNK - 1} <= {*found[0]} and len(found[0]) <= 4
+
+
+@pytest.mark.parametrize("damaged", ["the folder", "the index"])
+def test_a_cache_of_kernels_that_cannot_be_used_costs_a_warning(
+    damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = f"plus_{tmp_path.name}"
+    (tmp_path / f"{module}.py").write_text("def plus(value):\n    return value + 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kernel = kernels._compile()(importlib.import_module(module).plus)
+    assert kernel._cache.cache_path == str(tmp_path / "__pycache__")
+    if damaged == "the folder":
+        shutil.rmtree(tmp_path / "__pycache__")
+        (tmp_path / "__pycache__").write_text("")
+    else:
+        Path(kernel._cache._cache_file._index_path).write_bytes(b"no index")
+    assert kernel(2) == 3
+    assert f"{tmp_path}/__pycache__ cannot be used" in caplog.text and "NUMBA_CACHE_DIR" in caplog.text
 
 
 def test_kernels_need_no_folder_to_be_kept_in() -> None:

@@ -107,7 +107,7 @@ def use_the_published_model(url: str, folder: Path, held_out: Path) -> None:
     assert names[0] == "starts_with(A)"
     for file, batch in (("many", [count]), ("one", [])):
         given, latents, decoded, steered = (
-            str(folder / f"{name}.safetensors") for name in (file, "latents", "decoded", "steered")
+            str(folder / f"{file}{what}.safetensors") for what in ("", "-latents", "-decoded", "-steered")
         )
         answer = cli("encode", model, given, "-o", latents, ETHOGRAM_URL=url)
         assert answer["tensors"]["latents"] == [*batch, 32]

@@ -361,8 +361,8 @@ def test_what_the_client_itself_refuses(inference: Inference, material: Material
         (lambda: inference.encode("tiny", text), "no safetensors"),
         (lambda: inference.encode("tiny", {}), "networks.parameters"),
         (lambda: inference.encode("tiny", networks | {WEIGHT: np.array([["a"]] * 2)}), WEIGHT),
-        (lambda: inference.encode("tiny", networks | {BIAS: networks[BIAS][:1]}), f"{BIAS}: a batch of 1"),
-        (lambda: inference.encode("tiny", {0: networks[BIAS]}), "arrays by parameter name"),  # type: ignore[dict-item]
+        (lambda: inference.encode("tiny", networks | {BIAS: networks[BIAS][:1]}), f"{BIAS}: has the shape"),
+        (lambda: inference.encode("tiny", {0: networks[BIAS]}), "0 is no parameter's name"),  # type: ignore[dict-item]
         (lambda: inference.encode("tiny", torch.nn.Linear(2, 1)), r"send its state_dict\(\)"),  # type: ignore[arg-type]
         (lambda: inference.steer("tiny", networks, edits), "edits.0.operation"),
         (lambda: inference.steer("tiny", networks, [("add", "palindrome")], mode="odd"), "mode"),  # type: ignore[arg-type]

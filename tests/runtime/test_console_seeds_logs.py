@@ -86,6 +86,15 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch: pytest.
     ]
 
 
+def test_the_end_of_a_stage_is_told_once() -> None:
+    shown = io.StringIO()
+    with ConsoleRun(console=Console(file=shown, width=80)) as run:
+        run.stage("solve", 20)
+        for done in (10, 20, 20):
+            run.advance(done)
+    assert shown.getvalue().splitlines() == ["solve: 20 of 20 steps"]
+
+
 def test_ctrl_c_ends_at_a_checkpoint_and_twice_at_once(tmp_path: Path) -> None:
     def keep(step: int, folder: Path) -> None:
         (folder / "step").write_text(str(step))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ethogram.cli import run as command
 from ethogram.cli.main import run as run_cli
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.kinds import KINDS, Kind
@@ -255,10 +256,23 @@ def test_the_first_process_of_torchrun_reports_and_the_others_are_silent(
 def test_a_client_install_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def missing(name: str) -> Any:
-        raise ModuleNotFoundError(f"No module named {name!r}", name="services")
-
-    monkeypatch.setattr(command, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "services.runtime.folders", None)
     assert call("toy", "-i", "table=table", "-o", "out") == 1
     told = capsys.readouterr().err
-    assert "running jobs here needs services, which is not installed" in told and "pip install" in told
+    assert "running jobs here needs services.runtime.folders, which is not installed" in told and "pip install" in told
+
+
+def test_a_module_that_the_users_own_package_needs_is_not_asked_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "their_own_code.py").write_text("import surely_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def imports(*_: object, **__: object) -> None:
+        importlib.import_module("their_own_code")
+
+    monkeypatch.setattr("services.runtime.local.run", imports)
+    assert call("toy", "-i", "table=table", "-o", "out") == 1
+    told = capsys.readouterr().err
+    assert "their_own_code.py imports surely_not_installed, which is not installed here" in " ".join(told.split())
+    assert "pip install -c" not in told

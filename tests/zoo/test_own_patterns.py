@@ -200,6 +200,32 @@ def test_a_package_brings_a_predicate(tmp_path: Path) -> None:
     assert done.stdout == "B does not occur [True, False]\n", done.stderr
 
 
+def test_code_of_the_users_that_fails_is_named_with_its_line() -> None:
+    register("fails", "fails")(lambda sequences: sequences[:, 99] == 1)
+    try:
+        with pytest.raises(InvalidInput, match=r"^patterns\.fails: its predicate failed: IndexError: .*patterns\.py"):
+            Pattern("fails").matches(EVERY)
+    finally:
+        del patterns._REGISTERED["fails"]
+        REGISTERED.discard("fails")
+
+
+@pytest.mark.parametrize("code", ["import surely_not_installed", "1 / 0", "x = ", "def other(): pass"])
+def test_an_entry_point_that_cannot_be_loaded_is_named(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "broken-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[ethogram.patterns]\nbroken_b = broken_b:broken_b\n")
+    (tmp_path / "broken_b.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        InvalidInput, match=r"^patterns\.broken_b: the entry point broken_b:broken_b cannot be loaded: "
+    ):
+        Pattern("broken_b").matches(EVERY)
+
+
 @pytest.mark.parametrize("expression", ["((A?){100}){100}", "(A{0,100}){0,100}", "((.{100}){100}){100}", "A{100}" * 6])
 def test_repeats_that_would_take_for_ever_are_told(expression: str) -> None:
     with pytest.raises(InvalidInput, match="with its repeats written out"):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
+from ethogram.paths import user_path
 from ethogram.specs.clt import ActivationsSpec
 from services.clt.activations.hooks import HookPoint, capture, check_pair, misshapen, trace
 from services.clt.activations.sources import CHUNK, ActivationSource, open_source
@@ -70,10 +71,11 @@ def collect(
             run.log(f"{field}: has no effect, because the dataset is a file, or a folder of files", "warning")
         if cities is not None:
             manifest.spec["cities"] = digest(cities)
-        root, target = spec.root or os.environ.get(ROOT), folder
+        root, target = spec.root or os.environ.get(ROOT) or None, folder
         if root is not None:
             identity = json.dumps([source.digest, manifest.identity], sort_keys=True)
-            target = Path(root) / f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+            name = f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+            target = user_path(root, "spec.root" if spec.root else ROOT) / name
         elif run.resume is not None and not (folder / MANIFEST).exists():
             # A store that is there already would be at least as far as the checkpoint.
             folder.mkdir(parents=True, exist_ok=True)

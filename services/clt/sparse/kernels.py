@@ -8,28 +8,62 @@ all of them between threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
+from numba.core.caching import FunctionCache
 from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
 
+class _FileCache(FunctionCache):
+    """What numba has compiled, in files. Where they cannot be read or written, each process compiles for itself."""
+
+    def load_overload(self, *arguments: Any) -> Any:
+        with self._best_effort():
+            return super().load_overload(*arguments)  # type: ignore[no-untyped-call]
+        return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        with self._best_effort():
+            super().save_overload(*arguments)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _best_effort(self) -> Iterator[None]:
+        try:
+            yield
+        # Of a damaged file, unpickling raises anything.
+        except Exception as error:
+            _warn(f"{self.cache_path} cannot be used ({error})")
+            self.disable()  # type: ignore[no-untyped-call]
+
+
+@cache
+def _warn(reason: str) -> None:
+    logger.warning("%s: the kernels are compiled again. Name a folder in NUMBA_CACHE_DIR", reason)
+
+
 def _compile(**options: Any) -> Callable[[Any], Any]:
     def compiled(function: Any) -> Any:
+        kernel = njit(nogil=True, **options)(function)
         try:
-            return njit(cache=True, nogil=True, **options)(function)
-        # Neither this folder nor the user's cache can be written: each process compiles for itself.
-        except RuntimeError:
-            return njit(nogil=True, **options)(function)
+            kernel._cache = _FileCache(function)  # type: ignore[no-untyped-call]
+        # There is no folder that can be written.
+        except (RuntimeError, OSError) as error:
+            _warn(str(error))
+        return kernel
 
     return compiled
 

@@ -25,6 +25,7 @@ from services.clt.activations.pairs import pair_name
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job
 from services.clt.sparse.streams import streams_of
+from services.runtime.reading import reading_checkpoint
 from services.runtime.report import Report, plot
 from services.runtime.run import ChildJob, Run
 
@@ -59,7 +60,7 @@ def run_specs(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
         try:
             specs[name] = CltSpec.model_validate(fields)
         except ValidationError as error:
-            raise InvalidInput.from_pydantic(error, f"spec.grid ({name})") from None
+            raise InvalidInput.from_pydantic(error, f"spec.grid ({name})", CltSpec) from None
         streams_of(specs[name], store)
     return specs
 
@@ -130,8 +131,9 @@ class Sweep(Run):
         """Run one after the other. A checkpoint holds the finished runs and the checkpoint of the present one."""
         checkpoint, interrupted = self._run.resume, None
         if checkpoint is not None:
-            kept = json.loads((checkpoint / STATE).read_text())
-            self.rows, self.failed = kept["rows"], kept["failed"]
+            with reading_checkpoint():
+                kept = json.loads((checkpoint / STATE).read_text())
+                self.rows, self.failed = kept["rows"], kept["failed"]
             if (checkpoint / "models").exists():
                 shutil.copytree(checkpoint / "models", self.models, dirs_exist_ok=True)
             if (checkpoint / PRESENT).exists():
