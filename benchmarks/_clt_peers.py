@@ -28,7 +28,7 @@ Loss = Callable[[dict[str, Tensor]], Tensor]
 
 def resident(name: str) -> float:
     """A line of this process's status, MiB: ``VmRSS`` is what is resident, ``VmHWM`` the most there was."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 1024
     raise OSError(f"no {name}")
@@ -36,7 +36,7 @@ def resident(name: str) -> float:
 
 def extra_mib(work: Callable[[], object]) -> float:
     """Most memory that ``work`` took beyond what was resident before."""
-    Path("/proc/self/clear_refs").write_text("5")  # The most there was, from now on.
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # The most there was, from now on.
     before = resident("VmRSS")
     work()
     return resident("VmHWM") - before

@@ -19,5 +19,5 @@ if __name__ == "__main__":
     zoo, spec, output = map(Path, sys.argv[1:])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     began = time.monotonic()
-    job(CrossmodalSpec.model_validate_json(spec.read_text()), Recorder(output, inputs={"zoo": zoo}))
+    job(CrossmodalSpec.model_validate_json(spec.read_text(encoding="utf-8")), Recorder(output, inputs={"zoo": zoo}))
     print(time.monotonic() - began)

@@ -133,10 +133,12 @@ class Cache:
             shutil.rmtree(folder, ignore_errors=True)
         if file.exists():
             say(f"{name}: kept from {folder}; --afresh measures again")
-            return Measured(json.loads(file.read_text()), kept=True)
+            return Measured(json.loads(file.read_text(encoding="utf-8")), kept=True)
         folder.mkdir(parents=True, exist_ok=True)
         numbers = measure(folder)
-        file.write_text(json.dumps({key: value for key, value in numbers.items() if key not in TIMES}, indent=2))
+        file.write_text(
+            json.dumps({key: value for key, value in numbers.items() if key not in TIMES}, indent=2), encoding="utf-8"
+        )
         return Measured(numbers, kept=False)
 
 
@@ -155,5 +157,9 @@ def _setting() -> list[object]:
     import torch
 
     cpu = Path("/proc/cpuinfo")
-    models = {line for line in cpu.read_text().splitlines() if line.startswith("model name")} if cpu.exists() else set()
+    models = (
+        {line for line in cpu.read_text(encoding="utf-8").splitlines() if line.startswith("model name")}
+        if cpu.exists()
+        else set()
+    )
     return [versions(), torch.get_num_threads(), len(os.sched_getaffinity(0)), sorted(models)]

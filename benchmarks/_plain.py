@@ -95,7 +95,8 @@ class PlainLoop:
     ) -> None:
         """Train for an epoch in each of ``orders``, stop early, and keep the best."""
         staged, (inputs, targets), (held_out, answers) = self._staged, training, validation
-        optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+        # Of its three ways, the fastest on networks this small.
+        optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
         best, best_state, since = float("inf"), network.state_dict(), 0
         for order in orders:
             for batch in torch.split(order, staged.batch_size):

@@ -102,12 +102,12 @@ def peers() -> Path:
     """The folder of the others' packages, installed if they are not there. All else, e.g. torch, is what is here."""
     folder = (ROOT / "packages").absolute()
     stamp = folder / "ready"
-    if not stamp.exists() or stamp.read_text() != "\n".join(PEERS):
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != "\n".join(PEERS):
         say(f"installing {', '.join(PEERS[:2])}")
         shutil.rmtree(folder, ignore_errors=True)
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*install, "--target", folder, *PEERS], check=True, stdout=sys.stderr)
-        stamp.write_text("\n".join(PEERS))
+        stamp.write_text("\n".join(PEERS), encoding="utf-8")
     return folder
 
 

@@ -19,6 +19,6 @@ if __name__ == "__main__":
     # What the demo measured of itself stands: it is the colder of the two.
     report["figures"] = costs | report["figures"]
     report["ok"] = all(figure["ok"] for figure in report["figures"].values())
-    (OUTPUT / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (OUTPUT / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: report[key] for key in form("demo", {})}))
     sys.exit(0 if report["ok"] else 1)

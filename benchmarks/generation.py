@@ -14,7 +14,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Sequence
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -85,14 +86,15 @@ def speed(arguments: argparse.Namespace) -> Figures:
 
 
 def _bmm_fraction(trainer: BucketTrainer) -> float:
-    """Of the time that a block takes on one core, what ``torch.bmm`` alone takes for the same products."""
+    """Of the time that a block takes on one core, what ``torch.bmm`` alone takes for the same products, less the share
+    of their operations that only padding to the widest needs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    products, whole, alone = Counter[tuple[Any, ...]](), 0.0, 0.0
+    products, whole, alone = defaultdict[tuple[Any, ...], float](float), 0.0, 0.0
     original = torch.bmm
 
     def noted(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-        products[a.shape, a.stride(), b.shape, b.stride()] += 1
+        products[a.shape, a.stride(), b.shape, b.stride()] += needed((*a.shape[1:], b.shape[2]), bucket.neurons)
         return original(a, b, out=out) if out is not None else original(a, b)
 
     for bucket in trainer.buckets(0):
@@ -114,6 +116,17 @@ def _bmm_fraction(trainer: BucketTrainer) -> float:
         alone += (time.perf_counter() - began) / 5 * times
     torch.set_num_threads(threads)
     return alone / whole
+
+
+def needed(sizes: Sequence[int], widths: Tensor) -> float:
+    """Of the operations of a product of ``sizes`` in a bucket of networks of ``widths`` (int64 ``[models]``), which are
+    padded to the widest, the share that these networks need."""
+    widest, share = int(widths.max()), torch.ones(len(widths))
+    for size in sizes:
+        # Also with a row of ones for the biases.
+        if size in (widest, widest + 1):
+            share *= (widths + size - widest) / size
+    return float(share.mean())
 
 
 def truth(_: argparse.Namespace) -> Figures:

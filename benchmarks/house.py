@@ -75,7 +75,7 @@ def modules(root: Path) -> dict[str, Module]:
         for path in sorted(folder.rglob("*.py")):
             relative = path.relative_to(root)
             name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
             sources[name] = Module(relative, text, ast.parse(text))
     return sources
 

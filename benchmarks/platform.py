@@ -72,7 +72,7 @@ def overhead(client: Client, folder: Path) -> Figures:
     zoo = client.wait(client.submit("generation", ZOO).id).check()
     client.get(client.output(zoo.id, "zoo").id, folder / "zoo")
     spec = CrossmodalSpec(zoo=ArtifactRef(job=zoo.id, artifact="zoo"), codec=CODEC, training=TRAINING)
-    (folder / "spec.json").write_text(spec.model_dump_json())
+    (folder / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
     threads = dict.fromkeys(THREAD_VARIABLES, os.environ["ETHOGRAM_THREADS"]) | {"GOMP_SPINCOUNT": SPIN_COUNT}
     rounds, identical = [], True
     for number in range(ROUNDS):

@@ -96,7 +96,7 @@ def judged(name: str, specs: Specs, subjects: Callable[[Zoo], Tensor] | slice = 
         def evaluated(codec: Codec, run: Run) -> dict[str, float]:
             report = evaluate(codec, zoo, run)
             codec.save(folder / "codec")
-            (folder / "report.json").write_text(json.dumps(report, indent=2))
+            (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
             figures: dict[str, float] = report["figures"]
             gates = [figures[gate] for edit in ("add", "remove") if (gate := f"{edit}.min_pattern_all_gate") in figures]
             return figures | ({"min_pattern_all_gate": min(gates)} if gates else {})

@@ -162,7 +162,7 @@ def run(
         "others": evaluation["others"],
         "served": {f"{operation} {name}": value._asdict() for (operation, name), value in served.items()},
     }
-    (output / _REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    (output / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if not quiet:
         _show(report, served, output)
     return report
@@ -243,7 +243,7 @@ def _publish(this: _Run, job: Job) -> Model:
 def _check_output(output: Path) -> None:
     """Raise :class:`InvalidInput` where ``output`` has what a demo would replace, and is not a demo's."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads((output / _REPORT).read_text())["bench"] == "demo":
+        if json.loads((output / _REPORT).read_text(encoding="utf-8"))["bench"] == "demo":
             return
     there = [name for name in (_REPORT, _EVALUATION, *_FILES) if os.path.lexists(output / name)]
     if there:
@@ -254,10 +254,10 @@ def _fetch_report(client: Client, job: Job, output: Path) -> dict[str, Any]:
     """Download the job's report into ``output``; its figures."""
     with TemporaryDirectory(prefix="evaluation-", dir=output) as scratch:
         fresh, folder = client.get(client.output(job.id, "report").id, Path(scratch, "report")), output / _EVALUATION
-        evaluation: dict[str, Any] = json.loads((fresh / _REPORT).read_text())
+        evaluation: dict[str, Any] = json.loads((fresh / _REPORT).read_text(encoding="utf-8"))
         if not (output / _REPORT).exists():
             # From now on the folder is a demo's, also if this process ends before it writes the rest.
-            (output / _REPORT).write_text(json.dumps({"bench": "demo"}))
+            (output / _REPORT).write_text(json.dumps({"bench": "demo"}), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         for file in _FILES:
             (fresh / file).replace(output / file)
@@ -311,7 +311,7 @@ def _steer_served(inference: Inference, model: Model, output: Path) -> dict[tupl
 def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
     """The costs that the run which did the work measured, if its report is still here; else no values."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        earlier = json.loads((output / _REPORT).read_text())
+        earlier = json.loads((output / _REPORT).read_text(encoding="utf-8"))
         if earlier["jobs"] == dict(jobs):
             figures = {name: earlier["figures"][name] for name in _COSTS}
             return {name: Figure(old["value"], old["op"], old["bar"], kept=True) for name, old in figures.items()}

@@ -143,25 +143,32 @@ def address(url: str | None, state: str | Path | None) -> str:
 def connection(url: str, timeout: float) -> dict[str, Any]:
     """Options of an httpx client of the platform at ``url``. Raises :class:`InvalidInput` for a variable of the
     environment, such as a proxy, that cannot be used."""
-    try:
-        verify = httpx.create_ssl_context()
-    except OSError as error:
-        name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
-        text = f"{os.environ.get(name)} holds no certificates that can be read ({error.strerror})"
-        raise InvalidInput.field(name, text) from None
+    target = httpx.URL(url)
+    proxy = _proxy(target)
+    encrypted = "https" in (target.scheme, proxy.url.scheme if proxy is not None else "")
     return {
         "base_url": url,
         "timeout": timeout,
         # Every stream that is followed holds a connection.
         "limits": httpx.Limits(max_connections=None, max_keepalive_connections=20),
-        "verify": verify,
-        "proxy": _proxy(httpx.URL(url), verify),
+        # Without https nothing needs certificates, so that broken ones do no harm; this one trusts nobody.
+        "verify": _trusted() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        "proxy": proxy,
         # It would read the proxies of other hosts and schemes too, and refuse all for one that it cannot use.
         "trust_env": False,
     }
 
 
-def _proxy(url: httpx.URL, verify: ssl.SSLContext) -> httpx.Proxy | None:
+def _trusted() -> ssl.SSLContext:
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:
+        name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
+        text = f"{os.environ.get(name)} holds no certificates that can be read ({error.strerror})"
+        raise InvalidInput.field(name, text) from None
+
+
+def _proxy(url: httpx.URL) -> httpx.Proxy | None:
     proxies = getproxies()
     given = proxies.get(url.scheme) or proxies.get("all")
     if not given or _without_proxy(url, proxies.get("no", "")):
@@ -170,7 +177,7 @@ def _proxy(url: httpx.URL, verify: ssl.SSLContext) -> httpx.Proxy | None:
         proxy = httpx.Proxy(given if "://" in given else f"http://{given}")
         if not proxy.url.host or not 0 < (proxy.url.port or 1) < 2**16:
             raise ValueError("it has no host, or no such port")
-        httpx.HTTPTransport(proxy=proxy, verify=verify).close()
+        httpx.HTTPTransport(proxy=proxy, verify=False).close()
         return proxy
     except (ValueError, ImportError, httpx.InvalidURL) as error:
         names = (spelling for low in (f"{url.scheme}_proxy", "all_proxy") for spelling in (low, low.upper()))

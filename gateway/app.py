@@ -10,7 +10,7 @@ from fastapi import Depends, FastAPI
 
 from gateway import openapi, problems
 from gateway.inputs import storable
-from gateway.middleware import BodyLimit, Doorkeeper, RequestContext
+from gateway.middleware import BodyLimit, OriginCheck, RequestContext
 from gateway.routes import artifacts, jobs, meta, models
 from gateway.services import Services
 from gateway.settings import GatewaySettings, is_loopback
@@ -52,6 +52,6 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     openapi.install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=settings.body_limit, exceptions={"/v1/artifacts": settings.upload_limit})
-    app.add_middleware(Doorkeeper, hosts=settings.hosts, on_loopback=is_loopback(settings.host))
+    app.add_middleware(OriginCheck, hosts=settings.hosts, on_loopback=is_loopback(settings.host))
     app.add_middleware(RequestContext, metrics=services.metrics)
     return app

@@ -97,7 +97,7 @@ class RequestContext:
             )
 
 
-class Doorkeeper:
+class OriginCheck:
     """Refuses, with 403, what a web page of another site makes a browser ask for: a change (any method but GET and
     HEAD), or anything under a name that is not the gateway's (DNS rebinding). Other programs send no such requests."""
 
@@ -151,8 +151,8 @@ def _same_host(origin: str, host: str) -> bool:
     """Whether ``origin`` (RFC 6454) is that of a page from ``host``, over http or, behind a proxy, https."""
     scheme, _, rest = origin.partition("://")
     default = {"http": 80, "https": 443}.get(scheme)
-    (mine, my_port), (theirs, their_port) = _split_host(host), _split_host(rest)
-    return default is not None and mine == theirs != "" and (my_port or default) == (their_port or default)
+    (name, port), (origin_name, origin_port) = _split_host(host), _split_host(rest)
+    return default is not None and name == origin_name != "" and (port or default) == (origin_port or default)
 
 
 class BodyLimit:

@@ -16,13 +16,14 @@ def install(app: FastAPI) -> None:
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            made = make()
-            for name, schema in made["components"]["schemas"].items():
+            description = make()
+            for name, schema in description["components"]["schemas"].items():
                 # Generators name a class by its title, and drop the second of a name with all that uses it.
                 schema["title"] = name
                 for field in schema.get("properties", {}).values():
                     _describe_default(field)
-            for operation in (one for path in made["paths"].values() for one in path.values()):
+            operations = [operation for path in description["paths"].values() for operation in path.values()]
+            for operation in operations:
                 for response in operation["responses"].values():
                     content = response.get("content", {})
                     # The framework files a model under its own media type, beside the one that is sent.

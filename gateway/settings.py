@@ -47,7 +47,9 @@ class GatewaySettings(ProcessSettings):
     @field_validator("hosts")
     @classmethod
     def _check_hosts(cls, hosts: list[str]) -> list[str]:
+        # A name with the root's dot is the same, and Host headers are compared without it.
+        hosts = [host.removesuffix(".").lower() for host in hosts]
         for host in hosts:
-            if not host.isascii() or any(letter in host for letter in "/:*@ "):
+            if not host or not host.isascii() or any(letter in host for letter in "/:*@ "):
                 raise ValueError(f"{host!r} is not a name such as zoos.example.org; leave out scheme and port")
-        return [host.lower() for host in hosts]
+        return hosts

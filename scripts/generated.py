@@ -12,11 +12,15 @@ def write(texts: Mapping[Path, str | None], command: str) -> None:
 
     With ``--check``, nothing is written: raises ``SystemExit`` that names the stale files and ``command``.
     """
-    stale = {path: text for path, text in texts.items() if (path.read_text() if path.exists() else None) != text}
+    stale = {
+        path: text
+        for path, text in texts.items()
+        if (path.read_text(encoding="utf-8") if path.exists() else None) != text
+    }
     if "--check" in sys.argv and stale:
         raise SystemExit(f"generated files are stale, run '{command}': {', '.join(sorted(map(str, stale)))}")
     for path, text in stale.items():
         if text is None:
             path.unlink()
         else:
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")

@@ -31,13 +31,15 @@ ENUM = "enum"
 
 def generate() -> dict[Path, str | None]:
     """The text of each proto file that carries specs, and of the lock file."""
-    messages = Messages(LOCK.read_text())
+    messages = Messages(LOCK.read_text(encoding="utf-8"))
     for kind in KINDS.values():
         messages.add(kind.spec)
     texts: dict[Path, str | None] = {LOCK: messages.lock()}
     for file, blocks in messages.blocks.items():
         path = PROTOS / "ethogram" / "v1" / f"{file}.proto"
-        texts[path] = "\n".join([path.read_text().partition("\n" + MARKER)[0].rstrip() + "\n", MARKER, *blocks])
+        texts[path] = "\n".join(
+            [path.read_text(encoding="utf-8").partition("\n" + MARKER)[0].rstrip() + "\n", MARKER, *blocks]
+        )
     return texts
 
 

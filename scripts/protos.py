@@ -39,7 +39,7 @@ def compile_protos() -> dict[Path, str | None]:
         ]
         if protoc.main(arguments) != 0:
             raise SystemExit("protoc failed; its message is above")
-        made = {path.name: path.read_text() for path in Path(folder, "ethogram", "v1").iterdir()}
+        made = {path.name: path.read_text(encoding="utf-8") for path in Path(folder, "ethogram", "v1").iterdir()}
     # A file without services needs no gRPC module.
     useless = {name for name, text in made.items() if name.endswith("_pb2_grpc.py") and "Stub" not in text}
     old = {path: None for path in TARGET.iterdir() if path.is_file()}
@@ -54,7 +54,7 @@ def from_kinds() -> dict[Path, str | None]:
         f"{_artifacts(kind.outputs)} |\n"
         for kind in KINDS.values()
     ]
-    before, begin, rest = PAGE.read_text().partition(BEGIN)
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     head = "| kind | what it does | job | inputs (type) | outputs (type) |\n|---|---|---|---|---|\n"
     packages = dict.fromkeys((ROOT / "services" / kind.system / "__init__.py" for kind in KINDS.values()), "")

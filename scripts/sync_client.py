@@ -41,7 +41,7 @@ _PATTERNS = (
 
 def generate() -> str:
     """The synchronous client's source."""
-    text = SOURCE.read_text()
+    text = SOURCE.read_text(encoding="utf-8")
     for pattern, replacement in _PATTERNS:
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     text = text.replace("from __future__", "# Generated from aio.py by scripts.sync_client.\n\nfrom __future__", 1)

@@ -144,11 +144,13 @@ class FaultInjector:
 
     def _step_clock(self) -> None:
         name = self._chance.choice(NAMES)
-        (self._arena.faults / f"clock of {name}").write_text(str(self._chance.choice([-7200, -600, 600, 7200])))
+        (self._arena.faults / f"clock of {name}").write_text(
+            str(self._chance.choice([-7200, -600, 600, 7200])), encoding="utf-8"
+        )
 
     def _arm(self, point: str) -> bool:
         path = self._arena.faults / point
-        path.write_text("")
+        path.write_text("", encoding="utf-8")
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while path.exists():
             if time.monotonic() > deadline:

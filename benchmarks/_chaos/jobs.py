@@ -53,7 +53,7 @@ def generation(spec: GenerationSpec, run: Run) -> dict[str, Any]:
 def crossmodal(spec: CrossmodalSpec, run: Run) -> dict[str, Any]:
     """Use the output of another job."""
     _install_points()
-    return write_total(run, consumed(float((run.inputs["zoo"] / FILE).read_text())))
+    return write_total(run, consumed(float((run.inputs["zoo"] / FILE).read_text(encoding="utf-8"))))
 
 
 def _install_points() -> None:

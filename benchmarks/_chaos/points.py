@@ -134,7 +134,7 @@ def _step_clock(folder: Path, name: str) -> None:
 
     def now() -> datetime:
         try:
-            return datetime.now(UTC) + timedelta(seconds=float(file.read_text()))
+            return datetime.now(UTC) + timedelta(seconds=float(file.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return datetime.now(UTC)
 

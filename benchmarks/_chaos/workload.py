@@ -108,7 +108,9 @@ class Workload:
         known = {artifact.id for artifact in self._insist(lambda client: client.artifacts(limit=None))}
         for id in known & found.keys():
             try:
-                found[id] = float((self._arena.store.fetch(id, scratch / f"upload-{id}") / FILE).read_text())
+                found[id] = float(
+                    (self._arena.store.fetch(id, scratch / f"upload-{id}") / FILE).read_text(encoding="utf-8")
+                )
             except EthogramError as error:
                 found[id] = error.message
         return found
@@ -130,9 +132,12 @@ class Workload:
                 output = f"{row.name}: {error.message}"
                 break
             if row.name == OUTPUT:
-                output = float((folder / FILE).read_text())
+                output = float((folder / FILE).read_text(encoding="utf-8"))
             elif row.name == "metrics":
-                steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                steps = [
+                    json.loads(line)["step"]
+                    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                ]
         found: dict[str, Any] = {"events": self._events(job), "artifacts": rows, "output": output, "steps": steps}
         return Evidence(**vars(submission), job=job, children=children, **found)
 
@@ -204,7 +209,7 @@ class Workload:
         with tempfile.TemporaryDirectory() as folder:
             while not self.enough.wait(1.0):
                 number = random.random()
-                (Path(folder) / FILE).write_text(repr(number))
+                (Path(folder) / FILE).write_text(repr(number), encoding="utf-8")
                 made = self._insist(lambda client: client.put(Path(folder), name=OUTPUT, type="number"))
                 self.uploads[made.id] = number
 

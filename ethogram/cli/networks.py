@@ -141,7 +141,7 @@ def steer(
 
         effect = cast("Effect", steered)
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(effect_page(effect, edits, str(networks)))
+        report.write_text(effect_page(effect, edits, str(networks)), encoding="utf-8")
         measured = summary(effect)
     return _written(output, steered.networks, model=steered.model, version=steered.version, **measured)
 

@@ -76,7 +76,7 @@ def write_settings(folder: Path, port: int) -> OwnServer:
     file = folder / "redis.conf"
     file.touch(mode=0o600)
     quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
-    file.write_text(_SETTINGS.format(port=port, password=password, folder=f'"{quoted}"'))
+    file.write_text(_SETTINGS.format(port=port, password=password, folder=f'"{quoted}"'), encoding="utf-8")
     return OwnServer(file, port, password)
 
 
@@ -97,18 +97,18 @@ def check(url: str) -> None:
     except subprocess.TimeoutExpired:
         raise Unavailable(f"Redis did not answer within {_CHECK_SECONDS:g} s; start it, or correct REDIS_URL") from None
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
-        if "No module named" in said:
-            said = f"Redis cannot be asked ({said}): run `make up` in a clone of the repository"
-        raise (InvalidInput if done.returncode == os.EX_USAGE else Unavailable)(said)
+        reason = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
+        if "No module named" in reason:
+            reason = f"Redis cannot be asked ({reason}): run `make up` in a clone of the repository"
+        raise (InvalidInput if done.returncode == os.EX_USAGE else Unavailable)(reason)
 
 
 def ping(port: int, password: str, timeout: float = 2.0) -> bool:
     """Return True when the server on ``port`` of this machine answers. Raises :class:`Unavailable` when it does not."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout) as link:
-            for words in (["AUTH", password], ["PING"]):
-                link.sendall(" ".join(words).encode() + b"\r\n")
+            for command in (["AUTH", password], ["PING"]):
+                link.sendall(" ".join(command).encode() + b"\r\n")
                 answer = link.recv(4096)
                 if not answer.startswith(b"+"):
                     raise OSError(answer.decode(errors="replace").strip().lstrip("-") or "it closed the connection")

@@ -18,7 +18,7 @@ from typing import IO, Self
 import grpc
 import httpx
 
-from ethogram.errors import Conflict, Unavailable
+from ethogram.errors import Conflict, InvalidInput, Unavailable
 from ethogram.platform import guard, redis
 from ethogram.platform.process import Child, describe, module_command, server_environment
 from ethogram.platform.state import HOST, StateDir
@@ -112,6 +112,7 @@ class Platform:
         inference_port = free_port()
         self.inference = f"{HOST}:{inference_port}"
         env = self._environment(self._start_redis(deadline))
+        reconciler_metrics, inference_metrics = (_metrics_port(env, later) for later in (1, 2))
 
         # The gateway first and alone: people wait for it, and the imports of the others would slow it down.
         gateway = self._spawn("gateway", "gateway", {**env, "ETHOGRAM_PORT": str(port)})
@@ -119,12 +120,12 @@ class Platform:
             self._wait(gateway, lambda: http.get("/readyz").is_success, deadline)
         self.seconds["gateway"] = time.monotonic() - began
         inference = self._spawn(
-            "inference", "services.inference", {**env, "ETHOGRAM_PORT": str(inference_port), **_metrics_port(env, 2)}
+            "inference", "services.inference", {**env, "ETHOGRAM_PORT": str(inference_port), **inference_metrics}
         )
         # A worker answers no requests; its log says when it is ready.
         level = "DEBUG" if env.get("ETHOGRAM_LOG_LEVEL") == "DEBUG" else "INFO"
         worker = self._spawn("worker", "workers", {**env, "ETHOGRAM_LOG_LEVEL": level})
-        reconciler = self._spawn("reconciler", "workers.reconciler", {**env, **_metrics_port(env, 1)})
+        reconciler = self._spawn("reconciler", "workers.reconciler", {**env, **reconciler_metrics})
         with grpc.insecure_channel(self.inference, options=_CHANNEL_OPTIONS) as channel:
             # grpc.health.v1 in its raw form: an empty request, and field 1 of the answer is 1 (SERVING).
             check: Callable[..., bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
@@ -202,7 +203,12 @@ class Platform:
 def _metrics_port(env: Mapping[str, str], later: int) -> dict[str, str]:
     """``ETHOGRAM_METRICS_PORT`` is the worker's; other processes have the ports after it."""
     port = env.get("ETHOGRAM_METRICS_PORT", "")
-    return {"ETHOGRAM_METRICS_PORT": str(int(port) + later)} if port.isdecimal() and int(port) else {}
+    if not port.isdecimal() or not int(port):
+        return {}
+    if int(port) + later > 65_535:
+        text = f"is {port}, and a platform uses the two ports after it too; give at most 65533"
+        raise InvalidInput.field("ETHOGRAM_METRICS_PORT", text)
+    return {"ETHOGRAM_METRICS_PORT": str(int(port) + later)}
 
 
 def free_port() -> int:

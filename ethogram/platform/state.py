@@ -65,13 +65,13 @@ class StateDir:
         """Record the address of this process's platform."""
         record = {"pid": os.getpid(), "url": url, "inference": inference, "started": datetime.now(UTC).isoformat()}
         fresh = self.record.with_suffix(".new")
-        fresh.write_text(json.dumps(record) + "\n")
+        fresh.write_text(json.dumps(record) + "\n", encoding="utf-8")
         fresh.replace(self.record)
 
     def read_record(self) -> dict[str, Any] | None:
         """The running platform, or None. A record whose process is gone is not a platform."""
         try:
-            record = json.loads(self.record.read_text())
+            record = json.loads(self.record.read_text(encoding="utf-8"))
             # After a reboot the process id may be another process's; the lock is free then.
             with (self.root / "lock").open() as file:
                 alive = _alive(int(record["pid"])) and not _locked(file, fcntl.LOCK_SH)
@@ -85,7 +85,7 @@ class StateDir:
         Raises :class:`Conflict` when a platform has it. One whose parent was killed is given time to leave.
         """
         # Opened for appending, so that a second process does not erase the holder's process id.
-        file = (self.root / "lock").open("a+")
+        file = (self.root / "lock").open("a+", encoding="utf-8")
         deadline = time.monotonic() + _LEAVING_SECONDS
         try:
             while not _locked(file, fcntl.LOCK_EX):

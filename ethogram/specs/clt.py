@@ -16,6 +16,8 @@ from ethogram.specs.base import ArtifactRef, OptimizationSpec, Seed, Spec, Train
 
 MAX_RUNS = 1000
 """Most runs of a sweep."""
+NODES = 20
+"""Cities of an instance on which a policy is trained, by default."""
 MAX_NODES = 200
 """Most cities of an instance on which a policy is trained."""
 EQUIVALENT = {"model.k": "model.k_ratio", "model.k_ratio": "model.k"}
@@ -83,8 +85,8 @@ Distribution = Literal["uniform", "clustered"]
 class PolicySpec(TrainedSpec):
     """Train a policy for the travelling salesman problem and compare it with a solver."""
 
-    nodes: int = Field(20, ge=4, le=MAX_NODES)
-    """Cities per instance; with ``cities``, as many as its instances have."""
+    nodes: int | None = Field(None, ge=4, le=MAX_NODES)
+    """Cities per instance; None: 20, or with ``cities`` as many as its instances have."""
     distribution: Distribution = "uniform"
     """How cities are drawn in the unit square. ``clustered``: Gaussian around three random centres per instance."""
     cities: ArtifactRef | None = None
@@ -104,13 +106,24 @@ class PolicySpec(TrainedSpec):
         if self.samples and not self.evaluation:
             yield "samples", "evaluation is 0"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_nodes(cls, values: Any) -> Any:
+        # So that a spec is recorded with what it means.
+        if isinstance(values, dict) and values.get("nodes") is None and values.get("cities") is None:
+            return values | {"nodes": NODES}
+        return values
+
     @model_validator(mode="after")
     def _instances(self) -> PolicySpec:
-        if self.cities is not None:
-            for name in ("nodes", "distribution"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name}: has no effect, because instances are those of `cities`; leave it out")
+        _check_instances(self)
         return self
+
+
+def _check_instances(spec: PolicySpec | ActivationsSpec) -> None:
+    if spec.cities is not None and (spec.nodes is not None or spec.distribution != "uniform"):
+        name = "distribution" if spec.nodes is None else "nodes"
+        raise ValueError(f"{name}: has no effect, because instances are those of `cities`; leave it out")
 
 
 class LanguageModelSpec(Spec):
@@ -175,8 +188,8 @@ class ActivationsSpec(Spec):
     batch_size: int = Field(256, ge=1, le=65_536)
     """Instances per forward pass."""
     root: str | None = Field(None, min_length=1, max_length=4096)
-    """Folder on the worker for the store, e.g. on a larger disk; None: below the worker's ``ACTIVATIONS_ROOT`` if it is
-    set, else the store is an artifact."""
+    """Absolute path on the worker of a folder for the store, e.g. on a larger disk; None: below the worker's
+    ``ACTIVATIONS_ROOT`` if it is set, else the store is an artifact."""
 
     @model_validator(mode="after")
     def _source(self) -> ActivationsSpec:
@@ -187,9 +200,7 @@ class ActivationsSpec(Spec):
         if self.language_model is not None and (self.cities is not None or self.distribution != "uniform"):
             name = "distribution" if self.cities is None else "cities"
             raise ValueError(f"{name}: instances of a language model are texts, not cities")
-        if self.cities is not None and (self.nodes is not None or self.distribution != "uniform"):
-            name = "distribution" if self.nodes is None else "nodes"
-            raise ValueError(f"{name}: has no effect, because instances are those of `cities`; leave it out")
+        _check_instances(self)
         _check_pairs(self.pairs)
         return self
 

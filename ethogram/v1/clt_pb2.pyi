@@ -650,7 +650,7 @@ class PolicySpec(_message.Message):
     DISTRIBUTION_FIELD_NUMBER: _builtins.int
     CITIES_FIELD_NUMBER: _builtins.int
     nodes: _builtins.int
-    """Cities per instance; with `cities`, as many as its instances have."""
+    """Cities per instance; None: 20, or with `cities` as many as its instances have."""
     seed: _builtins.int
     """Seed of everything random."""
     evaluation: _builtins.int
@@ -826,8 +826,8 @@ class ActivationsSpec(_message.Message):
     batch_size: _builtins.int
     """Instances per forward pass."""
     root: _builtins.str
-    """Folder on the worker for the store, e.g. on a larger disk; None: below the worker's `ACTIVATIONS_ROOT` if it is
-    set, else the store is an artifact.
+    """Absolute path on the worker of a folder for the store, e.g. on a larger disk; None: below the worker's
+    `ACTIVATIONS_ROOT` if it is set, else the store is an artifact.
     """
     distribution: Global___ActivationsDistribution.ValueType
     """How cities are drawn in the unit square. `clustered`: Gaussian around three random centres per instance."""

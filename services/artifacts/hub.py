@@ -43,7 +43,9 @@ class Repository:
         with hub_errors(self.spec.repo, self.field):
             if not self._api.file_exists(self.spec.repo, name, repo_type=self._type):
                 return None
-            return Path(self._api.hf_hub_download(self.spec.repo, name, repo_type=self._type)).read_text()
+            return Path(self._api.hf_hub_download(self.spec.repo, name, repo_type=self._type)).read_text(
+                encoding="utf-8"
+            )
 
     def upload(self, files: Mapping[str, Path | bytes], message: str) -> None:
         """Upload ``files``, by their path in the repository, in one commit."""

@@ -11,7 +11,7 @@ from ethogram.cli import output
 from ethogram.cli.options import Answer, Device, NewFolder, assignment, command, examples, system_app
 from ethogram.cli.run import Request, flag, run_command
 from ethogram.errors import InvalidInput
-from ethogram.specs.clt import PolicySpec
+from ethogram.specs.clt import PAIR_SETS, PolicySpec
 from ethogram.specs.kinds import KINDS, SPARSE_HEADLINE
 
 _MODULE = "python -m services.clt"
@@ -72,7 +72,7 @@ FLAGS: dict[str, Any] = {
 """Options of every training, by the field of the spec that they set."""
 
 
-def _one(argument: str, named: str | Path | None, run_dir: str | None) -> str | Path:
+def folder_argument(argument: str, named: str | Path | None, run_dir: str | None) -> str | Path:
     """What the ``argument`` or ``--run-dir`` names. Raises :class:`InvalidInput` for both or neither."""
     if named is not None and run_dir is not None:
         raise InvalidInput.field("--run-dir", f"means the same as {argument}; give one of them")
@@ -175,7 +175,7 @@ def gap(
     from services.runtime.devices import chosen_device
 
     device = chosen_device(device)
-    loaded = AttentionPolicy.load(named(str(_one("POLICY", policy, run_dir)), device), device)
+    loaded = AttentionPolicy.load(named(str(folder_argument("POLICY", policy, run_dir)), device), device)
     if cities is not None:
         tsp = cities_in(cities)
     else:
@@ -218,7 +218,7 @@ def activations(
     given = {} if cities is None else {"cities": cities}
     if policy is None and run_dir is None:
         return Request(given, values)
-    name = str(_one("POLICY", policy, run_dir))
+    name = str(folder_argument("POLICY", policy, run_dir))
 
     def find(device: str) -> Path:
         from services.clt.policy.job import named
@@ -232,7 +232,8 @@ def activations(
 def list_pairs(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A policy or a store, or the run that made it.")],
 ) -> Answer:
-    """List candidate pairs of hook points by set. --pair takes the name of a set, too."""
+    """List candidate pairs of hook points by set. The --pair of `activations`, `sweep`, `inspect-pairs` and
+    `export-pairs` takes the name of a set, too."""
     from services.clt.activations.pairs import candidates_in
 
     found = candidates_in(source)
@@ -248,7 +249,7 @@ def inspect_pairs(store: Store = None, *, pair: Pairs = None, run_dir: RunDir = 
     from services.clt.activations.store import ActivationStore
     from services.runtime.folders import artifact_in
 
-    opened = ActivationStore.open(artifact_in(Path(_one("STORE", store, run_dir)), "activations", "STORE"))
+    opened = ActivationStore.open(artifact_in(Path(folder_argument("STORE", store, run_dir)), "activations", "STORE"))
     inspected = inspect(opened, pairs_of(opened, _pairs(pair)))
     return Answer(inspected, lambda: _show_pairs(inspected))
 
@@ -269,7 +270,7 @@ def export_pairs(
     from services.clt.activations.store import ActivationStore
     from services.runtime.folders import artifact_in
 
-    opened = ActivationStore.open(artifact_in(Path(_one("STORE", store, run_dir)), "activations", "STORE"))
+    opened = ActivationStore.open(artifact_in(Path(folder_argument("STORE", store, run_dir)), "activations", "STORE"))
     written = export(opened, pairs_of(opened, _pairs(pair)), out, instances)
     rows = [[row["pair"], row["source"]["hook"], row["target"]["hook"], row["samples"]] for row in written]
     output.say(f"the pairs are in {out}")
@@ -280,12 +281,13 @@ def export_pairs(
     app,
     KINDS["sae"],
     f"{_MODULE} sae my-activations --hook encoder_layer_2_mlp --k 32 -o my-sae",
-    f"{_MODULE} sae my-activations --hook encoder_layer_2_mlp --set model.activation=jumprelu --set loss.l0=.001",
+    f"{_MODULE} sae my-activations --hook encoder_layer_2_mlp --set model.activation=jumprelu --set loss.l0=.001 "
+    "-o my-sae",
     flags={"hook": flag(str, "--hook", help="Hook point."), **FLAGS},
 )
 def sae(store: Store = None, *, run_dir: RunDir = None) -> Request:
     """Train a sparse autoencoder of one hook point. The same command resumes an interrupted run."""
-    return Request({"activations": Path(_one("STORE", store, run_dir))})
+    return Request({"activations": Path(folder_argument("STORE", store, run_dir))})
 
 
 @run_command(
@@ -299,7 +301,8 @@ def sae(store: Store = None, *, run_dir: RunDir = None) -> Request:
 def train(
     store: Store = None,
     pair: Annotated[
-        str | None, typer.Option("--pair", metavar="A->B", help="Source and target hook point of a single pair.")
+        str | None,
+        typer.Option("--pair", "--layer-pairs", metavar="A->B", help="Source and target hook point of a single pair."),
     ] = None,
     *,
     dictionary: Annotated[
@@ -316,13 +319,16 @@ def train(
     """Train transcoders from source to target hook points: of a pair, or of all MLPs in the store with --kind
     per_layer or cross_layer. The same command resumes an interrupted run. Under torchrun, several processes train
     together."""
-    inputs = {"activations": Path(_one("STORE", store, run_dir))} | (
+    inputs = {"activations": Path(folder_argument("STORE", store, run_dir))} | (
         {"model.dictionary": dictionary} if dictionary is not None else {}
     )
     values: dict[str, Any] = {}
     if pair is not None:
         from services.clt.activations.hooks import parse_pair
 
+        if pair in PAIR_SETS:
+            text = f"{pair} is a set of pairs, and this trains one; name SOURCE->TARGET, or train each with `sweep`"
+            raise InvalidInput.field("--pair", text)
         source, target = parse_pair(pair, "--pair")
         values = {"sources": [source], "targets": [target]}
 
@@ -354,7 +360,7 @@ def sweep(
     """Train transcoders for each pair and each point of a grid, and compare them."""
     given = [assignment("--grid", axis, "OPTION=A,B") for axis in grid or ()]
     axes = [{"option": option, "values": values.split(",")} for option, values in given]
-    store = Path(_one("STORE", store, run_dir))
+    store = Path(folder_argument("STORE", store, run_dir))
     return Request({"activations": store}, {"pairs": _pairs(pair) or None, "grid": axes or None})
 
 

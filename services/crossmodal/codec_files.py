@@ -95,7 +95,7 @@ def write(contents: Contents, folder: Path) -> None:
             for p, n in zip(contents.patterns, contents.positives, strict=True)
         ],
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def read(folder: Path, parts: Sequence[Part] = PARTS) -> Contents:
@@ -104,7 +104,7 @@ def read(folder: Path, parts: Sequence[Part] = PARTS) -> Contents:
     if unknown := [part for part in parts if part not in PARTS]:
         raise InvalidInput.field("parts", f"{unknown[0]!r} is none of {', '.join(PARTS)}")
     with _reading(folder, "config.json") as path:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         if config["format"] != FORMAT:
             raise InvalidInput.field(path.name, f"has format {config['format']}; this version reads {FORMAT}")
         spec = CrossmodalSpec.model_validate(config["spec"])

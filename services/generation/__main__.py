@@ -229,7 +229,7 @@ def score(
         raise InvalidInput.field(answers.name, "holds no answers")
     rows = score_answers(zoo, given)
     if out is not None:
-        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     figures = means(rows)
     return Answer(figures, lambda: output.figures(figures))
 

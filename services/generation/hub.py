@@ -35,7 +35,7 @@ class HubUpload:
         """
         self._repository.open()
         about = self._repository.read(ABOUT)
-        if about is not None and _compared(about) != _compared((folder / ABOUT).read_text()):
+        if about is not None and _compared(about) != _compared((folder / ABOUT).read_text(encoding="utf-8")):
             text = f"{self._repository.spec.repo} holds a zoo of another spec; name another one"
             raise InvalidInput.field(self._repository.field, text)
         self._repository.upload({name: folder / name for name in (ABOUT, BASELINE)}, "Begin a zoo")

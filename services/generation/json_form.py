@@ -56,7 +56,7 @@ def export_json(zoo: Path, target: Path, run: Run | None = None) -> None:
     (target / BASELINE).write_bytes((zoo / BASELINE).read_bytes())
     # Names alone would be read as earlier work meant them.
     definitions = {"patterns": [pattern.spec.model_dump() for pattern in patterns]}
-    (target / PATTERNS).write_text(json.dumps(definitions, indent=1))
+    (target / PATTERNS).write_text(json.dumps(definitions, indent=1), encoding="utf-8")
     if spec.counterfactual is not None:
         run.log("this form has no place for counterfactual branches; they are left out", "warning")
 

@@ -20,14 +20,16 @@ from services.zoo.subjects import Architecture, Params
 
 _aten = torch.ops.aten
 
-# (gradient of the output, pre-activation, output, where to put it) -> gradient of the pre-activation.
+# (gradient of the output, pre-activation, output, where to put it) -> gradient of the pre-activation. Pre-activations
+# are only kept for those of _PRE_ACTIVATIONS; the others follow from the output.
+_PRE_ACTIVATIONS = {"gelu"}
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "relu": lambda grad, pre, _, into: _aten.threshold_backward.grad_input(grad, pre, 0, grad_input=into),
+    "relu": lambda grad, _, out, into: _aten.threshold_backward.grad_input(grad, out, 0, grad_input=into),
     "gelu": lambda grad, pre, _, into: _aten.gelu_backward.grad_input(grad, pre, grad_input=into),
     "tanh": lambda grad, _, out, into: _aten.tanh_backward.grad_input(grad, out, grad_input=into),
     "sigmoid": lambda grad, _, out, into: _aten.sigmoid_backward.grad_input(grad, out, grad_input=into),
-    "leaky_relu": lambda grad, pre, _, into: _aten.leaky_relu_backward.grad_input(
-        grad, pre, 0.01, False, grad_input=into
+    "leaky_relu": lambda grad, _, out, into: _aten.leaky_relu_backward.grad_input(
+        grad, out, 0.01, False, grad_input=into
     ),
 }
 _FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -48,7 +50,8 @@ class _Layer(NamedTuple):
     """Buffers for what one layer makes of a batch."""
 
     pre: Tensor
-    """Pre-activations ``[models, width, n]``; contiguous, or the product would be copied there."""
+    """Pre-activations ``[models, width, n]``; contiguous, or the product would be copied there. The next layer's are
+    in the same memory where the gradient does without them."""
     out: Tensor
     """Outputs ``[models, width, n]``; without dropout a part of ``hidden``."""
     hidden: Tensor
@@ -205,10 +208,12 @@ class Population:
             widths, models = [fan_out for _, fan_out in self.architecture.layers], len(self.state[0])
             new = self.state[0].new_empty
             # A gradient is needed only until the one below is there: two buffers do, and stay in the cache.
-            buffers = [new(models * n * max(widths)) for _ in range(2)]
+            buffers = [new(models * n * max(widths)) for _ in range(3)]
             rows = []
             for i, width in enumerate(widths):
-                pre, hidden = new(models, width, n), self.state[0].new_ones(models, width + 1, n)
+                own = self.architecture.activation in _PRE_ACTIVATIONS
+                pre = new(models, width, n) if own else buffers[2][: models * n * width].view(models, width, n)
+                hidden = self.state[0].new_ones(models, width + 1, n)
                 out = hidden[:, :-1] if self._dropout is None else torch.empty_like(pre)
                 grad = buffers[i % 2][: pre.numel()].view_as(pre)
                 rows.append(_Layer(pre, out, hidden, hidden.transpose(1, 2), grad))

@@ -61,14 +61,14 @@ class Progress:
 
     def save(self, folder: Path) -> None:
         """Write the progress into the checkpoint ``folder``."""
-        (folder / _FILE).write_text(json.dumps(vars(self) | {"format": FORMAT}))
+        (folder / _FILE).write_text(json.dumps(vars(self) | {"format": FORMAT}), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Progress:
         """Read the checkpoint ``folder``. Raises :class:`InvalidInput` for one of an earlier version, whose subjects
         were trained on another split."""
         with reading_checkpoint():
-            state = json.loads((folder / _FILE).read_text())
+            state = json.loads((folder / _FILE).read_text(encoding="utf-8"))
             rejected = Counter(state["rejected"])
         if state.pop("format", FORMER) != FORMAT:
             text = "was written by another version, which split sequences differently; make the zoo anew"

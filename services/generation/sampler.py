@@ -113,4 +113,4 @@ class PatternDatasetSampler:
             parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         else:
             about = {"vocab_size": self.spec.vocab_size, "sequence_length": self.spec.sequence_length}
-            path.write_text(json.dumps(about | {"sequences": rows}, indent=1))
+            path.write_text(json.dumps(about | {"sequences": rows}, indent=1), encoding="utf-8")

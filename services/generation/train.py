@@ -225,19 +225,22 @@ class _Table:
         # words of them are picked, which takes a fraction of the time.
         table = with_ones(inputs)
         self._columns = table.shape[1]
-        self._words = F.pad(table, (0, -self._columns % 8)).view(torch.int64).squeeze(1).to(device)
+        padded = F.pad(table, (0, -self._columns % 8))
+        self._row_bytes = padded.shape[1]
+        self._words = padded.view(torch.int64).squeeze(1).to(device)
 
     def picker(self, most: int) -> Callable[[Tensor], Tensor]:
         """A function from rows, int64 ``[models, n]``, at most ``most`` at once, to their inputs, float32 ``[models, n,
         input_size + 1]``, in a buffer that its next call overwrites."""
         word_buffer = self._words.new_empty(most, *self._words.shape[1:])
-        buffer = torch.empty(most, self._columns, device=self._words.device)
+        # Whole words become numbers: a copy of some of their bytes takes several times as long.
+        buffer = torch.empty(most, self._row_bytes, device=self._words.device)
 
         def pick(rows: Tensor) -> Tensor:
             words, numbers = word_buffer[: rows.numel()], buffer[: rows.numel()]
             torch.index_select(self._words, 0, rows.flatten(), out=words)
-            picked = words.view(torch.uint8).view(len(words), -1)[:, : self._columns]
-            return numbers.copy_(picked).view(*rows.shape, -1)
+            numbers.copy_(words.view(torch.uint8).view(len(words), -1))
+            return numbers.view(*rows.shape, -1)[..., : self._columns]
 
         return pick
 
@@ -260,8 +263,8 @@ class _EarlyStopping:
         better = loss < self.loss[self.active]
         improved = self.active[better]
         for best, weight in zip(self.best, self._population.state, strict=True):
-            if len(improved) == len(best):
-                best.copy_(weight)
+            if len(weight) == len(best):
+                torch.where(better.view(-1, 1, 1), weight, best, out=best)
             else:
                 best[improved] = weight[better]
         self.loss[improved] = loss[better]

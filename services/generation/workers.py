@@ -1,4 +1,4 @@
-"""Buckets of a zoo trained side by side, on as many cores as there are: on threads, or in processes of their own.
+"""Buckets of a zoo trained side by side, on as many cores as there are: on threads, or in this process and others.
 
 In one process Python's lock holds them up, and processes take some seconds to start. Not :mod:`multiprocessing`: its
 children begin by running the user's script again.
@@ -40,7 +40,7 @@ def side_by_side(trainer: BucketTrainer, networks: int, workers: int) -> Iterato
     small lose more in synchronisation than they gain. On leaving, what is in training ends at once."""
     seconds = networks * _seconds_per_network(trainer)
     if workers > 1 and seconds > WORTH_PROCESSES and not REGISTERED.intersection(trainer.names):
-        with closing(Workers(trainer.spec, workers, trainer.baseline)) as processes:
+        with closing(Workers(trainer.spec, workers - 1, trainer.baseline, here=trainer)) as processes:
             yield processes.submit
         return
     with threads(trainer, workers) as pool:
@@ -73,15 +73,21 @@ def _seconds_per_network(trainer: BucketTrainer) -> float:
 
 
 class Workers:
-    """``count`` processes that work on one spec, each on one core. :meth:`close` ends them."""
+    """``count`` processes that work on one spec, each on one core; with ``here``, the trainer of that spec in this
+    process, a thread of this process works beside them, and need not wait for a start. :meth:`close` ends them."""
 
-    def __init__(self, spec: GenerationSpec, count: int, baseline: Path | None = None) -> None:
+    def __init__(
+        self, spec: GenerationSpec, count: int, baseline: Path | None = None, *, here: BucketTrainer | None = None
+    ) -> None:
         self._task = json.dumps([spec.model_dump(mode="json"), None if baseline is None else str(baseline)])
         self._lock, self._closed = threading.Lock(), False
         self._processes: list[subprocess.Popen[bytes]] = []
-        # Each thread of the pool has a process.
+        self._here, self._left_here = here, here
+        if here is not None:
+            here.subject_trainer.stop.clear()
+        # Each thread of the pool has a process; with `here`, the first has none.
         self._thread = threading.local()
-        self._pool = ThreadPoolExecutor(count, "bucket", self._start)
+        self._pool = ThreadPoolExecutor(count + (here is not None), "bucket", self._start)
 
     def submit(self, block: int, part: int) -> Future[Block]:
         """Train and check one bucket of a block."""
@@ -89,6 +95,8 @@ class Workers:
 
     def close(self) -> None:
         """End them at once."""
+        if self._here is not None:
+            self._here.subject_trainer.stop.set()
         with self._lock:
             self._closed = True
             for process in self._processes:
@@ -98,6 +106,9 @@ class Workers:
             process.communicate()
 
     def _ask(self, block: int, part: int) -> Block:
+        trainer: BucketTrainer | None = self._thread.trainer
+        if trainer is not None:
+            return trainer.train(trainer.buckets(block)[part])
         process: subprocess.Popen[bytes] = self._thread.process
         assert process.stdout is not None
         try:
@@ -109,7 +120,12 @@ class Workers:
             raise RuntimeError(f"a training process ended by itself ({process.wait(10)})") from None
 
     def _start(self) -> None:
-        """Start the process of this thread."""
+        """Start the process of this thread, or have it train itself."""
+        with self._lock:
+            self._thread.trainer, self._left_here = self._left_here, None
+        if self._thread.trainer is not None:
+            torch.set_num_threads(1)
+            return
         process = subprocess.Popen(
             module_command("services.generation.workers"),
             stdin=subprocess.PIPE,

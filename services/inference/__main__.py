@@ -24,7 +24,7 @@ async def serve(settings: InferenceSettings) -> None:
     address = await server.start()
     record = settings.state / "inference.json"
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"address": address, "pid": os.getpid()}))
+    record.write_text(json.dumps({"address": address, "pid": os.getpid()}), encoding="utf-8")
     sys.stdout.write(f"inference listens on {address}\n")
     sys.stdout.flush()
     try:

@@ -60,7 +60,7 @@ _SESSION = {
 }
 # A setting of ours. A session that has it got the options of its connection; poolers such as PgBouncer refuse them or
 # drop them.
-_MARK = "ethogram.direct"
+_DIRECT_SETTING = "ethogram.direct"
 # Arguments of the driver that a URL must not set: they take no text, and the registry relies on their defaults.
 _DRIVERS_OWN = ("autocommit", "context", "cursor_factory", "row_factory")
 _OPTION = re.compile(r"(?:-c\s*|--)([\w.-]+)=((?:\\.|\S)+)")
@@ -227,16 +227,16 @@ class Database:
         options: dict[str, Any] = {name: value for name, value in _CONNECTION.items() if name not in self.url.query}
         given = str(self.url.query.get("options", ""))
         session = {**_SESSION, **{name.replace("-", "_"): value for name, value in _OPTION.findall(given)}}
-        words = " ".join(f"-c {name}={value}" for name, value in {**session, _MARK: "on"}.items())
+        settings = " ".join(f"-c {name}={value}" for name, value in {**session, _DIRECT_SETTING: "on"}.items())
         url = self.url.difference_update_query(["options", "prepare_threshold"])
         if own := [name for name in _DRIVERS_OWN if name in self.url.query]:
             raise InvalidInput.field("database_url", f"{own[0]} cannot be set; leave it out")
         threshold = _prepare_threshold(self.url)
         make = partial(create_engine, url, pool_size=8, max_overflow=32, pool_pre_ping=True)
-        engine = make(connect_args={**options, **threshold, "options": f"{words} {_OPTION.sub('', given)}".strip()})
+        engine = make(connect_args={**options, **threshold, "options": f"{settings} {_OPTION.sub('', given)}".strip()})
         try:
             with engine.connect() as connection:
-                if connection.scalar(text(f"SELECT current_setting('{_MARK}', true)")) == "on":
+                if connection.scalar(text(f"SELECT current_setting('{_DIRECT_SETTING}', true)")) == "on":
                     return engine
         except OperationalError as error:
             if not re.search("startup parameter|options", str(error.orig)):

@@ -34,7 +34,8 @@ class TensorCache:
         """Cache in the folder ``model_digest`` of ``root``. The digest must stand for all that a tensor depends on
         besides its text: the model, the layer, the pooling, the precision."""
         self.folder = root / model_digest
-        with best_effort():
+        self._warned = False
+        with best_effort(self._warn):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.hits, self.misses = 0, 0
         self._shard_of: dict[str, Path] = {}
@@ -67,7 +68,7 @@ class TensorCache:
             return
         data = save(content)
         shard = self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
-        with best_effort(), (self.folder / "lock").open("w") as lock:
+        with best_effort(self._warn), (self.folder / "lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # Nobody else writes now: files that are half written are those of processes that died.
             for unfinished in self.folder.glob("*.new"):
@@ -86,6 +87,11 @@ class TensorCache:
             self.put_many(missing, computed)
             tensors |= dict(zip(missing, computed, strict=True))
         return [tensor for text in texts if (tensor := tensors[text]) is not None]
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning(text)
 
     def _read_new_shards(self) -> None:
         for shard in sorted(set(self.folder.glob("*.safetensors")) - self._known):

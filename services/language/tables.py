@@ -24,7 +24,7 @@ from services.runtime.reading import first_line, reason_of
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 # Rows of a parquet file that are in memory at once; they may be large.
 _BATCH = 64
-MARK = "\ufeff"
+BYTE_ORDER_MARK = "\ufeff"
 
 RowT = TypeVar("RowT", bound=BaseModel)
 
@@ -163,12 +163,12 @@ def files_below(folder: Path, suffixes: Collection[str], field: str) -> tuple[li
     """
     files, others, folders, seen = list[Path](), list[Path](), [folder], set[Path]()
     while folders:
-        here = folders.pop()
-        if here.resolve() in seen:
+        folder = folders.pop()
+        if folder.resolve() in seen:
             continue
-        seen.add(here.resolve())
-        with opening(here, field):
-            inner = [path for path in here.iterdir() if not path.name.startswith(".")]
+        seen.add(folder.resolve())
+        with opening(folder, field):
+            inner = [path for path in folder.iterdir() if not path.name.startswith(".")]
         for path in sorted(inner):
             if path.is_dir():
                 # Links last: what can be had without them is read by its own path.
@@ -221,7 +221,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | Malformed]]:
                 continue
             try:
                 # Files that were joined have byte order marks inside.
-                value = json.loads(line.removeprefix(MARK))
+                value = json.loads(line.removeprefix(BYTE_ORDER_MARK))
             except (ValueError, RecursionError) as error:
                 value = Malformed(f"is not JSON ({error})")
             yield number, value if isinstance(value, dict | Malformed) else Malformed("is not a JSON object")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ethogram.errors import InvalidInput
 from services.artifacts.hub import hub_errors
-from services.language.tables import MARK, Malformed, files_below, opening, read_columns, read_rows
+from services.language.tables import BYTE_ORDER_MARK, Malformed, files_below, opening, read_columns, read_rows
 from services.runtime.reading import first_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -44,22 +44,24 @@ class Texts:
 
     def __iter__(self) -> Iterator[str]:
         self._counts.clear()
-        found, columns = False, list[str]()
+        found, columns, has_column = False, list[str](), False
         for source, text, names in self._values():
             columns = columns or list(names)
+            has_column = has_column or self.column in names
             if text is None or text == "":
                 self._leave_out("rows without a text", source)
             elif not isinstance(text, str):
-                self._leave_out(f"rows whose {self.column} is not a text", source)
+                self._leave_out(self._of_other_type, source)
             elif not _is_unicode(text):
                 self._leave_out("texts with half a surrogate pair, which no tokenizer takes", source)
             else:
                 found = True
                 yield text
-        if not found and self._counts:
+        wrong_column = {self._of_other_type, self._without_column} & self._counts.keys()
+        if not found and (wrong_column or (columns and not has_column)):
             raise self._no_column(self.dataset, columns)
         if not found:
-            raise self._error("dataset", f"{self.dataset} has no texts")
+            raise self._error("dataset", f"{self.dataset} has no texts{self._left_out()}")
 
     def left_out(self) -> str:
         """What was left out when the texts were last gone through, counted; empty if nothing was."""
@@ -75,6 +77,17 @@ class Texts:
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
         return [name for name in names if getattr(self, name) != defaults[name]]
 
+    @property
+    def _of_other_type(self) -> str:
+        return f"rows whose {self.column} is not a text"
+
+    @property
+    def _without_column(self) -> str:
+        return f"files without a column {self.column}"
+
+    def _left_out(self) -> str:
+        return f" (left out: {self.left_out()})" if self._counts else ""
+
     def _leave_out(self, what: str, source: object) -> None:
         count, first = self._counts.get(what, (0, str(source)))
         self._counts[what] = count + 1, first
@@ -84,8 +97,7 @@ class Texts:
 
     def _no_column(self, source: object, names: Collection[str]) -> InvalidInput:
         there = f"; there are {', '.join(names)}" if names else ""
-        left_out = f" (left out: {self.left_out()})" if self._counts else ""
-        return self._error("column", f"{source} has no text in a column {self.column}{there}{left_out}")
+        return self._error("column", f"{source} has no text in a column {self.column}{there}{self._left_out()}")
 
     def _values(self) -> Iterator[tuple[object, Any, Collection[str]]]:
         """The source of each row, what it has as text, and the names of its columns."""
@@ -114,14 +126,14 @@ class Texts:
         field = f"{self.field}.dataset"
         if file.suffix.lower() == ".txt":
             with opening(file, field), file.open(encoding="utf-8-sig") as lines:
-                texts = (line.removeprefix(MARK).strip() for line in lines)
+                texts = (line.removeprefix(BYTE_ORDER_MARK).strip() for line in lines)
                 yield from ((file, text, ()) for text in texts if text)
             return
         columns = read_columns(file, field)
         if columns is not None and self.column not in columns:
             if str(file) == self.dataset:
                 raise self._no_column(file, columns)
-            self._leave_out(f"files without a column {self.column}", f"{file}, which has {', '.join(columns)}")
+            self._leave_out(self._without_column, f"{file}, which has {', '.join(columns)}")
             return
         for number, row in read_rows(file, [self.column], field):
             if isinstance(row, Malformed):

@@ -86,9 +86,9 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             self._remove(())
             record = {"id": secrets.token_hex(6), "places": sorted(self.places)}
-            (self.root / RUN).write_text(json.dumps(record))
+            (self.root / RUN).write_text(json.dumps(record), encoding="utf-8")
         self.id = str(record["id"])
-        (self.root / SPEC).write_text(spec.model_dump_json(indent=2))
+        (self.root / SPEC).write_text(spec.model_dump_json(indent=2), encoding="utf-8")
 
     def finish(self, result: Mapping[str, Any], artifacts: Collection[str], log: Callable[[str, str], None]) -> None:
         """Move the ``artifacts`` that have a place, and mark the run as finished."""
@@ -103,7 +103,7 @@ class RunFolder:
                 continue
             (self.root / name).rename(place)
             self._moved[name] = place
-        (self.root / RESULT).write_text(json.dumps(result, indent=2))
+        (self.root / RESULT).write_text(json.dumps(result, indent=2), encoding="utf-8")
 
     def leave(self, error: BaseException, artifacts: Iterable[str], unfinished: Collection[str]) -> str:
         """What to tell the user of a run that ended with ``error``. A run is kept when it has a checkpoint, a store of
@@ -130,7 +130,7 @@ class RunFolder:
     def _record(self) -> dict[str, Any] | None:
         """What ``run.json`` says."""
         try:
-            record = json.loads((self.root / RUN).read_text())
+            record = json.loads((self.root / RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return record if isinstance(record, dict) and "id" in record else None
@@ -176,7 +176,7 @@ def artifact_in(source: Path, type: str, field: str = "--input") -> Path:
 
 def _same(about: Path, spec: Spec) -> bool:
     try:
-        earlier = type(spec).model_validate_json(about.read_text())
+        earlier = type(spec).model_validate_json(about.read_text(encoding="utf-8"))
     except ValidationError:
         return False
     return earlier.model_dump() == spec.model_dump()

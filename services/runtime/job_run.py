@@ -36,6 +36,8 @@ class JobRun(Run):
     an uninterrupted one.
     """
 
+    in_scratch = True
+
     def __init__(
         self,
         spec: Spec,

@@ -97,19 +97,19 @@ def join(device: str | None = None) -> tuple[World, str]:
             os.environ["WORLD_SIZE"],
             ", ".join(missing),
         )
-    here, (kind, _, index) = launch(), device.partition(":")
-    if here.size == 1:
+    launched, (kind, _, index) = launch(), device.partition(":")
+    if launched.size == 1:
         return World(), device
     if index:
-        text = f"{device} is one device for {here.size} processes; say {kind}, each takes one"
+        text = f"{device} is one device for {launched.size} processes; say {kind}, each takes one"
         raise InvalidInput.field("--device", text)
     if kind == "cuda":
-        device = f"cuda:{here.local_rank}"
+        device = f"cuda:{launched.local_rank}"
         torch.cuda.set_device(device)
     try:
         torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     except (torch.distributed.DistError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
         why = str(error).strip().partition("\n")[0]
-        raise Unavailable(f"the {here.size} processes do not find each other at {where}: {why}") from None
-    return World(here.rank, here.size), device
+        raise Unavailable(f"the {launched.size} processes do not find each other at {where}: {why}") from None
+    return World(launched.rank, launched.size), device

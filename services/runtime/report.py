@@ -107,7 +107,7 @@ class Report:
         title, body = html.escape(self.title), "\n".join(self._body)
         strict = json.loads(json.dumps(data), parse_constant=lambda _: None)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / DATA).write_text(json.dumps(strict, indent=2))
+        (folder / DATA).write_text(json.dumps(strict, indent=2), encoding="utf-8")
         for name, picture in self._pictures.items():
             (folder / f"{name}.png").write_bytes(picture)
         (folder / PAGE).write_text(

@@ -65,6 +65,8 @@ class Run:
     """Input artifacts as local folders, by spec path."""
     resume: Path | None = None
     """Folder of the checkpoint to resume from, as :meth:`checkpoint` wrote it."""
+    in_scratch: bool = False
+    """Whether the current folder is removed after the run."""
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
         """Begin a stage of ``total`` units."""

@@ -44,11 +44,11 @@ def _make(base: Path, process: str) -> tuple[Path, IO[str]]:
         # One at a time: nobody takes a folder for an orphan before its owner has locked it.
         fcntl.flock(turn, fcntl.LOCK_EX)
         for sibling in base.iterdir():
-            with suppress(OSError), (sibling / LOCK).open("r+") as held:
+            with suppress(OSError), (sibling / LOCK).open("r+", encoding="utf-8") as held:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(sibling, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{process}-", dir=base))
-        lock = (scratch / LOCK).open("w")
+        lock = (scratch / LOCK).open("w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX)
         return scratch, lock
     finally:

@@ -362,7 +362,7 @@ def write_checkpoint(trainer: Trainer, world: World, best: Mapping[str, Tensor],
         "progress": asdict(trainer.progress),
     }
     write_tensors(folder / STATE, tensors)
-    (folder / ABOUT).write_text(json.dumps(about))
+    (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
 
 
 def read_checkpoint(trainer: Trainer, world: World, folder: Path) -> dict[str, Tensor]:
@@ -373,7 +373,7 @@ def read_checkpoint(trainer: Trainer, world: World, folder: Path) -> dict[str, T
     with reading_checkpoint():
         # Copies are aligned in memory, which a file's tensors need not be; MKL rounds differently where they are not.
         tensors = {name: value.clone() for name, value in load_file(folder / STATE, device=trainer.device).items()}
-        about = json.loads((folder / ABOUT).read_text())
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         _check(trainer, world, about)
         parts = checkpoints.parts(tensors)
         trainer.restore(parts["state"])

@@ -118,13 +118,13 @@ def write_about(
         "strata": [*names, "none"],
         **facts,
     }
-    (folder / ABOUT).write_text(json.dumps(about, indent=2))
+    (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
     baseline = {
         "vocab_size": spec.vocab_size,
         "sequence_length": spec.sequence_length,
         "sequences": labelled(probes, membership(patterns, probes), names),
     }
-    (folder / BASELINE).write_text(json.dumps(baseline, indent=1))
+    (folder / BASELINE).write_text(json.dumps(baseline, indent=1), encoding="utf-8")
 
 
 def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Pattern]]:

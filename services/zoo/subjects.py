@@ -7,7 +7,8 @@ A population's parameters are a dictionary in layer order: ``layers.0.weight`` `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -125,7 +126,11 @@ def activations(params: Params, inputs: Tensor, activation: str = "relu") -> lis
 
     ``inputs``: ``[n, input_size]``, the same for all models, or ``[models, n, input_size]``.
     """
-    function, layers = ACTIVATIONS[activation], []
+    return list(_layers(params, inputs, ACTIVATIONS[activation]))
+
+
+def _layers(params: Params, inputs: Tensor, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """The pre-activations of one layer after the other."""
     # Examples last: these products are the faster ones, and biases are added in long runs.
     hidden = inputs.transpose(-1, -2)
     for i in range(depth(params)):
@@ -137,15 +142,16 @@ def activations(params: Params, inputs: Tensor, activation: str = "relu") -> lis
             pre = torch.bmm(weight, hidden)
         # Not baddbmm, which would first spread the bias over the output and costs more.
         pre += bias.unsqueeze(2)
-        layers.append(pre.transpose(1, 2))
+        yield pre.transpose(1, 2)
         hidden = function(pre)
-    return layers
 
 
 def forward(params: Params, inputs: Tensor, activation: str = "relu") -> Tensor:
     """Logits ``[models, n]``; positive means yes. ``inputs`` as in :func:`activations`."""
     chunks = torch.split(inputs, _CHUNK, -2)
-    return torch.cat([activations(params, chunk, activation)[-1].squeeze(-1) for chunk in chunks], 1)
+    # Of the layers only the last is kept, so that the others' memory is used again while it is in the cache.
+    logits = (deque(_layers(params, chunk, ACTIVATIONS[activation]), maxlen=1)[0] for chunk in chunks)
+    return torch.cat([chunk_logits.squeeze(-1) for chunk_logits in logits], 1)
 
 
 def flatten(params: Params) -> Tensor:

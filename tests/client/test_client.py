@@ -312,3 +312,14 @@ def test_certificates_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
     with pytest.raises(InvalidInput, match=r"SSL_CERT_FILE: /nowhere/ca.pem holds no certificates"):
         Client("https://zoos.example")
+
+
+def test_without_https_nothing_needs_certificates(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
+    with Client(platform.url) as client:
+        assert client.info()
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    Client("http://zoos.example").close()
+    monkeypatch.setenv("HTTP_PROXY", "https://127.0.0.1:9")
+    with pytest.raises(InvalidInput, match="SSL_CERT_FILE: "):
+        Client("http://zoos.example")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +15,62 @@ import typer
 from ethogram.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = [
-    line
-    for file in ("README.md", *(f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.yaml"))))
-    for line in re.findall(r"^(?:\$|#)\s+(ethogram [a-z].*)$", (ROOT / file).read_text(), re.MULTILINE)
-]
+PAGES = [*(ROOT / name for name in ("README.md", "docs", "examples"))]
+APPS: dict[str, Any] = {"ethogram": typer.main.get_command(app)} | {
+    f"services.{name}": typer.main.get_command(import_module(f"services.{name}.__main__").app)
+    for name in ("clt", "crossmodal", "generation")
+}
+_COMMAND = re.compile(
+    r"^ *(?:\$|#)\s+((?:.* )?(?:ethogram|-m services\.(?:clt|crossmodal|generation)) [a-z].*)$", re.MULTILINE
+)
+
+
+def texts() -> Iterator[str]:
+    """The documents, the heads of the examples, and the ends of all helps."""
+    for page in PAGES:
+        for file in [page] if page.is_file() else sorted([*page.glob("*.md"), *page.glob("*.yaml")]):
+            yield file.read_text(encoding="utf-8")
+    commands = [*APPS.values()]
+    while commands:
+        command = commands.pop()
+        yield command.epilog or ""
+        commands += getattr(command, "commands", {}).values()
+
+
+COMMANDS = sorted({line for text in texts() for line in _COMMAND.findall(text)})
 
 
 def parse(line: str) -> None:
     """Parse ``line`` as the command line would; run nothing. Raises ``typer.TyperException``."""
-    rest = shlex.split(line, comments=True)[1:]
-    command: Any = typer.main.get_command(app)
-    context = command.make_context("ethogram", list(rest))
+    words = shlex.split(line, comments=True)
+    start = next(number for number, word in enumerate(words) if word in APPS)
+    end = next((number for number, word in enumerate(words) if word in ("|", ">", "&&") and number > start), None)
+    program, *rest = words[start:end]
+    command = APPS[program]
+    context = command.make_context(program, list(rest))
     while hasattr(command, "resolve_command"):
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, list(rest), parent=context)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_are_commands(line: str) -> None:
+def test_commands_are_commands(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in line.split():
+        try:
+            return parse(line)
+        except typer.TyperException as error:
+            # The file or folder of a reader.
+            missing = re.search(r"'(.+)' does not exist", str(error))
+            if missing is None:
+                raise
+            path = Path(missing[1])
+            path.touch() if path.suffix else path.mkdir(parents=True)
     parse(line)
 
 
 def test_what_is_no_command_would_be_found() -> None:
-    assert len(COMMANDS) > 8
+    assert len(COMMANDS) > 80
     for wrong in ("ethogram nothing", "ethogram jobs nothing", "ethogram models publish x --job JOB"):
         with pytest.raises(typer.TyperException):
             parse(wrong)

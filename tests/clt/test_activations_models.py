@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -118,6 +119,12 @@ def test_mlps_within_mlps_are_no_pairs_of_their_own() -> None:
     inner = ["h.0.mlp", "h.0.mlp.fc1", "h.0.mlp.fc2", "h.0.mlp.gate.ffn", "h.1.fc1", "h.1.fc2", "h.1.my_mlp"]
     names = [name for module in inner for name in (f"{module}:input", module)]
     assert mlp_pairs("language_model", names) == [("h.0.mlp:input", "h.0.mlp"), ("h.1.fc1:input", "h.1.fc2")]
+    # Whatever the order in which the names of MLPs are looked for.
+    for outer, inner_name in itertools.permutations(("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe"), 2):
+        module, within = f"a.{outer}", f"a.{outer}.{inner_name}"
+        assert mlp_pairs("language_model", [f"{module}:input", f"{within}:input", within, module]) == [
+            (f"{module}:input", module)
+        ]
 
 
 def test_hooks_of_the_vision_part_that_are_asked_for_are_an_error_of_their_field(lines: Path, tmp_path: Path) -> None:

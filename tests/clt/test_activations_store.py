@@ -208,6 +208,18 @@ def test_a_root_outside_keeps_the_store_and_the_artifact_says_where(
         ActivationStore.open(artifact)
 
 
+def test_a_root_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for root, parent in (("~/disk", tmp_path / "home" / "disk"), ("disk", tmp_path / "disk"), ("", tmp_path / "run")):
+        monkeypatch.setenv(ROOT, root)
+        assert collect(small_spec(), tmp_path / "run" / "store", Run(), small_policy()).folder.parent == parent
+    monkeypatch.setenv(ROOT, "~nobody-at-all/disk")
+    with pytest.raises(InvalidInput, match=r"ACTIVATIONS_ROOT: ~nobody-at-all/disk begins with ~, but"):
+        collect(small_spec(), tmp_path / "new", Run(), small_policy())
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("~")]
+
+
 def test_shards_that_are_cut_off_corrupt_or_gone_are_named(tmp_path: Path) -> None:
     collect(small_spec(), tmp_path, Run(), small_policy())
     shard = tmp_path / "train-00002.safetensors"

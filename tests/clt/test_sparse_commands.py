@@ -62,6 +62,8 @@ def test_an_autoencoder_a_tied_pair_and_a_sweep(store: str, tmp_path: Path, caps
     ("arguments", "says"),
     [
         (["train", "--pair", "a-b"], "--pair: a-b is not of the form SOURCE->TARGET"),
+        (["train", "--pair", "mlp"], "--pair: mlp is a set of pairs, and this trains one"),
+        (["train", "--layer_pairs", "a-b"], "--pair: a-b is not of the form SOURCE->TARGET"),
         (["train", "--pair", "encoder_layer_0_mpl->encoder_layer_0_mlp"], "spec.sources.0: the store has no"),
         (["train", "--kind", "all"], "kind"),
         (["sae", "--hook", "encoder_layer_0_mlp", "--k", "129"], "spec.model.k: 129 is more than the 128"),

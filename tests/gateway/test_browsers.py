@@ -168,5 +168,5 @@ def test_names_that_are_none_are_refused_at_start(name: str, tmp_path: Path, mon
     monkeypatch.setenv("ETHOGRAM_HOSTS", f"fine.example, {name}")
     with pytest.raises(InvalidInput, match=r"ETHOGRAM_HOSTS: .*is not a name such as zoos.example.org"):
         GatewaySettings.read()
-    monkeypatch.setenv("ETHOGRAM_HOSTS", "Fine.example, other ,")
+    monkeypatch.setenv("ETHOGRAM_HOSTS", "Fine.example., other ,")
     assert GatewaySettings.read().hosts == ["fine.example", "other"]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import CancelledError
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from services.generation import workers
+from services.generation.buckets import BucketTrainer
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.workers import Workers
 from services.zoo.dataset import Zoo
@@ -42,6 +44,24 @@ def test_modules_of_the_users_own_are_not_mistaken_for_ours(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     with closing(Workers(small_spec(), 1)) as pool:
         assert pool.submit(0, 0).result().table.num_rows
+
+
+def test_this_process_trains_beside_the_others() -> None:
+    spec, alone = small_spec(), BucketTrainer(small_spec())
+    for others in (0, 1):
+        with closing(Workers(spec, others, here=alone)) as pool:
+            blocks = [pool.submit(number, 0) for number in range(3)]
+            assert all(block.result().table.num_rows for block in blocks)
+            assert len(pool._processes) == others
+    # On closing, what trains here ends too.
+    endless = BucketTrainer(small_spec(training={"steps": 1_000_000}))
+    pool = Workers(endless.spec, 0, here=endless)
+    block = pool.submit(0, 0)
+    while not block.running():
+        time.sleep(0.01)
+    pool.close()
+    with pytest.raises(CancelledError):
+        block.result()
 
 
 def test_a_process_that_dies_is_told_and_leaves_no_others() -> None:

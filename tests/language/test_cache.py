@@ -56,6 +56,14 @@ def test_types_and_shapes_stay(tmp_path: Path) -> None:
         assert mine is not None and mine.dtype == theirs.dtype and torch.equal(mine, theirs)
 
 
+def test_a_cache_that_cannot_be_written_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    cache = TensorCache(tmp_path / "file", "m")
+    for text in ("a", "b"):
+        assert same(cache.get_or_compute([text], embed), [text])
+    assert caplog.text.count("cannot be used") == 1
+
+
 @pytest.mark.parametrize("change", ["cut", "flip", "rename"])
 def test_a_shard_that_was_changed_is_computed_again_with_a_warning(
     change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -133,6 +133,16 @@ def test_what_is_mixed_is_counted_and_what_has_no_text_is_an_error(tmp_path: Pat
         list(Texts(str(tmp_path), column="none"))
 
 
+def test_a_folder_without_a_text_is_told_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "README.md").touch()
+    with pytest.raises(InvalidInput, match=r"texts\.dataset: .* has no texts \(left out: 1 files other than .*README"):
+        list(Texts(str(tmp_path)))
+    parquet.write_table(pyarrow.table({"title": ["d"]}), tmp_path / "b.parquet")
+    with pytest.raises(InvalidInput, match=r"texts\.column: .*no text in a column text \(left out: .*which has title"):
+        list(Texts(str(tmp_path)))
+
+
 def test_the_columns_of_a_saved_dataset_are_judged_at_once(tmp_path: Path) -> None:
     from datasets import Dataset
 
@@ -181,6 +191,11 @@ def test_hidden_files_are_ignored_and_links_followed(tmp_path: Path) -> None:
         ("a.txt", b"text\n" * 9000 + b"caf\xe9\n", r"line 9001, byte 4"),
         ("a.txt", b"", "has no texts"),
         ("a.jsonl", b"\n\n", "has no texts"),
+        (
+            "a.jsonl",
+            b'{"text": null}\n{"text": ""}\n',
+            r"has no texts \(left out: 2 rows without a text",
+        ),
         ("a.parquet", b"", r"cannot be read as \.parquet"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b', r"a\.jsonl:2 is not JSON"),
         ("a.txt.gz", b"\x1f\x8b", r"is none of \.txt, \.jsonl, \.parquet"),

@@ -17,7 +17,7 @@ import pytest
 from ethogram.errors import Conflict, InvalidInput, Unavailable
 from ethogram.platform import guard, process, redis
 from ethogram.platform.process import Child
-from ethogram.platform.stack import free_port
+from ethogram.platform.stack import Platform, free_port
 from ethogram.platform.state import StateDir
 
 SLEEP = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"]
@@ -177,3 +177,15 @@ def test_a_long_log_is_set_aside_while_its_process_writes_on(tmp_path: Path, mon
     assert log.read_text() == "later\n"
     assert child.logged("later")
     assert log.with_suffix(".log.1").stat().st_size == 1001
+
+
+def test_ports_of_metrics_that_cannot_be_are_refused_before_anything_serves(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    monkeypatch.setenv("ETHOGRAM_METRICS_PORT", "65534")
+    with (
+        pytest.raises(InvalidInput, match=r"ETHOGRAM_METRICS_PORT: is 65534, .* give at most 65533"),
+        Platform(StateDir(tmp_path), port=0),
+    ):
+        pass

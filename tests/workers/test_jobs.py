@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis as redis_client
 
+from ethogram.specs.clt import ActivationsSpec
 from services.jobs.registry import JobState
 from services.jobs.signals import CHANNEL
+from tests.clt.conftest import small_policy
 from tests.workers.stack import Stack
 
 
@@ -137,6 +140,26 @@ def test_the_child_sees_only_what_it_may(stack: Stack, tmp_path: Path) -> None:
     assert job.result["device"] == "cpu"
     assert not job.result["torch"]
     assert job.result["folder"].startswith(str(stack.state / "work"))
+
+
+def test_a_job_keeps_no_store_in_its_current_folder(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACTIVATIONS_ROOT", "stores")
+    stack.start("workers", "--parent-pipe")
+    small_policy().save(tmp_path / "policy")
+    policy, manifest = stack.store.put(tmp_path / "policy", name="policy", type="policy")
+    stack.registry.add_artifact(policy, "policy", "policy", manifest.size)
+    given = {"policy": {"artifact": policy}, "instances": 20, "validation": 0.2}
+    roots: list[tuple[str, dict[str, Any]]] = [("ACTIVATIONS_ROOT", {}), ("spec.root", {"root": "stores"})]
+    for field, root in roots:
+        job, _ = stack.registry.submit(
+            "activations", ActivationsSpec.model_validate({**given, **root}), queue=stack.queue
+        )
+        stack.bell.ring(stack.queue)
+        job = stack.wait(job)
+        assert job.state is JobState.FAILED and job.error is not None
+        assert f"{field}: stores must be an absolute path" in job.error["message"]
 
 
 def test_a_job_starts_soon(stack: Stack) -> None:

@@ -64,6 +64,7 @@ def collect(
     holds its path. Raises :class:`InvalidInput` for unknown hook points, numbers that are not finite and too few texts,
     and :class:`ethogram.errors.Unavailable` when the disk is full.
     """
+    root = _root(spec, run)
     with torch.no_grad():
         source = open_source(spec, run.device, policy, name, cities)
         points, manifest = plan(spec, source, run)
@@ -71,11 +72,10 @@ def collect(
             run.log(f"{field}: has no effect, because the dataset is a file, or a folder of files", "warning")
         if cities is not None:
             manifest.spec["cities"] = digest(cities)
-        root, target = spec.root or os.environ.get(ROOT) or None, folder
+        target = folder
         if root is not None:
             identity = json.dumps([source.digest, manifest.identity], sort_keys=True)
-            name = f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-            target = user_path(root, "spec.root" if spec.root else ROOT) / name
+            target = root / f"{source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         elif run.resume is not None and not (folder / MANIFEST).exists():
             # A store that is there already would be at least as far as the checkpoint.
             folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +86,17 @@ def collect(
         write_pointer(folder, store)
         run.log(f"the store is in {target}")
     return store
+
+
+def _root(spec: ActivationsSpec, run: Run) -> Path | None:
+    """The folder for stores, if ``spec`` or the environment names one. Raises :class:`InvalidInput`."""
+    field, given = ("spec.root", spec.root) if spec.root else (ROOT, os.environ.get(ROOT))
+    if not given:
+        return None
+    root = user_path(given, field)
+    if run.in_scratch and not root.is_absolute():
+        raise InvalidInput.field(field, f"{root} must be an absolute path: a job's current folder is removed after it")
+    return root.absolute()
 
 
 def plan(spec: ActivationsSpec, source: ActivationSource, run: Run) -> tuple[list[HookPoint], Manifest]:

@@ -100,9 +100,8 @@ def mlp_pairs(kind: SourceKind, names: Sequence[str]) -> list[Pair]:
             stem = name.removesuffix(end)
             if not name.endswith(end) or stem + begin not in known or (kind != "policy" and stem[-1:] not in ("", ".")):
                 continue
-            if not any(name.startswith(f"{outer}.") for outer in pairs):
-                pairs[name] = (stem + begin, name)
-    return [pairs[name] for name in names if name in pairs]
+            pairs[name] = (stem + begin, name)
+    return [pairs[name] for name in names if name in pairs and not any(name.startswith(f"{outer}.") for outer in pairs)]
 
 
 def candidate_pairs(kind: SourceKind, names: Sequence[str]) -> dict[str, list[Pair]]:
@@ -135,12 +134,12 @@ def named_pairs(entries: Sequence[str], kind: SourceKind, names: Sequence[str], 
     with the entry's number for ``{}``. Raises :class:`InvalidInput`."""
     pairs: list[tuple[str, Pair]] = []
     for number, entry in enumerate(entries):
-        here = field.format(number)
-        chosen = candidate_pairs(kind, names)[entry] if entry in PAIR_SETS else [parse_pair(entry, here)]
+        entry_field = field.format(number)
+        chosen = candidate_pairs(kind, names)[entry] if entry in PAIR_SETS else [parse_pair(entry, entry_field)]
         if not chosen:
             text = f"there are no pairs of the set {entry} ({PAIR_SETS[entry]})"
-            raise InvalidInput.field(here, f"{text}; {listed(names)}")
-        pairs += [(here, pair) for pair in chosen]
+            raise InvalidInput.field(entry_field, f"{text}; {listed(names)}")
+        pairs += [(entry_field, pair) for pair in chosen]
     return pairs
 
 
@@ -209,7 +208,7 @@ def check_pair(order: Sequence[str], source: str, target: str, field: str = "spe
     execution."""
     for name in (source, target):
         if name not in order:
-            raise unknown_point(field, name, order)
+            raise InvalidInput.field(field, unknown_point(name, order))
     if source == target:
         raise InvalidInput.field(field, f"{source} is both source and target; name two different points")
     if order.index(source) > order.index(target):
@@ -247,13 +246,11 @@ def _first(value: object) -> Tensor | None:
     return next((item for item in items if isinstance(item, Tensor)), None)
 
 
-def unknown_point(
-    field: str, name: str, names: Sequence[str], missing: str = "there is no hook point", advice: str = ""
-) -> InvalidInput:
-    """The error for a hook point ``name`` that is none of ``names``."""
+def unknown_point(name: str, names: Sequence[str], missing: str = "there is no hook point") -> str:
+    """What is wrong with a hook point ``name`` that is none of ``names``."""
     similar = difflib.get_close_matches(name, names, 5, 0.7)
     hint = f"did you mean {', '.join(similar)}?" if similar else listed(names)
-    return InvalidInput.field(field, f"{missing} {name}; {hint}{advice}")
+    return f"{missing} {name}; {hint}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -170,7 +170,7 @@ def export(
             "dtype": {"stored": manifest.dtype, "exported": "float32"},
             "validation_instances": sorted(set(chosen.tolist()) & set(_instance_ids(store, VALIDATION).tolist())),
         }
-        (pair_folder / "metadata.json").write_text(json.dumps(metadata, indent=1))
+        (pair_folder / "metadata.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
         written.append(metadata)
     return written
 

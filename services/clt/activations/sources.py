@@ -102,7 +102,7 @@ class ActivationSource(ABC):
         selected: dict[str, tuple[str, HookPoint]] = {}
         for field, name in requested:
             if name not in points:
-                raise unknown_point(field, name, list(points))
+                raise InvalidInput.field(field, unknown_point(name, list(points)))
             if name in ROW_COLUMNS:
                 raise InvalidInput.field(field, f"{name} is the name of a column of every store; hook another module")
             selected.setdefault(name, (field, points[name]))

@@ -131,13 +131,13 @@ class ActivationStore:
         folder = Path(folder)
         if (folder / POINTER).is_file():
             with reading(folder, POINTER, _STORE) as path:
-                folder = Path(json.loads(path.read_text())["path"])
+                folder = Path(json.loads(path.read_text(encoding="utf-8"))["path"])
             if not (folder / MANIFEST).is_file():
                 raise InvalidInput.field(
                     "activations", f"the store was kept in {folder}, which is gone; record it again"
                 )
         with reading(folder, MANIFEST, _STORE) as path:
-            manifest = Manifest.model_validate_json(path.read_text())
+            manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
         if manifest.format != FORMAT:
             raise InvalidInput.field(MANIFEST, f"has format {manifest.format}; this version reads {FORMAT}")
         store = cls(folder, manifest)
@@ -202,9 +202,8 @@ class ActivationStore:
         """Raise :class:`InvalidInput` of ``field`` for a hook point that is not in the store."""
         for name in names:
             if name not in self.widths:
-                raise unknown_point(
-                    field, name, self.hooks, "the store has no", "; others are recorded by `activations --pair`"
-                )
+                text = unknown_point(name, self.hooks, "the store has no")
+                raise InvalidInput.field(field, f"{text}; others are recorded by `activations --pair`")
 
     def read(
         self, split: str, number: int, names: Sequence[str], start: int = 0, stop: int | None = None
@@ -272,7 +271,7 @@ class Writer:
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "lock").open("a")
+            lock = (folder / "lock").open("a", encoding="utf-8")
         except OSError as error:
             raise Unavailable(f"{folder} cannot be written ({error.strerror}); name another folder") from None
         with lock:
@@ -422,7 +421,7 @@ def write_pointer(folder: Path, store: ActivationStore) -> None:
     """Write the path of the store into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "path": str(store.folder.resolve()), "digest": store.digest}
-    (folder / POINTER).write_text(json.dumps(about, indent=1))
+    (folder / POINTER).write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
 def shard_parts(columns: Mapping[str, Tensor], index: Tensor) -> Iterator[bytes | memoryview]:

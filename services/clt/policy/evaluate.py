@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ethogram.specs.clt import PolicySpec
+from ethogram.specs.clt import NODES, PolicySpec
 from services.clt.policy.decode import greedy, multistart, sample
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import gaps, instances, lengths, reference
@@ -44,7 +44,7 @@ def evaluation_instances(spec: PolicySpec, cities: Tensor | None = None) -> Tens
     """The fixed instances of a spec, or of ``cities``, none of which training draws, ``[evaluation, nodes, 2]``."""
     if cities is not None:
         return cities[spec.training.validation :][: spec.evaluation]
-    return instances(spec.evaluation, spec.nodes, generator(spec.seed, "evaluation"), spec.distribution)
+    return instances(spec.evaluation, spec.nodes or NODES, generator(spec.seed, "evaluation"), spec.distribution)
 
 
 def evaluate(policy: AttentionPolicy, cities: Tensor, samples: int, seed: int, run: Run | None = None) -> Evaluation:

@@ -71,7 +71,7 @@ def default_folder(device: str = "cpu", spec: PolicySpec | None = None) -> Path:
             return cache_folder(name) / "policy"
     kept = writable_folder(name)
     if not (kept / "policy" / CONFIG).exists():
-        with (kept / "lock").open("w") as lock:
+        with (kept / "lock").open("w", encoding="utf-8") as lock:
             # One process trains, others wait for its policy.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (kept / "policy" / CONFIG).exists():

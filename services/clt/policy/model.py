@@ -197,14 +197,14 @@ class AttentionPolicy(nn.Module):
             "chooses_start": self.chooses_start,
             "about": dict(about or {}),
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2))
+        (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu") -> AttentionPolicy:
         """Read what :meth:`save` wrote, ready for evaluation. Raises :class:`InvalidInput` where it cannot."""
         folder = Path(folder)
         with reading(folder, CONFIG, "policy", "policy") as path:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
             if config["format"] != FORMAT:
                 raise InvalidInput.field("policy", f"{path} has format {config['format']}; this version reads {FORMAT}")
             policy = cls(PolicyModelSpec.model_validate(config["model"]), int(config["nodes"]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.clt import MAX_NODES, PolicySpec
+from ethogram.specs.clt import MAX_NODES, NODES, PolicySpec
 from services.clt.policy.decode import construct, greedy, gumbel, log_likelihood, tables
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import digest, drawn, instances, lengths
@@ -48,7 +48,7 @@ class PolicyTrainer(Trainer):
         self.spec, self.device, self.step, self.progress = spec, device, 0, Progress()
         training = spec.training
         self.steps, self.validate_every, self.snapshots = training.steps, training.validate_every, training.snapshots
-        self.nodes = spec.nodes if cities is None else cities.shape[1]
+        self.nodes = (spec.nodes or NODES) if cities is None else cities.shape[1]
         self._given = None if cities is None else cities[held_out(spec, cities) :]
         self._digest = None if cities is None else digest(cities)
         self.policy = AttentionPolicy(spec.model, self.nodes)

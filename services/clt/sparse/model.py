@@ -260,14 +260,14 @@ class SparseModel(nn.Module):
             "tied": self.spec.dictionary is not None,
             "about": dict(about or {}),
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2))
+        (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu") -> SparseModel:
         """Load a saved model for evaluation. Raises :class:`InvalidInput` for a missing or broken file."""
         folder = Path(folder)
         with reading(folder, CONFIG, "sparse model", "model") as path:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
             if config["format"] != FORMAT:
                 raise InvalidInput.field("model", f"{path} has format {config['format']}; this version reads {FORMAT}")
             state = load_file(folder / WEIGHTS)

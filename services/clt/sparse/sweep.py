@@ -132,7 +132,7 @@ class Sweep(Run):
         checkpoint, interrupted = self._run.resume, None
         if checkpoint is not None:
             with reading_checkpoint():
-                kept = json.loads((checkpoint / STATE).read_text())
+                kept = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
                 self.rows, self.failed = kept["rows"], kept["failed"]
             if (checkpoint / "models").exists():
                 shutil.copytree(checkpoint / "models", self.models, dirs_exist_ok=True)
@@ -152,7 +152,7 @@ class Sweep(Run):
     def save(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
         """Write the finished runs into ``folder``; ``write`` writes the checkpoint of the present one."""
         kept = {"rows": self.rows, "failed": self.failed, "present": self.present}
-        (folder / STATE).write_text(json.dumps(kept))
+        (folder / STATE).write_text(json.dumps(kept), encoding="utf-8")
         for name in self.rows:
             shutil.copytree(self.models / name, folder / "models" / name)
         if write is not None:
@@ -204,7 +204,7 @@ def compare(folder: Path, specs: Mapping[str, CltSpec], rows: Mapping[str, Row],
     alt = "Fraction of variance unexplained, over active features"
     report.figure("sweep", tradeoff(specs, rows, options), alt).table(head, values).spec(spec)
     report.write(folder, {"runs": {name: row["figures"] for name, row in rows.items()}}, former="sweep.html")
-    with (folder / TABLE).open("w", newline="") as file:
+    with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *values])
 
 
