@@ -140,7 +140,7 @@ BASES: list[tuple[str, str, dict[str, Any], dict[str, str]]] = [
     ("one activation", "sweep", sparse(model={"activation": "relu"}, loss={"l1": 1e-3}, pairs=["mlp"]), STORE),
     ("pomo", "policy", POLICY, {}),
     ("rollout", "policy", POLICY | {"evaluation": 0, "training": {**POLICY["training"], "baseline": "rollout"}}, {}),
-    ("cities", "policy", {**POLICY, "nodes": 20, "cities": REF}, {"cities": "cities"}),
+    ("cities", "policy", {**POLICY, "nodes": None, "cities": REF}, {"cities": "cities"}),
     (
         "policy",
         "activations",
