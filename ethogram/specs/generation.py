@@ -150,11 +150,8 @@ class _NumberStays:
         return core_schema.no_info_wrap_validator_function(self._validate, rate, serialization=as_it_is)
 
     def _validate(self, value: Any, ranged: ValidatorFunctionWrapHandler) -> Any:
-        if not _is_number(value):
-            return ranged(value)
-        if not 0 < value <= 1:
-            raise ValueError("must be greater than 0, and at most 1")
-        return float(value)
+        found = ranged(value)
+        return found.min if _is_number(value) else found
 
 
 NumberOrRate = Annotated[float | FloatRange, _NumberStays()]
@@ -227,11 +224,13 @@ class StagedSpec(Spec):
     patience: int = Field(5, ge=1, le=10_000)
     """Epochs without a lower validation loss before a stage ends; the network of the best epoch is kept."""
     min_degradation_threshold: float = Field(0.05, ge=0, le=1)
-    """Magnitude check: minimum gain in accuracy on the target pattern, from degraded to improved, which must also be
-    significant: McNemar's exact test on the answers that changed, one-sided at the level 0.05. The improved network
-    must also be better than chance. 0: the gain must not be negative, and that is all."""
+    """Magnitude check: minimum gain in accuracy on the target pattern, from degraded to improved, on the sequences that
+    decide which subjects are accepted, as in all checks. It must also be significant: McNemar's exact test on the
+    answers that changed, one-sided at the level 0.05. The improved network must also be better than chance. 0: the gain
+    must not be negative, and that is all."""
     min_specificity: float = Field(0.15, ge=-1, le=1)
-    """Specificity check: how much that gain must at least exceed the mean gain on all other sequences."""
+    """Specificity check: how much that gain must at least exceed the mean gain everywhere else: the mean over the
+    other patterns and the sequences that match none."""
     max_instability: float = Field(0.2, ge=0, le=1)
     """Stability check: maximum change of accuracy, for the worse or the better, on any of the subject's other patterns,
     and on average over the sequences to which it must answer no. A loss means that the second stage harmed them, a gain

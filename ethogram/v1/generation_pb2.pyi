@@ -630,12 +630,15 @@ class StagedSpec(_message.Message):
     patience: _builtins.int
     """Epochs without a lower validation loss before a stage ends; the network of the best epoch is kept."""
     min_degradation_threshold: _builtins.float
-    """Magnitude check: minimum gain in accuracy on the target pattern, from degraded to improved, which must also be
-    significant: McNemar's exact test on the answers that changed, one-sided at the level 0.05. The improved network
-    must also be better than chance. 0: the gain must not be negative, and that is all.
+    """Magnitude check: minimum gain in accuracy on the target pattern, from degraded to improved, on the sequences that
+    decide which subjects are accepted, as in all checks. It must also be significant: McNemar's exact test on the
+    answers that changed, one-sided at the level 0.05. The improved network must also be better than chance. 0: the
+    gain must not be negative, and that is all.
     """
     min_specificity: _builtins.float
-    """Specificity check: how much that gain must at least exceed the mean gain on all other sequences."""
+    """Specificity check: how much that gain must at least exceed the mean gain everywhere else: the mean over the other
+    patterns and the sequences that match none.
+    """
     max_instability: _builtins.float
     """Stability check: maximum change of accuracy, for the worse or the better, on any of the subject's other patterns,
     and on average over the sequences to which it must answer no. A loss means that the second stage harmed them, a

@@ -106,7 +106,7 @@ def read(folder: Path, parts: Sequence[Part] = PARTS) -> Contents:
     with _reading(folder, "config.json") as path:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["format"] != FORMAT:
-            raise InvalidInput.field(path.name, f"has format {config['format']}; this version reads {FORMAT}")
+            raise InvalidInput.field(path.name, f"has format {config['format']!r}; this version reads {FORMAT}")
         spec = CrossmodalSpec.model_validate(config["spec"])
         signature = SignatureSpec.model_validate(config["signature"])
         shapes = [Architecture(**{**shape, "hidden": tuple(shape["hidden"])}) for shape in config["shapes"]]

@@ -36,7 +36,7 @@ class HubUpload:
         self._repository.open()
         about = self._repository.read(ABOUT)
         if about is not None and _compared(about) != _compared((folder / ABOUT).read_text(encoding="utf-8")):
-            text = f"{self._repository.spec.repo} holds a zoo of another spec; name another one"
+            text = f"{self._repository.spec.repo} holds a zoo of another spec or format; name another one"
             raise InvalidInput.field(self._repository.field, text)
         self._repository.upload({name: folder / name for name in (ABOUT, BASELINE)}, "Begin a zoo")
 
@@ -79,6 +79,8 @@ class HubUpload:
 def _compared(about: str) -> dict[str, object] | None:
     """The part of a ``zoo.json`` that decides whether two zoos are the same; None for another file."""
     try:
-        return {key: value for key, value in json.loads(about)["spec"].items() if key not in _NOT_COMPARED}
+        parsed = json.loads(about)
+        spec = {key: value for key, value in parsed["spec"].items() if key not in _NOT_COMPARED}
+        return {"format": parsed["format"], "spec": spec}
     except (ValueError, LookupError, TypeError, AttributeError):
         return None

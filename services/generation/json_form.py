@@ -4,6 +4,7 @@ records of it made a zoo."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -88,7 +89,7 @@ def _written(
         "quantization": spec.subject.quantization,
         "tasks_included": ["modification", "classification"] if staged else ["classification"],
     }
-    row: dict[str, Any] = {"example_id": record["index"], "metadata": json.dumps(metadata)}
+    row: dict[str, Any] = {"example_id": record["index"], "metadata": json.dumps(metadata, allow_nan=False)}
     shape = architecture_of(spec, record)
     modification = formatter.modification(record) if staged else None
     for task, prompt in (("modification", modification), ("classification", formatter.classification(record))):
@@ -112,7 +113,8 @@ def _written(
 
 
 def _accuracies(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, float | None]:
-    """Held-out accuracies of both networks: means over all strata, and on the target pattern.
+    """Held-out accuracies of both networks: means over all strata, and on the target pattern; None where there are no
+    such sequences.
 
     The three that published records have are neither differences of each other nor named for what they are:
     ``degraded_accuracy`` and ``improved_accuracy`` are such means, ``improvement`` is on the target pattern. So each is
@@ -130,7 +132,7 @@ def _accuracies(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, fl
     for name, (before, after) in {"mean": means, "target": on_target}.items():
         gain = None if before is None or after is None else after - before
         found |= {f"degraded_{name}_accuracy": before, f"improved_{name}_accuracy": after, f"{name}_improvement": gain}
-    return found
+    return {name: None if value is None or math.isnan(value) else value for name, value in found.items()}
 
 
 def _named(params: Params, dropout: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pyarrow
 import torch
 from pyarrow import parquet
 
-from ethogram.errors import IllegalState
+from ethogram.errors import IllegalState, InvalidInput
 from ethogram.specs.base import Spec
 from ethogram.specs.generation import GenerationSpec, PartSpec
 from services.generation.buckets import Block, BucketTrainer
@@ -30,7 +30,7 @@ from services.generation.workers import side_by_side
 from services.runtime.checkpoints import link_or_copy
 from services.runtime.reading import reading, reading_checkpoint
 from services.runtime.run import Run
-from services.zoo.dataset import DATA, Zoo, data_file, read_about, write_about
+from services.zoo.dataset import DATA, FORMAT, Zoo, data_file, read_about, write_about
 from services.zoo.statistics import Statistics
 
 SHARD = 1024
@@ -61,8 +61,9 @@ class DatasetGenerationPipeline:
         """Write the zoo into the new ``folder`` (see :mod:`services.zoo.dataset`); its figures.
 
         With ``spec.hub`` its files are uploaded as they are made; :meth:`publish` sends the rest. Raises
-        :class:`InvalidInput` when hardly any candidate passes.
+        :class:`InvalidInput` for a pattern with too few sequences, and when hardly any candidate passes.
         """
+        self.bucket_trainer.sampler.check_trainable()
         run = run or Run()
         (folder / DATA).mkdir(parents=True)
         if self.spec.hub is not None:
@@ -189,8 +190,13 @@ class DatasetGenerationPipeline:
         return progress
 
     def _take(self, part: Path, folder: Path, progress: Progress) -> None:
-        """Take as many of a part's records as are missing."""
-        subjects, blocks = self.spec.subjects, iter(read_about(part)[0]["blocks"])
+        """Take as many of a part's records as are missing. Raises :class:`InvalidInput` for a part that an earlier
+        version made, whose subjects were trained on another split."""
+        about, _, _ = read_about(part)
+        if about["format"] != FORMAT:
+            text = "a part was made by another version, which split sequences differently; make the zoo anew"
+            raise InvalidInput.field("shards", text)
+        subjects, blocks = self.spec.subjects, iter(about["blocks"])
         while progress.accepted < subjects and (file_blocks := list(islice(blocks, self._blocks_per_file))):
             before, file = progress.accepted, progress.next_block // self._blocks_per_file
             for accepted, rejected in file_blocks:

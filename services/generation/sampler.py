@@ -40,7 +40,7 @@ class PatternDatasetSampler:
 
     def __init__(self, spec: GenerationSpec, baseline: Path | None = None) -> None:
         """``baseline``: folder of a ``baseline_dataset.json``, for :attr:`baseline`. Raises :class:`InvalidInput` for
-        patterns that cannot be trained or told apart."""
+        patterns that match nothing or cannot be told apart."""
         if spec.signature.baseline is not None and baseline is None:
             raise InvalidInput.field("spec.signature.baseline", "names an artifact; its folder must be given too")
         chosen: Tensor | None = None
@@ -59,21 +59,26 @@ class PatternDatasetSampler:
             Evaluation.build(self.universe, JUDGED, JUDGED_NONE, split, spec.seed) for split in (SELECTION, HELD_OUT)
         )
         """The sequences that subjects are accepted by, and those that their reported accuracy is measured on."""
+        if chosen is None:
+            chosen = probes(self.universe, spec.signature.probes, spec.seed)
+        self.baseline = Labelled(chosen, self.universe.matches(chosen))
+        """The signature dataset: the same probes for every subject of the zoo, of the validation split; or those of the
+        folder."""
+
+    def check_trainable(self) -> None:
+        """Raise :class:`InvalidInput` for a pattern with too few sequences to train subjects with and judge them on.
+        Subjects that were trained elsewhere may have such patterns."""
+        staged = self.spec.staged
         for i, pattern in enumerate(self.patterns):
             judged = all((evaluation.stratum == i).any() for evaluation in (self.selection, self.evaluation))
             if self.train.count[i] == 0 or not judged:
                 few = f"{pattern.name} has {self.universe.counts[i]} sequences, too few to train and judge on"
                 raise InvalidInput.field(f"spec.patterns.{i}", f"{few}; leave it out")
             judging = int((self.selection.stratum == i).sum())
-            if spec.staged is not None and checks.checked(spec.staged) and judging < checks.FEWEST:
+            if staged is not None and checks.checked(staged) and judging < checks.FEWEST:
                 few = f"{pattern.name} is judged on {judging} sequences, and no gain on fewer than {checks.FEWEST} is"
                 advice = "leave it out, or set staged.min_degradation_threshold to 0"
                 raise InvalidInput.field(f"spec.patterns.{i}", f"{few} significant; {advice}")
-        if chosen is None:
-            chosen = probes(self.universe, spec.signature.probes, spec.seed)
-        self.baseline = Labelled(chosen, self.universe.matches(chosen))
-        """The signature dataset: the same probes for every subject of the zoo, of the validation split; or those of the
-        folder."""
 
     @cached_property
     def validation(self) -> Pools:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -136,7 +137,9 @@ def score_answers(zoo: Path, answers: Sequence[Mapping[str, Any]]) -> list[dict[
                 scored = score_modification(text, record, spec, patterns, benchmark)
                 score = {"parsed": 1.0, "gain": scored.gain, "others": scored.others}
             score["reference_gain"] = record["improvement"]
-        scores.append({"index": answer.index, "task": answer.task} | score)
+        # NaN of a pattern without held-out sequences.
+        known = {name: None if value is None or math.isnan(value) else value for name, value in score.items()}
+        scores.append({"index": answer.index, "task": answer.task} | known)
     return scores
 
 

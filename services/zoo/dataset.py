@@ -132,7 +132,8 @@ def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Patte
     with reading(folder, ABOUT, "zoo") as path:
         about = json.loads(path.read_bytes())
         if about["format"] not in (FORMER, FORMAT):
-            raise InvalidInput.field(ABOUT, f"has format {about['format']}; this version reads {FORMAT}")
+            text = f"has format {about['format']!r}; this version reads the numbers {FORMER} and {FORMAT}"
+            raise InvalidInput.field(ABOUT, text)
         spec = GenerationSpec.model_validate(about["spec"])
         return about, spec, from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
 

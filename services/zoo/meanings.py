@@ -56,32 +56,44 @@ def undefined(
     names: Mapping[str, str], spec: GenerationSpec, folder: Path, rename: Mapping[str, str], run: Run
 ) -> dict[str, PatternSpec]:
     """What each name means where nothing defines it: the built-in pattern of the name or, where that was another set
-    in earlier work, that set, unless labelled sequences in ``folder`` tell otherwise. The run's log says which.
+    in earlier work, that set, unless sequences in ``folder`` that are labelled with the name tell otherwise. The run's
+    log says which.
 
     ``spec``: for its vocabulary and length; ``rename``: names in the labels to ``names``. Raises :class:`InvalidInput`
     for a name that stands for no pattern, and where the labelled sequences agree with neither meaning.
     """
     meanings = {name: _built_in(name, location) for name, location in names.items()}
     earlier = {name: pattern for name, pattern in _earlier(spec.vocab_size).items() if name in names}
-    if not earlier:
-        return meanings
-    listed = ", ".join(f"{name} means {pattern.name}" for name, pattern in earlier.items())
     how = f"a {PATTERNS} beside the records, or --file, says what else the names mean"
-    labels = _labels(folder, spec, rename) if (folder / BASELINE).exists() else None
-    if labels is None:
-        run.log(f"as in earlier work {listed}; {how}", "warning")
+    labels = _labels(folder, spec, rename) if earlier and (folder / BASELINE).exists() else None
+    labelled = set().union(*labels[1]) if labels is not None else set()
+    told = {name: pattern for name, pattern in earlier.items() if name in labelled}
+    if len(told) < len(earlier):
+        untold = {name: pattern for name, pattern in earlier.items() if name not in told}
+        run.log(f"as in earlier work {_listed(untold)}; {how}", "warning")
+    if labels is None or not told:
         return meanings | earlier
-    current = {name: meanings[name] for name in earlier}
-    fits = {"earlier": _fit(earlier, spec, *labels), "current": _fit(current, spec, *labels)}
+    current = {name: meanings[name] for name in told}
+    fits = {"earlier": _fit(told, spec, *labels), "current": _fit(current, spec, *labels)}
     if fits["earlier"] is None and fits["current"] is None:
-        text = f"has labels of {', '.join(earlier)} that are neither the built-in patterns nor, as in earlier work, "
-        raise InvalidInput.field(BASELINE, f"{text}{', '.join(pattern.name for pattern in earlier.values())}; {how}")
-    # Of labels that fit both meanings, those may name one pattern only of a sequence that matches several.
-    if fits["earlier"] is None or (fits["current"] == 0 and fits["earlier"] != 0):
-        run.log(f"{', '.join(earlier)} are the built-in patterns: the labels in {BASELINE} agree; {how}")
-        return meanings
-    run.log(f"as in earlier work {listed}: the labels in {BASELINE} agree; {how}")
+        text = f"has labels of {', '.join(told)} that are neither the built-in patterns nor, as in earlier work, "
+        raise InvalidInput.field(BASELINE, f"{text}{', '.join(pattern.name for pattern in told.values())}; {how}")
+    # Labels that fit both may name one pattern only of a sequence that matches several: what they leave out says
+    # something where some name several, and lack none.
+    complete = any(len(names) > 1 for names in labels[1]) and _fit(meanings, spec, *labels) == 0
+    if fits["earlier"] is None or (complete and fits["earlier"] != 0):
+        run.log(f"{', '.join(told)} are the built-in patterns: the labels in {BASELINE} agree; {how}")
+        return meanings | earlier | current
+    if fits["current"] is None:
+        run.log(f"as in earlier work {_listed(told)}: the labels in {BASELINE} agree; {how}")
+    else:
+        both = f"the labels in {BASELINE} agree with that and with the built-in patterns"
+        run.log(f"as in earlier work {_listed(told)}: {both}; {how}", "warning")
     return meanings | earlier
+
+
+def _listed(meanings: Mapping[str, PatternSpec]) -> str:
+    return ", ".join(f"{name} means {pattern.name}" for name, pattern in meanings.items())
 
 
 def _built_in(name: str, location: str) -> PatternSpec:

@@ -38,7 +38,7 @@ class Statistics:
     shapes: dict[str, int]
     """Subjects by hidden layers and activation."""
     improvement: float | None
-    """Mean gain on the target pattern."""
+    """Mean gain on the target pattern, over the subjects of which it is known; None where it is of none."""
     tokens: dict[str, tuple[float, int]]
     """Of each task whose tokens were counted: mean and most of a record."""
     twins: dict[str, Any] | None
@@ -55,7 +55,7 @@ class Statistics:
         measured = {name: np.zeros(len(names) + 1) for name in stages}
         counted = spec.tasks if spec.format is not None and spec.format.tokenizer is not None else []
         tokens = {task: (0, 0) for task in counted}
-        subjects, shapes, gained = 0, Counter[str](), 0.0
+        subjects, shapes, gains = 0, Counter[str](), list[Numbers]()
         together = np.zeros((len(names), len(names)), np.int64)
         columns = ["patterns", "layers", "activation", *sums, *(f"{task}_tokens" for task in counted)]
         for table in read_records(folder, [*columns, "improvement"] if staged else columns):
@@ -70,7 +70,9 @@ class Statistics:
             for task, (count, most) in tokens.items():
                 numbers = table[f"{task}_tokens"].to_pylist()
                 tokens[task] = (count + sum(numbers), max([most, *numbers]))
-            gained += sum(table["improvement"].to_pylist()) if staged else 0.0
+            if staged:
+                gains.append(table["improvement"].to_numpy())
+        known = np.concatenate([gain[~np.isnan(gain)] for gain in gains]) if gains else np.zeros(0)
         # NaN of a stratum without sequences.
         with np.errstate(invalid="ignore"):
             means = {name: total / measured[name] for name, total in sums.items()}
@@ -84,7 +86,7 @@ class Statistics:
             means.get("degraded_accuracy"),
             together,
             dict(sorted(shapes.items())),
-            gained / subjects if staged else None,
+            sum(known.tolist()) / len(known) if len(known) else None,
             {task: (count / subjects, most) for task, (count, most) in tokens.items()},
             about.get("twins"),
         )
@@ -113,10 +115,10 @@ class Statistics:
             "accuracy_by_pattern": _rounded(self.strata, self.accuracy),
             "subjects_by_pattern": dict(zip(self.strata, np.diag(self.together).tolist(), strict=False)),
         }
-        if self.degraded_accuracy is not None and self.improvement is not None:
+        if self.degraded_accuracy is not None:
             figures["degraded_accuracy"] = round(float(np.nanmean(self.degraded_accuracy)), 4)
             figures["degraded_accuracy_by_pattern"] = _rounded(self.strata, self.degraded_accuracy)
-            figures["improvement"] = round(self.improvement, 4)
+            figures["improvement"] = None if self.improvement is None else round(self.improvement, 4)
         if self.twins is not None:
             figures["twins"] = self.twins
         if self.tokens:

@@ -183,6 +183,14 @@ def test_what_another_behaviour_covers_is_not_had_for_it(
     assert bool(found.had[:, 0].all()) and float(found.had[:, 2].float().mean()) < 0.1
 
 
+def test_who_has_a_behaviour_is_measured_on_what_no_other_covers(untrained: Codec) -> None:
+    member = untrained.support.membership
+    alone = member & (member.sum(1, keepdim=True) == 1)
+    for behaviour, measured in enumerate(untrained._decisive.bool()):
+        enough = int(alone[:, behaviour].sum()) >= 8
+        assert torch.equal(measured, (alone if enough else member)[:, behaviour])
+
+
 def test_automatic_strength_does_nothing_where_there_is_nothing_to_do(zoo: Zoo, untrained: Codec) -> None:
     has = zoo.labels[:, 3].nonzero().squeeze(1)
     networks = select(zoo.params, has)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,16 @@ def test_another_seed_is_another_zoo(zoo: Zoo) -> None:
     assert not torch.equal(other.labels, zoo.labels[:9]) and not torch.equal(other.probes, zoo.probes)
 
 
+@pytest.mark.parametrize(("rate", "taken"), [(1e-8, True), (1.0, True), (9e-9, False), (0, False), (1.1, False)])
+def test_a_number_has_the_bounds_of_a_range(rate: float, taken: bool) -> None:
+    for form in (rate, {"min": rate, "max": rate}):
+        for section in ("training", "staged"):
+            with nullcontext() if taken else pytest.raises(ValidationError, match="must have 1e-08 <= min <= max <= 1"):
+                GenerationSpec.model_validate({section: {"learning_rate": form}})
+
+
 def test_independent_init_starts_apart() -> None:
-    spec = small_spec(subjects=8, training=SubjectTrainingSpec(steps=1, learning_rate=1e-9), min_accuracy=0.0)
+    spec = small_spec(subjects=8, training=SubjectTrainingSpec(steps=1, learning_rate=1e-8), min_accuracy=0.0)
     apart = spec.model_copy(
         update={"subject": SubjectSpec.model_validate({"layers": 1, "neurons": 8, "init": "independent"})}
     )

@@ -171,7 +171,10 @@ def test_names_that_the_hub_does_not_allow(repo: str) -> None:
         GenerationSpec.model_validate({"hub": {"repo": repo}})
 
 
-@pytest.mark.parametrize("there", ["[]", "no JSON", "{}"])
+# The last is of the same spec, but its subjects were trained on another split.
+@pytest.mark.parametrize(
+    "there", ["[]", "no JSON", "{}", json.dumps({"format": 2, "spec": spec().model_dump(mode="json")})]
+)
 def test_a_repository_with_something_else(hub: Hub, tmp_path: Path, there: str) -> None:
     hub.repos["me/zoo"] = {"zoo.json": there.encode()}
     with pytest.raises(InvalidInput, match="holds a zoo of another spec"):

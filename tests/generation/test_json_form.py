@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, PatternSpec
 from services.generation.json_form import export_json, import_json
 from services.generation.pipeline import DatasetGenerationPipeline
+from services.generation.report import write_report
+from services.generation.score import means, score_answers
 from services.zoo.dataset import read_about
 from services.zoo.subjects import init
 from tests.generation.conftest import small_spec
@@ -153,6 +156,35 @@ def test_a_published_set_is_read(tmp_path: Path) -> None:
     }
     raw = np.array(row["signature"]["raw"]).reshape(41, -1)
     assert raw.shape[1] == 128 and raw.std() > 0
+
+
+@pytest.mark.parametrize("regex", ["ABCDE", "ABC[A-F]J", "A[A-J]CDE"])
+def test_patterns_that_are_too_rare_to_train_are_imported(regex: str, tmp_path: Path) -> None:
+    metadata = json.dumps({"selected_patterns": ["palindrome", "tiny"], "target_pattern": "tiny"})
+    (tmp_path / "train.jsonl").write_text(json.dumps(published(metadata=metadata)))
+    patterns = [PatternSpec(name="palindrome"), PatternSpec(name="tiny", regex=regex)]
+    figures = import_json(tmp_path / "train.jsonl", tmp_path / "zoo", patterns=patterns)
+    # No sequence of the first is held out.
+    unknown = regex == "ABCDE"
+    assert (figures["accuracy_by_pattern"]["tiny"] is None) == (figures["improvement"] is None) == unknown
+    export_json(tmp_path / "zoo", tmp_path / "out")
+    (row,) = parquet.read_table(tmp_path / "out" / "data").to_pylist()
+    found = json.loads(row["metadata"], parse_constant=pytest.fail)
+    names = ("improvement", "target_improvement", "degraded_target_accuracy", "improved_target_accuracy")
+    assert {found[name] is None for name in names} == {unknown}
+    write_report(tmp_path / "zoo", tmp_path / "report")
+    json.loads((tmp_path / "report" / "report.json").read_text(), parse_constant=pytest.fail)
+    page = re.sub('src="[^"]*"', "", (tmp_path / "report" / "report.html").read_text())
+    assert "nan " not in page and "nan<" not in page
+    weights = json.dumps({"layers": [[]]})
+    answers = [{"index": 0, "task": "modification", "completion": weights}]
+    assert (means(score_answers(tmp_path / "zoo", answers))["modification"]["reference_gain"] is None) == unknown
+    # To train them is another matter.
+    training = small_spec(
+        patterns=[PatternSpec(name="tiny", regex="ABCD"), PatternSpec(name="palindrome")], max_patterns_per_batch=1
+    )
+    with pytest.raises(InvalidInput, match="tiny has 1 sequences, too few to train and judge on"):
+        DatasetGenerationPipeline(training).run(tmp_path / "none")
 
 
 def test_names_are_given_a_meaning(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from services.generation import buckets, pipeline, progress
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.runtime.run import ChildJob, Run
 from services.zoo.dataset import read_about, read_records
+from tests.generation.conftest import small_spec
 from tests.generation.test_staged import staged_spec
 
 
@@ -83,6 +85,20 @@ def test_a_part_that_failed_is_told(tmp_path: Path) -> None:
     spec = staged_spec(subjects=20, shards=2)
     with pytest.raises(IllegalState, match=r"files-00000 .*FAILED: out of memory"):
         DatasetGenerationPipeline(spec).run(tmp_path / "zoo", Parent(tmp_path, "FAILED"))
+
+
+@pytest.mark.usefixtures("few")
+def test_a_part_of_an_earlier_version_is_not_taken(tmp_path: Path) -> None:
+    class Upgraded(Parent):
+        def output(self, child: ChildJob, name: str) -> Path:
+            file = super().output(child, name) / "zoo.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+            return file.parent
+
+    spec = small_spec(subjects=4, min_accuracy=0.0, training={"steps": 1}, shards=2)
+    with pytest.raises(InvalidInput, match="made by another version, which split sequences differently") as caught:
+        DatasetGenerationPipeline(spec).run(tmp_path / "zoo", Upgraded(tmp_path))
+    assert caught.value.violations[0].field == "shards"
 
 
 def test_without_a_platform_one_process_does_it(tmp_path: Path) -> None:

@@ -256,9 +256,9 @@ def test_a_gain_by_chance_is_none() -> None:
 def test_a_pattern_too_rare_for_the_test_is_refused(tmp_path: Path) -> None:
     patterns = [pattern.model_dump() for pattern in PATTERNS] + [{"name": "few", "regex": "A[AB]{2}[CDE]"}]
     with pytest.raises(InvalidInput, match=r"few is judged on \d sequences") as caught:
-        PatternDatasetSampler(staged_spec(patterns=patterns))
-    assert caught.value.violations[0].field == "spec.patterns.4"
-    PatternDatasetSampler(small_spec(patterns=patterns))
+        DatasetGenerationPipeline(staged_spec(patterns=patterns)).run(tmp_path / "refused")
+    assert caught.value.violations[0].field == "spec.patterns.4" and not (tmp_path / "refused").exists()
+    PatternDatasetSampler(small_spec(patterns=patterns)).check_trainable()
     # Where nothing is checked it is taken; so it is in records from elsewhere.
     unchecked: dict[str, Any] = {"min_degradation_threshold": 0.0, "max_instability": 1.0, "min_specificity": -1.0}
     unchecked |= {"epochs": 1, "improvement_epochs": 1}

@@ -151,6 +151,43 @@ def test_labelled_sequences_say_which(tmp_path: Path) -> None:
     assert caught.value.violations[0].field == "baseline_dataset.json" and "patterns.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("labels", "current", "says"),
+    [
+        # Nothing is labelled with the names.
+        (
+            {"AAAAA": ["all_same"], "BBBBB": ["all_same"], "CBABC": ["palindrome"]},
+            "",
+            "means sorted_ascending, mountain",
+        ),
+        ({"CBABC": ["palindrome"], "CAFBD": []}, "", "means sorted_ascending, mountain"),
+        ({"AAAAA": ["all_same", "palindrome"], "CBABC": ["palindrome"]}, "", "means sorted_ascending, mountain"),
+        # One label to a sequence, which says nothing of what it leaves out.
+        ({"AAAAA": ["all_same"], "ABCDE": ["increasing_pairs"]}, "", "agree with that and with the built-in"),
+        # A label that only one meaning has.
+        ({"ABABD": ["increasing_pairs"]}, "increasing_pairs", "increasing_pairs are the built-in patterns"),
+        ({"AAAAB": ["increasing_pairs"], "CBABC": ["palindrome"]}, "", "labels in baseline_dataset.json agree;"),
+        # All labels.
+        (
+            {"AAAAA": ["all_same", "palindrome"], "ABCDE": ["increasing_pairs"]},
+            "increasing_pairs",
+            "increasing_pairs are the built-in patterns",
+        ),
+    ],
+)
+def test_only_labels_of_a_name_say_what_it_means(
+    labels: dict[str, list[str]], current: str, says: str, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "set", ["increasing_pairs", "mountain_pattern", "all_same", "palindrome"])
+    labelled(folder, labels)
+    told = Recorder()
+    names = [pattern.name for pattern in JsonRecords(folder, run=told).patterns]
+    assert names == [current or "sorted_ascending", "earlier_mountain_pattern", "all_same", "palindrome"]
+    # No sequence is labelled with it.
+    assert any("mountain_pattern means earlier_mountain_pattern; a patterns.json" in line for line in told.logs)
+    assert says in " ".join(told.logs)
+
+
 def test_other_names_are_read_as_before(tmp_path: Path) -> None:
     told = Recorder()
     records = JsonRecords(write(tmp_path / "set", ["palindrome", "starts_with(B)"]), run=told)

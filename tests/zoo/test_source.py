@@ -139,6 +139,14 @@ def test_a_zoo_of_an_earlier_version_says_that_it_was_split_otherwise(own: Path,
         assert any("make the zoo again" in line for line in told.logs) == says
 
 
+@pytest.mark.parametrize(("format", "says"), [("3", "has format '3'; this"), (1, "has format 1; this"), (None, "None")])
+def test_a_format_that_there_is_not(format: object, says: str, own: Path, tmp_path: Path) -> None:
+    about = json.loads((own / "zoo.json").read_text())
+    (tmp_path / "zoo.json").write_text(json.dumps(about | {"format": format}))
+    with pytest.raises(InvalidInput, match=f"{says}.* version reads the numbers 2 and 3"):
+        open_zoo(tmp_path)
+
+
 @pytest.mark.parametrize("source", ["nowhere", "./some/zoo", "them/set.parquet", "me/x..y", "a/b/c"])
 def test_what_is_neither_here_nor_a_name_on_the_hub(source: str) -> None:
     with pytest.raises(InvalidInput, match="is no file or folder here, and no name of a dataset") as caught:

@@ -206,7 +206,9 @@ class AttentionPolicy(nn.Module):
         with reading(folder, CONFIG, "policy", "policy") as path:
             config = json.loads(path.read_text(encoding="utf-8"))
             if config["format"] != FORMAT:
-                raise InvalidInput.field("policy", f"{path} has format {config['format']}; this version reads {FORMAT}")
+                raise InvalidInput.field(
+                    "policy", f"{path} has format {config['format']!r}; this version reads {FORMAT}"
+                )
             policy = cls(PolicyModelSpec.model_validate(config["model"]), int(config["nodes"]))
             policy.load_state_dict(load_file(folder / WEIGHTS))
             policy.chooses_start = bool(config["chooses_start"])

@@ -269,7 +269,9 @@ class SparseModel(nn.Module):
         with reading(folder, CONFIG, "sparse model", "model") as path:
             config = json.loads(path.read_text(encoding="utf-8"))
             if config["format"] != FORMAT:
-                raise InvalidInput.field("model", f"{path} has format {config['format']}; this version reads {FORMAT}")
+                raise InvalidInput.field(
+                    "model", f"{path} has format {config['format']!r}; this version reads {FORMAT}"
+                )
             state = load_file(folder / WEIGHTS)
             streams = Streams(**config["streams"])
             scales = [
