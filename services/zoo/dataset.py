@@ -36,7 +36,7 @@ from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, fla
 from services.zoo.universe import Universe
 
 FORMAT = 3
-FORMER = 2
+FORMAT_2 = 2
 """Format of zoos whose split depended on the enabled patterns; they can still be read."""
 ABOUT, BASELINE, DATA = "zoo.json", "baseline_dataset.json", "data"
 BRANCHES = ("plus", "minus")
@@ -131,8 +131,8 @@ def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Patte
     """Contents, spec and patterns of ``zoo.json``."""
     with reading(folder, ABOUT, "zoo") as path:
         about = json.loads(path.read_bytes())
-        if about["format"] not in (FORMER, FORMAT):
-            text = f"has format {about['format']!r}; this version reads the numbers {FORMER} and {FORMAT}"
+        if about["format"] not in (FORMAT_2, FORMAT):
+            text = f"has format {about['format']!r}; this version reads the numbers {FORMAT_2} and {FORMAT}"
             raise InvalidInput.field(ABOUT, text)
         spec = GenerationSpec.model_validate(about["spec"])
         return about, spec, from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
