@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ethogram.errors import InvalidInput, Violation
 from ethogram.plain import python_value
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -33,6 +36,47 @@ class Spec(BaseModel):
     def _take_numpy(cls, values: Any) -> Any:
         # Specs inside of this one take theirs themselves.
         return python_value(values)
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Fields that have no effect because of others: each with its path below this spec, and why."""
+        yield from ()
+
+    def doubts(self) -> Iterator[tuple[str, str]]:
+        """Fields that are hardly meant to be as they are: each with its path below this spec, and what to do."""
+        yield from ()
+
+    def ignored(self, prefix: str = "spec.") -> list[Violation]:
+        """Fields that were set and have no effect, here and in specs inside. ``prefix``: put before each path."""
+        unused = {path: why for path, why in self.unused() if self._is_set(path)}
+        found = [Violation(f"{prefix}{path}", f"has no effect, because {why}") for path, why in unused.items()]
+        for name, part in self._parts():
+            found += part.ignored(f"{prefix}{name}.")
+        return found
+
+    def refuse_ignored(self, prefix: str = "spec.") -> None:
+        """Raise :class:`InvalidInput` of the fields that were set and have no effect. Not where a spec is read, since
+        earlier versions took such fields: where one is submitted, or its run begins."""
+        found = [item._replace(description=f"{item.description}; leave it out") for item in self.ignored(prefix)]
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise InvalidInput(f"{found[0].field}: {found[0].description}{more}", found)
+
+    def warnings(self, prefix: str = "spec.") -> list[str]:
+        """What a job warns of when it starts: fields without effect, and what else is hardly meant."""
+        found = [*self.ignored(prefix), *(Violation(f"{prefix}{path}", text) for path, text in self.doubts())]
+        return [f"{field}: {text}" for field, text in found]
+
+    def _parts(self) -> Iterator[tuple[str, Spec]]:
+        """Fields that hold a spec."""
+        for name in type(self).model_fields:
+            if isinstance(value := getattr(self, name), Spec):
+                yield name, value
+
+    def _is_set(self, path: str) -> bool:
+        """Whether a field differs from its default."""
+        parents, _, name = path.rpartition(".")
+        spec: Spec = attrgetter(parents)(self) if parents else self
+        return bool(getattr(spec, name) != type(spec).model_fields[name].get_default(call_default_factory=True))
 
 
 class ArtifactRef(Spec):

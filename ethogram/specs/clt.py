@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ethogram.errors import InvalidInput
 from ethogram.specs.base import ArtifactRef, OptimizationSpec, Seed, Spec, TrainedSpec
 
 MAX_RUNS = 1000
@@ -15,6 +20,8 @@ NODES = 20
 """Cities of an instance on which a policy is trained, by default."""
 MAX_NODES = 200
 """Most cities of an instance on which a policy is trained."""
+EQUIVALENT = {"model.k": "model.k_ratio", "model.k_ratio": "model.k"}
+"""Options that set the same thing: the one that a grid varies replaces the other."""
 PAIR_SETS = {
     "mlp": "input and output of each MLP",
     "adjacent": "the output of each layer and that of the next",
@@ -94,6 +101,10 @@ class PolicySpec(TrainedSpec):
     """Fixed instances on which greedy and sampled tours are finally compared with a solver's; 0: none."""
     samples: int = Field(16, ge=0, le=10_000)
     """Tours sampled per instance, of which the shortest counts; 0: greedy tours only."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if self.samples and not self.evaluation:
+            yield "samples", "evaluation is 0"
 
     @model_validator(mode="before")
     @classmethod
@@ -257,7 +268,7 @@ class SparseTrainingSpec(OptimizationSpec):
     """How a sparse model is trained: Adam; gradients are clipped to norm 1."""
 
     steps: int = Field(4000, ge=1, le=100_000_000)
-    """Optimiser steps; ``epochs`` overrides it."""
+    """Optimiser steps; without ``epochs``."""
     epochs: float | None = Field(None, gt=0, le=10_000)
     """Passes over the training rows instead of ``steps``."""
     batch_size: int = Field(4096, ge=1, le=1_048_576)
@@ -304,6 +315,33 @@ class SparseSpec(TrainedSpec):
     """Objective."""
     training: SparseTrainingSpec = SparseTrainingSpec()
     """Optimisation."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        model, loss, training = self.model, self.loss, self.training
+        if model.activation in ("relu", "jumprelu") and training.revive_every is None:
+            for name in ("k", "k_ratio"):
+                yield f"model.{name}", f"with activation {model.activation} any number of features is active"
+        if model.activation != "jumprelu":
+            yield "loss.l0", f"model.activation is {model.activation}, and only jumprelu learns thresholds"
+        if model.dictionary is not None:
+            yield "model.expansion", "the features are those of model.dictionary"
+            for name in ("dictionary_l1", "dictionary_l2", "orthogonality", "group_heads"):
+                yield f"loss.{name}", "the decoder is that of model.dictionary, and not trained"
+        if not loss.group_features:
+            yield "loss.group_size", "loss.group_features is 0"
+        if not loss.group_heads or model.dictionary is not None:
+            yield "loss.heads", "loss.group_heads is 0, or without effect itself"
+        if not loss.auxk:
+            yield "loss.auxk_features", "loss.auxk is 0"
+        if training.epochs is not None:
+            yield "training.steps", "training.epochs says how many there are"
+
+    def doubts(self) -> Iterator[tuple[str, str]]:
+        loss, kind = self.loss, self.model.activation
+        penalties = {"relu": [loss.l1, loss.group_features], "jumprelu": [loss.l0, loss.l1, loss.group_features]}
+        if kind in penalties and not any(penalties[kind]):
+            name = "l1" if kind == "relu" else "l0"
+            yield f"loss.{name}", f"is 0, so nothing makes the features of {kind} sparse; set it, e.g. to 1e-3"
 
 
 class SaeSpec(SparseSpec):
@@ -363,6 +401,49 @@ class SweepSpec(SparseSpec):
     grid: list[GridAxis] = Field(default=[], max_length=20)
     """Options to vary; every combination is trained."""
 
+    def points(self) -> Iterator[tuple[tuple[tuple[str, str], ...], dict[str, Any]]]:
+        """Each point of the grid, its options with their values, and the fields of its runs, without hook points.
+        Raises :class:`InvalidInput` for an option that there is not."""
+        options = {axis.option for axis in self.grid}
+        for point in itertools.product(*([(axis.option, value) for value in axis.values] for axis in self.grid)):
+            fields = self.model_dump(mode="json", exclude={"pairs", "grid"})
+            for option, value in point:
+                other = EQUIVALENT.get(option)
+                if other is not None and other not in options:
+                    _set(fields, other, "null")
+                _set(fields, option, value)
+            yield point, fields
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        by_run = [dict(run.unused()) for run in self._runs()]
+        # What is used at one point has an effect.
+        unused = {path: why for path, why in by_run[0].items() if all(path in run for run in by_run)} if by_run else {}
+        yield from unused.items()
+        for number, axis in enumerate(self.grid):
+            if axis.option in unused:
+                yield f"grid.{number}", f"it varies {axis.option}, and {unused[axis.option]}"
+            for option in filter(None, (axis.option, EQUIVALENT.get(axis.option))):
+                yield option, f"the grid varies {axis.option}"
+        if self.wandb is not None:
+            yield "wandb.name", "each run has a name of its own"
+
+    def doubts(self) -> Iterator[tuple[str, str]]:
+        runs = list(self._runs())
+        yield from dict.fromkeys(doubt for run in runs for doubt in run.doubts())
+        different = {json.dumps(_without(run, [path for path, _ in run.unused()])) for run in runs}
+        if same := len(runs) - len(different):
+            text = f"{same} of its {len(runs)} points are the same as others: an option has no effect there"
+            yield "grid", f"{text}; sweep over these options apart"
+
+    def _is_set(self, path: str) -> bool:
+        return path.startswith("grid.") or super()._is_set(path)
+
+    def _runs(self) -> Iterator[SparseSpec]:
+        """What the runs at each point have in common; points that are no specs are left out."""
+        for _, fields in self.points():
+            with suppress(ValueError):
+                yield SparseSpec.model_validate({name: fields[name] for name in SparseSpec.model_fields})
+
     @model_validator(mode="after")
     def _fits(self) -> SweepSpec:
         _check_pairs(self.pairs)
@@ -373,3 +454,23 @@ class SweepSpec(SparseSpec):
         if math.prod(len(axis.values) for axis in self.grid) > MAX_RUNS:
             raise ValueError(f"grid: has more than {MAX_RUNS} points")
         return self
+
+
+def _set(fields: dict[str, Any], option: str, text: str) -> None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    section, _, name = option.rpartition(".")
+    section_fields = fields[section] if section else fields
+    if name not in section_fields:
+        raise InvalidInput.field("spec.grid", f"there is no option {option}; there are {', '.join(section_fields)}")
+    section_fields[name] = value
+
+
+def _without(spec: Spec, paths: Iterable[str]) -> dict[str, Any]:
+    fields = spec.model_dump(mode="json")
+    for path in paths:
+        section, _, name = path.partition(".")
+        fields[section].pop(name, None)
+    return fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -48,6 +49,20 @@ class CodecSpec(Spec):
             raise ValueError("pooling: cls needs the transformer; an mlp has mean, max and flatten")
         return self
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        mlp = self.architecture == "mlp"
+        if mlp:
+            yield "heads", "an mlp has no attention"
+        if self.flat:
+            yield "positions", "an mlp that flattens has no tokens"
+        else:
+            yield "signature_components", "only an mlp that flattens takes principal components"
+        if mlp and (self.flat or self.inputs == "signature"):
+            yield "granularity", "no weights are tokens"
+            yield "chunk", "no weights are tokens"
+        elif self.granularity != "chunk":
+            yield "chunk", "tokens are neurons"
+
     @property
     def flat(self) -> bool:
         """Whether the encoder reads one flat vector, not tokens."""
@@ -89,6 +104,31 @@ class LossSpec(Spec):
     variance: float = Field(0.0, ge=0)
     """Weight of the guard against collapse: mean shortfall of the latents' standard deviations from 1."""
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if not self.gamma and not self.gamma_end:
+            for name in ("contrastive", "temperature", "temperature_end", "projection"):
+                yield name, "gamma is 0"
+        if self.contrastive_alone:
+            for name in ("reconstruction", "behavior", "steering", "direct", "variance"):
+                # 0 switches a term off, which is what happens to it.
+                if getattr(self, name):
+                    yield name, "gamma is 1, so that the contrastive loss is all"
+        if not self.reconstruction or self.contrastive_alone:
+            yield "reconstruction_form", "there is no reconstruction in the loss"
+        if not (self.steering or self.direct) or self.contrastive_alone:
+            for name in ("locality", "mend"):
+                yield name, "there is neither steering nor direct in the loss"
+
+    @property
+    def contrastive_alone(self) -> bool:
+        """Whether the other terms never count."""
+        return self.gamma == 1 and self.gamma_end in (None, 1)
+
+    @property
+    def runs_networks(self) -> bool:
+        """Whether it depends on what decoded networks answer."""
+        return any((self.behavior, self.steering, self.direct)) and not self.contrastive_alone
+
     @model_validator(mode="after")
     def _something(self) -> LossSpec:
         others = (self.reconstruction, self.behavior, self.steering, self.direct, self.variance)
@@ -126,6 +166,10 @@ class CodecTrainingSpec(OptimizationSpec):
     compile: bool = False
     """Whether to use ``torch.compile``, which takes a minute at the start and speeds up steps on a GPU."""
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if self.schedule != "plateau":
+            yield "plateau_patience", "schedule is not plateau"
+
 
 class CrossmodalSpec(TrainedSpec):
     """Signature -> latent -> weights, with the latent space organised by behaviour."""
@@ -144,3 +188,8 @@ class CrossmodalSpec(TrainedSpec):
     """Share of the subjects held out for the validation loss."""
     hub: HubSpec | None = None
     """Model repository to upload the codec to; encoder and decoder are separate files."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if not self.loss.runs_networks:
+            for name in ("queries", "several"):
+                yield f"training.{name}", "there is neither behavior nor steering nor direct in the loss"

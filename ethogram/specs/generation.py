@@ -258,6 +258,14 @@ class SignatureSpec(Spec):
     bins: int = Field(16, ge=2, le=1024)
     """Histogram bins of ``entropy``."""
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if self.baseline is not None:
+            yield "probes", "the probes are those of baseline"
+        if not {"pca", "svd", "clustering", "fourier"} & {*self.methods}:
+            yield "components", "methods has none of pca, svd, clustering and fourier"
+        if "entropy" not in self.methods:
+            yield "bins", "methods has no entropy"
+
 
 class CounterfactualSpec(Spec):
     """Counterfactual networks: each subject is trained further in three branches, with the same patterns, with one more

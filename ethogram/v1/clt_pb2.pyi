@@ -942,7 +942,7 @@ class SparseTrainingSpec(_message.Message):
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
     SNAPSHOT_EPOCHS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Optimiser steps; `epochs` overrides it."""
+    """Optimiser steps; without `epochs`."""
     epochs: _builtins.float
     """Passes over the training rows instead of `steps`."""
     batch_size: _builtins.int

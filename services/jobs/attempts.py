@@ -176,8 +176,7 @@ class Attempts(Queries):
                 return self._job(session, known)
             parent = self._job(session, id)
             options = {key: getattr(parent, key) for key in Options.model_fields if key != "not_before"}
-            request = submission.Request.make(kind, spec, options, prefix=f"children.{name}.")
-            request.parent, request.name = id, name
+            request = submission.Request.make(kind, spec, options, f"children.{name}.", parent=id, name=name)
             child = submission.insert_job(session, request, tenant=parent.tenant, trace=parent.trace)
             if parent.state is JobState.CANCELLING:
                 transitions.cancel(session, child)

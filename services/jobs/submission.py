@@ -50,7 +50,16 @@ class Request:
     """Name of a child job at its parent."""
 
     @classmethod
-    def make(cls, kind: str, spec: Spec, options: Mapping[str, Any], prefix: str = "") -> Request:
+    def make(
+        cls,
+        kind: str,
+        spec: Spec,
+        options: Mapping[str, Any],
+        prefix: str = "",
+        *,
+        parent: str | None = None,
+        name: str | None = None,
+    ) -> Request:
         """Check everything except its inputs. Raises :class:`InvalidInput`."""
         if kind not in KINDS:
             raise InvalidInput.field(
@@ -59,9 +68,12 @@ class Request:
         if not isinstance(spec, KINDS[kind].spec):
             raise InvalidInput.field(f"{prefix}spec", f"is a {type(spec).__name__}, not the spec of a {kind} job")
         try:
-            made = cls(kind, spec, Options.model_validate(dict(options)), prefix)
+            made = cls(kind, spec, Options.model_validate(dict(options)), prefix, parent, name)
         except ValidationError as error:
             raise InvalidInput.from_pydantic(error, prefix.rstrip("."), Options) from None
+        if parent is None:
+            # A child's spec follows from its parent's.
+            spec.refuse_ignored(f"{prefix}spec.")
         text.check(spec.model_dump(mode="json"), f"{prefix}spec")
         text.check(made.options.labels, f"{prefix}labels")
         return made

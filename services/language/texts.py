@@ -67,6 +67,16 @@ class Texts:
         """What was left out when the texts were last gone through, counted; empty if nothing was."""
         return "; ".join(f"{count} {what} (first: {first})" for what, (count, first) in self._counts.items())
 
+    def unused(self) -> list[str]:
+        """Those of ``config``, ``split`` and ``column`` that were set, and that this kind of dataset does not have."""
+        path = Path(self.dataset)
+        if not path.exists():
+            return []
+        saved = path.is_dir() and any((path / name).is_file() for name in _SAVED)
+        names = ["config"] + ["split"] * (not saved) + ["column"] * (path.suffix.lower() == ".txt")
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
     @property
     def _of_other_type(self) -> str:
         return f"rows whose {self.column} is not a text"

@@ -72,6 +72,11 @@ class RunFolder:
             return f"{named} holds a run of another spec; name another folder, or delete {self.root}"
         return None
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a run that is there would be resumed."""
+        return not self._moved_away and ((self.root / SPEC).exists() or self._store)
+
     def begin(self, spec: Spec) -> None:
         """Prepare a new run of ``spec``, or resume one. Raises as :meth:`check` does."""
         self.check(spec)

@@ -12,7 +12,7 @@ from ethogram.specs.kinds import Kind
 from services.runtime.console import ConsoleRun
 from services.runtime.devices import chosen_device
 from services.runtime.folders import RunFolder, artifact_in
-from services.runtime.run import Run
+from services.runtime.run import Run, warn
 from services.runtime.tracking import ARTIFACT
 
 CHECKPOINT_SECONDS = 30.0
@@ -29,10 +29,13 @@ def run(
 
     ``inputs``: by spec path, a file or folder, or what finds it, called with the device. ``device``: by default a GPU
     if there is one. Of several processes of torchrun the first reports and keeps; the others return None. Raises
-    :class:`InvalidInput` for a device that cannot be used, and as :meth:`RunFolder.check` and :func:`artifact_in` do.
+    :class:`InvalidInput` for a device that cannot be used, for a new run of a spec with fields that have no effect, and
+    as :meth:`RunFolder.check` and :func:`artifact_in` do.
     """
     # What can be checked without torch and the job's code comes first: their import takes seconds.
     folder.check(spec)
+    if not folder.resumes:
+        spec.refuse_ignored()
     files = {path: artifact_in(given, kind.inputs[path]) for path, given in inputs.items() if isinstance(given, Path)}
     device = chosen_device(device)
     from services.runtime.parallel import join
@@ -52,6 +55,7 @@ def run(
     run = ConsoleRun(folder.root, device, files, checkpoint_seconds=CHECKPOINT_SECONDS, id=folder.id)
     try:
         with run:
+            warn(spec, run)
             result = job(spec, run, **shared)
             assert all(kind.makes(*artifact) for artifact in run.artifacts), f"{kind.name} made {run.artifacts}"
             folder.finish(result, {name for name, _ in run.artifacts}, run.log)

@@ -47,6 +47,13 @@ class ChildJob:
     """Why it failed; empty if it did not."""
 
 
+def warn(spec: Spec, run: Run) -> None:
+    """Log what ``spec`` has that has no effect, once: not again when the run resumes."""
+    if run.resume is None:
+        for text in spec.warnings():
+            run.log(text, "warning")
+
+
 class Run:
     """A run that reports to nobody."""
 

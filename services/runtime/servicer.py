@@ -22,7 +22,7 @@ from ethogram.rpc import grpc_status_of
 from ethogram.specs.kinds import Kind
 from ethogram.v1 import jobs_pb2
 from services.runtime.job_run import MAX_LOG, JobRun
-from services.runtime.run import Cancelled, Stopped, Waiting
+from services.runtime.run import Cancelled, Stopped, Waiting, warn
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def _stream_job(kind: Kind, request: Any, context: grpc.ServicerContext) -> Iter
             run = JobRun(spec, request.context, send, cancelled)
             run.seconds["imports"] = imported - began
             run.log(f"computes on {run.device}" + (", from the last checkpoint" if run.resume else ""))
+            warn(spec, run)
             try:
                 run.finish(function(spec, run))
             except Waiting:

@@ -264,6 +264,9 @@ def fit(trainer: Trainer, run: Run | None = None, world: World = ALONE) -> None:
     saved, best = _begin(trainer, run, world)
     if saved is not None:
         run.log(f"resumed from the checkpoint of step {saved}")
+    if saved is None and trainer.snapshots is not None and trainer.snapshots > trainer.steps:
+        text = f"there is one every {trainer.snapshots} steps, and the training has {trainer.steps}"
+        run.log(f"no snapshot is taken: {text}", "warning")
     run.stage("train", trainer.steps)
     run.advance(trainer.step)
     with tracked(spec.wandb if world.first else None, spec.model_dump(mode="json"), run, progress.wandb) as log:

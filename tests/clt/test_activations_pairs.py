@@ -128,7 +128,7 @@ def test_commands_record_inspect_and_export(
     assert run_command("inspect-pairs", out, "--json") == 0
     assert answer()[0]["pair"] == "clt_L0_to_L1"
     assert run_command("inspect-pairs", f"{out}/activations") == 0
-    assert "clt_L0_to_L1" in capsys.readouterr().out
+    assert PAIR.split("->", maxsplit=1)[0] in capsys.readouterr().out
     assert run_command("export-pairs", out, "-o", str(tmp_path / "pairs"), "--num_instances_per_pair", "7") == 0
     assert len(torch.load(tmp_path / "pairs" / "clt_L0_to_L1" / "sources.pt", weights_only=True)) == 42
     assert run_command(*common, "-o", str(tmp_path / "other"), "--pair", "encoder_layer_1->encoder_layer_0") == 2

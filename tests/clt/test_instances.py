@@ -167,7 +167,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return json.loads(capsys.readouterr().out)
 
     np.save(tmp_path / "mine.npy", MINE.numpy())
-    fields = policy_spec(evaluation=0).model_dump(mode="json", exclude={"nodes"})
+    fields = policy_spec(evaluation=0, samples=0).model_dump(mode="json", exclude={"nodes"})
     (tmp_path / "spec.json").write_text(json.dumps(fields))
     run = tmp_path / "run"
     given = ("--cities", tmp_path / "mine.npy", "--device", "cpu", "--json")

@@ -40,7 +40,7 @@ def test_from_a_policy_to_a_sweep(tmp_path: Path, client: Client) -> None:
         "grid": [{"option": "model.k", "values": ["4", "2000"]}],
         "pairs": ["encoder_layer_0_mlp->encoder_layer_1_mlp"],
     }
-    sweep = client.submit("sweep", {**on, **FORM, **grid})
+    sweep = client.submit("sweep", {**on, "training": FORM["training"], **grid})
     for job in (policy, activations, sae, clt):
         client.wait(job.id).check()
     client.get(client.output(activations.id, "activations").id, tmp_path / "store")

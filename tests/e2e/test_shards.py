@@ -45,7 +45,7 @@ def test_jobs_make_a_zoo_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         result = client.job(job.id).result
         assert result is not None and result["rejected"] == figures["rejected"]
 
-        probes = {"probes": 5, "baseline": {"job": job.id, "artifact": "zoo"}}
+        probes = {"baseline": {"job": job.id, "artifact": "zoo"}}
         small = SPEC | {"subjects": 3, "seed": 9, "signature": probes}
         other = client.wait(client.submit("generation", small).id).check()
         client.get(client.output(other.id, "zoo").id, tmp_path / "other")

@@ -37,6 +37,7 @@ def spec(text: str) -> str:
         (spec('{"training": {"learning_rate": ' + "9" * 400 + "}}"), "spec.training.learning_rate"),
         (spec('{"seed": 9223372036854775808}'), "spec.seed"),
         (spec('{"seed": -1}'), "spec.seed"),
+        (spec('{"signature": {"methods": ["mean"], "bins": 4}}'), "spec.signature.bins"),
         (spec('{"patterns": [{"name": "palindrome"}, {"name": "nonsense"}]}'), "spec.patterns.1.name"),
         (spec('{"patterns": [{"name": "starts_with", "token": "\\u0000"}]}'), "spec.patterns.0.token"),
         (spec('{"patterns": [{"name": "\\ud800"}]}'), "spec.patterns.0.name"),

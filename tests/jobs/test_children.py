@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ethogram.errors import IllegalState, InvalidInput, StaleAttempt
+from ethogram.specs.generation import GenerationSpec
 from services.jobs.registry import Claim, Job, JobRegistry, JobState
 from tests.jobs.steps import ERROR, artifact_id, claim, codec, finish, submit, zoo
 
@@ -25,6 +26,22 @@ def test_a_child_is_like_its_parent(registry: JobRegistry, parent: Claim) -> Non
     for field in ("tenant", "queue", "priority", "labels", "max_attempts", "time_limit_seconds", "stall_limit_seconds"):
         assert getattr(child, field) == getattr(parent.job, field), field
     assert child.state is JobState.QUEUED
+
+
+def test_a_child_may_have_fields_without_effect_and_a_job_may_not(registry: JobRegistry, parent: Claim) -> None:
+    """A sweep varies options that have no effect at some of its points."""
+    spec = GenerationSpec.model_validate({"signature": {"bins": 4}})
+    child = registry.spawn(parent.attempt, "a", "generation", spec)
+    # Jobs of earlier versions are claimed as they are.
+    assert claim(registry).job.spec["signature"]["bins"] == 4 and child.spec["signature"]["bins"] == 4
+    for refused, prefix in (
+        (lambda: registry.submit("generation", spec), ""),
+        (lambda: registry.check("generation", spec), ""),
+        (lambda: registry.submit_pipeline({"b": ("generation", spec, {})}), "jobs.b."),
+    ):
+        with pytest.raises(InvalidInput) as error:
+            refused()
+        assert [violation.field for violation in error.value.violations] == [f"{prefix}spec.signature.bins"]
 
 
 def test_the_same_name_is_the_same_child(registry: JobRegistry, parent: Claim) -> None:

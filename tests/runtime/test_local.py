@@ -150,6 +150,21 @@ def test_an_interrupted_run_resumes_and_is_no_other_runs(
     assert not Path("out/checkpoint").exists() and len(list(Path("out").glob("events.out.tfevents*"))) == 1
 
 
+def test_a_field_without_effect_is_refused_and_a_run_of_an_earlier_version_resumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "CHECKPOINT_SECONDS", 0.0)
+    typed = ("toy", "--input", "table=table", "--set", "steps=7", "--device", "cpu", "-o")
+    assert call(*typed, "begun") == 130
+    # What took the field before does no longer.
+    monkeypatch.setattr(ToySpec, "unused", lambda _: iter([("steps", "there are none")]))
+    assert call(*typed, "new") == 2
+    assert "spec.steps: has no effect, because there are none; leave it out" in capsys.readouterr().err
+    assert not Path("new").exists()
+    assert call(*typed, "begun") == 0
+    assert SEEN[-1][2] == 3 and "spec.steps: has no effect" not in capsys.readouterr().err
+
+
 def test_what_ends_before_a_checkpoint_leaves_nothing_but_a_store(capsys: pytest.CaptureFixture[str]) -> None:
     typed = ("toy", "--input", "table=table", "-o", "out", "--device", "cpu")
     assert call(*typed) == 130

@@ -68,6 +68,8 @@ def collect(
     with torch.no_grad():
         source = open_source(spec, run.device, policy, name, cities)
         points, manifest = plan(spec, source, run)
+        for field in source.unused() if run.resume is None else ():
+            run.log(f"{field}: has no effect, because the dataset is a file, or a folder of files", "warning")
         if cities is not None:
             manifest.spec["cities"] = digest(cities)
         target = folder

@@ -78,6 +78,10 @@ class ActivationSource(ABC):
         """What of the data so far has no part in the instances; empty if nothing."""
         return ""
 
+    def unused(self) -> list[str]:
+        """Fields of the spec that were set, and have no effect on these data."""
+        return []
+
     def select(
         self, hooks: Sequence[str], pairs: Sequence[str]
     ) -> tuple[list[tuple[str, HookPoint]], list[tuple[str, Pair]]]:
@@ -222,6 +226,9 @@ class LanguageModelSource(ActivationSource):
 
     def left_out(self) -> str:
         return self._texts.left_out()
+
+    def unused(self) -> list[str]:
+        return [f"{_FIELD}.{name}" for name in self._texts.unused()]
 
 
 def open_source(

@@ -32,8 +32,6 @@ from services.runtime.run import ChildJob, Run
 TABLE = "sweep.csv"
 SPARSITY = ("model.k", "model.k_ratio", "loss.l1", "loss.l0")
 """Options that change how many features are active."""
-EQUIVALENT = {"model.k": "model.k_ratio", "model.k_ratio": "model.k"}
-"""Options that set the same thing: the one that a grid varies replaces the other."""
 MOST_NAMED = 15
 """A plot of more lines has no legend."""
 STATE, PRESENT = "sweep.json", "present"
@@ -48,16 +46,9 @@ def run_specs(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
     if not pairs:
         raise InvalidInput.field("spec.pairs", "no module's input and output are both in the store; name the pairs")
     subjects = [[pair] for pair in pairs] if spec.kind == "pair" else [pairs]
-    points = itertools.product(*([(axis.option, value) for value in axis.values] for axis in spec.grid))
     specs: dict[str, CltSpec] = {}
-    for point, ends in itertools.product(points, subjects):
-        fields = spec.model_dump(mode="json", exclude={"pairs", "grid"})
-        fields |= {"sources": [source for source, _ in ends], "targets": [target for _, target in ends]}
-        for option, value in point:
-            other = EQUIVALENT.get(option)
-            if other is not None and all(axis.option != other for axis in spec.grid):
-                _set(fields, other, "null")
-            _set(fields, option, value)
+    for (point, shared), ends in itertools.product(spec.points(), subjects):
+        fields = shared | {"sources": [source for source, _ in ends], "targets": [target for _, target in ends]}
         name = pair_name(*ends[0]) if spec.kind == "pair" else f"clt_{spec.kind}"
         # Only characters that are allowed in the name of a folder.
         values = [f"{option.rpartition('.')[2]}_{re.sub(r'[^A-Za-z0-9_.+-]', '', value)}" for option, value in point]
@@ -65,25 +56,13 @@ def run_specs(spec: SweepSpec, store: ActivationStore) -> dict[str, CltSpec]:
         if name in specs:
             raise InvalidInput.field("spec", f"two runs would be called {name}; remove one of the pairs or values")
         if fields["wandb"] is not None:
-            fields["wandb"]["name"] = name
+            fields["wandb"] = fields["wandb"] | {"name": name}
         try:
             specs[name] = CltSpec.model_validate(fields)
         except ValidationError as error:
             raise InvalidInput.from_pydantic(error, f"spec.grid ({name})", CltSpec) from None
         streams_of(specs[name], store)
     return specs
-
-
-def _set(fields: dict[str, Any], option: str, text: str) -> None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    section, _, name = option.rpartition(".")
-    section_fields = fields[section] if section else fields
-    if name not in section_fields:
-        raise InvalidInput.field("spec.grid", f"there is no option {option}; there are {', '.join(section_fields)}")
-    section_fields[name] = value
 
 
 def run(spec: SweepSpec, run: Run) -> dict[str, Any]:

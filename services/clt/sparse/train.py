@@ -42,6 +42,9 @@ REVIVED_LEAD = 1.1
 
 def train(trainer: SparseTrainer, run: Run | None = None) -> SparseModel:
     """Run :func:`services.runtime.training.fit` and return the trained model."""
+    run = run or Run()
+    for text in trainer.too_short() if run.resume is None else ():
+        run.log(text, "warning")
     fit(trainer, run, trainer.world)
     return trainer.finished()
 
@@ -166,6 +169,19 @@ class SparseTrainer(Trainer):
     def dead(self) -> list[Tensor]:
         """Which features have not been active for ``dead_after`` rows, bool ``[features]`` of each source."""
         return [rows >= self.spec.training.dead_after for rows in self.rows_since_fired]
+
+    def too_short(self) -> list[str]:
+        """Which fields of the spec have no effect, because the training is too short for them."""
+        training, found = self.spec.training, list[str]()
+        rows = f"no feature can be dead by then: training.dead_after is {training.dead_after} rows"
+        if self.spec.loss.auxk and (self.steps - 1) * training.batch_size < training.dead_after:
+            found.append(f"spec.loss.auxk: has no effect, because {rows}, and the training has {self.steps} steps")
+        if training.revive_every is not None:
+            last = (self.steps - self._falling - 1) // training.revive_every * training.revive_every
+            why = rows if last > 0 else "nothing is revived once the learning rate falls"
+            if last <= 0 or last * training.batch_size < training.dead_after:
+                found.append(f"spec.training.revive_every: has no effect, because {why}")
+        return found
 
     def _sides(self, streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         sources, targets = ([streams[column].to(self.device) for column in columns] for columns in self._columns)
