@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -84,6 +85,9 @@ def _is_number(value: Any) -> bool:
 
 def _from_number(value: Any) -> Any:
     if _is_number(value):
+        # An error of the number, not of the ends of a range that nobody wrote; infinite, NaN or too large for a float.
+        if not abs(value) <= sys.float_info.max:
+            raise ValueError("must be a finite number")
         return {"min": value, "max": value}
     if not isinstance(value, dict | IntRange | FloatRange):
         raise ValueError("must be a number or a range, e.g. 8 or {min: 3, max: 8}")

@@ -172,7 +172,7 @@ def test_fields_and_members_of_a_newer_client_are_refused() -> None:
     assert caught.value.violations[0].field == "spec.subject.activations.0"
 
 
-@pytest.mark.parametrize("rate", [0.02, 1e-9, FloatRange(min=1e-3, max=1e-2), FloatRange(min=1e-3, max=1e-3)])
+@pytest.mark.parametrize("rate", [0.02, 1e-8, FloatRange(min=1e-3, max=1e-2), FloatRange(min=1e-3, max=1e-3)])
 def test_a_number_or_a_range_stays_what_it_is(rate: float | FloatRange) -> None:
     spec = GenerationSpec(training=SubjectTrainingSpec(learning_rate=rate))
     message = to_proto(spec, spec_message(KINDS["generation"]))
