@@ -207,7 +207,8 @@ class Population:
         if n not in self._layers:
             widths, models = [fan_out for _, fan_out in self.architecture.layers], len(self.state[0])
             new = self.state[0].new_empty
-            # A gradient is needed only until the one below is there: two buffers do, and stay in the cache.
+            # A gradient is needed only until the one below is there: two buffers do, and stay in the cache. The third
+            # is for pre-activations that are not kept.
             buffers = [new(models * n * max(widths)) for _ in range(3)]
             rows = []
             for i, width in enumerate(widths):

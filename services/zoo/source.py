@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.base import HubSpec
@@ -115,18 +116,21 @@ def row_of(
     shape, selected = record.shape, torch.tensor([[name in record.patterns for name in names]])
     inputs = encode(shape, evaluation.sequences)
 
-    def network(params: Params) -> dict[str, Any]:
-        accuracy = evaluation.accuracy(params, inputs, shape.activation, selected)[0]
+    def predict(params: Params) -> Tensor:
+        return evaluation.predictions(params, inputs, shape.activation)
+
+    def network(params: Params, predictions: Tensor) -> dict[str, Any]:
+        accuracy = evaluation.by_stratum(predictions == labels)[0]
         return network_columns(params, shape, accuracy, extractor)
 
-    patterns, improved = compress(names, selected[0]), network(record.improved)
+    labels, predictions = evaluation.labels(selected), predict(record.improved)
+    patterns, improved = compress(names, selected[0]), network(record.improved, predictions)
     rate, dropout = record.learning_rate, record.dropout
     row = record_of(index, patterns, shape, improved, learning_rate=rate, dropout=dropout)
     row |= {name: record.by_stage(name) for name in ("validation_loss", "training_loss")}
-    yes_share = evaluation.by_stratum(evaluation.predictions(record.improved, inputs, shape.activation))[0]
-    row |= positive_columns(yes_share, names, spec)
+    row |= positive_columns(evaluation.by_stratum(predictions)[0], names, spec)
     if record.degraded is not None and record.target is not None:
-        row |= prefixed("degraded_", network(record.degraded))
+        row |= prefixed("degraded_", network(record.degraded, predict(record.degraded)))
         target = names.index(record.target)
         row["target_pattern"], row["epochs"] = record.target, [int(count) for count in record.by_stage("epochs")]
         row["improvement"] = row["accuracy"][target] - row["degraded_accuracy"][target]
