@@ -66,8 +66,8 @@ def read_rows(
             raise _wrong(file, field, f"is none of {', '.join(SUFFIXES)}")
 
 
-def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterator[RowT]:
-    """The rows of a table, each checked against the pydantic model ``row``.
+def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterator[tuple[int, RowT]]:
+    """The rows of a table with their numbers, each checked against the pydantic model ``row``.
 
     Text of a CSV file is converted to the fields' types; a field that is missing or empty has its default. The model
     says whether other columns (``extra``) and NaN and infinity (``allow_inf_nan``) are allowed.
@@ -96,7 +96,7 @@ def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterato
             else:
                 checked = row.model_validate(values, strict=False if file.suffix.lower() == ".csv" else None)
                 if not violations:
-                    yield checked
+                    yield number, checked
         except ValidationError as error:
             violations += [_violation(location, detail) for detail in error.errors(include_url=False)]
         if len(violations) >= MAX_VIOLATIONS:

@@ -175,6 +175,8 @@ class Progress:
     """The step of the best validation."""
     stale: int = 0
     """Validations since then."""
+    reached: bool = False
+    """Whether the last validation reached the trainer's target."""
 
 
 class Trainer(Protocol):
@@ -217,6 +219,10 @@ class Trainer(Protocol):
     def validate(self) -> dict[str, float]:
         """Validation metrics; called in the first process alone."""
         ...
+
+    def reached(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a validation with these metrics has reached the target, so that training ends."""
+        return False
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that steps change or that the training data decide."""
@@ -274,7 +280,7 @@ def fit(trainer: Trainer, run: Run | None = None, world: World = ALONE) -> None:
         # A resumed run logs to the same one, which may lack what a killed attempt had not sent.
         for row in sorted([*progress.history, *progress.histograms], key=itemgetter("step")):
             log(row["step"], {name: value for name, value in row.items() if name != "step"})
-        while trainer.step < trainer.steps and (trainer.patience is None or progress.stale < trainer.patience):
+        while trainer.step < trainer.steps and not (progress.reached or _patience_ended(trainer)):
             try:
                 metrics = _metrics(trainer, world, log)
             except Diverged as error:
@@ -297,11 +303,17 @@ def fit(trainer: Trainer, run: Run | None = None, world: World = ALONE) -> None:
             if run.checkpoint_due():
                 run.checkpoint(step, partial(write_checkpoint, trainer, world, best))
                 saved = step
-    if trainer.step < trainer.steps:
+    if progress.reached:
+        run.log(f"reached the target at step {trainer.step}")
+    elif trainer.step < trainer.steps:
         metric = trainer.monitor.replace("_", " ")
         run.log(f"stopped at step {trainer.step}: the {metric} has not fallen since step {progress.best_step}")
     if best:
         trainer.take_weights(best)
+
+
+def _patience_ended(trainer: Trainer) -> bool:
+    return trainer.patience is not None and trainer.progress.stale >= trainer.patience
 
 
 def _metrics(trainer: Trainer, world: World, log: Log) -> dict[str, float]:
@@ -320,6 +332,7 @@ def _metrics(trainer: Trainer, world: World, log: Log) -> dict[str, float]:
             progress.lowest, progress.best_step, progress.stale = value, step, 0
         else:
             progress.stale += 1
+        progress.reached = trainer.reached(measured)
         trainer.optimization.after_validation(progress.stale)
         if log.id is not None and (distributions := trainer.histograms()):
             histograms = {name: histogram(values) for name, values in distributions.items()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
-import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from services.clt.activations.pairs import pair_name
 from services.clt.activations.store import ActivationStore
 from services.clt.sparse import job
 from services.clt.sparse.streams import streams_of
-from services.runtime.reading import reading_checkpoint
+from services.runtime.parts import Parts
 from services.runtime.report import Report, plot
 from services.runtime.run import ChildJob, Run
 
@@ -34,7 +33,7 @@ SPARSITY = ("model.k", "model.k_ratio", "loss.l1", "loss.l0")
 """Options that change how many features are active."""
 MOST_NAMED = 15
 """A plot of more lines has no legend."""
-STATE, PRESENT = "sweep.json", "present"
+FAILED = "failed"
 Row = dict[str, Any]
 
 
@@ -90,92 +89,54 @@ def run(spec: SweepSpec, run: Run) -> dict[str, Any]:
     return {"runs": {name: row["figures"] for name, row in sweep.rows.items()}, "failed": sweep.failed}
 
 
-class Sweep(Run):
-    """The results of a sweep so far; models and reports are in the folder ``models``.
+class Sweep(Parts):
+    """The runs of a sweep in this process, or the results of those of other jobs; models and reports are in ``models``.
 
-    It is also the :class:`Run` of the runs in this process: it passes on what they report, each of their stages as
-    ``run/stage``, and adds to what they keep.
+    It is also the :class:`Run` of the runs in this process, and keeps what they make.
     """
 
     def __init__(self, run: Run, models: Path) -> None:
-        models.mkdir(parents=True, exist_ok=True)
-        self.device, self.inputs, self.models = run.device, run.inputs, models
-        self.rows: dict[str, Row] = {}
-        self.failed: dict[str, str] = {}
-        self.present = ""
-        """Name of the run in progress."""
-        self._run = run
+        super().__init__(run, models)
+        self.models = models
 
-    def begin(self, name: str) -> None:
-        """Go on to the run ``name``."""
-        self.present = name
-        # The same in every attempt, so that a resumed run continues that at Weights & Biases.
-        self.id = hashlib.sha256(f"{self._run.id} {name}".encode()).hexdigest()[:16] if self._run.id else ""
+    @property
+    def rows(self) -> dict[str, Row]:
+        """What each run that did not fail returned."""
+        return {name: result for name, result in self.results.items() if FAILED not in result}
 
-    def fail(self, name: str, reason: str) -> None:
+    @property
+    def failed(self) -> dict[str, str]:
+        """Why the others failed."""
+        return {name: result[FAILED] for name, result in self.results.items() if FAILED in result}
+
+    def fail(self, name: str, reason: str) -> Row:
         """Record that a run failed; the others continue."""
-        self.failed[name] = reason
         self._run.log(f"{name} failed: {reason}", "error")
+        self.results[name] = {FAILED: reason}
+        return self.results[name]  # type: ignore[no-any-return]
 
     def gather(self, children: Mapping[str, ChildJob]) -> None:
         """Take the results of child jobs."""
         for name, child in children.items():
             if child.state == "SUCCEEDED":
-                self.rows[name] = dict(child.result)
+                self.results[name] = dict(child.result)
                 for output in ("model", "report"):
                     shutil.copytree(self._run.output(child, output), self.models / name / output)
             else:
                 self.fail(name, child.error)
 
     def train(self, specs: Mapping[str, CltSpec]) -> None:
-        """Run one after the other. A checkpoint holds the finished runs and the checkpoint of the present one."""
-        checkpoint, interrupted = self._run.resume, None
-        if checkpoint is not None:
-            with reading_checkpoint():
-                kept = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-                self.rows, self.failed = kept["rows"], kept["failed"]
-            if (checkpoint / "models").exists():
-                shutil.copytree(checkpoint / "models", self.models, dirs_exist_ok=True)
-            if (checkpoint / PRESENT).exists():
-                interrupted = kept["present"]
+        """Run one after the other."""
         for number, (name, spec) in enumerate(specs.items(), 1):
-            if name not in self.rows and name not in self.failed:
-                self.begin(name)
+            if name not in self.results:
                 self._run.log(f"{name}: run {number} of {len(specs)}")
-                self.resume = checkpoint / PRESENT if checkpoint is not None and name == interrupted else None
-                try:
-                    self.rows[name] = job.run(spec, self)
-                except InvalidInput as error:
-                    self.fail(name, error.message)
-                self._run.checkpoint(len(self.rows), self.save)
+            self.part(name, partial(self._train, name, spec))
 
-    def save(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
-        """Write the finished runs into ``folder``; ``write`` writes the checkpoint of the present one."""
-        kept = {"rows": self.rows, "failed": self.failed, "present": self.present}
-        (folder / STATE).write_text(json.dumps(kept), encoding="utf-8")
-        for name in self.rows:
-            shutil.copytree(self.models / name, folder / "models" / name)
-        if write is not None:
-            (folder / PRESENT).mkdir()
-            write(folder / PRESENT)
-
-    def stage(self, name: str, total: int, unit: str = "steps") -> None:
-        self._run.stage(f"{self.present}/{name}", total, unit)
-
-    def advance(self, done: int) -> None:
-        self._run.advance(done)
-
-    def metric(self, step: int, **values: float) -> None:
-        self._run.metric(step, **values)
-
-    def log(self, message: str, level: str = "info") -> None:
-        self._run.log(f"{self.present}: {message}", level)
-
-    def checkpoint_due(self) -> bool:
-        return self._run.checkpoint_due()
-
-    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        self._run.checkpoint(step, lambda folder: self.save(folder, write))
+    def _train(self, name: str, spec: CltSpec, run: Run) -> Row:
+        try:
+            return job.run(spec, run)
+        except InvalidInput as error:
+            return self.fail(name, error.message)
 
     @contextmanager
     def output_folder(self, name: str) -> Iterator[Path]:

@@ -1,0 +1,210 @@
+"""Specs of the resource system: tables of measured configurations as vectors that a frozen language model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ethogram.specs.base import ArtifactRef, HubSpec, OptimizationSpec, Spec, TrainedSpec
+
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z][a-z0-9_]*$")]
+Label = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\s{}](?:[^\n\r\t{}]*[^\s{}])?$")]
+MAX_LABELS = 64
+"""Labels of a category, and tools of a table: the default language model has a token for each."""
+MAX_DIMENSIONS = 31
+"""Dimensions of a table: the default language model has a token for each, and for the tool."""
+MOST, FINEST = 9_999_999, 3
+"""The largest number in a description, and the most decimals."""
+
+
+class DimensionSpec(Spec):
+    """A column of a table of configurations: a number or a category."""
+
+    name: Name
+    """As templates and results name it; ``tool`` is taken."""
+    column: str | None = Field(None, min_length=1, max_length=128)
+    """Column of the table of measurements; None: the name."""
+    unit: str = Field("", max_length=32)
+    """Unit of a number, for people."""
+    levels: list[float] = Field(default_factory=list, max_length=4096)
+    """Values of a number on the grid of configurations."""
+    low: float | None = Field(None, ge=0, le=MOST)
+    """Least value of a number in its declared range; None: the least of the levels, else of the table."""
+    high: float | None = Field(None, ge=0, le=MOST)
+    """Greatest value of a number in its declared range; None: the greatest of the levels, else of the table."""
+    labels: list[Label] = Field(default_factory=list, max_length=MAX_LABELS)
+    """Values of a category, which makes the dimension one; in order, where there is an order."""
+    decimals: int = Field(0, ge=0, le=FINEST)
+    """Decimals of a number in descriptions."""
+    price: float = Field(0.0, ge=0)
+    """Cost per unit of a number, for recommendations."""
+    measured: bool = False
+    """Whether it is an outcome, such as a latency; other dimensions are what a user chooses."""
+
+    @property
+    def number(self) -> bool:
+        """Whether it is a number, not a category."""
+        return not self.labels
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DimensionSpec:
+        if self.name == "tool":
+            raise ValueError("name: tool is the name of the tool's own column; give the dimension another")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("labels: one of them is there twice")
+        if self.labels and (self.levels or self.low is not None or self.high is not None or self.price):
+            raise ValueError("labels: a category has no levels, low, high or price")
+        for level in self.levels:
+            if not 0 <= level <= MOST:
+                raise ValueError(f"levels: {level:g} is not from 0 to {MOST}")
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError(f"high: the range from {self.low:g} to {self.high:g} is empty")
+        for level in self.levels:
+            if not (self.low is None or self.low <= level) or not (self.high is None or level <= self.high):
+                raise ValueError(f"levels: {level:g} is outside the declared range")
+        return self
+
+
+class TemplateSpec(Spec):
+    """A form of description, with ``{tool}`` and ``{<name of a dimension>}`` once each."""
+
+    name: Name
+    """As results name it."""
+    text: str = Field(min_length=1, max_length=2000)
+    """The text."""
+
+
+class SchemaSpec(Spec):
+    """What a table of configurations holds, and how it is described."""
+
+    dimensions: list[DimensionSpec] = Field(default_factory=list, max_length=MAX_DIMENSIONS)
+    """Its dimensions, in the order of the vectors."""
+    templates: list[TemplateSpec] = Field(default_factory=list, max_length=16)
+    """Forms of description; training takes them in turn."""
+    tool_column: str = Field("tool", min_length=1, max_length=128)
+    """Column of the tool in the table of measurements."""
+    repeated: bool = False
+    """Whether a configuration may be there several times, as repeated measurements."""
+
+
+class AugmentationSpec(Spec):
+    """How the rows of the table vary in training."""
+
+    mode: Literal["none", "jitter", "variation", "both"] = "both"
+    """``jitter``: measured numbers are changed, in the vector and in its description; ``variation``: the description
+    takes a random template, not the first."""
+    copies: int = Field(10, ge=1, le=10_000)
+    """Variants of each row per epoch."""
+    jitter: float = Field(0.25, gt=0, lt=1)
+    """A jittered number is multiplied by up to 1 + this, or divided by it."""
+    share: float = Field(0.7, ge=0, le=1)
+    """Share of the rows that are jittered."""
+    range: float = Field(0.2, ge=0, le=1)
+    """Share of the rows in which every number is drawn from its declared range, so that levels outside the table can be
+    read."""
+    mask: float = Field(0.1, ge=0, le=1)
+    """Share of the rows in which one measured dimension is unknown to the encoder; the description says it."""
+
+    @property
+    def jitters(self) -> bool:
+        """Whether numbers are jittered."""
+        return self.mode in ("jitter", "both") and self.share > 0
+
+    @property
+    def varies(self) -> bool:
+        """Whether templates vary."""
+        return self.mode in ("variation", "both")
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if self.mode not in ("jitter", "both"):
+            for name in ("jitter", "share"):
+                yield name, f"mode is {self.mode}"
+
+
+class EncoderSpec(Spec):
+    """Architecture of the encoder."""
+
+    numbers: Literal["fourier", "zscore", "xval", "raw"] = "fourier"
+    """Features of numbers. ``fourier``: sine and cosine for each decimal digit; ``zscore``: standardised; ``xval``: the
+    number scales a learned direction; ``raw``: as it is."""
+    fusion: Literal["attention", "sum"] = "attention"
+    """How the tool and the numbers meet: self-attention over both, or their sum."""
+    hidden_dim: int = Field(512, ge=1, le=65_536)
+    """Width of the hidden layer of the MLP of numbers."""
+    heads: int = Field(8, ge=1, le=1024)
+    """Heads of the attention; the language model's hidden size divides into them."""
+    tokens: int = Field(1, ge=1, le=8)
+    """Soft tokens of a vector."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if self.fusion == "sum":
+            yield "heads", "fusion is sum"
+        if self.numbers == "xval":
+            yield "hidden_dim", "with xval numbers there is no MLP"
+
+
+class ResourceTrainingSpec(OptimizationSpec):
+    """How the encoder is trained: AdamW through the frozen language model; gradients are clipped to norm 1."""
+
+    steps: int = Field(4000, ge=1, le=10_000_000)
+    """Most optimiser steps; without ``epochs``."""
+    epochs: float | None = Field(None, gt=0, le=100_000)
+    """Most passes over the rows, each in all its copies, instead of ``steps``."""
+    batch_size: int = Field(64, ge=1, le=65_536)
+    """Rows per step."""
+    accumulation: int = Field(1, ge=1, le=1024)
+    """Parts of each batch that pass through the language model one after the other; their gradients are added."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up. ``cosine``: falls to a hundredth at the last step."""
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    """Weight decay."""
+    target_loss: float | None = Field(0.01, gt=0)
+    """Training ends when the cross-entropy of the validation is below this; None: all steps are taken."""
+    target_exact_match: float | None = Field(None, gt=0, le=1)
+    """Training ends only when at least this share of the validation's descriptions is also exact in greedy decoding."""
+    retrieval: float = Field(0.1, ge=0)
+    """Weight of the contrastive loss between two jittered views of a row (InfoNCE), beside that of descriptions."""
+    temperature: float = Field(0.1, gt=0)
+    """Temperature of the contrastive loss."""
+    snapshot_epochs: float | None = Field(None, gt=0)
+    """Epochs between snapshots of the encoder, each an artifact; None: none."""
+    gradient_checkpointing: bool = False
+    """Whether the language model's activations are computed again in the backward pass, to save memory."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if self.epochs is not None:
+            yield "steps", "epochs says how many there are"
+        if not self.retrieval:
+            yield "temperature", "retrieval is 0"
+
+
+class ResourceSpec(TrainedSpec):
+    """Vectors of measured configurations that a frozen language model reads as exactly as text."""
+
+    table: SchemaSpec | None = None
+    """Schema of the table; None: that of the generator's seven tools."""
+    tools: ArtifactRef | None = None
+    """Registry of the tools, ``tools.json``: a list of objects with ``name``; None: the generator's, or with
+    ``profiling`` the tools of that table."""
+    profiling: ArtifactRef | None = None
+    """Table of measurements, a CSV, JSON lines or parquet file; None: the generator's 1,701 rows."""
+    language_model: ArtifactRef | None = None
+    """The frozen language model; None: that of ``llm_model``."""
+    llm_model: str = Field("default", min_length=1, max_length=512)
+    """Folder, or name on the Hugging Face Hub, of a causal language model; ``default``: a small one that is trained
+    here once."""
+    encoder: EncoderSpec = EncoderSpec()
+    """Architecture."""
+    augmentation: AugmentationSpec = AugmentationSpec()
+    """How rows vary in training."""
+    training: ResourceTrainingSpec = ResourceTrainingSpec()
+    """Optimisation."""
+    held_out: float = Field(0.1, ge=0, lt=1)
+    """Share of the configurations that a second run, of which the figures of unseen ones are, is not trained on; 0: no
+    second run. The encoder that is kept is trained on all rows."""
+    hub: HubSpec | None = None
+    """Model repository to upload encoder and export to."""

@@ -1,0 +1,148 @@
+"""A frozen language model that reads soft tokens: the loss of a description, and descriptions by greedy decoding.
+
+The model sees a prompt, which has the template and the labels of each category, then the soft tokens of a vector, and
+goes on with the description and the token that ends a text. The prompt is the same for all vectors, so its keys and
+values are computed once.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ethogram.errors import InvalidInput
+from services.language.models import LanguageModel
+from services.resource.schema import Schema
+from services.resource.texts import Template
+
+
+class Scores(NamedTuple):
+    """How a batch of descriptions is predicted from the tokens before."""
+
+    loss: Tensor
+    """Mean cross-entropy per token, a scalar."""
+    exact: Tensor
+    """Whether every token has the highest probability, ``[batch]``: then greedy decoding writes the description."""
+
+
+class Describer:
+    """Reads soft tokens with one language model and the templates of one schema."""
+
+    def __init__(self, language: LanguageModel, schema: Schema, *, checkpointing: bool = False) -> None:
+        """``checkpointing``: compute the model's activations again in the backward pass, to save memory."""
+        self.language, self.schema, self.checkpointing = language, schema, checkpointing
+        self.model: Any = language.model
+        self.embed: nn.Module = self.model.get_input_embeddings()
+        self.device: torch.device = self.embed.weight.device
+        self.hidden: int = self.embed.weight.shape[1]
+        self._end = language.end_of_text
+        self._prompts: dict[str, tuple[list[int], Any]] = {}
+        if checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # It is only active in training mode; frozen weights stay as they are.
+            self.model.train()
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
+
+    def tool_vectors(self) -> Tensor:
+        """Mean token embedding of each tool's name, ``[tools, hidden]``, float32."""
+        rows = self.language.tokenize(list(self.schema.tools))
+        with torch.no_grad():
+            means = [self.embed(torch.tensor(row, device=self.device)).float().mean(0) for row in rows]
+        return torch.stack(means).cpu()
+
+    def tokens(self, template: Template, values: Tensor) -> list[list[int]]:
+        """Tokens of the description of each row of ``values``, with the token that ends a text."""
+        rows = [template.parts(row) for row in values.tolist()]
+        # In parts, so that a value has the same tokens wherever it stands.
+        texts = list(dict.fromkeys(text for row in rows for text, _ in row))
+        known = dict(zip(texts, self.language.tokenize(texts), strict=True))
+        return [[token for text, _ in row for token in known[text]] + [self._end] for row in rows]
+
+    def scores(self, soft: Tensor, values: Tensor, template: Template) -> Scores:
+        """Loss and exactness of the descriptions of ``values`` ``[batch, fields]`` after ``soft``
+        ``[batch, tokens, hidden]``."""
+        rows = self.tokens(template, values)
+        self._check_length(template, soft.shape[1], max(map(len, rows)))
+        length = max(map(len, rows))
+        tokens = torch.tensor([row + [self._end] * (length - len(row)) for row in rows], device=self.device)
+        present = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows], device=self.device)
+        inputs = torch.cat([soft.to(self.embed.weight.dtype), self.embed(tokens[:, :-1])], 1)
+        states = self._states(inputs, template)[:, soft.shape[1] - 1 :]
+        logits = self.model.get_output_embeddings()(states[present]).float()
+        targets = tokens[present]
+        right = torch.ones_like(present)
+        right[present] = logits.argmax(-1) == targets
+        return Scores(nn.functional.cross_entropy(logits, targets), right.all(1))
+
+    def _states(self, inputs: Tensor, template: Template) -> Tensor:
+        """Last hidden states of ``inputs`` ``[batch, length, hidden]`` after the prompt."""
+        tokens, cache = self._prompt(template)
+        if self.checkpointing:
+            prompt = self.embed(torch.tensor([tokens], device=self.device)).expand(len(inputs), -1, -1)
+            outputs = self._backbone(inputs_embeds=torch.cat([prompt, inputs], 1), use_cache=False)
+            states: Tensor = outputs.last_hidden_state[:, len(tokens) :]
+            return states
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(inputs))
+        return self._backbone(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
+
+    @property
+    def _backbone(self) -> Any:
+        return self.model.base_model
+
+    @torch.no_grad()
+    def _prompt(self, template: Template) -> tuple[list[int], Any]:
+        """Tokens of a template's prompt, and their keys and values."""
+        if template.name not in self._prompts:
+            from transformers import DynamicCache
+
+            (tokens,) = self.language.tokenize([template.prompt])
+            cache = None
+            if not self.checkpointing:
+                cache = DynamicCache(config=self.model.config)
+                self._backbone(torch.tensor([tokens], device=self.device), past_key_values=cache, use_cache=True)
+            self._prompts[template.name] = tokens, cache
+        return self._prompts[template.name]
+
+    def _check_length(self, template: Template, soft: int, description: int) -> None:
+        """Raise :class:`InvalidInput` for more tokens than the model takes."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        length = len(self._prompt(template)[0]) + soft + description
+        if context is not None and length > context:
+            text = (
+                f"a description by {template.name} has {length} tokens with its prompt, and the model takes {context}"
+            )
+            raise InvalidInput.field(
+                self.language.field, f"{text}; shorten the template or the labels, or take another model"
+            )
+
+    @torch.no_grad()
+    def write(self, soft: Tensor, template: Template) -> list[str]:
+        """The description of each row of ``soft`` ``[batch, tokens, hidden]`` by greedy decoding, up to the token that
+        ends a text, or as long as no description of the template is."""
+        longest = 8 + sum(len(self.language.tokenize([text])[0]) for text, _ in template.longest)
+        self._check_length(template, soft.shape[1], longest)
+        inputs = soft.to(self.embed.weight.dtype)
+        tokens, cache = self._prompt(template)
+        if cache is None:
+            raise RuntimeError("with checkpointing nothing is kept to decode with; make another Describer")
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(inputs))
+        written: list[Tensor] = []
+        ended = torch.zeros(len(inputs), dtype=torch.bool, device=self.device)
+        while len(written) < longest and not bool(ended.all()):
+            states = self._backbone(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state[
+                :, -1
+            ]
+            token = self.model.get_output_embeddings()(states).argmax(-1).masked_fill(ended, self._end)
+            ended = ended | (token == self._end)
+            written.append(token)
+            inputs = self.embed(token).unsqueeze(1)
+        rows = torch.stack(written, 1).tolist() if written else [[] for _ in soft]
+        texts = [row[: row.index(self._end)] if self._end in row else row for row in rows]
+        return [self.language.tokenizer.decode(row, skip_special_tokens=False) for row in texts]

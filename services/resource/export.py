@@ -1,0 +1,114 @@
+"""The export: a vector of each configuration of a table, as the rows of a classifier head, and what they stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from services.artifacts.backends import sha256_of
+from services.resource.codec import ResourceCodec
+from services.resource.data import Table
+from services.resource.schema import Schema
+from services.runtime.reading import reading
+from services.runtime.tensors import write_tensors
+
+WEIGHTS, TENSORS = "config_weights.pt", "config_weights.safetensors"
+LOOKUP, MASKS, HASHES = "config_lookup.json", "tool_mask_map.json", "hashes.json"
+ENCODER = "pretrained_encoder.pt"
+TOOL_NAME = "tool_name"
+"""Field of the tool in the lookup."""
+
+
+class Export(NamedTuple):
+    """What an export holds."""
+
+    weights: Tensor
+    """A vector of each configuration, ``[configurations, size]``, float32."""
+    lookup: dict[str, dict[str, Any]]
+    """Its fields, by its id as text."""
+    masks: dict[str, list[int]]
+    """Ids of the configurations of each tool."""
+
+
+def export(codec: ResourceCodec, table: Table, folder: Path) -> Export:
+    """Write the vectors of ``table`` into ``folder``. Raises :class:`InvalidInput` for a table of another schema or
+    registry than the encoder's."""
+    check_schema(codec, table.schema)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = codec.embed(table.values)
+    content = {"weights": weights, "num_configs": len(weights), "hidden_dim": weights.shape[1]}
+    torch.save(content, folder / WEIGHTS)
+    write_tensors(folder / TENSORS, {"weights": weights})
+    torch.save({name: tensor.cpu() for name, tensor in codec.model.state_dict().items()}, folder / ENCODER)
+    lookup = {str(index): fields(table.schema, row) for index, row in enumerate(table.values.tolist())}
+    masks = {tool: (table.tools == index).nonzero().flatten().tolist() for index, tool in enumerate(table.schema.tools)}
+    for name, value in ((LOOKUP, lookup), (MASKS, masks)):
+        (folder / name).write_text(json.dumps(value, indent=1), encoding="utf-8")
+    hashes = {name: sha256_of(folder / name) for name in (WEIGHTS, TENSORS, ENCODER, LOOKUP, MASKS)}
+    about = {"files": hashes, "schema": table.schema.digest, "table": table.digest}
+    (folder / HASHES).write_text(json.dumps(about, indent=2), encoding="utf-8")
+    return Export(weights, lookup, masks)
+
+
+def fields(schema: Schema, row: list[float]) -> dict[str, Any]:
+    """A configuration by names: labels of categories, whole numbers as integers where the levels are."""
+    named: dict[str, Any] = {TOOL_NAME: schema.tools[int(row[0])]}
+    for dimension, value in zip(schema.dimensions[1:], row[1:], strict=True):
+        named[dimension.name] = value if dimension.number else dimension.labels[int(value)]
+    return named
+
+
+def check_schema(codec: ResourceCodec, schema: Schema) -> None:
+    """Raise :class:`InvalidInput` unless ``schema`` is the one that the encoder was trained with."""
+    if codec.schema.tools != schema.tools:
+        there, here = ", ".join(codec.schema.tools), ", ".join(schema.tools)
+        raise InvalidInput.field("tools", f"the encoder was trained with {there}, and the registry has {here}")
+    trained, given = codec.schema.spec.model_dump(), schema.spec.model_dump()
+    if trained != given:
+        names = [name for name in trained if trained[name] != given[name]]
+        raise InvalidInput.field("table", f"has another schema than the encoder was trained with ({', '.join(names)})")
+
+
+def validate(folder: Path) -> Export:
+    """Read an export and check that its parts fit together.
+
+    Raises :class:`InvalidInput` for a file that is missing, was changed, or does not fit the others: a vector for each
+    configuration, finite, no two of them equal, and each configuration in the list of its tool and in no other.
+    """
+    with reading(folder, HASHES, "export") as path:
+        hashes: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))["files"]
+    for name, sha256 in hashes.items():
+        with reading(folder, name, "export") as path:
+            if sha256_of(path) != sha256:
+                raise InvalidInput.field(name, "was changed since the export; export again")
+    with reading(folder, WEIGHTS, "export") as path:
+        content = torch.load(path, weights_only=True)
+        weights: Tensor = content["weights"]
+        if weights.shape != (content["num_configs"], content["hidden_dim"]):
+            raise InvalidInput.field(WEIGHTS, f"has weights {list(weights.shape)}, not as its own numbers say")
+    with reading(folder, TENSORS, "export") as path:
+        if not torch.equal(load_file(path)["weights"], weights):
+            raise InvalidInput.field(TENSORS, f"has other weights than {WEIGHTS}")
+    with reading(folder, LOOKUP, "export") as path:
+        lookup: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    with reading(folder, MASKS, "export") as path:
+        masks: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+    if not bool(weights.isfinite().all()):
+        raise InvalidInput.field(WEIGHTS, "has a weight that is NaN or infinite")
+    if len(weights.unique(dim=0)) < len(weights):
+        raise InvalidInput.field(WEIGHTS, "has the same vector for two configurations")
+    if list(lookup) != [str(index) for index in range(len(weights))]:
+        raise InvalidInput.field(LOOKUP, f"has other configurations than the {len(weights)} of {WEIGHTS}")
+    listed = {index: tool for tool, indices in masks.items() for index in indices}
+    if sum(map(len, masks.values())) != len(weights) or any(
+        listed.get(int(index)) != row[TOOL_NAME] for index, row in lookup.items()
+    ):
+        raise InvalidInput.field(MASKS, f"has not each configuration of {LOOKUP} in the list of its tool alone")
+    return Export(weights, lookup, masks)

@@ -1,0 +1,80 @@
+"""Features of the numbers and categories of a vector.
+
+``fourier``: sine and cosine of 2 pi x / 10^i, a pair for each decimal digit of the declared range, and log(1 + x). The
+pair of a digit says it exactly, wherever the others are (FoNE, arXiv 2502.09741). ``xval``: the number itself scales a
+direction (arXiv 2310.02989). ``zscore``: standardised over the table. ``raw``: as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ethogram.specs.resource import DimensionSpec
+
+Form = Literal["fourier", "zscore", "xval", "raw"]
+XVAL_RANGE = 5.0
+"""What the greatest number of a range becomes, as in the paper."""
+
+
+class Features(nn.Module):
+    """The features of a vector without its tool, ``[batch, width]``.
+
+    Each dimension has a block: a number's features, or one indicator for each label; and an indicator that the value is
+    unknown, where all others of the block are zero.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, form: Form, dimensions: Sequence[DimensionSpec], values: Tensor) -> None:
+        """``values``: those of the training rows, ``[rows, dimensions]``, which ``zscore`` standardises by."""
+        super().__init__()
+        self.form, self.dimensions = form, tuple(dimensions)
+        self.register_buffer("mean", values.mean(0))
+        self.register_buffer("deviation", values.std(0).clamp_min(1e-6))
+        self.widths = [self._width(dimension) + 1 for dimension in self.dimensions]
+        self.width = sum(self.widths)
+
+    def _width(self, dimension: DimensionSpec) -> int:
+        if not dimension.number:
+            return len(dimension.labels)
+        return 2 * len(periods(dimension)) + 1 if self.form == "fourier" else 1
+
+    def forward(self, values: Tensor, unknown: Tensor) -> Tensor:
+        """``values``: ``[batch, dimensions]``, float64; ``unknown``: which of them are not known, of the same shape."""
+        blocks = []
+        for index, dimension in enumerate(self.dimensions):
+            hidden = unknown[:, index : index + 1]
+            # What is unknown must change nothing, not even as NaN.
+            known = values[:, index].masked_fill(hidden[:, 0], 0.0)
+            block = self._block(index, dimension, known).masked_fill(hidden, 0.0)
+            blocks += [block.float(), hidden.float()]
+        return torch.cat(blocks, 1)
+
+    def _block(self, index: int, dimension: DimensionSpec, value: Tensor) -> Tensor:
+        if not dimension.number:
+            return nn.functional.one_hot(value.long(), len(dimension.labels)).to(value)
+        column = value.unsqueeze(1)
+        match self.form:
+            case "fourier":
+                # Angles of the rounded number: descriptions have no more digits.
+                scale = 10.0**dimension.decimals
+                angle = 2 * math.pi * (column * scale).round() / scale / column.new_tensor(periods(dimension))
+                return torch.cat([angle.sin(), angle.cos(), column.log1p() / math.log(10)], 1)
+            case "zscore":
+                return (column - self.mean[index]) / self.deviation[index]
+            case "xval":
+                return column / (dimension.high or 1.0) * XVAL_RANGE
+            case "raw":
+                return column
+
+
+def periods(dimension: DimensionSpec) -> list[float]:
+    """Ten times the place value of each digit of a number, from its last decimal to twice its range."""
+    digits = math.ceil(math.log10(2 * max(dimension.high or 1.0, 1.0) + 1))
+    return [10.0**power for power in range(1 - dimension.decimals, digits + 1)]

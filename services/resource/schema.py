@@ -1,0 +1,80 @@
+"""The fields of a table of configurations: the tool, and the dimensions of a schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.resource import DimensionSpec, SchemaSpec
+from services.resource.texts import MalformedTemplate, Template
+
+TOOL = "tool"
+_DEFAULT = Path(__file__).with_name("default_schema.yaml")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What a vector holds: first the tool, then the dimensions. Categories are the indices of their labels.
+
+    Raises :class:`InvalidInput` for a template that names an unknown field or cannot be read back.
+    """
+
+    spec: SchemaSpec
+    tools: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.templates) == len(self.spec.templates)
+
+    @cached_property
+    def dimensions(self) -> tuple[DimensionSpec, ...]:
+        """The tool as a category, and the dimensions of the spec."""
+        tool = DimensionSpec.model_construct(
+            **DimensionSpec(name="as_tool", labels=["none"]).model_dump()
+            | {"name": TOOL, "column": self.spec.tool_column, "labels": list(self.tools)}
+        )
+        return (tool, *self.spec.dimensions)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dimension.name for dimension in self.dimensions)
+
+    @cached_property
+    def templates(self) -> tuple[Template, ...]:
+        """The forms of description."""
+        labels = tuple(tuple(dimension.labels) for dimension in self.dimensions)
+        decimals = tuple(dimension.decimals for dimension in self.dimensions)
+        templates = []
+        for index, template in enumerate(self.spec.templates):
+            try:
+                templates.append(Template(template.name, template.text, self.names, labels, decimals))
+            except MalformedTemplate as error:
+                raise InvalidInput.field(f"spec.table.templates.{index}.text", f"{template.name} {error}") from None
+        return tuple(templates)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that vectors and descriptions depend on."""
+        content = [self.spec.model_dump(mode="json"), self.tools]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def index(self, name: str, field: str = "dimension") -> int:
+        """Position of a dimension in the vectors. Raises :class:`InvalidInput` of ``field``."""
+        if name not in self.names:
+            raise InvalidInput.field(field, f"there is no {name!r}; there are {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def price(self, values: Mapping[str, float]) -> float:
+        """Cost of a configuration: the sum of its numbers times their prices."""
+        return sum(dimension.price * values[dimension.name] for dimension in self.dimensions if dimension.price)
+
+
+def default_schema() -> SchemaSpec:
+    """The schema of the generator's seven tools."""
+    return SchemaSpec.model_validate(YAML(typ="safe").load(_DEFAULT.read_text(encoding="utf-8")))

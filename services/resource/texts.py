@@ -1,0 +1,132 @@
+"""Descriptions of configurations: written from a template, and read back into values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ethogram.specs.resource import MOST
+
+_PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)\}")
+_NUMBER = r"\d+(?:\.\d+)?"
+
+
+class MalformedTemplate(ValueError):
+    """A template that names an unknown field, or whose texts cannot be read back."""
+
+
+def number_text(value: float, decimals: int) -> str:
+    """A number as descriptions have it, rounded half to even."""
+    return f"{value:.{decimals}f}"
+
+
+def blank(index: int) -> str:
+    """The mark of a field, by its index, in a prompt."""
+    return "{%d}" % index
+
+
+def option(index: int) -> str:
+    """The mark of a label, by its index, in a prompt."""
+    return "[%d]" % index
+
+
+@dataclass(frozen=True)
+class Template:
+    """A form of description. ``labels``: of each field, in the order of the vectors; empty for a number."""
+
+    name: str
+    text: str
+    fields: tuple[str, ...]
+    labels: tuple[tuple[str, ...], ...]
+    decimals: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        names = self.names
+        if unknown := [name for name in names if name not in self.fields]:
+            raise MalformedTemplate(f"names the unknown field {unknown[0]}; there are {', '.join(self.fields)}")
+        for field in self.fields:
+            if names.count(field) != 1:
+                raise MalformedTemplate(
+                    f"must name {field} once, so that it can be read back, not {names.count(field)} times"
+                )
+        for before, literal, after in zip(names, self.literals[1:-1], names[1:], strict=False):
+            if not literal:
+                raise MalformedTemplate(f"cannot be read back: nothing stands between {before} and {after}")
+        for name, before, after in zip(names, self.literals, self.literals[1:], strict=False):
+            if not self.labels[self.fields.index(name)] and (re.search(r"[\d.]$", before) or re.match(r"\.?\d", after)):
+                raise MalformedTemplate(f"cannot be read back: a digit stands beside the number {name}")
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the fields, in the order of the text."""
+        return _PLACEHOLDER.findall(self.text)
+
+    @cached_property
+    def literals(self) -> list[str]:
+        """The text before, between and after the fields."""
+        return _PLACEHOLDER.split(self.text)[::2]
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Indices of the fields, in the order of the text."""
+        return [self.fields.index(name) for name in self.names]
+
+    def value_text(self, index: int, value: float) -> str:
+        """How the text has a field's value."""
+        labels = self.labels[index]
+        return labels[int(value)] if labels else number_text(value, self.decimals[index])
+
+    def parts(self, values: Sequence[float]) -> list[tuple[str, bool]]:
+        """The text in parts, and whether each is the value of a field, not of the template."""
+        parts = [(self.literals[0], False)]
+        for index, literal in zip(self.order, self.literals[1:], strict=True):
+            parts += [(self.value_text(index, values[index]), True), (literal, False)]
+        return [part for part in parts if part[0]]
+
+    @property
+    def longest(self) -> list[tuple[str, bool]]:
+        """The parts of a description as long as one can be."""
+        values = []
+        for labels in self.labels:
+            values.append(float(labels.index(max(labels, key=len))) if labels else float(MOST))
+        return self.parts(values)
+
+    def write(self, values: Sequence[float]) -> str:
+        """The description of a configuration: a value of each field, of categories the index of its label."""
+        return "".join(text for text, _ in self.parts(values))
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        pattern = re.escape(self.literals[0])
+        for index, literal in zip(self.order, self.literals[1:], strict=True):
+            # The longest first, since one label may begin another.
+            labels = sorted(self.labels[index], key=len, reverse=True)
+            pattern += f"({'|'.join(map(re.escape, labels)) or _NUMBER}){re.escape(literal)}"
+        return re.compile(pattern)
+
+    def read(self, text: str) -> list[float] | None:
+        """The values that a description has; None for a text that is none."""
+        match = self._pattern.fullmatch(text)
+        if match is None:
+            return None
+        values = [0.0] * len(self.fields)
+        for index, found in zip(self.order, match.groups(), strict=True):
+            labels = self.labels[index]
+            values[index] = labels.index(found) if labels else float(found)
+        return values
+
+    @cached_property
+    def prompt(self) -> str:
+        """What a language model is shown before the vector: the labels of each category, and the template."""
+        lines = [
+            f"{blank(index)} " + " ".join(f"{option(number)} {label}" for number, label in enumerate(labels))
+            for index, labels in enumerate(self.labels)
+            if labels
+        ]
+        filled = "".join(
+            literal + (blank(self.order[number]) if number < len(self.order) else "")
+            for number, literal in enumerate(self.literals)
+        )
+        return "\n".join([*lines, filled, ""])

@@ -1,0 +1,170 @@
+"""Training of the encoder through a frozen language model that describes what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.resource import ResourceSpec
+from services.resource.augmentation import Augmenter
+from services.resource.data import Table
+from services.resource.describe import Describer
+from services.resource.model import ResourceEncoder
+from services.resource.texts import Template
+from services.runtime import checkpoints
+from services.runtime.parallel import ALONE, World
+from services.runtime.seeds import generator
+from services.runtime.training import Optimization, Progress, Trainer, constant, cosine, steps_of_epochs
+
+VALIDATED = 256
+"""Most rows of a validation."""
+
+
+class ResourceTrainer(Trainer):
+    """Trains an encoder on some rows of a table, so that the model behind ``describer`` describes them."""
+
+    spec: ResourceSpec
+    monitor = "validation_loss"
+
+    def __init__(
+        self, spec: ResourceSpec, table: Table, rows: Tensor, describer: Describer, world: World = ALONE
+    ) -> None:
+        self.spec, self.table, self.rows, self.describer, self.world = spec, table, rows, describer, world
+        self.device = str(describer.device)
+        self.step, self.progress = 0, Progress()
+        training, copies = spec.training, spec.augmentation.copies
+        self.steps = training.steps
+        self._samples = len(rows) * copies
+        if training.epochs is not None:
+            self.steps = steps_of_epochs(training.epochs, self._samples, training.batch_size)
+        if training.snapshot_epochs is not None:
+            self.snapshots = steps_of_epochs(training.snapshot_epochs, self._samples, training.batch_size)
+        self.validate_every = training.validate_every
+        if training.batch_size < world.size * training.accumulation:
+            raise InvalidInput.field(
+                "spec.training.batch_size",
+                f"{training.batch_size} rows are too few for {world.size * training.accumulation} parts "
+                "(accumulation x processes); take larger batches or fewer parts",
+            )
+        if spec.encoder.fusion == "attention" and describer.hidden % spec.encoder.heads:
+            text = (
+                f"the language model's hidden size, {describer.hidden}, does not divide into {spec.encoder.heads} heads"
+            )
+            raise InvalidInput.field("spec.encoder.heads", text)
+        self._epoch: tuple[int, Tensor] | None = None
+        picked = torch.randperm(len(rows), generator=generator(spec.seed, "validation"))[:VALIDATED]
+        self.validation = rows[picked]
+        self.templates = table.schema.templates if spec.augmentation.varies else table.schema.templates[:1]
+        self.augmenter = Augmenter(spec.augmentation, table.schema)
+        self.model = ResourceEncoder(
+            spec.encoder, table.schema, table.values[rows], describer.tool_vectors(), generator(spec.seed, "init")
+        ).to(self.device)
+        self.optimization = Optimization(
+            [{"params": list(self.model.parameters())}],
+            training,
+            cosine(self.steps) if training.schedule == "cosine" else constant,
+            world,
+            weight_decay=training.weight_decay,
+        )
+
+    def advance(self) -> dict[str, Tensor]:
+        training = self.spec.training
+        rng = generator(self.spec.seed, "step", self.step)
+        template = self.templates[int(torch.randint(len(self.templates), (), generator=rng))]
+        rows = self._batch()
+        variants = self.augmenter.draw(self.table.values[rows], rng)
+        views = self.augmenter.view(variants.values, rng) if training.retrieval else variants.values
+        self.optimization.optimizer.zero_grad()
+        metrics: dict[str, Tensor] = {}
+        parts = torch.arange(len(rows)).tensor_split(training.accumulation * self.world.size)
+        for part in parts[self.world.rank :: self.world.size]:
+            values, unknown = variants.values[part], variants.unknown[part]
+            terms = self.terms(values, unknown, views[part], template)
+            share = len(part) / len(rows)
+            (terms["loss"] * share).backward()  # type: ignore[no-untyped-call]
+            for name, value in terms.items():
+                metrics[name] = metrics.get(name, torch.zeros_like(value)) + value.detach() * share
+        self.optimization.update(self.step, metrics)
+        self.step += 1
+        return metrics
+
+    def terms(self, values: Tensor, unknown: Tensor, views: Tensor, template: Template) -> dict[str, Tensor]:
+        """The loss and its terms. ``values`` and ``views``: ``[batch, fields]``, the rows and other views of them."""
+        weight = self.spec.training.retrieval
+        soft = self.embed(values, unknown)
+        scores = self.describer.scores(soft, values, template)
+        terms = {"description": scores.loss, "exact_match": scores.exact.float().mean()}
+        loss = scores.loss
+        if weight:
+            other = self.embed(views, unknown)
+            same = self.augmenter.alike(values)
+            terms["retrieval"] = contrastive(soft, other, same, self.spec.training.temperature)
+            loss = loss + weight * terms["retrieval"]
+        return {"loss": loss, **terms}
+
+    def embed(self, values: Tensor, unknown: Tensor) -> Tensor:
+        """Soft tokens of vectors that lie on the CPU."""
+        soft: Tensor = self.model(values.to(self.device), unknown.to(self.device))
+        return soft
+
+    def _batch(self) -> Tensor:
+        """Rows of the present step: each epoch goes through all copies of all rows in a new order."""
+        start = self.step * self.spec.training.batch_size
+        places = torch.arange(start, start + self.spec.training.batch_size)
+        chosen = []
+        for epoch in places.div(self._samples, rounding_mode="floor").unique().tolist():
+            order = self._order(epoch)
+            chosen.append(order[places[places // self._samples == epoch] % self._samples])
+        return self.rows[torch.cat(chosen) // self.spec.augmentation.copies]
+
+    def _order(self, epoch: int) -> Tensor:
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, torch.randperm(self._samples, generator=generator(self.spec.seed, "epoch", epoch))
+        return self._epoch[1]
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Cross-entropy and exact match of rows as they are in the table, by each template in turn."""
+        values = self.table.values[self.validation]
+        unknown = torch.zeros_like(values, dtype=torch.bool)
+        losses, exact = [], []
+        for index, template in enumerate(self.templates):
+            part = slice(index, None, len(self.templates))
+            if not len(values[part]):
+                continue
+            scores = self.describer.scores(self.embed(values[part], unknown[part]), values[part], template)
+            losses.append(float(scores.loss) * len(scores.exact))
+            exact.append(float(scores.exact.sum()))
+        return {"validation_loss": sum(losses) / len(values), "validation_exact_match": sum(exact) / len(values)}
+
+    def reached(self, metrics: Mapping[str, float]) -> bool:
+        training = self.spec.training
+        if training.target_loss is None:
+            return False
+        exact = training.target_exact_match is None or metrics["validation_exact_match"] >= training.target_exact_match
+        return metrics["validation_loss"] < training.target_loss and exact
+
+    def identity(self) -> dict[str, str]:
+        return {"table": self.table.digest, "language model": self.describer.language.digest}
+
+    def state(self) -> dict[str, Tensor]:
+        model, optimization = self.model.state_dict(), self.optimization.state()
+        return checkpoints.part("model", model) | checkpoints.part("optimization", optimization)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        parts = checkpoints.parts(tensors)
+        self.model.load_state_dict(parts["model"])
+        self.optimization.restore(parts["optimization"])
+
+
+def contrastive(first: Tensor, second: Tensor, same: Tensor, temperature: float) -> Tensor:
+    """InfoNCE (arXiv 1807.03748) of two views ``[batch, tokens, hidden]`` of the same rows, a scalar: the other rows
+    are negatives, except those that are the ``same`` ``[batch, batch]``."""
+    first, second = (nn.functional.normalize(view.flatten(1), dim=1) for view in (first, second))
+    similarity = first @ second.T / temperature
+    diagonal = torch.eye(len(first), dtype=torch.bool, device=first.device)
+    similarity = similarity.masked_fill(same.to(first.device) & ~diagonal, -torch.inf)
+    return nn.functional.cross_entropy(similarity, torch.arange(len(first), device=first.device))
