@@ -226,11 +226,11 @@ def test_a_checkpoint_that_cannot_be_stored_ends_the_attempt_but_not_finished_wo
 def test_after_a_checkpoint_that_was_not_stored_the_next_is_due_at_once_and_waited_for(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing, put = [True], ArtifactStore.put
+    problems, put = [RuntimeError("a moment of weakness")], ArtifactStore.put
 
     def flaky(self: ArtifactStore, folder: Path, **given: Any) -> Any:
-        if failing:
-            raise failing.pop() and RuntimeError("a moment of weakness")
+        if problems:
+            raise problems.pop()
         return put(self, folder, **given)
 
     def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:

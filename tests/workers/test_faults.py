@@ -120,11 +120,11 @@ def test_a_killed_worker_leaves_no_orphan_and_its_job_goes_on(stack: Stack) -> N
 
 def test_a_hung_childs_helpers_die_with_the_worker_or_its_fork_server(stack: Stack) -> None:
     worker = stack.worker("hang")
-    for kill in (lambda: os.kill(stack.server(worker), signal.SIGKILL), worker.kill):
+    for victim in ("its fork server", "the worker"):
         job = stack.submit(max_attempts=1)
         helper = stack.helper(job)
         child = stack.child(worker)
-        kill()
+        os.kill(worker.pid if victim == "the worker" else stack.server(worker), signal.SIGKILL)
         wait_for("child and helper to end", lambda: gone(child) and gone(helper), 8)  # noqa: B023
 
 
