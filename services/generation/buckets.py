@@ -73,10 +73,18 @@ class Block:
 class BucketTrainer:
     """Draws, trains and describes the candidates of one spec. Each is a function of the spec and its index."""
 
-    def __init__(self, spec: GenerationSpec, device: str = "cpu", baseline: Path | None = None) -> None:
-        """``baseline``: folder with the probes to take, where ``spec.signature.baseline`` says so. Raises
-        :class:`InvalidInput` for a spec that cannot be met, and for probes of another vocabulary or length."""
-        self.sampler, self.baseline = PatternDatasetSampler(spec, baseline), baseline
+    def __init__(
+        self,
+        spec: GenerationSpec,
+        device: str = "cpu",
+        baseline: Path | None = None,
+        *,
+        sampler: PatternDatasetSampler | None = None,
+    ) -> None:
+        """``baseline``: folder with the probes to take, where ``spec.signature.baseline`` says so; ``sampler``: that of
+        the spec, where it exists already. Raises :class:`InvalidInput` for a spec that cannot be met, and for probes of
+        another vocabulary or length."""
+        self.sampler = sampler or PatternDatasetSampler(spec, baseline)
         # With the number of probes that the baseline has.
         self.spec = spec = self.sampler.spec
         self.patterns = self.sampler.patterns

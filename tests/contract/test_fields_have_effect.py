@@ -557,7 +557,6 @@ SPARSE = {"activations": REF, **PAIR}
         ("clt", SPARSE | {"training": {"epochs": 1.0, "steps": 5}}, ["training.steps"]),
         ("sweep", {"activations": REF, "loss": {"l0": 1.0, "heads": 4}}, ["loss.l0", "loss.heads"]),
         ("sweep", {"activations": REF, "grid": [{"option": "loss.l0", "values": ["1e-3", "1e-2"]}]}, ["grid.0"]),
-        ("sweep", {"activations": REF, "model": {"k_ratio": 0.1}, "grid": [GRID_K]}, ["model.k_ratio"]),
         ("sweep", {"activations": REF, "wandb": {"project": "p", "name": "n"}}, ["wandb.name"]),
         ("policy", {"evaluation": 0, "samples": 4}, ["samples"]),
         ("crossmodal", {"zoo": REF, "codec": {"heads": 4}}, ["codec.heads"]),
@@ -584,6 +583,11 @@ def test_what_has_no_effect_is_refused_by_name(kind: str, fields: dict[str, Any]
             "sweep",
             {"activations": REF, "grid": [{"option": "model.activation", "values": ["topk", "relu"]}, GRID_K]},
             ["spec.loss.l1: is 0", "spec.grid: 1 of its 4 points are the same as others"],
+        ),
+        (
+            "sweep",
+            {"activations": REF, "model": {"k_ratio": 0.1}, "grid": [GRID_K]},
+            ["spec.model.k_ratio: has no effect, because the grid varies model.k"],
         ),
     ],
 )

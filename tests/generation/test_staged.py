@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,15 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec, StagedSpec, SubjectTrainingSpec
 from services.generation import buckets, checks, pipeline, progress
 from services.generation import twins as twins_module
-from services.generation.buckets import BucketTrainer
+from services.generation.buckets import Block, BucketTrainer
 from services.generation.checks import degradation, improvement
 from services.generation.data import Candidates
 from services.generation.json_form import export_json, import_json
 from services.generation.pipeline import DatasetGenerationPipeline
+from services.generation.progress import Progress
 from services.generation.report import write_report
 from services.generation.sampler import PatternDatasetSampler
-from services.generation.workers import threads
+from services.generation.workers import Submit, side_by_side, threads
 from services.runtime.run import Run, Stopped
 from services.zoo.dataset import Zoo, architecture_of, network_of, read_about, read_records
 from services.zoo.pools import Evaluation
@@ -124,10 +128,10 @@ def test_a_subject_equals_a_plain_pytorch_loop(tmp_path: Path) -> None:
     spec = staged_spec({"epochs": 2, "improvement_epochs": 2, **ANYTHING})
     spec = spec.model_copy(update={"subjects": 12})
     DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
-    plain = PlainLoop(spec)
-    for row in records(tmp_path / "zoo"):
-        alone = plain.subject(row["index"])
-        assert alone is not None
+    rows = records(tmp_path / "zoo")
+    plain = PlainLoop(spec).subjects(torch.tensor([row["index"] for row in rows]))
+    for row, alone in zip(rows, plain, strict=True):
+        assert alone.candidate == row["index"]
         assert alone.accuracy == pytest.approx(row["accuracy"], abs=0.02)
         np.testing.assert_allclose(np.array(alone.weights), np.array(row["weights"]), rtol=1e-3, atol=1e-4)
 
@@ -141,6 +145,30 @@ def test_the_same_whatever_the_scheduling(made: tuple[Path, dict[str, Any]], tmp
     finally:
         torch.set_num_threads(before)
     assert records(tmp_path / "again") == records(made[0])
+
+
+def test_the_next_block_is_in_training_before_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many buckets a block has: at its end, fewer are left than there are workers."""
+    submitted: list[int] = []
+
+    @contextmanager
+    def noted(trainer: BucketTrainer, networks: int, workers: int) -> Iterator[Submit]:
+        with side_by_side(trainer, networks, workers) as submit:
+
+            def note(block: int, part: int) -> Future[Block]:
+                submitted.append(block)
+                return submit(block, part)
+
+            yield note
+
+    monkeypatch.setattr(pipeline, "side_by_side", noted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(buckets, "MOST_TOGETHER", 16)
+    made = DatasetGenerationPipeline(staged_spec(subjects=1000))
+    with closing(made._blocks(Progress())) as blocks:
+        next(blocks)
+    assert submitted.count(0) > 4
+    assert set(submitted) == {0, 1}
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
