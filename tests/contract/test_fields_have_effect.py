@@ -79,7 +79,7 @@ ZOO: dict[str, Any] = {
 }
 STAGED = {
     **{"examples": 64, "batch_size": 32, "epochs": 6, "improvement_epochs": 6, "patience": 1, "learning_rate": 0.1},
-    **{"min_degradation_threshold": 0.0, "max_instability": 1.0, "min_specificity": -1.0},
+    **{"min_degradation_threshold": 0.0, "max_instability": 1.0, "max_other_degradation": 1.0, "min_specificity": -1.0},
 }
 
 
@@ -325,6 +325,7 @@ VALUES: dict[str, list[Any]] = {
     "staged.min_degradation_threshold": [0.3],
     "staged.min_specificity": [0.2],
     "staged.max_instability": [0.0],
+    "staged.max_other_degradation": [0.0],
     "format": [{"style": "separate"}],
     "format.digits": [2],
 }
