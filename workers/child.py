@@ -2,8 +2,8 @@
 supervisor that asked for it.
 
 The server imports a job's code once and forks a process for each job, one at a time; the imports of a later job of the
-kind are then done. It never uses what it imports: a device, or threads of its own, would not survive a fork; where an
-import uses some, a job's process starts afresh. Standard input is a socket to the worker, see
+kind are then done. It never uses what it imports: a device, or threads of its own, would not survive a fork. Where an
+import uses some, or fails, a job's process starts a new interpreter. Standard input is a socket to the worker, see
 :class:`workers.process.ForkServer`; when it ends, so does the server.
 
 A job's process knows no database and no broker. The supervisor holds its standard input open: when that ends, so do
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import select
 import shutil
@@ -22,6 +23,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -40,8 +43,12 @@ from services.runtime import lifetime, logs
 from services.runtime.servicer import JOB_THREAD, add_to_server
 from workers.process import NUMBER
 
+logger = logging.getLogger(__name__)
+
 MAX_REQUEST = 65_536
 DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
+FORKABLE_THREADS = {"jemalloc_bg_thd"}
+"""Names of threads that a fork stops and its process starts again."""
 # Time that a cancelled job has to clean up.
 LEAVE_SECONDS = 3.0
 
@@ -49,12 +56,15 @@ LEAVE_SECONDS = 3.0
 def main() -> None:
     """Per request, whose three descriptors become the job's standard streams: answer with the process id of the job's
     process, when it has ended with its exit status (a negative number is a signal), and, once it is told to reap it,
-    with zero."""
+    with zero. After a failed import, which leaves parts behind, end with the job instead."""
+    logs.configure("fork server")
     control, errors = socket.socket(fileno=os.dup(0)), os.dup(2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # The worker ends this process, by closing the socket, when its jobs have ended.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    imported: set[str] = set()
+    obstacle = ""
     while True:
         data, streams, _, _ = socket.recv_fds(control, MAX_REQUEST, 3)
         if not data:
@@ -62,17 +72,24 @@ def main() -> None:
         request = json.loads(data)
         # If the import ends this process, the job's log says how.
         os.dup2(streams[2], 2)
-        with _ending_with(control):
-            load(request["job"])
-        forkable = may_fork()
+        job, loaded, new_obstacle, began = request["job"], True, "", time.monotonic()
+        if job not in imported and not obstacle:
+            with _ending_with(control):
+                loaded = load(job)
+            imported.add(job)
+            obstacle = new_obstacle = fork_obstacle()
+        request["imports"] = time.monotonic() - began
         pid = os.fork()
         if pid == 0:
             control.close()
             os.close(errors)
-            _run(request, streams, forkable)
+            _run(request, streams, forkable=loaded and not obstacle)
         os.dup2(errors, 2)
         for stream in streams:
             os.close(stream)
+        if new_obstacle:
+            text = "jobs of this slot start new interpreters, which takes seconds: importing %s %s"
+            logger.warning(text, job, new_obstacle)
         try:
             control.sendall(NUMBER.pack(pid))
             # Unreaped, so that its number stays taken and its group can still be killed.
@@ -82,6 +99,8 @@ def main() -> None:
             control.sendall(NUMBER.pack(status))
             control.recv(1)
             os.waitpid(pid, 0)
+            if not loaded:
+                return
             control.sendall(NUMBER.pack(0))
         except ConnectionError:
             return
@@ -107,28 +126,47 @@ def _ending_with(control: socket.socket) -> Iterator[None]:
         watcher.join()
 
 
-def load(job: str) -> None:
-    """Import the module of ``job``. If that fails it fails again in the job's process, which tells."""
+def load(job: str) -> bool:
+    """Import the module of ``job``; return whether that works. If not, the job's process tries again and tells."""
     # Apple's libraries do not survive a fork.
     if sys.platform != "darwin":
-        with suppress(Exception, SystemExit):
+        try:
             import_module(job.partition(":")[0])
+        except (Exception, SystemExit):
+            return False
     # Collecting would write to, and so copy, the pages that processes share.
     gc.collect()
     gc.freeze()
+    return True
 
 
-def may_fork() -> bool:
-    """Whether no import uses a device or threads."""
-    files = map(os.path.realpath, Path("/proc/self/fd").glob("*"))
-    return threading.active_count() == 1 and not any(file.startswith(DEVICES) for file in files)
+def fork_obstacle() -> str:
+    """What the imports did that does not survive a fork; empty if nothing."""
+    if opened := [file for file in map(os.path.realpath, Path("/proc/self/fd").glob("*")) if file.startswith(DEVICES)]:
+        return f"opened {opened[0]}"
+    started = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if not started:
+        # Libraries that can be forked, such as OpenBLAS, end their threads when a process forks.
+        if (pid := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        started = [name for name in _thread_names() if name not in FORKABLE_THREADS]
+    return f"started the threads {', '.join(started)}" if started else ""
 
 
-def _run(request: Mapping[str, str], streams: Sequence[int], forkable: bool) -> None:
+def _thread_names() -> Iterator[str]:
+    """What the system calls the threads of this process but the first, also those that Python does not know."""
+    for task in Path("/proc/self/task").glob("*"):
+        if task.name != str(os.getpid()):
+            with suppress(OSError):
+                yield (task / "comm").read_text().strip()
+
+
+def _run(request: Mapping[str, Any], streams: Sequence[int], forkable: bool) -> None:
     """Be the process of a job; does not return."""
     try:
         os.setsid()
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        renew()
         os.dup2(streams[0], 0)
         ready = os.dup(streams[1])
         os.dup2(2, 1)
@@ -146,7 +184,17 @@ def _run(request: Mapping[str, str], streams: Sequence[int], forkable: bool) -> 
     os._exit(1)
 
 
-def serve(request: Mapping[str, str], ready: int) -> None:
+def renew() -> None:
+    """Undo what the server set, and draw a state of its own for NumPy's global generator."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The fork has copied it. Python seeds its own again; that of PyTorch has the same seed in every new process.
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
+        numpy_random.seed()
+
+
+def serve(request: Mapping[str, Any], ready: int) -> None:
     """Serve the RPC of the job's kind until standard input ends; the descriptor ``ready`` is told when it does."""
     kind_name, path = request["kind"], Path(request["socket"])
     logs.configure("child")
@@ -155,7 +203,7 @@ def serve(request: Mapping[str, str], ready: int) -> None:
         raise SystemExit(f"this version knows no kind {kind_name!r}")
     kind = replace(KINDS[kind_name], job=request["job"])
     server = grpc.server(ThreadPoolExecutor(max_workers=2), options=CHANNEL_OPTIONS)
-    add_to_server(server, kind, request_type(kind))
+    add_to_server(server, kind, request_type(kind), request["imports"])
     server.add_insecure_port(f"unix:{path}")
     server.start()
     leave = threading.Event()

@@ -192,9 +192,13 @@ class Child:
             # It is not there yet.
             self._server.close()
         else:
-            # The number of the group is surely ours: the process is not reaped before :meth:`close`.
+            # The number is surely ours: the process is not reaped before :meth:`close`.
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+                try:
+                    os.killpg(self.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    # It has no group of its own yet.
+                    os.kill(self.pid, signal.SIGKILL)
 
     def died(self, timeout: float) -> int | None:
         """Exit status (a negative number is a signal), or None if it still runs after ``timeout`` seconds.
@@ -205,16 +209,17 @@ class Child:
             try:
                 self._status = self._server.answer(timeout)
             except ChildFailed:
-                # Nobody can tell how it ends, so it ends now.
+                # Nobody can tell how it ends, so it ends now; after that its number may be another's.
                 self.kill()
-                self._status = -signal.SIGKILL
+                self._status, self.pid = -signal.SIGKILL, None
         return self._status
 
     def close(self, grace: float) -> None:
         """End the process within ``grace`` seconds and remove its folder."""
         self.hang_up()
-        with suppress(ChildFailed):
-            self.pid = self.pid or self._server.answer(0)
+        if self.pid is None and self._status is None:
+            with suppress(ChildFailed):
+                self.pid = self._server.answer(0)
         self.died(grace)
         self.kill()
         if self.pid is not None:

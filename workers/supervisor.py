@@ -211,6 +211,8 @@ class Attempt:
                 return ended
             if self._pulse.stale.is_set():
                 raise StaleAttempt("the attempt was taken from this worker")
+            # If its fork server has died, so does the child.
+            self._child.died(0.0)
             now = time.monotonic()
             self._last_event = now if batch else self._last_event
             if self._pulse.cancel.is_set() and self._reason != "cancel":

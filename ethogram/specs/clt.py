@@ -7,11 +7,12 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ethogram.errors import InvalidInput
+from ethogram.errors import InvalidInput, Violation
 from ethogram.specs.base import ArtifactRef, OptimizationSpec, Seed, Spec, TrainedSpec
 
 MAX_RUNS = 1000
@@ -403,7 +404,8 @@ class SweepSpec(SparseSpec):
 
     def points(self) -> Iterator[tuple[tuple[tuple[str, str], ...], dict[str, Any]]]:
         """Each point of the grid, its options with their values, and the fields of its runs, without hook points.
-        Raises :class:`InvalidInput` for an option that there is not."""
+        Raises as :meth:`check_options`."""
+        self.check_options()
         options = {axis.option for axis in self.grid}
         for point in itertools.product(*([(axis.option, value) for value in axis.values] for axis in self.grid)):
             fields = self.model_dump(mode="json", exclude={"pairs", "grid"})
@@ -414,35 +416,44 @@ class SweepSpec(SparseSpec):
                 _set(fields, option, value)
             yield point, fields
 
+    def check_options(self, prefix: str = "spec.") -> None:
+        """Raise :class:`InvalidInput` for an option of the grid that there is not. ``prefix``: put before its path."""
+        for number, axis in enumerate(self.grid):
+            section, _, name = axis.option.rpartition(".")
+            names = type(getattr(self, section) if section else self).model_fields
+            if name not in names:
+                text = f"there is no option {axis.option}; there are {', '.join(names)}"
+                raise InvalidInput.field(f"{prefix}grid.{number}.option", text)
+
+    def ignored(self, prefix: str = "spec.") -> list[Violation]:
+        self.check_options(prefix)
+        return super().ignored(prefix)
+
     def unused(self) -> Iterator[tuple[str, str]]:
-        by_run = [dict(run.unused()) for run in self._runs()]
+        runs = _runs(self.model_dump_json())
         # What is used at one point has an effect.
-        unused = {path: why for path, why in by_run[0].items() if all(path in run for run in by_run)} if by_run else {}
+        unused = {path: why for path, why in runs[0][1].items() if all(path in run for _, run in runs)} if runs else {}
         yield from unused.items()
         for number, axis in enumerate(self.grid):
             if axis.option in unused:
                 yield f"grid.{number}", f"it varies {axis.option}, and {unused[axis.option]}"
-            for option in filter(None, (axis.option, EQUIVALENT.get(axis.option))):
-                yield option, f"the grid varies {axis.option}"
         if self.wandb is not None:
             yield "wandb.name", "each run has a name of its own"
 
     def doubts(self) -> Iterator[tuple[str, str]]:
-        runs = list(self._runs())
-        yield from dict.fromkeys(doubt for run in runs for doubt in run.doubts())
-        different = {json.dumps(_without(run, [path for path, _ in run.unused()])) for run in runs}
+        for axis in self.grid:
+            for option in filter(None, (axis.option, EQUIVALENT.get(axis.option))):
+                if self._is_set(option):
+                    yield option, f"has no effect, because the grid varies {axis.option}"
+        runs = _runs(self.model_dump_json())
+        yield from dict.fromkeys(doubt for run, _ in runs for doubt in run.doubts())
+        different = {json.dumps(_without(run, unused)) for run, unused in runs}
         if same := len(runs) - len(different):
             text = f"{same} of its {len(runs)} points are the same as others: an option has no effect there"
             yield "grid", f"{text}; sweep over these options apart"
 
     def _is_set(self, path: str) -> bool:
         return path.startswith("grid.") or super()._is_set(path)
-
-    def _runs(self) -> Iterator[SparseSpec]:
-        """What the runs at each point have in common; points that are no specs are left out."""
-        for _, fields in self.points():
-            with suppress(ValueError):
-                yield SparseSpec.model_validate({name: fields[name] for name in SparseSpec.model_fields})
 
     @model_validator(mode="after")
     def _fits(self) -> SweepSpec:
@@ -462,10 +473,19 @@ def _set(fields: dict[str, Any], option: str, text: str) -> None:
     except ValueError:
         value = text
     section, _, name = option.rpartition(".")
-    section_fields = fields[section] if section else fields
-    if name not in section_fields:
-        raise InvalidInput.field("spec.grid", f"there is no option {option}; there are {', '.join(section_fields)}")
-    section_fields[name] = value
+    (fields[section] if section else fields)[name] = value
+
+
+@lru_cache(maxsize=1)
+def _runs(sweep: str) -> tuple[tuple[SparseSpec, dict[str, str]], ...]:
+    """What the runs at each point of a sweep (as JSON) have in common, with the fields that have no effect there;
+    points that are no specs are left out. Kept, since a check asks more than once and a grid may be large."""
+    runs = []
+    for _, fields in SweepSpec.model_validate_json(sweep).points():
+        with suppress(ValueError):
+            run = SparseSpec.model_validate({name: fields[name] for name in SparseSpec.model_fields})
+            runs.append((run, dict(run.unused())))
+    return tuple(runs)
 
 
 def _without(spec: Spec, paths: Iterable[str]) -> dict[str, Any]:

@@ -154,7 +154,8 @@ class DatasetGenerationPipeline:
             while (missing := self._goal - self._done(progress)) > 0:
                 acceptance = progress.acceptance if self.spec.part is None else 1.0
                 needed = math.ceil(missing / (trainer.block_size * acceptance))
-                while len(pending) < needed and sum(map(len, pending)) < 2 * workers:
+                # Beside the block that is waited for, which may be at its last bucket.
+                while len(pending) < needed and sum(map(len, islice(pending, 1, None))) < 2 * workers:
                     pending.append([submit(number, part) for part in range(len(trainer.buckets(number)))])
                     number += 1
                 yield Block.merge([future.result() for future in pending.popleft()])

@@ -52,7 +52,9 @@ class Progress:
             return
         causes = ", ".join(f"{cause}: {count}" for cause, count in self.rejected.most_common(4))
         field, goal = "spec.staged", "pass the checks"
-        advice = "lower min_degradation_threshold, min_specificity or min_accuracy, or flip more labels"
+        advice = (
+            "lower min_degradation_threshold, min_specificity or min_accuracy, flip more labels, or take more epochs"
+        )
         if spec.staged is None:
             field, goal = "spec.min_accuracy", f"reach {spec.gate}"
             advice = "lower it, train for more steps, use wider subjects or fewer patterns"

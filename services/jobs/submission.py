@@ -48,6 +48,8 @@ class Request:
     parent: str | None = None
     name: str | None = None
     """Name of a child job at its parent."""
+    refused: InvalidInput | None = None
+    """What keeps it from becoming a job. Earlier versions took such requests: an old idempotency key still answers."""
 
     @classmethod
     def make(
@@ -60,7 +62,7 @@ class Request:
         parent: str | None = None,
         name: str | None = None,
     ) -> Request:
-        """Check everything except its inputs. Raises :class:`InvalidInput`."""
+        """Check everything except its inputs. Raises :class:`InvalidInput`; see also ``refused``."""
         if kind not in KINDS:
             raise InvalidInput.field(
                 f"{prefix}kind", f"is none of {', '.join(sorted(KINDS))}{did_you_mean(kind, KINDS)}"
@@ -73,7 +75,10 @@ class Request:
             raise InvalidInput.from_pydantic(error, prefix.rstrip("."), Options) from None
         if parent is None:
             # A child's spec follows from its parent's.
-            spec.refuse_ignored(f"{prefix}spec.")
+            try:
+                spec.refuse_ignored(f"{prefix}spec.")
+            except InvalidInput as error:
+                made.refused = error
         text.check(spec.model_dump(mode="json"), f"{prefix}spec")
         text.check(made.options.labels, f"{prefix}labels")
         return made
@@ -143,8 +148,11 @@ def resolve_inputs(
 ) -> list[ResolvedInput]:
     """Resolve each input of ``request``; ``names``: name -> id of other jobs of its pipeline.
 
-    Raises :class:`NotFound` for an input that does not exist, :class:`IllegalState` for one that will never be.
+    Raises what refuses the request, :class:`NotFound` for an input that does not exist, and :class:`IllegalState` for
+    one that will never be.
     """
+    if request.refused is not None:
+        raise request.refused
     inputs = []
     for path, ref in input_refs(request.spec).items():
         job = names.get(ref.job, ref.job) if names and ref.job is not None else ref.job

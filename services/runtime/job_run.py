@@ -50,11 +50,11 @@ class JobRun(Run):
         self._send, self._cancelled = send, cancelled
         self._work, self._store = Path(context.work_dir), ArtifactStore(context.store)
         self._progress, self._metric, self._unsent = jobs_pb2.Progress(), jobs_pb2.Metric(), False
-        self._next_report = self._next_checkpoint = 0.0
+        self._next_report, self._next_checkpoint = 0.0, math.inf
         self.seconds = {"imports": 0.0, "inputs": 0.0, "checkpoints": 0.0, "outputs": 0.0}
         """How long the job has waited for the platform in this attempt."""
-        self._keeper = ThreadPoolExecutor(1, "checkpoint")
-        self._keeping: Future[None] | None = None
+        self._uploader = ThreadPoolExecutor(1, "checkpoint")
+        self._upload: Future[None] | None = None
         with self._timed("inputs"):
             self.inputs = {
                 path: self._store.fetch(artifact, self._work / "inputs" / path)
@@ -64,7 +64,7 @@ class JobRun(Run):
         if checkpoint is not None:
             self.resume = checkpoint / STATE
         self._metrics = MetricsWriter(self._work / "metrics", checkpoint, partial(self.log, level="warning"))
-        self._schedule_checkpoint(cost=0.0)
+        self._next_checkpoint = self._due_after(cost=0.0)
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
         self._report()
@@ -97,31 +97,40 @@ class JobRun(Run):
             raise Cancelled
         began = time.monotonic()
         with self._timed("checkpoints"):
-            self.keep_checkpoint()
+            stored = self.wait_for_checkpoint()
             folder = self._work / "checkpoint"
             self._metrics.checkpoint(folder, write)
             self._report()
             # Writing to the disk takes most of the time and none of the processor's: the job goes on meanwhile.
             self._next_checkpoint = math.inf
-            self._keeping = self._keeper.submit(self._keep, folder, step, time.monotonic() - began)
-            if lifetime.stopping.is_set():
-                self.keep_checkpoint()
+            upload = self._uploader.submit(self._upload_checkpoint, folder, step, time.monotonic() - began)
+            stopping = lifetime.stopping.is_set()
+            if stopping or not stored:
+                upload.result()
+            self._upload = upload
+            if stopping:
                 raise Stopped
 
-    def keep_checkpoint(self) -> None:
-        """Wait until the last checkpoint is in the store. Raises what that raised."""
-        keeping, self._keeping = self._keeping, None
-        if keeping is not None:
-            keeping.result()
+    def wait_for_checkpoint(self) -> bool:
+        """Wait until the last checkpoint is in the store. If it cannot be stored, log a warning and return False."""
+        upload, self._upload = self._upload, None
+        with self.side_output("storing a checkpoint"):
+            if upload is not None:
+                upload.result()
+            return True
+        return False
 
-    def _keep(self, folder: Path, step: int, cost: float) -> None:
+    def _upload_checkpoint(self, folder: Path, step: int, cost: float) -> None:
         began = time.monotonic()
+        # Unless it succeeds, the next one is due at once.
+        next_checkpoint = 0.0
         try:
             artifact, _ = self._put(folder, "checkpoint", "checkpoint")
             self._send(jobs_pb2.JobEvent(checkpoint=jobs_pb2.Checkpoint(artifact=artifact, step=step)))
+            next_checkpoint = self._due_after(cost + time.monotonic() - began)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            self._schedule_checkpoint(cost + time.monotonic() - began)
+            self._next_checkpoint = next_checkpoint
 
     def children(self, parts: Mapping[str, tuple[str, Spec]]) -> Mapping[str, ChildJob]:
         known = {child.name: child for child in self._context.children}
@@ -160,18 +169,18 @@ class JobRun(Run):
 
     def wait(self) -> None:
         """Send the last progress, and that the attempt ends until its child jobs have ended."""
-        self.keep_checkpoint()
+        self.wait_for_checkpoint()
         self._report()
         self._send(jobs_pb2.JobEvent(wait=jobs_pb2.Wait()))
 
     def finish(self, result: dict[str, Any]) -> None:
         """Send the last progress, the metrics as an artifact, what the platform took, and the job's result."""
-        with self._timed("checkpoints"), self.side_output("keeping the last checkpoint"):
-            self.keep_checkpoint()
+        with self._timed("checkpoints"):
+            self.wait_for_checkpoint()
         self._report()
-        self._metrics.close()
-        if self._metrics.file.exists():
-            with self.side_output("keeping the metrics"):
+        with self.side_output("keeping the metrics"):
+            self._metrics.close()
+            if self._metrics.file.exists():
                 self.artifact("metrics", "metrics", self._metrics.folder)
         answer = json.dumps(result, allow_nan=False)
         self.log("apart from the work: " + ", ".join(f"{name} {took:.2f} s" for name, took in self.seconds.items()))
@@ -194,9 +203,9 @@ class JobRun(Run):
         if self._progress.stage:
             self._send(jobs_pb2.JobEvent(progress=self._progress))
 
-    def _schedule_checkpoint(self, cost: float) -> None:
-        wait = max(self._context.checkpoint_seconds, cost / CHECKPOINT_SHARE)
-        self._next_checkpoint = time.monotonic() + wait
+    def _due_after(self, cost: float) -> float:
+        """When the checkpoint after one that took ``cost`` seconds is due."""
+        return time.monotonic() + max(self._context.checkpoint_seconds, cost / CHECKPOINT_SHARE)
 
     def _put(self, folder: Path, name: str, type: str) -> tuple[str, int]:
         gathered = {artifact for child in self._context.children for artifact in child.outputs.values()}

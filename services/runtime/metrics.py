@@ -85,6 +85,7 @@ class MetricsWriter:
             return
         try:
             write()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._failed.add(what)
-            self._warn(f"{what} cannot be written ({error.strerror or error}); the run continues without more of them")
+            reason = getattr(error, "strerror", None) or error
+            self._warn(f"{what} cannot be written ({reason}); the run continues without more of them")

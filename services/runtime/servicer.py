@@ -9,7 +9,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -33,18 +32,19 @@ STOPPED = grpc.StatusCode.ABORTED
 MAX_WAITING = 1000
 
 
-def add_to_server(server: grpc.Server, kind: Kind, request: type[Message]) -> None:
-    """Serve ``kind.rpc``, whose request message is ``request``, on ``server``."""
+def add_to_server(server: grpc.Server, kind: Kind, request: type[Message], imports: float = 0.0) -> None:
+    """Serve ``kind.rpc``, whose request message is ``request``, on ``server``. ``imports``: seconds that the job has
+    waited for imports before."""
     service, method = kind.rpc.removeprefix("/").split("/")
     handler = grpc.unary_stream_rpc_method_handler(
-        partial(_stream_job, kind),
+        partial(_stream_job, kind, imports),
         request_deserializer=request.FromString,
         response_serializer=jobs_pb2.JobEvent.SerializeToString,
     )
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
 
 
-def _stream_job(kind: Kind, request: Any, context: grpc.ServicerContext) -> Iterator[jobs_pb2.JobEvent]:
+def _stream_job(kind: Kind, imports: float, request: Any, context: grpc.ServicerContext) -> Iterator[jobs_pb2.JobEvent]:
     """Run the job's function in a thread and yield its events. ``request`` has the fields ``context`` and ``spec``.
 
     An :class:`EthogramError` travels to the supervisor as it is; the traceback of any other exception goes to the job's
@@ -79,7 +79,7 @@ def _stream_job(kind: Kind, request: Any, context: grpc.ServicerContext) -> Iter
             if torch is not None and request.context.threads:
                 torch.set_num_threads(request.context.threads)
             run = JobRun(spec, request.context, send, cancelled)
-            run.seconds["imports"] = imported - began
+            run.seconds["imports"] = imports + imported - began
             run.log(f"computes on {run.device}" + (", from the last checkpoint" if run.resume else ""))
             warn(spec, run)
             try:
@@ -89,8 +89,7 @@ def _stream_job(kind: Kind, request: Any, context: grpc.ServicerContext) -> Iter
             except BaseException:
                 # A later attempt resumes from it.
                 if not cancelled.is_set():
-                    with suppress(EthogramError, OSError):
-                        run.keep_checkpoint()
+                    run.wait_for_checkpoint()
                 raise
         except BaseException as error:
             ended.append(error)

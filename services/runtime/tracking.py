@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.base import WandbSpec
-from services.runtime.run import Run
+from services.runtime.run import Cancelled, Run, Stopped, Waiting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,7 +209,7 @@ def _translated() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise Unavailable(f"{error.name} is not installed") from None
-    except (OSError, InvalidInput, Unavailable):
+    except (OSError, InvalidInput, Unavailable, Cancelled, Stopped, Waiting):
         raise
     except Exception as error:
         raise Unavailable(_short(error)) from None

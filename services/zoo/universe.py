@@ -19,6 +19,8 @@ from services.zoo.sampling import MAX_ENUMERATED, count, enumerate_sequences, sa
 TRAIN, VALIDATION, SELECTION, HELD_OUT = range(4)
 SHARES = (0.5, 0.1, 0.2, 0.2)
 _QUICKLY_ENUMERATED = 1_000_000
+# Splits and patterns of so few sequences are looked up in tables: drawing from them asks for each many times.
+_TABULATED = 2**16
 # A built-in pattern with fewer sequences than this is split by rank, so that its shares are exact.
 SMALL = 4096
 # Members on which two patterns are compared.
@@ -37,6 +39,10 @@ class Universe:
         self.enumerated = self.size <= MAX_ENUMERATED
         """Whether the universe is small enough to enumerate."""
 
+    def __getstate__(self) -> dict[str, object]:
+        # Not the large tensors, which are made anew where they are needed.
+        return {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
+
     @cached_property
     def sequences(self) -> Tensor:
         """Every sequence in alphabetical order: int64 ``[size, length]``."""
@@ -46,12 +52,12 @@ class Universe:
     @cached_property
     def membership(self) -> Tensor:
         """Which patterns each sequence matches: bool ``[size, patterns]``."""
-        return self.matches(self.sequences)
+        return self._matches(self.sequences)
 
     @cached_property
     def split(self) -> Tensor:
         """``TRAIN``, ``VALIDATION``, ``SELECTION`` or ``HELD_OUT`` of every sequence: uint8 ``[size]``."""
-        return self.split_of(self.sequences)
+        return self._split_of(self.sequences)
 
     @cached_property
     def counts(self) -> list[int]:
@@ -64,6 +70,9 @@ class Universe:
 
     def matches(self, sequences: Tensor) -> Tensor:
         """Which patterns each sequence ``[n, length]`` matches: bool ``[n, patterns]``."""
+        return self.membership[self._rank(sequences)] if self.size <= _TABULATED else self._matches(sequences)
+
+    def _matches(self, sequences: Tensor) -> Tensor:
         # Letters fit a byte; chunks stay in the cache.
         chunks = torch.split(sequences.to(torch.int8), 2**14)
         return torch.cat([membership(self.patterns, chunk) for chunk in chunks])
@@ -92,6 +101,13 @@ class Universe:
         The members of small built-in patterns are ranked, so that each split has its share of every such pattern,
         however small; all other sequences are split by their hash.
         """
+        return self.split[self._rank(sequences)] if self.size <= _TABULATED else self._split_of(sequences)
+
+    def _rank(self, sequences: Tensor) -> Tensor:
+        """Where each sequence ``[n, length]`` is in :attr:`sequences`: int64 ``[n]``."""
+        return sequences @ self.vocab_size ** torch.arange(self.length - 1, -1, -1)
+
+    def _split_of(self, sequences: Tensor) -> Tensor:
         hashes = hash_sequences(sequences)
         # 24 bits of the hash as a fraction.
         fraction = ((hashes >> 40) & (2**24 - 1)).double() / 2**24

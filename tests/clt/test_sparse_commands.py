@@ -71,7 +71,7 @@ def test_an_autoencoder_a_tied_pair_and_a_sweep(store: str, tmp_path: Path, caps
         (["train", "--pair", PAIR, "--kind", "per_layer"], "--pair: is for --kind pair"),
         (["train"], "name them, or use kind per_layer or cross_layer"),
         (["sweep", "--grid", "model.k"], "--grid: model.k is not of the form"),
-        (["sweep", "--grid", "model.kk=1"], "spec.grid: there is no option model.kk"),
+        (["sweep", "--grid", "model.kk=1"], "spec.grid.0.option: there is no option model.kk"),
         (["sweep", "--grid", "model.k=x"], "spec.grid"),
     ],
 )

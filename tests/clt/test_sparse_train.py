@@ -297,7 +297,7 @@ def test_a_sweep_is_every_pair_at_every_point(store: ActivationStore, tmp_path: 
     result = sweep.run(some, run)
     assert len(result["runs"]) == 1 and "900 is more than" in next(iter(result["failed"].values()))
     wrong = SweepSpec.model_validate({**base, "pairs": pairs, "grid": [{"option": "model.nothing", "values": ["1"]}]})
-    with pytest.raises(InvalidInput, match=r"spec\.grid: there is no option model\.nothing"):
+    with pytest.raises(InvalidInput, match=r"spec\.grid\.0\.option: there is no option model\.nothing"):
         sweep.run(wrong, run)
 
 

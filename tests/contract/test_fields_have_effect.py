@@ -79,7 +79,7 @@ ZOO: dict[str, Any] = {
 }
 STAGED = {
     **{"examples": 64, "batch_size": 32, "epochs": 6, "improvement_epochs": 6, "patience": 1, "learning_rate": 0.1},
-    **{"min_degradation_threshold": 0.0, "max_instability": 1.0, "min_specificity": -1.0},
+    **{"min_degradation_threshold": 0.0, "max_instability": 1.0, "max_other_degradation": 1.0, "min_specificity": -1.0},
 }
 
 
@@ -325,6 +325,7 @@ VALUES: dict[str, list[Any]] = {
     "staged.min_degradation_threshold": [0.3],
     "staged.min_specificity": [0.2],
     "staged.max_instability": [0.0],
+    "staged.max_other_degradation": [0.0],
     "format": [{"style": "separate"}],
     "format.digits": [2],
 }
@@ -556,7 +557,6 @@ SPARSE = {"activations": REF, **PAIR}
         ("clt", SPARSE | {"training": {"epochs": 1.0, "steps": 5}}, ["training.steps"]),
         ("sweep", {"activations": REF, "loss": {"l0": 1.0, "heads": 4}}, ["loss.l0", "loss.heads"]),
         ("sweep", {"activations": REF, "grid": [{"option": "loss.l0", "values": ["1e-3", "1e-2"]}]}, ["grid.0"]),
-        ("sweep", {"activations": REF, "model": {"k_ratio": 0.1}, "grid": [GRID_K]}, ["model.k_ratio"]),
         ("sweep", {"activations": REF, "wandb": {"project": "p", "name": "n"}}, ["wandb.name"]),
         ("policy", {"evaluation": 0, "samples": 4}, ["samples"]),
         ("crossmodal", {"zoo": REF, "codec": {"heads": 4}}, ["codec.heads"]),
@@ -583,6 +583,11 @@ def test_what_has_no_effect_is_refused_by_name(kind: str, fields: dict[str, Any]
             "sweep",
             {"activations": REF, "grid": [{"option": "model.activation", "values": ["topk", "relu"]}, GRID_K]},
             ["spec.loss.l1: is 0", "spec.grid: 1 of its 4 points are the same as others"],
+        ),
+        (
+            "sweep",
+            {"activations": REF, "model": {"k_ratio": 0.1}, "grid": [GRID_K]},
+            ["spec.model.k_ratio: has no effect, because the grid varies model.k"],
         ),
     ],
 )

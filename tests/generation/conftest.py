@@ -22,6 +22,13 @@ PATTERNS = [
     PatternSpec(name="sorted_descending"),
     PatternSpec(name="vowel_consonant"),
 ]
+ANYTHING: dict[str, Any] = {
+    "min_degradation_threshold": 0.0,
+    "min_specificity": -1.0,
+    "max_instability": 1.0,
+    "max_other_degradation": 1.0,
+}
+"""Checks of staged training that every candidate passes whose target pattern did not get worse."""
 
 
 def small_spec(**changes: Any) -> GenerationSpec:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ethogram.errors import Conflict, InvalidInput, NotFound
-from ethogram.specs.base import Spec
+from ethogram.specs.base import ArtifactRef, Spec
+from ethogram.specs.clt import GridAxis, SweepSpec
 from services.jobs.registry import JobRegistry
 from tests.jobs.steps import claim, codec, finish, submit, zoo
 
@@ -63,6 +64,13 @@ def test_all_or_none(registry: JobRegistry) -> None:
     with pytest.raises(NotFound) as caught:
         registry.submit_pipeline({"zoo": ("generation", zoo(), {}), "codec": ("crossmodal", codec("job_none"), {})})
     assert caught.value.violations[0].field == "jobs.codec.spec.zoo.job"
+    assert registry.list()[0] == []
+
+
+def test_an_option_that_there_is_not_is_named_with_its_job(registry: JobRegistry) -> None:
+    spec = SweepSpec(activations=ArtifactRef(artifact="a"), grid=[GridAxis(option="model.kk", values=["1"])])
+    with pytest.raises(InvalidInput, match=r"^jobs\.a\.spec\.grid\.0\.option: there is no option model\.kk; there are"):
+        registry.submit_pipeline({"a": ("sweep", spec, {})})
     assert registry.list()[0] == []
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound
+from ethogram.specs.clt import PolicySpec
 from ethogram.specs.generation import GenerationSpec
 from services.jobs.registry import Job, JobRegistry, JobState
 from tests.jobs.steps import ERROR, artifact_id, claim, codec, finish, submit, zoo
@@ -149,6 +150,21 @@ def test_a_refused_submission_does_not_use_up_its_key(registry: JobRegistry) -> 
     with pytest.raises(NotFound):
         registry.submit("crossmodal", codec("job_none"), idempotency_key="k")
     assert registry.submit("generation", zoo(), idempotency_key="k")[1]
+
+
+def test_a_request_that_earlier_versions_took_is_refused_but_its_key_answers(
+    registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = PolicySpec(evaluation=0, samples=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicySpec, "refuse_ignored", lambda *_: None)
+        made, _ = registry.submit("policy", spec, idempotency_key="k")
+    assert registry.submit("policy", spec, idempotency_key="k") == (made, False)
+    with pytest.raises(InvalidInput, match=r"^spec\.samples: has no effect"):
+        registry.submit("policy", spec, idempotency_key="other")
+    with pytest.raises(InvalidInput, match=r"^spec\.samples: has no effect"):
+        registry.check("policy", spec)
+    assert len(registry.list()[0]) == 1
 
 
 def test_the_same_key_from_many_threads_makes_one_job(registry: JobRegistry) -> None:

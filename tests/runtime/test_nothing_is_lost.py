@@ -79,6 +79,17 @@ def test_metrics_that_cannot_be_written_end_no_run(tmp_path: Path, small_disk: N
     assert [step for _, step, _ in scalars(tmp_path)] == list(range(1, len(scalars(tmp_path)) + 1))
 
 
+def test_a_damaged_line_of_an_earlier_attempt_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "metrics.jsonl").write_text('{"stage": "tr')
+    warnings: list[str] = []
+    writer = MetricsWriter(tmp_path / "metrics", tmp_path / "checkpoint", warnings.append)
+    writer.write("train", 1, {"loss": 0.5})
+    writer.close()
+    (warning,) = warnings
+    assert warning.startswith("the TensorBoard events cannot be written (Unterminated string")
+
+
 def test_events_are_there_while_a_run_goes_on(tmp_path: Path) -> None:
     with ConsoleRun(tmp_path) as run:
         run.stage("train", 2)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Literal
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,6 +20,7 @@ from ethogram.specs.base import WandbSpec
 from services.artifacts.store import ArtifactStore
 from services.runtime import tracking
 from services.runtime.console import ConsoleRun
+from services.runtime.run import Cancelled, Stopped, Waiting
 from services.runtime.tracking import tracked
 from tests.recorder import Recorder
 from tests.runtime import killed
@@ -84,6 +86,15 @@ def test_the_spec_says_where_metrics_go(
     with tracked(WandbSpec(project="zoos", mode=mode), {}, Recorder(tmp_path)) as log:
         log(1, {"loss": 0.5})
     assert any((tmp_path / "wandb").glob("offline-run-*/*.wandb")) == kept
+
+
+@pytest.mark.parametrize("end", [Cancelled, Stopped, Waiting])
+def test_the_end_of_a_run_is_no_fault_of_the_service(
+    end: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_start", Mock(side_effect=end))
+    with pytest.raises(end), tracked(SPEC, {}, Recorder(tmp_path)):
+        pass
 
 
 def test_without_a_spec_nothing_happens(tmp_path: Path) -> None:

@@ -82,14 +82,21 @@ def hang(spec: GenerationSpec, run: Run) -> dict[str, Any]:
 
 
 def look_around(spec: GenerationSpec, run: Run) -> dict[str, Any]:
-    """Tells what it was given."""
-    return {
+    """Tells what it was given, and leaves some of it changed."""
+    found = {
         "environment": sorted(os.environ),
         "device": run.device,
         "folder": str(Path.cwd()),
+        "files": len([*Path("/proc/self/fd").iterdir()]),
+        "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+        "hangup": signal.getsignal(signal.SIGHUP) is signal.SIG_DFL,
         "session": os.getsid(0) == os.getpid(),
         "torch": "torch" in sys.modules,
     }
+    os.environ["LEFT_BEHIND"] = "1"
+    os.dup(0)
+    os.chdir("/")
+    return found
 
 
 def silent(spec: GenerationSpec, run: Run) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import multiprocessing
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,6 +25,61 @@ from services.jobs.registry import Job, JobRegistry
 from services.jobs.signals import Bell
 
 LEASE = 1.5
+# Processes are forked from one that has these imports, which take most of a second.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["workers.app", "workers.collector"])
+
+
+class Process:
+    """``python -m ...`` with an environment of its own, output into a file and a pipe as standard input; a
+    :class:`subprocess.Popen` as far as tests need it."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        theirs, mine = FORKED.Pipe(duplex=False)
+        self.stdin = io.FileIO(os.dup(mine.fileno()), "w")
+        mine.close()
+        self._process = FORKED.Process(target=_run, args=(command, dict(environment), log, theirs))
+        self._process.start()
+        theirs.close()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit status if it has ended; a negative number is a signal."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status once it has ended."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal if it has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], log: Path, stdin: Connection) -> None:
+    os.dup2(stdin.fileno(), 0)
+    stdin.close()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = list(command)
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 def wait_for(what: str, check: Callable[[], Any], seconds: float = 20.0) -> Any:
@@ -51,11 +110,11 @@ class Stack:
         self.registry = JobRegistry.open(f"sqlite:///{self.state / 'registry.db'}")
         self.store = ArtifactStore(str(self.state / "store"))
         self.bell = Bell(redis_url)
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Process] = []
         self.logs = folder / "logs"
         self.logs.mkdir()
 
-    def start(self, *command: str, **settings: str) -> subprocess.Popen[bytes]:
+    def start(self, *command: str, **settings: str) -> Process:
         """A process of the platform."""
         environment = {
             **os.environ,
@@ -67,19 +126,15 @@ class Stack:
             "ETHOGRAM_GRACE_SECONDS": "3",
             **{f"ETHOGRAM_{name.upper()}": value for name, value in settings.items()},
         }
-        log = (self.logs / f"{len(self.processes)}-{command[0]}.log").open("wb")
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
-        )
-        log.close()
+        process = Process(command, environment, self.logs / f"{len(self.processes)}-{command[0]}.log")
         self.processes.append(process)
         return process
 
-    def worker(self, job: str = "count", **settings: str) -> subprocess.Popen[bytes]:
+    def worker(self, job: str = "count", **settings: str) -> Process:
         """A worker whose jobs are run by a function of ``tests/workers/science.py``, or by ``module:function``."""
         return self.start("tests.workers.worker", job, "--parent-pipe", **settings)
 
-    def reconciler(self) -> subprocess.Popen[bytes]:
+    def reconciler(self) -> Process:
         """A reconciler."""
         return self.start("workers.reconciler", "--parent-pipe")
 
@@ -114,13 +169,13 @@ class Stack:
         found: Job = wait_for(f"a checkpoint of {job.id}; {self.said()}", check)
         return found
 
-    def server(self, worker: subprocess.Popen[bytes]) -> int:
+    def server(self, worker: Process) -> int:
         """Process id of the worker's one fork server."""
         servers = wait_for("a fork server", lambda: psutil.Process(worker.pid).children())
         pid: int = servers[0].pid
         return pid
 
-    def child(self, worker: subprocess.Popen[bytes]) -> int:
+    def child(self, worker: Process) -> int:
         """Process id of the worker's one job."""
         children = wait_for("a child", lambda: psutil.Process(self.server(worker)).children())
         pid: int = children[0].pid
@@ -151,7 +206,6 @@ class Stack:
                 process.send_signal(signal.SIGCONT)
                 process.kill()
             process.wait()
-            assert process.stdin is not None
             process.stdin.close()
         self.bell.close(0.1)
         self.registry.close()

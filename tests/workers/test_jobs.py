@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis as redis_client
 
@@ -15,7 +17,7 @@ from ethogram.specs.clt import ActivationsSpec
 from services.jobs.registry import JobState
 from services.jobs.signals import CHANNEL
 from tests.clt.conftest import small_policy
-from tests.workers.stack import Stack
+from tests.workers.stack import Stack, wait_for
 
 
 def expected(steps: int, seed: int = 0) -> float:
@@ -110,17 +112,25 @@ def test_a_killed_process_is_a_crashed_attempt_with_its_last_words(stack: Stack)
 
 
 def test_a_system_that_does_not_load_says_why(stack: Stack) -> None:
-    stack.worker("tests.workers.broken:run")
+    worker = stack.worker("tests.workers.broken:run")
     job = stack.wait(stack.submit(max_attempts=1))
     assert job.state is JobState.FAILED
     assert any("no module named tensorflow" in line for line in stack.log(job))
+    # Parts of the import may be left in the fork server.
+    wait_for("the fork server to end", lambda: not psutil.Process(worker.pid).children())
 
 
 def test_a_module_that_cannot_be_forked_is_imported_in_a_process_of_its_own(stack: Stack) -> None:
     stack.worker("tests.workers.threaded:run")
+    imports = []
     for _ in range(2):
         done = stack.wait(stack.submit(max_attempts=1))
         assert done.result is not None and "of the import" in done.result["threads"]
+        (took,) = [re.findall(r"imports ([\d.]+) s", line) for line in stack.log(done) if "apart from" in line]
+        imports.append(float(took[0]))
+    # The first job has waited for the server's import too.
+    assert imports[0] >= 0.4 and imports[1] >= 0.2
+    assert stack.said().count("importing tests.workers.threaded:run started the threads of the import") == 1
 
 
 def test_a_process_that_ends_before_it_serves_says_why(stack: Stack) -> None:
@@ -133,8 +143,12 @@ def test_a_process_that_ends_before_it_serves_says_why(stack: Stack) -> None:
 
 def test_the_child_sees_only_what_it_may(stack: Stack, tmp_path: Path) -> None:
     stack.worker("look_around", database_url=f"sqlite:///{stack.state / 'registry.db'}")
-    job = stack.wait(stack.submit())
-    assert job.result is not None, stack.said()
+    job, second = (stack.wait(stack.submit()) for _ in range(2))
+    assert job.result is not None and second.result is not None, stack.said()
+    # Nothing is left of another job's process.
+    assert {**second.result, "folder": job.result["folder"]} == job.result
+    assert job.result["folder"] != second.result["folder"]
+    assert job.result["interrupt"] and job.result["hangup"]
     assert not [name for name in job.result["environment"] if name.startswith("ETHOGRAM") or "REDIS" in name]
     assert job.result["session"]
     assert job.result["device"] == "cpu"

@@ -29,10 +29,11 @@ from services.jobs.signals import CHANNEL, Bell, Notifier, celery_queue, checked
 from services.runtime import scratch
 from tests.conftest import free_port
 from tests.workers.stack import gone, wait_for
+from workers import child as child_process
 from workers import process
 from workers.ledger import Context
 from workers.metrics import ReconcilerMetrics, WorkerMetrics
-from workers.process import MAX_SOCKET_PATH, Child, ForkServer, child_environment, describe_exit
+from workers.process import MAX_SOCKET_PATH, Child, ChildFailed, ForkServer, child_environment, describe_exit
 from workers.reconciler import Reconciler
 from workers.settings import Slot, WorkerSettings, slots_of
 from workers.supervisor import run_attempt
@@ -186,7 +187,7 @@ def test_the_environment_of_a_child() -> None:
 LIGHT = replace(KINDS["generation"], job="tests.workers.science:count")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
     with closing(ForkServer(SLOT)) as made:
         yield made
@@ -233,6 +234,9 @@ def test_a_fork_server_that_is_killed_takes_its_job_along_and_is_started_again(
     os.kill(parent, signal.SIGKILL)
     if running:
         assert child.died(5) == -signal.SIGKILL
+        # Its number may be another's by now.
+        assert child.pid is None
+        child.kill()
         child.close(grace=3)
     wait_for("both to end", lambda: gone(job) and gone(parent))
     again = Child(LIGHT, server, tmp_path)
@@ -241,17 +245,63 @@ def test_a_fork_server_that_is_killed_takes_its_job_along_and_is_started_again(
 
 
 def test_what_jobs_import_survives_a_fork() -> None:
-    """No import of a kind starts threads or touches a device, and a forked process can compute with all threads."""
+    """No import of a kind starts threads of its own or touches a device, and a forked process can compute with all
+    threads. Those of libraries, which only a slot's environment makes them start, survive it."""
     code = (
-        "import os; from ethogram.specs.kinds import KINDS; from workers.child import load, may_fork\n"
-        "for kind in KINDS.values(): load(kind.job)\n"
-        "import torch\n"
-        "assert may_fork() and not torch.cuda.is_initialized()\n"
+        "import _thread, os, time; from ethogram.specs.kinds import KINDS\n"
+        "from workers.child import fork_obstacle, load, renew\n"
+        "assert all([load(kind.job) for kind in KINDS.values()])\n"
+        "import numpy, torch\n"
+        "assert not fork_obstacle() and not torch.cuda.is_initialized()\n"
         "if os.fork() == 0:\n"
-        "    torch.set_num_threads(2); x = torch.ones(700, 700); assert float((x @ x)[0, 0]) == 700; os._exit(7)\n"
-        "assert os.waitstatus_to_exitcode(os.wait()[1]) == 7"
+        "    torch.set_num_threads(2)\n"
+        "    for x in (torch.ones(700, 700), numpy.ones((700, 700))): assert float((x @ x)[0, 0]) == 700\n"
+        "    os._exit(7)\n"
+        "assert os.waitstatus_to_exitcode(os.wait()[1]) == 7\n"
+        "numpy.random.seed(0); first = numpy.random.rand(); numpy.random.seed(0); renew()\n"
+        "assert first != numpy.random.rand(), 'two jobs draw the same'\n"
+        "_thread.start_new_thread(time.sleep, (60,))\n"
+        "assert fork_obstacle().startswith('started the threads '), 'a thread that Python does not list'"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    environment = child_environment(SLOT, os.environ)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+
+
+def test_a_device_that_is_open_does_not_survive_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child_process, "DEVICES", (str(tmp_path / "nvidia"),))
+    with (tmp_path / "nvidia0").open("w"):
+        assert child_process.fork_obstacle() == f"opened {tmp_path / 'nvidia0'}"
+
+
+def test_a_fork_that_fails_is_told_and_the_next_job_has_a_new_server(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os; from workers import child\n"
+        "def fork(): raise OSError(11, 'Resource temporarily unavailable')\n"
+        "os.fork = fork; child.main()"
+    )
+    server.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "module_command", lambda *_: [sys.executable, "-c", code])
+        child = Child(LIGHT, server, tmp_path)
+        with pytest.raises(ChildFailed, match="the process that starts the slot's jobs ended"):
+            child.wait_ready(lambda: False)
+        assert "Resource temporarily unavailable" in child.last_output()
+        child.close(grace=0)
+    child = Child(LIGHT, server, tmp_path)
+    child.wait_ready(lambda: False)
+    child.close(grace=3)
+
+
+def test_a_process_that_has_no_group_yet_can_be_killed(server: ForkServer, tmp_path: Path) -> None:
+    child = Child(LIGHT, server, tmp_path)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        child.pid = other.pid
+        child.kill()
+        assert other.wait(5) == -signal.SIGKILL
+    child.pid = None
+    child.close(grace=0)
 
 
 @pytest.fixture
@@ -272,7 +322,13 @@ def short_folder() -> Iterator[Path]:
     ],
 )
 def test_the_socket_is_where_it_can_be(
-    tmpdir: str | None, shared: str, chosen: str, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmpdir: str | None,
+    shared: str,
+    chosen: str,
+    *,
+    server: ForkServer,
+    short_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("own", "run", "shared", "long" * 30):
         (short_folder / name).mkdir()
@@ -282,11 +338,10 @@ def test_the_socket_is_where_it_can_be(
         monkeypatch.setenv("TMPDIR", str(short_folder / tmpdir))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_folder / "run"))
     monkeypatch.setattr(process, "SHARED_TMP", str(short_folder / shared))
-    with closing(ForkServer(SLOT)) as server:
-        child = Child(LIGHT, server, short_folder)
-        assert child.socket.parent.parent == short_folder / chosen
-        child.wait_ready(lambda: False)
-        child.close(grace=3)
+    child = Child(LIGHT, server, short_folder)
+    assert child.socket.parent.parent == short_folder / chosen
+    child.wait_ready(lambda: False)
+    child.close(grace=3)
     assert not any(path.name.startswith("ethogram-") for path in short_folder.glob("*/*"))
 
 
