@@ -35,6 +35,8 @@ from services.zoo.statistics import Statistics
 
 SHARD = 1024
 """Candidates to a data file, at least."""
+DICTIONARY_BYTES = 2**16
+"""Of a column's distinct values, at most; a column with more is written as it is."""
 BASELINE_INPUT = "signature.baseline"
 """Where a run has the probes that the spec names."""
 
@@ -214,7 +216,8 @@ class DatasetGenerationPipeline:
     def _write(self, shard: pyarrow.Table, folder: Path, number: int) -> None:
         """Write a data file, if it holds anything."""
         if len(shard):
-            parquet.write_table(shard, folder / data_file(number))
+            # Few numbers occur twice; a dictionary of them takes time and space.
+            parquet.write_table(shard, folder / data_file(number), dictionary_pagesize_limit=DICTIONARY_BYTES)
             self._upload(folder, data_file(number))
 
     def _copy(self, source: Path, folder: Path, name: str) -> None:
