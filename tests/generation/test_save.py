@@ -72,7 +72,7 @@ def same(one: Zoo, other: Zoo) -> None:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0, equal_nan=True)
     tables = []
     for zoo in (one, other):
-        rest = zoo.with_rest().rest
+        rest = zoo.load_rest()
         assert isinstance(rest, pyarrow.Table)
         tables.append(rest.to_pylist())
     assert tables[0] == tables[1]

@@ -402,6 +402,18 @@ def test_twins_without_corruption(made: tuple[Path, dict[str, Any]], tmp_path: P
         assert "Elsewhere it changed the accuracy after the first stage by" in text
 
 
+def test_twins_that_fail_cost_no_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, corrupted: bool) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    spec, run = staged_spec(subjects=5), Recorder()
+    monkeypatch.setattr(BucketTrainer, "two_stages", fail)
+    figures = DatasetGenerationPipeline(spec).run(tmp_path / "zoo", run)
+    assert figures["subjects"] == len(records(tmp_path / "zoo")) == 5 and "twins" not in figures
+    assert "the twins failed ([Errno 12] Cannot allocate memory); everything else is kept" in run.logs
+    write_report(tmp_path / "zoo", tmp_path / "report")
+
+
 def test_a_twin_is_the_same_but_for_the_corruption(monkeypatch: pytest.MonkeyPatch) -> None:
     """The effect on one candidate, from two specs that differ in the corruption rate alone."""
     corrupted, clean = (BucketTrainer(staged_spec(changes)) for changes in ({}, {"corruption_rate": 0.0}))

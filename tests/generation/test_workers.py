@@ -49,13 +49,13 @@ def test_modules_of_the_users_own_are_not_mistaken_for_ours(tmp_path: Path, monk
 def test_this_process_trains_beside_the_others() -> None:
     trainer = BucketTrainer(small_spec())
     for others in (0, 1):
-        with closing(Workers(trainer, others, here=True)) as pool:
+        with closing(Workers(trainer, others, in_process=True)) as pool:
             blocks = [pool.submit(number, 0) for number in range(3)]
             assert all(block.result().table.num_rows for block in blocks)
             assert len(pool._processes) == others
     # On closing, what trains here ends too.
     endless = BucketTrainer(small_spec(training={"steps": 1_000_000}))
-    pool = Workers(endless, 0, here=True)
+    pool = Workers(endless, 0, in_process=True)
     block = pool.submit(0, 0)
     while not block.running():
         time.sleep(0.01)
