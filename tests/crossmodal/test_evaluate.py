@@ -232,6 +232,37 @@ def test_lookups_are_judged_on_all_edits_and_tuning_on_some(
     assert result["figures"]["add.same_label.available"] == pytest.approx(looked_up / asked)
     # An addition asks for up to three behaviours, and training networks have one or two.
     assert looked_up < asked
+    for mode, prefix in (("residual", ""), ("direct", "direct.")):
+        for way in ("same_label", "nearest_train"):
+            rows = [row for row in result["others"] if (row["operation"], row["variant"]) == ("add", way)]
+            kept = [row[f"{mode}.kept_mean"] for row in rows]
+            assert result["figures"][f"{prefix}add.where_{way}.kept_mean"] == pytest.approx(sum(kept) / len(kept))
+            kept_of_all = [
+                row["kept_mean"]
+                for row in result["steering"]
+                if (row["operation"], row.get("mode"), row.get("variant")) == ("add", mode, "edit")
+            ]
+            assert (kept == pytest.approx(kept_of_all)) == (way == "nearest_train")
+
+
+def test_same_label_is_the_nearest_of_those(zoo: Zoo, untrained: Codec) -> None:
+    train = untrained.preprocessor.subjects(zoo, torch.arange(60), untrained.device)
+    ways = Baselines(untrained, train, Queries.build(zoo.universe, zoo.architecture, 0))
+    edit = every_edit([p.name for p in zoo.patterns], replace=False)[0]
+    subjects = train.at((~train.labels[:, 0]).nonzero().squeeze(1))
+    latents = untrained.latents(subjects.inputs, subjects.shape)
+    found, available = ways.edit(subjects, latents, edit, tune=False)["same_label"]
+    steered = latents + untrained.signs([edit]) @ untrained.directions["learned"]
+    wanted = subjects.labels | (untrained.signs([edit]) > 0)
+    choices = 0
+    for row in range(len(found)):
+        fitting = [i for i in range(60) if torch.equal(train.labels[i], wanted[row])]
+        assert bool(available[row]) == bool(fitting)
+        if fitting:
+            nearest = min(fitting, key=lambda i: float((ways._latents[i] - steered[row]).norm()))
+            assert torch.equal(found[row], train.weights[nearest])
+            choices += nearest != fitting[0]
+    assert choices
 
 
 def test_a_network_of_another_shape_is_never_the_nearest(zoo: Zoo, untrained: Codec) -> None:
