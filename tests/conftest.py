@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -24,7 +27,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ON_THE_PLATFORM = {
     *(f"tests/client/test_{name}.py" for name in ("cli", "client", "deletion", "retries")),
     "tests/e2e/test_clt.py",
+    "tests/gateway/test_generated_clients.py",
 }
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 def free_port() -> int:
@@ -54,6 +60,27 @@ def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if "matplotlib.figure" in sys.modules and "pictures" not in request.keywords:
         figure = sys.modules["matplotlib.figure"].Figure
         monkeypatch.setattr(figure, "savefig", lambda _, file, **__: file.write(b"not drawn"))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once(name, make)``: a folder that ``make`` filled, for tests that only read it. All processes of a session
+    share it; the first to ask makes it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        made = root / f"once-{name}"
+        with made.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                with TemporaryDirectory(dir=root) as scratch:
+                    make(Path(scratch, "made"))
+                    Path(scratch, "made").rename(made)
+        return made
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,7 @@ from services.generation.report import write_report
 from services.zoo.dataset import Zoo
 from services.zoo.source import open_zoo
 from services.zoo.statistics import Statistics
-from tests.generation.conftest import PATTERNS
-from tests.generation.test_staged import records
+from tests.generation.conftest import PATTERNS, records
 
 ANYTHING = {"min_degradation_threshold": 0.0, "max_instability": 1.0, "min_specificity": -1.0}
 STAGED = {"examples": 16, "batch_size": 8, "epochs": 1, "improvement_epochs": 1, **ANYTHING}
