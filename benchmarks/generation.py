@@ -57,31 +57,39 @@ def small(**changes: Any) -> GenerationSpec:
 
 
 def speed(arguments: argparse.Namespace) -> Figures:
-    """Records a second beside the plain loop's, both presets; and accuracy beside the plain loop's."""
+    """Candidates a second beside the plain loop's, both presets; and held-out accuracy beside the plain loop's.
+
+    Our time has everything in it: start, checks, files, and the twins, which count as candidates. The plain loop's time
+    is that of its candidates alone, the first ones; it trains no twins.
+    """
     figures: Figures = {}
-    records, candidates = arguments.records, arguments.candidates
-    for name, spec, tried, bar in (
-        ("plain_loop_ratio", example(subjects=records), candidates, 5.0),
-        ("small_preset_ratio", small(subjects=records), 2 * candidates, 30.0),
+    records, tried = arguments.records, arguments.candidates
+    for name, spec, bar in (
+        ("plain_loop_ratio", example(subjects=records), 5.0),
+        ("small_preset_ratio", small(subjects=records), 30.0),
     ):
         with tempfile.TemporaryDirectory() as folder:
-            pipeline = DatasetGenerationPipeline(spec)
-            began = time.monotonic()
-            made = pipeline.run(Path(folder) / "zoo")
+            zoo, began = Path(folder) / "zoo", time.monotonic()
+            made = DatasetGenerationPipeline(spec).run(zoo)
             seconds = time.monotonic() - began
-        rate, trained, share = records / seconds, made["candidates"] / seconds, made["subjects"] / made["candidates"]
-        say(f"{name}: {rate:.1f} records/s, {trained:.1f} candidates/s, {share:.0%} accepted {made['rejected']}")
+            tables = [table.to_pylist() for table in read_records(zoo, ["index", "accuracy"])]
+        ours = {row["index"]: row["accuracy"] for table in tables for row in table}
+        candidates, twins = made["candidates"], 2 * made["twins"]["candidates"]
+        rate, accepted = (candidates + twins) / seconds, 1 - sum(made["rejected"].values()) / candidates
+        say(f"{name}: {seconds:.0f} s for {candidates} candidates, and {twins} trained for the twins")
+        say(f"{rate:.1f} candidates/s, {records / seconds:.1f} records/s, {accepted:.1%} accepted {made['rejected']}")
         plain_seconds, plain = plain_loop(spec, tried)
-        # Both judge the same candidates, and accept the same share but for rounding.
-        peer = len(plain) / plain_seconds
-        say(f"plain loop: {peer:.1f} records/s, {tried / plain_seconds:.1f} candidates/s")
-        figures[name] = Figure(rate, ">=", bar, peer, judged="ratio")
+        say(f"plain loop: {tried / plain_seconds:.1f} candidates/s, {len(plain) / tried:.1%} accepted")
+        figures[name] = Figure(rate, ">=", bar, tried / plain_seconds, judged="ratio")
         if name == "plain_loop_ratio":
-            figures["records_per_s"] = Figure(rate, ">=", 40.0)
+            figures["records_per_s"] = Figure(records / seconds, ">=", 40.0)
+            figures["acceptance"] = Figure(accepted)
             figures["bmm_fraction"] = Figure(_bmm_fraction(BucketTrainer(spec)), ">=", 0.4)
-            mean = statistics.fmean(statistics.fmean(record.accuracy) for record in plain)
-            say(f"held-out accuracy: {made['accuracy']:.4f}, plain loop {mean:.4f} over {len(plain)} records")
-            figures["accuracy_difference"] = Figure(made["accuracy"] - mean, ">=", -0.005)
+            both = [record for record in plain if record.candidate in ours]
+            mean = statistics.fmean(statistics.fmean(ours[record.candidate]) for record in both)
+            plain_mean = statistics.fmean(statistics.fmean(record.accuracy) for record in both)
+            say(f"held-out accuracy: {mean:.4f}, plain loop {plain_mean:.4f}; of {len(both)} that both accepted")
+            figures["accuracy_difference"] = Figure(mean - plain_mean, ">=", -0.005)
     return figures
 
 
@@ -233,6 +241,6 @@ if __name__ == "__main__":
     parts = dict(speed=speed, truth=truth, memory=memory, resume=resume)
     parser = _kit.parser(__doc__, parts)
     parser.add_argument("--records", type=int, default=5000, help="records of each preset (5000)")
-    parser.add_argument("--candidates", type=int, default=800, help="candidates of the plain loop (800)")
+    parser.add_argument("--candidates", type=int, default=1700, help="candidates of the plain loop (1700)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of kills (0)")
     _kit.run("generation", parser.parse_args(), parts)

@@ -81,8 +81,10 @@ class DatasetGenerationPipeline:
         run.log(f"{progress.accepted} of {progress.candidates} candidates accepted{kept}; rejected: {causes}")
         facts: dict[str, Any] = {"subjects": subjects, "candidates": progress.candidates, "rejected": rejected}
         if self.spec.part is None:
-            twins = {} if self.spec.staged is None else {"twins": paired_effect(self.bucket_trainer, run)}
-            return self._describe(folder, facts | twins, run)
+            if self.spec.staged is not None:
+                with run.side_output("the twins"):
+                    facts["twins"] = paired_effect(self.bucket_trainer, run)
+            return self._describe(folder, facts, run)
         self._write_about(folder, facts | {"blocks": progress.blocks})
         return facts
 
@@ -154,7 +156,8 @@ class DatasetGenerationPipeline:
             while (missing := self._goal - self._done(progress)) > 0:
                 acceptance = progress.acceptance if self.spec.part is None else 1.0
                 needed = math.ceil(missing / (trainer.block_size * acceptance))
-                while len(pending) < needed and sum(map(len, pending)) < 2 * workers:
+                # Beside the block that is waited for, which may be at its last bucket.
+                while len(pending) < needed and sum(map(len, islice(pending, 1, None))) < 2 * workers:
                     pending.append([submit(number, part) for part in range(len(trainer.buckets(number)))])
                     number += 1
                 yield Block.merge([future.result() for future in pending.popleft()])
@@ -250,4 +253,6 @@ def generate(spec: GenerationSpec, run: Run | None = None) -> Zoo:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "zoo"
         DatasetGenerationPipeline(spec, run.device, run.inputs.get(BASELINE_INPUT)).run(folder, run)
-        return Zoo.load(folder).with_rest()
+        zoo = Zoo.load(folder)
+        zoo.load_rest()
+        return zoo

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -15,14 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import pyarrow
 import torch
 
 from ethogram.platform.process import module_command, server_environment
-from ethogram.specs.generation import REGISTERED, GenerationSpec
+from ethogram.specs.generation import REGISTERED
 from services.generation.buckets import Block, BucketTrainer
+from services.generation.sampler import PatternDatasetSampler
 
 _CAUSES = b"causes"
 WORTH_PROCESSES = 8.0
@@ -40,7 +41,7 @@ def side_by_side(trainer: BucketTrainer, networks: int, workers: int) -> Iterato
     small lose more in synchronisation than they gain. On leaving, what is in training ends at once."""
     seconds = networks * _seconds_per_network(trainer)
     if workers > 1 and seconds > WORTH_PROCESSES and not REGISTERED.intersection(trainer.names):
-        with closing(Workers(trainer.spec, workers - 1, trainer.baseline, here=trainer)) as processes:
+        with closing(Workers(trainer, workers - 1, in_process=True)) as processes:
             yield processes.submit
         return
     with threads(trainer, workers) as pool:
@@ -73,21 +74,19 @@ def _seconds_per_network(trainer: BucketTrainer) -> float:
 
 
 class Workers:
-    """``count`` processes that work on one spec, each on one core; with ``here``, the trainer of that spec in this
-    process, a thread of this process works beside them, and need not wait for a start. :meth:`close` ends them."""
+    """``count`` processes that train what ``trainer`` does, each on one core; with ``in_process``, a thread of this
+    process works beside them, and need not wait for a start. :meth:`close` ends them."""
 
-    def __init__(
-        self, spec: GenerationSpec, count: int, baseline: Path | None = None, *, here: BucketTrainer | None = None
-    ) -> None:
-        self._task = json.dumps([spec.model_dump(mode="json"), None if baseline is None else str(baseline)])
+    def __init__(self, trainer: BucketTrainer, count: int, *, in_process: bool = False) -> None:
+        self._trainer, self._in_process_is_free = trainer, in_process
+        trainer.subject_trainer.stop.clear()
+        # Drawing the pools takes about as long as a process takes to start.
+        self._task = pickle.dumps(trainer.sampler)
         self._lock, self._closed = threading.Lock(), False
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._here, self._left_here = here, here
-        if here is not None:
-            here.subject_trainer.stop.clear()
-        # Each thread of the pool has a process; with `here`, the first has none.
+        # Each thread of the pool has a process; with `in_process`, the first has none.
         self._thread = threading.local()
-        self._pool = ThreadPoolExecutor(count + (here is not None), "bucket", self._start)
+        self._pool = ThreadPoolExecutor(count + in_process, "bucket", self._start)
 
     def submit(self, block: int, part: int) -> Future[Block]:
         """Train and check one bucket of a block."""
@@ -95,8 +94,7 @@ class Workers:
 
     def close(self) -> None:
         """End them at once."""
-        if self._here is not None:
-            self._here.subject_trainer.stop.set()
+        self._trainer.subject_trainer.stop.set()
         with self._lock:
             self._closed = True
             for process in self._processes:
@@ -106,13 +104,14 @@ class Workers:
             process.communicate()
 
     def _ask(self, block: int, part: int) -> Block:
-        trainer: BucketTrainer | None = self._thread.trainer
-        if trainer is not None:
-            return trainer.train(trainer.buckets(block)[part])
-        process: subprocess.Popen[bytes] = self._thread.process
-        assert process.stdout is not None
+        process: subprocess.Popen[bytes] | None = self._thread.process
+        if process is None:
+            return self._trainer.train(self._trainer.buckets(block)[part])
+        assert process.stdin is not None and process.stdout is not None
         try:
-            _send(process, json.dumps([block, part]))
+            process.stdin.write(self._thread.unsent + json.dumps([block, part]).encode() + b"\n")
+            process.stdin.flush()
+            self._thread.unsent = b""
             with pyarrow.ipc.open_stream(process.stdout) as stream:
                 table = stream.read_all()
             return Block(table.replace_schema_metadata(), json.loads(table.schema.metadata[_CAUSES]))
@@ -121,9 +120,10 @@ class Workers:
 
     def _start(self) -> None:
         """Start the process of this thread, or have it train itself."""
+        self._thread.process, self._thread.unsent = None, self._task
         with self._lock:
-            self._thread.trainer, self._left_here = self._left_here, None
-        if self._thread.trainer is not None:
+            in_process, self._in_process_is_free = self._in_process_is_free, False
+        if in_process:
             torch.set_num_threads(1)
             return
         process = subprocess.Popen(
@@ -139,13 +139,6 @@ class Workers:
             if self._closed:
                 process.kill()
         self._thread.process = process
-        _send(process, self._task)
-
-
-def _send(process: subprocess.Popen[bytes], line: str) -> None:
-    assert process.stdin is not None
-    process.stdin.write(line.encode() + b"\n")
-    process.stdin.flush()
 
 
 def main() -> None:
@@ -156,8 +149,9 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(1)
     requests = sys.stdin.buffer
-    spec, baseline = json.loads(requests.readline())
-    trainer = BucketTrainer(GenerationSpec.model_validate(spec), baseline=None if baseline is None else Path(baseline))
+    # Of the parent, and nobody else's.
+    sampler: PatternDatasetSampler = pickle.load(requests)  # noqa: S301
+    trainer = BucketTrainer(sampler.spec, sampler=sampler)
     for line in requests:
         block, part = json.loads(line)
         answer = trainer.train(trainer.buckets(block)[part])

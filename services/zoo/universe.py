@@ -39,6 +39,10 @@ class Universe:
         self.enumerated = self.size <= MAX_ENUMERATED
         """Whether the universe is small enough to enumerate."""
 
+    def __getstate__(self) -> dict[str, object]:
+        # Not the large tensors, which are made anew where they are needed.
+        return {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
+
     @cached_property
     def sequences(self) -> Tensor:
         """Every sequence in alphabetical order: int64 ``[size, length]``."""

@@ -28,6 +28,13 @@ PATTERNS = [
     PatternSpec(name="sorted_descending"),
     PatternSpec(name="vowel_consonant"),
 ]
+ANYTHING: dict[str, Any] = {
+    "min_degradation_threshold": 0.0,
+    "min_specificity": -1.0,
+    "max_instability": 1.0,
+    "max_other_degradation": 1.0,
+}
+"""Checks of staged training that every candidate passes whose target pattern did not get worse."""
 
 
 def small_spec(**changes: Any) -> GenerationSpec:
@@ -70,6 +77,7 @@ def staged_spec(staged: dict[str, Any] | None = None, **changes: Any) -> Generat
             "learning_rate": {"min": 5e-3, "max": 2e-2},
             "min_specificity": 0.05,
             "max_instability": 0.3,
+            "max_other_degradation": 0.3,
             **(staged or {}),
         },
         "signature": {"probes": 12, "methods": ["mean", "std"]},

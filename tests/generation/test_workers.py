@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -41,20 +41,20 @@ def test_modules_of_the_users_own_are_not_mistaken_for_ours(tmp_path: Path, monk
     for file in ("services/__init__.py", "types.py", "ethogram.py"):
         (tmp_path / file).write_text("raise RuntimeError('not this one')")
     monkeypatch.chdir(tmp_path)
-    with closing(Workers(small_spec(), 1)) as pool:
+    with closing(Workers(BucketTrainer(small_spec()), 1)) as pool:
         assert pool.submit(0, 0).result().table.num_rows
 
 
 def test_this_process_trains_beside_the_others() -> None:
-    spec, alone = small_spec(), BucketTrainer(small_spec())
+    trainer = BucketTrainer(small_spec())
     for others in (0, 1):
-        with closing(Workers(spec, others, here=alone)) as pool:
+        with closing(Workers(trainer, others, in_process=True)) as pool:
             blocks = [pool.submit(number, 0) for number in range(3)]
             assert all(block.result().table.num_rows for block in blocks)
             assert len(pool._processes) == others
     # On closing, what trains here ends too.
     endless = BucketTrainer(small_spec(training={"steps": 1_000_000}))
-    pool = Workers(endless.spec, 0, here=endless)
+    pool = Workers(endless, 0, in_process=True)
     block = pool.submit(0, 0)
     while not block.running():
         time.sleep(0.01)
@@ -64,7 +64,7 @@ def test_this_process_trains_beside_the_others() -> None:
 
 
 def test_a_process_that_dies_is_told_and_leaves_no_others() -> None:
-    pool = Workers(small_spec(), 2)
+    pool = Workers(BucketTrainer(small_spec()), 2)
     pool.submit(0, 0).result()
     (process,) = pool._processes
     process.kill()
@@ -85,15 +85,16 @@ def test_a_process_that_nobody_listens_to_ends_quietly() -> None:
     )
     assert process.stdout is not None
     process.stdout.close()
-    task = json.dumps([small_spec().model_dump(mode="json"), None])
-    assert process.communicate(f"{task}\n[0, 0]\n".encode())[1] == b""
+    task = pickle.dumps(BucketTrainer(small_spec()).sampler)
+    assert process.communicate(task + b"[0, 0]\n")[1] == b""
 
 
 def test_processes_end_with_who_started_them() -> None:
     code = (
+        "from services.generation.buckets import BucketTrainer\n"
         "from services.generation.workers import Workers\n"
         "from tests.generation.conftest import small_spec\n"
-        "workers = Workers(small_spec(), 1)\n"
+        "workers = Workers(BucketTrainer(small_spec()), 1)\n"
         "workers.submit(0, 0).result()\n"
         "print(workers._processes[0].pid, flush=True)\n"
         "import time; time.sleep(60)"
