@@ -16,7 +16,7 @@ from ethogram.specs.edits import Edit
 from ethogram.specs.generation import SignatureSpec
 from services.crossmodal import baselines
 from services.crossmodal import evaluate as judging
-from services.crossmodal.baselines import Baselines, fine_tuned
+from services.crossmodal.baselines import FINE_STEPS, Baselines, fine_tuned
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, split_subjects
 from services.crossmodal.evaluate import (
@@ -207,7 +207,6 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
 def test_lookups_are_judged_on_all_edits_and_tuning_on_some(
     zoo: Zoo, untrained: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "FINE_STEPS", 1)
     every = evaluate(untrained, zoo)
     monkeypatch.setattr(judging, "CHUNK", 5)
     result = evaluate(untrained, zoo)
@@ -276,10 +275,7 @@ def test_a_network_of_another_shape_is_never_the_nearest(zoo: Zoo, untrained: Co
 
 
 @pytest.mark.parametrize("signature", [{"methods": ["mean", "std"]}, {"activations": "post"}])
-def test_without_raw_activations_there_is_nothing_to_solve(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signature: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(baselines, "FINE_STEPS", 1)
+def test_without_raw_activations_there_is_nothing_to_solve(zoo: Zoo, tmp_path: Path, signature: dict[str, Any]) -> None:
     spec = zoo.spec.model_copy(update={"signature": SignatureSpec(probes=len(zoo.probes), **signature)})
     other = replace(zoo, spec=spec)
     codec = CodecTrainer(tiny_spec(), other).codec()
@@ -292,10 +288,7 @@ def test_without_raw_activations_there_is_nothing_to_solve(
     assert ("cannot determine the weights" in page) == unclear and "least squares" not in page
 
 
-def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.crossmodal.baselines.FINE_STEPS", 1)
+def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(zoo: Zoo, tmp_path: Path) -> None:
     alone = zoo.labels.sum(1) == 1
     parts = {name: getattr(zoo, name)[alone] for name in ("index", "shape", "weights", "labels", "accuracy")}
     ones = replace(zoo, **parts)
@@ -318,7 +311,10 @@ def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
     assert [len(axis.get_yticks()) for axis in axes[::3]] == [4, 4, 12]
 
 
-def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(zoo: Zoo, untrained: Codec) -> None:
+def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(
+    zoo: Zoo, untrained: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "FINE_STEPS", FINE_STEPS)
     subjects = untrained.preprocessor.subjects(zoo, torch.arange(40))
     asked = next(one for one in every_edit([p.name for p in zoo.patterns], replace=False) if one.operation == "add")
     source = untrained.yes(subjects.weights, subjects.shape)

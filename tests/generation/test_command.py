@@ -21,7 +21,7 @@ from services.generation.__main__ import app
 from services.generation.json_form import export_json
 from services.runtime.console import ConsoleRun
 from services.runtime.folders import RunFolder
-from tests.generation.test_staged import records, staged_spec
+from tests.generation.conftest import records, staged_spec
 from tests.hub_server import reach, serve
 
 TASKS = ("modification", "classification")

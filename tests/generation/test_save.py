@@ -22,8 +22,7 @@ from services.generation.report import write_report
 from services.zoo.dataset import Zoo
 from services.zoo.source import open_zoo
 from services.zoo.statistics import Statistics
-from tests.generation.conftest import ANYTHING, PATTERNS
-from tests.generation.test_staged import records
+from tests.generation.conftest import ANYTHING, PATTERNS, records
 
 STAGED = {"examples": 16, "batch_size": 8, "epochs": 1, "improvement_epochs": 1, **ANYTHING}
 stages: st.SearchStrategy[dict[str, Any]] = st.sampled_from(

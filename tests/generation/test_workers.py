@@ -11,6 +11,7 @@ import time
 from concurrent.futures import CancelledError
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,18 +21,16 @@ from services.generation.buckets import BucketTrainer
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.workers import Workers
 from services.zoo.dataset import Zoo
-from tests.generation.conftest import small_spec
+from tests.generation.conftest import records, small_spec, staged_spec
 from tests.generation.test_generate import same
-from tests.generation.test_staged import records, staged_spec
 
 
-def test_the_same_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    DatasetGenerationPipeline(staged_spec()).run(tmp_path / "here")
+def test_the_same_zoo(staged: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     DatasetGenerationPipeline(small_spec()).run(tmp_path / "here-too")
     monkeypatch.setattr(workers, "WORTH_PROCESSES", 0.0)
     DatasetGenerationPipeline(staged_spec()).run(tmp_path / "there")
     DatasetGenerationPipeline(small_spec()).run(tmp_path / "there-too")
-    assert records(tmp_path / "there") == records(tmp_path / "here")
+    assert records(tmp_path / "there") == records(staged[0])
     assert same(Zoo.load(tmp_path / "there-too"), Zoo.load(tmp_path / "here-too"))
     mine = psutil.Process().children(recursive=True)
     assert not [child for child in mine if "services.generation.workers" in child.cmdline()]
