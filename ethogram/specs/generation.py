@@ -235,10 +235,13 @@ class StagedSpec(Spec):
     min_specificity: float = Field(0.15, ge=-1, le=1)
     """Specificity check: how much that gain must at least exceed the mean gain everywhere else: the mean over the
     other patterns and the sequences that match none."""
-    max_instability: float = Field(0.2, ge=0, le=1)
-    """Stability check: maximum change of accuracy, for the worse or the better, on any of the subject's other patterns,
-    and on average over the sequences to which it must answer no. A loss means that the second stage harmed them, a gain
-    that the first had."""
+    max_instability: float = Field(0.1, ge=0, le=1)
+    """Stability check: maximum loss of accuracy, from degraded to improved, on any of the subject's other patterns, and
+    on average over the patterns and other sequences to which it must answer no."""
+    max_other_degradation: float = Field(0.2, ge=0, le=1)
+    """Check that the first stage left the rest alone: maximum gain in accuracy, from degraded to improved, on any other
+    pattern and on the sequences that match none. The degraded network must also be better than chance on each of the
+    subject's other patterns, unless ``min_degradation_threshold`` is 0."""
 
 
 SignatureMethod = Literal[

@@ -615,6 +615,7 @@ class StagedSpec(_message.Message):
     MIN_DEGRADATION_THRESHOLD_FIELD_NUMBER: _builtins.int
     MIN_SPECIFICITY_FIELD_NUMBER: _builtins.int
     MAX_INSTABILITY_FIELD_NUMBER: _builtins.int
+    MAX_OTHER_DEGRADATION_FIELD_NUMBER: _builtins.int
     examples: _builtins.int
     """Sequences in each subject's dataset; half of them match one of its patterns."""
     batch_size: _builtins.int
@@ -640,9 +641,13 @@ class StagedSpec(_message.Message):
     patterns and the sequences that match none.
     """
     max_instability: _builtins.float
-    """Stability check: maximum change of accuracy, for the worse or the better, on any of the subject's other patterns,
-    and on average over the sequences to which it must answer no. A loss means that the second stage harmed them, a
-    gain that the first had.
+    """Stability check: maximum loss of accuracy, from degraded to improved, on any of the subject's other patterns, and
+    on average over the patterns and other sequences to which it must answer no.
+    """
+    max_other_degradation: _builtins.float
+    """Check that the first stage left the rest alone: maximum gain in accuracy, from degraded to improved, on any other
+    pattern and on the sequences that match none. The degraded network must also be better than chance on each of the
+    subject's other patterns, unless `min_degradation_threshold` is 0.
     """
     @_builtins.property
     def learning_rate(self) -> Global___FloatRange:
@@ -662,10 +667,11 @@ class StagedSpec(_message.Message):
         min_degradation_threshold: _builtins.float | None = ...,
         min_specificity: _builtins.float | None = ...,
         max_instability: _builtins.float | None = ...,
+        max_other_degradation: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_corruption_rate", b"_corruption_rate", "_epochs", b"_epochs", "_examples", b"_examples", "_improvement_epochs", b"_improvement_epochs", "_improvement_lr_factor", b"_improvement_lr_factor", "_max_instability", b"_max_instability", "_min_degradation_threshold", b"_min_degradation_threshold", "_min_specificity", b"_min_specificity", "_patience", b"_patience", "batch_size", b"batch_size", "corruption_rate", b"corruption_rate", "epochs", b"epochs", "examples", b"examples", "improvement_epochs", b"improvement_epochs", "improvement_lr_factor", b"improvement_lr_factor", "learning_rate", b"learning_rate", "max_instability", b"max_instability", "min_degradation_threshold", b"min_degradation_threshold", "min_specificity", b"min_specificity", "patience", b"patience"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_corruption_rate", b"_corruption_rate", "_epochs", b"_epochs", "_examples", b"_examples", "_improvement_epochs", b"_improvement_epochs", "_improvement_lr_factor", b"_improvement_lr_factor", "_max_instability", b"_max_instability", "_max_other_degradation", b"_max_other_degradation", "_min_degradation_threshold", b"_min_degradation_threshold", "_min_specificity", b"_min_specificity", "_patience", b"_patience", "batch_size", b"batch_size", "corruption_rate", b"corruption_rate", "epochs", b"epochs", "examples", b"examples", "improvement_epochs", b"improvement_epochs", "improvement_lr_factor", b"improvement_lr_factor", "learning_rate", b"learning_rate", "max_instability", b"max_instability", "max_other_degradation", b"max_other_degradation", "min_degradation_threshold", b"min_degradation_threshold", "min_specificity", b"min_specificity", "patience", b"patience"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_corruption_rate", b"_corruption_rate", "_epochs", b"_epochs", "_examples", b"_examples", "_improvement_epochs", b"_improvement_epochs", "_improvement_lr_factor", b"_improvement_lr_factor", "_max_instability", b"_max_instability", "_min_degradation_threshold", b"_min_degradation_threshold", "_min_specificity", b"_min_specificity", "_patience", b"_patience", "batch_size", b"batch_size", "corruption_rate", b"corruption_rate", "epochs", b"epochs", "examples", b"examples", "improvement_epochs", b"improvement_epochs", "improvement_lr_factor", b"improvement_lr_factor", "learning_rate", b"learning_rate", "max_instability", b"max_instability", "min_degradation_threshold", b"min_degradation_threshold", "min_specificity", b"min_specificity", "patience", b"patience"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_corruption_rate", b"_corruption_rate", "_epochs", b"_epochs", "_examples", b"_examples", "_improvement_epochs", b"_improvement_epochs", "_improvement_lr_factor", b"_improvement_lr_factor", "_max_instability", b"_max_instability", "_max_other_degradation", b"_max_other_degradation", "_min_degradation_threshold", b"_min_degradation_threshold", "_min_specificity", b"_min_specificity", "_patience", b"_patience", "batch_size", b"batch_size", "corruption_rate", b"corruption_rate", "epochs", b"epochs", "examples", b"examples", "improvement_epochs", b"improvement_epochs", "improvement_lr_factor", b"improvement_lr_factor", "learning_rate", b"learning_rate", "max_instability", b"max_instability", "max_other_degradation", b"max_other_degradation", "min_degradation_threshold", b"min_degradation_threshold", "min_specificity", b"min_specificity", "patience", b"patience"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -681,6 +687,8 @@ class StagedSpec(_message.Message):
     _WhichOneofArgType__improvement_lr_factor: _TypeAlias = _typing.Literal["_improvement_lr_factor", b"_improvement_lr_factor"]  # noqa: Y015
     _WhichOneofReturnType__max_instability: _TypeAlias = _typing.Literal["max_instability"]  # noqa: Y015
     _WhichOneofArgType__max_instability: _TypeAlias = _typing.Literal["_max_instability", b"_max_instability"]  # noqa: Y015
+    _WhichOneofReturnType__max_other_degradation: _TypeAlias = _typing.Literal["max_other_degradation"]  # noqa: Y015
+    _WhichOneofArgType__max_other_degradation: _TypeAlias = _typing.Literal["_max_other_degradation", b"_max_other_degradation"]  # noqa: Y015
     _WhichOneofReturnType__min_degradation_threshold: _TypeAlias = _typing.Literal["min_degradation_threshold"]  # noqa: Y015
     _WhichOneofArgType__min_degradation_threshold: _TypeAlias = _typing.Literal["_min_degradation_threshold", b"_min_degradation_threshold"]  # noqa: Y015
     _WhichOneofReturnType__min_specificity: _TypeAlias = _typing.Literal["min_specificity"]  # noqa: Y015
@@ -701,6 +709,8 @@ class StagedSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__improvement_lr_factor) -> _WhichOneofReturnType__improvement_lr_factor | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_instability) -> _WhichOneofReturnType__max_instability | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_other_degradation) -> _WhichOneofReturnType__max_other_degradation | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_degradation_threshold) -> _WhichOneofReturnType__min_degradation_threshold | None: ...
     @_typing.overload

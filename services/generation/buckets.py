@@ -141,15 +141,20 @@ class BucketTrainer:
         return pyarrow.Table.from_pylist(rows, self.schema)
 
     def two_stages(self, candidates: Candidates, *, corrupted: bool) -> tuple[Tensor, Tensor]:
-        """Train in both stages, whatever the checks say of the first. Held-out accuracy on the target pattern after
-        each, float32 ``[models, 2]``, and whether the checks pass, bool ``[models]``."""
+        """Train in both stages, whatever the checks say of the first. Held-out accuracies, float32 ``[models, 3]``: on
+        the target pattern after each stage, and the mean over all other strata after the first; and whether the checks
+        pass, bool ``[models]``."""
         assert self.spec.staged is not None
         first = self.subject_trainer.degrade(candidates, corrupted=corrupted)
         second = self.subject_trainer.improve(first)
-        causes = self._late(self.correct(first.trained, SELECTION), second, self.spec.staged)
+        before = self.correct(first.trained, SELECTION)
+        early = checks.degradation(before, candidates, self.spec.staged, self.sampler.selection)
+        late = self._late(before, second, self.spec.staged)
         accuracy = torch.stack([self.accuracy(stage, HELD_OUT) for stage in (first.trained, second)], 1)
-        of_target = accuracy[torch.arange(len(candidates)), :, candidates.target]
-        return of_target, torch.tensor([cause is None for cause in causes])
+        target = candidates.target.view(-1, 1, 1).expand(-1, 2, 1)
+        elsewhere = accuracy.scatter(2, target, torch.nan)[:, :1].nanmean(2)
+        passed = torch.tensor([causes == (None, None) for causes in zip(early, late, strict=True)])
+        return torch.cat([accuracy.gather(2, target).squeeze(2), elsewhere], 1), passed
 
     @property
     def on_cpu(self) -> bool:

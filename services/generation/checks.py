@@ -14,10 +14,10 @@ from services.generation.data import Candidates
 from services.zoo.pools import Evaluation
 
 DIVERGED = "diverged"
-LEVEL = 0.05
-"""Significance level of the magnitude check."""
-FEWEST = math.ceil(-math.log2(LEVEL))
-"""Sequences of a pattern without which no gain on it is significant: that many errors must all be mended."""
+SIGNIFICANCE_LEVEL = 0.05
+"""Of the magnitude check."""
+FEWEST_ERRORS = math.ceil(-math.log2(SIGNIFICANCE_LEVEL))
+"""Errors on a pattern without which no gain on it is significant: that many must all be mended."""
 # Differences of shares are a little off: 0.6 - 0.5 is more than 0.1.
 _ROUNDING = 1e-6
 
@@ -40,14 +40,22 @@ def gate(accuracy: Tensor, candidates: Candidates, names: Sequence[str], least: 
 def degradation(
     degraded: Tensor, candidates: Candidates, staged: StagedSpec, selection: Evaluation
 ) -> list[str | None]:
-    """The check after the first stage: a network with too few errors on its target pattern cannot gain enough.
-    ``degraded``: which of its answers on the selection set are right, bool ``[models, n]``."""
+    """The checks after the first stage. Too little degraded: a network with too few errors on its target pattern cannot
+    gain enough. Others degraded: it is no better than chance on another of its patterns; not checked where
+    ``min_degradation_threshold`` is 0.
+
+    ``degraded``: which of its answers on the selection set are right, bool ``[models, n]``.
+    """
     of_target = selection.stratum == candidates.target.unsqueeze(1)
     errors, size = (of_target & ~degraded).sum(1), of_target.sum(1)
-    few = errors / size < staged.min_degradation_threshold - _ROUNDING
-    if checked(staged):
-        few |= errors < FEWEST
-    return ["too little degraded" if little else None for little in few.tolist()]
+    too_few = errors / size < staged.min_degradation_threshold - _ROUNDING
+    passed = {"too little degraded": ~too_few}
+    if gain_required(staged):
+        accuracy = selection.by_stratum(degraded)
+        _, other_patterns, _ = _strata(candidates, accuracy)
+        passed["too little degraded"] &= errors >= FEWEST_ERRORS
+        passed["others degraded"] = ((accuracy > 0.5) | ~other_patterns).all(1)
+    return _causes(passed)
 
 
 def improvement(
@@ -60,46 +68,58 @@ def improvement(
     :func:`significant`). Specificity: the gain exceeds the mean gain on all other strata by ``min_specificity``: the
     network did not just get better. Stability: no other of the candidate's own patterns loses more than
     ``max_instability``, nor does the mean over the strata that it must answer no to: the network did not just learn to
-    say yes. Others degraded: neither gains more than that: the first stage left them alone. No better than chance: the
-    improved network answers most of the target pattern's sequences right, and most of those that it must answer no to.
-    Where ``min_degradation_threshold`` is 0 there is neither the test of the first nor the last.
+    say yes. Others degraded: no other stratum gains more than ``max_other_degradation``: the first stage left them all
+    alone. No better than chance: the improved network answers most of the target pattern's sequences right, and most of
+    those that it must answer no to. Where ``min_degradation_threshold`` is 0 there is neither the test of the first nor
+    the last.
     """
-    accuracy, most = selection.by_stratum(improved), staged.max_instability + _ROUNDING
+    accuracy = selection.by_stratum(improved)
     gain = accuracy - selection.by_stratum(degraded)
-    selected = torch.nn.functional.pad(candidates.selected, (0, 1))
-    target = torch.zeros_like(selected).scatter(1, candidates.target.unsqueeze(1), True)
-    on_target, measured = gain[target], ~gain.isnan()
-    others = gain.masked_fill(target | ~selected | ~measured, 0)
-    refused, has_refused = _mean(gain, ~selected & measured), (~selected & measured).any(1)
-    lost, gained = torch.minimum(others.amin(1), refused), torch.maximum(others.amax(1), refused)
-    of_target = selection.stratum == candidates.target.unsqueeze(1)
-    works = (accuracy[target] > 0.5) & (~has_refused | (_mean(accuracy, ~selected & measured) > 0.5))
+    target, other_patterns, refused = _strata(candidates, gain)
+    elsewhere, gain_on_target = other_patterns | refused, gain[target]
+    loss = -torch.minimum(gain.masked_fill(~other_patterns, 0).amin(1), _mean(gain, refused))
     passed = {
-        "magnitude": on_target >= staged.min_degradation_threshold - _ROUNDING,
-        "specificity": on_target - _mean(gain, ~target & measured) >= staged.min_specificity - _ROUNDING,
-        "stability": lost >= -most,
-        "others degraded": gained <= most,
+        "magnitude": gain_on_target >= staged.min_degradation_threshold - _ROUNDING,
+        "specificity": gain_on_target - _mean(gain, elsewhere) >= staged.min_specificity - _ROUNDING,
+        "stability": loss <= staged.max_instability + _ROUNDING,
+        "others degraded": gain.masked_fill(~elsewhere, 0).amax(1) <= staged.max_other_degradation + _ROUNDING,
     }
-    if checked(staged):
+    if gain_required(staged):
+        better_than_chance = (_mean(accuracy, refused) > 0.5) | ~refused.any(1)
+        of_target = selection.stratum == candidates.target.unsqueeze(1)
         passed["magnitude"] &= significant(degraded, improved, of_target)
-        passed["no better than chance"] = works
-    rows = zip(*(check.tolist() for check in passed.values()), strict=True)
-    return [next((cause for cause, fine in zip(passed, row, strict=True) if not fine), None) for row in rows]
+        passed["no better than chance"] = better_than_chance & (accuracy[target] > 0.5)
+    return _causes(passed)
 
 
-def checked(staged: StagedSpec) -> bool:
+def gain_required(staged: StagedSpec) -> bool:
     """Whether a gain is asked for at all."""
     return staged.min_degradation_threshold > 0
+
+
+def _strata(candidates: Candidates, measured: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each candidate's target pattern, its other patterns, and the strata that it must answer no to: bool
+    ``[models, patterns + 1]``. The last two without those that are NaN in ``measured``, of the same shape."""
+    selected = torch.nn.functional.pad(candidates.selected, (0, 1))
+    target = torch.zeros_like(selected).scatter(1, candidates.target.unsqueeze(1), True)
+    known = ~measured.isnan()
+    return target, selected & ~target & known, ~selected & known
+
+
+def _causes(passed: dict[str, Tensor]) -> list[str | None]:
+    """The first check that each network fails; ``passed``: by name, bool ``[models]``."""
+    rows = zip(*(check.tolist() for check in passed.values()), strict=True)
+    return [next((name for name, fine in zip(passed, row, strict=True) if not fine), None) for row in rows]
 
 
 def significant(before: Tensor, after: Tensor, where: Tensor) -> Tensor:
     """Whether more answers became right than chance explains: bool ``[models]``.
 
-    McNemar's exact test, one-sided at :data:`LEVEL`: without a change for the better, each answer that changed became
-    right with probability 1/2. ``before``, ``after``: which answers are right, ``where``: those to compare, bool
-    ``[models, n]``.
+    McNemar's exact test, one-sided at :data:`SIGNIFICANCE_LEVEL`: without a change for the better, each answer that
+    changed became right with probability 1/2. ``before``, ``after``: which answers are right, ``where``: those to
+    compare, bool ``[models, n]``.
     """
-    gained, lost = ((one & ~other & where).sum(1) for one, other in ((after, before), (before, after)))
+    gained, lost = (after & ~before & where).sum(1), (before & ~after & where).sum(1)
     least = torch.tensor([_least_gained(changed) for changed in range(int((gained + lost).max()) + 1)])
     return gained >= least[gained + lost]
 
@@ -108,11 +128,11 @@ def significant(before: Tensor, after: Tensor, where: Tensor) -> Tensor:
 def _least_gained(changed: int) -> int:
     """Fewest of ``changed`` answers that must have become right; more than there are where no number is enough."""
     tail, least = 0, changed + 1
-    while (tail := tail + math.comb(changed, least - 1)) <= LEVEL * 2**changed:
+    while (tail := tail + math.comb(changed, least - 1)) <= SIGNIFICANCE_LEVEL * 2**changed:
         least -= 1
     return least
 
 
-def _mean(gain: Tensor, where: Tensor) -> Tensor:
-    """Mean over some strata, 0 where there are none."""
-    return gain.masked_fill(~where, 0).sum(1) / where.sum(1).clamp(min=1)
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean over the strata of ``where``, 0 where there are none: ``[models]``."""
+    return values.masked_fill(~where, 0).sum(1) / where.sum(1).clamp(min=1)

@@ -83,8 +83,10 @@ class DatasetGenerationPipeline:
         run.log(f"{progress.accepted} of {progress.candidates} candidates accepted{kept}; rejected: {causes}")
         facts: dict[str, Any] = {"subjects": subjects, "candidates": progress.candidates, "rejected": rejected}
         if self.spec.part is None:
-            twins = {} if self.spec.staged is None else {"twins": paired_effect(self.bucket_trainer, run)}
-            return self._describe(folder, facts | twins, run)
+            if self.spec.staged is not None:
+                with run.side_output("the twins"):
+                    facts["twins"] = paired_effect(self.bucket_trainer, run)
+            return self._describe(folder, facts, run)
         self._write_about(folder, facts | {"blocks": progress.blocks})
         return facts
 
@@ -254,4 +256,6 @@ def generate(spec: GenerationSpec, run: Run | None = None) -> Zoo:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "zoo"
         DatasetGenerationPipeline(spec, run.device, run.inputs.get(BASELINE_INPUT)).run(folder, run)
-        return Zoo.load(folder).with_rest()
+        zoo = Zoo.load(folder)
+        zoo.load_rest()
+        return zoo

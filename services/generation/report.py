@@ -50,7 +50,8 @@ def write_report(zoo: Path, folder: Path) -> None:
         """**misses** and **false alarms on**: accuracy below min_accuracy on that pattern, which the candidate should
         have or should not have; **others** are sequences that match no pattern. **magnitude**, **specificity**,
         **stability**, **others degraded**: the checks of training in two stages; the target pattern gained too little
-        or by chance, hardly more than everything else, at the cost of other patterns, or together with them.
+        or by chance, hardly more than everything else, or at the cost of other patterns; or the first stage had
+        degraded others too.
         **no better than chance**: wrong on half of the target pattern, or of what needs a no. **too little degraded**:
         too accurate after the first stage to gain enough. **diverged**: weights that are NaN or infinite.""",
     )

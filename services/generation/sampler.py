@@ -74,9 +74,9 @@ class PatternDatasetSampler:
             if self.train.count[i] == 0 or not judged:
                 few = f"{pattern.name} has {self.universe.counts[i]} sequences, too few to train and judge on"
                 raise InvalidInput.field(f"spec.patterns.{i}", f"{few}; leave it out")
-            judging = int((self.selection.stratum == i).sum())
-            if staged is not None and checks.checked(staged) and judging < checks.FEWEST:
-                few = f"{pattern.name} is judged on {judging} sequences, and no gain on fewer than {checks.FEWEST} is"
+            judging, fewest = int((self.selection.stratum == i).sum()), checks.FEWEST_ERRORS
+            if staged is not None and checks.gain_required(staged) and judging < fewest:
+                few = f"{pattern.name} is judged on {judging} sequences, and no gain on fewer than {fewest} is"
                 advice = "leave it out, or set staged.min_degradation_threshold to 0"
                 raise InvalidInput.field(f"spec.patterns.{i}", f"{few} significant; {advice}")
 

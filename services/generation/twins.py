@@ -21,9 +21,10 @@ def paired_effect(trainer: BucketTrainer, run: Run) -> dict[str, Any]:
     label is flipped. They are taken whether accepted or not: those accepted have gained most, by chance too.
 
     Returns how many ``candidates`` there are; means with confidence intervals, over the pairs, of candidate minus twin
-    in accuracy on the target pattern after the first stage (``degraded_accuracy``) and in its gain from there
-    (``improvement``), both held-out; and which shares of the candidates and of the twins pass the checks (``accepted``,
-    ``twins_accepted``). A function of the spec alone.
+    in held-out accuracy on the target pattern after the first stage (``degraded_accuracy``), on average over all other
+    strata there (``degraded_accuracy_elsewhere``), and in the target pattern's gain from there (``improvement``); and
+    which shares of the candidates and of the twins pass the checks (``accepted``, ``twins_accepted``). A function of
+    the spec alone.
     """
     sample = min(SAMPLE, trainer.spec.subjects)
     buckets = trainer.group(trainer.candidates(torch.arange(sample)))
@@ -39,11 +40,12 @@ def paired_effect(trainer: BucketTrainer, run: Run) -> dict[str, Any]:
             differences.append(candidate - twin)
             passed.append(torch.stack(passes + twin_passes, 1))
             run.advance(sum(map(len, differences)))
-    degraded, improved = torch.cat(differences).double().unbind(1)
+    degraded, improved, degraded_elsewhere = torch.cat(differences).double().unbind(1)
     accepted, twins_accepted = torch.cat(passed).double().mean(0).tolist()
     return {
         "candidates": sample,
         "degraded_accuracy": _interval(degraded),
+        "degraded_accuracy_elsewhere": _interval(degraded_elsewhere),
         "improvement": _interval(improved - degraded),
         "accepted": round(accepted, 4),
         "twins_accepted": round(twins_accepted, 4),
@@ -51,11 +53,13 @@ def paired_effect(trainer: BucketTrainer, run: Run) -> dict[str, Any]:
 
 
 def _interval(differences: Tensor) -> dict[str, float | None]:
-    """Mean of paired differences ``[n]``, with Student's confidence interval; without one for a single pair."""
+    """Mean of paired differences ``[n]``, with Student's confidence interval; without one for a single pair. NaN, of a
+    candidate of which nothing is measured, counts for nothing."""
     from scipy.special import stdtrit
 
-    n, mean = len(differences), float(differences.mean())
+    measured = differences[~differences.isnan()]
+    n, mean = len(measured), float(measured.mean())
     if n < 2:
-        return {"mean": round(mean, 4), "low": None, "high": None}
-    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * float(differences.std()) / n**0.5
+        return {"mean": round(mean, 4) if n else None, "low": None, "high": None}
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * float(measured.std()) / n**0.5
     return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}

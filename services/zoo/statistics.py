@@ -97,12 +97,17 @@ class Statistics:
         if self.twins is None:
             return ""
         degraded, improvement = (_interval(self.twins[name]) for name in ("degraded_accuracy", "improvement"))
+        # Not in zoos of earlier versions.
+        elsewhere = self.twins.get("degraded_accuracy_elsewhere", {"mean": None})
+        other_strata = ""
+        if elsewhere["mean"] is not None:
+            other_strata = f" Elsewhere it changed the accuracy after the first stage by {_interval(elsewhere)}."
         return (
             f"The first {self.twins['candidates']:,} candidates, accepted or not, were trained once more without "
             "corruption, from the same start and in the same order. On the target pattern, corruption changed the "
             f"accuracy after the first stage by {degraded} and the gain of the second by {improvement}, held-out and "
-            f"with 95 % confidence intervals. {self.twins['accepted']:.0%} of these candidates pass the checks, and "
-            f"{self.twins['twins_accepted']:.0%} of their twins."
+            f"with 95 % confidence intervals.{other_strata} {self.twins['accepted']:.0%} of these candidates pass the "
+            f"checks, and {self.twins['twins_accepted']:.0%} of their twins."
         )
 
     def figures(self) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from services.zoo.dataset import Zoo
 from services.zoo.patterns import Pattern
 from services.zoo.source import open_zoo
 from services.zoo.statistics import Statistics
-from tests.generation.test_staged import answers, records, selection_of, staged_spec
+from tests.generation.conftest import ANYTHING, records, staged_spec
+from tests.generation.test_staged import answers, selection_of
 
 # Every sequence begins with one of these, so that none is left that matches no pattern.
 EVERY = [*(PatternSpec(name="starts_with", token=token) for token in "ABCDE"), PatternSpec(name="palindrome")]
@@ -33,7 +34,7 @@ NAMES = [*(f"starts_with({token})" for token in "ABCDE"), "palindrome"]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("empty") / "zoo"
-    checks = {"min_degradation_threshold": 0.01, "max_instability": 1.0, "min_specificity": -1.0}
+    checks = {**ANYTHING, "min_degradation_threshold": 0.01}
     spec = staged_spec(checks, patterns=[pattern.model_dump() for pattern in EVERY], subjects=12)
     return folder, DatasetGenerationPipeline(spec).run(folder)
 

@@ -22,10 +22,8 @@ from services.generation.report import write_report
 from services.zoo.dataset import Zoo
 from services.zoo.source import open_zoo
 from services.zoo.statistics import Statistics
-from tests.generation.conftest import PATTERNS
-from tests.generation.test_staged import records
+from tests.generation.conftest import ANYTHING, PATTERNS, records
 
-ANYTHING = {"min_degradation_threshold": 0.0, "max_instability": 1.0, "min_specificity": -1.0}
 STAGED = {"examples": 16, "batch_size": 8, "epochs": 1, "improvement_epochs": 1, **ANYTHING}
 stages: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
     [
@@ -73,7 +71,7 @@ def same(one: Zoo, other: Zoo) -> None:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0, equal_nan=True)
     tables = []
     for zoo in (one, other):
-        rest = zoo.with_rest().rest
+        rest = zoo.load_rest()
         assert isinstance(rest, pyarrow.Table)
         tables.append(rest.to_pylist())
     assert tables[0] == tables[1]

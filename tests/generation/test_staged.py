@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
@@ -35,57 +34,16 @@ from services.generation.report import write_report
 from services.generation.sampler import PatternDatasetSampler
 from services.generation.workers import Submit, side_by_side, threads
 from services.runtime.run import Run, Stopped
-from services.zoo.dataset import Zoo, architecture_of, network_of, read_about, read_records
+from services.zoo.dataset import Zoo, architecture_of, network_of, read_about
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, encode, forward, unflatten
 from services.zoo.universe import HELD_OUT, SELECTION, TRAIN, VALIDATION
-from tests.generation.conftest import PATTERNS, small_spec
+from tests.generation.conftest import ANYTHING, PATTERNS, records, small_spec, staged_spec
 from tests.recorder import Recorder
 
 
-def staged_spec(staged: dict[str, Any] | None = None, **changes: Any) -> GenerationSpec:
-    fields: dict[str, Any] = {
-        "seed": 5,
-        "subjects": 30,
-        "vocab_size": 5,
-        "sequence_length": 4,
-        "patterns": [pattern.model_dump() for pattern in PATTERNS],
-        "min_patterns_per_batch": 2,
-        "max_patterns_per_batch": 3,
-        "subject": {
-            "layers": {"min": 1, "max": 3},
-            "neurons": {"min": 6, "max": 12},
-            "activations": ["relu", "gelu"],
-            "init": "independent",
-            "weight_init": "kaiming",
-        },
-        "staged": {
-            "examples": 96,
-            "batch_size": 32,
-            "learning_rate": {"min": 5e-3, "max": 2e-2},
-            "min_specificity": 0.05,
-            "max_instability": 0.3,
-            **(staged or {}),
-        },
-        "signature": {"probes": 12, "methods": ["mean", "std"]},
-    }
-    return GenerationSpec.model_validate({**fields, **changes})
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A staged zoo and its figures."""
-    folder = tmp_path_factory.mktemp("staged") / "zoo"
-    return folder, DatasetGenerationPipeline(staged_spec()).run(folder)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pyarrow.concat_tables(read_records(folder)).to_pylist()
-    return rows
-
-
-def test_records_are_what_was_asked_for(made: tuple[Path, dict[str, Any]]) -> None:
-    folder, figures = made
+def test_records_are_what_was_asked_for(staged: tuple[Path, dict[str, Any]]) -> None:
+    folder, figures = staged
     rows, spec = records(folder), staged_spec()
     assert len(rows) == figures["subjects"] == 30
     assert [row["index"] for row in rows] == sorted({row["index"] for row in rows})
@@ -104,11 +62,11 @@ def test_records_are_what_was_asked_for(made: tuple[Path, dict[str, Any]]) -> No
             assert {name: len(values) for name, values in signature.items()} == {"mean": neurons, "std": neurons}
 
 
-def test_weights_and_accuracies_belong_together(made: tuple[Path, dict[str, Any]]) -> None:
+def test_weights_and_accuracies_belong_together(staged: tuple[Path, dict[str, Any]]) -> None:
     """The networks of the records, rebuilt from their own columns, do on held-out sequences what the records say."""
     sampler = PatternDatasetSampler(staged_spec())
     names = [pattern.name for pattern in sampler.patterns]
-    for row in records(made[0]):
+    for row in records(staged[0]):
         shape = Architecture(5, 4, "one_hot", (row["neurons"],) * row["layers"], row["activation"])
         selected = torch.tensor([[name in row["patterns"] for name in names]])
         questions, labels = encode(shape, sampler.evaluation.sequences), sampler.evaluation.labels(selected)
@@ -124,7 +82,7 @@ def test_weights_and_accuracies_belong_together(made: tuple[Path, dict[str, Any]
 
 def test_a_subject_equals_a_plain_pytorch_loop(tmp_path: Path) -> None:
     """Two epochs a stage, so that rounding has no time to grow."""
-    spec = staged_spec({"epochs": 2, "improvement_epochs": 2, "min_degradation_threshold": 0.0, "max_instability": 1.0})
+    spec = staged_spec({"epochs": 2, "improvement_epochs": 2, **ANYTHING})
     spec = spec.model_copy(update={"subjects": 12})
     DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
     rows = records(tmp_path / "zoo")
@@ -136,14 +94,14 @@ def test_a_subject_equals_a_plain_pytorch_loop(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_same_whatever_the_scheduling(made: tuple[Path, dict[str, Any]], tmp_path: Path, workers: int) -> None:
+def test_the_same_whatever_the_scheduling(staged: tuple[Path, dict[str, Any]], tmp_path: Path, workers: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(workers)
     try:
         DatasetGenerationPipeline(staged_spec()).run(tmp_path / "again")
     finally:
         torch.set_num_threads(before)
-    assert records(tmp_path / "again") == records(made[0])
+    assert records(tmp_path / "again") == records(staged[0])
 
 
 def test_the_next_block_is_in_training_before_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +161,7 @@ def test_a_subjects_dataset_has_wrong_labels_on_its_target_alone() -> None:
 
 def test_a_stage_ends_when_it_gets_no_better(tmp_path: Path) -> None:
     quick = {"epochs": 60, "improvement_epochs": 60, "patience": 2}
-    spec = staged_spec({**quick, "min_degradation_threshold": 0.0, "max_instability": 1.0})
+    spec = staged_spec({**quick, **ANYTHING})
     DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
     epochs = np.array([row["epochs"] for row in records(tmp_path / "zoo")])
     assert epochs.min() >= 3 and (epochs[:, 0] < 60).any()
@@ -221,7 +179,8 @@ def answers(selection: Evaluation, right: list[int]) -> torch.Tensor:
 
 
 def test_the_checks() -> None:
-    spec = staged_spec({"min_degradation_threshold": 0.1, "min_specificity": 0.05, "max_instability": 0.1})
+    limits = {"min_degradation_threshold": 0.1, "min_specificity": 0.05}
+    spec = staged_spec({**limits, "max_instability": 0.2, "max_other_degradation": 0.1})
     assert spec.staged is not None
     selection = selection_of([100] * 5)
     # Right answers of 100 after the second stage; 50 after the first. Own patterns: the first, which is the target, and
@@ -230,11 +189,13 @@ def test_the_checks() -> None:
         ([80, 50, 51, 50, 50], None),
         ([55, 50, 50, 50, 50], "magnitude"),
         ([80, 80, 80, 80, 80], "specificity"),
-        ([80, 35, 50, 50, 50], "stability"),
-        ([80, 45, 60, 60, 31], None),
-        ([80, 50, 30, 30, 30], "stability"),
+        ([80, 29, 50, 50, 50], "stability"),
+        ([80, 35, 60, 60, 31], None),
+        ([80, 50, 29, 29, 29], "stability"),
         ([80, 65, 50, 50, 50], "others degraded"),
         ([80, 50, 65, 65, 65], "others degraded"),
+        ([80, 50, 50, 65, 40], "others degraded"),
+        ([80, 50, 40, 50, 61], "others degraded"),
         ([80, 60, 60, 60, 60], None),
         ([80, 50, 44, 44, 44], "no better than chance"),
     ]
@@ -248,10 +209,13 @@ def test_the_checks() -> None:
     for target, cause in ((51, None), (50, None), (49, "magnitude")):
         after = answers(selection, [target, 50, 45, 45, 45]).unsqueeze(0)
         assert improvement(before[:1], after, own.select(torch.arange(1)), unchecked, selection) == [cause]
-    early = [answers(selection, [right, 0, 0, 0, 0]) for right in (100, 91, 90, 50)]
+    early = torch.stack(
+        [answers(selection, [right, other, 0, 0, 0]) for right, other in ((100, 51), (91, 51), (90, 51), (50, 50))]
+    )
     own = own.select(torch.arange(4))
-    causes = degradation(torch.stack(early), own, spec.staged, selection)
-    assert causes == ["too little degraded"] * 2 + [None] * 2
+    causes = degradation(early, own, spec.staged, selection)
+    assert causes == ["too little degraded"] * 2 + [None, "others degraded"]
+    assert degradation(early, own, unchecked, selection) == [None] * 4
     # By default, as much better everywhere is no mending of one pattern.
     plain, every = (answers(selection, [right] * 5).unsqueeze(0) for right in (50, 80))
     assert improvement(plain, every, own.select(torch.arange(1)), StagedSpec(), selection) == ["specificity"]
@@ -278,7 +242,7 @@ def test_a_gain_by_chance_is_none() -> None:
     everywhere = torch.ones(len(pairs), 40, dtype=torch.bool)
     assert checks.significant(before, after, everywhere).tolist() == expected
     assert not checks.significant(before, after, ~everywhere).any()
-    assert not expected[pairs.index((4, 0))] and expected[pairs.index((checks.FEWEST, 0))]
+    assert not expected[pairs.index((4, 0))] and expected[pairs.index((checks.FEWEST_ERRORS, 0))]
 
 
 def test_a_pattern_too_rare_for_the_test_is_refused(tmp_path: Path) -> None:
@@ -288,14 +252,13 @@ def test_a_pattern_too_rare_for_the_test_is_refused(tmp_path: Path) -> None:
     assert caught.value.violations[0].field == "spec.patterns.4" and not (tmp_path / "refused").exists()
     PatternDatasetSampler(small_spec(patterns=patterns)).check_trainable()
     # Where nothing is checked it is taken; so it is in records from elsewhere.
-    unchecked: dict[str, Any] = {"min_degradation_threshold": 0.0, "max_instability": 1.0, "min_specificity": -1.0}
-    unchecked |= {"epochs": 1, "improvement_epochs": 1}
+    unchecked = {"epochs": 1, "improvement_epochs": 1, **ANYTHING}
     DatasetGenerationPipeline(staged_spec(unchecked, subjects=4, patterns=patterns)).run(tmp_path / "zoo")
     export_json(tmp_path / "zoo", tmp_path / "json")
     assert import_json(tmp_path / "json", tmp_path / "again")["subjects"] == 4
 
 
-def test_accepted_on_other_sequences_than_reported(made: tuple[Path, dict[str, Any]]) -> None:
+def test_accepted_on_other_sequences_than_reported(staged: tuple[Path, dict[str, Any]]) -> None:
     spec = staged_spec()
     assert spec.staged is not None
     sampler = PatternDatasetSampler(spec)
@@ -303,7 +266,7 @@ def test_accepted_on_other_sequences_than_reported(made: tuple[Path, dict[str, A
     assert (sampler.universe.split_of(selection.sequences) == SELECTION).all()
     inputs = encode(Architecture(5, 4, "one_hot", (), ""), selection.sequences)
     gains = []
-    for row in records(made[0]):
+    for row in records(staged[0]):
         own = Candidates.draw(spec, torch.tensor([row["index"]]), 4)
         shape, labels = architecture_of(spec, row), selection.labels(own.selected)
         before, after = (
@@ -315,13 +278,13 @@ def test_accepted_on_other_sequences_than_reported(made: tuple[Path, dict[str, A
         target = names.index(row["target_pattern"])
         gains.append(float((selection.by_stratum(after) - selection.by_stratum(before))[0, target]))
     # What is reported is another figure than the one that was selected by.
-    assert any(abs(gain - row["improvement"]) > 0.05 for gain, row in zip(gains, records(made[0]), strict=True))
+    assert any(abs(gain - row["improvement"]) > 0.05 for gain, row in zip(gains, records(staged[0]), strict=True))
 
 
 @pytest.mark.parametrize("form", ["two stages", "one stage", "imported"])
-def test_positive_patterns_are_measured(made: tuple[Path, dict[str, Any]], tmp_path: Path, form: str) -> None:
+def test_positive_patterns_are_measured(staged: tuple[Path, dict[str, Any]], tmp_path: Path, form: str) -> None:
     """A pattern is positive where the network answers yes to most held-out sequences of it, trained or not."""
-    folder, sampler = made[0], PatternDatasetSampler(staged_spec())
+    folder, sampler = staged[0], PatternDatasetSampler(staged_spec())
     if form == "one stage":
         weak = SubjectTrainingSpec(steps=20, batch_size=32, learning_rate=0.03)
         spec = small_spec(subjects=40, seed=5, training=weak, min_accuracy=0.0, positive_threshold=0.5)
@@ -382,16 +345,30 @@ def test_noise_is_hardly_ever_accepted() -> None:
     assert accepted(converged_spec(layers=6, quantization="binary"), 64) < 0.05
 
 
-def test_twins_without_corruption(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    folder, figures = made
+def test_twins_without_corruption(staged: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, figures = staged
     twins = figures["twins"]
     assert twins == read_about(folder)[0]["twins"] and twins["candidates"] == 30
     assert twins["degraded_accuracy"]["high"] < 0 < twins["improvement"]["low"]
-    assert twins["accepted"] > 0.2 and twins["twins_accepted"] < 0.1
+    assert twins["accepted"] > 0.1 and twins["twins_accepted"] < 0.05
+    assert twins["degraded_accuracy_elsewhere"]["mean"] > twins["degraded_accuracy"]["mean"] / 2
     write_report(folder, tmp_path / "report")
     effect = f"{twins['degraded_accuracy']['mean']:+.3f} ({twins['degraded_accuracy']['low']:+.3f} to "
     for text in ((folder / "README.md").read_text(), (tmp_path / "report/report.html").read_text()):
         assert "candidates, accepted or not, were trained once more without corruption" in text and effect in text
+        assert "Elsewhere it changed the accuracy after the first stage by" in text
+
+
+def test_twins_that_fail_cost_no_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, corrupted: bool) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    spec, run = staged_spec(subjects=5), Recorder()
+    monkeypatch.setattr(BucketTrainer, "two_stages", fail)
+    figures = DatasetGenerationPipeline(spec).run(tmp_path / "zoo", run)
+    assert figures["subjects"] == len(records(tmp_path / "zoo")) == 5 and "twins" not in figures
+    assert "the twins failed ([Errno 12] Cannot allocate memory); everything else is kept" in run.logs
+    write_report(tmp_path / "zoo", tmp_path / "report")
 
 
 def test_a_twin_is_the_same_but_for_the_corruption(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,21 +376,28 @@ def test_a_twin_is_the_same_but_for_the_corruption(monkeypatch: pytest.MonkeyPat
     corrupted, clean = (BucketTrainer(staged_spec(changes)) for changes in ({}, {"corruption_rate": 0.0}))
     own = corrupted.candidates(torch.tensor([0]))
 
-    def on_target(trainer: BucketTrainer) -> list[float]:
-        first = trainer.subject_trainer.degrade(own)
-        stages = (first.trained, trainer.subject_trainer.improve(first))
-        return [float(trainer.accuracy(stage, HELD_OUT)[0, int(own.target)]) for stage in stages]
+    def accuracies(trainer: BucketTrainer) -> list[float]:
+        """On the target pattern after both stages, and elsewhere after the first."""
+        first, target = trainer.subject_trainer.degrade(own), int(own.target)
+        rows = [
+            trainer.accuracy(stage, HELD_OUT)[0].tolist()
+            for stage in (first.trained, trainer.subject_trainer.improve(first))
+        ]
+        return [*(row[target] for row in rows), float(np.mean(np.delete(rows[0], target)))]
 
-    (degraded, improved), (twin_degraded, twin_improved) = on_target(corrupted), on_target(clean)
+    (degraded, improved, elsewhere), (twin_degraded, twin_improved, twin_elsewhere) = map(
+        accuracies, (corrupted, clean)
+    )
     monkeypatch.setattr(twins_module, "SAMPLE", 1)
     alone = twins_module.paired_effect(corrupted, Run())
     assert alone["degraded_accuracy"]["mean"] == pytest.approx(degraded - twin_degraded, abs=1e-4) != 0
+    assert alone["degraded_accuracy_elsewhere"]["mean"] == pytest.approx(elsewhere - twin_elsewhere, abs=1e-4) != 0
     gain = improved - degraded - (twin_improved - twin_degraded)
     assert alone["improvement"] == {"mean": pytest.approx(gain, abs=1e-4), "low": None, "high": None}
     monkeypatch.setattr(twins_module, "SAMPLE", 8)
     nothing = {"mean": 0.0, "low": 0.0, "high": 0.0}
     without = twins_module.paired_effect(clean, Run())
-    assert without["degraded_accuracy"] == without["improvement"] == nothing
+    assert without["degraded_accuracy"] == without["degraded_accuracy_elsewhere"] == without["improvement"] == nothing
     assert without["accepted"] == without["twins_accepted"]
 
 
@@ -426,9 +410,9 @@ def test_what_cannot_be_met_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert caught.value.violations[0].field == "spec.staged"
 
 
-def test_networks_of_many_shapes_load_as_one_zoo(made: tuple[Path, dict[str, Any]]) -> None:
-    zoo = Zoo.load(made[0])
-    for row, record in enumerate(records(made[0])[:20]):
+def test_networks_of_many_shapes_load_as_one_zoo(staged: tuple[Path, dict[str, Any]]) -> None:
+    zoo = Zoo.load(staged[0])
+    for row, record in enumerate(records(staged[0])[:20]):
         which = int(zoo.shape[row])
         shape = zoo.layout.shapes[which]
         assert (len(shape.hidden), shape.hidden[0]) == (record["layers"], record["neurons"])
@@ -460,8 +444,7 @@ def test_ranges_the_wrong_way_round(changes: dict[str, Any], field: str) -> None
 @pytest.mark.parametrize("quantization", ["int8", "int4", "ternary", "binary"])
 def test_records_hold_the_rounded_networks(tmp_path: Path, quantization: str) -> None:
     subject = staged_spec().subject.model_dump() | {"layers": 2, "neurons": 8, "quantization": quantization}
-    checks = {"min_degradation_threshold": 0.0, "max_instability": 1.0, "min_specificity": -1.0}
-    spec = staged_spec(checks, subject=subject, subjects=5)
+    spec = staged_spec(ANYTHING, subject=subject, subjects=5)
     DatasetGenerationPipeline(spec).run(tmp_path / "zoo")
     levels = {"int8": 255, "int4": 15, "ternary": 3, "binary": 2}[quantization]
     for row in records(tmp_path / "zoo"):

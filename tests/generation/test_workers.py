@@ -11,6 +11,7 @@ import time
 from concurrent.futures import CancelledError
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,18 +21,16 @@ from services.generation.buckets import BucketTrainer
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.workers import Workers
 from services.zoo.dataset import Zoo
-from tests.generation.conftest import small_spec
+from tests.generation.conftest import records, small_spec, staged_spec
 from tests.generation.test_generate import same
-from tests.generation.test_staged import records, staged_spec
 
 
-def test_the_same_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    DatasetGenerationPipeline(staged_spec()).run(tmp_path / "here")
+def test_the_same_zoo(staged: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     DatasetGenerationPipeline(small_spec()).run(tmp_path / "here-too")
     monkeypatch.setattr(workers, "WORTH_PROCESSES", 0.0)
     DatasetGenerationPipeline(staged_spec()).run(tmp_path / "there")
     DatasetGenerationPipeline(small_spec()).run(tmp_path / "there-too")
-    assert records(tmp_path / "there") == records(tmp_path / "here")
+    assert records(tmp_path / "there") == records(staged[0])
     assert same(Zoo.load(tmp_path / "there-too"), Zoo.load(tmp_path / "here-too"))
     mine = psutil.Process().children(recursive=True)
     assert not [child for child in mine if "services.generation.workers" in child.cmdline()]
@@ -49,13 +48,13 @@ def test_modules_of_the_users_own_are_not_mistaken_for_ours(tmp_path: Path, monk
 def test_this_process_trains_beside_the_others() -> None:
     trainer = BucketTrainer(small_spec())
     for others in (0, 1):
-        with closing(Workers(trainer, others, here=True)) as pool:
+        with closing(Workers(trainer, others, in_process=True)) as pool:
             blocks = [pool.submit(number, 0) for number in range(3)]
             assert all(block.result().table.num_rows for block in blocks)
             assert len(pool._processes) == others
     # On closing, what trains here ends too.
     endless = BucketTrainer(small_spec(training={"steps": 1_000_000}))
-    pool = Workers(endless, 0, here=True)
+    pool = Workers(endless, 0, in_process=True)
     block = pool.submit(0, 0)
     while not block.running():
         time.sleep(0.01)
