@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from typing import Any
 import psutil
 import pytest
 
+from ethogram.specs.generation import PatternSpec
 from services.generation import workers
 from services.generation.buckets import BucketTrainer
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.workers import Workers
 from services.zoo.dataset import Zoo
-from tests.generation.conftest import records, small_spec, staged_spec
+from tests.generation.conftest import PATTERNS, records, small_spec, staged_spec
 from tests.generation.test_generate import same
 
 
@@ -34,6 +36,18 @@ def test_the_same_zoo(staged: tuple[Path, dict[str, Any]], tmp_path: Path, monke
     assert same(Zoo.load(tmp_path / "there-too"), Zoo.load(tmp_path / "here-too"))
     mine = psutil.Process().children(recursive=True)
     assert not [child for child in mine if "services.generation.workers" in child.cmdline()]
+
+
+def test_processes_have_what_was_drawn_here(tmp_path: Path) -> None:
+    """Patterns of one's own and probes from a file too, which they do not read."""
+    DatasetGenerationPipeline(small_spec(subjects=2)).run(tmp_path / "zoo")
+    own = [*PATTERNS, PatternSpec(name="own", regex="A.*B")]
+    spec = small_spec(patterns=own, signature={"baseline": {"artifact": "zoo"}}, min_accuracy=0.0)
+    trainer = BucketTrainer(spec, baseline=tmp_path / "zoo")
+    shutil.rmtree(tmp_path / "zoo")
+    with closing(Workers(trainer, 1)) as pool:
+        there = pool.submit(0, 0).result().table
+    assert there.num_rows and there.equals(trainer.train(trainer.buckets(0)[0]).table)
 
 
 def test_modules_of_the_users_own_are_not_mistaken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
