@@ -63,10 +63,10 @@ def speed(arguments: argparse.Namespace) -> Figures:
     as candidates; the plain loop's is that of training, checking and describing its candidates alone.
     """
     figures: Figures = {}
-    records, tried = arguments.records, arguments.candidates
-    for name, spec, bar in (
-        ("plain_loop_ratio", example(subjects=records), 5.0),
-        ("small_preset_ratio", small(subjects=records), 30.0),
+    records = arguments.records
+    for name, spec, tried, bar in (
+        ("plain_loop_ratio", example(subjects=records), arguments.candidates, 5.0),
+        ("small_preset_ratio", small(subjects=records), arguments.candidates // 2, 30.0),
     ):
         with tempfile.TemporaryDirectory() as folder:
             zoo, pipeline = Path(folder) / "zoo", DatasetGenerationPipeline(spec)
@@ -202,18 +202,25 @@ def generate_into(spec: GenerationSpec, folder: Path, checkpoints: Path | None =
 
 
 def memory(_: argparse.Namespace) -> Figures:
-    """Peak memory of making four times as many records."""
+    """Peak memory of making four times as many records, of nearly every candidate."""
+    staged = read_mapping(EXAMPLE, "spec")["staged"] | {
+        "min_degradation_threshold": 0,
+        "min_specificity": -1,
+        "max_instability": 1,
+        "max_other_degradation": 1,
+    }
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
         for records in (4000, 16_000):
-            peaks.append(_kit.in_child(generate_into, small(subjects=records), Path(folder, str(records))))
+            spec = small(subjects=records, staged=staged)
+            peaks.append(_kit.in_child(generate_into, spec, Path(folder, str(records))))
             say(f"{records} records: {peaks[-1] / 1024:.0f} MiB")
     return {"rss_ratio_4x": Figure(peaks[1] / peaks[0], "<=", 1.2)}
 
 
 def resume(arguments: argparse.Namespace) -> Figures:
     """Killed at seeded moments and resumed, how many zoos differ from the one that was not killed."""
-    spec, chance, unequal = small(subjects=1500), random.Random(arguments.seed), 0
+    spec, chance, unequal = small(subjects=700), random.Random(arguments.seed), 0
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch, "whole")
         began = time.monotonic()
@@ -242,6 +249,6 @@ if __name__ == "__main__":
     parts = dict(speed=speed, truth=truth, memory=memory, resume=resume)
     parser = _kit.parser(__doc__, parts)
     parser.add_argument("--records", type=int, default=5000, help="records of each preset (5000)")
-    parser.add_argument("--candidates", type=int, default=1700, help="candidates of the plain loop (1700)")
+    parser.add_argument("--candidates", type=int, default=3300, help="candidates of the plain loop (3300)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of kills (0)")
     _kit.run("generation", parser.parse_args(), parts)
