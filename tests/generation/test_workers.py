@@ -45,9 +45,9 @@ def test_processes_have_what_was_drawn_here(tmp_path: Path) -> None:
     spec = small_spec(patterns=own, signature={"baseline": {"artifact": "zoo"}}, min_accuracy=0.0)
     trainer = BucketTrainer(spec, baseline=tmp_path / "zoo")
     shutil.rmtree(tmp_path / "zoo")
+    here = trainer.train(trainer.buckets(0)[0]).table
     with closing(Workers(trainer, 1)) as pool:
-        there = pool.submit(0, 0).result().table
-    assert there.num_rows and there.equals(trainer.train(trainer.buckets(0)[0]).table)
+        assert here.num_rows and pool.submit(0, 0).result().table.equals(here)
 
 
 def test_modules_of_the_users_own_are_not_mistaken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
