@@ -30,7 +30,8 @@ from tests.contract.toy_kind import files_by_hand
 from tests.golden import record
 
 LINES_BEFORE = 34_586
-"""Lines of Python outside tests and generated code, before the systems shared their common parts."""
+"""Lines of Python outside tests and generated code, before the systems shared their common parts. That change left 95 %
+of them; there is no bar now, since every new feature has lines."""
 GENERATED = ("ethogram/v1/", "ethogram/client.py")
 EQUAL_LINES = 10
 ARROWS = {
@@ -203,7 +204,7 @@ def structure() -> Figures:
     pairs = [f"{a} = {b}" for a, b in duplicates(sources)]
     against = upward(edges) + broken_contracts()
     return {
-        "lines": Figure(lines(sources), "<=", 0.95, LINES_BEFORE, judged="ratio"),
+        "lines": Figure(lines(sources), peer=LINES_BEFORE),
         "duplicates_10": Figure(listed("pairs of places with ten or more equal lines", pairs), "<=", 3),
         "cycles": Figure(listed("cycles", [" <-> ".join(group) for group in cycles(edges)]), "==", 0),
         "upward": Figure(listed("imports against the arrows", against), "==", 0),

@@ -210,14 +210,16 @@ def over_seeds(rows: list[Measured], table: Bars) -> Figures:
 
 def beside(rows: list[Measured], part: str) -> Figures:
     """What stands beside the judged figures, without bars: what edits keep, lookups, and least squares; means over the
-    seeds."""
+    seeds that have the figure."""
     names = [f"{mode}{edit}.kept_mean" for mode in ("", "direct.") for edit in OPERATIONS]
-    names += [f"{edit}.{way}.{n}" for edit in OPERATIONS for way in LOOKUPS for n in ("all_gate", "kept_mean")]
+    of_lookup = ("all_gate", "kept_mean", "available")
+    names += [f"{edit}.{way}.{name}" for edit in OPERATIONS for way in LOOKUPS for name in of_lookup]
     figures: Figures = {}
     for name in (*names, "nearest_train.agreement", "oracle.agreement"):
-        values = [row.numbers[name] for row in rows if name in row.numbers]
-        if values:
-            figures[f"{part}.{name}"] = Figure(sum(values) / len(values), kept=any(row.kept for row in rows))
+        having = [row for row in rows if name in row.numbers]
+        if having:
+            mean = sum(row.numbers[name] for row in having) / len(having)
+            figures[f"{part}.{name}"] = Figure(mean, kept=any(row.kept for row in having))
     return figures
 
 

@@ -336,8 +336,9 @@ def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Serv
     say(
         "Target: accuracy where the edit decides. Local: change of accuracy elsewhere. Kept: share of the answers\n"
         "elsewhere that are still the source's. Both gates: share of edits with target >= 0.85 and local >= -0.02;\n"
-        "beside it that of lookups (a training network with the requested labels; the one nearest to the steered\n"
-        "latent; the decoded centroid) and of the best control (no edit, a random direction, the reverse direction)."
+        "beside it that of lookups (the training network nearest to the steered latent, of those with the requested\n"
+        "labels and of all; the decoded centroid) and of the best control (no edit, a random direction, the reverse\n"
+        "direction)."
     )
     for sentence in report["summary"]:
         say(f"- {sentence}")

@@ -305,7 +305,7 @@ class _Batch:
         return {name: self._joined([part[wire] for part in parts], wire) for name, wire in names.items()}
 
     def _joined(self, tensors: Sequence[common_pb2.Tensor], field: str) -> Floats:
-        joined = np.concatenate([from_tensor(tensor, field, finite=False) for tensor in tensors])
+        joined = np.concatenate([from_tensor(tensor, field) for tensor in tensors])
         return cast(Floats, joined[0] if self.single else joined)
 
 

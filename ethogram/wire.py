@@ -34,11 +34,11 @@ def to_tensor(array: NDArray[Any]) -> common_pb2.Tensor:
     return common_pb2.Tensor(dtype=number, shape=array.shape, data=data)  # type: ignore[arg-type]
 
 
-def from_tensor(tensor: common_pb2.Tensor, field: str, *, finite: bool = True) -> NDArray[Any]:
+def from_tensor(tensor: common_pb2.Tensor, field: str) -> NDArray[Any]:
     """The array that ``tensor`` carries, a read-only view of a copy of its bytes.
 
-    The byte length is checked against ``shape`` x element size before anything is allocated.
-    Raises :class:`InvalidInput` naming ``field``, also for NaN and infinities unless ``finite`` is False.
+    The byte length is checked against ``shape`` x element size before anything is allocated. NaN and infinities are
+    for whoever uses the numbers to check. Raises :class:`InvalidInput` naming ``field``.
     """
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
@@ -55,10 +55,7 @@ def from_tensor(tensor: common_pb2.Tensor, field: str, *, finite: bool = True) -
     # NumPy bounds the other axes even if one is empty.
     if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 2**63:
         raise InvalidInput.field(f"{field}.shape", "is larger than any array can be")
-    array = np.frombuffer(data, dtype=dtype).reshape(shape)
-    if finite and dtype.kind == "f" and not np.isfinite(array).all():
-        raise InvalidInput.field(f"{field}.data", "holds NaN or infinity")
-    return array
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 def fields_of(steering: Steering) -> dict[str, Any]:

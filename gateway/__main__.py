@@ -13,7 +13,6 @@ from collections.abc import Callable
 import uvicorn
 
 from ethogram.errors import Conflict, InvalidInput
-from gateway.app import create_app
 from gateway.settings import GatewaySettings, is_loopback
 from services.runtime.lifetime import run_process
 
@@ -50,6 +49,9 @@ def serve(settings: GatewaySettings) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # The port first: if it is taken, another gateway may be using the same database.
     listener = _listen(settings.host, settings.port)
+    # Imported here, so that a wrong setting or port is said before all that the application needs is loaded.
+    from gateway.app import create_app
+
     app = create_app(settings)
     _allow_many_connections()
     if not settings.hosts and not is_loopback(settings.host):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import chdir
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -24,7 +29,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ON_THE_PLATFORM = {
     *(f"tests/client/test_{name}.py" for name in ("cli", "client", "deletion", "retries")),
     "tests/e2e/test_clt.py",
+    "tests/gateway/test_generated_clients.py",
+    "tests/platform/test_modules.py",
 }
+
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 def free_port() -> int:
@@ -48,12 +57,45 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return scheduler
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """All that is imported and collected stays: the garbage collector need not look at it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests of other things than pictures make those of a report but do not draw them, which takes half a second."""
     if "matplotlib.figure" in sys.modules and "pictures" not in request.keywords:
         figure = sys.modules["matplotlib.figure"].Figure
         monkeypatch.setattr(figure, "savefig", lambda _, file, **__: file.write(b"not drawn"))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """``once(name, make)``: a folder that ``make`` filled, for tests that only read it. All processes of a session
+    share it; the first to ask makes it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        made = root / f"once-{name}"
+        with made.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                with TemporaryDirectory(dir=root) as scratch:
+                    make(Path(scratch, "made"))
+                    Path(scratch, "made").rename(made)
+        return made
+
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -70,15 +112,31 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    """The whole platform as processes, as ``ethogram up`` starts it; it lives as long as the test session."""
+    """The whole platform as processes, as the demo starts it, in a folder of :func:`write_modules`; it lives as long as
+    the test session."""
+    project = tmp_path_factory.mktemp("project")
+    write_modules(project)
     with pytest.MonkeyPatch.context() as patch:
         # Children must not see the developer's own platform.
         for name in [name for name in os.environ if name.startswith("ETHOGRAM_")] + ["REDIS_URL", "ACTIVATIONS_ROOT"]:
             patch.delenv(name, raising=False)
         # With more, two jobs on a busy machine wait for each other.
         patch.setenv("ETHOGRAM_THREADS", "1")
-        with Platform(StateDir(tmp_path_factory.mktemp("platform"))) as running:
+        running = Platform(StateDir(tmp_path_factory.mktemp("platform")))
+        with chdir(project):
+            running.start()
+        try:
             yield running
+        finally:
+            running.stop()
+
+
+def write_modules(project: Path) -> None:
+    """Modules of a user that have the names of ours and of libraries."""
+    (project / "services").mkdir()
+    names = ("services/__init__", "workers", "gateway", "types", "ethogram", "redis", "grpc", "numpy", "sitecustomize")
+    for name in names:
+        (project / f"{name}.py").write_text("raise RuntimeError('not this one')")
 
 
 @pytest.fixture(scope="session")

@@ -159,7 +159,7 @@ def _thread_names() -> Iterator[str]:
     for task in Path("/proc/self/task").glob("*"):
         if task.name != str(os.getpid()):
             with suppress(OSError):
-                yield (task / "comm").read_text().strip()
+                yield (task / "comm").read_text(encoding="utf-8").strip()
 
 
 def _run(request: Mapping[str, Any], streams: Sequence[int], forkable: bool) -> None:

@@ -46,7 +46,8 @@ class Spec(BaseModel):
         yield from ()
 
     def ignored(self, prefix: str = "spec.") -> list[Violation]:
-        """Fields that were set and have no effect, here and in specs inside. ``prefix``: put before each path."""
+        """Fields that were set to other values than their defaults and have no effect, here and in specs inside. Not
+        those at their default: a stored spec has all of these. ``prefix``: put before each path."""
         unused = {path: why for path, why in self.unused() if self._is_set(path)}
         found = [Violation(f"{prefix}{path}", f"has no effect, because {why}") for path, why in unused.items()]
         for name, part in self._parts():

@@ -46,7 +46,7 @@ class CodecSpec(Spec):
         if self.architecture == "transformer" and self.hidden_dim % self.heads:
             raise ValueError(f"heads: hidden_dim {self.hidden_dim} does not divide into {self.heads} heads")
         if self.architecture == "mlp" and self.pooling == "cls":
-            raise ValueError("pooling: cls needs the transformer; an mlp has mean, max and flatten")
+            raise ValueError("pooling: cls needs architecture: transformer; an mlp has mean, max and flatten")
         return self
 
     def unused(self) -> Iterator[tuple[str, str]]:

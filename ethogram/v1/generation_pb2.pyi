@@ -646,8 +646,7 @@ class StagedSpec(_message.Message):
     """
     max_other_degradation: _builtins.float
     """Check that the first stage left the rest alone: maximum gain in accuracy, from degraded to improved, on any other
-    pattern and on the sequences that match none. The degraded network must also be better than chance on each of the
-    subject's other patterns, unless `min_degradation_threshold` is 0.
+    pattern and on the sequences that match none: what the second stage repairs had been degraded too.
     """
     @_builtins.property
     def learning_rate(self) -> Global___FloatRange:

@@ -24,13 +24,14 @@ FINE_STEPS, FINE_RATE, FINE_QUERIES = 100, 1e-2, 128
 class Baselines:
     """Edits subjects in other ways:
 
-    - ``same_label``: a training network with exactly the requested behaviours;
+    - ``same_label``: of the training networks with exactly the requested behaviours, that whose latent is nearest to
+      the steered one;
     - ``nearest_train``: the training network whose latent is nearest to the steered one;
     - ``centroid``: the decoded mean latent of the training networks with those behaviours;
     - ``task_arithmetic``: the source plus the difference of the mean weights with and without the behaviour (Ilharco et
       al. 2022, arXiv 2212.04089);
-    - ``fine_tuning``: the source trained for ``FINE_STEPS`` steps on the labels after the edit, which makes it an
-      oracle.
+    - ``fine_tuning``: the source trained for ``FINE_STEPS`` steps on the exact labels after the edit, which no other
+      way is given.
     """
 
     def __init__(self, codec: Codec, train: Subjects, queries: Queries) -> None:
@@ -54,13 +55,13 @@ class Baselines:
             steered = latents + signs @ codec.directions["learned"]
             alike = (labels.float() @ train.labels.float().T == count) & (train.labels.sum(1) == count)
             centroid = alike.float() @ self._latents / alike.sum(1, keepdim=True).clamp_min(1)
-            same_shape = (shape.unsqueeze(1) == train.shape).float()
-            partner = (alike * same_shape).argmax(1)
-            nearest = torch.cdist(steered, self._latents).masked_fill(same_shape == 0, torch.inf).argmin(1)
+            same_shape = shape.unsqueeze(1) == train.shape
+            distance = torch.cdist(steered, self._latents).masked_fill(~same_shape, torch.inf)
+            partner, nearest = distance.masked_fill(~alike, torch.inf).argmin(1), distance.argmin(1)
             present = codec.layout.present.to(codec.device)[shape]
             comparable = same_shape.any(1)
             edited = {
-                "same_label": (train.weights[partner], (alike * same_shape).any(1)),
+                "same_label": (train.weights[partner], (alike & same_shape).any(1)),
                 "nearest_train": (train.weights[nearest], comparable),
                 "centroid": (codec.model.decoder(centroid, shape), alike.any(1)),
                 "task_arithmetic": (subjects.weights + (signs @ self._differences) * present, comparable),

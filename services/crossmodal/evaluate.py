@@ -15,8 +15,8 @@ Figures are macro means over the patterns that have edits.
 (the direction the other way). Controls of decoding: the latent of another held-out subject with the same patterns, and
 the nearest training subject's own weights. *Lookups* of edits (:class:`services.crossmodal.baselines.Baselines`) are
 judged on the same edits, where there is a network to look up; ``available`` is the share of the edits for which there
-is. The *oracle* solves the weights from raw signatures by least squares (:mod:`services.zoo.oracle`): the bar for an
-encoder of signatures.
+is, and ``add.where_same_label.*`` are the figures of the codec's own edits there. The *oracle* solves the weights from
+raw signatures by least squares (:mod:`services.zoo.oracle`): the bar for an encoder of signatures.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ethogram.specs.edits import DIRECTIONS, MODES, OPERATIONS, Direction, Edit
-from services.crossmodal.baselines import Baselines
+from services.crossmodal.baselines import LOOKUPS, Baselines
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects, split_subjects
 from services.crossmodal.findings import findings
@@ -129,8 +129,9 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
     for done, edit in enumerate(edits, 2):
         possible = possible_edits(codec.evaluation, subjects.labels, source, edit, codec.signs([edit]))
         samples = possible.samples(subjects, decoded, source)
-        steering += judge_edit(codec, edit, samples, possible.skipped)
-        others += judge_others(codec, edit, samples, baselines)
+        rows, edit_scores = judge_edit(codec, edit, samples, possible.skipped)
+        steering += rows
+        others += judge_others(codec, edit, samples, baselines, edit_scores)
         curves += judge_strengths(codec, edit, samples[0]) if samples else []
         run.advance(done)
     figures |= summary(steering)
@@ -140,6 +141,9 @@ def evaluate(codec: Codec, zoo: Zoo, run: Run | None = None) -> dict[str, Any]:
         figures |= {f"{operation}.{way}.{name}": _mean(rows, name) for name in _SCORES}
         had, asked = (sum(row["edits"] for row in part) for part in (rows, judged["residual", "edit", operation]))
         figures[f"{operation}.{way}.available"] = had / asked
+        for mode in MODES if way in LOOKUPS else ():
+            prefix = f"{_prefix(mode, operation)}.where_{way}"
+            figures |= {f"{prefix}.{name}": _mean(rows, f"{mode}.{name}") for name in _SCORES}
     probes = judge_probes(codec, train, subjects, decoded)
     for name in ("balanced_accuracy", "auc") if probes else ():
         figures[f"probes.{name}"] = _mean(list(probes.values()), name)
@@ -267,31 +271,43 @@ def judge_strengths(codec: Codec, edit: Edit, sample: Sample) -> list[dict[str, 
     return rows
 
 
-def judge_others(codec: Codec, edit: Edit, samples: Sequence[Sample], baselines: Baselines) -> list[dict[str, Any]]:
-    """What each of the :class:`Baselines` reaches, a row each; fine-tuning on the first of the samples alone."""
+def judge_others(
+    codec: Codec, edit: Edit, samples: Sequence[Sample], baselines: Baselines, edit_scores: Mapping[str, Scores]
+) -> list[dict[str, Any]]:
+    """What each of the :class:`Baselines` reaches, a row each; fine-tuning on the first of the samples alone. The row
+    of a lookup also has, by mode, what the codec's edits reach where it has a network; ``edit_scores``: of all of these
+    edits, by mode."""
     scores: dict[str, list[Scores]] = {}
+    masks: dict[str, list[Tensor]] = {}
     for number, sample in enumerate(samples):
         subjects = sample.subjects
         ways = baselines.edit(subjects, sample.decoded.latents, edit, tune=number == 0)
         for name, (weights, available) in ways.items():
+            masks.setdefault(name, []).append(available)
             if bool(available.any()):
                 predictions = codec.yes(weights[available], subjects.shape[available])
                 scored = score(predictions, *(tensor[available] for tensor in sample[2:]))
                 scores.setdefault(name, []).append(scored)
     row = {"pattern": edit.label, "operation": edit.operation}
-    return [
-        {**row, "variant": name, "edits": sum(len(part.target) for part in parts), **_means(_joined(parts))}
-        for name, parts in scores.items()
-    ]
+    rows = []
+    for name, parts in scores.items():
+        joined, available = _joined(parts), torch.cat(masks[name])
+        rows.append({**row, "variant": name, "edits": len(joined.target), **_means(joined)})
+        for mode, of_edits in edit_scores.items() if name in LOOKUPS else ():
+            means = _means(Scores(*(column[available] for column in of_edits)))
+            rows[-1] |= {f"{mode}.{score_name}": mean for score_name, mean in means.items()}
+    return rows
 
 
 @torch.no_grad()
-def judge_edit(codec: Codec, edit: Edit, samples: Sequence[Sample], skipped: int) -> list[dict[str, Any]]:
-    """The rows of one edit and its controls, in both modes."""
+def judge_edit(
+    codec: Codec, edit: Edit, samples: Sequence[Sample], skipped: int
+) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
+    """The rows of one edit and its controls, in both modes; and by mode the scores of the edit."""
     count = sum(len(sample.source) for sample in samples)
     row = {"pattern": edit.label, "operation": edit.operation, "edits": count, "skipped": skipped}
     if not count:
-        return [row]
+        return [row], {}
     signs = codec.signs([edit])
     direction = signs @ codec.directions["learned"]
     noise_generator = generator(codec.spec.seed, "random direction", edit.label, edit.operation)
@@ -308,10 +324,9 @@ def judge_edit(codec: Codec, edit: Edit, samples: Sequence[Sample], skipped: int
             predictions = codec.layout.logits(variants, shape, codec.evaluation_inputs) > 0
             for mode, answers in zip(MODES, predictions.unbind(1), strict=True):
                 scores[mode, name].append(score(answers, *sample[2:]))
-    return [
-        {**row, "mode": mode, "variant": variant, **_means(_joined(chunks))}
-        for (mode, variant), chunks in scores.items()
-    ]
+    joined = {key: _joined(chunks) for key, chunks in scores.items()}
+    rows = [{**row, "mode": mode, "variant": variant, **_means(of)} for (mode, variant), of in joined.items()]
+    return rows, {mode: joined[mode, "edit"] for mode in MODES}
 
 
 def possible_edits(evaluation: Evaluation, labels: Tensor, source: Tensor, edit: Edit, signs: Tensor) -> PossibleEdits:
@@ -341,8 +356,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     for mode, operation, variant in product(MODES, OPERATIONS, VARIANTS):
         if (chosen := groups.get((mode, operation, variant))) is None:
             continue
-        direct, control = ("direct",) * (mode == "direct"), (variant,) * (variant != "edit")
-        prefix = ".".join([*direct, operation, *control])
+        prefix = ".".join([_prefix(mode, operation), *(variant,) * (variant != "edit")])
         figures |= {f"{prefix}.{name}": _mean(chosen, name) for name in _SCORES}
         if variant == "edit":
             figures[f"{prefix}.min_pattern_all_gate"] = min(row["all_gate"] for row in chosen)
@@ -350,6 +364,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         value for name, value in figures.items() if name.endswith("all_gate") and name.split(".")[-2] in CONTROLS
     ]
     return figures | ({"controls.max_all_gate": max(controls)} if controls else {})
+
+
+def _prefix(mode: str, operation: str) -> str:
+    """Of the figures of an operation's edits."""
+    return f"direct.{operation}" if mode == "direct" else operation
 
 
 def _groups(rows: Sequence[dict[str, Any]], *columns: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:

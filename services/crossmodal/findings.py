@@ -11,6 +11,8 @@ from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
 
 SAME = 0.005
 """Figures that differ by less count as equal."""
+MIN_AVAILABLE = 0.5
+"""Share of the edits for which a lookup must have a network to be compared."""
 _COMPARED = {"all_gate": "both gates", "target_mean": "target", "kept_mean": "kept"}
 """Figures of an edit and of a lookup that are compared, and how they are called."""
 
@@ -23,43 +25,46 @@ def prefixes(figures: Mapping[str, float], spec: CrossmodalSpec) -> dict[str, st
 
 def findings(figures: Mapping[str, float], spec: CrossmodalSpec, ambiguity: str) -> list[str]:
     """Sentences on how many edits pass, beside controls and lookups; what the edit does better and worse than the
-    lookup that passes most; and what the signature determines (``ambiguity``: :func:`services.zoo.oracle.ambiguity`).
+    lookup that passes most, on the edits for which that has a network; and what the signature determines
+    (``ambiguity``: :func:`services.zoo.oracle.ambiguity`).
 
-    An edit that changes nothing keeps everything: ``kept`` is better only where the target gate is passed as often.
+    A lookup that has a network for fewer than ``MIN_AVAILABLE`` of the edits is not compared. An edit that changes
+    nothing keeps everything: ``kept`` is better only where the target gate is passed as often.
     """
     sentences, compared = [], dict[str, tuple[float, float, str]]()
     for operation, prefix in prefixes(figures, spec).items():
         controls = max(figures[f"{prefix}.{name}.all_gate"] for name in ("null", "random", "reverse"))
         lookups = {way: figures[name] for way in LOOKUPS if (name := f"{operation}.{way}.all_gate") in figures}
+        available = {way: figures[f"{operation}.{way}.available"] for way in lookups}
+        shares = {way: f" (of the {share:.3f} for which it has a network)" for way, share in available.items()}
+        shares |= {way: "" for way, share in available.items() if share == 1}
         passed, kept = (figures[f"{prefix}.{name}"] for name in ("all_gate", "kept_mean"))
         sentence = (
             f"{operation}: {passed:.3f} of the edits pass both gates (target >= {TARGET_GATE}, local >= {LOCAL_GATE}), "
             f"and they keep {kept:.3f} of the source's other answers. At most {controls:.3f} of the controls pass"
         )
-        ways = []
-        for way, share in lookups.items():
-            available = figures[f"{operation}.{way}.available"]
-            some = f" (of the {available:.3f} for which it has a network)" if available < 1 else ""
-            ways.append(f"{way} {share:.3f}{some}")
-        sentences.append(f"{sentence}; of the lookups {', '.join(ways)}." if ways else f"{sentence}.")
-        if lookups:
-            best = max(lookups, key=lambda way: lookups[way])
+        listed = ", ".join(f"{way} {lookup_passed:.3f}{shares[way]}" for way, lookup_passed in lookups.items())
+        sentences.append(f"{sentence}; of the lookups {listed}." if lookups else f"{sentence}.")
+        comparable = [way for way in lookups if available[way] >= MIN_AVAILABLE]
+        if comparable:
+            best = max(comparable, key=lambda way: lookups[way])
             pairs = {
-                name: (figures[f"{prefix}.{name}"], figures[f"{operation}.{best}.{name}"])
+                name: (figures[f"{prefix}.where_{best}.{name}"], figures[f"{operation}.{best}.{name}"])
                 for name in (*_COMPARED, "target_gate")
             }
-            own, other = pairs.pop("target_gate")
-            if own <= other - SAME and pairs["kept_mean"][0] > pairs["kept_mean"][1]:
+            edit_gate, lookup_gate = pairs.pop("target_gate")
+            if edit_gate <= lookup_gate - SAME and pairs["kept_mean"][0] > pairs["kept_mean"][1]:
                 del pairs["kept_mean"]
-            compared |= {f"{operation}: {_COMPARED[name]}": (*pair, best) for name, pair in pairs.items()}
+            against = best if available[best] == 1 else f"{best} where it has a network"
+            compared |= {f"{operation}: {_COMPARED[name]}": (*pair, against) for name, pair in pairs.items()}
     if "nearest_train.agreement" in figures:
         pair = figures["agreement"], figures["nearest_train.agreement"]
         compared["agreement without an edit"] = (*pair, "nearest_train")
     for title, sign in (("better", 1), ("worse", -1)):
         cases = [
-            f"{label} ({own:.3f} against {other:.3f} of {way})"
-            for label, (own, other, way) in compared.items()
-            if sign * (own - other) >= SAME
+            f"{label} ({of_codec:.3f} against {of_lookup:.3f} of {against})"
+            for label, (of_codec, of_lookup, against) in compared.items()
+            if sign * (of_codec - of_lookup) >= SAME
         ]
         if compared:
             sentences.append(f"What the codec does {title} than a lookup: {'; '.join(cases) or 'nothing of this'}.")

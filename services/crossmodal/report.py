@@ -16,7 +16,7 @@ from services.crossmodal.baselines import LOOKUPS, WAYS
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CHUNK, CONTROLS, OTHERS
-from services.crossmodal.findings import prefixes
+from services.crossmodal.findings import MIN_AVAILABLE, prefixes
 from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
 from services.runtime.devices import double
 from services.runtime.report import AFTER, BEFORE, CONTROL, FAINT, INK, SOFT, Panel, Report, history_plot, plot
@@ -57,13 +57,13 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
     report.text(
         f"""**target**: accuracy where the edit decides; **local**: change of accuracy everywhere else; **kept**: the
         share of answers there that are still the source's. An edit passes the **target gate** at {TARGET_GATE}, and
-        **both gates** if local is at least {LOCAL_GATE} too. Lookups: **same label**, a training network with exactly
-        the requested behaviours; **nearest train**, the training network whose latent is nearest to the steered one;
-        **centroid**, the decoded mean latent of the training networks with those behaviours. **Task arithmetic**: the
-        source plus the difference of the mean weights with and without the behaviour. **Fine tuning**: the source,
-        trained briefly on the requested labels, which makes it an oracle; on at most {CHUNK} edits of each kind.
-        Controls: no edit (**null**), a **random** direction, the **reverse** direction. **Available**: the share of the
-        edits for which there is such a network, on which alone it is judged."""
+        **both gates** if local is at least {LOCAL_GATE} too. Lookups: **nearest train**, the training network whose
+        latent is nearest to the steered one; **same label**, the nearest of those with exactly the requested
+        behaviours; **centroid**, the decoded mean latent of these. **Task arithmetic**: the source plus the difference
+        of the mean weights with and without the behaviour. **Fine tuning**: the source, trained briefly on the exact
+        labels after the edit, which no other way is given; on at most {CHUNK} edits of each kind. Controls: no edit
+        (**null**), a **random** direction, the **reverse** direction. **Available**: the share of the edits for which
+        there is such a network, on which alone it is judged; **edit, of these**: the codec's edit on the same."""
     )
     alt = "Steering: target, locality and gates by behaviour"
     report.section("Edits by behaviour").figure("steering", steering_plot(evaluation), alt)
@@ -203,7 +203,8 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
     rows = {(r["operation"], r["pattern"], r["variant"]): r for r in steering if r.get("mode") == "residual"}
     lookups: dict[tuple[str, str], list[float]] = {}
     for row in evaluation["others"]:
-        if row["variant"] in LOOKUPS:
+        edits = rows[row["operation"], row["pattern"], "edit"]["edits"]
+        if row["variant"] in LOOKUPS and row["edits"] >= MIN_AVAILABLE * edits:
             lookups.setdefault((row["operation"], row["pattern"]), []).append(row["all_gate"])
     # Operations with edits to judge; replacements are of pairs, the others of single behaviours.
     behaviors = {
@@ -334,6 +335,8 @@ def _ways(figures: Mapping[str, float], operation: str, prefix: str) -> tuple[li
         start = f"{prefix if way in CONTROLS else operation}.{way}"
         if f"{start}.all_gate" in figures:
             rows.append([_label(way), *(figures.get(f"{start}.{name}", "") for name in numbers)])
+            if figures.get(f"{start}.available", 1) < 1 and way in LOOKUPS:
+                rows.append(["edit, of these", *(figures.get(f"{prefix}.where_{way}.{name}", "") for name in numbers)])
     return ["way", "both gates", "target gate", "target", "local", "kept", "available"], rows
 
 

@@ -41,7 +41,7 @@ def train(spec: CrossmodalSpec, zoo: Zoo, run: Run | None = None, world: World =
     """
     run = run or Run()
     check(zoo, spec)
-    if spec.codec.inputs == "signature" and (why := ambiguity(zoo.extractor, zoo.layout)):
+    if run.resume is None and spec.codec.inputs == "signature" and (why := ambiguity(zoo.extractor, zoo.layout)):
         run.log(warning(why), "warning")
     trainer = CodecTrainer(spec, zoo, run.device, world)
     fit(trainer, run, world)

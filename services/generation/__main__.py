@@ -183,8 +183,8 @@ def dataset(
     spec = read_spec(GenerationSpec, file, values)
     _check_baseline(spec)
     sampler = PatternDatasetSampler(spec, baseline)
-    sampler.check_trainable()
     if which == "training":
+        sampler.check_trainable()
         sequences, right, first = sampler.training(index)
         sampler.save(sequences, out, label=right, first_stage_label=first)
     else:

@@ -40,22 +40,17 @@ def gate(accuracy: Tensor, candidates: Candidates, names: Sequence[str], least: 
 def degradation(
     degraded: Tensor, candidates: Candidates, staged: StagedSpec, selection: Evaluation
 ) -> list[str | None]:
-    """The checks after the first stage. Too little degraded: a network with too few errors on its target pattern cannot
-    gain enough. Others degraded: it is no better than chance on another of its patterns; not checked where
-    ``min_degradation_threshold`` is 0.
+    """Too little degraded: whether each network has too few errors on its target pattern after the first stage to gain
+    enough in the second.
 
     ``degraded``: which of its answers on the selection set are right, bool ``[models, n]``.
     """
     of_target = selection.stratum == candidates.target.unsqueeze(1)
     errors, size = (of_target & ~degraded).sum(1), of_target.sum(1)
-    too_few = errors / size < staged.min_degradation_threshold - _ROUNDING
-    passed = {"too little degraded": ~too_few}
+    enough = errors / size >= staged.min_degradation_threshold - _ROUNDING
     if gain_required(staged):
-        accuracy = selection.by_stratum(degraded)
-        _, other_patterns, _ = _strata(candidates, accuracy)
-        passed["too little degraded"] &= errors >= FEWEST_ERRORS
-        passed["others degraded"] = ((accuracy > 0.5) | ~other_patterns).all(1)
-    return _causes(passed)
+        enough &= errors >= FEWEST_ERRORS
+    return _causes({"too little degraded": enough})
 
 
 def improvement(

@@ -35,6 +35,8 @@ from services.zoo.statistics import Statistics
 
 SHARD = 1024
 """Candidates to a data file, at least."""
+DICTIONARY_BYTES = 2**16
+"""Of a column's distinct values, at most; a column with more is written as it is."""
 BASELINE_INPUT = "signature.baseline"
 """Where a run has the probes that the spec names."""
 
@@ -81,8 +83,10 @@ class DatasetGenerationPipeline:
         run.log(f"{progress.accepted} of {progress.candidates} candidates accepted{kept}; rejected: {causes}")
         facts: dict[str, Any] = {"subjects": subjects, "candidates": progress.candidates, "rejected": rejected}
         if self.spec.part is None:
-            twins = {} if self.spec.staged is None else {"twins": paired_effect(self.bucket_trainer, run)}
-            return self._describe(folder, facts | twins, run)
+            if self.spec.staged is not None:
+                with run.side_output("the twins"):
+                    facts["twins"] = paired_effect(self.bucket_trainer, run)
+            return self._describe(folder, facts, run)
         self._write_about(folder, facts | {"blocks": progress.blocks})
         return facts
 
@@ -214,7 +218,8 @@ class DatasetGenerationPipeline:
     def _write(self, shard: pyarrow.Table, folder: Path, number: int) -> None:
         """Write a data file, if it holds anything."""
         if len(shard):
-            parquet.write_table(shard, folder / data_file(number))
+            # Few numbers occur twice; a dictionary of them takes time and space.
+            parquet.write_table(shard, folder / data_file(number), dictionary_pagesize_limit=DICTIONARY_BYTES)
             self._upload(folder, data_file(number))
 
     def _copy(self, source: Path, folder: Path, name: str) -> None:
@@ -251,4 +256,6 @@ def generate(spec: GenerationSpec, run: Run | None = None) -> Zoo:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "zoo"
         DatasetGenerationPipeline(spec, run.device, run.inputs.get(BASELINE_INPUT)).run(folder, run)
-        return Zoo.load(folder).with_rest()
+        zoo = Zoo.load(folder)
+        zoo.load_rest()
+        return zoo

@@ -212,8 +212,8 @@ class Population:
             buffers = [new(models * n * max(widths)) for _ in range(3)]
             rows = []
             for i, width in enumerate(widths):
-                own = self.architecture.activation in _PRE_ACTIVATIONS
-                pre = new(models, width, n) if own else buffers[2][: models * n * width].view(models, width, n)
+                is_kept = self.architecture.activation in _PRE_ACTIVATIONS
+                pre = new(models, width, n) if is_kept else buffers[2][: models * n * width].view(models, width, n)
                 hidden = self.state[0].new_ones(models, width + 1, n)
                 out = hidden[:, :-1] if self._dropout is None else torch.empty_like(pre)
                 grad = buffers[i % 2][: pre.numel()].view_as(pre)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ethogram.errors import InvalidInput
 from ethogram.specs.generation import GenerationSpec
 from services.runtime.reading import reading_checkpoint
-from services.zoo.dataset import FORMAT, FORMAT_2
+from services.zoo.dataset import FORMAT, OLD_SPLIT_FORMAT
 
 PATIENCE = 512
 """Candidates after which a hopeless spec is given up."""
@@ -72,7 +72,7 @@ class Progress:
         with reading_checkpoint():
             state = json.loads((folder / _FILE).read_text(encoding="utf-8"))
             rejected = Counter(state["rejected"])
-        if state.pop("format", FORMAT_2) != FORMAT:
+        if state.pop("format", OLD_SPLIT_FORMAT) != FORMAT:
             text = "was written by another version, which split sequences differently; make the zoo anew"
             raise InvalidInput.field("checkpoint", text)
         with reading_checkpoint():

@@ -41,7 +41,7 @@ def side_by_side(trainer: BucketTrainer, networks: int, workers: int) -> Iterato
     small lose more in synchronisation than they gain. On leaving, what is in training ends at once."""
     seconds = networks * _seconds_per_network(trainer)
     if workers > 1 and seconds > WORTH_PROCESSES and not REGISTERED.intersection(trainer.names):
-        with closing(Workers(trainer, workers - 1, here=True)) as processes:
+        with closing(Workers(trainer, workers - 1, in_process=True)) as processes:
             yield processes.submit
         return
     with threads(trainer, workers) as pool:
@@ -74,19 +74,19 @@ def _seconds_per_network(trainer: BucketTrainer) -> float:
 
 
 class Workers:
-    """``count`` processes that train what ``trainer`` does, each on one core; with ``here``, a thread of this process
-    works beside them, and need not wait for a start. :meth:`close` ends them."""
+    """``count`` processes that train what ``trainer`` does, each on one core; with ``in_process``, a thread of this
+    process works beside them, and need not wait for a start. :meth:`close` ends them."""
 
-    def __init__(self, trainer: BucketTrainer, count: int, *, here: bool = False) -> None:
-        self._trainer, self._left_here = trainer, here
+    def __init__(self, trainer: BucketTrainer, count: int, *, in_process: bool = False) -> None:
+        self._trainer, self._in_process_is_free = trainer, in_process
         trainer.subject_trainer.stop.clear()
         # Drawing the pools takes about as long as a process takes to start.
         self._task = pickle.dumps(trainer.sampler)
         self._lock, self._closed = threading.Lock(), False
         self._processes: list[subprocess.Popen[bytes]] = []
-        # Each thread of the pool has a process; with `here`, the first has none.
+        # Each thread of the pool has a process; with `in_process`, the first has none.
         self._thread = threading.local()
-        self._pool = ThreadPoolExecutor(count + here, "bucket", self._start)
+        self._pool = ThreadPoolExecutor(count + in_process, "bucket", self._start)
 
     def submit(self, block: int, part: int) -> Future[Block]:
         """Train and check one bucket of a block."""
@@ -122,8 +122,8 @@ class Workers:
         """Start the process of this thread, or have it train itself."""
         self._thread.process, self._thread.unsent = None, self._task
         with self._lock:
-            here, self._left_here = self._left_here, False
-        if here:
+            in_process, self._in_process_is_free = self._in_process_is_free, False
+        if in_process:
             torch.set_num_threads(1)
             return
         process = subprocess.Popen(

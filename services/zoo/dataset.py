@@ -36,7 +36,7 @@ from services.zoo.subjects import ACTIVATIONS, Architecture, Params, encode, fla
 from services.zoo.universe import Universe
 
 FORMAT = 3
-FORMAT_2 = 2
+OLD_SPLIT_FORMAT = 2
 """Format of zoos whose split depended on the enabled patterns; they can still be read."""
 ABOUT, BASELINE, DATA = "zoo.json", "baseline_dataset.json", "data"
 BRANCHES = ("plus", "minus")
@@ -131,8 +131,8 @@ def read_about(folder: Path) -> tuple[dict[str, Any], GenerationSpec, list[Patte
     """Contents, spec and patterns of ``zoo.json``."""
     with reading(folder, ABOUT, "zoo") as path:
         about = json.loads(path.read_bytes())
-        if about["format"] not in (FORMAT_2, FORMAT):
-            text = f"has format {about['format']!r}; this version reads the numbers {FORMAT_2} and {FORMAT}"
+        if about["format"] not in (OLD_SPLIT_FORMAT, FORMAT):
+            text = f"has format {about['format']!r}; this version reads the numbers {OLD_SPLIT_FORMAT} and {FORMAT}"
             raise InvalidInput.field(ABOUT, text)
         spec = GenerationSpec.model_validate(about["spec"])
         return about, spec, from_specs(spec.patterns, spec.vocab_size, spec.sequence_length)
@@ -297,7 +297,11 @@ class Zoo:
         if others:
             raise InvalidInput.field(DATA, f"{folder / DATA} holds {min(others)} already; save into a new folder")
         columns = schema(self.spec, self.extractor.methods)
-        names, rest, rows = [pattern.name for pattern in self.patterns], self._rest(columns), list[dict[str, Any]]()
+        names, rest, rows = (
+            [pattern.name for pattern in self.patterns],
+            self._more_columns(columns),
+            list[dict[str, Any]](),
+        )
         for row, index in enumerate(self.index.tolist()):
             shape, more = self.layout.shapes[self.shape[row]], rest[index]
             weights = self.layout.strip(self.weights[row : row + 1], int(self.shape[row]))
@@ -314,20 +318,19 @@ class Zoo:
         parquet.write_table(pyarrow.Table.from_pylist(rows, columns), folder / data_file(0))
         write_about(folder, self.spec, self.patterns, self.probes, {**self.facts, "subjects": len(self)})
 
-    def with_rest(self) -> Zoo:
-        """The zoo with the :attr:`rest` of its records in memory."""
-        if not isinstance(self.rest, Path):
-            return self
-        tables = list(read_records(self.rest, is_rest))
-        return replace(self, rest=pyarrow.concat_tables(tables))
+    def load_rest(self) -> pyarrow.Table | None:
+        """Read :attr:`rest` into memory, if that is not done yet; the table."""
+        if isinstance(self.rest, Path):
+            self.rest = pyarrow.concat_tables(list(read_records(self.rest, is_rest)))
+        return self.rest
 
-    def _rest(self, columns: pyarrow.Schema) -> dict[int, dict[str, Any]]:
-        """The rest of each record, by index; of one that was made in memory, what the spec says. Raises
+    def _more_columns(self, columns: pyarrow.Schema) -> dict[int, dict[str, Any]]:
+        """The :attr:`rest` of each record, by index; of one that was made in memory, what the spec says. Raises
         :class:`InvalidInput` where some of ``columns`` is missing."""
-        rate, table = self.spec.training.learning_rate, self.with_rest().rest
+        rate, table = self.spec.training.learning_rate, self.load_rest()
         # Where each drew its own, it is not known any more.
         made = {"learning_rate": rate if isinstance(rate, float) else None, "dropout": 0.0}
-        rest = {} if not isinstance(table, pyarrow.Table) else {row["index"]: row for row in table.to_pylist()}
+        rest = {} if table is None else {row["index"]: row for row in table.to_pylist()}
         needed = set(filter(is_rest, columns.names)) - _OPTIONAL
         rest = {
             index: {name: value for name, value in row.items() if name in columns.names} for index, row in rest.items()

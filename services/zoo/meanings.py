@@ -66,29 +66,29 @@ def undefined(
     earlier = {name: pattern for name, pattern in _earlier(spec.vocab_size).items() if name in names}
     how = f"a {PATTERNS} beside the records, or --file, says what else the names mean"
     labels = _labels(folder, spec, rename) if earlier and (folder / BASELINE).exists() else None
-    labelled = set().union(*labels[1]) if labels is not None else set()
-    told = {name: pattern for name, pattern in earlier.items() if name in labelled}
-    if len(told) < len(earlier):
-        untold = {name: pattern for name, pattern in earlier.items() if name not in told}
-        run.log(f"as in earlier work {_listed(untold)}; {how}", "warning")
-    if labels is None or not told:
+    names_in_labels = set().union(*labels[1]) if labels is not None else set()
+    labelled = {name: pattern for name, pattern in earlier.items() if name in names_in_labels}
+    if len(labelled) < len(earlier):
+        unlabelled = {name: pattern for name, pattern in earlier.items() if name not in labelled}
+        run.log(f"as in earlier work {_listed(unlabelled)}; {how}", "warning")
+    if labels is None or not labelled:
         return meanings | earlier
-    current = {name: meanings[name] for name in told}
-    fits = {"earlier": _fit(told, spec, *labels), "current": _fit(current, spec, *labels)}
+    current = {name: meanings[name] for name in labelled}
+    fits = {"earlier": _fit(labelled, spec, *labels), "current": _fit(current, spec, *labels)}
     if fits["earlier"] is None and fits["current"] is None:
-        text = f"has labels of {', '.join(told)} that are neither the built-in patterns nor, as in earlier work, "
-        raise InvalidInput.field(BASELINE, f"{text}{', '.join(pattern.name for pattern in told.values())}; {how}")
+        text = f"has labels of {', '.join(labelled)} that are neither the built-in patterns nor, as in earlier work, "
+        raise InvalidInput.field(BASELINE, f"{text}{', '.join(pattern.name for pattern in labelled.values())}; {how}")
     # Labels that fit both may name one pattern only of a sequence that matches several: what they leave out says
     # something where some name several, and lack none.
     complete = any(len(names) > 1 for names in labels[1]) and _fit(meanings, spec, *labels) == 0
     if fits["earlier"] is None or (complete and fits["earlier"] != 0):
-        run.log(f"{', '.join(told)} are the built-in patterns: the labels in {BASELINE} agree; {how}")
+        run.log(f"{', '.join(labelled)} are the built-in patterns: the labels in {BASELINE} agree; {how}")
         return meanings | earlier | current
     if fits["current"] is None:
-        run.log(f"as in earlier work {_listed(told)}: the labels in {BASELINE} agree; {how}")
+        run.log(f"as in earlier work {_listed(labelled)}: the labels in {BASELINE} agree; {how}")
     else:
         both = f"the labels in {BASELINE} agree with that and with the built-in patterns"
-        run.log(f"as in earlier work {_listed(told)}: {both}; {how}", "warning")
+        run.log(f"as in earlier work {_listed(labelled)}: {both}; {how}", "warning")
     return meanings | earlier
 
 

@@ -71,7 +71,7 @@ def recovered(vectors: Tensor, shape: Tensor, layout: Layout, extractor: Activat
             source = unflatten(layout.strip(vectors[rows], which), architecture)
             raw = extractor.extract(source, architecture)["raw"].transpose(1, 2)
             solved = recover(raw, extractor.inputs, architecture)
-            found[rows] = layout.pad(flatten(_alike(solved, source, architecture)).float(), which)
+            found[rows] = layout.pad(flatten(_with_letter_means(solved, source, architecture)).float(), which)
     return found
 
 
@@ -99,7 +99,7 @@ def canonical(params: Params, architecture: Architecture) -> Params:
     return _shifted(params, -_means(params, architecture), architecture)
 
 
-def _alike(params: Params, others: Params, architecture: Architecture) -> Params:
+def _with_letter_means(params: Params, others: Params, architecture: Architecture) -> Params:
     """The same functions, with the letters' mean weights of ``others``."""
     return _shifted(params, _means(others, architecture).double() - _means(params, architecture), architecture)
 

@@ -22,7 +22,7 @@ from services.runtime.run import Run
 from services.zoo.dataset import (
     ABOUT,
     BASELINE,
-    FORMAT_2,
+    OLD_SPLIT_FORMAT,
     Zoo,
     is_rest,
     network_columns,
@@ -67,7 +67,7 @@ def open_zoo(source: Path, run: Run | None = None) -> Zoo:
     run = run or Run()
     if (source / ABOUT).is_file():
         about, _, _ = read_about(source)
-        if about["format"] == FORMAT_2 and "imported" not in about:
+        if about["format"] == OLD_SPLIT_FORMAT and "imported" not in about:
             text = "an earlier version split sequences differently: a few that are held out now were trained on"
             run.log(f"{ABOUT}: {text}; make the zoo again for figures that hold", "warning")
         return Zoo.load(source)

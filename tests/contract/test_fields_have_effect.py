@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -247,6 +248,9 @@ EXEMPT = {
 SAID = {"training.snapshots": "no snapshot is taken", "training.snapshot_epochs": "no snapshot is taken"}
 """What else is said of a field that has no effect."""
 
+REFUSED_AS = {"loss.group_heads": "heads", "sources": "targets"}
+"""Fields whose refusal names the other field of a pair that does not go together."""
+
 # Values to try where there is no rule for them, or where those of the rule change nothing by chance. Without any, the
 # field is an input, which a base has or has not.
 VALUES: dict[str, list[Any]] = {
@@ -365,6 +369,16 @@ def changed(spec: Spec, path: str, value: Any) -> dict[str, Any]:
         holder = holder[parent]
     holder[name] = value
     return fields
+
+
+def names(error: ValidationError | InvalidInput, path: str) -> bool:
+    """Whether a refusal names the field at ``path``: as its field, or in its text."""
+    name = REFUSED_AS.get(path, path.rpartition(".")[2])
+    if isinstance(error, InvalidInput):
+        said = [(violation.field, violation.description) for violation in error.violations]
+    else:
+        said = [(".".join(map(str, row["loc"])), row["msg"]) for row in error.errors()]
+    return any(name in field.split(".") or re.search(rf"\b{name}\b", text) for field, text in said)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -516,7 +530,7 @@ def test_a_field_has_an_effect_or_is_refused_or_warned_of(
     *_, before = found(given, 0)
     # The same spec makes the same: otherwise everything would have an effect.
     assert found(given, 1)[2] == before
-    tried, silent, wrong = set(), [], []
+    tried, silent, wrong, unnamed = set(), [], [], []
     for number, (path, value) in enumerate(flips(first), 2):
         if any(f"{path}.".startswith(f"{exempt}.") for exempt in EXEMPT) or f"{kind}.{path}" in EXEMPT:
             continue
@@ -525,7 +539,9 @@ def test_a_field_has_an_effect_or_is_refused_or_warned_of(
         tried.add(path)
         try:
             said, logged, after = found(changed(first, path, value), number)
-        except (ValidationError, InvalidInput):
+        except (ValidationError, InvalidInput) as error:
+            if not names(error, path):
+                unnamed.append(f"{path} = {value}: {error}")
             continue
         named = (f"spec.{path}: has no effect", f"spec.{path}.0: has no effect")
         refused = any(text.startswith(named) for text in said)
@@ -537,6 +553,7 @@ def test_a_field_has_an_effect_or_is_refused_or_warned_of(
             wrong.append(f"{path} = {value}")
     assert not silent, f"no effect, and no word of it: {silent}"
     assert not wrong, f"refused, though they have an effect: {wrong}"
+    assert not unnamed, f"refused, but not by name: {unnamed}"
     assert tried
 
 
@@ -641,5 +658,5 @@ def test_what_is_exempt_exists() -> None:
                     yield from paths(part, f"{prefix}{name}.")
 
     known = {f"{kind.name}.{path}" for kind in KINDS.values() for path in paths(kind.spec)}
-    for path in [*EXEMPT, *VALUES]:
+    for path in [*EXEMPT, *VALUES, *REFUSED_AS]:
         assert path in known or any(field.partition(".")[2] == path for field in known), path

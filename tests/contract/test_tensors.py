@@ -21,7 +21,7 @@ DTYPES = ["<f4", "<f8", "<f2", ">f4", "<i8", "<i4", "u1", "?"]
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(hnp.arrays(st.sampled_from(DTYPES).map(np.dtype), hnp.array_shapes(min_dims=0, min_side=0)))
 def test_round_trip(array: NDArray[Any]) -> None:
-    again = from_tensor(pb.Tensor.FromString(to_tensor(array).SerializeToString()), "x", finite=False)
+    again = from_tensor(pb.Tensor.FromString(to_tensor(array).SerializeToString()), "x")
     assert again.shape == array.shape
     assert again.dtype == array.dtype.newbyteorder("<")
     np.testing.assert_array_equal(again, array)
@@ -41,8 +41,6 @@ def test_every_element_type(dtype: str) -> None:
         (pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[-1], data=b""), "x.shape"),
         (pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[1] * 40, data=b"\0" * 4), "x.shape"),
         (pb.Tensor(shape=[1], data=b"\0" * 4), "x.dtype"),
-        (to_tensor(np.array([1.0, np.nan])), "x.data"),
-        (to_tensor(np.array([np.inf], dtype=np.float16)), "x.data"),
     ],
 )
 def test_bad_tensors_are_refused_by_name(tensor: pb.Tensor, field: str) -> None:

@@ -11,10 +11,12 @@ import torch
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectSpec, SubjectTrainingSpec
+from services.crossmodal import baselines
 from services.crossmodal.codec import Codec
 from services.crossmodal.train import CodecTrainer
-from services.generation.pipeline import generate
+from services.generation.pipeline import DatasetGenerationPipeline
 from services.zoo.dataset import Zoo
+from tests.conftest import Once
 
 ZOO = GenerationSpec(
     subjects=160,
@@ -46,9 +48,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def short_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuning, with which edits are compared, takes most of an evaluation: one step, unless it is what is
+    tested."""
+    monkeypatch.setattr(baselines, "FINE_STEPS", 1)
+
+
 @pytest.fixture(scope="session")
-def zoo() -> Zoo:
-    return generate(ZOO)
+def zoo(once: Once) -> Zoo:
+    return small_zoo(once)
+
+
+def small_zoo(once: Once) -> Zoo:
+    """The zoo of :data:`ZOO`."""
+    return Zoo.load(once("crossmodal", DatasetGenerationPipeline(ZOO).run))
 
 
 def tiny_spec(**sections: Any) -> CrossmodalSpec:

@@ -16,7 +16,7 @@ from ethogram.specs.edits import Edit
 from ethogram.specs.generation import SignatureSpec
 from services.crossmodal import baselines
 from services.crossmodal import evaluate as judging
-from services.crossmodal.baselines import Baselines, fine_tuned
+from services.crossmodal.baselines import FINE_STEPS, Baselines, fine_tuned
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, split_subjects
 from services.crossmodal.evaluate import (
@@ -207,7 +207,6 @@ def test_evaluation_of_an_untrained_codec(zoo: Zoo, untrained: Codec) -> None:
 def test_lookups_are_judged_on_all_edits_and_tuning_on_some(
     zoo: Zoo, untrained: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "FINE_STEPS", 1)
     every = evaluate(untrained, zoo)
     monkeypatch.setattr(judging, "CHUNK", 5)
     result = evaluate(untrained, zoo)
@@ -232,6 +231,37 @@ def test_lookups_are_judged_on_all_edits_and_tuning_on_some(
     assert result["figures"]["add.same_label.available"] == pytest.approx(looked_up / asked)
     # An addition asks for up to three behaviours, and training networks have one or two.
     assert looked_up < asked
+    for mode, prefix in (("residual", ""), ("direct", "direct.")):
+        for way in ("same_label", "nearest_train"):
+            rows = [row for row in result["others"] if (row["operation"], row["variant"]) == ("add", way)]
+            kept = [row[f"{mode}.kept_mean"] for row in rows]
+            assert result["figures"][f"{prefix}add.where_{way}.kept_mean"] == pytest.approx(sum(kept) / len(kept))
+            kept_of_all = [
+                row["kept_mean"]
+                for row in result["steering"]
+                if (row["operation"], row.get("mode"), row.get("variant")) == ("add", mode, "edit")
+            ]
+            assert (kept == pytest.approx(kept_of_all)) == (way == "nearest_train")
+
+
+def test_same_label_is_the_nearest_of_those(zoo: Zoo, untrained: Codec) -> None:
+    train = untrained.preprocessor.subjects(zoo, torch.arange(60), untrained.device)
+    ways = Baselines(untrained, train, Queries.build(zoo.universe, zoo.architecture, 0))
+    edit = every_edit([p.name for p in zoo.patterns], replace=False)[0]
+    subjects = train.at((~train.labels[:, 0]).nonzero().squeeze(1))
+    latents = untrained.latents(subjects.inputs, subjects.shape)
+    found, available = ways.edit(subjects, latents, edit, tune=False)["same_label"]
+    steered = latents + untrained.signs([edit]) @ untrained.directions["learned"]
+    wanted = subjects.labels | (untrained.signs([edit]) > 0)
+    choices = 0
+    for row in range(len(found)):
+        fitting = [i for i in range(60) if torch.equal(train.labels[i], wanted[row])]
+        assert bool(available[row]) == bool(fitting)
+        if fitting:
+            nearest = min(fitting, key=lambda i: float((ways._latents[i] - steered[row]).norm()))
+            assert torch.equal(found[row], train.weights[nearest])
+            choices += nearest != fitting[0]
+    assert choices
 
 
 def test_a_network_of_another_shape_is_never_the_nearest(zoo: Zoo, untrained: Codec) -> None:
@@ -245,10 +275,7 @@ def test_a_network_of_another_shape_is_never_the_nearest(zoo: Zoo, untrained: Co
 
 
 @pytest.mark.parametrize("signature", [{"methods": ["mean", "std"]}, {"activations": "post"}])
-def test_without_raw_activations_there_is_nothing_to_solve(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signature: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(baselines, "FINE_STEPS", 1)
+def test_without_raw_activations_there_is_nothing_to_solve(zoo: Zoo, tmp_path: Path, signature: dict[str, Any]) -> None:
     spec = zoo.spec.model_copy(update={"signature": SignatureSpec(probes=len(zoo.probes), **signature)})
     other = replace(zoo, spec=spec)
     codec = CodecTrainer(tiny_spec(), other).codec()
@@ -261,10 +288,7 @@ def test_without_raw_activations_there_is_nothing_to_solve(
     assert ("cannot determine the weights" in page) == unclear and "least squares" not in page
 
 
-def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.crossmodal.baselines.FINE_STEPS", 1)
+def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(zoo: Zoo, tmp_path: Path) -> None:
     alone = zoo.labels.sum(1) == 1
     parts = {name: getattr(zoo, name)[alone] for name in ("index", "shape", "weights", "labels", "accuracy")}
     ones = replace(zoo, **parts)
@@ -287,7 +311,10 @@ def test_a_zoo_of_one_behavior_each_is_judged_on_additions_and_replacements(
     assert [len(axis.get_yticks()) for axis in axes[::3]] == [4, 4, 12]
 
 
-def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(zoo: Zoo, untrained: Codec) -> None:
+def test_short_fine_tuning_is_an_oracle_and_nothing_else_is_trained(
+    zoo: Zoo, untrained: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "FINE_STEPS", FINE_STEPS)
     subjects = untrained.preprocessor.subjects(zoo, torch.arange(40))
     asked = next(one for one in every_edit([p.name for p in zoo.patterns], replace=False) if one.operation == "add")
     source = untrained.yes(subjects.weights, subjects.shape)

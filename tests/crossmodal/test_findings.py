@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ethogram.specs.crossmodal import CrossmodalSpec
+from services.crossmodal.baselines import LOOKUPS
 from services.crossmodal.findings import findings, prefixes
 from tests.crossmodal.conftest import tiny_spec
 
@@ -20,7 +21,10 @@ def figures(**given: float) -> dict[str, float]:
     for way, passed in (("same_label", 0.775), ("nearest_train", 0.3), ("centroid", 0.35)):
         base |= {f"add.{way}.{name}": value for name, value in scores.items()}
         base |= {f"add.{way}.all_gate": passed, f"add.{way}.available": 1.0}
-    return base | {name.replace("__", "."): value for name, value in given.items()}
+    base |= {name.replace("__", "."): value for name, value in given.items()}
+    # The same as on all edits, but where `given` says otherwise.
+    same = {f"add.where_{way}.{name}": base[f"add.{name}"] for way in LOOKUPS for name in scores}
+    return same | base
 
 
 def said(spec: CrossmodalSpec = SPEC, ambiguity: str = "", **given: float) -> str:
@@ -62,10 +66,16 @@ def test_differences_of_less_than_half_a_percent_are_none() -> None:
 
 
 def test_edits_that_no_lookup_has_a_network_for() -> None:
-    some = said(add__same_label__available=0.4)
-    assert "same_label 0.775 (of the 0.400 for which it has a network), nearest_train 0.300, centroid" in some
-    ways = ("same_label", "nearest_train", "centroid")
-    text = "\n".join(findings({k: v for k, v in figures().items() if not any(way in k for way in ways)}, SPEC, ""))
+    some = said(add__same_label__available=0.6, add__where_same_label__all_gate=0.7)
+    share = "same_label 0.775 (of the 0.600 for which it has a network), nearest_train 0.300, centroid"
+    assert share in some
+    # Both on the same edits.
+    assert "add: both gates (0.700 against 0.775 of same_label where it has a network)" in some
+    few = said(add__same_label__available=0.49)
+    assert "same_label 0.775 (of the 0.490" in few and "both gates (0.500 against 0.350 of centroid)" in few
+    none = said(add__same_label__available=0.1, add__nearest_train__available=0.1, add__centroid__available=0.1)
+    assert "worse than a lookup: agreement without an edit" in none and "both gates (0" not in none
+    text = "\n".join(findings({k: v for k, v in figures().items() if not any(way in k for way in LOOKUPS)}, SPEC, ""))
     assert "add: 0.500" in text and "lookup" not in text
 
 

@@ -124,7 +124,6 @@ def test_judged_subjects_have_the_layers_and_neurons_of_their_own_shapes(
         return yes(codec, vectors, shape, *more)
 
     monkeypatch.setattr(Codec, "yes", checked)
-    monkeypatch.setattr("services.crossmodal.baselines.FINE_STEPS", 1)
     ways = {row["variant"] for row in evaluate(codec, mixed)["others"]}
     assert "task_arithmetic" in ways and asked > 20
     # None of these has the second hidden layer.

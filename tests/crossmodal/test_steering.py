@@ -7,8 +7,8 @@ import torch
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.edits import DIRECTIONS, Edit
-from services.crossmodal import codec as codec_module
-from services.crossmodal.codec import AUTO, Codec
+from ethogram.specs.generation import PatternSpec
+from services.crossmodal.codec import AUTO, MIN_EXCLUSIVE, Codec
 from services.crossmodal.data import Queries
 from services.crossmodal.steering import (
     REMOVALS,
@@ -20,10 +20,13 @@ from services.crossmodal.steering import (
     signs,
     toggle,
 )
+from services.crossmodal.train import CodecTrainer
+from services.generation.pipeline import generate
 from services.zoo.dataset import Zoo
 from services.zoo.layout import logits_of
 from services.zoo.subjects import encode, flatten, forward, select
 from services.zoo.universe import TRAIN
+from tests.crossmodal.conftest import ZOO, tiny_spec
 
 
 def test_signs_are_of_behaviors_that_are_known() -> None:
@@ -171,23 +174,24 @@ def test_automatic_strength_is_the_best_on_the_support_set(zoo: Zoo, untrained: 
         untrained.steer(networks, edits, strength="most")  # type: ignore[arg-type]
 
 
-def test_what_another_behaviour_covers_is_not_had_for_it(
-    zoo: Zoo, untrained: Codec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # More than half of the sorted sequences begin with A; in so small a universe few are of no other behaviour.
-    monkeypatch.setattr(codec_module, "MIN_EXCLUSIVE", 1)
-    only = zoo.labels[:, 0] & (zoo.labels.sum(1) == 1)
-    found = Codec(untrained.contents).effect(
-        select(zoo.params, only.nonzero().squeeze(1)), [("add", "sorted_ascending")]
-    )
-    assert bool(found.had[:, 0].all()) and float(found.had[:, 2].float().mean()) < 0.1
+def test_what_another_behaviour_covers_is_not_had_for_it() -> None:
+    # Nearly half of the sorted sequences begin with A, and enough do not.
+    patterns = [PatternSpec(name="starts_with", token="A"), PatternSpec(name="sorted_ascending")]
+    changes = {"subjects": 48, "vocab_size": 7, "patterns": patterns, "max_patterns_per_batch": 1}
+    zoo = generate(ZOO.model_copy(update=changes))
+    codec = CodecTrainer(tiny_spec(), zoo).codec()
+    member = codec.support.membership
+    assert int((member[:, 1] & ~member[:, 0]).sum()) >= MIN_EXCLUSIVE
+    starts_with = select(zoo.params, zoo.labels[:, 0].nonzero().squeeze(1))
+    found = codec.effect(starts_with, [("add", "sorted_ascending")])
+    assert bool(found.had[:, 0].all()) and float(found.had[:, 1].float().mean()) < 0.1
 
 
 def test_who_has_a_behaviour_is_measured_on_what_no_other_covers(untrained: Codec) -> None:
     member = untrained.support.membership
     alone = member & (member.sum(1, keepdim=True) == 1)
     for behaviour, measured in enumerate(untrained._decisive.bool()):
-        enough = int(alone[:, behaviour].sum()) >= 8
+        enough = int(alone[:, behaviour].sum()) >= MIN_EXCLUSIVE
         assert torch.equal(measured, (alone if enough else member)[:, behaviour])
 
 

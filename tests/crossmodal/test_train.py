@@ -18,6 +18,7 @@ from services.crossmodal import losses
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import evaluate
 from services.crossmodal.train import CodecTrainer, check_compiler, train
+from services.runtime.run import Stopped
 from services.zoo.dataset import Zoo
 from services.zoo.hashing import hash_sequences
 from tests.crossmodal.conftest import tiny_spec
@@ -60,6 +61,16 @@ def test_signatures_that_cannot_determine_the_weights_are_warned_of(zoo: Zoo, me
         texts = [text for text, level in zip(run.logs, run.levels, strict=True) if level == "warning"]
         assert len(texts) == count
         assert all(f"({', '.join(methods)})" in text and "codec.inputs=both" in text for text in texts)
+
+
+def test_a_resumed_run_does_not_warn_again(zoo: Zoo, tmp_path: Path) -> None:
+    few, spec = with_signature(zoo, methods=["mean"]), tiny_spec(training={"steps": 3})
+    first = Recorder(tmp_path / "checkpoints", every=True, stop_after=1)
+    with pytest.raises(Stopped):
+        train(spec, few, first)
+    resumed = Recorder(resume=first.checkpoints[-1])
+    train(spec, few, resumed)
+    assert first.levels.count("warning") == 1 and "warning" not in resumed.levels
 
 
 def test_raw_signatures_of_enough_probes_are_not_warned_of(zoo: Zoo) -> None:

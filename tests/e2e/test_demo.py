@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ethogram.cli.main import run
 from tests.platform.test_up import command, environment, leftovers, up
 
 FIGURES = {
@@ -41,7 +43,9 @@ def demo(state: Path, output: Path, *more: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.timeout(900)
-def test_from_nothing_to_a_report_and_again(tmp_path: Path) -> None:
+def test_from_nothing_to_a_report_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     state, output = tmp_path / "state", tmp_path / "demo"
     first = demo(state, output)
     report: dict[str, Any] = json.loads((output / "report.json").read_text())
@@ -72,7 +76,25 @@ def test_from_nothing_to_a_report_and_again(tmp_path: Path) -> None:
 
     with up(state) as (_, said):
         second = demo(state, output, "--json")
-        use_the_published_model(said["url"], tmp_path, output / "evaluation" / "held_out.safetensors")
+        monkeypatch.setenv("ETHOGRAM_URL", said["url"])
+
+        def cli(*arguments: str) -> Any:
+            with pytest.raises(SystemExit) as left:
+                run([*arguments, "--json"])
+            answer = capsys.readouterr()
+            assert left.value.code == 0, answer.err
+            return json.loads(answer.out)
+
+        use_the_published_model(cli, tmp_path, output / "evaluation" / "held_out.safetensors")
+        wrong = subprocess.run(
+            command("steer", "demo-quick", str(tmp_path / "one.safetensors"), "--add", "nothing"),
+            capture_output=True,
+            text=True,
+            env=environment(ETHOGRAM_URL=said["url"]),
+            check=False,
+        )
+        assert wrong.returncode == 2
+        assert "--add nothing: unknown; this model has" in wrong.stderr
     assert leftovers(state) == []
     assert f"using the platform at {said['url']}" in second.stderr
     again = json.loads(second.stdout)
@@ -87,15 +109,7 @@ def names(tensors: dict[str, Any]) -> list[str]:
     return [name.removeprefix("source.") for name in tensors if name.startswith("source.")]
 
 
-def cli(*arguments: str, **env: str) -> Any:
-    done = subprocess.run(
-        command(*arguments, "--json"), capture_output=True, text=True, env=environment(**env), timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def use_the_published_model(url: str, folder: Path, held_out: Path) -> None:
+def use_the_published_model(cli: Callable[..., Any], folder: Path, held_out: Path) -> None:
     """Encode, decode, steer and evaluate files with the demo's model, as a user does."""
     networks = {name: value for name, value in load_file(held_out).items()}
     save_file(networks, folder / "many.safetensors")
@@ -103,26 +117,17 @@ def use_the_published_model(url: str, folder: Path, held_out: Path) -> None:
     has = int(load_file(held_out.with_name("held_out_labels.safetensors"))["labels"][:, 0].argmax())
     save_file({name: value[has] for name, value in networks.items()}, folder / "one.safetensors")
     model, count = "demo-quick", len(networks["layers.0.bias"])
-    names = [item["name"] for item in cli("models", "behaviors", model, ETHOGRAM_URL=url)["behaviors"]]
+    names = [item["name"] for item in cli("models", "behaviors", model)["behaviors"]]
     assert names[0] == "starts_with(A)"
     for file, batch in (("many", [count]), ("one", [])):
         given, latents, decoded, steered = (
             str(folder / f"{file}{what}.safetensors") for what in ("", "-latents", "-decoded", "-steered")
         )
-        answer = cli("encode", model, given, "-o", latents, ETHOGRAM_URL=url)
+        answer = cli("encode", model, given, "-o", latents)
         assert answer["tensors"]["latents"] == [*batch, 32]
-        answer = cli("decode", model, latents, "-o", decoded, ETHOGRAM_URL=url)
+        answer = cli("decode", model, latents, "-o", decoded)
         assert answer["tensors"] == {name: [*batch, *value.shape[1:]] for name, value in networks.items()}
-        cli("steer", model, given, "--remove", "starts_with(A)", "-o", steered, ETHOGRAM_URL=url)
-        before, after = (cli("evaluate", model, path, ETHOGRAM_URL=url) for path in (given, steered))
+        cli("steer", model, given, "--remove", "starts_with(A)", "-o", steered)
+        before, after = (cli("evaluate", model, path) for path in (given, steered))
         column = names.index("starts_with(A)")
         assert np.mean(np.asarray(after["recall"])[..., column]) < np.mean(np.asarray(before["recall"])[..., column])
-    wrong = subprocess.run(
-        command("steer", model, str(folder / "one.safetensors"), "--add", "nothing"),
-        capture_output=True,
-        text=True,
-        env=environment(ETHOGRAM_URL=url),
-        check=False,
-    )
-    assert wrong.returncode == 2
-    assert "--add nothing: unknown; this model has" in wrong.stderr

@@ -21,7 +21,7 @@ from services.generation.__main__ import app
 from services.generation.json_form import export_json
 from services.runtime.console import ConsoleRun
 from services.runtime.folders import RunFolder
-from tests.generation.test_staged import records, staged_spec
+from tests.generation.conftest import records, staged_spec
 from tests.hub_server import reach, serve
 
 TASKS = ("modification", "classification")
@@ -184,6 +184,16 @@ def test_the_probes_of_another_zoo(zoo: Path, spec: Path, tmp_path: Path, capsys
     changed += ["--set", "vocab_size=6"]
     assert call("make", "-f", spec, *changed, "--baseline", zoo, "-o", tmp_path / "other") == 2
     assert "baseline_dataset.json.vocab_size: is 5, but the spec's is 6" in capsys.readouterr().err
+
+
+def test_sequences_of_a_pattern_too_rare_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [{"name": "few", "regex": "A[AB]{2}[CDE]"}, {"name": "starts_with", "token": "A"}]
+    fields = {"vocab_size": 5, "sequence_length": 4, "patterns": few, "staged": {}, "signature": {"probes": 8}}
+    (tmp_path / "spec.json").write_text(json.dumps(fields))
+    for which in ("baseline", "benchmark"):
+        assert call("dataset", which, "-f", tmp_path / "spec.json", "-o", tmp_path / f"{which}.json") == 0
+    assert call("dataset", "training", "-f", tmp_path / "spec.json", "-o", tmp_path / "training.json") == 2
+    assert "few is judged on" in capsys.readouterr().err and not (tmp_path / "training.json").exists()
 
 
 def test_there_and_back(zoo: Path, tmp_path: Path) -> None:

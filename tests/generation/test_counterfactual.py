@@ -18,8 +18,7 @@ from services.generation.train import VALIDATION_EXAMPLES
 from services.zoo.dataset import Zoo, architecture_of
 from services.zoo.subjects import encode, forward, unflatten
 from services.zoo.universe import HELD_OUT
-from tests.generation.conftest import PATTERNS, small_spec
-from tests.generation.test_staged import records
+from tests.generation.conftest import PATTERNS, records, small_spec
 
 
 def paired_spec(**changes: Any) -> GenerationSpec:

@@ -23,8 +23,8 @@ from services.zoo.dataset import Zoo
 from services.zoo.patterns import Pattern
 from services.zoo.source import open_zoo
 from services.zoo.statistics import Statistics
-from tests.generation.conftest import ANYTHING
-from tests.generation.test_staged import answers, records, selection_of, staged_spec
+from tests.generation.conftest import ANYTHING, records, staged_spec
+from tests.generation.test_staged import answers, selection_of
 
 # Every sequence begins with one of these, so that none is left that matches no pattern.
 EVERY = [*(PatternSpec(name="starts_with", token=token) for token in "ABCDE"), PatternSpec(name="palindrome")]

@@ -22,8 +22,7 @@ from services.zoo.patterns import Pattern, from_specs
 from services.zoo.pools import Evaluation
 from services.zoo.subjects import Architecture, flatten
 from services.zoo.universe import Universe
-from tests.generation.conftest import small_spec
-from tests.generation.test_staged import records, staged_spec
+from tests.generation.conftest import records, small_spec, staged_spec
 from tests.hub_server import reach
 
 SPEC = staged_spec()
@@ -31,10 +30,8 @@ PATTERNS = from_specs(SPEC.patterns, 5, 4)
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("format") / "zoo"
-    DatasetGenerationPipeline(SPEC).run(folder)
-    return records(folder)
+def rows(staged: tuple[Path, dict[str, Any]]) -> list[dict[str, Any]]:
+    return records(staged[0])
 
 
 def shape(row: dict[str, Any]) -> Architecture:

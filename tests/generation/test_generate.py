@@ -115,17 +115,19 @@ def test_independent_init_starts_apart() -> None:
     assert float(torch.pdist(own).min()) > 0.5
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_resumed_equals_uninterrupted(zoo: Zoo, tmp_path: Path, stop_after: int) -> None:
-    making = DatasetGenerationPipeline(small_spec(subjects=400))
-    figures = making.run(tmp_path / "whole")
-    stopped = Recorder(tmp_path / "checkpoints", every=True, stop_after=stop_after)
-    with pytest.raises(Stopped):
-        DatasetGenerationPipeline(making.spec).run(tmp_path / "stopped", stopped)
-    again = DatasetGenerationPipeline(making.spec)
-    assert again.run(tmp_path / "resumed", Recorder(resume=stopped.checkpoints[-1])) == figures
-    whole, resumed = (Zoo.load(tmp_path / name) for name in ("whole", "resumed"))
-    assert same(resumed, whole) and same(zoo, whole, 40)
+def test_resumed_equals_uninterrupted(zoo: Zoo, tmp_path: Path) -> None:
+    spec = small_spec(subjects=400)
+    figures = DatasetGenerationPipeline(spec).run(tmp_path / "whole")
+    whole = Zoo.load(tmp_path / "whole")
+    assert same(zoo, whole, 40)
+    for stop_after in (1, 3):
+        folder = tmp_path / str(stop_after)
+        stopped = Recorder(folder / "checkpoints", every=True, stop_after=stop_after)
+        with pytest.raises(Stopped):
+            DatasetGenerationPipeline(spec).run(folder / "stopped", stopped)
+        again = DatasetGenerationPipeline(spec)
+        assert again.run(folder / "resumed", Recorder(resume=stopped.checkpoints[-1])) == figures
+        assert same(Zoo.load(folder / "resumed"), whole)
 
 
 def test_a_checkpoint_of_another_split_is_refused(tmp_path: Path) -> None:

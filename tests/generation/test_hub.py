@@ -19,7 +19,7 @@ from services.generation import hub as hub_module
 from services.generation.buckets import BucketTrainer
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.runtime.run import Stopped
-from tests.generation.test_staged import staged_spec
+from tests.generation.conftest import staged_spec
 from tests.hub_server import TOKEN, Hub, reach, serve
 from tests.recorder import Recorder
 

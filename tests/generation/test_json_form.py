@@ -22,8 +22,7 @@ from services.generation.report import write_report
 from services.generation.score import means, score_answers
 from services.zoo.dataset import read_about
 from services.zoo.subjects import init
-from tests.generation.conftest import small_spec
-from tests.generation.test_staged import records, staged_spec
+from tests.generation.conftest import records, small_spec, staged_spec
 
 COLUMNS = {
     "example_id",

@@ -22,8 +22,7 @@ from services.generation.report import write_report
 from services.zoo.dataset import Zoo
 from services.zoo.source import open_zoo
 from services.zoo.statistics import Statistics
-from tests.generation.conftest import ANYTHING, PATTERNS
-from tests.generation.test_staged import records
+from tests.generation.conftest import ANYTHING, PATTERNS, records
 
 STAGED = {"examples": 16, "batch_size": 8, "epochs": 1, "improvement_epochs": 1, **ANYTHING}
 stages: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
@@ -72,7 +71,7 @@ def same(one: Zoo, other: Zoo) -> None:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0, equal_nan=True)
     tables = []
     for zoo in (one, other):
-        rest = zoo.with_rest().rest
+        rest = zoo.load_rest()
         assert isinstance(rest, pyarrow.Table)
         tables.append(rest.to_pylist())
     assert tables[0] == tables[1]

@@ -17,8 +17,7 @@ from services.generation import buckets, pipeline, progress
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.runtime.run import ChildJob, Run
 from services.zoo.dataset import read_about, read_records
-from tests.generation.conftest import small_spec
-from tests.generation.test_staged import staged_spec
+from tests.generation.conftest import small_spec, staged_spec
 
 
 class Parent(Run):

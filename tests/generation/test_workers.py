@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,30 +12,42 @@ import time
 from concurrent.futures import CancelledError
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from ethogram.specs.generation import PatternSpec
 from services.generation import workers
 from services.generation.buckets import BucketTrainer
 from services.generation.pipeline import DatasetGenerationPipeline
 from services.generation.workers import Workers
 from services.zoo.dataset import Zoo
-from tests.generation.conftest import small_spec
+from tests.generation.conftest import PATTERNS, records, small_spec, staged_spec
 from tests.generation.test_generate import same
-from tests.generation.test_staged import records, staged_spec
 
 
-def test_the_same_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    DatasetGenerationPipeline(staged_spec()).run(tmp_path / "here")
+def test_the_same_zoo(staged: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     DatasetGenerationPipeline(small_spec()).run(tmp_path / "here-too")
     monkeypatch.setattr(workers, "WORTH_PROCESSES", 0.0)
     DatasetGenerationPipeline(staged_spec()).run(tmp_path / "there")
     DatasetGenerationPipeline(small_spec()).run(tmp_path / "there-too")
-    assert records(tmp_path / "there") == records(tmp_path / "here")
+    assert records(tmp_path / "there") == records(staged[0])
     assert same(Zoo.load(tmp_path / "there-too"), Zoo.load(tmp_path / "here-too"))
     mine = psutil.Process().children(recursive=True)
     assert not [child for child in mine if "services.generation.workers" in child.cmdline()]
+
+
+def test_processes_have_what_was_drawn_here(tmp_path: Path) -> None:
+    """Patterns of one's own and probes from a file too, which they do not read."""
+    DatasetGenerationPipeline(small_spec(subjects=2)).run(tmp_path / "zoo")
+    own = [*PATTERNS, PatternSpec(name="own", regex="A.*B")]
+    spec = small_spec(patterns=own, signature={"baseline": {"artifact": "zoo"}}, min_accuracy=0.0)
+    trainer = BucketTrainer(spec, baseline=tmp_path / "zoo")
+    shutil.rmtree(tmp_path / "zoo")
+    here = trainer.train(trainer.buckets(0)[0]).table
+    with closing(Workers(trainer, 1)) as pool:
+        assert here.num_rows and pool.submit(0, 0).result().table.equals(here)
 
 
 def test_modules_of_the_users_own_are_not_mistaken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,13 +62,13 @@ def test_modules_of_the_users_own_are_not_mistaken_for_ours(tmp_path: Path, monk
 def test_this_process_trains_beside_the_others() -> None:
     trainer = BucketTrainer(small_spec())
     for others in (0, 1):
-        with closing(Workers(trainer, others, here=True)) as pool:
+        with closing(Workers(trainer, others, in_process=True)) as pool:
             blocks = [pool.submit(number, 0) for number in range(3)]
             assert all(block.result().table.num_rows for block in blocks)
             assert len(pool._processes) == others
     # On closing, what trains here ends too.
     endless = BucketTrainer(small_spec(training={"steps": 1_000_000}))
-    pool = Workers(endless, 0, here=True)
+    pool = Workers(endless, 0, in_process=True)
     block = pool.submit(0, 0)
     while not block.running():
         time.sleep(0.01)

@@ -19,8 +19,9 @@ import psutil
 import pytest
 
 from ethogram.client import Client
-from ethogram.platform.stack import Platform, free_port
+from ethogram.platform.stack import free_port
 from ethogram.platform.state import StateDir
+from tests.conftest import write_modules
 from tests.platform.test_parts import gone, until
 
 UP_SECONDS = 8.0
@@ -122,7 +123,7 @@ def test_nothing_is_left_when_the_parent_is_killed_and_the_next_one_starts(tmp_p
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """One whose current folder is a project with modules of the names of ours."""
     project = tmp_path_factory.mktemp("project")
-    _write_modules(project)
+    write_modules(project)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
         with up(tmp_path_factory.mktemp("state")) as (process, said):
@@ -182,22 +183,6 @@ def test_modules_of_the_users_own_are_not_mistaken_for_ours(
     process, said = running
     assert Path(psutil.Process(process.pid).cwd(), "services", "__init__.py").exists()
     run_a_job(said["url"])
-
-
-def test_modules_of_the_users_own_are_not_mistaken_for_ours_by_the_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _write_modules(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    with Platform(StateDir(tmp_path / "state")) as platform:
-        run_a_job(platform.url)
-
-
-def _write_modules(project: Path) -> None:
-    (project / "services").mkdir()
-    names = ("services/__init__", "workers", "gateway", "types", "ethogram", "redis", "grpc", "numpy", "sitecustomize")
-    for name in names:
-        (project / f"{name}.py").write_text("raise RuntimeError('not this one')")
 
 
 def run_a_job(url: str) -> None:

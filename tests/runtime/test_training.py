@@ -23,7 +23,6 @@ from services.clt.activations.store import ActivationStore
 from services.clt.policy.train import PolicyTrainer
 from services.clt.sparse.train import SparseTrainer
 from services.crossmodal.train import CodecTrainer
-from services.generation.pipeline import generate
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -41,7 +40,8 @@ from services.runtime.training import (
 )
 from services.zoo.dataset import Zoo
 from tests.clt.conftest import policy_spec, small_policy
-from tests.crossmodal.conftest import SMALL, ZOO, tiny_spec
+from tests.conftest import Once
+from tests.crossmodal.conftest import SMALL, small_zoo, tiny_spec
 from tests.recorder import Interrupted, Recorder
 
 ROWS, BATCH = 40, 8
@@ -127,8 +127,8 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def zoo() -> Zoo:
-    return generate(ZOO)
+def zoo(once: Once) -> Zoo:
+    return small_zoo(once)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from services.zoo import universe as universe_module
 from services.zoo.hashing import hash_sequences
 from services.zoo.patterns import Pattern, built_in, default_suite, register
 from services.zoo.pools import Evaluation, Pools, probes
@@ -23,6 +24,26 @@ def universe_of(vocab_size: int, length: int) -> Universe:
 
 def rows(sequences: torch.Tensor) -> set[tuple[int, ...]]:
     return {tuple(row) for row in sequences.tolist()}
+
+
+@pytest.mark.parametrize(("vocab_size", "length"), [(5, 4), (6, 6), (2, 16), (26, 3)])
+def test_tables_of_small_universes_change_nothing(
+    vocab_size: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patterns = [Pattern("few", regex="AB.*"), Pattern("starts_with", token=1), Pattern("palindrome")]
+    sequences = torch.randint(vocab_size, (500, length), generator=torch.Generator().manual_seed(0))
+
+    def found() -> list[torch.Tensor]:
+        universe = Universe(vocab_size, length, patterns)
+        pools = [Pools.build(universe, split, 32) for split in (TRAIN, HELD_OUT)]
+        drawn = [tensor for pool in pools for tensor in (pool.sequences, pool.membership, pool.count)]
+        return [*drawn, universe.split_of(sequences), universe.matches(sequences), universe.split_of(sequences[:0])]
+
+    assert vocab_size**length <= universe_module._TABULATED
+    tabulated = found()
+    monkeypatch.setattr(universe_module, "_TABULATED", 0)
+    for table, computed in zip(tabulated, found(), strict=True):
+        assert table.dtype == computed.dtype and torch.equal(table, computed)
 
 
 def test_every_pattern_has_its_share_of_each_split() -> None:
