@@ -89,6 +89,61 @@ class SchemaSpec(Spec):
     """Whether a configuration may be there several times, as repeated measurements."""
 
 
+class LanguageModelSizeSpec(Spec):
+    """Size of a language model of the Qwen2 architecture."""
+
+    hidden_dim: int = Field(128, ge=8, le=4096)
+    """Width of the residual stream."""
+    layers: int = Field(4, ge=2, le=48)
+    """Transformer layers."""
+    heads: int = Field(8, ge=1, le=64)
+    """Attention heads; ``hidden_dim`` divides into them."""
+    feed_forward: int = Field(256, ge=1, le=65_536)
+    """Width of the hidden layer of each MLP."""
+    vocabulary: int = Field(1024, ge=512, le=65_536)
+    """Tokens: marks of fields and labels, digits one by one, and pieces of words."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> LanguageModelSizeSpec:
+        if self.hidden_dim % self.heads:
+            raise ValueError(f"heads: hidden_dim {self.hidden_dim} does not divide into {self.heads} heads")
+        return self
+
+
+class LanguageModelTrainingSpec(OptimizationSpec):
+    """How the language model is trained: AdamW; gradients are clipped to norm 1."""
+
+    copying: int = Field(1000, ge=0, le=10_000_000)
+    """Steps before the others, in which it learns to copy random tokens."""
+    steps: int = Field(3000, ge=1, le=10_000_000)
+    """Steps in which it learns to describe what it reads in soft tokens, on random schemas."""
+    batch_size: int = Field(96, ge=1, le=65_536)
+    """Descriptions per step."""
+    schemas: int = Field(6, ge=1, le=4096)
+    """Random schemas per step; ``batch_size`` divides into them."""
+    learning_rate: float = Field(2e-3, gt=0, le=1)
+    """Peak learning rate; it falls along a cosine to a hundredth of this."""
+    noise: float = Field(0.05, ge=0, le=10)
+    """Standard deviation of noise on soft tokens, so that near ones are read alike."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> LanguageModelTrainingSpec:
+        if self.batch_size % self.schemas:
+            raise ValueError(f"schemas: batch_size {self.batch_size} does not divide into {self.schemas} schemas")
+        return self
+
+
+class LanguageModelSpec(TrainedSpec):
+    """A small language model that learns to read vectors of any schema, and is frozen then."""
+
+    model: LanguageModelSizeSpec = LanguageModelSizeSpec()
+    """Size."""
+    training: LanguageModelTrainingSpec = LanguageModelTrainingSpec()
+    """Optimisation."""
+    fields: int = Field(8, ge=2, le=16)
+    """Most fields of a random schema; it begins with two and grows as the model learns."""
+
+
 class AugmentationSpec(Spec):
     """How the rows of the table vary in training."""
 
@@ -208,3 +263,52 @@ class ResourceSpec(TrainedSpec):
     second run. The encoder that is kept is trained on all rows."""
     hub: HubSpec | None = None
     """Model repository to upload encoder and export to."""
+
+
+class DecoderModelSpec(Spec):
+    """Architecture of the text encoder below the two heads."""
+
+    hidden_dim: int = Field(128, ge=8, le=4096)
+    """Width of its residual stream."""
+    layers: int = Field(2, ge=1, le=48)
+    """Transformer layers."""
+    heads: int = Field(4, ge=1, le=64)
+    """Attention heads; ``hidden_dim`` divides into them."""
+    initialization: Literal["export", "random"] = "export"
+    """Rows of the configuration head before training: the vectors of the export, or random ones."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DecoderModelSpec:
+        if self.hidden_dim % self.heads:
+            raise ValueError(f"heads: hidden_dim {self.hidden_dim} does not divide into {self.heads} heads")
+        return self
+
+
+class DecoderTrainingSpec(OptimizationSpec):
+    """How the decoder is trained: AdamW on the cross-entropies of both heads; gradients are clipped to norm 1."""
+
+    steps: int = Field(3000, ge=1, le=10_000_000)
+    """Optimiser steps."""
+    batch_size: int = Field(128, ge=1, le=65_536)
+    """Texts per step."""
+    validate_every: int = Field(100, ge=1, le=1_000_000)
+    """Steps between validations."""
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    """Weight decay."""
+    validation: int = Field(512, ge=1, le=100_000)
+    """Texts of each validation."""
+    target_accuracy: float | None = Field(None, gt=0, le=1)
+    """Training ends at a validation with this accuracy of configurations; None: all steps are taken."""
+
+
+class DecoderSpec(TrainedSpec):
+    """A hierarchical decoder: from the text of a task to a tool, and to one of that tool's configurations."""
+
+    export: ArtifactRef
+    """Vectors and fields of the configurations, and which of them each tool has."""
+    model: DecoderModelSpec = DecoderModelSpec()
+    """Architecture."""
+    training: DecoderTrainingSpec = DecoderTrainingSpec()
+    """Optimisation."""
+    evaluation: int = Field(2000, ge=1, le=1_000_000)
+    """Held-out texts of the evaluation."""

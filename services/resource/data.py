@@ -121,8 +121,9 @@ def read_measurements(
         first: dict[int, int] = {}
         for number, configuration in zip(numbers, table.configurations.tolist(), strict=True):
             if configuration in first:
-                text = f"has the configuration of line {first[configuration]} again; set table.repeated if they are repeated measurements"
-                raise InvalidInput.field(f"{file.name}:{number}", text)
+                text = f"has the configuration of row {first[configuration]} again"
+                hint = "remove one, or set table.repeated if they are repeated measurements"
+                raise InvalidInput.field(f"{file.name}:{number}", f"{text}; {hint}")
             first[configuration] = number
     return table
 

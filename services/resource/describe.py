@@ -128,7 +128,7 @@ class Describer:
         longest = 8 + sum(len(self.language.tokenize([text])[0]) for text, _ in template.longest)
         self._check_length(template, soft.shape[1], longest)
         inputs = soft.to(self.embed.weight.dtype)
-        tokens, cache = self._prompt(template)
+        _, cache = self._prompt(template)
         if cache is None:
             raise RuntimeError("with checkpointing nothing is kept to decode with; make another Describer")
         cache = copy.deepcopy(cache)

@@ -53,12 +53,15 @@ def read_back(
     return Reading(texts, found.view_as(values), (found == wanted).view_as(values))
 
 
-def describe_figures(codec: ResourceCodec, describer: Describer, values: Tensor, run: Run) -> dict[str, Any]:
+def describe_figures(
+    codec: ResourceCodec, describer: Describer, values: Tensor, run: Run, name: str = "describe"
+) -> dict[str, Any]:
     """Figures of the descriptions of ``values`` ``[rows, fields]`` by every template: ``exact_match``, ``by_template``,
-    ``field_accuracy`` by field, ``cross_entropy``, and ``digits``: share of right digits by place, from the last."""
+    ``field_accuracy`` by field, ``cross_entropy``, and ``digits``: share of right digits by place, from the last. ``name``:
+    of the stage."""
     embeddings = codec.embed(values)
     templates = codec.schema.templates
-    run.stage("describe", len(values) * len(templates), "descriptions")
+    run.stage(name, len(values) * len(templates), "descriptions")
     done = 0
 
     def advance(count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
+from ethogram.specs.resource import SchemaSpec
 from services.artifacts.backends import sha256_of
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table
@@ -20,7 +22,7 @@ from services.runtime.reading import reading
 from services.runtime.tensors import write_tensors
 
 WEIGHTS, TENSORS = "config_weights.pt", "config_weights.safetensors"
-LOOKUP, MASKS, HASHES = "config_lookup.json", "tool_mask_map.json", "hashes.json"
+LOOKUP, MASKS, ABOUT = "config_lookup.json", "tool_mask_map.json", "export.json"
 ENCODER = "pretrained_encoder.pt"
 TOOL_NAME = "tool_name"
 """Field of the tool in the lookup."""
@@ -35,6 +37,9 @@ class Export(NamedTuple):
     """Its fields, by its id as text."""
     masks: dict[str, list[int]]
     """Ids of the configurations of each tool."""
+    schema: Schema
+    digest: str
+    """SHA-256 of all files."""
 
 
 def export(codec: ResourceCodec, table: Table, folder: Path) -> Export:
@@ -52,16 +57,26 @@ def export(codec: ResourceCodec, table: Table, folder: Path) -> Export:
     for name, value in ((LOOKUP, lookup), (MASKS, masks)):
         (folder / name).write_text(json.dumps(value, indent=1), encoding="utf-8")
     hashes = {name: sha256_of(folder / name) for name in (WEIGHTS, TENSORS, ENCODER, LOOKUP, MASKS)}
-    about = {"files": hashes, "schema": table.schema.digest, "table": table.digest}
-    (folder / HASHES).write_text(json.dumps(about, indent=2), encoding="utf-8")
-    return Export(weights, lookup, masks)
+    about = {
+        "files": hashes,
+        "schema": table.schema.spec.model_dump(mode="json"),
+        "tools": list(table.schema.tools),
+        "table": table.digest,
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
+    return Export(weights, lookup, masks, table.schema, _digest(hashes))
+
+
+def _digest(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def fields(schema: Schema, row: list[float]) -> dict[str, Any]:
-    """A configuration by names: labels of categories, whole numbers as integers where the levels are."""
+    """A configuration by names: labels of categories, and counts, which have no unit, as integers."""
     named: dict[str, Any] = {TOOL_NAME: schema.tools[int(row[0])]}
     for dimension, value in zip(schema.dimensions[1:], row[1:], strict=True):
-        named[dimension.name] = value if dimension.number else dimension.labels[int(value)]
+        count = not dimension.unit and value.is_integer()
+        named[dimension.name] = dimension.labels[int(value)] if dimension.labels else int(value) if count else value
     return named
 
 
@@ -82,8 +97,10 @@ def validate(folder: Path) -> Export:
     Raises :class:`InvalidInput` for a file that is missing, was changed, or does not fit the others: a vector for each
     configuration, finite, no two of them equal, and each configuration in the list of its tool and in no other.
     """
-    with reading(folder, HASHES, "export") as path:
-        hashes: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))["files"]
+    with reading(folder, ABOUT, "export") as path:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        hashes: Mapping[str, str] = about["files"]
+        schema = Schema(SchemaSpec.model_validate(about["schema"]), tuple(about["tools"]))
     for name, sha256 in hashes.items():
         with reading(folder, name, "export") as path:
             if sha256_of(path) != sha256:
@@ -111,4 +128,4 @@ def validate(folder: Path) -> Export:
         listed.get(int(index)) != row[TOOL_NAME] for index, row in lookup.items()
     ):
         raise InvalidInput.field(MASKS, f"has not each configuration of {LOOKUP} in the list of its tool alone")
-    return Export(weights, lookup, masks)
+    return Export(weights, lookup, masks, schema, _digest(hashes))

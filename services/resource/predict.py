@@ -1,7 +1,7 @@
 """Prediction of a dimension from embeddings in which it is unknown, with intervals, and recommendations on top.
 
-The predictor is kernel ridge regression on the logarithm: a linear kernel, which extrapolates, plus a Gaussian one, with
-their weights chosen by cross-validation. Intervals are conformal: quantiles of the absolute residuals of rows that the
+The predictor is kernel ridge regression of the logarithm: a linear kernel, which extrapolates, plus a Gaussian one;
+cross-validation chooses their weights. Intervals are conformal: quantiles of the absolute residuals of rows that the
 prediction did not use, each left out in turn, so that they cover at the level asked for whatever the model is.
 """
 

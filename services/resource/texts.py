@@ -24,12 +24,12 @@ def number_text(value: float, decimals: int) -> str:
 
 def blank(index: int) -> str:
     """The mark of a field, by its index, in a prompt."""
-    return "{%d}" % index
+    return f"{{{index}}}"
 
 
 def option(index: int) -> str:
     """The mark of a label, by its index, in a prompt."""
-    return "[%d]" % index
+    return f"[{index}]"
 
 
 @dataclass(frozen=True)

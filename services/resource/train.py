@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import ResourceSpec
 from services.resource.augmentation import Augmenter
+from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.model import ResourceEncoder
@@ -146,6 +149,16 @@ class ResourceTrainer(Trainer):
             return False
         exact = training.target_exact_match is None or metrics["validation_exact_match"] >= training.target_exact_match
         return metrics["validation_loss"] < training.target_loss and exact
+
+    def codec(self) -> ResourceCodec:
+        """The encoder as it is."""
+        language = self.describer.language
+        about = {"table": self.table.digest, "language_model": language.name, "language_model_digest": language.digest}
+        return ResourceCodec(self.spec, self.table.schema, copy.deepcopy(self.model), about)
+
+    def snapshot(self, folder: Path) -> str:
+        self.codec().save(folder)
+        return "resource-encoder"
 
     def identity(self) -> dict[str, str]:
         return {"table": self.table.digest, "language model": self.describer.language.digest}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from services.runtime.parallel import ALONE, World
 from services.runtime.reading import reading_checkpoint
 from services.runtime.run import Run
 
@@ -23,7 +24,8 @@ class Parts(Run):
     finished parts, and the checkpoint of the present one.
     """
 
-    def __init__(self, run: Run, folder: Path) -> None:
+    def __init__(self, run: Run, folder: Path, world: World = ALONE) -> None:
+        """``world``: processes that do each part together, of which the first one has the ``run``."""
         folder.mkdir(parents=True, exist_ok=True)
         self.device, self.inputs, self.folder = run.device, run.inputs, folder
         self.results: dict[str, Any] = {}
@@ -39,6 +41,7 @@ class Parts(Run):
                     self._interrupted = kept["present"]
                 if (run.resume / FILES).exists():
                     shutil.copytree(run.resume / FILES, folder, dirs_exist_ok=True)
+        self.results, self._interrupted = world.share_object((self.results, self._interrupted))
 
     def part(self, name: str, work: Callable[[Run], Any]) -> Any:
         """The result of ``work``, which is called with this run, unless the part ``name`` is finished already."""

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.clt import PolicySpec
 from services.clt.policy.evaluate import evaluate, evaluation_instances
-from services.clt.policy.model import CONFIG, FORMAT, AttentionPolicy
+from services.clt.policy.model import FORMAT, AttentionPolicy
 from services.clt.policy.report import write_report
 from services.clt.policy.train import PolicyTrainer, train_policy
 from services.clt.policy.tsp import cities_in
-from services.runtime.cache import cache_folder, writable_folder
-from services.runtime.console import ConsoleRun
 from services.runtime.folders import artifact_in
 from services.runtime.run import Run
+from services.runtime.trained import trained_once
 from services.runtime.training import fit
-
-_CHECKPOINT_SECONDS = 30.0
 
 
 def run(spec: PolicySpec, run: Run) -> dict[str, Any]:
@@ -66,22 +60,11 @@ def default_folder(device: str = "cpu", spec: PolicySpec | None = None) -> Path:
             del section[name]
     trained = json.dumps(fields, sort_keys=True)
     name = f"policies/{hashlib.sha256(f'{FORMAT} {trained}'.encode()).hexdigest()[:32]}"
-    with suppress(OSError):
-        if (cache_folder(name) / "policy" / CONFIG).exists():
-            return cache_folder(name) / "policy"
-    kept = writable_folder(name)
-    if not (kept / "policy" / CONFIG).exists():
-        with (kept / "lock").open("w", encoding="utf-8") as lock:
-            # One process trains, others wait for its policy.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (kept / "policy" / CONFIG).exists():
-                with ConsoleRun(kept, device, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
-                    policy = train_policy(spec, run)
-                    fresh = kept / "policy.new"
-                    shutil.rmtree(fresh, ignore_errors=True)
-                    policy.save(fresh, {"spec": spec.model_dump(mode="json")})
-                    fresh.rename(kept / "policy")
-    return kept / "policy"
+
+    def train(run: Run, folder: Path) -> None:
+        train_policy(spec, run).save(folder, {"spec": spec.model_dump(mode="json")})
+
+    return trained_once(name, "policy", train, device)
 
 
 def named(name: str, device: str = "cpu") -> Path:

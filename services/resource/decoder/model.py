@@ -1,0 +1,89 @@
+"""The hierarchical decoder: a text encoder, a head for the tool, and a head for the configuration of that tool."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ethogram.specs.resource import DecoderModelSpec
+
+VOCABULARY = 4096
+"""Rows of the embedding of words; words are hashed into them."""
+PAD = 0
+
+
+@lru_cache(maxsize=65_536)
+def _token(word: str) -> int:
+    return 1 + int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") % (VOCABULARY - 1)
+
+
+def tokenize(texts: Sequence[str]) -> Tensor:
+    """Hashed words, digits and marks of each text, ``[batch, length]``, padded with 0."""
+    rows = [[_token(word) for word in re.findall(r"[^\W\d]+|\d|[^\w\s]", text.lower())] for text in texts]
+    length = max((len(row) for row in rows), default=1) or 1
+    return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+
+
+class Choice(NamedTuple):
+    """Scores of a batch of texts."""
+
+    tools: Tensor
+    """Logits ``[batch, tools]``."""
+    configurations: Tensor
+    """Logits ``[batch, configurations]``, of all tools."""
+
+
+class HierarchicalDecoder(nn.Module):
+    """From the text of a task to a tool and one of its configurations."""
+
+    mask: Tensor
+
+    def __init__(self, spec: DecoderModelSpec, weights: Tensor, tools: Tensor, generator: torch.Generator) -> None:
+        """``weights``: the vectors of the export, ``[configurations, size]``; ``tools``: index of the tool of each
+        configuration, ``[configurations]``."""
+        super().__init__()
+        self.spec = spec
+        width, (count, size) = spec.hidden_dim, weights.shape
+        self.embedding = nn.Embedding(VOCABULARY, width, padding_idx=PAD)
+        layer = nn.TransformerEncoderLayer(
+            width, spec.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, spec.layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.tool_head = nn.Linear(width, int(tools.max()) + 1)
+        self.query = nn.Linear(width, size)
+        self.config_head = nn.Linear(size, count)
+        self.position = nn.Parameter(torch.zeros(512, width))
+        self.register_buffer("mask", nn.functional.one_hot(tools).bool().T.contiguous())
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+        if spec.initialization == "export":
+            with torch.no_grad():
+                centered = weights - weights.mean(0)
+                # As large as random rows are.
+                self.config_head.weight.copy_(centered / centered.norm(dim=1).mean())
+
+    def forward(self, tokens: Tensor) -> Choice:
+        """Scores of ``tokens`` ``[batch, length]``."""
+        padding = tokens == PAD
+        states = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        states = self.norm(self.encoder(states, src_key_padding_mask=padding))
+        kept = (~padding).unsqueeze(2).float()
+        pooled = (states * kept).sum(1) / kept.sum(1).clamp_min(1)
+        return Choice(self.tool_head(pooled), self.config_head(self.query(pooled)))
+
+    def choose(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Index of the tool and of the configuration for each text, ``[batch]`` each; the configuration is always one
+        of the tool's."""
+        device = self.config_head.weight.device
+        with torch.no_grad():
+            choice = self(tokenize(texts).to(device))
+        tools = choice.tools.argmax(1)
+        return tools.cpu(), choice.configurations.masked_fill(~self.mask[tools], -torch.inf).argmax(1).cpu()

@@ -1,0 +1,127 @@
+"""The resource job: train the encoder on a table, evaluate it on configurations it has not seen, and export vectors."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.resource import ResourceSpec
+from services.language.models import LanguageModel, load_language_model
+from services.resource.codec import ResourceCodec
+from services.resource.data import Table, read_measurements, read_tools
+from services.resource.describe import Describer
+from services.resource.evaluate import controls, describe_figures, retrieval_figures
+from services.resource.export import export
+from services.resource.generator import write_table
+from services.resource.language_model import default_folder
+from services.resource.report import write_report
+from services.resource.schema import default_schema
+from services.resource.train import ResourceTrainer
+from services.runtime.devices import uses_bfloat16
+from services.runtime.parallel import ALONE, World
+from services.runtime.parts import Parts
+from services.runtime.run import Run
+from services.runtime.training import fit
+
+ALL, UNSEEN = "all", "unseen"
+"""Parts of the job: the encoder that is kept, and one of which the figures of unseen configurations are."""
+DEFAULT = "default"
+
+
+def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
+    """Artifacts: ``encoder``, ``export`` and ``report``. Returns the ``figures`` and, by template, field and place of
+    digits, what they are means of."""
+    table = table_of(spec, run)
+    language = language_model_of(spec, run)
+    describer = Describer(language, table.schema, checkpointing=spec.training.gradient_checkpointing)
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = Parts(run, Path(scratch), world)
+        everything = parts.part(ALL, lambda part: _train(spec, table, None, describer, part, world, parts))
+        if world.first:
+            codec = ResourceCodec.load(parts.folder / ALL, run.device)
+            # Before the evaluation, so that they are kept if a later step fails.
+            run.artifact("encoder", "resource-encoder", parts.folder / ALL)
+            export(codec, table, Path(scratch, "export"))
+            run.artifact("export", "resource-export", Path(scratch, "export"))
+        unseen = None
+        if spec.held_out:
+            rows, held_out = table.hold_out(spec.held_out, spec.seed)
+            unseen = parts.part(UNSEEN, lambda part: _train(spec, table, rows, describer, part, world, parts))
+        if not world.first:
+            return {}
+        describer = Describer(language, table.schema)
+        details = {"seen": describe_figures(codec, describer, table.values, run, "seen")}
+        if unseen is not None:
+            other = ResourceCodec.load(parts.folder / UNSEEN, run.device)
+            details["unseen"] = describe_figures(other, describer, table.values[held_out], run, "unseen")
+        control = controls(codec, describer, table.values, spec.seed)
+        figures = _figures(details, control, retrieval_figures(codec, table.values, spec.seed))
+        with run.side_output("the report"):
+            histories = {ALL: everything["history"]} | ({UNSEEN: unseen["history"]} if unseen else {})
+            write_report(Path(scratch, "report"), codec, table, figures, details, control, histories)
+            run.artifact("report", "report", Path(scratch, "report"))
+    return {"figures": figures, "controls": control, "details": details}
+
+
+def _train(
+    spec: ResourceSpec, table: Table, rows: Tensor | None, describer: Describer, run: Run, world: World, parts: Parts
+) -> dict[str, Any]:
+    """Train on ``rows`` (None: all) and save the encoder into the folder of the present part."""
+    chosen = torch.arange(len(table)) if rows is None else rows
+    trainer = ResourceTrainer(spec, table, chosen, describer, world)
+    fit(trainer, run, world)
+    if world.first:
+        trainer.codec().save(parts.folder / parts.present)
+    return {"steps": trainer.step, "history": trainer.progress.history}
+
+
+def _figures(
+    details: Mapping[str, Mapping[str, Any]], control: Mapping[str, float], retrieval: Mapping[str, float]
+) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for name, figure in details.items():
+        figures[f"exact_match_{name}"] = figure["exact_match"]
+        figures[f"field_accuracy_{name}"] = min(figure["field_accuracy"].values())
+    figures["cross_entropy"] = details["seen"]["cross_entropy"]
+    return figures | {"control_exact_match": max(control.values())} | dict(retrieval)
+
+
+def table_of(spec: ResourceSpec, run: Run) -> Table:
+    """The table of a spec: the user's, or the generator's. Raises :class:`InvalidInput`."""
+    schema = spec.table or default_schema()
+    if spec.profiling is not None:
+        tools = read_tools(_file(run.inputs["tools"], "tools.json"), "tools") if spec.tools is not None else None
+        return read_measurements(_file(run.inputs["profiling"], "profiling.csv"), schema, tools)
+    if spec.table is not None:
+        raise InvalidInput.field("spec.profiling", "is missing: a schema of your own needs your own measurements")
+    with tempfile.TemporaryDirectory() as scratch:
+        tools_file, profiling = write_table(Path(scratch), spec.seed)
+        return read_measurements(profiling, schema, read_tools(tools_file))
+
+
+def _file(source: Path, name: str) -> Path:
+    """The file of an artifact: itself, or in a folder the one of that name, else the only one."""
+    if source.is_file():
+        return source
+    if (source / name).is_file():
+        return source / name
+    files = [path for path in sorted(source.glob("[!.]*")) if path.is_file()]
+    if len(files) != 1:
+        raise InvalidInput.field(name, f"{source} has {len(files)} files and none is {name}; give the file itself")
+    return files[0]
+
+
+def language_model_of(spec: ResourceSpec, run: Run) -> LanguageModel:
+    """The language model of a spec. Raises :class:`InvalidInput`."""
+    if spec.language_model is not None:
+        return load_language_model(str(run.inputs["language_model"]), run.device, field="language_model")
+    if spec.llm_model == DEFAULT:
+        return load_language_model(str(default_folder(run.device)), run.device)
+    dtype = torch.bfloat16 if uses_bfloat16(spec.training.precision, run.device) else torch.float32
+    return load_language_model(spec.llm_model, run.device, dtype, field="spec.llm_model")
