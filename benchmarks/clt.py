@@ -331,6 +331,7 @@ def theirs(store: ActivationStore, spec: CltSpec, optimizer: str, _: Path) -> di
     files = {split: ROOT / "stores" / f"{store.digest[:12]}-{split}.safetensors" for split in ("train", "validation")}
     with SparseTrainer(spec, store) as trainer:
         model = trainer.model
+    (ROOT / "stores").mkdir(parents=True, exist_ok=True)
     for split, file in files.items():
         if not file.exists():
             source, target = everything(store, list(PAIR), split)
