@@ -14,6 +14,7 @@ from ethogram.specs.clt import ActivationsSpec, CltSpec, PolicySpec, SaeSpec, Sw
 from ethogram.specs.crossmodal import CrossmodalSpec
 from ethogram.specs.edits import OPERATIONS
 from ethogram.specs.generation import GenerationSpec
+from ethogram.specs.resource import DecoderSpec, ReaderSpec, ResourceSpec
 
 EXAMPLE_JOB = "job_aaaaaaaaaaaaaaaaaaaa"
 """Placeholder in examples for the id of the user's own job."""
@@ -152,6 +153,36 @@ KINDS: dict[str, Kind] = {
             inputs={"activations": "activations", "model.dictionary": "sparse-model"},
             outputs={"models": "sparse-models", "report": "report"},
             example={"activations": _output("activations"), "grid": [{"option": "model.k", "values": ["8", "32"]}]},
+        ),
+        Kind(
+            name="language_model",
+            summary="train a small language model that reads vectors of any schema",
+            spec=ReaderSpec,
+            job="services.resource.language_model_job:run",
+            rpc="/ethogram.v1.ResourceTrainingService/RunLanguageModel",
+            outputs={"model": "language-model"},
+            example={"training": {"steps": 500}},
+        ),
+        Kind(
+            name="resource",
+            summary="train an encoder of measured configurations that a frozen language model reads, and export vectors",
+            spec=ResourceSpec,
+            job="services.resource.job:run",
+            rpc="/ethogram.v1.ResourceTrainingService/RunResource",
+            inputs={"tools": "tools", "profiling": "profiling", "language_model": "language-model"},
+            outputs={"encoder": "resource-encoder", "export": "resource-export", "report": "report"},
+            example={"training": {"steps": 500}},
+            headline=["exact_match_seen", "exact_match_unseen", "cross_entropy", "control_exact_match", "self_retrieval"],
+        ),
+        Kind(
+            name="decoder",
+            summary="train a decoder from the text of a task to a tool and a configuration",
+            spec=DecoderSpec,
+            job="services.resource.decoder.job:run",
+            rpc="/ethogram.v1.ResourceTrainingService/RunDecoder",
+            inputs={"export": "resource-export"},
+            outputs={"decoder": "decoder", "report": "report"},
+            example={"export": _output("export")},
         ),
     )
 }

@@ -89,7 +89,7 @@ class SchemaSpec(Spec):
     """Whether a configuration may be there several times, as repeated measurements."""
 
 
-class LanguageModelSizeSpec(Spec):
+class ReaderSizeSpec(Spec):
     """Size of a language model of the Qwen2 architecture."""
 
     hidden_dim: int = Field(128, ge=8, le=4096)
@@ -104,13 +104,13 @@ class LanguageModelSizeSpec(Spec):
     """Tokens: marks of fields and labels, digits one by one, and pieces of words."""
 
     @model_validator(mode="after")
-    def _fits(self) -> LanguageModelSizeSpec:
+    def _fits(self) -> ReaderSizeSpec:
         if self.hidden_dim % self.heads:
             raise ValueError(f"heads: hidden_dim {self.hidden_dim} does not divide into {self.heads} heads")
         return self
 
 
-class LanguageModelTrainingSpec(OptimizationSpec):
+class ReaderTrainingSpec(OptimizationSpec):
     """How the language model is trained: AdamW; gradients are clipped to norm 1."""
 
     copying: int = Field(1000, ge=0, le=10_000_000)
@@ -127,18 +127,18 @@ class LanguageModelTrainingSpec(OptimizationSpec):
     """Standard deviation of noise on soft tokens, so that near ones are read alike."""
 
     @model_validator(mode="after")
-    def _divides(self) -> LanguageModelTrainingSpec:
+    def _divides(self) -> ReaderTrainingSpec:
         if self.batch_size % self.schemas:
             raise ValueError(f"schemas: batch_size {self.batch_size} does not divide into {self.schemas} schemas")
         return self
 
 
-class LanguageModelSpec(TrainedSpec):
+class ReaderSpec(TrainedSpec):
     """A small language model that learns to read vectors of any schema, and is frozen then."""
 
-    model: LanguageModelSizeSpec = LanguageModelSizeSpec()
+    model: ReaderSizeSpec = ReaderSizeSpec()
     """Size."""
-    training: LanguageModelTrainingSpec = LanguageModelTrainingSpec()
+    training: ReaderTrainingSpec = ReaderTrainingSpec()
     """Optimisation."""
     fields: int = Field(8, ge=2, le=16)
     """Most fields of a random schema; it begins with two and grows as the model learns."""

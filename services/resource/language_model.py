@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ethogram.specs.resource import MAX_DIMENSIONS, MAX_LABELS, LanguageModelSizeSpec, LanguageModelSpec
+from ethogram.specs.resource import MAX_DIMENSIONS, MAX_LABELS, ReaderSizeSpec, ReaderSpec
 from services.resource.corpus import RandomSchema, random_schema
 from services.resource.texts import blank, option
 from services.runtime import checkpoints
@@ -67,7 +67,7 @@ def make_tokenizer(vocabulary: int, seed: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
-def make_model(size: LanguageModelSizeSpec, vocabulary: int, seed: int) -> Any:
+def make_model(size: ReaderSizeSpec, vocabulary: int, seed: int) -> Any:
     """A ``Qwen2ForCausalLM`` with random weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -148,10 +148,10 @@ class Item(NamedTuple):
 class LanguageModelTrainer(Trainer):
     """Trains the default language model together with a :class:`ThrowawayEncoder`."""
 
-    spec: LanguageModelSpec
+    spec: ReaderSpec
     monitor = "validation_loss"
 
-    def __init__(self, spec: LanguageModelSpec, device: str = "cpu") -> None:
+    def __init__(self, spec: ReaderSpec, device: str = "cpu") -> None:
         self.spec, self.device = spec, device
         self.step, self.progress = 0, Progress()
         training = spec.training
@@ -325,7 +325,7 @@ def _padded(rows: Sequence[Sequence[float]], *, left: bool = False) -> tuple[Ten
     return values, torch.tensor([[*pad, *one] if left else [*one, *pad] for one, pad in zip(ones, blanks, strict=True)])
 
 
-def train_language_model(spec: LanguageModelSpec, run: Run, folder: Path) -> LanguageModelTrainer:
+def train_language_model(spec: ReaderSpec, run: Run, folder: Path) -> LanguageModelTrainer:
     """Train the model of ``spec`` and write it into ``folder``."""
     trainer = LanguageModelTrainer(spec, run.device)
     fit(trainer, run)
@@ -333,10 +333,10 @@ def train_language_model(spec: LanguageModelSpec, run: Run, folder: Path) -> Lan
     return trainer
 
 
-def default_folder(device: str = "cpu", spec: LanguageModelSpec | None = None) -> Path:
+def default_folder(device: str = "cpu", spec: ReaderSpec | None = None) -> Path:
     """Folder of the language model of ``spec``, by default the default spec. It is trained once, resuming from
     checkpoints where a call was interrupted, and kept in the cache."""
-    spec = spec or LanguageModelSpec()
+    spec = spec or ReaderSpec()
     recipe = json.dumps(spec.model_dump(mode="json", exclude={"wandb"}), sort_keys=True)
     name = hashlib.sha256(f"{FORMAT} {recipe}".encode()).hexdigest()[:32]
 
