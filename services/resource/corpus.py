@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ethogram.specs.resource import FINEST, MOST
-from services.resource.texts import Template
+from services.resource.texts import SLOTS, Template, slots
 
 _WORDS = """accuracy adapter agent array audio average balance band base batch beam bit block board box branch buffer bus
 byte cache camera capacity card cell channel chip class clock cloud cluster code command compute connection container
@@ -54,7 +54,6 @@ class RandomSchema:
 
 def random_schema(rng: random.Random, most_fields: int, *, bare: bool) -> RandomSchema:
     """Draw a schema of at most ``most_fields`` fields. ``bare``: its template has hardly more than the values."""
-    tokens = rng.choice((1, 1, 1, 2, 4, 8))
     count = rng.randint(min(2, most_fields), most_fields)
     labels: list[tuple[str, ...]] = [_distinct(rng, lambda: _name(rng, 3), rng.randint(1, 10))]
     decimals = [0]
@@ -64,8 +63,12 @@ def random_schema(rng: random.Random, most_fields: int, *, bare: bool) -> Random
         decimals.append(0 if category else rng.choice((0, 0, 0, 1, 2, FINEST)))
     names = ("tool", *(f"field{index}" for index in range(1, count)))
     text = _bare(rng, names) if bare else _template(rng, names, labels)
-    samplers = [_sampler(rng, options, places) for options, places in zip(labels, decimals, strict=True)]
-    return RandomSchema(Template("random", text, names, tuple(labels), tuple(decimals)), tuple(samplers), tokens)
+    pairs = [_sampler(rng, options, places) for options, places in zip(labels, decimals, strict=True)]
+    highest, samplers = zip(*pairs, strict=True)
+    template = Template("random", text, names, tuple(labels), tuple(decimals), highest)
+    # A soft token has so many slots.
+    least = next(tokens for tokens in (1, 2, 4, 8) if max(slots(template, tokens)) <= SLOTS or tokens == 8)
+    return RandomSchema(template, samplers, max(least, rng.choice((1, 1, 1, 2, 4, 8))))
 
 
 def _distinct(rng: random.Random, draw: Callable[[], str], count: int) -> tuple[str, ...]:
@@ -136,17 +139,22 @@ def _template(rng: random.Random, names: tuple[str, ...], labels: list[tuple[str
     return text + ("." if rng.random() < 0.5 else "")
 
 
-def _sampler(rng: random.Random, labels: tuple[str, ...], decimals: int) -> Sampler:
-    """How the values of a field are drawn: labels, a few levels, or numbers of any size."""
+def _sampler(rng: random.Random, labels: tuple[str, ...], decimals: int) -> tuple[float, Sampler]:
+    """The greatest value of a field, and how its values are drawn: labels, a few levels, or numbers of any size."""
     if labels:
-        return lambda rng: float(rng.randrange(len(labels)))
+        return 0.0, lambda rng: float(rng.randrange(len(labels)))
     kind = rng.random()
     if kind < 0.5:
         base = rng.choice((1, 2, 4, 5, 8, 10, 16, 20, 100))
         steps = rng.choice(((1, 2, 4), (1, 2, 3), (1, 2, 4, 8, 16), (1, 2, 5, 10), tuple(range(1, 11))))
-        return lambda rng: float(base * rng.choice(steps))
+        return _slack(rng, base * max(steps)), lambda rng: float(base * rng.choice(steps))
     if kind < 0.9:
         low, high = rng.uniform(-decimals, 1), rng.uniform(1.5, 7 - decimals / 2)
-        return lambda rng: min(float(MOST), round(10 ** rng.uniform(low, high), decimals))
+        return _slack(rng, 10**high), lambda rng: min(float(MOST), round(10 ** rng.uniform(low, high), decimals))
     most = rng.choice((10, 100, 1000, 10_000))
-    return lambda rng: round(rng.uniform(0, most), decimals)
+    return _slack(rng, most), lambda rng: round(rng.uniform(0, most), decimals)
+
+
+def _slack(rng: random.Random, most: float) -> float:
+    """A greatest value that a reader may have been told: up to twice the one that there is."""
+    return min(float(MOST), most * rng.choice((1, 2)))

@@ -2,7 +2,8 @@
 
 The model sees a prompt, which has the template and the labels of each category, then the soft tokens of a vector, and
 goes on with the description and the token that ends a text. The prompt is the same for all vectors, so its keys and
-values are computed once.
+values are computed once. A model that was trained to read vectors, whose tokenizer has the marks of slots, is shown
+these behind each soft token.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel
 from services.resource.schema import Schema
-from services.resource.texts import Template
+from services.resource.texts import SLOTS, Template, blank, slot
 
 
 class Scores(NamedTuple):
@@ -39,6 +40,9 @@ class Describer:
         self.device: torch.device = self.embed.weight.device
         self.hidden: int = self.embed.weight.shape[1]
         self._end = language.end_of_text
+        marks = [blank(len(schema.dimensions) - 1), slot(SLOTS - 1)]
+        self.reads_slots: bool = all(len(row) == 1 for row in language.tokenize(marks))
+        """Whether the model was trained to read vectors."""
         self._prompts: dict[str, tuple[list[int], Any]] = {}
         if checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -67,17 +71,29 @@ class Describer:
         """Loss and exactness of the descriptions of ``values`` ``[batch, fields]`` after ``soft``
         ``[batch, tokens, hidden]``."""
         rows = self.tokens(template, values)
-        self._check_length(template, soft.shape[1], max(map(len, rows)))
+        head = self._head(soft, template)
+        self._check_length(template, head.shape[1], max(map(len, rows)))
         length = max(map(len, rows))
         tokens = torch.tensor([row + [self._end] * (length - len(row)) for row in rows], device=self.device)
         present = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows], device=self.device)
-        inputs = torch.cat([soft.to(self.embed.weight.dtype), self.embed(tokens[:, :-1])], 1)
-        states = self._states(inputs, template)[:, soft.shape[1] - 1 :]
+        inputs = torch.cat([head, self.embed(tokens[:, :-1])], 1)
+        states = self._states(inputs, template)[:, head.shape[1] - 1 :]
         logits = self.model.get_output_embeddings()(states[present]).float()
         targets = tokens[present]
         right = torch.ones_like(present)
         right[present] = logits.argmax(-1) == targets
         return Scores(nn.functional.cross_entropy(logits, targets), right.all(1))
+
+    def _head(self, soft: Tensor, template: Template) -> Tensor:
+        """What stands between prompt and description, ``[batch, length, hidden]``."""
+        soft = soft.to(self.embed.weight.dtype)
+        if not self.reads_slots:
+            return soft
+        layout = template.layout(soft.shape[1])
+        marks = self.language.tokenize([cell for cell in layout if isinstance(cell, str)])
+        embedded = iter(self.embed(torch.tensor(marks, device=self.device)))
+        cells = [soft[:, cell] if isinstance(cell, int) else next(embedded).expand(len(soft), -1) for cell in layout]
+        return torch.stack(cells, 1)
 
     def _states(self, inputs: Tensor, template: Template) -> Tensor:
         """Last hidden states of ``inputs`` ``[batch, length, hidden]`` after the prompt."""
@@ -109,10 +125,10 @@ class Describer:
             self._prompts[template.name] = tokens, cache
         return self._prompts[template.name]
 
-    def _check_length(self, template: Template, soft: int, description: int) -> None:
+    def _check_length(self, template: Template, head: int, description: int) -> None:
         """Raise :class:`InvalidInput` for more tokens than the model takes."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        length = len(self._prompt(template)[0]) + soft + description
+        length = len(self._prompt(template)[0]) + head + description
         if context is not None and length > context:
             text = (
                 f"a description by {template.name} has {length} tokens with its prompt, and the model takes {context}"
@@ -126,8 +142,8 @@ class Describer:
         """The description of each row of ``soft`` ``[batch, tokens, hidden]`` by greedy decoding, up to the token that
         ends a text, or as long as no description of the template is."""
         longest = 8 + sum(len(self.language.tokenize([text])[0]) for text, _ in template.longest)
-        self._check_length(template, soft.shape[1], longest)
-        inputs = soft.to(self.embed.weight.dtype)
+        inputs = self._head(soft, template)
+        self._check_length(template, inputs.shape[1], longest)
         _, cache = self._prompt(template)
         if cache is None:
             raise RuntimeError("with checkpointing nothing is kept to decode with; make another Describer")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ethogram.specs.resource import MAX_DIMENSIONS, MAX_LABELS, ReaderSizeSpec, ReaderSpec
 from services.resource.corpus import RandomSchema, random_schema
-from services.resource.texts import blank, option
+from services.resource.texts import SLOTS, blank, option, slot, slots
 from services.runtime import checkpoints
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -30,6 +30,10 @@ FORMAT = 1
 PAD, END = "<pad>", "<end>"
 MARKS = [blank(index) for index in range(MAX_DIMENSIONS + 1)]
 OPTIONS = [option(index) for index in range(MAX_LABELS)]
+SLOT_MARKS = [slot(index) for index in range(SLOTS)]
+CONTENTS = [PAD, *"0123456789.", *OPTIONS]
+"""What a slot may hold; the first one: nothing."""
+_CONTENT = {"": 0} | {text: index for index, text in enumerate(CONTENTS)}
 _CORPUS = 3000
 """Random schemas whose texts the tokenizer is made of."""
 _COPIED = 64
@@ -41,6 +45,10 @@ _TEMPLATE_WEIGHT = 0.2
 _BARE = 0.8, 0.3
 """Share of templates that are hardly more than the values, in the first and the last steps."""
 _BARE_UNTIL = 0.6
+_TOLD = 0.6
+"""Share of schemas whose slots have their contents in the first step; it falls by the share of the steps done."""
+_READ_AFTER = 1
+"""Layers after which the slots are read."""
 
 
 def make_tokenizer(vocabulary: int, seed: int) -> Any:
@@ -59,7 +67,7 @@ def make_tokenizer(vocabulary: int, seed: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[PAD, END, *MARKS, *OPTIONS],
+        special_tokens=[PAD, END, *MARKS, *OPTIONS, *SLOT_MARKS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -92,45 +100,28 @@ def make_model(size: ReaderSizeSpec, vocabulary: int, seed: int) -> Any:
 
 
 class ThrowawayEncoder(nn.Module):
-    """Soft tokens of rows of any schema: codes of the characters of numbers and of labels, bound to the field."""
+    """Soft tokens of rows of any schema: the sum of a code of the content of each slot, bound to the slot."""
 
-    CHARACTERS = "0123456789."
-    PLACES = 11
-    WIDTH = 48
+    WIDTH = 8
 
-    def __init__(self, hidden: int, fields: int, generator: torch.Generator) -> None:
+    def __init__(self, hidden: int, generator: torch.Generator) -> None:
         super().__init__()
 
         def normal(*shape: int, scale: float) -> nn.Parameter:
             return nn.Parameter(scale * torch.randn(*shape, generator=generator))
 
-        self.character = normal(self.PLACES, len(self.CHARACTERS) + 1, self.WIDTH, scale=0.5)
-        self.option = normal(hidden, self.WIDTH, scale=hidden**-0.5)
-        self.bind = normal(fields, self.WIDTH, hidden, scale=self.WIDTH**-0.5)
-        self.slot = normal(4, 8, hidden, scale=0.3)
+        self.content = normal(len(CONTENTS), self.WIDTH, scale=1.0)
+        self.bind = normal(SLOTS, self.WIDTH, hidden, scale=self.WIDTH**-0.5)
+        self.base = normal(hidden, scale=1.0)
 
-    def forward(self, schema: RandomSchema, rows: Sequence[Sequence[float]], embedding: nn.Module) -> Tensor:
-        """Soft tokens ``[rows, tokens, hidden]``; field ``i`` is in token ``i`` modulo their number."""
-        template, tokens = schema.template, schema.tokens
-        device = self.bind.device
-        codes = []
-        for field, labels in enumerate(template.labels):
-            if labels:
-                chosen = torch.tensor([int(row[field]) for row in rows], device=device)
-                marks = embedding(len([PAD, END]) + len(MARKS) + chosen)
-                codes.append(nn.functional.layer_norm(marks, marks.shape[-1:]) @ self.option)
-            else:
-                places = [self._places(template.value_text(field, row[field])) for row in rows]
-                codes.append(self.character[torch.arange(self.PLACES), torch.tensor(places, device=device)].sum(1))
-        bound = torch.einsum("frc,fch->rfh", torch.stack(codes), self.bind[: len(codes)])
-        soft = torch.zeros(len(rows), tokens, bound.shape[2], device=device)
-        soft = soft.index_add(1, torch.arange(len(codes), device=device) % tokens, bound)
-        return nn.functional.layer_norm(soft + self.slot[tokens.bit_length() - 1, :tokens], bound.shape[2:])
-
-    def _places(self, text: str) -> list[int]:
-        """Index of the character at each place, the last index where there is none."""
-        known = [self.CHARACTERS.index(character) for character in text[: self.PLACES]]
-        return known + [len(self.CHARACTERS)] * (self.PLACES - len(known))
+    def forward(self, contents: Tensor, slots: Sequence[int]) -> Tensor:
+        """Soft tokens ``[rows, tokens, hidden]``. ``contents``: index of the content of each slot, ``[rows, sum of
+        slots]``; ``slots``: of each soft token."""
+        parts = []
+        for part, count in zip(self.content[contents].split(list(slots), 1), slots, strict=True):
+            code = torch.einsum("rsw,swh->rh", part, self.bind[:count])
+            parts.append(nn.functional.layer_norm(code + self.base, code.shape[1:]))
+        return torch.stack(parts, 1)
 
 
 class Item(NamedTuple):
@@ -143,6 +134,25 @@ class Item(NamedTuple):
     """With the token that ends a text."""
     weights: list[list[float]]
     """Of each token of the descriptions."""
+    contents: Tensor
+    """Index of the content of each slot, ``[rows, slots]``."""
+    told: bool
+    """Whether the slots have their contents in place of marks."""
+
+
+class ItemScores(NamedTuple):
+    """How the descriptions of some items are predicted."""
+
+    losses: Tensor
+    """Cross-entropy of each token, ``[tokens]``."""
+    weights: Tensor
+    """Of each token, ``[tokens]``."""
+    exact: Tensor
+    """Whether all tokens of a description are right, ``[items * rows]``."""
+    slots: Tensor
+    """Mean cross-entropy of the contents of slots, a scalar."""
+    slots_right: Tensor
+    """Share of the slots that are read right, a scalar."""
 
 
 class LanguageModelTrainer(Trainer):
@@ -158,7 +168,7 @@ class LanguageModelTrainer(Trainer):
         self.steps, self.validate_every = training.copying + training.steps, training.validate_every
         self.tokenizer = make_tokenizer(spec.model.vocabulary, spec.seed)
         self.model = make_model(spec.model, len(self.tokenizer), spec.seed).to(device)
-        self.encoder = ThrowawayEncoder(spec.model.hidden_dim, spec.fields, generator(spec.seed, "init")).to(device)
+        self.encoder = ThrowawayEncoder(spec.model.hidden_dim, generator(spec.seed, "init")).to(device)
         rising = cosine(training.steps)
         self.optimization = Optimization(
             [{"params": [*self.model.parameters(), *self.encoder.parameters()]}],
@@ -166,6 +176,8 @@ class LanguageModelTrainer(Trainer):
             lambda step: 1.0 if step < training.copying else rising(step - training.copying),
             weight_decay=0.01,
         )
+        self.ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(CONTENTS))
+        """Token of each content of a slot."""
         self.fields = torch.tensor(min(2, spec.fields))
         """Most fields of a schema, by now."""
         self.mean = torch.tensor(2.0)
@@ -209,19 +221,25 @@ class LanguageModelTrainer(Trainer):
         rng = generator(self.spec.seed, "step", self.step)
         done = (self.step - training.copying) / training.steps
         bare = float(torch.rand((), generator=rng)) < _BARE[done >= _BARE_UNTIL]
-        items = self._items(rng, training.schemas, training.batch_size // training.schemas, bare)
-        soft = [self.encoder(item.schema, item.rows, self.embedding) for item in items]
+        items = self._items(rng, training.schemas, training.batch_size // training.schemas, bare, _TOLD - done)
+        soft = [self.soft(item) for item in items]
         if training.noise:
             soft = [part + training.noise * torch.randn(part.shape, generator=rng).to(part) for part in soft]
-        losses, weights, _, _ = self.losses(items, soft)
-        values = losses[weights == 1].mean()
-        return {"loss": (losses * weights).sum() / weights.sum(), "values": values}
+        scores = self.losses(items, soft)
+        values = scores.losses[scores.weights == 1].mean()
+        described = (scores.losses * scores.weights).sum() / scores.weights.sum()
+        return {"loss": described + scores.slots, "values": values, "slots": scores.slots}
 
-    def _items(self, rng: torch.Generator, schemas: int, rows: int, bare: bool) -> list[Item]:
+    def soft(self, item: Item) -> Tensor:
+        """Soft tokens of an item's rows."""
+        soft: Tensor = self.encoder(item.contents.to(self.device), slots(item.schema.template, item.schema.tokens))
+        return soft
+
+    def _items(self, rng: torch.Generator, schemas: int, rows: int, bare: bool, told: float = 0.0) -> list[Item]:
         seed = int(torch.randint(2**62, (), generator=rng))
-        return [self.item(random.Random(f"{seed} {number}"), rows, bare) for number in range(schemas)]
+        return [self.item(random.Random(f"{seed} {number}"), rows, bare, told) for number in range(schemas)]
 
-    def item(self, rng: random.Random, count: int, bare: bool) -> Item:
+    def item(self, rng: random.Random, count: int, bare: bool, told: float) -> Item:
         """A random schema with ``count`` rows."""
         schema = random_schema(rng, int(self.fields), bare=bare)
         rows = [schema.row(rng) for _ in range(count)]
@@ -235,11 +253,11 @@ class LanguageModelTrainer(Trainer):
             counted = [is_value or (place > 0 and tokens[place - 1][1]) for place, (_, is_value) in enumerate(tokens)]
             descriptions.append([token for token, _ in tokens])
             weights.append([1.0 if value else _TEMPLATE_WEIGHT for value in counted])
-        return Item(schema, rows, known[schema.template.prompt], descriptions, weights)
+        contents = torch.tensor([[_CONTENT[text] for text in schema.template.contents(row)] for row in rows])
+        return Item(schema, rows, known[schema.template.prompt], descriptions, weights, contents, rng.random() < told)
 
-    def losses(self, items: Sequence[Item], soft: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cross-entropy and weight of each token of the descriptions, whether it is right, ``[tokens]`` each, and
-        whether all tokens of a description are, ``[items * rows]``.
+    def losses(self, items: Sequence[Item], soft: Sequence[Tensor]) -> ItemScores:
+        """How the descriptions of ``items`` are predicted after ``soft`` of each, ``[rows, tokens, hidden]``.
 
         Prompts are padded on the left and computed once for all rows of a schema.
         """
@@ -252,14 +270,10 @@ class LanguageModelTrainer(Trainer):
         places = (prompt_mask.cumsum(1) - 1).clamp_min(0)
         self.model.model(prompts, attention_mask=prompt_mask, position_ids=places, past_key_values=cache)
         cache.batch_repeat_interleave(rows)
-        # After the soft tokens come the marks of the fields.
-        first = len([PAD, END])
-        heads = [
-            torch.cat([part, self.embedding(self._range(first, len(item.schema.samplers))).expand(rows, -1, -1)], 1)
-            for item, part in zip(items, soft, strict=True)
-        ]
+        heads, contents = zip(*(self._head(item, part) for item, part in zip(items, soft, strict=True)), strict=True)
         longest = max(head.shape[1] for head in heads)
         head = torch.cat([nn.functional.pad(head, (0, 0, longest - head.shape[1], 0)) for head in heads])
+        wanted = torch.cat([nn.functional.pad(part, (longest - part.shape[1], 0), value=-1) for part in contents])
         lengths = torch.tensor([head.shape[1] for head in heads], device=self.device).repeat_interleave(rows)
         head_mask = (torch.arange(longest, device=self.device) >= (longest - lengths).unsqueeze(1)).long()
         tokens, present = _padded([row for item in items for row in item.descriptions])
@@ -269,16 +283,38 @@ class LanguageModelTrainer(Trainer):
         mask = torch.cat([prompt_mask.repeat_interleave(rows, 0), head_mask, torch.ones_like(tokens[:, :-1])], 1)
         places = (mask.cumsum(1) - 1).clamp_min(0)[:, prompts.shape[1] :]
         outputs = self.model.model(
-            inputs_embeds=inputs, attention_mask=mask, position_ids=places, past_key_values=cache
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            output_hidden_states=True,
         )
+        early = outputs.hidden_states[_READ_AFTER][:, :longest][wanted >= 0]
+        # The output layer has the embedding of every content.
+        logits = self.model.lm_head(self.model.model.norm(early))
+        read = nn.functional.cross_entropy(logits, wanted[wanted >= 0]) if len(early) else logits.sum()
+        slots_right = (logits.argmax(-1) == wanted[wanted >= 0]).float().mean()
         logits = self.model.lm_head(outputs.last_hidden_state[:, longest - 1 :][present])
         right = torch.ones_like(present)
         right[present] = logits.argmax(-1) == tokens[present]
         losses = nn.functional.cross_entropy(logits, tokens[present], reduction="none")
-        return losses, weights[present], right[present], right.all(1)
+        return ItemScores(losses, weights[present], right.all(1), read, slots_right)
 
-    def _range(self, start: int, count: int) -> Tensor:
-        return torch.arange(start, start + count, device=self.device)
+    def _head(self, item: Item, soft: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands between prompt and description, ``[rows, length, hidden]``; and the token that each slot is to be
+        read as, ``[rows, length]``, -1 elsewhere and where it is told."""
+        layout = item.schema.template.layout(item.schema.tokens)
+        is_soft = torch.tensor([isinstance(cell, int) for cell in layout], device=self.device)
+        is_slot = torch.tensor([str(cell).startswith("<") for cell in layout], device=self.device)
+        ids = self.tokenizer.convert_tokens_to_ids([PAD if isinstance(cell, int) else cell for cell in layout])
+        tokens = torch.tensor(ids, device=self.device).repeat(len(soft), 1)
+        contents, wanted = self.ids[item.contents].to(self.device), torch.full_like(tokens, -1)
+        if item.told:
+            tokens[:, is_slot] = contents
+        else:
+            wanted[:, is_slot] = contents
+        embedded = self.embedding(tokens)
+        return embedded.masked_scatter(is_soft.unsqueeze(1).expand_as(embedded), soft), wanted
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -286,11 +322,11 @@ class LanguageModelTrainer(Trainer):
         self.model.eval()
         rng = generator(self.spec.seed, "validation")
         items = [item for bare in (True, False) for item in self._items(rng, 8, 16, bare)]
-        soft = [self.encoder(item.schema, item.rows, self.embedding) for item in items]
-        losses, weights, _, exact = self.losses(items, soft)
+        scores = self.losses(items, [self.soft(item) for item in items])
         return {
-            "validation_loss": float(losses[weights == 1].mean()),
-            "validation_exact_match": float(exact.float().mean()),
+            "validation_loss": float(scores.losses[scores.weights == 1].mean()),
+            "validation_exact_match": float(scores.exact.float().mean()),
+            "validation_slots": float(scores.slots_right),
         }
 
     def state(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.resource import DimensionSpec, SchemaSpec
+from ethogram.specs.resource import MOST, DimensionSpec, SchemaSpec
 from services.resource.texts import MalformedTemplate, Template
 
 TOOL = "tool"
@@ -50,10 +50,11 @@ class Schema:
         """The forms of description."""
         labels = tuple(tuple(dimension.labels) for dimension in self.dimensions)
         decimals = tuple(dimension.decimals for dimension in self.dimensions)
+        highest = tuple(min(2 * (dimension.high or 0.0), float(MOST)) for dimension in self.dimensions)
         templates = []
         for index, template in enumerate(self.spec.templates):
             try:
-                templates.append(Template(template.name, template.text, self.names, labels, decimals))
+                templates.append(Template(template.name, template.text, self.names, labels, decimals, highest))
             except MalformedTemplate as error:
                 raise InvalidInput.field(f"spec.table.templates.{index}.text", f"{template.name} {error}") from None
         return tuple(templates)

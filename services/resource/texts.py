@@ -9,6 +9,8 @@ from functools import cached_property
 
 from ethogram.specs.resource import MOST
 
+SLOTS = 32
+"""Characters that a soft token holds at most, for a model that was trained to read vectors."""
 _PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 _NUMBER = r"\d+(?:\.\d+)?"
 
@@ -32,6 +34,16 @@ def option(index: int) -> str:
     return f"[{index}]"
 
 
+def slot(index: int) -> str:
+    """The mark of a place for a character that a soft token holds."""
+    return f"<{index}>"
+
+
+def slots(template: Template, tokens: int) -> list[int]:
+    """Characters that each of ``tokens`` soft tokens holds."""
+    return [sum(template.places[field] for field in group) for group in template.groups(tokens)]
+
+
 @dataclass(frozen=True)
 class Template:
     """A form of description. ``labels``: of each field, in the order of the vectors; empty for a number."""
@@ -41,6 +53,8 @@ class Template:
     fields: tuple[str, ...]
     labels: tuple[tuple[str, ...], ...]
     decimals: tuple[int, ...]
+    highest: tuple[float, ...]
+    """Greatest value of each number that a reader has slots for; 0 for a category."""
 
     def __post_init__(self) -> None:
         names = self.names
@@ -116,6 +130,43 @@ class Template:
             labels = self.labels[index]
             values[index] = labels.index(found) if labels else float(found)
         return values
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Characters of the longest value of each field; a label counts as one."""
+        pairs = zip(self.highest, self.decimals, self.labels, strict=True)
+        return tuple(1 if labels else len(number_text(most, decimals)) for most, decimals, labels in pairs)
+
+    def characters(self, index: int, value: float) -> list[str]:
+        """What stands in the slots of a field's value: characters from the left, or the mark of the label."""
+        return [option(int(value))] if self.labels[index] else list(self.value_text(index, value))
+
+    def groups(self, tokens: int) -> list[list[int]]:
+        """Which fields each of ``tokens`` soft tokens holds: in order, about as many places each."""
+        total, groups, before = sum(self.places), [list[int]() for _ in range(tokens)], 0
+        for index, places in enumerate(self.places):
+            groups[min(tokens - 1, (2 * before + places) * tokens // (2 * total))].append(index)
+            before += places
+        return groups
+
+    def layout(self, tokens: int) -> list[int | str]:
+        """What follows a prompt: each soft token, as its number, and the marks of its fields and of their slots."""
+        rows: list[int | str] = []
+        for number, group in enumerate(self.groups(tokens)):
+            rows.append(number)
+            taken = 0
+            for index in group:
+                rows += [blank(index), *(slot(taken + place) for place in range(self.places[index]))]
+                taken += self.places[index]
+        return rows
+
+    def contents(self, values: Sequence[float]) -> list[str]:
+        """What is in the slots of a vector, in the order of :meth:`layout`; empty where a value is shorter."""
+        cells: list[str] = []
+        for index, places in enumerate(self.places):
+            found = self.characters(index, values[index])[:places]
+            cells += found + [""] * (places - len(found))
+        return cells
 
     @cached_property
     def prompt(self) -> str:
