@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _OPERATIONS: tuple[Operation, ...] = ("add", "remove")
 _SERVED_SECONDS = 30.0
 _LOOKUPS, _CONTROLS = ("same_label", "nearest_train", "centroid"), ("null", "random", "reverse")
+# As in the report of a crossmodal job.
+_MIN_AVAILABLE = 0.5
 # Measured only by a run that does the work; a later run repeats its values.
 _COSTS = ("seconds", "peak_rss_mib", "first_event_s")
 _BARS = {
@@ -321,7 +323,12 @@ def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
 def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Served], output: Path) -> None:
     """The table for people."""
     rows = [row for row in report["steering"] if row["edits"] and row["mode"] == "residual"]
-    passed = {(r["operation"], r["pattern"], r["variant"]): r["all_gate"] for r in [*rows, *report["others"]]}
+    edits = {(row["operation"], row["pattern"]): row["edits"] for row in rows}
+    passed = {
+        (row["operation"], row["pattern"], row["variant"]): row["all_gate"]
+        for row in [*rows, *report["others"]]
+        if row["edits"] >= _MIN_AVAILABLE * edits[row["operation"], row["pattern"]]
+    }
     columns = ("pattern", "edits", "target_mean", "local_mean", "kept_mean", "all_gate")
     for operation in _OPERATIONS:
         cells = []
@@ -335,10 +342,10 @@ def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Serv
         table([*head, "Same label", "Nearest train", "Centroid", "Best control"], cells, title=title)
     say(
         "Target: accuracy where the edit decides. Local: change of accuracy elsewhere. Kept: share of the answers\n"
-        "elsewhere that are still the source's. Both gates: share of edits with target >= 0.85 and local >= -0.02;\n"
-        "beside it that of lookups (the training network nearest to the steered latent, of those with the requested\n"
-        "labels and of all; the decoded centroid) and of the best control (no edit, a random direction, the reverse\n"
-        "direction)."
+        "elsewhere that are still the source's. Both gates: share of edits with target >= 0.85 and local >= -0.02.\n"
+        "Beside it that of lookups: of the edits for which there is a network (empty: for fewer than half). They are\n"
+        "the training network nearest to the steered latent of those with the requested labels, the nearest of all,\n"
+        "and the decoded centroid. Then the best control: no edit, a random direction, the reverse direction."
     )
     for sentence in report["summary"]:
         say(f"- {sentence}")

@@ -62,9 +62,9 @@ def findings(figures: Mapping[str, float], spec: CrossmodalSpec, ambiguity: str)
         compared["agreement without an edit"] = (*pair, "nearest_train")
     for title, sign in (("better", 1), ("worse", -1)):
         cases = [
-            f"{label} ({of_codec:.3f} against {of_lookup:.3f} of {against})"
-            for label, (of_codec, of_lookup, against) in compared.items()
-            if sign * (of_codec - of_lookup) >= SAME
+            f"{label} ({codec_value:.3f} against {lookup_value:.3f} of {against})"
+            for label, (codec_value, lookup_value, against) in compared.items()
+            if sign * (codec_value - lookup_value) >= SAME
         ]
         if compared:
             sentences.append(f"What the codec does {title} than a lookup: {'; '.join(cases) or 'nothing of this'}.")
