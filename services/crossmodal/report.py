@@ -243,7 +243,10 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
         control = [max(rows[operation, name, variant]["all_gate"] for variant in CONTROLS) for name in judged.values()]
         gate.barh(ys, passed, height=0.62, color=AFTER, label="edit")
         gate.barh(ys, control, height=0.62, color=CONTROL, label="best control")
-        looked_up = {y: max(shares) for y, name in judged.items() if (shares := lookups.get((operation, name)))}
+        # Which lookup is best is not known where one of them cannot be compared.
+        whole = max((len(shares) for shares in lookups.values()), default=0)
+        shares = {y: lookups.get((operation, name), []) for y, name in judged.items()}
+        looked_up = {y: max(values) for y, values in shares.items() if values and len(values) == whole}
         gate.scatter(looked_up.values(), looked_up.keys(), s=60, color=INK, marker="|", zorder=3, label="best lookup")
         for y, value, other in zip(ys, passed, control, strict=True):
             # Beside the longer bar, so that neither lies under it.
