@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
-import math
 import json
+import math
 import re
 import shutil
 import tempfile
