@@ -31,18 +31,16 @@ from ethogram.progress import Watch
 from ethogram.resources import Event, Job, Model
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
+from ethogram.specs.edits import MIN_AVAILABLE, Operation
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectTrainingSpec
 from ethogram.specs.kinds import KINDS
 
 if TYPE_CHECKING:
     from ethogram.inference import Inference
-    from ethogram.specs.edits import Operation
 
 _OPERATIONS: tuple[Operation, ...] = ("add", "remove")
 _SERVED_SECONDS = 30.0
 _LOOKUPS, _CONTROLS = ("same_label", "nearest_train", "centroid"), ("null", "random", "reverse")
-# As in the report of a crossmodal job.
-_MIN_AVAILABLE = 0.5
 # Measured only by a run that does the work; a later run repeats its values.
 _COSTS = ("seconds", "peak_rss_mib", "first_event_s")
 _BARS = {
@@ -327,7 +325,7 @@ def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Serv
     passed = {
         (row["operation"], row["pattern"], row["variant"]): row["all_gate"]
         for row in [*rows, *report["others"]]
-        if row["edits"] >= _MIN_AVAILABLE * edits[row["operation"], row["pattern"]]
+        if row["edits"] >= MIN_AVAILABLE * edits[row["operation"], row["pattern"]]
     }
     columns = ("pattern", "edits", "target_mean", "local_mean", "kept_mean", "all_gate")
     for operation in _OPERATIONS:

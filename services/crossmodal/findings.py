@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ethogram.specs.crossmodal import CrossmodalSpec
-from ethogram.specs.edits import OPERATIONS
+from ethogram.specs.edits import MIN_AVAILABLE, OPERATIONS
 from services.crossmodal.baselines import LOOKUPS
 from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
 
 SAME = 0.005
 """Figures that differ by less count as equal."""
-MIN_AVAILABLE = 0.5
-"""Share of the edits for which a lookup must have a network to be compared."""
 _COMPARED = {"all_gate": "both gates", "target_mean": "target", "kept_mean": "kept"}
 """Figures of an edit and of a lookup that are compared, and how they are called."""
 

@@ -11,12 +11,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ethogram.specs.edits import DIRECTIONS, OPERATIONS, Edit, Operation
+from ethogram.specs.edits import DIRECTIONS, MIN_AVAILABLE, OPERATIONS, Edit, Operation
 from services.crossmodal.baselines import LOOKUPS, WAYS
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CHUNK, CONTROLS, OTHERS
-from services.crossmodal.findings import MIN_AVAILABLE, prefixes
+from services.crossmodal.findings import prefixes
 from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
 from services.runtime.devices import double
 from services.runtime.report import AFTER, BEFORE, CONTROL, FAINT, INK, SOFT, Panel, Report, history_plot, plot
@@ -207,6 +207,9 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
     lookups: dict[tuple[str, str], list[float]] = {}
     for (operation, pattern, _), share in _comparable(evaluation).items():
         lookups.setdefault((operation, pattern), []).append(share)
+    # Which lookup is best is not known where one of them cannot be compared.
+    most = max(map(len, lookups.values()), default=0)
+    best_lookups = {edit: max(shares) for edit, shares in lookups.items() if len(shares) == most}
     # Operations with edits to judge; replacements are of pairs, the others of single behaviours.
     behaviors = {
         operation: list(dict.fromkeys(row["pattern"] for row in steering if row["operation"] == operation))
@@ -243,10 +246,7 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
         control = [max(rows[operation, name, variant]["all_gate"] for variant in CONTROLS) for name in judged.values()]
         gate.barh(ys, passed, height=0.62, color=AFTER, label="edit")
         gate.barh(ys, control, height=0.62, color=CONTROL, label="best control")
-        # Which lookup is best is not known where one of them cannot be compared.
-        whole = max((len(shares) for shares in lookups.values()), default=0)
-        shares = {y: lookups.get((operation, name), []) for y, name in judged.items()}
-        looked_up = {y: max(values) for y, values in shares.items() if values and len(values) == whole}
+        looked_up = {y: best_lookups[edit] for y, name in judged.items() if (edit := (operation, name)) in best_lookups}
         gate.scatter(looked_up.values(), looked_up.keys(), s=60, color=INK, marker="|", zorder=3, label="best lookup")
         for y, value, other in zip(ys, passed, control, strict=True):
             # Beside the longer bar, so that neither lies under it.
