@@ -100,8 +100,8 @@ class PlainLoop:
             rates, epochs = rates * staged.improvement_lr_factor, staged.improvement_epochs
         draws = (shuffled(self._spec.seed, name, candidates.indices, epoch, staged.examples) for epoch in range(epochs))
         orders = torch.stack(list(draws), 1)
-        for network, rate, *own in zip(networks, rates.tolist(), orders, *training, *validation, strict=True):
-            self._train(network, rate, *own)
+        for network, rate, *data in zip(networks, rates.tolist(), orders, *training, *validation, strict=True):
+            self._train(network, rate, *data)
 
     def _train(self, network: nn.Sequential, rate: float, orders: Iterable[Tensor], *data: Tensor) -> None:
         """Train for an epoch in each of ``orders``, stop early, and keep the best. ``data``: inputs and labels, of

@@ -322,8 +322,7 @@ def ours(store: ActivationStore, spec: CltSpec, _: Path) -> dict[str, float]:
     with SparseTrainer(spec, store) as trainer, ConsoleRun() as run:
         model = train(trainer, run)
         figures, _density = evaluate(model, store, store.rows("validation"))
-        dead = float(sum(int(one.sum()) for one in trainer.dead)) / sum(model.features)
-    return {"fvu": figures["fvu"], "l0": figures["l0"], "dead": dead}
+    return {"fvu": figures["fvu"], "l0": figures["l0"], "dead": trainer.dead_share}
 
 
 def theirs(store: ActivationStore, spec: CltSpec, optimizer: str, _: Path) -> dict[str, float]:

@@ -219,8 +219,9 @@ def memory(_: argparse.Namespace) -> Figures:
 
 
 def resume(arguments: argparse.Namespace) -> Figures:
-    """Killed at seeded moments and resumed, how many zoos differ from the one that was not killed."""
-    spec, chance, unequal = small(subjects=700), random.Random(arguments.seed), 0
+    """Killed at seeded moments and resumed, how many zoos differ from the one that was not killed; and how many were
+    resumed from a checkpoint, not from the start."""
+    spec, chance, unequal, from_checkpoint = small(subjects=700), random.Random(arguments.seed), 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch, "whole")
         began = time.monotonic()
@@ -236,13 +237,17 @@ def resume(arguments: argparse.Namespace) -> Figures:
             time.sleep(chance.uniform(0.3, 1.0) * seconds)
             making.kill()
             making.join()
-            kept = "a" if (checkpoints / CHECKPOINT).exists() else "no"
+            kept = (checkpoints / CHECKPOINT).exists()
             _kit.in_child(generate_into, spec, resumed, checkpoints)
             records = list(read_records(resumed))
             same = len(records) == len(tables) and all(a.equals(b) for a, b in zip(records, tables, strict=True))
             unequal += not same
-            say(f"killed with {kept} checkpoint: {'same' if same else 'DIFFERENT'}")
-    return {"resume_unequal": Figure(unequal, "==", 0)}
+            from_checkpoint += kept
+            say(f"killed with {'a' if kept else 'no'} checkpoint: {'same' if same else 'DIFFERENT'}")
+    return {
+        "resume_unequal": Figure(unequal, "==", 0),
+        "resumed_from_checkpoint": Figure(from_checkpoint, ">=", 1),
+    }
 
 
 if __name__ == "__main__":

@@ -209,17 +209,20 @@ def over_seeds(rows: list[Measured], table: Bars) -> Figures:
 
 
 def beside(rows: list[Measured], part: str) -> Figures:
-    """What stands beside the judged figures, without bars: what edits keep, lookups, and least squares; means over the
-    seeds that have the figure."""
-    names = [f"{mode}{edit}.kept_mean" for mode in ("", "direct.") for edit in OPERATIONS]
-    of_lookup = ("all_gate", "kept_mean", "available")
-    names += [f"{edit}.{way}.{name}" for edit in OPERATIONS for way in LOOKUPS for name in of_lookup]
+    """What stands beside the judged figures, without bars: what edits keep, lookups, the edits for which these have a
+    network, and least squares; means over the seeds that have the figure."""
+    prefixes = [f"{mode}{edit}" for mode in ("", "direct.") for edit in OPERATIONS]
+    names = [f"{prefix}.kept_mean" for prefix in prefixes]
+    names += [f"{edit}.{way}.available" for edit in OPERATIONS for way in LOOKUPS]
+    for name in ("all_gate", "kept_mean"):
+        names += [f"{edit}.{way}.{name}" for edit in OPERATIONS for way in LOOKUPS]
+        names += [f"{prefix}.where_{way}.{name}" for prefix in prefixes for way in LOOKUPS]
     figures: Figures = {}
     for name in (*names, "nearest_train.agreement", "oracle.agreement"):
-        having = [row for row in rows if name in row.numbers]
-        if having:
-            mean = sum(row.numbers[name] for row in having) / len(having)
-            figures[f"{part}.{name}"] = Figure(mean, kept=any(row.kept for row in having))
+        seeds = [row for row in rows if name in row.numbers]
+        if seeds:
+            mean = sum(row.numbers[name] for row in seeds) / len(seeds)
+            figures[f"{part}.{name}"] = Figure(mean, kept=any(row.kept for row in seeds))
     return figures
 
 

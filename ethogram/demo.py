@@ -31,12 +31,12 @@ from ethogram.progress import Watch
 from ethogram.resources import Event, Job, Model
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
+from ethogram.specs.edits import MIN_AVAILABLE, Operation
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectTrainingSpec
 from ethogram.specs.kinds import KINDS
 
 if TYPE_CHECKING:
     from ethogram.inference import Inference
-    from ethogram.specs.edits import Operation
 
 _OPERATIONS: tuple[Operation, ...] = ("add", "remove")
 _SERVED_SECONDS = 30.0
@@ -321,7 +321,12 @@ def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
 def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Served], output: Path) -> None:
     """The table for people."""
     rows = [row for row in report["steering"] if row["edits"] and row["mode"] == "residual"]
-    passed = {(r["operation"], r["pattern"], r["variant"]): r["all_gate"] for r in [*rows, *report["others"]]}
+    edits = {(row["operation"], row["pattern"]): row["edits"] for row in rows}
+    passed = {
+        (row["operation"], row["pattern"], row["variant"]): row["all_gate"]
+        for row in [*rows, *report["others"]]
+        if row["edits"] >= MIN_AVAILABLE * edits[row["operation"], row["pattern"]]
+    }
     columns = ("pattern", "edits", "target_mean", "local_mean", "kept_mean", "all_gate")
     for operation in _OPERATIONS:
         cells = []
@@ -335,10 +340,10 @@ def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Serv
         table([*head, "Same label", "Nearest train", "Centroid", "Best control"], cells, title=title)
     say(
         "Target: accuracy where the edit decides. Local: change of accuracy elsewhere. Kept: share of the answers\n"
-        "elsewhere that are still the source's. Both gates: share of edits with target >= 0.85 and local >= -0.02;\n"
-        "beside it that of lookups (the training network nearest to the steered latent, of those with the requested\n"
-        "labels and of all; the decoded centroid) and of the best control (no edit, a random direction, the reverse\n"
-        "direction)."
+        "elsewhere that are still the source's. Both gates: share of edits with target >= 0.85 and local >= -0.02.\n"
+        "Beside it that of lookups: of the edits for which there is a network (empty: for fewer than half). They are\n"
+        "the training network nearest to the steered latent of those with the requested labels, the nearest of all,\n"
+        "and the decoded centroid. Then the best control: no edit, a random direction, the reverse direction."
     )
     for sentence in report["summary"]:
         say(f"- {sentence}")

@@ -51,6 +51,8 @@ FORKABLE_THREADS = {"jemalloc_bg_thd"}
 """Names of threads that a fork stops and its process starts again."""
 # Time that a cancelled job has to clean up.
 LEAVE_SECONDS = 3.0
+# Time that a trial fork has to end.
+TRIAL_SECONDS = 5.0
 
 
 def main() -> None:
@@ -147,11 +149,28 @@ def fork_obstacle() -> str:
     started = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     if not started:
         # Libraries that can be forked, such as OpenBLAS, end their threads when a process forks.
-        if (pid := os.fork()) == 0:
-            os._exit(0)
-        os.waitpid(pid, 0)
-        started = [name for name in _thread_names() if name not in FORKABLE_THREADS]
+        if not _fork_ends():
+            return "does not survive a fork"
+        # A thread may still be there for a moment after it was joined.
+        for _ in range(10):
+            if not (started := [name for name in _thread_names() if name not in FORKABLE_THREADS]):
+                break
+            time.sleep(0.02)
     return f"started the threads {', '.join(started)}" if started else ""
+
+
+def _fork_ends() -> bool:
+    """Whether a process that is forked from this one ends in time, and as it should."""
+    if (pid := os.fork()) == 0:
+        os._exit(0)
+    deadline = time.monotonic() + TRIAL_SECONDS
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            ended = os.waitpid(pid, 0)
+            break
+        time.sleep(0.01)
+    return ended == (pid, 0)
 
 
 def _thread_names() -> Iterator[str]:

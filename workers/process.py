@@ -192,7 +192,8 @@ class Child:
             # It is not there yet.
             self._server.close()
         else:
-            # The number is surely ours: the process is not reaped before :meth:`close`.
+            # The number is ours, since the process is not reaped before :meth:`close`, unless the fork server has
+            # died; then it is ours but for a moment.
             with suppress(ProcessLookupError, PermissionError):
                 try:
                     os.killpg(self.pid, signal.SIGKILL)

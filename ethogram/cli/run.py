@@ -127,9 +127,10 @@ def run(
 ) -> Request:
     """Run a job of any kind in this process, without a platform.
 
-    This needs a server install. A checkpoint is kept every half minute and on Ctrl-C, and the same command resumes from
-    it. A finished run and a run of another spec are never overwritten. An input is an artifact's file or folder, or the
-    folder of the run that made it. Under torchrun, each process trains on its share of every batch.
+    This needs a server install. Once the work itself has begun, a checkpoint is kept every half minute and on Ctrl-C,
+    and the same command resumes from it. A finished run and a run of another spec are never overwritten. An input is an
+    artifact's file or folder, or the folder of the run that made it. Under torchrun, each process trains on its share
+    of every batch.
     """
     from ethogram.specs.kinds import KINDS
 

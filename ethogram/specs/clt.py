@@ -441,11 +441,11 @@ class SweepSpec(SparseSpec):
             yield "wandb.name", "each run has a name of its own"
 
     def doubts(self) -> Iterator[tuple[str, str]]:
+        runs = _runs(self.model_dump_json())
         for axis in self.grid:
             for option in filter(None, (axis.option, EQUIVALENT.get(axis.option))):
                 if self._is_set(option):
                     yield option, f"has no effect, because the grid varies {axis.option}"
-        runs = _runs(self.model_dump_json())
         yield from dict.fromkeys(doubt for run, _ in runs for doubt in run.doubts())
         different = {json.dumps(_without(run, unused)) for run, unused in runs}
         if same := len(runs) - len(different):

@@ -18,6 +18,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 MAX_STRENGTH = 100.0
 """Far beyond what a model was trained for, and far below what overflows."""
+MIN_AVAILABLE = 0.5
+"""Share of the edits for which a lookup must have a network to be compared with them."""
 
 
 class Behavior(NamedTuple):

@@ -240,7 +240,7 @@ class StagedSpec(Spec):
     on average over the patterns and other sequences to which it must answer no."""
     max_other_degradation: float = Field(0.2, ge=0, le=1)
     """Check that the first stage left the rest alone: maximum gain in accuracy, from degraded to improved, on any other
-    pattern and on the sequences that match none: what the second stage repairs had been degraded too."""
+    pattern and on the sequences that match none; a gain in the second stage means that the first had degraded it."""
 
 
 SignatureMethod = Literal[

@@ -646,7 +646,7 @@ class StagedSpec(_message.Message):
     """
     max_other_degradation: _builtins.float
     """Check that the first stage left the rest alone: maximum gain in accuracy, from degraded to improved, on any other
-    pattern and on the sequences that match none: what the second stage repairs had been degraded too.
+    pattern and on the sequences that match none; a gain in the second stage means that the first had degraded it.
     """
     @_builtins.property
     def learning_rate(self) -> Global___FloatRange:

@@ -293,8 +293,8 @@ def judge_others(
     for name, parts in scores.items():
         joined, available = _joined(parts), torch.cat(masks[name])
         rows.append({**row, "variant": name, "edits": len(joined.target), **_means(joined)})
-        for mode, of_edits in edit_scores.items() if name in LOOKUPS else ():
-            means = _means(Scores(*(column[available] for column in of_edits)))
+        for mode, columns in edit_scores.items() if name in LOOKUPS else ():
+            means = _means(Scores(*(column[available] for column in columns)))
             rows[-1] |= {f"{mode}.{score_name}": mean for score_name, mean in means.items()}
     return rows
 
@@ -325,7 +325,7 @@ def judge_edit(
             for mode, answers in zip(MODES, predictions.unbind(1), strict=True):
                 scores[mode, name].append(score(answers, *sample[2:]))
     joined = {key: _joined(chunks) for key, chunks in scores.items()}
-    rows = [{**row, "mode": mode, "variant": variant, **_means(of)} for (mode, variant), of in joined.items()]
+    rows = [{**row, "mode": mode, "variant": variant, **_means(columns)} for (mode, variant), columns in joined.items()]
     return rows, {mode: joined[mode, "edit"] for mode in MODES}
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ethogram.specs.crossmodal import CrossmodalSpec
-from ethogram.specs.edits import OPERATIONS
+from ethogram.specs.edits import MIN_AVAILABLE, OPERATIONS
 from services.crossmodal.baselines import LOOKUPS
 from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
 
 SAME = 0.005
 """Figures that differ by less count as equal."""
-MIN_AVAILABLE = 0.5
-"""Share of the edits for which a lookup must have a network to be compared."""
 _COMPARED = {"all_gate": "both gates", "target_mean": "target", "kept_mean": "kept"}
 """Figures of an edit and of a lookup that are compared, and how they are called."""
 
@@ -62,9 +60,9 @@ def findings(figures: Mapping[str, float], spec: CrossmodalSpec, ambiguity: str)
         compared["agreement without an edit"] = (*pair, "nearest_train")
     for title, sign in (("better", 1), ("worse", -1)):
         cases = [
-            f"{label} ({of_codec:.3f} against {of_lookup:.3f} of {against})"
-            for label, (of_codec, of_lookup, against) in compared.items()
-            if sign * (of_codec - of_lookup) >= SAME
+            f"{label} ({codec_value:.3f} against {lookup_value:.3f} of {against})"
+            for label, (codec_value, lookup_value, against) in compared.items()
+            if sign * (codec_value - lookup_value) >= SAME
         ]
         if compared:
             sentences.append(f"What the codec does {title} than a lookup: {'; '.join(cases) or 'nothing of this'}.")

@@ -11,12 +11,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ethogram.specs.edits import DIRECTIONS, OPERATIONS, Edit, Operation
+from ethogram.specs.edits import DIRECTIONS, MIN_AVAILABLE, OPERATIONS, Edit, Operation
 from services.crossmodal.baselines import LOOKUPS, WAYS
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CHUNK, CONTROLS, OTHERS
-from services.crossmodal.findings import MIN_AVAILABLE, prefixes
+from services.crossmodal.findings import prefixes
 from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
 from services.runtime.devices import double
 from services.runtime.report import AFTER, BEFORE, CONTROL, FAINT, INK, SOFT, Panel, Report, history_plot, plot
@@ -63,11 +63,14 @@ def write_report(folder: Path, codec: Codec, zoo: Zoo, evaluation: dict[str, Any
         of the mean weights with and without the behaviour. **Fine tuning**: the source, trained briefly on the exact
         labels after the edit, which no other way is given; on at most {CHUNK} edits of each kind. Controls: no edit
         (**null**), a **random** direction, the **reverse** direction. **Available**: the share of the edits for which
-        there is such a network, on which alone it is judged; **edit, of these**: the codec's edit on the same."""
+        there is such a network, on which alone it is judged; **edit, same subset**: the codec's edit on the same."""
     )
     alt = "Steering: target, locality and gates by behaviour"
     report.section("Edits by behaviour").figure("steering", steering_plot(evaluation), alt)
-    report.table(*_gates(evaluation))
+    report.text(
+        f"""A lookup is judged on the edits for which there is a network; its cell is empty where that is fewer than
+        {MIN_AVAILABLE:.0%} of them."""
+    ).table(*_gates(evaluation))
     report.text(
         """Share of edits that pass both gates: of the three controls, of directions that were not trained, and of other
         ways to the same edits."""
@@ -202,10 +205,11 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
     steering = evaluation["steering"]
     rows = {(r["operation"], r["pattern"], r["variant"]): r for r in steering if r.get("mode") == "residual"}
     lookups: dict[tuple[str, str], list[float]] = {}
-    for row in evaluation["others"]:
-        edits = rows[row["operation"], row["pattern"], "edit"]["edits"]
-        if row["variant"] in LOOKUPS and row["edits"] >= MIN_AVAILABLE * edits:
-            lookups.setdefault((row["operation"], row["pattern"]), []).append(row["all_gate"])
+    for (operation, pattern, _), share in _comparable(evaluation).items():
+        lookups.setdefault((operation, pattern), []).append(share)
+    # Which lookup is best is not known where one of them cannot be compared.
+    most = max(map(len, lookups.values()), default=0)
+    best_lookups = {edit: max(shares) for edit, shares in lookups.items() if len(shares) == most}
     # Operations with edits to judge; replacements are of pairs, the others of single behaviours.
     behaviors = {
         operation: list(dict.fromkeys(row["pattern"] for row in steering if row["operation"] == operation))
@@ -242,7 +246,7 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
         control = [max(rows[operation, name, variant]["all_gate"] for variant in CONTROLS) for name in judged.values()]
         gate.barh(ys, passed, height=0.62, color=AFTER, label="edit")
         gate.barh(ys, control, height=0.62, color=CONTROL, label="best control")
-        looked_up = {y: max(shares) for y, name in judged.items() if (shares := lookups.get((operation, name)))}
+        looked_up = {y: best_lookups[edit] for y, name in judged.items() if (edit := (operation, name)) in best_lookups}
         gate.scatter(looked_up.values(), looked_up.keys(), s=60, color=INK, marker="|", zorder=3, label="best lookup")
         for y, value, other in zip(ys, passed, control, strict=True):
             # Beside the longer bar, so that neither lies under it.
@@ -336,23 +340,35 @@ def _ways(figures: Mapping[str, float], operation: str, prefix: str) -> tuple[li
         if f"{start}.all_gate" in figures:
             rows.append([_label(way), *(figures.get(f"{start}.{name}", "") for name in numbers)])
             if figures.get(f"{start}.available", 1) < 1 and way in LOOKUPS:
-                rows.append(["edit, of these", *(figures.get(f"{prefix}.where_{way}.{name}", "") for name in numbers)])
+                subset = f"{prefix}.where_{way}"
+                rows.append(["edit, same subset", *(figures.get(f"{subset}.{name}", "") for name in numbers)])
     return ["way", "both gates", "target gate", "target", "local", "kept", "available"], rows
 
 
 def _gates(evaluation: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Head and rows of the table of edits by behaviour, beside lookups and the best control."""
     numbers = ("edits", "target_mean", "local_mean", "kept_mean", "target_gate", "all_gate")
-    table, others = _by_variant(evaluation)
+    (table, _), comparable = _by_variant(evaluation), _comparable(evaluation)
     rows = []
     for operation, pattern in dict.fromkeys(key[:2] for key in table):
         direct = table[operation, pattern, "direct", "edit"]["all_gate"]
         control = max(table[operation, pattern, "residual", variant]["all_gate"] for variant in CONTROLS)
-        lookups = [others.get((operation, pattern, way), "") for way in LOOKUPS]
+        lookups = [comparable.get((operation, pattern, way), "") for way in LOOKUPS]
         row = table[operation, pattern, "residual", "edit"]
         rows.append([operation, pattern, *(row[name] for name in numbers), *lookups, control, direct])
     head = ["edit", "behaviour", "edits", "target", "local", "kept", "target gate", "both gates"]
     return [*head, *map(_label, LOOKUPS), "best control", "direct edit"], rows
+
+
+def _comparable(evaluation: dict[str, Any]) -> dict[tuple[str, str, str], float]:
+    """Share of the edits that pass by each lookup, by operation, pattern and lookup; of those lookups that have a
+    network for enough of the edits (:data:`MIN_AVAILABLE`)."""
+    edits = {(row["operation"], row["pattern"]): row["edits"] for row in evaluation["steering"]}
+    return {
+        (row["operation"], row["pattern"], row["variant"]): row["all_gate"]
+        for row in evaluation["others"]
+        if row["variant"] in LOOKUPS and row["edits"] >= MIN_AVAILABLE * edits[row["operation"], row["pattern"]]
+    }
 
 
 def _other_ways(evaluation: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

@@ -17,7 +17,7 @@ DIVERGED = "diverged"
 SIGNIFICANCE_LEVEL = 0.05
 """Of the magnitude check."""
 FEWEST_ERRORS = math.ceil(-math.log2(SIGNIFICANCE_LEVEL))
-"""Errors on a pattern without which no gain on it is significant: that many must all be mended."""
+"""Fewest errors on a pattern for a significant gain, if all are corrected."""
 # Differences of shares are a little off: 0.6 - 0.5 is more than 0.1.
 _ROUNDING = 1e-6
 

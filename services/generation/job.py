@@ -26,7 +26,7 @@ def run(spec: GenerationSpec, run: Run) -> dict[str, Any]:
             none = [name for name, count in figures.get("subjects_by_pattern", {}).items() if not count]
             if none:
                 text = "no codec can learn them; see `rejected`, train longer or ask for fewer at once"
-                run.log(f"no subject has {', '.join(none)}: {text}")
+                run.log(f"no subject has {', '.join(none)}: {text}", "warning")
         if spec.hub is not None:
             again = f"`python -m services.generation upload ZOO {spec.hub.repo}` tries again"
             with run.side_output("the upload of the zoo", f"the zoo is kept; {again}"):

@@ -53,8 +53,8 @@ def paired_effect(trainer: BucketTrainer, run: Run) -> dict[str, Any]:
 
 
 def _interval(differences: Tensor) -> dict[str, float | None]:
-    """Mean of paired differences ``[n]``, with Student's confidence interval; without one for a single pair. NaN, of a
-    candidate of which nothing is measured, counts for nothing."""
+    """Mean of paired differences ``[n]``, with Student's confidence interval; without one for a single pair. NaN values
+    are left out."""
     from scipy.special import stdtrit
 
     measured = differences[~differences.isnan()]

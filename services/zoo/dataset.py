@@ -297,11 +297,9 @@ class Zoo:
         if others:
             raise InvalidInput.field(DATA, f"{folder / DATA} holds {min(others)} already; save into a new folder")
         columns = schema(self.spec, self.extractor.methods)
-        names, rest, rows = (
-            [pattern.name for pattern in self.patterns],
-            self._more_columns(columns),
-            list[dict[str, Any]](),
-        )
+        names = [pattern.name for pattern in self.patterns]
+        rest = self._more_columns(columns)
+        rows: list[dict[str, Any]] = []
         for row, index in enumerate(self.index.tolist()):
             shape, more = self.layout.shapes[self.shape[row]], rest[index]
             weights = self.layout.strip(self.weights[row : row + 1], int(self.shape[row]))
@@ -318,16 +316,20 @@ class Zoo:
         parquet.write_table(pyarrow.Table.from_pylist(rows, columns), folder / data_file(0))
         write_about(folder, self.spec, self.patterns, self.probes, {**self.facts, "subjects": len(self)})
 
-    def load_rest(self) -> pyarrow.Table | None:
-        """Read :attr:`rest` into memory, if that is not done yet; the table."""
+    def load_rest(self) -> None:
+        """Hold :attr:`rest` in memory from now on, so that the folder may go."""
+        self.rest = self.read_rest()
+
+    def read_rest(self) -> pyarrow.Table | None:
+        """The table of :attr:`rest`, read from the folder if it is not held."""
         if isinstance(self.rest, Path):
-            self.rest = pyarrow.concat_tables(list(read_records(self.rest, is_rest)))
+            return pyarrow.concat_tables(list(read_records(self.rest, is_rest)))
         return self.rest
 
     def _more_columns(self, columns: pyarrow.Schema) -> dict[int, dict[str, Any]]:
         """The :attr:`rest` of each record, by index; of one that was made in memory, what the spec says. Raises
         :class:`InvalidInput` where some of ``columns`` is missing."""
-        rate, table = self.spec.training.learning_rate, self.load_rest()
+        rate, table = self.spec.training.learning_rate, self.read_rest()
         # Where each drew its own, it is not known any more.
         made = {"learning_rate": rate if isinstance(rate, float) else None, "dropout": 0.0}
         rest = {} if table is None else {row["index"]: row for row in table.to_pylist()}

@@ -299,6 +299,8 @@ def test_a_sweep_is_every_pair_at_every_point(store: ActivationStore, tmp_path: 
     wrong = SweepSpec.model_validate({**base, "pairs": pairs, "grid": [{"option": "model.nothing", "values": ["1"]}]})
     with pytest.raises(InvalidInput, match=r"spec\.grid\.0\.option: there is no option model\.nothing"):
         sweep.run(wrong, run)
+    with pytest.raises(InvalidInput, match=r"spec\.grid\.0\.option: there is no option model\.nothing"):
+        list(wrong.doubts())
 
 
 DYING = {"dead_after": 200, "batch_size": 127, "steps": 24}

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ethogram import demo
 from ethogram.errors import InvalidInput
-from services.crossmodal import report
+from services.crossmodal import findings, report
 from services.crossmodal.codec import Codec
 from services.crossmodal.evaluate import STRENGTHS, evaluate
 from services.crossmodal.report import pareto, principal_positions, write_report
@@ -64,6 +65,19 @@ def test_what_a_reader_wants_first_comes_first_and_fits(zoo: Zoo, untrained: Cod
     heads = re.findall(r"<table><tr>(.*?)</tr>", page)
     assert max(head.count("<th>") for head in heads) <= 13
     assert "<th>kept</th>" in first and "max-width:100%;max-height:80vh;overflow:auto" in page
+
+
+def test_a_lookup_without_networks_for_half_of_the_edits_has_no_cell(zoo: Zoo, untrained: Codec) -> None:
+    found = evaluate(untrained, zoo)
+    edits = {(row["operation"], row["pattern"]): row["edits"] for row in found["steering"]}
+    rows = [row for row in found["others"] if (row["operation"], row["variant"]) == ("add", "same_label")]
+    for number, row in enumerate(rows):
+        # Half of them, and one fewer.
+        row |= {"edits": (edits["add", row["pattern"]] + 1) // 2 - number % 2, "all_gate": 0.875}
+    head, table = report._gates(found)
+    cells = {(row[0], row[1]): row[head.index("same label")] for row in table}
+    assert [cells["add", row["pattern"]] for row in rows] == [0.875, "", 0.875, ""]
+    assert vars(demo)["MIN_AVAILABLE"] == vars(findings)["MIN_AVAILABLE"]
 
 
 def test_another_zoo_is_refused(zoo: Zoo, untrained: Codec, tmp_path: Path) -> None:

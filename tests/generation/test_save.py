@@ -71,7 +71,7 @@ def same(one: Zoo, other: Zoo) -> None:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0, equal_nan=True)
     tables = []
     for zoo in (one, other):
-        rest = zoo.load_rest()
+        rest = zoo.read_rest()
         assert isinstance(rest, pyarrow.Table)
         tables.append(rest.to_pylist())
     assert tables[0] == tables[1]
@@ -94,6 +94,7 @@ def test_what_was_loaded_is_saved(
         figures = DatasetGenerationPipeline(spec_of(stage, subject, method, prompts=prompts)).run(folder)
         zoo = Zoo.load(folder)
         zoo.save(scratch / "saved")
+        assert zoo.rest == folder, "read again when it is needed, not held"
         same(Zoo.load(scratch / "saved"), zoo)
         works(scratch / "saved", scratch, figures)
         before, after = records(folder), records(scratch / "saved")

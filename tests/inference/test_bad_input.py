@@ -192,9 +192,15 @@ def test_wrong_latents(stubs: Stubs, latents: Any, field: str) -> None:
     assert field_of(error) == field
 
 
-@pytest.mark.parametrize("shape", [(2, 24, 18), (2, 23, 17), (0, 24, 17), (24, 17)])
-def test_wrong_signatures(stubs: Stubs, shape: tuple[int, ...]) -> None:
-    request = pb.EncodeRequest(model=MODEL, signatures=to_tensor(np.zeros(shape, np.float32)))
+@pytest.mark.parametrize(
+    ("shape", "value"),
+    [
+        *((shape, 0) for shape in ((2, 24, 18), (2, 23, 17), (0, 24, 17), (24, 17))),
+        *(((2, 24, 17), value) for value in (np.nan, np.inf, -np.inf)),
+    ],
+)
+def test_wrong_signatures(stubs: Stubs, shape: tuple[int, ...], value: float) -> None:
+    request = pb.EncodeRequest(model=MODEL, signatures=to_tensor(np.full(shape, value, np.float32)))
     code, error = refused(lambda: stubs.codec.Encode(request))
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert field_of(error) == "signatures"

@@ -278,7 +278,7 @@ def test_a_stop_during_an_upload_stores_both_checkpoints(call: Call, monkeypatch
 def test_the_log_ends_with_what_the_platform_took(call: Call) -> None:
     def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
         def write(folder: Path) -> None:
-            time.sleep(0.1)
+            time.sleep(0.3)
             (folder / "state").touch()
 
         run.checkpoint(1, write)
@@ -287,7 +287,7 @@ def test_the_log_ends_with_what_the_platform_took(call: Call) -> None:
     *_, last = [e.log.message for e in call(run_job) if e.WhichOneof("event") == "log"]
     took = {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+) s", last)}
     assert list(took) == ["imports", "inputs", "checkpoints", "outputs"]
-    assert took["checkpoints"] >= 0.1
+    assert took["checkpoints"] > took["outputs"] + took["inputs"]
 
 
 def test_inputs_come_as_folders_and_are_the_parents_of_outputs(

@@ -260,11 +260,23 @@ def test_what_jobs_import_survives_a_fork() -> None:
         "assert os.waitstatus_to_exitcode(os.wait()[1]) == 7\n"
         "numpy.random.seed(0); first = numpy.random.rand(); numpy.random.seed(0); renew()\n"
         "assert first != numpy.random.rand(), 'two jobs draw the same'\n"
+        "_thread.start_new_thread(time.sleep, (0.05,))\n"
+        "assert not fork_obstacle(), 'a thread that is about to end'\n"
         "_thread.start_new_thread(time.sleep, (60,))\n"
         "assert fork_obstacle().startswith('started the threads '), 'a thread that Python does not list'"
     )
     environment = child_environment(SLOT, os.environ)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize("in_child", ["time.sleep(60)", "os.kill(os.getpid(), 9)"])
+def test_a_fork_that_does_not_end_well_is_an_obstacle(in_child: str) -> None:
+    code = (
+        "import os, time; from workers import child\n"
+        f"os.register_at_fork(after_in_child=lambda: {in_child}); child.TRIAL_SECONDS = 0.2\n"
+        "assert child.fork_obstacle() == 'does not survive a fork'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_device_that_is_open_does_not_survive_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,9 @@ def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, An
         if not trainer.figures:
             # A run that resumed after its last step.
             trainer.validate()
-        figures = trainer.figures
+        figures = dict(trainer.figures)
+        if (dead := trainer.measured_dead) is not None:
+            figures["dead"] = dead
         if max(value for name, value in figures.items() if name.startswith("fvu")) > 1:
             text = "the model explains less than the mean does; take more steps, or another learning rate"
             run.log(text, "warning")
@@ -40,7 +42,7 @@ def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, An
                 write_report(Path(scratch, "report"), model, spec, figures=figures, density=density, history=history)
                 run.artifact("report", "report", Path(scratch, "report"))
     return {
-        "figures": {**figures, "dead": trainer.dead_share},
+        "figures": figures,
         "kind": model.streams.kind,
         "sources": model.streams.sources,
         "targets": model.streams.targets,

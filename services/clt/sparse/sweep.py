@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import re
 import shutil
 import tempfile
@@ -156,7 +157,7 @@ def compare(folder: Path, specs: Mapping[str, CltSpec], rows: Mapping[str, Row],
         [
             name,
             *(attrgetter(option)(specs[name]) for option in options),
-            *(row["figures"][key] for key in ("fvu", "l0", "dead", "cosine")),
+            *(row["figures"].get(key, math.nan) for key in ("fvu", "l0", "dead", "cosine")),
             row["features"],
         ]
         for name, row in rows.items()

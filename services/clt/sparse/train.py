@@ -286,6 +286,12 @@ class SparseTrainer(Trainer):
         return metrics | {"dead": self.dead_share}
 
     @property
+    def measured_dead(self) -> float | None:
+        """:attr:`dead_share`; None before there were rows enough for a feature to be dead."""
+        rows = self.step * self.spec.training.batch_size
+        return self.dead_share if rows >= self.spec.training.dead_after else None
+
+    @property
     def dead_share(self) -> float:
         """Share of the features that are dead."""
         return sum(int(dead.sum()) for dead in self.dead) / sum(self.model.features)
