@@ -165,14 +165,20 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             name="resource",
-            summary="train an encoder of measured configurations that a frozen language model reads, and export vectors",
+            summary="train an encoder of configurations that a frozen language model reads, and export vectors",
             spec=ResourceSpec,
             job="services.resource.job:run",
             rpc="/ethogram.v1.ResourceTrainingService/RunResource",
             inputs={"tools": "tools", "profiling": "profiling", "language_model": "language-model"},
             outputs={"encoder": "resource-encoder", "export": "resource-export", "report": "report"},
             example={"training": {"steps": 500}},
-            headline=["exact_match_seen", "exact_match_unseen", "cross_entropy", "control_exact_match", "self_retrieval"],
+            headline=[
+                "exact_match_seen",
+                "exact_match_unseen",
+                "cross_entropy",
+                "control_exact_match",
+                "self_retrieval",
+            ],
         ),
         Kind(
             name="decoder",

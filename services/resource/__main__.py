@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ethogram.cli import output
-from ethogram.cli.options import Answer, NewFolder, assignment, command, system_app
+from ethogram.cli.options import assignment, system_app
 from ethogram.cli.run import Request, flag, run_command
 from ethogram.errors import InvalidInput
 from ethogram.specs.kinds import KINDS

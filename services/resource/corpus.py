@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from ethogram.specs.resource import FINEST, MOST
 from services.resource.texts import SLOTS, Template, slots
 
-_WORDS = """accuracy adapter agent array audio average balance band base batch beam bit block board box branch buffer bus
+
+def words(text: str) -> list[str]:
+    """The words of a text."""
+    return text.split()
+
+
+_WORDS = words("""
+accuracy adapter agent array audio average balance band base batch beam bit block board box branch buffer bus
 byte cache camera capacity card cell channel chip class clock cloud cluster code command compute connection container
 context control copy core cost count crop current cycle data deadline decode delay density depth device disk distance
 domain download drive edge encode energy engine error estimate expert factor fan feature file filter flow format frame
@@ -26,13 +33,15 @@ response ring robot room rotor route row run sample scale scene score screen sea
 server service session shape shard signal size slot socket source space speech speed stage state step storage stream
 summary supply switch table target task temperature tensor test text thread throughput tier time token tool torque
 train transfer translation type unit update usage user value vector version video voltage volume wait water wave weight
-width window worker write zone""".split()
-_UNITS = "ms s us GB MB KB MHz GHz W kW J % K C m mm kg g V A Hz rpm bar MB/s req/s tokens steps nodes cores".split()
-_ADJECTIVES = """small medium large tiny huge low high fast slow cold hot old new light heavy short long fp16 int8
-float32 bfloat16 first second third none on off""".split()
-_FILLERS = """to run use with on for give it take takes needs a an the of in at under about by from uses set has have
-when where this one configuration costs asks then""".split()
-_ONSETS = "b c d f g h k l m n p r s t v w z br cl dr fl gr pl sh st th tr".split()
+width window worker write zone""")
+_UNITS = words("ms s us GB MB KB MHz GHz W kW J % K C m mm kg g V A Hz rpm bar MB/s req/s tokens steps nodes cores")
+_ADJECTIVES = words("""
+small medium large tiny huge low high fast slow cold hot old new light heavy short long fp16 int8
+float32 bfloat16 first second third none on off""")
+_FILLERS = words("""
+to run use with on for give it take takes needs a an the of in at under about by from uses set has have
+when where this one configuration costs asks then""")
+_ONSETS = words("b c d f g h k l m n p r s t v w z br cl dr fl gr pl sh st th tr")
 _RIMES = [vowel + end for vowel in ("a", "e", "i", "o", "u", "ai", "ea", "oo") for end in ("", "n", "r", "s", "l", "t")]
 _JOINTS = ("_", "_", " ", "-", "/", ".")
 Sampler = Callable[[random.Random], float]

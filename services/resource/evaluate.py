@@ -57,8 +57,8 @@ def describe_figures(
     codec: ResourceCodec, describer: Describer, values: Tensor, run: Run, name: str = "describe"
 ) -> dict[str, Any]:
     """Figures of the descriptions of ``values`` ``[rows, fields]`` by every template: ``exact_match``, ``by_template``,
-    ``field_accuracy`` by field, ``cross_entropy``, and ``digits``: share of right digits by place, from the last. ``name``:
-    of the stage."""
+    ``field_accuracy`` by field, ``cross_entropy``, and ``digits``: share of right digits by place, from the last.
+    ``name``: of the stage."""
     embeddings = codec.embed(values)
     templates = codec.schema.templates
     run.stage(name, len(values) * len(templates), "descriptions")

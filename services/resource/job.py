@@ -42,7 +42,7 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
     describer = Describer(language, table.schema, checkpointing=spec.training.gradient_checkpointing)
     with tempfile.TemporaryDirectory() as scratch:
         parts = Parts(run, Path(scratch), world)
-        everything = parts.part(ALL, lambda part: _train(spec, table, None, describer, part, world, parts))
+        everything = parts.part(ALL, lambda _: _train(spec, table, None, describer, parts=parts, world=world))
         if world.first:
             codec = ResourceCodec.load(parts.folder / ALL, run.device)
             # Before the evaluation, so that they are kept if a later step fails.
@@ -52,7 +52,7 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         unseen = None
         if spec.held_out:
             rows, held_out = table.hold_out(spec.held_out, spec.seed)
-            unseen = parts.part(UNSEEN, lambda part: _train(spec, table, rows, describer, part, world, parts))
+            unseen = parts.part(UNSEEN, lambda _: _train(spec, table, rows, describer, parts=parts, world=world))
         if not world.first:
             return {}
         describer = Describer(language, table.schema)
@@ -64,18 +64,26 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         figures = _figures(details, control, retrieval_figures(codec, table.values, spec.seed))
         with run.side_output("the report"):
             histories = {ALL: everything["history"]} | ({UNSEEN: unseen["history"]} if unseen else {})
-            write_report(Path(scratch, "report"), codec, table, figures, details, control, histories)
+            write_report(
+                Path(scratch, "report"),
+                codec,
+                table,
+                figures=figures,
+                details=details,
+                controls=control,
+                histories=histories,
+            )
             run.artifact("report", "report", Path(scratch, "report"))
     return {"figures": figures, "controls": control, "details": details}
 
 
 def _train(
-    spec: ResourceSpec, table: Table, rows: Tensor | None, describer: Describer, run: Run, world: World, parts: Parts
+    spec: ResourceSpec, table: Table, rows: Tensor | None, describer: Describer, *, parts: Parts, world: World
 ) -> dict[str, Any]:
     """Train on ``rows`` (None: all) and save the encoder into the folder of the present part."""
     chosen = torch.arange(len(table)) if rows is None else rows
     trainer = ResourceTrainer(spec, table, chosen, describer, world)
-    fit(trainer, run, world)
+    fit(trainer, parts, world)
     if world.first:
         trainer.codec().save(parts.folder / parts.present)
     return {"steps": trainer.step, "history": trainer.progress.history}

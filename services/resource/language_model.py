@@ -191,10 +191,8 @@ class LanguageModelTrainer(Trainer):
     def advance(self) -> dict[str, Tensor]:
         self.model.train()
         self.optimization.optimizer.zero_grad()
-        if self.step < self.spec.training.copying:
-            metrics = {"loss": self._copying()}
-        else:
-            metrics = self._describing()
+        copies = self.step < self.spec.training.copying
+        metrics = {"loss": self._copying()} if copies else self._describing()
         metrics["loss"].backward()  # type: ignore[no-untyped-call]
         metrics = {name: value.detach() for name, value in metrics.items()}
         self.optimization.update(self.step, metrics)

@@ -37,8 +37,8 @@ class Recommender:
     def __init__(
         self, codec: ResourceCodec, table: Table, dimension: str | None = None, *, raw: bool = False, seed: int = 0
     ) -> None:
-        """``table``: measurements; ``dimension``: the measured dimension that is bounded, by default the first; ``raw``:
-        use the raw numbers beside the embedding. Raises :class:`InvalidInput`."""
+        """``table``: measurements; ``dimension``: the measured dimension that is bounded, by default the first;
+        ``raw``: use the raw numbers beside the embedding. Raises :class:`InvalidInput`."""
         self.codec, self.schema, self.raw = codec, codec.schema, raw
         self.dimension = self.schema.index(dimension, "dimension") if dimension else measured_number(self.schema)
         numbers = table.values[:, self.dimension]
@@ -74,7 +74,9 @@ class Recommender:
             raise InvalidInput.field(field, "no configuration of the table's grid has these values")
         features = self.features(rows)
         upper = self.predictor.upper(features, confidence)
-        prices = torch.tensor([self.schema.price(dict(zip(self.schema.names, row, strict=True))) for row in rows.tolist()])
+        prices = torch.tensor(
+            [self.schema.price(dict(zip(self.schema.names, row, strict=True))) for row in rows.tolist()]
+        )
         fits = upper <= bound
         score = torch.where(fits, prices.double(), torch.inf) if bool(fits.any()) else upper
         best = int(score.argmin())

@@ -21,6 +21,7 @@ def write_report(
     folder: Path,
     codec: ResourceCodec,
     table: Table,
+    *,
     figures: Mapping[str, float],
     details: Mapping[str, Mapping[str, Any]],
     controls: Mapping[str, float],
@@ -35,8 +36,8 @@ def write_report(
     )
     report.section(
         "What the model reads",
-        """Each vector is described by greedy decoding, and the text is read back into numbers. **exact match**: share of
-        the descriptions in which every field is right. **seen**: rows of training; **unseen**: configurations that a
+        """Each vector is described by greedy decoding, and the text is read back into numbers. **exact match**: share
+        of the descriptions in which every field is right. **seen**: rows of training; **unseen**: configurations that a
         second encoder was not trained on. The controls must be near 0: they give the model a vector that is not the
         row's.""",
     )
@@ -61,7 +62,7 @@ def write_report(
         report.section(f"Training: {name}").figure(f"history-{name}", history_plot(history, panels), "Loss over steps")
     report.section(
         "Map",
-        "The vectors in the plane of their first two principal components, by tool and by the first measured dimension.",
+        "The vectors in the plane of their first two components, by tool and by the first measured dimension.",
     ).figure("map", map_plot(codec, table), "Vectors by tool and by latency")
     report.figures(figures).spec(codec.spec)
     report.write(folder, {"figures": dict(figures), "details": details, "controls": controls, "histories": histories})

@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 from ethogram.errors import InvalidInput
+from services.resource.corpus import words
 from services.resource.export import TOOL_NAME, Export
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+_ONES = words("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen")
 _TENS = {20: "twenty", 30: "thirty", 40: "forty", 50: "fifty", 60: "sixty", 70: "seventy", 80: "eighty", 90: "ninety"}
 _OPENINGS = (
     "I need {tool}",
@@ -49,19 +50,19 @@ class TaskTexts:
         row = self.rows[configuration]
         phrases = [self._phrase(name, row[name], rng) for name in self.chosen]
         rng.shuffle(phrases)
-        opening = rng.choice(_OPENINGS).format(tool=words(str(row[TOOL_NAME])))
+        opening = rng.choice(_OPENINGS).format(tool=spaced(str(row[TOOL_NAME])))
         listed = [", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases
         return f"{', '.join([opening, *listed[:1]])}{' and ' if len(listed) > 1 else ''}{''.join(listed[1:])}."
 
     def _phrase(self, name: str, value: Any, rng: random.Random) -> str:
         if isinstance(value, str):
-            return rng.choice(_LABELS).format(value=words(value), name=words(name))
+            return rng.choice(_LABELS).format(value=spaced(value), name=spaced(name))
         unit = self.units.get(name, "")
         text = f"{value:g}"
         if float(value).is_integer() and 0 <= value < 100 and rng.random() < 0.3:
             text = spelled(int(value))
         # The name may have the unit at its end, e.g. memory_gb.
-        plain = words(re.sub(rf"_{re.escape(unit.lower())}$", "", name)) if unit else words(name)
+        plain = spaced(re.sub(rf"_{re.escape(unit.lower())}$", "", name)) if unit else spaced(name)
         return (
             rng.choice(_NUMBERS)
             .format(value=text, unit=f"{unit} " if unit else "", name=plain)
@@ -70,7 +71,7 @@ class TaskTexts:
         )
 
 
-def words(name: str) -> str:
+def spaced(name: str) -> str:
     """A name as words."""
     return name.replace("_", " ")
 
