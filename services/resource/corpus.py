@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ethogram.specs.resource import FINEST, MOST
-from services.resource.texts import SLOTS, Template, slots
+from services.resource.texts import OPTIONS, SLOTS, Template, slots
 
 
 def words(text: str) -> list[str]:
@@ -68,13 +68,15 @@ def random_schema(rng: random.Random, most_fields: int, *, bare: bool) -> Random
     decimals = [0]
     for _ in range(count - 1):
         category = rng.random() < 0.2
-        labels.append(_distinct(rng, lambda: _label(rng), rng.choice((2, 3, 3, 4, 6, 16))) if category else ())
+        size = min(rng.choice((2, 3, 3, 4, 6, 16)), OPTIONS - sum(map(len, labels)))
+        labels.append(_distinct(rng, lambda: _label(rng), size) if category else ())
         decimals.append(0 if category else rng.choice((0, 0, 0, 1, 2, FINEST)))
     names = ("tool", *(f"field{index}" for index in range(1, count)))
     text = _bare(rng, names) if bare else _template(rng, names, labels)
     pairs = [_sampler(rng, options, places) for options, places in zip(labels, decimals, strict=True)]
     highest, samplers = zip(*pairs, strict=True)
-    template = Template("random", text, names, tuple(labels), tuple(decimals), highest)
+    first = rng.randrange(OPTIONS - sum(map(len, labels)) + 1)
+    template = Template("random", text, names, tuple(labels), tuple(decimals), highest, first)
     # A soft token has so many slots.
     least = next(tokens for tokens in (1, 2, 4, 8) if max(slots(template, tokens)) <= SLOTS or tokens == 8)
     return RandomSchema(template, samplers, max(least, rng.choice((1, 1, 1, 2, 4, 8))))

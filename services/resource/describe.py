@@ -1,9 +1,9 @@
 """A frozen language model that reads soft tokens: the loss of a description, and descriptions by greedy decoding.
 
-The model sees a prompt, which has the template and the labels of each category, then the soft tokens of a vector, and
-goes on with the description and the token that ends a text. The prompt is the same for all vectors, so its keys and
-values are computed once. A model that was trained to read vectors, whose tokenizer has the marks of slots, is shown
-these behind each soft token.
+The model sees a prompt, which has the labels of each category and the template, then the soft tokens of a vector, and
+goes on with the description and the token that ends a text. A model that was trained to read vectors, whose tokenizer
+has the marks of slots, sees the labels and then the template with the soft tokens in it. The prompt is the same for all
+vectors, so its keys and values are computed once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel
 from services.resource.schema import Schema
-from services.resource.texts import SLOTS, Template, blank, slot
+from services.resource.texts import SLOTS, Slot, Soft, Template, option, slot
 
 
 class Scores(NamedTuple):
@@ -40,8 +40,7 @@ class Describer:
         self.device: torch.device = self.embed.weight.device
         self.hidden: int = self.embed.weight.shape[1]
         self._end = language.end_of_text
-        marks = [blank(len(schema.dimensions) - 1), slot(SLOTS - 1)]
-        self.reads_slots: bool = all(len(row) == 1 for row in language.tokenize(marks))
+        self.reads_slots: bool = all(len(row) == 1 for row in language.tokenize([slot(SLOTS - 1), option(0)]))
         """Whether the model was trained to read vectors."""
         self._prompts: dict[str, tuple[list[int], Any]] = {}
         if checkpointing:
@@ -89,11 +88,14 @@ class Describer:
         soft = soft.to(self.embed.weight.dtype)
         if not self.reads_slots:
             return soft
-        layout = template.layout(soft.shape[1])
-        marks = self.language.tokenize([cell for cell in layout if isinstance(cell, str)])
-        embedded = iter(self.embed(torch.tensor(marks, device=self.device)))
-        cells = [soft[:, cell] if isinstance(cell, int) else next(embedded).expand(len(soft), -1) for cell in layout]
-        return torch.stack(cells, 1)
+        parts = []
+        for cell in template.layout(soft.shape[1]):
+            if isinstance(cell, Soft):
+                parts.append(soft[:, cell.index : cell.index + 1])
+            else:
+                (tokens,) = self.language.tokenize([slot(cell.index) if isinstance(cell, Slot) else cell])
+                parts.append(self.embed(torch.tensor(tokens, device=self.device)).expand(len(soft), -1, -1))
+        return torch.cat(parts, 1)
 
     def _states(self, inputs: Tensor, template: Template) -> Tensor:
         """Last hidden states of ``inputs`` ``[batch, length, hidden]`` after the prompt."""
@@ -117,7 +119,8 @@ class Describer:
         if template.name not in self._prompts:
             from transformers import DynamicCache
 
-            (tokens,) = self.language.tokenize([template.prompt])
+            texts = template.legend if self.reads_slots else [template.prompt]
+            tokens = [token for row in self.language.tokenize(texts) for token in row]
             cache = None
             if not self.checkpointing:
                 cache = DynamicCache(config=self.model.config)

@@ -8,6 +8,7 @@ no table, and no encoder, is special to it. The number of fields grows as it lea
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ethogram.specs.resource import MAX_DIMENSIONS, MAX_LABELS, ReaderSizeSpec, ReaderSpec
+from ethogram.specs.resource import ReaderSizeSpec, ReaderSpec
 from services.resource.corpus import RandomSchema, random_schema
-from services.resource.texts import SLOTS, blank, option, slot, slots
+from services.resource.texts import OPTIONS, READ, SLOTS, WRITE, Slot, Soft, option, slot, slots
 from services.runtime import checkpoints
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -28,10 +29,9 @@ from services.runtime.training import Optimization, Progress, Trainer, cosine, f
 
 FORMAT = 1
 PAD, END = "<pad>", "<end>"
-MARKS = [blank(index) for index in range(MAX_DIMENSIONS + 1)]
-OPTIONS = [option(index) for index in range(MAX_LABELS)]
+OPTION_MARKS = [option(index) for index in range(OPTIONS)]
 SLOT_MARKS = [slot(index) for index in range(SLOTS)]
-CONTENTS = [PAD, *"0123456789.", *OPTIONS]
+CONTENTS = [PAD, *"0123456789.", *OPTION_MARKS]
 """What a slot may hold; the first one: nothing."""
 _CONTENT = {"": 0} | {text: index for index, text in enumerate(CONTENTS)}
 _CORPUS = 3000
@@ -60,14 +60,14 @@ def make_tokenizer(vocabulary: int, seed: int) -> Any:
     texts = []
     for _ in range(_CORPUS):
         schema = random_schema(rng, 8, bare=False)
-        texts += [schema.template.prompt, schema.template.write(schema.row(rng))]
+        texts += [*schema.template.legend[1::2], schema.template.write(schema.row(rng))]
     tokenizer = Tokenizer(models.BPE())
     digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[PAD, END, *MARKS, *OPTIONS, *SLOT_MARKS],
+        special_tokens=[PAD, END, READ, WRITE, *OPTION_MARKS, *SLOT_MARKS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -128,14 +128,15 @@ class Item(NamedTuple):
     """A random schema with rows, tokenized."""
 
     schema: RandomSchema
-    rows: list[list[float]]
     prompt: list[int]
+    head: list[int | Soft | Slot]
+    """Tokens between prompt and description."""
     descriptions: list[list[int]]
     """With the token that ends a text."""
     weights: list[list[float]]
     """Of each token of the descriptions."""
-    contents: Tensor
-    """Index of the content of each slot, ``[rows, slots]``."""
+    contents: list[list[list[int]]]
+    """Index of the content of each slot of each field of each row."""
     told: bool
     """Whether the slots have their contents in place of marks."""
 
@@ -178,6 +179,7 @@ class LanguageModelTrainer(Trainer):
         )
         self.ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(CONTENTS))
         """Token of each content of a slot."""
+        self._slot = self.tokenizer.convert_tokens_to_ids(SLOT_MARKS[0])
         self.fields = torch.tensor(min(2, spec.fields))
         """Most fields of a schema, by now."""
         self.mean = torch.tensor(2.0)
@@ -205,14 +207,47 @@ class LanguageModelTrainer(Trainer):
         return metrics
 
     def _copying(self) -> Tensor:
-        """Loss of the second copy of random tokens."""
-        rng = generator(self.spec.seed, "copy", self.step)
-        length = int(torch.randint(6, 28, (), generator=rng))
-        tokens = torch.randint(2, len(self.tokenizer), (_COPIED, length), generator=rng)
-        end = torch.ones(_COPIED, 1, dtype=torch.long)
-        row = torch.cat([tokens, end, tokens], 1).to(self.device)
-        states = self.model.model(row[:, :-1]).last_hidden_state[:, length:]
-        return nn.functional.cross_entropy(self.model.lm_head(states).flatten(0, 1), row[:, length + 1 :].flatten())
+        """Loss of the second of two texts of random tokens, in the form of descriptions: the first has soft tokens and
+        empty slots, which the second leaves out, and marks of labels, which the second has the label for."""
+        rng = random.Random(f"{self.spec.seed} copy {self.step}")
+        draws = generator(self.spec.seed, "copy", self.step)
+        first_word = int(self._slot) + SLOTS
+
+        def words(count: int) -> Tensor:
+            return torch.randint(first_word, len(self.tokenizer), (_COPIED, count), generator=draws)
+
+        pad, end, read, write = torch.arange(4).unsqueeze(1).expand(-1, _COPIED).unsqueeze(2)
+        size, length = rng.randint(0, 8), rng.randint(1, 3)
+        marks = torch.rand(_COPIED, OPTIONS, generator=draws).argsort(1)[:, :size] + 4
+        labels = words(size * length).unflatten(1, (size, length)) if size else words(0).unsqueeze(2)
+        legend = torch.cat([marks.unsqueeze(2), labels], 2).flatten(1) if size else words(0)
+        shown, written, soft = [legend, read], list[Tensor](), list[bool]()
+        soft = [False] * (legend.shape[1] + 1)
+        for _ in range(rng.randint(2, 8)):
+            literal = words(rng.randint(1, 4))
+            shown.append(literal)
+            written.append(literal)
+            soft += [False] * literal.shape[1] + [True]
+            shown.append(pad)
+            if size and rng.random() < 0.4:
+                chosen = torch.randint(size, (_COPIED,), generator=draws)
+                shown.append(marks[torch.arange(_COPIED), chosen].unsqueeze(1))
+                written.append(labels[torch.arange(_COPIED), chosen])
+                soft.append(False)
+            else:
+                digits = self.ids[torch.randint(1, 12, (_COPIED, rng.randint(1, 5)), generator=draws)]
+                empty = rng.randint(0, 2)
+                shown += [digits] + [pad] * empty
+                written.append(digits)
+                soft += [False] * (digits.shape[1] + empty)
+        before, after = torch.cat([*shown, write], 1), torch.cat([*written, end], 1)
+        tokens = torch.cat([before, after[:, :-1]], 1).to(self.device)
+        embedded = self.embedding(tokens)
+        places = [place for place, is_soft in enumerate(soft) if is_soft]
+        noise = torch.randn(_COPIED, len(places), embedded.shape[2], generator=draws).to(embedded)
+        embedded = embedded.index_copy(1, torch.tensor(places, device=self.device), noise)
+        states = self.model.model(inputs_embeds=embedded).last_hidden_state[:, before.shape[1] - 1 :]
+        return nn.functional.cross_entropy(self.model.lm_head(states).flatten(0, 1), after.to(self.device).flatten())
 
     def _describing(self) -> dict[str, Tensor]:
         training = self.spec.training
@@ -230,7 +265,8 @@ class LanguageModelTrainer(Trainer):
 
     def soft(self, item: Item) -> Tensor:
         """Soft tokens of an item's rows."""
-        soft: Tensor = self.encoder(item.contents.to(self.device), slots(item.schema.template, item.schema.tokens))
+        contents = torch.tensor([list(itertools.chain(*row)) for row in item.contents], device=self.device)
+        soft: Tensor = self.encoder(contents, slots(item.schema.template, item.schema.tokens))
         return soft
 
     def _items(self, rng: torch.Generator, schemas: int, rows: int, bare: bool, told: float = 0.0) -> list[Item]:
@@ -242,7 +278,10 @@ class LanguageModelTrainer(Trainer):
         schema = random_schema(rng, int(self.fields), bare=bare)
         rows = [schema.row(rng) for _ in range(count)]
         parts = [schema.template.parts(row) for row in rows]
-        texts = list(dict.fromkeys([schema.template.prompt, *(text for row in parts for text, _ in row)]))
+        legend, layout = schema.template.legend, schema.template.layout(schema.tokens)
+        cells = [slot(cell.index) if isinstance(cell, Slot) else cell for cell in layout]
+        seen = [cell for cell in cells if isinstance(cell, str)]
+        texts = list(dict.fromkeys([*legend, *seen, *(text for row in parts for text, _ in row)]))
         known = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
         descriptions, weights = [], []
         for row in parts:
@@ -251,8 +290,12 @@ class LanguageModelTrainer(Trainer):
             counted = [is_value or (place > 0 and tokens[place - 1][1]) for place, (_, is_value) in enumerate(tokens)]
             descriptions.append([token for token, _ in tokens])
             weights.append([1.0 if value else _TEMPLATE_WEIGHT for value in counted])
-        contents = torch.tensor([[_CONTENT[text] for text in schema.template.contents(row)] for row in rows])
-        return Item(schema, rows, known[schema.template.prompt], descriptions, weights, contents, rng.random() < told)
+        contents = [[[_CONTENT[text] for text in field] for field in schema.template.contents(row)] for row in rows]
+        head: list[int | Soft | Slot] = []
+        for cell in layout:
+            head += known[cell] if isinstance(cell, str) else [cell]
+        prompt = [token for text in legend for token in known[text]]
+        return Item(schema, prompt, head, descriptions, weights, contents, rng.random() < told)
 
     def losses(self, items: Sequence[Item], soft: Sequence[Tensor]) -> ItemScores:
         """How the descriptions of ``items`` are predicted after ``soft`` of each, ``[rows, tokens, hidden]``.
@@ -261,7 +304,7 @@ class LanguageModelTrainer(Trainer):
         """
         from transformers import DynamicCache
 
-        rows = len(items[0].rows)
+        rows = len(items[0].descriptions)
         prompts, prompt_mask = _padded([item.prompt for item in items], left=True)
         prompts, prompt_mask = prompts.to(self.device), prompt_mask.to(self.device)
         cache = DynamicCache(config=self.model.config)
@@ -301,18 +344,21 @@ class LanguageModelTrainer(Trainer):
     def _head(self, item: Item, soft: Tensor) -> tuple[Tensor, Tensor]:
         """What stands between prompt and description, ``[rows, length, hidden]``; and the token that each slot is to be
         read as, ``[rows, length]``, -1 elsewhere and where it is told."""
-        layout = item.schema.template.layout(item.schema.tokens)
-        is_soft = torch.tensor([isinstance(cell, int) for cell in layout], device=self.device)
-        is_slot = torch.tensor([str(cell).startswith("<") for cell in layout], device=self.device)
-        ids = self.tokenizer.convert_tokens_to_ids([PAD if isinstance(cell, int) else cell for cell in layout])
+        is_slot = torch.tensor([isinstance(cell, Slot) for cell in item.head], device=self.device)
+        is_soft = torch.tensor([isinstance(cell, Soft) for cell in item.head], device=self.device)
+        ids = [self._slot + cell.index if isinstance(cell, Slot) else cell for cell in item.head]
+        ids = [0 if isinstance(cell, Soft) else cell for cell in ids]
         tokens = torch.tensor(ids, device=self.device).repeat(len(soft), 1)
-        contents, wanted = self.ids[item.contents].to(self.device), torch.full_like(tokens, -1)
+        order = item.schema.template.order
+        rows = [list(itertools.chain(*(row[field] for field in order))) for row in item.contents]
+        contents, wanted = self.ids[torch.tensor(rows)].to(self.device), torch.full_like(tokens, -1)
         if item.told:
             tokens[:, is_slot] = contents
         else:
             wanted[:, is_slot] = contents
         embedded = self.embedding(tokens)
-        return embedded.masked_scatter(is_soft.unsqueeze(1).expand_as(embedded), soft), wanted
+        placed = soft[:, [cell.index for cell in item.head if isinstance(cell, Soft)]]
+        return embedded.masked_scatter(is_soft.unsqueeze(1).expand_as(embedded), placed), wanted
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from ethogram.specs.resource import MOST
 
 SLOTS = 32
 """Characters that a soft token holds at most, for a model that was trained to read vectors."""
+OPTIONS = 128
+"""Labels of all fields at most, for such a model."""
+READ, WRITE = "<|read|>", "<|write|>"
+"""Marks before and after the layout that such a model is shown."""
 _PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 _NUMBER = r"\d+(?:\.\d+)?"
 
@@ -24,19 +29,28 @@ def number_text(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}"
 
 
-def blank(index: int) -> str:
-    """The mark of a field, by its index, in a prompt."""
-    return f"{{{index}}}"
-
-
 def option(index: int) -> str:
-    """The mark of a label, by its index, in a prompt."""
-    return f"[{index}]"
+    """The mark of a label, by its index among all labels of a template."""
+    return f"<|option {index}|>"
 
 
 def slot(index: int) -> str:
-    """The mark of a place for a character that a soft token holds."""
-    return f"<{index}>"
+    """The mark of a place for one character that a soft token holds."""
+    return f"<|slot {index}|>"
+
+
+@dataclass(frozen=True)
+class Soft:
+    """A soft token in a layout."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in a layout for one character, or one label, of the soft token before it."""
+
+    index: int
 
 
 def slots(template: Template, tokens: int) -> list[int]:
@@ -55,6 +69,8 @@ class Template:
     decimals: tuple[int, ...]
     highest: tuple[float, ...]
     """Greatest value of each number that a reader has slots for; 0 for a category."""
+    first_option: int = 0
+    """Number of its first label's mark."""
 
     def __post_init__(self) -> None:
         names = self.names
@@ -137,9 +153,10 @@ class Template:
         pairs = zip(self.highest, self.decimals, self.labels, strict=True)
         return tuple(1 if labels else len(number_text(most, decimals)) for most, decimals, labels in pairs)
 
-    def characters(self, index: int, value: float) -> list[str]:
-        """What stands in the slots of a field's value: characters from the left, or the mark of the label."""
-        return [option(int(value))] if self.labels[index] else list(self.value_text(index, value))
+    @cached_property
+    def options(self) -> tuple[int, ...]:
+        """Number of the mark of each field's first label."""
+        return tuple(itertools.accumulate(map(len, self.labels[:-1]), initial=self.first_option))
 
     def groups(self, tokens: int) -> list[list[int]]:
         """Which fields each of ``tokens`` soft tokens holds: in order, about as many places each."""
@@ -149,35 +166,42 @@ class Template:
             before += places
         return groups
 
-    def layout(self, tokens: int) -> list[int | str]:
-        """What follows a prompt: each soft token, as its number, and the marks of its fields and of their slots."""
-        rows: list[int | str] = []
+    def layout(self, tokens: int) -> list[str | Soft | Slot]:
+        """What a model that was trained to read vectors sees before it writes: the template, in which each field has
+        its soft token and the slots of its characters in that."""
+        place: dict[int, tuple[int, int]] = {}
         for number, group in enumerate(self.groups(tokens)):
-            rows.append(number)
             taken = 0
             for index in group:
-                rows += [blank(index), *(slot(taken + place) for place in range(self.places[index]))]
+                place[index] = number, taken
                 taken += self.places[index]
+        cells: list[str | Soft | Slot] = [READ, self.literals[0]]
+        for index, literal in zip(self.order, self.literals[1:], strict=True):
+            number, first = place[index]
+            cells += [Soft(number), *(Slot(first + step) for step in range(self.places[index])), literal]
+        return [cell for cell in [*cells, WRITE] if cell != ""]
+
+    def contents(self, values: Sequence[float]) -> list[list[str]]:
+        """What is in the slots of each field of a vector: characters from the left, and empty texts where the value is
+        shorter; or the mark of the label."""
+        rows = []
+        for index, (value, places) in enumerate(zip(values, self.places, strict=True)):
+            if self.labels[index]:
+                rows.append([option(self.options[index] + int(value))])
+            else:
+                found = list(self.value_text(index, value))[:places]
+                rows.append(found + [""] * (places - len(found)))
         return rows
 
-    def contents(self, values: Sequence[float]) -> list[str]:
-        """What is in the slots of a vector, in the order of :meth:`layout`; empty where a value is shorter."""
-        cells: list[str] = []
-        for index, places in enumerate(self.places):
-            found = self.characters(index, values[index])[:places]
-            cells += found + [""] * (places - len(found))
-        return cells
+    @cached_property
+    def legend(self) -> list[str]:
+        """What such a model is told first: the mark of each label, and the label."""
+        labels = enumerate(itertools.chain(*self.labels), self.first_option)
+        return [text for number, label in labels for text in (option(number), label)]
 
     @cached_property
     def prompt(self) -> str:
-        """What a language model is shown before the vector: the labels of each category, and the template."""
-        lines = [
-            f"{blank(index)} " + " ".join(f"{option(number)} {label}" for number, label in enumerate(labels))
-            for index, labels in enumerate(self.labels)
-            if labels
-        ]
-        filled = "".join(
-            literal + (blank(self.order[number]) if number < len(self.order) else "")
-            for number, literal in enumerate(self.literals)
-        )
-        return "\n".join([*lines, filled, ""])
+        """What any other language model is shown before the vector: the labels of each category, and the template."""
+        pairs = zip(self.fields, self.labels, strict=True)
+        lines = [f"{name}: {', '.join(labels)}" for name, labels in pairs if labels]
+        return "\n".join([*lines, self.text, ""])
