@@ -110,13 +110,13 @@ class ResourceCodec:
         unknown = torch.zeros_like(values, dtype=torch.bool) if unknown is None else unknown
         parts = [
             self.model(part.to(self.device), hidden.to(self.device)).flatten(1).float().cpu()
-            for part, hidden in zip(values.split(CHUNK), unknown.split(CHUNK), strict=True)
+            for part, hidden in zip(torch.split(values, CHUNK), torch.split(unknown, CHUNK), strict=True)
         ]
         return torch.cat(parts) if parts else torch.zeros(0, self.size)
 
     def soft(self, embeddings: Tensor) -> Tensor:
         """Embeddings ``[rows, size]`` as soft tokens ``[rows, tokens, hidden]``."""
-        return embeddings.unflatten(1, (self.spec.encoder.tokens, -1))
+        return torch.unflatten(embeddings, 1, (self.spec.encoder.tokens, -1))
 
     def save(self, folder: Path) -> None:
         """Write ``encoder.json`` and ``encoder.safetensors`` into ``folder``."""

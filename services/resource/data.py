@@ -52,7 +52,8 @@ class Table:
         """For each row the number of its configuration, ``[rows]``: rows that differ in measured dimensions alone have
         the same."""
         chosen = [index for index, dimension in enumerate(self.schema.dimensions) if not dimension.measured]
-        return torch.unique(self.values[:, chosen], dim=0, return_inverse=True)[1]
+        numbers: Tensor = torch.unique(self.values[:, chosen], dim=0, return_inverse=True)[1]
+        return numbers
 
     def hold_out(self, share: float, seed: int) -> tuple[Tensor, Tensor]:
         """Rows to train on, and rows of a ``share`` of the configurations, which are in no training row."""

@@ -119,7 +119,7 @@ def validate(folder: Path) -> Export:
         masks: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
     if not bool(weights.isfinite().all()):
         raise InvalidInput.field(WEIGHTS, "has a weight that is NaN or infinite")
-    if len(weights.unique(dim=0)) < len(weights):
+    if len(torch.unique(weights, dim=0)) < len(weights):
         raise InvalidInput.field(WEIGHTS, "has the same vector for two configurations")
     if list(lookup) != [str(index) for index in range(len(weights))]:
         raise InvalidInput.field(LOOKUP, f"has other configurations than the {len(weights)} of {WEIGHTS}")

@@ -51,11 +51,12 @@ class ResourceEncoder(nn.Module):
         numbers = self.direct(features)
         if self.mlp is not None:
             numbers = numbers + self.mlp(features)
-        numbers = numbers.unflatten(1, (self.spec.tokens, -1))
+        numbers = torch.unflatten(numbers, 1, (self.spec.tokens, -1))
         tool = self.tool(self.tool_vectors[values[:, 0].long()]).unsqueeze(1)
         if self.attention is None:
             mixed = numbers + tool
         else:
             streams = torch.cat([tool, numbers], 1)
             mixed = (streams + self.attention(streams, streams, streams, need_weights=False)[0])[:, 1:]
-        return self.norm(mixed) * self.gain
+        soft: Tensor = self.norm(mixed) * self.gain
+        return soft

@@ -111,7 +111,8 @@ def grid(schema: Schema, table: Table) -> Tensor:
         count *= len(options[-1])
     if count > MOST_CONFIGURATIONS:
         measured = torch.tensor([dimension.measured for dimension in schema.dimensions])
-        return torch.unique(table.values.masked_fill(measured, 0.0), dim=0)
+        rows: Tensor = torch.unique(table.values.masked_fill(measured, 0.0), dim=0)
+        return rows
     return torch.tensor(list(itertools.product(*options)), dtype=torch.float64)
 
 

@@ -118,7 +118,7 @@ class ResourceTrainer(Trainer):
         start = self.step * self.spec.training.batch_size
         places = torch.arange(start, start + self.spec.training.batch_size)
         chosen = []
-        for epoch in places.div(self._samples, rounding_mode="floor").unique().tolist():
+        for epoch in torch.unique(places // self._samples).tolist():
             order = self._order(epoch)
             chosen.append(order[places[places // self._samples == epoch] % self._samples])
         return self.rows[torch.cat(chosen) // self.spec.augmentation.copies]
