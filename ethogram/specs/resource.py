@@ -217,8 +217,8 @@ class ResourceTrainingSpec(OptimizationSpec):
     """Learning rate after the warm-up. ``cosine``: falls to a hundredth at the last step."""
     weight_decay: float = Field(0.01, ge=0, le=1)
     """Weight decay."""
-    target_loss: float | None = Field(0.01, gt=0)
-    """Training ends when the cross-entropy of the validation is below this; None: all steps are taken."""
+    target_loss: float = Field(0.01, ge=0)
+    """Training ends when the cross-entropy of the validation is below this; 0: all steps are taken."""
     target_exact_match: float | None = Field(None, gt=0, le=1)
     """Training ends only when at least this share of the validation's descriptions is also exact in greedy decoding."""
     retrieval: float = Field(0.1, ge=0)
@@ -233,6 +233,8 @@ class ResourceTrainingSpec(OptimizationSpec):
     def unused(self) -> Iterator[tuple[str, str]]:
         if self.epochs is not None:
             yield "steps", "epochs says how many there are"
+        if not self.target_loss:
+            yield "target_exact_match", "target_loss is 0"
         if not self.retrieval:
             yield "temperature", "retrieval is 0"
 

@@ -145,8 +145,6 @@ class ResourceTrainer(Trainer):
 
     def reached(self, metrics: Mapping[str, float]) -> bool:
         training = self.spec.training
-        if training.target_loss is None:
-            return False
         exact = training.target_exact_match is None or metrics["validation_exact_match"] >= training.target_exact_match
         return metrics["validation_loss"] < training.target_loss and exact
 
