@@ -109,7 +109,7 @@ class ResourceCodec:
         """Embeddings ``[rows, size]``, float32 on the CPU, of vectors ``[rows, fields]``."""
         unknown = torch.zeros_like(values, dtype=torch.bool) if unknown is None else unknown
         parts = [
-            self.model(part.to(self.device), hidden.to(self.device)).flatten(1).float().cpu()
+            self.model(part, hidden).flatten(1).float().cpu()
             for part, hidden in zip(torch.split(values, CHUNK), torch.split(unknown, CHUNK), strict=True)
         ]
         return torch.cat(parts) if parts else torch.zeros(0, self.size)

@@ -110,7 +110,7 @@ class ResourceTrainer(Trainer):
 
     def embed(self, values: Tensor, unknown: Tensor) -> Tensor:
         """Soft tokens of vectors that lie on the CPU."""
-        soft: Tensor = self.model(values.to(self.device), unknown.to(self.device))
+        soft: Tensor = self.model(values, unknown)
         return soft
 
     def _batch(self) -> Tensor:
