@@ -151,8 +151,14 @@ class ResourceTrainer(Trainer):
     def codec(self) -> ResourceCodec:
         """The encoder as it is."""
         language = self.describer.language
-        about = {"table": self.table.digest, "language_model": language.name, "language_model_digest": language.digest}
-        return ResourceCodec(self.spec, self.table.schema, copy.deepcopy(self.model), about)
+        about = {
+            "table": self.table.digest,
+            "language_model": language.name,
+            "language_model_digest": language.digest,
+            "language_model_dtype": str(language.model.dtype).removeprefix("torch."),
+        }
+        trained_on = self.table.at(self.rows)
+        return ResourceCodec(self.spec, self.table.schema, copy.deepcopy(self.model), about, trained_on)
 
     def snapshot(self, folder: Path) -> str:
         self.codec().save(folder)
