@@ -54,6 +54,8 @@ def write_checkpoint(codec: ResourceCodec, file: Path) -> None:
     """Write an encoder as one file, which torch loads with ``weights_only``."""
     state = {name: tensor.cpu() for name, tensor in codec.model.state_dict().items()}
     content = {"model_state_dict": state, "config": codec.config(), "epoch": codec.about.get("epoch", 0.0)}
+    if codec.table is not None:
+        content["table"] = codec.table.values
     torch.save(content, file)
 
 
@@ -64,7 +66,7 @@ def read_checkpoint(file: Path, device: str = "cpu", field: str = "encoder_check
             content = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise InvalidInput.field(field, f"{file} is not a file of weights ({first_line(error)})") from None
-        return ResourceCodec.of(content["config"], content["model_state_dict"], device)
+        return ResourceCodec.of(content["config"], content["model_state_dict"], content.get("table"), device)
 
 
 def export(codec: ResourceCodec, table: Table, folder: Path, checkpoints: Sequence[Path] = ()) -> Export:

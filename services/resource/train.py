@@ -111,7 +111,7 @@ class ResourceTrainer(Trainer):
 
     def embed(self, values: Tensor, unknown: Tensor) -> Tensor:
         """Soft tokens of vectors that lie on the CPU."""
-        soft: Tensor = self.model(values.to(self.device), unknown.to(self.device))
+        soft: Tensor = self.model(values, unknown)
         return soft
 
     def _batch(self) -> Tensor:
@@ -163,7 +163,8 @@ class ResourceTrainer(Trainer):
             "step": self.step,
             "epoch": round(self.step * self.spec.training.batch_size / self._samples, 6),
         }
-        return ResourceCodec(self.spec, self.table.schema, copy.deepcopy(self.model), about)
+        trained_on = self.table.at(self.rows)
+        return ResourceCodec(self.spec, self.table.schema, copy.deepcopy(self.model), about, trained_on)
 
     def snapshot(self, folder: Path) -> str:
         codec = self.codec()
