@@ -98,11 +98,17 @@ def _is_label(name: str) -> bool:
 
 
 def read_measurements(
-    file: Path, spec: SchemaSpec, tools: Sequence[str] | None = None, field: str = "profiling"
+    file: Path,
+    spec: SchemaSpec,
+    tools: Sequence[str] | None = None,
+    field: str = "profiling",
+    *,
+    every_tool: bool = True,
 ) -> Table:
     """Read a table of measurements: a column of the tool and one of each dimension.
 
-    ``tools``: the registry; None: the tools of the table, in the order of their first rows. Raises
+    ``tools``: the registry; None: the tools of the table, in the order of their first rows. ``every_tool``: whether
+    there must be a row of each. Raises
     :class:`InvalidInput` that names the file, the row and the column: a missing or unknown column, a value that is not
     a finite number from 0 on or not one of the labels, a tool that is not in the registry or has no row, and a
     configuration that is there twice, unless the schema has repeated measurements.
@@ -117,7 +123,7 @@ def read_measurements(
     if not rows:
         raise InvalidInput.field(field, f"{file} has no rows")
     present = list(dict.fromkeys(row[0] for row in rows))
-    if tools is not None and (without := [tool for tool in tools if tool not in present]):
+    if tools is not None and every_tool and (without := [tool for tool in tools if tool not in present]):
         raise InvalidInput.field(
             field, f"{file} has no row of the tool {without[0]}; measure it, or leave it out of the registry"
         )
