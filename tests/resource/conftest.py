@@ -78,6 +78,8 @@ def write_language_model(folder: Path, hidden: int = 16, context: int = 512) -> 
         max_position_embeddings=context,
         bos_token_id=0,
         eos_token_id=0,
+        # Large enough that what the model says depends on what it reads.
+        initializer_range=0.5,
     )
     model: Any = transformers.LlamaForCausalLM(config)
     model.save_pretrained(folder)
