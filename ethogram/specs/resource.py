@@ -56,10 +56,16 @@ class DimensionSpec(Spec):
             raise ValueError("labels: one of them is there twice")
         if self.labels and (self.levels or self.low is not None or self.high is not None or self.price):
             raise ValueError("labels: a category has no levels, low, high or price")
+        if len(set(self.levels)) < len(self.levels):
+            raise ValueError("levels: one of them is there twice")
         for level in self.levels:
             if not 0 <= level <= MOST:
                 raise ValueError(f"levels: {level:g} is not from 0 to {MOST}")
-        if self.low is not None and self.high is not None and self.low >= self.high:
+            if round(level, self.decimals) != level:
+                raise ValueError(
+                    f"levels: {level:g} has more decimals than descriptions, {self.decimals}; set decimals"
+                )
+        if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"high: the range from {self.low:g} to {self.high:g} is empty")
         for level in self.levels:
             if not (self.low is None or self.low <= level) or not (self.high is None or level <= self.high):
@@ -87,6 +93,20 @@ class SchemaSpec(Spec):
     """Column of the tool in the table of measurements."""
     repeated: bool = False
     """Whether a configuration may be there several times, as repeated measurements."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SchemaSpec:
+        columns = [self.tool_column, *(dimension.column or dimension.name for dimension in self.dimensions)]
+        for field, what, found in (
+            ("dimensions", "name", [dimension.name for dimension in self.dimensions]),
+            ("dimensions", "column", columns),
+            ("templates", "name", [template.name for template in self.templates]),
+        ):
+            if not found:
+                raise ValueError(f"{field}: there must be at least one")
+            if repeated := [name for name in found if found.count(name) > 1]:
+                raise ValueError(f"{field}: two of them have the {what} {repeated[0]}")
+        return self
 
 
 class ReaderSizeSpec(Spec):
@@ -217,8 +237,8 @@ class ResourceTrainingSpec(OptimizationSpec):
     """Learning rate after the warm-up. ``cosine``: falls to a hundredth at the last step."""
     weight_decay: float = Field(0.01, ge=0, le=1)
     """Weight decay."""
-    target_loss: float | None = Field(0.01, gt=0)
-    """Training ends when the cross-entropy of the validation is below this; None: all steps are taken."""
+    target_loss: float = Field(0.01, ge=0)
+    """Training ends when the cross-entropy of the validation is below this; 0: all steps are taken."""
     target_exact_match: float | None = Field(None, gt=0, le=1)
     """Training ends only when at least this share of the validation's descriptions is also exact in greedy decoding."""
     retrieval: float = Field(0.1, ge=0)
@@ -233,6 +253,8 @@ class ResourceTrainingSpec(OptimizationSpec):
     def unused(self) -> Iterator[tuple[str, str]]:
         if self.epochs is not None:
             yield "steps", "epochs says how many there are"
+        if not self.target_loss:
+            yield "target_exact_match", "target_loss is 0"
         if not self.retrieval:
             yield "temperature", "retrieval is 0"
 

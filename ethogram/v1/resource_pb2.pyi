@@ -578,7 +578,7 @@ class ResourceTrainingSpec(_message.Message):
     weight_decay: _builtins.float
     """Weight decay."""
     target_loss: _builtins.float
-    """Training ends when the cross-entropy of the validation is below this; None: all steps are taken."""
+    """Training ends when the cross-entropy of the validation is below this; 0: all steps are taken."""
     target_exact_match: _builtins.float
     """Training ends only when at least this share of the validation's descriptions is also exact in greedy decoding."""
     retrieval: _builtins.float

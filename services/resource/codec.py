@@ -3,48 +3,74 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ethogram.errors import InvalidInput, Violation
 from ethogram.specs.resource import MOST, ResourceSpec, SchemaSpec
+from services.resource.data import Table
 from services.resource.model import ResourceEncoder
 from services.resource.schema import Schema
 from services.runtime.reading import reading
 from services.runtime.tensors import write_tensors
 
-CONFIG, WEIGHTS = "encoder.json", "encoder.safetensors"
+CONFIG, WEIGHTS, TABLE = "encoder.json", "encoder.safetensors", "table.safetensors"
 FORMAT = 1
 UNKNOWN = "unknown"
 """What stands for the value of a dimension that is not known."""
+_MISSING = "is missing; give its value, or unknown"
 CHUNK = 4096
 """Vectors that go through the encoder at once."""
+
+
+class Column(NamedTuple):
+    """Values of one field, a row each."""
+
+    values: NDArray[np.float64] | Sequence[str]
+    """Of a number, or labels of a category."""
+    unknown: NDArray[np.bool_] | None = None
+    """Which are not known; None: none."""
 
 
 class ResourceCodec:
     """An encoder with its schema; see :meth:`load`."""
 
     def __init__(
-        self, spec: ResourceSpec, schema: Schema, model: ResourceEncoder, about: Mapping[str, Any] | None = None
+        self,
+        spec: ResourceSpec,
+        schema: Schema,
+        model: ResourceEncoder,
+        about: Mapping[str, Any] | None = None,
+        table: Table | None = None,
     ) -> None:
-        """``about``: what it was trained with: digests of the table and the language model, and that model's name."""
+        """``about``: what it was trained with: digests of the table and the language model, and that model's name.
+        ``table``: the rows that it was trained on, which recommendations need."""
         self.spec, self.schema, self.model = spec, schema, model.eval()
         self.about = dict(about or {})
+        self.table = table
 
     @property
     def device(self) -> torch.device:
         return self.model.gain.device
 
     @property
+    def hidden(self) -> int:
+        """The language model's hidden size."""
+        return self.model.tool_vectors.shape[1]
+
+    @property
     def size(self) -> int:
         """Length of an embedding: soft tokens times the language model's hidden size."""
-        return self.spec.encoder.tokens * self.model.tool_vectors.shape[1]
+        return self.spec.encoder.tokens * self.hidden
 
     def vectors(self, rows: Sequence[Mapping[str, Any]], field: str = "rows") -> tuple[Tensor, Tensor]:
         """Vectors ``[rows, fields]``, float64, of configurations by name, and which fields are unknown: those that are
@@ -53,55 +79,98 @@ class ResourceCodec:
         Raises :class:`InvalidInput` that names the row and the field for a tool, a label or a field that the schema
         does not have, a number that is not finite or negative, a missing value, and an unknown tool.
         """
-        values = torch.zeros(len(rows), len(self.schema.dimensions), dtype=torch.float64)
-        unknown = torch.zeros_like(values, dtype=torch.bool)
-        wrong: list[Violation] = []
-        for number, row in enumerate(rows):
-            for name in row.keys() - set(self.schema.names):
-                wrong.append(
-                    Violation(
-                        f"{field}.{number}.{name}", f"there is no such field; there are {', '.join(self.schema.names)}"
-                    )
-                )
-            for index, dimension in enumerate(self.schema.dimensions):
-                value, where = row.get(dimension.name), f"{field}.{number}.{dimension.name}"
-                if (value is None and dimension.name in row) or (value == UNKNOWN and UNKNOWN not in dimension.labels):
-                    known = False
-                else:
-                    known = dimension.name in row
-                    if not known and not dimension.measured:
-                        wrong.append(Violation(where, "is missing; give its value, or unknown"))
-                        continue
-                if not known:
-                    if index == 0:
-                        wrong.append(Violation(where, "the tool must be known"))
-                    unknown[number, index] = True
-                elif dimension.number:
-                    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
-                        wrong.append(Violation(where, f"must be a number from 0 to {MOST}, not {value!r}"))
-                    else:
-                        values[number, index] = value
-                elif value not in dimension.labels:
-                    wrong.append(Violation(where, f"{value!r} is none of {', '.join(dimension.labels)}"))
-                else:
-                    values[number, index] = dimension.labels.index(str(value))
-        if wrong:
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise InvalidInput(f"{wrong[0].field}: {wrong[0].description}{more}", wrong)
-        return values, unknown
+        wrong = [
+            Violation(f"{field}.{number}.{name}", self._no_field)
+            for number, row in enumerate(rows)
+            for name in row.keys() - set(self.schema.names)
+        ]
+        values, unknown = self._blank(len(rows))
+        for index, dimension in enumerate(self.schema.dimensions):
+            missing = [] if dimension.measured else [n for n, row in enumerate(rows) if dimension.name not in row]
+            given = [row.get(dimension.name) for row in rows]
+            values[:, index], unknown[:, index], faults = self._column(index, given)
+            faults |= dict.fromkeys(missing, _MISSING)
+            wrong += [Violation(f"{field}.{number}.{dimension.name}", text) for number, text in faults.items()]
+        _raise(wrong)
+        return torch.from_numpy(values), torch.from_numpy(unknown)
+
+    def column_vectors(
+        self, columns: Mapping[str, Column], rows: int, field: str = "columns", *, free: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`vectors` of columns by name, each with ``rows`` values; a column that is left out is missing in all
+        rows. ``free``: what is missing is unknown, measured or not, except the tool; what is measured is refused.
+
+        Raises :class:`InvalidInput` that names the field, and the row behind it.
+        """
+        wrong = [Violation(f"{field}.{name}", self._no_field) for name in columns.keys() - set(self.schema.names)]
+        values, unknown = self._blank(rows)
+        unknown[:] = True
+        for index, dimension in enumerate(self.schema.dimensions):
+            where, column = f"{field}.{dimension.name}", columns.get(dimension.name)
+            if column is None:
+                if index == 0 or not (dimension.measured or free):
+                    wrong.append(Violation(where, _MISSING))
+            elif free and dimension.measured:
+                wrong.append(Violation(where, "is measured, and cannot be chosen; leave it out"))
+            elif {len(column.values), len(column.values if column.unknown is None else column.unknown)} != {rows}:
+                wrong.append(Violation(where, f"must have a value for each of the {rows} rows"))
+            else:
+                values[:, index], unknown[:, index], faults = self._column(index, *column)
+                wrong += [Violation(f"{where}.{row}", text) for row, text in faults.items()]
+        _raise(wrong)
+        return torch.from_numpy(values), torch.from_numpy(unknown)
+
+    def _blank(self, rows: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        shape = rows, len(self.schema.dimensions)
+        return np.zeros(shape), np.zeros(shape, dtype=np.bool_)
+
+    def _column(
+        self, index: int, given: NDArray[np.float64] | Sequence[Any], unknown: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], dict[int, str]]:
+        """Values of one field, which of them are unknown, and what is wrong with some, by row."""
+        dimension, labels = self.schema.dimensions[index], self._places[index]
+        hidden = np.zeros(len(given), dtype=np.bool_) if unknown is None else unknown
+        if not isinstance(given, np.ndarray):
+            hidden = hidden | [value is None or (value == UNKNOWN and UNKNOWN not in labels) for value in given]
+        if not dimension.number:
+            numbers = np.array([labels.get(value, -1) if isinstance(value, str) else -1 for value in given], float)
+        elif isinstance(given, np.ndarray):
+            numbers = given
+        else:
+            numbers = np.array([value if _is_number(value) else math.nan for value in given], float)
+        bad = ~((numbers >= 0) & (numbers <= MOST)) & ~hidden
+        faults = {}
+        for row in bad.nonzero()[0].tolist():
+            shown = repr(given[row].item() if isinstance(given, np.ndarray) else given[row])
+            allowed = f"a number from 0 to {MOST}" if dimension.number else f"one of {', '.join(labels)}"
+            faults[row] = f"must be {allowed}, not {shown}"
+        if index == 0:
+            faults |= dict.fromkeys(hidden.nonzero()[0].tolist(), "the tool must be known")
+        return np.where(hidden | bad, 0.0, numbers), hidden, faults
+
+    @cached_property
+    def _no_field(self) -> str:
+        return f"there is no such field; there are {', '.join(self.schema.names)}"
+
+    @cached_property
+    def _places(self) -> list[dict[str, int]]:
+        """Index of each label, by dimension."""
+        return [{label: index for index, label in enumerate(each.labels)} for each in self.schema.dimensions]
+
+    @cached_property
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """Ends of the declared range of each dimension; of a category all values are inside."""
+        ends = [((d.low or 0.0, d.high or MOST) if d.number else (0.0, float(MOST))) for d in self.schema.dimensions]
+        low, high = torch.tensor(ends, dtype=torch.float64).unbind(1)
+        return low, high
 
     def outside(self, values: Tensor, unknown: Tensor) -> list[list[str]]:
         """Names of the numbers of each row that are outside the range of training; embeddings of these are less
         exact."""
-        names = []
-        for row, hidden in zip(values.tolist(), unknown.tolist(), strict=True):
-            names.append(
-                [
-                    dimension.name
-                    for value, masked, dimension in zip(row, hidden, self.schema.dimensions, strict=True)
-                    if dimension.number and not masked and not (dimension.low or 0) <= value <= (dimension.high or MOST)
-                ]
-            )
+        low, high = self._range
+        names: list[list[str]] = [[] for _ in values]
+        for row, index in (((values < low) | (values > high)) & ~unknown).nonzero().tolist():
+            names[row].append(self.schema.names[index])
         return names
 
     @torch.no_grad()
@@ -109,27 +178,32 @@ class ResourceCodec:
         """Embeddings ``[rows, size]``, float32 on the CPU, of vectors ``[rows, fields]``."""
         unknown = torch.zeros_like(values, dtype=torch.bool) if unknown is None else unknown
         parts = [
-            self.model(part.to(self.device), hidden.to(self.device)).flatten(1).float().cpu()
-            for part, hidden in zip(values.split(CHUNK), unknown.split(CHUNK), strict=True)
+            self.model(part, hidden).flatten(1).float().cpu()
+            for part, hidden in zip(torch.split(values, CHUNK), torch.split(unknown, CHUNK), strict=True)
         ]
         return torch.cat(parts) if parts else torch.zeros(0, self.size)
 
     def soft(self, embeddings: Tensor) -> Tensor:
         """Embeddings ``[rows, size]`` as soft tokens ``[rows, tokens, hidden]``."""
-        return embeddings.unflatten(1, (self.spec.encoder.tokens, -1))
+        return torch.unflatten(embeddings, 1, (self.spec.encoder.tokens, -1))
 
     def save(self, folder: Path) -> None:
-        """Write ``encoder.json`` and ``encoder.safetensors`` into ``folder``."""
+        """Write ``encoder.json``, ``encoder.safetensors`` and, with a table, ``table.safetensors`` into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS, self.model.state_dict())
-        config = {
+        if self.table is not None:
+            write_tensors(folder / TABLE, {"values": self.table.values})
+        (folder / CONFIG).write_text(json.dumps(self.config(), indent=2), encoding="utf-8")
+
+    def config(self) -> dict[str, Any]:
+        """All but the tensors, as JSON has it."""
+        return {
             "format": FORMAT,
             "spec": self.spec.model_dump(mode="json"),
             "schema": self.schema.spec.model_dump(mode="json"),
             "tools": list(self.schema.tools),
             **self.about,
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     @staticmethod
     def load(folder: Path, device: str = "cpu") -> ResourceCodec:
@@ -138,15 +212,42 @@ class ResourceCodec:
             config = json.loads(path.read_text(encoding="utf-8"))
             if config["format"] != FORMAT:
                 raise InvalidInput.field(path.name, f"has format {config['format']!r}; this version reads {FORMAT}")
-            spec = ResourceSpec.model_validate(config.pop("spec"))
-            schema = Schema(SchemaSpec.model_validate(config.pop("schema")), tuple(config.pop("tools")))
-            about = {name: value for name, value in config.items() if name != "format"}
         with _reading(folder, WEIGHTS) as path:
             state = load_file(path)
-            values = torch.zeros(2, len(schema.dimensions), dtype=torch.float64)
-            model = ResourceEncoder(spec.encoder, schema, values, state["tool_vectors"], torch.Generator())
-            model.load_state_dict(state)
-        return ResourceCodec(spec, schema, model.to(device), about)
+        values = None
+        if (folder / TABLE).exists():
+            with _reading(folder, TABLE) as path:
+                values = load_file(path)["values"]
+        with _reading(folder, CONFIG):
+            return ResourceCodec.of(config, state, values, device)
+
+    @staticmethod
+    def of(
+        config: Mapping[str, Any], state: Mapping[str, Tensor], values: Tensor | None = None, device: str = "cpu"
+    ) -> ResourceCodec:
+        """The encoder with this :meth:`config`, these weights, and the ``values`` of its table. Raises
+        :class:`InvalidInput` for a table of other fields."""
+        spec = ResourceSpec.model_validate(config["spec"])
+        schema = Schema(SchemaSpec.model_validate(config["schema"]), tuple(config["tools"]))
+        if values is not None and (values.ndim != 2 or values.shape[1] != len(schema.dimensions)):
+            raise InvalidInput.field(TABLE, f"has not the {len(schema.dimensions)} fields of the schema")
+        table = None if values is None else Table(schema, values)
+        blank = torch.zeros(2, len(schema.dimensions), dtype=torch.float64)
+        model = ResourceEncoder(spec.encoder, schema, blank, state["tool_vectors"], torch.Generator())
+        model.load_state_dict(state)
+        about = {name: value for name, value in config.items() if name not in ("format", "spec", "schema", "tools")}
+        return ResourceCodec(spec, schema, model.to(device), about, table)
+
+
+def _raise(wrong: Sequence[Violation]) -> None:
+    """Raise :class:`InvalidInput` of these violations, if there are any."""
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise InvalidInput(f"{wrong[0].field}: {wrong[0].description}{more}", wrong)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 _reading = partial(reading, what="resource encoder")

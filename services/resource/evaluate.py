@@ -43,7 +43,7 @@ def read_back(
 ) -> Reading:
     """Describe ``soft`` ``[rows, tokens, hidden]`` by greedy decoding, and compare with ``values``."""
     texts: list[str] = []
-    for part in soft.split(BATCH):
+    for part in torch.split(soft, BATCH):
         texts += describer.write(part.to(describer.device), template)
         if advance is not None:
             advance(len(part))
@@ -93,7 +93,7 @@ def cross_entropy(
 ) -> float:
     """Mean cross-entropy per token of the descriptions of ``values`` by a template."""
     total = 0.0
-    for part, rows in zip(embeddings.split(BATCH), values.split(BATCH), strict=True):
+    for part, rows in zip(torch.split(embeddings, BATCH), torch.split(values, BATCH), strict=True):
         soft = codec.soft(part).to(describer.device)
         total += float(describer.scores(soft, rows, template).loss) * len(rows)
     return total / len(values)

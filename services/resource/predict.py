@@ -80,18 +80,22 @@ class Predictor:
 
     def upper(self, features: Tensor, level: float) -> Tensor:
         """Bounds that the measured number stays below with probability ``level``."""
-        return (self.log_value(features) + quantile(self.residuals, level)).expm1().clamp_min(0)
+        return self.upper_of(self.log_value(features), level)
+
+    def upper_of(self, log_value: Tensor, level: float, field: str = "level") -> Tensor:
+        """:meth:`upper` of what :meth:`log_value` predicted; ``field``: where the level was named, for errors."""
+        return (log_value + quantile(self.residuals, level, field)).expm1().clamp_min(0)
 
 
-def quantile(residuals: Tensor, level: float) -> float:
+def quantile(residuals: Tensor, level: float, field: str = "level") -> float:
     """The conformal quantile of ``n`` residuals: the one of rank ``ceil((n + 1) level)``."""
     if not 0 < level < 1:
-        raise InvalidInput.field("level", f"must be between 0 and 1, not {level:g}")
+        raise InvalidInput.field(field, f"must be between 0 and 1, not {level:g}")
     rank = math.ceil((len(residuals) + 1) * level)
     if rank > len(residuals):
         least = math.ceil(level / (1 - level))
         raise InvalidInput.field(
-            "level", f"{level:g} takes at least {least} measurements, and there are {len(residuals)}"
+            field, f"{level:g} takes at least {least} measurements, and there are {len(residuals)}"
         )
     return float(residuals.sort().values[rank - 1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from services.resource.codec import ResourceCodec
+from services.resource.codec import CHUNK, ResourceCodec
 from services.resource.data import Table
 from services.resource.export import fields
 from services.resource.predict import Predictor, fit
@@ -31,6 +32,27 @@ class Recommendation(NamedTuple):
     """Whether that is below the bound; if not, no configuration is, and this one comes closest."""
 
 
+class Choice(NamedTuple):
+    """A recommended vector ``[fields]``, with measured dimensions 0; the rest as in :class:`Recommendation`."""
+
+    values: Tensor
+    price: float
+    predicted: float
+    upper: float
+    fits: bool
+
+
+class Options(NamedTuple):
+    """The configurations of a tool that can be recommended."""
+
+    values: Tensor
+    """``[configurations, fields]``."""
+    predicted: Tensor
+    """Logarithm of 1 + the measured dimension, ``[configurations]``."""
+    prices: Tensor
+    """``[configurations]``."""
+
+
 class Recommender:
     """Recommends configurations from a table of which some, or all, were measured."""
 
@@ -41,9 +63,13 @@ class Recommender:
         ``raw``: use the raw numbers beside the embedding. Raises :class:`InvalidInput`."""
         self.codec, self.schema, self.raw = codec, codec.schema, raw
         self.dimension = self.schema.index(dimension, "dimension") if dimension else measured_number(self.schema)
+        bounded = self.schema.dimensions[self.dimension]
+        if not (bounded.measured and bounded.number):
+            raise InvalidInput.field("dimension", f"{bounded.name} is not a measured number, which alone has a bound")
         numbers = table.values[:, self.dimension]
         self.predictor: Predictor = fit(self.features(table.values), numbers, seed, table.configurations)
         self.candidates = grid(self.schema, table)
+        self._options: dict[int, Options] = {}
 
     def features(self, values: Tensor) -> Tensor:
         """Features of vectors ``[rows, fields]`` in which all measured dimensions are unknown, ``[rows, features]``."""
@@ -63,29 +89,43 @@ class Recommender:
         Raises :class:`InvalidInput` for fields that no configuration has, a bound that is not above 0, and a confidence
         outside (0, 1).
         """
-        if not bound > 0:
-            raise InvalidInput.field("latency", f"must be above 0, not {bound:g}")
         if TOOL not in given:
             raise InvalidInput.field(f"{field}.{TOOL}", "is missing")
         values, unknown = self.codec.vectors([{**dict.fromkeys(self.schema.names), **given}], field)
-        wanted = ~unknown[0] & ~torch.tensor([dimension.measured for dimension in self.schema.dimensions])
-        rows = self.candidates[(self.candidates[:, wanted] == values[0, wanted]).all(1)]
-        if not len(rows):
-            raise InvalidInput.field(field, "no configuration of the table's grid has these values")
-        features = self.features(rows)
-        upper = self.predictor.upper(features, confidence)
-        prices = torch.tensor(
-            [self.schema.price(dict(zip(self.schema.names, row, strict=True))) for row in rows.tolist()]
-        )
-        fits = upper <= bound
-        score = torch.where(fits, prices.double(), torch.inf) if bool(fits.any()) else upper
-        best = int(score.argmin())
-        named = fields(self.schema, rows[best].tolist())
+        choice = self.choose(values[0], unknown[0], bound, confidence, field)
+        named = fields(self.schema, choice.values.tolist())
         for dimension in self.schema.dimensions:
             if dimension.measured:
                 del named[dimension.name]
-        predicted = float(self.predictor.log_value(features[best : best + 1]).expm1())
-        return Recommendation(named, float(prices[best]), predicted, float(upper[best]), bool(fits[best]))
+        return Recommendation(named, *choice[1:])
+
+    def choose(
+        self, values: Tensor, unknown: Tensor, bound: float, confidence: float = 0.9, field: str = "given"
+    ) -> Choice:
+        """:meth:`recommend` for a vector ``[fields]`` in which fields that are free are unknown."""
+        if not 0 < bound < math.inf:
+            raise InvalidInput.field("bound", f"must be a number above 0, not {bound:g}")
+        options = self._of_tool(int(values[0]))
+        wanted = ~unknown & ~torch.tensor([dimension.measured for dimension in self.schema.dimensions])
+        rows = (options.values[:, wanted] == values[wanted]).all(1).nonzero().flatten()
+        if not len(rows):
+            raise InvalidInput.field(field, "no configuration of the table's grid has these values")
+        upper = self.predictor.upper_of(options.predicted[rows], confidence, "confidence")
+        fits = upper <= bound
+        score = torch.where(fits, options.prices[rows], torch.inf) if bool(fits.any()) else upper
+        best = int(score.argmin())
+        row = rows[best]
+        predicted = float(options.predicted[row].expm1())
+        return Choice(options.values[row], float(options.prices[row]), predicted, float(upper[best]), bool(fits[best]))
+
+    def _of_tool(self, tool: int) -> Options:
+        """The configurations of a tool, predicted once."""
+        if tool not in self._options:
+            values = self.candidates[self.candidates[:, 0] == tool]
+            predicted = [self.predictor.log_value(self.features(part)) for part in torch.split(values, CHUNK)]
+            prices = values @ torch.tensor([each.price for each in self.schema.dimensions], dtype=torch.float64)
+            self._options[tool] = Options(values, torch.cat(predicted), prices)
+        return self._options[tool]
 
 
 def measured_number(schema: Schema) -> int:
@@ -111,7 +151,8 @@ def grid(schema: Schema, table: Table) -> Tensor:
         count *= len(options[-1])
     if count > MOST_CONFIGURATIONS:
         measured = torch.tensor([dimension.measured for dimension in schema.dimensions])
-        return torch.unique(table.values.masked_fill(measured, 0.0), dim=0)
+        rows: Tensor = torch.unique(table.values.masked_fill(measured, 0.0), dim=0)
+        return rows
     return torch.tensor(list(itertools.product(*options)), dtype=torch.float64)
 
 

@@ -72,8 +72,8 @@ def test_rows_of_a_model_have_its_defaults_and_text_becomes_numbers(tmp_path: Pa
     file = tmp_path / "a.csv"
     file.write_text("latency,name,batch\n1e-3,a,\n2,b,16\n")
     assert list(read_table(file, Profile)) == [
-        Profile(name="a", latency=0.001),
-        Profile(name="b", latency=2.0, batch=16),
+        (2, Profile(name="a", latency=0.001)),
+        (3, Profile(name="b", latency=2.0, batch=16)),
     ]
     # Other forms have types, so that text is no number there.
     wrong = violations(write(tmp_path, ".jsonl", [{"name": "a", "latency": "1"}]), Profile)
@@ -84,7 +84,7 @@ def test_all_that_is_wrong_is_told_and_the_rows_before_it_are_given(tmp_path: Pa
     file = tmp_path / "a.csv"
     file.write_text(CSV + "a,fast,1,\nb,nan,,\nc,1\nd,inf,1.5,\n")
     rows = read_table(file, Measurement)
-    assert [next(rows).name, next(rows).name] == ["small", "7"]
+    assert [next(rows)[1].name, next(rows)[1].name] == ["small", "7"]
     with pytest.raises(InvalidInput, match=r"^a\.csv:7\.latency \(ms\): .*not 'fast' \(and 5 more\)$"):
         next(rows)
     assert [field for field, _ in violations(file)] == [
@@ -186,7 +186,7 @@ def test_a_large_table_is_read_as_it_goes(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("name,latency\n" + "a,1\n" * 10_000 + "a,x\n")
     rows = read_table(file, Profile)
-    assert next(rows).name == "a"
+    assert next(rows)[1].name == "a"
     rows.close()  # type: ignore[attr-defined]
 
 

@@ -30,7 +30,7 @@ class DecoderTrainer(Trainer):
         self.spec, self.texts, self.device, self.world = spec, texts, device, world
         self.step, self.progress = 0, Progress()
         self.steps, self.validate_every = spec.training.steps, spec.training.validate_every
-        self.weights, self.digest = export.weights, export.digest
+        self.digest = export.digest
         self.tools = torch.empty(len(export.weights), dtype=torch.long)
         for index, ids in enumerate(export.masks.values()):
             self.tools[ids] = index
@@ -46,11 +46,11 @@ class DecoderTrainer(Trainer):
         )
 
     def advance(self) -> dict[str, Tensor]:
-        batch = self.draw(self.spec.training.batch_size, "step", self.step)
+        texts, wanted = self.draw(self.spec.training.batch_size, "step", self.step)
         part = slice(self.world.rank, None, self.world.size)
         self.optimization.optimizer.zero_grad()
-        terms = self.terms(*(column[part] for column in batch))
-        share = len(batch[0][part]) / len(batch[0])
+        terms = self.terms(texts[part], wanted[part])
+        share = len(texts[part]) / len(texts)
         (terms["loss"] * share).backward()  # type: ignore[no-untyped-call]
         metrics = {name: value.detach() * share for name, value in terms.items()}
         self.optimization.update(self.step, metrics)
