@@ -40,6 +40,8 @@ _COPIED = 64
 """Rows of a step of copying."""
 _GROW_BELOW, _DECAY, _JUMP = 0.35, 0.97, 0.25
 """Loss of the values below which schemas get one field more, decay of its mean, and what is added to it then."""
+_COPIES_BELOW, _LEVELS, _LEVEL_JUMP = 1.0, 2, 2.0
+"""Loss of copying below which it gets harder, how often it does, and what is added to the mean then."""
 _TEMPLATE_WEIGHT = 0.2
 """Weight of the tokens of the template beside those of values."""
 _BARE = 0.8, 0.3
@@ -171,18 +173,24 @@ class LanguageModelTrainer(Trainer):
         self.model = make_model(spec.model, len(self.tokenizer), spec.seed).to(device)
         self.encoder = ThrowawayEncoder(spec.model.hidden_dim, generator(spec.seed, "init")).to(device)
         rising = cosine(training.steps)
+        matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim == 2]
+        inner = {*matrices}
+        rest = [weight for part in (self.model, self.encoder) for weight in part.parameters() if weight not in inner]
         self.optimization = Optimization(
-            [{"params": [*self.model.parameters(), *self.encoder.parameters()]}],
+            [{"params": rest}],
             training,
             lambda step: 1.0 if step < training.copying else rising(step - training.copying),
             weight_decay=0.01,
+            matrices=matrices,
         )
         self.ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(CONTENTS))
         """Token of each content of a slot."""
+        self.level = torch.tensor(0)
+        """How hard copying is, by now."""
         self._slot = self.tokenizer.convert_tokens_to_ids(SLOT_MARKS[0])
         self.fields = torch.tensor(min(2, spec.fields))
         """Most fields of a schema, by now."""
-        self.mean = torch.tensor(2.0)
+        self.mean = torch.tensor(6.0)
         """Running mean of the loss of the values."""
 
     @property
@@ -192,7 +200,8 @@ class LanguageModelTrainer(Trainer):
 
     def advance(self) -> dict[str, Tensor]:
         self.model.train()
-        self.optimization.optimizer.zero_grad()
+        for optimizer in self.optimization.optimizers:
+            optimizer.zero_grad()
         copies = self.step < self.spec.training.copying
         metrics = {"loss": self._copying()} if copies else self._describing()
         metrics["loss"].backward()  # type: ignore[no-untyped-call]
@@ -204,6 +213,12 @@ class LanguageModelTrainer(Trainer):
             if self.mean < _GROW_BELOW and self.fields < self.spec.fields:
                 self.fields, self.mean = self.fields + 1, self.mean + _JUMP
             metrics["fields"] = self.fields.float()
+        else:
+            self.mean = _DECAY * self.mean + (1 - _DECAY) * metrics["loss"].cpu()
+            if self.mean < _COPIES_BELOW and self.level < _LEVELS:
+                self.level, self.mean = self.level + 1, self.mean + _LEVEL_JUMP
+            if self.step == self.spec.training.copying:
+                self.mean = torch.tensor(2.0)
         return metrics
 
     def _copying(self) -> Tensor:
@@ -217,7 +232,8 @@ class LanguageModelTrainer(Trainer):
             return torch.randint(first_word, len(self.tokenizer), (_COPIED, count), generator=draws)
 
         pad, end, read, write = torch.arange(4).unsqueeze(1).expand(-1, _COPIED).unsqueeze(2)
-        size, length = rng.randint(0, 8), rng.randint(1, 3)
+        level = int(self.level)
+        size, length = rng.randint(0, 8) if level > 1 else 0, rng.randint(1, 3)
         marks = torch.rand(_COPIED, OPTIONS, generator=draws).argsort(1)[:, :size] + 4
         labels = words(size * length).unflatten(1, (size, length)) if size else words(0).unsqueeze(2)
         legend = torch.cat([marks.unsqueeze(2), labels], 2).flatten(1) if size else words(0)
@@ -225,6 +241,11 @@ class LanguageModelTrainer(Trainer):
         soft = [False] * (legend.shape[1] + 1)
         for _ in range(rng.randint(2, 8)):
             literal = words(rng.randint(1, 4))
+            if not level:
+                shown.append(literal)
+                written.append(literal)
+                soft += [False] * literal.shape[1]
+                continue
             shown.append(literal)
             written.append(literal)
             soft += [False] * literal.shape[1] + [True]
@@ -245,7 +266,7 @@ class LanguageModelTrainer(Trainer):
         embedded = self.embedding(tokens)
         places = [place for place, is_soft in enumerate(soft) if is_soft]
         noise = torch.randn(_COPIED, len(places), embedded.shape[2], generator=draws).to(embedded)
-        embedded = embedded.index_copy(1, torch.tensor(places, device=self.device), noise)
+        embedded = embedded.index_copy(1, torch.tensor(places, dtype=torch.long, device=self.device), noise)
         states = self.model.model(inputs_embeds=embedded).last_hidden_state[:, before.shape[1] - 1 :]
         return nn.functional.cross_entropy(self.model.lm_head(states).flatten(0, 1), after.to(self.device).flatten())
 
@@ -380,7 +401,7 @@ class LanguageModelTrainer(Trainer):
             checkpoints.part("model", model)
             | checkpoints.part("encoder", self.encoder.state_dict())
             | checkpoints.part("optimization", self.optimization.state())
-            | {"fields": self.fields, "mean": self.mean}
+            | {"fields": self.fields, "mean": self.mean, "level": self.level}
         )
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -388,7 +409,7 @@ class LanguageModelTrainer(Trainer):
         self.model.load_state_dict(parts["model"], strict=False)
         self.encoder.load_state_dict(parts["encoder"])
         self.optimization.restore(parts["optimization"])
-        self.fields, self.mean = tensors["fields"].cpu(), tensors["mean"].cpu()
+        self.fields, self.mean, self.level = (tensors[name].cpu() for name in ("fields", "mean", "level"))
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer as ``transformers`` does."""
