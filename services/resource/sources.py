@@ -12,8 +12,15 @@ from services.resource.codec import ResourceCodec
 from services.resource.data import Table, read_measurements, read_tools
 from services.resource.language_model import default_folder
 from services.resource.schema import Schema
+from services.runtime.folders import artifact_in
 
 DEFAULT = "default"
+
+
+def located(name: str, field: str = "llm_model") -> str:
+    """``name`` of a language model, or its folder where ``name`` is the folder of the run that made it. Raises
+    :class:`InvalidInput` of ``field``."""
+    return str(artifact_in(Path(name), "language-model", field)) if Path(name).exists() else name
 
 
 def language_model_for(
@@ -29,7 +36,7 @@ def language_model_for(
     default = codec.spec.llm_model == DEFAULT and codec.spec.language_model is None
     if name == DEFAULT or (name is None and default):
         name = str(default_folder(device))
-    name = name or trained
+    name = located(name, field) if name else trained
     if name == trained and Path(name).is_absolute() and not Path(name).exists():
         text = f"{name}, the language model that the encoder was trained with, is no longer there; name its folder"
         raise InvalidInput.field(field, text)
