@@ -13,7 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ethogram.specs.resource import ResourceSpec, SchemaSpec
+from ethogram.specs.resource import DecoderSpec, ReaderSpec, ResourceSpec, SchemaSpec
 from services.language.models import LanguageModel, load_language_model
 from services.resource.data import Table, read_measurements, read_tools
 from services.resource.describe import Describer
@@ -78,10 +78,44 @@ def write_language_model(folder: Path, hidden: int = 16, context: int = 512) -> 
         max_position_embeddings=context,
         bos_token_id=0,
         eos_token_id=0,
+        # Large enough that what the model says depends on what it reads.
+        initializer_range=0.5,
     )
     model: Any = transformers.LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return folder
+
+
+def write_tables(folder: Path) -> None:
+    """Write ``profiling.csv`` and ``tools.json`` of the small table."""
+    folder.mkdir()
+    write_rows(folder / "profiling.csv", rows())
+    write_registry(folder / "tools.json")
+
+
+def _merged(given: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """``given`` with ``sections`` merged into its own."""
+    merged = {name: given.get(name, {}) | section for name, section in sections.items() if isinstance(section, dict)}
+    return given | sections | merged
+
+
+def tiny_reader_spec(**sections: Any) -> ReaderSpec:
+    """A language model as small as can be."""
+    training = {"copying": 1, "steps": 1, "batch_size": 4, "schemas": 2, "warm_up": 1, "validate_every": 2}
+    sections["training"] = training | sections.get("training", {})
+    model = {"hidden_dim": 16, "layers": 2, "heads": 2, "feed_forward": 8, "vocabulary": 512}
+    return ReaderSpec.model_validate({"model": model, "fields": 3, **sections})
+
+
+def tiny_decoder_spec(**sections: Any) -> DecoderSpec:
+    """A decoder as small as can be, and two steps of training."""
+    given: dict[str, Any] = {
+        "export": {"artifact": "export"},
+        "model": {"hidden_dim": 8, "layers": 1, "heads": 2},
+        "training": {"steps": 2, "batch_size": 8, "warm_up": 1, "validate_every": 2, "validation": 8},
+        "evaluation": 20,
+    }
+    return DecoderSpec.model_validate(_merged(given, sections))
 
 
 def tiny_spec(**sections: Any) -> ResourceSpec:
@@ -93,9 +127,7 @@ def tiny_spec(**sections: Any) -> ResourceSpec:
         "training": {"steps": 2, "batch_size": 8, "warm_up": 1, "validate_every": 2, "learning_rate": 5e-3},
         "held_out": 0.25,
     }
-    for name, section in sections.items():
-        given[name] = given.get(name, {}) | section if isinstance(section, dict) else section
-    return ResourceSpec.model_validate(given)
+    return ResourceSpec.model_validate(_merged(given, sections))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -111,12 +143,7 @@ def one_thread() -> Iterator[None]:
 def tables(once: Once) -> Path:
     """A folder with the ``profiling.csv`` and ``tools.json`` of the small table."""
 
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        write_rows(folder / "profiling.csv", rows())
-        write_registry(folder / "tools.json")
-
-    return once("resource-tables", write)
+    return once("resource-tables", write_tables)
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +153,7 @@ def language_folder(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def language(language_folder: Path) -> LanguageModel:
-    return load_language_model(str(language_folder), dtype=torch.float32)
+    return load_language_model(str(language_folder))
 
 
 @pytest.fixture(scope="session")
