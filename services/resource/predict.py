@@ -199,8 +199,8 @@ class NumberPredictor:
             raise InvalidInput.field(f"{field}.{name}", "is what is predicted; leave it out, or give unknown")
         values, unknown = self.codec.vectors([{**given, name: UNKNOWN}], field)
         interval = self.intervals(values, unknown, level, field)
-        numbers = (float(each) for each in interval)
-        return Prediction(name, *numbers, self.codec.outside(values, unknown)[0])
+        value, low, high = (float(each) for each in interval)
+        return Prediction(name, value, low, high, self.codec.outside(values, unknown)[0])
 
     def intervals(self, values: Tensor, unknown: Tensor, level: float = 0.9, field: str = "rows") -> Interval:
         """Predictions for vectors ``[rows, fields]``, with intervals at ``level``. Raises :class:`InvalidInput`."""
