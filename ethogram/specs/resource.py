@@ -56,10 +56,16 @@ class DimensionSpec(Spec):
             raise ValueError("labels: one of them is there twice")
         if self.labels and (self.levels or self.low is not None or self.high is not None or self.price):
             raise ValueError("labels: a category has no levels, low, high or price")
+        if len(set(self.levels)) < len(self.levels):
+            raise ValueError("levels: one of them is there twice")
         for level in self.levels:
             if not 0 <= level <= MOST:
                 raise ValueError(f"levels: {level:g} is not from 0 to {MOST}")
-        if self.low is not None and self.high is not None and self.low >= self.high:
+            if round(level, self.decimals) != level:
+                raise ValueError(
+                    f"levels: {level:g} has more decimals than descriptions, {self.decimals}; set decimals"
+                )
+        if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"high: the range from {self.low:g} to {self.high:g} is empty")
         for level in self.levels:
             if not (self.low is None or self.low <= level) or not (self.high is None or level <= self.high):
@@ -87,6 +93,20 @@ class SchemaSpec(Spec):
     """Column of the tool in the table of measurements."""
     repeated: bool = False
     """Whether a configuration may be there several times, as repeated measurements."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SchemaSpec:
+        columns = [self.tool_column, *(dimension.column or dimension.name for dimension in self.dimensions)]
+        for field, what, found in (
+            ("dimensions", "name", [dimension.name for dimension in self.dimensions]),
+            ("dimensions", "column", columns),
+            ("templates", "name", [template.name for template in self.templates]),
+        ):
+            if not found:
+                raise ValueError(f"{field}: there must be at least one")
+            if repeated := [name for name in found if found.count(name) > 1]:
+                raise ValueError(f"{field}: two of them have the {what} {repeated[0]}")
+        return self
 
 
 class ReaderSizeSpec(Spec):

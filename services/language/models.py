@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,11 +67,22 @@ class LanguageModel:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the configuration and the weights."""
-        digest = hashlib.sha256(self.model.config.to_json_string().encode())
+        config = json.loads(self.model.config.to_json_string())
+        # That of the installed library, not of the model.
+        config.pop("transformers_version", None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of the tokenizer's vocabulary and rules."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = fast.to_str() if fast is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        special = {name: str(token) for name, token in sorted(self.tokenizer.special_tokens_map.items())}
+        return hashlib.sha256(f"{rules} {special}".encode()).hexdigest()
 
 
 def load_language_model(

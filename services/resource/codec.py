@@ -63,9 +63,14 @@ class ResourceCodec:
         return self.model.gain.device
 
     @property
+    def hidden(self) -> int:
+        """The language model's hidden size."""
+        return self.model.tool_vectors.shape[1]
+
+    @property
     def size(self) -> int:
         """Length of an embedding: soft tokens times the language model's hidden size."""
-        return self.spec.encoder.tokens * self.model.tool_vectors.shape[1]
+        return self.spec.encoder.tokens * self.hidden
 
     def vectors(self, rows: Sequence[Mapping[str, Any]], field: str = "rows") -> tuple[Tensor, Tensor]:
         """Vectors ``[rows, fields]``, float64, of configurations by name, and which fields are unknown: those that are
@@ -169,7 +174,7 @@ class ResourceCodec:
         """Embeddings ``[rows, size]``, float32 on the CPU, of vectors ``[rows, fields]``."""
         unknown = torch.zeros_like(values, dtype=torch.bool) if unknown is None else unknown
         parts = [
-            self.model(part.to(self.device), hidden.to(self.device)).flatten(1).float().cpu()
+            self.model(part, hidden).flatten(1).float().cpu()
             for part, hidden in zip(torch.split(values, CHUNK), torch.split(unknown, CHUNK), strict=True)
         ]
         return torch.cat(parts) if parts else torch.zeros(0, self.size)
@@ -184,14 +189,17 @@ class ResourceCodec:
         write_tensors(folder / WEIGHTS, self.model.state_dict())
         if self.table is not None:
             write_tensors(folder / TABLE, {"values": self.table.values})
-        config = {
+        (folder / CONFIG).write_text(json.dumps(self.config(), indent=2), encoding="utf-8")
+
+    def config(self) -> dict[str, Any]:
+        """All but the tensors, as JSON has it."""
+        return {
             "format": FORMAT,
             "spec": self.spec.model_dump(mode="json"),
             "schema": self.schema.spec.model_dump(mode="json"),
             "tools": list(self.schema.tools),
             **self.about,
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     @staticmethod
     def load(folder: Path, device: str = "cpu") -> ResourceCodec:
@@ -200,20 +208,30 @@ class ResourceCodec:
             config = json.loads(path.read_text(encoding="utf-8"))
             if config["format"] != FORMAT:
                 raise InvalidInput.field(path.name, f"has format {config['format']!r}; this version reads {FORMAT}")
-            spec = ResourceSpec.model_validate(config.pop("spec"))
-            schema = Schema(SchemaSpec.model_validate(config.pop("schema")), tuple(config.pop("tools")))
-            about = {name: value for name, value in config.items() if name != "format"}
         with _reading(folder, WEIGHTS) as path:
             state = load_file(path)
-            values = torch.zeros(2, len(schema.dimensions), dtype=torch.float64)
-            model = ResourceEncoder(spec.encoder, schema, values, state["tool_vectors"], torch.Generator())
-            model.load_state_dict(state)
-        table = None
+        values = None
         if (folder / TABLE).exists():
             with _reading(folder, TABLE) as path:
-                table = Table(schema, load_file(path)["values"])
-                if table.values.ndim != 2 or table.values.shape[1] != len(schema.dimensions):
-                    raise InvalidInput.field(path.name, f"has not the {len(schema.dimensions)} fields of the schema")
+                values = load_file(path)["values"]
+        with _reading(folder, CONFIG):
+            return ResourceCodec.of(config, state, values, device)
+
+    @staticmethod
+    def of(
+        config: Mapping[str, Any], state: Mapping[str, Tensor], values: Tensor | None = None, device: str = "cpu"
+    ) -> ResourceCodec:
+        """The encoder with this :meth:`config`, these weights, and the ``values`` of its table. Raises
+        :class:`InvalidInput` for a table of other fields."""
+        spec = ResourceSpec.model_validate(config["spec"])
+        schema = Schema(SchemaSpec.model_validate(config["schema"]), tuple(config["tools"]))
+        if values is not None and (values.ndim != 2 or values.shape[1] != len(schema.dimensions)):
+            raise InvalidInput.field(TABLE, f"has not the {len(schema.dimensions)} fields of the schema")
+        table = None if values is None else Table(schema, values)
+        blank = torch.zeros(2, len(schema.dimensions), dtype=torch.float64)
+        model = ResourceEncoder(spec.encoder, schema, blank, state["tool_vectors"], torch.Generator())
+        model.load_state_dict(state)
+        about = {name: value for name, value in config.items() if name not in ("format", "spec", "schema", "tools")}
         return ResourceCodec(spec, schema, model.to(device), about, table)
 
 

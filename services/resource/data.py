@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.resource import MAX_LABELS, MOST, SchemaSpec
+from ethogram.specs.resource import MAX_LABELS, MOST, Label, SchemaSpec
 from services.language.tables import read_table
 from services.resource.schema import Schema
 from services.runtime.reading import reading
@@ -77,6 +77,9 @@ def read_tools(file: Path, field: str = "tools") -> tuple[str, ...]:
             name = entry.get("name") if isinstance(entry, dict) else None
             if not isinstance(name, str) or not name.strip():
                 raise InvalidInput.field(field, f"{file}: tool {number} has no name")
+            if not _is_label(name):
+                text = "no line break, tab or brace, and no white space at its ends"
+                raise InvalidInput.field(field, f"{file}: tool {number}: {name!r} cannot stand in a text; take {text}")
             if name in names:
                 raise InvalidInput.field(field, f"{file}: two tools have the name {name}")
             names.append(name)
@@ -85,12 +88,27 @@ def read_tools(file: Path, field: str = "tools") -> tuple[str, ...]:
     return tuple(names)
 
 
+def _is_label(name: str) -> bool:
+    """Whether descriptions can have a name."""
+    try:
+        TypeAdapter(Label).validate_python(name)
+    except ValidationError:
+        return False
+    return True
+
+
 def read_measurements(
-    file: Path, spec: SchemaSpec, tools: Sequence[str] | None = None, field: str = "profiling"
+    file: Path,
+    spec: SchemaSpec,
+    tools: Sequence[str] | None = None,
+    field: str = "profiling",
+    *,
+    every_tool: bool = True,
 ) -> Table:
     """Read a table of measurements: a column of the tool and one of each dimension.
 
-    ``tools``: the registry; None: the tools of the table, in the order of their first rows. Raises
+    ``tools``: the registry; None: the tools of the table, in the order of their first rows. ``every_tool``: whether
+    there must be a row of each. Raises
     :class:`InvalidInput` that names the file, the row and the column: a missing or unknown column, a value that is not
     a finite number from 0 on or not one of the labels, a tool that is not in the registry or has no row, and a
     configuration that is there twice, unless the schema has repeated measurements.
@@ -105,7 +123,7 @@ def read_measurements(
     if not rows:
         raise InvalidInput.field(field, f"{file} has no rows")
     present = list(dict.fromkeys(row[0] for row in rows))
-    if tools is not None and (without := [tool for tool in tools if tool not in present]):
+    if tools is not None and every_tool and (without := [tool for tool in tools if tool not in present]):
         raise InvalidInput.field(
             field, f"{file} has no row of the tool {without[0]}; measure it, or leave it out of the registry"
         )
@@ -132,7 +150,7 @@ def read_measurements(
 def _row_model(spec: SchemaSpec, columns: Sequence[str], tools: Sequence[str] | None) -> type[BaseModel]:
     """The pydantic model of a row, with the fields ``field_0`` (the tool), ``field_1``, ..."""
     # Names of columns may be anything, those of attributes may not.
-    kinds: list[Any] = [str if tools is None else Literal[tuple(tools)]]
+    kinds: list[Any] = [Label if tools is None else Literal[tuple(tools)]]
     for dimension in spec.dimensions:
         number = Annotated[float, Field(ge=0, le=MOST)]
         kinds.append(number if dimension.number else Literal[tuple(dimension.labels)])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,8 @@ from services.artifacts.backends import sha256_of
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.schema import Schema
-from services.runtime.reading import reading
+from services.resource.sources import check_schema
+from services.runtime.reading import first_line, reading
 from services.runtime.tensors import write_tensors
 
 WEIGHTS, TENSORS = "config_weights.pt", "config_weights.safetensors"
@@ -42,26 +45,52 @@ class Export(NamedTuple):
     """SHA-256 of all files."""
 
 
-def export(codec: ResourceCodec, table: Table, folder: Path) -> Export:
-    """Write the vectors of ``table`` into ``folder``. Raises :class:`InvalidInput` for a table of another schema or
-    registry than the encoder's."""
+def checkpoint_name(codec: ResourceCodec) -> str:
+    """Name of the file of an encoder during training, by its epoch."""
+    return f"encoder_checkpoint_epoch{codec.about['epoch']:g}.pt"
+
+
+def write_checkpoint(codec: ResourceCodec, file: Path) -> None:
+    """Write an encoder as one file, which torch loads with ``weights_only``."""
+    state = {name: tensor.cpu() for name, tensor in codec.model.state_dict().items()}
+    content = {"model_state_dict": state, "config": codec.config(), "epoch": codec.about.get("epoch", 0.0)}
+    if codec.table is not None:
+        content["table"] = codec.table.values
+    torch.save(content, file)
+
+
+def read_checkpoint(file: Path, device: str = "cpu", field: str = "encoder_checkpoint") -> ResourceCodec:
+    """The encoder in a file of :func:`write_checkpoint`. Raises :class:`InvalidInput` of ``field``."""
+    with reading(file.parent, file.name, "encoder", field):
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise InvalidInput.field(field, f"{file} is not a file of weights ({first_line(error)})") from None
+        return ResourceCodec.of(content["config"], content["model_state_dict"], content.get("table"), device)
+
+
+def export(codec: ResourceCodec, table: Table, folder: Path, checkpoints: Sequence[Path] = ()) -> Export:
+    """Write the vectors of ``table`` into ``folder``, with copies of ``checkpoints``: files of the encoder during its
+    training. Raises :class:`InvalidInput` for a table of another schema or registry than the encoder's."""
     check_schema(codec, table.schema)
     folder.mkdir(parents=True, exist_ok=True)
     weights = codec.embed(table.values)
     content = {"weights": weights, "num_configs": len(weights), "hidden_dim": weights.shape[1]}
     torch.save(content, folder / WEIGHTS)
     write_tensors(folder / TENSORS, {"weights": weights})
-    torch.save({name: tensor.cpu() for name, tensor in codec.model.state_dict().items()}, folder / ENCODER)
+    write_checkpoint(codec, folder / ENCODER)
+    copies = [Path(shutil.copy2(file, folder)).name for file in checkpoints]
     lookup = {str(index): fields(table.schema, row) for index, row in enumerate(table.values.tolist())}
     masks = {tool: (table.tools == index).nonzero().flatten().tolist() for index, tool in enumerate(table.schema.tools)}
     for name, value in ((LOOKUP, lookup), (MASKS, masks)):
         (folder / name).write_text(json.dumps(value, indent=1), encoding="utf-8")
-    hashes = {name: sha256_of(folder / name) for name in (WEIGHTS, TENSORS, ENCODER, LOOKUP, MASKS)}
+    hashes = {name: sha256_of(folder / name) for name in (WEIGHTS, TENSORS, ENCODER, LOOKUP, MASKS, *copies)}
     about = {
         "files": hashes,
         "schema": table.schema.spec.model_dump(mode="json"),
         "tools": list(table.schema.tools),
         "table": table.digest,
+        "encoder": codec.about,
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
     return Export(weights, lookup, masks, table.schema, _digest(hashes))
@@ -78,17 +107,6 @@ def fields(schema: Schema, row: list[float]) -> dict[str, Any]:
         count = not dimension.unit and value.is_integer()
         named[dimension.name] = dimension.labels[int(value)] if dimension.labels else int(value) if count else value
     return named
-
-
-def check_schema(codec: ResourceCodec, schema: Schema) -> None:
-    """Raise :class:`InvalidInput` unless ``schema`` is the one that the encoder was trained with."""
-    if codec.schema.tools != schema.tools:
-        there, here = ", ".join(codec.schema.tools), ", ".join(schema.tools)
-        raise InvalidInput.field("tools", f"the encoder was trained with {there}, and the registry has {here}")
-    trained, given = codec.schema.spec.model_dump(), schema.spec.model_dump()
-    if trained != given:
-        names = [name for name in trained if trained[name] != given[name]]
-        raise InvalidInput.field("table", f"has another schema than the encoder was trained with ({', '.join(names)})")
 
 
 def validate(folder: Path) -> Export:
@@ -115,17 +133,19 @@ def validate(folder: Path) -> Export:
             raise InvalidInput.field(TENSORS, f"has other weights than {WEIGHTS}")
     with reading(folder, LOOKUP, "export") as path:
         lookup: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    with reading(folder, MASKS, "export") as path:
-        masks: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
     if not bool(weights.isfinite().all()):
         raise InvalidInput.field(WEIGHTS, "has a weight that is NaN or infinite")
-    if len(torch.unique(weights, dim=0)) < len(weights):
+    # Repeated measurements may be equal.
+    different = len({json.dumps(row) for row in lookup.values()})
+    if len(torch.unique(weights, dim=0)) < different:
         raise InvalidInput.field(WEIGHTS, "has the same vector for two configurations")
     if list(lookup) != [str(index) for index in range(len(weights))]:
         raise InvalidInput.field(LOOKUP, f"has other configurations than the {len(weights)} of {WEIGHTS}")
-    listed = {index: tool for tool, indices in masks.items() for index in indices}
-    if sum(map(len, masks.values())) != len(weights) or any(
-        listed.get(int(index)) != row[TOOL_NAME] for index, row in lookup.items()
-    ):
-        raise InvalidInput.field(MASKS, f"has not each configuration of {LOOKUP} in the list of its tool alone")
+    with reading(folder, MASKS, "export") as path:
+        masks: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+        listed = {index: tool for tool, indices in masks.items() for index in indices}
+        if sum(map(len, masks.values())) != len(weights) or any(
+            listed.get(int(index)) != row[TOOL_NAME] for index, row in lookup.items()
+        ):
+            raise InvalidInput.field(MASKS, f"has not each configuration of {LOOKUP} in the list of its tool alone")
     return Export(weights, lookup, masks, schema, _digest(hashes))

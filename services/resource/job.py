@@ -83,6 +83,9 @@ def _train(
     """Train on ``rows`` (None: all) and save the encoder into the folder of the present part."""
     chosen = torch.arange(len(table)) if rows is None else rows
     trainer = ResourceTrainer(spec, table, chosen, describer, world)
+    if rows is not None:
+        # Snapshots are of the encoder that is kept.
+        trainer.snapshots = None
     fit(trainer, parts, world)
     if world.first:
         trainer.codec().save(parts.folder / parts.present)

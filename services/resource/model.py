@@ -45,14 +45,15 @@ class ResourceEncoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, values: Tensor, unknown: Tensor) -> Tensor:
-        """Soft tokens ``[batch, tokens, hidden]`` of vectors ``[batch, fields]``, float64; ``unknown``: which fields
-        are not known, of the same shape; the tool always is."""
-        features = self.features(values[:, 1:], unknown[:, 1:])
+        """Soft tokens ``[batch, tokens, hidden]`` of vectors ``[batch, fields]``, float64 on the CPU; ``unknown``:
+        which fields are not known, of the same shape; the tool always is."""
+        device = self.gain.device
+        features = self.features(values[:, 1:], unknown[:, 1:]).to(device)
         numbers = self.direct(features)
         if self.mlp is not None:
             numbers = numbers + self.mlp(features)
         numbers = torch.unflatten(numbers, 1, (self.spec.tokens, -1))
-        tool = self.tool(self.tool_vectors[values[:, 0].long()]).unsqueeze(1)
+        tool = self.tool(self.tool_vectors[values[:, 0].long().to(device)]).unsqueeze(1)
         if self.attention is None:
             mixed = numbers + tool
         else:

@@ -35,8 +35,9 @@ class Features(nn.Module):
         """``values``: those of the training rows, ``[rows, dimensions]``, which ``zscore`` standardises by."""
         super().__init__()
         self.form, self.dimensions = form, tuple(dimensions)
-        self.register_buffer("mean", values.mean(0))
-        self.register_buffer("deviation", values.std(0).clamp_min(1e-6))
+        # In float32, since not every device has float64; the features are computed on the CPU.
+        self.register_buffer("mean", values.mean(0).float())
+        self.register_buffer("deviation", values.std(0).clamp_min(1e-6).float())
         self.widths = [self._width(dimension) + 1 for dimension in self.dimensions]
         self.width = sum(self.widths)
 
@@ -46,7 +47,8 @@ class Features(nn.Module):
         return 2 * len(periods(dimension)) + 1 if self.form == "fourier" else 1
 
     def forward(self, values: Tensor, unknown: Tensor) -> Tensor:
-        """``values``: ``[batch, dimensions]``, float64; ``unknown``: which of them are not known, of the same shape."""
+        """``values``: ``[batch, dimensions]``, float64 on the CPU; ``unknown``: which of them are not known, of the
+        same shape. The features are float32 on the CPU."""
         blocks = []
         for index, dimension in enumerate(self.dimensions):
             hidden = unknown[:, index : index + 1]
@@ -67,7 +69,7 @@ class Features(nn.Module):
                 angle = 2 * math.pi * (column * scale).round() / scale / column.new_tensor(periods(dimension))
                 return torch.cat([angle.sin(), angle.cos(), column.log1p() / math.log(10)], 1)
             case "zscore":
-                return (column - self.mean[index]) / self.deviation[index]
+                return (column - float(self.mean[index])) / float(self.deviation[index])
             case "xval":
                 return column / (dimension.high or 1.0) * XVAL_RANGE
             case "raw":

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import MOST, DimensionSpec, SchemaSpec
+from services.resource.readings import read_two_ways
 from services.resource.texts import MalformedTemplate, Template
 
 TOOL = "tool"
@@ -54,9 +55,12 @@ class Schema:
         templates = []
         for index, template in enumerate(self.spec.templates):
             try:
-                templates.append(Template(template.name, template.text, self.names, labels, decimals, highest))
+                made = Template(template.name, template.text, self.names, labels, decimals, highest)
+                if (text := read_two_ways(made)) is not None:
+                    raise MalformedTemplate(f"cannot be read back: {text!r} is two descriptions at once")
             except MalformedTemplate as error:
                 raise InvalidInput.field(f"spec.table.templates.{index}.text", f"{template.name} {error}") from None
+            templates.append(made)
         return tuple(templates)
 
     @cached_property

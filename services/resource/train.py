@@ -15,6 +15,7 @@ from services.resource.augmentation import Augmenter
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.describe import Describer
+from services.resource.export import checkpoint_name, write_checkpoint
 from services.resource.model import ResourceEncoder
 from services.resource.texts import Template
 from services.runtime import checkpoints
@@ -110,7 +111,7 @@ class ResourceTrainer(Trainer):
 
     def embed(self, values: Tensor, unknown: Tensor) -> Tensor:
         """Soft tokens of vectors that lie on the CPU."""
-        soft: Tensor = self.model(values.to(self.device), unknown.to(self.device))
+        soft: Tensor = self.model(values, unknown)
         return soft
 
     def _batch(self) -> Tensor:
@@ -151,21 +152,33 @@ class ResourceTrainer(Trainer):
     def codec(self) -> ResourceCodec:
         """The encoder as it is."""
         language = self.describer.language
+        # A relative path means nothing elsewhere.
+        name = str(Path(language.name).resolve()) if Path(language.name).exists() else language.name
         about = {
             "table": self.table.digest,
-            "language_model": language.name,
+            "language_model": name,
             "language_model_digest": language.digest,
             "language_model_dtype": str(language.model.dtype).removeprefix("torch."),
+            "tokenizer_digest": language.tokenizer_digest,
+            "step": self.step,
+            "epoch": round(self.step * self.spec.training.batch_size / self._samples, 6),
         }
         trained_on = self.table.at(self.rows)
         return ResourceCodec(self.spec, self.table.schema, copy.deepcopy(self.model), about, trained_on)
 
     def snapshot(self, folder: Path) -> str:
-        self.codec().save(folder)
+        codec = self.codec()
+        codec.save(folder)
+        write_checkpoint(codec, folder / checkpoint_name(codec))
         return "resource-encoder"
 
     def identity(self) -> dict[str, str]:
-        return {"table": self.table.digest, "language model": self.describer.language.digest}
+        language = self.describer.language
+        return {
+            "table": self.table.digest,
+            "language model": language.digest,
+            "tokenizer": language.tokenizer_digest,
+        }
 
     def state(self) -> dict[str, Tensor]:
         model, optimization = self.model.state_dict(), self.optimization.state()

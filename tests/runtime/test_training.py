@@ -23,6 +23,15 @@ from services.clt.activations.store import ActivationStore
 from services.clt.policy.train import PolicyTrainer
 from services.clt.sparse.train import SparseTrainer
 from services.crossmodal.train import CodecTrainer
+from services.language.models import LanguageModel, load_language_model
+from services.resource import language_model
+from services.resource.data import Table
+from services.resource.decoder.tasks import TaskTexts
+from services.resource.decoder.train import DecoderTrainer
+from services.resource.describe import Describer
+from services.resource.export import Export, export
+from services.resource.language_model import LanguageModelTrainer
+from services.resource.train import ResourceTrainer
 from services.runtime.parallel import ALONE, World
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -43,6 +52,15 @@ from tests.clt.conftest import policy_spec, small_policy
 from tests.conftest import Once
 from tests.crossmodal.conftest import SMALL, small_zoo, tiny_spec
 from tests.recorder import Interrupted, Recorder
+from tests.resource.conftest import (
+    small_table,
+    small_trainer,
+    tiny_decoder_spec,
+    tiny_reader_spec,
+    write_language_model,
+    write_tables,
+)
+from tests.resource.conftest import tiny_spec as tiny_resource_spec
 
 ROWS, BATCH = 40, 8
 
@@ -116,8 +134,8 @@ class Case:
     spec: TrainedSpec
     make: Callable[[TrainedSpec, World], Trainer]
     poison: Callable[[Any], Tensor]
-    identity: str | None
-    """Name of the digest that tells its data."""
+    identity: tuple[str, ...] = ()
+    """Names of the digests that tell its data and frozen models."""
     processes: bool = True
     """Whether several processes can train it."""
 
@@ -126,15 +144,31 @@ class Case:
         return self.make(self.spec.model_copy(update=changes), world)
 
 
-@pytest.fixture(scope="module")
-def zoo(once: Once) -> Zoo:
-    return small_zoo(once)
+@dataclass
+class Data:
+    """What the systems train on."""
+
+    zoo: Zoo
+    store: ActivationStore
+    table: Table
+    language: LanguageModel
+    export: Export
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+def data(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Data:
     spec = ActivationsSpec(policy=ArtifactRef(artifact="x"), instances=300, validation=0.2, shard_rows=700)
-    return collect(spec, tmp_path_factory.mktemp("store"), Run(), small_policy())
+    store = collect(spec, tmp_path_factory.mktemp("store"), Run(), small_policy())
+    table = small_table(once("resource-tables", write_tables))
+    language = load_language_model(str(once("resource-language-model", write_language_model)))
+    codec = small_trainer(table, language).codec()
+    return Data(small_zoo(once), store, table, language, export(codec, table, tmp_path_factory.mktemp("export")))
+
+
+@pytest.fixture(autouse=True)
+def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few texts a tokenizer is made at once."""
+    monkeypatch.setattr(language_model, "_CORPUS", 10)
 
 
 def codec_case(zoo: Zoo, **sections: Any) -> Case:
@@ -143,7 +177,7 @@ def codec_case(zoo: Zoo, **sections: Any) -> Case:
         tiny_spec(training=training, **sections),
         lambda spec, world: CodecTrainer(spec, zoo, world=world),  # type: ignore[arg-type]
         lambda trainer: trainer.subjects.weights,
-        "zoo",
+        ("zoo",),
     )
 
 
@@ -163,7 +197,7 @@ def sparse_case(store: ActivationStore, **sections: Any) -> Case:
         CltSpec.model_validate(given),
         lambda spec, world: SparseTrainer(spec, store, world=world),  # type: ignore[arg-type]
         lambda trainer: trainer.model.decoders[0],
-        "store",
+        ("store",),
     )
 
 
@@ -172,24 +206,60 @@ def policy_case(**training: Any) -> Case:
         policy_spec(training={"steps": 9, **training}),
         lambda spec, _: PolicyTrainer(spec),  # type: ignore[arg-type]
         lambda trainer: trainer.policy.decoder.out.weight,
-        None,
+        processes=False,
+    )
+
+
+def resource_case(data: Data, **sections: Any) -> Case:
+    sections["training"] = {"steps": 9, "target_loss": 0, **sections.get("training", {})}
+    return Case(
+        tiny_resource_spec(**sections),
+        lambda spec, world: ResourceTrainer(
+            spec,  # type: ignore[arg-type]
+            data.table,
+            torch.arange(len(data.table)),
+            Describer(data.language, data.table.schema),
+            world,
+        ),
+        lambda trainer: trainer.model.gain,
+        ("table", "language model"),
+    )
+
+
+def decoder_case(data: Data) -> Case:
+    return Case(
+        tiny_decoder_spec(training={"steps": 9}),
+        lambda spec, world: DecoderTrainer(spec, data.export, TaskTexts(data.export), world=world),  # type: ignore[arg-type]
+        lambda trainer: trainer.model.position,
+        ("export",),
+    )
+
+
+def language_model_case() -> Case:
+    return Case(
+        tiny_reader_spec(training={"copying": 3, "steps": 6, "validate_every": 5}),
+        lambda spec, _: LanguageModelTrainer(spec),  # type: ignore[arg-type]
+        lambda trainer: trainer.model.model.norm.weight,
         processes=False,
     )
 
 
 def toy_case(**training: Any) -> Case:
-    return Case(toy_spec(**training), ToyTrainer, lambda trainer: trainer.inputs, "backbone")
+    return Case(toy_spec(**training), ToyTrainer, lambda trainer: trainer.inputs, ("backbone",))
 
 
-SYSTEMS: dict[str, Callable[[Zoo, ActivationStore], Case]] = {
-    "toy": lambda zoo, store: toy_case(),
-    "codec": lambda zoo, store: codec_case(zoo),
-    "sparse": lambda zoo, store: sparse_case(store),
-    "policy": lambda zoo, store: policy_case(),
+SYSTEMS: dict[str, Callable[[Data], Case]] = {
+    "toy": lambda data: toy_case(),
+    "codec": lambda data: codec_case(data.zoo),
+    "sparse": lambda data: sparse_case(data.store),
+    "policy": lambda data: policy_case(),
+    "resource": resource_case,
+    "decoder": decoder_case,
+    "language model": lambda data: language_model_case(),
 }
-FORMS: dict[str, Callable[[Zoo, ActivationStore], Case]] = SYSTEMS | {
-    "codec with early stopping": lambda zoo, store: codec_case(
-        zoo,
+FORMS: dict[str, Callable[[Data], Case]] = SYSTEMS | {
+    "codec with early stopping": lambda data: codec_case(
+        data.zoo,
         codec={**SMALL, "pooling": "cls", "inputs": "both"},
         loss={"projection": 8, "gamma": 0.3, "gamma_end": 0.1},
         training={
@@ -201,28 +271,32 @@ FORMS: dict[str, Callable[[Zoo, ActivationStore], Case]] = SYSTEMS | {
             "precision": "bfloat16",
         },
     ),
-    "sparse with revival": lambda zoo, store: sparse_case(
-        store, model={"activation": "batchtopk"}, training={"revive_every": 2, "dead_after": 200}
+    "sparse with revival": lambda data: sparse_case(
+        data.store, model={"activation": "batchtopk"}, training={"revive_every": 2, "dead_after": 200}
     ),
-    "sparse across layers": lambda zoo, store: sparse_case(
-        store, kind="cross_layer", model={"activation": "jumprelu"}, loss={"l0": 1e-3}
+    "sparse across layers": lambda data: sparse_case(
+        data.store, kind="cross_layer", model={"activation": "jumprelu"}, loss={"l0": 1e-3}
     ),
-    "policy with rollouts": lambda zoo, store: policy_case(
-        baseline="rollout", precision="bfloat16", learning_rate=0.01
+    "policy with rollouts": lambda data: policy_case(baseline="rollout", precision="bfloat16", learning_rate=0.01),
+    "resource with accumulation": lambda data: resource_case(
+        data,
+        encoder={"fusion": "sum", "numbers": "zscore", "tokens": 2},
+        augmentation={"mode": "jitter"},
+        training={"accumulation": 3, "retrieval": 0, "schedule": "constant", "snapshot_epochs": 2},
     ),
 }
 
 
 @pytest.fixture(params=SYSTEMS)
-def case(request: pytest.FixtureRequest, zoo: Zoo, store: ActivationStore) -> Case:
+def case(request: pytest.FixtureRequest, data: Data) -> Case:
     name: str = request.param
-    return SYSTEMS[name](zoo, store)
+    return SYSTEMS[name](data)
 
 
 @pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest, zoo: Zoo, store: ActivationStore) -> Case:
+def form(request: pytest.FixtureRequest, data: Data) -> Case:
     name: str = request.param
-    return FORMS[name](zoo, store)
+    return FORMS[name](data)
 
 
 def same(one: Trainer, other: Trainer) -> None:
@@ -368,14 +442,14 @@ def test_a_spec_field_that_is_new_has_its_default(case: Case, tmp_path: Path) ->
 
 
 def test_the_checkpoint_of_other_data_is_refused(case: Case, tmp_path: Path) -> None:
-    if case.identity is None:
+    if not case.identity:
         assert case.trainer().identity() == {}
         return
     checkpoint = kept(case, tmp_path)
     trainer = case.trainer()
-    assert set(trainer.identity()) == {case.identity}
-    trainer.identity = lambda: {str(case.identity): "other"}  # type: ignore[method-assign]
-    with pytest.raises(InvalidInput, match=f"was written with another {case.identity}; start afresh"):
+    assert tuple(trainer.identity()) == case.identity
+    trainer.identity = lambda: dict.fromkeys(case.identity, "other")  # type: ignore[method-assign]
+    with pytest.raises(InvalidInput, match=f"was written with another {' and '.join(case.identity)}; start afresh"):
         fit(trainer, Recorder(resume=checkpoint))
 
 

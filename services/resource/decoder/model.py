@@ -61,9 +61,11 @@ class HierarchicalDecoder(nn.Module):
         self.config_head = nn.Linear(size, count)
         self.position = nn.Parameter(torch.zeros(512, width))
         self.register_buffer("mask", nn.functional.one_hot(tools).bool().T.contiguous())
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         if spec.initialization == "export":
             with torch.no_grad():
                 centered = weights - weights.mean(0)

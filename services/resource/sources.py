@@ -1,0 +1,92 @@
+"""What a trained encoder was made with, found again and checked: its language model and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ethogram.errors import InvalidInput
+from services.language.models import LanguageModel, load_language_model
+from services.resource.codec import ResourceCodec
+from services.resource.data import Table, read_measurements, read_tools
+from services.resource.language_model import default_folder
+from services.resource.schema import Schema
+
+DEFAULT = "default"
+
+
+def language_model_for(
+    codec: ResourceCodec, name: str | None = None, device: str = "cpu", field: str = "llm_model"
+) -> LanguageModel:
+    """The language model that ``codec`` was trained with, on ``device``; ``name``: its folder or name on the Hub, by
+    default where it was then. The default one is trained first where the cache does not have it.
+
+    Raises :class:`InvalidInput` of ``field`` for a model that is not there, and for another one, or one with another
+    tokenizer.
+    """
+    trained = str(codec.about.get("language_model", ""))
+    default = codec.spec.llm_model == DEFAULT and codec.spec.language_model is None
+    if name == DEFAULT or (name is None and default):
+        name = str(default_folder(device))
+    name = name or trained
+    if name == trained and Path(name).is_absolute() and not Path(name).exists():
+        text = f"{name}, the language model that the encoder was trained with, is no longer there; name its folder"
+        raise InvalidInput.field(field, text)
+    # The digest is that of the weights in this precision.
+    dtype = getattr(torch, str(codec.about.get("language_model_dtype", "float32")))
+    language = load_language_model(name, device, dtype, field=field)
+    check_language_model(codec, language, field)
+    return language
+
+
+def check_language_model(codec: ResourceCodec, language: LanguageModel, field: str = "llm_model") -> None:
+    """Raise :class:`InvalidInput` of ``field`` unless ``language`` is the model that ``codec`` was trained with."""
+    trained, wanted = codec.about.get("language_model", "another one"), codec.hidden
+    hidden = int(language.model.get_input_embeddings().weight.shape[1])
+    if hidden != wanted:
+        text = f"{language.name} has the hidden size {hidden}, and the encoder was trained with {wanted} ({trained})"
+        raise InvalidInput.field(field, text)
+    for key, digest, what in (
+        ("language_model_digest", language.digest, "is not the language model"),
+        ("tokenizer_digest", language.tokenizer_digest, "does not have the tokenizer"),
+    ):
+        if codec.about.get(key, digest) != digest:
+            raise InvalidInput.field(field, f"{language.name} {what} that the encoder was trained with ({trained})")
+
+
+def table_for(
+    codec: ResourceCodec, profiling: Path | None = None, tools: Path | None = None, *, partial: bool = False
+) -> Table:
+    """The measurements in ``profiling``, by default those that ``codec`` was trained on; ``tools``: the registry.
+    ``partial``: there need not be a row of every tool.
+
+    Raises :class:`InvalidInput` for a file that cannot be read, a registry that is not the encoder's, and without
+    measurements.
+    """
+    if tools is not None:
+        check_tools(codec, read_tools(tools, "tool_registry"))
+    if profiling is not None:
+        return read_measurements(
+            profiling, codec.schema.spec, codec.schema.tools, "profiling_data", every_tool=not partial
+        )
+    if codec.table is None:
+        text = "is missing: the encoder was saved without its measurements"
+        raise InvalidInput.field("profiling_data", text)
+    return codec.table
+
+
+def check_schema(codec: ResourceCodec, schema: Schema) -> None:
+    """Raise :class:`InvalidInput` unless ``schema`` is the one that the encoder was trained with."""
+    check_tools(codec, schema.tools)
+    trained, given = codec.schema.spec.model_dump(), schema.spec.model_dump()
+    if trained != given:
+        names = [name for name in trained if trained[name] != given[name]]
+        raise InvalidInput.field("table", f"has another schema than the encoder was trained with ({', '.join(names)})")
+
+
+def check_tools(codec: ResourceCodec, tools: tuple[str, ...]) -> None:
+    """Raise :class:`InvalidInput` unless ``tools`` is the registry that the encoder was trained with."""
+    if codec.schema.tools != tools:
+        there, here = ", ".join(codec.schema.tools), ", ".join(tools)
+        raise InvalidInput.field("tool_registry", f"the encoder was trained with {there}, and the registry has {here}")

@@ -1,0 +1,106 @@
+"""Features of numbers: what each form is, and that an unknown number leaves no trace."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from ethogram.specs.resource import DimensionSpec
+from services.resource.data import Table
+from services.resource.numbers import XVAL_RANGE, Features, Form, periods
+from tests.resource.conftest import small_trainer
+
+NUMBER = DimensionSpec(name="latency", low=0, high=499)
+LABELS = DimensionSpec(name="size", labels=["a", "b", "c"])
+FORMS = get_args(Form)
+
+
+def features(form: Any, *dimensions: DimensionSpec, values: Any = ((10.0,), (30.0,))) -> Features:
+    return Features(form, dimensions, torch.tensor(values, dtype=torch.float64))
+
+
+def of(made: Features, *values: float, unknown: Any = None) -> list[float]:
+    row = torch.tensor([values], dtype=torch.float64)
+    hidden = torch.zeros_like(row, dtype=torch.bool) if unknown is None else torch.tensor([unknown])
+    found = made(row, hidden)
+    assert found.dtype == torch.float32 and found.shape == (1, made.width)
+    rows: list[float] = found[0].tolist()
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("dimension", "expected"),
+    [
+        (NUMBER, [10.0, 100.0, 1000.0]),
+        # Twice the range has a digit more.
+        (DimensionSpec(name="x", low=0, high=500), [10.0, 100.0, 1000.0, 10_000.0]),
+        (DimensionSpec(name="x", low=0, high=1, decimals=2), [0.1, 1.0, 10.0]),
+        (DimensionSpec(name="x", low=0, high=0), [10.0]),
+    ],
+)
+def test_there_is_a_period_for_each_digit_up_to_twice_the_range(
+    dimension: DimensionSpec, expected: list[float]
+) -> None:
+    assert periods(dimension) == pytest.approx(expected)
+
+
+def test_a_fourier_pair_says_its_digit() -> None:
+    made = features("fourier", NUMBER)
+    assert made.width == 2 * 3 + 1 + 1
+    found = of(made, 347)
+    for place, period in enumerate((10, 100, 1000)):
+        angle = 2 * math.pi * 347 / period
+        assert found[place] == pytest.approx(math.sin(angle), abs=1e-5)
+        assert found[3 + place] == pytest.approx(math.cos(angle), abs=1e-5)
+    assert found[6] == pytest.approx(math.log10(348)) and found[7] == 0
+    # The pair of a digit is the same wherever the number is, and the next digit's is another.
+    other = of(made, 117)
+    assert found[0] == pytest.approx(other[0], abs=1e-5) and found[3] == pytest.approx(other[3], abs=1e-5)
+    assert abs(found[1] - other[1]) > 0.1
+
+
+def test_all_numbers_of_a_range_differ() -> None:
+    values = torch.arange(500, dtype=torch.float64).unsqueeze(1)
+    found = features("fourier", NUMBER)(values, torch.zeros_like(values, dtype=torch.bool))
+    assert float(torch.pdist(found).min()) > 0.01
+
+
+def test_the_other_forms() -> None:
+    assert of(features("zscore", NUMBER), 20.0)[0] == pytest.approx(0)
+    assert of(features("zscore", NUMBER), 30.0)[0] == pytest.approx(10 / math.sqrt(200))
+    assert of(features("raw", NUMBER), 30.0) == [30, 0]
+    assert of(features("xval", NUMBER), 499.0)[0] == pytest.approx(XVAL_RANGE)
+    # One that never varies is no infinity.
+    assert all(math.isfinite(x) for x in of(features("zscore", NUMBER, values=((10.0,), (10.0,))), 11.0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_category_has_an_indicator_of_each_label(form: Form) -> None:
+    assert of(features(form, LABELS, values=((0.0,), (2.0,))), 2) == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [0.0, 17.0, math.nan, math.inf])
+def test_an_unknown_number_leaves_no_trace(form: Form, value: float) -> None:
+    made = features(form, LABELS, NUMBER, values=((0.0, 10.0), (1.0, 30.0)))
+    found = of(made, 1, value, unknown=[False, True])
+    assert found == of(made, 1, 300, unknown=[False, True])
+    assert found[:4] == [0, 1, 0, 0] and not any(found[4:-1]) and found[-1] == 1
+    assert found != of(made, 1, 0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("fusion", ["attention", "sum"])
+def test_a_masked_number_changes_nothing_of_a_vector(form: str, fusion: str, table: Table, language: Any) -> None:
+    codec = small_trainer(table, language, encoder={"numbers": form, "fusion": fusion}).codec()
+    values = table.values[:6].clone()
+    unknown = torch.zeros_like(values, dtype=torch.bool)
+    unknown[:, 3] = True
+    found = codec.embed(values, unknown)
+    for other in (0.0, 5000.0, math.nan):
+        values[:, 3] = other
+        assert torch.equal(codec.embed(values, unknown), found)
+    assert not torch.equal(codec.embed(table.values[:6]), found)
