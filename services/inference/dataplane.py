@@ -47,17 +47,22 @@ class Dataplane(NamedTuple):
         check: Callable[[M], Request],
         method: Callable[..., Arrays],
         answer: Callable[[Arrays, Served[M]], A],
+        *,
+        prepare: Callable[[Served[M]], object] | None = None,
     ) -> A:
         """The answer to a request of the model that ``reference`` names.
 
         ``check`` reads and checks the request for the model, once. ``method`` computes, called as ``method(model,
-        arrays, **options)`` on the device's thread. ``answer`` makes a message of its result.
+        arrays, **options)`` on the device's thread. ``answer`` makes a message of its result. ``prepare`` is called
+        before all of them, on any thread; it may take minutes, e.g. to load a model that only some calls need.
 
         Raises :class:`InvalidInput` with the field that is wrong, :class:`NotFound` for an unknown model, and
         :class:`TooLarge` for a full queue or an answer of more than ``max_answer_bytes``.
         """
         loop = asyncio.get_running_loop()
         served = await self.repository.get(reference, model_type)
+        if prepare is not None:
+            await asyncio.to_thread(prepare, served)
         request = await loop.run_in_executor(self.threads, check, served.model)
         size = len(next(iter(request.arrays.values()))) * request.answer_bytes
         if size > self.max_answer_bytes:

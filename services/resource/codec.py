@@ -164,14 +164,10 @@ class ResourceCodec:
         low, high = torch.tensor(ends, dtype=torch.float64).unbind(1)
         return low, high
 
-    def outside(self, values: Tensor, unknown: Tensor) -> list[list[str]]:
-        """Names of the numbers of each row that are outside the range of training; embeddings of these are less
-        exact."""
+    def outside(self, values: Tensor, unknown: Tensor) -> Tensor:
+        """Which numbers are outside the range of training, ``[rows, fields]``; embeddings of these are less exact."""
         low, high = self._range
-        names: list[list[str]] = [[] for _ in values]
-        for row, index in (((values < low) | (values > high)) & ~unknown).nonzero().tolist():
-            names[row].append(self.schema.names[index])
-        return names
+        return ((values < low) | (values > high)) & ~unknown
 
     @torch.no_grad()
     def embed(self, values: Tensor, unknown: Tensor | None = None) -> Tensor:
