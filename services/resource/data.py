@@ -36,6 +36,11 @@ class Table:
         return self.values[:, 0].long()
 
     @cached_property
+    def measured_tools(self) -> frozenset[int]:
+        """Indices of the tools that have rows."""
+        return frozenset(self.tools.tolist())
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the schema and the values."""
         return hashlib.sha256(self.schema.digest.encode() + self.values.contiguous().numpy().tobytes()).hexdigest()

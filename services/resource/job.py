@@ -22,6 +22,7 @@ from services.resource.generator import write_table
 from services.resource.language_model import default_folder
 from services.resource.report import write_report
 from services.resource.schema import default_schema
+from services.resource.sources import DEFAULT, located
 from services.resource.train import ResourceTrainer
 from services.runtime.devices import uses_bfloat16
 from services.runtime.parallel import ALONE, World
@@ -31,7 +32,6 @@ from services.runtime.training import fit
 
 ALL, UNSEEN = "all", "unseen"
 """Parts of the job: the encoder that is kept, and one of which the figures of unseen configurations are."""
-DEFAULT = "default"
 
 
 def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
@@ -111,6 +111,8 @@ def table_of(spec: ResourceSpec, run: Run) -> Table:
         return read_measurements(_file(run.inputs["profiling"], "profiling.csv"), schema, tools)
     if spec.table is not None:
         raise InvalidInput.field("spec.profiling", "is missing: a schema of your own needs your own measurements")
+    if spec.tools is not None:
+        raise InvalidInput.field("spec.profiling", "is missing: a registry of your own needs your own measurements")
     with tempfile.TemporaryDirectory() as scratch:
         tools_file, profiling = write_table(Path(scratch), spec.seed)
         return read_measurements(profiling, schema, read_tools(tools_file))
@@ -135,4 +137,5 @@ def language_model_of(spec: ResourceSpec, run: Run) -> LanguageModel:
     if spec.llm_model == DEFAULT:
         return load_language_model(str(default_folder(run.device)), run.device)
     dtype = torch.bfloat16 if uses_bfloat16(spec.training.precision, run.device) else torch.float32
-    return load_language_model(spec.llm_model, run.device, dtype, field="spec.llm_model")
+    name = located(spec.llm_model, "spec.llm_model")
+    return load_language_model(name, run.device, dtype, field="spec.llm_model")
