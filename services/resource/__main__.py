@@ -254,12 +254,12 @@ def describe(
         describer = Describer(language_model_for(codec, llm_model, device), schema)
     (text,) = describer.write(codec.soft(codec.embed(vectors, unknown)).to(describer.device), form)
     read = form.read(text)
-    outside = codec.outside(vectors, unknown)[0]
+    outside = schema.names_of(codec.outside(vectors, unknown)[0].tolist())
     result = {
         "text": text,
         "template": form.name,
         "values": None if read is None else named(schema, read),
-        "unknown": [name for name, hidden in zip(schema.names, unknown[0].tolist(), strict=True) if hidden],
+        "unknown": schema.names_of(unknown[0].tolist()),
         "outside": outside,
     }
 
