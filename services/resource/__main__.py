@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,18 @@ import typer
 
 from ethogram.cli import output
 from ethogram.cli.files import read_mapping
-from ethogram.cli.options import Answer, Device, NewFolder, assignment, command, group, new_path, system_app
+from ethogram.cli.options import (
+    Answer,
+    Device,
+    NewFolder,
+    Public,
+    assignment,
+    command,
+    group,
+    hub_spec,
+    new_path,
+    system_app,
+)
 from ethogram.cli.run import Request, flag, run_command
 from ethogram.errors import InvalidInput, Violation
 from ethogram.specs.kinds import KINDS
@@ -427,6 +439,45 @@ def import_language_model(
     figures = import_gguf(file, out)
     output.say(f"language model: {out}")
     return Answer(figures, lambda: output.pairs(figures))
+
+
+@command(app, f"{_MODULE} push my-run me/my-encoder --public", f"{_MODULE} push my-encoder me/my-encoder")
+def push(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of a run, of which encoder and export are uploaded, or of an encoder.",
+            exists=True,
+            file_okay=False,
+        ),
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Model repository, owner/name; created if it does not exist.")
+    ],
+    *,
+    public: Public = False,
+) -> None:
+    """Upload an encoder, with the table it was trained on, and its export to the Hugging Face Hub, with the token in
+    HF_TOKEN."""
+    from services.resource import hub
+    from services.runtime.folders import artifact_in
+
+    export = source / hub.EXPORT
+    encoder = artifact_in(source, "resource-encoder", "RUN")
+    hub.push(encoder, export if export.is_dir() else None, hub_spec(repo, public, "REPO"), "REPO")
+    output.say(f"uploaded {source} to {repo}")
+
+
+@command(app, f"{_MODULE} pull me/my-encoder -o my-encoder")
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Model repository, owner/name.")], *, out: NewFolder
+) -> None:
+    """Download an encoder and its export from the Hugging Face Hub; the folder is used as that of a run is."""
+    from services.resource import hub
+
+    shutil.copytree(hub.pull(repo), out, ignore=shutil.ignore_patterns(".*"))
+    output.say(f"encoder and export: {out}")
 
 
 def _codec(source: Path, device: str) -> ResourceCodec:

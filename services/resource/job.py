@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import ResourceSpec
+from services.artifacts.hub import Repository
 from services.language.models import LanguageModel, load_language_model
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table, read_measurements, read_tools
@@ -19,6 +20,7 @@ from services.resource.describe import Describer
 from services.resource.evaluate import controls, describe_figures, retrieval_figures
 from services.resource.export import export
 from services.resource.generator import write_table
+from services.resource.hub import push
 from services.resource.language_model import default_folder
 from services.resource.report import write_report
 from services.resource.schema import default_schema
@@ -35,8 +37,12 @@ ALL, UNSEEN = "all", "unseen"
 
 
 def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
-    """Artifacts: ``encoder``, ``export`` and ``report``. Returns the ``figures`` and, by template, field and place of
+    """Artifacts: ``encoder``, ``export`` and ``report``; with ``spec.hub`` encoder and export are uploaded at the end.
+    Returns the ``figures`` and, by template, field and place of
     digits, what they are means of."""
+    if spec.hub is not None and world.first and run.resume is None:
+        # Fail before training, not after it, without a network or permission.
+        Repository(spec.hub, "model").open()
     table = table_of(spec, run)
     language = language_model_of(spec, run)
     describer = Describer(language, table.schema, checkpointing=spec.training.gradient_checkpointing)
@@ -74,6 +80,10 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
                 histories=histories,
             )
             run.artifact("report", "report", Path(scratch, "report"))
+        if spec.hub is not None:
+            again = f"`python -m services.resource push RUN {spec.hub.repo}` tries again"
+            with run.side_output("the upload of the encoder", f"it is kept; {again}"):
+                push(parts.folder / ALL, Path(scratch, "export"), spec.hub)
     return {"figures": figures, "controls": control, "details": details}
 
 

@@ -15,15 +15,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import Split
 
 from ethogram import channel
 from ethogram.embedding import AsyncEmbedding, Configurations, Embedding
 from ethogram.errors import EthogramError, IllegalState, InvalidInput
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
 from ethogram.specs.base import ArtifactRef
-from ethogram.specs.resource import ResourceSpec, SchemaSpec
 from ethogram.v1 import embedding_pb2 as pb
 from ethogram.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from ethogram.v1.inference_pb2 import ModelRef
@@ -32,83 +29,20 @@ from services.crossmodal.codec import Codec
 from services.inference.resource.served import GROUP, ServedResource
 from services.language.models import load_language_model
 from services.resource.codec import ResourceCodec
-from services.resource.data import Table
 from services.resource.describe import Describer
-from services.resource.model import ResourceEncoder
 from services.resource.recommend import Recommender
-from services.resource.schema import Schema
 from tests.inference.conftest import Publish, Running, Serve
-from tests.tiny_models import words_tokenizer
-
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 :;,._{}[]"
-SCHEMA = {
-    "dimensions": [
-        {"name": "size", "labels": ["small", "large"], "column": "input_size"},
-        {"name": "cores", "levels": [2, 4, 8], "low": 1, "high": 8, "price": 1.0, "unit": "cores"},
-        {"name": "memory", "levels": [4, 8, 16], "low": 4, "high": 16, "price": 0.5},
-        {"name": "latency", "low": 0, "high": 1000, "measured": True, "decimals": 1},
-    ],
-    "templates": [
-        {"name": "short", "text": "{tool}: {size}, {cores} c, {memory} m, {latency}"},
-        {"name": "other", "text": "{latency} of {tool} with {cores} and {memory}; {size}"},
-    ],
-}
-TOOLS = ("read", "write")
-ROWS: list[dict[str, Any]] = [
-    {"tool": "read", "size": "small", "cores": 2, "memory": 4, "latency": 120.5},
-    {"tool": "write", "size": "large", "cores": 8, "memory": 16, "latency": 40},
-    {"tool": "write", "size": "small", "cores": 4, "memory": 8, "latency": "unknown"},
-]
+from tests.tiny_encoder import ROWS, random_encoder, save_characters
 
 
 @pytest.fixture(scope="session")
 def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random language model of characters."""
-    folder = tmp_path_factory.mktemp("language") / "model"
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        vocab_size=len(CHARACTERS) + 1,
-        initializer_range=0.5,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = words_tokenizer(["<end>", *CHARACTERS])
-    tokenizer.backend_tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_characters(tmp_path_factory.mktemp("language") / "model")
 
 
 @pytest.fixture(scope="session")
 def encoder(language_folder: Path) -> ResourceCodec:
-    """An encoder with random weights and the table of every configuration, whose latency has a known form."""
-    spec = ResourceSpec.model_validate(
-        {"llm_model": str(language_folder), "encoder": {"hidden_dim": 16, "heads": 2, "tokens": 2}}
-    )
-    schema = Schema(SchemaSpec.model_validate(SCHEMA), TOOLS)
-    rows = [
-        [tool, size, cores, memory, 100.0 * (1 + tool) * (1 + 2 * size) / cores + 40 / memory]
-        for tool in range(2)
-        for size in range(2)
-        for cores in (2, 4, 8)
-        for memory in (4, 8, 16)
-    ]
-    table = Table(schema, torch.tensor(rows, dtype=torch.float64))
-    language = load_language_model(str(language_folder))
-    vectors = Describer(language, schema).tool_vectors()
-    model = ResourceEncoder(spec.encoder, schema, table.values, vectors, torch.Generator().manual_seed(0))
-    about = {
-        "language_model": language.name,
-        "language_model_digest": language.digest,
-        "language_model_dtype": "float32",
-    }
-    return ResourceCodec(spec, schema, model, about, table)
+    return random_encoder(language_folder)
 
 
 @pytest.fixture
@@ -233,7 +167,7 @@ def test_embedding_loads_no_language_model(
     with Embedding(serve().address) as client:
         assert client.embed("tiny", ROWS).embeddings.shape == (3, 32)
         assert client.recommend("tiny", {"tool": "read"}, 500).fits
-        with pytest.raises(IllegalState, match=r"cannot describe: language_model.*gone does not exist"):
+        with pytest.raises(IllegalState, match=r"cannot describe: language_model: .*gone, .* is no longer there"):
             client.describe("tiny", ROWS)
         with pytest.raises(IllegalState, match="no table of measurements"):
             client.recommend("without-table", {"tool": "read"}, 500)
@@ -280,7 +214,7 @@ def test_a_default_language_model_is_found_in_this_machines_cache(
     about = encoder.about | {"language_model": "/elsewhere/language-models/abc/model"}
     publish(ResourceCodec(spec, encoder.schema, encoder.model, about, encoder.table))
     with Embedding(serve().address) as client:
-        with pytest.raises(IllegalState, match="the default one is not in the cache"):
+        with pytest.raises(IllegalState, match="the default language model is not in the cache"):
             client.describe("tiny", ROWS)
         shutil.copytree(language_folder, cache / "language-models" / "abc" / "model")
         assert len(client.describe("tiny", ROWS).texts) == 3
@@ -291,7 +225,7 @@ def test_recommend_is_the_recommender(embedding: Embedding, encoder: ResourceCod
     recommender = Recommender(encoder, encoder.table)
     cases: list[tuple[dict[str, Any], float]] = [
         ({"tool": "read"}, 90.0),
-        ({"tool": "write", "size": "large", "memory": "unknown"}, 150.0),
+        ({"tool": "write", "size": "large", "memory": "unknown", "latency": None}, 150.0),
         ({"tool": "write", "size": "large", "cores": 2}, 10.0),
     ]
     for given, bound in cases:
@@ -435,8 +369,13 @@ def test_wrong_embeddings_templates_and_requirements(embedding: Embedding) -> No
         (tool, {"bound": 5, "dimension": "speed"}, "dimension", "there is no 'speed'"),
         (tool, {"bound": 5, "dimension": "cores"}, "dimension", "is not a measured number"),
         ({"size": "small"}, {"bound": 5}, "configurations.tool", "is missing"),
-        (tool | {"latency": 3}, {"bound": 5}, "configurations.latency", "is measured"),
-        ([tool, tool | {"cores": 3}], {"bound": 5}, "configurations.1", "no configuration of the table's grid"),
+        (tool | {"latency": 3}, {"bound": 5}, "configurations.latency.0", "is measured"),
+        (
+            [tool, tool | {"cores": 3}],
+            {"bound": 5},
+            "configurations.1.cores",
+            "no configuration has 3; there are 2, 4, 8",
+        ),
     ):
         with pytest.raises(InvalidInput, match=says) as caught:
             embedding.recommend("tiny", given, **options)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ CHOICE = ("price", "predicted", "upper", "fits")
 GROUP = 16
 """Rows that pass through the language model at once: always so many, whoever else is there, since sums of another shape
 may differ in their last bits."""
+_FIELD = "language_model"
 TEXT_BYTES = 2048
 """About how many bytes the answer to a description takes."""
 
@@ -120,12 +121,12 @@ class ServedResource:
         """Vectors to ``embeddings``, and which of their numbers are ``outside`` the range of training."""
         values, unknown = _tensors(arrays, VALUES, UNKNOWN)
         embeddings = self.codec.embed(values, unknown)
-        return {EMBEDDINGS: embeddings.numpy(), OUTSIDE: self.codec.outside(values, unknown).numpy()}
+        return {EMBEDDINGS: embeddings.numpy(), OUTSIDE: self.codec.outside_mask(values, unknown).numpy()}
 
     def describe(self, arrays: Arrays, template: int) -> Arrays:
         """Vectors to ``texts``, and which of their numbers are ``outside`` the range of training."""
         values, unknown = _tensors(arrays, VALUES, UNKNOWN)
-        outside = self.codec.outside(values, unknown).numpy()
+        outside = self.codec.outside_mask(values, unknown).numpy()
         texts = [
             text
             for rows in _groups(len(values))
@@ -185,13 +186,15 @@ class Readers:
 
     def _load(self, artifact: str, codec: ResourceCodec) -> LanguageModel:
         # It imports what trains language models.
-        from services.resource.reader import load_reader
+        from services.resource.sources import language_model_for
 
         for parent in self._store.manifest(artifact).parents:
             if self._store.manifest(parent).type == "language-model":
                 with tempfile.TemporaryDirectory(dir=self._scratch, prefix="language-model-") as folder:
-                    return load_reader(codec, self._device, self._store.fetch(parent, Path(folder, "model")))
-        return load_reader(codec, self._device)
+                    found = str(self._store.fetch(parent, Path(folder, "model")))
+                    return language_model_for(codec, found, self._device, _FIELD)
+        # To train it takes longer than a call may.
+        return language_model_for(codec, None, self._device, _FIELD, make=False)
 
 
 def named_columns(served: Served[ServedResource], values: NDArray[np.float64]) -> dict[str, list[float] | list[str]]:
