@@ -200,8 +200,7 @@ class NumberPredictor:
         values, unknown = self.codec.vectors([{**given, name: UNKNOWN}], field)
         interval = self.intervals(values, unknown, level, field)
         value, low, high = (float(each) for each in interval)
-        outside = self.codec.schema.names_of(self.codec.outside(values, unknown)[0].tolist())
-        return Prediction(name, value, low, high, outside)
+        return Prediction(name, value, low, high, self.codec.outside(values, unknown)[0])
 
     def intervals(self, values: Tensor, unknown: Tensor, level: float = 0.9, field: str = "rows") -> Interval:
         """Predictions for vectors ``[rows, fields]``, with intervals at ``level``. Raises :class:`InvalidInput`."""

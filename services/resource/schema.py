@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,10 +74,6 @@ class Schema:
         if name not in self.names:
             raise InvalidInput.field(field, f"there is no {name!r}; there are {', '.join(self.names)}")
         return self.names.index(name)
-
-    def names_of(self, mask: Sequence[bool]) -> list[str]:
-        """Names of the fields that ``mask`` has, which is as long as a vector."""
-        return [name for name, chosen in zip(self.names, mask, strict=True) if chosen]
 
     def price(self, values: Mapping[str, float]) -> float:
         """Cost of a configuration: the sum of its numbers times their prices."""

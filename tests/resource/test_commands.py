@@ -296,7 +296,11 @@ def test_a_wrong_training_leaves_nothing(
 
 
 def test_a_run_of_another_language_model_or_table_does_not_resume(
-    tables: Path, language_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tables: Path,
+    language_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(local, "CHECKPOINT_SECONDS", 0.0)
     advance, done = ConsoleRun.advance, list[int]()
@@ -323,11 +327,13 @@ def test_a_run_of_another_language_model_or_table_does_not_resume(
     save_file(weights, mine / "model.safetensors", {"format": "pt"})
     with pytest.raises(AssertionError):
         make_run(tmp_path / "run", changed, mine)
+    assert "checkpoint: was written with another language model" in capsys.readouterr().err
     write_rows(changed / "profiling.csv", [{**row, "latency_ms": row["latency_ms"] + 1} for row in rows()])
     shutil.rmtree(mine)
     shutil.copytree(language_folder, mine)
     with pytest.raises(AssertionError):
         make_run(tmp_path / "run", changed, mine)
+    assert "checkpoint: was written with another table" in capsys.readouterr().err
     shutil.copy(tables / "profiling.csv", changed)
     make_run(tmp_path / "run", changed, mine)
 

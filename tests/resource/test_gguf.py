@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 from ethogram.errors import InvalidInput, Unavailable
 from services.language import gguf
@@ -30,9 +31,7 @@ def write_gguf(file: Path, architecture: str = "llama", **more: int | str) -> Pa
     for name, value in more.items():
         key = name.replace("__", ".")
         _ = writer.add_string(key, value) if isinstance(value, str) else writer.add_uint16(key, value)
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    tokens = ["<end>", *bytes_to_unicode().values(), "th"]
+    tokens = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     for add, number in (
         (writer.add_context_length, 128),
         (writer.add_embedding_length, HIDDEN),

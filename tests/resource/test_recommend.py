@@ -39,7 +39,7 @@ def latency(table: Table, chosen: dict[str, Any]) -> float:
     schema = table.schema
     size = schema.dimensions[1].labels.index(chosen["size"])
     wanted = [schema.tools.index(chosen["tool_name"]), size, chosen["cores"], chosen["memory_gb"]]
-    return next(row[4] for row in table.values.tolist() if row[:4] == wanted)
+    return float(next(row[4] for row in table.values.tolist() if row[:4] == wanted))
 
 
 def test_nothing_cheaper_stays_below_the_bound(table: Table, recommender: Recommender) -> None:
