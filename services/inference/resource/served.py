@@ -117,12 +117,14 @@ class ServedResource:
         """The measured dimension of recommendations that were asked for by ``name``."""
         return self.schema.names[self._recommenders[name].dimension]
 
+    @torch.inference_mode()
     def embed(self, arrays: Arrays) -> Arrays:
         """Vectors to ``embeddings``, and which of their numbers are ``outside`` the range of training."""
         values, unknown = _tensors(arrays, VALUES, UNKNOWN)
         embeddings = self.codec.embed(values, unknown)
         return {EMBEDDINGS: embeddings.numpy(), OUTSIDE: self.codec.outside_mask(values, unknown).numpy()}
 
+    @torch.inference_mode()
     def describe(self, arrays: Arrays, template: int) -> Arrays:
         """Vectors to ``texts``, and which of their numbers are ``outside`` the range of training."""
         values, unknown = _tensors(arrays, VALUES, UNKNOWN)
@@ -134,6 +136,7 @@ class ServedResource:
         ]
         return {TEXTS: _objects(texts[: len(values)]), OUTSIDE: outside}
 
+    @torch.inference_mode()
     def describe_embeddings(self, arrays: Arrays, template: int) -> Arrays:
         """``embeddings`` to ``texts``."""
         (embeddings,) = _tensors(arrays, EMBEDDINGS)
