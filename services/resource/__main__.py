@@ -266,7 +266,7 @@ def describe(
         describer = Describer(language_model_for(codec, llm_model, device), schema)
     (text,) = describer.write(codec.soft(codec.embed(vectors, unknown)).to(describer.device), form)
     read = form.read(text)
-    outside = codec.outside(vectors, unknown)[0]
+    (outside,) = codec.outside(vectors, unknown)
     result = {
         "text": text,
         "template": form.name,
@@ -408,9 +408,8 @@ def decode(
     from services.runtime.folders import artifact_in
 
     model, config = load(artifact_in(decoder, "decoder", "DECODER"))
-    if not text.strip():
-        raise InvalidInput.field("TEXT", "is empty")
-    chosen = int(model.choose([text])[1])
+    with _in_options():
+        chosen = int(model.choose([text])[1])
     configuration = config["lookup"][str(chosen)]
     return Answer({"config_id": chosen, **configuration}, lambda: output.pairs({"config_id": chosen, **configuration}))
 
@@ -516,7 +515,7 @@ def _in_options() -> Iterator[None]:
         "given.tool": "--tool",
         "given": "--set",
         "bound": "--latency",
-        "encoder": "ENCODER",
+        "texts.0": "TEXT",
         **{name: f"--{name.replace('_', '-')}" for name in ("level", "confidence", "dimension")},
         **{name: f"--{name.replace('_', '-')}" for name in ("llm_model", "profiling_data", "tool_registry")},
     }

@@ -135,13 +135,13 @@ def validate(folder: Path) -> Export:
         weights: Tensor = content["weights"]
         if weights.shape != (content["num_configs"], content["hidden_dim"]):
             raise InvalidInput.field(WEIGHTS, f"has weights {list(weights.shape)}, not as its own numbers say")
+        if not bool(weights.isfinite().all()):
+            raise InvalidInput.field(WEIGHTS, "has a weight that is NaN or infinite")
     with reading(folder, TENSORS, "export") as path:
         if not torch.equal(load_file(path)["weights"], weights):
             raise InvalidInput.field(TENSORS, f"has other weights than {WEIGHTS}")
     with reading(folder, LOOKUP, "export") as path:
         lookup: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    if not bool(weights.isfinite().all()):
-        raise InvalidInput.field(WEIGHTS, "has a weight that is NaN or infinite")
     # Repeated measurements may be equal.
     different = len({json.dumps(row) for row in lookup.values()})
     if len(torch.unique(weights, dim=0)) < different:

@@ -142,10 +142,13 @@ def _file(source: Path, name: str) -> Path:
 
 def language_model_of(spec: ResourceSpec, run: Run) -> LanguageModel:
     """The language model of a spec. Raises :class:`InvalidInput`."""
+    precision = spec.training.precision
+    dtype = torch.bfloat16 if uses_bfloat16(precision, run.device) else torch.float32
+    # Those that are trained here are small, and stay as they were saved unless the spec says otherwise.
+    own = "auto" if precision == "auto" else dtype
     if spec.language_model is not None:
-        return load_language_model(str(run.inputs["language_model"]), run.device, field="language_model")
+        return load_language_model(str(run.inputs["language_model"]), run.device, own, field="language_model")
     if spec.llm_model == DEFAULT:
-        return load_language_model(str(default_folder(run.device)), run.device)
-    dtype = torch.bfloat16 if uses_bfloat16(spec.training.precision, run.device) else torch.float32
+        return load_language_model(str(default_folder(run.device)), run.device, own)
     name = located(spec.llm_model, "spec.llm_model")
     return load_language_model(name, run.device, dtype, field="spec.llm_model")
