@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ import transformers
 
 from ethogram import channel
 from ethogram.embedding import AsyncEmbedding, Configurations, Embedding
-from ethogram.errors import EthogramError, IllegalState, InvalidInput
+from ethogram.errors import EthogramError, IllegalState, InvalidInput, Unavailable
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
 from ethogram.specs.base import ArtifactRef
 from ethogram.v1 import embedding_pb2 as pb
@@ -26,7 +27,7 @@ from ethogram.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from ethogram.v1.inference_pb2 import ModelRef
 from services.artifacts.store import ArtifactStore
 from services.crossmodal.codec import Codec
-from services.inference.resource.served import GROUP, ServedResource
+from services.inference.resource.served import GROUP, Readers, ServedResource
 from services.language.models import load_language_model
 from services.resource.codec import ResourceCodec
 from services.resource.describe import Describer
@@ -147,7 +148,7 @@ def test_descriptions_are_read_back(encoder: ResourceCodec, embedding_server: Ru
         def write(self, soft: torch.Tensor, template: Any) -> list[str]:
             return ["nothing", template.write(values[1].tolist())] + [""] * (len(soft) - 2)
 
-    embedding.embed("tiny", ROWS)
+    embedding.describe("tiny", ROWS)
     (loaded,) = embedding_server.server._repository._loaded.values()
     assert isinstance(loaded.model, ServedResource)
     loaded.model._describer = Writer()  # type: ignore[assignment]
@@ -218,6 +219,37 @@ def test_a_default_language_model_is_found_in_this_machines_cache(
             client.describe("tiny", ROWS)
         shutil.copytree(language_folder, cache / "language-models" / "abc" / "model")
         assert len(client.describe("tiny", ROWS).texts) == 3
+
+
+def test_what_takes_long_is_prepared_once_and_holds_nothing_up(
+    serve: Serve, publish: Publish, encoder: ResourceCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, let_go = [], threading.Event()
+
+    def slow(self: Readers, artifact: str, codec: ResourceCodec) -> Any:
+        loads.append(artifact)
+        assert let_go.wait(30)
+        return get(self, artifact, codec)
+
+    get = Readers.get
+    monkeypatch.setattr(Readers, "get", slow)
+    artifact = publish(encoder)
+    address = serve().address
+    with Embedding(address) as client, ThreadPoolExecutor(40) as pool:
+        hasty = Embedding(address, timeout=0.3)
+        with pytest.raises(Unavailable):
+            hasty.describe("tiny", ROWS)
+        hasty.close()
+        waiting = [pool.submit(client.describe, "tiny", ROWS) for _ in range(39)]
+        assert client.embed("tiny", ROWS).embeddings.shape == (3, 32)
+        assert client.recommend("tiny", {"tool": "read"}, 500).fits
+        # Also one that nobody asked for yet.
+        publish(encoder, "later")
+        assert client.embed("later", ROWS).model == "later"
+        assert loads == [artifact]
+        let_go.set()
+        assert len({tuple(call.result().texts) for call in waiting}) == 1
+    assert loads == [artifact]
 
 
 def test_recommend_is_the_recommender(embedding: Embedding, encoder: ResourceCodec) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 import threading
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from services.inference.repository import Served
 from services.language.models import LanguageModel
 from services.resource.codec import Column, ResourceCodec
 from services.resource.describe import Describer
+from services.resource.predict import measured_number
 from services.resource.recommend import Recommender
 
 CONFIGURATIONS, EMBEDDINGS = "configurations", "embeddings"
@@ -37,14 +39,14 @@ TEXT_BYTES = 2048
 class ServedResource:
     """A loaded encoder.
 
-    The ``check_`` and ``prepare_`` methods and the attributes are for any thread. The other methods are for a device's
-    thread alone; they take and return arrays whose first axis is the batch, and a row's result does not depend on other
-    rows.
+    The ``check_`` methods and the attributes are for any thread, the ``prepare_`` methods for the event loop. The other
+    methods are for a device's thread alone; they take and return arrays whose first axis is the batch, and a row's
+    result does not depend on other rows.
     """
 
     def __init__(self, codec: ResourceCodec) -> None:
         self.codec, self.schema = codec, codec.schema
-        self._lock = threading.Lock()
+        self._preparing: dict[str, asyncio.Task[None]] = {}
         self._describer: Describer | None = None
         self._recommenders: dict[str, Recommender] = {}
 
@@ -94,28 +96,47 @@ class ServedResource:
             raise InvalidInput.field("confidence", f"must be between 0 and 1, not {confidence:g}")
         arrays = {VALUES: values.numpy(), UNKNOWN: unknown.numpy(), "bounds": np.array(bounds, np.float64)}
         arrays["rows"] = np.arange(len(bounds))
-        return Request(arrays, CONFIGURATIONS, {"confidence": confidence, "dimension": dimension})
+        return Request(arrays, CONFIGURATIONS, {"confidence": confidence, "dimension": self.dimension(dimension)})
 
-    def prepare_describe(self, readers: Readers, artifact: str) -> None:
+    async def prepare_describe(self, readers: Readers, artifact: str) -> None:
         """Load the language model of this encoder, the ``artifact``, unless it is there. Raises
         :class:`IllegalState`."""
-        with self._lock:
-            if self._describer is None:
-                self._describer = Describer(readers.get(artifact, self.codec), self.schema)
 
-    def prepare_recommend(self, dimension: str) -> None:
-        """Fit the prediction of a measured dimension, by default the first, unless it is there. Raises
+        def load() -> None:
+            self._describer = Describer(readers.get(artifact, self.codec), self.schema)
+
+        await self._once("describe", load)
+
+    async def prepare_recommend(self, dimension: str) -> None:
+        """Fit the prediction of a measured dimension unless it is there; see :meth:`dimension`. Raises
         :class:`InvalidInput` for a dimension that is not measured, and :class:`IllegalState` without a table."""
-        with self._lock:
-            if dimension not in self._recommenders:
-                if self.codec.table is None:
-                    text = "has no table of measurements, without which nothing can be recommended; train it again"
-                    raise IllegalState.field("model.name", text)
-                self._recommenders[dimension] = Recommender(self.codec, self.codec.table, dimension or None)
+        name = self.dimension(dimension)
+
+        def fit() -> None:
+            if self.codec.table is None:
+                text = "has no table of measurements, without which nothing can be recommended; train it again"
+                raise IllegalState.field("model.name", text)
+            self._recommenders[name] = Recommender(self.codec, self.codec.table, name)
+
+        await self._once(f"recommend {name}", fit)
+
+    async def _once(self, name: str, prepare: Callable[[], None]) -> None:
+        """Run ``prepare`` on a thread, once for all calls that wait for it; again if it failed."""
+        task = self._preparing.get(name)
+        if task is None:
+
+            def forget(done: asyncio.Task[None]) -> None:
+                if done.cancelled() or done.exception() is not None:
+                    del self._preparing[name]
+
+            task = self._preparing[name] = asyncio.create_task(asyncio.to_thread(prepare))
+            task.add_done_callback(forget)
+        # Who gives up does not cancel it for others.
+        await asyncio.shield(task)
 
     def dimension(self, name: str) -> str:
-        """The measured dimension of recommendations that were asked for by ``name``."""
-        return self.schema.names[self._recommenders[name].dimension]
+        """The measured dimension that a request names, by default the first. Raises :class:`InvalidInput`."""
+        return name or self.schema.names[measured_number(self.schema)]
 
     @torch.inference_mode()
     def embed(self, arrays: Arrays) -> Arrays:

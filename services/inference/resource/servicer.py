@@ -101,8 +101,8 @@ async def _describe(dataplane: Dataplane, readers: Readers, request: pb.Describe
             model=model_of(served),
         )
 
-    def prepare(served: Served[ServedResource]) -> None:
-        served.model.prepare_describe(readers, served.pointer.artifact)
+    async def prepare(served: Served[ServedResource]) -> None:
+        await served.model.prepare_describe(readers, served.pointer.artifact)
 
     model = reference(request.model)
     return await dataplane.run(model, ServedResource, check, method, answer, prepare=prepare)
@@ -129,8 +129,8 @@ async def _recommend(dataplane: Dataplane, request: pb.RecommendRequest) -> pb.R
             model=model_of(served),
         )
 
-    def prepare(served: Served[ServedResource]) -> None:
-        served.model.prepare_recommend(request.dimension)
+    async def prepare(served: Served[ServedResource]) -> None:
+        await served.model.prepare_recommend(request.dimension)
 
     model = reference(request.model)
     return await dataplane.run(model, ServedResource, check, ServedResource.recommend, answer, prepare=prepare)
