@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ethogram.cli.options import Answer, ModelName, Output, Version, assignment, command
-from ethogram.cli.output import pairs, say
+from ethogram.cli.output import pairs, say, visible
 from ethogram.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def describe(
             answer = embedding.describe_embeddings(model, tensors["embeddings"], template=template, version=version)
     _warn(answer.outside)
     texts = [answer.texts] if isinstance(answer.texts, str) else answer.texts
-    return Answer(answer._asdict(), lambda: typer.echo("\n".join(texts)))
+    return Answer(answer._asdict(), lambda: typer.echo("\n".join(map(visible, texts))))
 
 
 @command(
@@ -131,12 +131,14 @@ def recommend(
     """Print the cheapest configuration of a tool that stays below a bound. Where none does, it is the closest one, and
     the exit code is 1."""
     with client.embedding() as embedding:
-        given = _configurations(embedding.fields(model, version=version).fields, None, tool, values)
+        fields = embedding.fields(model, version=version).fields
+        given = _configurations(fields, None, tool, values)
         answer = embedding.recommend(model, given, bound, confidence=confidence, dimension=dimension, version=version)
     value = answer._asdict()
 
     def show() -> None:
-        pairs({**answer.configurations, "price": float(answer.price)})
+        found = {field.name: answer.configurations[field.name] for field in fields if not field.measured}
+        pairs({**found, "price": float(answer.price)})
         say(f"{answer.dimension}: {answer.predicted:g} expected, below {answer.upper:g} at confidence {confidence:g}")
         if not answer.fits:
             say(f"Nothing stays below {bound:g}; this comes closest.")

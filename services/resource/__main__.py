@@ -277,7 +277,7 @@ def describe(
 
     def show() -> None:
         # A model that was not trained for it may write anything.
-        output.console().print("".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text))
+        output.console().print(output.visible(text))
         if read is None:
             output.say(f"this is no description by {form.name}: no values can be read")
         else:
