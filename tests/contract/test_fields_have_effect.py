@@ -729,11 +729,19 @@ def test_a_training_that_is_too_short_says_for_what() -> None:
     assert warned == ["spec.loss.auxk", "spec.training.revive_every", "no snapshot is taken"]
 
 
+def kind_of(fields: Mapping[str, Any]) -> str:
+    """The kind of a spec in a file, by a field that it alone has."""
+    return next(
+        (kind for field, kind in (("codec", "crossmodal"), ("augmentation", "resource")) if field in fields),
+        "generation",
+    )
+
+
 def test_examples_have_no_field_without_effect() -> None:
     specs: list[tuple[Kind, Mapping[str, Any]]] = [(kind, kind.example) for kind in KINDS.values()]
     for file in Path("examples").glob("*.yaml"):
         fields = read_mapping(file, "file")
-        jobs = fields.get("jobs", {"x": {"kind": "crossmodal" if "codec" in fields else "generation", "spec": fields}})
+        jobs = fields.get("jobs", {"x": {"kind": kind_of(fields), "spec": fields}})
         specs += [
             (KINDS[job["kind"]], {"zoo": REF, **job["spec"]} if job["kind"] == "crossmodal" else job["spec"])
             for job in jobs.values()
