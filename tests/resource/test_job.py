@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from ethogram.errors import InvalidInput
@@ -191,3 +193,36 @@ def test_a_tool_that_was_never_measured_is_refused_before_training(inputs: dict[
 def test_a_schema_without_measurements_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"spec\.profiling: is missing: a schema of your own needs"):
         job.table_of(tiny_spec(), Recorder())
+
+
+def test_the_schema_of_the_docs_is_all_that_another_table_needs(language_folder: Path, tmp_path: Path) -> None:
+    """Other names, units, decimals, categories and repeated measurements, and no code."""
+    text = re.findall(r"```yaml\n(.*?)```", Path("docs/resource.md").read_text(), re.DOTALL)[0]
+    given = YAML(typ="safe").load(text)
+    runs = [
+        {
+            "job": tool,
+            "instance_count": nodes,
+            "memory": memory,
+            "machine": machine,
+            "gross_runtime": 90 + nodes + again,
+        }
+        for tool in ("sort", "page rank")
+        for nodes in (2, 12)
+        for memory, machine in ((7.5, "c4.large"), (61, "r4.2xlarge"))
+        for again in range(3)
+    ]
+    table = write_rows(tmp_path / "runs.csv", runs)
+    tiny = tiny_spec(profiling=REF, language_model=REF, held_out=0.3).model_dump()
+    recorder = Recorder(tmp_path, inputs={"profiling": table, "language_model": language_folder})
+    result = run_job(ResourceSpec.model_validate(tiny | given), recorder)
+    assert set(result["details"]["seen"]["by_template"]) == {"long", "short"}
+    lookup = validate(tmp_path / "export").lookup
+    assert len(lookup) == 24
+    assert lookup["3"] == {
+        "tool_name": "sort",
+        "nodes": 2,
+        "memory": 61.0,
+        "machine": "r4.2xlarge",
+        "runtime": 92.0,
+    }
