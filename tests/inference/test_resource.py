@@ -126,7 +126,7 @@ def test_describe_is_the_language_model(embedding: Embedding, encoder: ResourceC
 
 
 def test_a_batch_says_what_each_row_says_alone(embedding_server: Running) -> None:
-    rows = many(2 * GROUP + 5)
+    rows = many(GROUP + 5)
     with Embedding(embedding_server.address) as client, ThreadPoolExecutor(8) as pool:
         alone = [client.describe("tiny", row).texts for row in rows]
         assert len(set(alone)) > len(rows) // 2
