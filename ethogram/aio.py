@@ -31,6 +31,7 @@ from ethogram.transport import SubmitOptions, Tries, body_of, given, part
 R = TypeVar("R", bound=BaseModel)
 
 if TYPE_CHECKING:
+    from ethogram.embedding import AsyncEmbedding
     from ethogram.inference import Inference
 
 
@@ -273,6 +274,12 @@ class AsyncClient:
         from ethogram.inference import Inference
 
         return Inference(str((await self.info())["inference"]))
+
+    async def embedding(self) -> AsyncEmbedding:
+        """A client of the platform's embedding service."""
+        from ethogram.embedding import AsyncEmbedding
+
+        return AsyncEmbedding(str((await self.info())["inference"]))
 
     # Transport
 

@@ -33,6 +33,7 @@ from ethogram.transport import SubmitOptions, Tries, body_of, given, part
 R = TypeVar("R", bound=BaseModel)
 
 if TYPE_CHECKING:
+    from ethogram.embedding import Embedding
     from ethogram.inference import Inference
 
 
@@ -271,6 +272,12 @@ class Client:
         from ethogram.inference import Inference
 
         return Inference(str(self.info()["inference"]))
+
+    def embedding(self) -> Embedding:
+        """A client of the platform's embedding service."""
+        from ethogram.embedding import Embedding
+
+        return Embedding(str(self.info()["inference"]))
 
     # Transport
 

@@ -33,7 +33,7 @@ _PATTERNS = (
     (r"\b(?:async|await) ", ""),
     (r"\bAsyncGenerator\[(.*?)\]", r"Generator[\1, None, None]"),
     (r"\bAwaitable\[(.*?)\]", r"\1"),
-    (r"\bAsync(Client|Iterator|Generator)\b", r"\1"),
+    (r"\bAsync(Client|Embedding|Iterator|Generator)\b", r"\1"),
     (r"\b__a(enter|exit)__\b", r"__\1__"),
     (r"\ba(close|closing|read|iter_bytes)\b", r"\1"),
 )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ethogram.cli import artifacts, jobs, networks, platform
+from ethogram.cli import artifacts, embedding, jobs, networks, platform
 from ethogram.cli import run as local
 from ethogram.cli.options import show_help, system_app
 from ethogram.cli.output import execute
@@ -39,7 +39,7 @@ def _root(
     show_help(context)
 
 
-for commands in (local.app, platform.app, jobs.top, networks.app):
+for commands in (local.app, platform.app, jobs.top, networks.app, embedding.app):
     app.add_typer(commands)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(artifacts.app, name="artifacts")

@@ -153,6 +153,11 @@ def say(text: str) -> None:
     console(stderr=True).print(text)
 
 
+def visible(text: str) -> str:
+    """``text`` of anyone without what a terminal would obey."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+
+
 def error(problem: EthogramError) -> None:
     """Print an error's message in red, and the fields that are wrong."""
     out = console(stderr=True)

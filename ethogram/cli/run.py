@@ -78,10 +78,11 @@ def run_command(
     *lines: str,
     flags: Mapping[str, Any] = _EMPTY,
     show: Callable[[dict[str, Any]], None] | None = None,
+    name: str | None = None,
 ) -> Callable[[Callable[..., Request]], Callable[..., Request]]:
-    """Decorator: a command of ``app`` that runs a ``kind`` (None: the request's), named and documented as the function,
-    which makes a :class:`Request` of its own parameters. ``flags``: annotations of options that set one value of the
-    spec, by its path. ``lines``: examples. ``show``: prints the result."""
+    """Decorator: a command of ``app`` that runs a ``kind`` (None: the request's), documented as the function, which
+    makes a :class:`Request` of its own parameters. ``name``: by default the function's. ``flags``: annotations of
+    options that set one value of the spec, by its path. ``lines``: examples. ``show``: prints the result."""
 
     def decorate(function: Callable[..., Request]) -> Callable[..., Request]:
         parameters = inspect.signature(function, eval_str=True).parameters
@@ -101,7 +102,7 @@ def run_command(
             _run(known, request._replace(values=values, flags=option_names), options, show)
 
         rest = [shared[name] for name in shared if name not in parameters]
-        declare(app, command, [*parameters.values(), *flagged, *rest], lines)
+        declare(app, command, [*parameters.values(), *flagged, *rest], lines, name)
         return function
 
     return decorate

@@ -146,6 +146,9 @@ class ReaderTrainingSpec(OptimizationSpec):
     noise: float = Field(0.05, ge=0, le=10)
     """Standard deviation of noise on soft tokens, so that near ones are read alike."""
 
+    def unused(self) -> Iterator[tuple[str, str]]:
+        yield "precision", "a language model that reads digits is trained in float32"
+
     @model_validator(mode="after")
     def _divides(self) -> ReaderTrainingSpec:
         if self.batch_size % self.schemas:
@@ -285,6 +288,10 @@ class ResourceSpec(TrainedSpec):
     second run. The encoder that is kept is trained on all rows."""
     hub: HubSpec | None = None
     """Model repository to upload encoder and export to."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        if self.language_model is not None:
+            yield "llm_model", "language_model says which one it is"
 
 
 class DecoderModelSpec(Spec):

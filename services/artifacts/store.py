@@ -29,7 +29,7 @@ from ethogram.errors import Conflict, EthogramError, IllegalState, InvalidInput,
 from services.artifacts.backends import Backend, LocalBackend, blob_path, disk_is_full
 from services.artifacts.manifest import Manifest, ModelPointer, canonical_json, check_names, check_path, digest
 
-PUBLISHABLE = frozenset({"codec"})
+PUBLISHABLE = frozenset({"codec", "resource-encoder"})
 """Types of artifacts that the inference server can serve."""
 MAX_FILES = 100_000
 OWNER = "owner.json"

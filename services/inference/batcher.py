@@ -207,7 +207,7 @@ class Batcher:
         # Past the handler, so that the traceback no longer keeps the device's tensors alive.
         self._release_memory()
         if rows == 1:
-            raise TooLarge("the device's memory cannot hold even one network now; try again, or use a smaller model")
+            raise TooLarge("the device's memory cannot hold even one row now; try again, or use a smaller model")
         log.warning("the device is out of memory for a batch of %d rows; halving it", rows)
         halves = ((0, rows // 2), (rows // 2, rows))
         return _join([self._compute(function, _rows(arrays, start, end), end - start) for start, end in halves])

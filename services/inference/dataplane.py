@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import Executor
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -47,17 +47,22 @@ class Dataplane(NamedTuple):
         check: Callable[[M], Request],
         method: Callable[..., Arrays],
         answer: Callable[[Arrays, Served[M]], A],
+        *,
+        prepare: Callable[[Served[M]], Awaitable[object]] | None = None,
     ) -> A:
         """The answer to a request of the model that ``reference`` names.
 
         ``check`` reads and checks the request for the model, once. ``method`` computes, called as ``method(model,
-        arrays, **options)`` on the device's thread. ``answer`` makes a message of its result.
+        arrays, **options)`` on the device's thread. ``answer`` makes a message of its result. ``prepare`` is
+        awaited before all of them, e.g. to load what only some calls need.
 
         Raises :class:`InvalidInput` with the field that is wrong, :class:`NotFound` for an unknown model, and
         :class:`TooLarge` for a full queue or an answer of more than ``max_answer_bytes``.
         """
         loop = asyncio.get_running_loop()
         served = await self.repository.get(reference, model_type)
+        if prepare is not None:
+            await prepare(served)
         request = await loop.run_in_executor(self.threads, check, served.model)
         size = len(next(iter(request.arrays.values()))) * request.answer_bytes
         if size > self.max_answer_bytes:

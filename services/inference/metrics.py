@@ -24,12 +24,12 @@ class InferenceMetrics:
         text = "Time that a part of a request waits for the device."
         self._queue = histogram("queue_seconds", text, buckets=_SECONDS)
         self._compute = histogram("compute_seconds", "Time of a batch on the device.", buckets=_SECONDS)
-        self._rows = histogram("batch_rows", "Networks in a batch.", buckets=_ROWS)
-        gauge("pending_rows", "Networks that wait or are computed.").set_function(pending)
+        self._rows = histogram("batch_rows", "Rows in a batch.", buckets=_ROWS)
+        gauge("pending_rows", "Rows that wait or are computed.").set_function(pending)
         gauge("models", "Models in memory.").set_function(models)
 
     def batch(self, waits: Sequence[float], seconds: float, rows: int) -> None:
-        """Count a batch of ``rows`` networks, whose parts waited so long, and which took ``seconds``."""
+        """Count a batch of so many ``rows``, whose parts waited so long, and which took ``seconds``."""
         for wait in waits:
             self._queue.observe(wait)
         self._compute.observe(seconds)

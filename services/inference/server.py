@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ethogram.errors import Conflict
 from ethogram.rpc import CHANNEL_OPTIONS
-from ethogram.v1 import inference_pb2, inference_pb2_grpc
+from ethogram.v1 import embedding_pb2, embedding_pb2_grpc, inference_pb2, inference_pb2_grpc
 from services.artifacts.store import ArtifactStore
 from services.inference.batcher import Batcher
 from services.inference.codec.served import ServedCodec
@@ -25,13 +25,19 @@ from services.inference.dataplane import Dataplane
 from services.inference.interceptor import Boundary
 from services.inference.metrics import InferenceMetrics
 from services.inference.repository import ModelRepository
+from services.inference.resource.served import GROUP, Readers, ServedResource
+from services.inference.resource.servicer import EmbeddingServicer
 from services.inference.settings import InferenceSettings
 from services.runtime import scratch
 from services.runtime.devices import chosen_device
 from services.runtime.exporter import serve_metrics
 
-SERVICES = tuple(service.full_name for service in inference_pb2.DESCRIPTOR.services_by_name.values())
-LOADERS: dict[str, Callable[..., object]] = {"codec": ServedCodec.load}
+SERVICES = tuple(
+    service.full_name
+    for module in (inference_pb2, embedding_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+)
+LOADERS: dict[str, Callable[..., object]] = {"codec": ServedCodec.load, "resource-encoder": ServedResource.load}
 """Functions ``(folder, device=...)`` that load a served model, by type of artifact."""
 THREADS = 2
 """Threads that check requests and build answers."""
@@ -53,9 +59,12 @@ class InferenceServer:
         # Each Python thread has its own setting.
         set_up_thread = partial(torch.set_num_threads, settings.threads)
         self._threads = ThreadPoolExecutor(THREADS, "requests", initializer=set_up_thread)
-        self._metrics = InferenceMetrics(models=lambda: len(self._repository), pending=lambda: self._batcher.pending)
-        self._batcher = Batcher(
-            max_rows=settings.max_batch,
+        self._metrics = InferenceMetrics(
+            models=lambda: len(self._repository),
+            pending=lambda: sum(batcher.pending for batcher in self._batchers),
+        )
+        batcher = partial(
+            Batcher,
             max_wait=settings.max_wait_seconds,
             max_pending_rows=settings.max_pending,
             out_of_memory=OUT_OF_MEMORY,
@@ -63,10 +72,15 @@ class InferenceServer:
             set_up_thread=set_up_thread,
             observe=self._metrics.batch,
         )
+        # The second one has what takes seconds, by language models, so that nothing else waits for it.
+        self._batchers = batcher(max_rows=settings.max_batch), batcher(max_rows=GROUP)
+        store = ArtifactStore(settings.store_url)
+        folder = self._stack.enter_context(scratch.folder(settings.work, "inference"))
+        self._readers = Readers(store, folder, self._device, OUT_OF_MEMORY)
         self._repository = ModelRepository(
-            ArtifactStore(settings.store_url),
+            store,
             {name: partial(load, device=self._device) for name, load in LOADERS.items()},
-            scratch=self._stack.enter_context(scratch.folder(settings.work, "inference")),
+            scratch=folder,
             max_models=settings.max_models,
             max_bytes=settings.max_model_bytes,
             out_of_memory=OUT_OF_MEMORY,
@@ -80,7 +94,8 @@ class InferenceServer:
     async def start(self) -> str:
         """Serve. Returns the address, ``host:port``; raises :class:`Conflict` when the port is taken."""
         limit = self._settings.max_message_bytes
-        dataplane = Dataplane(self._repository, self._batcher, self._threads, limit - 64 * 1024)
+        fast, slow = self._batchers
+        dataplane = Dataplane(self._repository, fast, self._threads, limit - 64 * 1024)
         options = {
             **dict(CHANNEL_OPTIONS),
             "grpc.max_receive_message_length": limit,
@@ -93,6 +108,9 @@ class InferenceServer:
         )
         inference_pb2_grpc.add_CodecServiceServicer_to_server(CodecServicer(dataplane), server)
         inference_pb2_grpc.add_SteeringServiceServicer_to_server(SteeringServicer(dataplane), server)
+        embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(
+            EmbeddingServicer(dataplane, slow, self._readers), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
@@ -109,7 +127,8 @@ class InferenceServer:
         except Conflict:
             self._stack.close()
             raise
-        self._batcher.start()
+        for batcher in self._batchers:
+            batcher.start()
         await server.start()
         self._server = server
         self._refreshing = asyncio.create_task(self._repository.keep_fresh(self._settings.refresh_seconds))
@@ -131,7 +150,8 @@ class InferenceServer:
         await stopping
         self._refreshing.cancel()
         await asyncio.gather(self._refreshing, return_exceptions=True)
-        await self._batcher.stop()
+        for batcher in self._batchers:
+            await batcher.stop()
         await asyncio.to_thread(self._threads.shutdown)
         self._stack.close()
         log.info("stopped")

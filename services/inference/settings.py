@@ -23,15 +23,15 @@ class InferenceSettings(ExporterSettings):
     threads: int = Field(1, ge=1, le=4096)
     """CPU threads of torch. With a small model threads wait for each other longer than they work."""
     max_batch: int = Field(256, ge=1)
-    """Most networks that are computed at a time."""
+    """Most networks or configurations that are computed at a time."""
     max_wait_seconds: float = Field(0.002, ge=0, le=1)
     """How long a request waits for others to share a batch with."""
     max_pending: int = Field(16_384, ge=1)
-    """Most networks that wait or are computed; more are refused with RESOURCE_EXHAUSTED."""
+    """Most networks or configurations that wait or are computed; more are refused with RESOURCE_EXHAUSTED."""
     max_models: int = Field(8, ge=1)
     """Most models in memory; the least recently used leaves first."""
     max_model_bytes: int = Field(8 * 2**30, ge=1)
-    """Most memory of all models together."""
+    """Most memory of all models together, without the language models that describe configurations."""
     max_message_bytes: int = Field(MAX_MESSAGE_BYTES, ge=1024)
     """Largest message in either direction."""
     refresh_seconds: float = Field(2.0, gt=0)

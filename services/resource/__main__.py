@@ -2,41 +2,96 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ethogram.cli.options import assignment, system_app
+from ethogram.cli import output
+from ethogram.cli.files import read_mapping
+from ethogram.cli.options import (
+    Answer,
+    Device,
+    NewFolder,
+    Public,
+    assignment,
+    command,
+    group,
+    hub_spec,
+    new_path,
+    system_app,
+)
 from ethogram.cli.run import Request, flag, run_command
-from ethogram.errors import InvalidInput
+from ethogram.errors import InvalidInput, Violation
 from ethogram.specs.kinds import KINDS
 
+if TYPE_CHECKING:
+    from services.resource.codec import ResourceCodec
+    from services.resource.schema import Schema
+
 _MODULE = "python -m services.resource"
+WANDB_PROJECT = "resource-encoder"
 app = system_app(
     "resource",
     "Turn measured configurations into vectors that a frozen language model reads; no platform is needed.",
     f"{_MODULE} train -o my-run",
+    f"{_MODULE} describe my-run --tool image_classification --set cpu_cores=4 --set latency_ms=unknown",
+    f"{_MODULE} recommend my-run --tool image_classification --set input_size=large --latency 400",
 )
-language = typer.Typer(help="Language models that read vectors.", no_args_is_help=True)
-app.add_typer(language, name="language-model")
+language_models = group("Language models that read vectors.", f"{_MODULE} language-model train -o my-lm")
+app.add_typer(language_models, name="language-model")
+decoders = group(
+    "Decoders from the text of a task to a configuration.", f"{_MODULE} decoder train my-run -o my-decoder"
+)
+app.add_typer(decoders, name="decoder")
 
 Encoder = Annotated[
-    Path, typer.Argument(metavar="ENCODER", help="Folder of an encoder, or of a run that made one.", exists=True)
+    Path,
+    typer.Argument(
+        metavar="ENCODER", help="Folder of an encoder or of the run that made it, or file encoder*.pt.", exists=True
+    ),
 ]
+Tool = Annotated[str, typer.Option("--tool", metavar="NAME", help="The tool.")]
 Values = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Value of a field, e.g. cpu_cores=4, or unknown. Repeatable."),
 ]
-Tool = Annotated[str, typer.Option("--tool", metavar="NAME", help="The tool.")]
+LanguageModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--llm-model",
+        metavar="MODEL",
+        help="The language model, folder or name on the Hub; by default where it was in training.",
+    ),
+]
+Registry = Annotated[
+    Path | None,
+    typer.Option("--tool-registry", metavar="FILE", help="Registry of tools, tools.json.", exists=True, dir_okay=False),
+]
+Profiling = Annotated[
+    Path | None,
+    typer.Option(
+        "--profiling-data",
+        metavar="FILE",
+        help="Table of measurements: CSV, JSON lines or parquet; by default the one of training.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+Dimension = Annotated[
+    str | None, typer.Option("--dimension", metavar="FIELD", help="By default the first measured number.")
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Predict from the raw numbers, too, not from the embedding alone.")]
 
 FLAGS = {
-    "llm_model": flag(str, "--llm-model", help="Causal language model: folder, name on the Hub, or default."),
     "augmentation.copies": flag(int, "--num-augmented-copies", help="Variants of each row per epoch."),
     "augmentation.mode": flag(str, "--augmentation-mode", help="none, jitter, variation or both."),
     "training.batch_size": flag(int, "--batch-size", help="Rows per step."),
     "training.epochs": flag(float, "--num-epochs", help="Most passes over all copies of all rows."),
-    "training.learning_rate": flag(float, "--lr", help="Peak learning rate."),
+    "training.learning_rate": flag(float, "--lr", "--learning-rate", help="Peak learning rate."),
     "training.target_loss": flag(float, "--target-loss", help="Cross-entropy at which training ends."),
     "training.snapshot_epochs": flag(float, "--checkpoint-freq", help="Epochs between snapshots of the encoder."),
 }
@@ -51,34 +106,462 @@ FLAGS = {
     flags=FLAGS,
 )
 def train(
-    tool_registry: Annotated[
-        Path | None, typer.Option("--tool-registry", metavar="FILE", help="Registry of tools, tools.json.", exists=True)
-    ] = None,
+    tool_registry: Registry = None,
     profiling_data: Annotated[
-        Path | None, typer.Option("--profiling-data", metavar="FILE", help="Table of measurements.", exists=True)
+        Path | None,
+        typer.Option(
+            "--profiling-data",
+            metavar="FILE",
+            help="Table of measurements: CSV, JSON lines or parquet; by default the generator's.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
+    llm_model: Annotated[
+        str | None,
+        typer.Option(
+            "--llm-model",
+            metavar="MODEL",
+            help="Causal language model: folder, name on the Hub, or default, a small one that is trained once.",
+        ),
+    ] = None,
+    *,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Compute in bfloat16, wherever it runs.")] = False,
+    log_wandb: Annotated[
+        bool,
+        typer.Option(
+            "--log-wandb",
+            help=f"Log metrics to Weights & Biases, to the project {WANDB_PROJECT} unless the file names one.",
+        ),
+    ] = False,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", "--config", metavar="FILE", help="YAML or JSON file of the spec.")
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            "--output-dir",
+            metavar="DIR",
+            help="Folder of the run: artifacts, report, metrics, checkpoint.",
+        ),
+    ],
 ) -> Request:
     """Train an encoder on a table, by default the generator's, evaluate it on unseen configurations, and export its
     vectors. The same command resumes an interrupted run."""
+    values: dict[str, Any] = {"llm_model": llm_model}
+    if fp16:
+        values["training.precision"] = "bfloat16"
+    if log_wandb and (str(file) == "-" or not read_mapping(file, "spec").get("wandb")):
+        values["wandb.project"] = WANDB_PROJECT
     files = {"tools": tool_registry, "profiling": profiling_data}
-    return Request({name: file for name, file in files.items() if file is not None})
+    return Request({name: path for name, path in files.items() if path is not None}, values)
 
 
-def _codec(folder: Path, device: str = "cpu") -> Any:
-    from services.resource.codec import ResourceCodec
+@command(
+    app,
+    f"{_MODULE} export my-run -o my-export",
+    f"{_MODULE} export --encoder_checkpoint my-run/snapshot-500/encoder_checkpoint_epoch10.pt -o my-export",
+)
+def export(
+    encoder: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="ENCODER", help="Folder of an encoder or of the run that made it, or file encoder*.pt.", exists=True
+        ),
+    ] = None,
+    *,
+    encoder_checkpoint: Annotated[
+        Path | None,
+        typer.Option("--encoder-checkpoint", metavar="FILE", help="Another way to name the encoder.", exists=True),
+    ] = None,
+    tool_registry: Registry = None,
+    profiling_data: Profiling = None,
+    llm_model: Annotated[
+        str | None,
+        typer.Option("--llm-model", metavar="MODEL", help="Check that this is the language model of training."),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            "--output-dir",
+            metavar="DIR",
+            help="Folder to write; it must not exist.",
+            callback=new_path,
+        ),
+    ],
+    device: Device = None,
+) -> Answer:
+    """Write a vector of each configuration, for a classifier head, with what they stand for: config_weights.pt,
+    config_lookup.json, tool_mask_map.json, and the encoder with its snapshots as .pt files."""
+    if (encoder is None) == (encoder_checkpoint is None):
+        raise InvalidInput.field("ENCODER", "name one encoder, as the argument or with --encoder-checkpoint")
+    source = encoder or encoder_checkpoint
+    assert source is not None
+    from services.resource.export import CHECKPOINTS
+    from services.resource.export import export as write
+    from services.resource.sources import language_model_for, table_for
+    from services.runtime.devices import chosen_device
+
+    device = chosen_device(device)
+    with _in_options():
+        codec = _codec(source, device)
+        if llm_model is not None:
+            language_model_for(codec, llm_model, device)
+        written = write(codec, table_for(codec, profiling_data, tool_registry), out, sorted(source.glob(CHECKPOINTS)))
+    output.say(f"export: {out}")
+    return _export_answer(written)
+
+
+@command(app, f"{_MODULE} validate my-export", f"{_MODULE} validate my-run --json")
+def validate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="EXPORT", help="Folder of an export, or of the run that made it.", exists=True)
+    ],
+) -> Answer:
+    """Check that the files of an export are unchanged and fit together, and show what they hold."""
+    from services.resource.export import validate as read
     from services.runtime.folders import artifact_in
 
-    return ResourceCodec.load(artifact_in(folder, "resource-encoder", "ENCODER"), device)
+    found = read(artifact_in(folder, "resource-export", "EXPORT"))
+    output.say("every file is as it was exported")
+    return _export_answer(found)
 
 
-def _values(given: list[str] | None, schema: Any) -> dict[str, Any]:
-    """The values of ``--set``; numbers where the schema has numbers."""
+@command(
+    app,
+    f"{_MODULE} describe my-run --tool image_classification --set cpu_cores=4 --set latency_ms=unknown",
+)
+def describe(
+    encoder: Encoder,
+    tool: Tool,
+    values: Values = None,
+    *,
+    template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Form of the description; by default the schema's first.")
+    ] = None,
+    llm_model: LanguageModelName = None,
+    device: Device = None,
+) -> Answer:
+    """Show what the language model says of the vector of a configuration, and the values that can be read back.
+
+    Fields that are not given are unknown to the encoder."""
+    from services.resource.describe import Describer
+    from services.resource.export import named
+    from services.resource.sources import language_model_for
+    from services.runtime.devices import chosen_device
+
+    device = chosen_device(device)
+    codec = _codec(encoder, device)
+    schema = codec.schema
+    known = {form.name: form for form in schema.templates}
+    form = known.get(template) if template is not None else schema.templates[0]
+    if form is None:
+        raise InvalidInput.field("--template", f"there is no {template!r}; there are {', '.join(known)}")
+    with _in_options():
+        vectors, unknown = codec.vectors([dict.fromkeys(schema.names) | _given(tool, values, schema)], "given")
+        describer = Describer(language_model_for(codec, llm_model, device), schema)
+    (text,) = describer.write(codec.soft(codec.embed(vectors, unknown)).to(describer.device), form)
+    read = form.read(text)
+    (outside,) = codec.outside(vectors, unknown)
+    result = {
+        "text": text,
+        "template": form.name,
+        "values": None if read is None else named(schema, read),
+        "unknown": [name for name, hidden in zip(schema.names, unknown[0].tolist(), strict=True) if hidden],
+        "outside": outside,
+    }
+
+    def show() -> None:
+        # A model that was not trained for it may write anything.
+        output.console().print(output.visible(text))
+        if read is None:
+            output.say(f"this is no description by {form.name}: no values can be read")
+        else:
+            output.pairs(named(schema, read))
+        _say_outside(outside)
+
+    return Answer(result, show)
+
+
+@command(
+    app,
+    f"{_MODULE} predict my-run --tool image_classification --set input_size=large --set cpu_cores=4 "
+    "--set memory_gb=8 --set gpu_sm=40 --set gpu_memory_gb=4 --level .9",
+)
+def predict(
+    encoder: Encoder,
+    tool: Tool,
+    values: Values = None,
+    *,
+    dimension: Dimension = None,
+    level: Annotated[float, typer.Option(help="Probability with which the interval covers the measured number.")] = 0.9,
+    raw: Raw = False,
+    profiling_data: Profiling = None,
+    device: Device = None,
+) -> Answer:
+    """Predict a number of a configuration, by default the latency, from its vector, with an interval.
+
+    Fields that are not given are unknown."""
+    from services.resource.predict import NumberPredictor
+    from services.resource.sources import table_for
+    from services.runtime.devices import chosen_device
+
+    codec = _codec(encoder, chosen_device(device))
+    given = _given(tool, values, codec.schema)
+    with _in_options():
+        table = table_for(codec, profiling_data, partial=True)
+        predictor = NumberPredictor(codec, table, dimension, raw=raw)
+        found = predictor.predict(dict.fromkeys(codec.schema.names) | given, level)
+    unit = codec.schema.dimensions[codec.schema.index(found.dimension)].unit
+
+    def show() -> None:
+        interval = f"{found.low:.4g} to {found.high:.4g}"
+        output.pairs({found.dimension: f"{found.value:.4g} {unit}".strip(), f"interval at {level:g}": interval})
+        _say_outside(found.outside)
+
+    return Answer({**found._asdict(), "level": level, "unit": unit, "measurements": len(table)}, show)
+
+
+@command(
+    app,
+    f"{_MODULE} recommend my-run --tool image_classification --set input_size=large --latency 400 --confidence .9",
+    f"{_MODULE} recommend my-run --tool image_classification --latency 400 --profiling_data measured-so-far.csv",
+)
+def recommend(
+    encoder: Encoder,
+    tool: Tool,
+    values: Values = None,
+    *,
+    bound: Annotated[
+        float, typer.Option("--latency", "--bound", metavar="NUMBER", help="What the measured number must stay below.")
+    ],
+    confidence: Annotated[float, typer.Option(help="Probability with which it must.")] = 0.9,
+    dimension: Dimension = None,
+    raw: Raw = False,
+    profiling_data: Profiling = None,
+    device: Device = None,
+) -> Answer:
+    """Name the cheapest configuration of a tool whose latency stays below a bound; exit code 1 when none does.
+
+    --set fixes fields; the others are free. It chooses among all configurations, of which some have to be measured."""
+    from services.resource.recommend import Recommender
+    from services.resource.sources import table_for
+    from services.runtime.devices import chosen_device
+
+    codec = _codec(encoder, chosen_device(device))
+    given = _given(tool, values, codec.schema)
+    with _in_options():
+        table = table_for(codec, profiling_data, partial=True)
+        recommender = Recommender(codec, table, dimension, raw=raw)
+        found = recommender.recommend(given, bound, confidence)
+    bounded = codec.schema.dimensions[recommender.dimension]
+
+    def number(value: float) -> str:
+        return f"{value:.4g} {bounded.unit}".strip()
+
+    def show() -> None:
+        output.pairs(
+            {
+                **found.configuration,
+                "price": found.price,
+                f"predicted {bounded.name}": number(found.predicted),
+                f"below, at {confidence:g}": number(found.upper),
+            }
+        )
+        if not found.fits:
+            output.say(f"no configuration stays below {number(bound)} at {confidence:g}; this one comes closest")
+
+    named = {"dimension": bounded.name, "bound": bound, "confidence": confidence, "measurements": len(table)}
+    return Answer(found._asdict() | named, show, found.fits)
+
+
+@run_command(
+    decoders,
+    KINDS["decoder"],
+    f"{_MODULE} decoder train my-run -o my-decoder",
+    f"{_MODULE} decoder train my-export --set model.initialization=random -o my-decoder",
+    name="train",
+)
+def train_decoder(
+    export: Annotated[
+        Path, typer.Argument(metavar="EXPORT", help="Folder of an export, or of the run that made it.", exists=True)
+    ],
+) -> Request:
+    """Train a decoder on generated texts of tasks, and evaluate it on others. The same command resumes an interrupted
+    run."""
+    return Request({"export": export})
+
+
+@command(app, f'{_MODULE} decode my-decoder "Image classification for large inputs, with 8 CPU cores"')
+def decode(
+    decoder: Annotated[
+        Path, typer.Argument(metavar="DECODER", help="Folder of a decoder, or of the run that made it.", exists=True)
+    ],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What is to be done, in words.")],
+) -> Answer:
+    """Choose a tool, and one of its configurations, for the text of a task."""
+    from services.resource.decoder.job import load
+    from services.runtime.folders import artifact_in
+
+    model, config = load(artifact_in(decoder, "decoder", "DECODER"))
+    with _in_options():
+        chosen = int(model.choose([text])[1])
+    configuration = config["lookup"][str(chosen)]
+    return Answer({"config_id": chosen, **configuration}, lambda: output.pairs({"config_id": chosen, **configuration}))
+
+
+@run_command(
+    language_models,
+    KINDS["language_model"],
+    f"{_MODULE} language-model train -o my-lm",
+    f"{_MODULE} language-model train --set model.hidden_dim=192 --set training.steps=6000 -o my-lm",
+    name="train",
+)
+def train_language_model() -> Request:
+    """Train a small language model that reads vectors of any schema; `train --llm_model my-lm` uses it. The same
+    command resumes an interrupted run."""
+    return Request()
+
+
+@command(language_models, f"{_MODULE} language-model import SmolLM2-135M.gguf -o my-lm", name="import")
+def import_language_model(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="GGUF file of a causal language model.")],
+    out: NewFolder,
+) -> Answer:
+    """Convert a GGUF file, as llama.cpp has them, to a folder for `train --llm_model`."""
+    from services.language.gguf import import_gguf
+
+    figures = import_gguf(file, out)
+    output.say(f"language model: {out}")
+    return Answer(figures, lambda: output.pairs(figures))
+
+
+@command(app, f"{_MODULE} push my-run me/my-encoder --public", f"{_MODULE} push my-encoder me/my-encoder")
+def push(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of a run, of which encoder and export are uploaded, or of an encoder.",
+            exists=True,
+            file_okay=False,
+        ),
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Model repository, owner/name; created if it does not exist.")
+    ],
+    *,
+    public: Public = False,
+) -> None:
+    """Upload an encoder, with the table it was trained on, and its export to the Hugging Face Hub, with the token in
+    HF_TOKEN."""
+    from services.resource import hub
+    from services.runtime.folders import artifact_in
+
+    export = source / hub.EXPORT
+    encoder = artifact_in(source, "resource-encoder", "RUN")
+    hub.push(encoder, export if export.is_dir() else None, hub_spec(repo, public, "REPO"), "REPO")
+    output.say(f"uploaded {source} to {repo}")
+
+
+@command(app, f"{_MODULE} pull me/my-encoder -o my-encoder")
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Model repository, owner/name.")], *, out: NewFolder
+) -> None:
+    """Download an encoder and its export from the Hugging Face Hub; the folder is used as that of a run is."""
+    from services.resource import hub
+
+    shutil.copytree(hub.pull(repo), out, ignore=shutil.ignore_patterns(".*"))
+    output.say(f"encoder and export: {out}")
+
+
+def _codec(source: Path, device: str) -> ResourceCodec:
+    from services.resource.codec import ResourceCodec
+    from services.resource.export import read_checkpoint
+    from services.runtime.folders import artifact_in
+
+    if source.is_file():
+        return read_checkpoint(source, device, "ENCODER")
+    return ResourceCodec.load(artifact_in(source, "resource-encoder", "ENCODER"), device)
+
+
+def _given(tool: str, values: Sequence[str] | None, schema: Schema) -> dict[str, Any]:
+    """The fields of ``--tool`` and ``--set``; numbers where the schema has numbers."""
+    from services.resource.codec import UNKNOWN
+    from services.resource.schema import TOOL
+
     numbers = {dimension.name for dimension in schema.dimensions if dimension.number}
-    values: dict[str, Any] = {}
-    for text in given or ():
+    given: dict[str, Any] = {TOOL: tool}
+    for text in values or ():
         name, value = assignment("--set", text, "FIELD=VALUE, e.g. cpu_cores=4")
+        if name in given:
+            raise InvalidInput.field(f"--set {name}", "is given twice" if name != TOOL else "use --tool")
         try:
-            values[name] = float(value) if name in numbers and value != "unknown" else value
+            given[name] = float(value) if name in numbers and value != UNKNOWN else value
         except ValueError:
             raise InvalidInput.field(f"--set {name}", f"{value!r} is not a number") from None
-    return values
+    return given
+
+
+@contextmanager
+def _in_options() -> Iterator[None]:
+    """Name the options in errors of the fields that they set."""
+    options = {
+        "given.0.tool": "--tool",
+        "given.tool": "--tool",
+        "given": "--set",
+        "bound": "--latency",
+        "texts.0": "TEXT",
+        **{name: f"--{name.replace('_', '-')}" for name in ("level", "confidence", "dimension")},
+        **{name: f"--{name.replace('_', '-')}" for name in ("llm_model", "profiling_data", "tool_registry")},
+    }
+
+    def option(field: str) -> str:
+        if field in options:
+            return options[field]
+        return f"--set {field.rpartition('.')[2]}" if field.startswith("given.") else field
+
+    try:
+        yield
+    except InvalidInput as error:
+        found = [Violation(option(field), text) for field, text in error.violations]
+        message = error.message
+        for old, new in zip(error.violations, found, strict=True):
+            message = message.replace(f"{old.field}: ", f"{new.field}: ")
+        raise InvalidInput(message, found) from None
+
+
+def _say_outside(names: Sequence[str]) -> None:
+    if names:
+        verb = "is" if len(names) == 1 else "are"
+        output.say(f"{', '.join(names)} {verb} outside the range of training, so this is less certain")
+
+
+def _export_answer(found: Any) -> Answer:
+    """What the files of an export hold."""
+    configs, hidden = found.weights.shape
+    counts = {tool: len(ids) for tool, ids in found.masks.items()}
+    result = {
+        "weights": [configs, hidden],
+        "num_configs": configs,
+        "hidden_dim": hidden,
+        "lookup_entries": len(found.lookup),
+        "tools": counts,
+        "files": found.files,
+        "digest": found.digest,
+    }
+
+    def show() -> None:
+        output.pairs({"weights": f"{configs} x {hidden}", "lookup entries": len(found.lookup), "tools": len(counts)})
+        output.table(["tool", "configurations"], list(counts.items()))
+        output.table(["file", "sha256"], list(found.files.items()))
+
+    return Answer(result, show)
+
+
+if __name__ == "__main__":
+    output.execute(app, _MODULE)

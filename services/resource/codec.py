@@ -110,12 +110,13 @@ class ResourceCodec:
             if column is None:
                 if index == 0 or not (dimension.measured or free):
                     wrong.append(Violation(where, _MISSING))
-            elif free and dimension.measured:
-                wrong.append(Violation(where, "is measured, and cannot be chosen; leave it out"))
             elif {len(column.values), len(column.values if column.unknown is None else column.unknown)} != {rows}:
                 wrong.append(Violation(where, f"must have a value for each of the {rows} rows"))
             else:
                 values[:, index], unknown[:, index], faults = self._column(index, *column)
+                if free and dimension.measured:
+                    chosen = (~unknown[:, index]).nonzero()[0].tolist()
+                    faults |= dict.fromkeys(chosen, "is measured, and cannot be chosen; leave it out")
                 wrong += [Violation(f"{where}.{row}", text) for row, text in faults.items()]
         _raise(wrong)
         return torch.from_numpy(values), torch.from_numpy(unknown)
@@ -167,11 +168,15 @@ class ResourceCodec:
     def outside(self, values: Tensor, unknown: Tensor) -> list[list[str]]:
         """Names of the numbers of each row that are outside the range of training; embeddings of these are less
         exact."""
-        low, high = self._range
         names: list[list[str]] = [[] for _ in values]
-        for row, index in (((values < low) | (values > high)) & ~unknown).nonzero().tolist():
+        for row, index in self.outside_mask(values, unknown).nonzero().tolist():
             names[row].append(self.schema.names[index])
         return names
+
+    def outside_mask(self, values: Tensor, unknown: Tensor) -> Tensor:
+        """Which numbers are outside the range of training, ``[rows, fields]``."""
+        low, high = self._range
+        return ((values < low) | (values > high)) & ~unknown
 
     @torch.no_grad()
     def embed(self, values: Tensor, unknown: Tensor | None = None) -> Tensor:

@@ -36,6 +36,11 @@ class Table:
         return self.values[:, 0].long()
 
     @cached_property
+    def measured_tools(self) -> frozenset[int]:
+        """Indices of the tools that have rows."""
+        return frozenset(self.tools.tolist())
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the schema and the values."""
         return hashlib.sha256(self.schema.digest.encode() + self.values.contiguous().numpy().tobytes()).hexdigest()
@@ -56,11 +61,14 @@ class Table:
         return numbers
 
     def hold_out(self, share: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Rows to train on, and rows of a ``share`` of the configurations, which are in no training row."""
+        """Rows to train on, and rows of a ``share`` of the configurations, but at least of one, which are in no
+        training row. Raises :class:`InvalidInput` for a table of one configuration."""
         count = int(self.configurations.max()) + 1
+        if count < 2:
+            raise InvalidInput.field("spec.held_out", "there is only one configuration; set it to 0")
         order = torch.randperm(count, generator=generator(seed, "held-out"))
         held_out = torch.zeros(count, dtype=torch.bool)
-        held_out[order[: round(share * count)]] = True
+        held_out[order[: min(max(1, round(share * count)), count - 1)]] = True
         mask = held_out[self.configurations]
         return (~mask).nonzero().flatten(), mask.nonzero().flatten()
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +19,14 @@ from ethogram.specs.resource import SchemaSpec
 from services.artifacts.backends import sha256_of
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table
-from services.resource.schema import Schema
+from services.resource.schema import TOOL, Schema
 from services.resource.sources import check_schema
 from services.runtime.reading import first_line, reading
 from services.runtime.tensors import write_tensors
 
 WEIGHTS, TENSORS = "config_weights.pt", "config_weights.safetensors"
 LOOKUP, MASKS, ABOUT = "config_lookup.json", "tool_mask_map.json", "export.json"
-ENCODER = "pretrained_encoder.pt"
+ENCODER, CHECKPOINTS = "pretrained_encoder.pt", "snapshot-*/encoder_checkpoint_epoch*.pt"
 TOOL_NAME = "tool_name"
 """Field of the tool in the lookup."""
 
@@ -41,8 +41,13 @@ class Export(NamedTuple):
     masks: dict[str, list[int]]
     """Ids of the configurations of each tool."""
     schema: Schema
-    digest: str
-    """SHA-256 of all files."""
+    files: dict[str, str]
+    """SHA-256 of each file, by its name."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all files."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoint_name(codec: ResourceCodec) -> str:
@@ -93,20 +98,22 @@ def export(codec: ResourceCodec, table: Table, folder: Path, checkpoints: Sequen
         "encoder": codec.about,
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
-    return Export(weights, lookup, masks, table.schema, _digest(hashes))
+    return Export(weights, lookup, masks, table.schema, hashes)
 
 
-def _digest(hashes: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+def fields(schema: Schema, row: Sequence[float]) -> dict[str, Any]:
+    """A configuration as the lookup has it."""
+    values = named(schema, row)
+    return {TOOL_NAME: values.pop(TOOL), **values}
 
 
-def fields(schema: Schema, row: list[float]) -> dict[str, Any]:
-    """A configuration by names: labels of categories, and counts, which have no unit, as integers."""
-    named: dict[str, Any] = {TOOL_NAME: schema.tools[int(row[0])]}
-    for dimension, value in zip(schema.dimensions[1:], row[1:], strict=True):
-        count = not dimension.unit and value.is_integer()
-        named[dimension.name] = dimension.labels[int(value)] if dimension.labels else int(value) if count else value
-    return named
+def named(schema: Schema, row: Sequence[float]) -> dict[str, Any]:
+    """A vector ``[fields]`` by names: labels of categories, and counts, which have no unit, as integers."""
+    values: dict[str, Any] = {}
+    for dimension, value in zip(schema.dimensions, row, strict=True):
+        count = not dimension.unit and float(value).is_integer()
+        values[dimension.name] = dimension.labels[int(value)] if dimension.labels else int(value) if count else value
+    return values
 
 
 def validate(folder: Path) -> Export:
@@ -117,7 +124,7 @@ def validate(folder: Path) -> Export:
     """
     with reading(folder, ABOUT, "export") as path:
         about = json.loads(path.read_text(encoding="utf-8"))
-        hashes: Mapping[str, str] = about["files"]
+        hashes = {str(name): str(sha256) for name, sha256 in about["files"].items()}
         schema = Schema(SchemaSpec.model_validate(about["schema"]), tuple(about["tools"]))
     for name, sha256 in hashes.items():
         with reading(folder, name, "export") as path:
@@ -128,13 +135,13 @@ def validate(folder: Path) -> Export:
         weights: Tensor = content["weights"]
         if weights.shape != (content["num_configs"], content["hidden_dim"]):
             raise InvalidInput.field(WEIGHTS, f"has weights {list(weights.shape)}, not as its own numbers say")
+        if not bool(weights.isfinite().all()):
+            raise InvalidInput.field(WEIGHTS, "has a weight that is NaN or infinite")
     with reading(folder, TENSORS, "export") as path:
         if not torch.equal(load_file(path)["weights"], weights):
             raise InvalidInput.field(TENSORS, f"has other weights than {WEIGHTS}")
     with reading(folder, LOOKUP, "export") as path:
         lookup: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    if not bool(weights.isfinite().all()):
-        raise InvalidInput.field(WEIGHTS, "has a weight that is NaN or infinite")
     # Repeated measurements may be equal.
     different = len({json.dumps(row) for row in lookup.values()})
     if len(torch.unique(weights, dim=0)) < different:
@@ -148,4 +155,4 @@ def validate(folder: Path) -> Export:
             listed.get(int(index)) != row[TOOL_NAME] for index, row in lookup.items()
         ):
             raise InvalidInput.field(MASKS, f"has not each configuration of {LOOKUP} in the list of its tool alone")
-    return Export(weights, lookup, masks, schema, _digest(hashes))
+    return Export(weights, lookup, masks, schema, hashes)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import ResourceSpec
+from services.artifacts.hub import Repository
 from services.language.models import LanguageModel, load_language_model
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table, read_measurements, read_tools
@@ -19,9 +20,11 @@ from services.resource.describe import Describer
 from services.resource.evaluate import controls, describe_figures, retrieval_figures
 from services.resource.export import export
 from services.resource.generator import write_table
+from services.resource.hub import push
 from services.resource.language_model import default_folder
 from services.resource.report import write_report
 from services.resource.schema import default_schema
+from services.resource.sources import DEFAULT, located
 from services.resource.train import ResourceTrainer
 from services.runtime.devices import uses_bfloat16
 from services.runtime.parallel import ALONE, World
@@ -31,12 +34,15 @@ from services.runtime.training import fit
 
 ALL, UNSEEN = "all", "unseen"
 """Parts of the job: the encoder that is kept, and one of which the figures of unseen configurations are."""
-DEFAULT = "default"
 
 
 def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
-    """Artifacts: ``encoder``, ``export`` and ``report``. Returns the ``figures`` and, by template, field and place of
+    """Artifacts: ``encoder``, ``export`` and ``report``; with ``spec.hub`` encoder and export are uploaded at the end.
+    Returns the ``figures`` and, by template, field and place of
     digits, what they are means of."""
+    if spec.hub is not None and world.first and run.resume is None:
+        # Fail before training, not after it, without a network or permission.
+        Repository(spec.hub, "model").open()
     table = table_of(spec, run)
     language = language_model_of(spec, run)
     describer = Describer(language, table.schema, checkpointing=spec.training.gradient_checkpointing)
@@ -74,6 +80,10 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
                 histories=histories,
             )
             run.artifact("report", "report", Path(scratch, "report"))
+        if spec.hub is not None:
+            again = f"`python -m services.resource push RUN {spec.hub.repo}` tries again"
+            with run.side_output("the upload of the encoder", f"it is kept; {again}"):
+                push(parts.folder / ALL, Path(scratch, "export"), spec.hub)
     return {"figures": figures, "controls": control, "details": details}
 
 
@@ -111,6 +121,8 @@ def table_of(spec: ResourceSpec, run: Run) -> Table:
         return read_measurements(_file(run.inputs["profiling"], "profiling.csv"), schema, tools)
     if spec.table is not None:
         raise InvalidInput.field("spec.profiling", "is missing: a schema of your own needs your own measurements")
+    if spec.tools is not None:
+        raise InvalidInput.field("spec.profiling", "is missing: a registry of your own needs your own measurements")
     with tempfile.TemporaryDirectory() as scratch:
         tools_file, profiling = write_table(Path(scratch), spec.seed)
         return read_measurements(profiling, schema, read_tools(tools_file))
@@ -130,9 +142,13 @@ def _file(source: Path, name: str) -> Path:
 
 def language_model_of(spec: ResourceSpec, run: Run) -> LanguageModel:
     """The language model of a spec. Raises :class:`InvalidInput`."""
+    precision = spec.training.precision
+    dtype = torch.bfloat16 if uses_bfloat16(precision, run.device) else torch.float32
+    # Those that are trained here are small, and stay as they were saved unless the spec says otherwise.
+    own = "auto" if precision == "auto" else dtype
     if spec.language_model is not None:
-        return load_language_model(str(run.inputs["language_model"]), run.device, field="language_model")
+        return load_language_model(str(run.inputs["language_model"]), run.device, own, field="language_model")
     if spec.llm_model == DEFAULT:
-        return load_language_model(str(default_folder(run.device)), run.device)
-    dtype = torch.bfloat16 if uses_bfloat16(spec.training.precision, run.device) else torch.float32
-    return load_language_model(spec.llm_model, run.device, dtype, field="spec.llm_model")
+        return load_language_model(str(default_folder(run.device)), run.device, own)
+    name = located(spec.llm_model, "spec.llm_model")
+    return load_language_model(name, run.device, dtype, field="spec.llm_model")

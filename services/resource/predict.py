@@ -8,14 +8,17 @@ prediction did not use, each left out in turn, so that they cover at the level a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
+from services.resource.codec import UNKNOWN, ResourceCodec
+from services.resource.data import Table
+from services.resource.schema import TOOL, Schema
 from services.runtime.seeds import generator
 
 FEWEST = 10
@@ -140,6 +143,106 @@ def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None 
     gram = kernel(x, x) + ridge * torch.eye(len(x), dtype=x.dtype)
     weights = torch.linalg.solve(gram, target - center)
     return Predictor(mean, deviation, center, x, weights, kernel, residuals.sort().values)
+
+
+def features(codec: ResourceCodec, values: Tensor, unknown: Tensor, *, raw: bool = False) -> Tensor:
+    """What a number is predicted from: embeddings of vectors ``[rows, fields]``, float64 ``[rows, features]``.
+
+    ``raw``: also the known numbers, as logarithms, and an indicator of each known label.
+    """
+    columns = [codec.embed(values, unknown).double()]
+    if raw:
+        for index, dimension in enumerate(codec.schema.dimensions):
+            hidden, column = unknown[:, index : index + 1], values[:, index].masked_fill(unknown[:, index], 0.0)
+            labels = len(dimension.labels)
+            block = nn.functional.one_hot(column.long(), labels).double() if labels else column.log1p().unsqueeze(1)
+            columns.append(block.masked_fill(hidden, 0.0))
+    return torch.cat(columns, 1)
+
+
+class Prediction(NamedTuple):
+    """A predicted number of a configuration."""
+
+    dimension: str
+    value: float
+    low: float
+    high: float
+    """Ends of the interval."""
+    outside: list[str]
+    """Numbers outside the declared range, for which intervals need not hold."""
+
+
+class NumberPredictor:
+    """Predicts one number of configurations from embeddings in which it is unknown, learning from a table."""
+
+    def __init__(
+        self, codec: ResourceCodec, table: Table, dimension: str | None = None, *, raw: bool = False, seed: int = 0
+    ) -> None:
+        """``dimension``: by default the first measured number; ``raw``: use the raw numbers beside the embedding.
+        Raises :class:`InvalidInput` for a dimension that is not a number of the schema."""
+        self.codec, self.table, self.raw, self.seed = codec, table, raw, seed
+        self.dimension = codec.schema.index(dimension) if dimension else measured_number(codec.schema)
+        if not codec.schema.dimensions[self.dimension].number:
+            text = f"{dimension} is a category; numbers alone are predicted"
+            raise InvalidInput.field("dimension", text)
+        self._fitted: dict[tuple[bool, ...], Predictor] = {}
+
+    def predict(self, given: Mapping[str, Any], level: float = 0.9, field: str = "given") -> Prediction:
+        """The number of the configuration with the ``given`` fields, and an interval that covers it with probability
+        ``level``.
+
+        Raises :class:`InvalidInput` for fields that the schema does not have, a tool without measurements, the number
+        itself among the fields, and a level outside (0, 1).
+        """
+        name = self.codec.schema.names[self.dimension]
+        if given.get(name, UNKNOWN) not in (None, UNKNOWN):
+            raise InvalidInput.field(f"{field}.{name}", "is what is predicted; leave it out, or give unknown")
+        values, unknown = self.codec.vectors([{**given, name: UNKNOWN}], field)
+        interval = self.intervals(values, unknown, level, field)
+        value, low, high = (float(each) for each in interval)
+        return Prediction(name, value, low, high, self.codec.outside(values, unknown)[0])
+
+    def intervals(self, values: Tensor, unknown: Tensor, level: float = 0.9, field: str = "rows") -> Interval:
+        """Predictions for vectors ``[rows, fields]``, with intervals at ``level``. Raises :class:`InvalidInput`."""
+        check_measured(self.table, values, field)
+        unknown = unknown.clone()
+        unknown[:, self.dimension] = True
+        patterns, place = torch.unique(unknown, dim=0, return_inverse=True)
+        ends = torch.empty(3, len(values), dtype=torch.float64)
+        for index, pattern in enumerate(patterns):
+            rows = place == index
+            inputs = features(self.codec, values[rows], unknown[rows], raw=self.raw)
+            ends[:, rows] = torch.stack(list(self._predictor(pattern).interval(inputs, level)))
+        return Interval(*ends)
+
+    def _predictor(self, unknown: Tensor) -> Predictor:
+        """The predictor of vectors in which the fields ``unknown`` ``[fields]`` are not known."""
+        key = tuple(unknown.tolist())
+        if key not in self._fitted:
+            values = self.table.values
+            inputs = features(self.codec, values, unknown.expand(len(values), -1), raw=self.raw)
+            self._fitted[key] = fit(inputs, values[:, self.dimension], self.seed, self.table.configurations)
+        return self._fitted[key]
+
+
+def check_measured(table: Table, values: Tensor, field: str) -> None:
+    """Raise :class:`InvalidInput` for a tool of ``values`` ``[rows, fields]`` of which the table has no row."""
+    if absent := [int(tool) for tool in values[:, 0].tolist() if int(tool) not in table.measured_tools]:
+        text = f"there are no measurements of {table.schema.tools[absent[0]]}, and nothing can be predicted without any"
+        raise InvalidInput.field(f"{field}.{TOOL}", text)
+
+
+def measured_fields(schema: Schema) -> Tensor:
+    """Which fields of a vector are measured, ``[fields]``."""
+    return torch.tensor([dimension.measured for dimension in schema.dimensions])
+
+
+def measured_number(schema: Schema) -> int:
+    """Index of the first measured number. Raises :class:`InvalidInput` for a schema without one."""
+    for index, dimension in enumerate(schema.dimensions):
+        if dimension.measured and dimension.number:
+            return index
+    raise InvalidInput.field("dimension", "the schema has no measured number; set `measured` of the one to predict")
 
 
 def _left_out(vectors: Tensor, inverse: Tensor, weights: Tensor, members: Sequence[Tensor]) -> Tensor:

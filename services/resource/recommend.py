@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from services.resource.codec import CHUNK, ResourceCodec
+from services.resource.codec import CHUNK, UNKNOWN, ResourceCodec
 from services.resource.data import Table
 from services.resource.export import fields
-from services.resource.predict import Predictor, fit
+from services.resource.predict import Predictor, check_measured, features, fit, measured_fields, measured_number
 from services.resource.schema import TOOL, Schema
 
 
@@ -66,6 +66,7 @@ class Recommender:
         bounded = self.schema.dimensions[self.dimension]
         if not (bounded.measured and bounded.number):
             raise InvalidInput.field("dimension", f"{bounded.name} is not a measured number, which alone has a bound")
+        self.table, self.measured = table, measured_fields(self.schema)
         numbers = table.values[:, self.dimension]
         self.predictor: Predictor = fit(self.features(table.values), numbers, seed, table.configurations)
         self.candidates = grid(self.schema, table)
@@ -73,12 +74,7 @@ class Recommender:
 
     def features(self, values: Tensor) -> Tensor:
         """Features of vectors ``[rows, fields]`` in which all measured dimensions are unknown, ``[rows, features]``."""
-        unknown = torch.tensor([dimension.measured for dimension in self.schema.dimensions]).expand(len(values), -1)
-        embeddings = self.codec.embed(values, unknown)
-        if not self.raw:
-            return embeddings
-        chosen = [index for index, dimension in enumerate(self.schema.dimensions) if not dimension.measured]
-        return torch.cat([embeddings, values[:, chosen].log1p().float()], 1)
+        return features(self.codec, values, self.measured.expand(len(values), -1), raw=self.raw)
 
     def recommend(
         self, given: Mapping[str, Any], bound: float, confidence: float = 0.9, field: str = "given"
@@ -91,6 +87,9 @@ class Recommender:
         """
         if TOOL not in given:
             raise InvalidInput.field(f"{field}.{TOOL}", "is missing")
+        for dimension in self.schema.dimensions:
+            if dimension.measured and given.get(dimension.name, UNKNOWN) not in (None, UNKNOWN):
+                raise InvalidInput.field(f"{field}.{dimension.name}", "is measured, and cannot be chosen; leave it out")
         values, unknown = self.codec.vectors([{**dict.fromkeys(self.schema.names), **given}], field)
         choice = self.choose(values[0], unknown[0], bound, confidence, field)
         named = fields(self.schema, choice.values.tolist())
@@ -105,18 +104,30 @@ class Recommender:
         """:meth:`recommend` for a vector ``[fields]`` in which fields that are free are unknown."""
         if not 0 < bound < math.inf:
             raise InvalidInput.field("bound", f"must be a number above 0, not {bound:g}")
+        check_measured(self.table, values.unsqueeze(0), field)
         options = self._of_tool(int(values[0]))
-        wanted = ~unknown & ~torch.tensor([dimension.measured for dimension in self.schema.dimensions])
+        wanted = ~unknown & ~self.measured
         rows = (options.values[:, wanted] == values[wanted]).all(1).nonzero().flatten()
         if not len(rows):
-            raise InvalidInput.field(field, "no configuration of the table's grid has these values")
+            raise self._absent(values, wanted, options.values, field)
         upper = self.predictor.upper_of(options.predicted[rows], confidence, "confidence")
         fits = upper <= bound
         score = torch.where(fits, options.prices[rows], torch.inf) if bool(fits.any()) else upper
-        best = int(score.argmin())
+        # Of several the one with the lowest bound.
+        best = int(torch.where(score == score.min(), upper, torch.inf).argmin())
         row = rows[best]
         predicted = float(options.predicted[row].expm1())
         return Choice(options.values[row], float(options.prices[row]), predicted, float(upper[best]), bool(fits[best]))
+
+    def _absent(self, values: Tensor, wanted: Tensor, options: Tensor, field: str) -> InvalidInput:
+        """The error for a vector of which no configuration has the ``wanted`` fields."""
+        for index in wanted.nonzero().flatten().tolist():
+            if values[index] not in options[:, index]:
+                dimension = self.schema.dimensions[index]
+                levels = ", ".join(f"{level:g}" for level in torch.unique(options[:, index]).tolist())
+                text = f"no configuration has {values[index]:g}; there are {levels}"
+                return InvalidInput.field(f"{field}.{dimension.name}", text)
+        return InvalidInput.field(field, "no configuration of the table has these values together")
 
     def _of_tool(self, tool: int) -> Options:
         """The configurations of a tool, predicted once."""
@@ -126,14 +137,6 @@ class Recommender:
             prices = values @ torch.tensor([each.price for each in self.schema.dimensions], dtype=torch.float64)
             self._options[tool] = Options(values, torch.cat(predicted), prices)
         return self._options[tool]
-
-
-def measured_number(schema: Schema) -> int:
-    """Index of the first measured number. Raises :class:`InvalidInput` for a schema without one."""
-    for index, dimension in enumerate(schema.dimensions):
-        if dimension.measured and dimension.number:
-            return index
-    raise InvalidInput.field("dimension", "the schema has no measured number; set `measured` of the one to predict")
 
 
 def grid(schema: Schema, table: Table) -> Tensor:
@@ -150,8 +153,7 @@ def grid(schema: Schema, table: Table) -> Tensor:
             options.append([float(label) for label in range(len(dimension.labels))])
         count *= len(options[-1])
     if count > MOST_CONFIGURATIONS:
-        measured = torch.tensor([dimension.measured for dimension in schema.dimensions])
-        rows: Tensor = torch.unique(table.values.masked_fill(measured, 0.0), dim=0)
+        rows: Tensor = torch.unique(table.values.masked_fill(measured_fields(schema), 0.0), dim=0)
         return rows
     return torch.tensor(list(itertools.product(*options)), dtype=torch.float64)
 

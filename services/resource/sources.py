@@ -4,40 +4,55 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel, load_language_model
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table, read_measurements, read_tools
 from services.resource.language_model import default_folder
 from services.resource.schema import Schema
+from services.runtime.cache import cache_folder
+from services.runtime.folders import artifact_in
 
 DEFAULT = "default"
 
 
+def located(name: str, field: str = "llm_model") -> str:
+    """``name`` of a language model, or its folder where ``name`` is the folder of the run that made it. Raises
+    :class:`InvalidInput` of ``field``."""
+    return str(artifact_in(Path(name), "language-model", field)) if Path(name).exists() else name
+
+
 def language_model_for(
-    codec: ResourceCodec, name: str | None = None, device: str = "cpu", field: str = "llm_model"
+    codec: ResourceCodec, name: str | None = None, device: str = "cpu", field: str = "llm_model", *, make: bool = True
 ) -> LanguageModel:
     """The language model that ``codec`` was trained with, on ``device``; ``name``: its folder or name on the Hub, by
-    default where it was then. The default one is trained first where the cache does not have it.
+    default where it was then. ``make``: train the default one where the cache does not have it.
 
     Raises :class:`InvalidInput` of ``field`` for a model that is not there, and for another one, or one with another
     tokenizer.
     """
-    trained = str(codec.about.get("language_model", ""))
-    default = codec.spec.llm_model == DEFAULT and codec.spec.language_model is None
-    if name == DEFAULT or (name is None and default):
-        name = str(default_folder(device))
-    name = name or trained
-    if name == trained and Path(name).is_absolute() and not Path(name).exists():
-        text = f"{name}, the language model that the encoder was trained with, is no longer there; name its folder"
-        raise InvalidInput.field(field, text)
+    trained = Path(str(codec.about.get("language_model", "")))
+    name = located(name, field) if name and name != DEFAULT else _where(codec, trained, device, field, make)
     # The digest is that of the weights in this precision.
-    dtype = getattr(torch, str(codec.about.get("language_model_dtype", "float32")))
+    dtype = str(codec.about.get("language_model_dtype", "auto"))
     language = load_language_model(name, device, dtype, field=field)
     check_language_model(codec, language, field)
     return language
+
+
+def _where(codec: ResourceCodec, trained: Path, device: str, field: str, make: bool) -> str:
+    """Where the language model is that was at ``trained`` in training."""
+    if trained.exists() or not trained.is_absolute():
+        return str(trained)
+    if codec.spec.llm_model == DEFAULT and codec.spec.language_model is None:
+        # Caches differ from machine to machine; the name in them does not.
+        kept = cache_folder(f"language-models/{trained.parent.name}") / trained.name
+        if kept.exists() or make:
+            return str(kept if kept.exists() else default_folder(device))
+        advice = "`python -m services.resource describe` on this machine trains it again"
+        raise InvalidInput.field(field, f"the default language model is not in the cache, {kept.parent}; {advice}")
+    text = f"{trained}, the language model that the encoder was trained with, is no longer there; name its folder"
+    raise InvalidInput.field(field, text)
 
 
 def check_language_model(codec: ResourceCodec, language: LanguageModel, field: str = "llm_model") -> None:

@@ -7,48 +7,19 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ethogram.cli.main import run
 from ethogram.cli.output import pairs
 from ethogram.client import Client
 from ethogram.errors import InvalidInput
 from ethogram.platform.stack import Platform, free_port
+from tests.client.conftest import Cli
 
 IDLE = ("--queue", "nobody")
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Cli = Callable[..., Answer]
-
-
-@pytest.fixture
-def cli(platform: Platform, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    monkeypatch.setenv("ETHOGRAM_URL", platform.url)
-
-    def call(*arguments: str) -> Answer:
-        with pytest.raises(SystemExit) as left:
-            run(list(arguments))
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Answer(left.value.code if isinstance(left.value.code, int) else 1, out, err)
-
-    return call
 
 
 def write(folder: Path, text: str) -> str:
@@ -290,6 +261,7 @@ def test_no_platform_is_exit_code_1_and_says_what_to_do(
     "command",
     [
         *("up", "demo", "doctor", "run", "submit", "pipeline", "kinds", "encode", "steer", "decode", "evaluate"),
+        *("embed", "describe", "recommend"),
         *(f"jobs {name}" for name in ("list", "get", "watch", "logs", "cancel", "retry")),
         *(f"artifacts {name}" for name in ("put", "ls", "get")),
         *(f"models {name}" for name in ("publish", "ls", "get", "behaviors")),

@@ -44,10 +44,11 @@ TRIED: dict[str, tuple[list[str], str, dict[str, Any]]] = {
 }
 
 
-def named() -> list[str]:
-    """Options in the first column of the rows that are done."""
-    rows = [line.strip("|").split("|") for line in PAGE.read_text().splitlines() if line.startswith("|")]
-    return [name for row in rows if row[-1].strip() == "done" for name in re.findall(r"`(--[a-z_]+)`", row[0])]
+def named(section: str = "Cross-layer transcoders") -> list[str]:
+    """Options in the first column of the rows that are done, in a section of the page."""
+    lines = PAGE.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0].splitlines()
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    return [name for row in rows if row[-1].strip() == "done" for name in re.findall(r"`(--[a-z0-9_]+)`", row[0])]
 
 
 @pytest.fixture(scope="module")

@@ -38,14 +38,35 @@ from services.clt.sparse.sweep import run_specs
 from services.clt.sparse.train import SparseTrainer, train
 from services.crossmodal.train import CodecTrainer
 from services.generation.buckets import BucketTrainer
+from services.language.models import load_language_model
+from services.resource import language_model
+from services.resource.decoder.job import evaluate as evaluate_decoder
+from services.resource.decoder.tasks import TaskTexts
+from services.resource.decoder.train import DecoderTrainer
+from services.resource.describe import Describer
+from services.resource.export import export, validate
+from services.resource.job import language_model_of, table_of
+from services.resource.language_model import LanguageModelTrainer
+from services.resource.train import ResourceTrainer
 from services.runtime.run import warn
 from services.runtime.seeds import generator
 from services.runtime.training import Trainer, fit
 from services.zoo.dataset import Zoo
 from services.zoo.pools import Evaluation, Pools
 from services.zoo.universe import Universe
+from tests.conftest import Once
 from tests.golden.compute import ARTIFACTS
 from tests.recorder import Recorder
+from tests.resource.conftest import SCHEMA as RESOURCE_SCHEMA
+from tests.resource.conftest import (
+    small_table,
+    small_trainer,
+    tiny_decoder_spec,
+    tiny_reader_spec,
+    write_language_model,
+    write_tables,
+)
+from tests.resource.conftest import tiny_spec as tiny_resource_spec
 from tests.tiny_models import TEXTS, save_model
 
 REF = {"artifact": "x"}
@@ -82,6 +103,12 @@ STAGED = {
     **{"examples": 64, "batch_size": 32, "epochs": 6, "improvement_epochs": 6, "patience": 1, "learning_rate": 0.1},
     **{"min_degradation_threshold": 0.0, "max_instability": 1.0, "max_other_degradation": 1.0, "min_specificity": -1.0},
 }
+
+RESOURCE = tiny_resource_spec(
+    **{"tools": REF, "profiling": REF, "llm_model": "tiny"},
+    training={"steps": 6, "validate_every": 3, "target_loss": 100.0},
+).model_dump(mode="json")
+TABLES = {"tools": "tables", "profiling": "tables"}
 
 
 def sparse(**sections: Any) -> dict[str, Any]:
@@ -204,6 +231,25 @@ BASES: list[tuple[str, str, dict[str, Any], dict[str, str]]] = [
         {"signature.baseline": "zoo"},
     ),
     ("staged", "generation", {**ZOO, "subjects": 4, "staged": STAGED, "format": {"style": "interwoven"}}, {}),
+    (
+        "tiny",
+        "language_model",
+        tiny_reader_spec(training={"copying": 1, "steps": 2, "validate_every": 3}).model_dump(mode="json"),
+        {},
+    ),
+    ("attention", "resource", RESOURCE, TABLES),
+    (
+        "sum",
+        "resource",
+        {**RESOURCE, "encoder": {"fusion": "sum", "numbers": "xval"}, "augmentation": {"mode": "none", "mask": 0.0}},
+        TABLES,
+    ),
+    (
+        "heads",
+        "decoder",
+        tiny_decoder_spec(model={"heads": 4}, training={"steps": 4, "validation": 64}).model_dump(mode="json"),
+        {"export": "export"},
+    ),
 ]
 
 ONLY = {
@@ -224,6 +270,7 @@ ONLY = {
     "signatures": ("signature.", "counterfactual", "training."),
     "baseline": ("signature.",),
     "staged": ("staged.", "format", "min_accuracy"),
+    "sum": ("encoder.", "augmentation."),
 }
 """Fields that are tried with a base, where others have the same neighbours as in another base."""
 GRID_K = {"option": "model.k", "values": ["2", "3"]}
@@ -242,6 +289,10 @@ EXEMPT = {
     "codec.canonicalize": "None is one of the two, by the zoo",
     "language_model.model": "another model: tested in tests/clt/test_activations_language.py",
     "language_model.config": "of datasets on the Hub",
+    "language_model.fields": "random schemas have as many once the model has learned of fewer",
+    "resource.llm_model": "another model: tested in tests/resource/test_job.py",
+    "table.repeated": "refuses what is there twice: tested in tests/resource/test_data.py",
+    "training.gradient_checkpointing": "the same gradients in less memory",
 }
 """Fields that are not tried, or of one kind alone, and why."""
 
@@ -292,7 +343,6 @@ VALUES: dict[str, list[Any]] = {
     "language_model.split": ["test"],
     "language_model.column": ["body"],
     "policy": [],
-    "language_model": [],
     "activations": [],
     "zoo": [],
     "cities": [],
@@ -332,6 +382,13 @@ VALUES: dict[str, list[Any]] = {
     "staged.max_other_degradation": [0.0],
     "format": [{"style": "separate"}],
     "format.digits": [2],
+    "language_model": [],
+    "table.dimensions": [[*RESOURCE_SCHEMA["dimensions"][:2], {**RESOURCE_SCHEMA["dimensions"][2], "high": 5000}]],
+    "table.templates": [RESOURCE_SCHEMA["templates"][::-1]],
+    "training.target_loss": [1e-3],
+    "training.target_exact_match": [0.5],
+    "training.target_accuracy": [1e-9],
+    "augmentation.copies": [3],
 }
 
 
@@ -461,7 +518,29 @@ def of_generation(spec: Any, run: Recorder, folder: Path) -> Any:
     return [block.table.to_pylist(), block.causes]
 
 
+def of_language_model(spec: Any, run: Recorder, folder: Path) -> Any:
+    trainer = LanguageModelTrainer(spec)
+    return [*trained(trainer, run), digest(trainer.state())]
+
+
+def of_resource(spec: Any, run: Recorder, folder: Path) -> Any:
+    table = table_of(spec, run)
+    describer = Describer(language_model_of(spec, run), table.schema)
+    trainer = ResourceTrainer(spec, table, table.hold_out(spec.held_out, spec.seed)[0], describer)
+    return [*trained(trainer, run), digest(trainer.state())]
+
+
+def of_decoder(spec: Any, run: Recorder, folder: Path) -> Any:
+    made = validate(run.inputs["export"])
+    trainer = DecoderTrainer(spec, made, TaskTexts(made))
+    found = [*trained(trainer, run), digest(trainer.state()), *evaluate_decoder(trainer, spec.evaluation)]
+    return [*found, [row["validation_loss"] for row in trainer.progress.history]]
+
+
 OUTCOMES: dict[str, Callable[[Any, Recorder, Path], Any]] = {
+    "language_model": of_language_model,
+    "resource": of_resource,
+    "decoder": of_decoder,
     "sae": of_sparse,
     "clt": of_sparse,
     "sweep": of_sweep,
@@ -473,15 +552,19 @@ OUTCOMES: dict[str, Callable[[Any, Recorder, Path], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def places(tmp_path_factory: pytest.TempPathFactory, once: Once) -> dict[str, Path]:
     """Folders of inputs by name."""
     folder = tmp_path_factory.mktemp("inputs")
+    tables, language = once("resource-tables", write_tables), once("resource-language-model", write_language_model)
+    table = small_table(tables)
+    export(small_trainer(table, load_language_model(str(language))).codec(), table, folder / "export")
     found = {path.name: path for path in ARTIFACTS.iterdir() if path.is_dir()}
     (folder / "cities").mkdir()
     np.save(folder / "cities" / "mine.npy", instances(40, 6, generator(0, "mine")).numpy())
     for name, texts in (("texts", TEXTS), ("other texts", TEXTS[::-1])):
         rows = [json.dumps({"text": text, "body": " ".join(text.split()[1:])}) for text in texts]
         (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    found |= {"tables": tables, "language model": language, "export": folder / "export"}
     return found | {"cities": folder / "cities", "gpt2": save_model(folder / "gpt2", "gpt2"), "inputs": folder}
 
 
@@ -506,6 +589,7 @@ def pools() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for made in (Pools, Evaluation):
             patch.setattr(made, "build", cached(made.build))
+        patch.setattr(language_model, "_CORPUS", 10)
         yield
 
 
@@ -519,7 +603,9 @@ def test_a_field_has_an_effect_or_is_refused_or_warned_of(
     def found(fields: dict[str, Any], number: int) -> tuple[list[str], list[str], str]:
         """What is said of the fields, what the job logs, and the outcome."""
         said = KINDS[kind].spec.model_validate(fields).warnings()
-        if language := fields.get("language_model"):
+        if "llm_model" in fields:
+            fields = fields | {"llm_model": str(places["language model"])}
+        elif language := fields.get("language_model"):
             here = {"model": str(places["gpt2"]), "dataset": str(places["inputs"] / f"{language['dataset']}.jsonl")}
             fields = fields | {"language_model": language | here}
         run = Recorder(tmp_path / str(number), inputs=folders)
@@ -579,6 +665,18 @@ SPARSE = {"activations": REF, **PAIR}
         ("crossmodal", {"zoo": REF, "codec": {"heads": 4}}, ["codec.heads"]),
         ("crossmodal", {"zoo": REF, "loss": {"gamma": 0.0, "temperature": 1.0}}, ["loss.temperature"]),
         ("generation", {"signature": {"bins": 4, "components": 2}}, ["signature.components", "signature.bins"]),
+        ("language_model", {"training": {"precision": "bfloat16"}}, ["training.precision"]),
+        ("resource", {"language_model": REF, "llm_model": "gpt2"}, ["llm_model"]),
+        ("resource", {"augmentation": {"mode": "none", "share": 0.1}}, ["augmentation.share"]),
+        ("resource", {"encoder": {"fusion": "sum", "heads": 4}}, ["encoder.heads"]),
+        ("resource", {"encoder": {"numbers": "xval", "hidden_dim": 4}}, ["encoder.hidden_dim"]),
+        ("resource", {"training": {"epochs": 1.0, "steps": 5}}, ["training.steps"]),
+        ("resource", {"training": {"retrieval": 0, "temperature": 1.0}}, ["training.temperature"]),
+        (
+            "resource",
+            {"training": {"target_loss": 0, "target_exact_match": 0.9}},
+            ["training.target_exact_match"],
+        ),
     ],
 )
 def test_what_has_no_effect_is_refused_by_name(kind: str, fields: dict[str, Any], ignored: list[str]) -> None:
@@ -631,11 +729,19 @@ def test_a_training_that_is_too_short_says_for_what() -> None:
     assert warned == ["spec.loss.auxk", "spec.training.revive_every", "no snapshot is taken"]
 
 
+def kind_of(fields: Mapping[str, Any]) -> str:
+    """The kind of a spec in a file, by a field that it alone has."""
+    return next(
+        (kind for field, kind in (("codec", "crossmodal"), ("augmentation", "resource")) if field in fields),
+        "generation",
+    )
+
+
 def test_examples_have_no_field_without_effect() -> None:
     specs: list[tuple[Kind, Mapping[str, Any]]] = [(kind, kind.example) for kind in KINDS.values()]
     for file in Path("examples").glob("*.yaml"):
         fields = read_mapping(file, "file")
-        jobs = fields.get("jobs", {"x": {"kind": "crossmodal" if "codec" in fields else "generation", "spec": fields}})
+        jobs = fields.get("jobs", {"x": {"kind": kind_of(fields), "spec": fields}})
         specs += [
             (KINDS[job["kind"]], {"zoo": REF, **job["spec"]} if job["kind"] == "crossmodal" else job["spec"])
             for job in jobs.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from services.crossmodal.train import train
 from services.generation.pipeline import generate
 from services.inference.server import InferenceServer
 from services.inference.settings import InferenceSettings
+from services.resource.codec import ResourceCodec
 from services.zoo.dataset import Zoo
 from services.zoo.subjects import Architecture, Params, select
 
@@ -105,14 +106,17 @@ Publish = Callable[..., str]
 
 @pytest.fixture
 def publish(tmp_path: Path) -> Publish:
-    """Puts a codec into the store and publishes it; its artifact's id."""
+    """Puts a codec, or an encoder of configurations, into the store and publishes it; its artifact's id."""
     store, count = ArtifactStore(str(tmp_path / "state" / "store")), 0
 
-    def put(codec: Codec, name: str = "tiny", version: str | None = None) -> str:
+    def put(
+        codec: Codec | ResourceCodec, name: str = "tiny", version: str | None = None, parents: Sequence[str] = ()
+    ) -> str:
         nonlocal count
         count += 1
         codec.save(tmp_path / f"bundle-{count}")
-        artifact, _ = store.put(tmp_path / f"bundle-{count}", name="codec", type="codec")
+        kind = "codec" if isinstance(codec, Codec) else "resource-encoder"
+        artifact, _ = store.put(tmp_path / f"bundle-{count}", name=kind, type=kind, parents=parents)
         store.publish("default", name, artifact, version)
         return artifact
 

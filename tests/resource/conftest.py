@@ -61,7 +61,7 @@ def write_registry(file: Path, names: Any = TOOLS) -> Path:
 
 def write_language_model(folder: Path, hidden: int = 16, context: int = 512) -> Path:
     """A model with random weights that reads and writes text byte by byte."""
-    vocabulary = {symbol: index for index, symbol in enumerate(["<end>", *pre_tokenizers.ByteLevel.alphabet()])}
+    vocabulary = {symbol: index for index, symbol in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 from ethogram.errors import InvalidInput
 from ethogram.v1 import inference_pb2 as pb
@@ -15,7 +13,7 @@ from services.inference.codec.served import LATENTS, ServedCodec
 from services.inference.dataplane import Dataplane, Request
 from services.inference.messages import reference, required
 from services.inference.repository import Served
-from services.inference.streams import in_order
+from services.inference.servicer import Servicer, calls, model_of
 
 EFFECT = (LATENTS, "strength", "had", "predicted", "recall", "false_positive_rate", "target", "local", "kept")
 
@@ -23,7 +21,7 @@ EFFECT = (LATENTS, "strength", "had", "predicted", "recall", "false_positive_rat
 async def _list_behaviors(dataplane: Dataplane, request: pb.ListBehaviorsRequest) -> pb.ListBehaviorsResponse:
     served = await dataplane.repository.get(reference(request.model), ServedCodec)
     behaviors = [pb.Behavior(**behavior._asdict()) for behavior in served.model.behaviors]
-    return pb.ListBehaviorsResponse(behaviors=behaviors, model=_model(served))
+    return pb.ListBehaviorsResponse(behaviors=behaviors, model=model_of(served))
 
 
 async def _encode(dataplane: Dataplane, request: pb.EncodeRequest) -> pb.EncodeResponse:
@@ -44,7 +42,7 @@ async def _encode(dataplane: Dataplane, request: pb.EncodeRequest) -> pb.EncodeR
             raise InvalidInput.field("input", "missing; set networks or signatures")
 
     def answer(arrays: Arrays, served: Served[ServedCodec]) -> pb.EncodeResponse:
-        return pb.EncodeResponse(latents=to_tensor(arrays[LATENTS]), model=_model(served))
+        return pb.EncodeResponse(latents=to_tensor(arrays[LATENTS]), model=model_of(served))
 
     return await dataplane.run(model, ServedCodec, check, method, answer)
 
@@ -56,7 +54,7 @@ async def _decode(dataplane: Dataplane, request: pb.DecodeRequest) -> pb.DecodeR
         return codec.check_latents(from_tensor(latents, "latents"), tuple(shape.hidden), shape.activation or None)
 
     def answer(arrays: Arrays, served: Served[ServedCodec]) -> pb.DecodeResponse:
-        return pb.DecodeResponse(networks=_networks(arrays), model=_model(served))
+        return pb.DecodeResponse(networks=_networks(arrays), model=model_of(served))
 
     return await dataplane.run(reference(request.model), ServedCodec, check, ServedCodec.decode, answer)
 
@@ -64,7 +62,7 @@ async def _decode(dataplane: Dataplane, request: pb.DecodeRequest) -> pb.DecodeR
 async def _steer(dataplane: Dataplane, request: pb.SteerRequest) -> pb.SteerResponse:
     def answer(arrays: Arrays, served: Served[ServedCodec]) -> pb.SteerResponse:
         latents = to_tensor(arrays.pop(LATENTS))
-        return pb.SteerResponse(networks=_networks(arrays), latents=latents, model=_model(served))
+        return pb.SteerResponse(networks=_networks(arrays), latents=latents, model=model_of(served))
 
     model, check = reference(request.model), _network_check(request, steers=True)
     return await dataplane.run(model, ServedCodec, check, ServedCodec.steer, answer)
@@ -84,7 +82,7 @@ async def _evaluate(dataplane: Dataplane, request: pb.EvaluateRequest) -> pb.Eva
             behaviors=[behavior.name for behavior in served.model.behaviors],
             recall=to_tensor(recall),
             false_positive_rate=to_tensor(rate),
-            model=_model(served),
+            model=model_of(served),
             effect=effect,
         )
 
@@ -93,37 +91,19 @@ async def _evaluate(dataplane: Dataplane, request: pb.EvaluateRequest) -> pb.Eva
     return await dataplane.run(model, ServedCodec, check, method, answer)
 
 
-def _calls(method: Callable[[Dataplane, Any], Awaitable[Any]]) -> tuple[Any, Any]:
-    """The unary and the streaming RPC that answer each request by ``method``."""
-
-    async def unary(servicer: _Servicer, request: Any, context: object) -> Any:
-        return await method(servicer._dataplane, request)
-
-    def stream(servicer: _Servicer, request_iterator: Any, context: object) -> Any:
-        # The sender of a stream is held back while the queue is full.
-        return in_order(request_iterator, partial(method, servicer._dataplane._replace(wait_for_room=True)))
-
-    return unary, stream
-
-
-class _Servicer:
-    def __init__(self, dataplane: Dataplane) -> None:
-        self._dataplane = dataplane
-
-
-class CodecServicer(_Servicer, inference_pb2_grpc.CodecServiceServicer):
+class CodecServicer(Servicer, inference_pb2_grpc.CodecServiceServicer):
     """Encode and Decode, as single calls and as streams."""
 
-    Encode, EncodeStream = _calls(_encode)
-    Decode, DecodeStream = _calls(_decode)
+    Encode, EncodeStream = calls(_encode)
+    Decode, DecodeStream = calls(_decode)
 
 
-class SteeringServicer(_Servicer, inference_pb2_grpc.SteeringServiceServicer):
+class SteeringServicer(Servicer, inference_pb2_grpc.SteeringServiceServicer):
     """ListBehaviors; Steer and Evaluate, as single calls and as streams."""
 
-    ListBehaviors = _calls(_list_behaviors)[0]
-    Steer, SteerStream = _calls(_steer)
-    Evaluate, EvaluateStream = _calls(_evaluate)
+    ListBehaviors = calls(_list_behaviors)[0]
+    Steer, SteerStream = calls(_steer)
+    Evaluate, EvaluateStream = calls(_evaluate)
 
 
 def _network_check(request: pb.SteerRequest | pb.EvaluateRequest, *, steers: bool) -> Callable[[ServedCodec], Request]:
@@ -131,11 +111,6 @@ def _network_check(request: pb.SteerRequest | pb.EvaluateRequest, *, steers: boo
     networks: pb.Networks = required(request, "networks")
     steering = steering_of(request) if steers else None
     return lambda codec: codec.check_networks(*_read(networks), steering)
-
-
-def _model(served: Served[ServedCodec]) -> pb.ModelRef:
-    pointer = served.pointer
-    return pb.ModelRef(name=pointer.name, version=pointer.version, tenant=pointer.tenant)
 
 
 def _read(networks: pb.Networks) -> tuple[Arrays, str | None]:

@@ -11,11 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ethogram.errors import InvalidInput
 from ethogram.specs.resource import DecoderModelSpec
 
 VOCABULARY = 4096
 """Rows of the embedding of words; words are hashed into them."""
 PAD = 0
+LONGEST = 512
+"""Words, digits and marks of a text at most."""
 
 
 @lru_cache(maxsize=65_536)
@@ -24,9 +27,16 @@ def _token(word: str) -> int:
 
 
 def tokenize(texts: Sequence[str]) -> Tensor:
-    """Hashed words, digits and marks of each text, ``[batch, length]``, padded with 0."""
+    """Hashed words, digits and marks of each text, ``[batch, length]``, padded with 0. Raises :class:`InvalidInput` for
+    a text of none, or of more than :data:`LONGEST`."""
     rows = [[_token(word) for word in re.findall(r"[^\W\d]+|\d|[^\w\s]", text.lower())] for text in texts]
-    length = max((len(row) for row in rows), default=1) or 1
+    for number, row in enumerate(rows):
+        if not row:
+            raise InvalidInput.field(f"texts.{number}", "has no words")
+        if len(row) > LONGEST:
+            text = f"has {len(row)} words, digits and marks; at most {LONGEST} are read"
+            raise InvalidInput.field(f"texts.{number}", text)
+    length = max((len(row) for row in rows), default=1)
     return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
 
 
@@ -59,7 +69,7 @@ class HierarchicalDecoder(nn.Module):
         self.tool_head = nn.Linear(width, int(tools.max()) + 1)
         self.query = nn.Linear(width, size)
         self.config_head = nn.Linear(size, count)
-        self.position = nn.Parameter(torch.zeros(512, width))
+        self.position = nn.Parameter(torch.zeros(LONGEST, width))
         self.register_buffer("mask", nn.functional.one_hot(tools).bool().T.contiguous())
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:

@@ -13,6 +13,7 @@ from services.resource.decoder.model import HierarchicalDecoder, tokenize
 from services.resource.decoder.tasks import TaskTexts
 from services.resource.export import Export
 from services.runtime import checkpoints
+from services.runtime.devices import uses_bfloat16
 from services.runtime.parallel import ALONE, World
 from services.runtime.seeds import generator
 from services.runtime.training import Optimization, Progress, Trainer, cosine
@@ -31,6 +32,7 @@ class DecoderTrainer(Trainer):
         self.step, self.progress = 0, Progress()
         self.steps, self.validate_every = spec.training.steps, spec.training.validate_every
         self.digest = export.digest
+        self.bfloat16 = uses_bfloat16(spec.training.precision, device)
         self.tools = torch.empty(len(export.weights), dtype=torch.long)
         for index, ids in enumerate(export.masks.values()):
             self.tools[ids] = index
@@ -68,10 +70,11 @@ class DecoderTrainer(Trainer):
     def terms(self, texts: list[str], wanted: Tensor) -> dict[str, Tensor]:
         """The loss, and its terms of the tool and of the configuration among those of the right tool."""
         wanted = wanted.to(self.device)
-        choice = self.model(tokenize(texts).to(self.device))
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
+            choice = self.model(tokenize(texts).to(self.device))
         tools = self.tools.to(self.device)[wanted]
-        masked = choice.configurations.masked_fill(~self.model.mask[tools], -torch.inf)
-        tool = nn.functional.cross_entropy(choice.tools, tools)
+        masked = choice.configurations.float().masked_fill(~self.model.mask[tools], -torch.inf)
+        tool = nn.functional.cross_entropy(choice.tools.float(), tools)
         configuration = nn.functional.cross_entropy(masked, wanted)
         return {"loss": tool + configuration, "tool": tool, "configuration": configuration}
 

@@ -1,0 +1,103 @@
+"""Embed, describe and recommend from the command line, by an encoder that a user uploaded and published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ethogram.client import Client
+from ethogram.platform.stack import Platform
+from services.resource.codec import ResourceCodec
+from tests.client.conftest import Cli
+from tests.tiny_encoder import ROWS, random_encoder, save_characters
+
+
+@pytest.fixture(scope="module")
+def encoder(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> ResourceCodec:
+    """The published model ``vectors``."""
+    folder = tmp_path_factory.mktemp("encoder")
+    codec = random_encoder(save_characters(folder / "language"))
+    codec.save(folder / "encoder")
+    with Client(platform.url) as client:
+        client.publish("vectors", client.put(folder / "encoder", name="encoder", type="resource-encoder").id)
+    return codec
+
+
+SET = ("--set", "size=small", "--set", "cores=2", "--set", "memory=4", "--set", "latency=120.5")
+
+
+def test_a_file_is_embedded_and_described(cli: Cli, encoder: ResourceCodec, tmp_path: Path) -> None:
+    expected = encoder.embed(*encoder.vectors(ROWS)).numpy()
+    # As the table of measurements has it, with another order and other names.
+    lines = ["input_size,tool,cores,memory,latency"]
+    lines += [",".join(str(row[name]) for name in ("size", "tool", "cores", "memory", "latency")) for row in ROWS]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for name in ("rows.csv", "rows.jsonl"):
+        output = str(tmp_path / f"{name}.safetensors")
+        answer = cli("embed", "vectors", str(tmp_path / name), "-o", output, "--json")
+        assert answer.code == 0 and answer.json["tensors"] == {"embeddings": [3, 32]}
+        np.testing.assert_allclose(load_file(output)["embeddings"], expected, rtol=1e-5, atol=1e-6)
+        texts = cli("describe", "vectors", str(tmp_path / name), "--json").json["texts"]
+        assert texts == cli("describe", "vectors", "--embeddings", output, "--json").json["texts"]
+    output = str(tmp_path / "one.safetensors")
+    answer = cli("embed", "vectors", "--tool", "read", *SET, "-o", output)
+    assert (answer.code, answer.out) == (0, "") and "embeddings [32]" in answer.err
+    np.testing.assert_allclose(load_file(output)["embeddings"], expected[0], rtol=1e-5, atol=1e-6)
+    assert cli("describe", "vectors", "--tool", "read", *SET).out == texts[0] + "\n"
+
+
+def test_what_is_outside_the_range_is_told(cli: Cli, encoder: ResourceCodec, tmp_path: Path) -> None:
+    values = ("--set", "latency=5000", "-o", str(tmp_path / "a.safetensors"))
+    answer = cli("embed", "vectors", "--tool", "read", *SET, *values)
+    assert answer.code == 0 and "Outside the range of training, so less exact: row 0: latency" in answer.err
+    (tmp_path / "rows.csv").write_text("tool,size,cores,memory\n" + "read,small,99,4\n" * 5)
+    answer = cli("describe", "vectors", str(tmp_path / "rows.csv"))
+    assert "row 0: cores; row 1: cores; row 2: cores and 2 more" in answer.err
+
+
+def test_a_configuration_is_recommended(cli: Cli, encoder: ResourceCodec) -> None:
+    answer = cli("recommend", "vectors", "--tool", "read", "--set", "size=large", "--latency", "90", "--json")
+    assert answer.code == 0 and answer.json["fits"] and answer.json["configurations"]["size"] == "large"
+    shown = cli("recommend", "vectors", "--tool", "read", "--set", "size=large", "--bound", "90")
+    assert shown.code == 0 and "price" in shown.out and "latency: " in shown.err
+    answer = cli("recommend", "vectors", "--tool", "read", "--latency", "1")
+    assert answer.code == 1 and "Nothing stays below 1; this comes closest." in answer.err and "cores" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("tool,speed\nread,3\n", "rows.csv:1.speed: the model has no such field; it has tool, size, cores"),
+        ("tool,size,cores,memory\nread,small,2,4\nread,small,many,4\n", "rows.csv:2.cores: 'many' is not a number"),
+        ("tool,size,cores,memory\nread,small,2\n", "rows.csv:1: has not as many cells as the header"),
+        ("tool,size,cores,memory\n", "has no rows"),
+        ('{"tool": "read"}\n[3]\n', "rows.csv:2: is not a JSON object"),
+        ("tool,size,cores,memory\nread,huge,2,4\n", "configurations.size.0: must be one of small, large, not 'huge'"),
+    ],
+)
+def test_wrong_files(cli: Cli, encoder: ResourceCodec, tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "rows.csv").write_text(content)
+    answer = cli("describe", "vectors", str(tmp_path / "rows.csv"))
+    assert answer.code == 2 and says in answer.err
+
+
+def test_wrong_options(cli: Cli, encoder: ResourceCodec, tmp_path: Path) -> None:
+    for arguments, says in (
+        (("embed", "vectors"), "give a FILE of configurations, or one with --tool"),
+        (("embed", "vectors", str(tmp_path / "none.csv")), "none.csv cannot be read"),
+        (("describe", "vectors", "some.csv", "--tool", "read"), "excludes --tool and --set"),
+        (("describe", "vectors", "some.csv", "--embeddings", "a.safetensors"), "excludes configurations"),
+        (("describe", "vectors", "--tool", "read", "--set", "cores"), "cores is not of the form FIELD=VALUE"),
+        (("describe", "vectors", "--tool", "read", "--set", "speed=3"), "there is no such field; there are tool, size"),
+        (("describe", "vectors", "--tool", "read", "--set", "cores=x"), "--set cores: 'x' is not a number"),
+        (("describe", "vectors", "--tool", "fly", *SET), "must be one of read, write, not 'fly'"),
+        (("recommend", "vectors", "--tool", "read", "--latency", "0"), "must be a number above 0"),
+        (("recommend", "vectors", "--tool", "read", "--latency", "5", "--confidence", "2"), "between 0 and 1"),
+    ):
+        answer = cli(*arguments)
+        assert answer.code == 2 and says in answer.err

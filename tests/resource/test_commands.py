@@ -1,0 +1,363 @@
+"""The commands of the resource system, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ethogram.specs.resource import ResourceSpec
+from services.resource.codec import ResourceCodec
+from services.runtime import local
+from services.runtime.console import ConsoleRun
+from tests.conftest import Once
+from tests.resource.conftest import rows, tiny_spec, write_language_model, write_registry, write_rows
+from tests.resource.made import call, make_run
+
+CONFIGURATION = ("--tool", "detect", "--set", "size=small", "--set", "cores=4")
+
+
+@pytest.fixture(scope="session")
+def run(once: Once, tables: Path, language_folder: Path) -> Path:
+    return once("resource-run", lambda folder: make_run(folder, tables, language_folder))
+
+
+@pytest.fixture(scope="session")
+def decoder(once: Once, run: Path) -> Path:
+    """A run of a decoder of the export in ``run``."""
+    short = ("--set", "training.steps=4", "--set", "training.batch_size=8", "--set", "evaluation=16")
+    small = ("--set", "model.hidden_dim=8", "--set", "model.heads=2", "--device", "cpu")
+
+    def make(folder: Path) -> None:
+        assert call("decoder", "train", run, *short, *small, "-o", folder) == 0
+
+    return once("resource-decoder-run", make)
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> Any:
+    """What a command prints with --json."""
+    capsys.readouterr()
+    assert call(*arguments, "--json") == code
+    return json.loads(capsys.readouterr().out)
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The error of a command that is typed wrong."""
+    capsys.readouterr()
+    assert call(*arguments) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_has_what_the_document_names(run: Path, language_folder: Path) -> None:
+    assert {"encoder", "export", "report", "snapshot-4", "snapshot-8", "spec.json"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert (run / "snapshot-8" / "encoder_checkpoint_epoch2.pt").is_file()
+    spec = ResourceSpec.model_validate_json((run / "spec.json").read_text())
+    assert spec.llm_model == str(language_folder) and spec.training.snapshot_epochs == 1
+    codec = ResourceCodec.load(run / "encoder")
+    assert codec.about["language_model"] == str(language_folder) and codec.about["epoch"] == 2
+
+
+def test_the_flags_of_the_document_set_values_of_the_spec(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ResourceSpec] = []
+    monkeypatch.setattr(local, "run", lambda kind, spec, *rest: seen.append(spec))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("training: {target_loss: .5}\nwandb: {project: mine}\n")
+    flags = (
+        *("--tool_registry", tables / "tools.json", "--profiling_data", tables / "profiling.csv"),
+        *("--llm_model", "Qwen/Qwen2.5-7B", "--num_augmented_copies", "3", "--augmentation_mode", "jitter"),
+        *("--checkpoint_freq", "10", "--target_loss", "0.05", "--batch_size", "16", "--num_epochs", "50"),
+        *("--lr", "2e-4", "--fp16", "--log_wandb", "--device", "cpu"),
+    )
+    assert call("train", "--config", spec, *flags, "--output_dir", tmp_path / "run") == 0
+    (found,) = seen
+    training = found.training
+    assert (found.augmentation.copies, found.augmentation.mode) == (3, "jitter")
+    assert (training.snapshot_epochs, training.epochs, training.batch_size) == (10, 50, 16)
+    assert (training.target_loss, training.learning_rate, training.precision) == (0.05, 2e-4, "bfloat16")
+    assert found.llm_model == "Qwen/Qwen2.5-7B" and found.wandb is not None and found.wandb.project == "mine"
+    assert found.tools is not None and found.profiling is not None
+    # With dashes, by --set, which wins, and without a file.
+    assert call("train", "--num-epochs", "5", "--set", "training.epochs=6", "--log-wandb", "-o", tmp_path / "run") == 0
+    assert seen[1].training.epochs == 6 and seen[1].wandb is not None and seen[1].wandb.project == "resource-encoder"
+    assert call("train", "-o", tmp_path / "run") == 0
+    assert seen[2] == ResourceSpec()
+
+
+def test_an_interrupted_run_resumes(
+    run: Path, tables: Path, language_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "CHECKPOINT_SECONDS", 0.0)
+    advance, trained = ConsoleRun.advance, list[int]()
+
+    def interrupted(run: ConsoleRun, done: int) -> None:
+        trained.append(done)
+        if len(trained) == 7:
+            raise KeyboardInterrupt
+        advance(run, done)
+
+    def watched(run: ConsoleRun, done: int) -> None:
+        trained.append(done)
+        advance(run, done)
+
+    monkeypatch.setattr(ConsoleRun, "advance", interrupted)
+    with pytest.raises(AssertionError):
+        make_run(tmp_path / "run", tables, language_folder)
+    assert trained[-1] == 6 and not (tmp_path / "run" / "result.json").exists()
+    monkeypatch.setattr(ConsoleRun, "advance", watched)
+    trained.clear()
+    make_run(tmp_path / "run", tables, language_folder)
+    assert trained[:4] == [5, 6, 7, 8]
+    one, other = (ResourceCodec.load(folder / "encoder") for folder in (run, tmp_path / "run"))
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(tensor, other.model.state_dict()[name]), name
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, tmp_path / "run")]
+    assert results[0]["figures"] == results[1]["figures"]
+
+
+def test_export_and_validate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = answer(capsys, "export", run, "-o", tmp_path / "export")
+    assert made["weights"] == [16, 16] and made["tools"] == {"detect": 8, "translate": 8}
+    assert {"encoder_checkpoint_epoch1.pt", "encoder_checkpoint_epoch2.pt", "pretrained_encoder.pt"} <= made[
+        "files"
+    ].keys()
+    assert answer(capsys, "validate", tmp_path / "export") == made
+    assert call("validate", tmp_path / "export") == 0
+    shown = capsys.readouterr()
+    assert "16 x 16" in shown.out and "detect" in shown.out and made["files"]["config_weights.pt"] in shown.out
+    assert answer(capsys, "validate", run)["num_configs"] == 16
+    # From a snapshot, which has other weights, with the document's options.
+    snapshot = ("--encoder_checkpoint", tmp_path / "export" / "encoder_checkpoint_epoch1.pt")
+    assert call("export", *snapshot, "--device", "cpu", "--output_dir", tmp_path / "early") == 0
+    early, late = (torch.load(tmp_path / name / "config_weights.pt")["weights"] for name in ("early", "export"))
+    assert early.shape == late.shape and not torch.equal(early, late)
+    assert "--output" in error(capsys, "export", run, "-o", tmp_path / "early")
+    assert "name one encoder" in error(capsys, "export", "-o", tmp_path / "other")
+    assert "name one encoder" in error(capsys, "export", run, *snapshot, "-o", tmp_path / "other")
+    (tmp_path / "early" / "config_lookup.json").write_text("{}")
+    assert "config_lookup.json: was changed since the export" in error(capsys, "validate", tmp_path / "early")
+
+
+def test_what_does_not_belong_to_an_encoder_is_not_exported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_language_model(tmp_path / "other", hidden=24)
+    registry = write_registry(tmp_path / "tools.json", ("translate", "detect"))
+    column = write_rows(tmp_path / "column.csv", [{**row, "gpu": 1} for row in rows()])
+    wide = write_rows(tmp_path / "wide.csv", [{**row, "latency_ms": 5000} for row in rows()])
+    for options, says in (
+        (("--llm_model", other), "--llm-model: "),
+        (("--llm_model", other), "has the hidden size 24, and the encoder was trained with 16"),
+        (("--llm_model", run), "--llm-model: "),
+        (("--tool_registry", registry), "--tool-registry: the encoder was trained with detect, translate"),
+        (("--profiling_data", column), "column.csv.gpu: is no column of this table"),
+        (("--profiling_data", wide), "wide.csv:2.latency_ms: 5000 is outside the declared range, from 1 to 999"),
+        (("--profiling_data", tmp_path / "none.csv"), "does not exist"),
+    ):
+        assert says in error(capsys, "export", run, *options, "-o", tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_describe(run: Path, language_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = answer(capsys, "describe", run, *CONFIGURATION, "--set", "latency_ms=unknown")
+    assert said["template"] == "plain" and said["unknown"] == ["latency_ms"] and said["outside"] == []
+    assert isinstance(said["text"], str) and said["values"] is None
+    moved = shutil.copytree(language_folder, tmp_path / "moved")
+    more = ("--template", "reordered", "--set", "latency_ms=5000", "--llm_model", moved, "--device", "cpu")
+    said = answer(capsys, "describe", run / "encoder", *CONFIGURATION, *more)
+    assert said["template"] == "reordered" and said["unknown"] == [] and said["outside"] == ["latency_ms"]
+    assert call("describe", run, *CONFIGURATION) == 0
+    assert "no values can be read" in capsys.readouterr().err
+
+
+def test_what_is_said_is_read_back(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from services.resource.describe import Describer
+
+    monkeypatch.setattr(Describer, "write", lambda *_: ["detect small c 4 ms 121"])
+    said = answer(capsys, "describe", run, *CONFIGURATION)
+    assert said["values"] == {"tool": "detect", "size": "small", "cores": 4, "latency_ms": 121}
+    assert call("describe", run, *CONFIGURATION) == 0
+    assert "latency_ms  121" in capsys.readouterr().out
+
+
+def test_predict(run: Path, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "predict", run, *CONFIGURATION, "--level", "0.8")
+    assert found["dimension"] == "latency_ms" and found["level"] == 0.8 and found["measurements"] == 16
+    assert found["low"] <= found["value"] <= found["high"] and found["unit"] == "ms"
+    # In the table it is 114.
+    assert 80 < found["value"] < 160
+    same = answer(capsys, "predict", run, *CONFIGURATION, "--level", ".8", "--profiling-data", tables / "profiling.csv")
+    assert same == found
+    cores = answer(capsys, "predict", run, "--tool", "detect", "--set", "size=small", "--dimension", "cores", "--raw")
+    assert cores["dimension"] == "cores"
+    assert call("predict", run, *CONFIGURATION, "--set", "latency_ms=unknown") == 0
+    assert "interval at 0.9" in capsys.readouterr().out
+
+
+def test_recommend(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("recommend", run, "--tool", "detect", "--set", "size=small")
+    found = answer(capsys, *options, "--latency", "900", "--confidence", ".9")
+    assert found["fits"] and found["configuration"] == {"tool_name": "detect", "size": "small", "cores": 1}
+    assert found["price"] == 1 and found["predicted"] < found["upper"] < 900 and found["dimension"] == "latency_ms"
+    assert not answer(capsys, *options, "--bound", "2", code=1)["fits"]
+    assert call(*options, "--latency", "2") == 1
+    shown = capsys.readouterr()
+    assert "no configuration stays below 2 ms at 0.9; this one comes closest" in shown.err and "price" in shown.out
+    # Of a part of the table, which has one tool alone; any level may be recommended.
+    part = write_rows(tmp_path / "part.csv", [row for row in rows() if row["tool"] == "detect" and row["cpu"] != 1])
+    assert call(*options, "--latency", "900", "--profiling_data", part) == 2
+    assert "has 6 measured configurations; a prediction takes at least 10" in capsys.readouterr().err
+    part = write_rows(tmp_path / "part.csv", [row for row in rows() if row["cpu"] != 1])
+    partly = answer(capsys, *options, "--latency", "900", "--profiling_data", part)
+    assert partly["configuration"]["cores"] == 1 and partly["measurements"] == 12
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (("describe", "--tool", "swim"), "--tool: "),
+        (("describe", "--tool", "unknown"), "--tool: the tool must be known"),
+        (("describe", "--tool", "detect", "--set", "cores"), "--set: cores is not of the form FIELD=VALUE"),
+        (("describe", "--tool", "detect", "--set", "cores=four"), "--set cores: 'four' is not a number"),
+        (("describe", "--tool", "detect", "--set", "cores=nan"), "--set cores: "),
+        (("describe", "--tool", "detect", "--set", "cores=-1"), "--set cores: "),
+        (("describe", "--tool", "detect", "--set", "size=huge"), "--set size: "),
+        (("describe", "--tool", "detect", "--set", "gpus=1"), "--set gpus: there is no such field"),
+        (("describe", "--tool", "detect", "--set", "tool=detect"), "--set tool: use --tool"),
+        (("describe", "--tool", "detect", "--set", "cores=1", "--set", "cores=2"), "--set cores: is given twice"),
+        (("describe", "--tool", "detect", "--template", "x"), "--template: there is no 'x'; there are plain, reord"),
+        (("describe", "--tool", "detect", "--llm_model", "no/such/model"), "--llm-model: "),
+        (("predict", "--tool", "detect", "--level", "1"), "--level: must be between 0 and 1, not 1"),
+        (("predict", "--tool", "detect", "--dimension", "speed"), "--dimension: there is no 'speed'"),
+        (("predict", "--tool", "detect", "--dimension", "size"), "--dimension: size is a category"),
+        (("predict", "--tool", "detect", "--set", "latency_ms=3"), "--set latency_ms: is what is predicted"),
+        (("recommend", "--tool", "detect", "--latency", "0"), "--latency: must be a number above 0"),
+        (("recommend", "--tool", "detect", "--latency", "9", "--confidence", "2"), "--confidence: must be between"),
+        (
+            ("recommend", "--tool", "detect", "--latency", "9", "--set", "cores=3"),
+            "--set cores: no configuration has 3",
+        ),
+        (("recommend", "--tool", "detect", "--latency", "9", "--dimension", "cores"), "--dimension: cores is not"),
+        (("recommend", "--tool", "swim", "--latency", "9"), "--tool: "),
+        (("recommend", "--tool", "detect"), "--latency"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_option(
+    run: Path, typed: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *options = typed
+    assert says in error(capsys, command, run, *options)
+
+
+def test_folders_of_other_things(
+    run: Path, decoder: Path, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "encoder.json: is missing" in error(capsys, "describe", tables, "--tool", "detect")
+    assert "ENCODER: " in error(capsys, "describe", decoder, "--tool", "detect")
+    assert "ENCODER: " in error(capsys, "describe", tables / "tools.json", "--tool", "detect")
+    assert "EXPORT: " in error(capsys, "validate", decoder)
+    assert "export.json: is missing" in error(capsys, "validate", tables)
+    assert "DECODER: " in error(capsys, "decode", run, "a text")
+    assert "EXPORT" in error(capsys, "decoder", "train", tmp_path / "none", "-o", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--tool_registry", "tools.json"), "spec.profiling: is missing: a registry of your own needs"),
+        (("--set", "encoder.heads=5"), "spec.encoder.heads: the language model's hidden size, 16, does not divide"),
+        (("--augmentation_mode", "some"), "spec.augmentation.mode: "),
+        (("--batch_size", "0"), "spec.training.batch_size: "),
+        (("--set", "epochs=3"), "spec.epochs: there is no such field"),
+    ],
+)
+def test_a_wrong_training_leaves_nothing(
+    tables: Path, language_folder: Path, tmp_path: Path, *, options: Any, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "spec.json"
+    values = tiny_spec().model_dump(mode="json", exclude_unset=True)
+    files: tuple[str | Path, ...] = ("--profiling_data", tables / "profiling.csv")
+    if "--tool_registry" in options:
+        options, files = ("--tool_registry", tables / "tools.json"), ()
+        del values["table"]
+    spec.write_text(json.dumps(values))
+    typed = ("train", "-f", spec, "--llm_model", language_folder, "--device", "cpu", *files, *options)
+    assert says in error(capsys, *typed, "-o", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_language_model_or_table_does_not_resume(
+    tables: Path,
+    language_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(local, "CHECKPOINT_SECONDS", 0.0)
+    advance, done = ConsoleRun.advance, list[int]()
+
+    def interrupted(run: ConsoleRun, count: int) -> None:
+        done.append(count)
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        advance(run, count)
+
+    monkeypatch.setattr(ConsoleRun, "advance", interrupted)
+    mine = shutil.copytree(language_folder, tmp_path / "mine")
+    changed = shutil.copytree(tables, tmp_path / "tables")
+    with pytest.raises(AssertionError):
+        make_run(tmp_path / "run", changed, mine)
+    monkeypatch.setattr(ConsoleRun, "advance", advance)
+    shutil.rmtree(mine)
+    # Weights of the same sizes, and a tokenizer with the same words.
+    write_language_model(mine)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(mine / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, mine / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AssertionError):
+        make_run(tmp_path / "run", changed, mine)
+    assert "checkpoint: was written with another language model" in capsys.readouterr().err
+    write_rows(changed / "profiling.csv", [{**row, "latency_ms": row["latency_ms"] + 1} for row in rows()])
+    shutil.rmtree(mine)
+    shutil.copytree(language_folder, mine)
+    with pytest.raises(AssertionError):
+        make_run(tmp_path / "run", changed, mine)
+    assert "checkpoint: was written with another table" in capsys.readouterr().err
+    shutil.copy(tables / "profiling.csv", changed)
+    make_run(tmp_path / "run", changed, mine)
+
+
+def test_a_decoder_is_trained_and_used(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = answer(capsys, "decode", decoder, "Set up detect with 4 cores, for small size.")
+    assert chosen["tool_name"] in ("detect", "translate") and chosen["size"] in ("small", "large")
+    assert 0 <= chosen["config_id"] < 16
+    assert answer(capsys, "decode", decoder / "decoder", "Set up detect with 4 cores, for small size.") == chosen
+    for text in ("", " \n"):
+        assert "TEXT: " in error(capsys, "decode", decoder, text)
+    assert "TEXT: " in error(capsys, "decode", decoder, "word " * 600)
+
+
+def test_a_language_model_is_trained_and_used(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ("model.hidden_dim=16", "model.layers=2", "model.heads=2", "model.feed_forward=16", "model.vocabulary=512")
+    short = ("training.copying=1", "training.steps=2", "training.schemas=2", "training.batch_size=4")
+    chosen = [part for value in (*size, *short) for part in ("--set", value)]
+    made = answer(capsys, "language-model", "train", *chosen, "--device", "cpu", "-o", tmp_path / "lm")
+    assert "validation_loss" in made["figures"]
+    assert (tmp_path / "lm" / "model" / "config.json").is_file()
+    # The folder of the run stands for the model in it.
+    (tmp_path / "spec.json").write_text(json.dumps(tiny_spec().model_dump(mode="json", exclude_unset=True)))
+    more = ("--profiling_data", tables / "profiling.csv", "--llm_model", tmp_path / "lm", "--device", "cpu")
+    assert call("train", "-f", tmp_path / "spec.json", *more, "--set", "held_out=0", "-o", tmp_path / "run") == 0
+    said = answer(capsys, "describe", tmp_path / "run", *CONFIGURATION, "--llm_model", tmp_path / "lm")
+    assert said["template"] == "plain"

@@ -1,0 +1,228 @@
+"""The job: what it keeps, what it answers, and how it resumes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.resource import ResourceSpec
+from services.resource import job
+from services.resource.codec import ResourceCodec
+from services.resource.export import validate
+from services.resource.job import run as run_job
+from tests.recorder import Interrupted, Recorder
+from tests.resource.conftest import rows, tiny_reader_spec, tiny_spec, write_registry, write_rows
+
+REF = {"artifact": "x"}
+
+
+def spec(**sections: Any) -> ResourceSpec:
+    """The tiny spec with the small table and the language model as inputs."""
+    return tiny_spec(**{"tools": REF, "profiling": REF, "language_model": REF, **sections})
+
+
+@pytest.fixture
+def inputs(tables: Path, language_folder: Path) -> dict[str, Path]:
+    return {"tools": tables, "profiling": tables, "language_model": language_folder}
+
+
+@pytest.mark.pictures
+def test_job_keeps_an_encoder_an_export_and_a_report(inputs: dict[str, Path], tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, inputs=inputs)
+    result = run_job(spec(), recorder)
+    assert recorder.artifacts == [
+        ("encoder", "resource-encoder"),
+        ("export", "resource-export"),
+        ("report", "report"),
+    ]
+    assert recorder.stage_names[:2] == ["all/train", "unseen/train"]
+    json.dumps(result, allow_nan=False)
+    figures = result["figures"]
+    assert {
+        *("exact_match_seen", "exact_match_unseen", "field_accuracy_seen", "field_accuracy_unseen"),
+        *("cross_entropy", "control_exact_match", "self_retrieval", "jitter_retrieval"),
+    } <= set(figures)
+    assert figures["self_retrieval"] == 1
+
+    report = tmp_path / "report"
+    for picture in ("digits", "history-all", "history-unseen", "map"):
+        assert (report / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((report / "report.json").read_text())["figures"] == figures
+    assert "<html" in (report / "report.html").read_text()
+
+    codec, exported = ResourceCodec.load(tmp_path / "encoder"), validate(tmp_path / "export")
+    values, _ = codec.vectors(named_rows())
+    torch.testing.assert_close(codec.embed(values), exported.weights, rtol=0, atol=1e-6)
+
+
+def named_rows() -> list[dict[str, Any]]:
+    """The rows of the small table by the names of its fields."""
+    return [{**{k: v for k, v in row.items() if k != "cpu"}, "cores": row["cpu"]} for row in rows()]
+
+
+def test_the_export_is_as_the_seed_has_it(inputs: dict[str, Path], tmp_path: Path) -> None:
+    run_job(spec(held_out=0), Recorder(tmp_path, inputs=inputs))
+    folder = tmp_path / "export"
+    content = torch.load(folder / "config_weights.pt", weights_only=True)
+    assert set(content) == {"weights", "num_configs", "hidden_dim"}
+    assert content["num_configs"] == 16 and content["hidden_dim"] == 16
+    assert content["weights"].shape == (16, 16) and content["weights"].dtype == torch.float32
+    assert torch.equal(load_file(folder / "config_weights.safetensors")["weights"], content["weights"])
+    lookup = json.loads((folder / "config_lookup.json").read_text())
+    assert list(lookup) == [str(index) for index in range(16)]
+    assert lookup["9"] == {"tool_name": "translate", "size": "small", "cores": 2, "latency_ms": 163.0}
+    masks = json.loads((folder / "tool_mask_map.json").read_text())
+    assert masks == {"detect": list(range(8)), "translate": list(range(8, 16))}
+    torch.load(folder / "pretrained_encoder.pt", weights_only=True)
+
+
+def test_without_held_out_rows_there_is_one_training(inputs: dict[str, Path], tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, inputs=inputs)
+    result = run_job(spec(held_out=0), recorder)
+    assert "exact_match_unseen" not in result["figures"]
+    assert not [stage for stage in recorder.stage_names if stage.startswith("unseen")]
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_an_interrupted_job_resumes_within_its_part(units: int, inputs: dict[str, Path], tmp_path: Path) -> None:
+    """In the first training (of two steps) and in the second one."""
+
+    class Falls(Recorder):
+        """Keeps every checkpoint, and falls at the ``units``-th step that it is told of."""
+
+        def advance(self, done: int) -> None:
+            super().advance(done)
+            if sum(1 for unit in self.done if unit) > units:
+                raise Interrupted
+
+        def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+            # Each part counts its own steps.
+            super().checkpoint(len(self.checkpoints), write)
+
+    whole = run_job(spec(), Recorder(tmp_path / "whole", inputs=inputs))
+    first = Falls(tmp_path / "first", inputs=inputs, every=True)
+    with pytest.raises(Interrupted):
+        run_job(spec(), first)
+    again = Recorder(tmp_path / "again", inputs=inputs, resume=first.checkpoints[-1])
+    assert run_job(spec(), again) == whole
+    assert again.artifacts == [("encoder", "resource-encoder"), ("export", "resource-export"), ("report", "report")]
+    one, other = (ResourceCodec.load(tmp_path / name / "encoder").model.state_dict() for name in ("whole", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_failing_evaluation_costs_no_encoder(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(job, "describe_figures", fails)
+    with pytest.raises(ZeroDivisionError):
+        run_job(spec(held_out=0), Recorder(tmp_path, inputs=inputs))
+    ResourceCodec.load(tmp_path / "encoder")
+    validate(tmp_path / "export")
+
+
+def test_a_language_model_by_folder_and_a_table_without_registry(
+    inputs: dict[str, Path], language_folder: Path, tmp_path: Path
+) -> None:
+    given = tiny_spec(profiling=REF, llm_model=str(language_folder), held_out=0)
+    run_job(given, Recorder(tmp_path, inputs={"profiling": inputs["profiling"]}))
+    assert ResourceCodec.load(tmp_path / "encoder").schema.tools == ("detect", "translate")
+
+
+def test_a_language_model_that_was_trained_here_reads_vectors(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from services.resource import language_model, language_model_job
+
+    monkeypatch.setattr(language_model, "_CORPUS", 10)
+    maker = Recorder(tmp_path / "language")
+    result = language_model_job.run(tiny_reader_spec(), maker)
+    assert maker.artifacts == [("model", "language-model")]
+    json.dumps(result, allow_nan=False)
+    recorder = Recorder(tmp_path / "run", inputs=inputs | {"language_model": tmp_path / "language" / "model"})
+    figures = run_job(spec(), recorder)["figures"]
+    assert 0 <= figures["exact_match_seen"] <= 1
+
+
+def test_the_default_table_is_the_generators(inputs: dict[str, Path]) -> None:
+    table = job.table_of(ResourceSpec(seed=3), Recorder())
+    assert len(table) == 1701 and table.digest != job.table_of(ResourceSpec(), Recorder()).digest
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ({"mine.csv": True}, None),
+        ({"mine.csv": True, "other.csv": True}, "has 2 files and none is profiling.csv; give the file itself"),
+        ({}, "has 0 files and none is profiling.csv"),
+    ],
+)
+def test_the_file_of_an_artifact_is_the_one_of_its_name_or_the_only_one(
+    files: dict[str, bool], text: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in files:
+        write_rows(tmp_path / "folder" / name, rows())
+    recorder = Recorder(inputs={"profiling": tmp_path / "folder"})
+    if text is None:
+        assert len(job.table_of(spec(tools=None), recorder)) == 16
+    else:
+        with pytest.raises(InvalidInput, match=text):
+            job.table_of(spec(tools=None), recorder)
+
+
+def test_a_tool_that_was_never_measured_is_refused_before_training(inputs: dict[str, Path], tmp_path: Path) -> None:
+    inputs["tools"] = write_registry(tmp_path / "tools.json", ["detect", "translate", "fly"])
+    recorder = Recorder(tmp_path, inputs=inputs)
+    with pytest.raises(InvalidInput, match="has no row of the tool fly"):
+        run_job(spec(), recorder)
+    assert not recorder.stages
+
+
+def test_a_schema_without_measurements_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"spec\.profiling: is missing: a schema of your own needs"):
+        job.table_of(tiny_spec(), Recorder())
+
+
+def test_the_schema_of_the_docs_is_all_that_another_table_needs(language_folder: Path, tmp_path: Path) -> None:
+    """Other names, units, decimals, categories and repeated measurements, and no code."""
+    text = re.findall(r"```yaml\n(.*?)```", Path("docs/resource.md").read_text(), re.DOTALL)[0]
+    given = YAML(typ="safe").load(text)
+    runs = [
+        {
+            "job": tool,
+            "instance_count": nodes,
+            "memory": memory,
+            "machine": machine,
+            "gross_runtime": 90 + nodes + again,
+        }
+        for tool in ("sort", "page rank")
+        for nodes in (2, 12)
+        for memory, machine in ((7.5, "c4.large"), (61, "r4.2xlarge"))
+        for again in range(3)
+    ]
+    table = write_rows(tmp_path / "runs.csv", runs)
+    tiny = tiny_spec(profiling=REF, language_model=REF, held_out=0.3).model_dump()
+    recorder = Recorder(tmp_path, inputs={"profiling": table, "language_model": language_folder})
+    result = run_job(ResourceSpec.model_validate(tiny | given), recorder)
+    assert set(result["details"]["seen"]["by_template"]) == {"long", "short"}
+    lookup = validate(tmp_path / "export").lookup
+    assert len(lookup) == 24
+    assert lookup["3"] == {
+        "tool_name": "sort",
+        "nodes": 2,
+        "memory": 61.0,
+        "machine": "r4.2xlarge",
+        "runtime": 92.0,
+    }

@@ -1,0 +1,122 @@
+"""Predictions from embeddings in which the number is unknown, and their intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ethogram.errors import InvalidInput
+from services.language.models import LanguageModel
+from services.resource.codec import ResourceCodec
+from services.resource.data import Table
+from services.resource.predict import FEWEST, NumberPredictor, fit, quantile
+from tests.resource.made import formula_table, untrained
+
+GIVEN = {"tool": "detect", "size": "medium", "cores": 4.0, "memory_gb": 8.0}
+
+
+@pytest.fixture(scope="module")
+def table() -> Table:
+    return formula_table()
+
+
+@pytest.fixture(scope="module")
+def codec(table: Table, language: LanguageModel) -> ResourceCodec:
+    return untrained(table, language)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_intervals_cover_what_was_never_measured(table: Table, codec: ResourceCodec, raw: bool) -> None:
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(1))
+    measured, others = table.at(order[:60]), table.values[order[60:]]
+    predictor = NumberPredictor(codec, measured, raw=raw)
+    found = predictor.intervals(others, torch.zeros_like(others, dtype=torch.bool), 0.9)
+    truth = others[:, -1]
+    # The encoder is not trained; the factors of one level to the next are 1.3 to 2.5.
+    assert ((found.value - truth).abs() / truth).mean() < (0.06 if raw else 0.2)
+    covered = ((found.low <= truth) & (truth <= found.high)).float().mean()
+    assert covered >= 0.75
+    wider = predictor.intervals(others, torch.zeros_like(others, dtype=torch.bool), 0.95)
+    assert (wider.high >= found.high).all() and (wider.low <= found.low).all()
+
+
+def test_the_number_itself_changes_nothing(table: Table, codec: ResourceCodec) -> None:
+    predictor = NumberPredictor(codec, table)
+    known = torch.zeros(4, 5, dtype=torch.bool)
+    rows, others = table.values[:4], table.values[:4].clone()
+    others[:, -1] = torch.tensor([1.0, 9999.0, 77.0, float("nan")])
+    for one, other in zip(predictor.intervals(rows, known), predictor.intervals(others, known), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_any_number_is_predicted_and_fields_may_be_unknown(table: Table, codec: ResourceCodec) -> None:
+    exact = NumberPredictor(codec, table).predict(GIVEN, 0.8)
+    assert exact.dimension == "latency_ms" and exact.low < 300 < exact.high and exact.outside == []
+    vague = NumberPredictor(codec, table).predict({**GIVEN, "cores": "unknown"}, 0.8)
+    assert vague.high - vague.low > 2 * (exact.high - exact.low)
+    slow, fast = (
+        NumberPredictor(codec, table, "cores", raw=True).predict(
+            {"tool": "detect", "size": "medium", "cores": None, "memory_gb": 8.0, "latency_ms": latency}
+        )
+        for latency in (450.0, 160.0)
+    )
+    assert slow.dimension == "cores" and slow.value < fast.value
+
+
+def test_numbers_outside_the_declared_range_are_marked(table: Table, codec: ResourceCodec) -> None:
+    found = NumberPredictor(codec, table).predict({**GIVEN, "cores": 64.0})
+    assert found.outside == ["cores"] and found.low <= found.value <= found.high
+
+
+@pytest.mark.parametrize(
+    ("dimension", "given", "level", "field", "says"),
+    [
+        (None, {}, 0.0, "level", "between 0 and 1, not 0"),
+        (None, {}, 1.0, "level", "between 0 and 1, not 1"),
+        (None, {}, float("nan"), "level", "between 0 and 1, not nan"),
+        (None, {}, 0.999, "level", "takes at least 999 measurements, and there are 96"),
+        ("size", {}, 0.9, "dimension", "size is a category"),
+        ("speed", {}, 0.9, "dimension", "there is no 'speed'; there are tool, size, cores, memory_gb, latency_ms"),
+        (None, {"latency_ms": 3.0}, 0.9, "given.latency_ms", "is what is predicted"),
+        (None, {"tool": "unknown"}, 0.9, "given.0.tool", "must be known"),
+        (None, {"tool": "swim"}, 0.9, "given.0.tool", "swim"),
+        (None, {"size": "huge"}, 0.9, "given.0.size", "huge"),
+        (None, {"cores": -1.0}, 0.9, "given.0.cores", "-1"),
+        (None, {"cores": float("inf")}, 0.9, "given.0.cores", "inf"),
+        (None, {"gpus": 1.0}, 0.9, "given.0.gpus", "there is no such field"),
+    ],
+)
+def test_what_cannot_be_predicted(
+    table: Table,
+    codec: ResourceCodec,
+    *,
+    dimension: str | None,
+    given: dict[str, Any],
+    level: float,
+    field: str,
+    says: str,
+) -> None:
+    with pytest.raises(InvalidInput, match=says) as caught:
+        NumberPredictor(codec, table, dimension).predict(GIVEN | given, level)
+    assert caught.value.violations[0].field == field
+
+
+def test_a_tool_without_measurements_and_too_few_of_them(table: Table, codec: ResourceCodec) -> None:
+    one = table.at((table.tools == 1).nonzero().flatten())
+    with pytest.raises(InvalidInput, match="there are no measurements of detect") as caught:
+        NumberPredictor(codec, one).predict(GIVEN)
+    assert caught.value.violations[0].field == "given.tool"
+    with pytest.raises(InvalidInput, match=f"takes at least {FEWEST}"):
+        NumberPredictor(codec, table.at(torch.arange(FEWEST - 1))).predict(GIVEN)
+
+
+def test_residuals_are_those_of_rows_that_are_left_out() -> None:
+    rng = torch.Generator().manual_seed(0)
+    features, target = torch.randn(30, 3, generator=rng), torch.rand(30, generator=rng) * 100
+    # Each row on its own, as groups of one row that stand in pairs with itself.
+    alone = fit(features, target)
+    grouped = fit(features.repeat(2, 1)[:31], torch.cat([target, target[:1]]), groups=torch.tensor([*range(30), 0]))
+    assert len(alone.residuals) == 30 and len(grouped.residuals) == 31
+    assert quantile(alone.residuals.abs(), 0.9) > 0
