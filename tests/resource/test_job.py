@@ -17,8 +17,10 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.resource import ResourceSpec
 from services.resource import job
 from services.resource.codec import ResourceCodec
+from services.resource.describe import Describer
 from services.resource.export import validate
 from services.resource.job import run as run_job
+from services.resource.texts import Template
 from tests.recorder import Interrupted, Recorder
 from tests.resource.conftest import rows, tiny_reader_spec, tiny_spec, write_registry, write_rows
 
@@ -117,6 +119,25 @@ def test_an_interrupted_job_resumes_within_its_part(units: int, inputs: dict[str
     assert again.artifacts == [("encoder", "resource-encoder"), ("export", "resource-export"), ("report", "report")]
     one, other = (ResourceCodec.load(tmp_path / name / "encoder").model.state_dict() for name in ("whole", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_model_that_was_trained_through_with_checkpointing_describes_as_well(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With checkpointing a language model keeps no cache, which its descriptions need."""
+    said: list[list[str]] = []
+    write = Describer.write
+
+    def recorded(describer: Describer, soft: torch.Tensor, template: Template) -> list[str]:
+        said.append(write(describer, soft, template))
+        return said[-1]
+
+    monkeypatch.setattr(Describer, "write", recorded)
+    for checkpointing in (False, True):
+        training = {"gradient_checkpointing": checkpointing, "steps": 1, "learning_rate": 1e-9}
+        run_job(spec(held_out=0, training=training), Recorder(tmp_path / str(checkpointing), inputs=inputs))
+    half = len(said) // 2
+    assert said[:half] == said[half:]
 
 
 def test_a_failing_evaluation_costs_no_encoder(
