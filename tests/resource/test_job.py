@@ -211,6 +211,38 @@ def test_a_tool_that_was_never_measured_is_refused_before_training(inputs: dict[
     assert not recorder.stages
 
 
+A, B = {"name": "a", "labels": ["x", "y"]}, {"name": "b"}
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "given"),
+    [
+        # No number at all, and none that is measured.
+        ([A], [{"tool": tool, "a": a} for tool in "pq" for a in "xy"]),
+        ([A | {"measured": True}], [{"tool": tool, "a": "x"} for tool in "pqr"]),
+        ([B], [{"tool": "p", "b": b} for b in range(3)]),
+        # One row, all zero, and numbers as large as they may be.
+        ([A, B | {"measured": True}], [{"tool": "p", "a": "x", "b": 0}]),
+        ([B | {"decimals": 3, "measured": True}, A], [{"tool": "p", "b": 9_999_999, "a": a} for a in "xy"]),
+    ],
+)
+@pytest.mark.pictures
+def test_tables_of_other_kinds_are_trained_on(
+    dimensions: list[dict[str, Any]], given: list[dict[str, Any]], language_folder: Path, tmp_path: Path
+) -> None:
+    names = ["tool", *(dimension["name"] for dimension in dimensions)]
+    template = {"name": "only", "text": "; ".join(f"{name} {{{name}}}" for name in names)}
+    table = {"dimensions": dimensions, "templates": [template]}
+    held_out = 0.3 if len(given) > 1 else 0
+    tiny = tiny_spec(profiling=REF, language_model=REF, held_out=held_out).model_dump() | {"table": table}
+    inputs = {"profiling": write_rows(tmp_path / "table.csv", given), "language_model": language_folder}
+    result = run_job(ResourceSpec.model_validate(tiny), Recorder(tmp_path, inputs=inputs))
+    json.dumps(result, allow_nan=False)
+    assert result["figures"]["self_retrieval"] == 1
+    assert validate(tmp_path / "export").weights.shape == (len(given), 16)
+    assert ResourceCodec.load(tmp_path / "encoder").schema.names == tuple(names)
+
+
 def test_a_schema_without_measurements_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"spec\.profiling: is missing: a schema of your own needs"):
         job.table_of(tiny_spec(), Recorder())
