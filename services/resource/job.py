@@ -61,8 +61,9 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
             unseen = parts.part(UNSEEN, lambda _: _train(spec, table, rows, describer, parts=parts, world=world))
         if not world.first:
             return {}
-        # With checkpointing the model has no memory of what it has read.
-        language.model.eval().gradient_checkpointing_disable()
+        if spec.training.gradient_checkpointing:
+            # With it the model has no memory of what it has read.
+            language.model.eval().gradient_checkpointing_disable()
         describer = Describer(language, table.schema)
         details = {"seen": describe_figures(codec, describer, table.values, run, "seen")}
         if unseen is not None:
