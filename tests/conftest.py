@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 ON_THE_PLATFORM = {
     *(f"tests/client/test_{name}.py" for name in ("cli", "client", "deletion", "retries")),
-    "tests/e2e/test_clt.py",
+    *(f"tests/e2e/test_{name}.py" for name in ("clt", "resource")),
     "tests/gateway/test_generated_clients.py",
     "tests/platform/test_modules.py",
 }

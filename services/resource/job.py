@@ -61,6 +61,9 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
             unseen = parts.part(UNSEEN, lambda _: _train(spec, table, rows, describer, parts=parts, world=world))
         if not world.first:
             return {}
+        if spec.training.gradient_checkpointing:
+            # With it the model has no memory of what it has read.
+            language.model.eval().gradient_checkpointing_disable()
         describer = Describer(language, table.schema)
 
         def drawn(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ethogram.errors import InvalidInput
 from ethogram.specs.resource import DecoderSpec
 from services.resource.decoder.model import HierarchicalDecoder, tokenize
 from services.resource.decoder.tasks import TaskTexts
@@ -31,6 +32,9 @@ class DecoderTrainer(Trainer):
         self.spec, self.texts, self.device, self.world = spec, texts, device, world
         self.step, self.progress = 0, Progress()
         self.steps, self.validate_every = spec.training.steps, spec.training.validate_every
+        if spec.training.batch_size < world.size:
+            text = f"{spec.training.batch_size} texts are too few for {world.size} processes; take larger batches"
+            raise InvalidInput.field("spec.training.batch_size", text)
         self.digest = export.digest
         self.bfloat16 = uses_bfloat16(spec.training.precision, device)
         self.tools = torch.empty(len(export.weights), dtype=torch.long)

@@ -18,6 +18,7 @@ from services.resource.decoder.model import LONGEST, VOCABULARY, HierarchicalDec
 from services.resource.decoder.tasks import TaskTexts
 from services.resource.decoder.train import DecoderTrainer
 from services.resource.export import Export
+from services.runtime.parallel import World
 from services.runtime.training import fit
 from tests.recorder import Recorder
 from tests.resource.conftest import tiny_decoder_spec
@@ -108,6 +109,13 @@ def test_accuracy_grows_and_a_choice_is_valid_from_the_beginning(exported: Expor
     assert before["accuracy"] < 0.3
     assert after["accuracy"] > 0.6 and after["tool_accuracy"] > 0.95
     assert len(rows) == job.EXAMPLES and after["steps"] == 150
+
+
+def test_a_batch_of_fewer_texts_than_processes_is_refused(exported: Export) -> None:
+    spec = tiny_decoder_spec(training={"batch_size": 1})
+    with pytest.raises(InvalidInput, match="1 texts are too few for 2 processes") as caught:
+        DecoderTrainer(spec, exported, TaskTexts(exported), world=World(0, 2))
+    assert caught.value.violations[0].field == "spec.training.batch_size"
 
 
 def test_validation_and_evaluation_have_texts_of_their_own(exported: Export) -> None:
