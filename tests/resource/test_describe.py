@@ -17,7 +17,8 @@ from services.resource.describe import Describer
 from services.resource.language_model import LanguageModelTrainer
 from services.resource.schema import Schema
 from services.resource.texts import Template
-from tests.resource.conftest import SCHEMA, TOOLS, tiny_reader_spec, write_language_model
+from services.resource.train import ResourceTrainer
+from tests.resource.conftest import SCHEMA, TOOLS, tiny_reader_spec, tiny_spec, write_language_model
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,29 @@ def test_a_model_that_knows_the_marks_is_shown_slots(
     lengths = [Describer(model, table.schema)._head(soft_tokens(1), template).shape[1] for model in (language, reader)]
     # A mark for each of four fields, and slots: two labels, one and four digits.
     assert lengths[0] == 1 and lengths[1] == 1 + 4 + sum(template.places)
+
+
+@pytest.mark.parametrize(("tokens", "enough"), [(1, False), (2, False), (4, True), (8, True)])
+def test_more_characters_than_soft_tokens_have_slots_for_are_refused(
+    tokens: int, enough: bool, reader: LanguageModel
+) -> None:
+    names = [f"d{index}" for index in range(12)]
+    dimensions = [{"name": name, "low": 0, "high": 999_999} for name in names]
+    templates = [{"name": "all", "text": "{tool} " + " ".join(f"{{{name}}}" for name in names)}]
+    schema = Schema(SchemaSpec.model_validate({"dimensions": dimensions, "templates": templates}), TOOLS)
+    values = torch.cat([torch.zeros(4, 1), torch.arange(48).view(4, 12)], 1).double()
+    spec = tiny_spec(encoder={"tokens": tokens})
+
+    def train() -> None:
+        trainer = ResourceTrainer(spec, Table(schema, values), torch.arange(4), Describer(reader, schema))
+        trainer.advance()
+
+    if enough:
+        train()
+    else:
+        with pytest.raises(InvalidInput, match=f"{tokens} soft token.*at least 3; take more") as caught:
+            train()
+        assert caught.value.violations[0].field == "spec.encoder.tokens"
 
 
 def test_a_value_has_the_same_tokens_wherever_it_stands(model: LanguageModel, table: Table) -> None:
