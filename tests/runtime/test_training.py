@@ -222,7 +222,7 @@ def resource_case(data: Data, **sections: Any) -> Case:
             world,
         ),
         lambda trainer: trainer.model.gain,
-        ("table", "language model"),
+        ("table", "language model", "tokenizer"),
     )
 
 
