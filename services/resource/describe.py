@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel
 from services.resource.schema import Schema
-from services.resource.texts import SLOTS, Slot, Soft, Template, option, slot
+from services.resource.texts import OPTIONS, SLOTS, Slot, Soft, Template, option, slot, slots
 
 
 class Scores(NamedTuple):
@@ -36,12 +36,16 @@ class Describer:
         """``checkpointing``: compute the model's activations again in the backward pass, to save memory."""
         self.language, self.schema, self.checkpointing = language, schema, checkpointing
         self.model: Any = language.model
-        self.embed: nn.Module = self.model.get_input_embeddings()
+        self.embed: Any = self.model.get_input_embeddings()
         self.device: torch.device = self.embed.weight.device
         self.hidden: int = self.embed.weight.shape[1]
         self._end = language.end_of_text
         self.reads_slots: bool = all(len(row) == 1 for row in language.tokenize([slot(SLOTS - 1), option(0)]))
         """Whether the model was trained to read vectors."""
+        labels = sum(len(dimension.labels) for dimension in schema.dimensions)
+        if self.reads_slots and labels > OPTIONS:
+            text = f"has {labels} labels, tools among them, and {language.name} has marks of {OPTIONS}"
+            raise InvalidInput.field("spec.table", f"{text}; name another language model in llm_model")
         self._prompts: dict[str, tuple[list[int], Any]] = {}
         if checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -88,13 +92,17 @@ class Describer:
         soft = soft.to(self.embed.weight.dtype)
         if not self.reads_slots:
             return soft
+        tokens = soft.shape[1]
+        if (most := max(slots(template, tokens))) > SLOTS:
+            text = f"with {tokens} a soft token has to hold {most} characters, and {self.language.name} reads {SLOTS}"
+            raise InvalidInput.field("spec.encoder.tokens", f"{text}; take more, or narrower ranges of numbers")
         parts = []
-        for cell in template.layout(soft.shape[1]):
+        for cell in template.layout(tokens):
             if isinstance(cell, Soft):
                 parts.append(soft[:, cell.index : cell.index + 1])
             else:
-                (tokens,) = self.language.tokenize([slot(cell.index) if isinstance(cell, Slot) else cell])
-                parts.append(self.embed(torch.tensor(tokens, device=self.device)).expand(len(soft), -1, -1))
+                (row,) = self.language.tokenize([slot(cell.index) if isinstance(cell, Slot) else cell])
+                parts.append(self.embed(torch.tensor(row, device=self.device)).expand(len(soft), -1, -1))
         return torch.cat(parts, 1)
 
     def _states(self, inputs: Tensor, template: Template) -> Tensor:

@@ -29,6 +29,7 @@ from services.runtime.training import Optimization, Progress, Trainer, cosine, f
 
 FORMAT = 1
 PAD, END = "<pad>", "<end>"
+_TEXT_MARKS = [PAD, END, READ, WRITE]
 OPTION_MARKS = [option(index) for index in range(OPTIONS)]
 SLOT_MARKS = [slot(index) for index in range(SLOTS)]
 CONTENTS = [PAD, *"0123456789.", *OPTION_MARKS]
@@ -65,16 +66,16 @@ def make_tokenizer(vocabulary: int, seed: int) -> Any:
         texts += [*schema.template.legend[1::2], schema.template.write(schema.row(rng))]
     tokenizer = Tokenizer(models.BPE())
     digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[PAD, END, READ, WRITE, *OPTION_MARKS, *SLOT_MARKS],
+        special_tokens=[*_TEXT_MARKS, *OPTION_MARKS, *SLOT_MARKS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)  # type: ignore[no-untyped-call]
 
 
 def make_model(size: ReaderSizeSpec, vocabulary: int, seed: int) -> Any:
@@ -120,7 +121,7 @@ class ThrowawayEncoder(nn.Module):
         """Soft tokens ``[rows, tokens, hidden]``. ``contents``: index of the content of each slot, ``[rows, sum of
         slots]``; ``slots``: of each soft token."""
         parts = []
-        for part, count in zip(self.content[contents].split(list(slots), 1), slots, strict=True):
+        for part, count in zip(torch.split(self.content[contents], list(slots), 1), slots, strict=True):
             code = torch.einsum("rsw,swh->rh", part, self.bind[:count])
             parts.append(nn.functional.layer_norm(code + self.base, code.shape[1:]))
         return torch.stack(parts, 1)
@@ -231,40 +232,31 @@ class LanguageModelTrainer(Trainer):
         def words(count: int) -> Tensor:
             return torch.randint(first_word, len(self.tokenizer), (_COPIED, count), generator=draws)
 
-        pad, end, read, write = torch.arange(4).unsqueeze(1).expand(-1, _COPIED).unsqueeze(2)
-        level = int(self.level)
-        size, length = rng.randint(0, 8) if level > 1 else 0, rng.randint(1, 3)
-        marks = torch.rand(_COPIED, OPTIONS, generator=draws).argsort(1)[:, :size] + 4
-        labels = words(size * length).unflatten(1, (size, length)) if size else words(0).unsqueeze(2)
-        legend = torch.cat([marks.unsqueeze(2), labels], 2).flatten(1) if size else words(0)
-        shown, written, soft = [legend, read], list[Tensor](), list[bool]()
-        soft = [False] * (legend.shape[1] + 1)
+        pad, end, read, write = torch.arange(len(_TEXT_MARKS)).unsqueeze(1).expand(-1, _COPIED).unsqueeze(2)
+        size, length = rng.randint(0, 8) if self.level > 1 else 0, rng.randint(1, 3)
+        marks = torch.rand(_COPIED, OPTIONS, generator=draws).argsort(1)[:, :size] + len(_TEXT_MARKS)
+        labels = words(size * length).reshape(_COPIED, size, length)
+        shown, written = [torch.cat([marks.unsqueeze(2), labels], 2).flatten(1), read], list[Tensor]()
+        places: list[int] = []
         for _ in range(rng.randint(2, 8)):
             literal = words(rng.randint(1, 4))
-            if not level:
-                shown.append(literal)
-                written.append(literal)
-                soft += [False] * literal.shape[1]
-                continue
             shown.append(literal)
             written.append(literal)
-            soft += [False] * literal.shape[1] + [True]
+            if not self.level:
+                continue
+            places.append(sum(part.shape[1] for part in shown))
             shown.append(pad)
             if size and rng.random() < 0.4:
-                chosen = torch.randint(size, (_COPIED,), generator=draws)
-                shown.append(marks[torch.arange(_COPIED), chosen].unsqueeze(1))
-                written.append(labels[torch.arange(_COPIED), chosen])
-                soft.append(False)
+                chosen = torch.arange(_COPIED), torch.randint(size, (_COPIED,), generator=draws)
+                shown.append(marks[chosen].unsqueeze(1))
+                written.append(labels[chosen])
             else:
                 digits = self.ids[torch.randint(1, 12, (_COPIED, rng.randint(1, 5)), generator=draws)]
-                empty = rng.randint(0, 2)
-                shown += [digits] + [pad] * empty
+                shown += [digits] + [pad] * rng.randint(0, 2)
                 written.append(digits)
-                soft += [False] * (digits.shape[1] + empty)
         before, after = torch.cat([*shown, write], 1), torch.cat([*written, end], 1)
         tokens = torch.cat([before, after[:, :-1]], 1).to(self.device)
         embedded = self.embedding(tokens)
-        places = [place for place, is_soft in enumerate(soft) if is_soft]
         noise = torch.randn(_COPIED, len(places), embedded.shape[2], generator=draws).to(embedded)
         embedded = embedded.index_copy(1, torch.tensor(places, dtype=torch.long, device=self.device), noise)
         states = self.model.model(inputs_embeds=embedded).last_hidden_state[:, before.shape[1] - 1 :]
