@@ -47,6 +47,15 @@ def inputs(tables: Path, language_folder: Path) -> dict[str, Path]:
     return {"tools": tables, "profiling": tables, "language_model": language_folder}
 
 
+def test_a_part_of_the_rows_is_described_by_the_templates_of_training(inputs: dict[str, Path], tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, inputs=inputs)
+    result = run_job(spec(evaluation=3, augmentation={"mode": "jitter"}), recorder)
+    described = [(name, total) for name, total, unit in recorder.stages if unit == "descriptions"]
+    assert described == [("seen", 3), ("unseen", 3)]
+    assert list(result["details"]["seen"]["by_template"]) == ["plain"]
+    assert len(validate(tmp_path / "export").weights) == 16
+
+
 @pytest.mark.pictures
 def test_job_keeps_an_encoder_an_export_and_a_report(inputs: dict[str, Path], tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, inputs=inputs)
