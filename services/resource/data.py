@@ -166,7 +166,7 @@ def _row_model(spec: SchemaSpec, columns: Sequence[str], tools: Sequence[str] | 
         f"field_{index}": (kind, Field(alias=column))
         for index, (kind, column) in enumerate(zip(kinds, [spec.tool_column, *columns], strict=True))
     }
-    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     return create_model("Row", __config__=config, **fields)  # type: ignore[call-overload, no-any-return]
 
 
