@@ -61,14 +61,14 @@ class RandomSchema:
         return [sampler(rng) for sampler in self.samplers]
 
 
-def random_schema(rng: random.Random, most_fields: int, *, bare: bool) -> RandomSchema:
-    """Draw a schema of at most ``most_fields`` fields. ``bare``: its template has hardly more than the values."""
-    count = rng.randint(min(2, most_fields), most_fields)
-    labels: list[tuple[str, ...]] = [_distinct(rng, lambda: _name(rng, 3), rng.randint(1, 10))]
+def random_schema(rng: random.Random, count: int, most_labels: int, *, bare: bool) -> RandomSchema:
+    """Draw a schema of ``count`` fields, with at most ``most_labels`` for each. ``bare``: its template has hardly more
+    than the values."""
+    labels: list[tuple[str, ...]] = [_distinct(rng, lambda: _name(rng, 3), rng.randint(1, most_labels))]
     decimals = [0]
     for _ in range(count - 1):
         category = rng.random() < 0.2
-        size = min(rng.choice((2, 3, 3, 4, 6, 16)), OPTIONS - sum(map(len, labels)))
+        size = min(rng.choice((2, 3, 3, 4, 6, most_labels)), most_labels, OPTIONS - sum(map(len, labels)))
         labels.append(_distinct(rng, lambda: _label(rng), size) if category else ())
         decimals.append(0 if category else rng.choice((0, 0, 0, 1, 2, FINEST)))
     names = ("tool", *(f"field{index}" for index in range(1, count)))

@@ -11,7 +11,8 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ _GROW_BELOW, _DECAY, _JUMP = 0.35, 0.97, 0.25
 """Loss of the values below which schemas get one field more, decay of its mean, and what is added to it then."""
 _COPIES_BELOW, _LEVELS, _LEVEL_JUMP = 1.0, 2, 2.0
 """Loss of copying below which it gets harder, how often it does, and what is added to the mean then."""
+_MANY_LABELS = 0.25
+"""Share of steps with long lists of labels."""
 _TEMPLATE_WEIGHT = 0.2
 """Weight of the tokens of the template beside those of values."""
 _BARE = 0.8, 0.3
@@ -62,7 +65,7 @@ def make_tokenizer(vocabulary: int, seed: int) -> Any:
     rng = random.Random(seed)
     texts = []
     for _ in range(_CORPUS):
-        schema = random_schema(rng, 8, bare=False)
+        schema = random_schema(rng, rng.randint(2, 8), 10, bare=False)
         texts += [*schema.template.legend[1::2], schema.template.write(schema.row(rng))]
     tokenizer = Tokenizer(models.BPE())
     digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -204,7 +207,11 @@ class LanguageModelTrainer(Trainer):
         for optimizer in self.optimization.optimizers:
             optimizer.zero_grad()
         copies = self.step < self.spec.training.copying
-        metrics = {"loss": self._copying()} if copies else self._describing()
+        if copies:
+            metrics = {"copying": self._copying(), "slots": self._reading()}
+            metrics["loss"] = metrics["copying"] + metrics["slots"]
+        else:
+            metrics = self._describing()
         metrics["loss"].backward()  # type: ignore[no-untyped-call]
         metrics = {name: value.detach() for name, value in metrics.items()}
         self.optimization.update(self.step, metrics)
@@ -215,7 +222,7 @@ class LanguageModelTrainer(Trainer):
                 self.fields, self.mean = self.fields + 1, self.mean + _JUMP
             metrics["fields"] = self.fields.float()
         else:
-            self.mean = _DECAY * self.mean + (1 - _DECAY) * metrics["loss"].cpu()
+            self.mean = _DECAY * self.mean + (1 - _DECAY) * metrics["copying"].cpu()
             if self.mean < _COPIES_BELOW and self.level < _LEVELS:
                 self.level, self.mean = self.level + 1, self.mean + _LEVEL_JUMP
             if self.step == self.spec.training.copying:
@@ -227,19 +234,14 @@ class LanguageModelTrainer(Trainer):
         empty slots, which the second leaves out, and marks of labels, which the second has the label for."""
         rng = random.Random(f"{self.spec.seed} copy {self.step}")
         draws = generator(self.spec.seed, "copy", self.step)
-        first_word = int(self._slot) + SLOTS
-
-        def words(count: int) -> Tensor:
-            return torch.randint(first_word, len(self.tokenizer), (_COPIED, count), generator=draws)
-
         pad, end, read, write = torch.arange(len(_TEXT_MARKS)).unsqueeze(1).expand(-1, _COPIED).unsqueeze(2)
         size, length = rng.randint(0, 8) if self.level > 1 else 0, rng.randint(1, 3)
         marks = torch.rand(_COPIED, OPTIONS, generator=draws).argsort(1)[:, :size] + len(_TEXT_MARKS)
-        labels = words(size * length).reshape(_COPIED, size, length)
+        labels = self._words(size * length, draws).reshape(_COPIED, size, length)
         shown, written = [torch.cat([marks.unsqueeze(2), labels], 2).flatten(1), read], list[Tensor]()
         places: list[int] = []
         for _ in range(rng.randint(2, 8)):
-            literal = words(rng.randint(1, 4))
+            literal = self._words(rng.randint(1, 4), draws)
             shown.append(literal)
             written.append(literal)
             if not self.level:
@@ -261,6 +263,43 @@ class LanguageModelTrainer(Trainer):
         embedded = embedded.index_copy(1, torch.tensor(places, dtype=torch.long, device=self.device), noise)
         states = self.model.model(inputs_embeds=embedded).last_hidden_state[:, before.shape[1] - 1 :]
         return nn.functional.cross_entropy(self.model.lm_head(states).flatten(0, 1), after.to(self.device).flatten())
+
+    def _reading(self) -> Tensor:
+        """Loss of the contents of slots behind soft tokens, with nothing to describe."""
+        draws = generator(self.spec.seed, "read", self.step)
+        tokens, count = (int(torch.randint(1, most, (), generator=draws)) for most in (3, SLOTS + 1))
+        shape = (_COPIED, tokens * count)
+        characters = torch.randint(len(CONTENTS) - OPTIONS, shape, generator=draws)
+        labels = torch.randint(len(CONTENTS), shape, generator=draws)
+        contents = torch.where(torch.rand(shape, generator=draws) < 0.8, characters, labels)
+        soft = self.encoder(contents.to(self.device), [count] * tokens)
+        # Fields of some slots each, of one soft token or another, with a word between.
+        cells: list[Soft | Slot | None] = []
+        ends = (torch.rand(count, generator=draws) < 0.3).tolist()
+        for number in range(tokens):
+            for place, end in enumerate(ends):
+                if place == 0 or end:
+                    cells += [None, Soft(number)]
+                cells.append(Slot(place))
+        embedded = self.embedding(self._words(len(cells), draws).to(self.device))
+        embedded = embedded.clone()
+        for place, cell in enumerate(cells):
+            if isinstance(cell, Soft):
+                embedded[:, place] = soft[:, cell.index]
+            elif isinstance(cell, Slot):
+                embedded[:, place] = self.embedding.weight[self._slot + cell.index]
+        backbone = self.model.model
+        places = torch.arange(len(cells), device=self.device).unsqueeze(0)
+        rotary = backbone.rotary_emb(embedded, places)
+        for layer in backbone.layers[:_READ_AFTER]:
+            embedded = layer(embedded, attention_mask=None, position_ids=places, position_embeddings=rotary)
+        is_slot = torch.tensor([isinstance(cell, Slot) for cell in cells], device=self.device)
+        logits = self.model.lm_head(backbone.norm(embedded[:, is_slot]))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), self.ids[contents].flatten().to(self.device))
+
+    def _words(self, count: int, draws: torch.Generator) -> Tensor:
+        """Random tokens that are no marks, for each row of a step of copying."""
+        return torch.randint(self._slot + SLOTS, len(self.tokenizer), (_COPIED, count), generator=draws)
 
     def _describing(self) -> dict[str, Tensor]:
         training = self.spec.training
@@ -284,11 +323,18 @@ class LanguageModelTrainer(Trainer):
 
     def _items(self, rng: torch.Generator, schemas: int, rows: int, bare: bool, told: float = 0.0) -> list[Item]:
         seed = int(torch.randint(2**62, (), generator=rng))
-        return [self.item(random.Random(f"{seed} {number}"), rows, bare, told) for number in range(schemas)]
+        # Schemas of a step are about as large, so that little is padded.
+        fields = int(torch.randint(2, int(self.fields) + 1, (), generator=rng))
+        many = float(torch.rand((), generator=rng)) < _MANY_LABELS
+        form: dict[str, Any] = {"most_labels": 16 if many else 4, "bare": bare}
+        return [
+            self.item(random.Random(f"{seed} {number}"), rows, told, partial(random_schema, count=fields, **form))
+            for number in range(schemas)
+        ]
 
-    def item(self, rng: random.Random, count: int, bare: bool, told: float) -> Item:
+    def item(self, rng: random.Random, count: int, told: float, draw: Callable[[random.Random], RandomSchema]) -> Item:
         """A random schema with ``count`` rows."""
-        schema = random_schema(rng, int(self.fields), bare=bare)
+        schema = draw(rng)
         rows = [schema.row(rng) for _ in range(count)]
         parts = [schema.template.parts(row) for row in rows]
         legend, layout = schema.template.legend, schema.template.layout(schema.tokens)
