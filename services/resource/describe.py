@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel
 from services.resource.schema import Schema
-from services.resource.texts import OPTIONS, SLOTS, Slot, Soft, Template, option, slot, slots
+from services.resource.texts import OPTIONS, SLOTS, Slot, Soft, Template, option, slot
 
 
 class Scores(NamedTuple):
@@ -92,12 +92,8 @@ class Describer:
         soft = soft.to(self.embed.weight.dtype)
         if not self.reads_slots:
             return soft
-        tokens = soft.shape[1]
-        if (most := max(slots(template, tokens))) > SLOTS:
-            text = f"with {tokens} a soft token has to hold {most} characters, and {self.language.name} reads {SLOTS}"
-            raise InvalidInput.field("spec.encoder.tokens", f"{text}; take more, or narrower ranges of numbers")
         parts = []
-        for cell in template.layout(tokens):
+        for cell in template.layout(soft.shape[1]):
             if isinstance(cell, Soft):
                 parts.append(soft[:, cell.index : cell.index + 1])
             else:

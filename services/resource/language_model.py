@@ -267,27 +267,28 @@ class LanguageModelTrainer(Trainer):
     def _reading(self) -> Tensor:
         """Loss of the contents of slots behind soft tokens, with nothing to describe."""
         draws = generator(self.spec.seed, "read", self.step)
-        tokens, count = (int(torch.randint(1, most, (), generator=draws)) for most in (3, SLOTS + 1))
-        shape = (_COPIED, tokens * count)
+        number, count = (int(torch.randint(1, most, (), generator=draws)) for most in (3, SLOTS + 1))
+        shape = (_COPIED, number * count)
         characters = torch.randint(len(CONTENTS) - OPTIONS, shape, generator=draws)
         labels = torch.randint(len(CONTENTS), shape, generator=draws)
         contents = torch.where(torch.rand(shape, generator=draws) < 0.8, characters, labels)
-        soft = self.encoder(contents.to(self.device), [count] * tokens)
+        soft = self.encoder(contents.to(self.device), [count] * number)
         # Fields of some slots each, of one soft token or another, with a word between.
         cells: list[Soft | Slot | None] = []
         ends = (torch.rand(count, generator=draws) < 0.3).tolist()
-        for number in range(tokens):
+        for index in range(number):
             for place, end in enumerate(ends):
                 if place == 0 or end:
-                    cells += [None, Soft(number)]
+                    cells += [None, Soft(index)]
                 cells.append(Slot(place))
-        embedded = self.embedding(self._words(len(cells), draws).to(self.device))
-        embedded = embedded.clone()
+        tokens = self._words(len(cells), draws)
         for place, cell in enumerate(cells):
-            if isinstance(cell, Soft):
-                embedded[:, place] = soft[:, cell.index]
-            elif isinstance(cell, Slot):
-                embedded[:, place] = self.embedding.weight[self._slot + cell.index]
+            if isinstance(cell, Slot):
+                tokens[:, place] = self._slot + cell.index
+        embedded = self.embedding(tokens.to(self.device))
+        chosen = [(place, cell.index) for place, cell in enumerate(cells) if isinstance(cell, Soft)]
+        indices, numbers = (torch.tensor(row, device=self.device) for row in zip(*chosen, strict=True))
+        embedded = embedded.index_copy(1, indices, soft[:, numbers])
         backbone = self.model.model
         places = torch.arange(len(cells), device=self.device).unsqueeze(0)
         rotary = backbone.rotary_emb(embedded, places)
@@ -359,12 +360,12 @@ class LanguageModelTrainer(Trainer):
     def losses(self, items: Sequence[Item], soft: Sequence[Tensor]) -> ItemScores:
         """How the descriptions of ``items`` are predicted after ``soft`` of each, ``[rows, tokens, hidden]``.
 
-        Prompts are padded on the left and computed once for all rows of a schema.
+        Prompts are computed once for all rows of a schema.
         """
         from transformers import DynamicCache
 
         rows = len(items[0].descriptions)
-        prompts, prompt_mask = _padded([item.prompt for item in items], left=True)
+        prompts, prompt_mask = _padded([item.prompt for item in items])
         prompts, prompt_mask = prompts.to(self.device), prompt_mask.to(self.device)
         cache = DynamicCache(config=self.model.config)
         places = (prompt_mask.cumsum(1) - 1).clamp_min(0)
@@ -392,7 +393,7 @@ class LanguageModelTrainer(Trainer):
         early = outputs.hidden_states[_READ_AFTER][:, :longest][wanted >= 0]
         # The output layer has the embedding of every content.
         logits = self.model.lm_head(self.model.model.norm(early))
-        read = nn.functional.cross_entropy(logits, wanted[wanted >= 0]) if len(early) else logits.sum()
+        read = nn.functional.cross_entropy(logits, wanted[wanted >= 0]) if len(early) else logits.new_zeros(())
         slots_right = (logits.argmax(-1) == wanted[wanted >= 0]).float().mean()
         logits = self.model.lm_head(outputs.last_hidden_state[:, longest - 1 :][present])
         right = torch.ones_like(present)
@@ -455,13 +456,14 @@ class LanguageModelTrainer(Trainer):
         self.tokenizer.save_pretrained(folder)
 
 
-def _padded(rows: Sequence[Sequence[float]], *, left: bool = False) -> tuple[Tensor, Tensor]:
+def _padded(rows: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
     """Rows of different lengths as a matrix, and 1 where there is something."""
     length = max(map(len, rows))
     blanks = [[0] * (length - len(row)) for row in rows]
-    values = torch.tensor([[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, blanks, strict=True)])
-    ones = [[1] * len(row) for row in rows]
-    return values, torch.tensor([[*pad, *one] if left else [*one, *pad] for one, pad in zip(ones, blanks, strict=True)])
+    pairs = list(zip(rows, blanks, strict=True))
+    return torch.tensor([[*row, *pad] for row, pad in pairs]), torch.tensor(
+        [[1] * len(row) + pad for row, pad in pairs]
+    )
 
 
 def train_language_model(spec: ReaderSpec, run: Run, folder: Path) -> LanguageModelTrainer:

@@ -16,7 +16,7 @@ from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.language_model import LanguageModelTrainer
 from services.resource.schema import Schema
-from services.resource.texts import Template
+from services.resource.texts import READ, WRITE, Slot, Soft, Template
 from services.resource.train import ResourceTrainer
 from tests.resource.conftest import SCHEMA, TOOLS, tiny_reader_spec, tiny_spec, write_language_model
 
@@ -43,7 +43,7 @@ def soft_tokens(rows: int, tokens: int = 1, seed: int = 0) -> Tensor:
 def whole(describer: Describer, soft: Tensor, row: list[float], template: Template) -> tuple[Tensor, Tensor]:
     """Logits ``[length, vocabulary]`` and tokens of one description, from the whole text at once."""
     language = describer.language
-    (prompt,) = language.tokenize([template.prompt])
+    prompt, _ = describer._prompt(template)
     tokens = [token for text, _ in template.parts(row) for token in language.tokenize([text])[0]]
     tokens.append(language.end_of_text)
     head = describer._head(soft.unsqueeze(0), template)
@@ -74,7 +74,7 @@ def test_what_is_written_is_the_likeliest_token_each_time(model: LanguageModel, 
     soft = soft_tokens(3)
     texts = describer.write(soft, template)
     for vector, text in zip(soft, texts, strict=True):
-        (prompt,) = model.tokenize([template.prompt])
+        prompt, _ = describer._prompt(template)
         prefix = torch.cat([describer.embed(torch.tensor([prompt])), describer._head(vector.unsqueeze(0), template)], 1)
         tokens: list[int] = []
         for _ in range(8):
@@ -105,8 +105,9 @@ def test_a_model_that_knows_the_marks_is_shown_slots(
 ) -> None:
     template = table.schema.templates[0]
     lengths = [Describer(model, table.schema)._head(soft_tokens(1), template).shape[1] for model in (language, reader)]
-    # A mark for each of four fields, and slots: two labels, one and four digits.
-    assert lengths[0] == 1 and lengths[1] == 1 + 4 + sum(template.places)
+    cells = template.layout(1)
+    assert [sum(isinstance(cell, kind) for cell in cells) for kind in (Soft, Slot)] == [4, sum(template.places)]
+    assert cells[0] == READ and cells[-1] == WRITE and lengths[0] == 1 and lengths[1] >= len(cells)
 
 
 @pytest.mark.parametrize(("tokens", "enough"), [(1, False), (2, False), (4, True), (8, True)])
