@@ -84,6 +84,8 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     strays = [tensor for tensor in given if tensor.dim() and not isinstance(tensor, _OnDevice)]
     if there and strays and not func.name().startswith(_FROM_TWO_DEVICES):
         raise TypeError(f"{func}: all tensors must be on the same device, but there are cpu and mps")
+    if any(tensor.is_meta for tensor in given):
+        raise TypeError(f"{func}: a list that indexes a tensor has no numbers here; index with a tensor of the device")
     target = kwargs.get("device")
     if target is not None:
         there, kwargs = torch.device(target).type in ("mps", "meta"), {**kwargs, "device": "cpu"}

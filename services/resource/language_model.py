@@ -417,8 +417,8 @@ class LanguageModelTrainer(Trainer):
         else:
             wanted[:, is_slot] = contents
         embedded = self.embedding(tokens)
-        placed = soft[:, [cell.index for cell in item.head if isinstance(cell, Soft)]]
-        return embedded.masked_scatter(is_soft.unsqueeze(1).expand_as(embedded), placed), wanted
+        numbers = torch.tensor([cell.index for cell in item.head if isinstance(cell, Soft)], device=self.device)
+        return embedded.masked_scatter(is_soft.unsqueeze(1).expand_as(embedded), soft[:, numbers]), wanted
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
