@@ -26,6 +26,7 @@ def test_calls_queue_and_device_are_told(
     codec: Codec,
     material: Material,
     gate: Gate,
+    *,
     tmp_path: Path,
 ) -> None:
     publish(codec)
