@@ -17,6 +17,8 @@ from ethogram.paths import user_path
 HOST, PORT, STATE = "127.0.0.1", 8321, "runs/state"
 """Where an embedded platform runs by default."""
 _LEAVING_SECONDS = 20.0
+# A new disk has the first; the others are what a gateway, a worker or an inference server leaves that ran by itself.
+_OWN = {"lost+found", "store", "work", "registry.db", "registry.db-wal", "registry.db-shm"}
 
 
 @dataclass
@@ -49,8 +51,7 @@ class StateDir:
         parts = (self.store, self.redis, self.logs, self.root / "work")
         try:
             there = [path.name for path in self.root.iterdir()] if self.root.exists() else []
-            # A new disk has a folder of its own.
-            others = [name for name in there if not name.startswith(".") and name != "lost+found"]
+            others = [name for name in there if not name.startswith(".") and name not in _OWN]
             if others and not all(folder.is_dir() for folder in parts):
                 text = f"{self.root} holds other files ({others[0]}); name another folder with --state"
                 raise InvalidInput.field("state", text)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import httpx
 import pytest
 
 from ethogram.errors import Conflict, EthogramError
 from ethogram.inference import Inference
+from ethogram.platform.stack import free_port
 from services.crossmodal.codec import Codec
 from services.inference.settings import InferenceSettings
-from tests.conftest import free_port
 from tests.gateway.test_metrics import value
 from tests.inference.conftest import Material, Publish, Serve
 from tests.inference.test_server import Gate, arrays, gate
@@ -25,6 +26,8 @@ def test_calls_queue_and_device_are_told(
     codec: Codec,
     material: Material,
     gate: Gate,
+    *,
+    tmp_path: Path,
 ) -> None:
     publish(codec)
     port = free_port()
@@ -55,7 +58,7 @@ def test_calls_queue_and_device_are_told(
     assert value(text, "ethogram_inference_batch_rows_sum") == 3
     assert value(text, "ethogram_inference_compute_seconds_count") == 1
     assert value(text, "ethogram_inference_queue_seconds_count") == 1
-    other = server.call(server._made(InferenceSettings(device="cpu", metrics_port=port))).result(30)
+    other = server.call(server._made(InferenceSettings(device="cpu", metrics_port=port, state=tmp_path))).result(30)
     with pytest.raises(Conflict, match="ETHOGRAM_METRICS_PORT"):
         server.call(other.start()).result(30)
     server.stop()

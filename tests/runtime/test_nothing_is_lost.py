@@ -192,8 +192,9 @@ def test_folders_of_others_are_no_scratch_and_no_state(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="holds other files"):
         StateDir(tmp_path / "project").make()
     assert contents(tmp_path / "project") == kept
-    # A new disk, and a state that is used again.
-    (tmp_path / "disk" / "lost+found").mkdir(parents=True)
+    # A new disk, on which a worker ran by itself, and a state that is used again.
+    for name in ("lost+found", "work", "store/tmp"):
+        (tmp_path / "disk" / name).mkdir(parents=True)
     for _ in range(2):
         StateDir(tmp_path / "disk").make()
 

@@ -232,6 +232,16 @@ def test_repeats_that_would_take_for_ever_are_told(expression: str) -> None:
         compiled(expression)
 
 
+@pytest.fixture
+def usual_recursion() -> Iterator[None]:
+    """The limit of a new process, which a compiler of another test may have raised."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(limit)
+
+
+@pytest.mark.usefixtures("usual_recursion")
 @pytest.mark.parametrize("expression", ["A" * 499, "(" * 249 + "A" + ")" * 249, "(" * 500, "A?" * 250])
 def test_an_expression_that_is_nested_too_deeply_is_an_error_of_its_field(expression: str) -> None:
     with pytest.raises(InvalidInput, match="too long or nested too deeply") as caught:
