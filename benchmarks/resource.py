@@ -235,7 +235,7 @@ def encoder(setting: Setting, name: str, spec: ResourceSpec, table: Table, rows:
 
 
 def timed_encoder(
-    setting: Setting, name: str, spec: ResourceSpec, table: Table, rows: Tensor, language: Frozen | None = None
+    setting: Setting, name: str, spec: ResourceSpec, table: Table, rows: Tensor, *, language: Frozen | None = None
 ) -> tuple[ResourceCodec, dict[str, float]]:
     """An encoder that is trained on some rows of a table, or kept, and its steps; and, if this run alone trained it,
     the ``minutes``."""
@@ -259,12 +259,11 @@ def timed_encoder(
             fresh = folder / "encoder.new"
             trainer.codec().save(fresh)
             fresh.rename(folder / "encoder")
-            (folder / "steps.json").write_text(json.dumps(trainer.step), encoding="utf-8")
             return {}
 
         figures = _kit.trained(folder / "run", train, keep)
-    steps = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
-    return ResourceCodec.load(folder / "encoder", setting.device), {**figures, "steps": float(steps)}
+    codec = ResourceCodec.load(folder / "encoder", setting.device)
+    return codec, {**figures, "steps": float(codec.about["step"])}
 
 
 class TimedRun(ConsoleRun):
@@ -303,9 +302,9 @@ def phase0_of(setting: Setting, seed: int) -> tuple[Measured, Path]:
         farthest = max(per_tool, key=lambda count: abs(count - 243))
         counts = {"rows": float(sum(per_tool)), "rows_per_tool": float(farthest)}
         control = {f"control.{name}": value for name, value in result["controls"].items()}
-        steps = ResourceCodec.load(folder / "run" / "encoder").about.get("step", math.nan)
+        steps = float(ResourceCodec.load(folder / "run" / "encoder").about["step"])
         found = {"field_accuracy": min(fields), **counts, **control}
-        return figures | found | minutes | ({"steps": float(steps)} if steps == steps else {})
+        return figures | found | minutes | {"steps": steps}
 
     name = f"phase0-{seed}"
     return CACHE.measured(name, asked, SOURCES, measure), CACHE.folder(name, asked, SOURCES) / "run"
@@ -332,12 +331,11 @@ def _judged(figure: Figure, op: str, bar: float) -> Figure:
     return figure if figure.value is None else figure._replace(op=op, bar=bar)
 
 
-def train_into(folder: Path, setting: Setting, spec: ResourceSpec) -> float:
+def train_into(folder: Path, language: Frozen, device: str, spec: ResourceSpec) -> float:
     """In a process of its own: train with a checkpoint after each step. Returns the seconds."""
-    language = language_model(setting)
     table = job.table_of(spec, Run())
-    with ConsoleRun(folder, setting.device, checkpoint_seconds=0) as run:
-        describer = Describer(language.load(setting.device), table.schema)
+    with ConsoleRun(folder, device, checkpoint_seconds=0) as run:
+        describer = Describer(language.load(device), table.schema)
         trainer = ResourceTrainer(spec, table, torch.arange(len(table)), describer)
         began = time.monotonic()
         fit(trainer, run)
@@ -349,14 +347,16 @@ def resume(setting: Setting, seed: int) -> Figures:
     """Trainings that were killed at a random moment and resumed: how many have other weights than the whole one."""
     training = {"steps": 40, "batch_size": 16, "warm_up": 4, "validate_every": 10, "target_loss": 0}
     spec = setting.spec(seed, training=training)
+    # A child that worked out the model itself would take it for another, since its code has another name there.
+    given = language_model(setting)._replace(trained=None), setting.device, spec
 
     def measure(folder: Path) -> dict[str, float]:
-        seconds = _kit.in_child(train_into, folder / "whole", setting, spec)
+        seconds = _kit.in_child(train_into, folder / "whole", *given)
         chance, unequal, resumed = random.Random(seed), 0, 0
         for kill in range(KILLS):
             killed = folder / f"killed-{kill}"
             shutil.rmtree(killed, ignore_errors=True)
-            training = get_context("spawn").Process(target=train_into, args=(killed, setting, spec))
+            training = get_context("spawn").Process(target=train_into, args=(killed, *given))
             training.start()
             while training.is_alive() and not (killed / CHECKPOINT).exists():
                 time.sleep(0.01)
@@ -364,7 +364,7 @@ def resume(setting: Setting, seed: int) -> Figures:
             training.kill()
             training.join()
             resumed += (killed / CHECKPOINT).exists()
-            _kit.in_child(train_into, killed, setting, spec)
+            _kit.in_child(train_into, killed, *given)
             files = [path / "encoder" / "encoder.safetensors" for path in (folder / "whole", killed)]
             unequal += files[0].read_bytes() != files[1].read_bytes()
             say(f"killed and resumed: {unequal} of {kill + 1} differ")
@@ -588,7 +588,7 @@ def latency_of(setting: Setting, seed: int) -> Measured:
         table = job.table_of(spec, Run())
         train, test = table.hold_out(0.2, seed)
         codec = encoder(setting, f"latency-{seed}", spec, table, train)
-        found = predicted_beside(setting, folder, codec, table, train, test, seed, form="levels")
+        found = predicted_beside(setting, folder, codec, table, (train, test), seed=seed, form="levels")
         values, unknown = table.values[test], measured_fields(table.schema).expand(len(test), -1)
         describer = Describer(language_model(setting).load(setting.device), table.schema)
         said = read_back(describer, codec.soft(codec.embed(values, unknown)), values, table.schema.templates[0])
@@ -606,14 +606,14 @@ def predicted_beside(
     folder: Path,
     codec: ResourceCodec,
     table: Table,
-    train: Tensor,
-    test: Tensor,
-    seed: int,
+    rows: tuple[Tensor, Tensor],
     *,
+    seed: int,
     form: str,
 ) -> dict[str, float]:
-    """Figures of the first measured number of the rows ``test``, from the embedding alone and with raw numbers beside
-    it, and the others'."""
+    """Figures of the first measured number of held-out rows, from the embedding alone and with raw numbers beside it,
+    and the others'. ``rows``: to train on and held out."""
+    train, test = rows
     values, unknown = table.values[test], measured_fields(table.schema).expand(len(test), -1)
     found: dict[str, float] = {}
     for name, raw in (("mape", False), ("mape_with_raw", True)):
@@ -933,7 +933,7 @@ def smollm_of(setting: Setting, language: Frozen, seed: int, tokens: int, steps:
         table = table if setting.device != "cpu" else table.at((table.tools == 0).nonzero().flatten())
         everything = torch.arange(len(table))
         train, held_out = table.hold_out(spec.held_out, seed) if setting.device != "cpu" else (everything, None)
-        codec, found = timed_encoder(setting, f"smollm-{tokens}-{seed}", spec, table, train, language)
+        codec, found = timed_encoder(setting, f"smollm-{tokens}-{seed}", spec, table, train, language=language)
         describer = Describer(language.load(setting.device), table.schema)
         template = table.schema.templates[0]
 
@@ -1016,7 +1016,7 @@ def real_of(setting: Setting, table: Table, seed: int, split: str) -> Measured:
         known = table.at(train).measured_tools
         test = test[[int(tool) in known for tool in table.tools[test].tolist()]]
         codec = encoder(setting, f"real-{split}-{seed}", spec, table, train)
-        found = predicted_beside(setting, folder, codec, table, train, test, seed, form="interactions")
+        found = predicted_beside(setting, folder, codec, table, (train, test), seed=seed, form="interactions")
         best = min(found["peer.boosting"], found["peer.log_linear"])
         found |= {"vs_best": found["mape"] / best, "vs_best_with_raw": found["mape_with_raw"] / best}
         if split == "random":
