@@ -39,7 +39,8 @@ class Data:
 
     def _one_hot(self, column: NDArray[Any]) -> Floats:
         """Indicators of the values that training rows have."""
-        return (column[:, None] == np.unique(column[self.train])).astype(np.float64)
+        indicators: Floats = (column[:, None] == np.unique(column[self.train])).astype(np.float64)
+        return indicators
 
     def raw(self) -> Floats:
         """Numbers as they are, and indicators of categories."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from ruamel.yaml import YAML
@@ -36,7 +37,7 @@ dimensions:
 templates:
   - name: record
     text: >-
-      {process} in {solvent} with a {stirrer} stirrer, {feed_mode}: {temperature} K, {pressure} bar, {speed} rpm,
+      {tool} in {solvent} with a {stirrer} stirrer, {feed_mode}: {temperature} K, {pressure} bar, {speed} rpm,
       pH {ph}, {reagent} g with {catalyst} mg of catalyst in {volume} mL, {flow} mL/min for {hold} min, {cooling} W,
       {particle} um, {moisture} % moisture; yields {yield_g} g
 """
@@ -87,11 +88,11 @@ def reactor_table(folder: Path, rows: int, seed: int) -> Table:
     with profiling.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([spec.tool_column, *(dimension.name for dimension in spec.dimensions)])
-        for _ in range(rows):
-            draws = torch.rand(len(spec.dimensions) + 1, generator=rng, dtype=torch.float64).tolist()
-            cells: list[str] = [PROCESSES[int(draws[0] * len(PROCESSES))]]
+        for number in range(rows):
+            draws = torch.rand(len(spec.dimensions), generator=rng, dtype=torch.float64).tolist()
+            cells = [PROCESSES[number % len(PROCESSES)]]
             reagent = 0.0
-            for dimension, draw in zip(spec.dimensions, draws[1:], strict=True):
+            for dimension, draw in zip(spec.dimensions, draws, strict=True):
                 if dimension.labels:
                     cells.append(dimension.labels[int(draw * len(dimension.labels))])
                     continue
@@ -114,6 +115,6 @@ def models_table(file: Path) -> Table:
     return read_measurements(file, SchemaSpec.model_validate(content), field="--real")
 
 
-def _loaded(text: str) -> dict[str, object]:
-    loaded: dict[str, object] = YAML(typ="safe").load(text)
+def _loaded(text: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = YAML(typ="safe").load(text)
     return loaded

@@ -290,8 +290,9 @@ def phase0_of(setting: Setting, seed: int) -> tuple[Measured, Path]:
     asked = [spec, language_model(setting).digest, setting.device]
 
     def measure(folder: Path) -> dict[str, float]:
-        with TimedRun(folder / "run", setting.device) as run:
-            resumed = run.resume is not None
+        run = TimedRun(folder / "run", setting.device)
+        resumed = run.resume is not None
+        with run:
             result = job.run(spec, run)
             minutes = {} if resumed else {"minutes": max(run.minutes())}
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
@@ -412,7 +413,8 @@ class TextReader(Describer):
     """Reads the numbers of a vector as text, in place of soft tokens."""
 
     def _head(self, soft: Tensor, template: Template) -> Tensor:
-        return soft.to(self.embed.weight.dtype)
+        # They are embeddings of tokens already.
+        return soft
 
     def texts(self, template: Template, values: Tensor) -> list[list[int]]:
         """Tokens of each row of ``values``. A model that was trained to read vectors gets the marks of fields and the
