@@ -286,6 +286,8 @@ class ResourceSpec(TrainedSpec):
     held_out: float = Field(0.1, ge=0, lt=1)
     """Share of the configurations that a second run, of which the figures of unseen ones are, is not trained on; 0: no
     second run. The encoder that is kept is trained on all rows."""
+    evaluation: int | None = Field(None, ge=1, le=10_000_000)
+    """Most rows, seen and unseen, that are described in the evaluation, drawn at random; None: all."""
     hub: HubSpec | None = None
     """Model repository to upload encoder and export to."""
 

@@ -997,6 +997,7 @@ class ResourceSpec(_message.Message):
     AUGMENTATION_FIELD_NUMBER: _builtins.int
     HELD_OUT_FIELD_NUMBER: _builtins.int
     HUB_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of everything random."""
     llm_model: _builtins.str
@@ -1007,6 +1008,8 @@ class ResourceSpec(_message.Message):
     """Share of the configurations that a second run, of which the figures of unseen ones are, is not trained on; 0: no
     second run. The encoder that is kept is trained on all rows.
     """
+    evaluation: _builtins.int
+    """Most rows, seen and unseen, that are described in the evaluation, drawn at random; None: all."""
     @_builtins.property
     def training(self) -> Global___ResourceTrainingSpec:
         """Optimisation."""
@@ -1060,17 +1063,22 @@ class ResourceSpec(_message.Message):
         augmentation: Global___AugmentationSpec | None = ...,
         held_out: _builtins.float | None = ...,
         hub: _common_pb2.HubSpec | None = ...,
+        evaluation: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_out", b"_held_out", "_llm_model", b"_llm_model", "_seed", b"_seed", "augmentation", b"augmentation", "encoder", b"encoder", "held_out", b"held_out", "hub", b"hub", "language_model", b"language_model", "llm_model", b"llm_model", "profiling", b"profiling", "seed", b"seed", "table", b"table", "tools", b"tools", "training", b"training", "wandb", b"wandb"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_held_out", b"_held_out", "_llm_model", b"_llm_model", "_seed", b"_seed", "augmentation", b"augmentation", "encoder", b"encoder", "evaluation", b"evaluation", "held_out", b"held_out", "hub", b"hub", "language_model", b"language_model", "llm_model", b"llm_model", "profiling", b"profiling", "seed", b"seed", "table", b"table", "tools", b"tools", "training", b"training", "wandb", b"wandb"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_out", b"_held_out", "_llm_model", b"_llm_model", "_seed", b"_seed", "augmentation", b"augmentation", "encoder", b"encoder", "held_out", b"held_out", "hub", b"hub", "language_model", b"language_model", "llm_model", b"llm_model", "profiling", b"profiling", "seed", b"seed", "table", b"table", "tools", b"tools", "training", b"training", "wandb", b"wandb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_held_out", b"_held_out", "_llm_model", b"_llm_model", "_seed", b"_seed", "augmentation", b"augmentation", "encoder", b"encoder", "evaluation", b"evaluation", "held_out", b"held_out", "hub", b"hub", "language_model", b"language_model", "llm_model", b"llm_model", "profiling", b"profiling", "seed", b"seed", "table", b"table", "tools", b"tools", "training", b"training", "wandb", b"wandb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__evaluation: _TypeAlias = _typing.Literal["evaluation"]  # noqa: Y015
+    _WhichOneofArgType__evaluation: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation"]  # noqa: Y015
     _WhichOneofReturnType__held_out: _TypeAlias = _typing.Literal["held_out"]  # noqa: Y015
     _WhichOneofArgType__held_out: _TypeAlias = _typing.Literal["_held_out", b"_held_out"]  # noqa: Y015
     _WhichOneofReturnType__llm_model: _TypeAlias = _typing.Literal["llm_model"]  # noqa: Y015
     _WhichOneofArgType__llm_model: _TypeAlias = _typing.Literal["_llm_model", b"_llm_model"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation) -> _WhichOneofReturnType__evaluation | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__held_out) -> _WhichOneofReturnType__held_out | None: ...
     @_typing.overload

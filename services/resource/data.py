@@ -166,7 +166,7 @@ def _row_model(spec: SchemaSpec, columns: Sequence[str], tools: Sequence[str] | 
         f"field_{index}": (kind, Field(alias=column))
         for index, (kind, column) in enumerate(zip(kinds, [spec.tool_column, *columns], strict=True))
     }
-    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     return create_model("Row", __config__=config, **fields)  # type: ignore[call-overload, no-any-return]
 
 
@@ -191,5 +191,5 @@ def _check_ranges(table: Table, file: Path, numbers: Sequence[int], columns: Seq
         column, low, high = table.values[:, index], dimension.low or 0.0, dimension.high or 0.0
         outside = ((column < low) | (column > high)).nonzero().flatten().tolist()
         if outside:
-            text = f"{column[outside[0]]:g} is outside the declared range, from {low:g} to {high:g}"
+            text = f"{column[outside[0]]:.10g} is outside the declared range, from {low:.10g} to {high:.10g}"
             raise InvalidInput.field(f"{file.name}:{numbers[outside[0]]}.{columns[index - 1]}", text)

@@ -56,11 +56,11 @@ def read_back(
 def describe_figures(
     codec: ResourceCodec, describer: Describer, values: Tensor, run: Run, name: str = "describe"
 ) -> dict[str, Any]:
-    """Figures of the descriptions of ``values`` ``[rows, fields]`` by every template: ``exact_match``, ``by_template``,
-    ``field_accuracy`` by field, ``cross_entropy``, and ``digits``: share of right digits by place, from the last.
-    ``name``: of the stage."""
+    """Figures of the descriptions of ``values`` ``[rows, fields]`` by the templates of training: ``exact_match``,
+    ``by_template``, ``field_accuracy`` by field, ``cross_entropy``, and ``digits``: share of right digits by place,
+    from the last. ``name``: of the stage."""
     embeddings = codec.embed(values)
-    templates = codec.schema.templates
+    templates = codec.schema.templates if codec.spec.augmentation.varies else codec.schema.templates[:1]
     run.stage(name, len(values) * len(templates), "descriptions")
     done = 0
 

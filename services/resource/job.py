@@ -30,6 +30,7 @@ from services.runtime.devices import uses_bfloat16
 from services.runtime.parallel import ALONE, World
 from services.runtime.parts import Parts
 from services.runtime.run import Run
+from services.runtime.seeds import generator
 from services.runtime.training import fit
 
 ALL, UNSEEN = "all", "unseen"
@@ -38,8 +39,7 @@ ALL, UNSEEN = "all", "unseen"
 
 def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
     """Artifacts: ``encoder``, ``export`` and ``report``; with ``spec.hub`` encoder and export are uploaded at the end.
-    Returns the ``figures`` and, by template, field and place of
-    digits, what they are means of."""
+    Returns the ``figures`` and, by template, field and place of digits, what they are means of."""
     if spec.hub is not None and world.first and run.resume is None:
         # Fail before training, not after it, without a network or permission.
         Repository(spec.hub, "model").open()
@@ -61,14 +61,20 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
             unseen = parts.part(UNSEEN, lambda _: _train(spec, table, rows, describer, parts=parts, world=world))
         if not world.first:
             return {}
-        # With checkpointing the model has no memory of what it has read.
-        language.model.eval().gradient_checkpointing_disable()
+        if spec.training.gradient_checkpointing:
+            # With it the model has no memory of what it has read.
+            language.model.eval().gradient_checkpointing_disable()
         describer = Describer(language, table.schema)
-        details = {"seen": describe_figures(codec, describer, table.values, run, "seen")}
+
+        def drawn(values: Tensor) -> Tensor:
+            order = torch.randperm(len(values), generator=generator(spec.seed, "evaluation"))
+            return values if spec.evaluation is None else values[order[: spec.evaluation]]
+
+        details = {"seen": describe_figures(codec, describer, drawn(table.values), run, "seen")}
         if unseen is not None:
             other = ResourceCodec.load(parts.folder / UNSEEN, run.device)
-            details["unseen"] = describe_figures(other, describer, table.values[held_out], run, "unseen")
-        control = controls(codec, describer, table.values, spec.seed)
+            details["unseen"] = describe_figures(other, describer, drawn(table.values[held_out]), run, "unseen")
+        control = controls(codec, describer, drawn(table.values), spec.seed)
         figures = _figures(details, control, retrieval_figures(codec, table.values, spec.seed))
         with run.side_output("the report"):
             histories = {ALL: everything["history"]} | ({UNSEEN: unseen["history"]} if unseen else {})

@@ -37,7 +37,7 @@ class Features(nn.Module):
         self.form, self.dimensions = form, tuple(dimensions)
         # In float32, since not every device has float64; the features are computed on the CPU.
         self.register_buffer("mean", values.mean(0).float())
-        self.register_buffer("deviation", values.std(0).clamp_min(1e-6).float())
+        self.register_buffer("deviation", values.std(0, correction=0).clamp_min(1e-6).float())
         self.widths = [self._width(dimension) + 1 for dimension in self.dimensions]
         self.width = sum(self.widths)
 

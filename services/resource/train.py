@@ -17,12 +17,14 @@ from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.export import checkpoint_name, write_checkpoint
 from services.resource.model import ResourceEncoder
-from services.resource.texts import Template
+from services.resource.texts import SLOTS, Template, slots
 from services.runtime import checkpoints
 from services.runtime.parallel import ALONE, World
 from services.runtime.seeds import generator
 from services.runtime.training import Optimization, Progress, Trainer, constant, cosine, steps_of_epochs
 
+MOST_TOKENS = 8
+"""Soft tokens of a vector at most."""
 VALIDATED = 256
 """Most rows of a validation."""
 
@@ -58,6 +60,8 @@ class ResourceTrainer(Trainer):
                 f"the language model's hidden size, {describer.hidden}, does not divide into {spec.encoder.heads} heads"
             )
             raise InvalidInput.field("spec.encoder.heads", text)
+        if describer.reads_slots:
+            _check_slots(spec.encoder.tokens, table.schema.templates[0])
         self._epoch: tuple[int, Tensor] | None = None
         picked = torch.randperm(len(rows), generator=generator(spec.seed, "validation"))[:VALIDATED]
         self.validation = rows[picked]
@@ -188,6 +192,18 @@ class ResourceTrainer(Trainer):
         parts = checkpoints.parts(tensors)
         self.model.load_state_dict(parts["model"])
         self.optimization.restore(parts["optimization"])
+
+
+def _check_slots(tokens: int, template: Template) -> None:
+    """Raise :class:`InvalidInput` for numbers and categories that do not go into the slots of ``tokens``."""
+    enough = [count for count in range(1, MOST_TOKENS + 1) if max(slots(template, count)) <= SLOTS]
+    if tokens not in enough:
+        text = f"{tokens} soft tokens do not hold the {sum(template.places)} digits and labels of a row"
+        more = [count for count in enough if count > tokens]
+        hint = (
+            f"this language model takes at least {more[0]}; take more" if more else "take fewer dimensions or decimals"
+        )
+        raise InvalidInput.field("spec.encoder.tokens", f"{text}; {hint}")
 
 
 def contrastive(first: Tensor, second: Tensor, same: Tensor, temperature: float) -> Tensor:

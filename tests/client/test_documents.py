@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "docs", "examples"))]
 APPS: dict[str, Any] = {"ethogram": typer.main.get_command(app)} | {
     f"services.{name}": typer.main.get_command(import_module(f"services.{name}.__main__").app)
-    for name in ("clt", "crossmodal", "generation")
+    for name in ("clt", "crossmodal", "generation", "resource")
 }
 _COMMAND = re.compile(
-    r"^ *(?:\$|#)\s+((?:.* )?(?:ethogram|-m services\.(?:clt|crossmodal|generation)) [a-z].*)$", re.MULTILINE
+    r"^ *(?:\$|#)\s+((?:.* )?(?:ethogram|-m services\.(?:clt|crossmodal|generation|resource)) [a-z].*)$", re.MULTILINE
 )
 
 
@@ -37,7 +37,7 @@ def texts() -> Iterator[str]:
         commands += getattr(command, "commands", {}).values()
 
 
-COMMANDS = sorted({line for text in texts() for line in _COMMAND.findall(text)})
+COMMANDS = sorted({line for text in texts() for line in _COMMAND.findall(text.replace("\\\n", " "))})
 
 
 def parse(line: str) -> None:
@@ -65,7 +65,9 @@ def test_commands_are_commands(line: str, tmp_path: Path, monkeypatch: pytest.Mo
             if missing is None:
                 raise
             path = Path(missing[1])
-            path.touch() if path.suffix else path.mkdir(parents=True)
+            (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+            if path.suffix:
+                path.touch()
     parse(line)
 
 

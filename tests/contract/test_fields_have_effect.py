@@ -291,6 +291,7 @@ EXEMPT = {
     "language_model.config": "of datasets on the Hub",
     "language_model.fields": "random schemas have as many once the model has learned of fewer",
     "resource.llm_model": "another model: tested in tests/resource/test_job.py",
+    "resource.evaluation": "rows that are described: tested in tests/resource/test_job.py",
     "table.repeated": "refuses what is there twice: tested in tests/resource/test_data.py",
     "training.gradient_checkpointing": "the same gradients in less memory",
 }

@@ -135,6 +135,17 @@ def test_what_is_wrong_with_a_table_is_named(change: Change, field: str, text: s
     assert "profiling.csv" in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [True, "4", [4], {"a": 4}, "", float("nan")])
+def test_what_is_no_number_in_json_is_none(value: Any, tmp_path: Path) -> None:
+    """Other forms than CSV have types: text and truth values are no numbers there."""
+    given = rows()
+    cell(5, "cpu", value)(given)
+    (tmp_path / "profiling.jsonl").write_text("\n".join(map(json.dumps, given)))
+    with pytest.raises(InvalidInput) as caught:
+        read_measurements(tmp_path / "profiling.jsonl", SPEC, TOOLS)
+    assert caught.value.violations[0].field == "profiling.jsonl:4.cpu"
+
+
 def test_every_wrong_value_of_a_table_is_named(tmp_path: Path) -> None:
     given = rows()
     for change in (cell(3, "cpu", "x"), cell(5, "size", "y"), cell(5, "latency_ms", -1)):

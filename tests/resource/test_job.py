@@ -12,6 +12,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import start_processes
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import ResourceSpec
@@ -21,10 +22,19 @@ from services.resource.describe import Describer
 from services.resource.export import validate
 from services.resource.job import run as run_job
 from services.resource.texts import Template
+from services.runtime.parallel import World
+from services.runtime.run import Run
 from tests.recorder import Interrupted, Recorder
 from tests.resource.conftest import rows, tiny_reader_spec, tiny_spec, write_registry, write_rows
 
 REF = {"artifact": "x"}
+
+
+class Numbered(Recorder):
+    """Numbers its checkpoints, since each part counts its own steps."""
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        super().checkpoint(len(self.checkpoints), write)
 
 
 def spec(**sections: Any) -> ResourceSpec:
@@ -35,6 +45,15 @@ def spec(**sections: Any) -> ResourceSpec:
 @pytest.fixture
 def inputs(tables: Path, language_folder: Path) -> dict[str, Path]:
     return {"tools": tables, "profiling": tables, "language_model": language_folder}
+
+
+def test_a_part_of_the_rows_is_described_by_the_templates_of_training(inputs: dict[str, Path], tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, inputs=inputs)
+    result = run_job(spec(evaluation=3, augmentation={"mode": "jitter"}), recorder)
+    described = [(name, total) for name, total, unit in recorder.stages if unit == "descriptions"]
+    assert described == [("seen", 3), ("unseen", 3)]
+    assert list(result["details"]["seen"]["by_template"]) == ["plain"]
+    assert len(validate(tmp_path / "export").weights) == 16
 
 
 @pytest.mark.pictures
@@ -98,17 +117,13 @@ def test_without_held_out_rows_there_is_one_training(inputs: dict[str, Path], tm
 def test_an_interrupted_job_resumes_within_its_part(units: int, inputs: dict[str, Path], tmp_path: Path) -> None:
     """In the first training (of two steps) and in the second one."""
 
-    class Falls(Recorder):
-        """Keeps every checkpoint, and falls at the ``units``-th step that it is told of."""
+    class Falls(Numbered):
+        """Falls at the ``units``-th step that it is told of."""
 
         def advance(self, done: int) -> None:
             super().advance(done)
             if sum(1 for unit in self.done if unit) > units:
                 raise Interrupted
-
-        def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-            # Each part counts its own steps.
-            super().checkpoint(len(self.checkpoints), write)
 
     whole = run_job(spec(), Recorder(tmp_path / "whole", inputs=inputs))
     first = Falls(tmp_path / "first", inputs=inputs, every=True)
@@ -119,6 +134,27 @@ def test_an_interrupted_job_resumes_within_its_part(units: int, inputs: dict[str
     assert again.artifacts == [("encoder", "resource-encoder"), ("export", "resource-export"), ("report", "report")]
     one, other = (ResourceCodec.load(tmp_path / name / "encoder").model.state_dict() for name in ("whole", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def together(rank: int, inputs: dict[str, Path], folder: Path) -> None:
+    """One of two processes, which do the job and then resume it from a checkpoint of the second training."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    for name, resume in (("whole", None), ("again", folder / "whole" / "checkpoints" / "3")):
+        run = Numbered(folder / name, inputs=inputs, every=True, resume=resume) if rank == 0 else Run()
+        run.inputs = inputs
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(run_job(spec(), run, World(rank, 2))))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_do_one_job_and_resume_it(inputs: dict[str, Path], tmp_path: Path) -> None:
+    start_processes(together, (inputs, tmp_path), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
+    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert results["whole-0"]["figures"] and results["again-0"] == results["whole-0"]
+    assert results["whole-1"] == results["again-1"] == {}
+    kept = json.loads((tmp_path / "whole" / "checkpoints" / "3" / "parts.json").read_text())
+    assert list(kept["results"]) == ["all"] and kept["present"] == "unseen"
 
 
 def test_a_model_that_was_trained_through_with_checkpointing_describes_as_well(
@@ -209,6 +245,38 @@ def test_a_tool_that_was_never_measured_is_refused_before_training(inputs: dict[
     with pytest.raises(InvalidInput, match="has no row of the tool fly"):
         run_job(spec(), recorder)
     assert not recorder.stages
+
+
+A, B = {"name": "a", "labels": ["x", "y"]}, {"name": "b"}
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "given"),
+    [
+        # No number at all, and none that is measured.
+        ([A], [{"tool": tool, "a": a} for tool in "pq" for a in "xy"]),
+        ([A | {"measured": True}], [{"tool": tool, "a": "x"} for tool in "pqr"]),
+        ([B], [{"tool": "p", "b": b} for b in range(3)]),
+        # One row, all zero, and numbers as large as they may be.
+        ([A, B | {"measured": True}], [{"tool": "p", "a": "x", "b": 0}]),
+        ([B | {"decimals": 3, "measured": True}, A], [{"tool": "p", "b": 9_999_999, "a": a} for a in "xy"]),
+    ],
+)
+@pytest.mark.pictures
+def test_tables_of_other_kinds_are_trained_on(
+    dimensions: list[dict[str, Any]], given: list[dict[str, Any]], language_folder: Path, tmp_path: Path
+) -> None:
+    names = ["tool", *(dimension["name"] for dimension in dimensions)]
+    template = {"name": "only", "text": "; ".join(f"{name} {{{name}}}" for name in names)}
+    table = {"dimensions": dimensions, "templates": [template]}
+    held_out = 0.3 if len(given) > 1 else 0
+    tiny = tiny_spec(profiling=REF, language_model=REF, held_out=held_out).model_dump() | {"table": table}
+    inputs = {"profiling": write_rows(tmp_path / "table.csv", given), "language_model": language_folder}
+    result = run_job(ResourceSpec.model_validate(tiny), Recorder(tmp_path, inputs=inputs))
+    json.dumps(result, allow_nan=False)
+    assert result["figures"]["self_retrieval"] == 1
+    assert validate(tmp_path / "export").weights.shape == (len(given), 16)
+    assert ResourceCodec.load(tmp_path / "encoder").schema.names == tuple(names)
 
 
 def test_a_schema_without_measurements_is_refused() -> None:

@@ -70,11 +70,12 @@ def test_all_numbers_of_a_range_differ() -> None:
 
 def test_the_other_forms() -> None:
     assert of(features("zscore", NUMBER), 20.0)[0] == pytest.approx(0)
-    assert of(features("zscore", NUMBER), 30.0)[0] == pytest.approx(10 / math.sqrt(200))
+    assert of(features("zscore", NUMBER), 30.0)[0] == pytest.approx(1)
     assert of(features("raw", NUMBER), 30.0) == [30, 0]
     assert of(features("xval", NUMBER), 499.0)[0] == pytest.approx(XVAL_RANGE)
-    # One that never varies is no infinity.
-    assert all(math.isfinite(x) for x in of(features("zscore", NUMBER, values=((10.0,), (10.0,))), 11.0))
+    # One that never varies is no infinity, and neither is the only one.
+    for values in (((10.0,), (10.0,)), ((10.0,),)):
+        assert all(math.isfinite(x) for x in of(features("zscore", NUMBER, values=values), 11.0))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -58,7 +58,8 @@ class TaskTexts:
         if isinstance(value, str):
             return rng.choice(_LABELS).format(value=spaced(value), name=spaced(name))
         unit = self.units.get(name, "")
-        text = f"{value:g}"
+        # All digits: a number has up to seven, and three decimals.
+        text = f"{value:.10g}"
         if float(value).is_integer() and 0 <= value < 100 and rng.random() < 0.3:
             text = spelled(int(value))
         # The name may have the unit at its end, e.g. memory_gb.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
 from ethogram.errors import InvalidInput
+from ethogram.specs.resource import ResourceSpec
 from services.language.models import LanguageModel
 from services.resource.decoder import tasks
 from services.resource.decoder.tasks import TaskTexts, spaced, spelled
 from services.resource.export import TOOL_NAME, Export, export
+from services.resource.job import table_of
+from tests.recorder import Recorder
 from tests.resource.conftest import small_table, small_trainer
 
 
@@ -25,24 +28,37 @@ def phrases(texts: TaskTexts, name: str, value: object) -> set[str]:
     return found
 
 
-def values_in(text: str, texts: TaskTexts, name: str) -> Iterator[object]:
-    """The values of a dimension that a text asks for."""
-    for value in dict.fromkeys(row[name] for row in texts.rows):
-        if any(re.search(rf"(?<![\w.-]){re.escape(phrase)}(?![\w-])", text) for phrase in phrases(texts, name, value)):
-            yield value
-
-
 def test_a_text_determines_tool_and_configuration(exported: Export) -> None:
     texts = TaskTexts(exported)
     assert texts.chosen == ["size", "cores"]
+    determines(texts, exported.schema.tools, range(16))
+
+
+def test_a_text_determines_a_configuration_of_the_seven_tools(language: LanguageModel, tmp_path: Path) -> None:
+    """Two of the fields are memory, with the same unit and the same levels."""
+    table = table_of(ResourceSpec(), Recorder())
+    made = export(small_trainer(table, language).codec(), table, tmp_path)
+    determines(TaskTexts(made), table.schema.tools, range(0, 1701, 17))
+
+
+def determines(texts: TaskTexts, tools: Sequence[str], configurations: Iterable[int]) -> None:
+    """Each phrase of a text stands for one value of one dimension, and all of them for the configuration."""
+    meaning: dict[str, set[tuple[str, object]]] = {}
+    for name in texts.chosen:
+        for value in dict.fromkeys(row[name] for row in texts.rows):
+            for phrase in phrases(texts, name, value):
+                meaning.setdefault(phrase, set()).add((name, value))
+    assert {len(found) for found in meaning.values()} == {1}
+    openings = {opening.format(tool=spaced(tool)): tool for opening in tasks._OPENINGS for tool in tools}
+    assert len(openings) == len(tasks._OPENINGS) * len(tools)
     rng = random.Random(0)
-    for configuration, row in enumerate(texts.rows):
-        for _ in range(4):
+    for configuration in configurations:
+        row = texts.rows[configuration]
+        for _ in range(3):
             text = texts.draw(configuration, rng)
-            tools = [tool for tool in exported.schema.tools if spaced(tool) in text]
-            assert tools == [row[TOOL_NAME]], text
-            for name in texts.chosen:
-                assert list(values_in(text, texts, name)) == [row[name]], text
+            opening, *said = re.split(r", | and ", text.removesuffix("."))
+            assert openings[opening] == row[TOOL_NAME], text
+            assert {pair for phrase in said for pair in meaning[phrase]} == {(n, row[n]) for n in texts.chosen}, text
 
 
 def test_texts_vary_and_follow_from_their_seed(exported: Export) -> None:
@@ -79,6 +95,12 @@ def test_a_unit_is_said_once(exported: Export) -> None:
     said = phrases(texts, "memory_gb", 16.0)
     assert {"with 16 GB memory", "memory of 16 GB", "16 GB memory"} <= said
     assert not any("gb" in text for text in said)
+
+
+@pytest.mark.parametrize("value", [1234567, 1234567.0, 1234568, 1234567.125, 0.125, 9_999_999])
+def test_a_number_has_all_its_digits(value: float, exported: Export) -> None:
+    said = phrases(TaskTexts(exported), "cores", value)
+    assert f"with {float(value)} cores".replace(".0 ", " ") in said
 
 
 def test_repeated_measurements_cannot_be_told_apart(tables: Path, language: LanguageModel, tmp_path: Path) -> None:

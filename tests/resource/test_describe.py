@@ -1,0 +1,164 @@
+"""What a frozen language model says of soft tokens: scores are those of the whole text, and so is what is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ethogram.errors import InvalidInput
+from ethogram.specs.resource import SchemaSpec
+from services.language.models import LanguageModel, load_language_model
+from services.resource import language_model
+from services.resource.data import Table
+from services.resource.describe import Describer
+from services.resource.language_model import LanguageModelTrainer
+from services.resource.schema import Schema
+from services.resource.texts import Template
+from services.resource.train import ResourceTrainer
+from tests.resource.conftest import SCHEMA, TOOLS, tiny_reader_spec, tiny_spec, write_language_model
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """A model of the form of the default one, which is shown slots behind each soft token."""
+    folder = tmp_path_factory.mktemp("reader")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_model, "_CORPUS", 10)
+        LanguageModelTrainer(tiny_reader_spec()).save(folder)
+    return load_language_model(str(folder))
+
+
+@pytest.fixture(params=["any", "reader"])
+def model(request: pytest.FixtureRequest, language: LanguageModel, reader: LanguageModel) -> LanguageModel:
+    return reader if request.param == "reader" else language
+
+
+def soft_tokens(rows: int, tokens: int = 1, seed: int = 0) -> Tensor:
+    return torch.randn(rows, tokens, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(describer: Describer, soft: Tensor, row: list[float], template: Template) -> tuple[Tensor, Tensor]:
+    """Logits ``[length, vocabulary]`` and tokens of one description, from the whole text at once."""
+    language = describer.language
+    (prompt,) = language.tokenize([template.prompt])
+    tokens = [token for text, _ in template.parts(row) for token in language.tokenize([text])[0]]
+    tokens.append(language.end_of_text)
+    head = describer._head(soft.unsqueeze(0), template)
+    inputs = torch.cat([describer.embed(torch.tensor([prompt])), head, describer.embed(torch.tensor([tokens]))], 1)
+    logits = language.model(inputs_embeds=inputs).logits[0, len(prompt) + head.shape[1] - 1 : -1]
+    return logits, torch.tensor(tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@torch.no_grad()
+def test_a_loss_is_that_of_the_whole_text_without_padding(model: LanguageModel, tokens: int, table: Table) -> None:
+    describer, template = Describer(model, table.schema), table.schema.templates[0]
+    # Descriptions of different lengths.
+    values = table.values[[0, 6, 15]].clone()
+    values[0, 3] = 5
+    soft = soft_tokens(3, tokens)
+    scores = describer.scores(soft, values, template)
+    pairs = [whole(describer, *pair, template) for pair in zip(soft, values.tolist(), strict=True)]
+    assert len({len(wanted) for _, wanted in pairs}) > 1
+    losses = torch.cat([nn.functional.cross_entropy(*pair, reduction="none") for pair in pairs])
+    torch.testing.assert_close(scores.loss, losses.mean(), rtol=1e-4, atol=1e-4)
+    assert scores.exact.tolist() == [bool((logits.argmax(1) == wanted).all()) for logits, wanted in pairs]
+
+
+@torch.no_grad()
+def test_what_is_written_is_the_likeliest_token_each_time(model: LanguageModel, table: Table) -> None:
+    describer, template = Describer(model, table.schema), table.schema.templates[1]
+    soft = soft_tokens(3)
+    texts = describer.write(soft, template)
+    for vector, text in zip(soft, texts, strict=True):
+        (prompt,) = model.tokenize([template.prompt])
+        prefix = torch.cat([describer.embed(torch.tensor([prompt])), describer._head(vector.unsqueeze(0), template)], 1)
+        tokens: list[int] = []
+        for _ in range(8):
+            inputs = torch.cat([prefix, describer.embed(torch.tensor([tokens], dtype=torch.long))], 1)
+            tokens.append(int(model.model(inputs_embeds=inputs).logits[0, -1].argmax()))
+        if model.end_of_text not in tokens:
+            assert text.startswith(model.tokenizer.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+
+def test_a_batch_says_what_each_row_says_alone(model: LanguageModel, table: Table) -> None:
+    describer, template = Describer(model, table.schema), table.schema.templates[0]
+    soft = soft_tokens(5, seed=3)
+    together = describer.write(soft, template)
+    assert together == [describer.write(row.unsqueeze(0), template)[0] for row in soft]
+    assert describer.write(soft[:0], template) == []
+
+
+def test_soft_tokens_learn_and_the_model_does_not(model: LanguageModel, table: Table) -> None:
+    describer, template = Describer(model, table.schema), table.schema.templates[0]
+    soft = soft_tokens(2).requires_grad_()
+    describer.scores(soft, table.values[:2], template).loss.backward()  # type: ignore[no-untyped-call]
+    assert soft.grad is not None and bool(soft.grad.abs().sum() > 0)
+    assert all(parameter.grad is None for parameter in model.model.parameters())
+
+
+def test_a_model_that_knows_the_marks_is_shown_slots(
+    reader: LanguageModel, language: LanguageModel, table: Table
+) -> None:
+    template = table.schema.templates[0]
+    lengths = [Describer(model, table.schema)._head(soft_tokens(1), template).shape[1] for model in (language, reader)]
+    # A mark for each of four fields, and slots: two labels, one and four digits.
+    assert lengths[0] == 1 and lengths[1] == 1 + 4 + sum(template.places)
+
+
+@pytest.mark.parametrize(("tokens", "enough"), [(1, False), (2, False), (4, True), (8, True)])
+def test_more_characters_than_soft_tokens_have_slots_for_are_refused(
+    tokens: int, enough: bool, reader: LanguageModel
+) -> None:
+    names = [f"d{index}" for index in range(12)]
+    dimensions = [{"name": name, "low": 0, "high": 999_999} for name in names]
+    templates = [{"name": "all", "text": "{tool} " + " ".join(f"{{{name}}}" for name in names)}]
+    schema = Schema(SchemaSpec.model_validate({"dimensions": dimensions, "templates": templates}), TOOLS)
+    values = torch.cat([torch.zeros(4, 1), torch.arange(48).view(4, 12)], 1).double()
+    spec = tiny_spec(encoder={"tokens": tokens})
+
+    def train() -> None:
+        trainer = ResourceTrainer(spec, Table(schema, values), torch.arange(4), Describer(reader, schema))
+        trainer.advance()
+
+    if enough:
+        train()
+    else:
+        with pytest.raises(InvalidInput, match=f"{tokens} soft token.*at least 3; take more") as caught:
+            train()
+        assert caught.value.violations[0].field == "spec.encoder.tokens"
+
+
+def test_a_value_has_the_same_tokens_wherever_it_stands(model: LanguageModel, table: Table) -> None:
+    describer = Describer(model, table.schema)
+    for template in table.schema.templates:
+        (row,) = describer.tokens(template, table.values[5:6])
+        for index in range(4):
+            (value,) = model.tokenize([template.value_text(index, float(table.values[5, index]))])
+            assert any(row[place : place + len(value)] == value for place in range(len(row)))
+        assert row[-1] == model.end_of_text and model.end_of_text not in row[:-1]
+
+
+def test_a_description_longer_than_the_context_is_refused(table: Table, tmp_path: Path) -> None:
+    short = load_language_model(str(write_language_model(tmp_path / "model", context=80)), field="spec.llm_model")
+    describer = Describer(short, table.schema)
+    for act in (
+        lambda: describer.scores(soft_tokens(1), table.values[:1], table.schema.templates[0]),
+        lambda: describer.write(soft_tokens(1), table.schema.templates[0]),
+    ):
+        with pytest.raises(InvalidInput, match="and the model takes 80; shorten the template") as caught:
+            act()
+        assert caught.value.violations[0].field == "spec.llm_model"
+
+
+def test_a_text_in_letters_of_any_script_is_read_back(language: LanguageModel) -> None:
+    labels = ["klein ä", "大きい"]
+    dimensions = [{"name": "size", "labels": labels}, *SCHEMA["dimensions"][1:]]
+    schema = Schema(SchemaSpec.model_validate(SCHEMA | {"dimensions": dimensions}), TOOLS)
+    describer, template = Describer(language, schema), schema.templates[0]
+    (row,) = describer.tokens(template, torch.tensor([[0.0, 1, 4, 17]]))
+    text = language.tokenizer.decode(row[:-1], skip_special_tokens=False)
+    assert template.read(text) == [0, 1, 4, 17]
