@@ -13,7 +13,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,15 +178,9 @@ def upper(*, file: str, level: float, seed: int, quick: bool = False) -> dict[st
     return {"upper": bounds.tolist()}
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages, and where they are."""
-    modules = [import_module(name) for name in ("sklearn", "xgboost")]
-    return {module.__name__: f"{module.__version__} {Path(str(module.__file__)).parent}" for module in modules}
-
-
 if __name__ == "__main__":
     functions: dict[str, Callable[..., dict[str, Any]]]
-    functions = {"mape": mape, "intervals": intervals, "upper": upper, "versions": versions}
+    functions = {"mape": mape, "intervals": intervals, "upper": upper}
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         name, arguments = json.loads(line)
