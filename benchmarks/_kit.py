@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Figures = dict[str, Figure]
 Part = Callable[[argparse.Namespace], Figures]
+Bars = Mapping[str, tuple[str, str | None, float | None]]
+"""For each figure the number it is of, and its bar."""
+Ask = Callable[..., dict[str, Any]]
+"""Calls a function of others' process by name, and returns its result."""
 REPOSITORY = Path(__file__).parents[1]
 TIMES = ("minutes", "seconds")
 """Figures that are never kept: a time belongs to the run that took it."""
@@ -105,6 +110,65 @@ class Measured(NamedTuple):
         return Figure(self.numbers.get(name), op, bar, kept=self.kept)
 
 
+def over_seeds(rows: Sequence[Measured], bars: Bars) -> Figures:
+    """The mean over the seeds, which is judged, and the worst of them beside it."""
+    figures: Figures = {}
+    kept = any(row.kept for row in rows)
+    for name, (key, op, bar) in bars.items():
+        values = [row.numbers[key] for row in rows if key in row.numbers]
+        if len(values) == len(rows):
+            worst = max(values, key=lambda value: abs(value - (bar or 0.0))) if op == "==" else None
+            if worst is None:
+                worst = (min if op == ">=" else max)(values)
+            figures[name] = Figure(sum(values) / len(values), op, bar, kept=kept)
+            figures[f"{name}.worst"] = Figure(worst, kept=kept)
+        else:
+            # A figure that a seed lacks passes no bar, but a time that this run has not taken is not judged.
+            figures[name] = Figure(None) if key in TIMES else Figure(None, op, bar)
+            figures[f"{name}.worst"] = Figure(None)
+    return figures
+
+
+def installed(folder: Path, packages: Sequence[str]) -> Path:
+    """``folder`` with others' ``packages``, installed if they are not there. All else, e.g. torch, is what is here."""
+    folder = folder.absolute()
+    stamp = folder / "ready"
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != "\n".join(packages):
+        say(f"installing {', '.join(packages)}")
+        shutil.rmtree(folder, ignore_errors=True)
+        pip("install", "--target", folder, *packages)
+        stamp.write_text("\n".join(packages), encoding="utf-8")
+    return folder
+
+
+def pip(command: str, *arguments: object) -> None:
+    """Run a command of pip, without what packages depend on."""
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+    line = [sys.executable, "-m", "pip", command, *options, *map(str, arguments)]
+    subprocess.run(line, check=True, stdout=sys.stderr)
+
+
+@contextmanager
+def peer(file: Path, packages: Path, env: Mapping[str, str] | None = None) -> Iterator[Ask]:
+    """A process of others' code, with ``packages``: calls a function of ``file`` by name and returns its result."""
+    hidden = {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"} | dict(env or {})
+    # -P: this folder has a platform.py.
+    command, pipe = [sys.executable, "-P", str(file)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | hidden) as process:
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None and answers is not None
+
+        def ask(function: str, **arguments: Any) -> dict[str, Any]:
+            print(json.dumps([function, arguments]), file=requests, flush=True)
+            answer = answers.readline()
+            if not answer:
+                raise RuntimeError(f"the others' process ended with {process.wait()}")
+            found: dict[str, Any] = json.loads(answer)
+            return found
+
+        yield ask
+
+
 class Cache:
     """What a benchmark keeps below ``runs/bench-NAME``. Each result has a folder, named by the hash of the request and
     of everything that the result depends on."""
@@ -115,11 +179,13 @@ class Cache:
     def __init__(self, bench: str) -> None:
         self.root = Path("runs", f"bench-{bench}")
 
-    def folder(self, name: str, request: object, sources: Collection[str]) -> Path:
+    def folder(self, name: str, request: object, sources: Collection[str], *, own: bool = True) -> Path:
         """Folder of the result of ``request`` (JSON with specs). It depends on the product's ``sources`` (files and
-        folders), on the benchmark's own files, and on versions, threads and the machine."""
+        folders), on the benchmark's ``own`` files, and on versions, threads and the machine."""
         key = json.dumps(
-            [request, _code(sources), _setting()], sort_keys=True, default=lambda spec: spec.model_dump(mode="json")
+            [request, _code(sources, own=own), _setting()],
+            sort_keys=True,
+            default=lambda spec: spec.model_dump(mode="json"),
         )
         return self.root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
@@ -142,10 +208,11 @@ class Cache:
         return Measured(numbers, kept=False)
 
 
-def _code(sources: Collection[str]) -> str:
-    """Hash of the code that figures depend on: ``sources``, and every loaded module of the benchmarks."""
+def _code(sources: Collection[str], *, own: bool) -> str:
+    """Hash of the code that figures depend on: ``sources``, and the benchmark's ``own``: every loaded module of the
+    benchmarks."""
     modules = (module for name, module in sys.modules.items() if name == "__main__" or name.startswith("benchmarks"))
-    files = {Path(file) for module in modules if (file := getattr(module, "__file__", None))}
+    files = {Path(file) for module in modules if own and (file := getattr(module, "__file__", None))}
     for source in (REPOSITORY / source for source in sources):
         source.stat()
         files |= {source} if source.is_file() else set(source.rglob("*.py"))

@@ -17,18 +17,13 @@ batches of 4096; of the others the best of their optimisers, each with its own r
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -36,7 +31,7 @@ from torch import Tensor
 
 from benchmarks import _kit
 from benchmarks._clt_peers import extra_mib
-from benchmarks._kit import Cache, Figures, say
+from benchmarks._kit import Ask, Cache, Figures, say
 from ethogram.bench import Figure
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.clt import ActivationsSpec, CltSpec, PolicySpec
@@ -68,7 +63,6 @@ PEERS = (
     "simple-parsing==0.1.9",
 )
 PEER = Path(__file__).with_name("_clt_peers.py")
-Ask = Callable[..., dict[str, float]]
 SOURCES = ("ethogram/specs/clt.py", "services/clt", "services/language", "services/runtime")
 ANY = ArtifactRef(artifact="activations")
 ROWS = 16
@@ -98,37 +92,11 @@ QUALITY_K = (8, 16, 32, 64)
 PAIR = ("encoder_layer_1_pre_mlp", "encoder_layer_1_mlp")
 
 
-def peers() -> Path:
-    """The folder of the others' packages, installed if they are not there. All else, e.g. torch, is what is here."""
-    folder = (ROOT / "packages").absolute()
-    stamp = folder / "ready"
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != "\n".join(PEERS):
-        say(f"installing {', '.join(PEERS[:2])}")
-        shutil.rmtree(folder, ignore_errors=True)
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*install, "--target", folder, *PEERS], check=True, stdout=sys.stderr)
-        stamp.write_text("\n".join(PEERS), encoding="utf-8")
-    return folder
-
-
 @contextmanager
 def peer() -> Iterator[Ask]:
     """A process of others' code: calls a function of :mod:`benchmarks._clt_peers` by name and returns its result."""
-    hidden = {"PYTHONPATH": str(peers()), "SPARSIFY_DISABLE_TRITON": "1", "HF_HUB_OFFLINE": "1"}
-    # -P: this folder has a platform.py.
-    command, pipe = [sys.executable, "-P", str(PEER)], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | hidden) as process:
-        requests, answers = process.stdin, process.stdout
-        assert requests is not None and answers is not None
-
-        def ask(function: str, **arguments: Any) -> dict[str, float]:
-            print(json.dumps([function, arguments]), file=requests, flush=True)
-            answer = answers.readline()
-            if not answer:
-                raise RuntimeError(f"the others' process ended with {process.wait()}")
-            numbers: dict[str, float] = json.loads(answer)
-            return numbers
-
+    packages = _kit.installed(ROOT / "packages", PEERS)
+    with _kit.peer(PEER, packages, {"SPARSIFY_DISABLE_TRITON": "1"}) as ask:
         yield ask
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import _kit
-from benchmarks._kit import TIMES, Cache, Figures, Measured, say
+from benchmarks._kit import Bars, Cache, Figures, Measured, over_seeds, say
 from benchmarks._plain_codec import examples_per_second
 from ethogram.bench import Figure
 from ethogram.cli.files import read_mapping
@@ -164,7 +164,6 @@ def step(arguments: argparse.Namespace) -> Figures:
     }
 
 
-Bars = Mapping[str, tuple[str, str, float]]
 """By name of a figure: its key in the evaluation, and its bar."""
 SHARED: Bars = {
     "shared.agreement": ("agreement", ">=", 0.92),
@@ -190,22 +189,6 @@ EARLIER_FIGURES: Bars = {
     "earlier.all_gate": ("direct.replace.all_gate", ">=", 0.85),
     "earlier.min_direction": ("direct.replace.min_pattern_all_gate", ">=", 0.65),
 }
-
-
-def over_seeds(rows: list[Measured], table: Bars) -> Figures:
-    """The mean over the seeds, which is judged, and the worst of them beside it."""
-    figures: Figures = {}
-    kept = any(row.kept for row in rows)
-    for name, (key, op, bar) in table.items():
-        values = [row.numbers[key] for row in rows if key in row.numbers]
-        if len(values) == len(rows):
-            figures[name] = Figure(sum(values) / len(values), op, bar, kept=kept)
-            figures[f"{name}.worst"] = Figure((min if op == ">=" else max)(values), kept=kept)
-        else:
-            # A figure that a seed lacks passes no bar, but a time that this run has not taken is not judged.
-            figures[name] = Figure(None) if key in TIMES else Figure(None, op, bar)
-            figures[f"{name}.worst"] = Figure(None)
-    return figures
 
 
 def beside(rows: list[Measured], part: str) -> Figures:

@@ -61,8 +61,10 @@ def test_what_figures_follow_from_is_in_the_key(cache: _kit.Cache, monkeypatch: 
     own.write_text("1")
     monkeypatch.setattr(_kit, "__file__", str(own.absolute()))
     third = key()
+    product = cache.folder("part", PolicySpec(), [str(Path("source").absolute())], own=False)
     own.write_text("2")
     assert len({second, third, key()}) == 3
+    assert cache.folder("part", PolicySpec(), [str(Path("source").absolute())], own=False) == product
     monkeypatch.setattr(_kit, "versions", lambda: {"torch": "0"})
     fourth = key()
     assert fourth not in (second, third)
