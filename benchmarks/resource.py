@@ -73,11 +73,11 @@ from services.resource.decoder.train import DecoderTrainer
 from services.resource.describe import Describer
 from services.resource.evaluate import Reading, controls, describe_figures, read_back
 from services.resource.export import named, validate
-from services.resource.language_model import CONTENTS, default_folder
+from services.resource.language_model import PAD, default_folder
 from services.resource.predict import NumberPredictor, measured_fields
 from services.resource.recommend import Recommender
 from services.resource.sources import DEFAULT
-from services.resource.texts import Template
+from services.resource.texts import Soft, Template
 from services.resource.train import ResourceTrainer
 from services.runtime.console import CHECKPOINT, ConsoleRun
 from services.runtime.run import Run
@@ -426,14 +426,16 @@ class TextReader(Describer):
         return soft
 
     def texts(self, template: Template, values: Tensor) -> list[list[int]]:
-        """Tokens of each row of ``values``. A model that was trained to read vectors gets the marks of fields and the
-        characters in their slots; any other, names and values."""
+        """Tokens of each row of ``values``. A model that was trained to read vectors gets the layout with characters in
+        place of their slots; any other, names and values."""
         rows: list[list[int]] = []
         for row in values.tolist():
             if self.reads_slots:
-                contents = iter(template.contents(row))
-                cells = [cell for cell in template.layout(1) if isinstance(cell, str)]
-                texts = [(next(contents) or CONTENTS[0]) if cell.startswith("<") else cell for cell in cells]
+                contents = template.contents(row)
+                characters = iter([content or PAD for field in template.order for content in contents[field]])
+                texts = []
+                for cell in template.layout(1):
+                    texts.append(cell if isinstance(cell, str) else PAD if isinstance(cell, Soft) else next(characters))
             else:
                 fields = enumerate(template.fields)
                 texts = [", ".join(f"{name} {template.value_text(index, row[index])}" for index, name in fields) + "\n"]

@@ -131,17 +131,17 @@ class ReaderSizeSpec(Spec):
 
 
 class ReaderTrainingSpec(OptimizationSpec):
-    """How the language model is trained: AdamW; gradients are clipped to norm 1."""
+    """How the language model is trained: matrices by Muon, the rest by AdamW; gradients are clipped to norm 1."""
 
     copying: int = Field(1000, ge=0, le=10_000_000)
-    """Steps before the others, in which it learns to copy random tokens."""
-    steps: int = Field(3000, ge=1, le=10_000_000)
+    """Steps before the others, in which it learns to copy random tokens and to read soft tokens."""
+    steps: int = Field(1200, ge=1, le=10_000_000)
     """Steps in which it learns to describe what it reads in soft tokens, on random schemas."""
-    batch_size: int = Field(96, ge=1, le=65_536)
+    batch_size: int = Field(48, ge=1, le=65_536)
     """Descriptions per step."""
-    schemas: int = Field(6, ge=1, le=4096)
+    schemas: int = Field(16, ge=1, le=4096)
     """Random schemas per step; ``batch_size`` divides into them."""
-    learning_rate: float = Field(2e-3, gt=0, le=1)
+    learning_rate: float = Field(3e-3, gt=0, le=1)
     """Peak learning rate; it falls along a cosine to a hundredth of this."""
     noise: float = Field(0.05, ge=0, le=10)
     """Standard deviation of noise on soft tokens, so that near ones are read alike."""
@@ -164,7 +164,7 @@ class ReaderSpec(TrainedSpec):
     training: ReaderTrainingSpec = ReaderTrainingSpec()
     """Optimisation."""
     fields: int = Field(8, ge=2, le=16)
-    """Most fields of a random schema; it begins with two and grows as the model learns."""
+    """Most fields of a random schema."""
 
 
 class AugmentationSpec(Spec):

@@ -340,7 +340,7 @@ Global___RunDecoderRequest: _TypeAlias = RunDecoderRequest  # noqa: Y015
 
 @_typing.final
 class ReaderTrainingSpec(_message.Message):
-    """How the language model is trained: AdamW; gradients are clipped to norm 1."""
+    """How the language model is trained: matrices by Muon, the rest by AdamW; gradients are clipped to norm 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -366,7 +366,7 @@ class ReaderTrainingSpec(_message.Message):
     precision: Global___ReaderTrainingPrecision.ValueType
     """Precision of matrix products; `auto`: bfloat16 where the hardware supports it."""
     copying: _builtins.int
-    """Steps before the others, in which it learns to copy random tokens."""
+    """Steps before the others, in which it learns to copy random tokens and to read soft tokens."""
     schemas: _builtins.int
     """Random schemas per step; `batch_size` divides into them."""
     noise: _builtins.float
@@ -498,7 +498,7 @@ class ReaderSpec(_message.Message):
     seed: _builtins.int
     """Seed of everything random."""
     fields: _builtins.int
-    """Most fields of a random schema; it begins with two and grows as the model learns."""
+    """Most fields of a random schema."""
     @_builtins.property
     def training(self) -> Global___ReaderTrainingSpec:
         """Optimisation."""

@@ -1,8 +1,9 @@
 """The default language model: a small one that learns to read soft tokens, from random schemas alone.
 
-It learns in two phases. First it copies random tokens, which gives it the attention that copying takes. Then it writes
-descriptions of rows of random schemas from soft tokens of an encoder that is trained with it and thrown away; so that
-no table, and no encoder, is special to it. The number of fields grows as it learns.
+It learns in two phases. First it copies random tokens, with more and more to leave out and to look up, which gives it
+the attention that copying takes; beside it, it reads the slots of soft tokens. Then it writes descriptions of rows of
+random schemas. The soft tokens are those of an encoder that is trained with it and thrown away, so that no table, and
+no encoder, is special to it.
 """
 
 from __future__ import annotations
@@ -40,19 +41,14 @@ _CORPUS = 3000
 """Random schemas whose texts the tokenizer is made of."""
 _COPIED = 64
 """Rows of a step of copying."""
-_GROW_BELOW, _DECAY, _JUMP = 0.35, 0.97, 0.25
-"""Loss of the values below which schemas get one field more, decay of its mean, and what is added to it then."""
-_COPIES_BELOW, _LEVELS, _LEVEL_JUMP = 1.0, 2, 2.0
-"""Loss of copying below which it gets harder, how often it does, and what is added to the mean then."""
+_COPIES_BELOW, _LEVELS, _DECAY, _JUMP = 1.0, 2, 0.97, 2.0
+"""Mean loss below which copying gets harder, how often it does, decay of the mean, and what is added to it then."""
 _MANY_LABELS = 0.25
 """Share of steps with long lists of labels."""
-_TEMPLATE_WEIGHT = 0.2
+_TEMPLATE_WEIGHT = 0.3
 """Weight of the tokens of the template beside those of values."""
-_BARE = 0.8, 0.3
-"""Share of templates that are hardly more than the values, in the first and the last steps."""
-_BARE_UNTIL = 0.6
-_TOLD = 0.6
-"""Share of schemas whose slots have their contents in the first step; it falls by the share of the steps done."""
+_BARE = 0.3
+"""Share of steps with templates that are hardly more than the values."""
 _READ_AFTER = 1
 """Layers after which the slots are read."""
 
@@ -143,8 +139,6 @@ class Item(NamedTuple):
     """Of each token of the descriptions."""
     contents: list[list[list[int]]]
     """Index of the content of each slot of each field of each row."""
-    told: bool
-    """Whether the slots have their contents in place of marks."""
 
 
 class ItemScores(NamedTuple):
@@ -192,10 +186,8 @@ class LanguageModelTrainer(Trainer):
         self.level = torch.tensor(0)
         """How hard copying is, by now."""
         self._slot = self.tokenizer.convert_tokens_to_ids(SLOT_MARKS[0])
-        self.fields = torch.tensor(min(2, spec.fields))
-        """Most fields of a schema, by now."""
         self.mean = torch.tensor(6.0)
-        """Running mean of the loss of the values."""
+        """Running mean of the loss of copying."""
 
     @property
     def embedding(self) -> nn.Module:
@@ -216,17 +208,10 @@ class LanguageModelTrainer(Trainer):
         metrics = {name: value.detach() for name, value in metrics.items()}
         self.optimization.update(self.step, metrics)
         self.step += 1
-        if "values" in metrics:
-            self.mean = _DECAY * self.mean + (1 - _DECAY) * metrics["values"].cpu()
-            if self.mean < _GROW_BELOW and self.fields < self.spec.fields:
-                self.fields, self.mean = self.fields + 1, self.mean + _JUMP
-            metrics["fields"] = self.fields.float()
-        else:
+        if copies:
             self.mean = _DECAY * self.mean + (1 - _DECAY) * metrics["copying"].cpu()
             if self.mean < _COPIES_BELOW and self.level < _LEVELS:
-                self.level, self.mean = self.level + 1, self.mean + _LEVEL_JUMP
-            if self.step == self.spec.training.copying:
-                self.mean = torch.tensor(2.0)
+                self.level, self.mean = self.level + 1, self.mean + _JUMP
         return metrics
 
     def _copying(self) -> Tensor:
@@ -305,9 +290,8 @@ class LanguageModelTrainer(Trainer):
     def _describing(self) -> dict[str, Tensor]:
         training = self.spec.training
         rng = generator(self.spec.seed, "step", self.step)
-        done = (self.step - training.copying) / training.steps
-        bare = float(torch.rand((), generator=rng)) < _BARE[done >= _BARE_UNTIL]
-        items = self._items(rng, training.schemas, training.batch_size // training.schemas, bare, _TOLD - done)
+        bare = float(torch.rand((), generator=rng)) < _BARE
+        items = self._items(rng, training.schemas, training.batch_size // training.schemas, bare)
         soft = [self.soft(item) for item in items]
         if training.noise:
             soft = [part + training.noise * torch.randn(part.shape, generator=rng).to(part) for part in soft]
@@ -322,18 +306,18 @@ class LanguageModelTrainer(Trainer):
         soft: Tensor = self.encoder(contents, slots(item.schema.template, item.schema.tokens))
         return soft
 
-    def _items(self, rng: torch.Generator, schemas: int, rows: int, bare: bool, told: float = 0.0) -> list[Item]:
+    def _items(self, rng: torch.Generator, schemas: int, rows: int, bare: bool) -> list[Item]:
         seed = int(torch.randint(2**62, (), generator=rng))
         # Schemas of a step are about as large, so that little is padded.
-        fields = int(torch.randint(2, int(self.fields) + 1, (), generator=rng))
+        fields = int(torch.randint(2, self.spec.fields + 1, (), generator=rng))
         many = float(torch.rand((), generator=rng)) < _MANY_LABELS
         form: dict[str, Any] = {"most_labels": 16 if many else 4, "bare": bare}
         return [
-            self.item(random.Random(f"{seed} {number}"), rows, told, partial(random_schema, count=fields, **form))
+            self.item(random.Random(f"{seed} {number}"), rows, partial(random_schema, count=fields, **form))
             for number in range(schemas)
         ]
 
-    def item(self, rng: random.Random, count: int, told: float, draw: Callable[[random.Random], RandomSchema]) -> Item:
+    def item(self, rng: random.Random, count: int, draw: Callable[[random.Random], RandomSchema]) -> Item:
         """A random schema with ``count`` rows."""
         schema = draw(rng)
         rows = [schema.row(rng) for _ in range(count)]
@@ -355,7 +339,7 @@ class LanguageModelTrainer(Trainer):
         for cell in layout:
             head += known[cell] if isinstance(cell, str) else [cell]
         prompt = [token for text in legend for token in known[text]]
-        return Item(schema, prompt, head, descriptions, weights, contents, rng.random() < told)
+        return Item(schema, prompt, head, descriptions, weights, contents)
 
     def losses(self, items: Sequence[Item], soft: Sequence[Tensor]) -> ItemScores:
         """How the descriptions of ``items`` are predicted after ``soft`` of each, ``[rows, tokens, hidden]``.
@@ -403,7 +387,7 @@ class LanguageModelTrainer(Trainer):
 
     def _head(self, item: Item, soft: Tensor) -> tuple[Tensor, Tensor]:
         """What stands between prompt and description, ``[rows, length, hidden]``; and the token that each slot is to be
-        read as, ``[rows, length]``, -1 elsewhere and where it is told."""
+        read as, ``[rows, length]``, -1 elsewhere."""
         is_slot = torch.tensor([isinstance(cell, Slot) for cell in item.head], device=self.device)
         is_soft = torch.tensor([isinstance(cell, Soft) for cell in item.head], device=self.device)
         ids = [self._slot + cell.index if isinstance(cell, Slot) else cell for cell in item.head]
@@ -412,10 +396,7 @@ class LanguageModelTrainer(Trainer):
         order = item.schema.template.order
         rows = [list(itertools.chain(*(row[field] for field in order))) for row in item.contents]
         contents, wanted = self.ids[torch.tensor(rows)].to(self.device), torch.full_like(tokens, -1)
-        if item.told:
-            tokens[:, is_slot] = contents
-        else:
-            wanted[:, is_slot] = contents
+        wanted[:, is_slot] = contents
         embedded = self.embedding(tokens)
         numbers = torch.tensor([cell.index for cell in item.head if isinstance(cell, Soft)], device=self.device)
         return embedded.masked_scatter(is_soft.unsqueeze(1).expand_as(embedded), soft[:, numbers]), wanted
@@ -440,7 +421,7 @@ class LanguageModelTrainer(Trainer):
             checkpoints.part("model", model)
             | checkpoints.part("encoder", self.encoder.state_dict())
             | checkpoints.part("optimization", self.optimization.state())
-            | {"fields": self.fields, "mean": self.mean, "level": self.level}
+            | {"mean": self.mean, "level": self.level}
         )
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -448,7 +429,7 @@ class LanguageModelTrainer(Trainer):
         self.model.load_state_dict(parts["model"], strict=False)
         self.encoder.load_state_dict(parts["encoder"])
         self.optimization.restore(parts["optimization"])
-        self.fields, self.mean, self.level = (tensors[name].cpu() for name in ("fields", "mean", "level"))
+        self.mean, self.level = (tensors[name].cpu() for name in ("mean", "level"))
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer as ``transformers`` does."""

@@ -14,4 +14,4 @@ def run(spec: ReaderSpec, run: Run) -> dict[str, Any]:
     with run.output_folder("model") as folder:
         trainer = train_language_model(spec, run, folder)
         run.artifact("model", "language-model", folder)
-    return {"figures": trainer.validate() | {"fields": float(trainer.fields)}}
+    return {"figures": trainer.validate()}
