@@ -41,7 +41,7 @@ _CORPUS = 3000
 """Random schemas whose texts the tokenizer is made of."""
 _COPIED = 64
 """Rows of a step of copying."""
-_COPIES_BELOW, _LEVELS, _DECAY, _JUMP = 1.0, 2, 0.97, 2.0
+_COPIES_BELOW, _LEVELS, _DECAY, _JUMP = 1.0, 3, 0.97, 2.0
 """Mean loss below which copying gets harder, how often it does, decay of the mean, and what is added to it then."""
 _MANY_LABELS = 0.25
 """Share of steps with long lists of labels."""
@@ -215,37 +215,53 @@ class LanguageModelTrainer(Trainer):
         return metrics
 
     def _copying(self) -> Tensor:
-        """Loss of the second of two texts of random tokens, in the form of descriptions: the first has soft tokens and
-        empty slots, which the second leaves out, and marks of labels, which the second has the label for."""
+        """Loss of the second of two texts of random tokens, in the form of descriptions.
+
+        From level 1 on the first text has gaps: soft tokens, which the second leaves out, and values behind them, with
+        blanks; from level 2 on some values are marks of labels, which the second has the label for, and all gaps of a
+        row may follow the same token; from level 3 on values are in slots of the soft tokens.
+        """
         rng = random.Random(f"{self.spec.seed} copy {self.step}")
         draws = generator(self.spec.seed, "copy", self.step)
-        pad, end, read, write = torch.arange(len(_TEXT_MARKS)).unsqueeze(1).expand(-1, _COPIED).unsqueeze(2)
-        size, length = rng.randint(0, 8) if self.level > 1 else 0, rng.randint(1, 3)
-        marks = torch.rand(_COPIED, OPTIONS, generator=draws).argsort(1)[:, :size] + len(_TEXT_MARKS)
+        level = int(self.level)
+        _, end, read, write = torch.arange(len(_TEXT_MARKS)).unsqueeze(1).expand(-1, _COPIED).unsqueeze(2)
+        size, length = rng.randint(0, 8) if level > 1 else 0, rng.randint(1, 3)
+        chosen = torch.rand(_COPIED, OPTIONS, generator=draws).argsort(1)[:, :size]
         labels = self._words(size * length, draws).reshape(_COPIED, size, length)
-        shown, written = [torch.cat([marks.unsqueeze(2), labels], 2).flatten(1), read], list[Tensor]()
-        places: list[int] = []
+        legend = torch.cat([(chosen + len(_TEXT_MARKS)).unsqueeze(2), labels], 2).flatten(1)
+        separator = self._words(1 if level > 1 and rng.random() < 0.5 else 0, draws)
+        shown, written = [legend, read], list[Tensor]()
+        values: list[Tensor] = []
+        counts: list[int] = []
+        places: list[tuple[int, int]] = []
+        rows = torch.arange(_COPIED)
         for _ in range(rng.randint(2, 8)):
-            literal = self._words(rng.randint(1, 4), draws)
+            literal = torch.cat([self._words(rng.randint(1, 4), draws), separator], 1)
             shown.append(literal)
             written.append(literal)
-            if not self.level:
+            if not level:
                 continue
-            places.append(sum(part.shape[1] for part in shown))
-            shown.append(pad)
             if size and rng.random() < 0.4:
-                chosen = torch.arange(_COPIED), torch.randint(size, (_COPIED,), generator=draws)
-                shown.append(marks[chosen].unsqueeze(1))
-                written.append(labels[chosen])
+                picked = torch.randint(size, (_COPIED,), generator=draws)
+                value = (chosen[rows, picked] + len(CONTENTS) - OPTIONS).unsqueeze(1)
+                written.append(labels[rows, picked])
             else:
-                digits = self.ids[torch.randint(1, 12, (_COPIED, rng.randint(1, 5)), generator=draws)]
-                shown += [digits] + [pad] * rng.randint(0, 2)
-                written.append(digits)
+                value = torch.randint(1, len(CONTENTS) - OPTIONS, (_COPIED, rng.randint(1, 6)), generator=draws)
+                written.append(self.ids[value])
+                value = nn.functional.pad(value, (0, rng.randint(0, 2)))
+            if not counts or counts[-1] + value.shape[1] > SLOTS or rng.random() < 0.2:
+                counts.append(0)
+            places.append((sum(part.shape[1] for part in shown), len(counts) - 1))
+            marks = self._slot + counts[-1] + torch.arange(value.shape[1]).expand(_COPIED, -1)
+            counts[-1] += value.shape[1]
+            shown += [read, marks if level > 2 else self.ids[value]]
+            values.append(value)
         before, after = torch.cat([*shown, write], 1), torch.cat([*written, end], 1)
-        tokens = torch.cat([before, after[:, :-1]], 1).to(self.device)
-        embedded = self.embedding(tokens)
-        noise = torch.randn(_COPIED, len(places), embedded.shape[2], generator=draws).to(embedded)
-        embedded = embedded.index_copy(1, torch.tensor(places, dtype=torch.long, device=self.device), noise)
+        embedded = self.embedding(torch.cat([before, after[:, :-1]], 1).to(self.device))
+        if places:
+            soft = self.encoder(torch.cat(values, 1).to(self.device), counts)
+            indices, numbers = (torch.tensor(row, device=self.device) for row in zip(*places, strict=True))
+            embedded = embedded.index_copy(1, indices, soft[:, numbers])
         states = self.model.model(inputs_embeds=embedded).last_hidden_state[:, before.shape[1] - 1 :]
         return nn.functional.cross_entropy(self.model.lm_head(states).flatten(0, 1), after.to(self.device).flatten())
 
