@@ -49,6 +49,7 @@ _TEMPLATE_WEIGHT = 0.3
 """Weight of the tokens of the template beside those of values."""
 _BARE = 0.3
 """Share of steps with templates that are hardly more than the values."""
+_CONTEXT_AFTER = 2
 _READ_AFTER = 1
 """Layers after which the slots are read."""
 
@@ -170,10 +171,12 @@ class LanguageModelTrainer(Trainer):
         self.tokenizer = make_tokenizer(spec.model.vocabulary, spec.seed)
         self.model = make_model(spec.model, len(self.tokenizer), spec.seed).to(device)
         self.encoder = ThrowawayEncoder(spec.model.hidden_dim, generator(spec.seed, "init")).to(device)
+        self.context = nn.Linear(spec.model.hidden_dim, 48).to(device)
+        self.codes = torch.randint(2, (len(self.tokenizer), 16), generator=generator(spec.seed, "codes")) * 2.0 - 1
         rising = cosine(training.steps)
         matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim == 2]
         inner = {*matrices}
-        rest = [weight for part in (self.model, self.encoder) for weight in part.parameters() if weight not in inner]
+        rest = [weight for part in (self.model, self.encoder, self.context) for weight in part.parameters() if weight not in inner]
         self.optimization = Optimization(
             [{"params": rest}],
             training,
@@ -200,8 +203,8 @@ class LanguageModelTrainer(Trainer):
             optimizer.zero_grad()
         copies = self.step < self.spec.training.copying
         if copies:
-            metrics = {"copying": self._copying(), "slots": self._reading()}
-            metrics["loss"] = metrics["copying"] + metrics["slots"]
+            metrics = {**self._copying(), "slots": self._reading()}
+            metrics["loss"] = metrics["copying"] + metrics["slots"] + metrics["context"]
         else:
             metrics = self._describing()
         metrics["loss"].backward()  # type: ignore[no-untyped-call]
@@ -214,7 +217,7 @@ class LanguageModelTrainer(Trainer):
                 self.level, self.mean = self.level + 1, self.mean + _JUMP
         return metrics
 
-    def _copying(self) -> Tensor:
+    def _copying(self) -> dict[str, Tensor]:
         """Loss of the second of two texts of random tokens, in the form of descriptions.
 
         From level 1 on the first text has gaps: soft tokens, which the second leaves out, and values behind them, with
@@ -235,20 +238,34 @@ class LanguageModelTrainer(Trainer):
         counts: list[int] = []
         places: list[tuple[int, int]] = []
         rows = torch.arange(_COPIED)
+        # Of each column of both texts: the two tokens of the text before it, and the contents of slots since.
+        t1, t2, since = read[:, 0], read[:, 0], 0
+        context_shown: list[tuple[Tensor, Tensor, int] | None] = [None] * (legend.shape[1] + 1)
+        context_written: list[tuple[Tensor, Tensor, int] | None] = []
         for _ in range(rng.randint(2, 8)):
             literal = torch.cat([self._words(rng.randint(1, 4), draws), separator], 1)
             shown.append(literal)
             written.append(literal)
+            for token in literal.T:
+                context_shown.append((t1, t2, since))
+                context_written.append((t1, t2, since))
+                t1, t2, since = token, t1, 0
             if not level:
                 continue
             if size and rng.random() < 0.4:
                 picked = torch.randint(size, (_COPIED,), generator=draws)
                 value = (chosen[rows, picked] + len(CONTENTS) - OPTIONS).unsqueeze(1)
                 written.append(labels[rows, picked])
+                full = 1
+                context_written += [(t1, t2, 0)] + [None] * (length - 1)
             else:
                 value = torch.randint(1, len(CONTENTS) - OPTIONS, (_COPIED, rng.randint(1, 6)), generator=draws)
                 written.append(self.ids[value])
+                full = value.shape[1]
                 value = nn.functional.pad(value, (0, rng.randint(0, 2)))
+                context_written += [(t1, t2, place) for place in range(full)]
+            context_shown += [None] + [(t1, t2, place) for place in range(full)] + [None] * (value.shape[1] - full)
+            since = full
             if not counts or counts[-1] + value.shape[1] > SLOTS or rng.random() < 0.2:
                 counts.append(0)
             places.append((sum(part.shape[1] for part in shown), len(counts) - 1))
@@ -256,14 +273,28 @@ class LanguageModelTrainer(Trainer):
             counts[-1] += value.shape[1]
             shown += [read, marks if level > 2 else self.ids[value]]
             values.append(value)
+        context_shown.append((t1, t2, since))
+        context_written.append((t1, t2, since))
         before, after = torch.cat([*shown, write], 1), torch.cat([*written, end], 1)
         embedded = self.embedding(torch.cat([before, after[:, :-1]], 1).to(self.device))
         if places:
             soft = self.encoder(torch.cat(values, 1).to(self.device), counts)
             indices, numbers = (torch.tensor(row, device=self.device) for row in zip(*places, strict=True))
             embedded = embedded.index_copy(1, indices, soft[:, numbers])
-        states = self.model.model(inputs_embeds=embedded).last_hidden_state[:, before.shape[1] - 1 :]
-        return nn.functional.cross_entropy(self.model.lm_head(states).flatten(0, 1), after.to(self.device).flatten())
+        outputs = self.model.model(inputs_embeds=embedded, output_hidden_states=True)
+        states = outputs.last_hidden_state[:, before.shape[1] - 1 :]
+        copying = nn.functional.cross_entropy(self.model.lm_head(states).flatten(0, 1), after.to(self.device).flatten())
+        # What is written at a column is predicted one before it.
+        start = before.shape[1] - 1
+        cells = [(place, cell) for place, cell in enumerate(context_shown) if cell]
+        cells += [(start + place, cell) for place, cell in enumerate(context_written) if cell]
+        early = outputs.hidden_states[_CONTEXT_AFTER][:, [place for place, _ in cells]]
+        found = self.context(self.model.model.norm(early))
+        first, second, index = (torch.stack(part, 1) for part in zip(*((a, b, torch.full_like(a, c)) for _, (a, b, c) in cells)))
+        signs = torch.cat([self.codes[first], self.codes[second]], 2)
+        bits = nn.functional.softplus(-found[..., :32] * signs).mean() * 16
+        context = bits + nn.functional.cross_entropy(found[..., 32:].flatten(0, 1), index.flatten())
+        return {"copying": copying, "context": context}
 
     def _reading(self) -> Tensor:
         """Loss of the contents of slots behind soft tokens, with nothing to describe."""
@@ -436,6 +467,7 @@ class LanguageModelTrainer(Trainer):
         return (
             checkpoints.part("model", model)
             | checkpoints.part("encoder", self.encoder.state_dict())
+            | checkpoints.part("context", self.context.state_dict())
             | checkpoints.part("optimization", self.optimization.state())
             | {"mean": self.mean, "level": self.level}
         )
@@ -444,6 +476,7 @@ class LanguageModelTrainer(Trainer):
         parts = checkpoints.parts(tensors)
         self.model.load_state_dict(parts["model"], strict=False)
         self.encoder.load_state_dict(parts["encoder"])
+        self.context.load_state_dict(parts["context"])
         self.optimization.restore(parts["optimization"])
         self.mean, self.level = (tensors[name].cpu() for name in ("mean", "level"))
 
