@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ethogram.specs.resource import ReaderSizeSpec, ReaderSpec
 from services.resource.corpus import RandomSchema, random_schema
-from services.resource.texts import OPTIONS, READ, SLOTS, WRITE, Slot, Soft, option, slot, slots
+from services.resource.texts import OPTIONS, READ, SLOTS, WRITE, Slot, Soft, Template, option, slot, slots
 from services.runtime import checkpoints
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -50,6 +50,7 @@ _TEMPLATE_WEIGHT = 0.3
 _BARE = 0.3
 """Share of steps with templates that are hardly more than the values."""
 _CONTEXT_AFTER = 2
+_CONTEXT_WEIGHT = 1.0
 _READ_AFTER = 1
 """Layers after which the slots are read."""
 
@@ -127,6 +128,17 @@ class ThrowawayEncoder(nn.Module):
         return torch.stack(parts, 1)
 
 
+class Context(NamedTuple):
+    """What says where a text goes on."""
+
+    first: int
+    """The token of the template before."""
+    second: int
+    """The one before that."""
+    since: int
+    """Contents of slots since."""
+
+
 class Item(NamedTuple):
     """A random schema with rows, tokenized."""
 
@@ -140,6 +152,8 @@ class Item(NamedTuple):
     """Of each token of the descriptions."""
     contents: list[list[list[int]]]
     """Index of the content of each slot of each field of each row."""
+    contexts: list[list[Context | None]]
+    """Of each token of head and description, per row; None where nothing follows from one."""
 
 
 class ItemScores(NamedTuple):
@@ -151,6 +165,8 @@ class ItemScores(NamedTuple):
     """Of each token, ``[tokens]``."""
     exact: Tensor
     """Whether all tokens of a description are right, ``[items * rows]``."""
+    context: Tensor
+    """Loss of contexts."""
     slots: Tensor
     """Mean cross-entropy of the contents of slots, a scalar."""
     slots_right: Tensor
@@ -176,7 +192,12 @@ class LanguageModelTrainer(Trainer):
         rising = cosine(training.steps)
         matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim == 2]
         inner = {*matrices}
-        rest = [weight for part in (self.model, self.encoder, self.context) for weight in part.parameters() if weight not in inner]
+        rest = [
+            weight
+            for part in (self.model, self.encoder, self.context)
+            for weight in part.parameters()
+            if weight not in inner
+        ]
         self.optimization = Optimization(
             [{"params": rest}],
             training,
@@ -288,12 +309,9 @@ class LanguageModelTrainer(Trainer):
         start = before.shape[1] - 1
         cells = [(place, cell) for place, cell in enumerate(context_shown) if cell]
         cells += [(start + place, cell) for place, cell in enumerate(context_written) if cell]
+        contexts = torch.stack([torch.stack([a, b, torch.full_like(a, c)], 1) for _, (a, b, c) in cells], 1)
         early = outputs.hidden_states[_CONTEXT_AFTER][:, [place for place, _ in cells]]
-        found = self.context(self.model.model.norm(early))
-        first, second, index = (torch.stack(part, 1) for part in zip(*((a, b, torch.full_like(a, c)) for _, (a, b, c) in cells)))
-        signs = torch.cat([self.codes[first], self.codes[second]], 2)
-        bits = nn.functional.softplus(-found[..., :32] * signs).mean() * 16
-        context = bits + nn.functional.cross_entropy(found[..., 32:].flatten(0, 1), index.flatten())
+        context = self._context_loss(early, contexts)
         return {"copying": copying, "context": context}
 
     def _reading(self) -> Tensor:
@@ -345,7 +363,8 @@ class LanguageModelTrainer(Trainer):
         scores = self.losses(items, soft)
         values = scores.losses[scores.weights == 1].mean()
         described = (scores.losses * scores.weights).sum() / scores.weights.sum()
-        return {"loss": described + scores.slots, "values": values, "slots": scores.slots}
+        loss = described + scores.slots + _CONTEXT_WEIGHT * scores.context
+        return {"loss": loss, "values": values, "slots": scores.slots, "context": scores.context}
 
     def soft(self, item: Item) -> Tensor:
         """Soft tokens of an item's rows."""
@@ -386,7 +405,47 @@ class LanguageModelTrainer(Trainer):
         for cell in layout:
             head += known[cell] if isinstance(cell, str) else [cell]
         prompt = [token for text in legend for token in known[text]]
-        return Item(schema, prompt, head, descriptions, weights, contents)
+        contexts = [self._contexts(schema.template, layout, row, known) for row in rows]
+        return Item(schema, prompt, head, descriptions, weights, contents, contexts)
+
+    @staticmethod
+    def _contexts(
+        template: Template,
+        layout: Sequence[str | Soft | Slot],
+        row: Sequence[float],
+        known: Mapping[str, list[int]],
+    ) -> list[Context | None]:
+        (start,) = known[READ]
+        found: list[Context | None] = []
+        contents = template.contents(row)
+        blanks = iter([not content for field in template.order for content in contents[field]])
+        context = Context(start, start, 0)
+        for cell in layout:
+            if isinstance(cell, Soft):
+                found.append(None)
+            elif isinstance(cell, Slot):
+                blank = next(blanks)
+                found.append(None if blank else context)
+                context = context if blank else context._replace(since=context.since + 1)
+            else:
+                for token in known[cell]:
+                    found.append(None if cell == READ else context)
+                    context = Context(token, context.first, 0) if cell != READ else context
+        context = Context(start, start, 0)
+        fields = iter(template.order)
+        for text, is_value in template.parts(row):
+            tokens = known[text]
+            if not is_value:
+                for token in tokens:
+                    found.append(context)
+                    context = Context(token, context.first, 0)
+            elif template.labels[next(fields)]:
+                found += [context, *[None] * (len(tokens) - 1)]
+                context = context._replace(since=1)
+            else:
+                found += [context._replace(since=place) for place in range(len(tokens))]
+                context = context._replace(since=len(tokens))
+        return [*found, context]
 
     def losses(self, items: Sequence[Item], soft: Sequence[Tensor]) -> ItemScores:
         """How the descriptions of ``items`` are predicted after ``soft`` of each, ``[rows, tokens, hidden]``.
@@ -430,7 +489,25 @@ class LanguageModelTrainer(Trainer):
         right = torch.ones_like(present)
         right[present] = logits.argmax(-1) == tokens[present]
         losses = nn.functional.cross_entropy(logits, tokens[present], reduction="none")
-        return ItemScores(losses, weights[present], right.all(1), read, slots_right)
+        chosen = [
+            (row, longest - len(item.head) + place, cell)
+            for row, (item, cells) in enumerate((item, cells) for item in items for cells in item.contexts)
+            # What is written is predicted one before.
+            for place, cell in enumerate([*cells[: len(item.head) - 1], *cells[len(item.head) :]])
+            if cell
+        ]
+        row, place = (torch.tensor([cell[index] for cell in chosen], device=self.device) for index in (0, 1))
+        context = self._context_loss(
+            outputs.hidden_states[_CONTEXT_AFTER][row, place], torch.tensor([cell for *_, cell in chosen])
+        )
+        return ItemScores(losses, weights[present], right.all(1), context, read, slots_right)
+
+    def _context_loss(self, states: Tensor, contexts: Tensor) -> Tensor:
+        found = self.context(self.model.model.norm(states))
+        contexts = contexts.to(self.device)
+        signs = self.codes[contexts[..., :2]].flatten(-2)
+        bits = nn.functional.softplus(-found[..., :32] * signs).mean() * 16
+        return bits + nn.functional.cross_entropy(found[..., 32:].flatten(0, -2), contexts[..., 2].flatten())
 
     def _head(self, item: Item, soft: Tensor) -> tuple[Tensor, Tensor]:
         """What stands between prompt and description, ``[rows, length, hidden]``; and the token that each slot is to be
