@@ -113,8 +113,8 @@ def guess_figures(schema: Schema, values: Tensor) -> dict[str, dict[str, float]]
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Absolute relative error of numbers from 0 on."""
-    return (found - wanted).abs() / wanted.clamp_min(torch.finfo(wanted.dtype).tiny)
+    """Relative error of numbers from 0 on; of 0 the absolute one."""
+    return (found - wanted).abs() / wanted.masked_fill(wanted == 0, 1.0)
 
 
 def _read_error(reading: Reading, values: Tensor) -> Tensor:

@@ -36,9 +36,7 @@ _NAMED = 20
 """Most tools in a legend."""
 _PANELS = 8
 """Most tools with a picture of costs."""
-_SUBS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-"""Ticks of a logarithmic axis within a decade."""
-_PLAIN = "{x:,.5g}"
+_PLAIN = "{x:,.7g}"
 _CONTROLS = {
     "zero": "control: zero vector",
     "shuffled": "control: another row's vector",
@@ -111,15 +109,19 @@ def _add_fields(
     """Accuracy and error of each field, beside the same without a vector or with a wrong one."""
     columns: dict[str, Mapping[str, Any]] = {
         **details,
-        "control: most frequent value": guess_figures(table.schema, table.values),
+        "control: no vector": guess_figures(table.schema, table.values),
         **{_CONTROLS[name]: part for name, part in controls.items()},
     }
-    report.section("By field", "Share of the descriptions in which the field is right.")
+    report.section(
+        "By field",
+        """Share of the descriptions in which the field is right. **no vector**: the most frequent value. The vector of
+        another tool is right in all but the tool.""",
+    )
     _add_table(report, "field", columns, "field_accuracy")
     if details["seen"]["field_error"]:
         report.text(
-            """Mean relative error of the numbers that are read, at most 1, which it is where a text cannot be read. The
-            control without a vector says the median."""
+            """Mean relative error of the numbers that are read, at most 1, which it is where a text cannot be read.
+            **no vector**: the median."""
         )
         _add_table(report, "number", columns, "field_error")
 
@@ -214,9 +216,10 @@ def cost_plot(table: Table, predictions: Predictions) -> Figure:
     cost, way = prices(table.schema, table.values), predictions.ways[VECTOR]
     number = table.schema.index(predictions.number)
     target, shown = table.values[:, number], _typical(table, number)[:_PANELS]
-    lines = -(-len(shown) // 3)
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)
     figure = Figure(figsize=(13.5, 3.6 * lines))
-    axes = figure.subplots(lines, 3, squeeze=False).flat
+    axes = figure.subplots(lines, columns, squeeze=False).flat
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     for place, (axis, rows) in enumerate(zip(axes, shown, strict=False)):
@@ -234,13 +237,13 @@ def cost_plot(table: Table, predictions: Predictions) -> Figure:
             table.schema.dimensions[index].labels[int(table.values[rows[0], index])]
             for index in conditions(table.schema)
         ]
-        axis.set(title=textwrap.fill(", ".join(labels), 60), xlabel="price")
+        axis.set(title=textwrap.fill(", ".join(labels), 46), xlabel="price")
         if bool((target[rows] > 0).all()):
             axis.set_yscale("log")
             axis.yaxis.set(
-                major_locator=LogLocator(subs=_SUBS), major_formatter=_PLAIN, minor_formatter=NullFormatter()
+                major_locator=_log_ticks(target[rows]), major_formatter=_PLAIN, minor_formatter=NullFormatter()
             )
-        if place % 3 == 0:
+        if place % columns == 0:
             axis.set_ylabel(_labelled(table, number))
         if place == 0:
             figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=5)
@@ -265,6 +268,14 @@ def _labelled(table: Table, index: int) -> str:
         dimension.name
         if not dimension.unit or dimension.unit in dimension.name
         else f"{dimension.name}, {dimension.unit}"
+    )
+
+
+def _log_ticks(numbers: Tensor) -> LogLocator:
+    """Ticks of a logarithmic axis of ``numbers``: the fewer a decade the more decades there are."""
+    ratio = float(numbers.max() / numbers.min())
+    return LogLocator(
+        subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if ratio < 100 else (1.0, 2.0, 5.0) if ratio < 1e4 else (1.0,)
     )
 
 
@@ -293,7 +304,8 @@ def map_plot(codec: ResourceCodec, table: Table) -> Figure:
         left.scatter(*places[chosen].T, s=6, color=color, label=tool)
     left.set(title="by tool", xlabel=names[0], ylabel=names[1])
     if count <= _NAMED:
-        figure.legend(loc="outside lower left", ncols=min(count, 7), markerscale=2)
+        longest = max(map(len, table.schema.tools))
+        figure.legend(loc="outside lower left", ncols=max(1, 190 // (longest + 6)), markerscale=2)
     measured = [index for index, each in enumerate(table.schema.dimensions) if each.measured and each.number]
     index = measured[0] if measured else len(table.schema.dimensions) - 1
     numbers = table.values[rows, index]
@@ -301,6 +313,6 @@ def map_plot(codec: ResourceCodec, table: Table) -> Figure:
     shown = right.scatter(*places.T, s=6, c=numbers, norm=norm)
     right.set(title=f"by {table.schema.names[index]}", xlabel=names[0])
     figure.colorbar(
-        shown, ax=right, label=_labelled(table, index), ticks=LogLocator(subs=_SUBS) if norm else None, format=_PLAIN
+        shown, ax=right, label=_labelled(table, index), ticks=_log_ticks(numbers) if norm else None, format=_PLAIN
     )
     return figure

@@ -139,7 +139,7 @@ def test_guesses_are_the_most_frequent_value_and_the_median(table: Table) -> Non
     values = torch.tensor([[0, 0, 2, 4, 100], [0, 1, 2, 4, 0], [0, 2, 4, 4, 200], [0, 0, 2, 4, 100]]).double()
     found = guess_figures(table.schema, values)
     assert found["field_accuracy"] == {"tool": 1, "size": 0.5, "cores": 0.75, "memory_gb": 1, "latency_ms": 0.5}
-    # Relative to 0 any error is the most there is.
+    # Of 0 the error is absolute, and 1 is the most there is.
     assert found["field_error"] == {"cores": 0.125, "memory_gb": 0, "latency_ms": (0 + 1 + 0.5 + 0) / 4}
 
 
