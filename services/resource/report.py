@@ -145,7 +145,7 @@ def _add_predictions(report: Report, table: Table, predictions: Predictions) -> 
     report.section(
         "Intervals",
         """Share of the unseen configurations whose number an interval covers, and its width relative to the number, in
-        the median. Intervals at any level cover as they should; good ones are narrow.""",
+        the median. Intervals around any prediction can cover as asked; those of a good one are narrow.""",
     )
     head = ["asked", "covered", "width", f"covered, {TOOL}", f"width, {TOOL}"]
     report.table(head, [list(row.values()) for row in found["coverage"]])
