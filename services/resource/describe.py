@@ -9,10 +9,14 @@ vectors, so its keys and values are computed once.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel
@@ -47,13 +51,10 @@ class Describer:
             text = f"has {labels} labels, tools among them, and {language.name} has marks of {OPTIONS}"
             raise InvalidInput.field("spec.table", f"{text}; name another language model in llm_model")
         self._prompts: dict[str, tuple[list[int], Any]] = {}
-        if checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # It is only active in training mode; frozen weights stay as they are.
-            self.model.train()
-            for module in self.model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
+        self._layers = _layers(self.model) if checkpointing else []
+        if checkpointing and not self._layers:
+            text = f"{language.name} has no layers whose activations can be computed again; turn it off"
+            raise InvalidInput.field("spec.training.gradient_checkpointing", text)
 
     def tool_vectors(self) -> Tensor:
         """Mean token embedding of each tool's name, ``[tools, hidden]``, float32."""
@@ -104,9 +105,10 @@ class Describer:
     def _states(self, inputs: Tensor, template: Template) -> Tensor:
         """Last hidden states of ``inputs`` ``[batch, length, hidden]`` after the prompt."""
         tokens, cache = self._prompt(template)
-        if self.checkpointing:
+        if self.checkpointing and torch.is_grad_enabled():
             prompt = self.embed(torch.tensor([tokens], device=self.device)).expand(len(inputs), -1, -1)
-            outputs = self._backbone(inputs_embeds=torch.cat([prompt, inputs], 1), use_cache=False)
+            with _checkpointed(self._layers):
+                outputs = self._backbone(inputs_embeds=torch.cat([prompt, inputs], 1), use_cache=False)
             states: Tensor = outputs.last_hidden_state[:, len(tokens) :]
             return states
         cache = copy.deepcopy(cache)
@@ -125,10 +127,8 @@ class Describer:
 
             texts = template.legend if self.reads_slots else [template.prompt]
             tokens = [token for row in self.language.tokenize(texts) for token in row]
-            cache = None
-            if not self.checkpointing:
-                cache = DynamicCache(config=self.model.config)
-                self._backbone(torch.tensor([tokens], device=self.device), past_key_values=cache, use_cache=True)
+            cache = DynamicCache(config=self.model.config)
+            self._backbone(torch.tensor([tokens], device=self.device), past_key_values=cache, use_cache=True)
             self._prompts[template.name] = tokens, cache
         return self._prompts[template.name]
 
@@ -152,8 +152,6 @@ class Describer:
         inputs = self._head(soft, template)
         self._check_length(template, inputs.shape[1], longest)
         _, cache = self._prompt(template)
-        if cache is None:
-            raise RuntimeError("with checkpointing nothing is kept to decode with; make another Describer")
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(inputs))
         written: list[Tensor] = []
@@ -169,3 +167,26 @@ class Describer:
         rows = torch.stack(written, 1).tolist() if written else [[] for _ in soft]
         texts = [row[: row.index(self._end)] if self._end in row else row for row in rows]
         return [self.language.tokenizer.decode(row, skip_special_tokens=False) for row in texts]
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Layers of a language model that allow for checkpointing."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def _checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, ``layers`` keep no activations: the backward pass computes them again. The model's own way to this takes
+    training mode, and with it dropout."""
+    forwards = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, forwards, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from services.resource.codec import ResourceCodec
 from services.resource.describe import Describer
+from services.resource.schema import Schema
 from services.resource.texts import Template
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -57,8 +58,8 @@ def describe_figures(
     codec: ResourceCodec, describer: Describer, values: Tensor, run: Run, name: str = "describe"
 ) -> dict[str, Any]:
     """Figures of the descriptions of ``values`` ``[rows, fields]`` by the templates of training: ``exact_match``,
-    ``by_template``, ``field_accuracy`` by field, ``cross_entropy``, and ``digits``: share of right digits by place,
-    from the last. ``name``: of the stage."""
+    ``by_template``, ``field_accuracy`` by field, ``field_error`` by number, ``cross_entropy``, and ``digits``: share of
+    right digits by place, from the last. ``name``: of the stage."""
     embeddings = codec.embed(values)
     templates = codec.schema.templates if codec.spec.augmentation.varies else codec.schema.templates[:1]
     run.stage(name, len(values) * len(templates), "descriptions")
@@ -69,22 +70,56 @@ def describe_figures(
         done += count
         run.advance(done)
 
-    by_template, right, losses, digits = {}, [], [], defaultdict[int, list[bool]](list)
+    by_template, readings, losses = {}, [], []
     for template in templates:
-        reading = read_back(describer, codec.soft(embeddings), values, template, advance)
-        by_template[template.name] = float(reading.exact.float().mean())
-        right.append(reading.right)
+        readings.append(read_back(describer, codec.soft(embeddings), values, template, advance))
+        by_template[template.name] = float(readings[-1].exact.float().mean())
         losses.append(cross_entropy(codec, describer, embeddings, values, template))
-        for wanted, found in zip(values.tolist(), reading.values.tolist(), strict=True):
-            _count_digits(template, wanted, found, digits)
-    fields = torch.cat(right).float().mean(0).tolist()
     return {
         "exact_match": sum(by_template.values()) / len(by_template),
         "by_template": by_template,
-        "field_accuracy": dict(zip(codec.schema.names, fields, strict=True)),
+        **field_figures(readings, values, templates),
         "cross_entropy": sum(losses) / len(losses),
+    }
+
+
+def field_figures(readings: Sequence[Reading], values: Tensor, templates: Sequence[Template]) -> dict[str, Any]:
+    """``field_accuracy``, ``field_error`` and ``digits`` of descriptions of ``values``, one reading by each template.
+    The error is the mean relative error of a number, at most 1, which it is where the text cannot be read."""
+    fields, labels = templates[0].fields, templates[0].labels
+    accuracy = torch.cat([reading.right for reading in readings]).float().mean(0).tolist()
+    error = torch.cat([_read_error(reading, values) for reading in readings]).mean(0).tolist()
+    digits = defaultdict[int, list[bool]](list)
+    for reading, template in zip(readings, templates, strict=True):
+        for wanted, found in zip(values.tolist(), reading.values.tolist(), strict=True):
+            _count_digits(template, wanted, found, digits)
+    return {
+        "field_accuracy": dict(zip(fields, accuracy, strict=True)),
+        "field_error": {name: each for name, each, category in zip(fields, error, labels, strict=True) if not category},
         "digits": {place: sum(hits) / len(hits) for place, hits in sorted(digits.items())},
     }
+
+
+def guess_figures(schema: Schema, values: Tensor) -> dict[str, dict[str, float]]:
+    """What no vector is needed for: ``field_accuracy`` of the most frequent value of each field, and ``field_error`` of
+    the median of each number."""
+    accuracy, error = {}, {}
+    for index, dimension in enumerate(schema.dimensions):
+        column = values[:, index]
+        accuracy[dimension.name] = float(torch.unique(column, return_counts=True)[1].max()) / len(column)
+        if dimension.number:
+            error[dimension.name] = float(relative_error(column.median(), column).clamp_max(1).mean())
+    return {"field_accuracy": accuracy, "field_error": error}
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Relative error of numbers from 0 on; of 0 the absolute one."""
+    return (found - wanted).abs() / wanted.masked_fill(wanted == 0, 1.0)
+
+
+def _read_error(reading: Reading, values: Tensor) -> Tensor:
+    error = relative_error(reading.values, values).nan_to_num(1.0).clamp_max(1.0)
+    return error.masked_fill(reading.right, 0.0)
 
 
 @torch.no_grad()
@@ -112,9 +147,10 @@ def _count_digits(
             digits[place].append(place < len(said) and said[place] == digit)
 
 
-def controls(codec: ResourceCodec, describer: Describer, values: Tensor, seed: int) -> dict[str, float]:
-    """Exact match where the vector is not that of the row, which must be near 0: a ``zero`` vector, another row's
-    (``shuffled``), and the same configuration of another tool (``other_tool``)."""
+def control_figures(codec: ResourceCodec, describer: Describer, values: Tensor, seed: int) -> dict[str, dict[str, Any]]:
+    """Figures of descriptions where the vector is not that of the row, which must be near 0: a ``zero`` vector, another
+    row's (``shuffled``), and that of the same configuration of another tool (``other_tool``). Each has ``exact_match``
+    and what :func:`field_figures` has."""
     rng = generator(seed, "controls")
     values = values[torch.randperm(len(values), generator=rng)[:CONTROLLED]]
     embeddings, template = codec.embed(values), codec.schema.templates[0]
@@ -124,10 +160,18 @@ def controls(codec: ResourceCodec, describer: Describer, values: Tensor, seed: i
         step = torch.randint(1, len(codec.schema.tools), (len(values),), generator=rng)
         other[:, 0] = (other[:, 0] + step) % len(codec.schema.tools)
         vectors["other_tool"] = codec.embed(other)
-    return {
-        name: float(read_back(describer, codec.soft(vector), values, template).exact.float().mean())
-        for name, vector in vectors.items()
-    }
+    figures = {}
+    for name, vector in vectors.items():
+        reading = read_back(describer, codec.soft(vector), values, template)
+        exact = float(reading.exact.float().mean())
+        figures[name] = {"exact_match": exact, **field_figures([reading], values, [template])}
+    return figures
+
+
+def controls(codec: ResourceCodec, describer: Describer, values: Tensor, seed: int) -> dict[str, float]:
+    """Exact match of each of :func:`control_figures`."""
+    figures = control_figures(codec, describer, values, seed)
+    return {name: figure["exact_match"] for name, figure in figures.items()}
 
 
 def retrieval_figures(codec: ResourceCodec, values: Tensor, seed: int) -> dict[str, float]:

@@ -17,7 +17,8 @@ from services.language.models import LanguageModel, load_language_model
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table, read_measurements, read_tools
 from services.resource.describe import Describer
-from services.resource.evaluate import controls, describe_figures, retrieval_figures
+from services.resource.evaluate import control_figures, describe_figures, retrieval_figures
+from services.resource.evaluate_prediction import Predictions, prediction_figures
 from services.resource.export import export
 from services.resource.generator import write_table
 from services.resource.hub import push
@@ -61,22 +62,27 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
             unseen = parts.part(UNSEEN, lambda _: _train(spec, table, rows, describer, parts=parts, world=world))
         if not world.first:
             return {}
-        if spec.training.gradient_checkpointing:
-            # With it the model has no memory of what it has read.
-            language.model.eval().gradient_checkpointing_disable()
-        describer = Describer(language, table.schema)
 
-        def drawn(values: Tensor) -> Tensor:
-            order = torch.randperm(len(values), generator=generator(spec.seed, "evaluation"))
-            return values if spec.evaluation is None else values[order[: spec.evaluation]]
+        def drawn(rows: Tensor) -> Tensor:
+            order = torch.randperm(len(rows), generator=generator(spec.seed, "evaluation"))
+            return rows if spec.evaluation is None else rows[order[: spec.evaluation]]
 
         details = {"seen": describe_figures(codec, describer, drawn(table.values), run, "seen")}
         if unseen is not None:
             other = ResourceCodec.load(parts.folder / UNSEEN, run.device)
             details["unseen"] = describe_figures(other, describer, drawn(table.values[held_out]), run, "unseen")
-        control = controls(codec, describer, drawn(table.values), spec.seed)
+        controls = control_figures(codec, describer, drawn(table.values), spec.seed)
+        control = {name: part["exact_match"] for name, part in controls.items()}
         figures = _figures(details, control, retrieval_figures(codec, table.values, spec.seed))
         with run.side_output("the report"):
+            predictions: Predictions | str = "No rows were held out, which they are scored on; set held_out."
+            if unseen is not None:
+                try:
+                    predictions = prediction_figures(
+                        other, describer, table, train=rows, held_out=drawn(held_out), seed=spec.seed
+                    )
+                except InvalidInput as error:
+                    predictions = f"There are none: {error}"
             histories = {ALL: everything["history"]} | ({UNSEEN: unseen["history"]} if unseen else {})
             write_report(
                 Path(scratch, "report"),
@@ -84,8 +90,9 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
                 table,
                 figures=figures,
                 details=details,
-                controls=control,
+                controls=controls,
                 histories=histories,
+                predictions=predictions,
             )
             run.artifact("report", "report", Path(scratch, "report"))
         if spec.hub is not None:

@@ -30,6 +30,8 @@ SHARES = (0.0, 0.1, 0.5)
 """Weights of the Gaussian kernel beside the linear one."""
 MOST_ROWS = 4000
 """Rows that a predictor is fitted on; of more, a random part."""
+CHOICE_ROWS = 600
+"""Rows on which the kernel is chosen; of more, a random part. The ridge is chosen on all."""
 
 
 class Interval(NamedTuple):
@@ -123,15 +125,27 @@ def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None 
     deviation = torch.where(deviation > 1e-9, deviation, torch.inf)
     x = (x - mean) / deviation
     center = float(target.mean())
-    # Where each row is a group of its own there is nothing to solve.
-    members = [] if count >= len(x) else [(groups == group).nonzero().flatten() for group in groups.unique()]
-    sample = torch.randperm(len(x), generator=generator(seed, "distances"))[:500]
-    median = float(torch.pdist(x[sample]).median()) / x.shape[1] ** 0.5
+    order = torch.randperm(len(x), generator=generator(seed, "distances"))
+    median = float(torch.pdist(x[order[:500]]).median()) / x.shape[1] ** 0.5
     kernels = [Kernel(share, width * median) for share in SHARES for width in (WIDTHS if share else WIDTHS[:1])]
+    if len(x) > CHOICE_ROWS:
+        part = order[:CHOICE_ROWS]
+        kernels = [_choose(kernels, x[part], target[part] - center, groups[part])[0]]
+    kernel, ridge, residuals = _choose(kernels, x, target - center, groups)
+    gram = kernel(x, x) + ridge * torch.eye(len(x), dtype=x.dtype)
+    weights = torch.linalg.solve(gram, target - center)
+    return Predictor(mean, deviation, center, x, weights, kernel, residuals.sort().values)
+
+
+def _choose(kernels: Sequence[Kernel], x: Tensor, target: Tensor, groups: Tensor) -> tuple[Kernel, float, Tensor]:
+    """Kernel and ridge with the least error on groups of rows that are left out, and the residuals of these."""
+    numbers, sizes = torch.unique(groups, return_counts=True)
+    # Where each row is a group of its own there is nothing to solve.
+    members = [(groups == number).nonzero().flatten() for number in numbers] if int(sizes.max()) > 1 else []
     best: tuple[float, Kernel, float, Tensor] | None = None
     for kernel in kernels:
         values, vectors = torch.linalg.eigh(kernel(x, x))
-        turned = vectors.T @ (target - center)
+        turned = vectors.T @ target
         for ridge in RIDGES:
             inverse = 1 / (values.clamp_min(0) + ridge)
             residuals = _left_out(vectors, inverse, vectors @ (inverse * turned), members)
@@ -139,10 +153,7 @@ def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None 
             if best is None or error < best[0]:
                 best = error, kernel, ridge, residuals
     assert best is not None
-    _, kernel, ridge, residuals = best
-    gram = kernel(x, x) + ridge * torch.eye(len(x), dtype=x.dtype)
-    weights = torch.linalg.solve(gram, target - center)
-    return Predictor(mean, deviation, center, x, weights, kernel, residuals.sort().values)
+    return best[1:]
 
 
 def features(codec: ResourceCodec, values: Tensor, unknown: Tensor, *, raw: bool = False) -> Tensor:

@@ -111,13 +111,10 @@ class Recommender:
         if not len(rows):
             raise self._absent(values, wanted, options.values, field)
         upper = self.predictor.upper_of(options.predicted[rows], confidence, "confidence")
-        fits = upper <= bound
-        score = torch.where(fits, options.prices[rows], torch.inf) if bool(fits.any()) else upper
-        # Of several the one with the lowest bound.
-        best = int(torch.where(score == score.min(), upper, torch.inf).argmin())
+        best, fits = cheapest(options.prices[rows], upper, bound)
         row = rows[best]
         predicted = float(options.predicted[row].expm1())
-        return Choice(options.values[row], float(options.prices[row]), predicted, float(upper[best]), bool(fits[best]))
+        return Choice(options.values[row], float(options.prices[row]), predicted, float(upper[best]), fits)
 
     def _absent(self, values: Tensor, wanted: Tensor, options: Tensor, field: str) -> InvalidInput:
         """The error for a vector of which no configuration has the ``wanted`` fields."""
@@ -134,9 +131,22 @@ class Recommender:
         if tool not in self._options:
             values = self.candidates[self.candidates[:, 0] == tool]
             predicted = [self.predictor.log_value(self.features(part)) for part in torch.split(values, CHUNK)]
-            prices = values @ torch.tensor([each.price for each in self.schema.dimensions], dtype=torch.float64)
-            self._options[tool] = Options(values, torch.cat(predicted), prices)
+            self._options[tool] = Options(values, torch.cat(predicted), prices(self.schema, values))
         return self._options[tool]
+
+
+def prices(schema: Schema, values: Tensor) -> Tensor:
+    """Price of each configuration of ``values`` ``[configurations, fields]``."""
+    return values @ torch.tensor([dimension.price for dimension in schema.dimensions], dtype=torch.float64)
+
+
+def cheapest(cost: Tensor, upper: Tensor, bound: float) -> tuple[int, bool]:
+    """Index of the cheapest of some configurations whose ``upper`` is at most ``bound``, of several the one with the
+    lowest, and True; if there is none, the one that comes closest, and False."""
+    fits = upper <= bound
+    score = torch.where(fits, cost, torch.inf) if bool(fits.any()) else upper
+    best = int(torch.where(score == score.min(), upper, torch.inf).argmin())
+    return best, bool(fits[best])
 
 
 def grid(schema: Schema, table: Table) -> Tensor:

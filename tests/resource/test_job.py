@@ -75,7 +75,7 @@ def test_job_keeps_an_encoder_an_export_and_a_report(inputs: dict[str, Path], tm
     assert figures["self_retrieval"] == 1
 
     report = tmp_path / "report"
-    for picture in ("digits", "history-all", "history-unseen", "map"):
+    for picture in ("digits", "calibration", "history-all", "history-unseen", "map"):
         assert (report / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((report / "report.json").read_text())["figures"] == figures
     assert "<html" in (report / "report.html").read_text()
@@ -187,6 +187,26 @@ def test_a_failing_evaluation_costs_no_encoder(
         run_job(spec(held_out=0), Recorder(tmp_path, inputs=inputs))
     ResourceCodec.load(tmp_path / "encoder")
     validate(tmp_path / "export")
+
+
+@pytest.mark.parametrize("failing", ["write_report", "prediction_figures"])
+def test_a_failing_report_costs_no_result(
+    failing: str, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(job, failing, fails)
+    recorder = Recorder(tmp_path, inputs=inputs)
+    assert run_job(spec(), recorder)["figures"]
+    assert [name for name, _ in recorder.artifacts] == ["encoder", "export"]
+    assert [line for line in recorder.logs if "the report failed" in line]
+
+
+def test_too_few_rows_to_predict_from_are_said_in_the_report(inputs: dict[str, Path], tmp_path: Path) -> None:
+    run_job(spec(held_out=0.5), Recorder(tmp_path, inputs=inputs))
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "has 8 measured configurations; a prediction takes at least 10" in page
 
 
 def test_a_language_model_by_folder_and_a_table_without_registry(

@@ -9,6 +9,7 @@ import torch
 
 from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel
+from services.resource import predict
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.predict import FEWEST, NumberPredictor, fit, quantile
@@ -40,6 +41,21 @@ def test_intervals_cover_what_was_never_measured(table: Table, codec: ResourceCo
     assert covered >= 0.75
     wider = predictor.intervals(others, torch.zeros_like(others, dtype=torch.bool), 0.95)
     assert (wider.high >= found.high).all() and (wider.low <= found.low).all()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_kernel_that_is_chosen_on_a_part_predicts_as_well(
+    times: int, table: Table, codec: ResourceCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where configurations are measured several times."""
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(1))
+    rows, others = order[:60].repeat(times), table.values[order[60:]]
+    unknown, errors = torch.zeros_like(others, dtype=torch.bool), []
+    for part in (predict.CHOICE_ROWS, 30):
+        monkeypatch.setattr(predict, "CHOICE_ROWS", part)
+        found = NumberPredictor(codec, table.at(rows), raw=True).intervals(others, unknown)
+        errors.append(float(((found.value - others[:, -1]) / others[:, -1]).abs().mean()))
+    assert errors[0] < 0.08 and errors[1] < 0.08
 
 
 def test_the_number_itself_changes_nothing(table: Table, codec: ResourceCodec) -> None:

@@ -116,6 +116,28 @@ def test_checkpointing_changes_no_number(table: Table, language_folder: Path) ->
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_computes_layers_again_and_leaves_the_model_as_it_was(
+    checkpointing: bool, table: Table, language_folder: Path
+) -> None:
+    language = load_language_model(str(language_folder))
+    describer = Describer(language, table.schema, checkpointing=checkpointing)
+    calls: list[bool] = []
+    (layer,) = language.model.model.layers
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    soft = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scores = describer.scores(soft, table.values[:2], table.schema.templates[0])
+    scores.loss.backward()  # type: ignore[no-untyped-call]
+    # The prompt, the forward pass, and with checkpointing once more.
+    assert calls == [False, True, True][: 2 + checkpointing]
+    assert not any(module.training for module in language.model.modules())
+    assert "forward" not in vars(layer)
+    plain = Describer(language, table.schema)
+    assert describer.write(soft.detach(), table.schema.templates[0]) == plain.write(
+        soft.detach(), table.schema.templates[0]
+    )
+
+
 def test_snapshots_are_encoders(table: Table, language: LanguageModel, tmp_path: Path) -> None:
     training = {"steps": 4, "snapshot_epochs": 0.5}
     trainer, run = small_trainer(table, language, training=training), Recorder(tmp_path)
