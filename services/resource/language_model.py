@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ethogram.specs.resource import ReaderSizeSpec, ReaderSpec
 from services.resource.corpus import RandomSchema, random_schema
-from services.resource.texts import OPTIONS, READ, SLOTS, WRITE, Slot, Soft, Template, option, slot, slots
+from services.resource.texts import OPTIONS, READ, SLOTS, WRITE, Slot, Soft, option, slot, slots
 from services.runtime import checkpoints
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -50,7 +50,7 @@ _TEMPLATE_WEIGHT = 0.3
 _BARE = 0.3
 """Share of steps with templates that are hardly more than the values."""
 _CONTEXT_AFTER = 2
-_CONTEXT_WEIGHT = 1.0
+_LABEL_AFTER = 3
 _READ_AFTER = 1
 """Layers after which the slots are read."""
 
@@ -128,17 +128,6 @@ class ThrowawayEncoder(nn.Module):
         return torch.stack(parts, 1)
 
 
-class Context(NamedTuple):
-    """What says where a text goes on."""
-
-    first: int
-    """The token of the template before."""
-    second: int
-    """The one before that."""
-    since: int
-    """Contents of slots since."""
-
-
 class Item(NamedTuple):
     """A random schema with rows, tokenized."""
 
@@ -152,8 +141,6 @@ class Item(NamedTuple):
     """Of each token of the descriptions."""
     contents: list[list[list[int]]]
     """Index of the content of each slot of each field of each row."""
-    contexts: list[list[Context | None]]
-    """Of each token of head and description, per row; None where nothing follows from one."""
 
 
 class ItemScores(NamedTuple):
@@ -165,8 +152,6 @@ class ItemScores(NamedTuple):
     """Of each token, ``[tokens]``."""
     exact: Tensor
     """Whether all tokens of a description are right, ``[items * rows]``."""
-    context: Tensor
-    """Loss of contexts."""
     slots: Tensor
     """Mean cross-entropy of the contents of slots, a scalar."""
     slots_right: Tensor
@@ -188,13 +173,14 @@ class LanguageModelTrainer(Trainer):
         self.model = make_model(spec.model, len(self.tokenizer), spec.seed).to(device)
         self.encoder = ThrowawayEncoder(spec.model.hidden_dim, generator(spec.seed, "init")).to(device)
         self.context = nn.Linear(spec.model.hidden_dim, 48).to(device)
+        self.label = nn.Linear(spec.model.hidden_dim, 24).to(device)
         self.codes = torch.randint(2, (len(self.tokenizer), 16), generator=generator(spec.seed, "codes")) * 2.0 - 1
         rising = cosine(training.steps)
         matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim == 2]
         inner = {*matrices}
         rest = [
             weight
-            for part in (self.model, self.encoder, self.context)
+            for part in (self.model, self.encoder, self.context, self.label)
             for weight in part.parameters()
             if weight not in inner
         ]
@@ -225,7 +211,7 @@ class LanguageModelTrainer(Trainer):
         copies = self.step < self.spec.training.copying
         if copies:
             metrics = {**self._copying(), "slots": self._reading()}
-            metrics["loss"] = metrics["copying"] + metrics["slots"] + metrics["context"]
+            metrics["loss"] = sum(metrics.values())
         else:
             metrics = self._describing()
         metrics["loss"].backward()  # type: ignore[no-untyped-call]
@@ -263,6 +249,7 @@ class LanguageModelTrainer(Trainer):
         t1, t2, since = read[:, 0], read[:, 0], 0
         context_shown: list[tuple[Tensor, Tensor, int] | None] = [None] * (legend.shape[1] + 1)
         context_written: list[tuple[Tensor, Tensor, int] | None] = []
+        named: list[tuple[int, Tensor, int]] = []
         for _ in range(rng.randint(2, 8)):
             literal = torch.cat([self._words(rng.randint(1, 4), draws), separator], 1)
             shown.append(literal)
@@ -278,6 +265,8 @@ class LanguageModelTrainer(Trainer):
                 value = (chosen[rows, picked] + len(CONTENTS) - OPTIONS).unsqueeze(1)
                 written.append(labels[rows, picked])
                 full = 1
+                start = sum(part.shape[1] for part in written) - length
+                named += [(start + place, chosen[rows, picked], place) for place in range(length)]
                 context_written += [(t1, t2, 0)] + [None] * (length - 1)
             else:
                 value = torch.randint(1, len(CONTENTS) - OPTIONS, (_COPIED, rng.randint(1, 6)), generator=draws)
@@ -312,7 +301,18 @@ class LanguageModelTrainer(Trainer):
         contexts = torch.stack([torch.stack([a, b, torch.full_like(a, c)], 1) for _, (a, b, c) in cells], 1)
         early = outputs.hidden_states[_CONTEXT_AFTER][:, [place for place, _ in cells]]
         context = self._context_loss(early, contexts)
-        return {"copying": copying, "context": context}
+        metrics = {"copying": copying, "context": context}
+        if named:
+            # Of each token of a label in both texts: its mark, and its place in the label.
+            cells = [(number * (length + 1) + 1 + place, chosen[:, number], place) for number in range(size) for place in range(length)]
+            cells += [(start + place, mark, number) for place, mark, number in named]
+            early = outputs.hidden_states[_LABEL_AFTER][:, [place for place, *_ in cells]]
+            marks = torch.stack([mark for _, mark, _ in cells], 1) + len(_TEXT_MARKS)
+            index = torch.tensor([number for *_, number in cells]).expand(_COPIED, -1)
+            found = self.label(self.model.model.norm(early))
+            bits = nn.functional.softplus(-found[..., :16] * self.codes[marks]).mean() * 16
+            metrics["labels"] = bits + nn.functional.cross_entropy(found[..., 16:].flatten(0, 1), index.flatten())
+        return metrics
 
     def _reading(self) -> Tensor:
         """Loss of the contents of slots behind soft tokens, with nothing to describe."""
@@ -363,8 +363,7 @@ class LanguageModelTrainer(Trainer):
         scores = self.losses(items, soft)
         values = scores.losses[scores.weights == 1].mean()
         described = (scores.losses * scores.weights).sum() / scores.weights.sum()
-        loss = described + scores.slots + _CONTEXT_WEIGHT * scores.context
-        return {"loss": loss, "values": values, "slots": scores.slots, "context": scores.context}
+        return {"loss": described + scores.slots, "values": values, "slots": scores.slots}
 
     def soft(self, item: Item) -> Tensor:
         """Soft tokens of an item's rows."""
@@ -405,47 +404,8 @@ class LanguageModelTrainer(Trainer):
         for cell in layout:
             head += known[cell] if isinstance(cell, str) else [cell]
         prompt = [token for text in legend for token in known[text]]
-        contexts = [self._contexts(schema.template, layout, row, known) for row in rows]
-        return Item(schema, prompt, head, descriptions, weights, contents, contexts)
+        return Item(schema, prompt, head, descriptions, weights, contents)
 
-    @staticmethod
-    def _contexts(
-        template: Template,
-        layout: Sequence[str | Soft | Slot],
-        row: Sequence[float],
-        known: Mapping[str, list[int]],
-    ) -> list[Context | None]:
-        (start,) = known[READ]
-        found: list[Context | None] = []
-        contents = template.contents(row)
-        blanks = iter([not content for field in template.order for content in contents[field]])
-        context = Context(start, start, 0)
-        for cell in layout:
-            if isinstance(cell, Soft):
-                found.append(None)
-            elif isinstance(cell, Slot):
-                blank = next(blanks)
-                found.append(None if blank else context)
-                context = context if blank else context._replace(since=context.since + 1)
-            else:
-                for token in known[cell]:
-                    found.append(None if cell == READ else context)
-                    context = Context(token, context.first, 0) if cell != READ else context
-        context = Context(start, start, 0)
-        fields = iter(template.order)
-        for text, is_value in template.parts(row):
-            tokens = known[text]
-            if not is_value:
-                for token in tokens:
-                    found.append(context)
-                    context = Context(token, context.first, 0)
-            elif template.labels[next(fields)]:
-                found += [context, *[None] * (len(tokens) - 1)]
-                context = context._replace(since=1)
-            else:
-                found += [context._replace(since=place) for place in range(len(tokens))]
-                context = context._replace(since=len(tokens))
-        return [*found, context]
 
     def losses(self, items: Sequence[Item], soft: Sequence[Tensor]) -> ItemScores:
         """How the descriptions of ``items`` are predicted after ``soft`` of each, ``[rows, tokens, hidden]``.
@@ -489,18 +449,7 @@ class LanguageModelTrainer(Trainer):
         right = torch.ones_like(present)
         right[present] = logits.argmax(-1) == tokens[present]
         losses = nn.functional.cross_entropy(logits, tokens[present], reduction="none")
-        chosen = [
-            (row, longest - len(item.head) + place, cell)
-            for row, (item, cells) in enumerate((item, cells) for item in items for cells in item.contexts)
-            # What is written is predicted one before.
-            for place, cell in enumerate([*cells[: len(item.head) - 1], *cells[len(item.head) :]])
-            if cell
-        ]
-        row, place = (torch.tensor([cell[index] for cell in chosen], device=self.device) for index in (0, 1))
-        context = self._context_loss(
-            outputs.hidden_states[_CONTEXT_AFTER][row, place], torch.tensor([cell for *_, cell in chosen])
-        )
-        return ItemScores(losses, weights[present], right.all(1), context, read, slots_right)
+        return ItemScores(losses, weights[present], right.all(1), read, slots_right)
 
     def _context_loss(self, states: Tensor, contexts: Tensor) -> Tensor:
         found = self.context(self.model.model.norm(states))
@@ -545,6 +494,7 @@ class LanguageModelTrainer(Trainer):
             checkpoints.part("model", model)
             | checkpoints.part("encoder", self.encoder.state_dict())
             | checkpoints.part("context", self.context.state_dict())
+            | checkpoints.part("label", self.label.state_dict())
             | checkpoints.part("optimization", self.optimization.state())
             | {"mean": self.mean, "level": self.level}
         )
@@ -554,6 +504,7 @@ class LanguageModelTrainer(Trainer):
         self.model.load_state_dict(parts["model"], strict=False)
         self.encoder.load_state_dict(parts["encoder"])
         self.context.load_state_dict(parts["context"])
+        if "label" in parts: self.label.load_state_dict(parts["label"])
         self.optimization.restore(parts["optimization"])
         self.mean, self.level = (tensors[name].cpu() for name in ("mean", "level"))
 
