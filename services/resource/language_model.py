@@ -50,7 +50,7 @@ _TEMPLATE_WEIGHT = 0.3
 _BARE = 0.3
 """Share of steps with templates that are hardly more than the values."""
 _CONTEXT_AFTER = 2
-_LABEL_AFTER = 3
+_LABEL_AFTER = 2
 _READ_AFTER = 1
 """Layers after which the slots are read."""
 
@@ -249,7 +249,7 @@ class LanguageModelTrainer(Trainer):
         t1, t2, since = read[:, 0], read[:, 0], 0
         context_shown: list[tuple[Tensor, Tensor, int] | None] = [None] * (legend.shape[1] + 1)
         context_written: list[tuple[Tensor, Tensor, int] | None] = []
-        named: list[tuple[int, Tensor, int]] = []
+        looked_up: list[tuple[int, Tensor]] = []
         for _ in range(rng.randint(2, 8)):
             literal = torch.cat([self._words(rng.randint(1, 4), draws), separator], 1)
             shown.append(literal)
@@ -265,8 +265,7 @@ class LanguageModelTrainer(Trainer):
                 value = (chosen[rows, picked] + len(CONTENTS) - OPTIONS).unsqueeze(1)
                 written.append(labels[rows, picked])
                 full = 1
-                start = sum(part.shape[1] for part in written) - length
-                named += [(start + place, chosen[rows, picked], place) for place in range(length)]
+                looked_up.append((sum(part.shape[1] for part in shown) + 1, labels[rows, picked, 0]))
                 context_written += [(t1, t2, 0)] + [None] * (length - 1)
             else:
                 value = torch.randint(1, len(CONTENTS) - OPTIONS, (_COPIED, rng.randint(1, 6)), generator=draws)
@@ -302,16 +301,15 @@ class LanguageModelTrainer(Trainer):
         early = outputs.hidden_states[_CONTEXT_AFTER][:, [place for place, _ in cells]]
         context = self._context_loss(early, contexts)
         metrics = {"copying": copying, "context": context}
-        if named:
-            # Of each token of a label in both texts: its mark, and its place in the label.
-            cells = [(number * (length + 1) + 1 + place, chosen[:, number], place) for number in range(size) for place in range(length)]
-            cells += [(start + place, mark, number) for place, mark, number in named]
-            early = outputs.hidden_states[_LABEL_AFTER][:, [place for place, *_ in cells]]
-            marks = torch.stack([mark for _, mark, _ in cells], 1) + len(_TEXT_MARKS)
-            index = torch.tensor([number for *_, number in cells]).expand(_COPIED, -1)
-            found = self.label(self.model.model.norm(early))
-            bits = nn.functional.softplus(-found[..., :16] * self.codes[marks]).mean() * 16
-            metrics["labels"] = bits + nn.functional.cross_entropy(found[..., 16:].flatten(0, 1), index.flatten())
+        if looked_up:
+            columns, first = zip(*looked_up, strict=True)
+            early = outputs.hidden_states[_LABEL_AFTER][:, list(columns)]
+            logits = self.model.lm_head(self.model.model.norm(early))
+            metrics["labels"] = nn.functional.cross_entropy(logits.flatten(0, 1), torch.stack(first, 1).flatten())
+        if size:
+            early = outputs.hidden_states[_READ_AFTER][:, 1 : size * (length + 1) : length + 1]
+            logits = self.model.lm_head(self.model.model.norm(early))
+            metrics["marks"] = nn.functional.cross_entropy(logits.flatten(0, 1), (chosen + len(_TEXT_MARKS)).flatten())
         return metrics
 
     def _reading(self) -> Tensor:
