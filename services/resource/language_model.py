@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ethogram.specs.resource import ReaderSizeSpec, ReaderSpec
+from services.resource.copying import LEVELS, Contexts, Vocabulary, draw_copies
 from services.resource.corpus import RandomSchema, random_schema
 from services.resource.texts import OPTIONS, READ, SLOTS, WRITE, Slot, Soft, option, slot, slots
 from services.runtime import checkpoints
@@ -41,18 +42,17 @@ _CORPUS = 3000
 """Random schemas whose texts the tokenizer is made of."""
 _COPIED = 64
 """Rows of a step of copying."""
-_COPIES_BELOW, _LEVELS, _DECAY, _JUMP = 1.0, 3, 0.97, 2.0
-"""Mean loss below which copying gets harder, how often it does, decay of the mean, and what is added to it then."""
+_COPIES_BELOW, _DECAY, _JUMP = 1.0, 0.97, 2.0
+"""Mean loss below which copying gets harder, decay of the mean, and what is added to it then."""
 _MANY_LABELS = 0.25
 """Share of steps with long lists of labels."""
 _TEMPLATE_WEIGHT = 0.3
 """Weight of the tokens of the template beside those of values."""
 _BARE = 0.3
 """Share of steps with templates that are hardly more than the values."""
-_CONTEXT_AFTER = 2
-_LABEL_AFTER = 2
-_READ_AFTER = 1
-"""Layers after which the slots are read."""
+_READ_AFTER, _MARKS_AFTER, _CONTEXT_AFTER, _LABELS_AFTER = 1, 1, 2, 2
+"""Layers after which slots are read, the first token of a label knows its mark, a token what stands before it, and the
+slot of a label the first token of that."""
 
 
 def make_tokenizer(vocabulary: int, seed: int) -> Any:
@@ -128,6 +128,32 @@ class ThrowawayEncoder(nn.Module):
         return torch.stack(parts, 1)
 
 
+class ContextProbe(nn.Module):
+    """Reads :class:`Contexts` in hidden states, with one linear map, so that both texts have them in the same form and
+    attention can match them."""
+
+    BITS, SINCE = 16, 16
+    codes: Tensor
+
+    def __init__(self, hidden: int, vocabulary: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, 2 * self.BITS + self.SINCE)
+        nn.init.normal_(self.linear.weight, std=hidden**-0.5, generator=generator)
+        nn.init.zeros_(self.linear.bias)
+        # A token is read as random signs.
+        signs = torch.randint(2, (vocabulary, self.BITS), generator=generator) * 2.0 - 1
+        self.register_buffer("codes", signs, persistent=False)
+
+    def forward(self, states: Tensor, contexts: Contexts) -> Tensor:
+        """The loss of ``states`` ``[rows, columns, hidden]``."""
+        found = self.linear(states)
+        signs = self.codes[torch.stack(contexts.before, 1).to(found.device)].flatten(2)
+        bits = nn.functional.softplus(-found[..., : 2 * self.BITS] * signs).mean() * self.BITS
+        since = torch.tensor(contexts.since, device=found.device).expand(len(found), -1)
+        numbers = found[..., 2 * self.BITS :].flatten(0, 1)
+        return bits + nn.functional.cross_entropy(numbers, since.flatten())
+
+
 class Item(NamedTuple):
     """A random schema with rows, tokenized."""
 
@@ -172,15 +198,14 @@ class LanguageModelTrainer(Trainer):
         self.tokenizer = make_tokenizer(spec.model.vocabulary, spec.seed)
         self.model = make_model(spec.model, len(self.tokenizer), spec.seed).to(device)
         self.encoder = ThrowawayEncoder(spec.model.hidden_dim, generator(spec.seed, "init")).to(device)
-        self.context = nn.Linear(spec.model.hidden_dim, 48).to(device)
-        self.label = nn.Linear(spec.model.hidden_dim, 24).to(device)
-        self.codes = torch.randint(2, (len(self.tokenizer), 16), generator=generator(spec.seed, "codes")) * 2.0 - 1
+        self.context = ContextProbe(spec.model.hidden_dim, len(self.tokenizer), generator(spec.seed, "context"))
+        self.context.to(device)
         rising = cosine(training.steps)
         matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim == 2]
         inner = {*matrices}
         rest = [
             weight
-            for part in (self.model, self.encoder, self.context, self.label)
+            for part in (self.model, self.encoder, self.context)
             for weight in part.parameters()
             if weight not in inner
         ]
@@ -196,6 +221,10 @@ class LanguageModelTrainer(Trainer):
         self.level = torch.tensor(0)
         """How hard copying is, by now."""
         self._slot = self.tokenizer.convert_tokens_to_ids(SLOT_MARKS[0])
+        _, end, read, write = self.tokenizer.convert_tokens_to_ids(_TEXT_MARKS)
+        self.vocabulary = Vocabulary(
+            read, write, end, self._slot, self._slot + SLOTS, len(self.tokenizer), self.ids, len(CONTENTS) - OPTIONS
+        )
         self.mean = torch.tensor(6.0)
         """Running mean of the loss of copying."""
 
@@ -211,7 +240,7 @@ class LanguageModelTrainer(Trainer):
         copies = self.step < self.spec.training.copying
         if copies:
             metrics = {**self._copying(), "slots": self._reading()}
-            metrics["loss"] = sum(metrics.values())
+            metrics["loss"] = torch.stack([*metrics.values()]).sum()
         else:
             metrics = self._describing()
         metrics["loss"].backward()  # type: ignore[no-untyped-call]
@@ -220,97 +249,41 @@ class LanguageModelTrainer(Trainer):
         self.step += 1
         if copies:
             self.mean = _DECAY * self.mean + (1 - _DECAY) * metrics["copying"].cpu()
-            if self.mean < _COPIES_BELOW and self.level < _LEVELS:
+            if self.mean < _COPIES_BELOW and self.level < LEVELS:
                 self.level, self.mean = self.level + 1, self.mean + _JUMP
         return metrics
 
     def _copying(self) -> dict[str, Tensor]:
-        """Loss of the second of two texts of random tokens, in the form of descriptions.
-
-        From level 1 on the first text has gaps: soft tokens, which the second leaves out, and values behind them, with
-        blanks; from level 2 on some values are marks of labels, which the second has the label for, and all gaps of a
-        row may follow the same token; from level 3 on values are in slots of the soft tokens.
-        """
+        """Losses of a step of copying: of the copy, and of what its attention takes, by the layers that have it."""
         rng = random.Random(f"{self.spec.seed} copy {self.step}")
         draws = generator(self.spec.seed, "copy", self.step)
-        level = int(self.level)
-        _, end, read, write = torch.arange(len(_TEXT_MARKS)).unsqueeze(1).expand(-1, _COPIED).unsqueeze(2)
-        size, length = rng.randint(0, 8) if level > 1 else 0, rng.randint(1, 3)
-        chosen = torch.rand(_COPIED, OPTIONS, generator=draws).argsort(1)[:, :size]
-        labels = self._words(size * length, draws).reshape(_COPIED, size, length)
-        legend = torch.cat([(chosen + len(_TEXT_MARKS)).unsqueeze(2), labels], 2).flatten(1)
-        separator = self._words(1 if level > 1 and rng.random() < 0.5 else 0, draws)
-        shown, written = [legend, read], list[Tensor]()
-        values: list[Tensor] = []
-        counts: list[int] = []
-        places: list[tuple[int, int]] = []
-        rows = torch.arange(_COPIED)
-        # Of each column of both texts: the two tokens of the text before it, and the contents of slots since.
-        t1, t2, since = read[:, 0], read[:, 0], 0
-        context_shown: list[tuple[Tensor, Tensor, int] | None] = [None] * (legend.shape[1] + 1)
-        context_written: list[tuple[Tensor, Tensor, int] | None] = []
-        looked_up: list[tuple[int, Tensor]] = []
-        for _ in range(rng.randint(2, 8)):
-            literal = torch.cat([self._words(rng.randint(1, 4), draws), separator], 1)
-            shown.append(literal)
-            written.append(literal)
-            for token in literal.T:
-                context_shown.append((t1, t2, since))
-                context_written.append((t1, t2, since))
-                t1, t2, since = token, t1, 0
-            if not level:
-                continue
-            if size and rng.random() < 0.4:
-                picked = torch.randint(size, (_COPIED,), generator=draws)
-                value = (chosen[rows, picked] + len(CONTENTS) - OPTIONS).unsqueeze(1)
-                written.append(labels[rows, picked])
-                full = 1
-                looked_up.append((sum(part.shape[1] for part in shown) + 1, labels[rows, picked, 0]))
-                context_written += [(t1, t2, 0)] + [None] * (length - 1)
-            else:
-                value = torch.randint(1, len(CONTENTS) - OPTIONS, (_COPIED, rng.randint(1, 6)), generator=draws)
-                written.append(self.ids[value])
-                full = value.shape[1]
-                value = nn.functional.pad(value, (0, rng.randint(0, 2)))
-                context_written += [(t1, t2, place) for place in range(full)]
-            context_shown += [None] + [(t1, t2, place) for place in range(full)] + [None] * (value.shape[1] - full)
-            since = full
-            if not counts or counts[-1] + value.shape[1] > SLOTS or rng.random() < 0.2:
-                counts.append(0)
-            places.append((sum(part.shape[1] for part in shown), len(counts) - 1))
-            marks = self._slot + counts[-1] + torch.arange(value.shape[1]).expand(_COPIED, -1)
-            counts[-1] += value.shape[1]
-            shown += [read, marks if level > 2 else self.ids[value]]
-            values.append(value)
-        context_shown.append((t1, t2, since))
-        context_written.append((t1, t2, since))
-        before, after = torch.cat([*shown, write], 1), torch.cat([*written, end], 1)
-        embedded = self.embedding(torch.cat([before, after[:, :-1]], 1).to(self.device))
-        if places:
-            soft = self.encoder(torch.cat(values, 1).to(self.device), counts)
-            indices, numbers = (torch.tensor(row, device=self.device) for row in zip(*places, strict=True))
-            embedded = embedded.index_copy(1, indices, soft[:, numbers])
+        copies = draw_copies(rng, draws, int(self.level), _COPIED, self.vocabulary)
+        embedded = self.embedding(torch.cat([copies.before, copies.after[:, :-1]], 1).to(self.device))
+        if copies.soft:
+            soft = self.encoder(copies.contents.to(self.device), copies.slots)
+            columns, numbers = (torch.tensor(row, device=self.device) for row in zip(*copies.soft, strict=True))
+            embedded = embedded.index_copy(1, columns, soft[:, numbers])
         outputs = self.model.model(inputs_embeds=embedded, output_hidden_states=True)
-        states = outputs.last_hidden_state[:, before.shape[1] - 1 :]
-        copying = nn.functional.cross_entropy(self.model.lm_head(states).flatten(0, 1), after.to(self.device).flatten())
-        # What is written at a column is predicted one before it.
-        start = before.shape[1] - 1
-        cells = [(place, cell) for place, cell in enumerate(context_shown) if cell]
-        cells += [(start + place, cell) for place, cell in enumerate(context_written) if cell]
-        contexts = torch.stack([torch.stack([a, b, torch.full_like(a, c)], 1) for _, (a, b, c) in cells], 1)
-        early = outputs.hidden_states[_CONTEXT_AFTER][:, [place for place, _ in cells]]
-        context = self._context_loss(early, contexts)
+        states = outputs.last_hidden_state[:, copies.before.shape[1] - 1 :]
+        copying = nn.functional.cross_entropy(
+            self.model.lm_head(states).flatten(0, 1), copies.after.to(self.device).flatten()
+        )
+        context = self.context(self._early(outputs, _CONTEXT_AFTER, copies.contexts.columns), copies.contexts)
         metrics = {"copying": copying, "context": context}
-        if looked_up:
-            columns, first = zip(*looked_up, strict=True)
-            early = outputs.hidden_states[_LABEL_AFTER][:, list(columns)]
-            logits = self.model.lm_head(self.model.model.norm(early))
-            metrics["labels"] = nn.functional.cross_entropy(logits.flatten(0, 1), torch.stack(first, 1).flatten())
-        if size:
-            early = outputs.hidden_states[_READ_AFTER][:, 1 : size * (length + 1) : length + 1]
-            logits = self.model.lm_head(self.model.model.norm(early))
-            metrics["marks"] = nn.functional.cross_entropy(logits.flatten(0, 1), (chosen + len(_TEXT_MARKS)).flatten())
+        for name, layers, pairs in (("marks", _MARKS_AFTER, copies.marks), ("labels", _LABELS_AFTER, copies.labels)):
+            if pairs:
+                places, tokens = zip(*pairs, strict=True)
+                logits = self.model.lm_head(self._early(outputs, layers, places))
+                wanted = torch.stack(tokens, 1).to(self.device)
+                metrics[name] = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
         return metrics
+
+    def _early(self, outputs: Any, layers: int, columns: Sequence[int]) -> Tensor:
+        """Normalised states of some columns after some layers, ``[rows, columns, hidden]``."""
+        states: Tensor = self.model.model.norm(
+            outputs.hidden_states[layers][:, torch.tensor(columns, device=self.device)]
+        )
+        return states
 
     def _reading(self) -> Tensor:
         """Loss of the contents of slots behind soft tokens, with nothing to describe."""
@@ -404,7 +377,6 @@ class LanguageModelTrainer(Trainer):
         prompt = [token for text in legend for token in known[text]]
         return Item(schema, prompt, head, descriptions, weights, contents)
 
-
     def losses(self, items: Sequence[Item], soft: Sequence[Tensor]) -> ItemScores:
         """How the descriptions of ``items`` are predicted after ``soft`` of each, ``[rows, tokens, hidden]``.
 
@@ -449,13 +421,6 @@ class LanguageModelTrainer(Trainer):
         losses = nn.functional.cross_entropy(logits, tokens[present], reduction="none")
         return ItemScores(losses, weights[present], right.all(1), read, slots_right)
 
-    def _context_loss(self, states: Tensor, contexts: Tensor) -> Tensor:
-        found = self.context(self.model.model.norm(states))
-        contexts = contexts.to(self.device)
-        signs = self.codes[contexts[..., :2]].flatten(-2)
-        bits = nn.functional.softplus(-found[..., :32] * signs).mean() * 16
-        return bits + nn.functional.cross_entropy(found[..., 32:].flatten(0, -2), contexts[..., 2].flatten())
-
     def _head(self, item: Item, soft: Tensor) -> tuple[Tensor, Tensor]:
         """What stands between prompt and description, ``[rows, length, hidden]``; and the token that each slot is to be
         read as, ``[rows, length]``, -1 elsewhere."""
@@ -492,7 +457,6 @@ class LanguageModelTrainer(Trainer):
             checkpoints.part("model", model)
             | checkpoints.part("encoder", self.encoder.state_dict())
             | checkpoints.part("context", self.context.state_dict())
-            | checkpoints.part("label", self.label.state_dict())
             | checkpoints.part("optimization", self.optimization.state())
             | {"mean": self.mean, "level": self.level}
         )
@@ -502,7 +466,6 @@ class LanguageModelTrainer(Trainer):
         self.model.load_state_dict(parts["model"], strict=False)
         self.encoder.load_state_dict(parts["encoder"])
         self.context.load_state_dict(parts["context"])
-        if "label" in parts: self.label.load_state_dict(parts["label"])
         self.optimization.restore(parts["optimization"])
         self.mean, self.level = (tensors[name].cpu() for name in ("mean", "level"))
 
