@@ -1,0 +1,108 @@
+"""Texts to copy: the second follows from the first, and contexts say where."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.resource.copying import LEVELS, Copies, Vocabulary, draw_copies
+from services.resource.texts import OPTIONS, SLOTS
+from services.runtime.seeds import generator
+
+READ, WRITE, END = 1, 2, 3
+OPTION, SLOT, WORD, SIZE, CHARACTERS = 10, 200, 300, 400, 12
+CONTENTS = torch.tensor([0, *range(SIZE - CHARACTERS + 1, SIZE), *range(OPTION, OPTION + OPTIONS)])
+VOCABULARY = Vocabulary(READ, WRITE, END, SLOT, WORD, SIZE - CHARACTERS + 1, CONTENTS, CHARACTERS)
+ROWS = 3
+
+
+def draw(seed: int, level: int) -> Copies:
+    return draw_copies(random.Random(seed), generator(seed, "copies"), level, ROWS, VOCABULARY)
+
+
+def copied(copies: Copies, row: int) -> list[int]:
+    """The second text, read off the first and the contents of its slots."""
+    shown = copies.before[row].tolist()
+    start = shown.index(READ)
+    legend: dict[int, list[int]] = {}
+    for token in shown[:start]:
+        if OPTION <= token < OPTION + OPTIONS:
+            legend[token] = []
+        else:
+            [*legend.values()][-1].append(token)
+    soft = dict(copies.soft)
+    contents = iter(CONTENTS[copies.contents[row]].tolist())
+    written: list[int] = []
+    for column, token in enumerate(shown[start + 1 : -1], start + 1):
+        if column in soft:
+            continue
+        is_word = WORD <= token < VOCABULARY.size
+        content = token if is_word else next(contents)
+        written += legend.get(content, [content]) if content else []
+    return [*written, END]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, LEVELS), st.integers(0, ROWS - 1))
+def test_the_second_text_follows_from_the_first(seed: int, level: int, row: int) -> None:
+    copies = draw(seed, level)
+    assert copied(copies, row) == copies.after[row].tolist()
+    assert sum(copies.slots) == copies.contents.shape[1] and max(copies.slots, default=0) <= SLOTS
+    assert copies.before[row, -1] == WRITE
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, LEVELS))
+def test_a_context_is_where_both_texts_have_the_same_to_write(seed: int, level: int) -> None:
+    copies = draw(seed, level)
+    last = copies.before.shape[1] - 1
+    shown, values = copies.before[0].tolist(), iter(CONTENTS[copies.contents[0]].tolist())
+    soft = dict(copies.soft)
+    start = shown.index(READ) + 1
+    is_gap = [
+        column >= start and column not in soft and not WORD <= token < VOCABULARY.size
+        for column, token in enumerate(shown[:last])
+    ]
+    content = [next(values) if gap else token for gap, token in zip(is_gap, shown, strict=False)]
+    places: dict[tuple[int, ...], set[int]] = {}
+    for column, before, since in zip(*copies.contexts, strict=True):
+        if column <= last:
+            places.setdefault((*before[0].tolist(), since), set()).add([*content, END][column])
+    labels = {first[0].item() for _, first in copies.labels}
+    for column, before, since in zip(*copies.contexts, strict=True):
+        if column > last:
+            wanted = copies.after[0, column - last].item()
+            here = places[(*before[0].tolist(), since)]
+            assert wanted in here or (wanted in labels and any(OPTION <= each < OPTION + OPTIONS for each in here))
+
+
+@pytest.mark.parametrize("level", range(LEVELS + 1))
+def test_what_a_level_has(level: int) -> None:
+    drawn = [draw(seed, level) for seed in range(40)]
+    assert any(copies.soft for copies in drawn) is (level > 0)
+    assert any(copies.labels for copies in drawn) is (level > 1)
+    shown = torch.cat([copies.before.flatten() for copies in drawn])
+    assert bool(((shown >= SLOT) & (shown < SLOT + SLOTS)).any()) is (level == LEVELS)
+
+
+def test_the_mark_and_the_first_token_of_a_label_are_where_they_are_said_to_be() -> None:
+    found = 0
+    for copies in (draw(seed, LEVELS) for seed in range(20)):
+        marks = dict(copies.marks)
+        for column, mark in copies.marks:
+            assert torch.equal(copies.before[:, column - 1], mark)
+        for column, first in copies.labels:
+            for row in range(ROWS):
+                content = CONTENTS[copies.contents[row]]
+                slots = (
+                    ((copies.before[row] >= SLOT) & (copies.before[row] < SLOT + SLOTS)).nonzero().flatten().tolist()
+                )
+                mark = content[slots.index(column)]
+                (place,) = [place for place, tokens in marks.items() if tokens[row] == mark]
+                assert copies.before[row, place] == first[row]
+                found += 1
+    assert found > 20
