@@ -100,6 +100,7 @@ SOURCES = (
 )
 LANGUAGE_SOURCES = (
     "services/resource/language_model.py",
+    "services/resource/copying.py",
     "services/resource/corpus.py",
     "services/resource/texts.py",
     "services/runtime",
