@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,15 +17,16 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks._chaos import checks
-from benchmarks._chaos.arena import Orphans
+from benchmarks._chaos import checks, points
+from benchmarks._chaos.arena import ORPHAN_SECONDS, Orphans
 from benchmarks._chaos.checks import Evidence
 from benchmarks._chaos.faults import write
 from benchmarks.chaos import suffer
-from ethogram.specs.generation import GenerationSpec
+from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
 from services.jobs.records import ArtifactRow, Event, Job
 from services.jobs.registry import JobRegistry
 from services.jobs.states import JobState
+from tests.workers.stack import Stack, gone, wait_for
 
 JOB, TOTAL = "job_a", 1.5
 TIME = datetime(2030, 1, 1, tzinfo=UTC)
@@ -312,6 +314,35 @@ def test_an_orphan_that_leaves_in_time_is_none(tmp_path: Path, family: tuple[sub
     orphans.look(set())
     assert orphans.found == {}
     assert orphans.living() == []
+
+
+def test_the_processes_of_a_worker_are_orphans_when_it_is_dead_and_not_while_it_is_paused(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stack.state / "faults").mkdir()
+    monkeypatch.setenv(points.VARIABLE, str(stack.state / "faults"))
+    worker = stack.start("benchmarks._chaos.points", "worker-0", "--parent-pipe")
+    spec = GenerationSpec(subjects=1, training=SubjectTrainingSpec(steps=10_000, learning_rate=0.1))
+    stack.wait_checkpoint(stack.registry.submit("generation", spec, queue=stack.queue)[0])
+    server, job = stack.server(worker), stack.child(worker)
+    orphans, parents = Orphans(stack.state, 0.3), {psutil.Process(worker.pid).ppid()}
+
+    def look() -> list[int]:
+        orphans.look(parents)
+        time.sleep(0.5)
+        orphans.look(parents)
+        return list(orphans.found)
+
+    worker.send_signal(signal.SIGSTOP)
+    assert look() == []
+    assert {process.pid for process in orphans.living()} == {worker.pid, server, job}
+    os.kill(server, signal.SIGSTOP)
+    worker.kill()
+    worker.wait()
+    # The job's process has a parent, which would end it if it could.
+    assert look() == [server]
+    os.kill(server, signal.SIGCONT)
+    wait_for("the end of what the worker had started", lambda: gone(server) and gone(job), ORPHAN_SECONDS)
 
 
 @pytest.mark.slow
