@@ -32,10 +32,10 @@ from benchmarks._chaos.workload import Workload
 from benchmarks._kit import Figures, say
 from benchmarks._watchers import watcher_events_lost
 from ethogram.bench import Figure, form
+from ethogram.platform.stack import free_port
 from ethogram.specs.generation import GenerationSpec
 from services.jobs import tables
 from services.jobs.registry import JobRegistry
-from tests.conftest import free_port
 from tests.postgres_server import start_postgres
 from tests.redis_server import start_redis
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from ethogram.client import Client
-from ethogram.platform.stack import Platform
+from ethogram.platform.stack import Platform, free_port
 from ethogram.platform.state import StateDir
 from tests.redis_server import start_redis
 
@@ -34,14 +33,6 @@ ON_THE_PLATFORM = {
 }
 
 Once = Callable[[str, Callable[[Path], object]], Path]
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -19,9 +19,9 @@ import redis
 from benchmarks._chaos import points
 from ethogram.client import Client
 from ethogram.platform.process import Child
+from ethogram.platform.stack import free_port
 from services.artifacts.store import ArtifactStore
 from services.jobs.registry import JobRegistry
-from tests.conftest import free_port
 from tests.postgres_server import PostgresServer, start_postgres
 from tests.redis_server import start_redis
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
+from random import SystemRandom
 from typing import IO, Self
 
 import grpc
@@ -26,6 +27,8 @@ from ethogram.platform.state import HOST, StateDir
 _START_SECONDS = 60.0
 # The worker has to checkpoint its jobs.
 _STOP_SECONDS = 30.0
+# Linux gives connections those from 32768 on, and Kubernetes node ports those from 30000 on.
+_PORTS = range(20_000, 30_000)
 _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -212,11 +215,14 @@ def _metrics_port(env: Mapping[str, str], later: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port of loopback that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A TCP port of loopback that was free a moment ago. It is none of those that systems give to connections, so that
+    no connection takes it before its server starts, or while that starts again."""
+    # The generator of `random` may have been seeded, in several processes alike.
+    for port in SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind((HOST, port))
+            return port
+    raise Unavailable(f"all ports of {HOST} from {_PORTS.start} to {_PORTS.stop - 1} are taken; name one with --port")
 
 
 def check_port(port: int) -> None:

@@ -24,10 +24,9 @@ import pytest
 from ethogram.aio import AsyncClient
 from ethogram.client import Client
 from ethogram.errors import Conflict, IllegalState, InvalidInput, NotFound, TooLarge, Unavailable
-from ethogram.platform.stack import Platform
+from ethogram.platform.stack import Platform, free_port
 from ethogram.transport import Tries
 from tests.client.relay import relay
-from tests.conftest import free_port
 
 IDLE = "nobody"
 Connect = Callable[..., Client]

@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ethogram.platform.stack import free_port
 from gateway import tail
 from services.jobs.signals import Notifier
-from tests.conftest import free_port
 from tests.gateway.running import Gateway, fields, frames_of, running, seqs, stream, submit
 
 

@@ -12,11 +12,11 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ethogram.platform.stack import free_port
 from ethogram.specs.generation import GenerationSpec
 from gateway import metrics
 from services.inference.metrics import InferenceMetrics
 from services.jobs.registry import JobRegistry
-from tests.conftest import free_port
 from tests.gateway.running import Gateway, stream, submit
 from tests.workers.stack import Stack, wait_for
 from workers.metrics import ReconcilerMetrics, WorkerMetrics

@@ -19,10 +19,10 @@ import httpx
 import pytest
 import redis
 
+from ethogram.platform.stack import free_port
 from ethogram.specs.generation import GenerationSpec
 from services.jobs.registry import JobRegistry
 from services.jobs.signals import Notifier
-from tests.conftest import free_port
 from tests.redis_server import start_redis
 
 SECONDS = 240.0

@@ -10,9 +10,9 @@ import pytest
 
 from ethogram.errors import Conflict, EthogramError
 from ethogram.inference import Inference
+from ethogram.platform.stack import free_port
 from services.crossmodal.codec import Codec
 from services.inference.settings import InferenceSettings
-from tests.conftest import free_port
 from tests.gateway.test_metrics import value
 from tests.inference.conftest import Material, Publish, Serve
 from tests.inference.test_server import Gate, arrays, gate

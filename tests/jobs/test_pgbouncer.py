@@ -14,8 +14,8 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from ethogram.errors import InvalidInput
+from ethogram.platform.stack import free_port
 from services.jobs.registry import JobRegistry, JobState
-from tests.conftest import free_port
 from tests.jobs.steps import claim, submit
 from tests.jobs.test_postgres import ask
 from tests.postgres_server import PostgresServer

@@ -13,9 +13,9 @@ import pytest
 import redis as redis_client
 
 from ethogram.errors import StaleAttempt
+from ethogram.platform.stack import free_port
 from services.jobs.registry import JobState
 from services.jobs.signals import Bell
-from tests.conftest import free_port
 from tests.redis_server import start_redis
 from tests.workers.stack import LEASE, Stack, gone, wait_for
 from tests.workers.test_jobs import expected

@@ -22,12 +22,12 @@ import pytest
 import redis as redis_client
 
 from ethogram.errors import InvalidInput, Unavailable
+from ethogram.platform.stack import free_port
 from ethogram.specs.generation import GenerationSpec
 from ethogram.specs.kinds import KINDS
 from services.jobs.registry import JobRegistry, JobState
 from services.jobs.signals import CHANNEL, Bell, Notifier, celery_queue, checked_redis_url
 from services.runtime import scratch
-from tests.conftest import free_port
 from tests.workers.stack import gone, wait_for
 from workers import child as child_process
 from workers import process
