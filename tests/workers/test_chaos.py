@@ -12,15 +12,17 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 
 from benchmarks._chaos import checks, points
-from benchmarks._chaos.arena import ORPHAN_SECONDS, Orphans
-from benchmarks._chaos.checks import Evidence
+from benchmarks._chaos.arena import ORPHAN_SECONDS, Arena, Orphans, spawn
+from benchmarks._chaos.checks import Evidence, Submission
 from benchmarks._chaos.faults import write
+from benchmarks._chaos.workload import Workload
 from benchmarks.chaos import suffer
 from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
 from services.jobs.records import ArtifactRow, Event, Job
@@ -235,6 +237,33 @@ def test_a_write_that_is_accepted_is_told_of(tmp_path: Path) -> None:
         assert len(accepted) == 7
         assert write(registry, claim.attempt) == (10, [])
         assert write(registry, "att_of_nobody") == (10, [])
+    finally:
+        registry.close()
+
+
+def test_a_parent_is_retried_once_its_children_are_cancelled(tmp_path: Path) -> None:
+    registry, spec = JobRegistry.open(f"sqlite:///{tmp_path / 'registry.db'}"), GenerationSpec()
+    try:
+        parent, _ = registry.submit("generation", spec)
+        first = registry.claim_next("cpu", "w", 10.0)
+        assert first is not None
+        registry.spawn(first.attempt, "part-0", "generation", spec)
+        registry.release(first.attempt, "waiting")
+        child = registry.claim_next("cpu", "w", 10.0)
+        assert child is not None and child.job.parent == parent.id
+        client = SimpleNamespace(job=registry.get, cancel=registry.request_cancel, retry=registry.retry)
+        workload = Workload(cast("Arena", SimpleNamespace(clients=[client], registry=registry)), seed=0)
+        submission = Submission(ids=[parent.id], expected=0.0)
+        canceller = spawn(workload.errors, workload._cancel, submission, 0.0, True)
+        wait_for("the parent to be cancelled", lambda: registry.get(parent.id).state is JobState.CANCELLED)
+        # It may try now; the child is still being cancelled.
+        time.sleep(0.3)
+        assert registry.get(parent.id).state is JobState.CANCELLED
+        registry.cancelled(child.attempt)
+        canceller.join(10)
+        assert not canceller.is_alive() and workload.errors == []
+        assert not submission.cancelled and not registry.get(parent.id).state.terminal
+        assert registry.get(child.job.id).state is JobState.QUEUED
     finally:
         registry.close()
 
