@@ -19,7 +19,7 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 MAX_STRENGTH = 100.0
 """Far beyond what a model was trained for, and far below what overflows."""
 LOOKUPS = ("same_label", "nearest_train", "centroid")
-"""Ways to an edit that take what is there, and change no network."""
+"""Ways to an edit that look a network up and change none."""
 MIN_AVAILABLE = 0.5
 """Share of the edits for which a lookup must have a network to be compared with them."""
 

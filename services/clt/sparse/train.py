@@ -287,7 +287,7 @@ class SparseTrainer(Trainer):
 
     @property
     def dead_figure(self) -> dict[str, float]:
-        """The share of the features that are dead, as ``dead``; nothing before there were rows enough for one to be."""
+        """Share of the features that are dead, as ``dead``; empty before ``dead_after`` rows, when none can be dead."""
         if self.step * self.spec.training.batch_size < self.spec.training.dead_after:
             return {}
         return {"dead": sum(int(dead.sum()) for dead in self.dead) / sum(self.model.features)}
