@@ -108,7 +108,7 @@ def suffer(folder: Path, database: str, *, faults: int, jobs: int, seed: int) ->
             say(f"    {times:3} x {name}")
     finally:
         left = arena.close()
-    outlived = ["a job's process outlived its platform"] * left
+    outlived = ["a process outlived its platform"] * left
     outcome.wrong["orphans"] = [*arena.orphans.found.values(), *outlived]
     histories = {job.job.id: checks.history(job) for job in evidence}
     for check, sentences in outcome.wrong.items():

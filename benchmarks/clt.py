@@ -290,7 +290,7 @@ def ours(store: ActivationStore, spec: CltSpec, _: Path) -> dict[str, float]:
     with SparseTrainer(spec, store) as trainer, ConsoleRun() as run:
         model = train(trainer, run)
         figures, _density = evaluate(model, store, store.rows("validation"))
-    return {"fvu": figures["fvu"], "l0": figures["l0"], "dead": trainer.dead_share}
+    return {"fvu": figures["fvu"], "l0": figures["l0"], **trainer.dead_figure}
 
 
 def theirs(store: ActivationStore, spec: CltSpec, optimizer: str, _: Path) -> dict[str, float]:

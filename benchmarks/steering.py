@@ -30,10 +30,9 @@ from ethogram.bench import Figure
 from ethogram.cli.files import read_mapping
 from ethogram.specs.base import ArtifactRef
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
-from ethogram.specs.edits import OPERATIONS
+from ethogram.specs.edits import LOOKUPS, OPERATIONS
 from ethogram.specs.generation import GenerationSpec
 from ethogram.specs.kinds import KINDS
-from services.crossmodal.baselines import LOOKUPS
 from services.crossmodal.codec import Codec
 from services.crossmodal.evaluate import evaluate
 from services.crossmodal.train import CodecTrainer, train

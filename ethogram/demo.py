@@ -31,7 +31,7 @@ from ethogram.progress import Watch
 from ethogram.resources import Event, Job, Model
 from ethogram.specs.base import ArtifactRef, Spec
 from ethogram.specs.crossmodal import CodecSpec, CodecTrainingSpec, CrossmodalSpec
-from ethogram.specs.edits import MIN_AVAILABLE, Operation
+from ethogram.specs.edits import LOOKUPS, Operation, comparable_lookups
 from ethogram.specs.generation import GenerationSpec, PatternSpec, SignatureSpec, SubjectTrainingSpec
 from ethogram.specs.kinds import KINDS
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _OPERATIONS: tuple[Operation, ...] = ("add", "remove")
 _SERVED_SECONDS = 30.0
-_LOOKUPS, _CONTROLS = ("same_label", "nearest_train", "centroid"), ("null", "random", "reverse")
+_CONTROLS = ("null", "random", "reverse")
 # Measured only by a run that does the work; a later run repeats its values.
 _COSTS = ("seconds", "peak_rss_mib", "first_event_s")
 _BARS = {
@@ -140,7 +140,7 @@ def run(
     figures = {name: Figure(measured.get(name), *(() if quick else bar)) for name, bar in _BARS.items()}
     for operation in _OPERATIONS:
         figures[f"{operation}.kept_mean"] = Figure(measured.get(f"{operation}.kept_mean"))
-        for name in (f"{operation}.{way}.{figure}" for way in _LOOKUPS for figure in ("all_gate", "kept_mean")):
+        for name in (f"{operation}.{way}.{figure}" for way in LOOKUPS for figure in ("all_gate", "kept_mean")):
             figures[name] = Figure(measured.get(name))
     figures["nearest_train.agreement"] = Figure(measured.get("nearest_train.agreement"))
     figures |= {
@@ -321,18 +321,14 @@ def _earlier_costs(output: Path, jobs: Mapping[str, str]) -> dict[str, Figure]:
 def _show(report: Mapping[str, Any], served: Mapping[tuple[Operation, str], Served], output: Path) -> None:
     """The table for people."""
     rows = [row for row in report["steering"] if row["edits"] and row["mode"] == "residual"]
-    edits = {(row["operation"], row["pattern"]): row["edits"] for row in rows}
-    passed = {
-        (row["operation"], row["pattern"], row["variant"]): row["all_gate"]
-        for row in [*rows, *report["others"]]
-        if row["edits"] >= MIN_AVAILABLE * edits[row["operation"], row["pattern"]]
-    }
+    passed = {(row["operation"], row["pattern"], row["variant"]): row["all_gate"] for row in rows}
+    comparable = comparable_lookups(report)
     columns = ("pattern", "edits", "target_mean", "local_mean", "kept_mean", "all_gate")
     for operation in _OPERATIONS:
         cells = []
         for row in rows:
             if row["operation"] == operation and row["variant"] == "edit":
-                lookups = (passed.get((operation, row["pattern"], way)) for way in _LOOKUPS)
+                lookups = (comparable.get((operation, row["pattern"], way)) for way in LOOKUPS)
                 control = max(passed[operation, row["pattern"], name] for name in _CONTROLS)
                 cells.append([*map(row.get, columns), *lookups, control])
         head = ["Pattern", "Edits", "Target", "Local", "Kept", "Both gates"]

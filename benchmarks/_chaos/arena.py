@@ -54,14 +54,14 @@ class Orphans:
                     found.append(process)
         return found
 
-    def look(self, parents: Container[int | None]) -> None:
+    def look(self, parents: Container[int]) -> None:
         """Record new orphans. ``parents``: process ids whose children are not orphans."""
         living = self.living()
         children = {process.pid for process in living}
         now, since = time.monotonic(), dict[int, float]()
         for process in living:
             with suppress(psutil.Error):
-                # As long as a job's process lives, it ends what it has started itself.
+                # As long as a parent lives, it ends what it has started itself, though not while it is paused.
                 if process.ppid() in parents or process.ppid() in children:
                     continue
                 since[process.pid] = self._since.get(process.pid, now)
@@ -141,7 +141,7 @@ class Arena:
         return self._processes[name].logged(f"{name.partition('-')[0]} ready")
 
     def close(self) -> int:
-        """End all processes in order; returns how many processes of jobs are left."""
+        """End all processes in order; returns how many processes are left."""
         self._stopping.set()
         self._keeper.join()
         for process in self._processes.values():
@@ -197,7 +197,8 @@ class Arena:
                     self._start(name)
             if time.monotonic() - looked > 0.5:
                 looked = time.monotonic()
-                self.orphans.look({process.pid for process in self._processes.values()})
+                # All of them work in the state folder, and so do the processes that start jobs.
+                self.orphans.look({os.getpid()})
 
 
 def spawn(errors: list[str], function: Callable[..., None], *arguments: Any) -> threading.Thread:

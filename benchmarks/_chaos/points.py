@@ -145,6 +145,8 @@ def main() -> None:
     """Run the process of the arena that the command line names."""
     folder, name = Path(os.environ[VARIABLE]), sys.argv.pop(1)
     role = name.partition("-")[0]
+    # The arena finds this process, and all that it starts, by their working folder.
+    os.chdir(folder.parent)
     _step_clock(folder, name)
     install(folder, role)
     if role == "gateway":

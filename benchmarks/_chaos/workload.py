@@ -199,10 +199,12 @@ class Workload:
             return
         while not self._state(job).terminal:
             time.sleep(0.1)
-        if self._state(job) is JobState.CANCELLED:
+        while self._insist(lambda client: client.job(job)).state == JobState.CANCELLED:
+            submission.cancelled = False
+            # A child is still being cancelled, or the answer to an earlier try was lost.
             with suppress(IllegalState):
                 self._insist(lambda client: client.retry(job))
-            submission.cancelled = False
+            time.sleep(0.1)
 
     def _upload(self) -> None:
         """Upload now and then what jobs take as input."""

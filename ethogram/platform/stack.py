@@ -27,7 +27,7 @@ from ethogram.platform.state import HOST, StateDir
 _START_SECONDS = 60.0
 # The worker has to checkpoint its jobs.
 _STOP_SECONDS = 30.0
-# Linux gives connections those from 32768 on, and Kubernetes node ports those from 30000 on.
+# Outgoing connections have ports from 32768 on (Linux by default), and Kubernetes nodes those from 30000 on.
 _PORTS = range(20_000, 30_000)
 _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
@@ -215,14 +215,14 @@ def _metrics_port(env: Mapping[str, str], later: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port of loopback that was free a moment ago. It is none of those that systems give to connections, so that
-    no connection takes it before its server starts, or while that starts again."""
+    """A TCP port of loopback that was free a moment ago. It is outside the range of outgoing connections, so none of
+    them takes it before its server listens, or while the server restarts. Raises :class:`Unavailable`."""
     # The generator of `random` may have been seeded, in several processes alike.
     for port in SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket() as listener, suppress(OSError):
             listener.bind((HOST, port))
             return port
-    raise Unavailable(f"all ports of {HOST} from {_PORTS.start} to {_PORTS.stop - 1} are taken; name one with --port")
+    raise Unavailable(f"all ports of {HOST} from {_PORTS.start} to {_PORTS.stop - 1} are taken; end what uses them")
 
 
 def check_port(port: int) -> None:

@@ -17,8 +17,6 @@ from ethogram.paths import user_path
 HOST, PORT, STATE = "127.0.0.1", 8321, "runs/state"
 """Where an embedded platform runs by default."""
 _LEAVING_SECONDS = 20.0
-# A new disk has the first; the others are what a gateway, a worker or an inference server leaves that ran by itself.
-_OWN = {"lost+found", "store", "work", "registry.db", "registry.db-wal", "registry.db-shm"}
 
 
 @dataclass
@@ -34,8 +32,14 @@ class StateDir:
         return cls(user_path(path or os.environ.get("ETHOGRAM_STATE") or STATE, field).absolute())
 
     def __post_init__(self) -> None:
-        self.database_url = f"sqlite:///{self.root / 'registry.db'}"
+        self.database = self.root / "registry.db"
+        """File of the registry."""
+        self.database_url = f"sqlite:///{self.database}"
         """URL of the registry."""
+        self.work = self.root / "work"
+        """Folder of the processes' scratch folders."""
+        self.inference = self.root / "inference.json"
+        """Where an inference server listens."""
         self.store = self.root / "store"
         """Folder of the artifact store."""
         self.redis = self.root / "redis"
@@ -48,10 +52,13 @@ class StateDir:
     def make(self) -> None:
         """Create the folders. Raises :class:`InvalidInput` when that cannot be done, and for a folder with files that
         are no platform's."""
-        parts = (self.store, self.redis, self.logs, self.root / "work")
+        parts = (self.store, self.redis, self.logs, self.work)
+        # What a gateway, a worker or an inference server leaves that ran by itself; a new disk has the last.
+        journals = (f"{self.database.name}-{suffix}" for suffix in ("wal", "shm"))
+        own = {*(path.name for path in (self.database, self.work, self.inference, self.store)), *journals, "lost+found"}
         try:
             there = [path.name for path in self.root.iterdir()] if self.root.exists() else []
-            others = [name for name in there if not name.startswith(".") and name not in _OWN]
+            others = [name for name in there if not name.startswith(".") and name not in own]
             if others and not all(folder.is_dir() for folder in parts):
                 text = f"{self.root} holds other files ({others[0]}); name another folder with --state"
                 raise InvalidInput.field("state", text)

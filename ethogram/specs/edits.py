@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from ethogram.errors import InvalidInput
 
@@ -18,6 +18,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 MAX_STRENGTH = 100.0
 """Far beyond what a model was trained for, and far below what overflows."""
+LOOKUPS = ("same_label", "nearest_train", "centroid")
+"""Ways to an edit that look a network up and change none."""
 MIN_AVAILABLE = 0.5
 """Share of the edits for which a lookup must have a network to be compared with them."""
 
@@ -101,3 +103,14 @@ class Steering(NamedTuple):
             "auto" if strength == "auto" else float(strength),
             cast(Direction, direction),
         )
+
+
+def comparable_lookups(evaluation: Mapping[str, Any]) -> dict[tuple[str, str, str], float]:
+    """Share of the edits that pass by each lookup, by operation, pattern and lookup; of those lookups that have a
+    network for enough of the edits (:data:`MIN_AVAILABLE`)."""
+    edits = {(row["operation"], row["pattern"]): row["edits"] for row in evaluation["steering"]}
+    return {
+        (row["operation"], row["pattern"], row["variant"]): row["all_gate"]
+        for row in evaluation["others"]
+        if row["variant"] in LOOKUPS and row["edits"] >= MIN_AVAILABLE * edits[row["operation"], row["pattern"]]
+    }

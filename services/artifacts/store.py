@@ -352,7 +352,7 @@ class ArtifactStore:
         except OSError as error:
             store = f"the artifact store at {self.url}"
             if disk_is_full(error):
-                raise Unavailable(f"{at or store} has no space left; free some and retry the job") from error
+                raise Unavailable(f"{at or store} has no space left; free some") from error
             cause = os.strerror(error.errno) if error.errno else str(error)
             raise Unavailable(f"{store} cannot be used ({cause}): see that it can") from error
 

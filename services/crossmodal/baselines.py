@@ -7,15 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ethogram.specs.edits import Edit
+from ethogram.specs.edits import LOOKUPS, Edit
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects
 from services.crossmodal.steering import mean_differences
 from services.runtime.seeds import generator
 from services.runtime.training import Adam, Optimization, Progress, Trainer, constant, fit
 
-LOOKUPS = ("same_label", "nearest_train", "centroid")
-"""Ways that take what is there, and change no network."""
 WAYS = (*LOOKUPS, "task_arithmetic", "fine_tuning")
 FINE_STEPS, FINE_RATE, FINE_QUERIES = 100, 1e-2, 128
 """Steps, learning rate and sequences per step of short fine-tuning."""

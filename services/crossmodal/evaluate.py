@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ethogram.specs.edits import DIRECTIONS, MODES, OPERATIONS, Direction, Edit
-from services.crossmodal.baselines import LOOKUPS, Baselines
+from ethogram.specs.edits import DIRECTIONS, LOOKUPS, MODES, OPERATIONS, Direction, Edit
+from services.crossmodal.baselines import Baselines
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import Queries, Subjects, split_subjects
 from services.crossmodal.findings import findings

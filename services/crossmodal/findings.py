@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ethogram.specs.crossmodal import CrossmodalSpec
-from ethogram.specs.edits import MIN_AVAILABLE, OPERATIONS
-from services.crossmodal.baselines import LOOKUPS
+from ethogram.specs.edits import LOOKUPS, MIN_AVAILABLE, OPERATIONS
 from services.crossmodal.steering import LOCAL_GATE, TARGET_GATE
 
 SAME = 0.005

@@ -11,8 +11,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ethogram.specs.edits import DIRECTIONS, MIN_AVAILABLE, OPERATIONS, Edit, Operation
-from services.crossmodal.baselines import LOOKUPS, WAYS
+from ethogram.specs.edits import (
+    DIRECTIONS,
+    LOOKUPS,
+    MIN_AVAILABLE,
+    OPERATIONS,
+    Edit,
+    Operation,
+    comparable_lookups,
+)
+from services.crossmodal.baselines import WAYS
 from services.crossmodal.codec import Codec
 from services.crossmodal.data import split_subjects
 from services.crossmodal.evaluate import CHUNK, CONTROLS, OTHERS
@@ -205,7 +213,7 @@ def steering_plot(evaluation: dict[str, Any]) -> Figure:
     steering = evaluation["steering"]
     rows = {(r["operation"], r["pattern"], r["variant"]): r for r in steering if r.get("mode") == "residual"}
     lookups: dict[tuple[str, str], list[float]] = {}
-    for (operation, pattern, _), share in _comparable(evaluation).items():
+    for (operation, pattern, _), share in comparable_lookups(evaluation).items():
         lookups.setdefault((operation, pattern), []).append(share)
     # Which lookup is best is not known where one of them cannot be compared.
     most = max(map(len, lookups.values()), default=0)
@@ -348,7 +356,7 @@ def _ways(figures: Mapping[str, float], operation: str, prefix: str) -> tuple[li
 def _gates(evaluation: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Head and rows of the table of edits by behaviour, beside lookups and the best control."""
     numbers = ("edits", "target_mean", "local_mean", "kept_mean", "target_gate", "all_gate")
-    (table, _), comparable = _by_variant(evaluation), _comparable(evaluation)
+    (table, _), comparable = _by_variant(evaluation), comparable_lookups(evaluation)
     rows = []
     for operation, pattern in dict.fromkeys(key[:2] for key in table):
         direct = table[operation, pattern, "direct", "edit"]["all_gate"]
@@ -358,17 +366,6 @@ def _gates(evaluation: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
         rows.append([operation, pattern, *(row[name] for name in numbers), *lookups, control, direct])
     head = ["edit", "behaviour", "edits", "target", "local", "kept", "target gate", "both gates"]
     return [*head, *map(_label, LOOKUPS), "best control", "direct edit"], rows
-
-
-def _comparable(evaluation: dict[str, Any]) -> dict[tuple[str, str, str], float]:
-    """Share of the edits that pass by each lookup, by operation, pattern and lookup; of those lookups that have a
-    network for enough of the edits (:data:`MIN_AVAILABLE`)."""
-    edits = {(row["operation"], row["pattern"]): row["edits"] for row in evaluation["steering"]}
-    return {
-        (row["operation"], row["pattern"], row["variant"]): row["all_gate"]
-        for row in evaluation["others"]
-        if row["variant"] in LOOKUPS and row["edits"] >= MIN_AVAILABLE * edits[row["operation"], row["pattern"]]
-    }
 
 
 def _other_ways(evaluation: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

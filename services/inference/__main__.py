@@ -22,7 +22,7 @@ async def serve(settings: InferenceSettings) -> None:
         loop.add_signal_handler(number, leave.set)
     server = InferenceServer(settings)
     address = await server.start()
-    record = settings.state / "inference.json"
+    record = settings.folder.inference
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({"address": address, "pid": os.getpid()}), encoding="utf-8")
     sys.stdout.write(f"inference listens on {address}\n")

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ethogram.errors import NotFound, printable
+from ethogram.errors import NotFound, Unavailable, printable
 from ethogram.resources import TERMINAL
 from ethogram.specs.base import Spec
 from ethogram.v1 import jobs_pb2
@@ -27,6 +27,8 @@ PROGRESS_SECONDS = 1.0
 MAX_LOG = 4000
 # Most of the time that checkpoints take: one of a second is written every hundred seconds at most.
 CHECKPOINT_SHARE = 1 / 100
+# Pauses between the tries to store an output, half a minute in all: a store that is full may soon have room again.
+RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 
 
 class JobRun(Run):
@@ -164,7 +166,7 @@ class JobRun(Run):
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
         with self._timed("outputs"):
-            artifact, size = self._put(folder, name, type)
+            artifact, size = self._keep(folder, name, type)
         self._send(jobs_pb2.JobEvent(artifact=jobs_pb2.Artifact(name=name, type=type, id=artifact, size=size)))
 
     def wait(self) -> None:
@@ -178,7 +180,7 @@ class JobRun(Run):
         with self._timed("checkpoints"):
             self.wait_for_checkpoint()
         self._report()
-        with self.side_output("keeping the metrics"):
+        with self.side_output("keeping the metrics", "the job has no artifact 'metrics'; everything else is kept"):
             self._metrics.close()
             if self._metrics.file.exists():
                 self.artifact("metrics", "metrics", self._metrics.folder)
@@ -206,6 +208,23 @@ class JobRun(Run):
     def _due_after(self, cost: float) -> float:
         """When the checkpoint after one that took ``cost`` seconds is due."""
         return time.monotonic() + max(self._context.checkpoint_seconds, cost / CHECKPOINT_SHARE)
+
+    def _keep(self, folder: Path, name: str, type: str) -> tuple[str, int]:
+        """Put an output into the store, again while the store cannot take it. Raises :class:`Unavailable` if it still
+        cannot after the last pause, or when the process is asked to leave."""
+        pauses = iter(RETRY_SECONDS)
+        while True:
+            try:
+                return self._put(folder, name, type)
+            except Unavailable as error:
+                pause = next(pauses, None)
+                if pause is None or lifetime.stopping.is_set():
+                    raise
+                # A line per try: a job that waits is not stalled.
+                self.log(f"cannot store the output {name!r} yet ({error}); next try in {pause:g} s", "warning")
+            lifetime.stopping.wait(pause)
+            if self._cancelled.is_set():
+                raise Cancelled
 
     def _put(self, folder: Path, name: str, type: str) -> tuple[str, int]:
         gathered = {artifact for child in self._context.children for artifact in child.outputs.values()}

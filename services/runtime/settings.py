@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ethogram.errors import InvalidInput
 from ethogram.paths import user_path
+from ethogram.platform.state import STATE, StateDir
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class ProcessSettings(BaseSettings):
         env_prefix="ETHOGRAM_", extra="ignore", frozen=True, populate_by_name=True, use_attribute_docstrings=True
     )
 
-    state: Path = Path("runs/state")
+    state: Path = Path(STATE)
     """Folder of the platform's state; scratch folders are in its subfolder ``work``."""
     database_url: str = ""
     """URL of the registry; empty: SQLite in the state folder."""
@@ -91,22 +92,23 @@ class ProcessSettings(BaseSettings):
     @property
     def database(self) -> str:
         """URL of the registry."""
-        return self.database_url or f"sqlite:///{self._root / 'registry.db'}"
+        return self.database_url or self.folder.database_url
 
     @property
     def store_url(self) -> str:
         """URL or absolute path of the store: a job's process has another current folder."""
-        store = self.store or str(self._root / "store")
+        store = self.store or str(self.folder.store)
         return store if "://" in store else str(user_path(store, "ETHOGRAM_STORE").resolve())
 
     @property
     def work(self) -> Path:
         """Folder of the scratch folders."""
-        return self._root / "work"
+        return self.folder.work
 
     @property
-    def _root(self) -> Path:
-        return user_path(self.state, "ETHOGRAM_STATE").resolve()
+    def folder(self) -> StateDir:
+        """The state folder."""
+        return StateDir(user_path(self.state, "ETHOGRAM_STATE").resolve())
 
 
 class ExporterSettings(ProcessSettings):

@@ -39,13 +39,17 @@ def test_an_autoencoder_a_tied_pair_and_a_sweep(store: str, tmp_path: Path, caps
     def answer() -> Any:
         return json.loads(capsys.readouterr().out)
 
+    def recorded(folder: str) -> set[str]:
+        return {name for line in Path(folder, "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+
     sae = str(tmp_path / "sae")
     assert run("sae", store, "--hook", "encoder_layer_0_mlp", "--k-ratio", "0.1", *SHORT, "-o", sae, "--json") == 0
     # No feature can be dead after so few rows.
     assert {"fvu", "l0"} <= (figures := answer()["figures"]).keys() and "dead" not in figures
+    assert "validation_fvu" in recorded(sae) and "dead" not in recorded(sae)
     counted, soon = str(tmp_path / "counted"), ("--set", "training.dead_after=20")
     assert run("sae", store, "--hook", "encoder_layer_0_mlp", *SHORT, *soon, "-o", counted, "--json") == 0
-    assert 0 <= answer()["figures"]["dead"] <= 1
+    assert 0 <= answer()["figures"]["dead"] <= 1 and "dead" in recorded(counted)
     assert SparseModel.load(tmp_path / "sae" / "model").k == [13]
     assert (tmp_path / "sae" / "report" / "report.html").exists() and (tmp_path / "sae" / "metrics.jsonl").exists()
     assert run("sae", store, "--hook", "encoder_layer_0_mlp", *SHORT, "-o", sae) == 2

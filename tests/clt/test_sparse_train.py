@@ -333,7 +333,7 @@ def test_two_processes_train_the_model_of_one(store: ActivationStore, tmp_path: 
         with SparseTrainer(spec, store) as trainer:
             alone[name] = train(trainer).state_dict()
             # What is to be the same is there at all.
-            assert name not in ("auxk", "revival") or trainer.dead_share > 0
+            assert name not in ("auxk", "revival") or trainer.dead_figure["dead"] > 0
     for process in both:
         _, said = process.communicate(timeout=100)
         assert process.returncode == 0, said[-3000:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ethogram.specs.crossmodal import CrossmodalSpec
-from services.crossmodal.baselines import LOOKUPS
+from ethogram.specs.edits import LOOKUPS
 from services.crossmodal.findings import findings, prefixes
 from tests.crossmodal.conftest import tiny_spec
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ethogram import demo
 from ethogram.errors import InvalidInput
-from services.crossmodal import findings, report
+from services.crossmodal import report
 from services.crossmodal.codec import Codec
 from services.crossmodal.evaluate import STRENGTHS, evaluate
 from services.crossmodal.report import pareto, principal_positions, write_report
@@ -77,7 +76,6 @@ def test_a_lookup_without_networks_for_half_of_the_edits_has_no_cell(zoo: Zoo, u
     head, table = report._gates(found)
     cells = {(row[0], row[1]): row[head.index("same label")] for row in table}
     assert [cells["add", row["pattern"]] for row in rows] == [0.875, "", 0.875, ""]
-    assert vars(demo)["MIN_AVAILABLE"] == vars(findings)["MIN_AVAILABLE"]
 
 
 def test_another_zoo_is_refused(zoo: Zoo, untrained: Codec, tmp_path: Path) -> None:

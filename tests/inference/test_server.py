@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from numpy.typing import NDArray
 
 from ethogram.inference import Inference
+from ethogram.platform.state import StateDir
 from ethogram.rpc import error_of
 from ethogram.v1 import inference_pb2 as pb
 from ethogram.v1.inference_pb2_grpc import CodecServiceStub
@@ -228,6 +229,8 @@ def test_the_process_serves_and_leaves_on_sigterm(
     address = process.address()
     record = tmp_path / "state" / "inference.json"
     assert json.loads(record.read_text()) == {"address": address, "pid": process.process.pid}
+    # As it would be had the server been killed: a platform can start here.
+    StateDir(tmp_path / "state").make()
     publish(codec)
     with Inference(address) as client:
         assert client.encode("tiny", arrays(material, 2)).latents.shape == (2, 12)

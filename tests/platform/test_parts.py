@@ -194,6 +194,8 @@ def test_ports_of_metrics_that_cannot_be_are_refused_before_anything_serves(
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the range is not in a file")
 def test_no_connection_takes_a_free_port() -> None:
     first, _ = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    if int(first) < 30_000:
+        pytest.skip("this machine gives connections more ports than systems do by default")
     ports = {free_port() for _ in range(50)}
     assert max(ports) < int(first)
     assert len(ports) > 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -24,9 +25,10 @@ from ethogram.specs.generation import GenerationSpec
 from ethogram.specs.kinds import KINDS
 from ethogram.v1 import generation_pb2, generation_pb2_grpc, jobs_pb2
 from services.artifacts.store import ArtifactStore
-from services.runtime import lifetime
+from services.runtime import job_run, lifetime
+from services.runtime.job_run import JobRun
 from services.runtime.metrics import MetricsWriter
-from services.runtime.run import Run
+from services.runtime.run import Cancelled, Run
 from services.runtime.servicer import STOPPED, add_to_server
 from services.runtime.tracking import tracked
 from tests.runtime.test_scalars import scalars
@@ -390,6 +392,132 @@ def test_metrics_that_cannot_be_kept_cost_no_result(
         return {"done": True}
 
     monkeypatch.setattr(*broken, full)
+    monkeypatch.setattr(job_run, "RETRY_SECONDS", (0.01, 0.01))
     events = list(call(run_job))
     assert json.loads(events[-1].result.json) == {"done": True}
-    assert any(e.log.level == "warning" and "no space left" in e.log.message for e in events)
+    warnings = [event.log.message for event in events if event.log.level == "warning"]
+    assert warnings[-1] == (
+        "keeping the metrics failed (the artifact store has no space left); the job has no artifact 'metrics'; "
+        "everything else is kept"
+    )
+    assert len(warnings) == (3 if broken[1] == "put" else 1), "one for each pause, and the last"
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """While it is set, the disk of the store has no space left."""
+    full, fsync = threading.Event(), os.fsync
+
+    def sync(descriptor: int) -> None:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    return full
+
+
+@pytest.mark.parametrize("name", ["answer", "report", "metrics"])
+def test_a_store_that_is_full_for_a_moment_costs_no_output(
+    name: str, call: Call, store: ArtifactStore, full_disk: threading.Event, tmp_path: Path
+) -> None:
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        def output(made: str) -> None:
+            (tmp_path / made).mkdir()
+            (tmp_path / made / "text.txt").write_text(made)
+            if made == name:
+                full_disk.set()
+            run.artifact(made, "text", tmp_path / made)
+
+        run.metric(1, loss=0.5)
+        output("answer")
+        with run.side_output("the report"):
+            output("report")
+        if name == "metrics":
+            full_disk.set()
+        return {"done": True}
+
+    events = []
+    for event in call(run_job):
+        events.append(event)
+        if "next try" in event.log.message:
+            full_disk.clear()
+    made = {event.artifact.name: event.artifact.id for event in events if event.WhichOneof("event") == "artifact"}
+    assert sorted(made) == ["answer", "metrics", "report"]
+    assert all(store.manifest(id).files for id in made.values())
+    warnings = [event.log.message for event in events if event.log.level == "warning"]
+    assert warnings[0] == (
+        f"cannot store the output {name!r} yet (the artifact store at {store.url} has no space left; free some); "
+        "next try in 0.5 s"
+    )
+    # On a busy machine the disk is perhaps still full at the next try.
+    assert all(warning.startswith(warnings[0].partition(";")[0]) for warning in warnings)
+    assert json.loads(events[-1].result.json) == {"done": True}
+
+
+def full_when_it_ends(full_disk: threading.Event, output: Path) -> Job:
+    """A job whose output and metrics the store cannot take."""
+
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        run.metric(1, loss=0.5)
+        full_disk.set()
+        if output.exists():
+            run.artifact("answer", "text", output)
+        return {"done": True}
+
+    return run_job
+
+
+def test_a_store_that_stays_full_ends_the_attempt_of_an_output(
+    call: Call, full_disk: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "answer").mkdir()
+    (tmp_path / "answer" / "text.txt").write_text("answer")
+    monkeypatch.setattr(job_run, "RETRY_SECONDS", (0.01, 0.01))
+    with pytest.raises(grpc.RpcError) as failed:
+        list(call(full_when_it_ends(full_disk, tmp_path / "answer")))
+    assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_process_that_is_asked_to_leave_does_not_wait_for_the_store(
+    call: Call, store: ArtifactStore, full_disk: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_run, "RETRY_SECONDS", (60.0, 60.0))
+    began, events = time.monotonic(), []
+    for event in call(full_when_it_ends(full_disk, tmp_path / "none")):
+        events.append(event)
+        if "next try" in event.log.message:
+            lifetime.stopping.set()
+    assert json.loads(events[-1].result.json) == {"done": True}
+    assert time.monotonic() - began < 30
+    # It tries once more, and no longer.
+    _, warning = (event.log.message for event in events if event.log.level == "warning")
+    assert warning == (
+        f"keeping the metrics failed (the artifact store at {store.url} has no space left; free some); the job has no "
+        "artifact 'metrics'; everything else is kept"
+    )
+
+
+def test_a_job_that_waits_for_the_store_can_be_cancelled(
+    call: Call, full_disk: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[BaseException] = []
+    finish = JobRun.finish
+
+    def watched(self: JobRun, result: dict[str, Any]) -> None:
+        try:
+            finish(self, result)
+        except BaseException as error:
+            ended.append(error)
+            raise
+
+    monkeypatch.setattr(JobRun, "finish", watched)
+    events = call(full_when_it_ends(full_disk, tmp_path / "none"))
+    while "next try" not in next(events).log.message:
+        pass
+    events.cancel()
+    deadline = time.monotonic() + 10
+    while not ended:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert isinstance(ended[0], Cancelled)

@@ -192,9 +192,11 @@ def test_folders_of_others_are_no_scratch_and_no_state(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="holds other files"):
         StateDir(tmp_path / "project").make()
     assert contents(tmp_path / "project") == kept
-    # A new disk, on which a worker ran by itself, and a state that is used again.
+    # A new disk, on which a worker and an inference server ran by themselves, and a state that is used again.
     for name in ("lost+found", "work", "store/tmp"):
         (tmp_path / "disk" / name).mkdir(parents=True)
+    for name in ("registry.db", "registry.db-wal", "registry.db-shm", "inference.json"):
+        (tmp_path / "disk" / name).touch()
     for _ in range(2):
         StateDir(tmp_path / "disk").make()
 

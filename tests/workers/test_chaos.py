@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,20 +12,23 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 
-from benchmarks._chaos import checks
-from benchmarks._chaos.arena import Orphans
-from benchmarks._chaos.checks import Evidence
+from benchmarks._chaos import checks, points
+from benchmarks._chaos.arena import ORPHAN_SECONDS, Arena, Orphans, spawn
+from benchmarks._chaos.checks import Evidence, Submission
 from benchmarks._chaos.faults import write
+from benchmarks._chaos.workload import Workload
 from benchmarks.chaos import suffer
-from ethogram.specs.generation import GenerationSpec
+from ethogram.specs.generation import GenerationSpec, SubjectTrainingSpec
 from services.jobs.records import ArtifactRow, Event, Job
 from services.jobs.registry import JobRegistry
 from services.jobs.states import JobState
+from tests.workers.stack import Stack, gone, wait_for
 
 JOB, TOTAL = "job_a", 1.5
 TIME = datetime(2030, 1, 1, tzinfo=UTC)
@@ -237,6 +241,33 @@ def test_a_write_that_is_accepted_is_told_of(tmp_path: Path) -> None:
         registry.close()
 
 
+def test_a_parent_is_retried_once_its_children_are_cancelled(tmp_path: Path) -> None:
+    registry, spec = JobRegistry.open(f"sqlite:///{tmp_path / 'registry.db'}"), GenerationSpec()
+    try:
+        parent, _ = registry.submit("generation", spec)
+        first = registry.claim_next("cpu", "w", 10.0)
+        assert first is not None
+        registry.spawn(first.attempt, "part-0", "generation", spec)
+        registry.release(first.attempt, "waiting")
+        child = registry.claim_next("cpu", "w", 10.0)
+        assert child is not None and child.job.parent == parent.id
+        client = SimpleNamespace(job=registry.get, cancel=registry.request_cancel, retry=registry.retry)
+        workload = Workload(cast("Arena", SimpleNamespace(clients=[client], registry=registry)), seed=0)
+        submission = Submission(ids=[parent.id], expected=0.0)
+        canceller = spawn(workload.errors, workload._cancel, submission, 0.0, True)
+        wait_for("the parent to be cancelled", lambda: registry.get(parent.id).state is JobState.CANCELLED)
+        # It may try now; the child is still being cancelled.
+        time.sleep(0.3)
+        assert registry.get(parent.id).state is JobState.CANCELLED
+        registry.cancelled(child.attempt)
+        canceller.join(10)
+        assert not canceller.is_alive() and workload.errors == []
+        assert not submission.cancelled and not registry.get(parent.id).state.terminal
+        assert registry.get(child.job.id).state is JobState.QUEUED
+    finally:
+        registry.close()
+
+
 # Starts a process that works in the given folder, says its process id, and waits.
 _PARENT = """
 import subprocess, sys, time
@@ -312,6 +343,35 @@ def test_an_orphan_that_leaves_in_time_is_none(tmp_path: Path, family: tuple[sub
     orphans.look(set())
     assert orphans.found == {}
     assert orphans.living() == []
+
+
+def test_the_processes_of_a_worker_are_orphans_when_it_is_dead_and_not_while_it_is_paused(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stack.state / "faults").mkdir()
+    monkeypatch.setenv(points.VARIABLE, str(stack.state / "faults"))
+    worker = stack.start("benchmarks._chaos.points", "worker-0", "--parent-pipe")
+    spec = GenerationSpec(subjects=1, training=SubjectTrainingSpec(steps=10_000, learning_rate=0.1))
+    stack.wait_checkpoint(stack.registry.submit("generation", spec, queue=stack.queue)[0])
+    server, job = stack.server(worker), stack.child(worker)
+    orphans, parents = Orphans(stack.state, 0.3), {psutil.Process(worker.pid).ppid()}
+
+    def look() -> list[int]:
+        orphans.look(parents)
+        time.sleep(0.5)
+        orphans.look(parents)
+        return list(orphans.found)
+
+    worker.send_signal(signal.SIGSTOP)
+    assert look() == []
+    assert {process.pid for process in orphans.living()} == {worker.pid, server, job}
+    os.kill(server, signal.SIGSTOP)
+    worker.kill()
+    worker.wait()
+    # The job's process has a parent, which would end it if it could.
+    assert look() == [server]
+    os.kill(server, signal.SIGCONT)
+    wait_for("the end of what the worker had started", lambda: gone(server) and gone(job), ORPHAN_SECONDS)
 
 
 @pytest.mark.slow

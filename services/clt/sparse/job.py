@@ -28,9 +28,7 @@ def run(spec: SaeSpec | CltSpec, run: Run, world: World = ALONE) -> dict[str, An
         if not trainer.figures:
             # A run that resumed after its last step.
             trainer.validate()
-        figures = dict(trainer.figures)
-        if (dead := trainer.measured_dead) is not None:
-            figures["dead"] = dead
+        figures = trainer.figures | trainer.dead_figure
         if max(value for name, value in figures.items() if name.startswith("fvu")) > 1:
             text = "the model explains less than the mean does; take more steps, or another learning rate"
             run.log(text, "warning")

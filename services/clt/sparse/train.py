@@ -283,18 +283,14 @@ class SparseTrainer(Trainer):
         """Measure the validation rows, see :func:`services.clt.sparse.evaluate.evaluate`."""
         self.figures, self.density = evaluate(self.model, self.store, self.spec.training.validation_rows)
         metrics = {f"validation_{name}": self.figures[name] for name in ("fvu", "l0", "cosine", "mse")}
-        return metrics | {"dead": self.dead_share}
+        return metrics | self.dead_figure
 
     @property
-    def measured_dead(self) -> float | None:
-        """:attr:`dead_share`; None before there were rows enough for a feature to be dead."""
-        rows = self.step * self.spec.training.batch_size
-        return self.dead_share if rows >= self.spec.training.dead_after else None
-
-    @property
-    def dead_share(self) -> float:
-        """Share of the features that are dead."""
-        return sum(int(dead.sum()) for dead in self.dead) / sum(self.model.features)
+    def dead_figure(self) -> dict[str, float]:
+        """Share of the features that are dead, as ``dead``; empty before ``dead_after`` rows, when none can be dead."""
+        if self.step * self.spec.training.batch_size < self.spec.training.dead_after:
+            return {}
+        return {"dead": sum(int(dead.sum()) for dead in self.dead) / sum(self.model.features)}
 
     def finished(self) -> SparseModel:
         """A copy of the model for evaluation."""
