@@ -17,6 +17,7 @@ from services.clt.policy import job
 from services.clt.policy.evaluate import evaluate
 from services.clt.policy.model import AttentionPolicy
 from services.clt.policy.tsp import instances
+from services.runtime import trained
 from services.runtime.seeds import generator
 from tests.clt.conftest import policy_spec, small_policy
 from tests.clt.held_karp import solve_exactly
@@ -65,7 +66,7 @@ def test_gap_of_an_exact_solver_is_none(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_default_policy_is_trained_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
-    monkeypatch.setattr(job, "ConsoleRun", lambda *_, **__: nullcontext(recorder))
+    monkeypatch.setattr(trained, "ConsoleRun", lambda *_, **__: nullcontext(recorder))
     first = job.default_policy(spec=policy_spec())
     assert recorder.stage_names == ["train"] and recorder.done[-1] == 6
     monkeypatch.setattr(job, "PolicyTrainer", None)
