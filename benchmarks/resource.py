@@ -461,11 +461,11 @@ class TextReader(Describer):
 def numbers(arguments: argparse.Namespace) -> Figures:
     """Numbers that the table does not have, beyond its range, and a schema that the language model never saw."""
     setting = Setting.of(arguments)
-    others = ("xval", "zscore")
+    others = ("fourier", "xval", "zscore")
     bars: dict[str, tuple[str, str | None, float | None]] = {
-        "range_exact_match": ("range.fourier", ">=", 0.95),
-        "beyond_range_error": ("beyond.fourier", "<=", 0.05),
-        "beyond_range_exact_match": ("beyond_exact.fourier", None, None),
+        "range_exact_match": ("range.digits", ">=", 0.95),
+        "beyond_range_error": ("beyond.digits", "<=", 0.05),
+        "beyond_range_exact_match": ("beyond_exact.digits", None, None),
         **{f"range_exact_match_{name}": (f"range.{name}", None, None) for name in (*others, "text")},
         **{f"beyond_range_error_{name}": (f"beyond.{name}", None, None) for name in (*others, "text")},
     }
@@ -483,13 +483,13 @@ def numbers(arguments: argparse.Namespace) -> Figures:
 def numbers_of(setting: Setting, seed: int) -> Measured:
     """Figures of a seed, of each form of features."""
     _, run = phase0_of(setting, seed)
-    specs = {form: setting.spec(seed, encoder={"numbers": form}) for form in ("xval", "zscore")}
+    specs = {form: setting.spec(seed, encoder={"numbers": form}) for form in ("fourier", "xval", "zscore")}
     count = 20 if setting.quick else DRAWN
 
     def measure(_: Path) -> dict[str, float]:
         table = job.table_of(setting.spec(seed), Run())
         describer = Describer(language_model(setting).load(setting.device), table.schema)
-        codecs = {"fourier": ResourceCodec.load(run / "encoder", setting.device)}
+        codecs = {"digits": ResourceCodec.load(run / "encoder", setting.device)}
         for form, spec in specs.items():
             codecs[form] = encoder(setting, f"{form}-{seed}", spec, table, torch.arange(len(table)))
         inside, beyond = drawn(table, count, seed), drawn(table, count, seed, beyond=True)

@@ -133,9 +133,9 @@ class ReaderSizeSpec(Spec):
 class ReaderTrainingSpec(OptimizationSpec):
     """How the language model is trained: matrices by Muon, the rest by AdamW; gradients are clipped to norm 1."""
 
-    copying: int = Field(1000, ge=0, le=10_000_000)
+    copying: int = Field(1100, ge=0, le=10_000_000)
     """Steps before the others, in which it learns to copy random tokens and to read soft tokens."""
-    steps: int = Field(1200, ge=1, le=10_000_000)
+    steps: int = Field(900, ge=1, le=10_000_000)
     """Steps in which it learns to describe what it reads in soft tokens, on random schemas."""
     batch_size: int = Field(48, ge=1, le=65_536)
     """Descriptions per step."""
@@ -204,9 +204,9 @@ class AugmentationSpec(Spec):
 class EncoderSpec(Spec):
     """Architecture of the encoder."""
 
-    numbers: Literal["fourier", "zscore", "xval", "raw"] = "fourier"
-    """Features of numbers. ``fourier``: sine and cosine for each decimal digit; ``zscore``: standardised; ``xval``: the
-    number scales a learned direction; ``raw``: as it is."""
+    numbers: Literal["digits", "fourier", "zscore", "xval", "raw"] = "digits"
+    """Features of numbers. ``fourier``: sine and cosine for each decimal digit; ``digits``: these, and each character as
+    it is written; ``zscore``: standardised; ``xval``: the number scales a learned direction; ``raw``: as it is."""
     fusion: Literal["attention", "sum"] = "attention"
     """How the tool and the numbers meet: self-attention over both, or their sum."""
     hidden_dim: int = Field(512, ge=1, le=65_536)

@@ -120,10 +120,12 @@ class _EncoderNumbersEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encode
     """"xval"."""
     ENCODER_NUMBERS_RAW: _EncoderNumbers.ValueType  # 4
     """"raw"."""
+    ENCODER_NUMBERS_DIGITS: _EncoderNumbers.ValueType  # 5
+    """"digits"."""
 
 class EncoderNumbers(_EncoderNumbers, metaclass=_EncoderNumbersEnumTypeWrapper):
-    """Features of numbers. `fourier`: sine and cosine for each decimal digit; `zscore`: standardised; `xval`: the number
-    scales a learned direction; `raw`: as it is.
+    """Features of numbers. `fourier`: sine and cosine for each decimal digit; `digits`: these, and each character as it is
+    written; `zscore`: standardised; `xval`: the number scales a learned direction; `raw`: as it is.
     """
 
 ENCODER_NUMBERS_UNSPECIFIED: EncoderNumbers.ValueType  # 0
@@ -136,6 +138,8 @@ ENCODER_NUMBERS_XVAL: EncoderNumbers.ValueType  # 3
 """"xval"."""
 ENCODER_NUMBERS_RAW: EncoderNumbers.ValueType  # 4
 """"raw"."""
+ENCODER_NUMBERS_DIGITS: EncoderNumbers.ValueType  # 5
+""""digits"."""
 Global___EncoderNumbers: _TypeAlias = EncoderNumbers  # noqa: Y015
 
 class _EncoderFusion:
@@ -863,8 +867,8 @@ class EncoderSpec(_message.Message):
     HEADS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     numbers: Global___EncoderNumbers.ValueType
-    """Features of numbers. `fourier`: sine and cosine for each decimal digit; `zscore`: standardised; `xval`: the number
-    scales a learned direction; `raw`: as it is.
+    """Features of numbers. `fourier`: sine and cosine for each decimal digit; `digits`: these, and each character as it
+    is written; `zscore`: standardised; `xval`: the number scales a learned direction; `raw`: as it is.
     """
     fusion: Global___EncoderFusion.ValueType
     """How the tool and the numbers meet: self-attention over both, or their sum."""

@@ -84,7 +84,7 @@ def test_the_weights_follow_from_the_seed(table: Table, language: LanguageModel)
         assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("numbers", ["fourier", "zscore", "xval", "raw"])
+@pytest.mark.parametrize("numbers", ["digits", "fourier", "zscore", "xval", "raw"])
 def test_what_is_saved_embeds_alike(numbers: str, table: Table, language: LanguageModel, tmp_path: Path) -> None:
     codec = small_trainer(table, language, encoder={"numbers": numbers, "tokens": 2}).codec()
     codec.save(tmp_path / "encoder")

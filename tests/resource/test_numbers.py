@@ -7,10 +7,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ethogram.specs.resource import DimensionSpec
 from services.resource.data import Table
-from services.resource.numbers import XVAL_RANGE, Features, Form, periods
+from services.resource.numbers import CHARACTERS, XVAL_RANGE, Features, Form, characters, periods
+from services.resource.texts import number_text
 from tests.resource.conftest import small_trainer
 
 NUMBER = DimensionSpec(name="latency", low=0, high=499)
@@ -105,3 +108,19 @@ def test_a_masked_number_changes_nothing_of_a_vector(form: str, fusion: str, tab
         values[:, 3] = other
         assert torch.equal(codec.embed(values, unknown), found)
     assert not torch.equal(codec.embed(table.values[:6]), found)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 9_999_999), st.integers(0, 3), st.integers(1, 12))
+def test_characters_are_those_of_the_description(scaled: int, decimals: int, places: int) -> None:
+    text = number_text(scaled / 10**decimals, decimals)
+    found = characters(torch.tensor([scaled / 10**decimals], dtype=torch.float64), decimals, places)[0].tolist()
+    assert "".join("0123456789. "[index] for index in found) == text[:places].ljust(places)
+
+
+def test_digits_say_each_character_and_have_room_for_twice_the_range() -> None:
+    made = features("digits", NUMBER)
+    pairs = features("fourier", NUMBER).width - 1
+    assert made.width == pairs + 3 * CHARACTERS + 1
+    found = torch.tensor(of(made, 47)[pairs:-1]).reshape(3, CHARACTERS)
+    assert found.argmax(1)[:2].tolist() == [4, 7] and found.sum(1).tolist() == [1, 1, 0]
