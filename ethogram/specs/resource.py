@@ -205,8 +205,8 @@ class EncoderSpec(Spec):
     """Architecture of the encoder."""
 
     numbers: Literal["digits", "fourier", "zscore", "xval", "raw"] = "digits"
-    """Features of numbers. ``fourier``: sine and cosine for each decimal digit; ``digits``: these, and each character as
-    it is written; ``zscore``: standardised; ``xval``: the number scales a learned direction; ``raw``: as it is."""
+    """Features of numbers. ``fourier``: sine and cosine for each decimal digit; ``digits``: these, and each character
+    as written; ``zscore``: standardised; ``xval``: the number scales a learned direction; ``raw``: as it is."""
     fusion: Literal["attention", "sum"] = "attention"
     """How the tool and the numbers meet: self-attention over both, or their sum."""
     hidden_dim: int = Field(512, ge=1, le=65_536)

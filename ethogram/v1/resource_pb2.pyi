@@ -124,7 +124,7 @@ class _EncoderNumbersEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encode
     """"digits"."""
 
 class EncoderNumbers(_EncoderNumbers, metaclass=_EncoderNumbersEnumTypeWrapper):
-    """Features of numbers. `fourier`: sine and cosine for each decimal digit; `digits`: these, and each character as it is
+    """Features of numbers. `fourier`: sine and cosine for each decimal digit; `digits`: these, and each character as
     written; `zscore`: standardised; `xval`: the number scales a learned direction; `raw`: as it is.
     """
 
@@ -867,8 +867,8 @@ class EncoderSpec(_message.Message):
     HEADS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     numbers: Global___EncoderNumbers.ValueType
-    """Features of numbers. `fourier`: sine and cosine for each decimal digit; `digits`: these, and each character as it
-    is written; `zscore`: standardised; `xval`: the number scales a learned direction; `raw`: as it is.
+    """Features of numbers. `fourier`: sine and cosine for each decimal digit; `digits`: these, and each character as
+    written; `zscore`: standardised; `xval`: the number scales a learned direction; `raw`: as it is.
     """
     fusion: Global___EncoderFusion.ValueType
     """How the tool and the numbers meet: self-attention over both, or their sum."""
