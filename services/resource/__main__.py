@@ -30,6 +30,7 @@ from ethogram.specs.kinds import KINDS
 
 if TYPE_CHECKING:
     from services.resource.codec import ResourceCodec
+    from services.resource.data import Table
     from services.resource.schema import Schema
 
 _MODULE = "python -m services.resource"
@@ -211,8 +212,10 @@ def export(
         codec = _codec(source, device)
         if llm_model is not None:
             language_model_for(codec, llm_model, device)
-        written = write(codec, table_for(codec, profiling_data, tool_registry), out, sorted(source.glob(CHECKPOINTS)))
+        table = table_for(codec, profiling_data, tool_registry)
+        written = write(codec, table, out, sorted(source.glob(CHECKPOINTS)))
     output.say(f"export: {out}")
+    _say_outside_rows(codec, table)
     return _export_answer(written)
 
 
@@ -322,8 +325,9 @@ def predict(
         interval = f"{found.low:.4g} to {found.high:.4g}"
         output.pairs({found.dimension: f"{found.value:.4g} {unit}".strip(), f"interval at {level:g}": interval})
         _say_outside(found.outside)
+        _say_measurements(codec, table, found.measurements)
 
-    return Answer({**found._asdict(), "level": level, "unit": unit, "measurements": len(table)}, show)
+    return Answer({**found._asdict(), "level": level, "unit": unit}, show)
 
 
 @command(
@@ -374,8 +378,10 @@ def recommend(
         )
         if not found.fits:
             output.say(f"no configuration stays below {number(bound)} at {confidence:g}; this one comes closest")
+        _say_measurements(codec, table, measurements)
 
-    named = {"dimension": bounded.name, "bound": bound, "confidence": confidence, "measurements": len(table)}
+    measurements = recommender.predictor.measurements
+    named = {"dimension": bounded.name, "bound": bound, "confidence": confidence, "measurements": measurements}
     return Answer(found._asdict() | named, show, found.fits)
 
 
@@ -539,6 +545,21 @@ def _say_outside(names: Sequence[str]) -> None:
     if names:
         verb = "is" if len(names) == 1 else "are"
         output.say(f"{', '.join(names)} {verb} outside the range of training, so this is less certain")
+
+
+def _say_measurements(codec: ResourceCodec, table: Table, used: int) -> None:
+    """Say which measurements are not used, and which are outside the range of training."""
+    if used < len(table):
+        output.say(f"predicted from {used:,} of the {len(table):,} measurements, drawn at random")
+    _say_outside_rows(codec, table)
+
+
+def _say_outside_rows(codec: ResourceCodec, table: Table) -> None:
+    """Say how many rows of a table are outside the range of training, which nobody declared."""
+    counts = codec.outside_mask(table.values).sum(0).tolist()
+    shown = ", ".join(f"{count:,} of {name}" for name, count in zip(codec.schema.names, counts, strict=True) if count)
+    if shown:
+        output.say(f"values in the table that are outside the range of training: {shown}")
 
 
 def _export_answer(found: Any) -> Answer:
