@@ -163,8 +163,8 @@ class ReaderSpec(TrainedSpec):
     """Size."""
     training: ReaderTrainingSpec = ReaderTrainingSpec()
     """Optimisation."""
-    fields: int = Field(8, ge=2, le=16)
-    """Most fields of a random schema."""
+    fields: int = Field(17, ge=2, le=32)
+    """Most fields of a random schema; most schemas have no more than 8."""
 
 
 class AugmentationSpec(Spec):

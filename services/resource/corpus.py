@@ -78,8 +78,10 @@ def random_schema(rng: random.Random, count: int, most_labels: int, *, bare: boo
     first = rng.randrange(OPTIONS - sum(map(len, labels)) + 1)
     template = Template("random", text, names, tuple(labels), tuple(decimals), highest, first)
     # A soft token has so many slots.
-    least = next(tokens for tokens in (1, 2, 4, 8) if max(slots(template, tokens)) <= SLOTS or tokens == 8)
-    return RandomSchema(template, samplers, max(least, rng.choice((1, 1, 1, 2, 4, 8))))
+    enough = [tokens for tokens in (1, 2, 4, 8) if max(slots(template, tokens)) <= SLOTS]
+    if not enough:
+        return random_schema(rng, count, most_labels, bare=bare)
+    return RandomSchema(template, samplers, max(enough[0], rng.choice((1, 1, 1, 2, 4, 8))))
 
 
 def _distinct(rng: random.Random, draw: Callable[[], str], count: int) -> tuple[str, ...]:

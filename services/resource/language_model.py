@@ -31,6 +31,7 @@ from services.runtime.trained import trained_once
 from services.runtime.training import Optimization, Progress, Trainer, cosine, fit
 
 FORMAT = 1
+"""Goes up when a model of the same spec and the same corpus would become another."""
 PAD, END = "<pad>", "<end>"
 _TEXT_MARKS = [PAD, END, READ, WRITE]
 OPTION_MARKS = [option(index) for index in range(OPTIONS)]
@@ -46,6 +47,8 @@ _COPIES_BELOW, _DECAY, _JUMP = 1.0, 0.97, 2.0
 """Mean loss below which copying gets harder, decay of the mean, and what is added to it then."""
 _MANY_LABELS = 0.25
 """Share of steps with long lists of labels."""
+_LONG, _SHORT = 0.2, 8
+"""Share of steps with schemas of any length, and the most fields in the others."""
 _TEMPLATE_WEIGHT = 0.3
 """Weight of the tokens of the template beside those of values."""
 _BARE = 0.3
@@ -146,11 +149,11 @@ class ContextProbe(nn.Module):
 
     def forward(self, states: Tensor, contexts: Contexts) -> Tensor:
         """The loss of ``states`` ``[rows, columns, hidden]``."""
-        found = self.linear(states)
-        signs = self.codes[torch.stack(contexts.before, 1).to(found.device)].flatten(2)
-        bits = nn.functional.softplus(-found[..., : 2 * self.BITS] * signs).mean() * self.BITS
-        since = torch.tensor(contexts.since, device=found.device).expand(len(found), -1)
-        numbers = found[..., 2 * self.BITS :].flatten(0, 1)
+        logits = self.linear(states)
+        signs = self.codes[torch.stack(contexts.before, 1).to(logits.device)].flatten(2)
+        bits = nn.functional.softplus(-logits[..., : 2 * self.BITS] * signs).mean() * self.BITS
+        since = torch.tensor(contexts.since, device=logits.device).expand(len(logits), -1)
+        numbers = logits[..., 2 * self.BITS :].flatten(0, 1)
         return bits + nn.functional.cross_entropy(numbers, since.flatten())
 
 
@@ -256,8 +259,8 @@ class LanguageModelTrainer(Trainer):
     def _copying(self) -> dict[str, Tensor]:
         """Losses of a step of copying: of the copy, and of what its attention takes, by the layers that have it."""
         rng = random.Random(f"{self.spec.seed} copy {self.step}")
-        draws = generator(self.spec.seed, "copy", self.step)
-        copies = draw_copies(rng, draws, int(self.level), _COPIED, self.vocabulary)
+        draw = generator(self.spec.seed, "copy", self.step)
+        copies = draw_copies(rng, draw, int(self.level), _COPIED, self.vocabulary)
         embedded = self.embedding(torch.cat([copies.before, copies.after[:, :-1]], 1).to(self.device))
         if copies.soft:
             soft = self.encoder(copies.contents.to(self.device), copies.slots)
@@ -287,22 +290,22 @@ class LanguageModelTrainer(Trainer):
 
     def _reading(self) -> Tensor:
         """Loss of the contents of slots behind soft tokens, with nothing to describe."""
-        draws = generator(self.spec.seed, "read", self.step)
-        number, count = (int(torch.randint(1, most, (), generator=draws)) for most in (3, SLOTS + 1))
+        draw = generator(self.spec.seed, "read", self.step)
+        number, count = (int(torch.randint(1, most, (), generator=draw)) for most in (3, SLOTS + 1))
         shape = (_COPIED, number * count)
-        characters = torch.randint(len(CONTENTS) - OPTIONS, shape, generator=draws)
-        labels = torch.randint(len(CONTENTS), shape, generator=draws)
-        contents = torch.where(torch.rand(shape, generator=draws) < 0.8, characters, labels)
+        characters = torch.randint(len(CONTENTS) - OPTIONS, shape, generator=draw)
+        labels = torch.randint(len(CONTENTS), shape, generator=draw)
+        contents = torch.where(torch.rand(shape, generator=draw) < 0.8, characters, labels)
         soft = self.encoder(contents.to(self.device), [count] * number)
         # Fields of some slots each, of one soft token or another, with a word between.
         cells: list[Soft | Slot | None] = []
-        ends = (torch.rand(count, generator=draws) < 0.3).tolist()
+        ends = (torch.rand(count, generator=draw) < 0.3).tolist()
         for index in range(number):
             for place, end in enumerate(ends):
                 if place == 0 or end:
                     cells += [None, Soft(index)]
                 cells.append(Slot(place))
-        tokens = self._words(len(cells), draws)
+        tokens = self._words(len(cells), draw)
         for place, cell in enumerate(cells):
             if isinstance(cell, Slot):
                 tokens[:, place] = self._slot + cell.index
@@ -319,9 +322,9 @@ class LanguageModelTrainer(Trainer):
         logits = self.model.lm_head(backbone.norm(embedded[:, is_slot]))
         return nn.functional.cross_entropy(logits.flatten(0, 1), self.ids[contents].flatten().to(self.device))
 
-    def _words(self, count: int, draws: torch.Generator) -> Tensor:
+    def _words(self, count: int, draw: torch.Generator) -> Tensor:
         """Random tokens that are no marks, for each row of a step of copying."""
-        return torch.randint(self._slot + SLOTS, len(self.tokenizer), (_COPIED, count), generator=draws)
+        return torch.randint(self._slot + SLOTS, len(self.tokenizer), (_COPIED, count), generator=draw)
 
     def _describing(self) -> dict[str, Tensor]:
         training = self.spec.training
@@ -334,7 +337,9 @@ class LanguageModelTrainer(Trainer):
         scores = self.losses(items, soft)
         values = scores.losses[scores.weights == 1].mean()
         described = (scores.losses * scores.weights).sum() / scores.weights.sum()
-        return {"loss": described + scores.slots, "values": values, "slots": scores.slots}
+        # Rows rarely fill the slots of a soft token, and what is not read is forgotten.
+        slots = scores.slots + self._reading()
+        return {"loss": described + slots, "values": values, "slots": slots}
 
     def soft(self, item: Item) -> Tensor:
         """Soft tokens of an item's rows."""
@@ -345,7 +350,8 @@ class LanguageModelTrainer(Trainer):
     def _items(self, rng: torch.Generator, schemas: int, rows: int, bare: bool) -> list[Item]:
         seed = int(torch.randint(2**62, (), generator=rng))
         # Schemas of a step are about as large, so that little is padded.
-        fields = int(torch.randint(2, self.spec.fields + 1, (), generator=rng))
+        most = self.spec.fields if float(torch.rand((), generator=rng)) < _LONG else min(self.spec.fields, _SHORT)
+        fields = int(torch.randint(2, most + 1, (), generator=rng))
         many = float(torch.rand((), generator=rng)) < _MANY_LABELS
         form: dict[str, Any] = {"most_labels": 16 if many else 4, "bare": bare}
         return [
@@ -498,7 +504,10 @@ def default_folder(device: str = "cpu", spec: ReaderSpec | None = None) -> Path:
     checkpoints where a call was interrupted, and kept in the cache."""
     spec = spec or ReaderSpec()
     recipe = json.dumps(spec.model_dump(mode="json", exclude={"wandb"}), sort_keys=True)
-    name = hashlib.sha256(f"{FORMAT} {recipe}".encode()).hexdigest()[:32]
+    rng = random.Random(0)
+    schemas = [random_schema(rng, count, 10, bare=count % 2 == 0) for count in range(2, 32)]
+    texts = [[*schema.template.legend, schema.template.write(schema.row(rng))] for schema in schemas]
+    name = hashlib.sha256(f"{FORMAT} {recipe} {texts}".encode()).hexdigest()[:32]
 
     def train(run: Run, folder: Path) -> None:
         train_language_model(spec, run, folder)

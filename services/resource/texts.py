@@ -10,7 +10,7 @@ from functools import cached_property
 
 from ethogram.specs.resource import MOST
 
-SLOTS = 32
+SLOTS = 20
 """Characters that a soft token holds at most, for a model that was trained to read vectors."""
 OPTIONS = 128
 """Labels of all fields at most, for such a model."""
