@@ -30,6 +30,7 @@ from ethogram.specs.kinds import KINDS
 
 if TYPE_CHECKING:
     from services.resource.codec import ResourceCodec
+    from services.resource.data import Table
     from services.resource.schema import Schema
 
 _MODULE = "python -m services.resource"
@@ -162,7 +163,7 @@ def train(
 @command(
     app,
     f"{_MODULE} export my-run -o my-export",
-    f"{_MODULE} export --encoder_checkpoint my-run/snapshot-500/encoder_checkpoint_epoch10.pt -o my-export",
+    f"{_MODULE} export --encoder_checkpoint my-run/snapshot-2658/encoder_checkpoint_epoch10.pt -o my-export",
 )
 def export(
     encoder: Annotated[
@@ -182,6 +183,9 @@ def export(
         str | None,
         typer.Option("--llm-model", metavar="MODEL", help="Check that this is the language model of training."),
     ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Configurations that pass through the encoder at once.")
+    ] = 4096,
     out: Annotated[
         Path,
         typer.Option(
@@ -211,7 +215,9 @@ def export(
         codec = _codec(source, device)
         if llm_model is not None:
             language_model_for(codec, llm_model, device)
-        written = write(codec, table_for(codec, profiling_data, tool_registry), out, sorted(source.glob(CHECKPOINTS)))
+        table = table_for(codec, profiling_data, tool_registry)
+        written = write(codec, table, out, sorted(source.glob(CHECKPOINTS)), batch_size=batch_size)
+    _say_warnings(table)
     output.say(f"export: {out}")
     return _export_answer(written)
 
@@ -263,7 +269,7 @@ def describe(
         raise InvalidInput.field("--template", f"there is no {template!r}; there are {', '.join(known)}")
     with _in_options():
         vectors, unknown = codec.vectors([dict.fromkeys(schema.names) | _given(tool, values, schema)], "given")
-        describer = Describer(language_model_for(codec, llm_model, device), schema)
+        describer = Describer(language_model_for(codec, llm_model, device, run=_run_of(encoder)), schema)
     (text,) = describer.write(codec.soft(codec.embed(vectors, unknown)).to(describer.device), form)
     read = form.read(text)
     (outside,) = codec.outside(vectors, unknown)
@@ -316,6 +322,7 @@ def predict(
         table = table_for(codec, profiling_data, partial=True)
         predictor = NumberPredictor(codec, table, dimension, raw=raw)
         found = predictor.predict(dict.fromkeys(codec.schema.names) | given, level)
+    _say_warnings(table)
     unit = codec.schema.dimensions[codec.schema.index(found.dimension)].unit
 
     def show() -> None:
@@ -358,6 +365,7 @@ def recommend(
         table = table_for(codec, profiling_data, partial=True)
         recommender = Recommender(codec, table, dimension, raw=raw)
         found = recommender.recommend(given, bound, confidence)
+    _say_warnings(table)
     bounded = codec.schema.dimensions[recommender.dimension]
 
     def number(value: float) -> str:
@@ -446,7 +454,7 @@ def push(
         Path,
         typer.Argument(
             metavar="RUN",
-            help="Folder of a run, of which encoder and export are uploaded, or of an encoder.",
+            help="Folder of a run, of which encoder, export and default language model are uploaded, or of an encoder.",
             exists=True,
             file_okay=False,
         ),
@@ -457,14 +465,22 @@ def push(
     *,
     public: Public = False,
 ) -> None:
-    """Upload an encoder, with the table it was trained on, and its export to the Hugging Face Hub, with the token in
-    HF_TOKEN."""
+    """Upload an encoder, with the table it was trained on, its export and the default language model to the Hugging
+    Face Hub, with the token in HF_TOKEN."""
     from services.resource import hub
+    from services.resource.sources import OUTPUT
     from services.runtime.folders import artifact_in
 
     export = source / hub.EXPORT
     encoder = artifact_in(source, "resource-encoder", "RUN")
-    hub.push(encoder, export if export.is_dir() else None, hub_spec(repo, public, "REPO"), "REPO")
+    language_model = source / OUTPUT
+    hub.push(
+        encoder,
+        export if export.is_dir() else None,
+        hub_spec(repo, public, "REPO"),
+        "REPO",
+        language_model=language_model if language_model.is_dir() else None,
+    )
     output.say(f"uploaded {source} to {repo}")
 
 
@@ -472,7 +488,8 @@ def push(
 def pull(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Model repository, owner/name.")], *, out: NewFolder
 ) -> None:
-    """Download an encoder and its export from the Hugging Face Hub; the folder is used as that of a run is."""
+    """Download an encoder, its export and its language model from the Hugging Face Hub; the folder is used as that of a
+    run is."""
     from services.resource import hub
 
     shutil.copytree(hub.pull(repo), out, ignore=shutil.ignore_patterns(".*"))
@@ -487,6 +504,15 @@ def _codec(source: Path, device: str) -> ResourceCodec:
     if source.is_file():
         return read_checkpoint(source, device, "ENCODER")
     return ResourceCodec.load(artifact_in(source, "resource-encoder", "ENCODER"), device)
+
+
+def _run_of(source: Path) -> Path:
+    """The folder of the run that made an encoder, if there is one."""
+    from services.runtime.folders import artifact_in
+
+    # A file is in a folder of its own there, as an encoder's files are.
+    folder = source.resolve().parent if source.is_file() else artifact_in(source, "resource-encoder", "ENCODER")
+    return folder.resolve().parent
 
 
 def _given(tool: str, values: Sequence[str] | None, schema: Schema) -> dict[str, Any]:
@@ -533,6 +559,11 @@ def _in_options() -> Iterator[None]:
         for old, new in zip(error.violations, found, strict=True):
             message = message.replace(f"{old.field}: ", f"{new.field}: ")
         raise InvalidInput(message, found) from None
+
+
+def _say_warnings(table: Table) -> None:
+    for text in table.warnings():
+        output.say(text)
 
 
 def _say_outside(names: Sequence[str]) -> None:

@@ -60,6 +60,23 @@ class Table:
         numbers: Tensor = torch.unique(self.values[:, chosen], dim=0, return_inverse=True)[1]
         return numbers
 
+    def warnings(self) -> list[str]:
+        """What happens to numbers that descriptions, or the encoder, do not have as they are: a sentence for each
+        dimension."""
+        texts = []
+        for index, dimension in enumerate(self.schema.dimensions):
+            column = self.values[:, index]
+            low, high = dimension.low or 0.0, dimension.high or 0.0
+            rounded = sum(_finer(value, dimension.decimals) for value in column.tolist()) if dimension.number else 0
+            outside = int(((column < low) | (column > high)).sum()) if dimension.number else 0
+            if rounded:
+                text = f"descriptions round {rounded} of {len(self)} numbers to {dimension.decimals} decimals"
+                texts.append(f"{dimension.name}: {text}; set its decimals for more")
+            if outside:
+                text = f"{outside} of {len(self)} numbers are outside the range of training"
+                texts.append(f"{dimension.name}: {text}, from {low:g} to {high:g}, and are embedded less exactly")
+        return texts
+
     def hold_out(self, share: float, seed: int) -> tuple[Tensor, Tensor]:
         """Rows to train on, and rows of a ``share`` of the configurations, but at least of one, which are in no
         training row. Raises :class:`InvalidInput` for a table of one configuration."""
@@ -118,8 +135,9 @@ def read_measurements(
     ``tools``: the registry; None: the tools of the table, in the order of their first rows. ``every_tool``: whether
     there must be a row of each. Raises
     :class:`InvalidInput` that names the file, the row and the column: a missing or unknown column, a value that is not
-    a finite number from 0 on or not one of the labels, a tool that is not in the registry or has no row, and a
-    configuration that is there twice, unless the schema has repeated measurements.
+    a finite number from 0 on or not one of the labels, more decimals of a number that is not measured than
+    descriptions have, a tool that is not in the registry or has no row, and a configuration that is there twice, unless
+    the schema has repeated measurements.
     """
     columns = [dimension.column or dimension.name for dimension in spec.dimensions]
     model = _row_model(spec, columns, tools)
@@ -144,6 +162,7 @@ def read_measurements(
     ]
     table = Table(schema, torch.tensor(values, dtype=torch.float64))
     _check_ranges(table, file, numbers, columns)
+    _check_decimals(table, file, numbers, columns)
     if not spec.repeated:
         first: dict[int, int] = {}
         for number, configuration in zip(numbers, table.configurations.tolist(), strict=True):
@@ -181,6 +200,23 @@ def _resolved(spec: SchemaSpec, rows: Sequence[Sequence[Any]]) -> SchemaSpec:
             dimension = dimension.model_copy(update={"low": float(low), "high": float(high)})
         dimensions.append(dimension)
     return spec.model_copy(update={"dimensions": dimensions})
+
+
+def _finer(value: float, decimals: int) -> bool:
+    """Whether a number has more decimals."""
+    return round(value, decimals) != value
+
+
+def _check_decimals(table: Table, file: Path, numbers: Sequence[int], columns: Sequence[str]) -> None:
+    """Raise :class:`InvalidInput` for a number that is not measured and has more decimals than descriptions, which
+    would take it for another configuration."""
+    for index, dimension in enumerate(table.schema.dimensions):
+        if not dimension.number or dimension.measured:
+            continue
+        for number, value in zip(numbers, table.values[:, index].tolist(), strict=True):
+            if _finer(value, dimension.decimals):
+                text = f"{value:.10g} has more decimals than descriptions, {dimension.decimals}; set decimals"
+                raise InvalidInput.field(f"{file.name}:{number}.{columns[index - 1]}", text)
 
 
 def _check_ranges(table: Table, file: Path, numbers: Sequence[int], columns: Sequence[str]) -> None:
