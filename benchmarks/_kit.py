@@ -26,7 +26,8 @@ T = TypeVar("T")
 Figures = dict[str, Figure]
 Part = Callable[[argparse.Namespace], Figures]
 Bars = Mapping[str, tuple[str, str | None, float | None]]
-"""For each figure the number it is of, and its bar."""
+"""For each figure the number it is of, and its bar. Without a bar ``>=`` says that more is better, ``<=`` that less is;
+None that neither is."""
 Ask = Callable[..., dict[str, Any]]
 """Calls a function of others' process by name, and returns its result."""
 REPOSITORY = Path(__file__).parents[1]
@@ -111,22 +112,27 @@ class Measured(NamedTuple):
 
 
 def over_seeds(rows: Sequence[Measured], bars: Bars) -> Figures:
-    """The mean over the seeds, which is judged, and the worst of them beside it."""
+    """The mean over the seeds, which is judged, and beside it the worst of them, where there is a better and a worse.
+    A figure that a seed lacks passes no bar, but a time that this run has not taken is not judged."""
     figures: Figures = {}
     kept = any(row.kept for row in rows)
     for name, (key, op, bar) in bars.items():
         values = [row.numbers[key] for row in rows if key in row.numbers]
-        if len(values) == len(rows):
-            worst = max(values, key=lambda value: abs(value - (bar or 0.0))) if op == "==" else None
-            if worst is None:
-                worst = (min if op == ">=" else max)(values)
-            figures[name] = Figure(sum(values) / len(values), op, bar, kept=kept)
-            figures[f"{name}.worst"] = Figure(worst, kept=kept)
-        else:
-            # A figure that a seed lacks passes no bar, but a time that this run has not taken is not judged.
+        if len(values) < len(rows):
             figures[name] = Figure(None) if key in TIMES else Figure(None, op, bar)
-            figures[f"{name}.worst"] = Figure(None)
+        else:
+            figures[name] = Figure(sum(values) / len(values), op, bar, kept=kept)
+        if op is not None:
+            worst = _worst(values, op, bar) if len(values) == len(rows) else None
+            figures[f"{name}.worst"] = Figure(worst, kept=kept and worst is not None)
     return figures
+
+
+def _worst(values: Sequence[float], op: str, bar: float | None) -> float:
+    if op == "==":
+        assert bar is not None, "what a figure must be equal to is its bar"
+        return max(values, key=lambda value: abs(value - bar))
+    return min(values) if op == ">=" else max(values)
 
 
 def installed(folder: Path, packages: Sequence[str]) -> Path:

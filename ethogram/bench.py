@@ -23,7 +23,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<="
 class Figure(NamedTuple):
     """One number, and the bar it has to pass, if there is one.
 
-    ``peer`` is the same number of what it is compared with, and ``ratio`` the value over it.
+    Without a ``bar``, ``op`` says which way is better: ``>=`` more, ``<=`` less. ``peer`` is the same number of what it
+    is compared with, and ``ratio`` the value over it.
     """
 
     value: float | None

@@ -180,12 +180,13 @@ class AugmentationSpec(Spec):
     jitter: float = Field(0.25, gt=0, lt=1)
     """A jittered number is multiplied by up to 1 + this, or divided by it."""
     share: float = Field(0.7, ge=0, le=1)
-    """Share of the rows that are jittered."""
+    """Share of the rows without unknown dimensions that are jittered."""
     range: float = Field(0.2, ge=0, le=1)
-    """Share of the rows in which every number is drawn from its declared range, so that levels outside the table can be
-    read."""
+    """Share of the rows without unknown dimensions in which every number is drawn from its declared range, half of them
+    log-uniformly, so that levels outside the table can be read."""
     mask: float = Field(0.1, ge=0, le=1)
-    """Share of the rows in which one measured dimension is unknown to the encoder; the description says it."""
+    """Share of the rows in which dimensions are unknown to the encoder; the description says them. In half of these it
+    is all measured ones, in the others any but the tool, each with probability one half."""
 
     @property
     def jitters(self) -> bool:
@@ -236,8 +237,10 @@ class ResourceTrainingSpec(OptimizationSpec):
     """Rows per step."""
     accumulation: int = Field(1, ge=1, le=1024)
     """Parts of each batch that pass through the language model one after the other; their gradients are added."""
-    learning_rate: float = Field(1e-3, gt=0, le=1)
+    learning_rate: float = Field(3e-3, gt=0, le=1)
     """Peak learning rate."""
+    warm_up: int = Field(20, ge=0, le=1_000_000)
+    """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up. ``cosine``: falls to a hundredth at the last step."""
     weight_decay: float = Field(0.01, ge=0, le=1)

@@ -935,13 +935,15 @@ class AugmentationSpec(_message.Message):
     jitter: _builtins.float
     """A jittered number is multiplied by up to 1 + this, or divided by it."""
     share: _builtins.float
-    """Share of the rows that are jittered."""
+    """Share of the rows without unknown dimensions that are jittered."""
     range: _builtins.float
-    """Share of the rows in which every number is drawn from its declared range, so that levels outside the table can be
-    read.
+    """Share of the rows without unknown dimensions in which every number is drawn from its declared range, half of them
+    log-uniformly, so that levels outside the table can be read.
     """
     mask: _builtins.float
-    """Share of the rows in which one measured dimension is unknown to the encoder; the description says it."""
+    """Share of the rows in which dimensions are unknown to the encoder; the description says them. In half of these it is
+    all measured ones, in the others any but the tool, each with probability one half.
+    """
     def __init__(
         self,
         *,

@@ -217,8 +217,8 @@ def export(
             language_model_for(codec, llm_model, device)
         table = table_for(codec, profiling_data, tool_registry)
         written = write(codec, table, out, sorted(source.glob(CHECKPOINTS)), batch_size=batch_size)
-    _say_warnings(table)
     output.say(f"export: {out}")
+    _say_outside_rows(codec, table)
     return _export_answer(written)
 
 
@@ -322,15 +322,15 @@ def predict(
         table = table_for(codec, profiling_data, partial=True)
         predictor = NumberPredictor(codec, table, dimension, raw=raw)
         found = predictor.predict(dict.fromkeys(codec.schema.names) | given, level)
-    _say_warnings(table)
     unit = codec.schema.dimensions[codec.schema.index(found.dimension)].unit
 
     def show() -> None:
         interval = f"{found.low:.4g} to {found.high:.4g}"
         output.pairs({found.dimension: f"{found.value:.4g} {unit}".strip(), f"interval at {level:g}": interval})
         _say_outside(found.outside)
+        _say_measurements(codec, table, found.measurements)
 
-    return Answer({**found._asdict(), "level": level, "unit": unit, "measurements": len(table)}, show)
+    return Answer({**found._asdict(), "level": level, "unit": unit}, show)
 
 
 @command(
@@ -365,7 +365,6 @@ def recommend(
         table = table_for(codec, profiling_data, partial=True)
         recommender = Recommender(codec, table, dimension, raw=raw)
         found = recommender.recommend(given, bound, confidence)
-    _say_warnings(table)
     bounded = codec.schema.dimensions[recommender.dimension]
 
     def number(value: float) -> str:
@@ -382,8 +381,10 @@ def recommend(
         )
         if not found.fits:
             output.say(f"no configuration stays below {number(bound)} at {confidence:g}; this one comes closest")
+        _say_measurements(codec, table, measurements)
 
-    named = {"dimension": bounded.name, "bound": bound, "confidence": confidence, "measurements": len(table)}
+    measurements = recommender.predictor.measurements
+    named = {"dimension": bounded.name, "bound": bound, "confidence": confidence, "measurements": measurements}
     return Answer(found._asdict() | named, show, found.fits)
 
 
@@ -561,15 +562,25 @@ def _in_options() -> Iterator[None]:
         raise InvalidInput(message, found) from None
 
 
-def _say_warnings(table: Table) -> None:
-    for text in table.warnings():
-        output.say(text)
-
-
 def _say_outside(names: Sequence[str]) -> None:
     if names:
         verb = "is" if len(names) == 1 else "are"
         output.say(f"{', '.join(names)} {verb} outside the range of training, so this is less certain")
+
+
+def _say_measurements(codec: ResourceCodec, table: Table, used: int) -> None:
+    """Say which measurements are not used, and which are outside the range of training."""
+    if used < len(table):
+        output.say(f"predicted from {used:,} of the {len(table):,} measurements, drawn at random")
+    _say_outside_rows(codec, table)
+
+
+def _say_outside_rows(codec: ResourceCodec, table: Table) -> None:
+    """Say how many rows of a table are outside the range of training, which nobody declared."""
+    counts = codec.outside_mask(table.values).sum(0).tolist()
+    shown = ", ".join(f"{count:,} of {name}" for name, count in zip(codec.schema.names, counts, strict=True) if count)
+    if shown:
+        output.say(f"values in the table that are outside the range of training: {shown}")
 
 
 def _export_answer(found: Any) -> Answer:

@@ -30,37 +30,59 @@ class Augmenter:
         dimensions = schema.dimensions
         self.spec = spec
         self.numbers = torch.tensor([dimension.number for dimension in dimensions])
-        measured = torch.tensor([dimension.measured for dimension in dimensions])
+        self.measured = torch.tensor([dimension.measured for dimension in dimensions])
+        measured_numbers = self.numbers & self.measured
         # Without a measured number any number may be jittered.
-        self.jittered = self.numbers & measured if bool((self.numbers & measured).any()) else self.numbers
-        self.maskable = measured.nonzero().flatten()
+        self.jittered = measured_numbers if bool(measured_numbers.any()) else self.numbers
         self.low = torch.tensor([dimension.low or 0.0 for dimension in dimensions], dtype=torch.float64)
         self.high = torch.tensor([dimension.high or 0.0 for dimension in dimensions], dtype=torch.float64)
         self.scale = 10.0 ** torch.tensor([dimension.decimals for dimension in dimensions], dtype=torch.float64)
 
-    def draw(self, values: Tensor, rng: torch.Generator) -> Variants:
-        """A variant of each row of ``values`` ``[batch, fields]``."""
+    def draw(self, values: Tensor, generator: torch.Generator) -> Variants:
+        """A variant of each row of ``values`` ``[batch, fields]``.
+
+        A row with unknown fields is as the table has it: a number that was changed cannot be known from the others.
+        """
         batch = len(values)
+        masked = torch.rand(batch, generator=generator) < self.spec.mask
         if self.spec.jitters:
-            chosen = torch.rand(batch, generator=rng) < self.spec.share
-            values = self._jitter(values, chosen, self.spec.jitter, rng)
-        drawn = self.low + (self.high - self.low) * torch.rand(values.shape, generator=rng, dtype=torch.float64)
-        anywhere = (torch.rand(batch, 1, generator=rng) < self.spec.range) & self.numbers
-        values = self._rounded(torch.where(anywhere, drawn, values))
-        unknown = torch.zeros_like(values, dtype=torch.bool)
-        masked = torch.rand(batch, generator=rng) < self.spec.mask
-        if len(self.maskable):
-            column = self.maskable[torch.randint(len(self.maskable), (batch,), generator=rng)]
-            # A number from the whole range cannot be known from the others.
-            unknown[torch.arange(batch), column] = masked & ~anywhere.any(1)
-        return Variants(values, unknown)
+            chosen = torch.rand(batch, generator=generator) < self.spec.share
+            values = self._jitter(values, chosen & ~masked, self.spec.jitter, generator)
+        replaced = (torch.rand(batch, generator=generator) < self.spec.range) & ~masked
+        anywhere = self._anywhere(values.shape, generator)
+        values = self._rounded(torch.where(replaced.unsqueeze(1) & self.numbers, anywhere, values))
+        return Variants(values, self._unknown(batch, generator) & masked.unsqueeze(1))
 
-    def view(self, values: Tensor, rng: torch.Generator) -> Tensor:
+    def view(self, values: Tensor, generator: torch.Generator) -> Tensor:
         """Another view of rows: measured numbers differ by up to :data:`VIEW`."""
-        return self._rounded(self._jitter(values, torch.ones(len(values), dtype=torch.bool), VIEW, rng))
+        return self._rounded(self._jitter(values, torch.ones(len(values), dtype=torch.bool), VIEW, generator))
 
-    def _jitter(self, values: Tensor, rows: Tensor, most: float, rng: torch.Generator) -> Tensor:
-        exponent = 2 * torch.rand(values.shape, generator=rng, dtype=torch.float64) - 1
+    def _unknown(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Fields that are not known, ``[batch, fields]``: in half of the rows those that are measured, in the others
+        each but the tool with probability one half, and at least one."""
+        fields = len(self.measured)
+        unknown = torch.rand(batch, fields, generator=generator) < 0.5
+        unknown[:, 0] = False
+        empty = ~unknown.any(1)
+        unknown[torch.arange(batch), torch.randint(1, fields, (batch,), generator=generator)] |= empty
+        if not bool(self.measured.any()):
+            return unknown
+        half = torch.rand(batch, 1, generator=generator) < 0.5
+        return torch.where(half, self.measured, unknown)
+
+    def _anywhere(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Numbers from the declared ranges, ``shape`` ``[batch, fields]``: half uniform, half log-uniform, since of a
+        wide range hardly any uniform number is small."""
+        share = torch.rand(shape, generator=generator, dtype=torch.float64)
+        # The smallest number above 0 that descriptions have.
+        low, high = (end.maximum(1 / self.scale).log() for end in (self.low, self.high))
+        logarithmic = torch.exp(low + (high - low) * share)
+        uniform = self.low + (self.high - self.low) * share
+        drawn = torch.where(torch.rand(shape, generator=generator) < 0.5, logarithmic, uniform)
+        return torch.minimum(torch.maximum(drawn, self.low), self.high)
+
+    def _jitter(self, values: Tensor, rows: Tensor, most: float, generator: torch.Generator) -> Tensor:
+        exponent = 2 * torch.rand(values.shape, generator=generator, dtype=torch.float64) - 1
         factor = torch.exp(exponent * math.log1p(most))
         jittered = torch.minimum(torch.maximum(values * factor, self.low), self.high)
         return torch.where(rows.unsqueeze(1) & self.jittered, jittered, values)

@@ -160,7 +160,7 @@ class ResourceCodec:
 
     @cached_property
     def _range(self) -> tuple[Tensor, Tensor]:
-        """Ends of the declared range of each dimension; of a category all values are inside."""
+        """Ends of the range of each dimension; of a category all values are inside."""
         ends = [((d.low or 0.0, d.high or MOST) if d.number else (0.0, float(MOST))) for d in self.schema.dimensions]
         low, high = torch.tensor(ends, dtype=torch.float64).unbind(1)
         return low, high
@@ -173,10 +173,11 @@ class ResourceCodec:
             names[row].append(self.schema.names[index])
         return names
 
-    def outside_mask(self, values: Tensor, unknown: Tensor) -> Tensor:
-        """Which numbers are outside the range of training, ``[rows, fields]``."""
+    def outside_mask(self, values: Tensor, unknown: Tensor | None = None) -> Tensor:
+        """Which known numbers are outside the range of training, ``[rows, fields]``."""
         low, high = self._range
-        return ((values < low) | (values > high)) & ~unknown
+        outside = (values < low) | (values > high)
+        return outside if unknown is None else outside & ~unknown
 
     @torch.no_grad()
     def embed(self, values: Tensor, unknown: Tensor | None = None) -> Tensor:
@@ -207,6 +208,7 @@ class ResourceCodec:
             "spec": self.spec.model_dump(mode="json"),
             "schema": self.schema.spec.model_dump(mode="json"),
             "tools": list(self.schema.tools),
+            "inferred": sorted(self.schema.inferred),
             **self.about,
         }
 
@@ -233,14 +235,17 @@ class ResourceCodec:
         """The encoder with this :meth:`config`, these weights, and the ``values`` of its table. Raises
         :class:`InvalidInput` for a table of other fields."""
         spec = ResourceSpec.model_validate(config["spec"])
-        schema = Schema(SchemaSpec.model_validate(config["schema"]), tuple(config["tools"]))
+        schema = Schema(
+            SchemaSpec.model_validate(config["schema"]), tuple(config["tools"]), frozenset(config.get("inferred", ()))
+        )
         if values is not None and (values.ndim != 2 or values.shape[1] != len(schema.dimensions)):
             raise InvalidInput.field(TABLE, f"has not the {len(schema.dimensions)} fields of the schema")
         table = None if values is None else Table(schema, values)
         blank = torch.zeros(2, len(schema.dimensions), dtype=torch.float64)
         model = ResourceEncoder(spec.encoder, schema, blank, state["tool_vectors"], torch.Generator())
         model.load_state_dict(state)
-        about = {name: value for name, value in config.items() if name not in ("format", "spec", "schema", "tools")}
+        own = ("format", "spec", "schema", "tools", "inferred")
+        about = {name: value for name, value in config.items() if name not in own}
         return ResourceCodec(spec, schema, model.to(device), about, table)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,6 +53,17 @@ class Table:
         """The table of some rows."""
         return replace(self, values=self.values[rows])
 
+    def within(self, rows: Tensor) -> Table:
+        """This table with the ranges that were not declared taken from some ``rows`` alone."""
+        dimensions = list(self.schema.spec.dimensions)
+        for index, dimension in enumerate(dimensions):
+            column = self.values[rows, index + 1]
+            ends = {"low": float(column.min()), "high": float(column.max())}
+            update = {end: value for end, value in ends.items() if f"{dimension.name}.{end}" in self.schema.inferred}
+            dimensions[index] = dimension.model_copy(update=update)
+        spec = self.schema.spec.model_copy(update={"dimensions": dimensions})
+        return replace(self, schema=replace(self.schema, spec=spec))
+
     @cached_property
     def configurations(self) -> Tensor:
         """For each row the number of its configuration, ``[rows]``: rows that differ in measured dimensions alone have
@@ -61,20 +73,14 @@ class Table:
         return numbers
 
     def warnings(self) -> list[str]:
-        """What happens to numbers that descriptions, or the encoder, do not have as they are: a sentence for each
-        dimension."""
+        """For each measured number of which some values have more decimals than descriptions: a sentence that says
+        how many."""
         texts = []
         for index, dimension in enumerate(self.schema.dimensions):
-            column = self.values[:, index]
-            low, high = dimension.low or 0.0, dimension.high or 0.0
-            rounded = sum(_finer(value, dimension.decimals) for value in column.tolist()) if dimension.number else 0
-            outside = int(((column < low) | (column > high)).sum()) if dimension.number else 0
-            if rounded:
-                text = f"descriptions round {rounded} of {len(self)} numbers to {dimension.decimals} decimals"
+            finer = [value for value in self.values[:, index].tolist() if _finer(value, dimension.decimals)]
+            if dimension.number and finer:
+                text = f"descriptions round {len(finer)} of {len(self)} numbers to {dimension.decimals} decimals"
                 texts.append(f"{dimension.name}: {text}; set its decimals for more")
-            if outside:
-                text = f"{outside} of {len(self)} numbers are outside the range of training"
-                texts.append(f"{dimension.name}: {text}, from {low:g} to {high:g}, and are embedded less exactly")
         return texts
 
     def hold_out(self, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -129,15 +135,18 @@ def read_measurements(
     field: str = "profiling",
     *,
     every_tool: bool = True,
+    inferred: frozenset[str] | None = None,
 ) -> Table:
     """Read a table of measurements: a column of the tool and one of each dimension.
 
     ``tools``: the registry; None: the tools of the table, in the order of their first rows. ``every_tool``: whether
-    there must be a row of each. Raises
-    :class:`InvalidInput` that names the file, the row and the column: a missing or unknown column, a value that is not
-    a finite number from 0 on or not one of the labels, more decimals of a number that is not measured than
-    descriptions have, a tool that is not in the registry or has no row, and a configuration that is there twice, unless
-    the schema has repeated measurements.
+    there must be a row of each. ``inferred``: ends of the ranges in ``spec`` that nobody declared, as
+    :attr:`Schema.inferred` has them, which numbers may be beyond; None: those that ``spec`` does not have.
+
+    Raises :class:`InvalidInput` that names the file, the row and the column: a missing or unknown column, a value that
+    is not a finite number from 0 on or not one of the labels, a number outside its declared range, more decimals of
+    a number that is not measured than descriptions have, a tool that is not in the registry or has no row, and a
+    configuration that is there twice, unless the schema has repeated measurements.
     """
     columns = [dimension.column or dimension.name for dimension in spec.dimensions]
     model = _row_model(spec, columns, tools)
@@ -155,7 +164,8 @@ def read_measurements(
         )
     if len(present) > MAX_LABELS:
         raise InvalidInput.field(field, f"{file} has {len(present)} tools; at most {MAX_LABELS} are possible")
-    schema = Schema(_resolved(spec, rows), tuple(tools or present))
+    inferred = _undeclared(spec) if inferred is None else inferred
+    schema = Schema(_resolved(spec, rows), tuple(tools or present), inferred)
     labels = [dimension.labels for dimension in schema.dimensions]
     values = [
         [options.index(cell) if options else cell for cell, options in zip(row, labels, strict=True)] for row in rows
@@ -202,6 +212,16 @@ def _resolved(spec: SchemaSpec, rows: Sequence[Sequence[Any]]) -> SchemaSpec:
     return spec.model_copy(update={"dimensions": dimensions})
 
 
+def _undeclared(spec: SchemaSpec) -> frozenset[str]:
+    """Ends of ranges that are not declared, neither themselves nor by levels."""
+    ends = []
+    for dimension in spec.dimensions:
+        if dimension.number and not dimension.levels:
+            pairs = ("low", dimension.low), ("high", dimension.high)
+            ends += [f"{dimension.name}.{end}" for end, value in pairs if value is None]
+    return frozenset(ends)
+
+
 def _finer(value: float, decimals: int) -> bool:
     """Whether a number has more decimals."""
     return round(value, decimals) != value
@@ -221,11 +241,15 @@ def _check_decimals(table: Table, file: Path, numbers: Sequence[int], columns: S
 
 def _check_ranges(table: Table, file: Path, numbers: Sequence[int], columns: Sequence[str]) -> None:
     """Raise :class:`InvalidInput` for a number outside the declared range."""
+    inferred = table.schema.inferred
     for index, dimension in enumerate(table.schema.dimensions):
         if not dimension.number:
             continue
         column, low, high = table.values[:, index], dimension.low or 0.0, dimension.high or 0.0
+        low = 0.0 if f"{dimension.name}.low" in inferred else low
+        high = math.inf if f"{dimension.name}.high" in inferred else high
         outside = ((column < low) | (column > high)).nonzero().flatten().tolist()
         if outside:
-            text = f"{column[outside[0]]:.10g} is outside the declared range, from {low:.10g} to {high:.10g}"
+            ends = f"from {low:.10g} to {high:.10g}" if high < math.inf else f"from {low:.10g} on"
+            text = f"{column[outside[0]]:.10g} is outside the declared range, {ends}"
             raise InvalidInput.field(f"{file.name}:{numbers[outside[0]]}.{columns[index - 1]}", text)

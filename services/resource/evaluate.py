@@ -88,7 +88,7 @@ def field_figures(readings: Sequence[Reading], values: Tensor, templates: Sequen
     The error is the mean relative error of a number, at most 1, which it is where the text cannot be read."""
     fields, labels = templates[0].fields, templates[0].labels
     accuracy = torch.cat([reading.right for reading in readings]).float().mean(0).tolist()
-    error = torch.cat([_read_error(reading, values) for reading in readings]).mean(0).tolist()
+    error = torch.cat([read_error(reading, values) for reading in readings]).mean(0).tolist()
     digits = defaultdict[int, list[bool]](list)
     for reading, template in zip(readings, templates, strict=True):
         for wanted, found in zip(values.tolist(), reading.values.tolist(), strict=True):
@@ -117,7 +117,8 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).abs() / wanted.masked_fill(wanted == 0, 1.0)
 
 
-def _read_error(reading: Reading, values: Tensor) -> Tensor:
+def read_error(reading: Reading, values: Tensor) -> Tensor:
+    """Relative error of each field, at most 1, which it is where the text cannot be read, ``[rows, fields]``."""
     error = relative_error(reading.values, values).nan_to_num(1.0).clamp_max(1.0)
     return error.masked_fill(reading.right, 0.0)
 

@@ -1,5 +1,5 @@
 """Evaluation of predictions and recommendations on configurations that neither the encoder nor the prediction has seen,
-beside simpler ways to the same."""
+beside simpler methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.evaluate import read_back, relative_error
-from services.resource.predict import features, fit, measured_fields, measured_number, quantile
+from services.resource.predict import features, fit, interval, measured_fields, measured_number, upper_bound
 from services.resource.recommend import cheapest, prices
 from services.resource.schema import Schema
 from services.runtime.seeds import generator
@@ -31,8 +31,8 @@ FEWEST = 4
 """Fewest configurations of a group."""
 
 
-class Way(NamedTuple):
-    """One way to predict the logarithm of 1 + the number."""
+class Method(NamedTuple):
+    """Predictions of the logarithm of 1 + the number by one method."""
 
     log_value: Tensor
     """Of each row of the table, ``[rows]``."""
@@ -41,7 +41,7 @@ class Way(NamedTuple):
 
     def upper(self, rows: Tensor) -> Tensor:
         """What the numbers of ``rows`` stay below with :data:`CONFIDENCE`."""
-        return (self.log_value[rows] + quantile(self.residuals, CONFIDENCE)).expm1()
+        return upper_bound(self.log_value[rows], self.residuals, CONFIDENCE)
 
 
 class Predictions(NamedTuple):
@@ -49,9 +49,9 @@ class Predictions(NamedTuple):
 
     number: str
     figures: dict[str, Any]
-    """``rows``: how many were predicted; ``errors`` by way, ``coverage`` by level, and ``recommendations`` by way,
-    empty for a schema without prices."""
-    ways: dict[str, Way]
+    """``rows``: how many were predicted; ``errors`` by method, ``coverage`` by level, and ``recommendations`` by
+    method, empty for a schema without prices."""
+    methods: dict[str, Method]
 
 
 def prediction_figures(
@@ -65,18 +65,18 @@ def prediction_figures(
     schema, values = table.schema, table.values
     number, unknown = measured_number(schema), measured_fields(schema).expand(len(table), -1)
     target = values[:, number]
-    ways: dict[str, Way] = {}
+    methods: dict[str, Method] = {}
     for name, raw in ((VECTOR, False), (WITH_RAW, True)):
         inputs = features(codec, values, unknown, raw=raw)
         predictor = fit(inputs[train], target[train], seed, table.configurations[train])
-        ways[name] = Way(predictor.log_value(inputs), predictor.residuals)
-    ways[LOG_LINEAR] = _least_squares(_raw_inputs(schema, values, train), target, train)
-    ways[TOOL] = _least_squares(_one_hot(table.tools, len(schema.tools)), target, train)
+        methods[name] = Method(predictor.log_value(inputs), predictor.residuals)
+    methods[LOG_LINEAR] = _least_squares(_raw_inputs(schema, values, train), target, train)
+    methods[TOOL] = _least_squares(_one_hot(table.tools, len(schema.tools)), target, train)
     order = torch.randperm(len(held_out), generator=generator(seed, "shuffled vectors"))
-    shuffled = ways[VECTOR].log_value.index_copy(0, held_out, ways[VECTOR].log_value[held_out[order]])
-    ways[SHUFFLED] = Way(shuffled, ways[VECTOR].residuals)
+    shuffled = methods[VECTOR].log_value.index_copy(0, held_out, methods[VECTOR].log_value[held_out[order]])
+    methods[SHUFFLED] = Method(shuffled, methods[VECTOR].residuals)
     truth = target[held_out]
-    errors = {name: relative_error(way.log_value[held_out].expm1(), truth) for name, way in ways.items()}
+    errors = {name: relative_error(method.log_value[held_out].expm1(), truth) for name, method in methods.items()}
     soft = codec.soft(codec.embed(values[held_out], unknown[held_out]))
     said = read_back(describer, soft, values[held_out], schema.templates[0]).values[:, number]
     # A text that cannot be read is as wrong as nothing.
@@ -85,27 +85,26 @@ def prediction_figures(
     found = {
         "rows": len(held_out),
         "errors": {name: {"mean": float(each.mean()), "median": float(each.median())} for name, each in shown.items()},
-        "coverage": [_coverage(level, ways, truth, held_out) for level in LEVELS if _possible(level, ways)],
-        "recommendations": _recommendations(table, held_out, number, ways, seed),
+        "coverage": [_coverage(level, methods, truth, held_out) for level in LEVELS if _possible(level, methods)],
+        "recommendations": _recommendations(table, held_out, number, methods, seed),
     }
-    return Predictions(schema.names[number], found, ways)
+    return Predictions(schema.names[number], found, methods)
 
 
-def _possible(level: float, ways: dict[str, Way]) -> bool:
+def _possible(level: float, methods: dict[str, Method]) -> bool:
     """Whether there are residuals enough for intervals at ``level``."""
-    count = len(ways[VECTOR].residuals)
+    count = len(methods[VECTOR].residuals)
     return math.ceil((count + 1) * level) <= count
 
 
-def _coverage(level: float, ways: dict[str, Way], truth: Tensor, rows: Tensor) -> dict[str, float]:
+def _coverage(level: float, methods: dict[str, Method], truth: Tensor, rows: Tensor) -> dict[str, float]:
     """Share of the ``rows`` that intervals at ``level`` cover, and their median width relative to the number."""
-    found = {"level": level}
+    figures = {"level": level}
     for name, prefix in ((VECTOR, ""), (TOOL, "control_")):
-        margin = quantile(ways[name].residuals.abs(), level)
-        low, high = ((ways[name].log_value[rows] + sign * margin).expm1().clamp_min(0) for sign in (-1, 1))
-        found[f"{prefix}covered"] = float(((low <= truth) & (truth <= high)).double().mean())
-        found[f"{prefix}width"] = float(((high - low) / truth.clamp_min(1e-9)).median())
-    return found
+        _, low, high = interval(methods[name].log_value[rows], methods[name].residuals, level)
+        figures[f"{prefix}covered"] = float(((low <= truth) & (truth <= high)).double().mean())
+        figures[f"{prefix}width"] = float(((high - low) / truth.clamp_min(1e-9)).median())
+    return figures
 
 
 def conditions(schema: Schema) -> list[int]:
@@ -120,44 +119,65 @@ def groups(table: Table, rows: Tensor) -> list[Tensor]:
     return [group for group in found if len(group) >= FEWEST]
 
 
+class Request(NamedTuple):
+    """A question for a configuration below a bound."""
+
+    rows: Tensor
+    """Rows of the configurations to choose from."""
+    bound: float
+    optimum: float
+    """Lowest price of those that stay below the bound."""
+
+
+def requests(table: Table, rows: Tensor, number: int) -> list[Request]:
+    """Of each group of ``rows``, bounds at :data:`BOUNDS` quantiles of the ``number``, of which some row stays below
+    each."""
+    cost, target = prices(table.schema, table.values), table.values[:, number]
+    shares = torch.linspace(0.1, 0.9, BOUNDS, dtype=torch.float64)
+    return [
+        Request(group, bound, float(cost[group[target[group] <= bound]].min()))
+        for group in groups(table, rows)
+        for bound in target[group].quantile(shares).tolist()
+    ]
+
+
 def _recommendations(
-    table: Table, rows: Tensor, number: int, ways: dict[str, Way], seed: int
+    table: Table, rows: Tensor, number: int, methods: dict[str, Method], seed: int
 ) -> dict[str, dict[str, float]]:
-    """For each way: ``answered``, the share of the bounds below which it says some configuration stays; of these
+    """For each method: ``answered``, the share of the bounds below which it says some configuration stays; of these
     ``kept``, the share for which it does, and ``price``, how many times the lowest possible price it then costs."""
     cost, target = prices(table.schema, table.values), table.values[:, number]
-    requests = [
-        (group, float(bound))
-        for group in groups(table, rows)
-        for bound in target[group].quantile(torch.linspace(0.1, 0.9, BOUNDS, dtype=torch.float64))
-    ]
-    if not requests or not bool((cost > 0).all()):
+    asked = requests(table, rows, number)
+    if not asked or not bool((cost > 0).all()):
         return {}
     rng = generator(seed, "random configurations")
 
-    def score(choose: Callable[[Tensor, float], tuple[int, bool]]) -> dict[str, float]:
+    def score(choose: Callable[[Request], tuple[int, bool]]) -> dict[str, float]:
         kept, ratios = [], []
-        for group, bound in requests:
-            index, fits = choose(group, bound)
+        for request in asked:
+            index, fits = choose(request)
             if fits:
-                below = target[group] <= bound
-                kept.append(bool(below[index]))
+                row = request.rows[index]
+                kept.append(bool(target[row] <= request.bound))
                 if kept[-1]:
-                    ratios.append(float(cost[group[index]] / cost[group[below]].min()))
-        return {"answered": len(kept) / len(requests), "kept": _mean(kept), "price": _mean(ratios)}
+                    ratios.append(float(cost[row]) / request.optimum)
+        return {"answered": len(kept) / len(asked), "kept": _mean(kept), "price": _mean(ratios)}
 
-    def by(way: Way) -> dict[str, float]:
-        return score(lambda group, bound: cheapest(cost[group], way.upper(group), bound))
+    def by(method: Method) -> dict[str, float]:
+        return score(lambda request: cheapest(cost[request.rows], method.upper(request.rows), request.bound))
 
-    found = {name: by(ways[name]) for name in (VECTOR, WITH_RAW, LOG_LINEAR, TOOL)}
-    return found | {RANDOM: score(lambda group, _: (int(torch.randint(len(group), (), generator=rng)), True))}
+    def at_random(request: Request) -> tuple[int, bool]:
+        return int(torch.randint(len(request.rows), (), generator=rng)), True
+
+    figures = {name: by(methods[name]) for name in (VECTOR, WITH_RAW, LOG_LINEAR, TOOL)}
+    return figures | {RANDOM: score(at_random)}
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _least_squares(inputs: Tensor, target: Tensor, train: Tensor) -> Way:
+def _least_squares(inputs: Tensor, target: Tensor, train: Tensor) -> Method:
     """The logarithm by least squares of ``inputs`` ``[rows, columns]``; residuals are of rows that are left out."""
     log, x = target.log1p(), inputs[train]
     inverse = torch.linalg.pinv(x)
@@ -165,7 +185,7 @@ def _least_squares(inputs: Tensor, target: Tensor, train: Tensor) -> Way:
     leverage = (x * inverse.T).sum(1)
     # Of a row that alone has a label nothing is known without it.
     residuals = (log[train] - prediction[train]) / (1 - leverage).clamp_min(1e-3)
-    return Way(prediction, residuals.sort().values)
+    return Method(prediction, residuals.sort().values)
 
 
 def _raw_inputs(schema: Schema, values: Tensor, train: Tensor) -> Tensor:
@@ -198,6 +218,6 @@ def front(cost: Tensor, numbers: Tensor) -> Tensor:
     return torch.tensor(kept, dtype=torch.long)
 
 
-def recommended(way: Way, cost: Tensor, rows: Tensor) -> Tensor:
+def recommended(method: Method, cost: Tensor, rows: Tensor) -> Tensor:
     """Those of ``rows`` that are recommended for some bound, by cost."""
-    return rows[front(cost[rows], way.upper(rows))]
+    return rows[front(cost[rows], method.upper(rows))]

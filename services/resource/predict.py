@@ -30,6 +30,8 @@ SHARES = (0.0, 0.1, 0.5)
 """Weights of the Gaussian kernel beside the linear one."""
 MOST_ROWS = 4000
 """Rows that a predictor is fitted on; of more, a random part."""
+FOLDS = 10
+"""Parts of the rows, each of which is predicted from the others for the intervals."""
 CHOICE_ROWS = 600
 """Rows on which the kernel is chosen; of more, a random part. The ridge is chosen on all."""
 
@@ -57,8 +59,8 @@ class Kernel(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Predictor:
-    """Predicts one number from features ``[rows, features]``; see :func:`fit`."""
+class Regression:
+    """Kernel ridge regression of the logarithm of 1 + a number on features ``[rows, features]``."""
 
     mean: Tensor
     deviation: Tensor
@@ -67,29 +69,44 @@ class Predictor:
     """Standardised features of the rows it was fitted on."""
     weights: Tensor
     kernel: Kernel
-    residuals: Tensor
-    """Sorted residuals, in the logarithm, of rows that were predicted without them, ``[rows]``."""
 
-    def log_value(self, features: Tensor) -> Tensor:
-        """The predicted logarithm of 1 + the number."""
+    def __call__(self, features: Tensor) -> Tensor:
+        """The predicted logarithms, ``[rows]``."""
         scaled = (features.double() - self.mean) / self.deviation
         return self.center + self.kernel(scaled, self.rows) @ self.weights
 
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts one number from features; see :func:`fit`."""
+
+    regression: Regression
+    residuals: Tensor
+    """Of the logarithm, of rows that were predicted without them, ``[measurements]``."""
+    measurements: int
+    """Rows that it was fitted on."""
+
+    def log_value(self, features: Tensor) -> Tensor:
+        """The predicted logarithm of 1 + the number, ``[rows]``, from features ``[rows, features]``."""
+        return self.regression(features)
+
     def interval(self, features: Tensor, level: float) -> Interval:
-        """Predictions, and intervals that cover the measured number with probability ``level``. Raises
-        :class:`InvalidInput` for a level outside (0, 1), and for one that takes more measurements than there were."""
-        value = self.log_value(features)
-        margin = quantile(self.residuals.abs(), level)
-        low, high = ((value + sign * margin).expm1().clamp_min(0) for sign in (-1, 1))
-        return Interval(value.expm1().clamp_min(0), low, high)
+        """Predictions with intervals at ``level``; raises as :func:`interval` does."""
+        return interval(self.log_value(features), self.residuals, level)
 
-    def upper(self, features: Tensor, level: float) -> Tensor:
-        """Bounds that the measured number stays below with probability ``level``."""
-        return self.upper_of(self.log_value(features), level)
 
-    def upper_of(self, log_value: Tensor, level: float, field: str = "level") -> Tensor:
-        """:meth:`upper` of what :meth:`log_value` predicted; ``field``: where the level was named, for errors."""
-        return (log_value + quantile(self.residuals, level, field)).expm1().clamp_min(0)
+def interval(log_value: Tensor, residuals: Tensor, level: float) -> Interval:
+    """Predictions ``[rows]`` of the logarithm of 1 + a number, as intervals at ``level``; ``residuals`` are of the
+    logarithm. Raises :class:`InvalidInput` for a level outside (0, 1), and for one that takes more residuals."""
+    margin = quantile(residuals.abs(), level)
+    low, high = ((log_value + sign * margin).expm1().clamp_min(0) for sign in (-1, 1))
+    return Interval(log_value.expm1().clamp_min(0), low, high)
+
+
+def upper_bound(log_value: Tensor, residuals: Tensor, level: float, field: str = "level") -> Tensor:
+    """What the numbers stay below at ``level``, as :func:`interval`; ``field``: where the level was named, for
+    errors."""
+    return (log_value + quantile(residuals, level, field)).expm1().clamp_min(0)
 
 
 def quantile(residuals: Tensor, level: float, field: str = "level") -> float:
@@ -106,7 +123,8 @@ def quantile(residuals: Tensor, level: float, field: str = "level") -> float:
 
 
 def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None = None) -> Predictor:
-    """Fit a predictor of ``numbers`` ``[rows]`` from ``features`` ``[rows, features]``.
+    """Fit a predictor of ``numbers`` ``[rows]`` from ``features`` ``[rows, features]``; of more than :data:`MOST_ROWS`
+    rows on a random part.
 
     ``groups``: rows that are left out together, e.g. repeated measurements. Raises
     :class:`InvalidInput` for fewer than :data:`FEWEST` groups.
@@ -118,23 +136,31 @@ def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None 
     if len(numbers) > MOST_ROWS:
         kept = torch.randperm(len(numbers), generator=generator(seed, "rows"))[:MOST_ROWS]
         features, numbers, groups = features[kept], numbers[kept], groups[kept]
-    target = numbers.double().log1p()
-    x = features.double()
+    target, x = numbers.double().log1p(), features.double()
+    residuals = torch.empty_like(target)
+    fold = (torch.randperm(count, generator=generator(seed, "folds")) % FOLDS)[groups]
+    for number in range(FOLDS):
+        rows, others = fold == number, fold != number
+        residuals[rows] = target[rows] - _regression(x[others], target[others], groups[others], seed)(x[rows])
+    return Predictor(_regression(x, target, groups, seed), residuals, len(target))
+
+
+def _regression(x: Tensor, target: Tensor, groups: Tensor, seed: int) -> Regression:
+    """The regression of ``target`` ``[rows]`` on ``x`` ``[rows, features]`` with the least error of groups that are
+    left out."""
     mean, deviation = x.mean(0), x.std(0)
     # What never varies says nothing.
     deviation = torch.where(deviation > 1e-9, deviation, torch.inf)
-    x = (x - mean) / deviation
-    center = float(target.mean())
+    x, center = (x - mean) / deviation, float(target.mean())
     order = torch.randperm(len(x), generator=generator(seed, "distances"))
     median = float(torch.pdist(x[order[:500]]).median()) / x.shape[1] ** 0.5
     kernels = [Kernel(share, width * median) for share in SHARES for width in (WIDTHS if share else WIDTHS[:1])]
     if len(x) > CHOICE_ROWS:
         part = order[:CHOICE_ROWS]
         kernels = [_choose(kernels, x[part], target[part] - center, groups[part])[0]]
-    kernel, ridge, residuals = _choose(kernels, x, target - center, groups)
+    kernel, ridge, _ = _choose(kernels, x, target - center, groups)
     gram = kernel(x, x) + ridge * torch.eye(len(x), dtype=x.dtype)
-    weights = torch.linalg.solve(gram, target - center)
-    return Predictor(mean, deviation, center, x, weights, kernel, residuals.sort().values)
+    return Regression(mean, deviation, center, x, torch.linalg.solve(gram, target - center), kernel)
 
 
 def _choose(kernels: Sequence[Kernel], x: Tensor, target: Tensor, groups: Tensor) -> tuple[Kernel, float, Tensor]:
@@ -180,7 +206,9 @@ class Prediction(NamedTuple):
     high: float
     """Ends of the interval."""
     outside: list[str]
-    """Numbers outside the declared range, for which intervals need not hold."""
+    """Numbers outside the range of training, for which intervals need not hold."""
+    measurements: int
+    """Rows of the table that it was predicted from."""
 
 
 class NumberPredictor:
@@ -210,8 +238,9 @@ class NumberPredictor:
             raise InvalidInput.field(f"{field}.{name}", "is what is predicted; leave it out, or give unknown")
         values, unknown = self.codec.vectors([{**given, name: UNKNOWN}], field)
         interval = self.intervals(values, unknown, level, field)
-        value, low, high = (float(each) for each in interval)
-        return Prediction(name, value, low, high, self.codec.outside(values, unknown)[0])
+        value, low, high = (float(end) for end in interval)
+        measurements = self._predictor(unknown[0]).measurements
+        return Prediction(name, value, low, high, self.codec.outside(values, unknown)[0], measurements)
 
     def intervals(self, values: Tensor, unknown: Tensor, level: float = 0.9, field: str = "rows") -> Interval:
         """Predictions for vectors ``[rows, fields]``, with intervals at ``level``. Raises :class:`InvalidInput`."""

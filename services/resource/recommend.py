@@ -14,7 +14,15 @@ from ethogram.errors import InvalidInput
 from services.resource.codec import CHUNK, UNKNOWN, ResourceCodec
 from services.resource.data import Table
 from services.resource.export import fields
-from services.resource.predict import Predictor, check_measured, features, fit, measured_fields, measured_number
+from services.resource.predict import (
+    Predictor,
+    check_measured,
+    features,
+    fit,
+    measured_fields,
+    measured_number,
+    upper_bound,
+)
 from services.resource.schema import TOOL, Schema
 
 
@@ -110,7 +118,7 @@ class Recommender:
         rows = (options.values[:, wanted] == values[wanted]).all(1).nonzero().flatten()
         if not len(rows):
             raise self._absent(values, wanted, options.values, field)
-        upper = self.predictor.upper_of(options.predicted[rows], confidence, "confidence")
+        upper = upper_bound(options.predicted[rows], self.predictor.residuals, confidence, "confidence")
         best, fits = cheapest(options.prices[rows], upper, bound)
         row = rows[best]
         predicted = float(options.predicted[row].expm1())

@@ -144,7 +144,9 @@ def _add_predictions(report: Report, table: Table, predictions: Predictions) -> 
         labels, levels and logarithms of what can be chosen.""",
     )
     errors = found["errors"].items()
-    report.table(["way", "mean error", "median error"], [[name, each["mean"], each["median"]] for name, each in errors])
+    report.table(
+        ["method", "mean error", "median error"], [[name, each["mean"], each["median"]] for name, each in errors]
+    )
     report.section(
         "Intervals",
         """Share of the unseen configurations whose number an interval covers, and its width relative to the number, in
@@ -165,8 +167,8 @@ def _add_predictions(report: Report, table: Table, predictions: Predictions) -> 
         of the bounds below which it finds a configuration; **kept**: share of these in which what was measured is below
         the bound; **price**: of those, relative to the cheapest configuration that is."""
     )
-    ways = found["recommendations"].items()
-    report.table(["way", "answered", "kept", "price"], [[name, *each.values()] for name, each in ways])
+    rows = found["recommendations"].items()
+    report.table(["method", "answered", "kept", "price"], [[name, *each.values()] for name, each in rows])
     report.text(
         """All measured configurations of a tool with the labels in the title, most of which the prediction was fitted
         on. **recommended**: for some bound, from the vectors; the point is what was measured, and the dashed line the
@@ -216,7 +218,7 @@ def calibration_plot(found: Mapping[str, Any]) -> Figure:
 @plot
 def cost_plot(table: Table, predictions: Predictions) -> Figure:
     """Cost and number of the configurations of each tool, and those that are recommended."""
-    cost, way = prices(table.schema, table.values), predictions.ways[VECTOR]
+    cost, method = prices(table.schema, table.values), predictions.methods[VECTOR]
     number = table.schema.index(predictions.number)
     target, shown = table.values[:, number], _typical(table, number)[:_PANELS]
     columns = min(3, len(shown))
@@ -226,13 +228,13 @@ def cost_plot(table: Table, predictions: Predictions) -> Figure:
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     for place, (axis, rows) in enumerate(zip(axes, shown, strict=False)):
-        chosen = recommended(way, cost, rows)
+        chosen = recommended(method, cost, rows)
         best = rows[front(cost[rows], target[rows])]
         axis.scatter(cost[rows], target[rows], s=7, color=BEFORE, label="measured")
         axis.step(cost[best], target[best], where="post", color=SOFT, lw=1, label="front")
-        axis.step(cost[chosen], way.upper(chosen), where="post", color=AFTER, lw=1, ls="--", label="bound")
+        axis.step(cost[chosen], method.upper(chosen), where="post", color=AFTER, lw=1, ls="--", label="bound")
         axis.scatter(cost[chosen], target[chosen], s=18, color=AFTER, zorder=3, label="recommended")
-        broken = chosen[target[chosen] > way.upper(chosen)]
+        broken = chosen[target[chosen] > method.upper(chosen)]
         axis.scatter(
             cost[broken], target[broken], s=60, facecolors="none", edgecolors=CONTROL, zorder=4, label="bound missed"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +28,8 @@ class Schema:
 
     spec: SchemaSpec
     tools: tuple[str, ...]
+    inferred: frozenset[str] = frozenset()
+    """Ends of ranges that were not declared but are of the rows, e.g. ``latency_ms.high``."""
 
     def __post_init__(self) -> None:
         assert len(self.templates) == len(self.spec.templates)
@@ -74,10 +75,6 @@ class Schema:
         if name not in self.names:
             raise InvalidInput.field(field, f"there is no {name!r}; there are {', '.join(self.names)}")
         return self.names.index(name)
-
-    def price(self, values: Mapping[str, float]) -> float:
-        """Cost of a configuration: the sum of its numbers times their prices."""
-        return sum(dimension.price * values[dimension.name] for dimension in self.dimensions if dimension.price)
 
 
 def default_schema() -> SchemaSpec:

@@ -91,8 +91,14 @@ def table_for(
     if tools is not None:
         check_tools(codec, read_tools(tools, "tool_registry"))
     if profiling is not None:
+        schema = codec.schema
         return read_measurements(
-            profiling, codec.schema.spec, codec.schema.tools, "profiling_data", every_tool=not partial
+            profiling,
+            schema.spec,
+            schema.tools,
+            "profiling_data",
+            every_tool=not partial,
+            inferred=schema.inferred,
         )
     if codec.table is None:
         text = "is missing: the encoder was saved without its measurements"

@@ -17,16 +17,19 @@ from benchmarks.resource import (
     Pick,
     Request,
     TextReader,
-    cheapest,
+    by_digits,
     coverage_error,
+    digit_figures,
     drawn,
     held_out_rows,
     mape,
     mask_leak,
+    of_known_tools,
+    one_thread,
+    rate,
     recommended,
     regression_file,
     relative_error,
-    requests,
     steps_to,
 )
 from services.language.models import load_language_model
@@ -68,15 +71,21 @@ def test_the_worst_seed_is_the_one_farthest_from_what_must_be() -> None:
         "b": ("wrong", "==", 0),
         "c": ("error", "<=", 1),
         "d": ("share", ">=", 0),
+        # Without a bar there is a direction all the same, or no worst.
+        "e": ("share", ">=", None),
+        "f": ("error", "<=", None),
+        "g": ("error", None, None),
     }
     figures = over_seeds(rows, bars)
+    assert (figures["e.worst"].value, figures["f.worst"].value) == (0.5, 0.2) and "g.worst" not in figures
+    assert figures["e"].dump()["ok"] and figures["e"].op == ">=" and figures["g"].value == pytest.approx(0.15)
     assert [figures[f"{name}.worst"].value for name in "abcd"] == [0.5, 3.0, 0.2, 0.5]
     assert figures["a"].value == 0.75 and figures["a"].kept
     assert over_seeds(rows, {"m": ("minutes", "<=", 1), "x": ("missing", "<=", 1)})["x"].op == "<="
 
 
 def test_drawn_numbers_are_in_no_row_and_beyond_ones_above_the_range(table: Table) -> None:
-    inside, beyond = drawn(table, 60, 0), drawn(table, 60, 0, beyond=True)
+    inside, beyond = drawn(table, 60, 0), drawn(table, 60, 0, "beyond")
     for index, dimension in enumerate(table.schema.dimensions):
         if not dimension.number:
             assert set(inside[:, index].tolist()) <= set(range(len(dimension.labels)))
@@ -86,6 +95,29 @@ def test_drawn_numbers_are_in_no_row_and_beyond_ones_above_the_range(table: Tabl
         assert bool(((low <= inside[:, index]) & (inside[:, index] <= high)).all())
         assert bool(((high < beyond[:, index]) & (beyond[:, index] <= 2 * high)).all())
     assert torch.equal(inside, drawn(table, 60, 0))
+
+
+def test_short_numbers_are_drawn_as_often_as_long_ones(table: Table) -> None:
+    assert by_digits(0, 12) == [(0, 9), (10, 12)] and by_digits(20, 2000) == [(20, 99), (100, 999), (1000, 2000)]
+    assert by_digits(7, 7) == [(7, 7)]
+    latency = drawn(table, 900, 0, "digits")[:, 3]
+    counts = [int(((low <= latency) & (latency < 10 * low)).sum()) for low in (1, 10, 100)]
+    assert sum(counts) == 900 and min(counts) > 250
+    assert not set(latency.tolist()) & set(table.values[:, 3].tolist())
+
+
+def test_errors_stand_by_the_digits_of_the_number(table: Table) -> None:
+    values = torch.tensor([[0, 0, 5, 40], [0, 0, 8, 100], [1, 1, 2, 200]], dtype=torch.float64)
+    read = values.clone()
+    read[0, 3], read[2, 2], read[2, 3] = 50, 3, math.nan
+    assert digit_figures(Reading([], read, read == values), values, table.schema) == {
+        "error.1": pytest.approx(0.5 / 3),
+        "right.1": pytest.approx(2 / 3),
+        "error.2": 0.25,
+        "right.2": 0.0,
+        "error.3": 0.5,
+        "right.3": 0.5,
+    }
 
 
 def test_a_text_that_cannot_be_read_is_an_infinite_error() -> None:
@@ -118,9 +150,6 @@ def test_numbers_as_text_are_read_without_a_vector(describer: Describer, table: 
 
 
 def test_recommendations_are_judged_by_what_was_measured(table: Table) -> None:
-    prices = torch.tensor([3.0, 1.0, 2.0])
-    assert cheapest(prices, torch.tensor([5.0, 9.0, 6.0]), 7.0) == (2, True)
-    assert cheapest(prices, torch.tensor([5.0, 9.0, 6.0]), 4.0) == (0, False)
     asked = [Request(torch.arange(1), bound, optimum) for bound, optimum in ((10, 1), (10, 2), (10, 1), (10, 1))]
     ours = [Pick(2, 9, True), Pick(2, 9, True), Pick(1, 11, True), Pick(9, 9, False)]
     theirs = [Pick(3, 9, True), Pick(4, 9, True), Pick(1, 9, True), Pick(1, 9, True)]
@@ -128,15 +157,33 @@ def test_recommendations_are_judged_by_what_was_measured(table: Table) -> None:
     assert found["violations"] == pytest.approx(1 / 3) and found["refused"] == 0.25
     assert found["regret"] == pytest.approx(0.5) and found["peer.regret"] == pytest.approx(1.5)
     assert found["regret_ratio"] == pytest.approx(1 / 3)
-    bounds = requests(table, 3, table.values[:, 2])
-    assert len(bounds) == 4 * 9 and all(request.optimum == 1 for request in bounds)
 
 
-def test_coverage_is_judged_by_its_mean() -> None:
-    rows = [Measured({"coverage": share, "peer.coverage": 0.9}, kept=False) for share in (0.87, 0.93)]
+def test_coverage_is_judged_by_the_mean_error_of_the_seeds() -> None:
+    """Seeds that are wrong in both directions do not make up for each other."""
+    rows = [Measured({"coverage": share, "peer.coverage": 0.91}, kept=False) for share in (0.87, 0.93)]
     figures = coverage_error("latency_coverage", rows, 0.02)
-    assert figures["latency_coverage_error"].dump()["ok"]
+    assert figures["latency_coverage_error"].value == pytest.approx(0.03)
+    assert not figures["latency_coverage_error"].dump()["ok"]
     assert figures["latency_coverage_error.worst"].value == pytest.approx(0.03)
+    assert figures["latency_coverage_error_boosting"].value == pytest.approx(0.01)
+    assert figures["latency_coverage"].value == pytest.approx(0.9)
+
+
+def test_rows_of_tools_without_training_rows_are_left_out(table: Table) -> None:
+    assert of_known_tools(table, torch.arange(4), torch.tensor([5, 9, 15])).tolist() == [5]
+    assert of_known_tools(table, torch.tensor([0, 8]), torch.tensor([5, 9, 15])).tolist() == [5, 9, 15]
+
+
+def test_torch_has_one_thread_within_alone() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1 and rate(lambda: None, 0.001) > 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_steps_to_an_accuracy() -> None:
@@ -176,6 +223,10 @@ def test_the_real_table_and_what_is_held_out_of_it(tmp_path: Path) -> None:
     train, test = held_out_rows(table, "gpus", 0)
     assert test.tolist() == [0, 4, 8] and len(train) == 9
     assert held_out_rows(table, "batch", 0)[1].tolist() == [7, 11]
+    # What was not declared is of the training rows alone.
+    within = table.within(held_out_rows(table, "batch", 0)[0])
+    highs = [each.schema.dimensions[each.schema.index("batch")].high for each in (table, within)]
+    assert highs == [2**11, 2**10] and within.schema.dimensions[within.schema.index("num_gpus")].high == 8
     assert len(held_out_rows(table, "random", 0)[1]) == 2
 
 

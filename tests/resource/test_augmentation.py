@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ethogram.specs.resource import AugmentationSpec
+from ethogram.specs.resource import AugmentationSpec, SchemaSpec
 from services.resource.augmentation import VIEW, Augmenter, Variants
 from services.resource.data import Table
+from services.resource.schema import Schema
+from tests.resource.conftest import SCHEMA, TOOLS, small_table
 
 MEASURED = 3
 """Column of the latency."""
@@ -52,15 +55,51 @@ def test_range_draws_every_number_from_its_whole_range(table: Table) -> None:
     assert torch.equal(variants.values[:, :2], values[:, :2])
     cores, latency = variants.values[moved, 2], variants.values[moved, 3]
     assert set(cores.tolist()) == set(range(1, 9))
-    assert float(latency.min()) < 50 and float(latency.max()) > 950
+    assert float(latency.min()) < 10 and float(latency.max()) > 950
 
 
-def test_mask_hides_measured_dimensions_alone_and_none_that_was_drawn_anywhere(table: Table) -> None:
-    values, variants = drawn(table, mask=0.4, range=0.5)
-    assert not variants.unknown[:, :MEASURED].any()
-    moved = (variants.values != values)[:, 2:].any(1)
-    assert not variants.unknown[moved].any()
-    assert float(variants.unknown[:, MEASURED].float().mean()) == pytest.approx(0.2, abs=0.04)
+def test_small_numbers_of_a_wide_range_are_drawn_too(tables: Path) -> None:
+    dimensions = [*SCHEMA["dimensions"][:2], {"name": "latency_ms", "low": 0, "high": 1e6, "measured": True}]
+    table = small_table(tables, dimensions=dimensions)
+    latency = drawn(table, range=1.0)[1].values[:, MEASURED]
+    shares = [float((latency < limit).double().mean()) for limit in (1e2, 1e4, 5e5)]
+    # Half of them are log-uniform from 1 to a million, half uniform from 0.
+    assert shares == pytest.approx([1 / 6, 1 / 3 + 0.005, 0.475 + 0.25], abs=0.03)
+    assert float(latency.min()) >= 0 and float(latency.max()) <= 1e6
+
+
+def test_half_of_the_masked_rows_hide_what_is_measured_and_half_anything_but_the_tool() -> None:
+    dimensions = [*SCHEMA["dimensions"], {"name": "power", "low": 1, "high": 9, "measured": True}]
+    template = {"name": "a", "text": "{tool} {size} {cores} {latency_ms} {power}"}
+    spec = SCHEMA | {"dimensions": dimensions, "templates": [template]}
+    schema = Schema(SchemaSpec.model_validate(spec), TOOLS)
+    augmenter = Augmenter(AugmentationSpec(mode="none", range=0, mask=0.5), schema)
+    values = torch.zeros(8000, 5, dtype=torch.float64)
+    unknown = augmenter.draw(values, torch.Generator().manual_seed(0)).unknown
+    assert not unknown[:, 0].any()
+    patterns, counts = torch.unique(unknown[:, 1:], dim=0, return_counts=True)
+    shares = {tuple(map(int, row)): count / 8000 for row, count in zip(patterns, counts.tolist(), strict=True)}
+    # Half of the rows know all; a quarter do not know what is measured; the rest is one of 15 subsets, of which those
+    # of one field have a quarter of the empty one's share more.
+    assert len(shares) == 16 and shares[0, 0, 0, 0] == pytest.approx(0.5, abs=0.02)
+    assert shares[0, 0, 1, 1] == pytest.approx(0.25 + 0.25 / 16, abs=0.02)
+    assert shares[1, 1, 1, 1] == pytest.approx(0.25 / 16, abs=0.006)
+    assert shares[1, 0, 0, 0] == pytest.approx(0.25 * (1 / 16 + 1 / 64), abs=0.006)
+
+
+def test_without_measured_dimensions_any_are_hidden(tables: Path) -> None:
+    dimensions = [dimension | {"measured": False} for dimension in SCHEMA["dimensions"]]
+    unknown = drawn(small_table(tables, dimensions=dimensions), mask=1.0)[1].unknown
+    assert bool(unknown.any(1).all()) and not unknown[:, 0].any() and 0.4 < float(unknown[:, 1:].float().mean()) < 0.7
+
+
+def test_a_row_with_unknown_fields_is_as_the_table_has_it(table: Table) -> None:
+    values, variants = drawn(table, mode="both", share=1.0, range=0.5, mask=0.4)
+    masked = variants.unknown.any(1)
+    assert float(masked.float().mean()) == pytest.approx(0.4, abs=0.04)
+    assert torch.equal(variants.values[masked], values[masked])
+    changed = (variants.values != values)[~masked]
+    assert float(changed.any(1).float().mean()) > 0.9 and float(changed[:, 2].float().mean()) > 0.3
 
 
 def test_a_variant_follows_from_the_generator(table: Table) -> None:

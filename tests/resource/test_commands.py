@@ -12,14 +12,18 @@ import pytest
 import torch
 
 from ethogram.specs.resource import ResourceSpec
-from services.resource import job, language_model
+from services.language.models import load_language_model
+from services.resource import job, language_model, predict
 from services.resource.codec import ResourceCodec
 from services.resource.language_model import default_folder
 from services.runtime import local
 from services.runtime.console import ConsoleRun
 from tests.conftest import Once
 from tests.resource.conftest import (
+    SCHEMA,
     rows,
+    small_table,
+    small_trainer,
     tiny_reader_spec,
     tiny_spec,
     write_language_model,
@@ -255,6 +259,31 @@ def test_recommend(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     part = write_rows(tmp_path / "part.csv", [row for row in rows() if row["cpu"] != 1])
     partly = answer(capsys, *options, "--latency", "900", "--profiling_data", part)
     assert partly["configuration"]["cores"] == 1 and partly["measurements"] == 12
+
+
+def test_what_is_not_used_and_what_training_did_not_have_is_said(
+    tables: Path,
+    language_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a latency whose range nobody declared, measurements may be beyond those of training."""
+    dimensions = [*SCHEMA["dimensions"][:2], {"name": "latency_ms", "unit": "ms", "measured": True}]
+    table = small_table(tables, dimensions=dimensions)
+    small_trainer(table, load_language_model(str(language_folder))).codec().save(tmp_path / "encoder")
+    more = write_rows(tmp_path / "more.csv", [row | {"latency_ms": row["latency_ms"] * 2} for row in rows()])
+    # Twice 100 to 205; training had no more than 205.
+    options = (tmp_path / "encoder", "--tool", "detect", "--profiling_data", more)
+    assert call("recommend", *options, "--latency", "900") == 0
+    assert "values in the table that are outside the range of training: 15 of latency_ms" in capsys.readouterr().err
+    monkeypatch.setattr(predict, "MOST_ROWS", 12)
+    for command in (("predict", *options), ("recommend", *options, "--latency", "900")):
+        assert answer(capsys, *command)["measurements"] == 12
+        assert call(*command) == 0
+        assert "predicted from 12 of the 16 measurements, drawn at random" in capsys.readouterr().err
+    assert call("export", options[0], "--profiling_data", more, "-o", tmp_path / "export") == 0
+    assert "15 of latency_ms" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,31 @@ def test_a_range_is_as_declared_else_of_the_levels_else_of_the_rows(tables: Path
     assert [(d.low, d.high) for d in small_table(tables).schema.dimensions[2:]] == [(1, 8), (1, 999)]
 
 
+def test_ends_of_ranges_that_nobody_declared_are_known_and_may_be_of_some_rows(tables: Path) -> None:
+    dimensions = [SCHEMA["dimensions"][0], {"name": "cores", "column": "cpu"}, {"name": "latency_ms", "high": 500}]
+    table = small_table(tables, dimensions=dimensions)
+    assert table.schema.inferred == {"cores.low", "cores.high", "latency_ms.low"}
+    assert small_table(tables).schema.inferred == frozenset()
+    within = table.within(torch.tensor([5, 6]))
+    assert [(each.low, each.high) for each in within.schema.dimensions[2:]] == [(2, 4), (135, 500)]
+    assert torch.equal(within.values, table.values) and within.schema.inferred == table.schema.inferred
+    assert within.digest != table.digest and table.within(torch.arange(16)).digest == table.digest
+
+
+def test_a_range_that_nobody_declared_refuses_nothing(tables: Path, tmp_path: Path) -> None:
+    dimensions = [SCHEMA["dimensions"][0], {"name": "cores", "column": "cpu"}, {"name": "latency_ms", "high": 500}]
+    schema = small_table(tables, dimensions=dimensions).schema
+    given = rows()
+    given[3] |= {"cpu": 64, "latency_ms": 7}
+    file = write_rows(tmp_path / "more.csv", given)
+    read = read_measurements(file, schema.spec, TOOLS, inferred=schema.inferred)
+    # The ranges stay those of training.
+    assert read.schema.digest == schema.digest and read.values[3].tolist() == [0, 0, 64, 7]
+    given[4]["latency_ms"] = 501
+    with pytest.raises(InvalidInput, match="501 is outside the declared range, from 0 to 500"):
+        read_measurements(write_rows(file, given), schema.spec, TOOLS, inferred=schema.inferred)
+
+
 def test_a_number_that_never_varies_has_a_range_that_can_be_read_again(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "profiling.csv", [{**row, "cpu": 4, "latency_ms": i} for i, row in enumerate(rows())])
     dimensions = [SCHEMA["dimensions"][0], {"name": "cores", "column": "cpu"}, {"name": "latency_ms"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from services.language.models import LanguageModel
 from services.resource import predict
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table
-from services.resource.predict import FEWEST, NumberPredictor, fit, quantile
+from services.resource.predict import FEWEST, Kernel, NumberPredictor, fit, interval, quantile, upper_bound
 from tests.resource.made import formula_table, untrained
 
 GIVEN = {"tool": "detect", "size": "medium", "cores": 4.0, "memory_gb": 8.0}
@@ -128,11 +129,65 @@ def test_a_tool_without_measurements_and_too_few_of_them(table: Table, codec: Re
         NumberPredictor(codec, table.at(torch.arange(FEWEST - 1))).predict(GIVEN)
 
 
-def test_residuals_are_those_of_rows_that_are_left_out() -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_choice_is_by_residuals_of_rows_or_groups_that_are_left_out(times: int) -> None:
     rng = torch.Generator().manual_seed(0)
-    features, target = torch.randn(30, 3, generator=rng), torch.rand(30, generator=rng) * 100
-    # Each row on its own, as groups of one row that stand in pairs with itself.
-    alone = fit(features, target)
-    grouped = fit(features.repeat(2, 1)[:31], torch.cat([target, target[:1]]), groups=torch.tensor([*range(30), 0]))
-    assert len(alone.residuals) == 30 and len(grouped.residuals) == 31
-    assert quantile(alone.residuals.abs(), 0.9) > 0
+    groups = torch.arange(12).repeat(times)
+    x = torch.randn(12, 3, generator=rng, dtype=torch.float64).repeat(times, 1)
+    target = torch.rand(len(x), generator=rng, dtype=torch.float64)
+    kernels = [Kernel(0.5, 1.0), Kernel(0.0, 1.0)]
+    kernel, ridge, residuals = predict._choose(kernels, x, target, groups)
+
+    def refitted(kernel: Kernel, ridge: float) -> torch.Tensor:
+        found = torch.empty_like(target)
+        for group in range(12):
+            out, rest = groups == group, groups != group
+            gram = kernel(x[rest], x[rest]) + ridge * torch.eye(int(rest.sum()), dtype=torch.float64)
+            found[out] = target[out] - kernel(x[out], x[rest]) @ torch.linalg.solve(gram, target[rest])
+        return found
+
+    torch.testing.assert_close(residuals, refitted(kernel, ridge))
+    errors = [float(refitted(each, other).abs().mean()) for each in kernels for other in predict.RIDGES]
+    assert float(residuals.abs().mean()) == pytest.approx(min(errors))
+
+
+def test_a_residual_is_of_a_predictor_that_saw_neither_the_row_nor_its_group() -> None:
+    """Also the choice of its kernel and ridge: another number moves its own residuals by as much, and no others of its
+    fold."""
+    rng = torch.Generator().manual_seed(0)
+    groups = torch.arange(40).repeat(2)
+    features = torch.randn(40, 3, generator=rng, dtype=torch.float64).repeat(2, 1)
+    numbers = (features.sum(1) + torch.rand(80, generator=rng)).exp()
+    before = fit(features, numbers, groups=groups)
+    assert before.measurements == 80 and len(before.residuals) == 80
+    moved = numbers.clone()
+    moved[[7, 47]] = (numbers[[7, 47]].log1p() + 3.0).expm1()
+    after = fit(features, moved, groups=groups)
+    change = after.residuals - before.residuals
+    assert change[[7, 47]].tolist() == pytest.approx([3.0, 3.0])
+    # The others of the fold: three groups of two rows.
+    assert int((change.abs() < 1e-9).sum()) == 6
+    # What is refitted without a fold gives its residuals.
+    rows = (change.abs() < 1e-9) | (groups == 7)
+    without = predict._regression(features[~rows], numbers[~rows].log1p(), groups[~rows], 0)
+    torch.testing.assert_close(before.residuals[rows], numbers[rows].log1p() - without(features[rows]))
+
+
+def test_of_many_measurements_a_part_is_used_and_counted(
+    table: Table, codec: ResourceCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert NumberPredictor(codec, table).predict(GIVEN).measurements == len(table) == 96
+    monkeypatch.setattr(predict, "MOST_ROWS", 50)
+    assert NumberPredictor(codec, table).predict(GIVEN).measurements == 50
+
+
+def test_intervals_are_quantiles_of_residuals_in_the_logarithm() -> None:
+    residuals = torch.tensor([-0.4, 0.1, -0.2, 0.3], dtype=torch.float64)
+    value = torch.tensor([99.0], dtype=torch.float64).log1p()
+    # Of four residuals the third in size, as ceil(5 x .6) = 3.
+    assert quantile(residuals.abs(), 0.6) == 0.3
+    found = interval(value, residuals, 0.6)
+    assert [float(end) for end in found] == pytest.approx([99, 100 * math.exp(-0.3) - 1, 100 * math.exp(0.3) - 1])
+    assert float(upper_bound(value, residuals, 0.6)) == pytest.approx(100 * math.exp(0.1) - 1)
+    # A number is never below 0.
+    assert float(interval(value - 4.6, residuals, 0.6).low) == 0

@@ -104,23 +104,23 @@ def test_residuals_of_least_squares_are_those_of_rows_left_out() -> None:
     rng = torch.Generator().manual_seed(0)
     x, target = torch.randn(9, 3, generator=rng).double(), torch.rand(9, generator=rng).double() * 50
     rows = torch.arange(8)
-    way = _least_squares(x, target, rows)
+    method = _least_squares(x, target, rows)
     residuals = []
     for row in range(8):
         others = rows[rows != row]
         weights = torch.linalg.lstsq(x[others], target[others].log1p()).solution
         residuals.append(float(target[row].log1p() - x[row] @ weights))
-    torch.testing.assert_close(way.residuals, torch.tensor(sorted(residuals), dtype=torch.float64))
+    torch.testing.assert_close(method.residuals, torch.tensor(sorted(residuals), dtype=torch.float64))
     weights = torch.linalg.lstsq(x[:8], target[:8].log1p()).solution
-    torch.testing.assert_close(way.log_value, x @ weights)
+    torch.testing.assert_close(method.log_value, x @ weights)
 
 
 def test_the_front_is_what_is_recommended_for_some_bound(table: Table, predictions: Predictions) -> None:
-    cost, way = prices(table.schema, table.values), predictions.ways[VECTOR]
+    cost, method = prices(table.schema, table.values), predictions.methods[VECTOR]
     rows = (table.values[:, :2] == 0).all(1).nonzero().flatten()
-    upper = way.upper(rows)
+    upper = method.upper(rows)
     chosen = {int(rows[cheapest(cost[rows], upper, float(bound))[0]]) for bound in upper}
-    assert chosen == set(recommended(way, cost, rows).tolist())
+    assert chosen == set(recommended(method, cost, rows).tolist())
     assert front(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([5.0, 5.0, 4.0, 1.0])).tolist() == [0, 2, 3]
 
 

@@ -6,11 +6,13 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import MAX_LABELS, DimensionSpec, SchemaSpec
+from services.resource.recommend import prices
 from services.resource.schema import Schema, default_schema
 from tests.resource.conftest import SCHEMA, TOOLS
 
@@ -52,7 +54,7 @@ def test_a_schema_of_ones_own_is_yaml_alone() -> None:
     text = template.write([1, 4, 7.5, 1, 300])
     assert text == "grep on 4 x c4.xlarge with 7.5 GB: 300 s"
     assert template.read(text) == [1, 4, 7.5, 1, 300]
-    assert schema.price({"tool": 1, "nodes": 8, "memory": 64, "machine": 0, "runtime": 9}) == 2.0
+    assert prices(schema, torch.tensor([[1, 8, 64, 0, 9.0]], dtype=torch.float64)).tolist() == [2.0]
 
 
 def test_a_digest_depends_on_all_of_a_schema() -> None:
