@@ -268,7 +268,7 @@ def describe(
     if form is None:
         raise InvalidInput.field("--template", f"there is no {template!r}; there are {', '.join(known)}")
     with _in_options():
-        vectors, unknown = codec.vectors([dict.fromkeys(schema.names) | _given(tool, values, schema)], "given")
+        vectors, unknown = codec.vectors([_given(tool, values, schema)], "given")
         describer = Describer(language_model_for(codec, llm_model, device, run=_run_of(encoder)), schema)
     (text,) = describer.write(codec.soft(codec.embed(vectors, unknown)).to(describer.device), form)
     read = form.read(text)
@@ -321,7 +321,7 @@ def predict(
     with _in_options():
         table = table_for(codec, profiling_data, partial=True)
         predictor = NumberPredictor(codec, table, dimension, raw=raw)
-        found = predictor.predict(dict.fromkeys(codec.schema.names) | given, level)
+        found = predictor.predict(given, level)
     unit = codec.schema.dimensions[codec.schema.index(found.dimension)].unit
 
     def show() -> None:

@@ -246,7 +246,7 @@ def test_predict(run: Path, tables: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_recommend(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("recommend", run, "--tool", "detect", "--set", "size=small")
     found = answer(capsys, *options, "--latency", "900", "--confidence", ".9")
-    assert found["fits"] and found["configuration"] == {"tool_name": "detect", "size": "small", "cores": 1}
+    assert found["fits"] and found["configuration"] == {"tool": "detect", "size": "small", "cores": 1}
     assert found["price"] == 1 and found["predicted"] < found["upper"] < 900 and found["dimension"] == "latency_ms"
     assert not answer(capsys, *options, "--bound", "2", code=1)["fits"]
     assert call(*options, "--latency", "2") == 1

@@ -90,7 +90,7 @@ class ServedResource:
         """Check requirements, with a bound for each. Raises :class:`InvalidInput`."""
         if not bounds:
             raise InvalidInput.field("bounds", "an empty batch; give a bound for each row")
-        values, unknown = self.codec.column_vectors(columns, len(bounds), CONFIGURATIONS, free=True)
+        values, unknown = self.codec.column_vectors(columns, len(bounds), CONFIGURATIONS, requirements=True)
         for row, bound in enumerate(bounds):
             if not 0 < bound < np.inf:
                 raise InvalidInput.field(f"bounds.{row}", f"must be a number above 0, not {bound:g}")
@@ -176,7 +176,7 @@ class ServedResource:
         values, unknown = _tensors(arrays, VALUES, UNKNOWN)
         recommender = self._recommenders[dimension]
         choices = [
-            recommender.choose(value, free, float(bound), confidence, f"{CONFIGURATIONS}.{row}")
+            recommender.choose(value, free, float(bound), confidence, CONFIGURATIONS, row=int(row))
             for value, free, bound, row in zip(values, unknown, arrays["bounds"], arrays["rows"], strict=True)
         ]
         found: Arrays = {name: np.array([getattr(choice, name) for choice in choices]) for name in CHOICE}
