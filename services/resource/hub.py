@@ -1,5 +1,5 @@
-"""Upload encoders and their exports to the Hugging Face Hub and download them: a model repository with a folder of
-each."""
+"""Upload encoders, their exports and the default language model to the Hugging Face Hub and download them: a model
+repository with a folder of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ethogram.specs.base import HubSpec
 from services.artifacts.hub import Repository, fetch
 from services.resource.codec import ResourceCodec
 from services.resource.export import validate
-from services.resource.sources import check_schema
+from services.resource.sources import OUTPUT, check_schema
 
 ENCODER, EXPORT = "encoder", "export"
 CARD = """---
@@ -37,9 +37,16 @@ embeddings = codec.embed(*codec.vectors([{example}]))
 _EXPORT = "\n`export/` holds the vectors of {configurations} configurations as the rows of a classifier head."
 
 
-def push(encoder: Path, export: Path | None, spec: HubSpec, field: str = "spec.hub.repo") -> None:
-    """Upload an encoder and its export with a model card, in one commit. ``field``: where the repository was named, for
-    error messages.
+def push(
+    encoder: Path,
+    export: Path | None,
+    spec: HubSpec,
+    field: str = "spec.hub.repo",
+    *,
+    language_model: Path | None = None,
+) -> None:
+    """Upload an encoder, its export and its ``language_model`` with a model card, in one commit. ``field``: where the
+    repository was named, for error messages.
 
     Raises :class:`InvalidInput` for a folder that is no encoder or no export, for an export of another schema or
     registry, and without permission; and :class:`Unavailable` if the Hub cannot be reached.
@@ -51,14 +58,15 @@ def push(encoder: Path, export: Path | None, spec: HubSpec, field: str = "spec.h
     repository = Repository(spec, "model", field)
     repository.open()
     files: dict[str, Path | bytes] = {"README.md": _card(codec, spec, found and len(found.weights)).encode()}
-    for name, folder in ((ENCODER, encoder), (EXPORT, export)):
+    for name, folder in ((ENCODER, encoder), (EXPORT, export), (OUTPUT, language_model)):
         if folder is not None:
             files |= {f"{name}/{file.name}": file for file in sorted(folder.iterdir()) if file.is_file()}
     repository.upload(files, "An encoder of configurations")
 
 
-def pull(repo: str, parts: Sequence[str] = (ENCODER, EXPORT), field: str = "REPO") -> Path:
-    """Download an encoder and its export, or only ``parts``. Returns their folder in the Hub's cache."""
+def pull(repo: str, parts: Sequence[str] = (ENCODER, EXPORT, OUTPUT), field: str = "REPO") -> Path:
+    """Download an encoder, its export and its language model, or only ``parts``. Returns their folder in the Hub's
+    cache."""
     return fetch(repo, "model", [f"{part}/*" for part in parts], field=field)
 
 

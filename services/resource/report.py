@@ -66,6 +66,8 @@ def write_report(
         f"{len(table):,} configurations of {len(table.schema.tools)} tools, each as {tokens} soft "
         f"{'token' if tokens == 1 else 'tokens'} of {codec.about.get('language_model', 'a language model')}."
     )
+    for text in table.warnings():
+        report.text(f"{text}.")
     report.section(
         "What the model reads",
         """Each vector is described by greedy decoding, and the text is read back into numbers. **exact match**: share
@@ -89,9 +91,10 @@ def write_report(
     report.section("Map", "The vectors in the plane of their first two principal components.").figure(
         "map", map_plot(codec, table), "Vectors by tool and by latency"
     )
+    plain = "the same rows as they are in the table"
     panels = [
-        Panel("cross-entropy per token", {"description": "training", "validation_loss": "validation"}, log=True),
-        Panel("exact match", {"exact_match": "training", "validation_exact_match": "validation"}),
+        Panel("cross-entropy per token", {"description": "training", "validation_loss": plain}, log=True),
+        Panel("exact match", {"exact_match": "training", "validation_exact_match": plain}),
     ]
     for name, history in histories.items():
         report.section(f"Training: {name}").figure(f"history-{name}", history_plot(history, panels), "Loss over steps")

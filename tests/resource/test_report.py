@@ -87,7 +87,7 @@ def test_intervals_cover_as_asked_and_are_narrower_than_the_controls(predictions
     # 58 rows are too few for 0.99.
     assert [row["level"] for row in rows] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
     for row in rows:
-        assert abs(row["covered"] - row["level"]) < 0.3 and abs(row["control_covered"] - row["level"]) < 0.3
+        assert abs(row["covered"] - row["level"]) < 0.35 and abs(row["control_covered"] - row["level"]) < 0.35
         assert row["width"] < row["control_width"]
     assert [row["width"] for row in rows] == sorted(row["width"] for row in rows)
 
