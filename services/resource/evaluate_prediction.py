@@ -78,17 +78,19 @@ def prediction_figures(
     truth = target[held_out]
     errors = {name: relative_error(method.log_value[held_out].expm1(), truth) for name, method in methods.items()}
     soft = codec.soft(codec.embed(values[held_out], unknown[held_out]))
-    said = read_back(describer, soft, values[held_out], schema.templates[0]).values[:, number]
+    written = read_back(describer, soft, values[held_out], schema.templates[0]).values[:, number]
     # A text that cannot be read is as wrong as nothing.
-    errors[SAID] = relative_error(said.nan_to_num(0.0), truth)
+    errors[SAID] = relative_error(written.nan_to_num(0.0), truth)
     shown = {name: errors[name] for name in (VECTOR, WITH_RAW, SAID, LOG_LINEAR, TOOL, SHUFFLED)}
-    found = {
+    figures = {
         "rows": len(held_out),
-        "errors": {name: {"mean": float(each.mean()), "median": float(each.median())} for name, each in shown.items()},
+        "errors": {
+            name: {"mean": float(error.mean()), "median": float(error.median())} for name, error in shown.items()
+        },
         "coverage": [_coverage(level, methods, truth, held_out) for level in LEVELS if _possible(level, methods)],
         "recommendations": _recommendations(table, held_out, number, methods, seed),
     }
-    return Predictions(schema.names[number], found, methods)
+    return Predictions(schema.names[number], figures, methods)
 
 
 def _possible(level: float, methods: dict[str, Method]) -> bool:
@@ -109,14 +111,16 @@ def _coverage(level: float, methods: dict[str, Method], truth: Tensor, rows: Ten
 
 def conditions(schema: Schema) -> list[int]:
     """Indices of the tool and the labels, which are not a matter of choice."""
-    return [index for index, each in enumerate(schema.dimensions) if not each.number and not each.measured]
+    return [
+        index for index, dimension in enumerate(schema.dimensions) if not dimension.number and not dimension.measured
+    ]
 
 
 def groups(table: Table, rows: Tensor) -> list[Tensor]:
     """``rows`` by tool and labels, where there are at least :data:`FEWEST`."""
     number = torch.unique(table.values[rows][:, conditions(table.schema)], dim=0, return_inverse=True)[1]
-    found = [rows[number == group] for group in range(int(number.max()) + 1)]
-    return [group for group in found if len(group) >= FEWEST]
+    by_group = [rows[number == group] for group in range(int(number.max()) + 1)]
+    return [group for group in by_group if len(group) >= FEWEST]
 
 
 class Request(NamedTuple):

@@ -1,14 +1,20 @@
 """Prediction of a dimension from embeddings in which it is unknown, with intervals, and recommendations on top.
 
 The predictor is kernel ridge regression of the logarithm: a linear kernel, which extrapolates, plus a Gaussian one;
-cross-validation chooses their weights. Intervals are conformal: quantiles of the absolute residuals of rows that the
-prediction did not use, each left out in turn, so that they cover at the level asked for whatever the model is.
+cross-validation chooses their weights. Intervals are conformal by cross-validation (the jackknife of arXiv 1905.02928):
+quantiles of the residuals of measurements, each by a regression that used neither the measurement nor others of its
+configuration, with a kernel and a ridge that were chosen without it.
+
+They cover about as asked if new configurations are exchangeable with measured ones. No finite number of measurements
+guarantees it: a split into rows to learn from and rows to calibrate on would, at the cost of accuracy. Nor are rows
+that the encoder was trained on exchangeable with new ones: it has learned from their numbers. The report of a run shows
+what intervals cover of configurations that its encoder has not seen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,10 +36,12 @@ SHARES = (0.0, 0.1, 0.5)
 """Weights of the Gaussian kernel beside the linear one."""
 MOST_ROWS = 4000
 """Rows that a predictor is fitted on; of more, a random part."""
-FOLDS = 10
-"""Parts of the rows, each of which is predicted from the others for the intervals."""
-CHOICE_ROWS = 600
-"""Rows on which the kernel is chosen; of more, a random part. The ridge is chosen on all."""
+FOLDS = 5
+"""Parts of the rows; kernel and ridge are chosen without each of them for the residuals in it."""
+CHOICE_ROWS = 400
+"""Rows on which kernel and ridge are chosen; of more, a random part."""
+CONSTANT = 100.0
+"""Constant in the kernel, which makes for an intercept that the ridge hardly shrinks."""
 
 
 class Interval(NamedTuple):
@@ -45,13 +53,13 @@ class Interval(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A linear kernel and ``share`` of a Gaussian one of ``width``."""
+    """A constant, a linear kernel and ``share`` of a Gaussian one of ``width``."""
 
     share: float
     width: float
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        linear = first @ second.T / first.shape[1]
+        linear = CONSTANT + first @ second.T / first.shape[1]
         if not self.share:
             return linear
         distance = torch.cdist(first, second).square() / first.shape[1]
@@ -64,7 +72,6 @@ class Regression:
 
     mean: Tensor
     deviation: Tensor
-    center: float
     rows: Tensor
     """Standardised features of the rows it was fitted on."""
     weights: Tensor
@@ -73,7 +80,7 @@ class Regression:
     def __call__(self, features: Tensor) -> Tensor:
         """The predicted logarithms, ``[rows]``."""
         scaled = (features.double() - self.mean) / self.deviation
-        return self.center + self.kernel(scaled, self.rows) @ self.weights
+        return self.kernel(scaled, self.rows) @ self.weights
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def quantile(residuals: Tensor, level: float, field: str = "level") -> float:
 
 def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None = None) -> Predictor:
     """Fit a predictor of ``numbers`` ``[rows]`` from ``features`` ``[rows, features]``; of more than :data:`MOST_ROWS`
-    rows on a random part.
+    rows a random part is used.
 
     ``groups``: rows that are left out together, e.g. repeated measurements. Raises
     :class:`InvalidInput` for fewer than :data:`FEWEST` groups.
@@ -137,49 +144,79 @@ def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None 
         kept = torch.randperm(len(numbers), generator=generator(seed, "rows"))[:MOST_ROWS]
         features, numbers, groups = features[kept], numbers[kept], groups[kept]
     target, x = numbers.double().log1p(), features.double()
-    residuals = torch.empty_like(target)
-    fold = (torch.randperm(count, generator=generator(seed, "folds")) % FOLDS)[groups]
-    for number in range(FOLDS):
-        rows, others = fold == number, fold != number
-        residuals[rows] = target[rows] - _regression(x[others], target[others], groups[others], seed)(x[rows])
-    return Predictor(_regression(x, target, groups, seed), residuals, len(target))
-
-
-def _regression(x: Tensor, target: Tensor, groups: Tensor, seed: int) -> Regression:
-    """The regression of ``target`` ``[rows]`` on ``x`` ``[rows, features]`` with the least error of groups that are
-    left out."""
     mean, deviation = x.mean(0), x.std(0)
     # What never varies says nothing.
     deviation = torch.where(deviation > 1e-9, deviation, torch.inf)
-    x, center = (x - mean) / deviation, float(target.mean())
-    order = torch.randperm(len(x), generator=generator(seed, "distances"))
-    median = float(torch.pdist(x[order[:500]]).median()) / x.shape[1] ** 0.5
-    kernels = [Kernel(share, width * median) for share in SHARES for width in (WIDTHS if share else WIDTHS[:1])]
-    if len(x) > CHOICE_ROWS:
-        part = order[:CHOICE_ROWS]
-        kernels = [_choose(kernels, x[part], target[part] - center, groups[part])[0]]
-    kernel, ridge, _ = _choose(kernels, x, target - center, groups)
-    gram = kernel(x, x) + ridge * torch.eye(len(x), dtype=x.dtype)
-    return Regression(mean, deviation, center, x, torch.linalg.solve(gram, target - center), kernel)
+    x = (x - mean) / deviation
+    order = torch.randperm(len(x), generator=generator(seed, "rows to choose on"))
+    choice = _choose(x, target, groups, order)
+    fold = (torch.randperm(count, generator=generator(seed, "folds")) % FOLDS)[groups]
+    residuals = torch.empty_like(target)
+    known: dict[Choice, Tensor] = {}
+    for number in range(FOLDS):
+        without = _choose(x, target, groups, order[fold[order] != number])
+        if without not in known:
+            known[without] = _Spectrum.of(without.kernel, x, groups).residuals(target, without.ridge)
+        residuals[fold == number] = known[without][fold == number]
+    gram = choice.kernel(x, x) + choice.ridge * torch.eye(len(x), dtype=x.dtype)
+    regression = Regression(mean, deviation, x, torch.linalg.solve(gram, target), choice.kernel)
+    return Predictor(regression, residuals, len(target))
 
 
-def _choose(kernels: Sequence[Kernel], x: Tensor, target: Tensor, groups: Tensor) -> tuple[Kernel, float, Tensor]:
-    """Kernel and ridge with the least error on groups of rows that are left out, and the residuals of these."""
-    numbers, sizes = torch.unique(groups, return_counts=True)
-    # Where each row is a group of its own there is nothing to solve.
-    members = [(groups == number).nonzero().flatten() for number in numbers] if int(sizes.max()) > 1 else []
-    best: tuple[float, Kernel, float, Tensor] | None = None
-    for kernel in kernels:
-        values, vectors = torch.linalg.eigh(kernel(x, x))
-        turned = vectors.T @ target
-        for ridge in RIDGES:
-            inverse = 1 / (values.clamp_min(0) + ridge)
-            residuals = _left_out(vectors, inverse, vectors @ (inverse * turned), members)
-            error = float(residuals.abs().mean())
-            if best is None or error < best[0]:
-                best = error, kernel, ridge, residuals
+class Choice(NamedTuple):
+    """A kernel, and what is added to the diagonal of its matrix."""
+
+    kernel: Kernel
+    ridge: float
+
+
+def _choose(x: Tensor, target: Tensor, groups: Tensor, order: Tensor) -> Choice:
+    """Kernel and ridge with the least error of groups that are left out, on the first rows of ``order``. ``x``:
+    standardised features ``[rows, features]``."""
+    rows = order[:CHOICE_ROWS]
+    x, target, groups = x[rows], target[rows], groups[rows]
+    median = float(torch.pdist(x[:500]).median()) / x.shape[1] ** 0.5
+    best: tuple[float, Choice] | None = None
+    for share in SHARES:
+        for width in WIDTHS if share else WIDTHS[:1]:
+            kernel = Kernel(share, width * median)
+            spectrum = _Spectrum.of(kernel, x, groups)
+            for ridge in RIDGES:
+                error = float(spectrum.residuals(target, ridge).abs().mean())
+                if best is None or error < best[0]:
+                    best = error, Choice(kernel, ridge)
     assert best is not None
-    return best[1:]
+    return best[1]
+
+
+class _Spectrum(NamedTuple):
+    """The matrix of a kernel on some rows."""
+
+    values: Tensor
+    vectors: Tensor
+    groups: Tensor
+
+    @staticmethod
+    def of(kernel: Kernel, x: Tensor, groups: Tensor) -> _Spectrum:
+        values, vectors = torch.linalg.eigh(kernel(x, x))
+        return _Spectrum(values.clamp_min(0), vectors, groups)
+
+    def residuals(self, target: Tensor, ridge: float) -> Tensor:
+        """Residuals of each group of rows when it is left out of kernel ridge regression: ``A_gg^-1 w_g``, with the
+        inverse ``A`` of the kernel matrix plus the ridge and the weights ``w`` (Rasmussen & Williams 2006, equation
+        5.12)."""
+        inverse = 1 / (self.values + ridge)
+        weights = self.vectors @ (inverse * (self.vectors.T @ target))
+        numbers, sizes = torch.unique(self.groups, return_counts=True)
+        if int(sizes.max()) == 1:
+            # Where each row is a group of its own there is nothing to solve.
+            return weights / (self.vectors.square() @ inverse)
+        residuals = torch.empty_like(weights)
+        for number in numbers:
+            rows = self.groups == number
+            block = (self.vectors[rows] * inverse) @ self.vectors[rows].T
+            residuals[rows] = torch.linalg.solve(block, weights[rows])
+        return residuals
 
 
 def features(codec: ResourceCodec, values: Tensor, unknown: Tensor, *, raw: bool = False) -> Tensor:
@@ -247,10 +284,10 @@ class NumberPredictor:
         check_measured(self.table, values, field)
         unknown = unknown.clone()
         unknown[:, self.dimension] = True
-        patterns, place = torch.unique(unknown, dim=0, return_inverse=True)
+        patterns, pattern_of = torch.unique(unknown, dim=0, return_inverse=True)
         ends = torch.empty(3, len(values), dtype=torch.float64)
         for index, pattern in enumerate(patterns):
-            rows = place == index
+            rows = pattern_of == index
             inputs = features(self.codec, values[rows], unknown[rows], raw=self.raw)
             ends[:, rows] = torch.stack(list(self._predictor(pattern).interval(inputs, level)))
         return Interval(*ends)
@@ -283,15 +320,3 @@ def measured_number(schema: Schema) -> int:
         if dimension.measured and dimension.number:
             return index
     raise InvalidInput.field("dimension", "the schema has no measured number; set `measured` of the one to predict")
-
-
-def _left_out(vectors: Tensor, inverse: Tensor, weights: Tensor, members: Sequence[Tensor]) -> Tensor:
-    """Residuals of each group of rows when it is left out of kernel ridge regression: ``A_gg^-1 w_g``, with the inverse
-    ``A`` of the kernel matrix plus the ridge and the weights ``w`` (Rasmussen & Williams 2006, equation 5.12)."""
-    if not members:
-        return weights / ((vectors.square() * inverse).sum(1))
-    residuals = torch.empty_like(weights)
-    for rows in members:
-        block = (vectors[rows] * inverse) @ vectors[rows].T
-        residuals[rows] = torch.linalg.solve(block, weights[rows])
-    return residuals
