@@ -14,7 +14,7 @@ from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.evaluate import read_back, relative_error
-from services.resource.predict import features, fit, interval, measured_fields, measured_number, upper_bound
+from services.resource.predict import Inputs, fit, interval, measured_fields, measured_number, upper_bound
 from services.resource.recommend import cheapest, prices
 from services.resource.schema import Schema
 from services.runtime.seeds import generator
@@ -67,9 +67,10 @@ def prediction_figures(
     target = values[:, number]
     methods: dict[str, Method] = {}
     for name, raw in ((VECTOR, False), (WITH_RAW, True)):
-        inputs = features(codec, values, unknown, raw=raw)
-        predictor = fit(inputs[train], target[train], seed, table.configurations[train])
-        methods[name] = Method(predictor.log_value(inputs), predictor.residuals)
+        inputs = Inputs(codec, table.at(train), unknown[0], raw=raw, seed=seed)
+        features = inputs(values)
+        predictor = fit(features[train], target[train], seed, table.configurations[train], first=inputs.first)
+        methods[name] = Method(predictor.log_value(features), predictor.residuals)
     methods[LOG_LINEAR] = _least_squares(_raw_inputs(schema, values, train), target, train)
     methods[TOOL] = _least_squares(_one_hot(table.tools, len(schema.tools)), target, train)
     order = torch.randperm(len(held_out), generator=generator(seed, "shuffled vectors"))

@@ -15,9 +15,9 @@ from services.resource.codec import CHUNK, UNKNOWN, ResourceCodec
 from services.resource.data import Table
 from services.resource.export import named
 from services.resource.predict import (
+    Inputs,
     Predictor,
     check_measured,
-    features,
     fit,
     measured_fields,
     measured_number,
@@ -69,20 +69,19 @@ class Recommender:
     ) -> None:
         """``table``: measurements; ``dimension``: the measured dimension that is bounded, by default the first;
         ``raw``: use the raw numbers beside the embedding. Raises :class:`InvalidInput`."""
-        self.codec, self.schema, self.raw = codec, codec.schema, raw
+        self.codec, self.schema = codec, codec.schema
         self.dimension = self.schema.index(dimension, "dimension") if dimension else measured_number(self.schema)
         bounded = self.schema.dimensions[self.dimension]
         if not (bounded.measured and bounded.number):
             raise InvalidInput.field("dimension", f"{bounded.name} is not a measured number, which alone has a bound")
         self.table, self.measured = table, measured_fields(self.schema)
         numbers = table.values[:, self.dimension]
-        self.predictor: Predictor = fit(self.features(table.values), numbers, seed, table.configurations)
+        self.inputs = Inputs(codec, table, self.measured, raw=raw, seed=seed)
+        self.predictor: Predictor = fit(
+            self.inputs(table.values), numbers, seed, table.configurations, first=self.inputs.first
+        )
         self.candidates = grid(self.schema, table)
         self._options: dict[int, Options] = {}
-
-    def features(self, values: Tensor) -> Tensor:
-        """Features of vectors ``[rows, fields]`` in which all measured dimensions are unknown, ``[rows, features]``."""
-        return features(self.codec, values, self.measured.expand(len(values), -1), raw=self.raw)
 
     def recommend(
         self, given: Mapping[str, Any], bound: float, confidence: float = 0.9, field: str = "given"
@@ -149,7 +148,7 @@ class Recommender:
         """The configurations of a tool, predicted once."""
         if tool not in self._options:
             values = self.candidates[self.candidates[:, 0] == tool]
-            predicted = [self.predictor.log_value(self.features(part)) for part in torch.split(values, CHUNK)]
+            predicted = [self.predictor.log_value(self.inputs(part)) for part in torch.split(values, CHUNK)]
             self._options[tool] = Options(values, torch.cat(predicted), prices(self.schema, values))
         return self._options[tool]
 
