@@ -175,7 +175,9 @@ def _choose(x: Tensor, target: Tensor, groups: Tensor, order: Tensor) -> Choice:
     standardised features ``[rows, features]``."""
     rows = order[:CHOICE_ROWS]
     x, target, groups = x[rows], target[rows], groups[rows]
-    median = float(torch.pdist(x[:500]).median()) / x.shape[1] ** 0.5
+    distances = torch.pdist(x[:500])
+    # Where little is known most rows, or all, may be the same.
+    median = (float(distances.median()) or float(distances.mean()) or 1.0) / x.shape[1] ** 0.5
     best: tuple[float, Choice] | None = None
     for share in SHARES:
         for width in WIDTHS if share else WIDTHS[:1]:
