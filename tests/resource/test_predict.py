@@ -144,7 +144,7 @@ def test_rows_that_are_the_same_can_be_predicted_from(features: list[list[float]
 def left_out(choice: predict.Choice, x: torch.Tensor, target: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """Residuals of regressions that are fitted anew without each group."""
     residuals = torch.empty_like(target)
-    for group in groups.unique():
+    for group in torch.unique(groups):
         out, rest = groups == group, groups != group
         gram = choice.kernel(x[rest], x[rest]) + choice.ridge * torch.eye(int(rest.sum()), dtype=torch.float64)
         residuals[out] = target[out] - choice.kernel(x[out], x[rest]) @ torch.linalg.solve(gram, target[rest])
