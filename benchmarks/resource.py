@@ -1010,6 +1010,8 @@ def real(arguments: argparse.Namespace) -> Figures:
         say("real: no figures, since there is no table; name the CSV file of the ML.ENERGY measurements with --real")
         return {}
     setting, table = Setting.of(arguments), models_table(arguments.real)
+    for text in table.warnings():
+        say(f"real, where exact match is that of the numbers in descriptions: {text}")
     random_rows = [real_of(setting, table, seed, "random") for seed in arguments.seeds]
     inside: Bars = {
         "real_exact_match": ("exact_match", ">=", 0.95),

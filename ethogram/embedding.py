@@ -87,7 +87,7 @@ class Embedded(NamedTuple):
 
 class Described(NamedTuple):
     """``texts`` of the rows, or of the single one, and the ``configurations`` read back from them, each a dictionary;
-    None for a text that is none. ``outside`` as in :class:`Embedded`."""
+    None for a text that cannot be read. ``outside`` as in :class:`Embedded`."""
 
     texts: Any
     configurations: Any

@@ -153,7 +153,7 @@ class ResourceCodec:
     @cached_property
     def _places(self) -> list[dict[str, int]]:
         """Index of each label, by dimension."""
-        return [{label: index for index, label in enumerate(each.labels)} for each in self.schema.dimensions]
+        return [{label: index for index, label in enumerate(dimension.labels)} for dimension in self.schema.dimensions]
 
     @cached_property
     def _range(self) -> tuple[Tensor, Tensor]:

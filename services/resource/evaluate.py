@@ -95,7 +95,9 @@ def field_figures(readings: Sequence[Reading], values: Tensor, templates: Sequen
             _count_digits(template, wanted, found, digits)
     return {
         "field_accuracy": dict(zip(fields, accuracy, strict=True)),
-        "field_error": {name: each for name, each, category in zip(fields, error, labels, strict=True) if not category},
+        "field_error": {
+            name: value for name, value, category in zip(fields, error, labels, strict=True) if not category
+        },
         "digits": {place: sum(hits) / len(hits) for place, hits in sorted(digits.items())},
     }
 

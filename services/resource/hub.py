@@ -24,7 +24,7 @@ tags:
 
 An encoder of configurations: {count} fields of {tools} tools ({names}) become a vector of {size} numbers, {tokens} soft
 token{plural} of the language model {language}, which describes it. `encoder/` holds the encoder and the {rows}
-measurements that it was trained on.{export}
+measurements that it was trained on.{export}{reader}
 
 ```python
 from services.resource.codec import ResourceCodec
@@ -34,6 +34,7 @@ codec = ResourceCodec.load(pull("{repo}") / "encoder")
 embeddings = codec.embed(*codec.vectors([{example}]))
 ```
 """
+_READER = "\n`language_model/` holds the language model, which `describe` finds there."
 _EXPORT = "\n`export/` holds the vectors of {configurations} configurations as the rows of a classifier head."
 
 
@@ -57,7 +58,9 @@ def push(
         check_schema(codec, found.schema)
     repository = Repository(spec, "model", field)
     repository.open()
-    files: dict[str, Path | bytes] = {"README.md": _card(codec, spec, found and len(found.weights)).encode()}
+    files: dict[str, Path | bytes] = {
+        "README.md": _card(codec, spec, found and len(found.weights), language_model is not None).encode()
+    }
     for name, folder in ((ENCODER, encoder), (EXPORT, export), (OUTPUT, language_model)):
         if folder is not None:
             files |= {f"{name}/{file.name}": file for file in sorted(folder.iterdir()) if file.is_file()}
@@ -70,7 +73,7 @@ def pull(repo: str, parts: Sequence[str] = (ENCODER, EXPORT, OUTPUT), field: str
     return fetch(repo, "model", [f"{part}/*" for part in parts], field=field)
 
 
-def _card(codec: ResourceCodec, spec: HubSpec, configurations: int | None) -> str:
+def _card(codec: ResourceCodec, spec: HubSpec, configurations: int | None, reader: bool) -> str:
     schema, tokens = codec.schema, codec.spec.encoder.tokens
     # Of a folder its path says nothing elsewhere.
     language = codec.spec.llm_model if codec.spec.language_model is None else "of the user's own"
@@ -89,6 +92,7 @@ def _card(codec: ResourceCodec, spec: HubSpec, configurations: int | None) -> st
         plural="" if tokens == 1 else "s",
         language=Path(language).name,
         rows="" if codec.table is None else f"{len(codec.table):,}",
+        reader=_READER if reader else "",
         export="" if configurations is None else _EXPORT.format(configurations=f"{configurations:,}"),
         example=example,
     )

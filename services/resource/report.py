@@ -145,7 +145,7 @@ def _add_predictions(report: Report, table: Table, predictions: Predictions) -> 
     )
     errors = found["errors"].items()
     report.table(
-        ["method", "mean error", "median error"], [[name, each["mean"], each["median"]] for name, each in errors]
+        ["method", "mean error", "median error"], [[name, error["mean"], error["median"]] for name, error in errors]
     )
     report.section(
         "Intervals",
@@ -168,7 +168,7 @@ def _add_predictions(report: Report, table: Table, predictions: Predictions) -> 
         the bound; **price**: of those, relative to the cheapest configuration that is."""
     )
     rows = found["recommendations"].items()
-    report.table(["method", "answered", "kept", "price"], [[name, *each.values()] for name, each in rows])
+    report.table(["method", "answered", "kept", "price"], [[name, *figures.values()] for name, figures in rows])
     report.text(
         """All measured configurations of a tool with the labels in the title, most of which the prediction was fitted
         on. **recommended**: for some bound, from the vectors; the point is what was measured, and the dashed line the
@@ -311,7 +311,9 @@ def map_plot(codec: ResourceCodec, table: Table) -> Figure:
     if count <= _NAMED:
         longest = max(map(len, table.schema.tools))
         figure.legend(loc="outside lower left", ncols=max(1, 190 // (longest + 6)), markerscale=2)
-    measured = [index for index, each in enumerate(table.schema.dimensions) if each.measured and each.number]
+    measured = [
+        index for index, dimension in enumerate(table.schema.dimensions) if dimension.measured and dimension.number
+    ]
     index = measured[0] if measured else len(table.schema.dimensions) - 1
     numbers = table.values[rows, index]
     norm = LogNorm() if bool((numbers > 0).all()) and len(torch.unique(numbers)) > 1 else None

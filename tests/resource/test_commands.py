@@ -184,6 +184,8 @@ def test_describe(run: Path, language_folder: Path, tmp_path: Path, capsys: pyte
     said = answer(capsys, "describe", run, *CONFIGURATION, "--set", "latency_ms=unknown")
     assert said["template"] == "plain" and said["unknown"] == ["latency_ms"] and said["outside"] == []
     assert isinstance(said["text"], str) and said["values"] is None
+    little = answer(capsys, "describe", run, "--tool", "detect")
+    assert little["unknown"] == ["size", "cores", "latency_ms"] and little["text"] != said["text"]
     moved = shutil.copytree(language_folder, tmp_path / "moved")
     more = ("--template", "reordered", "--set", "latency_ms=5000", "--llm_model", moved, "--device", "cpu")
     said = answer(capsys, "describe", run / "encoder", *CONFIGURATION, *more)

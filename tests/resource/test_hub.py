@@ -52,6 +52,7 @@ def test_a_job_uploads_its_default_language_model(
     assert recorder.artifacts[0] == ("language_model", "language-model")
     folder = pull("me/vectors")
     codec = ResourceCodec.load(folder / "encoder")
+    assert b"`language_model/` holds" in hub.repos["me/vectors"]["README.md"]
     assert load_language_model(str(folder / "language_model")).digest == codec.about["language_model_digest"]
 
 

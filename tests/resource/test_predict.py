@@ -140,6 +140,18 @@ def test_a_tool_without_measurements_and_too_few_of_them(table: Table, codec: Re
         NumberPredictor(codec, table.at(torch.arange(FEWEST - 1))).predict(GIVEN)
 
 
+@pytest.mark.parametrize("features", [[[0.0]] * 9 + [[1.0]] * 3, [[1.0]] * 12])
+def test_rows_that_are_the_same_can_be_predicted_from(features: list[list[float]]) -> None:
+    """Most of them, or all: with little known that is common."""
+    numbers = torch.tensor([100.0, 102.0, 98.0] * 3 + [400.0, 404.0, 396.0], dtype=torch.float64)
+    predictor = fit(torch.tensor(features), numbers)
+    (first, *_, last) = predictor.interval(torch.tensor(features), 0.5).value.tolist()
+    if features[0] != features[-1]:
+        assert first == pytest.approx(100, rel=0.1) and last == pytest.approx(400, rel=0.1)
+    else:
+        assert first == last == pytest.approx(141, rel=0.05)
+
+
 def left_out(choice: predict.Choice, x: torch.Tensor, target: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """Residuals of regressions that are fitted anew without each group."""
     residuals = torch.empty_like(target)
