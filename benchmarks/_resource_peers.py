@@ -54,8 +54,8 @@ class Data:
     def interactions(self) -> Floats:
         """Logarithms of the numbers, for each tool too, and indicators of categories."""
         logs = np.log1p(self.numbers)
-        each = (self.categories[0][:, :, None] * logs[:, None, :]).reshape(len(logs), -1)
-        return np.hstack([logs, each, *self.categories])
+        by_tool = (self.categories[0][:, :, None] * logs[:, None, :]).reshape(len(logs), -1)
+        return np.hstack([logs, by_tool, *self.categories])
 
 
 def linear(inputs: Floats, target: Floats) -> Any:
@@ -91,10 +91,10 @@ def folds(count: int, seed: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
 
 def left_out(fit: Fit, inputs: Floats, target: Floats, seed: int) -> Floats:
     """Prediction of each row by a model that was fitted without its fold."""
-    found = np.empty_like(target)
+    predicted = np.empty_like(target)
     for rows, part in folds(len(target), seed):
-        found[part] = fit(inputs[rows], target[rows]).predict(inputs[part])
-    return found
+        predicted[part] = fit(inputs[rows], target[rows]).predict(inputs[part])
+    return predicted
 
 
 def grid(quick: bool) -> Iterator[tuple[int, int]]:
@@ -107,10 +107,10 @@ def chosen(kind: Callable[..., Fit], inputs: Floats, target: Floats, seed: int, 
     best: tuple[float, Fit, Floats] | None = None
     for depth, trees in grid(quick):
         fit = kind(depth, trees, seed)
-        found = left_out(fit, inputs, target, seed)
-        error = float(np.abs(found - target).mean())
+        predicted = left_out(fit, inputs, target, seed)
+        error = float(np.abs(predicted - target).mean())
         if best is None or error < best[0]:
-            best = error, fit, found
+            best = error, fit, predicted
     assert best is not None
     return best[1:]
 
@@ -128,14 +128,14 @@ def mape(*, file: str, form: str, seed: int, quick: bool = False) -> dict[str, f
     raw, features = data.raw(), data.levels() if form == "levels" else data.interactions()
     # A time below 0 has no meaning.
     plain = linear(raw[train], data.target[train]).predict(raw[test]).clip(0)
-    found = {"linear": error_of(plain, data.target[test])}
-    found["log_linear"] = error_of(
+    errors = {"linear": error_of(plain, data.target[test])}
+    errors["log_linear"] = error_of(
         np.exp(linear(features[train], log[train]).predict(features[test])), data.target[test]
     )
     for name, kind in (("scikit", scikit), ("xgboost", xgboost)):
         fit, _ = chosen(kind, raw[train], log[train], seed, quick)
-        found[name] = error_of(np.exp(fit(raw[train], log[train]).predict(raw[test])), data.target[test])
-    return found | {"boosting": min(found["scikit"], found["xgboost"])}
+        errors[name] = error_of(np.exp(fit(raw[train], log[train]).predict(raw[test])), data.target[test])
+    return errors | {"boosting": min(errors["scikit"], errors["xgboost"])}
 
 
 def intervals(*, file: str, level: float, seed: int, quick: bool = False) -> dict[str, float]:
@@ -181,8 +181,8 @@ def upper(*, file: str, level: float, seed: int, quick: bool = False) -> dict[st
     data = Data(file)
     raw, log = data.raw(), np.log(data.target)
     inputs, target = raw[data.train], log[data.train]
-    fit, found = chosen(scikit, inputs, target, seed, quick)
-    bounds = np.exp(fit(inputs, target).predict(raw) + conformal(target - found, level))
+    fit, predicted = chosen(scikit, inputs, target, seed, quick)
+    bounds = np.exp(fit(inputs, target).predict(raw) + conformal(target - predicted, level))
     return {"upper": bounds.tolist()}
 
 

@@ -89,15 +89,15 @@ def reactor_table(folder: Path, rows: int, seed: int) -> Table:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([spec.tool_column, *(dimension.name for dimension in spec.dimensions)])
         for number in range(rows):
-            draws = torch.rand(len(spec.dimensions), generator=rng, dtype=torch.float64).tolist()
+            shares = torch.rand(len(spec.dimensions), generator=rng, dtype=torch.float64).tolist()
             cells = [PROCESSES[number % len(PROCESSES)]]
             reagent = 0.0
-            for dimension, draw in zip(spec.dimensions, draws, strict=True):
+            for dimension, share in zip(spec.dimensions, shares, strict=True):
                 if dimension.labels:
-                    cells.append(dimension.labels[int(draw * len(dimension.labels))])
+                    cells.append(dimension.labels[int(share * len(dimension.labels))])
                     continue
                 low, high = dimension.low or 0.0, dimension.high or 0.0
-                value = reagent * (0.5 + 0.5 * draw) if dimension.measured else low + (high - low) * draw
+                value = reagent * (0.5 + 0.5 * share) if dimension.measured else low + (high - low) * share
                 reagent = value if dimension.name == "reagent" else reagent
                 cells.append(f"{value:.{dimension.decimals}f}")
             writer.writerow(cells)

@@ -324,8 +324,8 @@ def phase0_of(setting: Setting, seed: int) -> tuple[Measured, Path]:
         counts = {"rows": float(sum(per_tool)), "rows_per_tool": float(farthest)}
         control = {f"control.{name}": value for name, value in result["controls"].items()}
         steps = float(ResourceCodec.load(folder / "run" / "encoder").about["step"])
-        found = {"field_accuracy": min(fields), **counts, **control}
-        return figures | found | minutes | {"steps": steps}
+        metrics = {"field_accuracy": min(fields), **counts, **control}
+        return figures | metrics | minutes | {"steps": steps}
 
     folder = CACHE.folder(f"job-{seed}", asked, SOURCES, own=False)
     return CACHE.measured(f"phase0-{seed}", asked, SOURCES, measure), folder / "run"
@@ -390,10 +390,10 @@ def resume(setting: Setting, seed: int) -> Figures:
         return {"unequal": unequal, "resumed": resumed}
 
     asked = [spec, language_model(setting).digest, setting.device]
-    found = CACHE.measured("resume", asked, SOURCES, measure)
+    measured = CACHE.measured("resume", asked, SOURCES, measure)
     return {
-        "resume_unequal": found.figure("unequal", "==", 0),
-        "resumed_from_checkpoint": found.figure("resumed", ">=", 1),
+        "resume_unequal": measured.figure("unequal", "==", 0),
+        "resumed_from_checkpoint": measured.figure("resumed", ">=", 1),
     }
 
 
@@ -450,8 +450,8 @@ def digit_figures(reading: Reading, values: Tensor, schema: Schema) -> dict[str,
 
 def relative_error(reading: Reading, values: Tensor, numbers: Sequence[int]) -> float:
     """Median relative error of the ``numbers`` among the fields; of a text that cannot be read it is infinite."""
-    found, wanted = reading.values[:, list(numbers)], values[:, list(numbers)]
-    errors = ((found - wanted).abs() / wanted.abs().clamp_min(1e-9)).nan_to_num(math.inf)
+    read, wanted = reading.values[:, list(numbers)], values[:, list(numbers)]
+    errors = ((read - wanted).abs() / wanted.abs().clamp_min(1e-9)).nan_to_num(math.inf)
     return float(errors.flatten().sort().values[(errors.numel() - 1) // 2])
 
 
@@ -485,15 +485,15 @@ class TextReader(Describer):
     def read(self, template: Template, values: Tensor) -> Reading:
         """What the model describes of the texts of ``values``."""
         rows = self.texts(template, values)
-        texts, found, right = [""] * len(rows), torch.empty_like(values), torch.zeros_like(values, dtype=torch.bool)
+        texts, read, right = [""] * len(rows), torch.empty_like(values), torch.zeros_like(values, dtype=torch.bool)
         for length in sorted({len(row) for row in rows}):
-            places = [number for number, row in enumerate(rows) if len(row) == length]
-            tokens = torch.tensor([rows[place] for place in places], device=self.device)
-            part = read_back(self, self.embed(tokens), values[places], template)
-            found[places], right[places] = part.values, part.right
-            for place, text in zip(places, part.texts, strict=True):
-                texts[place] = text
-        return Reading(texts, found, right)
+            indices = [number for number, row in enumerate(rows) if len(row) == length]
+            tokens = torch.tensor([rows[index] for index in indices], device=self.device)
+            part = read_back(self, self.embed(tokens), values[indices], template)
+            read[indices], right[indices] = part.values, part.right
+            for index, text in zip(indices, part.texts, strict=True):
+                texts[index] = text
+        return Reading(texts, read, right)
 
 
 def numbers(arguments: argparse.Namespace) -> Figures:
@@ -536,21 +536,21 @@ def numbers_of(setting: Setting, seed: int) -> Measured:
             codecs[form] = encoder(setting, f"{form}-{seed}", spec, table, torch.arange(len(table)))
         inside, beyond, digits = (drawn(table, count, seed, kind) for kind in KINDS)
         template = table.schema.templates[0]
-        places = [index for index, dimension in enumerate(table.schema.dimensions) if dimension.number]
-        found: dict[str, float] = {}
+        columns = [index for index, dimension in enumerate(table.schema.dimensions) if dimension.number]
+        metrics: dict[str, float] = {}
         for form, codec in codecs.items():
-            found[f"range.{form}"] = describe_figures(codec, describer, inside, Run())["exact_match"]
+            metrics[f"range.{form}"] = describe_figures(codec, describer, inside, Run())["exact_match"]
             reading = read_back(describer, codec.soft(codec.embed(beyond)), beyond, template)
-            found[f"beyond.{form}"] = relative_error(reading, beyond, places)
-            found[f"beyond_exact.{form}"] = float(reading.exact.float().mean())
+            metrics[f"beyond.{form}"] = relative_error(reading, beyond, columns)
+            metrics[f"beyond_exact.{form}"] = float(reading.exact.float().mean())
             if form == "digits":
                 reading = read_back(describer, codec.soft(codec.embed(digits)), digits, template)
-                found |= digit_figures(reading, digits, table.schema)
+                metrics |= digit_figures(reading, digits, table.schema)
         reader = TextReader(describer.language, table.schema)
-        found["range.text"] = float(reader.read(template, inside).exact.float().mean())
-        found["beyond.text"] = relative_error(reader.read(template, beyond), beyond, places)
-        say(f"numbers {seed}: {found}")
-        return found
+        metrics["range.text"] = float(reader.read(template, inside).exact.float().mean())
+        metrics["beyond.text"] = relative_error(reader.read(template, beyond), beyond, columns)
+        say(f"numbers {seed}: {metrics}")
+        return metrics
 
     asked = [setting.spec(seed), specs, language_model(setting).digest, count, setting.device]
     return CACHE.measured(f"numbers-{seed}", asked, SOURCES, measure)
@@ -587,12 +587,12 @@ def peer() -> Iterator[Ask]:
 
 def regression_file(file: Path, table: Table, train: Tensor, test: Tensor, dimension: int) -> Path:
     """Write a table for the others: what is chosen, as numbers and categories, and the ``dimension`` as target."""
-    chosen = [(index, each) for index, each in enumerate(table.schema.dimensions) if not each.measured]
+    chosen = [(index, column) for index, column in enumerate(table.schema.dimensions) if not column.measured]
     values = table.values.numpy()
     masks = {name: np.isin(np.arange(len(table)), rows.numpy()) for name, rows in (("train", train), ("test", test))}
     arrays = {
-        "numbers": values[:, [index for index, each in chosen if each.number]],
-        "categories": values[:, [index for index, each in chosen if not each.number]].astype(np.int64),
+        "numbers": values[:, [index for index, column in chosen if column.number]],
+        "categories": values[:, [index for index, column in chosen if not column.number]].astype(np.int64),
         "target": values[:, dimension],
         **masks,
     }
@@ -651,14 +651,14 @@ def latency_of(setting: Setting, seed: int) -> Measured:
         table = job.table_of(spec, Run())
         train, test = table.hold_out(0.2, seed)
         codec = encoder(setting, f"latency-{seed}", spec, table, train)
-        found = predicted_beside(setting, folder, codec, table, (train, test), seed=seed, form="levels")
+        metrics = predicted_beside(setting, folder, codec, table, (train, test), seed=seed, form="levels")
         values, unknown = table.values[test], measured_fields(table.schema).expand(len(test), -1)
         describer = Describer(language_model(setting).load(setting.device), table.schema)
-        said = read_back(describer, codec.soft(codec.embed(values, unknown)), values, table.schema.templates[0])
+        written = read_back(describer, codec.soft(codec.embed(values, unknown)), values, table.schema.templates[0])
         latencies = NumberPredictor(codec, table).dimension
-        found["mape_said"] = mape(said.values[:, latencies], values[:, latencies])
-        found["mask_leak"] = mask_leak(codec, values, seed)
-        return found
+        metrics["mape_said"] = mape(written.values[:, latencies], values[:, latencies])
+        metrics["mask_leak"] = mask_leak(codec, values, seed)
+        return metrics
 
     asked = [spec, language_model(setting).digest, setting.device, setting.quick]
     return CACHE.measured(f"latency-{seed}", asked, OTHERS, measure)
@@ -678,16 +678,16 @@ def predicted_beside(
     and the others'. ``rows``: to train on and held out."""
     train, test = rows
     values, unknown = table.values[test], measured_fields(table.schema).expand(len(test), -1)
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, raw in (("mape", False), ("mape_with_raw", True)):
         predictor = NumberPredictor(codec, table.at(train), raw=raw, seed=seed)
         target = values[:, predictor.dimension]
         interval = predictor.intervals(values, unknown, LEVEL)
-        found[name] = mape(interval.value, target)
+        metrics[name] = mape(interval.value, target)
         suffix = "_with_raw" if raw else ""
-        found[f"coverage{suffix}"] = float(((interval.low <= target) & (target <= interval.high)).double().mean())
+        metrics[f"coverage{suffix}"] = float(((interval.low <= target) & (target <= interval.high)).double().mean())
         widths = interval.high - interval.low
-        found[f"width{suffix}"], found[f"relative_width{suffix}"] = (
+        metrics[f"width{suffix}"], metrics[f"relative_width{suffix}"] = (
             float(widths.mean()),
             float((widths / target).mean()),
         )
@@ -695,14 +695,14 @@ def predicted_beside(
     with peer() as ask:
         others = ask("mape", file=str(file), form=form, seed=seed, quick=setting.quick)
         others |= ask("intervals", file=str(file), level=LEVEL, seed=seed, quick=setting.quick)
-    found |= {f"peer.{name}": value for name, value in others.items()}
+    metrics |= {f"peer.{name}": value for name, value in others.items()}
     for name in ("boosting", "log_linear"):
-        found[f"vs_{name}"] = found["mape"] / others[name]
-        found[f"vs_{name}_with_raw"] = found["mape_with_raw"] / others[name]
-    found["width_ratio"] = found["width"] / others["width"]
-    found["relative_width_ratio"] = found["relative_width"] / others["relative_width"]
-    say(f"{folder.name}: {found}")
-    return found
+        metrics[f"vs_{name}"] = metrics["mape"] / others[name]
+        metrics[f"vs_{name}_with_raw"] = metrics["mape_with_raw"] / others[name]
+    metrics["width_ratio"] = metrics["width"] / others["width"]
+    metrics["relative_width_ratio"] = metrics["relative_width"] / others["relative_width"]
+    say(f"{folder.name}: {metrics}")
+    return metrics
 
 
 class Pick(NamedTuple):
@@ -722,17 +722,17 @@ def recommended(asked: Sequence[Request], picks: Sequence[Pick], others: Sequenc
         mine and theirs.fits and theirs.latency <= request.bound
         for request, mine, theirs in zip(asked, answered, others, strict=True)
     ]
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for prefix, given in (("", picks), ("peer.", others)):
         pairs = list(zip(asked, given, strict=True))
         fitting = [pick.latency > request.bound for request, pick in pairs if pick.fits]
         regrets = [pick.price / request.optimum - 1 for (request, pick), kept in zip(pairs, both, strict=True) if kept]
-        found[f"{prefix}violations"] = statistics.fmean(fitting) if fitting else math.nan
-        found[f"{prefix}refused"] = 1 - len(fitting) / len(asked)
-        found[f"{prefix}regret"] = statistics.fmean(regrets) if regrets else math.nan
-    ours, theirs = found["regret"], found["peer.regret"]
-    found["regret_ratio"] = ours / theirs if theirs else (1.0 if ours == 0 else math.inf)
-    return found
+        metrics[f"{prefix}violations"] = statistics.fmean(fitting) if fitting else math.nan
+        metrics[f"{prefix}refused"] = 1 - len(fitting) / len(asked)
+        metrics[f"{prefix}regret"] = statistics.fmean(regrets) if regrets else math.nan
+    ours, theirs = metrics["regret"], metrics["peer.regret"]
+    metrics["regret_ratio"] = ours / theirs if theirs else (1.0 if ours == 0 else math.inf)
+    return metrics
 
 
 def recommend_of(setting: Setting, seed: int) -> Measured:
@@ -747,19 +747,19 @@ def recommend_of(setting: Setting, seed: int) -> Measured:
         measured = measured_fields(table.schema)
         cost = prices(table.schema, table.values)
         asked = requests(table, torch.arange(len(table)), recommender.dimension)
-        place = {tuple(row): index for index, row in enumerate(table.values[:, ~measured].tolist())}
+        row_of = {tuple(row): index for index, row in enumerate(table.values[:, ~measured].tolist())}
         latencies = table.values[:, recommender.dimension]
         unknown = torch.ones(len(measured), dtype=torch.bool)
         unknown[conditions(table.schema)] = False
         picks = []
         for request in asked:
             choice = recommender.choose(table.values[request.rows[0]], unknown, request.bound, LEVEL)
-            row = place[tuple(choice.values[~measured].tolist())]
+            row = row_of[tuple(choice.values[~measured].tolist())]
             picks.append(Pick(choice.price, float(latencies[row]), choice.fits))
         file = regression_file(folder / "table.safetensors", table, profiled, rest, recommender.dimension)
         with peer() as ask:
-            found = ask("upper", file=str(file), level=LEVEL, seed=seed, quick=setting.quick)
-        upper, others = torch.tensor(found["upper"], dtype=torch.float64), []
+            answer = ask("upper", file=str(file), level=LEVEL, seed=seed, quick=setting.quick)
+        upper, others = torch.tensor(answer["upper"], dtype=torch.float64), []
         for request in asked:
             best, fits = cheapest(cost[request.rows], upper[request.rows], request.bound)
             row = int(request.rows[best])
@@ -798,7 +798,7 @@ def decoder_of(setting: Setting, seed: int) -> Measured:
 
     def measure(folder: Path) -> dict[str, float]:
         exported = validate(run / "export")
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, spec in specs.items():
 
             def train(run: Run, spec: DecoderSpec = spec) -> DecoderTrainer:
@@ -811,11 +811,11 @@ def decoder_of(setting: Setting, seed: int) -> Measured:
                 return evaluate_decoder(trainer, trainer.spec.evaluation)[0] | {"steps_to_target": reached}
 
             figures = _kit.trained(folder / name, train, judge)
-            found |= {f"{name}.{key}": value for key, value in figures.items()}
+            metrics |= {f"{name}.{key}": value for key, value in figures.items()}
         # One that never gets there took at least all of its steps.
         most = specs["random"].training.steps
-        found["step_ratio"] = found["export.steps_to_target"] / min(found["random.steps_to_target"], most)
-        return found
+        metrics["step_ratio"] = metrics["export.steps_to_target"] / min(metrics["random.steps_to_target"], most)
+        return metrics
 
     asked = [specs, setting.spec(seed), language_model(setting).digest, setting.device]
     return CACHE.measured(f"decoder-{seed}", asked, SOURCES, measure)
@@ -843,10 +843,10 @@ def server(state: Path, encoder: Path) -> Iterator[str]:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            found = re.search(r"listens on (\S+)", line)
-            if found is None:
+            match = re.search(r"listens on (\S+)", line)
+            if match is None:
                 raise RuntimeError(f"the server says {line!r} and ended with {process.wait()}")
-            yield found[1]
+            yield match[1]
         finally:
             process.terminate()
 
@@ -984,7 +984,7 @@ def smollm_of(setting: Setting, language: Frozen, seed: int, tokens: int, steps:
         table = table if setting.device != "cpu" else table.at((table.tools == 0).nonzero().flatten())
         everything = torch.arange(len(table))
         train, held_out = table.hold_out(spec.held_out, seed) if setting.device != "cpu" else (everything, None)
-        codec, found = timed_encoder(setting, f"smollm-{tokens}-{seed}", spec, table, train, language=language)
+        codec, metrics = timed_encoder(setting, f"smollm-{tokens}-{seed}", spec, table, train, language=language)
         describer = Describer(language.load(setting.device), table.schema)
         template = table.schema.templates[0]
 
@@ -994,12 +994,12 @@ def smollm_of(setting: Setting, language: Frozen, seed: int, tokens: int, steps:
         with torch.no_grad():
             values = table.values[train]
             scores = describer.scores(codec.soft(codec.embed(values[:64])).to(describer.device), values[:64], template)
-        found |= {"exact_match": exact(values), "cross_entropy": float(scores.loss)}
-        found["control"] = max(controls(codec, describer, values, seed).values())
+        metrics |= {"exact_match": exact(values), "cross_entropy": float(scores.loss)}
+        metrics["control"] = max(controls(codec, describer, values, seed).values())
         if held_out is not None:
-            found["unseen"] = exact(table.values[held_out])
-        say(f"smollm with {tokens} tokens, seed {seed}: {found}")
-        return found
+            metrics["unseen"] = exact(table.values[held_out])
+        say(f"smollm with {tokens} tokens, seed {seed}: {metrics}")
+        return metrics
 
     return CACHE.measured(f"smollm-{tokens}-{seed}", [spec, language.digest, setting.device], SOURCES, measure)
 
@@ -1010,6 +1010,8 @@ def real(arguments: argparse.Namespace) -> Figures:
         say("real: no figures, since there is no table; name the CSV file of the ML.ENERGY measurements with --real")
         return {}
     setting, table = Setting.of(arguments), models_table(arguments.real)
+    for text in table.warnings():
+        say(f"real, where exact match is that of the numbers in descriptions: {text}")
     random_rows = [real_of(setting, table, seed, "random") for seed in arguments.seeds]
     inside: Bars = {
         "real_exact_match": ("exact_match", ">=", 0.95),
@@ -1077,17 +1079,17 @@ def real_of(setting: Setting, table: Table, seed: int, split: str) -> Measured:
         # What was never declared is not known of rows that are held out.
         within = table.within(train)
         codec = encoder(setting, f"real-{split}-{seed}", spec, within, train)
-        found = predicted_beside(setting, folder, codec, within, (train, test), seed=seed, form="interactions")
-        found |= {"rows": len(test), "left_out": len(held_out) - len(test)}
-        best = min(found["peer.boosting"], found["peer.log_linear"])
-        found |= {"vs_best": found["mape"] / best, "vs_best_with_raw": found["mape_with_raw"] / best}
+        metrics = predicted_beside(setting, folder, codec, within, (train, test), seed=seed, form="interactions")
+        metrics |= {"rows": len(test), "left_out": len(held_out) - len(test)}
+        best = min(metrics["peer.boosting"], metrics["peer.log_linear"])
+        metrics |= {"vs_best": metrics["mape"] / best, "vs_best_with_raw": metrics["mape_with_raw"] / best}
         if split == "random":
             describer = Describer(language_model(setting).load(setting.device), within.schema)
             for name, rows in (("exact_match", train), ("exact_match_unseen", test)):
                 rows = rows[:32] if setting.quick else rows
-                found[name] = describe_figures(codec, describer, table.values[rows], Run())["exact_match"]
-            found["control"] = max(controls(codec, describer, table.values[train], seed).values())
-        return found
+                metrics[name] = describe_figures(codec, describer, table.values[rows], Run())["exact_match"]
+            metrics["control"] = max(controls(codec, describer, table.values[train], seed).values())
+        return metrics
 
     asked = [spec, table.digest, split, language_model(setting).digest, setting.device, setting.quick]
     return CACHE.measured(f"real-{split}-{seed}", asked, OTHERS, measure)

@@ -163,7 +163,6 @@ def step(arguments: argparse.Namespace) -> Figures:
     }
 
 
-"""By name of a figure: its key in the evaluation, and its bar."""
 SHARED: Bars = {
     "shared.agreement": ("agreement", ">=", 0.92),
     "shared.matched": ("matched_beats_same_label", ">=", 0.90),

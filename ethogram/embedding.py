@@ -87,7 +87,7 @@ class Embedded(NamedTuple):
 
 class Described(NamedTuple):
     """``texts`` of the rows, or of the single one, and the ``configurations`` read back from them, each a dictionary;
-    None for a text that is none. ``outside`` as in :class:`Embedded`."""
+    None for a text that cannot be read. ``outside`` as in :class:`Embedded`."""
 
     texts: Any
     configurations: Any
@@ -147,7 +147,7 @@ class Embedding(Channel):
         return Fields(fields, list(answer.templates), answer.size, answer.model.name, answer.model.version)
 
     def embed(self, model: str, configurations: Configurations, *, version: str | None = None) -> Embedded:
-        """Embeddings of configurations. A measured field may be left out: it is unknown then."""
+        """Embeddings of configurations. A field that is left out is unknown; the tool must be known."""
         batch = _Batch.of(configurations)
         answers, name = self._run(pb.EmbedResourcesRequest, batch, model, version)
         joined = np.concatenate([from_tensor(answer.embeddings, "embeddings") for answer in answers])
@@ -181,7 +181,7 @@ class Embedding(Channel):
     ) -> Recommended:
         """The cheapest configurations with the ``given`` values, the tool among them, whose measured ``dimension``, by
         default the first, stays below ``bound`` with this confidence. ``bound``: of all rows, or one for each."""
-        batch = _Batch.of(given, free=True)
+        batch = _Batch.of(given)
         bounds = (
             np.broadcast_to(np.asarray(bound, np.float64), batch.rows) if np.ndim(bound) == 0 else np.asarray(bound)
         )
@@ -293,10 +293,9 @@ class _Batch:
     """Whether the caller gave one row, without a batch axis."""
 
     @classmethod
-    def of(cls, configurations: Configurations, *, free: bool = False) -> _Batch:
-        """``free``: what a row does not have is unknown."""
+    def of(cls, configurations: Configurations) -> _Batch:
         if not isinstance(configurations, Mapping):
-            return cls(_columns(_transposed(configurations, free)), len(configurations), single=False)
+            return cls(_columns(_transposed(configurations)), len(configurations), single=False)
         lists = {name: values for name, values in configurations.items() if _is_list(values)}
         if not lists:
             return cls(_columns({name: [value] for name, value in configurations.items()}), 1, single=True)
@@ -346,18 +345,13 @@ def _is_list(values: object) -> bool:
     return isinstance(values, list | tuple) or (hasattr(values, "__len__") and np.ndim(values) == 1)  # type: ignore[arg-type]
 
 
-def _transposed(rows: Sequence[Values], free: bool) -> dict[str, list[Any]]:
-    """Columns of rows, which have the same fields; ``free``: what a row does not have is unknown."""
+def _transposed(rows: Sequence[Values]) -> dict[str, list[Any]]:
+    """Columns of rows; what a row does not have is unknown."""
     names: dict[str, None] = {}
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise InvalidInput.field(f"configurations.{number}", "must be a dictionary of values by field")
         names |= dict.fromkeys(row)
-    for name in names:
-        for number, row in enumerate(rows):
-            if name not in row and not free:
-                text = f"is missing in row {number}, and others have it; give its value, or unknown"
-                raise InvalidInput.field(f"configurations.{name}", text)
     return {name: [row.get(name) for row in rows] for name in names}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Regex
+from tokenizers.decoders import Fuse
 from tokenizers.pre_tokenizers import Split
 
 from ethogram.specs.resource import ResourceSpec, SchemaSpec
@@ -58,6 +59,7 @@ def save_characters(folder: Path) -> Path:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer = words_tokenizer(["<end>", *CHARACTERS])
     tokenizer.backend_tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    tokenizer.backend_tokenizer.decoder = Fuse()
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -1,12 +1,14 @@
 """Commands about configurations: embed, describe, recommend, by a published encoder.
 
 A file of configurations is a CSV file with a header, or JSON lines. Fields have their names in the model, or those of
-the columns in the table of measurements. Empty cells, null and ``unknown`` stand for what is not known.
+the columns in the table of measurements. Empty cells, null and ``unknown`` stand for what is not known,
+as do fields that are left out; the tool must be known.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,10 +57,10 @@ def embed(
     from ethogram.networks import save
 
     with client.embedding() as embedding:
-        given = _configurations(embedding.fields(model, version=version).fields, file, tool, values)
+        given, lines = _configurations(embedding.fields(model, version=version).fields, file, tool, values)
         answer = embedding.embed(model, given, version=version)
     save(output, {"embeddings": answer.embeddings})
-    _warn(answer.outside)
+    _warn(answer.outside, lines)
     shape = list(answer.embeddings.shape)
     value = {"file": str(output), "tensors": {"embeddings": shape}, "outside": answer.outside}
     return Answer(
@@ -88,9 +90,10 @@ def describe(
     """Print what the language model writes of configurations, or of embeddings."""
     from ethogram.networks import load
 
+    lines: Sequence[int] = ()
     with client.embedding() as embedding:
         if embeddings is None:
-            given = _configurations(embedding.fields(model, version=version).fields, file, tool, values)
+            given, lines = _configurations(embedding.fields(model, version=version).fields, file, tool, values)
             answer = embedding.describe(model, given, template=template, version=version)
         elif file is not None or tool is not None or values:
             raise InvalidInput.field("--embeddings", "excludes configurations; give one of them")
@@ -100,7 +103,7 @@ def describe(
                 names = ", ".join(sorted(tensors)) or "none"
                 raise InvalidInput.field("--embeddings", f"{embeddings} has no tensor `embeddings`; it has: {names}")
             answer = embedding.describe_embeddings(model, tensors["embeddings"], template=template, version=version)
-    _warn(answer.outside)
+    _warn(answer.outside, lines)
     texts = [answer.texts] if isinstance(answer.texts, str) else answer.texts
     return Answer(answer._asdict(), lambda: typer.echo("\n".join(map(visible, texts))))
 
@@ -132,7 +135,7 @@ def recommend(
     the exit code is 1."""
     with client.embedding() as embedding:
         fields = embedding.fields(model, version=version).fields
-        given = _configurations(fields, None, tool, values)
+        given, _ = _configurations(fields, None, tool, values)
         answer = embedding.recommend(model, given, bound, confidence=confidence, dimension=dimension, version=version)
     value = answer._asdict()
 
@@ -148,8 +151,8 @@ def recommend(
 
 def _configurations(
     fields: Sequence[Field], file: Path | None, tool: str | None, values: Sequence[str] | None
-) -> Configurations:
-    """The configurations of a file, or the one of the options."""
+) -> tuple[Configurations, list[int]]:
+    """The configurations of a file and their lines, or the one of the options."""
     if file is not None:
         if tool is not None or values:
             raise InvalidInput.field("FILE", "excludes --tool and --set; give one of them")
@@ -163,13 +166,13 @@ def _configurations(
         if name not in known:
             raise InvalidInput.field(f"--set {name}", f"there is no such field; there are {', '.join(known)}")
         row[name] = _value(known[name], value, f"--set {name}")
-    return row
+    return row, []
 
 
-def _read(file: Path, fields: Sequence[Field]) -> list[dict[str, Any]]:
-    """The configurations of a file, with the model's names of the fields."""
+def _read(file: Path, fields: Sequence[Field]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The configurations of a file, with the model's names of the fields, and the line of each."""
     known = {field.column: field for field in fields} | {field.name: field for field in fields}
-    rows = []
+    rows, lines = [], []
     for number, raw in _raw_rows(file):
         row = {}
         for name, value in raw.items():
@@ -179,13 +182,14 @@ def _read(file: Path, fields: Sequence[Field]) -> list[dict[str, Any]]:
                 raise InvalidInput.field(where, f"the model has no such field; it has {names}")
             row[known[name].name] = _value(known[name], value, where)
         rows.append(row)
+        lines.append(number)
     if not rows:
         raise InvalidInput.field("FILE", f"{file} has no rows")
-    return rows
+    return rows, lines
 
 
 def _raw_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The rows of a file, with the numbers that errors name: of a CSV file 1 is the first row below the header."""
+    """The rows of a file, with the lines on which they end."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -193,20 +197,22 @@ def _raw_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     except UnicodeDecodeError:
         raise InvalidInput.field("FILE", f"{file} is not UTF-8 text") from None
     if text.lstrip()[:1] == "{":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line) if line.strip() else {}
+                row = json.loads(line)
             except ValueError:
                 row = None
-            if not isinstance(row, dict):
+            if not isinstance(row, dict) or not row:
                 raise InvalidInput.field(f"{file.name}:{number}", "is not a JSON object of values by field")
-            if row:
-                yield number, row
+            yield number, row
         return
-    for number, cells in enumerate(csv.DictReader(text.splitlines(keepends=True)), 1):
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for cells in reader:
         if None in cells or None in cells.values():
-            raise InvalidInput.field(f"{file.name}:{number}", "has not as many cells as the header")
-        yield number, cells
+            raise InvalidInput.field(f"{file.name}:{reader.line_num}", "has not as many cells as the header")
+        yield reader.line_num, cells
 
 
 def _value(field: Field, value: Any, where: str) -> Any:
@@ -221,11 +227,13 @@ def _value(field: Field, value: Any, where: str) -> Any:
         raise InvalidInput.field(where, f"{value!r} is not a number") from None
 
 
-def _warn(outside: Sequence[Any]) -> None:
-    """Say which rows have numbers outside the range of training."""
-    rows = [outside] if outside and isinstance(outside[0], str) else outside
-    marked = [(number, names) for number, names in enumerate(rows) if names]
+def _warn(outside: Sequence[Any], lines: Sequence[int]) -> None:
+    """Say which rows, on these ``lines`` of a file, have numbers outside the range of training."""
+    if outside and isinstance(outside[0], str):
+        say(f"Outside the range of training, so less exact: {', '.join(outside)}")
+        return
+    marked = [(line, names) for line, names in zip(lines, outside, strict=False) if names]
     if marked:
-        shown = "; ".join(f"row {number}: {', '.join(names)}" for number, names in marked[:_NAMED])
+        shown = "; ".join(f"line {line}: {', '.join(names)}" for line, names in marked[:_NAMED])
         more = f" and {len(marked) - _NAMED} more" if len(marked) > _NAMED else ""
         say(f"Outside the range of training, so less exact: {shown}{more}")

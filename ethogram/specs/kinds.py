@@ -170,7 +170,12 @@ KINDS: dict[str, Kind] = {
             job="services.resource.job:run",
             rpc="/ethogram.v1.ResourceTrainingService/RunResource",
             inputs={"tools": "tools", "profiling": "profiling", "language_model": "language-model"},
-            outputs={"encoder": "resource-encoder", "export": "resource-export", "report": "report"},
+            outputs={
+                "encoder": "resource-encoder",
+                "export": "resource-export",
+                "report": "report",
+                "language_model": "language-model",
+            },
             example={"training": {"steps": 500}},
             headline=[
                 "exact_match_seen",

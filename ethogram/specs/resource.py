@@ -12,9 +12,9 @@ from ethogram.specs.base import ArtifactRef, HubSpec, OptimizationSpec, Spec, Tr
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-z][a-z0-9_]*$")]
 Label = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\s{}](?:[^\n\r\t{}]*[^\s{}])?$")]
 MAX_LABELS = 64
-"""Labels of a category, and tools of a table: the default language model has a token for each."""
+"""Labels of a category, and tools of a table, at most."""
 MAX_DIMENSIONS = 31
-"""Dimensions of a table: the default language model has a token for each, and for the tool."""
+"""Dimensions of a table, at most."""
 MOST, FINEST = 9_999_999, 3
 """The largest number in a description, and the most decimals."""
 
@@ -23,7 +23,7 @@ class DimensionSpec(Spec):
     """A column of a table of configurations: a number or a category."""
 
     name: Name
-    """As templates and results name it; ``tool`` is taken."""
+    """As templates and results name it; ``tool`` and ``tool_name`` are taken."""
     column: str | None = Field(None, min_length=1, max_length=128)
     """Column of the table of measurements; None: the name."""
     unit: str = Field("", max_length=32)
@@ -39,7 +39,7 @@ class DimensionSpec(Spec):
     decimals: int = Field(0, ge=0, le=FINEST)
     """Decimals of a number in descriptions."""
     price: float = Field(0.0, ge=0)
-    """Cost per unit of a number, for recommendations."""
+    """Cost per unit of a number that is not measured, for recommendations."""
     measured: bool = False
     """Whether it is an outcome, such as a latency; other dimensions are what a user chooses."""
 
@@ -50,12 +50,14 @@ class DimensionSpec(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> DimensionSpec:
-        if self.name == "tool":
-            raise ValueError("name: tool is the name of the tool's own column; give the dimension another")
+        if self.name in ("tool", "tool_name"):
+            raise ValueError(f"name: {self.name} is the name of the tool's own column; give the dimension another")
         if len(set(self.labels)) < len(self.labels):
             raise ValueError("labels: one of them is there twice")
         if self.labels and (self.levels or self.low is not None or self.high is not None or self.price):
             raise ValueError("labels: a category has no levels, low, high or price")
+        if self.price and self.measured:
+            raise ValueError("price: what is measured is not chosen, and has no price")
         if len(set(self.levels)) < len(self.levels):
             raise ValueError("levels: one of them is there twice")
         for level in self.levels:

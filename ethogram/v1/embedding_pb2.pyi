@@ -86,7 +86,7 @@ class ResourceRows(_message.Message):
     COLUMNS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def columns(self) -> _containers.MessageMap[_builtins.str, Global___ResourceColumn]:
-        """Name of the field to its values, as many as there are rows. A measured field may be left out: it is unknown then."""
+        """Name of the field to its values, as many as there are rows. A field that is left out is unknown, except the tool."""
 
     def __init__(
         self,

@@ -701,7 +701,7 @@ class DimensionSpec(_message.Message):
     PRICE_FIELD_NUMBER: _builtins.int
     MEASURED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """As templates and results name it; `tool` is taken."""
+    """As templates and results name it; `tool` and `tool_name` are taken."""
     column: _builtins.str
     """Column of the table of measurements; None: the name."""
     unit: _builtins.str
@@ -713,7 +713,7 @@ class DimensionSpec(_message.Message):
     decimals: _builtins.int
     """Decimals of a number in descriptions."""
     price: _builtins.float
-    """Cost per unit of a number, for recommendations."""
+    """Cost per unit of a number that is not measured, for recommendations."""
     measured: _builtins.bool
     """Whether it is an outcome, such as a latency; other dimensions are what a user chooses."""
     @_builtins.property

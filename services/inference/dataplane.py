@@ -54,20 +54,20 @@ class Dataplane(NamedTuple):
 
         ``check`` reads and checks the request for the model, once. ``method`` computes, called as ``method(model,
         arrays, **options)`` on the device's thread. ``answer`` makes a message of its result. ``prepare`` is
-        awaited before all of them, e.g. to load what only some calls need.
+        awaited before it computes, e.g. to load what only some calls need.
 
         Raises :class:`InvalidInput` with the field that is wrong, :class:`NotFound` for an unknown model, and
         :class:`TooLarge` for a full queue or an answer of more than ``max_answer_bytes``.
         """
         loop = asyncio.get_running_loop()
         served = await self.repository.get(reference, model_type)
-        if prepare is not None:
-            await prepare(served)
         request = await loop.run_in_executor(self.threads, check, served.model)
         size = len(next(iter(request.arrays.values()))) * request.answer_bytes
         if size > self.max_answer_bytes:
             text = f"the answer would take {size} bytes, at most {self.max_answer_bytes}; send fewer, or a stream"
             raise TooLarge.field(request.field, text)
+        if prepare is not None:
+            await prepare(served)
         key = (served.pointer.artifact, method.__name__, *request.options.values())
         function = partial(method, served.model, **request.options)
         arrays = await self.batcher.run(

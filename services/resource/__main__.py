@@ -163,7 +163,7 @@ def train(
 @command(
     app,
     f"{_MODULE} export my-run -o my-export",
-    f"{_MODULE} export --encoder_checkpoint my-run/snapshot-500/encoder_checkpoint_epoch10.pt -o my-export",
+    f"{_MODULE} export --encoder_checkpoint my-run/snapshot-2658/encoder_checkpoint_epoch10.pt -o my-export",
 )
 def export(
     encoder: Annotated[
@@ -183,6 +183,9 @@ def export(
         str | None,
         typer.Option("--llm-model", metavar="MODEL", help="Check that this is the language model of training."),
     ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Configurations that pass through the encoder at once.")
+    ] = 4096,
     out: Annotated[
         Path,
         typer.Option(
@@ -213,7 +216,7 @@ def export(
         if llm_model is not None:
             language_model_for(codec, llm_model, device)
         table = table_for(codec, profiling_data, tool_registry)
-        written = write(codec, table, out, sorted(source.glob(CHECKPOINTS)))
+        written = write(codec, table, out, sorted(source.glob(CHECKPOINTS)), batch_size=batch_size)
     output.say(f"export: {out}")
     _say_outside_rows(codec, table)
     return _export_answer(written)
@@ -265,8 +268,8 @@ def describe(
     if form is None:
         raise InvalidInput.field("--template", f"there is no {template!r}; there are {', '.join(known)}")
     with _in_options():
-        vectors, unknown = codec.vectors([dict.fromkeys(schema.names) | _given(tool, values, schema)], "given")
-        describer = Describer(language_model_for(codec, llm_model, device), schema)
+        vectors, unknown = codec.vectors([_given(tool, values, schema)], "given")
+        describer = Describer(language_model_for(codec, llm_model, device, run=_run_of(encoder)), schema)
     (text,) = describer.write(codec.soft(codec.embed(vectors, unknown)).to(describer.device), form)
     read = form.read(text)
     (outside,) = codec.outside(vectors, unknown)
@@ -318,7 +321,7 @@ def predict(
     with _in_options():
         table = table_for(codec, profiling_data, partial=True)
         predictor = NumberPredictor(codec, table, dimension, raw=raw)
-        found = predictor.predict(dict.fromkeys(codec.schema.names) | given, level)
+        found = predictor.predict(given, level)
     unit = codec.schema.dimensions[codec.schema.index(found.dimension)].unit
 
     def show() -> None:
@@ -452,7 +455,7 @@ def push(
         Path,
         typer.Argument(
             metavar="RUN",
-            help="Folder of a run, of which encoder and export are uploaded, or of an encoder.",
+            help="Folder of a run, of which encoder, export and default language model are uploaded, or of an encoder.",
             exists=True,
             file_okay=False,
         ),
@@ -463,14 +466,22 @@ def push(
     *,
     public: Public = False,
 ) -> None:
-    """Upload an encoder, with the table it was trained on, and its export to the Hugging Face Hub, with the token in
-    HF_TOKEN."""
+    """Upload an encoder, with the table it was trained on, its export and the default language model to the Hugging
+    Face Hub, with the token in HF_TOKEN."""
     from services.resource import hub
+    from services.resource.sources import OUTPUT
     from services.runtime.folders import artifact_in
 
     export = source / hub.EXPORT
     encoder = artifact_in(source, "resource-encoder", "RUN")
-    hub.push(encoder, export if export.is_dir() else None, hub_spec(repo, public, "REPO"), "REPO")
+    language_model = source / OUTPUT
+    hub.push(
+        encoder,
+        export if export.is_dir() else None,
+        hub_spec(repo, public, "REPO"),
+        "REPO",
+        language_model=language_model if language_model.is_dir() else None,
+    )
     output.say(f"uploaded {source} to {repo}")
 
 
@@ -478,7 +489,8 @@ def push(
 def pull(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Model repository, owner/name.")], *, out: NewFolder
 ) -> None:
-    """Download an encoder and its export from the Hugging Face Hub; the folder is used as that of a run is."""
+    """Download an encoder, its export and its language model from the Hugging Face Hub; the folder is used as that of a
+    run is."""
     from services.resource import hub
 
     shutil.copytree(hub.pull(repo), out, ignore=shutil.ignore_patterns(".*"))
@@ -493,6 +505,15 @@ def _codec(source: Path, device: str) -> ResourceCodec:
     if source.is_file():
         return read_checkpoint(source, device, "ENCODER")
     return ResourceCodec.load(artifact_in(source, "resource-encoder", "ENCODER"), device)
+
+
+def _run_of(source: Path) -> Path:
+    """The folder of the run that made an encoder, if there is one."""
+    from services.runtime.folders import artifact_in
+
+    # A file is in a folder of its own there, as an encoder's files are.
+    folder = source.resolve().parent if source.is_file() else artifact_in(source, "resource-encoder", "ENCODER")
+    return folder.resolve().parent
 
 
 def _given(tool: str, values: Sequence[str] | None, schema: Schema) -> dict[str, Any]:

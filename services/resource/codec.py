@@ -27,7 +27,6 @@ CONFIG, WEIGHTS, TABLE = "encoder.json", "encoder.safetensors", "table.safetenso
 FORMAT = 1
 UNKNOWN = "unknown"
 """What stands for the value of a dimension that is not known."""
-_MISSING = "is missing; give its value, or unknown"
 CHUNK = 4096
 """Vectors that go through the encoder at once."""
 
@@ -74,10 +73,10 @@ class ResourceCodec:
 
     def vectors(self, rows: Sequence[Mapping[str, Any]], field: str = "rows") -> tuple[Tensor, Tensor]:
         """Vectors ``[rows, fields]``, float64, of configurations by name, and which fields are unknown: those that are
-        ``unknown`` or None, and measured dimensions that are left out.
+        ``unknown``, None or left out.
 
         Raises :class:`InvalidInput` that names the row and the field for a tool, a label or a field that the schema
-        does not have, a number that is not finite or negative, a missing value, and an unknown tool.
+        does not have, a number that is not finite or negative, and an unknown tool.
         """
         wrong = [
             Violation(f"{field}.{number}.{name}", self._no_field)
@@ -86,19 +85,17 @@ class ResourceCodec:
         ]
         values, unknown = self._blank(len(rows))
         for index, dimension in enumerate(self.schema.dimensions):
-            missing = [] if dimension.measured else [n for n, row in enumerate(rows) if dimension.name not in row]
             given = [row.get(dimension.name) for row in rows]
             values[:, index], unknown[:, index], faults = self._column(index, given)
-            faults |= dict.fromkeys(missing, _MISSING)
             wrong += [Violation(f"{field}.{number}.{dimension.name}", text) for number, text in faults.items()]
         _raise(wrong)
         return torch.from_numpy(values), torch.from_numpy(unknown)
 
     def column_vectors(
-        self, columns: Mapping[str, Column], rows: int, field: str = "columns", *, free: bool = False
+        self, columns: Mapping[str, Column], rows: int, field: str = "columns", *, requirements: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`vectors` of columns by name, each with ``rows`` values; a column that is left out is missing in all
-        rows. ``free``: what is missing is unknown, measured or not, except the tool; what is measured is refused.
+        """:meth:`vectors` of columns by name, each with ``rows`` values; a column that is left out is unknown in all
+        rows. ``requirements``: what is measured is refused.
 
         Raises :class:`InvalidInput` that names the field, and the row behind it.
         """
@@ -108,13 +105,13 @@ class ResourceCodec:
         for index, dimension in enumerate(self.schema.dimensions):
             where, column = f"{field}.{dimension.name}", columns.get(dimension.name)
             if column is None:
-                if index == 0 or not (dimension.measured or free):
-                    wrong.append(Violation(where, _MISSING))
+                if index == 0:
+                    wrong.append(Violation(where, "is missing: the tool must be known"))
             elif {len(column.values), len(column.values if column.unknown is None else column.unknown)} != {rows}:
                 wrong.append(Violation(where, f"must have a value for each of the {rows} rows"))
             else:
                 values[:, index], unknown[:, index], faults = self._column(index, *column)
-                if free and dimension.measured:
+                if requirements and dimension.measured:
                     chosen = (~unknown[:, index]).nonzero()[0].tolist()
                     faults |= dict.fromkeys(chosen, "is measured, and cannot be chosen; leave it out")
                 wrong += [Violation(f"{where}.{row}", text) for row, text in faults.items()]
@@ -156,7 +153,7 @@ class ResourceCodec:
     @cached_property
     def _places(self) -> list[dict[str, int]]:
         """Index of each label, by dimension."""
-        return [{label: index for index, label in enumerate(each.labels)} for each in self.schema.dimensions]
+        return [{label: index for index, label in enumerate(dimension.labels)} for dimension in self.schema.dimensions]
 
     @cached_property
     def _range(self) -> tuple[Tensor, Tensor]:

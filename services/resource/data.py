@@ -72,6 +72,17 @@ class Table:
         numbers: Tensor = torch.unique(self.values[:, chosen], dim=0, return_inverse=True)[1]
         return numbers
 
+    def warnings(self) -> list[str]:
+        """For each measured number of which some values have more decimals than descriptions: a sentence that says
+        how many."""
+        texts = []
+        for index, dimension in enumerate(self.schema.dimensions):
+            finer = [value for value in self.values[:, index].tolist() if _finer(value, dimension.decimals)]
+            if dimension.number and finer:
+                text = f"descriptions round {len(finer)} of {len(self)} numbers to {dimension.decimals} decimals"
+                texts.append(f"{dimension.name}: {text}; set its decimals for more")
+        return texts
+
     def hold_out(self, share: float, seed: int) -> tuple[Tensor, Tensor]:
         """Rows to train on, and rows of a ``share`` of the configurations, but at least of one, which are in no
         training row. Raises :class:`InvalidInput` for a table of one configuration."""
@@ -133,8 +144,9 @@ def read_measurements(
     :attr:`Schema.inferred` has them, which numbers may be beyond; None: those that ``spec`` does not have.
 
     Raises :class:`InvalidInput` that names the file, the row and the column: a missing or unknown column, a value that
-    is not a finite number from 0 on or not one of the labels, a number outside its declared range, a tool that is not
-    in the registry or has no row, and a configuration that is there twice, unless the schema has repeated measurements.
+    is not a finite number from 0 on or not one of the labels, a number outside its declared range, more decimals of
+    a number that is not measured than descriptions have, a tool that is not in the registry or has no row, and a
+    configuration that is there twice, unless the schema has repeated measurements.
     """
     columns = [dimension.column or dimension.name for dimension in spec.dimensions]
     model = _row_model(spec, columns, tools)
@@ -160,6 +172,7 @@ def read_measurements(
     ]
     table = Table(schema, torch.tensor(values, dtype=torch.float64))
     _check_ranges(table, file, numbers, columns)
+    _check_decimals(table, file, numbers, columns)
     if not spec.repeated:
         first: dict[int, int] = {}
         for number, configuration in zip(numbers, table.configurations.tolist(), strict=True):
@@ -207,6 +220,23 @@ def _undeclared(spec: SchemaSpec) -> frozenset[str]:
             pairs = ("low", dimension.low), ("high", dimension.high)
             ends += [f"{dimension.name}.{end}" for end, value in pairs if value is None]
     return frozenset(ends)
+
+
+def _finer(value: float, decimals: int) -> bool:
+    """Whether a number has more decimals."""
+    return round(value, decimals) != value
+
+
+def _check_decimals(table: Table, file: Path, numbers: Sequence[int], columns: Sequence[str]) -> None:
+    """Raise :class:`InvalidInput` for a number that is not measured and has more decimals than descriptions, which
+    would take it for another configuration."""
+    for index, dimension in enumerate(table.schema.dimensions):
+        if not dimension.number or dimension.measured:
+            continue
+        for number, value in zip(numbers, table.values[:, index].tolist(), strict=True):
+            if _finer(value, dimension.decimals):
+                text = f"{value:.10g} has more decimals than descriptions, {dimension.decimals}; set decimals"
+                raise InvalidInput.field(f"{file.name}:{number}.{columns[index - 1]}", text)
 
 
 def _check_ranges(table: Table, file: Path, numbers: Sequence[int], columns: Sequence[str]) -> None:

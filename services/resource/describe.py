@@ -1,7 +1,7 @@
 """A frozen language model that reads soft tokens: the loss of a description, and descriptions by greedy decoding.
 
 The model sees a prompt, which has the labels of each category and the template, then the soft tokens of a vector, and
-goes on with the description and the token that ends a text. A model that was trained to read vectors, whose tokenizer
+continues with the description and the token that ends a text. A model that was trained to read vectors, whose tokenizer
 has the marks of slots, sees the labels and then the template with the soft tokens in it. The prompt is the same for all
 vectors, so its keys and values are computed once.
 """
@@ -23,6 +23,11 @@ from services.language.models import LanguageModel
 from services.resource.schema import Schema
 from services.resource.texts import OPTIONS, SLOTS, Slot, Soft, Template, option, slot
 
+BATCH = 256
+"""Rows that are described at once, unless a job says otherwise."""
+NUMBERS = (0.0, 9_876_543.21)
+"""Numbers in the descriptions that a tokenizer is tried on."""
+
 
 class Scores(NamedTuple):
     """How a batch of descriptions is predicted from the tokens before."""
@@ -36,9 +41,15 @@ class Scores(NamedTuple):
 class Describer:
     """Reads soft tokens with one language model and the templates of one schema."""
 
-    def __init__(self, language: LanguageModel, schema: Schema, *, checkpointing: bool = False) -> None:
-        """``checkpointing``: compute the model's activations again in the backward pass, to save memory."""
-        self.language, self.schema, self.checkpointing = language, schema, checkpointing
+    def __init__(
+        self, language: LanguageModel, schema: Schema, *, checkpointing: bool = False, batch: int = BATCH
+    ) -> None:
+        """``checkpointing``: compute the model's activations again in the backward pass, to save memory; ``batch``:
+        rows that are described, or scored, at once in evaluations.
+
+        Raises :class:`InvalidInput` for a tokenizer whose tokens of a description are another text.
+        """
+        self.language, self.schema, self.checkpointing, self.batch = language, schema, checkpointing, batch
         self.model: Any = language.model
         self.embed: Any = self.model.get_input_embeddings()
         self.device: torch.device = self.embed.weight.device
@@ -55,6 +66,8 @@ class Describer:
         if checkpointing and not self._layers:
             text = f"{language.name} has no layers whose activations can be computed again; turn it off"
             raise InvalidInput.field("spec.training.gradient_checkpointing", text)
+        for template in schema.templates:
+            self._check_tokens(template)
 
     def tool_vectors(self) -> Tensor:
         """Mean token embedding of each tool's name, ``[tools, hidden]``, float32."""
@@ -70,6 +83,25 @@ class Describer:
         texts = list(dict.fromkeys(text for row in rows for text, _ in row))
         known = dict(zip(texts, self.language.tokenize(texts), strict=True))
         return [[token for text, _ in row for token in known[text]] + [self._end] for row in rows]
+
+    def _check_tokens(self, template: Template) -> None:
+        """Raise :class:`InvalidInput` unless the tokens of descriptions are their text, with each of the labels."""
+        most = max(2, *map(len, template.labels))
+        rows = [
+            [float(row % len(labels)) if labels else NUMBERS[row % 2] for labels in template.labels]
+            for row in range(most)
+        ]
+        for row, tokens in zip(rows, self.tokens(template, torch.tensor(rows, dtype=torch.float64)), strict=True):
+            text, wanted = self._text(tokens[:-1]), template.write(row)
+            if text != wanted:
+                says = f"its tokenizer turns the description {wanted!r} into {text!r}; take another model"
+                raise InvalidInput.field(self.language.field, says)
+
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self.language.tokenizer.decode(
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
 
     def scores(self, soft: Tensor, values: Tensor, template: Template) -> Scores:
         """Loss and exactness of the descriptions of ``values`` ``[batch, fields]`` after ``soft``
@@ -144,11 +176,21 @@ class Describer:
                 self.language.field, f"{text}; shorten the template or the labels, or take another model"
             )
 
+    def check_longest(self, template: Template, tokens: int) -> None:
+        """Raise :class:`InvalidInput` for a template of which a description behind ``tokens`` soft tokens may be longer
+        than the model takes."""
+        head = self._head(torch.zeros(1, tokens, self.hidden, device=self.device), template)
+        self._check_length(template, head.shape[1], self._longest(template))
+
+    def _longest(self, template: Template) -> int:
+        """Tokens that are written at most."""
+        return 8 + sum(len(self.language.tokenize([text])[0]) for text, _ in template.longest)
+
     @torch.no_grad()
     def write(self, soft: Tensor, template: Template) -> list[str]:
         """The description of each row of ``soft`` ``[batch, tokens, hidden]`` by greedy decoding, up to the token that
         ends a text, or as long as no description of the template is."""
-        longest = 8 + sum(len(self.language.tokenize([text])[0]) for text, _ in template.longest)
+        longest = self._longest(template)
         inputs = self._head(soft, template)
         self._check_length(template, inputs.shape[1], longest)
         _, cache = self._prompt(template)
@@ -166,7 +208,7 @@ class Describer:
             inputs = self.embed(token).unsqueeze(1)
         rows = torch.stack(written, 1).tolist() if written else [[] for _ in soft]
         texts = [row[: row.index(self._end)] if self._end in row else row for row in rows]
-        return [self.language.tokenizer.decode(row, skip_special_tokens=False) for row in texts]
+        return [self._text(row) for row in texts]
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

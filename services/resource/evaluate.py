@@ -16,8 +16,8 @@ from services.resource.texts import Template
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 
-BATCH = 256
-"""Vectors that are described at once."""
+NEIGHBOURS = 256
+"""Vectors whose nearest one is looked for at once."""
 JITTER = 0.02
 """How far measured numbers differ in the retrieval of jittered vectors, as a share."""
 CONTROLLED = 256
@@ -44,7 +44,7 @@ def read_back(
 ) -> Reading:
     """Describe ``soft`` ``[rows, tokens, hidden]`` by greedy decoding, and compare with ``values``."""
     texts: list[str] = []
-    for part in torch.split(soft, BATCH):
+    for part in torch.split(soft, describer.batch):
         texts += describer.write(part.to(describer.device), template)
         if advance is not None:
             advance(len(part))
@@ -95,7 +95,9 @@ def field_figures(readings: Sequence[Reading], values: Tensor, templates: Sequen
             _count_digits(template, wanted, found, digits)
     return {
         "field_accuracy": dict(zip(fields, accuracy, strict=True)),
-        "field_error": {name: each for name, each, category in zip(fields, error, labels, strict=True) if not category},
+        "field_error": {
+            name: value for name, value, category in zip(fields, error, labels, strict=True) if not category
+        },
         "digits": {place: sum(hits) / len(hits) for place, hits in sorted(digits.items())},
     }
 
@@ -129,7 +131,7 @@ def cross_entropy(
 ) -> float:
     """Mean cross-entropy per token of the descriptions of ``values`` by a template."""
     total = 0.0
-    for part, rows in zip(torch.split(embeddings, BATCH), torch.split(values, BATCH), strict=True):
+    for part, rows in zip(torch.split(embeddings, describer.batch), torch.split(values, describer.batch), strict=True):
         soft = codec.soft(part).to(describer.device)
         total += float(describer.scores(soft, rows, template).loss) * len(rows)
     return total / len(values)
@@ -184,6 +186,6 @@ def retrieval_figures(codec: ResourceCodec, values: Tensor, seed: int) -> dict[s
     jittered = nn.functional.normalize(codec.embed(torch.where(measured, values * factor, values)), dim=1)
     figures = {}
     for name, queries in (("self_retrieval", embeddings), ("jitter_retrieval", jittered)):
-        nearest = torch.cat([(part @ embeddings.T).argmax(1) for part in torch.split(queries, BATCH)])
+        nearest = torch.cat([(part @ embeddings.T).argmax(1) for part in torch.split(queries, NEIGHBOURS)])
         figures[name] = float((values[nearest] == values).all(1).float().mean())
     return figures

@@ -14,7 +14,7 @@ from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.evaluate import read_back, relative_error
-from services.resource.predict import features, fit, interval, measured_fields, measured_number, upper_bound
+from services.resource.predict import Inputs, fit, interval, measured_fields, measured_number, upper_bound
 from services.resource.recommend import cheapest, prices
 from services.resource.schema import Schema
 from services.runtime.seeds import generator
@@ -67,9 +67,10 @@ def prediction_figures(
     target = values[:, number]
     methods: dict[str, Method] = {}
     for name, raw in ((VECTOR, False), (WITH_RAW, True)):
-        inputs = features(codec, values, unknown, raw=raw)
-        predictor = fit(inputs[train], target[train], seed, table.configurations[train])
-        methods[name] = Method(predictor.log_value(inputs), predictor.residuals)
+        inputs = Inputs(codec, table.at(train), unknown[0], raw=raw, seed=seed)
+        features = inputs(values)
+        predictor = fit(features[train], target[train], seed, table.configurations[train], first=inputs.first)
+        methods[name] = Method(predictor.log_value(features), predictor.residuals)
     methods[LOG_LINEAR] = _least_squares(_raw_inputs(schema, values, train), target, train)
     methods[TOOL] = _least_squares(_one_hot(table.tools, len(schema.tools)), target, train)
     order = torch.randperm(len(held_out), generator=generator(seed, "shuffled vectors"))
@@ -78,17 +79,19 @@ def prediction_figures(
     truth = target[held_out]
     errors = {name: relative_error(method.log_value[held_out].expm1(), truth) for name, method in methods.items()}
     soft = codec.soft(codec.embed(values[held_out], unknown[held_out]))
-    said = read_back(describer, soft, values[held_out], schema.templates[0]).values[:, number]
+    written = read_back(describer, soft, values[held_out], schema.templates[0]).values[:, number]
     # A text that cannot be read is as wrong as nothing.
-    errors[SAID] = relative_error(said.nan_to_num(0.0), truth)
+    errors[SAID] = relative_error(written.nan_to_num(0.0), truth)
     shown = {name: errors[name] for name in (VECTOR, WITH_RAW, SAID, LOG_LINEAR, TOOL, SHUFFLED)}
-    found = {
+    figures = {
         "rows": len(held_out),
-        "errors": {name: {"mean": float(each.mean()), "median": float(each.median())} for name, each in shown.items()},
+        "errors": {
+            name: {"mean": float(error.mean()), "median": float(error.median())} for name, error in shown.items()
+        },
         "coverage": [_coverage(level, methods, truth, held_out) for level in LEVELS if _possible(level, methods)],
         "recommendations": _recommendations(table, held_out, number, methods, seed),
     }
-    return Predictions(schema.names[number], found, methods)
+    return Predictions(schema.names[number], figures, methods)
 
 
 def _possible(level: float, methods: dict[str, Method]) -> bool:
@@ -109,14 +112,16 @@ def _coverage(level: float, methods: dict[str, Method], truth: Tensor, rows: Ten
 
 def conditions(schema: Schema) -> list[int]:
     """Indices of the tool and the labels, which are not a matter of choice."""
-    return [index for index, each in enumerate(schema.dimensions) if not each.number and not each.measured]
+    return [
+        index for index, dimension in enumerate(schema.dimensions) if not dimension.number and not dimension.measured
+    ]
 
 
 def groups(table: Table, rows: Tensor) -> list[Tensor]:
     """``rows`` by tool and labels, where there are at least :data:`FEWEST`."""
     number = torch.unique(table.values[rows][:, conditions(table.schema)], dim=0, return_inverse=True)[1]
-    found = [rows[number == group] for group in range(int(number.max()) + 1)]
-    return [group for group in found if len(group) >= FEWEST]
+    by_group = [rows[number == group] for group in range(int(number.max()) + 1)]
+    return [group for group in by_group if len(group) >= FEWEST]
 
 
 class Request(NamedTuple):

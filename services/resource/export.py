@@ -17,7 +17,7 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import SchemaSpec
 from services.artifacts.backends import sha256_of
-from services.resource.codec import ResourceCodec
+from services.resource.codec import CHUNK, ResourceCodec
 from services.resource.data import Table
 from services.resource.schema import TOOL, Schema
 from services.resource.sources import check_schema
@@ -27,6 +27,8 @@ from services.runtime.tensors import write_tensors
 WEIGHTS, TENSORS = "config_weights.pt", "config_weights.safetensors"
 LOOKUP, MASKS, ABOUT = "config_lookup.json", "tool_mask_map.json", "export.json"
 ENCODER, CHECKPOINTS = "pretrained_encoder.pt", "snapshot-*/encoder_checkpoint_epoch*.pt"
+FILES = (WEIGHTS, TENSORS, ENCODER, LOOKUP, MASKS)
+"""What every export has, beside :data:`ABOUT`."""
 TOOL_NAME = "tool_name"
 """Field of the tool in the lookup."""
 
@@ -50,9 +52,9 @@ class Export(NamedTuple):
         return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
 
 
-def checkpoint_name(codec: ResourceCodec) -> str:
-    """Name of the file of an encoder during training, by its epoch."""
-    return f"encoder_checkpoint_epoch{codec.about['epoch']:g}.pt"
+def checkpoint_name(epoch: float) -> str:
+    """Name of the file of an encoder during training."""
+    return f"encoder_checkpoint_epoch{epoch:g}.pt"
 
 
 def write_checkpoint(codec: ResourceCodec, file: Path) -> None:
@@ -67,19 +69,33 @@ def write_checkpoint(codec: ResourceCodec, file: Path) -> None:
 def read_checkpoint(file: Path, device: str = "cpu", field: str = "encoder_checkpoint") -> ResourceCodec:
     """The encoder in a file of :func:`write_checkpoint`. Raises :class:`InvalidInput` of ``field``."""
     with reading(file.parent, file.name, "encoder", field):
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise InvalidInput.field(field, f"{file} is not a file of weights ({first_line(error)})") from None
+        content = _loaded(file, field)
         return ResourceCodec.of(content["config"], content["model_state_dict"], content.get("table"), device)
 
 
-def export(codec: ResourceCodec, table: Table, folder: Path, checkpoints: Sequence[Path] = ()) -> Export:
+def _loaded(file: Path, field: str) -> dict[str, Any]:
+    """What :func:`torch.save` wrote. Raises :class:`InvalidInput` of ``field`` for anything but weights."""
+    try:
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InvalidInput.field(field, f"{file} is not a file of weights ({first_line(error)})") from None
+    return content
+
+
+def export(
+    codec: ResourceCodec,
+    table: Table,
+    folder: Path,
+    checkpoints: Sequence[Path] = (),
+    *,
+    batch_size: int = CHUNK,
+) -> Export:
     """Write the vectors of ``table`` into ``folder``, with copies of ``checkpoints``: files of the encoder during its
-    training. Raises :class:`InvalidInput` for a table of another schema or registry than the encoder's."""
+    training. ``batch_size``: configurations that pass through the encoder at once. Raises :class:`InvalidInput` for a
+    table of another schema or registry than the encoder's."""
     check_schema(codec, table.schema)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = codec.embed(table.values)
+    weights = torch.cat([codec.embed(part) for part in torch.split(table.values, batch_size)])
     content = {"weights": weights, "num_configs": len(weights), "hidden_dim": weights.shape[1]}
     torch.save(content, folder / WEIGHTS)
     write_tensors(folder / TENSORS, {"weights": weights})
@@ -89,7 +105,7 @@ def export(codec: ResourceCodec, table: Table, folder: Path, checkpoints: Sequen
     masks = {tool: (table.tools == index).nonzero().flatten().tolist() for index, tool in enumerate(table.schema.tools)}
     for name, value in ((LOOKUP, lookup), (MASKS, masks)):
         (folder / name).write_text(json.dumps(value, indent=1), encoding="utf-8")
-    hashes = {name: sha256_of(folder / name) for name in (WEIGHTS, TENSORS, ENCODER, LOOKUP, MASKS, *copies)}
+    hashes = {name: sha256_of(folder / name) for name in (*FILES, *copies)}
     about = {
         "files": hashes,
         "schema": table.schema.spec.model_dump(mode="json"),
@@ -126,12 +142,14 @@ def validate(folder: Path) -> Export:
         about = json.loads(path.read_text(encoding="utf-8"))
         hashes = {str(name): str(sha256) for name, sha256 in about["files"].items()}
         schema = Schema(SchemaSpec.model_validate(about["schema"]), tuple(about["tools"]))
+    if missing := [name for name in FILES if name not in hashes]:
+        raise InvalidInput.field(ABOUT, f"has no hash of {missing[0]}; export again")
     for name, sha256 in hashes.items():
         with reading(folder, name, "export") as path:
             if sha256_of(path) != sha256:
                 raise InvalidInput.field(name, "was changed since the export; export again")
     with reading(folder, WEIGHTS, "export") as path:
-        content = torch.load(path, weights_only=True)
+        content = _loaded(path, WEIGHTS)
         weights: Tensor = content["weights"]
         if weights.shape != (content["num_configs"], content["hidden_dim"]):
             raise InvalidInput.field(WEIGHTS, f"has weights {list(weights.shape)}, not as its own numbers say")

@@ -1,5 +1,5 @@
-"""Upload encoders and their exports to the Hugging Face Hub and download them: a model repository with a folder of
-each."""
+"""Upload encoders, their exports and the default language model to the Hugging Face Hub and download them: a model
+repository with a folder of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ethogram.specs.base import HubSpec
 from services.artifacts.hub import Repository, fetch
 from services.resource.codec import ResourceCodec
 from services.resource.export import validate
-from services.resource.sources import check_schema
+from services.resource.sources import OUTPUT, check_schema
 
 ENCODER, EXPORT = "encoder", "export"
 CARD = """---
@@ -24,7 +24,7 @@ tags:
 
 An encoder of configurations: {count} fields of {tools} tools ({names}) become a vector of {size} numbers, {tokens} soft
 token{plural} of the language model {language}, which describes it. `encoder/` holds the encoder and the {rows}
-measurements that it was trained on.{export}
+measurements that it was trained on.{export}{reader}
 
 ```python
 from services.resource.codec import ResourceCodec
@@ -34,12 +34,20 @@ codec = ResourceCodec.load(pull("{repo}") / "encoder")
 embeddings = codec.embed(*codec.vectors([{example}]))
 ```
 """
+_READER = "\n`language_model/` holds the language model, which `describe` finds there."
 _EXPORT = "\n`export/` holds the vectors of {configurations} configurations as the rows of a classifier head."
 
 
-def push(encoder: Path, export: Path | None, spec: HubSpec, field: str = "spec.hub.repo") -> None:
-    """Upload an encoder and its export with a model card, in one commit. ``field``: where the repository was named, for
-    error messages.
+def push(
+    encoder: Path,
+    export: Path | None,
+    spec: HubSpec,
+    field: str = "spec.hub.repo",
+    *,
+    language_model: Path | None = None,
+) -> None:
+    """Upload an encoder, its export and its ``language_model`` with a model card, in one commit. ``field``: where the
+    repository was named, for error messages.
 
     Raises :class:`InvalidInput` for a folder that is no encoder or no export, for an export of another schema or
     registry, and without permission; and :class:`Unavailable` if the Hub cannot be reached.
@@ -50,19 +58,22 @@ def push(encoder: Path, export: Path | None, spec: HubSpec, field: str = "spec.h
         check_schema(codec, found.schema)
     repository = Repository(spec, "model", field)
     repository.open()
-    files: dict[str, Path | bytes] = {"README.md": _card(codec, spec, found and len(found.weights)).encode()}
-    for name, folder in ((ENCODER, encoder), (EXPORT, export)):
+    files: dict[str, Path | bytes] = {
+        "README.md": _card(codec, spec, found and len(found.weights), language_model is not None).encode()
+    }
+    for name, folder in ((ENCODER, encoder), (EXPORT, export), (OUTPUT, language_model)):
         if folder is not None:
             files |= {f"{name}/{file.name}": file for file in sorted(folder.iterdir()) if file.is_file()}
     repository.upload(files, "An encoder of configurations")
 
 
-def pull(repo: str, parts: Sequence[str] = (ENCODER, EXPORT), field: str = "REPO") -> Path:
-    """Download an encoder and its export, or only ``parts``. Returns their folder in the Hub's cache."""
+def pull(repo: str, parts: Sequence[str] = (ENCODER, EXPORT, OUTPUT), field: str = "REPO") -> Path:
+    """Download an encoder, its export and its language model, or only ``parts``. Returns their folder in the Hub's
+    cache."""
     return fetch(repo, "model", [f"{part}/*" for part in parts], field=field)
 
 
-def _card(codec: ResourceCodec, spec: HubSpec, configurations: int | None) -> str:
+def _card(codec: ResourceCodec, spec: HubSpec, configurations: int | None, reader: bool) -> str:
     schema, tokens = codec.schema, codec.spec.encoder.tokens
     # Of a folder its path says nothing elsewhere.
     language = codec.spec.llm_model if codec.spec.language_model is None else "of the user's own"
@@ -81,6 +92,7 @@ def _card(codec: ResourceCodec, spec: HubSpec, configurations: int | None) -> st
         plural="" if tokens == 1 else "s",
         language=Path(language).name,
         rows="" if codec.table is None else f"{len(codec.table):,}",
+        reader=_READER if reader else "",
         export="" if configurations is None else _EXPORT.format(configurations=f"{configurations:,}"),
         example=example,
     )

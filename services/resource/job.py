@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from services.resource.hub import push
 from services.resource.language_model import default_folder
 from services.resource.report import write_report
 from services.resource.schema import default_schema
-from services.resource.sources import DEFAULT, located
+from services.resource.sources import DEFAULT, OUTPUT, located
 from services.resource.train import ResourceTrainer
 from services.runtime.devices import uses_bfloat16
 from services.runtime.parallel import ALONE, World
@@ -39,14 +40,28 @@ ALL, UNSEEN = "all", "unseen"
 
 
 def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
-    """Artifacts: ``encoder``, ``export`` and ``report``; with ``spec.hub`` encoder and export are uploaded at the end.
-    Returns the ``figures`` and, by template, field and place of digits, what they are means of."""
+    """Artifacts: ``encoder``, ``export``, ``report`` and, where it is the default one, ``language_model``; with
+    ``spec.hub`` all but the report are uploaded at the end. Returns the ``figures`` and, by template, field and place
+    of digits, what they are means of."""
     if spec.hub is not None and world.first and run.resume is None:
         # Fail before training, not after it, without a network or permission.
         Repository(spec.hub, "model").open()
     table = table_of(spec, run)
+    if world.first and run.resume is None:
+        for text in table.warnings():
+            run.log(text, "warning")
+    rows: Tensor | None = None
+    if spec.held_out:
+        rows, held_out = table.hold_out(spec.held_out, spec.seed)
     language = language_model_of(spec, run)
-    describer = Describer(language, table.schema, checkpointing=spec.training.gradient_checkpointing)
+    # Other machines may not have it, and would not train the same one to the last bit.
+    default = Path(language.name) if spec.language_model is None and spec.llm_model == DEFAULT else None
+    if default is not None and world.first:
+        run.source_artifact(OUTPUT, "language-model", default)
+    training = spec.training
+    # A row that is only described takes about a quarter of the memory of one that is trained on.
+    batch = 4 * math.ceil(training.batch_size / (training.accumulation * world.size))
+    describer = Describer(language, table.schema, checkpointing=training.gradient_checkpointing, batch=batch)
     with tempfile.TemporaryDirectory() as scratch:
         parts = Parts(run, Path(scratch), world)
         everything = parts.part(ALL, lambda _: _train(spec, table, None, describer, parts=parts, world=world))
@@ -57,8 +72,7 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
             export(codec, table, Path(scratch, "export"))
             run.artifact("export", "resource-export", Path(scratch, "export"))
         unseen = None
-        if spec.held_out:
-            rows, held_out = table.hold_out(spec.held_out, spec.seed)
+        if rows is not None:
             unseen = parts.part(UNSEEN, lambda _: _train(spec, table, rows, describer, parts=parts, world=world))
         if not world.first:
             return {}
@@ -68,7 +82,7 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
             return rows if spec.evaluation is None else rows[order[: spec.evaluation]]
 
         details = {"seen": describe_figures(codec, describer, drawn(table.values), run, "seen")}
-        if unseen is not None:
+        if rows is not None:
             other = ResourceCodec.load(parts.folder / UNSEEN, run.device)
             details["unseen"] = describe_figures(other, describer, drawn(table.values[held_out]), run, "unseen")
         controls = control_figures(codec, describer, drawn(table.values), spec.seed)
@@ -76,7 +90,7 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         figures = _figures(details, control, retrieval_figures(codec, table.values, spec.seed))
         with run.side_output("the report"):
             predictions: Predictions | str = "No rows were held out, which they are scored on; set held_out."
-            if unseen is not None:
+            if rows is not None:
                 try:
                     predictions = prediction_figures(
                         other, describer, table, train=rows, held_out=drawn(held_out), seed=spec.seed
@@ -98,7 +112,7 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         if spec.hub is not None:
             again = f"`python -m services.resource push RUN {spec.hub.repo}` tries again"
             with run.side_output("the upload of the encoder", f"it is kept; {again}"):
-                push(parts.folder / ALL, Path(scratch, "export"), spec.hub)
+                push(parts.folder / ALL, Path(scratch, "export"), spec.hub, language_model=default)
     return {"figures": figures, "controls": control, "details": details}
 
 
@@ -164,6 +178,6 @@ def language_model_of(spec: ResourceSpec, run: Run) -> LanguageModel:
     if spec.language_model is not None:
         return load_language_model(str(run.inputs["language_model"]), run.device, own, field="language_model")
     if spec.llm_model == DEFAULT:
-        return load_language_model(str(default_folder(run.device)), run.device, own)
+        return load_language_model(str(default_folder(run=run)), run.device, own)
     name = located(spec.llm_model, "spec.llm_model")
     return load_language_model(name, run.device, dtype, field="spec.llm_model")

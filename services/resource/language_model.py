@@ -499,9 +499,10 @@ def train_language_model(spec: ReaderSpec, run: Run, folder: Path) -> LanguageMo
     return trainer
 
 
-def default_folder(device: str = "cpu", spec: ReaderSpec | None = None) -> Path:
+def default_folder(device: str = "cpu", spec: ReaderSpec | None = None, run: Run | None = None) -> Path:
     """Folder of the language model of ``spec``, by default the default spec. It is trained once, resuming from
-    checkpoints where a call was interrupted, and kept in the cache."""
+    checkpoints where a call was interrupted, and kept in the cache. ``run``: what that reports to, and whose device it
+    takes; by default the terminal."""
     spec = spec or ReaderSpec()
     recipe = json.dumps(spec.model_dump(mode="json", exclude={"wandb"}), sort_keys=True)
     rng = random.Random(0)
@@ -512,4 +513,4 @@ def default_folder(device: str = "cpu", spec: ReaderSpec | None = None) -> Path:
     def train(run: Run, folder: Path) -> None:
         train_language_model(spec, run, folder)
 
-    return trained_once(f"language-models/{name}", "model", train, device)
+    return trained_once(f"language-models/{name}", "model", train, device, run)

@@ -11,8 +11,8 @@ from services.resource.schema import Schema
 
 
 class ResourceEncoder(nn.Module):
-    """Stream A, the tool's name in the model's frozen token embeddings, and stream B, an MLP of the numbers, fused by
-    self-attention over both."""
+    """Stream A, the tool: its name in the model's frozen token embeddings, and an indicator, since names of the same
+    words have the same mean; and stream B, an MLP of the numbers, fused by self-attention over both."""
 
     tool_vectors: Tensor
 
@@ -32,7 +32,7 @@ class ResourceEncoder(nn.Module):
         self.mlp = None
         if spec.numbers != "xval":
             self.mlp = nn.Sequential(nn.Linear(width, spec.hidden_dim), nn.GELU(), nn.Linear(spec.hidden_dim, out))
-        self.tool = nn.Linear(hidden, hidden)
+        self.tool = nn.Linear(hidden + len(tool_vectors), hidden)
         self.attention = (
             nn.MultiheadAttention(hidden, spec.heads, batch_first=True) if spec.fusion == "attention" else None
         )
@@ -53,7 +53,9 @@ class ResourceEncoder(nn.Module):
         if self.mlp is not None:
             numbers = numbers + self.mlp(features)
         numbers = torch.unflatten(numbers, 1, (self.spec.tokens, -1))
-        tool = self.tool(self.tool_vectors[values[:, 0].long().to(device)]).unsqueeze(1)
+        tools = values[:, 0].long().to(device)
+        indicator = nn.functional.one_hot(tools, len(self.tool_vectors)).to(self.tool_vectors)
+        tool = self.tool(torch.cat([self.tool_vectors[tools], indicator], 1)).unsqueeze(1)
         if self.attention is None:
             mixed = numbers + tool
         else:

@@ -1,19 +1,27 @@
 """Prediction of a dimension from embeddings in which it is unknown, with intervals, and recommendations on top.
 
 The predictor is kernel ridge regression of the logarithm: a linear kernel, which extrapolates, plus a Gaussian one;
-cross-validation chooses their weights. Intervals are conformal: quantiles of the absolute residuals of rows that the
-prediction did not use, each left out in turn, so that they cover at the level asked for whatever the model is.
+cross-validation chooses their weights. It is on the fields of the configuration as they are read from the embedding,
+which takes no measurements to learn, and on the embedding too where that is better.
+
+Intervals are conformal by cross-validation (the jackknife of arXiv 1905.02928): quantiles of the residuals of
+measurements, each by a regression that used neither the measurement nor others of its configuration, with a kernel and
+a ridge that were chosen without it. They cover about as asked if new configurations are exchangeable with measured
+ones. No finite number of measurements guarantees it: a split into rows to learn from and rows to calibrate on would, at
+the cost of accuracy. Nor are rows that the encoder was trained on exchangeable with new ones: it has learned from their
+numbers. The report of a run shows what intervals cover of configurations that its encoder has not seen.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ethogram.errors import InvalidInput
 from services.resource.codec import UNKNOWN, ResourceCodec
@@ -24,16 +32,22 @@ from services.runtime.seeds import generator
 FEWEST = 10
 """Fewest configurations to predict from."""
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-WIDTHS = (0.5, 1.0, 2.0, 4.0)
+WIDTHS = (1.0, 2.0, 4.0)
 """Widths of the Gaussian kernel, as multiples of the median distance of two rows."""
-SHARES = (0.0, 0.1, 0.5)
-"""Weights of the Gaussian kernel beside the linear one."""
+SHARES = (0.1, 0.5)
+"""Weights of the Gaussian kernel beside the linear one, which is tried alone, too."""
 MOST_ROWS = 4000
 """Rows that a predictor is fitted on; of more, a random part."""
-FOLDS = 10
-"""Parts of the rows, each of which is predicted from the others for the intervals."""
-CHOICE_ROWS = 600
-"""Rows on which the kernel is chosen; of more, a random part. The ridge is chosen on all."""
+FOLDS = 5
+"""Parts of the rows; kernel and ridge are chosen without each of them for the residuals in it."""
+CHOICE_ROWS = 300
+"""Rows on which kernel and ridge are chosen; of more, a random part."""
+PROBED = 2000
+"""Random configurations whose embeddings show how fields are read from embeddings."""
+FEW = 16
+"""Most values of a number in the table for each to have an indicator."""
+CONSTANT = 100.0
+"""Constant in the kernel, which makes for an intercept that the ridge hardly shrinks."""
 
 
 class Interval(NamedTuple):
@@ -45,35 +59,51 @@ class Interval(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A linear kernel and ``share`` of a Gaussian one of ``width``."""
+    """A constant, a linear kernel and ``share`` of a Gaussian one of ``width``, on the first ``columns`` features."""
 
     share: float
     width: float
+    columns: int
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        linear = first @ second.T / first.shape[1]
+        first, second = first[:, : self.columns], second[:, : self.columns]
+        linear = CONSTANT + first @ second.T / first.shape[1]
         if not self.share:
             return linear
         distance = torch.cdist(first, second).square() / first.shape[1]
         return linear + self.share * torch.exp(-distance / (2 * self.width**2))
 
 
+class Choice(NamedTuple):
+    """A kernel, and what is added to the diagonal of its matrix."""
+
+    kernel: Kernel
+    ridge: float
+
+
 @dataclass(frozen=True)
 class Regression:
-    """Kernel ridge regression of the logarithm of 1 + a number on features ``[rows, features]``."""
+    """Kernel ridge regression on features ``[rows, features]``."""
 
     mean: Tensor
     deviation: Tensor
-    center: float
     rows: Tensor
     """Standardised features of the rows it was fitted on."""
     weights: Tensor
     kernel: Kernel
 
+    @staticmethod
+    def of(features: Tensor, targets: Tensor, choice: Choice) -> Regression:
+        """The regression of ``targets`` ``[rows]`` or ``[rows, targets]``."""
+        mean, deviation = _scale(features)
+        x = (features - mean) / deviation
+        gram = choice.kernel(x, x) + choice.ridge * torch.eye(len(x), dtype=x.dtype)
+        return Regression(mean, deviation, x, torch.linalg.solve(gram, targets), choice.kernel)
+
     def __call__(self, features: Tensor) -> Tensor:
-        """The predicted logarithms, ``[rows]``."""
+        """The predictions, of the shape of the targets."""
         scaled = (features.double() - self.mean) / self.deviation
-        return self.center + self.kernel(scaled, self.rows) @ self.weights
+        return self.kernel(scaled, self.rows) @ self.weights
 
 
 @dataclass(frozen=True)
@@ -122,12 +152,14 @@ def quantile(residuals: Tensor, level: float, field: str = "level") -> float:
     return float(residuals.sort().values[rank - 1])
 
 
-def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None = None) -> Predictor:
+def fit(
+    features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None = None, *, first: int | None = None
+) -> Predictor:
     """Fit a predictor of ``numbers`` ``[rows]`` from ``features`` ``[rows, features]``; of more than :data:`MOST_ROWS`
-    rows on a random part.
+    rows a random part is used.
 
-    ``groups``: rows that are left out together, e.g. repeated measurements. Raises
-    :class:`InvalidInput` for fewer than :data:`FEWEST` groups.
+    ``groups``: rows that are left out together, e.g. repeated measurements; ``first``: how many of the features are
+    tried without the others. Raises :class:`InvalidInput` for fewer than :data:`FEWEST` groups.
     """
     groups = torch.arange(len(numbers)) if groups is None else torch.unique(groups, return_inverse=True)[1]
     count = int(groups.max()) + 1 if len(groups) else 0
@@ -136,65 +168,133 @@ def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None 
     if len(numbers) > MOST_ROWS:
         kept = torch.randperm(len(numbers), generator=generator(seed, "rows"))[:MOST_ROWS]
         features, numbers, groups = features[kept], numbers[kept], groups[kept]
-    target, x = numbers.double().log1p(), features.double()
-    residuals = torch.empty_like(target)
+    target, features = numbers.double().log1p(), features.double()
+    mean, deviation = _scale(features)
+    x = (features - mean) / deviation
+    columns = sorted({first or features.shape[1], features.shape[1]})
+    order = torch.randperm(len(x), generator=generator(seed, "rows to choose on"))
+    choice = _choose(x, target, groups, order, columns)
     fold = (torch.randperm(count, generator=generator(seed, "folds")) % FOLDS)[groups]
+    residuals = torch.empty_like(target)
+    known: dict[Choice, Tensor] = {}
     for number in range(FOLDS):
-        rows, others = fold == number, fold != number
-        residuals[rows] = target[rows] - _regression(x[others], target[others], groups[others], seed)(x[rows])
-    return Predictor(_regression(x, target, groups, seed), residuals, len(target))
+        without = _choose(x, target, groups, order[fold[order] != number], columns)
+        if without not in known:
+            known[without] = _Spectrum.of(without.kernel, x, groups).residuals(target, without.ridge)
+        residuals[fold == number] = known[without][fold == number]
+    return Predictor(Regression.of(features, target, choice), residuals, len(target))
 
 
-def _regression(x: Tensor, target: Tensor, groups: Tensor, seed: int) -> Regression:
-    """The regression of ``target`` ``[rows]`` on ``x`` ``[rows, features]`` with the least error of groups that are
-    left out."""
-    mean, deviation = x.mean(0), x.std(0)
-    # What never varies says nothing.
-    deviation = torch.where(deviation > 1e-9, deviation, torch.inf)
-    x, center = (x - mean) / deviation, float(target.mean())
-    order = torch.randperm(len(x), generator=generator(seed, "distances"))
-    median = float(torch.pdist(x[order[:500]]).median()) / x.shape[1] ** 0.5
-    kernels = [Kernel(share, width * median) for share in SHARES for width in (WIDTHS if share else WIDTHS[:1])]
-    if len(x) > CHOICE_ROWS:
-        part = order[:CHOICE_ROWS]
-        kernels = [_choose(kernels, x[part], target[part] - center, groups[part])[0]]
-    kernel, ridge, _ = _choose(kernels, x, target - center, groups)
-    gram = kernel(x, x) + ridge * torch.eye(len(x), dtype=x.dtype)
-    return Regression(mean, deviation, center, x, torch.linalg.solve(gram, target - center), kernel)
+def _scale(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of features ``[rows, features]``; what never varies says nothing."""
+    deviation = features.std(0)
+    return features.mean(0), torch.where(deviation > 1e-9, deviation, torch.inf)
 
 
-def _choose(kernels: Sequence[Kernel], x: Tensor, target: Tensor, groups: Tensor) -> tuple[Kernel, float, Tensor]:
-    """Kernel and ridge with the least error on groups of rows that are left out, and the residuals of these."""
-    numbers, sizes = torch.unique(groups, return_counts=True)
-    # Where each row is a group of its own there is nothing to solve.
-    members = [(groups == number).nonzero().flatten() for number in numbers] if int(sizes.max()) > 1 else []
-    best: tuple[float, Kernel, float, Tensor] | None = None
-    for kernel in kernels:
-        values, vectors = torch.linalg.eigh(kernel(x, x))
-        turned = vectors.T @ target
-        for ridge in RIDGES:
-            inverse = 1 / (values.clamp_min(0) + ridge)
-            residuals = _left_out(vectors, inverse, vectors @ (inverse * turned), members)
-            error = float(residuals.abs().mean())
-            if best is None or error < best[0]:
-                best = error, kernel, ridge, residuals
+def _median_distance(x: Tensor) -> float:
+    """Median distance of two rows of ``x``, by the root of the number of features."""
+    distances = torch.pdist(x[:500])
+    # Where little is known most rows, or all, may be the same.
+    return (float(distances.median()) or float(distances.mean()) or 1.0) / x.shape[1] ** 0.5
+
+
+def _choose(x: Tensor, target: Tensor, groups: Tensor, order: Tensor, columns: Sequence[int]) -> Choice:
+    """Kernel and ridge with the least error of groups that are left out, on the first rows of ``order``. ``x``:
+    standardised features ``[rows, features]``; ``columns``: how many of them a kernel may be on."""
+    rows = order[:CHOICE_ROWS]
+    x, target, groups = x[rows], target[rows], groups[rows]
+    best: tuple[float, Choice] | None = None
+    for count in columns:
+        median = _median_distance(x[:, :count])
+        for share, width in [(0.0, 1.0), *itertools.product(SHARES, WIDTHS)]:
+            kernel = Kernel(share, width * median, count)
+            spectrum = _Spectrum.of(kernel, x, groups)
+            for ridge in RIDGES:
+                error = float(spectrum.residuals(target, ridge).abs().mean())
+                if best is None or error < best[0]:
+                    best = error, Choice(kernel, ridge)
     assert best is not None
-    return best[1:]
+    return best[1]
 
 
-def features(codec: ResourceCodec, values: Tensor, unknown: Tensor, *, raw: bool = False) -> Tensor:
-    """What a number is predicted from: embeddings of vectors ``[rows, fields]``, float64 ``[rows, features]``.
+class _Spectrum(NamedTuple):
+    """The matrix of a kernel on some rows."""
 
-    ``raw``: also the known numbers, as logarithms, and an indicator of each known label.
+    values: Tensor
+    vectors: Tensor
+    groups: Tensor
+
+    @staticmethod
+    def of(kernel: Kernel, x: Tensor, groups: Tensor) -> _Spectrum:
+        values, vectors = torch.linalg.eigh(kernel(x, x))
+        return _Spectrum(values.clamp_min(0), vectors, groups)
+
+    def residuals(self, target: Tensor, ridge: float) -> Tensor:
+        """Residuals of each group of rows when it is left out of kernel ridge regression: ``A_gg^-1 w_g``, with the
+        inverse ``A`` of the kernel matrix plus the ridge and the weights ``w`` (Rasmussen & Williams 2006, equation
+        5.12)."""
+        inverse = 1 / (self.values + ridge)
+        weights = self.vectors @ (inverse * (self.vectors.T @ target))
+        numbers, sizes = torch.unique(self.groups, return_counts=True)
+        if int(sizes.max()) == 1:
+            # Where each row is a group of its own there is nothing to solve.
+            return weights / (self.vectors.square() @ inverse)
+        residuals = torch.empty_like(weights)
+        for number in numbers:
+            rows = self.groups == number
+            block = (self.vectors[rows] * inverse) @ self.vectors[rows].T
+            residuals[rows] = torch.linalg.solve(block, weights[rows])
+        return residuals
+
+
+class Inputs:
+    """What a number is predicted from: features of vectors in which the same fields are unknown.
+
+    First the fields that are known: an indicator of each label and of each value of a number that has few, and
+    logarithms of numbers; then the embedding. The fields are read from the embedding, by a regression on embeddings of
+    random configurations, or with ``raw`` from the vector itself.
     """
-    columns = [codec.embed(values, unknown).double()]
-    if raw:
-        for index, dimension in enumerate(codec.schema.dimensions):
-            hidden, column = unknown[:, index : index + 1], values[:, index].masked_fill(unknown[:, index], 0.0)
-            labels = len(dimension.labels)
-            block = nn.functional.one_hot(column.long(), labels).double() if labels else column.log1p().unsqueeze(1)
-            columns.append(block.masked_fill(hidden, 0.0))
-    return torch.cat(columns, 1)
+
+    def __init__(
+        self, codec: ResourceCodec, table: Table, unknown: Tensor, *, raw: bool = False, seed: int = 0
+    ) -> None:
+        """``table``: whose values the random configurations have; ``unknown``: which fields are, ``[fields]``."""
+        self.codec, self.unknown = codec, unknown
+        self._levels = [torch.unique(column) for column in table.values.T]
+        self._probes: Regression | None = None
+        rng = generator(seed, "random configurations")
+        drawn = [column[torch.randint(len(column), (PROBED,), generator=rng)] for column in table.values.T]
+        configurations = torch.stack(drawn, 1)
+        fields = self._fields(configurations)
+        self.first = fields.shape[1]
+        """How many features are fields."""
+        if not raw:
+            embeddings = self._embed(configurations)
+            mean, deviation = _scale(embeddings)
+            width = 2 * _median_distance((embeddings - mean) / deviation)
+            choice = Choice(Kernel(0.5, width, embeddings.shape[1]), 1e-5)
+            self._probes = Regression.of(embeddings, fields, choice)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Features of vectors ``[rows, fields]``, float64 ``[rows, features]``."""
+        embeddings = self._embed(values)
+        fields = self._fields(values) if self._probes is None else self._probes(embeddings)
+        return torch.cat([fields, embeddings], 1)
+
+    def _embed(self, values: Tensor) -> Tensor:
+        return self.codec.embed(values, self.unknown.expand(len(values), -1)).double()
+
+    def _fields(self, values: Tensor) -> Tensor:
+        columns = []
+        for index, dimension in enumerate(self.codec.schema.dimensions):
+            column, levels = values[:, index : index + 1], self._levels[index]
+            if self.unknown[index]:
+                continue
+            if dimension.number:
+                columns.append(column.log1p())
+            if not dimension.number or len(levels) <= FEW:
+                columns.append((column == levels).double())
+        return torch.cat(columns, 1)
 
 
 class Prediction(NamedTuple):
@@ -224,7 +324,7 @@ class NumberPredictor:
         if not codec.schema.dimensions[self.dimension].number:
             text = f"{dimension} is a category; numbers alone are predicted"
             raise InvalidInput.field("dimension", text)
-        self._fitted: dict[tuple[bool, ...], Predictor] = {}
+        self._fitted: dict[tuple[bool, ...], tuple[Inputs, Predictor]] = {}
 
     def predict(self, given: Mapping[str, Any], level: float = 0.9, field: str = "given") -> Prediction:
         """The number of the configuration with the ``given`` fields, and an interval that covers it with probability
@@ -239,7 +339,7 @@ class NumberPredictor:
         values, unknown = self.codec.vectors([{**given, name: UNKNOWN}], field)
         interval = self.intervals(values, unknown, level, field)
         value, low, high = (float(end) for end in interval)
-        measurements = self._predictor(unknown[0]).measurements
+        measurements = self._predictor(unknown[0])[1].measurements
         return Prediction(name, value, low, high, self.codec.outside(values, unknown)[0], measurements)
 
     def intervals(self, values: Tensor, unknown: Tensor, level: float = 0.9, field: str = "rows") -> Interval:
@@ -247,21 +347,23 @@ class NumberPredictor:
         check_measured(self.table, values, field)
         unknown = unknown.clone()
         unknown[:, self.dimension] = True
-        patterns, place = torch.unique(unknown, dim=0, return_inverse=True)
+        patterns, pattern_of = torch.unique(unknown, dim=0, return_inverse=True)
         ends = torch.empty(3, len(values), dtype=torch.float64)
         for index, pattern in enumerate(patterns):
-            rows = place == index
-            inputs = features(self.codec, values[rows], unknown[rows], raw=self.raw)
-            ends[:, rows] = torch.stack(list(self._predictor(pattern).interval(inputs, level)))
+            rows = pattern_of == index
+            inputs, predictor = self._predictor(pattern)
+            ends[:, rows] = torch.stack(list(predictor.interval(inputs(values[rows]), level)))
         return Interval(*ends)
 
-    def _predictor(self, unknown: Tensor) -> Predictor:
-        """The predictor of vectors in which the fields ``unknown`` ``[fields]`` are not known."""
+    def _predictor(self, unknown: Tensor) -> tuple[Inputs, Predictor]:
+        """The predictor of vectors in which the fields ``unknown`` ``[fields]`` are not known, and its inputs."""
         key = tuple(unknown.tolist())
         if key not in self._fitted:
-            values = self.table.values
-            inputs = features(self.codec, values, unknown.expand(len(values), -1), raw=self.raw)
-            self._fitted[key] = fit(inputs, values[:, self.dimension], self.seed, self.table.configurations)
+            table = self.table
+            inputs = Inputs(self.codec, table, unknown, raw=self.raw, seed=self.seed)
+            numbers = table.values[:, self.dimension]
+            predictor = fit(inputs(table.values), numbers, self.seed, table.configurations, first=inputs.first)
+            self._fitted[key] = inputs, predictor
         return self._fitted[key]
 
 
@@ -283,15 +385,3 @@ def measured_number(schema: Schema) -> int:
         if dimension.measured and dimension.number:
             return index
     raise InvalidInput.field("dimension", "the schema has no measured number; set `measured` of the one to predict")
-
-
-def _left_out(vectors: Tensor, inverse: Tensor, weights: Tensor, members: Sequence[Tensor]) -> Tensor:
-    """Residuals of each group of rows when it is left out of kernel ridge regression: ``A_gg^-1 w_g``, with the inverse
-    ``A`` of the kernel matrix plus the ridge and the weights ``w`` (Rasmussen & Williams 2006, equation 5.12)."""
-    if not members:
-        return weights / ((vectors.square() * inverse).sum(1))
-    residuals = torch.empty_like(weights)
-    for rows in members:
-        block = (vectors[rows] * inverse) @ vectors[rows].T
-        residuals[rows] = torch.linalg.solve(block, weights[rows])
-    return residuals

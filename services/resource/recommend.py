@@ -13,11 +13,11 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from services.resource.codec import CHUNK, UNKNOWN, ResourceCodec
 from services.resource.data import Table
-from services.resource.export import fields
+from services.resource.export import named
 from services.resource.predict import (
+    Inputs,
     Predictor,
     check_measured,
-    features,
     fit,
     measured_fields,
     measured_number,
@@ -69,20 +69,19 @@ class Recommender:
     ) -> None:
         """``table``: measurements; ``dimension``: the measured dimension that is bounded, by default the first;
         ``raw``: use the raw numbers beside the embedding. Raises :class:`InvalidInput`."""
-        self.codec, self.schema, self.raw = codec, codec.schema, raw
+        self.codec, self.schema = codec, codec.schema
         self.dimension = self.schema.index(dimension, "dimension") if dimension else measured_number(self.schema)
         bounded = self.schema.dimensions[self.dimension]
         if not (bounded.measured and bounded.number):
             raise InvalidInput.field("dimension", f"{bounded.name} is not a measured number, which alone has a bound")
         self.table, self.measured = table, measured_fields(self.schema)
         numbers = table.values[:, self.dimension]
-        self.predictor: Predictor = fit(self.features(table.values), numbers, seed, table.configurations)
+        self.inputs = Inputs(codec, table, self.measured, raw=raw, seed=seed)
+        self.predictor: Predictor = fit(
+            self.inputs(table.values), numbers, seed, table.configurations, first=self.inputs.first
+        )
         self.candidates = grid(self.schema, table)
         self._options: dict[int, Options] = {}
-
-    def features(self, values: Tensor) -> Tensor:
-        """Features of vectors ``[rows, fields]`` in which all measured dimensions are unknown, ``[rows, features]``."""
-        return features(self.codec, values, self.measured.expand(len(values), -1), raw=self.raw)
 
     def recommend(
         self, given: Mapping[str, Any], bound: float, confidence: float = 0.9, field: str = "given"
@@ -98,18 +97,26 @@ class Recommender:
         for dimension in self.schema.dimensions:
             if dimension.measured and given.get(dimension.name, UNKNOWN) not in (None, UNKNOWN):
                 raise InvalidInput.field(f"{field}.{dimension.name}", "is measured, and cannot be chosen; leave it out")
-        values, unknown = self.codec.vectors([{**dict.fromkeys(self.schema.names), **given}], field)
+        values, unknown = self.codec.vectors([given], field)
         choice = self.choose(values[0], unknown[0], bound, confidence, field)
-        named = fields(self.schema, choice.values.tolist())
+        configuration = named(self.schema, choice.values.tolist())
         for dimension in self.schema.dimensions:
             if dimension.measured:
-                del named[dimension.name]
-        return Recommendation(named, *choice[1:])
+                del configuration[dimension.name]
+        return Recommendation(configuration, *choice[1:])
 
     def choose(
-        self, values: Tensor, unknown: Tensor, bound: float, confidence: float = 0.9, field: str = "given"
+        self,
+        values: Tensor,
+        unknown: Tensor,
+        bound: float,
+        confidence: float = 0.9,
+        field: str = "given",
+        *,
+        row: int | None = None,
     ) -> Choice:
-        """:meth:`recommend` for a vector ``[fields]`` in which fields that are free are unknown."""
+        """:meth:`recommend` for a vector ``[fields]`` in which fields that are free are unknown; ``row``: its number in
+        a batch, for errors."""
         if not 0 < bound < math.inf:
             raise InvalidInput.field("bound", f"must be a number above 0, not {bound:g}")
         check_measured(self.table, values.unsqueeze(0), field)
@@ -117,28 +124,31 @@ class Recommender:
         wanted = ~unknown & ~self.measured
         rows = (options.values[:, wanted] == values[wanted]).all(1).nonzero().flatten()
         if not len(rows):
-            raise self._absent(values, wanted, options.values, field)
+            raise self._absent(values, wanted, options.values, field, "" if row is None else f".{row}")
         upper = upper_bound(options.predicted[rows], self.predictor.residuals, confidence, "confidence")
         best, fits = cheapest(options.prices[rows], upper, bound)
-        row = rows[best]
-        predicted = float(options.predicted[row].expm1())
-        return Choice(options.values[row], float(options.prices[row]), predicted, float(upper[best]), fits)
+        found = rows[best]
+        predicted = float(options.predicted[found].expm1())
+        return Choice(options.values[found], float(options.prices[found]), predicted, float(upper[best]), fits)
 
-    def _absent(self, values: Tensor, wanted: Tensor, options: Tensor, field: str) -> InvalidInput:
+    def _absent(self, values: Tensor, wanted: Tensor, options: Tensor, field: str, row: str) -> InvalidInput:
         """The error for a vector of which no configuration has the ``wanted`` fields."""
         for index in wanted.nonzero().flatten().tolist():
             if values[index] not in options[:, index]:
                 dimension = self.schema.dimensions[index]
-                levels = ", ".join(f"{level:g}" for level in torch.unique(options[:, index]).tolist())
-                text = f"no configuration has {values[index]:g}; there are {levels}"
-                return InvalidInput.field(f"{field}.{dimension.name}", text)
-        return InvalidInput.field(field, "no configuration of the table has these values together")
+                given, *levels = (
+                    dimension.labels[int(level)] if dimension.labels else f"{level:g}"
+                    for level in [float(values[index]), *torch.unique(options[:, index]).tolist()]
+                )
+                text = f"no configuration has {given}; there are {', '.join(levels)}"
+                return InvalidInput.field(f"{field}.{dimension.name}{row}", text)
+        return InvalidInput.field(field + row, "no configuration of the table has these values together")
 
     def _of_tool(self, tool: int) -> Options:
         """The configurations of a tool, predicted once."""
         if tool not in self._options:
             values = self.candidates[self.candidates[:, 0] == tool]
-            predicted = [self.predictor.log_value(self.features(part)) for part in torch.split(values, CHUNK)]
+            predicted = [self.predictor.log_value(self.inputs(part)) for part in torch.split(values, CHUNK)]
             self._options[tool] = Options(values, torch.cat(predicted), prices(self.schema, values))
         return self._options[tool]
 

@@ -66,6 +66,8 @@ def write_report(
         f"{len(table):,} configurations of {len(table.schema.tools)} tools, each as {tokens} soft "
         f"{'token' if tokens == 1 else 'tokens'} of {codec.about.get('language_model', 'a language model')}."
     )
+    for text in table.warnings():
+        report.text(f"{text}.")
     report.section(
         "What the model reads",
         """Each vector is described by greedy decoding, and the text is read back into numbers. **exact match**: share
@@ -89,9 +91,10 @@ def write_report(
     report.section("Map", "The vectors in the plane of their first two principal components.").figure(
         "map", map_plot(codec, table), "Vectors by tool and by latency"
     )
+    plain = "the same rows as they are in the table"
     panels = [
-        Panel("cross-entropy per token", {"description": "training", "validation_loss": "validation"}, log=True),
-        Panel("exact match", {"exact_match": "training", "validation_exact_match": "validation"}),
+        Panel("cross-entropy per token", {"description": "training", "validation_loss": plain}, log=True),
+        Panel("exact match", {"exact_match": "training", "validation_exact_match": plain}),
     ]
     for name, history in histories.items():
         report.section(f"Training: {name}").figure(f"history-{name}", history_plot(history, panels), "Loss over steps")
@@ -142,7 +145,7 @@ def _add_predictions(report: Report, table: Table, predictions: Predictions) -> 
     )
     errors = found["errors"].items()
     report.table(
-        ["method", "mean error", "median error"], [[name, each["mean"], each["median"]] for name, each in errors]
+        ["method", "mean error", "median error"], [[name, error["mean"], error["median"]] for name, error in errors]
     )
     report.section(
         "Intervals",
@@ -165,7 +168,7 @@ def _add_predictions(report: Report, table: Table, predictions: Predictions) -> 
         the bound; **price**: of those, relative to the cheapest configuration that is."""
     )
     rows = found["recommendations"].items()
-    report.table(["method", "answered", "kept", "price"], [[name, *each.values()] for name, each in rows])
+    report.table(["method", "answered", "kept", "price"], [[name, *figures.values()] for name, figures in rows])
     report.text(
         """All measured configurations of a tool with the labels in the title, most of which the prediction was fitted
         on. **recommended**: for some bound, from the vectors; the point is what was measured, and the dashed line the
@@ -308,7 +311,9 @@ def map_plot(codec: ResourceCodec, table: Table) -> Figure:
     if count <= _NAMED:
         longest = max(map(len, table.schema.tools))
         figure.legend(loc="outside lower left", ncols=max(1, 190 // (longest + 6)), markerscale=2)
-    measured = [index for index, each in enumerate(table.schema.dimensions) if each.measured and each.number]
+    measured = [
+        index for index, dimension in enumerate(table.schema.dimensions) if dimension.measured and dimension.number
+    ]
     index = measured[0] if measured else len(table.schema.dimensions) - 1
     numbers = table.values[rows, index]
     norm = LogNorm() if bool((numbers > 0).all()) and len(torch.unique(numbers)) > 1 else None

@@ -8,12 +8,13 @@ from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel, load_language_model
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table, read_measurements, read_tools
-from services.resource.language_model import default_folder
 from services.resource.schema import Schema
 from services.runtime.cache import cache_folder
 from services.runtime.folders import artifact_in
 
 DEFAULT = "default"
+OUTPUT = "language_model"
+"""Where a run keeps the default language model."""
 
 
 def located(name: str, field: str = "llm_model") -> str:
@@ -23,16 +24,21 @@ def located(name: str, field: str = "llm_model") -> str:
 
 
 def language_model_for(
-    codec: ResourceCodec, name: str | None = None, device: str = "cpu", field: str = "llm_model", *, make: bool = True
+    codec: ResourceCodec,
+    name: str | None = None,
+    device: str = "cpu",
+    field: str = "llm_model",
+    *,
+    run: Path | None = None,
 ) -> LanguageModel:
     """The language model that ``codec`` was trained with, on ``device``; ``name``: its folder or name on the Hub, by
-    default where it was then. ``make``: train the default one where the cache does not have it.
+    default where it was then. The default one is also looked for in the cache, and in ``run``, the folder of the run.
 
     Raises :class:`InvalidInput` of ``field`` for a model that is not there, and for another one, or one with another
     tokenizer.
     """
     trained = Path(str(codec.about.get("language_model", "")))
-    name = located(name, field) if name and name != DEFAULT else _where(codec, trained, device, field, make)
+    name = located(name, field) if name and name != DEFAULT else _where(codec, trained, run, field)
     # The digest is that of the weights in this precision.
     dtype = str(codec.about.get("language_model_dtype", "auto"))
     language = load_language_model(name, device, dtype, field=field)
@@ -40,17 +46,20 @@ def language_model_for(
     return language
 
 
-def _where(codec: ResourceCodec, trained: Path, device: str, field: str, make: bool) -> str:
+def _where(codec: ResourceCodec, trained: Path, run: Path | None, field: str) -> str:
     """Where the language model is that was at ``trained`` in training."""
     if trained.exists() or not trained.is_absolute():
         return str(trained)
     if codec.spec.llm_model == DEFAULT and codec.spec.language_model is None:
         # Caches differ from machine to machine; the name in them does not.
         kept = cache_folder(f"language-models/{trained.parent.name}") / trained.name
-        if kept.exists() or make:
-            return str(kept if kept.exists() else default_folder(device))
-        advice = "`python -m services.resource describe` on this machine trains it again"
-        raise InvalidInput.field(field, f"the default language model is not in the cache, {kept.parent}; {advice}")
+        for folder in (kept, *([] if run is None else [run / OUTPUT])):
+            if folder.exists():
+                return str(folder)
+        # One that is trained here may differ in its last bits, and would be refused.
+        text = "the default language model that the encoder was trained with is not on this machine"
+        advice = f"take the folder {OUTPUT} of the encoder's run: name it, or copy it to {kept}"
+        raise InvalidInput.field(field, f"{text}; {advice}")
     text = f"{trained}, the language model that the encoder was trained with, is no longer there; name its folder"
     raise InvalidInput.field(field, text)
 

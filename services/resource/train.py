@@ -26,7 +26,7 @@ from services.runtime.training import Optimization, Progress, Trainer, constant,
 MOST_TOKENS = 8
 """Soft tokens of a vector at most."""
 VALIDATED = 256
-"""Most rows of a validation."""
+"""Most rows of a validation, all of training: they say when it can end. What is unseen the job measures."""
 
 
 class ResourceTrainer(Trainer):
@@ -62,10 +62,12 @@ class ResourceTrainer(Trainer):
             raise InvalidInput.field("spec.encoder.heads", text)
         if describer.reads_slots:
             _check_slots(spec.encoder.tokens, table.schema.templates[0])
+        self.templates = table.schema.templates if spec.augmentation.varies else table.schema.templates[:1]
+        for template in self.templates:
+            describer.check_longest(template, spec.encoder.tokens)
         self._epoch: tuple[int, Tensor] | None = None
         picked = torch.randperm(len(rows), generator=generator(spec.seed, "validation"))[:VALIDATED]
         self.validation = rows[picked]
-        self.templates = table.schema.templates if spec.augmentation.varies else table.schema.templates[:1]
         self.augmenter = Augmenter(spec.augmentation, table.schema)
         self.model = ResourceEncoder(
             spec.encoder, table.schema, table.values[rows], describer.tool_vectors(), generator(spec.seed, "init")
@@ -135,17 +137,15 @@ class ResourceTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Cross-entropy and exact match of rows as they are in the table, by each template in turn."""
+        """Cross-entropy and exact match of rows of training as they are in the table, by each template in turn."""
         values = self.table.values[self.validation]
-        unknown = torch.zeros_like(values, dtype=torch.bool)
         losses, exact = [], []
         for index, template in enumerate(self.templates):
-            part = slice(index, None, len(self.templates))
-            if not len(values[part]):
-                continue
-            scores = self.describer.scores(self.embed(values[part], unknown[part]), values[part], template)
-            losses.append(float(scores.loss) * len(scores.exact))
-            exact.append(float(scores.exact.sum()))
+            for rows in torch.split(values[index :: len(self.templates)], self.describer.batch):
+                if len(rows):
+                    scores = self.describer.scores(self.embed(rows, torch.zeros_like(rows).bool()), rows, template)
+                    losses.append(float(scores.loss) * len(rows))
+                    exact.append(float(scores.exact.sum()))
         return {"validation_loss": sum(losses) / len(values), "validation_exact_match": sum(exact) / len(values)}
 
     def reached(self, metrics: Mapping[str, float]) -> bool:
@@ -173,7 +173,10 @@ class ResourceTrainer(Trainer):
     def snapshot(self, folder: Path) -> str:
         codec = self.codec()
         codec.save(folder)
-        write_checkpoint(codec, folder / checkpoint_name(codec))
+        assert self.snapshots is not None and self.spec.training.snapshot_epochs is not None
+        # As asked for: of the steps that make an epoch there is seldom a whole number.
+        epoch = self.step // self.snapshots * self.spec.training.snapshot_epochs
+        write_checkpoint(codec, folder / checkpoint_name(epoch))
         return "resource-encoder"
 
     def identity(self) -> dict[str, str]:

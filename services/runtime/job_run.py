@@ -57,6 +57,8 @@ class JobRun(Run):
         """How long the job has waited for the platform in this attempt."""
         self._uploader = ThreadPoolExecutor(1, "checkpoint")
         self._upload: Future[None] | None = None
+        self._sources: set[str] = set()
+        """Outputs that later ones are made from."""
         with self._timed("inputs"):
             self.inputs = {
                 path: self._store.fetch(artifact, self._work / "inputs" / path)
@@ -165,9 +167,17 @@ class JobRun(Run):
         return folder if folder.exists() else self._store.fetch(artifact, folder)
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
+        self._output(name, type, folder)
+
+    def source_artifact(self, name: str, type: str, folder: Path) -> None:
+        self._sources.add(self._output(name, type, folder))
+
+    def _output(self, name: str, type: str, folder: Path) -> str:
+        """Keep an output; its id."""
         with self._timed("outputs"):
             artifact, size = self._keep(folder, name, type)
         self._send(jobs_pb2.JobEvent(artifact=jobs_pb2.Artifact(name=name, type=type, id=artifact, size=size)))
+        return artifact
 
     def wait(self) -> None:
         """Send the last progress, and that the attempt ends until its child jobs have ended."""
@@ -236,6 +246,6 @@ class JobRun(Run):
             job=self._context.job,
             attempt=self._context.attempt,
             spec=self._spec,
-            parents=sorted({*self._context.inputs.values(), *gathered}),
+            parents=sorted({*self._context.inputs.values(), *gathered, *self._sources}),
         )
         return artifact, manifest.size

@@ -95,3 +95,6 @@ class Parts(Run):
 
     def artifact(self, name: str, type: str, folder: Path) -> None:
         self._run.artifact(name, type, folder)
+
+    def source_artifact(self, name: str, type: str, folder: Path) -> None:
+        self._run.source_artifact(name, type, folder)

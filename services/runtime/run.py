@@ -117,6 +117,10 @@ class Run:
     def artifact(self, name: str, type: str, folder: Path) -> None:
         """Keep ``folder`` as the output ``name``."""
 
+    def source_artifact(self, name: str, type: str, folder: Path) -> None:
+        """:meth:`artifact` that later outputs are made from: their manifests name it beside the inputs."""
+        self.artifact(name, type, folder)
+
     @contextmanager
     def side_output(self, what: str, advice: str = "everything else is kept") -> Iterator[None]:
         """Make ``what``, which is no part of the result: a report, an upload, a log elsewhere. Its failure is a warning

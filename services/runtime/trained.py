@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from rich.console import Console
+
 from services.runtime.cache import cache_folder, writable_folder
 from services.runtime.console import ConsoleRun
 from services.runtime.run import Run
@@ -15,9 +17,30 @@ from services.runtime.run import Run
 _CHECKPOINT_SECONDS = 30.0
 
 
-def trained_once(name: str, model: str, train: Callable[[Run, Path], None], device: str = "cpu") -> Path:
+class _Within(ConsoleRun):
+    """Keeps checkpoints in a folder, and reports to the run of which this training is a part."""
+
+    def __init__(self, run: Run, folder: Path, name: str) -> None:
+        super().__init__(folder, run.device, console=Console(quiet=True), checkpoint_seconds=_CHECKPOINT_SECONDS)
+        self._run, self._name = run, name
+
+    def stage(self, name: str, total: int, unit: str = "steps") -> None:
+        super().stage(name, total, unit)
+        self._run.stage(f"{self._name}/{name}", total, unit)
+
+    def advance(self, done: int) -> None:
+        self._run.advance(done)
+
+    def log(self, message: str, level: str = "info") -> None:
+        self._run.log(f"{self._name}: {message}", level)
+
+
+def trained_once(
+    name: str, model: str, train: Callable[[Run, Path], None], device: str = "cpu", run: Run | None = None
+) -> Path:
     """The folder ``model`` in the folder ``name`` of the cache. Where there is none, ``train`` fills it, resuming from
-    the checkpoint of an interrupted call; ``name`` must stand for all that it depends on."""
+    the checkpoint of an interrupted call; ``name`` must stand for all that it depends on. ``run``: what the training
+    reports to, and whose device it takes; by default the terminal."""
     with suppress(OSError):
         if (kept := cache_folder(name) / model).exists():
             return kept
@@ -28,8 +51,12 @@ def trained_once(name: str, model: str, train: Callable[[Run, Path], None], devi
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / model).exists():
                 fresh = folder / f"{model}.new"
-                with ConsoleRun(folder, device, checkpoint_seconds=_CHECKPOINT_SECONDS) as run:
+                with (
+                    ConsoleRun(folder, device, checkpoint_seconds=_CHECKPOINT_SECONDS)
+                    if run is None
+                    else _Within(run, folder, Path(name).parent.name)
+                ) as training:
                     shutil.rmtree(fresh, ignore_errors=True)
-                    train(run, fresh)
+                    train(training, fresh)
                     fresh.rename(folder / model)
     return folder / model

@@ -15,7 +15,6 @@ from benchmarks._kit import Measured, over_seeds
 from benchmarks._resource_tables import MODELS, models_table, reactor_table
 from benchmarks.resource import (
     Pick,
-    Request,
     TextReader,
     by_digits,
     coverage_error,
@@ -37,6 +36,7 @@ from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.evaluate import Reading
+from services.resource.evaluate_prediction import Request
 from services.resource.train import ResourceTrainer
 from tests.resource.conftest import small_table, tiny_spec, write_language_model, write_rows, write_tables
 

@@ -49,15 +49,20 @@ def test_a_file_is_embedded_and_described(cli: Cli, encoder: ResourceCodec, tmp_
     assert (answer.code, answer.out) == (0, "") and "embeddings [32]" in answer.err
     np.testing.assert_allclose(load_file(output)["embeddings"], expected[0], rtol=1e-5, atol=1e-6)
     assert cli("describe", "vectors", "--tool", "read", *SET).out == texts[0] + "\n"
+    # What is left out is unknown.
+    said = cli("describe", "vectors", "--tool", "read", "--set", "cores=2")
+    unknown = ("size=unknown", "memory=unknown", "latency=unknown")
+    more = [part for value in unknown for part in ("--set", value)]
+    assert said.code == 0 and said.out == cli("describe", "vectors", "--tool", "read", "--set", "cores=2", *more).out
 
 
 def test_what_is_outside_the_range_is_told(cli: Cli, encoder: ResourceCodec, tmp_path: Path) -> None:
     values = ("--set", "latency=5000", "-o", str(tmp_path / "a.safetensors"))
     answer = cli("embed", "vectors", "--tool", "read", *SET, *values)
-    assert answer.code == 0 and "Outside the range of training, so less exact: row 0: latency" in answer.err
+    assert answer.code == 0 and "Outside the range of training, so less exact: latency" in answer.err
     (tmp_path / "rows.csv").write_text("tool,size,cores,memory\n" + "read,small,99,4\n" * 5)
     answer = cli("describe", "vectors", str(tmp_path / "rows.csv"))
-    assert "row 0: cores; row 1: cores; row 2: cores and 2 more" in answer.err
+    assert "line 2: cores; line 3: cores; line 4: cores and 2 more" in answer.err
 
 
 def test_a_configuration_is_recommended(cli: Cli, encoder: ResourceCodec) -> None:
@@ -72,11 +77,13 @@ def test_a_configuration_is_recommended(cli: Cli, encoder: ResourceCodec) -> Non
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("tool,speed\nread,3\n", "rows.csv:1.speed: the model has no such field; it has tool, size, cores"),
-        ("tool,size,cores,memory\nread,small,2,4\nread,small,many,4\n", "rows.csv:2.cores: 'many' is not a number"),
-        ("tool,size,cores,memory\nread,small,2\n", "rows.csv:1: has not as many cells as the header"),
+        ("tool,speed\nread,3\n", "rows.csv:2.speed: the model has no such field; it has tool, size, cores"),
+        ("tool,size,cores,memory\nread,small,2,4\nread,small,many,4\n", "rows.csv:3.cores: 'many' is not a number"),
+        ("tool,size,cores,memory\nread,small,2\n", "rows.csv:2: has not as many cells as the header"),
         ("tool,size,cores,memory\n", "has no rows"),
         ('{"tool": "read"}\n[3]\n', "rows.csv:2: is not a JSON object"),
+        ('{"tool": "read"}\n\n{}\n', "rows.csv:3: is not a JSON object of values by field"),
+        ("tool,size\n\nread,small\nread\n", "rows.csv:4: has not as many cells"),
         ("tool,size,cores,memory\nread,huge,2,4\n", "configurations.size.0: must be one of small, large, not 'huge'"),
     ],
 )

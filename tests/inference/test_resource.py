@@ -83,10 +83,16 @@ def test_embed_is_the_encoder(embedding: Embedding, encoder: ResourceCodec, monk
 
     columns = {name: np.array([row[name] for row in ROWS[:2]]) for name in ROWS[0]}
     np.testing.assert_allclose(embedding.embed("tiny", columns).embeddings, expected[:2], rtol=1e-5, atol=1e-6)
-    # A measured value that is left out, None and unknown are the same.
-    rest = {name: value for name, value in ROWS[2].items() if name != "latency"}
-    for row in (rest, rest | {"latency": None}):
-        np.testing.assert_array_equal(embedding.embed("tiny", row).embeddings, embedding.embed("tiny", ROWS[2])[0])
+    # A value that is left out, None and unknown are the same, in a row alone and beside others.
+    for name in ("latency", "cores", "size"):
+        rest = {other: value for other, value in ROWS[2].items() if other != name}
+        wanted = embedding.embed("tiny", ROWS[2] | {name: "unknown"}).embeddings
+        np.testing.assert_allclose(encoder.embed(*encoder.vectors([rest]))[0].numpy(), wanted, rtol=1e-5, atol=1e-6)
+        for row in (rest, rest | {name: None}):
+            np.testing.assert_array_equal(embedding.embed("tiny", row).embeddings, wanted)
+            np.testing.assert_allclose(
+                embedding.embed("tiny", [ROWS[0], row]).embeddings[1], wanted, rtol=1e-5, atol=1e-6
+            )
 
     monkeypatch.setattr(channel, "PART_ROWS", 7)
     rows = many(40)
@@ -157,6 +163,18 @@ def test_descriptions_are_read_back(encoder: ResourceCodec, embedding_server: Ru
     assert found.configurations == [None, ROWS[1]]
 
 
+def test_a_wrong_request_loads_no_language_model(embedding_server: Running, embedding: Embedding) -> None:
+    with pytest.raises(InvalidInput):
+        embedding.describe("tiny", {"tool": "fly"})
+    with pytest.raises(InvalidInput):
+        embedding.describe("tiny", ROWS, template="long")
+    with pytest.raises(InvalidInput):
+        embedding.describe_embeddings("tiny", np.zeros((2, 31), np.float32))
+    (loaded,) = embedding_server.server._repository._loaded.values()
+    assert isinstance(loaded.model, ServedResource) and loaded.model._describer is None
+    assert embedding.describe("tiny", {"tool": "read"}).texts and loaded.model._describer is not None
+
+
 def test_embedding_loads_no_language_model(
     serve: Serve, publish: Publish, encoder: ResourceCodec, tmp_path: Path
 ) -> None:
@@ -215,7 +233,7 @@ def test_a_default_language_model_is_found_in_this_machines_cache(
     about = encoder.about | {"language_model": "/elsewhere/language-models/abc/model"}
     publish(ResourceCodec(spec, encoder.schema, encoder.model, about, encoder.table))
     with Embedding(serve().address) as client:
-        with pytest.raises(IllegalState, match="the default language model is not in the cache"):
+        with pytest.raises(IllegalState, match=r"the default language model .* is not on this machine"):
             client.describe("tiny", ROWS)
         shutil.copytree(language_folder, cache / "language-models" / "abc" / "model")
         assert len(client.describe("tiny", ROWS).texts) == 3
@@ -263,7 +281,7 @@ def test_recommend_is_the_recommender(embedding: Embedding, encoder: ResourceCod
     for given, bound in cases:
         expected = recommender.recommend(given, bound, 0.8)
         found = embedding.recommend("tiny", given, bound, confidence=0.8)
-        assert {"tool_name": found.configurations.pop("tool")} | found.configurations == expected.configuration
+        assert found.configurations == expected.configuration
         for name in ("price", "predicted", "upper"):
             assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4)
         assert found.fits == expected.fits
@@ -325,8 +343,8 @@ WRONG: list[tuple[Configurations, str, str]] = [
     (GOOD | {"cores": True}, "cores.0", "must be a number or text"),
     (GOOD | {"speed": 1}, "speed", "there is no such field; there are tool, size"),
     (GOOD | {"tool": None}, "tool.0", "the tool must be known"),
-    ({"tool": "read"}, "size", "is missing"),
-    ([GOOD, {"tool": "read"}], "size", "is missing in row 1"),
+    ({"size": "small"}, "tool", "is missing: the tool must be known"),
+    ([GOOD, {"size": "small"}], "tool.1", "the tool must be known"),
     (GOOD | {"size": ["small", "large"], "cores": [1, 2]}, "tool", "has one value, and others have 2"),
     ([GOOD, GOOD | {"size": 4}], "size.1", "must be text, as in other rows"),
     ([], "configurations", "an empty batch"),
@@ -405,7 +423,7 @@ def test_wrong_embeddings_templates_and_requirements(embedding: Embedding) -> No
         (
             [tool, tool | {"cores": 3}],
             {"bound": 5},
-            "configurations.1.cores",
+            "configurations.cores.1",
             "no configuration has 3; there are 2, 4, 8",
         ),
     ):

@@ -59,7 +59,7 @@ def write_registry(file: Path, names: Any = TOOLS) -> Path:
     return file
 
 
-def write_language_model(folder: Path, hidden: int = 16, context: int = 512) -> Path:
+def write_language_model(folder: Path, hidden: int = 16, context: int = 1024) -> Path:
     """A model with random weights that reads and writes text byte by byte."""
     vocabulary = {symbol: index for index, symbol in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 
 from ethogram.specs.resource import ResourceSpec
 from services.language.models import load_language_model
-from services.resource import predict
+from services.resource import job, language_model, predict
 from services.resource.codec import ResourceCodec
+from services.resource.language_model import default_folder
 from services.runtime import local
 from services.runtime.console import ConsoleRun
 from tests.conftest import Once
@@ -22,6 +24,7 @@ from tests.resource.conftest import (
     rows,
     small_table,
     small_trainer,
+    tiny_reader_spec,
     tiny_spec,
     write_language_model,
     write_registry,
@@ -146,7 +149,8 @@ def test_export_and_validate(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert answer(capsys, "validate", run)["num_configs"] == 16
     # From a snapshot, which has other weights, with the document's options.
     snapshot = ("--encoder_checkpoint", tmp_path / "export" / "encoder_checkpoint_epoch1.pt")
-    assert call("export", *snapshot, "--device", "cpu", "--output_dir", tmp_path / "early") == 0
+    more = ("--device", "cpu", "--batch_size", "3", "--output_dir", tmp_path / "early")
+    assert call("export", *snapshot, *more) == 0
     early, late = (torch.load(tmp_path / name / "config_weights.pt")["weights"] for name in ("early", "export"))
     assert early.shape == late.shape and not torch.equal(early, late)
     assert "--output" in error(capsys, "export", run, "-o", tmp_path / "early")
@@ -180,6 +184,8 @@ def test_describe(run: Path, language_folder: Path, tmp_path: Path, capsys: pyte
     said = answer(capsys, "describe", run, *CONFIGURATION, "--set", "latency_ms=unknown")
     assert said["template"] == "plain" and said["unknown"] == ["latency_ms"] and said["outside"] == []
     assert isinstance(said["text"], str) and said["values"] is None
+    little = answer(capsys, "describe", run, "--tool", "detect")
+    assert little["unknown"] == ["size", "cores", "latency_ms"] and little["text"] != said["text"]
     moved = shutil.copytree(language_folder, tmp_path / "moved")
     more = ("--template", "reordered", "--set", "latency_ms=5000", "--llm_model", moved, "--device", "cpu")
     said = answer(capsys, "describe", run / "encoder", *CONFIGURATION, *more)
@@ -200,6 +206,31 @@ def test_what_is_said_is_read_back(
     assert "latency_ms  121" in capsys.readouterr().out
 
 
+def test_the_default_language_model_is_made_once_and_kept_with_the_run(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ETHOGRAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(language_model, "_CORPUS", 10)
+    monkeypatch.setattr(job, "default_folder", partial(default_folder, spec=tiny_reader_spec()))
+    (tmp_path / "spec.json").write_text(json.dumps(tiny_spec(held_out=0).model_dump(mode="json", exclude_unset=True)))
+    typed = ("train", "-f", tmp_path / "spec.json", "--profiling_data", tables / "profiling.csv", "--device", "cpu")
+    assert call(*typed, "-o", tmp_path / "run") == 0
+    assert "language-models/train: 2 of 2 steps" in capsys.readouterr().err
+    assert call(*typed, "-o", tmp_path / "again") == 0
+    assert "language-models" not in capsys.readouterr().err
+
+    said = answer(capsys, "describe", tmp_path / "run", *CONFIGURATION)
+    shutil.rmtree(tmp_path / "cache")
+    # As on another machine, where the run was copied to.
+    for encoder in ("run", "run/encoder", "run/export/pretrained_encoder.pt"):
+        assert answer(capsys, "describe", tmp_path / encoder, *CONFIGURATION) == said
+    kept = (tmp_path / "run" / "language_model").rename(tmp_path / "kept")
+    says = "--llm-model: the default language model that the encoder was trained with is not on this machine"
+    assert says in error(capsys, "describe", tmp_path / "run", *CONFIGURATION)
+    assert not (tmp_path / "cache").exists()
+    assert answer(capsys, "describe", tmp_path / "run", *CONFIGURATION, "--llm_model", kept) == said
+
+
 def test_predict(run: Path, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "predict", run, *CONFIGURATION, "--level", "0.8")
     assert found["dimension"] == "latency_ms" and found["level"] == 0.8 and found["measurements"] == 16
@@ -217,7 +248,7 @@ def test_predict(run: Path, tables: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_recommend(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("recommend", run, "--tool", "detect", "--set", "size=small")
     found = answer(capsys, *options, "--latency", "900", "--confidence", ".9")
-    assert found["fits"] and found["configuration"] == {"tool_name": "detect", "size": "small", "cores": 1}
+    assert found["fits"] and found["configuration"] == {"tool": "detect", "size": "small", "cores": 1}
     assert found["price"] == 1 and found["predicted"] < found["upper"] < 900 and found["dimension"] == "latency_ms"
     assert not answer(capsys, *options, "--bound", "2", code=1)["fits"]
     assert call(*options, "--latency", "2") == 1

@@ -107,6 +107,18 @@ def test_what_is_held_out_follows_from_the_seed(table: Table) -> None:
     assert first == again != other and len(first) == 4
 
 
+def test_more_decimals_than_descriptions_have(tmp_path: Path) -> None:
+    """Those of measured numbers are rounded in descriptions, and counted; others would be another configuration."""
+    given = [row | {"latency_ms": row["latency_ms"] + 0.25 * (number < 3)} for number, row in enumerate(rows())]
+    table = read_measurements(write_rows(tmp_path / "profiling.csv", given), SPEC, TOOLS)
+    assert table.values[:4, 3].tolist() == [100.25, 107.25, 114.25, 121]
+    says = "latency_ms: descriptions round 3 of 16 numbers to 0 decimals; set its decimals for more"
+    assert table.warnings() == [says]
+    finer = [*SCHEMA["dimensions"][:2], SCHEMA["dimensions"][2] | {"decimals": 2}]
+    spec = SchemaSpec.model_validate(SCHEMA | {"dimensions": finer})
+    assert read_measurements(tmp_path / "profiling.csv", spec, TOOLS).warnings() == []
+
+
 Change = Callable[[list[dict[str, Any]]], Any]
 
 
@@ -141,6 +153,7 @@ def only(tool: str) -> Change:
         (cell(5, "cpu", ""), "profiling.csv:5.cpu", "is missing"),
         (cell(5, "latency_ms", 1e8), "profiling.csv:5.latency_ms", "less than or equal to 9999999"),
         (cell(5, "latency_ms", 1000), "profiling.csv:5.latency_ms", "1000 is outside the declared range, from 1"),
+        (cell(5, "cpu", 4.5), "profiling.csv:5.cpu", "4.5 has more decimals than descriptions, 0; set decimals"),
         (cell(5, "cpu", 9), "profiling.csv:5.cpu", "9 is outside the declared range, from 1 to 8"),
         (cell(5, "size", "huge"), "profiling.csv:5.size", "'small' or 'large', not 'huge'"),
         (cell(5, "size", ""), "profiling.csv:5.size", "is missing"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
@@ -153,6 +154,40 @@ def test_a_description_longer_than_the_context_is_refused(table: Table, tmp_path
         with pytest.raises(InvalidInput, match="and the model takes 80; shorten the template") as caught:
             act()
         assert caught.value.violations[0].field == "spec.llm_model"
+
+
+def test_a_description_that_may_grow_too_long_is_refused_before_training(table: Table, tmp_path: Path) -> None:
+    """Descriptions of the table fit, and those of larger numbers would not."""
+    template = table.schema.templates[0]
+    plain = load_language_model(str(write_language_model(tmp_path / "model")))
+    describer = Describer(plain, table.schema)
+    prompt = len(describer._prompt(template)[0])
+    lengths = [len(row) for row in describer.tokens(template, table.values)]
+    context = prompt + 1 + max(lengths)
+    tight = load_language_model(str(write_language_model(tmp_path / "tight", context=context)), field="spec.llm_model")
+    describer = Describer(tight, table.schema)
+    describer.scores(soft_tokens(16), table.values, template)
+    with pytest.raises(InvalidInput, match=f"and the model takes {context}") as caught:
+        ResourceTrainer(tiny_spec(), table, torch.arange(16), describer)
+    assert caught.value.violations[0].field == "spec.llm_model"
+
+
+def test_a_tokenizer_that_changes_a_text_is_refused(table: Table, tmp_path: Path) -> None:
+    """As those do that put a space before each part of a text, or write it in small letters."""
+    folder = write_language_model(tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    spaced = load_language_model(str(folder), field="spec.llm_model")
+    with pytest.raises(InvalidInput, match=r"turns the description 'detect small c .* into ' detect +small") as caught:
+        Describer(spaced, table.schema)
+    assert caught.value.violations[0].field == "spec.llm_model"
+    # Of one label alone.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer = normalizers.Replace("translate", "Translate")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(InvalidInput, match="into 'Translate large"):
+        Describer(load_language_model(str(folder)), table.schema)
 
 
 def test_a_text_in_letters_of_any_script_is_read_back(language: LanguageModel) -> None:

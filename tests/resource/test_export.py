@@ -67,7 +67,7 @@ def test_the_export_of_the_seven_tools(language: LanguageModel, tmp_path: Path) 
 
 
 def test_an_encoder_is_one_file_too(codec: ResourceCodec, table: Table, tmp_path: Path) -> None:
-    file = tmp_path / checkpoint_name(codec)
+    file = tmp_path / checkpoint_name(0)
     assert file.name == "encoder_checkpoint_epoch0.pt"
     write_checkpoint(codec, file)
     content = torch.load(file, weights_only=True)
@@ -135,6 +135,16 @@ def save_weights(edit: Callable[[dict[str, Any]], None]) -> Callable[[Path], Non
     return apply
 
 
+def without_hashes(folder: Path) -> None:
+    about = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps(about | {"files": {}}))
+
+
+def not_weights(folder: Path) -> None:
+    torch.save({"weights": Path("a path")}, folder / "config_weights.pt")
+    rehash(folder)
+
+
 def nan(content: dict[str, Any]) -> None:
     content["weights"][1, 1] = float("nan")
 
@@ -152,6 +162,8 @@ def fewer(content: dict[str, Any]) -> None:
     [
         (lambda folder: (folder / "export.json").unlink(), "export.json", "is missing"),
         (lambda folder: (folder / "config_weights.pt").unlink(), "config_weights.pt", "is missing"),
+        (without_hashes, "export.json", "has no hash of config_weights.pt; export again"),
+        (not_weights, "config_weights.pt", "is not a file of weights"),
         (lambda folder: (folder / "tool_mask_map.json").write_text("{}"), "tool_mask_map.json", "was changed since"),
         (lambda folder: (folder / "config_lookup.json").write_text("{"), "config_lookup.json", "was changed since"),
         (lambda folder: (folder / "pretrained_encoder.pt").write_bytes(b""), "pretrained_encoder.pt", "was changed"),
@@ -235,7 +247,19 @@ def test_a_language_model_that_is_no_longer_there(codec: ResourceCodec, tmp_path
     spec = codec.spec.model_copy(update={"llm_model": str(tmp_path / "gone")})
     with pytest.raises(InvalidInput, match="is no longer there; name its folder"):
         language_model_for(ResourceCodec(spec, codec.schema, codec.model, about))
-    # The default one: a server does not train it.
+
+
+def test_the_default_language_model_is_found_elsewhere_and_never_made_again(
+    codec: ResourceCodec, language_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ETHOGRAM_CACHE", str(tmp_path / "cache"))
     about = codec.about | {"language_model": str(tmp_path / "0123" / "model")}
-    with pytest.raises(InvalidInput, match="is not in the cache"):
-        language_model_for(ResourceCodec(codec.spec, codec.schema, codec.model, about), make=False)
+    moved = ResourceCodec(codec.spec, codec.schema, codec.model, about)
+    kept = tmp_path / "cache" / "language-models" / "0123" / "model"
+    for run in (None, tmp_path / "run"):
+        with pytest.raises(InvalidInput, match=f"is not on this machine; take the folder language_model .* {kept}"):
+            language_model_for(moved, run=run)
+    shutil.copytree(language_folder, tmp_path / "run" / "language_model")
+    assert language_model_for(moved, run=tmp_path / "run").digest == about["language_model_digest"]
+    shutil.copytree(language_folder, kept)
+    assert language_model_for(moved).digest == about["language_model_digest"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from ethogram.errors import InvalidInput, Unavailable
 from ethogram.specs.base import HubSpec
+from services.language.models import load_language_model
+from services.resource import job
 from services.resource.codec import ResourceCodec
 from services.resource.export import export, validate
 from services.resource.hub import pull, push
@@ -38,6 +41,19 @@ def made(tmp_path: Path) -> Path:
     codec.save(tmp_path / "run" / "encoder")
     export(codec, codec.table, tmp_path / "run" / "export")
     return tmp_path / "run"
+
+
+def test_a_job_uploads_its_default_language_model(
+    hub: Hub, tables: Path, language_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "default_folder", lambda run: language_folder)
+    recorder = Recorder(tmp_path, inputs={"tools": tables, "profiling": tables})
+    run_job(tiny_spec(tools=REF, profiling=REF, hub={"repo": "me/vectors"}, held_out=0), recorder)
+    assert recorder.artifacts[0] == ("language_model", "language-model")
+    folder = pull("me/vectors")
+    codec = ResourceCodec.load(folder / "encoder")
+    assert b"`language_model/` holds" in hub.repos["me/vectors"]["README.md"]
+    assert load_language_model(str(folder / "language_model")).digest == codec.about["language_model_digest"]
 
 
 def test_a_job_uploads_its_encoder_and_export(hub: Hub, tables: Path, language_folder: Path, tmp_path: Path) -> None:
@@ -93,10 +109,11 @@ def test_the_command_line_pushes_a_run_and_pulls_it(
 ) -> None:
     from services.resource.__main__ import app
 
+    shutil.copytree(tmp_path / "language", made / "language_model")
     for arguments in (["push", str(made), "me/mine", "--public"], ["pull", "me/mine", "-o", str(tmp_path / "copy")]):
         app(arguments, standalone_mode=False)
     assert not hub.private["me/mine"]
-    for name in ("encoder", "export"):
+    for name in ("encoder", "export", "language_model"):
         mine, copy = made / name, tmp_path / "copy" / name
         assert {file.name: file.read_bytes() for file in copy.iterdir()} == {
             file.name: file.read_bytes() for file in mine.iterdir()

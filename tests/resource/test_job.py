@@ -106,6 +106,24 @@ def test_the_export_is_as_the_seed_has_it(inputs: dict[str, Path], tmp_path: Pat
     torch.load(folder / "pretrained_encoder.pt", weights_only=True)
 
 
+def test_no_more_rows_are_described_at_once_than_training_has_room_for(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(describer: Describer, soft: torch.Tensor, *rest: Any) -> Any:
+            sizes.append(len(soft))
+            return method(describer, soft, *rest)
+
+        return call
+
+    for name in ("write", "scores"):
+        monkeypatch.setattr(Describer, name, watched(getattr(Describer, name)))
+    run_job(spec(training={"batch_size": 8, "accumulation": 7}), Recorder(tmp_path, inputs=inputs))
+    assert max(sizes) == 8
+
+
 def test_without_held_out_rows_there_is_one_training(inputs: dict[str, Path], tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, inputs=inputs)
     result = run_job(spec(held_out=0), recorder)
@@ -264,6 +282,15 @@ def test_a_tool_that_was_never_measured_is_refused_before_training(inputs: dict[
     recorder = Recorder(tmp_path, inputs=inputs)
     with pytest.raises(InvalidInput, match="has no row of the tool fly"):
         run_job(spec(), recorder)
+    assert not recorder.stages
+
+
+def test_a_single_configuration_cannot_be_held_out_which_is_told_before_training(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    recorder = Recorder(tmp_path, inputs=inputs | {"profiling": write_rows(tmp_path / "one.csv", rows()[:1])})
+    with pytest.raises(InvalidInput, match="there is only one configuration; set it to 0"):
+        run_job(spec(tools=None), recorder)
     assert not recorder.stages
 
 

@@ -14,8 +14,9 @@ from services.language.models import LanguageModel, load_language_model
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.describe import Describer
+from services.resource.schema import Schema
 from tests.fake_device import fake_mps
-from tests.resource.conftest import small_trainer, write_language_model
+from tests.resource.conftest import small_table, small_trainer, write_language_model
 
 
 def soft(table: Table, language: LanguageModel, values: Tensor | None = None, **encoder: Any) -> Tensor:
@@ -53,6 +54,19 @@ def test_both_streams_are_read(fusion: str, table: Table, language: LanguageMode
     values[1, 0], values[2, 3] = 1, 101
     base, other_tool, other_number = soft(table, language, values, fusion=fusion)
     assert not torch.equal(base, other_tool) and not torch.equal(base, other_number)
+
+
+def test_tools_whose_names_have_the_same_words_differ(tables: Path, language: LanguageModel) -> None:
+    names = ("text_to_speech", "speech_to_text")
+    table = small_table(tables)
+    table = Table(Schema(table.schema.spec, names), table.values)
+    vectors = Describer(language, table.schema).tool_vectors()
+    torch.testing.assert_close(vectors[0], vectors[1])
+    for fusion in ("attention", "sum"):
+        values = table.values[:1].repeat(2, 1)
+        values[1, 0] = 1
+        first, second = soft(table, language, values, fusion=fusion)
+        assert float((first - second).abs().max()) > 1e-2
 
 
 def test_the_attention_has_the_seeds_heads(table: Table, language: LanguageModel) -> None:

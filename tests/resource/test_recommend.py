@@ -38,7 +38,7 @@ def latency(table: Table, chosen: dict[str, Any]) -> float:
     """What was measured of a configuration."""
     schema = table.schema
     size = schema.dimensions[1].labels.index(chosen["size"])
-    wanted = [schema.tools.index(chosen["tool_name"]), size, chosen["cores"], chosen["memory_gb"]]
+    wanted = [schema.tools.index(chosen["tool"]), size, chosen["cores"], chosen["memory_gb"]]
     return float(next(row[4] for row in table.values.tolist() if row[:4] == wanted))
 
 
@@ -46,8 +46,8 @@ def test_nothing_cheaper_stays_below_the_bound(table: Table, recommender: Recomm
     for bound in (350.0, 500.0, 900.0):
         found = recommender.recommend({"tool": "detect", "size": "large"}, bound, 0.9)
         assert found.fits and found.upper <= bound and found.predicted < found.upper
-        assert set(found.configuration) == {"tool_name", "size", "cores", "memory_gb"}
-        assert (found.configuration["tool_name"], found.configuration["size"]) == ("detect", "large")
+        assert set(found.configuration) == {"tool", "size", "cores", "memory_gb"}
+        assert (found.configuration["tool"], found.configuration["size"]) == ("detect", "large")
         assert found.price == found.configuration["cores"] + 0.125 * found.configuration["memory_gb"]
         # With the noise a bound may be missed, by no more than the noise.
         assert latency(table, found.configuration) <= 1.1 * bound
@@ -59,7 +59,7 @@ def test_nothing_fits_and_what_comes_closest(recommender: Recommender) -> None:
     found = recommender.recommend({"tool": "translate"}, 5.0)
     assert not found.fits and found.upper > 5
     # The fastest there is.
-    assert found.configuration == {"tool_name": "translate", "size": "small", "cores": 16, "memory_gb": 32.0}
+    assert found.configuration == {"tool": "translate", "size": "small", "cores": 16, "memory_gb": 32.0}
     loose = recommender.recommend({"tool": "translate"}, 1e6)
     assert loose.fits and loose.configuration["cores"] == 2 and loose.configuration["memory_gb"] == 4.0
 
@@ -106,6 +106,22 @@ def test_what_cannot_be_recommended(
     with pytest.raises(InvalidInput, match=says) as caught:
         recommender.recommend(given, bound, confidence)
     assert caught.value.violations[0].field == field
+
+
+def test_labels_that_no_configuration_has_are_named(language: LanguageModel) -> None:
+    """Of a grid that is too large, only the configurations of the table can be recommended."""
+    table = formula_table()
+    small = table.at((table.values[:, 1] < 2).nonzero().flatten())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("services.resource.recommend.MOST_CONFIGURATIONS", 10)
+        recommender = Recommender(untrained(small, language), small)
+    with pytest.raises(InvalidInput, match=r"size: no configuration has large; there are small, medium"):
+        recommender.recommend({"tool": "detect", "size": "large"}, 100.0)
+    values = torch.tensor([0.0, 2, 0, 0, 0], dtype=torch.float64)
+    unknown = torch.tensor([False, False, True, True, True])
+    with pytest.raises(InvalidInput) as caught:
+        recommender.choose(values, unknown, 100.0, field="configurations", row=3)
+    assert caught.value.violations[0].field == "configurations.size.3"
 
 
 def test_a_tool_without_measurements_and_a_dimension_without_a_bound(table: Table, codec: ResourceCodec) -> None:

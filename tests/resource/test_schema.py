@@ -88,6 +88,8 @@ def test_an_unknown_dimension_is_refused_with_those_that_there_are() -> None:
         ({"levels": [], "price": 0, "labels": ["a\nb"]}, "labels"),
         ({"levels": [], "price": 0, "labels": [f"a{i}" for i in range(MAX_LABELS + 1)]}, "labels"),
         ({"name": "tool"}, "name: tool is the name of the tool's own column"),
+        ({"name": "tool_name"}, "name: tool_name is the name of the tool's own column"),
+        ({"measured": True}, "price: what is measured is not chosen, and has no price"),
         ({"name": "Cores"}, "name"),
         ({"name": "size"}, "dimensions: two of them have the name size"),
         ({"column": "size"}, "dimensions: two of them have the column size"),

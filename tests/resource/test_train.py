@@ -57,6 +57,35 @@ def test_each_epoch_goes_through_all_copies_of_all_rows(table: Table, language: 
     assert seen[:48].tolist() != seen[48:96].tolist()
 
 
+def test_the_file_of_a_snapshot_has_the_epoch_that_was_asked_for(
+    table: Table, language: LanguageModel, tmp_path: Path
+) -> None:
+    """Also where an epoch is not a whole number of steps: here it is 32 / 5."""
+    training = {"batch_size": 5, "epochs": 4, "snapshot_epochs": 1.5, "target_loss": 0}
+    trainer, run = small_trainer(table, language, training=training), Recorder(tmp_path)
+    fit(trainer, run)
+    assert [name for name, _ in run.artifacts] == ["snapshot-10", "snapshot-20"]
+    for name, epoch in (("snapshot-10", "1.5"), ("snapshot-20", "3")):
+        (file,) = (tmp_path / name).glob("*.pt")
+        assert file.name == f"encoder_checkpoint_epoch{epoch}.pt"
+
+
+def test_a_validation_in_parts_is_that_of_all_rows(table: Table, language: LanguageModel) -> None:
+    trainer = small_trainer(table, language)
+    whole = trainer.validate()
+    seen, scores = list[int](), trainer.describer.scores
+
+    def watched(soft: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(soft))
+        return scores(soft, *rest)
+
+    trainer.describer.batch = 3
+    trainer.describer.scores = watched  # type: ignore[assignment, method-assign]
+    assert trainer.validate() == pytest.approx(whole, rel=1e-2)
+    # Two templates with eight rows each.
+    assert seen == [3, 3, 2] * 2
+
+
 def test_training_ends_at_its_target(table: Table, language: LanguageModel) -> None:
     def steps(**training: Any) -> int:
         trainer = small_trainer(table, language, training={"steps": 8, **training})

@@ -28,6 +28,7 @@ from services.artifacts.store import ArtifactStore
 from services.runtime import job_run, lifetime
 from services.runtime.job_run import JobRun
 from services.runtime.metrics import MetricsWriter
+from services.runtime.parts import Parts
 from services.runtime.run import Cancelled, Run
 from services.runtime.servicer import STOPPED, add_to_server
 from services.runtime.tracking import tracked
@@ -315,6 +316,20 @@ def test_inputs_come_as_folders_and_are_the_parents_of_outputs(
     assert manifest.spec is not None
     assert manifest.spec["seed"] == 7
     assert made.size == 5
+
+
+def test_an_output_may_be_a_source_of_later_ones(call: Call, store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+
+    def run_job(spec: GenerationSpec, run: Run) -> dict[str, Any]:
+        run.artifact("first", "text", tmp_path)
+        Parts(run, tmp_path / "parts").source_artifact("base", "text", tmp_path)
+        run.artifact("last", "text", tmp_path)
+        return {}
+
+    made = {e.artifact.name: e.artifact.id for e in call(run_job) if e.WhichOneof("event") == "artifact"}
+    parents = {name: store.manifest(id).parents for name, id in made.items()}
+    assert parents == {"first": [], "base": [], "last": [made["base"]]}
 
 
 def test_errors_arrive_as_what_they_are(call: Call) -> None:

@@ -11,7 +11,7 @@ import pytest
 from services.runtime.run import Run
 from services.runtime.trained import trained_once
 from services.runtime.training import fit
-from tests.recorder import Interrupted
+from tests.recorder import Interrupted, Recorder
 from tests.runtime.test_training import ToyTrainer, toy_spec
 
 
@@ -64,6 +64,24 @@ def test_what_was_interrupted_resumes_and_is_no_model_before() -> None:
         folder = trained_once("toys/c", "model", lambda run, folder: train(run, folder, fall=False))
     assert steps == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert (folder / "weights").read_text() == str(whole.weight.tolist())
+
+
+def test_a_training_reports_to_the_run_that_it_is_a_part_of(capsys: pytest.CaptureFixture[str]) -> None:
+    def train(run: Run, folder: Path) -> None:
+        assert run.device == "toy"
+        run.stage("train", 3)
+        for step in range(4):
+            run.advance(step)
+        run.metric(3, loss=0.5)
+        run.log("done")
+        write(run, folder)
+
+    recorder = Recorder()
+    recorder.device = "toy"
+    folder = trained_once("toys/e", "model", train, run=recorder)
+    assert recorder.stages == [("toys/train", 3, "steps")] and recorder.done == [0, 1, 2, 3]
+    assert recorder.logs == ["toys: done"] and (folder / "weights").exists()
+    assert capsys.readouterr() == ("", "")
 
 
 def slowly(run: Run, folder: Path) -> None:

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ethogram.errors import IllegalState, InvalidInput, TooLarge
+from ethogram.errors import IllegalState, InvalidInput, NotFound, TooLarge
 from services.artifacts.store import ArtifactStore
 from services.inference.batcher import Arrays
 from services.inference.dataplane import Request
@@ -24,6 +25,7 @@ from services.resource.codec import Column, ResourceCodec
 from services.resource.describe import Describer
 from services.resource.predict import measured_number
 from services.resource.recommend import Recommender
+from services.resource.sources import language_model_for
 
 CONFIGURATIONS, EMBEDDINGS = "configurations", "embeddings"
 VALUES, UNKNOWN, OUTSIDE, TEXTS = "values", "unknown", "outside", "texts"
@@ -88,7 +90,7 @@ class ServedResource:
         """Check requirements, with a bound for each. Raises :class:`InvalidInput`."""
         if not bounds:
             raise InvalidInput.field("bounds", "an empty batch; give a bound for each row")
-        values, unknown = self.codec.column_vectors(columns, len(bounds), CONFIGURATIONS, free=True)
+        values, unknown = self.codec.column_vectors(columns, len(bounds), CONFIGURATIONS, requirements=True)
         for row, bound in enumerate(bounds):
             if not 0 < bound < np.inf:
                 raise InvalidInput.field(f"bounds.{row}", f"must be a number above 0, not {bound:g}")
@@ -174,7 +176,7 @@ class ServedResource:
         values, unknown = _tensors(arrays, VALUES, UNKNOWN)
         recommender = self._recommenders[dimension]
         choices = [
-            recommender.choose(value, free, float(bound), confidence, f"{CONFIGURATIONS}.{row}")
+            recommender.choose(value, free, float(bound), confidence, CONFIGURATIONS, row=int(row))
             for value, free, bound, row in zip(values, unknown, arrays["bounds"], arrays["rows"], strict=True)
         ]
         found: Arrays = {name: np.array([getattr(choice, name) for choice in choices]) for name in CHOICE}
@@ -209,16 +211,16 @@ class Readers:
             return language
 
     def _load(self, artifact: str, codec: ResourceCodec) -> LanguageModel:
-        # It imports what trains language models.
-        from services.resource.sources import language_model_for
-
         for parent in self._store.manifest(artifact).parents:
-            if self._store.manifest(parent).type == "language-model":
-                with tempfile.TemporaryDirectory(dir=self._scratch, prefix="language-model-") as folder:
+            # A published encoder outlives its job and what else that made.
+            with (
+                suppress(NotFound),
+                tempfile.TemporaryDirectory(dir=self._scratch, prefix="language-model-") as folder,
+            ):
+                if self._store.manifest(parent).type == "language-model":
                     found = str(self._store.fetch(parent, Path(folder, "model")))
                     return language_model_for(codec, found, self._device, _FIELD)
-        # To train it takes longer than a call may.
-        return language_model_for(codec, None, self._device, _FIELD, make=False)
+        return language_model_for(codec, None, self._device, _FIELD)
 
 
 def named_columns(served: Served[ServedResource], values: NDArray[np.float64]) -> dict[str, list[float] | list[str]]:

@@ -118,7 +118,7 @@ async def _recommend(dataplane: Dataplane, request: pb.RecommendRequest) -> pb.R
 
     def answer(arrays: Arrays, served: Served[ServedResource]) -> pb.RecommendResponse:
         columns = named_columns(served, arrays[VALUES])
-        chosen = {each.name for each in served.model.schema.dimensions if not each.measured}
+        chosen = {dimension.name for dimension in served.model.schema.dimensions if not dimension.measured}
         return pb.RecommendResponse(
             configurations=_rows({name: column for name, column in columns.items() if name in chosen}),
             price=to_tensor(arrays["price"]),

@@ -71,6 +71,7 @@ def save(model: HierarchicalDecoder, export: Export, folder: Path) -> None:
     config = {
         "format": FORMAT,
         "model": model.spec.model_dump(mode="json"),
+        "words": list(model.words),
         "export": export.digest,
         "lookup": export.lookup,
         "tools": list(export.schema.tools),
@@ -87,7 +88,7 @@ def load(folder: Path) -> tuple[HierarchicalDecoder, dict[str, Any]]:
     with reading(folder, WEIGHTS, "decoder") as path:
         state = load_file(path)
         tools = state["mask"].int().argmax(0)
-        model = HierarchicalDecoder(spec, state["config_head.weight"], tools, torch.Generator())
+        model = HierarchicalDecoder(spec, state["config_head.weight"], tools, config["words"], torch.Generator())
         model.load_state_dict(state)
     return model.eval(), config
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,30 +12,15 @@ from torch import Tensor, nn
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import DecoderModelSpec
 
-VOCABULARY = 4096
-"""Rows of the embedding of words; words are hashed into them."""
-PAD = 0
+PAD, UNKNOWN = 0, 1
+"""Tokens of nothing, and of a word that no generated text has."""
 LONGEST = 512
 """Words, digits and marks of a text at most."""
 
 
-@lru_cache(maxsize=65_536)
-def _token(word: str) -> int:
-    return 1 + int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") % (VOCABULARY - 1)
-
-
-def tokenize(texts: Sequence[str]) -> Tensor:
-    """Hashed words, digits and marks of each text, ``[batch, length]``, padded with 0. Raises :class:`InvalidInput` for
-    a text of none, or of more than :data:`LONGEST`."""
-    rows = [[_token(word) for word in re.findall(r"[^\W\d]+|\d|[^\w\s]", text.lower())] for text in texts]
-    for number, row in enumerate(rows):
-        if not row:
-            raise InvalidInput.field(f"texts.{number}", "has no words")
-        if len(row) > LONGEST:
-            text = f"has {len(row)} words, digits and marks; at most {LONGEST} are read"
-            raise InvalidInput.field(f"texts.{number}", text)
-    length = max((len(row) for row in rows), default=1)
-    return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+def split(text: str) -> list[str]:
+    """Words in small letters, digits and marks of a text."""
+    return re.findall(r"[^\W\d]+|\d|[^\w\s]", text.lower())
 
 
 class Choice(NamedTuple):
@@ -54,13 +37,21 @@ class HierarchicalDecoder(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, spec: DecoderModelSpec, weights: Tensor, tools: Tensor, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        spec: DecoderModelSpec,
+        weights: Tensor,
+        tools: Tensor,
+        words: Sequence[str],
+        generator: torch.Generator,
+    ) -> None:
         """``weights``: the vectors of the export, ``[configurations, size]``; ``tools``: index of the tool of each
-        configuration, ``[configurations]``."""
+        configuration, ``[configurations]``; ``words``: those that it knows."""
         super().__init__()
-        self.spec = spec
+        self.spec, self.words = spec, tuple(words)
+        self._tokens = {word: token for token, word in enumerate(self.words, UNKNOWN + 1)}
         width, (count, size) = spec.hidden_dim, weights.shape
-        self.embedding = nn.Embedding(VOCABULARY, width, padding_idx=PAD)
+        self.embedding = nn.Embedding(UNKNOWN + 1 + len(self.words), width, padding_idx=PAD)
         layer = nn.TransformerEncoderLayer(
             width, spec.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -82,6 +73,19 @@ class HierarchicalDecoder(nn.Module):
                 # As large as random rows are.
                 self.config_head.weight.copy_(centered / centered.norm(dim=1).mean())
 
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Words, digits and marks of each text, ``[batch, length]``, padded with :data:`PAD`. Raises
+        :class:`InvalidInput` for a text of none, or of more than :data:`LONGEST`."""
+        rows = [[self._tokens.get(word, UNKNOWN) for word in split(text)] for text in texts]
+        for number, row in enumerate(rows):
+            if not row:
+                raise InvalidInput.field(f"texts.{number}", "has no words")
+            if len(row) > LONGEST:
+                text = f"has {len(row)} words, digits and marks; at most {LONGEST} are read"
+                raise InvalidInput.field(f"texts.{number}", text)
+        length = max((len(row) for row in rows), default=1)
+        return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
+
     def forward(self, tokens: Tensor) -> Choice:
         """Scores of ``tokens`` ``[batch, length]``."""
         padding = tokens == PAD
@@ -96,6 +100,6 @@ class HierarchicalDecoder(nn.Module):
         of the tool's."""
         device = self.config_head.weight.device
         with torch.no_grad():
-            choice = self(tokenize(texts).to(device))
+            choice = self(self.tokenize(texts).to(device))
         tools = choice.tools.argmax(1)
         return tools.cpu(), choice.configurations.masked_fill(~self.mask[tools], -torch.inf).argmax(1).cpu()

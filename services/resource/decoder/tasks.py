@@ -8,6 +8,7 @@ from typing import Any
 
 from ethogram.errors import InvalidInput
 from services.resource.corpus import words
+from services.resource.decoder.model import split
 from services.resource.export import TOOL_NAME, Export
 
 _ONES = words("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen")
@@ -36,14 +37,27 @@ class TaskTexts:
     """
 
     def __init__(self, export: Export) -> None:
-        """Raises :class:`InvalidInput` for an export with repeated measurements, whose configurations no text tells
-        apart."""
+        """Raises :class:`InvalidInput` for an export whose configurations no text tells apart: with repeated
+        measurements, or with tools or labels that differ only in their case or in what stands between words."""
         if export.schema.spec.repeated:
             raise InvalidInput.field("export", "has repeated measurements of a configuration; no text tells them apart")
         self.rows = [export.lookup[str(index)] for index in range(len(export.lookup))]
         dimensions = export.schema.dimensions[1:]
         self.units = {dimension.name: dimension.unit for dimension in dimensions}
+        for dimension in export.schema.dimensions:
+            told: dict[tuple[str, ...], str] = {}
+            for label in dimension.labels:
+                if (other := told.setdefault(tuple(split(spaced(label))), label)) != label:
+                    text = f"has {other!r} and {label!r} in {dimension.name}; no text tells them apart"
+                    raise InvalidInput.field("export", text)
         self.chosen = [dimension.name for dimension in dimensions if not dimension.measured]
+
+    def words(self) -> list[str]:
+        """All words, digits and marks of texts, in order."""
+        values = {spaced(value) for row in self.rows for value in row.values() if isinstance(value, str)}
+        names = {spaced(name) for name in self.chosen} | {*self.units.values()}
+        texts = [*_OPENINGS, *_NUMBERS, *_LABELS, *map(spelled, range(100)), *values, *names, "0123456789.,-+ and"]
+        return sorted({word for text in texts for word in split(text)})
 
     def draw(self, configuration: int, rng: random.Random) -> str:
         """A text for the configuration with this id."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import DecoderSpec
-from services.resource.decoder.model import HierarchicalDecoder, tokenize
+from services.resource.decoder.model import HierarchicalDecoder
 from services.resource.decoder.tasks import TaskTexts
 from services.resource.export import Export
 from services.runtime import checkpoints
@@ -40,9 +40,9 @@ class DecoderTrainer(Trainer):
         self.tools = torch.empty(len(export.weights), dtype=torch.long)
         for index, ids in enumerate(export.masks.values()):
             self.tools[ids] = index
-        self.model = HierarchicalDecoder(spec.model, export.weights, self.tools, generator(spec.seed, "init")).to(
-            device
-        )
+        self.model = HierarchicalDecoder(
+            spec.model, export.weights, self.tools, texts.words(), generator(spec.seed, "init")
+        ).to(device)
         self.optimization = Optimization(
             [{"params": list(self.model.parameters())}],
             spec.training,
@@ -75,7 +75,7 @@ class DecoderTrainer(Trainer):
         """The loss, and its terms of the tool and of the configuration among those of the right tool."""
         wanted = wanted.to(self.device)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
-            choice = self.model(tokenize(texts).to(self.device))
+            choice = self.model(self.model.tokenize(texts).to(self.device))
         tools = self.tools.to(self.device)[wanted]
         masked = choice.configurations.float().masked_fill(~self.model.mask[tools], -torch.inf)
         tool = nn.functional.cross_entropy(choice.tools.float(), tools)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import DecoderModelSpec
 from services.resource.decoder import job
-from services.resource.decoder.model import LONGEST, VOCABULARY, HierarchicalDecoder, tokenize
+from services.resource.decoder.model import LONGEST, UNKNOWN, HierarchicalDecoder, split
 from services.resource.decoder.tasks import TaskTexts
 from services.resource.decoder.train import DecoderTrainer
 from services.resource.export import Export
@@ -25,12 +25,13 @@ from tests.resource.conftest import tiny_decoder_spec
 
 TOOLS = torch.tensor([0, 0, 1, 0, 1, 2])
 """Tools whose configurations are not one after the other."""
+WORDS = ["!", "1", "4", "cores", "run", "small"]
 
 
 def decoder(seed: int = 0, **spec: object) -> HierarchicalDecoder:
     weights = torch.randn(6, 5, generator=torch.Generator().manual_seed(9))
     given = DecoderModelSpec.model_validate({"hidden_dim": 8, "layers": 1, "heads": 2, **spec})
-    return HierarchicalDecoder(given, weights, TOOLS, torch.Generator().manual_seed(seed))
+    return HierarchicalDecoder(given, weights, TOOLS, WORDS, torch.Generator().manual_seed(seed))
 
 
 def trainer(exported: Export, **sections: object) -> DecoderTrainer:
@@ -60,19 +61,26 @@ def test_what_stands_with_a_text_in_a_batch_does_not_matter() -> None:
     model = decoder().eval()
     short, long = "small", "a much longer text, with 12 cores and more words than the other"
     with torch.no_grad():
-        alone, together = model(tokenize([short])), model(tokenize([short, long]))
+        alone, together = model(model.tokenize([short])), model(model.tokenize([short, long]))
     torch.testing.assert_close(alone.configurations[0], together.configurations[0])
     torch.testing.assert_close(alone.tools[0], together.tools[0])
 
 
 def test_words_are_tokens_and_digits_one_by_one() -> None:
-    rows = tokenize(["Run 14 cores!", "run 4 CORES"])
-    assert rows.shape == (2, 5) and int(rows.max()) < VOCABULARY
-    assert rows[0, 0] == rows[1, 0] and rows[0, 2] == rows[1, 1] and rows[0, 3] == rows[1, 2]
-    assert rows[1, 3:].tolist() == [0, 0]
+    rows = decoder().tokenize(["Run 14 cores!", "run 4 CORES", "a run of 1"])
+    assert rows.tolist() == [[6, 3, 4, 5, 2], [6, 4, 5, 0, 0], [UNKNOWN, 6, UNKNOWN, 3, 0]]
+
+
+def test_every_word_of_a_text_is_known_and_no_two_are_the_same(exported: Export) -> None:
+    made = trainer(exported)
+    texts, _ = made.draw(200, "words")
+    assert {word for text in texts for word in split(text)} <= {*made.model.words}
+    assert not bool((made.model.tokenize(texts) == UNKNOWN).any())
+    assert len({*made.model.words}) == len(made.model.words) == len(made.model.embedding.weight) - 2
 
 
 def test_a_text_that_is_too_long_or_empty_is_refused() -> None:
+    tokenize = decoder().tokenize
     tokenize(["a " * LONGEST])
     with pytest.raises(InvalidInput, match=r"texts\.1: has no words"):
         tokenize(["a", " \n"])

@@ -12,10 +12,12 @@ import pytest
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import ResourceSpec
 from services.language.models import LanguageModel
+from services.resource.data import Table
 from services.resource.decoder import tasks
 from services.resource.decoder.tasks import TaskTexts, spaced, spelled
 from services.resource.export import TOOL_NAME, Export, export
 from services.resource.job import table_of
+from services.resource.schema import Schema
 from tests.recorder import Recorder
 from tests.resource.conftest import small_table, small_trainer
 
@@ -107,6 +109,14 @@ def test_repeated_measurements_cannot_be_told_apart(tables: Path, language: Lang
     table = small_table(tables, repeated=True)
     made = export(small_trainer(table, language).codec(), table, tmp_path)
     with pytest.raises(InvalidInput, match="export: has repeated measurements of a configuration"):
+        TaskTexts(made)
+
+
+def test_labels_of_the_same_words_cannot_be_told_apart(tables: Path, language: LanguageModel, tmp_path: Path) -> None:
+    table = small_table(tables)
+    table = Table(Schema(table.schema.spec, ("Big_Job", "big job")), table.values)
+    made = export(small_trainer(table, language).codec(), table, tmp_path)
+    with pytest.raises(InvalidInput, match="has 'Big_Job' and 'big job' in tool; no text tells them apart"):
         TaskTexts(made)
 
 
