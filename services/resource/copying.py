@@ -64,6 +64,8 @@ class Copies(NamedTuple):
     """Of each soft token."""
     soft: list[tuple[int, int]]
     """Columns of the first text that have a soft token, and its number."""
+    slotted: list[tuple[int, int]]
+    """Columns of the first text that have a slot, and the number of its soft token."""
     contexts: Contexts
     """Columns of the first text with something to copy, and those before what is copied."""
     labels: list[tuple[int, Tensor]]
@@ -94,6 +96,7 @@ def draw_copies(
     contents: list[Tensor] = []
     slots: list[int] = []
     soft: list[tuple[int, int]] = []
+    slotted: list[tuple[int, int]] = []
     labels: list[tuple[int, Tensor]] = []
     here, there = Contexts([], [], []), Contexts([], [], [])
     before, since = token(vocabulary.read).expand(-1, 2), 0
@@ -128,6 +131,8 @@ def draw_copies(
             here.add(shown.length + place, before, place)
         first = vocabulary.slot + slots[-1]
         places = torch.arange(first, first + since + blanks).expand(rows, -1)
+        if level == LEVELS:
+            slotted += [(shown.length + place, len(slots) - 1) for place in range(since + blanks)]
         shown.add(places if level == LEVELS else vocabulary.contents[value])
         slots[-1] += since + blanks
         contents.append(value)
@@ -143,6 +148,7 @@ def draw_copies(
         contents=torch.cat([words(0), *contents], 1),
         slots=slots,
         soft=soft,
+        slotted=slotted,
         contexts=Contexts(columns, here.before + there.before, here.since + there.since),
         labels=labels,
         marks=[(number * (length + 1) + 1, marks[:, number]) for number in range(size)],

@@ -128,10 +128,12 @@ class Describer:
         parts = []
         for cell in template.layout(soft.shape[1]):
             if isinstance(cell, Soft):
-                parts.append(soft[:, cell.index : cell.index + 1])
-            else:
-                (row,) = self.language.tokenize([slot(cell.index) if isinstance(cell, Slot) else cell])
-                parts.append(self.embed(torch.tensor(row, device=self.device)).expand(len(soft), -1, -1))
+                before = soft[:, cell.index : cell.index + 1]
+                parts.append(before)
+                continue
+            (row,) = self.language.tokenize([slot(cell.index) if isinstance(cell, Slot) else cell])
+            embedded = self.embed(torch.tensor(row, device=self.device)).expand(len(soft), -1, -1)
+            parts.append(embedded * before if isinstance(cell, Slot) else embedded)
         return torch.cat(parts, 1)
 
     def _states(self, inputs: Tensor, template: Template) -> Tensor:

@@ -53,6 +53,8 @@ _TEMPLATE_WEIGHT = 0.3
 """Weight of the tokens of the template beside those of values."""
 _BARE = 0.3
 """Share of steps with templates that are hardly more than the values."""
+_GATE = 0.2
+"""What the mark of a slot multiplies its own dimensions by, at first."""
 _READ_AFTER, _MARKS_AFTER, _CONTEXT_AFTER, _LABELS_AFTER = 1, 1, 2, 2
 """Layers after which slots are read, the first token of a label knows its mark, a token what stands before it, and the
 slot of a label the first token of that."""
@@ -106,6 +108,12 @@ def make_model(size: ReaderSizeSpec, vocabulary: int, seed: int) -> Any:
         return Qwen2ForCausalLM(config)
 
 
+def own_dimensions(hidden: int) -> Tensor:
+    """The dimensions of a soft token that each slot begins with, ``[slots, hidden]``: what is apart is read soon."""
+    dimensions, numbers = torch.arange(hidden).unsqueeze(0), torch.arange(SLOTS).unsqueeze(1)
+    return (dimensions * SLOTS // hidden == numbers) | (numbers * hidden // SLOTS == dimensions)
+
+
 class ThrowawayEncoder(nn.Module):
     """Soft tokens of rows of any schema: the sum of a code of the content of each slot, bound to the slot."""
 
@@ -114,12 +122,13 @@ class ThrowawayEncoder(nn.Module):
     def __init__(self, hidden: int, generator: torch.Generator) -> None:
         super().__init__()
 
-        def normal(*shape: int, scale: float) -> nn.Parameter:
-            return nn.Parameter(scale * torch.randn(*shape, generator=generator))
+        def normal(*shape: int, scale: float) -> Tensor:
+            return scale * torch.randn(*shape, generator=generator)
 
-        self.content = normal(len(CONTENTS), self.WIDTH, scale=1.0)
-        self.bind = normal(SLOTS, self.WIDTH, hidden, scale=self.WIDTH**-0.5)
-        self.base = normal(hidden, scale=1.0)
+        self.content = nn.Parameter(normal(len(CONTENTS), self.WIDTH, scale=1.0))
+        scales = torch.where(own_dimensions(hidden), SLOTS**0.5, 0.1).unsqueeze(1)
+        self.bind = nn.Parameter(normal(SLOTS, self.WIDTH, hidden, scale=self.WIDTH**-0.5) * scales)
+        self.base = nn.Parameter(normal(hidden, scale=1.0))
 
     def forward(self, contents: Tensor, slots: Sequence[int]) -> Tensor:
         """Soft tokens ``[rows, tokens, hidden]``. ``contents``: index of the content of each slot, ``[rows, sum of
@@ -224,6 +233,10 @@ class LanguageModelTrainer(Trainer):
         self.level = torch.tensor(0)
         """How hard copying is, by now."""
         self._slot = self.tokenizer.convert_tokens_to_ids(SLOT_MARKS[0])
+        with torch.no_grad():
+            weights: Tensor = self.model.get_input_embeddings().weight
+            marks = weights[self._slot : self._slot + SLOTS]
+            marks.add_(own_dimensions(spec.model.hidden_dim).to(marks)).mul_(_GATE)
         _, end, read, write = self.tokenizer.convert_tokens_to_ids(_TEXT_MARKS)
         self.vocabulary = Vocabulary(
             read, write, end, self._slot, self._slot + SLOTS, len(self.tokenizer), self.ids, len(CONTENTS) - OPTIONS
@@ -264,8 +277,7 @@ class LanguageModelTrainer(Trainer):
         embedded = self.embedding(torch.cat([copies.before, copies.after[:, :-1]], 1).to(self.device))
         if copies.soft:
             soft = self.encoder(copies.contents.to(self.device), copies.slots)
-            columns, numbers = (torch.tensor(row, device=self.device) for row in zip(*copies.soft, strict=True))
-            embedded = embedded.index_copy(1, columns, soft[:, numbers])
+            embedded = _with_soft(embedded, soft, copies.soft, copies.slotted)
         outputs = self.model.model(inputs_embeds=embedded, output_hidden_states=True)
         states = outputs.last_hidden_state[:, copies.before.shape[1] - 1 :]
         copying = nn.functional.cross_entropy(
@@ -309,10 +321,7 @@ class LanguageModelTrainer(Trainer):
         for place, cell in enumerate(cells):
             if isinstance(cell, Slot):
                 tokens[:, place] = self._slot + cell.index
-        embedded = self.embedding(tokens.to(self.device))
-        chosen = [(place, cell.index) for place, cell in enumerate(cells) if isinstance(cell, Soft)]
-        indices, numbers = (torch.tensor(row, device=self.device) for row in zip(*chosen, strict=True))
-        embedded = embedded.index_copy(1, indices, soft[:, numbers])
+        embedded = _with_soft(self.embedding(tokens.to(self.device)), soft, *_columns(cells))
         backbone = self.model.model
         places = torch.arange(len(cells), device=self.device).unsqueeze(0)
         rotary = backbone.rotary_emb(embedded, places)
@@ -431,7 +440,6 @@ class LanguageModelTrainer(Trainer):
         """What stands between prompt and description, ``[rows, length, hidden]``; and the token that each slot is to be
         read as, ``[rows, length]``, -1 elsewhere."""
         is_slot = torch.tensor([isinstance(cell, Slot) for cell in item.head], device=self.device)
-        is_soft = torch.tensor([isinstance(cell, Soft) for cell in item.head], device=self.device)
         ids = [self._slot + cell.index if isinstance(cell, Slot) else cell for cell in item.head]
         ids = [0 if isinstance(cell, Soft) else cell for cell in ids]
         tokens = torch.tensor(ids, device=self.device).repeat(len(soft), 1)
@@ -439,9 +447,7 @@ class LanguageModelTrainer(Trainer):
         rows = [list(itertools.chain(*(row[field] for field in order))) for row in item.contents]
         contents, wanted = self.ids[torch.tensor(rows)].to(self.device), torch.full_like(tokens, -1)
         wanted[:, is_slot] = contents
-        embedded = self.embedding(tokens)
-        numbers = torch.tensor([cell.index for cell in item.head if isinstance(cell, Soft)], device=self.device)
-        return embedded.masked_scatter(is_soft.unsqueeze(1).expand_as(embedded), soft[:, numbers]), wanted
+        return _with_soft(self.embedding(tokens), soft, *_columns(item.head)), wanted
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -479,6 +485,31 @@ class LanguageModelTrainer(Trainer):
         """Write model and tokenizer as ``transformers`` does."""
         self.model.eval().save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def _columns(cells: Sequence[object]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Columns of soft tokens and of slots, each with the number of the soft token."""
+    soft: list[tuple[int, int]] = []
+    slotted: list[tuple[int, int]] = []
+    for column, cell in enumerate(cells):
+        if isinstance(cell, Soft):
+            soft.append((column, cell.index))
+        elif isinstance(cell, Slot):
+            slotted.append((column, soft[-1][1]))
+    return soft, slotted
+
+
+def _with_soft(
+    embedded: Tensor, soft: Tensor, columns: Sequence[tuple[int, int]], slotted: Sequence[tuple[int, int]]
+) -> Tensor:
+    """``embedded`` ``[rows, length, hidden]`` with ``soft`` ``[rows, tokens, hidden]`` in their ``columns``, and in
+    those of slots their product with the marks of these."""
+    for pairs, gated in ((columns, False), (slotted, True)):
+        if pairs:
+            places, numbers = (torch.tensor(row, device=embedded.device) for row in zip(*pairs, strict=True))
+            chosen = soft[:, numbers]
+            embedded = embedded.index_copy(1, places, embedded[:, places] * chosen if gated else chosen)
+    return embedded
 
 
 def _padded(rows: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from ethogram.specs.resource import MOST
 
-SLOTS = 20
+SLOTS = 24
 """Characters that a soft token holds at most, for a model that was trained to read vectors."""
 OPTIONS = 128
 """Labels of all fields at most, for such a model."""
@@ -48,7 +48,8 @@ class Soft:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a layout for one character, or one label, of the soft token before it."""
+    """A place in a layout for one character, or one label, of the soft token before it. What a model sees there is that
+    soft token times the embedding of the slot's mark, which lets the slot's own dimensions through."""
 
     index: int
 
