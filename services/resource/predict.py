@@ -195,7 +195,8 @@ def _median_distance(x: Tensor) -> float:
     """Median distance of two rows of ``x``, by the root of the number of features."""
     distances = torch.pdist(x[:500])
     # Where little is known most rows, or all, may be the same.
-    return (float(distances.median()) or float(distances.mean()) or 1.0) / x.shape[1] ** 0.5
+    typical = float(distances.median()) or float(distances.mean()) or 1.0
+    return typical / float(x.shape[1]) ** 0.5
 
 
 def _choose(x: Tensor, target: Tensor, groups: Tensor, order: Tensor, columns: Sequence[int]) -> Choice:

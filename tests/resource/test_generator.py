@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from pathlib import Path
 
@@ -54,3 +55,12 @@ def test_the_noise_follows_from_the_seed(generated: Path, tmp_path: Path) -> Non
         write_table(tmp_path / str(seed), seed)
     texts = [(folder / "profiling.csv").read_text() for folder in (generated, tmp_path / "0", tmp_path / "1")]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_every_seeds_latencies_are_in_the_declared_range() -> None:
+    products = [math.prod(factors) for factors in itertools.product(*FACTORS.values())]
+    bases = [base for base, _ in TOOLS.values()]
+    latency = default_schema().dimensions[-1]
+    assert latency.low is not None and latency.high is not None
+    assert latency.low <= min(products) * min(bases) * (1 - NOISE) - 0.5
+    assert latency.high >= max(products) * max(bases) * (1 + NOISE) + 0.5
