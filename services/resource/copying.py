@@ -18,6 +18,10 @@ _LABELS = 0.4
 """Share of the gaps that have a label, where there are labels."""
 
 
+_LONGEST_LABEL = 5
+"""Tokens of a label at most."""
+
+
 class Vocabulary(NamedTuple):
     """Numbers of tokens."""
 
@@ -78,7 +82,6 @@ def draw_copies(
     rng: random.Random, generator: torch.Generator, level: int, rows: int, vocabulary: Vocabulary
 ) -> Copies:
     """Draw ``rows`` pairs. They have the same form, so that nothing is padded."""
-    every = torch.arange(rows)
 
     def token(number: int) -> Tensor:
         return torch.full((rows, 1), number)
@@ -86,12 +89,18 @@ def draw_copies(
     def words(count: int) -> Tensor:
         return torch.randint(vocabulary.word, vocabulary.size, (rows, count), generator=generator)
 
-    size, length = rng.randint(0, 8) if level > 1 else 0, rng.randint(1, 3)
+    size = rng.randint(0, 8) if level > 1 else 0
     options = len(vocabulary.contents) - vocabulary.characters
     chosen = torch.rand(rows, options, generator=generator).argsort(1)[:, :size] + vocabulary.characters
-    marks, names = vocabulary.contents[chosen], words(size * length).reshape(rows, size, length)
     separator = words(1 if level > 1 and rng.random() < 0.5 else 0)
-    shown, written = _Text(torch.cat([marks.unsqueeze(2), names], 2).flatten(1)), _Text(words(0))
+    shown, written = _Text(words(0)), _Text(words(0))
+    names: list[Tensor] = []
+    marks: list[tuple[int, Tensor]] = []
+    for mark in vocabulary.contents[chosen].unsqueeze(2).unbind(1):
+        names.append(words(rng.randint(1, _LONGEST_LABEL)))
+        shown.add(mark)
+        marks.append((shown.length, mark.squeeze(1)))
+        shown.add(names[-1])
     shown.add(token(vocabulary.read))
     contents: list[Tensor] = []
     slots: list[int] = []
@@ -115,11 +124,11 @@ def draw_copies(
         soft.append((shown.length, len(slots) - 1))
         shown.add(token(vocabulary.read))
         if size and rng.random() < _LABELS:
-            picked = torch.randint(size, (rows,), generator=generator)
-            value, blanks, since = chosen[every, picked].unsqueeze(1), 0, 1
-            labels.append((shown.length, names[every, picked, 0]))
+            picked = rng.randrange(size)
+            value, blanks, since = chosen[:, picked : picked + 1], 0, 1
+            labels.append((shown.length, names[picked][:, 0]))
             there.add(written.length, before, 0)
-            written.add(names[every, picked])
+            written.add(names[picked])
         else:
             since, blanks = rng.randint(1, 6), rng.randint(0, 2)
             value = torch.randint(1, vocabulary.characters, (rows, since), generator=generator)
@@ -151,7 +160,7 @@ def draw_copies(
         slotted=slotted,
         contexts=Contexts(columns, here.before + there.before, here.since + there.since),
         labels=labels,
-        marks=[(number * (length + 1) + 1, marks[:, number]) for number in range(size)],
+        marks=marks,
     )
 
 

@@ -55,7 +55,7 @@ _BARE = 0.3
 """Share of steps with templates that are hardly more than the values."""
 _GATE = 0.2
 """What the mark of a slot multiplies its own dimensions by, at first."""
-_READ_AFTER, _MARKS_AFTER, _CONTEXT_AFTER, _LABELS_AFTER = 1, 1, 2, 2
+_READ_AFTER, _MARKS_AFTER, _CONTEXT_AFTER, _LABELS_AFTER = 1, 1, (2, 3), 2
 """Layers after which slots are read, the first token of a label knows its mark, a token what stands before it, and the
 slot of a label the first token of that."""
 
@@ -283,8 +283,11 @@ class LanguageModelTrainer(Trainer):
         copying = nn.functional.cross_entropy(
             self.model.lm_head(states).flatten(0, 1), copies.after.to(self.device).flatten()
         )
-        context = self.context(self._early(outputs, _CONTEXT_AFTER, copies.contexts.columns), copies.contexts)
-        metrics = {"copying": copying, "context": context}
+        contexts = [
+            self.context(self._early(outputs, layers, copies.contexts.columns), copies.contexts)
+            for layers in _CONTEXT_AFTER
+        ]
+        metrics = {"copying": copying, "context": torch.stack(contexts).sum()}
         for name, layers, pairs in (("marks", _MARKS_AFTER, copies.marks), ("labels", _LABELS_AFTER, copies.labels)):
             if pairs:
                 places, tokens = zip(*pairs, strict=True)

@@ -53,6 +53,11 @@ def test_the_second_text_follows_from_the_first(seed: int, level: int, row: int)
     assert copied(copies, row) == copies.after[row].tolist()
     assert sum(copies.slots) == copies.contents.shape[1] and max(copies.slots, default=0) <= SLOTS
     assert copies.before[row, -1] == WRITE
+    slots = [column for column, token in enumerate(copies.before[row].tolist()) if SLOT <= token < SLOT + SLOTS]
+    assert [column for column, _ in copies.slotted] == slots
+    # A slot is of the soft token before it.
+    for column, number in copies.slotted:
+        assert number == [soft for place, soft in copies.soft if place < column][-1]
 
 
 @settings(deadline=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,22 +15,29 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.resource import SchemaSpec
 from services.language.models import LanguageModel, load_language_model
 from services.resource import language_model
+from services.resource.corpus import random_schema
 from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.language_model import LanguageModelTrainer
 from services.resource.schema import Schema
-from services.resource.texts import READ, WRITE, Slot, Soft, Template
+from services.resource.texts import READ, WRITE, Slot, Soft, Template, slot
 from services.resource.train import ResourceTrainer
 from tests.resource.conftest import SCHEMA, TOOLS, tiny_reader_spec, tiny_spec, write_language_model
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    """A model of the form of the default one, which is shown slots behind each soft token."""
-    folder = tmp_path_factory.mktemp("reader")
+def trained() -> LanguageModelTrainer:
+    """A model of the form of the default one, as it is trained."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language_model, "_CORPUS", 10)
-        LanguageModelTrainer(tiny_reader_spec()).save(folder)
+        return LanguageModelTrainer(tiny_reader_spec())
+
+
+@pytest.fixture(scope="module")
+def reader(trained: LanguageModelTrainer, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """The same as others load it, which is shown slots behind each soft token."""
+    folder = tmp_path_factory.mktemp("reader")
+    trained.save(folder)
     return load_language_model(str(folder))
 
 
@@ -111,6 +120,33 @@ def test_a_model_that_knows_the_marks_is_shown_slots(
     assert cells[0] == READ and cells[-1] == WRITE and lengths[0] == 1 and lengths[1] >= len(cells)
 
 
+def test_a_slot_is_the_soft_token_times_its_mark(reader: LanguageModel, table: Table) -> None:
+    template, soft = table.schema.templates[0], soft_tokens(3, 2)
+    wanted, before = [], soft[:, :1]
+    for cell in template.layout(2):
+        if isinstance(cell, Soft):
+            before = soft[:, cell.index : cell.index + 1]
+            wanted.append(before)
+            continue
+        (tokens,) = reader.tokenize([slot(cell.index) if isinstance(cell, Slot) else cell])
+        embedded = reader.model.get_input_embeddings()(torch.tensor(tokens)).expand(3, -1, -1)
+        wanted.append(embedded * before if isinstance(cell, Slot) else embedded)
+    assert torch.equal(Describer(reader, table.schema)._head(soft, template), torch.cat(wanted, 1))
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@torch.no_grad()
+def test_encoders_train_on_what_the_model_was_trained_on(
+    bare: bool, trained: LanguageModelTrainer, reader: LanguageModel, table: Table
+) -> None:
+    item = trained.item(random.Random(3), 4, partial(random_schema, count=5, most_labels=3, bare=bare))
+    template, soft = item.schema.template, trained.soft(item)
+    texts = [trained.tokenizer.decode(row[:-1]) for row in item.descriptions]
+    values = torch.tensor([template.read(text) for text in texts], dtype=torch.float64)
+    scores = Describer(reader, table.schema).scores(soft, values, template)
+    torch.testing.assert_close(scores.loss, trained.losses([item], [soft]).losses.mean(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("tokens", "enough"), [(1, False), (2, False), (4, True), (8, True)])
 def test_more_characters_than_soft_tokens_have_slots_for_are_refused(
     tokens: int, enough: bool, reader: LanguageModel
@@ -129,7 +165,7 @@ def test_more_characters_than_soft_tokens_have_slots_for_are_refused(
     if enough:
         train()
     else:
-        with pytest.raises(InvalidInput, match=f"{tokens} soft token.*at least 3; take more") as caught:
+        with pytest.raises(InvalidInput, match=f"{tokens} soft token.*at least 4; take more") as caught:
             train()
         assert caught.value.violations[0].field == "spec.encoder.tokens"
 
