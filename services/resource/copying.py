@@ -12,13 +12,13 @@ from services.resource.texts import SLOTS
 
 LEVELS = 3
 """How hard copying can be. From level 1 on the first text has gaps: soft tokens, which the second leaves out, and
-values behind them, with blanks. From level 2 on some values are marks of labels, which the second has the label for,
+values behind them, with blanks. From level 2 on some values are marks of labels, which the second has with the label,
 and all gaps may follow the same token. At level 3 values are in slots of the soft tokens."""
 _LABELS = 0.4
 """Share of the gaps that have a label, where there are labels."""
 
 
-_LONGEST_LABEL = 5
+_LONGEST_LABEL = 8
 """Tokens of a label at most."""
 
 
@@ -28,6 +28,7 @@ class Vocabulary(NamedTuple):
     read: int
     write: int
     end: int
+    label_end: int
     slot: int
     """The mark of the first slot."""
     word: int
@@ -44,15 +45,20 @@ class Contexts(NamedTuple):
 
     columns: list[int]
     before: list[Tensor]
-    """The two tokens of the template before each, ``[rows, 2]``."""
+    """The two tokens of the template before each, ``[rows, 2]``; in a label its mark, twice."""
     since: list[int]
-    """Contents of slots since these tokens."""
+    """Contents of slots, or tokens of a label, since these tokens."""
 
     def add(self, column: int, before: Tensor, since: int) -> None:
         """Add a column."""
         self.columns.append(column)
         self.before.append(before)
         self.since.append(since)
+
+    def add_label(self, column: int, mark: Tensor, length: int) -> None:
+        """Add the columns of a label of some ``length`` behind its ``mark`` ``[rows, 1]``, and of its end."""
+        for since in range(length + 1):
+            self.add(column + since, mark.expand(-1, 2), since)
 
 
 class Copies(NamedTuple):
@@ -72,8 +78,6 @@ class Copies(NamedTuple):
     """Columns of the first text that have a slot, and the number of its soft token."""
     contexts: Contexts
     """Columns of the first text with something to copy, and those before what is copied."""
-    labels: list[tuple[int, Tensor]]
-    """Columns of the first text that stand for a label, and the label's first token, ``[rows]``."""
     marks: list[tuple[int, Tensor]]
     """Columns that have a label's first token, and its mark, ``[rows]``."""
 
@@ -94,20 +98,26 @@ def draw_copies(
     chosen = torch.rand(rows, options, generator=generator).argsort(1)[:, :size] + vocabulary.characters
     separator = words(1 if level > 1 and rng.random() < 0.5 else 0)
     shown, written = _Text(words(0)), _Text(words(0))
+    here, there = Contexts([], [], []), Contexts([], [], [])
     names: list[Tensor] = []
     marks: list[tuple[int, Tensor]] = []
+    # Labels that have the same tokens, or not.
+    few = words(rng.randint(2, 6) if rng.random() < 0.5 else 0)
     for mark in vocabulary.contents[chosen].unsqueeze(2).unbind(1):
-        names.append(words(rng.randint(1, _LONGEST_LABEL)))
+        length = rng.randint(1, _LONGEST_LABEL)
         shown.add(mark)
         marks.append((shown.length, mark.squeeze(1)))
+        here.add_label(shown.length, mark, length)
+        names.append(words(length))
+        if few.shape[1]:
+            names[-1] = few.gather(1, torch.randint(few.shape[1], (rows, length), generator=generator))
         shown.add(names[-1])
+        shown.add(token(vocabulary.label_end))
     shown.add(token(vocabulary.read))
     contents: list[Tensor] = []
     slots: list[int] = []
     soft: list[tuple[int, int]] = []
     slotted: list[tuple[int, int]] = []
-    labels: list[tuple[int, Tensor]] = []
-    here, there = Contexts([], [], []), Contexts([], [], [])
     before, since = token(vocabulary.read).expand(-1, 2), 0
     for _ in range(rng.randint(2, 8)):
         for word in torch.cat([words(rng.randint(1, 4)), separator], 1).unsqueeze(2).unbind(1):
@@ -126,9 +136,10 @@ def draw_copies(
         if size and rng.random() < _LABELS:
             picked = rng.randrange(size)
             value, blanks, since = chosen[:, picked : picked + 1], 0, 1
-            labels.append((shown.length, names[picked][:, 0]))
             there.add(written.length, before, 0)
-            written.add(names[picked])
+            there.add_label(written.length + 1, vocabulary.contents[value], names[picked].shape[1])
+            for part in (vocabulary.contents[value], names[picked], token(vocabulary.label_end)):
+                written.add(part)
         else:
             since, blanks = rng.randint(1, 6), rng.randint(0, 2)
             value = torch.randint(1, vocabulary.characters, (rows, since), generator=generator)
@@ -159,7 +170,6 @@ def draw_copies(
         soft=soft,
         slotted=slotted,
         contexts=Contexts(columns, here.before + there.before, here.since + there.since),
-        labels=labels,
         marks=marks,
     )
 

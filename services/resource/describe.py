@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel
 from services.resource.schema import Schema
-from services.resource.texts import OPTIONS, SLOTS, Slot, Soft, Template, option, slot
+from services.resource.texts import LABEL_END, OPTIONS, SLOTS, Slot, Soft, Template, option, slot
 
 BATCH = 256
 """Rows that are described at once, unless a job says otherwise."""
@@ -57,6 +57,9 @@ class Describer:
         self._end = language.end_of_text
         self.reads_slots: bool = all(len(row) == 1 for row in language.tokenize([slot(SLOTS - 1), option(0)]))
         """Whether the model was trained to read vectors."""
+        marks = [LABEL_END, *(option(index) for index in range(OPTIONS))] if self.reads_slots else []
+        self._hidden = {row[0] for row in language.tokenize(marks)}
+        """Tokens that no text shows."""
         labels = sum(len(dimension.labels) for dimension in schema.dimensions)
         if self.reads_slots and labels > OPTIONS:
             text = f"has {labels} labels, tools among them, and {language.name} has marks of {OPTIONS}"
@@ -78,7 +81,7 @@ class Describer:
 
     def tokens(self, template: Template, values: Tensor) -> list[list[int]]:
         """Tokens of the description of each row of ``values``, with the token that ends a text."""
-        rows = [template.parts(row) for row in values.tolist()]
+        rows = [template.parts(row, marked=self.reads_slots) for row in values.tolist()]
         # In parts, so that a value has the same tokens wherever it stands.
         texts = list(dict.fromkeys(text for row in rows for text, _ in row))
         known = dict(zip(texts, self.language.tokenize(texts), strict=True))
@@ -98,6 +101,7 @@ class Describer:
                 raise InvalidInput.field(self.language.field, says)
 
     def _text(self, tokens: list[int]) -> str:
+        tokens = [token for token in tokens if token not in self._hidden]
         text: str = self.language.tokenizer.decode(
             tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -186,7 +190,7 @@ class Describer:
 
     def _longest(self, template: Template) -> int:
         """Tokens that are written at most."""
-        return 8 + sum(len(self.language.tokenize([text])[0]) for text, _ in template.longest)
+        return 8 + sum(len(self.language.tokenize([text])[0]) for text, _ in template.longest(marked=self.reads_slots))
 
     @torch.no_grad()
     def write(self, soft: Tensor, template: Template) -> list[str]:

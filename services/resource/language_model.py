@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ethogram.specs.resource import ReaderSizeSpec, ReaderSpec
 from services.resource.copying import LEVELS, Contexts, Vocabulary, draw_copies
 from services.resource.corpus import RandomSchema, random_schema
-from services.resource.texts import OPTIONS, READ, SLOTS, WRITE, Slot, Soft, option, slot, slots
+from services.resource.texts import LABEL_END, OPTIONS, READ, SLOTS, WRITE, Slot, Soft, option, slot, slots
 from services.runtime import checkpoints
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -33,7 +33,7 @@ from services.runtime.training import Optimization, Progress, Trainer, cosine, f
 FORMAT = 1
 """Goes up when a model of the same spec and the same corpus would become another."""
 PAD, END = "<pad>", "<end>"
-_TEXT_MARKS = [PAD, END, READ, WRITE]
+_TEXT_MARKS = [PAD, END, READ, WRITE, LABEL_END]
 OPTION_MARKS = [option(index) for index in range(OPTIONS)]
 SLOT_MARKS = [slot(index) for index in range(SLOTS)]
 CONTENTS = [PAD, *"0123456789.", *OPTION_MARKS]
@@ -55,9 +55,8 @@ _BARE = 0.3
 """Share of steps with templates that are hardly more than the values."""
 _GATE = 0.2
 """What the mark of a slot multiplies its own dimensions by, at first."""
-_READ_AFTER, _MARKS_AFTER, _CONTEXT_AFTER, _LABELS_AFTER = 1, 1, (2, 3), 2
-"""Layers after which slots are read, the first token of a label knows its mark, a token what stands before it, and the
-slot of a label the first token of that."""
+_READ_AFTER, _MARKS_AFTER, _CONTEXT_AFTER = 1, 1, 2
+"""Layers after which slots are read, the first token of a label knows its mark, and a token what stands before it."""
 
 
 def make_tokenizer(vocabulary: int, seed: int) -> Any:
@@ -69,7 +68,7 @@ def make_tokenizer(vocabulary: int, seed: int) -> Any:
     texts = []
     for _ in range(_CORPUS):
         schema = random_schema(rng, rng.randint(2, 8), 10, bare=False)
-        texts += [*schema.template.legend[1::2], schema.template.write(schema.row(rng))]
+        texts += [*schema.template.legend[1::3], schema.template.write(schema.row(rng))]
     tokenizer = Tokenizer(models.BPE())
     digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
@@ -237,9 +236,17 @@ class LanguageModelTrainer(Trainer):
             weights: Tensor = self.model.get_input_embeddings().weight
             marks = weights[self._slot : self._slot + SLOTS]
             marks.add_(own_dimensions(spec.model.hidden_dim).to(marks)).mul_(_GATE)
-        _, end, read, write = self.tokenizer.convert_tokens_to_ids(_TEXT_MARKS)
+        _, end, read, write, label_end = self.tokenizer.convert_tokens_to_ids(_TEXT_MARKS)
         self.vocabulary = Vocabulary(
-            read, write, end, self._slot, self._slot + SLOTS, len(self.tokenizer), self.ids, len(CONTENTS) - OPTIONS
+            read,
+            write,
+            end,
+            label_end,
+            self._slot,
+            self._slot + SLOTS,
+            len(self.tokenizer),
+            self.ids,
+            len(CONTENTS) - OPTIONS,
         )
         self.mean = torch.tensor(6.0)
         """Running mean of the loss of copying."""
@@ -283,17 +290,13 @@ class LanguageModelTrainer(Trainer):
         copying = nn.functional.cross_entropy(
             self.model.lm_head(states).flatten(0, 1), copies.after.to(self.device).flatten()
         )
-        contexts = [
-            self.context(self._early(outputs, layers, copies.contexts.columns), copies.contexts)
-            for layers in _CONTEXT_AFTER
-        ]
-        metrics = {"copying": copying, "context": torch.stack(contexts).sum()}
-        for name, layers, pairs in (("marks", _MARKS_AFTER, copies.marks), ("labels", _LABELS_AFTER, copies.labels)):
-            if pairs:
-                places, tokens = zip(*pairs, strict=True)
-                logits = self.model.lm_head(self._early(outputs, layers, places))
-                wanted = torch.stack(tokens, 1).to(self.device)
-                metrics[name] = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        context = self.context(self._early(outputs, _CONTEXT_AFTER, copies.contexts.columns), copies.contexts)
+        metrics = {"copying": copying, "context": context}
+        if copies.marks:
+            places, tokens = zip(*copies.marks, strict=True)
+            logits = self.model.lm_head(self._early(outputs, _MARKS_AFTER, places))
+            wanted = torch.stack(tokens, 1).to(self.device)
+            metrics["marks"] = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
         return metrics
 
     def _early(self, outputs: Any, layers: int, columns: Sequence[int]) -> Tensor:
@@ -310,7 +313,7 @@ class LanguageModelTrainer(Trainer):
         shape = (_COPIED, number * count)
         characters = torch.randint(len(CONTENTS) - OPTIONS, shape, generator=draw)
         labels = torch.randint(len(CONTENTS), shape, generator=draw)
-        contents = torch.where(torch.rand(shape, generator=draw) < 0.8, characters, labels)
+        contents = torch.where(torch.rand(shape, generator=draw) < 0.6, characters, labels)
         soft = self.encoder(contents.to(self.device), [count] * number)
         # Fields of some slots each, of one soft token or another, with a word between.
         cells: list[Soft | Slot | None] = []
@@ -364,6 +367,8 @@ class LanguageModelTrainer(Trainer):
         # Schemas of a step are about as large, so that little is padded.
         most = self.spec.fields if float(torch.rand((), generator=rng)) < _LONG else min(self.spec.fields, _SHORT)
         fields = int(torch.randint(2, most + 1, (), generator=rng))
+        # Steps take about as long.
+        schemas = max(1, min(schemas, schemas * _SHORT // fields))
         many = float(torch.rand((), generator=rng)) < _MANY_LABELS
         form: dict[str, Any] = {"most_labels": 16 if many else 4, "bare": bare}
         return [
@@ -375,7 +380,7 @@ class LanguageModelTrainer(Trainer):
         """A random schema with ``count`` rows."""
         schema = draw(rng)
         rows = [schema.row(rng) for _ in range(count)]
-        parts = [schema.template.parts(row) for row in rows]
+        parts = [schema.template.parts(row, marked=True) for row in rows]
         legend, layout = schema.template.legend, schema.template.layout(schema.tokens)
         cells = [slot(cell.index) if isinstance(cell, Slot) else cell for cell in layout]
         seen = [cell for cell in cells if isinstance(cell, str)]

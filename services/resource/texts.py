@@ -16,6 +16,8 @@ OPTIONS = 128
 """Labels of all fields at most, for such a model."""
 READ, WRITE = "<|read|>", "<|write|>"
 """Marks before and after the layout that such a model is shown."""
+LABEL_END = "<|label end|>"
+"""Mark after each label, for such a model."""
 _PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 _NUMBER = r"\d+(?:\.\d+)?"
 
@@ -109,20 +111,23 @@ class Template:
         labels = self.labels[index]
         return labels[int(value)] if labels else number_text(value, self.decimals[index])
 
-    def parts(self, values: Sequence[float]) -> list[tuple[str, bool]]:
-        """The text in parts, and whether each is the value of a field, not of the template."""
+    def parts(self, values: Sequence[float], *, marked: bool = False) -> list[tuple[str, bool]]:
+        """The text in parts, and whether each is the value of a field, not of the template. ``marked``: with the marks
+        of labels, which a model that was trained to read vectors writes and no text shows."""
         parts = [(self.literals[0], False)]
         for index, literal in zip(self.order, self.literals[1:], strict=True):
-            parts += [(self.value_text(index, values[index]), True), (literal, False)]
+            texts = [self.value_text(index, values[index])]
+            if marked and self.labels[index]:
+                texts = [option(self.options[index] + int(values[index])), *texts, LABEL_END]
+            parts += [*((text, True) for text in texts), (literal, False)]
         return [part for part in parts if part[0]]
 
-    @property
-    def longest(self) -> list[tuple[str, bool]]:
-        """The parts of a description as long as one can be."""
+    def longest(self, *, marked: bool = False) -> list[tuple[str, bool]]:
+        """The :meth:`parts` of a description as long as one can be."""
         values = []
         for labels in self.labels:
             values.append(float(labels.index(max(labels, key=len))) if labels else float(MOST))
-        return self.parts(values)
+        return self.parts(values, marked=marked)
 
     def write(self, values: Sequence[float]) -> str:
         """The description of a configuration: a value of each field, of categories the index of its label."""
@@ -196,9 +201,9 @@ class Template:
 
     @cached_property
     def legend(self) -> list[str]:
-        """What such a model is told first: the mark of each label, and the label."""
+        """What such a model is told first: each label behind its mark, and the mark that ends it."""
         labels = enumerate(itertools.chain(*self.labels), self.first_option)
-        return [text for number, label in labels for text in (option(number), label)]
+        return [text for number, label in labels for text in (option(number), label, LABEL_END)]
 
     @cached_property
     def prompt(self) -> str:

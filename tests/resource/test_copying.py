@@ -13,10 +13,10 @@ from services.resource.copying import LEVELS, Copies, Vocabulary, draw_copies
 from services.resource.texts import OPTIONS, SLOTS
 from services.runtime.seeds import generator
 
-READ, WRITE, END = 1, 2, 3
+READ, WRITE, END, LABEL_END = 1, 2, 3, 4
 OPTION, SLOT, WORD, SIZE, CHARACTERS = 10, 200, 300, 400, 12
 CONTENTS = torch.tensor([0, *range(SIZE - CHARACTERS + 1, SIZE), *range(OPTION, OPTION + OPTIONS)])
-VOCABULARY = Vocabulary(READ, WRITE, END, SLOT, WORD, SIZE - CHARACTERS + 1, CONTENTS, CHARACTERS)
+VOCABULARY = Vocabulary(READ, WRITE, END, LABEL_END, SLOT, WORD, SIZE - CHARACTERS + 1, CONTENTS, CHARACTERS)
 ROWS = 3
 
 
@@ -32,8 +32,7 @@ def copied(copies: Copies, row: int) -> list[int]:
     for token in shown[:start]:
         if OPTION <= token < OPTION + OPTIONS:
             legend[token] = []
-        else:
-            [*legend.values()][-1].append(token)
+        [*legend.values()][-1].append(token)
     soft = dict(copies.soft)
     contents = iter(CONTENTS[copies.contents[row]].tolist())
     written: list[int] = []
@@ -77,37 +76,29 @@ def test_a_context_is_where_both_texts_have_the_same_to_write(seed: int, level: 
     for column, before, since in zip(*copies.contexts, strict=True):
         if column <= last:
             places.setdefault((*before[0].tolist(), since), set()).add([*content, END][column])
-    labels = {first[0].item() for _, first in copies.labels}
     for column, before, since in zip(*copies.contexts, strict=True):
         if column > last:
             wanted = copies.after[0, column - last].item()
-            here = places[(*before[0].tolist(), since)]
-            assert wanted in here or (wanted in labels and any(OPTION <= each < OPTION + OPTIONS for each in here))
+            assert wanted in places[(*before[0].tolist(), since)]
 
 
 @pytest.mark.parametrize("level", range(LEVELS + 1))
 def test_what_a_level_has(level: int) -> None:
     drawn = [draw(seed, level) for seed in range(40)]
     assert any(copies.soft for copies in drawn) is (level > 0)
-    assert any(copies.labels for copies in drawn) is (level > 1)
+    assert any(copies.marks for copies in drawn) is (level > 1)
     shown = torch.cat([copies.before.flatten() for copies in drawn])
     assert bool(((shown >= SLOT) & (shown < SLOT + SLOTS)).any()) is (level == LEVELS)
 
 
-def test_the_mark_and_the_first_token_of_a_label_are_where_they_are_said_to_be() -> None:
-    found = 0
+def test_a_label_stands_between_its_mark_and_the_mark_of_its_end() -> None:
+    lengths = set()
     for copies in (draw(seed, LEVELS) for seed in range(20)):
-        marks = dict(copies.marks)
-        for column, mark in copies.marks:
+        ends = (copies.before[0] == LABEL_END).nonzero().flatten().tolist()
+        for (column, mark), end in zip(copies.marks, ends, strict=True):
             assert torch.equal(copies.before[:, column - 1], mark)
-        for column, first in copies.labels:
-            for row in range(ROWS):
-                content = CONTENTS[copies.contents[row]]
-                slots = (
-                    ((copies.before[row] >= SLOT) & (copies.before[row] < SLOT + SLOTS)).nonzero().flatten().tolist()
-                )
-                mark = content[slots.index(column)]
-                (place,) = [place for place, tokens in marks.items() if tokens[row] == mark]
-                assert copies.before[row, place] == first[row]
-                found += 1
-    assert found > 20
+            assert bool((copies.before[:, column:end] >= WORD).all()) and bool(
+                (copies.before[:, end] == LABEL_END).all()
+            )
+            lengths.add(end - column)
+    assert lengths == set(range(1, 9))

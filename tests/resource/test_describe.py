@@ -54,7 +54,9 @@ def whole(describer: Describer, soft: Tensor, row: list[float], template: Templa
     """Logits ``[length, vocabulary]`` and tokens of one description, from the whole text at once."""
     language = describer.language
     prompt, _ = describer._prompt(template)
-    tokens = [token for text, _ in template.parts(row) for token in language.tokenize([text])[0]]
+    tokens = [
+        token for text, _ in template.parts(row, marked=describer.reads_slots) for token in language.tokenize([text])[0]
+    ]
     tokens.append(language.end_of_text)
     head = describer._head(soft.unsqueeze(0), template)
     inputs = torch.cat([describer.embed(torch.tensor([prompt])), head, describer.embed(torch.tensor([tokens]))], 1)
@@ -91,7 +93,7 @@ def test_what_is_written_is_the_likeliest_token_each_time(model: LanguageModel, 
             inputs = torch.cat([prefix, describer.embed(torch.tensor([tokens], dtype=torch.long))], 1)
             tokens.append(int(model.model(inputs_embeds=inputs).logits[0, -1].argmax()))
         if model.end_of_text not in tokens:
-            assert text.startswith(model.tokenizer.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
+            assert text.startswith(describer._text(tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
 
 
 def test_a_batch_says_what_each_row_says_alone(model: LanguageModel, table: Table) -> None:
@@ -141,9 +143,10 @@ def test_encoders_train_on_what_the_model_was_trained_on(
 ) -> None:
     item = trained.item(random.Random(3), 4, partial(random_schema, count=5, most_labels=3, bare=bare))
     template, soft = item.schema.template, trained.soft(item)
-    texts = [trained.tokenizer.decode(row[:-1]) for row in item.descriptions]
+    describer = Describer(reader, table.schema)
+    texts = [describer._text(row[:-1]) for row in item.descriptions]
     values = torch.tensor([template.read(text) for text in texts], dtype=torch.float64)
-    scores = Describer(reader, table.schema).scores(soft, values, template)
+    scores = describer.scores(soft, values, template)
     torch.testing.assert_close(scores.loss, trained.losses([item], [soft]).losses.mean(), rtol=1e-4, atol=1e-4)
 
 

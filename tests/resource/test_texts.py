@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ethogram.specs.resource import FINEST, MOST, SchemaSpec
 from services.resource.schema import Schema, default_schema
-from services.resource.texts import MalformedTemplate, Template, number_text
+from services.resource.texts import LABEL_END, OPTIONS, MalformedTemplate, Template, number_text, option
 from tests.resource.conftest import SCHEMA, TOOLS
 
 DEFAULT = Schema(default_schema(), ("image_classification", "image_generation", "object detection v2"))
@@ -59,7 +59,17 @@ def test_every_description_can_be_read_back(schema: Schema | None, data: st.Data
     text = template.write(values)
     assert template.read(text) == values
     assert "".join(part for part, _ in template.parts(values)) == text
-    assert len(text) <= sum(len(part) for part, _ in template.longest)
+    assert len(text) <= sum(len(part) for part, _ in template.longest())
+    marked = [part for part, _ in template.parts(values, marked=True)]
+    marks = {option(index) for index in range(OPTIONS)}
+    hidden = {LABEL_END, *marks}
+    assert [part for part in marked if part not in hidden] == [part for part, _ in template.parts(values)]
+    # Behind its mark stands what the legend has there.
+    legend = template.legend
+    for index, part in enumerate(marked):
+        if part in marks:
+            start = legend.index(part)
+            assert marked[index : index + 3] == legend[start : start + 3]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
