@@ -18,7 +18,7 @@ _LABELS = 0.4
 """Share of the gaps that have a label, where there are labels."""
 
 
-_LONGEST_LABEL = 8
+_LONGEST_LABEL = 12
 """Tokens of a label at most."""
 
 
@@ -104,7 +104,7 @@ def draw_copies(
     # Labels that have the same tokens, or not.
     few = words(rng.randint(2, 6) if rng.random() < 0.5 else 0)
     for mark in vocabulary.contents[chosen].unsqueeze(2).unbind(1):
-        length = rng.randint(1, _LONGEST_LABEL)
+        length = rng.randint(1, rng.randint(1, _LONGEST_LABEL))
         shown.add(mark)
         marks.append((shown.length, mark.squeeze(1)))
         here.add_label(shown.length, mark, length)

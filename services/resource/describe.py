@@ -57,8 +57,8 @@ class Describer:
         self._end = language.end_of_text
         self.reads_slots: bool = all(len(row) == 1 for row in language.tokenize([slot(SLOTS - 1), option(0)]))
         """Whether the model was trained to read vectors."""
-        marks = [LABEL_END, *(option(index) for index in range(OPTIONS))] if self.reads_slots else []
-        self._hidden = {row[0] for row in language.tokenize(marks)}
+        marks = [LABEL_END, *(option(index) for index in range(OPTIONS))]
+        self._hidden = {row[0] for row in language.tokenize(marks)} if self.reads_slots else set()
         """Tokens that no text shows."""
         labels = sum(len(dimension.labels) for dimension in schema.dimensions)
         if self.reads_slots and labels > OPTIONS:

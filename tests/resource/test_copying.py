@@ -93,7 +93,7 @@ def test_what_a_level_has(level: int) -> None:
 
 def test_a_label_stands_between_its_mark_and_the_mark_of_its_end() -> None:
     lengths = set()
-    for copies in (draw(seed, LEVELS) for seed in range(20)):
+    for copies in (draw(seed, LEVELS) for seed in range(200)):
         ends = (copies.before[0] == LABEL_END).nonzero().flatten().tolist()
         for (column, mark), end in zip(copies.marks, ends, strict=True):
             assert torch.equal(copies.before[:, column - 1], mark)
@@ -101,4 +101,4 @@ def test_a_label_stands_between_its_mark_and_the_mark_of_its_end() -> None:
                 (copies.before[:, end] == LABEL_END).all()
             )
             lengths.add(end - column)
-    assert lengths == set(range(1, 9))
+    assert lengths == set(range(1, 13))
