@@ -195,7 +195,7 @@ def _median_distance(x: Tensor) -> float:
     distances = torch.pdist(x[:500])
     # Where little is known most rows, or all, may be the same.
     typical = float(distances.median()) or float(distances.mean()) or 1.0
-    return typical / float(x.shape[1]) ** 0.5
+    return typical / math.sqrt(x.shape[1])
 
 
 def _kernels(x: Tensor, columns: Sequence[int]) -> list[Kernel]:
