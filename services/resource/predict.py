@@ -14,7 +14,6 @@ numbers. The report of a run shows what intervals cover of configurations that i
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -171,14 +170,14 @@ def fit(
     target, features = numbers.double().log1p(), features.double()
     mean, deviation = _scale(features)
     x = (features - mean) / deviation
-    columns = sorted({first or features.shape[1], features.shape[1]})
+    kernels = _kernels(x, sorted({first or x.shape[1], x.shape[1]}))
     order = torch.randperm(len(x), generator=generator(seed, "rows to choose on"))
-    choice = _choose(x, target, groups, order, columns)
+    choice = _choose(x, target, groups, order, kernels)
     fold = (torch.randperm(count, generator=generator(seed, "folds")) % FOLDS)[groups]
     residuals = torch.empty_like(target)
     known: dict[Choice, Tensor] = {}
     for number in range(FOLDS):
-        without = _choose(x, target, groups, order[fold[order] != number], columns)
+        without = _choose(x, target, groups, order[fold[order] != number], kernels)
         if without not in known:
             known[without] = _Spectrum.of(without.kernel, x, groups).residuals(target, without.ridge)
         residuals[fold == number] = known[without][fold == number]
@@ -196,24 +195,32 @@ def _median_distance(x: Tensor) -> float:
     distances = torch.pdist(x[:500])
     # Where little is known most rows, or all, may be the same.
     typical = float(distances.median()) or float(distances.mean()) or 1.0
-    return typical / float(x.shape[1]) ** 0.5
+    return typical / math.sqrt(x.shape[1])
 
 
-def _choose(x: Tensor, target: Tensor, groups: Tensor, order: Tensor, columns: Sequence[int]) -> Choice:
+def _kernels(x: Tensor, columns: Sequence[int]) -> list[Kernel]:
+    """The kernels that are compared. ``x``: standardised features ``[rows, features]``; ``columns``: on how many of
+    them kernels may be."""
+    kernels = []
+    for count in columns:
+        median = _median_distance(x[:, :count])
+        kernels.append(Kernel(0.0, median, count))
+        kernels += [Kernel(share, width * median, count) for share in SHARES for width in WIDTHS]
+    return kernels
+
+
+def _choose(x: Tensor, target: Tensor, groups: Tensor, order: Tensor, kernels: Sequence[Kernel]) -> Choice:
     """Kernel and ridge with the least error of groups that are left out, on the first rows of ``order``. ``x``:
-    standardised features ``[rows, features]``; ``columns``: how many of them a kernel may be on."""
+    standardised features ``[rows, features]``."""
     rows = order[:CHOICE_ROWS]
     x, target, groups = x[rows], target[rows], groups[rows]
     best: tuple[float, Choice] | None = None
-    for count in columns:
-        median = _median_distance(x[:, :count])
-        for share, width in [(0.0, 1.0), *itertools.product(SHARES, WIDTHS)]:
-            kernel = Kernel(share, width * median, count)
-            spectrum = _Spectrum.of(kernel, x, groups)
-            for ridge in RIDGES:
-                error = float(spectrum.residuals(target, ridge).abs().mean())
-                if best is None or error < best[0]:
-                    best = error, Choice(kernel, ridge)
+    for kernel in kernels:
+        spectrum = _Spectrum.of(kernel, x, groups)
+        for ridge in RIDGES:
+            error = float(spectrum.residuals(target, ridge).abs().mean())
+            if best is None or error < best[0]:
+                best = error, Choice(kernel, ridge)
     assert best is not None
     return best[1]
 

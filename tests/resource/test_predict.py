@@ -18,7 +18,6 @@ from services.resource.predict import (
     FEWEST,
     Choice,
     Inputs,
-    Kernel,
     NumberPredictor,
     fit,
     interval,
@@ -168,17 +167,15 @@ def test_kernel_and_ridge_have_the_least_error_of_groups_that_are_left_out(times
     groups = torch.arange(12).repeat(times)
     x = torch.randn(12, 3, generator=rng, dtype=torch.float64).repeat(times, 1)
     target = torch.rand(len(x), generator=rng, dtype=torch.float64)
-    choice = predict._choose(x, target, groups, torch.arange(len(x)), [2, 3])
+    kernels = predict._kernels(x, [2, 3])
+    choice = predict._choose(x, target, groups, torch.arange(len(x)), kernels)
     errors = []
-    for columns in (2, 3):
-        median = predict._median_distance(x[:, :columns])
-        for share, width in [(0.0, 1.0), *itertools.product(predict.SHARES, predict.WIDTHS)]:
-            kernel = Kernel(share, width * median, columns)
-            for ridge in predict.RIDGES:
-                residuals = left_out(Choice(kernel, ridge), x, target, groups)
-                found = predict._Spectrum.of(kernel, x, groups).residuals(target, ridge)
-                torch.testing.assert_close(found, residuals, rtol=1e-4, atol=1e-6)
-                errors.append(float(residuals.abs().mean()))
+    for kernel, ridge in itertools.product(kernels, predict.RIDGES):
+        residuals = left_out(Choice(kernel, ridge), x, target, groups)
+        found = predict._Spectrum.of(kernel, x, groups).residuals(target, ridge)
+        torch.testing.assert_close(found, residuals, rtol=1e-4, atol=1e-6)
+        errors.append(float(residuals.abs().mean()))
+    assert [kernel.columns for kernel in kernels] == [2] * 7 + [3] * 7 and len(errors) == 70
     assert float(left_out(choice, x, target, groups).abs().mean()) == pytest.approx(min(errors), rel=1e-4)
 
 
@@ -190,8 +187,8 @@ def test_residuals_are_of_regressions_that_saw_neither_the_row_nor_its_group(mon
     numbers = (features.sum(1) + torch.rand(80, generator=rng)).exp()
     asked: list[tuple[torch.Tensor, Choice]] = []
 
-    def noted(x: torch.Tensor, target: torch.Tensor, groups: torch.Tensor, order: torch.Tensor, columns: Any) -> Choice:
-        asked.append((order, choose(x, target, groups, order, columns)))
+    def noted(x: torch.Tensor, target: torch.Tensor, groups: torch.Tensor, order: torch.Tensor, kernels: Any) -> Choice:
+        asked.append((order, choose(x, target, groups, order, kernels)))
         return asked[-1][1]
 
     choose = predict._choose
