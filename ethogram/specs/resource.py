@@ -135,11 +135,11 @@ class ReaderSizeSpec(Spec):
 class ReaderTrainingSpec(OptimizationSpec):
     """How the language model is trained: matrices by Muon, the rest by AdamW; gradients are clipped to norm 1."""
 
-    copying: int = Field(1100, ge=0, le=10_000_000)
+    copying: int = Field(1000, ge=0, le=10_000_000)
     """Steps before the others, in which it learns to copy random tokens and to read soft tokens."""
     steps: int = Field(900, ge=1, le=10_000_000)
     """Steps in which it learns to describe what it reads in soft tokens, on random schemas."""
-    batch_size: int = Field(48, ge=1, le=65_536)
+    batch_size: int = Field(32, ge=1, le=65_536)
     """Descriptions per step."""
     schemas: int = Field(16, ge=1, le=4096)
     """Random schemas per step; ``batch_size`` divides into them."""

@@ -502,7 +502,7 @@ class ReaderSpec(_message.Message):
     seed: _builtins.int
     """Seed of everything random."""
     fields: _builtins.int
-    """Most fields of a random schema."""
+    """Most fields of a random schema; most schemas have no more than 8."""
     @_builtins.property
     def training(self) -> Global___ReaderTrainingSpec:
         """Optimisation."""
