@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import platform
+from benchmarks import _kit, platform
 from ethogram import demo
 from ethogram.bench import form
 
@@ -14,6 +14,7 @@ OUTPUT = Path("runs/demo")
 
 
 if __name__ == "__main__":
+    _kit.parser(__doc__).parse_args()
     report = demo.run(OUTPUT, fresh=True)
     costs = {name: figure.dump() for name, figure in platform.measure().items()}
     # What the demo measured of itself stands: it is the colder of the two.

@@ -138,4 +138,5 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    _kit.parser(__doc__).parse_args()
     _kit.finish("platform", measure())

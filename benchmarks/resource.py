@@ -75,12 +75,12 @@ from services.resource.describe import Describer
 from services.resource.evaluate import Reading, controls, describe_figures, read_back, read_error
 from services.resource.evaluate_prediction import Request, conditions, requests
 from services.resource.export import named, validate
-from services.resource.language_model import PAD, default_folder
+from services.resource.language_model import default_folder
 from services.resource.predict import NumberPredictor, measured_fields
 from services.resource.recommend import Recommender, cheapest, prices
 from services.resource.schema import Schema
 from services.resource.sources import DEFAULT
-from services.resource.texts import READ, Soft, Template
+from services.resource.texts import PAD, READ, Soft, Template
 from services.resource.train import ResourceTrainer
 from services.runtime.console import CHECKPOINT, ConsoleRun
 from services.runtime.run import Run
@@ -103,6 +103,7 @@ SOURCES = (
 )
 LANGUAGE_SOURCES = (
     "services/resource/language_model.py",
+    "services/resource/code.py",
     "services/resource/copying.py",
     "services/resource/corpus.py",
     "services/resource/texts.py",

@@ -218,6 +218,9 @@ class EncoderSpec(Spec):
     """Heads of the attention; the language model's hidden size divides into them."""
     tokens: int = Field(1, ge=1, le=8)
     """Soft tokens of a vector."""
+    initialization: Literal["code", "random"] = "code"
+    """Weights before training. ``code``: those that put characters and labels into soft tokens as the language model
+    was taught to read them; of one without such a code, and for features other than these, they are random."""
 
     def unused(self) -> Iterator[tuple[str, str]]:
         if self.fusion == "sum":
@@ -229,7 +232,7 @@ class EncoderSpec(Spec):
 class ResourceTrainingSpec(OptimizationSpec):
     """How the encoder is trained: AdamW through the frozen language model; gradients are clipped to norm 1."""
 
-    steps: int = Field(4000, ge=1, le=10_000_000)
+    steps: int = Field(600, ge=1, le=10_000_000)
     """Most optimiser steps; without ``epochs``."""
     epochs: float | None = Field(None, gt=0, le=100_000)
     """Most passes over the rows, each in all its copies, instead of ``steps``."""
@@ -245,6 +248,8 @@ class ResourceTrainingSpec(OptimizationSpec):
     """Learning rate after the warm-up. ``cosine``: falls to a hundredth at the last step."""
     weight_decay: float = Field(0.01, ge=0, le=1)
     """Weight decay."""
+    validate_every: int = Field(50, ge=1, le=1_000_000)
+    """Steps between validations."""
     target_loss: float = Field(0.01, ge=0)
     """Training ends when the cross-entropy of the validation is below this; 0: all steps are taken."""
     target_exact_match: float | None = Field(None, gt=0, le=1)

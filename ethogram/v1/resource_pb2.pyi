@@ -166,6 +166,32 @@ ENCODER_FUSION_SUM: EncoderFusion.ValueType  # 2
 """"sum"."""
 Global___EncoderFusion: _TypeAlias = EncoderFusion  # noqa: Y015
 
+class _EncoderInitialization:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EncoderInitializationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EncoderInitialization.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENCODER_INITIALIZATION_UNSPECIFIED: _EncoderInitialization.ValueType  # 0
+    """Not set."""
+    ENCODER_INITIALIZATION_CODE: _EncoderInitialization.ValueType  # 1
+    """"code"."""
+    ENCODER_INITIALIZATION_RANDOM: _EncoderInitialization.ValueType  # 2
+    """"random"."""
+
+class EncoderInitialization(_EncoderInitialization, metaclass=_EncoderInitializationEnumTypeWrapper):
+    """Weights before training. `code`: those that put characters and labels into soft tokens as the language model was
+    taught to read them; of one without such a code, and for features other than these, they are random.
+    """
+
+ENCODER_INITIALIZATION_UNSPECIFIED: EncoderInitialization.ValueType  # 0
+"""Not set."""
+ENCODER_INITIALIZATION_CODE: EncoderInitialization.ValueType  # 1
+""""code"."""
+ENCODER_INITIALIZATION_RANDOM: EncoderInitialization.ValueType  # 2
+""""random"."""
+Global___EncoderInitialization: _TypeAlias = EncoderInitialization  # noqa: Y015
+
 class _AugmentationMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -866,6 +892,7 @@ class EncoderSpec(_message.Message):
     HIDDEN_DIM_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    INITIALIZATION_FIELD_NUMBER: _builtins.int
     numbers: Global___EncoderNumbers.ValueType
     """Features of numbers. `fourier`: sine and cosine for each decimal digit; `digits`: these, and each character as
     written; `zscore`: standardised; `xval`: the number scales a learned direction; `raw`: as it is.
@@ -878,6 +905,10 @@ class EncoderSpec(_message.Message):
     """Heads of the attention; the language model's hidden size divides into them."""
     tokens: _builtins.int
     """Soft tokens of a vector."""
+    initialization: Global___EncoderInitialization.ValueType
+    """Weights before training. `code`: those that put characters and labels into soft tokens as the language model was
+    taught to read them; of one without such a code, and for features other than these, they are random.
+    """
     def __init__(
         self,
         *,
@@ -886,10 +917,11 @@ class EncoderSpec(_message.Message):
         hidden_dim: _builtins.int | None = ...,
         heads: _builtins.int | None = ...,
         tokens: _builtins.int | None = ...,
+        initialization: Global___EncoderInitialization.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_fusion", b"_fusion", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_numbers", b"_numbers", "_tokens", b"_tokens", "fusion", b"fusion", "heads", b"heads", "hidden_dim", b"hidden_dim", "numbers", b"numbers", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fusion", b"_fusion", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_initialization", b"_initialization", "_numbers", b"_numbers", "_tokens", b"_tokens", "fusion", b"fusion", "heads", b"heads", "hidden_dim", b"hidden_dim", "initialization", b"initialization", "numbers", b"numbers", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fusion", b"_fusion", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_numbers", b"_numbers", "_tokens", b"_tokens", "fusion", b"fusion", "heads", b"heads", "hidden_dim", b"hidden_dim", "numbers", b"numbers", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fusion", b"_fusion", "_heads", b"_heads", "_hidden_dim", b"_hidden_dim", "_initialization", b"_initialization", "_numbers", b"_numbers", "_tokens", b"_tokens", "fusion", b"fusion", "heads", b"heads", "hidden_dim", b"hidden_dim", "initialization", b"initialization", "numbers", b"numbers", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__fusion: _TypeAlias = _typing.Literal["fusion"]  # noqa: Y015
     _WhichOneofArgType__fusion: _TypeAlias = _typing.Literal["_fusion", b"_fusion"]  # noqa: Y015
@@ -897,6 +929,8 @@ class EncoderSpec(_message.Message):
     _WhichOneofArgType__heads: _TypeAlias = _typing.Literal["_heads", b"_heads"]  # noqa: Y015
     _WhichOneofReturnType__hidden_dim: _TypeAlias = _typing.Literal["hidden_dim"]  # noqa: Y015
     _WhichOneofArgType__hidden_dim: _TypeAlias = _typing.Literal["_hidden_dim", b"_hidden_dim"]  # noqa: Y015
+    _WhichOneofReturnType__initialization: _TypeAlias = _typing.Literal["initialization"]  # noqa: Y015
+    _WhichOneofArgType__initialization: _TypeAlias = _typing.Literal["_initialization", b"_initialization"]  # noqa: Y015
     _WhichOneofReturnType__numbers: _TypeAlias = _typing.Literal["numbers"]  # noqa: Y015
     _WhichOneofArgType__numbers: _TypeAlias = _typing.Literal["_numbers", b"_numbers"]  # noqa: Y015
     _WhichOneofReturnType__tokens: _TypeAlias = _typing.Literal["tokens"]  # noqa: Y015
@@ -907,6 +941,8 @@ class EncoderSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__heads) -> _WhichOneofReturnType__heads | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_dim) -> _WhichOneofReturnType__hidden_dim | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__initialization) -> _WhichOneofReturnType__initialization | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__numbers) -> _WhichOneofReturnType__numbers | None: ...
     @_typing.overload

@@ -23,6 +23,8 @@ class LanguageModel:
 
     name: str
     """Folder or name that it was loaded by."""
+    folder: Path
+    """Where its files are."""
     model: Any
     """``transformers`` model, in evaluation mode; no parameter requires a gradient."""
     tokenizer: Any
@@ -127,4 +129,6 @@ def load_language_model(
     if lacking := [weight for weight in missing if id(tensors.get(weight)) in inner]:
         text = f"{name} lacks {len(lacking)} of the weights of {type(model).__name__}, first {lacking[0]}"
         raise InvalidInput.field(field, f"{text}; give a folder with all of them")
-    return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer, field, embeddings, missing)
+    return LanguageModel(
+        name, folder, model.eval().requires_grad_(False).to(device), tokenizer, field, embeddings, missing
+    )

@@ -1,7 +1,8 @@
 """Random schemas, on which the default language model learns to read vectors: names, templates and values.
 
 Words are of computing and of no subject at all, and half of the names are made up, so that a model learns to copy what
-a prompt says and not what a certain table has.
+a prompt says and not what a certain table has. Some schemas have few words, so that their names begin and end alike, as
+those of memory and GPU memory do.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ to run use with on for give it take takes needs a an the of in at under about by
 when where this one configuration costs asks then""")
 _ONSETS = words("b c d f g h k l m n p r s t v w z br cl dr fl gr pl sh st th tr")
 _RIMES = [vowel + end for vowel in ("a", "e", "i", "o", "u", "ai", "ea", "oo") for end in ("", "n", "r", "s", "l", "t")]
+_FEW_WORDS = 0.4
+"""Share of the schemas with few words."""
 _JOINTS = ("_", "_", " ", "-", "/", ".")
 Sampler = Callable[[random.Random], float]
 
@@ -64,15 +67,16 @@ class RandomSchema:
 def random_schema(rng: random.Random, count: int, most_labels: int, *, bare: bool) -> RandomSchema:
     """Draw a schema of ``count`` fields, with at most ``most_labels`` for each. ``bare``: its template has hardly more
     than the values."""
-    labels: list[tuple[str, ...]] = [_distinct(rng, lambda: _name(rng, 3), rng.randint(1, most_labels))]
+    few = [_word(rng) for _ in range(rng.randint(3, 6))] if rng.random() < _FEW_WORDS else []
+    labels: list[tuple[str, ...]] = [_distinct(rng, lambda: _name(rng, 3, few), rng.randint(1, most_labels))]
     decimals = [0]
     for _ in range(count - 1):
         category = rng.random() < 0.2
         size = min(rng.choice((2, 3, 3, 4, 6, most_labels)), most_labels, OPTIONS - sum(map(len, labels)))
-        labels.append(_distinct(rng, lambda: _label(rng), size) if category else ())
+        labels.append(_distinct(rng, lambda: _label(rng, few), size) if category else ())
         decimals.append(0 if category else rng.choice((0, 0, 0, 1, 2, FINEST)))
     names = ("tool", *(f"field{index}" for index in range(1, count)))
-    text = _bare(rng, names) if bare else _template(rng, names, labels)
+    text = _bare(rng, names) if bare else _template(rng, names, labels, few)
     pairs = [_sampler(rng, options, places) for options, places in zip(labels, decimals, strict=True)]
     highest, samplers = zip(*pairs, strict=True)
     first = rng.randrange(OPTIONS - sum(map(len, labels)) + 1)
@@ -94,8 +98,8 @@ def _word(rng: random.Random) -> str:
     return "".join(rng.choice(_ONSETS) + rng.choice(_RIMES) for _ in range(rng.randint(1, 3)))
 
 
-def _name(rng: random.Random, most: int) -> str:
-    words = [_word(rng) for _ in range(rng.randint(1, most))]
+def _name(rng: random.Random, most: int, few: list[str]) -> str:
+    words = [rng.choice(few) if few else _word(rng) for _ in range(rng.randint(1, most))]
     if rng.random() < 0.15:
         words.append(str(rng.randint(0, 999)))
     if rng.random() < 0.1:
@@ -105,7 +109,7 @@ def _name(rng: random.Random, most: int) -> str:
     return rng.choice(_JOINTS).join(words)
 
 
-def _label(rng: random.Random) -> str:
+def _label(rng: random.Random, few: list[str]) -> str:
     kind = rng.random()
     if kind < 0.35:
         return rng.choice(_ADJECTIVES)
@@ -113,7 +117,7 @@ def _label(rng: random.Random) -> str:
         return rng.choice("ABCDHLTV") + str(rng.choice((4, 10, 40, 90, 100, 200, 300)))
     if kind < 0.55:
         return f"{_word(rng).capitalize()}-{rng.randint(1, 99)}{rng.choice(('B', 'b', 'M', ''))}"
-    return _name(rng, 2)
+    return _name(rng, 2, few)
 
 
 def _bare(rng: random.Random, names: tuple[str, ...]) -> str:
@@ -123,14 +127,14 @@ def _bare(rng: random.Random, names: tuple[str, ...]) -> str:
     return rng.choice((" ", ", ", "; ", " | ")).join(f"{{{name}}}" for name in order)
 
 
-def _template(rng: random.Random, names: tuple[str, ...], labels: list[tuple[str, ...]]) -> str:
+def _template(rng: random.Random, names: tuple[str, ...], labels: list[tuple[str, ...]], few: list[str]) -> str:
     order = list(range(len(names)))
     if rng.random() < 0.7:
         rng.shuffle(order)
     style, between = rng.random(), rng.choice((" ", ": ", "=", " = ", " is ", " of "))
     parts = []
     for index in order:
-        name, unit = _name(rng, 2).replace("_", rng.choice((" ", "_"))), rng.choice(_UNITS)
+        name, unit = _name(rng, 2, few).replace("_", rng.choice((" ", "_"))), rng.choice(_UNITS)
         value = f"{{{names[index]}}}"
         # One style throughout, or another for each field.
         form = rng.random() if style < 0.5 else style

@@ -2,8 +2,8 @@
 
 It learns in two phases. First it copies random tokens, with more and more to leave out and to look up, which gives it
 the attention that copying takes; beside it, it reads the slots of soft tokens. Then it writes descriptions of rows of
-random schemas. The soft tokens are those of an encoder that is trained with it and thrown away, so that no table, and
-no encoder, is special to it.
+random schemas. The soft tokens are in a code that is trained with it and kept beside it. An encoder of any table begins
+as that code, and learns what the model does with it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from ethogram.specs.resource import ReaderSizeSpec, ReaderSpec
+from services.resource.code import CONTENT, CONTENTS, SoftTokenCode, own_dimensions
 from services.resource.copying import LEVELS, Contexts, Vocabulary, draw_copies
 from services.resource.corpus import RandomSchema, random_schema
-from services.resource.texts import LABEL_END, OPTIONS, READ, SLOTS, WRITE, Slot, Soft, option, slot, slots
+from services.resource.texts import LABEL_END, OPTIONS, PAD, READ, SLOTS, WRITE, Slot, Soft, option, slot, slots
 from services.runtime import checkpoints
 from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.runtime.trained import trained_once
 from services.runtime.training import Optimization, Progress, Trainer, cosine, fit
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when a model of the same spec and the same corpus would become another."""
-PAD, END = "<pad>", "<end>"
+END = "<end>"
 _TEXT_MARKS = [PAD, END, READ, WRITE, LABEL_END]
 OPTION_MARKS = [option(index) for index in range(OPTIONS)]
 SLOT_MARKS = [slot(index) for index in range(SLOTS)]
-CONTENTS = [PAD, *"0123456789.", *OPTION_MARKS]
-"""What a slot may hold; the first one: nothing."""
-_CONTENT = {"": 0} | {text: index for index, text in enumerate(CONTENTS)}
 _CORPUS = 3000
 """Random schemas whose texts the tokenizer is made of."""
 _COPIED = 64
@@ -53,6 +51,8 @@ _TEMPLATE_WEIGHT = 0.3
 """Weight of the tokens of the template beside those of values."""
 _BARE = 0.3
 """Share of steps with templates that are hardly more than the values."""
+_OTHER_WORDS = 0.5
+"""Share of the schemas whose tokens are others, since a token that never occurs is no longer copied."""
 _GATE = 0.2
 """What the mark of a slot multiplies its own dimensions by, at first."""
 _READ_AFTER, _MARKS_AFTER, _CONTEXT_AFTER = 1, 1, 2
@@ -105,38 +105,6 @@ def make_model(size: ReaderSizeSpec, vocabulary: int, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         return Qwen2ForCausalLM(config)
-
-
-def own_dimensions(hidden: int) -> Tensor:
-    """The dimensions of a soft token that each slot begins with, ``[slots, hidden]``: what is apart is read soon."""
-    dimensions, numbers = torch.arange(hidden).unsqueeze(0), torch.arange(SLOTS).unsqueeze(1)
-    return (dimensions * SLOTS // hidden == numbers) | (numbers * hidden // SLOTS == dimensions)
-
-
-class ThrowawayEncoder(nn.Module):
-    """Soft tokens of rows of any schema: the sum of a code of the content of each slot, bound to the slot."""
-
-    WIDTH = 8
-
-    def __init__(self, hidden: int, generator: torch.Generator) -> None:
-        super().__init__()
-
-        def normal(*shape: int, scale: float) -> Tensor:
-            return scale * torch.randn(*shape, generator=generator)
-
-        self.content = nn.Parameter(normal(len(CONTENTS), self.WIDTH, scale=1.0))
-        scales = torch.where(own_dimensions(hidden), SLOTS**0.5, 0.1).unsqueeze(1)
-        self.bind = nn.Parameter(normal(SLOTS, self.WIDTH, hidden, scale=self.WIDTH**-0.5) * scales)
-        self.base = nn.Parameter(normal(hidden, scale=1.0))
-
-    def forward(self, contents: Tensor, slots: Sequence[int]) -> Tensor:
-        """Soft tokens ``[rows, tokens, hidden]``. ``contents``: index of the content of each slot, ``[rows, sum of
-        slots]``; ``slots``: of each soft token."""
-        parts = []
-        for part, count in zip(torch.split(self.content[contents], list(slots), 1), slots, strict=True):
-            code = torch.einsum("rsw,swh->rh", part, self.bind[:count])
-            parts.append(nn.functional.layer_norm(code + self.base, code.shape[1:]))
-        return torch.stack(parts, 1)
 
 
 class ContextProbe(nn.Module):
@@ -196,7 +164,7 @@ class ItemScores(NamedTuple):
 
 
 class LanguageModelTrainer(Trainer):
-    """Trains the default language model together with a :class:`ThrowawayEncoder`."""
+    """Trains the default language model together with its :class:`SoftTokenCode`."""
 
     spec: ReaderSpec
     monitor = "validation_loss"
@@ -208,7 +176,7 @@ class LanguageModelTrainer(Trainer):
         self.steps, self.validate_every = training.copying + training.steps, training.validate_every
         self.tokenizer = make_tokenizer(spec.model.vocabulary, spec.seed)
         self.model = make_model(spec.model, len(self.tokenizer), spec.seed).to(device)
-        self.encoder = ThrowawayEncoder(spec.model.hidden_dim, generator(spec.seed, "init")).to(device)
+        self.code = SoftTokenCode(spec.model.hidden_dim, generator(spec.seed, "init")).to(device)
         self.context = ContextProbe(spec.model.hidden_dim, len(self.tokenizer), generator(spec.seed, "context"))
         self.context.to(device)
         rising = cosine(training.steps)
@@ -216,7 +184,7 @@ class LanguageModelTrainer(Trainer):
         inner = {*matrices}
         rest = [
             weight
-            for part in (self.model, self.encoder, self.context)
+            for part in (self.model, self.code, self.context)
             for weight in part.parameters()
             if weight not in inner
         ]
@@ -283,7 +251,7 @@ class LanguageModelTrainer(Trainer):
         copies = draw_copies(rng, draw, int(self.level), _COPIED, self.vocabulary)
         embedded = self.embedding(torch.cat([copies.before, copies.after[:, :-1]], 1).to(self.device))
         if copies.soft:
-            soft = self.encoder(copies.contents.to(self.device), copies.slots)
+            soft = self.code(copies.contents.to(self.device), copies.slots)
             embedded = _with_soft(embedded, soft, copies.soft, copies.slotted)
         outputs = self.model.model(inputs_embeds=embedded, output_hidden_states=True)
         states = outputs.last_hidden_state[:, copies.before.shape[1] - 1 :]
@@ -314,7 +282,7 @@ class LanguageModelTrainer(Trainer):
         characters = torch.randint(len(CONTENTS) - OPTIONS, shape, generator=draw)
         labels = torch.randint(len(CONTENTS), shape, generator=draw)
         contents = torch.where(torch.rand(shape, generator=draw) < 0.6, characters, labels)
-        soft = self.encoder(contents.to(self.device), [count] * number)
+        soft = self.code(contents.to(self.device), [count] * number)
         # Fields of some slots each, of one soft token or another, with a word between.
         cells: list[Soft | Slot | None] = []
         ends = (torch.rand(count, generator=draw) < 0.3).tolist()
@@ -359,7 +327,7 @@ class LanguageModelTrainer(Trainer):
     def soft(self, item: Item) -> Tensor:
         """Soft tokens of an item's rows."""
         contents = torch.tensor([list(itertools.chain(*row)) for row in item.contents], device=self.device)
-        soft: Tensor = self.encoder(contents, slots(item.schema.template, item.schema.tokens))
+        soft: Tensor = self.code(contents, slots(item.schema.template, item.schema.tokens))
         return soft
 
     def _items(self, rng: torch.Generator, schemas: int, rows: int, bare: bool) -> list[Item]:
@@ -386,6 +354,9 @@ class LanguageModelTrainer(Trainer):
         seen = [cell for cell in cells if isinstance(cell, str)]
         texts = list(dict.fromkeys([*legend, *seen, *(text for row in parts for text, _ in row)]))
         known = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+        if rng.random() < _OTHER_WORDS:
+            others = self._others(rng)
+            known = {text: [others.get(token, token) for token in row] for text, row in known.items()}
         descriptions, weights = [], []
         for row in parts:
             tokens = [(token, is_value) for text, is_value in row for token in known[text]] + [(1, False)]
@@ -393,12 +364,18 @@ class LanguageModelTrainer(Trainer):
             counted = [is_value or (place > 0 and tokens[place - 1][1]) for place, (_, is_value) in enumerate(tokens)]
             descriptions.append([token for token, _ in tokens])
             weights.append([1.0 if value else _TEMPLATE_WEIGHT for value in counted])
-        contents = [[[_CONTENT[text] for text in field] for field in schema.template.contents(row)] for row in rows]
+        contents = [[[CONTENT[text] for text in field] for field in schema.template.contents(row)] for row in rows]
         head: list[int | Soft | Slot] = []
         for cell in layout:
             head += known[cell] if isinstance(cell, str) else [cell]
         prompt = [token for text in legend for token in known[text]]
         return Item(schema, prompt, head, descriptions, weights, contents)
+
+    def _others(self, rng: random.Random) -> dict[int, int]:
+        """Another token for each that is neither a mark nor a character of numbers."""
+        numbers = set(self.ids.tolist())
+        words = [token for token in range(self.vocabulary.word, self.vocabulary.size) if token not in numbers]
+        return dict(zip(words, rng.sample(words, len(words)), strict=True))
 
     def losses(self, items: Sequence[Item], soft: Sequence[Tensor]) -> ItemScores:
         """How the descriptions of ``items`` are predicted after ``soft`` of each, ``[rows, tokens, hidden]``.
@@ -475,7 +452,7 @@ class LanguageModelTrainer(Trainer):
         model = {name: value for name, value in self.model.state_dict().items() if name != "lm_head.weight"}
         return (
             checkpoints.part("model", model)
-            | checkpoints.part("encoder", self.encoder.state_dict())
+            | checkpoints.part("code", self.code.state_dict())
             | checkpoints.part("context", self.context.state_dict())
             | checkpoints.part("optimization", self.optimization.state())
             | {"mean": self.mean, "level": self.level}
@@ -484,15 +461,16 @@ class LanguageModelTrainer(Trainer):
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         parts = checkpoints.parts(tensors)
         self.model.load_state_dict(parts["model"], strict=False)
-        self.encoder.load_state_dict(parts["encoder"])
+        self.code.load_state_dict(parts["code"])
         self.context.load_state_dict(parts["context"])
         self.optimization.restore(parts["optimization"])
         self.mean, self.level = (tensors[name].cpu() for name in ("mean", "level"))
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer as ``transformers`` does."""
+        """Write model and tokenizer as ``transformers`` does, and the code beside them."""
         self.model.eval().save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        self.code.save(folder)
 
 
 def _columns(cells: Sequence[object]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

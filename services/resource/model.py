@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
 from ethogram.specs.resource import EncoderSpec
-from services.resource.numbers import Features
+from services.resource.code import CONTENTS, SoftTokenCode
+from services.resource.numbers import CHARACTERS, Features
 from services.resource.schema import Schema
+from services.resource.texts import OPTIONS, Template, slots
 
 
 class ResourceEncoder(nn.Module):
@@ -32,7 +36,7 @@ class ResourceEncoder(nn.Module):
         self.mlp = None
         if spec.numbers != "xval":
             self.mlp = nn.Sequential(nn.Linear(width, spec.hidden_dim), nn.GELU(), nn.Linear(spec.hidden_dim, out))
-        self.tool = nn.Linear(hidden + len(tool_vectors), hidden)
+        self.tool = nn.Linear(hidden + len(tool_vectors), out)
         self.attention = (
             nn.MultiheadAttention(hidden, spec.heads, batch_first=True) if spec.fusion == "attention" else None
         )
@@ -55,11 +59,42 @@ class ResourceEncoder(nn.Module):
         numbers = torch.unflatten(numbers, 1, (self.spec.tokens, -1))
         tools = values[:, 0].long().to(device)
         indicator = nn.functional.one_hot(tools, len(self.tool_vectors)).to(self.tool_vectors)
-        tool = self.tool(torch.cat([self.tool_vectors[tools], indicator], 1)).unsqueeze(1)
-        if self.attention is None:
-            mixed = numbers + tool
-        else:
+        tool = self.tool(torch.cat([self.tool_vectors[tools], indicator], 1)).unflatten(1, (self.spec.tokens, -1))
+        mixed = numbers + tool
+        if self.attention is not None:
             streams = torch.cat([tool, numbers], 1)
-            mixed = (streams + self.attention(streams, streams, streams, need_weights=False)[0])[:, 1:]
+            mixed = mixed + self.attention(numbers, streams, streams, need_weights=False)[0]
         soft: Tensor = self.norm(mixed) * self.gain
         return soft
+
+    @torch.no_grad()
+    def begin_as(self, code: SoftTokenCode, template: Template) -> None:
+        """Take the weights with which soft tokens are those of ``code``, as far as the features say what is written: of
+        numbers those of ``digits`` do, of categories all."""
+        vectors = code.vectors()
+        # What a content changes where nothing was.
+        changes, first_slots = vectors - vectors[:, :1], template.first_slots(self.spec.tokens)
+        parts = [
+            self.tool,
+            *([self.mlp[-1]] if self.mlp else []),
+            *([self.attention.out_proj] if self.attention else []),
+        ]
+        for parameter in itertools.chain(*(part.parameters() for part in parts)):
+            parameter.zero_()
+        nothing = [vectors[:count, 0].sum(0) + code.base for count in slots(template, self.spec.tokens)]
+        self.direct.bias.copy_(torch.cat(nothing))
+        tool, direct = (layer.weight.unflatten(0, (self.spec.tokens, -1)) for layer in (self.tool, self.direct))
+        columns = [slice(tool.shape[2] - len(self.tool_vectors), None), *self.features.columns]
+        for index, ((token, slot), column) in enumerate(zip(first_slots, columns, strict=True)):
+            weight = direct if index else tool
+            if count := len(template.labels[index]):
+                first = len(CONTENTS) - OPTIONS + template.options[index]
+                found = changes[slot, first : first + count]
+            elif self.spec.numbers == "digits":
+                written = changes[slot : slot + template.places[index], 1 : 1 + CHARACTERS]
+                found = written.flatten(0, 1)
+            else:
+                continue
+            weight[:, :, column] = 0.0
+            weight[token, :, column][:, -len(found) :] = found.T
+        self.gain.fill_(1.0)

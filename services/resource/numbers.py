@@ -9,6 +9,7 @@ direction (arXiv 2310.02989). ``zscore``: standardised over the table. ``raw``: 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ethogram.specs.resource import DimensionSpec
+from ethogram.specs.resource import MOST, DimensionSpec
 from services.resource.texts import number_text
 
 Form = Literal["digits", "fourier", "zscore", "xval", "raw"]
@@ -43,8 +44,11 @@ class Features(nn.Module):
         # In float32, since not every device has float64; the features are computed on the CPU.
         self.register_buffer("mean", values.mean(0).float())
         self.register_buffer("deviation", values.std(0, correction=0).clamp_min(1e-6).float())
-        self.widths = [self._width(dimension) + 1 for dimension in self.dimensions]
-        self.width = sum(self.widths)
+        widths = [self._width(dimension) for dimension in self.dimensions]
+        ends = list(itertools.accumulate(width + 1 for width in widths))
+        self.width = ends[-1]
+        self.columns = [slice(end - 1 - width, end - 1) for width, end in zip(widths, ends, strict=True)]
+        """Those of each dimension, without that of what is unknown; the characters of a number are the last."""
 
     def _width(self, dimension: DimensionSpec) -> int:
         if not dimension.number:
@@ -113,8 +117,8 @@ def characters(value: Tensor, decimals: int, places: int) -> Tensor:
 
 
 def places(dimension: DimensionSpec) -> int:
-    """Characters of twice the greatest number of a range."""
-    return len(number_text(2 * max(dimension.high or 1.0, 1.0), dimension.decimals))
+    """Characters of twice the greatest number of a range, as a template has slots for."""
+    return len(number_text(min(2 * max(dimension.high or 1.0, 1.0), MOST), dimension.decimals))
 
 
 def periods(dimension: DimensionSpec) -> list[float]:

@@ -14,6 +14,8 @@ SLOTS = 24
 """Characters that a soft token holds at most, for a model that was trained to read vectors."""
 OPTIONS = 128
 """Labels of all fields at most, for such a model."""
+PAD = "<pad>"
+"""Token of such a model that stands for no text, and for an empty slot."""
 READ, WRITE = "<|read|>", "<|write|>"
 """Marks before and after the layout that such a model is shown."""
 LABEL_END = "<|label end|>"
@@ -172,18 +174,23 @@ class Template:
             before += places
         return groups
 
-    def layout(self, tokens: int) -> list[str | Soft | Slot]:
-        """What a model that was trained to read vectors sees before it writes: the template, in which each field has
-        its soft token and the slots of its characters in that."""
-        place: dict[int, tuple[int, int]] = {}
+    def first_slots(self, tokens: int) -> list[tuple[int, int]]:
+        """Where each field is in ``tokens`` soft tokens: which of them, and its first slot in that."""
+        found = [(0, 0)] * len(self.fields)
         for number, group in enumerate(self.groups(tokens)):
             taken = 0
             for index in group:
-                place[index] = number, taken
+                found[index] = number, taken
                 taken += self.places[index]
+        return found
+
+    def layout(self, tokens: int) -> list[str | Soft | Slot]:
+        """What a model that was trained to read vectors sees before it writes: the template, in which each field has
+        its soft token and the slots of its characters in that."""
+        first_slots = self.first_slots(tokens)
         cells: list[str | Soft | Slot] = [READ, self.literals[0]]
         for index, literal in zip(self.order, self.literals[1:], strict=True):
-            number, first = place[index]
+            number, first = first_slots[index]
             cells += [Soft(number), *(Slot(first + step) for step in range(self.places[index])), literal]
         return [cell for cell in [*cells, WRITE] if cell != ""]
 

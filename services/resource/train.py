@@ -71,7 +71,10 @@ class ResourceTrainer(Trainer):
         self.augmenter = Augmenter(spec.augmentation, table.schema)
         self.model = ResourceEncoder(
             spec.encoder, table.schema, table.values[rows], describer.tool_vectors(), generator(spec.seed, "init")
-        ).to(self.device)
+        )
+        if describer.code is not None and spec.encoder.initialization == "code":
+            self.model.begin_as(describer.code, table.schema.templates[0])
+        self.model.to(self.device)
         self.optimization = Optimization(
             [{"params": list(self.model.parameters())}],
             training,

@@ -15,14 +15,15 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.resource import SchemaSpec
 from services.language.models import LanguageModel, load_language_model
 from services.resource import language_model
+from services.resource.code import CONTENT, CONTENTS
 from services.resource.corpus import random_schema
 from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.language_model import LanguageModelTrainer
 from services.resource.schema import Schema
-from services.resource.texts import READ, WRITE, Slot, Soft, Template, slot
+from services.resource.texts import OPTIONS, READ, WRITE, Slot, Soft, Template, slot, slots
 from services.resource.train import ResourceTrainer
-from tests.resource.conftest import SCHEMA, TOOLS, tiny_reader_spec, tiny_spec, write_language_model
+from tests.resource.conftest import SCHEMA, TOOLS, small_trainer, tiny_reader_spec, tiny_spec, write_language_model
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,56 @@ def test_a_slot_is_the_soft_token_times_its_mark(reader: LanguageModel, table: T
         embedded = reader.model.get_input_embeddings()(torch.tensor(tokens)).expand(3, -1, -1)
         wanted.append(embedded * before if isinstance(cell, Slot) else embedded)
     assert torch.equal(Describer(reader, table.schema)._head(soft, template), torch.cat(wanted, 1))
+
+
+def coded(describer: Describer, table: Table, values: Tensor, tokens: int) -> Tensor:
+    """Soft tokens of rows in the code of the language model."""
+    template = table.schema.templates[0]
+    contents = [[CONTENT[text] for field in template.contents(row) for text in field] for row in values.tolist()]
+    assert describer.code is not None
+    return describer.code(torch.tensor(contents), slots(template, tokens))
+
+
+@pytest.mark.parametrize("fusion", ["attention", "sum"])
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_an_encoder_begins_as_the_code_of_its_language_model(
+    tokens: int, fusion: str, reader: LanguageModel, table: Table
+) -> None:
+    values = table.values.clone()
+    values[:4, 3] = torch.tensor([1, 10, 1998, 0], dtype=torch.float64)
+    trainer = small_trainer(table, reader, encoder={"tokens": tokens, "fusion": fusion})
+    unknown = torch.zeros_like(values, dtype=torch.bool)
+    wanted = coded(trainer.describer, table, values, tokens)
+    torch.testing.assert_close(trainer.embed(values, unknown), wanted, rtol=1e-4, atol=1e-5)
+    # Of a field that is unknown the slots are empty.
+    unknown[:, 3] = True
+    values[0, 3] = 1
+    other, again = trainer.embed(values, unknown), trainer.embed(values.index_fill(1, torch.tensor(3), 7.0), unknown)
+    assert torch.equal(other, again) and not torch.allclose(other, wanted)
+    # What is zero at first is learned all the same.
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    for _ in range(2):
+        trainer.advance()
+    still = [name for name, weight in trainer.model.named_parameters() if torch.equal(weight, before[name])]
+    assert still == []
+    random = small_trainer(table, reader, encoder={"tokens": tokens, "fusion": fusion, "initialization": "random"})
+    assert not torch.allclose(random.embed(values, unknown), other)
+
+
+@pytest.mark.parametrize("form", ["fourier", "xval", "zscore", "raw"])
+def test_with_other_features_categories_alone_begin_as_the_code(form: str, reader: LanguageModel, table: Table) -> None:
+    trainer = small_trainer(table, reader, encoder={"numbers": form, "fusion": "sum"})
+    values, unknown = table.values[:1].repeat(2, 1), torch.zeros(2, 4, dtype=torch.bool)
+    values[1, :2] = 1
+    code, model = trainer.describer.code, trainer.model
+    assert code is not None
+    changes = code.vectors()
+    first, options = len(CONTENTS) - OPTIONS, table.schema.templates[0].options
+    wanted = sum(changes[slot, first + options[slot] + 1] - changes[slot, first + options[slot]] for slot in (0, 1))
+    features = model.features(values[:, 1:], unknown[:, 1:])
+    indicator = torch.nn.functional.one_hot(values[:, 0].long(), 2).float()
+    mixed = model.direct(features) + model.tool(torch.cat([model.tool_vectors, indicator], 1))
+    torch.testing.assert_close(mixed[1] - mixed[0], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bare", [False, True])
