@@ -213,7 +213,7 @@ class EncoderSpec(Spec):
     fusion: Literal["attention", "sum"] = "attention"
     """How the tool and the numbers meet: self-attention over both, or their sum."""
     hidden_dim: int = Field(512, ge=1, le=65_536)
-    """Width of the hidden layer of the MLP of numbers."""
+    """Width of the hidden layers of the MLP of numbers, which ``xval`` does not have, and of that of estimates."""
     heads: int = Field(8, ge=1, le=1024)
     """Heads of the attention; the language model's hidden size divides into them."""
     tokens: int = Field(1, ge=1, le=8)
@@ -225,8 +225,6 @@ class EncoderSpec(Spec):
     def unused(self) -> Iterator[tuple[str, str]]:
         if self.fusion == "sum":
             yield "heads", "fusion is sum"
-        if self.numbers == "xval":
-            yield "hidden_dim", "with xval numbers there is no MLP"
 
 
 class ResourceTrainingSpec(OptimizationSpec):

@@ -902,7 +902,7 @@ class EncoderSpec(_message.Message):
     fusion: Global___EncoderFusion.ValueType
     """How the tool and the numbers meet: self-attention over both, or their sum."""
     hidden_dim: _builtins.int
-    """Width of the hidden layer of the MLP of numbers."""
+    """Width of the hidden layers of the MLP of numbers, which `xval` does not have, and of that of estimates."""
     heads: _builtins.int
     """Heads of the attention; the language model's hidden size divides into them."""
     tokens: _builtins.int

@@ -26,10 +26,11 @@ class Completion(nn.Module):
         self.categories = [(index, len(field.labels)) for index, field in enumerate(dimensions) if not field.number]
         self._numbers = [index for index, _ in self.fields]
         logs = values[:, self._numbers].log1p()
-        self.register_buffer("mean", logs.mean(0).float())
-        self.register_buffer("deviation", logs.std(0, correction=0).clamp_min(1e-3).float())
+        mean = logs.mean(0)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("deviation", (logs - mean).square().mean(0).sqrt().clamp_min(1e-3).float())
         width = 2 * len(self.fields) + sum(labels for _, labels in self.categories)
-        self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, len(self.fields))
+        self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, max(1, len(self.fields)))
         nn.init.normal_(self.first.weight, std=width**-0.5, generator=generator)
         # At first an estimate is the mean.
         for parameter in (self.first.bias, self.second.weight, self.second.bias):
@@ -55,6 +56,8 @@ class Completion(nn.Module):
         """Mean squared error of the standardised logarithms of ``unknown`` numbers, a scalar. ``values`` and
         ``unknown``: ``[batch, fields]``, on the CPU."""
         device = self.mean.device
+        if not self.fields:
+            return torch.zeros((), device=device)
         inputs = self._inputs(values, unknown).float().to(device)
         wanted = (self._logs(values).float().to(device) - self.mean) / self.deviation
         hidden = unknown[:, self._numbers].to(device)

@@ -671,7 +671,6 @@ SPARSE = {"activations": REF, **PAIR}
         ("resource", {"language_model": REF, "llm_model": "gpt2"}, ["llm_model"]),
         ("resource", {"augmentation": {"mode": "none", "share": 0.1}}, ["augmentation.share"]),
         ("resource", {"encoder": {"fusion": "sum", "heads": 4}}, ["encoder.heads"]),
-        ("resource", {"encoder": {"numbers": "xval", "hidden_dim": 4}}, ["encoder.hidden_dim"]),
         ("resource", {"training": {"epochs": 1.0, "steps": 5}}, ["training.steps"]),
         ("resource", {"training": {"retrieval": 0, "temperature": 1.0}}, ["training.temperature"]),
         (
