@@ -18,6 +18,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.resource import ResourceSpec
 from services.resource import job
 from services.resource.codec import ResourceCodec
+from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.export import validate
 from services.resource.job import run as run_job
@@ -25,7 +26,7 @@ from services.resource.texts import Template
 from services.runtime.parallel import World
 from services.runtime.run import Run
 from tests.recorder import Interrupted, Recorder
-from tests.resource.conftest import rows, tiny_reader_spec, tiny_spec, write_registry, write_rows
+from tests.resource.conftest import SCHEMA, rows, tiny_reader_spec, tiny_spec, write_registry, write_rows
 
 REF = {"artifact": "x"}
 
@@ -122,6 +123,61 @@ def test_no_more_rows_are_described_at_once_than_training_has_room_for(
         monkeypatch.setattr(Describer, name, watched(getattr(Describer, name)))
     run_job(spec(training={"batch_size": 8, "accumulation": 7}), Recorder(tmp_path, inputs=inputs))
     assert max(sizes) == 8
+
+
+def test_ranges_of_the_unseen_run_are_of_the_rows_that_it_is_trained_on(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a held-out row has the highest number, no part of that run has the number in its schema."""
+    used: dict[str, tuple[ResourceCodec, Describer]] = {}
+    predicted: list[Table] = []
+
+    def described(codec: ResourceCodec, describer: Describer, values: torch.Tensor, run: Run, name: str) -> Any:
+        used[name] = codec, describer
+        return describe_figures(codec, describer, values, run, name)
+
+    def prediction(codec: ResourceCodec, describer: Describer, table: Table, **rest: Any) -> Any:
+        predicted.append(table)
+        return prediction_figures(codec, describer, table, **rest)
+
+    describe_figures, prediction_figures = job.describe_figures, job.prediction_figures
+    monkeypatch.setattr(job, "describe_figures", described)
+    monkeypatch.setattr(job, "prediction_figures", prediction)
+    dimensions = [dict(dimension) for dimension in SCHEMA["dimensions"]]
+    del dimensions[2]["low"], dimensions[2]["high"]
+    given = spec(table=SCHEMA | {"dimensions": dimensions})
+    table = job.table_of(given, Recorder(inputs=inputs))
+    _, held_out = table.hold_out(given.held_out, given.seed)
+    changed = rows()
+    changed[int(held_out[0])]["latency_ms"] = 987_654
+    inputs = inputs | {"profiling": write_rows(tmp_path / "table.csv", changed)}
+    run_job(given, Recorder(tmp_path, inputs=inputs))
+    highest = {name: part[0].schema.dimensions[3].high for name, part in used.items()}
+    assert highest["seen"] == 987_654 and 0 < (highest["unseen"] or 0) < 300
+    places = {name: part[1].schema.templates[0].places[3] for name, part in used.items()}
+    assert places == {"seen": 7, "unseen": 3}
+    assert predicted[0].schema == used["unseen"][0].schema and float(predicted[0].values.max()) == 987_654
+
+
+@pytest.mark.parametrize("fall", [None, 3])
+def test_the_export_has_the_checkpoint_of_each_snapshot(
+    fall: int | None, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also of those that an interrupted attempt took."""
+    given = spec(held_out=0, training={"steps": 4, "snapshot_epochs": 0.25, "validate_every": 4})
+    last = Recorder(tmp_path / "run", inputs=inputs)
+    if fall is not None:
+        first = Recorder(tmp_path / "first", inputs=inputs, every=True, fall=fall)
+        with pytest.raises(Interrupted):
+            run_job(given, first)
+        last.resume = first.checkpoints[-1]
+    run_job(given, last)
+    names = [f"encoder_checkpoint_epoch{epoch}.pt" for epoch in ("0.25", "0.5", "0.75", "1")]
+    assert sorted(file.name for file in (tmp_path / "run" / "export").glob("encoder_*")) == names
+    assert {*names} < {*validate(tmp_path / "run" / "export").files}
+    # The encoder's own artifact is as without snapshots.
+    kept = sorted(file.name for file in (tmp_path / "run" / "encoder").iterdir())
+    assert kept == ["encoder.json", "encoder.safetensors", "table.safetensors"]
 
 
 def test_without_held_out_rows_there_is_one_training(inputs: dict[str, Path], tmp_path: Path) -> None:
