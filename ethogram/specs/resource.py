@@ -123,7 +123,7 @@ class ReaderSizeSpec(Spec):
     feed_forward: int = Field(256, ge=1, le=65_536)
     """Width of the hidden layer of each MLP."""
     vocabulary: int = Field(1024, ge=512, le=65_536)
-    """Tokens: marks of fields and labels, digits one by one, and pieces of words."""
+    """Tokens: marks of slots and labels, digits one by one, and pieces of words."""
 
     @model_validator(mode="after")
     def _fits(self) -> ReaderSizeSpec:
@@ -140,11 +140,11 @@ class ReaderTrainingSpec(OptimizationSpec):
     steps: int = Field(900, ge=1, le=10_000_000)
     """Steps in which it learns to describe what it reads in soft tokens, on random schemas."""
     batch_size: int = Field(32, ge=1, le=65_536)
-    """Descriptions per step."""
+    """Descriptions per step; fewer of schemas with more than 8 fields."""
     schemas: int = Field(16, ge=1, le=4096)
-    """Random schemas per step; ``batch_size`` divides into them."""
+    """Random schemas per step, fewer of those; ``batch_size`` divides into them."""
     learning_rate: float = Field(3e-3, gt=0, le=1)
-    """Peak learning rate; it falls along a cosine to a hundredth of this."""
+    """Learning rate of copying; from then on it falls along a cosine to a hundredth of this."""
     noise: float = Field(0.05, ge=0, le=10)
     """Standard deviation of noise on soft tokens, so that near ones are read alike."""
 
@@ -251,7 +251,8 @@ class ResourceTrainingSpec(OptimizationSpec):
     validate_every: int = Field(50, ge=1, le=1_000_000)
     """Steps between validations."""
     target_loss: float = Field(0.01, ge=0)
-    """Training ends when the cross-entropy of the validation is below this; 0: all steps are taken."""
+    """Training ends, once all copies of all rows were seen, when the cross-entropy of the validation is below this; 0:
+    all steps are taken."""
     target_exact_match: float | None = Field(None, gt=0, le=1)
     """Training ends only when at least this share of the validation's descriptions is also exact in greedy decoding."""
     retrieval: float = Field(0.1, ge=0)

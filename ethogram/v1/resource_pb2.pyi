@@ -386,9 +386,9 @@ class ReaderTrainingSpec(_message.Message):
     steps: _builtins.int
     """Steps in which it learns to describe what it reads in soft tokens, on random schemas."""
     batch_size: _builtins.int
-    """Descriptions per step."""
+    """Descriptions per step; fewer of schemas with more than 8 fields."""
     learning_rate: _builtins.float
-    """Peak learning rate; it falls along a cosine to a hundredth of this."""
+    """Learning rate of copying; from then on it falls along a cosine to a hundredth of this."""
     warm_up: _builtins.int
     """Steps over which the learning rate rises linearly from 0."""
     validate_every: _builtins.int
@@ -398,7 +398,7 @@ class ReaderTrainingSpec(_message.Message):
     copying: _builtins.int
     """Steps before the others, in which it learns to copy random tokens and to read soft tokens."""
     schemas: _builtins.int
-    """Random schemas per step; `batch_size` divides into them."""
+    """Random schemas per step, fewer of those; `batch_size` divides into them."""
     noise: _builtins.float
     """Standard deviation of noise on soft tokens, so that near ones are read alike."""
     def __init__(
@@ -477,7 +477,7 @@ class ReaderSizeSpec(_message.Message):
     feed_forward: _builtins.int
     """Width of the hidden layer of each MLP."""
     vocabulary: _builtins.int
-    """Tokens: marks of fields and labels, digits one by one, and pieces of words."""
+    """Tokens: marks of slots and labels, digits one by one, and pieces of words."""
     def __init__(
         self,
         *,
@@ -608,7 +608,9 @@ class ResourceTrainingSpec(_message.Message):
     weight_decay: _builtins.float
     """Weight decay."""
     target_loss: _builtins.float
-    """Training ends when the cross-entropy of the validation is below this; 0: all steps are taken."""
+    """Training ends, once all copies of all rows were seen, when the cross-entropy of the validation is below this; 0:
+    all steps are taken.
+    """
     target_exact_match: _builtins.float
     """Training ends only when at least this share of the validation's descriptions is also exact in greedy decoding."""
     retrieval: _builtins.float

@@ -91,7 +91,7 @@ class Augmenter:
         """Numbers with the decimals that descriptions have."""
         return torch.where(self.numbers, (values * self.scale).round() / self.scale, values)
 
-    def alike(self, values: Tensor) -> Tensor:
-        """Which of the rows are the same but for jitter, ``[batch, batch]``."""
-        fixed = values[:, ~self.jittered]
+    def alike(self, values: Tensor, unknown: Tensor) -> Tensor:
+        """Which of the rows are the same to the encoder but for jitter, ``[batch, batch]``."""
+        fixed = torch.cat([values.masked_fill(unknown, 0.0)[:, ~self.jittered], unknown], 1)
         return (fixed.unsqueeze(0) == fixed.unsqueeze(1)).all(-1)

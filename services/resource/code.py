@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from services.resource.texts import OPTIONS, PAD, SLOTS, option
+from services.runtime.reading import reading
 
 FILE = "soft_token_code.safetensors"
 """Beside the model's own files."""
@@ -62,12 +64,20 @@ class SoftTokenCode(nn.Module):
         )
 
     @staticmethod
-    def load(folder: Path) -> SoftTokenCode | None:
-        """That of the language model in a folder; None for a model without one."""
-        file = folder / FILE
-        if not file.exists():
+    def load(folder: Path, hidden: int, field: str) -> SoftTokenCode | None:
+        """That of the language model in a folder, of size ``hidden``; None for a model without one. Raises
+        :class:`InvalidInput` of ``field`` for a file that is not such a code."""
+        if not (folder / FILE).exists():
             return None
-        tensors = load_file(file)
-        code = SoftTokenCode(tensors["base"].shape[0])
-        code.load_state_dict(tensors)
+        code = SoftTokenCode(hidden)
+        with reading(folder, FILE, "language model", field) as file:
+            code.load_state_dict(load_file(file))
         return code.requires_grad_(False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for _, tensor in sorted(self.state_dict().items()):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()

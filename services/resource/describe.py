@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel
-from services.resource.code import SoftTokenCode
 from services.resource.schema import Schema
 from services.resource.texts import LABEL_END, OPTIONS, SLOTS, Slot, Soft, Template, option, slot
 
@@ -58,8 +57,6 @@ class Describer:
         self._end = language.end_of_text
         self.reads_slots: bool = all(len(row) == 1 for row in language.tokenize([slot(SLOTS - 1), option(0)]))
         """Whether the model was trained to read vectors."""
-        self.code = SoftTokenCode.load(language.folder)
-        """That in which it was trained to read them, if it has one."""
         marks = [LABEL_END, *(option(index) for index in range(OPTIONS))]
         self._hidden = {row[0] for row in language.tokenize(marks)} if self.reads_slots else set()
         """Tokens that no text shows."""

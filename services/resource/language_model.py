@@ -9,9 +9,11 @@ as that code, and learns what the model does with it.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ethogram.specs.resource import ReaderSizeSpec, ReaderSpec
+from services.resource import code, copying, corpus, texts
 from services.resource.code import CONTENT, CONTENTS, SoftTokenCode, own_dimensions
 from services.resource.copying import LEVELS, Contexts, Vocabulary, draw_copies
 from services.resource.corpus import RandomSchema, random_schema
@@ -31,8 +34,8 @@ from services.runtime.seeds import generator
 from services.runtime.trained import trained_once
 from services.runtime.training import Optimization, Progress, Trainer, cosine, fit
 
-FORMAT = 2
-"""Goes up when a model of the same spec and the same corpus would become another."""
+RECIPE = (code, copying, corpus, texts, sys.modules[__name__])
+"""Modules on which a model of the same spec depends."""
 END = "<end>"
 _TEXT_MARKS = [PAD, END, READ, WRITE, LABEL_END]
 OPTION_MARKS = [option(index) for index in range(OPTIONS)]
@@ -51,6 +54,8 @@ _TEMPLATE_WEIGHT = 0.3
 """Weight of the tokens of the template beside those of values."""
 _BARE = 0.3
 """Share of steps with templates that are hardly more than the values."""
+VALIDATED = (3, 6, 10, 17)
+"""Fields of the schemas of a validation."""
 _OTHER_WORDS = 0.5
 """Share of the schemas whose tokens are others, since a token that never occurs is no longer copied."""
 _GATE = 0.2
@@ -179,7 +184,7 @@ class LanguageModelTrainer(Trainer):
         self.code = SoftTokenCode(spec.model.hidden_dim, generator(spec.seed, "init")).to(device)
         self.context = ContextProbe(spec.model.hidden_dim, len(self.tokenizer), generator(spec.seed, "context"))
         self.context.to(device)
-        rising = cosine(training.steps)
+        falling = cosine(training.steps)
         matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim == 2]
         inner = {*matrices}
         rest = [
@@ -191,7 +196,7 @@ class LanguageModelTrainer(Trainer):
         self.optimization = Optimization(
             [{"params": rest}],
             training,
-            lambda step: 1.0 if step < training.copying else rising(step - training.copying),
+            lambda step: 1.0 if step < training.copying else falling(step - training.copying),
             weight_decay=0.01,
             matrices=matrices,
         )
@@ -269,10 +274,9 @@ class LanguageModelTrainer(Trainer):
 
     def _early(self, outputs: Any, layers: int, columns: Sequence[int]) -> Tensor:
         """Normalised states of some columns after some layers, ``[rows, columns, hidden]``."""
-        states: Tensor = self.model.model.norm(
-            outputs.hidden_states[layers][:, torch.tensor(columns, device=self.device)]
-        )
-        return states
+        states: Tensor = outputs.hidden_states[layers][:, torch.tensor(columns, device=self.device)]
+        # Those of the last layer are normalised already.
+        return states if layers == self.spec.model.layers else self.model.model.norm(states)
 
     def _reading(self) -> Tensor:
         """Loss of the contents of slots behind soft tokens, with nothing to describe."""
@@ -338,9 +342,13 @@ class LanguageModelTrainer(Trainer):
         # Steps take about as long.
         schemas = max(1, min(schemas, schemas * _SHORT // fields))
         many = float(torch.rand((), generator=rng)) < _MANY_LABELS
-        form: dict[str, Any] = {"most_labels": 16 if many else 4, "bare": bare}
+        return self._schemas(seed, schemas, rows, fields=fields, bare=bare, many=many)
+
+    def _schemas(self, seed: int, schemas: int, rows: int, *, fields: int, bare: bool, many: bool) -> list[Item]:
+        """Random schemas of a form, with ``rows`` each."""
+        form: dict[str, Any] = {"count": fields, "most_labels": 16 if many else 4, "bare": bare}
         return [
-            self.item(random.Random(f"{seed} {number}"), rows, partial(random_schema, count=fields, **form))
+            self.item(random.Random(f"{seed} {number}"), rows, partial(random_schema, **form))
             for number in range(schemas)
         ]
 
@@ -436,15 +444,27 @@ class LanguageModelTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss of the values, and the share of exact descriptions, on schemas that training never saw."""
+        """Loss of the values, and the share of exact descriptions, on schemas that training never saw: as many of each
+        length, with templates and without, with few labels and many."""
         self.model.eval()
-        rng = generator(self.spec.seed, "validation")
-        items = [item for bare in (True, False) for item in self._items(rng, 8, 16, bare)]
-        scores = self.losses(items, [self.soft(item) for item in items])
+        rng, rows = generator(self.spec.seed, "validation"), 16
+        losses, exact, slots_right = [], dict[int, Tensor](), []
+        for fields in sorted({min(self.spec.fields, most) for most in VALIDATED}):
+            forms = itertools.product((True, False), repeat=2)
+            items = []
+            for bare, many in forms:
+                seed = int(torch.randint(2**62, (), generator=rng))
+                items += self._schemas(seed, 2, rows, fields=fields, bare=bare, many=many)
+            scores = self.losses(items, [self.soft(item) for item in items])
+            losses.append(scores.losses[scores.weights == 1].mean())
+            exact[fields] = scores.exact.float().mean()
+            slots_right.append(scores.slots_right)
+        by_fields = {f"validation_exact_match_{fields}_fields": float(share) for fields, share in exact.items()}
         return {
-            "validation_loss": float(scores.losses[scores.weights == 1].mean()),
-            "validation_exact_match": float(scores.exact.float().mean()),
-            "validation_slots": float(scores.slots_right),
+            "validation_loss": float(torch.stack(losses).mean()),
+            "validation_exact_match": sum(by_fields.values()) / len(by_fields),
+            "validation_slots": float(torch.stack(slots_right).mean()),
+            **by_fields,
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -519,13 +539,13 @@ def train_language_model(spec: ReaderSpec, run: Run, folder: Path) -> LanguageMo
 def default_folder(device: str = "cpu", spec: ReaderSpec | None = None, run: Run | None = None) -> Path:
     """Folder of the language model of ``spec``, by default the default spec. It is trained once, resuming from
     checkpoints where a call was interrupted, and kept in the cache. ``run``: what that reports to, and whose device it
-    takes; by default the terminal."""
+    takes; by default the terminal. With another recipe, which is the code of this module and of those that it draws on,
+    there is another folder."""
     spec = spec or ReaderSpec()
-    recipe = json.dumps(spec.model_dump(mode="json", exclude={"wandb"}), sort_keys=True)
-    rng = random.Random(0)
-    schemas = [random_schema(rng, count, 10, bare=count % 2 == 0) for count in range(2, 32)]
-    texts = [[*schema.template.legend, schema.template.write(schema.row(rng))] for schema in schemas]
-    name = hashlib.sha256(f"{FORMAT} {recipe} {texts}".encode()).hexdigest()[:32]
+    recipe = hashlib.sha256(json.dumps(spec.model_dump(mode="json", exclude={"wandb"}), sort_keys=True).encode())
+    for module in RECIPE:
+        recipe.update(Path(inspect.getfile(module)).read_bytes())
+    name = recipe.hexdigest()[:32]
 
     def train(run: Run, folder: Path) -> None:
         train_language_model(spec, run, folder)

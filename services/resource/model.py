@@ -83,10 +83,13 @@ class ResourceEncoder(nn.Module):
             parameter.zero_()
         nothing = [vectors[:count, 0].sum(0) + code.base for count in slots(template, self.spec.tokens)]
         self.direct.bias.copy_(torch.cat(nothing))
-        tool, direct = (layer.weight.unflatten(0, (self.spec.tokens, -1)) for layer in (self.tool, self.direct))
+        tool, direct = (torch.unflatten(layer.weight, 0, (self.spec.tokens, -1)) for layer in (self.tool, self.direct))
         columns = [slice(tool.shape[2] - len(self.tool_vectors), None), *self.features.columns]
         for index, ((token, slot), column) in enumerate(zip(first_slots, columns, strict=True)):
             weight = direct if index else tool
+            if index:
+                # What is unknown is nothing, until training says otherwise.
+                weight[:, :, column.stop] = 0.0
             if count := len(template.labels[index]):
                 first = len(CONTENTS) - OPTIONS + template.options[index]
                 found = changes[slot, first : first + count]

@@ -170,8 +170,8 @@ def fit(
     target, features = numbers.double().log1p(), features.double()
     mean, deviation = _scale(features)
     x = (features - mean) / deviation
-    kernels = _kernels(x, sorted({first or x.shape[1], x.shape[1]}))
     order = torch.randperm(len(x), generator=generator(seed, "rows to choose on"))
+    kernels = _kernels(x[order], sorted({first or x.shape[1], x.shape[1]}))
     choice = _choose(x, target, groups, order, kernels)
     fold = (torch.randperm(count, generator=generator(seed, "folds")) % FOLDS)[groups]
     residuals = torch.empty_like(target)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import ResourceSpec
 from services.resource.augmentation import Augmenter
+from services.resource.code import SoftTokenCode
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.describe import Describer
@@ -72,8 +73,11 @@ class ResourceTrainer(Trainer):
         self.model = ResourceEncoder(
             spec.encoder, table.schema, table.values[rows], describer.tool_vectors(), generator(spec.seed, "init")
         )
-        if describer.code is not None and spec.encoder.initialization == "code":
-            self.model.begin_as(describer.code, table.schema.templates[0])
+        language, self.code = describer.language, None
+        if spec.encoder.initialization == "code":
+            self.code = SoftTokenCode.load(language.folder, describer.hidden, language.field)
+        if self.code is not None:
+            self.model.begin_as(self.code, table.schema.templates[0])
         self.model.to(self.device)
         self.optimization = Optimization(
             [{"params": list(self.model.parameters())}],
@@ -113,7 +117,7 @@ class ResourceTrainer(Trainer):
         loss = scores.loss
         if weight:
             other = self.embed(views, unknown)
-            same = self.augmenter.alike(values)
+            same = self.augmenter.alike(values, unknown)
             terms["retrieval"] = contrastive(soft, other, same, self.spec.training.temperature)
             loss = loss + weight * terms["retrieval"]
         return {"loss": loss, **terms}
@@ -153,6 +157,9 @@ class ResourceTrainer(Trainer):
 
     def reached(self, metrics: Mapping[str, float]) -> bool:
         training = self.spec.training
+        if self.step * training.batch_size < self._samples:
+            # A part of the copies has unknown fields, of which the validation says nothing.
+            return False
         exact = training.target_exact_match is None or metrics["validation_exact_match"] >= training.target_exact_match
         return metrics["validation_loss"] < training.target_loss and exact
 
@@ -188,6 +195,7 @@ class ResourceTrainer(Trainer):
             "table": self.table.digest,
             "language model": language.digest,
             "tokenizer": language.tokenizer_digest,
+            "code of soft tokens": self.code.digest if self.code else "none",
         }
 
     def state(self) -> dict[str, Tensor]:

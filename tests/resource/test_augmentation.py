@@ -129,5 +129,8 @@ def test_rows_that_differ_in_measured_numbers_alone_are_alike(table: Table) -> N
     augmenter = Augmenter(AugmentationSpec(), table.schema)
     values = table.values[[0, 0, 1]].clone()
     values[1, MEASURED] += 50
-    alike = augmenter.alike(values)
-    assert alike.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    unknown = torch.zeros_like(values, dtype=torch.bool)
+    assert augmenter.alike(values, unknown).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    # What is unknown does not tell rows apart, and that it is unknown does.
+    unknown[1:, 2] = True
+    assert augmenter.alike(values, unknown).tolist() == [[True, False, False], [False, True, True], [False, True, True]]

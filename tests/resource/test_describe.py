@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.resource import SchemaSpec
 from services.language.models import LanguageModel, load_language_model
 from services.resource import language_model
-from services.resource.code import CONTENT, CONTENTS
+from services.resource.code import CONTENT, CONTENTS, FILE, SoftTokenCode
 from services.resource.corpus import random_schema
 from services.resource.data import Table
 from services.resource.describe import Describer
@@ -141,8 +142,10 @@ def coded(describer: Describer, table: Table, values: Tensor, tokens: int) -> Te
     """Soft tokens of rows in the code of the language model."""
     template = table.schema.templates[0]
     contents = [[CONTENT[text] for field in template.contents(row) for text in field] for row in values.tolist()]
-    assert describer.code is not None
-    return describer.code(torch.tensor(contents), slots(template, tokens))
+    code = SoftTokenCode.load(describer.language.folder, 16, "model")
+    assert code is not None
+    soft: Tensor = code(torch.tensor(contents), slots(template, tokens))
+    return soft
 
 
 @pytest.mark.parametrize("fusion", ["attention", "sum"])
@@ -171,12 +174,26 @@ def test_an_encoder_begins_as_the_code_of_its_language_model(
     assert not torch.allclose(random.embed(values, unknown), other)
 
 
+@pytest.mark.parametrize("content", ["cut", "foreign"])
+def test_a_code_that_is_none_is_named(content: str, reader: LanguageModel, table: Table, tmp_path: Path) -> None:
+    folder = shutil.copytree(reader.folder, tmp_path / "model")
+    file = folder / FILE
+    if content == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        SoftTokenCode(8).save(folder)
+    language = load_language_model(str(folder), field="spec.llm_model")
+    with pytest.raises(InvalidInput, match=f"spec.llm_model: .*{FILE}"):
+        small_trainer(table, language)
+    assert small_trainer(table, language, encoder={"initialization": "random"}).code is None
+
+
 @pytest.mark.parametrize("form", ["fourier", "xval", "zscore", "raw"])
 def test_with_other_features_categories_alone_begin_as_the_code(form: str, reader: LanguageModel, table: Table) -> None:
     trainer = small_trainer(table, reader, encoder={"numbers": form, "fusion": "sum"})
     values, unknown = table.values[:1].repeat(2, 1), torch.zeros(2, 4, dtype=torch.bool)
     values[1, :2] = 1
-    code, model = trainer.describer.code, trainer.model
+    code, model = trainer.code, trainer.model
     assert code is not None
     changes = code.vectors()
     first, options = len(CONTENTS) - OPTIONS, table.schema.templates[0].options

@@ -86,13 +86,14 @@ def test_a_validation_in_parts_is_that_of_all_rows(table: Table, language: Langu
     assert seen == [3, 3, 2] * 2
 
 
-def test_training_ends_at_its_target(table: Table, language: LanguageModel) -> None:
-    def steps(**training: Any) -> int:
-        trainer = small_trainer(table, language, training={"steps": 8, **training})
+def test_training_ends_at_its_target_once_all_copies_were_seen(table: Table, language: LanguageModel) -> None:
+    def steps(copies: int = 2, **training: Any) -> int:
+        sections = {"training": {"steps": 8, **training}, "augmentation": {"copies": copies}}
+        trainer = small_trainer(table, language, **sections)
         fit(trainer)
         return trainer.step
 
-    assert steps(target_loss=100.0) == 2
+    assert (steps(1, target_loss=100.0), steps(2, target_loss=100.0)) == (2, 4)
     assert steps(target_loss=0) == steps(target_loss=1e-9) == 8
     # An exact match is asked for beside the loss, and a model with random weights has none.
     assert steps(target_loss=100.0, target_exact_match=0.5) == 8
