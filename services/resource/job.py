@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.resource import ResourceSpec
+from ethogram.specs.resource import ReaderSpec, ResourceSpec
 from services.artifacts.hub import Repository
 from services.language.models import LanguageModel, load_language_model
 from services.resource.codec import ResourceCodec
@@ -28,7 +28,7 @@ from services.resource.language_model import default_folder
 from services.resource.report import write_report
 from services.resource.schema import default_schema
 from services.resource.sources import DEFAULT, OUTPUT, located
-from services.resource.train import ResourceTrainer
+from services.resource.train import ResourceTrainer, check
 from services.runtime.devices import uses_bfloat16
 from services.runtime.parallel import ALONE, World
 from services.runtime.parts import Parts
@@ -56,9 +56,14 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
     rows: Tensor | None = None
     if spec.held_out:
         rows, held_out = table.hold_out(spec.held_out, spec.seed)
+    is_default = spec.language_model is None and spec.llm_model == DEFAULT
+    if is_default:
+        # Before it is trained, which takes a quarter of an hour.
+        table.schema.check_labels("the default language model")
+        check(spec, table.schema, ReaderSpec().model.hidden_dim, reads_slots=True, world=world)
     language = language_model_of(spec, run)
     # Other machines may not have it, and would not train the same one to the last bit.
-    default = Path(language.name) if spec.language_model is None and spec.llm_model == DEFAULT else None
+    default = Path(language.name) if is_default else None
     if default is not None and world.first:
         run.source_artifact(OUTPUT, "language-model", default)
     training = spec.training

@@ -341,6 +341,43 @@ def test_a_tool_that_was_never_measured_is_refused_before_training(inputs: dict[
     assert not recorder.stages
 
 
+LONG = [{"name": name, "high": 9_999_999, "decimals": 3} for name in ("one", "other")]
+MANY = [{"name": name, "labels": ["1", *(f"l{number}" for number in range(63))]} for name in ("one", "other")]
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "sections", "field", "says"),
+    [
+        ([], {"encoder": {"heads": 7}}, "spec.encoder.heads", "hidden size, 128, does not divide into 7 heads"),
+        ([], {"training": {"accumulation": 9}}, "spec.training.batch_size", "8 rows are too few for 9 parts"),
+        (LONG, {}, "spec.encoder.tokens", "1 soft tokens do not hold the .* digits and labels"),
+        (MANY, {}, "spec.table", "has 132 labels, tools among them, and the default language model has marks of 128"),
+    ],
+)
+def test_what_the_default_language_model_cannot_take_is_refused_before_it_is_trained(
+    dimensions: list[dict[str, Any]],
+    sections: dict[str, Any],
+    field: str,
+    says: str,
+    *,
+    inputs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def trained(run: Run) -> Path:
+        raise AssertionError("the default language model is trained")
+
+    monkeypatch.setattr(job, "default_folder", trained)
+    names = [dimension["name"] for dimension in dimensions]
+    text = SCHEMA["templates"][0]["text"] + "".join(f"; {name} {{{name}}}" for name in names)
+    table = {"dimensions": SCHEMA["dimensions"] + dimensions, "templates": [{"name": "plain", "text": text}]}
+    given = [row | dict.fromkeys(names, 1) for row in rows()]
+    inputs = inputs | {"profiling": write_rows(tmp_path / "table.csv", given)}
+    with pytest.raises(InvalidInput, match=says) as caught:
+        run_job(tiny_spec(table=table, tools=REF, profiling=REF, **sections), Recorder(inputs=inputs))
+    assert caught.value.violations[0].field == field
+
+
 def test_a_single_configuration_cannot_be_held_out_which_is_told_before_training(
     inputs: dict[str, Path], tmp_path: Path
 ) -> None:
