@@ -78,16 +78,25 @@ class ResourceCodec:
         Raises :class:`InvalidInput` that names the row and the field for a tool, a label or a field that the schema
         does not have, a number that is not finite or negative, and an unknown tool.
         """
+        return self._vectors(rows, [f"{field}.{number}" for number in range(len(rows))])
+
+    def vector(self, row: Mapping[str, Any], field: str = "given") -> tuple[Tensor, Tensor]:
+        """:meth:`vectors` of one configuration, each ``[fields]``; errors name the field alone."""
+        values, unknown = self._vectors([row], [field])
+        return values[0], unknown[0]
+
+    def _vectors(self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """:meth:`vectors`; ``places``: what errors call each row."""
         wrong = [
-            Violation(f"{field}.{number}.{name}", self._no_field)
-            for number, row in enumerate(rows)
+            Violation(f"{place}.{name}", self._no_field)
+            for place, row in zip(places, rows, strict=True)
             for name in row.keys() - set(self.schema.names)
         ]
         values, unknown = self._blank(len(rows))
         for index, dimension in enumerate(self.schema.dimensions):
             given = [row.get(dimension.name) for row in rows]
             values[:, index], unknown[:, index], faults = self._column(index, given)
-            wrong += [Violation(f"{field}.{number}.{dimension.name}", text) for number, text in faults.items()]
+            wrong += [Violation(f"{places[number]}.{dimension.name}", text) for number, text in faults.items()]
         _raise(wrong)
         return torch.from_numpy(values), torch.from_numpy(unknown)
 
