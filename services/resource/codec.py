@@ -27,6 +27,8 @@ CONFIG, WEIGHTS, TABLE = "encoder.json", "encoder.safetensors", "table.safetenso
 FORMAT = 1
 UNKNOWN = "unknown"
 """What stands for the value of a dimension that is not known."""
+_SHOWN = 40
+"""Characters of a value in an error at most."""
 CHUNK = 4096
 """Vectors that go through the encoder at once."""
 
@@ -144,11 +146,11 @@ class ResourceCodec:
         elif isinstance(given, np.ndarray):
             numbers = given
         else:
-            numbers = np.array([value if _is_number(value) else math.nan for value in given], float)
+            numbers = np.array([_float(value) if _is_number(value) else math.nan for value in given])
         bad = ~((numbers >= 0) & (numbers <= MOST)) & ~hidden
         faults = {}
         for row in bad.nonzero()[0].tolist():
-            shown = repr(given[row].item() if isinstance(given, np.ndarray) else given[row])
+            shown = _shown(given[row].item() if isinstance(given, np.ndarray) else given[row])
             allowed = f"a number from 0 to {MOST}" if dimension.number else f"one of {', '.join(labels)}"
             faults[row] = f"must be {allowed}, not {shown}"
         if index == 0:
@@ -264,6 +266,24 @@ def _raise(wrong: Sequence[Violation]) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _float(number: Any) -> float:
+    """A number as floats have it: infinite where none is as large."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def _shown(value: object) -> str:
+    """A value in an error."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python writes no integer of more than 4,300 digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 _reading = partial(reading, what="resource encoder")

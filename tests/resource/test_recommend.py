@@ -91,6 +91,8 @@ def test_where_only_a_part_was_measured(table: Table, codec: ResourceCodec) -> N
         ({"tool": "unknown"}, 100.0, 0.9, "given.tool", "must be known"),
         ({"tool": "detect", "cores": 3.0}, 100.0, 0.9, "given.cores", "no configuration has 3; there are 2, 4, 8, 16"),
         ({"tool": "detect", "latency_ms": 3.0}, 100.0, 0.9, "given.latency_ms", "is measured"),
+        ({"tool": "detect", "cores": 10**400}, 100.0, 0.9, "given.cores", r"from 0 to 9999999, not 1[0]{39}\.\.\.$"),
+        ({"tool": "detect", "cores": -(10**5000)}, 100.0, 0.9, "given.cores", "not a number of thousands of digits"),
         ({"tool": "detect", "gpus": 3.0}, 100.0, 0.9, "given.gpus", "there is no such field"),
         ({"tool": "detect"}, 0.0, 0.9, "bound", "above 0"),
         ({"tool": "detect"}, float("nan"), 0.9, "bound", "above 0"),
