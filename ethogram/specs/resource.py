@@ -232,7 +232,7 @@ class EncoderSpec(Spec):
 class ResourceTrainingSpec(OptimizationSpec):
     """How the encoder is trained: AdamW through the frozen language model; gradients are clipped to norm 1."""
 
-    steps: int = Field(600, ge=1, le=10_000_000)
+    steps: int = Field(400, ge=1, le=10_000_000)
     """Most optimiser steps; without ``epochs``."""
     epochs: float | None = Field(None, gt=0, le=100_000)
     """Most passes over the rows, each in all its copies, instead of ``steps``."""
@@ -250,7 +250,7 @@ class ResourceTrainingSpec(OptimizationSpec):
     """Weight decay."""
     validate_every: int = Field(50, ge=1, le=1_000_000)
     """Steps between validations."""
-    target_loss: float = Field(0.01, ge=0)
+    target_loss: float = Field(0.001, ge=0)
     """Training ends, once all copies of all rows were seen, when the cross-entropy of the validation is below this; 0:
     all steps are taken."""
     target_exact_match: float | None = Field(None, gt=0, le=1)

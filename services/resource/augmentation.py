@@ -51,13 +51,13 @@ class Augmenter:
         replaced = (torch.rand(batch, generator=generator) < self.spec.range) & ~masked
         anywhere = self._anywhere(values.shape, generator)
         values = self._rounded(torch.where(replaced.unsqueeze(1) & self.numbers, anywhere, values))
-        return Variants(values, self._unknown(batch, generator) & masked.unsqueeze(1))
+        return Variants(values, self.hide(batch, generator) & masked.unsqueeze(1))
 
     def view(self, values: Tensor, generator: torch.Generator) -> Tensor:
         """Another view of rows: measured numbers differ by up to :data:`VIEW`."""
         return self._rounded(self._jitter(values, torch.ones(len(values), dtype=torch.bool), VIEW, generator))
 
-    def _unknown(self, batch: int, generator: torch.Generator) -> Tensor:
+    def hide(self, batch: int, generator: torch.Generator) -> Tensor:
         """Fields that are not known, ``[batch, fields]``: in half of the rows those that are measured, in the others
         each but the tool with probability one half, and at least one."""
         fields = len(self.measured)

@@ -22,7 +22,7 @@ CONTENT = {"": 0} | {text: index for index, text in enumerate(CONTENTS)}
 
 
 def own_dimensions(hidden: int) -> Tensor:
-    """The dimensions of a soft token that each slot begins with, ``[slots, hidden]``: what is apart is read soon."""
+    """The dimensions of a soft token that each slot has to itself at first, ``[slots, hidden]``."""
     dimensions, numbers = torch.arange(hidden).unsqueeze(0), torch.arange(SLOTS).unsqueeze(1)
     return (dimensions * SLOTS // hidden == numbers) | (numbers * hidden // SLOTS == dimensions)
 

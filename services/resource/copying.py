@@ -98,16 +98,16 @@ def draw_copies(
     chosen = torch.rand(rows, options, generator=generator).argsort(1)[:, :size] + vocabulary.characters
     separator = words(1 if level > 1 and rng.random() < 0.5 else 0)
     shown, written = _Text(words(0)), _Text(words(0))
-    here, there = Contexts([], [], []), Contexts([], [], [])
+    in_shown, in_written = Contexts([], [], []), Contexts([], [], [])
     names: list[Tensor] = []
     marks: list[tuple[int, Tensor]] = []
-    # Labels that have the same tokens, or not.
+    # In half of the texts all labels are made of the same few tokens.
     few = words(rng.randint(2, 6) if rng.random() < 0.5 else 0)
     for mark in vocabulary.contents[chosen].unsqueeze(2).unbind(1):
         length = rng.randint(1, rng.randint(1, _LONGEST_LABEL))
         shown.add(mark)
         marks.append((shown.length, mark.squeeze(1)))
-        here.add_label(shown.length, mark, length)
+        in_shown.add_label(shown.length, mark, length)
         names.append(words(length))
         if few.shape[1]:
             names[-1] = few.gather(1, torch.randint(few.shape[1], (rows, length), generator=generator))
@@ -121,9 +121,9 @@ def draw_copies(
     before, since = token(vocabulary.read).expand(-1, 2), 0
     for _ in range(rng.randint(2, 8)):
         for word in torch.cat([words(rng.randint(1, 4)), separator], 1).unsqueeze(2).unbind(1):
-            here.add(shown.length, before, since)
+            in_shown.add(shown.length, before, since)
             if written.length:
-                there.add(written.length, before, since)
+                in_written.add(written.length, before, since)
             shown.add(word)
             written.add(word)
             before, since = torch.cat([word, before[:, :1]], 1), 0
@@ -136,19 +136,19 @@ def draw_copies(
         if size and rng.random() < _LABELS:
             picked = rng.randrange(size)
             value, blanks, since = chosen[:, picked : picked + 1], 0, 1
-            there.add(written.length, before, 0)
-            there.add_label(written.length + 1, vocabulary.contents[value], names[picked].shape[1])
+            in_written.add(written.length, before, 0)
+            in_written.add_label(written.length + 1, vocabulary.contents[value], names[picked].shape[1])
             for part in (vocabulary.contents[value], names[picked], token(vocabulary.label_end)):
                 written.add(part)
         else:
             since, blanks = rng.randint(1, 6), rng.randint(0, 2)
             value = torch.randint(1, vocabulary.characters, (rows, since), generator=generator)
             for place in range(since):
-                there.add(written.length + place, before, place)
+                in_written.add(written.length + place, before, place)
             written.add(vocabulary.contents[value])
             value = nn.functional.pad(value, (0, blanks))
         for place in range(since):
-            here.add(shown.length + place, before, place)
+            in_shown.add(shown.length + place, before, place)
         first = vocabulary.slot + slots[-1]
         places = torch.arange(first, first + since + blanks).expand(rows, -1)
         if level == LEVELS:
@@ -156,12 +156,12 @@ def draw_copies(
         shown.add(places if level == LEVELS else vocabulary.contents[value])
         slots[-1] += since + blanks
         contents.append(value)
-    here.add(shown.length, before, since)
-    there.add(written.length, before, since)
+    in_shown.add(shown.length, before, since)
+    in_written.add(written.length, before, since)
     shown.add(token(vocabulary.write))
     written.add(token(vocabulary.end))
     # What is written at a column is predicted one before it; for the first that is the mark that asks for it.
-    columns = here.columns + [shown.length - 1 + column for column in there.columns]
+    columns = in_shown.columns + [shown.length - 1 + column for column in in_written.columns]
     return Copies(
         before=shown.tokens,
         after=written.tokens,
@@ -169,7 +169,7 @@ def draw_copies(
         slots=slots,
         soft=soft,
         slotted=slotted,
-        contexts=Contexts(columns, here.before + there.before, here.since + there.since),
+        contexts=Contexts(columns, in_shown.before + in_written.before, in_shown.since + in_written.since),
         marks=marks,
     )
 

@@ -70,7 +70,7 @@ def prediction_figures(
     for name, raw in ((VECTOR, False), (WITH_RAW, True)):
         inputs = Inputs(codec, table.at(train), unknown[0], raw=raw, seed=seed)
         features = inputs(values)
-        predictor = fit(features[train], target[train], seed, table.configurations[train], first=inputs.first)
+        predictor = fit(features[train], target[train], seed, table.configurations[train])
         methods[name] = Method(predictor.log_value(features), predictor.residuals)
     methods[LOG_LINEAR] = _least_squares(_raw_inputs(schema, values, train), target, train)
     methods[TOOL] = _least_squares(_one_hot(table.tools, len(schema.tools)), target, train)

@@ -324,7 +324,7 @@ class LanguageModelTrainer(Trainer):
         scores = self.losses(items, soft)
         values = scores.losses[scores.weights == 1].mean()
         described = (scores.losses * scores.weights).sum() / scores.weights.sum()
-        # Rows rarely fill the slots of a soft token, and what is not read is forgotten.
+        # Rows rarely fill all slots; the others would be forgotten.
         slots = scores.slots + self._reading()
         return {"loss": described + slots, "values": values, "slots": slots}
 

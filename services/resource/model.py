@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ethogram.specs.resource import EncoderSpec
 from services.resource.code import CONTENTS, SoftTokenCode
+from services.resource.completion import Completion
 from services.resource.numbers import CHARACTERS, Features
 from services.resource.schema import Schema
 from services.resource.texts import OPTIONS, Template, slots
@@ -16,7 +17,8 @@ from services.resource.texts import OPTIONS, Template, slots
 
 class ResourceEncoder(nn.Module):
     """Stream A, the tool: its name in the model's frozen token embeddings, and an indicator, since names of the same
-    words have the same mean; and stream B, an MLP of the numbers, fused by self-attention over both."""
+    words have the same mean; and stream B, an MLP of the numbers, fused by self-attention over both. A number that is
+    unknown is estimated first."""
 
     tool_vectors: Tensor
 
@@ -28,10 +30,11 @@ class ResourceEncoder(nn.Module):
         super().__init__()
         self.spec, self.schema = spec, schema
         hidden = tool_vectors.shape[1]
+        self.completion = Completion(schema.dimensions, values, spec.hidden_dim, generator)
         self.features = Features(spec.numbers, schema.dimensions[1:], values[:, 1:])
         self.register_buffer("tool_vectors", tool_vectors.clone())
         width, out = self.features.width, spec.tokens * hidden
-        # What is linear in the digits holds for digits that were never together.
+        # A linear map of digits holds for numbers whose digits never stood together in the table.
         self.direct = nn.Linear(width, out)
         self.mlp = None
         if spec.numbers != "xval":
@@ -42,7 +45,9 @@ class ResourceEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(hidden)
         self.gain = nn.Parameter(tool_vectors.std().clamp_min(1e-3).clone())
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
+            if name.startswith("completion"):
+                continue
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
             elif parameter.ndim == 1 and parameter is not self.norm.weight:
@@ -52,6 +57,7 @@ class ResourceEncoder(nn.Module):
         """Soft tokens ``[batch, tokens, hidden]`` of vectors ``[batch, fields]``, float64 on the CPU; ``unknown``:
         which fields are not known, of the same shape; the tool always is."""
         device = self.gain.device
+        values = self.completion(values, unknown)
         features = self.features(values[:, 1:], unknown[:, 1:]).to(device)
         numbers = self.direct(features)
         if self.mlp is not None:

@@ -30,8 +30,8 @@ XVAL_RANGE = 5.0
 class Features(nn.Module):
     """The features of a vector without its tool, ``[batch, width]``.
 
-    Each dimension has a block: a number's features, or one indicator for each label; and an indicator that the value is
-    unknown, where all others of the block are zero.
+    Each dimension has a block: a number's features, or one indicator for each label, all zero where it is unknown; and
+    an indicator that the value is unknown, beside which a number is an estimate.
     """
 
     mean: Tensor
@@ -68,9 +68,12 @@ class Features(nn.Module):
         blocks = []
         for index, dimension in enumerate(self.dimensions):
             hidden = unknown[:, index : index + 1]
-            # What is unknown must change nothing, not even as NaN.
-            known = values[:, index].masked_fill(hidden[:, 0], 0.0)
-            block = self._block(index, dimension, known).masked_fill(hidden, 0.0)
+            value = values[:, index]
+            if not dimension.number:
+                value = value.masked_fill(hidden[:, 0], 0.0)
+            block = self._block(index, dimension, value)
+            if not dimension.number:
+                block = block.masked_fill(hidden, 0.0)
             blocks += [block.float(), hidden.float()]
         return torch.cat(blocks, 1)
 

@@ -2,14 +2,14 @@
 
 The predictor is kernel ridge regression of the logarithm: a linear kernel, which extrapolates, plus a Gaussian one;
 cross-validation chooses their weights. It is on the fields of the configuration as they are read from the embedding,
-which takes no measurements to learn, and on the embedding too where that is better.
+which takes no measurements to learn. What else the embedding has, the encoder learned from the measurements that it was
+trained on; residuals of these would be too small.
 
 Intervals are conformal by cross-validation (the jackknife of arXiv 1905.02928): quantiles of the residuals of
 measurements, each by a regression that used neither the measurement nor others of its configuration, with a kernel and
 a ridge that were chosen without it. They cover about as asked if new configurations are exchangeable with measured
 ones. No finite number of measurements guarantees it: a split into rows to learn from and rows to calibrate on would, at
-the cost of accuracy. Nor are rows that the encoder was trained on exchangeable with new ones: it has learned from their
-numbers. The report of a run shows what intervals cover of configurations that its encoder has not seen.
+the cost of accuracy. The report of a run shows what intervals cover of configurations that its encoder has not seen.
 """
 
 from __future__ import annotations
@@ -58,14 +58,12 @@ class Interval(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A constant, a linear kernel and ``share`` of a Gaussian one of ``width``, on the first ``columns`` features."""
+    """A constant, a linear kernel and ``share`` of a Gaussian one of ``width``."""
 
     share: float
     width: float
-    columns: int
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        first, second = first[:, : self.columns], second[:, : self.columns]
         linear = CONSTANT + first @ second.T / first.shape[1]
         if not self.share:
             return linear
@@ -151,14 +149,12 @@ def quantile(residuals: Tensor, level: float, field: str = "level") -> float:
     return float(residuals.sort().values[rank - 1])
 
 
-def fit(
-    features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None = None, *, first: int | None = None
-) -> Predictor:
+def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None = None) -> Predictor:
     """Fit a predictor of ``numbers`` ``[rows]`` from ``features`` ``[rows, features]``; of more than :data:`MOST_ROWS`
     rows a random part is used.
 
-    ``groups``: rows that are left out together, e.g. repeated measurements; ``first``: how many of the features are
-    tried without the others. Raises :class:`InvalidInput` for fewer than :data:`FEWEST` groups.
+    ``groups``: rows that are left out together, e.g. repeated measurements. Raises :class:`InvalidInput` for fewer than
+    :data:`FEWEST` groups.
     """
     groups = torch.arange(len(numbers)) if groups is None else torch.unique(groups, return_inverse=True)[1]
     count = int(groups.max()) + 1 if len(groups) else 0
@@ -171,7 +167,7 @@ def fit(
     mean, deviation = _scale(features)
     x = (features - mean) / deviation
     order = torch.randperm(len(x), generator=generator(seed, "rows to choose on"))
-    kernels = _kernels(x[order], sorted({first or x.shape[1], x.shape[1]}))
+    kernels = _kernels(x[order])
     choice = _choose(x, target, groups, order, kernels)
     fold = (torch.randperm(count, generator=generator(seed, "folds")) % FOLDS)[groups]
     residuals = torch.empty_like(target)
@@ -198,15 +194,10 @@ def _median_distance(x: Tensor) -> float:
     return typical / math.sqrt(x.shape[1])
 
 
-def _kernels(x: Tensor, columns: Sequence[int]) -> list[Kernel]:
-    """The kernels that are compared. ``x``: standardised features ``[rows, features]``; ``columns``: on how many of
-    them kernels may be."""
-    kernels = []
-    for count in columns:
-        median = _median_distance(x[:, :count])
-        kernels.append(Kernel(0.0, median, count))
-        kernels += [Kernel(share, width * median, count) for share in SHARES for width in WIDTHS]
-    return kernels
+def _kernels(x: Tensor) -> list[Kernel]:
+    """The kernels that are compared. ``x``: standardised features ``[rows, features]``, in random order."""
+    median = _median_distance(x)
+    return [Kernel(0.0, median), *(Kernel(share, width * median) for share in SHARES for width in WIDTHS)]
 
 
 def _choose(x: Tensor, target: Tensor, groups: Tensor, order: Tensor, kernels: Sequence[Kernel]) -> Choice:
@@ -258,36 +249,33 @@ class _Spectrum(NamedTuple):
 class Inputs:
     """What a number is predicted from: features of vectors in which the same fields are unknown.
 
-    First the fields that are known: an indicator of each label and of each value of a number that has few, and
-    logarithms of numbers; then the embedding. The fields are read from the embedding, by a regression on embeddings of
-    random configurations, or with ``raw`` from the vector itself.
+    They are the fields that are known: an indicator of each label and of each value of a number that has few, and
+    logarithms of numbers. They are read from the embedding, by a regression on embeddings of random configurations;
+    with ``raw`` those of the vector itself stand beside them.
     """
 
     def __init__(
         self, codec: ResourceCodec, table: Table, unknown: Tensor, *, raw: bool = False, seed: int = 0
     ) -> None:
         """``table``: whose values the random configurations have; ``unknown``: which fields are, ``[fields]``."""
-        self.codec, self.unknown = codec, unknown
+        self.codec, self.unknown, self.raw = codec, unknown, raw
         self._levels = [torch.unique(column) for column in table.values.T]
-        self._probes: Regression | None = None
         rng = generator(seed, "random configurations")
         drawn = [column[torch.randint(len(column), (PROBED,), generator=rng)] for column in table.values.T]
         configurations = torch.stack(drawn, 1)
+        embeddings = self._embed(configurations)
+        mean, deviation = _scale(embeddings)
+        width = 2 * _median_distance((embeddings - mean) / deviation)
         fields = self._fields(configurations)
-        self.first = fields.shape[1]
-        """How many features are fields."""
-        if not raw:
-            embeddings = self._embed(configurations)
-            mean, deviation = _scale(embeddings)
-            width = 2 * _median_distance((embeddings - mean) / deviation)
-            choice = Choice(Kernel(0.5, width, embeddings.shape[1]), 1e-5)
-            self._probes = Regression.of(embeddings, fields, choice)
+        self._is_indicator = ((fields == 0) | (fields == 1)).all(0)
+        self._read = Regression.of(embeddings, fields, Choice(Kernel(0.5, width), 1e-5))
 
     def __call__(self, values: Tensor) -> Tensor:
         """Features of vectors ``[rows, fields]``, float64 ``[rows, features]``."""
-        embeddings = self._embed(values)
-        fields = self._fields(values) if self._probes is None else self._probes(embeddings)
-        return torch.cat([fields, embeddings], 1)
+        read = self._read(self._embed(values))
+        # What is one of a few values was read right, or not at all.
+        read = torch.where(self._is_indicator, (read > 0.5).double(), read)
+        return torch.cat([read, self._fields(values)], 1) if self.raw else read
 
     def _embed(self, values: Tensor) -> Tensor:
         return self.codec.embed(values, self.unknown.expand(len(values), -1)).double()
@@ -370,7 +358,7 @@ class NumberPredictor:
             table = self.table
             inputs = Inputs(self.codec, table, unknown, raw=self.raw, seed=self.seed)
             numbers = table.values[:, self.dimension]
-            predictor = fit(inputs(table.values), numbers, self.seed, table.configurations, first=inputs.first)
+            predictor = fit(inputs(table.values), numbers, self.seed, table.configurations)
             self._fitted[key] = inputs, predictor
         return self._fitted[key]
 

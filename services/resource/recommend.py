@@ -76,9 +76,7 @@ class Recommender:
         self.table, self.measured = table, measured_fields(self.schema)
         numbers = table.values[:, self.dimension]
         self.inputs = Inputs(codec, table, self.measured, raw=raw, seed=seed)
-        self.predictor: Predictor = fit(
-            self.inputs(table.values), numbers, seed, table.configurations, first=self.inputs.first
-        )
+        self.predictor: Predictor = fit(self.inputs(table.values), numbers, seed, table.configurations)
         self.candidates = grid(self.schema, table)
         self._options: dict[int, Options] = {}
 

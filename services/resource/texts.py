@@ -145,7 +145,7 @@ class Template:
         return re.compile(pattern)
 
     def read(self, text: str) -> list[float] | None:
-        """The values that a description has; None for a text that is none."""
+        """The values that a description has; None for any other text."""
         match = self._pattern.fullmatch(text)
         if match is None:
             return None

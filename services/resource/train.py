@@ -83,12 +83,16 @@ class ResourceTrainer(Trainer):
         rows = self._batch()
         variants = self.augmenter.draw(self.table.values[rows], rng)
         views = self.augmenter.view(variants.values, rng) if training.retrieval else variants.values
+        # Whatever was changed says nothing of the other numbers.
+        measured, hidden = self.table.values[rows], self.augmenter.hide(len(rows), rng)
         self.optimization.optimizer.zero_grad()
         metrics: dict[str, Tensor] = {}
         parts = torch.arange(len(rows)).tensor_split(training.accumulation * self.world.size)
         for part in parts[self.world.rank :: self.world.size]:
             values, unknown = variants.values[part], variants.unknown[part]
             terms = self.terms(values, unknown, views[part], template)
+            terms["completion"] = self.model.completion.loss(measured[part], hidden[part])
+            terms["loss"] = terms["loss"] + terms["completion"]
             share = len(part) / len(rows)
             (terms["loss"] * share).backward()  # type: ignore[no-untyped-call]
             for name, value in terms.items():
@@ -101,7 +105,8 @@ class ResourceTrainer(Trainer):
         """The loss and its terms. ``values`` and ``views``: ``[batch, fields]``, the rows and other views of them."""
         weight = self.spec.training.retrieval
         soft = self.embed(values, unknown)
-        scores = self.describer.scores(soft, values, template)
+        # The estimate of an unknown number is what the vector has.
+        scores = self.describer.scores(soft, self.model.completion(values, unknown), template)
         terms = {"description": scores.loss, "exact_match": scores.exact.float().mean()}
         loss = scores.loss
         if weight:
@@ -184,7 +189,7 @@ class ResourceTrainer(Trainer):
             "table": self.table.digest,
             "language model": language.digest,
             "tokenizer": language.tokenizer_digest,
-            "code of soft tokens": self.code.digest if self.code else "none",
+            **({"code of soft tokens": self.code.digest} if self.code else {}),
         }
 
     def state(self) -> dict[str, Tensor]:
