@@ -20,6 +20,8 @@ from services.resource import job
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.describe import Describer
+from services.resource.evaluate import describe_figures
+from services.resource.evaluate_prediction import prediction_figures
 from services.resource.export import validate
 from services.resource.job import run as run_job
 from services.resource.texts import Template
@@ -140,7 +142,6 @@ def test_ranges_of_the_unseen_run_are_of_the_rows_that_it_is_trained_on(
         predicted.append(table)
         return prediction_figures(codec, describer, table, **rest)
 
-    describe_figures, prediction_figures = job.describe_figures, job.prediction_figures
     monkeypatch.setattr(job, "describe_figures", described)
     monkeypatch.setattr(job, "prediction_figures", prediction)
     dimensions = [dict(dimension) for dimension in SCHEMA["dimensions"]]
