@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -101,7 +102,8 @@ class Recommended(NamedTuple):
 
     ``price``; ``predicted``: the measured ``dimension``; ``upper``: what it stays below with the confidence asked for;
     ``fits``: whether that is below the bound. If not, no configuration is, and this one comes closest. All are
-    ``[batch]``, or scalars of a single row.
+    ``[batch]``, or scalars of a single row. ``measurements``: how many the prediction was fitted on, and
+    ``measurements_left_out``: how many of the model's it was not, of many a random part being used.
     """
 
     configurations: Any
@@ -110,6 +112,8 @@ class Recommended(NamedTuple):
     upper: Floats
     fits: NDArray[np.bool_]
     dimension: str
+    measurements: int
+    measurements_left_out: int
     model: str
     version: str
 
@@ -182,9 +186,13 @@ class Embedding(Channel):
         """The cheapest configurations with the ``given`` values, the tool among them, whose measured ``dimension``, by
         default the first, stays below ``bound`` with this confidence. ``bound``: of all rows, or one for each."""
         batch = _Batch.of(given)
-        bounds = (
-            np.broadcast_to(np.asarray(bound, np.float64), batch.rows) if np.ndim(bound) == 0 else np.asarray(bound)
-        )
+        try:
+            bounds = np.asarray(bound)
+        except ValueError:
+            bounds = np.array(None)
+        if bounds.dtype.kind not in "fiu":
+            raise InvalidInput.field("bound", "must be a number, or a list with one for each row")
+        bounds = np.broadcast_to(bounds, batch.rows) if bounds.ndim == 0 else bounds
         if bounds.shape != (batch.rows,):
             raise InvalidInput.field("bound", f"has {len(bounds)} values, and there are {batch.rows} rows")
         answers, name = self._run(
@@ -206,6 +214,8 @@ class Embedding(Channel):
             **numbers,
             fits=fits,
             dimension=answers[0].dimension,
+            measurements=answers[0].measurements,
+            measurements_left_out=answers[0].measurements_left_out,
             model=name[0],
             version=name[1],
         )
@@ -375,8 +385,16 @@ def _column(field: str, values: Any) -> tuple[str, list[Any], list[bool]]:
         if not unknown[-1] and (isinstance(cell, bool) or not isinstance(cell, taken)):
             expected = "text, as in other rows" if labels else "a number or text"
             raise InvalidInput.field(f"{field}.{row}", f"must be {expected}, not {cell!r}")
-        found.append(("" if unknown[-1] else cell) if labels else 0.0 if unknown[-1] else float(cell))
+        found.append(("" if unknown[-1] else cell) if labels else 0.0 if unknown[-1] else _float(cell))
     return "labels" if labels else "numbers", found, unknown
+
+
+def _float(number: Any) -> float:
+    """A number as floats have it: infinite, which a model refuses, where none is as large."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def _dictionaries(answers: Sequence[Any]) -> list[dict[str, Any]]:

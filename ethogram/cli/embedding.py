@@ -11,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,6 +146,9 @@ def recommend(
         say(f"{answer.dimension}: {answer.predicted:g} expected, below {answer.upper:g} at confidence {confidence:g}")
         if not answer.fits:
             say(f"Nothing stays below {bound:g}; this comes closest.")
+        if answer.measurements_left_out:
+            total = answer.measurements + answer.measurements_left_out
+            say(f"Predicted from {answer.measurements:,} of the {total:,} measurements, drawn at random.")
 
     return Answer(value, show, ok=bool(answer.fits))
 
@@ -174,13 +178,16 @@ def _read(file: Path, fields: Sequence[Field]) -> tuple[list[dict[str, Any]], li
     known = {field.column: field for field in fields} | {field.name: field for field in fields}
     rows, lines = [], []
     for number, raw in _raw_rows(file):
-        row = {}
+        row: dict[str, Any] = {}
         for name, value in raw.items():
             where = f"{file.name}:{number}.{name}"
             if name not in known:
                 names = ", ".join(field.name for field in fields)
                 raise InvalidInput.field(where, f"the model has no such field; it has {names}")
-            row[known[name].name] = _value(known[name], value, where)
+            field = known[name]
+            if field.name in row:
+                raise InvalidInput.field(where, f"is there twice, as {field.name} and as {field.column}")
+            row[field.name] = _value(field, value, where)
         rows.append(row)
         lines.append(number)
     if not rows:
@@ -201,7 +208,7 @@ def _raw_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=partial(_once, f"{file.name}:{number}"))
             except ValueError:
                 row = None
             if not isinstance(row, dict) or not row:
@@ -209,20 +216,37 @@ def _raw_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield number, row
         return
     reader = csv.DictReader(io.StringIO(text, newline=""))
+    header = [(name, None) for name in reader.fieldnames or ()]
+    _once(f"{file.name}:{reader.line_num}", header)
     for cells in reader:
         if None in cells or None in cells.values():
             raise InvalidInput.field(f"{file.name}:{reader.line_num}", "has not as many cells as the header")
         yield reader.line_num, cells
 
 
+def _once(where: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Names and values as a dictionary. Raises :class:`InvalidInput` of ``where``.NAME for a name that is there
+    twice."""
+    row: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in row:
+            raise InvalidInput.field(f"{where}.{name}", "is there twice")
+        row[name] = value
+    return row
+
+
 def _value(field: Field, value: Any, where: str) -> Any:
     """A value as the model has it: text of a category, and a number of a number; None if it is not known."""
     if value is None or value == "" or (value == "unknown" and "unknown" not in field.labels):
         return None
+    if isinstance(value, bool):
+        raise InvalidInput.field(where, f"{json.dumps(value)} is not {'a label' if field.labels else 'a number'}")
     if field.labels:
         return value if isinstance(value, str) else str(value)
     try:
         return float(value)
+    except OverflowError:
+        raise InvalidInput.field(where, "is too large") from None
     except (TypeError, ValueError):
         raise InvalidInput.field(where, f"{value!r} is not a number") from None
 

@@ -464,8 +464,14 @@ class RecommendResponse(_message.Message):
     FITS_FIELD_NUMBER: _builtins.int
     DIMENSION_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    MEASUREMENTS_FIELD_NUMBER: _builtins.int
+    MEASUREMENTS_LEFT_OUT_FIELD_NUMBER: _builtins.int
     dimension: _builtins.str
     """Name of the measured dimension."""
+    measurements: _builtins.int
+    """Measurements that the prediction was fitted on."""
+    measurements_left_out: _builtins.int
+    """Measurements of the model that it was not fitted on: of many a random part is used."""
     @_builtins.property
     def configurations(self) -> Global___ResourceRows:
         """The cheapest ones that fit, without measured fields."""
@@ -500,10 +506,12 @@ class RecommendResponse(_message.Message):
         fits: _abc.Iterable[_builtins.bool] | None = ...,
         dimension: _builtins.str = ...,
         model: _inference_pb2.ModelRef | None = ...,
+        measurements: _builtins.int = ...,
+        measurements_left_out: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["configurations", b"configurations", "model", b"model", "predicted", b"predicted", "price", b"price", "upper", b"upper"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["configurations", b"configurations", "dimension", b"dimension", "fits", b"fits", "model", b"model", "predicted", b"predicted", "price", b"price", "upper", b"upper"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["configurations", b"configurations", "dimension", b"dimension", "fits", b"fits", "measurements", b"measurements", "measurements_left_out", b"measurements_left_out", "model", b"model", "predicted", b"predicted", "price", b"price", "upper", b"upper"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -268,7 +268,7 @@ def describe(
     if form is None:
         raise InvalidInput.field("--template", f"there is no {template!r}; there are {', '.join(known)}")
     with _in_options():
-        vectors, unknown = codec.vectors([_given(tool, values, schema)], "given")
+        vectors, unknown = (part.unsqueeze(0) for part in codec.vector(_given(tool, values, schema)))
         describer = Describer(language_model_for(codec, llm_model, device, run=_run_of(encoder)), schema)
     (text,) = describer.write(codec.soft(codec.embed(vectors, unknown)).to(describer.device), form)
     read = form.read(text)
@@ -543,6 +543,7 @@ def _in_options() -> Iterator[None]:
         "given": "--set",
         "bound": "--latency",
         "texts.0": "TEXT",
+        "table": "--profiling-data",
         **{name: f"--{name.replace('_', '-')}" for name in ("level", "confidence", "dimension")},
         **{name: f"--{name.replace('_', '-')}" for name in ("llm_model", "profiling_data", "tool_registry")},
     }

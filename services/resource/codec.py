@@ -27,6 +27,8 @@ CONFIG, WEIGHTS, TABLE = "encoder.json", "encoder.safetensors", "table.safetenso
 FORMAT = 1
 UNKNOWN = "unknown"
 """What stands for the value of a dimension that is not known."""
+_SHOWN = 40
+"""Characters of a value in an error at most."""
 CHUNK = 4096
 """Vectors that go through the encoder at once."""
 
@@ -78,16 +80,25 @@ class ResourceCodec:
         Raises :class:`InvalidInput` that names the row and the field for a tool, a label or a field that the schema
         does not have, a number that is not finite or negative, and an unknown tool.
         """
+        return self._vectors(rows, [f"{field}.{number}" for number in range(len(rows))])
+
+    def vector(self, row: Mapping[str, Any], field: str = "given") -> tuple[Tensor, Tensor]:
+        """:meth:`vectors` of one configuration, each ``[fields]``; errors name the field alone."""
+        values, unknown = self._vectors([row], [field])
+        return values[0], unknown[0]
+
+    def _vectors(self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """:meth:`vectors`; ``places``: what errors call each row."""
         wrong = [
-            Violation(f"{field}.{number}.{name}", self._no_field)
-            for number, row in enumerate(rows)
+            Violation(f"{place}.{name}", self._no_field)
+            for place, row in zip(places, rows, strict=True)
             for name in row.keys() - set(self.schema.names)
         ]
         values, unknown = self._blank(len(rows))
         for index, dimension in enumerate(self.schema.dimensions):
             given = [row.get(dimension.name) for row in rows]
             values[:, index], unknown[:, index], faults = self._column(index, given)
-            wrong += [Violation(f"{field}.{number}.{dimension.name}", text) for number, text in faults.items()]
+            wrong += [Violation(f"{places[number]}.{dimension.name}", text) for number, text in faults.items()]
         _raise(wrong)
         return torch.from_numpy(values), torch.from_numpy(unknown)
 
@@ -135,11 +146,11 @@ class ResourceCodec:
         elif isinstance(given, np.ndarray):
             numbers = given
         else:
-            numbers = np.array([value if _is_number(value) else math.nan for value in given], float)
+            numbers = np.array([_float(value) if _is_number(value) else math.nan for value in given])
         bad = ~((numbers >= 0) & (numbers <= MOST)) & ~hidden
         faults = {}
         for row in bad.nonzero()[0].tolist():
-            shown = repr(given[row].item() if isinstance(given, np.ndarray) else given[row])
+            shown = _shown(given[row].item() if isinstance(given, np.ndarray) else given[row])
             allowed = f"a number from 0 to {MOST}" if dimension.number else f"one of {', '.join(labels)}"
             faults[row] = f"must be {allowed}, not {shown}"
         if index == 0:
@@ -255,6 +266,24 @@ def _raise(wrong: Sequence[Violation]) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _float(number: Any) -> float:
+    """A number as floats have it: infinite where none is as large."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def _shown(value: object) -> str:
+    """A value in an error."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python writes no integer of more than 4,300 digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 _reading = partial(reading, what="resource encoder")

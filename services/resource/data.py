@@ -41,6 +41,12 @@ class Table:
         """Indices of the tools that have rows."""
         return frozenset(self.tools.tolist())
 
+    def check_measured(self, tool: int, field: str) -> None:
+        """Raise :class:`InvalidInput` of ``field`` for a ``tool`` without a row."""
+        if tool not in self.measured_tools:
+            text = f"there are no measurements of {self.schema.tools[tool]}"
+            raise InvalidInput.field(field, f"{text}, and nothing can be predicted without any")
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the schema and the values."""

@@ -49,8 +49,9 @@ class Predictions(NamedTuple):
 
     number: str
     figures: dict[str, Any]
-    """``rows``: how many were predicted; ``errors`` by method, ``coverage`` by level, and ``recommendations`` by
-    method, empty for a schema without prices."""
+    """``rows``: how many were predicted; ``measurements``: from how many, and ``left_out``: how many more there are, of
+    many a random part being used; ``errors`` by method, ``coverage`` by level, and ``recommendations`` by method, empty
+    for a schema without prices."""
     methods: dict[str, Method]
 
 
@@ -85,6 +86,8 @@ def prediction_figures(
     shown = {name: errors[name] for name in (VECTOR, WITH_RAW, SAID, LOG_LINEAR, TOOL, SHUFFLED)}
     figures = {
         "rows": len(held_out),
+        "measurements": len(methods[VECTOR].residuals),
+        "left_out": len(train) - len(methods[VECTOR].residuals),
         "errors": {
             name: {"mean": float(error.mean()), "median": float(error.median())} for name, error in shown.items()
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.resource import ResourceSpec
+from ethogram.specs.resource import ReaderSpec, ResourceSpec
 from services.artifacts.hub import Repository
 from services.language.models import LanguageModel, load_language_model
 from services.resource.codec import ResourceCodec
@@ -20,14 +21,14 @@ from services.resource.data import Table, read_measurements, read_tools
 from services.resource.describe import Describer
 from services.resource.evaluate import control_figures, describe_figures, retrieval_figures
 from services.resource.evaluate_prediction import Predictions, prediction_figures
-from services.resource.export import export
+from services.resource.export import CHECKPOINTS, export
 from services.resource.generator import write_table
 from services.resource.hub import push
 from services.resource.language_model import default_folder
 from services.resource.report import write_report
 from services.resource.schema import default_schema
 from services.resource.sources import DEFAULT, OUTPUT, located
-from services.resource.train import ResourceTrainer
+from services.resource.train import ResourceTrainer, check
 from services.runtime.devices import uses_bfloat16
 from services.runtime.parallel import ALONE, World
 from services.runtime.parts import Parts
@@ -37,6 +38,8 @@ from services.runtime.training import fit
 
 ALL, UNSEEN = "all", "unseen"
 """Parts of the job: the encoder that is kept, and one of which the figures of unseen configurations are."""
+ENCODER = "encoder"
+"""Folder of the encoder in the folder of its part."""
 
 
 def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
@@ -53,27 +56,40 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
     rows: Tensor | None = None
     if spec.held_out:
         rows, held_out = table.hold_out(spec.held_out, spec.seed)
+    is_default = spec.language_model is None and spec.llm_model == DEFAULT
+    if is_default:
+        # Before it is trained, which takes a quarter of an hour.
+        table.schema.check_labels("the default language model")
+        check(spec, table.schema, ReaderSpec().model.hidden_dim, reads_slots=True, world=world)
     language = language_model_of(spec, run)
     # Other machines may not have it, and would not train the same one to the last bit.
-    default = Path(language.name) if spec.language_model is None and spec.llm_model == DEFAULT else None
+    default = Path(language.name) if is_default else None
     if default is not None and world.first:
         run.source_artifact(OUTPUT, "language-model", default)
     training = spec.training
     # A row that is only described takes about a quarter of the memory of one that is trained on.
     batch = 4 * math.ceil(training.batch_size / (training.accumulation * world.size))
-    describer = Describer(language, table.schema, checkpointing=training.gradient_checkpointing, batch=batch)
+
+    def describer_of(table: Table) -> Describer:
+        return Describer(language, table.schema, checkpointing=training.gradient_checkpointing, batch=batch)
+
+    describer = describer_of(table)
     with tempfile.TemporaryDirectory() as scratch:
         parts = Parts(run, Path(scratch), world)
         everything = parts.part(ALL, lambda _: _train(spec, table, None, describer, parts=parts, world=world))
+        encoder = parts.folder / ALL / ENCODER
         if world.first:
-            codec = ResourceCodec.load(parts.folder / ALL, run.device)
+            codec = ResourceCodec.load(encoder, run.device)
             # Before the evaluation, so that they are kept if a later step fails.
-            run.artifact("encoder", "resource-encoder", parts.folder / ALL)
-            export(codec, table, Path(scratch, "export"))
+            run.artifact("encoder", "resource-encoder", encoder)
+            export(codec, table, Path(scratch, "export"), sorted((parts.folder / ALL).glob(CHECKPOINTS)))
             run.artifact("export", "resource-export", Path(scratch, "export"))
         unseen = None
         if rows is not None:
-            unseen = parts.part(UNSEEN, lambda _: _train(spec, table, rows, describer, parts=parts, world=world))
+            # The ranges that were not declared are those of these rows: what is held out must not be known.
+            narrow = table.within(rows)
+            judge = describer_of(narrow)
+            unseen = parts.part(UNSEEN, lambda _: _train(spec, narrow, rows, judge, parts=parts, world=world))
         if not world.first:
             return {}
 
@@ -83,8 +99,8 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
 
         details = {"seen": describe_figures(codec, describer, drawn(table.values), run, "seen")}
         if rows is not None:
-            other = ResourceCodec.load(parts.folder / UNSEEN, run.device)
-            details["unseen"] = describe_figures(other, describer, drawn(table.values[held_out]), run, "unseen")
+            other = ResourceCodec.load(parts.folder / UNSEEN / ENCODER, run.device)
+            details["unseen"] = describe_figures(other, judge, drawn(narrow.values[held_out]), run, "unseen")
         controls = control_figures(codec, describer, drawn(table.values), spec.seed)
         control = {name: part["exact_match"] for name, part in controls.items()}
         figures = _figures(details, control, retrieval_figures(codec, table.values, spec.seed))
@@ -93,7 +109,7 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
             if rows is not None:
                 try:
                     predictions = prediction_figures(
-                        other, describer, table, train=rows, held_out=drawn(held_out), seed=spec.seed
+                        other, judge, narrow, train=rows, held_out=drawn(held_out), seed=spec.seed
                     )
                 except InvalidInput as error:
                     predictions = f"There are none: {error}"
@@ -112,8 +128,23 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         if spec.hub is not None:
             again = f"`python -m services.resource push RUN {spec.hub.repo}` tries again"
             with run.side_output("the upload of the encoder", f"it is kept; {again}"):
-                push(parts.folder / ALL, Path(scratch, "export"), spec.hub, language_model=default)
+                push(encoder, Path(scratch, "export"), spec.hub, language_model=default)
     return {"figures": figures, "controls": control, "details": details}
+
+
+class _Trainer(ResourceTrainer):
+    """Keeps the checkpoint file of each snapshot, which the export has too."""
+
+    kept: Path
+    """Folder of these files, each in a folder of its snapshot."""
+
+    def snapshot(self, folder: Path) -> str:
+        kind = super().snapshot(folder)
+        copy = self.kept / f"snapshot-{self.step}"
+        copy.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob(Path(CHECKPOINTS).name):
+            shutil.copy2(file, copy)
+        return kind
 
 
 def _train(
@@ -121,13 +152,15 @@ def _train(
 ) -> dict[str, Any]:
     """Train on ``rows`` (None: all) and save the encoder into the folder of the present part."""
     chosen = torch.arange(len(table)) if rows is None else rows
-    trainer = ResourceTrainer(spec, table, chosen, describer, world)
+    folder = parts.folder / parts.present
+    trainer = _Trainer(spec, table, chosen, describer, world)
+    trainer.kept = folder
     if rows is not None:
         # Snapshots are of the encoder that is kept.
         trainer.snapshots = None
     fit(trainer, parts, world)
     if world.first:
-        trainer.codec().save(parts.folder / parts.present)
+        trainer.codec().save(folder / ENCODER)
     return {"steps": trainer.step, "history": trainer.progress.history}
 
 

@@ -17,7 +17,6 @@ from services.resource.export import named
 from services.resource.predict import (
     Inputs,
     Predictor,
-    check_measured,
     fit,
     measured_fields,
     measured_number,
@@ -95,8 +94,8 @@ class Recommender:
         for dimension in self.schema.dimensions:
             if dimension.measured and given.get(dimension.name, UNKNOWN) not in (None, UNKNOWN):
                 raise InvalidInput.field(f"{field}.{dimension.name}", "is measured, and cannot be chosen; leave it out")
-        values, unknown = self.codec.vectors([given], field)
-        choice = self.choose(values[0], unknown[0], bound, confidence, field)
+        values, unknown = self.codec.vector(given, field)
+        choice = self.choose(values, unknown, bound, confidence, field)
         configuration = named(self.schema, choice.values.tolist())
         for dimension in self.schema.dimensions:
             if dimension.measured:
@@ -117,12 +116,13 @@ class Recommender:
         a batch, for errors."""
         if not 0 < bound < math.inf:
             raise InvalidInput.field("bound", f"must be a number above 0, not {bound:g}")
-        check_measured(self.table, values.unsqueeze(0), field)
+        behind = "" if row is None else f".{row}"
+        self.table.check_measured(int(values[0]), f"{field}.{TOOL}{behind}")
         options = self._of_tool(int(values[0]))
         wanted = ~unknown & ~self.measured
         rows = (options.values[:, wanted] == values[wanted]).all(1).nonzero().flatten()
         if not len(rows):
-            raise self._absent(values, wanted, options.values, field, "" if row is None else f".{row}")
+            raise self._absent(values, wanted, options.values, field, behind)
         upper = upper_bound(options.predicted[rows], self.predictor.residuals, confidence, "confidence")
         best, fits = cheapest(options.prices[rows], upper, bound)
         found = rows[best]

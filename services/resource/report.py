@@ -143,6 +143,9 @@ def _add_predictions(report: Report, table: Table, predictions: Predictions) -> 
         vectors of the others. **error**: of {number}, relative. **log-linear**: least squares of the logarithm on the
         labels, levels and logarithms of what can be chosen.""",
     )
+    if found["left_out"]:
+        total = found["measurements"] + found["left_out"]
+        report.text(f"Predicted from {found['measurements']:,} of {total:,} measurements, drawn at random.")
     errors = found["errors"].items()
     report.table(
         ["method", "mean error", "median error"], [[name, error["mean"], error["median"]] for name, error in errors]

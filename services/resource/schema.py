@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ethogram.errors import InvalidInput
 from ethogram.specs.resource import MOST, DimensionSpec, SchemaSpec
 from services.resource.readings import read_two_ways
-from services.resource.texts import MalformedTemplate, Template
+from services.resource.texts import OPTIONS, MalformedTemplate, Template
 
 TOOL = "tool"
 _DEFAULT = Path(__file__).with_name("default_schema.yaml")
@@ -69,6 +69,14 @@ class Schema:
         """SHA-256 of all that vectors and descriptions depend on."""
         content = [self.spec.model_dump(mode="json"), self.tools]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def check_labels(self, language_model: str) -> None:
+        """Raise :class:`InvalidInput` for more labels, tools among them, than a ``language_model`` that was trained to
+        read vectors has marks of."""
+        labels = sum(len(dimension.labels) for dimension in self.dimensions)
+        if labels > OPTIONS:
+            text = f"has {labels} labels, tools among them, and {language_model} has marks of {OPTIONS}"
+            raise InvalidInput.field("spec.table", f"{text}; name another language model in llm_model")
 
     def index(self, name: str, field: str = "dimension") -> int:
         """Position of a dimension in the vectors. Raises :class:`InvalidInput` of ``field``."""

@@ -18,6 +18,7 @@ from services.resource.data import Table
 from services.resource.describe import Describer
 from services.resource.export import checkpoint_name, write_checkpoint
 from services.resource.model import ResourceEncoder
+from services.resource.schema import Schema
 from services.resource.texts import SLOTS, Template, slots
 from services.runtime import checkpoints
 from services.runtime.parallel import ALONE, World
@@ -50,19 +51,7 @@ class ResourceTrainer(Trainer):
         if training.snapshot_epochs is not None:
             self.snapshots = steps_of_epochs(training.snapshot_epochs, self._samples, training.batch_size)
         self.validate_every = training.validate_every
-        if training.batch_size < world.size * training.accumulation:
-            raise InvalidInput.field(
-                "spec.training.batch_size",
-                f"{training.batch_size} rows are too few for {world.size * training.accumulation} parts "
-                "(accumulation x processes); take larger batches or fewer parts",
-            )
-        if spec.encoder.fusion == "attention" and describer.hidden % spec.encoder.heads:
-            text = (
-                f"the language model's hidden size, {describer.hidden}, does not divide into {spec.encoder.heads} heads"
-            )
-            raise InvalidInput.field("spec.encoder.heads", text)
-        if describer.reads_slots:
-            _check_slots(spec.encoder.tokens, table.schema.templates[0])
+        check(spec, table.schema, describer.hidden, reads_slots=describer.reads_slots, world=world)
         self.templates = table.schema.templates if spec.augmentation.varies else table.schema.templates[:1]
         for template in self.templates:
             describer.check_longest(template, spec.encoder.tokens)
@@ -211,6 +200,23 @@ class ResourceTrainer(Trainer):
         parts = checkpoints.parts(tensors)
         self.model.load_state_dict(parts["model"])
         self.optimization.restore(parts["optimization"])
+
+
+def check(spec: ResourceSpec, schema: Schema, hidden: int, *, reads_slots: bool, world: World = ALONE) -> None:
+    """Raise :class:`InvalidInput` for what a language model of size ``hidden`` cannot be trained with; ``reads_slots``:
+    whether it was trained to read vectors."""
+    training = spec.training
+    if training.batch_size < world.size * training.accumulation:
+        raise InvalidInput.field(
+            "spec.training.batch_size",
+            f"{training.batch_size} rows are too few for {world.size * training.accumulation} parts "
+            "(accumulation x processes); take larger batches or fewer parts",
+        )
+    if spec.encoder.fusion == "attention" and hidden % spec.encoder.heads:
+        text = f"the language model's hidden size, {hidden}, does not divide into {spec.encoder.heads} heads"
+        raise InvalidInput.field("spec.encoder.heads", text)
+    if reads_slots:
+        _check_slots(spec.encoder.tokens, schema.templates[0])
 
 
 def _check_slots(tokens: int, template: Template) -> None:

@@ -20,8 +20,8 @@ STATE, PRESENT, FILES = "parts.json", "present", "files"
 class Parts(Run):
     """The :class:`Run` of each part: it passes on what a part reports, each of its stages as ``part/stage``.
 
-    A part may leave files in the folder :attr:`folder` / its name. A checkpoint holds the results and the files of the
-    finished parts, and the checkpoint of the present one.
+    A part may leave files in the folder :attr:`folder` / its name. A checkpoint holds the results of the finished
+    parts, their files and those of the present one so far, and the checkpoint of the present one.
     """
 
     def __init__(self, run: Run, folder: Path, world: World = ALONE) -> None:
@@ -60,11 +60,12 @@ class Parts(Run):
         self.id = hashlib.sha256(f"{self._run.id} {name}".encode()).hexdigest()[:16] if self._run.id else ""
 
     def save(self, folder: Path, write: Callable[[Path], None] | None = None) -> None:
-        """Write the finished parts into ``folder``; ``write`` writes the checkpoint of the present one."""
+        """Write the finished parts, and the files of the present one, into ``folder``; ``write`` writes the checkpoint
+        of the present one."""
         kept = {"results": self.results, "present": self.present}
         (folder / STATE).write_text(json.dumps(kept), encoding="utf-8")
-        for name in self.results:
-            if (self.folder / name).exists():
+        for name in dict.fromkeys((*self.results, self.present)):
+            if name and (self.folder / name).exists():
                 shutil.copytree(self.folder / name, folder / FILES / name)
         if write is not None:
             (folder / PRESENT).mkdir()

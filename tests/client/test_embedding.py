@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from ethogram.client import Client
+from ethogram.embedding import Embedding, Recommended
 from ethogram.platform.stack import Platform
 from services.resource.codec import ResourceCodec
 from tests.client.conftest import Cli
@@ -72,6 +74,20 @@ def test_a_configuration_is_recommended(cli: Cli, encoder: ResourceCodec) -> Non
     assert shown.code == 0 and "price" in shown.out and "latency: " in shown.err
     answer = cli("recommend", "vectors", "--tool", "read", "--latency", "1")
     assert answer.code == 1 and "Nothing stays below 1; this comes closest." in answer.err and "cores" in answer.out
+    assert "drawn at random" not in answer.err
+
+
+def test_measurements_that_were_left_out_are_counted(
+    cli: Cli, encoder: ResourceCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def some(self: Embedding, *arguments: Any, **options: Any) -> Recommended:
+        return whole(self, *arguments, **options)._replace(measurements=4000, measurements_left_out=1234)
+
+    whole = Embedding.recommend
+    asked = ("recommend", "vectors", "--tool", "read", "--latency", "900")
+    assert cli(*asked, "--json").json["measurements"] == 36
+    monkeypatch.setattr(Embedding, "recommend", some)
+    assert "Predicted from 4,000 of the 5,234 measurements, drawn at random." in cli(*asked).err
 
 
 @pytest.mark.parametrize(
@@ -83,6 +99,15 @@ def test_a_configuration_is_recommended(cli: Cli, encoder: ResourceCodec) -> Non
         ("tool,size,cores,memory\n", "has no rows"),
         ('{"tool": "read"}\n[3]\n', "rows.csv:2: is not a JSON object"),
         ('{"tool": "read"}\n\n{}\n', "rows.csv:3: is not a JSON object of values by field"),
+        ("tool,cores,cores\nread,2,4\n", "rows.csv:1.cores: is there twice"),
+        (
+            "tool,size,input_size\nread,small,large\n",
+            "rows.csv:2.input_size: is there twice, as size and as input_size",
+        ),
+        ('{"tool": "read"}\n{"tool": "read", "cores": 2, "cores": 4}\n', "rows.csv:2.cores: is there twice"),
+        ('{"tool": "read", "cores": true}\n', "rows.csv:1.cores: true is not a number"),
+        ('{"tool": "read", "size": false}\n', "rows.csv:1.size: false is not a label"),
+        (f'{{"tool": "read", "cores": 1{400 * "0"}}}\n', "rows.csv:1.cores: is too large"),
         ("tool,size\n\nread,small\nread\n", "rows.csv:4: has not as many cells"),
         ("tool,size,cores,memory\nread,huge,2,4\n", "configurations.size.0: must be one of small, large, not 'huge'"),
     ],

@@ -29,6 +29,7 @@ from services.artifacts.store import ArtifactStore
 from services.crossmodal.codec import Codec
 from services.inference.resource.served import GROUP, Readers, ServedResource
 from services.language.models import load_language_model
+from services.resource import predict
 from services.resource.codec import ResourceCodec
 from services.resource.describe import Describer
 from services.resource.recommend import Recommender
@@ -226,6 +227,47 @@ def test_a_language_model_of_the_store_is_found(
     assert describers[0].language is describers[1].language
 
 
+def test_the_same_weights_with_another_tokenizer_are_another_language_model(
+    serve: Serve, publish: Publish, encoder: ResourceCodec, language_folder: Path
+) -> None:
+    """Also where the weights are in memory already."""
+    digest = load_language_model(str(language_folder)).tokenizer_digest
+    for name, tokenizer in (("same", digest), ("other", "0" * 64)):
+        about = encoder.about | {"tokenizer_digest": tokenizer}
+        publish(ResourceCodec(encoder.spec, encoder.schema, encoder.model, about, encoder.table), name)
+    with Embedding(serve().address) as client:
+        assert len(client.describe("same", ROWS).texts) == 3
+        with pytest.raises(IllegalState, match="does not have the tokenizer that the encoder was trained with"):
+            client.describe("other", ROWS)
+
+
+def test_a_model_that_cannot_recommend_is_no_fault_of_the_request(
+    serve: Serve, publish: Publish, encoder: ResourceCodec
+) -> None:
+    assert encoder.table is not None
+    few = encoder.table.at(torch.arange(9))
+    publish(ResourceCodec(encoder.spec, encoder.schema, encoder.model, encoder.about, few), "few")
+    dimensions = [dimension.model_copy(update={"measured": False}) for dimension in encoder.schema.spec.dimensions]
+    schema = replace(encoder.schema, spec=encoder.schema.spec.model_copy(update={"dimensions": dimensions}))
+    table = replace(encoder.table, schema=schema)
+    publish(ResourceCodec(encoder.spec, schema, encoder.model, encoder.about, table), "unmeasured")
+    with Embedding(serve().address) as client:
+        for name, says in (("few", "cannot recommend: table: has 9 measured"), ("unmeasured", "no measured number")):
+            with pytest.raises(IllegalState, match=says) as caught:
+                client.recommend(name, {"tool": "read"}, 500)
+            assert caught.value.violations[0].field == "model.name"
+        with pytest.raises(InvalidInput, match="dimension: cores is not a measured number"):
+            client.recommend("unmeasured", {"tool": "read"}, 500, dimension="cores")
+
+
+def test_measurements_that_a_recommendation_left_out_are_counted(
+    embedding: Embedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "MOST_ROWS", 20)
+    found = embedding.recommend("tiny", {"tool": "read"}, 500)
+    assert (found.measurements, found.measurements_left_out) == (20, 16)
+
+
 def test_a_default_language_model_is_found_in_this_machines_cache(
     serve: Serve, publish: Publish, encoder: ResourceCodec, language_folder: Path, cache: Path
 ) -> None:
@@ -286,6 +328,7 @@ def test_recommend_is_the_recommender(embedding: Embedding, encoder: ResourceCod
             assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4)
         assert found.fits == expected.fits
         assert found.dimension == "latency"
+        assert (found.measurements, found.measurements_left_out) == (36, 0)
     assert not found.fits and found.upper > 10
     rows: list[dict[str, Any]] = [{"tool": "read", "size": "small"}, {"tool": "write", "size": "large"}]
     batch = embedding.recommend("tiny", rows, [90.0, 150.0])
@@ -340,6 +383,8 @@ WRONG: list[tuple[Configurations, str, str]] = [
     (GOOD | {"cores": float("nan")}, "cores.0", "must be a number from 0"),
     (GOOD | {"cores": float("inf")}, "cores.0", "must be a number from 0"),
     (GOOD | {"cores": 1e7}, "cores.0", "must be a number from 0 to 9999999"),
+    (GOOD | {"cores": 10**400}, "cores.0", "must be a number from 0 to 9999999"),
+    (GOOD | {"cores": -(10**5000)}, "cores.0", "must be a number from 0 to 9999999"),
     (GOOD | {"cores": True}, "cores.0", "must be a number or text"),
     (GOOD | {"speed": 1}, "speed", "there is no such field; there are tool, size"),
     (GOOD | {"tool": None}, "tool.0", "the tool must be known"),
@@ -414,6 +459,11 @@ def test_wrong_embeddings_templates_and_requirements(embedding: Embedding) -> No
         (tool, {"bound": float("nan")}, "bounds.0", "above 0"),
         ([tool, tool], {"bound": [5.0, -1.0]}, "bounds.1", "above 0"),
         ([tool, tool], {"bound": [5.0]}, "bound", "2 rows"),
+        (tool, {"bound": "5"}, "bound", "must be a number, or a list with one for each row"),
+        (tool, {"bound": None}, "bound", "must be a number"),
+        (tool, {"bound": 10**400}, "bound", "must be a number"),
+        ([tool, tool], {"bound": [5.0, "x"]}, "bound", "must be a number"),
+        ([tool, tool], {"bound": [[5.0], [5.0, 6.0]]}, "bound", "must be a number"),
         (tool, {"bound": 5, "confidence": 1}, "confidence", "between 0 and 1"),
         (tool, {"bound": 5, "confidence": 0.999}, "confidence", "takes at least 999 measurements, and there are 36"),
         (tool, {"bound": 5, "dimension": "speed"}, "dimension", "there is no 'speed'"),

@@ -18,14 +18,17 @@ from ethogram.errors import InvalidInput
 from ethogram.specs.resource import ResourceSpec
 from services.resource import job
 from services.resource.codec import ResourceCodec
+from services.resource.data import Table
 from services.resource.describe import Describer
+from services.resource.evaluate import describe_figures
+from services.resource.evaluate_prediction import prediction_figures
 from services.resource.export import validate
 from services.resource.job import run as run_job
 from services.resource.texts import Template
 from services.runtime.parallel import World
 from services.runtime.run import Run
 from tests.recorder import Interrupted, Recorder
-from tests.resource.conftest import rows, tiny_reader_spec, tiny_spec, write_registry, write_rows
+from tests.resource.conftest import SCHEMA, rows, tiny_reader_spec, tiny_spec, write_registry, write_rows
 
 REF = {"artifact": "x"}
 
@@ -122,6 +125,60 @@ def test_no_more_rows_are_described_at_once_than_training_has_room_for(
         monkeypatch.setattr(Describer, name, watched(getattr(Describer, name)))
     run_job(spec(training={"batch_size": 8, "accumulation": 7}), Recorder(tmp_path, inputs=inputs))
     assert max(sizes) == 8
+
+
+def test_ranges_of_the_unseen_run_are_of_the_rows_that_it_is_trained_on(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a held-out row has the highest number, no part of that run has the number in its schema."""
+    used: dict[str, tuple[ResourceCodec, Describer]] = {}
+    predicted: list[Table] = []
+
+    def described(codec: ResourceCodec, describer: Describer, values: torch.Tensor, run: Run, name: str) -> Any:
+        used[name] = codec, describer
+        return describe_figures(codec, describer, values, run, name)
+
+    def prediction(codec: ResourceCodec, describer: Describer, table: Table, **rest: Any) -> Any:
+        predicted.append(table)
+        return prediction_figures(codec, describer, table, **rest)
+
+    monkeypatch.setattr(job, "describe_figures", described)
+    monkeypatch.setattr(job, "prediction_figures", prediction)
+    dimensions = [dict(dimension) for dimension in SCHEMA["dimensions"]]
+    del dimensions[2]["low"], dimensions[2]["high"]
+    given = spec(table=SCHEMA | {"dimensions": dimensions})
+    table = job.table_of(given, Recorder(inputs=inputs))
+    _, held_out = table.hold_out(given.held_out, given.seed)
+    changed = rows()
+    changed[int(held_out[0])]["latency_ms"] = 987_654
+    inputs = inputs | {"profiling": write_rows(tmp_path / "table.csv", changed)}
+    run_job(given, Recorder(tmp_path, inputs=inputs))
+    highest = {name: part[0].schema.dimensions[3].high for name, part in used.items()}
+    assert highest["seen"] == 987_654 and 0 < (highest["unseen"] or 0) < 300
+    places = {name: part[1].schema.templates[0].places[3] for name, part in used.items()}
+    assert places == {"seen": 7, "unseen": 3}
+    assert predicted[0].schema == used["unseen"][0].schema and float(predicted[0].values.max()) == 987_654
+
+
+@pytest.mark.parametrize("fall", [None, 3])
+def test_the_export_has_the_checkpoint_of_each_snapshot(
+    fall: int | None, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also of those that an interrupted attempt took."""
+    given = spec(held_out=0, training={"steps": 4, "snapshot_epochs": 0.25, "validate_every": 4})
+    last = Recorder(tmp_path / "run", inputs=inputs)
+    if fall is not None:
+        first = Recorder(tmp_path / "first", inputs=inputs, every=True, fall=fall)
+        with pytest.raises(Interrupted):
+            run_job(given, first)
+        last.resume = first.checkpoints[-1]
+    run_job(given, last)
+    names = [f"encoder_checkpoint_epoch{epoch}.pt" for epoch in ("0.25", "0.5", "0.75", "1")]
+    assert sorted(file.name for file in (tmp_path / "run" / "export").glob("encoder_*")) == names
+    assert {*names} < {*validate(tmp_path / "run" / "export").files}
+    # The encoder's own artifact is as without snapshots.
+    kept = sorted(file.name for file in (tmp_path / "run" / "encoder").iterdir())
+    assert kept == ["encoder.json", "encoder.safetensors", "table.safetensors"]
 
 
 def test_without_held_out_rows_there_is_one_training(inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -283,6 +340,43 @@ def test_a_tool_that_was_never_measured_is_refused_before_training(inputs: dict[
     with pytest.raises(InvalidInput, match="has no row of the tool fly"):
         run_job(spec(), recorder)
     assert not recorder.stages
+
+
+LONG = [{"name": name, "high": 9_999_999, "decimals": 3} for name in ("one", "other")]
+MANY = [{"name": name, "labels": ["1", *(f"l{number}" for number in range(63))]} for name in ("one", "other")]
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "sections", "field", "says"),
+    [
+        ([], {"encoder": {"heads": 7}}, "spec.encoder.heads", "hidden size, 128, does not divide into 7 heads"),
+        ([], {"training": {"accumulation": 9}}, "spec.training.batch_size", "8 rows are too few for 9 parts"),
+        (LONG, {}, "spec.encoder.tokens", "1 soft tokens do not hold the .* digits and labels"),
+        (MANY, {}, "spec.table", "has 132 labels, tools among them, and the default language model has marks of 128"),
+    ],
+)
+def test_what_the_default_language_model_cannot_take_is_refused_before_it_is_trained(
+    dimensions: list[dict[str, Any]],
+    sections: dict[str, Any],
+    field: str,
+    says: str,
+    *,
+    inputs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def trained(run: Run) -> Path:
+        raise AssertionError("the default language model is trained")
+
+    monkeypatch.setattr(job, "default_folder", trained)
+    names = [dimension["name"] for dimension in dimensions]
+    text = SCHEMA["templates"][0]["text"] + "".join(f"; {name} {{{name}}}" for name in names)
+    table = {"dimensions": SCHEMA["dimensions"] + dimensions, "templates": [{"name": "plain", "text": text}]}
+    given = [row | dict.fromkeys(names, 1) for row in rows()]
+    inputs = inputs | {"profiling": write_rows(tmp_path / "table.csv", given)}
+    with pytest.raises(InvalidInput, match=says) as caught:
+        run_job(tiny_spec(table=table, tools=REF, profiling=REF, **sections), Recorder(inputs=inputs))
+    assert caught.value.violations[0].field == field
 
 
 def test_a_single_configuration_cannot_be_held_out_which_is_told_before_training(

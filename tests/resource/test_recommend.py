@@ -87,11 +87,13 @@ def test_where_only_a_part_was_measured(table: Table, codec: ResourceCodec) -> N
     ("given", "bound", "confidence", "field", "says"),
     [
         ({}, 100.0, 0.9, "given.tool", "is missing"),
-        ({"tool": "swim"}, 100.0, 0.9, "given.0.tool", "swim"),
-        ({"tool": "unknown"}, 100.0, 0.9, "given.0.tool", "must be known"),
+        ({"tool": "swim"}, 100.0, 0.9, "given.tool", "swim"),
+        ({"tool": "unknown"}, 100.0, 0.9, "given.tool", "must be known"),
         ({"tool": "detect", "cores": 3.0}, 100.0, 0.9, "given.cores", "no configuration has 3; there are 2, 4, 8, 16"),
         ({"tool": "detect", "latency_ms": 3.0}, 100.0, 0.9, "given.latency_ms", "is measured"),
-        ({"tool": "detect", "gpus": 3.0}, 100.0, 0.9, "given.0.gpus", "there is no such field"),
+        ({"tool": "detect", "cores": 10**400}, 100.0, 0.9, "given.cores", r"from 0 to 9999999, not 1[0]{39}\.\.\.$"),
+        ({"tool": "detect", "cores": -(10**5000)}, 100.0, 0.9, "given.cores", "not a number of thousands of digits"),
+        ({"tool": "detect", "gpus": 3.0}, 100.0, 0.9, "given.gpus", "there is no such field"),
         ({"tool": "detect"}, 0.0, 0.9, "bound", "above 0"),
         ({"tool": "detect"}, float("nan"), 0.9, "bound", "above 0"),
         ({"tool": "detect"}, float("inf"), 0.9, "bound", "above 0"),
@@ -128,6 +130,10 @@ def test_a_tool_without_measurements_and_a_dimension_without_a_bound(table: Tabl
     one = table.at((table.tools == 1).nonzero().flatten())
     with pytest.raises(InvalidInput, match="there are no measurements of detect"):
         Recommender(codec, one).recommend({"tool": "detect"}, 100.0)
+    values, unknown = codec.vectors([{"tool": "translate"}, {"tool": "detect"}])
+    with pytest.raises(InvalidInput) as caught:
+        Recommender(codec, one).choose(values[1], unknown[1], 100.0, field="configurations", row=1)
+    assert caught.value.violations[0].field == "configurations.tool.1"
     for name in ("size", "cores", "tool"):
         with pytest.raises(InvalidInput, match="is not a measured number"):
             Recommender(codec, table, name)

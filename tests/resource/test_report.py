@@ -181,6 +181,17 @@ def test_every_table_has_its_controls(
     assert not math.isnan(data["details"]["seen"]["field_error"]["cores"])
 
 
+def test_measurements_that_a_prediction_left_out_are_counted(
+    table: Table, language: LanguageModel, predictions: Predictions, tmp_path: Path
+) -> None:
+    figures = predictions.figures
+    assert figures["measurements"] + figures["rows"] == len(table) and figures["left_out"] == 0
+    assert "drawn at random" not in report_of(tmp_path / "all", table, language, predictions)
+    fewer = predictions._replace(figures=figures | {"measurements": 4000, "left_out": 1234})
+    page = report_of(tmp_path / "fewer", table, language, fewer)
+    assert "Predicted from 4,000 of 5,234 measurements, drawn at random." in page
+
+
 def test_a_report_without_predictions_or_prices_says_why(
     table: Table, codec: ResourceCodec, language: LanguageModel, tmp_path: Path
 ) -> None:

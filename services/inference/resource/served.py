@@ -111,14 +111,21 @@ class ServedResource:
 
     async def prepare_recommend(self, dimension: str) -> None:
         """Fit the prediction of a measured dimension unless it is there; see :meth:`dimension`. Raises
-        :class:`InvalidInput` for a dimension that is not measured, and :class:`IllegalState` without a table."""
+        :class:`InvalidInput` for a dimension that is not measured, and :class:`IllegalState` without a table, or with
+        too small a one."""
         name = self.dimension(dimension)
 
         def fit() -> None:
             if self.codec.table is None:
                 text = "has no table of measurements, without which nothing can be recommended; train it again"
                 raise IllegalState.field("model.name", text)
-            self._recommenders[name] = Recommender(self.codec, self.codec.table, name)
+            try:
+                self._recommenders[name] = Recommender(self.codec, self.codec.table, name)
+            except InvalidInput as error:
+                if any(violation.field == "dimension" for violation in error.violations):
+                    raise
+                # The request has no other field that this depends on.
+                raise IllegalState.field("model.name", f"cannot recommend: {error.message}") from None
 
         await self._once(f"recommend {name}", fit)
 
@@ -137,8 +144,19 @@ class ServedResource:
         await asyncio.shield(task)
 
     def dimension(self, name: str) -> str:
-        """The measured dimension that a request names, by default the first. Raises :class:`InvalidInput`."""
-        return name or self.schema.names[measured_number(self.schema)]
+        """The measured dimension that a request names, by default the first. Raises :class:`IllegalState` where the
+        schema has none."""
+        try:
+            return name or self.schema.names[measured_number(self.schema)]
+        except InvalidInput as error:
+            raise IllegalState.field("model.name", f"cannot recommend: {error.violations[0].description}") from None
+
+    def measurements(self, dimension: str) -> tuple[int, int]:
+        """How many measurements the prediction of a prepared ``dimension`` was fitted on, and how many were left
+        out."""
+        recommender = self._recommenders[dimension]
+        used = recommender.predictor.measurements
+        return used, len(recommender.table) - used
 
     @torch.inference_mode()
     def embed(self, arrays: Arrays) -> Arrays:
@@ -191,15 +209,16 @@ class Readers:
     ) -> None:
         self._store, self._scratch, self._device, self._out_of_memory = store, scratch, device, out_of_memory
         self._lock = threading.Lock()
-        self._loaded: weakref.WeakValueDictionary[str, LanguageModel] = weakref.WeakValueDictionary()
+        self._loaded: weakref.WeakValueDictionary[tuple[str, str], LanguageModel] = weakref.WeakValueDictionary()
 
     def get(self, artifact: str, codec: ResourceCodec) -> LanguageModel:
         """The language model of ``codec``, which is that ``artifact``: an artifact that it was made from, else where
         its spec says. Raises :class:`IllegalState` for one that is not here or is another one, and :class:`TooLarge`
         for one that has no room."""
-        digest = str(codec.about.get("language_model_digest"))
+        # The same weights may have another tokenizer.
+        key = str(codec.about.get("language_model_digest")), str(codec.about.get("tokenizer_digest"))
         with self._lock:
-            language = self._loaded.get(digest)
+            language = self._loaded.get(key)
             if language is None:
                 try:
                     language = self._load(artifact, codec)
@@ -207,7 +226,7 @@ class Readers:
                     raise IllegalState.field("model.name", f"cannot describe: {error.message}") from None
                 except self._out_of_memory:
                     raise TooLarge("the device's memory cannot hold the language model; try later") from None
-                self._loaded[digest] = language
+                self._loaded[key] = language
             return language
 
     def _load(self, artifact: str, codec: ResourceCodec) -> LanguageModel:

@@ -118,14 +118,18 @@ async def _recommend(dataplane: Dataplane, request: pb.RecommendRequest) -> pb.R
 
     def answer(arrays: Arrays, served: Served[ServedResource]) -> pb.RecommendResponse:
         columns = named_columns(served, arrays[VALUES])
-        chosen = {dimension.name for dimension in served.model.schema.dimensions if not dimension.measured}
+        chosen = {field.name for field in served.model.schema.dimensions if not field.measured}
+        dimension = served.model.dimension(request.dimension)
+        used, left_out = served.model.measurements(dimension)
         return pb.RecommendResponse(
             configurations=_rows({name: column for name, column in columns.items() if name in chosen}),
             price=to_tensor(arrays["price"]),
             predicted=to_tensor(arrays["predicted"]),
             upper=to_tensor(arrays["upper"]),
             fits=arrays["fits"].tolist(),
-            dimension=served.model.dimension(request.dimension),
+            dimension=dimension,
+            measurements=used,
+            measurements_left_out=left_out,
             model=model_of(served),
         )
 

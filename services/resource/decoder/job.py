@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ethogram.specs.resource import DecoderModelSpec, DecoderSpec
 from services.resource.decoder.model import HierarchicalDecoder
 from services.resource.decoder.tasks import TaskTexts
 from services.resource.decoder.train import DecoderTrainer
-from services.resource.export import Export, validate
+from services.resource.export import TOOL_NAME, Export, validate
 from services.runtime.parallel import ALONE, World
 from services.runtime.reading import reading
 from services.runtime.report import Panel, Report, history_plot
@@ -47,17 +49,19 @@ def run(spec: DecoderSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
 
 
 def evaluate(trainer: DecoderTrainer, count: int) -> tuple[dict[str, float], list[list[str]]]:
-    """Figures on ``count`` held-out texts, and rows of some texts with the choices."""
+    """Figures on ``count`` held-out texts, and rows of some texts with the choices. The tool of a configuration is that
+    of the export's lookup, not that of the mask by which the decoder chooses."""
     texts, wanted = trainer.draw(count, "evaluation")
     tools, chosen = trainer.model.choose(texts)
-    owner = trainer.tools
-    sizes = torch.bincount(owner)
+    owner = [row[TOOL_NAME] for row in trainer.texts.rows]
+    sizes = Counter(owner)
+    named = [trainer.texts.tools[tool] for tool in tools.tolist()]
     figures = {
         "accuracy": float((chosen == wanted).float().mean()),
-        "tool_accuracy": float((tools == owner[wanted]).float().mean()),
-        "valid": float((owner[chosen] == tools).float().mean()),
+        "tool_accuracy": fmean(owner[row] == name for row, name in zip(wanted.tolist(), named, strict=True)),
+        "valid": fmean(owner[row] == name for row, name in zip(chosen.tolist(), named, strict=True)),
         # Of a choice at random among the configurations of the right tool.
-        "chance": float((1 / sizes[owner[wanted]]).mean()),
+        "chance": fmean(1 / sizes[owner[row]] for row in wanted.tolist()),
         "steps": float(trainer.step),
     }
     listed = zip(texts[:EXAMPLES], wanted.tolist(), chosen.tolist(), strict=False)

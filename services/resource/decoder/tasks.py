@@ -42,6 +42,8 @@ class TaskTexts:
         if export.schema.spec.repeated:
             raise InvalidInput.field("export", "has repeated measurements of a configuration; no text tells them apart")
         self.rows = [export.lookup[str(index)] for index in range(len(export.lookup))]
+        self.tools = export.schema.tools
+        """Names of the tools, by index."""
         dimensions = export.schema.dimensions[1:]
         self.units = {dimension.name: dimension.unit for dimension in dimensions}
         for dimension in export.schema.dimensions:

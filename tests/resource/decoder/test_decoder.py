@@ -119,6 +119,18 @@ def test_accuracy_grows_and_a_choice_is_valid_from_the_beginning(exported: Expor
     assert len(rows) == job.EXAMPLES and after["steps"] == 150
 
 
+def test_a_choice_is_valid_by_the_lookup_not_by_the_mask(exported: Export) -> None:
+    """A mask that is wrong allows for configurations of other tools."""
+    first, second = exported.masks.values()
+    wrong = {"detect": [*first[1:], second[0]], "translate": [*second[1:], first[0]]}
+    assert job.evaluate(trainer(exported), 64)[0]["valid"] == 1
+    made = trainer(exported._replace(masks=wrong))
+    with torch.no_grad():
+        made.model.config_head.bias[[first[0], second[0]]] = 1e6
+    figures, _ = job.evaluate(made, 64)
+    assert figures["valid"] == 0 and figures["chance"] == pytest.approx(1 / 8)
+
+
 def test_a_batch_of_fewer_texts_than_processes_is_refused(exported: Export) -> None:
     spec = tiny_decoder_spec(training={"batch_size": 1})
     with pytest.raises(InvalidInput, match="1 texts are too few for 2 processes") as caught:
