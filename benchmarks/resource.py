@@ -897,8 +897,8 @@ def serve(arguments: argparse.Namespace) -> Figures:
                     served.append(sum(future.result() for future in futures))
                     say(f"turn {turn}: served {served[-1]:.0f} vectors/s, bare {bare[-1]:.0f}")
             embeddings = doubtful(codec, values[: 8 if setting.quick else 64], seed)
-            calls = [partial(described, client, embeddings, seed + turn) for turn, client in enumerate(clients)]
-            together = [call.result() for call in [pool.submit(call) for call in calls]]
+            asked = [pool.submit(described, client, embeddings, turn) for turn, client in enumerate(clients)]
+            together = [answer.result() for answer in asked]
             alone = [clients[0].describe_embeddings("encoder", vector).texts for vector in embeddings]
         finally:
             for client in clients:

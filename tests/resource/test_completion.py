@@ -69,7 +69,7 @@ def test_what_is_unknown_changes_no_estimate(value: float, completion: Completio
 def test_a_row_has_the_same_estimate_alone_and_among_others(completion: Completion) -> None:
     unknown = LATENCY.expand_as(ROWS)
     together = completion(ROWS, unknown)
-    alone = torch.cat([completion(row, LATENCY.unsqueeze(0)) for row in ROWS.split(1)])
+    alone = torch.cat([completion(row, LATENCY.unsqueeze(0)) for row in torch.split(ROWS, 1)])
     assert torch.equal(together, alone)
 
 
