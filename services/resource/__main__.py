@@ -538,7 +538,6 @@ def _given(tool: str, values: Sequence[str] | None, schema: Schema) -> dict[str,
 def _in_options() -> Iterator[None]:
     """Name the options in errors of the fields that they set."""
     options = {
-        "given.0.tool": "--tool",
         "given.tool": "--tool",
         "given": "--set",
         "bound": "--latency",

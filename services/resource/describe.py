@@ -60,10 +60,8 @@ class Describer:
         marks = [LABEL_END, *(option(index) for index in range(OPTIONS))]
         self._hidden = {row[0] for row in language.tokenize(marks)} if self.reads_slots else set()
         """Tokens that no text shows."""
-        labels = sum(len(dimension.labels) for dimension in schema.dimensions)
-        if self.reads_slots and labels > OPTIONS:
-            text = f"has {labels} labels, tools among them, and {language.name} has marks of {OPTIONS}"
-            raise InvalidInput.field("spec.table", f"{text}; name another language model in llm_model")
+        if self.reads_slots:
+            schema.check_labels(language.name)
         self._prompts: dict[str, tuple[list[int], Any]] = {}
         self._layers = _layers(self.model) if checkpointing else []
         if checkpointing and not self._layers:

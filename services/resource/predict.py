@@ -332,7 +332,8 @@ class NumberPredictor:
         name = self.codec.schema.names[self.dimension]
         if given.get(name, UNKNOWN) not in (None, UNKNOWN):
             raise InvalidInput.field(f"{field}.{name}", "is what is predicted; leave it out, or give unknown")
-        values, unknown = self.codec.vectors([{**given, name: UNKNOWN}], field)
+        values, unknown = (part.unsqueeze(0) for part in self.codec.vector({**given, name: UNKNOWN}, field))
+        self.table.check_measured(int(values[0, 0]), f"{field}.{TOOL}")
         interval = self.intervals(values, unknown, level, field)
         value, low, high = (float(end) for end in interval)
         measurements = self._predictor(unknown[0])[1].measurements
@@ -340,7 +341,8 @@ class NumberPredictor:
 
     def intervals(self, values: Tensor, unknown: Tensor, level: float = 0.9, field: str = "rows") -> Interval:
         """Predictions for vectors ``[rows, fields]``, with intervals at ``level``. Raises :class:`InvalidInput`."""
-        check_measured(self.table, values, field)
+        for row, tool in enumerate(values[:, 0].tolist()):
+            self.table.check_measured(int(tool), f"{field}.{row}.{TOOL}")
         unknown = unknown.clone()
         unknown[:, self.dimension] = True
         patterns, pattern_of = torch.unique(unknown, dim=0, return_inverse=True)
@@ -361,13 +363,6 @@ class NumberPredictor:
             predictor = fit(inputs(table.values), numbers, self.seed, table.configurations)
             self._fitted[key] = inputs, predictor
         return self._fitted[key]
-
-
-def check_measured(table: Table, values: Tensor, field: str) -> None:
-    """Raise :class:`InvalidInput` for a tool of ``values`` ``[rows, fields]`` of which the table has no row."""
-    if absent := [int(tool) for tool in values[:, 0].tolist() if int(tool) not in table.measured_tools]:
-        text = f"there are no measurements of {table.schema.tools[absent[0]]}, and nothing can be predicted without any"
-        raise InvalidInput.field(f"{field}.{TOOL}", text)
 
 
 def measured_fields(schema: Schema) -> Tensor:

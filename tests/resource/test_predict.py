@@ -107,12 +107,12 @@ def test_numbers_outside_the_declared_range_are_marked(table: Table, codec: Reso
         ("size", {}, 0.9, "dimension", "size is a category"),
         ("speed", {}, 0.9, "dimension", "there is no 'speed'; there are tool, size, cores, memory_gb, latency_ms"),
         (None, {"latency_ms": 3.0}, 0.9, "given.latency_ms", "is what is predicted"),
-        (None, {"tool": "unknown"}, 0.9, "given.0.tool", "must be known"),
-        (None, {"tool": "swim"}, 0.9, "given.0.tool", "swim"),
-        (None, {"size": "huge"}, 0.9, "given.0.size", "huge"),
-        (None, {"cores": -1.0}, 0.9, "given.0.cores", "-1"),
-        (None, {"cores": float("inf")}, 0.9, "given.0.cores", "inf"),
-        (None, {"gpus": 1.0}, 0.9, "given.0.gpus", "there is no such field"),
+        (None, {"tool": "unknown"}, 0.9, "given.tool", "must be known"),
+        (None, {"tool": "swim"}, 0.9, "given.tool", "swim"),
+        (None, {"size": "huge"}, 0.9, "given.size", "huge"),
+        (None, {"cores": -1.0}, 0.9, "given.cores", "-1"),
+        (None, {"cores": float("inf")}, 0.9, "given.cores", "inf"),
+        (None, {"gpus": 1.0}, 0.9, "given.gpus", "there is no such field"),
     ],
 )
 def test_what_cannot_be_predicted(
