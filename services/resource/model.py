@@ -17,8 +17,8 @@ from services.resource.texts import OPTIONS, Template, slots
 
 class ResourceEncoder(nn.Module):
     """Stream A, the tool: its name in the model's frozen token embeddings, and an indicator, since names of the same
-    words have the same mean; and stream B, an MLP of the numbers, fused by self-attention over both. A number that is
-    unknown is estimated first."""
+    words have the same mean; and stream B, an MLP of the numbers, fused by self-attention over both. What is unknown is
+    estimated first."""
 
     tool_vectors: Tensor
 

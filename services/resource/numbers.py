@@ -30,8 +30,8 @@ XVAL_RANGE = 5.0
 class Features(nn.Module):
     """The features of a vector without its tool, ``[batch, width]``.
 
-    Each dimension has a block: a number's features, or one indicator for each label, all zero where it is unknown; and
-    an indicator that the value is unknown, beside which a number is an estimate.
+    Each dimension has a block: a number's features, or one indicator for each label; and an indicator that the value is
+    unknown, and an estimate.
     """
 
     mean: Tensor
@@ -63,18 +63,12 @@ class Features(nn.Module):
                 return 1
 
     def forward(self, values: Tensor, unknown: Tensor) -> Tensor:
-        """``values``: ``[batch, dimensions]``, float64 on the CPU; ``unknown``: which of them are not known, of the
+        """``values``: ``[batch, dimensions]``, float64 on the CPU; ``unknown``: which of them are estimates, of the
         same shape. The features are float32 on the CPU."""
         blocks = []
         for index, dimension in enumerate(self.dimensions):
-            hidden = unknown[:, index : index + 1]
-            value = values[:, index]
-            if not dimension.number:
-                value = value.masked_fill(hidden[:, 0], 0.0)
-            block = self._block(index, dimension, value)
-            if not dimension.number:
-                block = block.masked_fill(hidden, 0.0)
-            blocks += [block.float(), hidden.float()]
+            block = self._block(index, dimension, values[:, index])
+            blocks += [block.float(), unknown[:, index : index + 1].float()]
         return torch.cat(blocks, 1)
 
     def _block(self, index: int, dimension: DimensionSpec, value: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class ResourceTrainer(Trainer):
         """The loss and its terms. ``values`` and ``views``: ``[batch, fields]``, the rows and other views of them."""
         weight = self.spec.training.retrieval
         soft = self.embed(values, unknown)
-        # The estimate of an unknown number is what the vector has.
+        # The estimates of what is unknown are what the vector has.
         scores = self.describer.scores(soft, self.model.completion(values, unknown), template)
         terms = {"description": scores.loss, "exact_match": scores.exact.float().mean()}
         loss = scores.loss
