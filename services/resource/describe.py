@@ -62,6 +62,7 @@ class Describer:
         """Tokens that no text shows."""
         if self.reads_slots:
             schema.check_labels(language.name)
+        self._layouts: dict[tuple[str, int], list[tuple[str | Soft | Slot, Tensor]]] = {}
         self._prompts: dict[str, tuple[list[int], Any]] = {}
         self._layers = _layers(self.model) if checkpointing else []
         if checkpointing and not self._layers:
@@ -128,15 +129,25 @@ class Describer:
         if not self.reads_slots:
             return soft
         parts = []
-        for cell in template.layout(soft.shape[1]):
+        for cell, tokens in self._layout(template, soft.shape[1]):
             if isinstance(cell, Soft):
                 before = soft[:, cell.index : cell.index + 1]
                 parts.append(before)
                 continue
-            (row,) = self.language.tokenize([slot(cell.index) if isinstance(cell, Slot) else cell])
-            embedded = self.embed(torch.tensor(row, device=self.device)).expand(len(soft), -1, -1)
+            embedded = self.embed(tokens).expand(len(soft), -1, -1)
             parts.append(embedded * before if isinstance(cell, Slot) else embedded)
         return torch.cat(parts, 1)
+
+    def _layout(self, template: Template, count: int) -> list[tuple[str | Soft | Slot, Tensor]]:
+        """What stands between prompt and description, with ``count`` soft tokens, and its tokens."""
+        if (template.name, count) not in self._layouts:
+            cells = template.layout(count)
+            texts = [slot(cell.index) if isinstance(cell, Slot) else cell for cell in cells]
+            rows = iter(self.language.tokenize([text for text in texts if isinstance(text, str)]))
+            known = [[] if isinstance(text, Soft) else next(rows) for text in texts]
+            tokens = [torch.tensor(row, dtype=torch.long, device=self.device) for row in known]
+            self._layouts[template.name, count] = list(zip(cells, tokens, strict=True))
+        return self._layouts[template.name, count]
 
     def _states(self, inputs: Tensor, template: Template) -> Tensor:
         """Last hidden states of ``inputs`` ``[batch, length, hidden]`` after the prompt."""

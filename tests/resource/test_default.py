@@ -29,8 +29,8 @@ def test_one_tool_is_described_and_predicted_with_the_default_language_model(tmp
     recorder = Recorder(tmp_path, inputs={"profiling": profiling})
     spec = ResourceSpec.model_validate({"profiling": {"artifact": "x"}, "held_out": 0.2})
     figures = run(spec, recorder)["figures"]
-    assert figures["exact_match_seen"] >= 0.95 and figures["exact_match_unseen"] >= 0.8
-    assert figures["control_exact_match"] <= 0.02 and figures["self_retrieval"] == 1
+    assert figures["exact_match_seen"] >= 0.99 and figures["exact_match_unseen"] >= 0.98
+    assert figures["control_exact_match"] <= 0.01 and figures["self_retrieval"] == 1
     assert ("language_model", "language-model") in recorder.artifacts
 
     # From the cache, and what is known is read also where fields that a user chooses are unknown.
@@ -42,7 +42,11 @@ def test_one_tool_is_described_and_predicted_with_the_default_language_model(tmp
     describer, template = Describer(language_model_for(codec), codec.schema), codec.schema.templates[0]
     texts = describer.write(codec.soft(codec.embed(values, unknown)), template)
     read = torch.tensor([template.read(text) or [-1.0] * len(known) for text in texts], dtype=torch.float64)
-    assert float((read == values)[:, known].double().mean()) >= 0.9
+    assert float((read == values)[:, known].double().mean()) >= 0.98
+    # What is said of the others is a configuration of the grid.
+    for index, dimension in enumerate(codec.schema.dimensions):
+        if dimension.levels and not known[index]:
+            assert float(torch.isin(read[:, index], torch.tensor(dimension.levels).double()).double().mean()) >= 0.98
 
     predictions = json.loads((tmp_path / "report" / "report.json").read_text())["predictions"]
     (covered,) = [row["covered"] for row in predictions["coverage"] if row["level"] == pytest.approx(0.9)]
