@@ -85,6 +85,14 @@ Profiling = Annotated[
 Dimension = Annotated[
     str | None, typer.Option("--dimension", metavar="FIELD", help="By default the first measured number.")
 ]
+Calibration = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the measured configurations that nothing is learned from: what they show of errors is then "
+        "guaranteed of configurations like the measured ones (0: all are used for both, and it is not).",
+    ),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Predict from the raw numbers, too, not from the embedding alone.")]
 
 FLAGS = {
@@ -306,6 +314,7 @@ def predict(
     dimension: Dimension = None,
     level: Annotated[float, typer.Option(help="Probability with which the interval covers the measured number.")] = 0.9,
     raw: Raw = False,
+    calibration: Calibration = 0.0,
     profiling_data: Profiling = None,
     device: Device = None,
 ) -> Answer:
@@ -320,7 +329,7 @@ def predict(
     given = _given(tool, values, codec.schema)
     with _in_options():
         table = table_for(codec, profiling_data, partial=True)
-        predictor = NumberPredictor(codec, table, dimension, raw=raw)
+        predictor = NumberPredictor(codec, table, dimension, raw=raw, calibration=calibration)
         found = predictor.predict(given, level)
     unit = codec.schema.dimensions[codec.schema.index(found.dimension)].unit
 
@@ -349,6 +358,7 @@ def recommend(
     confidence: Annotated[float, typer.Option(help="Probability with which it must.")] = 0.9,
     dimension: Dimension = None,
     raw: Raw = False,
+    calibration: Calibration = 0.0,
     profiling_data: Profiling = None,
     device: Device = None,
 ) -> Answer:
@@ -363,7 +373,7 @@ def recommend(
     given = _given(tool, values, codec.schema)
     with _in_options():
         table = table_for(codec, profiling_data, partial=True)
-        recommender = Recommender(codec, table, dimension, raw=raw)
+        recommender = Recommender(codec, table, dimension, raw=raw, calibration=calibration)
         found = recommender.recommend(given, bound, confidence)
     bounded = codec.schema.dimensions[recommender.dimension]
 
@@ -543,7 +553,7 @@ def _in_options() -> Iterator[None]:
         "bound": "--latency",
         "texts.0": "TEXT",
         "table": "--profiling-data",
-        **{name: f"--{name.replace('_', '-')}" for name in ("level", "confidence", "dimension")},
+        **{name: f"--{name.replace('_', '-')}" for name in ("level", "confidence", "dimension", "calibration")},
         **{name: f"--{name.replace('_', '-')}" for name in ("llm_model", "profiling_data", "tool_registry")},
     }
 

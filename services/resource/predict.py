@@ -8,15 +8,16 @@ trained on; residuals of these would be too small.
 Intervals are conformal by cross-validation (the jackknife of arXiv 1905.02928): quantiles of the residuals of
 measurements, each by a regression that used neither the measurement nor others of its configuration, with a kernel and
 a ridge that were chosen without it. They cover about as asked if new configurations are exchangeable with measured
-ones. No finite number of measurements guarantees it: a split into rows to learn from and rows to calibrate on would, at
-the cost of accuracy. The report of a run shows what intervals cover of configurations that its encoder has not seen.
+ones. No finite number of measurements guarantees it; with ``calibration`` it is guaranteed, at the cost of accuracy: a
+share of the configurations is not learned from, and quantiles are those of its residuals (split conformal prediction,
+arXiv 1604.04173). The report of a run shows what intervals cover of configurations that its encoder has not seen.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -149,13 +150,18 @@ def quantile(residuals: Tensor, level: float, field: str = "level") -> float:
     return float(residuals.sort().values[rank - 1])
 
 
-def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None = None) -> Predictor:
+def fit(
+    features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None = None, *, calibration: float = 0.0
+) -> Predictor:
     """Fit a predictor of ``numbers`` ``[rows]`` from ``features`` ``[rows, features]``; of more than :data:`MOST_ROWS`
     rows a random part is used.
 
-    ``groups``: rows that are left out together, e.g. repeated measurements. Raises :class:`InvalidInput` for fewer than
-    :data:`FEWEST` groups.
+    ``groups``: rows that are left out together, e.g. repeated measurements; ``calibration``: share of the groups of
+    which the residuals are, and on which nothing else is fitted; 0: all are used for both. Raises
+    :class:`InvalidInput` for fewer than :data:`FEWEST` groups, and for a share outside [0, 1).
     """
+    if not 0 <= calibration < 1:
+        raise InvalidInput.field("calibration", f"must be from 0 to below 1, not {calibration:g}")
     groups = torch.arange(len(numbers)) if groups is None else torch.unique(groups, return_inverse=True)[1]
     count = int(groups.max()) + 1 if len(groups) else 0
     if count < FEWEST:
@@ -164,6 +170,12 @@ def fit(features: Tensor, numbers: Tensor, seed: int = 0, groups: Tensor | None 
         kept = torch.randperm(len(numbers), generator=generator(seed, "rows"))[:MOST_ROWS]
         features, numbers, groups = features[kept], numbers[kept], groups[kept]
     target, features = numbers.double().log1p(), features.double()
+    if calibration:
+        kept_apart = torch.randperm(count, generator=generator(seed, "calibration"))[: math.ceil(calibration * count)]
+        calibrates = torch.isin(groups, kept_apart)
+        learned = fit(features[~calibrates], numbers[~calibrates], seed, groups[~calibrates])
+        errors = target[calibrates] - learned.log_value(features[calibrates])
+        return replace(learned, residuals=errors, measurements=len(target))
     mean, deviation = _scale(features)
     x = (features - mean) / deviation
     order = torch.randperm(len(x), generator=generator(seed, "rows to choose on"))
@@ -311,11 +323,19 @@ class NumberPredictor:
     """Predicts one number of configurations from embeddings in which it is unknown, learning from a table."""
 
     def __init__(
-        self, codec: ResourceCodec, table: Table, dimension: str | None = None, *, raw: bool = False, seed: int = 0
+        self,
+        codec: ResourceCodec,
+        table: Table,
+        dimension: str | None = None,
+        *,
+        raw: bool = False,
+        calibration: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        """``dimension``: by default the first measured number; ``raw``: use the raw numbers beside the embedding.
-        Raises :class:`InvalidInput` for a dimension that is not a number of the schema."""
-        self.codec, self.table, self.raw, self.seed = codec, table, raw, seed
+        """``dimension``: by default the first measured number; ``raw``: use the raw numbers beside the embedding;
+        ``calibration``: share of the configurations that is for intervals alone. Raises :class:`InvalidInput` for a
+        dimension that is not a number of the schema."""
+        self.codec, self.table, self.raw, self.calibration, self.seed = codec, table, raw, calibration, seed
         self.dimension = codec.schema.index(dimension) if dimension else measured_number(codec.schema)
         if not codec.schema.dimensions[self.dimension].number:
             text = f"{dimension} is a category; numbers alone are predicted"
@@ -360,7 +380,9 @@ class NumberPredictor:
             table = self.table
             inputs = Inputs(self.codec, table, unknown, raw=self.raw, seed=self.seed)
             numbers = table.values[:, self.dimension]
-            predictor = fit(inputs(table.values), numbers, self.seed, table.configurations)
+            predictor = fit(
+                inputs(table.values), numbers, self.seed, table.configurations, calibration=self.calibration
+            )
             self._fitted[key] = inputs, predictor
         return self._fitted[key]
 

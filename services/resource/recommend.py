@@ -64,10 +64,18 @@ class Recommender:
     """Recommends configurations from a table of which some, or all, were measured."""
 
     def __init__(
-        self, codec: ResourceCodec, table: Table, dimension: str | None = None, *, raw: bool = False, seed: int = 0
+        self,
+        codec: ResourceCodec,
+        table: Table,
+        dimension: str | None = None,
+        *,
+        raw: bool = False,
+        calibration: float = 0.0,
+        seed: int = 0,
     ) -> None:
         """``table``: measurements; ``dimension``: the measured dimension that is bounded, by default the first;
-        ``raw``: use the raw numbers beside the embedding. Raises :class:`InvalidInput`."""
+        ``raw``: use the raw numbers beside the embedding; ``calibration``: share of the configurations that is for
+        confidence alone. Raises :class:`InvalidInput`."""
         self.codec, self.schema = codec, codec.schema
         self.dimension = self.schema.index(dimension, "dimension") if dimension else measured_number(self.schema)
         bounded = self.schema.dimensions[self.dimension]
@@ -76,7 +84,9 @@ class Recommender:
         self.table, self.measured = table, measured_fields(self.schema)
         numbers = table.values[:, self.dimension]
         self.inputs = Inputs(codec, table, self.measured, raw=raw, seed=seed)
-        self.predictor: Predictor = fit(self.inputs(table.values), numbers, seed, table.configurations)
+        self.predictor: Predictor = fit(
+            self.inputs(table.values), numbers, seed, table.configurations, calibration=calibration
+        )
         self.candidates = grid(self.schema, table)
         self._options: dict[int, Options] = {}
 

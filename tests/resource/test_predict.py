@@ -212,6 +212,32 @@ def test_residuals_are_of_regressions_that_saw_neither_the_row_nor_its_group(mon
     assert change[[7, 47]].tolist() == pytest.approx([3.0, 3.0], rel=1e-6)
 
 
+def test_with_calibration_the_residuals_are_of_rows_that_nothing_else_used() -> None:
+    """Repeated measurements of a configuration are on one side; and intervals cover as asked, those of zero width do
+    not."""
+    rng = torch.Generator().manual_seed(0)
+    groups = torch.arange(200).repeat(2)
+    features = torch.randn(200, 3, generator=rng, dtype=torch.float64).repeat(2, 1)
+    noise = 0.1 * torch.randn(400, generator=rng, dtype=torch.float64)
+    numbers = (5 + features.sum(1) + noise).exp()
+    found = fit(features, numbers, groups=groups, calibration=0.25)
+    assert found.measurements == 400 and len(found.residuals) == 2 * 50 and len(found.regression.rows) == 300
+    errors = numbers.log1p() - found.log_value(features)
+    is_residual = torch.isclose(errors.unsqueeze(1), found.residuals).any(1)
+    assert int(is_residual.sum()) == 100 and torch.equal(is_residual[:200], is_residual[200:])
+    # What they measured moves no prediction.
+    moved = torch.where(is_residual, numbers * 2, numbers)
+    again = fit(features, moved, groups=groups, calibration=0.25)
+    assert torch.equal(again.log_value(features), found.log_value(features))
+    new = torch.randn(500, 3, generator=rng, dtype=torch.float64)
+    truth = (5 + new.sum(1) + 0.1 * torch.randn(500, generator=rng, dtype=torch.float64)).exp()
+    interval = found.interval(new, 0.9)
+    assert 0.85 <= float(((interval.low <= truth) & (truth <= interval.high)).double().mean()) <= 0.96
+    for share in (-0.1, 1.0):
+        with pytest.raises(InvalidInput, match="calibration"):
+            fit(features, numbers, groups=groups, calibration=share)
+
+
 def test_fields_are_read_from_the_embedding(table: Table, codec: ResourceCodec) -> None:
     """Also of configurations that were never measured, and as well as they are in the vector."""
     unknown = torch.tensor([False, False, False, False, True])
