@@ -18,7 +18,8 @@ those of this run, and null where an earlier run took part. Others are installed
   given the numbers as characters, which it saw only when it began to copy. ``N_digits``: numbers of N digits before the
   point, from the range, in vectors with as many short numbers as long ones. ``schema`` is a table of chemistry, of
   which a tenth is held out.
-- latency: a fifth of the rows is held out, from the encoder too. ``said`` is the latency that the language model writes
+- latency: a fifth of the rows is held out, from the encoder too. ``split``: a quarter of the others is for intervals
+  alone. ``said`` is the latency that the language model writes
   of vectors without it. For recommendations encoder and predictor know a tenth of the table alone; the regret is of
   requests that both answer within the bound, and ``refused`` are those answered by "nothing fits".
 - decoder: ``steps`` are to .95 of the validation's texts.
@@ -152,6 +153,8 @@ LATENCY: Bars = {
     "latency_width_ratio": ("width_ratio", "<=", 1.1),
     "latency_relative_width_ratio": ("relative_width_ratio", "<=", None),
     "latency_mape": ("mape", "<=", None),
+    "latency_mape_split": ("mape_split", "<=", None),
+    "latency_coverage_split": ("coverage_split", None, None),
     "latency_mape_with_raw": ("mape_with_raw", "<=", None),
     "latency_mape_said": ("mape_said", "<=", None),
     **{f"latency_mape_{name}": (f"peer.{name}", "<=", None) for name in ("linear", "log_linear", "scikit", "xgboost")},
@@ -696,12 +699,11 @@ def predicted_beside(
     train, test = rows
     values, unknown = table.values[test], measured_fields(table.schema).expand(len(test), -1)
     metrics: dict[str, float] = {}
-    for name, raw in (("mape", False), ("mape_with_raw", True)):
-        predictor = NumberPredictor(codec, table.at(train), raw=raw, seed=seed)
+    for suffix, raw, calibration in (("", False, 0.0), ("_with_raw", True, 0.0), ("_split", False, 0.25)):
+        predictor = NumberPredictor(codec, table.at(train), raw=raw, calibration=calibration, seed=seed)
         target = values[:, predictor.dimension]
         interval = predictor.intervals(values, unknown, LEVEL)
-        metrics[name] = mape(interval.value, target)
-        suffix = "_with_raw" if raw else ""
+        metrics[f"mape{suffix}"] = mape(interval.value, target)
         metrics[f"coverage{suffix}"] = float(((interval.low <= target) & (target <= interval.high)).double().mean())
         widths = interval.high - interval.low
         metrics[f"width{suffix}"], metrics[f"relative_width{suffix}"] = (
