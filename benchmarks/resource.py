@@ -83,7 +83,7 @@ from services.resource.export import named, validate
 from services.resource.language_model import default_folder
 from services.resource.predict import NumberPredictor, measured_fields
 from services.resource.recommend import Recommender, cheapest, prices
-from services.resource.schema import Schema
+from services.resource.schema import Schema, step
 from services.resource.sources import DEFAULT
 from services.resource.texts import PAD, READ, Soft, Template
 from services.resource.train import ResourceTrainer
@@ -612,7 +612,9 @@ def regression_file(file: Path, table: Table, train: Tensor, test: Tensor, dimen
     values = table.values.numpy()
     masks = {name: np.isin(np.arange(len(table)), rows.numpy()) for name, rows in (("train", train), ("test", test))}
     arrays = {
-        "numbers": values[:, [index for index, column in chosen if column.number]],
+        # In steps of the last decimal, as the product's own logarithms.
+        "numbers": values[:, [i for i, column in chosen if column.number]]
+        / np.array([step(column) for _, column in chosen if column.number]),
         "categories": values[:, [index for index, column in chosen if not column.number]].astype(np.int64),
         "target": values[:, dimension],
         **masks,

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ethogram.specs.resource import MOST, DimensionSpec
+from services.resource.schema import step
 
 
 class Completion(nn.Module):
-    """An MLP from what is known of a row to the logarithm of each number, and to the label of each
-    category. What is known: of numbers ``log(1 + x)``, standardised over the training rows; of
-    categories an indicator of each label; and of numbers what is unknown."""
+    """An MLP from what is known of a row to the logarithm of each number, and to the label of each category.
+
+    What is known: of numbers ``log(1 + x)``, in steps of the last decimal and standardised over the training rows; of
+    categories an indicator of each label; and of numbers what is unknown.
+    """
 
     mean: Tensor
     deviation: Tensor
@@ -26,7 +29,8 @@ class Completion(nn.Module):
         self.numbers = [(index, field) for index, field in enumerate(dimensions) if field.number]
         self.categories = [(index, len(field.labels)) for index, field in enumerate(dimensions) if not field.number]
         self._columns = [index for index, _ in self.numbers]
-        logs = values[:, self._columns].log1p()
+        self._steps = torch.tensor([step(field) for _, field in self.numbers], dtype=torch.float64)
+        logs = self._logs(values)
         mean = logs.mean(0)
         self.register_buffer("mean", mean.float())
         self.register_buffer("deviation", (logs - mean).square().mean(0).sqrt().clamp_min(1e-3).float())
@@ -52,7 +56,10 @@ class Completion(nn.Module):
 
     def _standardised(self, values: Tensor) -> Tensor:
         mean, deviation = (statistic.cpu().to(values) for statistic in (self.mean, self.deviation))
-        return (values[:, self._columns].log1p() - mean) / deviation
+        return (self._logs(values) - mean) / deviation
+
+    def _logs(self, values: Tensor) -> Tensor:
+        return (values[:, self._columns] / self._steps).log1p()
 
     def loss(self, values: Tensor, unknown: Tensor) -> Tensor:
         """Mean error of the fields that are ``unknown``, a scalar: squared, of the standardised logarithm of a number,
@@ -82,11 +89,12 @@ class Completion(nn.Module):
         for (index, field), log in zip(self.numbers, logs.T, strict=True):
             if field.levels and not field.measured:
                 levels = torch.tensor(field.levels, dtype=torch.float64)
-                estimates[:, index] = levels[(log.unsqueeze(1) - levels.log1p()).abs().argmin(1)]
+                distances = (log.unsqueeze(1) - (levels / step(field)).log1p()).abs()
+                estimates[:, index] = levels[distances.argmin(1)]
                 continue
             scale = 10.0**field.decimals
             # Of a wide table the exponential may be anything.
-            found = log.clamp(0, 40).expm1().clamp(field.low or 0.0, field.high or float(MOST))
+            found = (log.clamp(0, 40).expm1() * step(field)).clamp(field.low or 0.0, field.high or float(MOST))
             estimates[:, index] = (found * scale).round() / scale
         for (index, _), scores in zip(self.categories, logits, strict=True):
             estimates[:, index] = scores.argmax(1).double()

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.resource import MAX_LABELS, MOST, Label, SchemaSpec
+from ethogram.specs.resource import FINEST, MAX_LABELS, MOST, Label, SchemaSpec
 from services.language.tables import read_table
 from services.resource.schema import Schema
 from services.runtime.reading import reading
@@ -86,7 +86,8 @@ class Table:
             finer = [value for value in self.values[:, index].tolist() if _finer(value, dimension.decimals)]
             if dimension.number and finer:
                 text = f"descriptions round {len(finer)} of {len(self)} numbers to {dimension.decimals} decimals"
-                texts.append(f"{dimension.name}: {text}; set its decimals for more")
+                more = "set its decimals for more" if dimension.decimals < FINEST else "take a smaller unit"
+                texts.append(f"{dimension.name}: {text}; {more}")
         return texts
 
     def hold_out(self, share: float, seed: int) -> tuple[Tensor, Tensor]:

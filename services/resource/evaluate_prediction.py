@@ -16,7 +16,7 @@ from services.resource.describe import Describer
 from services.resource.evaluate import read_back, relative_error
 from services.resource.predict import Inputs, fit, interval, measured_fields, measured_number, upper_bound
 from services.resource.recommend import cheapest, prices
-from services.resource.schema import Schema
+from services.resource.schema import Schema, step
 from services.runtime.seeds import generator
 
 VECTOR, WITH_RAW, LOG_LINEAR = "vector", "vector and raw numbers", "log-linear on raw numbers"
@@ -32,8 +32,10 @@ FEWEST = 4
 
 
 class Method(NamedTuple):
-    """Predictions of the logarithm of 1 + the number by one method."""
+    """Predictions of the logarithm of 1 + the number, in steps, by one method."""
 
+    step: float
+    """What the last decimal of the number counts."""
     log_value: Tensor
     """Of each row of the table, ``[rows]``."""
     residuals: Tensor
@@ -41,7 +43,16 @@ class Method(NamedTuple):
 
     def upper(self, rows: Tensor) -> Tensor:
         """What the numbers of ``rows`` stay below with :data:`CONFIDENCE`."""
-        return upper_bound(self.log_value[rows], self.residuals, CONFIDENCE)
+        return self.step * upper_bound(self.log_value[rows], self.residuals, CONFIDENCE)
+
+    def values(self, rows: Tensor) -> Tensor:
+        """The predicted numbers of ``rows``."""
+        return self.step * self.log_value[rows].expm1()
+
+    def ends(self, rows: Tensor, level: float) -> tuple[Tensor, Tensor]:
+        """Both ends of the intervals of ``rows``."""
+        _, low, high = interval(self.log_value[rows], self.residuals, level)
+        return self.step * low, self.step * high
 
 
 class Predictions(NamedTuple):
@@ -65,20 +76,20 @@ def prediction_figures(
     """
     schema, values = table.schema, table.values
     number, unknown = measured_number(schema), measured_fields(schema).expand(len(table), -1)
-    target = values[:, number]
+    target, counts = values[:, number], step(schema.dimensions[number])
     methods: dict[str, Method] = {}
     for name, raw in ((VECTOR, False), (WITH_RAW, True)):
         inputs = Inputs(codec, table.at(train), unknown[0], raw=raw, seed=seed)
         features = inputs(values)
-        predictor = fit(features[train], target[train], seed, table.configurations[train])
-        methods[name] = Method(predictor.log_value(features), predictor.residuals)
-    methods[LOG_LINEAR] = _least_squares(_raw_inputs(schema, values, train), target, train)
-    methods[TOOL] = _least_squares(_one_hot(table.tools, len(schema.tools)), target, train)
+        predictor = fit(features[train], target[train] / counts, seed, table.configurations[train])
+        methods[name] = Method(counts, predictor.log_value(features), predictor.residuals)
+    methods[LOG_LINEAR] = _least_squares(_raw_inputs(schema, values, train), target, counts, train)
+    methods[TOOL] = _least_squares(_one_hot(table.tools, len(schema.tools)), target, counts, train)
     order = torch.randperm(len(held_out), generator=generator(seed, "shuffled vectors"))
     shuffled = methods[VECTOR].log_value.index_copy(0, held_out, methods[VECTOR].log_value[held_out[order]])
-    methods[SHUFFLED] = Method(shuffled, methods[VECTOR].residuals)
+    methods[SHUFFLED] = methods[VECTOR]._replace(log_value=shuffled)
     truth = target[held_out]
-    errors = {name: relative_error(method.log_value[held_out].expm1(), truth) for name, method in methods.items()}
+    errors = {name: relative_error(method.values(held_out), truth) for name, method in methods.items()}
     soft = codec.soft(codec.embed(values[held_out], unknown[held_out]))
     written = read_back(describer, soft, values[held_out], schema.templates[0]).values[:, number]
     # A text that cannot be read is as wrong as nothing.
@@ -107,7 +118,7 @@ def _coverage(level: float, methods: dict[str, Method], truth: Tensor, rows: Ten
     """Share of the ``rows`` that intervals at ``level`` cover, and their median width relative to the number."""
     figures = {"level": level}
     for name, prefix in ((VECTOR, ""), (TOOL, "control_")):
-        _, low, high = interval(methods[name].log_value[rows], methods[name].residuals, level)
+        low, high = methods[name].ends(rows, level)
         figures[f"{prefix}covered"] = float(((low <= truth) & (truth <= high)).double().mean())
         figures[f"{prefix}width"] = float(((high - low) / truth.clamp_min(1e-9)).median())
     return figures
@@ -185,15 +196,16 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _least_squares(inputs: Tensor, target: Tensor, train: Tensor) -> Method:
-    """The logarithm by least squares of ``inputs`` ``[rows, columns]``; residuals are of rows that are left out."""
-    log, x = target.log1p(), inputs[train]
+def _least_squares(inputs: Tensor, target: Tensor, counts: float, train: Tensor) -> Method:
+    """The logarithm of 1 + ``target`` in steps, by least squares of ``inputs`` ``[rows, columns]``; residuals are of
+    rows that are left out."""
+    log, x = (target / counts).log1p(), inputs[train]
     inverse = torch.linalg.pinv(x)
     prediction = inputs @ (inverse @ log[train])
     leverage = (x * inverse.T).sum(1)
     # Of a row that alone has a label nothing is known without it.
     residuals = (log[train] - prediction[train]) / (1 - leverage).clamp_min(1e-3)
-    return Method(prediction, residuals.sort().values)
+    return Method(counts, prediction, residuals.sort().values)
 
 
 def _raw_inputs(schema: Schema, values: Tensor, train: Tensor) -> Tensor:
@@ -204,7 +216,7 @@ def _raw_inputs(schema: Schema, values: Tensor, train: Tensor) -> Tensor:
         if dimension.measured:
             continue
         if dimension.number:
-            logarithm = column.log1p()
+            logarithm = (column / step(dimension)).log1p()
             columns.append((logarithm - logarithm[train].mean()).unsqueeze(1))
             columns.append((column.unsqueeze(1) == torch.tensor(dimension.levels, dtype=torch.float64)).double())
         else:

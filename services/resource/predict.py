@@ -26,7 +26,7 @@ from torch import Tensor
 from ethogram.errors import InvalidInput
 from services.resource.codec import UNKNOWN, ResourceCodec
 from services.resource.data import Table
-from services.resource.schema import TOOL, Schema
+from services.resource.schema import TOOL, Schema, step
 from services.runtime.seeds import generator
 
 FEWEST = 10
@@ -299,7 +299,7 @@ class Inputs:
             if self.unknown[index]:
                 continue
             if dimension.number:
-                columns.append(column.log1p())
+                columns.append((column / step(dimension)).log1p())
             if not dimension.number or len(levels) <= FEW:
                 columns.append((column == levels).double())
         return torch.cat(columns, 1)
@@ -371,7 +371,7 @@ class NumberPredictor:
             rows = pattern_of == index
             inputs, predictor = self._predictor(pattern)
             ends[:, rows] = torch.stack(list(predictor.interval(inputs(values[rows]), level)))
-        return Interval(*ends)
+        return Interval(*(ends * step(self.codec.schema.dimensions[self.dimension])))
 
     def _predictor(self, unknown: Tensor) -> tuple[Inputs, Predictor]:
         """The predictor of vectors in which the fields ``unknown`` ``[fields]`` are not known, and its inputs."""
@@ -379,7 +379,7 @@ class NumberPredictor:
         if key not in self._fitted:
             table = self.table
             inputs = Inputs(self.codec, table, unknown, raw=self.raw, seed=self.seed)
-            numbers = table.values[:, self.dimension]
+            numbers = table.values[:, self.dimension] / step(table.schema.dimensions[self.dimension])
             predictor = fit(
                 inputs(table.values), numbers, self.seed, table.configurations, calibration=self.calibration
             )

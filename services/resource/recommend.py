@@ -22,7 +22,7 @@ from services.resource.predict import (
     measured_number,
     upper_bound,
 )
-from services.resource.schema import TOOL, Schema
+from services.resource.schema import TOOL, Schema, step
 
 
 class Recommendation(NamedTuple):
@@ -55,7 +55,7 @@ class Options(NamedTuple):
     values: Tensor
     """``[configurations, fields]``."""
     predicted: Tensor
-    """Logarithm of 1 + the measured dimension, ``[configurations]``."""
+    """Logarithm of 1 + the measured dimension in steps of its last decimal, ``[configurations]``."""
     prices: Tensor
     """``[configurations]``."""
 
@@ -82,7 +82,7 @@ class Recommender:
         if not (bounded.measured and bounded.number):
             raise InvalidInput.field("dimension", f"{bounded.name} is not a measured number, which alone has a bound")
         self.table, self.measured = table, measured_fields(self.schema)
-        numbers = table.values[:, self.dimension]
+        numbers = table.values[:, self.dimension] / step(bounded)
         self.inputs = Inputs(codec, table, self.measured, raw=raw, seed=seed)
         self.predictor: Predictor = fit(
             self.inputs(table.values), numbers, seed, table.configurations, calibration=calibration
@@ -133,10 +133,11 @@ class Recommender:
         rows = (options.values[:, wanted] == values[wanted]).all(1).nonzero().flatten()
         if not len(rows):
             raise self._absent(values, wanted, options.values, field, behind)
-        upper = upper_bound(options.predicted[rows], self.predictor.residuals, confidence, "confidence")
+        counts = step(self.schema.dimensions[self.dimension])
+        upper = counts * upper_bound(options.predicted[rows], self.predictor.residuals, confidence, "confidence")
         best, fits = cheapest(options.prices[rows], upper, bound)
         found = rows[best]
-        predicted = float(options.predicted[found].expm1())
+        predicted = counts * float(options.predicted[found].expm1())
         return Choice(options.values[found], float(options.prices[found]), predicted, float(upper[best]), fits)
 
     def _absent(self, values: Tensor, wanted: Tensor, options: Tensor, field: str, row: str) -> InvalidInput:

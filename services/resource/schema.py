@@ -85,6 +85,12 @@ class Schema:
         return self.names.index(name)
 
 
+def step(dimension: DimensionSpec) -> float:
+    """What the last decimal of a number counts. Logarithms are of 1 + a number in these steps, and so are the same in
+    seconds with three decimals as in milliseconds."""
+    return 10.0**-dimension.decimals
+
+
 def default_schema() -> SchemaSpec:
     """The schema of the generator's seven tools."""
     return SchemaSpec.model_validate(YAML(typ="safe").load(_DEFAULT.read_text(encoding="utf-8")))

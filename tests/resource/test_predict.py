@@ -24,6 +24,8 @@ from services.resource.predict import (
     quantile,
     upper_bound,
 )
+from services.resource.recommend import Recommender
+from services.resource.schema import Schema
 from tests.resource.made import formula_table, untrained
 
 GIVEN = {"tool": "detect", "size": "medium", "cores": 4.0, "memory_gb": 8.0}
@@ -236,6 +238,32 @@ def test_with_calibration_the_residuals_are_of_rows_that_nothing_else_used() -> 
     for share in (-0.1, 1.0):
         with pytest.raises(InvalidInput, match="calibration"):
             fit(features, numbers, groups=groups, calibration=share)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_prediction_is_the_same_in_every_unit(
+    raw: bool, table: Table, codec: ResourceCodec, language: LanguageModel
+) -> None:
+    """In seconds with three decimals as in milliseconds."""
+    spec = codec.schema.spec
+    *others, latency = spec.dimensions
+    ends = {name: (getattr(latency, name) or 0) / 1000 for name in ("low", "high")}
+    changed = latency.model_copy(update=ends | {"decimals": 3})
+    schema = Schema(spec.model_copy(update={"dimensions": [*others, changed]}), codec.schema.tools)
+    values = table.values.clone()
+    values[:, -1] /= 1000
+    in_seconds = Table(schema, values)
+    other, same = untrained(in_seconds, language), untrained(table, language)
+    found = NumberPredictor(other, in_seconds, raw=raw).predict(GIVEN, 0.8)
+    wanted = NumberPredictor(same, table, raw=raw).predict(GIVEN, 0.8)
+    in_milliseconds = [1000 * number for number in (found.value, found.low, found.high)]
+    assert in_milliseconds == pytest.approx([wanted.value, wanted.low, wanted.high], rel=0.02)
+    bounded = [
+        Recommender(*pair, raw=raw).recommend({"tool": "detect"}, bound)
+        for pair, bound in (((other, in_seconds), 0.3), ((same, table), 300.0))
+    ]
+    assert bounded[0].configuration == bounded[1].configuration
+    assert bounded[0].upper == pytest.approx(bounded[1].upper / 1000, rel=0.02)
 
 
 def test_fields_are_read_from_the_embedding(table: Table, codec: ResourceCodec) -> None:

@@ -104,7 +104,7 @@ def test_residuals_of_least_squares_are_those_of_rows_left_out() -> None:
     rng = torch.Generator().manual_seed(0)
     x, target = torch.randn(9, 3, generator=rng).double(), torch.rand(9, generator=rng).double() * 50
     rows = torch.arange(8)
-    method = _least_squares(x, target, rows)
+    method = _least_squares(x, target, 1.0, rows)
     residuals = []
     for row in range(8):
         others = rows[rows != row]
