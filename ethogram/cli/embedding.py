@@ -106,6 +106,9 @@ def describe(
             answer = embedding.describe_embeddings(model, tensors["embeddings"], template=template, version=version)
     _warn(answer.outside, lines)
     texts = [answer.texts] if isinstance(answer.texts, str) else answer.texts
+    read = [answer.configurations] if isinstance(answer.texts, str) else answer.configurations
+    if unread := sum(configuration is None for configuration in read):
+        typer.echo(f"{unread} of {len(read)} texts are no descriptions: the encoder is hardly trained", err=True)
     return Answer(answer._asdict(), lambda: typer.echo("\n".join(map(visible, texts))))
 
 

@@ -168,6 +168,8 @@ def artifact_in(source: Path, type: str, field: str = "--input") -> Path:
         raise InvalidInput.field(field, f"{source} is not a file or folder")
     made = sorted({item for kind in KINDS.values() for item in kind.outputs.items() if (source / item[0]).is_dir()})
     fitting = [name for name, made_type in made if made_type == type]
+    if not fitting and (source / CHECKPOINT).exists():
+        raise InvalidInput.field(field, f"{source} is a run that has not finished; run its command again to resume it")
     if not fitting and (source / SPEC).is_file():
         contents = ", ".join(dict.fromkeys(name for name, _ in made)) or "no artifact"
         raise InvalidInput.field(field, f"{source} is the folder of a run, with {contents} in it; name a {type}")

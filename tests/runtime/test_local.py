@@ -215,8 +215,11 @@ def test_the_command_is_checked_before_the_libraries_are_loaded(
     Path("full/thesis.txt").write_text("all of it")
     Path("wrong/zoo").mkdir(parents=True)
     Path("wrong/spec.json").write_text("{}")
+    Path("begun/checkpoint").mkdir(parents=True)
+    Path("begun/spec.json").write_text("{}")
     for table, out, device, error in (
         ("table", "full", "cpu", "--output: full exists already and is not a run"),
+        ("begun", "out", "cpu", "--input: begun is a run that has not finished; run its command again to resume it"),
         ("wrong", "out", "cpu", "--input: wrong is the folder of a run, with zoo in it; name a sum"),
         ("table", "out", "gpu", "--device: gpu is none of cpu"),
     ):
