@@ -356,7 +356,7 @@ class NumberPredictor:
         self.table.check_measured(int(values[0, 0]), f"{field}.{TOOL}")
         interval = self.intervals(values, unknown, level, field)
         value, low, high = (float(end) for end in interval)
-        measurements = self._predictor(unknown[0])[1].measurements
+        measurements = self.fitted(unknown[0])[1].measurements
         return Prediction(name, value, low, high, self.codec.outside(values, unknown)[0], measurements)
 
     def intervals(self, values: Tensor, unknown: Tensor, level: float = 0.9, field: str = "rows") -> Interval:
@@ -369,11 +369,11 @@ class NumberPredictor:
         ends = torch.empty(3, len(values), dtype=torch.float64)
         for index, pattern in enumerate(patterns):
             rows = pattern_of == index
-            inputs, predictor = self._predictor(pattern)
+            inputs, predictor = self.fitted(pattern)
             ends[:, rows] = torch.stack(list(predictor.interval(inputs(values[rows]), level)))
         return Interval(*(ends * step(self.codec.schema.dimensions[self.dimension])))
 
-    def _predictor(self, unknown: Tensor) -> tuple[Inputs, Predictor]:
+    def fitted(self, unknown: Tensor) -> tuple[Inputs, Predictor]:
         """The predictor of vectors in which the fields ``unknown`` ``[fields]`` are not known, and its inputs."""
         key = tuple(unknown.tolist())
         if key not in self._fitted:

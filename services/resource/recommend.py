@@ -15,9 +15,7 @@ from services.resource.codec import CHUNK, UNKNOWN, ResourceCodec
 from services.resource.data import Table
 from services.resource.export import named
 from services.resource.predict import (
-    Inputs,
-    Predictor,
-    fit,
+    NumberPredictor,
     measured_fields,
     measured_number,
     upper_bound,
@@ -82,11 +80,8 @@ class Recommender:
         if not (bounded.measured and bounded.number):
             raise InvalidInput.field("dimension", f"{bounded.name} is not a measured number, which alone has a bound")
         self.table, self.measured = table, measured_fields(self.schema)
-        numbers = table.values[:, self.dimension] / step(bounded)
-        self.inputs = Inputs(codec, table, self.measured, raw=raw, seed=seed)
-        self.predictor: Predictor = fit(
-            self.inputs(table.values), numbers, seed, table.configurations, calibration=calibration
-        )
+        predictor = NumberPredictor(codec, table, bounded.name, raw=raw, calibration=calibration, seed=seed)
+        self.inputs, self.predictor = predictor.fitted(self.measured)
         self.candidates = grid(self.schema, table)
         self._options: dict[int, Options] = {}
 
