@@ -35,7 +35,7 @@ def run(
     # What can be checked without torch and the job's code comes first: their import takes seconds.
     folder.check(spec)
     if not folder.resumes:
-        spec.refuse_ignored()
+        spec.refuse_new()
     files = {path: artifact_in(given, kind.inputs[path]) for path, given in inputs.items() if isinstance(given, Path)}
     device = chosen_device(device)
     from services.runtime.parallel import join
@@ -61,7 +61,7 @@ def run(
             folder.finish(result, {name for name, _ in run.artifacts}, run.log)
     except BaseException as error:
         artifacts = {name for name, _ in run.artifacts} - {ARTIFACT}
-        if note := folder.leave(error, artifacts, run.unfinished):
+        if note := folder.leave(error, artifacts, run.unfinished, run.kept):
             run.log(note)
         raise
     return result

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from services.runtime.cache import cache_folder, writable_folder
-from services.runtime.console import ConsoleRun
+from services.runtime.console import CHECKPOINT, ConsoleRun
 from services.runtime.run import Run
 
 _CHECKPOINT_SECONDS = 30.0
@@ -40,7 +40,7 @@ def trained_once(
 ) -> Path:
     """The folder ``model`` in the folder ``name`` of the cache. Where there is none, ``train`` fills it, resuming from
     the checkpoint of an interrupted call; ``name`` must stand for all that it depends on. ``run``: what the training
-    reports to, and whose device it takes; by default the terminal."""
+    reports to, and whose device it takes; by default the terminal. Whoever interrupts it is told what is kept."""
     with suppress(OSError):
         if (kept := cache_folder(name) / model).exists():
             return kept
@@ -57,6 +57,22 @@ def trained_once(
                     else _Within(run, folder, Path(name).parent.name)
                 ) as training:
                     shutil.rmtree(fresh, ignore_errors=True)
-                    train(training, fresh)
+                    try:
+                        train(training, fresh)
+                    except BaseException:
+                        if (folder / CHECKPOINT).exists() and _lasts(folder, name):
+                            note = f"Run the same command again to resume from the last checkpoint, in {folder}."
+                            if run is None:
+                                training.log(note)
+                            else:
+                                run.kept = note
+                        raise
                     fresh.rename(folder / model)
     return folder / model
+
+
+def _lasts(folder: Path, name: str) -> bool:
+    """Whether ``folder`` is that of the cache, not one that this process removes."""
+    with suppress(OSError):
+        return folder == cache_folder(name)
+    return False

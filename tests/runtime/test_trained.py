@@ -66,6 +66,25 @@ def test_what_was_interrupted_resumes_and_is_no_model_before() -> None:
     assert (folder / "weights").read_text() == str(whole.weight.tolist())
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_who_interrupts_a_training_is_told_what_is_kept(
+    part: bool, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(run: Run, folder: Path, first: bool) -> None:
+        run.stage("train", 2)
+        if not first:
+            run.checkpoint(1, lambda folder: None)
+        raise KeyboardInterrupt
+
+    for first in (True, False):
+        recorder = Recorder() if part else None
+        with pytest.raises(KeyboardInterrupt):
+            trained_once("toys/f", "model", lambda run, folder: train(run, folder, first), run=recorder)  # noqa: B023
+        said = recorder.kept if recorder else " ".join(capsys.readouterr().err.split())
+        text = f"Run the same command again to resume from the last checkpoint, in {cache / 'ethogram' / 'toys' / 'f'}."
+        assert said == ("" if first else text)
+
+
 def test_a_training_reports_to_the_run_that_it_is_a_part_of(capsys: pytest.CaptureFixture[str]) -> None:
     def train(run: Run, folder: Path) -> None:
         assert run.device == "toy"
