@@ -41,6 +41,10 @@ class Spec(BaseModel):
         """Fields that have no effect because of others: each with its path below this spec, and why."""
         yield from ()
 
+    def lacking(self) -> Iterator[tuple[str, str]]:
+        """Fields that must be given because of others: each with its path below this spec, and what to give."""
+        yield from ()
+
     def doubts(self) -> Iterator[tuple[str, str]]:
         """Fields that are hardly meant to be as they are: each with its path below this spec, and what to do."""
         yield from ()
@@ -54,10 +58,12 @@ class Spec(BaseModel):
             found += part.ignored(f"{prefix}{name}.")
         return found
 
-    def refuse_ignored(self, prefix: str = "spec.") -> None:
-        """Raise :class:`InvalidInput` of the fields that were set and have no effect. Not where a spec is read, since
-        earlier versions took such fields: where one is submitted, or its run begins."""
+    def refuse_new(self, prefix: str = "spec.") -> None:
+        """Raise :class:`InvalidInput` of what no new job may have: fields that were set and have no effect, and fields
+        that others need and that are not there. Not where a spec is read, since earlier versions took such specs: where
+        one is submitted, or its run begins."""
         found = [item._replace(description=f"{item.description}; leave it out") for item in self.ignored(prefix)]
+        found += [Violation(f"{prefix}{path}", text) for path, text in self.lacking()]
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise InvalidInput(f"{found[0].field}: {found[0].description}{more}", found)

@@ -304,6 +304,15 @@ class ResourceSpec(TrainedSpec):
         if self.language_model is not None:
             yield "llm_model", "language_model says which one it is"
 
+    def lacking(self) -> Iterator[tuple[str, str]]:
+        if self.profiling is None and (self.table is not None or self.tools is not None):
+            own = "schema (table)" if self.table is not None else "registry (tools)"
+            yield (
+                "profiling",
+                f"must be given: a {own} of your own needs your own measurements; name the file with --profiling-data "
+                "FILE, or on a platform the artifact that `ethogram artifacts put FILE --type profiling` makes",
+            )
+
 
 class DecoderModelSpec(Spec):
     """Architecture of the text encoder below the two heads."""

@@ -76,7 +76,7 @@ class Request:
         if parent is None:
             # A child's spec follows from its parent's.
             try:
-                spec.refuse_ignored(f"{prefix}spec.")
+                spec.refuse_new(f"{prefix}spec.")
             except InvalidInput as error:
                 made.refused = error
         text.check(spec.model_dump(mode="json"), f"{prefix}spec")

@@ -684,9 +684,18 @@ def test_what_has_no_effect_is_refused_by_name(kind: str, fields: dict[str, Any]
     # Specs of earlier versions can be read.
     spec = KINDS[kind].spec.model_validate(fields)
     with pytest.raises(InvalidInput, match=r"has no effect, because .*; leave it out") as refused:
-        spec.refuse_ignored("jobs.a.spec.")
+        spec.refuse_new("jobs.a.spec.")
     assert [violation.field for violation in refused.value.violations] == [f"jobs.a.spec.{path}" for path in ignored]
     assert str(refused.value).startswith(f"jobs.a.spec.{ignored[0]}: ")
+
+
+@pytest.mark.parametrize("own", [{"table": RESOURCE["table"]}, {"tools": REF}])
+def test_what_others_need_is_asked_for_before_a_job_begins(own: dict[str, Any]) -> None:
+    spec = KINDS["resource"].spec.model_validate(own)
+    with pytest.raises(InvalidInput, match=r"of your own needs your own measurements; .*--profiling-data") as refused:
+        spec.refuse_new()
+    assert [violation.field for violation in refused.value.violations] == ["spec.profiling"]
+    KINDS["resource"].spec.model_validate(own | {"profiling": REF}).refuse_new()
 
 
 @pytest.mark.parametrize(
@@ -709,7 +718,7 @@ def test_what_has_no_effect_is_refused_by_name(kind: str, fields: dict[str, Any]
 )
 def test_what_is_hardly_meant_is_warned_of(kind: str, fields: dict[str, Any], warnings: list[str]) -> None:
     spec = KINDS[kind].spec.model_validate(fields)
-    spec.refuse_ignored()
+    spec.refuse_new()
     said = spec.warnings()
     assert len(said) == len(warnings)
     assert all(text.startswith(start) for text, start in zip(said, warnings, strict=True))
@@ -733,7 +742,11 @@ def test_a_training_that_is_too_short_says_for_what() -> None:
 def kind_of(fields: Mapping[str, Any]) -> str:
     """The kind of a spec in a file, by a field that it alone has."""
     return next(
-        (kind for field, kind in (("codec", "crossmodal"), ("augmentation", "resource")) if field in fields),
+        (
+            kind
+            for field, kind in (("codec", "crossmodal"), ("augmentation", "resource"), ("table", "resource"))
+            if field in fields
+        ),
         "generation",
     )
 

@@ -164,6 +164,13 @@ def test_a_dry_run_refuses_what_a_submission_would(gateway: Gateway) -> None:
     assert [fields(answer, 404) for answer in answers] == [["spec.zoo.artifact"]] * 2
 
 
+def test_a_schema_without_a_table_is_refused_at_once(gateway: Gateway) -> None:
+    dimension, template = {"name": "size", "labels": ["small"]}, {"name": "plain", "text": "{tool} {size}"}
+    body = {"kind": "resource", "spec": {"table": {"dimensions": [dimension], "templates": [template]}}}
+    for params in ({}, {"dry_run": "true"}):
+        assert fields(gateway.http.post("/v1/jobs", json=body, params=params)) == ["spec.profiling"]
+
+
 def test_method_not_allowed(gateway: Gateway) -> None:
     answer = gateway.http.delete("/v1/jobs")
     assert fields(answer, 405) == []

@@ -157,7 +157,7 @@ def test_a_request_that_earlier_versions_took_is_refused_but_its_key_answers(
 ) -> None:
     spec = PolicySpec(evaluation=0, samples=4)
     with monkeypatch.context() as patch:
-        patch.setattr(PolicySpec, "refuse_ignored", lambda *_: None)
+        patch.setattr(PolicySpec, "refuse_new", lambda *_: None)
         made, _ = registry.submit("policy", spec, idempotency_key="k")
     assert registry.submit("policy", spec, idempotency_key="k") == (made, False)
     with pytest.raises(InvalidInput, match=r"^spec\.samples: has no effect"):
