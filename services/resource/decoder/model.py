@@ -32,6 +32,19 @@ class Choice(NamedTuple):
     """Logits ``[batch, configurations]``, of all tools."""
 
 
+class Decision(NamedTuple):
+    """What is chosen for a batch of texts, each ``[batch]``."""
+
+    tools: Tensor
+    """Index of the tool."""
+    configurations: Tensor
+    """Index of the configuration, which is always one of the tool's."""
+    tool_probability: Tensor
+    """Of the tool among all tools."""
+    probability: Tensor
+    """Of the configuration among the tool's, by the masked softmax."""
+
+
 class HierarchicalDecoder(nn.Module):
     """From the text of a task to a tool and one of its configurations."""
 
@@ -96,10 +109,17 @@ class HierarchicalDecoder(nn.Module):
         return Choice(self.tool_head(pooled), self.config_head(self.query(pooled)))
 
     def choose(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Index of the tool and of the configuration for each text, ``[batch]`` each; the configuration is always one
-        of the tool's."""
-        device = self.config_head.weight.device
-        with torch.no_grad():
-            choice = self(self.tokenize(texts).to(device))
+        """Index of the tool and of the configuration for each text, as :meth:`decide`."""
+        decision = self.decide(texts)
+        return decision.tools, decision.configurations
+
+    @torch.no_grad()
+    def decide(self, texts: Sequence[str]) -> Decision:
+        """The most probable tool for each text, and the most probable of its configurations."""
+        choice = self(self.tokenize(texts).to(self.config_head.weight.device))
         tools = choice.tools.argmax(1)
-        return tools.cpu(), choice.configurations.masked_fill(~self.mask[tools], -torch.inf).argmax(1).cpu()
+        scores = choice.configurations.masked_fill(~self.mask[tools], -torch.inf)
+        configurations = scores.argmax(1)
+        pairs = (choice.tools, tools), (scores, configurations)
+        shares = [logits.softmax(1).gather(1, chosen.unsqueeze(1)).squeeze(1) for logits, chosen in pairs]
+        return Decision(*(part.cpu() for part in (tools, configurations, *shares)))

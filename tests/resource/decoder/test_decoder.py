@@ -57,6 +57,21 @@ def test_the_best_configuration_of_another_tool_is_not_chosen() -> None:
         assert [int(part) for part in model.choose(["anything"])] == [1, 4]
 
 
+def test_a_decision_has_its_probabilities() -> None:
+    model, texts = decoder().eval(), ["run 4 cores", "small!"]
+    decision = model.decide(texts)
+    with torch.no_grad():
+        scores = model(model.tokenize(texts))
+    for row, tool in enumerate(decision.tools.tolist()):
+        own = (tool == TOOLS).nonzero().flatten()
+        of_tools, of_own = scores.tools[row].softmax(0), scores.configurations[row, own].softmax(0)
+        torch.testing.assert_close(decision.tool_probability[row], of_tools.max())
+        # Among those of the tool, whatever the others have.
+        torch.testing.assert_close(decision.probability[row], of_own.max())
+        assert int(decision.configurations[row]) == int(own[of_own.argmax()])
+    assert all(torch.equal(*pair) for pair in zip(model.choose(texts), decision[:2], strict=True))
+
+
 def test_what_stands_with_a_text_in_a_batch_does_not_matter() -> None:
     model = decoder().eval()
     short, long = "small", "a much longer text, with 12 cores and more words than the other"
