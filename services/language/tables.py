@@ -24,6 +24,7 @@ from services.runtime.reading import first_line, reason_of
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 # Rows of a parquet file that are in memory at once; they may be large.
 _BATCH = 64
+_NO_COLUMN = "there is no such column"
 BYTE_ORDER_MARK = "\ufeff"
 
 RowT = TypeVar("RowT", bound=BaseModel)
@@ -66,11 +67,12 @@ def read_rows(
             raise _wrong(file, field, f"is none of {', '.join(SUFFIXES)}")
 
 
-def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterator[tuple[int, RowT]]:
+def read_table(file: Path, row: type[RowT], field: str | None = None, advice: str = "") -> Iterator[tuple[int, RowT]]:
     """The rows of a table with their numbers, each checked against the pydantic model ``row``.
 
     Text of a CSV file is converted to the fields' types; a field that is missing or empty has its default. The model
-    says whether other columns (``extra``) and NaN and infinity (``allow_inf_nan``) are allowed.
+    says whether other columns (``extra``) and NaN and infinity (``allow_inf_nan``) are allowed. ``advice`` ends an
+    error about missing or unknown columns.
 
     Rows are yielded while all are right. After the first wrong one the rest is only checked, and :class:`InvalidInput`
     lists up to :data:`ethogram.errors.MAX_VIOLATIONS` wrong values, each with the field ``FILE:ROW.COLUMN``. Missing
@@ -87,7 +89,7 @@ def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterato
             text = f"is no column of this table, which has {', '.join(columns)}"
             violations += [Violation(f"{file.name}.{name}", text) for name in header if name not in columns]
         if violations:
-            raise _invalid(violations)
+            raise _invalid(violations, advice)
     for number, values in read_rows(file, columns, field):
         location = f"{file.name}:{number}"
         try:
@@ -102,23 +104,23 @@ def read_table(file: Path, row: type[RowT], field: str | None = None) -> Iterato
         if len(violations) >= MAX_VIOLATIONS:
             break
     if violations:
-        raise _invalid(violations)
+        raise _invalid(violations, advice if violations[0].description == _NO_COLUMN else "")
 
 
 def _violation(location: str, detail: Any) -> Violation:
     """Pydantic's finding about one value."""
     column = ".".join([location, *(str(part) for part in detail["loc"])])
     if detail["type"] == "extra_forbidden":
-        return Violation(column, "there is no such column")
+        return Violation(column, _NO_COLUMN)
     if detail["type"] == "missing" or detail["input"] is None:
         return Violation(column, "is missing")
     value = repr(detail["input"])
     return Violation(column, f"{detail['msg']}, not {value if len(value) <= 40 else f'{value[:40]}...'}")
 
 
-def _invalid(violations: list[Violation]) -> InvalidInput:
+def _invalid(violations: list[Violation], advice: str) -> InvalidInput:
     first, more = violations[0], f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-    return InvalidInput(f"{first.field}: {first.description}{more}", violations)
+    return InvalidInput(f"{first.field}: {first.description}{more}{advice}", violations)
 
 
 @contextmanager

@@ -22,6 +22,11 @@ from services.resource.schema import Schema
 from services.runtime.reading import reading
 from services.runtime.seeds import generator
 
+_OF_ITS_OWN = (
+    "; a table with other columns takes a schema of its own: see examples/resource-table.yaml, and Tables and schemas "
+    "in docs/resource.md"
+)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -159,7 +164,8 @@ def read_measurements(
     model = _row_model(spec, columns, tools)
     rows: list[list[Any]] = []
     numbers: list[int] = []
-    for number, row in read_table(file, model, field):
+    # With known ranges it is a table for an encoder, which has its schema.
+    for number, row in read_table(file, model, field, _OF_ITS_OWN if inferred is None else ""):
         rows.append([getattr(row, f"field_{index}") for index in range(len(columns) + 1)])
         numbers.append(number)
     if not rows:

@@ -173,6 +173,19 @@ def test_what_is_wrong_with_a_table_is_named(change: Change, field: str, text: s
     assert "profiling.csv" in str(caught.value)
 
 
+def test_who_has_other_columns_is_told_of_schemas(table: Table, tmp_path: Path) -> None:
+    given = rows()
+    added("gpus")(given)
+    (tmp_path / "profiling.jsonl").write_text("\n".join(map(json.dumps, given)))
+    for file in (write_rows(tmp_path / "profiling.csv", given), tmp_path / "profiling.jsonl"):
+        with pytest.raises(InvalidInput, match=r"schema of its own: see examples/resource-table\.yaml"):
+            read_measurements(file, SPEC, TOOLS)
+        # An encoder has its schema.
+        with pytest.raises(InvalidInput) as caught:
+            read_measurements(file, SPEC, TOOLS, inferred=table.schema.inferred)
+        assert "examples/" not in str(caught.value)
+
+
 @pytest.mark.parametrize("value", [True, "4", [4], {"a": 4}, "", float("nan")])
 def test_what_is_no_number_in_json_is_none(value: Any, tmp_path: Path) -> None:
     """Other forms than CSV have types: text and truth values are no numbers there."""
