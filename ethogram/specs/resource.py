@@ -62,16 +62,16 @@ class DimensionSpec(Spec):
             raise ValueError("levels: one of them is there twice")
         for level in self.levels:
             if not 0 <= level <= MOST:
-                raise ValueError(f"levels: {level:g} is not from 0 to {MOST}")
+                raise ValueError(f"levels: {level:.10g} is not from 0 to {MOST}")
             if round(level, self.decimals) != level:
                 raise ValueError(
-                    f"levels: {level:g} has more decimals than descriptions, {self.decimals}; set decimals"
+                    f"levels: {level:.10g} has more decimals than descriptions, {self.decimals}; set decimals"
                 )
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"high: the range from {self.low:g} to {self.high:g} is empty")
+            raise ValueError(f"high: the range from {self.low:.10g} to {self.high:.10g} is empty")
         for level in self.levels:
             if not (self.low is None or self.low <= level) or not (self.high is None or level <= self.high):
-                raise ValueError(f"levels: {level:g} is outside the declared range")
+                raise ValueError(f"levels: {level:.10g} is outside the declared range")
         return self
 
 
@@ -296,7 +296,8 @@ class ResourceSpec(TrainedSpec):
     """Share of the configurations that a second run, of which the figures of unseen ones are, is not trained on; 0: no
     second run. The encoder that is kept is trained on all rows."""
     evaluation: int | None = Field(None, ge=1, le=10_000_000)
-    """Most rows, seen and unseen, that are described in the evaluation, drawn at random; None: all."""
+    """Most rows, seen and unseen, that are described in the evaluation, drawn at random; None: all, or after a short
+    training one for every ten rows of its batches, at least 64."""
     hub: HubSpec | None = None
     """Model repository to upload encoder and export to."""
 

@@ -1053,7 +1053,9 @@ class ResourceSpec(_message.Message):
     second run. The encoder that is kept is trained on all rows.
     """
     evaluation: _builtins.int
-    """Most rows, seen and unseen, that are described in the evaluation, drawn at random; None: all."""
+    """Most rows, seen and unseen, that are described in the evaluation, drawn at random; None: all, or after a short
+    training one for every ten rows of its batches, at least 64.
+    """
     @_builtins.property
     def training(self) -> Global___ResourceTrainingSpec:
         """Optimisation."""

@@ -62,14 +62,7 @@ def describe_figures(
     right digits by place, from the last. ``name``: of the stage."""
     embeddings = codec.embed(values)
     templates = codec.schema.templates if codec.spec.augmentation.varies else codec.schema.templates[:1]
-    run.stage(name, len(values) * len(templates), "descriptions")
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        run.advance(done)
-
+    advance = counted(run, name, len(values) * len(templates), "descriptions")
     by_template, readings, losses = {}, [], []
     for template in templates:
         readings.append(read_back(describer, codec.soft(embeddings), values, template, advance))
@@ -81,6 +74,19 @@ def describe_figures(
         **field_figures(readings, values, templates),
         "cross_entropy": sum(losses) / len(losses),
     }
+
+
+def counted(run: Run, stage: str, total: int, unit: str) -> Callable[[int], None]:
+    """Begin a ``stage``; what is returned is called with the units that are done since the last call."""
+    run.stage(stage, total, unit)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        run.advance(done)
+
+    return advance
 
 
 def field_figures(readings: Sequence[Reading], values: Tensor, templates: Sequence[Template]) -> dict[str, Any]:
@@ -150,7 +156,9 @@ def _count_digits(
             digits[place].append(place < len(said) and said[place] == digit)
 
 
-def control_figures(codec: ResourceCodec, describer: Describer, values: Tensor, seed: int) -> dict[str, dict[str, Any]]:
+def control_figures(
+    codec: ResourceCodec, describer: Describer, values: Tensor, seed: int, run: Run | None = None
+) -> dict[str, dict[str, Any]]:
     """Figures of descriptions where the vector is not that of the row, which must be near 0: a ``zero`` vector, another
     row's (``shuffled``), and that of the same configuration of another tool (``other_tool``). Each has ``exact_match``
     and what :func:`field_figures` has."""
@@ -164,8 +172,9 @@ def control_figures(codec: ResourceCodec, describer: Describer, values: Tensor, 
         other[:, 0] = (other[:, 0] + step) % len(codec.schema.tools)
         vectors["other_tool"] = codec.embed(other)
     figures = {}
+    advance = counted(run or Run(), "evaluation/controls", len(vectors) * len(values), "descriptions")
     for name, vector in vectors.items():
-        reading = read_back(describer, codec.soft(vector), values, template)
+        reading = read_back(describer, codec.soft(vector), values, template, advance)
         exact = float(reading.exact.float().mean())
         figures[name] = {"exact_match": exact, **field_figures([reading], values, [template])}
     return figures

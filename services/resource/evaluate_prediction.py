@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from services.resource.codec import ResourceCodec
 from services.resource.data import Table
 from services.resource.describe import Describer
-from services.resource.evaluate import read_back, relative_error
+from services.resource.evaluate import counted, read_back, relative_error
 from services.resource.predict import Inputs, fit, interval, measured_fields, measured_number, upper_bound
 from services.resource.recommend import cheapest, prices
 from services.resource.schema import Schema, step
+from services.runtime.run import Run
 from services.runtime.seeds import generator
 
 VECTOR, WITH_RAW, LOG_LINEAR = "vector", "vector and raw numbers", "log-linear on raw numbers"
@@ -67,7 +68,14 @@ class Predictions(NamedTuple):
 
 
 def prediction_figures(
-    codec: ResourceCodec, describer: Describer, table: Table, *, train: Tensor, held_out: Tensor, seed: int
+    codec: ResourceCodec,
+    describer: Describer,
+    table: Table,
+    *,
+    train: Tensor,
+    held_out: Tensor,
+    seed: int,
+    run: Run | None = None,
 ) -> Predictions:
     """Predict the first measured number of the ``held_out`` rows of ``table``, of which the encoder was trained on
     ``train``. All measured fields are unknown.
@@ -78,11 +86,13 @@ def prediction_figures(
     number, unknown = measured_number(schema), measured_fields(schema).expand(len(table), -1)
     target, counts = values[:, number], step(schema.dimensions[number])
     methods: dict[str, Method] = {}
+    advance = counted(run or Run(), "evaluation/predictions", 3, "methods")
     for name, raw in ((VECTOR, False), (WITH_RAW, True)):
         inputs = Inputs(codec, table.at(train), unknown[0], raw=raw, seed=seed)
         features = inputs(values)
         predictor = fit(features[train], target[train] / counts, seed, table.configurations[train])
         methods[name] = Method(counts, predictor.log_value(features), predictor.residuals)
+        advance(1)
     methods[LOG_LINEAR] = _least_squares(_raw_inputs(schema, values, train), target, counts, train)
     methods[TOOL] = _least_squares(_one_hot(table.tools, len(schema.tools)), target, counts, train)
     order = torch.randperm(len(held_out), generator=generator(seed, "shuffled vectors"))
@@ -92,6 +102,7 @@ def prediction_figures(
     errors = {name: relative_error(method.values(held_out), truth) for name, method in methods.items()}
     soft = codec.soft(codec.embed(values[held_out], unknown[held_out]))
     written = read_back(describer, soft, values[held_out], schema.templates[0]).values[:, number]
+    advance(1)
     # A text that cannot be read is as wrong as nothing.
     errors[SAID] = relative_error(written.nan_to_num(0.0), truth)
     shown = {name: errors[name] for name in (VECTOR, WITH_RAW, SAID, LOG_LINEAR, TOOL, SHUFFLED)}

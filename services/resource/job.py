@@ -40,6 +40,8 @@ ALL, UNSEEN = "all", "unseen"
 """Parts of the job: the encoder that is kept, and one of which the figures of unseen configurations are."""
 ENCODER = "encoder"
 """Folder of the encoder in the folder of its part."""
+DESCRIBED, EACH = 64, 10
+"""Rows that an evaluation describes however short the training was, and how many of training stand for another one."""
 
 
 def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
@@ -93,15 +95,21 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         if not world.first:
             return {}
 
+        # Both take about as long as each other then.
+        most = max(DESCRIBED, everything["steps"] * training.batch_size // EACH)
+        most = most if spec.evaluation is None else spec.evaluation
+        if most < len(table):
+            run.log(f"The evaluation describes {most:,} of the {len(table):,} rows, drawn at random.")
+
         def drawn(rows: Tensor) -> Tensor:
             order = torch.randperm(len(rows), generator=generator(spec.seed, "evaluation"))
-            return rows if spec.evaluation is None else rows[order[: spec.evaluation]]
+            return rows if most >= len(rows) else rows[order[:most]]
 
-        details = {"seen": describe_figures(codec, describer, drawn(table.values), run, "seen")}
+        details = {"seen": describe_figures(codec, describer, drawn(table.values), run, "evaluation/seen")}
         if rows is not None:
             other = ResourceCodec.load(parts.folder / UNSEEN / ENCODER, run.device)
-            details["unseen"] = describe_figures(other, judge, drawn(narrow.values[held_out]), run, "unseen")
-        controls = control_figures(codec, describer, drawn(table.values), spec.seed)
+            details["unseen"] = describe_figures(other, judge, drawn(narrow.values[held_out]), run, "evaluation/unseen")
+        controls = control_figures(codec, describer, drawn(table.values), spec.seed, run)
         control = {name: part["exact_match"] for name, part in controls.items()}
         figures = _figures(details, control, retrieval_figures(codec, table.values, spec.seed))
         with run.side_output("the report"):
@@ -109,7 +117,7 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
             if rows is not None:
                 try:
                     predictions = prediction_figures(
-                        other, judge, narrow, train=rows, held_out=drawn(held_out), seed=spec.seed
+                        other, judge, narrow, train=rows, held_out=drawn(held_out), seed=spec.seed, run=run
                     )
                 except InvalidInput as error:
                     predictions = f"There are none: {error}"
@@ -181,10 +189,8 @@ def table_of(spec: ResourceSpec, run: Run) -> Table:
     if spec.profiling is not None:
         tools = read_tools(_file(run.inputs["tools"], "tools.json"), "tools") if spec.tools is not None else None
         return read_measurements(_file(run.inputs["profiling"], "profiling.csv"), schema, tools)
-    if spec.table is not None:
-        raise InvalidInput.field("spec.profiling", "is missing: a schema of your own needs your own measurements")
-    if spec.tools is not None:
-        raise InvalidInput.field("spec.profiling", "is missing: a registry of your own needs your own measurements")
+    for path, text in spec.lacking():
+        raise InvalidInput.field(f"spec.{path}", text)
     with tempfile.TemporaryDirectory() as scratch:
         tools_file, profiling = write_table(Path(scratch), spec.seed)
         return read_measurements(profiling, schema, read_tools(tools_file))

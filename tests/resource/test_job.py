@@ -54,7 +54,7 @@ def test_a_part_of_the_rows_is_described_by_the_templates_of_training(inputs: di
     recorder = Recorder(tmp_path, inputs=inputs)
     result = run_job(spec(evaluation=3, augmentation={"mode": "jitter"}), recorder)
     described = [(name, total) for name, total, unit in recorder.stages if unit == "descriptions"]
-    assert described == [("seen", 3), ("unseen", 3)]
+    assert described == [("evaluation/seen", 3), ("evaluation/unseen", 3), ("evaluation/controls", 9)]
     assert list(result["details"]["seen"]["by_template"]) == ["plain"]
     assert len(validate(tmp_path / "export").weights) == 16
 
@@ -135,7 +135,7 @@ def test_ranges_of_the_unseen_run_are_of_the_rows_that_it_is_trained_on(
     predicted: list[Table] = []
 
     def described(codec: ResourceCodec, describer: Describer, values: torch.Tensor, run: Run, name: str) -> Any:
-        used[name] = codec, describer
+        used[name.rpartition("/")[2]] = codec, describer
         return describe_figures(codec, describer, values, run, name)
 
     def prediction(codec: ResourceCodec, describer: Describer, table: Table, **rest: Any) -> Any:
@@ -421,38 +421,38 @@ def test_tables_of_other_kinds_are_trained_on(
 
 
 def test_a_schema_without_measurements_is_refused() -> None:
-    with pytest.raises(InvalidInput, match=r"spec\.profiling: is missing: a schema of your own needs"):
+    with pytest.raises(InvalidInput, match=r"spec\.profiling: must be given: a schema \(table\) of your own needs"):
         job.table_of(tiny_spec(), Recorder())
 
 
 def test_the_schema_of_the_docs_is_all_that_another_table_needs(language_folder: Path, tmp_path: Path) -> None:
-    """Other names, units, decimals, categories and repeated measurements, and no code."""
+    """Other names, units, decimals, categories and repeated measurements, and no code. It is that of the example."""
     text = re.findall(r"```yaml\n(.*?)```", Path("docs/resource.md").read_text(), re.DOTALL)[0]
     given = YAML(typ="safe").load(text)
-    runs = [
-        {
-            "job": tool,
-            "instance_count": nodes,
-            "memory": memory,
-            "machine": machine,
-            "gross_runtime": 90 + nodes + again,
-        }
-        for tool in ("sort", "page rank")
-        for nodes in (2, 12)
-        for memory, machine in ((7.5, "c4.large"), (61, "r4.2xlarge"))
-        for again in range(3)
-    ]
-    table = write_rows(tmp_path / "runs.csv", runs)
+    assert YAML(typ="safe").load(Path("examples/resource-table.yaml")) == given
     tiny = tiny_spec(profiling=REF, language_model=REF, held_out=0.3).model_dump()
-    recorder = Recorder(tmp_path, inputs={"profiling": table, "language_model": language_folder})
-    result = run_job(ResourceSpec.model_validate(tiny | given), recorder)
+    inputs = {"profiling": Path("examples/resource-table.csv"), "language_model": language_folder}
+    result = run_job(ResourceSpec.model_validate(tiny | given), Recorder(tmp_path, inputs=inputs))
     assert set(result["details"]["seen"]["by_template"]) == {"long", "short"}
     lookup = validate(tmp_path / "export").lookup
-    assert len(lookup) == 24
-    assert lookup["3"] == {
-        "tool_name": "sort",
-        "nodes": 2,
-        "memory": 61.0,
-        "machine": "r4.2xlarge",
-        "runtime": 92.0,
-    }
+    assert len(lookup) == 52
+    assert lookup["1"] == {"tool_name": "sort", "nodes": 2, "memory": 7.5, "machine": "c4.large", "runtime": 527.0}
+
+
+def test_a_short_training_has_a_short_evaluation(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row for every two of the batches here."""
+    monkeypatch.setattr(job, "DESCRIBED", 1)
+    monkeypatch.setattr(job, "EACH", 2)
+    for steps, described in ((1, 4), (5, 16)):
+        recorder = Recorder(tmp_path / str(steps), inputs=inputs)
+        run_job(spec(held_out=0, training={"steps": steps, "batch_size": 8}), recorder)
+        stages = [(name, total) for name, total, unit in recorder.stages if unit == "descriptions"]
+        assert stages == [("evaluation/seen", 2 * described), ("evaluation/controls", 3 * described)]
+        said = [text for text in recorder.logs if "The evaluation describes" in text]
+        assert said == (["The evaluation describes 4 of the 16 rows, drawn at random."] if steps == 1 else [])
+    # Whoever asks for more gets more.
+    recorder = Recorder(tmp_path / "more", inputs=inputs)
+    run_job(spec(held_out=0, training={"steps": 1, "batch_size": 8}, evaluation=16), recorder)
+    assert ("evaluation/seen", 32, "descriptions") in recorder.stages
