@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from ethogram.errors import TooLarge
+from ethogram.errors import EthogramError, TooLarge
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
 from ethogram.v1 import inference_pb2 as pb
 
@@ -83,7 +83,13 @@ class Channel:
                     start = min(start + size, rows)
             except TooLarge as error:
                 size = _half(size, error)
+            except EthogramError as error:
+                raise self._of_set(error, parts) from None
         return answers
+
+    def _of_set(self, error: EthogramError, parts: Sequence[slice]) -> EthogramError:
+        """``error`` of a stream that sent a set of rows in ``parts``, in terms of the whole set."""
+        return error
 
     def _stream(self, method: Callable[..., Any], requests: Iterator[Message], parts: int) -> Iterator[Any]:
         answers = method(requests, timeout=self.timeout * parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from ethogram import channel
 from ethogram import networks as network_files
 from ethogram.channel import Channel, Methods
-from ethogram.errors import InvalidInput
+from ethogram.errors import EthogramError, InvalidInput, Violation
 from ethogram.v1 import embedding_pb2 as pb
 from ethogram.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from ethogram.v1.inference_pb2 import ModelRef
@@ -36,6 +37,9 @@ UNKNOWN = "unknown"
 """What stands for a value that is not known; None does too."""
 DESCRIBED_ROWS = 32
 """Rows that are described by one message of a stream: a language model takes seconds for more."""
+
+_OF_REQUEST = re.compile(r"requests\.(\d+)\.(.+?)(?:\.(\d+))?")
+"""A field of a request of a stream, with the row if it names one."""
 
 Floats = NDArray[np.floating[Any]]
 Values = Mapping[str, Any]
@@ -103,7 +107,11 @@ class Recommended(NamedTuple):
     ``price``; ``predicted``: the measured ``dimension``; ``upper``: what it stays below with the confidence asked for;
     ``fits``: whether that is below the bound. If not, no configuration is, and this one comes closest. All are
     ``[batch]``, or scalars of a single row. ``measurements``: how many the prediction was fitted on, and
-    ``measurements_left_out``: how many of the model's it was not, of many a random part being used.
+    ``measurements_left_out``: how many of the model's it was not, of many a random part being used. ``outside``: for
+    each row, or the single one, ``dimension`` where it is predicted outside the range of training, which is less
+    certain.
+
+    Fields that were not given are chosen, also those without a price, which may describe the workload: give these.
     """
 
     configurations: Any
@@ -114,6 +122,7 @@ class Recommended(NamedTuple):
     dimension: str
     measurements: int
     measurements_left_out: int
+    outside: list[Any]
     model: str
     version: str
 
@@ -125,7 +134,8 @@ class Embedding(Channel):
     is not known. A list of them is a batch, as is one dictionary of lists or arrays; one dictionary of values is a
     single row, which gets answers without a batch axis. Sets of any size can be given: large ones travel in parts.
 
-    Every call raises :class:`~ethogram.errors.InvalidInput`, :class:`~ethogram.errors.NotFound`,
+    Every call raises :class:`~ethogram.errors.InvalidInput` (which names field and row, as
+    ``configurations.cores.3``, rows counting from 0), :class:`~ethogram.errors.NotFound`,
     :class:`~ethogram.errors.IllegalState` (the language model is not on the server),
     :class:`~ethogram.errors.TooLarge` (the server is busy) or :class:`~ethogram.errors.Unavailable` (no answer within
     ``timeout`` seconds per part).
@@ -216,6 +226,7 @@ class Embedding(Channel):
             dimension=answers[0].dimension,
             measurements=answers[0].measurements,
             measurements_left_out=answers[0].measurements_left_out,
+            outside=batch.outside(answers),
             model=name[0],
             version=name[1],
         )
@@ -257,6 +268,18 @@ class Embedding(Channel):
         )
         answered = answers[0].model
         return answers, (answered.name, answered.version)
+
+    def _of_set(self, error: EthogramError, parts: Sequence[slice]) -> EthogramError:
+        # The server names the request of the stream, and the row in it.
+        message, violations = error.message.partition(" of the stream: ")[2] or error.message, []
+        for field, description in error.violations:
+            if found := _OF_REQUEST.fullmatch(field):
+                number, name, row = found.groups()
+                whole = name if row is None else f"{name}.{parts[int(number)].start + int(row)}"
+                message = message.replace(f"{field.removeprefix(f'requests.{number}.')}: ", f"{whole}: ", 1)
+                field = whole
+            violations.append(Violation(field, description))
+        return type(error)(message, violations)
 
 
 def _in_thread(
@@ -348,7 +371,13 @@ class _Batch:
 
 
 def _rows_of(answer: Any) -> int:
-    return len(answer.texts) if isinstance(answer, pb.DescribeResponse) else int(answer.embeddings.shape[0])
+    match answer:
+        case pb.DescribeResponse():
+            return len(answer.texts)
+        case pb.RecommendResponse():
+            return len(answer.fits)
+        case _:
+            return int(answer.embeddings.shape[0])
 
 
 def _is_list(values: object) -> bool:
@@ -371,6 +400,8 @@ def _columns(columns: Mapping[str, Any]) -> dict[str, tuple[str, list[Any], list
 
 
 def _column(field: str, values: Any) -> tuple[str, list[Any], list[bool]]:
+    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        values = [_float(cell) for cell in values] if values.itemsize < 8 else values
     cells = values.tolist() if hasattr(values, "tolist") else list(values)
     if isinstance(values, np.ndarray) and values.dtype.kind in "fiu":
         return "numbers", cells, [False] * len(cells)
@@ -390,7 +421,10 @@ def _column(field: str, values: Any) -> tuple[str, list[Any], list[bool]]:
 
 
 def _float(number: Any) -> float:
-    """A number as floats have it: infinite, which a model refuses, where none is as large."""
+    """A number as floats have it: infinite, which a model refuses, where none is as large. One of fewer bits is taken
+    as it is written: 0.1 of 32 bits has more decimals in 64."""
+    if isinstance(number, np.floating) and number.itemsize < 8:
+        return float(str(number))
     try:
         return float(number)
     except OverflowError:

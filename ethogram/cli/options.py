@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 import typer
 
 from ethogram.cli.output import result
-from ethogram.errors import InvalidInput, NotFound
+from ethogram.errors import InvalidInput, NotFound, Violation
 
 if TYPE_CHECKING:
     from ethogram.client import Client
@@ -38,7 +38,9 @@ State = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="PATH=VALUE", help="Set one value, e.g. training.steps=500; read as YAML. Repeatable."
+        "--set",
+        metavar="PATH=VALUE",
+        help="Set one value, e.g. training.steps=500; read as YAML. Repeatable. `ethogram kinds KIND` lists them all.",
     ),
 ]
 KindName = Annotated[str, typer.Argument(metavar="KIND", help="See `ethogram kinds`.")]
@@ -93,6 +95,19 @@ def assignment(option: str, text: str, form: str, *, empty: bool = False) -> tup
     if not name or not equals or not (value or empty):
         raise InvalidInput.field(option, f"{text} is not of the form {form}")
     return name, value
+
+
+@contextmanager
+def in_words(of_user: Callable[[str], str]) -> Iterator[None]:
+    """In errors, name each field by what the user wrote, which ``of_user`` says."""
+    try:
+        yield
+    except InvalidInput as error:
+        found = [Violation(of_user(field), text) for field, text in error.violations]
+        message = error.message
+        for old, new in zip(error.violations, found, strict=True):
+            message = message.replace(f"{old.field}: ", f"{new.field}: ", 1)
+        raise InvalidInput(message, found) from None
 
 
 def connect(url: str | None) -> Client:

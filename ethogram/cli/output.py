@@ -141,11 +141,16 @@ def pairs(values: Mapping[str, object]) -> None:
     of their own, with dotted names; elsewhere it is JSON."""
     rows = _flat(values) if sys.stdout.isatty() else values.items()
     filled = [(name, value) for name, value in rows if value not in (None, "", {}, [])]
-    shown = {name: f"{value:g}" if isinstance(value, float) else _cell(value) for name, value in filled}
+    shown = {name: number(value) if isinstance(value, float) else _cell(value) for name, value in filled}
     width = max(map(len, shown), default=0)
     out = console()
     for name, value in shown.items():
         out.print(f"{name:<{width}}  {value}")
+
+
+def number(value: float, digits: int = 6) -> str:
+    """A number with at least so many ``digits``; a large one in full."""
+    return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:.0f}"
 
 
 def say(text: str) -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import traceback
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import wraps
 from operator import attrgetter
@@ -72,6 +73,18 @@ def flag(type: Any, *names: str, help: str, metavar: str | None = None) -> Any:
     return Annotated[type | None, typer.Option(*names, help=help, metavar=metavar)]
 
 
+def _with_default(annotation: Any, kind: Kind | None, path: str) -> Any:
+    """The annotation of a :func:`flag`, whose help shows what the spec of ``kind`` has at ``path`` by default."""
+    name, _, rest = path.partition(".")
+    default = None if kind is None else kind.spec.model_fields[name].get_default()
+    default = attrgetter(rest)(default) if rest and default is not None else default
+    if default is None or kind is None or kind.spec.model_fields[name].is_required():
+        return annotation
+    type, option = annotation.__origin__, copy(annotation.__metadata__[0])
+    option.show_default = str(default)
+    return Annotated[type, option]
+
+
 def run_command(
     app: typer.Typer,
     kind: Kind | None,
@@ -90,7 +103,8 @@ def run_command(
         paths = {path.replace(".", "_"): path for path in flags}
         # Typer keeps the first name as the default.
         option_names = {path: annotation.__metadata__[0].default for path, annotation in flags.items()}
-        flagged = [inspect.Parameter(name, _KEYWORD, default=None, annotation=flags[paths[name]]) for name in paths]
+        annotations = {name: _with_default(flags[path], kind, path) for name, path in paths.items()}
+        flagged = [inspect.Parameter(name, _KEYWORD, default=None, annotation=annotations[name]) for name in paths]
 
         @wraps(function)
         def command(**given: Any) -> None:

@@ -466,6 +466,7 @@ class RecommendResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MEASUREMENTS_FIELD_NUMBER: _builtins.int
     MEASUREMENTS_LEFT_OUT_FIELD_NUMBER: _builtins.int
+    OUTSIDE_FIELD_NUMBER: _builtins.int
     dimension: _builtins.str
     """Name of the measured dimension."""
     measurements: _builtins.int
@@ -496,6 +497,10 @@ class RecommendResponse(_message.Message):
     def model(self) -> _inference_pb2.ModelRef:
         """The model that answered."""
 
+    @_builtins.property
+    def outside(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutsideRange]:
+        """Rows of which the measured dimension is predicted outside the range of training, where it is less certain."""
+
     def __init__(
         self,
         *,
@@ -508,10 +513,11 @@ class RecommendResponse(_message.Message):
         model: _inference_pb2.ModelRef | None = ...,
         measurements: _builtins.int = ...,
         measurements_left_out: _builtins.int = ...,
+        outside: _abc.Iterable[Global___OutsideRange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["configurations", b"configurations", "model", b"model", "predicted", b"predicted", "price", b"price", "upper", b"upper"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["configurations", b"configurations", "dimension", b"dimension", "fits", b"fits", "measurements", b"measurements", "measurements_left_out", b"measurements_left_out", "model", b"model", "predicted", b"predicted", "price", b"price", "upper", b"upper"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["configurations", b"configurations", "dimension", b"dimension", "fits", b"fits", "measurements", b"measurements", "measurements_left_out", b"measurements_left_out", "model", b"model", "outside", b"outside", "predicted", b"predicted", "price", b"price", "upper", b"upper"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ethogram.cli import output
+from ethogram.cli.embedding import (
+    Bound,
+    Confidence,
+    Dimension,
+    Found,
+    Given,
+    Values,
+    free_fields,
+    given_values,
+    say_measurements,
+    say_outside,
+    say_rounded,
+    show_recommendation,
+    value_text,
+)
 from ethogram.cli.files import read_mapping
 from ethogram.cli.options import (
     Answer,
     Device,
     NewFolder,
     Public,
-    assignment,
     command,
     group,
     hub_spec,
+    in_words,
     new_path,
     system_app,
 )
 from ethogram.cli.run import Request, flag, run_command
-from ethogram.errors import InvalidInput, Violation
+from ethogram.errors import InvalidInput
 from ethogram.specs.kinds import KINDS
 
 if TYPE_CHECKING:
     from services.resource.codec import ResourceCodec
     from services.resource.data import Table
-    from services.resource.schema import Schema
 
 _MODULE = "python -m services.resource"
 WANDB_PROJECT = "resource-encoder"
@@ -55,11 +68,7 @@ Encoder = Annotated[
         metavar="ENCODER", help="Folder of an encoder or of the run that made it, or file encoder*.pt.", exists=True
     ),
 ]
-Tool = Annotated[str, typer.Option("--tool", metavar="NAME", help="The tool.")]
-Values = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Value of a field, e.g. cpu_cores=4, or unknown. Repeatable."),
-]
+Tool = Annotated[str, typer.Option("--tool", metavar="NAME", help="The tool, e.g. image_classification.")]
 LanguageModelName = Annotated[
     str | None,
     typer.Option(
@@ -70,7 +79,13 @@ LanguageModelName = Annotated[
 ]
 Registry = Annotated[
     Path | None,
-    typer.Option("--tool-registry", metavar="FILE", help="Registry of tools, tools.json.", exists=True, dir_okay=False),
+    typer.Option(
+        "--tool-registry",
+        metavar="FILE",
+        help="Registry of tools, tools.json: a list of objects with `name`. By default the tools of the table.",
+        exists=True,
+        dir_okay=False,
+    ),
 ]
 Profiling = Annotated[
     Path | None,
@@ -82,27 +97,28 @@ Profiling = Annotated[
         dir_okay=False,
     ),
 ]
-Dimension = Annotated[
-    str | None, typer.Option("--dimension", metavar="FIELD", help="By default the first measured number.")
-]
 Calibration = Annotated[
     float,
     typer.Option(
         metavar="SHARE",
-        help="Share of the measured configurations that nothing is learned from: what they show of errors is then "
-        "guaranteed of configurations like the measured ones (0: all are used for both, and it is not).",
+        help="Share of the measured configurations that is kept apart to see how large errors are. Intervals then "
+        "cover as often as asked, which is guaranteed for configurations like these, and are wider. 0: none.",
     ),
 ]
-Raw = Annotated[bool, typer.Option("--raw", help="Predict from the raw numbers, too, not from the embedding alone.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Predict from the raw numbers, too, not from the vector alone.")]
 
 FLAGS = {
     "augmentation.copies": flag(int, "--num-augmented-copies", help="Variants of each row per epoch."),
     "augmentation.mode": flag(str, "--augmentation-mode", help="none, jitter, variation or both."),
     "training.batch_size": flag(int, "--batch-size", help="Rows per step."),
-    "training.epochs": flag(float, "--num-epochs", help="Most passes over all copies of all rows."),
+    "training.epochs": flag(
+        float, "--num-epochs", help="Most passes over all copies of all rows; by default there are training.steps."
+    ),
     "training.learning_rate": flag(float, "--lr", "--learning-rate", help="Peak learning rate."),
     "training.target_loss": flag(float, "--target-loss", help="Cross-entropy at which training ends."),
-    "training.snapshot_epochs": flag(float, "--checkpoint-freq", help="Epochs between snapshots of the encoder."),
+    "training.snapshot_epochs": flag(
+        float, "--checkpoint-freq", help="Epochs between snapshots of the encoder; by default none."
+    ),
 }
 
 
@@ -112,6 +128,7 @@ FLAGS = {
     f"{_MODULE} train -o my-run",
     f"{_MODULE} train -f examples/resource-production.yaml --llm_model Qwen/Qwen2.5-7B --device cuda -o big",
     f"{_MODULE} train --tool_registry tools.json --profiling_data profiling.csv -o my-run",
+    f"{_MODULE} train -f examples/resource-table.yaml --profiling_data examples/resource-table.csv -o my-run",
     flags=FLAGS,
 )
 def train(
@@ -121,7 +138,8 @@ def train(
         typer.Option(
             "--profiling-data",
             metavar="FILE",
-            help="Table of measurements: CSV, JSON lines or parquet; by default the generator's.",
+            help="Table of measurements: CSV, JSON lines or parquet, with the columns of the schema; by default the "
+            "generator's.",
             exists=True,
             dir_okay=False,
         ),
@@ -131,7 +149,8 @@ def train(
         typer.Option(
             "--llm-model",
             metavar="MODEL",
-            help="Causal language model: folder, name on the Hub, or default, a small one that is trained once.",
+            help="Causal language model: folder or name on the Hub; by default a small one that the first run trains, "
+            "in about a quarter of an hour.",
         ),
     ] = None,
     *,
@@ -158,7 +177,10 @@ def train(
     ],
 ) -> Request:
     """Train an encoder on a table, by default the generator's, evaluate it on unseen configurations, and export its
-    vectors. The same command resumes an interrupted run."""
+    vectors. The same command resumes an interrupted run.
+
+    A table with other columns than the generator's takes a schema, in the file of the spec: see
+    examples/resource-table.yaml, and Tables and schemas in docs/resource.md."""
     values: dict[str, Any] = {"llm_model": llm_model}
     if fp16:
         values["training.precision"] = "bfloat16"
@@ -185,7 +207,16 @@ def export(
         Path | None,
         typer.Option("--encoder-checkpoint", metavar="FILE", help="Another way to name the encoder.", exists=True),
     ] = None,
-    tool_registry: Registry = None,
+    tool_registry: Annotated[
+        Path | None,
+        typer.Option(
+            "--tool-registry",
+            metavar="FILE",
+            help="Check that this is the registry of training.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     profiling_data: Profiling = None,
     llm_model: Annotated[
         str | None,
@@ -248,6 +279,8 @@ def validate(
 @command(
     app,
     f"{_MODULE} describe my-run --tool image_classification --set cpu_cores=4 --set latency_ms=unknown",
+    f"{_MODULE} describe my-run --tool image_classification --set input_size=large --set latency_ms=400 "
+    "--template concise",
 )
 def describe(
     encoder: Encoder,
@@ -255,7 +288,7 @@ def describe(
     values: Values = None,
     *,
     template: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Form of the description; by default the schema's first.")
+        str | None, typer.Option(metavar="NAME", help="Form of description; by default the first.")
     ] = None,
     llm_model: LanguageModelName = None,
     device: Device = None,
@@ -275,16 +308,18 @@ def describe(
     form = known.get(template) if template is not None else schema.templates[0]
     if form is None:
         raise InvalidInput.field("--template", f"there is no {template!r}; there are {', '.join(known)}")
+    given = given_values(schema.dimensions, tool, values)
     with _in_options():
-        vectors, unknown = (part.unsqueeze(0) for part in codec.vector(_given(tool, values, schema)))
+        vectors, unknown = (part.unsqueeze(0) for part in codec.vector(given))
         describer = Describer(language_model_for(codec, llm_model, device, run=_run_of(encoder)), schema)
     (text,) = describer.write(codec.soft(codec.embed(vectors, unknown)).to(describer.device), form)
     read = form.read(text)
     (outside,) = codec.outside(vectors, unknown)
+    found = None if read is None else named(schema, read)
     result = {
         "text": text,
         "template": form.name,
-        "values": None if read is None else named(schema, read),
+        "values": found,
         "unknown": [name for name, hidden in zip(schema.names, unknown[0].tolist(), strict=True) if hidden],
         "outside": outside,
     }
@@ -292,11 +327,12 @@ def describe(
     def show() -> None:
         # A model that was not trained for it may write anything.
         output.console().print(output.visible(text))
-        if read is None:
+        if found is None:
             output.say(f"this is no description by {form.name}: no values can be read")
         else:
-            output.pairs(named(schema, read))
-        _say_outside(outside)
+            output.pairs({field.name: value_text(field, found[field.name]) for field in schema.dimensions})
+        say_outside(outside)
+        say_rounded(schema.dimensions, given)
 
     return Answer(result, show)
 
@@ -311,8 +347,15 @@ def predict(
     tool: Tool,
     values: Values = None,
     *,
-    dimension: Dimension = None,
-    level: Annotated[float, typer.Option(help="Probability with which the interval covers the measured number.")] = 0.9,
+    dimension: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="The number to predict; by default the first measured one.")
+    ] = None,
+    level: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE", help="Probability with which the interval covers the measured number, between 0 and 1."
+        ),
+    ] = 0.9,
     raw: Raw = False,
     calibration: Calibration = 0.0,
     profiling_data: Profiling = None,
@@ -326,7 +369,7 @@ def predict(
     from services.runtime.devices import chosen_device
 
     codec = _codec(encoder, chosen_device(device))
-    given = _given(tool, values, codec.schema)
+    given = given_values(codec.schema.dimensions, tool, values)
     with _in_options():
         table = table_for(codec, profiling_data, partial=True)
         predictor = NumberPredictor(codec, table, dimension, raw=raw, calibration=calibration)
@@ -334,10 +377,12 @@ def predict(
     unit = codec.schema.dimensions[codec.schema.index(found.dimension)].unit
 
     def show() -> None:
-        interval = f"{found.low:.4g} to {found.high:.4g}"
-        output.pairs({found.dimension: f"{found.value:.4g} {unit}".strip(), f"interval at {level:g}": interval})
-        _say_outside(found.outside)
-        _say_measurements(codec, table, found.measurements)
+        value, low, high = (f"{output.number(end, 4)} {unit}".rstrip() for end in (found.value, found.low, found.high))
+        output.pairs({found.dimension: value, f"interval at {level:g}": f"{low} to {high}"})
+        say_outside(found.outside)
+        say_rounded(codec.schema.dimensions, given)
+        say_measurements(found.measurements, len(table))
+        _say_outside_rows(codec, table)
 
     return Answer({**found._asdict(), "level": level, "unit": unit}, show)
 
@@ -345,17 +390,16 @@ def predict(
 @command(
     app,
     f"{_MODULE} recommend my-run --tool image_classification --set input_size=large --latency 400 --confidence .9",
-    f"{_MODULE} recommend my-run --tool image_classification --latency 400 --profiling_data measured-so-far.csv",
+    f"{_MODULE} recommend my-run --tool image_classification --set input_size=small --latency 400 "
+    "--profiling_data measured-so-far.csv",
 )
 def recommend(
     encoder: Encoder,
     tool: Tool,
-    values: Values = None,
+    values: Given = None,
     *,
-    bound: Annotated[
-        float, typer.Option("--latency", "--bound", metavar="NUMBER", help="What the measured number must stay below.")
-    ],
-    confidence: Annotated[float, typer.Option(help="Probability with which it must.")] = 0.9,
+    bound: Bound,
+    confidence: Confidence = 0.9,
     dimension: Dimension = None,
     raw: Raw = False,
     calibration: Calibration = 0.0,
@@ -364,38 +408,29 @@ def recommend(
 ) -> Answer:
     """Name the cheapest configuration of a tool whose latency stays below a bound; exit code 1 when none does.
 
-    --set fixes fields; the others are free. It chooses among all configurations, of which some have to be measured."""
+    --set fixes fields; the others are chosen, also those that describe the work, such as the size of the input. It
+    chooses among all configurations, of which some have to be measured."""
     from services.resource.recommend import Recommender
     from services.resource.sources import table_for
     from services.runtime.devices import chosen_device
 
     codec = _codec(encoder, chosen_device(device))
-    given = _given(tool, values, codec.schema)
+    fields = codec.schema.dimensions
+    given = given_values(fields, tool, values)
     with _in_options():
         table = table_for(codec, profiling_data, partial=True)
         recommender = Recommender(codec, table, dimension, raw=raw, calibration=calibration)
         found = recommender.recommend(given, bound, confidence)
-    bounded = codec.schema.dimensions[recommender.dimension]
-
-    def number(value: float) -> str:
-        return f"{value:.4g} {bounded.unit}".strip()
+    bounded, measurements = fields[recommender.dimension], recommender.predictor.measurements
+    asked = {"dimension": bounded.name, "unit": bounded.unit, "bound": bound, "confidence": confidence}
+    chosen = {"chosen": [field.name for field in free_fields(fields, given)]}
 
     def show() -> None:
-        output.pairs(
-            {
-                **found.configuration,
-                "price": found.price,
-                f"predicted {bounded.name}": number(found.predicted),
-                f"below, at {confidence:g}": number(found.upper),
-            }
-        )
-        if not found.fits:
-            output.say(f"no configuration stays below {number(bound)} at {confidence:g}; this one comes closest")
-        _say_measurements(codec, table, measurements)
+        show_recommendation(fields, given, Found(*found), bounded=bounded, bound=bound, confidence=confidence)
+        say_measurements(measurements, len(table))
+        _say_outside_rows(codec, table)
 
-    measurements = recommender.predictor.measurements
-    named = {"dimension": bounded.name, "bound": bound, "confidence": confidence, "measurements": measurements}
-    return Answer(found._asdict() | named, show, found.fits)
+    return Answer(found._asdict() | asked | chosen | {"measurements": measurements}, show, found.fits)
 
 
 @run_command(
@@ -422,15 +457,24 @@ def decode(
     ],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What is to be done, in words.")],
 ) -> Answer:
-    """Choose a tool, and one of its configurations, for the text of a task."""
+    """Choose a tool, and one of its configurations, for the text of a task, and say how probable both are.
+
+    The probability of the tool is among all tools, that of the configuration among the tool's."""
     from services.resource.decoder.job import load
     from services.runtime.folders import artifact_in
 
     model, config = load(artifact_in(decoder, "decoder", "DECODER"))
     with _in_options():
-        chosen = int(model.choose([text])[1])
-    configuration = config["lookup"][str(chosen)]
-    return Answer({"config_id": chosen, **configuration}, lambda: output.pairs({"config_id": chosen, **configuration}))
+        decision = model.decide([text])
+    chosen = int(decision.configurations)
+    configuration = {"config_id": chosen, **config["lookup"][str(chosen)]}
+    probability = {"tool": float(decision.tool_probability), "configuration": float(decision.probability)}
+
+    def show() -> None:
+        shares = {f"probability of the {name}": f"{share:.3f}" for name, share in probability.items()}
+        output.pairs(configuration | shares)
+
+    return Answer(configuration | {"probability": probability}, show)
 
 
 @run_command(
@@ -526,26 +570,7 @@ def _run_of(source: Path) -> Path:
     return folder.resolve().parent
 
 
-def _given(tool: str, values: Sequence[str] | None, schema: Schema) -> dict[str, Any]:
-    """The fields of ``--tool`` and ``--set``; numbers where the schema has numbers."""
-    from services.resource.codec import UNKNOWN
-    from services.resource.schema import TOOL
-
-    numbers = {dimension.name for dimension in schema.dimensions if dimension.number}
-    given: dict[str, Any] = {TOOL: tool}
-    for text in values or ():
-        name, value = assignment("--set", text, "FIELD=VALUE, e.g. cpu_cores=4")
-        if name in given:
-            raise InvalidInput.field(f"--set {name}", "is given twice" if name != TOOL else "use --tool")
-        try:
-            given[name] = float(value) if name in numbers and value != UNKNOWN else value
-        except ValueError:
-            raise InvalidInput.field(f"--set {name}", f"{value!r} is not a number") from None
-    return given
-
-
-@contextmanager
-def _in_options() -> Iterator[None]:
+def _in_options() -> AbstractContextManager[None]:
     """Name the options in errors of the fields that they set."""
     options = {
         "given.tool": "--tool",
@@ -553,7 +578,7 @@ def _in_options() -> Iterator[None]:
         "bound": "--latency",
         "texts.0": "TEXT",
         "table": "--profiling-data",
-        **{name: f"--{name.replace('_', '-')}" for name in ("level", "confidence", "dimension", "calibration")},
+        **{name: f"--{name}" for name in ("level", "confidence", "dimension", "calibration")},
         **{name: f"--{name.replace('_', '-')}" for name in ("llm_model", "profiling_data", "tool_registry")},
     }
 
@@ -562,27 +587,7 @@ def _in_options() -> Iterator[None]:
             return options[field]
         return f"--set {field.rpartition('.')[2]}" if field.startswith("given.") else field
 
-    try:
-        yield
-    except InvalidInput as error:
-        found = [Violation(option(field), text) for field, text in error.violations]
-        message = error.message
-        for old, new in zip(error.violations, found, strict=True):
-            message = message.replace(f"{old.field}: ", f"{new.field}: ")
-        raise InvalidInput(message, found) from None
-
-
-def _say_outside(names: Sequence[str]) -> None:
-    if names:
-        verb = "is" if len(names) == 1 else "are"
-        output.say(f"{', '.join(names)} {verb} outside the range of training, so this is less certain")
-
-
-def _say_measurements(codec: ResourceCodec, table: Table, used: int) -> None:
-    """Say which measurements are not used, and which are outside the range of training."""
-    if used < len(table):
-        output.say(f"predicted from {used:,} of the {len(table):,} measurements, drawn at random")
-    _say_outside_rows(codec, table)
+    return in_words(option)
 
 
 def _say_outside_rows(codec: ResourceCodec, table: Table) -> None:

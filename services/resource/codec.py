@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ethogram.errors import InvalidInput, Violation
+from ethogram.errors import MAX_VIOLATIONS, InvalidInput, Violation
 from ethogram.specs.resource import MOST, ResourceSpec, SchemaSpec
 from services.resource.data import Table
 from services.resource.model import ResourceEncoder
@@ -78,7 +78,8 @@ class ResourceCodec:
         ``unknown``, None or left out.
 
         Raises :class:`InvalidInput` that names the row and the field for a tool, a label or a field that the schema
-        does not have, a number that is not finite or negative, and an unknown tool.
+        does not have, a number that is not finite or negative, one that is not measured and has more decimals than
+        descriptions, and an unknown tool.
         """
         return self._vectors(rows, [f"{field}.{number}" for number in range(len(rows))])
 
@@ -89,10 +90,12 @@ class ResourceCodec:
 
     def _vectors(self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> tuple[Tensor, Tensor]:
         """:meth:`vectors`; ``places``: what errors call each row."""
+        known = set(self.schema.names)
+        texts = {name: self.schema.no_field(str(name)) for name in set().union(*rows) - known}
         wrong = [
-            Violation(f"{place}.{name}", self._no_field)
+            Violation(f"{place}.{name}", texts[name])
             for place, row in zip(places, rows, strict=True)
-            for name in row.keys() - set(self.schema.names)
+            for name in row.keys() - known
         ]
         values, unknown = self._blank(len(rows))
         for index, dimension in enumerate(self.schema.dimensions):
@@ -110,7 +113,8 @@ class ResourceCodec:
 
         Raises :class:`InvalidInput` that names the field, and the row behind it.
         """
-        wrong = [Violation(f"{field}.{name}", self._no_field) for name in columns.keys() - set(self.schema.names)]
+        other = sorted(columns.keys() - set(self.schema.names))[:MAX_VIOLATIONS]
+        wrong = [Violation(f"{field}.{name}", self.schema.no_field(name)) for name in other]
         values, unknown = self._blank(rows)
         unknown[:] = True
         for index, dimension in enumerate(self.schema.dimensions):
@@ -153,13 +157,16 @@ class ResourceCodec:
             shown = _shown(given[row].item() if isinstance(given, np.ndarray) else given[row])
             allowed = f"a number from 0 to {MOST}" if dimension.number else f"one of {', '.join(labels)}"
             faults[row] = f"must be {allowed}, not {shown}"
+        if dimension.number and not dimension.measured:
+            # As in tables: descriptions would take it for another configuration.
+            known = np.where(hidden | bad, 0.0, numbers)
+            for row in (np.round(known, dimension.decimals) != known).nonzero()[0].tolist():
+                faults[row] = (
+                    f"{numbers[row]:.10g} has more decimals than its descriptions, which have {dimension.decimals}"
+                )
         if index == 0:
             faults |= dict.fromkeys(hidden.nonzero()[0].tolist(), "the tool must be known")
         return np.where(hidden | bad, 0.0, numbers), hidden, faults
-
-    @cached_property
-    def _no_field(self) -> str:
-        return f"there is no such field; there are {', '.join(self.schema.names)}"
 
     @cached_property
     def _places(self) -> list[dict[str, int]]:
@@ -180,6 +187,11 @@ class ResourceCodec:
         for row, index in self.outside_mask(values, unknown).nonzero().tolist():
             names[row].append(self.schema.names[index])
         return names
+
+    def is_outside(self, index: int, value: float) -> bool:
+        """Whether a predicted number of the field ``index`` is outside the range of training."""
+        low, high = self._range
+        return not float(low[index]) <= value <= float(high[index])
 
     def outside_mask(self, values: Tensor, unknown: Tensor | None = None) -> Tensor:
         """Which known numbers are outside the range of training, ``[rows, fields]``."""
@@ -269,7 +281,9 @@ def _is_number(value: object) -> bool:
 
 
 def _float(number: Any) -> float:
-    """A number as floats have it: infinite where none is as large."""
+    """A number as floats have it: infinite where none is as large. One of fewer bits is taken as it is written."""
+    if isinstance(number, np.floating) and number.itemsize < 8:
+        return float(str(number))
     try:
         return float(number)
     except OverflowError:

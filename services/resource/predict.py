@@ -314,7 +314,7 @@ class Prediction(NamedTuple):
     high: float
     """Ends of the interval."""
     outside: list[str]
-    """Numbers outside the range of training, for which intervals need not hold."""
+    """Numbers outside the range of training, for which intervals need not hold; the predicted one may be of them."""
     measurements: int
     """Rows of the table that it was predicted from."""
 
@@ -357,7 +357,10 @@ class NumberPredictor:
         interval = self.intervals(values, unknown, level, field)
         value, low, high = (float(end) for end in interval)
         measurements = self.fitted(unknown[0])[1].measurements
-        return Prediction(name, value, low, high, self.codec.outside(values, unknown)[0], measurements)
+        outside = self.codec.outside(values, unknown)[0]
+        if self.codec.is_outside(self.dimension, value):
+            outside.append(name)
+        return Prediction(name, value, low, high, outside, measurements)
 
     def intervals(self, values: Tensor, unknown: Tensor, level: float = 0.9, field: str = "rows") -> Interval:
         """Predictions for vectors ``[rows, fields]``, with intervals at ``level``. Raises :class:`InvalidInput`."""

@@ -21,6 +21,7 @@ from services.resource.predict import (
     upper_bound,
 )
 from services.resource.schema import TOOL, Schema, step
+from services.resource.texts import number_text
 
 
 class Recommendation(NamedTuple):
@@ -35,6 +36,8 @@ class Recommendation(NamedTuple):
     """What it stays below with the confidence asked for."""
     fits: bool
     """Whether that is below the bound; if not, no configuration is, and this one comes closest."""
+    outside: list[str]
+    """The measured dimension where its prediction is outside the range of training; it is less certain there."""
 
 
 class Choice(NamedTuple):
@@ -45,6 +48,8 @@ class Choice(NamedTuple):
     predicted: float
     upper: float
     fits: bool
+    outside: bool
+    """Whether the prediction is outside the range of training."""
 
 
 class Options(NamedTuple):
@@ -89,7 +94,8 @@ class Recommender:
         self, given: Mapping[str, Any], bound: float, confidence: float = 0.9, field: str = "given"
     ) -> Recommendation:
         """The cheapest configuration with the ``given`` fields, the tool among them, whose measured dimension is below
-        ``bound`` with this confidence; if there is none, the one that comes closest.
+        ``bound`` with this confidence; if there is none, the one that comes closest. Fields that are not given are
+        chosen, also those without a price, which may describe the workload: give these.
 
         Raises :class:`InvalidInput` for fields that no configuration has, a bound that is not above 0, and a confidence
         outside (0, 1).
@@ -105,7 +111,8 @@ class Recommender:
         for dimension in self.schema.dimensions:
             if dimension.measured:
                 del configuration[dimension.name]
-        return Recommendation(configuration, *choice[1:])
+        outside = [self.schema.names[self.dimension]] if choice.outside else []
+        return Recommendation(configuration, choice.price, choice.predicted, choice.upper, choice.fits, outside)
 
     def choose(
         self,
@@ -133,7 +140,8 @@ class Recommender:
         best, fits = cheapest(options.prices[rows], upper, bound)
         found = rows[best]
         predicted = counts * float(options.predicted[found].expm1())
-        return Choice(options.values[found], float(options.prices[found]), predicted, float(upper[best]), fits)
+        outside = self.codec.is_outside(self.dimension, predicted)
+        return Choice(options.values[found], float(options.prices[found]), predicted, float(upper[best]), fits, outside)
 
     def _absent(self, values: Tensor, wanted: Tensor, options: Tensor, field: str, row: str) -> InvalidInput:
         """The error for a vector of which no configuration has the ``wanted`` fields."""
@@ -141,7 +149,7 @@ class Recommender:
             if values[index] not in options[:, index]:
                 dimension = self.schema.dimensions[index]
                 given, *levels = (
-                    dimension.labels[int(level)] if dimension.labels else f"{level:g}"
+                    dimension.labels[int(level)] if dimension.labels else number_text(level, dimension.decimals)
                     for level in [float(values[index]), *torch.unique(options[:, index]).tolist()]
                 )
                 text = f"no configuration has {given}; there are {', '.join(levels)}"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ethogram.cli.output import pairs
+from ethogram.cli.output import number, pairs
 from ethogram.client import Client
 from ethogram.errors import InvalidInput
 from ethogram.platform.stack import Platform, free_port
@@ -61,6 +61,12 @@ def test_a_job_goes_in_from_a_file_with_set_and_labels(cli: Cli, tmp_path: Path)
     assert cli("jobs", "logs", job["id"]).code == 0
     assert cli("jobs", "retry", job["id"], "--json").json["state"] == "QUEUED"
     cli("jobs", "cancel", job["id"])
+
+
+def test_large_numbers_are_written_in_full() -> None:
+    values = {366.94: "366.9", 9999.4: "9999", 9999.96: "10000", 1e6: "1000000", 1234567.8: "1234568", 0.5: "0.5"}
+    assert {value: number(value, 4) for value in values} == values
+    assert number(2000.25, 10) == "2000.25" and number(-1e7) == "-10000000" and number(1e-5) == "1e-05"
 
 
 def test_a_dry_run_shows_every_default_and_queues_nothing(cli: Cli, client: Client) -> None:

@@ -59,9 +59,8 @@ def test_a_file_is_embedded_and_described(cli: Cli, encoder: ResourceCodec, tmp_
 
 
 def test_what_is_outside_the_range_is_told(cli: Cli, encoder: ResourceCodec, tmp_path: Path) -> None:
-    values = ("--set", "latency=5000", "-o", str(tmp_path / "a.safetensors"))
-    answer = cli("embed", "vectors", "--tool", "read", *SET, *values)
-    assert answer.code == 0 and "Outside the range of training, so less exact: latency" in answer.err
+    answer = cli("embed", "vectors", "--tool", "read", "--set", "latency=5000", "-o", str(tmp_path / "a.safetensors"))
+    assert answer.code == 0 and "latency is outside the range of training, so this is less certain" in answer.err
     (tmp_path / "rows.csv").write_text("tool,size,cores,memory\n" + "read,small,99,4\n" * 5)
     answer = cli("describe", "vectors", str(tmp_path / "rows.csv"))
     assert "line 2: cores; line 3: cores; line 4: cores and 2 more" in answer.err
@@ -70,10 +69,13 @@ def test_what_is_outside_the_range_is_told(cli: Cli, encoder: ResourceCodec, tmp
 def test_a_configuration_is_recommended(cli: Cli, encoder: ResourceCodec) -> None:
     answer = cli("recommend", "vectors", "--tool", "read", "--set", "size=large", "--latency", "90", "--json")
     assert answer.code == 0 and answer.json["fits"] and answer.json["configurations"]["size"] == "large"
-    shown = cli("recommend", "vectors", "--tool", "read", "--set", "size=large", "--bound", "90")
-    assert shown.code == 0 and "price" in shown.out and "latency: " in shown.err
+    assert answer.json["chosen"] == ["cores", "memory"] and answer.json["outside"] == []
+    shown = cli("recommend", "vectors", "--tool", "read", "--set", "input_size=large", "--bound", "90")
+    assert shown.code == 0 and shown.err == "" and "below, at 0.9" in shown.out and "4 cores" in shown.out
     answer = cli("recommend", "vectors", "--tool", "read", "--latency", "1")
-    assert answer.code == 1 and "Nothing stays below 1; this comes closest." in answer.err and "cores" in answer.out
+    assert answer.code == 1 and "no configuration stays below 1 at 0.9; this one comes closest" in answer.err
+    assert "size is not given, and has no price: this is the cheapest for size=small; give --set size=..." in answer.err
+    assert "cores" in answer.out
     assert "drawn at random" not in answer.err
 
 
@@ -87,13 +89,14 @@ def test_measurements_that_were_left_out_are_counted(
     asked = ("recommend", "vectors", "--tool", "read", "--latency", "900")
     assert cli(*asked, "--json").json["measurements"] == 36
     monkeypatch.setattr(Embedding, "recommend", some)
-    assert "Predicted from 4,000 of the 5,234 measurements, drawn at random." in cli(*asked).err
+    assert "predicted from 4,000 of the 5,234 measurements, drawn at random" in cli(*asked).err
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("tool,speed\nread,3\n", "rows.csv:2.speed: the model has no such field; it has tool, size, cores"),
+        ("tool,speed\nread,3\n", "rows.csv:2.speed: there is no such field; there are tool, size, cores"),
+        ("tool,core\nread,3\n", "did you mean cores?"),
         ("tool,size,cores,memory\nread,small,2,4\nread,small,many,4\n", "rows.csv:3.cores: 'many' is not a number"),
         ("tool,size,cores,memory\nread,small,2\n", "rows.csv:2: has not as many cells as the header"),
         ("tool,size,cores,memory\n", "has no rows"),
@@ -109,7 +112,13 @@ def test_measurements_that_were_left_out_are_counted(
         ('{"tool": "read", "size": false}\n', "rows.csv:1.size: false is not a label"),
         (f'{{"tool": "read", "cores": 1{400 * "0"}}}\n', "rows.csv:1.cores: is too large"),
         ("tool,size\n\nread,small\nread\n", "rows.csv:4: has not as many cells"),
-        ("tool,size,cores,memory\nread,huge,2,4\n", "configurations.size.0: must be one of small, large, not 'huge'"),
+        ("tool,size,cores\n\nread,small,2\nread,huge,2\n", "rows.csv:4.size: must be one of small, large, not 'huge'"),
+        (
+            "tool,size,cores\nread,small,2.5\n",
+            "rows.csv:2.cores: 2.5 has more decimals than its descriptions, which have",
+        ),
+        ("size,cores\nsmall,2\n", "rows.csv.tool: is missing: the tool must be known"),
+        ("tool,size\n" + "read,small\n" * 40 + "read,huge\n", "rows.csv:42.size: must be one of small, large"),
     ],
 )
 def test_wrong_files(cli: Cli, encoder: ResourceCodec, tmp_path: Path, content: str, says: str) -> None:
@@ -127,9 +136,16 @@ def test_wrong_options(cli: Cli, encoder: ResourceCodec, tmp_path: Path) -> None
         (("describe", "vectors", "--tool", "read", "--set", "cores"), "cores is not of the form FIELD=VALUE"),
         (("describe", "vectors", "--tool", "read", "--set", "speed=3"), "there is no such field; there are tool, size"),
         (("describe", "vectors", "--tool", "read", "--set", "cores=x"), "--set cores: 'x' is not a number"),
-        (("describe", "vectors", "--tool", "fly", *SET), "must be one of read, write, not 'fly'"),
-        (("recommend", "vectors", "--tool", "read", "--latency", "0"), "must be a number above 0"),
-        (("recommend", "vectors", "--tool", "read", "--latency", "5", "--confidence", "2"), "between 0 and 1"),
+        (("describe", "vectors", "--tool", "read", "--set", "core=3"), "did you mean cores?"),
+        (("describe", "vectors", "--tool", "read", "--set", "size=huge"), "--set size: must be one of small, large"),
+        (("describe", "vectors", "--tool", "read", "--set", "cores=1", "--set", "cores=2"), "--set cores: is given tw"),
+        (("describe", "vectors", "--tool", "read", "--template", "x"), "--template: there is no 'x'"),
+        (("describe", "vectors", "--tool", "fly", *SET), "--tool: must be one of read, write, not 'fly'"),
+        (("recommend", "vectors", "--tool", "read", "--latency", "0"), "--latency: must be a number above 0"),
+        (
+            ("recommend", "vectors", "--tool", "read", "--latency", "5", "--confidence", "2"),
+            "--confidence: must be betw",
+        ),
     ):
         answer = cli(*arguments)
         assert answer.code == 2 and says in answer.err

@@ -102,7 +102,7 @@ def test_embed_is_the_encoder(embedding: Embedding, encoder: ResourceCodec, monk
 
 
 def test_what_is_outside_the_range_is_answered_and_marked(embedding: Embedding) -> None:
-    rows = [ROWS[0], ROWS[0] | {"latency": 5000, "cores": 0.5}, ROWS[2], ROWS[1] | {"memory": 17}]
+    rows = [ROWS[0], ROWS[0] | {"latency": 5000, "cores": 0}, ROWS[2], ROWS[1] | {"memory": 17}]
     assert embedding.embed("tiny", rows).outside == [[], ["cores", "latency"], [], ["memory"]]
     assert embedding.embed("tiny", rows[3]).outside == ["memory"]
     assert embedding.describe("tiny", rows).outside == [[], ["cores", "latency"], [], ["memory"]]
@@ -326,7 +326,7 @@ def test_recommend_is_the_recommender(embedding: Embedding, encoder: ResourceCod
         assert found.configurations == expected.configuration
         for name in ("price", "predicted", "upper"):
             assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4)
-        assert found.fits == expected.fits
+        assert found.fits == expected.fits and found.outside == expected.outside == []
         assert found.dimension == "latency"
         assert (found.measurements, found.measurements_left_out) == (36, 0)
     assert not found.fits and found.upper > 10
@@ -337,6 +337,19 @@ def test_recommend_is_the_recommender(embedding: Embedding, encoder: ResourceCod
         single = embedding.recommend("tiny", row, bound)
         assert single.configurations == batch.configurations[number]
         assert single.price == batch.price[number] and single.upper == batch.upper[number]
+
+
+def test_a_prediction_outside_the_range_is_marked(serve: Serve, publish: Publish, encoder: ResourceCodec) -> None:
+    table = encoder.table
+    assert table is not None
+    far = replace(table, values=table.values * torch.tensor([1, 1, 1, 1, 100], dtype=torch.float64))
+    publish(ResourceCodec(encoder.spec, encoder.schema, encoder.model, encoder.about, far))
+    with Embedding(serve().address) as client:
+        assert client.recommend("tiny", {"tool": "read"}, 9e6).outside == ["latency"]
+        # 1,000 is the end of the range.
+        rows = [{"tool": tool, "size": size, "cores": 8} for tool in ("read", "write") for size in ("small", "large")]
+        found = client.recommend("tiny", rows, 9e6)
+    assert found.outside == [["latency"] if number > 1000 else [] for number in found.predicted]
 
 
 def test_streams_answer_in_order(embedding_server: Running, embedding: Embedding) -> None:
@@ -387,6 +400,9 @@ WRONG: list[tuple[Configurations, str, str]] = [
     (GOOD | {"cores": -(10**5000)}, "cores.0", "must be a number from 0 to 9999999"),
     (GOOD | {"cores": True}, "cores.0", "must be a number or text"),
     (GOOD | {"speed": 1}, "speed", "there is no such field; there are tool, size"),
+    (GOOD | {"core": 1}, "core", "did you mean cores?"),
+    (GOOD | {"input_size": "small"}, "input_size", "did you mean size?"),
+    ([GOOD, GOOD | {"cores": 4.4}], "cores.1", "4.4 has more decimals than its descriptions, which have 0"),
     (GOOD | {"tool": None}, "tool.0", "the tool must be known"),
     ({"size": "small"}, "tool", "is missing: the tool must be known"),
     ([GOOD, {"size": "small"}], "tool.1", "the tool must be known"),
@@ -403,6 +419,35 @@ def test_wrong_configurations(embedding: Embedding, configurations: Configuratio
             call("tiny", configurations)
         assert caught.value.violations[0].field == (field if field == "configurations" else f"configurations.{field}")
         assert says in caught.value.message
+
+
+def test_the_row_of_a_large_set_is_named(embedding: Embedding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It travels in parts, each with rows of its own numbers."""
+    monkeypatch.setattr(channel, "PART_ROWS", 7)
+    rows = many(40)
+    rows[30] |= {"size": "huge"}
+    rows[33] |= {"cores": -1}
+    for call in (embedding.embed, embedding.describe):
+        with pytest.raises(InvalidInput) as caught:
+            call("tiny", rows)
+        assert [violation.field for violation in caught.value.violations] == [
+            "configurations.size.30",
+            "configurations.cores.33",
+        ]
+        assert caught.value.message.startswith("configurations.size.30: must be one of small, large, not 'huge' (and 1")
+    with pytest.raises(InvalidInput, match=r"^configurations\.speed: there is no such field"):
+        embedding.embed("tiny", [row | {"speed": 1} for row in many(40)])
+    with pytest.raises(InvalidInput, match=r"^bounds\.17: must be a number above 0"):
+        embedding.recommend("tiny", [{"tool": "read"}] * 40, [5.0] * 17 + [0.0] * 23)
+
+
+def test_numbers_of_fewer_bits_are_as_they_are_written(embedding: Embedding) -> None:
+    """In 64 bits 120.1 of 32 bits has more decimals than that."""
+    wanted = embedding.embed("tiny", ROWS[0] | {"latency": 120.1}).embeddings
+    single = np.float32(120.1)
+    np.testing.assert_array_equal(embedding.embed("tiny", ROWS[0] | {"latency": single}).embeddings, wanted)
+    columns = {name: [value] for name, value in ROWS[0].items()} | {"latency": np.array([single])}
+    np.testing.assert_array_equal(embedding.embed("tiny", columns).embeddings[0], wanted)
 
 
 def refused(call: Any, request: Any) -> tuple[grpc.StatusCode, EthogramError]:

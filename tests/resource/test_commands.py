@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from services.language.models import load_language_model
 from services.resource import job, language_model, predict
 from services.resource.codec import ResourceCodec
 from services.resource.language_model import default_folder
-from services.runtime import local
+from services.runtime import local, trained
 from services.runtime.console import ConsoleRun
 from tests.conftest import Once
 from tests.resource.conftest import (
@@ -105,6 +106,15 @@ def test_the_flags_of_the_document_set_values_of_the_spec(
     assert seen[2] == ResourceSpec()
 
 
+def test_the_help_of_train_has_defaults_and_says_where_schemas_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "examples/resource-table.yaml" in said and "docs/resource.md" in said
+    training = ResourceSpec().training
+    for default in (training.batch_size, training.learning_rate, training.target_loss):
+        assert f"[default: ({default})]" in said
+
+
 def test_an_interrupted_run_resumes(
     run: Path, tables: Path, language_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +200,9 @@ def test_describe(run: Path, language_folder: Path, tmp_path: Path, capsys: pyte
     more = ("--template", "reordered", "--set", "latency_ms=5000", "--llm_model", moved, "--device", "cpu")
     said = answer(capsys, "describe", run / "encoder", *CONFIGURATION, *more)
     assert said["template"] == "reordered" and said["unknown"] == [] and said["outside"] == ["latency_ms"]
+    # What is measured may have more decimals than descriptions, as in tables.
+    assert call("describe", run, *CONFIGURATION, "--set", "latency_ms=120.5") == 0
+    assert "latency_ms: descriptions round 120.5 to 120 ms" in capsys.readouterr().err
     assert call("describe", run, *CONFIGURATION) == 0
     assert "no values can be read" in capsys.readouterr().err
 
@@ -203,7 +216,7 @@ def test_what_is_said_is_read_back(
     said = answer(capsys, "describe", run, *CONFIGURATION)
     assert said["values"] == {"tool": "detect", "size": "small", "cores": 4, "latency_ms": 121}
     assert call("describe", run, *CONFIGURATION) == 0
-    assert "latency_ms  121" in capsys.readouterr().out
+    assert "latency_ms  121 ms" in capsys.readouterr().out
 
 
 def test_the_default_language_model_is_made_once_and_kept_with_the_run(
@@ -231,6 +244,36 @@ def test_the_default_language_model_is_made_once_and_kept_with_the_run(
     assert answer(capsys, "describe", tmp_path / "run", *CONFIGURATION, "--llm_model", kept) == said
 
 
+def test_an_interrupted_default_language_model_is_kept_and_resumed(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ETHOGRAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(language_model, "_CORPUS", 10)
+    monkeypatch.setattr(job, "default_folder", partial(default_folder, spec=tiny_reader_spec(training={"steps": 3})))
+    monkeypatch.setattr(trained, "_CHECKPOINT_SECONDS", 0.0)
+    advance, done = ConsoleRun.advance, list[int]()
+
+    def interrupted(run: ConsoleRun, count: int) -> None:
+        done.append(count)
+        if len(done) == 4 and not resumes:
+            raise KeyboardInterrupt
+        advance(run, count)
+
+    resumes = False
+    monkeypatch.setattr(ConsoleRun, "advance", interrupted)
+    (tmp_path / "spec.json").write_text(json.dumps(tiny_spec(held_out=0).model_dump(mode="json", exclude_unset=True)))
+    typed = ("train", "-f", tmp_path / "spec.json", "--profiling_data", tables / "profiling.csv", "--device", "cpu")
+    assert call(*typed, "-o", tmp_path / "run") == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Run the same command again to resume from the last checkpoint, in {tmp_path / 'cache'}" in said
+    assert "Nothing is kept" not in said and not (tmp_path / "run").exists()
+    # The steps before the last checkpoint are not taken again.
+    first, resumes = done[-1], True
+    done.clear()
+    assert call(*typed, "-o", tmp_path / "run") == 0
+    assert done[0] == first - 1 > 0
+
+
 def test_predict(run: Path, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "predict", run, *CONFIGURATION, "--level", "0.8")
     assert found["dimension"] == "latency_ms" and found["level"] == 0.8 and found["measurements"] == 16
@@ -241,8 +284,29 @@ def test_predict(run: Path, tables: Path, capsys: pytest.CaptureFixture[str]) ->
     assert same == found
     cores = answer(capsys, "predict", run, "--tool", "detect", "--set", "size=small", "--dimension", "cores", "--raw")
     assert cores["dimension"] == "cores"
-    assert call("predict", run, *CONFIGURATION, "--set", "latency_ms=unknown") == 0
-    assert "interval at 0.9" in capsys.readouterr().out
+    # As the column of the table is called.
+    column = ("--tool", "detect", "--set", "size=small", "--set", "cpu=4", "--set", "latency_ms=unknown")
+    assert call("predict", run, *column) == 0
+    shown = capsys.readouterr()
+    assert re.search(r"interval at 0\.9 +[\d.]+ ms to [\d.]+ ms", shown.out) and "outside" not in shown.err
+
+
+def test_large_numbers_are_written_in_full_and_predictions_beyond_the_range_are_marked(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codec = ResourceCodec.load(run / "encoder")
+    assert codec.table is not None
+    codec.table.values[:, 3] *= 10_000
+    codec.save(tmp_path / "encoder")
+    found = answer(capsys, "predict", tmp_path / "encoder", *CONFIGURATION)
+    assert found["value"] > 800_000 and found["outside"] == ["latency_ms"]
+    for command in (("predict", "--set", "cores=4"), ("recommend", "--latency", "3000000")):
+        assert call(*command[:1], tmp_path / "encoder", "--tool", "detect", "--set", "size=small", *command[1:]) == 0
+        shown = capsys.readouterr()
+        assert "latency_ms is outside the range of training, so this is less certain" in shown.err
+        assert re.search(r"\d{6,7} ms", shown.out) and "e+" not in shown.out
+    assert call("recommend", tmp_path / "encoder", "--tool", "detect", "--latency", "2000.25") == 1
+    assert "no configuration stays below 2000.25 ms" in capsys.readouterr().err
 
 
 def test_recommend(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,6 +318,14 @@ def test_recommend(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert call(*options, "--latency", "2") == 1
     shown = capsys.readouterr()
     assert "no configuration stays below 2 ms at 0.9; this one comes closest" in shown.err and "price" in shown.out
+    assert re.search(r"below, at 0\.9 +[\d.]+ ms", shown.out) and re.search(r"chosen +cores\n", shown.out)
+    assert found["chosen"] == ["cores"] and found["unit"] == "ms" and "has no price" not in shown.err
+    # What describes the work is chosen, too, where it is not given.
+    assert call("recommend", run, "--tool", "detect", "--latency", "900") == 0
+    shown = capsys.readouterr()
+    assert re.search(r"chosen +size, cores\n", shown.out)
+    says = "size is not given, and has no price: this is the cheapest for size=small; give --set size=..."
+    assert says in " ".join(shown.err.split())
     # Of a part of the table, which has one tool alone; any level may be recommended.
     part = write_rows(tmp_path / "part.csv", [row for row in rows() if row["tool"] == "detect" and row["cpu"] != 1])
     assert call(*options, "--latency", "900", "--profiling_data", part) == 2
@@ -262,6 +334,17 @@ def test_recommend(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     part = write_rows(tmp_path / "part.csv", [row for row in rows() if row["cpu"] != 1])
     partly = answer(capsys, *options, "--latency", "900", "--profiling_data", part)
     assert partly["configuration"]["cores"] == 1 and partly["measurements"] == 12
+
+
+def test_without_prices_the_fastest_is_recommended(
+    tables: Path, language_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dimensions = [{name: value for name, value in d.items() if name != "price"} for d in SCHEMA["dimensions"]]
+    table = small_table(tables, dimensions=dimensions)
+    small_trainer(table, load_language_model(str(language_folder))).codec().save(tmp_path / "encoder")
+    assert call("recommend", tmp_path / "encoder", "--tool", "detect", "--latency", "900") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("no field has a price, so the one with the lowest latency_ms was chosen")
 
 
 def test_what_is_not_used_and_what_training_did_not_have_is_said(
@@ -299,7 +382,10 @@ def test_what_is_not_used_and_what_training_did_not_have_is_said(
         (("describe", "--tool", "detect", "--set", "cores=nan"), "--set cores: "),
         (("describe", "--tool", "detect", "--set", "cores=-1"), "--set cores: "),
         (("describe", "--tool", "detect", "--set", "size=huge"), "--set size: "),
-        (("describe", "--tool", "detect", "--set", "gpus=1"), "--set gpus: there is no such field"),
+        (("describe", "--tool", "detect", "--set", "gpus=1"), "--set gpus: there is no such field; there are tool, s"),
+        (("describe", "--tool", "detect", "--set", "core=1"), "did you mean cores?"),
+        (("describe", "--tool", "detect", "--set", "cpu=1", "--set", "cores=1"), "--set cores: is given twice"),
+        (("predict", "--tool", "detect", "--set", "cores=4.4"), "--set cores: 4.4 has more decimals than its descr"),
         (("describe", "--tool", "detect", "--set", "tool=detect"), "--set tool: use --tool"),
         (("describe", "--tool", "detect", "--set", "cores=1", "--set", "cores=2"), "--set cores: is given twice"),
         (("describe", "--tool", "detect", "--template", "x"), "--template: there is no 'x'; there are plain, reord"),
@@ -341,7 +427,7 @@ def test_folders_of_other_things(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--tool_registry", "tools.json"), "spec.profiling: is missing: a registry of your own needs"),
+        (("--tool_registry", "tools.json"), "spec.profiling: must be given: a registry (tools) of your own needs"),
         (("--set", "encoder.heads=5"), "spec.encoder.heads: the language model's hidden size, 16, does not divide"),
         (("--augmentation_mode", "some"), "spec.augmentation.mode: "),
         (("--batch_size", "0"), "spec.training.batch_size: "),
@@ -410,6 +496,10 @@ def test_a_decoder_is_trained_and_used(decoder: Path, capsys: pytest.CaptureFixt
     chosen = answer(capsys, "decode", decoder, "Set up detect with 4 cores, for small size.")
     assert chosen["tool_name"] in ("detect", "translate") and chosen["size"] in ("small", "large")
     assert 0 <= chosen["config_id"] < 16
+    assert 0.5 <= chosen["probability"]["tool"] <= 1 and 1 / 8 <= chosen["probability"]["configuration"] <= 1
+    assert call("decode", decoder, "Set up detect with 4 cores, for small size.") == 0
+    shown = f"probability of the configuration  {chosen['probability']['configuration']:.3f}"
+    assert shown in capsys.readouterr().out
     assert answer(capsys, "decode", decoder / "decoder", "Set up detect with 4 cores, for small size.") == chosen
     for text in ("", " \n"):
         assert "TEXT: " in error(capsys, "decode", decoder, text)

@@ -90,6 +90,7 @@ def test_where_only_a_part_was_measured(table: Table, codec: ResourceCodec) -> N
         ({"tool": "swim"}, 100.0, 0.9, "given.tool", "swim"),
         ({"tool": "unknown"}, 100.0, 0.9, "given.tool", "must be known"),
         ({"tool": "detect", "cores": 3.0}, 100.0, 0.9, "given.cores", "no configuration has 3; there are 2, 4, 8, 16"),
+        ({"tool": "detect", "cores": 1e6}, 100.0, 0.9, "given.cores", "no configuration has 1000000; there are 2, 4"),
         ({"tool": "detect", "latency_ms": 3.0}, 100.0, 0.9, "given.latency_ms", "is measured"),
         ({"tool": "detect", "cores": 10**400}, 100.0, 0.9, "given.cores", r"from 0 to 9999999, not 1[0]{39}\.\.\.$"),
         ({"tool": "detect", "cores": -(10**5000)}, 100.0, 0.9, "given.cores", "not a number of thousands of digits"),
@@ -137,3 +138,11 @@ def test_a_tool_without_measurements_and_a_dimension_without_a_bound(table: Tabl
     for name in ("size", "cores", "tool"):
         with pytest.raises(InvalidInput, match="is not a measured number"):
             Recommender(codec, table, name)
+
+
+def test_decimals_that_descriptions_do_not_have_are_refused(table: Table, codec: ResourceCodec) -> None:
+    """As in a table: of what is measured they are rounded."""
+    with pytest.raises(InvalidInput, match=r"given\.cores: 2\.5 has more decimals than its descriptions, which have 0"):
+        codec.vector({"tool": "detect", "cores": 2.5})
+    values, _ = codec.vector({"tool": "detect", "cores": 2.0, "latency_ms": 99.5})
+    assert values.tolist() == [0, 0, 2, 0, 99.5]

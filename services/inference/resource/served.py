@@ -190,7 +190,8 @@ class ServedResource:
         return self._describer.write(soft, self.schema.templates[template])
 
     def recommend(self, arrays: Arrays, confidence: float, dimension: str) -> Arrays:
-        """Requirements to ``values`` of the recommended configurations, and the fields of :data:`CHOICE`."""
+        """Requirements to ``values`` of the recommended configurations, the fields of :data:`CHOICE`, and which numbers
+        are predicted ``outside`` the range of training."""
         values, unknown = _tensors(arrays, VALUES, UNKNOWN)
         recommender = self._recommenders[dimension]
         choices = [
@@ -198,6 +199,8 @@ class ServedResource:
             for value, free, bound, row in zip(values, unknown, arrays["bounds"], arrays["rows"], strict=True)
         ]
         found: Arrays = {name: np.array([getattr(choice, name) for choice in choices]) for name in CHOICE}
+        found[OUTSIDE] = np.zeros(values.shape, np.bool_)
+        found[OUTSIDE][:, recommender.dimension] = [choice.outside for choice in choices]
         return found | {VALUES: torch.stack([choice.values for choice in choices]).numpy()}
 
 

@@ -130,6 +130,7 @@ async def _recommend(dataplane: Dataplane, request: pb.RecommendRequest) -> pb.R
             dimension=dimension,
             measurements=used,
             measurements_left_out=left_out,
+            outside=_outside(arrays, served),
             model=model_of(served),
         )
 
