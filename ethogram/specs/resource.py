@@ -135,9 +135,9 @@ class ReaderSizeSpec(Spec):
 class ReaderTrainingSpec(OptimizationSpec):
     """How the language model is trained: matrices by Muon, the rest by AdamW; gradients are clipped to norm 1."""
 
-    copying: int = Field(1000, ge=0, le=10_000_000)
+    copying: int = Field(450, ge=0, le=10_000_000)
     """Steps before the others, in which it learns to copy random tokens and to read soft tokens."""
-    steps: int = Field(900, ge=1, le=10_000_000)
+    steps: int = Field(800, ge=1, le=10_000_000)
     """Steps in which it learns to describe what it reads in soft tokens, on random schemas."""
     batch_size: int = Field(32, ge=1, le=65_536)
     """Descriptions per step; fewer of schemas with more than 8 fields."""
@@ -145,6 +145,8 @@ class ReaderTrainingSpec(OptimizationSpec):
     """Random schemas per step, fewer of those; ``batch_size`` divides into them."""
     learning_rate: float = Field(3e-3, gt=0, le=1)
     """Learning rate of copying; from then on it falls along a cosine to a hundredth of this."""
+    warm_up: int = Field(20, ge=0, le=1_000_000)
+    """Steps over which the learning rate rises linearly from 0."""
     noise: float = Field(0.05, ge=0, le=10)
     """Standard deviation of noise on soft tokens, so that near ones are read alike."""
 

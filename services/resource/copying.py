@@ -8,18 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from services.resource.texts import SLOTS
+from services.resource.texts import EDGES, OPTIONS, SLOTS
 
-LEVELS = 3
-"""How hard copying can be. From level 1 on the first text has gaps: soft tokens, which the second leaves out, and
-values behind them, with blanks. From level 2 on some values are marks of labels, which the second has with the label,
-and all gaps may follow the same token. At level 3 values are in slots of the soft tokens."""
 _LABELS = 0.4
 """Share of the gaps that have a label, where there are labels."""
-
-
 _LONGEST_LABEL = 12
 """Tokens of a label at most."""
+_LONGEST_LITERAL = 12
+"""Tokens of the template between two values at most."""
 
 
 class Vocabulary(NamedTuple):
@@ -29,6 +25,10 @@ class Vocabulary(NamedTuple):
     write: int
     end: int
     label_end: int
+    option: int
+    """The mark of the first label."""
+    edge: int
+    """The mark of the first edge."""
     slot: int
     """The mark of the first slot."""
     word: int
@@ -41,24 +41,41 @@ class Vocabulary(NamedTuple):
 
 
 class Contexts(NamedTuple):
-    """What says where a text goes on, for some columns of a batch."""
+    """Where a text is before each of its tokens, which in both texts says what comes next; each ``[rows, length]``."""
 
-    columns: list[int]
-    before: list[Tensor]
-    """The two tokens of the template before each, ``[rows, 2]``; in a label its mark, twice."""
-    since: list[int]
-    """Contents of slots, or tokens of a label, since these tokens."""
+    mark: Tensor
+    """The last mark: of an edge or a label, or the one that begins a text. Behind a label it is that of its value."""
+    previous: Tensor
+    """The token before; in a value its mark."""
+    since: Tensor
+    """Tokens since the mark, without soft ones."""
 
-    def add(self, column: int, before: Tensor, since: int) -> None:
-        """Add a column."""
-        self.columns.append(column)
-        self.before.append(before)
-        self.since.append(since)
 
-    def add_label(self, column: int, mark: Tensor, length: int) -> None:
-        """Add the columns of a label of some ``length`` behind its ``mark`` ``[rows, 1]``, and of its end."""
-        for since in range(length + 1):
-            self.add(column + since, mark.expand(-1, 2), since)
+def contexts(tokens: Tensor, soft: Tensor, vocabulary: Vocabulary) -> Contexts:
+    """The contexts of texts ``[rows, length]``. ``soft``: which of their columns are soft tokens, ``[length]``."""
+
+    def among(first: int, count: int) -> Tensor:
+        return (tokens >= first) & (tokens < first + count)
+
+    def last(chosen: Tensor) -> Tensor:
+        """The last column before each that is ``chosen``, -1 without one."""
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        found = torch.where(chosen, columns, -1).cummax(1).values
+        return nn.functional.pad(found, (1, 0), value=-1)[:, :-1]
+
+    edges = among(vocabulary.edge, EDGES)
+    begins = ((tokens == vocabulary.read) | (tokens == vocabulary.write)) & ~soft
+    marked = last(edges | begins | among(vocabulary.option, OPTIONS))
+    after_label = last(tokens == vocabulary.label_end) > marked
+    column = torch.where(after_label, last(edges), marked).clamp_min(0)
+    count = (~soft).long().cumsum(0)
+    since = (count - 1).expand_as(column) - count[column]
+    since = torch.where(after_label, 1, since).clamp_min(0)
+    tokens = tokens.masked_fill(tokens == vocabulary.write, vocabulary.read)
+    mark = tokens.gather(1, column)
+    previous = nn.functional.pad(tokens, (1, 0), value=vocabulary.read)[:, :-1]
+    in_value = (mark >= vocabulary.edge) & (mark < vocabulary.edge + EDGES) & ((mark - vocabulary.edge) % 2 == 0)
+    return Contexts(mark, torch.where(in_value, mark, previous), since)
 
 
 class Copies(NamedTuple):
@@ -76,16 +93,15 @@ class Copies(NamedTuple):
     """Columns of the first text that have a soft token, and its number."""
     slotted: list[tuple[int, int]]
     """Columns of the first text that have a slot, and the number of its soft token."""
-    contexts: Contexts
-    """Columns of the first text with something to copy, and those before what is copied."""
-    marks: list[tuple[int, Tensor]]
-    """Columns that have a label's first token, and its mark, ``[rows]``."""
+    keys: list[int]
+    """Columns of the first text with something to copy."""
 
 
 def draw_copies(
-    rng: random.Random, generator: torch.Generator, level: int, rows: int, vocabulary: Vocabulary
+    rng: random.Random, generator: torch.Generator, rows: int, vocabulary: Vocabulary, *, gaps: bool
 ) -> Copies:
-    """Draw ``rows`` pairs. They have the same form, so that nothing is padded."""
+    """Draw ``rows`` pairs. They have the same form, so that nothing is padded. ``gaps``: the first text has values in
+    slots of soft tokens, some of them marks of labels; the second has the values, and labels behind their marks."""
 
     def token(number: int) -> Tensor:
         return torch.full((rows, 1), number)
@@ -93,75 +109,66 @@ def draw_copies(
     def words(count: int) -> Tensor:
         return torch.randint(vocabulary.word, vocabulary.size, (rows, count), generator=generator)
 
-    size = rng.randint(0, 8) if level > 1 else 0
+    size = rng.randint(0, 8) if gaps else 0
     options = len(vocabulary.contents) - vocabulary.characters
     chosen = torch.rand(rows, options, generator=generator).argsort(1)[:, :size] + vocabulary.characters
-    separator = words(1 if level > 1 and rng.random() < 0.5 else 0)
+    separator = words(1 if rng.random() < 0.5 else 0)
     shown, written = _Text(words(0)), _Text(words(0))
-    in_shown, in_written = Contexts([], [], []), Contexts([], [], [])
+    keys: list[int] = []
     names: list[Tensor] = []
-    marks: list[tuple[int, Tensor]] = []
     # In half of the texts all labels are made of the same few tokens.
     few = words(rng.randint(2, 6) if rng.random() < 0.5 else 0)
     for mark in vocabulary.contents[chosen].unsqueeze(2).unbind(1):
         length = rng.randint(1, rng.randint(1, _LONGEST_LABEL))
-        shown.add(mark)
-        marks.append((shown.length, mark.squeeze(1)))
-        in_shown.add_label(shown.length, mark, length)
         names.append(words(length))
         if few.shape[1]:
             names[-1] = few.gather(1, torch.randint(few.shape[1], (rows, length), generator=generator))
-        shown.add(names[-1])
-        shown.add(token(vocabulary.label_end))
+        shown.add(mark)
+        keys += range(shown.length, shown.length + length + 1)
+        for part in (names[-1], token(vocabulary.label_end)):
+            shown.add(part)
     shown.add(token(vocabulary.read))
     contents: list[Tensor] = []
     slots: list[int] = []
     soft: list[tuple[int, int]] = []
     slotted: list[tuple[int, int]] = []
-    before, since = token(vocabulary.read).expand(-1, 2), 0
-    for _ in range(rng.randint(2, 8)):
-        for word in torch.cat([words(rng.randint(1, 4)), separator], 1).unsqueeze(2).unbind(1):
-            in_shown.add(shown.length, before, since)
-            if written.length:
-                in_written.add(written.length, before, since)
-            shown.add(word)
-            written.add(word)
-            before, since = torch.cat([word, before[:, :1]], 1), 0
-        if not level:
-            continue
-        if not slots or rng.random() < 0.2 or slots[-1] > SLOTS - 8:
-            slots.append(0)
-        soft.append((shown.length, len(slots) - 1))
-        shown.add(token(vocabulary.read))
-        if size and rng.random() < _LABELS:
-            picked = rng.randrange(size)
-            value, blanks, since = chosen[:, picked : picked + 1], 0, 1
-            in_written.add(written.length, before, 0)
-            in_written.add_label(written.length + 1, vocabulary.contents[value], names[picked].shape[1])
-            for part in (vocabulary.contents[value], names[picked], token(vocabulary.label_end)):
-                written.add(part)
-        else:
-            since, blanks = rng.randint(1, 6), rng.randint(0, 2)
-            value = torch.randint(1, vocabulary.characters, (rows, since), generator=generator)
-            for place in range(since):
-                in_written.add(written.length + place, before, place)
-            written.add(vocabulary.contents[value])
+    values = rng.randint(2, 8)
+    # As in a text, edges have consecutive marks.
+    edge = vocabulary.edge + 2 * torch.randint(EDGES // 2 - values + 1, (rows, 1), generator=generator)
+    for place in range(values):
+        literal = torch.cat([words(rng.randint(0, rng.randint(1, _LONGEST_LITERAL))), separator], 1)
+        begin, end = edge + 2 * place, edge + 2 * place + 1
+        for text in (shown, written):
+            text.add(literal)
+            text.add(begin)
+        if gaps:
+            if not slots or rng.random() < 0.2 or slots[-1] > SLOTS - 8:
+                slots.append(0)
+            soft.append((shown.length, len(slots) - 1))
+            shown.add(token(vocabulary.read))
+            if size and rng.random() < _LABELS:
+                picked = rng.randrange(size)
+                value, blanks = chosen[:, picked : picked + 1], 0
+                for part in (vocabulary.contents[value], names[picked], token(vocabulary.label_end)):
+                    written.add(part)
+            else:
+                count, blanks = rng.randint(1, 6), rng.randint(0, 2)
+                value = torch.randint(1, vocabulary.characters, (rows, count), generator=generator)
+                written.add(vocabulary.contents[value])
             value = nn.functional.pad(value, (0, blanks))
-        for place in range(since):
-            in_shown.add(shown.length + place, before, place)
-        first = vocabulary.slot + slots[-1]
-        places = torch.arange(first, first + since + blanks).expand(rows, -1)
-        if level == LEVELS:
-            slotted += [(shown.length + place, len(slots) - 1) for place in range(since + blanks)]
-        shown.add(places if level == LEVELS else vocabulary.contents[value])
-        slots[-1] += since + blanks
-        contents.append(value)
-    in_shown.add(shown.length, before, since)
-    in_written.add(written.length, before, since)
+            first, count = vocabulary.slot + slots[-1], value.shape[1]
+            slotted += [(shown.length + column, len(slots) - 1) for column in range(count)]
+            shown.add(torch.arange(first, first + count).expand(rows, -1))
+            slots[-1] += count
+            contents.append(value)
+        for text in (shown, written):
+            text.add(end)
+    literal = words(rng.randint(0, 4))
+    for text in (shown, written):
+        text.add(literal)
+    keys += range(keys[-1] + 2 if keys else 1, shown.length + 1)
     shown.add(token(vocabulary.write))
     written.add(token(vocabulary.end))
-    # What is written at a column is predicted one before it; for the first that is the mark that asks for it.
-    columns = in_shown.columns + [shown.length - 1 + column for column in in_written.columns]
     return Copies(
         before=shown.tokens,
         after=written.tokens,
@@ -169,8 +176,7 @@ def draw_copies(
         slots=slots,
         soft=soft,
         slotted=slotted,
-        contexts=Contexts(columns, in_shown.before + in_written.before, in_shown.since + in_written.since),
-        marks=marks,
+        keys=[key for key in keys if key not in dict(soft)],
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ethogram.specs.resource import FINEST, MOST
-from services.resource.texts import OPTIONS, SLOTS, Template, slots
+from services.resource.texts import EDGES, OPTIONS, SLOTS, Template, slots
 
 
 def words(text: str) -> list[str]:
@@ -80,7 +80,8 @@ def random_schema(rng: random.Random, count: int, most_labels: int, *, bare: boo
     pairs = [_sampler(rng, options, places) for options, places in zip(labels, decimals, strict=True)]
     highest, samplers = zip(*pairs, strict=True)
     first = rng.randrange(OPTIONS - sum(map(len, labels)) + 1)
-    template = Template("random", text, names, tuple(labels), tuple(decimals), highest, first)
+    edge = 2 * rng.randrange(EDGES // 2 - count + 1)
+    template = Template("random", text, names, tuple(labels), tuple(decimals), highest, first, edge)
     # A soft token has so many slots.
     enough = [tokens for tokens in (1, 2, 4, 8) if max(slots(template, tokens)) <= SLOTS]
     if not enough:

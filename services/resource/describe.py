@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ethogram.errors import InvalidInput
 from services.language.models import LanguageModel
 from services.resource.schema import Schema
-from services.resource.texts import LABEL_END, OPTIONS, SLOTS, Slot, Soft, Template, option, slot
+from services.resource.texts import EDGES, LABEL_END, OPTIONS, SLOTS, Slot, Soft, Template, edge, option, slot
 
 BATCH = 256
 """Rows that are described at once, unless a job says otherwise."""
@@ -55,9 +55,10 @@ class Describer:
         self.device: torch.device = self.embed.weight.device
         self.hidden: int = self.embed.weight.shape[1]
         self._end = language.end_of_text
-        self.reads_slots: bool = all(len(row) == 1 for row in language.tokenize([slot(SLOTS - 1), option(0)]))
+        known = language.tokenize([slot(SLOTS - 1), option(0), edge(0)])
+        self.reads_slots: bool = all(len(row) == 1 for row in known)
         """Whether the model was trained to read vectors."""
-        marks = [LABEL_END, *(option(index) for index in range(OPTIONS))]
+        marks = [LABEL_END, *map(option, range(OPTIONS)), *map(edge, range(EDGES))]
         self._hidden = {row[0] for row in language.tokenize(marks)} if self.reads_slots else set()
         """Tokens that no text shows."""
         if self.reads_slots:

@@ -25,9 +25,23 @@ from torch import Tensor, nn
 from ethogram.specs.resource import ReaderSizeSpec, ReaderSpec
 from services.resource import code, copying, corpus, texts
 from services.resource.code import CONTENT, CONTENTS, SoftTokenCode, own_dimensions
-from services.resource.copying import LEVELS, Contexts, Vocabulary, draw_copies
+from services.resource.copying import Contexts, Vocabulary, contexts, draw_copies
 from services.resource.corpus import RandomSchema, random_schema
-from services.resource.texts import LABEL_END, OPTIONS, PAD, READ, SLOTS, WRITE, Slot, Soft, option, slot, slots
+from services.resource.texts import (
+    EDGES,
+    LABEL_END,
+    OPTIONS,
+    PAD,
+    READ,
+    SLOTS,
+    WRITE,
+    Slot,
+    Soft,
+    edge,
+    option,
+    slot,
+    slots,
+)
 from services.runtime import checkpoints
 from services.runtime.run import Run
 from services.runtime.seeds import generator
@@ -39,13 +53,14 @@ RECIPE = (code, copying, corpus, texts, sys.modules[__name__])
 END = "<end>"
 _TEXT_MARKS = [PAD, END, READ, WRITE, LABEL_END]
 OPTION_MARKS = [option(index) for index in range(OPTIONS)]
+EDGE_MARKS = [edge(index) for index in range(EDGES)]
 SLOT_MARKS = [slot(index) for index in range(SLOTS)]
 _CORPUS = 3000
 """Random schemas whose texts the tokenizer is made of."""
-_COPIED = 64
+_COPIED = 48
 """Rows of a step of copying."""
-_COPIES_BELOW, _DECAY, _JUMP = 1.0, 0.97, 2.0
-"""Mean loss below which copying gets harder, decay of the mean, and what is added to it then."""
+_COPIES_BELOW, _DECAY = 2.0, 0.9
+"""Mean loss of copying below which texts have gaps, and decay of the mean."""
 _MANY_LABELS = 0.25
 """Share of steps with long lists of labels."""
 _LONG, _SHORT = 0.2, 8
@@ -60,8 +75,8 @@ _OTHER_WORDS = 0.5
 """Share of the schemas whose tokens are others, since a token that never occurs is no longer copied."""
 _GATE = 0.2
 """What the mark of a slot multiplies its own dimensions by, at first."""
-_READ_AFTER, _MARKS_AFTER, _CONTEXT_AFTER = 1, 1, 2
-"""Layers after which slots are read, the first token of a label knows its mark, and a token what stands before it."""
+_READ_AFTER, _CONTEXT_AFTER = 1, 2
+"""Layers after which slots are read, and a token knows where it stands."""
 
 
 def make_tokenizer(vocabulary: int, seed: int) -> Any:
@@ -80,7 +95,7 @@ def make_tokenizer(vocabulary: int, seed: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[*_TEXT_MARKS, *OPTION_MARKS, *SLOT_MARKS],
+        special_tokens=[*_TEXT_MARKS, *OPTION_MARKS, *EDGE_MARKS, *SLOT_MARKS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -116,26 +131,27 @@ class ContextProbe(nn.Module):
     """Reads :class:`Contexts` in hidden states, with one linear map, so that both texts have them in the same form and
     attention can match them."""
 
-    BITS, SINCE = 16, 16
+    BITS, SINCE = 16, 32
     codes: Tensor
 
-    def __init__(self, hidden: int, vocabulary: int, generator: torch.Generator) -> None:
+    def __init__(self, embedding: Tensor, generator: torch.Generator) -> None:
+        """``embedding``: of the model before training, ``[vocabulary, hidden]``."""
         super().__init__()
+        hidden = embedding.shape[1]
         self.linear = nn.Linear(hidden, 2 * self.BITS + self.SINCE)
         nn.init.normal_(self.linear.weight, std=hidden**-0.5, generator=generator)
         nn.init.zeros_(self.linear.bias)
-        # A token is read as random signs.
-        signs = torch.randint(2, (vocabulary, self.BITS), generator=generator) * 2.0 - 1
-        self.register_buffer("codes", signs, persistent=False)
+        # A token is read as signs that its embedding has from the start, so that only where to look must be learned.
+        directions = torch.randn(hidden, self.BITS, generator=generator)
+        self.register_buffer("codes", (embedding.cpu() @ directions).sign(), persistent=False)
 
     def forward(self, states: Tensor, contexts: Contexts) -> Tensor:
         """The loss of ``states`` ``[rows, columns, hidden]``."""
         logits = self.linear(states)
-        signs = self.codes[torch.stack(contexts.before, 1).to(logits.device)].flatten(2)
+        signs = self.codes[torch.stack([contexts.mark, contexts.previous], 2)].flatten(2)
         bits = nn.functional.softplus(-logits[..., : 2 * self.BITS] * signs).mean() * self.BITS
-        since = torch.tensor(contexts.since, device=logits.device).expand(len(logits), -1)
-        numbers = logits[..., 2 * self.BITS :].flatten(0, 1)
-        return bits + nn.functional.cross_entropy(numbers, since.flatten())
+        since = contexts.since.clamp_max(self.SINCE - 1)
+        return bits + nn.functional.cross_entropy(logits[..., 2 * self.BITS :].flatten(0, 1), since.flatten())
 
 
 class Item(NamedTuple):
@@ -182,7 +198,7 @@ class LanguageModelTrainer(Trainer):
         self.tokenizer = make_tokenizer(spec.model.vocabulary, spec.seed)
         self.model = make_model(spec.model, len(self.tokenizer), spec.seed).to(device)
         self.code = SoftTokenCode(spec.model.hidden_dim, generator(spec.seed, "init")).to(device)
-        self.context = ContextProbe(spec.model.hidden_dim, len(self.tokenizer), generator(spec.seed, "context"))
+        self.context = ContextProbe(self.embedding.weight.detach(), generator(spec.seed, "context"))
         self.context.to(device)
         falling = cosine(training.steps)
         matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim == 2]
@@ -202,8 +218,8 @@ class LanguageModelTrainer(Trainer):
         )
         self.ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(CONTENTS))
         """Token of each content of a slot."""
-        self.level = torch.tensor(0)
-        """How hard copying is, by now."""
+        self.gaps = torch.tensor(False)
+        """Whether texts that are copied have gaps by now."""
         self._slot = self.tokenizer.convert_tokens_to_ids(SLOT_MARKS[0])
         with torch.no_grad():
             weights: Tensor = self.model.get_input_embeddings().weight
@@ -215,6 +231,8 @@ class LanguageModelTrainer(Trainer):
             write,
             end,
             label_end,
+            self.tokenizer.convert_tokens_to_ids(OPTION_MARKS[0]),
+            self.tokenizer.convert_tokens_to_ids(EDGE_MARKS[0]),
             self._slot,
             self._slot + SLOTS,
             len(self.tokenizer),
@@ -245,15 +263,14 @@ class LanguageModelTrainer(Trainer):
         self.step += 1
         if copies:
             self.mean = _DECAY * self.mean + (1 - _DECAY) * metrics["copying"].cpu()
-            if self.mean < _COPIES_BELOW and self.level < LEVELS:
-                self.level, self.mean = self.level + 1, self.mean + _JUMP
+            self.gaps = self.gaps | (self.mean < _COPIES_BELOW)
         return metrics
 
     def _copying(self) -> dict[str, Tensor]:
         """Losses of a step of copying: of the copy, and of what its attention takes, by the layers that have it."""
         rng = random.Random(f"{self.spec.seed} copy {self.step}")
         draw = generator(self.spec.seed, "copy", self.step)
-        copies = draw_copies(rng, draw, int(self.level), _COPIED, self.vocabulary)
+        copies = draw_copies(rng, draw, _COPIED, self.vocabulary, gaps=bool(self.gaps))
         embedded = self.embedding(torch.cat([copies.before, copies.after[:, :-1]], 1).to(self.device))
         if copies.soft:
             soft = self.code(copies.contents.to(self.device), copies.slots)
@@ -263,20 +280,20 @@ class LanguageModelTrainer(Trainer):
         copying = nn.functional.cross_entropy(
             self.model.lm_head(states).flatten(0, 1), copies.after.to(self.device).flatten()
         )
-        context = self.context(self._early(outputs, _CONTEXT_AFTER, copies.contexts.columns), copies.contexts)
-        metrics = {"copying": copying, "context": context}
-        if copies.marks:
-            places, tokens = zip(*copies.marks, strict=True)
-            logits = self.model.lm_head(self._early(outputs, _MARKS_AFTER, places))
-            wanted = torch.stack(tokens, 1).to(self.device)
-            metrics["marks"] = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-        return metrics
-
-    def _early(self, outputs: Any, layers: int, columns: Sequence[int]) -> Tensor:
-        """Normalised states of some columns after some layers, ``[rows, columns, hidden]``."""
-        states: Tensor = outputs.hidden_states[layers][:, torch.tensor(columns, device=self.device)]
-        # Those of the last layer are normalised already.
-        return states if layers == self.spec.model.layers else self.model.model.norm(states)
+        # What is written at a column is predicted one before it.
+        written = range(copies.before.shape[1], copies.before.shape[1] + copies.after.shape[1])
+        columns = torch.tensor([*copies.keys, *(column - 1 for column in written)], device=self.device)
+        states = outputs.hidden_states[_CONTEXT_AFTER][:, columns]
+        if self.spec.model.layers > _CONTEXT_AFTER:
+            # Those of the last layer are normalised already.
+            states = self.model.model.norm(states)
+        tokens = torch.cat([copies.before, copies.after], 1).to(self.device)
+        soft_columns = torch.zeros(tokens.shape[1], dtype=torch.bool, device=self.device)
+        soft_columns[[column for column, _ in copies.soft]] = True
+        columns = torch.tensor([*copies.keys, *written], device=self.device)
+        found = contexts(tokens, soft_columns, self.vocabulary)
+        context = self.context(states, Contexts(*(part[:, columns] for part in found)))
+        return {"copying": copying, "context": context}
 
     def _reading(self) -> Tensor:
         """Loss of the contents of slots behind soft tokens, with nothing to describe."""
@@ -475,7 +492,7 @@ class LanguageModelTrainer(Trainer):
             | checkpoints.part("code", self.code.state_dict())
             | checkpoints.part("context", self.context.state_dict())
             | checkpoints.part("optimization", self.optimization.state())
-            | {"mean": self.mean, "level": self.level}
+            | {"mean": self.mean, "gaps": self.gaps}
         )
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -484,7 +501,7 @@ class LanguageModelTrainer(Trainer):
         self.code.load_state_dict(parts["code"])
         self.context.load_state_dict(parts["context"])
         self.optimization.restore(parts["optimization"])
-        self.mean, self.level = (tensors[name].cpu() for name in ("mean", "level"))
+        self.mean, self.gaps = (tensors[name].cpu() for name in ("mean", "gaps"))
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer as ``transformers`` does, and the code beside them."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ethogram.specs.resource import MOST
+from ethogram.specs.resource import MAX_DIMENSIONS, MOST
 
 SLOTS = 24
 """Characters that a soft token holds at most, for a model that was trained to read vectors."""
@@ -20,6 +20,8 @@ READ, WRITE = "<|read|>", "<|write|>"
 """Marks before and after the layout that such a model is shown."""
 LABEL_END = "<|label end|>"
 """Mark after each label, for such a model."""
+EDGES = 2 * (MAX_DIMENSIONS + 1)
+"""Marks of the edges of values, two for each field of a text."""
 _PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 _NUMBER = r"\d+(?:\.\d+)?"
 
@@ -36,6 +38,11 @@ def number_text(value: float, decimals: int) -> str:
 def option(index: int) -> str:
     """The mark of a label, by its index among all labels of a template."""
     return f"<|option {index}|>"
+
+
+def edge(index: int) -> str:
+    """The mark of an edge of a value, by its index among all edges of a text: where a value begins it is even."""
+    return f"<|edge {index}|>"
 
 
 def slot(index: int) -> str:
@@ -76,6 +83,8 @@ class Template:
     """Greatest value of each number that a reader has slots for; 0 for a category."""
     first_option: int = 0
     """Number of its first label's mark."""
+    first_edge: int = 0
+    """Number of the mark of its first value's beginning, which is even."""
 
     def __post_init__(self) -> None:
         names = self.names
@@ -115,14 +124,20 @@ class Template:
 
     def parts(self, values: Sequence[float], *, marked: bool = False) -> list[tuple[str, bool]]:
         """The text in parts, and whether each is the value of a field, not of the template. ``marked``: with the marks
-        of labels, which a model that was trained to read vectors writes and no text shows."""
+        of edges and labels, which a model that was trained to read vectors writes and no text shows."""
         parts = [(self.literals[0], False)]
-        for index, literal in zip(self.order, self.literals[1:], strict=True):
+        for place, (index, literal) in enumerate(zip(self.order, self.literals[1:], strict=True)):
             texts = [self.value_text(index, values[index])]
             if marked and self.labels[index]:
                 texts = [option(self.options[index] + int(values[index])), *texts, LABEL_END]
-            parts += [*((text, True) for text in texts), (literal, False)]
+            begin, end = self._edges(place) if marked else ("", "")
+            parts += [(begin, False), *((text, True) for text in texts), (end, False), (literal, False)]
         return [part for part in parts if part[0]]
+
+    def _edges(self, place: int) -> tuple[str, str]:
+        """The marks before and after the value of some place in the text."""
+        first = self.first_edge + 2 * place
+        return edge(first), edge(first + 1)
 
     def longest(self, *, marked: bool = False) -> list[tuple[str, bool]]:
         """The :meth:`parts` of a description as long as one can be."""
@@ -186,12 +201,13 @@ class Template:
 
     def layout(self, tokens: int) -> list[str | Soft | Slot]:
         """What a model that was trained to read vectors sees before it writes: the template, in which each field has
-        its soft token and the slots of its characters in that."""
+        its soft token and the slots of its characters in that, between the marks of its edges."""
         first_slots = self.first_slots(tokens)
         cells: list[str | Soft | Slot] = [READ, self.literals[0]]
-        for index, literal in zip(self.order, self.literals[1:], strict=True):
-            number, first = first_slots[index]
-            cells += [Soft(number), *(Slot(first + step) for step in range(self.places[index])), literal]
+        for place, (index, literal) in enumerate(zip(self.order, self.literals[1:], strict=True)):
+            (number, first), (begin, end) = first_slots[index], self._edges(place)
+            held = [Slot(first + step) for step in range(self.places[index])]
+            cells += [begin, Soft(number), *held, end, literal]
         return [cell for cell in [*cells, WRITE] if cell != ""]
 
     def contents(self, values: Sequence[float]) -> list[list[str]]:

@@ -27,6 +27,8 @@ from services.runtime.training import Optimization, Progress, Trainer, constant,
 
 MOST_TOKENS = 8
 """Soft tokens of a vector at most."""
+CODE_RATE = 0.3
+"""Share of the learning rate for weights that begin as the language model's code, which it reads already."""
 VALIDATED = 256
 """Most rows of a validation, all of training: they say when it can end. What is unseen the job measures."""
 
@@ -68,8 +70,14 @@ class ResourceTrainer(Trainer):
         if self.code is not None:
             self.model.begin_as(self.code, table.schema.templates[0])
         self.model.to(self.device)
+        estimator = list(self.model.completion.parameters())
+        known = {*estimator}
+        reader = [parameter for parameter in self.model.parameters() if parameter not in known]
         self.optimization = Optimization(
-            [{"params": list(self.model.parameters())}],
+            [
+                {"params": reader, "scale": 1.0 if self.code is None else CODE_RATE},
+                {"params": estimator},
+            ],
             training,
             cosine(self.steps) if training.schedule == "cosine" else constant,
             world,

@@ -97,9 +97,10 @@ class Adam(torch.optim.Adam):
 class Optimization:
     """AdamW with clipped gradients and a schedule, for every process of ``world``.
 
-    ``groups``: parameter groups as torch takes them. ``matrices``: parameters that Muon (Jordan 2024) trains instead,
-    which takes fewer steps for the matrices of a transformer; its updates are as large as AdamW's. ``plateau``: halve
-    the learning rate after so many validations in a row in which the monitored metric has not fallen.
+    ``groups``: parameter groups as torch takes them; ``scale`` of one multiplies its learning rate. ``matrices``:
+    parameters that Muon (Jordan 2024) trains instead, which takes fewer steps for the matrices of a transformer; its
+    updates are as large as AdamW's. ``plateau``: halve the learning rate after so many validations in a row in which
+    the monitored metric has not fallen.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Optimization:
             raise Diverged(step + 1, name, float(value))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.rate(step)
+                group["lr"] = self.rate(step) * group.get("scale", 1.0)
             optimizer.step()
 
     def after_validation(self, stale: int) -> None:

@@ -9,46 +9,58 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.resource.copying import LEVELS, Copies, Vocabulary, draw_copies
-from services.resource.texts import OPTIONS, SLOTS
+from services.resource.copying import Copies, Vocabulary, contexts, draw_copies
+from services.resource.texts import EDGES, OPTIONS, SLOTS
 from services.runtime.seeds import generator
 
 READ, WRITE, END, LABEL_END = 1, 2, 3, 4
-OPTION, SLOT, WORD, SIZE, CHARACTERS = 10, 200, 300, 400, 12
+OPTION, EDGE, SLOT, WORD, SIZE, CHARACTERS = 10, 200, 300, 400, 500, 12
 CONTENTS = torch.tensor([0, *range(SIZE - CHARACTERS + 1, SIZE), *range(OPTION, OPTION + OPTIONS)])
-VOCABULARY = Vocabulary(READ, WRITE, END, LABEL_END, SLOT, WORD, SIZE - CHARACTERS + 1, CONTENTS, CHARACTERS)
+VOCABULARY = Vocabulary(
+    READ, WRITE, END, LABEL_END, OPTION, EDGE, SLOT, WORD, SIZE - CHARACTERS + 1, CONTENTS, CHARACTERS
+)
 ROWS = 3
 
 
-def draw(seed: int, level: int) -> Copies:
-    return draw_copies(random.Random(seed), generator(seed, "copies"), level, ROWS, VOCABULARY)
+def draw(seed: int, *, gaps: bool) -> Copies:
+    return draw_copies(random.Random(seed), generator(seed, "copies"), ROWS, VOCABULARY, gaps=gaps)
+
+
+def is_edge(token: int) -> bool:
+    return EDGE <= token < EDGE + EDGES
+
+
+def filled(copies: Copies, row: int) -> list[int]:
+    """The first text with what its gaps hold; -1 for soft tokens."""
+    soft, contents = dict(copies.soft), iter(CONTENTS[copies.contents[row]].tolist())
+    found: list[int] = []
+    in_gap = False
+    for column, token in enumerate(copies.before[row].tolist()):
+        in_gap = (in_gap and not is_edge(token)) or column in soft
+        found.append(-1 if column in soft else next(contents) if in_gap else token)
+    return found
 
 
 def copied(copies: Copies, row: int) -> list[int]:
-    """The second text, read off the first and the contents of its slots."""
-    shown = copies.before[row].tolist()
+    """The second text, read off the first."""
+    shown = filled(copies, row)
     start = shown.index(READ)
     legend: dict[int, list[int]] = {}
     for token in shown[:start]:
         if OPTION <= token < OPTION + OPTIONS:
             legend[token] = []
         [*legend.values()][-1].append(token)
-    soft = dict(copies.soft)
-    contents = iter(CONTENTS[copies.contents[row]].tolist())
     written: list[int] = []
-    for column, token in enumerate(shown[start + 1 : -1], start + 1):
-        if column in soft:
-            continue
-        is_word = WORD <= token < VOCABULARY.size
-        content = token if is_word else next(contents)
-        written += legend.get(content, [content]) if content else []
+    for token in shown[start + 1 : -1]:
+        # A blank is not written.
+        written += legend.get(token, [token]) if token > 0 else []
     return [*written, END]
 
 
 @settings(deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, LEVELS), st.integers(0, ROWS - 1))
-def test_the_second_text_follows_from_the_first(seed: int, level: int, row: int) -> None:
-    copies = draw(seed, level)
+@given(st.integers(0, 10**6), st.booleans(), st.integers(0, ROWS - 1))
+def test_the_second_text_follows_from_the_first(seed: int, gaps: bool, row: int) -> None:
+    copies = draw(seed, gaps=gaps)
     assert copied(copies, row) == copies.after[row].tolist()
     assert sum(copies.slots) == copies.contents.shape[1] and max(copies.slots, default=0) <= SLOTS
     assert copies.before[row, -1] == WRITE
@@ -60,45 +72,40 @@ def test_the_second_text_follows_from_the_first(seed: int, level: int, row: int)
 
 
 @settings(deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, LEVELS))
-def test_a_context_is_where_both_texts_have_the_same_to_write(seed: int, level: int) -> None:
-    copies = draw(seed, level)
-    last = copies.before.shape[1] - 1
-    shown, values = copies.before[0].tolist(), iter(CONTENTS[copies.contents[0]].tolist())
-    soft = dict(copies.soft)
-    start = shown.index(READ) + 1
-    is_gap = [
-        column >= start and column not in soft and not WORD <= token < VOCABULARY.size
-        for column, token in enumerate(shown[:last])
-    ]
-    content = [next(values) if gap else token for gap, token in zip(is_gap, shown, strict=False)]
-    places: dict[tuple[int, ...], set[int]] = {}
-    for column, before, since in zip(*copies.contexts, strict=True):
-        if column <= last:
-            places.setdefault((*before[0].tolist(), since), set()).add([*content, END][column])
-    for column, before, since in zip(*copies.contexts, strict=True):
-        if column > last:
-            wanted = copies.after[0, column - last].item()
-            assert wanted in places[(*before[0].tolist(), since)]
+@given(st.integers(0, 10**6), st.booleans(), st.integers(0, ROWS - 1))
+def test_a_context_is_where_both_texts_have_the_same_to_write(seed: int, gaps: bool, row: int) -> None:
+    copies = draw(seed, gaps=gaps)
+    tokens = torch.cat([copies.before, copies.after], 1)
+    soft = torch.zeros(tokens.shape[1], dtype=torch.bool)
+    soft[[column for column, _ in copies.soft]] = True
+    found = [*zip(*(part[row].tolist() for part in contexts(tokens, soft, VOCABULARY)), strict=True)]
+    shown = [*filled(copies, row)[:-1], END]
+    wanted = {found[key]: shown[key] for key in copies.keys}
+    assert len(wanted) == len(copies.keys), "no two columns have the same context"
+    for context, token in zip(found[len(shown) :], copies.after[row].tolist(), strict=True):
+        # Where a value is shorter than its place, its end comes next.
+        assert wanted[context] == token or (wanted[context] == 0 and is_edge(token))
 
 
-@pytest.mark.parametrize("level", range(LEVELS + 1))
-def test_what_a_level_has(level: int) -> None:
-    drawn = [draw(seed, level) for seed in range(40)]
-    assert any(copies.soft for copies in drawn) is (level > 0)
-    assert any(copies.marks for copies in drawn) is (level > 1)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_gaps_have_slots_and_labels(gaps: bool) -> None:
+    drawn = [draw(seed, gaps=gaps) for seed in range(40)]
+    assert any(copies.soft for copies in drawn) is gaps
     shown = torch.cat([copies.before.flatten() for copies in drawn])
-    assert bool(((shown >= SLOT) & (shown < SLOT + SLOTS)).any()) is (level == LEVELS)
+    assert bool((shown == LABEL_END).any()) is gaps
+    assert bool(((shown >= SLOT) & (shown < SLOT + SLOTS)).any()) is gaps
 
 
 def test_a_label_stands_between_its_mark_and_the_mark_of_its_end() -> None:
     lengths = set()
-    for copies in (draw(seed, LEVELS) for seed in range(200)):
-        ends = (copies.before[0] == LABEL_END).nonzero().flatten().tolist()
-        for (column, mark), end in zip(copies.marks, ends, strict=True):
-            assert torch.equal(copies.before[:, column - 1], mark)
-            assert bool((copies.before[:, column:end] >= WORD).all()) and bool(
-                (copies.before[:, end] == LABEL_END).all()
-            )
-            lengths.add(end - column)
+    for copies in (draw(seed, gaps=True) for seed in range(200)):
+        shown = copies.before
+        for end in (shown[0] == LABEL_END).nonzero().flatten().tolist():
+            assert bool((shown[:, end] == LABEL_END).all())
+            start = end
+            while shown[0, start - 1] >= WORD:
+                start -= 1
+            mark = shown[:, start - 1]
+            assert bool(((mark >= OPTION) & (mark < OPTION + OPTIONS)).all() and (shown[:, start:end] >= WORD).all())
+            lengths.add(end - start)
     assert lengths == set(range(1, 13))

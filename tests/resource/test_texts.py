@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ethogram.specs.resource import FINEST, MOST, SchemaSpec
 from services.resource.schema import Schema, default_schema
-from services.resource.texts import LABEL_END, OPTIONS, MalformedTemplate, Template, number_text, option
+from services.resource.texts import EDGES, LABEL_END, OPTIONS, MalformedTemplate, Template, edge, number_text, option
 from tests.resource.conftest import SCHEMA, TOOLS
 
 DEFAULT = Schema(default_schema(), ("image_classification", "image_generation", "object detection v2"))
@@ -62,8 +62,16 @@ def test_every_description_can_be_read_back(schema: Schema | None, data: st.Data
     assert len(text) <= sum(len(part) for part, _ in template.longest())
     marked = [part for part, _ in template.parts(values, marked=True)]
     marks = {option(index) for index in range(OPTIONS)}
-    hidden = {LABEL_END, *marks}
+    edges = {edge(index): index for index in range(EDGES)}
+    hidden = {LABEL_END, *marks, *edges}
     assert [part for part in marked if part not in hidden] == [part for part, _ in template.parts(values)]
+    # Each value stands between two marks that no other has.
+    found = [edges[part] for part in marked if part in edges]
+    assert found == [*range(2 * len(schema.dimensions))]
+    inside = False
+    for part, is_value in template.parts(values, marked=True):
+        inside = not inside if part in edges else inside
+        assert part in edges or is_value is inside
     # Behind its mark stands what the legend has there.
     legend = template.legend
     for index, part in enumerate(marked):
