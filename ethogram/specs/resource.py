@@ -123,7 +123,7 @@ class ReaderSizeSpec(Spec):
     feed_forward: int = Field(256, ge=1, le=65_536)
     """Width of the hidden layer of each MLP."""
     vocabulary: int = Field(1024, ge=512, le=65_536)
-    """Tokens: marks of slots and labels, digits one by one, and pieces of words."""
+    """Tokens: marks of slots, labels and edges, digits one by one, and pieces of words."""
 
     @model_validator(mode="after")
     def _fits(self) -> ReaderSizeSpec:
@@ -241,7 +241,7 @@ class ResourceTrainingSpec(OptimizationSpec):
     accumulation: int = Field(1, ge=1, le=1024)
     """Parts of each batch that pass through the language model one after the other; their gradients are added."""
     learning_rate: float = Field(3e-3, gt=0, le=1)
-    """Peak learning rate."""
+    """Peak learning rate; an encoder of ``digits`` that begins as the language model's code takes 0.3 of it."""
     warm_up: int = Field(20, ge=0, le=1_000_000)
     """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -477,7 +477,7 @@ class ReaderSizeSpec(_message.Message):
     feed_forward: _builtins.int
     """Width of the hidden layer of each MLP."""
     vocabulary: _builtins.int
-    """Tokens: marks of slots and labels, digits one by one, and pieces of words."""
+    """Tokens: marks of slots, labels and edges, digits one by one, and pieces of words."""
     def __init__(
         self,
         *,
@@ -592,7 +592,7 @@ class ResourceTrainingSpec(_message.Message):
     batch_size: _builtins.int
     """Rows per step."""
     learning_rate: _builtins.float
-    """Peak learning rate."""
+    """Peak learning rate; an encoder of `digits` that begins as the language model's code takes 0.3 of it."""
     warm_up: _builtins.int
     """Steps over which the learning rate rises linearly from 0."""
     validate_every: _builtins.int

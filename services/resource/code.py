@@ -40,11 +40,12 @@ class SoftTokenCode(nn.Module):
             return scale * torch.randn(*shape, generator=generator)
 
         self.content = nn.Parameter(normal(len(CONTENTS), self.WIDTH, scale=1.0))
-        # The dimensions of a slot have the vector of its content as it is, so that one map reads all slots.
-        own = own_dimensions(hidden)
-        place = (own.long().cumsum(1) - 1).clamp_min(0) % self.WIDTH
-        as_it_is = nn.functional.one_hot(place, self.WIDTH).transpose(1, 2).contiguous() * own.unsqueeze(1) * SLOTS**0.5
-        self.bind = nn.Parameter(as_it_is + normal(SLOTS, self.WIDTH, hidden, scale=0.1 * self.WIDTH**-0.5))
+        # The dimensions of a slot begin with components of its content's vector as they are, in the same order in all
+        # slots, so that one map reads them all.
+        dimensions = own_dimensions(hidden)
+        component = (dimensions.long().cumsum(1) - 1).clamp_min(0) % self.WIDTH
+        copies = nn.functional.one_hot(component, self.WIDTH).transpose(1, 2).contiguous() * dimensions.unsqueeze(1)
+        self.bind = nn.Parameter(SLOTS**0.5 * copies + normal(SLOTS, self.WIDTH, hidden, scale=0.1 * self.WIDTH**-0.5))
         self.base = nn.Parameter(normal(hidden, scale=1.0))
 
     def forward(self, contents: Tensor, slots: Sequence[int]) -> Tensor:

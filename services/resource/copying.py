@@ -94,7 +94,7 @@ class Copies(NamedTuple):
     slotted: list[tuple[int, int]]
     """Columns of the first text that have a slot, and the number of its soft token."""
     keys: list[int]
-    """Columns of the first text with something to copy."""
+    """Columns of the first text with something to copy, none of them soft."""
 
 
 def draw_copies(
@@ -169,6 +169,7 @@ def draw_copies(
     keys += range(keys[-1] + 2 if keys else 1, shown.length + 1)
     shown.add(token(vocabulary.write))
     written.add(token(vocabulary.end))
+    columns = {column for column, _ in soft}
     return Copies(
         before=shown.tokens,
         after=written.tokens,
@@ -176,7 +177,7 @@ def draw_copies(
         slots=slots,
         soft=soft,
         slotted=slotted,
-        keys=[key for key in keys if key not in dict(soft)],
+        keys=[key for key in keys if key not in columns],
     )
 
 

@@ -2,8 +2,8 @@
 
 The model sees a prompt, which has the labels of each category and the template, then the soft tokens of a vector, and
 continues with the description and the token that ends a text. A model that was trained to read vectors, whose tokenizer
-has the marks of slots, sees the labels and then the template with the soft tokens in it. The prompt is the same for all
-vectors, so its keys and values are computed once.
+has marks of slots, labels and edges, sees the labels and then the template with the soft tokens in it. The prompt is
+the same for all vectors, so its keys and values are computed once.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class Describer:
         self.device: torch.device = self.embed.weight.device
         self.hidden: int = self.embed.weight.shape[1]
         self._end = language.end_of_text
-        known = language.tokenize([slot(SLOTS - 1), option(0), edge(0)])
-        self.reads_slots: bool = all(len(row) == 1 for row in known)
+        self.reads_slots = _reads_slots(language)
         """Whether the model was trained to read vectors."""
         marks = [LABEL_END, *map(option, range(OPTIONS)), *map(edge, range(EDGES))]
         self._hidden = {row[0] for row in language.tokenize(marks)} if self.reads_slots else set()
@@ -225,6 +224,16 @@ class Describer:
         rows = torch.stack(written, 1).tolist() if written else [[] for _ in soft]
         texts = [row[: row.index(self._end)] if self._end in row else row for row in rows]
         return [self._text(row) for row in texts]
+
+
+def _reads_slots(language: LanguageModel) -> bool:
+    """Whether a model was trained to read vectors. Raises :class:`InvalidInput` of one that was by another version."""
+    tokens = language.tokenize([slot(SLOTS - 1), option(OPTIONS - 1), edge(EDGES - 1)])
+    known = [len(row) == 1 for row in tokens]
+    if any(known) and not all(known):
+        text = f"{language.name} was trained to read vectors by another version; train language model and encoder again"
+        raise InvalidInput.field(language.field, text)
+    return all(known)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

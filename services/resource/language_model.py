@@ -1,6 +1,6 @@
 """The default language model: a small one that learns to read soft tokens, from random schemas alone.
 
-It learns in two phases. First it copies random tokens, with more and more to leave out and to look up, which gives it
+It learns in two phases. First it copies random tokens, soon with slots to read and labels to look up, which gives it
 the attention that copying takes; beside it, it reads the slots of soft tokens. Then it writes descriptions of rows of
 random schemas. The soft tokens are in a code that is trained with it and kept beside it. An encoder of any table begins
 as that code, and learns what the model does with it.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ethogram.specs.resource import ReaderSizeSpec, ReaderSpec
 from services.resource import code, copying, corpus, texts
 from services.resource.code import CONTENT, CONTENTS, SoftTokenCode, own_dimensions
-from services.resource.copying import Contexts, Vocabulary, contexts, draw_copies
+from services.resource.copying import Contexts, Copies, Vocabulary, contexts, draw_copies
 from services.resource.corpus import RandomSchema, random_schema
 from services.resource.texts import (
     EDGES,
@@ -198,7 +198,8 @@ class LanguageModelTrainer(Trainer):
         self.tokenizer = make_tokenizer(spec.model.vocabulary, spec.seed)
         self.model = make_model(spec.model, len(self.tokenizer), spec.seed).to(device)
         self.code = SoftTokenCode(spec.model.hidden_dim, generator(spec.seed, "init")).to(device)
-        self.context = ContextProbe(self.embedding.weight.detach(), generator(spec.seed, "context"))
+        weights: Tensor = self.model.get_input_embeddings().weight
+        self.context = ContextProbe(weights.detach(), generator(spec.seed, "context"))
         self.context.to(device)
         falling = cosine(training.steps)
         matrices = [weight for weight in self.model.model.layers.parameters() if weight.ndim == 2]
@@ -222,22 +223,21 @@ class LanguageModelTrainer(Trainer):
         """Whether texts that are copied have gaps by now."""
         self._slot = self.tokenizer.convert_tokens_to_ids(SLOT_MARKS[0])
         with torch.no_grad():
-            weights: Tensor = self.model.get_input_embeddings().weight
             marks = weights[self._slot : self._slot + SLOTS]
             marks.add_(own_dimensions(spec.model.hidden_dim).to(marks)).mul_(_GATE)
-        _, end, read, write, label_end = self.tokenizer.convert_tokens_to_ids(_TEXT_MARKS)
+        number = self.tokenizer.convert_tokens_to_ids
         self.vocabulary = Vocabulary(
-            read,
-            write,
-            end,
-            label_end,
-            self.tokenizer.convert_tokens_to_ids(OPTION_MARKS[0]),
-            self.tokenizer.convert_tokens_to_ids(EDGE_MARKS[0]),
-            self._slot,
-            self._slot + SLOTS,
-            len(self.tokenizer),
-            self.ids,
-            len(CONTENTS) - OPTIONS,
+            read=number(READ),
+            write=number(WRITE),
+            end=number(END),
+            label_end=number(LABEL_END),
+            option=number(OPTION_MARKS[0]),
+            edge=number(EDGE_MARKS[0]),
+            slot=self._slot,
+            word=self._slot + SLOTS,
+            size=len(self.tokenizer),
+            contents=self.ids,
+            characters=len(CONTENTS) - OPTIONS,
         )
         self.mean = torch.tensor(6.0)
         """Running mean of the loss of copying."""
@@ -267,7 +267,7 @@ class LanguageModelTrainer(Trainer):
         return metrics
 
     def _copying(self) -> dict[str, Tensor]:
-        """Losses of a step of copying: of the copy, and of what its attention takes, by the layers that have it."""
+        """Losses of a step of copying: of the copy, and of where each token stands, which its attention takes."""
         rng = random.Random(f"{self.spec.seed} copy {self.step}")
         draw = generator(self.spec.seed, "copy", self.step)
         copies = draw_copies(rng, draw, _COPIED, self.vocabulary, gaps=bool(self.gaps))
@@ -280,20 +280,24 @@ class LanguageModelTrainer(Trainer):
         copying = nn.functional.cross_entropy(
             self.model.lm_head(states).flatten(0, 1), copies.after.to(self.device).flatten()
         )
-        # What is written at a column is predicted one before it.
-        written = range(copies.before.shape[1], copies.before.shape[1] + copies.after.shape[1])
-        columns = torch.tensor([*copies.keys, *(column - 1 for column in written)], device=self.device)
-        states = outputs.hidden_states[_CONTEXT_AFTER][:, columns]
+        return {"copying": copying, "context": self._contexts(copies, outputs.hidden_states[_CONTEXT_AFTER])}
+
+    def _contexts(self, copies: Copies, states: Tensor) -> Tensor:
+        """Loss of where each token stands, in ``states`` ``[rows, length, hidden]`` of an early layer."""
         if self.spec.model.layers > _CONTEXT_AFTER:
             # Those of the last layer are normalised already.
             states = self.model.model.norm(states)
         tokens = torch.cat([copies.before, copies.after], 1).to(self.device)
-        soft_columns = torch.zeros(tokens.shape[1], dtype=torch.bool, device=self.device)
-        soft_columns[[column for column, _ in copies.soft]] = True
-        columns = torch.tensor([*copies.keys, *written], device=self.device)
-        found = contexts(tokens, soft_columns, self.vocabulary)
-        context = self.context(states, Contexts(*(part[:, columns] for part in found)))
-        return {"copying": copying, "context": context}
+        is_soft = torch.zeros(tokens.shape[1], dtype=torch.bool, device=self.device)
+        is_soft[[column for column, _ in copies.soft]] = True
+        # What is written at a column is predicted one before it.
+        written = range(copies.before.shape[1], tokens.shape[1])
+        shown, wanted = (
+            torch.tensor([*copies.keys, *(column - step for column in written)], device=self.device) for step in (1, 0)
+        )
+        found = contexts(tokens, is_soft, self.vocabulary)
+        loss: Tensor = self.context(states[:, shown], Contexts(*(part[:, wanted] for part in found)))
+        return loss
 
     def _reading(self) -> Tensor:
         """Loss of the contents of slots behind soft tokens, with nothing to describe."""
@@ -484,6 +488,9 @@ class LanguageModelTrainer(Trainer):
             **by_fields,
         }
 
+    def identity(self) -> dict[str, str]:
+        return {"recipe": _recipe()}
+
     def state(self) -> dict[str, Tensor]:
         # The output weights are those of the embedding.
         model = {name: value for name, value in self.model.state_dict().items() if name != "lm_head.weight"}
@@ -553,16 +560,20 @@ def train_language_model(spec: ReaderSpec, run: Run, folder: Path) -> LanguageMo
     return trainer
 
 
+def _recipe() -> str:
+    """SHA-256 of the code on which a model of the same spec depends."""
+    content = b"".join(Path(inspect.getfile(module)).read_bytes() for module in RECIPE)
+    return hashlib.sha256(content).hexdigest()
+
+
 def default_folder(device: str = "cpu", spec: ReaderSpec | None = None, run: Run | None = None) -> Path:
     """Folder of the language model of ``spec``, by default the default spec. It is trained once, resuming from
     checkpoints where a call was interrupted, and kept in the cache. ``run``: what that reports to, and whose device it
     takes; by default the terminal. With another recipe, which is the code of this module and of those that it draws on,
     there is another folder."""
     spec = spec or ReaderSpec()
-    recipe = hashlib.sha256(json.dumps(spec.model_dump(mode="json", exclude={"wandb"}), sort_keys=True).encode())
-    for module in RECIPE:
-        recipe.update(Path(inspect.getfile(module)).read_bytes())
-    name = recipe.hexdigest()[:32]
+    asked = json.dumps(spec.model_dump(mode="json", exclude={"wandb"}), sort_keys=True)
+    name = hashlib.sha256(f"{asked} {_recipe()}".encode()).hexdigest()[:32]
 
     def train(run: Run, folder: Path) -> None:
         train_language_model(spec, run, folder)

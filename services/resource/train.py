@@ -28,7 +28,7 @@ from services.runtime.training import Optimization, Progress, Trainer, constant,
 MOST_TOKENS = 8
 """Soft tokens of a vector at most."""
 CODE_RATE = 0.3
-"""Share of the learning rate for weights that begin as the language model's code, which it reads already."""
+"""Share of the learning rate that an encoder takes which begins as the language model's code, as it is read already."""
 VALIDATED = 256
 """Most rows of a validation, all of training: they say when it can end. What is unseen the job measures."""
 
@@ -65,18 +65,20 @@ class ResourceTrainer(Trainer):
             spec.encoder, table.schema, table.values[rows], describer.tool_vectors(), generator(spec.seed, "init")
         )
         language, self.code = describer.language, None
-        if spec.encoder.initialization == "code":
+        if spec.encoder.initialization == "code" and describer.reads_slots:
             self.code = SoftTokenCode.load(language.folder, describer.hidden, language.field)
         if self.code is not None:
             self.model.begin_as(self.code, table.schema.templates[0])
         self.model.to(self.device)
-        estimator = list(self.model.completion.parameters())
-        known = {*estimator}
-        reader = [parameter for parameter in self.model.parameters() if parameter not in known]
+        estimates = list(self.model.completion.parameters())
+        apart = {*estimates}
+        rest = [parameter for parameter in self.model.parameters() if parameter not in apart]
+        # Of other features the weights of numbers are random.
+        begins = self.code is not None and spec.encoder.numbers == "digits"
         self.optimization = Optimization(
             [
-                {"params": reader, "scale": 1.0 if self.code is None else CODE_RATE},
-                {"params": estimator},
+                {"params": rest, "scale": CODE_RATE if begins else 1.0},
+                {"params": estimates},
             ],
             training,
             cosine(self.steps) if training.schedule == "cosine" else constant,

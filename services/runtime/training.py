@@ -164,13 +164,18 @@ class Optimization:
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`. Raises :class:`ValueError` for moments of other parameters."""
         moments = checkpoints.parts(tensors)
         self.halvings = int(moments.pop("halvings")[""])
         before = 0
         for optimizer in self.optimizers:
             count = sum(len(group["params"]) for group in optimizer.param_groups)
             state = {int(name) - before: row for name, row in moments.items() if before <= int(name) < before + count}
+            for index, row in state.items():
+                weight = self.parameters[before + index]
+                if any(moment.ndim and moment.shape != weight.shape for moment in row.values()):
+                    # torch takes it all the same.
+                    raise ValueError(f"the moments of parameter {before + index} are of another shape")
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
             before += count
 

@@ -17,7 +17,17 @@ READ, WRITE, END, LABEL_END = 1, 2, 3, 4
 OPTION, EDGE, SLOT, WORD, SIZE, CHARACTERS = 10, 200, 300, 400, 500, 12
 CONTENTS = torch.tensor([0, *range(SIZE - CHARACTERS + 1, SIZE), *range(OPTION, OPTION + OPTIONS)])
 VOCABULARY = Vocabulary(
-    READ, WRITE, END, LABEL_END, OPTION, EDGE, SLOT, WORD, SIZE - CHARACTERS + 1, CONTENTS, CHARACTERS
+    read=READ,
+    write=WRITE,
+    end=END,
+    label_end=LABEL_END,
+    option=OPTION,
+    edge=EDGE,
+    slot=SLOT,
+    word=WORD,
+    size=SIZE - CHARACTERS + 1,
+    contents=CONTENTS,
+    characters=CHARACTERS,
 )
 ROWS = 3
 

@@ -23,7 +23,7 @@ from services.resource.describe import Describer
 from services.resource.language_model import LanguageModelTrainer
 from services.resource.schema import Schema
 from services.resource.texts import OPTIONS, READ, WRITE, Slot, Soft, Template, slot, slots
-from services.resource.train import ResourceTrainer
+from services.resource.train import CODE_RATE, ResourceTrainer
 from tests.resource.conftest import SCHEMA, TOOLS, small_trainer, tiny_reader_spec, tiny_spec, write_language_model
 
 
@@ -297,6 +297,32 @@ def test_a_tokenizer_that_changes_a_text_is_refused(table: Table, tmp_path: Path
     tokenizer.save(str(folder / "tokenizer.json"))
     with pytest.raises(InvalidInput, match="into 'Translate large"):
         Describer(load_language_model(str(folder)), table.schema)
+
+
+def test_a_model_with_marks_of_another_version_is_refused(reader: LanguageModel, table: Table, tmp_path: Path) -> None:
+    """Read as any other model it would say nothing that makes sense."""
+    folder = shutil.copytree(reader.folder, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("<|edge ", "<|other "))
+    other = load_language_model(str(folder), field="spec.llm_model")
+    with pytest.raises(InvalidInput, match=r"spec.llm_model: .* by another version; train language model"):
+        Describer(other, table.schema)
+
+
+@pytest.mark.parametrize(("form", "share"), [("digits", CODE_RATE), ("fourier", 1.0)])
+def test_an_encoder_that_begins_as_the_code_learns_slowly(
+    form: str, share: float, reader: LanguageModel, language: LanguageModel, table: Table
+) -> None:
+    def rates(model: LanguageModel) -> list[float]:
+        trainer = small_trainer(table, model, encoder={"numbers": form})
+        trainer.advance()
+        return [group["lr"] for group in trainer.optimization.optimizer.param_groups]
+
+    encoder, estimates = rates(reader)
+    assert encoder == share * estimates
+    # Any other model has no code.
+    assert len(set(rates(language))) == 1
 
 
 def test_a_text_in_letters_of_any_script_is_read_back(language: LanguageModel) -> None:

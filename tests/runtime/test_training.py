@@ -240,6 +240,7 @@ def language_model_case() -> Case:
         tiny_reader_spec(training={"copying": 3, "steps": 6, "validate_every": 5}),
         lambda spec, _: LanguageModelTrainer(spec),  # type: ignore[arg-type]
         lambda trainer: trainer.model.model.norm.weight,
+        ("recipe",),
         processes=False,
     )
 
@@ -528,6 +529,30 @@ def test_a_frozen_backbone_is_named_and_not_kept(tmp_path: Path) -> None:
     assert json.loads((checkpoint / "state.json").read_text())["identity"] == {"backbone": "2.0"}
     with pytest.raises(InvalidInput, match="was written with another backbone; start afresh"):
         fit(ToyTrainer(toy_spec(), backbone=3.0), Recorder(resume=checkpoint))
+
+
+def test_the_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    """As of a version whose trainer had them in another order, which torch would take."""
+    run = Recorder(tmp_path, keep=3, fall=4)
+    with pytest.raises(Interrupted):
+        fit(ToyTrainer(toy_spec()), run)
+    other = ToyTrainer(toy_spec())
+    other.optimization = Optimization(
+        [{"params": [torch.zeros(5, requires_grad=True)]}], other.spec.training, cosine(other.steps)
+    )
+    with pytest.raises(InvalidInput, match="checkpoint: cannot be read"):
+        fit(other, Recorder(resume=run.checkpoints[0]))
+
+
+def test_a_group_has_its_share_of_the_learning_rate() -> None:
+    trainer = ToyTrainer(toy_spec())
+    apart = torch.zeros(3, requires_grad=True)
+    trainer.optimization = Optimization(
+        [{"params": [trainer.weight]}, {"params": [apart], "scale": 0.25}], trainer.spec.training, cosine(trainer.steps)
+    )
+    trainer.advance()
+    whole, share = (group["lr"] for group in trainer.optimization.optimizer.param_groups)
+    assert share == whole / 4 > 0
 
 
 def by_epochs(losses: list[float], stop: int | None = None) -> ToyTrainer:
