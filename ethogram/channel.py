@@ -87,11 +87,11 @@ class Channel:
             except EthogramError as error:
                 half = _half(size, error) if isinstance(error, TooLarge) else None
                 if half is None:
-                    raise self._join_error(error, parts) from None
+                    raise self._relocate_error(error, parts) from None
                 size = half
         return answers
 
-    def _join_error(self, error: EthogramError, parts: Sequence[slice]) -> EthogramError:
+    def _relocate_error(self, error: EthogramError, parts: Sequence[slice]) -> EthogramError:
         """``error`` of a stream that sent a set of rows in ``parts``, in terms of the whole set."""
         return error
 

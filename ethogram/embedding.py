@@ -270,7 +270,7 @@ class Embedding(Channel):
         answered = answers[0].model
         return answers, (answered.name, answered.version)
 
-    def _join_error(self, error: EthogramError, parts: Sequence[slice]) -> EthogramError:
+    def _relocate_error(self, error: EthogramError, parts: Sequence[slice]) -> EthogramError:
         # The server names the request of the stream, and the row in it.
         message, violations = error.message.partition(" of the stream: ")[2] or error.message, []
         for field, description in error.violations:

@@ -327,11 +327,11 @@ def describe(
     def show() -> None:
         # A model that was not trained for it may write anything.
         output.console().print(output.visible(text))
-        if found is None:
-            output.say(f"this is no description by {form.name}: no values can be read")
-        else:
+        if found is not None:
             output.pairs({field.name: value_text(field, found[field.name]) for field in schema.dimensions})
 
+    if found is None:
+        output.say(f"this is no description by {form.name}: no values can be read")
     say_outside(*outside)
     say_rounded(schema.dimensions, given.row)
     return Answer(result, show)

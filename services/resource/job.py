@@ -107,16 +107,16 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         if most < len(table):
             run.log(f"The evaluation describes {most:,} of the {len(table):,} rows, drawn at random.")
 
-        def drawn(rows: Tensor) -> Tensor:
+        def sample(rows: Tensor) -> Tensor:
             order = torch.randperm(len(rows), generator=generator(spec.seed, "evaluation"))
             return rows if most >= len(rows) else rows[order[:most]]
 
-        details = {"seen": describe_figures(codec, describer, drawn(table.values), run, "evaluation/seen")}
+        details = {"seen": describe_figures(codec, describer, sample(table.values), run, "evaluation/seen")}
         if rows is not None:
             other = ResourceCodec.load(parts.folder / UNSEEN / ENCODER, run.device)
-            values = narrow.values[drawn(held_out)]
+            values = narrow.values[sample(held_out)]
             details["unseen"] = describe_figures(other, judge, values, run, "evaluation/unseen")
-        controls = control_figures(codec, describer, drawn(table.values), spec.seed, run)
+        controls = control_figures(codec, describer, sample(table.values), spec.seed, run)
         control = {name: part["exact_match"] for name, part in controls.items()}
         figures = _figures(details, control, retrieval_figures(codec, table.values, spec.seed))
         with run.side_output("the report"):
@@ -129,7 +129,7 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
                         narrow,
                         train=rows,
                         held_out=held_out,
-                        described=drawn(held_out),
+                        described=sample(held_out),
                         seed=spec.seed,
                         run=run,
                     )

@@ -196,7 +196,8 @@ def test_what_does_not_belong_to_an_encoder_is_not_exported(
 
 
 def test_describe(run: Path, language_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = answer(capsys, "describe", run, *CONFIGURATION, "--set", "latency_ms=unknown")
+    says = "no values can be read"
+    said = answer(capsys, "describe", run, *CONFIGURATION, "--set", "latency_ms=unknown", says=says)
     assert said["template"] == "plain" and said["unknown"] == ["latency_ms"] and said["outside"] == []
     assert isinstance(said["text"], str) and said["values"] is None
     little = answer(capsys, "describe", run, "--tool", "detect")
