@@ -71,7 +71,10 @@ class Channel:
             try:
                 return [self._call(unary, request(model, slice(0, rows)))]
             except TooLarge as error:
-                size = _half(min(size, rows), error)
+                half = _half(min(size, rows), error)
+                if half is None:
+                    raise
+                size = half
         model = pinned()
         answers: list[R] = []
         start = 0
@@ -81,13 +84,14 @@ class Channel:
                 for answer in self._stream(stream, (request(model, part) for part in parts), len(parts)):
                     answers.append(answer)
                     start = min(start + size, rows)
-            except TooLarge as error:
-                size = _half(size, error)
             except EthogramError as error:
-                raise self._of_set(error, parts) from None
+                half = _half(size, error) if isinstance(error, TooLarge) else None
+                if half is None:
+                    raise self._relocate_error(error, parts) from None
+                size = half
         return answers
 
-    def _of_set(self, error: EthogramError, parts: Sequence[slice]) -> EthogramError:
+    def _relocate_error(self, error: EthogramError, parts: Sequence[slice]) -> EthogramError:
         """``error`` of a stream that sent a set of rows in ``parts``, in terms of the whole set."""
         return error
 
@@ -102,9 +106,6 @@ class Channel:
             answers.cancel()
 
 
-def _half(size: int, error: TooLarge) -> int:
-    """Half of ``size``, if the server named a field that is too large and there are rows to split; else raise
-    ``error``."""
-    if size == 1 or not error.violations:
-        raise error
-    return size // 2
+def _half(size: int, error: TooLarge) -> int | None:
+    """Half of ``size``, if the server named a field that is too large and there are rows to split."""
+    return size // 2 if size > 1 and error.violations else None

@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
@@ -269,7 +270,7 @@ class Embedding(Channel):
         answered = answers[0].model
         return answers, (answered.name, answered.version)
 
-    def _of_set(self, error: EthogramError, parts: Sequence[slice]) -> EthogramError:
+    def _relocate_error(self, error: EthogramError, parts: Sequence[slice]) -> EthogramError:
         # The server names the request of the stream, and the row in it.
         message, violations = error.message.partition(" of the stream: ")[2] or error.message, []
         for field, description in error.violations:
@@ -399,7 +400,18 @@ def _columns(columns: Mapping[str, Any]) -> dict[str, tuple[str, list[Any], list
     return {name: _column(f"configurations.{name}", values) for name, values in columns.items()}
 
 
+def _array(values: Any) -> Any:
+    """Numbers of another library, such as a Series of pandas or a tensor of torch, as a NumPy array."""
+    if hasattr(values, "dtype") and not isinstance(values, np.ndarray):
+        # Some cannot be one: a tensor on a GPU, one with a gradient, one in bfloat16.
+        with suppress(TypeError, ValueError, RuntimeError):
+            array = np.asarray(values)
+            return array if array.dtype.kind in "fiu" else values
+    return values
+
+
 def _column(field: str, values: Any) -> tuple[str, list[Any], list[bool]]:
+    values = _array(values)
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
         values = [_float(cell) for cell in values] if values.itemsize < 8 else values
     cells = values.tolist() if hasattr(values, "tolist") else list(values)

@@ -146,6 +146,13 @@ def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.7) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def alternatives(names: Iterable[str], suggestion: str = "") -> str:
+    """``; there are A, B``, behind a ``suggestion`` as :func:`did_you_mean` makes it: long texts are cut at their
+    end."""
+    listed = ", ".join(names)
+    return f"{suggestion} There are {listed}" if suggestion else f"; there are {listed}"
+
+
 def advice(model: type[BaseModel] | None, detail: Mapping[str, Any]) -> str:
     """What to add to pydantic's error ``detail`` about a value of ``model``: names like an unknown one, or how to give
     what is missing, if its model says so (``how_to_give``)."""

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ethogram.cli.options import Answer, ModelName, Output, Version, assignment, command, in_words
+from ethogram.cli.options import Answer, ModelName, Output, Version, assignment, command, rename_fields
 from ethogram.cli.output import number, pairs, say, visible
-from ethogram.errors import InvalidInput, did_you_mean
+from ethogram.errors import InvalidInput, alternatives, did_you_mean
 
 if TYPE_CHECKING:
     from ethogram.client import Client
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     AnyField = Field | DimensionSpec
 
 app = typer.Typer()
-_NAMED = 3
-"""Rows that a warning names."""
+_WARNED_ROWS = 3
+"""Most rows that a warning names."""
 _OPTIONS = {name: f"--{name}" for name in ("confidence", "dimension", "embeddings", "template")}
-_OPTIONS |= {"bound": "--latency", "bounds": "--latency"}
-"""What sets a field of a request that is not a configuration's."""
+_OPTIONS |= dict.fromkeys(("bound", "bounds"), "--latency/--bound")
+"""Options that set the fields of a request beside those of its configurations."""
 
 ConfigurationsFile = Annotated[
     Path | None,
@@ -49,7 +49,7 @@ Values = Annotated[
         help="Value of a field, or of its column in the table, e.g. cpu_cores=4; else it is unknown. Repeatable.",
     ),
 ]
-Given = Annotated[
+FixedValues = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
@@ -88,13 +88,14 @@ def embed(
     from ethogram.networks import save
 
     with client.embedding() as embedding:
-        fields = embedding.fields(model, version=version).fields
-        typed = _configurations(fields, file, tool, values)
-        with in_words(typed.words):
-            answer = embedding.embed(model, typed.rows, version=version)
+        # All calls ask one version, also where another one becomes the latest meanwhile.
+        schema = embedding.fields(model, version=version)
+        fields, version = schema.fields, schema.version
+        configurations = _configurations(fields, file, tool, values)
+        with rename_fields(configurations.location):
+            answer = embedding.embed(model, configurations.rows, version=version)
     save(output, {"embeddings": answer.embeddings})
-    _warn(answer.outside, typed.lines)
-    say_rounded(fields, typed.rows)
+    _say_outside_rows(answer.outside, configurations.lines)
     shape = list(answer.embeddings.shape)
     value = {"file": str(output), "tensors": {"embeddings": shape}, "outside": answer.outside}
     return Answer(
@@ -126,14 +127,15 @@ def describe(
     """Print what the language model writes of configurations, or of embeddings."""
     from ethogram.networks import load
 
-    typed = _Typed({})
+    configurations = ConfigurationInput({})
     fields: list[Field] = []
     with client.embedding() as embedding:
         if embeddings is None:
-            fields = embedding.fields(model, version=version).fields
-            typed = _configurations(fields, file, tool, values)
-            with in_words(typed.words):
-                answer = embedding.describe(model, typed.rows, template=template, version=version)
+            schema = embedding.fields(model, version=version)
+            fields, version = schema.fields, schema.version
+            configurations = _configurations(fields, file, tool, values)
+            with rename_fields(configurations.location):
+                answer = embedding.describe(model, configurations.rows, template=template, version=version)
         elif file is not None or tool is not None or values:
             raise InvalidInput.field("--embeddings", "excludes configurations; give one of them")
         else:
@@ -141,10 +143,10 @@ def describe(
             if "embeddings" not in tensors:
                 names = ", ".join(sorted(tensors)) or "none"
                 raise InvalidInput.field("--embeddings", f"{embeddings} has no tensor `embeddings`; it has: {names}")
-            with in_words(typed.words):
+            with rename_fields(configurations.location):
                 answer = embedding.describe_embeddings(model, tensors["embeddings"], template=template, version=version)
-    _warn(answer.outside, typed.lines)
-    say_rounded(fields, typed.rows)
+    _say_outside_rows(answer.outside, configurations.lines)
+    say_rounded(fields, configurations.rows)
     texts = [answer.texts] if isinstance(answer.texts, str) else answer.texts
     read = [answer.configurations] if isinstance(answer.texts, str) else answer.configurations
     if unread := sum(configuration is None for configuration in read):
@@ -163,7 +165,7 @@ def recommend(
     model: ModelName,
     *,
     tool: Annotated[str, typer.Option(metavar="NAME", help="The tool.")],
-    values: Given = None,
+    values: FixedValues = None,
     bound: Bound,
     confidence: Confidence = 0.9,
     dimension: Dimension = None,
@@ -173,29 +175,33 @@ def recommend(
 
     --set fixes fields; the others are chosen, also those that describe the work, such as the size of the input."""
     with client.embedding() as embedding:
-        fields = embedding.fields(model, version=version).fields
-        typed = _configurations(fields, None, tool, values)
-        with in_words(typed.words):
+        schema = embedding.fields(model, version=version)
+        fields, version = schema.fields, schema.version
+        given = option_configuration(fields, tool, values)
+        with rename_fields(given.location):
             answer = embedding.recommend(
-                model, typed.rows, bound, confidence=confidence, dimension=dimension, version=version
+                model, given.row, bound, confidence=confidence, dimension=dimension, version=version
             )
-    given = typed.rows
-    assert isinstance(given, Mapping)
-    bounded = next(field for field in fields if field.name == answer.dimension)
     numbers = {name: float(getattr(answer, name)) for name in ("price", "predicted", "upper")}
-    found = Found(answer.configurations, **numbers, fits=bool(answer.fits), outside=answer.outside)
-    chosen = [field.name for field in free_fields(fields, given)]
-    value = answer._asdict() | {"unit": bounded.unit, "bound": bound, "confidence": confidence, "chosen": chosen}
+    recommendation = Recommendation(
+        answer.configurations,
+        **numbers,
+        fits=bool(answer.fits),
+        outside=answer.outside,
+        dimension=next(field for field in fields if field.name == answer.dimension),
+        bound=bound,
+        confidence=confidence,
+        free=free_fields(fields, given.row),
+    )
+    recommendation.say_notes(fields)
+    say_measurements(answer.measurements, answer.measurements + answer.measurements_left_out)
+    value = answer._asdict() | recommendation.question()
+    return Answer(value, lambda: recommendation.show(fields), ok=recommendation.fits)
 
-    def show() -> None:
-        show_recommendation(fields, given, found, bounded=bounded, bound=bound, confidence=confidence)
-        say_measurements(answer.measurements, answer.measurements + answer.measurements_left_out)
 
-    return Answer(value, show, ok=found.fits)
-
-
-class Found(NamedTuple):
-    """A recommended configuration, as :class:`ethogram.embedding.Recommended` has the one of a single row."""
+class Recommendation(NamedTuple):
+    """A recommended configuration, as :class:`ethogram.embedding.Recommended` has the one of a single row, and what was
+    asked."""
 
     configuration: Mapping[str, Any]
     price: float
@@ -203,54 +209,65 @@ class Found(NamedTuple):
     upper: float
     fits: bool
     outside: Sequence[str]
+    dimension: AnyField
+    """The measured number that has the bound."""
+    bound: float
+    confidence: float
+    free: Sequence[AnyField]
+    """The fields that were chosen."""
 
+    def question(self) -> dict[str, Any]:
+        """What was asked, and what that left to choose, for --json."""
+        asked: dict[str, Any] = {"dimension": self.dimension.name, "unit": self.dimension.unit}
+        asked |= {"bound": self.bound, "confidence": self.confidence}
+        return asked | {"chosen": [field.name for field in self.free]}
 
-def free_fields(fields: Sequence[AnyField], given: Mapping[str, Any]) -> list[AnyField]:
-    """The fields that a recommendation chooses: those that are neither measured nor ``given``."""
-    return [field for field in fields if not field.measured and given.get(field.name) is None]
-
-
-def show_recommendation(
-    fields: Sequence[AnyField],
-    given: Mapping[str, Any],
-    found: Found,
-    *,
-    bounded: AnyField,
-    bound: float,
-    confidence: float,
-) -> None:
-    """Print a recommendation for the ``given`` values with the number ``bounded`` below ``bound``, and say what was
-    chosen without a price that would tell why."""
-
-    def measured(value: float, digits: int = 4) -> str:
-        return f"{number(value, digits)} {bounded.unit}".rstrip()
-
-    free = free_fields(fields, given)
-    chosen = {field.name: found.configuration[field.name] for field in fields if not field.measured}
-    texts = {field.name: value_text(field, chosen[field.name]) for field in fields if field.name in chosen}
-    pairs(
-        {
-            **texts,
-            "price": number(found.price),
-            f"predicted {bounded.name}": measured(found.predicted),
-            f"below, at {confidence:g}": measured(found.upper),
-            "chosen": ", ".join(field.name for field in free),
-        }
-    )
-    if not found.fits:
-        say(f"no configuration stays below {measured(bound, 10)} at {confidence:g}; this one comes closest")
-    say_outside(found.outside)
-    unpriced = [field for field in free if not field.price]
-    if free and not any(field.price for field in fields):
-        say(f"no field has a price, so the one with the lowest {bounded.name} was chosen")
-    elif unpriced:
-        names = " and ".join(field.name for field in unpriced)
-        values = [f"{field.name}={value_text(field, chosen[field.name], unit=False)}" for field in unpriced]
-        are, have = ("is", "has") if len(unpriced) == 1 else ("are", "have")
-        advice = " ".join(f"--set {field.name}=..." for field in unpriced)
-        say(
-            f"{names} {are} not given, and {have} no price: this is the cheapest for {', '.join(values)}; give {advice}"
+    def show(self, fields: Sequence[AnyField]) -> None:
+        """Print the configuration and its numbers."""
+        chosen = [field for field in fields if not field.measured]
+        pairs(
+            {field.name: value_text(field, self.configuration[field.name]) for field in chosen},
+            {
+                "price": number(self.price),
+                f"predicted {self.dimension.name}": self._measured(self.predicted),
+                f"below, at {self.confidence:g}": self._measured(self.upper),
+                "chosen": ", ".join(field.name for field in self.free),
+            },
         )
+
+    def say_notes(self, fields: Sequence[AnyField]) -> None:
+        """Say whether nothing fits, what is outside of the range, and what was chosen without a price to tell why."""
+        if not self.fits:
+            bound = self._measured(self.bound, 10)
+            say(f"no configuration stays below {bound} at {self.confidence:g}; this one comes closest")
+        say_outside(*self.outside)
+        unpriced = [field for field in self.free if not field.price]
+        if not unpriced:
+            return
+        one = len(unpriced) == 1
+        values = [f"{f.name}={value_text(f, self.configuration[f.name], unit=False)}" for f in unpriced]
+        if not self.fits:
+            why, best = "", "the closest"
+        elif any(field.price for field in fields):
+            why, best = f", and {'has' if one else 'have'} no price", "the cheapest"
+        else:
+            why, best = ", and no field has a price", f"the one with the lowest {self.dimension.name}"
+        names, advice = _joined([f.name for f in unpriced]), " ".join(f"--set {f.name}=..." for f in unpriced)
+        say(f"{names} {'is' if one else 'are'} not given{why}: this is {best} for {', '.join(values)}; give {advice}")
+
+    def _measured(self, value: float, digits: int = 4) -> str:
+        """A value of the measured number, with its unit."""
+        return f"{number(value, digits)} {self.dimension.unit}".rstrip()
+
+
+def _joined(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, or ``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def free_fields(fields: Sequence[AnyField], values: Mapping[str, Any]) -> list[AnyField]:
+    """The fields that a recommendation chooses: those that are not measured, and unknown in ``values``."""
+    return [field for field in fields if not field.measured and values.get(field.name) is None]
 
 
 def value_text(field: AnyField, value: Any, *, unit: bool = True) -> str:
@@ -260,55 +277,78 @@ def value_text(field: AnyField, value: Any, *, unit: bool = True) -> str:
     return f"{value:.{field.decimals}f} {field.unit if unit else ''}".rstrip()
 
 
-def say_outside(names: Sequence[str]) -> None:
-    """Say which numbers of a configuration, ``names``, are outside the range of training."""
+def say_outside(*names: str) -> None:
+    """Say which numbers are outside the range of training, by their ``names``."""
     if names:
-        verb = "is" if len(names) == 1 else "are"
-        say(f"{', '.join(names)} {verb} outside the range of training, so this is less certain")
+        say(f"outside the range of training, so less certain: {', '.join(names)}")
+
+
+def _say_outside_rows(names: Sequence[Any], lines: Sequence[int]) -> None:
+    """:func:`say_outside` of each row on these ``lines`` of a file; of the configuration of options without any."""
+    if not lines:
+        # Of embeddings there is an empty list each.
+        say_outside(*filter(None, names))
+        return
+    rows = [f"line {line}: {', '.join(row)}" for line, row in zip(lines, names, strict=True) if row]
+    more = f" and {len(rows) - _WARNED_ROWS} more lines" if len(rows) > _WARNED_ROWS else ""
+    if rows:
+        say_outside("; ".join(rows[:_WARNED_ROWS]) + more)
 
 
 def say_rounded(fields: Sequence[AnyField], rows: Configurations) -> None:
-    """Say which measured numbers of ``rows`` have more decimals than descriptions."""
+    """Say which measured numbers of ``rows`` have more decimals than their descriptions."""
+    from ethogram.specs.resource import has_more_decimals
+
     rows = [rows] if isinstance(rows, Mapping) else rows
     for field in fields:
-        values = [row.get(field.name) for row in rows] if field.measured and not field.labels else []
-        finer = [value for value in values if value is not None and round(value, field.decimals) != value]
+        if field.labels or not field.measured:
+            continue
+        values = [row[field.name] for row in rows if row.get(field.name) is not None]
+        finer = [value for value in values if has_more_decimals(value, field.decimals)]
         if finer and len(rows) == 1:
             say(f"{field.name}: descriptions round {number(finer[0], 10)} to {value_text(field, finer[0])}")
         elif finer:
-            say(f"{field.name}: descriptions round {len(finer)} of {len(rows)} numbers to {field.decimals} decimals")
+            say(f"{field.name}: descriptions round {len(finer)} of {len(values)} numbers to {field.decimals} decimals")
 
 
-def say_measurements(used: int, there: int) -> None:
+def say_measurements(used: int, total: int) -> None:
     """Say how many of the measurements a prediction used, unless it was all."""
-    if used < there:
-        say(f"predicted from {used:,} of the {there:,} measurements, drawn at random")
+    if used < total:
+        say(f"predicted from {used:,} of the {total:,} measurements, drawn at random")
 
 
-class _Typed(NamedTuple):
-    """Configurations that a user gave, in a file or by options."""
+class ConfigurationInput(NamedTuple):
+    """Configurations from a file, or one from options, with the model's names of the fields."""
 
     rows: Configurations
+    names: Sequence[Mapping[str, str]] = ()
+    """What the user called the fields of each row: columns of a file, or options."""
     file: str = ""
     lines: Sequence[int] = ()
     """The line of each row of the file."""
-    tool: str = ""
-    """Name of the field of ``--tool``."""
 
-    def words(self, field: str) -> str:
-        """Where the user wrote a ``field`` of the request."""
-        found = re.fullmatch(r"configurations\.(\w+)(?:\.(\d+))?", field)
-        if found is None:
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """The configuration of the options."""
+        assert isinstance(self.rows, Mapping)
+        return self.rows
+
+    def location(self, field: str) -> str:
+        """Where the user wrote a ``field`` of the request, e.g. ``rows.csv:4.input_size`` or ``--set input_size``."""
+        match = re.fullmatch(r"(?:configurations|given)(?:\.([a-z]\w*))?(?:\.(\d+))?", field)
+        if match is None:
             return _OPTIONS.get(field.partition(".")[0], field)
-        name, row = found.groups()
-        if self.file:
-            return f"{self.file}:{self.lines[int(row)]}.{name}" if row else f"{self.file}.{name}"
-        return "--tool" if name == self.tool else f"--set {name}"
+        name, row = match.groups()
+        if not self.file:
+            return self.names[0].get(name, f"--set {name}") if name else "--set"
+        column = name and next((names[name] for names in self.names[int(row or 0) :] if name in names), name)
+        line = f"{self.file}:{self.lines[int(row)]}" if row else self.file
+        return f"{line}.{column}" if column else line
 
 
 def _configurations(
     fields: Sequence[Field], file: Path | None, tool: str | None, values: Sequence[str] | None
-) -> _Typed:
+) -> ConfigurationInput:
     """The configurations of a file, or the one of the options."""
     if file is not None:
         if tool is not None or values:
@@ -316,20 +356,22 @@ def _configurations(
         return _read(file, fields)
     if tool is None:
         raise InvalidInput("give a FILE of configurations, or one with --tool NAME and --set FIELD=VALUE")
-    return _Typed(given_values(fields, tool, values), tool=fields[0].name)
+    return option_configuration(fields, tool, values)
 
 
-def given_values(fields: Sequence[AnyField], tool: str, values: Sequence[str] | None) -> dict[str, Any]:
-    """The values of ``--tool`` and ``--set``, by the names of the ``fields``, of which the first is the tool."""
+def option_configuration(fields: Sequence[AnyField], tool: str, values: Sequence[str] | None) -> ConfigurationInput:
+    """The configuration of ``--tool`` and ``--set``; the first of the ``fields`` is the tool."""
     known = _known(fields)
     row: dict[str, Any] = {fields[0].name: tool}
+    names = {fields[0].name: "--tool"}
     for text in values or ():
         name, value = assignment("--set", text, "FIELD=VALUE, e.g. cpu_cores=4")
-        field = _field(known, fields, name, f"--set {name}")
+        option = f"--set {name}"
+        field = _field(known, fields, name, option)
         if field.name in row:
-            raise InvalidInput.field(f"--set {name}", "use --tool" if field is fields[0] else "is given twice")
-        row[field.name] = _value(field, value, f"--set {name}")
-    return row
+            raise InvalidInput.field(option, "use --tool" if field is fields[0] else "is given twice")
+        row[field.name], names[field.name] = _value(field, value, option), option
+    return ConfigurationInput(row, [names])
 
 
 def _known(fields: Sequence[AnyField]) -> dict[str, AnyField]:
@@ -340,28 +382,30 @@ def _known(fields: Sequence[AnyField]) -> dict[str, AnyField]:
 def _field(known: Mapping[str, AnyField], fields: Sequence[AnyField], name: str, where: str) -> AnyField:
     if name not in known:
         names = [field.name for field in fields]
-        text = f"there is no such field; there are {', '.join(names)}{did_you_mean(name, known)}"
+        text = f"there is no such field{alternatives(names, did_you_mean(name, known))}"
         raise InvalidInput.field(where, text)
     return known[name]
 
 
-def _read(file: Path, fields: Sequence[Field]) -> _Typed:
-    """The configurations of a file, with the model's names of the fields."""
+def _read(file: Path, fields: Sequence[Field]) -> ConfigurationInput:
+    """The configurations of a file."""
     known = _known(fields)
-    rows, lines = [], []
+    rows, names, lines = [], [], []
     for line, raw in _raw_rows(file):
         row: dict[str, Any] = {}
-        for name, value in raw.items():
-            where = f"{file.name}:{line}.{name}"
-            field = _field(known, fields, name, where)
+        columns: dict[str, str] = {}
+        for column, value in raw.items():
+            location = f"{file.name}:{line}.{column}"
+            field = _field(known, fields, column, location)
             if field.name in row:
-                raise InvalidInput.field(where, f"is there twice, as {field.name} and as {field.column}")
-            row[field.name] = _value(field, value, where)
+                raise InvalidInput.field(location, f"is there twice, as {field.name} and as {field.column}")
+            row[field.name], columns[field.name] = _value(field, value, location), column
         rows.append(row)
+        names.append(columns)
         lines.append(line)
     if not rows:
         raise InvalidInput.field("FILE", f"{file} has no rows")
-    return _Typed(rows, file.name, lines)
+    return ConfigurationInput(rows, names, file.name, lines)
 
 
 def _raw_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -418,15 +462,3 @@ def _value(field: AnyField, value: Any, where: str) -> Any:
         raise InvalidInput.field(where, "is too large") from None
     except (TypeError, ValueError):
         raise InvalidInput.field(where, f"{value!r} is not a number") from None
-
-
-def _warn(outside: Sequence[Any], lines: Sequence[int]) -> None:
-    """Say which rows, on these ``lines`` of a file, have numbers outside the range of training."""
-    if outside and isinstance(outside[0], str):
-        say_outside(outside)
-        return
-    marked = [(line, names) for line, names in zip(lines, outside, strict=False) if names]
-    if marked:
-        shown = "; ".join(f"line {line}: {', '.join(names)}" for line, names in marked[:_NAMED])
-        more = f" and {len(marked) - _NAMED} more" if len(marked) > _NAMED else ""
-        say(f"Outside the range of training, so less exact: {shown}{more}")

@@ -98,16 +98,16 @@ def assignment(option: str, text: str, form: str, *, empty: bool = False) -> tup
 
 
 @contextmanager
-def in_words(of_user: Callable[[str], str]) -> Iterator[None]:
-    """In errors, name each field by what the user wrote, which ``of_user`` says."""
+def rename_fields(location: Callable[[str], str]) -> Iterator[None]:
+    """In errors, name each field by the ``location`` where the user wrote it."""
     try:
         yield
     except InvalidInput as error:
-        found = [Violation(of_user(field), text) for field, text in error.violations]
+        violations = [Violation(location(field), text) for field, text in error.violations]
         message = error.message
-        for old, new in zip(error.violations, found, strict=True):
+        for old, new in zip(error.violations, violations, strict=True):
             message = message.replace(f"{old.field}: ", f"{new.field}: ", 1)
-        raise InvalidInput(message, found) from None
+        raise InvalidInput(message, violations) from None
 
 
 def connect(url: str | None) -> Client:

@@ -136,21 +136,22 @@ def figures(values: Mapping[str, Any]) -> None:
     table(["figure", "value"], [(name, f"{v:.4f}" if isinstance(v, float) else v) for name, v in rows])
 
 
-def pairs(values: Mapping[str, object]) -> None:
-    """Print names and values below each other; empty values are left out. On a terminal, a mapping's values have lines
-    of their own, with dotted names; elsewhere it is JSON."""
-    rows = _flat(values) if sys.stdout.isatty() else values.items()
+def pairs(*groups: Mapping[str, object]) -> None:
+    """Print the names and values of ``groups`` below each other; empty values are left out. On a terminal, a mapping's
+    values have lines of their own, with dotted names; in a pipe it is JSON. Groups may have names in common."""
+    rows = [row for group in groups for row in (_flat(group) if sys.stdout.isatty() else group.items())]
     filled = [(name, value) for name, value in rows if value not in (None, "", {}, [])]
-    shown = {name: number(value) if isinstance(value, float) else _cell(value) for name, value in filled}
-    width = max(map(len, shown), default=0)
+    shown = [(name, number(value) if isinstance(value, float) else _cell(value)) for name, value in filled]
+    width = max((len(name) for name, _ in shown), default=0)
     out = console()
-    for name, value in shown.items():
+    for name, value in shown:
         out.print(f"{name:<{width}}  {value}")
 
 
 def number(value: float, digits: int = 6) -> str:
-    """A number with at least so many ``digits``; a large one in full."""
-    return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:.0f}"
+    """A number with ``digits`` significant digits; with all before the point where these are more, and at most 15."""
+    is_long = 10**digits - 0.5 <= abs(value) < 10**15
+    return f"{value:.0f}" if is_long else f"{value:.{digits}g}"
 
 
 def say(text: str) -> None:

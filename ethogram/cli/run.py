@@ -76,12 +76,14 @@ def flag(type: Any, *names: str, help: str, metavar: str | None = None) -> Any:
 def _with_default(annotation: Any, kind: Kind | None, path: str) -> Any:
     """The annotation of a :func:`flag`, whose help shows what the spec of ``kind`` has at ``path`` by default."""
     name, _, rest = path.partition(".")
-    default = None if kind is None else kind.spec.model_fields[name].get_default()
+    if kind is None or (field := kind.spec.model_fields[name]).is_required():
+        return annotation
+    default = field.get_default(call_default_factory=True)
     default = attrgetter(rest)(default) if rest and default is not None else default
-    if default is None or kind is None or kind.spec.model_fields[name].is_required():
+    if default is None:
         return annotation
     type, option = annotation.__origin__, copy(annotation.__metadata__[0])
-    option.show_default = str(default)
+    option.help = f"{option.help} [default: {default}]"
     return Annotated[type, option]
 
 

@@ -62,16 +62,24 @@ class Spec(BaseModel):
         """Raise :class:`InvalidInput` of what no new job may have: fields that were set and have no effect, and fields
         that others need and that are not there. Not where a spec is read, since earlier versions took such specs: where
         one is submitted, or its run begins."""
-        found = [item._replace(description=f"{item.description}; leave it out") for item in self.ignored(prefix)]
-        found += [Violation(f"{prefix}{path}", text) for path, text in self.lacking()]
-        if found:
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise InvalidInput(f"{found[0].field}: {found[0].description}{more}", found)
+        unused = [item._replace(description=f"{item.description}; leave it out") for item in self.ignored(prefix)]
+        _refuse([*unused, *self._missing(prefix)])
+
+    def check_complete(self, prefix: str = "spec.") -> None:
+        """Raise :class:`InvalidInput` of fields that others need and that are not there, here and in specs inside."""
+        _refuse(self._missing(prefix))
 
     def warnings(self, prefix: str = "spec.") -> list[str]:
         """What a job warns of when it starts: fields without effect, and what else is hardly meant."""
         found = [*self.ignored(prefix), *(Violation(f"{prefix}{path}", text) for path, text in self.doubts())]
         return [f"{field}: {text}" for field, text in found]
+
+    def _missing(self, prefix: str) -> list[Violation]:
+        """What is :meth:`lacking` here and in specs inside."""
+        found = [Violation(f"{prefix}{path}", text) for path, text in self.lacking()]
+        for name, part in self._parts():
+            found += part._missing(f"{prefix}{name}.")
+        return found
 
     def _parts(self) -> Iterator[tuple[str, Spec]]:
         """Fields that hold a spec."""
@@ -84,6 +92,13 @@ class Spec(BaseModel):
         parents, _, name = path.rpartition(".")
         spec: Spec = attrgetter(parents)(self) if parents else self
         return bool(getattr(spec, name) != type(spec).model_fields[name].get_default(call_default_factory=True))
+
+
+def _refuse(violations: list[Violation]) -> None:
+    """Raise :class:`InvalidInput` of these violations, if there are any."""
+    if violations:
+        (field, description), more = violations[0], f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        raise InvalidInput(f"{field}: {description}{more}", violations)
 
 
 class ArtifactRef(Spec):

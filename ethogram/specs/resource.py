@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -17,6 +18,12 @@ MAX_DIMENSIONS = 31
 """Dimensions of a table, at most."""
 MOST, FINEST = 9_999_999, 3
 """The largest number in a description, and the most decimals."""
+
+
+def has_more_decimals(value: float, decimals: int) -> bool:
+    """Whether a number has more decimals than ``decimals``, apart from the rounding errors of floating point:
+    ``3 * 0.1``, which is 0.30000000000000004, has one."""
+    return not math.isclose(round(value, decimals), value, rel_tol=1e-12, abs_tol=1e-9)
 
 
 class DimensionSpec(Spec):
@@ -65,7 +72,7 @@ class DimensionSpec(Spec):
                 raise ValueError(f"levels: {level:.10g} is not from 0 to {MOST}")
             if round(level, self.decimals) != level:
                 raise ValueError(
-                    f"levels: {level:.10g} has more decimals than descriptions, {self.decimals}; set decimals"
+                    f"levels: {level!r} has more decimals than descriptions, {self.decimals}; set decimals"
                 )
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"high: the range from {self.low:.10g} to {self.high:.10g} is empty")

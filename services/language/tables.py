@@ -24,7 +24,8 @@ from services.runtime.reading import first_line, reason_of
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 # Rows of a parquet file that are in memory at once; they may be large.
 _BATCH = 64
-_NO_COLUMN = "there is no such column"
+_COLUMN_ERRORS = ("missing", "extra_forbidden")
+"""Pydantic's errors of JSON lines that do not have the columns of the table."""
 BYTE_ORDER_MARK = "\ufeff"
 
 RowT = TypeVar("RowT", bound=BaseModel)
@@ -72,7 +73,7 @@ def read_table(file: Path, row: type[RowT], field: str | None = None, advice: st
 
     Text of a CSV file is converted to the fields' types; a field that is missing or empty has its default. The model
     says whether other columns (``extra``) and NaN and infinity (``allow_inf_nan``) are allowed. ``advice`` ends an
-    error about missing or unknown columns.
+    error in which columns are missing or unknown; an empty cell of a CSV file or a null is no missing column.
 
     Rows are yielded while all are right. After the first wrong one the rest is only checked, and :class:`InvalidInput`
     lists up to :data:`ethogram.errors.MAX_VIOLATIONS` wrong values, each with the field ``FILE:ROW.COLUMN``. Missing
@@ -80,6 +81,7 @@ def read_table(file: Path, row: type[RowT], field: str | None = None, advice: st
     """
     columns = {info.alias or name: info for name, info in row.model_fields.items()}
     violations: list[Violation] = []
+    is_of_columns = False
     header = read_columns(file, field)
     if header is not None:
         for name, info in columns.items():
@@ -100,18 +102,20 @@ def read_table(file: Path, row: type[RowT], field: str | None = None, advice: st
                 if not violations:
                     yield number, checked
         except ValidationError as error:
-            violations += [_violation(location, detail) for detail in error.errors(include_url=False)]
+            details = error.errors(include_url=False)
+            violations += [_violation(location, detail) for detail in details]
+            is_of_columns |= header is None and any(detail["type"] in _COLUMN_ERRORS for detail in details)
         if len(violations) >= MAX_VIOLATIONS:
             break
     if violations:
-        raise _invalid(violations, advice if violations[0].description == _NO_COLUMN else "")
+        raise _invalid(violations, advice if is_of_columns else "")
 
 
 def _violation(location: str, detail: Any) -> Violation:
     """Pydantic's finding about one value."""
     column = ".".join([location, *(str(part) for part in detail["loc"])])
     if detail["type"] == "extra_forbidden":
-        return Violation(column, _NO_COLUMN)
+        return Violation(column, "there is no such column")
     if detail["type"] == "missing" or detail["input"] is None:
         return Violation(column, "is missing")
     value = repr(detail["input"])

@@ -13,16 +13,16 @@ from ethogram.cli import output
 from ethogram.cli.embedding import (
     Bound,
     Confidence,
+    ConfigurationInput,
     Dimension,
-    Found,
-    Given,
+    FixedValues,
+    Recommendation,
     Values,
     free_fields,
-    given_values,
+    option_configuration,
     say_measurements,
     say_outside,
     say_rounded,
-    show_recommendation,
     value_text,
 )
 from ethogram.cli.files import read_mapping
@@ -34,8 +34,8 @@ from ethogram.cli.options import (
     command,
     group,
     hub_spec,
-    in_words,
     new_path,
+    rename_fields,
     system_app,
 )
 from ethogram.cli.run import Request, flag, run_command
@@ -250,7 +250,7 @@ def export(
     from services.runtime.devices import chosen_device
 
     device = chosen_device(device)
-    with _in_options():
+    with _named_by_options():
         codec = _codec(source, device)
         if llm_model is not None:
             language_model_for(codec, llm_model, device)
@@ -308,9 +308,9 @@ def describe(
     form = known.get(template) if template is not None else schema.templates[0]
     if form is None:
         raise InvalidInput.field("--template", f"there is no {template!r}; there are {', '.join(known)}")
-    given = given_values(schema.dimensions, tool, values)
-    with _in_options():
-        vectors, unknown = (part.unsqueeze(0) for part in codec.vector(given))
+    given = option_configuration(schema.dimensions, tool, values)
+    with _named_by_options(given):
+        vectors, unknown = (part.unsqueeze(0) for part in codec.vector(given.row))
         describer = Describer(language_model_for(codec, llm_model, device, run=_run_of(encoder)), schema)
     (text,) = describer.write(codec.soft(codec.embed(vectors, unknown)).to(describer.device), form)
     read = form.read(text)
@@ -327,13 +327,13 @@ def describe(
     def show() -> None:
         # A model that was not trained for it may write anything.
         output.console().print(output.visible(text))
-        if found is None:
-            output.say(f"this is no description by {form.name}: no values can be read")
-        else:
+        if found is not None:
             output.pairs({field.name: value_text(field, found[field.name]) for field in schema.dimensions})
-        say_outside(outside)
-        say_rounded(schema.dimensions, given)
 
+    if found is None:
+        output.say(f"this is no description by {form.name}: no values can be read")
+    say_outside(*outside)
+    say_rounded(schema.dimensions, given.row)
     return Answer(result, show)
 
 
@@ -369,21 +369,20 @@ def predict(
     from services.runtime.devices import chosen_device
 
     codec = _codec(encoder, chosen_device(device))
-    given = given_values(codec.schema.dimensions, tool, values)
-    with _in_options():
+    given = option_configuration(codec.schema.dimensions, tool, values)
+    with _named_by_options(given):
         table = table_for(codec, profiling_data, partial=True)
         predictor = NumberPredictor(codec, table, dimension, raw=raw, calibration=calibration)
-        found = predictor.predict(given, level)
+        found = predictor.predict(given.row, level)
     unit = codec.schema.dimensions[codec.schema.index(found.dimension)].unit
 
     def show() -> None:
         value, low, high = (f"{output.number(end, 4)} {unit}".rstrip() for end in (found.value, found.low, found.high))
         output.pairs({found.dimension: value, f"interval at {level:g}": f"{low} to {high}"})
-        say_outside(found.outside)
-        say_rounded(codec.schema.dimensions, given)
-        say_measurements(found.measurements, len(table))
-        _say_outside_rows(codec, table)
 
+    say_outside(*found.outside)
+    say_measurements(found.measurements, len(table))
+    _say_outside_rows(codec, table)
     return Answer({**found._asdict(), "level": level, "unit": unit}, show)
 
 
@@ -396,7 +395,7 @@ def predict(
 def recommend(
     encoder: Encoder,
     tool: Tool,
-    values: Given = None,
+    values: FixedValues = None,
     *,
     bound: Bound,
     confidence: Confidence = 0.9,
@@ -416,21 +415,24 @@ def recommend(
 
     codec = _codec(encoder, chosen_device(device))
     fields = codec.schema.dimensions
-    given = given_values(fields, tool, values)
-    with _in_options():
+    given = option_configuration(fields, tool, values)
+    with _named_by_options(given):
         table = table_for(codec, profiling_data, partial=True)
         recommender = Recommender(codec, table, dimension, raw=raw, calibration=calibration)
-        found = recommender.recommend(given, bound, confidence)
-    bounded, measurements = fields[recommender.dimension], recommender.predictor.measurements
-    asked = {"dimension": bounded.name, "unit": bounded.unit, "bound": bound, "confidence": confidence}
-    chosen = {"chosen": [field.name for field in free_fields(fields, given)]}
-
-    def show() -> None:
-        show_recommendation(fields, given, Found(*found), bounded=bounded, bound=bound, confidence=confidence)
-        say_measurements(measurements, len(table))
-        _say_outside_rows(codec, table)
-
-    return Answer(found._asdict() | asked | chosen | {"measurements": measurements}, show, found.fits)
+        found = recommender.recommend(given.row, bound, confidence)
+    recommendation = Recommendation(
+        **found._asdict(),
+        dimension=fields[recommender.dimension],
+        bound=bound,
+        confidence=confidence,
+        free=free_fields(fields, given.row),
+    )
+    measurements = recommender.predictor.measurements
+    recommendation.say_notes(fields)
+    say_measurements(measurements, len(table))
+    _say_outside_rows(codec, table)
+    value = found._asdict() | recommendation.question() | {"measurements": measurements}
+    return Answer(value, lambda: recommendation.show(fields), found.fits)
 
 
 @run_command(
@@ -464,17 +466,17 @@ def decode(
     from services.runtime.folders import artifact_in
 
     model, config = load(artifact_in(decoder, "decoder", "DECODER"))
-    with _in_options():
+    with _named_by_options():
         decision = model.decide([text])
     chosen = int(decision.configurations)
-    configuration = {"config_id": chosen, **config["lookup"][str(chosen)]}
+    configuration = config["lookup"][str(chosen)]
     probability = {"tool": float(decision.tool_probability), "configuration": float(decision.probability)}
 
     def show() -> None:
         shares = {f"probability of the {name}": f"{share:.3f}" for name, share in probability.items()}
-        output.pairs(configuration | shares)
+        output.pairs({"config_id": chosen}, configuration, shares)
 
-    return Answer(configuration | {"probability": probability}, show)
+    return Answer({"config_id": chosen, "configuration": configuration, "probability": probability}, show)
 
 
 @run_command(
@@ -570,24 +572,19 @@ def _run_of(source: Path) -> Path:
     return folder.resolve().parent
 
 
-def _in_options() -> AbstractContextManager[None]:
-    """Name the options in errors of the fields that they set."""
+def _named_by_options(given: ConfigurationInput | None = None) -> AbstractContextManager[None]:
+    """Name the options in errors of the fields that they set, those of ``given`` as the user wrote them."""
     options = {
-        "given.tool": "--tool",
-        "given": "--set",
-        "bound": "--latency",
         "texts.0": "TEXT",
         "table": "--profiling-data",
-        **{name: f"--{name}" for name in ("level", "confidence", "dimension", "calibration")},
+        **{name: f"--{name}" for name in ("level", "calibration")},
         **{name: f"--{name.replace('_', '-')}" for name in ("llm_model", "profiling_data", "tool_registry")},
     }
 
-    def option(field: str) -> str:
-        if field in options:
-            return options[field]
-        return f"--set {field.rpartition('.')[2]}" if field.startswith("given.") else field
+    def location(field: str) -> str:
+        return options.get(field) or (field if given is None else given.location(field))
 
-    return in_words(option)
+    return rename_fields(location)
 
 
 def _say_outside_rows(codec: ResourceCodec, table: Table) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ethogram.errors import MAX_VIOLATIONS, InvalidInput, Violation
-from ethogram.specs.resource import MOST, ResourceSpec, SchemaSpec
+from ethogram.specs.resource import MOST, ResourceSpec, SchemaSpec, has_more_decimals
 from services.resource.data import Table
 from services.resource.model import ResourceEncoder
 from services.resource.schema import Schema
@@ -79,7 +79,7 @@ class ResourceCodec:
 
         Raises :class:`InvalidInput` that names the row and the field for a tool, a label or a field that the schema
         does not have, a number that is not finite or negative, one that is not measured and has more decimals than
-        descriptions, and an unknown tool.
+        descriptions, apart from the rounding errors of floating point, which are taken away, and an unknown tool.
         """
         return self._vectors(rows, [f"{field}.{number}" for number in range(len(rows))])
 
@@ -160,10 +160,11 @@ class ResourceCodec:
         if dimension.number and not dimension.measured:
             # As in tables: descriptions would take it for another configuration.
             known = np.where(hidden | bad, 0.0, numbers)
-            for row in (np.round(known, dimension.decimals) != known).nonzero()[0].tolist():
-                faults[row] = (
-                    f"{numbers[row]:.10g} has more decimals than its descriptions, which have {dimension.decimals}"
-                )
+            numbers = np.round(known, dimension.decimals)
+            for row in (numbers != known).nonzero()[0].tolist():
+                if has_more_decimals(float(known[row]), dimension.decimals):
+                    text = f"has more decimals than its descriptions, which have {dimension.decimals}"
+                    faults[row] = f"{known[row]:.15g} {text}"
         if index == 0:
             faults |= dict.fromkeys(hidden.nonzero()[0].tolist(), "the tool must be known")
         return np.where(hidden | bad, 0.0, numbers), hidden, faults

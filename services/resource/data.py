@@ -16,16 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from torch import Tensor
 
 from ethogram.errors import InvalidInput
-from ethogram.specs.resource import FINEST, MAX_LABELS, MOST, Label, SchemaSpec
+from ethogram.specs.resource import FINEST, MAX_LABELS, MOST, Label, SchemaSpec, has_more_decimals
 from services.language.tables import read_table
 from services.resource.schema import Schema
 from services.runtime.reading import reading
 from services.runtime.seeds import generator
-
-_OF_ITS_OWN = (
-    "; a table with other columns takes a schema of its own: see examples/resource-table.yaml, and Tables and schemas "
-    "in docs/resource.md"
-)
 
 
 @dataclass(frozen=True)
@@ -88,9 +83,10 @@ class Table:
         how many."""
         texts = []
         for index, dimension in enumerate(self.schema.dimensions):
-            finer = [value for value in self.values[:, index].tolist() if _finer(value, dimension.decimals)]
+            values = self.values[:, index].tolist()
+            finer = sum(has_more_decimals(value, dimension.decimals) for value in values)
             if dimension.number and finer:
-                text = f"descriptions round {len(finer)} of {len(self)} numbers to {dimension.decimals} decimals"
+                text = f"descriptions round {finer} of {len(self)} numbers to {dimension.decimals} decimals"
                 more = "set its decimals for more" if dimension.decimals < FINEST else "take a smaller unit"
                 texts.append(f"{dimension.name}: {text}; {more}")
         return texts
@@ -148,12 +144,14 @@ def read_measurements(
     *,
     every_tool: bool = True,
     inferred: frozenset[str] | None = None,
+    advice: str = "",
 ) -> Table:
     """Read a table of measurements: a column of the tool and one of each dimension.
 
     ``tools``: the registry; None: the tools of the table, in the order of their first rows. ``every_tool``: whether
     there must be a row of each. ``inferred``: ends of the ranges in ``spec`` that nobody declared, as
-    :attr:`Schema.inferred` has them, which numbers may be beyond; None: those that ``spec`` does not have.
+    :attr:`Schema.inferred` has them, which numbers may be beyond; None: those that ``spec`` does not have. ``advice``
+    ends an error about missing or unknown columns.
 
     Raises :class:`InvalidInput` that names the file, the row and the column: a missing or unknown column, a value that
     is not a finite number from 0 on or not one of the labels, a number outside its declared range, more decimals of
@@ -164,8 +162,7 @@ def read_measurements(
     model = _row_model(spec, columns, tools)
     rows: list[list[Any]] = []
     numbers: list[int] = []
-    # With known ranges it is a table for an encoder, which has its schema.
-    for number, row in read_table(file, model, field, _OF_ITS_OWN if inferred is None else ""):
+    for number, row in read_table(file, model, field, advice):
         rows.append([getattr(row, f"field_{index}") for index in range(len(columns) + 1)])
         numbers.append(number)
     if not rows:
@@ -177,6 +174,7 @@ def read_measurements(
         )
     if len(present) > MAX_LABELS:
         raise InvalidInput.field(field, f"{file} has {len(present)} tools; at most {MAX_LABELS} are possible")
+    _round(rows, spec, file, numbers, columns)
     inferred = _undeclared(spec) if inferred is None else inferred
     schema = Schema(_resolved(spec, rows), tuple(tools or present), inferred)
     labels = [dimension.labels for dimension in schema.dimensions]
@@ -185,7 +183,6 @@ def read_measurements(
     ]
     table = Table(schema, torch.tensor(values, dtype=torch.float64))
     _check_ranges(table, file, numbers, columns)
-    _check_decimals(table, file, numbers, columns)
     if not spec.repeated:
         first: dict[int, int] = {}
         for number, configuration in zip(numbers, table.configurations.tolist(), strict=True):
@@ -235,21 +232,19 @@ def _undeclared(spec: SchemaSpec) -> frozenset[str]:
     return frozenset(ends)
 
 
-def _finer(value: float, decimals: int) -> bool:
-    """Whether a number has more decimals."""
-    return round(value, decimals) != value
-
-
-def _check_decimals(table: Table, file: Path, numbers: Sequence[int], columns: Sequence[str]) -> None:
-    """Raise :class:`InvalidInput` for a number that is not measured and has more decimals than descriptions, which
-    would take it for another configuration."""
-    for index, dimension in enumerate(table.schema.dimensions):
+def _round(
+    rows: Sequence[list[Any]], spec: SchemaSpec, file: Path, numbers: Sequence[int], columns: Sequence[str]
+) -> None:
+    """Take rounding errors of floating point away from what is not measured in ``rows``. Raise :class:`InvalidInput`
+    for a number that has more decimals than descriptions, which would take it for another configuration."""
+    for index, dimension in enumerate(spec.dimensions, 1):
         if not dimension.number or dimension.measured:
             continue
-        for number, value in zip(numbers, table.values[:, index].tolist(), strict=True):
-            if _finer(value, dimension.decimals):
-                text = f"{value:.10g} has more decimals than descriptions, {dimension.decimals}; set decimals"
+        for number, row in zip(numbers, rows, strict=True):
+            if has_more_decimals(row[index], dimension.decimals):
+                text = f"{row[index]:.15g} has more decimals than descriptions, {dimension.decimals}; set decimals"
                 raise InvalidInput.field(f"{file.name}:{number}.{columns[index - 1]}", text)
+            row[index] = round(row[index], dimension.decimals)
 
 
 def _check_ranges(table: Table, file: Path, numbers: Sequence[int], columns: Sequence[str]) -> None:

@@ -57,9 +57,9 @@ def read_back(
 def describe_figures(
     codec: ResourceCodec, describer: Describer, values: Tensor, run: Run, name: str = "describe"
 ) -> dict[str, Any]:
-    """Figures of the descriptions of ``values`` ``[rows, fields]`` by the templates of training: ``exact_match``,
-    ``by_template``, ``field_accuracy`` by field, ``field_error`` by number, ``cross_entropy``, and ``digits``: share of
-    right digits by place, from the last. ``name``: of the stage."""
+    """Figures of the descriptions of ``values`` ``[rows, fields]`` by the templates of training: ``rows``, their
+    number; ``exact_match``, ``by_template``, ``field_accuracy`` by field, ``field_error`` by number, ``cross_entropy``,
+    and ``digits``: share of right digits by place, from the last. ``name``: of the stage."""
     embeddings = codec.embed(values)
     templates = codec.schema.templates if codec.spec.augmentation.varies else codec.schema.templates[:1]
     advance = counted(run, name, len(values) * len(templates), "descriptions")
@@ -69,6 +69,7 @@ def describe_figures(
         by_template[template.name] = float(readings[-1].exact.float().mean())
         losses.append(cross_entropy(codec, describer, embeddings, values, template))
     return {
+        "rows": len(values),
         "exact_match": sum(by_template.values()) / len(by_template),
         "by_template": by_template,
         **field_figures(readings, values, templates),
@@ -157,11 +158,11 @@ def _count_digits(
 
 
 def control_figures(
-    codec: ResourceCodec, describer: Describer, values: Tensor, seed: int, run: Run | None = None
+    codec: ResourceCodec, describer: Describer, values: Tensor, seed: int, run: Run
 ) -> dict[str, dict[str, Any]]:
     """Figures of descriptions where the vector is not that of the row, which must be near 0: a ``zero`` vector, another
-    row's (``shuffled``), and that of the same configuration of another tool (``other_tool``). Each has ``exact_match``
-    and what :func:`field_figures` has."""
+    row's (``shuffled``), and that of the same configuration of another tool (``other_tool``). Each has ``rows``,
+    ``exact_match`` and what :func:`field_figures` has."""
     rng = generator(seed, "controls")
     values = values[torch.randperm(len(values), generator=rng)[:CONTROLLED]]
     embeddings, template = codec.embed(values), codec.schema.templates[0]
@@ -172,17 +173,17 @@ def control_figures(
         other[:, 0] = (other[:, 0] + step) % len(codec.schema.tools)
         vectors["other_tool"] = codec.embed(other)
     figures = {}
-    advance = counted(run or Run(), "evaluation/controls", len(vectors) * len(values), "descriptions")
+    advance = counted(run, "evaluation/controls", len(vectors) * len(values), "descriptions")
     for name, vector in vectors.items():
         reading = read_back(describer, codec.soft(vector), values, template, advance)
         exact = float(reading.exact.float().mean())
-        figures[name] = {"exact_match": exact, **field_figures([reading], values, [template])}
+        figures[name] = {"rows": len(values), "exact_match": exact, **field_figures([reading], values, [template])}
     return figures
 
 
 def controls(codec: ResourceCodec, describer: Describer, values: Tensor, seed: int) -> dict[str, float]:
     """Exact match of each of :func:`control_figures`."""
-    figures = control_figures(codec, describer, values, seed)
+    figures = control_figures(codec, describer, values, seed, Run())
     return {name: figure["exact_match"] for name, figure in figures.items()}
 
 

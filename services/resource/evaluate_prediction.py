@@ -61,7 +61,8 @@ class Predictions(NamedTuple):
 
     number: str
     figures: dict[str, Any]
-    """``rows``: how many were predicted; ``measurements``: from how many, and ``left_out``: how many more there are, of
+    """``rows``: how many were predicted; ``described``: of how many of these the language model said the number, which
+    its errors are of; ``measurements``: from how many, and ``left_out``: how many more there are, of
     many a random part being used; ``errors`` by method, ``coverage`` by level, and ``recommendations`` by method, empty
     for a schema without prices."""
     methods: dict[str, Method]
@@ -74,11 +75,13 @@ def prediction_figures(
     *,
     train: Tensor,
     held_out: Tensor,
+    described: Tensor,
     seed: int,
-    run: Run | None = None,
+    run: Run,
 ) -> Predictions:
     """Predict the first measured number of the ``held_out`` rows of ``table``, of which the encoder was trained on
-    ``train``. All measured fields are unknown.
+    ``train``. All measured fields are unknown. ``described``: those of the ``held_out`` rows that the language model
+    describes.
 
     Raises :class:`InvalidInput` for a schema without a measured number, and for too few rows to predict from.
     """
@@ -86,13 +89,11 @@ def prediction_figures(
     number, unknown = measured_number(schema), measured_fields(schema).expand(len(table), -1)
     target, counts = values[:, number], step(schema.dimensions[number])
     methods: dict[str, Method] = {}
-    advance = counted(run or Run(), "evaluation/predictions", 3, "methods")
     for name, raw in ((VECTOR, False), (WITH_RAW, True)):
         inputs = Inputs(codec, table.at(train), unknown[0], raw=raw, seed=seed)
         features = inputs(values)
         predictor = fit(features[train], target[train] / counts, seed, table.configurations[train])
         methods[name] = Method(counts, predictor.log_value(features), predictor.residuals)
-        advance(1)
     methods[LOG_LINEAR] = _least_squares(_raw_inputs(schema, values, train), target, counts, train)
     methods[TOOL] = _least_squares(_one_hot(table.tools, len(schema.tools)), target, counts, train)
     order = torch.randperm(len(held_out), generator=generator(seed, "shuffled vectors"))
@@ -100,14 +101,16 @@ def prediction_figures(
     methods[SHUFFLED] = methods[VECTOR]._replace(log_value=shuffled)
     truth = target[held_out]
     errors = {name: relative_error(method.values(held_out), truth) for name, method in methods.items()}
-    soft = codec.soft(codec.embed(values[held_out], unknown[held_out]))
-    written = read_back(describer, soft, values[held_out], schema.templates[0]).values[:, number]
-    advance(1)
+    soft = codec.soft(codec.embed(values[described], unknown[described]))
+    # Only now: what comes before may raise, and a stage that has begun must end.
+    advance = counted(run, "evaluation/predictions", len(described), "descriptions")
+    written = read_back(describer, soft, values[described], schema.templates[0], advance).values[:, number]
     # A text that cannot be read is as wrong as nothing.
-    errors[SAID] = relative_error(written.nan_to_num(0.0), truth)
+    errors[SAID] = relative_error(written.nan_to_num(0.0), target[described])
     shown = {name: errors[name] for name in (VECTOR, WITH_RAW, SAID, LOG_LINEAR, TOOL, SHUFFLED)}
     figures = {
         "rows": len(held_out),
+        "described": len(described),
         "measurements": len(methods[VECTOR].residuals),
         "left_out": len(train) - len(methods[VECTOR].residuals),
         "errors": {

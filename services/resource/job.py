@@ -36,12 +36,18 @@ from services.runtime.run import Run
 from services.runtime.seeds import generator
 from services.runtime.training import fit
 
+_SCHEMA_ADVICE = (
+    "; a table with other columns takes a schema of its own: see examples/resource-table.yaml, and Tables and schemas "
+    "in docs/resource.md"
+)
 ALL, UNSEEN = "all", "unseen"
 """Parts of the job: the encoder that is kept, and one of which the figures of unseen configurations are."""
 ENCODER = "encoder"
 """Folder of the encoder in the folder of its part."""
-DESCRIBED, EACH = 64, 10
-"""Rows that an evaluation describes however short the training was, and how many of training stand for another one."""
+MIN_EVALUATION = 64
+"""Least rows that the evaluation describes, however short the training was."""
+TRAINING_RATIO = 10
+"""Rows that training passes over in the time of one description, about."""
 
 
 def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
@@ -95,21 +101,22 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
         if not world.first:
             return {}
 
-        # Both take about as long as each other then.
-        most = max(DESCRIBED, everything["steps"] * training.batch_size // EACH)
+        # By default the evaluation takes no longer than the training.
+        most = max(MIN_EVALUATION, everything["steps"] * training.batch_size // TRAINING_RATIO)
         most = most if spec.evaluation is None else spec.evaluation
         if most < len(table):
             run.log(f"The evaluation describes {most:,} of the {len(table):,} rows, drawn at random.")
 
-        def drawn(rows: Tensor) -> Tensor:
+        def sample(rows: Tensor) -> Tensor:
             order = torch.randperm(len(rows), generator=generator(spec.seed, "evaluation"))
             return rows if most >= len(rows) else rows[order[:most]]
 
-        details = {"seen": describe_figures(codec, describer, drawn(table.values), run, "evaluation/seen")}
+        details = {"seen": describe_figures(codec, describer, sample(table.values), run, "evaluation/seen")}
         if rows is not None:
             other = ResourceCodec.load(parts.folder / UNSEEN / ENCODER, run.device)
-            details["unseen"] = describe_figures(other, judge, drawn(narrow.values[held_out]), run, "evaluation/unseen")
-        controls = control_figures(codec, describer, drawn(table.values), spec.seed, run)
+            values = narrow.values[sample(held_out)]
+            details["unseen"] = describe_figures(other, judge, values, run, "evaluation/unseen")
+        controls = control_figures(codec, describer, sample(table.values), spec.seed, run)
         control = {name: part["exact_match"] for name, part in controls.items()}
         figures = _figures(details, control, retrieval_figures(codec, table.values, spec.seed))
         with run.side_output("the report"):
@@ -117,7 +124,14 @@ def run(spec: ResourceSpec, run: Run, world: World = ALONE) -> dict[str, Any]:
             if rows is not None:
                 try:
                     predictions = prediction_figures(
-                        other, judge, narrow, train=rows, held_out=drawn(held_out), seed=spec.seed, run=run
+                        other,
+                        judge,
+                        narrow,
+                        train=rows,
+                        held_out=held_out,
+                        described=sample(held_out),
+                        seed=spec.seed,
+                        run=run,
                     )
                 except InvalidInput as error:
                     predictions = f"There are none: {error}"
@@ -188,9 +202,9 @@ def table_of(spec: ResourceSpec, run: Run) -> Table:
     schema = spec.table or default_schema()
     if spec.profiling is not None:
         tools = read_tools(_file(run.inputs["tools"], "tools.json"), "tools") if spec.tools is not None else None
-        return read_measurements(_file(run.inputs["profiling"], "profiling.csv"), schema, tools)
-    for path, text in spec.lacking():
-        raise InvalidInput.field(f"spec.{path}", text)
+        advice = _SCHEMA_ADVICE if spec.table is None else ""
+        return read_measurements(_file(run.inputs["profiling"], "profiling.csv"), schema, tools, advice=advice)
+    spec.check_complete()
     with tempfile.TemporaryDirectory() as scratch:
         tools_file, profiling = write_table(Path(scratch), spec.seed)
         return read_measurements(profiling, schema, read_tools(tools_file))

@@ -20,6 +20,7 @@ from services.resource.data import Table
 from services.resource.evaluate import guess_figures
 from services.resource.evaluate_prediction import (
     CONFIDENCE,
+    SAID,
     TOOL,
     VECTOR,
     Predictions,
@@ -76,12 +77,12 @@ def write_report(
         row's.""",
     )
     rows = [
-        [f"{name}, {template}", value]
+        [f"{name}, {template}", part["rows"], value]
         for name, part in details.items()
         for template, value in part["by_template"].items()
     ]
-    rows += [[_CONTROLS[name], part["exact_match"]] for name, part in controls.items()]
-    report.table(["rows, template", "exact match"], rows)
+    rows += [[_CONTROLS[name], part["rows"], part["exact_match"]] for name, part in controls.items()]
+    report.table(["rows, template", "descriptions", "exact match"], rows)
     _add_fields(report, table, details, controls)
     report.figure("digits", digit_plot(details, controls), "Share of right digits by place")
     if isinstance(predictions, str):
@@ -146,6 +147,8 @@ def _add_predictions(report: Report, table: Table, predictions: Predictions) -> 
     if found["left_out"]:
         total = found["measurements"] + found["left_out"]
         report.text(f"Predicted from {found['measurements']:,} of {total:,} measurements, drawn at random.")
+    if found["described"] < found["rows"]:
+        report.text(f"**{SAID}**: of {found['described']:,} of the {found['rows']:,} configurations, drawn at random.")
     errors = found["errors"].items()
     report.table(
         ["method", "mean error", "median error"], [[name, error["mean"], error["median"]] for name, error in errors]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from ethogram.errors import InvalidInput, did_you_mean
+from ethogram.errors import InvalidInput, alternatives, did_you_mean
 from ethogram.specs.resource import MOST, DimensionSpec, SchemaSpec
 from services.resource.readings import read_two_ways
 from services.resource.texts import OPTIONS, MalformedTemplate, Template
@@ -81,18 +81,18 @@ class Schema:
     def index(self, name: str, field: str = "dimension") -> int:
         """Position of a dimension in the vectors. Raises :class:`InvalidInput` of ``field``."""
         if name not in self.names:
-            raise InvalidInput.field(field, f"there is no {name!r}; {self._there_are(name)}")
+            raise InvalidInput.field(field, f"there is no {name!r}{self._alternatives(name)}")
         return self.names.index(name)
 
     def no_field(self, name: str) -> str:
         """What is wrong with the ``name`` of a field that this schema does not have."""
-        return f"there is no such field; {self._there_are(name)}"
+        return f"there is no such field{self._alternatives(name)}"
 
-    def _there_are(self, name: str) -> str:
-        """The names of fields, and which of them a wrong ``name`` may stand for: another, or a column of the table."""
+    def _alternatives(self, name: str) -> str:
+        """Which field a wrong ``name`` may stand for, by its own name or its column's, and the names of all."""
         columns = {field.column: field.name for field in self.dimensions}
         like = f"; did you mean {columns[name]}?" if name in columns else did_you_mean(name, self.names)
-        return f"there are {', '.join(self.names)}{like}"
+        return alternatives(self.names, like)
 
 
 def step(dimension: DimensionSpec) -> float:

@@ -105,12 +105,10 @@ class RunFolder:
             self._moved[name] = place
         (self.root / RESULT).write_text(json.dumps(result, indent=2), encoding="utf-8")
 
-    def leave(
-        self, error: BaseException, artifacts: Iterable[str], unfinished: Collection[str], elsewhere: str = ""
-    ) -> str:
+    def leave(self, error: BaseException, artifacts: Iterable[str], unfinished: Collection[str], note: str = "") -> str:
         """What to tell the user of a run that ended with ``error``. A run is kept when it has a checkpoint, a store of
-        activations or one of its ``artifacts``; otherwise what it made is removed. ``elsewhere``: says what is kept
-        outside of it."""
+        activations or one of its ``artifacts``; otherwise what it made is removed. ``note``: what to say
+        in place of that."""
         if (self.root / CHECKPOINT).exists() or any(any(self.root.rglob(name)) for name in _STORE):
             return f"Run the same command again to resume from the last checkpoint, or delete {self.root}."
         if complete := [name for name in artifacts if (self.root / name).exists()]:
@@ -120,8 +118,8 @@ class RunFolder:
         if not self._existed and not any(self.root.iterdir()):
             self.root.rmdir()
         # An error before the start explains itself.
-        if elsewhere or (isinstance(error, InvalidInput) and not started):
-            return elsewhere
+        if note or (isinstance(error, InvalidInput) and not started):
+            return note
         return "Nothing is kept: there was no checkpoint yet."
 
     @property

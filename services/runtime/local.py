@@ -29,8 +29,8 @@ def run(
 
     ``inputs``: by spec path, a file or folder, or what finds it, called with the device. ``device``: by default a GPU
     if there is one. Of several processes of torchrun the first reports and keeps; the others return None. Raises
-    :class:`InvalidInput` for a device that cannot be used, for a new run of a spec with fields that have no effect, and
-    as :meth:`RunFolder.check` and :func:`artifact_in` do.
+    :class:`InvalidInput` for a device that cannot be used, as :meth:`Spec.refuse_new` does for a new run, and as
+    :meth:`RunFolder.check` and :func:`artifact_in` do.
     """
     # What can be checked without torch and the job's code comes first: their import takes seconds.
     folder.check(spec)
@@ -61,7 +61,7 @@ def run(
             folder.finish(result, {name for name, _ in run.artifacts}, run.log)
     except BaseException as error:
         artifacts = {name for name, _ in run.artifacts} - {ARTIFACT}
-        if note := folder.leave(error, artifacts, run.unfinished, run.kept):
+        if note := folder.leave(error, artifacts, run.unfinished, run.resume_note):
             run.log(note)
         raise
     return result

@@ -67,8 +67,8 @@ class Run:
     """Folder of the checkpoint to resume from, as :meth:`checkpoint` wrote it."""
     in_scratch: bool = False
     """Whether the current folder is removed after the run."""
-    kept: str = ""
-    """What an interrupted run has outside of its own folder, as a sentence for the user."""
+    resume_note: str = ""
+    """A sentence for the user of an interrupted run on what it resumes from outside of its own folder."""
 
     def stage(self, name: str, total: int, unit: str = "steps") -> None:
         """Begin a stage of ``total`` units."""

@@ -60,19 +60,19 @@ def trained_once(
                     try:
                         train(training, fresh)
                     except BaseException:
-                        if (folder / CHECKPOINT).exists() and _lasts(folder, name):
+                        if (folder / CHECKPOINT).exists() and _is_in_cache(folder, name):
                             note = f"Run the same command again to resume from the last checkpoint, in {folder}."
                             if run is None:
                                 training.log(note)
                             else:
-                                run.kept = note
+                                run.resume_note = note
                         raise
                     fresh.rename(folder / model)
     return folder / model
 
 
-def _lasts(folder: Path, name: str) -> bool:
-    """Whether ``folder`` is that of the cache, not one that this process removes."""
+def _is_in_cache(folder: Path, name: str) -> bool:
+    """Whether ``folder`` is the one of ``name`` in the cache, not one that this process removes."""
     with suppress(OSError):
         return folder == cache_folder(name)
     return False

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from ethogram.cli.output import number, pairs
+from ethogram.cli.run import Request, flag, run_command
 from ethogram.client import Client
 from ethogram.errors import InvalidInput
 from ethogram.platform.stack import Platform, free_port
+from ethogram.specs.kinds import KINDS
 from tests.client.conftest import Cli
 
 IDLE = ("--queue", "nobody")
@@ -63,10 +67,23 @@ def test_a_job_goes_in_from_a_file_with_set_and_labels(cli: Cli, tmp_path: Path)
     cli("jobs", "cancel", job["id"])
 
 
+def test_a_flag_of_a_required_field_has_no_default() -> None:
+    app = typer.Typer()
+
+    @run_command(app, KINDS["crossmodal"], flags={"zoo.artifact": flag(str, "--zoo", help="The zoo.")})
+    def train() -> Request:
+        """Train."""
+        return Request()
+
+    shown = CliRunner().invoke(app, ["--help"]).output
+    assert "The zoo." in shown and "[default: " not in shown.partition("--zoo")[2].partition("--output")[0]
+
+
 def test_large_numbers_are_written_in_full() -> None:
     values = {366.94: "366.9", 9999.4: "9999", 9999.96: "10000", 1e6: "1000000", 1234567.8: "1234568", 0.5: "0.5"}
     assert {value: number(value, 4) for value in values} == values
     assert number(2000.25, 10) == "2000.25" and number(-1e7) == "-10000000" and number(1e-5) == "1e-05"
+    assert number(1e14, 4) == "100000000000000" and number(1e30) == "1e+30"
 
 
 def test_a_dry_run_shows_every_default_and_queues_nothing(cli: Cli, client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ethogram.cli.embedding import Recommendation
 from ethogram.client import Client
-from ethogram.embedding import Embedding, Recommended
+from ethogram.embedding import Embedding, Field, Recommended
 from ethogram.platform.stack import Platform
 from services.resource.codec import ResourceCodec
 from tests.client.conftest import Cli
@@ -60,10 +62,28 @@ def test_a_file_is_embedded_and_described(cli: Cli, encoder: ResourceCodec, tmp_
 
 def test_what_is_outside_the_range_is_told(cli: Cli, encoder: ResourceCodec, tmp_path: Path) -> None:
     answer = cli("embed", "vectors", "--tool", "read", "--set", "latency=5000", "-o", str(tmp_path / "a.safetensors"))
-    assert answer.code == 0 and "latency is outside the range of training, so this is less certain" in answer.err
+    assert answer.code == 0 and "outside the range of training, so less certain: latency\n" in answer.err
     (tmp_path / "rows.csv").write_text("tool,size,cores,memory\n" + "read,small,99,4\n" * 5)
     answer = cli("describe", "vectors", str(tmp_path / "rows.csv"))
-    assert "line 2: cores; line 3: cores; line 4: cores and 2 more" in answer.err
+    says = (
+        "outside the range of training, so less certain: line 2: cores; line 3: cores; line 4: cores and 2 more lines"
+    )
+    assert says in answer.err
+
+
+def test_rounding_is_told_of_descriptions_alone(cli: Cli, encoder: ResourceCodec, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("tool,latency\nread,120.55\nread,\nread,3.5\n")
+    for more in ((), ("--json",)):
+        answer = cli("describe", "vectors", str(tmp_path / "rows.csv"), *more)
+        assert "latency: descriptions round 1 of 2 numbers to 1 decimals" in answer.err
+    assert (
+        "descriptions round"
+        not in cli("embed", "vectors", str(tmp_path / "rows.csv"), "-o", str(tmp_path / "a.safetensors")).err
+    )
+    # That is an error of floating point.
+    assert (
+        "descriptions round" not in cli("describe", "vectors", "--tool", "read", "--set", "latency=120.0000000001").err
+    )
 
 
 def test_a_configuration_is_recommended(cli: Cli, encoder: ResourceCodec) -> None:
@@ -74,9 +94,41 @@ def test_a_configuration_is_recommended(cli: Cli, encoder: ResourceCodec) -> Non
     assert shown.code == 0 and shown.err == "" and "below, at 0.9" in shown.out and "4 cores" in shown.out
     answer = cli("recommend", "vectors", "--tool", "read", "--latency", "1")
     assert answer.code == 1 and "no configuration stays below 1 at 0.9; this one comes closest" in answer.err
-    assert "size is not given, and has no price: this is the cheapest for size=small; give --set size=..." in answer.err
-    assert "cores" in answer.out
+    assert "size is not given: this is the closest for size=small; give --set size=..." in answer.err
+    assert "cores" in answer.out and "cheapest" not in answer.err
     assert "drawn at random" not in answer.err
+    answer = cli("recommend", "vectors", "--tool", "read", "--latency", "90", "--json")
+    assert "size is not given, and has no price: this is the cheapest for size=small; give --set size=..." in answer.err
+
+
+def test_fields_may_be_called_as_results_are(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = [Field(name, name, "", [], 0.0, 9.0, 0, 1.0, measured=name == "y") for name in ("price", "chosen", "y")]
+    found = {"price": 3.0, "chosen": 4.0}
+    Recommendation(
+        found, 7.0, 1.0, 2.0, fits=True, outside=[], dimension=fields[2], bound=5.0, confidence=0.9, free=fields[:2]
+    ).show(fields)
+    shown = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert shown[:3] == [["price", "3"], ["chosen", "4"], ["price", "7"]] and shown[-1] == ["chosen", "price, chosen"]
+
+
+def test_all_calls_of_a_command_ask_one_version(
+    cli: Cli, encoder: ResourceCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest one may be another by the second call."""
+    versions: list[str | None] = []
+
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, version: str | None = None, **options: Any) -> Any:
+            versions.append(version)
+            return method(*arguments, version=version, **options)
+
+        return call
+
+    for name in ("embed", "describe", "recommend"):
+        monkeypatch.setattr(Embedding, name, watched(getattr(Embedding, name)))
+    for name, *more in (("embed", "-o", str(tmp_path / "a")), ("describe",), ("recommend", "--latency", "90")):
+        assert cli(name, "vectors", "--tool", "read", *more).code == 0
+    assert versions == ["1", "1", "1"]
 
 
 def test_measurements_that_were_left_out_are_counted(
@@ -114,6 +166,14 @@ def test_measurements_that_were_left_out_are_counted(
         ("tool,size\n\nread,small\nread\n", "rows.csv:4: has not as many cells"),
         ("tool,size,cores\n\nread,small,2\nread,huge,2\n", "rows.csv:4.size: must be one of small, large, not 'huge'"),
         (
+            "tool,input_size,cores\nread,small,2\nread,huge,2\n",
+            "rows.csv:3.input_size: must be one of small, large, not 'huge'",
+        ),
+        (
+            '{"tool": "read", "size": "small"}\n{"tool": "read", "input_size": "huge"}\n',
+            "rows.csv:2.input_size: must be",
+        ),
+        (
             "tool,size,cores\nread,small,2.5\n",
             "rows.csv:2.cores: 2.5 has more decimals than its descriptions, which have",
         ),
@@ -141,7 +201,8 @@ def test_wrong_options(cli: Cli, encoder: ResourceCodec, tmp_path: Path) -> None
         (("describe", "vectors", "--tool", "read", "--set", "cores=1", "--set", "cores=2"), "--set cores: is given tw"),
         (("describe", "vectors", "--tool", "read", "--template", "x"), "--template: there is no 'x'"),
         (("describe", "vectors", "--tool", "fly", *SET), "--tool: must be one of read, write, not 'fly'"),
-        (("recommend", "vectors", "--tool", "read", "--latency", "0"), "--latency: must be a number above 0"),
+        (("describe", "vectors", "--tool", "read", "--set", "input_size=huge"), "--set input_size: must be one of sm"),
+        (("recommend", "vectors", "--tool", "read", "--bound", "0"), "--latency/--bound: must be a number above 0"),
         (
             ("recommend", "vectors", "--tool", "read", "--latency", "5", "--confidence", "2"),
             "--confidence: must be betw",

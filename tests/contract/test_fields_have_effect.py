@@ -698,6 +698,29 @@ def test_what_others_need_is_asked_for_before_a_job_begins(own: dict[str, Any]) 
     KINDS["resource"].spec.model_validate(own | {"profiling": REF}).refuse_new()
 
 
+def test_what_parts_of_a_spec_need_is_asked_for_too() -> None:
+    class Part(Spec):
+        """Needs a size."""
+
+        size: int | None = None
+        """The size."""
+
+        def lacking(self) -> Iterator[tuple[str, str]]:
+            if self.size is None:
+                yield "size", "must be given"
+
+    class Whole(Spec):
+        """Has a part."""
+
+        part: Part = Part()
+        """The part."""
+
+    for check in (Whole().refuse_new, Whole().check_complete):
+        with pytest.raises(InvalidInput, match=r"^spec\.part\.size: must be given$"):
+            check()
+    Whole(part=Part(size=1)).refuse_new()
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "warnings"),
     [

@@ -19,7 +19,7 @@ import transformers
 
 from ethogram import channel
 from ethogram.embedding import AsyncEmbedding, Configurations, Embedding
-from ethogram.errors import EthogramError, IllegalState, InvalidInput, Unavailable
+from ethogram.errors import EthogramError, IllegalState, InvalidInput, TooLarge, Unavailable
 from ethogram.rpc import CHANNEL_OPTIONS, error_of
 from ethogram.specs.base import ArtifactRef
 from ethogram.v1 import embedding_pb2 as pb
@@ -27,6 +27,7 @@ from ethogram.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from ethogram.v1.inference_pb2 import ModelRef
 from services.artifacts.store import ArtifactStore
 from services.crossmodal.codec import Codec
+from services.inference.resource import servicer
 from services.inference.resource.served import GROUP, Readers, ServedResource
 from services.language.models import load_language_model
 from services.resource import predict
@@ -446,8 +447,36 @@ def test_numbers_of_fewer_bits_are_as_they_are_written(embedding: Embedding) -> 
     wanted = embedding.embed("tiny", ROWS[0] | {"latency": 120.1}).embeddings
     single = np.float32(120.1)
     np.testing.assert_array_equal(embedding.embed("tiny", ROWS[0] | {"latency": single}).embeddings, wanted)
-    columns = {name: [value] for name, value in ROWS[0].items()} | {"latency": np.array([single])}
-    np.testing.assert_array_equal(embedding.embed("tiny", columns).embeddings[0], wanted)
+    array = np.array([single])
+    for column in (array, torch.from_numpy(array), pytest.importorskip("pandas").Series(array)):
+        columns = {name: [value] for name, value in ROWS[0].items()} | {"latency": column}
+        np.testing.assert_array_equal(embedding.embed("tiny", columns).embeddings[0], wanted)
+    # What NumPy does not take is as its own numbers are.
+    columns["latency"] = torch.tensor([40.0], requires_grad=True)
+    whole = embedding.embed("tiny", ROWS[0] | {"latency": 40}).embeddings
+    np.testing.assert_array_equal(embedding.embed("tiny", columns).embeddings[0], whole)
+
+
+def test_a_row_that_alone_is_too_large_is_named_as_it_was_given(
+    embedding: Embedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicer, "TEXT_BYTES", 10**10)
+    for rows in (ROWS, ROWS[0]):
+        with pytest.raises(TooLarge, match=r"^configurations: the answer would take") as caught:
+            embedding.describe("tiny", rows)
+        assert [violation.field for violation in caught.value.violations] == ["configurations"]
+
+
+def test_rounding_errors_are_taken_away(embedding: Embedding, encoder: ResourceCodec) -> None:
+    noisy = 3 * 0.1 * 10
+    assert noisy != 3
+    wanted = encoder.embed(*encoder.vectors([ROWS[0] | {"cores": 3}])).numpy()
+    np.testing.assert_array_equal(encoder.embed(*encoder.vectors([ROWS[0] | {"cores": noisy}])).numpy(), wanted)
+    np.testing.assert_allclose(embedding.embed("tiny", [ROWS[0] | {"cores": noisy}]).embeddings, wanted, rtol=1e-5)
+    with pytest.raises(
+        InvalidInput, match=r"cores\.0: 3\.00000001 has more decimals than its descriptions, which have"
+    ):
+        embedding.embed("tiny", ROWS[0] | {"cores": 3.00000001})
 
 
 def refused(call: Any, request: Any) -> tuple[grpc.StatusCode, EthogramError]:

@@ -153,6 +153,27 @@ def test_columns_that_are_missing_or_unknown_are_told_once(suffix: str, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "advised"),
+    [
+        ("a.csv", "name,speed\na,1\n", True),
+        ("a.jsonl", '{"name": "a", "latency": 1, "speed": 1}', True),
+        ("a.jsonl", '{"name": "a"}', True),
+        # What is missing is named first.
+        ("a.jsonl", '{"name": "a", "speed": 1}', True),
+        ("a.jsonl", '{"name": "a", "latency": "x"}\n{"name": "a", "speed": 1}', True),
+        ("a.jsonl", '{"name": "a", "latency": null}', False),
+        ("a.jsonl", '{"name": "a", "latency": "x"}', False),
+        ("a.csv", "name,latency\na,\n", False),
+    ],
+)
+def test_advice_is_given_where_columns_are_others(name: str, content: str, advised: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidInput) as caught:
+        list(read_table(tmp_path / name, Profile, advice="; take other columns"))
+    assert str(caught.value).endswith("; take other columns") == advised
+
+
+@pytest.mark.parametrize(
     ("name", "content", "error"),
     [
         ("none.csv", None, "none.csv does not exist"),

@@ -53,11 +53,13 @@ def decoder(once: Once, run: Path) -> Path:
     return once("resource-decoder-run", make)
 
 
-def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> Any:
-    """What a command prints with --json."""
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0, says: str = "") -> Any:
+    """What a command prints with --json, and that it ``says`` something beside it."""
     capsys.readouterr()
     assert call(*arguments, "--json") == code
-    return json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert says in printed.err
+    return json.loads(printed.out)
 
 
 def error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -106,13 +108,16 @@ def test_the_flags_of_the_document_set_values_of_the_spec(
     assert seen[2] == ResourceSpec()
 
 
-def test_the_help_of_train_has_defaults_and_says_where_schemas_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_train_has_defaults_and_says_where_schemas_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert call("train", "--help") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "examples/resource-table.yaml" in said and "docs/resource.md" in said
     training = ResourceSpec().training
     for default in (training.batch_size, training.learning_rate, training.target_loss):
-        assert f"[default: ({default})]" in said
+        assert f"[default: {default}]" in said
 
 
 def test_an_interrupted_run_resumes(
@@ -191,18 +196,23 @@ def test_what_does_not_belong_to_an_encoder_is_not_exported(
 
 
 def test_describe(run: Path, language_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = answer(capsys, "describe", run, *CONFIGURATION, "--set", "latency_ms=unknown")
+    says = "no values can be read"
+    said = answer(capsys, "describe", run, *CONFIGURATION, "--set", "latency_ms=unknown", says=says)
     assert said["template"] == "plain" and said["unknown"] == ["latency_ms"] and said["outside"] == []
     assert isinstance(said["text"], str) and said["values"] is None
     little = answer(capsys, "describe", run, "--tool", "detect")
     assert little["unknown"] == ["size", "cores", "latency_ms"] and little["text"] != said["text"]
     moved = shutil.copytree(language_folder, tmp_path / "moved")
     more = ("--template", "reordered", "--set", "latency_ms=5000", "--llm_model", moved, "--device", "cpu")
-    said = answer(capsys, "describe", run / "encoder", *CONFIGURATION, *more)
+    says = "so less certain: latency_ms"
+    said = answer(capsys, "describe", run / "encoder", *CONFIGURATION, *more, says=says)
     assert said["template"] == "reordered" and said["unknown"] == [] and said["outside"] == ["latency_ms"]
     # What is measured may have more decimals than descriptions, as in tables.
     assert call("describe", run, *CONFIGURATION, "--set", "latency_ms=120.5") == 0
     assert "latency_ms: descriptions round 120.5 to 120 ms" in capsys.readouterr().err
+    # A prediction has no description.
+    typed = ("--set", "latency_ms=120.5", "--dimension", "cores")
+    assert call("predict", run, *CONFIGURATION[:4], *typed) == 0 and "round" not in capsys.readouterr().err
     assert call("describe", run, *CONFIGURATION) == 0
     assert "no values can be read" in capsys.readouterr().err
 
@@ -298,12 +308,12 @@ def test_large_numbers_are_written_in_full_and_predictions_beyond_the_range_are_
     assert codec.table is not None
     codec.table.values[:, 3] *= 10_000
     codec.save(tmp_path / "encoder")
-    found = answer(capsys, "predict", tmp_path / "encoder", *CONFIGURATION)
+    found = answer(capsys, "predict", tmp_path / "encoder", *CONFIGURATION, says="so less certain: latency_ms")
     assert found["value"] > 800_000 and found["outside"] == ["latency_ms"]
     for command in (("predict", "--set", "cores=4"), ("recommend", "--latency", "3000000")):
         assert call(*command[:1], tmp_path / "encoder", "--tool", "detect", "--set", "size=small", *command[1:]) == 0
         shown = capsys.readouterr()
-        assert "latency_ms is outside the range of training, so this is less certain" in shown.err
+        assert "outside the range of training, so less certain: latency_ms\n" in shown.err
         assert re.search(r"\d{6,7} ms", shown.out) and "e+" not in shown.out
     assert call("recommend", tmp_path / "encoder", "--tool", "detect", "--latency", "2000.25") == 1
     assert "no configuration stays below 2000.25 ms" in capsys.readouterr().err
@@ -344,7 +354,10 @@ def test_without_prices_the_fastest_is_recommended(
     small_trainer(table, load_language_model(str(language_folder))).codec().save(tmp_path / "encoder")
     assert call("recommend", tmp_path / "encoder", "--tool", "detect", "--latency", "900") == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert said.endswith("no field has a price, so the one with the lowest latency_ms was chosen")
+    assert "size and cores are not given, and no field has a price: this is the one with the lowest latency_ms" in said
+    assert said.endswith("for size=small, cores=1; give --set size=... --set cores=...")
+    assert call("recommend", tmp_path / "encoder", "--tool", "detect", "--set", "size=large", "--latency", "900") == 0
+    assert "cores is not given, and no field has a price" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_is_not_used_and_what_training_did_not_have_is_said(
@@ -394,7 +407,8 @@ def test_what_is_not_used_and_what_training_did_not_have_is_said(
         (("predict", "--tool", "detect", "--dimension", "speed"), "--dimension: there is no 'speed'"),
         (("predict", "--tool", "detect", "--dimension", "size"), "--dimension: size is a category"),
         (("predict", "--tool", "detect", "--set", "latency_ms=3"), "--set latency_ms: is what is predicted"),
-        (("recommend", "--tool", "detect", "--latency", "0"), "--latency: must be a number above 0"),
+        (("describe", "--tool", "detect", "--set", "cpu=-1"), "--set cpu: must be a number from 0"),
+        (("recommend", "--tool", "detect", "--bound", "0"), "--latency/--bound: must be a number above 0"),
         (("recommend", "--tool", "detect", "--latency", "9", "--confidence", "2"), "--confidence: must be between"),
         (
             ("recommend", "--tool", "detect", "--latency", "9", "--set", "cores=3"),
@@ -494,7 +508,8 @@ def test_a_run_of_another_language_model_or_table_does_not_resume(
 
 def test_a_decoder_is_trained_and_used(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = answer(capsys, "decode", decoder, "Set up detect with 4 cores, for small size.")
-    assert chosen["tool_name"] in ("detect", "translate") and chosen["size"] in ("small", "large")
+    configuration = chosen["configuration"]
+    assert configuration["tool_name"] in ("detect", "translate") and configuration["size"] in ("small", "large")
     assert 0 <= chosen["config_id"] < 16
     assert 0.5 <= chosen["probability"]["tool"] <= 1 and 1 / 8 <= chosen["probability"]["configuration"] <= 1
     assert call("decode", decoder, "Set up detect with 4 cores, for small size.") == 0

@@ -54,8 +54,17 @@ def test_a_part_of_the_rows_is_described_by_the_templates_of_training(inputs: di
     recorder = Recorder(tmp_path, inputs=inputs)
     result = run_job(spec(evaluation=3, augmentation={"mode": "jitter"}), recorder)
     described = [(name, total) for name, total, unit in recorder.stages if unit == "descriptions"]
-    assert described == [("evaluation/seen", 3), ("evaluation/unseen", 3), ("evaluation/controls", 9)]
+    assert described == [
+        ("evaluation/seen", 3),
+        ("evaluation/unseen", 3),
+        ("evaluation/controls", 9),
+        ("evaluation/predictions", 3),
+    ]
     assert list(result["details"]["seen"]["by_template"]) == ["plain"]
+    assert {name: part["rows"] for name, part in result["details"].items()} == {"seen": 3, "unseen": 3}
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [report[name][part]["rows"] for name, part in (("details", "unseen"), ("controls", "zero"))] == [3, 3]
+    assert ">descriptions<" in (tmp_path / "report" / "report.html").read_text()
     assert len(validate(tmp_path / "export").weights) == 16
 
 
@@ -420,6 +429,18 @@ def test_tables_of_other_kinds_are_trained_on(
     assert ResourceCodec.load(tmp_path / "encoder").schema.names == tuple(names)
 
 
+def test_who_has_other_columns_and_no_schema_is_told_of_schemas(tmp_path: Path) -> None:
+    given = [{**row, "gpus": 1} for row in rows()]
+    (tmp_path / "profiling.jsonl").write_text("\n".join(map(json.dumps, given)))
+    for file in (write_rows(tmp_path / "profiling.csv", given), tmp_path / "profiling.jsonl"):
+        run = Recorder(inputs={"profiling": file})
+        with pytest.raises(InvalidInput, match=r"schema of its own: see examples/resource-table\.yaml"):
+            job.table_of(ResourceSpec.model_validate({"profiling": REF}), run)
+        with pytest.raises(InvalidInput, match="gpus") as caught:
+            job.table_of(tiny_spec(profiling=REF), run)
+        assert "examples/" not in str(caught.value)
+
+
 def test_a_schema_without_measurements_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"spec\.profiling: must be given: a schema \(table\) of your own needs"):
         job.table_of(tiny_spec(), Recorder())
@@ -443,8 +464,8 @@ def test_a_short_training_has_a_short_evaluation(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row for every two of the batches here."""
-    monkeypatch.setattr(job, "DESCRIBED", 1)
-    monkeypatch.setattr(job, "EACH", 2)
+    monkeypatch.setattr(job, "MIN_EVALUATION", 1)
+    monkeypatch.setattr(job, "TRAINING_RATIO", 2)
     for steps, described in ((1, 4), (5, 16)):
         recorder = Recorder(tmp_path / str(steps), inputs=inputs)
         run_job(spec(held_out=0, training={"steps": steps, "batch_size": 8}), recorder)

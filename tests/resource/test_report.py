@@ -38,6 +38,7 @@ from services.resource.report import write_report
 from services.resource.schema import Schema
 from services.resource.texts import Template
 from services.runtime.run import Run
+from tests.recorder import Recorder
 from tests.resource.made import NOISE, formula_table, untrained
 
 
@@ -65,10 +66,27 @@ def codec(table: Table, language: LanguageModel) -> ResourceCodec:
     return untrained(table, language)
 
 
+def predict(
+    codec: ResourceCodec,
+    reader: Describer,
+    table: Table,
+    split: tuple[Tensor, Tensor],
+    *,
+    described: Tensor | None = None,
+    run: Run | None = None,
+) -> Predictions:
+    """Figures of predictions for a ``split`` into rows to train on, and rows that were held out."""
+    train, held_out = split
+    described = held_out if described is None else described
+    return prediction_figures(
+        codec, reader, table, train=train, held_out=held_out, described=described, seed=0, run=run or Run()
+    )
+
+
 @pytest.fixture(scope="module")
 def predictions(table: Table, codec: ResourceCodec, language: LanguageModel) -> Predictions:
     train, held_out = table.hold_out(0.4, 0)
-    return prediction_figures(codec, Reader(language, table.schema), table, train=train, held_out=held_out, seed=0)
+    return predict(codec, Reader(language, table.schema), table, (train, held_out))
 
 
 def test_predictions_stand_beside_controls(table: Table, predictions: Predictions) -> None:
@@ -129,10 +147,32 @@ def test_without_prices_nothing_is_recommended_and_without_measurements_nothing_
 ) -> None:
     train, held_out = table.hold_out(0.4, 0)
     reader, free = Reader(language, table.schema), unpriced(table)
-    found = prediction_figures(codec, reader, free, train=train, held_out=held_out, seed=0)
+    found = predict(codec, reader, free, (train, held_out))
     assert found.figures["recommendations"] == {}
+    run = Recorder()
     with pytest.raises(InvalidInput, match="takes at least 10"):
-        prediction_figures(codec, reader, table, train=train[:9], held_out=held_out, seed=0)
+        predict(codec, reader, table, (train[:9], held_out), run=run)
+    # No stage is left that never ends.
+    assert not run.stages
+
+
+def test_only_the_language_model_is_asked_about_a_part_of_the_rows(
+    table: Table, codec: ResourceCodec, language: LanguageModel, predictions: Predictions, tmp_path: Path
+) -> None:
+    train, held_out = table.hold_out(0.4, 0)
+    reader, run = Reader(language, table.schema), Recorder()
+    found = predict(codec, reader, table, (train, held_out), described=held_out[:3], run=run)
+    assert (found.figures["rows"], found.figures["described"]) == (len(held_out), 3)
+    assert run.stages == [("evaluation/predictions", 3, "descriptions")] and run.done[-1] == 3
+    truth = table.values[held_out[:3], -1]
+    assert found.figures["errors"].pop(SAID)["mean"] == pytest.approx(float(((500 - truth).abs() / truth).mean()))
+    whole = {name: errors for name, errors in predictions.figures["errors"].items() if name != SAID}
+    assert found.figures["errors"] == whole
+    for name in ("coverage", "recommendations"):
+        assert found.figures[name] == predictions.figures[name]
+    found.figures["errors"][SAID] = predictions.figures["errors"][SAID]
+    page = report_of(tmp_path, table, language, found)
+    assert f"of 3 of the {len(held_out)} configurations, drawn at random" in page
 
 
 def test_guesses_are_the_most_frequent_value_and_the_median(table: Table) -> None:
@@ -147,7 +187,7 @@ def report_of(folder: Path, table: Table, language: LanguageModel, predictions: 
     """The page of a report, and its pictures, in ``folder``."""
     codec, reader = untrained(table, language), Reader(language, table.schema)
     part = describe_figures(codec, reader, table.values[:20], Run())
-    control = control_figures(codec, reader, table.values[:20], 0)
+    control = control_figures(codec, reader, table.values[:20], 0, Run())
     history = [{"step": step, "description": 1 / (1 + step)} for step in range(3)]
     write_report(
         folder,
@@ -200,6 +240,6 @@ def test_a_report_without_predictions_or_prices_says_why(
     free = unpriced(table)
     train, held_out = free.hold_out(0.4, 0)
     reader = Reader(language, free.schema)
-    found = prediction_figures(codec, reader, free, train=train, held_out=held_out, seed=0)
+    found = predict(codec, reader, free, (train, held_out))
     page = report_of(tmp_path / "free", free, language, found)
     assert "they take prices in the schema" in page and not (tmp_path / "free" / "cost.png").exists()

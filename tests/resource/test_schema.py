@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from ethogram.errors import InvalidInput
+from ethogram.errors import MAX_DESCRIPTION, InvalidInput
 from ethogram.specs.resource import MAX_LABELS, DimensionSpec, SchemaSpec
 from services.resource.recommend import prices
 from services.resource.schema import Schema, default_schema
@@ -68,6 +68,15 @@ def test_an_unknown_dimension_is_refused_with_those_that_there_are() -> None:
     assert schema.index("cores") == 2
     with pytest.raises(InvalidInput, match="given: there is no 'gpus'; there are tool, size, cores, latency_ms"):
         schema.index("gpus", "given")
+
+
+def test_a_suggestion_comes_before_names_that_may_be_cut_off() -> None:
+    names = [f"dimension_with_a_long_name_{chr(97 + index)}" for index in range(20)]
+    text = "{tool} " + " ".join(f"{{{name}}}" for name in names)
+    given = {"dimensions": [{"name": name} for name in names], "templates": [{"name": "only", "text": text}]}
+    said = Schema(SchemaSpec.model_validate(given), TOOLS).no_field("dimension_with_long_name_b")
+    assert said.startswith("there is no such field; did you mean dimension_with_a_long_name_")
+    assert len(said) > MAX_DESCRIPTION and "? There are tool, dimension_with" in said[:MAX_DESCRIPTION]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_who_interrupts_a_training_is_told_what_is_kept(
         recorder = Recorder() if part else None
         with pytest.raises(KeyboardInterrupt):
             trained_once("toys/f", "model", lambda run, folder: train(run, folder, first), run=recorder)  # noqa: B023
-        said = recorder.kept if recorder else " ".join(capsys.readouterr().err.split())
+        said = recorder.resume_note if recorder else " ".join(capsys.readouterr().err.split())
         text = f"Run the same command again to resume from the last checkpoint, in {cache / 'ethogram' / 'toys' / 'f'}."
         assert said == ("" if first else text)
 
