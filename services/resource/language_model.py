@@ -287,16 +287,16 @@ class LanguageModelTrainer(Trainer):
         if self.spec.model.layers > _CONTEXT_AFTER:
             # Those of the last layer are normalised already.
             states = self.model.model.norm(states)
-        tokens = torch.cat([copies.before, copies.after], 1).to(self.device)
-        is_soft = torch.zeros(tokens.shape[1], dtype=torch.bool, device=self.device)
+        tokens = torch.cat([copies.before, copies.after], 1)
+        is_soft = torch.zeros(tokens.shape[1], dtype=torch.bool)
         is_soft[[column for column, _ in copies.soft]] = True
         # What is written at a column is predicted one before it.
         written = range(copies.before.shape[1], tokens.shape[1])
-        shown, wanted = (
-            torch.tensor([*copies.keys, *(column - step for column in written)], device=self.device) for step in (1, 0)
-        )
+        shown, wanted = (torch.tensor([*copies.keys, *(column - step for column in written)]) for step in (1, 0))
         found = contexts(tokens, is_soft, self.vocabulary)
-        loss: Tensor = self.context(states[:, shown], Contexts(*(part[:, wanted] for part in found)))
+        loss: Tensor = self.context(
+            states[:, shown.to(self.device)], Contexts(*(part[:, wanted].to(self.device) for part in found))
+        )
         return loss
 
     def _reading(self) -> Tensor:
